@@ -1,0 +1,1 @@
+"""Functions on arrays: every operator, its kernels, its oracle, and the choice between them."""

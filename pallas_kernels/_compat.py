@@ -1,0 +1,33 @@
+"""Every place where a version of JAX or XLA forces our hand, each with the version and why."""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import ParamSpec, TypeVar
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def unfused(
+    function: Callable[P, R] | None = None, *, static_argnames: tuple[str, ...] = ()
+) -> Callable[P, R]:
+    """Makes a function one unit of the compiled program that XLA fuses with nothing around it.
+
+    XLA's CPU compiler (jaxlib 0.10 to 0.11) removes `lax.optimization_barrier` before it fuses,
+    then fuses a depthwise convolution into the synthesis that reads it and computes it once for
+    every reader: 50 times slower on a whole layer. A call that must not be inlined is a border
+    that fusion respects; the attribute is read by XLA's call inliner on every platform.
+    """
+    if function is None:
+        return partial(unfused, static_argnames=static_argnames)
+    jitted = jax.jit(function, static_argnames=static_argnames)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with set_xla_metadata(inlineable="false"):
+            return jitted(*args, **kwargs)
+
+    return call

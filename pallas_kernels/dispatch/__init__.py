@@ -1,0 +1,9 @@
+"""Names of implementations and the rule that picks one. Knows no operator and no framework.
+
+`implementation=` is a filter on the search space: `None`, one name, or a sequence of names;
+a name is a string or a member of the operator's `Implementation` enum.
+"""
+
+from pallas_kernels.dispatch.operator import Choice, Operator, operators
+
+__all__ = ["Choice", "Operator", "operators"]

@@ -1,0 +1,132 @@
+"""An operator's implementations, and the choice of one for a device and a problem."""
+
+import importlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import ModuleType
+from typing import Any
+
+Choice = str | StrEnum | Sequence[str | StrEnum] | None
+"""What `implementation=` takes."""
+
+_REGISTRY: dict[str, "Operator"] = {}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator, its implementations, and which of them each platform prefers.
+
+    An implementation `name` is the module `{package}.{name}`, imported when it is first
+    considered. It offers `unavailable(platform) -> str | None`, the reason why it cannot run on
+    this machine, and `check(direction, problem)`, which raises `NotImplementedError` with the
+    reason why it cannot take this problem.
+
+    Args:
+        name: Lower-case name; the environment variables are `FLASH_WTCONV_{NAME}_{DIRECTION}`.
+        package: Package whose modules are the implementations.
+        implementations: Enum of every implementation's name.
+        rule: For each platform (`"cpu"`, `"gpu"`, `"tpu"`) its implementations, best first.
+        directions: The directions that are chosen separately, e.g. `("fwd", "bwd")`.
+    """
+
+    name: str
+    package: str
+    implementations: type[StrEnum]
+    rule: Mapping[str, Sequence[str]]
+    directions: tuple[str, ...] = ("fwd", "bwd")
+
+    def __post_init__(self) -> None:
+        """Registers the operator, so that `operators()` lists it."""
+        _REGISTRY[self.name] = self
+
+    def module(self, name: str) -> ModuleType:
+        """The module of one implementation, imported on first use."""
+        return importlib.import_module(f"{self.package}.{name}")
+
+    def pick(self, direction: str, implementation: Choice, platform: str, problem: Any) -> str:
+        """Picks the implementation for one direction of one call.
+
+        Args:
+            direction: One of `directions`.
+            implementation: Filter on the candidates; `None` asks the environment variable, and
+                without one takes the platform's rule.
+            platform: The device's platform, e.g. `"cpu"`.
+            problem: The operator's description of the call, handed to `check`.
+
+        Returns:
+            The name of the first candidate that can run, in the platform's order of preference.
+
+        Raises:
+            ValueError: An unknown or empty filter; names the argument or the variable.
+            NotImplementedError: No candidate can run; says why for each.
+        """
+        reasons = []
+        for name in self._candidates(direction, implementation, platform):
+            reason = self._refusal(name, direction, platform, problem)
+            if reason is None:
+                return name
+            reasons.append(f"{name}: {reason}")
+        raise NotImplementedError(
+            f"{self.name} ({direction}) cannot run on {platform} with "
+            f"implementation={implementation!r}: " + "; ".join(reasons)
+        )
+
+    def status(self, platform: str) -> list[tuple[str, str | None]]:
+        """Every implementation with the reason why it cannot run here, `None` where it can."""
+        return [(str(name), self._unavailable(str(name), platform)) for name in self.implementations]
+
+    def _candidates(self, direction: str, implementation: Choice, platform: str) -> list[str]:
+        preference = list(self.rule.get(platform, self.rule["cpu"]))
+        source = "implementation"
+        if implementation is None:
+            source = f"FLASH_WTCONV_{self.name}_{direction}".upper()
+            value = os.environ.get(source, "").strip()
+            if not value:
+                return preference
+            implementation = _parse(value)
+        wanted = self._names(implementation, source)
+        return sorted(wanted, key=lambda n: preference.index(n) if n in preference else len(wanted))
+
+    def _names(self, implementation: Choice, source: str) -> list[str]:
+        """The filter as a list of known names."""
+        many = [implementation] if isinstance(implementation, str) else implementation
+        if not isinstance(many, Iterable):
+            raise ValueError(f"{source}={many!r}: expected None, a name or a sequence of names")
+        names = list(many)
+        known = [str(name) for name in self.implementations]
+        if not names:
+            raise ValueError(f"{source} is empty: name at least one of {known}, or use None")
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(
+                f"{source} names {unknown}, but {self.name} has the implementations {known}"
+            )
+        return [str(name) for name in names]
+
+    def _refusal(self, name: str, direction: str, platform: str, problem: Any) -> str | None:
+        reason = self._unavailable(name, platform)
+        if reason is None:
+            try:
+                self.module(name).check(direction, problem)
+            except NotImplementedError as error:
+                reason = str(error)
+        return reason
+
+    def _unavailable(self, name: str, platform: str) -> str | None:
+        try:
+            return self.module(name).unavailable(platform)
+        except ImportError as error:
+            return f"import failed: {error}"
+
+
+def operators() -> list[Operator]:
+    """Every operator whose package has been imported, by name."""
+    return [_REGISTRY[name] for name in sorted(_REGISTRY)]
+
+
+def _parse(value: str) -> list[str]:
+    """`"xla"` or `"[xla, triton]"`, in any case, as a list of names."""
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    return [name.strip().lower() for name in inner.split(",") if name.strip()]

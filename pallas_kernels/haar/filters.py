@@ -1,0 +1,46 @@
+"""The filter banks of PyWavelets' discrete wavelets, in the order of a cross-correlation."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from pallas_kernels.oracle import HAAR, Array
+
+IS_HAAR = ("haar", "db1")
+
+
+@lru_cache(maxsize=None)
+def filter_bank(wavelet: str) -> tuple[Array, Array]:
+    """Analysis and synthesis filters of a wavelet.
+
+    Args:
+        wavelet: Name of any discrete wavelet of PyWavelets, e.g. `"haar"`, `"db2"`, `"bior2.2"`.
+
+    Returns:
+        `(dec, rec)`, each `[2, F]` float64, low filter first, F even: analysis is
+        `c_b[i] = sum_m dec[b, m] * x[2 * i + m - (F // 2 - 1)]`, synthesis adds
+        `rec[b, m] * c_b[i]` at that position.
+
+    Raises:
+        ValueError: The name is not a discrete wavelet of PyWavelets.
+
+    Example:
+        >>> dec, rec = filter_bank("db2")
+        >>> dec.shape
+        (2, 4)
+    """
+    if not isinstance(wavelet, str):
+        raise ValueError(f"wavelet={wavelet!r}: expected the name of a discrete wavelet")
+    if wavelet in IS_HAAR:
+        return HAAR, HAAR
+    import pywt
+
+    if wavelet not in pywt.wavelist(kind="discrete"):
+        raise ValueError(
+            f"wavelet={wavelet!r} is not a discrete wavelet of PyWavelets; "
+            f"families: {', '.join(pywt.families())}, e.g. 'haar', 'db2', 'sym4', 'bior2.2'"
+        )
+    bank = pywt.Wavelet(wavelet)
+    dec = np.array([bank.dec_lo[::-1], bank.dec_hi[::-1]])
+    rec = np.array([bank.rec_lo, bank.rec_hi])
+    return dec, rec

@@ -1,0 +1,229 @@
+"""Every operator in NumPy float64: plain loops over taps, obviously right, and slow.
+
+This file is THE definition that every kernel of both frameworks is tested against. It imports
+NumPy alone. Arrays are channels-last: `(*batch, *spatial, C)`. Subbands stand on an axis of
+their own in front of the channels, `(*batch, *spatial, 2**ndim, C)`; subband `s` is
+`b_0 + 2 * b_1 + 4 * b_2` where `b_a` is 1 for the high band along spatial axis `a`.
+
+Source: Finder, Amoyal, Treister, Freifeld, "Wavelet Convolutions for Large Receptive Fields",
+ECCV 2024.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+HAAR: Array = np.array([[1.0, 1.0], [1.0, -1.0]]) / np.sqrt(2.0)
+"""The Haar bank `[2, 2]`: low and high filter; it is its own inverse bank."""
+
+
+def analysis(x: ArrayLike, ndim: int, dec: ArrayLike = HAAR) -> Array:
+    """One level of wavelet analysis, odd sizes zero-padded at the end of the axis.
+
+    Args:
+        x: Signal `[*batch, *spatial, C]`.
+        ndim: Number of spatial axes, 1 to 3.
+        dec: Low and high analysis filter `[2, F]` in cross-correlation order, F even.
+
+    Returns:
+        Coefficients `[*batch, *ceil(spatial / 2), 2**ndim, C]`: along each axis
+        `c_b[i] = sum_m dec[b, m] * x[2 * i + m - (F // 2 - 1)]`, zero outside the signal.
+
+    Example:
+        >>> analysis(np.array([[1.0], [2.0], [3.0], [4.0]]), 1)[:, :, 0].round(3)
+        array([[ 2.121, -0.707],
+               [ 4.95 , -0.707]])
+    """
+    dec = np.asarray(dec, np.float64)
+    length = dec.shape[1]
+    before = length // 2 - 1
+    bands = [np.asarray(x, np.float64)]
+    # The last axis splits first, so that axis 0 ends as the lowest bit of the subband.
+    for axis in range(-2, -2 - ndim, -1):
+        size = bands[0].shape[axis]
+        half = (size + 1) // 2
+        padded = [_pad_axis(band, axis, before, 2 * half - size + length) for band in bands]
+        bands = [
+            sum(dec[b, m] * _slice_axis(band, axis, m, half, 2) for m in range(length))
+            for band in padded
+            for b in (0, 1)
+        ]
+    return np.stack(bands, axis=-2)
+
+
+def synthesis(coefficients: ArrayLike, ndim: int, rec: ArrayLike = HAAR) -> Array:
+    """One level of wavelet synthesis: the transpose of `analysis` with the bank `rec`.
+
+    Args:
+        coefficients: Subbands `[*batch, *half, 2**ndim, C]`.
+        ndim: Number of spatial axes, 1 to 3.
+        rec: Low and high synthesis filter `[2, F]`, F even.
+
+    Returns:
+        Signal `[*batch, *(2 * half), C]`: along each axis coefficient `c_b[i]` adds
+        `rec[b, m] * c_b[i]` at position `2 * i + m - (F // 2 - 1)`.
+
+    Example:
+        >>> x = np.arange(4.0).reshape(4, 1)
+        >>> bool(np.allclose(synthesis(analysis(x, 1), 1), x))
+        True
+    """
+    rec = np.asarray(rec, np.float64)
+    length = rec.shape[1]
+    before = length // 2 - 1
+    coefficients = np.asarray(coefficients, np.float64)
+    bands = [coefficients[..., s, :] for s in range(2**ndim)]
+    for axis in range(-1 - ndim, -1):
+        bands = [
+            _upsample(low, rec[0], axis, before) + _upsample(high, rec[1], axis, before)
+            for low, high in zip(bands[::2], bands[1::2], strict=True)
+        ]
+    return bands[0]
+
+
+def wavedec(x: ArrayLike, ndim: int, levels: int, dec: ArrayLike = HAAR) -> list[Array]:
+    """Analysis cascade: the coefficients of every level, finest first.
+
+    Args:
+        x: Signal `[*batch, *spatial, C]`.
+        ndim: Number of spatial axes.
+        levels: Number of levels, at least 0.
+        dec: Analysis filters `[2, F]`.
+
+    Returns:
+        One array `[*batch, *spatial_level, 2**ndim, C]` a level; each level analyses subband 0
+        (the low band) of the level before.
+    """
+    coefficients = []
+    low = np.asarray(x, np.float64)
+    for _ in range(levels):
+        coefficients.append(analysis(low, ndim, dec))
+        low = coefficients[-1][..., 0, :]
+    return coefficients
+
+
+def waverec(
+    coefficients: list[Array], ndim: int, shape: tuple[int, ...], rec: ArrayLike = HAAR
+) -> Array:
+    """Synthesis cascade: inverse of `wavedec` for Haar, with what each low band holds added.
+
+    Args:
+        coefficients: Arrays as `wavedec` returns them, finest first. The low band of a level is
+            *added* to the synthesis of the deeper levels; give zeros there to invert `wavedec`.
+        ndim: Number of spatial axes.
+        shape: Spatial size of the result, which undoes the padding of odd sizes.
+        rec: Synthesis filters `[2, F]`.
+
+    Returns:
+        Signal `[*batch, *shape, C]`.
+    """
+    shapes = [tuple(shape)] + [c.shape[-2 - ndim : -2] for c in coefficients[:-1]]
+    deeper: Array | float = 0.0
+    for level, size in zip(coefficients[::-1], shapes[::-1], strict=True):
+        level = np.array(level, np.float64)
+        level[..., 0, :] += deeper
+        window = tuple(slice(n) for n in size)
+        deeper = synthesis(level, ndim, rec)[(..., *window, slice(None))]
+    return np.asarray(deeper)
+
+
+def depthwise(x: ArrayLike, kernel: ArrayLike, ndim: int) -> Array:
+    """Depthwise cross-correlation, stride 1, zero padding to the same size.
+
+    Args:
+        x: Signal `[*batch, *spatial, ..., C]` where the axes after the spatial ones (subbands,
+            channels) match those of `kernel`.
+        kernel: Taps `[*k, ..., C]`; even k pads `(k - 1) // 2` before and the rest after.
+        ndim: Number of spatial axes.
+
+    Returns:
+        Array of x's shape.
+    """
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    inner = kernel.ndim - ndim
+    first = x.ndim - inner - ndim
+    size = x.shape[first : first + ndim]
+    pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:ndim]]
+    padded = np.pad(x, [(0, 0)] * first + pads + [(0, 0)] * inner)
+    out = np.zeros_like(x)
+    for tap in product(*(range(k) for k in kernel.shape[:ndim])):
+        window = tuple(slice(t, t + n) for t, n in zip(tap, size, strict=True))
+        out += padded[(slice(None),) * first + window] * kernel[tap]
+    return out
+
+
+def wtconv(
+    x: ArrayLike,
+    params: Mapping[str, ArrayLike],
+    ndim: int,
+    *,
+    stride: int = 1,
+    dec: ArrayLike = HAAR,
+    rec: ArrayLike = HAAR,
+) -> Array:
+    """Wavelet convolution of 1-D, 2-D or 3-D signals.
+
+    Args:
+        x: Signal `[*batch, *spatial, C]`.
+        params: `base_kernel [*k, 1, C]`, `base_scale [C]`, optionally `base_bias [C]`, and for
+            each level i from 0 `wavelet_kernel_{i} [*k, 2**ndim, C]` and
+            `wavelet_scale_{i} [2**ndim, C]`.
+        ndim: Number of spatial axes.
+        stride: 2-D and 3-D keep every stride-th sample of each axis, 1-D averages each group of
+            stride samples and drops an incomplete last group, as the published layers do.
+        dec: Analysis filters `[2, F]`.
+        rec: Synthesis filters `[2, F]`.
+
+    Returns:
+        `[*batch, *spatial, C]` for stride 1, in float64.
+    """
+    x = np.asarray(x, np.float64)
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    levels = sum(name.startswith("wavelet_kernel_") for name in params)
+    filtered = [
+        params[f"wavelet_scale_{i}"] * depthwise(c, params[f"wavelet_kernel_{i}"], ndim)
+        for i, c in enumerate(wavedec(x, ndim, levels, dec))
+    ]
+    base = depthwise(x[..., None, :], params["base_kernel"], ndim)[..., 0, :]
+    y = params["base_scale"] * (base + params.get("base_bias", 0.0))
+    if filtered:
+        y = y + waverec(filtered, ndim, x.shape[-1 - ndim : -1], rec)
+    return subsample(y, ndim, stride)
+
+
+def subsample(y: Array, ndim: int, stride: int) -> Array:
+    """The stride of the published layers: the mean in 1-D, every stride-th sample otherwise."""
+    if ndim == 1:
+        length = y.shape[-2] // stride
+        groups = y[..., : length * stride, :].reshape(*y.shape[:-2], length, stride, y.shape[-1])
+        return groups.mean(axis=-2)
+    return y[(..., *(slice(None, None, stride),) * ndim, slice(None))]
+
+
+def _pad_axis(x: Array, axis: int, before: int, after: int) -> Array:
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (before, after)
+    return np.pad(x, pads)
+
+
+def _slice_axis(x: Array, axis: int, start: int, count: int, step: int) -> Array:
+    window = [slice(None)] * x.ndim
+    window[axis] = slice(start, start + step * (count - 1) + 1, step)
+    return x[tuple(window)]
+
+
+def _upsample(band: Array, taps: Array, axis: int, before: int) -> Array:
+    """Transposed stride-2 correlation along one axis, cropped to twice the size."""
+    size = band.shape[axis]
+    shape = list(band.shape)
+    shape[axis] = 2 * size + taps.size
+    out = np.zeros(shape)
+    for m, tap in enumerate(taps):
+        window = [slice(None)] * band.ndim
+        window[axis] = slice(m, m + 2 * size, 2)
+        out[tuple(window)] += tap * band
+    return _slice_axis(out, axis, before, 2 * size, 1)

@@ -1,0 +1,232 @@
+"""The wavelet convolution as functions: validate, pick, call.
+
+Source: Finder, Amoyal, Treister, Freifeld, "Wavelet Convolutions for Large Receptive Fields",
+ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
+"""
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from pallas_kernels.dispatch import Choice, Operator
+from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.wtconv import vjp
+
+
+Precision = str | jax.lax.Precision | None
+
+
+class Implementation(StrEnum):
+    """Implementations of the wavelet convolution."""
+
+    XLA = "xla"
+
+
+OPERATOR = Operator(
+    name="wtconv",
+    package="pallas_kernels.wtconv",
+    implementations=Implementation,
+    rule={"cpu": ("xla",)},
+)
+
+
+class Problem(NamedTuple):
+    """What an implementation's `check` is told of a call."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    kernel_size: int
+    levels: int
+    wavelet: str
+
+
+def wtconv1d(
+    x: ArrayLike,
+    params: Mapping[str, ArrayLike],
+    *,
+    wavelet: str = "haar",
+    stride: int = 1,
+    implementation: Choice = None,
+    precision: Precision = None,
+) -> jax.Array:
+    """Wavelet convolution of signals `[*batch, L, C]`; stride averages each `stride` samples.
+
+    As `wtconv2d`, with `base_kernel [k, 1, C]`, `wavelet_kernel_{i} [k, 2, C]` and
+    `wavelet_scale_{i} [2, C]`. An incomplete last group of a stride is dropped, as the published
+    1-D layer does.
+
+    Example:
+        >>> params = {"base_kernel": jnp.ones((3, 1, 8)), "base_scale": jnp.ones(8)}
+        >>> wtconv1d(jnp.ones((2, 100, 8)), params, stride=2).shape
+        (2, 50, 8)
+    """
+    return _wtconv(1, x, params, wavelet, stride, implementation, precision)
+
+
+def wtconv2d(
+    x: ArrayLike,
+    params: Mapping[str, ArrayLike],
+    *,
+    wavelet: str = "haar",
+    stride: int = 1,
+    implementation: Choice = None,
+    precision: Precision = None,
+) -> jax.Array:
+    """Wavelet convolution of images `[*batch, H, W, C]`, any number of batch dimensions.
+
+    Sums run in float32 or better. Gradients save x and the scaled kernels and nothing else.
+
+    Args:
+        x: Images, float16, bfloat16, float32 or float64; any H, W, C, odd ones included.
+        params: `base_kernel [k, k, 1, C]`, `base_scale [C]`, optionally `base_bias [C]`, and for
+            each level i from 0 `wavelet_kernel_{i} [k, k, 4, C]` and `wavelet_scale_{i} [4, C]`;
+            subbands in the order LL, LH, HL, HH. Any floating dtype. The number of levels is the
+            number of wavelet kernels; none is a plain depthwise convolution.
+        wavelet: `"haar"` or any discrete wavelet of PyWavelets.
+        stride: Keep every stride-th pixel of each axis.
+        implementation: Filter on the implementations: a name, a sequence of names, or `None` for
+            the environment's (`FLASH_WTCONV_WTCONV_FWD`, `..._BWD`) or the device's rule.
+        precision: For implementations on matrix units; elementwise ones always use full float32.
+
+    Returns:
+        `[*batch, ceil(H / stride), ceil(W / stride), C]` in x's dtype.
+
+    Raises:
+        ValueError: A bad argument: which, what came, and what was expected.
+        NotImplementedError: No allowed implementation can run here; says why for each.
+
+    Example:
+        >>> params = {
+        ...     "base_kernel": jnp.ones((5, 5, 1, 8)),
+        ...     "base_scale": jnp.ones(8),
+        ...     "wavelet_kernel_0": jnp.ones((5, 5, 4, 8)),
+        ...     "wavelet_scale_0": jnp.full((4, 8), 0.1),
+        ... }
+        >>> wtconv2d(jnp.ones((2, 14, 14, 8)), params).shape
+        (2, 14, 14, 8)
+    """
+    return _wtconv(2, x, params, wavelet, stride, implementation, precision)
+
+
+def wtconv3d(
+    x: ArrayLike,
+    params: Mapping[str, ArrayLike],
+    *,
+    wavelet: str = "haar",
+    stride: int = 1,
+    implementation: Choice = None,
+    precision: Precision = None,
+) -> jax.Array:
+    """Wavelet convolution of volumes `[*batch, D, H, W, C]`.
+
+    As `wtconv2d`, with `base_kernel [k, k, k, 1, C]`, `wavelet_kernel_{i} [k, k, k, 8, C]` and
+    `wavelet_scale_{i} [8, C]`; subband `b_D + 2 b_H + 4 b_W`, b = 1 for the high band.
+
+    Example:
+        >>> params = {"base_kernel": jnp.ones((3, 3, 3, 1, 4)), "base_scale": jnp.ones(4)}
+        >>> wtconv3d(jnp.ones((8, 8, 8, 4)), params, stride=2).shape
+        (4, 4, 4, 4)
+    """
+    return _wtconv(3, x, params, wavelet, stride, implementation, precision)
+
+
+def _wtconv(
+    ndim: int,
+    x: ArrayLike,
+    params: Mapping[str, ArrayLike],
+    wavelet: str,
+    stride: int,
+    implementation: Choice,
+    precision: Precision,
+) -> jax.Array:
+    x = _checked_signal(x, ndim)
+    params = {name: jnp.asarray(value) for name, value in dict(params).items()}
+    kernel_size, levels = _check_params(params, ndim, x.shape[-1])
+    filter_bank(wavelet)
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride={stride!r}: expected an integer >= 1")
+    if ndim == 1 and x.shape[-2] < stride:
+        raise ValueError(
+            f"stride={stride} averages groups of {stride} samples, but x has {x.shape[-2]}"
+        )
+    batch, spatial, channels = x.shape[: -1 - ndim], x.shape[-1 - ndim : -1], x.shape[-1]
+    flat = x.reshape(math.prod(batch), *spatial, channels)
+    problem = Problem(flat.shape, flat.dtype, kernel_size, levels, wavelet)
+    platform = jax.default_backend()
+    plan = vjp.Plan(
+        OPERATOR.pick("fwd", implementation, platform, problem),
+        OPERATOR.pick("bwd", implementation, platform, problem),
+        wavelet,
+        _checked_precision(precision),
+    )
+    y = vjp.wtconv(plan, stride, flat, params)
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def _checked_signal(value: ArrayLike, ndim: int) -> jax.Array:
+    x = jnp.asarray(value)
+    axes = ("L", "H, W", "D, H, W")[ndim - 1]
+    if x.ndim < ndim + 1:
+        raise ValueError(f"x: expected an array [*batch, {axes}, C], got shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: expected a floating-point array, got {x.dtype}; cast it first")
+    if any(size == 0 for size in x.shape[-1 - ndim :]):
+        raise ValueError(f"x: expected [*batch, {axes}, C] of at least one sample and channel, got "
+                         f"shape {x.shape}")
+    return x
+
+
+def _checked_precision(value: Precision) -> jax.lax.Precision | None:
+    if value is None:
+        return None
+    try:
+        return jax.lax.Precision(value)
+    except ValueError:
+        names = [p.name.lower() for p in jax.lax.Precision]
+        raise ValueError(
+            f"precision={value!r}: expected None, a jax.lax.Precision or one of {names}"
+        ) from None
+
+
+def _check_params(
+    params: Mapping[str, jax.Array], ndim: int, channels: int
+) -> tuple[int, int]:
+    """Checks every parameter's presence, shape and dtype; returns (kernel size, levels)."""
+    levels = 0
+    while f"wavelet_kernel_{levels}" in params:
+        levels += 1
+    missing = [name for name in ("base_kernel", "base_scale") if name not in params]
+    if missing:
+        raise ValueError(f"params: missing {missing}, got {sorted(params)}")
+    kernel_size = params["base_kernel"].shape[0] if params["base_kernel"].ndim else 0
+    if kernel_size < 1:
+        raise ValueError(
+            f"params['base_kernel']: expected shape {('k',) * ndim + (1, channels)} with k >= 1, "
+            f"got {params['base_kernel'].shape}"
+        )
+    taps, bands = (kernel_size,) * ndim, 2**ndim
+    expected = {"base_kernel": (*taps, 1, channels), "base_scale": (channels,)}
+    if "base_bias" in params:
+        expected["base_bias"] = (channels,)
+    for i in range(levels):
+        expected[f"wavelet_kernel_{i}"] = (*taps, bands, channels)
+        expected[f"wavelet_scale_{i}"] = (bands, channels)
+    problems = [f"missing {name!r}" for name in expected if name not in params]
+    problems += [
+        f"unexpected {name!r} (levels are counted from wavelet_kernel_0 without a gap)"
+        for name in params
+        if name not in expected
+    ]
+    for name, shape in expected.items():
+        if name in params and params[name].shape != shape:
+            problems.append(f"{name!r}: expected shape {shape}, got {params[name].shape}")
+        if name in params and not jnp.issubdtype(params[name].dtype, jnp.floating):
+            problems.append(f"{name!r}: expected a floating dtype, got {params[name].dtype}")
+    if problems:
+        raise ValueError(f"params (for x with {channels} channels): " + "; ".join(problems))
+    return kernel_size, levels

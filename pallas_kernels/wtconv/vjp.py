@@ -1,0 +1,146 @@
+"""The operator's custom VJP: any forward implementation pairs with any backward one.
+
+Two facts make the backward pass (Haar is orthonormal, and padding and cropping are each other's
+transpose). The input gradient is the operator itself, transposed: taps flipped, padding swapped,
+analysis and synthesis filters swapped. The weight gradient correlates the coefficients of x with
+those of dy. So the residuals are x and the folded taps, and nothing else. Everything here is
+linear in x and linear in the taps, so second derivatives are the same three functions again.
+
+An implementation is a module with
+
+    forward(x, taps, bias, *, wavelet, transpose, precision) -> y
+    weight_grad(x, dy, kernel_shapes, *, wavelet, precision) -> gradients of the taps
+
+for x `[N, *spatial, C]`, `taps = (base [*k, 1, C], level_0 [*k, 2**ndim, C], ...)` with the
+scales folded in, and `bias [C]` or None. Modules whose functions JAX can differentiate say so
+with `DIFFERENTIABLE = True`; they are then called bare in the backward pass, which makes `jvp`
+of `grad` and `hessian` work.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.numerics import accumulator
+
+Taps = tuple[jax.Array, ...]
+
+
+class Plan(NamedTuple):
+    """The static choices of one call."""
+
+    fwd: str
+    bwd: str
+    wavelet: str
+    precision: jax.lax.Precision | None
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
+    """Folds the scales into the kernels, where JAX differentiates it, convolves, and strides."""
+    taps = [_folded(params["base_kernel"], params["base_scale"])]
+    while f"wavelet_kernel_{len(taps) - 1}" in params:
+        i = len(taps) - 1
+        taps.append(_folded(params[f"wavelet_kernel_{i}"], params[f"wavelet_scale_{i}"]))
+    bias = None
+    if "base_bias" in params:
+        bias = _folded(params["base_bias"], params["base_scale"])
+    return _strided(_apply(plan, False, x, tuple(taps), bias), stride)
+
+
+def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    dtype = accumulator(jnp.promote_types(kernel.dtype, scale.dtype))
+    return kernel.astype(dtype) * scale.astype(dtype)
+
+
+def _strided(y: jax.Array, stride: int) -> jax.Array:
+    """The published layers' strides: the mean of a group in 1-D, subsampling otherwise."""
+    if stride == 1:
+        return y
+    if y.ndim == 3:
+        n, length, c = y.shape
+        groups = y[:, : length // stride * stride].reshape(n, length // stride, stride, c)
+        return groups.mean(axis=2, dtype=accumulator(y.dtype)).astype(y.dtype)
+    return y[(slice(None), *(slice(None, None, stride),) * (y.ndim - 2))]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply(
+    plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
+) -> jax.Array:
+    """The operator or its transpose."""
+    return _forward(plan.fwd, plan, transpose, x, taps, bias)
+
+
+def _apply_fwd(plan, transpose, x, taps, bias):
+    return _forward(plan.fwd, plan, transpose, x, taps, bias), (x, taps, _like(bias))
+
+
+def _apply_bwd(plan, transpose, residuals, dy):
+    x, taps, bias = residuals
+    shapes = tuple(tap.shape for tap in taps)
+    bare = _module(plan.bwd).DIFFERENTIABLE
+    if bare:
+        dx = _forward(plan.bwd, plan, not transpose, dy, taps, None)
+    else:
+        dx = _apply(plan._replace(fwd=plan.bwd), not transpose, dy, taps, None)
+    correlate = _weight_grad_of if bare else _weight_grad
+    pair = (dy, x) if transpose else (x, dy)
+    dtaps = correlate(plan, shapes, *pair)
+    dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(dtaps, taps, strict=True))
+    dbias = None
+    if bias is not None:
+        axes = tuple(range(dy.ndim - 1))
+        dbias = dy.sum(axes, dtype=accumulator(dy.dtype)).astype(bias.dtype)
+    return dx, dtaps, dbias
+
+
+_apply.defvjp(_apply_fwd, _apply_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weight_grad(
+    plan: Plan, shapes: tuple[tuple[int, ...], ...], x: jax.Array, dy: jax.Array
+) -> Taps:
+    """Gradient of the taps; bilinear in x and dy, so its own VJP is the operator twice."""
+    return _weight_grad_of(plan, shapes, x, dy)
+
+
+def _weight_grad_fwd(plan, shapes, x, dy):
+    return _weight_grad_of(plan, shapes, x, dy), (x, dy)
+
+
+def _weight_grad_bwd(plan, shapes, residuals, dtaps):
+    x, dy = residuals
+    plan = plan._replace(fwd=plan.bwd)
+    return _apply(plan, True, dy, dtaps, None), _apply(plan, False, x, dtaps, None)
+
+
+_weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
+
+
+def _forward(name, plan, transpose, x, taps, bias):
+    return _module(name).forward(
+        x, taps, bias, wavelet=plan.wavelet, transpose=transpose, precision=plan.precision
+    )
+
+
+def _weight_grad_of(plan, shapes, x, dy):
+    return _module(plan.bwd).weight_grad(
+        x, dy, shapes, wavelet=plan.wavelet, precision=plan.precision
+    )
+
+
+def _like(bias: jax.Array | None) -> jax.Array | None:
+    """A bias of no elements: the backward pass needs to know its dtype and nothing else."""
+    return None if bias is None else bias[:0]
+
+
+def _module(name: str) -> ModuleType:
+    from pallas_kernels.wtconv.api import OPERATOR
+
+    return OPERATOR.module(name)
