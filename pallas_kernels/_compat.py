@@ -27,7 +27,7 @@ def unfused(
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with set_xla_metadata(inlineable="false"):
-            return jitted(*args, **kwargs)
+        # On the results, not as a context: that would mark every call inside as well.
+        return set_xla_metadata(jitted(*args, **kwargs), inlineable="false")
 
     return call

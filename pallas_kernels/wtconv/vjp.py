@@ -9,7 +9,7 @@ linear in x and linear in the taps, so second derivatives are the same three fun
 An implementation is a module with
 
     forward(x, taps, bias, *, wavelet, transpose, precision) -> y
-    weight_grad(x, dy, kernel_shapes, *, wavelet, precision) -> gradients of the taps
+    weight_grad(x, dy, *, kernel_shapes, wavelet, precision) -> gradients of the taps
 
 for x `[N, *spatial, C]`, `taps = (base [*k, 1, C], level_0 [*k, 2**ndim, C], ...)` with the
 scales folded in, and `bias [C]` or None. Modules whose functions JAX can differentiate say so
@@ -131,7 +131,7 @@ def _forward(name, plan, transpose, x, taps, bias):
 
 def _weight_grad_of(plan, shapes, x, dy):
     return _module(plan.bwd).weight_grad(
-        x, dy, shapes, wavelet=plan.wavelet, precision=plan.precision
+        x, dy, kernel_shapes=shapes, wavelet=plan.wavelet, precision=plan.precision
     )
 
 

@@ -21,6 +21,9 @@ from pallas_kernels.numerics import accumulator
 
 DIFFERENTIABLE = True
 
+_CHUNK_BYTES = 8 << 20
+"""Size of x that one pass over the layer works on: with its coefficients, a CPU's last cache."""
+
 
 def unavailable(platform: str) -> str | None:
     """Plain JAX runs everywhere."""
@@ -31,6 +34,7 @@ def check(direction: str, problem: Any) -> None:
     """Plain JAX takes every problem."""
 
 
+@partial(unfused, static_argnames=("wavelet", "transpose", "precision"))
 def forward(
     x: jax.Array,
     taps: tuple[jax.Array, ...],
@@ -41,42 +45,65 @@ def forward(
     precision: lax.Precision | None,
 ) -> jax.Array:
     """The operator on `x [N, *spatial, C]`, or its transpose; see `vjp` for the arguments."""
-    ndim = x.ndim - 2
     acc = accumulator(x.dtype)
-    taps = [tap.astype(acc) for tap in taps]
+    taps = tuple(tap.astype(acc) for tap in taps)
     if transpose:
-        taps = [jnp.flip(tap, range(ndim)) for tap in taps]
+        taps = tuple(jnp.flip(tap, range(x.ndim - 2)) for tap in taps)
+    run = partial(_forward, taps=taps, bias=bias, wavelet=wavelet, transpose=transpose)
+    return lax.map(run, _in_chunks(x)).reshape(x.shape)
+
+
+def _forward(x, taps, bias, wavelet, transpose):
     pads = _pads(taps[0].shape[0], transpose)
     coefficients = _cascade(x, len(taps) - 1, pads, wavelet, transpose)
     merge = partial(_filter, pads=pads, wavelet=wavelet, transpose=transpose)
     filtered = None
-    for padded, tap in zip(coefficients[::-1], taps[:0:-1], strict=True):
-        filtered = merge(padded, tap, filtered)
-    y = merge(_padded(x, pads=pads)[..., None, :], taps[0], filtered)[..., 0, :]
-    if bias is not None:
-        y = y + bias.astype(acc)
-    return y.astype(x.dtype)
+    for padded, tap in zip(coefficients[:0:-1], taps[:0:-1], strict=True):
+        filtered = merge(padded, tap, filtered, None, dtype=taps[0].dtype)
+    return merge(coefficients[0], taps[0], filtered, bias, dtype=x.dtype)[..., 0, :]
 
 
+@partial(unfused, static_argnames=("kernel_shapes", "wavelet", "precision"))
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,
-    kernel_shapes: tuple[tuple[int, ...], ...],
     *,
+    kernel_shapes: tuple[tuple[int, ...], ...],
     wavelet: str,
     precision: lax.Precision | None,
 ) -> tuple[jax.Array, ...]:
     """Gradients of the taps: each level's coefficients of x correlated with those of dy."""
+
+    def add(total, chunk):
+        return jax.tree.map(jnp.add, total, _weight_grad(*chunk, kernel_shapes, wavelet)), None
+
+    zeros = tuple(jnp.zeros(shape, accumulator(x.dtype)) for shape in kernel_shapes)
+    return lax.scan(add, zeros, (_in_chunks(x), _in_chunks(dy)))[0]
+
+
+def _weight_grad(x, dy, kernel_shapes, wavelet):
     pads = _pads(kernel_shapes[0][0], False)
     levels = len(kernel_shapes) - 1
     of_x = _cascade(x, levels, pads, wavelet, False)
     of_dy = _cascade(dy, levels, (0, 0), wavelet, True)
-    pairs = [(_padded(x, pads=pads)[..., None, :], dy[..., None, :])]
-    pairs += zip(of_x, of_dy, strict=True)
     return tuple(
         _correlate(padded, grad, shape[0])
-        for (padded, grad), shape in zip(pairs, kernel_shapes, strict=True)
+        for padded, grad, shape in zip(of_x, of_dy, kernel_shapes, strict=True)
     )
+
+
+def _in_chunks(x: jax.Array) -> jax.Array:
+    """`[N, ...]` as `[chunks, N / chunks, ...]`, so that a chunk's coefficients stay in cache.
+
+    On CPU alone: there the temporaries of a whole batch are fresh pages in every call. A batch
+    of symbolic size stays whole, as does one on a device with enough threads for all of it.
+    """
+    n, chunks = x.shape[0], 1
+    if jax.default_backend() == "cpu" and isinstance(n, int) and n > 0:
+        # A chunk may be larger than wanted only where it is a single image.
+        most = max(1, _CHUNK_BYTES // (x.nbytes // n))
+        chunks = next(c for c in range(-(-n // most), n + 1) if n % c == 0)
+    return x.reshape(chunks, n // chunks, *x.shape[1:])
 
 
 def _pads(kernel_size: int, transpose: bool) -> tuple[int, int]:
@@ -86,32 +113,35 @@ def _pads(kernel_size: int, transpose: bool) -> tuple[int, int]:
 
 
 def _cascade(x, levels, pads, wavelet, transpose):
-    """Padded coefficients `[N, *half, 2**ndim, C]` of every level, finest first."""
-    split = partial(_analyse, pads=pads, wavelet=wavelet, transpose=transpose)
-    coefficients = []
-    low = x.astype(accumulator(x.dtype)) if levels else x
+    """Zero-padded coefficients `[N, *size, bands, C]`: x itself as one band, then every level."""
+    x = x[..., None, :]
+    coefficients = [_padded(x, pads=pads) if any(pads) else x]
+    source, inner = x, (0, 0)
     for _ in range(levels):
-        coefficients.append(split(low))
-        size = [n - sum(pads) for n in coefficients[-1].shape[1:-2]]
-        window = (slice(pads[0], pads[0] + n) for n in size)
-        low = coefficients[-1][(slice(None), *window, 0)]
+        source = _analyse(source, inner=inner, pads=pads, wavelet=wavelet, transpose=transpose)
+        coefficients.append(source)
+        inner = pads
     return coefficients
 
 
-@partial(unfused, static_argnames=("pads", "wavelet", "transpose"))
-def _analyse(low, *, pads, wavelet, transpose):
-    ndim = low.ndim - 2
-    bands = analysis(low, ndim, wavelet, transpose)
-    return jnp.pad(bands, [(0, 0), *[pads] * ndim, (0, 0), (0, 0)])
+@partial(unfused, static_argnames=("inner", "pads", "wavelet", "transpose"))
+def _analyse(source, *, inner, pads, wavelet, transpose):
+    """Coefficients, padded by `pads`, of the low band of `source`, which is padded by `inner`."""
+    ndim = source.ndim - 3
+    window = (slice(inner[0], n - inner[1]) for n in source.shape[1:-2])
+    low = source[(slice(None), *window, 0)]
+    return _padded_bands(analysis(low.astype(accumulator(low.dtype)), ndim, wavelet, transpose), pads)
 
 
-@partial(unfused, static_argnames=("pads",))
-def _padded(x, *, pads):
-    return jnp.pad(x, [(0, 0), *[pads] * (x.ndim - 2), (0, 0)])
+def _padded_bands(bands, pads):
+    return jnp.pad(bands, [(0, 0), *[pads] * (bands.ndim - 3), (0, 0), (0, 0)])
 
 
-@partial(unfused, static_argnames=("pads", "wavelet", "transpose"))
-def _filter(padded, taps, deeper, *, pads, wavelet, transpose):
+_padded = unfused(_padded_bands, static_argnames=("pads",))
+
+
+@partial(unfused, static_argnames=("pads", "wavelet", "transpose", "dtype"))
+def _filter(padded, taps, deeper, bias, *, pads, wavelet, transpose, dtype):
     """Depthwise convolution of one level plus, in its low band, the synthesis of the next."""
     ndim = padded.ndim - 3
     size = tuple(n - sum(pads) for n in padded.shape[1:-2])
@@ -122,12 +152,19 @@ def _filter(padded, taps, deeper, *, pads, wavelet, transpose):
         * taps[tap]
         for tap in product(range(taps.shape[0]), repeat=ndim)
     )
+    if bias is not None:
+        out = out + bias.astype(taps.dtype)
     if deeper is None:
-        return out
-    low = synthesis(deeper, ndim, size, wavelet, transpose)[..., None, :]
-    zeros = [(0, 0)] * low.ndim
-    zeros[-2] = (0, padded.shape[-2] - 1)
-    return out + jnp.pad(low, zeros)
+        return out.astype(dtype)
+    bands = padded.shape[-2]
+    # A pad of the synthesis, fused into the sum, defeats the vectoriser; a pad of its result not.
+    merge = synthesis if bands == 1 else _synthesis
+    low = merge(deeper, ndim=ndim, shape=size, wavelet=wavelet, transpose=transpose)
+    out = out + jnp.pad(low[..., None, :], [(0, 0)] * (ndim + 1) + [(0, bands - 1), (0, 0)])
+    return out.astype(dtype)
+
+
+_synthesis = unfused(synthesis, static_argnames=("ndim", "shape", "wavelet", "transpose"))
 
 
 def _correlate(padded: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
