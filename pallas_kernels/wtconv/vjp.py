@@ -73,22 +73,22 @@ def _apply(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> jax.Array:
     """The operator or its transpose."""
-    return _forward(plan.fwd, plan, transpose, x, taps, bias)
+    return _forward(plan, transpose, x, taps, bias)
 
 
 def _apply_fwd(plan, transpose, x, taps, bias):
-    return _forward(plan.fwd, plan, transpose, x, taps, bias), (x, taps, _like(bias))
+    # Reverse mode over reverse mode differentiates this line: a kernel has only the custom rule.
+    bare = _module(plan.fwd).DIFFERENTIABLE
+    y = (_forward if bare else _apply)(plan, transpose, x, taps, bias)
+    return y, (x, taps, _like(bias))
 
 
 def _apply_bwd(plan, transpose, residuals, dy):
     x, taps, bias = residuals
     shapes = tuple(tap.shape for tap in taps)
     bare = _module(plan.bwd).DIFFERENTIABLE
-    if bare:
-        dx = _forward(plan.bwd, plan, not transpose, dy, taps, None)
-    else:
-        dx = _apply(plan._replace(fwd=plan.bwd), not transpose, dy, taps, None)
-    correlate = _weight_grad_of if bare else _weight_grad
+    apply, correlate = (_forward, _correlate) if bare else (_apply, _weight_grad)
+    dx = apply(plan._replace(fwd=plan.bwd), not transpose, dy, taps, None)
     pair = (dy, x) if transpose else (x, dy)
     dtaps = correlate(plan, shapes, *pair)
     dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(dtaps, taps, strict=True))
@@ -107,11 +107,12 @@ def _weight_grad(
     plan: Plan, shapes: tuple[tuple[int, ...], ...], x: jax.Array, dy: jax.Array
 ) -> Taps:
     """Gradient of the taps; bilinear in x and dy, so its own VJP is the operator twice."""
-    return _weight_grad_of(plan, shapes, x, dy)
+    return _correlate(plan, shapes, x, dy)
 
 
 def _weight_grad_fwd(plan, shapes, x, dy):
-    return _weight_grad_of(plan, shapes, x, dy), (x, dy)
+    correlate = _correlate if _module(plan.bwd).DIFFERENTIABLE else _weight_grad
+    return correlate(plan, shapes, x, dy), (x, dy)
 
 
 def _weight_grad_bwd(plan, shapes, residuals, dtaps):
@@ -123,13 +124,13 @@ def _weight_grad_bwd(plan, shapes, residuals, dtaps):
 _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
 
 
-def _forward(name, plan, transpose, x, taps, bias):
-    return _module(name).forward(
+def _forward(plan, transpose, x, taps, bias):
+    return _module(plan.fwd).forward(
         x, taps, bias, wavelet=plan.wavelet, transpose=transpose, precision=plan.precision
     )
 
 
-def _weight_grad_of(plan, shapes, x, dy):
+def _correlate(plan, shapes, x, dy):
     return _module(plan.bwd).weight_grad(
         x, dy, kernel_shapes=shapes, wavelet=plan.wavelet, precision=plan.precision
     )

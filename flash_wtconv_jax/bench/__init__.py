@@ -1,0 +1,1 @@
+"""Benchmarks: each contender beside a named baseline, in one run."""

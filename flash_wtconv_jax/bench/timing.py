@@ -1,0 +1,60 @@
+"""Fair times on a shared machine: contenders take turns, and only their ratios are claimed."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import NamedTuple
+
+_ROUNDS = 7
+_CALLS = 3
+_REST_S = 0.25
+
+
+class Spread(NamedTuple):
+    """Median, least and greatest of several times, in milliseconds."""
+
+    median: float
+    least: float
+    greatest: float
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], object]], on_call: Callable[[], None] = lambda: None
+) -> dict[str, Spread]:
+    """Times calls that block until done, in turns, so that a drift of the machine meets all.
+
+    Before its timed calls a contender rests and runs once unmeasured: the threads of the one
+    before it (OpenMP's spin for a while) have gone to sleep, and caches hold its own data.
+
+    Args:
+        contenders: Call by name.
+        on_call: Told after each contender's turn, for a progress bar.
+
+    Returns:
+        Times by name, in milliseconds.
+
+    Example:
+        >>> sorted(take_turns({"nothing": lambda: None})["nothing"]._asdict())
+        ['greatest', 'least', 'median']
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(_ROUNDS):
+        for name, call in contenders.items():
+            time.sleep(_REST_S)
+            call()
+            for _ in range(_CALLS):
+                start = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - start) * 1e3)
+            on_call()
+    return {name: Spread(median(t), min(t), max(t)) for name, t in times.items()}
+
+
+def turns(contenders: int) -> int:
+    """How often `take_turns` calls `on_call`.
+
+    Example:
+        >>> turns(2)
+        14
+    """
+    return _ROUNDS * contenders

@@ -1,0 +1,149 @@
+"""`flash-wtconv bench wtconv`: our layer beside plain JAX and PyTorch eager, in one run."""
+
+from collections.abc import Callable, Mapping
+from datetime import date
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.wtconv import wtconv2d
+from pallas_kernels.wtconv.shapes import SHAPES, Shape
+
+from .. import environment
+from . import plain
+from .timing import take_turns, turns
+
+DIRECTIONS = ("forward", "forward+backward")
+Calls = dict[str, Callable[[], object]]
+
+
+def run(
+    shapes: list[str], baseline: str, progress: Callable[[str, int], Callable[[], None]]
+) -> dict[str, Any]:
+    """Times every contender that this machine has, float32.
+
+    Args:
+        shapes: Names in `pallas_kernels.wtconv.shapes.SHAPES`.
+        baseline: The contender that ratios refer to: "torch eager", "plain jax" or "flash".
+        progress: Told a label and a number of steps, returns what to call after each step.
+
+    Returns:
+        A JSON-able report: device, versions, date, and a row for each shape, direction and
+        contender with its times in milliseconds, `speedup` (the baseline's median over its own),
+        and for JAX `temporaries`, the peak of temporary memory in inputs.
+
+    Raises:
+        ValueError: An unknown shape, or a baseline that this machine does not have.
+    """
+    unknown = sorted(set(shapes) - set(SHAPES))
+    if unknown:
+        raise ValueError(f"shape: {unknown} is not one of {sorted(SHAPES)}")
+    rows = []
+    for name in shapes:
+        rows += _rows(name, SHAPES[name], baseline, progress)
+    return {
+        "benchmark": "wtconv",
+        "date": date.today().isoformat(),
+        "device": environment.device(),
+        "versions": environment.versions() | _torch_version(),
+        "dtype": "float32",
+        "baseline": baseline,
+        "rows": rows,
+    }
+
+
+def _rows(name: str, shape: Shape, baseline: str, progress: Callable) -> list[dict[str, Any]]:
+    x, dy, params = _data(shape)
+    calls: dict[str, Calls] = {direction: {} for direction in DIRECTIONS}
+    temporaries: dict[tuple[str, str], float] = {}
+    for contender, function in (("flash", wtconv2d), ("plain jax", plain.wtconv)):
+        for direction, compiled, arguments in _compiled(function, x, params, dy):
+            calls[direction][contender] = _blocking(compiled, arguments)
+            used = compiled.memory_analysis().temp_size_in_bytes
+            temporaries[direction, contender] = used / x.nbytes
+    for direction, call in _torch_calls(shape, x, params, dy).items():
+        calls[direction]["torch eager"] = call
+    if baseline not in calls["forward"]:
+        raise ValueError(
+            f"baseline: {baseline!r} is not here, expected one of {sorted(calls['forward'])}"
+        )
+    rows = []
+    for direction in DIRECTIONS:
+        step = progress(f"{name} {direction}", turns(len(calls[direction])))
+        times = take_turns(calls[direction], step)
+        for contender, spread in times.items():
+            rows.append(
+                {
+                    "shape": name,
+                    "x": list(shape.x),
+                    "levels": shape.levels,
+                    "kernel_size": shape.kernel_size,
+                    "direction": direction,
+                    "contender": contender,
+                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                    "speedup": times[baseline].median / spread.median,
+                    "temporaries": temporaries.get((direction, contender)),
+                }
+            )
+    return rows
+
+
+def _data(shape: Shape) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    rng = np.random.default_rng(0)
+    k, c = shape.kernel_size, shape.channels
+    sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
+    for i in range(shape.levels):
+        sizes |= {f"wavelet_kernel_{i}": (k, k, 4, c), f"wavelet_scale_{i}": (4, c)}
+    params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in sizes.items()}
+    x, dy = (jnp.asarray(rng.normal(size=shape.x), jnp.float32) for _ in range(2))
+    return x, dy, params
+
+
+def _compiled(function: Callable, *arrays: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
+    def both(x: jax.Array, params: Mapping[str, jax.Array], dy: jax.Array) -> Any:
+        y, pullback = jax.vjp(function, x, params)
+        return y, pullback(dy)
+
+    forward = jax.jit(function).lower(*arrays[:2]).compile()
+    return [
+        ("forward", forward, arrays[:2]),
+        ("forward+backward", jax.jit(both).lower(*arrays).compile(), arrays),
+    ]
+
+
+def _blocking(compiled: Callable, arguments: tuple[Any, ...]) -> Callable[[], object]:
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def _torch_calls(shape: Shape, x: jax.Array, params: Any, dy: jax.Array) -> Calls:
+    """Both directions of the published layer in PyTorch; nothing where torch is missing."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    import torch_bridge
+
+    layer = torch_bridge.from_jax({"params": params})
+    x, dy = (torch.tensor(np.asarray(a)).permute(0, 3, 1, 2).contiguous() for a in (x, dy))
+    leaf = x.clone().requires_grad_()
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    def both() -> None:
+        layer.zero_grad()
+        leaf.grad = None
+        layer(leaf).backward(dy)
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def _torch_version() -> dict[str, str]:
+    try:
+        import torch
+    except ImportError:
+        return {}
+    return {"torch": torch.__version__}

@@ -1,0 +1,34 @@
+"""Named real-world shapes, shared by tests, benchmarks and the tuner. Imports NumPy alone."""
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """One 2-D layer of a known network: x is `[batch, height, width, channels]`."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    levels: int
+    kernel_size: int = 5
+
+    @property
+    def x(self) -> tuple[int, int, int, int]:
+        """The shape of x.
+
+        Example:
+            >>> SHAPES["convnext_t_stage3"].x
+            (8, 14, 14, 384)
+        """
+        return self.batch, self.height, self.width, self.channels
+
+
+SHAPES: dict[str, Shape] = {
+    "convnext_t_stage1": Shape(8, 56, 56, 96, 5),
+    "convnext_t_stage2": Shape(8, 28, 28, 192, 4),
+    "convnext_t_stage3": Shape(8, 14, 14, 384, 3),
+    "convnext_t_stage4": Shape(8, 7, 7, 768, 2),
+    "image_112": Shape(8, 112, 112, 64, 3),
+}
+"""The four stages of WTConvNeXt-T at 224² and one larger image, at a batch for a CPU."""

@@ -1,0 +1,420 @@
+"""Compiled WTConv against the oracle, and what JAX's transformations must do with it."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from itertools import combinations, product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from jax import export
+from jax.ad_checkpoint import print_saved_residuals
+from jax.flatten_util import ravel_pytree
+
+from flash_wtconv_jax.bench import plain
+from pallas_kernels import oracle
+from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.wtconv import Implementation, api, vjp, wtconv1d, wtconv2d, wtconv3d
+from pallas_kernels.wtconv.cases import CASES, PAIRWISE, Case, inputs
+
+WTCONV = {1: wtconv1d, 2: wtconv2d, 3: wtconv3d}
+LOW = ("bfloat16", "float16")
+SMALL = Case((7, 6), 2, 3, "float64", channels=2)
+CORE = {c for c in CASES if c.dtype != "float16"}
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def arrays(case):
+    """x, params and dy of a case in its dtype."""
+    return jax.tree.map(lambda a: jnp.asarray(a, case.dtype), inputs(case))
+
+
+def expected(case):
+    """The oracle's output and gradients for the numbers that the case's dtype can hold."""
+    x, params, dy = jax.tree.map(lambda a: np.asarray(a, np.float64), arrays(case))
+    dec, rec = filter_bank(case.wavelet)
+    keys = {"stride": case.stride, "dec": dec, "rec": rec}
+    y = oracle.wtconv(x, params, case.ndim, **keys)
+    return y, oracle.wtconv_vjp(x, params, dy, case.ndim, **keys)
+
+
+def value_and_grads(function, case):
+    """Output and gradients of x and the parameters, compiled as one program."""
+
+    @jax.jit
+    def run(x, params, dy):
+        y, pullback = jax.vjp(function, x, params)
+        return y, pullback(dy)
+
+    return run(*arrays(case))
+
+
+def worst(got, want):
+    """Greatest error as a fraction of the output's root mean square."""
+    got, want = np.asarray(got, np.float64), np.asarray(want)
+    if want.size == 0:
+        return 0.0
+    return np.abs(got - want).max() / max(np.sqrt(np.mean(want**2)), 1e-30)
+
+
+def tolerance(case, name, of_case):
+    """Bounds of the design, section 5: a weight gradient is a sum over n terms."""
+    if case.dtype == "float64":
+        return 1e-12
+    terms = of_case[0].size / case.channels if name.startswith(("base", "wavelet")) else 1
+    return 1e-5 * max(1.0, terms**0.5 / 300)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=[pytest.mark.core] * (c in CORE)) for c in CASES],
+)
+def test_output_and_gradients_are_the_oracles(case):
+    call = partial(WTCONV[case.ndim], wavelet=case.wavelet, stride=case.stride)
+    y, (dx, dparams) = value_and_grads(call, case)
+    want_y, (want_dx, want_dparams) = expected(case)
+    got = {"y": y, "dx": dx, **dparams}
+    want = {"y": want_y, "dx": want_dx, **want_dparams}
+    assert {name: a.dtype for name, a in got.items()} == dict.fromkeys(want, jnp.dtype(case.dtype))
+    assert {name: a.shape for name, a in got.items()} == {n: a.shape for n, a in want.items()}
+    if case.dtype in LOW:
+        bounds = low_precision_bounds(case, want)
+    else:
+        bounds = {name: tolerance(case, name, inputs(case)) for name in want}
+    errors = {name: worst(got[name], want[name]) for name in want}
+    assert {n: e for n, e in errors.items() if e > bounds[n]} == {}
+
+
+def low_precision_bounds(case, want):
+    """Twice the error of plain JAX, which is only told to compute in the low precision."""
+    call = partial(plain.wtconv, ndim=case.ndim, stride=case.stride)
+    y, (dx, dparams) = value_and_grads(call, case)
+    got = {"y": y, "dx": dx, **dparams}
+    rounding = float(jnp.finfo(case.dtype).eps)
+    return {name: max(2 * worst(got[name], want[name]), rounding) for name in want}
+
+
+def test_the_table_covers_every_pair():
+    kinds = {
+        1: {(16,): 0, (13,): 1, (28,): 2, (1,): 3, (5,): 4},
+        2: {(8, 8): 0, (7, 7): 1, (28, 28): 2, (1, 1): 3, (5, 18): 4},
+        3: {(4, 4, 4): 0, (5, 5, 5): 1, (6, 6, 6): 2, (1, 1, 1): 3, (4, 7, 2): 4},
+    }
+    values = [(1, 2, 3), range(5), range(7), (1, 2, 3, 5, 7), ("float32", *LOW, "float64")]
+    rows = [
+        (c.ndim, kinds[c.ndim][c.spatial], c.levels, c.kernel_size, c.dtype) for c in PAIRWISE
+    ]
+    for i, j in combinations(range(len(values)), 2):
+        missing = set(product(values[i], values[j])) - {(row[i], row[j]) for row in rows}
+        assert not missing
+
+
+@given(
+    st.lists(st.integers(1, 11), min_size=1, max_size=2),
+    st.integers(0, 3),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+def test_drawn_cases_are_the_oracles(spatial, levels, kernel_size, stride, channels):
+    spatial = tuple(spatial) if len(spatial) == 2 else (spatial[0] + 2,)
+    case = Case(spatial, levels, kernel_size, "float64", (1,), channels, stride)
+    x, params, _ = arrays(case)
+    got = WTCONV[case.ndim](x, params, stride=stride)
+    want = oracle.wtconv(*inputs(case)[:2], case.ndim, stride=stride)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", [SMALL, Case((9,), 2, 2, "float64", stride=2)], ids=str)
+def test_gradients_are_finite_differences(case):
+    x, params, dy = arrays(case)
+    loss = jax.jit(
+        lambda x, p: jnp.vdot(WTCONV[case.ndim](x, p, stride=case.stride), dy)
+    )
+    grads = jax.grad(loss, (0, 1))(x, params)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        way = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), (x, params))
+        step = jax.tree.map(lambda a: 1e-4 * a, way)
+        ahead, back = (
+            loss(*jax.tree.map(lambda a, d, s=sign: a + s * d, (x, params), step))
+            for sign in (1, -1)
+        )
+        slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, way)))
+        np.testing.assert_allclose((ahead - back) / 2e-4, slope, rtol=1e-6)
+
+
+def loss(x, params, **keys):
+    """Something curved, so that second derivatives are not zero."""
+    return jnp.sin(wtconv2d(x, params, **keys)).sum()
+
+
+@pytest.mark.core
+def test_hessian_and_jvp_of_grad_and_jacrev_of_grad_agree():
+    case = Case((3, 2), 1, 2, "float64", (1,), 1)
+    x, params, _ = arrays(case)
+    flat, unflatten = ravel_pytree((x, params))
+    curved = lambda v: loss(*unflatten(v))  # noqa: E731
+    hessian = jax.jit(jax.hessian(curved))(flat)
+    np.testing.assert_allclose(hessian, jax.jit(jax.jacrev(jax.grad(curved)))(flat), atol=1e-12)
+    way = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype))
+    tangent = jax.jvp(jax.grad(curved), (flat,), (way,))[1]
+    np.testing.assert_allclose(hessian @ way, tangent, atol=1e-10)
+    numeric = (jax.grad(curved)(flat + 1e-5 * way) - jax.grad(curved)(flat - 1e-5 * way)) / 2e-5
+    np.testing.assert_allclose(tangent, numeric, atol=1e-7)
+
+
+@pytest.fixture
+def opaque(monkeypatch):
+    """`xla` behind a wall that JAX cannot differentiate through, as a kernel is."""
+    from pallas_kernels.wtconv import xla
+
+    class Kernel:
+        DIFFERENTIABLE = False
+
+        @staticmethod
+        def forward(x, taps, bias, **keys):
+            return _walled(partial(xla.forward, **keys), x, taps, bias)
+
+        @staticmethod
+        def weight_grad(x, dy, **keys):
+            return _walled(partial(xla.weight_grad, **keys), x, dy)
+
+    monkeypatch.setattr(vjp, "_module", lambda name: Kernel)
+
+
+def _walled(function, *args):
+    @jax.custom_jvp
+    def wall(*args):
+        return function(*args)
+
+    @wall.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError("a kernel has no derivative of its own")
+
+    return wall(*args)
+
+
+def test_jacrev_of_grad_through_kernels_that_have_no_derivative(opaque):
+    case = Case((3, 5), 1, 2, "float64", (1,), 2, stride=2)
+    x, params, _ = arrays(case)
+    jax.clear_caches()
+
+    def twice(x, params):
+        gradients = jax.grad(loss, (0, 1))(x, params, stride=2)
+        return sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(gradients))
+
+    got = jax.grad(twice, (0, 1))(x, params)
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vjp, "_module", lambda name: api.OPERATOR.module(name))
+        want = jax.grad(twice, (0, 1))(x, params)
+    jax.clear_caches()
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), got, want)
+
+
+@pytest.mark.core
+def test_residuals_are_x_and_the_taps(capsys):
+    case = Case((16, 16), 2, 3, "float32", (4,), 8)
+    x, params, _ = arrays(case)
+    print_saved_residuals(lambda x, p: wtconv2d(x, p).sum(), x, params)
+    sizes = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    # Parameters are saved for the product with the scales, x for the correlation: no coefficients.
+    big = [s for s in sizes if s.startswith("f32[4,")]
+    assert set(big) == {"f32[4,16,16,8]"}
+
+
+@pytest.mark.core
+def test_gradients_are_bitwise_reproducible():
+    case = Case((33, 30), 3, 5, "float32", (8,), 16)
+    first = jax.tree.leaves(value_and_grads(wtconv2d, case))
+    again = jax.tree.leaves(value_and_grads(wtconv2d, case))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_batch_in_chunks_is_the_whole_batch(monkeypatch):
+    from pallas_kernels.wtconv import xla
+
+    case = Case((9, 8), 2, 3, "float64", (6,), 4)
+    whole = value_and_grads(wtconv2d, case)
+    monkeypatch.setattr(xla, "_CHUNK_BYTES", 2 * 9 * 8 * 4 * 8)
+    jax.clear_caches()
+    chunked = value_and_grads(wtconv2d, case)
+    jax.clear_caches()
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-11), chunked, whole)
+
+
+@pytest.mark.core
+def test_vmap_over_x_and_over_parameters():
+    case = Case((5, 4), 1, 3, "float64", (3, 2), 2)
+    x, params, _ = arrays(case)
+    want = wtconv2d(x, params)
+    np.testing.assert_allclose(jax.vmap(wtconv2d, (0, None))(x, params), want, atol=1e-12)
+    several = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
+    got = jax.vmap(wtconv2d)(x, several)
+    for i in range(3):
+        one = jax.tree.map(lambda p, i=i: p[i], several)
+        np.testing.assert_allclose(got[i], wtconv2d(x[i], one), atol=1e-12)
+    per_example = jax.vmap(jax.grad(lambda p, x: loss(x, p)), (None, 0))(params, x)
+    total = jax.grad(lambda p: loss(x, p))(params)
+    summed = jax.tree.map(lambda g: g.sum(0), per_example)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), summed, total)
+
+
+@pytest.mark.core
+def test_checkpoint_gives_the_same_gradients():
+    x, params, _ = arrays(SMALL)
+    want = jax.jit(jax.grad(loss, (0, 1)))(x, params)
+    got = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(x, params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), got, want)
+
+
+@pytest.mark.core
+def test_export_with_a_symbolic_batch():
+    x, params, _ = arrays(SMALL)
+
+    def gradient(x, params):
+        return wtconv2d(x, params), jax.grad(loss, (0, 1))(x, params)
+
+    shape = export.symbolic_shape("b, 7, 6, 2")
+    sizes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    exported = export.export(jax.jit(gradient))(jax.ShapeDtypeStruct(shape, x.dtype), sizes)
+    loaded = export.deserialize(exported.serialize())
+    for n in (1, 3):
+        batch = jnp.concatenate([x] * n)[:n]
+        want = gradient(batch, params)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, atol=1e-11), loaded.call(batch, params), want
+        )
+
+
+@pytest.mark.core
+def test_one_dtype_comes_out_whatever_the_parameters_are():
+    case = Case((6, 6), 1, 3)
+    x, params, _ = arrays(case)
+    half = x.astype("bfloat16")
+    y, pullback = jax.vjp(wtconv2d, half, params)
+    dx, dparams = pullback(y)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert {g.dtype for g in jax.tree.leaves(dparams)} == {jnp.dtype("float32")}
+    want = oracle.wtconv(np.asarray(half, np.float64), inputs(case)[1], 2)
+    largest = np.abs(want).max()
+    assert np.abs(np.asarray(y, np.float64) - want).max() <= jnp.finfo("bfloat16").eps / 2 * largest
+
+
+@pytest.mark.core
+def test_peak_memory_of_a_large_layer():
+    """Six inputs of temporaries are allowed for (8, 112, 112, 64) at three levels."""
+    shape = (8, 112, 112, 64)
+    sizes = {"base_kernel": (5, 5, 1, 64), "base_scale": (64,), "base_bias": (64,)}
+    for i in range(3):
+        sizes |= {f"wavelet_kernel_{i}": (5, 5, 4, 64), f"wavelet_scale_{i}": (4, 64)}
+    x, *params = (jax.ShapeDtypeStruct(s, "float32") for s in (shape, *sizes.values()))
+    params = dict(zip(sizes, params, strict=True))
+
+    def both(x, params, dy):
+        y, pullback = jax.vjp(wtconv2d, x, params)
+        return y, pullback(dy)
+
+    memory = jax.jit(both).lower(x, params, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 6 * 4 * np.prod(shape)
+
+
+BAD = {
+    "x rank": (dict(x=jnp.ones((6, 3))), "x: expected an array \\[\\*batch, H, W, C\\].*\\(6, 3\\)"),
+    "x integer": (dict(x=jnp.ones((6, 6, 3), int)), "x: .*floating.*int"),
+    "x empty": (dict(x=jnp.ones((0, 6, 3))), "x: .*at least one"),
+    "channels": (dict(x=jnp.ones((6, 6, 4))), "x with 4 channels.*'base_kernel': expected shape"),
+    "stride": (dict(stride=0), "stride=0"),
+    "wavelet": (dict(wavelet="no"), "wavelet='no' is not a discrete wavelet"),
+    "continuous": (dict(wavelet="morl"), "wavelet='morl' is not a discrete wavelet"),
+    "implementation": (dict(implementation="no"), "\\['no'\\].*\\['xla'\\]"),
+    "precision": (dict(precision="no"), "precision='no'"),
+    "missing": (dict(drop="base_kernel"), "missing \\['base_kernel'\\]"),
+    "gap": (dict(drop="wavelet_kernel_0"), "unexpected 'wavelet_kernel_1'.*without a gap"),
+    "no scale": (dict(drop="wavelet_scale_1"), "missing 'wavelet_scale_1'"),
+    "surplus": (dict(add={"kernel": jnp.ones(3)}), "unexpected 'kernel'"),
+    "misshapen": (dict(add={"base_bias": jnp.ones(2)}), "'base_bias': expected shape \\(3,\\), got"),
+    "kernel 0": (dict(add={"base_kernel": jnp.ones((0, 0, 1, 3))}), "'base_kernel'.*k >= 1"),
+    "oblong": (dict(add={"base_kernel": jnp.ones((3, 5, 1, 3))}), "'base_kernel': expected shape"),
+    "integers": (dict(add={"base_scale": jnp.ones(3, int)}), "'base_scale': expected a floating"),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_are_named(bad):
+    changes, message = BAD[bad]
+    x, params, _ = arrays(Case((6, 6), 2, 3))
+    params.pop(changes.get("drop"), None)
+    params |= changes.get("add", {})
+    keys = {name: changes[name] for name in changes if name not in ("x", "drop", "add")}
+    with pytest.raises(ValueError, match=message):
+        wtconv2d(changes.get("x", x), params, **keys)
+
+
+def test_a_stride_longer_than_the_signal_is_an_error():
+    x, params, _ = arrays(Case((2,), 0, 1))
+    with pytest.raises(ValueError, match="stride=3 averages groups of 3"):
+        wtconv1d(x, params, stride=3)
+
+
+@pytest.mark.core
+def test_implementations_by_name_member_sequence_and_environment(monkeypatch):
+    x, params, _ = arrays(SMALL)
+    want = wtconv2d(x, params)
+    for choice in ("xla", Implementation.XLA, ["xla", Implementation.XLA]):
+        assert np.array_equal(wtconv2d(x, params, implementation=choice), want)
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_BWD", "nothing")
+    with pytest.raises(ValueError, match="FLASH_WTCONV_WTCONV_BWD"):
+        wtconv2d(x, params)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from pallas_kernels.wtconv import wtconv2d
+from pallas_kernels.wtconv.cases import Case, inputs
+
+case = Case((7, 6), 2, 3, batch=(4,), channels=4)
+x, params, dy = jax.tree.map(lambda a: jnp.asarray(a, "float32"), inputs(case))
+
+def both(function, x, params, dy):
+    y, pullback = jax.vjp(function, x, params)
+    return y, pullback(dy)
+
+want = both(wtconv2d, x, params, dy)
+spec = P("n", None, None, "c")
+specs = {name: P(*[None] * (p.ndim - 1), "c") for name, p in params.items()}
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2, 2), ("n", "c"), axis_types=(kind, kind))
+    place = lambda tree, specs: jax.tree.map(
+        lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs
+    )
+    local = jax.shard_map(
+        wtconv2d, mesh=mesh, in_specs=(spec, specs), out_specs=spec, check_vma=False
+    )
+    for function in [local] + [wtconv2d] * (kind is AxisType.Auto):
+        run = jax.jit(lambda *arrays, function=function: both(function, *arrays))
+        arrays = place(x, spec), place(params, specs), place(dy, spec)
+        program = run.lower(*arrays).compile()
+        # Images and channels do not mix: only sums of weight gradients cross devices.
+        assert not any(op in program.as_text() for op in ("all-gather(", "all-to-all("))
+        got = program(*arrays)
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+"""
+
+
+def test_sharded_over_batch_and_channels_nothing_is_gathered():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=os.environ | flags)
