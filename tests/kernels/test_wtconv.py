@@ -255,6 +255,23 @@ def test_a_batch_in_chunks_is_the_whole_batch(monkeypatch):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(
+    "case", [Case((14, 14), 2, 5), Case((13,), 3, 2), Case((5, 4, 6), 1, 3)], ids=lambda c: c.name
+)
+def test_the_form_for_accelerators(monkeypatch, case):
+    """Grouped convolutions, which `xla` takes where the device is no CPU."""
+    from pallas_kernels.wtconv import xla
+
+    monkeypatch.setattr(xla, "on_cpu", lambda: False)
+    jax.clear_caches()
+    y, (dx, dparams) = value_and_grads(WTCONV[case.ndim], case)
+    jax.clear_caches()
+    want_y, (want_dx, want_dparams) = expected(case)
+    errors = jax.tree.map(worst, {"y": y, "dx": dx} | dparams, {"y": want_y, "dx": want_dx} | want_dparams)
+    assert max(errors.values()) <= 1e-5
+
+
+@pytest.mark.core
 def test_vmap_over_x_and_over_parameters():
     case = Case((5, 4), 1, 3, "float64", (3, 2), 2)
     x, params, _ = arrays(case)
