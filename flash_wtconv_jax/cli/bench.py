@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+DIRECTIONS = ("forward", "forward+backward")
+
 bench = typer.Typer(
     help="Time the operators beside plain JAX and PyTorch, in one run.", no_args_is_help=True
 )
@@ -56,25 +58,37 @@ def wtconv(
 
 
 def _table(report: dict[str, Any]) -> Any:
+    """A section a shape, a row a contender; medians with their spread, and ratios."""
     from rich.table import Table
 
     kind = report["device"]["kind"]
-    table = Table(title=f"WTConv, float32, {kind}; speedup over {report['baseline']}")
-    for column in ("shape", "direction", "contender"):
-        table.add_column(column)
-    for column in ("median ms", "least - greatest", "speedup", "temporaries"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=f"WTConv, {report['dtype']}, {kind}",
+        caption=f"median ms (least-greatest); x: speed over {report['baseline']}; "
+        "memory: temporaries of forward+backward in inputs",
+    )
+    table.add_column("", no_wrap=True)
+    for direction in DIRECTIONS:
+        table.add_column(direction, justify="right", no_wrap=True)
+        table.add_column("x", justify="right", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
+    rows = {(r["shape"], r["contender"], r["direction"]): r for r in report["rows"]}
     previous = None
-    for row in report["rows"]:
-        head = (row["shape"], row["direction"])
-        memory = row["temporaries"]
-        table.add_row(
-            *(("", "") if head == previous else head),
-            row["contender"],
-            f"{row['median_ms']:.1f}",
-            f"{row['least_ms']:.1f} - {row['greatest_ms']:.1f}",
-            f"{row['speedup']:.2f}",
-            "" if memory is None else f"{memory:.1f} inputs",
-        )
-        previous = head
+    for shape, contender in dict.fromkeys(key[:2] for key in rows):
+        if shape != previous:
+            table.add_section()
+            table.add_row(f"[bold]{shape}[/]")
+            previous = shape
+        both = [rows[shape, contender, direction] for direction in DIRECTIONS]
+        cells = [cell for row in both for cell in (_times(row), f"{row['speedup']:.2f}")]
+        memory = both[-1]["temporaries"]
+        table.add_row(contender, *cells, "" if memory is None else f"{memory:.1f}")
     return table
+
+
+def _times(row: dict[str, Any]) -> str:
+    middle, least, greatest = (
+        f"{row[key]:.0f}" if row[key] >= 10 else f"{row[key]:.1f}"
+        for key in ("median_ms", "least_ms", "greatest_ms")
+    )
+    return f"{middle} ({least}-{greatest})"

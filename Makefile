@@ -1,0 +1,82 @@
+# `make demo`, `make test` and `make lint` need Python 3.11 or newer and nothing else.
+# PYTHON=/path/to/python3 names the interpreter that .venv is made from.
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/install.log
+# Written while pip runs and removed when pip returns: an interrupted installation starts anew.
+UNFINISHED := $(VENV)/.unfinished
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+
+PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
+URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train a small WTConv network on handwritten digits, write runs/demo/"
+	@echo "make test   run the test suite"
+	@echo "make lint   run ruff and mypy"
+	@echo "make clean  remove .venv and everything that the commands above wrote"
+
+demo: $(VENV)/.installed-demo
+	@$(BIN)/flash-wtconv demo
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+lint: $(VENV)/.installed-test
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# One environment, one stamp an extra. The stamp is written last, so that it means "complete".
+$(VENV)/.installed-%: pyproject.toml
+	@fail() { echo "flash-wtconv: $$1" >&2; exit 1; }; \
+	full() { [ "$$(df -Pk . | awk 'NR == 2 { print $$4 }')" -lt 51200 ]; }; \
+	if [ -e $(UNFINISHED) ] || ! $(BIN)/python -c '$(PYTHON_CHECK)' >/dev/null 2>&1 \
+	    || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  python=; seen=; \
+	  for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	    version=$$($$candidate -c '$(PYTHON_CHECK)' 2>/dev/null) && python=$$candidate && break; \
+	    seen="$$seen$${version:+, $$candidate is $$version}"; \
+	  done; \
+	  [ -n "$$python" ] || fail "needs Python 3.11 or newer, found none$$seen; install one, or name it: make $* PYTHON=/path/to/python3"; \
+	  echo "Making $(VENV) with Python $$version"; \
+	  if ! output=$$($$python -m venv --clear $(VENV) 2>&1); then \
+	    if full; then fail "the disk is full: could not make $(VENV)"; fi; \
+	    case "$$output" in \
+	      *ensurepip*) fail "$$python has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" ;; \
+	      *) fail "could not make $(VENV): $$(echo "$$output" | tail -n 1)" ;; \
+	    esac; \
+	  fi; \
+	fi; \
+	extras=$*; index=; \
+	if nvidia-smi -L >/dev/null 2>&1; then \
+	  driver=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1); \
+	  if [ "$${driver%%.*}" -ge 580 ]; then extras=$*,cuda13; else extras=$*,cuda12; fi; \
+	else \
+	  for node in /dev/accel[0-9]* /dev/vfio/[0-9]*; do [ -e "$$node" ] && extras=$*,tpu && break; done; \
+	  if [ $* = test ] && [ "$$(uname)" = Linux ] \
+	      && $(BIN)/python -c '$(URL_CHECK)' $(CPU_TORCH)/torch/ 2>/dev/null; then \
+	    index="--extra-index-url $(CPU_TORCH)"; \
+	  fi; \
+	fi; \
+	echo "Installing flash-wtconv[$$extras] into $(VENV), some minutes the first time (log: $(LOG))"; \
+	rm -f $(LOG); touch $(LOG) $(UNFINISHED) || fail "the disk is full, or $(VENV) cannot be written"; \
+	{ $(BIN)/python -m pip install --no-input --disable-pip-version-check --progress-bar off \
+	    $$index -e ".[$$extras]" 2>&1 && echo "pip: done"; } \
+	  | while IFS= read -r line; do \
+	      echo "$$line" 2>/dev/null >>$(LOG); \
+	      if [ -t 1 ]; then printf '\r\033[K%.78s' "$$line"; fi; \
+	    done; \
+	if [ -t 1 ]; then printf '\r\033[K'; fi; \
+	rm -f $(UNFINISHED); \
+	if [ "$$(tail -n 1 $(LOG))" != "pip: done" ]; then \
+	  if grep -q "No space left" $(LOG) || full; then fail "the disk is full: could not install into $(VENV) (log: $(LOG))"; fi; \
+	  if grep -qE "NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|Network is unreachable|resolve host|Max retries|from versions: none" $(LOG); then \
+	    fail "no network: pip could not reach the package index (log: $(LOG))"; fi; \
+	  fail "pip failed: $$(grep "ERROR:" $(LOG) | tail -n 1 | sed "s/^ *ERROR: //") (log: $(LOG))"; \
+	fi; \
+	touch $@

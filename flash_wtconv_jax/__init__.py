@@ -1,0 +1,78 @@
+"""Wavelet convolutions for Flax: layers (linen and nnx), models, checkpoints, tools.
+
+The layers at the top level are linen modules; their nnx twins are in `flash_wtconv_jax.nnx`.
+Importing this package is cheap: a submodule, and Flax with it, is imported when one of its names
+is first asked for.
+
+Example:
+    >>> import jax
+    >>> from flash_wtconv_jax import WTConv2d
+    >>> model = WTConv2d(channels=8, kernel_size=5, depth=2)
+    >>> x = jax.numpy.ones((1, 16, 16, 8))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> model.apply(variables, x).shape
+    (1, 16, 16, 8)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import checkpoints, linen, models, nnx, surgery
+    from .linen import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
+    from .parameters import deepest_level, weight_decay_mask
+
+    __version__: str
+
+__all__ = [
+    "SeparableWTConv2d",
+    "WTConv1d",
+    "WTConv2d",
+    "WTConv3d",
+    "__version__",
+    "checkpoints",
+    "deepest_level",
+    "linen",
+    "models",
+    "nnx",
+    "surgery",
+    "weight_decay_mask",
+]
+
+_SUBMODULES = frozenset({"checkpoints", "linen", "models", "nnx", "surgery"})
+_HOME = {
+    "SeparableWTConv2d": "linen",
+    "WTConv1d": "linen",
+    "WTConv2d": "linen",
+    "WTConv3d": "linen",
+    "deepest_level": "parameters",
+    "weight_decay_mask": "parameters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the submodule that holds `name` and remember the result."""
+    if name in _SUBMODULES:
+        value: Any = importlib.import_module(f".{name}", __name__)
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    elif name == "__version__":
+        value = _installed_version()
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+def _installed_version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("flash-wtconv")
+    except metadata.PackageNotFoundError:
+        # Imported from a source tree that was never installed: there is no version to report.
+        return "0+uninstalled"

@@ -1,0 +1,46 @@
+"""Weights in and out: PyTorch state dicts, `.safetensors`, `.pth` and Orbax folders.
+
+Variables are what linen's `apply` takes: `{"params": nested dict of arrays}`. An nnx model takes
+them with `load_into(model, variables)` and gives them with `variables_of(model)`; in linen through
+Flax's bridge it takes `for_bridge(variables)`.
+
+Nothing here imports torch until a `.pth` file or a bfloat16 tensor asks for it.
+
+Example:
+    >>> import numpy as np
+    >>> params = {"base_kernel": np.ones((3, 3, 1, 8)), "base_scale": np.ones(8)}
+    >>> state_dict = to_torch({"params": params}, layout="published")
+    >>> sorted(state_dict)
+    ['base_conv.weight', 'base_scale.weight', 'iwt_filter', 'wt_filter']
+    >>> from_torch(state_dict)["params"]["base_kernel"].shape
+    (3, 3, 1, 8)
+"""
+
+from .files import load, read_state_dict, write_state_dict
+from .modules import for_bridge, load_into, variables_of
+from .names import (
+    LAYOUTS,
+    Recognised,
+    from_torch,
+    recognise,
+    to_torch,
+)
+from .orbax import restore, save
+from .tensors import to_tensors
+
+__all__ = [
+    "LAYOUTS",
+    "Recognised",
+    "for_bridge",
+    "from_torch",
+    "load",
+    "load_into",
+    "read_state_dict",
+    "recognise",
+    "restore",
+    "save",
+    "to_tensors",
+    "to_torch",
+    "variables_of",
+    "write_state_dict",
+]

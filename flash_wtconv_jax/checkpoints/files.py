@@ -1,0 +1,170 @@
+"""PyTorch state dicts in `.safetensors` and `.pth` files, and checkpoints of any kind by path."""
+
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from .names import from_torch
+from .tensors import import_torch, to_array, to_tensors
+
+_SAFETENSORS = (".safetensors",)
+_TORCH = (".pth", ".pt")
+# Where training scripts, timm's among them, keep the weights in a larger dict; averaged ones first.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# What DistributedDataParallel and torch.compile put in front of every name.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def load(
+    path: str | os.PathLike[str], layout: str | None = None, *, wavelet: str = "haar"
+) -> dict[str, Any]:
+    """Variables from a checkpoint of any kind.
+
+    Args:
+        path: `.safetensors` or `.pth` file with a PyTorch state dict, or an Orbax folder.
+        layout: Layout of the state dict, recognised if None; see `from_torch`.
+        wavelet: The wavelet that the frozen filters of a state dict must be.
+
+    Returns:
+        `{"params": ...}` of NumPy arrays, or the whole tree that an Orbax folder holds.
+
+    Raises:
+        FileNotFoundError: There is nothing at path.
+        ValueError: It cannot be read or does not fit its layout.
+    """
+    from .orbax import restore
+
+    path = Path(path)
+    if path.is_dir():
+        return restore(path)
+    return from_torch(read_state_dict(path), layout, wavelet=wavelet)
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """A PyTorch state dict from a file, without running anything that the file holds.
+
+    Args:
+        path: `.safetensors`, or `.pth` or `.pt` (which need PyTorch and are read with
+            `weights_only=True`). Of a training checkpoint the weights alone are taken, averaged
+            (EMA) ones first, and the prefixes of DistributedDataParallel and `torch.compile` go.
+
+    Returns:
+        NumPy arrays by name, bfloat16 as that of ml_dtypes.
+
+    Raises:
+        FileNotFoundError: There is no file at path.
+        ModuleNotFoundError: `.pth` without PyTorch installed.
+        ValueError: Unknown extension, a damaged file, or a pickle of more than tensors.
+    """
+    path = Path(path)
+    read = _read_safetensors if is_safetensors(path) else _read_torch
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    state_dict = read(path)
+    for prefix in _PREFIXES:
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    return {name: to_array(value) for name, value in state_dict.items()}
+
+
+def write_state_dict(
+    path: str | os.PathLike[str], state_dict: Mapping[str, Any], *, force: bool = False
+) -> None:
+    """Writes a PyTorch state dict, whole or not at all.
+
+    Args:
+        path: `.safetensors`, or `.pth` or `.pt` (which need PyTorch).
+        state_dict: Tensors or arrays by name, as `to_torch` returns them.
+        force: Replace a file that is there.
+
+    Raises:
+        FileExistsError: There is a file at path and force is False, or there is a folder.
+        FileNotFoundError: Its folder does not exist.
+        ModuleNotFoundError: `.pth` without PyTorch installed.
+        ValueError: Unknown extension.
+    """
+    path = Path(path)
+    write = _write_safetensors if is_safetensors(path) else _write_torch
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder, expected the name of a file")
+    arrays = {name: np.array(to_array(value), order="C") for name, value in state_dict.items()}
+    with replacing(path, force) as temporary:
+        write(temporary, arrays)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a state dict at path is `.safetensors`; `.pth` and `.pt` are the other way."""
+    if path.suffix not in _SAFETENSORS + _TORCH:
+        raise ValueError(
+            f"path {path} has extension {path.suffix!r}, expected .safetensors, .pth or .pt"
+        )
+    return path.suffix in _SAFETENSORS
+
+
+@contextmanager
+def replacing(path: Path, force: bool) -> Iterator[Path]:
+    """Gives a path to write to and moves what was written to `path` when all went well."""
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists already; use force to replace it")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
+    # In the same folder, so that the move is a rename, which happens or does not.
+    with TemporaryDirectory(prefix=".flash-wtconv-", dir=path.absolute().parent) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        if path.is_dir():
+            # A folder cannot be renamed over another: the old one steps aside, to go with ours.
+            path.rename(Path(folder) / f"{path.name}.old")
+        os.replace(temporary, path)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole .safetensors file: {error}") from error
+
+
+def _write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    # The mark that PyTorch's own readers of the format look for.
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    torch = import_torch()
+    try:
+        with warnings.catch_warnings():
+            # It warns of pickles that it then refuses.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged: it was not loaded, for such a file "
+            "can run code. Where it comes from, save model.state_dict() alone"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a whole PyTorch file: {reason}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            return dict(content[wrapper])
+    return dict(content)
+
+
+def _write_torch(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    torch = import_torch()
+    torch.save(to_tensors(arrays), path)

@@ -1,0 +1,98 @@
+"""Orbax folders of variables."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .files import replacing
+from .tensors import to_array
+
+# What Orbax writes into the folder of every checkpoint.
+_MARK = "_CHECKPOINT_METADATA"
+
+
+def save(
+    folder: str | os.PathLike[str], variables: Mapping[str, Any], *, force: bool = False
+) -> None:
+    """Writes variables as an Orbax checkpoint, whole or not at all.
+
+    Args:
+        folder: Where to; any Orbax reads it.
+        variables: `{"params": ...}` or any nested dict of arrays.
+        force: Replace a checkpoint that is there; a folder of anything else is never replaced.
+
+    Raises:
+        FileExistsError: The folder exists and force is False, or it is no checkpoint.
+        FileNotFoundError: The folder that it goes into does not exist.
+        ValueError: The variables are empty or hold an empty array.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> folder = Path(mkdtemp()) / "checkpoint"
+        >>> save(folder, {"params": {"base_scale": np.ones(3)}})
+        >>> restore(folder)
+        {'params': {'base_scale': array([1., 1., 1.])}}
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).absolute()
+    if force and folder.exists() and not is_checkpoint(folder):
+        raise FileExistsError(f"{folder} is no checkpoint and is not replaced; name another folder")
+    tree = _as_arrays(variables)
+    with replacing(folder, force) as temporary, ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(temporary, tree)
+
+
+def restore(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the variables of an Orbax checkpoint.
+
+    Args:
+        folder: The folder that `save`, or another Orbax writer, has written.
+
+    Returns:
+        The nested dict that was saved, its arrays as NumPy arrays whatever device they lived on.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It is no checkpoint, or a damaged one.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    if not is_checkpoint(folder):
+        raise ValueError(f"folder {folder} is no Orbax checkpoint: it holds no {_MARK}")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(folder).item_metadata
+            # As NumPy arrays: devices of the machine that wrote it may not be there.
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.tree)
+            return checkpointer.restore(folder, restore_args=plain)
+    except Exception as error:  # Orbax and its storage raise whatever they stumble over.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"folder {folder} is a damaged Orbax checkpoint: {reason}") from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is an Orbax checkpoint."""
+    return (folder / _MARK).is_file()
+
+
+def _as_arrays(tree: Mapping[str, Any], path: str = "variables") -> dict[str, Any]:
+    if not tree:
+        raise ValueError(f"{path} is empty, expected arrays")
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{path}.{key}"
+        if isinstance(value, Mapping):
+            result[str(key)] = _as_arrays(value, name)
+            continue
+        result[str(key)] = array = to_array(value)
+        if not array.size:
+            raise ValueError(f"{name} has shape {array.shape}, expected at least one element")
+    return result

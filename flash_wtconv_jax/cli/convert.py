@@ -1,0 +1,101 @@
+"""`flash-wtconv convert`: weights from PyTorch to Flax, back, and from layout to layout."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_FILES = (".safetensors", ".pth", ".pt")
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A .safetensors, .pth or .pt file, or an Orbax folder.")
+    ],
+    destination: Annotated[
+        Path,
+        typer.Argument(help="Likewise; a name without an extension makes an Orbax folder."),
+    ],
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="PyTorch layout of DESTINATION, or of SOURCE when DESTINATION is a folder: "
+            "published, fast or wtconvnext. Default: that of SOURCE, which is recognised."
+        ),
+    ] = None,
+    wavelet: Annotated[
+        str | None,
+        typer.Option(
+            help="PyWavelets name of the frozen filters. Default: those of SOURCE, else haar."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DESTINATION.")] = False,
+) -> None:
+    """Convert weights between PyTorch state dicts and Flax variables (an Orbax folder)."""
+    from ..checkpoints import LAYOUTS
+
+    if layout is not None and layout not in LAYOUTS:
+        _fail(f"--layout is {layout}, expected one of: {', '.join(LAYOUTS)}", code=2)
+    if destination.suffix not in ("", *_FILES) and not destination.is_dir():
+        _fail(
+            f"destination {destination} has extension {destination.suffix}, expected .safetensors, "
+            ".pth, .pt, or none for an Orbax folder",
+            code=2,
+        )
+    if destination.exists() and not force:
+        _fail(f"{destination} exists already; give --force to replace it", code=2)
+    try:
+        _convert(source, destination, layout, wavelet, force)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error), code=1)
+
+
+def _convert(
+    source: Path, destination: Path, layout: str | None, wavelet: str | None, force: bool
+) -> None:
+    from .. import checkpoints
+    from ..checkpoints.names import flatten
+
+    to_file = destination.suffix in _FILES
+    if source.is_dir():
+        variables = checkpoints.restore(source)
+        wavelet = wavelet or "haar"
+        typer.echo(f"read {source}: Orbax folder, {_size(flatten(variables))}")
+    else:
+        state_dict = checkpoints.read_state_dict(source)
+        found = checkpoints.recognise(state_dict)
+        read_as = found.layout if to_file or layout is None else layout
+        wavelet = wavelet or found.wavelet
+        variables = checkpoints.from_torch(state_dict, read_as, wavelet=wavelet)
+        layout = layout or found.layout
+        typer.echo(
+            f"read {source}: layout {read_as}, {found.ndim}-D, wavelet {wavelet}, "
+            f"{_size(state_dict)}"
+        )
+    if to_file:
+        state_dict = checkpoints.to_torch(variables, layout, wavelet=wavelet)
+        checkpoints.write_state_dict(destination, state_dict, force=force)
+        made = checkpoints.recognise(state_dict)
+        typer.echo(
+            f"wrote {destination}: layout {made.layout}, {made.ndim}-D, wavelet {made.wavelet}, "
+            f"{_size(state_dict)}"
+        )
+    else:
+        checkpoints.save(destination, variables, force=force)
+        typer.echo(f"wrote {destination}: Orbax folder, {_size(flatten(variables))}")
+
+
+def _size(arrays: "dict[str, np.ndarray]") -> str:
+    """Numbers of tensors and parameters, the frozen ones apart: PyTorch users count them."""
+    total = sum(array.size for array in arrays.values())
+    frozen = sum(array.size for name, array in arrays.items() if name.endswith("_filter"))
+    text = f"{len(arrays)} tensors, {total - frozen:,} parameters"
+    return text + (f" and {frozen:,} values of frozen filters" if frozen else "")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)

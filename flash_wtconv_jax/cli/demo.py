@@ -1,0 +1,63 @@
+"""`flash-wtconv demo`: train a small network on handwritten digits, write pictures and numbers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..training import History
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of initial values and training.")] = 0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 40,
+) -> None:
+    """Train a small WTConv network on scikit-learn's digits, beside its twin without wavelets."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .. import training
+
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file, expected a folder")
+    columns = (
+        TextColumn("{task.description:15}"),
+        BarColumn(),
+        TextColumn("{task.completed:>3}/{task.total} epochs"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    try:
+        with Progress(*columns) as progress:
+            bars = {
+                name: progress.add_task(name, total=epochs, start=False, state="")
+                for name in training.NETWORKS
+            }
+            waiting = list(bars)
+
+            def start_next() -> None:
+                if waiting:
+                    bar = bars[waiting.pop(0)]
+                    progress.start_task(bar)
+                    progress.update(bar, state="compiling")
+
+            def on_epoch(name: str, history: "History") -> None:
+                done = len(history.loss)
+                state = f"held-out accuracy {history.accuracy[-1]:.1%}"
+                progress.update(bars[name], completed=done, state=state)
+                if done == epochs:
+                    start_next()
+
+            start_next()
+            metrics = training.run_demo(out, seed=seed, epochs=epochs, on_epoch=on_epoch)
+    except KeyboardInterrupt:
+        typer.echo(f"error: interrupted; {out} is as it was before", err=True)
+        raise typer.Exit(130) from None
+    wtconv = metrics["networks"]["WTConv"]
+    typer.echo(
+        f"WTConv reads {wtconv['accuracy']:.2%} of the held-out digits, with "
+        f"{wtconv['parameters']:,} parameters, after {metrics['seconds']:.0f} s. Written:"
+    )
+    for name, text in training.FILES.items():
+        typer.echo(f"  {out / name}  {text}")

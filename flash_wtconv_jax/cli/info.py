@@ -1,0 +1,60 @@
+"""`flash-wtconv info`: device, versions, and what can run here."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print device, versions, and why an implementation cannot run here."""
+    from .. import environment
+
+    report: dict[str, Any] = {"versions": environment.versions()}
+    try:
+        report["device"] = environment.device()
+    except RuntimeError as error:
+        # JAX has no device, which is what the reader came to find out.
+        report["device"] = {"platform": "none", "kind": _first_line(error), "count": 0}
+    report["operators"] = _operators(report["device"]["platform"])
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        _print(report)
+
+
+def _operators(platform: str) -> dict[str, Any]:
+    """Status of each implementation of each operator: None, or why it cannot run."""
+    import importlib
+    import pkgutil
+
+    import pallas_kernels
+    from pallas_kernels import dispatch
+
+    # An operator is known once the api module of its package is imported.
+    for package in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
+        if package.ispkg and package.name != dispatch.__name__:
+            importlib.import_module(f"{package.name}.api")
+    return {operator.name: dict(operator.status(platform)) for operator in dispatch.operators()}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    device, versions = report["device"], report["versions"]
+    console.print(f"device    {device['count']} x {device['platform']}: {device['kind']}")
+    console.print(f"versions  {', '.join(f'{name} {v}' for name, v in versions.items())}")
+    table = Table("operator", "implementation", "here")
+    for operator, status in report["operators"].items():
+        for row, (name, reason) in enumerate(status.items()):
+            here = "[green]available[/]" if reason is None else f"unavailable: {reason}"
+            table.add_row("" if row else operator, name, here)
+    console.print(table)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,48 @@
+"""What results depend on: versions and device, for `flash-wtconv info` and every saved figure."""
+
+import platform
+from importlib import metadata
+
+_DISTRIBUTIONS = ("flash-wtconv", "jax", "jaxlib", "flax", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on.
+
+    Returns:
+        Version by name; a package that is not installed is left out.
+
+    Example:
+        >>> sorted(set(versions()) & {"jax", "python"})
+        ['jax', 'python']
+    """
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> dict[str, str | int]:
+    """The default device of JAX.
+
+    Returns:
+        `platform` ("cpu", "gpu" or "tpu"), `kind` and `count`.
+
+    Raises:
+        RuntimeError: If JAX cannot start any device, with its reason.
+
+    Example:
+        >>> sorted(device())
+        ['count', 'kind', 'platform']
+    """
+    import jax
+
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        # JAX calls every CPU "cpu".
+        kind = f"{platform.machine()}, {platform.system()}"
+    return {"platform": devices[0].platform, "kind": kind, "count": len(devices)}

@@ -1,0 +1,33 @@
+"""WTConvNeXt and ConvNeXt for flax.nnx.
+
+Example:
+    >>> from flax import nnx
+    >>> from flash_wtconv_jax.models import wtconvnext_tiny
+    >>> model = nnx.eval_shape(lambda: wtconvnext_tiny(rngs=nnx.Rngs(0)))
+    >>> model.config.levels
+    (5, 4, 3, 2)
+"""
+
+from ..parameters import weight_decay_mask
+from .convnext import (
+    ConvNeXt,
+    ConvNeXtConfig,
+    convnext_base,
+    convnext_small,
+    convnext_tiny,
+    wtconvnext_base,
+    wtconvnext_small,
+    wtconvnext_tiny,
+)
+
+__all__ = [
+    "ConvNeXt",
+    "ConvNeXtConfig",
+    "convnext_base",
+    "convnext_small",
+    "convnext_tiny",
+    "weight_decay_mask",
+    "wtconvnext_base",
+    "wtconvnext_small",
+    "wtconvnext_tiny",
+]

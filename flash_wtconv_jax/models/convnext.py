@@ -1,0 +1,514 @@
+"""WTConvNeXt and ConvNeXt: one network, whose depthwise convolution is WTConv or a plain 7x7.
+
+Sources: Finder et al., "Wavelet Convolutions for Large Receptive Fields", ECCV 2024 (WTConvNeXt);
+Liu et al., "A ConvNet for the 2020s", CVPR 2022 (ConvNeXt); Woo et al., "ConvNeXt V2", CVPR 2023
+(global response normalisation). Parameters are named as in timm's ConvNeXt, with Flax's `kernel`
+and `scale` for PyTorch's `weight`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from ..nnx import WTConv2d
+from ..parameters import ImplementationLike, PrecisionLike, check_constructor
+
+_MLP_RATIO = 4
+_EPSILON = 1e-6
+
+# The published code truncates at +-2, that is at 100 standard deviations, not at +-2 of them.
+_kernel_init: Initializer = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNeXtConfig:
+    """Everything that `ConvNeXt` is made from; the defaults are WTConvNeXt-T.
+
+    Attributes:
+        depths: Blocks in each stage.
+        dims: Channels of each stage.
+        kernel_size: Taps of the depthwise convolutions along each axis.
+        levels: Wavelet levels of the WTConv in each stage; None has plain depthwise convolutions.
+        in_channels: Channels of the input.
+        num_classes: Features of the head; 0 leaves out the linear layer.
+        patch_size: Size and stride of the stem's convolution.
+        drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        dropout: Dropout before the head's linear layer.
+        layer_scale: Initial value of each block's `gamma`; None leaves it out.
+        use_grn: Whether the MLPs have global response normalisation (as in ConvNeXt V2).
+        head_init_scale: Factor on the initial kernel of the head.
+        features_only: Whether the model returns the maps of all stages, and has no head.
+        remat: Whether blocks are recomputed in the backward pass, to save memory.
+        wavelet: Any discrete PyWavelets name.
+        dtype: Dtype of the computation; None promotes the input with the parameters.
+        param_dtype: Dtype of the parameters.
+        precision: See `jax.lax.Precision`.
+        implementation: See `flash_wtconv_jax.nnx.WTConv2d`.
+
+    Raises:
+        ValueError: If a field is out of range.
+
+    Example:
+        >>> ConvNeXtConfig(depths=(1, 2), dims=(8, 16), levels=(2, 1), num_classes=10).kernel_size
+        5
+    """
+
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    dims: tuple[int, ...] = (96, 192, 384, 768)
+    kernel_size: int = 5
+    levels: tuple[int, ...] | None = (5, 4, 3, 2)
+    in_channels: int = 3
+    num_classes: int = 1000
+    patch_size: int = 4
+    drop_path: float = 0.0
+    dropout: float = 0.0
+    layer_scale: float | None = 1e-6
+    use_grn: bool = False
+    head_init_scale: float = 1.0
+    features_only: bool = False
+    remat: bool = False
+    wavelet: str = "haar"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: PrecisionLike = None
+    implementation: ImplementationLike = None
+
+    def __post_init__(self) -> None:
+        # Lists, as JSON has them, become tuples: the config must hash, for linen and nnx.jit.
+        for name in ("depths", "dims", "levels", "implementation"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.depths:
+            raise ValueError("depths must name the blocks of at least one stage, got ()")
+        for name in ("dims", "levels"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.depths):
+                raise ValueError(
+                    f"{name} must have one entry for each of the {len(self.depths)} stages of "
+                    f"depths={self.depths}, got {value}"
+                )
+        for name in ("depths", "dims", "levels"):
+            for n in getattr(self, name) or ():
+                check_constructor(**{name: n})
+        check_constructor(
+            kernel_size=self.kernel_size,
+            in_channels=self.in_channels,
+            patch_size=self.patch_size,
+            num_classes=self.num_classes,
+        )
+        for name in ("drop_path", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+
+
+class ConvNeXt(nnx.Module):
+    """ConvNeXt with WTConv (`config.levels`) or plain depthwise convolutions (None).
+
+    A stem that cuts the image into patches, stages of residual blocks with a 2x2 downsampling
+    between them, and a head on the averaged last map. Dropout and drop path follow nnx's idiom:
+    on after construction and `model.train()`, off after `model.eval()`.
+
+    In linen, through Flax's bridge (give a "dropout" key too if `drop_path` or `dropout` is set):
+    see the second example.
+
+    Args:
+        config: What to build.
+        rngs: Source of the keys: `params`, and `dropout` for dropout and drop path.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> config = ConvNeXtConfig(depths=(1, 1), dims=(8, 16), levels=(2, 1), num_classes=10)
+        >>> model = ConvNeXt(config, rngs=nnx.Rngs(0))
+        >>> x = jax.numpy.ones((2, 32, 32, 3))
+        >>> model(x).shape
+        (2, 10)
+
+        >>> linen_model = nnx.bridge.to_linen(ConvNeXt, config)
+        >>> variables = linen_model.init(jax.random.key(0), x)
+        >>> linen_model.apply(variables, x, deterministic=True).shape
+        (2, 10)
+    """
+
+    def __init__(self, config: ConvNeXtConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.stem = Stem(config, rngs=rngs)
+        drop_paths = np.linspace(0.0, config.drop_path, sum(config.depths)).tolist()
+        starts = np.cumsum((0, *config.depths))
+        self.stages = nnx.List(
+            Stage(config, s, drop_paths[starts[s] : starts[s + 1]], rngs=rngs)
+            for s in range(len(config.depths))
+        )
+        self.head = nnx.data(None if config.features_only else Head(config, rngs=rngs))
+
+    def __call__(
+        self, x: ArrayLike, *, deterministic: bool | None = None
+    ) -> jax.Array | list[jax.Array]:
+        """Compute the logits, or the pyramid of maps with `features_only`.
+
+        Args:
+            x: Images `[N, H, W, in_channels]`; H and W at least `patch_size * 2**(stages - 1)`.
+            deterministic: Turns dropout and drop path off (True) or on (False); None leaves it to
+                `model.train()` and `model.eval()`.
+
+        Returns:
+            Logits `[N, num_classes]`; with `num_classes=0` the normalised average of the last map
+            `[N, dims[-1]]`; with `features_only` what `features` returns.
+
+        Raises:
+            ValueError: If the shape of `x` does not fit.
+        """
+        maps = self.features(x, deterministic=deterministic)
+        return maps if self.head is None else self.head(maps[-1], deterministic=deterministic)
+
+    def features(self, x: ArrayLike, *, deterministic: bool | None = None) -> list[jax.Array]:
+        """Compute the map that each stage returns, finest first.
+
+        Args:
+            x: Images `[N, H, W, in_channels]`.
+            deterministic: As in `__call__`.
+
+        Returns:
+            One map `[N, H // (patch_size * 2**s), W // (patch_size * 2**s), dims[s]]` a stage s.
+
+        Raises:
+            ValueError: If the shape of `x` does not fit.
+        """
+        self._check_input(jnp.shape(x))
+        x = self.stem(jnp.asarray(x))
+        maps = []
+        for stage in self.stages:
+            x = stage(x, deterministic=deterministic)
+            maps.append(x)
+        return maps
+
+    def _check_input(self, shape: tuple[int, ...]) -> None:
+        channels = self.config.in_channels
+        least = self.config.patch_size * 2 ** (len(self.config.depths) - 1)
+        if len(shape) != 4 or shape[-1] != channels:
+            raise ValueError(
+                f"x must have shape (N, H, W, in_channels) with in_channels={channels}, got {shape}"
+            )
+        if min(shape[1:3]) < least:
+            raise ValueError(
+                f"x must be at least {least} pixels high and wide, so that the last stage has a "
+                f"pixel left, got {shape}; give a smaller patch_size or fewer stages"
+            )
+
+
+class Stem(nnx.Module):
+    """Patch embedding: a convolution as large as its stride, then LayerNorm.
+
+    Args:
+        config: Of the model.
+        rngs: Source of the keys.
+    """
+
+    def __init__(self, config: ConvNeXtConfig, *, rngs: nnx.Rngs) -> None:
+        self.conv = _patch_conv(
+            config, config.in_channels, config.dims[0], config.patch_size, rngs=rngs
+        )
+        self.norm = _layer_norm(config, config.dims[0], rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[N, H, W, in_channels]` to `[N, H // patch_size, W // patch_size, dims[0]]`."""
+        return self.norm(self.conv(x))
+
+
+class Downsample(nnx.Module):
+    """LayerNorm, then a 2x2 convolution of stride 2, between two stages.
+
+    Args:
+        config: Of the model.
+        stage: Index of the stage that follows, at least 1.
+        rngs: Source of the keys.
+    """
+
+    def __init__(self, config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> None:
+        before, after = config.dims[stage - 1 : stage + 1]
+        self.norm = _layer_norm(config, before, rngs=rngs)
+        self.conv = _patch_conv(config, before, after, 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[N, H, W, dims[stage - 1]]` to `[N, H // 2, W // 2, dims[stage]]`."""
+        return self.conv(self.norm(x))
+
+
+class Stage(nnx.Module):
+    """Downsampling, for all but the first stage, and the blocks.
+
+    Args:
+        config: Of the model.
+        stage: Index of the stage.
+        drop_paths: Drop path rate of each block.
+        rngs: Source of the keys.
+    """
+
+    def __init__(
+        self, config: ConvNeXtConfig, stage: int, drop_paths: list[float], *, rngs: nnx.Rngs
+    ) -> None:
+        self.downsample = nnx.data(Downsample(config, stage, rngs=rngs) if stage else None)
+        self.blocks = nnx.List(Block(config, stage, rate, rngs=rngs) for rate in drop_paths)
+        self.remat = config.remat
+
+    def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
+        """Run the stage; maps as in `ConvNeXt.features`."""
+
+        def run(block: Block, x: jax.Array) -> jax.Array:
+            return block(x, deterministic=deterministic)
+
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.remat:
+            # Without graph updates only what a block changes, its random state, is written back:
+            # a model from outside a jax.jit or jax.grad can be called inside, as without remat.
+            run = nnx.remat(run, graph_updates=False)
+        for block in self.blocks:
+            x = run(block, x)
+        return x
+
+
+class Block(nnx.Module):
+    """Residual block: depthwise convolution, LayerNorm, MLP, layer scale, drop path.
+
+    Args:
+        config: Of the model.
+        stage: Index of the stage.
+        drop_path: Probability that the block is skipped for a sample in training.
+        rngs: Source of the keys.
+    """
+
+    def __init__(
+        self, config: ConvNeXtConfig, stage: int, drop_path: float, *, rngs: nnx.Rngs
+    ) -> None:
+        dim = config.dims[stage]
+        self.conv_dw = _depthwise_conv(config, stage, rngs=rngs)
+        self.norm = _layer_norm(config, dim, rngs=rngs)
+        self.mlp = Mlp(config, dim, rngs=rngs)
+        if config.layer_scale is None:
+            self.gamma = nnx.data(None)
+        else:
+            self.gamma = nnx.Param(jnp.full((dim,), config.layer_scale, config.param_dtype))
+        # Dropping whole samples is drop path; without a rate no random state is carried along.
+        self.drop_path = nnx.Dropout(
+            drop_path, broadcast_dims=(-3, -2, -1), rngs=rngs if drop_path else None
+        )
+
+    def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
+        """Map `[N, H, W, dim]` to the same shape."""
+        y = self.mlp(self.norm(self.conv_dw(x)))
+        if self.gamma is not None:
+            y = y * self.gamma[...].astype(y.dtype)
+        return x + self.drop_path(y, deterministic=deterministic)
+
+
+class Mlp(nnx.Module):
+    """Pointwise MLP of four times the width, with exact GELU and optional GRN.
+
+    Args:
+        config: Of the model.
+        dim: Channels.
+        rngs: Source of the keys.
+    """
+
+    def __init__(self, config: ConvNeXtConfig, dim: int, *, rngs: nnx.Rngs) -> None:
+        hidden = _MLP_RATIO * dim
+        self.fc1 = _linear(config, dim, hidden, rngs=rngs)
+        self.grn = nnx.data(
+            GlobalResponseNorm(hidden, config.param_dtype) if config.use_grn else None
+        )
+        self.fc2 = _linear(config, hidden, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[N, H, W, dim]` to the same shape."""
+        x = nnx.gelu(self.fc1(x), approximate=False)
+        if self.grn is not None:
+            x = self.grn(x)
+        return self.fc2(x)
+
+
+class GlobalResponseNorm(nnx.Module):
+    """Global response normalisation: channels compete by their norm over the whole map.
+
+    Starts as the identity. Norms are computed in float32 or better.
+
+    Source: Woo et al., "ConvNeXt V2", CVPR 2023.
+
+    Args:
+        dim: Channels.
+        param_dtype: Dtype of the parameters `scale [dim]` and `bias [dim]`.
+
+    Example:
+        >>> import jax
+        >>> GlobalResponseNorm(4)(jax.numpy.ones((1, 2, 2, 4))).shape
+        (1, 2, 2, 4)
+    """
+
+    def __init__(self, dim: int, param_dtype: DTypeLike = jnp.float32) -> None:
+        self.scale = nnx.Param(jnp.zeros((dim,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[N, H, W, dim]` to the same shape and dtype."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        square = jnp.sum(wide * wide, axis=(-3, -2), keepdims=True)
+        # The root has no derivative at a channel of zeros; PyTorch takes 0 there, and so do we.
+        norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+        share = norm / (jnp.mean(norm, axis=-1, keepdims=True) + _EPSILON)
+        return (wide + self.scale[...] * (wide * share) + self.bias[...]).astype(x.dtype)
+
+
+class Head(nnx.Module):
+    """Global average, LayerNorm, dropout and the linear classifier.
+
+    Args:
+        config: Of the model.
+        rngs: Source of the keys.
+    """
+
+    def __init__(self, config: ConvNeXtConfig, *, rngs: nnx.Rngs) -> None:
+        dim = config.dims[-1]
+        self.norm = _layer_norm(config, dim, rngs=rngs)
+        self.dropout = nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
+        # As nnx.data, so that a model without classes can be given a head of one's own later.
+        self.fc = nnx.data(None)
+        if config.num_classes:
+            self.fc = _linear(config, dim, config.num_classes, rngs=rngs)
+            self.fc.kernel[...] *= config.head_init_scale
+
+    def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
+        """Map `[N, H, W, dims[-1]]` to `[N, num_classes]`, or `[N, dims[-1]]` for 0 classes."""
+        x = self.norm(jnp.mean(x, axis=(-3, -2)))
+        x = self.dropout(x, deterministic=deterministic)
+        return x if self.fc is None else self.fc(x)
+
+
+def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    dim = config.dims[stage]
+    shared: dict[str, Any] = {
+        "kernel_init": _kernel_init,
+        "bias_init": nnx.initializers.zeros,
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "precision": config.precision,
+        "rngs": rngs,
+    }
+    if config.levels is None:
+        window = (config.kernel_size,) * 2
+        return nnx.Conv(dim, dim, window, feature_group_count=dim, **shared)
+    return WTConv2d(
+        dim,
+        config.kernel_size,
+        config.levels[stage],
+        wavelet=config.wavelet,
+        implementation=config.implementation,
+        **shared,
+    )
+
+
+def _patch_conv(
+    config: ConvNeXtConfig, before: int, after: int, size: int, *, rngs: nnx.Rngs
+) -> nnx.Conv:
+    return nnx.Conv(
+        before,
+        after,
+        (size, size),
+        strides=size,
+        padding="VALID",
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        precision=config.precision,
+        kernel_init=_kernel_init,
+        rngs=rngs,
+    )
+
+
+def _linear(config: ConvNeXtConfig, before: int, after: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        before,
+        after,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        precision=config.precision,
+        kernel_init=_kernel_init,
+        rngs=rngs,
+    )
+
+
+def _layer_norm(config: ConvNeXtConfig, dim: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large; PyTorch's does not.
+    return nnx.LayerNorm(
+        dim,
+        epsilon=_EPSILON,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+_TINY = {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)}
+_SMALL = {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768)}
+_BASE = {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)}
+_WAVELET = {"kernel_size": 5, "levels": (5, 4, 3, 2)}
+_PLAIN = {"kernel_size": 7, "levels": None}
+
+
+def wtconvnext_tiny(*, rngs: nnx.Rngs, **options: Any) -> ConvNeXt:
+    """WTConvNeXt-T: 30,383,656 parameters.
+
+    Args:
+        rngs: Source of the keys.
+        **options: Fields of `ConvNeXtConfig` to change.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If an option is no field of `ConvNeXtConfig`.
+        ValueError: If an option is out of range.
+
+    Example:
+        >>> from flax import nnx
+        >>> make = lambda: wtconvnext_tiny(num_classes=10, drop_path=0.1, rngs=nnx.Rngs(0))
+        >>> nnx.eval_shape(make).head.fc.kernel.shape
+        (768, 10)
+    """
+    return _make(_TINY, _WAVELET, options, rngs)
+
+
+def wtconvnext_small(*, rngs: nnx.Rngs, **options: Any) -> ConvNeXt:
+    """WTConvNeXt-S: 54,015,784 parameters; otherwise as `wtconvnext_tiny`."""
+    return _make(_SMALL, _WAVELET, options, rngs)
+
+
+def wtconvnext_base(*, rngs: nnx.Rngs, **options: Any) -> ConvNeXt:
+    """WTConvNeXt-B: 93,647,592 parameters; otherwise as `wtconvnext_tiny`."""
+    return _make(_BASE, _WAVELET, options, rngs)
+
+
+def convnext_tiny(*, rngs: nnx.Rngs, **options: Any) -> ConvNeXt:
+    """ConvNeXt-T, the 7x7 baseline: 28,589,128 parameters; otherwise as `wtconvnext_tiny`."""
+    return _make(_TINY, _PLAIN, options, rngs)
+
+
+def convnext_small(*, rngs: nnx.Rngs, **options: Any) -> ConvNeXt:
+    """ConvNeXt-S, the 7x7 baseline: 50,223,688 parameters; otherwise as `wtconvnext_tiny`."""
+    return _make(_SMALL, _PLAIN, options, rngs)
+
+
+def convnext_base(*, rngs: nnx.Rngs, **options: Any) -> ConvNeXt:
+    """ConvNeXt-B, the 7x7 baseline: 88,591,464 parameters; otherwise as `wtconvnext_tiny`."""
+    return _make(_BASE, _PLAIN, options, rngs)
+
+
+def _make(
+    size: dict[str, Any], operator: dict[str, Any], options: dict[str, Any], rngs: nnx.Rngs
+) -> ConvNeXt:
+    return ConvNeXt(ConvNeXtConfig(**{**size, **operator, **options}), rngs=rngs)

@@ -1,0 +1,276 @@
+"""Every picture of the package: functions from arrays to `matplotlib.figure.Figure`.
+
+No pyplot: nothing here has global state, opens a window or needs a display. Colours are those of
+Okabe and Ito, which colour-blind people tell apart, and hatches or labels say the same again.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike, NDArray
+
+from .checkpoints.files import replacing
+from .receptive_field import SHARES, contribution_side
+
+if TYPE_CHECKING:
+    from .training import History
+
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#56B4E9",
+)
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+
+_DPI = 150
+_LEAST = 1e-4
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a picture, whole or not at all; a picture that is there is replaced.
+
+    Args:
+        figure: What to draw.
+        path: Where to; the extension names the format.
+
+    Raises:
+        FileNotFoundError: The folder that it goes into does not exist.
+        ValueError: The extension names no format of matplotlib.
+    """
+    check_path(path)
+    with replacing(Path(path), force=True) as temporary:
+        figure.savefig(temporary)
+
+
+def check_path(path: str | Path) -> None:
+    """Raises what `save` would raise, for those who compute for long before they draw.
+
+    Args:
+        path: Where a picture is to go.
+
+    Raises:
+        FileNotFoundError: The folder that it goes into does not exist.
+        ValueError: The extension names no format of matplotlib.
+    """
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(
+            f"{path} has the extension {path.suffix!r}, expected one of: {', '.join(formats)}"
+        )
+
+
+def training_curve(histories: "Mapping[str, History]") -> Figure:
+    """Training loss and held-out error over the epochs, one line a network.
+
+    Args:
+        histories: History by the network's name.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(9.0, 3.8), dpi=_DPI, layout="constrained")
+    loss_axes, error_axes = figure.subplots(1, 2)
+    for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
+        epochs = np.arange(1, len(history.loss) + 1)
+        errors = 100 * (1 - np.asarray(history.accuracy))
+        style: dict[str, Any] = {
+            "color": colour,
+            "linewidth": 1.8,
+            "marker": "o",
+            "markersize": 2.5,
+        }
+        loss_axes.plot(epochs, history.loss, label=name, **style)
+        error_axes.plot(epochs, errors, label=f"{name}: {errors[-1]:.1f} % at the end", **style)
+    # Below 1 % a step is one image of the test set, and no error at all must still have a place.
+    error_axes.set_yscale("symlog", linthresh=1.0)
+    ticks = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    error_axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    error_axes.set_ylim(0, 100)
+    _label(loss_axes, "Training loss", "epoch", "cross entropy")
+    _label(error_axes, "Held-out digits read wrongly", "epoch", "error in %")
+    return figure
+
+
+def predictions(
+    images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, *, count: int = 24
+) -> Figure:
+    """Every wrongly read image, worst first, and then correct ones, least sure first.
+
+    Args:
+        images: `[N, H, W]` or `[N, H, W, 1]`, background darkest.
+        labels: True classes `[N]`.
+        probabilities: `[N, K]`.
+        count: Number of pictures at most.
+
+    Returns:
+        The figure.
+    """
+    images, labels, probabilities = map(np.asarray, (images, labels, probabilities))
+    shown = _most_doubtful(labels, probabilities)[:count]
+    columns = min(8, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(1.25 * columns, 1.55 * rows + 0.6), dpi=_DPI, layout="constrained")
+    wrong = int((probabilities.argmax(axis=1) != labels).sum())
+    figure.suptitle(
+        f"{wrong} of {len(labels)} held-out digits read wrongly; then the least sure ones"
+    )
+    for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
+        axes.set_axis_off()
+    for axes, index in zip(figure.axes, shown, strict=False):
+        guess = int(probabilities[index].argmax())
+        right = guess == labels[index]
+        axes.imshow(images[index].reshape(images.shape[1:3]), cmap="gray_r")
+        verdict = f"{guess}" if right else f"{guess}, is {labels[index]}"
+        axes.set_title(
+            f"{verdict} ({probabilities[index, guess]:.0%})",
+            fontsize=9,
+            color="black" if right else VERMILION,
+            fontweight="normal" if right else "bold",
+        )
+    return figure
+
+
+def receptive_fields(fields: Mapping[str, NDArray[Any]]) -> Figure:
+    """Effective receptive fields side by side, each relative to its maximum, one log scale.
+
+    Args:
+        fields: Field `[H, W]` by name.
+
+    Returns:
+        The figure; squares mark the shares `receptive_field.SHARES` of each field.
+    """
+    figure = Figure(figsize=(4.2 * len(fields) + 0.9, 4.9), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(1, len(fields), squeeze=False)[0]
+    norm = LogNorm(vmin=_LEAST, vmax=1.0, clip=True)
+    for axes, (name, field) in zip(panels, fields.items(), strict=True):
+        # Nothing at all is drawn in the colour of the scale's lower end.
+        axes.imshow(np.maximum(field / field.max(), _LEAST), cmap="magma", norm=norm)
+        axes.set_title(name, wrap=True)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        _mark_shares(axes, field)
+    scale = ScalarMappable(norm, "magma")
+    label = "mean |gradient| of the centre, relative"
+    figure.colorbar(scale, ax=list(panels), label=label, extend="min")
+    return figure
+
+
+def wavelet_cascade(coefficients: Sequence[Any], title: str = "") -> Figure:
+    """The subbands of one image as the usual nested squares, each with its own grey scale.
+
+    Args:
+        coefficients: What `pallas_kernels.haar.wavedec2` returns for an image `[H, W, C]`: the
+            approximation, then for each level from the deepest a tuple of three details.
+        title: Title of the figure.
+
+    Returns:
+        The figure, of the first channel. Beside the approximation stand the details along W,
+        below it those along H.
+    """
+    mosaic = _scaled(coefficients[0], signed=False)
+    for details in coefficients[1:]:
+        low_high, high_low, high_high = (_scaled(band, signed=True) for band in details)
+        height, width = low_high.shape
+        mosaic = mosaic[:height, :width]
+        mosaic = np.block([[mosaic, high_low], [low_high, high_high]])
+    figure = Figure(figsize=(5.0, 5.2), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(mosaic, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.set_title(title)
+    axes.set_axis_off()
+    return figure
+
+
+def speedups(report: Mapping[str, Any]) -> Figure:
+    """Bars of each contender's speed over the baseline, a panel a direction, log scale.
+
+    Args:
+        report: What `bench.wtconv.run` returns.
+
+    Returns:
+        The figure.
+    """
+    rows = report["rows"]
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    shapes = {row["shape"]: f"{tuple(row['x'])}\n{row['levels']} levels" for row in rows}
+    figure = Figure(figsize=(2.0 + 2.0 * len(shapes), 6.4), dpi=_DPI, layout="constrained")
+    for axes, direction in zip(figure.subplots(len(directions), 1), directions, strict=True):
+        for i, contender in enumerate(contenders):
+            speed = [
+                row["speedup"]
+                for row in rows
+                if (row["direction"], row["contender"]) == (direction, contender)
+            ]
+            width = 0.8 / len(contenders)
+            places = np.arange(len(shapes)) + (i - (len(contenders) - 1) / 2) * width
+            bars = axes.bar(places, speed, 0.92 * width, color=COLOURS[i], label=contender)
+            axes.bar_label(bars, fmt="%.2g", fontsize=8, padding=1)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.margins(y=0.15)
+        axes.set_xticks(np.arange(len(shapes)), shapes.values(), fontsize=8)
+        axes.set_title(direction)
+        axes.set_ylabel(f"speed over {report['baseline']}")
+        axes.axhline(1.0, color="0.4", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    device = report["device"]["kind"]
+    figure.suptitle(f"WTConv, {report['dtype']}, {device}, {report['date']}")
+    return figure
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def _most_doubtful(labels: NDArray[Any], probabilities: NDArray[Any]) -> NDArray[np.intp]:
+    """Indices by the probability of the truth, the wrong ones before all others."""
+    truth = probabilities[np.arange(len(labels)), labels]
+    right = probabilities.argmax(axis=1) == labels
+    return np.lexsort((truth, right))
+
+
+def _mark_shares(axes: Axes, field: NDArray[Any]) -> None:
+    height, width = field.shape
+    texts = []
+    for share, (style, word) in zip(SHARES, (("-", "solid"), ("--", "dashed")), strict=True):
+        side = contribution_side(field, share)
+        corner = ((width - side) / 2 - 0.5, (height - side) / 2 - 0.5)
+        axes.add_patch(
+            Rectangle(corner, side, side, fill=False, edgecolor=SKY, linestyle=style, linewidth=1.5)
+        )
+        texts.append(f"{share:.0%} in {side} x {side} px ({word})")
+    axes.set_xlabel("\n".join(texts))
+
+
+def _scaled(band: ArrayLike, *, signed: bool) -> NDArray[np.float64]:
+    """The first channel of a subband in [0, 1]; a signed one has zero in the middle."""
+    values = np.asarray(band, np.float64)[..., 0]
+    if signed:
+        # The few largest edges may clip, or all others would be grey.
+        return 0.5 + 0.5 * values / max(np.quantile(np.abs(values), 0.99), 1e-12)
+    low, high = values.min(), values.max()
+    return (values - low) / max(high - low, 1e-12)

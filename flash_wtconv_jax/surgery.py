@@ -1,0 +1,331 @@
+"""Replace the depthwise convolutions of an existing nnx model by WTConv, in place."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax.nn.initializers import Initializer
+
+from .nnx import WTConv1d, WTConv2d, WTConv3d
+from .parameters import (
+    ImplementationLike,
+    PrecisionLike,
+    check_constructor,
+    default_scale_init,
+)
+
+__all__ = ["obstacle", "replace_depthwise"]
+
+_LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
+
+
+def replace_depthwise(
+    model: nnx.Module,
+    *,
+    depth: int,
+    kernel_size: int | None = None,
+    rngs: nnx.Rngs,
+    where: Callable[[str, nnx.Conv], bool] | None = None,
+    keep_weights: bool = True,
+    wavelet: str = "haar",
+    scale_init: Initializer = default_scale_init,
+    implementation: ImplementationLike = None,
+) -> list[str]:
+    """Replace every depthwise `nnx.Conv` of a model by a WTConv of the same channels and stride.
+
+    The model is changed in place, also inside lists, tuples, dicts, `nnx.List`, `nnx.Dict` and
+    `nnx.Sequential`. A convolution used in several places becomes one WTConv used in all of them.
+    With `keep_weights` the kernel and bias of the convolution become those of the base convolution
+    (the same variables, where the size stays), so that with `scale_init=zeros` the model computes
+    what it computed before. An optimizer made before must be made anew: the parameters changed.
+
+    Nothing is changed unless all can be: a depthwise convolution that WTConv cannot stand in for
+    (see `obstacle`) is an error naming it, and `where` leaves it out. For different depths in
+    different places call this once for each.
+
+    Args:
+        model: The model. Its own attributes change, so it cannot be the convolution itself.
+        depth: Number of wavelet levels; 0 only swaps the convolution for the base convolution.
+        kernel_size: Taps along each axis; None keeps those of the convolution. A larger kernel
+            starts as the convolution's with zeros around it.
+        rngs: Source of the keys for the new parameters.
+        where: Called with the path, such as "stages.0.blocks.1.conv_dw", and the convolution;
+            False leaves it alone. One used in several places is asked for at its first.
+        keep_weights: Whether the base convolution takes over kernel and bias.
+        wavelet: Any discrete PyWavelets name.
+        scale_init: Initialiser of the wavelet scales.
+        implementation: See `flash_wtconv_jax.nnx.WTConv2d`.
+
+    Returns:
+        The paths at which a convolution was replaced.
+
+    Raises:
+        ValueError: If there is nothing to replace, a convolution cannot be replaced, or an
+            argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from flash_wtconv_jax import surgery
+        >>> conv = nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=nnx.Rngs(0))
+        >>> model = nnx.Sequential(conv, jax.nn.relu)
+        >>> surgery.replace_depthwise(model, depth=2, rngs=nnx.Rngs(1))
+        ['layers.0']
+        >>> model(jax.numpy.ones((1, 8, 8, 4))).shape
+        (1, 8, 8, 4)
+    """
+    check_constructor(depth=depth)
+    if kernel_size is not None:
+        check_constructor(kernel_size=kernel_size)
+    if not isinstance(model, nnx.Module) or isinstance(model, nnx.Conv):
+        raise ValueError(
+            f"model must be an nnx.Module that contains convolutions, got {type(model).__name__}; "
+            "a convolution of its own cannot be replaced in place: make a WTConv instead"
+        )
+    sites = _select(model, where)
+    _check(sites, keep_weights, kernel_size)
+
+    replacements: dict[int, nnx.Module] = {}
+    for _, conv in sites:
+        if id(conv) not in replacements:
+            replacements[id(conv)] = _wtconv(
+                conv,
+                depth=depth,
+                kernel_size=kernel_size,
+                rngs=rngs,
+                keep_weights=keep_weights,
+                wavelet=wavelet,
+                scale_init=scale_init,
+                implementation=implementation,
+            )
+    _substitute(model, replacements, set())
+    return [path for path, _ in sites]
+
+
+def obstacle(conv: nnx.Conv, *, keep_weights: bool = True) -> str | None:
+    """Why WTConv cannot stand in for a depthwise convolution; None if it can.
+
+    WTConv has a square kernel without dilation, zero-pads to the same size with `(k - 1) // 2`
+    before, and subsamples its output from the first pixel on. JAX's "SAME" shifts the windows of a
+    strided convolution depending on the image size, so with `stride > 1` it matches WTConv only
+    where that shift is always zero; explicit padding `((k - 1) // 2, k // 2)` always matches. With
+    `keep_weights=False` nothing is claimed to stay equal, and a strided "SAME" is accepted.
+
+    Args:
+        conv: A depthwise convolution.
+        keep_weights: As in `replace_depthwise`.
+
+    Returns:
+        The reason in words, or None.
+
+    Example:
+        >>> from flax import nnx
+        >>> conv = nnx.Conv(4, 4, (3, 5), feature_group_count=4, rngs=nnx.Rngs(0))
+        >>> obstacle(conv)
+        'its kernel (3, 5) is not square'
+    """
+    kernel, strides = _tuple(conv.kernel_size, 1), _strides(conv)
+    ndim, k, stride = len(kernel), kernel[0], strides[0]
+    if type(conv) is not nnx.Conv:
+        return f"it is a {type(conv).__name__}, which may compute something else than nnx.Conv"
+    if conv.out_features != conv.in_features:
+        return f"it makes {conv.out_features} features of {conv.in_features} channels"
+    if ndim not in _LAYERS:
+        return f"it has {ndim} spatial axes"
+    if len(set(kernel)) > 1:
+        return f"its kernel {kernel} is not square"
+    if set(_tuple(conv.kernel_dilation, ndim)) | set(_tuple(conv.input_dilation, ndim)) != {1}:
+        return "it is dilated"
+    if len(set(strides)) > 1:
+        return f"its strides {strides} differ"
+    if isinstance(conv.precision, tuple):
+        return f"its precision is {conv.precision}, and WTConv takes one for both"
+    if conv.mask is not None:
+        return "its kernel is masked"
+    if conv.kernel.shape != (*kernel, 1, conv.in_features):
+        return f"its kernel has shape {conv.kernel.shape}: layers stacked by nnx.vmap or nnx.scan"
+    if conv.conv_general_dilated is not jax.lax.conv_general_dilated:
+        return "it calls a convolution function of its own"
+    if conv.promote_dtype is not promote_dtype or conv.preferred_element_type is not None:
+        return "it has a rule for dtypes of its own"
+    if ndim == 1 and stride > 1:
+        return f"it has stride {stride}, and a strided WTConv1d averages where this one skips"
+    if conv.padding == "SAME":
+        if stride > 1 and keep_weights and _same_shifts(k, stride):
+            return (
+                f"it has stride {stride} with SAME padding, which shifts with the image size; "
+                f"pad explicitly with {((k - 1) // 2, k // 2)}, or give keep_weights=False"
+            )
+        return None
+    if _explicit_padding(conv.padding, ndim) != (((k - 1) // 2, k // 2),) * ndim:
+        return f"its padding is {conv.padding!r}, not that of SAME"
+    return None
+
+
+def _select(
+    model: nnx.Module, where: Callable[[str, nnx.Conv], bool] | None
+) -> list[tuple[str, nnx.Conv]]:
+    """Paths and convolutions to be replaced."""
+    found = [(path, conv) for path, conv in _convolutions(model, (), set()) if _is_depthwise(conv)]
+    chosen: dict[int, bool] = {}
+    for path, conv in found:
+        if id(conv) not in chosen:
+            chosen[id(conv)] = where is None or bool(where(path, conv))
+    sites = [(path, conv) for path, conv in found if chosen[id(conv)]]
+    if not sites:
+        raise ValueError(
+            f"model has no depthwise convolution to replace: where refused all {len(found)}"
+            if found
+            else "model has no depthwise convolution to replace: no nnx.Conv in it has "
+            "feature_group_count equal to its in_features"
+        )
+    return sites
+
+
+def _check(sites: list[tuple[str, nnx.Conv]], keep_weights: bool, kernel_size: int | None) -> None:
+    problems = []
+    for path, conv in sites:
+        reason = obstacle(conv, keep_weights=keep_weights)
+        k = _tuple(conv.kernel_size, 1)[0]
+        if reason is None and keep_weights and kernel_size is not None and kernel_size < k:
+            reason = (
+                f"its kernel of {k} taps does not fit into kernel_size={kernel_size}; "
+                "give keep_weights=False to start from new weights"
+            )
+        if reason is not None:
+            problems.append(f"  {path}: {reason}")
+    if problems:
+        raise ValueError(
+            "these depthwise convolutions cannot be replaced by WTConv (nothing was changed; to "
+            "leave them as they are, give where=lambda path, conv: obstacle(conv) is None):\n"
+            + "\n".join(problems)
+        )
+
+
+def _wtconv(
+    conv: nnx.Conv,
+    *,
+    depth: int,
+    kernel_size: int | None,
+    rngs: nnx.Rngs,
+    keep_weights: bool,
+    wavelet: str,
+    scale_init: Initializer,
+    implementation: ImplementationLike,
+) -> nnx.Module:
+    window = _tuple(conv.kernel_size, 1)
+    layer = _LAYERS[len(window)](
+        conv.in_features,
+        kernel_size or window[0],
+        depth,
+        _strides(conv)[0],
+        use_bias=conv.bias is not None,
+        wavelet=wavelet,
+        dtype=conv.dtype,
+        param_dtype=conv.param_dtype,
+        # obstacle() has refused a precision of two parts.
+        precision=cast(PrecisionLike, conv.precision),
+        scale_init=scale_init,
+        implementation=implementation,
+        rngs=rngs,
+    )
+    if keep_weights:
+        # The variable itself moves where it fits, with its metadata and whatever it is tied to.
+        if layer.kernel_size == window[0]:
+            layer.base_kernel = conv.kernel
+        else:
+            layer.base_kernel = nnx.Param(_embed(conv.kernel[...], layer.kernel_size, len(window)))
+        if conv.bias is not None:
+            layer.base_bias = conv.bias
+    return layer
+
+
+def _embed(kernel: jax.Array, size: int, ndim: int) -> jax.Array:
+    k = kernel.shape[0]
+    before = (size - 1) // 2 - (k - 1) // 2
+    return jnp.pad(kernel, [(before, size - k - before)] * ndim + [(0, 0)] * 2)
+
+
+def _is_depthwise(conv: nnx.Conv) -> bool:
+    # An ordinary convolution of a grey image has one group and one input channel too.
+    groups = conv.feature_group_count
+    return groups == conv.in_features and (groups > 1 or conv.out_features == 1)
+
+
+def _convolutions(
+    node: Any, path: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[str, nnx.Conv]]:
+    """Every convolution with its path; a shared one at each of its places."""
+    if isinstance(node, nnx.Conv):
+        yield ".".join(path), node
+        return
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    for key, child in _children(node):
+        yield from _convolutions(child, (*path, str(key)), seen)
+
+
+def _substitute(node: Any, replacements: dict[int, nnx.Module], seen: set[int]) -> Any:
+    """Put the replacements in place below a node; returns what stands for the node itself."""
+    if id(node) in replacements:
+        return replacements[id(node)]
+    if isinstance(node, tuple):
+        items = [_substitute(child, replacements, seen) for child in node]
+        return type(node)(*items) if hasattr(node, "_fields") else tuple(items)
+    if id(node) in seen:
+        return node
+    seen.add(id(node))
+    for key, child in _children(node):
+        new = _substitute(child, replacements, seen)
+        # A rebuilt tuple that holds the same things is not worth an assignment.
+        if new is child or (isinstance(child, tuple) and _same_items(new, child)):
+            continue
+        if isinstance(node, nnx.List | list | dict):
+            node[key] = new
+        else:
+            setattr(node, key, new)
+    return node
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, nnx.List | list | tuple):
+        return list(enumerate(node))
+    if isinstance(node, dict):
+        return list(node.items())
+    if isinstance(node, nnx.Module):
+        return [(key, child) for key, child in vars(node).items() if not key.startswith("_pytree")]
+    return []
+
+
+def _same_items(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return all(
+        _same_items(x, y) if isinstance(x, tuple) and isinstance(y, tuple) else x is y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _tuple(value: Any, ndim: int) -> tuple[int, ...]:
+    if value is None:
+        return (1,) * ndim
+    return (value,) * ndim if isinstance(value, int) else tuple(value)
+
+
+def _strides(conv: nnx.Conv) -> tuple[int, ...]:
+    return _tuple(conv.strides, len(_tuple(conv.kernel_size, 1)))
+
+
+def _explicit_padding(padding: Any, ndim: int) -> tuple[tuple[int, int], ...] | None:
+    if isinstance(padding, str):
+        return None
+    pads = (padding,) * ndim if isinstance(padding, int) else tuple(padding)
+    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in pads)
+
+
+def _same_shifts(k: int, stride: int) -> bool:
+    """Whether XLA's SAME ever pads another amount before than (k - 1) // 2."""
+    # The last window ends up to stride - 1 samples before the last pixel, by the image size.
+    return any(max(k - 1 - slack, 0) // 2 != (k - 1) // 2 for slack in range(stride))

@@ -1,0 +1,197 @@
+"""The command line: version, help, info, erf and demo, and errors of one line."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+from typer.testing import CliRunner
+
+import flash_wtconv_jax
+from flash_wtconv_jax import cli, environment, models
+from pallas_kernels import dispatch
+
+runner = CliRunner()
+
+
+def run(*arguments):
+    return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def fail(monkeypatch, capsys):
+    """Runs the program as its script does, and returns the one line that it fails with."""
+
+    def run_main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flash-wtconv", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code not in (0, None)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run_main
+
+
+def test_the_version_is_the_package_s():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"flash-wtconv {flash_wtconv_jax.__version__}"
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("info", "demo", "erf", "convert", "bench"):
+        assert f" {command} " in result.output
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys, flash_wtconv_jax.cli; "
+        "print(sorted({'jax', 'flax', 'matplotlib', 'torch'} & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert found.stdout.strip() == "[]"
+
+
+class TestInfo:
+    def test_prints_device_versions_and_operators(self):
+        result = run("info")
+        assert result.exit_code == 0
+        assert environment.versions()["jax"] in result.output
+        for word in ("cpu", "wtconv", "haar", "xla", "available"):
+            assert word in result.output
+
+    def test_json_says_the_same(self):
+        report = json.loads(run("info", "--json").output)
+        assert report["versions"] == environment.versions()
+        assert report["device"] == environment.device()
+        assert report["operators"]["wtconv"]["xla"] is None
+
+    def test_says_why_not(self, monkeypatch):
+        class Operator:
+            name = "sparse"
+
+            def status(self, platform):
+                return [("triton", f"needs a GPU, this is {platform}"), ("xla", None)]
+
+        monkeypatch.setattr(dispatch, "operators", lambda: [Operator()])
+        output = run("info").output
+        assert "unavailable: needs a GPU, this is cpu" in output
+        assert json.loads(run("info", "--json").output)["operators"] == {
+            "sparse": {"triton": "needs a GPU, this is cpu", "xla": None}
+        }
+
+    def test_without_a_device_says_so(self, monkeypatch):
+        def no_device():
+            raise RuntimeError("Unable to initialize backend 'cuda'\nlong explanation")
+
+        monkeypatch.setattr(environment, "device", no_device)
+        result = run("info")
+        assert result.exit_code == 0
+        assert "0 x none: Unable to initialize backend 'cuda'" in result.output
+        assert "long explanation" not in result.output
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    training = pytest.importorskip("flash_wtconv_jax.training", exc_type=ImportError)
+    folder = tmp_path_factory.mktemp("networks")
+    for name, levels in (("wavelet", (2,)), ("plain", None)):
+        config = models.ConvNeXtConfig(
+            depths=(1,), dims=(4,), levels=levels, kernel_size=3, patch_size=1
+        )
+        network = models.ConvNeXt(config, rngs=nnx.Rngs(0))
+        training.save_network(folder / name, network)
+    return folder
+
+
+class TestErf:
+    def test_draws_two_checkpoints(self, networks, tmp_path):
+        out = tmp_path / "erf.png"
+        result = run("erf", networks / "wavelet", networks / "plain", "--out", out, "--size", 24)
+        assert result.exit_code == 0, result.output
+        assert out.read_bytes().startswith(b"\x89PNG")
+        assert f"wrote {out}" in result.output.replace("\n", "")
+        for line, name in zip(result.output.splitlines(), ("wavelet", "plain"), strict=False):
+            assert line.startswith(f"{networks / name}: 50% in ")
+
+    def test_what_is_wrong_is_said_in_a_line(self, fail, networks, tmp_path):
+        pytest.importorskip("matplotlib")
+        out = tmp_path / "erf.png"
+        assert "no folder" in fail("erf", tmp_path / "missing", "--out", out)
+        assert "no Orbax checkpoint" in fail("erf", tmp_path, "--out", out)
+        assert "no folder" in fail("erf", networks / "plain", "--out", tmp_path / "a" / "b.png")
+        assert "extension '.doc'" in fail("erf", networks / "plain", "--out", tmp_path / "b.doc")
+        assert not list(tmp_path.iterdir())
+
+
+class TestDemo:
+    @pytest.fixture
+    def training(self):
+        return pytest.importorskip("flash_wtconv_jax.training", exc_type=ImportError)
+
+    def test_shows_progress_and_names_its_files(self, training, monkeypatch, tmp_path):
+        def run_demo(out, *, seed, epochs, on_epoch):
+            assert (seed, epochs) == (3, 2)
+            for name in training.NETWORKS:
+                for epoch in range(epochs):
+                    on_epoch(name, training.History([1.0] * (epoch + 1), [0.5] * (epoch + 1)))
+            network = {"accuracy": 0.9875, "parameters": 70186}
+            return {"networks": {"WTConv": network}, "seconds": 12.3}
+
+        monkeypatch.setattr(training, "run_demo", run_demo)
+        result = run("demo", "--out", tmp_path, "--seed", 3, "--epochs", 2)
+        assert result.exit_code == 0, result.output
+        assert "2/2 epochs" in result.output
+        assert "98.75% of the held-out digits" in result.output
+        for name in training.FILES:
+            assert str(tmp_path / name) in result.output
+
+    def test_an_interrupt_is_one_line(self, training, monkeypatch, fail, tmp_path):
+        def interrupted(out, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(training, "run_demo", interrupted)
+        assert "interrupted" in fail("demo", "--out", tmp_path)
+
+    def test_a_full_disk_is_one_line(self, training, monkeypatch, fail, tmp_path):
+        def full(out, **options):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(training, "run_demo", full)
+        assert "No space left on device" in fail("demo", "--out", tmp_path)
+
+    def test_a_file_in_the_way_is_one_line(self, training, fail, tmp_path):
+        (tmp_path / "demo").write_text("")
+        assert "is a file, expected a folder" in fail("demo", "--out", tmp_path / "demo")
+
+    def test_a_missing_package_is_one_line(self, training, monkeypatch, fail, tmp_path):
+        def without(out, **options):
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+
+        monkeypatch.setattr(training, "run_demo", without)
+        assert "sklearn is not installed: pip install" in fail("demo", "--out", tmp_path)
+
+
+def test_figures_are_drawn_without_a_display(tmp_path):
+    plots = pytest.importorskip("flash_wtconv_jax.plots", exc_type=ImportError)
+    training = pytest.importorskip("flash_wtconv_jax.training", exc_type=ImportError)
+    histories = {"one": training.History([2.0, 1.0], [0.5, 1.0])}
+    probabilities = np.eye(3)[[0, 1, 1]]
+    # Odd sizes: 7 x 5 splits into 4 x 3, and that into 2 x 2.
+    cascade = [np.ones((2, 2, 1)), (np.ones((2, 2, 1)),) * 3, (np.ones((4, 3, 1)),) * 3]
+    figures = {
+        "curve.png": plots.training_curve(histories),
+        "predictions.svg": plots.predictions(np.ones((3, 8, 8)), np.arange(3), probabilities),
+        "cascade.png": plots.wavelet_cascade(cascade, "cascade"),
+    }
+    for name, figure in figures.items():
+        plots.save(figure, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000

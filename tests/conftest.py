@@ -1,0 +1,29 @@
+"""Settings of the whole suite: the CPU, fixed seeds, the same hypothesis examples every time."""
+
+import os
+import random
+
+# Before anything imports jax. Tests marked gpu or tpu run with JAX_PLATFORMS=cuda or tpu.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    max_examples=20,
+    database=None,
+    # A compilation within an example is slow, and that is no fault of the example.
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """The global generators start alike in every test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)

@@ -1,0 +1,398 @@
+"""WTConvNeXt and ConvNeXt: sizes, names, the function computed, training options."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from flash_wtconv_jax import models, surgery
+from flash_wtconv_jax.models import ConvNeXt, ConvNeXtConfig, weight_decay_mask
+from flash_wtconv_jax.models.convnext import Block, GlobalResponseNorm
+from flash_wtconv_jax.nnx import WTConv2d
+from pallas_kernels import oracle
+
+pytestmark = pytest.mark.core
+
+TINY = ConvNeXtConfig(
+    depths=(1, 1), dims=(4, 6), kernel_size=3, levels=(2, 1), patch_size=2, num_classes=5
+)
+
+
+def abstract(**changes):
+    """A model of shapes alone."""
+    config = dataclasses.replace(TINY, **changes)
+    return nnx.eval_shape(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))
+
+
+def initialised(**changes):
+    """A model with its initial values, which one compilation draws."""
+    config = dataclasses.replace(TINY, **changes)
+    return nnx.jit(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))()
+
+
+def randomise(model, seed=0):
+    """Give every parameter a value far from its initial one."""
+    rng = np.random.default_rng(seed)
+    state = nnx.state(model, nnx.Param)
+    nnx.update(
+        model, jax.tree.map(lambda v: jnp.asarray(rng.normal(0.3, 0.5, v.shape), v.dtype), state)
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(3), (2, 10, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("wtconvnext_tiny", 30_383_656),
+        ("wtconvnext_small", 54_015_784),
+        ("wtconvnext_base", 93_647_592),
+        ("convnext_tiny", 28_589_128),
+        ("convnext_small", 50_223_688),
+        ("convnext_base", 88_591_464),
+    ],
+)
+def test_parameter_counts(name, count):
+    model = nnx.eval_shape(lambda: getattr(models, name)(rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+    # Without dropout a model is its parameters: no random state is carried along.
+    assert not jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param)))
+    assert model.config.levels == ((5, 4, 3, 2) if name.startswith("wt") else None)
+
+
+def test_parameter_names():
+    model = abstract(use_grn=True)
+    names = {
+        ".".join(map(str, path)): variable.shape
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    block = {
+        "conv_dw.base_kernel": (3, 3, 1, 4),
+        "conv_dw.base_bias": (4,),
+        "conv_dw.base_scale": (4,),
+        "conv_dw.wavelet_kernel_0": (3, 3, 4, 4),
+        "conv_dw.wavelet_scale_0": (4, 4),
+        "conv_dw.wavelet_kernel_1": (3, 3, 4, 4),
+        "conv_dw.wavelet_scale_1": (4, 4),
+        "norm.scale": (4,),
+        "norm.bias": (4,),
+        "mlp.fc1.kernel": (4, 16),
+        "mlp.fc1.bias": (16,),
+        "mlp.grn.scale": (16,),
+        "mlp.grn.bias": (16,),
+        "mlp.fc2.kernel": (16, 4),
+        "mlp.fc2.bias": (4,),
+        "gamma": (4,),
+    }
+    outside = {
+        "stem.conv.kernel": (2, 2, 3, 4),
+        "stem.conv.bias": (4,),
+        "stem.norm.scale": (4,),
+        "stem.norm.bias": (4,),
+        "stages.1.downsample.norm.scale": (4,),
+        "stages.1.downsample.norm.bias": (4,),
+        "stages.1.downsample.conv.kernel": (2, 2, 4, 6),
+        "stages.1.downsample.conv.bias": (6,),
+        "head.norm.scale": (6,),
+        "head.norm.bias": (6,),
+        "head.fc.kernel": (6, 5),
+        "head.fc.bias": (5,),
+    }
+    second = {name: shape for name, shape in names.items() if name.startswith("stages.1.blocks.0")}
+    assert len(second) == len(block) - 2
+    assert {k: v for k, v in names.items() if k not in second} == {
+        **outside,
+        **{f"stages.0.blocks.0.{name}": shape for name, shape in block.items()},
+    }
+    plain = abstract(levels=None)
+    assert plain.stages[0].blocks[0].conv_dw.kernel.shape == (3, 3, 1, 4)
+
+
+def test_initial_values():
+    model = initialised(dims=(64, 128), head_init_scale=0.5)
+    block = model.stages[0].blocks[0]
+    for kernel in (
+        model.stem.conv.kernel,
+        block.conv_dw.base_kernel,
+        block.conv_dw.wavelet_kernel_0,
+        block.mlp.fc1.kernel,
+        block.mlp.fc2.kernel,
+        model.stages[1].downsample.conv.kernel,
+    ):
+        assert np.std(kernel[...]) == pytest.approx(0.02, rel=0.15)
+    assert np.std(model.head.fc.kernel[...]) == pytest.approx(0.01, rel=0.15)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        values = np.unique(np.asarray(variable[...]))
+        if path[-1] in ("bias", "base_bias"):
+            np.testing.assert_array_equal(values, [0.0])
+        if path[-1] in ("scale", "base_scale"):
+            np.testing.assert_array_equal(values, [1.0])
+        if path[-1].startswith("wavelet_scale"):
+            np.testing.assert_array_equal(values, [np.float32(0.1)])
+        if path[-1] == "gamma":
+            np.testing.assert_array_equal(values, [np.float32(1e-6)])
+
+
+def reference(params, x, levels):
+    """The network in NumPy float64, from the papers' text and the oracle of the operator."""
+
+    def norm(x, p):
+        centred = x - x.mean(-1, keepdims=True)
+        return (
+            centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+        )
+
+    def patches(x, p):
+        size = p["kernel"].shape[0]
+        n, h, w, c = x.shape
+        x = x[:, : h // size * size, : w // size * size]
+        x = x.reshape(n, h // size, size, w // size, size, c)
+        return np.einsum("nhiwjc,ijcd->nhwd", x, p["kernel"]) + p["bias"]
+
+    def gelu(x):
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+
+    def depthwise(x, p):
+        if levels is None:
+            return oracle.depthwise(x, p["kernel"][..., 0, :], 2) + p["bias"]
+        return oracle.wtconv(x, p, 2)
+
+    def block(x, p):
+        y = norm(depthwise(x, p["conv_dw"]), p["norm"])
+        y = gelu(y @ p["mlp"]["fc1"]["kernel"] + p["mlp"]["fc1"]["bias"])
+        if "grn" in p["mlp"]:
+            length = np.sqrt((y**2).sum((1, 2), keepdims=True))
+            share = length / (length.mean(-1, keepdims=True) + 1e-6)
+            y = y + p["mlp"]["grn"]["scale"] * (y * share) + p["mlp"]["grn"]["bias"]
+        y = y @ p["mlp"]["fc2"]["kernel"] + p["mlp"]["fc2"]["bias"]
+        return x + p.get("gamma", 1.0) * y
+
+    x = norm(patches(x, params["stem"]["conv"]), params["stem"]["norm"])
+    maps = []
+    for s in sorted(params["stages"]):
+        stage = params["stages"][s]
+        if s:
+            down = stage["downsample"]
+            x = patches(norm(x, down["norm"]), down["conv"])
+        for b in sorted(stage["blocks"]):
+            x = block(x, stage["blocks"][b])
+        maps.append(x)
+    pooled = norm(x.mean((1, 2)), params["head"]["norm"])
+    return maps, pooled, pooled @ params["head"]["fc"]["kernel"] + params["head"]["fc"]["bias"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"levels": None, "use_grn": True, "layer_scale": None}], ids=["wt", "plain"]
+)
+def test_function_head_options_and_pyramid_against_numpy(changes, images):
+    # The odd 5x4 map after the stem also loses a row to the downsampling.
+    model = randomise(abstract(**changes))
+    params = nnx.to_pure_dict(nnx.state(model))
+    wide = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
+    maps, pooled, logits = reference(wide, np.asarray(images, np.float64), model.config.levels)
+    np.testing.assert_allclose(model(images), logits, rtol=1e-3, atol=1e-3)
+
+    pyramid = abstract(features_only=True, **changes)
+    assert pyramid.head is None
+    nnx.update(pyramid, {k: v for k, v in params.items() if k != "head"})
+    for ours, expected in zip(pyramid(images), maps, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+    assert [m.shape for m in maps] == [(2, 5, 4, 4), (2, 2, 2, 6)]
+
+    headless = abstract(num_classes=0, **changes)
+    assert headless.head.fc is None
+    params["head"] = {"norm": params["head"]["norm"]}
+    nnx.update(headless, params)
+    np.testing.assert_allclose(headless(images), pooled, rtol=1e-3, atol=1e-3)
+    # A head of one's own goes in its place.
+    headless.head.fc = nnx.Linear(6, 2, rngs=nnx.Rngs(0))
+    assert headless(images).shape == (2, 2)
+
+
+def test_published_pyramid_has_four_maps():
+    model = nnx.eval_shape(lambda: models.wtconvnext_tiny(features_only=True, rngs=nnx.Rngs(0)))
+    maps = nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct((1, 64, 96, 3), "float32"))
+    assert [m.shape for m in maps] == [
+        (1, 16, 24, 96),
+        (1, 8, 12, 192),
+        (1, 4, 6, 384),
+        (1, 2, 3, 768),
+    ]
+
+
+def test_remat_computes_the_same_gradients(images):
+    # With drop path, so that the recomputation must also draw the same random numbers.
+    @nnx.jit
+    @nnx.value_and_grad
+    def loss(model):
+        return jnp.sum(model(images) ** 2)
+
+    plain = randomise(
+        initialised(depths=(2,), dims=(4,), levels=(1,), kernel_size=1, drop_path=0.5)
+    )
+    model = nnx.clone(plain)
+    model.stages[0].remat = True
+    results = [(*loss(m), nnx.state(m, nnx.RngCount)) for m in (plain, model)]
+    (value, grads, counts), (remat_value, remat_grads, remat_counts) = results
+    np.testing.assert_allclose(value, remat_value, rtol=1e-6)
+    grads, remat_grads = nnx.to_pure_dict(grads), nnx.to_pure_dict(remat_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, remat_grads
+    )
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+    assert any(np.any(g) for g in jax.tree.leaves(grads["stages"][0]["blocks"]))
+    # Drop path has drawn once, inside the recomputed blocks too.
+    assert jax.tree.leaves(counts) == jax.tree.leaves(remat_counts) == [1]
+    text = str(jax.make_jaxpr(lambda x: model(x, deterministic=True))(images))
+    assert "remat" in text or "checkpoint" in text
+
+
+def test_drop_path_grows_linearly_and_keeps_the_mean():
+    model = abstract(depths=(2, 3), drop_path=0.4)
+    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+    plain = dataclasses.replace(TINY, levels=None)
+    block = randomise(nnx.jit(lambda: Block(plain, 0, 0.25, rngs=nnx.Rngs(0)))())
+    one = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
+    full = block(one, deterministic=True)
+    x = jnp.tile(one, (2000, 1, 1, 1))
+    change = np.asarray(block(x) - x)
+    dropped = np.all(change == 0, axis=(1, 2, 3))
+    assert dropped.mean() == pytest.approx(0.25, abs=0.04)
+    # Whole samples go, the others are raised so that the mean stays.
+    np.testing.assert_allclose(
+        change[~dropped], np.broadcast_to((full - one) / 0.75, change[~dropped].shape), atol=1e-4
+    )
+
+
+def test_train_and_eval_switch_dropout(images):
+    model = randomise(initialised(depths=(2,), dims=(4,), levels=None, dropout=0.5, drop_path=0.3))
+    model.eval()
+    still = model(images)
+    np.testing.assert_array_equal(model(images), still)
+    model.train()
+    assert np.any(np.asarray(model(images) != model(images)))
+    np.testing.assert_array_equal(model(images, deterministic=True), still)
+
+
+def test_bfloat16(images):
+    model = abstract(dtype=jnp.bfloat16, use_grn=True)
+    logits = nnx.eval_shape(lambda m, x: m(x), model, images)
+    assert logits.dtype == jnp.bfloat16
+    assert {v.dtype for v in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(jnp.float32)}
+    maps = nnx.eval_shape(lambda m, x: m.features(x), model, images)
+    assert {m.dtype for m in maps} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_linen_bridge(images):
+    config = dataclasses.replace(TINY, dropout=0.5)
+    linen_model = nnx.bridge.to_linen(ConvNeXt, config)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    linen_params = jax.eval_shape(linen_model.init, keys, images)["params"]
+    model = randomise(initialised(dropout=0.5))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert jax.tree.map(jnp.shape, linen_params) == jax.tree.map(jnp.shape, params)
+
+    @jax.jit
+    def both(params):
+        quiet = linen_model.apply({"params": params}, images, deterministic=True)
+        key = {"dropout": jax.random.key(2)}
+        return quiet, linen_model.apply({"params": params}, images, rngs=key)
+
+    quiet, noisy = both(params)
+    np.testing.assert_allclose(quiet, model(images, deterministic=True), rtol=1e-4, atol=1e-5)
+    assert np.any(np.asarray(noisy != quiet))
+
+    by_name = nnx.bridge.to_linen(models.wtconvnext_tiny, num_classes=7)
+    shape = jax.eval_shape(by_name.init_with_output, jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+    assert shape[0].shape == (1, 7)
+
+
+def test_weight_decay_goes_to_kernels_alone():
+    model = randomise(abstract(use_grn=True))
+    params = nnx.state(model, nnx.Param)
+    flat_mask = nnx.to_flat_state(weight_decay_mask(params))
+    flags = {".".join(map(str, path)): variable.get_value() for path, variable in flat_mask}
+    for name, flag in flags.items():
+        assert flag == ("kernel" in name.split(".")[-1]), name
+    assert flags == {
+        ".".join(map(str, path)): flag
+        for path, flag in nnx.traversals.flatten_mapping(
+            weight_decay_mask(nnx.to_pure_dict(params))
+        ).items()
+    }
+    # One step without a gradient is the decay alone.
+    before = nnx.to_pure_dict(params)
+    decay = optax.add_decayed_weights(-0.05, mask=weight_decay_mask)
+    optimizer = nnx.Optimizer(model, decay, wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.zeros_like, params))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    block, old = after["stages"][0]["blocks"][0], before["stages"][0]["blocks"][0]
+    for name in ("base_kernel", "wavelet_kernel_1"):
+        np.testing.assert_allclose(block["conv_dw"][name], old["conv_dw"][name] * 0.95, rtol=1e-5)
+    for name in ("base_scale", "wavelet_scale_0"):
+        np.testing.assert_array_equal(block["conv_dw"][name], old["conv_dw"][name])
+    np.testing.assert_array_equal(block["gamma"], old["gamma"])
+    np.testing.assert_array_equal(after["stem"]["norm"]["scale"], before["stem"]["norm"]["scale"])
+
+
+def test_response_norm_of_zeros_has_a_gradient():
+    norm = GlobalResponseNorm(3)
+    norm.scale[...] += 1.0
+    x = jnp.ones((1, 2, 2, 3)).at[..., 0].set(0.0)
+    assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(norm(x) ** 2))(x)))
+
+
+def test_surgery_turns_convnext_into_wtconvnext(images):
+    model = randomise(abstract(levels=None))
+    before = model(images)
+    paths = surgery.replace_depthwise(
+        model, depth=2, rngs=nnx.Rngs(0), scale_init=nnx.initializers.zeros
+    )
+    assert paths == ["stages.0.blocks.0.conv_dw", "stages.1.blocks.0.conv_dw"]
+    assert isinstance(model.stages[1].blocks[0].conv_dw, WTConv2d)
+    np.testing.assert_allclose(model(images), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depths": ()}, "depths must"),
+        ({"depths": (1, 0)}, "depths must be an int >= 1, got 0"),
+        ({"dims": (4,)}, "dims must have one entry for each of the 2 stages"),
+        ({"levels": (1, 2, 3)}, "levels must have one entry"),
+        ({"levels": (1, -1)}, "levels must be an int >= 0, got -1"),
+        ({"kernel_size": (5, 5)}, "kernel_size must be an int"),
+        ({"num_classes": -1}, "num_classes must be an int >= 0"),
+        ({"patch_size": 0}, "patch_size must be an int >= 1"),
+        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_bad_configs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_config_from_lists_hashes():
+    config = ConvNeXtConfig(depths=[1, 1], dims=[4, 6], levels=[2, 1], implementation=["xla"])
+    assert config.levels == (2, 1)
+    assert hash(config) == hash(dataclasses.replace(config))
+    with pytest.raises(TypeError, match="nosuch"):
+        models.wtconvnext_tiny(nosuch=1, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 4), (8, 8, 3), (1, 3, 8, 3)])
+def test_bad_inputs(shape):
+    with pytest.raises(ValueError, match="x must"):
+        abstract()(jnp.ones(shape))

@@ -1,0 +1,218 @@
+"""The digits demo: data, training, checkpoints that rebuild their network, files of the demo."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from flash_wtconv_jax import checkpoints, models, training
+from flash_wtconv_jax.receptive_field import SHARES
+
+
+def tiny_network(*, levels=1, seed=0):
+    config = models.ConvNeXtConfig(
+        depths=(1,),
+        dims=(4,),
+        levels=(levels,),
+        kernel_size=3,
+        patch_size=1,
+        in_channels=1,
+        num_classes=10,
+        layer_scale=None,
+    )
+    return models.ConvNeXt(config, rngs=nnx.Rngs(seed))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo as a user runs it, once."""
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    calls = []
+    metrics = training.run_demo(out, on_epoch=lambda name, history: calls.append(name))
+    return out, metrics, calls
+
+
+def test_the_split_is_stratified_disjoint_and_always_the_same():
+    digits, again = training.load_digits(), training.load_digits()
+    assert digits.train_images.shape == (1437, 8, 8, 1)
+    assert digits.test_images.shape == (360, 8, 8, 1)
+    assert digits.train_images.dtype == np.float32
+    assert (digits.train_images.min(), digits.train_images.max()) == (-1, 1)
+    counts = np.bincount(digits.test_labels)
+    assert len(counts) == 10
+    assert counts.max() - counts.min() <= 2
+    np.testing.assert_array_equal(digits.test_images, again.test_images)
+
+
+def test_shifts_move_images_by_one_pixel_at_most():
+    images = np.full((64, 8, 8, 1), training._BACKGROUND, np.float32)
+    images[:, 4, 4] = 1
+    shifted = np.asarray(training._shift(images, jax.random.key(0)))
+    _, rows, columns, _ = np.nonzero(shifted == 1)
+    assert len(rows) == 64
+    assert set(zip(rows, columns, strict=True)) == {(r, c) for r in (3, 4, 5) for c in (3, 4, 5)}
+    assert set(np.unique(shifted)) == {training._BACKGROUND, 1}
+
+
+def test_a_seed_fixes_the_trained_parameters():
+    digits = training.load_digits()
+    results = []
+    for _ in range(2):
+        model = tiny_network()
+        seen = []
+        history = training.train(
+            model, digits, epochs=2, seed=3, on_epoch=lambda h, seen=seen: seen.append(len(h.loss))
+        )
+        assert seen == [1, 2]
+        assert history.loss[1] < history.loss[0]
+        results.append((history, checkpoints.variables_of(model)))
+    assert results[0][0] == results[1][0]
+    jax.tree.map(np.testing.assert_array_equal, results[0][1], results[1][1])
+
+
+def test_no_epochs_is_an_error():
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        training.train(tiny_network(), training.load_digits(), epochs=0)
+
+
+@pytest.mark.xdist_group("demo")
+def test_the_demo_reaches_its_accuracy(demo):
+    _, metrics, calls = demo
+    assert metrics["networks"]["WTConv"]["accuracy"] >= 0.985
+    assert calls == ["WTConv"] * 40 + ["plain depthwise"] * 40
+
+
+@pytest.mark.xdist_group("demo")
+def test_the_demo_writes_what_it_says(demo):
+    out, metrics, _ = demo
+    assert {path.name for path in out.iterdir()} == set(training.FILES)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert metrics["device"]["platform"] == jax.default_backend()
+    assert metrics["versions"]["jax"] == jax.__version__
+    for name, network in metrics["networks"].items():
+        assert len(network["loss_by_epoch"]) == metrics["epochs"] == 40, name
+        assert network["accuracy_by_epoch"][-1] == network["accuracy"]
+    for picture in out.glob("*.png"):
+        content = picture.read_bytes()
+        assert content.startswith(b"\x89PNG") and b"IEND" in content[-16:], picture
+
+
+@pytest.mark.xdist_group("demo")
+def test_wtconv_sees_further_than_its_twin(demo):
+    wtconv, plain = (n["receptive_field_sides"] for n in demo[1]["networks"].values())
+    assert all(wtconv[f"{share:.0%}"] > plain[f"{share:.0%}"] for share in SHARES)
+
+
+@pytest.mark.xdist_group("demo")
+def test_the_checkpoint_holds_the_trained_network(demo):
+    out, metrics, _ = demo
+    digits = training.load_digits()
+    for folder, name in (("checkpoint", "WTConv"), ("checkpoint_plain", "plain depthwise")):
+        model = training.load_network(out / folder)
+        guesses = training.predict(model, digits.test_images).argmax(axis=1)
+        accuracy = (guesses == digits.test_labels).mean()
+        assert accuracy == pytest.approx(metrics["networks"][name]["accuracy"])
+        assert model.config == training.digits_network(levels=training.NETWORKS[name]).config
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The demo without its training: what is left is the writing of files."""
+    history = training.History([1.0], [0.5])
+    monkeypatch.setattr(training, "digits_network", tiny_network)
+    monkeypatch.setattr(training, "train", lambda *args, **options: history)
+    monkeypatch.setattr(training, "network_field", lambda *args: np.ones((8, 8)))
+
+
+def test_a_second_run_replaces_its_files_and_no_others(quick, tmp_path):
+    training.save_network(tmp_path / "checkpoint", tiny_network(levels=0))
+    for name in ("metrics.json", "predictions.png", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    training.run_demo(tmp_path, epochs=1)
+    assert {path.name for path in tmp_path.iterdir()} == {*training.FILES, "notes.txt"}
+    assert (tmp_path / "notes.txt").read_text() == "old"
+    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
+    assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert training.load_network(tmp_path / "checkpoint").config.levels == (2,)
+
+
+def test_an_interrupt_leaves_nothing_behind(quick, monkeypatch, tmp_path):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        training.run_demo(tmp_path / "demo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_what_was_there(quick, monkeypatch, tmp_path):
+    (tmp_path / "metrics.json").write_text("old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        training.run_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+    assert (tmp_path / "metrics.json").read_text() == "old"
+
+
+def test_a_saved_network_comes_back_with_its_options(tmp_path):
+    config = models.ConvNeXtConfig(
+        depths=(1, 1),
+        dims=(4, 8),
+        levels=None,
+        use_grn=True,
+        drop_path=0.1,
+        param_dtype=jax.numpy.bfloat16,
+        remat=True,
+    )
+    model = models.ConvNeXt(config, rngs=nnx.Rngs(1))
+    training.save_network(tmp_path / "network", model)
+    restored = training.load_network(tmp_path / "network")
+    # How a network is computed is no part of what it is.
+    assert restored.config.remat is False
+    assert restored.config.param_dtype == "bfloat16"
+    before, after = checkpoints.variables_of(model), checkpoints.variables_of(restored)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    with pytest.raises(FileExistsError):
+        training.save_network(tmp_path / "network", model)
+
+
+def test_a_converted_checkpoint_needs_the_name_of_its_model_alone(tmp_path):
+    options = {"depths": [1, 1, 1, 1], "dims": [4, 4, 4, 4], "num_classes": 2}
+    model = models.wtconvnext_tiny(**options, rngs=nnx.Rngs(0))
+    checkpoints.save(tmp_path / "network", checkpoints.variables_of(model))
+    config = {"model": "wtconvnext_tiny", "options": options}
+    (tmp_path / "network" / training.CONFIG_NAME).write_text(json.dumps(config))
+    assert training.load_network(tmp_path / "network").config == model.config
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, FileNotFoundError, "holds no network.json"),
+        ("{", ValueError, "is no JSON"),
+        ("[]", ValueError, "must hold"),
+        ('{"model": "resnet"}', ValueError, "names the model 'resnet', expected one of"),
+        ('{"model": ["ConvNeXt"]}', ValueError, r"names the model \['ConvNeXt'\]"),
+        ('{"model": "ConvNeXt", "options": {"width": 3}}', ValueError, r"options \['width'\]"),
+        ('{"model": "ConvNeXt", "options": {"dims": [0, 1, 1, 1]}}', ValueError, "dims must be"),
+        ('{"model": "ConvNeXt", "options": {"dims": 5}}', ValueError, "of a wrong type"),
+        ('{"model": "ConvNeXt"}', ValueError, "variables do not fit ConvNeXt"),
+    ],
+)
+def test_what_is_wrong_with_a_network_json_is_said(tmp_path, content, error, message):
+    folder = tmp_path / "network"
+    checkpoints.save(folder, {"params": {"kernel": np.ones(3)}})
+    if content is not None:
+        (folder / training.CONFIG_NAME).write_text(content)
+    with pytest.raises(error, match=message):
+        training.load_network(folder)
