@@ -4,6 +4,7 @@ Grouped `conv_general_dilated` for every convolution, reshapes for Haar, JAX's o
 array in x's dtype. It is a baseline for benchmarks and for the error of low precision.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -33,8 +34,9 @@ def wtconv(
         (1, 4, 4, 8)
     """
     batch = x.shape[: -1 - ndim]
-    x = x.reshape(-1, *x.shape[-1 - ndim :]) if x.size else x.reshape(0, *x.shape[-1 - ndim :])
-    low, filtered, sizes = x, [], []
+    x = x.reshape(math.prod(batch), *x.shape[-1 - ndim :])
+    low, sizes = x, []
+    filtered: list[jax.Array] = []
     while f"wavelet_kernel_{len(filtered)}" in params:
         level = len(filtered)
         sizes.append(low.shape[1:-1])

@@ -63,7 +63,7 @@ def _rows(name: str, shape: Shape, baseline: str, progress: Callable) -> list[di
             calls[direction][contender] = _blocking(compiled, arguments)
             used = compiled.memory_analysis().temp_size_in_bytes
             temporaries[direction, contender] = used / x.nbytes
-    for direction, call in _torch_calls(shape, x, params, dy).items():
+    for direction, call in _torch_calls(x, params, dy).items():
         calls[direction]["torch eager"] = call
     if baseline not in calls["forward"]:
         raise ValueError(
@@ -117,26 +117,30 @@ def _blocking(compiled: Callable, arguments: tuple[Any, ...]) -> Callable[[], ob
     return lambda: jax.block_until_ready(compiled(*arguments))
 
 
-def _torch_calls(shape: Shape, x: jax.Array, params: Any, dy: jax.Array) -> Calls:
-    """Both directions of the published layer in PyTorch; nothing where torch is missing."""
+def _torch_calls(x: jax.Array, params: Any, dy: jax.Array) -> Calls:
+    """Both directions of the published layer in PyTorch, on CPU; nothing without torch."""
     try:
         import torch
     except ImportError:
         return {}
+    if jax.default_backend() != "cpu":
+        return {}
     import torch_bridge
 
     layer = torch_bridge.from_jax({"params": params})
-    x, dy = (torch.tensor(np.asarray(a)).permute(0, 3, 1, 2).contiguous() for a in (x, dy))
-    leaf = x.clone().requires_grad_()
+    image, gradient = (
+        torch.tensor(np.asarray(array)).permute(0, 3, 1, 2).contiguous() for array in (x, dy)
+    )
+    leaf = image.clone().requires_grad_()
 
     def forward() -> None:
         with torch.no_grad():
-            layer(x)
+            layer(image)
 
     def both() -> None:
         layer.zero_grad()
         leaf.grad = None
-        layer(leaf).backward(dy)
+        layer(leaf).backward(gradient)
 
     return {"forward": forward, "forward+backward": both}
 

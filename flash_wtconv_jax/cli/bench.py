@@ -27,9 +27,9 @@ def wtconv(
     baseline: Annotated[
         str, typer.Option(help="What ratios refer to: 'torch eager', 'plain jax' or 'flash'.")
     ] = "torch eager",
-    out: Annotated[
-        Path, typer.Option(help="Folder for wtconv.json and wtconv.png.")
-    ] = Path("runs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder for wtconv.json and wtconv.png.")] = Path(
+        "runs/bench"
+    ),
 ) -> None:
     """Time the 2-D wavelet convolution, forward and forward+backward, float32."""
     from rich.console import Console

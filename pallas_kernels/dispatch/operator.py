@@ -75,7 +75,9 @@ class Operator:
 
     def status(self, platform: str) -> list[tuple[str, str | None]]:
         """Every implementation with the reason why it cannot run here, `None` where it can."""
-        return [(str(name), self._unavailable(str(name), platform)) for name in self.implementations]
+        return [
+            (str(name), self._unavailable(str(name), platform)) for name in self.implementations
+        ]
 
     def _candidates(self, direction: str, implementation: Choice, platform: str) -> list[str]:
         preference = list(self.rule.get(platform, self.rule["cpu"]))

@@ -17,9 +17,9 @@ from itertools import product
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.numerics import accumulator
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.numerics import accumulator
 
 
 class Implementation(StrEnum):

@@ -1,6 +1,6 @@
 """The filter banks of PyWavelets' discrete wavelets, in the order of a cross-correlation."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from pallas_kernels.oracle import HAAR, Array
 IS_HAAR = ("haar", "db1")
 
 
-@lru_cache(maxsize=None)
+@cache
 def filter_bank(wavelet: str) -> tuple[Array, Array]:
     """Analysis and synthesis filters of a wavelet.
 

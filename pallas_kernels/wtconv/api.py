@@ -17,7 +17,6 @@ from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv import vjp
 
-
 Precision = str | jax.lax.Precision | None
 
 
@@ -176,8 +175,10 @@ def _checked_signal(value: ArrayLike, ndim: int) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x: expected a floating-point array, got {x.dtype}; cast it first")
     if any(size == 0 for size in x.shape[-1 - ndim :]):
-        raise ValueError(f"x: expected [*batch, {axes}, C] of at least one sample and channel, got "
-                         f"shape {x.shape}")
+        raise ValueError(
+            f"x: expected [*batch, {axes}, C] of at least one sample and channel, got "
+            f"shape {x.shape}"
+        )
     return x
 
 
@@ -193,9 +194,7 @@ def _checked_precision(value: Precision) -> jax.lax.Precision | None:
         ) from None
 
 
-def _check_params(
-    params: Mapping[str, jax.Array], ndim: int, channels: int
-) -> tuple[int, int]:
+def _check_params(params: Mapping[str, jax.Array], ndim: int, channels: int) -> tuple[int, int]:
     """Checks every parameter's presence, shape and dtype; returns (kernel size, levels)."""
     levels = 0
     while f"wavelet_kernel_{levels}" in params:

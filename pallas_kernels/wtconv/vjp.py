@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from pallas_kernels.numerics import accumulator
 
 Taps = tuple[jax.Array, ...]
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class Plan(NamedTuple):
@@ -76,14 +77,21 @@ def _apply(
     return _forward(plan, transpose, x, taps, bias)
 
 
-def _apply_fwd(plan, transpose, x, taps, bias):
+def _apply_fwd(
+    plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, Taps, jax.Array | None]]:
     # Reverse mode over reverse mode differentiates this line: a kernel has only the custom rule.
     bare = _module(plan.fwd).DIFFERENTIABLE
     y = (_forward if bare else _apply)(plan, transpose, x, taps, bias)
     return y, (x, taps, _like(bias))
 
 
-def _apply_bwd(plan, transpose, residuals, dy):
+def _apply_bwd(
+    plan: Plan,
+    transpose: bool,
+    residuals: tuple[jax.Array, Taps, jax.Array | None],
+    dy: jax.Array,
+) -> tuple[jax.Array, Taps, jax.Array | None]:
     x, taps, bias = residuals
     shapes = tuple(tap.shape for tap in taps)
     bare = _module(plan.bwd).DIFFERENTIABLE
@@ -103,19 +111,21 @@ _apply.defvjp(_apply_fwd, _apply_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _weight_grad(
-    plan: Plan, shapes: tuple[tuple[int, ...], ...], x: jax.Array, dy: jax.Array
-) -> Taps:
+def _weight_grad(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
     """Gradient of the taps; bilinear in x and dy, so its own VJP is the operator twice."""
     return _correlate(plan, shapes, x, dy)
 
 
-def _weight_grad_fwd(plan, shapes, x, dy):
+def _weight_grad_fwd(
+    plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array
+) -> tuple[Taps, tuple[jax.Array, jax.Array]]:
     correlate = _correlate if _module(plan.bwd).DIFFERENTIABLE else _weight_grad
     return correlate(plan, shapes, x, dy), (x, dy)
 
 
-def _weight_grad_bwd(plan, shapes, residuals, dtaps):
+def _weight_grad_bwd(
+    plan: Plan, shapes: Shapes, residuals: tuple[jax.Array, jax.Array], dtaps: Taps
+) -> tuple[jax.Array, jax.Array]:
     x, dy = residuals
     plan = plan._replace(fwd=plan.bwd)
     return _apply(plan, True, dy, dtaps, None), _apply(plan, False, x, dtaps, None)
@@ -124,13 +134,15 @@ def _weight_grad_bwd(plan, shapes, residuals, dtaps):
 _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
 
 
-def _forward(plan, transpose, x, taps, bias):
+def _forward(
+    plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
+) -> jax.Array:
     return _module(plan.fwd).forward(
         x, taps, bias, wavelet=plan.wavelet, transpose=transpose, precision=plan.precision
     )
 
 
-def _correlate(plan, shapes, x, dy):
+def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
     return _module(plan.bwd).weight_grad(
         x, dy, kernel_shapes=shapes, wavelet=plan.wavelet, precision=plan.precision
     )

@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels._compat import on_cpu, unfused
 from pallas_kernels.haar.xla import analysis, synthesis
 from pallas_kernels.numerics import accumulator
 
 DIFFERENTIABLE = True
+
+Taps = tuple[jax.Array, ...]
 
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
@@ -41,7 +44,7 @@ def check(direction: str, problem: Any) -> None:
 @partial(unfused, static_argnames=("wavelet", "transpose", "precision"))
 def forward(
     x: jax.Array,
-    taps: tuple[jax.Array, ...],
+    taps: Taps,
     bias: jax.Array | None,
     *,
     wavelet: str,
@@ -64,12 +67,17 @@ def forward(
     return lax.map(run, _in_chunks(x)).reshape(x.shape)
 
 
-def _forward(x, taps, bias, wavelet, transpose, precision):
+def _forward(
+    x: jax.Array,
+    taps: Taps,
+    bias: jax.Array | None,
+    wavelet: str,
+    transpose: bool,
+    precision: lax.Precision | None,
+) -> jax.Array:
     pads = _pads(taps[0].shape[0], transpose)
     coefficients = _cascade(x, len(taps) - 1, _stored(pads), wavelet, transpose)
-    merge = partial(
-        _filter, pads=pads, wavelet=wavelet, transpose=transpose, precision=precision
-    )
+    merge = partial(_filter, pads=pads, wavelet=wavelet, transpose=transpose, precision=precision)
     filtered = None
     for stored, tap in zip(coefficients[:0:-1], taps[:0:-1], strict=True):
         filtered = merge(stored, tap, filtered, None, dtype=taps[0].dtype)
@@ -84,10 +92,10 @@ def weight_grad(
     kernel_shapes: tuple[tuple[int, ...], ...],
     wavelet: str,
     precision: lax.Precision | None,
-) -> tuple[jax.Array, ...]:
+) -> Taps:
     """Gradients of the taps: each level's coefficients of x correlated with those of dy."""
 
-    def add(total, chunk):
+    def add(total: Taps, chunk: tuple[jax.Array, jax.Array]) -> tuple[Taps, None]:
         part = _weight_grad(*chunk, kernel_shapes, wavelet, precision)
         return jax.tree.map(jnp.add, total, part), None
 
@@ -95,7 +103,13 @@ def weight_grad(
     return lax.scan(add, zeros, (_in_chunks(x), _in_chunks(dy)))[0]
 
 
-def _weight_grad(x, dy, kernel_shapes, wavelet, precision):
+def _weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    kernel_shapes: tuple[tuple[int, ...], ...],
+    wavelet: str,
+    precision: lax.Precision | None,
+) -> Taps:
     pads = _pads(kernel_shapes[0][0], False)
     levels = len(kernel_shapes) - 1
     of_x = _cascade(x, levels, _stored(pads), wavelet, False)
@@ -126,7 +140,9 @@ def _pads(kernel_size: int, transpose: bool) -> tuple[int, int]:
     return (after, before) if transpose else (before, after)
 
 
-def _cascade(x, levels, stored, wavelet, transpose):
+def _cascade(
+    x: jax.Array, levels: int, stored: tuple[int, int], wavelet: str, transpose: bool
+) -> list[jax.Array]:
     """Coefficients `[N, *size, bands, C]`, x as one band first, zero-padded by `stored`."""
     x = x[..., None, :]
     coefficients = [_padded(x, pads=stored) if any(stored) else x]
@@ -139,14 +155,21 @@ def _cascade(x, levels, stored, wavelet, transpose):
 
 
 @partial(unfused, static_argnames=("inner", "pads", "wavelet", "transpose"))
-def _analyse(source, *, inner, pads, wavelet, transpose):
+def _analyse(
+    source: jax.Array,
+    *,
+    inner: tuple[int, int],
+    pads: tuple[int, int],
+    wavelet: str,
+    transpose: bool,
+) -> jax.Array:
     """Coefficients, padded by `pads`, of the low band of `source`, which is padded by `inner`."""
     low = source[(slice(None), *(slice(inner[0], n - inner[1]) for n in source.shape[1:-2]), 0)]
     low = low.astype(accumulator(low.dtype))
     return _padded_bands(analysis(low, low.ndim - 2, wavelet, transpose), pads)
 
 
-def _padded_bands(bands, pads):
+def _padded_bands(bands: jax.Array, pads: tuple[int, int]) -> jax.Array:
     return jnp.pad(bands, [(0, 0), *[pads] * (bands.ndim - 3), (0, 0), (0, 0)])
 
 
@@ -154,7 +177,18 @@ _padded = unfused(_padded_bands, static_argnames=("pads",))
 
 
 @partial(unfused, static_argnames=("pads", "wavelet", "transpose", "precision", "dtype"))
-def _filter(stored, taps, deeper, bias, *, pads, wavelet, transpose, precision, dtype):
+def _filter(
+    stored: jax.Array,
+    taps: jax.Array,
+    deeper: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    pads: tuple[int, int],
+    wavelet: str,
+    transpose: bool,
+    precision: lax.Precision | None,
+    dtype: DTypeLike,
+) -> jax.Array:
     """Depthwise convolution of one level plus, in its low band, the synthesis of the next."""
     out = _depthwise(stored, taps, pads, precision)
     ndim, size = out.ndim - 3, out.shape[1:-2]
@@ -185,8 +219,7 @@ def _depthwise(
             for tap in product(range(taps.shape[0]), repeat=ndim)
         )
         return sum(
-            stored[(slice(None), *window)].astype(taps.dtype) * taps[tap]
-            for tap, window in windows
+            stored[(slice(None), *window)].astype(taps.dtype) * taps[tap] for tap, window in windows
         )
     *kernel, bands, channels = taps.shape
     out = lax.conv_general_dilated(
@@ -217,7 +250,7 @@ def _correlate(
         pullback = jax.linear_transpose(lambda t: _depthwise(stored, t, pads, precision), taps)
         return pullback(dy.astype(acc))[0]
 
-    def one(tap):
+    def one(tap: jax.Array) -> jax.Array:
         shifted = lax.dynamic_slice(stored, (0, *tap, 0, 0), dy.shape).astype(acc)
         return jnp.sum(shifted * dy.astype(acc), axis=range(1 + ndim))
 

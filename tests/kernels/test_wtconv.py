@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from jax import export
 from jax.ad_checkpoint import print_saved_residuals
 from jax.flatten_util import ravel_pytree
@@ -110,9 +111,7 @@ def test_the_table_covers_every_pair():
         3: {(4, 4, 4): 0, (5, 5, 5): 1, (6, 6, 6): 2, (1, 1, 1): 3, (4, 7, 2): 4},
     }
     values = [(1, 2, 3), range(5), range(7), (1, 2, 3, 5, 7), ("float32", *LOW, "float64")]
-    rows = [
-        (c.ndim, kinds[c.ndim][c.spatial], c.levels, c.kernel_size, c.dtype) for c in PAIRWISE
-    ]
+    rows = [(c.ndim, kinds[c.ndim][c.spatial], c.levels, c.kernel_size, c.dtype) for c in PAIRWISE]
     for i, j in combinations(range(len(values)), 2):
         missing = set(product(values[i], values[j])) - {(row[i], row[j]) for row in rows}
         assert not missing
@@ -138,9 +137,7 @@ def test_drawn_cases_are_the_oracles(spatial, levels, kernel_size, stride, chann
 @pytest.mark.parametrize("case", [SMALL, Case((9,), 2, 2, "float64", stride=2)], ids=str)
 def test_gradients_are_finite_differences(case):
     x, params, dy = arrays(case)
-    loss = jax.jit(
-        lambda x, p: jnp.vdot(WTCONV[case.ndim](x, p, stride=case.stride), dy)
-    )
+    loss = jax.jit(lambda x, p: jnp.vdot(WTCONV[case.ndim](x, p, stride=case.stride), dy))
     grads = jax.grad(loss, (0, 1))(x, params)
     rng = np.random.default_rng(0)
     for _ in range(3):
@@ -267,8 +264,8 @@ def test_the_form_for_accelerators(monkeypatch, case):
     y, (dx, dparams) = value_and_grads(WTCONV[case.ndim], case)
     jax.clear_caches()
     want_y, (want_dx, want_dparams) = expected(case)
-    errors = jax.tree.map(worst, {"y": y, "dx": dx} | dparams, {"y": want_y, "dx": want_dx} | want_dparams)
-    assert max(errors.values()) <= 1e-5
+    got, want = {"y": y, "dx": dx} | dparams, {"y": want_y, "dx": want_dx} | want_dparams
+    assert max(worst(got[name], want[name]) for name in want) <= 1e-5
 
 
 @pytest.mark.core
@@ -348,7 +345,7 @@ def test_peak_memory_of_a_large_layer():
 
 
 BAD = {
-    "x rank": (dict(x=jnp.ones((6, 3))), "x: expected an array \\[\\*batch, H, W, C\\].*\\(6, 3\\)"),
+    "x rank": (dict(x=jnp.ones((6, 3))), "x: expected an array .*H, W, C\\].*\\(6, 3\\)"),
     "x integer": (dict(x=jnp.ones((6, 6, 3), int)), "x: .*floating.*int"),
     "x empty": (dict(x=jnp.ones((0, 6, 3))), "x: .*at least one"),
     "channels": (dict(x=jnp.ones((6, 6, 4))), "x with 4 channels.*'base_kernel': expected shape"),
@@ -361,7 +358,7 @@ BAD = {
     "gap": (dict(drop="wavelet_kernel_0"), "unexpected 'wavelet_kernel_1'.*without a gap"),
     "no scale": (dict(drop="wavelet_scale_1"), "missing 'wavelet_scale_1'"),
     "surplus": (dict(add={"kernel": jnp.ones(3)}), "unexpected 'kernel'"),
-    "misshapen": (dict(add={"base_bias": jnp.ones(2)}), "'base_bias': expected shape \\(3,\\), got"),
+    "misshapen": (dict(add={"base_bias": jnp.ones(2)}), "'base_bias': expected shape \\(3,\\)"),
     "kernel 0": (dict(add={"base_kernel": jnp.ones((0, 0, 1, 3))}), "'base_kernel'.*k >= 1"),
     "oblong": (dict(add={"base_kernel": jnp.ones((3, 5, 1, 3))}), "'base_kernel': expected shape"),
     "integers": (dict(add={"base_scale": jnp.ones(3, int)}), "'base_scale': expected a floating"),
