@@ -23,7 +23,7 @@ demo: $(VENV)/.installed-demo
 	@$(BIN)/flash-wtconv demo
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import NamedTuple
 
-_ROUNDS = 7
-_CALLS = 3
+_ROUNDS = 5
+_CALLS = 2
 _REST_S = 0.25
 
 
@@ -55,6 +55,6 @@ def turns(contenders: int) -> int:
 
     Example:
         >>> turns(2)
-        14
+        10
     """
     return _ROUNDS * contenders

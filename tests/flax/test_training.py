@@ -28,15 +28,6 @@ def tiny_network(*, levels=1, seed=0):
     return models.ConvNeXt(config, rngs=nnx.Rngs(seed))
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The demo as a user runs it, once."""
-    out = tmp_path_factory.mktemp("runs") / "demo"
-    calls = []
-    metrics = training.run_demo(out, on_epoch=lambda name, history: calls.append(name))
-    return out, metrics, calls
-
-
 def test_the_split_is_stratified_disjoint_and_always_the_same():
     digits, again = training.load_digits(), training.load_digits()
     assert digits.train_images.shape == (1437, 8, 8, 1)
@@ -80,44 +71,37 @@ def test_no_epochs_is_an_error():
         training.train(tiny_network(), training.load_digits(), epochs=0)
 
 
-@pytest.mark.xdist_group("demo")
-def test_the_demo_reaches_its_accuracy(demo):
-    _, metrics, calls = demo
-    assert metrics["networks"]["WTConv"]["accuracy"] >= 0.985
+def test_the_demo_from_start_to_end(tmp_path):
+    # As a user runs it. One test, because it is the suite's dearest by far.
+    out = tmp_path / "demo"
+    calls = []
+    metrics = training.run_demo(out, on_epoch=lambda name, history: calls.append(name))
     assert calls == ["WTConv"] * 40 + ["plain depthwise"] * 40
 
-
-@pytest.mark.xdist_group("demo")
-def test_the_demo_writes_what_it_says(demo):
-    out, metrics, _ = demo
     assert {path.name for path in out.iterdir()} == set(training.FILES)
-    assert json.loads((out / "metrics.json").read_text()) == metrics
-    assert metrics["device"]["platform"] == jax.default_backend()
-    assert metrics["versions"]["jax"] == jax.__version__
-    for name, network in metrics["networks"].items():
-        assert len(network["loss_by_epoch"]) == metrics["epochs"] == 40, name
-        assert network["accuracy_by_epoch"][-1] == network["accuracy"]
     for picture in out.glob("*.png"):
         content = picture.read_bytes()
         assert content.startswith(b"\x89PNG") and b"IEND" in content[-16:], picture
 
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert metrics["device"]["platform"] == jax.default_backend()
+    assert metrics["versions"]["jax"] == jax.__version__
+    wtconv, plain = metrics["networks"].values()
+    assert wtconv["accuracy"] >= 0.985
+    for share in SHARES:
+        side = f"{share:.0%}"
+        assert wtconv["receptive_field_sides"][side] > plain["receptive_field_sides"][side]
 
-@pytest.mark.xdist_group("demo")
-def test_wtconv_sees_further_than_its_twin(demo):
-    wtconv, plain = (n["receptive_field_sides"] for n in demo[1]["networks"].values())
-    assert all(wtconv[f"{share:.0%}"] > plain[f"{share:.0%}"] for share in SHARES)
-
-
-@pytest.mark.xdist_group("demo")
-def test_the_checkpoint_holds_the_trained_network(demo):
-    out, metrics, _ = demo
     digits = training.load_digits()
-    for folder, name in (("checkpoint", "WTConv"), ("checkpoint_plain", "plain depthwise")):
+    for folder, (name, network) in zip(
+        ("checkpoint", "checkpoint_plain"), metrics["networks"].items(), strict=True
+    ):
+        assert len(network["loss_by_epoch"]) == metrics["epochs"] == 40
+        assert network["accuracy_by_epoch"][-1] == network["accuracy"]
         model = training.load_network(out / folder)
-        guesses = training.predict(model, digits.test_images).argmax(axis=1)
-        accuracy = (guesses == digits.test_labels).mean()
-        assert accuracy == pytest.approx(metrics["networks"][name]["accuracy"])
         assert model.config == training.digits_network(levels=training.NETWORKS[name]).config
+        guesses = training.predict(model, digits.test_images).argmax(axis=1)
+        assert (guesses == digits.test_labels).mean() == pytest.approx(network["accuracy"])
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""`flash-wtconv bench`: what it writes and refuses. Nothing is timed here."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flash_wtconv_jax.bench import timing, wtconv
+from flash_wtconv_jax.cli import app
+from pallas_kernels.wtconv import shapes
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """One small shape, and each contender called once instead of timed."""
+    monkeypatch.setitem(shapes.SHAPES, "small", shapes.Shape(1, 6, 5, 4, 2, kernel_size=3))
+
+    def once(contenders, step):
+        for call in contenders.values():
+            call()
+            step()
+        return {name: timing.Spread(2.0, 1.0, 4.0) for name in contenders}
+
+    monkeypatch.setattr(wtconv, "take_turns", once)
+
+
+def bench(*arguments):
+    return CliRunner().invoke(app, ["bench", "wtconv", *map(str, arguments)])
+
+
+def test_report_table_and_picture(tmp_path):
+    pytest.importorskip("torch", reason="the third contender is PyTorch")
+    result = bench("--shape", "small", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "small" in result.output and "2.0 (1.0-4.0)" in result.output
+    assert (tmp_path / "wtconv.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "wtconv.json").read_text())
+    assert report["device"]["platform"] == "cpu" and "torch" in report["versions"]
+    rows = {(row["direction"], row["contender"]): row for row in report["rows"]}
+    assert set(rows) == {
+        (direction, contender)
+        for direction in ("forward", "forward+backward")
+        for contender in ("flash", "plain jax", "torch eager")
+    }
+    for row in rows.values():
+        assert row["x"] == [1, 6, 5, 4] and row["median_ms"] == 2.0 and row["speedup"] == 1.0
+        assert (row["temporaries"] is None) == (row["contender"] == "torch eager")
+
+
+def test_unknown_shape_and_baseline_are_named(tmp_path):
+    result = bench("--shape", "no", "--out", tmp_path)
+    assert isinstance(result.exception, ValueError)
+    assert "['no']" in str(result.exception) and "convnext_t_stage1" in str(result.exception)
+    result = bench("--shape", "small", "--baseline", "no", "--out", tmp_path)
+    assert isinstance(result.exception, ValueError)
+    assert "baseline: 'no'" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_contenders_take_turns(monkeypatch):
+    monkeypatch.setattr(timing, "_REST_S", 0.0)
+    order = []
+    times = timing.take_turns({name: lambda n=name: order.append(n) for name in "ab"})
+    assert set(times) == {"a", "b"}
+    turn = 1 + timing._CALLS
+    assert order == (["a"] * turn + ["b"] * turn) * timing._ROUNDS
