@@ -48,7 +48,7 @@ def effective_receptive_field(
         >>> neighbours = lambda x: jnp.roll(x, 1, axis=2) + x + jnp.roll(x, -1, axis=2)
         >>> field = effective_receptive_field(neighbours, (7, 7, 1), samples=1)
         >>> (field > 0).sum(axis=0).tolist()
-        [0, 0, 3, 3, 3, 0, 0]
+        [0, 0, 1, 1, 1, 0, 0]
     """
     height, width, channels = _check(shape, samples)
 

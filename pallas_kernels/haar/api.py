@@ -10,12 +10,17 @@ inverse. Other wavelets keep half as many coefficients as samples, as WTConv doe
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from functools import partial
 from itertools import product
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar.filters import filter_bank
@@ -77,7 +82,7 @@ def idwt(
         >>> idwt(*dwt(jnp.ones((4, 1)))).shape
         (4, 1)
     """
-    return _merge([cA, cD], 1, wavelet, implementation)
+    return _merge({"cA": cA, "cD": cD}, 1, wavelet, implementation)
 
 
 def dwt2(
@@ -118,13 +123,16 @@ def idwt2(
         >>> idwt2(dwt2(jnp.ones((4, 6, 1)))).shape
         (4, 6, 1)
     """
+    if len(coeffs) != 2 or len(coeffs[1]) != 3:
+        raise ValueError(
+            f"coeffs: expected (cA, (cH, cV, cD)), got {jax.tree.map(jnp.shape, coeffs)}"
+        )
     low, details = coeffs
-    return _merge([low, *details], 2, wavelet, implementation)
+    bands = dict(zip(("cA", "cH", "cV", "cD"), (low, *details), strict=True))
+    return _merge(bands, 2, wavelet, implementation)
 
 
-def dwt3(
-    data: jax.Array, wavelet: str = "haar", *, implementation: Choice = None
-) -> Details3:
+def dwt3(data: jax.Array, wavelet: str = "haar", *, implementation: Choice = None) -> Details3:
     """One level of 3-D analysis, as `pywt.dwtn` over the three spatial axes.
 
     Args:
@@ -157,7 +165,9 @@ def idwt3(
         >>> idwt3(dwt3(jnp.ones((2, 4, 6, 1)))).shape
         (2, 4, 6, 1)
     """
-    return _merge([coeffs[name] for name in _BANDS3], 3, wavelet, implementation)
+    if set(coeffs) != set(_BANDS3):
+        raise ValueError(f"coeffs: expected the bands {_BANDS3}, got {sorted(coeffs)}")
+    return _merge({name: coeffs[name] for name in _BANDS3}, 3, wavelet, implementation)
 
 
 def wavedec(
@@ -182,7 +192,8 @@ def wavedec(
         >>> [c.shape for c in wavedec(jnp.ones((10, 1)), level=2)]
         [(3, 1), (3, 1), (5, 1)]
     """
-    return _cascade(data, level, lambda low: dwt(low, wavelet, implementation=implementation))
+    split = partial(dwt, wavelet=wavelet, implementation=implementation)
+    return _cascade(data, 1, wavelet, level, split)
 
 
 def wavedec2(
@@ -196,7 +207,8 @@ def wavedec2(
         >>> wavedec2(jnp.ones((1, 8, 8, 2)), level=3)[0].shape
         (1, 1, 1, 2)
     """
-    return _cascade(data, level, lambda low: dwt2(low, wavelet, implementation=implementation))
+    split = partial(dwt2, wavelet=wavelet, implementation=implementation)
+    return _cascade(data, 2, wavelet, level, split)
 
 
 def wavedec3(
@@ -215,7 +227,7 @@ def wavedec3(
         bands = dwt3(low, wavelet, implementation=implementation)
         return bands.pop("aaa"), bands
 
-    return _cascade(data, level, split)
+    return _cascade(data, 3, wavelet, level, split)
 
 
 def waverec(
@@ -245,9 +257,8 @@ def waverec(
         >>> waverec(wavedec(jnp.ones((7, 1)), level=2), shape=(7,)).shape
         (7, 1)
     """
-    return _rebuild(
-        coeffs, 1, shape, lambda low, high: idwt(low, high, wavelet, implementation=implementation)
-    )
+    merge = partial(idwt, wavelet=wavelet, implementation=implementation)
+    return _rebuild(coeffs, 1, wavelet, shape, merge)
 
 
 def waverec2(
@@ -266,9 +277,11 @@ def waverec2(
         >>> bool(jnp.allclose(waverec2(wavedec2(x, level=2), shape=(5, 7)), x, atol=1e-4))
         True
     """
-    return _rebuild(
-        coeffs, 2, shape, lambda *bands: idwt2(bands, wavelet, implementation=implementation)
-    )
+
+    def merge(low: jax.Array, details: Details2) -> jax.Array:
+        return idwt2((low, details), wavelet, implementation=implementation)
+
+    return _rebuild(coeffs, 2, wavelet, shape, merge)
 
 
 def waverec3(
@@ -290,14 +303,14 @@ def waverec3(
     def merge(low: jax.Array, details: Mapping[str, jax.Array]) -> jax.Array:
         return idwt3({"aaa": low, **details}, wavelet, implementation=implementation)
 
-    return _rebuild(coeffs, 3, shape, merge)
+    return _rebuild(coeffs, 3, wavelet, shape, merge)
 
 
 # Subband s is high along axis a where bit a of s is set.
 _BANDS3 = ["".join("ad"[bit] for bit in reversed(bits)) for bits in product((0, 1), repeat=3)]
 
 
-def _split(data, ndim, wavelet, implementation) -> list[jax.Array]:
+def _split(data: jax.Array, ndim: int, wavelet: str, implementation: Choice) -> list[jax.Array]:
     """Validates, picks, and analyses one level into its 2**ndim bands."""
     x = _checked(data, "data", ndim)
     filter_bank(wavelet)
@@ -309,59 +322,93 @@ def _split(data, ndim, wavelet, implementation) -> list[jax.Array]:
     return [out[..., s, :] for s in range(2**ndim)]
 
 
-def _merge(bands, ndim, wavelet, implementation) -> jax.Array:
+def _merge(
+    bands: Mapping[str, jax.Array], ndim: int, wavelet: str, implementation: Choice
+) -> jax.Array:
     """Validates, picks, and synthesises one level from its 2**ndim bands."""
-    bands = [_checked(band, "coeffs", ndim) for band in bands]
-    shapes = {band.shape for band in bands}
-    if len(shapes) > 1:
-        raise ValueError(f"coeffs: expected bands of one shape, got {sorted(shapes)}")
+    arrays = [_checked(band, f"coeffs ({name})", ndim) for name, band in bands.items()]
+    first = arrays[0].shape
+    if any(band.shape != first for band in arrays):
+        shapes = {name: band.shape for name, band in zip(bands, arrays, strict=True)}
+        raise ValueError(f"coeffs: expected bands of one shape, got {shapes}")
     filter_bank(wavelet)
-    module = _implementation(bands[0], implementation)
-    batch, half = bands[0].shape[: -1 - ndim], bands[0].shape[-1 - ndim : -1]
-    stacked = jnp.stack(bands, axis=-2)
+    module = _implementation(arrays[0], implementation)
+    batch, half = first[: -1 - ndim], first[-1 - ndim : -1]
+    stacked = jnp.stack(arrays, axis=-2)
     stacked = stacked.reshape(math.prod(batch), *stacked.shape[len(batch) :])
     shape = tuple(2 * n for n in half)
     out = module.synthesis(stacked.astype(accumulator(stacked.dtype)), ndim, shape, wavelet)
     return out.reshape(*batch, *out.shape[1:]).astype(stacked.dtype)
 
 
-def _cascade(data, level, split) -> list:
+def _cascade(
+    data: jax.Array,
+    ndim: int,
+    wavelet: str,
+    level: int,
+    split: Callable[[jax.Array], tuple[jax.Array, Any]],
+) -> list[Any]:
+    """Splits the low band `level` times; zero levels are validated alike."""
+    low, details = _checked(data, "data", ndim), []
+    filter_bank(wavelet)
     if not isinstance(level, int) or level < 0:
         raise ValueError(f"level={level!r}: expected an integer >= 0")
-    low, details = jnp.asarray(data), []
     for _ in range(level):
         low, high = split(low)
         details.append(high)
     return [low, *reversed(details)]
 
 
-def _rebuild(coeffs, ndim, shape, merge) -> jax.Array:
+def _rebuild(
+    coeffs: Sequence[Any],
+    ndim: int,
+    wavelet: str,
+    shape: Sequence[int] | None,
+    merge: Callable[[jax.Array, Any], jax.Array],
+) -> jax.Array:
+    """Merges from coarse to fine, each result cropped to the size of the next finer bands."""
+    if len(coeffs) == 0:
+        raise ValueError("coeffs is empty: expected [cA_n, details_n, ..., details_1]")
+    filter_bank(wavelet)
+    if shape is not None:
+        shape = _checked_shape(shape, ndim)
     low, *details = coeffs
-    for finer, high in zip([*details[1:], None], details, strict=True):
+    low = _checked(low, "coeffs[0]", ndim)
+    for i, high in enumerate(details, start=1):
+        if i > 1:
+            # The size of this level's bands, before the level below was padded.
+            first = jax.tree.leaves(high)[0]
+            low = _cropped(low, f"coeffs[{i}]", first.shape[-1 - ndim : -1])
         low = merge(low, high)
-        size = shape if finer is None else _band_size(finer, ndim)
-        if size is not None:
-            low = _cropped(low, ndim, tuple(size))
-    return low
+    if shape is None:
+        return low
+    if not details and shape != low.shape[-1 - ndim : -1]:
+        raise ValueError(f"shape={shape}: coeffs has no level, and a signal {low.shape}")
+    return _cropped(low, f"shape={shape}", shape)
 
 
-def _band_size(details, ndim) -> tuple[int, ...]:
-    """Spatial size of a level's bands, which the approximation from below is cropped to."""
-    first = jax.tree.leaves(details)[0]
-    return first.shape[-1 - ndim : -1]
-
-
-def _cropped(x, ndim, size) -> jax.Array:
+def _cropped(x: jax.Array, source: str, size: tuple[int, ...]) -> jax.Array:
+    """Drops the padding of odd sizes: at most one sample an axis."""
+    ndim = len(size)
     have = x.shape[-1 - ndim : -1]
-    if len(size) != ndim or any(not m - 1 <= n <= m for n, m in zip(size, have, strict=True)):
+    if any(not m - 1 <= n <= m for n, m in zip(size, have, strict=True)):
         raise ValueError(
-            f"shape={size}: the coefficients give {have}, of which at most the last sample of each "
-            "axis is padding"
+            f"{source}: expected spatial size {have}, or one less along any axis, got {size}"
         )
     return x[(..., *(slice(n) for n in size), slice(None))]
 
 
-def _checked(value, name, ndim) -> jax.Array:
+def _checked_shape(shape: Sequence[int], ndim: int) -> tuple[int, ...]:
+    try:
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) != ndim:
+        raise ValueError(f"shape={shape!r}: expected {ndim} integers, the signal's spatial size")
+    return sizes
+
+
+def _checked(value: ArrayLike, name: str, ndim: int) -> jax.Array:
     x = jnp.asarray(value)
     if x.ndim < ndim + 1:
         axes = ("L", "H, W", "D, H, W")[ndim - 1]
@@ -371,6 +418,6 @@ def _checked(value, name, ndim) -> jax.Array:
     return x
 
 
-def _implementation(x, implementation):
+def _implementation(x: jax.Array, implementation: Choice) -> ModuleType:
     name = OPERATOR.pick("fwd", implementation, jax.default_backend(), x)
     return OPERATOR.module(name)

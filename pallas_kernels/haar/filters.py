@@ -35,10 +35,12 @@ def filter_bank(wavelet: str) -> tuple[Array, Array]:
         return HAAR, HAAR
     import pywt
 
-    if wavelet not in pywt.wavelist(kind="discrete"):
+    known = pywt.wavelist(kind="discrete")
+    if wavelet not in known:
+        families = [f for f in pywt.families() if any(name.startswith(f) for name in known)]
         raise ValueError(
             f"wavelet={wavelet!r} is not a discrete wavelet of PyWavelets; "
-            f"families: {', '.join(pywt.families())}, e.g. 'haar', 'db2', 'sym4', 'bior2.2'"
+            f"families: {', '.join(families)}, e.g. 'haar', 'db2', 'sym4', 'bior2.2'"
         )
     bank = pywt.Wavelet(wavelet)
     dec = np.array([bank.dec_lo[::-1], bank.dec_hi[::-1]])

@@ -58,9 +58,7 @@ def synthesis(
         bands = [coefficients[..., s, :] for s in range(2**ndim)]
         for axis in range(1, ndim + 1):
             merge = partial(_filter_up, axis=axis, filters=_hashable(filters))
-            bands = [
-                merge(low, high) for low, high in zip(bands[::2], bands[1::2], strict=True)
-            ]
+            bands = [merge(low, high) for low, high in zip(bands[::2], bands[1::2], strict=True)]
         x = bands[0]
     return x[(slice(None), *(slice(n) for n in shape))]
 
