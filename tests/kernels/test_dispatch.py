@@ -1,0 +1,155 @@
+"""The rule that picks an implementation, on operators whose implementations are stand-ins."""
+
+import sys
+from enum import StrEnum
+from types import ModuleType
+
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Operator, operator
+
+pytestmark = pytest.mark.core
+
+
+class Fake(StrEnum):
+    FAST = "fast"
+    NEAT = "neat"
+    SLOW = "slow"
+    BROKEN = "broken"
+
+
+def implementation(unavailable=None, refuses=None, error=NotImplementedError):
+    """A module of one implementation: where it cannot run, and which problems it refuses."""
+    module = ModuleType("fake")
+
+    def check(direction, problem):
+        if (direction, problem) == refuses:
+            raise error(f"no {direction} of {problem}")
+
+    module.unavailable = lambda platform: unavailable if platform == "cpu" else None
+    module.check = check
+    return module
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """`fast` needs a GPU, `neat` refuses the backward of "odd", `broken` cannot be imported."""
+    monkeypatch.setattr(operator, "_REGISTRY", {})
+    monkeypatch.setitem(sys.modules, "fake_op", ModuleType("fake_op"))
+    monkeypatch.setitem(sys.modules, "fake_op.fast", implementation("no GPU here"))
+    monkeypatch.setitem(sys.modules, "fake_op.neat", implementation(refuses=("bwd", "odd")))
+    monkeypatch.setitem(sys.modules, "fake_op.slow", implementation())
+    monkeypatch.delenv("FLASH_WTCONV_FAKE_FWD", raising=False)
+    monkeypatch.delenv("FLASH_WTCONV_FAKE_BWD", raising=False)
+    rule = {"cpu": ["broken", "fast", "neat", "slow"], "gpu": ["fast", "neat", "slow"]}
+    return Operator("fake", "fake_op", Fake, rule)
+
+
+@pytest.mark.parametrize(
+    ("choice", "direction", "platform", "problem", "want"),
+    [
+        (None, "fwd", "cpu", "odd", "neat"),
+        (None, "bwd", "cpu", "odd", "slow"),
+        (None, "fwd", "gpu", "odd", "fast"),
+        (None, "fwd", "rocm", "even", "fast"),
+        ("slow", "fwd", "gpu", "even", "slow"),
+        (Fake.NEAT, "fwd", "gpu", "even", "neat"),
+        (["slow", "neat"], "fwd", "cpu", "even", "neat"),
+        (("slow", Fake.FAST), "fwd", "cpu", "even", "slow"),
+        (["slow", "slow"], "fwd", "cpu", "even", "slow"),
+        (["neat", "slow"], "bwd", "gpu", "odd", "slow"),
+        # Last, because the rule of a GPU does not name it, and so never imported.
+        (["broken", "slow"], "fwd", "gpu", "even", "slow"),
+    ],
+)
+def test_the_best_candidate_that_can_run(fake, choice, direction, platform, problem, want):
+    assert fake.pick(direction, choice, platform, problem) == want
+
+
+@pytest.mark.parametrize(
+    ("value", "want"),
+    [
+        ("", "neat"),
+        ("   ", "neat"),
+        ("slow", "slow"),
+        ("SLOW", "slow"),
+        (" Slow ", "slow"),
+        ("[slow]", "slow"),
+        ("[slow, NEAT]", "neat"),
+        ("fast , slow", "slow"),
+        ("[ fast,slow, ]", "slow"),
+    ],
+)
+def test_the_environment_is_asked_when_used(fake, monkeypatch, value, want):
+    monkeypatch.setenv("FLASH_WTCONV_FAKE_FWD", value)
+    assert fake.pick("fwd", None, "cpu", "even") == want
+    # Of this direction alone; an argument wins over it.
+    assert fake.pick("bwd", None, "cpu", "even") == "neat"
+    assert fake.pick("fwd", ["neat"], "cpu", "even") == "neat"
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("none", r"implementation names \['none'\], but fake has the implementations \['fast'"),
+        ("auto", r"implementation names \['auto'\]"),
+        ("FAST", r"implementation names \['FAST'\]"),
+        ("", r"implementation names \[''\]"),
+        ([], "implementation is empty: name at least one of .*or use None"),
+        (["slow", "none"], r"implementation names \['none'\]"),
+        (["slow", 3], r"implementation names \[3\]"),
+        (["slow", None], r"implementation names \[None\]"),
+        (3, "implementation=3: expected None, a name or a sequence of names"),
+    ],
+)
+def test_a_filter_that_is_wrong(fake, choice, message):
+    with pytest.raises(ValueError, match=message):
+        fake.pick("fwd", choice, "cpu", "even")
+
+
+@pytest.mark.parametrize("value", ["none", "[slow,none]", "[]", "[,]"])
+def test_an_environment_that_is_wrong_is_named(fake, monkeypatch, value):
+    monkeypatch.setenv("FLASH_WTCONV_FAKE_BWD", value)
+    with pytest.raises(ValueError, match="FLASH_WTCONV_FAKE_BWD"):
+        fake.pick("bwd", None, "cpu", "even")
+
+
+def test_when_nothing_can_run_each_says_why(fake):
+    with pytest.raises(NotImplementedError) as error:
+        fake.pick("bwd", ["neat", "broken", "fast"], "cpu", "odd")
+    message = str(error.value)
+    assert message.startswith("fake (bwd) cannot run on cpu with implementation=['neat'")
+    assert "neat: no bwd of odd" in message
+    assert "fast: no GPU here" in message
+    assert "broken: import failed: No module named 'fake_op.broken'" in message
+
+
+def test_one_name_never_falls_through(fake):
+    with pytest.raises(NotImplementedError, match="fast: no GPU here"):
+        fake.pick("fwd", "fast", "cpu", "even")
+
+
+def test_a_wrong_argument_never_falls_through(fake, monkeypatch):
+    strict = implementation(refuses=("fwd", "even"), error=ValueError)
+    monkeypatch.setitem(sys.modules, "fake_op.neat", strict)
+    with pytest.raises(ValueError, match="no fwd of even"):
+        fake.pick("fwd", None, "cpu", "even")
+
+
+def test_a_mistake_inside_a_module_is_not_hidden(fake, monkeypatch):
+    mistaken = implementation(refuses=("fwd", "even"), error=AttributeError)
+    monkeypatch.setitem(sys.modules, "fake_op.neat", mistaken)
+    with pytest.raises(AttributeError):
+        fake.pick("fwd", None, "cpu", "even")
+
+
+def test_status_and_registry(fake):
+    other = Operator("another", "fake_op", Fake, {"cpu": ["slow"]}, directions=("fwd",))
+    assert dispatch.operators() == [other, fake]
+    reasons = dict(fake.status("cpu"))
+    assert list(reasons) == ["fast", "neat", "slow", "broken"]
+    assert reasons["fast"] == "no GPU here"
+    assert reasons["neat"] is reasons["slow"] is None
+    assert "import failed" in reasons["broken"]
+    assert dict(fake.status("gpu"))["fast"] is None
