@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 _ROUNDS = 5
 _CALLS = 2
+_TURN_S = 0.1
 _REST_S = 0.25
 
 
@@ -24,7 +25,8 @@ def take_turns(
     """Times calls that block until done, in turns, so that a drift of the machine meets all.
 
     Before its timed calls a contender rests and runs once unmeasured: the threads of the one
-    before it (OpenMP's spin for a while) have gone to sleep, and caches hold its own data.
+    before it (OpenMP's spin for a while) have gone to sleep, and caches hold its own data. A turn
+    lasts a tenth of a second at least, so that a short call meets an awake machine too.
 
     Args:
         contenders: Call by name.
@@ -42,12 +44,19 @@ def take_turns(
         for name, call in contenders.items():
             time.sleep(_REST_S)
             call()
-            for _ in range(_CALLS):
-                start = time.perf_counter()
-                call()
-                times[name].append((time.perf_counter() - start) * 1e3)
+            times[name] += _turn(call)
             on_call()
     return {name: Spread(median(t), min(t), max(t)) for name, t in times.items()}
+
+
+def _turn(call: Callable[[], object]) -> list[float]:
+    """Milliseconds of each call of one turn."""
+    times: list[float] = []
+    while len(times) < _CALLS or sum(times) < _TURN_S * 1e3:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def turns(contenders: int) -> int:
