@@ -59,6 +59,7 @@ def test_unknown_shape_and_baseline_are_named(tmp_path):
 
 def test_contenders_take_turns(monkeypatch):
     monkeypatch.setattr(timing, "_REST_S", 0.0)
+    monkeypatch.setattr(timing, "_TURN_S", 0.0)
     order = []
     times = timing.take_turns({name: lambda n=name: order.append(n) for name in "ab"})
     assert set(times) == {"a", "b"}
