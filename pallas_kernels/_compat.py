@@ -16,6 +16,30 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def interpreting_tpu() -> bool:
+    """Whether TPU kernels run in Pallas' interpreter, inside `pltpu.force_tpu_interpret_mode()`.
+
+    JAX (0.10 to 0.11) tells it in its private configuration alone.
+    """
+    from jax._src import config
+
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def tpu_vmem_bytes() -> int:
+    """Capacity of a TPU core's vector memory.
+
+    On a CPU, where only the interpreter runs TPU kernels, that of a v5e. Compilation ahead of time
+    names its chip with `jax.sharding.use_abstract_mesh` (JAX 0.10 to 0.11).
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return 128 << 20
+
+
 def unfused(
     function: Callable[P, R] | None = None, *, static_argnames: tuple[str, ...] = ()
 ) -> Callable[P, R]:

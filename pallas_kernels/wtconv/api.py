@@ -23,6 +23,7 @@ Precision = str | jax.lax.Precision | None
 class Implementation(StrEnum):
     """Implementations of the wavelet convolution."""
 
+    MOSAIC_TPU = "mosaic_tpu"
     XLA = "xla"
 
 
@@ -30,7 +31,7 @@ OPERATOR = Operator(
     name="wtconv",
     package="pallas_kernels.wtconv",
     implementations=Implementation,
-    rule={"cpu": ("xla",)},
+    rule={"tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)},
 )
 
 

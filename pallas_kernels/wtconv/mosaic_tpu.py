@@ -1,0 +1,686 @@
+"""The fused wavelet convolution as Pallas TPU kernels: x is read once, y written once.
+
+One grid step holds one tile in VMEM (whole images where they fit) for one block of 128 channels:
+
+1. x is copied into a zero-padded float32 scratch, with the halo that the deepest level needs;
+2. each level's coefficients are sums and differences of strided loads of the level above;
+3. from the deepest level up, the four bands are convolved and synthesised onto the level above;
+4. the base convolution is added to the synthesis of the first level.
+
+A convolution keeps `ROWS` rows of eight pixels in registers and its taps beside them: each load of
+a shifted row serves every row that it is a neighbour of. Analysis and synthesis run without their
+factors 1/2, which are folded into the taps (`4**-level`, exact). The weight gradient runs both
+cascades and correlates them, one accumulator register a tap.
+
+What bounds it (v5e, from the compiler's final bundles): the four VALU slots. The loop of a
+convolution is 1% off one multiply and one add for each tap, so the total is off its floor by the
+copies and cascades (load and store slots) and by sublanes that widths such as 14 leave empty.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice, product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._compat import interpreting_tpu, tpu_vmem_bytes
+from pallas_kernels.haar.filters import IS_HAAR
+
+DIFFERENTIABLE = False
+
+Taps = tuple[jax.Array, ...]
+Pair = tuple[int, int]
+Totals = tuple[jax.Array, ...]
+
+_LANES, _SUBLANES = 128, 8
+_MAX_KERNEL = 9
+_MAX_GROUP = 8
+"""Most blocks of eight columns in one unrolled loop body."""
+_VMEM_SHARE = 0.75
+"""What blocks and scratch may take of VMEM; the compiler's stack and spills need the rest."""
+_STEP_BYTES = 1 << 20
+"""Least size of x that a grid step should work on, so that its fixed cost is small beside it."""
+
+
+def unavailable(platform: str) -> str | None:
+    """Needs a TPU, or Pallas' interpreter."""
+    if platform == "tpu" or interpreting_tpu():
+        return None
+    return f"needs a TPU, this is a {platform} (or pltpu.force_tpu_interpret_mode())"
+
+
+def check(direction: str, problem: Any) -> None:
+    """Raises `NotImplementedError` for what these kernels do not do.
+
+    Args:
+        direction: "fwd" or "bwd".
+        problem: `pallas_kernels.wtconv.api.Problem`.
+    """
+    reasons = []
+    if len(problem.shape) != 4:
+        reasons.append(f"{len(problem.shape) - 2}-D signals, 2-D alone")
+    if problem.dtype not in (jnp.float32, jnp.bfloat16):
+        reasons.append(f"{problem.dtype}, float32 and bfloat16 alone")
+    if problem.wavelet not in IS_HAAR:
+        reasons.append(f"wavelet {problem.wavelet!r}, 'haar' alone")
+    if problem.kernel_size > _MAX_KERNEL:
+        reasons.append(f"kernels of {problem.kernel_size}, up to {_MAX_KERNEL}")
+    if not isinstance(problem.shape[0], int):
+        reasons.append("a batch of symbolic size")
+    elif problem.shape[0] == 0:
+        reasons.append("an empty batch")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    _tiling(problem.shape, problem.dtype, problem.kernel_size, problem.levels, direction == "bwd")
+
+
+@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
+def forward(
+    x: jax.Array,
+    taps: Taps,
+    bias: jax.Array | None,
+    *,
+    wavelet: str,
+    transpose: bool,
+    precision: lax.Precision | None,
+) -> jax.Array:
+    """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
+
+    `wavelet` is Haar, and `precision` is float32's whatever is asked: the matrix unit is not used.
+    """
+    kernel_size, levels = taps[0].shape[0], len(taps) - 1
+    pads = (kernel_size - 1) // 2, kernel_size // 2
+    if transpose:
+        taps, pads = tuple(jnp.flip(tap, (0, 1)) for tap in taps), pads[::-1]
+    tiling = _tiling(x.shape, x.dtype, kernel_size, levels, weights=False)
+    geometry = _geometry(tiling, tiling.halo, levels, pads)
+    channels = x.shape[-1]
+    lanes = min(channels, _LANES)
+    flat = [_flat(tap).astype(jnp.float32) * 4.0**-level for level, tap in enumerate(taps)]
+    if bias is None:
+        bias = jnp.zeros(channels)
+    windows = _windows(x.shape, tiling, tiling.halo, lanes)
+    return pl.pallas_call(
+        partial(_forward_kernel, tiling, geometry, pads, x.shape[1:3], len(windows)),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=_grid(x.shape, tiling, lanes),
+        in_specs=[
+            *windows,
+            *(pl.BlockSpec((*tap.shape[:2], lanes), lambda c, n, i, j: (0, 0, c)) for tap in flat),
+            pl.BlockSpec((1, lanes), lambda c, n, i, j: (0, c)),
+        ],
+        out_specs=_windows(x.shape, tiling, (0, 0), lanes)[0],
+        scratch_shapes=[
+            *_cascade_scratch(geometry, lanes),
+            # Filtered bands of one level at a time, and the sum of each level and all below it.
+            pltpu.VMEM((4, *_filtered_shape(geometry[min(levels, 1)]), lanes), jnp.float32),
+            *(
+                pltpu.VMEM((*_merged_shape(geometry, level), lanes), jnp.float32)
+                for level in range(max(levels, 1))
+            ),
+        ],
+        compiler_params=_compiler_params(),
+        name="wtconv_forward",
+    )(*[x] * len(windows), *flat, bias.reshape(1, channels).astype(jnp.float32))
+
+
+@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
+def weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    kernel_shapes: tuple[tuple[int, ...], ...],
+    wavelet: str,
+    precision: lax.Precision | None,
+) -> Taps:
+    """Gradients of the taps: each level's coefficients of x correlated with those of dy.
+
+    The sums over batch and tiles run in the order of the grid, so they are bitwise reproducible.
+    """
+    kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
+    pads = (kernel_size - 1) // 2, kernel_size // 2
+    tiling = _tiling(x.shape, x.dtype, kernel_size, levels, weights=True)
+    of_x = _geometry(tiling, tiling.halo, levels, pads)
+    of_dy = _geometry(tiling, (0, 0), levels, (0, 0))
+    lanes = min(x.shape[-1], _LANES)
+    x_windows = _windows(x.shape, tiling, tiling.halo, lanes)
+    dy_windows = _windows(x.shape, tiling, (0, 0), lanes)
+    shapes = [(1 if level == 0 else 4, kernel_size**2) for level in range(levels + 1)]
+    sums = pl.pallas_call(
+        partial(_weight_kernel, tiling, of_x, of_dy, pads, x.shape[1:3], len(x_windows)),
+        out_shape=[jax.ShapeDtypeStruct((*s, x.shape[-1]), jnp.float32) for s in shapes],
+        grid=_grid(x.shape, tiling, lanes),
+        in_specs=[*x_windows, *dy_windows],
+        out_specs=[pl.BlockSpec((*s, lanes), lambda c, n, i, j: (0, 0, c)) for s in shapes],
+        scratch_shapes=[
+            *_cascade_scratch(of_x, lanes),
+            *_cascade_scratch(of_dy, lanes),
+            *(pltpu.VMEM((*s, _SUBLANES, lanes), jnp.float32) for s in shapes),
+        ],
+        compiler_params=_compiler_params(),
+        name="wtconv_weight_grad",
+    )(*[x] * len(x_windows), dy)
+    return tuple(
+        jnp.moveaxis(s, 1, 0).reshape(shape) * 4.0**-level
+        for level, (s, shape) in enumerate(zip(sums, kernel_shapes, strict=True))
+    )
+
+
+def _flat(tap: jax.Array) -> jax.Array:
+    """`[k, k, bands, C]` as `[bands, k * k, C]`."""
+    return jnp.moveaxis(tap.reshape(-1, *tap.shape[2:]), 1, 0)
+
+
+# Tiles
+
+
+class _Tiling(NamedTuple):
+    """How x is cut: images a step, the tile's size, and the halo read around it."""
+
+    images: int
+    size: Pair
+    halo: Pair
+
+
+def _tiling(
+    shape: Sequence[int], dtype: jnp.dtype, kernel_size: int, levels: int, weights: bool
+) -> _Tiling:
+    """The largest tile that fits in VMEM, whole images first; several small images at once."""
+    n, h, w, channels = shape
+    whole = _Tiling(1, (h, w), (0, 0))
+    limit = int(tpu_vmem_bytes() * _VMEM_SHARE)
+    if _vmem_use(whole, dtype, channels, kernel_size, levels, weights) <= limit:
+        image = h * w * min(channels, _LANES) * dtype.itemsize
+        images = max(
+            i for i in range(1, n + 1) if n % i == 0 and i * image <= max(image, _STEP_BYTES)
+        )
+        whole = whole._replace(images=images)
+        if _vmem_use(whole, dtype, channels, kernel_size, levels, weights) <= limit:
+            return whole
+        return whole._replace(images=1)
+    # A block's halo must be a multiple of 2**levels, and divide its size to be a block itself.
+    reach = 1 << (levels + (max(kernel_size // 2, 1) - 1).bit_length())
+    halos = reach, max(reach, 2 * _SUBLANES)
+    sizes = [
+        [(size, 0), *((halo << i, halo) for i in range(9) if halo << i < size)]
+        for size, halo in zip((h, w), halos, strict=True)
+    ]
+    fitting = []
+    for (rows, row_halo), (cols, col_halo) in product(*sizes):
+        tiling = _Tiling(1, (rows, cols), (row_halo, col_halo))
+        if _vmem_use(tiling, dtype, channels, kernel_size, levels, weights) <= limit:
+            read = (rows + 2 * row_halo) * (cols + 2 * col_halo)
+            steps = math.ceil(h / rows) * math.ceil(w / cols)
+            fitting.append((read * steps, tiling))
+    if not fitting:
+        raise NotImplementedError(
+            f"does not take {levels} levels of kernel {kernel_size} on images of {h} x {w}: no "
+            f"tile with its halo of {reach} pixels fits in {limit >> 20} MiB of VMEM"
+        )
+    return min(fitting)[1]
+
+
+def _compiler_params() -> pltpu.CompilerParams:
+    # Channels may be shared between cores; all else passes scratch or sums from step to step.
+    semantics = ("parallel", "arbitrary", "arbitrary", "arbitrary")
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem_bytes())
+
+
+def _grid(shape: Sequence[int], tiling: _Tiling, lanes: int) -> tuple[int, int, int, int]:
+    n, h, w, channels = shape
+    tiles = (math.ceil(s / t) for s, t in zip((h, w), tiling.size, strict=True))
+    return math.ceil(channels / lanes), n // tiling.images, *tiles
+
+
+def _windows(shape: Sequence[int], tiling: _Tiling, halo: Pair, lanes: int) -> list[pl.BlockSpec]:
+    """The tile itself first, then the blocks of its halo, clamped to the image."""
+    return [_window(shape, tiling, where, halo, lanes) for where in _places(halo)]
+
+
+def _places(halo: Pair) -> list[Pair]:
+    """Which blocks surround the tile: -1 before, 0 the tile, 1 after, along rows and columns."""
+    along = [(0, -1, 1) if h else (0,) for h in halo]
+    return list(product(*along))
+
+
+def _window(
+    shape: Sequence[int], tiling: _Tiling, where: Pair, halo: Pair, lanes: int
+) -> pl.BlockSpec:
+    block = [h if p else t for h, p, t in zip(halo, where, tiling.size, strict=True)]
+    ratio = [t // b for t, b in zip(tiling.size, block, strict=True)]
+    last = [math.ceil(s / b) - 1 for s, b in zip(shape[1:3], block, strict=True)]
+
+    def index(c: Any, n: Any, i: Any, j: Any) -> tuple[Any, ...]:
+        tile = (
+            jnp.clip(t * r + {-1: -1, 0: 0, 1: r}[p], 0, m) if p else t
+            for t, r, p, m in zip((i, j), ratio, where, last, strict=True)
+        )
+        return n, *tile, c
+
+    return pl.BlockSpec((tiling.images, *block, lanes), index)
+
+
+class _Level(NamedTuple):
+    """One level's coefficients in scratch; level 0 is x."""
+
+    size: Pair
+    """Rows and columns of the tile at this level."""
+    margin: Pair
+    """Rows and columns computed beyond them on each side."""
+    origin: Pair
+    """Where the tile's first coefficient lies in scratch."""
+    shape: Pair
+    """Rows and columns of the scratch."""
+
+
+def _geometry(tiling: _Tiling, halo: Pair, levels: int, pads: Pair) -> list[_Level]:
+    """Places every level in scratch: room for pads, for whole registers, for the next level."""
+    sizes = [tiling.size]
+    for _ in range(levels):
+        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+    margins = [tuple(h >> level for h in halo) for level in range(levels + 1)]
+    found: list[_Level] = []
+    for size, margin in zip(reversed(sizes), reversed(margins), strict=True):
+        before = [max(pads[0], m) for m in margin]
+        origin = before[0], _up(before[1], _SUBLANES)
+        rows = [size[0] + margin[0], _up(size[0], _row_chunk(size[0])) + pads[1]]
+        cols = [
+            _up(size[1] + 2 * margin[1], _SUBLANES) - margin[1],
+            _SUBLANES * math.prod(_column_groups(size[1])) + pads[1],
+        ]
+        if found:
+            # The next level's analysis reads two rows and columns for each one that it writes.
+            rows.append(2 * (found[-1].size[0] + found[-1].margin[0]))
+            cols.append(2 * _up(found[-1].size[1] + 2 * found[-1].margin[1], 8) - margin[1])
+        shape = origin[0] + max(rows), _up(origin[1] + max(cols), _SUBLANES)
+        found.append(_Level(size, margin, origin, shape))
+    return found[::-1]
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _row_chunk(rows: int) -> int:
+    """Rows kept in registers at once: eight, or what leaves the fewest rows over."""
+    return min(rows, min((8, 7, 6, 5, 4), key=lambda chunk: (_up(rows, chunk), -chunk)))
+
+
+def _column_groups(cols: int) -> Pair:
+    """Columns as groups of blocks of eight: (groups, blocks in each)."""
+    blocks = math.ceil(cols / _SUBLANES)
+    if blocks <= _MAX_GROUP:
+        return 1, blocks
+    return math.ceil(blocks / 4), 4
+
+
+def _filtered_shape(level: _Level) -> Pair:
+    """Rows and columns that a convolution of this level writes."""
+    rows, cols = level.size
+    return _up(rows, _row_chunk(rows)), _SUBLANES * math.prod(_column_groups(cols))
+
+
+def _merged_shape(geometry: list[_Level], level: int) -> Pair:
+    """Rows and columns of the synthesis onto `level`: twice those of the level below it."""
+    rows, cols = _filtered_shape(geometry[level])
+    if level + 1 == len(geometry):
+        return rows, cols
+    below = geometry[level + 1].size
+    return max(rows, 2 * below[0]), max(cols, 2 * _up(below[1], _SUBLANES))
+
+
+def _cascade_scratch(geometry: list[_Level], lanes: int) -> list[Any]:
+    return [
+        pltpu.VMEM((4 if level else 1, *g.shape, lanes), jnp.float32)
+        for level, g in enumerate(geometry)
+    ]
+
+
+def _vmem_use(
+    tiling: _Tiling,
+    dtype: jnp.dtype,
+    channels: int,
+    kernel_size: int,
+    levels: int,
+    weights: bool,
+) -> int:
+    """Bytes of VMEM of one kernel: scratch, and every block twice for the pipeline."""
+    reach = kernel_size // 2
+    of_x = _geometry(tiling, tiling.halo, levels, (reach, reach))
+    elements = sum((4 if level else 1) * math.prod(g.shape) for level, g in enumerate(of_x))
+    if weights:
+        of_dy = _geometry(tiling, (0, 0), levels, (0, 0))
+        elements += sum((4 if level else 1) * math.prod(g.shape) for level, g in enumerate(of_dy))
+        elements += (1 + 4 * levels) * kernel_size**2 * _SUBLANES
+    else:
+        elements += 4 * math.prod(_filtered_shape(of_x[min(levels, 1)]))
+        elements += sum(math.prod(_merged_shape(of_x, level)) for level in range(max(levels, 1)))
+    rows, cols = (size + 2 * halo for size, halo in zip(tiling.size, tiling.halo, strict=True))
+    blocks = tiling.images * rows * _up(cols, 16)
+    blocks += tiling.images * tiling.size[0] * _up(tiling.size[1], 16)
+    taps = (1 + 4 * levels) * _up(kernel_size**2, _SUBLANES)
+    return _LANES * (4 * elements + 2 * dtype.itemsize * blocks + 2 * 4 * taps)
+
+
+# Kernels
+
+
+def _forward_kernel(
+    tiling: _Tiling,
+    geometry: list[_Level],
+    pads: Pair,
+    image: Pair,
+    windows: int,
+    *refs: Any,
+) -> None:
+    levels = len(geometry) - 1
+    blocks = iter(refs)
+    xs, taps, (bias, out), coefficients, (filtered,), merged = (
+        list(islice(blocks, count))
+        for count in (windows, levels + 1, 2, levels + 1, 1, max(levels, 1))
+    )
+    _zero_at_first(coefficients)
+
+    def one(index: jax.Array) -> None:
+        _load(xs, index, coefficients[0], geometry[0], tiling, tiling.halo, image)
+        _cascade(coefficients, geometry)
+        for level in range(levels, 0, -1):
+            _filter(coefficients[level], geometry[level], taps[level], pads, filtered)
+            below = merged[level] if level < levels else None
+            _synthesise(filtered, below, merged[level - 1], geometry[level].size)
+        _add_base(coefficients[0], geometry[0], taps[0], pads, bias, merged[0], levels > 0)
+        _for(out.shape[1], partial(_store_row, merged[0], out, index))
+
+    _for(tiling.images, one)
+
+
+def _weight_kernel(
+    tiling: _Tiling,
+    of_x: list[_Level],
+    of_dy: list[_Level],
+    pads: Pair,
+    image: Pair,
+    windows: int,
+    *refs: Any,
+) -> None:
+    levels = len(of_x)
+    blocks = iter(refs)
+    xs, dys, out, x_bands, dy_bands, sums = (
+        list(islice(blocks, count)) for count in (windows, 1, levels, levels, levels, levels)
+    )
+    _zero_at_first([*x_bands, *dy_bands, *sums])
+
+    def one(index: jax.Array) -> None:
+        _load(xs, index, x_bands[0], of_x[0], tiling, tiling.halo, image)
+        _load(dys, index, dy_bands[0], of_dy[0], tiling, (0, 0), image)
+        _cascade(x_bands, of_x)
+        _cascade(dy_bands, of_dy)
+        for level in range(levels):
+            _correlate(
+                x_bands[level], dy_bands[level], of_x[level], of_dy[level], pads, sums[level]
+            )
+
+    _for(tiling.images, one)
+
+    @pl.when(_is_step(last=True))
+    def _() -> None:
+        for total, result in zip(sums, out, strict=True):
+            result[...] = jnp.sum(total[...], axis=2)
+
+
+def _is_step(last: bool) -> jax.Array:
+    """Whether this is the first, or the last, step of a block of channels."""
+    ends = [pl.num_programs(axis) - 1 if last else 0 for axis in (1, 2, 3)]
+    here = [pl.program_id(axis) == end for axis, end in zip((1, 2, 3), ends, strict=True)]
+    return here[0] & here[1] & here[2]
+
+
+def _zero_at_first(refs: Sequence[Any]) -> None:
+    """Zeros scratch once: what a step does not write again stays zero, the padding above all."""
+
+    @pl.when(_is_step(last=False))
+    def _() -> None:
+        for ref in refs:
+            for lead in range(ref.shape[0]):
+
+                def row(i: jax.Array, ref: Any = ref, lead: int = lead) -> None:
+                    ref[lead, i] = jnp.zeros(ref.shape[2:], ref.dtype)
+
+                _for(ref.shape[1], row)
+
+
+def _for(count: int, body: Callable[[Any], None]) -> None:
+    def step(i: jax.Array, carry: int) -> int:
+        body(i)
+        return carry
+
+    lax.fori_loop(0, count, step, 0)
+
+
+def _load(
+    windows: Sequence[Any],
+    index: jax.Array,
+    target: Any,
+    level: _Level,
+    tiling: _Tiling,
+    halo: Pair,
+    image: Pair,
+) -> None:
+    """Copies a tile with its halo to float32 scratch, zero where there is no image."""
+    tile = [pl.program_id(axis) * size for axis, size in zip((2, 3), tiling.size, strict=True)]
+    # Tiles that overhang the image, and halos, hold what lies outside it: undefined, not zero.
+    outside = [
+        bool(h) or size < whole for h, size, whole in zip(halo, tiling.size, image, strict=True)
+    ]
+    for where, window in zip(_places(halo), windows, strict=True):
+        start = [
+            {-1: -h, 0: 0, 1: size}[p] for h, p, size in zip(halo, where, tiling.size, strict=True)
+        ]
+        first_col = level.origin[1] + start[1]
+        cols = window.shape[2]
+        at = lax.broadcasted_iota(jnp.int32, window.shape[2:], 0) + (tile[1] + start[1])
+        inside = (at >= 0) & (at < image[1])
+
+        def row(
+            i: jax.Array,
+            window: Any = window,
+            start: list[int] = start,
+            first_col: int = first_col,
+            cols: int = cols,
+            inside: jax.Array = inside,
+        ) -> None:
+            value = window[index, i].astype(jnp.float32)
+            if outside[1]:
+                value = jnp.where(inside, value, 0.0)
+            if outside[0]:
+                at = tile[0] + start[0] + i
+                value = jnp.where((at >= 0) & (at < image[0]), value, 0.0)
+            target[0, level.origin[0] + start[0] + i, first_col : first_col + cols] = value
+
+        _for(window.shape[1], row)
+
+
+def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
+    """Every level's sums and differences from the low band of the one above."""
+    for level in range(1, len(geometry)):
+        here, above = geometry[level], geometry[level - 1]
+        source, target = coefficients[level - 1], coefficients[level]
+        first = [o - m for o, m in zip(above.origin, above.margin, strict=True)]
+        to = [o - m for o, m in zip(here.origin, here.margin, strict=True)]
+        cols = _up(here.size[1] + 2 * here.margin[1], _SUBLANES)
+
+        def row(
+            i: jax.Array,
+            source: Any = source,
+            target: Any = target,
+            first: list[int] = first,
+            to: list[int] = to,
+            cols: int = cols,
+        ) -> None:
+            a, b, c, d = (
+                source[0, first[0] + 2 * i + v, pl.ds(first[1] + u, cols, stride=2)]
+                for v, u in product((0, 1), repeat=2)
+            )
+            sums, differences = (a + b, c + d), (a - b, c - d)
+            for band, value in enumerate(
+                (
+                    sums[0] + sums[1],
+                    sums[0] - sums[1],
+                    differences[0] + differences[1],
+                    differences[0] - differences[1],
+                )
+            ):
+                target[band, to[0] + i, to[1] : to[1] + cols] = value
+
+        _for(here.size[0] + 2 * here.margin[0], row)
+
+
+def _convolve(
+    source: Any,
+    band: Any,
+    level: _Level,
+    taps: Sequence[jax.Array],
+    pads: Pair,
+    start: Callable[[Any, Any], jax.Array | None],
+    store: Callable[[Any, Any, jax.Array], None],
+) -> None:
+    """Depthwise convolution of one band, `start` plus it handed to `store` by row and columns."""
+    top, left = (o - pads[0] for o in level.origin)
+    kernel_size = sum(pads) + 1
+    chunk = _row_chunk(level.size[0])
+    groups, blocks = _column_groups(level.size[1])
+
+    def rows(r: jax.Array) -> None:
+        def cols(g: jax.Array | int) -> None:
+            for block in range(blocks):
+                col = _column(g, blocks, block)
+                sums = [start(r * chunk + k, col) for k in range(chunk)]
+                for i, j in product(range(chunk + kernel_size - 1), range(kernel_size)):
+                    value = source[band, top + r * chunk + i, pl.ds(col + left + j, _SUBLANES)]
+                    for k in range(max(0, i - kernel_size + 1), min(chunk, i + 1)):
+                        term = value * taps[(i - k) * kernel_size + j]
+                        sums[k] = term if sums[k] is None else sums[k] + term
+                for k in range(chunk):
+                    store(r * chunk + k, col, sums[k])
+
+        _for_groups(groups, cols)
+
+    _for(math.ceil(level.size[0] / chunk), rows)
+
+
+def _column(group: jax.Array | int, blocks: int, block: int) -> Any:
+    """First column of a block of eight; a multiple of eight, and known to be one."""
+    if isinstance(group, int):
+        return (group * blocks + block) * _SUBLANES
+    return pl.multiple_of(group * (blocks * _SUBLANES), _SUBLANES) + block * _SUBLANES
+
+
+def _for_groups(groups: int, body: Callable[[Any], None]) -> None:
+    """A loop over groups of columns; a single one has static columns, which cost less."""
+    if groups == 1:
+        body(0)
+    else:
+        _for(groups, body)
+
+
+def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> None:
+    """Convolves the four bands of one level."""
+
+    def band(s: jax.Array) -> None:
+        def store(row: Any, col: Any, value: jax.Array) -> None:
+            target[s, row, pl.ds(col, _SUBLANES)] = value
+
+        _convolve(
+            source,
+            s,
+            level,
+            [taps[s, t : t + 1] for t in range(taps.shape[1])],
+            pads,
+            lambda row, col: None,
+            store,
+        )
+
+    _for(4, band)
+
+
+def _synthesise(filtered: Any, below: Any | None, target: Any, size: Pair) -> None:
+    """Sums and differences of four bands, the synthesis from below added to the low one."""
+    cols = _up(size[1], _SUBLANES)
+
+    def row(i: jax.Array) -> None:
+        low, vertical, horizontal, diagonal = (filtered[s, i, :cols] for s in range(4))
+        if below is not None:
+            low = low + below[i, :cols]
+        top, bottom = low + vertical, low - vertical
+        right, cross = horizontal + diagonal, horizontal - diagonal
+        target[2 * i, pl.ds(0, cols, stride=2)] = top + right
+        target[2 * i, pl.ds(1, cols, stride=2)] = top - right
+        target[2 * i + 1, pl.ds(0, cols, stride=2)] = bottom + cross
+        target[2 * i + 1, pl.ds(1, cols, stride=2)] = bottom - cross
+
+    _for(size[0], row)
+
+
+def _add_base(
+    source: Any, level: _Level, taps: Any, pads: Pair, bias: Any, y: Any, merge: bool
+) -> None:
+    """Convolves x onto the bias and, with `merge`, onto the synthesis that `y` holds."""
+    offset = jnp.broadcast_to(bias[...], (_SUBLANES, bias.shape[1]))
+
+    def start(row: Any, col: Any) -> jax.Array:
+        return offset + y[row, pl.ds(col, _SUBLANES)] if merge else offset
+
+    def store(row: Any, col: Any, value: jax.Array) -> None:
+        y[row, pl.ds(col, _SUBLANES)] = value
+
+    every_tap = [taps[0, t : t + 1] for t in range(taps.shape[1])]
+    _convolve(source, 0, level, every_tap, pads, start, store)
+
+
+def _store_row(y: Any, out: Any, index: Any, i: Any) -> None:
+    out[index, i] = y[i, : out.shape[2]].astype(out.dtype)
+
+
+def _correlate(
+    of_x: Any, of_dy: Any, x_level: _Level, dy_level: _Level, pads: Pair, sums: Any
+) -> None:
+    """Adds `sum_p x[p + tap - r] * dy[p]` of every band, by sublane, to its sums."""
+    top, left = (o - pads[0] for o in x_level.origin)
+    kernel_size = sum(pads) + 1
+    dy_top, dy_left = dy_level.origin
+    chunk = _row_chunk(x_level.size[0])
+    groups, blocks = _column_groups(x_level.size[1])
+    taps = list(product(range(kernel_size), repeat=2))
+
+    def band(s: jax.Array) -> None:
+        def add_block(found: dict[Pair, jax.Array], r: Any, col: Any) -> None:
+            dy = [
+                of_dy[s, dy_top + r * chunk + k, pl.ds(dy_left + col, _SUBLANES)]
+                for k in range(chunk)
+            ]
+            for i, j in product(range(chunk + kernel_size - 1), range(kernel_size)):
+                value = of_x[s, top + r * chunk + i, pl.ds(col + left + j, _SUBLANES)]
+                for k in range(max(0, i - kernel_size + 1), min(chunk, i + 1)):
+                    found[i - k, j] += value * dy[k]
+
+        def rows(r: jax.Array, totals: Totals) -> Totals:
+            def cols(g: Any, totals: Totals) -> Totals:
+                found = dict(zip(taps, totals, strict=True))
+                for b in range(blocks):
+                    add_block(found, r, _column(g, blocks, b))
+                return tuple(found.values())
+
+            return cols(0, totals) if groups == 1 else lax.fori_loop(0, groups, cols, totals)
+
+        zeros = tuple(jnp.zeros(sums.shape[2:], jnp.float32) for _ in taps)
+        found = lax.fori_loop(0, math.ceil(x_level.size[0] / chunk), rows, zeros)
+        for t, total in enumerate(found):
+            sums[s, t] = sums[s, t] + total
+
+    _for(sums.shape[0], band)
