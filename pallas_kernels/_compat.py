@@ -1,19 +1,16 @@
 """Every place where a version of JAX or XLA forces our hand, each with the version and why."""
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from pallas_kernels.platform import on_cpu
+
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def on_cpu() -> bool:
-    """Whether JAX's default device is a CPU, which decides how plain JAX is written best."""
-    return jax.default_backend() == "cpu"
 
 
 def interpreting_tpu() -> bool:
@@ -40,9 +37,7 @@ def tpu_vmem_bytes() -> int:
         return 128 << 20
 
 
-def unfused(
-    function: Callable[P, R] | None = None, *, static_argnames: tuple[str, ...] = ()
-) -> Callable[P, R]:
+def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:
     """Makes a function one unit of a CPU program that XLA fuses with nothing around it.
 
     XLA's CPU compiler (jaxlib 0.10 to 0.11) removes `lax.optimization_barrier` before it fuses,
@@ -50,8 +45,6 @@ def unfused(
     every reader: 50 times slower on a whole layer. A call that must not be inlined is a border
     that fusion respects. GPUs fuse well by themselves, and lose a factor of 3 at such borders.
     """
-    if function is None:
-        return partial(unfused, static_argnames=static_argnames)
     jitted = jax.jit(function, static_argnames=static_argnames)
 
     @wraps(function)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels import platform
+from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv import vjp
@@ -145,11 +147,10 @@ def _wtconv(
     precision: Precision,
 ) -> jax.Array:
     x = _checked_signal(x, ndim)
-    params = {name: jnp.asarray(value) for name, value in dict(params).items()}
+    params = _checked_arrays(params)
     kernel_size, levels = _check_params(params, ndim, x.shape[-1])
     filter_bank(wavelet)
-    if not isinstance(stride, int) or stride < 1:
-        raise ValueError(f"stride={stride!r}: expected an integer >= 1")
+    stride = checked_integer(stride, "stride", least=1)
     if ndim == 1 and x.shape[-2] < stride:
         raise ValueError(
             f"stride={stride} averages groups of {stride} samples, but x has {x.shape[-2]}"
@@ -157,10 +158,10 @@ def _wtconv(
     batch, spatial, channels = x.shape[: -1 - ndim], x.shape[-1 - ndim : -1], x.shape[-1]
     flat = x.reshape(math.prod(batch), *spatial, channels)
     problem = Problem(flat.shape, flat.dtype, kernel_size, levels, wavelet)
-    platform = jax.default_backend()
+    here = platform.current()
     plan = vjp.Plan(
-        OPERATOR.pick("fwd", implementation, platform, problem),
-        OPERATOR.pick("bwd", implementation, platform, problem),
+        OPERATOR.module(OPERATOR.pick("fwd", implementation, here, problem)),
+        OPERATOR.module(OPERATOR.pick("bwd", implementation, here, problem)),
         wavelet,
         _checked_precision(precision),
     )
@@ -169,18 +170,24 @@ def _wtconv(
 
 
 def _checked_signal(value: ArrayLike, ndim: int) -> jax.Array:
-    x = jnp.asarray(value)
+    x = checked_array(value, "x")
     axes = ("L", "H, W", "D, H, W")[ndim - 1]
     if x.ndim < ndim + 1:
         raise ValueError(f"x: expected an array [*batch, {axes}, C], got shape {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x: expected a floating-point array, got {x.dtype}; cast it first")
     if any(size == 0 for size in x.shape[-1 - ndim :]):
         raise ValueError(
             f"x: expected [*batch, {axes}, C] of at least one sample and channel, got "
             f"shape {x.shape}"
         )
     return x
+
+
+def _checked_arrays(params: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params: expected a dict of arrays by name, got {type(params).__name__}")
+    if set(params) == {"params"}:
+        raise ValueError('params: got linen variables; hand on what is inside, variables["params"]')
+    return {name: checked_array(value, f"params[{name!r}]") for name, value in params.items()}
 
 
 def _checked_precision(value: Precision) -> jax.lax.Precision | None:
@@ -225,8 +232,8 @@ def _check_params(params: Mapping[str, jax.Array], ndim: int, channels: int) -> 
     for name, shape in expected.items():
         if name in params and params[name].shape != shape:
             problems.append(f"{name!r}: expected shape {shape}, got {params[name].shape}")
-        if name in params and not jnp.issubdtype(params[name].dtype, jnp.floating):
-            problems.append(f"{name!r}: expected a floating dtype, got {params[name].dtype}")
     if problems:
-        raise ValueError(f"params (for x with {channels} channels): " + "; ".join(problems))
+        raise ValueError(
+            f"params (for x with {channels} channels, which come last): " + "; ".join(problems)
+        )
     return kernel_size, levels

@@ -221,7 +221,7 @@ def _tiling(
     if not fitting:
         raise NotImplementedError(
             f"does not take {levels} levels of kernel {kernel_size} on images of {h} x {w}: no "
-            f"tile with its halo of {reach} pixels fits in {limit >> 20} MiB of VMEM"
+            f"tile with its halo of {reach} pixels fits in {limit / 2**20:.1f} MiB of VMEM"
         )
     return min(fitting)[1]
 

@@ -17,13 +17,14 @@ with `DIFFERENTIABLE = True`; they are then called bare in the backward pass, wh
 of `grad` and `hessian` work.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 from pallas_kernels.numerics import accumulator
 
@@ -32,10 +33,10 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class Plan(NamedTuple):
-    """The static choices of one call."""
+    """The static choices of one call: the implementations' modules, and what they are told."""
 
-    fwd: str
-    bwd: str
+    fwd: ModuleType
+    bwd: ModuleType
     wavelet: str
     precision: jax.lax.Precision | None
 
@@ -81,7 +82,7 @@ def _apply_fwd(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array, Taps, jax.Array | None]]:
     # Reverse mode over reverse mode differentiates this line: a kernel has only the custom rule.
-    bare = _module(plan.fwd).DIFFERENTIABLE
+    bare = plan.fwd.DIFFERENTIABLE
     y = (_forward if bare else _apply)(plan, transpose, x, taps, bias)
     return y, (x, taps, _like(bias))
 
@@ -94,7 +95,7 @@ def _apply_bwd(
 ) -> tuple[jax.Array, Taps, jax.Array | None]:
     x, taps, bias = residuals
     shapes = tuple(tap.shape for tap in taps)
-    bare = _module(plan.bwd).DIFFERENTIABLE
+    bare = plan.bwd.DIFFERENTIABLE
     apply, correlate = (_forward, _correlate) if bare else (_apply, _weight_grad)
     dx = apply(plan._replace(fwd=plan.bwd), not transpose, dy, taps, None)
     pair = (dy, x) if transpose else (x, dy)
@@ -119,7 +120,7 @@ def _weight_grad(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Tap
 def _weight_grad_fwd(
     plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array
 ) -> tuple[Taps, tuple[jax.Array, jax.Array]]:
-    correlate = _correlate if _module(plan.bwd).DIFFERENTIABLE else _weight_grad
+    correlate = _correlate if plan.bwd.DIFFERENTIABLE else _weight_grad
     return correlate(plan, shapes, x, dy), (x, dy)
 
 
@@ -137,23 +138,60 @@ _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
 def _forward(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> jax.Array:
-    return _module(plan.fwd).forward(
-        x, taps, bias, wavelet=plan.wavelet, transpose=transpose, precision=plan.precision
+    run = partial(
+        plan.fwd.forward, wavelet=plan.wavelet, transpose=transpose, precision=plan.precision
     )
+    return run(x, taps, bias) if plan.fwd.DIFFERENTIABLE else _folding(run)(x, taps, bias)
 
 
 def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
-    return _module(plan.bwd).weight_grad(
-        x, dy, kernel_shapes=shapes, wavelet=plan.wavelet, precision=plan.precision
+    run = partial(
+        plan.bwd.weight_grad, kernel_shapes=shapes, wavelet=plan.wavelet, precision=plan.precision
     )
+    return run(x, dy) if plan.bwd.DIFFERENTIABLE else _mapped(run)(x, dy)
+
+
+def _folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A kernel whose vmap over x folds into the batch, so that it stays one call of the kernel."""
+    call = custom_vmap(run)
+
+    @call.def_vmap
+    def rule(
+        size: int, batched: tuple[Any, ...], x: jax.Array, taps: Taps, bias: jax.Array | None
+    ) -> tuple[jax.Array, bool]:
+        if any(jax.tree.leaves(batched[1:])):
+            return _map(call, batched, (x, taps, bias)), True
+        return call(x.reshape(-1, *x.shape[2:]), taps, bias).reshape(x.shape), True
+
+    return call
+
+
+def _mapped(run: Callable[..., Taps]) -> Callable[..., Taps]:
+    """A kernel that sums over its batch, under vmap: one call after the other."""
+    call = custom_vmap(run)
+
+    @call.def_vmap
+    def rule(size: int, batched: tuple[Any, ...], *args: jax.Array) -> tuple[Taps, Any]:
+        out = _map(call, batched, args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
+def _map(function: Callable[..., Any], batched: Any, args: Any) -> Any:
+    """`function` of each example; what is not batched is the same for all."""
+    leaves, tree = jax.tree.flatten(args)
+    flags = jax.tree.leaves(batched)
+    moving = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+
+    def one(examples: list[jax.Array]) -> Any:
+        own = iter(examples)
+        merged = [next(own) if f else leaf for leaf, f in zip(leaves, flags, strict=True)]
+        return function(*tree.unflatten(merged))
+
+    return jax.lax.map(one, moving)
 
 
 def _like(bias: jax.Array | None) -> jax.Array | None:
     """A bias of no elements: the backward pass needs to know its dtype and nothing else."""
     return None if bias is None else bias[:0]
-
-
-def _module(name: str) -> ModuleType:
-    from pallas_kernels.wtconv.api import OPERATOR
-
-    return OPERATOR.module(name)

@@ -18,9 +18,10 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels._compat import on_cpu, unfused
+from pallas_kernels._compat import unfused
 from pallas_kernels.haar.xla import analysis, synthesis
 from pallas_kernels.numerics import accumulator
+from pallas_kernels.platform import on_cpu
 
 DIFFERENTIABLE = True
 
@@ -123,11 +124,12 @@ def _weight_grad(
 def _in_chunks(x: jax.Array) -> jax.Array:
     """`[N, ...]` as `[chunks, N / chunks, ...]`, so that a chunk's coefficients stay in cache.
 
-    On CPU alone: there the temporaries of a whole batch are fresh pages in every call. A batch
-    of symbolic size stays whole, as does one on a device with enough threads for all of it.
+    On a single CPU alone: there the temporaries of a whole batch are fresh pages in every call. A
+    batch of symbolic size stays whole, as does one that may be sharded over several devices, or
+    one on a device with enough threads for all of it.
     """
     n, chunks = x.shape[0], 1
-    if on_cpu() and isinstance(n, int) and n > 0:
+    if on_cpu() and jax.device_count() == 1 and isinstance(n, int) and n > 0:
         # A chunk may be larger than wanted only where it is a single image.
         most = max(1, _CHUNK_BYTES // (x.nbytes // n))
         chunks = next(c for c in range(-(-n // most), n + 1) if n % c == 0)

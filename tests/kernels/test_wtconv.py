@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 from jax import export
 from jax.ad_checkpoint import print_saved_residuals
 from jax.flatten_util import ravel_pytree
+from wtconv_checks import LOW, WTCONV, arrays, assert_oracle, expected, value_and_grads, worst
 
-from flash_wtconv_jax.bench import plain
 from pallas_kernels import oracle
-from pallas_kernels.haar.filters import filter_bank
-from pallas_kernels.wtconv import Implementation, api, vjp, wtconv1d, wtconv2d, wtconv3d
+from pallas_kernels.dispatch import Operator
+from pallas_kernels.wtconv import Implementation, wtconv1d, wtconv2d
 from pallas_kernels.wtconv.cases import CASES, PAIRWISE, Case, inputs
 
-WTCONV = {1: wtconv1d, 2: wtconv2d, 3: wtconv3d}
-LOW = ("bfloat16", "float16")
 SMALL = Case((7, 6), 2, 3, "float64", channels=2)
 CORE = {c for c in CASES if c.dtype != "float16"}
 
@@ -34,74 +32,12 @@ def x64():
         yield
 
 
-def arrays(case):
-    """x, params and dy of a case in its dtype."""
-    return jax.tree.map(lambda a: jnp.asarray(a, case.dtype), inputs(case))
-
-
-def expected(case):
-    """The oracle's output and gradients for the numbers that the case's dtype can hold."""
-    x, params, dy = jax.tree.map(lambda a: np.asarray(a, np.float64), arrays(case))
-    dec, rec = filter_bank(case.wavelet)
-    keys = {"stride": case.stride, "dec": dec, "rec": rec}
-    y = oracle.wtconv(x, params, case.ndim, **keys)
-    return y, oracle.wtconv_vjp(x, params, dy, case.ndim, **keys)
-
-
-def value_and_grads(function, case):
-    """Output and gradients of x and the parameters, compiled as one program."""
-
-    @jax.jit
-    def run(x, params, dy):
-        y, pullback = jax.vjp(function, x, params)
-        return y, pullback(dy)
-
-    return run(*arrays(case))
-
-
-def worst(got, want):
-    """Greatest error as a fraction of the output's root mean square."""
-    got, want = np.asarray(got, np.float64), np.asarray(want)
-    if want.size == 0:
-        return 0.0
-    return np.abs(got - want).max() / max(np.sqrt(np.mean(want**2)), 1e-30)
-
-
-def tolerance(case, name, of_case):
-    """Bounds of the design, section 5: a weight gradient is a sum over n terms."""
-    if case.dtype == "float64":
-        return 1e-12
-    terms = of_case[0].size / case.channels if name.startswith(("base", "wavelet")) else 1
-    return 1e-5 * max(1.0, terms**0.5 / 300)
-
-
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, id=c.name, marks=[pytest.mark.core] * (c in CORE)) for c in CASES],
 )
 def test_output_and_gradients_are_the_oracles(case):
-    call = partial(WTCONV[case.ndim], wavelet=case.wavelet, stride=case.stride)
-    y, (dx, dparams) = value_and_grads(call, case)
-    want_y, (want_dx, want_dparams) = expected(case)
-    got = {"y": y, "dx": dx, **dparams}
-    want = {"y": want_y, "dx": want_dx, **want_dparams}
-    assert {name: a.dtype for name, a in got.items()} == dict.fromkeys(want, jnp.dtype(case.dtype))
-    assert {name: a.shape for name, a in got.items()} == {n: a.shape for n, a in want.items()}
-    if case.dtype in LOW:
-        bounds = low_precision_bounds(case, want)
-    else:
-        bounds = {name: tolerance(case, name, inputs(case)) for name in want}
-    errors = {name: worst(got[name], want[name]) for name in want}
-    assert {n: e for n, e in errors.items() if e > bounds[n]} == {}
-
-
-def low_precision_bounds(case, want):
-    """Twice the error of plain JAX, which is only told to compute in the low precision."""
-    call = partial(plain.wtconv, ndim=case.ndim, stride=case.stride)
-    y, (dx, dparams) = value_and_grads(call, case)
-    got = {"y": y, "dx": dx, **dparams}
-    rounding = float(jnp.finfo(case.dtype).eps)
-    return {name: max(2 * worst(got[name], want[name]), rounding) for name in want}
+    assert_oracle(case)
 
 
 def test_the_table_covers_every_pair():
@@ -178,6 +114,7 @@ def opaque(monkeypatch):
 
     class Kernel:
         DIFFERENTIABLE = False
+        unavailable, check = xla.unavailable, xla.check
 
         @staticmethod
         def forward(x, taps, bias, **keys):
@@ -187,7 +124,9 @@ def opaque(monkeypatch):
         def weight_grad(x, dy, **keys):
             return _walled(partial(xla.weight_grad, **keys), x, dy)
 
-    monkeypatch.setattr(vjp, "_module", lambda name: Kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr(Operator, "module", lambda self, name: Kernel)
+        yield patch
 
 
 def _walled(function, *args):
@@ -205,18 +144,14 @@ def _walled(function, *args):
 def test_jacrev_of_grad_through_kernels_that_have_no_derivative(opaque):
     case = Case((3, 5), 1, 2, "float64", (1,), 2, stride=2)
     x, params, _ = arrays(case)
-    jax.clear_caches()
 
     def twice(x, params):
         gradients = jax.grad(loss, (0, 1))(x, params, stride=2)
         return sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(gradients))
 
     got = jax.grad(twice, (0, 1))(x, params)
-    jax.clear_caches()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vjp, "_module", lambda name: api.OPERATOR.module(name))
-        want = jax.grad(twice, (0, 1))(x, params)
-    jax.clear_caches()
+    opaque.undo()
+    want = jax.grad(twice, (0, 1))(x, params)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), got, want)
 
 
@@ -352,7 +287,7 @@ BAD = {
     "stride": (dict(stride=0), "stride=0"),
     "wavelet": (dict(wavelet="no"), "wavelet='no' is not a discrete wavelet"),
     "continuous": (dict(wavelet="morl"), "wavelet='morl' is not a discrete wavelet"),
-    "implementation": (dict(implementation="no"), "\\['no'\\].*\\['xla'\\]"),
+    "implementation": (dict(implementation="no"), "\\['no'\\].*'xla'\\]"),
     "precision": (dict(precision="no"), "precision='no'"),
     "missing": (dict(drop="base_kernel"), "missing \\['base_kernel'\\]"),
     "gap": (dict(drop="wavelet_kernel_0"), "unexpected 'wavelet_kernel_1'.*without a gap"),
@@ -361,7 +296,15 @@ BAD = {
     "misshapen": (dict(add={"base_bias": jnp.ones(2)}), "'base_bias': expected shape \\(3,\\)"),
     "kernel 0": (dict(add={"base_kernel": jnp.ones((0, 0, 1, 3))}), "'base_kernel'.*k >= 1"),
     "oblong": (dict(add={"base_kernel": jnp.ones((3, 5, 1, 3))}), "'base_kernel': expected shape"),
-    "integers": (dict(add={"base_scale": jnp.ones(3, int)}), "'base_scale': expected a floating"),
+    "integers": (
+        dict(add={"base_scale": jnp.ones(3, int)}),
+        "params\\['base_scale'\\]: expected a floating.*int",
+    ),
+    "x none": (dict(x=None), "x: expected an array, got NoneType"),
+    "x float8": (dict(x=jnp.ones((6, 6, 3), "float8_e5m2")), "x: .*floating.*float8_e5m2"),
+    "a string": (dict(add={"base_bias": "no"}), "params\\['base_bias'\\]: expected an array"),
+    "stride bool": (dict(stride=True), "stride=True: expected an integer"),
+    "stride float": (dict(stride=2.0), "stride=2.0: expected an integer"),
 }
 
 
@@ -375,6 +318,22 @@ def test_bad_arguments_are_named(bad):
     keys = {name: changes[name] for name in changes if name not in ("x", "drop", "add")}
     with pytest.raises(ValueError, match=message):
         wtconv2d(changes.get("x", x), params, **keys)
+
+
+@pytest.mark.core
+def test_parameters_that_are_no_dict_of_arrays():
+    x, params, _ = arrays(Case((6, 6), 2, 3))
+    for bad in (None, list(params.values())):
+        with pytest.raises(ValueError, match="params: expected a dict of arrays by name, got"):
+            wtconv2d(x, bad)
+    with pytest.raises(ValueError, match='hand on what is inside, variables\\["params"\\]'):
+        wtconv2d(x, {"params": params})
+
+
+@pytest.mark.core
+def test_a_stride_may_be_a_numpy_integer():
+    x, params, _ = arrays(SMALL)
+    assert np.array_equal(wtconv2d(x, params, stride=np.int64(2)), wtconv2d(x, params, stride=2))
 
 
 def test_a_stride_longer_than_the_signal_is_an_error():
@@ -392,14 +351,21 @@ def test_implementations_by_name_member_sequence_and_environment(monkeypatch):
     monkeypatch.setenv("FLASH_WTCONV_WTCONV_BWD", "nothing")
     with pytest.raises(ValueError, match="FLASH_WTCONV_WTCONV_BWD"):
         wtconv2d(x, params)
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_BWD", "xla")
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_FWD", "[mosaic_tpu, XLA]")
+    assert np.array_equal(wtconv2d(x, params), want)
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_FWD", "mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="mosaic_tpu: .*TPU"):
+        wtconv2d(x, params)
 
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from pallas_kernels.wtconv import wtconv2d
+from pallas_kernels.wtconv import wtconv2d, xla
 from pallas_kernels.wtconv.cases import Case, inputs
 
+xla._CHUNK_BYTES = 1  # Where there is one device, a batch this large is cut.
 case = Case((7, 6), 2, 3, batch=(4,), channels=4)
 x, params, dy = jax.tree.map(lambda a: jnp.asarray(a, "float32"), inputs(case))
 

@@ -1,0 +1,54 @@
+"""Checks of arguments that every operator shares; each error names the argument."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def checked_array(value: Any, name: str) -> jax.Array:
+    """A floating-point argument as an array.
+
+    Args:
+        value: What came.
+        name: The argument's name, for the error.
+
+    Raises:
+        ValueError: Not an array, or of another dtype than float16, bfloat16, float32, float64.
+
+    Example:
+        >>> checked_array([1.0, 2.0], "x").shape
+        (2,)
+    """
+    try:
+        x = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected an array, got {type(value).__name__}") from None
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: expected a floating-point array ({', '.join(_DTYPES)}), got {x.dtype}; "
+            "cast it first"
+        )
+    return x
+
+
+def checked_integer(value: Any, name: str, *, least: int) -> int:
+    """An integer argument: an int or a NumPy integer, never a bool.
+
+    Raises:
+        ValueError: Not an integer, or less than `least`.
+
+    Example:
+        >>> checked_integer(2, "stride", least=1)
+        2
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+    return number

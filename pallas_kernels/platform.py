@@ -1,0 +1,34 @@
+"""The platform that a call is traced for, which decides how it is computed."""
+
+import jax
+
+
+def current() -> str:
+    """The platform: "cpu", "gpu" or "tpu".
+
+    In this order: that of the abstract mesh, which compilation ahead of time names its chip with;
+    that of `jax.default_device`; JAX's default. Arrays committed to another device are not looked
+    at, because a traced function does not know them.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     current()
+        'cpu'
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.platform
+    device = jax.config.jax_default_device
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return jax.default_backend() if device is None else device.platform
+
+
+def on_cpu() -> bool:
+    """Whether the platform is a CPU.
+
+    Example:
+        >>> on_cpu() == (current() == "cpu")
+        True
+    """
+    return current() == "cpu"
