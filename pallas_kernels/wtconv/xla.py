@@ -29,7 +29,7 @@ Taps = tuple[jax.Array, ...]
 
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 4 << 20
 """Size of x that one pass over the layer works on: with its coefficients, a CPU's last cache."""
 
 
