@@ -1,5 +1,6 @@
 """What results depend on: versions and device, for `flash-wtconv info` and every saved figure."""
 
+import os
 import platform
 from importlib import metadata
 
@@ -40,7 +41,12 @@ def device() -> dict[str, str | int]:
     """
     import jax
 
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except AssertionError as error:
+        # A platform that JAX_PLATFORMS names and whose plugin is not installed.
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise RuntimeError(f"JAX starts no device with JAX_PLATFORMS={platforms}") from error
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         # JAX calls every CPU "cpu".

@@ -44,6 +44,13 @@ class _WTConv(nn.Module):
             depth=self.depth,
             stride=self.stride,
         )
+        parameters.check_layer(
+            wavelet=self.wavelet,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
         super().__post_init__()
 
     @nn.compact
@@ -131,10 +138,12 @@ class WTConv2d(_WTConv):
         use_bias: Whether the base convolution has a bias.
         wavelet: Any discrete PyWavelets name, such as "haar" or "db2".
         dtype: Dtype of the computation and the output. None promotes the input with the parameters:
-            a bfloat16 input and float32 parameters compute in float32. The parameters themselves
-            are never rounded: scales are folded into the taps in their own dtype.
+            a bfloat16 input and float32 parameters compute in float32; integers are cast, as Flax's
+            layers do. The parameters themselves are never rounded: scales are folded into the taps
+            in their own dtype.
         param_dtype: Dtype of the parameters.
-        precision: See `jax.lax.Precision`.
+        precision: See `jax.lax.Precision`, for implementations on matrix units; None multiplies in
+            full float32 on every device.
         kernel_init: Initialiser of the base kernel and the wavelet kernels, called with the shape
             of a depthwise kernel: `[k, k, 1, C]`, and `[k, k, 1, 4 * C]` for the subbands of a
             level together, so that the fan-in is k^2.
@@ -243,6 +252,13 @@ class SeparableWTConv2d(nn.Module):
             kernel_size=self.kernel_size,
             depth=self.depth,
             stride=self.stride,
+        )
+        parameters.check_layer(
+            wavelet=self.wavelet,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            implementation=self.implementation,
         )
         super().__post_init__()
 

@@ -24,7 +24,7 @@ class _WTConv(nnx.Module):
 
     ndim: ClassVar[int]
     base_kernel: nnx.Param[jax.Array]
-    base_bias: nnx.Param[jax.Array]
+    base_bias: nnx.Param[jax.Array] | None
 
     def __init__(
         self,
@@ -47,6 +47,13 @@ class _WTConv(nnx.Module):
         parameters.check_constructor(
             channels=channels, kernel_size=kernel_size, depth=depth, stride=stride
         )
+        parameters.check_layer(
+            wavelet=wavelet,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            implementation=implementation,
+        )
         self.channels = channels
         self.kernel_size = kernel_size
         self.depth = depth
@@ -68,6 +75,8 @@ class _WTConv(nnx.Module):
             scale_init=scale_init,
         )
         self.parameter_names = tuple(table)
+        if not use_bias:
+            self.base_bias = nnx.data(None)
         # One key from the stream for the layer: a stream's count is slow to advance under tracing.
         keys = jax.random.split(rngs.params(), len(table))
         for key, (name, parameter) in zip(keys, table.items(), strict=True):
@@ -141,10 +150,12 @@ class WTConv2d(_WTConv):
         use_bias: Whether the base convolution has a bias.
         wavelet: Any discrete PyWavelets name, such as "haar" or "db2".
         dtype: Dtype of the computation and the output. None promotes the input with the parameters:
-            a bfloat16 input and float32 parameters compute in float32. The parameters themselves
-            are never rounded: scales are folded into the taps in their own dtype.
+            a bfloat16 input and float32 parameters compute in float32; integers are cast, as Flax's
+            layers do. The parameters themselves are never rounded: scales are folded into the taps
+            in their own dtype.
         param_dtype: Dtype of the parameters.
-        precision: See `jax.lax.Precision`.
+        precision: See `jax.lax.Precision`, for implementations on matrix units; None multiplies in
+            full float32 on every device.
         kernel_init: Initialiser of the base kernel and the wavelet kernels, called with the shape
             of a depthwise kernel: `[k, k, 1, C]`, and `[k, k, 1, 4 * C]` for the subbands of a
             level together, so that the fan-in is k^2.

@@ -17,6 +17,9 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import wtconv
+from pallas_kernels.checks import FLOATING, checked_integer
+from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.wtconv.api import OPERATOR, checked_precision
 
 ImplementationLike = str | enum.Enum | Sequence[str | enum.Enum] | None
 """What `implementation=` takes: None (the rule), one name, or a sequence of names."""
@@ -87,7 +90,7 @@ def check_constructor(**arguments: Any) -> None:
     """Check the integer arguments of a layer or a model.
 
     Args:
-        **arguments: `depth`, `levels` and `num_classes` must be an int >= 0, others an int >= 1.
+        **arguments: `depth` and `num_classes` must be an int >= 0, others an int >= 1.
 
     Raises:
         ValueError: naming the first argument that is not.
@@ -96,13 +99,46 @@ def check_constructor(**arguments: Any) -> None:
         >>> check_constructor(channels=8, kernel_size=5, depth=0)
     """
     for name, value in arguments.items():
-        least = 0 if name in ("depth", "levels", "num_classes") else 1
-        if not _is_int(value) or value < least:
+        least = 0 if name in ("depth", "num_classes") else 1
+        try:
+            checked_integer(value, name, least=least)
+        except ValueError as error:
             note = " (kernels have the same size along every axis)"
-            raise ValueError(
-                f"{name} must be an int >= {least}{note if name == 'kernel_size' else ''}, "
-                f"got {value!r}"
-            )
+            raise ValueError(f"{error}{note if name == 'kernel_size' else ''}") from None
+
+
+def check_layer(
+    *,
+    wavelet: Any,
+    dtype: Any,
+    param_dtype: Any,
+    precision: Any,
+    implementation: Any,
+) -> None:
+    """Check the arguments of a layer or a model that the operator gets later.
+
+    Args:
+        wavelet: A discrete wavelet of PyWavelets.
+        dtype: None, or a floating-point dtype of 16, 32 or 64 bits.
+        param_dtype: Such a dtype.
+        precision: None, or a precision of `jax.lax.Precision`.
+        implementation: None, or names of implementations of `pallas_kernels.wtconv`.
+
+    Raises:
+        ValueError: naming the first argument that is none of these.
+
+    Example:
+        >>> check_layer(
+        ...     wavelet="db2", dtype=None, param_dtype="bfloat16", precision=None,
+        ...     implementation="xla",
+        ... )
+    """
+    filter_bank(wavelet)
+    if dtype is not None:
+        _checked_dtype("dtype", dtype)
+    _checked_dtype("param_dtype", param_dtype)
+    checked_precision(precision)
+    OPERATOR.check_names(implementation)
 
 
 def apply(
@@ -217,24 +253,29 @@ def weight_decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_kernel(path), params)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _is_kernel(path: tuple[Any, ...]) -> bool:
-    # A variable adds an entry of its own ("value") below its name, so the last two are looked at.
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path[-2:]]
-    return any(name.endswith("kernel") or name.startswith("wavelet_kernel_") for name in names)
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    # An nnx variable adds an entry of its own below its name.
+    own = [name for name in names if name != "value"][-1:]
+    return any(name.endswith("kernel") or name.startswith("wavelet_kernel_") for name in own)
 
 
 def _compute_dtype(
     x: ArrayLike, params: Mapping[str, jax.Array], dtype: DTypeLike | None
 ) -> np.dtype:
-    if dtype is None:
-        dtype = jnp.result_type(x, *params.values())
-    elif not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be a floating-point dtype or None, got {dtype!r}")
-    return jnp.dtype(dtype)
+    if dtype is not None:
+        return _checked_dtype("dtype", dtype)
+    return jnp.result_type(x, *params.values())
+
+
+def _checked_dtype(name: str, dtype: Any) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in FLOATING:
+        raise ValueError(f"{name}={dtype!r}: expected one of {', '.join(FLOATING)}")
+    return found
 
 
 def _depthwise(init: Initializer) -> Initializer:

@@ -5,11 +5,15 @@ Neural Networks", NeurIPS 2016.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from .models import ConvNeXt
 
 SHARES = (0.5, 0.95)
 """Shares of the field whose squares are drawn and reported."""
@@ -66,6 +70,22 @@ def effective_receptive_field(
     keys = jax.random.split(jax.random.key(seed), -(-samples // _BATCH))
     total = sum(np.asarray(batch_gradient(key), np.float64) for key in keys)
     return np.asarray(total) / (len(keys) * _BATCH)
+
+
+def network_field(model: "ConvNeXt", shape: tuple[int, int, int]) -> NDArray[np.float64]:
+    """Effective receptive field of the centre of a model's last feature map.
+
+    Args:
+        model: Any `models.ConvNeXt`.
+        shape: `(H, W, C)` of the input.
+
+    Returns:
+        The field `[H, W]`, see `effective_receptive_field`.
+
+    Raises:
+        ValueError: If the model cannot take that shape.
+    """
+    return effective_receptive_field(lambda x: model.features(x, deterministic=True)[-1], shape)
 
 
 def contribution_side(field: ArrayLike, share: float) -> int:

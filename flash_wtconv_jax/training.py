@@ -21,16 +21,14 @@ from flax import nnx
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from . import checkpoints, environment, models, plots
+from . import environment, models, plots
 from .checkpoints.files import replacing
+from .models.network import save_network
 from .parameters import weight_decay_mask
-from .receptive_field import SHARES, contribution_side, effective_receptive_field
+from .receptive_field import SHARES, contribution_side, network_field
 
 NETWORKS = {"WTConv": 2, "plain depthwise": 0}
 """Wavelet levels of the two networks of the demo."""
-
-CONFIG_NAME = "network.json"
-"""The file in a checkpoint that `load_network` rebuilds the model from."""
 
 FILES = {
     "checkpoint": "the trained WTConv network",
@@ -46,8 +44,6 @@ _SPLIT_SEED = 0
 _BATCH = 64
 _BACKGROUND = -1.0
 _FIELD_SHAPE = (48, 48, 1)
-# Options of a model that say how it is computed, not what it computes.
-_EXECUTION = frozenset({"implementation", "precision", "remat"})
 
 
 class Digits(NamedTuple):
@@ -187,68 +183,6 @@ def predict(model: models.ConvNeXt, images: ArrayLike) -> NDArray[np.float32]:
     """
     logits = nnx.jit(type(model).__call__)(model, jnp.asarray(images))
     return np.asarray(jax.nn.softmax(cast(jax.Array, logits)))
-
-
-def save_network(folder: str | Path, model: models.ConvNeXt) -> None:
-    """Writes an Orbax checkpoint and, inside it, what `load_network` rebuilds the model from.
-
-    Args:
-        folder: Folder to make.
-        model: Any `models.ConvNeXt`.
-
-    Raises:
-        FileExistsError: The folder exists.
-    """
-    with replacing(Path(folder), force=False) as temporary:
-        checkpoints.save(temporary, checkpoints.variables_of(model))
-        config = {"model": "ConvNeXt", "options": _options(model.config)}
-        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def load_network(folder: str | Path) -> models.ConvNeXt:
-    """Rebuilds a model from an Orbax checkpoint that holds a `network.json`.
-
-    The JSON object names the `model`: "ConvNeXt" or a function of `flash_wtconv_jax.models` such
-    as "wtconvnext_tiny"; and its `options`: the fields of `ConvNeXtConfig` that differ.
-
-    Args:
-        folder: Written by `save_network`; or by `flash-wtconv convert`, a `network.json` added.
-
-    Returns:
-        The model with the parameters of the checkpoint.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or it holds no `network.json`.
-        ValueError: The folder is no checkpoint, the JSON is not as above, or the parameters do not
-            fit the model.
-    """
-    folder = Path(folder)
-    variables = checkpoints.restore(folder)
-    maker = _constructor(folder / CONFIG_NAME)
-    try:
-        model = nnx.eval_shape(maker)
-    except TypeError as error:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} has an option of a wrong type: {error}"
-        ) from error
-    checkpoints.load_into(model, variables)
-    return model
-
-
-def network_field(model: models.ConvNeXt, shape: tuple[int, int, int]) -> NDArray[np.float64]:
-    """Effective receptive field of the centre of a model's last feature map.
-
-    Args:
-        model: Any `models.ConvNeXt`.
-        shape: `(H, W, C)` of the input.
-
-    Returns:
-        The field `[H, W]`, see `effective_receptive_field`.
-
-    Raises:
-        ValueError: If the model cannot take that shape.
-    """
-    return effective_receptive_field(lambda x: model.features(x, deterministic=True)[-1], shape)
 
 
 def run_demo(
@@ -409,42 +343,3 @@ def _shift(images: jax.Array, key: jax.Array) -> jax.Array:
     return jax.vmap(
         lambda image, corner: jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
     )(padded, corners)
-
-
-def _options(config: models.ConvNeXtConfig) -> dict[str, Any]:
-    """The fields of a config that differ from their defaults, as JSON has them."""
-    options = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default and field.name not in _EXECUTION:
-            is_dtype = field.name in ("dtype", "param_dtype")
-            options[field.name] = jnp.dtype(value).name if is_dtype else value
-    return options
-
-
-def _constructor(path: Path) -> Callable[[], models.ConvNeXt]:
-    """The call that makes the model which a `network.json` describes."""
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path.parent} holds no {path.name}, which names the network; write one, such as "
-            '{"model": "wtconvnext_tiny", "options": {}}'
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, Mapping) or not isinstance(config.get("options", {}), Mapping):
-        raise ValueError(f'{path} must hold {{"model": name, "options": {{…}}}}, got {config!r}')
-    name, options = config.get("model"), dict(config.get("options", {}))
-    makers = {n: getattr(models, n) for n in models.__all__ if "convnext_" in n}
-    makers["ConvNeXt"] = _convnext
-    if not isinstance(name, str) or name not in makers:
-        raise ValueError(f"{path} names the model {name!r}, expected one of {sorted(makers)}")
-    known = {field.name for field in dataclasses.fields(models.ConvNeXtConfig)}
-    if not known.issuperset(options):
-        raise ValueError(f"{path} has unknown options {sorted(set(options) - known)}")
-    return lambda: makers[name](rngs=nnx.Rngs(0), **options)
-
-
-def _convnext(*, rngs: nnx.Rngs, **options: Any) -> models.ConvNeXt:
-    return models.ConvNeXt(models.ConvNeXtConfig(**options), rngs=rngs)

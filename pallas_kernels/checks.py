@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+"""The dtypes that operators compute with."""
 
 
 def checked_array(value: Any, name: str) -> jax.Array:
@@ -27,9 +28,9 @@ def checked_array(value: Any, name: str) -> jax.Array:
         x = jnp.asarray(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected an array, got {type(value).__name__}") from None
-    if x.dtype not in _DTYPES:
+    if x.dtype not in FLOATING:
         raise ValueError(
-            f"{name}: expected a floating-point array ({', '.join(_DTYPES)}), got {x.dtype}; "
+            f"{name}: expected a floating-point array ({', '.join(FLOATING)}), got {x.dtype}; "
             "cast it first"
         )
     return x

@@ -94,7 +94,8 @@ class _WTConv(nn.Module):
             Tensor of x's shape, its spatial axes divided by the stride.
 
         Raises:
-            ValueError: x has another rank or number of channels than the layer.
+            ValueError: x has another rank, number of channels or dtype than the layer, or is a 1-D
+                signal shorter than the stride.
         """
         return eager.wtconv(
             x,
@@ -246,7 +247,7 @@ def to_jax(module: nn.Module) -> dict[str, Any]:
 
 
 def _check_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
 
 

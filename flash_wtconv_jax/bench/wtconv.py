@@ -1,5 +1,6 @@
 """`flash-wtconv bench wtconv`: our layer beside plain JAX and PyTorch eager, in one run."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from datetime import date
 from typing import Any
@@ -20,13 +21,14 @@ Calls = dict[str, Callable[[], object]]
 
 
 def run(
-    shapes: list[str], baseline: str, progress: Callable[[str, int], Callable[[], None]]
+    shapes: list[str], baseline: str | None, progress: Callable[[str, int], Callable[[], None]]
 ) -> dict[str, Any]:
     """Times every contender that this machine has, float32.
 
     Args:
         shapes: Names in `pallas_kernels.wtconv.shapes.SHAPES`.
-        baseline: The contender that ratios refer to: "torch eager", "plain jax" or "flash".
+        baseline: The contender that ratios refer to: "torch eager", "plain jax" or "flash"; None
+            is PyTorch where it can be measured beside us, else plain JAX.
         progress: Told a label and a number of steps, returns what to call after each step.
 
     Returns:
@@ -40,6 +42,10 @@ def run(
     unknown = sorted(set(shapes) - set(SHAPES))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {sorted(SHAPES)}")
+    here = ["flash", "plain jax", *(["torch eager"] if _has_torch() else [])]
+    baseline = baseline or here[-1]
+    if baseline not in here:
+        raise ValueError(f"baseline: {baseline!r} is not here, expected one of {here}")
     rows = []
     for name in shapes:
         rows += _rows(name, SHAPES[name], baseline, progress)
@@ -63,12 +69,9 @@ def _rows(name: str, shape: Shape, baseline: str, progress: Callable) -> list[di
             calls[direction][contender] = _blocking(compiled, arguments)
             used = compiled.memory_analysis().temp_size_in_bytes
             temporaries[direction, contender] = used / x.nbytes
-    for direction, call in _torch_calls(x, params, dy).items():
-        calls[direction]["torch eager"] = call
-    if baseline not in calls["forward"]:
-        raise ValueError(
-            f"baseline: {baseline!r} is not here, expected one of {sorted(calls['forward'])}"
-        )
+    if _has_torch():
+        for direction, call in _torch_calls(x, params, dy).items():
+            calls[direction]["torch eager"] = call
     rows = []
     for direction in DIRECTIONS:
         step = progress(f"{name} {direction}", turns(len(calls[direction])))
@@ -117,14 +120,15 @@ def _blocking(compiled: Callable, arguments: tuple[Any, ...]) -> Callable[[], ob
     return lambda: jax.block_until_ready(compiled(*arguments))
 
 
+def _has_torch() -> bool:
+    """Whether PyTorch runs beside us: it is installed, and both compute on the CPU."""
+    return jax.default_backend() == "cpu" and importlib.util.find_spec("torch") is not None
+
+
 def _torch_calls(x: jax.Array, params: Any, dy: jax.Array) -> Calls:
-    """Both directions of the published layer in PyTorch, on CPU; nothing without torch."""
-    try:
-        import torch
-    except ImportError:
-        return {}
-    if jax.default_backend() != "cpu":
-        return {}
+    """Both directions of the published layer in PyTorch."""
+    import torch
+
     import torch_bridge
 
     layer = torch_bridge.from_jax({"params": params})
@@ -146,8 +150,8 @@ def _torch_calls(x: jax.Array, params: Any, dy: jax.Array) -> Calls:
 
 
 def _torch_version() -> dict[str, str]:
-    try:
-        import torch
-    except ImportError:
+    if not _has_torch():
         return {}
+    import torch
+
     return {"torch": torch.__version__}

@@ -25,7 +25,7 @@ from .names import (
     recognise,
     to_torch,
 )
-from .orbax import restore, save
+from .orbax import restore, save, wavelet_of
 from .tensors import to_tensors
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "to_tensors",
     "to_torch",
     "variables_of",
+    "wavelet_of",
     "write_state_dict",
 ]

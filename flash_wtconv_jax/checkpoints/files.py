@@ -17,7 +17,7 @@ from .tensors import import_torch, to_array, to_tensors
 _SAFETENSORS = (".safetensors",)
 _TORCH = (".pth", ".pt")
 # Where training scripts, timm's among them, keep the weights in a larger dict; averaged ones first.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 # What DistributedDataParallel and torch.compile put in front of every name.
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -101,11 +101,17 @@ def write_state_dict(
 
 def is_safetensors(path: Path) -> bool:
     """Whether a state dict at path is `.safetensors`; `.pth` and `.pt` are the other way."""
-    if path.suffix not in _SAFETENSORS + _TORCH:
+    if path.suffix.lower() not in _SAFETENSORS + _TORCH:
         raise ValueError(
             f"path {path} has extension {path.suffix!r}, expected .safetensors, .pth or .pt"
         )
-    return path.suffix in _SAFETENSORS
+    return path.suffix.lower() in _SAFETENSORS
+
+
+def check_folder(path: Path) -> None:
+    """Raises FileNotFoundError if there is no folder that a file at path could be written into."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
 
 
 @contextmanager
@@ -113,8 +119,7 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
     """Gives a path to write to and moves what was written to `path` when all went well."""
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists already; use force to replace it")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
+    check_folder(path)
     # In the same folder, so that the move is a rename, which happens or does not.
     with TemporaryDirectory(prefix=".flash-wtconv-", dir=path.absolute().parent) as folder:
         temporary = Path(folder) / path.name
@@ -154,7 +159,12 @@ def _read_torch(path: Path) -> dict[str, Any]:
             f"{path} holds more than tensors, or is damaged: it was not loaded, for such a file "
             "can run code. Where it comes from, save model.state_dict() alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{path} is a TorchScript program, expected a state dict: save "
+                "torch.jit.load(path).state_dict() where it comes from"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a whole PyTorch file: {reason}") from error
     if not isinstance(content, Mapping):

@@ -39,6 +39,7 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Any]) -> None:
             dict alone. Arrays are cast to the dtypes of the model's parameters.
 
     Raises:
+        TypeError: The model is no nnx module.
         ValueError: Names or shapes differ; every one is in the message.
 
     Example:
@@ -51,6 +52,11 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Any]) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected an nnx module; a linen module takes "
+            "variables in apply(variables, x)"
+        )
     arrays = flatten(variables)
     state = nnx.state(model, nnx.Param)
     leaves = nnx.to_flat_state(state)

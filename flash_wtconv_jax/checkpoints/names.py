@@ -20,6 +20,9 @@ Axes = tuple[tuple[str, ...], ...]
 Index = tuple[tuple[str, int], ...]
 Arrays = dict[str, np.ndarray]
 
+# A name with a stray number calls for all below it: an error of thousands of lines helps nobody.
+_MOST_LINES = 200
+
 
 class Recognised(NamedTuple):
     """What a state dict was recognised as.
@@ -54,8 +57,9 @@ def from_torch(
         linen's `apply` as it is, for an nnx model through `load_into`.
 
     Raises:
+        TypeError: The state dict is no mapping, but a module or a path.
         ValueError: The layout is unknown or not recognised, or the state dict does not fit it:
-            every missing, surplus and misshapen name and every wrong filter is in the message.
+            the first 200 missing, surplus and misshapen names and wrong filters are in the message.
 
     Example:
         >>> import torch_bridge
@@ -63,7 +67,7 @@ def from_torch(
         >>> variables["params"]["wavelet_kernel_0"].shape
         (5, 5, 4, 8)
     """
-    arrays = {str(name): to_array(value) for name, value in state_dict.items()}
+    arrays = _arrays(state_dict)
     table = _pick(arrays, layout, "torch", wavelet)
     entries, sizes = _fit(table, arrays, "torch", "state_dict", wavelet)
     params: dict[str, Any] = {}
@@ -94,8 +98,9 @@ def to_torch(
         before they are multiplied, as published (0.49999997 for Haar), or stay float64.
 
     Raises:
-        ValueError: The layout is unknown or the variables do not fit it: every missing, surplus
-            and misshapen name is in the message.
+        TypeError: The variables are no nested dict, but a model.
+        ValueError: The layout is unknown or the variables do not fit it: the first 200 missing,
+            surplus and misshapen names are in the message.
 
     Example:
         >>> params = {"base_kernel": np.ones((3, 1, 8)), "base_scale": np.ones(8)}
@@ -135,7 +140,7 @@ def recognise(state_dict: Mapping[str, Any]) -> Recognised:
         >>> recognise(torch_bridge.WTConv1d(4, 4, wt_type="db2").state_dict())
         Recognised(layout='published', ndim=1, wavelet='db2')
     """
-    arrays = {str(name): to_array(value) for name, value in state_dict.items()}
+    arrays = _arrays(state_dict)
     table = _pick(arrays, None, "torch", "haar")
     filters = (array for name, array in arrays.items() if re.fullmatch(r"(.*\.)?wt_filter", name))
     first = next(filters, None)
@@ -145,6 +150,11 @@ def recognise(state_dict: Mapping[str, Any]) -> Recognised:
 
 def flatten(variables: Mapping[str, Any]) -> Arrays:
     """The arrays of `{"params": ...}`, or of the nested dict inside, by names joined by dots."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"variables are a {type(variables).__name__}, expected a nested dict of arrays; of an "
+            "nnx model checkpoints.variables_of(model) makes one"
+        )
     if "params" in variables:
         others = sorted(set(variables) - {"params"})
         if others:
@@ -160,6 +170,15 @@ def flatten(variables: Mapping[str, Any]) -> Arrays:
         else:
             flat[str(key)] = to_array(value)
     return flat
+
+
+def _arrays(state_dict: Mapping[str, Any]) -> Arrays:
+    if not isinstance(state_dict, Mapping):
+        hint = "read_state_dict(path) reads a file, model.state_dict() gives that of a module"
+        raise TypeError(
+            f"state_dict is a {type(state_dict).__name__}, expected tensors by name: {hint}"
+        )
+    return {str(name): to_array(value) for name, value in state_dict.items()}
 
 
 @dataclass(frozen=True)
@@ -245,7 +264,7 @@ def _fit(
             problems["filter"] += _filter_problem(name, arrays[name], entry, table.ndim, wavelet)
     problems["surplus"] = [f"{n} {a.shape}" for n, a in arrays.items() if n not in expected]
     if any(problems.values()):
-        raise ValueError(_message(table, what, problems))
+        raise ValueError(_message(table, what, problems) + _hint(table, arrays, side))
     return entries, sizes
 
 
@@ -358,7 +377,18 @@ def _message(table: Table, what: str, problems: dict[str, list[str]]) -> str:
     kinds = {kind: lines for kind, lines in problems.items() if lines}
     count = ", ".join(f"{len(lines)} {kind}" for kind, lines in kinds.items())
     head = f"the tensors of {what} are not layout {table.layout!r} ({table.ndim}-D): {count}"
-    return "\n".join([head, *(f"  {kind}: {line}" for kind in kinds for line in kinds[kind])])
+    lines = [f"  {kind}: {line}" for kind in kinds for line in kinds[kind]]
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"  … and {len(lines) - _MOST_LINES} more"]
+    return "\n".join([head, *lines])
+
+
+def _hint(table: Table, arrays: Arrays, side: Side) -> str:
+    """What the arrays are, if another layout knows more of their names."""
+    best = max(TABLES, key=lambda other: _score(other, arrays, side))
+    if _score(best, arrays, side) <= _score(table, arrays, side):
+        return ""
+    return f"\n  hint: these are the names of layout {best.layout!r} ({best.ndim}-D)"
 
 
 def _filter_problem(

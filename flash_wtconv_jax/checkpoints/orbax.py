@@ -1,5 +1,6 @@
 """Orbax folders of variables."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +13,28 @@ from .tensors import to_array
 
 # What Orbax writes into the folder of every checkpoint.
 _MARK = "_CHECKPOINT_METADATA"
+# Beside it, what variables do not hold and a PyTorch state dict does.
+_NOTE = "flash_wtconv.json"
 
 
 def save(
-    folder: str | os.PathLike[str], variables: Mapping[str, Any], *, force: bool = False
+    folder: str | os.PathLike[str],
+    variables: Mapping[str, Any],
+    *,
+    wavelet: str | None = None,
+    force: bool = False,
 ) -> None:
     """Writes variables as an Orbax checkpoint, whole or not at all.
 
     Args:
         folder: Where to; any Orbax reads it.
         variables: `{"params": ...}` or any nested dict of arrays.
+        wavelet: The layers' wavelet, which variables do not hold: a file beside the arrays keeps
+            it for `wavelet_of`, and with it for the frozen filters of a PyTorch state dict.
         force: Replace a checkpoint that is there; a folder of anything else is never replaced.
 
     Raises:
+        TypeError: A model in place of its variables.
         FileExistsError: The folder exists and force is False, or it is no checkpoint.
         FileNotFoundError: The folder that it goes into does not exist.
         ValueError: The variables are empty or hold an empty array.
@@ -44,6 +54,8 @@ def save(
     tree = _as_arrays(variables)
     with replacing(folder, force) as temporary, ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(temporary, tree)
+        if wavelet is not None:
+            (temporary / _NOTE).write_text(json.dumps({"wavelet": wavelet}) + "\n")
 
 
 def restore(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -78,12 +90,32 @@ def restore(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"folder {folder} is a damaged Orbax checkpoint: {reason}") from error
 
 
+def wavelet_of(folder: str | os.PathLike[str]) -> str | None:
+    """The wavelet that `save` was given; None if it was given none.
+
+    Raises:
+        ValueError: The file that keeps it is damaged.
+    """
+    note = Path(folder) / _NOTE
+    if not note.is_file():
+        return None
+    try:
+        return str(json.loads(note.read_text())["wavelet"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{note} is damaged, expected {{"wavelet": name}}') from error
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is an Orbax checkpoint."""
     return (folder / _MARK).is_file()
 
 
 def _as_arrays(tree: Mapping[str, Any], path: str = "variables") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f"{path} is a {type(tree).__name__}, expected a nested dict of arrays; of an nnx model "
+            "checkpoints.variables_of(model) makes one"
+        )
     if not tree:
         raise ValueError(f"{path} is empty, expected arrays")
     result: dict[str, Any] = {}

@@ -31,7 +31,7 @@ def main() -> None:
         app()
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is not installed: pip install 'flash-wtconv[demo]' brings it")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))
 
 

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-DIRECTIONS = ("forward", "forward+backward")
-
 bench = typer.Typer(
     help="Time the operators beside plain JAX and PyTorch, in one run.", no_args_is_help=True
 )
@@ -25,8 +23,12 @@ def wtconv(
         list[str] | None, typer.Option(help="A named shape; several are allowed. [default: all]")
     ] = None,
     baseline: Annotated[
-        str, typer.Option(help="What ratios refer to: 'torch eager', 'plain jax' or 'flash'.")
-    ] = "torch eager",
+        str | None,
+        typer.Option(
+            help="What ratios refer to: 'torch eager', 'plain jax' or 'flash'. Default: the first "
+            "of them that is here."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for wtconv.json and wtconv.png.")] = Path(
         "runs/bench"
     ),
@@ -41,6 +43,8 @@ def wtconv(
     from ..bench import wtconv as benchmark
     from ..checkpoints.files import replacing
 
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file, expected a folder")
     console = Console()
     with Progress(console=console, transient=True) as bar:
 
@@ -68,7 +72,8 @@ def _table(report: dict[str, Any]) -> Any:
         "memory: temporaries of forward+backward in inputs",
     )
     table.add_column("", no_wrap=True)
-    for direction in DIRECTIONS:
+    directions = list(dict.fromkeys(row["direction"] for row in report["rows"]))
+    for direction in directions:
         table.add_column(direction, justify="right", no_wrap=True)
         table.add_column("x", justify="right", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
@@ -79,7 +84,7 @@ def _table(report: dict[str, Any]) -> Any:
             table.add_section()
             table.add_row(f"[bold]{shape}[/]")
             previous = shape
-        both = [rows[shape, contender, direction] for direction in DIRECTIONS]
+        both = [rows[shape, contender, direction] for direction in directions]
         cells = [cell for row in both for cell in (_times(row), f"{row['speedup']:.2f}")]
         memory = both[-1]["temporaries"]
         table.add_row(contender, *cells, "" if memory is None else f"{memory:.1f}")

@@ -39,7 +39,7 @@ def convert(
 
     if layout is not None and layout not in LAYOUTS:
         _fail(f"--layout is {layout}, expected one of: {', '.join(LAYOUTS)}", code=2)
-    if destination.suffix not in ("", *_FILES) and not destination.is_dir():
+    if destination.suffix.lower() not in ("", *_FILES) and not destination.is_dir():
         _fail(
             f"destination {destination} has extension {destination.suffix}, expected .safetensors, "
             ".pth, .pt, or none for an Orbax folder",
@@ -57,13 +57,19 @@ def _convert(
     source: Path, destination: Path, layout: str | None, wavelet: str | None, force: bool
 ) -> None:
     from .. import checkpoints
+    from ..checkpoints.files import check_folder
     from ..checkpoints.names import flatten
 
-    to_file = destination.suffix in _FILES
+    check_folder(destination)
+    to_file = destination.suffix.lower() in _FILES
     if source.is_dir():
         variables = checkpoints.restore(source)
-        wavelet = wavelet or "haar"
-        typer.echo(f"read {source}: Orbax folder, {_size(flatten(variables))}")
+        known = wavelet or checkpoints.wavelet_of(source)
+        wavelet = known or "haar"
+        typer.echo(
+            f"read {source}: Orbax folder, wavelet {wavelet}"
+            f"{'' if known else ' (assumed: --wavelet names another)'}, {_size(flatten(variables))}"
+        )
     else:
         state_dict = checkpoints.read_state_dict(source)
         found = checkpoints.recognise(state_dict)
@@ -84,7 +90,7 @@ def _convert(
             f"{_size(state_dict)}"
         )
     else:
-        checkpoints.save(destination, variables, force=force)
+        checkpoints.save(destination, variables, wavelet=wavelet, force=force)
         typer.echo(f"wrote {destination}: Orbax folder, {_size(flatten(variables))}")
 
 

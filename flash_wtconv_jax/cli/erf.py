@@ -8,30 +8,40 @@ import typer
 
 def erf(
     checkpoint: Annotated[
-        Path, typer.Argument(help="An Orbax folder that holds network.json, as the demo writes.")
+        Path,
+        typer.Argument(help="A WTConvNeXt or ConvNeXt: .safetensors, .pth, or an Orbax folder."),
     ],
     other: Annotated[
         Path | None, typer.Argument(help="A second one, to be drawn beside the first.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("erf.png"),
-    size: Annotated[int, typer.Option(min=1, help="Height and width of the input.")] = 64,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Height and width of the input. Default: 64, or 7 units of the last map."
+        ),
+    ] = None,
 ) -> None:
     """Draw how much each input pixel moves the centre of the last feature map (log scale)."""
-    from .. import plots, training
-    from ..receptive_field import SHARES, contribution_side
+    from .. import plots
+    from ..models import load_network
+    from ..receptive_field import SHARES, contribution_side, network_field
 
     plots.check_path(out)
-    folders = [checkpoint] if other is None else [checkpoint, other]
-    # Everything is read before anything is computed: a wrong second folder costs no minute.
-    networks = [training.load_network(folder) for folder in folders]
+    paths = [checkpoint] if other is None else [checkpoint, other]
+    # Everything is read before anything is computed: a wrong second path costs no minute.
+    networks = [load_network(path) for path in paths]
+    if size is None:
+        # 224 for the published networks; one size for both, so that they can be compared.
+        size = max(64, *(7 * network.config.total_stride for network in networks))
     fields = {}
-    for folder, network in zip(folders, networks, strict=True):
-        field = training.network_field(network, (size, size, network.config.in_channels))
+    for path, network in zip(paths, networks, strict=True):
+        field = network_field(network, (size, size, network.config.in_channels))
         sides = (f"{share:.0%} in {contribution_side(field, share)} px" for share in SHARES)
-        typer.echo(f"{folder}: {', '.join(sides)}")
-        fields[str(folder)] = field
+        typer.echo(f"{path}: {', '.join(sides)}")
+        fields[str(path)] = field
     # The last part of a path says enough, unless it says the same of both.
-    if len({folder.name for folder in folders}) == len(folders):
+    if len({path.name for path in paths}) == len(paths):
         fields = {Path(name).name: field for name, field in fields.items()}
     plots.save(plots.receptive_fields(fields), out)
     typer.echo(f"wrote {out}")

@@ -19,6 +19,7 @@ from .convnext import (
     wtconvnext_small,
     wtconvnext_tiny,
 )
+from .network import load_network, save_network
 
 __all__ = [
     "ConvNeXt",
@@ -26,6 +27,8 @@ __all__ = [
     "convnext_base",
     "convnext_small",
     "convnext_tiny",
+    "load_network",
+    "save_network",
     "weight_decay_mask",
     "wtconvnext_base",
     "wtconvnext_small",

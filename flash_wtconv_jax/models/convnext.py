@@ -16,8 +16,10 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
+from pallas_kernels.checks import checked_integer
+
 from ..nnx import WTConv2d
-from ..parameters import ImplementationLike, PrecisionLike, check_constructor
+from ..parameters import ImplementationLike, PrecisionLike, check_constructor, check_layer
 
 _MLP_RATIO = 4
 _EPSILON = 1e-6
@@ -84,27 +86,60 @@ class ConvNeXtConfig:
         for name in ("depths", "dims", "levels", "implementation"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.depths:
-            raise ValueError("depths must name the blocks of at least one stage, got ()")
-        for name in ("dims", "levels"):
-            value = getattr(self, name)
-            if value is not None and len(value) != len(self.depths):
-                raise ValueError(
-                    f"{name} must have one entry for each of the {len(self.depths)} stages of "
-                    f"depths={self.depths}, got {value}"
-                )
-        for name in ("depths", "dims", "levels"):
-            for n in getattr(self, name) or ():
-                check_constructor(**{name: n})
+        self._check_stages()
         check_constructor(
             kernel_size=self.kernel_size,
             in_channels=self.in_channels,
             patch_size=self.patch_size,
             num_classes=self.num_classes,
         )
+        check_layer(
+            wavelet=self.wavelet,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
         for name in ("drop_path", "dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+        for name in ("layer_scale", "head_init_scale"):
+            value = getattr(self, name)
+            optional = name == "layer_scale" and value is None
+            if not optional and not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+
+    def _check_stages(self) -> None:
+        for name in ("depths", "dims", "levels"):
+            value = getattr(self, name)
+            if name == "levels" and value is None:
+                continue
+            if not isinstance(value, tuple) or not value:
+                raise ValueError(f"{name} must hold one int for each stage, got {value!r}")
+            if len(value) != len(self.depths):
+                raise ValueError(
+                    f"{name} must have one entry for each of the {len(self.depths)} stages of "
+                    f"depths={self.depths}, got {value}"
+                )
+            least = 0 if name == "levels" else 1
+            for entry in value:
+                try:
+                    checked_integer(entry, name, least=least)
+                except ValueError:
+                    raise ValueError(
+                        f"each entry of {name}={value} must be an integer >= {least}"
+                    ) from None
+
+    @property
+    def total_stride(self) -> int:
+        """Pixels of the input for each unit of the last map, along an axis.
+
+        Example:
+            >>> ConvNeXtConfig().total_stride
+            32
+        """
+        return self.patch_size * 2 ** (len(self.depths) - 1)
 
 
 class ConvNeXt(nnx.Module):
@@ -190,7 +225,7 @@ class ConvNeXt(nnx.Module):
 
     def _check_input(self, shape: tuple[int, ...]) -> None:
         channels = self.config.in_channels
-        least = self.config.patch_size * 2 ** (len(self.config.depths) - 1)
+        least = self.config.total_stride
         if len(shape) != 4 or shape[-1] != channels:
             raise ValueError(
                 f"x must have shape (N, H, W, in_channels) with in_channels={channels}, got {shape}"

@@ -73,6 +73,15 @@ class Operator:
             f"implementation={implementation!r}: " + "; ".join(reasons)
         )
 
+    def check_names(self, implementation: Choice) -> None:
+        """Checks `implementation=` before there is a problem to pick for.
+
+        Raises:
+            ValueError: An unknown or empty filter; names the argument.
+        """
+        if implementation is not None:
+            self._names(implementation, "implementation")
+
     def status(self, platform: str) -> list[tuple[str, str | None]]:
         """Every implementation with the reason why it cannot run here, `None` where it can."""
         return [
@@ -100,6 +109,11 @@ class Operator:
         known = [str(name) for name in self.implementations]
         if not names:
             raise ValueError(f"{source} is empty: name at least one of {known}, or use None")
+        if "auto" in names:
+            raise ValueError(
+                f"{source}='auto': choosing by measurement is not available yet; None takes the "
+                f"rule of the device, and the implementations are {known}"
+            )
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(

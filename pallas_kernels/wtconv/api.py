@@ -163,7 +163,7 @@ def _wtconv(
         OPERATOR.module(OPERATOR.pick("fwd", implementation, here, problem)),
         OPERATOR.module(OPERATOR.pick("bwd", implementation, here, problem)),
         wavelet,
-        _checked_precision(precision),
+        checked_precision(precision),
     )
     y = vjp.wtconv(plan, stride, flat, params)
     return y.reshape(*batch, *y.shape[1:])
@@ -190,7 +190,16 @@ def _checked_arrays(params: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
     return {name: checked_array(value, f"params[{name!r}]") for name, value in params.items()}
 
 
-def _checked_precision(value: Precision) -> jax.lax.Precision | None:
+def checked_precision(value: Precision) -> jax.lax.Precision | None:
+    """`precision=` as JAX's enum.
+
+    Raises:
+        ValueError: A name that JAX does not know.
+
+    Example:
+        >>> checked_precision("highest")
+        HIGHEST
+    """
     if value is None:
         return None
     try:

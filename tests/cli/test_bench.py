@@ -57,6 +57,20 @@ def test_unknown_shape_and_baseline_are_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_without_torch_plain_jax_is_the_baseline(monkeypatch, tmp_path):
+    monkeypatch.setattr(wtconv, "_has_torch", lambda: False)
+    assert bench("--shape", "small", "--out", tmp_path).exit_code == 0
+    report = json.loads((tmp_path / "wtconv.json").read_text())
+    assert report["baseline"] == "plain jax"
+    assert {row["contender"] for row in report["rows"]} == {"flash", "plain jax"}
+
+
+def test_a_file_in_the_way_is_found_before_anything_is_timed(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = bench("--shape", "no", "--out", tmp_path / "file")
+    assert isinstance(result.exception, NotADirectoryError)
+
+
 def test_contenders_take_turns(monkeypatch):
     monkeypatch.setattr(timing, "_REST_S", 0.0)
     monkeypatch.setattr(timing, "_TURN_S", 0.0)

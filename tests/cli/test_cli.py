@@ -101,14 +101,13 @@ class TestInfo:
 
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
-    training = pytest.importorskip("flash_wtconv_jax.training", exc_type=ImportError)
     folder = tmp_path_factory.mktemp("networks")
     for name, levels in (("wavelet", (2,)), ("plain", None)):
         config = models.ConvNeXtConfig(
             depths=(1,), dims=(4,), levels=levels, kernel_size=3, patch_size=1
         )
         network = models.ConvNeXt(config, rngs=nnx.Rngs(0))
-        training.save_network(folder / name, network)
+        models.save_network(folder / name, network)
     return folder
 
 
@@ -122,10 +121,19 @@ class TestErf:
         for line, name in zip(result.output.splitlines(), ("wavelet", "plain"), strict=False):
             assert line.startswith(f"{networks / name}: 50% in ")
 
+    def test_draws_a_file_of_weights(self, networks, tmp_path):
+        weights, out = tmp_path / "weights.safetensors", tmp_path / "erf.png"
+        assert run("convert", networks / "wavelet", weights).exit_code == 0
+        result = run("erf", weights, "--out", out, "--size", 8)
+        assert result.exit_code == 0, result.output
+        assert out.is_file()
+
     def test_what_is_wrong_is_said_in_a_line(self, fail, networks, tmp_path):
         pytest.importorskip("matplotlib")
         out = tmp_path / "erf.png"
-        assert "no folder" in fail("erf", tmp_path / "missing", "--out", out)
+        assert "expected .safetensors, .pth or .pt" in fail(
+            "erf", tmp_path / "missing", "--out", out
+        )
         assert "no Orbax checkpoint" in fail("erf", tmp_path, "--out", out)
         assert "no folder" in fail("erf", networks / "plain", "--out", tmp_path / "a" / "b.png")
         assert "extension '.doc'" in fail("erf", networks / "plain", "--out", tmp_path / "b.doc")

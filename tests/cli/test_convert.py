@@ -57,9 +57,19 @@ def test_it_says_what_it_did(tmp_path, params):
         "and 512 values of frozen filters",
         "wrote b: Orbax folder, 5 tensors, 524 parameters",
     ]
-    result = run(tmp_path / "b", tmp_path / "c.safetensors", "--wavelet", "db2")
+    result = run(tmp_path / "b", tmp_path / "c.safetensors")
+    assert "b: Orbax folder, wavelet db2, 5 tensors" in result.output
     assert "layout published, 2-D, wavelet db2" in result.output
     assert_same(checkpoints.read_state_dict(tmp_path / "c.safetensors"), state_dict)
+
+
+def test_a_folder_of_another_writer_is_assumed_to_be_haar(tmp_path, params):
+    checkpoints.save(tmp_path / "a", {"params": params})
+    result = run(tmp_path / "a", tmp_path / "b.safetensors")
+    assert "wavelet haar (assumed: --wavelet names another)" in result.output
+    assert run(tmp_path / "a", tmp_path / "c.safetensors", "--wavelet", "db2").exit_code == 0
+    written = checkpoints.read_state_dict(tmp_path / "c.safetensors")
+    assert checkpoints.recognise(written).wavelet == "db2"
 
 
 def test_layout_to_layout(tmp_path, params):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+from functools import partial
 
 import jax
 import ml_dtypes
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from flash_wtconv_jax import WTConv2d, checkpoints
+from flash_wtconv_jax import nnx as nnx_layers
 from flash_wtconv_jax.models import convnext
 from pallas_kernels import oracle
 
@@ -584,3 +586,49 @@ def test_damaged_orbax_folders(tmp_path, part):
             path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="is a damaged Orbax checkpoint"):
         checkpoints.restore(folder)
+
+
+def test_models_and_paths_in_place_of_variables_are_told_what_to_do(tmp_path):
+    layer = nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="state_dict is a str, .*read_state_dict"):
+        checkpoints.from_torch("weights.pth")
+    for call in (checkpoints.to_torch, partial(checkpoints.save, tmp_path / "folder")):
+        with pytest.raises(TypeError, match="variables.* WTConv2d, .*variables_of"):
+            call(layer)
+    with pytest.raises(TypeError, match="expected an nnx module; a linen module"):
+        checkpoints.load_into(object(), {})
+
+
+def test_a_wrong_layout_is_told_the_right_one():
+    state_dict = checkpoints.to_torch(
+        checkpoints.variables_of(nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0)))
+    )
+    with pytest.raises(ValueError, match="hint: these are the names of layout 'published'"):
+        checkpoints.from_torch(state_dict, "fast")
+
+
+def test_a_stray_number_does_not_fill_the_screen():
+    stray = {"base_conv.weight": np.ones((2, 1, 3, 3)), "wavelet_convs.999.weight": np.ones(1)}
+    with pytest.raises(ValueError, match="more$") as caught:
+        checkpoints.from_torch(stray)
+    assert len(str(caught.value).splitlines()) == 202
+
+
+def test_a_damaged_note_of_the_wavelet_is_named(tmp_path):
+    checkpoints.save(tmp_path / "a", {"params": {"base_scale": np.ones(2)}}, wavelet="db2")
+    assert checkpoints.wavelet_of(tmp_path / "a") == "db2"
+    (tmp_path / "a" / "flash_wtconv.json").write_text("[]")
+    with pytest.raises(ValueError, match="flash_wtconv.json is damaged"):
+        checkpoints.wavelet_of(tmp_path / "a")
+
+
+def test_torch_files_that_are_something_else(tmp_path):
+    torch = pytest.importorskip("torch")
+    state_dict = {"base_weight": torch.ones(2, 1, 3, 3), "base_scale": torch.ones(1, 2, 1, 1)}
+    torch.save({"epoch": 3, "model_state_dict": state_dict}, tmp_path / "training.PTH")
+    assert set(checkpoints.read_state_dict(tmp_path / "training.PTH")) == set(state_dict)
+    torch.save(state_dict, tmp_path / "whole.pth")
+    content = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="cut.pth is not a whole PyTorch file"):
+        checkpoints.read_state_dict(tmp_path / "cut.pth")

@@ -331,6 +331,7 @@ def test_weight_decay_goes_to_kernels_alone():
             weight_decay_mask(nnx.to_pure_dict(params))
         ).items()
     }
+    assert weight_decay_mask({"kernel": {"bias": 1}}) == {"kernel": {"bias": False}}
     # One step without a gradient is the decay alone.
     before = nnx.to_pure_dict(params)
     decay = optax.add_decayed_weights(-0.05, mask=weight_decay_mask)
@@ -368,15 +369,20 @@ def test_surgery_turns_convnext_into_wtconvnext(images):
     ("changes", "message"),
     [
         ({"depths": ()}, "depths must"),
-        ({"depths": (1, 0)}, "depths must be an int >= 1, got 0"),
+        ({"depths": (1, 0)}, r"each entry of depths=\(1, 0\) must be an integer >= 1"),
         ({"dims": (4,)}, "dims must have one entry for each of the 2 stages"),
         ({"levels": (1, 2, 3)}, "levels must have one entry"),
-        ({"levels": (1, -1)}, "levels must be an int >= 0, got -1"),
-        ({"kernel_size": (5, 5)}, "kernel_size must be an int"),
-        ({"num_classes": -1}, "num_classes must be an int >= 0"),
-        ({"patch_size": 0}, "patch_size must be an int >= 1"),
-        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
-        ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+        ({"levels": (1, -1)}, "each entry of levels=.* must be an integer >= 0"),
+        ({"kernel_size": (5, 5)}, "kernel_size=.*: expected an integer"),
+        ({"num_classes": -1}, "num_classes=-1: expected an integer >= 0"),
+        ({"patch_size": 0}, "patch_size=0: expected an integer >= 1"),
+        ({"drop_path": 1.0}, r"drop_path must be a number in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout must be a number in \[0, 1\)"),
+        ({"dropout": None}, r"dropout must be a number in \[0, 1\), got None"),
+        ({"layer_scale": "x"}, "layer_scale must be a number, got 'x'"),
+        ({"depths": 3}, "depths must hold one int for each stage, got 3"),
+        ({"wavelet": "nope"}, "wavelet='nope'"),
+        ({"param_dtype": "int32"}, "param_dtype='int32': expected one of float16"),
     ],
 )
 def test_bad_configs(changes, message):

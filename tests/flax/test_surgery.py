@@ -232,9 +232,9 @@ def test_errors():
         )
     with pytest.raises(ValueError, match="model must be an nnx.Module that contains"):
         surgery.replace_depthwise(depthwise(), depth=1, rngs=rngs)
-    with pytest.raises(ValueError, match="depth must be an int >= 0, got -1"):
+    with pytest.raises(ValueError, match="depth=-1: expected an integer >= 0"):
         surgery.replace_depthwise(nnx.List([depthwise()]), depth=-1, rngs=rngs)
-    with pytest.raises(ValueError, match="kernel_size must be an int"):
+    with pytest.raises(ValueError, match="kernel_size=.*: expected an integer"):
         surgery.replace_depthwise(nnx.List([depthwise()]), depth=1, kernel_size=0, rngs=rngs)
     with pytest.raises(ValueError, match="does not fit into kernel_size=2"):
         surgery.replace_depthwise(nnx.List([depthwise()]), depth=1, kernel_size=2, rngs=rngs)

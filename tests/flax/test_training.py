@@ -1,4 +1,4 @@
-"""The digits demo: data, training, checkpoints that rebuild their network, files of the demo."""
+"""The digits demo: data, training, its files."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_the_demo_from_start_to_end(tmp_path):
     ):
         assert len(network["loss_by_epoch"]) == metrics["epochs"] == 40
         assert network["accuracy_by_epoch"][-1] == network["accuracy"]
-        model = training.load_network(out / folder)
+        model = models.load_network(out / folder)
         assert model.config == training.digits_network(levels=training.NETWORKS[name]).config
         guesses = training.predict(model, digits.test_images).argmax(axis=1)
         assert (guesses == digits.test_labels).mean() == pytest.approx(network["accuracy"])
@@ -114,7 +114,7 @@ def quick(monkeypatch):
 
 
 def test_a_second_run_replaces_its_files_and_no_others(quick, tmp_path):
-    training.save_network(tmp_path / "checkpoint", tiny_network(levels=0))
+    models.save_network(tmp_path / "checkpoint", tiny_network(levels=0))
     for name in ("metrics.json", "predictions.png", "notes.txt"):
         (tmp_path / name).write_text("old")
     training.run_demo(tmp_path, epochs=1)
@@ -122,7 +122,7 @@ def test_a_second_run_replaces_its_files_and_no_others(quick, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "old"
     assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
     assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG")
-    assert training.load_network(tmp_path / "checkpoint").config.levels == (2,)
+    assert models.load_network(tmp_path / "checkpoint").config.levels == (2,)
 
 
 def test_an_interrupt_leaves_nothing_behind(quick, monkeypatch, tmp_path):
@@ -146,57 +146,3 @@ def test_a_failed_write_leaves_what_was_there(quick, monkeypatch, tmp_path):
         training.run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
     assert (tmp_path / "metrics.json").read_text() == "old"
-
-
-def test_a_saved_network_comes_back_with_its_options(tmp_path):
-    config = models.ConvNeXtConfig(
-        depths=(1, 1),
-        dims=(4, 8),
-        levels=None,
-        use_grn=True,
-        drop_path=0.1,
-        param_dtype=jax.numpy.bfloat16,
-        remat=True,
-    )
-    model = models.ConvNeXt(config, rngs=nnx.Rngs(1))
-    training.save_network(tmp_path / "network", model)
-    restored = training.load_network(tmp_path / "network")
-    # How a network is computed is no part of what it is.
-    assert restored.config.remat is False
-    assert restored.config.param_dtype == "bfloat16"
-    before, after = checkpoints.variables_of(model), checkpoints.variables_of(restored)
-    jax.tree.map(np.testing.assert_array_equal, before, after)
-    with pytest.raises(FileExistsError):
-        training.save_network(tmp_path / "network", model)
-
-
-def test_a_converted_checkpoint_needs_the_name_of_its_model_alone(tmp_path):
-    options = {"depths": [1, 1, 1, 1], "dims": [4, 4, 4, 4], "num_classes": 2}
-    model = models.wtconvnext_tiny(**options, rngs=nnx.Rngs(0))
-    checkpoints.save(tmp_path / "network", checkpoints.variables_of(model))
-    config = {"model": "wtconvnext_tiny", "options": options}
-    (tmp_path / "network" / training.CONFIG_NAME).write_text(json.dumps(config))
-    assert training.load_network(tmp_path / "network").config == model.config
-
-
-@pytest.mark.parametrize(
-    ("content", "error", "message"),
-    [
-        (None, FileNotFoundError, "holds no network.json"),
-        ("{", ValueError, "is no JSON"),
-        ("[]", ValueError, "must hold"),
-        ('{"model": "resnet"}', ValueError, "names the model 'resnet', expected one of"),
-        ('{"model": ["ConvNeXt"]}', ValueError, r"names the model \['ConvNeXt'\]"),
-        ('{"model": "ConvNeXt", "options": {"width": 3}}', ValueError, r"options \['width'\]"),
-        ('{"model": "ConvNeXt", "options": {"dims": [0, 1, 1, 1]}}', ValueError, "dims must be"),
-        ('{"model": "ConvNeXt", "options": {"dims": 5}}', ValueError, "of a wrong type"),
-        ('{"model": "ConvNeXt"}', ValueError, "variables do not fit ConvNeXt"),
-    ],
-)
-def test_what_is_wrong_with_a_network_json_is_said(tmp_path, content, error, message):
-    folder = tmp_path / "network"
-    checkpoints.save(folder, {"params": {"kernel": np.ones(3)}})
-    if content is not None:
-        (folder / training.CONFIG_NAME).write_text(content)
-    with pytest.raises(error, match=message):
-        training.load_network(folder)

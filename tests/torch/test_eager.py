@@ -224,3 +224,15 @@ def test_import_is_lazy():
     assert "WTConv2d" in dir(torch_bridge)
     with pytest.raises(AttributeError, match="nothing"):
         torch_bridge.nothing  # noqa: B018
+
+
+def test_an_empty_batch():
+    layer = torch_bridge.WTConv2d(3, 3, wt_levels=2)
+    assert layer(torch.zeros(0, 3, 7, 8)).shape == (0, 3, 7, 8)
+
+
+def test_wrong_dtypes_and_short_signals_are_named():
+    with pytest.raises(ValueError, match="x is of torch.int64, expected torch.float32"):
+        torch_bridge.WTConv2d(3, 3)(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="stride is 3 and averages groups of 3 samples, but x has"):
+        torch_bridge.WTConv1d(3, 3, stride=3)(torch.zeros(1, 3, 2))

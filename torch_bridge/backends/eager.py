@@ -85,15 +85,15 @@ def wavelet_transform(x: Tensor, filters: Tensor) -> Tensor:
     coefficients = _CONV[ndim](
         x, filters, stride=2, padding=_filter_padding(filters), groups=x.shape[1]
     )
-    half = [size // 2 for size in x.shape[2:]]
-    return coefficients.reshape(x.shape[0], x.shape[1], 2**ndim, *half)
+    # Unflattened, not reshaped: of an empty batch no size can be inferred.
+    return coefficients.unflatten(1, (x.shape[1], 2**ndim))
 
 
 def inverse_wavelet_transform(coefficients: Tensor, filters: Tensor) -> Tensor:
     """One level of synthesis: `[N, C, 2**d, *half]` to `[N, C, *(2 * half)]`."""
-    batch, channels, _, *half = coefficients.shape
-    return _CONV_TRANSPOSE[len(half)](
-        coefficients.reshape(batch, -1, *half),
+    channels = coefficients.shape[1]
+    return _CONV_TRANSPOSE[coefficients.ndim - 3](
+        coefficients.flatten(1, 2),
         filters,
         stride=2,
         padding=_filter_padding(filters),
@@ -146,7 +146,8 @@ def wtconv(
         `[N, C, *spatial]` for stride 1.
 
     Raises:
-        ValueError: x has another rank or number of channels than the weights.
+        ValueError: x has another rank, number of channels or dtype than the weights, or is a 1-D
+            signal shorter than the stride.
 
     Example:
         >>> weight, scale = torch.ones(3, 1, 1, 1), torch.full((1, 3, 1, 1), 2.0)
@@ -154,7 +155,7 @@ def wtconv(
         >>> float(wtconv(x, weight, None, scale, [], [], *wavelet_filters("db1", 2, 3)).mean())
         2.0
     """
-    _check_input(x, base_weight)
+    _check_input(x, base_weight, stride)
     levels = []
     sizes = []
     low = x
@@ -177,13 +178,21 @@ def wtconv(
     return _subsample(y, stride)
 
 
-def _check_input(x: Tensor, base_weight: Tensor) -> None:
+def _check_input(x: Tensor, base_weight: Tensor, stride: int) -> None:
     ndim = base_weight.ndim - 2
     axes = ("N", "C", *("D", "H", "W")[3 - ndim :]) if ndim > 1 else ("N", "C", "L")
     if x.ndim != len(axes) or x.shape[1] != base_weight.shape[0]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected ({', '.join(axes)}) with "
             f"C = {base_weight.shape[0]} channels"
+        )
+    if x.dtype != base_weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"x is of {x.dtype}, expected {base_weight.dtype}, the dtype of the weights; cast it"
+        )
+    if ndim == 1 and x.shape[2] < stride:
+        raise ValueError(
+            f"stride is {stride} and averages groups of {stride} samples, but x has {x.shape[2]}"
         )
 
 
