@@ -235,6 +235,42 @@ def speedups(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def static_cycles(report: Mapping[str, Any]) -> Figure:
+    """Bars of static cycles: ours, XLA's and the floor, a panel a direction, log scale.
+
+    Args:
+        report: What `bench.tpu.report.run` returns.
+
+    Returns:
+        The figure.
+    """
+    rows = report["rows"]
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    bars = {"floor_cycles": "floor", "cycles": "ours", "xla_cycles": "XLA (its cost model)"}
+    figure = Figure(figsize=(10.0, 6.8), dpi=_DPI, layout="constrained")
+    for axes, direction in zip(figure.subplots(len(directions), 1), directions, strict=True):
+        shown = [row for row in rows if row["direction"] == direction]
+        for i, (key, label) in enumerate(bars.items()):
+            places = np.arange(len(shown)) + (i - 1) * 0.27
+            heights = [row[key] or np.nan for row in shown]
+            drawn = axes.bar(places, heights, 0.25, color=COLOURS[i], label=label)
+            texts = [f"{height / 1e3:.0f}k" if height > 0 else "?" for height in heights]
+            axes.bar_label(drawn, texts, fontsize=6, padding=1)
+        axes.set_yscale("log")
+        axes.margins(y=0.12)
+        names = [f"{row['name']}\n{row['dtype']}" for row in shown]
+        axes.set_xticks(np.arange(len(shown)), names, fontsize=6)
+        axes.set_title(direction)
+        axes.set_ylabel("static cycles")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(
+        f"WTConv on TPU {report['chip']}: the compiler's static figures, no measurement "
+        f"({report['date']})"
+    )
+    return figure
+
+
 def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title)
     axes.set_xlabel(x)

@@ -1,6 +1,9 @@
 """The command line, `flash-wtconv`: one module a command, heavy imports inside the commands."""
 
+import os
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -10,6 +13,7 @@ from .convert import convert
 from .demo import demo
 from .erf import erf
 from .info import info
+from .tpu_report import tpu_report
 
 app = typer.Typer(
     name="flash-wtconv",
@@ -23,16 +27,26 @@ app.add_typer(bench, name="bench")
 app.command()(demo)
 app.command()(erf)
 app.command()(convert)
+app.command()(tpu_report)
 
 
 def main() -> None:
     """Runs the command line; what a user can mend is told in one line, not in a traceback."""
+    _look_for_no_tpu()
     try:
         app()
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: pip install 'flash-wtconv[demo]' brings it")
+        extra = "tpu" if error.name == "libtpu" else "demo"
+        _fail(f"{error.name} is not installed: pip install 'flash-wtconv[{extra}]' brings it")
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))
+
+
+def _look_for_no_tpu() -> None:
+    """Keeps libtpu, where it is installed for its compiler alone, from complaining of no TPU."""
+    nodes = ("accel*", "vfio/[0-9]*", "nvidia*", "kfd")
+    if find_spec("libtpu") and not any(any(Path("/dev").glob(node)) for node in nodes):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _print_version(wanted: bool) -> None:

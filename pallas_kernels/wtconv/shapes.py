@@ -32,3 +32,13 @@ SHAPES: dict[str, Shape] = {
     "image_112": Shape(8, 112, 112, 64, 3),
 }
 """The four stages of WTConvNeXt-T at 224² and one larger image, at a batch for a CPU."""
+
+TPU_SHAPES: dict[str, Shape] = {
+    "image_56": Shape(8, 56, 56, 128, 3),
+    "convnext_t_stage1": Shape(32, 56, 56, 96, 5),
+    "convnext_t_stage2": Shape(32, 28, 28, 192, 4),
+    "convnext_t_stage3": Shape(32, 14, 14, 384, 3),
+    "convnext_t_stage4": Shape(32, 7, 7, 768, 2),
+    "image_2048": Shape(1, 2048, 2048, 128, 3),
+}
+"""One image that fills a TPU's lanes, the stages at a batch for a TPU, and one beyond its VMEM."""

@@ -1,0 +1,77 @@
+"""What is compiled: functions with the shapes of their arguments, ours and XLA's of the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.wtconv.shapes import Shape
+
+from .. import plain
+
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def wtconv(shape: list[int], dtype: str, direction: str) -> Program:
+    """Our TPU kernels: y, or the gradients of x and of the taps.
+
+    Args:
+        shape: The fields of a `Shape`.
+        dtype: Of x, y and their gradients; taps and bias are float32.
+        direction: "forward" or "backward".
+
+    Returns:
+        The function and its arguments' shapes.
+
+    Example:
+        >>> function, (x, taps, bias) = wtconv([1, 8, 8, 128, 1, 5], "bfloat16", "forward")
+        >>> x.shape, [tap.shape for tap in taps]
+        ((1, 8, 8, 128), [(5, 5, 1, 128), (5, 5, 4, 128)])
+    """
+    from pallas_kernels.wtconv import mosaic_tpu
+
+    layer = Shape(*shape)
+    k, c = layer.kernel_size, layer.channels
+    x = jax.ShapeDtypeStruct(layer.x, jnp.dtype(dtype))
+    bands = (1, *[4] * layer.levels)
+    taps = tuple(jax.ShapeDtypeStruct((k, k, b, c), jnp.float32) for b in bands)
+    shapes = tuple(tap.shape for tap in taps)
+    static: dict[str, Any] = {"wavelet": "haar", "precision": None}
+
+    def forward(x: jax.Array, taps: Any, bias: jax.Array) -> Any:
+        return mosaic_tpu.forward(x, taps, bias, transpose=False, **static)
+
+    def backward(x: jax.Array, taps: Any, dy: jax.Array) -> Any:
+        dx = mosaic_tpu.forward(dy, taps, None, transpose=True, **static)
+        return dx, mosaic_tpu.weight_grad(x, dy, kernel_shapes=shapes, **static)
+
+    if direction == "backward":
+        return backward, (x, taps, x)
+    return forward, (x, taps, jax.ShapeDtypeStruct((c,), jnp.float32))
+
+
+def plain_wtconv(shape: list[int], dtype: str, direction: str) -> Program:
+    """The same in plain JAX, which XLA compiles by itself; arguments as `wtconv`.
+
+    Its gradients are those of x and of every parameter, the bias and the scales among them.
+
+    Example:
+        >>> function, (x, params) = plain_wtconv([1, 8, 8, 128, 1, 5], "bfloat16", "forward")
+        >>> sorted(params)
+        ['base_bias', 'base_kernel', 'base_scale', 'wavelet_kernel_0', 'wavelet_scale_0']
+    """
+    layer = Shape(*shape)
+    k, c = layer.kernel_size, layer.channels
+    sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
+    for i in range(layer.levels):
+        sizes |= {f"wavelet_kernel_{i}": (k, k, 4, c), f"wavelet_scale_{i}": (4, c)}
+    params = {name: jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for name, size in sizes.items()}
+    x = jax.ShapeDtypeStruct(layer.x, jnp.dtype(dtype))
+
+    def backward(x: jax.Array, params: Any, dy: jax.Array) -> Any:
+        return jax.vjp(plain.wtconv, x, params)[1](dy)
+
+    if direction == "backward":
+        return backward, (x, params, x)
+    return plain.wtconv, (x, params)

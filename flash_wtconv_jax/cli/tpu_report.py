@@ -1,0 +1,88 @@
+"""`flash-wtconv tpu-report`: static cycles of the TPU kernels, on a machine without a TPU."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_NOTE = (
+    "The compiler's static figures, no measurement. cycles: bundles of our kernels, without "
+    "waiting for memory. XLA: estimated_cycles, what its cost model says of its own program of the "
+    "same layer, traffic to HBM included. XLA bundles: those of that program, without traffic. "
+    "floor: the greater of arithmetic (VALU) and traffic (HBM)."
+)
+
+
+def tpu_report(
+    chip: Annotated[str, typer.Option(help="v5e, v6e, v5p or v4.")] = "v5e",
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A named shape; several are allowed. [default: all]")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the report there too.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("tpu_report.png"),
+) -> None:
+    """Count the static cycles of the TPU kernels and of XLA's program; needs libtpu, but no TPU."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pallas_kernels.wtconv.shapes import TPU_SHAPES
+
+    from .. import plots
+    from ..bench.tpu import report as tpu
+    from ..checkpoints.files import check_folder, replacing
+
+    plots.check_path(out)
+    if as_json is not None:
+        check_folder(as_json)
+    console = Console()
+    shapes = shape or list(TPU_SHAPES)
+    with Progress(console=console, transient=True) as bar:
+        rows = len(shapes) * len(tpu.DTYPES) * len(tpu.DIRECTIONS)
+        task = bar.add_task(f"compiling for {chip}", total=rows)
+        report = tpu.run(chip, shapes, lambda: bar.advance(task))
+    console.print(_table(report))
+    for row in report["rows"]:
+        for key, whose in (("error", "ours"), ("xla_error", "XLA's")):
+            if row[key]:
+                name = f"{row['name']} {row['dtype']} {row['direction']}"
+                console.print(f"{name}, {whose}: {row[key]}", markup=False, highlight=False)
+    if as_json is not None:
+        with replacing(as_json, force=True) as path:
+            path.write_text(json.dumps(report, indent=2) + "\n")
+        console.print(f"wrote {as_json}")
+    plots.save(plots.static_cycles(report), out)
+    console.print(f"wrote {out}")
+
+
+def _table(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"WTConv on TPU {report['chip']}, static cycles", caption=_NOTE)
+    table.add_column("shape", no_wrap=True)
+    for name in ("cycles", "XLA", "fewer", "XLA bundles", "floor", "VALU", "HBM", "VMEM"):
+        table.add_column(name, justify="right", no_wrap=True)
+    previous = None
+    for row in report["rows"]:
+        if row["name"] != previous:
+            table.add_section()
+            levels = f"{row['levels']} levels, k={row['kernel_size']}"
+            table.add_row(f"[bold]{row['name']}[/] {tuple(row['x'])} {levels}")
+            previous = row["name"]
+        cycles, xla, vmem = row["cycles"], row["xla_cycles"], row["vmem_bytes"]
+        table.add_row(
+            f"{row['dtype']} {row['direction']}",
+            _number(cycles),
+            _number(xla),
+            f"{xla / cycles:.1f}x" if cycles and xla else "-",
+            *(_number(row[f"{key}_cycles"]) for key in ("xla_bundle", "floor")),
+            *(_number(row[f"{key}_floor_cycles"]) for key in ("valu", "hbm")),
+            f"{vmem / 2**20:.1f} MiB" if vmem else "-",
+        )
+    return table
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"

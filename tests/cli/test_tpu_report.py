@@ -1,0 +1,82 @@
+"""`flash-wtconv tpu-report`: what it writes and refuses. Nothing is compiled here."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flash_wtconv_jax.bench.tpu import compiling, report
+from flash_wtconv_jax.cli import app
+
+COMPUTATIONS = [
+    {"name": "a", "cycles": 900, "vmem_bytes": 5, "busy": {"VALU": 0.5}, "loops": []},
+    {"name": "b", "cycles": 100, "vmem_bytes": 9, "busy": {"VALU": 1.0}, "loops": []},
+]
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch):
+    """A compiler that answers at once: ours 1000 cycles, XLA's 5000, one of them never."""
+    ours = compiling.Result(None, None, 1000, 0, 3 << 20, 128 << 20, 1.0, COMPUTATIONS)
+    xla = compiling.Result(None, "a branch on data", None, 5000)
+
+    def run(jobs, on_result=lambda _: None):
+        results = [xla if job.program.endswith("plain_wtconv") else ours for job in jobs]
+        results[-1] = compiling.Result("not compiled within 180 s")
+        for result in results:
+            on_result(result)
+        return results
+
+    monkeypatch.setattr(compiling, "run", run)
+    monkeypatch.setattr(compiling, "libtpu_version", lambda: "1.2")
+
+
+def tpu_report(*arguments):
+    return CliRunner().invoke(app, ["tpu-report", *map(str, arguments)])
+
+
+def test_table_json_and_picture(tmp_path):
+    result = tpu_report(
+        "--shape", "image_56", "--json", tmp_path / "a.json", "--out", tmp_path / "a.png"
+    )
+    assert result.exit_code == 0, result.output
+    assert "no measurement" in " ".join(result.output.split())
+    assert "image_56 bfloat16 backward, XLA's: not compiled within 180 s" in result.output
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["chip"] == "v5e" and written["versions"]["libtpu"] == "1.2"
+    assert [(row["dtype"], row["direction"]) for row in written["rows"]] == [
+        (dtype, direction) for dtype in report.DTYPES for direction in report.DIRECTIONS
+    ]
+    first, *_, last = written["rows"]
+    assert (first["name"], first["x"], first["levels"]) == ("image_56", [8, 56, 56, 128], 3)
+    assert (first["cycles"], first["xla_cycles"], first["vmem_bytes"]) == (1000, 5000, 3 << 20)
+    assert first["busy"] == {"VALU": 0.55}
+    assert first["floor_cycles"] == max(first["valu_floor_cycles"], first["hbm_floor_cycles"])
+    assert first["xla_error"] == "a branch on data" and first["xla_bundle_cycles"] is None
+    assert last["xla_cycles"] is None
+
+
+def test_floors_are_those_of_the_arithmetic_and_of_the_traffic():
+    chip, shape = report.CHIPS["v5e"], report.TPU_SHAPES["image_56"]
+    samples = 8 * 56 * 56 * 128
+    # 50 operations a tap and coefficient; 1 + 1/4 + 1/16 coefficients a sample at three levels.
+    assert report.floors(chip, shape, "float32", "forward") == (
+        round(samples * (50 + 1.3125 * 54.25) / 4096),
+        round(samples * 2 * 4 / 546),
+    )
+    assert report.floors(chip, shape, "bfloat16", "backward")[1] == round(samples * 3 * 2 / 546)
+
+
+def test_what_is_wrong_is_named_before_anything_is_compiled(tmp_path):
+    out = ("--out", tmp_path / "a.png")
+    cases = {
+        ("--chip", "v9", *out): "chip: 'v9' is not one of ['v5e'",
+        ("--shape", "no", *out): "shape: ['no'] is not one of ['image_56'",
+        ("--out", tmp_path / "no" / "a.png"): "no folder",
+        ("--json", tmp_path / "no" / "a.json", *out): "no folder",
+    }
+    for arguments, message in cases.items():
+        result = tpu_report(*arguments)
+        assert message in str(result.exception), arguments
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,36 @@
+"""Kernels whose loops can be counted by hand, compiled in the worker by `test_tpu_aot`."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+X = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+
+
+def nested(outer, inner):
+    """`outer * inner` additions of eight rows, one after the other."""
+
+    def kernel(x, y):
+        def add(i, total):
+            return jnp.exp(total) + x[pl.ds(pl.multiple_of(i % 8 * 8, 8), 8), :]
+
+        def rounds(_, total):
+            return jax.lax.fori_loop(0, inner, add, total) * 0.5
+
+        y[...] = jax.lax.fori_loop(0, outer, rounds, jnp.zeros((8, 128)))
+
+    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    return call, (X,)
+
+
+def stepped(steps):
+    """One grid step for each eight rows, and work in every other one alone."""
+
+    def kernel(x, y):
+        @pl.when(pl.program_id(0) % 2 == 0)
+        def work():
+            y[...] = jax.lax.fori_loop(0, 5, lambda _, total: jnp.exp(total), x[...])
+
+    spec = pl.BlockSpec((8, 128), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct((8 * steps, 128), jnp.float32)
+    return pl.pallas_call(kernel, shape, grid=(steps,), in_specs=[spec], out_specs=spec), (shape,)
