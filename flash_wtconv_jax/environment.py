@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> dict[str, str | int]:
-    """The default device of JAX.
+    """The devices that JAX computes on here, unless told otherwise.
 
     Returns:
         `platform` ("cpu", "gpu" or "tpu"), `kind` and `count`.
@@ -41,12 +41,17 @@ def device() -> dict[str, str | int]:
     """
     import jax
 
+    from pallas_kernels.platform import current
+
     try:
-        devices = jax.devices()
-    except AssertionError as error:
-        # A platform that JAX_PLATFORMS names and whose plugin is not installed.
-        platforms = os.environ.get("JAX_PLATFORMS")
-        raise RuntimeError(f"JAX starts no device with JAX_PLATFORMS={platforms}") from error
+        devices = jax.devices(current())
+    except (AssertionError, RuntimeError) as error:
+        # An assertion fails if JAX_PLATFORMS names a platform whose plugin is not installed.
+        reason = str(error).splitlines()[0] if str(error) else "its plugin is not installed"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise RuntimeError(
+            f"JAX starts no device (JAX_PLATFORMS={platforms!r}): {reason}"
+        ) from error
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         # JAX calls every CPU "cpu".

@@ -64,8 +64,7 @@ class _WTConv(nn.Module):
             `[*batch, *spatial, channels]` for `stride=1`.
 
         Raises:
-            ValueError: If the shape of `x` does not fit, or an argument of the layer is not one
-                that the operator knows (`wavelet`, `implementation`).
+            ValueError: If `x` is not floating point or its shape does not fit.
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
         table = parameters.parameter_table(
@@ -138,9 +137,8 @@ class WTConv2d(_WTConv):
         use_bias: Whether the base convolution has a bias.
         wavelet: Any discrete PyWavelets name, such as "haar" or "db2".
         dtype: Dtype of the computation and the output. None promotes the input with the parameters:
-            a bfloat16 input and float32 parameters compute in float32; integers are cast, as Flax's
-            layers do. The parameters themselves are never rounded: scales are folded into the taps
-            in their own dtype.
+            a bfloat16 input and float32 parameters compute in float32. The parameters themselves
+            are never rounded: scales are folded into the taps in their own dtype.
         param_dtype: Dtype of the parameters.
         precision: See `jax.lax.Precision`, for implementations on matrix units; None multiplies in
             full float32 on every device.
@@ -209,7 +207,7 @@ class SeparableWTConv2d(nn.Module):
         wavelet: See `WTConv2d`.
         dtype: See `WTConv2d`; the projection is cast like `flax.linen.Conv`.
         param_dtype: See `WTConv2d`.
-        precision: See `WTConv2d`.
+        precision: See `WTConv2d`; for the projection None is JAX's default.
         kernel_init: For the kernels of the WTConv.
         bias_init: For the bias of the WTConv; the bias of the projection starts at zero.
         scale_init: For the wavelet scales.

@@ -78,7 +78,7 @@ class _WTConv(nnx.Module):
         if not use_bias:
             self.base_bias = nnx.data(None)
         # One key from the stream for the layer: a stream's count is slow to advance under tracing.
-        keys = jax.random.split(rngs.params(), len(table))
+        keys = jax.random.split(parameters.checked_rngs(rngs).params(), len(table))
         for key, (name, parameter) in zip(keys, table.items(), strict=True):
             setattr(self, name, nnx.Param(parameter.init(key, parameter.shape, param_dtype)))
 
@@ -92,8 +92,7 @@ class _WTConv(nnx.Module):
             `[*batch, *spatial, channels]` for `stride=1`.
 
         Raises:
-            ValueError: If the shape of `x` does not fit, or an argument of the layer is not one
-                that the operator knows (`wavelet`, `implementation`).
+            ValueError: If `x` is not floating point or its shape does not fit.
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
         return parameters.apply(
@@ -131,40 +130,11 @@ class WTConv1d(_WTConv):
 class WTConv2d(_WTConv):
     """Wavelet convolution of images `[*batch, H, W, channels]`: a huge kernel, few parameters.
 
-    The input runs through `depth` levels of wavelet analysis, a small depthwise convolution filters
-    the subbands of each level, and synthesis adds them to an ordinary depthwise convolution: each
-    level doubles the receptive field, which ends at `2**depth * kernel_size`. Channels never mix.
-
-    The parameters, with k = `kernel_size` and C = `channels`, are `base_kernel [k, k, 1, C]`,
-    `base_bias [C]`, `base_scale [C]`, and for each level i from 0 `wavelet_kernel_{i} [k, k, 4, C]`
-    and `wavelet_scale_{i} [4, C]`: subbands low-low, high along H, high along W, high along both.
-
-    Source: Finder, Amoyal, Treister, Freifeld, "Wavelet Convolutions for Large Receptive Fields",
-    ECCV 2024.
+    What it computes, its parameters and its arguments are those of `flash_wtconv_jax.WTConv2d`, in
+    the order `channels, kernel_size, depth, stride`, the others by name.
 
     Args:
-        channels: Channels of input and output.
-        kernel_size: Taps along each axis; an int, the kernel is square.
-        depth: Number of wavelet levels; 0 is the base convolution alone. See `deepest_level`.
-        stride: Keeps every stride-th sample of each axis of the output.
-        use_bias: Whether the base convolution has a bias.
-        wavelet: Any discrete PyWavelets name, such as "haar" or "db2".
-        dtype: Dtype of the computation and the output. None promotes the input with the parameters:
-            a bfloat16 input and float32 parameters compute in float32; integers are cast, as Flax's
-            layers do. The parameters themselves are never rounded: scales are folded into the taps
-            in their own dtype.
-        param_dtype: Dtype of the parameters.
-        precision: See `jax.lax.Precision`, for implementations on matrix units; None multiplies in
-            full float32 on every device.
-        kernel_init: Initialiser of the base kernel and the wavelet kernels, called with the shape
-            of a depthwise kernel: `[k, k, 1, C]`, and `[k, k, 1, 4 * C]` for the subbands of a
-            level together, so that the fan-in is k^2.
-        bias_init: Initialiser of the bias; None is U(-1/k, 1/k), PyTorch's default.
-        scale_init: Initialiser of the wavelet scales, 0.1 by default; with zeros the layer starts
-            as its base convolution. The base scale starts at one, always.
-        implementation: Name or names of the implementations of `pallas_kernels.wtconv` to choose
-            from; None leaves the choice to its rule for the device.
-        rngs: Source of the keys for the initialisers.
+        rngs: Source of the keys for the initialisers, as for any nnx layer.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -205,27 +175,12 @@ class WTConv3d(_WTConv):
 class SeparableWTConv2d(nnx.Module):
     """WTConv and a pointwise projection, for `features` other than `channels`.
 
-    WTConv is depthwise; the 1x1 convolution after it mixes channels, as in a depthwise-separable
-    convolution. The parameters are those of `WTConv2d` under `depthwise` and an `nnx.Conv`
-    (`kernel [1, 1, C, features]`, `bias [features]`) under `pointwise`.
+    What it computes, its parameters (`depthwise`, `pointwise`) and its arguments are those of
+    `flash_wtconv_jax.SeparableWTConv2d`, in the order `channels, features, kernel_size, depth,
+    stride`, the others by name.
 
     Args:
-        channels: Channels of the input.
-        features: Channels of the output.
-        kernel_size: See `WTConv2d`, like every argument not named here.
-        depth: See `WTConv2d`.
-        stride: See `WTConv2d`.
-        use_bias: Whether the base convolution and the projection have a bias.
-        wavelet: See `WTConv2d`.
-        dtype: See `WTConv2d`; the projection is cast like `nnx.Conv`.
-        param_dtype: See `WTConv2d`.
-        precision: See `WTConv2d`.
-        kernel_init: For the kernels of the WTConv.
-        bias_init: For the bias of the WTConv; the bias of the projection starts at zero.
-        scale_init: For the wavelet scales.
-        pointwise_init: For the kernel of the projection.
-        implementation: See `WTConv2d`.
-        rngs: Source of the keys for the initialisers.
+        rngs: Source of the keys for the initialisers, as for any nnx layer.
 
     Raises:
         ValueError: If an argument is out of range.

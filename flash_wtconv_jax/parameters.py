@@ -17,7 +17,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import wtconv
-from pallas_kernels.checks import FLOATING, checked_integer
+from pallas_kernels.checks import FLOATING, checked_array, checked_integer
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv.api import OPERATOR, checked_precision
 
@@ -141,6 +141,26 @@ def check_layer(
     OPERATOR.check_names(implementation)
 
 
+def checked_rngs(rngs: Any) -> Any:
+    """Check the source of the keys of an nnx layer or model.
+
+    Raises:
+        ValueError: If it is no `nnx.Rngs` with the stream `params`, nor anything like it.
+
+    Example:
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> checked_rngs(rngs) is rngs
+        True
+    """
+    if not callable(getattr(rngs, "params", None)):
+        raise ValueError(
+            f"rngs: expected an nnx.Rngs with the stream 'params', such as nnx.Rngs(0), got "
+            f"{type(rngs).__name__}"
+        )
+    return rngs
+
+
 def apply(
     x: ArrayLike,
     params: Mapping[str, jax.Array],
@@ -174,17 +194,16 @@ def apply(
         Output `[*batch, *spatial, channels]`, for `stride=1`.
 
     Raises:
-        ValueError: If `x` has too few axes or another number of channels, or `dtype` is not real
-            floating point.
+        ValueError: If `x` is not floating point, has another number of channels, or is refused by
+            the operator.
     """
-    shape = jnp.shape(x)
-    if len(shape) <= ndim or shape[-1] != channels:
-        axes = ", ".join(("L",) if ndim == 1 else ("D", "H", "W")[-ndim:])
+    x = checked_array(x, "x")
+    if x.ndim and x.shape[-1] != channels:
         raise ValueError(
-            f"x must have shape (*batch, {axes}, channels) with channels={channels}, got {shape}; "
-            "channels come last: move them there, or change the layer's channels"
+            f"x: expected an array of channels={channels}, got shape {x.shape}; channels come "
+            "last: move them there, or change the layer's channels"
         )
-    x = jnp.asarray(x, _compute_dtype(x, params, dtype))
+    x = x.astype(_compute_dtype(x, params, dtype))
     function = getattr(wtconv, f"wtconv{ndim}d")
     return function(
         x,
@@ -241,8 +260,8 @@ def weight_decay_mask(params: Any) -> Any:
         params: Any tree of parameters: linen variables, `nnx.state(model, nnx.Param)`, a dict.
 
     Returns:
-        The same tree with bools: True for a name that is, or ends in, `kernel`, and for
-        `wavelet_kernel_{i}`.
+        The same tree with bools: True below a name that is, or ends in, `kernel`, and below
+        `wavelet_kernel_{i}`; of nested names the innermost decides.
 
     Example:
         >>> weight_decay_mask({"conv_dw": {"base_kernel": 1.0, "base_scale": 1.0}, "gamma": 1.0})
@@ -254,10 +273,10 @@ def weight_decay_mask(params: Any) -> Any:
 
 
 def _is_kernel(path: tuple[Any, ...]) -> bool:
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    # An nnx variable adds an entry of its own below its name.
-    own = [name for name in names if name != "value"][-1:]
-    return any(name.endswith("kernel") or name.startswith("wavelet_kernel_") for name in own)
+    keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    # An nnx variable adds an entry of its own below its name, a list the number of its place.
+    names = [key for key in keys if isinstance(key, str) and key != "value"]
+    return any(n.endswith("kernel") or n.startswith("wavelet_kernel_") for n in names[-1:])
 
 
 def _compute_dtype(

@@ -6,6 +6,7 @@ ECCV 2024.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -52,18 +53,19 @@ class _WTConv(nn.Module):
                 f"out_channels is {out_channels}, expected in_channels = {in_channels}: the layer "
                 "is depthwise; put a pointwise convolution after it to change the channels"
             )
-        _check_least("in_channels", in_channels, 1)
-        _check_least("kernel_size", kernel_size, 1)
-        _check_least("stride", stride, 1)
-        _check_least("wt_levels", wt_levels, 0)
-        self.in_channels = in_channels
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.wt_levels = wt_levels
+        self.in_channels = in_channels = _integer("in_channels", in_channels, 1)
+        self.kernel_size = _integer("kernel_size", kernel_size, 1)
+        self.stride = _integer("stride", stride, 1)
+        self.wt_levels = wt_levels = _integer("wt_levels", wt_levels, 0)
         self.wt_type = wt_type
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}, expected a floating-point dtype")
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        filters = eager.wavelet_filters(wt_type, self.ndim, in_channels, **factory)
+        try:
+            filters = eager.wavelet_filters(wt_type, self.ndim, in_channels, **factory)
+        except ValueError as error:
+            raise ValueError(f"wt_type: {error}") from None
         # Frozen parameters, not buffers: published checkpoints and parameter counts hold them.
         self.wt_filter, self.iwt_filter = (nn.Parameter(f, requires_grad=False) for f in filters)
 
@@ -94,8 +96,8 @@ class _WTConv(nn.Module):
             Tensor of x's shape, its spatial axes divided by the stride.
 
         Raises:
-            ValueError: x has another rank, number of channels or dtype than the layer, or is a 1-D
-                signal shorter than the stride.
+            ValueError: x is no tensor, has another rank, number of channels or dtype than the layer
+                or an empty axis beside the batch, or is a 1-D signal shorter than the stride.
         """
         return eager.wtconv(
             x,
@@ -233,6 +235,7 @@ def to_jax(module: nn.Module) -> dict[str, Any]:
         wavelet and stride.
 
     Raises:
+        TypeError: No module, but its state dict: `checkpoints.from_torch` takes one.
         ValueError: The state dict of the module is none of a known layout.
 
     Example:
@@ -241,14 +244,25 @@ def to_jax(module: nn.Module) -> dict[str, Any]:
     """
     from flash_wtconv_jax import checkpoints
 
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module is of type {type(module).__name__}, expected a torch.nn.Module; of a state "
+            "dict flash_wtconv_jax.checkpoints.from_torch makes variables"
+        )
     state_dict = module.state_dict()
     wavelet = checkpoints.recognise(state_dict).wavelet
     return checkpoints.from_torch(state_dict, wavelet=wavelet)
 
 
-def _check_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _integer(name: str, value: Any, least: int) -> int:
+    """An int or a NumPy integer, as the layers in JAX take them; never a bool."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
+    return number
 
 
 def _drop_stride_filter(

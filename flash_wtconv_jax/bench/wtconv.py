@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.platform import on_cpu
 from pallas_kernels.wtconv import wtconv2d
 from pallas_kernels.wtconv.shapes import SHAPES, Shape
 
@@ -122,7 +123,7 @@ def _blocking(compiled: Callable, arguments: tuple[Any, ...]) -> Callable[[], ob
 
 def _has_torch() -> bool:
     """Whether PyTorch runs beside us: it is installed, and both compute on the CPU."""
-    return jax.default_backend() == "cpu" and importlib.util.find_spec("torch") is not None
+    return on_cpu() and importlib.util.find_spec("torch") is not None
 
 
 def _torch_calls(x: jax.Array, params: Any, dy: jax.Array) -> Calls:

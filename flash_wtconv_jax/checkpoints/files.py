@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .names import from_torch
-from .tensors import import_torch, to_array, to_tensors
+from .tensors import import_torch, to_arrays, to_tensors
 
 _SAFETENSORS = (".safetensors",)
 _TORCH = (".pth", ".pt")
@@ -71,7 +71,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     for prefix in _PREFIXES:
         if state_dict and all(name.startswith(prefix) for name in state_dict):
             state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
-    return {name: to_array(value) for name, value in state_dict.items()}
+    try:
+        return to_arrays(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_state_dict(
@@ -88,13 +91,14 @@ def write_state_dict(
         FileExistsError: There is a file at path and force is False, or there is a folder.
         FileNotFoundError: Its folder does not exist.
         ModuleNotFoundError: `.pth` without PyTorch installed.
-        ValueError: Unknown extension.
+        TypeError: The state dict is no mapping, but a module.
+        ValueError: Unknown extension, or an entry is no tensor.
     """
     path = Path(path)
     write = _write_safetensors if is_safetensors(path) else _write_torch
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder, expected the name of a file")
-    arrays = {name: np.array(to_array(value), order="C") for name, value in state_dict.items()}
+    arrays = {n: np.array(array, order="C") for n, array in to_arrays(state_dict).items()}
     with replacing(path, force) as temporary:
         write(temporary, arrays)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .names import flatten
+from .tensors import check_nested
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -20,6 +21,9 @@ def variables_of(model: "nnx.Module") -> dict[str, Any]:
     Returns:
         `{"params": nested dict}` of NumPy arrays; the places of a list are named "0", "1", ….
 
+    Raises:
+        TypeError: The model is no nnx module.
+
     Example:
         >>> from flax import nnx
         >>> variables_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["params"]["bias"].shape
@@ -27,6 +31,7 @@ def variables_of(model: "nnx.Module") -> dict[str, Any]:
     """
     from flax import nnx
 
+    _check_module(model, "holds no variables: init(key, x) returns them")
     return {"params": _with_text_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))}
 
 
@@ -52,11 +57,7 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Any]) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}, expected an nnx module; a linen module takes "
-            "variables in apply(variables, x)"
-        )
+    _check_module(model, "takes variables in apply(variables, x)")
     arrays = flatten(variables)
     state = nnx.state(model, nnx.Param)
     leaves = nnx.to_flat_state(state)
@@ -87,16 +88,29 @@ def for_bridge(variables: Mapping[str, Any]) -> dict[Any, Any]:
     Returns:
         The nested dict with the places of lists as integers, which the bridge expects.
 
+    Raises:
+        TypeError: The variables are no nested dict, but a model.
+
     Example:
         >>> for_bridge({"params": {"stages": {"0": {"gamma": 1}}}})
         {'params': {'stages': {0: {'gamma': 1}}}}
     """
+    check_nested(variables)
     return {
         int(key) if key.isdigit() else key: for_bridge(value)
         if isinstance(value, Mapping)
         else value
         for key, value in variables.items()
     }
+
+
+def _check_module(model: Any, linen: str) -> None:
+    from flax import nnx
+
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected an nnx module; a linen module {linen}"
+        )
 
 
 def _with_text_keys(tree: Any) -> Any:

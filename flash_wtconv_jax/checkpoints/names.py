@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from itertools import groupby
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +13,10 @@ import ml_dtypes
 import numpy as np
 import pywt
 
+from pallas_kernels.haar.filters import filter_bank
+
 from .layouts import LAYOUTS, TABLES, Rule, Table, groups_of, pattern_of
-from .tensors import to_array
+from .tensors import check_nested, to_array, to_arrays
 
 Side = Literal["torch", "ours"]
 Axes = tuple[tuple[str, ...], ...]
@@ -21,7 +24,10 @@ Index = tuple[tuple[str, int], ...]
 Arrays = dict[str, np.ndarray]
 
 # A name with a stray number calls for all below it: an error of thousands of lines helps nobody.
+_LONG_RUN = 8
 _MOST_LINES = 200
+# A line about a tensor: what comes before the last number of a level or a block, it, and the rest.
+_COUNTED = re.compile(r"(\S*[._])(\d+)((?:\.\S*)? .*)")
 
 
 class Recognised(NamedTuple):
@@ -67,7 +73,7 @@ def from_torch(
         >>> variables["params"]["wavelet_kernel_0"].shape
         (5, 5, 4, 8)
     """
-    arrays = _arrays(state_dict)
+    arrays = to_arrays(state_dict)
     table = _pick(arrays, layout, "torch", wavelet)
     entries, sizes = _fit(table, arrays, "torch", "state_dict", wavelet)
     params: dict[str, Any] = {}
@@ -140,7 +146,7 @@ def recognise(state_dict: Mapping[str, Any]) -> Recognised:
         >>> recognise(torch_bridge.WTConv1d(4, 4, wt_type="db2").state_dict())
         Recognised(layout='published', ndim=1, wavelet='db2')
     """
-    arrays = _arrays(state_dict)
+    arrays = to_arrays(state_dict)
     table = _pick(arrays, None, "torch", "haar")
     filters = (array for name, array in arrays.items() if re.fullmatch(r"(.*\.)?wt_filter", name))
     first = next(filters, None)
@@ -150,11 +156,7 @@ def recognise(state_dict: Mapping[str, Any]) -> Recognised:
 
 def flatten(variables: Mapping[str, Any]) -> Arrays:
     """The arrays of `{"params": ...}`, or of the nested dict inside, by names joined by dots."""
-    if not isinstance(variables, Mapping):
-        raise TypeError(
-            f"variables are a {type(variables).__name__}, expected a nested dict of arrays; of an "
-            "nnx model checkpoints.variables_of(model) makes one"
-        )
+    check_nested(variables)
     if "params" in variables:
         others = sorted(set(variables) - {"params"})
         if others:
@@ -170,15 +172,6 @@ def flatten(variables: Mapping[str, Any]) -> Arrays:
         else:
             flat[str(key)] = to_array(value)
     return flat
-
-
-def _arrays(state_dict: Mapping[str, Any]) -> Arrays:
-    if not isinstance(state_dict, Mapping):
-        hint = "read_state_dict(path) reads a file, model.state_dict() gives that of a module"
-        raise TypeError(
-            f"state_dict is a {type(state_dict).__name__}, expected tensors by name: {hint}"
-        )
-    return {str(name): to_array(value) for name, value in state_dict.items()}
 
 
 @dataclass(frozen=True)
@@ -210,10 +203,7 @@ def _pick(arrays: Arrays, layout: str | None, side: Side, wavelet: str) -> Table
             f"no layout recognised among {len(arrays)} names ({some}{', …' * (len(arrays) > 4)}), "
             f"expected the names of one of: {', '.join(LAYOUTS)}"
         )
-    if wavelet not in pywt.wavelist(kind="discrete"):
-        raise ValueError(
-            f"wavelet is {wavelet!r}, expected a discrete wavelet of PyWavelets, such as 'haar'"
-        )
+    filter_bank(wavelet)
     table = tables[scores.index(max(scores))]
     if table.layout == "fast" and wavelet not in ("haar", "db1"):
         raise ValueError(
@@ -377,10 +367,30 @@ def _message(table: Table, what: str, problems: dict[str, list[str]]) -> str:
     kinds = {kind: lines for kind, lines in problems.items() if lines}
     count = ", ".join(f"{len(lines)} {kind}" for kind, lines in kinds.items())
     head = f"the tensors of {what} are not layout {table.layout!r} ({table.ndim}-D): {count}"
-    lines = [f"  {kind}: {line}" for kind in kinds for line in kinds[kind]]
+    lines = [f"  {kind}: {line}" for kind in kinds for line in _runs(kinds[kind])]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"  … and {len(lines) - _MOST_LINES} more"]
     return "\n".join([head, *lines])
+
+
+def _runs(lines: list[str]) -> list[str]:
+    """The lines; many in a row that only count a level or a block up are one: `a.{2…998}.b`."""
+
+    def key(numbered: tuple[int, str]) -> tuple[Any, ...]:
+        place, line = numbered
+        found = _COUNTED.fullmatch(line)
+        return (found[1], int(found[2]) - place, found[3]) if found else (place,)
+
+    result = []
+    for same, run in groupby(enumerate(lines), key):
+        members = list(run)
+        if len(members) < _LONG_RUN:
+            result += [line for _, line in members]
+        else:
+            (first, _), (last, _) = members[0], members[-1]
+            head, offset, tail = same
+            result.append(f"{head}{{{first + offset}…{last + offset}}}{tail}")
+    return result
 
 
 def _hint(table: Table, arrays: Arrays, side: Side) -> str:
@@ -428,12 +438,9 @@ def _frozen_filters(
     wavelet: str, ndim: int, kind: str, channels: int, dtype: np.dtype
 ) -> np.ndarray:
     """Filters `[2**ndim * channels, 1, F, ...]` as the published layer makes them."""
-    bank = pywt.Wavelet(wavelet)
-    taps = {
-        "analysis": (bank.dec_lo[::-1], bank.dec_hi[::-1]),
-        "synthesis": (bank.rec_lo, bank.rec_hi),
-    }
-    pair = np.array(taps[kind], np.float64 if dtype == np.float64 else np.float32)
+    dec, rec = filter_bank(wavelet)
+    pair = dec if kind == "analysis" else rec
+    pair = pair.astype(np.float64 if dtype == np.float64 else np.float32)
     products = np.stack(
         [
             reduce(np.multiply.outer, [pair[subband >> axis & 1] for axis in range(ndim)])

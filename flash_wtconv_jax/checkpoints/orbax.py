@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.haar.filters import filter_bank
+
+from .. import environment
 from .files import replacing
-from .tensors import to_array
+from .tensors import check_nested, to_array
 
 # What Orbax writes into the folder of every checkpoint.
 _MARK = "_CHECKPOINT_METADATA"
@@ -37,7 +40,8 @@ def save(
         TypeError: A model in place of its variables.
         FileExistsError: The folder exists and force is False, or it is no checkpoint.
         FileNotFoundError: The folder that it goes into does not exist.
-        ValueError: The variables are empty or hold an empty array.
+        RuntimeError: JAX has no device.
+        ValueError: The variables are empty or hold an empty array, or the wavelet is unknown.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -48,6 +52,9 @@ def save(
     """
     import orbax.checkpoint as ocp
 
+    environment.device()  # Orbax starts JAX.
+    if wavelet is not None:
+        filter_bank(wavelet)
     folder = Path(folder).absolute()
     if force and folder.exists() and not is_checkpoint(folder):
         raise FileExistsError(f"{folder} is no checkpoint and is not replaced; name another folder")
@@ -69,6 +76,7 @@ def restore(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such folder.
+        RuntimeError: JAX has no device.
         ValueError: It is no checkpoint, or a damaged one.
     """
     import jax
@@ -79,6 +87,7 @@ def restore(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no folder {folder}")
     if not is_checkpoint(folder):
         raise ValueError(f"folder {folder} is no Orbax checkpoint: it holds no {_MARK}")
+    environment.device()  # Orbax starts JAX.
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             saved = checkpointer.metadata(folder).item_metadata
@@ -111,11 +120,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def _as_arrays(tree: Mapping[str, Any], path: str = "variables") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        raise TypeError(
-            f"{path} is a {type(tree).__name__}, expected a nested dict of arrays; of an nnx model "
-            "checkpoints.variables_of(model) makes one"
-        )
+    check_nested(tree, path)
     if not tree:
         raise ValueError(f"{path} is empty, expected arrays")
     result: dict[str, Any] = {}

@@ -30,6 +30,44 @@ def to_array(value: Any) -> np.ndarray:
     return tensor.numpy()
 
 
+def to_arrays(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of a state dict as NumPy arrays by name, which may share memory with them.
+
+    Args:
+        state_dict: Tensors, arrays or numbers by name.
+
+    Returns:
+        NumPy arrays by name.
+
+    Raises:
+        TypeError: It is no mapping, but a module or a path.
+        ValueError: An entry is no tensor.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"state_dict is a {type(state_dict).__name__}, expected tensors by name: "
+            "read_state_dict(path) reads a file, model.state_dict() gives that of a module"
+        )
+    arrays = {}
+    for name, value in state_dict.items():
+        if isinstance(value, Mapping) or (array := to_array(value)).dtype.kind in "OSU":
+            raise ValueError(
+                f"state_dict[{name!r}] is of type {type(value).__name__}, expected a tensor; of a "
+                "training checkpoint hand on the tensors by name alone"
+            )
+        arrays[str(name)] = array
+    return arrays
+
+
+def check_nested(variables: Any, name: str = "variables") -> None:
+    """Raises TypeError, with advice for those who have a model, unless it is a dict."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"{name}: expected a nested dict of arrays, got {type(variables).__name__}; of an nnx "
+            "model checkpoints.variables_of(model) makes one"
+        )
+
+
 def to_tensors(state_dict: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
     """PyTorch tensors for `Module.load_state_dict`, copied from the arrays of `to_torch`.
 
@@ -41,6 +79,8 @@ def to_tensors(state_dict: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
 
     Raises:
         ModuleNotFoundError: PyTorch is not installed.
+        TypeError: It is no mapping, but a module or a path.
+        ValueError: An entry is no tensor.
 
     Example:
         >>> to_tensors({"a": np.zeros(2, np.float32)})
@@ -48,8 +88,8 @@ def to_tensors(state_dict: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
     """
     torch = import_torch()
     tensors = {}
-    for name, value in state_dict.items():
-        array = np.array(to_array(value), order="C")
+    for name, value in to_arrays(state_dict).items():
+        array = np.array(value, order="C")
         if array.dtype == ml_dtypes.bfloat16:
             tensors[name] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         else:

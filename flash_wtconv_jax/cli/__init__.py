@@ -36,7 +36,7 @@ def main() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        extra = "tpu" if error.name == "libtpu" else "demo"
+        extra = {"libtpu": "tpu", "torch": "torch"}.get(error.name or "", "demo")
         _fail(f"{error.name} is not installed: pip install 'flash-wtconv[{extra}]' brings it")
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error))

@@ -39,10 +39,11 @@ def wtconv(
 
     from pallas_kernels.wtconv.shapes import SHAPES
 
-    from .. import plots
+    from .. import environment, plots
     from ..bench import wtconv as benchmark
     from ..checkpoints.files import replacing
 
+    environment.device()  # Where JAX has none, its reason is all there is to say.
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file, expected a folder")
     console = Console()

@@ -29,7 +29,7 @@ def convert(
     wavelet: Annotated[
         str | None,
         typer.Option(
-            help="PyWavelets name of the frozen filters. Default: those of SOURCE, else haar."
+            help="PyWavelets name of the layers' wavelet. Default: what SOURCE says, if it does."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DESTINATION.")] = False,
@@ -38,19 +38,18 @@ def convert(
     from ..checkpoints import LAYOUTS
 
     if layout is not None and layout not in LAYOUTS:
-        _fail(f"--layout is {layout}, expected one of: {', '.join(LAYOUTS)}", code=2)
+        _fail(f"--layout is {layout}, expected one of: {', '.join(LAYOUTS)}")
     if destination.suffix.lower() not in ("", *_FILES) and not destination.is_dir():
         _fail(
             f"destination {destination} has extension {destination.suffix}, expected .safetensors, "
             ".pth, .pt, or none for an Orbax folder",
-            code=2,
         )
     if destination.exists() and not force:
-        _fail(f"{destination} exists already; give --force to replace it", code=2)
+        _fail(f"{destination} exists already; give --force to replace it")
     try:
         _convert(source, destination, layout, wavelet, force)
-    except (ValueError, OSError, ImportError) as error:
-        _fail(str(error), code=1)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        _fail(str(error))
 
 
 def _convert(
@@ -64,12 +63,9 @@ def _convert(
     to_file = destination.suffix.lower() in _FILES
     if source.is_dir():
         variables = checkpoints.restore(source)
-        known = wavelet or checkpoints.wavelet_of(source)
-        wavelet = known or "haar"
-        typer.echo(
-            f"read {source}: Orbax folder, wavelet {wavelet}"
-            f"{'' if known else ' (assumed: --wavelet names another)'}, {_size(flatten(variables))}"
-        )
+        wavelet = wavelet or checkpoints.wavelet_of(source)
+        said = f"wavelet {wavelet}" if wavelet else "no wavelet named"
+        typer.echo(f"read {source}: Orbax folder, {said}, {_size(flatten(variables))}")
     else:
         state_dict = checkpoints.read_state_dict(source)
         found = checkpoints.recognise(state_dict)
@@ -82,7 +78,12 @@ def _convert(
             f"{_size(state_dict)}"
         )
     if to_file:
-        state_dict = checkpoints.to_torch(variables, layout, wavelet=wavelet)
+        state_dict = checkpoints.to_torch(variables, layout, wavelet=wavelet or "haar")
+        if wavelet is None and any(_is_frozen(name) for name in state_dict):
+            raise ValueError(
+                f"{source} does not say which wavelet its layers have, and {destination} holds its "
+                "filters: name it, for instance with --wavelet haar"
+            )
         checkpoints.write_state_dict(destination, state_dict, force=force)
         made = checkpoints.recognise(state_dict)
         typer.echo(
@@ -97,11 +98,15 @@ def _convert(
 def _size(arrays: "dict[str, np.ndarray]") -> str:
     """Numbers of tensors and parameters, the frozen ones apart: PyTorch users count them."""
     total = sum(array.size for array in arrays.values())
-    frozen = sum(array.size for name, array in arrays.items() if name.endswith("_filter"))
+    frozen = sum(array.size for name, array in arrays.items() if _is_frozen(name))
     text = f"{len(arrays)} tensors, {total - frozen:,} parameters"
     return text + (f" and {frozen:,} values of frozen filters" if frozen else "")
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _is_frozen(name: str) -> bool:
+    return name.endswith("_filter")
+
+
+def _fail(message: str) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code)
+    raise typer.Exit(1)

@@ -17,8 +17,9 @@ def demo(
     """Train a small WTConv network on scikit-learn's digits, beside its twin without wavelets."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .. import training
+    from .. import environment, training
 
+    environment.device()  # Where JAX has none, its reason is all there is to say.
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file, expected a folder")
     columns = (

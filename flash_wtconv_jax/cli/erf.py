@@ -18,15 +18,16 @@ def erf(
     size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Height and width of the input. Default: 64, or 7 units of the last map."
+            min=1, help="Height and width of the input. Default: 64, or 224 for whole WTConvNeXts."
         ),
     ] = None,
 ) -> None:
     """Draw how much each input pixel moves the centre of the last feature map (log scale)."""
-    from .. import plots
+    from .. import environment, plots
     from ..models import load_network
     from ..receptive_field import SHARES, contribution_side, network_field
 
+    environment.device()  # Where JAX has none, its reason is all there is to say.
     plots.check_path(out)
     paths = [checkpoint] if other is None else [checkpoint, other]
     # Everything is read before anything is computed: a wrong second path costs no minute.

@@ -7,6 +7,7 @@ and `scale` for PyTorch's `weight`.
 """
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -16,10 +17,16 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.checks import checked_integer
+from pallas_kernels.checks import checked_array, checked_integer
 
 from ..nnx import WTConv2d
-from ..parameters import ImplementationLike, PrecisionLike, check_constructor, check_layer
+from ..parameters import (
+    ImplementationLike,
+    PrecisionLike,
+    check_constructor,
+    check_layer,
+    checked_rngs,
+)
 
 _MLP_RATIO = 4
 _EPSILON = 1e-6
@@ -50,7 +57,7 @@ class ConvNeXtConfig:
         wavelet: Any discrete PyWavelets name.
         dtype: Dtype of the computation; None promotes the input with the parameters.
         param_dtype: Dtype of the parameters.
-        precision: See `jax.lax.Precision`.
+        precision: See `jax.lax.Precision`. None is JAX's default, and full float32 in WTConv.
         implementation: See `flash_wtconv_jax.nnx.WTConv2d`.
 
     Raises:
@@ -83,16 +90,14 @@ class ConvNeXtConfig:
 
     def __post_init__(self) -> None:
         # Lists, as JSON has them, become tuples: the config must hash, for linen and nnx.jit.
+        # NumPy's numbers become Python's: it must go into JSON too.
         for name in ("depths", "dims", "levels", "implementation"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_stages()
-        check_constructor(
-            kernel_size=self.kernel_size,
-            in_channels=self.in_channels,
-            patch_size=self.patch_size,
-            num_classes=self.num_classes,
-        )
+        for name in ("kernel_size", "in_channels", "patch_size", "num_classes"):
+            check_constructor(**{name: getattr(self, name)})
+            object.__setattr__(self, name, int(getattr(self, name)))
         check_layer(
             wavelet=self.wavelet,
             dtype=self.dtype,
@@ -100,15 +105,16 @@ class ConvNeXtConfig:
             precision=self.precision,
             implementation=self.implementation,
         )
-        for name in ("drop_path", "dropout"):
+        for name in ("drop_path", "dropout", "layer_scale", "head_init_scale"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
-        for name in ("layer_scale", "head_init_scale"):
-            value = getattr(self, name)
-            optional = name == "layer_scale" and value is None
-            if not optional and not isinstance(value, int | float):
+            if name == "layer_scale" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
+            number = float(value)
+            if name.startswith("drop") and not 0.0 <= number < 1.0:
+                raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+            object.__setattr__(self, name, number)
 
     def _check_stages(self) -> None:
         for name in ("depths", "dims", "levels"):
@@ -123,13 +129,13 @@ class ConvNeXtConfig:
                     f"depths={self.depths}, got {value}"
                 )
             least = 0 if name == "levels" else 1
-            for entry in value:
-                try:
-                    checked_integer(entry, name, least=least)
-                except ValueError:
-                    raise ValueError(
-                        f"each entry of {name}={value} must be an integer >= {least}"
-                    ) from None
+            try:
+                plain = tuple(checked_integer(entry, name, least=least) for entry in value)
+            except ValueError:
+                raise ValueError(
+                    f"each entry of {name}={value} must be an integer >= {least}"
+                ) from None
+            object.__setattr__(self, name, plain)
 
     @property
     def total_stride(self) -> int:
@@ -173,6 +179,7 @@ class ConvNeXt(nnx.Module):
 
     def __init__(self, config: ConvNeXtConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
+        checked_rngs(rngs)
         self.stem = Stem(config, rngs=rngs)
         drop_paths = np.linspace(0.0, config.drop_path, sum(config.depths)).tolist()
         starts = np.cumsum((0, *config.depths))
@@ -197,7 +204,7 @@ class ConvNeXt(nnx.Module):
             `[N, dims[-1]]`; with `features_only` what `features` returns.
 
         Raises:
-            ValueError: If the shape of `x` does not fit.
+            ValueError: If `x` is not floating point or its shape does not fit.
         """
         maps = self.features(x, deterministic=deterministic)
         return maps if self.head is None else self.head(maps[-1], deterministic=deterministic)
@@ -213,10 +220,11 @@ class ConvNeXt(nnx.Module):
             One map `[N, H // (patch_size * 2**s), W // (patch_size * 2**s), dims[s]]` a stage s.
 
         Raises:
-            ValueError: If the shape of `x` does not fit.
+            ValueError: If `x` is not floating point or its shape does not fit.
         """
-        self._check_input(jnp.shape(x))
-        x = self.stem(jnp.asarray(x))
+        x = checked_array(x, "x")
+        self._check_input(x.shape)
+        x = self.stem(x)
         maps = []
         for stage in self.stages:
             x = stage(x, deterministic=deterministic)

@@ -11,25 +11,26 @@ inverse. Other wavelets keep half as many coefficients as samples, as WTConv doe
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from functools import partial
 from itertools import product
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels import platform
+from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
+from pallas_kernels.haar import vjp
 from pallas_kernels.haar.filters import filter_bank
-from pallas_kernels.numerics import accumulator
 
 
 class Implementation(StrEnum):
     """Implementations of the wavelet transforms."""
 
+    MOSAIC_TPU = "mosaic_tpu"
     XLA = "xla"
 
 
@@ -37,9 +38,20 @@ OPERATOR = Operator(
     name="haar",
     package="pallas_kernels.haar",
     implementations=Implementation,
-    rule={"cpu": ("xla",)},
+    rule={"tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)},
     directions=("fwd",),
 )
+
+
+class Problem(NamedTuple):
+    """What an implementation's `check` is told of a call; shape is that of the whole signal."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    ndim: int
+    levels: int
+    wavelet: str
+
 
 Details2 = tuple[jax.Array, jax.Array, jax.Array]
 Details3 = dict[str, jax.Array]
@@ -67,7 +79,7 @@ def dwt(
         >>> round(float(cA[0, 0]), 4), round(float(cD[0, 0]), 4)
         (2.8284, -1.4142)
     """
-    low, high = _split(data, 1, wavelet, implementation)
+    low, ((high,),) = _wavedec(data, 1, wavelet, 1, implementation)
     return low, high
 
 
@@ -82,7 +94,7 @@ def idwt(
         >>> idwt(*dwt(jnp.ones((4, 1)))).shape
         (4, 1)
     """
-    return _merge({"cA": cA, "cD": cD}, 1, wavelet, implementation)
+    return _waverec(cA, [{"cD": cD}], 1, wavelet, None, implementation)
 
 
 def dwt2(
@@ -108,8 +120,8 @@ def dwt2(
         >>> cA.shape
         (2, 4, 5, 3)
     """
-    low, *details = _split(data, 2, wavelet, implementation)
-    return low, tuple(details)
+    low, (details,) = _wavedec(data, 2, wavelet, 1, implementation)
+    return low, details
 
 
 def idwt2(
@@ -123,13 +135,10 @@ def idwt2(
         >>> idwt2(dwt2(jnp.ones((4, 6, 1)))).shape
         (4, 6, 1)
     """
-    if len(coeffs) != 2 or len(coeffs[1]) != 3:
-        raise ValueError(
-            f"coeffs: expected (cA, (cH, cV, cD)), got {jax.tree.map(jnp.shape, coeffs)}"
-        )
+    if not isinstance(coeffs, Sequence) or len(coeffs) != 2:
+        raise ValueError(f"coeffs: expected (cA, (cH, cV, cD)), got {_seen(coeffs)}")
     low, details = coeffs
-    bands = dict(zip(("cA", "cH", "cV", "cD"), (low, *details), strict=True))
-    return _merge(bands, 2, wavelet, implementation)
+    return _waverec(low, [_named2(details, "coeffs")], 2, wavelet, None, implementation)
 
 
 def dwt3(data: jax.Array, wavelet: str = "haar", *, implementation: Choice = None) -> Details3:
@@ -151,7 +160,8 @@ def dwt3(data: jax.Array, wavelet: str = "haar", *, implementation: Choice = Non
         >>> sorted(dwt3(jnp.ones((2, 2, 2, 1))))
         ['aaa', 'aad', 'ada', 'add', 'daa', 'dad', 'dda', 'ddd']
     """
-    return dict(zip(_BANDS3, _split(data, 3, wavelet, implementation), strict=True))
+    low, (details,) = _wavedec(data, 3, wavelet, 1, implementation)
+    return dict(zip(_BANDS3, (low, *details), strict=True))
 
 
 def idwt3(
@@ -165,9 +175,9 @@ def idwt3(
         >>> idwt3(dwt3(jnp.ones((2, 4, 6, 1)))).shape
         (2, 4, 6, 1)
     """
-    if set(coeffs) != set(_BANDS3):
-        raise ValueError(f"coeffs: expected the bands {_BANDS3}, got {sorted(coeffs)}")
-    return _merge({name: coeffs[name] for name in _BANDS3}, 3, wavelet, implementation)
+    bands = _named3(coeffs, "coeffs", _BANDS3)
+    low = bands.pop("aaa")
+    return _waverec(low, [bands], 3, wavelet, None, implementation)
 
 
 def wavedec(
@@ -178,7 +188,8 @@ def wavedec(
     Args:
         data: Signal `[*batch, L, C]`.
         wavelet: Name of a discrete wavelet.
-        level: Number of levels, any; a signal of one sample is padded and split on.
+        level: Number of levels, any (a signal of one sample is padded and split on); one where
+            PyWavelets' default is as many as the signal is long enough for.
         implementation: Filter on the implementations.
 
     Returns:
@@ -192,8 +203,8 @@ def wavedec(
         >>> [c.shape for c in wavedec(jnp.ones((10, 1)), level=2)]
         [(3, 1), (3, 1), (5, 1)]
     """
-    split = partial(dwt, wavelet=wavelet, implementation=implementation)
-    return _cascade(data, 1, wavelet, level, split)
+    low, details = _wavedec(data, 1, wavelet, level, implementation)
+    return [low, *(high for (high,) in details)]
 
 
 def wavedec2(
@@ -207,8 +218,8 @@ def wavedec2(
         >>> wavedec2(jnp.ones((1, 8, 8, 2)), level=3)[0].shape
         (1, 1, 1, 2)
     """
-    split = partial(dwt2, wavelet=wavelet, implementation=implementation)
-    return _cascade(data, 2, wavelet, level, split)
+    low, details = _wavedec(data, 2, wavelet, level, implementation)
+    return [low, *details]
 
 
 def wavedec3(
@@ -222,12 +233,8 @@ def wavedec3(
         >>> len(wavedec3(jnp.ones((4, 4, 4, 1)), level=2)[1])
         7
     """
-
-    def split(low: jax.Array) -> tuple[jax.Array, Details3]:
-        bands = dwt3(low, wavelet, implementation=implementation)
-        return bands.pop("aaa"), bands
-
-    return _cascade(data, 3, wavelet, level, split)
+    low, details = _wavedec(data, 3, wavelet, level, implementation)
+    return [low, *(dict(zip(_BANDS3[1:], bands, strict=True)) for bands in details)]
 
 
 def waverec(
@@ -257,8 +264,9 @@ def waverec(
         >>> waverec(wavedec(jnp.ones((7, 1)), level=2), shape=(7,)).shape
         (7, 1)
     """
-    merge = partial(idwt, wavelet=wavelet, implementation=implementation)
-    return _rebuild(coeffs, 1, wavelet, shape, merge)
+    low, details = _parted(coeffs)
+    bands = [{"cD": high} for high in details]
+    return _waverec(low, bands, 1, wavelet, shape, implementation)
 
 
 def waverec2(
@@ -277,11 +285,9 @@ def waverec2(
         >>> bool(jnp.allclose(waverec2(wavedec2(x, level=2), shape=(5, 7)), x, atol=1e-4))
         True
     """
-
-    def merge(low: jax.Array, details: Details2) -> jax.Array:
-        return idwt2((low, details), wavelet, implementation=implementation)
-
-    return _rebuild(coeffs, 2, wavelet, shape, merge)
+    low, details = _parted(coeffs)
+    bands = [_named2(high, f"coeffs[{i}]") for i, high in enumerate(details, start=1)]
+    return _waverec(low, bands, 2, wavelet, shape, implementation)
 
 
 def waverec3(
@@ -299,103 +305,139 @@ def waverec3(
         >>> waverec3(wavedec3(jnp.ones((3, 4, 5, 1)), level=2), shape=(3, 4, 5)).shape
         (3, 4, 5, 1)
     """
-
-    def merge(low: jax.Array, details: Mapping[str, jax.Array]) -> jax.Array:
-        return idwt3({"aaa": low, **details}, wavelet, implementation=implementation)
-
-    return _rebuild(coeffs, 3, wavelet, shape, merge)
+    low, details = _parted(coeffs)
+    bands = [_named3(high, f"coeffs[{i}]", _BANDS3[1:]) for i, high in enumerate(details, start=1)]
+    return _waverec(low, bands, 3, wavelet, shape, implementation)
 
 
 # Subband s is high along axis a where bit a of s is set.
 _BANDS3 = ["".join("ad"[bit] for bit in reversed(bits)) for bits in product((0, 1), repeat=3)]
 
 
-def _split(data: jax.Array, ndim: int, wavelet: str, implementation: Choice) -> list[jax.Array]:
-    """Validates, picks, and analyses one level into its 2**ndim bands."""
+def _wavedec(
+    data: ArrayLike, ndim: int, wavelet: str, level: int, implementation: Choice
+) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], ...]]:
+    """Validates, picks, and analyses: the low band, and the details from coarse to fine."""
     x = _checked(data, "data", ndim)
     filter_bank(wavelet)
-    module = _implementation(x, implementation)
-    batch, spatial, channels = x.shape[: -1 - ndim], x.shape[-1 - ndim : -1], x.shape[-1]
-    images = x.reshape(math.prod(batch), *spatial, channels).astype(accumulator(x.dtype))
-    out = module.analysis(images, ndim, wavelet).astype(x.dtype)
-    out = out.reshape(*batch, *out.shape[1:])
-    return [out[..., s, :] for s in range(2**ndim)]
+    levels = checked_integer(level, "level", least=0)
+    if levels == 0:
+        return x, ()
+    batch = x.shape[: -1 - ndim]
+    flat = x.reshape(math.prod(batch), *x.shape[-1 - ndim :])
+    plan = _plan(flat.shape, x.dtype, levels, wavelet, implementation)
+    return _unflat(vjp.wavedec(plan, flat), batch)
 
 
-def _merge(
-    bands: Mapping[str, jax.Array], ndim: int, wavelet: str, implementation: Choice
-) -> jax.Array:
-    """Validates, picks, and synthesises one level from its 2**ndim bands."""
-    arrays = [_checked(band, f"coeffs ({name})", ndim) for name, band in bands.items()]
-    first = arrays[0].shape
-    if any(band.shape != first for band in arrays):
-        shapes = {name: band.shape for name, band in zip(bands, arrays, strict=True)}
-        raise ValueError(f"coeffs: expected bands of one shape, got {shapes}")
-    filter_bank(wavelet)
-    module = _implementation(arrays[0], implementation)
-    batch, half = first[: -1 - ndim], first[-1 - ndim : -1]
-    stacked = jnp.stack(arrays, axis=-2)
-    stacked = stacked.reshape(math.prod(batch), *stacked.shape[len(batch) :])
-    shape = tuple(2 * n for n in half)
-    out = module.synthesis(stacked.astype(accumulator(stacked.dtype)), ndim, shape, wavelet)
-    return out.reshape(*batch, *out.shape[1:]).astype(stacked.dtype)
-
-
-def _cascade(
-    data: jax.Array,
-    ndim: int,
-    wavelet: str,
-    level: int,
-    split: Callable[[jax.Array], tuple[jax.Array, Any]],
-) -> list[Any]:
-    """Splits the low band `level` times; zero levels are validated alike."""
-    low, details = _checked(data, "data", ndim), []
-    filter_bank(wavelet)
-    if not isinstance(level, int) or level < 0:
-        raise ValueError(f"level={level!r}: expected an integer >= 0")
-    for _ in range(level):
-        low, high = split(low)
-        details.append(high)
-    return [low, *reversed(details)]
-
-
-def _rebuild(
-    coeffs: Sequence[Any],
+def _waverec(
+    low: ArrayLike,
+    details: Sequence[Mapping[str, ArrayLike]],
     ndim: int,
     wavelet: str,
     shape: Sequence[int] | None,
-    merge: Callable[[jax.Array, Any], jax.Array],
+    implementation: Choice,
 ) -> jax.Array:
-    """Merges from coarse to fine, each result cropped to the size of the next finer bands."""
-    if len(coeffs) == 0:
-        raise ValueError("coeffs is empty: expected [cA_n, details_n, ..., details_1]")
+    """Validates, picks, and synthesises; each level's details by the names of its bands."""
     filter_bank(wavelet)
-    if shape is not None:
-        shape = _checked_shape(shape, ndim)
-    low, *details = coeffs
-    low = _checked(low, "coeffs[0]", ndim)
-    for i, high in enumerate(details, start=1):
+    size = None if shape is None else _checked_shape(shape, ndim)
+    named = "coeffs[0]" if len(details) != 1 else "coeffs (cA)"
+    x = _checked(low, named, ndim)
+    levels = [
+        [_checked(band, f"coeffs ({name})", ndim) for name, band in bands.items()]
+        for bands in details
+    ]
+    _check_levels(x.shape, details, levels, ndim)
+    if not levels:
+        if size not in (None, x.shape[-1 - ndim : -1]):
+            raise ValueError(f"shape={size}: coeffs has no level, and a signal {x.shape}")
+        return x
+    whole = tuple(2 * n for n in levels[-1][0].shape[-1 - ndim : -1])
+    if size is None:
+        size = whole
+    _check_crop(whole, f"shape={size}", size)
+    batch, channels = x.shape[: -1 - ndim], x.shape[-1]
+    bands = x, tuple(map(tuple, levels))
+    dtype = jnp.result_type(*jax.tree.leaves(bands))
+    flat_low, flat_details = jax.tree.map(
+        lambda band: band.astype(dtype).reshape(math.prod(batch), *band.shape[len(batch) :]), bands
+    )
+    problem = (math.prod(batch), *size, channels)
+    plan = _plan(problem, dtype, len(levels), wavelet, implementation)
+    return _unflat(vjp.waverec(plan, flat_low, flat_details), batch)
+
+
+def _check_levels(
+    shape: tuple[int, ...],
+    names: Sequence[Mapping[str, ArrayLike]],
+    levels: Sequence[Sequence[jax.Array]],
+    ndim: int,
+) -> None:
+    """Bands of a level have one shape, that of the low band, and fit the level below them."""
+    for i, (bands, arrays) in enumerate(zip(names, levels, strict=True), start=1):
+        here = arrays[0].shape
         if i > 1:
-            # The size of this level's bands, before the level below was padded.
-            first = jax.tree.leaves(high)[0]
-            low = _cropped(low, f"coeffs[{i}]", first.shape[-1 - ndim : -1])
-        low = merge(low, high)
-    if shape is None:
-        return low
-    if not details and shape != low.shape[-1 - ndim : -1]:
-        raise ValueError(f"shape={shape}: coeffs has no level, and a signal {low.shape}")
-    return _cropped(low, f"shape={shape}", shape)
+            _check_crop(shape[-1 - ndim : -1], f"coeffs[{i}]", here[-1 - ndim : -1])
+            shape = (*shape[: -1 - ndim], *here[-1 - ndim : -1], shape[-1])
+        if any(array.shape != shape for array in arrays):
+            seen = {name: array.shape for name, array in zip(bands, arrays, strict=True)}
+            raise ValueError(
+                f"coeffs: expected bands of shape {shape}, that of the low band, got {seen}"
+            )
+        shape = (*shape[: -1 - ndim], *(2 * n for n in shape[-1 - ndim : -1]), shape[-1])
 
 
-def _cropped(x: jax.Array, source: str, size: tuple[int, ...]) -> jax.Array:
-    """Drops the padding of odd sizes: at most one sample an axis."""
-    ndim = len(size)
-    have = x.shape[-1 - ndim : -1]
+def _check_crop(have: tuple[int, ...], source: str, size: tuple[int, ...]) -> None:
+    """Dropping the padding of odd sizes takes at most one sample an axis."""
     if any(not m - 1 <= n <= m for n, m in zip(size, have, strict=True)):
         raise ValueError(
             f"{source}: expected spatial size {have}, or one less along any axis, got {size}"
         )
-    return x[(..., *(slice(n) for n in size), slice(None))]
+
+
+def _plan(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    levels: int,
+    wavelet: str,
+    implementation: Choice,
+) -> vjp.Plan:
+    problem = Problem(shape, dtype, len(shape) - 2, levels, wavelet)
+    name = OPERATOR.pick("fwd", implementation, platform.current(), problem)
+    return vjp.Plan(OPERATOR.module(name), shape[1:-1], levels, wavelet)
+
+
+def _unflat(bands: Any, batch: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda band: band.reshape(*batch, *band.shape[1:]), bands)
+
+
+def _parted(coeffs: Any) -> tuple[Any, list[Any]]:
+    """The low band, and the details."""
+    if not isinstance(coeffs, Sequence):
+        raise ValueError(f"coeffs: expected [cA_n, details_n, ..., details_1], got {_seen(coeffs)}")
+    if len(coeffs) == 0:
+        raise ValueError("coeffs is empty: expected [cA_n, details_n, ..., details_1]")
+    return coeffs[0], list(coeffs[1:])
+
+
+def _named2(details: Any, source: str) -> dict[str, Any]:
+    if not isinstance(details, Sequence) or len(details) != 3:
+        whole = "(cA, (cH, cV, cD))" if source == "coeffs" else "(cH, cV, cD)"
+        raise ValueError(f"{source}: expected {whole}, got {_seen(details)} for the details")
+    return dict(zip(("cH", "cV", "cD"), details, strict=True))
+
+
+def _named3(details: Any, source: str, names: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(details, Mapping) or set(details) != set(names):
+        seen = sorted(details) if isinstance(details, Mapping) else _seen(details)
+        raise ValueError(f"{source}: expected the bands {list(names)}, got {seen}")
+    return {name: details[name] for name in names}
+
+
+def _seen(value: Any) -> str:
+    """A value as an error names it: its type, and the shapes of what it holds."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"({', '.join(map(_seen, value))})"
+    return str(jnp.shape(value)) if hasattr(value, "shape") else type(value).__name__
 
 
 def _checked_shape(shape: Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -409,15 +451,8 @@ def _checked_shape(shape: Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def _checked(value: ArrayLike, name: str, ndim: int) -> jax.Array:
-    x = jnp.asarray(value)
+    x = checked_array(value, name)
     if x.ndim < ndim + 1:
         axes = ("L", "H, W", "D, H, W")[ndim - 1]
         raise ValueError(f"{name}: expected an array [*batch, {axes}, C], got shape {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected a floating-point array, got {x.dtype}")
     return x
-
-
-def _implementation(x: jax.Array, implementation: Choice) -> ModuleType:
-    name = OPERATOR.pick("fwd", implementation, jax.default_backend(), x)
-    return OPERATOR.module(name)

@@ -9,7 +9,6 @@ from pallas_kernels.oracle import HAAR, Array
 IS_HAAR = ("haar", "db1")
 
 
-@cache
 def filter_bank(wavelet: str) -> tuple[Array, Array]:
     """Analysis and synthesis filters of a wavelet.
 
@@ -31,8 +30,11 @@ def filter_bank(wavelet: str) -> tuple[Array, Array]:
     """
     if not isinstance(wavelet, str):
         raise ValueError(f"wavelet={wavelet!r}: expected the name of a discrete wavelet")
-    if wavelet in IS_HAAR:
-        return HAAR, HAAR
+    return (HAAR, HAAR) if wavelet in IS_HAAR else _from_pywavelets(wavelet)
+
+
+@cache
+def _from_pywavelets(wavelet: str) -> tuple[Array, Array]:
     import pywt
 
     known = pywt.wavelist(kind="discrete")

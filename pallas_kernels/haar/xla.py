@@ -11,6 +11,9 @@ from jax import lax
 
 from pallas_kernels._compat import unfused
 from pallas_kernels.haar.filters import IS_HAAR, filter_bank
+from pallas_kernels.numerics import accumulator
+
+DIFFERENTIABLE = True
 
 Filters = tuple[tuple[float, ...], ...]
 
@@ -22,6 +25,34 @@ def unavailable(platform: str) -> str | None:
 
 def check(direction: str, problem: Any) -> None:
     """Plain JAX takes every problem."""
+
+
+def wavedec(
+    x: jax.Array, *, ndim: int, levels: int, wavelet: str
+) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], ...]]:
+    """All levels of `x [N, *spatial, C]`: the low band, and the details from coarse to fine."""
+    low, details = x.astype(accumulator(x.dtype)), []
+    for _ in range(levels):
+        bands = analysis(low, ndim, wavelet)
+        low, *high = (bands[..., s, :] for s in range(2**ndim))
+        details.append(tuple(high))
+    return jax.tree.map(lambda band: band.astype(x.dtype), (low, tuple(reversed(details))))
+
+
+def waverec(
+    low: jax.Array,
+    details: tuple[tuple[jax.Array, ...], ...],
+    *,
+    shape: tuple[int, ...],
+    wavelet: str,
+) -> jax.Array:
+    """The inverse of `wavedec`: a signal `[N, *shape, C]`."""
+    x = low.astype(accumulator(low.dtype))
+    sizes = [*(bands[0].shape[1:-1] for bands in details[1:]), shape]
+    for bands, size in zip(details, sizes, strict=True):
+        stacked = jnp.stack([x, *(band.astype(x.dtype) for band in bands)], axis=-2)
+        x = synthesis(stacked, len(shape), size, wavelet)
+    return x.astype(low.dtype)
 
 
 def analysis(x: jax.Array, ndim: int, wavelet: str = "haar", transpose: bool = False) -> jax.Array:

@@ -321,6 +321,19 @@ BAD = {
     ),
     "shape type": (lambda: haar.waverec([X, X], shape=12), "shape=12: expected 1 integers"),
     "no level shape": (lambda: haar.waverec2([X], shape=(4, 5)), r"shape=\(4, 5\): .*no level"),
+    "data none": (lambda: haar.dwt(None), "data: expected an array, got NoneType"),
+    "data string": (lambda: haar.wavedec2("no"), "data: expected an array, got str"),
+    "data float8": (lambda: haar.dwt2(jnp.ones((4, 4, 1), "float8_e5m2")), "data: .*float8"),
+    "level bool": (lambda: haar.wavedec2(X, level=True), "level=True: expected an integer"),
+    "wavelet list": (lambda: haar.dwt2(X, ["haar"]), r"wavelet=\['haar'\]: expected the name"),
+    "coeffs none": (lambda: haar.idwt2(None), r"coeffs: expected \(cA.*got NoneType"),
+    "coeffs hole": (lambda: haar.idwt2((X, (X, X, None))), r"coeffs \(cD\): .*NoneType"),
+    "coeffs number": (lambda: haar.waverec2(3), r"coeffs: expected \[cA_n, .*got int"),
+    "coeffs short": (
+        lambda: haar.waverec2([X, (X, X, X), ()]),
+        r"coeffs\[2\]: expected \(cH, cV, cD\), got \(\)",
+    ),
+    "coeffs list": (lambda: haar.idwt3([X, X]), r"coeffs: expected the bands \['aaa'.*got \("),
     "implementation": (lambda: haar.dwt(X, implementation="no"), r"implementation names \['no'\]"),
 }
 

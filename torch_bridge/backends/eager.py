@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
-import pywt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pallas_kernels.haar.filters import filter_bank
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -51,23 +52,13 @@ def wavelet_filters(
         >>> analysis.shape
         torch.Size([32, 1, 4, 4])
     """
-    if wavelet not in pywt.wavelist(kind="discrete"):
-        raise ValueError(
-            f"wavelet is {wavelet!r}, expected a discrete wavelet of PyWavelets: see "
-            "pywt.wavelist(kind='discrete')"
-        )
     dtype = dtype or torch.get_default_dtype()
-    bank = pywt.Wavelet(wavelet)
     work = np.float64 if dtype == torch.float64 else np.float32
-    pairs = (
-        np.array([bank.dec_lo[::-1], bank.dec_hi[::-1]], work),
-        np.array([bank.rec_lo, bank.rec_hi], work),
-    )
     analysis, synthesis = (
-        torch.from_numpy(_products(pair, ndim))
+        torch.from_numpy(_products(pair.astype(work), ndim))
         .to(device, dtype)[:, None]
         .repeat(channels, *(1,) * (ndim + 1))
-        for pair in pairs
+        for pair in filter_bank(wavelet)
     )
     return analysis, synthesis
 
@@ -146,8 +137,8 @@ def wtconv(
         `[N, C, *spatial]` for stride 1.
 
     Raises:
-        ValueError: x has another rank, number of channels or dtype than the weights, or is a 1-D
-            signal shorter than the stride.
+        ValueError: x is no tensor, has another rank, number of channels or dtype than the weights
+            or an empty axis beside the batch, or is a 1-D signal shorter than the stride.
 
     Example:
         >>> weight, scale = torch.ones(3, 1, 1, 1), torch.full((1, 3, 1, 1), 2.0)
@@ -181,10 +172,16 @@ def wtconv(
 def _check_input(x: Tensor, base_weight: Tensor, stride: int) -> None:
     ndim = base_weight.ndim - 2
     axes = ("N", "C", *("D", "H", "W")[3 - ndim :]) if ndim > 1 else ("N", "C", "L")
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x is of type {type(x).__name__}, expected a tensor")
     if x.ndim != len(axes) or x.shape[1] != base_weight.shape[0]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected ({', '.join(axes)}) with "
             f"C = {base_weight.shape[0]} channels"
+        )
+    if 0 in x.shape[2:]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected at least one sample along each axis"
         )
     if x.dtype != base_weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(

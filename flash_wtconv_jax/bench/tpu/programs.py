@@ -1,6 +1,7 @@
 """What is compiled: functions with the shapes of their arguments, ours and XLA's of the same."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -75,3 +76,47 @@ def plain_wtconv(shape: list[int], dtype: str, direction: str) -> Program:
     if direction == "backward":
         return backward, (x, params, x)
     return plain.wtconv, (x, params)
+
+
+def haar(shape: list[int], dtype: str, direction: str) -> Program:
+    """Our TPU kernels of the Haar cascade: analysis ("forward"), or synthesis ("backward").
+
+    Args:
+        shape: The fields of a `Shape`, its kernel size not used.
+        dtype: Of the image and the coefficients.
+        direction: "forward" or "backward".
+
+    Returns:
+        The function and its arguments' shapes.
+
+    Example:
+        >>> function, (x,) = haar([1, 8, 8, 128, 2, 5], "float32", "forward")
+        >>> x.shape
+        (1, 8, 8, 128)
+    """
+    from pallas_kernels.haar import mosaic_tpu
+
+    return _cascade(mosaic_tpu, shape, dtype, direction)
+
+
+def plain_haar(shape: list[int], dtype: str, direction: str) -> Program:
+    """The same in plain JAX, which XLA compiles by itself; arguments as `haar`.
+
+    Example:
+        >>> function, (low, details) = plain_haar([1, 8, 8, 128, 2, 5], "float32", "backward")
+        >>> low.shape, [bands[0].shape for bands in details]
+        ((1, 2, 2, 128), [(1, 2, 2, 128), (1, 4, 4, 128)])
+    """
+    from pallas_kernels.haar import xla
+
+    return _cascade(xla, shape, dtype, direction)
+
+
+def _cascade(module: Any, shape: list[int], dtype: str, direction: str) -> Program:
+    layer = Shape(*shape)
+    x = jax.ShapeDtypeStruct(layer.x, jnp.dtype(dtype))
+    analyse = partial(module.wavedec, ndim=2, levels=layer.levels, wavelet="haar")
+    if direction == "forward":
+        return analyse, (x,)
+    size = layer.x[1:3]
+    return partial(module.waverec, shape=size, wavelet="haar"), jax.eval_shape(analyse, x)

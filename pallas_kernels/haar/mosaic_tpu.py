@@ -1,0 +1,318 @@
+"""The Haar cascade as Pallas TPU kernels: the image is read once, each coefficient written once.
+
+One grid step holds one tile in VMEM (whole images where they fit, else tiles of a multiple of
+2**levels, which need no halo) for one block of 128 channels. Low bands stay in float32 scratch;
+columns are split by strided loads and merged by strided stores.
+
+What bounds it (from the compiler's final bundles): at 56 x 56 x 128, three levels, float32, about
+as many cycles as the copies between HBM and VMEM take; the busiest unit is the one store slot,
+which writes every coefficient once to scratch and once to the block that leaves.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._compat import interpreting_tpu, tpu_vmem_bytes
+from pallas_kernels.haar.filters import IS_HAAR
+
+DIFFERENTIABLE = False
+
+Pair = tuple[int, int]
+Bands = tuple[jax.Array, ...]
+
+_LANES, _SUBLANES = 128, 8
+_MAX_LEVELS = 5
+_VMEM_SHARE = 0.75
+"""What blocks and scratch may take of VMEM; the compiler's stack needs the rest."""
+_STEP_BYTES = 1 << 20
+"""Least size of the image that a grid step should work on: its fixed cost is small beside it."""
+
+
+def unavailable(platform: str) -> str | None:
+    """Needs a TPU, or Pallas' interpreter."""
+    if platform == "tpu" or interpreting_tpu():
+        return None
+    return f"needs a TPU, this is a {platform} (or pltpu.force_tpu_interpret_mode())"
+
+
+def check(direction: str, problem: Any) -> None:
+    """Raises `NotImplementedError` for what these kernels do not do.
+
+    Args:
+        direction: "fwd", the only one.
+        problem: `pallas_kernels.haar.api.Problem`.
+    """
+    reasons = []
+    if problem.ndim != 2:
+        reasons.append(f"{problem.ndim}-D signals, 2-D alone")
+    if problem.dtype not in (jnp.float32, jnp.bfloat16):
+        reasons.append(f"{problem.dtype}, float32 and bfloat16 alone")
+    if problem.wavelet not in IS_HAAR:
+        reasons.append(f"wavelet {problem.wavelet!r}, 'haar' alone")
+    if problem.levels > _MAX_LEVELS:
+        reasons.append(f"{problem.levels} levels, up to {_MAX_LEVELS}")
+    if not isinstance(problem.shape[0], int):
+        reasons.append("a batch of symbolic size")
+    elif 0 in problem.shape:
+        reasons.append("an empty array")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    _tiling(problem.shape, problem.dtype, problem.levels)
+
+
+@partial(jax.jit, static_argnames=("ndim", "levels", "wavelet"))
+def wavedec(
+    x: jax.Array, *, ndim: int, levels: int, wavelet: str
+) -> tuple[jax.Array, tuple[Bands, ...]]:
+    """All levels of `x [N, H, W, C]`: the low band, and three details a level from coarse on."""
+    tiling = _tiling(x.shape, x.dtype, levels)
+    sizes = _sizes(tiling.size, levels)
+    blocks = _blocks(x.shape, tiling, sizes)
+    spec, lanes = blocks[0], min(x.shape[-1], _LANES)
+    shapes = [
+        jax.ShapeDtypeStruct((x.shape[0], *size, x.shape[-1]), x.dtype)
+        for size in _sizes(x.shape[1:3], levels)
+    ]
+    order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
+    low, *details = pl.pallas_call(
+        partial(_analysis_kernel, tiling, sizes, x.shape[1:3]),
+        out_shape=[shapes[level] for level in order],
+        grid=_grid(x.shape, tiling),
+        in_specs=[spec],
+        out_specs=[blocks[level] for level in order],
+        scratch_shapes=[
+            pltpu.VMEM((2 * rows, 2 * _up(cols, _SUBLANES), lanes), jnp.float32)
+            for rows, cols in sizes[1:]
+        ],
+        compiler_params=_compiler_params(),
+        name="haar_wavedec",
+    )(x)
+    return low, tuple(zip(*[iter(details)] * 3, strict=True))
+
+
+@partial(jax.jit, static_argnames=("shape", "wavelet"))
+def waverec(low: jax.Array, details: tuple[Bands, ...], *, shape: Pair, wavelet: str) -> jax.Array:
+    """The inverse of `wavedec`: an image `[N, *shape, C]`."""
+    whole, levels = (low.shape[0], *shape, low.shape[-1]), len(details)
+    tiling = _tiling(whole, low.dtype, levels)
+    sizes = _sizes(tiling.size, levels)
+    blocks, lanes = _blocks(whole, tiling, sizes), min(low.shape[-1], _LANES)
+    order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
+    return pl.pallas_call(
+        partial(_synthesis_kernel, tiling, sizes),
+        out_shape=jax.ShapeDtypeStruct(whole, low.dtype),
+        grid=_grid(whole, tiling),
+        in_specs=[blocks[level] for level in order],
+        out_specs=blocks[0],
+        scratch_shapes=[
+            pltpu.VMEM((2 * rows, 2 * _up(cols, _SUBLANES), lanes), jnp.float32)
+            for rows, cols in sizes[1:]
+        ],
+        compiler_params=_compiler_params(),
+        name="haar_waverec",
+    )(low, *(band for bands in details for band in bands))
+
+
+def split(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> Bands:
+    """The four bands of pixels `[[a, b], [c, d]]`, twice as large as the transform's.
+
+    Example:
+        >>> split(4, 2, 1, 1)
+        (8, 4, 2, 2)
+    """
+    top, bottom, right, cross = a + b, c + d, a - b, c - d
+    return top + bottom, top - bottom, right + cross, right - cross
+
+
+def merge(low: jax.Array, vertical: jax.Array, horizontal: jax.Array, diagonal: jax.Array) -> Bands:
+    """The pixels `a, b, c, d` of four bands, twice as large as the transform's.
+
+    Example:
+        >>> [value / 4 for value in merge(*split(4, 2, 1, 1))]
+        [4.0, 2.0, 1.0, 1.0]
+    """
+    top, bottom = low + vertical, low - vertical
+    right, cross = horizontal + diagonal, horizontal - diagonal
+    return top + right, top - right, bottom + cross, bottom - cross
+
+
+def loop(count: int, body: Callable[[Any], None]) -> None:
+    """Runs `body` for 0 to `count - 1` inside a kernel."""
+
+    def step(i: jax.Array, carry: int) -> int:
+        body(i)
+        return carry
+
+    lax.fori_loop(0, count, step, 0)
+
+
+class _Tiling(NamedTuple):
+    """How the image is cut: images a step, and the tile's size."""
+
+    images: int
+    size: Pair
+
+
+def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
+    """Whole images, several small ones at once; else the largest tile that fits in VMEM."""
+    n, h, w, channels = shape
+    limit = int(tpu_vmem_bytes() * _VMEM_SHARE)
+    image = h * w * min(channels, _LANES) * dtype.itemsize
+    for images in range(min(n, max(1, _STEP_BYTES // image)), 0, -1):
+        whole = _Tiling(images, (h, w))
+        if n % images == 0 and _vmem_use(whole, dtype, levels) <= limit:
+            return whole
+    # Blocks of every level end on a whole register, also on one of packed bfloat16.
+    rows, cols = 1 << levels, 16 << levels
+    fitting = [
+        (tile_rows * tile_cols, tiling)
+        for i, j in product(range(12), repeat=2)
+        for tile_rows, tile_cols in [(min(h, rows << i), w if cols << j >= w else cols << j)]
+        if tile_rows < h or tile_cols < w
+        if _vmem_use(tiling := _Tiling(1, (tile_rows, tile_cols)), dtype, levels) <= limit
+    ]
+    if not fitting:
+        raise NotImplementedError(
+            f"does not take {levels} levels of images of {h} x {w}: no tile of {rows} x "
+            f"{min(cols, w)} or more fits in {limit / 2**20:.1f} MiB of VMEM"
+        )
+    return max(fitting)[1]
+
+
+def _vmem_use(tiling: _Tiling, dtype: jnp.dtype, levels: int) -> int:
+    """Bytes of VMEM: float32 scratch, and every block twice for the pipeline."""
+    sizes = _sizes(tiling.size, levels)
+    scratch = sum(4 * rows * _up(cols, _SUBLANES) for rows, cols in sizes[1:])
+    areas = [rows * _up(cols, 16) for rows, cols in sizes]
+    blocks = tiling.images * (areas[0] + 3 * sum(areas[1:]) + areas[-1])
+    return _LANES * (4 * scratch + 2 * dtype.itemsize * blocks)
+
+
+def _sizes(size: Sequence[int], levels: int) -> list[Pair]:
+    """Rows and columns of each level's bands, level 0 being the image."""
+    sizes = [tuple(size)]
+    for _ in range(levels):
+        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+    return sizes
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _grid(shape: Sequence[int], tiling: _Tiling) -> tuple[int, int, int, int]:
+    n, h, w, channels = shape
+    tiles = (math.ceil(s / t) for s, t in zip((h, w), tiling.size, strict=True))
+    return math.ceil(channels / _LANES), n // tiling.images, *tiles
+
+
+def _blocks(shape: Sequence[int], tiling: _Tiling, sizes: list[Pair]) -> list[pl.BlockSpec]:
+    """The block of each level that one grid step holds."""
+    lanes = min(shape[-1], _LANES)
+    return [
+        pl.BlockSpec((tiling.images, *size, lanes), lambda c, n, i, j: (n, i, j, c))
+        for size in sizes
+    ]
+
+
+def _compiler_params() -> pltpu.CompilerParams:
+    # Scratch is zeroed at the first step of a block of channels, so the steps after it follow.
+    semantics = ("parallel", "arbitrary", "arbitrary", "arbitrary")
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem_bytes())
+
+
+def _analysis_kernel(
+    tiling: _Tiling, sizes: list[Pair], image: Pair, x: Any, low: Any, *refs: Any
+) -> None:
+    levels = len(sizes) - 1
+    details, lows = refs[: 3 * levels], refs[3 * levels :]
+    first = [pl.program_id(axis) == 0 for axis in (1, 2, 3)]
+
+    # What no step writes stays zero: the padding of odd sizes.
+    @pl.when(first[0] & first[1] & first[2])
+    def _() -> None:
+        for ref in lows:
+            loop(ref.shape[0], partial(_zero_row, ref))
+
+    def one(index: jax.Array) -> None:
+        loop(tiling.size[0], partial(_load_row, x, index, lows[0], tiling, image))
+        for level in range(1, levels + 1):
+            bands = details[3 * (levels - level) : 3 * (levels - level + 1)]
+            below = lows[level] if level < levels else None
+
+            def row(
+                i: jax.Array, level: int = level, bands: Any = bands, below: Any = below
+            ) -> None:
+                rows, cols = sizes[level]
+                wide = _up(cols, _SUBLANES)
+                pixels = [
+                    lows[level - 1][2 * i + v, pl.ds(u, wide, stride=2)]
+                    for v, u in product((0, 1), repeat=2)
+                ]
+                smooth, *high = (0.5 * band for band in split(*pixels))
+                for out, value in zip(bands, high, strict=True):
+                    out[index, i] = value[:cols].astype(out.dtype)
+                if below is None:
+                    low[index, i] = smooth[:cols].astype(low.dtype)
+                else:
+                    below[i, :wide] = smooth
+
+            loop(sizes[level][0], row)
+
+    loop(tiling.images, one)
+
+
+def _zero_row(ref: Any, i: jax.Array) -> None:
+    ref[i] = jnp.zeros(ref.shape[1:], ref.dtype)
+
+
+def _load_row(
+    x: Any, index: jax.Array, target: Any, tiling: _Tiling, image: Pair, i: jax.Array
+) -> None:
+    """Copies a row to float32 scratch, zero where the tile overhangs the image."""
+    value = x[index, i].astype(jnp.float32)
+    row = pl.program_id(2) * tiling.size[0] + i
+    if image[1] % tiling.size[1]:
+        at = lax.broadcasted_iota(jnp.int32, value.shape, 0) + pl.program_id(3) * tiling.size[1]
+        value = jnp.where(at < image[1], value, 0.0)
+    if image[0] % tiling.size[0]:
+        value = jnp.where(row < image[0], value, 0.0)
+    target[i, : value.shape[0]] = value
+
+
+def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) -> None:
+    levels = len(sizes) - 1
+    details, out, merged = refs[: 3 * levels], refs[3 * levels], refs[3 * levels + 1 :]
+
+    def one(index: jax.Array) -> None:
+        for level in range(levels, 0, -1):
+            bands = details[3 * (levels - level) : 3 * (levels - level + 1)]
+            smooth = merged[level] if level < levels else None
+
+            def row(
+                i: jax.Array, level: int = level, bands: Any = bands, smooth: Any = smooth
+            ) -> None:
+                cols = sizes[level][1]
+                high = [band[index, i].astype(jnp.float32) for band in bands]
+                coarse = low[index, i].astype(jnp.float32) if smooth is None else smooth[i, :cols]
+                pixels = merge(coarse, *high)
+                for (v, u), value in zip(product((0, 1), repeat=2), pixels, strict=True):
+                    merged[level - 1][2 * i + v, pl.ds(u, cols, stride=2)] = 0.5 * value
+
+            loop(sizes[level][0], row)
+        loop(tiling.size[0], partial(_store_row, merged[0], out, index))
+
+    loop(tiling.images, one)
+
+
+def _store_row(source: Any, out: Any, index: jax.Array, i: jax.Array) -> None:
+    out[index, i] = source[i, : out.shape[2]].astype(out.dtype)

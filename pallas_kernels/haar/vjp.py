@@ -1,0 +1,83 @@
+"""Derivatives of kernels that JAX cannot look into: Haar is orthonormal.
+
+The transpose of the analysis, zero padding included, is the synthesis with its crops, and the
+other way round; so each is the other's derivative, of every order. Plain JAX needs none of this.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+Details = tuple[tuple[jax.Array, ...], ...]
+Coefficients = tuple[jax.Array, Details]
+
+
+class Plan(NamedTuple):
+    """The static choices of one call: the implementation's module, and what it is told."""
+
+    module: ModuleType
+    shape: tuple[int, ...]
+    levels: int
+    wavelet: str
+
+
+def wavedec(plan: Plan, x: jax.Array) -> Coefficients:
+    """The cascade of `x [N, *shape, C]`: the low band, and the details from coarse to fine."""
+    return (_analyse if plan.module.DIFFERENTIABLE else _opaque_analyse)(plan, x)
+
+
+def waverec(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
+    """The inverse cascade, cropped to `shape`."""
+    synthesise = _synthesise if plan.module.DIFFERENTIABLE else _opaque_synthesise
+    return synthesise(plan, low, details)
+
+
+def _analyse(plan: Plan, x: jax.Array) -> Coefficients:
+    ndim = len(plan.shape)
+    return plan.module.wavedec(x, ndim=ndim, levels=plan.levels, wavelet=plan.wavelet)
+
+
+def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
+    return plan.module.waverec(low, details, shape=plan.shape, wavelet=plan.wavelet)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _opaque_analyse(plan: Plan, x: jax.Array) -> Coefficients:
+    return _folding(partial(_analyse, plan))(x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _opaque_synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
+    return _folding(partial(_synthesise, plan))(low, details)
+
+
+_opaque_analyse.defvjp(
+    lambda plan, x: (_opaque_analyse(plan, x), None),
+    lambda plan, _, bands: (_opaque_synthesise(plan, *bands),),
+)
+_opaque_synthesise.defvjp(
+    lambda plan, low, details: (_opaque_synthesise(plan, low, details), None),
+    lambda plan, _, x: _opaque_analyse(plan, x),
+)
+
+
+def _folding(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel whose vmap folds into the batch, so that it stays one call of the kernel."""
+    call = custom_vmap(run)
+
+    @call.def_vmap
+    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+        def folded(array: jax.Array, moving: bool) -> jax.Array:
+            each = array if moving else jnp.broadcast_to(array, (size, *array.shape))
+            return each.reshape(-1, *each.shape[2:])
+
+        out = call(*jax.tree.map(folded, args, tuple(batched)))
+        split = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
+        return split, jax.tree.map(lambda _: True, out)
+
+    return call
