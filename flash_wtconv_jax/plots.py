@@ -236,7 +236,7 @@ def speedups(report: Mapping[str, Any]) -> Figure:
 
 
 def static_cycles(report: Mapping[str, Any]) -> Figure:
-    """Bars of static cycles: ours, XLA's and the floor, a panel a direction, log scale.
+    """Bars of static cycles: ours, XLA's and the floor, a panel a kernel and direction, log scale.
 
     Args:
         report: What `bench.tpu.report.run` returns.
@@ -245,11 +245,11 @@ def static_cycles(report: Mapping[str, Any]) -> Figure:
         The figure.
     """
     rows = report["rows"]
-    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    panels = list(dict.fromkeys((row["kernel"], row["direction"]) for row in rows))
     bars = {"floor_cycles": "floor", "cycles": "ours", "xla_cycles": "XLA (its cost model)"}
-    figure = Figure(figsize=(10.0, 6.8), dpi=_DPI, layout="constrained")
-    for axes, direction in zip(figure.subplots(len(directions), 1), directions, strict=True):
-        shown = [row for row in rows if row["direction"] == direction]
+    figure = Figure(figsize=(10.0, 3.2 * len(panels)), dpi=_DPI, layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), 1), panels, strict=True):
+        shown = [row for row in rows if (row["kernel"], row["direction"]) == panel]
         for i, (key, label) in enumerate(bars.items()):
             places = np.arange(len(shown)) + (i - 1) * 0.27
             heights = [row[key] or np.nan for row in shown]
@@ -260,13 +260,12 @@ def static_cycles(report: Mapping[str, Any]) -> Figure:
         axes.margins(y=0.12)
         names = [f"{row['name']}\n{row['dtype']}" for row in shown]
         axes.set_xticks(np.arange(len(shown)), names, fontsize=6)
-        axes.set_title(direction)
+        axes.set_title(" ".join(panel))
         axes.set_ylabel("static cycles")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(
-        f"WTConv on TPU {report['chip']}: the compiler's static figures, no measurement "
-        f"({report['date']})"
+        f"TPU {report['chip']}: the compiler's static figures, no measurement ({report['date']})"
     )
     return figure
 

@@ -44,6 +44,16 @@ _SPLIT_SEED = 0
 _BATCH = 64
 _BACKGROUND = -1.0
 _FIELD_SHAPE = (48, 48, 1)
+_CONFIG = models.ConvNeXtConfig(
+    depths=(3,),
+    dims=(48,),
+    levels=(2,),
+    kernel_size=3,
+    patch_size=1,
+    in_channels=1,
+    num_classes=10,
+    layer_scale=None,
+)
 
 
 class Digits(NamedTuple):
@@ -105,17 +115,7 @@ def digits_network(*, levels: int = 2, seed: int = 0) -> models.ConvNeXt:
         >>> digits_network(levels=0)(jnp.zeros((2, 8, 8, 1))).shape
         (2, 10)
     """
-    config = models.ConvNeXtConfig(
-        depths=(3,),
-        dims=(48,),
-        levels=(levels,),
-        kernel_size=3,
-        patch_size=1,
-        in_channels=1,
-        num_classes=10,
-        layer_scale=None,
-    )
-    return models.ConvNeXt(config, rngs=nnx.Rngs(seed))
+    return models.ConvNeXt(dataclasses.replace(_CONFIG, levels=(levels,)), rngs=nnx.Rngs(seed))
 
 
 def train(

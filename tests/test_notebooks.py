@@ -1,6 +1,8 @@
 """Every notebook runs from its first cell to its last, and is stored without outputs."""
 
+import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +36,19 @@ def test_runs(path):
         if "image/png" in output.get("data", {})
     ]
     assert pictures, "no cell shows a picture"
+
+
+@pytest.mark.parametrize(("folder", "source"), [("notebooks", "..[demo]"), (".", "git+https://")])
+def test_the_quickstart_installs_from_the_clone_that_it_lies_in(monkeypatch, folder, source):
+    transform = pytest.importorskip("IPython.core.inputtransformer2").TransformerManager()
+    cell = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4).cells[1]
+    shell = SimpleNamespace(run_line_magic=lambda name, line: lines.append((name, line)))
+    names, lines = {"get_ipython": lambda: shell}, []
+    monkeypatch.chdir(ROOT / folder)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(transform.transform_cell(cell.source), names)
+    assert lines == [("pip", 'install -q "{source}"')]
+    assert source in names["source"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=notebook_id)

@@ -40,14 +40,14 @@ def tpu_report(
     console = Console()
     shapes = shape or list(TPU_SHAPES)
     with Progress(console=console, transient=True) as bar:
-        rows = len(shapes) * len(tpu.DTYPES) * len(tpu.DIRECTIONS)
+        rows = len(tpu.KERNELS) * len(shapes) * len(tpu.DTYPES) * len(tpu.DIRECTIONS)
         task = bar.add_task(f"compiling for {chip}", total=rows)
         report = tpu.run(chip, shapes, lambda: bar.advance(task))
     console.print(_table(report))
     for row in report["rows"]:
         for key, whose in (("error", "ours"), ("xla_error", "XLA's")):
             if row[key]:
-                name = f"{row['name']} {row['dtype']} {row['direction']}"
+                name = f"{row['kernel']} {row['name']} {row['dtype']} {row['direction']}"
                 console.print(f"{name}, {whose}: {row[key]}", markup=False, highlight=False)
     if as_json is not None:
         with replacing(as_json, force=True) as path:
@@ -60,17 +60,17 @@ def tpu_report(
 def _table(report: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"WTConv on TPU {report['chip']}, static cycles", caption=_NOTE)
+    table = Table(title=f"TPU {report['chip']}, static cycles", caption=_NOTE)
     table.add_column("shape", no_wrap=True)
     for name in ("cycles", "XLA", "fewer", "XLA bundles", "floor", "VALU", "HBM", "VMEM"):
         table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in report["rows"]:
-        if row["name"] != previous:
+        title = f"[bold]{row['kernel']} {row['name']}[/] {tuple(row['x'])} {row['levels']} levels"
+        if title != previous:
             table.add_section()
-            levels = f"{row['levels']} levels, k={row['kernel_size']}"
-            table.add_row(f"[bold]{row['name']}[/] {tuple(row['x'])} {levels}")
-            previous = row["name"]
+            table.add_row(title)
+            previous = title
         cycles, xla, vmem = row["cycles"], row["xla_cycles"], row["vmem_bytes"]
         table.add_row(
             f"{row['dtype']} {row['direction']}",

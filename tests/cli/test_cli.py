@@ -1,8 +1,10 @@
 """The command line: version, help, info, erf and demo, and errors of one line."""
 
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -99,6 +101,41 @@ class TestInfo:
         assert "long explanation" not in result.output
 
 
+@pytest.mark.skipif(
+    any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="the plugin that must not be installed is",
+)
+def test_a_platform_that_is_not_installed_is_one_line(networks, tmp_path):
+    # A platform is chosen once a process, so this takes one of its own, for all commands.
+    code = f"""
+import sys
+from flash_wtconv_jax import cli
+for command in (
+    "info",
+    "demo --out {tmp_path}/demo",
+    "bench wtconv --shape convnext_t_stage4 --out {tmp_path}",
+    "erf {networks}/plain --out {tmp_path}/erf.png",
+    "convert {networks}/plain {tmp_path}/a.safetensors",
+):
+    sys.argv = ["flash-wtconv", *command.split()]
+    try:
+        cli.main()
+    except SystemExit as stopped:
+        print(command.split()[0], stopped.code, file=sys.stderr)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
+    reason = "error: JAX starts no device (JAX_PLATFORMS='cuda'): its plugin is not installed"
+    assert result.stderr.splitlines() == [
+        "info 0",
+        *(line for name in ("demo", "bench", "erf", "convert") for line in (reason, f"{name} 1")),
+    ]
+    assert "0 x none: JAX starts no device" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
@@ -106,7 +143,7 @@ def networks(tmp_path_factory):
         config = models.ConvNeXtConfig(
             depths=(1,), dims=(4,), levels=levels, kernel_size=3, patch_size=1
         )
-        network = models.ConvNeXt(config, rngs=nnx.Rngs(0))
+        network = nnx.jit(lambda c=config: models.ConvNeXt(c, rngs=nnx.Rngs(0)))()
         models.save_network(folder / name, network)
     return folder
 
@@ -186,6 +223,13 @@ class TestDemo:
 
         monkeypatch.setattr(training, "run_demo", without)
         assert "sklearn is not installed: pip install" in fail("demo", "--out", tmp_path)
+
+    def test_a_missing_torch_is_named_with_its_extra(self, monkeypatch, fail, tmp_path):
+        pytest.importorskip("matplotlib")
+        (tmp_path / "a.pth").write_bytes(b"")
+        monkeypatch.setitem(sys.modules, "torch", None)
+        message = fail("erf", tmp_path / "a.pth", "--out", tmp_path / "erf.png")
+        assert message.endswith("pip install 'flash-wtconv[torch]' brings it")
 
 
 def test_figures_are_drawn_without_a_display(tmp_path):

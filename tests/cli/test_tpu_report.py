@@ -1,6 +1,7 @@
 """`flash-wtconv tpu-report`: what it writes and refuses. Nothing is compiled here."""
 
 import json
+from itertools import product
 
 import pytest
 from typer.testing import CliRunner
@@ -21,7 +22,7 @@ def compiler(monkeypatch):
     xla = compiling.Result(None, "a branch on data", None, 5000)
 
     def run(jobs, on_result=lambda _: None):
-        results = [xla if job.program.endswith("plain_wtconv") else ours for job in jobs]
+        results = [xla if ":plain_" in job.program else ours for job in jobs]
         results[-1] = compiling.Result("not compiled within 180 s")
         for result in results:
             on_result(result)
@@ -41,12 +42,12 @@ def test_table_json_and_picture(tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "no measurement" in " ".join(result.output.split())
-    assert "image_56 bfloat16 backward, XLA's: not compiled within 180 s" in result.output
+    assert "haar image_56 bfloat16 backward, XLA's: not compiled within 180 s" in result.output
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["chip"] == "v5e" and written["versions"]["libtpu"] == "1.2"
-    assert [(row["dtype"], row["direction"]) for row in written["rows"]] == [
-        (dtype, direction) for dtype in report.DTYPES for direction in report.DIRECTIONS
+    assert [(row["kernel"], row["dtype"], row["direction"]) for row in written["rows"]] == [
+        *product(report.KERNELS, report.DTYPES, report.DIRECTIONS)
     ]
     first, *_, last = written["rows"]
     assert (first["name"], first["x"], first["levels"]) == ("image_56", [8, 56, 56, 128], 3)
@@ -61,11 +62,13 @@ def test_floors_are_those_of_the_arithmetic_and_of_the_traffic():
     chip, shape = report.CHIPS["v5e"], report.TPU_SHAPES["image_56"]
     samples = 8 * 56 * 56 * 128
     # 50 operations a tap and coefficient; 1 + 1/4 + 1/16 coefficients a sample at three levels.
-    assert report.floors(chip, shape, "float32", "forward") == (
+    assert report.floors(chip, "wtconv", shape, "float32", "forward") == (
         round(samples * (50 + 1.3125 * 54.25) / 4096),
         round(samples * 2 * 4 / 546),
     )
-    assert report.floors(chip, shape, "bfloat16", "backward")[1] == round(samples * 3 * 2 / 546)
+    assert report.floors(chip, "haar", shape, "bfloat16", "backward")[1] == round(
+        samples * 2 * 2 / 546
+    )
 
 
 def test_what_is_wrong_is_named_before_anything_is_compiled(tmp_path):

@@ -236,7 +236,7 @@ def test_frozen_filters_are_those_of_the_wavelet():
     assert_same(checkpoints.from_torch(state_dict, wavelet="sym4")["params"], params)
     with pytest.raises(ValueError, match="filters of 'haar', they are those of 'sym4': pass wav"):
         checkpoints.from_torch(state_dict)
-    with pytest.raises(ValueError, match="wavelet is 'morl', expected a discrete wavelet"):
+    with pytest.raises(ValueError, match="wavelet='morl' is not a discrete wavelet"):
         checkpoints.to_torch(params, wavelet="morl")
     with pytest.raises(ValueError, match="layers of layout 'fast' are Haar"):
         checkpoints.to_torch(params, "fast", wavelet="db2")
@@ -590,13 +590,23 @@ def test_damaged_orbax_folders(tmp_path, part):
 
 def test_models_and_paths_in_place_of_variables_are_told_what_to_do(tmp_path):
     layer = nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError, match="state_dict is a str, .*read_state_dict"):
-        checkpoints.from_torch("weights.pth")
-    for call in (checkpoints.to_torch, partial(checkpoints.save, tmp_path / "folder")):
-        with pytest.raises(TypeError, match="variables.* WTConv2d, .*variables_of"):
+    write = partial(checkpoints.write_state_dict, tmp_path / "a.safetensors")
+    for call in (checkpoints.from_torch, checkpoints.recognise, write):
+        with pytest.raises(TypeError, match="state_dict is a str, .*read_state_dict"):
+            call("weights.pth")
+    save = partial(checkpoints.save, tmp_path / "folder")
+    for call in (checkpoints.to_torch, checkpoints.for_bridge, save):
+        with pytest.raises(TypeError, match="variables: .*, got WTConv2d; .*variables_of"):
             call(layer)
-    with pytest.raises(TypeError, match="expected an nnx module; a linen module"):
-        checkpoints.load_into(object(), {})
+    with pytest.raises(TypeError, match="expected an nnx module; a linen module takes"):
+        checkpoints.load_into(WTConv2d(2), {})
+    with pytest.raises(TypeError, match="expected an nnx module; a linen module holds no"):
+        checkpoints.variables_of(WTConv2d(2))
+
+
+def test_a_training_checkpoint_in_place_of_its_weights_is_named():
+    with pytest.raises(ValueError, match=r"state_dict\['ema'\] is of type dict, expected a tensor"):
+        checkpoints.from_torch({"ema": published(), "epoch": 3})
 
 
 def test_a_wrong_layout_is_told_the_right_one():
@@ -609,14 +619,32 @@ def test_a_wrong_layout_is_told_the_right_one():
 
 def test_a_stray_number_does_not_fill_the_screen():
     stray = {"base_conv.weight": np.ones((2, 1, 3, 3)), "wavelet_convs.999.weight": np.ones(1)}
-    with pytest.raises(ValueError, match="more$") as caught:
+    with pytest.raises(ValueError) as caught:
         checkpoints.from_torch(stray)
-    assert len(str(caught.value).splitlines()) == 202
+    assert str(caught.value).splitlines() == [
+        "the tensors of state_dict are not layout 'published' (2-D): 2002 missing, 1 misshapen",
+        "  missing: base_scale.weight (1, 2, 1, 1)",
+        "  missing: wavelet_convs.{0…998}.weight (8, 1, 3, 3)",
+        "  missing: wavelet_scale.{0…999}.weight (1, 8, 1, 1)",
+        "  missing: wt_filter (8, 1, f_0, f_1)",
+        "  missing: iwt_filter (8, 1, f_0, f_1)",
+        "  misshapen: wavelet_convs.999.weight is (1,), expected (8, 1, 3, 3)",
+    ]
+    # Blocks are counted within their stage, and what does not count up stays as it is.
+    with pytest.raises(ValueError) as caught:
+        checkpoints.from_torch({f"stages.0.blocks.{b}.gamma": np.ones(2) for b in range(9)})
+    assert "\n  missing: stages.0.blocks.{0…8}.norm.bias (2,)\n" in str(caught.value)
+    assert "\n  missing: stem.1.bias (2,)\n" in str(caught.value)
+    # Thousands of stages differ in their sizes.
+    with pytest.raises(ValueError, match="more$"):
+        checkpoints.from_torch({"stages.999.blocks.0.gamma": np.ones(2)})
 
 
 def test_a_damaged_note_of_the_wavelet_is_named(tmp_path):
     checkpoints.save(tmp_path / "a", {"params": {"base_scale": np.ones(2)}}, wavelet="db2")
     assert checkpoints.wavelet_of(tmp_path / "a") == "db2"
+    with pytest.raises(ValueError, match="wavelet='nope' is not a discrete wavelet"):
+        checkpoints.save(tmp_path / "b", {"params": {"base_scale": np.ones(2)}}, wavelet="nope")
     (tmp_path / "a" / "flash_wtconv.json").write_text("[]")
     with pytest.raises(ValueError, match="flash_wtconv.json is damaged"):
         checkpoints.wavelet_of(tmp_path / "a")
@@ -632,3 +660,6 @@ def test_torch_files_that_are_something_else(tmp_path):
     (tmp_path / "cut.pth").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="cut.pth is not a whole PyTorch file"):
         checkpoints.read_state_dict(tmp_path / "cut.pth")
+    torch.save({"ema": state_dict, "epoch": 3}, tmp_path / "wrapped.pth")
+    with pytest.raises(ValueError, match=r"wrapped.pth: state_dict\['ema'\] is of type"):
+        checkpoints.read_state_dict(tmp_path / "wrapped.pth")

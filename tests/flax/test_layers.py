@@ -95,7 +95,7 @@ def test_linen_nnx_and_oracle_agree(ndim):
     assert_close(from_linen, oracle.wtconv(x, params, ndim, stride=options.get("stride", 1)), 1e-5)
 
 
-def test_parameter_shapes_are_those_of_the_design():
+def test_parameter_shapes():
     shapes = {
         ndim: {
             name: parameter.shape
@@ -196,7 +196,6 @@ def test_partitioned_initialisers_keep_their_names():
         (jnp.float32, jnp.bfloat16, jnp.float32, jnp.bfloat16),
         (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.bfloat16),
         (jnp.float32, jnp.float16, jnp.float32, jnp.float16),
-        (jnp.int32, None, jnp.float32, jnp.float32),
     ],
 )
 def test_dtypes_follow_flax(x_dtype, dtype, param_dtype, expected):
@@ -286,10 +285,31 @@ def test_numpy_integers_are_integers_and_no_bias_is_none():
 @pytest.mark.parametrize("shape", [(2, 4, 4, 3), (4, 2), ()])
 def test_inputs_that_do_not_fit(shape):
     x = jnp.ones(shape)
-    with pytest.raises(ValueError, match=r"x must have shape .*channels=2, got"):
+    # Channels are the layer's business, the rank is the operator's.
+    message = r"x: expected an array (of channels=2|\[\*batch, H, W, C\]), got shape"
+    with pytest.raises(ValueError, match=message):
         linen_layers.WTConv2d(2, 3).init(jax.random.key(0), x)
-    with pytest.raises(ValueError, match=r"x must have shape .*channels=2, got"):
+    with pytest.raises(ValueError, match=message):
         nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0))(x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, bool, jnp.float8_e5m2, jnp.complex64])
+def test_inputs_that_are_no_numbers_of_ours_are_refused(dtype):
+    x = jnp.ones((1, 4, 4, 2), dtype)
+    for options in ({}, {"dtype": jnp.bfloat16}):
+        with pytest.raises(ValueError, match="x: expected a floating-point array .*cast it first"):
+            linen_layers.WTConv2d(2, 3, **options).init(jax.random.key(0), x)
+        with pytest.raises(ValueError, match="x: expected a floating-point array .*cast it first"):
+            nnx_layers.WTConv2d(2, 3, **options, rngs=nnx.Rngs(0))(x)
+
+
+@pytest.mark.parametrize("make", [lambda: 0, lambda: None, lambda: nnx.Rngs(dropout=0)])
+def test_rngs_that_are_none_are_named(make):
+    message = r"rngs: expected an nnx.Rngs with the stream 'params', such as nnx.Rngs\(0\), got"
+    with pytest.raises(ValueError, match=message):
+        nnx_layers.WTConv2d(2, 3, rngs=make())
+    with pytest.raises(ValueError, match=message):
+        nnx_layers.SeparableWTConv2d(2, 3, rngs=make())
 
 
 def test_implementation_reaches_the_operator():

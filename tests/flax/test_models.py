@@ -1,6 +1,7 @@
 """WTConvNeXt and ConvNeXt: sizes, names, the function computed, training options."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -378,7 +379,8 @@ def test_surgery_turns_convnext_into_wtconvnext(images):
         ({"patch_size": 0}, "patch_size=0: expected an integer >= 1"),
         ({"drop_path": 1.0}, r"drop_path must be a number in \[0, 1\)"),
         ({"dropout": -0.1}, r"dropout must be a number in \[0, 1\)"),
-        ({"dropout": None}, r"dropout must be a number in \[0, 1\), got None"),
+        ({"dropout": None}, "dropout must be a number, got None"),
+        ({"drop_path": True}, "drop_path must be a number, got True"),
         ({"layer_scale": "x"}, "layer_scale must be a number, got 'x'"),
         ({"depths": 3}, "depths must hold one int for each stage, got 3"),
         ({"wavelet": "nope"}, "wavelet='nope'"),
@@ -396,6 +398,22 @@ def test_config_from_lists_hashes():
     assert hash(config) == hash(dataclasses.replace(config))
     with pytest.raises(TypeError, match="nosuch"):
         models.wtconvnext_tiny(nosuch=1, rngs=nnx.Rngs(0))
+
+
+def test_numbers_of_numpy_become_python_s():
+    config = ConvNeXtConfig(
+        depths=(np.int64(1),), dims=(np.int32(4),), levels=(np.int64(1),), drop_path=np.float32(0.5)
+    )
+    assert json.dumps(dataclasses.asdict(config)["dims"]) == "[4]"
+    assert type(config.drop_path) is float
+    assert config == ConvNeXtConfig(depths=(1,), dims=(4,), levels=(1,), drop_path=0.5)
+
+
+def test_integer_images_and_missing_rngs_are_named():
+    with pytest.raises(ValueError, match="x: expected a floating-point array .*got uint8; cast"):
+        abstract()(jnp.ones((1, 8, 8, 3), jnp.uint8))
+    with pytest.raises(ValueError, match="rngs: expected an nnx.Rngs"):
+        ConvNeXt(TINY, rngs=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 4), (8, 8, 3), (1, 3, 8, 3)])

@@ -1,5 +1,6 @@
 """The digits demo: data, training, its files."""
 
+import dataclasses
 import json
 
 import jax
@@ -15,16 +16,7 @@ from flash_wtconv_jax.receptive_field import SHARES
 
 
 def tiny_network(*, levels=1, seed=0):
-    config = models.ConvNeXtConfig(
-        depths=(1,),
-        dims=(4,),
-        levels=(levels,),
-        kernel_size=3,
-        patch_size=1,
-        in_channels=1,
-        num_classes=10,
-        layer_scale=None,
-    )
+    config = dataclasses.replace(training._CONFIG, depths=(1,), dims=(4,), levels=(levels,))
     return models.ConvNeXt(config, rngs=nnx.Rngs(seed))
 
 

@@ -179,7 +179,9 @@ def test_filters_of_longer_wavelets():
         ({"stride": 0}, "stride is 0"),
         ({"wt_levels": -1}, "wt_levels is -1"),
         ({"wt_levels": 1.0}, "wt_levels is 1.0"),
-        ({"wt_type": "morl"}, "wavelet is 'morl'"),
+        ({"stride": True}, "stride is True"),
+        ({"wt_type": "morl"}, "wt_type: wavelet='morl' is not a discrete wavelet"),
+        ({"dtype": torch.int32}, "dtype is torch.int32, expected a floating-point dtype"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -229,6 +231,23 @@ def test_import_is_lazy():
 def test_an_empty_batch():
     layer = torch_bridge.WTConv2d(3, 3, wt_levels=2)
     assert layer(torch.zeros(0, 3, 7, 8)).shape == (0, 3, 7, 8)
+
+
+def test_numpy_integers_are_integers():
+    layer = torch_bridge.WTConv2d(np.int64(2), np.int64(2), stride=np.int32(2))
+    assert layer(torch.zeros(1, 2, 5, 4)).shape == (1, 2, 3, 2)
+
+
+def test_a_state_dict_in_place_of_its_module_is_named():
+    with pytest.raises(TypeError, match="module is of type OrderedDict.*from_torch"):
+        torch_bridge.to_jax(torch_bridge.WTConv2d(2, 2).state_dict())
+
+
+def test_inputs_that_are_no_image_are_named():
+    with pytest.raises(ValueError, match="x is of type ndarray, expected a tensor"):
+        torch_bridge.WTConv2d(3, 3)(np.zeros((1, 3, 8, 8), np.float32))
+    with pytest.raises(ValueError, match=r"x has shape \(1, 3, 0, 8\), expected at least one"):
+        torch_bridge.WTConv2d(3, 3)(torch.zeros(1, 3, 0, 8))
 
 
 def test_wrong_dtypes_and_short_signals_are_named():

@@ -1,5 +1,8 @@
 """`flash-wtconv tpu-report`: static cycles of our TPU kernels beside XLA's program and the floors.
 
+For the wavelet convolution "backward" is the gradients of x and of the taps; for the Haar cascade,
+whose gradient is its inverse, "forward" is the analysis and "backward" the synthesis.
+
 Every figure is the compiler's, none is measured: `cycles` counts the bundles of the compiled
 kernels (`bundles`), `xla_cycles` is what XLA's cost model says of its own program for the same
 function (`estimated_cycles`, with its traffic to HBM), and `xla_bundle_cycles` counts the bundles
@@ -8,6 +11,7 @@ of that program where they are dumped, without its traffic.
 
 from collections.abc import Callable, Sequence
 from datetime import date
+from itertools import product
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,10 +22,9 @@ from ... import environment
 from . import compiling
 from .chips import CHIPS, VALU_LANES, Chip
 
+KERNELS = ("wtconv", "haar")
 DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("forward", "backward")
-
-_PROGRAMS = f"{__package__}.programs"
 
 
 def run(
@@ -48,16 +51,8 @@ def run(
     unknown = sorted(set(shapes) - set(TPU_SHAPES))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {list(TPU_SHAPES)}")
-    keys = [(name, dtype, way) for name in shapes for dtype in DTYPES for way in DIRECTIONS]
-    jobs = [
-        compiling.Job(
-            f"{_PROGRAMS}:{program}",
-            chip,
-            {"shape": list(TPU_SHAPES[name]), "dtype": dtype, "direction": direction},
-        )
-        for name, dtype, direction in keys
-        for program in ("wtconv", "plain_wtconv")
-    ]
+    keys = list(product(KERNELS, shapes, DTYPES, DIRECTIONS))
+    jobs = [job(chip, *key, plain=plain) for key in keys for plain in (False, True)]
     done = 0
 
     def on_result(_: compiling.Result) -> None:
@@ -77,8 +72,20 @@ def run(
     }
 
 
+def job(
+    chip: str, kernel: str, name: str, dtype: str, direction: str, *, plain: bool = False
+) -> compiling.Job:
+    """What compiles one kernel, or with `plain` what XLA makes of the same in plain JAX."""
+    return compiling.Job(
+        f"{__package__}.programs:{'plain_' * plain}{kernel}",
+        chip,
+        {"shape": list(TPU_SHAPES[name]), "dtype": dtype, "direction": direction},
+    )
+
+
 def row(
     chip: Chip,
+    kernel: str,
     name: str,
     dtype: str,
     direction: str,
@@ -88,15 +95,16 @@ def row(
     """One row of the report.
 
     Returns:
-        `name`, `x`, `levels`, `kernel_size`, `dtype`, `direction`; of our kernels `cycles`, the
-        share of each unit's slots that they fill as `busy`, `vmem_bytes` of `vmem_capacity`, and
+        `kernel`, `name`, `x`, `levels`, `kernel_size`, `dtype`, `direction`; of our kernels
+        `cycles`, the share of each unit's slots that they fill as `busy`, `vmem_bytes` of `vmem_capacity`, and
         `error`, why they do not compile or cannot be counted; of XLA's program `xla_cycles`,
         `xla_bundle_cycles` and `xla_error`; `valu_floor_cycles`, `hbm_floor_cycles`, and
         `floor_cycles`, the greater of the two. What is not known is None.
     """
     shape = TPU_SHAPES[name]
-    valu, hbm = floors(chip, shape, dtype, direction)
+    valu, hbm = floors(chip, kernel, shape, dtype, direction)
     return {
+        "kernel": kernel,
         "name": name,
         "x": list(shape.x),
         "levels": shape.levels,
@@ -117,16 +125,18 @@ def row(
     }
 
 
-def floors(chip: Chip, shape: Shape, dtype: str, direction: str) -> tuple[int, int]:
+def floors(chip: Chip, kernel: str, shape: Shape, dtype: str, direction: str) -> tuple[int, int]:
     """Cycles that no kernel of this method can be below: of arithmetic, and of traffic.
 
     Forward, a coefficient costs k² products and as many sums, four operations of the transforms
     there and back, and a quarter of the sum with the level below; float32, as no unit multiplies
     and adds in one. Backward adds to the same for dx k² products and sums for the taps, and a
-    second transform. Traffic is x and y once, or x, dy and dx once.
+    second transform. The cascade alone is two sums and a product a coefficient. Traffic is x and y
+    once, or x, dy and dx once.
 
     Args:
         chip: Whose slots and bandwidth.
+        kernel: One of `KERNELS`.
         shape: The layer.
         dtype: Of x and y.
         direction: "forward" or "backward".
@@ -135,13 +145,15 @@ def floors(chip: Chip, shape: Shape, dtype: str, direction: str) -> tuple[int, i
         `(arithmetic, traffic)`.
 
     Example:
-        >>> floors(CHIPS["v5e"], TPU_SHAPES["image_56"], "float32", "forward")
+        >>> floors(CHIPS["v5e"], "wtconv", TPU_SHAPES["image_56"], "float32", "forward")
         (95023, 47051)
     """
     samples = shape.batch * shape.height * shape.width * shape.channels
     taps, below = 2 * shape.kernel_size**2, sum(4.0**-i for i in range(shape.levels))
     operations, tensors = taps + below * (taps + 4.25), 2
-    if direction == "backward":
+    if kernel == "haar":
+        operations = 3 * below
+    elif direction == "backward":
         operations += taps + below * (taps + 4)
         tensors = 3
     traffic = tensors * samples * jnp.dtype(dtype).itemsize
