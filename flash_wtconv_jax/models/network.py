@@ -45,7 +45,7 @@ def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
     An Orbax folder may hold a `network.json`: an object that names the `model`, "ConvNeXt" or a
     function of `flash_wtconv_jax.models` such as "wtconvnext_tiny", and its `options`, the fields
     of `ConvNeXtConfig` that differ. Everything else is read off the names and shapes of the
-    parameters.
+    parameters; a wavelet that nothing in the folder names is taken for Haar.
 
     Args:
         path: Folder that `save_network` or `flash-wtconv convert` has written, or a

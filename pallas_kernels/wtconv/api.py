@@ -197,8 +197,8 @@ def checked_precision(value: Precision) -> jax.lax.Precision | None:
         ValueError: A name that JAX does not know.
 
     Example:
-        >>> checked_precision("highest")
-        HIGHEST
+        >>> checked_precision("highest").name
+        'HIGHEST'
     """
     if value is None:
         return None

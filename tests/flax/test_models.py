@@ -333,6 +333,10 @@ def test_weight_decay_goes_to_kernels_alone():
         ).items()
     }
     assert weight_decay_mask({"kernel": {"bias": 1}}) == {"kernel": {"bias": False}}
+    assert weight_decay_mask({"kernel": [1, 2], "scale": [1]}) == {
+        "kernel": [True, True],
+        "scale": [False],
+    }
     # One step without a gradient is the decay alone.
     before = nnx.to_pure_dict(params)
     decay = optax.add_decayed_weights(-0.05, mask=weight_decay_mask)
