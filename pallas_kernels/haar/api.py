@@ -428,7 +428,7 @@ def _named2(details: Any, source: str) -> dict[str, Any]:
 
 def _named3(details: Any, source: str, names: Sequence[str]) -> dict[str, Any]:
     if not isinstance(details, Mapping) or set(details) != set(names):
-        seen = sorted(details) if isinstance(details, Mapping) else _seen(details)
+        seen = list(details) if isinstance(details, Mapping) else _seen(details)
         raise ValueError(f"{source}: expected the bands {list(names)}, got {seen}")
     return {name: details[name] for name in names}
 

@@ -60,8 +60,8 @@ def check(direction: str, problem: Any) -> None:
         reasons.append(f"wavelet {problem.wavelet!r}, 'haar' alone")
     if problem.levels > _MAX_LEVELS:
         reasons.append(f"{problem.levels} levels, up to {_MAX_LEVELS}")
-    if not isinstance(problem.shape[0], int):
-        reasons.append("a batch of symbolic size")
+    if not all(isinstance(size, int) for size in problem.shape):
+        reasons.append("arrays of symbolic size")
     elif 0 in problem.shape:
         reasons.append("an empty array")
     if reasons:

@@ -7,14 +7,19 @@ One grid step holds one tile in VMEM (whole images where they fit) for one block
 3. from the deepest level up, the four bands are convolved and synthesised onto the level above;
 4. the base convolution is added to the synthesis of the first level.
 
-A convolution keeps `ROWS` rows of eight pixels in registers and its taps beside them: each load of
-a shifted row serves every row that it is a neighbour of. Analysis and synthesis run without their
-factors 1/2, which are folded into the taps (`4**-level`, exact). The weight gradient runs both
-cascades and correlates them, one accumulator register a tap.
+Where a batch gives a multiple of eight images, they lie side by side, `[H, W, N, C]`: a register
+holds one column of eight images, so that no width leaves sublanes empty and no shift moves them.
+Otherwise a register holds eight columns of one image.
+
+A convolution keeps up to eight rows in registers and its taps beside them: each load of a shifted
+row serves every row that it is a neighbour of. Analysis and synthesis run without their factors
+1/2, which are folded into the taps (`4**-level`, exact). The weight gradient runs both cascades
+and correlates them, one accumulator register a tap.
 
 What bounds it (v5e, from the compiler's final bundles): the four VALU slots. The loop of a
 convolution is 1% off one multiply and one add for each tap, so the total is off its floor by the
-copies and cascades (load and store slots) and by sublanes that widths such as 14 leave empty.
+copies and cascades (load and store slots), by sublanes that widths such as 14 leave empty where
+images are not side by side, and for tiny images by zeroing scratch (the store slot).
 """
 
 import math
@@ -31,6 +36,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._compat import interpreting_tpu, tpu_vmem_bytes
 from pallas_kernels.haar.filters import IS_HAAR
+from pallas_kernels.haar.mosaic_tpu import loop as _for
+from pallas_kernels.haar.mosaic_tpu import merge, split
 
 DIFFERENTIABLE = False
 
@@ -71,8 +78,8 @@ def check(direction: str, problem: Any) -> None:
         reasons.append(f"wavelet {problem.wavelet!r}, 'haar' alone")
     if problem.kernel_size > _MAX_KERNEL:
         reasons.append(f"kernels of {problem.kernel_size}, up to {_MAX_KERNEL}")
-    if not isinstance(problem.shape[0], int):
-        reasons.append("a batch of symbolic size")
+    if not all(isinstance(size, int) for size in problem.shape):
+        reasons.append("arrays of symbolic size")
     elif problem.shape[0] == 0:
         reasons.append("an empty batch")
     if reasons:
@@ -102,14 +109,17 @@ def forward(
     geometry = _geometry(tiling, tiling.halo, levels, pads)
     channels = x.shape[-1]
     lanes = min(channels, _LANES)
-    flat = [_flat(tap).astype(jnp.float32) * 4.0**-level for level, tap in enumerate(taps)]
+    flat = [
+        tap.astype(jnp.float32).reshape(kernel_size**2, -1, channels) * 4.0**-level
+        for level, tap in enumerate(taps)
+    ]
     if bias is None:
         bias = jnp.zeros(channels)
     windows = _windows(x.shape, tiling, tiling.halo, lanes)
-    return pl.pallas_call(
+    y = pl.pallas_call(
         partial(_forward_kernel, tiling, geometry, pads, x.shape[1:3], len(windows)),
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        grid=_grid(x.shape, tiling, lanes),
+        out_shape=jax.ShapeDtypeStruct(_turned(x, tiling).shape, x.dtype),
+        grid=_grid(x.shape, tiling),
         in_specs=[
             *windows,
             *(pl.BlockSpec((*tap.shape[:2], lanes), lambda c, n, i, j: (0, 0, c)) for tap in flat),
@@ -117,17 +127,22 @@ def forward(
         ],
         out_specs=_windows(x.shape, tiling, (0, 0), lanes)[0],
         scratch_shapes=[
-            *_cascade_scratch(geometry, lanes),
+            *_cascade_scratch(geometry, tiling, lanes),
             # Filtered bands of one level at a time, and the sum of each level and all below it.
-            pltpu.VMEM((4, *_filtered_shape(geometry[min(levels, 1)]), lanes), jnp.float32),
+            _scratch(_filtered_shape(geometry[min(levels, 1)]), tiling, lanes, 4),
             *(
-                pltpu.VMEM((*_merged_shape(geometry, level), lanes), jnp.float32)
+                _scratch(_merged_shape(geometry, level), tiling, lanes)
                 for level in range(max(levels, 1))
             ),
         ],
         compiler_params=_compiler_params(),
         name="wtconv_forward",
-    )(*[x] * len(windows), *flat, bias.reshape(1, channels).astype(jnp.float32))
+    )(
+        *[_turned(x, tiling)] * len(windows),
+        *flat,
+        bias.reshape(1, channels).astype(jnp.float32),
+    )
+    return y.transpose(2, 0, 1, 3) if tiling.together > 1 else y
 
 
 @partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
@@ -155,55 +170,61 @@ def weight_grad(
     sums = pl.pallas_call(
         partial(_weight_kernel, tiling, of_x, of_dy, pads, x.shape[1:3], len(x_windows)),
         out_shape=[jax.ShapeDtypeStruct((*s, x.shape[-1]), jnp.float32) for s in shapes],
-        grid=_grid(x.shape, tiling, lanes),
+        grid=_grid(x.shape, tiling),
         in_specs=[*x_windows, *dy_windows],
         out_specs=[pl.BlockSpec((*s, lanes), lambda c, n, i, j: (0, 0, c)) for s in shapes],
         scratch_shapes=[
-            *_cascade_scratch(of_x, lanes),
-            *_cascade_scratch(of_dy, lanes),
+            *_cascade_scratch(of_x, tiling, lanes),
+            *_cascade_scratch(of_dy, tiling, lanes),
             *(pltpu.VMEM((*s, _SUBLANES, lanes), jnp.float32) for s in shapes),
         ],
         compiler_params=_compiler_params(),
         name="wtconv_weight_grad",
-    )(*[x] * len(x_windows), dy)
+    )(*[_turned(x, tiling)] * len(x_windows), _turned(dy, tiling))
     return tuple(
         jnp.moveaxis(s, 1, 0).reshape(shape) * 4.0**-level
         for level, (s, shape) in enumerate(zip(sums, kernel_shapes, strict=True))
     )
 
 
-def _flat(tap: jax.Array) -> jax.Array:
-    """`[k, k, bands, C]` as `[bands, k * k, C]`."""
-    return jnp.moveaxis(tap.reshape(-1, *tap.shape[2:]), 1, 0)
-
-
 # Tiles
 
 
 class _Tiling(NamedTuple):
-    """How x is cut: images a step, the tile's size, and the halo read around it."""
+    """How x is cut, and how a tile lies in registers."""
 
     images: int
+    """Images a grid step."""
     size: Pair
     halo: Pair
+    """Rows and columns read around the tile."""
+    together: int = 1
+    """Images side by side in each column, so many sublanes from one column to the next: all of a
+    step, a multiple of eight, or one, eight of its columns in a register."""
 
 
 def _tiling(
     shape: Sequence[int], dtype: jnp.dtype, kernel_size: int, levels: int, weights: bool
 ) -> _Tiling:
-    """The largest tile that fits in VMEM, whole images first; several small images at once."""
+    """The largest tile that fits in VMEM: images together, else whole images, else parts."""
     n, h, w, channels = shape
-    whole = _Tiling(1, (h, w), (0, 0))
     limit = int(tpu_vmem_bytes() * _VMEM_SHARE)
-    if _vmem_use(whole, dtype, channels, kernel_size, levels, weights) <= limit:
-        image = h * w * min(channels, _LANES) * dtype.itemsize
-        images = max(
-            i for i in range(1, n + 1) if n % i == 0 and i * image <= max(image, _STEP_BYTES)
-        )
-        whole = whole._replace(images=images)
-        if _vmem_use(whole, dtype, channels, kernel_size, levels, weights) <= limit:
-            return whole
-        return whole._replace(images=1)
+
+    def fits(tiling: _Tiling) -> bool:
+        return _vmem_use(tiling, dtype, channels, kernel_size, levels, weights) <= limit
+
+    most = max(1, _STEP_BYTES // (h * w * min(channels, _LANES) * dtype.itemsize))
+    full = _SUBLANES * 4 // dtype.itemsize
+    for images in range(min(n, max(most, full)), 0, -1):
+        tiling = _Tiling(images, (h, w), (0, 0), images)
+        whole = n % images == 0 and (images % full == 0 or images == n and n % _SUBLANES == 0)
+        # A single step would have nothing to copy while it computes.
+        if whole and math.prod(_grid(shape, tiling)) > 1 and fits(tiling):
+            return tiling
+    for images in range(min(n, most), 0, -1):
+        tiling = _Tiling(images, (h, w), (0, 0))
+        if n % images == 0 and fits(tiling):
+            return tiling
     # A block's halo must be a multiple of 2**levels, and divide its size to be a block itself.
     reach = 1 << (levels + (max(kernel_size // 2, 1) - 1).bit_length())
     halos = reach, max(reach, 2 * _SUBLANES)
@@ -214,7 +235,7 @@ def _tiling(
     fitting = []
     for (rows, row_halo), (cols, col_halo) in product(*sizes):
         tiling = _Tiling(1, (rows, cols), (row_halo, col_halo))
-        if _vmem_use(tiling, dtype, channels, kernel_size, levels, weights) <= limit:
+        if fits(tiling):
             read = (rows + 2 * row_halo) * (cols + 2 * col_halo)
             steps = math.ceil(h / rows) * math.ceil(w / cols)
             fitting.append((read * steps, tiling))
@@ -226,16 +247,25 @@ def _tiling(
     return min(fitting)[1]
 
 
+def _turned(x: jax.Array, tiling: _Tiling) -> jax.Array:
+    """`x [N, H, W, C]`, for images together as `[H, W, N, C]`.
+
+    That is how XLA lays such arrays out in memory, whose widths would leave sublanes empty, so
+    nothing is copied.
+    """
+    return x.transpose(1, 2, 0, 3) if tiling.together > 1 else x
+
+
 def _compiler_params() -> pltpu.CompilerParams:
     # Channels may be shared between cores; all else passes scratch or sums from step to step.
     semantics = ("parallel", "arbitrary", "arbitrary", "arbitrary")
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem_bytes())
 
 
-def _grid(shape: Sequence[int], tiling: _Tiling, lanes: int) -> tuple[int, int, int, int]:
+def _grid(shape: Sequence[int], tiling: _Tiling) -> tuple[int, int, int, int]:
     n, h, w, channels = shape
     tiles = (math.ceil(s / t) for s, t in zip((h, w), tiling.size, strict=True))
-    return math.ceil(channels / lanes), n // tiling.images, *tiles
+    return math.ceil(channels / _LANES), n // tiling.images, *tiles
 
 
 def _windows(shape: Sequence[int], tiling: _Tiling, halo: Pair, lanes: int) -> list[pl.BlockSpec]:
@@ -263,6 +293,8 @@ def _window(
         )
         return n, *tile, c
 
+    if tiling.together > 1:
+        return pl.BlockSpec((*block, tiling.images, lanes), lambda c, n, i, j: (i, j, n, c))
     return pl.BlockSpec((tiling.images, *block, lanes), index)
 
 
@@ -277,6 +309,8 @@ class _Level(NamedTuple):
     """Where the tile's first coefficient lies in scratch."""
     shape: Pair
     """Rows and columns of the scratch."""
+    together: int
+    """As the tiling's."""
 
 
 def _geometry(tiling: _Tiling, halo: Pair, levels: int, pads: Pair) -> list[_Level]:
@@ -286,20 +320,21 @@ def _geometry(tiling: _Tiling, halo: Pair, levels: int, pads: Pair) -> list[_Lev
         sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
     margins = [tuple(h >> level for h in halo) for level in range(levels + 1)]
     found: list[_Level] = []
+    together = tiling.together
+    whole = _whole(together)
     for size, margin in zip(reversed(sizes), reversed(margins), strict=True):
         before = [max(pads[0], m) for m in margin]
-        origin = before[0], _up(before[1], _SUBLANES)
-        rows = [size[0] + margin[0], _up(size[0], _row_chunk(size[0])) + pads[1]]
-        cols = [
-            _up(size[1] + 2 * margin[1], _SUBLANES) - margin[1],
-            _SUBLANES * math.prod(_column_groups(size[1])) + pads[1],
-        ]
+        origin = before[0], _up(before[1], whole)
+        level = _Level(size, margin, origin, (0, 0), together)
+        filtered = _filtered_shape(level)
+        rows = [size[0] + margin[0], filtered[0] + pads[1]]
+        cols = [_up(size[1] + 2 * margin[1], whole) - margin[1], filtered[1] + pads[1]]
         if found:
             # The next level's analysis reads two rows and columns for each one that it writes.
             rows.append(2 * (found[-1].size[0] + found[-1].margin[0]))
-            cols.append(2 * _up(found[-1].size[1] + 2 * found[-1].margin[1], 8) - margin[1])
-        shape = origin[0] + max(rows), _up(origin[1] + max(cols), _SUBLANES)
-        found.append(_Level(size, margin, origin, shape))
+            cols.append(2 * _up(found[-1].size[1] + 2 * found[-1].margin[1], whole) - margin[1])
+        shape = origin[0] + max(rows), _up(origin[1] + max(cols), whole)
+        found.append(level._replace(shape=shape))
     return found[::-1]
 
 
@@ -307,23 +342,30 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def _whole(together: int) -> int:
+    """Columns that fill whole registers."""
+    return max(1, _SUBLANES // together)
+
+
 def _row_chunk(rows: int) -> int:
     """Rows kept in registers at once: eight, or what leaves the fewest rows over."""
     return min(rows, min((8, 7, 6, 5, 4), key=lambda chunk: (_up(rows, chunk), -chunk)))
 
 
-def _column_groups(cols: int) -> Pair:
-    """Columns as groups of blocks of eight: (groups, blocks in each)."""
-    blocks = math.ceil(cols / _SUBLANES)
-    if blocks <= _MAX_GROUP:
-        return 1, blocks
-    return math.ceil(blocks / 4), 4
+def _column_groups(cols: int, together: int) -> Pair:
+    """A row as groups of registers: (groups, registers in each)."""
+    registers = math.ceil(cols * together / _SUBLANES)
+    if registers <= _MAX_GROUP:
+        return 1, registers
+    size = min((8, 7, 6, 5, 4), key=lambda size: (_up(registers, size), -size))
+    return math.ceil(registers / size), size
 
 
 def _filtered_shape(level: _Level) -> Pair:
     """Rows and columns that a convolution of this level writes."""
     rows, cols = level.size
-    return _up(rows, _row_chunk(rows)), _SUBLANES * math.prod(_column_groups(cols))
+    registers = math.prod(_column_groups(cols, level.together))
+    return _up(rows, _row_chunk(rows)), -(-registers * _SUBLANES // level.together)
 
 
 def _merged_shape(geometry: list[_Level], level: int) -> Pair:
@@ -331,15 +373,17 @@ def _merged_shape(geometry: list[_Level], level: int) -> Pair:
     rows, cols = _filtered_shape(geometry[level])
     if level + 1 == len(geometry):
         return rows, cols
-    below = geometry[level + 1].size
-    return max(rows, 2 * below[0]), max(cols, 2 * _up(below[1], _SUBLANES))
+    below, whole = geometry[level + 1].size, _whole(geometry[level].together)
+    return max(rows, 2 * below[0]), max(cols, 2 * _up(below[1], whole))
 
 
-def _cascade_scratch(geometry: list[_Level], lanes: int) -> list[Any]:
-    return [
-        pltpu.VMEM((4 if level else 1, *g.shape, lanes), jnp.float32)
-        for level, g in enumerate(geometry)
-    ]
+def _scratch(shape: Pair, tiling: _Tiling, lanes: int, *bands: int) -> Any:
+    rows, cols = shape
+    return pltpu.VMEM((*bands, rows, cols * tiling.together, lanes), jnp.float32)
+
+
+def _cascade_scratch(geometry: list[_Level], tiling: _Tiling, lanes: int) -> list[Any]:
+    return [_scratch(g.shape, tiling, lanes, 4 if level else 1) for level, g in enumerate(geometry)]
 
 
 def _vmem_use(
@@ -357,10 +401,12 @@ def _vmem_use(
     if weights:
         of_dy = _geometry(tiling, (0, 0), levels, (0, 0))
         elements += sum((4 if level else 1) * math.prod(g.shape) for level, g in enumerate(of_dy))
-        elements += (1 + 4 * levels) * kernel_size**2 * _SUBLANES
     else:
         elements += 4 * math.prod(_filtered_shape(of_x[min(levels, 1)]))
         elements += sum(math.prod(_merged_shape(of_x, level)) for level in range(max(levels, 1)))
+    elements = tiling.together * (elements + _up(tiling.size[1], _SUBLANES))
+    if weights:
+        elements += (1 + 4 * levels) * kernel_size**2 * _SUBLANES
     rows, cols = (size + 2 * halo for size, halo in zip(tiling.size, tiling.halo, strict=True))
     blocks = tiling.images * rows * _up(cols, 16)
     blocks += tiling.images * tiling.size[0] * _up(tiling.size[1], 16)
@@ -393,11 +439,11 @@ def _forward_kernel(
         for level in range(levels, 0, -1):
             _filter(coefficients[level], geometry[level], taps[level], pads, filtered)
             below = merged[level] if level < levels else None
-            _synthesise(filtered, below, merged[level - 1], geometry[level].size)
+            _synthesise(filtered, below, merged[level - 1], geometry[level])
         _add_base(coefficients[0], geometry[0], taps[0], pads, bias, merged[0], levels > 0)
-        _for(out.shape[1], partial(_store_row, merged[0], out, index))
+        _for(tiling.size[0], partial(_store_row, merged[0], out, index, tiling))
 
-    _for(tiling.images, one)
+    _for(tiling.images // tiling.together, one)
 
 
 def _weight_kernel(
@@ -426,7 +472,7 @@ def _weight_kernel(
                 x_bands[level], dy_bands[level], of_x[level], of_dy[level], pads, sums[level]
             )
 
-    _for(tiling.images, one)
+    _for(tiling.images // tiling.together, one)
 
     @pl.when(_is_step(last=True))
     def _() -> None:
@@ -455,14 +501,6 @@ def _zero_at_first(refs: Sequence[Any]) -> None:
                 _for(ref.shape[1], row)
 
 
-def _for(count: int, body: Callable[[Any], None]) -> None:
-    def step(i: jax.Array, carry: int) -> int:
-        body(i)
-        return carry
-
-    lax.fori_loop(0, count, step, 0)
-
-
 def _load(
     windows: Sequence[Any],
     index: jax.Array,
@@ -473,6 +511,9 @@ def _load(
     image: Pair,
 ) -> None:
     """Copies a tile with its halo to float32 scratch, zero where there is no image."""
+    if tiling.together > 1:
+        _for(tiling.size[0], partial(_load_together, windows[0], target, level))
+        return
     tile = [pl.program_id(axis) * size for axis, size in zip((2, 3), tiling.size, strict=True)]
     # Tiles that overhang the image, and halos, hold what lies outside it: undefined, not zero.
     outside = [
@@ -506,6 +547,14 @@ def _load(
         _for(window.shape[1], row)
 
 
+def _load_together(window: Any, target: Any, level: _Level, i: jax.Array) -> None:
+    """Copies a row of all images of a step to float32 scratch."""
+    value = window[i].astype(jnp.float32)
+    value = value.reshape(-1, value.shape[-1])
+    first = level.origin[1] * level.together
+    target[0, level.origin[0] + i, first : first + value.shape[0]] = value
+
+
 def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
     """Every level's sums and differences from the low band of the one above."""
     for level in range(1, len(geometry)):
@@ -513,7 +562,7 @@ def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
         source, target = coefficients[level - 1], coefficients[level]
         first = [o - m for o, m in zip(above.origin, above.margin, strict=True)]
         to = [o - m for o, m in zip(here.origin, here.margin, strict=True)]
-        cols = _up(here.size[1] + 2 * here.margin[1], _SUBLANES)
+        parts = _parts(here.size[1] + 2 * here.margin[1], here.together)
 
         def row(
             i: jax.Array,
@@ -521,24 +570,42 @@ def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
             target: Any = target,
             first: list[int] = first,
             to: list[int] = to,
-            cols: int = cols,
+            parts: list[_Part] = parts,
         ) -> None:
-            a, b, c, d = (
-                source[0, first[0] + 2 * i + v, pl.ds(first[1] + u, cols, stride=2)]
-                for v, u in product((0, 1), repeat=2)
-            )
-            sums, differences = (a + b, c + d), (a - b, c - d)
-            for band, value in enumerate(
-                (
-                    sums[0] + sums[1],
-                    sums[0] - sums[1],
-                    differences[0] + differences[1],
-                    differences[0] - differences[1],
+            for part in parts:
+                pixels = (
+                    source[0, first[0] + 2 * i + v, part.pixels(first[1], u)]
+                    for v, u in product((0, 1), repeat=2)
                 )
-            ):
-                target[band, to[0] + i, to[1] : to[1] + cols] = value
+                for band, value in enumerate(split(*pixels)):
+                    target[band, to[0] + i, part.bands(to[1])] = value
 
         _for(here.size[0] + 2 * here.margin[0], row)
+
+
+class _Part(NamedTuple):
+    """Columns that one level's transform treats at once: a row, or one of eight images."""
+
+    col: int
+    cols: int
+    together: int
+
+    def bands(self, first: int) -> Any:
+        """Where the coefficients of these columns lie."""
+        return pl.ds((first + self.col) * self.together, self.cols * self.together)
+
+    def pixels(self, first: int, odd: int) -> Any:
+        """Where the even, or odd, columns that they come from lie."""
+        start = (first + 2 * self.col + odd) * self.together
+        if self.together == 1:
+            return pl.ds(start, self.cols, stride=2)
+        return pl.ds(start, self.together)
+
+
+def _parts(cols: int, together: int) -> list[_Part]:
+    if together == 1:
+        return [_Part(0, _up(cols, _SUBLANES), 1)]
+    return [_Part(col, 1, together) for col in range(cols)]
 
 
 def _convolve(
@@ -554,7 +621,7 @@ def _convolve(
     top, left = (o - pads[0] for o in level.origin)
     kernel_size = sum(pads) + 1
     chunk = _row_chunk(level.size[0])
-    groups, blocks = _column_groups(level.size[1])
+    groups, blocks = _column_groups(level.size[1], level.together)
 
     def rows(r: jax.Array) -> None:
         def cols(g: jax.Array | int) -> None:
@@ -562,7 +629,8 @@ def _convolve(
                 col = _column(g, blocks, block)
                 sums = [start(r * chunk + k, col) for k in range(chunk)]
                 for i, j in product(range(chunk + kernel_size - 1), range(kernel_size)):
-                    value = source[band, top + r * chunk + i, pl.ds(col + left + j, _SUBLANES)]
+                    at = pl.ds(col + (left + j) * level.together, _SUBLANES)
+                    value = source[band, top + r * chunk + i, at]
                     for k in range(max(0, i - kernel_size + 1), min(chunk, i + 1)):
                         term = value * taps[(i - k) * kernel_size + j]
                         sums[k] = term if sums[k] is None else sums[k] + term
@@ -575,7 +643,7 @@ def _convolve(
 
 
 def _column(group: jax.Array | int, blocks: int, block: int) -> Any:
-    """First column of a block of eight; a multiple of eight, and known to be one."""
+    """First sublane of a register of a row; a multiple of eight, and known to be one."""
     if isinstance(group, int):
         return (group * blocks + block) * _SUBLANES
     return pl.multiple_of(group * (blocks * _SUBLANES), _SUBLANES) + block * _SUBLANES
@@ -600,7 +668,7 @@ def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> N
             source,
             s,
             level,
-            [taps[s, t : t + 1] for t in range(taps.shape[1])],
+            [taps[t, pl.ds(s, 1)] for t in range(taps.shape[0])],
             pads,
             lambda row, col: None,
             store,
@@ -609,22 +677,20 @@ def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> N
     _for(4, band)
 
 
-def _synthesise(filtered: Any, below: Any | None, target: Any, size: Pair) -> None:
+def _synthesise(filtered: Any, below: Any | None, target: Any, level: _Level) -> None:
     """Sums and differences of four bands, the synthesis from below added to the low one."""
-    cols = _up(size[1], _SUBLANES)
+    parts = _parts(level.size[1], level.together)
 
     def row(i: jax.Array) -> None:
-        low, vertical, horizontal, diagonal = (filtered[s, i, :cols] for s in range(4))
-        if below is not None:
-            low = low + below[i, :cols]
-        top, bottom = low + vertical, low - vertical
-        right, cross = horizontal + diagonal, horizontal - diagonal
-        target[2 * i, pl.ds(0, cols, stride=2)] = top + right
-        target[2 * i, pl.ds(1, cols, stride=2)] = top - right
-        target[2 * i + 1, pl.ds(0, cols, stride=2)] = bottom + cross
-        target[2 * i + 1, pl.ds(1, cols, stride=2)] = bottom - cross
+        for part in parts:
+            low, *high = (filtered[s, i, part.bands(0)] for s in range(4))
+            if below is not None:
+                low = low + below[i, part.bands(0)]
+            pixels = merge(low, *high)
+            for (v, u), value in zip(product((0, 1), repeat=2), pixels, strict=True):
+                target[2 * i + v, part.pixels(0, u)] = value
 
-    _for(size[0], row)
+    _for(level.size[0], row)
 
 
 def _add_base(
@@ -639,12 +705,17 @@ def _add_base(
     def store(row: Any, col: Any, value: jax.Array) -> None:
         y[row, pl.ds(col, _SUBLANES)] = value
 
-    every_tap = [taps[0, t : t + 1] for t in range(taps.shape[1])]
+    every_tap = [taps[t] for t in range(taps.shape[0])]
     _convolve(source, 0, level, every_tap, pads, start, store)
 
 
-def _store_row(y: Any, out: Any, index: Any, i: Any) -> None:
-    out[index, i] = y[i, : out.shape[2]].astype(out.dtype)
+def _store_row(y: Any, out: Any, index: jax.Array, tiling: _Tiling, i: jax.Array) -> None:
+    """Copies a row of one image, or of all images of a step, out of float32 scratch."""
+    value = y[i, : tiling.size[1] * tiling.together]
+    if tiling.together > 1:
+        out[i] = value.reshape(out.shape[1:]).astype(out.dtype)
+    else:
+        out[index, i] = value.astype(out.dtype)
 
 
 def _correlate(
@@ -654,18 +725,20 @@ def _correlate(
     top, left = (o - pads[0] for o in x_level.origin)
     kernel_size = sum(pads) + 1
     dy_top, dy_left = dy_level.origin
+    together = x_level.together
     chunk = _row_chunk(x_level.size[0])
-    groups, blocks = _column_groups(x_level.size[1])
+    groups, blocks = _column_groups(x_level.size[1], x_level.together)
     taps = list(product(range(kernel_size), repeat=2))
 
     def band(s: jax.Array) -> None:
         def add_block(found: dict[Pair, jax.Array], r: Any, col: Any) -> None:
             dy = [
-                of_dy[s, dy_top + r * chunk + k, pl.ds(dy_left + col, _SUBLANES)]
+                of_dy[s, dy_top + r * chunk + k, pl.ds(dy_left * together + col, _SUBLANES)]
                 for k in range(chunk)
             ]
             for i, j in product(range(chunk + kernel_size - 1), range(kernel_size)):
-                value = of_x[s, top + r * chunk + i, pl.ds(col + left + j, _SUBLANES)]
+                at = pl.ds(col + (left + j) * together, _SUBLANES)
+                value = of_x[s, top + r * chunk + i, at]
                 for k in range(max(0, i - kernel_size + 1), min(chunk, i + 1)):
                     found[i - k, j] += value * dy[k]
 

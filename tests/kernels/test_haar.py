@@ -333,6 +333,7 @@ BAD = {
         lambda: haar.waverec2([X, (X, X, X), ()]),
         r"coeffs\[2\]: expected \(cH, cV, cD\), got \(\)",
     ),
+    "coeffs keys": (lambda: haar.idwt3({"aaa": X, 1: X}), r"got \['aaa', 1\]"),
     "coeffs list": (lambda: haar.idwt3([X, X]), r"coeffs: expected the bands \['aaa'.*got \("),
     "implementation": (lambda: haar.dwt(X, implementation="no"), r"implementation names \['no'\]"),
 }

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import haar, oracle
@@ -116,6 +117,7 @@ IMAGE = Problem((8, 56, 56, 96), jnp.dtype("float32"), 2, 3, "haar")
         ({"wavelet": "db2"}, "wavelet 'db2'"),
         ({"levels": 6}, "6 levels"),
         ({"shape": (0, 4, 4, 1)}, "an empty array"),
+        ({"shape": (2, 8, *export.symbolic_shape("w, c"))}, "arrays of symbolic size"),
     ],
 )
 def test_what_is_not_done_says_so_and_falls_back(changes, reason):

@@ -88,13 +88,13 @@ def _path():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", report.DTYPES)
 @pytest.mark.parametrize("direction", report.DIRECTIONS)
 @pytest.mark.parametrize("name", [name for name in TPU_SHAPES if name.startswith("convnext")])
-def test_four_times_fewer_cycles_than_xla(name, direction, monkeypatch):
+def test_four_times_fewer_cycles_than_xla(name, direction, dtype, monkeypatch):
     monkeypatch.setattr(compiling, "SECONDS", 3600)
     jobs = [
-        report.job("v5e", "wtconv", name, "float32", direction, plain=plain)
-        for plain in (False, True)
+        report.job("v5e", "wtconv", name, dtype, direction, plain=plain) for plain in (False, True)
     ]
     ours, xla = compiling.run(jobs)
     assert xla.estimated_cycles >= 4 * ours.cycles

@@ -1,5 +1,6 @@
 """The TPU kernels of WTConv in Pallas' TPU interpreter, which checks races, bounds and poison."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 from wtconv_checks import arrays, assert_oracle, value_and_grads
@@ -40,6 +42,13 @@ EXTRA = (
 TILED = (
     (Case((21, 20), 2, 3, batch=(1,), channels=2), 2.5),
     (Case((6, 40), 1, 3, "bfloat16", batch=(1,), channels=2), 1),
+)
+# Images side by side in registers: eight a step of sixteen; all of a batch, more than a register.
+TOGETHER = (
+    Case((7, 5), 2, 3, batch=(16,), channels=2),
+    Case((3, 6), 1, 2, "bfloat16", batch=(8,), channels=130),
+    Case((5, 3), 2, 3, batch=(2, 12), channels=130),
+    Case((2, 9), 1, 3, "bfloat16", batch=(16,), channels=130),
 )
 
 
@@ -83,6 +92,17 @@ def test_tiles_with_halos_are_the_oracles(case, vmem, races, monkeypatch):
     for weights in (False, True):
         tiling = mosaic_tpu._tiling(*sizes, weights)
         assert max(tiling.halo) > 0
+    assert_oracle(case, "mosaic_tpu")
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids=str)
+def test_images_together_are_the_oracles(case, races):
+    shape = math.prod(case.batch), *case.spatial, case.channels
+    for weights in (False, True):
+        tiling = mosaic_tpu._tiling(
+            shape, jnp.dtype(case.dtype), case.kernel_size, case.levels, weights
+        )
+        assert tiling.together % 8 == 0
     assert_oracle(case, "mosaic_tpu")
 
 
@@ -149,9 +169,11 @@ def test_what_is_not_done_says_so_and_falls_back(name, monkeypatch):
 def test_none_picks_the_kernel_on_a_tpu_where_it_fits():
     small = Problem((8, 56, 56, 96), jnp.dtype("float32"), 5, 5, "haar")
     large = small._replace(shape=(1, 4096, 4096, 96), levels=9)
+    symbolic = small._replace(shape=(8, *export.symbolic_shape("h, w"), 96))
     for direction in ("fwd", "bwd"):
         assert OPERATOR.pick(direction, None, "tpu", small) == "mosaic_tpu"
         assert OPERATOR.pick(direction, None, "tpu", large) == "xla"
+        assert OPERATOR.pick(direction, None, "tpu", symbolic) == "xla"
         with pytest.raises(NotImplementedError, match="no tile with its halo of 1024 pixels fits"):
             OPERATOR.pick(direction, "mosaic_tpu", "tpu", large)
 

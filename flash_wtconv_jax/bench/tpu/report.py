@@ -96,10 +96,10 @@ def row(
 
     Returns:
         `kernel`, `name`, `x`, `levels`, `kernel_size`, `dtype`, `direction`; of our kernels
-        `cycles`, the share of each unit's slots that they fill as `busy`, `vmem_bytes` of `vmem_capacity`, and
-        `error`, why they do not compile or cannot be counted; of XLA's program `xla_cycles`,
-        `xla_bundle_cycles` and `xla_error`; `valu_floor_cycles`, `hbm_floor_cycles`, and
-        `floor_cycles`, the greater of the two. What is not known is None.
+        `cycles`, the share of each unit's slots that they fill as `busy`, `vmem_bytes` of
+        `vmem_capacity`, and `error`, why they do not compile or cannot be counted; of XLA's
+        program `xla_cycles`, `xla_bundle_cycles` and `xla_error`; `valu_floor_cycles`,
+        `hbm_floor_cycles`, and `floor_cycles`, the greater of the two. What is not known is None.
     """
     shape = TPU_SHAPES[name]
     valu, hbm = floors(chip, kernel, shape, dtype, direction)
