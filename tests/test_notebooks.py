@@ -38,10 +38,11 @@ def test_runs(path):
     assert pictures, "no cell shows a picture"
 
 
-@pytest.mark.parametrize(("folder", "source"), [("notebooks", "..[demo]"), (".", "git+https://")])
-def test_the_quickstart_installs_from_the_clone_that_it_lies_in(monkeypatch, folder, source):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=notebook_id)
+@pytest.mark.parametrize(("folder", "source"), [("notebooks", "..["), (".", "git+https://")])
+def test_a_notebook_installs_from_the_clone_that_it_lies_in(monkeypatch, path, folder, source):
     transform = pytest.importorskip("IPython.core.inputtransformer2").TransformerManager()
-    cell = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4).cells[1]
+    cell = nbformat.read(path, as_version=4).cells[1]
     shell = SimpleNamespace(run_line_magic=lambda name, line: lines.append((name, line)))
     names, lines = {"get_ipython": lambda: shell}, []
     monkeypatch.chdir(ROOT / folder)
