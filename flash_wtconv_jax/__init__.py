@@ -18,7 +18,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoints, linen, models, nnx, surgery
+    from . import checkpoints as checkpoints
+    from . import linen as linen
+    from . import models as models
+    from . import nnx as nnx
+    from . import surgery as surgery
     from .linen import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
     from .parameters import deepest_level, weight_decay_mask
 
@@ -30,12 +34,7 @@ __all__ = [
     "WTConv2d",
     "WTConv3d",
     "__version__",
-    "checkpoints",
     "deepest_level",
-    "linen",
-    "models",
-    "nnx",
-    "surgery",
     "weight_decay_mask",
 ]
 
@@ -65,7 +64,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | set(__all__) | _SUBMODULES)
 
 
 def _installed_version() -> str:

@@ -248,7 +248,7 @@ def deepest_level(size: int | Sequence[int], kernel_size: int = 5) -> int:
     for n in sizes:
         check_constructor(size=n)
     check_constructor(kernel_size=kernel_size)
-    return max(0, (min(sizes) // kernel_size).bit_length() - 1)
+    return max(0, int(min(sizes) // kernel_size).bit_length() - 1)
 
 
 def weight_decay_mask(params: Any) -> Any:
@@ -289,7 +289,8 @@ def _compute_dtype(
 
 def _checked_dtype(name: str, dtype: Any) -> np.dtype:
     try:
-        found = jnp.dtype(dtype)
+        # NumPy takes None for its default.
+        found = None if dtype is None else jnp.dtype(dtype)
     except TypeError:
         found = None
     if found is None or found not in FLOATING:

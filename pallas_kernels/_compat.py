@@ -1,8 +1,8 @@
 """Every place where a version of JAX or XLA forces our hand, each with the version and why."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -35,6 +35,50 @@ def tpu_vmem_bytes() -> int:
         return pltpu.get_tpu_info().vmem_capacity_bytes
     except ValueError:
         return 128 << 20
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of a mesh that any array of a tree is sharded over, inside `jax.shard_map`."""
+    leaves = jax.tree.leaves(tree)
+    return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+
+
+def vary_over(axes: frozenset[str], tree: Any) -> Any:
+    """The same arrays, each an own copy along `axes`: what `jax.shard_map` by default insists on.
+
+    The transpose is the sum over the copies, as the gradient of a shared parameter must be. JAX
+    does this by itself where its own operations meet; at a custom derivative (0.10 to 0.11) not.
+    """
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        missing = tuple(axes - varying_axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
+    """Traces a function with `jax_enable_x64` off.
+
+    The loops and grids of a Pallas kernel for TPU count in 32 bits, but JAX (0.10 to 0.11) traces
+    them with 64, and the compiler refuses the mixture.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.enable_x64(False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def pallas_output(
+    shape: Sequence[int], dtype: jax.typing.DTypeLike, *inputs: jax.Array
+) -> jax.ShapeDtypeStruct:
+    """What a kernel writes that reads `inputs`; Pallas (JAX 0.10 to 0.11) asks where it varies."""
+    return jax.ShapeDtypeStruct(
+        shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying_axes(inputs))
+    )
 
 
 def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:

@@ -3,7 +3,7 @@
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,13 +68,17 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     state_dict = read(path)
-    for prefix in _PREFIXES:
-        if state_dict and all(name.startswith(prefix) for name in state_dict):
-            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
+    # Either may wrap the other.
+    while prefix := next((p for p in _PREFIXES if _all_start_with(state_dict, p)), ""):
+        state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
     try:
         return to_arrays(state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _all_start_with(names: Collection[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
 
 
 def write_state_dict(

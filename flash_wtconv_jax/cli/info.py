@@ -19,6 +19,9 @@ def info(
         # JAX has no device, which is what the reader came to find out.
         report["device"] = {"platform": "none", "kind": _first_line(error), "count": 0}
     report["operators"] = _operators(report["device"]["platform"])
+    if report["device"]["count"] == 0:
+        for status in report["operators"].values():
+            status.update(dict.fromkeys(status, "no device"))
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:

@@ -8,9 +8,10 @@ import typer
 
 _NOTE = (
     "The compiler's static figures, no measurement. cycles: bundles of our kernels, without "
-    "waiting for memory. XLA: estimated_cycles, what its cost model says of its own program of the "
-    "same layer, traffic to HBM included. XLA bundles: those of that program, without traffic. "
-    "floor: the greater of arithmetic (VALU) and traffic (HBM)."
+    "waiting for memory; around: estimated_cycles of what XLA does before and after them. XLA: "
+    "estimated_cycles, what its cost model says of its own program of the same layer (scales and "
+    "bias included), with traffic to HBM; fewer: that over cycles and around. XLA bundles: those "
+    "of its program, without traffic. floor: the greater of arithmetic (VALU) and traffic (HBM)."
 )
 
 
@@ -62,7 +63,8 @@ def _table(report: dict[str, Any]) -> Any:
 
     table = Table(title=f"TPU {report['chip']}, static cycles", caption=_NOTE)
     table.add_column("shape", no_wrap=True)
-    for name in ("cycles", "XLA", "fewer", "XLA bundles", "floor", "VALU", "HBM", "VMEM"):
+    names = ("cycles", "around", "XLA", "fewer", "XLA bundles", "floor", "VALU", "HBM", "VMEM")
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in report["rows"]:
@@ -71,12 +73,11 @@ def _table(report: dict[str, Any]) -> Any:
             table.add_section()
             table.add_row(title)
             previous = title
-        cycles, xla, vmem = row["cycles"], row["xla_cycles"], row["vmem_bytes"]
+        vmem = row["vmem_bytes"]
         table.add_row(
             f"{row['dtype']} {row['direction']}",
-            _number(cycles),
-            _number(xla),
-            f"{xla / cycles:.1f}x" if cycles and xla else "-",
+            *(_number(row[key]) for key in ("cycles", "around_cycles", "xla_cycles")),
+            f"{row['fewer']:.1f}x" if row["fewer"] else "-",
             *(_number(row[f"{key}_cycles"]) for key in ("xla_bundle", "floor")),
             *(_number(row[f"{key}_floor_cycles"]) for key in ("valu", "hbm")),
             f"{vmem / 2**20:.1f} MiB" if vmem else "-",

@@ -7,6 +7,7 @@ and `scale` for PyTorch's `weight`.
 """
 
 import dataclasses
+import math
 import numbers
 from typing import Any
 
@@ -112,6 +113,8 @@ class ConvNeXtConfig:
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
             number = float(value)
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
             if name.startswith("drop") and not 0.0 <= number < 1.0:
                 raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
             object.__setattr__(self, name, number)

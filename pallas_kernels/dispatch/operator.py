@@ -53,7 +53,7 @@ class Operator:
             implementation: Filter on the candidates; `None` asks the environment variable, and
                 without one takes the platform's rule.
             platform: The device's platform, e.g. `"cpu"`.
-            problem: The operator's description of the call, handed to `check`.
+            problem: The operator's description of the call, handed to `check` and told in errors.
 
         Returns:
             The name of the first candidate that can run, in the platform's order of preference.
@@ -62,7 +62,7 @@ class Operator:
             ValueError: An unknown or empty filter; names the argument or the variable.
             NotImplementedError: No candidate can run; says why for each.
         """
-        reasons = []
+        reasons: list[str] = []
         for name in self._candidates(direction, implementation, platform):
             reason = self._refusal(name, direction, platform, problem)
             if reason is None:
@@ -70,7 +70,7 @@ class Operator:
             reasons.append(f"{name}: {reason}")
         raise NotImplementedError(
             f"{self.name} ({direction}) cannot run on {platform} with "
-            f"implementation={implementation!r}: " + "; ".join(reasons)
+            f"implementation={implementation!r} for {problem}: " + "; ".join(reasons)
         )
 
     def check_names(self, implementation: Choice) -> None:
@@ -103,7 +103,7 @@ class Operator:
     def _names(self, implementation: Choice, source: str) -> list[str]:
         """The filter as a list of known names."""
         many = [implementation] if isinstance(implementation, str) else implementation
-        if not isinstance(many, Iterable):
+        if not isinstance(many, Iterable) or isinstance(many, bytes):
             raise ValueError(f"{source}={many!r}: expected None, a name or a sequence of names")
         names = list(many)
         known = [str(name) for name in self.implementations]

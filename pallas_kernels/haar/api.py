@@ -52,6 +52,10 @@ class Problem(NamedTuple):
     levels: int
     wavelet: str
 
+    def __str__(self) -> str:
+        """As errors tell it."""
+        return f"a signal {self.shape} {self.dtype}, {self.levels} levels of {self.wavelet}"
+
 
 Details2 = tuple[jax.Array, jax.Array, jax.Array]
 Details3 = dict[str, jax.Array]

@@ -2,7 +2,8 @@
 
 One grid step holds one tile in VMEM (whole images where they fit, else tiles of a multiple of
 2**levels, which need no halo) for one block of 128 channels. Low bands stay in float32 scratch;
-columns are split by strided loads and merged by strided stores.
+columns are split by strided loads and merged by strided stores. Small images of a batch lie side
+by side, `[H, W, N, C]`, as XLA lays them out: a register then holds one column of eight images.
 
 What bounds it (from the compiler's final bundles): at 56 x 56 x 128, three levels, float32, about
 as many cycles as the copies between HBM and VMEM take; the busiest unit is the one store slot,
@@ -21,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._compat import interpreting_tpu, tpu_vmem_bytes
+from pallas_kernels._compat import in_32_bits, interpreting_tpu, pallas_output, tpu_vmem_bytes
 from pallas_kernels.haar.filters import IS_HAAR
 
 DIFFERENTIABLE = False
@@ -70,6 +71,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 @partial(jax.jit, static_argnames=("ndim", "levels", "wavelet"))
+@in_32_bits
 def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
@@ -79,7 +81,7 @@ def wavedec(
     blocks = _blocks(x.shape, tiling, sizes)
     spec, lanes = blocks[0], min(x.shape[-1], _LANES)
     shapes = [
-        jax.ShapeDtypeStruct((x.shape[0], *size, x.shape[-1]), x.dtype)
+        pallas_output(turned_shape((x.shape[0], *size, x.shape[-1]), tiling.together), x.dtype, x)
         for size in _sizes(x.shape[1:3], levels)
     ]
     order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
@@ -89,17 +91,16 @@ def wavedec(
         grid=_grid(x.shape, tiling),
         in_specs=[spec],
         out_specs=[blocks[level] for level in order],
-        scratch_shapes=[
-            pltpu.VMEM((2 * rows, 2 * _up(cols, _SUBLANES), lanes), jnp.float32)
-            for rows, cols in sizes[1:]
-        ],
+        scratch_shapes=_scratch(tiling, sizes, lanes),
         compiler_params=_compiler_params(),
         name="haar_wavedec",
-    )(x)
+    )(turned(x, tiling.together))
+    low, *details = (turned_back(band, tiling.together) for band in (low, *details))
     return low, tuple(zip(*[iter(details)] * 3, strict=True))
 
 
 @partial(jax.jit, static_argnames=("shape", "wavelet"))
+@in_32_bits
 def waverec(low: jax.Array, details: tuple[Bands, ...], *, shape: Pair, wavelet: str) -> jax.Array:
     """The inverse of `wavedec`: an image `[N, *shape, C]`."""
     whole, levels = (low.shape[0], *shape, low.shape[-1]), len(details)
@@ -107,19 +108,18 @@ def waverec(low: jax.Array, details: tuple[Bands, ...], *, shape: Pair, wavelet:
     sizes = _sizes(tiling.size, levels)
     blocks, lanes = _blocks(whole, tiling, sizes), min(low.shape[-1], _LANES)
     order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
-    return pl.pallas_call(
+    bands = low, *(band for bands in details for band in bands)
+    image = pl.pallas_call(
         partial(_synthesis_kernel, tiling, sizes),
-        out_shape=jax.ShapeDtypeStruct(whole, low.dtype),
+        out_shape=pallas_output(turned_shape(whole, tiling.together), low.dtype, *bands),
         grid=_grid(whole, tiling),
         in_specs=[blocks[level] for level in order],
         out_specs=blocks[0],
-        scratch_shapes=[
-            pltpu.VMEM((2 * rows, 2 * _up(cols, _SUBLANES), lanes), jnp.float32)
-            for rows, cols in sizes[1:]
-        ],
+        scratch_shapes=_scratch(tiling, sizes, lanes),
         compiler_params=_compiler_params(),
         name="haar_waverec",
-    )(low, *(band for bands in details for band in bands))
+    )(*(turned(band, tiling.together) for band in bands))
+    return turned_back(image, tiling.together)
 
 
 def split(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> Bands:
@@ -155,11 +155,82 @@ def loop(count: int, body: Callable[[Any], None]) -> None:
     lax.fori_loop(0, count, step, 0)
 
 
+def turned_shape(shape: Sequence[int], together: int) -> tuple[int, ...]:
+    """The shape of `turned`."""
+    n, h, w, c = shape
+    return (h, w, n, c) if together > 1 else (n, h, w, c)
+
+
+def turned(x: jax.Array, together: int) -> jax.Array:
+    """`x [N, H, W, C]`, for images together as `[H, W, N, C]`.
+
+    That is how XLA lays arrays out in memory whose widths would leave sublanes empty, so nothing
+    is copied.
+    """
+    return x.transpose(1, 2, 0, 3) if together > 1 else x
+
+
+def turned_back(y: jax.Array, together: int) -> jax.Array:
+    """The inverse of `turned`."""
+    return y.transpose(2, 0, 1, 3) if together > 1 else y
+
+
+def side_by_side(
+    shape: Sequence[int], dtype: jnp.dtype, most: int, fits: Callable[[int], bool]
+) -> int:
+    """How many images should share registers in a step: a multiple of eight, or one.
+
+    Args:
+        shape: Of x, `[N, H, W, C]`.
+        dtype: Of x.
+        most: Images that a step needs not be larger than.
+        fits: Whether so many fit in VMEM.
+    """
+    n, _, w, channels = shape
+    full = _SUBLANES * 4 // dtype.itemsize
+    if w % full == 0:
+        # XLA lays images whose width fills registers out as they come, and would copy them.
+        return 1
+    for images in range(min(n, max(most, full)), _SUBLANES - 1, -1):
+        whole = n % images == 0 and (images % full == 0 or images == n and n % _SUBLANES == 0)
+        # A single step would have nothing to copy while it computes.
+        if whole and math.ceil(channels / _LANES) * (n // images) > 1 and fits(images):
+            return images
+    return 1
+
+
+class Part(NamedTuple):
+    """Columns that one transform treats at once: a row of one image, or a column of several."""
+
+    col: int
+    cols: int
+    together: int
+
+    def bands(self, first: int) -> Any:
+        """Where the coefficients of these columns lie in scratch."""
+        return pl.ds((first + self.col) * self.together, self.cols * self.together)
+
+    def pixels(self, first: int, odd: int) -> Any:
+        """Where the even, or odd, columns that they come from lie."""
+        start = (first + 2 * self.col + odd) * self.together
+        if self.together == 1:
+            return pl.ds(start, self.cols, stride=2)
+        return pl.ds(start, self.together)
+
+
+def parts(cols: int, together: int) -> list[Part]:
+    """The parts of a row of coefficients."""
+    if together == 1:
+        return [Part(0, cols, 1)]
+    return [Part(col, 1, together) for col in range(cols)]
+
+
 class _Tiling(NamedTuple):
-    """How the image is cut: images a step, and the tile's size."""
+    """How the image is cut: images a step, the tile's size, and images that share registers."""
 
     images: int
     size: Pair
+    together: int = 1
 
 
 def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
@@ -167,7 +238,13 @@ def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
     n, h, w, channels = shape
     limit = int(tpu_vmem_bytes() * _VMEM_SHARE)
     image = h * w * min(channels, _LANES) * dtype.itemsize
-    for images in range(min(n, max(1, _STEP_BYTES // image)), 0, -1):
+    most = max(1, _STEP_BYTES // image)
+    together = side_by_side(
+        shape, dtype, most, lambda n: _vmem_use(_Tiling(n, (h, w), n), dtype, levels) <= limit
+    )
+    if together > 1:
+        return _Tiling(together, (h, w), together)
+    for images in range(min(n, most), 0, -1):
         whole = _Tiling(images, (h, w))
         if n % images == 0 and _vmem_use(whole, dtype, levels) <= limit:
             return whole
@@ -191,9 +268,11 @@ def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
 def _vmem_use(tiling: _Tiling, dtype: jnp.dtype, levels: int) -> int:
     """Bytes of VMEM: float32 scratch, and every block twice for the pipeline."""
     sizes = _sizes(tiling.size, levels)
-    scratch = sum(4 * rows * _up(cols, _SUBLANES) for rows, cols in sizes[1:])
+    scratch = sum(4 * rows * _up(cols, _SUBLANES) for rows, cols in sizes[1:]) * tiling.together
     areas = [rows * _up(cols, 16) for rows, cols in sizes]
-    blocks = tiling.images * (areas[0] + 3 * sum(areas[1:]) + areas[-1])
+    blocks = max(tiling.images, 16 * (tiling.together > 1)) * (
+        areas[0] + 3 * sum(areas[1:]) + areas[-1]
+    )
     return _LANES * (4 * scratch + 2 * dtype.itemsize * blocks)
 
 
@@ -218,9 +297,23 @@ def _grid(shape: Sequence[int], tiling: _Tiling) -> tuple[int, int, int, int]:
 def _blocks(shape: Sequence[int], tiling: _Tiling, sizes: list[Pair]) -> list[pl.BlockSpec]:
     """The block of each level that one grid step holds."""
     lanes = min(shape[-1], _LANES)
+    if tiling.together > 1:
+        return [
+            pl.BlockSpec((*size, tiling.images, lanes), lambda c, n, i, j: (i, j, n, c))
+            for size in sizes
+        ]
     return [
         pl.BlockSpec((tiling.images, *size, lanes), lambda c, n, i, j: (n, i, j, c))
         for size in sizes
+    ]
+
+
+def _scratch(tiling: _Tiling, sizes: list[Pair], lanes: int) -> list[Any]:
+    """The image and every low band but the last, twice the size of the level below."""
+    whole = max(1, _SUBLANES // tiling.together)
+    return [
+        pltpu.VMEM((2 * rows, 2 * _up(cols, whole) * tiling.together, lanes), jnp.float32)
+        for rows, cols in sizes[1:]
     ]
 
 
@@ -252,23 +345,23 @@ def _analysis_kernel(
             def row(
                 i: jax.Array, level: int = level, bands: Any = bands, below: Any = below
             ) -> None:
-                rows, cols = sizes[level]
-                wide = _up(cols, _SUBLANES)
-                pixels = [
-                    lows[level - 1][2 * i + v, pl.ds(u, wide, stride=2)]
-                    for v, u in product((0, 1), repeat=2)
-                ]
-                smooth, *high = (0.5 * band for band in split(*pixels))
-                for out, value in zip(bands, high, strict=True):
-                    out[index, i] = value[:cols].astype(out.dtype)
-                if below is None:
-                    low[index, i] = smooth[:cols].astype(low.dtype)
-                else:
-                    below[i, :wide] = smooth
+                whole = max(1, _SUBLANES // tiling.together)
+                for part in parts(_up(sizes[level][1], whole), tiling.together):
+                    pixels = [
+                        lows[level - 1][2 * i + v, part.pixels(0, u)]
+                        for v, u in product((0, 1), repeat=2)
+                    ]
+                    smooth, *high = (0.5 * band for band in split(*pixels))
+                    for out, value in zip(bands, high, strict=True):
+                        _put(out, index, i, part, value)
+                    if below is None:
+                        _put(low, index, i, part, smooth)
+                    else:
+                        below[i, part.bands(0)] = smooth
 
             loop(sizes[level][0], row)
 
-    loop(tiling.images, one)
+    loop(tiling.images // tiling.together, one)
 
 
 def _zero_row(ref: Any, i: jax.Array) -> None:
@@ -279,6 +372,10 @@ def _load_row(
     x: Any, index: jax.Array, target: Any, tiling: _Tiling, image: Pair, i: jax.Array
 ) -> None:
     """Copies a row to float32 scratch, zero where the tile overhangs the image."""
+    if tiling.together > 1:
+        value = x[i].astype(jnp.float32).reshape(-1, x.shape[-1])
+        target[i, : value.shape[0]] = value
+        return
     value = x[index, i].astype(jnp.float32)
     row = pl.program_id(2) * tiling.size[0] + i
     if image[1] % tiling.size[1]:
@@ -301,18 +398,39 @@ def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) 
             def row(
                 i: jax.Array, level: int = level, bands: Any = bands, smooth: Any = smooth
             ) -> None:
-                cols = sizes[level][1]
-                high = [band[index, i].astype(jnp.float32) for band in bands]
-                coarse = low[index, i].astype(jnp.float32) if smooth is None else smooth[i, :cols]
-                pixels = merge(coarse, *high)
-                for (v, u), value in zip(product((0, 1), repeat=2), pixels, strict=True):
-                    merged[level - 1][2 * i + v, pl.ds(u, cols, stride=2)] = 0.5 * value
+                for part in parts(sizes[level][1], tiling.together):
+                    high = [_get(band, index, i, part) for band in bands]
+                    if smooth is None:
+                        coarse = _get(low, index, i, part)
+                    else:
+                        coarse = smooth[i, part.bands(0)]
+                    pixels = merge(coarse, *high)
+                    for (v, u), value in zip(product((0, 1), repeat=2), pixels, strict=True):
+                        merged[level - 1][2 * i + v, part.pixels(0, u)] = 0.5 * value
 
             loop(sizes[level][0], row)
-        loop(tiling.size[0], partial(_store_row, merged[0], out, index))
+        loop(tiling.size[0], partial(_store_row, merged[0], out, index, tiling))
 
-    loop(tiling.images, one)
+    loop(tiling.images // tiling.together, one)
 
 
-def _store_row(source: Any, out: Any, index: jax.Array, i: jax.Array) -> None:
-    out[index, i] = source[i, : out.shape[2]].astype(out.dtype)
+def _get(band: Any, index: jax.Array, i: jax.Array, part: Part) -> jax.Array:
+    """Coefficients of a block in float32."""
+    value = band[i, part.col] if part.together > 1 else band[index, i]
+    return value.astype(jnp.float32)
+
+
+def _put(band: Any, index: jax.Array, i: jax.Array, part: Part, value: jax.Array) -> None:
+    """Coefficients to a block, without the padding of a row."""
+    if part.together > 1:
+        band[i, part.col] = value.astype(band.dtype)
+    else:
+        band[index, i] = value[: band.shape[2]].astype(band.dtype)
+
+
+def _store_row(source: Any, out: Any, index: jax.Array, tiling: _Tiling, i: jax.Array) -> None:
+    value = source[i, : tiling.size[1] * tiling.together]
+    if tiling.together > 1:
+        out[i] = value.reshape(out.shape[1:]).astype(out.dtype)
+    else:
+        out[index, i] = value.astype(out.dtype)

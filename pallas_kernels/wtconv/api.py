@@ -46,6 +46,11 @@ class Problem(NamedTuple):
     levels: int
     wavelet: str
 
+    def __str__(self) -> str:
+        """As errors tell it."""
+        kind = f"{self.dtype}, {self.levels} levels of kernel {self.kernel_size}, {self.wavelet}"
+        return f"x {self.shape} {kind}"
+
 
 def wtconv1d(
     x: ArrayLike,
@@ -204,7 +209,7 @@ def checked_precision(value: Precision) -> jax.lax.Precision | None:
         return None
     try:
         return jax.lax.Precision(value)
-    except ValueError:
+    except (TypeError, ValueError):
         names = [p.name.lower() for p in jax.lax.Precision]
         raise ValueError(
             f"precision={value!r}: expected None, a jax.lax.Precision or one of {names}"

@@ -34,10 +34,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._compat import interpreting_tpu, tpu_vmem_bytes
+from pallas_kernels._compat import in_32_bits, interpreting_tpu, pallas_output, tpu_vmem_bytes
 from pallas_kernels.haar.filters import IS_HAAR
-from pallas_kernels.haar.mosaic_tpu import loop as _for
-from pallas_kernels.haar.mosaic_tpu import merge, split
+from pallas_kernels.haar.mosaic_tpu import (
+    Part,
+    loop,
+    merge,
+    parts,
+    side_by_side,
+    split,
+    turned,
+    turned_back,
+    turned_shape,
+)
 
 DIFFERENTIABLE = False
 
@@ -88,6 +97,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 @partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
+@in_32_bits
 def forward(
     x: jax.Array,
     taps: Taps,
@@ -118,7 +128,7 @@ def forward(
     windows = _windows(x.shape, tiling, tiling.halo, lanes)
     y = pl.pallas_call(
         partial(_forward_kernel, tiling, geometry, pads, x.shape[1:3], len(windows)),
-        out_shape=jax.ShapeDtypeStruct(_turned(x, tiling).shape, x.dtype),
+        out_shape=pallas_output(turned_shape(x.shape, tiling.together), x.dtype, x, *flat, bias),
         grid=_grid(x.shape, tiling),
         in_specs=[
             *windows,
@@ -138,14 +148,15 @@ def forward(
         compiler_params=_compiler_params(),
         name="wtconv_forward",
     )(
-        *[_turned(x, tiling)] * len(windows),
+        *[turned(x, tiling.together)] * len(windows),
         *flat,
         bias.reshape(1, channels).astype(jnp.float32),
     )
-    return y.transpose(2, 0, 1, 3) if tiling.together > 1 else y
+    return turned_back(y, tiling.together)
 
 
 @partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
+@in_32_bits
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,
@@ -169,7 +180,7 @@ def weight_grad(
     shapes = [(1 if level == 0 else 4, kernel_size**2) for level in range(levels + 1)]
     sums = pl.pallas_call(
         partial(_weight_kernel, tiling, of_x, of_dy, pads, x.shape[1:3], len(x_windows)),
-        out_shape=[jax.ShapeDtypeStruct((*s, x.shape[-1]), jnp.float32) for s in shapes],
+        out_shape=[pallas_output((*s, x.shape[-1]), jnp.float32, x, dy) for s in shapes],
         grid=_grid(x.shape, tiling),
         in_specs=[*x_windows, *dy_windows],
         out_specs=[pl.BlockSpec((*s, lanes), lambda c, n, i, j: (0, 0, c)) for s in shapes],
@@ -180,7 +191,7 @@ def weight_grad(
         ],
         compiler_params=_compiler_params(),
         name="wtconv_weight_grad",
-    )(*[_turned(x, tiling)] * len(x_windows), _turned(dy, tiling))
+    )(*[turned(x, tiling.together)] * len(x_windows), turned(dy, tiling.together))
     return tuple(
         jnp.moveaxis(s, 1, 0).reshape(shape) * 4.0**-level
         for level, (s, shape) in enumerate(zip(sums, kernel_shapes, strict=True))
@@ -214,13 +225,11 @@ def _tiling(
         return _vmem_use(tiling, dtype, channels, kernel_size, levels, weights) <= limit
 
     most = max(1, _STEP_BYTES // (h * w * min(channels, _LANES) * dtype.itemsize))
-    full = _SUBLANES * 4 // dtype.itemsize
-    for images in range(min(n, max(most, full)), 0, -1):
-        tiling = _Tiling(images, (h, w), (0, 0), images)
-        whole = n % images == 0 and (images % full == 0 or images == n and n % _SUBLANES == 0)
-        # A single step would have nothing to copy while it computes.
-        if whole and math.prod(_grid(shape, tiling)) > 1 and fits(tiling):
-            return tiling
+    together = side_by_side(
+        shape, dtype, most, lambda images: fits(_Tiling(images, (h, w), (0, 0), images))
+    )
+    if together > 1:
+        return _Tiling(together, (h, w), (0, 0), together)
     for images in range(min(n, most), 0, -1):
         tiling = _Tiling(images, (h, w), (0, 0))
         if n % images == 0 and fits(tiling):
@@ -245,15 +254,6 @@ def _tiling(
             f"tile with its halo of {reach} pixels fits in {limit / 2**20:.1f} MiB of VMEM"
         )
     return min(fitting)[1]
-
-
-def _turned(x: jax.Array, tiling: _Tiling) -> jax.Array:
-    """`x [N, H, W, C]`, for images together as `[H, W, N, C]`.
-
-    That is how XLA lays such arrays out in memory, whose widths would leave sublanes empty, so
-    nothing is copied.
-    """
-    return x.transpose(1, 2, 0, 3) if tiling.together > 1 else x
 
 
 def _compiler_params() -> pltpu.CompilerParams:
@@ -288,7 +288,7 @@ def _window(
 
     def index(c: Any, n: Any, i: Any, j: Any) -> tuple[Any, ...]:
         tile = (
-            jnp.clip(t * r + {-1: -1, 0: 0, 1: r}[p], 0, m) if p else t
+            jnp.clip(t * r + {-1: -1, 1: r}[p], 0, m) if p else t
             for t, r, p, m in zip((i, j), ratio, where, last, strict=True)
         )
         return n, *tile, c
@@ -441,9 +441,9 @@ def _forward_kernel(
             below = merged[level] if level < levels else None
             _synthesise(filtered, below, merged[level - 1], geometry[level])
         _add_base(coefficients[0], geometry[0], taps[0], pads, bias, merged[0], levels > 0)
-        _for(tiling.size[0], partial(_store_row, merged[0], out, index, tiling))
+        loop(tiling.size[0], partial(_store_row, merged[0], out, index, tiling))
 
-    _for(tiling.images // tiling.together, one)
+    loop(tiling.images // tiling.together, one)
 
 
 def _weight_kernel(
@@ -472,7 +472,7 @@ def _weight_kernel(
                 x_bands[level], dy_bands[level], of_x[level], of_dy[level], pads, sums[level]
             )
 
-    _for(tiling.images // tiling.together, one)
+    loop(tiling.images // tiling.together, one)
 
     @pl.when(_is_step(last=True))
     def _() -> None:
@@ -498,7 +498,7 @@ def _zero_at_first(refs: Sequence[Any]) -> None:
                 def row(i: jax.Array, ref: Any = ref, lead: int = lead) -> None:
                     ref[lead, i] = jnp.zeros(ref.shape[2:], ref.dtype)
 
-                _for(ref.shape[1], row)
+                loop(ref.shape[1], row)
 
 
 def _load(
@@ -512,7 +512,7 @@ def _load(
 ) -> None:
     """Copies a tile with its halo to float32 scratch, zero where there is no image."""
     if tiling.together > 1:
-        _for(tiling.size[0], partial(_load_together, windows[0], target, level))
+        loop(tiling.size[0], partial(_load_together, windows[0], target, level))
         return
     tile = [pl.program_id(axis) * size for axis, size in zip((2, 3), tiling.size, strict=True)]
     # Tiles that overhang the image, and halos, hold what lies outside it: undefined, not zero.
@@ -544,7 +544,7 @@ def _load(
                 value = jnp.where((at >= 0) & (at < image[0]), value, 0.0)
             target[0, level.origin[0] + start[0] + i, first_col : first_col + cols] = value
 
-        _for(window.shape[1], row)
+        loop(window.shape[1], row)
 
 
 def _load_together(window: Any, target: Any, level: _Level, i: jax.Array) -> None:
@@ -562,7 +562,9 @@ def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
         source, target = coefficients[level - 1], coefficients[level]
         first = [o - m for o, m in zip(above.origin, above.margin, strict=True)]
         to = [o - m for o, m in zip(here.origin, here.margin, strict=True)]
-        parts = _parts(here.size[1] + 2 * here.margin[1], here.together)
+        row_parts = parts(
+            _up(here.size[1] + 2 * here.margin[1], _whole(here.together)), here.together
+        )
 
         def row(
             i: jax.Array,
@@ -570,9 +572,9 @@ def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
             target: Any = target,
             first: list[int] = first,
             to: list[int] = to,
-            parts: list[_Part] = parts,
+            row_parts: list[Part] = row_parts,
         ) -> None:
-            for part in parts:
+            for part in row_parts:
                 pixels = (
                     source[0, first[0] + 2 * i + v, part.pixels(first[1], u)]
                     for v, u in product((0, 1), repeat=2)
@@ -580,32 +582,7 @@ def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
                 for band, value in enumerate(split(*pixels)):
                     target[band, to[0] + i, part.bands(to[1])] = value
 
-        _for(here.size[0] + 2 * here.margin[0], row)
-
-
-class _Part(NamedTuple):
-    """Columns that one level's transform treats at once: a row, or one of eight images."""
-
-    col: int
-    cols: int
-    together: int
-
-    def bands(self, first: int) -> Any:
-        """Where the coefficients of these columns lie."""
-        return pl.ds((first + self.col) * self.together, self.cols * self.together)
-
-    def pixels(self, first: int, odd: int) -> Any:
-        """Where the even, or odd, columns that they come from lie."""
-        start = (first + 2 * self.col + odd) * self.together
-        if self.together == 1:
-            return pl.ds(start, self.cols, stride=2)
-        return pl.ds(start, self.together)
-
-
-def _parts(cols: int, together: int) -> list[_Part]:
-    if together == 1:
-        return [_Part(0, _up(cols, _SUBLANES), 1)]
-    return [_Part(col, 1, together) for col in range(cols)]
+        loop(here.size[0] + 2 * here.margin[0], row)
 
 
 def _convolve(
@@ -639,7 +616,7 @@ def _convolve(
 
         _for_groups(groups, cols)
 
-    _for(math.ceil(level.size[0] / chunk), rows)
+    loop(math.ceil(level.size[0] / chunk), rows)
 
 
 def _column(group: jax.Array | int, blocks: int, block: int) -> Any:
@@ -654,7 +631,7 @@ def _for_groups(groups: int, body: Callable[[Any], None]) -> None:
     if groups == 1:
         body(0)
     else:
-        _for(groups, body)
+        loop(groups, body)
 
 
 def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> None:
@@ -674,15 +651,15 @@ def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> N
             store,
         )
 
-    _for(4, band)
+    loop(4, band)
 
 
 def _synthesise(filtered: Any, below: Any | None, target: Any, level: _Level) -> None:
     """Sums and differences of four bands, the synthesis from below added to the low one."""
-    parts = _parts(level.size[1], level.together)
+    row_parts = parts(_up(level.size[1], _whole(level.together)), level.together)
 
     def row(i: jax.Array) -> None:
-        for part in parts:
+        for part in row_parts:
             low, *high = (filtered[s, i, part.bands(0)] for s in range(4))
             if below is not None:
                 low = low + below[i, part.bands(0)]
@@ -690,7 +667,7 @@ def _synthesise(filtered: Any, below: Any | None, target: Any, level: _Level) ->
             for (v, u), value in zip(product((0, 1), repeat=2), pixels, strict=True):
                 target[2 * i + v, part.pixels(0, u)] = value
 
-    _for(level.size[0], row)
+    loop(level.size[0], row)
 
 
 def _add_base(
@@ -756,4 +733,4 @@ def _correlate(
         for t, total in enumerate(found):
             sums[s, t] = sums[s, t] + total
 
-    _for(sums.shape[0], band)
+    loop(sums.shape[0], band)

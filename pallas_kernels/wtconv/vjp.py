@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.numerics import accumulator
 
 Taps = tuple[jax.Array, ...]
@@ -51,7 +52,9 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
     bias = None
     if "base_bias" in params:
         bias = _folded(params["base_bias"], params["base_scale"])
-    return _strided(_apply(plan, False, x, tuple(taps), bias), stride)
+    arrays = x, tuple(taps), bias
+    arrays = vary_over(varying_axes(arrays), arrays)
+    return _strided(_apply(plan, False, *arrays), stride)
 
 
 def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:
@@ -161,6 +164,8 @@ def _folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     ) -> tuple[jax.Array, bool]:
         if any(jax.tree.leaves(batched[1:])):
             return _map(call, batched, (x, taps, bias)), True
+        if size == 0:
+            return x, True
         return call(x.reshape(-1, *x.shape[2:]), taps, bias).reshape(x.shape), True
 
     return call

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels._compat import unfused
+from pallas_kernels._compat import unfused, vary_over, varying_axes
 from pallas_kernels.haar.xla import analysis, synthesis
 from pallas_kernels.numerics import accumulator
 from pallas_kernels.platform import on_cpu
@@ -101,6 +101,7 @@ def weight_grad(
         return jax.tree.map(jnp.add, total, part), None
 
     zeros = tuple(jnp.zeros(shape, accumulator(x.dtype)) for shape in kernel_shapes)
+    zeros = vary_over(varying_axes((x, dy)), zeros)
     return lax.scan(add, zeros, (_in_chunks(x), _in_chunks(dy)))[0]
 
 

@@ -133,6 +133,7 @@ for command in (
         *(line for name in ("demo", "bench", "erf", "convert") for line in (reason, f"{name} 1")),
     ]
     assert "0 x none: JAX starts no device" in result.stdout
+    assert "unavailable: no device" in result.stdout and "a none" not in result.stdout
     assert not list(tmp_path.iterdir())
 
 

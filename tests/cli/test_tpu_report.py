@@ -10,15 +10,16 @@ from flash_wtconv_jax.bench.tpu import compiling, report
 from flash_wtconv_jax.cli import app
 
 COMPUTATIONS = [
-    {"name": "a", "cycles": 900, "vmem_bytes": 5, "busy": {"VALU": 0.5}, "loops": []},
-    {"name": "b", "cycles": 100, "vmem_bytes": 9, "busy": {"VALU": 1.0}, "loops": []},
+    {"name": "copy", "cycles": 50, "vmem_bytes": 5, "busy": {"VALU": 0.0}, "loops": []},
+    {"name": "wtconv_forward.1", "cycles": 900, "busy": {"VALU": 0.5}, "loops": []},
+    {"name": "wtconv_weight_grad.1", "cycles": 100, "busy": {"VALU": 1.0}, "loops": []},
 ]
 
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch):
     """A compiler that answers at once: ours 1000 cycles, XLA's 5000, one of them never."""
-    ours = compiling.Result(None, None, 1000, 0, 3 << 20, 128 << 20, 1.0, COMPUTATIONS)
+    ours = compiling.Result(None, None, 1050, 250, 3 << 20, 128 << 20, 1.0, COMPUTATIONS)
     xla = compiling.Result(None, "a branch on data", None, 5000)
 
     def run(jobs, on_result=lambda _: None):
@@ -52,10 +53,12 @@ def test_table_json_and_picture(tmp_path):
     first, *_, last = written["rows"]
     assert (first["name"], first["x"], first["levels"]) == ("image_56", [8, 56, 56, 128], 3)
     assert (first["cycles"], first["xla_cycles"], first["vmem_bytes"]) == (1000, 5000, 3 << 20)
+    assert (first["around_cycles"], first["fewer"]) == (250, 4.0)
     assert first["busy"] == {"VALU": 0.55}
     assert first["floor_cycles"] == max(first["valu_floor_cycles"], first["hbm_floor_cycles"])
     assert first["xla_error"] == "a branch on data" and first["xla_bundle_cycles"] is None
-    assert last["xla_cycles"] is None
+    assert last["kernel"] == "haar"
+    assert [last[key] for key in ("cycles", "xla_cycles", "fewer")] == [None] * 3
 
 
 def test_floors_are_those_of_the_arithmetic_and_of_the_traffic():

@@ -465,9 +465,10 @@ def test_training_checkpoints_give_their_weights(tmp_path):
     torch = pytest.importorskip("torch")
     state_dict = published()
     tensors = checkpoints.to_tensors(state_dict)
-    wrapped = {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in tensors.items()}}
-    torch.save(wrapped, tmp_path / "a.pt")
-    assert_same(checkpoints.read_state_dict(tmp_path / "a.pt"), state_dict)
+    for prefix in ("module.", "module._orig_mod.", "_orig_mod.module."):
+        wrapped = {"epoch": 3, "state_dict": {prefix + n: t for n, t in tensors.items()}}
+        torch.save(wrapped, tmp_path / "a.pt")
+        assert_same(checkpoints.read_state_dict(tmp_path / "a.pt"), state_dict)
     torch.save([1], tmp_path / "b.pt")
     with pytest.raises(ValueError, match="holds a list, expected a state dict"):
         checkpoints.read_state_dict(tmp_path / "b.pt")

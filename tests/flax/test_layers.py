@@ -264,7 +264,9 @@ def test_bad_features_and_dtype():
         ({"dtype": "foo"}, "dtype='foo': expected one of"),
         ({"param_dtype": "float8_e5m2"}, "param_dtype='float8_e5m2': expected one of"),
         ({"wavelet": "nosuch"}, "wavelet='nosuch' is not a discrete wavelet"),
+        ({"param_dtype": None}, "param_dtype=None: expected one of"),
         ({"precision": "nosuch"}, "precision='nosuch'"),
+        ({"precision": ["high"]}, r"precision=\['high'\]"),
         ({"implementation": "nope"}, "implementation names \\['nope'\\]"),
         ({"implementation": "auto"}, "implementation='auto': .* not available yet"),
     ],
@@ -394,6 +396,7 @@ def test_separable_without_bias():
         (8, 1, 3),
         ((56, 14), 5, 1),
         ([64], 1, 6),
+        (np.int64(64), np.int64(5), 3),
     ],
 )
 def test_deepest_level(size, kernel_size, expected):

@@ -386,6 +386,7 @@ def test_surgery_turns_convnext_into_wtconvnext(images):
         ({"dropout": None}, "dropout must be a number, got None"),
         ({"drop_path": True}, "drop_path must be a number, got True"),
         ({"layer_scale": "x"}, "layer_scale must be a number, got 'x'"),
+        ({"layer_scale": float("nan")}, "layer_scale must be a finite number, got nan"),
         ({"depths": 3}, "depths must hold one int for each stage, got 3"),
         ({"wavelet": "nope"}, "wavelet='nope'"),
         ({"param_dtype": "int32"}, "param_dtype='int32': expected one of float16"),

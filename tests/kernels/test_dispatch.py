@@ -101,6 +101,7 @@ def test_the_environment_is_asked_when_used(fake, monkeypatch, value, want):
         (["slow", 3], r"implementation names \[3\]"),
         (["slow", None], r"implementation names \[None\]"),
         (3, "implementation=3: expected None, a name or a sequence of names"),
+        (b"fast", "implementation=b'fast': expected None, a name"),
     ],
 )
 def test_a_filter_that_is_wrong(fake, choice, message):
@@ -120,6 +121,7 @@ def test_when_nothing_can_run_each_says_why(fake):
         fake.pick("bwd", ["neat", "broken", "fast"], "cpu", "odd")
     message = str(error.value)
     assert message.startswith("fake (bwd) cannot run on cpu with implementation=['neat'")
+    assert " for odd: " in message
     assert "neat: no bwd of odd" in message
     assert "fast: no GPU here" in message
     assert "broken: import failed: No module named 'fake_op.broken'" in message

@@ -1,5 +1,6 @@
 """The TPU kernels of the Haar cascade in Pallas' TPU interpreter: races, bounds and poison."""
 
+import math
 from functools import partial
 
 import jax
@@ -25,6 +26,12 @@ CASES = (
 )
 # Tiles along rows alone, and along both axes, overhanging the image; and MiB of VMEM.
 TILED = ((Case((21, 12), 2, batch=(1,)), 0.45), (Case((6, 50), 1, "haar", "bfloat16", (1,)), 0.2))
+# Images side by side in registers: eight a step of sixteen; all of a batch, in bfloat16 too.
+TOGETHER = (
+    Case((7, 5), 2, batch=(16,), channels=2),
+    Case((6, 3), 5, batch=(2, 12), channels=130),
+    Case((5, 6), 1, dtype="bfloat16", batch=(8,), channels=130),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +94,13 @@ def test_tiles_are_the_oracles(case, vmem, races, monkeypatch):
     shape = (1, *case.spatial, case.channels)
     tiling = mosaic_tpu._tiling(shape, jnp.dtype(case.dtype), case.level)
     assert tiling.size != case.spatial
+    assert_oracle(case)
+
+
+@pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.name)
+def test_images_together_are_the_oracles(case, races):
+    shape = math.prod(case.batch), *case.spatial, case.channels
+    assert mosaic_tpu._tiling(shape, jnp.dtype(case.dtype), case.level).together % 8 == 0
     assert_oracle(case)
 
 

@@ -128,7 +128,7 @@ def test_depthwise_is_a_sum_over_neighbours(ndim, size, kernel_size):
 
 
 def closed_form(x, params, ndim):
-    """Section 3 of the design: all levels' synthesis in one step, each pixel by itself."""
+    """All levels' synthesis in one step, each pixel by itself."""
     levels = sum(name.startswith("wavelet_kernel") for name in params)
     size = x.shape[:-1]
     y = params["base_scale"] * (

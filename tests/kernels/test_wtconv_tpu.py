@@ -95,7 +95,7 @@ def test_tiles_with_halos_are_the_oracles(case, vmem, races, monkeypatch):
     assert_oracle(case, "mosaic_tpu")
 
 
-@pytest.mark.parametrize("case", TOGETHER, ids=str)
+@pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.name)
 def test_images_together_are_the_oracles(case, races):
     shape = math.prod(case.batch), *case.spatial, case.channels
     for weights in (False, True):
@@ -115,6 +115,12 @@ def test_gradients_are_bitwise_reproducible():
 
 def curved(x, params, implementation):
     return jnp.sin(wtconv2d(x, params, implementation=implementation)).sum()
+
+
+def test_vmap_over_nothing():
+    x, params, _ = arrays(Case((5, 6), 1, 3, batch=(2,), channels=2))
+    call = partial(wtconv2d, params=params, implementation="mosaic_tpu")
+    assert jax.vmap(call)(x[None][:0]).shape == (0, *x.shape)
 
 
 def test_vmap_and_derivatives_of_gradients():
@@ -206,7 +212,7 @@ specs = {name: P(*[None] * (p.ndim - 1), "c") for name, p in params.items()}
 mesh = jax.make_mesh((4, 2), ("n", "c"))
 local = jax.shard_map(
     partial(wtconv2d, implementation="mosaic_tpu"),
-    mesh=mesh, in_specs=(spec, specs), out_specs=spec, check_vma=False,
+    mesh=mesh, in_specs=(spec, specs), out_specs=spec, check_vma={check_vma},
 )
 place = lambda tree, specs: jax.tree.map(
     lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs
@@ -218,6 +224,8 @@ jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want
 """
 
 
-def test_sharded_over_batch_and_channels():
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sharded_over_batch_and_channels(check_vma):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=os.environ | flags)
+    program = SHARDED.replace("{check_vma}", str(check_vma))
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | flags)

@@ -1,8 +1,10 @@
-"""Kernels whose loops can be counted by hand, compiled in the worker by `test_tpu_aot`."""
+"""What `test_tpu_aot` compiles in the worker: loops to count by hand, and 64-bit integers."""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+
+from flash_wtconv_jax.bench.tpu import programs
 
 X = jax.ShapeDtypeStruct((64, 128), jnp.float32)
 
@@ -34,3 +36,14 @@ def stepped(steps):
     spec = pl.BlockSpec((8, 128), lambda i: (i, 0))
     shape = jax.ShapeDtypeStruct((8 * steps, 128), jnp.float32)
     return pl.pallas_call(kernel, shape, grid=(steps,), in_specs=[spec], out_specs=spec), (shape,)
+
+
+def wide(kernel, shape, dtype, direction):
+    """A kernel of ours where JAX's integers and Python's numbers are 64 bits wide."""
+    function, arguments = getattr(programs, kernel)(shape, dtype, direction)
+
+    def run(*arguments):
+        with jax.enable_x64(True):
+            return function(*arguments)
+
+    return run, arguments

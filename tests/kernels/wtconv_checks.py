@@ -50,7 +50,7 @@ def worst(got, want):
 
 
 def tolerance(case, name, of_case):
-    """Bounds of the design, section 5: a weight gradient is a sum over n terms."""
+    """Rounding of the dtype; a weight gradient is a sum over n terms."""
     if case.dtype == "float64":
         return 1e-12
     terms = of_case[0].size / case.channels if name.startswith(("base", "wavelet")) else 1

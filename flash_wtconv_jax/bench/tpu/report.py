@@ -4,9 +4,10 @@ For the wavelet convolution "backward" is the gradients of x and of the taps; fo
 whose gradient is its inverse, "forward" is the analysis and "backward" the synthesis.
 
 Every figure is the compiler's, none is measured: `cycles` counts the bundles of the compiled
-kernels (`bundles`), `xla_cycles` is what XLA's cost model says of its own program for the same
-function (`estimated_cycles`, with its traffic to HBM), and `xla_bundle_cycles` counts the bundles
-of that program where they are dumped, without its traffic.
+kernels (`bundles`), `around_cycles` is what XLA's cost model says of what it does around them
+(`estimated_cycles`, with its traffic to HBM: copies into another layout, the factors of the taps),
+`xla_cycles` what it says of XLA's own program for the same function, and `xla_bundle_cycles` counts
+the bundles of that program where they are dumped, without its traffic.
 """
 
 from collections.abc import Callable, Sequence
@@ -96,13 +97,17 @@ def row(
 
     Returns:
         `kernel`, `name`, `x`, `levels`, `kernel_size`, `dtype`, `direction`; of our kernels
-        `cycles`, the share of each unit's slots that they fill as `busy`, `vmem_bytes` of
-        `vmem_capacity`, and `error`, why they do not compile or cannot be counted; of XLA's
-        program `xla_cycles`, `xla_bundle_cycles` and `xla_error`; `valu_floor_cycles`,
-        `hbm_floor_cycles`, and `floor_cycles`, the greater of the two. What is not known is None.
+        `cycles` and `around_cycles`, the share of each unit's slots that they fill as `busy`,
+        `vmem_bytes` of `vmem_capacity`, and `error`, why they do not compile or cannot be counted;
+        of XLA's program `xla_cycles`, `xla_bundle_cycles` and `xla_error`; `fewer`, `xla_cycles`
+        over the sum of ours; `valu_floor_cycles`, `hbm_floor_cycles`, and `floor_cycles`, the
+        greater of the two. What is not known is None.
     """
     shape = TPU_SHAPES[name]
     valu, hbm = floors(chip, kernel, shape, dtype, direction)
+    own = [c for c in ours.computations if c["name"].startswith(kernel)]
+    cycles = sum(c["cycles"] for c in own) or None
+    total = cycles and cycles + (ours.estimated_cycles or 0)
     return {
         "kernel": kernel,
         "name": name,
@@ -111,15 +116,17 @@ def row(
         "kernel_size": shape.kernel_size,
         "dtype": dtype,
         "direction": direction,
-        "cycles": ours.cycles,
+        "cycles": cycles,
+        "around_cycles": ours.estimated_cycles,
         "xla_cycles": xla.estimated_cycles,
+        "fewer": total and xla.estimated_cycles and round(xla.estimated_cycles / total, 2),
         "xla_bundle_cycles": xla.cycles,
         "floor_cycles": max(valu, hbm),
         "valu_floor_cycles": valu,
         "hbm_floor_cycles": hbm,
         "vmem_bytes": ours.vmem_bytes,
         "vmem_capacity": ours.vmem_capacity,
-        "busy": _busy(ours.computations),
+        "busy": _busy(own),
         "error": ours.error or ours.uncounted,
         "xla_error": xla.error or xla.uncounted,
     }
