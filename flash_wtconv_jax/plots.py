@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from .checkpoints.files import replacing
@@ -246,19 +246,24 @@ def static_cycles(report: Mapping[str, Any]) -> Figure:
     """
     rows = report["rows"]
     panels = list(dict.fromkeys((row["kernel"], row["direction"]) for row in rows))
-    bars = {"floor_cycles": "floor", "cycles": "ours", "xla_cycles": "XLA (its cost model)"}
-    figure = Figure(figsize=(10.0, 3.2 * len(panels)), dpi=_DPI, layout="constrained")
+    bars = {
+        "floor_cycles": "floor (arithmetic or traffic)",
+        "cycles": "our kernels (without waiting for memory)",
+        "xla_cycles": "XLA (its cost model)",
+    }
+    number = EngFormatter(places=0, sep="")
+    figure = Figure(figsize=(12.0, 3.4 * len(panels)), dpi=_DPI, layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), 1), panels, strict=True):
         shown = [row for row in rows if (row["kernel"], row["direction"]) == panel]
         for i, (key, label) in enumerate(bars.items()):
             places = np.arange(len(shown)) + (i - 1) * 0.27
             heights = [row[key] or np.nan for row in shown]
             drawn = axes.bar(places, heights, 0.25, color=COLOURS[i], label=label)
-            texts = [f"{height / 1e3:.0f}k" if height > 0 else "?" for height in heights]
+            texts = [number(height) if height > 0 else "?" for height in heights]
             axes.bar_label(drawn, texts, fontsize=6, padding=1)
         axes.set_yscale("log")
         axes.margins(y=0.12)
-        names = [f"{row['name']}\n{row['dtype']}" for row in shown]
+        names = [f"{row['name']}\n{row['dtype']}".replace("_t_", "_t\n") for row in shown]
         axes.set_xticks(np.arange(len(shown)), names, fontsize=6)
         axes.set_title(" ".join(panel))
         axes.set_ylabel("static cycles")

@@ -5,9 +5,9 @@ One grid step holds one tile in VMEM (whole images where they fit, else tiles of
 columns are split by strided loads and merged by strided stores. Small images of a batch lie side
 by side, `[H, W, N, C]`, as XLA lays them out: a register then holds one column of eight images.
 
-What bounds it (from the compiler's final bundles): at 56 x 56 x 128, three levels, float32, about
-as many cycles as the copies between HBM and VMEM take; the busiest unit is the one store slot,
-which writes every coefficient once to scratch and once to the block that leaves.
+What bounds it: memory. The final bundles of eight images of 56 x 56 x 128, three levels, float32,
+on a v5e take 18,000 cycles, the copies between HBM and VMEM 47,000. The busiest unit is the one
+store slot, which writes every coefficient once to scratch and once to the block that leaves.
 """
 
 import math
