@@ -5,6 +5,9 @@ import random
 
 # Before anything imports jax. Tests marked gpu or tpu run with JAX_PLATFORMS=cuda or tpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Before anything imports Triton, whose own functions are then interpreted too.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import numpy as np

@@ -26,6 +26,7 @@ class Implementation(StrEnum):
     """Implementations of the wavelet convolution."""
 
     MOSAIC_TPU = "mosaic_tpu"
+    TRITON = "triton"
     XLA = "xla"
 
 
@@ -33,7 +34,7 @@ OPERATOR = Operator(
     name="wtconv",
     package="pallas_kernels.wtconv",
     implementations=Implementation,
-    rule={"tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)},
+    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "xla"), "cpu": ("xla",)},
 )
 
 

@@ -1,0 +1,123 @@
+"""The wavelet convolution on GPUs: the kernels of `triton_kernels`, launched by jax-triton."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.haar.filters import IS_HAAR
+
+DIFFERENTIABLE = False
+
+Taps = tuple[jax.Array, ...]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_MAX_KERNEL = 9
+_MAX_LEVELS = 5
+
+
+def unavailable(platform: str) -> str | None:
+    """Needs a GPU, Triton and jax-triton."""
+    if platform != "gpu":
+        return f"needs a GPU, this is a {platform}"
+    try:
+        import jax_triton  # noqa: F401
+    except ImportError as error:
+        return f"needs jax-triton (pip install flash-wtconv[triton]): {error}"
+    return None
+
+
+def check(direction: str, problem: Any) -> None:
+    """Raises `NotImplementedError` for what these kernels do not do.
+
+    Args:
+        direction: "fwd" or "bwd".
+        problem: `pallas_kernels.wtconv.api.Problem`.
+    """
+    reasons = []
+    if len(problem.shape) != 4:
+        reasons.append(f"{len(problem.shape) - 2}-D signals, 2-D alone")
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"{problem.dtype}, {', '.join(_DTYPES)} alone")
+    if problem.wavelet not in IS_HAAR:
+        reasons.append(f"wavelet {problem.wavelet!r}, 'haar' alone")
+    if problem.kernel_size > _MAX_KERNEL or problem.kernel_size % 2 == 0:
+        reasons.append(f"kernels of {problem.kernel_size}, odd ones up to {_MAX_KERNEL}")
+    if not 1 <= problem.levels <= _MAX_LEVELS:
+        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
+    if not all(isinstance(size, int) for size in problem.shape):
+        reasons.append("arrays of symbolic size")
+    elif problem.shape[0] == 0:
+        reasons.append("an empty batch")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+
+
+@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
+def forward(
+    x: jax.Array,
+    taps: Taps,
+    bias: jax.Array | None,
+    *,
+    wavelet: str,
+    transpose: bool,
+    precision: lax.Precision | None,
+) -> jax.Array:
+    """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
+
+    `wavelet` is Haar, and `precision` is float32's whatever is asked: no matrix unit is used.
+    """
+    from . import triton_launches
+
+    kernel_size, channels = taps[0].shape[0], x.shape[-1]
+    if transpose:
+        taps = tuple(jnp.flip(tap, (0, 1)) for tap in taps)
+    fill = triton_launches.padded(channels) - channels
+    flat = [
+        jnp.pad(
+            tap.astype(jnp.float32).reshape(kernel_size**2, -1, channels) * (0.25 if level else 1),
+            ((0, kernel_size), (0, 0), (0, fill)),
+        )
+        for level, tap in enumerate(taps)
+    ]
+    if bias is not None:
+        bias = jnp.pad(bias.astype(jnp.float32), (0, fill))
+    return triton_launches.forward(x, flat, bias, kernel_size, _launch)
+
+
+@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
+def weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    kernel_shapes: tuple[tuple[int, ...], ...],
+    wavelet: str,
+    precision: lax.Precision | None,
+) -> Taps:
+    """Gradients of the taps: each level's coefficients of x correlated with those of dy.
+
+    Every sum runs in a fixed order, so they are bitwise reproducible.
+    """
+    from . import triton_launches
+
+    kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
+    found = triton_launches.weight_grad(x, dy, kernel_size, levels, _launch)
+    return tuple(
+        jnp.concatenate([part.sum(axis=0) for part in parts], axis=1).reshape(shape)
+        * (0.25 if level else 1)
+        for level, (parts, shape) in enumerate(zip(found, kernel_shapes, strict=True))
+    )
+
+
+def _launch(
+    kernel: Any, arguments: list[Any], outputs: list[Any], grid: tuple[int, ...], **constants: Any
+) -> list[jax.Array]:
+    """One kernel, whose arguments are followed by its outputs."""
+    import jax_triton
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
+    return jax_triton.triton_call(
+        *arguments, kernel=kernel, out_shape=shapes, grid=grid, **constants
+    )

@@ -1,0 +1,489 @@
+"""The wavelet convolution's Triton kernels; coefficients are made in registers, never stored.
+
+Frameworks launch them through `triton_launches`; strides are arguments, so any layout runs. A
+program treats `P` strips, `TW` columns of coefficients wide, of one or more images, and `BC`
+channels. A thread holds one channel of one strip, and its sums in registers.
+
+A level reads the low band of the level above (x itself at the first), makes its four bands, and
+writes their filtered synthesis, to which it adds that of the levels below and, at the first level,
+the base convolution. Its taps come with the factors 1/2 of analysis and synthesis folded in. It
+filters two rows at once: each row of bands that comes in adds to the upper with one row of taps
+and to the lower with the row before, which is still in registers.
+
+A weight gradient keeps a sum a tap, and the `K` rows of dy that a row of x is a neighbour of.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _strips(block, images, across, down, P: tl.constexpr):
+    """Of the strips of a block: their column of strips, images, rows of strips, and which exist."""
+    at = block // across * P + tl.arange(0, P)[:, None]
+    return block % across, (at // down).to(tl.int64), at % down, at < images * down
+
+
+@triton.jit
+def _row(start, ok, first, size, COUNT: tl.constexpr, STEP: tl.constexpr, CHECK: tl.constexpr):
+    """Consecutive pixels of a row in float32, zero outside the image.
+
+    Without `CHECK` all of its columns are known to lie inside.
+    """
+    values = ()
+    for j in tl.static_range(COUNT):
+        if CHECK:
+            inside = ok & (first + j >= 0) & (first + j < size)
+        else:
+            inside = ok
+        value = tl.load(start + j * STEP, mask=inside, other=0.0)
+        values = values + (value.to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _bands(top, bottom, COUNT: tl.constexpr):
+    """Four bands of each pair of columns of two rows, twice as large as the transform's."""
+    bands = ()
+    for j in tl.static_range(COUNT):
+        sum0, sum1 = top[2 * j] + top[2 * j + 1], bottom[2 * j] + bottom[2 * j + 1]
+        diff0, diff1 = top[2 * j] - top[2 * j + 1], bottom[2 * j] - bottom[2 * j + 1]
+        bands = bands + (sum0 + sum1, sum0 - sum1, diff0 + diff1, diff0 - diff1)
+    return bands
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, P: tl.constexpr, BC: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        zeros = zeros + (tl.zeros((P, BC), tl.float32),)
+    return zeros
+
+
+@triton.jit
+def low_bands(
+    x,
+    images,
+    H,
+    W,
+    C,
+    x_n,
+    x_h,
+    low1,
+    low2,
+    low3,
+    X_W: tl.constexpr,
+    X_C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    P: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Low bands of one to three levels, each `[N, ceil(H / 2), ceil(W / 2), C]`, from x."""
+    SIDE: tl.constexpr = 2**LEVELS
+    across = (W + SIDE - 1) // SIDE
+    down = (H + SIDE - 1) // SIDE
+    j, n, i, ok = _strips(tl.program_id(0), images, across, down, P)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    ok = ok & (c < C)
+    row = x + n * x_n + (SIDE * i).to(tl.int64) * x_h + SIDE * j * X_W + c * X_C
+    lows = ()
+    for v in tl.static_range(SIDE // 2):
+        top_ok, bottom_ok = ok & (SIDE * i + 2 * v < H), ok & (SIDE * i + 2 * v + 1 < H)
+        top = _row(row + 2 * v * x_h, top_ok, SIDE * j, W, SIDE, X_W, True)
+        bottom = _row(row + (2 * v + 1) * x_h, bottom_ok, SIDE * j, W, SIDE, X_W, True)
+        for u in tl.static_range(SIDE // 2):
+            pair = top[2 * u] + top[2 * u + 1] + (bottom[2 * u] + bottom[2 * u + 1])
+            lows = lows + (0.5 * pair,)
+    h, w = (H + 1) // 2, (W + 1) // 2
+    _store_low(low1, lows, n, i, j, c, ok, h, w, C, SIDE // 2)
+    if LEVELS > 1:
+        lows = _halve(lows, SIDE // 2)
+        h, w = (h + 1) // 2, (w + 1) // 2
+        _store_low(low2, lows, n, i, j, c, ok, h, w, C, SIDE // 4)
+    if LEVELS > 2:
+        lows = _halve(lows, SIDE // 4)
+        h, w = (h + 1) // 2, (w + 1) // 2
+        _store_low(low3, lows, n, i, j, c, ok, h, w, C, SIDE // 8)
+
+
+@triton.jit
+def _halve(lows, SIDE: tl.constexpr):
+    """The low band of a square of `SIDE` x `SIDE` values."""
+    found = ()
+    for v in tl.static_range(SIDE // 2):
+        for u in tl.static_range(SIDE // 2):
+            a, b = lows[2 * v * SIDE + 2 * u], lows[2 * v * SIDE + 2 * u + 1]
+            c, d = lows[(2 * v + 1) * SIDE + 2 * u], lows[(2 * v + 1) * SIDE + 2 * u + 1]
+            found = found + (0.5 * (a + b + (c + d)),)
+    return found
+
+
+@triton.jit
+def _store_low(low, lows, n, i, j, c, ok, h, w, C, SIDE: tl.constexpr):
+    for v in tl.static_range(SIDE):
+        for u in tl.static_range(SIDE):
+            row, column = SIDE * i + v, SIDE * j + u
+            to = low + ((n * h + row) * w + column) * C + c
+            value = lows[v * SIDE + u].to(low.dtype.element_ty)
+            tl.store(to, value, mask=ok & (row < h) & (column < w))
+
+
+@triton.jit
+def level_forward(
+    x,
+    below,
+    taps,
+    base,
+    bias,
+    images,
+    H,
+    W,
+    x_n,
+    x_h,
+    y_n,
+    y_h,
+    y,
+    C: tl.constexpr,
+    C_TAPS: tl.constexpr,
+    X_W: tl.constexpr,
+    X_C: tl.constexpr,
+    Y_W: tl.constexpr,
+    Y_C: tl.constexpr,
+    K: tl.constexpr,
+    BELOW: tl.constexpr,
+    BASE: tl.constexpr,
+    BIAS: tl.constexpr,
+    INNER: tl.constexpr,
+    TW: tl.constexpr,
+    P: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """One level there and back: `y [N, H, W, C]` of x, and of `below [N, H / 2, W / 2, C]`.
+
+    `taps [(K + 1) * K, 4, C']`, `base [(K + 1) * K, C']` and `bias [C']` are float32, zero beyond
+    `K * K` taps and C channels, of whole blocks.
+    """
+    rows, columns = (H + 1) // 2, (W + 1) // 2
+    across, down = (columns + TW - 1) // TW, (rows + 1) // 2
+    j0, n, o, ok = _strips(tl.program_id(0), images, across, down, P)
+    o, j0 = 2 * o, j0 * TW
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    if C % BC != 0:
+        ok = ok & (c < C)
+    source = x + n * x_n + 2 * (j0 - K // 2) * X_W + c * X_C
+    target = y + n * y_n + 2 * j0 * Y_W + c * Y_C
+    deep = below + (n * rows * columns + j0) * C + c
+    # Away from the border only rows need masks; code of its own, where strips enough lie there.
+    if (j0 >= K // 2) & (2 * (j0 + TW + K // 2) <= W) & INNER:
+        _two_rows(
+            *(source, target, deep, taps + c, base + c, bias + c, o, j0, ok, H, W, rows, columns),
+            *(x_h, y_h, C, C_TAPS, X_W, Y_W, K, BELOW, BASE, BIAS, TW, P, BC, False),
+        )
+    else:
+        _two_rows(
+            *(source, target, deep, taps + c, base + c, bias + c, o, j0, ok, H, W, rows, columns),
+            *(x_h, y_h, C, C_TAPS, X_W, Y_W, K, BELOW, BASE, BIAS, TW, P, BC, True),
+        )
+
+
+@triton.jit
+def _two_rows(
+    source,
+    target,
+    below,
+    taps,
+    base,
+    bias,
+    o,
+    j0,
+    ok,
+    H,
+    W,
+    rows,
+    columns,
+    x_h,
+    y_h,
+    C: tl.constexpr,
+    C_TAPS: tl.constexpr,
+    X_W: tl.constexpr,
+    Y_W: tl.constexpr,
+    K: tl.constexpr,
+    BELOW: tl.constexpr,
+    BASE: tl.constexpr,
+    BIAS: tl.constexpr,
+    TW: tl.constexpr,
+    P: tl.constexpr,
+    BC: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Two rows of bands, filtered and synthesised to four of pixels."""
+    REACH: tl.constexpr = K // 2
+    WIDE: tl.constexpr = TW + 2 * REACH
+    sums = _zeros(2 * TW * 4, P, BC)
+    above = _zeros(K * 4, 1, BC)
+    for d in range(K + 1):
+        i = o + d - REACH
+        start = source + (2 * i).to(tl.int64) * x_h
+        first, top_ok = 2 * (j0 - REACH), ok & (i >= 0) & (2 * i < H)
+        top = _row(start, top_ok, first, W, 2 * WIDE, X_W, CHECK)
+        bottom_ok = top_ok & (2 * i + 1 < H)
+        bottom = _row(start + x_h, bottom_ok, first, W, 2 * WIDE, X_W, CHECK)
+        here = _taps(taps + d * K * 4 * C_TAPS, K * 4, C_TAPS)
+        sums = _add_bands(sums, _bands(top, bottom, WIDE), here, above, K, TW)
+        above = here
+    for half in range(2):
+        done = ()
+        for t in tl.static_range(4 * TW):
+            done = done + (tl.where(half == 0, sums[t], sums[4 * TW + t]),)
+        row = o + half
+        pixels = ()
+        for j in tl.static_range(TW):
+            low = done[4 * j]
+            if BELOW:
+                inside = ok & (row < rows)
+                if CHECK:
+                    inside = inside & (j0 + j < columns)
+                at = below + (row.to(tl.int64) * columns + j) * C
+                low += 0.5 * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            vertical, horizontal, diagonal = done[4 * j + 1], done[4 * j + 2], done[4 * j + 3]
+            left, right = horizontal + diagonal, horizontal - diagonal
+            over, under = low + vertical, low - vertical
+            pixels = pixels + (over + left, over - left, under + right, under - right)
+        if BASE:
+            start = source + (2 * row).to(tl.int64) * x_h + REACH * X_W
+            pixels = _add_base(
+                *(pixels, start, base, 2 * row, 2 * j0, ok, H, W, x_h, C_TAPS, X_W, K, TW, BC),
+                CHECK,
+            )
+        if BIAS:
+            offset = tl.load(bias)
+            for j in tl.static_range(4 * TW):
+                pixels = pixels[:j] + (pixels[j] + offset,) + pixels[j + 1 :]
+        for v in tl.static_range(2):
+            to = target + (2 * row + v).to(tl.int64) * y_h
+            row_ok = ok & (2 * row + v < H)
+            for j in tl.static_range(2 * TW):
+                inside = row_ok
+                if CHECK:
+                    inside = inside & (2 * j0 + j < W)
+                value = pixels[4 * (j // 2) + 2 * v + j % 2].to(target.dtype.element_ty)
+                tl.store(to + j * Y_W, value, mask=inside)
+
+
+@triton.jit
+def _taps(start, COUNT: tl.constexpr, STEP: tl.constexpr):
+    found = ()
+    for t in tl.static_range(COUNT):
+        found = found + (tl.load(start + t * STEP),)
+    return found
+
+
+@triton.jit
+def _add_bands(sums, bands, here, above, K: tl.constexpr, TW: tl.constexpr):
+    """Adds a row of bands to two rows of sums: with its taps to the upper, and the row before's."""
+    found = ()
+    for row in tl.static_range(2):
+        for j in tl.static_range(TW):
+            for s in tl.static_range(4):
+                total = sums[(row * TW + j) * 4 + s]
+                for e in tl.static_range(K):
+                    if row == 0:
+                        total += bands[(j + e) * 4 + s] * here[e * 4 + s]
+                    else:
+                        total += bands[(j + e) * 4 + s] * above[e * 4 + s]
+                found = found + (total,)
+    return found
+
+
+@triton.jit
+def _add_base(
+    pixels,
+    start,
+    base,
+    row,
+    column,
+    ok,
+    H,
+    W,
+    x_h,
+    C_TAPS: tl.constexpr,
+    X_W: tl.constexpr,
+    K: tl.constexpr,
+    TW: tl.constexpr,
+    BC: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Adds the base convolution at two rows of `2 * TW` pixels; `start` is `REACH` left of them."""
+    REACH: tl.constexpr = K // 2
+    COUNT: tl.constexpr = 2 * TW + 2 * REACH
+    sums = ()
+    for v in tl.static_range(2):
+        for j in tl.static_range(TW):
+            sums = sums + (pixels[4 * j + 2 * v], pixels[4 * j + 2 * v + 1])
+    above = _zeros(K, 1, BC)
+    for q in range(K + 1):
+        i = row + q - REACH
+        inside = ok & (i >= 0) & (i < H)
+        at = start + (q - REACH) * x_h
+        values = _row(at, inside, column - REACH, W, COUNT, X_W, CHECK)
+        here = _taps(base + q * K * C_TAPS, K, C_TAPS)
+        found = ()
+        for v in tl.static_range(2):
+            for j in tl.static_range(2 * TW):
+                total = sums[2 * TW * v + j]
+                for e in tl.static_range(K):
+                    if v == 0:
+                        total += values[j + e] * here[e]
+                    else:
+                        total += values[j + e] * above[e]
+                found = found + (total,)
+        sums = found
+        above = here
+    pixels = ()
+    for j in tl.static_range(TW):
+        pixels = pixels + (sums[2 * j], sums[2 * j + 1], sums[2 * (TW + j)], sums[2 * (TW + j) + 1])
+    return pixels
+
+
+@triton.jit
+def base_weights(
+    x,
+    dy,
+    images,
+    H,
+    W,
+    C,
+    x_n,
+    x_h,
+    y_n,
+    y_h,
+    sums,
+    X_W: tl.constexpr,
+    X_C: tl.constexpr,
+    Y_W: tl.constexpr,
+    Y_C: tl.constexpr,
+    K: tl.constexpr,
+    TURNS: tl.constexpr,
+    TW: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """`sums [programs, K * K, C]`: x correlated with dy over the strips of each program."""
+    REACH: tl.constexpr = K // 2
+    across, down = (W + TW - 1) // TW, (H + R - 1) // R
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    c_ok = c < C
+    totals = _zeros(K * K, P, BC)
+    for turn in range(TURNS):
+        block = tl.program_id(0) + turn * tl.num_programs(0)
+        j0, n, i0, ok = _strips(block, images, across, down, P)
+        i0, j0, ok = i0 * R, j0 * TW, ok & c_ok
+        source = x + n * x_n + (j0 - REACH) * X_W + c * X_C
+        other = dy + n * y_n + j0 * Y_W + c * Y_C
+        rows = _zeros(K * TW, P, BC)
+        for step in range(R + 2 * REACH):
+            i = i0 + step - REACH
+            o = i0 + step
+            inside = ok & (step < R) & (o < H)
+            start = other + o.to(tl.int64) * y_h
+            rows = _row(start, inside, j0, W, TW, Y_W, True) + rows[: (K - 1) * TW]
+            inside = ok & (i >= 0) & (i < H)
+            start = source + i.to(tl.int64) * x_h
+            values = _row(start, inside, j0 - REACH, W, TW + 2 * REACH, X_W, True)
+            totals = _correlate(totals, values, rows, K, TW, 1)
+    _store_sums(sums, totals, c, c_ok, C, K * K)
+
+
+@triton.jit
+def level_weights(
+    x,
+    dy,
+    images,
+    H,
+    W,
+    C,
+    x_n,
+    x_h,
+    y_n,
+    y_h,
+    sums,
+    X_W: tl.constexpr,
+    X_C: tl.constexpr,
+    Y_W: tl.constexpr,
+    Y_C: tl.constexpr,
+    K: tl.constexpr,
+    FIRST: tl.constexpr,
+    BANDS: tl.constexpr,
+    TURNS: tl.constexpr,
+    TW: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """`sums [programs, K * K * BANDS, C]`: bands of x correlated with those of dy, times four.
+
+    Of the four bands those from `FIRST` on.
+    """
+    REACH: tl.constexpr = K // 2
+    WIDE: tl.constexpr = TW + 2 * REACH
+    height, width = (H + 1) // 2, (W + 1) // 2
+    across, down = (width + TW - 1) // TW, (height + R - 1) // R
+    c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    c_ok = c < C
+    totals = _zeros(K * K * BANDS, P, BC)
+    for turn in range(TURNS):
+        block = tl.program_id(0) + turn * tl.num_programs(0)
+        j0, n, i0, ok = _strips(block, images, across, down, P)
+        i0, j0, ok = i0 * R, j0 * TW, ok & c_ok
+        source = x + n * x_n + 2 * (j0 - REACH) * X_W + c * X_C
+        other = dy + n * y_n + 2 * j0 * Y_W + c * Y_C
+        rows = _zeros(K * TW * BANDS, P, BC)
+        for step in range(R + 2 * REACH):
+            i = i0 + step - REACH
+            o = i0 + step
+            start = other + (2 * o).to(tl.int64) * y_h
+            top_ok = ok & (step < R) & (2 * o < H)
+            bottom_ok = top_ok & (2 * o + 1 < H)
+            top = _row(start, top_ok, 2 * j0, W, 2 * TW, Y_W, True)
+            bottom = _row(start + y_h, bottom_ok, 2 * j0, W, 2 * TW, Y_W, True)
+            found = _chosen(_bands(top, bottom, TW), FIRST, BANDS, TW)
+            rows = found + rows[: (K - 1) * TW * BANDS]
+            start = source + (2 * i).to(tl.int64) * x_h
+            top_ok = ok & (i >= 0) & (2 * i < H)
+            bottom_ok = top_ok & (2 * i + 1 < H)
+            top = _row(start, top_ok, 2 * (j0 - REACH), W, 2 * WIDE, X_W, True)
+            bottom = _row(start + x_h, bottom_ok, 2 * (j0 - REACH), W, 2 * WIDE, X_W, True)
+            found = _chosen(_bands(top, bottom, WIDE), FIRST, BANDS, WIDE)
+            totals = _correlate(totals, found, rows, K, TW, BANDS)
+    _store_sums(sums, totals, c, c_ok, C, K * K * BANDS)
+
+
+@triton.jit
+def _chosen(bands, FIRST: tl.constexpr, BANDS: tl.constexpr, COUNT: tl.constexpr):
+    """Some of the four bands of each column."""
+    found = ()
+    for j in tl.static_range(COUNT):
+        found = found + bands[4 * j + FIRST : 4 * j + FIRST + BANDS]
+    return found
+
+
+@triton.jit
+def _correlate(totals, values, rows, K: tl.constexpr, TW: tl.constexpr, BANDS: tl.constexpr):
+    """Adds a row of x, times each of `K` rows of dy, to the sums of the taps between them."""
+    found = ()
+    for d in tl.static_range(K):
+        for e in tl.static_range(K):
+            for s in tl.static_range(BANDS):
+                total = totals[(d * K + e) * BANDS + s]
+                for j in tl.static_range(TW):
+                    total += values[(j + e) * BANDS + s] * rows[(d * TW + j) * BANDS + s]
+                found = found + (total,)
+    return found
+
+
+@triton.jit
+def _store_sums(sums, totals, c, ok, C, COUNT: tl.constexpr):
+    to = sums + tl.program_id(0).to(tl.int64) * COUNT * C + c
+    for t in tl.static_range(COUNT):
+        tl.store(to + t * C, tl.sum(totals[t], axis=0, keep_dims=True), mask=ok)

@@ -1,0 +1,193 @@
+"""The launches that make up the wavelet convolution in Triton, for any framework.
+
+A framework hands on its own `launch`, which allocates outputs and runs one kernel:
+
+    launch(kernel, arguments, outputs, grid, **constants) -> list of arrays
+
+with arrays and integers as arguments, `(shape, dtype)` for each output, and `num_warps` among the
+constants.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pallas_kernels.wtconv import triton_kernels as kernels
+
+Launch = Callable[..., list[Any]]
+
+_CHANNELS = 32
+_STRIPS = 4
+_BLOCK = {"P": _STRIPS, "BC": _CHANNELS, "num_warps": _STRIPS}
+"""A thread for each channel of each strip."""
+_SUMS = 2048
+"""Warps that share the sums of a weight gradient."""
+
+
+def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, launch: Launch) -> Any:
+    """The operator on `x [N, H, W, C]`.
+
+    Args:
+        x: In float32, bfloat16 or float16, of any strides.
+        taps: float32 `[(k + 1) * k, 1, C']`, then for each level `[(k + 1) * k, 4, C']`, those
+            times 1/4; C' is C filled up with zeros to `padded(C)`, and the last k rows are zero.
+        bias: float32 `[C']`, or None.
+        kernel_size: k, odd.
+        launch: Of the framework.
+
+    Returns:
+        `[N, H, W, C]`, contiguous, in x's dtype.
+    """
+    lows = _lows(x, len(taps) - 1, launch)
+    below = None
+    for level in range(len(taps) - 1, 0, -1):
+        source, first = lows[level - 1], level == 1
+        n, h, w, c = source.shape
+        height, width = _blocks(h, 2), _blocks(w, 2)
+        columns = _even(width, 4)
+        strips = n * _blocks(height, 2)
+        x_n, x_h, x_w, x_c = _strides(source)
+        (below,) = launch(
+            kernels.level_forward,
+            [
+                source,
+                source if below is None else below,
+                taps[level],
+                taps[0] if first else taps[level],
+                taps[level] if bias is None else bias,
+                *(n, h, w, x_n, x_h, h * w * c, w * c),
+            ],
+            [(source.shape, x.dtype)],
+            (_blocks(width, columns) * _blocks(strips, _STRIPS), _blocks(c, _CHANNELS)),
+            C=c,
+            C_TAPS=padded(c),
+            X_W=x_w,
+            X_C=x_c,
+            Y_W=c,
+            Y_C=1,
+            K=kernel_size,
+            BELOW=below is not None,
+            BASE=first,
+            BIAS=first and bias is not None,
+            INNER=_blocks(width, columns) >= 4,
+            TW=columns,
+            **_BLOCK,
+        )
+    return below
+
+
+def weight_grad(x: Any, dy: Any, kernel_size: int, levels: int, launch: Launch) -> list[list[Any]]:
+    """Gradients of the taps, those of the levels four times too large.
+
+    Args:
+        x: `[N, H, W, C]`.
+        dy: As x.
+        kernel_size: k, odd.
+        levels: At least one.
+        launch: Of the framework.
+
+    Returns:
+        For the base and for each level float32 arrays `[programs, k * k, bands, C]`, which are to
+        be summed over the programs and then joined to all of its bands.
+    """
+    found = [[_correlate(kernels.base_weights, x, dy, kernel_size, 1, launch)]]
+    # As many bands at once as have registers for their sums.
+    bands = 4 if kernel_size <= 5 else 2 if kernel_size <= 7 else 1
+    for lows in zip(_lows(x, levels, launch), _lows(dy, levels, launch), strict=True):
+        found.append(
+            [
+                _correlate(
+                    *(kernels.level_weights, *lows, kernel_size, bands, launch),
+                    FIRST=first,
+                    BANDS=bands,
+                )
+                for first in range(0, 4, bands)
+            ]
+        )
+    return found
+
+
+def _correlate(
+    kernel: Any,
+    x: Any,
+    dy: Any,
+    kernel_size: int,
+    bands: int,
+    launch: Launch,
+    **which: int,
+) -> Any:
+    n, h, w, c = x.shape
+    height, width = (_blocks(h, 2), _blocks(w, 2)) if which else (h, w)
+    columns, rows = _even(width, 2 if which else 8), min(height, 32)
+    blocks = _blocks(width, columns) * _blocks(n * _blocks(height, rows), _STRIPS)
+    across = _blocks(c, _CHANNELS)
+    programs = min(blocks, max(1, _SUMS // _STRIPS // across))
+    x_n, x_h, x_w, x_c = _strides(x)
+    y_n, y_h, y_w, y_c = _strides(dy)
+    (sums,) = launch(
+        kernel,
+        [x, dy, n, h, w, c, x_n, x_h, y_n, y_h],
+        [((programs, kernel_size**2, bands, c), "float32")],
+        (programs, across),
+        X_W=x_w,
+        X_C=x_c,
+        Y_W=y_w,
+        Y_C=y_c,
+        K=kernel_size,
+        **which,
+        TURNS=_blocks(blocks, programs),
+        TW=columns,
+        R=rows,
+        **_BLOCK,
+    )
+    return sums
+
+
+def _lows(x: Any, levels: int, launch: Launch) -> list[Any]:
+    """The image and its low bands down to the one that the deepest level reads."""
+    lows = [x]
+    while len(lows) < levels:
+        source = lows[-1]
+        n, h, w, c = source.shape
+        count = min(3, levels - len(lows))
+        shapes = []
+        for _ in range(count):
+            h, w = _blocks(h, 2), _blocks(w, 2)
+            shapes.append(((n, h, w, c), x.dtype))
+        x_n, x_h, x_w, x_c = _strides(source)
+        height, width = (_blocks(size, 2**count) for size in source.shape[1:3])
+        found = launch(
+            kernels.low_bands,
+            [source, *source.shape, x_n, x_h],
+            # The kernel has three outputs; those of levels that are not wanted stay unwritten.
+            shapes + [((1,), x.dtype)] * (3 - count),
+            (width * _blocks(n * height, _STRIPS), _blocks(c, _CHANNELS)),
+            X_W=x_w,
+            X_C=x_c,
+            LEVELS=count,
+            **_BLOCK,
+        )
+        lows += found[:count]
+    return lows
+
+
+def _strides(x: Any) -> tuple[int, ...]:
+    """Elements between neighbours along each axis."""
+    if hasattr(x, "stride"):
+        return x.stride()
+    _, h, w, c = x.shape
+    return h * w * c, w * c, c, 1
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _even(size: int, most: int) -> int:
+    """The largest width of strips, up to `most`, that leaves the fewest columns over."""
+    widths = range(1, min(size, most) + 1)
+    return min(widths, key=lambda width: (_blocks(size, width) * (width + 2), -width))
+
+
+def padded(channels: int) -> int:
+    """Channels that the taps must have: whole blocks of them, the rest zero."""
+    return _blocks(channels, _CHANNELS) * _CHANNELS

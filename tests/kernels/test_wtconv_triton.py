@@ -1,0 +1,222 @@
+"""The Triton kernels of WTConv: interpreted and compiled without a GPU, and run where one is."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from wtconv_checks import (
+    arrays,
+    assert_oracle,
+    expected,
+    low_precision_bounds,
+    tolerance,
+    value_and_grads,
+    worst,
+)
+
+from pallas_kernels.wtconv import triton as triton_jax
+from pallas_kernels.wtconv import wtconv2d
+from pallas_kernels.wtconv.api import OPERATOR, Problem
+from pallas_kernels.wtconv.cases import CASES, Case, inputs
+
+triton = pytest.importorskip("triton", reason="Triton is for Linux alone")
+torch = pytest.importorskip("torch", reason="Triton's interpreter takes PyTorch's tensors")
+
+from pallas_kernels.wtconv import triton_launches  # noqa: E402
+
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="a process has Triton's interpreter or a GPU"
+)
+
+
+def taken(case):
+    """Whether the kernels are made for a case; the others are refused, which has its own test."""
+    problem = Problem(
+        (int(np.prod(case.batch)), *case.spatial, case.channels),
+        np.dtype(case.dtype) if case.dtype != "bfloat16" else jax.numpy.dtype("bfloat16"),
+        case.kernel_size,
+        case.levels,
+        case.wavelet,
+    )
+    try:
+        triton_jax.check("fwd", problem)
+    except NotImplementedError:
+        return False
+    return True
+
+
+EXTRA = (
+    # A block of channels in part; rows and columns beside which all others are inside.
+    Case((9, 34), 1, 3, batch=(1,), channels=33),
+    # More bands of weights than registers have room for at once.
+    Case((5, 6), 1, 7, batch=(1,), channels=2),
+    Case((4, 5), 1, 9, "bfloat16", batch=(1,), channels=2),
+    # Two launches for the low bands.
+    Case((18, 5), 5, 3, batch=(1,), channels=1),
+)
+TAKEN = [case for case in CASES + EXTRA if taken(case)]
+# The interpreter takes milliseconds a program.
+QUICK = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (max(case.spatial) == 28))
+    for case in TAKEN
+    if case.stride == 1
+]
+
+
+def launch(kernel, arguments, outputs, grid, **constants):
+    """Runs a kernel on tensors, over outputs that hold nothing but NaN."""
+    poisoned = [
+        torch.full(shape, float("nan"), dtype=getattr(torch, str(dtype).removeprefix("torch.")))
+        for shape, dtype in outputs
+    ]
+    kernel[grid](*arguments, *poisoned, **constants)
+    return poisoned
+
+
+def tensor(array):
+    return torch.tensor(np.asarray(array, np.float32)).to(getattr(torch, str(array.dtype)))
+
+
+def folded(case, params):
+    """Taps and bias as the launches take them, in float32."""
+    k, channels = case.kernel_size, case.channels
+    fill = triton_launches.padded(channels) - channels
+
+    def product(*names):
+        kernel, scale = (np.asarray(params[name], np.float32) for name in names)
+        return torch.tensor(kernel * scale)
+
+    taps = [product("base_kernel", "base_scale")] + [
+        product(f"wavelet_kernel_{i}", f"wavelet_scale_{i}") / 4 for i in range(case.levels)
+    ]
+    pad = torch.nn.functional.pad
+    taps = [pad(tap.reshape(k * k, -1, channels), (0, fill, 0, 0, 0, k)) for tap in taps]
+    bias = pad(product("base_bias", "base_scale"), (0, fill)) if case.bias else None
+    return taps, bias
+
+
+@INTERPRETED
+@pytest.mark.parametrize("case", QUICK)
+def test_interpreted_kernels_are_the_oracles(case):
+    x, params, dy = arrays(case)
+    x, dy = (a.reshape(-1, *a.shape[-3:]) for a in (x, dy))
+    taps, bias = folded(case, params)
+    k = case.kernel_size
+    got = {"y": triton_launches.forward(tensor(x), taps, bias, k, launch)}
+    flipped = [torch.cat([tap[: k * k].flip(0), tap[k * k :]]) for tap in taps]
+    got["dx"] = triton_launches.forward(tensor(dy), flipped, None, k, launch)
+    sums = triton_launches.weight_grad(tensor(x), tensor(dy), k, case.levels, launch)
+    for i, parts in enumerate(sums):
+        whole = torch.cat([part.sum(0) for part in parts], 1)
+        # The gradient of the folded taps is that of the kernel over its scale.
+        name, scale = (f"{'wavelet' if i else 'base'}_{kind}" for kind in ("kernel", "scale"))
+        name, scale = (f"{n}_{i - 1}" if i else n for n in (name, scale))
+        factor = np.asarray(params[scale], np.float32) / (4 if i else 1)
+        got[name] = whole.numpy().reshape(params[name].shape) * factor
+    want_y, (want_dx, want_params) = expected(case)
+    want = {"y": want_y, "dx": want_dx, **want_params}
+    if case.dtype == "float32":
+        bounds = {name: tolerance(case, name, inputs(case)) for name in want}
+    else:
+        bounds = low_precision_bounds(case, want)
+    for name, value in got.items():
+        value = value.float().numpy() if isinstance(value, torch.Tensor) else value
+        assert worst(value.reshape(want[name].shape), want[name]) <= bounds[name], name
+
+
+@INTERPRETED
+def test_tensors_of_any_strides():
+    case = Case((5, 10), 2, 3, batch=(2,), channels=3)
+    x, params, dy = (jax.tree.map(np.asarray, a) for a in arrays(case))
+    taps, bias = folded(case, params)
+    whole, other = (tensor(a).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for a in (x, dy))
+    y = triton_launches.forward(whole, taps, bias, 3, launch)
+    assert torch.equal(y, triton_launches.forward(tensor(x), taps, bias, 3, launch))
+    sums = triton_launches.weight_grad(whole, other, 3, 2, launch)
+    for parts, wants in zip(
+        sums, triton_launches.weight_grad(tensor(x), tensor(dy), 3, 2, launch), strict=True
+    ):
+        assert all(map(torch.equal, parts, wants))
+
+
+def test_kernels_compile_and_keep_their_sums_in_registers(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("triton_compiled.py")
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, env=environment
+    )
+    resources = json.loads(run.stdout)
+    assert len(resources) == 16
+    for name, (registers, spilled) in resources.items():
+        # A thread of AMD has 512 registers, for level_forward a few short.
+        most, spills = (512, 80) if "gfx942" in name else (255, 8)
+        assert registers <= most and spilled <= spills, (name, registers, spilled)
+    # Four blocks of 128 threads on a multiprocessor.
+    assert resources["level_forward sm_90 fp16"][0] <= 128
+
+
+REFUSED = {
+    "1-D signals": {"shape": (2, 8, 4)},
+    "float64": {"dtype": np.dtype("float64")},
+    "'db2'": {"wavelet": "db2"},
+    "kernels of 4": {"kernel_size": 4},
+    "kernels of 11": {"kernel_size": 11},
+    "0 levels": {"levels": 0},
+    "6 levels": {"levels": 6},
+    "an empty batch": {"shape": (0, 8, 8, 4)},
+    "symbolic size": {"shape": (*jax.export.symbolic_shape("b"), 8, 8, 4)},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_done_says_so(reason):
+    problem = Problem((2, 8, 8, 4), np.dtype("float32"), 5, 2, "haar")._replace(**REFUSED[reason])
+    with pytest.raises(NotImplementedError, match=f"does not take .*{reason}"):
+        triton_jax.check("fwd", problem)
+
+
+def test_without_a_gpu_it_says_what_is_missing():
+    with pytest.raises(NotImplementedError, match="triton: needs a GPU, this is a cpu"):
+        wtconv2d(
+            np.ones((4, 4, 1), np.float32),
+            {"base_kernel": np.ones((3, 3, 1, 1)), "base_scale": np.ones(1)},
+            implementation="triton",
+        )
+    assert OPERATOR.pick("fwd", None, "cpu", None) == "xla"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
+def test_output_and_gradients_are_the_oracles(case):
+    assert_oracle(case, "triton")
+
+
+@pytest.mark.gpu
+def test_gradients_are_bitwise_reproducible():
+    call = partial(wtconv2d, implementation="triton")
+    case = Case((57, 60), 3, 5, batch=(64,), channels=40)
+    first, again = (jax.tree.leaves(value_and_grads(call, case)) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_transformations():
+    x, params, _ = arrays(Case((9, 10), 2, 3, batch=(2,)))
+
+    def second(implementation):
+        def curved(x, params):
+            y = jax.remat(partial(wtconv2d, implementation=implementation))(x, params)
+            return jax.numpy.sin(y).sum()
+
+        squared = lambda x, params: (jax.grad(curved)(x, params) ** 2).sum()  # noqa: E731
+        both = jax.vmap(jax.grad(squared), (0, None))(x, params)
+        return both, jax.jit(jax.vmap(jax.grad(curved, 1), (0, None)))(x, params)
+
+    for got, want in zip(*map(jax.tree.leaves, map(second, ("triton", "xla"))), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
