@@ -25,19 +25,21 @@ def wtconv(
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="What ratios refer to: 'torch eager', 'plain jax' or 'flash'. Default: the first "
-            "of them that is here."
+            help="What ratios refer to: 'torch eager', 'plain jax', 'depthwise 7x7' or 'flash'. "
+            "Default: the first of them that is here."
         ),
     ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder for wtconv.json and wtconv.png.")] = Path(
         "runs/bench"
     ),
 ) -> None:
-    """Time the 2-D wavelet convolution, forward and forward+backward, float32."""
+    """Time the 2-D wavelet convolution, forward and forward+backward."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from pallas_kernels.wtconv.shapes import SHAPES
+    from pallas_kernels import platform
+    from pallas_kernels.wtconv.shapes import FOR_PLATFORM
 
     from .. import environment, plots
     from ..bench import wtconv as benchmark
@@ -53,7 +55,8 @@ def wtconv(
             task = bar.add_task(label, total=steps)
             return lambda: bar.advance(task)
 
-        report = benchmark.run(shape or list(SHAPES), baseline, progress)
+        names = shape or list(FOR_PLATFORM[platform.current()])
+        report = benchmark.run(names, baseline, progress, dtype)
     console.print(_table(report))
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "wtconv.json", force=True) as path:
@@ -93,8 +96,10 @@ def _table(report: dict[str, Any]) -> Any:
 
 
 def _times(row: dict[str, Any]) -> str:
-    middle, least, greatest = (
-        f"{row[key]:.0f}" if row[key] >= 10 else f"{row[key]:.1f}"
-        for key in ("median_ms", "least_ms", "greatest_ms")
-    )
+    middle, least, greatest = (_ms(row[f"{key}_ms"]) for key in ("median", "least", "greatest"))
     return f"{middle} ({least}-{greatest})"
+
+
+def _ms(value: float) -> str:
+    digits = 0 if value >= 10 else 1 if value >= 1 else 3
+    return f"{value:.{digits}f}"

@@ -33,6 +33,16 @@ SHAPES: dict[str, Shape] = {
 }
 """The four stages of WTConvNeXt-T at 224² and one larger image, at a batch for a CPU."""
 
+GPU_SHAPES: dict[str, Shape] = {
+    "convnext_t_stage1": Shape(128, 56, 56, 96, 5),
+    "convnext_t_stage2": Shape(128, 28, 28, 192, 4),
+    "convnext_t_stage3": Shape(128, 14, 14, 384, 3),
+    "convnext_t_stage4": Shape(128, 7, 7, 768, 2),
+    "image_224": Shape(16, 224, 224, 64, 3),
+    "image_512": Shape(8, 512, 512, 64, 2),
+}
+"""The stages at a batch for a GPU, and two larger images."""
+
 TPU_SHAPES: dict[str, Shape] = {
     "image_56": Shape(8, 56, 56, 128, 3),
     "convnext_t_stage1": Shape(32, 56, 56, 96, 5),
@@ -42,3 +52,10 @@ TPU_SHAPES: dict[str, Shape] = {
     "image_2048": Shape(1, 2048, 2048, 128, 3),
 }
 """One image that fills a TPU's lanes, the stages at a batch for a TPU, and one beyond its VMEM."""
+
+FOR_PLATFORM: dict[str, dict[str, Shape]] = {
+    "cpu": SHAPES,
+    "gpu": GPU_SHAPES,
+    "tpu": TPU_SHAPES,
+}
+"""The shapes that each platform is measured with."""

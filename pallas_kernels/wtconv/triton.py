@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.haar.filters import IS_HAAR
 
 DIFFERENTIABLE = False
@@ -84,7 +85,9 @@ def forward(
     ]
     if bias is not None:
         bias = jnp.pad(bias.astype(jnp.float32), (0, fill))
-    return triton_launches.forward(x, flat, bias, kernel_size, _launch)
+    y = triton_launches.forward(x, flat, bias, kernel_size, _launch)
+    # jax-triton knows nothing of meshes.
+    return vary_over(varying_axes((x, flat, bias)), y)
 
 
 @partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
@@ -104,11 +107,12 @@ def weight_grad(
 
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
     found = triton_launches.weight_grad(x, dy, kernel_size, levels, _launch)
-    return tuple(
+    sums = tuple(
         jnp.concatenate([part.sum(axis=0) for part in parts], axis=1).reshape(shape)
         * (0.25 if level else 1)
         for level, (parts, shape) in enumerate(zip(found, kernel_shapes, strict=True))
     )
+    return vary_over(varying_axes((x, dy)), sums)
 
 
 def _launch(

@@ -79,3 +79,21 @@ def test_contenders_take_turns(monkeypatch):
     assert set(times) == {"a", "b"}
     turn = 1 + timing._CALLS
     assert order == (["a"] * turn + ["b"] * turn) * timing._ROUNDS
+
+
+def test_another_dtype_and_one_that_is_none(tmp_path):
+    assert bench("--shape", "small", "--dtype", "bfloat16", "--out", tmp_path).exit_code == 0
+    report = json.loads((tmp_path / "wtconv.json").read_text())
+    assert report["dtype"] == "bfloat16" and report["baseline"] == "plain jax"
+    result = bench("--shape", "small", "--dtype", "int8", "--out", tmp_path)
+    assert "dtype: 'int8' is not one of ['float32'" in str(result.exception)
+
+
+def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, tmp_path):
+    monkeypatch.setattr(wtconv, "on_cpu", lambda: False)
+    result = bench("--shape", "small", "--baseline", "depthwise 7x7", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "wtconv.json").read_text())["rows"]
+    assert {row["contender"] for row in rows} == {"flash", "plain jax", "depthwise 7x7"}
+    # Twenty calls are waited for together.
+    assert {row["median_ms"] for row in rows} == {0.1}

@@ -206,6 +206,23 @@ def test_gradients_are_bitwise_reproducible():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sharded_over_the_batch(check_vma):
+    case = Case((9, 10), 2, 3, batch=(2,))
+    mesh, batch = jax.make_mesh((1,), ("n",)), jax.sharding.PartitionSpec("n")
+    specs = batch, dict.fromkeys(inputs(case)[1], jax.sharding.PartitionSpec())
+    local = jax.shard_map(
+        partial(wtconv2d, implementation="triton"),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=batch,
+        check_vma=check_vma,
+    )
+    got, want = (value_and_grads(call, case) for call in (local, wtconv2d))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+
+
+@pytest.mark.gpu
 def test_transformations():
     x, params, _ = arrays(Case((9, 10), 2, 3, batch=(2,)))
 
