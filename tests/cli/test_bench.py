@@ -58,7 +58,7 @@ def test_unknown_shape_and_baseline_are_named(tmp_path):
 
 
 def test_without_torch_plain_jax_is_the_baseline(monkeypatch, tmp_path):
-    monkeypatch.setattr(wtconv, "_has_torch", lambda: False)
+    monkeypatch.setattr(wtconv, "_has_torch", lambda dtype: False)
     assert bench("--shape", "small", "--out", tmp_path).exit_code == 0
     report = json.loads((tmp_path / "wtconv.json").read_text())
     assert report["baseline"] == "plain jax"
