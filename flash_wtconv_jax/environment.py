@@ -4,7 +4,7 @@ import os
 import platform
 from importlib import metadata
 
-_DISTRIBUTIONS = ("flash-wtconv", "jax", "jaxlib", "flax", "numpy")
+_DISTRIBUTIONS = ("flash-wtconv", "jax", "jaxlib", "flax", "numpy", "triton", "jax-triton")
 
 
 def versions() -> dict[str, str]:

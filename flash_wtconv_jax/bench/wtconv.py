@@ -13,6 +13,7 @@ from jax import lax
 from pallas_kernels import platform
 from pallas_kernels.platform import on_cpu
 from pallas_kernels.wtconv import wtconv2d
+from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
 
 from .. import environment
@@ -48,7 +49,8 @@ def run(
     Returns:
         A JSON-able report: device, versions, date, and a row for each shape, direction and
         contender with its times in milliseconds, `speedup` (the baseline's median over its own),
-        and for JAX `temporaries`, the peak of temporary memory in inputs.
+        for JAX `temporaries`, the peak of temporary memory in inputs, and for "flash" the
+        `implementation` of each direction that the device's rule picks.
 
     Raises:
         ValueError: An unknown shape or dtype, or a baseline that this machine does not have.
@@ -129,9 +131,17 @@ def _rows(
                     **{f"{key}_ms": value for key, value in spread._asdict().items()},
                     "speedup": times[baseline].median / spread.median,
                     "temporaries": temporaries.get((direction, contender)),
+                    "implementation": _picked(shape, dtype) if contender == "flash" else None,
                 }
             )
     return rows
+
+
+def _picked(shape: Shape, dtype: str) -> dict[str, str]:
+    """What computes our layer here, forward and backward."""
+    problem = Problem(shape.x, jnp.dtype(dtype), shape.kernel_size, shape.levels, "haar")
+    here = platform.current()
+    return {name: OPERATOR.pick(name, None, here, problem) for name in OPERATOR.directions}
 
 
 def _at_once() -> int:

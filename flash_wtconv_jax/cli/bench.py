@@ -72,7 +72,8 @@ def _table(report: dict[str, Any]) -> Any:
     kind = report["device"]["kind"]
     table = Table(
         title=f"WTConv, {report['dtype']}, {kind}",
-        caption=f"median ms (least-greatest); x: speed over {report['baseline']}; "
+        caption=f"median ms (least-greatest), on accelerators of 20 calls at once; x: speed over "
+        f"{report['baseline']}; flash: ours, and what computes it; "
         "memory: temporaries of forward+backward in inputs",
     )
     table.add_column("", no_wrap=True)
@@ -91,7 +92,9 @@ def _table(report: dict[str, Any]) -> Any:
         both = [rows[shape, contender, direction] for direction in directions]
         cells = [cell for row in both for cell in (_times(row), f"{row['speedup']:.2f}")]
         memory = both[-1]["temporaries"]
-        table.add_row(contender, *cells, "" if memory is None else f"{memory:.1f}")
+        picked = both[0]["implementation"]
+        name = f"{contender} ({'/'.join(dict.fromkeys(picked.values()))})" if picked else contender
+        table.add_row(name, *cells, "" if memory is None else f"{memory:.1f}")
     return table
 
 

@@ -5,7 +5,7 @@ ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import platform
 from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.haar.filters import IS_HAAR, filter_bank
 from pallas_kernels.wtconv import vjp
 
 Precision = str | jax.lax.Precision | None
@@ -51,6 +51,35 @@ class Problem(NamedTuple):
         """As errors tell it."""
         kind = f"{self.dtype}, {self.levels} levels of kernel {self.kernel_size}, {self.wavelet}"
         return f"x {self.shape} {kind}"
+
+    def beyond(self, dtypes: Sequence[str], max_kernel: int) -> list[str]:
+        """What of it kernels for images and Haar wavelets do not do.
+
+        Args:
+            dtypes: Those that they take.
+            max_kernel: Their largest kernel size.
+
+        Returns:
+            A phrase for each, none if they take it.
+
+        Example:
+            >>> Problem((2, 8, 4), jnp.dtype("float32"), 5, 1, "haar").beyond(["float32"], 3)
+            ['1-D signals, 2-D alone', 'kernels of 5, up to 3']
+        """
+        reasons = []
+        if len(self.shape) != 4:
+            reasons.append(f"{len(self.shape) - 2}-D signals, 2-D alone")
+        if self.dtype not in dtypes:
+            reasons.append(f"{self.dtype}, {', '.join(dtypes)} alone")
+        if self.wavelet not in IS_HAAR:
+            reasons.append(f"wavelet {self.wavelet!r}, 'haar' alone")
+        if self.kernel_size > max_kernel:
+            reasons.append(f"kernels of {self.kernel_size}, up to {max_kernel}")
+        if not all(isinstance(size, int) for size in self.shape):
+            reasons.append("arrays of symbolic size")
+        elif self.shape[0] == 0:
+            reasons.append("an empty batch")
+        return reasons
 
 
 def wtconv1d(

@@ -35,7 +35,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._compat import in_32_bits, interpreting_tpu, pallas_output, tpu_vmem_bytes
-from pallas_kernels.haar.filters import IS_HAAR
 from pallas_kernels.haar.mosaic_tpu import (
     Part,
     loop,
@@ -78,19 +77,7 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.api.Problem`.
     """
-    reasons = []
-    if len(problem.shape) != 4:
-        reasons.append(f"{len(problem.shape) - 2}-D signals, 2-D alone")
-    if problem.dtype not in (jnp.float32, jnp.bfloat16):
-        reasons.append(f"{problem.dtype}, float32 and bfloat16 alone")
-    if problem.wavelet not in IS_HAAR:
-        reasons.append(f"wavelet {problem.wavelet!r}, 'haar' alone")
-    if problem.kernel_size > _MAX_KERNEL:
-        reasons.append(f"kernels of {problem.kernel_size}, up to {_MAX_KERNEL}")
-    if not all(isinstance(size, int) for size in problem.shape):
-        reasons.append("arrays of symbolic size")
-    elif problem.shape[0] == 0:
-        reasons.append("an empty batch")
+    reasons = problem.beyond(("float32", "bfloat16"), _MAX_KERNEL)
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
     _tiling(problem.shape, problem.dtype, problem.kernel_size, problem.levels, direction == "bwd")

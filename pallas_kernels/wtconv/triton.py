@@ -8,15 +8,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.haar.filters import IS_HAAR
 
 DIFFERENTIABLE = False
 
 Taps = tuple[jax.Array, ...]
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
+_MAX_ROW = 1 << 28
+"""Elements of a row of pixels, of which some are counted in 32 bits."""
+_MAX_CHANNELS = 65535 * 32
+"""Blocks of channels are the second axis of a grid."""
 
 
 def unavailable(platform: str) -> str | None:
@@ -26,7 +28,7 @@ def unavailable(platform: str) -> str | None:
     try:
         import jax_triton  # noqa: F401
     except ImportError as error:
-        return f"needs jax-triton (pip install flash-wtconv[triton]): {error}"
+        return f"needs jax-triton (the extra 'triton'): {error}"
     return None
 
 
@@ -37,21 +39,15 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.api.Problem`.
     """
-    reasons = []
-    if len(problem.shape) != 4:
-        reasons.append(f"{len(problem.shape) - 2}-D signals, 2-D alone")
-    if problem.dtype not in _DTYPES:
-        reasons.append(f"{problem.dtype}, {', '.join(_DTYPES)} alone")
-    if problem.wavelet not in IS_HAAR:
-        reasons.append(f"wavelet {problem.wavelet!r}, 'haar' alone")
-    if problem.kernel_size > _MAX_KERNEL or problem.kernel_size % 2 == 0:
-        reasons.append(f"kernels of {problem.kernel_size}, odd ones up to {_MAX_KERNEL}")
+    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
+    if problem.kernel_size % 2 == 0:
+        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
     if not 1 <= problem.levels <= _MAX_LEVELS:
         reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
-    if not all(isinstance(size, int) for size in problem.shape):
-        reasons.append("arrays of symbolic size")
-    elif problem.shape[0] == 0:
-        reasons.append("an empty batch")
+    if not reasons:
+        *_, width, channels = problem.shape
+        if channels > _MAX_CHANNELS or width * channels >= _MAX_ROW:
+            reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 

@@ -1,4 +1,4 @@
-"""The wavelet convolution's Triton kernels; coefficients are made in registers, never stored.
+"""The wavelet convolution's Triton kernels; no high band leaves the registers.
 
 Frameworks launch them through `triton_launches`; strides are arguments, so any layout runs. A
 program treats `P` strips, `TW` columns of coefficients wide, of one or more images, and `BC`
@@ -9,6 +9,8 @@ writes their filtered synthesis, to which it adds that of the levels below and, 
 the base convolution. Its taps come with the factors 1/2 of analysis and synthesis folded in. It
 filters two rows at once: each row of bands that comes in adds to the upper with one row of taps
 and to the lower with the row before, which is still in registers.
+
+The taps are filled up with zeros, so an infinite pixel makes NaN a row further than it reaches.
 
 A weight gradient keeps a sum a tap, and the `K` rows of dy that a row of x is a neighbour of.
 """

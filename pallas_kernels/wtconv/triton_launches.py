@@ -56,7 +56,7 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
                 taps[level] if bias is None else bias,
                 *(n, h, w, x_n, x_h, h * w * c, w * c),
             ],
-            [(source.shape, x.dtype)],
+            [(source.shape, x.dtype if first else _between(x))],
             (_blocks(width, columns) * _blocks(strips, _STRIPS), _blocks(c, _CHANNELS)),
             C=c,
             C_TAPS=padded(c),
@@ -152,14 +152,14 @@ def _lows(x: Any, levels: int, launch: Launch) -> list[Any]:
         shapes = []
         for _ in range(count):
             h, w = _blocks(h, 2), _blocks(w, 2)
-            shapes.append(((n, h, w, c), x.dtype))
+            shapes.append(((n, h, w, c), _between(x)))
         x_n, x_h, x_w, x_c = _strides(source)
         height, width = (_blocks(size, 2**count) for size in source.shape[1:3])
         found = launch(
             kernels.low_bands,
             [source, *source.shape, x_n, x_h],
             # The kernel has three outputs; those of levels that are not wanted stay unwritten.
-            shapes + [((1,), x.dtype)] * (3 - count),
+            shapes + [((1,), _between(x))] * (3 - count),
             (width * _blocks(n * height, _STRIPS), _blocks(c, _CHANNELS)),
             X_W=x_w,
             X_C=x_c,
@@ -168,6 +168,11 @@ def _lows(x: Any, levels: int, launch: Launch) -> list[Any]:
         )
         lows += found[:count]
     return lows
+
+
+def _between(x: Any) -> Any:
+    """The dtype of what one launch hands on to the next: low bands double with each level."""
+    return "float32" if str(x.dtype).split(".")[-1] == "float16" else x.dtype
 
 
 def _strides(x: Any) -> tuple[int, ...]:

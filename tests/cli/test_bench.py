@@ -42,6 +42,8 @@ def test_report_table_and_picture(tmp_path):
         for direction in ("forward", "forward+backward")
         for contender in ("flash", "plain jax", "torch eager")
     }
+    assert rows["forward", "flash"]["implementation"] == {"fwd": "xla", "bwd": "xla"}
+    assert "flash (xla)" in result.output
     for row in rows.values():
         assert row["x"] == [1, 6, 5, 4] and row["median_ms"] == 2.0 and row["speedup"] == 1.0
         assert (row["temporaries"] is None) == (row["contender"] == "torch eager")
