@@ -43,7 +43,6 @@ def run(
         baseline: The contender that ratios refer to: "torch eager", "plain jax", "depthwise 7x7"
             or "flash"; None is PyTorch where it can be measured beside us, else plain JAX.
         progress: Told a label and a number of steps, returns what to call after each step.
-
         dtype: One of `DTYPES`; of x, dy and the parameters.
 
     Returns:

@@ -10,8 +10,7 @@ on a v5e take 18,000 cycles, the copies between HBM and VMEM 47,000. The busiest
 store slot, which writes every coefficient once to scratch and once to the block that leaves.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,27 +21,38 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._compat import in_32_bits, interpreting_tpu, pallas_output, tpu_vmem_bytes
+from pallas_kernels._compat import in_32_bits, pallas_output, tpu_vmem_bytes
 from pallas_kernels.haar.filters import IS_HAAR
+from pallas_kernels.tpu import (
+    LANES,
+    STEP_BYTES,
+    SUBLANES,
+    VMEM_SHARE,
+    Part,
+    compiler_params,
+    grid,
+    halved,
+    loop,
+    parts,
+    row_together,
+    side_by_side,
+    store_row,
+    turned,
+    turned_back,
+    turned_shape,
+    unavailable,
+    up,
+    whole_columns,
+)
+
+__all__ = ["DIFFERENTIABLE", "check", "merge", "split", "unavailable", "wavedec", "waverec"]
 
 DIFFERENTIABLE = False
 
 Pair = tuple[int, int]
 Bands = tuple[jax.Array, ...]
 
-_LANES, _SUBLANES = 128, 8
 _MAX_LEVELS = 5
-_VMEM_SHARE = 0.75
-"""What blocks and scratch may take of VMEM; the compiler's stack needs the rest."""
-_STEP_BYTES = 1 << 20
-"""Least size of the image that a grid step should work on: its fixed cost is small beside it."""
-
-
-def unavailable(platform: str) -> str | None:
-    """Needs a TPU, or Pallas' interpreter."""
-    if platform == "tpu" or interpreting_tpu():
-        return None
-    return f"needs a TPU, this is a {platform} (or pltpu.force_tpu_interpret_mode())"
 
 
 def check(direction: str, problem: Any) -> None:
@@ -77,22 +87,22 @@ def wavedec(
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
     """All levels of `x [N, H, W, C]`: the low band, and three details a level from coarse on."""
     tiling = _tiling(x.shape, x.dtype, levels)
-    sizes = _sizes(tiling.size, levels)
+    sizes = halved(tiling.size, levels)
     blocks = _blocks(x.shape, tiling, sizes)
-    spec, lanes = blocks[0], min(x.shape[-1], _LANES)
+    spec, lanes = blocks[0], min(x.shape[-1], LANES)
     shapes = [
         pallas_output(turned_shape((x.shape[0], *size, x.shape[-1]), tiling.together), x.dtype, x)
-        for size in _sizes(x.shape[1:3], levels)
+        for size in halved(x.shape[1:3], levels)
     ]
     order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
     low, *details = pl.pallas_call(
         partial(_analysis_kernel, tiling, sizes, x.shape[1:3]),
         out_shape=[shapes[level] for level in order],
-        grid=_grid(x.shape, tiling),
+        grid=grid(x.shape, tiling.images, tiling.size),
         in_specs=[spec],
         out_specs=[blocks[level] for level in order],
         scratch_shapes=_scratch(tiling, sizes, lanes),
-        compiler_params=_compiler_params(),
+        compiler_params=compiler_params(),
         name="haar_wavedec",
     )(turned(x, tiling.together))
     low, *details = (turned_back(band, tiling.together) for band in (low, *details))
@@ -105,18 +115,18 @@ def waverec(low: jax.Array, details: tuple[Bands, ...], *, shape: Pair, wavelet:
     """The inverse of `wavedec`: an image `[N, *shape, C]`."""
     whole, levels = (low.shape[0], *shape, low.shape[-1]), len(details)
     tiling = _tiling(whole, low.dtype, levels)
-    sizes = _sizes(tiling.size, levels)
-    blocks, lanes = _blocks(whole, tiling, sizes), min(low.shape[-1], _LANES)
+    sizes = halved(tiling.size, levels)
+    blocks, lanes = _blocks(whole, tiling, sizes), min(low.shape[-1], LANES)
     order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
     bands = low, *(band for bands in details for band in bands)
     image = pl.pallas_call(
         partial(_synthesis_kernel, tiling, sizes),
         out_shape=pallas_output(turned_shape(whole, tiling.together), low.dtype, *bands),
-        grid=_grid(whole, tiling),
+        grid=grid(whole, tiling.images, tiling.size),
         in_specs=[blocks[level] for level in order],
         out_specs=blocks[0],
         scratch_shapes=_scratch(tiling, sizes, lanes),
-        compiler_params=_compiler_params(),
+        compiler_params=compiler_params(),
         name="haar_waverec",
     )(*(turned(band, tiling.together) for band in bands))
     return turned_back(image, tiling.together)
@@ -145,86 +155,6 @@ def merge(low: jax.Array, vertical: jax.Array, horizontal: jax.Array, diagonal: 
     return top + right, top - right, bottom + cross, bottom - cross
 
 
-def loop(count: int, body: Callable[[Any], None]) -> None:
-    """Runs `body` for 0 to `count - 1` inside a kernel."""
-
-    def step(i: jax.Array, carry: int) -> int:
-        body(i)
-        return carry
-
-    lax.fori_loop(0, count, step, 0)
-
-
-def turned_shape(shape: Sequence[int], together: int) -> tuple[int, ...]:
-    """The shape of `turned`."""
-    n, h, w, c = shape
-    return (h, w, n, c) if together > 1 else (n, h, w, c)
-
-
-def turned(x: jax.Array, together: int) -> jax.Array:
-    """`x [N, H, W, C]`, for images together as `[H, W, N, C]`.
-
-    That is how XLA lays arrays out in memory whose widths would leave sublanes empty, so nothing
-    is copied.
-    """
-    return x.transpose(1, 2, 0, 3) if together > 1 else x
-
-
-def turned_back(y: jax.Array, together: int) -> jax.Array:
-    """The inverse of `turned`."""
-    return y.transpose(2, 0, 1, 3) if together > 1 else y
-
-
-def side_by_side(
-    shape: Sequence[int], dtype: jnp.dtype, most: int, fits: Callable[[int], bool]
-) -> int:
-    """How many images should share registers in a step: a multiple of eight, or one.
-
-    Args:
-        shape: Of x, `[N, H, W, C]`.
-        dtype: Of x.
-        most: Images that a step needs not be larger than.
-        fits: Whether so many fit in VMEM.
-    """
-    n, _, w, channels = shape
-    full = _SUBLANES * 4 // dtype.itemsize
-    if w % full == 0:
-        # XLA lays images whose width fills registers out as they come, and would copy them.
-        return 1
-    for images in range(min(n, max(most, full)), _SUBLANES - 1, -1):
-        whole = n % images == 0 and (images % full == 0 or images == n and n % _SUBLANES == 0)
-        # A single step would have nothing to copy while it computes.
-        if whole and math.ceil(channels / _LANES) * (n // images) > 1 and fits(images):
-            return images
-    return 1
-
-
-class Part(NamedTuple):
-    """Columns that one transform treats at once: a row of one image, or a column of several."""
-
-    col: int
-    cols: int
-    together: int
-
-    def bands(self, first: int) -> Any:
-        """Where the coefficients of these columns lie in scratch."""
-        return pl.ds((first + self.col) * self.together, self.cols * self.together)
-
-    def pixels(self, first: int, odd: int) -> Any:
-        """Where the even, or odd, columns that they come from lie."""
-        start = (first + 2 * self.col + odd) * self.together
-        if self.together == 1:
-            return pl.ds(start, self.cols, stride=2)
-        return pl.ds(start, self.together)
-
-
-def parts(cols: int, together: int) -> list[Part]:
-    """The parts of a row of coefficients."""
-    if together == 1:
-        return [Part(0, cols, 1)]
-    return [Part(col, 1, together) for col in range(cols)]
-
-
 class _Tiling(NamedTuple):
     """How the image is cut: images a step, the tile's size, and images that share registers."""
 
@@ -236,9 +166,9 @@ class _Tiling(NamedTuple):
 def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
     """Whole images, several small ones at once; else the largest tile that fits in VMEM."""
     n, h, w, channels = shape
-    limit = int(tpu_vmem_bytes() * _VMEM_SHARE)
-    image = h * w * min(channels, _LANES) * dtype.itemsize
-    most = max(1, _STEP_BYTES // image)
+    limit = int(tpu_vmem_bytes() * VMEM_SHARE)
+    image = h * w * min(channels, LANES) * dtype.itemsize
+    most = max(1, STEP_BYTES // image)
     together = side_by_side(
         shape, dtype, most, lambda n: _vmem_use(_Tiling(n, (h, w), n), dtype, levels) <= limit
     )
@@ -267,36 +197,18 @@ def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
 
 def _vmem_use(tiling: _Tiling, dtype: jnp.dtype, levels: int) -> int:
     """Bytes of VMEM: float32 scratch, and every block twice for the pipeline."""
-    sizes = _sizes(tiling.size, levels)
-    scratch = sum(4 * rows * _up(cols, _SUBLANES) for rows, cols in sizes[1:]) * tiling.together
-    areas = [rows * _up(cols, 16) for rows, cols in sizes]
+    sizes = halved(tiling.size, levels)
+    scratch = sum(4 * rows * up(cols, SUBLANES) for rows, cols in sizes[1:]) * tiling.together
+    areas = [rows * up(cols, 16) for rows, cols in sizes]
     blocks = max(tiling.images, 16 * (tiling.together > 1)) * (
         areas[0] + 3 * sum(areas[1:]) + areas[-1]
     )
-    return _LANES * (4 * scratch + 2 * dtype.itemsize * blocks)
-
-
-def _sizes(size: Sequence[int], levels: int) -> list[Pair]:
-    """Rows and columns of each level's bands, level 0 being the image."""
-    sizes = [tuple(size)]
-    for _ in range(levels):
-        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
-    return sizes
-
-
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _grid(shape: Sequence[int], tiling: _Tiling) -> tuple[int, int, int, int]:
-    n, h, w, channels = shape
-    tiles = (math.ceil(s / t) for s, t in zip((h, w), tiling.size, strict=True))
-    return math.ceil(channels / _LANES), n // tiling.images, *tiles
+    return LANES * (4 * scratch + 2 * dtype.itemsize * blocks)
 
 
 def _blocks(shape: Sequence[int], tiling: _Tiling, sizes: list[Pair]) -> list[pl.BlockSpec]:
     """The block of each level that one grid step holds."""
-    lanes = min(shape[-1], _LANES)
+    lanes = min(shape[-1], LANES)
     if tiling.together > 1:
         return [
             pl.BlockSpec((*size, tiling.images, lanes), lambda c, n, i, j: (i, j, n, c))
@@ -310,17 +222,11 @@ def _blocks(shape: Sequence[int], tiling: _Tiling, sizes: list[Pair]) -> list[pl
 
 def _scratch(tiling: _Tiling, sizes: list[Pair], lanes: int) -> list[Any]:
     """The image and every low band but the last, twice the size of the level below."""
-    whole = max(1, _SUBLANES // tiling.together)
+    whole = whole_columns(tiling.together)
     return [
-        pltpu.VMEM((2 * rows, 2 * _up(cols, whole) * tiling.together, lanes), jnp.float32)
+        pltpu.VMEM((2 * rows, 2 * up(cols, whole) * tiling.together, lanes), jnp.float32)
         for rows, cols in sizes[1:]
     ]
-
-
-def _compiler_params() -> pltpu.CompilerParams:
-    # Scratch is zeroed at the first step of a block of channels, so the steps after it follow.
-    semantics = ("parallel", "arbitrary", "arbitrary", "arbitrary")
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem_bytes())
 
 
 def _analysis_kernel(
@@ -345,8 +251,8 @@ def _analysis_kernel(
             def row(
                 i: jax.Array, level: int = level, bands: Any = bands, below: Any = below
             ) -> None:
-                whole = max(1, _SUBLANES // tiling.together)
-                for part in parts(_up(sizes[level][1], whole), tiling.together):
+                whole = whole_columns(tiling.together)
+                for part in parts(up(sizes[level][1], whole), tiling.together):
                     pixels = [
                         lows[level - 1][2 * i + v, part.pixels(0, u)]
                         for v, u in product((0, 1), repeat=2)
@@ -373,7 +279,7 @@ def _load_row(
 ) -> None:
     """Copies a row to float32 scratch, zero where the tile overhangs the image."""
     if tiling.together > 1:
-        value = x[i].astype(jnp.float32).reshape(-1, x.shape[-1])
+        value = row_together(x, i)
         target[i, : value.shape[0]] = value
         return
     value = x[index, i].astype(jnp.float32)
@@ -409,7 +315,7 @@ def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) 
                         merged[level - 1][2 * i + v, part.pixels(0, u)] = 0.5 * value
 
             loop(sizes[level][0], row)
-        loop(tiling.size[0], partial(_store_row, merged[0], out, index, tiling))
+        loop(tiling.size[0], partial(store_row, merged[0], out, index, tiling.together))
 
     loop(tiling.images // tiling.together, one)
 
@@ -426,11 +332,3 @@ def _put(band: Any, index: jax.Array, i: jax.Array, part: Part, value: jax.Array
         band[i, part.col] = value.astype(band.dtype)
     else:
         band[index, i] = value[: band.shape[2]].astype(band.dtype)
-
-
-def _store_row(source: Any, out: Any, index: jax.Array, tiling: _Tiling, i: jax.Array) -> None:
-    value = source[i, : tiling.size[1] * tiling.together]
-    if tiling.together > 1:
-        out[i] = value.reshape(out.shape[1:]).astype(out.dtype)
-    else:
-        out[index, i] = value.astype(out.dtype)

@@ -34,18 +34,31 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._compat import in_32_bits, interpreting_tpu, pallas_output, tpu_vmem_bytes
-from pallas_kernels.haar.mosaic_tpu import (
+from pallas_kernels._compat import in_32_bits, pallas_output, tpu_vmem_bytes
+from pallas_kernels.haar.mosaic_tpu import merge, split
+from pallas_kernels.tpu import (
+    LANES,
+    STEP_BYTES,
+    SUBLANES,
+    VMEM_SHARE,
     Part,
+    compiler_params,
+    grid,
+    halved,
     loop,
-    merge,
     parts,
+    row_together,
     side_by_side,
-    split,
+    store_row,
     turned,
     turned_back,
     turned_shape,
+    unavailable,
+    up,
+    whole_columns,
 )
+
+__all__ = ["DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 
@@ -53,21 +66,9 @@ Taps = tuple[jax.Array, ...]
 Pair = tuple[int, int]
 Totals = tuple[jax.Array, ...]
 
-_LANES, _SUBLANES = 128, 8
 _MAX_KERNEL = 9
 _MAX_GROUP = 8
 """Most blocks of eight columns in one unrolled loop body."""
-_VMEM_SHARE = 0.75
-"""What blocks and scratch may take of VMEM; the compiler's stack and spills need the rest."""
-_STEP_BYTES = 1 << 20
-"""Least size of x that a grid step should work on, so that its fixed cost is small beside it."""
-
-
-def unavailable(platform: str) -> str | None:
-    """Needs a TPU, or Pallas' interpreter."""
-    if platform == "tpu" or interpreting_tpu():
-        return None
-    return f"needs a TPU, this is a {platform} (or pltpu.force_tpu_interpret_mode())"
 
 
 def check(direction: str, problem: Any) -> None:
@@ -105,7 +106,7 @@ def forward(
     tiling = _tiling(x.shape, x.dtype, kernel_size, levels, weights=False)
     geometry = _geometry(tiling, tiling.halo, levels, pads)
     channels = x.shape[-1]
-    lanes = min(channels, _LANES)
+    lanes = min(channels, LANES)
     flat = [
         tap.astype(jnp.float32).reshape(kernel_size**2, -1, channels) * 4.0**-level
         for level, tap in enumerate(taps)
@@ -116,7 +117,7 @@ def forward(
     y = pl.pallas_call(
         partial(_forward_kernel, tiling, geometry, pads, x.shape[1:3], len(windows)),
         out_shape=pallas_output(turned_shape(x.shape, tiling.together), x.dtype, x, *flat, bias),
-        grid=_grid(x.shape, tiling),
+        grid=grid(x.shape, tiling.images, tiling.size),
         in_specs=[
             *windows,
             *(pl.BlockSpec((*tap.shape[:2], lanes), lambda c, n, i, j: (0, 0, c)) for tap in flat),
@@ -132,7 +133,7 @@ def forward(
                 for level in range(max(levels, 1))
             ),
         ],
-        compiler_params=_compiler_params(),
+        compiler_params=compiler_params(),
         name="wtconv_forward",
     )(
         *[turned(x, tiling.together)] * len(windows),
@@ -161,22 +162,22 @@ def weight_grad(
     tiling = _tiling(x.shape, x.dtype, kernel_size, levels, weights=True)
     of_x = _geometry(tiling, tiling.halo, levels, pads)
     of_dy = _geometry(tiling, (0, 0), levels, (0, 0))
-    lanes = min(x.shape[-1], _LANES)
+    lanes = min(x.shape[-1], LANES)
     x_windows = _windows(x.shape, tiling, tiling.halo, lanes)
     dy_windows = _windows(x.shape, tiling, (0, 0), lanes)
     shapes = [(1 if level == 0 else 4, kernel_size**2) for level in range(levels + 1)]
     sums = pl.pallas_call(
         partial(_weight_kernel, tiling, of_x, of_dy, pads, x.shape[1:3], len(x_windows)),
         out_shape=[pallas_output((*s, x.shape[-1]), jnp.float32, x, dy) for s in shapes],
-        grid=_grid(x.shape, tiling),
+        grid=grid(x.shape, tiling.images, tiling.size),
         in_specs=[*x_windows, *dy_windows],
         out_specs=[pl.BlockSpec((*s, lanes), lambda c, n, i, j: (0, 0, c)) for s in shapes],
         scratch_shapes=[
             *_cascade_scratch(of_x, tiling, lanes),
             *_cascade_scratch(of_dy, tiling, lanes),
-            *(pltpu.VMEM((*s, _SUBLANES, lanes), jnp.float32) for s in shapes),
+            *(pltpu.VMEM((*s, SUBLANES, lanes), jnp.float32) for s in shapes),
         ],
-        compiler_params=_compiler_params(),
+        compiler_params=compiler_params(),
         name="wtconv_weight_grad",
     )(*[turned(x, tiling.together)] * len(x_windows), turned(dy, tiling.together))
     return tuple(
@@ -206,12 +207,12 @@ def _tiling(
 ) -> _Tiling:
     """The largest tile that fits in VMEM: images together, else whole images, else parts."""
     n, h, w, channels = shape
-    limit = int(tpu_vmem_bytes() * _VMEM_SHARE)
+    limit = int(tpu_vmem_bytes() * VMEM_SHARE)
 
     def fits(tiling: _Tiling) -> bool:
         return _vmem_use(tiling, dtype, channels, kernel_size, levels, weights) <= limit
 
-    most = max(1, _STEP_BYTES // (h * w * min(channels, _LANES) * dtype.itemsize))
+    most = max(1, STEP_BYTES // (h * w * min(channels, LANES) * dtype.itemsize))
     together = side_by_side(
         shape, dtype, most, lambda images: fits(_Tiling(images, (h, w), (0, 0), images))
     )
@@ -223,7 +224,7 @@ def _tiling(
             return tiling
     # A block's halo must be a multiple of 2**levels, and divide its size to be a block itself.
     reach = 1 << (levels + (max(kernel_size // 2, 1) - 1).bit_length())
-    halos = reach, max(reach, 2 * _SUBLANES)
+    halos = reach, max(reach, 2 * SUBLANES)
     sizes = [
         [(size, 0), *((halo << i, halo) for i in range(9) if halo << i < size)]
         for size, halo in zip((h, w), halos, strict=True)
@@ -241,18 +242,6 @@ def _tiling(
             f"tile with its halo of {reach} pixels fits in {limit / 2**20:.1f} MiB of VMEM"
         )
     return min(fitting)[1]
-
-
-def _compiler_params() -> pltpu.CompilerParams:
-    # Channels may be shared between cores; all else passes scratch or sums from step to step.
-    semantics = ("parallel", "arbitrary", "arbitrary", "arbitrary")
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem_bytes())
-
-
-def _grid(shape: Sequence[int], tiling: _Tiling) -> tuple[int, int, int, int]:
-    n, h, w, channels = shape
-    tiles = (math.ceil(s / t) for s, t in zip((h, w), tiling.size, strict=True))
-    return math.ceil(channels / _LANES), n // tiling.images, *tiles
 
 
 def _windows(shape: Sequence[int], tiling: _Tiling, halo: Pair, lanes: int) -> list[pl.BlockSpec]:
@@ -302,49 +291,38 @@ class _Level(NamedTuple):
 
 def _geometry(tiling: _Tiling, halo: Pair, levels: int, pads: Pair) -> list[_Level]:
     """Places every level in scratch: room for pads, for whole registers, for the next level."""
-    sizes = [tiling.size]
-    for _ in range(levels):
-        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+    sizes = halved(tiling.size, levels)
     margins = [tuple(h >> level for h in halo) for level in range(levels + 1)]
     found: list[_Level] = []
     together = tiling.together
-    whole = _whole(together)
+    whole = whole_columns(together)
     for size, margin in zip(reversed(sizes), reversed(margins), strict=True):
         before = [max(pads[0], m) for m in margin]
-        origin = before[0], _up(before[1], whole)
+        origin = before[0], up(before[1], whole)
         level = _Level(size, margin, origin, (0, 0), together)
         filtered = _filtered_shape(level)
         rows = [size[0] + margin[0], filtered[0] + pads[1]]
-        cols = [_up(size[1] + 2 * margin[1], whole) - margin[1], filtered[1] + pads[1]]
+        cols = [up(size[1] + 2 * margin[1], whole) - margin[1], filtered[1] + pads[1]]
         if found:
             # The next level's analysis reads two rows and columns for each one that it writes.
             rows.append(2 * (found[-1].size[0] + found[-1].margin[0]))
-            cols.append(2 * _up(found[-1].size[1] + 2 * found[-1].margin[1], whole) - margin[1])
-        shape = origin[0] + max(rows), _up(origin[1] + max(cols), whole)
+            cols.append(2 * up(found[-1].size[1] + 2 * found[-1].margin[1], whole) - margin[1])
+        shape = origin[0] + max(rows), up(origin[1] + max(cols), whole)
         found.append(level._replace(shape=shape))
     return found[::-1]
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _whole(together: int) -> int:
-    """Columns that fill whole registers."""
-    return max(1, _SUBLANES // together)
-
-
 def _row_chunk(rows: int) -> int:
     """Rows kept in registers at once: eight, or what leaves the fewest rows over."""
-    return min(rows, min((8, 7, 6, 5, 4), key=lambda chunk: (_up(rows, chunk), -chunk)))
+    return min(rows, min((8, 7, 6, 5, 4), key=lambda chunk: (up(rows, chunk), -chunk)))
 
 
 def _column_groups(cols: int, together: int) -> Pair:
     """A row as groups of registers: (groups, registers in each)."""
-    registers = math.ceil(cols * together / _SUBLANES)
+    registers = math.ceil(cols * together / SUBLANES)
     if registers <= _MAX_GROUP:
         return 1, registers
-    size = min((8, 7, 6, 5, 4), key=lambda size: (_up(registers, size), -size))
+    size = min((8, 7, 6, 5, 4), key=lambda size: (up(registers, size), -size))
     return math.ceil(registers / size), size
 
 
@@ -352,7 +330,7 @@ def _filtered_shape(level: _Level) -> Pair:
     """Rows and columns that a convolution of this level writes."""
     rows, cols = level.size
     registers = math.prod(_column_groups(cols, level.together))
-    return _up(rows, _row_chunk(rows)), -(-registers * _SUBLANES // level.together)
+    return up(rows, _row_chunk(rows)), -(-registers * SUBLANES // level.together)
 
 
 def _merged_shape(geometry: list[_Level], level: int) -> Pair:
@@ -360,8 +338,8 @@ def _merged_shape(geometry: list[_Level], level: int) -> Pair:
     rows, cols = _filtered_shape(geometry[level])
     if level + 1 == len(geometry):
         return rows, cols
-    below, whole = geometry[level + 1].size, _whole(geometry[level].together)
-    return max(rows, 2 * below[0]), max(cols, 2 * _up(below[1], whole))
+    below, whole = geometry[level + 1].size, whole_columns(geometry[level].together)
+    return max(rows, 2 * below[0]), max(cols, 2 * up(below[1], whole))
 
 
 def _scratch(shape: Pair, tiling: _Tiling, lanes: int, *bands: int) -> Any:
@@ -391,14 +369,16 @@ def _vmem_use(
     else:
         elements += 4 * math.prod(_filtered_shape(of_x[min(levels, 1)]))
         elements += sum(math.prod(_merged_shape(of_x, level)) for level in range(max(levels, 1)))
-    elements = tiling.together * (elements + _up(tiling.size[1], _SUBLANES))
+    # And a row: values as wide as one go to the compiler's stack.
+    elements = tiling.together * (elements + up(tiling.size[1], SUBLANES))
     if weights:
-        elements += (1 + 4 * levels) * kernel_size**2 * _SUBLANES
+        # The sums, a register for each tap.
+        elements += (1 + 4 * levels) * kernel_size**2 * SUBLANES
     rows, cols = (size + 2 * halo for size, halo in zip(tiling.size, tiling.halo, strict=True))
-    blocks = tiling.images * rows * _up(cols, 16)
-    blocks += tiling.images * tiling.size[0] * _up(tiling.size[1], 16)
-    taps = (1 + 4 * levels) * _up(kernel_size**2, _SUBLANES)
-    return _LANES * (4 * elements + 2 * dtype.itemsize * blocks + 2 * 4 * taps)
+    blocks = tiling.images * rows * up(cols, 16)
+    blocks += tiling.images * tiling.size[0] * up(tiling.size[1], 16)
+    taps = (1 + 4 * levels) * up(kernel_size**2, SUBLANES)
+    return LANES * (4 * elements + 2 * dtype.itemsize * blocks + 2 * 4 * taps)
 
 
 # Kernels
@@ -428,7 +408,7 @@ def _forward_kernel(
             below = merged[level] if level < levels else None
             _synthesise(filtered, below, merged[level - 1], geometry[level])
         _add_base(coefficients[0], geometry[0], taps[0], pads, bias, merged[0], levels > 0)
-        loop(tiling.size[0], partial(_store_row, merged[0], out, index, tiling))
+        loop(tiling.size[0], partial(store_row, merged[0], out, index, tiling.together))
 
     loop(tiling.images // tiling.together, one)
 
@@ -499,7 +479,13 @@ def _load(
 ) -> None:
     """Copies a tile with its halo to float32 scratch, zero where there is no image."""
     if tiling.together > 1:
-        loop(tiling.size[0], partial(_load_together, windows[0], target, level))
+        first = level.origin[1] * level.together
+
+        def together(i: jax.Array) -> None:
+            value = row_together(windows[0], i)
+            target[0, level.origin[0] + i, first : first + value.shape[0]] = value
+
+        loop(tiling.size[0], together)
         return
     tile = [pl.program_id(axis) * size for axis, size in zip((2, 3), tiling.size, strict=True)]
     # Tiles that overhang the image, and halos, hold what lies outside it: undefined, not zero.
@@ -534,14 +520,6 @@ def _load(
         loop(window.shape[1], row)
 
 
-def _load_together(window: Any, target: Any, level: _Level, i: jax.Array) -> None:
-    """Copies a row of all images of a step to float32 scratch."""
-    value = window[i].astype(jnp.float32)
-    value = value.reshape(-1, value.shape[-1])
-    first = level.origin[1] * level.together
-    target[0, level.origin[0] + i, first : first + value.shape[0]] = value
-
-
 def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
     """Every level's sums and differences from the low band of the one above."""
     for level in range(1, len(geometry)):
@@ -550,7 +528,7 @@ def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
         first = [o - m for o, m in zip(above.origin, above.margin, strict=True)]
         to = [o - m for o, m in zip(here.origin, here.margin, strict=True)]
         row_parts = parts(
-            _up(here.size[1] + 2 * here.margin[1], _whole(here.together)), here.together
+            up(here.size[1] + 2 * here.margin[1], whole_columns(here.together)), here.together
         )
 
         def row(
@@ -593,7 +571,7 @@ def _convolve(
                 col = _column(g, blocks, block)
                 sums = [start(r * chunk + k, col) for k in range(chunk)]
                 for i, j in product(range(chunk + kernel_size - 1), range(kernel_size)):
-                    at = pl.ds(col + (left + j) * level.together, _SUBLANES)
+                    at = pl.ds(col + (left + j) * level.together, SUBLANES)
                     value = source[band, top + r * chunk + i, at]
                     for k in range(max(0, i - kernel_size + 1), min(chunk, i + 1)):
                         term = value * taps[(i - k) * kernel_size + j]
@@ -609,8 +587,8 @@ def _convolve(
 def _column(group: jax.Array | int, blocks: int, block: int) -> Any:
     """First sublane of a register of a row; a multiple of eight, and known to be one."""
     if isinstance(group, int):
-        return (group * blocks + block) * _SUBLANES
-    return pl.multiple_of(group * (blocks * _SUBLANES), _SUBLANES) + block * _SUBLANES
+        return (group * blocks + block) * SUBLANES
+    return pl.multiple_of(group * (blocks * SUBLANES), SUBLANES) + block * SUBLANES
 
 
 def _for_groups(groups: int, body: Callable[[Any], None]) -> None:
@@ -626,7 +604,7 @@ def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> N
 
     def band(s: jax.Array) -> None:
         def store(row: Any, col: Any, value: jax.Array) -> None:
-            target[s, row, pl.ds(col, _SUBLANES)] = value
+            target[s, row, pl.ds(col, SUBLANES)] = value
 
         _convolve(
             source,
@@ -643,7 +621,7 @@ def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> N
 
 def _synthesise(filtered: Any, below: Any | None, target: Any, level: _Level) -> None:
     """Sums and differences of four bands, the synthesis from below added to the low one."""
-    row_parts = parts(_up(level.size[1], _whole(level.together)), level.together)
+    row_parts = parts(up(level.size[1], whole_columns(level.together)), level.together)
 
     def row(i: jax.Array) -> None:
         for part in row_parts:
@@ -661,25 +639,16 @@ def _add_base(
     source: Any, level: _Level, taps: Any, pads: Pair, bias: Any, y: Any, merge: bool
 ) -> None:
     """Convolves x onto the bias and, with `merge`, onto the synthesis that `y` holds."""
-    offset = jnp.broadcast_to(bias[...], (_SUBLANES, bias.shape[1]))
+    offset = jnp.broadcast_to(bias[...], (SUBLANES, bias.shape[1]))
 
     def start(row: Any, col: Any) -> jax.Array:
-        return offset + y[row, pl.ds(col, _SUBLANES)] if merge else offset
+        return offset + y[row, pl.ds(col, SUBLANES)] if merge else offset
 
     def store(row: Any, col: Any, value: jax.Array) -> None:
-        y[row, pl.ds(col, _SUBLANES)] = value
+        y[row, pl.ds(col, SUBLANES)] = value
 
     every_tap = [taps[t] for t in range(taps.shape[0])]
     _convolve(source, 0, level, every_tap, pads, start, store)
-
-
-def _store_row(y: Any, out: Any, index: jax.Array, tiling: _Tiling, i: jax.Array) -> None:
-    """Copies a row of one image, or of all images of a step, out of float32 scratch."""
-    value = y[i, : tiling.size[1] * tiling.together]
-    if tiling.together > 1:
-        out[i] = value.reshape(out.shape[1:]).astype(out.dtype)
-    else:
-        out[index, i] = value.astype(out.dtype)
 
 
 def _correlate(
@@ -697,11 +666,11 @@ def _correlate(
     def band(s: jax.Array) -> None:
         def add_block(found: dict[Pair, jax.Array], r: Any, col: Any) -> None:
             dy = [
-                of_dy[s, dy_top + r * chunk + k, pl.ds(dy_left * together + col, _SUBLANES)]
+                of_dy[s, dy_top + r * chunk + k, pl.ds(dy_left * together + col, SUBLANES)]
                 for k in range(chunk)
             ]
             for i, j in product(range(chunk + kernel_size - 1), range(kernel_size)):
-                at = pl.ds(col + (left + j) * together, _SUBLANES)
+                at = pl.ds(col + (left + j) * together, SUBLANES)
                 value = of_x[s, top + r * chunk + i, at]
                 for k in range(max(0, i - kernel_size + 1), min(chunk, i + 1)):
                     found[i - k, j] += value * dy[k]

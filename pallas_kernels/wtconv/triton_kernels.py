@@ -231,7 +231,7 @@ def _two_rows(
         bottom_ok = top_ok & (2 * i + 1 < H)
         bottom = _row(start + x_h, bottom_ok, first, W, 2 * WIDE, X_W, CHECK)
         here = _taps(taps + d * K * 4 * C_TAPS, K * 4, C_TAPS)
-        sums = _add_bands(sums, _bands(top, bottom, WIDE), here, above, K, TW)
+        sums = _add_row(sums, _bands(top, bottom, WIDE), here, above, K, TW, 4)
         above = here
     for half in range(2):
         done = ()
@@ -259,8 +259,6 @@ def _two_rows(
             )
         if BIAS:
             offset = tl.load(bias)
-            for j in tl.static_range(4 * TW):
-                pixels = pixels[:j] + (pixels[j] + offset,) + pixels[j + 1 :]
         for v in tl.static_range(2):
             to = target + (2 * row + v).to(tl.int64) * y_h
             row_ok = ok & (2 * row + v < H)
@@ -268,8 +266,10 @@ def _two_rows(
                 inside = row_ok
                 if CHECK:
                     inside = inside & (2 * j0 + j < W)
-                value = pixels[4 * (j // 2) + 2 * v + j % 2].to(target.dtype.element_ty)
-                tl.store(to + j * Y_W, value, mask=inside)
+                value = pixels[4 * (j // 2) + 2 * v + j % 2]
+                if BIAS:
+                    value += offset
+                tl.store(to + j * Y_W, value.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -281,18 +281,18 @@ def _taps(start, COUNT: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _add_bands(sums, bands, here, above, K: tl.constexpr, TW: tl.constexpr):
-    """Adds a row of bands to two rows of sums: with its taps to the upper, and the row before's."""
+def _add_row(sums, values, here, above, K: tl.constexpr, COUNT: tl.constexpr, BANDS: tl.constexpr):
+    """Adds a row of pixels or bands to two rows of `COUNT` sums, with the taps of each."""
     found = ()
     for row in tl.static_range(2):
-        for j in tl.static_range(TW):
-            for s in tl.static_range(4):
-                total = sums[(row * TW + j) * 4 + s]
+        for j in tl.static_range(COUNT):
+            for s in tl.static_range(BANDS):
+                total = sums[(row * COUNT + j) * BANDS + s]
                 for e in tl.static_range(K):
                     if row == 0:
-                        total += bands[(j + e) * 4 + s] * here[e * 4 + s]
+                        total += values[(j + e) * BANDS + s] * here[e * BANDS + s]
                     else:
-                        total += bands[(j + e) * 4 + s] * above[e * 4 + s]
+                        total += values[(j + e) * BANDS + s] * above[e * BANDS + s]
                 found = found + (total,)
     return found
 
@@ -329,17 +329,7 @@ def _add_base(
         at = start + (q - REACH) * x_h
         values = _row(at, inside, column - REACH, W, COUNT, X_W, CHECK)
         here = _taps(base + q * K * C_TAPS, K, C_TAPS)
-        found = ()
-        for v in tl.static_range(2):
-            for j in tl.static_range(2 * TW):
-                total = sums[2 * TW * v + j]
-                for e in tl.static_range(K):
-                    if v == 0:
-                        total += values[j + e] * here[e]
-                    else:
-                        total += values[j + e] * above[e]
-                found = found + (total,)
-        sums = found
+        sums = _add_row(sums, values, here, above, K, 2 * TW, 1)
         above = here
     pixels = ()
     for j in tl.static_range(TW):

@@ -15,6 +15,8 @@ from pallas_kernels.haar import mosaic_tpu
 from pallas_kernels.haar.api import OPERATOR, Problem
 from pallas_kernels.haar.cases import Case, inputs
 
+pytestmark = pytest.mark.usefixtures("tpu_interpreter")
+
 CASES = (
     Case((8, 8), 3),
     Case((7, 9), 2, dtype="bfloat16"),
@@ -32,26 +34,6 @@ TOGETHER = (
     Case((6, 3), 5, batch=(2, 12), channels=130),
     Case((5, 6), 1, dtype="bfloat16", batch=(8,), channels=130),
 )
-
-
-@pytest.fixture(autouse=True)
-def interpreter():
-    params = pltpu.InterpretParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="nan"
-    )
-    with pltpu.force_tpu_interpret_mode(params):
-        yield
-    pltpu.reset_tpu_interpret_mode_state()
-
-
-@pytest.fixture
-def races():
-    """What the interpreter's race detector found, asserted to be nothing."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    yield
-    found = interpret_pallas_call.races
-    assert found is not None and not found.races_found
 
 
 def assert_oracle(case):

@@ -19,6 +19,8 @@ from pallas_kernels.wtconv import api, mosaic_tpu, wtconv1d, wtconv2d, wtconv3d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case
 
+pytestmark = pytest.mark.usefixtures("tpu_interpreter")
+
 
 def taken(case):
     """Whether the kernels are made for a case; the others are refused, which has its own test."""
@@ -50,26 +52,6 @@ TOGETHER = (
     Case((5, 3), 2, 3, batch=(2, 12), channels=130),
     Case((2, 9), 1, 3, "bfloat16", batch=(16,), channels=130),
 )
-
-
-@pytest.fixture(autouse=True)
-def interpreter():
-    params = pltpu.InterpretParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="nan"
-    )
-    with pltpu.force_tpu_interpret_mode(params):
-        yield
-    pltpu.reset_tpu_interpret_mode_state()
-
-
-@pytest.fixture
-def races():
-    """What the interpreter's race detector found, asserted to be nothing."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    yield
-    found = interpret_pallas_call.races
-    assert found is not None and not found.races_found
 
 
 # The interpreter needs a minute for the largest.
