@@ -24,13 +24,14 @@ from pallas_kernels import platform
 from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar import vjp
-from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.haar.filters import IS_HAAR, filter_bank
 
 
 class Implementation(StrEnum):
     """Implementations of the wavelet transforms."""
 
     MOSAIC_TPU = "mosaic_tpu"
+    TRITON = "triton"
     XLA = "xla"
 
 
@@ -38,7 +39,7 @@ OPERATOR = Operator(
     name="haar",
     package="pallas_kernels.haar",
     implementations=Implementation,
-    rule={"tpu": ("mosaic_tpu", "xla"), "cpu": ("xla",)},
+    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "xla"), "cpu": ("xla",)},
     directions=("fwd",),
 )
 
@@ -55,6 +56,35 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         """As errors tell it."""
         return f"a signal {self.shape} {self.dtype}, {self.levels} levels of {self.wavelet}"
+
+    def beyond(self, dtypes: Sequence[str], max_levels: int) -> list[str]:
+        """What of it kernels for images and the Haar wavelet do not do.
+
+        Args:
+            dtypes: Those that they take.
+            max_levels: The most levels that they take.
+
+        Returns:
+            A phrase for each, none if they take it.
+
+        Example:
+            >>> Problem((2, 8, 4), jnp.dtype("float32"), 1, 3, "haar").beyond(["float32"], 2)
+            ['1-D signals, 2-D alone', '3 levels, up to 2']
+        """
+        reasons = []
+        if self.ndim != 2:
+            reasons.append(f"{self.ndim}-D signals, 2-D alone")
+        if self.dtype not in dtypes:
+            reasons.append(f"{self.dtype}, {', '.join(dtypes)} alone")
+        if self.wavelet not in IS_HAAR:
+            reasons.append(f"wavelet {self.wavelet!r}, 'haar' alone")
+        if self.levels > max_levels:
+            reasons.append(f"{self.levels} levels, up to {max_levels}")
+        if not all(isinstance(size, int) for size in self.shape):
+            reasons.append("arrays of symbolic size")
+        elif 0 in self.shape:
+            reasons.append("an empty array")
+        return reasons
 
 
 Details2 = tuple[jax.Array, jax.Array, jax.Array]

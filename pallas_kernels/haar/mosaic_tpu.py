@@ -22,7 +22,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._compat import in_32_bits, pallas_output, tpu_vmem_bytes
-from pallas_kernels.haar.filters import IS_HAAR
 from pallas_kernels.tpu import (
     LANES,
     STEP_BYTES,
@@ -62,19 +61,7 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd", the only one.
         problem: `pallas_kernels.haar.api.Problem`.
     """
-    reasons = []
-    if problem.ndim != 2:
-        reasons.append(f"{problem.ndim}-D signals, 2-D alone")
-    if problem.dtype not in (jnp.float32, jnp.bfloat16):
-        reasons.append(f"{problem.dtype}, float32 and bfloat16 alone")
-    if problem.wavelet not in IS_HAAR:
-        reasons.append(f"wavelet {problem.wavelet!r}, 'haar' alone")
-    if problem.levels > _MAX_LEVELS:
-        reasons.append(f"{problem.levels} levels, up to {_MAX_LEVELS}")
-    if not all(isinstance(size, int) for size in problem.shape):
-        reasons.append("arrays of symbolic size")
-    elif 0 in problem.shape:
-        reasons.append("an empty array")
+    reasons = problem.beyond(("float32", "bfloat16"), _MAX_LEVELS)
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
     _tiling(problem.shape, problem.dtype, problem.levels)

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels.triton import MAX_ROW, launch, unavailable
+
+__all__ = ["DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 
@@ -15,21 +18,8 @@ Taps = tuple[jax.Array, ...]
 
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
-_MAX_ROW = 1 << 28
-"""Elements of a row of pixels, of which some are counted in 32 bits."""
 _MAX_CHANNELS = 65535 * 32
 """Blocks of channels are the second axis of a grid."""
-
-
-def unavailable(platform: str) -> str | None:
-    """Needs a GPU, Triton and jax-triton."""
-    if platform != "gpu":
-        return f"needs a GPU, this is a {platform}"
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        return f"needs jax-triton (the extra 'triton'): {error}"
-    return None
 
 
 def check(direction: str, problem: Any) -> None:
@@ -46,7 +36,7 @@ def check(direction: str, problem: Any) -> None:
         reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
     if not reasons:
         *_, width, channels = problem.shape
-        if channels > _MAX_CHANNELS or width * channels >= _MAX_ROW:
+        if channels > _MAX_CHANNELS or width * channels >= MAX_ROW:
             reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
@@ -81,7 +71,7 @@ def forward(
     ]
     if bias is not None:
         bias = jnp.pad(bias.astype(jnp.float32), (0, fill))
-    y = triton_launches.forward(x, flat, bias, kernel_size, _launch)
+    y = triton_launches.forward(x, flat, bias, kernel_size, launch)
     # jax-triton knows nothing of meshes.
     return vary_over(varying_axes((x, flat, bias)), y)
 
@@ -102,22 +92,10 @@ def weight_grad(
     from . import triton_launches
 
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
-    found = triton_launches.weight_grad(x, dy, kernel_size, levels, _launch)
+    found = triton_launches.weight_grad(x, dy, kernel_size, levels, launch)
     sums = tuple(
         jnp.concatenate([part.sum(axis=0) for part in parts], axis=1).reshape(shape)
         * (0.25 if level else 1)
         for level, (parts, shape) in enumerate(zip(found, kernel_shapes, strict=True))
     )
     return vary_over(varying_axes((x, dy)), sums)
-
-
-def _launch(
-    kernel: Any, arguments: list[Any], outputs: list[Any], grid: tuple[int, ...], **constants: Any
-) -> list[jax.Array]:
-    """One kernel, whose arguments are followed by its outputs."""
-    import jax_triton
-
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
-    return jax_triton.triton_call(
-        *arguments, kernel=kernel, out_shape=shapes, grid=grid, **constants
-    )

@@ -1,19 +1,10 @@
-"""The launches that make up the wavelet convolution in Triton, for any framework.
+"""The launches that make up the wavelet convolution in Triton, for any framework."""
 
-A framework hands on its own `launch`, which allocates outputs and runs one kernel:
-
-    launch(kernel, arguments, outputs, grid, **constants) -> list of arrays
-
-with arrays and integers as arguments, `(shape, dtype)` for each output, and `num_warps` among the
-constants.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from pallas_kernels.triton_launches import Launch, cdiv, strides
 from pallas_kernels.wtconv import triton_kernels as kernels
-
-Launch = Callable[..., list[Any]]
 
 _CHANNELS = 32
 _STRIPS = 4
@@ -42,10 +33,10 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
     for level in range(len(taps) - 1, 0, -1):
         source, first = lows[level - 1], level == 1
         n, h, w, c = source.shape
-        height, width = _blocks(h, 2), _blocks(w, 2)
+        height, width = cdiv(h, 2), cdiv(w, 2)
         columns = _even(width, 4)
-        strips = n * _blocks(height, 2)
-        x_n, x_h, x_w, x_c = _strides(source)
+        strips = n * cdiv(height, 2)
+        x_n, x_h, x_w, x_c = strides(source)
         (below,) = launch(
             kernels.level_forward,
             [
@@ -57,7 +48,7 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
                 *(n, h, w, x_n, x_h, h * w * c, w * c),
             ],
             [(source.shape, x.dtype if first else _between(x))],
-            (_blocks(width, columns) * _blocks(strips, _STRIPS), _blocks(c, _CHANNELS)),
+            (cdiv(width, columns) * cdiv(strips, _STRIPS), cdiv(c, _CHANNELS)),
             C=c,
             C_TAPS=padded(c),
             X_W=x_w,
@@ -68,7 +59,7 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
             BELOW=below is not None,
             BASE=first,
             BIAS=first and bias is not None,
-            INNER=_blocks(width, columns) >= 4,
+            INNER=cdiv(width, columns) >= 4,
             TW=columns,
             **_BLOCK,
         )
@@ -116,13 +107,13 @@ def _correlate(
     **which: int,
 ) -> Any:
     n, h, w, c = x.shape
-    height, width = (_blocks(h, 2), _blocks(w, 2)) if which else (h, w)
+    height, width = (cdiv(h, 2), cdiv(w, 2)) if which else (h, w)
     columns, rows = _even(width, 2 if which else 8), min(height, 32)
-    blocks = _blocks(width, columns) * _blocks(n * _blocks(height, rows), _STRIPS)
-    across = _blocks(c, _CHANNELS)
+    blocks = cdiv(width, columns) * cdiv(n * cdiv(height, rows), _STRIPS)
+    across = cdiv(c, _CHANNELS)
     programs = min(blocks, max(1, _SUMS // _STRIPS // across))
-    x_n, x_h, x_w, x_c = _strides(x)
-    y_n, y_h, y_w, y_c = _strides(dy)
+    x_n, x_h, x_w, x_c = strides(x)
+    y_n, y_h, y_w, y_c = strides(dy)
     (sums,) = launch(
         kernel,
         [x, dy, n, h, w, c, x_n, x_h, y_n, y_h],
@@ -134,7 +125,7 @@ def _correlate(
         Y_C=y_c,
         K=kernel_size,
         **which,
-        TURNS=_blocks(blocks, programs),
+        TURNS=cdiv(blocks, programs),
         TW=columns,
         R=rows,
         **_BLOCK,
@@ -151,16 +142,16 @@ def _lows(x: Any, levels: int, launch: Launch) -> list[Any]:
         count = min(3, levels - len(lows))
         shapes = []
         for _ in range(count):
-            h, w = _blocks(h, 2), _blocks(w, 2)
+            h, w = cdiv(h, 2), cdiv(w, 2)
             shapes.append(((n, h, w, c), _between(x)))
-        x_n, x_h, x_w, x_c = _strides(source)
-        height, width = (_blocks(size, 2**count) for size in source.shape[1:3])
+        x_n, x_h, x_w, x_c = strides(source)
+        height, width = (cdiv(size, 2**count) for size in source.shape[1:3])
         found = launch(
             kernels.low_bands,
             [source, *source.shape, x_n, x_h],
             # The kernel has three outputs; those of levels that are not wanted stay unwritten.
             shapes + [((1,), _between(x))] * (3 - count),
-            (width * _blocks(n * height, _STRIPS), _blocks(c, _CHANNELS)),
+            (width * cdiv(n * height, _STRIPS), cdiv(c, _CHANNELS)),
             X_W=x_w,
             X_C=x_c,
             LEVELS=count,
@@ -175,24 +166,12 @@ def _between(x: Any) -> Any:
     return "float32" if str(x.dtype).split(".")[-1] == "float16" else x.dtype
 
 
-def _strides(x: Any) -> tuple[int, ...]:
-    """Elements between neighbours along each axis."""
-    if hasattr(x, "stride"):
-        return x.stride()
-    _, h, w, c = x.shape
-    return h * w * c, w * c, c, 1
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
 def _even(size: int, most: int) -> int:
     """The largest width of strips, up to `most`, that leaves the fewest columns over."""
     widths = range(1, min(size, most) + 1)
-    return min(widths, key=lambda width: (_blocks(size, width) * (width + 2), -width))
+    return min(widths, key=lambda width: (cdiv(size, width) * (width + 2), -width))
 
 
 def padded(channels: int) -> int:
     """Channels that the taps must have: whole blocks of them, the rest zero."""
-    return _blocks(channels, _CHANNELS) * _CHANNELS
+    return cdiv(channels, _CHANNELS) * _CHANNELS

@@ -1,6 +1,6 @@
 """The wavelet transforms against the oracle and PyWavelets, and JAX's transformations of them."""
 
-from functools import partial, reduce
+from functools import partial
 from itertools import combinations, product
 
 import jax
@@ -8,21 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import pywt
+from haar_checks import LOW, WAVEDEC, WAVEREC, assert_oracle, error, oracle_wavedec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jax import lax
 
-from pallas_kernels import haar, oracle
+from pallas_kernels import haar
 from pallas_kernels.haar import Implementation
-from pallas_kernels.haar.cases import CASES, HARD, PAIRWISE, inputs
-from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.haar.cases import CASES, HARD, PAIRWISE
 
 DWT = {1: haar.dwt, 2: haar.dwt2, 3: haar.dwt3}
-WAVEDEC = {1: haar.wavedec, 2: haar.wavedec2, 3: haar.wavedec3}
-WAVEREC = {1: haar.waverec, 2: haar.waverec2, 3: haar.waverec3}
-LOW = ("bfloat16", "float16")
-# Band s is high along spatial axis a where bit a of s is set; PyWavelets' letters name the axes.
-DETAILS3 = ("daa", "ada", "dda", "aad", "dad", "add", "ddd")
 
 
 @pytest.fixture(autouse=True)
@@ -31,122 +25,12 @@ def x64():
         yield
 
 
-def layout(low, details, ndim):
-    """The oracle's high bands (finest first, on one axis) as PyWavelets arranges them."""
-    bands = [tuple(d[..., s, :] for s in range(2**ndim - 1)) for d in reversed(details)]
-    if ndim == 1:
-        bands = [band for (band,) in bands]
-    if ndim == 3:
-        bands = [dict(zip(DETAILS3, band, strict=True)) for band in bands]
-    return [low, *bands]
-
-
-def cascade(analysis, x, ndim, level):
-    """A cascade of any one-level analysis `x -> [*batch, *half, 2**ndim, C]`."""
-    low, details = x, []
-    for _ in range(level):
-        bands = analysis(low)
-        low, details = bands[..., 0, :], [*details, bands[..., 1:, :]]
-    return layout(low, details, ndim)
-
-
-def oracle_wavedec(x, ndim, level, wavelet="haar"):
-    dec, _ = filter_bank(wavelet)
-    return cascade(partial(oracle.analysis, ndim=ndim, dec=dec), x, ndim, level)
-
-
-def oracle_waverec(low, details, ndim, spatial, bank):
-    if not details:
-        return low
-    lows = [np.zeros_like(d[..., 0, :]) for d in details[:-1]] + [low]
-    full = [np.concatenate([a[..., None, :], d], -2) for a, d in zip(lows, details, strict=True)]
-    return oracle.waverec(full, ndim, spatial, bank)
-
-
-def plain_analysis(x, ndim, bank):
-    """One level as one strided convolution in x's dtype, without further care."""
-    spatial, reach = x.shape[-1 - ndim : -1], bank.shape[1] // 2 - 1
-    taps = [
-        reduce(np.multiply.outer, [bank[s >> a & 1] for a in range(ndim)]) for s in range(2**ndim)
-    ]
-    axes = "DHW"[:ndim]
-    out = lax.conv_general_dilated(
-        jnp.moveaxis(x, -1, 0).reshape(-1, *spatial, 1),
-        jnp.asarray(np.stack(taps, -1)[..., None, :], x.dtype),
-        window_strides=(2,) * ndim,
-        padding=[(reach, reach + n % 2) for n in spatial],
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-    )
-    out = out.reshape(x.shape[-1], *x.shape[: -1 - ndim], *out.shape[1:])
-    return jnp.moveaxis(out, 0, -1)
-
-
-def plain_wavedec(x, ndim, level, bank):
-    return cascade(partial(plain_analysis, ndim=ndim, bank=bank), x, ndim, level)
-
-
-def transforms(dec, rec, x, coeffs):
-    """Analysis, its transpose and synthesis as one program, so that a case compiles once."""
-
-    def run(x, coeffs):
-        y, pullback = jax.vjp(dec, x)
-        return {"wavedec": y, "vjp": pullback(coeffs)[0], "waverec": rec(coeffs)}
-
-    return jax.jit(run)(x, coeffs)
-
-
-def ours(case, x, coeffs):
-    dec = partial(WAVEDEC[case.ndim], wavelet=case.wavelet, level=case.level)
-    rec = partial(WAVEREC[case.ndim], wavelet=case.wavelet, shape=case.spatial)
-    return transforms(dec, rec, x, coeffs)
-
-
-def plain(case, x, coeffs):
-    """The transforms of `plain_analysis`; synthesis is the transpose of analysis."""
-    dec, rec = (
-        partial(plain_wavedec, ndim=case.ndim, level=case.level, bank=bank)
-        for bank in filter_bank(case.wavelet)
-    )
-    return transforms(dec, lambda c: jax.vjp(rec, x)[1](c)[0], x, coeffs)
-
-
-def error(got, want):
-    """Greatest error of a tree of arrays as a fraction of its root mean square."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
-    got, want = (
-        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
-        for tree in (got, want)
-    )
-    if want.size == 0:
-        return 0.0
-    return np.abs(got - want).max() / np.sqrt(np.mean(want**2))
-
-
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, id=c.name, marks=[pytest.mark.core] * (c in HARD)) for c in CASES],
 )
 def test_transforms_are_the_oracles(case):
-    x, low, details = jax.tree.map(lambda a: a.astype(jnp.dtype(case.dtype)), inputs(case))
-    coeffs = layout(low, details, case.ndim)
-    got = ours(case, x, coeffs)
-    assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(case.dtype)}
-
-    exact_x, *exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (x, low, details))
-    dec, rec = filter_bank(case.wavelet)
-    want = {
-        "wavedec": oracle_wavedec(exact_x, case.ndim, case.level, case.wavelet),
-        "vjp": oracle_waverec(*exact, case.ndim, case.spatial, dec),
-        "waverec": oracle_waverec(*exact, case.ndim, case.spatial, rec),
-    }
-    if case.dtype in LOW:
-        rounding, bar = float(jnp.finfo(case.dtype).eps), plain(case, x, coeffs)
-        bounds = {name: max(2 * error(bar[name], want[name]), rounding) for name in want}
-    else:
-        bounds = dict.fromkeys(want, {"float32": 1e-5, "float64": 1e-13}[case.dtype])
-    found = {name: error(got[name], want[name]) for name in want}
-    assert {name: e for name, e in found.items() if e > bounds[name]} == {}
+    assert_oracle(case)
 
 
 def test_the_table_covers_every_pair():

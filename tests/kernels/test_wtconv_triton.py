@@ -1,15 +1,11 @@
 """The Triton kernels of WTConv: interpreted and compiled without a GPU, and run where one is."""
 
-import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from triton_checks import INTERPRETED, compiled_resources, launch, tensor, torch
 from wtconv_checks import (
     arrays,
     assert_oracle,
@@ -21,18 +17,9 @@ from wtconv_checks import (
 )
 
 from pallas_kernels.wtconv import triton as triton_jax
-from pallas_kernels.wtconv import wtconv2d
+from pallas_kernels.wtconv import triton_launches, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case, inputs
-
-triton = pytest.importorskip("triton", reason="Triton is for Linux alone")
-torch = pytest.importorskip("torch", reason="Triton's interpreter takes PyTorch's tensors")
-
-from pallas_kernels.wtconv import triton_launches  # noqa: E402
-
-INTERPRETED = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="a process has Triton's interpreter or a GPU"
-)
 
 
 def taken(case):
@@ -67,20 +54,6 @@ QUICK = [
     for case in TAKEN
     if case.stride == 1
 ]
-
-
-def launch(kernel, arguments, outputs, grid, **constants):
-    """Runs a kernel on tensors, over outputs that hold nothing but NaN."""
-    poisoned = [
-        torch.full(shape, float("nan"), dtype=getattr(torch, str(dtype).removeprefix("torch.")))
-        for shape, dtype in outputs
-    ]
-    kernel[grid](*arguments, *poisoned, **constants)
-    return poisoned
-
-
-def tensor(array):
-    return torch.tensor(np.asarray(array, np.float32)).to(getattr(torch, str(array.dtype)))
 
 
 def folded(case, params):
@@ -158,12 +131,7 @@ def test_tensors_of_any_strides():
 
 
 def test_kernels_compile_and_keep_their_sums_in_registers(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    script = Path(__file__).with_name("triton_compiled.py")
-    run = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, check=True, env=environment
-    )
-    resources = json.loads(run.stdout)
+    resources = compiled_resources("wtconv", tmp_path)
     assert len(resources) == 16
     for name, (registers, spilled) in resources.items():
         # A thread of AMD has 512 registers, for level_forward a few short.

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of WTConv for several GPUs and prints what each takes, as JSON.
+"""Compiles an operator's Triton kernels for several GPUs and prints what each takes, as JSON.
 
 A process of its own, because Triton's interpreter, which the tests use, cannot be turned off.
 """
@@ -8,13 +8,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels.wtconv import triton_kernels
+from pallas_kernels.haar import triton_launches as haar_launches
+from pallas_kernels.triton_launches import contiguous
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -25,25 +28,44 @@ TARGETS = {
 BLOCK = {"P": 4, "BC": 32, "X_W": 96, "X_C": 1}
 BOTH = BLOCK | {"Y_W": 96, "Y_C": 1, "K": 5}
 FLAGS = {"BELOW": True, "BASE": True, "BIAS": True, "INNER": True}
-CONSTANTS = {
+WTCONV = {
     "low_bands": BLOCK | {"LEVELS": 3},
     "level_forward": BOTH | FLAGS | {"C": 96, "C_TAPS": 96, "TW": 4},
     "base_weights": BOTH | {"TURNS": 2, "TW": 8, "R": 14},
     "level_weights": BOTH | {"FIRST": 0, "BANDS": 4, "TURNS": 2, "TW": 2, "R": 14},
 }
-IMAGES = ("x", "below", "y", "dy", "low1", "low2", "low3")
+BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
+IMAGES = ("x", "below", "y", "dy", "low", *BANDS)
 TAPS = ("taps", "base", "bias", "sums")
 
 
-def compiled(name, target, dtype):
-    kernel, constants = getattr(triton_kernels, name), CONSTANTS[name]
+def kernels(operator, dtype):
+    """Constants of each kernel of an operator."""
+    if operator == "wtconv":
+        return WTCONV
+    read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
+    steps = [contiguous((128, 56 >> level, 56 >> level, 96)) for level in (0, 3, 1, 2, 3)]
+    _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps)
+    return dict.fromkeys(("analysis", "synthesis"), constants)
+
+
+def compiled(operator, name, target, dtype):
+    kernel = getattr(import_module(f"pallas_kernels.{operator}.triton_kernels"), name)
+    constants = {"num_warps": 4} | kernels(operator, dtype)[name]
+    options = {"num_warps": constants.pop("num_warps")}
     types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(TAPS, "*fp32")
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "i32")
         for argument in kernel.arg_names
     }
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": 4})
+    # As frameworks promise of arrays.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, argument in enumerate(kernel.arg_names)
+        if argument in types
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
 def resources(binary):
@@ -62,9 +84,10 @@ def resources(binary):
 
 
 if __name__ == "__main__":
+    operator = sys.argv[1]
     found = {
-        f"{name} {target} {dtype}": resources(compiled(name, target, dtype))
-        for name in CONSTANTS
+        f"{name} {target} {dtype}": resources(compiled(operator, name, target, dtype))
         for target, dtype in zip(TARGETS, ("fp32", "fp16", "bf16", "fp32"), strict=True)
+        for name in kernels(operator, dtype)
     }
     json.dump(found, sys.stdout)

@@ -1,0 +1,58 @@
+"""The Haar cascade on GPUs: the kernels of `triton_kernels`, launched by jax-triton."""
+
+from functools import partial
+from typing import Any
+
+import jax
+
+from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels.triton import MAX_ROW, launch, unavailable
+
+__all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
+
+DIFFERENTIABLE = False
+
+Bands = tuple[jax.Array, ...]
+
+_MAX_LEVELS = 5
+
+
+def check(direction: str, problem: Any) -> None:
+    """Raises `NotImplementedError` for what these kernels do not do.
+
+    Args:
+        direction: "fwd", the only one.
+        problem: `pallas_kernels.haar.api.Problem`.
+    """
+    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_LEVELS)
+    if not reasons:
+        images, height, width, channels = problem.shape
+        if width * channels >= MAX_ROW:
+            reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
+        if images * height >= 1 << 31:
+            reasons.append(f"{images} images of {height} rows, which are too many")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+
+
+@partial(jax.jit, static_argnames=("ndim", "levels", "wavelet"))
+def wavedec(
+    x: jax.Array, *, ndim: int, levels: int, wavelet: str
+) -> tuple[jax.Array, tuple[Bands, ...]]:
+    """All levels of `x [N, H, W, C]`: the low band, and three details a level from coarse on."""
+    from . import triton_launches
+
+    low, details = triton_launches.wavedec(x, levels, launch)
+    # jax-triton knows nothing of meshes.
+    return vary_over(varying_axes(x), (low, tuple(details)))
+
+
+@partial(jax.jit, static_argnames=("shape", "wavelet"))
+def waverec(
+    low: jax.Array, details: tuple[Bands, ...], *, shape: tuple[int, int], wavelet: str
+) -> jax.Array:
+    """The inverse of `wavedec`: an image `[N, *shape, C]`."""
+    from . import triton_launches
+
+    image = triton_launches.waverec(low, details, shape, launch)
+    return vary_over(varying_axes((low, details)), image)

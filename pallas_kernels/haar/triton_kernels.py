@@ -1,0 +1,429 @@
+"""The Haar cascade's Triton kernels: up to three levels, whose low bands stay in registers.
+
+Frameworks launch them through `triton_launches`; strides are arguments, so any layout runs. A
+thread treats squares of `2**LEVELS` x `2**LEVELS` pixels of one channel; neighbouring threads
+treat the other channels, then the next square of the row, so all work whatever C is. A program has
+`P` rows of squares, and `BE` elements of each.
+
+`lh1`, `hl1` and `hh1` are the details of the finest level, `lh2` to `hh3` those of the next two,
+unused beyond `LEVELS`; `low` is the coarsest low band. Level l of an image `[N, H, W, C]` has bands
+`[N, ceil(H / 2**l), ceil(W / 2**l), C]`. Strides along images and rows count in `UNIT` elements,
+which is how the compiler learns that several channels may be loaded at once.
+
+Arithmetic is in float32. What lies outside of an image or a band is read as zero, never written.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def analysis(
+    x,
+    images,
+    H,
+    W,
+    x_n,
+    x_h,
+    low_n,
+    low_h,
+    high1_n,
+    high1_h,
+    high2_n,
+    high2_h,
+    high3_n,
+    high3_h,
+    low,
+    lh1,
+    hl1,
+    hh1,
+    lh2,
+    hl2,
+    hh2,
+    lh3,
+    hl3,
+    hh3,
+    C: tl.constexpr,
+    X_W: tl.constexpr,
+    X_C: tl.constexpr,
+    LOW_W: tl.constexpr,
+    LOW_C: tl.constexpr,
+    HIGH1_W: tl.constexpr,
+    HIGH1_C: tl.constexpr,
+    HIGH2_W: tl.constexpr,
+    HIGH2_C: tl.constexpr,
+    HIGH3_W: tl.constexpr,
+    HIGH3_C: tl.constexpr,
+    UNIT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    P: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """One to three levels of x: the coarsest low band, and the details of each."""
+    SIDE: tl.constexpr = 2**LEVELS
+    n, i, j, c, ok = _squares(images, H, W, C, SIDE, P, BE)
+    h, w = (H + 1) // 2, (W + 1) // 2
+    lows = ()
+    # Two rows of pixels at a time leave registers to more threads than the whole square would.
+    for v in tl.static_range(SIDE // 2):
+        pair = _load(x, n, i, j, c, ok, x_n, x_h, H, W, X_W, X_C, UNIT, 2 * v, 2, SIDE)
+        low_row, lh, hl, hh = _split(pair, 1, SIDE // 2)
+        _store(
+            lh1, lh, n, i, j, c, ok, high1_n, high1_h, h, w, HIGH1_W, HIGH1_C, UNIT, v, 1, SIDE // 2
+        )
+        _store(
+            hl1, hl, n, i, j, c, ok, high1_n, high1_h, h, w, HIGH1_W, HIGH1_C, UNIT, v, 1, SIDE // 2
+        )
+        _store(
+            hh1, hh, n, i, j, c, ok, high1_n, high1_h, h, w, HIGH1_W, HIGH1_C, UNIT, v, 1, SIDE // 2
+        )
+        lows = lows + low_row
+    if LEVELS > 1:
+        h, w = (h + 1) // 2, (w + 1) // 2
+        lows, lh, hl, hh = _split(lows, SIDE // 4, SIDE // 4)
+        _store(
+            lh2,
+            lh,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high2_n,
+            high2_h,
+            h,
+            w,
+            HIGH2_W,
+            HIGH2_C,
+            UNIT,
+            0,
+            SIDE // 4,
+            SIDE // 4,
+        )
+        _store(
+            hl2,
+            hl,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high2_n,
+            high2_h,
+            h,
+            w,
+            HIGH2_W,
+            HIGH2_C,
+            UNIT,
+            0,
+            SIDE // 4,
+            SIDE // 4,
+        )
+        _store(
+            hh2,
+            hh,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high2_n,
+            high2_h,
+            h,
+            w,
+            HIGH2_W,
+            HIGH2_C,
+            UNIT,
+            0,
+            SIDE // 4,
+            SIDE // 4,
+        )
+    if LEVELS > 2:
+        h, w = (h + 1) // 2, (w + 1) // 2
+        lows, lh, hl, hh = _split(lows, 1, 1)
+        _store(lh3, lh, n, i, j, c, ok, high3_n, high3_h, h, w, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1)
+        _store(hl3, hl, n, i, j, c, ok, high3_n, high3_h, h, w, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1)
+        _store(hh3, hh, n, i, j, c, ok, high3_n, high3_h, h, w, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1)
+    _store(low, lows, n, i, j, c, ok, low_n, low_h, h, w, LOW_W, LOW_C, UNIT, 0, 1, 1)
+
+
+@triton.jit
+def synthesis(
+    low,
+    lh1,
+    hl1,
+    hh1,
+    lh2,
+    hl2,
+    hh2,
+    lh3,
+    hl3,
+    hh3,
+    images,
+    H,
+    W,
+    x_n,
+    x_h,
+    low_n,
+    low_h,
+    high1_n,
+    high1_h,
+    high2_n,
+    high2_h,
+    high3_n,
+    high3_h,
+    x,
+    C: tl.constexpr,
+    X_W: tl.constexpr,
+    X_C: tl.constexpr,
+    LOW_W: tl.constexpr,
+    LOW_C: tl.constexpr,
+    HIGH1_W: tl.constexpr,
+    HIGH1_C: tl.constexpr,
+    HIGH2_W: tl.constexpr,
+    HIGH2_C: tl.constexpr,
+    HIGH3_W: tl.constexpr,
+    HIGH3_C: tl.constexpr,
+    UNIT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    P: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """One to three levels back: x of the coarsest low band and of the details of each."""
+    SIDE: tl.constexpr = 2**LEVELS
+    n, i, j, c, ok = _squares(images, H, W, C, SIDE, P, BE)
+    height1, width1 = (H + 1) // 2, (W + 1) // 2
+    height2, width2 = (height1 + 1) // 2, (width1 + 1) // 2
+    height3, width3 = (height2 + 1) // 2, (width2 + 1) // 2
+    # A low value lies in its band wherever its square lies in the image.
+    lows = _load(low, n, i, j, c, ok, low_n, low_h, H, W, LOW_W, LOW_C, UNIT, 0, 1, 1)
+    if LEVELS > 2:
+        lh = _load(
+            lh3, n, i, j, c, ok, high3_n, high3_h, height3, width3, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1
+        )
+        hl = _load(
+            hl3, n, i, j, c, ok, high3_n, high3_h, height3, width3, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1
+        )
+        hh = _load(
+            hh3, n, i, j, c, ok, high3_n, high3_h, height3, width3, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1
+        )
+        lows = _merge(lows, lh, hl, hh, 1, 1)
+    if LEVELS > 1:
+        SMALL: tl.constexpr = SIDE // 4
+        lh = _load(
+            lh2,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high2_n,
+            high2_h,
+            height2,
+            width2,
+            HIGH2_W,
+            HIGH2_C,
+            UNIT,
+            0,
+            SMALL,
+            SMALL,
+        )
+        hl = _load(
+            hl2,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high2_n,
+            high2_h,
+            height2,
+            width2,
+            HIGH2_W,
+            HIGH2_C,
+            UNIT,
+            0,
+            SMALL,
+            SMALL,
+        )
+        hh = _load(
+            hh2,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high2_n,
+            high2_h,
+            height2,
+            width2,
+            HIGH2_W,
+            HIGH2_C,
+            UNIT,
+            0,
+            SMALL,
+            SMALL,
+        )
+        lows = _merge(lows, lh, hl, hh, SMALL, SMALL)
+    HALF: tl.constexpr = SIDE // 2
+    for v in tl.static_range(HALF):
+        lh = _load(
+            lh1,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high1_n,
+            high1_h,
+            height1,
+            width1,
+            HIGH1_W,
+            HIGH1_C,
+            UNIT,
+            v,
+            1,
+            HALF,
+        )
+        hl = _load(
+            hl1,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high1_n,
+            high1_h,
+            height1,
+            width1,
+            HIGH1_W,
+            HIGH1_C,
+            UNIT,
+            v,
+            1,
+            HALF,
+        )
+        hh = _load(
+            hh1,
+            n,
+            i,
+            j,
+            c,
+            ok,
+            high1_n,
+            high1_h,
+            height1,
+            width1,
+            HIGH1_W,
+            HIGH1_C,
+            UNIT,
+            v,
+            1,
+            HALF,
+        )
+        pair = _merge(lows[v * HALF : (v + 1) * HALF], lh, hl, hh, 1, HALF)
+        _store(x, pair, n, i, j, c, ok, x_n, x_h, H, W, X_W, X_C, UNIT, 2 * v, 2, SIDE)
+
+
+@triton.jit
+def _squares(images, H, W, C: tl.constexpr, SIDE: tl.constexpr, P: tl.constexpr, BE: tl.constexpr):
+    """Of a program's squares: their images, rows, columns and channels, and which exist."""
+    across, down = (W + SIDE - 1) // SIDE, (H + SIDE - 1) // SIDE
+    # Programs that follow each other treat neighbours in memory, so they share cache lines.
+    blocks = (across * C + BE - 1) // BE
+    row = tl.program_id(0) // blocks * P + tl.arange(0, P)[:, None]
+    element = tl.program_id(0) % blocks * BE + tl.arange(0, BE)[None, :]
+    ok = (row < images * down) & (element < across * C)
+    return (row // down).to(tl.int64), (row % down).to(tl.int64), element // C, element % C, ok
+
+
+@triton.jit
+def _load(
+    array,
+    n,
+    i,
+    j,
+    c,
+    ok,
+    step_n,
+    step_h,
+    height,
+    width,
+    STEP_W: tl.constexpr,
+    STEP_C: tl.constexpr,
+    UNIT: tl.constexpr,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Rows of a square of `SIDE` x `SIDE` values in float32, zero outside the array."""
+    at = array + UNIT * (n * step_n + SIDE * i * step_h) + SIDE * j * STEP_W
+    at += c.to(tl.int64) * STEP_C
+    values = ()
+    for v in tl.static_range(FIRST, FIRST + ROWS):
+        for u in tl.static_range(SIDE):
+            inside = ok & (SIDE * i + v < height) & (SIDE * j + u < width)
+            value = tl.load(at + (UNIT * v * step_h + u * STEP_W), mask=inside, other=0.0)
+            values = values + (value.to(tl.float32),)
+    return values
+
+
+@triton.jit
+def _store(
+    array,
+    values,
+    n,
+    i,
+    j,
+    c,
+    ok,
+    step_n,
+    step_h,
+    height,
+    width,
+    STEP_W: tl.constexpr,
+    STEP_C: tl.constexpr,
+    UNIT: tl.constexpr,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+):
+    """Writes what `_load` would read, as far as the array goes."""
+    at = array + UNIT * (n * step_n + SIDE * i * step_h) + SIDE * j * STEP_W
+    at += c.to(tl.int64) * STEP_C
+    for v in tl.static_range(FIRST, FIRST + ROWS):
+        for u in tl.static_range(SIDE):
+            inside = ok & (SIDE * i + v < height) & (SIDE * j + u < width)
+            value = values[(v - FIRST) * SIDE + u].to(array.dtype.element_ty)
+            tl.store(at + (UNIT * v * step_h + u * STEP_W), value, mask=inside)
+
+
+@triton.jit
+def _split(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four bands of `ROWS` x `COLUMNS` values, of twice as many of each."""
+    low, vertical, horizontal, diagonal = (), (), (), ()
+    for v in tl.static_range(ROWS):
+        for u in tl.static_range(COLUMNS):
+            a, b = values[4 * v * COLUMNS + 2 * u], values[4 * v * COLUMNS + 2 * u + 1]
+            c, d = values[(4 * v + 2) * COLUMNS + 2 * u], values[(4 * v + 2) * COLUMNS + 2 * u + 1]
+            top, bottom, right, cross = a + b, c + d, a - b, c - d
+            low = low + (0.5 * (top + bottom),)
+            vertical = vertical + (0.5 * (top - bottom),)
+            horizontal = horizontal + (0.5 * (right + cross),)
+            diagonal = diagonal + (0.5 * (right - cross),)
+    return low, vertical, horizontal, diagonal
+
+
+@triton.jit
+def _merge(low, vertical, horizontal, diagonal, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of `_split`."""
+    values = ()
+    for v in tl.static_range(ROWS):
+        upper, lower = (), ()
+        for at in tl.static_range(v * COLUMNS, (v + 1) * COLUMNS):
+            top, bottom = low[at] + vertical[at], low[at] - vertical[at]
+            right, cross = horizontal[at] + diagonal[at], horizontal[at] - diagonal[at]
+            upper = upper + (0.5 * (top + right), 0.5 * (top - right))
+            lower = lower + (0.5 * (bottom + cross), 0.5 * (bottom - cross))
+        values = values + upper + lower
+    return values

@@ -1,0 +1,116 @@
+"""The launches that make up the Haar cascade in Triton, for any framework."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pallas_kernels.haar import triton_kernels as kernels
+from pallas_kernels.triton_launches import Launch, cdiv, contiguous, strides
+
+Bands = Sequence[Any]
+Shape = tuple[int, ...]
+
+_FUSED = 3
+"""Levels of a launch; a low band between two launches is then 1/64 of the image."""
+_WARPS = 4
+_NAMES = ("X_", "LOW_", "HIGH1_", "HIGH2_", "HIGH3_")
+"""Constants of the kernels: strides of the image, the low band, and the details of each level."""
+_BYTES = {1: 16, 2: 8, 3: 4}
+"""What a thread loads of a row at once, for each number of levels: its square fills registers."""
+
+
+def wavedec(x: Any, levels: int, launch: Launch) -> tuple[Any, list[Bands]]:
+    """Analysis of `x [N, H, W, C]`.
+
+    Args:
+        x: In float32, bfloat16 or float16, of any strides.
+        levels: At least one.
+        launch: Of the framework.
+
+    Returns:
+        The low band, and the three details of each level from coarse to fine, in x's dtype and
+        contiguous.
+    """
+    low, details = x, []
+    while len(details) < levels:
+        n, h, w, c = low.shape
+        count = min(_FUSED, levels - len(details))
+        shapes = [(n, cdiv(h, 2**level), cdiv(w, 2**level), c) for level in range(1, count + 1)]
+        last = len(details) + count == levels
+        wanted = [(shape, x.dtype) for shape in shapes for _ in range(3)]
+        steps = [strides(low), contiguous(shapes[-1]), *map(contiguous, shapes)]
+        sizes, grid, constants = _layout(low, low.shape, steps)
+        low, *found = launch(
+            kernels.analysis,
+            [low, *sizes],
+            # The kernel has details of three levels; those that are not wanted stay unwritten.
+            [(shapes[-1], x.dtype if last else "float32"), *wanted]
+            + [((1,), x.dtype)] * (3 * (_FUSED - count)),
+            grid,
+            **constants,
+        )
+        for first in range(0, 3 * count, 3):
+            details.insert(0, tuple(found[first : first + 3]))
+    return low, details
+
+
+def waverec(low: Any, details: Sequence[Bands], shape: Sequence[int], launch: Launch) -> Any:
+    """Synthesis of an image `[N, *shape, C]`.
+
+    Args:
+        low: The coarsest low band `[N, h, w, C]`, in float32, bfloat16 or float16.
+        details: The three details of each level from coarse to fine, in low's dtype; those of a
+            level share their strides, whatever they are.
+        shape: H and W.
+        launch: Of the framework.
+
+    Returns:
+        The image in low's dtype, contiguous.
+    """
+    dtype, left = low.dtype, list(details)
+    while left:
+        # Whole launches for the finest levels, which are the largest.
+        count = (len(left) - 1) % _FUSED + 1
+        levels, left = left[:count][::-1], left[count:]
+        height, width = left[0][0].shape[1:3] if left else shape
+        image = low.shape[0], height, width, low.shape[3]
+        steps = [contiguous(image), strides(low), *(strides(bands[0]) for bands in levels)]
+        sizes, grid, constants = _layout(levels[0][0], image, steps)
+        bands = [band for level in levels for band in level]
+        (low,) = launch(
+            kernels.synthesis,
+            [low, *bands, *[low] * (3 * (_FUSED - count)), *sizes],
+            [(image, "float32" if left else dtype)],
+            grid,
+            **constants,
+        )
+    return low
+
+
+def _layout(
+    widest: Any, shape: Sequence[int], steps: list[Shape]
+) -> tuple[list[int], tuple[int], dict[str, int]]:
+    """Sizes, grid and constants of a launch for an image `[N, H, W, C]`.
+
+    Args:
+        widest: What is loaded of it, or for it.
+        shape: Of the image.
+        steps: Strides of the image, the low band, and the details from fine to coarse.
+    """
+    n, h, w, c = shape
+    levels = len(steps) - 2
+    side = 2**levels
+    each = _BYTES[levels] // widest.dtype.itemsize
+    across = cdiv(w, side) * c
+    elements = min(32 * each, 1 << (across - 1).bit_length())
+    rows = 32 * _WARPS * each // elements
+    steps = steps + steps[-1:] * (_FUSED - levels)
+    # No more than what one load takes.
+    unit = math.gcd(8, *(step for along in steps for step in along[:2]))
+    sizes = [n, h, w, *(step // unit for along in steps for step in along[:2])]
+    constants = {}
+    for name, (_, _, step_w, step_c) in zip(_NAMES, steps, strict=True):
+        constants |= {f"{name}W": step_w, f"{name}C": step_c}
+    constants |= {"C": c, "UNIT": unit, "LEVELS": levels, "P": rows, "BE": elements}
+    blocks = cdiv(n * cdiv(h, side), rows) * cdiv(across, elements)
+    return sizes, (blocks,), constants | {"num_warps": _WARPS}

@@ -1,0 +1,45 @@
+"""What the launches of Triton kernels share, for any framework."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Launch = Callable[..., list[Any]]
+"""A framework's way to allocate outputs and run one kernel, whose arguments they follow:
+
+    launch(kernel, arguments, outputs, grid, **constants) -> list of arrays
+
+with arrays and integers as arguments, `(shape, dtype)` for each output, and `num_warps` among the
+constants.
+"""
+
+
+def strides(x: Any) -> tuple[int, ...]:
+    """Elements between neighbours along each axis of `x [N, H, W, C]`.
+
+    Example:
+        >>> import numpy as np
+        >>> strides(np.zeros((2, 3, 4, 5)))
+        (60, 20, 5, 1)
+    """
+    return x.stride() if hasattr(x, "stride") else contiguous(x.shape)
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of an array `[N, H, W, C]` that lies in memory as it is read.
+
+    Example:
+        >>> contiguous((2, 3, 4, 5))
+        (60, 20, 5, 1)
+    """
+    _, h, w, c = shape
+    return h * w * c, w * c, c, 1
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover a size.
+
+    Example:
+        >>> cdiv(9, 4)
+        3
+    """
+    return -(-size // block)
