@@ -146,7 +146,7 @@ def test_sharded_over_the_batch(check_vma):
     call = partial(WAVEDEC[2], level=4, implementation="triton")
     local = jax.shard_map(
         call,
-        mesh=jax.make_mesh((1,), ("n",)),
+        mesh=jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,)),
         in_specs=batch,
         out_specs=batch,
         check_vma=check_vma,

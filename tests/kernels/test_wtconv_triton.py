@@ -190,7 +190,8 @@ def test_gradients_are_bitwise_reproducible():
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_sharded_over_the_batch(check_vma):
     case = Case((9, 10), 2, 3, batch=(2,))
-    mesh, batch = jax.make_mesh((1,), ("n",)), jax.sharding.PartitionSpec("n")
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = jax.sharding.PartitionSpec("n")
     specs = batch, dict.fromkeys(inputs(case)[1], jax.sharding.PartitionSpec())
     local = jax.shard_map(
         partial(wtconv2d, implementation="triton"),
