@@ -61,90 +61,33 @@ def analysis(
 ):
     """One to three levels of x: the coarsest low band, and the details of each."""
     SIDE: tl.constexpr = 2**LEVELS
-    n, i, j, c, ok = _squares(images, H, W, C, SIDE, P, BE)
-    h, w = (H + 1) // 2, (W + 1) // 2
+    square = _squares(images, H, W, C, SIDE, P, BE)
+    steps = (x_n, x_h, X_W, X_C)
+    steps1, steps2 = (high1_n, high1_h, HIGH1_W, HIGH1_C), (high2_n, high2_h, HIGH2_W, HIGH2_C)
+    size1 = ((H + 1) // 2, (W + 1) // 2)
     lows = ()
     # Two rows of pixels at a time leave registers to more threads than the whole square would.
     for v in tl.static_range(SIDE // 2):
-        pair = _load(x, n, i, j, c, ok, x_n, x_h, H, W, X_W, X_C, UNIT, 2 * v, 2, SIDE)
+        pair = _load(x, square, steps, (H, W), UNIT, 2 * v, 2, SIDE)
         low_row, lh, hl, hh = _split(pair, 1, SIDE // 2)
-        _store(
-            lh1, lh, n, i, j, c, ok, high1_n, high1_h, h, w, HIGH1_W, HIGH1_C, UNIT, v, 1, SIDE // 2
-        )
-        _store(
-            hl1, hl, n, i, j, c, ok, high1_n, high1_h, h, w, HIGH1_W, HIGH1_C, UNIT, v, 1, SIDE // 2
-        )
-        _store(
-            hh1, hh, n, i, j, c, ok, high1_n, high1_h, h, w, HIGH1_W, HIGH1_C, UNIT, v, 1, SIDE // 2
-        )
+        _store(lh1, lh, square, steps1, size1, UNIT, v, 1, SIDE // 2)
+        _store(hl1, hl, square, steps1, size1, UNIT, v, 1, SIDE // 2)
+        _store(hh1, hh, square, steps1, size1, UNIT, v, 1, SIDE // 2)
         lows = lows + low_row
     if LEVELS > 1:
-        h, w = (h + 1) // 2, (w + 1) // 2
+        size2 = ((size1[0] + 1) // 2, (size1[1] + 1) // 2)
         lows, lh, hl, hh = _split(lows, SIDE // 4, SIDE // 4)
-        _store(
-            lh2,
-            lh,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high2_n,
-            high2_h,
-            h,
-            w,
-            HIGH2_W,
-            HIGH2_C,
-            UNIT,
-            0,
-            SIDE // 4,
-            SIDE // 4,
-        )
-        _store(
-            hl2,
-            hl,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high2_n,
-            high2_h,
-            h,
-            w,
-            HIGH2_W,
-            HIGH2_C,
-            UNIT,
-            0,
-            SIDE // 4,
-            SIDE // 4,
-        )
-        _store(
-            hh2,
-            hh,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high2_n,
-            high2_h,
-            h,
-            w,
-            HIGH2_W,
-            HIGH2_C,
-            UNIT,
-            0,
-            SIDE // 4,
-            SIDE // 4,
-        )
+        _store(lh2, lh, square, steps2, size2, UNIT, 0, SIDE // 4, SIDE // 4)
+        _store(hl2, hl, square, steps2, size2, UNIT, 0, SIDE // 4, SIDE // 4)
+        _store(hh2, hh, square, steps2, size2, UNIT, 0, SIDE // 4, SIDE // 4)
+    # The coarsest bands have a value wherever a square lies in the image.
     if LEVELS > 2:
-        h, w = (h + 1) // 2, (w + 1) // 2
+        steps3 = (high3_n, high3_h, HIGH3_W, HIGH3_C)
         lows, lh, hl, hh = _split(lows, 1, 1)
-        _store(lh3, lh, n, i, j, c, ok, high3_n, high3_h, h, w, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1)
-        _store(hl3, hl, n, i, j, c, ok, high3_n, high3_h, h, w, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1)
-        _store(hh3, hh, n, i, j, c, ok, high3_n, high3_h, h, w, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1)
-    _store(low, lows, n, i, j, c, ok, low_n, low_h, h, w, LOW_W, LOW_C, UNIT, 0, 1, 1)
+        _store(lh3, lh, square, steps3, (H, W), UNIT, 0, 1, 1)
+        _store(hl3, hl, square, steps3, (H, W), UNIT, 0, 1, 1)
+        _store(hh3, hh, square, steps3, (H, W), UNIT, 0, 1, 1)
+    _store(low, lows, square, (low_n, low_h, LOW_W, LOW_C), (H, W), UNIT, 0, 1, 1)
 
 
 @triton.jit
@@ -191,138 +134,31 @@ def synthesis(
 ):
     """One to three levels back: x of the coarsest low band and of the details of each."""
     SIDE: tl.constexpr = 2**LEVELS
-    n, i, j, c, ok = _squares(images, H, W, C, SIDE, P, BE)
-    height1, width1 = (H + 1) // 2, (W + 1) // 2
-    height2, width2 = (height1 + 1) // 2, (width1 + 1) // 2
-    height3, width3 = (height2 + 1) // 2, (width2 + 1) // 2
-    # A low value lies in its band wherever its square lies in the image.
-    lows = _load(low, n, i, j, c, ok, low_n, low_h, H, W, LOW_W, LOW_C, UNIT, 0, 1, 1)
+    square = _squares(images, H, W, C, SIDE, P, BE)
+    steps = (x_n, x_h, X_W, X_C)
+    steps1, steps2 = (high1_n, high1_h, HIGH1_W, HIGH1_C), (high2_n, high2_h, HIGH2_W, HIGH2_C)
+    size1 = ((H + 1) // 2, (W + 1) // 2)
+    # The coarsest bands have a value wherever a square lies in the image.
+    lows = _load(low, square, (low_n, low_h, LOW_W, LOW_C), (H, W), UNIT, 0, 1, 1)
     if LEVELS > 2:
-        lh = _load(
-            lh3, n, i, j, c, ok, high3_n, high3_h, height3, width3, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1
-        )
-        hl = _load(
-            hl3, n, i, j, c, ok, high3_n, high3_h, height3, width3, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1
-        )
-        hh = _load(
-            hh3, n, i, j, c, ok, high3_n, high3_h, height3, width3, HIGH3_W, HIGH3_C, UNIT, 0, 1, 1
-        )
+        steps3 = (high3_n, high3_h, HIGH3_W, HIGH3_C)
+        lh = _load(lh3, square, steps3, (H, W), UNIT, 0, 1, 1)
+        hl = _load(hl3, square, steps3, (H, W), UNIT, 0, 1, 1)
+        hh = _load(hh3, square, steps3, (H, W), UNIT, 0, 1, 1)
         lows = _merge(lows, lh, hl, hh, 1, 1)
     if LEVELS > 1:
-        SMALL: tl.constexpr = SIDE // 4
-        lh = _load(
-            lh2,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high2_n,
-            high2_h,
-            height2,
-            width2,
-            HIGH2_W,
-            HIGH2_C,
-            UNIT,
-            0,
-            SMALL,
-            SMALL,
-        )
-        hl = _load(
-            hl2,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high2_n,
-            high2_h,
-            height2,
-            width2,
-            HIGH2_W,
-            HIGH2_C,
-            UNIT,
-            0,
-            SMALL,
-            SMALL,
-        )
-        hh = _load(
-            hh2,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high2_n,
-            high2_h,
-            height2,
-            width2,
-            HIGH2_W,
-            HIGH2_C,
-            UNIT,
-            0,
-            SMALL,
-            SMALL,
-        )
-        lows = _merge(lows, lh, hl, hh, SMALL, SMALL)
+        size2 = ((size1[0] + 1) // 2, (size1[1] + 1) // 2)
+        lh = _load(lh2, square, steps2, size2, UNIT, 0, SIDE // 4, SIDE // 4)
+        hl = _load(hl2, square, steps2, size2, UNIT, 0, SIDE // 4, SIDE // 4)
+        hh = _load(hh2, square, steps2, size2, UNIT, 0, SIDE // 4, SIDE // 4)
+        lows = _merge(lows, lh, hl, hh, SIDE // 4, SIDE // 4)
     HALF: tl.constexpr = SIDE // 2
     for v in tl.static_range(HALF):
-        lh = _load(
-            lh1,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high1_n,
-            high1_h,
-            height1,
-            width1,
-            HIGH1_W,
-            HIGH1_C,
-            UNIT,
-            v,
-            1,
-            HALF,
-        )
-        hl = _load(
-            hl1,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high1_n,
-            high1_h,
-            height1,
-            width1,
-            HIGH1_W,
-            HIGH1_C,
-            UNIT,
-            v,
-            1,
-            HALF,
-        )
-        hh = _load(
-            hh1,
-            n,
-            i,
-            j,
-            c,
-            ok,
-            high1_n,
-            high1_h,
-            height1,
-            width1,
-            HIGH1_W,
-            HIGH1_C,
-            UNIT,
-            v,
-            1,
-            HALF,
-        )
+        lh = _load(lh1, square, steps1, size1, UNIT, v, 1, HALF)
+        hl = _load(hl1, square, steps1, size1, UNIT, v, 1, HALF)
+        hh = _load(hh1, square, steps1, size1, UNIT, v, 1, HALF)
         pair = _merge(lows[v * HALF : (v + 1) * HALF], lh, hl, hh, 1, HALF)
-        _store(x, pair, n, i, j, c, ok, x_n, x_h, H, W, X_W, X_C, UNIT, 2 * v, 2, SIDE)
+        _store(x, pair, square, steps, (H, W), UNIT, 2 * v, 2, SIDE)
 
 
 @triton.jit
@@ -338,32 +174,32 @@ def _squares(images, H, W, C: tl.constexpr, SIDE: tl.constexpr, P: tl.constexpr,
 
 
 @triton.jit
+def _start(array, square, steps, UNIT: tl.constexpr, SIDE: tl.constexpr):
+    """Where squares of `SIDE` x `SIDE` values start in an array."""
+    n, i, j, c, _ = square
+    at = UNIT * (n * steps[0] + SIDE * i * steps[1]) + SIDE * j * steps[2]
+    return array + (at + c.to(tl.int64) * steps[3])
+
+
+@triton.jit
 def _load(
     array,
-    n,
-    i,
-    j,
-    c,
-    ok,
-    step_n,
-    step_h,
-    height,
-    width,
-    STEP_W: tl.constexpr,
-    STEP_C: tl.constexpr,
+    square,
+    steps,
+    size,
     UNIT: tl.constexpr,
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """Rows of a square of `SIDE` x `SIDE` values in float32, zero outside the array."""
-    at = array + UNIT * (n * step_n + SIDE * i * step_h) + SIDE * j * STEP_W
-    at += c.to(tl.int64) * STEP_C
+    """`ROWS` rows of a square of `SIDE` x `SIDE` values in float32, zero outside the array."""
+    _, i, j, _, ok = square
+    at = _start(array, square, steps, UNIT, SIDE)
     values = ()
     for v in tl.static_range(FIRST, FIRST + ROWS):
         for u in tl.static_range(SIDE):
-            inside = ok & (SIDE * i + v < height) & (SIDE * j + u < width)
-            value = tl.load(at + (UNIT * v * step_h + u * STEP_W), mask=inside, other=0.0)
+            inside = ok & (SIDE * i + v < size[0]) & (SIDE * j + u < size[1])
+            value = tl.load(at + (UNIT * v * steps[1] + u * steps[2]), mask=inside, other=0.0)
             values = values + (value.to(tl.float32),)
     return values
 
@@ -372,30 +208,22 @@ def _load(
 def _store(
     array,
     values,
-    n,
-    i,
-    j,
-    c,
-    ok,
-    step_n,
-    step_h,
-    height,
-    width,
-    STEP_W: tl.constexpr,
-    STEP_C: tl.constexpr,
+    square,
+    steps,
+    size,
     UNIT: tl.constexpr,
     FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     SIDE: tl.constexpr,
 ):
     """Writes what `_load` would read, as far as the array goes."""
-    at = array + UNIT * (n * step_n + SIDE * i * step_h) + SIDE * j * STEP_W
-    at += c.to(tl.int64) * STEP_C
+    _, i, j, _, ok = square
+    at = _start(array, square, steps, UNIT, SIDE)
     for v in tl.static_range(FIRST, FIRST + ROWS):
         for u in tl.static_range(SIDE):
-            inside = ok & (SIDE * i + v < height) & (SIDE * j + u < width)
+            inside = ok & (SIDE * i + v < size[0]) & (SIDE * j + u < size[1])
             value = values[(v - FIRST) * SIDE + u].to(array.dtype.element_ty)
-            tl.store(at + (UNIT * v * step_h + u * STEP_W), value, mask=inside)
+            tl.store(at + (UNIT * v * steps[1] + u * steps[2]), value, mask=inside)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ _WARPS = 4
 _NAMES = ("X_", "LOW_", "HIGH1_", "HIGH2_", "HIGH3_")
 """Constants of the kernels: strides of the image, the low band, and the details of each level."""
 _BYTES = {1: 16, 2: 8, 3: 4}
-"""What a thread loads of a row at once, for each number of levels: its square fills registers."""
+"""Bytes of neighbouring channels that a thread treats, by levels: the fewer, the larger squares."""
 
 
 def wavedec(x: Any, levels: int, launch: Launch) -> tuple[Any, list[Bands]]:
@@ -88,19 +88,19 @@ def waverec(low: Any, details: Sequence[Bands], shape: Sequence[int], launch: La
 
 
 def _layout(
-    widest: Any, shape: Sequence[int], steps: list[Shape]
+    read: Any, shape: Sequence[int], steps: list[Shape]
 ) -> tuple[list[int], tuple[int], dict[str, int]]:
     """Sizes, grid and constants of a launch for an image `[N, H, W, C]`.
 
     Args:
-        widest: What is loaded of it, or for it.
+        read: An array that the kernel reads.
         shape: Of the image.
         steps: Strides of the image, the low band, and the details from fine to coarse.
     """
     n, h, w, c = shape
     levels = len(steps) - 2
     side = 2**levels
-    each = _BYTES[levels] // widest.dtype.itemsize
+    each = _BYTES[levels] // read.dtype.itemsize
     across = cdiv(w, side) * c
     elements = min(32 * each, 1 << (across - 1).bit_length())
     rows = 32 * _WARPS * each // elements

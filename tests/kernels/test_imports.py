@@ -14,6 +14,7 @@ WITHOUT_JAX = [
     "pallas_kernels.haar",
     "pallas_kernels.haar.cases",
     "pallas_kernels.haar.filters",
+    "pallas_kernels.triton_launches",
     "pallas_kernels.wtconv",
     "pallas_kernels.wtconv.cases",
     "pallas_kernels.wtconv.shapes",
