@@ -34,6 +34,8 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 _DPI = 150
+_MARKERS = "osD^vP"
+_LABEL_DECADES = 0.2
 _LEAST = 1e-4
 
 
@@ -218,7 +220,8 @@ def speedups(report: Mapping[str, Any]) -> Figure:
             ]
             width = 0.8 / len(contenders)
             places = np.arange(len(shapes)) + (i - (len(contenders) - 1) / 2) * width
-            bars = axes.bar(places, speed, 0.92 * width, color=COLOURS[i], label=contender)
+            colour = COLOURS[i % len(COLOURS)]
+            bars = axes.bar(places, speed, 0.92 * width, color=colour, label=contender)
             axes.bar_label(bars, fmt="%.2g", fontsize=8, padding=1)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -232,6 +235,121 @@ def speedups(report: Mapping[str, Any]) -> Figure:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     device = report["device"]["kind"]
     figure.suptitle(f"WTConv, {report['dtype']}, {device}, {report['date']}")
+    return figure
+
+
+def roofline(report: Mapping[str, Any]) -> Figure:
+    """Multiply-adds a second of each contender under the device's two roofs, log scales.
+
+    Args:
+        report: What `bench.wtconv.run` returns.
+
+    Returns:
+        The figure: a row of panels a direction, a panel a shape. Right of each contender is its
+        share of the roof above it; the intensity is that of the least traffic.
+    """
+    rows, roofs = report["rows"], report["roofs"]
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(
+        figsize=(1.2 + 2.6 * max(2, len(shapes)), 1.4 + 3.0 * len(directions)),
+        dpi=_DPI,
+        layout="constrained",
+    )
+    panels = figure.subplots(len(directions), len(shapes), sharex=True, sharey=True, squeeze=False)
+    ridge = roofs["fma_per_s"] / roofs["copy_bytes_per_s"]
+    intensity = np.geomspace(ridge / 16, ridge * 16, 100)
+    roof = np.minimum(intensity * roofs["copy_bytes_per_s"], roofs["fma_per_s"])
+    for line, direction in zip(panels, directions, strict=True):
+        for axes, shape in zip(line, shapes, strict=True):
+            axes.plot(intensity, roof, color="0.4", linewidth=1.2)
+            shown = [r for r in rows if (r["shape"], r["direction"]) == (shape, direction)]
+            texts = []
+            for row in shown:
+                at = row["multiply_adds"] / row["floor_bytes"]
+                rate = row["multiply_adds"] / row["median_ms"] * 1e3
+                share = rate / min(at * roofs["copy_bytes_per_s"], roofs["fma_per_s"])
+                i = contenders.index(row["contender"])
+                axes.plot(
+                    at,
+                    rate,
+                    _MARKERS[i % len(_MARKERS)],
+                    color=COLOURS[i % len(COLOURS)],
+                    markersize=6,
+                    label=row["contender"],
+                )
+                texts.append((rate, at, f"{share:.2g}" if share < 0.01 else f"{share:.0%}", i))
+            _set_apart(axes, texts)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(True, color="0.93")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_title(f"{shape}\n{tuple(shown[0]['x'])}, {direction}", fontsize=8)
+    rates = [row["multiply_adds"] / row["median_ms"] * 1e3 for row in rows]
+    panels[0, 0].set_ylim(min(rates) / 3, 3 * max(*rates, roofs["fma_per_s"]))
+    panels[0, 0].yaxis.set_major_formatter(EngFormatter(sep=" "))
+    panels[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[0, 0].xaxis.set_minor_formatter(NullFormatter())
+    figure.supxlabel("multiply-adds for each byte of the least traffic", fontsize=9)
+    figure.supylabel("multiply-adds a second", fontsize=9)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(contenders),
+    )
+    figure.suptitle(
+        f"WTConv, {report['dtype']}, {report['device']['kind']}, {report['date']}\n"
+        f"roofs, measured: {roofs['copy_bytes_per_s'] / 1e12:.3g} TB/s and "
+        f"{roofs['fma_per_s'] / 1e12:.3g} T float32 multiply-adds/s; labels: share of the roof"
+    )
+    return figure
+
+
+def _set_apart(axes: Axes, texts: Sequence[tuple[float, float, str, int]]) -> None:
+    """Writes labels right of their points, pushed up where they would cover each other."""
+    lowest = -np.inf
+    for rate, at, text, i in sorted(texts):
+        lowest = max(np.log10(rate), lowest + _LABEL_DECADES)
+        axes.annotate(
+            text,
+            (at, 10**lowest),
+            (9, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color=COLOURS[i % len(COLOURS)],
+        )
+
+
+def throughput(report: Mapping[str, Any]) -> Figure:
+    """Bars of images a second, a panel a kind of work.
+
+    Args:
+        report: What `bench.wtconvnext.run` returns.
+
+    Returns:
+        The figure.
+    """
+    rows = report["rows"]
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    figure = Figure(figsize=(3.6 * len(works), 4.0), dpi=_DPI, layout="constrained")
+    for axes, work in zip(figure.subplots(1, len(works)), works, strict=True):
+        shown = [row for row in rows if row["work"] == work]
+        names = [row["contender"] for row in shown]
+        rates = [row["images_per_s"] for row in shown]
+        bars = axes.bar(names, rates, 0.6, color=COLOURS[: len(shown)])
+        axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=2)
+        axes.margins(y=0.12)
+        axes.set_title(work)
+        axes.set_ylabel("images a second")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{report['model']}, batch {report['batch']}, {report['size']} x {report['size']}, "
+        f"{report['dtype']}\n{report['device']['kind']}, {report['date']}",
+        fontsize=10,
+    )
     return figure
 
 
