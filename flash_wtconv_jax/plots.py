@@ -5,6 +5,7 @@ Okabe and Ito, which colour-blind people tell apart, and hatches or labels say t
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 _DPI = 150
 _MARKERS = "osD^vP"
-_LABEL_DECADES = 0.2
+_LABEL_SHARE = 0.05
+"""Of an axis: the height of a small label in a panel of a roofline."""
 _LEAST = 1e-4
 
 
@@ -249,77 +251,75 @@ def roofline(report: Mapping[str, Any]) -> Figure:
         share of the roof above it; the intensity is that of the least traffic.
     """
     rows, roofs = report["rows"], report["roofs"]
+    copy, fma = roofs["copy_bytes_per_s"], roofs["fma_per_s"]
     directions = list(dict.fromkeys(row["direction"] for row in rows))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     figure = Figure(
-        figsize=(1.2 + 2.6 * max(2, len(shapes)), 1.4 + 3.0 * len(directions)),
+        figsize=(1.2 + 2.6 * max(2, len(shapes)), 1.6 + 3.0 * len(directions)),
         dpi=_DPI,
         layout="constrained",
     )
     panels = figure.subplots(len(directions), len(shapes), sharex=True, sharey=True, squeeze=False)
-    ridge = roofs["fma_per_s"] / roofs["copy_bytes_per_s"]
-    intensity = np.geomspace(ridge / 16, ridge * 16, 100)
-    roof = np.minimum(intensity * roofs["copy_bytes_per_s"], roofs["fma_per_s"])
-    for line, direction in zip(panels, directions, strict=True):
-        for axes, shape in zip(line, shapes, strict=True):
-            axes.plot(intensity, roof, color="0.4", linewidth=1.2)
-            shown = [r for r in rows if (r["shape"], r["direction"]) == (shape, direction)]
-            texts = []
-            for row in shown:
-                at = row["multiply_adds"] / row["floor_bytes"]
-                rate = row["multiply_adds"] / row["median_ms"] * 1e3
-                share = rate / min(at * roofs["copy_bytes_per_s"], roofs["fma_per_s"])
-                i = contenders.index(row["contender"])
-                axes.plot(
-                    at,
-                    rate,
-                    _MARKERS[i % len(_MARKERS)],
-                    color=COLOURS[i % len(COLOURS)],
-                    markersize=6,
-                    label=row["contender"],
-                )
-                texts.append((rate, at, f"{share:.2g}" if share < 0.01 else f"{share:.0%}", i))
-            _set_apart(axes, texts)
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.grid(True, color="0.93")
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set_title(f"{shape}\n{tuple(shown[0]['x'])}, {direction}", fontsize=8)
+    intensity = np.geomspace(fma / copy / 16, fma / copy * 16, 100)
     rates = [row["multiply_adds"] / row["median_ms"] * 1e3 for row in rows]
-    panels[0, 0].set_ylim(min(rates) / 3, 3 * max(*rates, roofs["fma_per_s"]))
+    lowest, highest = min(rates) / 2, 3 * max(*rates, fma)
+    panels[0, 0].set(xscale="log", yscale="log", ylim=(lowest, highest))
+    for (i, direction), (j, shape) in product(enumerate(directions), enumerate(shapes)):
+        axes = panels[i, j]
+        axes.plot(intensity, np.minimum(intensity * copy, fma), color="0.4", linewidth=1.2)
+        shown = [row for row in rows if (row["shape"], row["direction"]) == (shape, direction)]
+        labels = []
+        for row in shown:
+            at = row["multiply_adds"] / row["floor_bytes"]
+            rate = row["multiply_adds"] / row["median_ms"] * 1e3
+            place = contenders.index(row["contender"])
+            style: dict[str, Any] = {
+                "color": COLOURS[place % len(COLOURS)],
+                "marker": _MARKERS[place % len(_MARKERS)],
+                # Later ones are smaller, so that one at the same place can be seen.
+                "markersize": 9 - min(place, 4),
+            }
+            axes.plot(at, rate, linestyle="", label=row["contender"], **style)
+            labels.append((rate, at, f"{100 * rate / min(at * copy, fma):.2g} %", style["color"]))
+        _label_right(axes, labels, np.log10(highest / lowest) * _LABEL_SHARE)
+        axes.grid(True, color="0.93")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{shape}\n{tuple(shown[0]['x'])}, {direction}", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("multiply-adds a second", fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("multiply-adds a byte, at least traffic", fontsize=8)
     panels[0, 0].yaxis.set_major_formatter(EngFormatter(sep=" "))
     panels[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panels[0, 0].xaxis.set_minor_formatter(NullFormatter())
-    figure.supxlabel("multiply-adds for each byte of the least traffic", fontsize=9)
-    figure.supylabel("multiply-adds a second", fontsize=9)
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=len(contenders),
-    )
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    unit = EngFormatter(places=1, sep=" ")
     figure.suptitle(
         f"WTConv, {report['dtype']}, {report['device']['kind']}, {report['date']}\n"
-        f"roofs, measured: {roofs['copy_bytes_per_s'] / 1e12:.3g} TB/s and "
-        f"{roofs['fma_per_s'] / 1e12:.3g} T float32 multiply-adds/s; labels: share of the roof"
+        f"roofs, measured: {unit(copy)}B/s, {unit(fma)} float32 multiply-adds/s\n"
+        "labels: share of the roof",
+        fontsize=10,
     )
     return figure
 
 
-def _set_apart(axes: Axes, texts: Sequence[tuple[float, float, str, int]]) -> None:
-    """Writes labels right of their points, pushed up where they would cover each other."""
-    lowest = -np.inf
-    for rate, at, text, i in sorted(texts):
-        lowest = max(np.log10(rate), lowest + _LABEL_DECADES)
+def _label_right(axes: Axes, labels: Sequence[tuple[float, float, str, str]], apart: float) -> None:
+    """Writes labels in a column right of their points, `apart` decades or more from each other."""
+    column = 1.8 * max(at for _, at, _, _ in labels)
+    place = -np.inf
+    for rate, at, text, colour in sorted(labels):
+        place = max(np.log10(rate), place + apart)
+        ends = (at, column), (rate, 10**place)
+        axes.plot(*ends, color=colour, linewidth=0.5, zorder=1)
         axes.annotate(
             text,
-            (at, 10**lowest),
-            (9, 0),
+            (column, 10**place),
+            (2, 0),
             textcoords="offset points",
             va="center",
             fontsize=7,
-            color=COLOURS[i % len(COLOURS)],
+            color=colour,
         )
 
 
@@ -344,6 +344,7 @@ def throughput(report: Mapping[str, Any]) -> Figure:
         axes.margins(y=0.12)
         axes.set_title(work)
         axes.set_ylabel("images a second")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{report['model']}, batch {report['batch']}, {report['size']} x {report['size']}, "
