@@ -21,7 +21,8 @@ _AT_ONCE = 20
 """Calls of an accelerator that the host waits for together, so that it never waits for the next."""
 _ROUNDS = 20
 """Timed calls of a contender by device events."""
-_PAUSE_BYTES = 2**30
+_PAUSE_BYTES = 2**32
+"""Copied before each call that is timed by device events, for a millisecond or two."""
 
 
 class Clock(Protocol):
@@ -108,9 +109,11 @@ class DeviceEvents:
     """Start and end of every kernel and copy of a GPU, from a trace of JAX's profiler.
 
     A call's time is that from the start of its first event to the end of its last, so gaps between
-    its kernels count. Before each call runs a copy of a gigabyte: while it runs the host enqueues
-    the call, so that launching is not timed, and it leaves nothing of the call's arrays in the
-    caches. It is an operation that no layer has, so that its kernel tells the calls apart.
+    its kernels count. Before each call runs a pause, a copy of four gigabytes: while it runs the
+    host enqueues the call, so that launching is not timed, and it leaves nothing of the call's
+    arrays in the caches. It is an operation that no layer has alone, so that the name of its kernel
+    tells the calls apart. While the profiler runs, XLA launches kernels one by one that otherwise
+    are one CUDA graph.
 
     Raises:
         RuntimeError: The profiler shows no event of a GPU.
@@ -173,7 +176,7 @@ class DeviceEvents:
 
 
 def _pause_bytes() -> int:
-    """A gigabyte, or a sixteenth of a small device's memory."""
+    """Four gigabytes, or a sixteenth of a small device's memory."""
     (device,) = jnp.zeros(()).devices()
     limit = (device.memory_stats() or {}).get("bytes_limit", 16 * _PAUSE_BYTES)
     return min(_PAUSE_BYTES, limit // 16)

@@ -33,6 +33,7 @@ _PICKED, _PLAIN, _RIVAL, _TORCH = "flash", "plain jax", "depthwise 7x7", "torch 
 _RIVAL_SIZE = 7
 _ROTATED_BYTES = 2**28
 """Bytes of the copies of x that a GPU's calls take in turn: more than its caches hold."""
+_MOST_COPIES = 64
 
 
 def run(
@@ -217,7 +218,8 @@ def _copies(shape: Shape, dtype: str) -> list[tuple[jax.Array, jax.Array]]:
     """Pairs of x and dy; on a GPU several, so that no call finds its own in a cache."""
     count = 1
     if platform.current() == "gpu":
-        count = max(2, _ROTATED_BYTES // (math.prod(shape.x) * jnp.dtype(dtype).itemsize))
+        enough = _ROTATED_BYTES // (math.prod(shape.x) * jnp.dtype(dtype).itemsize)
+        count = min(max(2, enough), _MOST_COPIES)
     draw = jax.jit(partial(jax.random.normal, shape=shape.x, dtype=dtype))
     keys = jax.random.split(jax.random.key(0), (count, 2))
     return [(draw(of_x), draw(of_dy)) for of_x, of_dy in keys]

@@ -190,15 +190,22 @@ def test_defaults_need_a_choice(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_networks(monkeypatch, tmp_path):
+@pytest.fixture
+def networks(monkeypatch):
+    """Two very small networks instead of the tiny ones."""
+
     def network(levels):
         config = models.ConvNeXtConfig(
             depths=(1,), dims=(4,), levels=levels, kernel_size=1, num_classes=5
         )
         return lambda *, rngs, dtype: models.ConvNeXt(replace(config, dtype=dtype), rngs=rngs)
 
-    networks = {"WTConvNeXt": network((1,)), "ConvNeXt": network(None)}
-    monkeypatch.setitem(wtconvnext.MODELS, "tiny", networks)
+    made = {"WTConvNeXt": network((1,)), "ConvNeXt": network(None)}
+    monkeypatch.setitem(wtconvnext.MODELS, "tiny", made)
+    return made
+
+
+def test_networks(networks, tmp_path):
     result = bench("--batch", 2, "--size", 8, "--out", tmp_path, benchmark="wtconvnext")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "wtconvnext.png").read_bytes().startswith(b"\x89PNG")
@@ -223,3 +230,24 @@ def test_networks_that_are_none(tmp_path, arguments, message):
     result = bench(*arguments, "--out", tmp_path, benchmark="wtconvnext")
     assert message in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_each_implementation_is_timed_by_device_events(monkeypatch, networks, tmp_path):
+    pytest.importorskip("jax_triton", reason="the second implementation is Triton's")
+    monkeypatch.setitem(shapes.GPU_SHAPES, "small", shapes.Shape(2, 16, 16, 32, 2, kernel_size=3))
+    monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
+    result = bench("--shape", "small", "--write-defaults", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "wtconv.json").read_text())
+    assert (report["clock"], report["no_device_events"]) == ("device events", None)
+    ours = {"flash", "flash triton", "flash xla"}
+    assert ours | {"plain jax", "depthwise 7x7"} <= {row["contender"] for row in report["rows"]}
+    assert all(0 < row["least_ms"] <= row["median_ms"] for row in report["rows"])
+    (kept,) = (tmp_path / "defaults").glob("*.json")
+    assert len(json.loads(kept.read_text())["entries"]) == 2
+    table.entries.cache_clear()
+    result = bench("--batch", 2, "--size", 8, "--out", tmp_path, benchmark="wtconvnext")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "wtconvnext.json").read_text())
+    assert (report["clock"], report["dtype"]) == ("device events", "bfloat16")
