@@ -71,8 +71,7 @@ def run(
     unknown = sorted(set(shapes) - set(known))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {sorted(known)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
+    check_dtype(dtype)
     here = [_PICKED, _PLAIN]
     here += [] if on_cpu() else [_RIVAL]
     here += [_TORCH] if _has_torch(dtype) else []
@@ -117,6 +116,12 @@ def run(
     }
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises `ValueError` for what is not one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
+
+
 def implementations(shape: Shape, dtype: str) -> list[str]:
     """Those of our implementations that can compute a shape here, both ways.
 
@@ -127,11 +132,15 @@ def implementations(shape: Shape, dtype: str) -> list[str]:
     Returns:
         Their names.
 
+    Raises:
+        ValueError: An unknown dtype.
+
     Example:
         >>> with jax.default_device(jax.devices("cpu")[0]):
         ...     implementations(Shape(1, 8, 8, 4, 1), "float32")
         ['xla']
     """
+    check_dtype(dtype)
     able = []
     for name in OPERATOR.implementations:
         try:

@@ -15,7 +15,7 @@ from pallas_kernels.platform import on_cpu
 from .. import environment, models
 from . import clocks
 from .clocks import Call
-from .wtconv import DTYPES
+from .wtconv import check_dtype
 
 MODELS: dict[str, dict[str, Callable[..., models.ConvNeXt]]] = {
     "tiny": {"WTConvNeXt": models.wtconvnext_tiny, "ConvNeXt": models.convnext_tiny},
@@ -44,7 +44,7 @@ def run(
         progress: Told a label and a number of steps, returns what to call after each step.
         batch: Images a call; None is 128, on a CPU 4.
         size: Their height and width; None is 224, on a CPU 64.
-        dtype: One of `DTYPES`; None is bfloat16, on a CPU float32.
+        dtype: One of `wtconv.DTYPES`; None is bfloat16, on a CPU float32.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
@@ -59,8 +59,7 @@ def run(
     dtype = dtype or ("float32" if on_cpu() else "bfloat16")
     if model not in MODELS:
         raise ValueError(f"model: {model!r} is not one of {list(MODELS)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
+    check_dtype(dtype)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     clock, no_device_events = clocks.best()

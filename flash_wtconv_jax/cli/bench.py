@@ -17,14 +17,14 @@ bench = typer.Typer(
 
 _Progress = Callable[[str, int], Callable[[], None]]
 _Device = Annotated[
-    str | None, typer.Option(help="cpu, gpu or tpu. [default: the first that JAX has]")
+    str | None, typer.Option(help="cpu, gpu or tpu. Default: the first that JAX has.")
 ]
 
 
 @bench.command("wtconv")
 def wtconv(
     shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; several are allowed. [default: all]")
+        list[str] | None, typer.Option(help="A named shape; several are allowed. Default: all.")
     ] = None,
     baseline: Annotated[
         str | None,
@@ -79,16 +79,16 @@ def wtconv(
 def wtconvnext(
     model: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
     batch: Annotated[
-        int | None, typer.Option(help="Images a call. [default: 128, on a CPU 4]")
+        int | None, typer.Option(help="Images a call. Default: 128, on a CPU 4.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Height and width of the images. [default: 224, on a CPU 64]")
+        int | None, typer.Option(help="Height and width of the images. Default: 224, on a CPU 64.")
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             help="Of the computation: float32, bfloat16 or float16; parameters are float32. "
-            "[default: bfloat16, on a CPU float32]"
+            "Default: bfloat16, on a CPU float32."
         ),
     ] = None,
     device: _Device = None,

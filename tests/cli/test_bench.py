@@ -97,8 +97,9 @@ def test_another_dtype_and_one_that_is_none(tmp_path):
     assert bench("--shape", "pixel", "--dtype", "bfloat16", "--out", tmp_path).exit_code == 0
     report = json.loads((tmp_path / "wtconv.json").read_text())
     assert report["dtype"] == "bfloat16" and report["baseline"] == "plain jax"
-    result = bench("--shape", "small", "--dtype", "int8", "--out", tmp_path)
-    assert "dtype: 'int8' is not one of ['float32'" in str(result.exception)
+    for more in ([], ["--write-defaults"]):
+        result = bench("--shape", "small", "--dtype", "int", *more, "--out", tmp_path)
+        assert "dtype: 'int' is not one of ['float32'" in str(result.exception)
 
 
 def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, tmp_path):
