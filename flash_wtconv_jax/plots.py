@@ -5,6 +5,7 @@ Okabe and Ito, which colour-blind people tell apart, and hatches or labels say t
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 
 _DPI = 150
+_MARKERS = "osD^vP"
+_LABEL_SHARE = 0.05
+"""Of an axis: the height of a small label in a panel of a roofline."""
 _LEAST = 1e-4
 
 
@@ -218,7 +222,8 @@ def speedups(report: Mapping[str, Any]) -> Figure:
             ]
             width = 0.8 / len(contenders)
             places = np.arange(len(shapes)) + (i - (len(contenders) - 1) / 2) * width
-            bars = axes.bar(places, speed, 0.92 * width, color=COLOURS[i], label=contender)
+            colour = COLOURS[i % len(COLOURS)]
+            bars = axes.bar(places, speed, 0.92 * width, color=colour, label=contender)
             axes.bar_label(bars, fmt="%.2g", fontsize=8, padding=1)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -232,6 +237,120 @@ def speedups(report: Mapping[str, Any]) -> Figure:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     device = report["device"]["kind"]
     figure.suptitle(f"WTConv, {report['dtype']}, {device}, {report['date']}")
+    return figure
+
+
+def roofline(report: Mapping[str, Any]) -> Figure:
+    """Multiply-adds a second of each contender under the device's two roofs, log scales.
+
+    Args:
+        report: What `bench.wtconv.run` returns.
+
+    Returns:
+        The figure: a row of panels a direction, a panel a shape. Right of each contender is its
+        share of the roof above it; the intensity is that of the least traffic.
+    """
+    rows, roofs = report["rows"], report["roofs"]
+    copy, fma = roofs["copy_bytes_per_s"], roofs["fma_per_s"]
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(
+        figsize=(1.2 + 2.6 * max(2, len(shapes)), 1.6 + 3.0 * len(directions)),
+        dpi=_DPI,
+        layout="constrained",
+    )
+    panels = figure.subplots(len(directions), len(shapes), sharex=True, sharey=True, squeeze=False)
+    intensity = np.geomspace(fma / copy / 16, fma / copy * 16, 100)
+    rates = [row["multiply_adds"] / row["median_ms"] * 1e3 for row in rows]
+    lowest, highest = min(rates) / 2, 3 * max(*rates, fma)
+    panels[0, 0].set(xscale="log", yscale="log", ylim=(lowest, highest))
+    for (i, direction), (j, shape) in product(enumerate(directions), enumerate(shapes)):
+        axes = panels[i, j]
+        axes.plot(intensity, np.minimum(intensity * copy, fma), color="0.4", linewidth=1.2)
+        shown = [row for row in rows if (row["shape"], row["direction"]) == (shape, direction)]
+        labels = []
+        for row in shown:
+            at = row["multiply_adds"] / row["floor_bytes"]
+            rate = row["multiply_adds"] / row["median_ms"] * 1e3
+            place = contenders.index(row["contender"])
+            style: dict[str, Any] = {
+                "color": COLOURS[place % len(COLOURS)],
+                "marker": _MARKERS[place % len(_MARKERS)],
+                # Later ones are smaller, so that one at the same place can be seen.
+                "markersize": 9 - min(place, 4),
+            }
+            axes.plot(at, rate, linestyle="", label=row["contender"], **style)
+            labels.append((rate, at, f"{100 * rate / min(at * copy, fma):.2g} %", style["color"]))
+        _label_right(axes, labels, np.log10(highest / lowest) * _LABEL_SHARE)
+        axes.grid(True, color="0.93")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{shape}\n{tuple(shown[0]['x'])}, {direction}", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("multiply-adds a second", fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("multiply-adds a byte, at least traffic", fontsize=8)
+    panels[0, 0].yaxis.set_major_formatter(EngFormatter(sep=" "))
+    panels[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    unit = EngFormatter(places=1, sep=" ")
+    figure.suptitle(
+        f"WTConv, {report['dtype']}, {report['device']['kind']}, {report['date']}\n"
+        f"roofs, measured: {unit(copy)}B/s, {unit(fma)} float32 multiply-adds/s\n"
+        "labels: share of the roof",
+        fontsize=10,
+    )
+    return figure
+
+
+def _label_right(axes: Axes, labels: Sequence[tuple[float, float, str, str]], apart: float) -> None:
+    """Writes labels in a column right of their points, `apart` decades or more from each other."""
+    column = 1.8 * max(at for _, at, _, _ in labels)
+    place = -np.inf
+    for rate, at, text, colour in sorted(labels):
+        place = max(np.log10(rate), place + apart)
+        ends = (at, column), (rate, 10**place)
+        axes.plot(*ends, color=colour, linewidth=0.5, zorder=1)
+        axes.annotate(
+            text,
+            (column, 10**place),
+            (2, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color=colour,
+        )
+
+
+def throughput(report: Mapping[str, Any]) -> Figure:
+    """Bars of images a second, a panel a kind of work.
+
+    Args:
+        report: What `bench.wtconvnext.run` returns.
+
+    Returns:
+        The figure.
+    """
+    rows = report["rows"]
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    figure = Figure(figsize=(3.6 * len(works), 4.0), dpi=_DPI, layout="constrained")
+    for axes, work in zip(figure.subplots(1, len(works)), works, strict=True):
+        shown = [row for row in rows if row["work"] == work]
+        names = [row["contender"] for row in shown]
+        rates = [row["images_per_s"] for row in shown]
+        bars = axes.bar(names, rates, 0.6, color=COLOURS[: len(shown)])
+        axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=2)
+        axes.margins(y=0.12)
+        axes.set_title(work)
+        axes.set_ylabel("images a second")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{report['model']}, batch {report['batch']}, {report['size']} x {report['size']}, "
+        f"{report['dtype']}\n{report['device']['kind']}, {report['date']}",
+        fontsize=10,
+    )
     return figure
 
 

@@ -15,13 +15,18 @@ def current() -> str:
         ...     current()
         'cpu'
     """
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.platform
-    device = jax.config.jax_default_device
-    if isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    return jax.default_backend() if device is None else device.platform
+    return _device().platform
+
+
+def kind() -> str:
+    """The kind of device, as JAX names it, e.g. "NVIDIA H200"; looked for as the platform is.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     kind()
+        'cpu'
+    """
+    return _device().device_kind
 
 
 def on_cpu() -> bool:
@@ -32,3 +37,13 @@ def on_cpu() -> bool:
         True
     """
     return current() == "cpu"
+
+
+def _device() -> "jax.sharding.AbstractDevice | jax.Device":
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract
+    device = jax.config.jax_default_device
+    if device is None or isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device

@@ -1,7 +1,7 @@
 """Fair times on a shared machine: contenders take turns, and only their ratios are claimed."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -17,6 +17,16 @@ class Spread(NamedTuple):
     median: float
     least: float
     greatest: float
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> "Spread":
+        """That of some times.
+
+        Example:
+            >>> Spread.of([1.0, 5.0, 2.0])
+            Spread(median=2.0, least=1.0, greatest=5.0)
+        """
+        return cls(median(times), min(times), max(times))
 
 
 def take_turns(
@@ -46,7 +56,7 @@ def take_turns(
             call()
             times[name] += _turn(call)
             on_call()
-    return {name: Spread(median(t), min(t), max(t)) for name, t in times.items()}
+    return {name: Spread.of(t) for name, t in times.items()}
 
 
 def _turn(call: Callable[[], object]) -> list[float]:

@@ -1,9 +1,12 @@
 """`flash-wtconv bench wtconv`: our layer beside plain JAX and PyTorch eager, in one run."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
-from typing import Any
+from functools import partial
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +14,26 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import platform
+from pallas_kernels.dispatch.table import Entry
 from pallas_kernels.platform import on_cpu
 from pallas_kernels.wtconv import wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
 
 from .. import environment
-from . import plain
-from .timing import Spread, take_turns, turns
+from . import clocks, plain, roofs
+from .clocks import Call
+from .timing import Spread
 
 DTYPES = ("float32", "bfloat16", "float16")
-DIRECTIONS = ("forward", "forward+backward")
-Calls = dict[str, Callable[[], object]]
+PASSES = {"forward": 2, "forward+backward": 5}
+"""How often at least a tensor of x's size is read or written, by direction."""
 
-_AT_ONCE = 20
-"""Calls of an accelerator that are waited for together, so that it never waits for the next."""
+_PICKED, _PLAIN, _RIVAL, _TORCH = "flash", "plain jax", "depthwise 7x7", "torch eager"
+_RIVAL_SIZE = 7
+_ROTATED_BYTES = 2**28
+"""Bytes of the copies of x that a GPU's calls take in turn: more than its caches hold."""
+_MOST_COPIES = 64
 
 
 def run(
@@ -36,7 +44,9 @@ def run(
 ) -> dict[str, Any]:
     """Times every contender that this machine has.
 
-    On an accelerator a plain 7 x 7 depthwise convolution is one, the layer's rival at its cost.
+    They are our layer as the device's rule picks it and, where several implementations can compute
+    a shape, each of them ("flash xla"); plain JAX; PyTorch, or on an accelerator a plain 7 x 7
+    depthwise convolution, the layer's rival at its cost.
 
     Args:
         shapes: Names in `pallas_kernels.wtconv.shapes.FOR_PLATFORM` of the device.
@@ -46,10 +56,13 @@ def run(
         dtype: One of `DTYPES`; of x, dy and the parameters.
 
     Returns:
-        A JSON-able report: device, versions, date, and a row for each shape, direction and
-        contender with its times in milliseconds, `speedup` (the baseline's median over its own),
-        for JAX `temporaries`, the peak of temporary memory in inputs, and for "flash" the
-        `implementation` of each direction that the device's rule picks.
+        A JSON-able report: device, versions, date, `clock` (and `no_device_events`, why a GPU's
+        events are not it), `roofs` (as `roofs.measure`), and a row for each shape, direction and
+        contender with its times in milliseconds; `floor_ms`, the time of `PASSES` at the copy's
+        bandwidth, and `over_floor`; `speedup`, the baseline's median over its own, and
+        `speedup_over_plain_jax`; `multiply_adds`; for JAX `temporaries`, the peak of temporary
+        memory in inputs, and `extra_memory`, the same with the results; and for "flash" the
+        `implementation` of each direction that is picked.
 
     Raises:
         ValueError: An unknown shape or dtype, or a baseline that this machine does not have.
@@ -58,15 +71,37 @@ def run(
     unknown = sorted(set(shapes) - set(known))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {sorted(known)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
-    here = [*_functions(), *(["torch eager"] if _has_torch(dtype) else [])]
-    baseline = baseline or ("torch eager" if "torch eager" in here else "plain jax")
+    check_dtype(dtype)
+    here = [_PICKED, _PLAIN]
+    here += [] if on_cpu() else [_RIVAL]
+    here += [_TORCH] if _has_torch(dtype) else []
+    baseline = baseline or (_TORCH if _TORCH in here else _PLAIN)
     if baseline not in here:
         raise ValueError(f"baseline: {baseline!r} is not here, expected one of {here}")
+    clock, no_device_events = clocks.best()
+    measured = roofs.measure(clock)
     rows = []
     for name in shapes:
-        rows += _rows(name, known[name], dtype, baseline, progress)
+        for direction, contenders in _contenders(known[name], dtype).items():
+            step = progress(f"{name} {direction}", clock.turns(len(contenders)))
+            times = clock.take_turns({c: one.call for c, one in contenders.items()}, step)
+            rows += [
+                {
+                    "shape": name,
+                    "x": list(known[name].x),
+                    "levels": known[name].levels,
+                    "kernel_size": known[name].kernel_size,
+                    "direction": direction,
+                    "contender": contender,
+                    **_figures(known[name], dtype, direction, contender, times, measured),
+                    "speedup": times[baseline].median / times[contender].median,
+                    "speedup_over_plain_jax": times[_PLAIN].median / times[contender].median,
+                    "temporaries": one.temporaries,
+                    "extra_memory": one.extra_memory,
+                    "implementation": _picked(known[name], dtype) if contender == _PICKED else None,
+                }
+                for contender, one in contenders.items()
+            ]
     return {
         "benchmark": "wtconv",
         "date": date.today().isoformat(),
@@ -74,20 +109,176 @@ def run(
         "versions": environment.versions() | _torch_version(dtype),
         "dtype": dtype,
         "baseline": baseline,
+        "clock": clock.name,
+        "no_device_events": no_device_events,
+        "roofs": measured,
         "rows": rows,
     }
 
 
-def _functions() -> dict[str, Callable]:
-    """The contenders in JAX, of x and the layer's parameters."""
-    functions: dict[str, Callable] = {"flash": wtconv2d, "plain jax": plain.wtconv}
-    return functions if on_cpu() else functions | {"depthwise 7x7": _depthwise}
+def check_dtype(dtype: str) -> None:
+    """Raises `ValueError` for what is not one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
 
 
-def _depthwise(x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
+def implementations(shape: Shape, dtype: str) -> list[str]:
+    """Those of our implementations that can compute a shape here, both ways.
+
+    Args:
+        shape: The layer.
+        dtype: Of x, dy and the parameters.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: An unknown dtype.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     implementations(Shape(1, 8, 8, 4, 1), "float32")
+        ['xla']
+    """
+    check_dtype(dtype)
+    able = []
+    for name in OPERATOR.implementations:
+        try:
+            _picked(shape, dtype, str(name))
+        except NotImplementedError:
+            continue
+        able.append(str(name))
+    return able
+
+
+def defaults(report: Mapping[str, Any]) -> list[Entry]:
+    """What a report says of the fastest implementations, for `pallas_kernels.dispatch.table`.
+
+    The time of a backward pass is that of both passes less that of the forward pass.
+
+    Args:
+        report: What `run` returns.
+
+    Returns:
+        An entry for each direction of each shape that several implementations can compute.
+    """
+    named = ("flash-wtconv", "jax", "jaxlib", "jax-triton", "triton")
+    about = {
+        "date": report["date"],
+        "versions": {name: v for name, v in report["versions"].items() if name in named},
+    }
+    shapes = {row["shape"]: row for row in report["rows"]}
+    entries = []
+    for shape, row in shapes.items():
+        ms = {
+            (r["direction"], r["contender"].removeprefix(f"{_PICKED} ")): r["median_ms"]
+            for r in report["rows"]
+            if r["shape"] == shape and r["contender"].startswith(f"{_PICKED} ")
+        }
+        forward = {name: time for (direction, name), time in ms.items() if direction == "forward"}
+        both = {name: ms["forward+backward", name] for name in forward}
+        backward = {name: both[name] - forward[name] for name in forward}
+        problem = Problem(row["x"], report["dtype"], row["kernel_size"], row["levels"], "haar")
+        entries += [
+            {
+                "operator": OPERATOR.name,
+                "direction": direction,
+                "implementation": min(times, key=times.__getitem__),
+                "problem": problem._asdict(),
+                "ms": {name: round(times[name], 4) for name in sorted(times)},
+                **about,
+            }
+            for direction, times in (("fwd", forward), ("bwd", backward))
+            if times
+        ]
+    return entries
+
+
+class _Contender(NamedTuple):
+    """One direction of a contender; its memory in inputs, where that is known."""
+
+    call: Call
+    temporaries: float | None = None
+    extra_memory: float | None = None
+
+
+def _contenders(shape: Shape, dtype: str) -> dict[str, dict[str, _Contender]]:
+    """Every contender of a shape, by direction."""
+    copies = _copies(shape, dtype)
+    params, rival = _params(shape, dtype)
+    functions: dict[str, tuple[Callable, Any]] = {_PICKED: (wtconv2d, params)}
+    able = implementations(shape, dtype)
+    for name in able if len(able) > 1 else []:
+        functions[f"{_PICKED} {name}"] = partial(wtconv2d, implementation=name), params
+    functions[_PLAIN] = plain.wtconv, params
+    if not on_cpu():
+        functions[_RIVAL] = _depthwise, rival
+    contenders: dict[str, dict[str, _Contender]] = {direction: {} for direction in PASSES}
+    for contender, (function, own) in functions.items():
+        for direction, one in _compiled(function, own, copies).items():
+            contenders[direction][contender] = one
+    if _has_torch(dtype):
+        for direction, call in _torch_calls(copies[0][0], params, copies[0][1]).items():
+            contenders[direction][_TORCH] = _Contender(call)
+    return contenders
+
+
+def _copies(shape: Shape, dtype: str) -> list[tuple[jax.Array, jax.Array]]:
+    """Pairs of x and dy; on a GPU several, so that no call finds its own in a cache."""
+    count = 1
+    if platform.current() == "gpu":
+        enough = _ROTATED_BYTES // (math.prod(shape.x) * jnp.dtype(dtype).itemsize)
+        count = min(max(2, enough), _MOST_COPIES)
+    draw = jax.jit(partial(jax.random.normal, shape=shape.x, dtype=dtype))
+    keys = jax.random.split(jax.random.key(0), (count, 2))
+    return [(draw(of_x), draw(of_dy)) for of_x, of_dy in keys]
+
+
+def _params(shape: Shape, dtype: str) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Those of our layer, and the kernel of its rival."""
+    rng = np.random.default_rng(0)
+    k, c = shape.kernel_size, shape.channels
+    sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
+    for i in range(shape.levels):
+        sizes |= {f"wavelet_kernel_{i}": (k, k, 4, c), f"wavelet_scale_{i}": (4, c)}
+    params = {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in sizes.items()}
+    return params, jnp.asarray(rng.normal(size=(_RIVAL_SIZE, _RIVAL_SIZE, 1, c)), dtype)
+
+
+def _compiled(
+    function: Callable, params: Any, copies: list[tuple[jax.Array, jax.Array]]
+) -> dict[str, _Contender]:
+    """A function of x and parameters, and the same with its gradients, compiled."""
+
+    def both(x: jax.Array, params: Any, dy: jax.Array) -> Any:
+        y, pullback = jax.vjp(function, x, params)
+        return y, pullback(dy)
+
+    programs: dict[str, tuple[Callable, list[tuple[Any, ...]]]] = {
+        "forward": (function, [(x, params) for x, _ in copies]),
+        "forward+backward": (both, [(x, params, dy) for x, dy in copies]),
+    }
+    contenders = {}
+    for direction, (compute, arguments) in programs.items():
+        compiled = jax.jit(compute).lower(*arguments[0]).compile()
+        used: Any = compiled.memory_analysis()
+        size = copies[0][0].nbytes
+        contenders[direction] = _Contender(
+            partial(_next, compiled, cycle(arguments)),
+            used.temp_size_in_bytes / size,
+            (used.temp_size_in_bytes + used.output_size_in_bytes) / size,
+        )
+    return contenders
+
+
+def _next(compiled: Callable, arguments: Iterator[tuple[Any, ...]]) -> Any:
+    return compiled(*next(arguments))
+
+
+def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(
         x,
-        params["depthwise"],
+        kernel,
         window_strides=(1, 1),
         padding="SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -95,88 +286,47 @@ def _depthwise(x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
     )
 
 
-def _rows(
-    name: str, shape: Shape, dtype: str, baseline: str, progress: Callable
-) -> list[dict[str, Any]]:
-    x, dy, params = _data(shape, dtype)
-    rival = {"depthwise": jnp.ones((7, 7, 1, shape.channels), dtype)}
-    calls: dict[str, Calls] = {direction: {} for direction in DIRECTIONS}
-    temporaries: dict[tuple[str, str], float] = {}
-    for contender, function in _functions().items():
-        own = rival if function is _depthwise else params
-        for direction, compiled, arguments in _compiled(function, x, own, dy):
-            calls[direction][contender] = _blocking(compiled, arguments)
-            used = compiled.memory_analysis().temp_size_in_bytes
-            temporaries[direction, contender] = used / x.nbytes
-    if _has_torch(dtype):
-        for direction, call in _torch_calls(x, params, dy).items():
-            calls[direction]["torch eager"] = call
-    rows = []
-    for direction in DIRECTIONS:
-        step = progress(f"{name} {direction}", turns(len(calls[direction])))
-        times = {
-            contender: Spread(*(time / _at_once() for time in spread))
-            for contender, spread in take_turns(calls[direction], step).items()
-        }
-        for contender, spread in times.items():
-            rows.append(
-                {
-                    "shape": name,
-                    "x": list(shape.x),
-                    "levels": shape.levels,
-                    "kernel_size": shape.kernel_size,
-                    "direction": direction,
-                    "contender": contender,
-                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
-                    "speedup": times[baseline].median / spread.median,
-                    "temporaries": temporaries.get((direction, contender)),
-                    "implementation": _picked(shape, dtype) if contender == "flash" else None,
-                }
-            )
-    return rows
+def _figures(
+    shape: Shape,
+    dtype: str,
+    direction: str,
+    contender: str,
+    times: Mapping[str, Spread],
+    measured: Mapping[str, float],
+) -> dict[str, float]:
+    """A contender's times, beside the floor, and how much it computes and has to move."""
+    floor_bytes = PASSES[direction] * math.prod(shape.x) * jnp.dtype(dtype).itemsize
+    floor_ms = floor_bytes / measured["copy_bytes_per_s"] * 1e3
+    rival = _RIVAL_SIZE**2 * math.prod(shape.x)
+    forward = rival if contender == _RIVAL else _multiply_adds(shape)
+    return {
+        **{f"{key}_ms": value for key, value in times[contender]._asdict().items()},
+        "floor_ms": floor_ms,
+        "over_floor": times[contender].median / floor_ms,
+        "floor_bytes": floor_bytes,
+        # The gradients of x and of the kernels are each as many again.
+        "multiply_adds": forward if direction == "forward" else 3 * forward,
+    }
 
 
-def _picked(shape: Shape, dtype: str) -> dict[str, str]:
+def _multiply_adds(shape: Shape) -> int:
+    """Of the convolutions of our layer; the transforms add and do not multiply."""
+    height, width = shape.height, shape.width
+    values = height * width
+    for _ in range(shape.levels):
+        height, width = -(-height // 2), -(-width // 2)
+        values += 4 * height * width
+    return shape.kernel_size**2 * shape.batch * shape.channels * values
+
+
+def _picked(shape: Shape, dtype: str, implementation: str | None = None) -> dict[str, str]:
     """What computes our layer here, forward and backward."""
     problem = Problem(shape.x, jnp.dtype(dtype), shape.kernel_size, shape.levels, "haar")
-    here = platform.current()
-    return {name: OPERATOR.pick(name, None, here, problem) for name in OPERATOR.directions}
-
-
-def _at_once() -> int:
-    return 1 if on_cpu() else _AT_ONCE
-
-
-def _data(shape: Shape, dtype: str) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    rng = np.random.default_rng(0)
-    k, c = shape.kernel_size, shape.channels
-    sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
-    for i in range(shape.levels):
-        sizes |= {f"wavelet_kernel_{i}": (k, k, 4, c), f"wavelet_scale_{i}": (4, c)}
-    params = {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in sizes.items()}
-    x, dy = (jnp.asarray(rng.normal(size=shape.x), dtype) for _ in range(2))
-    return x, dy, params
-
-
-def _compiled(function: Callable, *arrays: Any) -> list[tuple[str, Any, tuple[Any, ...]]]:
-    def both(x: jax.Array, params: Mapping[str, jax.Array], dy: jax.Array) -> Any:
-        y, pullback = jax.vjp(function, x, params)
-        return y, pullback(dy)
-
-    forward = jax.jit(function).lower(*arrays[:2]).compile()
-    return [
-        ("forward", forward, arrays[:2]),
-        ("forward+backward", jax.jit(both).lower(*arrays).compile(), arrays),
-    ]
-
-
-def _blocking(compiled: Callable, arguments: tuple[Any, ...]) -> Callable[[], object]:
-    def call() -> None:
-        for _ in range(_at_once()):
-            result = compiled(*arguments)
-        jax.block_until_ready(result)
-
-    return call
+    here, kind = platform.current(), platform.kind()
+    return {
+        direction: OPERATOR.pick(direction, implementation, here, problem, kind)
+        for direction in OPERATOR.directions
+    }
 
 
 def _has_torch(dtype: str) -> bool:
@@ -184,7 +334,7 @@ def _has_torch(dtype: str) -> bool:
     return on_cpu() and dtype == "float32" and importlib.util.find_spec("torch") is not None
 
 
-def _torch_calls(x: jax.Array, params: Any, dy: jax.Array) -> Calls:
+def _torch_calls(x: jax.Array, params: Any, dy: jax.Array) -> dict[str, Call]:
     """Both directions of the published layer in PyTorch."""
     import torch
 

@@ -1,26 +1,30 @@
-"""`flash-wtconv bench`: times beside a baseline, as a table, a JSON file and a picture."""
+"""`flash-wtconv bench`: times beside a baseline, as tables, JSON files and pictures."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 bench = typer.Typer(
-    help="Time the operators beside plain JAX and PyTorch, in one run.", no_args_is_help=True
+    help="Time the operators and networks beside plain ones, in one run.", no_args_is_help=True
 )
 
-
-@bench.callback()
-def _group() -> None:
-    """A group even while it has one command."""
+_Progress = Callable[[str, int], Callable[[], None]]
+_Device = Annotated[
+    str | None, typer.Option(help="cpu, gpu or tpu. Default: the first that JAX has.")
+]
 
 
 @bench.command("wtconv")
 def wtconv(
     shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; several are allowed. [default: all]")
+        list[str] | None, typer.Option(help="A named shape; several are allowed. Default: all.")
     ] = None,
     baseline: Annotated[
         str | None,
@@ -30,57 +34,146 @@ def wtconv(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    out: Annotated[Path, typer.Option(help="Folder for wtconv.json and wtconv.png.")] = Path(
+    device: _Device = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for wtconv.json, wtconv.png and wtconv_roofline.png.")
+    ] = Path("runs/bench"),
+    write_defaults: Annotated[
+        bool,
+        typer.Option(
+            "--write-defaults",
+            help="Write what was the fastest into the package's table of this kind of device.",
+        ),
+    ] = False,
+) -> None:
+    """Time the 2-D wavelet convolution, forward and forward+backward."""
+    from pallas_kernels import platform
+    from pallas_kernels.dispatch import table
+    from pallas_kernels.wtconv.shapes import FOR_PLATFORM
+
+    from .. import plots
+    from ..bench import wtconv as benchmark
+
+    with _measuring(device, out) as progress:
+        known = FOR_PLATFORM[platform.current()]
+        names = shape or list(known)
+        sizes = [known[name] for name in names if name in known]
+        able = (len(benchmark.implementations(size, dtype)) for size in sizes)
+        if write_defaults and sizes and max(able) < 2:
+            raise ValueError(
+                "--write-defaults needs a shape that several implementations can compute here; "
+                "'flash-wtconv info' tells which can run"
+            )
+        report = benchmark.run(names, baseline, progress, dtype)
+        kind = platform.kind()
+    figures = {"wtconv": plots.speedups(report), "wtconv_roofline": plots.roofline(report)}
+    _tell(report, _wtconv_table(report), figures, out)
+    if write_defaults:
+        path = table.path(kind)
+        path.parent.mkdir(exist_ok=True)
+        _write(path, table.merged(kind, benchmark.defaults(report)))
+        table.entries.cache_clear()
+
+
+@bench.command("wtconvnext")
+def wtconvnext(
+    model: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
+    batch: Annotated[
+        int | None, typer.Option(help="Images a call. Default: 128, on a CPU 4.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width of the images. Default: 224, on a CPU 64.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the computation: float32, bfloat16 or float16; parameters are float32. "
+            "Default: bfloat16, on a CPU float32."
+        ),
+    ] = None,
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for wtconvnext.json and .png.")] = Path(
         "runs/bench"
     ),
 ) -> None:
-    """Time the 2-D wavelet convolution, forward and forward+backward."""
-    from rich.console import Console
+    """Time WTConvNeXt, inference and training steps, beside ConvNeXt of the same size."""
+    from .. import plots
+    from ..bench import wtconvnext as benchmark
+
+    with _measuring(device, out) as progress:
+        report = benchmark.run(model, progress, batch, size, dtype)
+    figures = {"wtconvnext": plots.throughput(report)}
+    _tell(report, _wtconvnext_table(report), figures, out)
+
+
+@contextmanager
+def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
+    """Computes on a device and shows how far it is; what is wrong is found before it starts."""
+    import jax
     from rich.progress import Progress
 
-    from pallas_kernels import platform
-    from pallas_kernels.wtconv.shapes import FOR_PLATFORM
-
-    from .. import environment, plots
-    from ..bench import wtconv as benchmark
-    from ..checkpoints.files import replacing
+    from .. import environment
+    from ..bench import devices
 
     environment.device()  # Where JAX has none, its reason is all there is to say.
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file, expected a folder")
-    console = Console()
-    with Progress(console=console, transient=True) as bar:
+    with jax.default_device(devices.first(device)), Progress(transient=True) as bar:
 
         def progress(label: str, steps: int) -> Callable[[], None]:
             task = bar.add_task(label, total=steps)
             return lambda: bar.advance(task)
 
-        names = shape or list(FOR_PLATFORM[platform.current()])
-        report = benchmark.run(names, baseline, progress, dtype)
-    console.print(_table(report))
+        yield progress
+
+
+def _tell(
+    report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]", out: Path
+) -> None:
+    """Prints the table; writes the report, named after its benchmark, and the pictures."""
+    from rich.console import Console
+
+    from .. import plots
+
+    console = Console()
+    if not console.is_terminal:
+        # A file or a pipe has no width to keep to.
+        console.width = 160
+    console.print(table)
+    if report["no_device_events"]:
+        console.print(f"by the host's clock: {report['no_device_events']}")
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "wtconv.json", force=True) as path:
-        path.write_text(json.dumps(report, indent=2))
-    plots.save(plots.speedups(report), out / "wtconv.png")
-    console.print(f"wrote {out / 'wtconv.json'} and {out / 'wtconv.png'}")
+    _write(out / f"{report['benchmark']}.json", json.dumps(report, indent=2))
+    for name, figure in figures.items():
+        plots.save(figure, out / f"{name}.png")
+        typer.echo(f"wrote {out / name}.png")
 
 
-def _table(report: dict[str, Any]) -> Any:
+def _write(path: Path, text: str) -> None:
+    from ..checkpoints.files import replacing
+
+    with replacing(path, force=True) as temporary:
+        temporary.write_text(text)
+    typer.echo(f"wrote {path}")
+
+
+def _wtconv_table(report: Mapping[str, Any]) -> Any:
     """A section a shape, a row a contender; medians with their spread, and ratios."""
     from rich.table import Table
 
-    kind = report["device"]["kind"]
+    roofs = report["roofs"]
     table = Table(
-        title=f"WTConv, {report['dtype']}, {kind}",
-        caption=f"median ms (least-greatest), on accelerators of 20 calls at once; x: speed over "
-        f"{report['baseline']}; flash: ours, and what computes it; "
-        "memory: temporaries of forward+backward in inputs",
+        title=f"WTConv, {report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; floor: times over that of 2 and "
+        f"5 passes at the {roofs['copy_bytes_per_s'] / 1e9:,.0f} GB/s of a copy; x: speed over "
+        f"{report['baseline']}; flash: ours, and what computes it; memory: temporaries of "
+        "forward+backward in inputs, and with its results",
     )
     table.add_column("", no_wrap=True)
     directions = list(dict.fromkeys(row["direction"] for row in report["rows"]))
     for direction in directions:
-        table.add_column(direction, justify="right", no_wrap=True)
-        table.add_column("x", justify="right", no_wrap=True)
+        for heading in (direction, "floor", "x"):
+            table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
     rows = {(r["shape"], r["contender"], r["direction"]): r for r in report["rows"]}
     previous = None
@@ -90,15 +183,54 @@ def _table(report: dict[str, Any]) -> Any:
             table.add_row(f"[bold]{shape}[/]")
             previous = shape
         both = [rows[shape, contender, direction] for direction in directions]
-        cells = [cell for row in both for cell in (_times(row), f"{row['speedup']:.2f}")]
-        memory = both[-1]["temporaries"]
+        cells = [
+            cell
+            for row in both
+            for cell in (_times(row), f"{row['over_floor']:.1f}", f"{row['speedup']:.2f}")
+        ]
+        memory, extra = both[-1]["temporaries"], both[-1]["extra_memory"]
         picked = both[0]["implementation"]
         name = f"{contender} ({'/'.join(dict.fromkeys(picked.values()))})" if picked else contender
-        table.add_row(name, *cells, "" if memory is None else f"{memory:.1f}")
+        table.add_row(name, *cells, "" if memory is None else f"{memory:.1f}, {extra:.1f}")
     return table
 
 
-def _times(row: dict[str, Any]) -> str:
+def _wtconvnext_table(report: Mapping[str, Any]) -> Any:
+    """A row a network; for each kind of work images a second, times and the ratio."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report['model']}, batch {report['batch']}, {report['size']} x {report['size']}, "
+        f"{report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) of a batch by {_clock(report)}; "
+        f"x: speed over {report['baseline']}",
+    )
+    table.add_column("", no_wrap=True)
+    rows = {(row["contender"], row["work"]): row for row in report["rows"]}
+    works = list(dict.fromkeys(work for _, work in rows))
+    for work in works:
+        for heading in (f"{work}, images/s", "ms", "x"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for contender in dict.fromkeys(name for name, _ in rows):
+        cells = [
+            cell
+            for row in (rows[contender, work] for work in works)
+            for cell in (f"{row['images_per_s']:,.0f}", _times(row), f"{row['speedup']:.2f}")
+        ]
+        table.add_row(contender, *cells)
+    return table
+
+
+def _clock(report: Mapping[str, Any]) -> str:
+    """As captions tell it."""
+    if report["clock"] != "host":
+        return report["clock"]
+    return "the host's clock" + (
+        "" if report["device"]["platform"] == "cpu" else " around 20 calls at once"
+    )
+
+
+def _times(row: Mapping[str, Any]) -> str:
     middle, least, greatest = (_ms(row[f"{key}_ms"]) for key in ("median", "least", "greatest"))
     return f"{middle} ({least}-{greatest})"
 

@@ -8,6 +8,8 @@ from enum import StrEnum
 from types import ModuleType
 from typing import Any
 
+from pallas_kernels.dispatch import table
+
 Choice = str | StrEnum | Sequence[str | StrEnum] | None
 """What `implementation=` takes."""
 
@@ -45,25 +47,37 @@ class Operator:
         """The module of one implementation, imported on first use."""
         return importlib.import_module(f"{self.package}.{name}")
 
-    def pick(self, direction: str, implementation: Choice, platform: str, problem: Any) -> str:
+    def pick(
+        self,
+        direction: str,
+        implementation: Choice,
+        platform: str,
+        problem: Any,
+        device_kind: str | None = None,
+    ) -> str:
         """Picks the implementation for one direction of one call.
+
+        Preferred is what `table.fastest` names for the kind of device, where it was measured, and
+        after it the platform's rule.
 
         Args:
             direction: One of `directions`.
             implementation: Filter on the candidates; `None` asks the environment variable, and
-                without one takes the platform's rule.
+                without one takes the device's order of preference.
             platform: The device's platform, e.g. `"cpu"`.
             problem: The operator's description of the call, handed to `check` and told in errors.
+            device_kind: The device's kind, e.g. `"NVIDIA H200"`; `None` goes by the rule alone.
 
         Returns:
-            The name of the first candidate that can run, in the platform's order of preference.
+            The name of the first candidate that can run, in the device's order of preference.
 
         Raises:
             ValueError: An unknown or empty filter; names the argument or the variable.
             NotImplementedError: No candidate can run; says why for each.
         """
         reasons: list[str] = []
-        for name in self._candidates(direction, implementation, platform):
+        preference = self._preference(direction, platform, problem, device_kind)
+        for name in self._candidates(direction, implementation, preference):
             reason = self._refusal(name, direction, platform, problem)
             if reason is None:
                 return name
@@ -88,8 +102,21 @@ class Operator:
             (str(name), self._unavailable(str(name), platform)) for name in self.implementations
         ]
 
-    def _candidates(self, direction: str, implementation: Choice, platform: str) -> list[str]:
-        preference = list(self.rule.get(platform, self.rule["cpu"]))
+    def _preference(
+        self, direction: str, platform: str, problem: Any, device_kind: str | None
+    ) -> list[str]:
+        """The implementations of a device, best first."""
+        rule = list(self.rule.get(platform, self.rule["cpu"]))
+        if device_kind is None:
+            return rule
+        fastest = table.fastest(self.name, direction, problem, device_kind)
+        # A table may name an implementation that is no more.
+        known = fastest in [str(name) for name in self.implementations]
+        return [str(fastest), *(name for name in rule if name != fastest)] if known else rule
+
+    def _candidates(
+        self, direction: str, implementation: Choice, preference: list[str]
+    ) -> list[str]:
         source = "implementation"
         if implementation is None:
             source = f"FLASH_WTCONV_{self.name}_{direction}".upper()

@@ -436,7 +436,7 @@ def _plan(
     implementation: Choice,
 ) -> vjp.Plan:
     problem = Problem(shape, dtype, len(shape) - 2, levels, wavelet)
-    name = OPERATOR.pick("fwd", implementation, platform.current(), problem)
+    name = OPERATOR.pick("fwd", implementation, platform.current(), problem, platform.kind())
     return vjp.Plan(OPERATOR.module(name), shape[1:-1], levels, wavelet)
 
 

@@ -195,10 +195,10 @@ def _wtconv(
     batch, spatial, channels = x.shape[: -1 - ndim], x.shape[-1 - ndim : -1], x.shape[-1]
     flat = x.reshape(math.prod(batch), *spatial, channels)
     problem = Problem(flat.shape, flat.dtype, kernel_size, levels, wavelet)
-    here = platform.current()
+    here, kind = platform.current(), platform.kind()
     plan = vjp.Plan(
-        OPERATOR.module(OPERATOR.pick("fwd", implementation, here, problem)),
-        OPERATOR.module(OPERATOR.pick("bwd", implementation, here, problem)),
+        OPERATOR.module(OPERATOR.pick("fwd", implementation, here, problem, kind)),
+        OPERATOR.module(OPERATOR.pick("bwd", implementation, here, problem, kind)),
         wavelet,
         checked_precision(precision),
     )

@@ -1,19 +1,24 @@
 """`flash-wtconv bench`: what it writes and refuses. Nothing is timed here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
-from flash_wtconv_jax.bench import timing, wtconv
+from flash_wtconv_jax import models
+from flash_wtconv_jax.bench import roofs, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
+from pallas_kernels import platform
+from pallas_kernels.dispatch import table
 from pallas_kernels.wtconv import shapes
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """One small shape, and each contender called once instead of timed."""
+    """Two small shapes, and each contender called once instead of timed."""
     monkeypatch.setitem(shapes.SHAPES, "small", shapes.Shape(1, 6, 5, 4, 2, kernel_size=3))
+    monkeypatch.setitem(shapes.SHAPES, "pixel", shapes.Shape(1, 1, 1, 1, 0, kernel_size=1))
 
     def once(contenders, step):
         for call in contenders.values():
@@ -21,11 +26,14 @@ def small(monkeypatch):
             step()
         return {name: timing.Spread(2.0, 1.0, 4.0) for name in contenders}
 
-    monkeypatch.setattr(wtconv, "take_turns", once)
+    monkeypatch.setattr(timing, "take_turns", once)
+    monkeypatch.setattr(
+        roofs, "measure", lambda clock: {"copy_bytes_per_s": 1e9, "fma_per_s": 1e10}
+    )
 
 
-def bench(*arguments):
-    return CliRunner().invoke(app, ["bench", "wtconv", *map(str, arguments)])
+def bench(*arguments, benchmark="wtconv"):
+    return CliRunner().invoke(app, ["bench", benchmark, *map(str, arguments)])
 
 
 def test_report_table_and_picture(tmp_path):
@@ -33,9 +41,11 @@ def test_report_table_and_picture(tmp_path):
     result = bench("--shape", "small", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "small" in result.output and "2.0 (1.0-4.0)" in result.output
-    assert (tmp_path / "wtconv.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("wtconv.png", "wtconv_roofline.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "wtconv.json").read_text())
     assert report["device"]["platform"] == "cpu" and "torch" in report["versions"]
+    assert report["clock"] == "host" and report["no_device_events"] is None
     rows = {(row["direction"], row["contender"]): row for row in report["rows"]}
     assert set(rows) == {
         (direction, contender)
@@ -47,6 +57,15 @@ def test_report_table_and_picture(tmp_path):
     for row in rows.values():
         assert row["x"] == [1, 6, 5, 4] and row["median_ms"] == 2.0 and row["speedup"] == 1.0
         assert (row["temporaries"] is None) == (row["contender"] == "torch eager")
+        assert row["speedup_over_plain_jax"] == 1.0
+    # 2 passes of 120 values at 1 GB/s; taps of x, and of 4 subbands of 3 x 3 and of 2 x 2 values.
+    forward, both = rows["forward", "flash"], rows["forward+backward", "flash"]
+    assert forward["floor_ms"] == pytest.approx(2 * 120 * 4 / 1e6)
+    assert forward["over_floor"] == pytest.approx(2.0 / forward["floor_ms"])
+    assert both["floor_ms"] == pytest.approx(2.5 * forward["floor_ms"])
+    assert forward["multiply_adds"] == 9 * 4 * (30 + 4 * 9 + 4 * 4)
+    assert both["multiply_adds"] == 3 * forward["multiply_adds"]
+    assert forward["extra_memory"] == pytest.approx(forward["temporaries"] + 1.0)
 
 
 def test_unknown_shape_and_baseline_are_named(tmp_path):
@@ -61,7 +80,8 @@ def test_unknown_shape_and_baseline_are_named(tmp_path):
 
 def test_without_torch_plain_jax_is_the_baseline(monkeypatch, tmp_path):
     monkeypatch.setattr(wtconv, "_has_torch", lambda dtype: False)
-    assert bench("--shape", "small", "--out", tmp_path).exit_code == 0
+    # The device is the one that JAX takes anyway.
+    assert bench("--shape", "pixel", "--device", "cpu", "--out", tmp_path).exit_code == 0
     report = json.loads((tmp_path / "wtconv.json").read_text())
     assert report["baseline"] == "plain jax"
     assert {row["contender"] for row in report["rows"]} == {"flash", "plain jax"}
@@ -73,29 +93,162 @@ def test_a_file_in_the_way_is_found_before_anything_is_timed(tmp_path):
     assert isinstance(result.exception, NotADirectoryError)
 
 
-def test_contenders_take_turns(monkeypatch):
-    monkeypatch.setattr(timing, "_REST_S", 0.0)
-    monkeypatch.setattr(timing, "_TURN_S", 0.0)
-    order = []
-    times = timing.take_turns({name: lambda n=name: order.append(n) for name in "ab"})
-    assert set(times) == {"a", "b"}
-    turn = 1 + timing._CALLS
-    assert order == (["a"] * turn + ["b"] * turn) * timing._ROUNDS
-
-
 def test_another_dtype_and_one_that_is_none(tmp_path):
-    assert bench("--shape", "small", "--dtype", "bfloat16", "--out", tmp_path).exit_code == 0
+    assert bench("--shape", "pixel", "--dtype", "bfloat16", "--out", tmp_path).exit_code == 0
     report = json.loads((tmp_path / "wtconv.json").read_text())
     assert report["dtype"] == "bfloat16" and report["baseline"] == "plain jax"
-    result = bench("--shape", "small", "--dtype", "int8", "--out", tmp_path)
-    assert "dtype: 'int8' is not one of ['float32'" in str(result.exception)
+    for more in ([], ["--write-defaults"]):
+        result = bench("--shape", "small", "--dtype", "int", *more, "--out", tmp_path)
+        assert "dtype: 'int' is not one of ['float32'" in str(result.exception)
 
 
 def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, tmp_path):
     monkeypatch.setattr(wtconv, "on_cpu", lambda: False)
-    result = bench("--shape", "small", "--baseline", "depthwise 7x7", "--out", tmp_path)
+    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    result = bench("--shape", "pixel", "--baseline", "depthwise 7x7", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "wtconv.json").read_text())["rows"]
     assert {row["contender"] for row in rows} == {"flash", "plain jax", "depthwise 7x7"}
     # Twenty calls are waited for together.
     assert {row["median_ms"] for row in rows} == {0.1}
+    assert {r["multiply_adds"] for r in rows if r["contender"] == "depthwise 7x7"} == {
+        49,
+        3 * 49,
+    }
+
+
+def test_a_device_that_is_not_here(tmp_path):
+    for device, message in (
+        ("tpu", "device: JAX finds no tpu here, only \\['cpu'\\]"),
+        ("npu", "device: 'npu' is not one of \\['cpu', 'gpu', 'tpu'\\]"),
+    ):
+        for benchmark in ("wtconv", "wtconvnext"):
+            result = bench("--device", device, "--out", tmp_path, benchmark=benchmark)
+            with pytest.raises(ValueError, match=message):
+                raise result.exception
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_implementations_are_contenders_and_the_fastest_is_kept(monkeypatch, tmp_path):
+    ours = wtconv.wtconv2d
+    monkeypatch.setattr(wtconv, "_has_torch", lambda dtype: False)
+    monkeypatch.setattr(wtconv, "implementations", lambda shape, dtype: ["mosaic_tpu", "xla"])
+    monkeypatch.setattr(wtconv, "wtconv2d", lambda x, params, implementation=None: ours(x, params))
+    monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
+    result = bench("--shape", "pixel", "--write-defaults", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "wtconv.json").read_text())["rows"]
+    assert [row["contender"] for row in rows if row["direction"] == "forward"] == [
+        "flash",
+        "flash mosaic_tpu",
+        "flash xla",
+        "plain jax",
+    ]
+    kept = json.loads((tmp_path / "defaults" / "cpu.json").read_text())
+    assert kept["device_kind"] == "cpu"
+    assert [entry["direction"] for entry in kept["entries"]] == ["bwd", "fwd"]
+    table.entries.cache_clear()
+
+
+def test_the_fastest_of_each_direction():
+    def row(direction, contender, ms):
+        shape = {"shape": "small", "x": [1, 6, 5, 4], "kernel_size": 3, "levels": 2}
+        return shape | {"direction": direction, "contender": contender, "median_ms": ms}
+
+    report = {
+        "date": "2026-11-21",
+        "dtype": "bfloat16",
+        "versions": {"jax": "0.11.2", "numpy": "2.4"},
+        "rows": [
+            row("forward", "flash", 0.5),
+            row("forward", "flash triton", 2.0),
+            row("forward", "flash xla", 1.0),
+            row("forward", "plain jax", 0.1),
+            row("forward+backward", "flash triton", 3.0),
+            row("forward+backward", "flash xla", 4.0),
+        ],
+    }
+    forward, backward = wtconv.defaults(report)
+    assert (forward["direction"], forward["implementation"]) == ("fwd", "xla")
+    assert (backward["direction"], backward["implementation"]) == ("bwd", "triton")
+    assert forward["ms"] == {"triton": 2.0, "xla": 1.0}
+    assert backward["ms"] == {"triton": 1.0, "xla": 3.0}
+    assert forward["versions"] == {"jax": "0.11.2"}
+    assert forward["problem"] == {
+        "shape": [1, 6, 5, 4],
+        "dtype": "bfloat16",
+        "kernel_size": 3,
+        "levels": 2,
+        "wavelet": "haar",
+    }
+    report["rows"] = [row("forward", "flash", 0.5), row("forward+backward", "flash", 0.5)]
+    assert wtconv.defaults(report) == []
+
+
+def test_defaults_need_a_choice(tmp_path):
+    result = bench("--shape", "pixel", "--write-defaults", "--out", tmp_path)
+    assert "several implementations can compute here" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """Two very small networks instead of the tiny ones."""
+
+    def network(levels):
+        config = models.ConvNeXtConfig(
+            depths=(1,), dims=(4,), levels=levels, kernel_size=1, num_classes=5
+        )
+        return lambda *, rngs, dtype: models.ConvNeXt(replace(config, dtype=dtype), rngs=rngs)
+
+    made = {"WTConvNeXt": network((1,)), "ConvNeXt": network(None)}
+    monkeypatch.setitem(wtconvnext.MODELS, "tiny", made)
+    return made
+
+
+def test_networks(networks, tmp_path):
+    result = bench("--batch", 2, "--size", 8, "--out", tmp_path, benchmark="wtconvnext")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "wtconvnext.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "wtconvnext.json").read_text())
+    assert (report["batch"], report["size"], report["dtype"]) == (2, 8, "float32")
+    rows = {(row["work"], row["contender"]): row for row in report["rows"]}
+    assert set(rows) == {(work, name) for work in wtconvnext.WORK for name in networks}
+    for row in rows.values():
+        assert row["images_per_s"] == 1000.0 and row["speedup"] == 1.0
+    assert "1,000" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "huge"), "model: 'huge' is not one of ['tiny', 'small', 'base']"),
+        (("--dtype", "int8"), "dtype: 'int8' is not one of"),
+        (("--batch", 0), "batch must be at least 1, got 0"),
+    ],
+)
+def test_networks_that_are_none(tmp_path, arguments, message):
+    result = bench(*arguments, "--out", tmp_path, benchmark="wtconvnext")
+    assert message in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_each_implementation_is_timed_by_device_events(monkeypatch, networks, tmp_path):
+    pytest.importorskip("jax_triton", reason="the second implementation is Triton's")
+    monkeypatch.setitem(shapes.GPU_SHAPES, "small", shapes.Shape(2, 16, 16, 32, 2, kernel_size=3))
+    monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
+    result = bench("--shape", "small", "--write-defaults", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "wtconv.json").read_text())
+    assert (report["clock"], report["no_device_events"]) == ("device events", None)
+    ours = {"flash", "flash triton", "flash xla"}
+    assert ours | {"plain jax", "depthwise 7x7"} <= {row["contender"] for row in report["rows"]}
+    assert all(0 < row["least_ms"] <= row["median_ms"] for row in report["rows"])
+    (kept,) = (tmp_path / "defaults").glob("*.json")
+    assert len(json.loads(kept.read_text())["entries"]) == 2
+    table.entries.cache_clear()
+    result = bench("--batch", 2, "--size", 8, "--out", tmp_path, benchmark="wtconvnext")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "wtconvnext.json").read_text())
+    assert (report["clock"], report["dtype"]) == ("device events", "bfloat16")

@@ -1,0 +1,224 @@
+"""What times a benchmark: the GPU's own events where they can be had, else the host's clock."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.profiler import ProfileData, ProfileOptions
+
+from pallas_kernels import platform
+
+from . import timing
+from .timing import Spread
+
+Call = Callable[[], Any]
+"""Enqueues the work of one run, and returns what to wait for."""
+
+_AT_ONCE = 20
+"""Calls of an accelerator that the host waits for together, so that it never waits for the next."""
+_ROUNDS = 20
+"""Timed calls of a contender by device events."""
+_PAUSE_BYTES = 2**32
+"""Copied before each call that is timed by device events, for a millisecond or two."""
+
+
+class Clock(Protocol):
+    """Times contenders in turns.
+
+    Attributes:
+        name: As reports tell it.
+    """
+
+    name: str
+
+    def take_turns(
+        self, contenders: Mapping[str, Call], on_turn: Callable[[], None]
+    ) -> dict[str, Spread]:
+        """Times of each contender in milliseconds."""
+
+    def turns(self, contenders: int) -> int:
+        """How often `take_turns` calls `on_turn`."""
+
+
+def best() -> tuple[Clock, str | None]:
+    """The best clock of this machine.
+
+    Returns:
+        Device events on a GPU whose events the profiler shows, else the host's clock; and why a
+        GPU's events cannot be had, None where they can or there is no GPU.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     clock, why_not = best()
+        >>> clock.name, why_not
+        ('host', None)
+    """
+    if platform.current() != "gpu":
+        return HostClock(), None
+    try:
+        return DeviceEvents(), None
+    except RuntimeError as error:
+        return HostClock(), str(error)
+
+
+class HostClock:
+    """The host's clock around calls that it waits for; on an accelerator, twenty calls at once."""
+
+    name = "host"
+
+    def take_turns(
+        self, contenders: Mapping[str, Call], on_turn: Callable[[], None]
+    ) -> dict[str, Spread]:
+        """As `timing.take_turns`, for calls that do not block.
+
+        Example:
+            >>> sorted(HostClock().take_turns({"nothing": lambda: None}, lambda: None))
+            ['nothing']
+        """
+        at_once = 1 if platform.on_cpu() else _AT_ONCE
+
+        def blocking(call: Call) -> Callable[[], None]:
+            def run() -> None:
+                for _ in range(at_once):
+                    result = call()
+                jax.block_until_ready(result)
+
+            return run
+
+        calls = {name: blocking(call) for name, call in contenders.items()}
+        times = timing.take_turns(calls, on_turn)
+        return {name: Spread(*(t / at_once for t in spread)) for name, spread in times.items()}
+
+    def turns(self, contenders: int) -> int:
+        """How often `take_turns` calls `on_turn`."""
+        return timing.turns(contenders)
+
+
+class Event(NamedTuple):
+    """What a GPU did, and from when to when, in nanoseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class DeviceEvents:
+    """Start and end of every kernel and copy of a GPU, from a trace of JAX's profiler.
+
+    A call's time is that from the start of its first event to the end of its last, so gaps between
+    its kernels count. Before each call runs a pause, a copy of four gigabytes: while it runs the
+    host enqueues the call, so that launching is not timed, and it leaves nothing of the call's
+    arrays in the caches. It is an operation that no layer has alone, so that the name of its kernel
+    tells the calls apart. While the profiler runs, XLA launches kernels one by one that otherwise
+    are one CUDA graph.
+
+    Raises:
+        RuntimeError: The profiler shows no event of a GPU.
+    """
+
+    name = "device events"
+
+    def __init__(self) -> None:
+        filler = jnp.zeros(_pause_bytes() // 4, jnp.uint32)
+        compiled = jax.jit(jnp.invert).lower(filler).compile()
+        self._pause = lambda: compiled(filler)
+        jax.block_until_ready(self._pause())
+        events = _traced(lambda: jax.block_until_ready(self._pause()))
+        if not events:
+            raise RuntimeError(
+                "JAX's profiler shows no event of the GPU; it needs CUPTI, which comes with JAX's "
+                "CUDA packages, and no other profiler at the same time"
+            )
+        self._mark = max(events, key=lambda event: event.end - event.start).name
+
+    def take_turns(
+        self, contenders: Mapping[str, Call], on_turn: Callable[[], None]
+    ) -> dict[str, Spread]:
+        """Times calls one after the other, in turns, so that a drift of the device meets all.
+
+        Args:
+            contenders: Call by name.
+            on_turn: Told after each call, for a progress bar.
+
+        Returns:
+            Times by name, in milliseconds.
+
+        Raises:
+            RuntimeError: The trace does not show every call.
+        """
+        for call in contenders.values():
+            jax.block_until_ready(call())
+        # The first round is not counted: in it the profiler itself is not warm.
+        order = [name for _ in range(1 + _ROUNDS) for name in contenders]
+
+        def run() -> None:
+            for name in order:
+                self._pause()
+                jax.block_until_ready(contenders[name]())
+                on_turn()
+
+        spans = _spans(_traced(run), self._mark)
+        if len(spans) != len(order):
+            raise RuntimeError(
+                f"the profiler shows {len(spans)} of {len(order)} calls of {list(contenders)}"
+            )
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for name, span in list(zip(order, spans, strict=True))[len(contenders) :]:
+            times[name].append(span)
+        return {name: Spread.of(spans) for name, spans in times.items()}
+
+    def turns(self, contenders: int) -> int:
+        """How often `take_turns` calls `on_turn`."""
+        return (1 + _ROUNDS) * contenders
+
+
+def _pause_bytes() -> int:
+    """Four gigabytes, or a sixteenth of a small device's memory."""
+    (device,) = jnp.zeros(()).devices()
+    limit = (device.memory_stats() or {}).get("bytes_limit", 16 * _PAUSE_BYTES)
+    return min(_PAUSE_BYTES, limit // 16)
+
+
+def _traced(run: Callable[[], object]) -> list[Event]:
+    """What the GPU did while `run` ran, which has to wait for it."""
+    options = ProfileOptions()
+    options.host_tracer_level = 0
+    options.python_tracer_level = 0
+    with TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        return [
+            event
+            for path in Path(folder).rglob("*.xplane.pb")
+            for event in _events(ProfileData.from_file(str(path)))
+        ]
+
+
+def _events(profile: ProfileData) -> list[Event]:
+    """Kernels, copies and fills of all GPUs and streams, by their start."""
+    return sorted(
+        (
+            Event(event.name, event.start_ns, event.start_ns + event.duration_ns)
+            for plane in profile.planes
+            if plane.name.startswith("/device:GPU:")
+            for line in plane.lines
+            # Other lines are overheads, and sums that the profiler derives.
+            if line.name.startswith("Stream #")
+            for event in line.events
+        ),
+        key=lambda event: event.start,
+    )
+
+
+def _spans(events: list[Event], mark: str) -> list[float]:
+    """Milliseconds from the first start to the last end of the events after each mark."""
+    groups: list[list[Event]] = []
+    for event in events:
+        if event.name == mark:
+            groups.append([])
+        elif groups:
+            groups[-1].append(event)
+    return [(max(event.end for event in group) - group[0].start) / 1e6 for group in groups if group]

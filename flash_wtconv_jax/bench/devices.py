@@ -1,0 +1,39 @@
+"""The device that a benchmark runs on."""
+
+import os
+
+import jax
+from jax.extend.backend import backends
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+def first(platform: str | None) -> jax.Device | None:
+    """The first device of a platform, for `jax.default_device`.
+
+    Args:
+        platform: One of `PLATFORMS`; None is JAX's default.
+
+    Returns:
+        The device, None for None.
+
+    Raises:
+        ValueError: No such platform, or it is not on this machine; says which are.
+
+    Example:
+        >>> first("cpu").platform
+        'cpu'
+    """
+    if platform is None:
+        return None
+    if platform not in PLATFORMS:
+        raise ValueError(f"device: {platform!r} is not one of {list(PLATFORMS)}")
+    devices = [client.local_devices()[0] for client in backends().values()]
+    here = {device.platform: device for device in devices}
+    if platform not in here:
+        told = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']!r})"
+        raise ValueError(
+            f"device: JAX finds no {platform} here, only {sorted(here)}"
+            f"{told if os.environ.get('JAX_PLATFORMS') else ''}"
+        )
+    return here[platform]

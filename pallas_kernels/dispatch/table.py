@@ -1,0 +1,137 @@
+"""Which implementation was the fastest where: a JSON table a kind of device, kept in the package.
+
+`flash-wtconv bench wtconv --write-defaults` makes them. A table, of the device in `device_kind`,
+holds one entry for each operator, direction and problem that was measured:
+
+    {"operator": "wtconv", "direction": "fwd", "implementation": "triton",
+     "problem": {"shape": [128, 56, 56, 96], "dtype": "float32", "kernel_size": 5, ...},
+     "ms": {"triton": 0.45, "xla": 1.2}, "date": "2026-11-21", "versions": {"jax": "0.11.2", ...}}
+
+A call takes the entry of its operator, direction, dtype and number of axes that is nearest. The
+distance is the sum of the differences in log2 of the number of samples (H W of an image), in log2
+of the channels, and in each integer of the problem (kernel size, levels). Neither the batch nor
+the wavelet is looked at: whether the implementation can take the call, its `check` says.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "defaults"
+"""Where the tables are; a device of which none is there goes by the operators' rules."""
+
+Entry = dict[str, Any]
+
+
+def path(device_kind: str) -> Path:
+    """Where the table of a kind of device is, or would be.
+
+    Example:
+        >>> path("NVIDIA H200").name
+        'nvidia_h200.json'
+    """
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
+
+
+@cache
+def entries(device_kind: str) -> tuple[Entry, ...]:
+    """What was measured on a kind of device: nothing where there is no table of it.
+
+    Args:
+        device_kind: As JAX names it, e.g. "NVIDIA H200".
+
+    Returns:
+        The entries of the table; read once, so `entries.cache_clear()` after a table is written.
+
+    Example:
+        >>> entries("an abacus")
+        ()
+    """
+    try:
+        text = path(device_kind).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ()
+    return tuple(json.loads(text)["entries"])
+
+
+def fastest(operator: str, direction: str, problem: Any, device_kind: str) -> str | None:
+    """The implementation that was the fastest for the nearest problem measured on such a device.
+
+    Args:
+        operator: Name of the operator.
+        direction: Its direction, e.g. "fwd".
+        problem: The operator's description of a call, a NamedTuple with the fields `shape`
+            (batch, sizes, channels) and `dtype`, and any others.
+        device_kind: As JAX names it.
+
+    Returns:
+        A name, or None where nothing comparable was measured or a size is symbolic.
+
+    Example:
+        >>> fastest("wtconv", "fwd", None, "an abacus") is None
+        True
+    """
+    measured = [
+        entry
+        for entry in entries(device_kind)
+        if (entry["operator"], entry["direction"]) == (operator, direction)
+    ]
+    if not measured:
+        return None
+    call = problem._asdict()
+    if not all(isinstance(size, int) for size in call["shape"]):
+        return None
+    distances = [_distance(entry["problem"], call) for entry in measured]
+    least = min(distances)
+    return None if math.isinf(least) else measured[distances.index(least)]["implementation"]
+
+
+def merged(device_kind: str, new: Iterable[Entry]) -> str:
+    """The text of a table with new entries in it; those of the same problem they replace.
+
+    Args:
+        device_kind: As JAX names it.
+        new: Entries as `entries` returns them.
+
+    Returns:
+        JSON, an entry a line.
+
+    Example:
+        >>> print(merged("an abacus", []))
+        {
+          "device_kind": "an abacus",
+          "entries": [
+        <BLANKLINE>
+          ]
+        }
+        <BLANKLINE>
+    """
+    by_problem = {_key(entry): entry for entry in (*entries(device_kind), *new)}
+    lines = ",\n".join("    " + json.dumps(by_problem[key]) for key in sorted(by_problem))
+    return f'{{\n  "device_kind": {json.dumps(device_kind)},\n  "entries": [\n{lines}\n  ]\n}}\n'
+
+
+def _key(entry: Entry) -> tuple[str, ...]:
+    problem = json.dumps(entry["problem"], sort_keys=True)
+    return entry["operator"], entry["direction"], entry["problem"]["dtype"], problem
+
+
+def _distance(measured: Mapping[str, Any], call: Mapping[str, Any]) -> float:
+    """How unlike a call is to a measured problem, infinite if they cannot be compared."""
+    if measured["dtype"] != str(call["dtype"]) or len(measured["shape"]) != len(call["shape"]):
+        return math.inf
+    sizes = zip(_sizes(measured["shape"]), _sizes(call["shape"]), strict=True)
+    integers = [name for name, value in measured.items() if isinstance(value, int)]
+    return sum(abs(one - other) for one, other in sizes) + sum(
+        abs(measured[name] - call[name]) for name in integers
+    )
+
+
+def _sizes(shape: Iterable[int]) -> tuple[float, float]:
+    """Log2 of the number of samples and of the channels of `[batch, *sizes, channels]`."""
+    _, *sizes, channels = shape
+    return math.log2(math.prod(sizes)), math.log2(channels)
