@@ -1,0 +1,624 @@
+"""The wavelet convolution on Hopper GPUs: Pallas kernels of Mosaic GPU, a launch a level.
+
+A block streams the rows of one or more images through shared memory, `_CHANNELS` channels and
+`strips x columns` columns of coefficients wide. The copy engine fills what lies outside an image
+with zeros, so nothing is masked. A thread holds one channel of one strip, and its sums and taps in
+registers; a step is a row of coefficients, of two rows of pixels. Four warpgroups work at once:
+
+- two filter pairs of bands, (LL, LH) and (HL, HH), and synthesise the columns of each;
+- two convolve with the base kernel, one the upper and one the lower row of pixels, add what the
+  others hand them through shared memory, and write the result. One of them orders the copies.
+
+`CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines of warps with roles.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._compat import vary_over, varying_axes
+
+DIFFERENTIABLE = False
+
+Taps = tuple[jax.Array, ...]
+
+_CHANNELS = 32
+_STRIPS = 4
+"""A warpgroup: a thread for each channel of each strip."""
+_MAX_COLUMNS = 7
+"""Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
+_MAX_KERNEL = 5
+_MAX_LEVELS = 5
+_MIN_ROWS = 8
+"""Rows of coefficients of a tile that is not a whole image high."""
+_MAX_ROUNDS = 8
+"""Of blocks that a multiprocessor takes one after the other, to choose from."""
+_START, _OVERHEAD = 4, 3
+"""What it costs to start a block, in steps, and a step, in columns; estimates."""
+_MULTIPROCESSORS = 132
+"""Of an H100 and an H200; others run as well, in a round more or less."""
+_SHARED = 225 * 1024
+"""Bytes of shared memory a block, of 227 KiB some of which barriers take."""
+_HANDED = 4
+"""Rows of filtered bands between the warpgroups."""
+_REGISTERS = {"bands": 152, "pixels": 104}
+"""Registers of a thread, together what a multiprocessor has for 512 threads."""
+_ALIGNMENT = 16
+"""Bytes that the copy engine needs all strides to be a multiple of."""
+
+
+def unavailable(platform: str) -> str | None:
+    """Needs an NVIDIA GPU of compute capability 9.0 or newer."""
+    if platform != "gpu":
+        return f"needs a GPU, this is a {platform}"
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    try:
+        enough = float(capability) >= 9
+    except (TypeError, ValueError):
+        enough = False
+    return None if enough else f"needs compute capability 9.0 or newer, this has {capability}"
+
+
+def check(direction: str, problem: Any) -> None:
+    """Raises `NotImplementedError` for what these kernels do not do.
+
+    Args:
+        direction: "fwd" or "bwd".
+        problem: `pallas_kernels.wtconv.api.Problem`.
+    """
+    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
+    if problem.kernel_size % 2 == 0:
+        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
+    if not 1 <= problem.levels <= _MAX_LEVELS:
+        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+
+
+@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
+def forward(
+    x: jax.Array,
+    taps: Taps,
+    bias: jax.Array | None,
+    *,
+    wavelet: str,
+    transpose: bool,
+    precision: lax.Precision | None,
+) -> jax.Array:
+    """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
+
+    `wavelet` is Haar, and `precision` is float32's whatever is asked: no matrix unit is used.
+    """
+    axes = varying_axes((x, taps, bias))
+    if transpose:
+        taps = tuple(jnp.flip(tap, (0, 1)) for tap in taps)
+    channels, x = x.shape[-1], _aligned(x)
+    lows = _lows(x, len(taps) - 1)
+    below = None
+    for level in range(len(taps) - 1, 0, -1):
+        first = level == 1
+        below = _level(
+            lows[level - 1],
+            below,
+            taps[level] * 0.25,
+            taps[0] if first else None,
+            bias if first else None,
+            x.dtype if first else _between(x),
+        )
+    assert below is not None
+    return vary_over(axes, below[..., :channels])
+
+
+def _aligned(x: jax.Array) -> jax.Array:
+    """With channels filled up with zeros to what the copy engine takes."""
+    fill = -x.shape[-1] % (_ALIGNMENT // x.dtype.itemsize)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, fill))) if fill else x
+
+
+def _lows(x: jax.Array, levels: int) -> list[jax.Array]:
+    """The image and its low bands down to the one that the deepest level reads."""
+    lows = [x]
+    while len(lows) < levels:
+        low = lows[-1]
+        odd = [(0, size % 2) for size in low.shape[1:3]]
+        low = jnp.pad(low, ((0, 0), *odd, (0, 0))).astype(jnp.float32)
+        left, right = low[:, :, ::2], low[:, :, 1::2]
+        both = left + right
+        lows.append((0.5 * (both[:, ::2] + both[:, 1::2])).astype(_between(x)))
+    return lows
+
+
+def _between(x: jax.Array) -> jnp.dtype:
+    """The dtype of what one launch hands on to the next: low bands double with each level."""
+    return jnp.dtype("float32") if x.dtype == "float16" else x.dtype
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """How the blocks of a launch share its images.
+
+    A block has one chunk of channels and one stretch of columns, and takes every `splits`-th tile:
+    `rows` rows of coefficients, four strips of `columns` columns of one image or of four images.
+    Where an image is several tiles high, a tile reads `reach` rows of the one above too.
+    """
+
+    reach: int
+    images: int
+    strips: int
+    columns: int
+    rows: int
+    stretches: int
+    chunks: int
+    heights: int
+    tiles: int
+    splits: int
+
+    @property
+    def width(self) -> int:
+        """Columns of coefficients of a tile."""
+        return self.strips * self.columns
+
+    @property
+    def lead(self) -> int:
+        """Rows that a tile reads above its own."""
+        return self.reach if self.heights > 1 else 0
+
+    @property
+    def steps(self) -> int:
+        """Steps a tile: after its last row come those below that it is filtered with."""
+        return self.lead + self.rows + self.reach
+
+    @property
+    def read(self) -> int:
+        """Steps whose rows are not known to be zero."""
+        return self.steps if self.heights > 1 else self.rows
+
+
+def _tiling(shape: Sequence[int], kernel_size: int) -> _Tiling:
+    """The tiling of `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
+    n, h, w, c = shape
+    rows, columns = pl.cdiv(h, 2), pl.cdiv(w, 2)
+    reach, chunks = kernel_size // 2, pl.cdiv(c, _CHANNELS)
+
+    def cost(tiling: _Tiling) -> int:
+        rounds = pl.cdiv(tiling.stretches * chunks * tiling.splits, _MULTIPROCESSORS)
+        steps = pl.cdiv(tiling.tiles, tiling.splits) * tiling.steps + _START
+        return rounds * steps * (tiling.columns + _OVERHEAD)
+
+    tilings = []
+    for images in (1, _STRIPS):
+        strips = _STRIPS // images
+        for each in range(1, _MAX_COLUMNS + 1):
+            if images > 1 and c == _CHANNELS and h * w == 2 * each:
+                continue  # Such a window is contiguous: see `_LevelBlock.store`.
+            stretches = pl.cdiv(columns, strips * each)
+            for heights in range(1, pl.cdiv(rows, _MIN_ROWS) + 1):
+                tiles = pl.cdiv(n, images) * heights
+                units = stretches * chunks
+                for rounds in range(1, 1 + pl.cdiv(units * tiles, _MULTIPROCESSORS)):
+                    splits = min(tiles, max(1, rounds * _MULTIPROCESSORS // units))
+                    tilings.append(
+                        _Tiling(
+                            *(reach, images, strips, each, pl.cdiv(rows, heights)),
+                            *(stretches, chunks, heights, tiles, splits),
+                        )
+                    )
+                    if splits == tiles or rounds > _MAX_ROUNDS:
+                        break
+    return min(tilings, key=cost)
+
+
+def _level(
+    x: jax.Array,
+    below: jax.Array | None,
+    taps: jax.Array,
+    base: jax.Array | None,
+    bias: jax.Array | None,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """One level there and back: `[N, H, W, C]` of x, and of `below [N, H / 2, W / 2, C]`.
+
+    Args:
+        x: `[N, H, W, C]`.
+        below: The synthesis of the levels below, or None.
+        taps: `[k, k, 4, C']`, times 1/4 for analysis and synthesis; C' may be less than C.
+        base: `[k, k, 1, C']`, or None for a level that is not the first.
+        bias: `[C']`, or None.
+        dtype: Of the result.
+    """
+    n, h, w, c = x.shape
+    kernel_size = taps.shape[0]
+    tiling = _tiling(x.shape, kernel_size)
+    arrays = {"x": x}
+    if below is not None:
+        arrays["below"] = below
+    bands = jnp.moveaxis(taps.reshape(kernel_size**2, 2, 2, -1), 1, 0)
+    arrays["taps"] = _spread(bands, tiling.chunks)
+    if base is not None:
+        arrays["base"] = _spread(base.reshape(kernel_size**2, -1), tiling.chunks)
+    if bias is not None:
+        arrays["bias"] = _spread(bias, tiling.chunks)
+    halo = 2 * tiling.reach
+    image = (tiling.images, 2, 2 * tiling.width + 2 * halo, _CHANNELS)
+    coefficients = (tiling.images, tiling.width, _CHANNELS)
+    handed = (_HANDED, 2, 2, *coefficients)
+    row = (2, 2, tiling.images, 1, 2 * tiling.width, _CHANNELS)
+    slot = _bytes(image, x.dtype) + (0 if below is None else _bytes(coefficients, below.dtype))
+    left = _SHARED - _bytes(handed, jnp.dtype("float32")) - _bytes(row, dtype)
+    depth = min(8, left // slot)
+    scratch = {
+        "rows": plgpu.SMEM((depth, *image), x.dtype),
+        "handed": plgpu.SMEM(handed, jnp.float32),
+        "out": plgpu.SMEM(row, dtype),
+        "full": plgpu.Barrier(num_arrivals=1 if below is None else 2, num_barriers=depth),
+        "free": plgpu.Barrier(num_arrivals=4, num_barriers=depth),
+        "handed_full": plgpu.Barrier(num_arrivals=2, num_barriers=_HANDED),
+        "handed_free": plgpu.Barrier(num_arrivals=2, num_barriers=_HANDED),
+    }
+    if below is not None:
+        scratch["deep"] = plgpu.SMEM((depth, tiling.images, 1, *coefficients[1:]), below.dtype)
+    names = [*arrays, "y", *scratch]
+
+    def body(*refs: Any) -> None:
+        _LevelBlock(tiling, depth, **dict(zip(names, refs, strict=True))).run()
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((n, h, w, c), dtype),
+        scratch_types=list(scratch.values()),
+        grid=(tiling.splits, tiling.stretches * tiling.chunks),
+        grid_names=("split", "unit"),
+        num_threads=4,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # Every thread arrives at the barriers itself, after its own loads and stores.
+            unsafe_no_auto_barriers=True,
+        ),
+    )
+    return kernel(*arrays.values())
+
+
+def _bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    return size
+
+
+def _spread(taps: jax.Array, chunks: int) -> jax.Array:
+    """`[..., C']` as `[chunks, ..., strips, channels]` in float32, the same for all strips."""
+    fill = chunks * _CHANNELS - taps.shape[-1]
+    taps = jnp.pad(taps.astype(jnp.float32), [(0, 0)] * (taps.ndim - 1) + [(0, fill)])
+    taps = jnp.moveaxis(taps.reshape(*taps.shape[:-1], chunks, _CHANNELS), -2, 0)
+    return jnp.broadcast_to(taps[..., None, :], (*taps.shape[:-1], _STRIPS, _CHANNELS))
+
+
+@dataclass(frozen=True)
+class _LevelBlock:
+    """One block of `_level`: its references, and what each of its warpgroups does."""
+
+    tiling: _Tiling
+    depth: int
+    x: Any
+    taps: Any
+    y: Any
+    rows: Any
+    handed: Any
+    out: Any
+    full: Any
+    free: Any
+    handed_full: Any
+    handed_free: Any
+    below: Any = None
+    deep: Any = None
+    base: Any = None
+    bias: Any = None
+
+    def run(self) -> None:
+        """Gives each warpgroup its role."""
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup < 2)(partial(self.bands, warpgroup))
+        pl.when(warpgroup == 2)(partial(self.pixels, 0))
+        pl.when(warpgroup == 3)(partial(self.pixels, 1))
+
+    @property
+    def size(self) -> int:
+        """The kernel size."""
+        return 2 * self.tiling.reach + 1
+
+    @property
+    def lag(self) -> int:
+        """Rows of coefficients that the base convolution's results lie behind what it reads."""
+        return pl.cdiv(self.tiling.reach, 2) if self.base is not None else 0
+
+    @property
+    def place(self) -> tuple[Any, Any]:
+        """Chunk of channels and stretch of columns."""
+        unit = lax.axis_index("unit")
+        return lax.rem(unit, self.tiling.chunks), lax.div(unit, self.tiling.chunks)
+
+    @property
+    def count(self) -> Any:
+        """Tiles of this block."""
+        splits = self.tiling.splits
+        return lax.div(self.tiling.tiles - lax.axis_index("split") + splits - 1, splits)
+
+    def origin(self, i: Any) -> tuple[Any, Any]:
+        """First image and first row of coefficients of the block's i-th tile."""
+        tiling = self.tiling
+        tile = lax.axis_index("split") + i * tiling.splits
+        group, height = lax.div(tile, tiling.heights), lax.rem(tile, tiling.heights)
+        return group * tiling.images, height * tiling.rows
+
+    def fetch(self, turn: Any) -> None:
+        """Orders the copy of the rows of one step, counted over all tiles."""
+        tiling = self.tiling
+        slot = lax.rem(turn, self.depth)
+        image, row = self.origin(lax.div(turn, tiling.steps))
+        row = row - tiling.lead + lax.rem(turn, tiling.steps)
+        chunk, stretch = self.place
+        images = pl.ds(image, tiling.images)
+        channels = pl.ds(chunk * _CHANNELS, _CHANNELS)
+        first = 2 * (stretch * tiling.width - tiling.reach)
+        columns = pl.ds(first, self.rows.shape[-2])
+        plgpu.copy_gmem_to_smem(
+            self.x.at[images, pl.ds(2 * row, 2), columns, channels],
+            self.rows.at[slot],
+            self.full.at[slot],
+        )
+        if self.below is not None:
+            columns = pl.ds(stretch * tiling.width, tiling.width)
+            plgpu.copy_gmem_to_smem(
+                self.below.at[images, pl.ds(row - tiling.reach, 1), columns, channels],
+                self.deep.at[slot],
+                self.full.at[slot],
+            )
+
+    def bands(self, pair: Any) -> None:
+        """Filters (LL, LH), or (HL, HH) if `pair` is 1, and hands on their synthesis in height."""
+        plgpu.set_max_registers(_REGISTERS["bands"], action="increase")
+        tiling, size, columns = self.tiling, self.size, self.tiling.columns
+        chunk, _ = self.place
+        taps = [
+            [[self.taps[chunk, pair, d * size + e, band] for band in range(2)] for e in range(size)]
+            for d in range(size)
+        ]
+        sign = jnp.where(pair == 0, 1.0, -1.0).astype(jnp.float32)
+        share = jnp.where(pair == 0, 0.5, 0.0).astype(jnp.float32)
+        filtered = 2 * columns
+
+        def step(turn: Any, sums: list[Any], zero: bool) -> tuple[list[Any], Any]:
+            """Adds a row to the `size` rows of results that it is a neighbour of."""
+            slot = lax.rem(turn, self.depth)
+            plgpu.barrier_wait(self.full.at[slot])
+            if zero:
+                return [*sums, *self.zeros(filtered)], slot
+            top, bottom = (
+                [self.column(self.rows.at[slot, :, row], j) for j in range(2 * columns + 2 * size - 2)]
+                for row in range(2)
+            )
+            found = []
+            for j in range(columns + size - 1):
+                upper, lower = (row[2 * j] + sign * row[2 * j + 1] for row in (top, bottom))
+                found.append((upper + lower, upper - lower))
+            totals = []
+            for row in range(size):
+                for j in range(columns):
+                    for band in range(2):
+                        at = (row * columns + j) * 2 + band
+                        total = sums[at] if row < size - 1 else None
+                        for e in range(size):
+                            product = found[j + e][band] * taps[size - 1 - row][e][band]
+                            total = product if total is None else total + product
+                        totals.append(total)
+            return totals, slot
+
+        def hand_on(turn: Any, slot: Any, done: list[Any]) -> None:
+            """Hands on the row of results number `turn`, counted over all tiles."""
+            if self.below is not None:
+                for j in range(columns):
+                    done[2 * j] += share * self.column(self.deep.at[slot, :, 0], j, 1)
+            to = lax.rem(turn, _HANDED)
+
+            @pl.when(turn >= _HANDED)
+            def _() -> None:
+                plgpu.barrier_wait(self.handed_free.at[to])
+
+            for j in range(columns):
+                low, high = done[2 * j], done[2 * j + 1]
+                self.view(self.handed.at[to, pair, 0], j, 1)[...] = low + high
+                self.view(self.handed.at[to, pair, 1], j, 1)[...] = low - high
+            plgpu.barrier_arrive(self.handed_full.at[to])
+
+        def tile(i: Any, _: Any) -> tuple[()]:
+            skipped = tiling.lead + tiling.reach
+
+            def one(s: Any, sums: list[Any]) -> list[Any]:
+                totals, slot = step(i * tiling.steps + s, sums, zero=False)
+
+                @pl.when(s >= skipped)
+                def _() -> None:
+                    hand_on(i * tiling.rows + s - skipped, slot, totals[:filtered])
+
+                plgpu.barrier_arrive(self.free.at[slot])
+                return totals[filtered:]
+
+            sums = self.zeros(filtered * (size - 1))
+            sums = lax.fori_loop(0, tiling.read, one, sums)
+            for s in range(tiling.read, tiling.steps):
+                totals, slot = step(i * tiling.steps + s, sums, zero=True)
+                if s >= skipped:
+                    hand_on(i * tiling.rows + s - skipped, slot, totals[:filtered])
+                plgpu.barrier_arrive(self.free.at[slot])
+                sums = totals[filtered:]
+            return ()
+
+        lax.fori_loop(0, self.count, tile, ())
+        self.drain(self.handed_free, self.count * tiling.rows, _HANDED)
+
+    def pixels(self, lower: int) -> None:
+        """Convolves the upper or the lower row of each pair of pixels' rows, and writes it."""
+        plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
+        tiling, size, columns = self.tiling, self.size, 2 * self.tiling.columns
+        chunk, _ = self.place
+        if self.base is not None:
+            taps = [[self.base[chunk, d * size + e] for e in range(size)] for d in range(size)]
+        offset = None if self.bias is None else self.bias[chunk]
+        turns = self.count * tiling.steps
+        open_rows = 2 * self.lag
+
+        def step(turn: Any, sums: list[Any], zero: bool) -> list[Any]:
+            """Adds two rows of pixels to the rows of results that they are neighbours of."""
+            slot = lax.rem(turn, self.depth)
+            plgpu.barrier_wait(self.full.at[slot])
+            totals = []
+            if self.base is not None and zero:
+                totals = [*sums, *self.zeros(columns)]
+            elif self.base is not None:
+                reach = tiling.reach
+                rows = [
+                    [
+                        self.column(self.rows.at[slot, :, row], reach + j)
+                        for j in range(columns + size - 1)
+                    ]
+                    for row in range(2)
+                ]
+                for o in range(open_rows + 1):
+                    taken = [(row, row + 2 * (self.lag - o) - lower + reach) for row in range(2)]
+                    for j in range(columns):
+                        total = sums[o * columns + j] if o < open_rows else self.zeros(1)[0]
+                        for row, d in taken:
+                            for e in range(size if 0 <= d < size else 0):
+                                total = total + rows[row][j + e] * taps[d][e]
+                        totals.append(total)
+            plgpu.barrier_arrive(self.free.at[slot])
+            if lower:
+                # By now all have freed the slot of the step before, or are about to.
+                @pl.when((turn > 0) & (turn - 1 + self.depth < turns))
+                def _() -> None:
+                    plgpu.barrier_wait(self.free.at[lax.rem(turn - 1, self.depth)])
+                    self.fetch(turn - 1 + self.depth)
+
+            return totals
+
+        def write(i: Any, row: Any, done: list[Any]) -> None:
+            turn = i * tiling.rows + row
+            slot, to = lax.rem(turn, _HANDED), lax.rem(turn, 2)
+            plgpu.barrier_wait(self.handed_full.at[slot])
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            out = self.out.at[lower, to, :, 0]
+            for j in range(tiling.columns):
+                even, odd = (self.column(self.handed.at[slot, p, lower], j, 1) for p in range(2))
+                if offset is not None:
+                    even = even + offset
+                for column, value in ((2 * j, even + odd), (2 * j + 1, even - odd)):
+                    if done:
+                        value = value + done[column]
+                    self.view(out, column, 2)[...] = value.astype(out.dtype)
+            plgpu.barrier_arrive(self.handed_free.at[slot])
+            plgpu.commit_smem()
+            self.store(i, row, lower, to)
+
+        def tile(i: Any, _: Any) -> tuple[()]:
+            skipped = tiling.lead + self.lag
+
+            def one(s: Any, sums: list[Any]) -> list[Any]:
+                totals = step(i * tiling.steps + s, sums, zero=False)
+
+                @pl.when((s >= skipped) & (s < skipped + tiling.rows))
+                def _() -> None:
+                    write(i, s - skipped, totals[:columns])
+
+                return totals[columns:]
+
+            sums = self.zeros(open_rows * columns)
+            sums = lax.fori_loop(0, tiling.read, one, sums)
+            for s in range(tiling.read, tiling.steps):
+                totals = step(i * tiling.steps + s, sums, zero=True)
+                if skipped <= s < skipped + tiling.rows:
+                    write(i, s - skipped, totals[:columns])
+                sums = totals[columns:]
+            return ()
+
+        if lower:
+
+            def first(turn: Any, _: Any) -> tuple[()]:
+                pl.when(turn < turns)(partial(self.fetch, turn))
+                return ()
+
+            lax.fori_loop(0, self.depth, first, ())
+        lax.fori_loop(0, self.count, tile, ())
+        plgpu.wait_smem_to_gmem(0)
+        if lower:
+            self.drain(self.free, turns, self.depth)
+
+    def store(self, i: Any, row: Any, lower: int, slot: Any) -> None:
+        """Orders the copy of a row of the i-th tile's pixels to the result.
+
+        What lies outside the image is left out. Mosaic, though, copies windows that are contiguous
+        without a look at bounds, and takes axes of one element to be inside: those are cut here.
+        """
+        tiling = self.tiling
+        image, first = self.origin(i)
+        chunk, stretch = self.place
+        _, height, width, channels = self.y.shape
+        if lower and height == 1:
+            return
+
+        def copy(columns: int) -> None:
+            plgpu.copy_smem_to_gmem(
+                self.out.at[lower, slot, :, :, pl.ds(0, columns)],
+                self.y.at[
+                    pl.ds(image, tiling.images),
+                    pl.ds(2 * (first + row) + lower, 1),
+                    pl.ds(2 * stretch * tiling.width, columns),
+                    pl.ds(chunk * _CHANNELS, _CHANNELS),
+                ],
+            )
+
+        last = width - 2 * tiling.width * (tiling.stretches - 1)
+        if channels == _CHANNELS and tiling.images == 1 and last < 2 * tiling.width:
+            within = 2 * (first + row) + lower < height
+            pl.when(within & (stretch < tiling.stretches - 1))(partial(copy, 2 * tiling.width))
+            pl.when(within & (stretch == tiling.stretches - 1))(partial(copy, last))
+        elif channels == _CHANNELS and tiling.images == 1:
+            pl.when(2 * (first + row) + lower < height)(partial(copy, 2 * tiling.width))
+        else:
+            copy(2 * tiling.width)
+
+    def drain(self, barrier: Any, turns: Any, slots: int) -> None:
+        """Waits for the last turns, which nobody had to wait for."""
+
+        def one(turn: Any, _: Any) -> tuple[()]:
+            plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
+            return ()
+
+        lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
+
+    def zeros(self, count: int) -> list[Any]:
+        """Sums to begin with."""
+        shape = (_STRIPS, _CHANNELS)
+        zero = jnp.zeros(shape, jnp.float32)
+        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
+
+    def view(self, row: Any, j: int, each: int) -> Any:
+        """Column j of each strip, `each * columns` wide, of a row `[images, columns, channels]`."""
+        tiling = self.tiling
+        if tiling.strips == 1:
+            return row.at[:, j]
+        each *= tiling.columns
+        first = min(j, row.shape[1] - tiling.strips * each)
+        row = row.at[0, pl.ds(first, tiling.strips * each)]
+        return row.reshape(tiling.strips, each, _CHANNELS).at[:, j - first]
+
+    def column(self, row: Any, j: int, each: int = 2) -> Any:
+        """What `view` shows, in float32."""
+        return self.view(row, j, each)[...].astype(jnp.float32)
