@@ -13,13 +13,6 @@ DIFFERENTIABLE = False
 
 Taps = tuple[jax.Array, ...]
 
-_MAX_KERNEL = 9
-_MAX_LEVELS = 5
-_MAX_ROW = 1 << 28
-"""Elements of a row of pixels, of which some are counted in 32 bits."""
-_MAX_CHANNELS = 65535 * 32
-"""Blocks of channels are the second axis of a grid."""
-
 
 def unavailable(platform: str) -> str | None:
     """Needs a GPU, Triton and jax-triton."""
@@ -37,19 +30,11 @@ def check(direction: str, problem: Any) -> None:
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.wtconv.api.Problem`.
+        problem: `pallas_kernels.wtconv.problem.Problem`.
     """
-    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
-    if problem.kernel_size % 2 == 0:
-        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
-    if not 1 <= problem.levels <= _MAX_LEVELS:
-        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
-    if not reasons:
-        *_, width, channels = problem.shape
-        if channels > _MAX_CHANNELS or width * channels >= _MAX_ROW:
-            reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    from . import triton_launches
+
+    triton_launches.check(problem)
 
 
 @partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))

@@ -4,14 +4,15 @@ A framework hands on its own `launch`, which allocates outputs and runs one kern
 
     launch(kernel, arguments, outputs, grid, **constants) -> list of arrays
 
-with arrays and integers as arguments, `(shape, dtype)` for each output, and `num_warps` among the
-constants.
+with arrays and integers as arguments, `(shape, dtype)` for each output, which is contiguous, or
+`(shape, dtype, strides)`, and `num_warps` among the constants.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pallas_kernels.wtconv import triton_kernels as kernels
+from pallas_kernels.wtconv.problem import Problem
 
 Launch = Callable[..., list[Any]]
 
@@ -21,9 +22,37 @@ _BLOCK = {"P": _STRIPS, "BC": _CHANNELS, "num_warps": _STRIPS}
 """A thread for each channel of each strip."""
 _SUMS = 2048
 """Warps that share the sums of a weight gradient."""
+_MAX_KERNEL = 9
+_MAX_LEVELS = 5
+_MAX_ROW = 1 << 28
+"""Elements of a row of pixels, of which some are counted in 32 bits."""
+_MAX_CHANNELS = 65535 * _CHANNELS
+"""Blocks of channels are the second axis of a grid."""
 
 
-def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, launch: Launch) -> Any:
+def check(problem: Problem) -> None:
+    """Raises `NotImplementedError` for what the kernels do not do."""
+    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
+    if problem.kernel_size % 2 == 0:
+        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
+    if not 1 <= problem.levels <= _MAX_LEVELS:
+        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
+    if not reasons:
+        *_, width, channels = problem.shape
+        if channels > _MAX_CHANNELS or width * channels >= _MAX_ROW:
+            reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+
+
+def forward(
+    x: Any,
+    taps: Sequence[Any],
+    bias: Any | None,
+    kernel_size: int,
+    launch: Launch,
+    strides: tuple[int, ...] | None = None,
+) -> Any:
     """The operator on `x [N, H, W, C]`.
 
     Args:
@@ -33,9 +62,10 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
         bias: float32 `[C']`, or None.
         kernel_size: k, odd.
         launch: Of the framework.
+        strides: Of the output; contiguous if None.
 
     Returns:
-        `[N, H, W, C]`, contiguous, in x's dtype.
+        `[N, H, W, C]` in x's dtype.
     """
     lows = _lows(x, len(taps) - 1, launch)
     below = None
@@ -46,6 +76,11 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
         columns = _even(width, 4)
         strips = n * _blocks(height, 2)
         x_n, x_h, x_w, x_c = _strides(source)
+        output: tuple[Any, ...] = (source.shape, x.dtype if first else _between(x))
+        y_n, y_h, y_w, y_c = h * w * c, w * c, c, 1
+        if first and strides is not None:
+            output = (*output, strides)
+            y_n, y_h, y_w, y_c = strides
         (below,) = launch(
             kernels.level_forward,
             [
@@ -54,16 +89,16 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
                 taps[level],
                 taps[0] if first else taps[level],
                 taps[level] if bias is None else bias,
-                *(n, h, w, x_n, x_h, h * w * c, w * c),
+                *(n, h, w, x_n, x_h, y_n, y_h),
             ],
-            [(source.shape, x.dtype if first else _between(x))],
+            [output],
             (_blocks(width, columns) * _blocks(strips, _STRIPS), _blocks(c, _CHANNELS)),
             C=c,
             C_TAPS=padded(c),
             X_W=x_w,
             X_C=x_c,
-            Y_W=c,
-            Y_C=1,
+            Y_W=y_w,
+            Y_C=y_c,
             K=kernel_size,
             BELOW=below is not None,
             BASE=first,

@@ -239,7 +239,7 @@ def test_numpy_integers_are_integers():
 
 
 def test_a_state_dict_in_place_of_its_module_is_named():
-    with pytest.raises(TypeError, match="module is of type OrderedDict.*from_torch"):
+    with pytest.raises(TypeError, match="value is of type OrderedDict.*from_torch"):
         torch_bridge.to_jax(torch_bridge.WTConv2d(2, 2).state_dict())
 
 
