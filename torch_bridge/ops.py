@@ -154,7 +154,8 @@ def _folded(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    # Not `torch.promote_types`, which would become a node of an exported program.
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("flash_wtconv::wtconv", mutates_args=())

@@ -141,8 +141,10 @@ class _WTConv(nn.Module):
             [cast(Tensor, scale.weight) for scale in self.wavelet_scale],
         )
         if fwd == bwd == "eager":
-            filters = self.wt_filter, self.iwt_filter
-            y = eager.wtconv(x, *_cast((*weights, *filters), x.dtype))
+            tensors = (*weights, self.wt_filter, self.iwt_filter)
+            if x.dtype != self.base_conv.weight.dtype:
+                tensors = _cast(tensors, x.dtype)
+            y = eager.wtconv(x, *tensors)
         else:
             y = ops.wtconv(x, *weights, wavelet=self.wt_type, fwd=fwd, bwd=bwd)
         return eager.subsample(y, self.stride)
