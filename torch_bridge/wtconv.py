@@ -67,7 +67,10 @@ class _WTConv(nn.Module):
         ops.OPERATOR.check_names(implementation)
         self.implementation = _plain(implementation)
 
-        factory: dict[str, Any] = {"device": _best_device(device), "dtype": dtype}
+        factory: dict[str, Any] = {
+            "device": best_device() if device is None else device,
+            "dtype": dtype,
+        }
         try:
             filters = eager.wavelet_filters(wt_type, self.ndim, in_channels, **factory)
         except ValueError as error:
@@ -270,7 +273,8 @@ class WTConv3d(_WTConv):
     ndim = 3
 
 
-_LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
+LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
+"""The layer for each number of spatial axes."""
 
 
 @overload
@@ -322,7 +326,7 @@ def from_jax(
     arrays = checkpoints.to_torch(value, layout="published", wavelet=wavelet)
     tensors = checkpoints.to_tensors(arrays)
     weight = tensors["base_conv.weight"]
-    layer = _LAYERS[weight.ndim - 2](
+    layer = LAYERS[weight.ndim - 2](
         len(weight),
         len(weight),
         weight.shape[2],
@@ -383,12 +387,20 @@ def _integer(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _best_device(device: _Device) -> _Device:
-    if device is not None or torch.get_default_device().type != "cpu":
-        return device
+def best_device() -> torch.device:
+    """The default device where one was set, else CUDA, MPS or the CPU, the first that is here.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     best_device()
+        device(type='meta')
+    """
+    default = torch.get_default_device()
+    if default.type != "cpu":
+        return default
     if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else None
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else default
 
 
 def _plain(implementation: Choice) -> str | tuple[str, ...] | None:

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .bench import bench
+from .check import check
 from .convert import convert
 from .demo import demo
 from .erf import erf
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(info)
+app.command()(check)
 app.add_typer(bench, name="bench")
 app.command()(demo)
 app.command()(erf)
@@ -33,6 +35,11 @@ app.command()(tpu_report)
 def main() -> None:
     """Runs the command line; what a user can mend is told in one line, not in a traceback."""
     _look_for_no_tpu()
+    run(app)
+
+
+def run(app: typer.Typer) -> None:
+    """Runs the commands of an app; what a user can mend is told in one line."""
     try:
         app()
     except ModuleNotFoundError as error:
