@@ -169,15 +169,15 @@ def apply(
     bwd: str,
 ) -> Tensor:
     """The operator or its transpose, on folded taps; the arguments as the module has them."""
-    out = torch.empty_like(x)
     if x.numel() == 0:
-        return out
+        return torch.empty_like(x)
     module = OPERATOR.module(fwd)
     # A traced program may have been made for other sizes.
     module.check("fwd", _problem(x.shape, x.dtype, taps[0].shape[-1], len(taps) - 1, wavelet))
     with _without_autocast(x):
         y = module.forward(x, taps, bias, wavelet=wavelet, transpose=transpose)
-    return y if y.stride() == out.stride() else out.copy_(y)
+    like = torch.empty_like(x, device="meta")
+    return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
 
 
 @apply.register_fake

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import DLDeviceType
 
 from pallas_kernels.dispatch import Choice
 from torch_bridge import ops
@@ -300,8 +301,8 @@ def from_jax(
         stride: Its stride, which they do not hold either.
 
     Returns:
-        `module`, or a new `WTConv1d`, `WTConv2d` or `WTConv3d` on its default device, with copies
-        of the parameters in the dtype of `base_kernel`; of an array a tensor.
+        `module`, or a new `WTConv1d`, `WTConv2d` or `WTConv3d` on the device of the variables, with
+        copies of them, in the dtype of `base_kernel`; of an array a tensor.
 
     Raises:
         ValueError: The variables are not those of one layer; every missing, surplus or misshapen
@@ -311,8 +312,7 @@ def from_jax(
     Example:
         >>> layer = WTConv2d(4, 4, wt_levels=2, device="cpu")
         >>> x = torch.ones(1, 4, 9, 9)
-        >>> twin = from_jax(to_jax(layer)).to("cpu")
-        >>> bool(torch.equal(twin(x), layer(x)))
+        >>> bool(torch.equal(from_jax(to_jax(layer))(x), layer(x)))
         True
     """
     from flash_wtconv_jax import checkpoints
@@ -334,10 +334,24 @@ def from_jax(
         "base_conv.bias" in tensors,
         sum(name.startswith("wavelet_convs.") for name in tensors),
         wavelet,
-        dtype=weight.dtype,
+        _device_of(value),
+        weight.dtype,
     )
     layer.load_state_dict(tensors)
     return layer
+
+
+def _device_of(variables: Mapping[str, Any]) -> torch.device:
+    """That of the first array, where PyTorch has one like it, else the CPU."""
+    value: Any = variables
+    while isinstance(value, Mapping):
+        value = next(iter(value.values()))
+    try:
+        kind, index = value.__dlpack_device__()
+    # An array of a TPU, or of several devices.
+    except (BufferError, RuntimeError, ValueError):
+        return torch.device("cpu")
+    return torch.device("cuda", index) if kind == DLDeviceType.kDLCUDA else torch.device("cpu")
 
 
 def to_jax(value: nn.Module | Tensor) -> Any:
