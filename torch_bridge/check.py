@@ -17,7 +17,8 @@ from flash_wtconv_jax.cli.check import AsJson, show
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.checking import Backend, drawn, run
 from torch_bridge import ops
-from torch_bridge.wtconv import LAYERS, best_device, from_jax
+from torch_bridge.exchange import from_jax
+from torch_bridge.wtconv import LAYERS, best_device
 
 app = typer.Typer(
     name="python -m torch_bridge",
@@ -121,10 +122,12 @@ def layer_results(
     )
     from_jax({"params": params}, layer, wavelet=case.wavelet)
     x.requires_grad_()
-    y = layer(x)
+    # Or plain PyTorch rounds the factors of a convolution to 10 bits on a GPU.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        y = layer(x)
+        y.backward(dy)
     if case.stride == 1 and y.numel() and not y.is_contiguous(memory_format=memory_format):
         raise ValueError(f"y has strides {y.stride()}, those of x are {x.stride()}")
-    y.backward(dy)
     found = layer.state_dict(keep_vars=True)
     grads = {n: value if value.grad is None else value.grad for n, value in found.items()}
     dparams = from_torch(grads, "published", wavelet=case.wavelet)["params"]

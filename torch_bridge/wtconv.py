@@ -7,18 +7,15 @@ ECCV 2024.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.dlpack import DLDeviceType
 
 from pallas_kernels.dispatch import Choice
 from torch_bridge import ops
 from torch_bridge.backends import eager
 
-_Module = TypeVar("_Module", bound=nn.Module)
 _Device = torch.device | str | None
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONV: dict[int, type[_Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -278,118 +275,6 @@ LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
 """The layer for each number of spatial axes."""
 
 
-@overload
-def from_jax(
-    value: Mapping[str, Any], module: None = None, *, wavelet: str = ..., stride: int = ...
-) -> _WTConv: ...
-@overload
-def from_jax(value: Mapping[str, Any], module: _Module, *, wavelet: str = ...) -> _Module: ...
-@overload
-def from_jax(value: Any) -> Tensor: ...
-def from_jax(
-    value: Any, module: nn.Module | None = None, *, wavelet: str = "haar", stride: int = 1
-) -> Any:
-    """What computes in PyTorch what Flax variables compute in JAX; or an array as a tensor.
-
-    Args:
-        value: `{"params": ...}` of a Flax `WTConv1d`, `WTConv2d` or `WTConv3d`, or of a WTConvNeXt,
-            which needs a `module`. Or an array, which becomes a tensor on the same device that
-            shares its memory.
-        module: What to load the variables into, strictly: a layer, or a WTConvNeXt that names its
-            parameters as timm does. None makes a layer.
-        wavelet: The wavelet of the Flax layer: variables do not hold it.
-        stride: Its stride, which they do not hold either.
-
-    Returns:
-        `module`, or a new `WTConv1d`, `WTConv2d` or `WTConv3d` on the device of the variables, with
-        copies of them, in the dtype of `base_kernel`; of an array a tensor.
-
-    Raises:
-        ValueError: The variables are not those of one layer; every missing, surplus or misshapen
-            name is in the message.
-        RuntimeError: They do not fit the module; every name is in the message.
-
-    Example:
-        >>> layer = WTConv2d(4, 4, wt_levels=2, device="cpu")
-        >>> x = torch.ones(1, 4, 9, 9)
-        >>> bool(torch.equal(from_jax(to_jax(layer))(x), layer(x)))
-        True
-    """
-    from flash_wtconv_jax import checkpoints
-
-    if not isinstance(value, Mapping):
-        return torch.from_dlpack(value)
-    if module is not None:
-        arrays = checkpoints.to_torch(value, wavelet=wavelet)
-        module.load_state_dict(checkpoints.to_tensors(arrays))
-        return module
-    arrays = checkpoints.to_torch(value, layout="published", wavelet=wavelet)
-    tensors = checkpoints.to_tensors(arrays)
-    weight = tensors["base_conv.weight"]
-    layer = LAYERS[weight.ndim - 2](
-        len(weight),
-        len(weight),
-        weight.shape[2],
-        stride,
-        "base_conv.bias" in tensors,
-        sum(name.startswith("wavelet_convs.") for name in tensors),
-        wavelet,
-        _device_of(value),
-        weight.dtype,
-    )
-    layer.load_state_dict(tensors)
-    return layer
-
-
-def _device_of(variables: Mapping[str, Any]) -> torch.device:
-    """That of the first array, where PyTorch has one like it, else the CPU."""
-    value: Any = variables
-    while isinstance(value, Mapping):
-        value = next(iter(value.values()))
-    try:
-        kind, index = value.__dlpack_device__()
-    # An array of a TPU, or of several devices.
-    except (BufferError, RuntimeError, ValueError):
-        return torch.device("cpu")
-    return torch.device("cuda", index) if kind == DLDeviceType.kDLCUDA else torch.device("cpu")
-
-
-def to_jax(value: nn.Module | Tensor) -> Any:
-    """The variables of the Flax layer or model that computes what a PyTorch module computes.
-
-    Args:
-        value: A `WTConv1d`, `WTConv2d` or `WTConv3d` of this package, a published layer, or a
-            WTConvNeXt that names its parameters as timm does. Or a tensor, which becomes a JAX
-            array on the same device that shares its memory.
-
-    Returns:
-        `{"params": ...}` with NumPy arrays, ready for `apply` of the Flax layer with the same
-        wavelet and stride; of a tensor a JAX array.
-
-    Raises:
-        TypeError: No module, but its state dict: `checkpoints.from_torch` takes one.
-        ValueError: The state dict of the module is none of a known layout.
-
-    Example:
-        >>> sorted(to_jax(WTConv2d(4, 4, kernel_size=3, wt_levels=0))["params"])
-        ['base_bias', 'base_kernel', 'base_scale']
-    """
-    if isinstance(value, Tensor):
-        from jax import dlpack
-
-        return dlpack.from_dlpack(value.detach())
-    from flash_wtconv_jax import checkpoints
-
-    if not isinstance(value, nn.Module):
-        raise TypeError(
-            f"value is of type {type(value).__name__}, expected a torch.nn.Module or a tensor; of "
-            "a state dict flash_wtconv_jax.checkpoints.from_torch makes variables"
-        )
-    state_dict = value.state_dict()
-    wavelet = checkpoints.recognise(state_dict).wavelet
-    return checkpoints.from_torch(state_dict, wavelet=wavelet)
-
-
 def _integer(name: str, value: Any, least: int) -> int:
     """An int or a NumPy integer, as the layers in JAX take them; never a bool."""
     try:
@@ -458,7 +343,9 @@ def _read_layouts(
         if theirs is None and fast:
             # The fast variant does not keep them.
             state_dict[prefix + name] = own
-        # Rounded to bfloat16 they differ by less than a hundredth. Kernels know no others.
-        elif theirs is not None and theirs.shape == own.shape and not own.is_meta:
+        # Kernels know no others. Rounded to bfloat16 they differ by less than a hundredth.
+        elif (
+            theirs is not None and theirs.shape == own.shape and not (own.is_meta or theirs.is_meta)
+        ):
             if not torch.allclose(theirs.to(own), own, rtol=0.0, atol=1e-2):
                 errors.append(f"{prefix}{name} is not that of wt_type={module.wt_type!r}")

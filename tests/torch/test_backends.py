@@ -59,7 +59,7 @@ def test_triton_interpreted(interpreter, name, case):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_case_on_a_gpu(name):
     found = statuses(name, torch.device("cuda"))
-    assert list(found.values()).count("pass") >= (15 if "triton" in name else 20)
+    assert list(found.values()).count("pass") >= (12 if "triton" in name else 20)
 
 
 @pytest.mark.gpu

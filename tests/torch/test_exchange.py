@@ -40,6 +40,11 @@ def test_a_state_dict_in_place_of_its_module_is_named():
         torch_bridge.to_jax(torch_bridge.WTConv2d(2, 2).state_dict())
 
 
+def test_neither_variables_nor_an_array():
+    with pytest.raises(TypeError, match="value is of type list, expected the variables of a layer"):
+        torch_bridge.from_jax([1.0])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_arrays_share_their_memory(dtype):
     x = jax.random.normal(jax.random.key(0), (2, 4, 5, 3), dtype)
