@@ -261,18 +261,23 @@ weight_grad.register_autograd(_backward_of_pair, setup_context=_keep_pair)
 
 @apply.register_vmap
 def _(
-    info: Any, in_dims: tuple[Any, ...], x: Tensor, taps: Sequence[Tensor], *rest: Any
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, int]:
     """Of x alone it folds into the batch, so that it stays one call."""
-    if in_dims[0] is None or in_dims[2] is not None or any(d is not None for d in in_dims[1]):
-        calls = [
-            apply(_example(x, in_dims[0], i), _examples(taps, in_dims[1], i), *bias, *rest[1:])
-            for i in range(info.batch_size)
-            for bias in [_examples(rest[:1], in_dims[2:3], i)]
-        ]
-        return torch.stack(calls), 0
-    x = x.movedim(in_dims[0], 0)
-    return apply(x.flatten(0, 1), taps, *rest).reshape(x.shape), 0
+    of_x, of_taps, of_bias, *_ = in_dims
+    if of_x is not None and of_bias is None and all(dim is None for dim in of_taps):
+        x = x.movedim(of_x, 0)
+        return apply(x.flatten(0, 1), taps, bias, *rest).reshape(x.shape), 0
+    calls = [
+        apply(_example(x, of_x, i), _examples(taps, of_taps, i), _example(bias, of_bias, i), *rest)
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(calls), 0
 
 
 @weight_grad.register_vmap
