@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -38,8 +39,8 @@ def main() -> None:
     run(app)
 
 
-def run(app: typer.Typer) -> None:
-    """Runs the commands of an app; what a user can mend is told in one line."""
+def run(app: Callable[[], object]) -> None:
+    """Runs a command line; what a user can mend is told in one line."""
     try:
         app()
     except ModuleNotFoundError as error:

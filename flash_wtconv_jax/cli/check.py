@@ -101,7 +101,8 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each failure, and one for all cases that a backend skips for the same reason."""
     skipped = Counter((r["backend"], r["reason"]) for r in rows if r["status"] == "skip")
     lines = [
-        f"skip {backend}, {number} cases: {reason}" for (backend, reason), number in skipped.items()
+        f"skip {backend}, {number} case{'s' * (number > 1)}: {reason}"
+        for (backend, reason), number in skipped.items()
     ]
     failed = (row for row in rows if row["status"] == "fail")
     return lines + [f"fail {row['backend']} {row['case']}: {row['reason']}" for row in failed]
