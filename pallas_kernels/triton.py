@@ -5,10 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["MAX_ROW", "launch", "unavailable"]
-
-MAX_ROW = 1 << 28
-"""Elements of a row of pixels, of which some are counted in 32 bits."""
+__all__ = ["launch", "unavailable"]
 
 
 def unavailable(platform: str) -> str | None:

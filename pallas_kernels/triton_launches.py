@@ -8,9 +8,11 @@ Launch = Callable[..., list[Any]]
 
     launch(kernel, arguments, outputs, grid, **constants) -> list of arrays
 
-with arrays and integers as arguments, `(shape, dtype)` for each output, and `num_warps` among the
-constants.
+with arrays and integers as arguments, `(shape, dtype)` for each output, which is contiguous, or
+`(shape, dtype, strides)`, and `num_warps` among the constants.
 """
+MAX_ROW = 1 << 28
+"""Elements of a row of pixels, of which some are counted in 32 bits."""
 
 
 def strides(x: Any) -> tuple[int, ...]:

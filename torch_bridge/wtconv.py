@@ -7,12 +7,13 @@ ECCV 2024.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pallas_kernels.dispatch import Choice
+from torch_bridge import ops
 from torch_bridge.backends import eager
 
 _Device = torch.device | str | None
@@ -46,6 +47,7 @@ class _WTConv(nn.Module):
         wt_type: str = "db1",
         device: _Device = None,
         dtype: torch.dtype | None = None,
+        implementation: Choice = None,
     ) -> None:
         super().__init__()
         if in_channels != out_channels:
@@ -60,8 +62,13 @@ class _WTConv(nn.Module):
         self.wt_type = wt_type
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}, expected a floating-point dtype")
+        ops.OPERATOR.check_names(implementation)
+        self.implementation = _plain(implementation)
 
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {
+            "device": best_device() if device is None else device,
+            "dtype": dtype,
+        }
         try:
             filters = eager.wavelet_filters(wt_type, self.ndim, in_channels, **factory)
         except ValueError as error:
@@ -79,7 +86,7 @@ class _WTConv(nn.Module):
         self.wavelet_scale = nn.ModuleList(
             _Scale((1, bands, *ones), 0.1, **factory) for _ in range(wt_levels)
         )
-        self.register_load_state_dict_pre_hook(_drop_stride_filter)
+        self.register_load_state_dict_pre_hook(_read_layouts)
 
     def _depthwise(self, channels: int, bias: bool, factory: dict[str, Any]) -> _Conv:
         return _CONV[self.ndim](
@@ -90,32 +97,104 @@ class _WTConv(nn.Module):
         """Apply the layer.
 
         Args:
-            x: Signal `[N, C, *spatial]` of the parameters' dtype.
+            x: Signal `[N, C, *spatial]` of the parameters' dtype; inside `torch.autocast` of any,
+                and the result is of the dtype of `autocast`, as a convolution's.
 
         Returns:
-            Tensor of x's shape, its spatial axes divided by the stride.
+            Tensor of x's shape and memory format, its spatial axes divided by the stride.
 
         Raises:
-            ValueError: x is no tensor, has another rank, number of channels or dtype than the layer
-                or an empty axis beside the batch, or is a 1-D signal shorter than the stride.
+            ValueError: x is no tensor, is on another device, has another rank, number of channels
+                or dtype than the layer or an empty axis beside the batch, or is a 1-D signal
+                shorter than the stride.
+            NotImplementedError: No allowed implementation can run here; says why for each.
         """
-        return eager.wtconv(
-            x,
+        self._check_input(x)
+        device = x.device.type
+        if not self._autocast(x):
+            return self._apply_to(x)
+        with torch.autocast(device, enabled=False):
+            return self._apply_to(x.to(torch.get_autocast_dtype(device)))
+
+    def _autocast(self, x: Tensor) -> bool:
+        """Whether to compute in the dtype of `autocast`, which leaves float64 alone."""
+        if x.is_meta or self.base_conv.weight.dtype == torch.float64:
+            return False
+        return torch.is_autocast_enabled(x.device.type)
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        # Sizes may not be known where a program is traced: there the operators check them.
+        traced = torch.compiler.is_compiling()
+        fwd, bwd = ops.pick(
+            self.implementation,
+            x.device.type,
+            (1, self.in_channels, *(1,) * self.ndim) if traced else tuple(x.shape),
+            x.dtype,
+            self.kernel_size,
+            self.wt_levels,
+            self.wt_type,
+        )
+        weights = (
             self.base_conv.weight,
             self.base_conv.bias,
             self.base_scale.weight,
             [cast(Tensor, conv.weight) for conv in self.wavelet_convs],
             [cast(Tensor, scale.weight) for scale in self.wavelet_scale],
-            self.wt_filter,
-            self.iwt_filter,
-            stride=self.stride,
         )
+        if fwd == bwd == "eager":
+            tensors = (*weights, self.wt_filter, self.iwt_filter)
+            if x.dtype != self.base_conv.weight.dtype:
+                tensors = _cast(tensors, x.dtype)
+            y = eager.wtconv(x, *tensors)
+        else:
+            y = ops.wtconv(x, *weights, wavelet=self.wt_type, fwd=fwd, bwd=bwd)
+        return eager.subsample(y, self.stride)
+
+    def _check_input(self, x: Tensor) -> None:
+        axes = ("N", "C", *("D", "H", "W")[3 - self.ndim :]) if self.ndim > 1 else ("N", "C", "L")
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x is of type {type(x).__name__}, expected a tensor")
+        if x.ndim != len(axes) or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected ({', '.join(axes)}) with "
+                f"C = {self.in_channels} channels"
+            )
+        if 0 in x.shape[2:]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected at least one sample along each axis"
+            )
+        if x.device != self.device:
+            raise ValueError(
+                f"x is on {x.device}, expected {self.device}, where the layer is: move it with "
+                "x.to(layer.device), or the layer with layer.to(x.device)"
+            )
+        dtype = self.base_conv.weight.dtype
+        if x.dtype != dtype and not self._autocast(x):
+            raise ValueError(
+                f"x is of {x.dtype}, expected {dtype}, the dtype of the weights; cast it"
+            )
+        if self.ndim == 1 and x.shape[2] < self.stride:
+            raise ValueError(
+                f"stride is {self.stride} and averages groups of {self.stride} samples, but x has "
+                f"{x.shape[2]}"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are.
+
+        Example:
+            >>> WTConv2d(4, 4, device="cpu").device
+            device(type='cpu')
+        """
+        return self.base_conv.weight.device
 
     def extra_repr(self) -> str:
         """The arguments that the child modules do not show."""
+        chosen = "" if self.implementation is None else f", implementation={self.implementation!r}"
         return (
             f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"wt_levels={self.wt_levels}, wt_type={self.wt_type!r}"
+            f"wt_levels={self.wt_levels}, wt_type={self.wt_type!r}{chosen}"
         )
 
 
@@ -128,7 +207,8 @@ class WTConv1d(_WTConv):
     Source: Finder et al., ECCV 2024.
 
     Example:
-        >>> WTConv1d(4, 4, stride=2)(torch.zeros(1, 4, 21)).shape
+        >>> layer = WTConv1d(4, 4, stride=2)
+        >>> layer(torch.zeros(1, 4, 21, device=layer.device)).shape
         torch.Size([1, 4, 10])
     """
 
@@ -138,9 +218,13 @@ class WTConv1d(_WTConv):
 class WTConv2d(_WTConv):
     """Wavelet convolution of images `[N, C, H, W]`.
 
-    Computes in the dtype of its parameters. The state dict is that of the published layer. A
-    `stride_filter`, which published layers with a stride > 1 save beside it, is dropped on loading:
-    it is constant.
+    Computes in the dtype of its parameters. The state dict is that of the published layer; the
+    names of its fast variant load too. A `stride_filter`, which published layers with a stride > 1
+    save beside it, is dropped on loading: it is constant.
+
+    On a GPU the kernels save x and the taps alone for the backward pass, and can be differentiated
+    again in reverse mode. `torch.func.grad` inside `vmap` or inside itself, and forward mode, need
+    `implementation="eager"`: PyTorch has no way yet to tell them of custom operators.
 
     Args:
         in_channels: Number of channels C.
@@ -150,16 +234,22 @@ class WTConv2d(_WTConv):
         bias: Whether the base convolution has a bias.
         wt_levels: Number of wavelet levels; 0 leaves the base convolution alone.
         wt_type: Name of a discrete PyWavelets wavelet; "db1" is Haar.
-        device: Where the parameters live.
+        device: Where the parameters live; None is the default device where one was set
+            (`torch.set_default_device`), else CUDA, MPS or the CPU, the first that is here.
         dtype: Their dtype, PyTorch's default if None.
+        implementation: Filter on the implementations "triton" and "eager": a name, a sequence of
+            names, or None for the environment's (`FLASH_WTCONV_TORCH_WTCONV_FWD`, `..._BWD`) or the
+            device's rule.
 
     Raises:
-        ValueError: Channels differ, a number is too small or the wavelet unknown.
+        ValueError: Channels differ, a number is too small, the wavelet or an implementation
+            unknown.
 
     Source: Finder et al., ECCV 2024.
 
     Example:
-        >>> WTConv2d(4, 4, kernel_size=3, wt_levels=2)(torch.zeros(1, 4, 7, 10)).shape
+        >>> layer = WTConv2d(4, 4, kernel_size=3, wt_levels=2)
+        >>> layer(torch.zeros(1, 4, 7, 10, device=layer.device)).shape
         torch.Size([1, 4, 7, 10])
     """
 
@@ -173,85 +263,16 @@ class WTConv3d(_WTConv):
     published 3-D layer: names and order of subbands carry on those of the 2-D one.
 
     Example:
-        >>> WTConv3d(2, 2, kernel_size=3)(torch.zeros(1, 2, 5, 6, 7)).shape
+        >>> layer = WTConv3d(2, 2, kernel_size=3)
+        >>> layer(torch.zeros(1, 2, 5, 6, 7, device=layer.device)).shape
         torch.Size([1, 2, 5, 6, 7])
     """
 
     ndim = 3
 
 
-_LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
-
-
-def from_jax(variables: Mapping[str, Any], *, wavelet: str = "haar", stride: int = 1) -> _WTConv:
-    """A PyTorch layer that computes what a Flax layer with these variables computes.
-
-    Args:
-        variables: `{"params": ...}` of a Flax `WTConv1d`, `WTConv2d` or `WTConv3d`.
-        wavelet: The wavelet of the Flax layer: variables do not hold it.
-        stride: Its stride, which they do not hold either.
-
-    Returns:
-        A `WTConv1d`, `WTConv2d` or `WTConv3d` with copies of the parameters, in the dtype of
-        `base_kernel`.
-
-    Raises:
-        ValueError: The variables are not those of one layer; every missing, surplus or misshapen
-            name is in the message.
-
-    Example:
-        >>> layer = WTConv2d(4, 4, wt_levels=2)
-        >>> x = torch.ones(1, 4, 9, 9)
-        >>> bool(torch.equal(from_jax(to_jax(layer))(x), layer(x)))
-        True
-    """
-    from flash_wtconv_jax import checkpoints
-
-    arrays = checkpoints.to_torch(variables, layout="published", wavelet=wavelet)
-    tensors = checkpoints.to_tensors(arrays)
-    weight = tensors["base_conv.weight"]
-    layer = _LAYERS[weight.ndim - 2](
-        len(weight),
-        len(weight),
-        weight.shape[2],
-        stride,
-        "base_conv.bias" in tensors,
-        sum(name.startswith("wavelet_convs.") for name in tensors),
-        wavelet,
-        dtype=weight.dtype,
-    )
-    layer.load_state_dict(tensors)
-    return layer
-
-
-def to_jax(module: nn.Module) -> dict[str, Any]:
-    """The variables of the Flax layer that computes what a PyTorch layer computes.
-
-    Args:
-        module: A `WTConv1d`, `WTConv2d` or `WTConv3d` of this package or a published layer.
-
-    Returns:
-        `{"params": ...}` with NumPy arrays, ready for `apply` of the Flax layer with the same
-        wavelet and stride.
-
-    Raises:
-        TypeError: No module, but its state dict: `checkpoints.from_torch` takes one.
-        ValueError: The state dict of the module is none of a known layout.
-
-    Example:
-        >>> sorted(to_jax(WTConv2d(4, 4, kernel_size=3, wt_levels=0))["params"])
-        ['base_bias', 'base_kernel', 'base_scale']
-    """
-    from flash_wtconv_jax import checkpoints
-
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"module is of type {type(module).__name__}, expected a torch.nn.Module; of a state "
-            "dict flash_wtconv_jax.checkpoints.from_torch makes variables"
-        )
-    state_dict = module.state_dict()
-    wavelet = checkpoints.recognise(state_dict).wavelet
-    return checkpoints.from_torch(state_dict, wavelet=wavelet)
+LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
+"""The layer for each number of spatial axes."""
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -265,7 +286,66 @@ def _integer(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _drop_stride_filter(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+def best_device() -> torch.device:
+    """The default device where one was set, else CUDA, MPS or the CPU, the first that is here.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     best_device()
+        device(type='meta')
+    """
+    default = torch.get_default_device()
+    if default.type != "cpu":
+        return default
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else default
+
+
+def _plain(implementation: Choice) -> str | tuple[str, ...] | None:
+    """Strings and a tuple alone, which every program and file can hold."""
+    if implementation is None or isinstance(implementation, str):
+        return implementation and str(implementation)
+    return tuple(map(str, implementation))
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """Tensors, in lists too, in a dtype."""
+    if isinstance(values, Tensor):
+        return values.to(dtype)
+    return None if values is None else [_cast(value, dtype) for value in values]
+
+
+def _read_layouts(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
 ) -> None:
+    """Names of the fast variant become the published ones; wrong filters are reported."""
+    from flash_wtconv_jax.checkpoints.layouts import FAST_NAMES, PUBLISHED_NAMES, pattern_of
+
     state_dict.pop(f"{prefix}stride_filter", None)
+    fast = [
+        (name, published.format(**match.groupdict()))
+        for name in state_dict
+        for theirs, published in zip(FAST_NAMES, PUBLISHED_NAMES, strict=True)
+        if name.startswith(prefix) and (match := pattern_of(theirs).fullmatch(name[len(prefix) :]))
+    ]
+    for name, published in fast:
+        state_dict[prefix + published] = state_dict.pop(name)
+    for name in ("wt_filter", "iwt_filter"):
+        own, theirs = getattr(module, name), state_dict.get(prefix + name)
+        if theirs is None and fast:
+            # The fast variant does not keep them.
+            state_dict[prefix + name] = own
+        # Kernels know no others. Rounded to bfloat16 they differ by less than a hundredth.
+        elif (
+            theirs is not None and theirs.shape == own.shape and not (own.is_meta or theirs.is_meta)
+        ):
+            if not torch.allclose(theirs.to(own), own, rtol=0.0, atol=1e-2):
+                errors.append(f"{prefix}{name} is not that of wt_type={module.wt_type!r}")

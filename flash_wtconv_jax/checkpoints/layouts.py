@@ -46,14 +46,15 @@ class Table:
     rules: tuple[Rule, ...]
 
 
-_PUBLISHED_NAMES = (
+PUBLISHED_NAMES = (
     "base_conv.weight",
     "base_conv.bias",
     "base_scale.weight",
     "wavelet_convs.{i}.weight",
     "wavelet_scale.{i}.weight",
 )
-_FAST_NAMES = ("base_weight", "base_bias", "base_scale", "wt_weights.{i}", "wt_scales.{i}")
+FAST_NAMES = ("base_weight", "base_bias", "base_scale", "wt_weights.{i}", "wt_scales.{i}")
+"""The same tensors in the same order, of the same shapes."""
 
 
 def _wtconv(
@@ -139,7 +140,7 @@ def _model(conv_dw: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 _WTCONVNEXT = _model(
     (
-        *_wtconv(_PUBLISHED_NAMES, f"{_CONV_DW}.", "{s}", "conv_bias"),
+        *_wtconv(PUBLISHED_NAMES, f"{_CONV_DW}.", "{s}", "conv_bias"),
         *_filters(f"{_CONV_DW}.", "{s}"),
     )
 )
@@ -152,8 +153,8 @@ _CONVNEXT = _model(
 
 # Where two tables fit equally well the first is taken: 2-D before 1-D, published before fast.
 TABLES: tuple[Table, ...] = (
-    *(Table("published", d, (*_wtconv(_PUBLISHED_NAMES), *_filters())) for d in (2, 1, 3)),
-    *(Table("fast", d, _wtconv(_FAST_NAMES)) for d in (2, 1, 3)),
+    *(Table("published", d, (*_wtconv(PUBLISHED_NAMES), *_filters())) for d in (2, 1, 3)),
+    *(Table("fast", d, _wtconv(FAST_NAMES)) for d in (2, 1, 3)),
     Table("wtconvnext", 2, _WTCONVNEXT),
     # The baseline model of the same file format: plain depthwise convolutions inside.
     Table("wtconvnext", 2, _CONVNEXT),

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -9,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .bench import bench
+from .check import check
 from .convert import convert
 from .demo import demo
 from .erf import erf
@@ -23,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(info)
+app.command()(check)
 app.add_typer(bench, name="bench")
 app.command()(demo)
 app.command()(erf)
@@ -33,6 +36,11 @@ app.command()(tpu_report)
 def main() -> None:
     """Runs the command line; what a user can mend is told in one line, not in a traceback."""
     _look_for_no_tpu()
+    run(app)
+
+
+def run(app: Callable[[], object]) -> None:
+    """Runs a command line; what a user can mend is told in one line."""
     try:
         app()
     except ModuleNotFoundError as error:

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.triton import MAX_ROW, launch, unavailable
+from pallas_kernels.triton import launch, unavailable
+from pallas_kernels.triton_launches import MAX_ROW
 
 __all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
 

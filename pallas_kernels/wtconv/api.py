@@ -5,19 +5,18 @@ ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import platform
 from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.haar.filters import IS_HAAR, filter_bank
+from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv import vjp
+from pallas_kernels.wtconv.problem import Problem
 
 Precision = str | jax.lax.Precision | None
 
@@ -38,50 +37,6 @@ OPERATOR = Operator(
 )
 
 
-class Problem(NamedTuple):
-    """What an implementation's `check` is told of a call."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    kernel_size: int
-    levels: int
-    wavelet: str
-
-    def __str__(self) -> str:
-        """As errors tell it."""
-        kind = f"{self.dtype}, {self.levels} levels of kernel {self.kernel_size}, {self.wavelet}"
-        return f"x {self.shape} {kind}"
-
-    def beyond(self, dtypes: Sequence[str], max_kernel: int) -> list[str]:
-        """What of it kernels for images and Haar wavelets do not do.
-
-        Args:
-            dtypes: Those that they take.
-            max_kernel: Their largest kernel size.
-
-        Returns:
-            A phrase for each, none if they take it.
-
-        Example:
-            >>> Problem((2, 8, 4), jnp.dtype("float32"), 5, 1, "haar").beyond(["float32"], 3)
-            ['1-D signals, 2-D alone', 'kernels of 5, up to 3']
-        """
-        reasons = []
-        if len(self.shape) != 4:
-            reasons.append(f"{len(self.shape) - 2}-D signals, 2-D alone")
-        if self.dtype not in dtypes:
-            reasons.append(f"{self.dtype}, {', '.join(dtypes)} alone")
-        if self.wavelet not in IS_HAAR:
-            reasons.append(f"wavelet {self.wavelet!r}, 'haar' alone")
-        if self.kernel_size > max_kernel:
-            reasons.append(f"kernels of {self.kernel_size}, up to {max_kernel}")
-        if not all(isinstance(size, int) for size in self.shape):
-            reasons.append("arrays of symbolic size")
-        elif self.shape[0] == 0:
-            reasons.append("an empty batch")
-        return reasons
-
-
 def wtconv1d(
     x: ArrayLike,
     params: Mapping[str, ArrayLike],
@@ -98,6 +53,7 @@ def wtconv1d(
     1-D layer does.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"base_kernel": jnp.ones((3, 1, 8)), "base_scale": jnp.ones(8)}
         >>> wtconv1d(jnp.ones((2, 100, 8)), params, stride=2).shape
         (2, 50, 8)
@@ -140,6 +96,7 @@ def wtconv2d(
         NotImplementedError: No allowed implementation can run here; says why for each.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {
         ...     "base_kernel": jnp.ones((5, 5, 1, 8)),
         ...     "base_scale": jnp.ones(8),
@@ -167,6 +124,7 @@ def wtconv3d(
     `wavelet_scale_{i} [8, C]`; subband `b_D + 2 b_H + 4 b_W`, b = 1 for the high band.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"base_kernel": jnp.ones((3, 3, 3, 1, 4)), "base_scale": jnp.ones(4)}
         >>> wtconv3d(jnp.ones((8, 8, 8, 4)), params, stride=2).shape
         (4, 4, 4, 4)

@@ -16,7 +16,10 @@ Array = NDArray[np.float64]
 
 
 class Case(NamedTuple):
-    """One call: x is `[*batch, *spatial, channels]`."""
+    """One call: x is `[*batch, *spatial, channels]`.
+
+    Where a framework has strides, those of a `strided` x and dy skip every second sample.
+    """
 
     spatial: tuple[int, ...]
     levels: int
@@ -27,6 +30,7 @@ class Case(NamedTuple):
     stride: int = 1
     wavelet: str = "haar"
     bias: bool = True
+    strided: bool = False
 
     @property
     def ndim(self) -> int:
@@ -51,6 +55,7 @@ class Case(NamedTuple):
         ]
         parts += [f"s{self.stride}"] * (self.stride > 1)
         parts += [self.wavelet] * (self.wavelet != "haar") + ["nobias"] * (not self.bias)
+        parts += ["strided"] * self.strided
         return "-".join(parts)
 
 
@@ -108,6 +113,8 @@ HARD: tuple[Case, ...] = (
     Case((6, 9), 1, 5, batch=(2, 3), channels=4),
     Case((4, 4), 1, 3, batch=(0,)),
     Case((6, 5), 1, 5, batch=(1,), channels=100),
+    # Neither contiguous nor channels-last.
+    Case((6, 7), 2, 3, strided=True),
     # Strides over odd sizes.
     Case((9, 12), 2, 5, stride=2),
     Case((10, 7), 1, 2, "bfloat16", stride=3),

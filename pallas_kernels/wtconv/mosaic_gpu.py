@@ -12,7 +12,7 @@ registers; a step is a row of coefficients, of two rows of pixels. Four warpgrou
 `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines of warps with roles.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -402,7 +402,10 @@ class _LevelBlock:
             if zero:
                 return [*sums, *self.zeros(filtered)], slot
             top, bottom = (
-                [self.column(self.rows.at[slot, :, row], j) for j in range(2 * columns + 2 * size - 2)]
+                [
+                    self.column(self.rows.at[slot, :, row], j)
+                    for j in range(2 * columns + 2 * size - 2)
+                ]
                 for row in range(2)
             )
             found = []

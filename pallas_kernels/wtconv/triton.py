@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.triton import MAX_ROW, launch, unavailable
+from pallas_kernels.triton import launch, unavailable
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
 
@@ -16,30 +16,17 @@ DIFFERENTIABLE = False
 
 Taps = tuple[jax.Array, ...]
 
-_MAX_KERNEL = 9
-_MAX_LEVELS = 5
-_MAX_CHANNELS = 65535 * 32
-"""Blocks of channels are the second axis of a grid."""
-
 
 def check(direction: str, problem: Any) -> None:
     """Raises `NotImplementedError` for what these kernels do not do.
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.wtconv.api.Problem`.
+        problem: `pallas_kernels.wtconv.problem.Problem`.
     """
-    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
-    if problem.kernel_size % 2 == 0:
-        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
-    if not 1 <= problem.levels <= _MAX_LEVELS:
-        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
-    if not reasons:
-        *_, width, channels = problem.shape
-        if channels > _MAX_CHANNELS or width * channels >= MAX_ROW:
-            reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    from . import triton_launches
+
+    triton_launches.check(problem)
 
 
 @partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))

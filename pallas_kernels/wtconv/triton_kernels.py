@@ -27,6 +27,15 @@ def _strips(block, images, across, down, P: tl.constexpr):
 
 
 @triton.jit
+def _across(c, STEP: tl.constexpr):
+    """Offsets of channels, which may be whole images apart."""
+    if STEP == 1:
+        return c
+    else:
+        return c.to(tl.int64) * STEP
+
+
+@triton.jit
 def _row(start, ok, first, size, COUNT: tl.constexpr, STEP: tl.constexpr, CHECK: tl.constexpr):
     """Consecutive pixels of a row in float32, zero outside the image.
 
@@ -87,7 +96,7 @@ def low_bands(
     j, n, i, ok = _strips(tl.program_id(0), images, across, down, P)
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     ok = ok & (c < C)
-    row = x + n * x_n + (SIDE * i).to(tl.int64) * x_h + SIDE * j * X_W + c * X_C
+    row = x + n * x_n + (SIDE * i).to(tl.int64) * x_h + SIDE * j * X_W + _across(c, X_C)
     lows = ()
     for v in tl.static_range(SIDE // 2):
         top_ok, bottom_ok = ok & (SIDE * i + 2 * v < H), ok & (SIDE * i + 2 * v + 1 < H)
@@ -172,8 +181,8 @@ def level_forward(
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     if C % BC != 0:
         ok = ok & (c < C)
-    source = x + n * x_n + 2 * (j0 - K // 2) * X_W + c * X_C
-    target = y + n * y_n + 2 * j0 * Y_W + c * Y_C
+    source = x + n * x_n + 2 * (j0 - K // 2) * X_W + _across(c, X_C)
+    target = y + n * y_n + 2 * j0 * Y_W + _across(c, Y_C)
     deep = below + (n * rows * columns + j0) * C + c
     # Away from the border only rows need masks; code of its own, where strips enough lie there.
     if (j0 >= K // 2) & (2 * (j0 + TW + K // 2) <= W) & INNER:
@@ -371,8 +380,8 @@ def base_weights(
         block = tl.program_id(0) + turn * tl.num_programs(0)
         j0, n, i0, ok = _strips(block, images, across, down, P)
         i0, j0, ok = i0 * R, j0 * TW, ok & c_ok
-        source = x + n * x_n + (j0 - REACH) * X_W + c * X_C
-        other = dy + n * y_n + j0 * Y_W + c * Y_C
+        source = x + n * x_n + (j0 - REACH) * X_W + _across(c, X_C)
+        other = dy + n * y_n + j0 * Y_W + _across(c, Y_C)
         rows = _zeros(K * TW, P, BC)
         for step in range(R + 2 * REACH):
             i = i0 + step - REACH
@@ -428,8 +437,8 @@ def level_weights(
         block = tl.program_id(0) + turn * tl.num_programs(0)
         j0, n, i0, ok = _strips(block, images, across, down, P)
         i0, j0, ok = i0 * R, j0 * TW, ok & c_ok
-        source = x + n * x_n + 2 * (j0 - REACH) * X_W + c * X_C
-        other = dy + n * y_n + 2 * j0 * Y_W + c * Y_C
+        source = x + n * x_n + 2 * (j0 - REACH) * X_W + _across(c, X_C)
+        other = dy + n * y_n + 2 * j0 * Y_W + _across(c, Y_C)
         rows = _zeros(K * TW * BANDS, P, BC)
         for step in range(R + 2 * REACH):
             i = i0 + step - REACH

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pallas_kernels.triton_launches import Launch, cdiv, strides
+from pallas_kernels.triton_launches import MAX_ROW, Launch, cdiv, contiguous, strides
 from pallas_kernels.wtconv import triton_kernels as kernels
+from pallas_kernels.wtconv.problem import Problem
 
 _CHANNELS = 32
 _STRIPS = 4
@@ -12,9 +13,35 @@ _BLOCK = {"P": _STRIPS, "BC": _CHANNELS, "num_warps": _STRIPS}
 """A thread for each channel of each strip."""
 _SUMS = 2048
 """Warps that share the sums of a weight gradient."""
+_MAX_KERNEL = 9
+_MAX_LEVELS = 5
+_MAX_CHANNELS = 65535 * _CHANNELS
+"""Blocks of channels are the second axis of a grid."""
 
 
-def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, launch: Launch) -> Any:
+def check(problem: Problem) -> None:
+    """Raises `NotImplementedError` for what the kernels do not do."""
+    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
+    if problem.kernel_size % 2 == 0:
+        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
+    if not 1 <= problem.levels <= _MAX_LEVELS:
+        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
+    if not reasons:
+        *_, width, channels = problem.shape
+        if channels > _MAX_CHANNELS or width * channels >= MAX_ROW:
+            reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+
+
+def forward(
+    x: Any,
+    taps: Sequence[Any],
+    bias: Any | None,
+    kernel_size: int,
+    launch: Launch,
+    y_strides: tuple[int, ...] | None = None,
+) -> Any:
     """The operator on `x [N, H, W, C]`.
 
     Args:
@@ -24,9 +51,10 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
         bias: float32 `[C']`, or None.
         kernel_size: k, odd.
         launch: Of the framework.
+        y_strides: Of the output; contiguous if None.
 
     Returns:
-        `[N, H, W, C]`, contiguous, in x's dtype.
+        `[N, H, W, C]` in x's dtype.
     """
     lows = _lows(x, len(taps) - 1, launch)
     below = None
@@ -37,6 +65,11 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
         columns = _even(width, 4)
         strips = n * cdiv(height, 2)
         x_n, x_h, x_w, x_c = strides(source)
+        output: tuple[Any, ...] = (source.shape, x.dtype if first else _between(x))
+        y_n, y_h, y_w, y_c = contiguous(source.shape)
+        if first and y_strides is not None:
+            output = (*output, y_strides)
+            y_n, y_h, y_w, y_c = y_strides
         (below,) = launch(
             kernels.level_forward,
             [
@@ -45,16 +78,16 @@ def forward(x: Any, taps: Sequence[Any], bias: Any | None, kernel_size: int, lau
                 taps[level],
                 taps[0] if first else taps[level],
                 taps[level] if bias is None else bias,
-                *(n, h, w, x_n, x_h, h * w * c, w * c),
+                *(n, h, w, x_n, x_h, y_n, y_h),
             ],
-            [(source.shape, x.dtype if first else _between(x))],
+            [output],
             (cdiv(width, columns) * cdiv(strips, _STRIPS), cdiv(c, _CHANNELS)),
             C=c,
             C_TAPS=padded(c),
             X_W=x_w,
             X_C=x_c,
-            Y_W=c,
-            Y_C=1,
+            Y_W=y_w,
+            Y_C=y_c,
             K=kernel_size,
             BELOW=below is not None,
             BASE=first,

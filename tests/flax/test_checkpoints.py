@@ -314,7 +314,6 @@ def test_model_round_trip(options):
 
 def torch_model(state_dict, x):
     """The forward pass of timm's ConvNeXt, with GRN and WTConv, on `[N, C, H, W]`."""
-    import torch
     import torch.nn.functional as F
 
     import torch_bridge
@@ -332,7 +331,7 @@ def torch_model(state_dict, x):
 
     def block(x, name, levels):
         conv = torch_bridge.WTConv2d(
-            x.shape[1], x.shape[1], kernel_size=3, wt_levels=levels, dtype=torch.float64
+            *(x.shape[1], x.shape[1]), kernel_size=3, wt_levels=levels, device="cpu", dtype=x.dtype
         )
         conv.load_state_dict(
             {n.split(".conv_dw.")[1]: t for n, t in p.items() if n.startswith(f"{name}.conv_dw.")}

@@ -6,20 +6,13 @@ import jax
 import numpy as np
 import pytest
 from triton_checks import INTERPRETED, compiled_resources, launch, tensor, torch
-from wtconv_checks import (
-    arrays,
-    assert_oracle,
-    expected,
-    low_precision_bounds,
-    tolerance,
-    value_and_grads,
-    worst,
-)
+from wtconv_checks import arrays, assert_oracle, plain_results, value_and_grads
 
 from pallas_kernels.wtconv import triton as triton_jax
 from pallas_kernels.wtconv import triton_launches, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case, inputs
+from pallas_kernels.wtconv.checking import bounds, expected, worst
 
 
 def taken(case):
@@ -92,15 +85,10 @@ def test_interpreted_kernels_are_the_oracles(case):
         name, scale = (f"{n}_{i - 1}" if i else n for n in (name, scale))
         factor = np.asarray(params[scale], np.float32) / (4 if i else 1)
         got[name] = whole.numpy().reshape(params[name].shape) * factor
-    want_y, (want_dx, want_params) = expected(case)
-    want = {"y": want_y, "dx": want_dx, **want_params}
-    if case.dtype == "float32":
-        bounds = {name: tolerance(case, name, inputs(case)) for name in want}
-    else:
-        bounds = low_precision_bounds(case, want)
+    want, allowed = expected(case), bounds(case, plain_results)
     for name, value in got.items():
         value = value.float().numpy() if isinstance(value, torch.Tensor) else value
-        assert worst(value.reshape(want[name].shape), want[name]) <= bounds[name], name
+        assert worst(value.reshape(want[name].shape), want[name]) <= allowed[name], name
 
 
 @INTERPRETED

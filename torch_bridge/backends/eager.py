@@ -1,8 +1,11 @@
 """WTConv in plain PyTorch, computed as the published layer computes it.
 
 Channels-first arrays `[N, C, *spatial]`, grouped convolutions with frozen wavelet filters for the
-analysis, transposed ones for the synthesis. It runs on every device PyTorch knows, and is the
-baseline that the benchmarks compare with, so it is neither faster nor slower than its source.
+analysis, transposed ones for the synthesis. It runs on every device PyTorch knows and for every
+wavelet. `wtconv` is the baseline that the benchmarks compare with, so it is neither faster nor
+slower than its source, and what layers call where nothing else computes either direction: plain
+operations, which every transformation of PyTorch takes. `forward` and `weight_grad` are the same
+for the custom operators, beside another implementation of the other direction.
 
 Source: Finder, Amoyal, Treister, Freifeld, "Wavelet Convolutions for Large Receptive Fields",
 ECCV 2024.
@@ -10,16 +13,28 @@ ECCV 2024.
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad
 
 from pallas_kernels.haar.filters import filter_bank
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d_weight}
+
+
+def unavailable(platform: str) -> str | None:
+    """Plain PyTorch runs everywhere."""
+    return None
+
+
+def check(direction: str, problem: Any) -> None:
+    """Plain PyTorch takes every problem."""
 
 
 def wavelet_filters(
@@ -96,15 +111,27 @@ def _filter_padding(filters: Tensor) -> tuple[int, ...]:
     return tuple(size // 2 - 1 for size in filters.shape[2:])
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depthwise convolution `[N, C, *spatial]` with `[C, 1, *k]`, zero-padded to the same size."""
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transpose: bool = False
+) -> Tensor:
+    """Depthwise convolution `[N, C, *spatial]` with `[C, 1, *k]`, zero-padded to the same size.
+
+    Or its transpose, which flips the taps and, for even sizes, what is padded before and after.
+    """
     kernel = weight.shape[2:]
     padding: str | int = "same"
     if any(k % 2 == 0 for k in kernel):
         # What "same" does too, which warns of the copy that even sizes cost.
-        x = F.pad(x, [p for k in reversed(kernel) for p in ((k - 1) // 2, k // 2)])
-        padding = 0
+        x, padding = F.pad(x, _padding(kernel, transpose)), 0
+    if transpose:
+        weight = weight.flip(tuple(range(2, weight.ndim)))
     return _CONV[len(kernel)](x, weight, bias, padding=padding, groups=x.shape[1])
+
+
+def _padding(kernel: Sequence[int], transpose: bool = False) -> list[int]:
+    """As `F.pad` takes it."""
+    pads = [((k - 1) // 2, k // 2) for k in reversed(kernel)]
+    return [p for pair in pads for p in (pair[::-1] if transpose else pair)]
 
 
 def wtconv(
@@ -116,8 +143,6 @@ def wtconv(
     wavelet_scales: Sequence[Tensor],
     wt_filter: Tensor,
     iwt_filter: Tensor,
-    *,
-    stride: int = 1,
 ) -> Tensor:
     """Wavelet convolution of 1-D, 2-D or 3-D signals.
 
@@ -130,15 +155,9 @@ def wtconv(
         wavelet_scales: One `[1, 2**d * C, 1, ...]` a level.
         wt_filter: Analysis filters of `wavelet_filters`.
         iwt_filter: Synthesis filters of `wavelet_filters`.
-        stride: 2-D and 3-D keep every stride-th sample of each axis, 1-D averages each group of
-            stride samples and drops an incomplete last group.
 
     Returns:
-        `[N, C, *spatial]` for stride 1.
-
-    Raises:
-        ValueError: x is no tensor, has another rank, number of channels or dtype than the weights
-            or an empty axis beside the batch, or is a 1-D signal shorter than the stride.
+        `[N, C, *spatial]`.
 
     Example:
         >>> weight, scale = torch.ones(3, 1, 1, 1), torch.full((1, 3, 1, 1), 2.0)
@@ -146,54 +165,84 @@ def wtconv(
         >>> float(wtconv(x, weight, None, scale, [], [], *wavelet_filters("db1", 2, 3)).mean())
         2.0
     """
-    _check_input(x, base_weight, stride)
-    levels = []
-    sizes = []
+    coefficients, sizes = _cascade(x, len(wavelet_weights), wt_filter)
+    levels = [
+        scale * depthwise(bands, weight)
+        for bands, weight, scale in zip(coefficients, wavelet_weights, wavelet_scales, strict=True)
+    ]
+    return base_scale * depthwise(x, base_weight, base_bias) + _synthesis(levels, sizes, iwt_filter)
+
+
+def forward(
+    x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, *, wavelet: str, transpose: bool
+) -> Tensor:
+    """The operator on `x [N, C, *spatial]`, or its transpose; see `ops` for the arguments."""
+    wide = x.to(taps[0].dtype)
+    filters = wavelet_filters(wavelet, x.ndim - 2, x.shape[1], device=x.device, dtype=wide.dtype)
+    analysis, synthesis = filters[::-1] if transpose else filters
+    coefficients, sizes = _cascade(wide, len(taps) - 1, analysis)
+    levels = [
+        depthwise(bands, tap, transpose=transpose)
+        for bands, tap in zip(coefficients, taps[1:], strict=True)
+    ]
+    y = depthwise(wide, taps[0], bias, transpose=transpose) + _synthesis(levels, sizes, synthesis)
+    return y.to(x.dtype)
+
+
+def weight_grad(
+    x: Tensor, dy: Tensor, *, kernel_size: int, levels: int, wavelet: str
+) -> list[Tensor]:
+    """Gradients of the taps; see `ops` for the arguments."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, dy = x.to(dtype), dy.to(dtype)
+    kernel = (kernel_size,) * (x.ndim - 2)
+    filters = wavelet_filters(wavelet, x.ndim - 2, x.shape[1], device=x.device, dtype=dtype)
+    # Synthesis is the transpose of an analysis with its filters.
+    of_x, of_dy = (
+        [signal, *_cascade(signal, levels, bank)[0]]
+        for signal, bank in zip((x, dy), filters, strict=True)
+    )
+    return [
+        _CONV_WEIGHT[len(kernel)](
+            F.pad(bands, _padding(kernel)),
+            (bands.shape[1], 1, *kernel),
+            others,
+            groups=bands.shape[1],
+        )
+        for bands, others in zip(of_x, of_dy, strict=True)
+    ]
+
+
+def _cascade(x: Tensor, levels: int, filters: Tensor) -> tuple[list[Tensor], list[torch.Size]]:
+    """Bands `[N, C * 2**d, *half]` of each level, and the size of what each level analysed."""
+    found, sizes = [], []
     low = x
-    for weight, scale in zip(wavelet_weights, wavelet_scales, strict=True):
+    for _ in range(levels):
         size = low.shape[2:]
         sizes.append(size)
         if any(n % 2 for n in size):
             low = F.pad(low, [p for n in reversed(size) for p in (0, n % 2)])
-        coefficients = wavelet_transform(low, wt_filter)
+        coefficients = wavelet_transform(low, filters)
         low = coefficients[:, :, 0]
-        flat = coefficients.flatten(1, 2)
-        levels.append((scale * depthwise(flat, weight)).reshape(coefficients.shape))
+        found.append(coefficients.flatten(1, 2))
+    return found, sizes
 
+
+def _synthesis(
+    levels: Sequence[Tensor], sizes: Sequence[torch.Size], filters: Tensor
+) -> Tensor | int:
+    """The inverse cascade of filtered bands `[N, C * 2**d, *half]`; 0 if there are none."""
     deeper: Tensor | int = 0
     for filtered, size in zip(reversed(levels), reversed(sizes), strict=True):
-        bands = torch.cat([(filtered[:, :, 0] + deeper).unsqueeze(2), filtered[:, :, 1:]], dim=2)
-        deeper = _spatial(inverse_wavelet_transform(bands, iwt_filter), [slice(n) for n in size])
-
-    y = base_scale * depthwise(x, base_weight, base_bias) + deeper
-    return _subsample(y, stride)
-
-
-def _check_input(x: Tensor, base_weight: Tensor, stride: int) -> None:
-    ndim = base_weight.ndim - 2
-    axes = ("N", "C", *("D", "H", "W")[3 - ndim :]) if ndim > 1 else ("N", "C", "L")
-    if not isinstance(x, Tensor):
-        raise ValueError(f"x is of type {type(x).__name__}, expected a tensor")
-    if x.ndim != len(axes) or x.shape[1] != base_weight.shape[0]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, expected ({', '.join(axes)}) with "
-            f"C = {base_weight.shape[0]} channels"
-        )
-    if 0 in x.shape[2:]:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, expected at least one sample along each axis"
-        )
-    if x.dtype != base_weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(
-            f"x is of {x.dtype}, expected {base_weight.dtype}, the dtype of the weights; cast it"
-        )
-    if ndim == 1 and x.shape[2] < stride:
-        raise ValueError(
-            f"stride is {stride} and averages groups of {stride} samples, but x has {x.shape[2]}"
-        )
+        ndim = len(size)
+        bands = filtered.unflatten(1, (-1, 2**ndim))
+        bands = torch.cat([(bands[:, :, 0] + deeper).unsqueeze(2), bands[:, :, 1:]], dim=2)
+        deeper = _spatial(inverse_wavelet_transform(bands, filters), [slice(n) for n in size])
+    return deeper
 
 
-def _subsample(y: Tensor, stride: int) -> Tensor:
+def subsample(y: Tensor, stride: int) -> Tensor:
+    """The published layers' strides of `[N, C, *spatial]`: means in 1-D, subsampling otherwise."""
     if stride == 1:
         return y
     if y.ndim == 3:

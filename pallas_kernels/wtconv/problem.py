@@ -1,0 +1,50 @@
+"""What an implementation is told of a call, in either framework."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pallas_kernels.haar.filters import IS_HAAR
+
+
+class Problem(NamedTuple):
+    """What an implementation's `check` is told of a call: x is `[N, *spatial, C]`."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    kernel_size: int
+    levels: int
+    wavelet: str
+
+    def __str__(self) -> str:
+        """As errors tell it."""
+        kind = f"{self.dtype}, {self.levels} levels of kernel {self.kernel_size}, {self.wavelet}"
+        return f"x {self.shape} {kind}"
+
+    def beyond(self, dtypes: Sequence[str], max_kernel: int) -> list[str]:
+        """What of it kernels for images and Haar wavelets do not do.
+
+        Args:
+            dtypes: Those that they take.
+            max_kernel: Their largest kernel size.
+
+        Returns:
+            A phrase for each, none if they take it.
+
+        Example:
+            >>> Problem((2, 8, 4), "float32", 5, 1, "haar").beyond(["float32"], 3)
+            ['1-D signals, 2-D alone', 'kernels of 5, up to 3']
+        """
+        reasons = []
+        if len(self.shape) != 4:
+            reasons.append(f"{len(self.shape) - 2}-D signals, 2-D alone")
+        if self.dtype not in dtypes:
+            reasons.append(f"{self.dtype}, {', '.join(dtypes)} alone")
+        if self.wavelet not in IS_HAAR:
+            reasons.append(f"wavelet {self.wavelet!r}, 'haar' alone")
+        if self.kernel_size > max_kernel:
+            reasons.append(f"kernels of {self.kernel_size}, up to {max_kernel}")
+        if not all(isinstance(size, int) for size in self.shape):
+            reasons.append("arrays of symbolic size")
+        elif self.shape[0] == 0:
+            reasons.append("an empty batch")
+        return reasons

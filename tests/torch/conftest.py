@@ -1,0 +1,13 @@
+"""Fixtures of the PyTorch layers' tests."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On arrays this small threads only wait for each other."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

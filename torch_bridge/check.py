@@ -1,0 +1,146 @@
+"""`python -m torch_bridge check`: every implementation that is here, against the oracle."""
+
+import math
+import platform
+from collections.abc import Iterator
+from functools import partial
+from typing import cast
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from flash_wtconv_jax.checkpoints import from_torch
+from flash_wtconv_jax.checkpoints.tensors import to_array, to_tensors
+from flash_wtconv_jax.cli.check import AsJson, show
+from pallas_kernels.wtconv.cases import CASES, Case
+from pallas_kernels.wtconv.checking import Backend, drawn, run
+from torch_bridge import ops
+from torch_bridge.exchange import from_jax
+from torch_bridge.wtconv import LAYERS, best_device
+
+app = typer.Typer(
+    name="python -m torch_bridge",
+    help="Wavelet convolutions for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.callback()
+def _group() -> None:
+    """A group even while it has one command."""
+
+
+@app.command()
+def check(as_json: AsJson = None) -> None:
+    """Compute the shared cases with every implementation that this machine has; 1 if one fails."""
+    device = best_device()
+    about = {
+        "device": {"platform": device.type, "kind": _kind(device)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    # As the published layer computes, every array in x's dtype.
+    plain = partial(layer_results, "eager", device, torch.contiguous_format)
+    rows = run(backends(device), plain)
+    show(rows, about, f"PyTorch, {about['device']['kind']}", as_json)
+
+
+def _kind(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {platform.system()}"
+
+
+def backends(device: torch.device) -> Iterator[Backend]:
+    """Every implementation on a device, on images in both memory formats."""
+    images = [case for case in CASES if case.ndim == 2 and not case.strided]
+    for name, reason in ops.OPERATOR.status(device.type):
+        refusal = partial(_refusal, name, reason, device)
+        for suffix, cases, memory_format in (
+            ("", CASES, torch.contiguous_format),
+            (" channels-last", images, torch.channels_last),
+        ):
+            compute = partial(layer_results, name, device, memory_format)
+            yield Backend(f"{name}{suffix}", cases, refusal, compute)
+
+
+def _refusal(name: str, unavailable: str | None, device: torch.device, case: Case) -> str | None:
+    """Why an implementation does not take a case, which its `check` says."""
+    if unavailable is not None:
+        return unavailable
+    if device.type == "mps" and case.dtype == "float64":
+        return "MPS has no float64"
+    shape = (math.prod(case.batch), case.channels, *case.spatial)
+    dtype = getattr(torch, case.dtype)
+    try:
+        ops.pick(
+            *(name, device.type, shape, dtype, case.kernel_size, case.levels, case.wavelet),
+        )
+    except NotImplementedError as error:
+        return str(error).split(f"{name}: ", 1)[1]
+    return None
+
+
+def layer_results(
+    name: str, device: torch.device, memory_format: torch.memory_format, case: Case
+) -> dict[str, np.ndarray]:
+    """Output and gradients of the layer of a case by one implementation.
+
+    Args:
+        name: The implementation.
+        device: Where it computes.
+        memory_format: Of x and dy, where the case does not ask for other strides.
+        case: What is computed.
+
+    Returns:
+        Arrays by the names of `pallas_kernels.wtconv.checking`.
+
+    Raises:
+        ValueError: The output is not in the memory format of x.
+    """
+    values, params, dvalues = drawn(case)
+    x, dy = (
+        _signal(value, case, device).contiguous(memory_format=memory_format)
+        for value in (values, dvalues)
+    )
+    if case.strided:
+        x, dy = (torch.stack([t, t], -1).flatten(-2)[..., ::2] for t in (x, dy))
+    layer = LAYERS[case.ndim](
+        case.channels,
+        case.channels,
+        case.kernel_size,
+        case.stride,
+        case.bias,
+        case.levels,
+        case.wavelet,
+        device,
+        x.dtype,
+        name,
+    )
+    from_jax({"params": params}, layer, wavelet=case.wavelet)
+    x.requires_grad_()
+    # Or plain PyTorch rounds the factors of a convolution to 10 bits on a GPU.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        y = layer(x)
+        y.backward(dy)
+    if case.stride == 1 and y.numel() and not y.is_contiguous(memory_format=memory_format):
+        raise ValueError(f"y has strides {y.stride()}, those of x are {x.stride()}")
+    found = layer.state_dict(keep_vars=True)
+    grads = {n: value if value.grad is None else value.grad for n, value in found.items()}
+    dparams = from_torch(grads, "published", wavelet=case.wavelet)["params"]
+    return {"y": _array(y, case), "dx": _array(cast(Tensor, x.grad), case), **dparams}
+
+
+def _signal(value: np.ndarray, case: Case, device: torch.device) -> Tensor:
+    """`[*batch, *spatial, C]` as `[N, C, *spatial]`."""
+    x = to_tensors({"x": value})["x"].to(device)
+    return x.reshape(-1, *x.shape[-1 - case.ndim :]).movedim(-1, 1)
+
+
+def _array(value: Tensor, case: Case) -> np.ndarray:
+    """`[N, C, *spatial]` as `[*batch, *spatial, C]`."""
+    last = value.movedim(1, -1)
+    return to_array(last.reshape(*case.batch, *last.shape[1:]))
