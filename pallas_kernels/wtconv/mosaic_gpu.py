@@ -267,7 +267,8 @@ def _level(
     names = [*arrays, "y", *scratch]
 
     def body(*refs: Any) -> None:
-        _LevelBlock(tiling, depth, **dict(zip(names, refs, strict=True))).run()
+        block = dict(zip(names, refs, strict=True))
+        _LevelBlock(tiling=tiling, depth=depth, **block).run()
 
     kernel = plgpu.kernel(
         body,
@@ -301,43 +302,21 @@ def _spread(taps: jax.Array, chunks: int) -> jax.Array:
     return jnp.broadcast_to(taps[..., None, :], (*taps.shape[:-1], _STRIPS, _CHANNELS))
 
 
-@dataclass(frozen=True)
-class _LevelBlock:
-    """One block of `_level`: its references, and what each of its warpgroups does."""
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """What the blocks of all launches have: rows of x in a ring of slots of shared memory."""
 
     tiling: _Tiling
     depth: int
     x: Any
-    taps: Any
-    y: Any
     rows: Any
-    handed: Any
-    out: Any
     full: Any
     free: Any
-    handed_full: Any
-    handed_free: Any
-    below: Any = None
-    deep: Any = None
-    base: Any = None
-    bias: Any = None
-
-    def run(self) -> None:
-        """Gives each warpgroup its role."""
-        warpgroup = lax.axis_index("warpgroup")
-        pl.when(warpgroup < 2)(partial(self.bands, warpgroup))
-        pl.when(warpgroup == 2)(partial(self.pixels, 0))
-        pl.when(warpgroup == 3)(partial(self.pixels, 1))
 
     @property
     def size(self) -> int:
         """The kernel size."""
         return 2 * self.tiling.reach + 1
-
-    @property
-    def lag(self) -> int:
-        """Rows of coefficients that the base convolution's results lie behind what it reads."""
-        return pl.cdiv(self.tiling.reach, 2) if self.base is not None else 0
 
     @property
     def place(self) -> tuple[Any, Any]:
@@ -358,26 +337,142 @@ class _LevelBlock:
         group, height = lax.div(tile, tiling.heights), lax.rem(tile, tiling.heights)
         return group * tiling.images, height * tiling.rows
 
-    def fetch(self, turn: Any) -> None:
-        """Orders the copy of the rows of one step, counted over all tiles."""
+    @property
+    def turns(self) -> Any:
+        """Steps of this block, over all of its tiles."""
+        return self.count * self.tiling.steps
+
+    def window(self, turn: Any) -> tuple[Any, Any, Any, Any]:
+        """Images, first row, stretch and channels of the step number `turn` over all tiles.
+
+        The row is one of coefficients, in an image, and does not count what a tile reads above it.
+        """
         tiling = self.tiling
-        slot = lax.rem(turn, self.depth)
         image, row = self.origin(lax.div(turn, tiling.steps))
-        row = row - tiling.lead + lax.rem(turn, tiling.steps)
         chunk, stretch = self.place
-        images = pl.ds(image, tiling.images)
-        channels = pl.ds(chunk * _CHANNELS, _CHANNELS)
-        first = 2 * (stretch * tiling.width - tiling.reach)
+        row = row + lax.rem(turn, tiling.steps)
+        return pl.ds(image, tiling.images), row, stretch, pl.ds(chunk * _CHANNELS, _CHANNELS)
+
+    def fetch_rows(self, turn: Any, above: int) -> None:
+        """Orders the copy of the two rows of x that lie `above` rows over those of a step."""
+        images, row, stretch, channels = self.window(turn)
+        slot = lax.rem(turn, self.depth)
+        first = 2 * (stretch * self.tiling.width - self.tiling.reach)
         columns = pl.ds(first, self.rows.shape[-2])
         plgpu.copy_gmem_to_smem(
-            self.x.at[images, pl.ds(2 * row, 2), columns, channels],
+            self.x.at[images, pl.ds(2 * (row - above), 2), columns, channels],
             self.rows.at[slot],
             self.full.at[slot],
         )
+
+    def fetch(self, turn: Any) -> None:
+        """Orders the copies of a step."""
+        raise NotImplementedError
+
+    def fetch_first(self) -> None:
+        """Orders the copies of the first steps, for which all slots are free."""
+
+        def one(turn: Any, _: Any) -> tuple[()]:
+            pl.when(turn < self.turns)(partial(self.fetch, turn))
+            return ()
+
+        lax.fori_loop(0, self.depth, one, ())
+
+    def fetch_next(self, turn: Any) -> None:
+        """Orders the copies of a step into the slot of step `turn`, once all have freed it."""
+
+        @pl.when((turn >= 0) & (turn + self.depth < self.turns))
+        def _() -> None:
+            plgpu.barrier_wait(self.free.at[lax.rem(turn, self.depth)])
+            self.fetch(turn + self.depth)
+
+    def pairs(self, row: Any, pair: Any, columns: int, each: int = 2) -> list[tuple[Any, Any]]:
+        """(LL, LH) of each column of coefficients, or (HL, HH) if `pair` is 1, twice as large.
+
+        Args:
+            row: `[images, 2, columns of pixels, channels]`, halo included.
+            pair: Which two bands.
+            columns: Columns of coefficients of a strip, halo included.
+            each: As `view` takes it.
+        """
+        sign = jnp.where(pair == 0, 1.0, -1.0).astype(jnp.float32)
+        found = []
+        for j in range(columns):
+            upper, lower = (
+                self.column(row.at[:, v], 2 * j, each)
+                + sign * self.column(row.at[:, v], 2 * j + 1, each)
+                for v in range(2)
+            )
+            found.append((upper + lower, upper - lower))
+        return found
+
+    def drain(self, barrier: Any, turns: Any, slots: int) -> None:
+        """Waits for the last turns, which nobody had to wait for."""
+
+        def one(turn: Any, _: Any) -> tuple[()]:
+            plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
+            return ()
+
+        lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
+
+    def zeros(self, count: int) -> list[Any]:
+        """Sums to begin with."""
+        shape = (_STRIPS, _CHANNELS)
+        zero = jnp.zeros(shape, jnp.float32)
+        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
+
+    def view(self, row: Any, j: int, each: int) -> Any:
+        """Column j of each strip, `each * columns` wide, of a row `[images, columns, channels]`."""
+        tiling = self.tiling
+        if tiling.strips == 1:
+            return row.at[:, j]
+        each *= tiling.columns
+        first = min(j, row.shape[1] - tiling.strips * each)
+        row = row.at[0, pl.ds(first, tiling.strips * each)]
+        return row.reshape(tiling.strips, each, _CHANNELS).at[:, j - first]
+
+    def column(self, row: Any, j: int, each: int = 2) -> Any:
+        """What `view` shows, in float32."""
+        return self.view(row, j, each)[...].astype(jnp.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LevelBlock(_Block):
+    """One block of `_level`: its references, and what each of its warpgroups does."""
+
+    taps: Any
+    y: Any
+    handed: Any
+    out: Any
+    handed_full: Any
+    handed_free: Any
+    below: Any = None
+    deep: Any = None
+    base: Any = None
+    bias: Any = None
+
+    def run(self) -> None:
+        """Gives each warpgroup its role."""
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup < 2)(partial(self.bands, warpgroup))
+        pl.when(warpgroup == 2)(partial(self.pixels, 0))
+        pl.when(warpgroup == 3)(partial(self.pixels, 1))
+
+    @property
+    def lag(self) -> int:
+        """Rows of coefficients that the base convolution's results lie behind what it reads."""
+        return pl.cdiv(self.tiling.reach, 2) if self.base is not None else 0
+
+    def fetch(self, turn: Any) -> None:
+        """Orders the copies of a step."""
+        self.fetch_rows(turn, self.tiling.lead)
         if self.below is not None:
-            columns = pl.ds(stretch * tiling.width, tiling.width)
+            images, row, stretch, channels = self.window(turn)
+            slot = lax.rem(turn, self.depth)
+            columns = pl.ds(stretch * self.tiling.width, self.tiling.width)
+            row = row - self.tiling.lead - self.tiling.reach
             plgpu.copy_gmem_to_smem(
-                self.below.at[images, pl.ds(row - tiling.reach, 1), columns, channels],
+                self.below.at[images, pl.ds(row, 1), columns, channels],
                 self.deep.at[slot],
                 self.full.at[slot],
             )
@@ -391,7 +486,6 @@ class _LevelBlock:
             [[self.taps[chunk, pair, d * size + e, band] for band in range(2)] for e in range(size)]
             for d in range(size)
         ]
-        sign = jnp.where(pair == 0, 1.0, -1.0).astype(jnp.float32)
         share = jnp.where(pair == 0, 0.5, 0.0).astype(jnp.float32)
         filtered = 2 * columns
 
@@ -401,17 +495,7 @@ class _LevelBlock:
             plgpu.barrier_wait(self.full.at[slot])
             if zero:
                 return [*sums, *self.zeros(filtered)], slot
-            top, bottom = (
-                [
-                    self.column(self.rows.at[slot, :, row], j)
-                    for j in range(2 * columns + 2 * size - 2)
-                ]
-                for row in range(2)
-            )
-            found = []
-            for j in range(columns + size - 1):
-                upper, lower = (row[2 * j] + sign * row[2 * j + 1] for row in (top, bottom))
-                found.append((upper + lower, upper - lower))
+            found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
             totals = []
             for row in range(size):
                 for j in range(columns):
@@ -475,7 +559,6 @@ class _LevelBlock:
         if self.base is not None:
             taps = [[self.base[chunk, d * size + e] for e in range(size)] for d in range(size)]
         offset = None if self.bias is None else self.bias[chunk]
-        turns = self.count * tiling.steps
         open_rows = 2 * self.lag
 
         def step(turn: Any, sums: list[Any], zero: bool) -> list[Any]:
@@ -504,12 +587,7 @@ class _LevelBlock:
                         totals.append(total)
             plgpu.barrier_arrive(self.free.at[slot])
             if lower:
-                # By now all have freed the slot of the step before, or are about to.
-                @pl.when((turn > 0) & (turn - 1 + self.depth < turns))
-                def _() -> None:
-                    plgpu.barrier_wait(self.free.at[lax.rem(turn - 1, self.depth)])
-                    self.fetch(turn - 1 + self.depth)
-
+                self.fetch_next(turn - 1)
             return totals
 
         def write(i: Any, row: Any, done: list[Any]) -> None:
@@ -552,16 +630,11 @@ class _LevelBlock:
             return ()
 
         if lower:
-
-            def first(turn: Any, _: Any) -> tuple[()]:
-                pl.when(turn < turns)(partial(self.fetch, turn))
-                return ()
-
-            lax.fori_loop(0, self.depth, first, ())
+            self.fetch_first()
         lax.fori_loop(0, self.count, tile, ())
         plgpu.wait_smem_to_gmem(0)
         if lower:
-            self.drain(self.free, turns, self.depth)
+            self.drain(self.free, self.turns, self.depth)
 
     def store(self, i: Any, row: Any, lower: int, slot: Any) -> None:
         """Orders the copy of a row of the i-th tile's pixels to the result.
@@ -596,32 +669,3 @@ class _LevelBlock:
             pl.when(2 * (first + row) + lower < height)(partial(copy, 2 * tiling.width))
         else:
             copy(2 * tiling.width)
-
-    def drain(self, barrier: Any, turns: Any, slots: int) -> None:
-        """Waits for the last turns, which nobody had to wait for."""
-
-        def one(turn: Any, _: Any) -> tuple[()]:
-            plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
-            return ()
-
-        lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
-
-    def zeros(self, count: int) -> list[Any]:
-        """Sums to begin with."""
-        shape = (_STRIPS, _CHANNELS)
-        zero = jnp.zeros(shape, jnp.float32)
-        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
-
-    def view(self, row: Any, j: int, each: int) -> Any:
-        """Column j of each strip, `each * columns` wide, of a row `[images, columns, channels]`."""
-        tiling = self.tiling
-        if tiling.strips == 1:
-            return row.at[:, j]
-        each *= tiling.columns
-        first = min(j, row.shape[1] - tiling.strips * each)
-        row = row.at[0, pl.ds(first, tiling.strips * each)]
-        return row.reshape(tiling.strips, each, _CHANNELS).at[:, j - first]
-
-    def column(self, row: Any, j: int, each: int = 2) -> Any:
-        """What `view` shows, in float32."""
-        return self.view(row, j, each)[...].astype(jnp.float32)
