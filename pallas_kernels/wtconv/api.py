@@ -24,6 +24,7 @@ Precision = str | jax.lax.Precision | None
 class Implementation(StrEnum):
     """Implementations of the wavelet convolution."""
 
+    MOSAIC_GPU = "mosaic_gpu"
     MOSAIC_TPU = "mosaic_tpu"
     TRITON = "triton"
     XLA = "xla"
@@ -33,7 +34,11 @@ OPERATOR = Operator(
     name="wtconv",
     package="pallas_kernels.wtconv",
     implementations=Implementation,
-    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "xla"), "cpu": ("xla",)},
+    rule={
+        "tpu": ("mosaic_tpu", "xla"),
+        "gpu": ("mosaic_gpu", "triton", "xla"),
+        "cpu": ("xla",),
+    },
 )
 
 

@@ -274,17 +274,24 @@ def _level(
         body,
         out_type=jax.ShapeDtypeStruct((n, h, w, c), dtype),
         scratch_types=list(scratch.values()),
-        grid=(tiling.splits, tiling.stretches * tiling.chunks),
-        grid_names=("split", "unit"),
-        num_threads=4,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
+        **_launch(tiling),
+    )
+    return kernel(*arrays.values())
+
+
+def _launch(tiling: _Tiling) -> dict[str, Any]:
+    """How all kernels are launched."""
+    return {
+        "grid": (tiling.splits, tiling.stretches * tiling.chunks),
+        "grid_names": ("split", "unit"),
+        "num_threads": 4,
+        "thread_name": "warpgroup",
+        "compiler_params": plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             # Every thread arrives at the barriers itself, after its own loads and stores.
             unsafe_no_auto_barriers=True,
         ),
-    )
-    return kernel(*arrays.values())
+    }
 
 
 def _bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
@@ -669,3 +676,233 @@ class _LevelBlock(_Block):
             pl.when(2 * (first + row) + lower < height)(partial(copy, 2 * tiling.width))
         else:
             copy(2 * tiling.width)
+
+
+@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
+def weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    kernel_shapes: tuple[tuple[int, ...], ...],
+    wavelet: str,
+    precision: lax.Precision | None,
+) -> Taps:
+    """Gradients of the taps: each level's coefficients of x correlated with those of dy.
+
+    Every sum runs in a fixed order, so they are bitwise reproducible.
+    """
+    axes = varying_axes((x, dy))
+    channels = x.shape[-1]
+    kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
+    sums: list[jax.Array] = []
+    pairs = zip(_lows(_aligned(x), levels), _lows(_aligned(dy), levels), strict=True)
+    for level, (low, other) in enumerate(pairs):
+        bands, base = _level_weights(low, other, kernel_size, base=level == 0)
+        sums += ([] if base is None else [base]) + [bands * 0.25]
+    return vary_over(
+        axes,
+        tuple(
+            part[..., :channels].reshape(shape)
+            for part, shape in zip(sums, kernel_shapes, strict=True)
+        ),
+    )
+
+
+def _level_weights(
+    x: jax.Array, dy: jax.Array, kernel_size: int, base: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Correlates bands of x with those of dy, each twice too large, and x itself with dy.
+
+    Returns:
+        `[k * k, 4, C]`, and `[k * k, C]` if `base`, else None.
+    """
+    channels = x.shape[-1]
+    tiling = _tiling(x.shape, kernel_size)
+    image = (tiling.images, 2, 2 * tiling.width + 4 * tiling.reach, _CHANNELS)
+    other = (tiling.images, 2, 2 * tiling.width, _CHANNELS)
+    depth = min(8, _SHARED // (_bytes(image, x.dtype) + _bytes(other, dy.dtype)))
+    units = tiling.stretches * tiling.chunks
+    taps = kernel_size**2
+    lanes = (_STRIPS, _CHANNELS)
+    outputs = {"bands": (tiling.splits, units, 2, taps, 2, *lanes)}
+    if base:
+        outputs["base"] = (tiling.splits, units, 2, taps, *lanes)
+    scratch = {
+        "rows": plgpu.SMEM((depth, *image), x.dtype),
+        "others": plgpu.SMEM((depth, *other), dy.dtype),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=depth),
+        "free": plgpu.Barrier(num_arrivals=4 if base else 2, num_barriers=depth),
+    }
+    names = ["x", "dy", *outputs, *scratch]
+
+    def body(*refs: Any) -> None:
+        block = dict(zip(names, refs, strict=True))
+        _WeightsBlock(tiling=tiling, depth=depth, **block).run()
+
+    found = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs.values()],
+        scratch_types=list(scratch.values()),
+        **_launch(tiling),
+    )(x, dy)
+
+    def total(sums: jax.Array) -> jax.Array:
+        """`[splits, units, roles, ..., strips, channels]` as `[roles, ..., C]`."""
+        sums = sums.sum((0, -2)).reshape(
+            tiling.stretches, tiling.chunks, *sums.shape[2:-2], _CHANNELS
+        )
+        sums = jnp.moveaxis(sums.sum(0), 0, -2)
+        return sums.reshape(*sums.shape[:-2], -1)[..., :channels]
+
+    bands = jnp.moveaxis(total(found[0]), 0, 1).reshape(taps, 4, channels)
+    return bands, total(found[1]).sum(0) if base else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WeightsBlock(_Block):
+    """One block of `_level_weights`.
+
+    A step brings in rows of dy, and of x those that lie `reach` rows above. A warpgroup keeps the
+    rows of dy that a row of x is a neighbour of, and a sum a tap.
+    """
+
+    dy: Any
+    others: Any
+    bands: Any
+    base: Any = None
+
+    def run(self) -> None:
+        """Gives each warpgroup its role."""
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup < 2)(partial(self.correlate_bands, warpgroup))
+        if self.base is not None:
+            pl.when(warpgroup == 2)(partial(self.correlate_pixels, 0))
+            pl.when(warpgroup == 3)(partial(self.correlate_pixels, 1))
+        else:
+            pl.when(warpgroup == 3)(self.only_fetch)
+
+    @property
+    def behind(self) -> int:
+        """Steps by which the rows of pixels of dy are used later than they come in."""
+        return self.tiling.reach - pl.cdiv(self.tiling.reach, 2)
+
+    def fetch(self, turn: Any) -> None:
+        """Orders the copies of a step."""
+        self.fetch_rows(turn, self.tiling.reach)
+        images, row, stretch, channels = self.window(turn)
+        slot = lax.rem(turn, self.depth)
+        columns = pl.ds(2 * stretch * self.tiling.width, 2 * self.tiling.width)
+        plgpu.copy_gmem_to_smem(
+            self.dy.at[images, pl.ds(2 * row, 2), columns, channels],
+            self.others.at[slot],
+            self.full.at[slot],
+        )
+
+    def own(self, row: Any, values: list[Any]) -> list[Any]:
+        """Values of a row of dy, zero if the row is another tile's."""
+        mine = (row >= 0) & (row < self.tiling.rows)
+        # Not a product: what lies there may be infinite.
+        return [jnp.where(mine, value, 0.0) for value in values]
+
+    def correlate_bands(self, pair: Any) -> None:
+        """Sums of (LL, LH), or of (HL, HH) if `pair` is 1."""
+        plgpu.set_max_registers(_REGISTERS["bands"], action="increase")
+        tiling, size, columns = self.tiling, self.size, self.tiling.columns
+        filtered = 2 * columns
+
+        def tile(i: Any, totals: list[Any]) -> list[Any]:
+            def one(s: Any, carry: list[Any]) -> list[Any]:
+                turn = i * tiling.steps + s
+                slot = lax.rem(turn, self.depth)
+                plgpu.barrier_wait(self.full.at[slot])
+                totals, window = carry[: 2 * size**2], carry[2 * size**2 :]
+                row = [
+                    v for both in self.pairs(self.others.at[slot], pair, columns, 2) for v in both
+                ]
+                if tiling.heights > 1:
+                    row = self.own(s, row)
+                window = [*window, *row]
+                found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
+                plgpu.barrier_arrive(self.free.at[slot])
+                sums = []
+                for d in range(size):
+                    for e in range(size):
+                        for band in range(2):
+                            total = totals[(d * size + e) * 2 + band]
+                            for j in range(columns):
+                                # The oldest row of dy is the furthest above that of x.
+                                at = ((size - 1 - d) * columns + j) * 2 + band
+                                total = total + found[j + e][band] * window[at]
+                            sums.append(total)
+                return [*sums, *window[filtered:]]
+
+            window = self.zeros(filtered * (size - 1))
+            return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: 2 * size**2]
+
+        totals = lax.fori_loop(0, self.count, tile, self.zeros(2 * size**2))
+        split, unit = lax.axis_index("split"), lax.axis_index("unit")
+        for t, total in enumerate(totals):
+            self.bands[split, unit, pair, t // 2, t % 2] = total
+
+    def correlate_pixels(self, lower: int) -> None:
+        """Sums over the upper or the lower row of each pair of pixels' rows of dy."""
+        plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
+        tiling, size, columns = self.tiling, self.size, 2 * self.tiling.columns
+        reach, lag, behind = tiling.reach, pl.cdiv(tiling.reach, 2), self.behind
+        if lower:
+            self.fetch_first()
+
+        def tile(i: Any, totals: list[Any]) -> list[Any]:
+            def one(s: Any, carry: list[Any]) -> list[Any]:
+                turn = i * tiling.steps + s
+                slot = lax.rem(turn, self.depth)
+                plgpu.barrier_wait(self.full.at[slot])
+                totals, window = carry[: size**2], carry[size**2 :]
+                # Of the turn before the first nothing is there, nor used.
+                before = lax.rem(turn - behind + self.depth, self.depth)
+                other = self.others.at[before, :, lower]
+                row = [self.column(other, j) for j in range(columns)]
+                if tiling.heights > 1 or behind:
+                    row = self.own(s - behind, row)
+                window = [*window, *row]
+                sums = list(totals)
+                for v in range(2):
+                    x = self.rows.at[slot, :, v]
+                    values = [self.column(x, reach + j) for j in range(columns + size - 1)]
+                    for o in range(2 * lag + 1):
+                        d = 2 * (lag - o) + v - lower + reach
+                        for e in range(size if 0 <= d < size else 0):
+                            for j in range(columns):
+                                product = values[j + e] * window[o * columns + j]
+                                sums[d * size + e] = sums[d * size + e] + product
+
+                @pl.when(turn >= behind)
+                def _() -> None:
+                    plgpu.barrier_arrive(self.free.at[before])
+
+                if lower:
+                    self.fetch_next(turn - behind - 1)
+                return [*sums, *window[columns:]]
+
+            window = self.zeros(2 * lag * columns)
+            return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: size**2]
+
+        totals = lax.fori_loop(0, self.count, tile, self.zeros(size**2))
+        for late in range(behind):
+            plgpu.barrier_arrive(self.free.at[lax.rem(self.turns - behind + late, self.depth)])
+        split, unit = lax.axis_index("split"), lax.axis_index("unit")
+        for t, total in enumerate(totals):
+            self.base[split, unit, lower, t] = total
+        if lower:
+            self.drain(self.free, self.turns, self.depth)
+
+    def only_fetch(self) -> None:
+        """Orders the copies for two warpgroups that need no others."""
+        self.fetch_first()
+
+        def one(turn: Any, _: Any) -> tuple[()]:
+            self.fetch_next(turn)
+            return ()
+
+        lax.fori_loop(0, self.turns, one, ())
+        self.drain(self.free, self.turns, self.depth)
