@@ -779,6 +779,8 @@ class _WeightsBlock(_Block):
             pl.when(warpgroup == 2)(partial(self.correlate_pixels, 0))
             pl.when(warpgroup == 3)(partial(self.correlate_pixels, 1))
         else:
+            # All four roles must be there for the registers to go from two to the others.
+            pl.when(warpgroup == 2)(self.rest)
             pl.when(warpgroup == 3)(self.only_fetch)
 
     @property
@@ -896,8 +898,13 @@ class _WeightsBlock(_Block):
         if lower:
             self.drain(self.free, self.turns, self.depth)
 
+    def rest(self) -> None:
+        """Leaves its registers to others."""
+        plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
+
     def only_fetch(self) -> None:
         """Orders the copies for two warpgroups that need no others."""
+        plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
         self.fetch_first()
 
         def one(turn: Any, _: Any) -> tuple[()]:
