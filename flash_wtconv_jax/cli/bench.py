@@ -42,7 +42,8 @@ def wtconv(
         bool,
         typer.Option(
             "--write-defaults",
-            help="Write what was the fastest into the package's table of this kind of device.",
+            help="Time every implementation, and write which is the fastest into the package's "
+            "table of this kind of device.",
         ),
     ] = False,
 ) -> None:
@@ -64,7 +65,7 @@ def wtconv(
                 "--write-defaults needs a shape that several implementations can compute here; "
                 "'flash-wtconv info' tells which can run"
             )
-        report = benchmark.run(names, baseline, progress, dtype)
+        report = benchmark.run(names, baseline, progress, dtype, each=write_defaults)
         kind = platform.kind()
     figures = {"wtconv": plots.speedups(report), "wtconv_roofline": plots.roofline(report)}
     _tell(report, _wtconv_table(report), figures, out)
