@@ -177,7 +177,7 @@ class _Tiling:
         return self.steps if self.heights > 1 else self.rows
 
 
-def _tiling(shape: Sequence[int], kernel_size: int) -> _Tiling:
+def _tiling(shape: Sequence[int], kernel_size: int, most_rounds: int = _MAX_ROUNDS) -> _Tiling:
     """The tiling of `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
     n, h, w, c = shape
     rows, columns = pl.cdiv(h, 2), pl.cdiv(w, 2)
@@ -206,7 +206,7 @@ def _tiling(shape: Sequence[int], kernel_size: int) -> _Tiling:
                             *(stretches, chunks, heights, tiles, splits),
                         )
                     )
-                    if splits == tiles or rounds > _MAX_ROUNDS:
+                    if splits == tiles or rounds >= most_rounds:
                         break
     return min(tilings, key=cost)
 
@@ -730,7 +730,8 @@ def _level_weights(
         `[k * k, 4, C]`, and if `base`, else None, `[k * k + 1, C]`, of which the last sums dy.
     """
     channels = x.shape[-1]
-    tiling = _tiling(x.shape, kernel_size)
+    # One round of blocks: each leaves its own sums in memory.
+    tiling = _tiling(x.shape, kernel_size, most_rounds=1)
     image = (tiling.images, 2, 2 * tiling.width + 4 * tiling.reach, _CHANNELS)
     other = (tiling.images, 2, 2 * tiling.width, _CHANNELS)
     depth = min(8, _SHARED // (_bytes(image, x.dtype) + _bytes(other, dy.dtype)))
