@@ -45,4 +45,4 @@ def _sums(values: jax.Array) -> jax.Array:
     for _ in range(_LENGTH):
         pairs = [(b, a + b) for a, b in pairs]
         pairs = [(b, a + b) for a, b in pairs]
-    return sum(a - b for a, b in pairs)
+    return jnp.stack([a - b for a, b in pairs]).sum(0)
