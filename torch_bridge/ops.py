@@ -38,10 +38,11 @@ class Implementation(StrEnum):
     """Implementations of the wavelet convolution."""
 
     TRITON = "triton"
+    METAL = "metal"
     EAGER = "eager"
 
 
-_MODULES = {"triton": "triton_launch", "eager": "eager"}
+_MODULES = {"triton": "triton_launch", "metal": "metal_launch", "eager": "eager"}
 
 
 class _Operator(Operator):
@@ -56,7 +57,7 @@ OPERATOR = _Operator(
     name="torch_wtconv",
     package="torch_bridge.backends",
     implementations=Implementation,
-    rule={"cuda": ("triton", "eager"), "cpu": ("eager",)},
+    rule={"cuda": ("triton", "eager"), "mps": ("metal", "eager"), "cpu": ("eager",)},
 )
 
 
