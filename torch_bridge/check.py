@@ -1,9 +1,14 @@
 """`python -m torch_bridge check`: every implementation that is here, against the oracle."""
 
+import importlib.util
 import math
 import platform
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -19,6 +24,9 @@ from pallas_kernels.wtconv.checking import Backend, drawn, run
 from torch_bridge import ops
 from torch_bridge.exchange import from_jax
 from torch_bridge.wtconv import LAYERS, best_device
+
+ON_CPU = ("metal",)
+"""Implementations whose source the CPU can run too."""
 
 app = typer.Typer(
     name="python -m torch_bridge",
@@ -65,6 +73,41 @@ def backends(device: torch.device) -> Iterator[Backend]:
         ):
             compute = partial(layer_results, name, device, memory_format)
             yield Backend(f"{name}{suffix}", cases, refusal, compute)
+    for name in ON_CPU:
+        yield on_cpu(name)
+
+
+def on_cpu(name: str) -> Backend:
+    """An implementation for other devices, its source built for the CPU."""
+    title, cpu = f"{name} on CPU", torch.device("cpu")
+    module = emulator(name)
+    if module is None:
+        reason = "needs a checkout of the repository: the tests know how"
+        return Backend(title, CASES, lambda case: reason, lambda case: {})
+    refusal = partial(_refusal, name, module.unavailable(), cpu)
+    compute = partial(layer_results, name, cpu, torch.contiguous_format)
+    # Every call in a context of its own.
+    return Backend(title, CASES, module.on_cpu()(refusal), module.on_cpu()(compute))
+
+
+@cache
+def emulator(name: str) -> ModuleType | None:
+    """What runs the source of an implementation on the CPU; None outside of a checkout.
+
+    Args:
+        name: The implementation.
+
+    Returns:
+        A module with `unavailable()`, the reason why it cannot here or None, and `on_cpu()`, a
+        context in which the implementation takes tensors of the CPU.
+    """
+    path = Path(__file__).parents[1] / "tests" / "torch" / f"{name}_on_cpu.py"
+    if not path.exists():
+        return None
+    spec = cast(ModuleSpec, importlib.util.spec_from_file_location(path.stem, path))
+    module = importlib.util.module_from_spec(spec)
+    cast(Loader, spec.loader).exec_module(module)
+    return module
 
 
 def _refusal(name: str, unavailable: str | None, device: torch.device, case: Case) -> str | None:
