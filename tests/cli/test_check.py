@@ -46,6 +46,7 @@ class TestTorch:
 
         monkeypatch.setattr(check, "CASES", CASES)
         monkeypatch.setattr(check, "best_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(check, "ON_CPU", ())
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def check(self, monkeypatch, *arguments):
@@ -57,11 +58,13 @@ class TestTorch:
     def test_against_the_oracle(self, monkeypatch, capsys, tmp_path):
         assert self.check(monkeypatch, "--json", tmp_path / "a.json") == 0
         output = capsys.readouterr().out
-        assert "3 pass, 0 fail, 3 skip" in output
+        assert "3 pass, 0 fail, 6 skip" in output
         assert "skip triton, 2 cases: needs a GPU, this is cpu" in output
+        assert "skip metal, 2 cases: needs an Apple GPU, this is cpu" in output
         rows = json.loads((tmp_path / "a.json").read_text())["rows"]
         assert [row["backend"] for row in rows] == [
             *("triton", "triton", "triton channels-last"),
+            *("metal", "metal", "metal channels-last"),
             *("eager", "eager", "eager channels-last"),
         ]
 

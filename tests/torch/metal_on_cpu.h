@@ -19,6 +19,7 @@
 
 #define device
 #define constant const
+#define threadgroup
 
 using uint = unsigned;
 
@@ -111,7 +112,7 @@ inline uint3 group;
 inline std::vector<void*> filled;
 inline void (*kernel)(void**);
 inline void** arguments;
-// The line of a barrier that is not there, of a fault that a test plants.
+// The barrier that is not there, a fault that a test plants; they are counted from 1.
 inline int missing;
 
 inline void start() {
@@ -120,8 +121,8 @@ inline void start() {
   swapcontext(&current->context, &scheduler);
 }
 
-inline void barrier(int line) {
-  if (line != missing) swapcontext(&current->context, &scheduler);
+inline void barrier(int which, metal::mem_flags) {
+  if (which != missing) swapcontext(&current->context, &scheduler);
 }
 
 // The first thread of a threadgroup finds its memory undefined.
@@ -135,10 +136,10 @@ inline void begin(T& memory) {
 
 // Runs a grid; returns 0, or 1 where not all threads of a threadgroup reached a barrier.
 inline int launch(void (*function)(void**), void** values, const uint* groups, const uint* threads,
-                  unsigned order, int without_line) {
+                  unsigned order, int without) {
   kernel = function;
   arguments = values;
-  missing = without_line;
+  missing = without;
   std::mt19937 random(order);
   std::vector<Fiber> fibers(threads[0] * threads[1] * threads[2]);
   for (Fiber& fiber : fibers) fiber.stack.resize(256 << 10);
@@ -178,6 +179,3 @@ inline int launch(void (*function)(void**), void** values, const uint* groups, c
 }
 
 }  // namespace metal_on_cpu
-
-// A macro, for the line that it stands in.
-#define threadgroup_barrier(flags) metal_on_cpu::barrier(__LINE__)

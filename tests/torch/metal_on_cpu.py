@@ -20,6 +20,8 @@ _KERNEL = re.compile(
     r"\[\[kernel, max_total_threads_per_threadgroup\(([^)]*)\)\]\] void (\w+)\((.*?)\) \{", re.S
 )
 _PARAMETER = re.compile(r"(?:device|constant) ([\w ]+)([*&]) \w+ \[\[buffer\((\d+)\)\]\]")
+_DTYPES = {"float": torch.float32, "half": torch.float16}
+_INCLUDE = "#include <metal_stdlib>"
 _BUILT_IN = {
     "threadgroup_position_in_grid": "metal_on_cpu::group",
     "thread_position_in_threadgroup": "metal_on_cpu::current->thread_in_group",
@@ -40,7 +42,7 @@ def on_cpu(order=0, without=0, change=None, flags=()):
 
     Args:
         order: Of a threadgroup's threads: 0 forward, 1 backward, others shuffled.
-        without: Line of a barrier that is not there.
+        without: Number of a barrier of the source, from 1 on, that is not there.
         change: Makes another source of it.
         flags: More of them for the compiler.
     """
@@ -67,8 +69,9 @@ class _Library:
 
     def _launch(self, library, name, order, without, *arguments, threads, group_size):
         """As PyTorch: tensors go by their first element, lists of integers as 64-bit numbers."""
-        if len(arguments) != self._buffers[name]:
-            raise TypeError(f"{name} takes {self._buffers[name]} buffers, not {len(arguments)}")
+        dtypes = [getattr(value, "dtype", None) for value in arguments]
+        if dtypes != self._buffers[name]:
+            raise TypeError(f"{name} takes {self._buffers[name]}, got {dtypes}")
         keep = [
             (ctypes.c_long * len(value))(*value) if isinstance(value, list) else value
             for value in arguments
@@ -93,33 +96,33 @@ class _Library:
 
 @cache
 def _built(source, flags):
-    """The library for the CPU, and how many buffers each of its kernels takes."""
-    bare = re.sub(r"#include <metal_stdlib>", "", source)
-    expanded = _run(["g++", "-E", "-P", "-x", "c++", "-"], bare)
+    """The library for the CPU, and of what dtype the arrays are that each of its kernels takes."""
+    expanded = _run(["g++", "-E", "-P", "-x", "c++", "-"], source.replace(_INCLUDE, ""))
     code, buffers = "", {}
     for limit, name, parameters in _KERNEL.findall(expanded):
-        values = [
-            f"{'*' if kind == '&' else ''}({kind_of}*)a[{i}]"
-            for kind_of, kind, i in _PARAMETER.findall(parameters)
-        ]
-        sizes = _PARAMETER.findall(parameters)[-1][0]
-        buffers[name] = len(values)
-        values += [_BUILT_IN[a] for a in re.findall(r"\[\[(\w+)\]\]", parameters)]
+        found = _PARAMETER.findall(parameters)
+        buffers[name] = [_DTYPES.get(kind.removeprefix("const ")) for kind, _, _ in found]
+        values = [f"{'*' * (form == '&')}({kind}*)a[{i}]" for kind, form, i in found]
+        values += [_BUILT_IN[name] for name in re.findall(r"\[\[(\w+)\]\]", parameters)]
         code += f"""
 static void run_{name}(void** a) {{ {name}({", ".join(values)}); }}
 extern "C" int {name}_launch(void** a, uint* g, uint* t, unsigned order, int without) {{
   return metal_on_cpu::launch(run_{name}, a, g, t, order, without);
 }}
 extern "C" int {name}_threads() {{ return {limit}; }}
-extern "C" int {name}_bytes() {{ return sizeof({sizes}); }}
+extern "C" int {name}_bytes() {{ return sizeof({found[-1][0]}); }}
 """
+    # Memory of a threadgroup is the fibers' to share.
     shared = r"\bthreadgroup (float (\w+)\[[^;]*\]);"
-    bare = re.sub(shared, r"static \1; metal_on_cpu::begin(\2);", source)
+    source = re.sub(shared, r"static \1; metal_on_cpu::begin(\2);", source)
+    first, *parts = source.split("threadgroup_barrier(")
+    barriers = [f"metal_on_cpu::barrier({i}, {part}" for i, part in enumerate(parts, start=1)]
+    source = first + "".join(barriers) + code
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "metal_stdlib").write_text(f'#include "{_HEADER}"\n#define threadgroup\n')
+        (Path(folder) / "metal_stdlib").write_text(f'#include "{_HEADER}"\n')
         library = Path(folder) / "library.so"
         command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-shared"]
-        _run([*command, *flags, f"-I{folder}", "-x", "c++", "-", "-o", str(library)], bare + code)
+        _run([*command, *flags, f"-I{folder}", "-x", "c++", "-", "-o", str(library)], source)
         return ctypes.CDLL(str(library)), buffers
 
 

@@ -19,9 +19,10 @@ from pallas_kernels.haar import cases as haar_cases  # noqa: E402
 from pallas_kernels.wtconv import checking  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
 from torch_bridge import check, ops  # noqa: E402
-from torch_bridge.backends import eager, metal_launch  # noqa: E402
+from torch_bridge.backends import metal_launch  # noqa: E402
 
 metal = check.emulator("metal")
+SOURCE = metal_launch.SOURCE.read_text()
 CPU = torch.device("cpu")
 ORDERS = [0, 1, 2, 3]
 """Forward, backward, and two shuffled ones."""
@@ -78,8 +79,20 @@ def test_every_case(emulated, order):
     assert failed == [] and ran >= 12
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_large_images(emulated, memory_format):
+def test_check_runs_it_where_it_can(emulated, monkeypatch):
+    backend = check.on_cpu("metal")._replace(cases=[Case((4, 5), 1, 3), Case((4,), 1, 3)])
+    rows = list(checking.run([backend], checking.expected))
+    assert [row["backend"] for row in rows] == ["metal on CPU"] * 2
+    assert [row["status"] for row in rows] == ["pass", "skip"]
+    monkeypatch.setattr(check, "emulator", lambda name: None)
+    assert "needs a checkout" in check.on_cpu("metal").refusal(CASES[0])
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "sums"), [(torch.contiguous_format, 512), (torch.channels_last, 1)], ids=str
+)
+def test_large_images(emulated, monkeypatch, memory_format, sums):
+    monkeypatch.setattr(metal_launch, "_SUMS", sums)
     with metal.on_cpu(ORDERS[3]):
         ran, failed = failures(LARGE, partial(results, memory_format=memory_format))
     assert failed == [] and ran == len(LARGE)
@@ -90,8 +103,9 @@ def test_weight_gradients_are_the_same_in_every_order(emulated):
     found = []
     for order in ORDERS:
         with metal.on_cpu(order):
-            found.append(metal_launch.weight_grad(x, dy, kernel_size=3, levels=2, wavelet="haar"))
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+            taps = metal_launch.weight_grad(x, dy, kernel_size=3, levels=2, wavelet="haar")
+        found.append(torch.cat([tap.flatten() for tap in taps]))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def channels_first(value, case):
@@ -122,8 +136,8 @@ def check_cascades(case, device, memory_format=torch.contiguous_format):
     full = [np.concatenate([0 * d[..., :1, :], d], -2) for d in details]
     full[-1][..., 0, :] = low
     whole = oracle.waverec(full, 2, case.spatial)
-    for found, want in (*[(c, bands) for c in (analysed, dcoeffs, second)],):
-        assert_close(case, found, want)
+    for found in (analysed, dcoeffs, second):
+        assert_close(case, found, bands)
     assert_close(case, [synthesised, dimage], [whole, whole])
 
 
@@ -182,7 +196,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"\(1, 2, 4\), expected \(N, C, H, W\)"):
             metal_launch.wavedec2(x[..., 0])
         low, details = metal_launch.wavedec2(x)
-        with pytest.raises(ValueError, match=r"coeffs\[1\] is \(1, 2, 3, 2, 2\) torch.float32, exp"):
+        with pytest.raises(ValueError, match=r"coeffs\[1\] is \(1, 2, 3, 2, 2\) torch.*, exp"):
             metal_launch.waverec2([low, details], shape=(4, 5))
         with pytest.raises(ValueError, match=r"coeffs\[0\] has shape"):
             metal_launch.waverec2([low[..., :1], details])
@@ -194,3 +208,194 @@ def test_needs_an_apple_gpu():
     layer = torch_bridge.WTConv2d(2, 2, 3, device="cpu", implementation="metal")
     with pytest.raises(NotImplementedError, match="metal: needs an Apple GPU, this is cpu"):
         layer(torch.ones(1, 2, 4, 4))
+
+
+class TestPlantedFaults:
+    """A fault is caught where some order of the threads fails a check."""
+
+    SMALL = Case((18, 19), 2, 3, channels=2)
+    EVEN = Case((6, 7), 2, 4, channels=1)
+    IMAGE = haar_cases.Case((40, 33), 3, channels=1)
+
+    @pytest.fixture(autouse=True)
+    def _emulated(self, emulated, monkeypatch):
+        # So that each threadgroup of a weight gradient treats several squares.
+        monkeypatch.setattr(metal_launch, "_SUMS", 1)
+
+    def caught(self, case, **fault):
+        for order in ORDERS:
+            with metal.on_cpu(order, **fault):
+                try:
+                    check_cascades(self.IMAGE, CPU)
+                    _, failed = failures([case], results)
+                except (AssertionError, RuntimeError):
+                    return True
+                if failed:
+                    return True
+        return False
+
+    def test_without_one_nothing_is_caught(self):
+        assert not self.caught(self.SMALL) and not self.caught(self.EVEN)
+
+    @pytest.mark.parametrize("which", range(1, SOURCE.count("threadgroup_barrier(") + 1))
+    def test_a_removed_barrier(self, which):
+        assert self.caught(self.SMALL, without=which)
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("row >= 0 && ", ""),
+            ("row < size.x && column >= 0", "column >= 0"),
+            ("column >= 0 && ", ""),
+            ("column >= 0 && column < size.y", "column >= 0"),
+            ("above - below, left + right", "left + right, above - below"),
+            ("(size + 1) / 2", "size / 2"),
+            ("if (sizes.below)", "if (false)"),
+            ("BASE && sizes.bias", "false"),
+            ("int(sizes.before)", "(K - 1) / 2"),
+            ("row < 2 * TILE", "row < TILE"),
+        ],
+    )
+    def test_a_changed_source(self, old, new):
+        assert SOURCE.count(old) == 1
+        case = self.EVEN if "before" in old else self.SMALL
+        assert self.caught(case, change=lambda source: source.replace(old, new))
+
+
+SANITIZED = """
+import sys, torch
+from torch_bridge import check
+from torch_bridge.backends import metal_launch
+metal = check.emulator("metal")
+old, new = sys.argv[1:]
+with metal.on_cpu(change=lambda source: source.replace(old, new), flags=["-fsanitize=address"]):
+    x, dy = torch.randn(2, 2, 1, 9, 7)
+    metal_launch.waverec2(metal_launch.wavedec2(x, 2), shape=(9, 7))
+    taps = [torch.randn(1, 1, 4, 4), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4, 4)]
+    for transpose in (False, True):
+        metal_launch.forward(x, taps, torch.randn(1), wavelet="haar", transpose=transpose)
+    metal_launch.weight_grad(x, dy, kernel_size=4, levels=2, wavelet="haar")
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", ""),
+        ("if (row < size.x && column < size.y) plane", "plane"),
+        ("SIDE = TILE + K - 1", "SIDE = TILE + K - 2"),
+    ],
+)
+def test_under_address_sanitizer(emulated, old, new):
+    """Of the second source each thread reads or writes what is not its array's."""
+    assert old in SOURCE
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan", "libstdc++")
+    ]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("g++ has no AddressSanitizer")
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, old, new],
+        env=os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    if old:
+        assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+HEADER = Path(__file__).with_name("metal_as_opencl.h")
+
+
+def address_space_errors(source, defines):
+    """What clang says of the source read as C++ for OpenCL."""
+    source = source.replace("#include <metal_stdlib>", "")
+    source = re.sub(r"\[\[kernel, [^\]]*\]\]", "__kernel", source)
+    extensions = "-all,+cl_khr_fp16,+__cl_clang_non_portable_kernel_param_types"
+    command = ["clang-19", "--target=spir64", "-x", "cl", "-cl-std=clc++2021", "-fsyntax-only"]
+    for option in (f"-cl-ext={extensions}", "-finclude-default-header"):
+        command += ["-Xclang", option]
+    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes", "-include", str(HEADER)]
+    command += [f"-D{name}={value}" for name, value in defines.items()]
+    return subprocess.run([*command, "-"], input=source, capture_output=True, text=True).stderr
+
+
+LEVEL = {"KERNEL_SIZE": 5, "TILE": 16, "ROWS": 2, "SLICES": 12}
+
+
+@pytest.mark.skipif(
+    not shutil.which("clang-19"), reason="needs clang-19, whose OpenCL has Metal's address spaces"
+)
+class TestAddressSpaces:
+    @pytest.mark.parametrize("defines", [{}, LEVEL], ids=["cascades", "level"])
+    def test_fit(self, defines):
+        assert address_space_errors(SOURCE, defines) == ""
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            (
+                "float read_pixel(device const T* plane",
+                "float read_pixel(threadgroup const T* plane",
+            ),
+            ("plane_strides(constant Planes& strides)", "plane_strides(Planes& strides)"),
+            ("threadgroup float (&weights)[5 * K * K]", "device float (&weights)[5 * K * K]"),
+            ("    threadgroup float weights[5 * K * K];", "    float weights[5 * K * K];"),
+            ("  const int channel = group.z", "  sizes.below = 0;\n  const int channel = group.z"),
+            (
+                "inline void store_block(device T* plane",
+                "inline void store_block(device const T* plane",
+            ),
+        ],
+    )
+    def test_a_changed_one_does_not(self, old, new):
+        assert SOURCE.count(old) == 1
+        assert "error:" in address_space_errors(SOURCE.replace(old, new), LEVEL)
+
+
+def test_every_pointer_has_an_address_space():
+    """In templates clang finds one by itself, Metal does not."""
+    types = "T|O|float|Planes|Cascade|Level|Weights"
+    found = re.findall(rf"(\w+)( const)? (?:{types})(?:\*| ?\(?&)", SOURCE)
+    assert len(found) > 70
+    assert {space for space, _ in found} == {"device", "constant", "threadgroup"}
+
+
+@pytest.mark.mps
+@pytest.mark.parametrize("name", ["metal", "metal channels-last"])
+def test_every_case_on_an_apple_gpu(apple, name):
+    (backend,) = (backend for backend in check.backends(apple) if backend.name == name)
+    plain = partial(check.layer_results, "eager", CPU, torch.contiguous_format)
+    rows = list(checking.run([backend._replace(cases=[*backend.cases, *LARGE])], plain))
+    assert [row for row in rows if row["status"] == "fail"] == []
+    assert sum(row["status"] == "pass" for row in rows) >= 12
+
+
+@pytest.mark.mps
+@pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.name)
+def test_cascades_on_an_apple_gpu(apple, case):
+    check_cascades(case, apple)
+
+
+@pytest.mark.mps
+def test_gradients_on_an_apple_gpu_are_bitwise_reproducible(apple):
+    x, dy = torch.randn(2, 16, 24, 57, 60, device=apple)
+    found = [
+        metal_launch.weight_grad(x, dy, kernel_size=5, levels=3, wavelet="haar") for _ in range(3)
+    ]
+    assert all(all(map(torch.equal, found[0], again)) for again in found[1:])
+
+
+@pytest.mark.mps
+def test_the_layer_on_an_apple_gpu_takes_these_kernels(apple):
+    layer = torch_bridge.WTConv2d(4, 4, wt_levels=2)
+    assert layer.device.type == "mps"
+    call = ((2, 4, 9, 9), torch.float32, 5, 2, "db1")
+    assert ops.pick(None, "mps", *call) == ("metal", "metal")
+    layer(torch.randn(2, 4, 9, 9, device=apple)).sum().backward()

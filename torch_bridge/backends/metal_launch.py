@@ -1,4 +1,4 @@
-"""The wavelet convolution on Apple GPUs by `wtconv.metal`, and the Haar cascades that are in it too.
+"""The wavelet convolution and Haar cascades on Apple GPUs, by `wtconv.metal`.
 
 `torch.mps.compile_shader` compiles the source when it is first used, for each size of kernel.
 Images are read and written with whatever strides they have.
@@ -71,9 +71,8 @@ def forward(
         tile = _tile(h, w)
         y = _near(torch.empty_like(low))
         sizes = [c, h, w, before, int(below is not None), int(bias is not None)]
-        kernel = _kernel(low, "level" if level else "first_level", kernel_size, tile)
-        kernel(
-            # An argument that is not there is another one, which is not read.
+        _kernel(low, "level" if level else "first_level", kernel_size, tile)(
+            # Something stands for what is not there, and is not read.
             *(low, base if below is None else below, levels[level], base),
             *(base if bias is None else bias, y, [*sizes, *low.stride(), *y.stride()]),
             threads=[_up(_cdiv(w, 2), tile), _up(_cdiv(h, 2), tile) // _ROWS, n * c],
@@ -90,29 +89,33 @@ def weight_grad(
 
     Every sum runs in a fixed order, so they are bitwise reproducible.
     """
+    taps = kernel_size, kernel_size
     found: list[Tensor] = []
     for low, dlow in zip(_low_bands(x, levels), _low_bands(dy, levels), strict=True):
         n, c, h, w = low.shape
         tile = _tile(h, w)
+        slices = _slices(kernel_size, tile)
         programs = min(n * _cdiv(h, 2 * tile) * _cdiv(w, 2 * tile), max(1, _SUMS // c))
-        shape = programs, _slices(kernel_size, tile), c
-        sums = x.new_empty(*shape, 4, kernel_size, kernel_size, dtype=torch.float32)
+        name = "weights"
         if not found:
-            base = torch.empty_like(sums).view(shape[0], -1, c, 1, kernel_size, kernel_size)
-            found.append(base)
-        kernel = _kernel(low, "weights" if len(found) > 1 else "first_weights", kernel_size, tile)
-        kernel(
+            name = "first_weights"
+            found.append(low.new_empty(programs, 4 * slices, c, *taps, dtype=torch.float32))
+        sums = low.new_empty(programs, slices, c, 4, *taps, dtype=torch.float32)
+        _kernel(low, name, kernel_size, tile)(
+            # The base's, which is that of x, is written once.
             *(low, dlow, sums, found[0]),
             [n, c, h, w, programs, *low.stride(), *dlow.stride()],
             threads=[_SUMMING * programs, c, 1],
             group_size=[_SUMMING, 1, 1],
         )
         found.append(sums)
-    return [sums.sum((0, 1)).reshape(-1, 1, kernel_size, kernel_size) for sums in found]
+    return [sums.sum((0, 1)).reshape(-1, 1, *taps) for sums in found]
 
 
 def wavedec2(x: Tensor, level: int = 1) -> list[Tensor]:
-    """Haar analysis cascade, as `pywt.wavedec2` with `mode="zero"`; differentiable any number of times.
+    """Haar analysis cascade, as `pywt.wavedec2` with `mode="zero"`.
+
+    It can be differentiated in reverse mode, any number of times.
 
     Args:
         x: Images `[N, C, H, W]` on an Apple GPU, float32 or float16.
@@ -136,7 +139,7 @@ def wavedec2(x: Tensor, level: int = 1) -> list[Tensor]:
 
 
 def waverec2(coeffs: Sequence[Tensor], *, shape: Sequence[int] | None = None) -> Tensor:
-    """Haar synthesis cascade: the inverse of `wavedec2`; differentiable any number of times.
+    """Haar synthesis cascade: the inverse of `wavedec2`, and differentiable as it.
 
     Args:
         coeffs: What `wavedec2` returns, of 1 to 5 levels.
@@ -242,12 +245,10 @@ def _low_bands(x: Tensor, levels: int) -> list[Tensor]:
 def _cascade(name: str, image: Tensor, levels: Sequence[Tensor], low: Tensor) -> None:
     """Runs a cascade on an image, what it has of each level, and the last low band."""
     n, c, h, w = image.shape
+    # Kernels take as many as can be, and do not touch the rest.
+    rest = [low] * (_MAX_LEVELS - len(levels))
     _kernel(image, name)(
-        image,
-        *levels,
-        # Levels that are too many are not touched.
-        *[levels[0]] * (_MAX_LEVELS - len(levels)),
-        low,
+        *(image, *levels, *rest, low),
         [c, h, w, len(levels), *image.stride()],
         threads=[_up(_cdiv(w, 2), _SQUARE), _up(_cdiv(h, 2), _SQUARE), n * c],
         group_size=[_SQUARE, _SQUARE, 1],
