@@ -32,7 +32,7 @@ _BUILT_IN = {
 def unavailable():
     """Why nothing can be run here, None if it can."""
     if not sys.platform.startswith("linux"):
-        return "threads are fibers of Linux"
+        return f"needs Linux, this is {sys.platform}"
     return None if shutil.which("g++") else "needs g++"
 
 

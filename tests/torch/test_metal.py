@@ -193,7 +193,7 @@ class TestRefusals:
         x = torch.ones(1, 2, 4, 4)
         with pytest.raises(NotImplementedError, match="6 levels, 1 to 5"):
             metal_launch.wavedec2(x, 6)
-        with pytest.raises(ValueError, match=r"\(1, 2, 4\), expected \(N, C, H, W\)"):
+        with pytest.raises(ValueError, match=r"x has shape \(1, 2, 4\), expected \(N, C, H, W\)"):
             metal_launch.wavedec2(x[..., 0])
         low, details = metal_launch.wavedec2(x)
         with pytest.raises(ValueError, match=r"coeffs\[1\] is \(1, 2, 3, 2, 2\) torch.*, exp"):
@@ -202,6 +202,12 @@ class TestRefusals:
             metal_launch.waverec2([low[..., :1], details])
         with pytest.raises(ValueError, match="one array"):
             metal_launch.waverec2([low])
+
+
+def test_pixels_too_far_apart_come_nearer():
+    x = torch.empty_strided((1, 1, 2, 2), (1, 1, 2**31, 1), device="meta")
+    assert metal_launch._near(x).stride() == (4, 4, 2, 1)
+    assert metal_launch._near(x[:, :, :1]).stride(2) == 2**31
 
 
 def test_needs_an_apple_gpu():
