@@ -157,11 +157,25 @@ DEVICE void four(const float* from, float (&to)[4]) {
   }
 }
 
+// Four floats of shared memory, loaded where it is written: the compiler would begin with all the
+// loads of a patch, and have no registers to hold them.
+DEVICE Vector<float, 4> quad(const float* from) {
+#ifdef __CUDACC__
+  Vector<float, 4> result;
+  asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(result.at[0]), "=f"(result.at[1]), "=f"(result.at[2]), "=f"(result.at[3])
+               : "r"(unsigned(__cvta_generic_to_shared(from))));
+  return result;
+#else
+  return vector<4>(from);
+#endif
+}
+
 // The neighbours of four columns.
 DEVICE void window(const float* from, float (&to)[4 * WINDOW]) {
 #pragma unroll
   for (int i = 0; i < WINDOW; i++) {
-    const Vector<float, 4> part = vector<4>(from + 4 * i);
+    const Vector<float, 4> part = quad(from + 4 * i);
 #pragma unroll
     for (int j = 0; j < 4; j++) to[4 * i + j] = part.at[j];
   }
@@ -250,42 +264,45 @@ DEVICE void store_item(const float (&pixels)[4 * COLUMNS], float* plane, int row
               high_row >= 0 && high_row < high_rows[LEVEL]);
 }
 
-// Coefficients of the first level of `planes` planes, from pixels up to `reach` around the tile.
+// Coefficients of the first level, from pixels up to `reach` around the tile.
 DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& block, int reach,
                  float* shared) {
-  constexpr int ACROSS = stride_of[1] / COLUMNS, ROWS_OF = low_rows[1];
-  constexpr int ITEMS = PLANES * ROWS_OF * ACROSS;
+  constexpr int ACROSS = stride_of[1] / COLUMNS, DOWN = low_rows[1];
+#if CHANNELS_LAST
+  // Planes fastest: they are beside each other in memory.
+  constexpr int LINE = ACROSS * PLANES, LINES = DOWN;
+#else
+  constexpr int LINE = ACROSS, LINES = DOWN * PLANES;
+#endif
+  static_assert(LINE <= THREADS, "a thread has one column");
+  constexpr int STEP = THREADS / LINE;
   constexpr int AT_ONCE = 4;  // Loads of so many items are under way together.
+  const int of_line = threadIdx.x % LINE, first_line = threadIdx.x / LINE;
+  const int item_column = CHANNELS_LAST ? of_line / PLANES * COLUMNS : of_line * COLUMNS;
+  const int item_plane = CHANNELS_LAST ? of_line % PLANES : 0;
+  const int column = block.left + 2 * (item_column - left_of[1]);
   const int first_row = max(0, block.top - reach), first_column = max(0, block.left - reach);
   const int end_row = min(image.height, block.top + TILE_H + reach);
   const int end_column = min(image.width, block.left + TILE_W + reach);
+  const Scalar* from = x + item_plane * image.plane + Offset(column) * image.column;
+  if (first_line >= STEP) return;
 #pragma unroll 1
-  for (int first = threadIdx.x; first < ITEMS; first += AT_ONCE * THREADS) {
+  for (int first = first_line; first < LINES; first += AT_ONCE * STEP) {
     float pixels[AT_ONCE][4 * COLUMNS];
-    int planes[AT_ONCE], rows[AT_ONCE], columns[AT_ONCE];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      const int item = first + u * THREADS;
-#if CHANNELS_LAST
-      planes[u] = item % PLANES;
-      columns[u] = item / PLANES % ACROSS * COLUMNS;
-      rows[u] = item / (PLANES * ACROSS);
-#else
-      columns[u] = item % ACROSS * COLUMNS;
-      rows[u] = item / ACROSS % ROWS_OF;
-      planes[u] = item / (ACROSS * ROWS_OF);
-#endif
-      const int row = block.top + 2 * (rows[u] - halo[1]);
-      const int column = block.left + 2 * (columns[u] - left_of[1]);
-      const Scalar* from = x + planes[u] * image.plane + row * image.row + Offset(column) * image.column;
+      const int line = first + u * STEP;
+      const int plane = CHANNELS_LAST ? item_plane : line / DOWN;
+      const int row = block.top + 2 * ((CHANNELS_LAST ? line : line % DOWN) - halo[1]);
+      const Scalar* at = from + row * image.row + (CHANNELS_LAST ? 0 : plane * image.plane);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const bool inside = planes[u] < block.planes && item < ITEMS && row + i >= first_row &&
+        const bool inside = plane < block.planes && line < LINES && row + i >= first_row &&
                             row + i < end_row;
 #if VECTOR
         Vector<Scalar, 2 * COLUMNS> part = {};
         if (inside && column >= first_column && column < end_column)
-          part = vector<2 * COLUMNS>(from + i * image.row);
+          part = vector<2 * COLUMNS>(at + i * image.row);
 #pragma unroll
         for (int j = 0; j < 2 * COLUMNS; j++) pixels[u][2 * COLUMNS * i + j] = number(part.at[j]);
 #else
@@ -293,7 +310,7 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
         for (int j = 0; j < 2 * COLUMNS; j++) {
           Scalar value = 0;
           if (inside && column + j >= first_column && column + j < end_column)
-            value = from[i * image.row + Offset(j) * image.column];
+            value = at[i * image.row + j * image.column];
           pixels[u][2 * COLUMNS * i + j] = number(value);
         }
 #endif
@@ -301,8 +318,10 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
     }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
-      if (first + u * THREADS < ITEMS)
-        store_item<1>(pixels[u], shared + planes[u] * PLANE, rows[u], columns[u]);
+      const int line = first + u * STEP;
+      const int plane = CHANNELS_LAST ? item_plane : line / DOWN;
+      if (line < LINES)
+        store_item<1>(pixels[u], shared + plane * PLANE, CHANNELS_LAST ? line : line % DOWN, item_column);
     }
   }
 }
@@ -355,17 +374,32 @@ DEVICE void analyse_all(float* shared, int planes) {
 // ---------------------------------------------------------------------------------------------
 // Forward
 
-// Taps `[C, 1 or 4, K, K]` of one level, with the factors of analysis and synthesis.
-DEVICE void load_taps(const float* __restrict__ taps, int level, const Block& block, int transpose,
-                      float* to) {
-  const int bands = level == 0 ? 1 : 4, first = level == 0 ? 0 : 4 * level - 3;
-  const float factor = 1.0f / float(1 << 2 * (level == 0 ? 1 : level));
-  const int planes = CHANNELS_LAST ? block.planes : 1;
-#pragma unroll 1
-  for (int item = threadIdx.x; item < planes * bands * KK; item += THREADS) {
-    const int tap = item % KK, band = item / KK % bands, plane = item / (KK * bands);
-    const float value = taps[((Offset(block.channel) + plane) * bands + band) * KK + tap];
-    to[plane * TAPS_PLANE + (first + band) * TAPS + (transpose ? KK - 1 - tap : tap)] = factor * value;
+struct Taps {
+  const float* of[LEVELS + 1];  // Of the base and each level `[C, 1 or 4, K, K]`.
+};
+
+// All taps of a block's channels, with the factors of analysis and synthesis.
+DEVICE void load_taps(const Taps& taps, const Block& block, int transpose, float* to) {
+  constexpr int COUNT = (CHANNELS_LAST ? PLANES : 1) * BANDS * KK;
+#pragma unroll 4
+  for (int item = threadIdx.x; item < COUNT; item += THREADS) {
+    const int tap = item % KK, slot = item / KK % BANDS, plane = item / (KK * BANDS);
+    const float* from = taps.of[0];
+    int bands = 1, band = 0;
+    float factor = 0.25f;
+#pragma unroll
+    for (int l = 1; l <= LEVELS; l++) {
+      if (slot < 4 * l - 3) continue;
+      from = taps.of[l];
+      bands = 4;
+      band = slot - (4 * l - 3);
+      factor = 1.0f / float(1 << 2 * l);
+    }
+    const int channel = block.channel + plane;
+    float value = 0.0f;
+    if (plane < block.planes && (BASE || slot > 0))
+      value = from[(Offset(channel) * bands + band) * KK + tap];
+    to[plane * TAPS_PLANE + slot * TAPS + (transpose ? KK - 1 - tap : tap)] = factor * value;
   }
 }
 
@@ -554,12 +588,21 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
   const Block block = block_at(blockIdx.x, images, channels, height, width);
 
   load(x + block.first, image, block, 2 * halo[1], shared);
-  if (BASE) load_taps(base, 0, block, transpose, shared_taps);
-  load_taps(taps1, 1, block, transpose, shared_taps);
-  if (LEVELS > 1) load_taps(taps2, 2, block, transpose, shared_taps);
-  if (LEVELS > 2) load_taps(taps3, 3, block, transpose, shared_taps);
-  if (LEVELS > 3) load_taps(taps4, 4, block, transpose, shared_taps);
-  if (LEVELS > 4) load_taps(taps5, 5, block, transpose, shared_taps);
+  const Taps taps = {base, taps1,
+#if LEVELS > 1
+                     taps2,
+#endif
+#if LEVELS > 2
+                     taps3,
+#endif
+#if LEVELS > 3
+                     taps4,
+#endif
+#if LEVELS > 4
+                     taps5,
+#endif
+  };
+  load_taps(taps, block, transpose, shared_taps);
 #if BELOW
   load_below(below, block, images, channels, height, width, shared);
 #endif
@@ -572,12 +615,14 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
 
   constexpr Level level = level_at(1);
   constexpr int DOWN = (tile_rows[1] + ROWS - 1) / ROWS;
+  constexpr int ITEMS = PLANES * DOWN * level.across, TURNS = (ITEMS + THREADS - 1) / THREADS;
 #pragma unroll 1
-  for (int item = threadIdx.x; item < PLANES * DOWN * level.across; item += THREADS) {
+  for (int turn = 0; turn < TURNS; turn++) {
+    const int item = turn * THREADS + threadIdx.x;
     const int index = item % PLANES, patch = item / PLANES;
     const int row = patch / level.across * ROWS, column = 4 * (patch % level.across);
     const int top = block.top + 2 * row, left = block.left + 2 * column;
-    if (index >= block.planes || top >= height || left >= width) continue;
+    if (item >= ITEMS || index >= block.planes || top >= height || left >= width) continue;
     const float* plane = shared + index * PLANE;
     const float* plane_taps = shared_taps + (CHANNELS_LAST ? index * TAPS_PLANE : 0);
     float low[ROWS][4] = {}, pixels[2 * ROWS][8];
