@@ -380,26 +380,21 @@ struct Taps {
 
 // All taps of a block's channels, with the factors of analysis and synthesis.
 DEVICE void load_taps(const Taps& taps, const Block& block, int transpose, float* to) {
-  constexpr int COUNT = (CHANNELS_LAST ? PLANES : 1) * BANDS * KK;
-#pragma unroll 4
-  for (int item = threadIdx.x; item < COUNT; item += THREADS) {
-    const int tap = item % KK, slot = item / KK % BANDS, plane = item / (KK * BANDS);
-    const float* from = taps.of[0];
-    int bands = 1, band = 0;
-    float factor = 0.25f;
+  const int channels = CHANNELS_LAST ? block.planes : 1;
+#pragma unroll 1
+  for (int item = threadIdx.x; item < channels * 4 * KK; item += THREADS) {
+    // The same tap of the same band of each level, and for the first band that of the base.
+    const int tap = item % KK, band = item / KK % 4, plane = item / (4 * KK);
+    const Offset channel = block.channel + plane;
+    float values[LEVELS + 1];
+    values[0] = BASE && band == 0 ? taps.of[0][channel * KK + tap] : 0.0f;
 #pragma unroll
-    for (int l = 1; l <= LEVELS; l++) {
-      if (slot < 4 * l - 3) continue;
-      from = taps.of[l];
-      bands = 4;
-      band = slot - (4 * l - 3);
-      factor = 1.0f / float(1 << 2 * l);
-    }
-    const int channel = block.channel + plane;
-    float value = 0.0f;
-    if (plane < block.planes && (BASE || slot > 0))
-      value = from[(Offset(channel) * bands + band) * KK + tap];
-    to[plane * TAPS_PLANE + slot * TAPS + (transpose ? KK - 1 - tap : tap)] = factor * value;
+    for (int l = 1; l <= LEVELS; l++) values[l] = taps.of[l][(channel * 4 + band) * KK + tap];
+    float* at = to + plane * TAPS_PLANE + (transpose ? KK - 1 - tap : tap);
+    if (band == 0) at[0] = 0.25f * values[0];
+#pragma unroll
+    for (int l = 1; l <= LEVELS; l++)
+      at[(4 * l - 3 + band) * TAPS] = values[l] / float(1 << 2 * l);
   }
 }
 
