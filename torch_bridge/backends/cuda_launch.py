@@ -205,3 +205,59 @@ def weights_with(launch: Launch, x: Tensor, dy: Tensor, variant: Variant, progra
     groups = _blocks(c, variant.planes) if variant.channels_last else c
     launch(variant, groups * programs, [x, dy, sums, n, c, h, w, programs])
     return sums.sum(0)
+
+
+@cache
+def _kernel(variant: Variant, device: int) -> Any:
+    """A compiled kernel on one device."""
+    from cuda.bindings import driver
+
+    from torch_bridge.backends import nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    code = nvrtc.compiled(SOURCE.read_text(), variant.macros(), f"sm_{major}{minor}")
+    library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+    name = f"wtconv_{variant.kernel}".encode()
+    kernel = _checked(driver.cuLibraryGetKernel(library, name))
+    attributes = driver.CUfunction_attribute
+    for attribute, value in (
+        (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, variant.shared()),
+        (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+    ):
+        _checked(driver.cuKernelSetAttribute(attribute, value, kernel, driver.CUdevice(device)))
+    return driver.CUfunction(int(kernel))
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    if int(answer[0]):
+        raise RuntimeError(f"CUDA: {answer[0].name}")
+    return answer[1] if len(answer) > 1 else None
+
+
+def launch_on_gpu(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
+    """One kernel on the current stream of the device of its tensors."""
+    import ctypes
+
+    from cuda.bindings import driver
+
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    kernel = _kernel(variant, device.index)
+    values, types = [], []
+    for argument in arguments:
+        if argument is None or isinstance(argument, Tensor):
+            values.append(0 if argument is None else argument.data_ptr())
+            types.append(ctypes.c_void_p)
+        else:
+            values.append(argument)
+            types.append(ctypes.c_int)
+    stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+    _checked(
+        driver.cuLaunchKernel(
+            kernel,
+            *(blocks, 1, 1, variant.threads, 1, 1),
+            variant.shared() if variant.kernel != "low" else 0,
+            stream,
+            (tuple(values), tuple(types)),
+            0,
+        )
+    )

@@ -276,7 +276,7 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
 #endif
   static_assert(LINE <= THREADS, "a thread has one column");
   constexpr int STEP = THREADS / LINE;
-  constexpr int AT_ONCE = 4;  // Loads of so many items are under way together.
+  constexpr int AT_ONCE = VECTOR ? 4 : 2;  // Loads of so many items are under way together.
   const int of_line = threadIdx.x % LINE, first_line = threadIdx.x / LINE;
   const int item_column = CHANNELS_LAST ? of_line / PLANES * COLUMNS : of_line * COLUMNS;
   const int item_plane = CHANNELS_LAST ? of_line % PLANES : 0;
@@ -649,10 +649,12 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
           *reinterpret_cast<Vector<Scalar, 2 * COLUMNS>*>(to + i * image.row + j) = part;
       }
 #else
+      Scalar* at = to + i * image.row;
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        if (left + j < width)
-          to[i * image.row + Offset(j) * image.column] = scalar(pixels[i][j] + offset);
+        if (left + j >= width) break;
+        *at = scalar(pixels[i][j] + offset);
+        at += image.column;
       }
 #endif
     }
