@@ -8,8 +8,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
-OPTIONS = {"std": "c++17"}
+_OPTIONS = ("--std=c++17",)
 
 
 def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
@@ -44,18 +45,33 @@ def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
 
 
 def compile_source(source: str, macros: Mapping[str, object], arch: str) -> bytes:
-    """What `compiled` returns, compiled anew; runs without a GPU."""
-    from cuda.core import Program, ProgramOptions
+    """What `compiled` returns, compiled anew; needs no GPU."""
+    from cuda.bindings import nvrtc
 
-    define = [(name, str(value)) for name, value in macros.items()]
-    options = ProgramOptions(arch=arch, define_macro=define, **OPTIONS)
-    program = Program(source, "c++", options)
+    options = [*_OPTIONS, f"--gpu-architecture={arch}"]
+    options += [f"--define-macro={name}={value}" for name, value in macros.items()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"wtconv.cu", 0, [], []))
     try:
-        return bytes(program.compile("cubin").code)
-    except Exception as error:
-        raise RuntimeError(f"NVRTC could not compile for {arch} with {define}:\n{error}") from error
+        encoded = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        if int(status):
+            log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            text = log.rstrip(b"\0").decode(errors="replace")
+            raise RuntimeError(f"NVRTC could not compile with {' '.join(options)}:\n{text}")
+        code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
     finally:
-        program.close()
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """What a call of NVRTC returned, or its error."""
+    status, *values = answer
+    if int(status):
+        raise RuntimeError(f"NVRTC reports {status.name}")
+    return values[0] if values else None
 
 
 def cache_folder() -> Path:
@@ -68,5 +84,5 @@ def cache_folder() -> Path:
 def _key(source: str, macros: Mapping[str, object], arch: str) -> str:
     from cuda.bindings import nvrtc
 
-    parts = (source, sorted(macros.items()), arch, OPTIONS, nvrtc.nvrtcVersion())
+    parts = (source, sorted(macros.items()), arch, _OPTIONS, nvrtc.nvrtcVersion())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
