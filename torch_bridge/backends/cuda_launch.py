@@ -81,7 +81,6 @@ def weight_grad(
     return weight_grad_with(launch, shared, x, dy, kernel_size, levels)
 
 
-
 class Variant(NamedTuple):
     """What one kernel is compiled for; see the macros of `wtconv.cu`."""
 
