@@ -6,6 +6,7 @@ deeper ones are computed first, from the low band of the last of these, and adde
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_bridge.backends import nvrtc
+from torch_bridge.backends.nvrtc import compiled
 
 SOURCE = Path(__file__).with_name("wtconv.cu")
 
@@ -22,9 +23,16 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
 _TILED_LEVELS = 3
-_TILE_H, _TILE_W = 64, 128
-_SUMS = 2048
-"""Blocks that share the sums of a weight gradient."""
+_TILES = ((64, 128), (32, 128), (32, 64), (32, 32), (16, 32), (16, 16))
+"""Largest heights and widths of tiles; those of a weight gradient start with the second."""
+_SECTOR = 32
+"""Bytes that memory is read and written by."""
+_ROLES = 192
+"""Threads of a block of a weight gradient, two of which fill a multiprocessor's registers."""
+_REGISTERS = {1: 80, 3: 80, 5: 80, 7: 128, 9: 168}
+"""Registers of a thread, by kernel size, by which nothing is spilled."""
+_SUMMING = {1: 128, 3: 128, 5: 168, 7: 255, 9: 255}
+"""Those of a weight gradient, which holds a sum a tap."""
 
 Launch = Callable[["Variant", int, Sequence[Any]], None]
 """Runs a kernel: its variant, blocks, and arguments."""
@@ -33,10 +41,14 @@ Launch = Callable[["Variant", int, Sequence[Any]], None]
 def unavailable(platform: str) -> str | None:
     """Needs an NVIDIA GPU and cuda-core, which brings the compiler."""
     if platform != "cuda" or torch.version.hip:
-        return f"needs an NVIDIA GPU, this is a {platform}"
+        return f"needs an NVIDIA GPU, this is {torch.version.hip and 'AMD' or platform}"
     try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
-    except ImportError as error:
+        import platformdirs  # noqa: F401
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    # Bindings without the library that they bind raise a RuntimeError.
+    except (ImportError, RuntimeError) as error:
         return f"needs cuda-core (the extra 'cuda-bridge'): {error}"
     return None
 
@@ -64,21 +76,32 @@ def forward(
 
     `wavelet` is Haar.
     """
-    shared = _shared_memory(x.device.index)
+    device = _device(x.device.index)
     taps = [tap.contiguous() for tap in taps]
     bias = None if bias is None else bias.contiguous()
-    return forward_with(launch, shared, _dense(x), taps, bias, transpose)
+    return forward_with(launch, device, _dense(x), taps, bias, transpose)
 
 
 def weight_grad(
     x: Tensor, dy: Tensor, *, kernel_size: int, levels: int, wavelet: str
 ) -> list[Tensor]:
     """Gradients of the taps; every sum runs in a fixed order, so they are bitwise reproducible."""
-    shared = _shared_memory(x.device.index)
+    device = _device(x.device.index)
     x = _dense(x)
     memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
     dy = dy.contiguous(memory_format=memory_format)
-    return weight_grad_with(launch, shared, x, dy, kernel_size, levels)
+    return weight_grad_with(launch, device, x, dy, kernel_size, levels)
+
+
+class Device(NamedTuple):
+    """What variants are chosen by: bytes of shared memory of a block, and multiprocessors."""
+
+    shared: int
+    multiprocessors: int
+
+    def share(self, blocks: int) -> int:
+        """Bytes for each of so many blocks of a multiprocessor, which takes 1 KiB a block."""
+        return (self.shared + 1024) // blocks - 1024
 
 
 class Variant(NamedTuple):
@@ -95,7 +118,7 @@ class Variant(NamedTuple):
     threads: int = 256
     blocks: int = 1
     channels_last: bool = False
-    vector: bool = False
+    vector: int = 1
     base: bool = True
     below: bool = False
     tiled: bool = False
@@ -117,7 +140,8 @@ class Variant(NamedTuple):
             "THREADS": self.threads,
             "BLOCKS": self.blocks,
             "CHANNELS_LAST": int(self.channels_last),
-            "VECTOR": int(self.vector),
+            "VECTOR": self.vector,
+            "TILED": int(self.tiled),
             "BASE": int(self.base),
             "BELOW": int(self.below),
             "SEGMENT": self.segment,
@@ -180,9 +204,60 @@ class Variant(NamedTuple):
         spread = {2: 4, 4: 2}.get(self.planes, self.planes % 8 or 1)
         return _up(size, 32) + 4 * spread if self.planes > 1 else _up(size, 4)
 
+    def filled(self) -> "Variant":
+        """The same with the threads that its planes take."""
+        rows, across = self.height // 2, _blocks(self.width, 8)
+        if self.kernel == "weights":
+            segment = _blocks(rows, _blocks(rows, 28))
+            # A row of the base's pixels is four times the work of one of coefficients.
+            variant = self._replace(segment=segment, base_segment=_blocks(segment, 4))
+            items = variant.roles()
+        else:
+            # Two rows at once load less, where a plane has the threads for it all the same.
+            variant = self._replace(rows=2 if _blocks(rows, 2) * across >= 64 else 1)
+            items = variant.items()
+        turns = _blocks(items, 32 * self.warps()) if self.kernel == "forward" else 1
+        return variant._replace(threads=_up(max(_blocks(items, turns), self.line()), 32))
+
+    def cut(self, height: int, width: int, most_h: int, most_w: int) -> "Variant":
+        """The same for tiles of about even size of an image.
+
+        They are cut where squares of the deepest level begin.
+        """
+        side = 2**self.levels
+        return self._replace(
+            height=_up(_blocks(height, _blocks(height, most_h)), side),
+            width=_up(_blocks(width, _blocks(width, most_w)), max(side, 8)),
+        ).filled()
+
+    def suffices(self, device: Device) -> bool:
+        """Whether a block has planes enough.
+
+        Small blocks are in different phases, so that one computes while another waits for memory;
+        but a block's own work is to be spread, and its warps are to be full.
+        """
+        if self.channels_last and self.planes * (2 if self.dtype else 4) < _SECTOR:
+            return False
+        if self.kernel == "weights":
+            return self._replace(planes=2 * self.planes).filled().threads > _ROLES
+        return self.items() >= 0.85 * self.threads and self.shared() >= device.share(8)
+
+    def items(self) -> int:
+        """Patches of the first level of a block."""
+        return self.planes * _blocks(self.height // 2, self.rows) * _blocks(self.width, 8)
+
+    def warps(self) -> int:
+        """Warps of a multiprocessor that have registers enough."""
+        if self.kernel == "weights":
+            return 4 * (512 // _SUMMING[self.kernel_size])
+        return 4 * (512 // (_REGISTERS[self.kernel_size] - 8 * (self.rows == 1)))
+
     def line(self) -> int:
-        """Threads that load a row of a plane."""
-        return self._lists()["STRIDE"][0] // (1 if self.kernel_size // 2 % 2 else 2)
+        """Threads that load a row of a plane, or in channels-last of all planes of a block."""
+        lists = self._lists()
+        columns = lists["STRIDE" if self.tiled else "TILE_COLUMNS"][0]
+        across = _blocks(columns, 1 if self.kernel_size // 2 % 2 else 2)
+        return across * (self.planes if self.channels_last else 1)
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
@@ -215,71 +290,68 @@ def _tile(
     dtype: torch.dtype,
     kernel_size: int,
     levels: int,
-    shared: int,
-    **flags: bool,
+    device: Device,
+    **flags: int,
 ) -> Variant:
-    """The variant for one shape, as large as fits twice into `shared` bytes."""
+    """The variant for one shape.
+
+    A multiprocessor holds three blocks or two, so that one computes while another waits for memory.
+    """
     n, c, height, width = shape
-    half = shared // 2 - 1024
+    forward = kernel == "forward"
+    channels_last = bool(flags["channels_last"])
+    share = device.share(3 if forward and not channels_last else 2)
     variant = Variant(
         *(kernel, _DTYPES[dtype], kernel_size, levels),
         height=_up(height, 2),
-        width=_up(width, 8),
-        segment=28,
-        base_segment=7,
+        width=_up(width, 4),
         **flags,
     )
-    if variant.shared() > half:
-        # Tiles of about even size, cut where squares of the deepest level begin.
-        levels = min(levels, _TILED_LEVELS)
-        side = 2**levels
-        variant = variant._replace(tiled=True, levels=levels)
-        tile_h, tile_w = _TILE_H, _TILE_W
-        while True:
-            variant = variant._replace(
-                height=_up(_blocks(height, _blocks(height, tile_h)), side),
-                width=_up(_blocks(width, _blocks(width, tile_w)), max(side, 8)),
-            )
-            if variant.shared() <= half:
-                break
-            tile_h, tile_w = (tile_h // 2, tile_w) if tile_h >= tile_w else (tile_h, tile_w // 2)
-    rows, columns = variant.height // 2, _blocks(variant.width, 8)
-    most = c if variant.channels_last else n
-    for planes in (2, 4, 8, 16, 32):
-        wider = variant._replace(planes=planes)
-        enough = variant.planes * _blocks(rows, variant.rows) * columns >= 128
-        if enough or planes >= 2 * most or wider.shared() > half:
-            break
-        variant = wider
-    if kernel == "weights":
-        return variant._replace(threads=variant.roles(), blocks=1)
-    threads = _up(variant.planes * _blocks(rows, variant.rows) * columns, 32)
-    line = (variant.planes if variant.channels_last else 1) * variant.line()
-    turns = _blocks(threads, 256)
-    return variant._replace(threads=max(_up(_blocks(threads, turns), 32), _up(line, 32)))
+    if variant.filled().shared() > share:
+        # Channels-last, neighbours in memory are channels: a few of them are worth smaller tiles.
+        planes = min(c, 4 if forward else 2) if channels_last else 1
+        variant = variant._replace(tiled=True, planes=planes)
+        variant = next(
+            cut
+            for depth in range(min(levels, _TILED_LEVELS), 0, -1)
+            for tile in _TILES[not forward :]
+            if (cut := variant._replace(levels=depth).cut(height, width, *tile)).shared() <= share
+        )
+    else:
+        many = c if channels_last else n
+        most = device.shared if channels_last else share
+        fitting = [variant.filled()]
+        for planes in (2, 4, *(6,) * channels_last, 8, 16, 32):
+            wider = variant._replace(planes=planes).filled()
+            few = planes < 2 * many and wider.threads <= 32 * wider.warps()
+            if few and wider.shared() <= most:
+                fitting.append(wider)
+        variant = next((one for one in fitting if one.suffices(device)), fitting[-1])
+    fit = (device.shared + 1024) // (variant.shared() + 1024)
+    return variant._replace(blocks=max(1, min(fit, variant.warps() // (variant.threads // 32))))
 
 
 def forward_with(
     launch: Launch,
-    shared: int,
+    device: Device,
     x: Tensor,
     taps: Sequence[Tensor | None],
     bias: Tensor | None,
     transpose: bool,
 ) -> Tensor:
-    """`forward` by any `launch`, with `shared` bytes for a block; no base without `taps[0]`."""
+    """`forward` by any `launch`, for a `device`; no base without `taps[0]`."""
     kernel_size, levels = taps[-1].shape[-1], len(taps) - 1
     flags = {
         "channels_last": _channels_last(x),
-        "vector": _vector(x, kernel_size),
+        "vector": _vector(x, _pair(kernel_size)),
         "base": taps[0] is not None,
     }
-    variant = _tile("forward", x.shape, x.dtype, kernel_size, levels, shared, **flags)
+    variant = _tile("forward", x.shape, x.dtype, kernel_size, levels, device, **flags)
     below = None
     if variant.levels < levels:
         low = low_with(launch, x, variant.levels)
         deep = [None, *taps[variant.levels + 1 :]]
-        below = forward_with(launch, shared, low, deep, None, transpose)
+        below = forward_with(launch, device, low, deep, None, transpose)
         variant = variant._replace(below=True)
     return launch_forward(launch, variant, x, taps[: variant.levels + 1], bias, below, transpose)
 
@@ -308,10 +380,8 @@ def low_with(launch: Launch, x: Tensor, levels: int) -> Tensor:
     n, c, h, w = x.shape
     side = 2**levels
     channels_last = _channels_last(x)
-    vector = not channels_last and w % min(side, 4) == 0 and x.data_ptr() % 16 == 0
-    variant = Variant(
-        "low", _DTYPES[x.dtype], 1, levels, channels_last=channels_last, vector=vector
-    )
+    options = {"channels_last": channels_last, "vector": _vector(x, min(side, 4))}
+    variant = Variant("low", _DTYPES[x.dtype], 1, levels, **options)
     y = torch.empty(
         (n, c, _blocks(h, side), _blocks(w, side)),
         dtype=torch.float32,
@@ -324,44 +394,58 @@ def low_with(launch: Launch, x: Tensor, levels: int) -> Tensor:
 
 def weight_grad_with(
     launch: Launch,
-    shared: int,
+    device: Device,
     x: Tensor,
     dy: Tensor,
     kernel_size: int,
     levels: int,
     base: bool = True,
 ) -> list[Tensor]:
-    """`weight_grad` by any `launch`, with `shared` bytes for a block."""
+    """`weight_grad` by any `launch`, for a `device`."""
     flags = {
         "channels_last": _channels_last(x),
-        "vector": _vector(x, kernel_size) and _vector(dy, kernel_size),
+        "vector": min(_vector(image, _pair(kernel_size)) for image in (x, dy)),
         "base": base,
     }
-    variant = _tile("weights", x.shape, x.dtype, kernel_size, levels, shared, **flags)
-    sums = launch_weights(launch, variant, x, dy)
+    variant = _tile("weights", x.shape, x.dtype, kernel_size, levels, device, **flags)
+    sums = launch_weights(launch, variant, x, dy, programs(variant, x.shape, device))
     deep = []
     if variant.levels < levels:
         lows = (low_with(launch, image, variant.levels) for image in (x, dy))
         rest = levels - variant.levels
-        deep = weight_grad_with(launch, shared, *lows, kernel_size, rest, base=False)
+        deep = weight_grad_with(launch, device, *lows, kernel_size, rest, base=False)
     bands = [1] * base + [4] * variant.levels
     parts = sums[:, not base :].split(bands, 1)
     return [part.reshape(-1, 1, kernel_size, kernel_size) for part in parts] + deep
 
 
 def launch_weights(
-    launch: Launch, variant: Variant, x: Tensor, dy: Tensor, programs: int | None = None
+    launch: Launch, variant: Variant, x: Tensor, dy: Tensor, programs: int
 ) -> Tensor:
     """One kernel of `wtconv_weights`: `[C, 1 + 4 * levels, k * k]`."""
     n, c, h, w = x.shape
     channels = _blocks(c, variant.planes) if variant.channels_last else c
-    if programs is None:
-        tiles = _blocks(h, variant.height) * _blocks(w, variant.width)
-        programs = min(tiles * _groups(variant, x) // channels, max(1, _SUMS // channels))
     shape = (programs, c, 1 + 4 * variant.levels, variant.kernel_size**2)
     sums = x.new_empty(shape, dtype=torch.float32)
     launch(variant, channels * programs, [x, dy, sums, n, c, h, w, programs])
     return sums.sum(0)
+
+
+def programs(variant: Variant, shape: Sequence[int], device: Device) -> int:
+    """Blocks that share the sums of a channel: those that finish earliest, if all take as long."""
+    n, c, h, w = shape
+    channels = _blocks(c, variant.planes) if variant.channels_last else c
+    turns = _blocks(h, variant.height) * _blocks(w, variant.width)
+    turns *= n if variant.channels_last else _blocks(n, variant.planes)
+    at_once = variant.blocks * device.multiprocessors
+    # Channels-last a block stores the sums of several channels.
+    waves = 2 if variant.channels_last else 4
+    most = max(1, min(turns, waves * at_once // channels))
+
+    def time(programs: int) -> tuple[int, int]:
+        return _blocks(channels * programs, at_once) * _blocks(turns, programs), -programs
+
+    return min(range(1, most + 1), key=time)
 
 
 def _groups(variant: Variant, x: Tensor) -> int:
@@ -382,11 +466,17 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _vector(x: Tensor, kernel_size: int) -> bool:
-    """Whether rows start at whole vectors of the pixels that a thread loads at once."""
-    pixels = 2 if kernel_size // 2 % 2 else 4
-    whole = x.shape[3] % pixels == 0 and x.data_ptr() % (pixels * x.element_size()) == 0
-    return whole and not _channels_last(x)
+def _vector(x: Tensor, most: int) -> int:
+    """Pixels, up to `most`, by which rows can be read: they start at multiples of as many."""
+    if _channels_last(x):
+        return 1
+    address = x.data_ptr() // x.element_size()
+    return math.gcd(most, x.shape[3], address)
+
+
+def _pair(kernel_size: int) -> int:
+    """Pixels of a row that a thread loads at once."""
+    return 2 if kernel_size // 2 % 2 else 4
 
 
 def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
@@ -411,8 +501,9 @@ def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
 
 
 @cache
-def _shared_memory(device: int) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+def _device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    return Device(found.shared_memory_per_block_optin, found.multi_processor_count)
 
 
 @cache
@@ -421,7 +512,7 @@ def _kernel(variant: Variant, device: int) -> Any:
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    code = nvrtc.compiled(SOURCE.read_text(), variant.macros(), f"sm_{major}{minor}")
+    code = compiled(SOURCE.read_text(), variant.macros(), f"sm_{major}{minor}")
     library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
     name = f"wtconv_{variant.kernel}".encode()
     kernel = _checked(driver.cuLibraryGetKernel(library, name))

@@ -21,7 +21,8 @@
 //   ROWS             of coefficients of a patch at the first level
 //   THREADS, BLOCKS  of a block, and blocks of a multiprocessor
 //   CHANNELS_LAST    whether pixels have their channels beside each other
-//   VECTOR           whether rows start at whole vectors of 2 * COLUMNS pixels
+//   VECTOR           pixels of a row that are loaded and stored together
+//   TILED            whether there are pixels around a tile, which else is a whole plane
 //   BASE, BELOW      whether there is a base convolution, and an image below the deepest level
 //   TILE_ROWS, TILE_COLUMNS    coefficients of a tile
 //   HALO             rows of low band that are kept above the tile
@@ -88,6 +89,18 @@ DEVICE constexpr int sum_at(int level) {
   int at = low_at(LEVELS + 1);
   for (int l = 2; l < level; l++) at += sum_rows(l) * sum_stride(l);
   return at;
+}
+
+// The coefficients of a level that may not be zero, in pairs where rows are: all of a tile and what
+// it keeps around it, and of a whole plane its own.
+DEVICE constexpr int first_row(int level) { return TILED ? 0 : halo[level]; }
+
+DEVICE constexpr int first_column(int level) { return TILED ? 0 : left_of[level]; }
+
+DEVICE constexpr int rows_of(int level) { return TILED ? low_rows[level] : tile_rows[level]; }
+
+DEVICE constexpr int items_across(int level) {
+  return TILED ? stride_of[level] / COLUMNS : (tile_columns[level] + COLUMNS - 1) / COLUMNS;
 }
 
 struct Level {
@@ -264,10 +277,18 @@ DEVICE void store_item(const float (&pixels)[4 * COLUMNS], float* plane, int row
               high_row >= 0 && high_row < high_rows[LEVEL]);
 }
 
-// Coefficients of the first level, from pixels up to `reach` around the tile.
+// Zeros around whole planes, where nothing else is stored.
+DEVICE void clear(float* shared, int planes) {
+#pragma unroll 1
+  for (int i = 4 * threadIdx.x; i < planes * PLANE; i += 4 * THREADS)
+    *reinterpret_cast<Vector<float, 4>*>(shared + i) = {};
+}
+
+// Coefficients of the first level, from pixels up to `reach` around the tile. Zeros around the
+// first planes of a block are stored while the first pixels are on their way.
 DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& block, int reach,
-                 float* shared) {
-  constexpr int ACROSS = stride_of[1] / COLUMNS, DOWN = low_rows[1];
+                 bool zeros, float* shared) {
+  constexpr int ACROSS = items_across(1), DOWN = rows_of(1);
 #if CHANNELS_LAST
   // Planes fastest: they are beside each other in memory.
   constexpr int LINE = ACROSS * PLANES, LINES = DOWN;
@@ -276,52 +297,53 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
 #endif
   static_assert(LINE <= THREADS, "a thread has one column");
   constexpr int STEP = THREADS / LINE;
-  constexpr int AT_ONCE = VECTOR ? 4 : 2;  // Loads of so many items are under way together.
+  constexpr int AT_ONCE = 4;  // Loads of so many items are under way together.
+  constexpr int TURNS = (LINES + AT_ONCE * STEP - 1) / (AT_ONCE * STEP);
   const int of_line = threadIdx.x % LINE, first_line = threadIdx.x / LINE;
-  const int item_column = CHANNELS_LAST ? of_line / PLANES * COLUMNS : of_line * COLUMNS;
+  const int lines = first_line < STEP ? LINES : 0;
+  const int item = CHANNELS_LAST ? of_line / PLANES : of_line;
+  const int item_column = first_column(1) + item * COLUMNS;
   const int item_plane = CHANNELS_LAST ? of_line % PLANES : 0;
   const int column = block.left + 2 * (item_column - left_of[1]);
-  const int first_row = max(0, block.top - reach), first_column = max(0, block.left - reach);
-  const int end_row = min(image.height, block.top + TILE_H + reach);
-  const int end_column = min(image.width, block.left + TILE_W + reach);
+  const int top = max(0, block.top - reach), left = max(0, block.left - reach);
+  const int bottom = min(image.height, block.top + TILE_H + reach);
+  const int right = min(image.width, block.left + TILE_W + reach);
   const Scalar* from = x + item_plane * image.plane + Offset(column) * image.column;
-  if (first_line >= STEP) return;
 #pragma unroll 1
-  for (int first = first_line; first < LINES; first += AT_ONCE * STEP) {
+  for (int turn = 0; turn < TURNS; turn++) {
+    const int first = turn * AT_ONCE * STEP + first_line;
     float pixels[AT_ONCE][4 * COLUMNS];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
       const int line = first + u * STEP;
       const int plane = CHANNELS_LAST ? item_plane : line / DOWN;
-      const int row = block.top + 2 * ((CHANNELS_LAST ? line : line % DOWN) - halo[1]);
+      const int row = block.top + 2 * (first_row(1) + (CHANNELS_LAST ? line : line % DOWN) - halo[1]);
       const Scalar* at = from + row * image.row + (CHANNELS_LAST ? 0 : plane * image.plane);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const bool inside = plane < block.planes && line < LINES && row + i >= first_row &&
-                            row + i < end_row;
-#if VECTOR
-        Vector<Scalar, 2 * COLUMNS> part = {};
-        if (inside && column >= first_column && column < end_column)
-          part = vector<2 * COLUMNS>(at + i * image.row);
+        const bool inside = plane < block.planes && line < lines && row + i >= top &&
+                            row + i < bottom;
 #pragma unroll
-        for (int j = 0; j < 2 * COLUMNS; j++) pixels[u][2 * COLUMNS * i + j] = number(part.at[j]);
-#else
+        for (int j = 0; j < 2 * COLUMNS; j += VECTOR) {
+          Vector<Scalar, VECTOR> part = {};
+          if (inside && column + j >= left && column + j < right)
+            part = vector<VECTOR>(at + i * image.row + j * image.column);
 #pragma unroll
-        for (int j = 0; j < 2 * COLUMNS; j++) {
-          Scalar value = 0;
-          if (inside && column + j >= first_column && column + j < end_column)
-            value = at[i * image.row + j * image.column];
-          pixels[u][2 * COLUMNS * i + j] = number(value);
+          for (int k = 0; k < VECTOR; k++) pixels[u][2 * COLUMNS * i + j + k] = number(part.at[k]);
         }
-#endif
       }
+    }
+    if (zeros && turn == 0) {
+      clear(shared, PLANES);
+      __syncthreads();
     }
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
       const int line = first + u * STEP;
       const int plane = CHANNELS_LAST ? item_plane : line / DOWN;
-      if (line < LINES)
-        store_item<1>(pixels[u], shared + plane * PLANE, CHANNELS_LAST ? line : line % DOWN, item_column);
+      if (line < lines)
+        store_item<1>(pixels[u], shared + plane * PLANE,
+                      first_row(1) + (CHANNELS_LAST ? line : line % DOWN), item_column);
     }
   }
 }
@@ -329,12 +351,13 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
 // Coefficients of a level from the low band above it, after which the block waits.
 template <int LEVEL>
 DEVICE void analyse(float* shared, int planes) {
-  constexpr int ACROSS = stride_of[LEVEL] / COLUMNS, ROWS_OF = low_rows[LEVEL];
+  constexpr int ACROSS = items_across(LEVEL), DOWN = rows_of(LEVEL);
   constexpr int STEP = stride_of[LEVEL - 1];
 #pragma unroll 1
-  for (int item = threadIdx.x; item < planes * ROWS_OF * ACROSS; item += THREADS) {
-    const int column = item % ACROSS * COLUMNS, row = item / ACROSS % ROWS_OF;
-    float* plane = shared + item / (ACROSS * ROWS_OF) * PLANE;
+  for (int item = threadIdx.x; item < planes * DOWN * ACROSS; item += THREADS) {
+    const int column = first_column(LEVEL) + item % ACROSS * COLUMNS;
+    const int row = first_row(LEVEL) + item / ACROSS % DOWN;
+    float* plane = shared + item / (ACROSS * DOWN) * PLANE;
     const int above = 2 * (row - halo[LEVEL]) + halo[LEVEL - 1];
     const int beside = 2 * (column - left_of[LEVEL]) + left_of[LEVEL - 1];
     const float* from = plane + low_at(LEVEL - 1) + above * STEP + beside;
@@ -582,7 +605,7 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
   const Image image = image_of(channels, height, width);
   const Block block = block_at(blockIdx.x, images, channels, height, width);
 
-  load(x + block.first, image, block, 2 * halo[1], shared);
+  load(x + block.first, image, block, 2 * halo[1], !TILED, shared);
   const Taps taps = {base, taps1,
 #if LEVELS > 1
                      taps2,
@@ -639,24 +662,16 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
 #pragma unroll
     for (int i = 0; i < 2 * ROWS; i++) {
       if (top + i >= height) break;
-#if VECTOR
-#pragma unroll
-      for (int j = 0; j < 8; j += 2 * COLUMNS) {
-        Vector<Scalar, 2 * COLUMNS> part;
-#pragma unroll
-        for (int k = 0; k < 2 * COLUMNS; k++) part.at[k] = scalar(pixels[i][j + k] + offset);
-        if (left + j < width)
-          *reinterpret_cast<Vector<Scalar, 2 * COLUMNS>*>(to + i * image.row + j) = part;
-      }
-#else
       Scalar* at = to + i * image.row;
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
+      for (int j = 0; j < 8; j += VECTOR) {
         if (left + j >= width) break;
-        *at = scalar(pixels[i][j] + offset);
-        at += image.column;
+        Vector<Scalar, VECTOR> part;
+#pragma unroll
+        for (int k = 0; k < VECTOR; k++) part.at[k] = scalar(pixels[i][j + k] + offset);
+        *reinterpret_cast<Vector<Scalar, VECTOR>*>(at) = part;
+        at += VECTOR * image.column;
       }
-#endif
     }
   }
 }
@@ -682,30 +697,22 @@ wtconv_low(const Scalar* __restrict__ x, float* __restrict__ y, int images, int 
   const int row = int(rest % rows) * SIDE;
   rest /= rows;
 #if CHANNELS_LAST
-  const Offset first = rest * height * image.row + channel;
+  const Scalar* first = x + rest * height * image.row + channel + row * image.row;
 #else
-  const Offset first = rest * height * image.row;
+  const Scalar* first = x + rest * height * image.row + row * image.row;
 #endif
-  const Scalar* from = x + first + row * image.row + Offset(column) * image.column;
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < SIDE; i++) {
     if (row + i >= height) break;
-#if VECTOR
-    constexpr int SIZE = SIDE < 4 ? SIDE : 4;
 #pragma unroll
-    for (int j = 0; j < SIDE; j += SIZE) {
+    for (int j = 0; j < SIDE; j += VECTOR) {
       if (column + j >= width) break;
-      const Vector<Scalar, SIZE> part = vector<SIZE>(from + i * image.row + j);
+      const Offset beside = Offset(column + j) * image.column;
+      const Vector<Scalar, VECTOR> part = vector<VECTOR>(first + i * image.row + beside);
 #pragma unroll
-      for (int k = 0; k < SIZE; k++) sum += number(part.at[k]);
+      for (int k = 0; k < VECTOR; k++) sum += number(part.at[k]);
     }
-#else
-#pragma unroll
-    for (int j = 0; j < SIDE; j++) {
-      if (column + j < width) sum += number(from[i * image.row + Offset(j) * image.column]);
-    }
-#endif
   }
   y[at] = sum / SIDE;
 }
@@ -855,9 +862,10 @@ wtconv_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, floa
 #else
     block = block_at(channel * turns + turn, images, channels, height, width);
 #endif
-    load(x + block.first, image, block, 2 * halo[1], shared);
+    const bool zeros = !TILED && turn == program;
+    load(x + block.first, image, block, 2 * halo[1], zeros, shared);
     // What dy has beyond the tile is for the tiles beside it.
-    load(dy + block.first, image, block, 0, other);
+    load(dy + block.first, image, block, 0, zeros, other);
     __syncthreads();
     // The planes of x and dy follow each other.
     analyse_all(shared, 2 * PLANES);
