@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -291,7 +291,9 @@ def _tile(
     kernel_size: int,
     levels: int,
     device: Device,
-    **flags: int,
+    channels_last: bool,
+    vector: int,
+    base: bool,
 ) -> Variant:
     """The variant for one shape.
 
@@ -299,13 +301,14 @@ def _tile(
     """
     n, c, height, width = shape
     forward = kernel == "forward"
-    channels_last = bool(flags["channels_last"])
     share = device.share(3 if forward and not channels_last else 2)
     variant = Variant(
         *(kernel, _DTYPES[dtype], kernel_size, levels),
         height=_up(height, 2),
         width=_up(width, 4),
-        **flags,
+        channels_last=channels_last,
+        vector=vector,
+        base=base,
     )
     if variant.filled().shared() > share:
         # Channels-last, neighbours in memory are channels: a few of them are worth smaller tiles.
@@ -340,13 +343,10 @@ def forward_with(
     transpose: bool,
 ) -> Tensor:
     """`forward` by any `launch`, for a `device`; no base without `taps[0]`."""
-    kernel_size, levels = taps[-1].shape[-1], len(taps) - 1
-    flags = {
-        "channels_last": _channels_last(x),
-        "vector": _vector(x, _pair(kernel_size)),
-        "base": taps[0] is not None,
-    }
-    variant = _tile("forward", x.shape, x.dtype, kernel_size, levels, device, **flags)
+    kernel_size, levels = cast(Tensor, taps[-1]).shape[-1], len(taps) - 1
+    layout = _channels_last(x), _vector(x, kernel_size)
+    problem = x.shape, x.dtype, kernel_size, levels
+    variant = _tile("forward", *problem, device, *layout, taps[0] is not None)
     below = None
     if variant.levels < levels:
         low = low_with(launch, x, variant.levels)
@@ -380,8 +380,10 @@ def low_with(launch: Launch, x: Tensor, levels: int) -> Tensor:
     n, c, h, w = x.shape
     side = 2**levels
     channels_last = _channels_last(x)
-    options = {"channels_last": channels_last, "vector": _vector(x, min(side, 4))}
-    variant = Variant("low", _DTYPES[x.dtype], 1, levels, **options)
+    vector = min(side, _vector(x, 1))
+    variant = Variant(
+        "low", _DTYPES[x.dtype], 1, levels, channels_last=channels_last, vector=vector
+    )
     y = torch.empty(
         (n, c, _blocks(h, side), _blocks(w, side)),
         dtype=torch.float32,
@@ -402,18 +404,14 @@ def weight_grad_with(
     base: bool = True,
 ) -> list[Tensor]:
     """`weight_grad` by any `launch`, for a `device`."""
-    flags = {
-        "channels_last": _channels_last(x),
-        "vector": min(_vector(image, _pair(kernel_size)) for image in (x, dy)),
-        "base": base,
-    }
-    variant = _tile("weights", x.shape, x.dtype, kernel_size, levels, device, **flags)
+    layout = _channels_last(x), min(_vector(image, kernel_size) for image in (x, dy))
+    variant = _tile("weights", x.shape, x.dtype, kernel_size, levels, device, *layout, base)
     sums = launch_weights(launch, variant, x, dy, programs(variant, x.shape, device))
     deep = []
     if variant.levels < levels:
-        lows = (low_with(launch, image, variant.levels) for image in (x, dy))
+        low, dlow = (low_with(launch, image, variant.levels) for image in (x, dy))
         rest = levels - variant.levels
-        deep = weight_grad_with(launch, device, *lows, kernel_size, rest, base=False)
+        deep = weight_grad_with(launch, device, low, dlow, kernel_size, rest, base=False)
     bands = [1] * base + [4] * variant.levels
     parts = sums[:, not base :].split(bands, 1)
     return [part.reshape(-1, 1, kernel_size, kernel_size) for part in parts] + deep
@@ -466,17 +464,12 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _vector(x: Tensor, most: int) -> int:
-    """Pixels, up to `most`, by which rows can be read: they start at multiples of as many."""
+def _vector(x: Tensor, kernel_size: int) -> int:
+    """Pixels of a row that a thread can load at once: as many as there are whole vectors of."""
     if _channels_last(x):
         return 1
     address = x.data_ptr() // x.element_size()
-    return math.gcd(most, x.shape[3], address)
-
-
-def _pair(kernel_size: int) -> int:
-    """Pixels of a row that a thread loads at once."""
-    return 2 if kernel_size // 2 % 2 else 4
+    return math.gcd(2 if kernel_size // 2 % 2 else 4, x.shape[3], address)
 
 
 def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
@@ -485,7 +478,8 @@ def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
 
     device = arguments[0].device
     kernel = _kernel(variant, device.index)
-    values, types = [], []
+    values: list[int] = []
+    types: list[Any] = []
     for argument in arguments:
         if isinstance(argument, int):
             values.append(argument)
@@ -503,7 +497,8 @@ def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
 @cache
 def _device(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
-    return Device(found.shared_memory_per_block_optin, found.multi_processor_count)
+    # PyTorch's own stubs do not know all that it tells.
+    return Device(cast(Any, found).shared_memory_per_block_optin, found.multi_processor_count)
 
 
 @cache
