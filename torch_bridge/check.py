@@ -2,7 +2,8 @@
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import cast
 
@@ -18,6 +19,7 @@ from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.checking import Backend, drawn, run
 from torch_bridge import ops
 from torch_bridge.exchange import from_jax
+from torch_bridge.on_cpu import cuda
 from torch_bridge.wtconv import LAYERS, best_device
 
 app = typer.Typer(
@@ -55,16 +57,36 @@ def _kind(device: torch.device) -> str:
 
 
 def backends(device: torch.device) -> Iterator[Backend]:
-    """Every implementation on a device, on images in both memory formats."""
-    images = [case for case in CASES if case.ndim == 2 and not case.strided]
+    """Every implementation on a device, on images in both memory formats; CUDA's on the CPU too."""
     for name, reason in ops.OPERATOR.status(device.type):
-        refusal = partial(_refusal, name, reason, device)
-        for suffix, cases, memory_format in (
-            ("", CASES, torch.contiguous_format),
-            (" channels-last", images, torch.channels_last),
-        ):
-            compute = partial(layer_results, name, device, memory_format)
-            yield Backend(f"{name}{suffix}", cases, refusal, compute)
+        yield from _both_formats(name, name, reason, device, nullcontext)
+    cpu = torch.device("cpu")
+    yield from _both_formats("cuda on CPU", "cuda", cuda.unavailable(), cpu, cuda.emulated)
+
+
+def _both_formats(
+    title: str,
+    name: str,
+    reason: str | None,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager],
+) -> Iterator[Backend]:
+    """An implementation, which is unavailable for a reason, where it computes in a context."""
+
+    def refusal(case: Case) -> str | None:
+        with context():
+            return _refusal(name, reason, device, case)
+
+    def compute(memory_format: torch.memory_format, case: Case) -> dict[str, np.ndarray]:
+        with context():
+            return layer_results(name, device, memory_format, case)
+
+    images = [case for case in CASES if case.ndim == 2 and not case.strided]
+    for suffix, cases, memory_format in (
+        ("", CASES, torch.contiguous_format),
+        (" channels-last", images, torch.channels_last),
+    ):
+        yield Backend(f"{title}{suffix}", cases, refusal, partial(compute, memory_format))
 
 
 def _refusal(name: str, unavailable: str | None, device: torch.device, case: Case) -> str | None:

@@ -46,6 +46,8 @@ class TestTorch:
 
         monkeypatch.setattr(check, "CASES", CASES)
         monkeypatch.setattr(check, "best_device", lambda: torch.device("cpu"))
+        # Has tests of its own, with a compilation a case.
+        monkeypatch.setattr(check.cuda, "unavailable", lambda: "needs the compiler g++")
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def check(self, monkeypatch, *arguments):
@@ -57,12 +59,15 @@ class TestTorch:
     def test_against_the_oracle(self, monkeypatch, capsys, tmp_path):
         assert self.check(monkeypatch, "--json", tmp_path / "a.json") == 0
         output = capsys.readouterr().out
-        assert "3 pass, 0 fail, 3 skip" in output
+        assert "3 pass, 0 fail, 9 skip" in output
+        assert "skip cuda, 2 cases: needs an NVIDIA GPU, this is cpu" in output
         assert "skip triton, 2 cases: needs a GPU, this is cpu" in output
         rows = json.loads((tmp_path / "a.json").read_text())["rows"]
         assert [row["backend"] for row in rows] == [
+            *("cuda", "cuda", "cuda channels-last"),
             *("triton", "triton", "triton channels-last"),
             *("eager", "eager", "eager channels-last"),
+            *("cuda on CPU", "cuda on CPU", "cuda on CPU channels-last"),
         ]
 
     def test_a_swapped_subband_fails(self, monkeypatch, capsys):

@@ -7,7 +7,7 @@ deeper ones are computed first, from the low band of the last of these, and adde
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -33,9 +33,6 @@ _REGISTERS = {1: 80, 3: 80, 5: 80, 7: 128, 9: 168}
 """Registers of a thread, by kernel size, by which nothing is spilled."""
 _SUMMING = {1: 128, 3: 128, 5: 168, 7: 255, 9: 255}
 """Those of a weight gradient, which holds a sum a tap."""
-
-Launch = Callable[["Variant", int, Sequence[Any]], None]
-"""Runs a kernel: its variant, blocks, and arguments."""
 
 
 def unavailable(platform: str) -> str | None:
@@ -76,21 +73,18 @@ def forward(
 
     `wavelet` is Haar.
     """
-    device = _device(x.device.index)
     taps = [tap.contiguous() for tap in taps]
     bias = None if bias is None else bias.contiguous()
-    return forward_with(launch, device, _dense(x), taps, bias, transpose)
+    return _forward(_dense(x), taps, bias, transpose)
 
 
 def weight_grad(
     x: Tensor, dy: Tensor, *, kernel_size: int, levels: int, wavelet: str
 ) -> list[Tensor]:
     """Gradients of the taps; every sum runs in a fixed order, so they are bitwise reproducible."""
-    device = _device(x.device.index)
     x = _dense(x)
     memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
-    dy = dy.contiguous(memory_format=memory_format)
-    return weight_grad_with(launch, device, x, dy, kernel_size, levels)
+    return _weight_grad(x, dy.contiguous(memory_format=memory_format), kernel_size, levels)
 
 
 class Device(NamedTuple):
@@ -283,8 +277,16 @@ class Variant(NamedTuple):
         return _up(count, 32)
 
 
+def planned(
+    kernel: str, x: Tensor, kernel_size: int, levels: int, device: Device, base: bool
+) -> Variant:
+    """The variant of a kernel for a dense x, of as many levels as tiles may have."""
+    layout = _channels_last(x), _vector(x, kernel_size), base
+    return _planned(kernel, x.shape, x.dtype, kernel_size, levels, device, *layout)
+
+
 @cache
-def _tile(
+def _planned(
     kernel: str,
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -295,7 +297,7 @@ def _tile(
     vector: int,
     base: bool,
 ) -> Variant:
-    """The variant for one shape.
+    """`planned` by what it depends on.
 
     A multiprocessor holds three blocks or two, so that one computes while another waits for memory.
     """
@@ -334,30 +336,22 @@ def _tile(
     return variant._replace(blocks=max(1, min(fit, variant.warps() // (variant.threads // 32))))
 
 
-def forward_with(
-    launch: Launch,
-    device: Device,
-    x: Tensor,
-    taps: Sequence[Tensor | None],
-    bias: Tensor | None,
-    transpose: bool,
+def _forward(
+    x: Tensor, taps: Sequence[Tensor | None], bias: Tensor | None, transpose: bool
 ) -> Tensor:
-    """`forward` by any `launch`, for a `device`; no base without `taps[0]`."""
+    """`forward` of a dense x; without `taps[0]` there is no base convolution."""
     kernel_size, levels = cast(Tensor, taps[-1]).shape[-1], len(taps) - 1
-    layout = _channels_last(x), _vector(x, kernel_size)
-    problem = x.shape, x.dtype, kernel_size, levels
-    variant = _tile("forward", *problem, device, *layout, taps[0] is not None)
+    device, base = device_of(x.device), taps[0] is not None
+    variant = planned("forward", x, kernel_size, levels, device, base)
     below = None
     if variant.levels < levels:
-        low = low_with(launch, x, variant.levels)
         deep = [None, *taps[variant.levels + 1 :]]
-        below = forward_with(launch, device, low, deep, None, transpose)
+        below = _forward(low_band(x, variant.levels), deep, None, transpose)
         variant = variant._replace(below=True)
-    return launch_forward(launch, variant, x, taps[: variant.levels + 1], bias, below, transpose)
+    return launch_forward(variant, x, taps[: variant.levels + 1], bias, below, transpose)
 
 
 def launch_forward(
-    launch: Launch,
     variant: Variant,
     x: Tensor,
     taps: Sequence[Tensor | None],
@@ -375,7 +369,7 @@ def launch_forward(
     return y
 
 
-def low_with(launch: Launch, x: Tensor, levels: int) -> Tensor:
+def low_band(x: Tensor, levels: int) -> Tensor:
     """The low band of one level, in float32 and x's memory format."""
     n, c, h, w = x.shape
     side = 2**levels
@@ -394,32 +388,27 @@ def low_with(launch: Launch, x: Tensor, levels: int) -> Tensor:
     return y
 
 
-def weight_grad_with(
-    launch: Launch,
-    device: Device,
-    x: Tensor,
-    dy: Tensor,
-    kernel_size: int,
-    levels: int,
-    base: bool = True,
+def _weight_grad(
+    x: Tensor, dy: Tensor, kernel_size: int, levels: int, base: bool = True
 ) -> list[Tensor]:
-    """`weight_grad` by any `launch`, for a `device`."""
-    layout = _channels_last(x), min(_vector(image, kernel_size) for image in (x, dy))
-    variant = _tile("weights", x.shape, x.dtype, kernel_size, levels, device, *layout, base)
-    sums = launch_weights(launch, variant, x, dy, programs(variant, x.shape, device))
+    """`weight_grad` of x and dy that are alike dense."""
+    device = device_of(x.device)
+    variant = planned("weights", x, kernel_size, levels, device, base)
+    variant = variant._replace(vector=min(variant.vector, _vector(dy, kernel_size)))
+    sums = launch_weights(variant, x, dy, programs(variant, x.shape, device))
     deep = []
     if variant.levels < levels:
-        low, dlow = (low_with(launch, image, variant.levels) for image in (x, dy))
-        rest = levels - variant.levels
-        deep = weight_grad_with(launch, device, low, dlow, kernel_size, rest, base=False)
+        low, dlow = (low_band(image, variant.levels) for image in (x, dy))
+        deep = _weight_grad(low, dlow, kernel_size, levels - variant.levels, base=False)
     bands = [1] * base + [4] * variant.levels
     parts = sums[:, not base :].split(bands, 1)
-    return [part.reshape(-1, 1, kernel_size, kernel_size) for part in parts] + deep
+    shape = -1, 1, kernel_size, kernel_size
+    # Of one channel parts are views of one array, which operators may not return.
+    copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return [copy.view(shape) for copy in copies] + deep
 
 
-def launch_weights(
-    launch: Launch, variant: Variant, x: Tensor, dy: Tensor, programs: int
-) -> Tensor:
+def launch_weights(variant: Variant, x: Tensor, dy: Tensor, programs: int) -> Tensor:
     """One kernel of `wtconv_weights`: `[C, 1 + 4 * levels, k * k]`."""
     n, c, h, w = x.shape
     channels = _blocks(c, variant.planes) if variant.channels_last else c
@@ -429,7 +418,8 @@ def launch_weights(
     return sums.sum(0)
 
 
-def programs(variant: Variant, shape: Sequence[int], device: Device) -> int:
+@cache
+def programs(variant: Variant, shape: tuple[int, ...], device: Device) -> int:
     """Blocks that share the sums of a channel: those that finish earliest, if all take as long."""
     n, c, h, w = shape
     channels = _blocks(c, variant.planes) if variant.channels_last else c
@@ -468,7 +458,7 @@ def _vector(x: Tensor, kernel_size: int) -> int:
     """Pixels of a row that a thread can load at once: as many as there are whole vectors of."""
     if _channels_last(x):
         return 1
-    address = x.data_ptr() // x.element_size()
+    address = 0 if x.is_meta else x.data_ptr() // x.element_size()
     return math.gcd(2 if kernel_size // 2 % 2 else 4, x.shape[3], address)
 
 
@@ -477,7 +467,7 @@ def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
     from cuda.bindings import driver
 
     device = arguments[0].device
-    kernel = _kernel(variant, device.index)
+    kernel, shared = _kernel(variant, device.index)
     values: list[int] = []
     types: list[Any] = []
     for argument in arguments:
@@ -491,19 +481,20 @@ def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
     grid, block = (blocks, 1, 1), (variant.threads, 1, 1)
     packed = (tuple(values), tuple(types))
     with torch.cuda.device(device):
-        _checked(driver.cuLaunchKernel(kernel, *grid, *block, variant.shared(), stream, packed, 0))
+        _checked(driver.cuLaunchKernel(kernel, *grid, *block, shared, stream, packed, 0))
 
 
 @cache
-def _device(index: int) -> Device:
-    found = torch.cuda.get_device_properties(index)
+def device_of(device: torch.device) -> Device:
+    """What variants for a device are chosen by."""
     # PyTorch's own stubs do not know all that it tells.
-    return Device(cast(Any, found).shared_memory_per_block_optin, found.multi_processor_count)
+    found = cast(Any, torch.cuda.get_device_properties(device))
+    return Device(found.shared_memory_per_block_optin, found.multi_processor_count)
 
 
 @cache
-def _kernel(variant: Variant, device: int) -> Any:
-    """A compiled kernel on one device."""
+def _kernel(variant: Variant, device: int) -> tuple[Any, int]:
+    """A compiled kernel on one device, and the bytes of shared memory of its blocks."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
@@ -518,7 +509,7 @@ def _kernel(variant: Variant, device: int) -> Any:
     ):
         _checked(driver.cuKernelSetAttribute(attribute, value, kernel, driver.CUdevice(device)))
     # A kernel is launched as a function is.
-    return driver.CUfunction(int(kernel))
+    return driver.CUfunction(int(kernel)), variant.shared()
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
