@@ -1,14 +1,10 @@
 """`python -m torch_bridge check`: every implementation that is here, against the oracle."""
 
-import importlib.util
 import math
 import platform
-from collections.abc import Iterator
-from functools import cache, partial
-from importlib.abc import Loader
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -23,10 +19,8 @@ from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.checking import Backend, drawn, run
 from torch_bridge import ops
 from torch_bridge.exchange import from_jax
+from torch_bridge.on_cpu import cuda, metal
 from torch_bridge.wtconv import LAYERS, best_device
-
-ON_CPU = ("metal",)
-"""Implementations whose source the CPU can run too."""
 
 app = typer.Typer(
     name="python -m torch_bridge",
@@ -63,51 +57,37 @@ def _kind(device: torch.device) -> str:
 
 
 def backends(device: torch.device) -> Iterator[Backend]:
-    """Every implementation on a device, on images in both memory formats."""
-    images = [case for case in CASES if case.ndim == 2 and not case.strided]
+    """Every implementation on a device, and some on the CPU too; images in both memory formats."""
     for name, reason in ops.OPERATOR.status(device.type):
-        refusal = partial(_refusal, name, reason, device)
-        for suffix, cases, memory_format in (
-            ("", CASES, torch.contiguous_format),
-            (" channels-last", images, torch.channels_last),
-        ):
-            compute = partial(layer_results, name, device, memory_format)
-            yield Backend(f"{name}{suffix}", cases, refusal, compute)
-    for name in ON_CPU:
-        yield on_cpu(name)
+        yield from _both_formats(name, name, reason, device, nullcontext)
+    cpu = torch.device("cpu")
+    yield from _both_formats("cuda on CPU", "cuda", cuda.unavailable(), cpu, cuda.emulated)
+    yield from _both_formats("metal on CPU", "metal", metal.unavailable(), cpu, metal.emulated)
 
 
-def on_cpu(name: str) -> Backend:
-    """An implementation for other devices, its source built for the CPU."""
-    title, cpu = f"{name} on CPU", torch.device("cpu")
-    module = emulator(name)
-    if module is None:
-        reason = "needs a checkout of the repository: the tests know how"
-        return Backend(title, CASES, lambda case: reason, lambda case: {})
-    refusal = partial(_refusal, name, module.unavailable(), cpu)
-    compute = partial(layer_results, name, cpu, torch.contiguous_format)
-    # Every call in a context of its own.
-    return Backend(title, CASES, module.on_cpu()(refusal), module.on_cpu()(compute))
+def _both_formats(
+    title: str,
+    name: str,
+    reason: str | None,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager],
+) -> Iterator[Backend]:
+    """An implementation, which is unavailable for a reason, where it computes in a context."""
 
+    def refusal(case: Case) -> str | None:
+        with context():
+            return _refusal(name, reason, device, case)
 
-@cache
-def emulator(name: str) -> ModuleType | None:
-    """What runs the source of an implementation on the CPU; None outside of a checkout.
+    def compute(memory_format: torch.memory_format, case: Case) -> dict[str, np.ndarray]:
+        with context():
+            return layer_results(name, device, memory_format, case)
 
-    Args:
-        name: The implementation.
-
-    Returns:
-        A module with `unavailable()`, the reason why it cannot here or None, and `on_cpu()`, a
-        context in which the implementation takes tensors of the CPU.
-    """
-    path = Path(__file__).parents[1] / "tests" / "torch" / f"{name}_on_cpu.py"
-    if not path.exists():
-        return None
-    spec = cast(ModuleSpec, importlib.util.spec_from_file_location(path.stem, path))
-    module = importlib.util.module_from_spec(spec)
-    cast(Loader, spec.loader).exec_module(module)
-    return module
+    images = [case for case in CASES if case.ndim == 2 and not case.strided]
+    for suffix, cases, memory_format in (
+        ("", CASES, torch.contiguous_format),
+        (" channels-last", images, torch.channels_last),
+    ):
+        yield Backend(f"{title}{suffix}", cases, refusal, partial(compute, memory_format))
 
 
 def _refusal(name: str, unavailable: str | None, device: torch.device, case: Case) -> str | None:

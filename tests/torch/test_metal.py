@@ -20,8 +20,8 @@ from pallas_kernels.wtconv import checking  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
 from torch_bridge import check, ops  # noqa: E402
 from torch_bridge.backends import metal_launch  # noqa: E402
+from torch_bridge.on_cpu import metal  # noqa: E402
 
-metal = check.emulator("metal")
 SOURCE = metal_launch.SOURCE.read_text()
 CPU = torch.device("cpu")
 ORDERS = [0, 1, 2, 3]
@@ -74,18 +74,9 @@ def failures(cases, compute):
 
 @pytest.mark.parametrize("order", ORDERS[:3])
 def test_every_case(emulated, order):
-    with metal.on_cpu(order):
+    with metal.emulated(order=order):
         ran, failed = failures(CASES, results)
     assert failed == [] and ran >= 12
-
-
-def test_check_runs_it_where_it_can(emulated, monkeypatch):
-    backend = check.on_cpu("metal")._replace(cases=[Case((4, 5), 1, 3), Case((4,), 1, 3)])
-    rows = list(checking.run([backend], checking.expected))
-    assert [row["backend"] for row in rows] == ["metal on CPU"] * 2
-    assert [row["status"] for row in rows] == ["pass", "skip"]
-    monkeypatch.setattr(check, "emulator", lambda name: None)
-    assert "needs a checkout" in check.on_cpu("metal").refusal(CASES[0])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +84,7 @@ def test_check_runs_it_where_it_can(emulated, monkeypatch):
 )
 def test_large_images(emulated, monkeypatch, memory_format, sums):
     monkeypatch.setattr(metal_launch, "_SUMS", sums)
-    with metal.on_cpu(ORDERS[3]):
+    with metal.emulated(order=ORDERS[3]):
         ran, failed = failures(LARGE, partial(results, memory_format=memory_format))
     assert failed == [] and ran == len(LARGE)
 
@@ -102,7 +93,7 @@ def test_weight_gradients_are_the_same_in_every_order(emulated):
     x, dy = torch.randn(2, 3, 2, 18, 21)
     found = []
     for order in ORDERS:
-        with metal.on_cpu(order):
+        with metal.emulated(order=order):
             taps = metal_launch.weight_grad(x, dy, kernel_size=3, levels=2, wavelet="haar")
         found.append(torch.cat([tap.flatten() for tap in taps]))
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -153,19 +144,19 @@ def assert_close(case, found, want):
 @pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.name)
 def test_cascades(emulated, case):
     for order in ORDERS[:3]:
-        with metal.on_cpu(order):
+        with metal.emulated(order=order):
             check_cascades(case, CPU)
 
 
 def test_a_cascade_of_strided_images(emulated):
-    with metal.on_cpu():
+    with metal.emulated():
         check_cascades(haar_cases.Case((6, 9), 2), CPU, torch.channels_last)
 
 
 class TestRefusals:
     @pytest.fixture(autouse=True)
     def _emulated(self, emulated):
-        with metal.on_cpu():
+        with metal.emulated():
             yield
 
     @pytest.mark.parametrize(
@@ -230,7 +221,7 @@ class TestPlantedFaults:
 
     def caught(self, case, **fault):
         for order in ORDERS:
-            with metal.on_cpu(order, **fault):
+            with metal.emulated(order=order, **fault):
                 try:
                     check_cascades(self.IMAGE, CPU)
                     _, failed = failures([case], results)
@@ -265,16 +256,15 @@ class TestPlantedFaults:
     def test_a_changed_source(self, old, new):
         assert SOURCE.count(old) == 1
         case = self.EVEN if "before" in old else self.SMALL
-        assert self.caught(case, change=lambda source: source.replace(old, new))
+        assert self.caught(case, source=SOURCE.replace(old, new))
 
 
 SANITIZED = """
 import sys, torch
-from torch_bridge import check
 from torch_bridge.backends import metal_launch
-metal = check.emulator("metal")
-old, new = sys.argv[1:]
-with metal.on_cpu(change=lambda source: source.replace(old, new), flags=["-fsanitize=address"]):
+from torch_bridge.on_cpu import metal
+source = metal_launch.SOURCE.read_text().replace(*sys.argv[1:])
+with metal.emulated(source, flags=["-fsanitize=address"]):
     x, dy = torch.randn(2, 2, 1, 9, 7)
     metal_launch.waverec2(metal_launch.wavedec2(x, 2), shape=(9, 7))
     taps = [torch.randn(1, 1, 4, 4), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4, 4)]
@@ -287,14 +277,14 @@ with metal.on_cpu(change=lambda source: source.replace(old, new), flags=["-fsani
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("", ""),
+        ("nothing", "nothing"),
         ("if (row < size.x && column < size.y) plane", "plane"),
         ("SIDE = TILE + K - 1", "SIDE = TILE + K - 2"),
     ],
 )
 def test_under_address_sanitizer(emulated, old, new):
     """Of the second source each thread reads or writes what is not its array's."""
-    assert old in SOURCE
+    assert SOURCE.count(old) == (old != new)
     libraries = [
         subprocess.run(
             ["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True
@@ -310,7 +300,7 @@ def test_under_address_sanitizer(emulated, old, new):
         capture_output=True,
         text=True,
     )
-    if old:
+    if old != new:
         assert done.returncode != 0 and "ERROR: AddressSanitizer" in done.stderr
     else:
         assert done.returncode == 0, done.stderr

@@ -96,15 +96,13 @@ def weight_grad(
         tile = _tile(h, w)
         slices = _slices(kernel_size, tile)
         programs = min(n * _cdiv(h, 2 * tile) * _cdiv(w, 2 * tile), max(1, _SUMS // c))
-        name = "weights"
-        if not found:
-            name = "first_weights"
-            found.append(low.new_empty(programs, 4 * slices, c, *taps, dtype=torch.float32))
         sums = low.new_empty(programs, slices, c, 4, *taps, dtype=torch.float32)
+        name, base = "weights", sums
+        if not found:
+            name, base = "first_weights", sums.new_empty(programs, 4 * slices, c, *taps)
+            found.append(base)
         _kernel(low, name, kernel_size, tile)(
-            # The base's, which is that of x, is written once.
-            *(low, dlow, sums, found[0]),
-            [n, c, h, w, programs, *low.stride(), *dlow.stride()],
+            *(low, dlow, sums, base, [n, c, h, w, programs, *low.stride(), *dlow.stride()]),
             threads=[_SUMMING * programs, c, 1],
             group_size=[_SUMMING, 1, 1],
         )
