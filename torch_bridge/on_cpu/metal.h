@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -98,9 +99,12 @@ enum class mem_flags { mem_threadgroup };
 
 namespace metal_on_cpu {
 
+constexpr std::size_t STACK = 256 << 10;
+
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  // Not filled with zeros, which takes longer than a kernel does.
+  std::unique_ptr<char[]> stack{new char[STACK]};
   uint3 thread_in_group;
   uint thread_index;
   bool done;
@@ -142,7 +146,6 @@ inline int launch(void (*function)(void**), void** values, const uint* groups, c
   missing = without;
   std::mt19937 random(order);
   std::vector<Fiber> fibers(threads[0] * threads[1] * threads[2]);
-  for (Fiber& fiber : fibers) fiber.stack.resize(256 << 10);
   int diverged = 0;
   for (uint g = 0; g < groups[0] * groups[1] * groups[2]; g++) {
     group = {g % groups[0], g / groups[0] % groups[1], g / groups[0] / groups[1]};
@@ -155,8 +158,8 @@ inline int launch(void (*function)(void**), void** values, const uint* groups, c
                                t / threads[0] / threads[1]};
       fiber.done = false;
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = STACK;
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, start, 0);
       live.push_back(&fiber);
