@@ -59,8 +59,8 @@ def apple():
     return torch.device("mps")
 
 
-def results(case, device=CPU, memory_format=torch.contiguous_format):
-    return check.layer_results("metal", device, memory_format, case)
+def results(case, memory_format=torch.contiguous_format):
+    return check.layer_results("metal", CPU, memory_format, case)
 
 
 def failures(cases, compute):
@@ -72,8 +72,22 @@ def failures(cases, compute):
     return len(ran), [(row["case"], row["reason"]) for row in ran if row["status"] == "fail"]
 
 
-@pytest.mark.parametrize("order", ORDERS[:3])
-def test_every_case(emulated, order):
+def assert_every_case(name, device, more=()):
+    """A backend of `check` computes what its kernels are made for, and other cases."""
+    (backend,) = (backend for backend in check.backends(device) if backend.name == name)
+    plain = partial(check.layer_results, "eager", CPU, torch.contiguous_format)
+    rows = list(checking.run([backend._replace(cases=[*backend.cases, *more])], plain))
+    assert [row for row in rows if row["status"] == "fail"] == []
+    assert sum(row["status"] == "pass" for row in rows) >= 11 + len(more)
+
+
+@pytest.mark.parametrize("name", ["metal on CPU", "metal on CPU channels-last"])
+def test_check_computes_every_case(emulated, name):
+    assert_every_case(name, CPU)
+
+
+@pytest.mark.parametrize("order", ORDERS[1:3])
+def test_other_orders(emulated, order):
     with metal.emulated(order=order):
         ran, failed = failures(CASES, results)
     assert failed == [] and ran >= 12
@@ -366,11 +380,7 @@ def test_every_pointer_has_an_address_space():
 @pytest.mark.mps
 @pytest.mark.parametrize("name", ["metal", "metal channels-last"])
 def test_every_case_on_an_apple_gpu(apple, name):
-    (backend,) = (backend for backend in check.backends(apple) if backend.name == name)
-    plain = partial(check.layer_results, "eager", CPU, torch.contiguous_format)
-    rows = list(checking.run([backend._replace(cases=[*backend.cases, *LARGE])], plain))
-    assert [row for row in rows if row["status"] == "fail"] == []
-    assert sum(row["status"] == "pass" for row in rows) >= 12
+    assert_every_case(name, apple, LARGE)
 
 
 @pytest.mark.mps
