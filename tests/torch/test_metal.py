@@ -236,6 +236,9 @@ class TestPlantedFaults:
     def caught(self, case, **fault):
         for order in ORDERS:
             with metal.emulated(order=order, **fault):
+                # What does not compile is no fault that a check finds.
+                metal_launch._library(None, 0)
+                metal_launch._library(case.kernel_size, 8)
                 try:
                     check_cascades(self.IMAGE, CPU)
                     _, failed = failures([case], results)
