@@ -126,10 +126,10 @@ from torch_bridge.backends import cuda_launch
 torch.manual_seed(0)
 old, new = sys.argv[1:]
 flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-x, dy = torch.randn(2, 3, 3, 13, 10)
+x, dy = torch.randn(2, 1, 3, 37, 30)
 taps = [torch.randn(3 * bands, 1, 5, 5) for bands in (1, 4, 4)]
 for text in (None, cuda_launch.SOURCE.read_text().replace(old, new)):
-    for shared, memory_format in (232448, torch.contiguous_format), (30000, torch.channels_last):
+    for shared, memory_format in (232448, torch.contiguous_format), (40000, torch.channels_last):
         with cuda.emulated(cuda_launch.Device(shared, 1), source=text, flags=flags):
             image, other = (t.contiguous(memory_format=memory_format) for t in (x, dy))
             cuda_launch.forward(image, taps, None, wavelet="haar", transpose=False)
