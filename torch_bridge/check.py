@@ -5,11 +5,10 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-import typer
 from torch import Tensor
 
 from flash_wtconv_jax.checkpoints import from_torch
@@ -22,32 +21,23 @@ from torch_bridge.exchange import from_jax
 from torch_bridge.on_cpu import cuda, metal
 from torch_bridge.wtconv import LAYERS, best_device
 
-app = typer.Typer(
-    name="python -m torch_bridge",
-    help="Wavelet convolutions for PyTorch.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
 
-
-@app.callback()
-def _group() -> None:
-    """A group even while it has one command."""
-
-
-@app.command()
 def check(as_json: AsJson = None) -> None:
     """Compute the shared cases with every implementation that this machine has; 1 if one fails."""
     device = best_device()
-    about = {
-        "device": {"platform": device.type, "kind": _kind(device)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
     # As the published layer computes, every array in x's dtype.
     plain = partial(layer_results, "eager", device, torch.contiguous_format)
     rows = run(backends(device), plain)
-    show(rows, about, f"PyTorch, {about['device']['kind']}", as_json)
+    machine = about(device)
+    show(rows, machine, f"PyTorch, {machine['device']['kind']}", as_json)
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What results depend on: the device, and the versions of Python and PyTorch."""
+    return {
+        "device": {"platform": device.type, "kind": _kind(device)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def _kind(device: torch.device) -> str:

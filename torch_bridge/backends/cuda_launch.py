@@ -316,12 +316,12 @@ def _planned(
         # Channels-last, neighbours in memory are channels: a few of them are worth smaller tiles.
         planes = min(c, 4 if forward else 2) if channels_last else 1
         variant = variant._replace(tiled=True, planes=planes)
-        variant = next(
-            cut
+        cuts = [
+            variant._replace(levels=depth).cut(height, width, *tile)
             for depth in range(min(levels, _TILED_LEVELS), 0, -1)
             for tile in _TILES[not forward :]
-            if (cut := variant._replace(levels=depth).cut(height, width, *tile)).shared() <= share
-        )
+        ]
+        variant = next((cut for cut in cuts if cut.shared() <= share), cuts[-1])
     else:
         many = c if channels_last else n
         most = device.shared if channels_last else share

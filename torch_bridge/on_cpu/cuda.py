@@ -51,7 +51,7 @@ def emulated(device: Device = HOPPER, **options: Any) -> Iterator["Launcher"]:
             block reach a barrier.
 
     Example:
-        >>> import torch_bridge
+        >>> import torch, torch_bridge
         >>> layer = torch_bridge.WTConv2d(1, 1, 3, device="cpu", implementation="cuda")
         >>> if unavailable() is None:
         ...     with emulated():
