@@ -8,6 +8,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Before anything imports Triton, whose own functions are then interpreted too.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Before jax starts: its GPU interpreter needs a thread of XLA's for each warpgroup, and more
+    # than a machine of two cores would have.
+    os.environ.setdefault("NPROC", "8")
 
 import hypothesis
 import numpy as np

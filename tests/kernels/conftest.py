@@ -1,5 +1,6 @@
-"""Fixtures of the TPU kernels' tests."""
+"""Fixtures of the Pallas kernels' tests: the interpreters of their backends."""
 
+import numpy as np
 import pytest
 
 
@@ -24,3 +25,72 @@ def races():
     yield
     found = interpret_pallas_call.races
     assert found is not None and not found.races_found
+
+
+@pytest.fixture
+def gpu_interpreter(monkeypatch):
+    """Pallas' GPU interpreter, in which nothing may race, nor read what nothing has written.
+
+    JAX (0.11) fills with zeros what a copy reads beyond an array's end, as a GPU does, but not
+    what it reads before its start: here it does that too. Its race detector knows no strides:
+    here it takes all between the first and the last element. And it wants a fence between loads
+    from shared memory and a copy over what they read, where the barrier that orders both is
+    enough (as in CUTLASS' pipelines): here it is.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("JAX 0.10 cannot interpret copies from beyond an array's end")
+    from jax._src.pallas.mosaic.interpret import race_detection_state
+    from jax._src.pallas.mosaic.interpret.utils import Access
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+    from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import AsyncCopyGmemToSmemTask
+    from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
+
+    read_inside = GPUSharedMemory.get_buffer_content
+
+    def read(self, key, access, *args, **kwargs):
+        before = [
+            min(max(0, -at.start), at.stop - at.start) if isinstance(at, slice) else 0
+            for at in access.range
+        ]
+        if not any(before):
+            return read_inside(self, key, access, *args, **kwargs)
+        assert access.permutation is None
+        inside = Access(
+            tuple(
+                slice(max(0, at.start), max(0, at.stop), at.step) if skipped else at
+                for at, skipped in zip(access.range, before, strict=True)
+            )
+        )
+        value, kind, clock = read_inside(self, key, inside, *args, **kwargs)
+        if value is not None:
+            kept = zip(access.range, before, strict=True)
+            fill = [(skipped, 0) for at, skipped in kept if isinstance(at, slice)]
+            value = np.pad(value, fill)
+        return value, kind, clock
+
+    overlap = race_detection_state._ranges_overlap
+
+    def dense_overlap(*ranges):
+        return overlap(
+            *(
+                tuple(slice(at.start, at.stop) if isinstance(at, slice) else at for at in access)
+                for access in ranges
+            )
+        )
+
+    check_write = AsyncCopyGmemToSmemTask.post_read
+
+    def fenced(self, *args):
+        self.clock.commit_smem()
+        check_write(self, *args)
+
+    monkeypatch.setattr(AsyncCopyGmemToSmemTask, "post_read", fenced)
+    monkeypatch.setattr(GPUSharedMemory, "get_buffer_content", read)
+    monkeypatch.setattr(race_detection_state, "_ranges_overlap", dense_overlap)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    found = interpreter.get_races()
+    interpreter.reset_gpu_interpret_mode_state()
+    assert not found.races_found

@@ -1,35 +1,24 @@
 """The Triton kernels of WTConv: interpreted and compiled without a GPU, and run where one is."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
 from triton_checks import INTERPRETED, compiled_resources, launch, tensor, torch
-from wtconv_checks import arrays, assert_oracle, plain_results, value_and_grads
+from wtconv_checks import (
+    arrays,
+    assert_oracle,
+    assert_reproducible,
+    assert_sharded,
+    assert_transformed,
+    plain_results,
+    takes,
+)
 
 from pallas_kernels.wtconv import triton as triton_jax
 from pallas_kernels.wtconv import triton_launches, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
-from pallas_kernels.wtconv.cases import CASES, Case, inputs
+from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.checking import bounds, expected, worst
-
-
-def taken(case):
-    """Whether the kernels are made for a case; the others are refused, which has its own test."""
-    problem = Problem(
-        (int(np.prod(case.batch)), *case.spatial, case.channels),
-        np.dtype(case.dtype) if case.dtype != "bfloat16" else jax.numpy.dtype("bfloat16"),
-        case.kernel_size,
-        case.levels,
-        case.wavelet,
-    )
-    try:
-        triton_jax.check("fwd", problem)
-    except NotImplementedError:
-        return False
-    return True
-
 
 EXTRA = (
     # A block of channels in part; rows and columns beside which all others are inside.
@@ -40,7 +29,7 @@ EXTRA = (
     # Two launches for the low bands.
     Case((18, 5), 5, 3, batch=(1,), channels=1),
 )
-TAKEN = [case for case in CASES + EXTRA if taken(case)]
+TAKEN = [case for case in CASES + EXTRA if takes(triton_jax, case)]
 # The interpreter takes milliseconds a program.
 QUICK = [
     pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (max(case.spatial) == 28))
@@ -168,42 +157,15 @@ def test_output_and_gradients_are_the_oracles(case):
 
 @pytest.mark.gpu
 def test_gradients_are_bitwise_reproducible():
-    call = partial(wtconv2d, implementation="triton")
-    case = Case((57, 60), 3, 5, batch=(64,), channels=40)
-    first, again = (jax.tree.leaves(value_and_grads(call, case)) for _ in range(2))
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert_reproducible("triton", Case((57, 60), 3, 5, batch=(64,), channels=40))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_sharded_over_the_batch(check_vma):
-    case = Case((9, 10), 2, 3, batch=(2,))
-    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
-    batch = jax.sharding.PartitionSpec("n")
-    specs = batch, dict.fromkeys(inputs(case)[1], jax.sharding.PartitionSpec())
-    local = jax.shard_map(
-        partial(wtconv2d, implementation="triton"),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=batch,
-        check_vma=check_vma,
-    )
-    got, want = (value_and_grads(call, case) for call in (local, wtconv2d))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+    assert_sharded("triton", check_vma)
 
 
 @pytest.mark.gpu
 def test_transformations():
-    x, params, _ = arrays(Case((9, 10), 2, 3, batch=(2,)))
-
-    def second(implementation):
-        def curved(x, params):
-            y = jax.remat(partial(wtconv2d, implementation=implementation))(x, params)
-            return jax.numpy.sin(y).sum()
-
-        squared = lambda x, params: (jax.grad(curved)(x, params) ** 2).sum()  # noqa: E731
-        both = jax.vmap(jax.grad(squared), (0, None))(x, params)
-        return both, jax.jit(jax.vmap(jax.grad(curved, 1), (0, None)))(x, params)
-
-    for got, want in zip(*map(jax.tree.leaves, map(second, ("triton", "xla"))), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+    assert_transformed("triton")

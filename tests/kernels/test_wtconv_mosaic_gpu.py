@@ -1,0 +1,245 @@
+"""The Mosaic GPU kernels of WTConv: lowered and interpreted without a GPU, run where one is."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from wtconv_checks import (
+    assert_oracle,
+    assert_reproducible,
+    assert_sharded,
+    assert_transformed,
+    takes,
+)
+
+from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
+from pallas_kernels.wtconv.api import OPERATOR, Problem
+from pallas_kernels.wtconv.cases import CASES, Case
+from pallas_kernels.wtconv.shapes import GPU_SHAPES, Shape
+
+SHARED = 227 * 1024
+"""Bytes of shared memory that a block of a Hopper GPU can have."""
+
+SMALL = {
+    "tiny": Shape(1, 1, 1, 1, 1, 1),
+    "odd": Shape(3, 9, 11, 33, 5, 3),
+    "padded": Shape(1, 9, 9, 3, 2),
+    "one_chunk": Shape(2, 7, 61, 32, 1),
+    "flat": Shape(9, 1, 40, 32, 1, 3),
+    "narrow": Shape(5, 70, 1, 8, 1),
+}
+EXTREME = {
+    "large": Shape(1, 4096, 4096, 144, 5),
+    "long": Shape(1, 1, 2**20, 32, 1),
+    "high": Shape(1, 2**13, 1, 32, 1),
+    "deep": Shape(2, 3, 5, 4096, 1, 3),
+    "many": Shape(2**20, 2, 2, 4, 1, 1),
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def run(shape, dtype, transformed):
+    """`transformed`, such as `jax.eval_shape`, of the forward and of the weight gradient."""
+    k, c = shape.kernel_size, shape.channels
+    kernels = ((k, k, 1, c), *[(k, k, 4, c)] * shape.levels)
+    x = jax.ShapeDtypeStruct(shape.x, dtype)
+    taps = tuple(jax.ShapeDtypeStruct(kernel, "float32") for kernel in kernels)
+    bias = jax.ShapeDtypeStruct((c,), "float32")
+    keys = {"wavelet": "haar", "precision": None}
+    yield transformed(mosaic_gpu.forward, x, taps, bias, transpose=False, **keys)
+    yield transformed(mosaic_gpu.weight_grad, x, x, kernel_shapes=kernels, **keys)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, DTYPES[i % 2]) for i, name in enumerate(GPU_SHAPES)]
+    + [(name, DTYPES[i % 3]) for i, name in enumerate(SMALL)],
+)
+def test_kernels_lower_for_cuda(name, dtype):
+    def lowered(function, *args, **keys):
+        return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
+
+    shape = (GPU_SHAPES | SMALL)[name]
+    for text in run(shape, dtype, lowered):
+        assert text.count("mosaic_gpu") >= shape.levels
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
+def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
+    launches = []
+
+    def kernel(body, out_type, scratch_types, **keys):
+        launches.append((scratch_types, keys))
+        return lambda *args: jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
+
+    monkeypatch.setattr(plgpu, "kernel", kernel)
+
+    def shapes(function, *args, **keys):
+        return jax.eval_shape(partial(function.__wrapped__, **keys), *args)
+
+    shape = (GPU_SHAPES | SMALL | EXTREME)[name]
+    assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 1 + shape.levels]
+    assert len(launches) == 2 * shape.levels
+    for scratch, keys in launches:
+        size = sum(
+            # A number in JAX 0.11, a tuple of them in 0.10.
+            8 * int(np.prod(part.num_barriers))
+            if isinstance(part, plgpu.Barrier)
+            else math.prod(part.shape) * jnp.dtype(part.dtype).itemsize
+            for part in scratch
+        )
+        assert size <= SHARED
+        # Fewer slots than rows in flight would wait for each other for ever.
+        assert scratch[0].shape[0] >= 3
+        # The second axis of a grid takes no more blocks.
+        assert keys["grid"][0] < 2**31 and keys["grid"][1] < 2**16
+
+
+@pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
+def test_tiles_hold_every_pixel_once(name):
+    n, h, w, c = (GPU_SHAPES | SMALL | EXTREME)[name].x
+    for kernel_size in (1, 3, 5):
+        tiling = mosaic_gpu._tiling((n, h, w, c), kernel_size)
+        assert tiling.reach == kernel_size // 2
+        assert tiling.images * tiling.strips == mosaic_gpu._STRIPS
+        taken = np.zeros(tiling.tiles, int)
+        for split in range(tiling.splits):
+            taken[split :: tiling.splits] += 1
+        assert (taken == 1).all()
+        groups, rest = divmod(tiling.tiles, tiling.heights)
+        assert rest == 0
+        # So many parts, of so many elements each, and none of them beyond what there is.
+        for parts, each, whole in (
+            (groups, tiling.images, n),
+            (tiling.heights, tiling.rows, (h + 1) // 2),
+            (tiling.stretches, tiling.width, (w + 1) // 2),
+            (tiling.chunks, mosaic_gpu._CHANNELS, c),
+        ):
+            assert (parts - 1) * each < whole <= parts * each
+
+
+# For the interpreter; together they have tilings of every kind.
+INTERPRETED = (
+    Case((6, 9), 1, 5, channels=32),
+    Case((5, 10), 2, 3, "bfloat16", batch=(5,), channels=40),
+    Case((1, 1), 1, 1, batch=(9,)),
+    Case((11, 2), 1, 5, "float16", batch=(1,), channels=2, bias=False),
+    Case((3, 18), 1, 3, batch=(1,), channels=4),
+)
+
+
+@pytest.fixture
+def few_blocks(monkeypatch):
+    """Small images in several tiles and a block with several of them, so that little is run."""
+    monkeypatch.setattr(mosaic_gpu, "_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu, "_MIN_ROWS", 2)
+    monkeypatch.setattr(mosaic_gpu, "_MAX_COLUMNS", 2)
+
+
+def strided(self, row, j, each):
+    """`_Block.view` by a stride, which the interpreter knows and Mosaic does not."""
+    if self.tiling.strips == 1:
+        return row.at[:, j]
+    return row.at[0, pl.ds(j, self.tiling.strips, stride=each * self.tiling.columns)]
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
+@pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
+def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
+    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
+    assert_oracle(case, "mosaic_gpu")
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("few_blocks")
+def test_interpreted_kernels_have_tilings_of_every_kind():
+    tilings = [
+        mosaic_gpu._tiling((math.prod(case.batch), *case.spatial, case.channels), case.kernel_size)
+        for case in INTERPRETED
+    ]
+    assert {tiling.images for tiling in tilings} == {1, 4}
+    for several in ("heights", "stretches", "chunks", "columns"):
+        assert any(getattr(tiling, several) > 1 for tiling in tilings), several
+    assert any(tiling.tiles > tiling.splits for tiling in tilings)
+
+
+REFUSED = {
+    "1-D signals": {"shape": (2, 8, 4)},
+    "float64": {"dtype": np.dtype("float64")},
+    "'db2'": {"wavelet": "db2"},
+    "kernels of 4": {"kernel_size": 4},
+    "kernels of 7": {"kernel_size": 7},
+    "0 levels": {"levels": 0},
+    "6 levels": {"levels": 6},
+    "an empty batch": {"shape": (0, 8, 8, 4)},
+    "symbolic size": {"shape": (*jax.export.symbolic_shape("b"), 8, 8, 4)},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_done_says_so(reason):
+    problem = Problem((2, 8, 8, 4), np.dtype("float32"), 5, 2, "haar")._replace(**REFUSED[reason])
+    with pytest.raises(NotImplementedError, match=f"does not take .*{reason}"):
+        mosaic_gpu.check("fwd", problem)
+
+
+def test_without_a_gpu_it_says_what_is_missing():
+    with pytest.raises(NotImplementedError, match="mosaic_gpu: needs a GPU, this is a cpu"):
+        wtconv2d(
+            np.ones((4, 4, 1), np.float32),
+            {"base_kernel": np.ones((3, 3, 1, 1)), "base_scale": np.ones(1)},
+            implementation="mosaic_gpu",
+        )
+    assert mosaic_gpu.unavailable("gpu").startswith("needs compute capability 9.0 or newer")
+    assert OPERATOR.rule["gpu"] == ("mosaic_gpu", "triton", "xla")
+
+
+EXTRA = (
+    *INTERPRETED,
+    # Several chunks of channels, stretches of columns and tiles in height; all levels.
+    Case((56, 56), 5, 5, batch=(3,), channels=96),
+    Case((30, 70), 3, 5, "bfloat16", channels=48),
+    Case((130, 9), 2, 3, "float16", channels=100),
+    # Windows that are contiguous in memory, cut by hand at each border.
+    Case((7, 61), 1, 5, channels=32),
+    Case((1, 40), 1, 3, batch=(9,), channels=32),
+    Case((40, 1), 1, 5, batch=(9,), channels=32),
+    Case((2, 7), 1, 5, "bfloat16", batch=(6,), channels=32),
+    # Four images a block, and not a multiple of four.
+    Case((7, 7), 2, 5, "bfloat16", batch=(131,), channels=64),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES + EXTRA if takes(mosaic_gpu, case)],
+    ids=lambda case: case.name,
+)
+def test_output_and_gradients_are_the_oracles(case):
+    assert_oracle(case, "mosaic_gpu")
+
+
+@pytest.mark.gpu
+def test_gradients_are_bitwise_reproducible():
+    assert_reproducible("mosaic_gpu", Case((57, 60), 3, 5, batch=(64,), channels=40))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sharded_over_the_batch(check_vma):
+    assert_sharded("mosaic_gpu", check_vma)
+
+
+@pytest.mark.gpu
+def test_transformations():
+    assert_transformed("mosaic_gpu")
