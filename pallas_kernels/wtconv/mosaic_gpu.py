@@ -396,21 +396,19 @@ class _Block:
             plgpu.barrier_wait(self.free.at[lax.rem(turn, self.depth)])
             self.fetch(turn + self.depth)
 
-    def pairs(self, row: Any, pair: Any, columns: int, each: int = 2) -> list[tuple[Any, Any]]:
+    def pairs(self, row: Any, pair: Any, columns: int) -> list[tuple[Any, Any]]:
         """(LL, LH) of each column of coefficients, or (HL, HH) if `pair` is 1, twice as large.
 
         Args:
             row: `[images, 2, columns of pixels, channels]`, halo included.
             pair: Which two bands.
             columns: Columns of coefficients of a strip, halo included.
-            each: As `view` takes it.
         """
         sign = jnp.where(pair == 0, 1.0, -1.0).astype(jnp.float32)
         found = []
         for j in range(columns):
             upper, lower = (
-                self.column(row.at[:, v], 2 * j, each)
-                + sign * self.column(row.at[:, v], 2 * j + 1, each)
+                self.column(row.at[:, v], 2 * j) + sign * self.column(row.at[:, v], 2 * j + 1)
                 for v in range(2)
             )
             found.append((upper + lower, upper - lower))
@@ -832,9 +830,7 @@ class _WeightsBlock(_Block):
                 slot = lax.rem(turn, self.depth)
                 plgpu.barrier_wait(self.full.at[slot])
                 totals, window = carry[: 2 * size**2], carry[2 * size**2 :]
-                row = [
-                    v for both in self.pairs(self.others.at[slot], pair, columns, 2) for v in both
-                ]
+                row = [v for both in self.pairs(self.others.at[slot], pair, columns) for v in both]
                 if tiling.heights > 1:
                     row = self.own(s, row)
                 window = [*window, *row]
