@@ -210,8 +210,10 @@ class Variant(NamedTuple):
             # Two rows at once load less, where a plane has the threads for it all the same.
             variant = self._replace(rows=2 if _blocks(rows, 2) * across >= 64 else 1)
             items = variant.items()
+        if self.channels_last:
+            variant = variant._replace(vector=math.gcd(self.vector, self.planes))
         turns = _blocks(items, 32 * self.warps()) if self.kernel == "forward" else 1
-        return variant._replace(threads=_up(max(_blocks(items, turns), self.line()), 32))
+        return variant._replace(threads=_up(max(_blocks(items, turns), variant.line()), 32))
 
     def cut(self, height: int, width: int, most_h: int, most_w: int) -> "Variant":
         """The same for tiles of about even size of an image.
@@ -251,7 +253,7 @@ class Variant(NamedTuple):
         lists = self._lists()
         columns = lists["STRIDE" if self.tiled else "TILE_COLUMNS"][0]
         across = _blocks(columns, 1 if self.kernel_size // 2 % 2 else 2)
-        return across * (self.planes if self.channels_last else 1)
+        return across * (self.planes // self.vector if self.channels_last else 1)
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
@@ -374,7 +376,7 @@ def low_band(x: Tensor, levels: int) -> Tensor:
     n, c, h, w = x.shape
     side = 2**levels
     channels_last = _channels_last(x)
-    vector = min(side, _vector(x, 1))
+    vector = 1 if channels_last else min(side, _vector(x, 1))
     variant = Variant(
         "low", _DTYPES[x.dtype], 1, levels, channels_last=channels_last, vector=vector
     )
@@ -455,10 +457,10 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _vector(x: Tensor, kernel_size: int) -> int:
-    """Pixels of a row that a thread can load at once: as many as there are whole vectors of."""
-    if _channels_last(x):
-        return 1
+    """Values beside each other that a thread can load at once, of which memory is a multiple."""
     address = 0 if x.is_meta else x.data_ptr() // x.element_size()
+    if _channels_last(x):
+        return math.gcd(4, x.shape[1], address)
     return math.gcd(2 if kernel_size // 2 % 2 else 4, x.shape[3], address)
 
 
