@@ -1,7 +1,7 @@
 """The wavelet convolution on NVIDIA GPUs by `wtconv.cu`, of which this picks and runs variants.
 
 Where a plane fits into a block's shared memory, one kernel does all levels. Larger images are cut
-into tiles, which read what their levels reach around them; of more than `_TILED_LEVELS` levels the
+into tiles, which read what their levels reach around them; of more than two or three levels the
 deeper ones are computed first, from the low band of the last of these, and added.
 """
 
@@ -22,7 +22,6 @@ SOURCE = Path(__file__).with_name("wtconv.cu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
-_TILED_LEVELS = 3
 _TILES = ((64, 128), (32, 128), (32, 64), (32, 32), (16, 32), (16, 16))
 """Largest heights and widths of tiles; those of a weight gradient start with the second."""
 _SECTOR = 32
@@ -208,7 +207,8 @@ class Variant(NamedTuple):
             items = variant.roles()
         else:
             # Two rows at once load less, where a plane has the threads for it all the same.
-            variant = self._replace(rows=2 if _blocks(rows, 2) * across >= 64 else 1)
+            large = self.tiled or _blocks(rows, 2) * across >= 64
+            variant = self._replace(rows=2 if large else 1)
             items = variant.items()
         if self.channels_last:
             variant = variant._replace(vector=math.gcd(self.vector, self.planes))
@@ -315,12 +315,13 @@ def _planned(
         base=base,
     )
     if variant.filled().shared() > share:
-        # Channels-last, neighbours in memory are channels: a few of them are worth smaller tiles.
+        # Channels-last, neighbours in memory are channels: a few of them are worth smaller tiles,
+        # around which two levels read as much as three do elsewhere.
         planes = min(c, 4 if forward else 2) if channels_last else 1
         variant = variant._replace(tiled=True, planes=planes)
         cuts = [
             variant._replace(levels=depth).cut(height, width, *tile)
-            for depth in range(min(levels, _TILED_LEVELS), 0, -1)
+            for depth in range(min(levels, 2 if channels_last else 3), 0, -1)
             for tile in _TILES[not forward :]
         ]
         variant = next((cut for cut in cuts if cut.shared() <= share), cuts[-1])
