@@ -26,12 +26,12 @@ SMALL = Device(shared=50000, multiprocessors=1)
 """On which images are cut into tiles."""
 TILED = (
     Case((72, 61), 3, 5, batch=(1,), channels=2),
-    Case((40, 75), 5, 3, batch=(1,), channels=5),
+    Case((40, 75), 5, 3, batch=(1,), channels=4),
     Case((33, 36), 1, 1, "bfloat16", batch=(2,), channels=9),
     Case((36, 30), 2, 9, batch=(1,), channels=1),
 )
 WHOLE = (
-    Case((13, 12), 5, 7, "float16", batch=(3,)),
+    Case((13, 12), 5, 7, "float16", batch=(3,), channels=12),
     Case((6, 5), 1, 9, batch=(1,)),
     # Several planes a block, and one of them alone.
     Case((8, 9), 2, 5, batch=(33,), channels=2),
@@ -173,6 +173,13 @@ REFUSED = {
 def test_what_the_kernels_do_not_do_is_refused(reason):
     with cuda.emulated(), pytest.raises(NotImplementedError, match=f"does not take.*{reason}"):
         ops.pick("cuda", "cpu", *REFUSED[reason])
+
+
+def test_it_is_the_first_choice_of_nvidia_gpus():
+    with cuda.emulated():
+        problem = (2, 4, 8, 8), torch.bfloat16, 3, 1
+        assert ops.pick(None, "cuda", *problem, "haar") == ("cuda", "cuda")
+        assert ops.pick(None, "cuda", *problem, "db2") == ("eager", "eager")
 
 
 def test_where_there_is_no_gpu_it_says_so():

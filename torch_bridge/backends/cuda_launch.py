@@ -1,7 +1,7 @@
 """The wavelet convolution on NVIDIA GPUs by `wtconv.cu`, of which this picks and runs variants.
 
 Where a plane fits into a block's shared memory, one kernel does all levels. Larger images are cut
-into tiles, which read what their levels reach around them; of more than `_TILED_LEVELS` levels the
+into tiles, which read what their levels reach around them; of more than two or three levels the
 deeper ones are computed first, from the low band of the last of these, and added.
 """
 
@@ -22,7 +22,6 @@ SOURCE = Path(__file__).with_name("wtconv.cu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
-_TILED_LEVELS = 3
 _TILES = ((64, 128), (32, 128), (32, 64), (32, 32), (16, 32), (16, 16))
 """Largest heights and widths of tiles; those of a weight gradient start with the second."""
 _SECTOR = 32
@@ -208,10 +207,13 @@ class Variant(NamedTuple):
             items = variant.roles()
         else:
             # Two rows at once load less, where a plane has the threads for it all the same.
-            variant = self._replace(rows=2 if _blocks(rows, 2) * across >= 64 else 1)
+            large = self.tiled or _blocks(rows, 2) * across >= 64
+            variant = self._replace(rows=2 if large else 1)
             items = variant.items()
+        if self.channels_last:
+            variant = variant._replace(vector=math.gcd(self.vector, self.planes))
         turns = _blocks(items, 32 * self.warps()) if self.kernel == "forward" else 1
-        return variant._replace(threads=_up(max(_blocks(items, turns), self.line()), 32))
+        return variant._replace(threads=_up(max(_blocks(items, turns), variant.line()), 32))
 
     def cut(self, height: int, width: int, most_h: int, most_w: int) -> "Variant":
         """The same for tiles of about even size of an image.
@@ -251,7 +253,7 @@ class Variant(NamedTuple):
         lists = self._lists()
         columns = lists["STRIDE" if self.tiled else "TILE_COLUMNS"][0]
         across = _blocks(columns, 1 if self.kernel_size // 2 % 2 else 2)
-        return across * (self.planes if self.channels_last else 1)
+        return across * (self.planes // self.vector if self.channels_last else 1)
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
@@ -313,12 +315,13 @@ def _planned(
         base=base,
     )
     if variant.filled().shared() > share:
-        # Channels-last, neighbours in memory are channels: a few of them are worth smaller tiles.
+        # Channels-last, neighbours in memory are channels: a few of them are worth smaller tiles,
+        # around which two levels read as much as three do elsewhere.
         planes = min(c, 4 if forward else 2) if channels_last else 1
         variant = variant._replace(tiled=True, planes=planes)
         cuts = [
             variant._replace(levels=depth).cut(height, width, *tile)
-            for depth in range(min(levels, _TILED_LEVELS), 0, -1)
+            for depth in range(min(levels, 2 if channels_last else 3), 0, -1)
             for tile in _TILES[not forward :]
         ]
         variant = next((cut for cut in cuts if cut.shared() <= share), cuts[-1])
@@ -374,7 +377,7 @@ def low_band(x: Tensor, levels: int) -> Tensor:
     n, c, h, w = x.shape
     side = 2**levels
     channels_last = _channels_last(x)
-    vector = min(side, _vector(x, 1))
+    vector = 1 if channels_last else min(side, _vector(x, 1))
     variant = Variant(
         "low", _DTYPES[x.dtype], 1, levels, channels_last=channels_last, vector=vector
     )
@@ -455,10 +458,10 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _vector(x: Tensor, kernel_size: int) -> int:
-    """Pixels of a row that a thread can load at once: as many as there are whole vectors of."""
-    if _channels_last(x):
-        return 1
+    """Values beside each other that a thread can load at once, of which memory is a multiple."""
     address = 0 if x.is_meta else x.data_ptr() // x.element_size()
+    if _channels_last(x):
+        return math.gcd(4, x.shape[1], address)
     return math.gcd(2 if kernel_size // 2 % 2 else 4, x.shape[3], address)
 
 

@@ -21,7 +21,8 @@
 //   ROWS             of coefficients of a patch at the first level
 //   THREADS, BLOCKS  of a block, and blocks of a multiprocessor
 //   CHANNELS_LAST    whether pixels have their channels beside each other
-//   VECTOR           pixels of a row that are loaded and stored together
+//   VECTOR           values beside each other that are loaded together: pixels of a row, which are
+//                    stored together too, or channels of a pixel
 //   TILED            whether there are pixels around a tile, which else is a whole plane
 //   BASE, BELOW      whether there is a base convolution, and an image below the deepest level
 //   TILE_ROWS, TILE_COLUMNS    coefficients of a tile
@@ -102,6 +103,9 @@ DEVICE constexpr int rows_of(int level) { return TILED ? low_rows[level] : tile_
 DEVICE constexpr int items_across(int level) {
   return TILED ? stride_of[level] / COLUMNS : (tile_columns[level] + COLUMNS - 1) / COLUMNS;
 }
+
+constexpr int PIXELS = CHANNELS_LAST ? 1 : VECTOR;    // Of a row that are beside each other.
+constexpr int TOGETHER = CHANNELS_LAST ? VECTOR : 1;  // Planes whose pixels are.
 
 struct Level {
   int low, high, band, stride;  // From the first neighbour of the tile's first coefficient.
@@ -291,19 +295,19 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
   constexpr int ACROSS = items_across(1), DOWN = rows_of(1);
 #if CHANNELS_LAST
   // Planes fastest: they are beside each other in memory.
-  constexpr int LINE = ACROSS * PLANES, LINES = DOWN;
+  constexpr int LINE = ACROSS * (PLANES / TOGETHER), LINES = DOWN;
 #else
   constexpr int LINE = ACROSS, LINES = DOWN * PLANES;
 #endif
   static_assert(LINE <= THREADS, "a thread has one column");
   constexpr int STEP = THREADS / LINE;
-  constexpr int AT_ONCE = 4;  // Loads of so many items are under way together.
+  constexpr int AT_ONCE = 4 / TOGETHER;  // Loads of so many items are under way together.
   constexpr int TURNS = (LINES + AT_ONCE * STEP - 1) / (AT_ONCE * STEP);
   const int of_line = threadIdx.x % LINE, first_line = threadIdx.x / LINE;
   const int lines = first_line < STEP ? LINES : 0;
-  const int item = CHANNELS_LAST ? of_line / PLANES : of_line;
+  const int item = CHANNELS_LAST ? of_line / (PLANES / TOGETHER) : of_line;
   const int item_column = first_column(1) + item * COLUMNS;
-  const int item_plane = CHANNELS_LAST ? of_line % PLANES : 0;
+  const int item_plane = CHANNELS_LAST ? of_line % (PLANES / TOGETHER) * TOGETHER : 0;
   const int column = block.left + 2 * (item_column - left_of[1]);
   const int top = max(0, block.top - reach), left = max(0, block.left - reach);
   const int bottom = min(image.height, block.top + TILE_H + reach);
@@ -312,7 +316,7 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
 #pragma unroll 1
   for (int turn = 0; turn < TURNS; turn++) {
     const int first = turn * AT_ONCE * STEP + first_line;
-    float pixels[AT_ONCE][4 * COLUMNS];
+    float pixels[AT_ONCE][TOGETHER][4 * COLUMNS];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
       const int line = first + u * STEP;
@@ -324,12 +328,13 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
         const bool inside = plane < block.planes && line < lines && row + i >= top &&
                             row + i < bottom;
 #pragma unroll
-        for (int j = 0; j < 2 * COLUMNS; j += VECTOR) {
+        for (int j = 0; j < 2 * COLUMNS; j += PIXELS) {
           Vector<Scalar, VECTOR> part = {};
           if (inside && column + j >= left && column + j < right)
             part = vector<VECTOR>(at + i * image.row + j * image.column);
 #pragma unroll
-          for (int k = 0; k < VECTOR; k++) pixels[u][2 * COLUMNS * i + j + k] = number(part.at[k]);
+          for (int k = 0; k < VECTOR; k++)
+            pixels[u][k % TOGETHER][2 * COLUMNS * i + j + k % PIXELS] = number(part.at[k]);
         }
       }
     }
@@ -341,8 +346,10 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
     for (int u = 0; u < AT_ONCE; u++) {
       const int line = first + u * STEP;
       const int plane = CHANNELS_LAST ? item_plane : line / DOWN;
-      if (line < lines)
-        store_item<1>(pixels[u], shared + plane * PLANE,
+      if (line >= lines) break;
+#pragma unroll
+      for (int t = 0; t < TOGETHER; t++)
+        store_item<1>(pixels[u][t], shared + (plane + t) * PLANE,
                       first_row(1) + (CHANNELS_LAST ? line : line % DOWN), item_column);
     }
   }
@@ -664,13 +671,13 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
       if (top + i >= height) break;
       Scalar* at = to + i * image.row;
 #pragma unroll
-      for (int j = 0; j < 8; j += VECTOR) {
+      for (int j = 0; j < 8; j += PIXELS) {
         if (left + j >= width) break;
-        Vector<Scalar, VECTOR> part;
+        Vector<Scalar, PIXELS> part;
 #pragma unroll
-        for (int k = 0; k < VECTOR; k++) part.at[k] = scalar(pixels[i][j + k] + offset);
-        *reinterpret_cast<Vector<Scalar, VECTOR>*>(at) = part;
-        at += VECTOR * image.column;
+        for (int k = 0; k < PIXELS; k++) part.at[k] = scalar(pixels[i][j + k] + offset);
+        *reinterpret_cast<Vector<Scalar, PIXELS>*>(at) = part;
+        at += PIXELS * image.column;
       }
     }
   }
@@ -706,12 +713,12 @@ wtconv_low(const Scalar* __restrict__ x, float* __restrict__ y, int images, int 
   for (int i = 0; i < SIDE; i++) {
     if (row + i >= height) break;
 #pragma unroll
-    for (int j = 0; j < SIDE; j += VECTOR) {
+    for (int j = 0; j < SIDE; j += PIXELS) {
       if (column + j >= width) break;
       const Offset beside = Offset(column + j) * image.column;
-      const Vector<Scalar, VECTOR> part = vector<VECTOR>(first + i * image.row + beside);
+      const Vector<Scalar, PIXELS> part = vector<PIXELS>(first + i * image.row + beside);
 #pragma unroll
-      for (int k = 0; k < VECTOR; k++) sum += number(part.at[k]);
+      for (int k = 0; k < PIXELS; k++) sum += number(part.at[k]);
     }
   }
   y[at] = sum / SIDE;
