@@ -74,11 +74,8 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.api.Problem`.
     """
-    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
-    if problem.kernel_size % 2 == 0:
-        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
-    if not 1 <= problem.levels <= _MAX_LEVELS:
-        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
+    dtypes = ("float32", "bfloat16", "float16")
+    reasons = problem.beyond(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
