@@ -15,7 +15,7 @@ def current() -> str:
         ...     current()
         'cpu'
     """
-    return _device().platform
+    return device().platform
 
 
 def kind() -> str:
@@ -26,7 +26,7 @@ def kind() -> str:
         ...     kind()
         'cpu'
     """
-    return _device().device_kind
+    return device().device_kind
 
 
 def on_cpu() -> bool:
@@ -39,7 +39,13 @@ def on_cpu() -> bool:
     return current() == "cpu"
 
 
-def _device() -> "jax.sharding.AbstractDevice | jax.Device":
+def device() -> "jax.sharding.AbstractDevice | jax.Device":
+    """The device itself, an abstract one where a program is compiled ahead of time.
+
+    Example:
+        >>> device().device_kind == kind()
+        True
+    """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract

@@ -268,7 +268,7 @@ def test_bad_features_and_dtype():
         ({"precision": "nosuch"}, "precision='nosuch'"),
         ({"precision": ["high"]}, r"precision=\['high'\]"),
         ({"implementation": "nope"}, "implementation names \\['nope'\\]"),
-        ({"implementation": "auto"}, "implementation='auto': .* not available yet"),
+        ({"implementation": ["auto", "xla"]}, "'auto' is all .* and stands alone"),
     ],
 )
 def test_bad_arguments_are_told_by_the_constructor(arguments, message):
