@@ -49,7 +49,8 @@ def tune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[dict[str, An
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
 
     def call(arrays: dict[int, jax.Array]) -> Any:
-        args, kwargs = tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(tree, filled)
         return fn(*args, **kwargs)
 
     with tuning("search"), recorded() as used:

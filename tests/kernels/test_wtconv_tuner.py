@@ -1,7 +1,9 @@
 """WTConv chooses by measurement among what runs on a CPU: XLA's forms of it."""
 
 import logging
+import sys
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ import pytest
 from wtconv_checks import arrays, assert_oracle
 
 from flash_wtconv_jax import tune, tuning
-from pallas_kernels import measuring
+from pallas_kernels import haar, measuring
 from pallas_kernels.dispatch import tuner
+from pallas_kernels.haar import xla as haar_xla
 from pallas_kernels.wtconv import Implementation, wtconv2d, xla
 from pallas_kernels.wtconv.api import Problem
 from pallas_kernels.wtconv.cases import Case
@@ -139,6 +142,19 @@ def test_tune_measures_what_a_jitted_step_calls(searches):
     assert tune(step, x, params) == tune(step, *shapes) == used
     wtconv2d(x, params, implementation="auto")
     assert searches == ["wtconv fwd"]
+
+
+def test_the_transforms_choose_by_measurement_too(monkeypatch, measured, kind, searches):
+    twin = ModuleType("triton")
+    vars(twin).update({name: getattr(haar_xla, name) for name in vars(haar_xla) if name[0] != "_"})
+    monkeypatch.setitem(sys.modules, "pallas_kernels.haar.triton", twin)
+    x, _, _ = arrays(CASE)
+    low, *details = haar.wavedec2(x, implementation="auto")
+    haar.waverec2([low, *details], shape=x.shape[1:-1], implementation=["xla", "triton"])
+    assert searches == ["haar fwd"]
+    (entry,) = measured.entries(kind)
+    assert sorted(one["implementation"] for one in entry["measured"]) == ["triton", "xla"]
+    assert all("ms" in one for one in entry["measured"])
 
 
 def test_ahead_of_time_the_rule_chooses():
