@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
@@ -91,7 +91,7 @@ class Operator:
         implementation: Choice,
         platform: str,
         problem: Any,
-        measurement: Measurement,
+        measurement: Callable[[], Measurement],
         device_kind: str | None = None,
     ) -> Candidate:
         """Chooses the implementation and its parameters for one direction of one call.
@@ -104,7 +104,8 @@ class Operator:
             implementation: Filter on the candidates.
             platform: The device's platform.
             problem: The operator's description of the call, a NamedTuple with the field `shape`.
-            measurement: How to run and time a candidate; see `tuner.Measurement`.
+            measurement: Makes what runs and times a candidate, if it comes to that; see
+                `tuner.Measurement`.
             device_kind: The device's kind.
 
         Returns:
@@ -122,7 +123,7 @@ class Operator:
         if mode == "off" or (mode is None and not several):
             return Candidate(first)
         modules = {name: self.module(name) for name in (first, *able)}
-        best = tuner.fastest(self.name, direction, problem, modules, measurement)
+        best = tuner.fastest(self.name, direction, problem, modules, measurement())
         return best or Candidate(first)
 
     def check_names(self, implementation: Choice) -> None:

@@ -444,7 +444,8 @@ def _plan(
         return vjp.Plan(module, shape[1:-1], levels, wavelet)
 
     # Analysis and synthesis are each other's transpose: the analysis is timed for both.
-    measurement = OnRandomArrays(
+    measurement = partial(
+        OnRandomArrays,
         lambda module, config: partial(vjp.wavedec, plan(module)),
         (jax.ShapeDtypeStruct(shape, dtype),),
         OPERATOR.module("xla"),

@@ -7,6 +7,7 @@ ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
 import math
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -171,7 +172,7 @@ def _wtconv(
             implementation,
             platform.current(),
             problem,
-            _measurement(direction, problem, "base_bias" in params, precision),
+            partial(_measurement, direction, problem, "base_bias" in params, precision),
             platform.kind(),
         )
         for direction in OPERATOR.directions

@@ -1,16 +1,19 @@
 """The tuner, on implementations that are stand-ins and a clock that is told what to show."""
 
+import io
 import logging
 import re
 import sys
+import time
 from enum import StrEnum
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from pallas_kernels.dispatch import Candidate, Operator, operator, tuning
+from pallas_kernels.dispatch import Candidate, Operator, operator, tuner, tuning
 from pallas_kernels.dispatch.tuner import recorded
 
 pytestmark = pytest.mark.core
@@ -89,7 +92,8 @@ def choose(fake):
     measurement = Measurement()
 
     def choose(implementation="auto", direction="fwd", problem=None, measurement=measurement):
-        return fake.choose(direction, implementation, "cpu", problem or Problem(), measurement)
+        problem = problem or Problem()
+        return fake.choose(direction, implementation, "cpu", problem, lambda: measurement)
 
     choose.measurement = measurement
     return choose
@@ -254,3 +258,21 @@ def test_recorded_names_the_entries_in_use(choose):
     assert [entry["direction"] for entry in used] == ["fwd", "bwd"]
     choose(problem=Problem((9, 9)))
     assert len(used) == 2
+
+
+@pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])
+def test_a_long_search_shows_a_bar_on_a_terminal(choose, monkeypatch, patience, shown):
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, force_interactive=True, width=80)
+    monkeypatch.setattr("rich.console.Console", lambda stderr: console)
+    monkeypatch.setattr(tuner, "_PATIENCE_S", patience)
+    prepared = choose.measurement.prepared
+
+    def slowly(module, config):
+        time.sleep(0.1)
+        return prepared(module, config)
+
+    monkeypatch.setattr(choose.measurement, "prepared", slowly)
+    choose()
+    assert ("timing fake fwd" in terminal.getvalue()) is shown
+    assert bool(terminal.getvalue()) is shown

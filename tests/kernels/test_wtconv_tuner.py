@@ -19,10 +19,7 @@ from pallas_kernels.wtconv import Implementation, wtconv2d, xla
 from pallas_kernels.wtconv.api import Problem
 from pallas_kernels.wtconv.cases import Case
 
-pytestmark = [
-    pytest.mark.core,
-    pytest.mark.skipif(jax.default_backend() != "cpu", reason="of a CPU's candidates"),
-]
+pytestmark = pytest.mark.core
 
 CASE = Case((6, 5), 1, 3)
 
@@ -164,3 +161,16 @@ def test_ahead_of_time_the_rule_chooses():
     _, params, _ = arrays(CASE)
     with jax.sharding.use_abstract_mesh(mesh), pytest.warns(RuntimeWarning, match="ahead of time"):
         jax.eval_shape(partial(wtconv2d, implementation="auto"), problem, params)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_fastest_on_a_gpu(measured, kind, dtype):
+    case = Case((56, 57), 2, 5, dtype, batch=(16,), channels=96)
+    assert_oracle(case, "auto")
+    entries = measured.entries(kind)
+    assert [entry["direction"] for entry in entries] == ["bwd", "fwd"]
+    for entry in entries:
+        timed = {one["implementation"]: one["ms"] for one in entry["measured"] if "ms" in one}
+        assert {"triton", "xla"} <= set(timed)
+        assert timed["xla"] > min(timed.values())
