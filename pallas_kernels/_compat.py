@@ -57,6 +57,26 @@ def vary_over(axes: frozenset[str], tree: Any) -> Any:
     return jax.tree.map(vary, tree)
 
 
+def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
+    """What process 0 answered when it was first asked; the others wait for it.
+
+    Texts that processes share are in the private client of JAX's distributed service alone (0.10
+    to 0.11). A broadcast of arrays, which is public, needs all processes to ask in one order.
+    """
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError("several processes of JAX, and no service that they share")
+    if jax.process_index() == 0:
+        # Each text is set once: what was said to others is said again.
+        try:
+            return client.key_value_try_get(question)
+        except jax.errors.JaxRuntimeError:
+            client.key_value_set(question, answer())
+    return client.blocking_key_value_get(question, timeout_s * 1000)
+
+
 def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
     """Traces a function with `jax_enable_x64` off.
 

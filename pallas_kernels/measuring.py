@@ -15,12 +15,15 @@ import jax
 import numpy as np
 
 from pallas_kernels import platform
+from pallas_kernels._compat import agreed
 from pallas_kernels.dispatch.cache import Entry
 from pallas_kernels.dispatch.tuner import Config
 
 _AT_ONCE_MS = 10
 _MOST_AT_ONCE = 50
 """Calls of an accelerator that the host waits for together, so that it never waits for the next."""
+_AGREEMENT_S = 600
+"""How long processes wait for the one that measures."""
 
 
 class OnRandomArrays:
@@ -58,10 +61,11 @@ class OnRandomArrays:
         """Those of JAX, whose compiler it is, and of this package."""
         return {"flash-wtconv": _version(), "jax": jax.__version__}
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is one process."""
-        return jax.process_count() == 1
+    def agreed(self, question: str, answer: Callable[[], str]) -> str:
+        """The answer of process 0, or of the only one."""
+        if jax.process_count() == 1:
+            return answer()
+        return agreed(f"flash_wtconv/{question}", answer, _AGREEMENT_S)
 
     def impossible(self) -> str | None:
         """A program that is compiled ahead of time has no device to be timed on."""

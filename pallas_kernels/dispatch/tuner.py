@@ -4,11 +4,12 @@ It knows no framework. What runs a candidate, and what times it, is a `Measureme
 hands in; when it may measure, `tuning` says.
 """
 
+import json
 import logging
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -63,13 +64,14 @@ class Measurement(Protocol):
         device_kind: What times hold for; an entry of the cache is of one kind of device.
         static: What else times depend on, besides the problem; JSON-able.
         versions: Versions of what computes, by name.
-        alone: Whether this process chooses alone, and need not agree with others.
     """
 
     device_kind: str
     static: Mapping[str, Any]
     versions: Mapping[str, str]
-    alone: bool
+
+    def agreed(self, question: str, answer: Callable[[], str]) -> str:
+        """One process's answer to a question that all processes of a program ask."""
 
     def impossible(self) -> str | None:
         """Why nothing can be timed here, None where it can."""
@@ -167,40 +169,48 @@ def fastest(
         "static": dict(measurement.static),
         "versions": dict(measurement.versions),
     }
-    if not measurement.alone:
-        _warn(f"{operator} ({direction}): several processes do not yet agree on what is measured")
-        return None
-    grids = {name: _grid(module, direction, problem) for name, module in modules.items()}
-    store, key = cache.user_cache(), cache.key(entry)
-    known = _known(store.get(measurement.device_kind, key), list(modules))
-    if known is not None:
+
+    def answer() -> str:
+        return json.dumps(_fastest(entry, problem, modules, measurement))
+
+    question = f"{mode()} {list(modules)} {cache.key(entry)}"
+    found = json.loads(measurement.agreed(question, answer))
+    return found and Candidate(found[0], _config(found[1]))
+
+
+def _fastest(
+    entry: Entry, problem: Any, modules: Mapping[str, ModuleType], measurement: Measurement
+) -> Candidate | None:
+    """As `fastest`, for one process; `entry` says what is asked."""
+    store, key, kind = cache.user_cache(), cache.key(entry), measurement.device_kind
+    known = _known(store.get(kind, key), list(modules))
+    if known is not None or mode() == "cached":
         return known
-    if mode() == "cached":
-        return None
-    if sum(map(len, grids.values())) == 1:
-        ((name, (config,)),) = grids.items()
-        return Candidate(name, config)
+    direction, label = entry["direction"], f"{entry['operator']} {entry['direction']}"
+    candidates = [
+        Candidate(name, config)
+        for name, module in modules.items()
+        for config in _grid(module, direction, problem)
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
     reason = _unmeasurable(problem) or measurement.impossible()
     if reason is not None:
-        _warn(f"{operator} ({direction}) cannot be timed here: {reason}")
+        _warn(f"{label} cannot be timed here: {reason}")
         return None
-
-    candidates = [Candidate(name, config) for name, grid in grids.items() for config in grid]
-
-    def search() -> Entry:
-        return {**entry, **_search(f"{operator} {direction}", candidates, modules, measurement)}
-
     with _SEARCHING:
         # Another thread may have measured it meanwhile.
-        known = _known(store.get(measurement.device_kind, key), list(modules))
+        known = _known(store.get(kind, key), list(modules))
         if known is not None:
             return known
-        found = measurement.outside(search)
+        found = measurement.outside(
+            lambda: {**entry, **_search(label, candidates, modules, measurement)}
+        )
         if not any("ms" in one for one in found["measured"]):
             why = "; ".join(f"{_candidate(one)}: {one['failed']}" for one in found["measured"])
-            _warn(f"{operator} ({direction}) of {problem}: no implementation could be timed: {why}")
+            _warn(f"{label} of {problem}: no implementation could be timed: {why}")
             return None
-        store.put(measurement.device_kind, [found])
+        store.put(kind, [found])
     return _known(found, list(modules))
 
 
@@ -231,7 +241,12 @@ def _known(entry: Entry | None, names: Sequence[str]) -> Candidate | None:
 
 
 def _candidate(measured: Mapping[str, Any]) -> Candidate:
-    return Candidate(measured["implementation"], tuple(measured["config"].items()))
+    return Candidate(measured["implementation"], _config(measured["config"].items()))
+
+
+def _config(items: Iterable[tuple[str, Any]]) -> Config:
+    """Parameters as they come from JSON, which knows lists alone."""
+    return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in items)
 
 
 def _unmeasurable(problem: Any) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pallas_kernels.dispatch import Candidate, Operator, operator, tuner, tuning
+from pallas_kernels.dispatch import Candidate, Operator, cache, operator, tuner, tuning
 from pallas_kernels.dispatch.tuner import recorded
 
 pytestmark = pytest.mark.core
@@ -36,12 +36,14 @@ class Measurement:
     """Runs `module.result(**config)`, which takes `module.ms(**config)` milliseconds."""
 
     device_kind = "abacus"
-    alone = True
     why_not = None
 
     def __init__(self, **static):
         self.static, self.versions = static, {"abacus": "1"}
         self.runs = []
+
+    def agreed(self, question, answer):
+        return answer()
 
     def impossible(self):
         return self.why_not
@@ -221,8 +223,7 @@ def test_when_nothing_can_be_timed_the_rule_chooses(fake, choose, measured):
 @pytest.mark.parametrize(
     ("attribute", "value", "problem", "message"),
     [
-        ("why_not", "no device", Problem(), r"fake \(fwd\) cannot be timed here: no device; the"),
-        ("alone", False, Problem(), "several processes do not yet agree"),
+        ("why_not", "no device", Problem(), "fake fwd cannot be timed here: no device; the"),
         ("why_not", None, Problem(("n", 4)), "of symbolic size have no values"),
         ("why_not", None, Problem((0, 4)), r"arrays \(0, 4\) are empty"),
     ],
@@ -242,6 +243,19 @@ def test_ties_are_timed_again_and_the_hopeless_are_not(fake, choose):
     assert choose() == BEST
     assert runs.count(Candidate("two")) == 1
     assert runs.count(BEST) > 10
+
+
+def test_parameters_that_are_tuples_survive_the_file(fake, choose, measured):
+    fake.module("one").grid = lambda direction, problem: [{"block": (8, 16)}]
+    fake.module("one").ms = lambda block: 1.0
+    want = Candidate("one", (("block", (8, 16)),))
+    assert choose() == want
+    kept = cache.loaded(cache.dumped({"abacus": measured.entries("abacus")}))
+    measured.clear()
+    measured.put("abacus", kept["abacus"])
+    runs = len(choose.measurement.runs)
+    assert choose() == want
+    assert len(choose.measurement.runs) == runs
 
 
 def test_one_line_says_who_won_and_by_how_much(choose, caplog):
@@ -276,3 +290,20 @@ def test_a_long_search_shows_a_bar_on_a_terminal(choose, monkeypatch, patience, 
     choose()
     assert ("timing fake fwd" in terminal.getvalue()) is shown
     assert bool(terminal.getvalue()) is shown
+
+
+def test_what_one_process_chose_all_take(choose, monkeypatch):
+    asked = []
+
+    def agreed(question, answer):
+        asked.append(question)
+        return '["two", [["block", 32]]]' if len(asked) < 3 else "null"
+
+    monkeypatch.setattr(choose.measurement, "agreed", agreed)
+    theirs = Candidate("two", (("block", 32),))
+    assert choose("auto") == choose(["one", "two"]) == theirs
+    with tuning("search"):
+        assert choose("auto") == Candidate("two")
+    assert choose.measurement.runs == []
+    # Each filter and each mode is a question of its own, in which the order of names is none.
+    assert len(set(asked)) == 2

@@ -1,6 +1,9 @@
 """WTConv chooses by measurement among what runs on a CPU: XLA's forms of it."""
 
 import logging
+import os
+import socket
+import subprocess
 import sys
 from functools import partial
 from types import ModuleType
@@ -174,3 +177,44 @@ def test_the_fastest_on_a_gpu(measured, kind, dtype):
         timed = {one["implementation"]: one["ms"] for one in entry["measured"] if "ms" in one}
         assert {"triton", "xla"} <= set(timed)
         assert timed["xla"] > min(timed.values())
+
+
+TOGETHER = """
+import sys
+import jax
+port, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, index)
+import jax.numpy as jnp
+from pathlib import Path
+from pallas_kernels.dispatch import cache
+from pallas_kernels.wtconv import wtconv2d, xla
+store = cache.Cache(Path(folder) / str(index))
+cache.user_cache = lambda: store
+# Which form is the faster is for process 0 to say: the other one has a choice of one alone.
+if index == 1:
+    xla.grid = lambda direction, problem: [{"nothing": "of", "the": "kind"}]
+params = {"base_kernel": jnp.ones((3, 3, 1, 4)), "base_scale": jnp.ones(4)}
+call = jax.jit(lambda x: wtconv2d(x, params, implementation="auto"))
+print(float(call(jnp.ones((2, 6, 6, 4))).sum()), len(store.kinds()))
+"""
+
+
+def test_processes_take_what_process_0_measured(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, port, str(index), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    told = [process.communicate(timeout=100) for process in running]
+    assert [process.returncode for process in running] == [0, 0], told
+    # Both computed the same, and one of them measured.
+    assert [out.split() for out, _ in told] == [["2048.0", "1"], ["2048.0", "0"]]
