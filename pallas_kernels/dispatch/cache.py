@@ -56,21 +56,20 @@ class Cache:
         with self._lock:
             return self._known(device_kind).get(key)
 
-    def put(self, device_kind: str, entries: Iterable[Entry]) -> None:
-        """Remembers entries, and has them written in the background.
+    def put(self, device_kind: str, entries: Iterable[Entry], *, write: bool = True) -> None:
+        """Remembers entries, and with `write` has them written in the background.
 
         An entry of a key that is known is merged with it: of an implementation that both
         measured the new times count.
         """
         with self._lock:
             known = self._known(device_kind)
-            unwritten = self._unwritten.setdefault(device_kind, {})
+            write = write and not self._memory_alone
             for entry in entries:
                 _add(known, entry)
-                _add(unwritten, entry)
-            if self._memory_alone or not unwritten:
-                self._unwritten.clear()
-            elif self._writer is None or not self._writer.is_alive():
+                if write:
+                    _add(self._unwritten.setdefault(device_kind, {}), entry)
+            if self._unwritten and (self._writer is None or not self._writer.is_alive()):
                 # Not a daemon: the interpreter waits for it at its end.
                 self._writer = threading.Thread(target=self._write, name="flash-wtconv cache")
                 try:
@@ -154,11 +153,12 @@ class Cache:
                 with self._lock:
                     for entry in self._unwritten.get(kind, {}).values():
                         _add(merged, entry)
-                    self._entries[kind] = merged
+                    self._entries[kind].update(merged)
 
     def _keep_in_memory(self, error: Exception) -> None:
         with self._lock:
             told, self._memory_alone = self._memory_alone, True
+            self._unwritten.clear()
         if not told:
             warnings.warn(
                 f"measured times are kept in memory alone, {self.folder} cannot be written: "

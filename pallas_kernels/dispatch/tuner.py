@@ -183,9 +183,9 @@ def _fastest(
 ) -> Candidate | None:
     """As `fastest`, for one process; `entry` says what is asked."""
     store, key, kind = cache.user_cache(), cache.key(entry), measurement.device_kind
-    known = _known(store.get(kind, key), list(modules))
-    if known is not None or mode() == "cached":
-        return known
+    entries = _covering(store.get(kind, key), modules)
+    if entries or mode() == "cached":
+        return _best(entries, modules)
     direction, label = entry["direction"], f"{entry['operator']} {entry['direction']}"
     candidates = [
         Candidate(name, config)
@@ -200,18 +200,18 @@ def _fastest(
         return None
     with _SEARCHING:
         # Another thread may have measured it meanwhile.
-        known = _known(store.get(kind, key), list(modules))
-        if known is not None:
-            return known
-        found = measurement.outside(
-            lambda: {**entry, **_search(label, candidates, modules, measurement)}
-        )
-        if not any("ms" in one for one in found["measured"]):
-            why = "; ".join(f"{_candidate(one)}: {one['failed']}" for one in found["measured"])
-            _warn(f"{label} of {problem}: no implementation could be timed: {why}")
-            return None
-        store.put(kind, [found])
-    return _known(found, list(modules))
+        entries = _covering(store.get(kind, key), modules)
+        if not entries:
+            found = measurement.outside(
+                lambda: {**entry, **_search(label, candidates, modules, measurement)}
+            )
+            entries, best = [found], _best([found], modules)
+            if best is None:
+                why = "; ".join(f"{_candidate(one)}: {one['failed']}" for one in found["measured"])
+                _warn(f"{label} of {problem}: no implementation could be timed: {why}")
+            # What failed altogether, for want of memory perhaps, the next process tries again.
+            store.put(kind, entries, write=best is not None)
+    return _best(entries, modules)
 
 
 def _grid(module: ModuleType, direction: str, problem: Any) -> list[Config]:
@@ -227,17 +227,27 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
-def _known(entry: Entry | None, names: Sequence[str]) -> Candidate | None:
-    """The fastest of these implementations, if an entry has measured all of them."""
-    if entry is None or not set(names) <= {one["implementation"] for one in entry["measured"]}:
-        return None
-    timed = [one for one in entry["measured"] if one["implementation"] in names and "ms" in one]
+def _covering(entry: Entry | None, names: Iterable[str]) -> list[Entry]:
+    """The entry, if it has measured all of these implementations."""
+    measured = {one["implementation"] for one in entry["measured"]} if entry else set()
+    return [entry] if entry and measured.issuperset(names) else []
+
+
+def _best(entries: Sequence[Entry], names: Iterable[str]) -> Candidate | None:
+    """The fastest of these implementations; None of no entry, or where all failed."""
+    timed = [
+        (one["ms"], one, entry)
+        for entry in entries
+        for one in entry["measured"]
+        if one["implementation"] in names and "ms" in one
+    ]
     if not timed:
         return None
+    _, best, entry = min(timed, key=lambda found: found[0])
     used = _USED.get()
     if used is not None and entry not in used:
         used.append(entry)
-    return _candidate(min(timed, key=lambda one: one["ms"]))
+    return _candidate(best)
 
 
 def _candidate(measured: Mapping[str, Any]) -> Candidate:

@@ -62,6 +62,15 @@ def test_entries_of_a_key_are_merged_with_what_others_wrote(tmp_path):
         assert times == [("slow", 0.5), ("fast", 1.0)]
 
 
+def test_what_is_not_to_be_written_is_remembered(tmp_path):
+    store = Cache(tmp_path)
+    store.put(KIND, [entry(1, a=1.0)], write=False)
+    store.put(KIND, [entry(2, a=1.0)])
+    store.flush()
+    assert [one["problem"]["n"] for one in store.entries(KIND)] == [1, 2]
+    assert numbers(tmp_path) == [2]
+
+
 def test_clear_and_kinds(tmp_path):
     store = Cache(tmp_path)
     store.put(KIND, [entry(1, a=1.0), entry(2, a=1.0)])

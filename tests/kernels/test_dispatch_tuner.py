@@ -217,7 +217,11 @@ def test_when_nothing_can_be_timed_the_rule_chooses(fake, choose, measured):
         fake.module(name).result = lambda **config: RIGHT * 0
     with pytest.warns(RuntimeWarning, match="no implementation could be timed: .*output is zero"):
         assert choose() == Candidate("two")
-    assert measured.entries("abacus") == []
+    # Nor is it tried again, in this process.
+    for name in ("one", "two"):
+        fake.module(name).result = None
+    assert choose() == Candidate("two")
+    assert choose(["one"]) == Candidate("one")
 
 
 @pytest.mark.parametrize(
