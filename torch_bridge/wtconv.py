@@ -238,8 +238,9 @@ class WTConv2d(_WTConv):
             (`torch.set_default_device`), else CUDA, MPS or the CPU, the first that is here.
         dtype: Their dtype, PyTorch's default if None.
         implementation: Filter on the implementations "cuda", "triton", "metal" and "eager": a name,
-            a sequence of names, or None for the environment's (`FLASH_WTCONV_TORCH_WTCONV_FWD`,
-            `..._BWD`) or the device's rule.
+            a sequence of names or "auto" for all of them, of which the first in the device's order
+            is taken, or None for the environment's (`FLASH_WTCONV_TORCH_WTCONV_FWD`, `..._BWD`) or
+            the device's rule.
 
     Raises:
         ValueError: Channels differ, a number is too small, the wavelet or an implementation

@@ -80,7 +80,8 @@ class Cache:
 
     def flush(self) -> None:
         """Returns when all entries are in their files, or could not be written."""
-        writer = self._writer
+        with self._lock:
+            writer = self._writer
         if writer is not None and writer is not threading.current_thread():
             writer.join()
 

@@ -194,7 +194,12 @@ def _fastest(
     ]
     if len(candidates) == 1:
         return candidates[0]
-    reason = _unmeasurable(problem) or measurement.impossible()
+    if 0 in problem.shape:
+        # Nothing is computed: any will do.
+        return None
+    reason = measurement.impossible()
+    if not all(isinstance(size, int) for size in problem.shape):
+        reason = f"arrays {problem.shape} of symbolic size have no values"
     if reason is not None:
         _warn(f"{label} cannot be timed here: {reason}")
         return None
@@ -257,14 +262,6 @@ def _candidate(measured: Mapping[str, Any]) -> Candidate:
 def _config(items: Iterable[tuple[str, Any]]) -> Config:
     """Parameters as they come from JSON, which knows lists alone."""
     return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in items)
-
-
-def _unmeasurable(problem: Any) -> str | None:
-    """Why a problem has no time of its own."""
-    shape = problem.shape
-    if not all(isinstance(size, int) for size in shape):
-        return f"arrays {shape} of symbolic size have no values"
-    return None if math.prod(shape) else f"arrays {shape} are empty"
 
 
 def _warn(message: str) -> None:

@@ -123,6 +123,7 @@ class TestChoice:
         layer = self.layer(both, device="cpu")
         assert layer(torch.ones(1, 2, 4, 4)).shape == (1, 2, 4, 4)
         assert "implementation=('triton', 'eager')" in repr(layer)
+        assert self.layer("auto", device="cpu")(torch.ones(1, 2, 4, 4)).shape == (1, 2, 4, 4)
         reason = r"implementation='triton' for x \(1, 4, 4, 2\) float32.*triton: needs a GPU"
         with pytest.raises(NotImplementedError, match=reason):
             self.layer("triton", device="cpu")(torch.ones(1, 2, 4, 4))
