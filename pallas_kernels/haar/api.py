@@ -30,6 +30,7 @@ from pallas_kernels.haar.filters import IS_HAAR, filter_bank
 class Implementation(StrEnum):
     """Implementations of the wavelet transforms."""
 
+    MOSAIC_GPU = "mosaic_gpu"
     MOSAIC_TPU = "mosaic_tpu"
     TRITON = "triton"
     XLA = "xla"
@@ -39,7 +40,7 @@ OPERATOR = Operator(
     name="haar",
     package="pallas_kernels.haar",
     implementations=Implementation,
-    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "xla"), "cpu": ("xla",)},
+    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "mosaic_gpu", "xla"), "cpu": ("xla",)},
     directions=("fwd",),
 )
 
