@@ -33,11 +33,10 @@ IMAGES = (
 
 def run(shape, dtype, levels, transformed):
     """`transformed`, such as `jax.eval_shape`, of analysis and of synthesis."""
-    keys = {"ndim": 2, "levels": levels, "wavelet": "haar"}
     x = jax.ShapeDtypeStruct(shape, dtype)
-    yield transformed(mosaic_gpu.wavedec, x, **keys)
-    bands = jax.eval_shape(partial(mosaic_gpu.wavedec, **keys), x)
-    yield transformed(mosaic_gpu.waverec, *bands, shape=shape[1:3], wavelet="haar")
+    yield transformed(mosaic_gpu.wavedec, x, ndim=2, levels=levels, wavelet="haar")
+    low, *details = jax.eval_shape(partial(haar.wavedec2, level=levels, implementation="xla"), x)
+    yield transformed(mosaic_gpu.waverec, low, tuple(details), shape=shape[1:3], wavelet="haar")
 
 
 @pytest.mark.core
