@@ -1,12 +1,24 @@
 """`python -m torch_bridge`: the commands of the PyTorch side."""
 
+import typer
+
 from flash_wtconv_jax.cli import run
 
 
 def _app() -> None:
     # Here, so that a missing PyTorch is told in one line too.
-    from torch_bridge.check import app
+    from torch_bridge.bench import bench
+    from torch_bridge.check import check
 
+    app = typer.Typer(
+        name="python -m torch_bridge",
+        help="Wavelet convolutions for PyTorch.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+    )
+    app.command()(check)
+    app.command()(bench)
     app()
 
 

@@ -2,13 +2,13 @@
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-import typer
 from torch import Tensor
 
 from flash_wtconv_jax.checkpoints import from_torch
@@ -18,34 +18,26 @@ from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.checking import Backend, drawn, run
 from torch_bridge import ops
 from torch_bridge.exchange import from_jax
+from torch_bridge.on_cpu import cuda, metal
 from torch_bridge.wtconv import LAYERS, best_device
 
-app = typer.Typer(
-    name="python -m torch_bridge",
-    help="Wavelet convolutions for PyTorch.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
 
-
-@app.callback()
-def _group() -> None:
-    """A group even while it has one command."""
-
-
-@app.command()
 def check(as_json: AsJson = None) -> None:
     """Compute the shared cases with every implementation that this machine has; 1 if one fails."""
     device = best_device()
-    about = {
-        "device": {"platform": device.type, "kind": _kind(device)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
     # As the published layer computes, every array in x's dtype.
     plain = partial(layer_results, "eager", device, torch.contiguous_format)
     rows = run(backends(device), plain)
-    show(rows, about, f"PyTorch, {about['device']['kind']}", as_json)
+    machine = about(device)
+    show(rows, machine, f"PyTorch, {machine['device']['kind']}", as_json)
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What results depend on: the device, and the versions of Python and PyTorch."""
+    return {
+        "device": {"platform": device.type, "kind": _kind(device)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def _kind(device: torch.device) -> str:
@@ -55,16 +47,37 @@ def _kind(device: torch.device) -> str:
 
 
 def backends(device: torch.device) -> Iterator[Backend]:
-    """Every implementation on a device, on images in both memory formats."""
-    images = [case for case in CASES if case.ndim == 2 and not case.strided]
+    """Every implementation on a device, and some on the CPU too; images in both memory formats."""
     for name, reason in ops.OPERATOR.status(device.type):
-        refusal = partial(_refusal, name, reason, device)
-        for suffix, cases, memory_format in (
-            ("", CASES, torch.contiguous_format),
-            (" channels-last", images, torch.channels_last),
-        ):
-            compute = partial(layer_results, name, device, memory_format)
-            yield Backend(f"{name}{suffix}", cases, refusal, compute)
+        yield from _both_formats(name, name, reason, device, nullcontext)
+    cpu = torch.device("cpu")
+    yield from _both_formats("cuda on CPU", "cuda", cuda.unavailable(), cpu, cuda.emulated)
+    yield from _both_formats("metal on CPU", "metal", metal.unavailable(), cpu, metal.emulated)
+
+
+def _both_formats(
+    title: str,
+    name: str,
+    reason: str | None,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager],
+) -> Iterator[Backend]:
+    """An implementation, which is unavailable for a reason, where it computes in a context."""
+
+    def refusal(case: Case) -> str | None:
+        with context():
+            return _refusal(name, reason, device, case)
+
+    def compute(memory_format: torch.memory_format, case: Case) -> dict[str, np.ndarray]:
+        with context():
+            return layer_results(name, device, memory_format, case)
+
+    images = [case for case in CASES if case.ndim == 2 and not case.strided]
+    for suffix, cases, memory_format in (
+        ("", CASES, torch.contiguous_format),
+        (" channels-last", images, torch.channels_last),
+    ):
+        yield Backend(f"{title}{suffix}", cases, refusal, partial(compute, memory_format))
 
 
 def _refusal(name: str, unavailable: str | None, device: torch.device, case: Case) -> str | None:

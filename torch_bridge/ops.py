@@ -37,11 +37,18 @@ from pallas_kernels.wtconv.problem import Problem
 class Implementation(StrEnum):
     """Implementations of the wavelet convolution."""
 
+    CUDA = "cuda"
     TRITON = "triton"
+    METAL = "metal"
     EAGER = "eager"
 
 
-_MODULES = {"triton": "triton_launch", "eager": "eager"}
+_MODULES = {
+    "cuda": "cuda_launch",
+    "triton": "triton_launch",
+    "metal": "metal_launch",
+    "eager": "eager",
+}
 
 
 class _Operator(Operator):
@@ -56,7 +63,11 @@ OPERATOR = _Operator(
     name="torch_wtconv",
     package="torch_bridge.backends",
     implementations=Implementation,
-    rule={"cuda": ("triton", "eager"), "cpu": ("eager",)},
+    rule={
+        "cuda": ("cuda", "triton", "eager"),
+        "mps": ("metal", "eager"),
+        "cpu": ("eager",),
+    },
 )
 
 

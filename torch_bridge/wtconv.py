@@ -237,9 +237,9 @@ class WTConv2d(_WTConv):
         device: Where the parameters live; None is the default device where one was set
             (`torch.set_default_device`), else CUDA, MPS or the CPU, the first that is here.
         dtype: Their dtype, PyTorch's default if None.
-        implementation: Filter on the implementations "triton" and "eager": a name, a sequence of
-            names, or None for the environment's (`FLASH_WTCONV_TORCH_WTCONV_FWD`, `..._BWD`) or the
-            device's rule.
+        implementation: Filter on the implementations "cuda", "triton", "metal" and "eager": a name,
+            a sequence of names, or None for the environment's (`FLASH_WTCONV_TORCH_WTCONV_FWD`,
+            `..._BWD`) or the device's rule.
 
     Raises:
         ValueError: Channels differ, a number is too small, the wavelet or an implementation

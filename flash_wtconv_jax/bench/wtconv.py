@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
 from itertools import cycle
@@ -41,12 +42,12 @@ def run(
     baseline: str | None,
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "float32",
+    each: bool = False,
 ) -> dict[str, Any]:
     """Times every contender that this machine has.
 
-    They are our layer as the device's rule picks it and, where several implementations can compute
-    a shape, each of them ("flash xla"); plain JAX; PyTorch, or on an accelerator a plain 7 x 7
-    depthwise convolution, the layer's rival at its cost.
+    They are our layer as the device's rule picks it; plain JAX; PyTorch, or on an accelerator a
+    plain 7 x 7 depthwise convolution, the layer's rival at its cost.
 
     Args:
         shapes: Names in `pallas_kernels.wtconv.shapes.FOR_PLATFORM` of the device.
@@ -54,6 +55,7 @@ def run(
             or "flash"; None is PyTorch where it can be measured beside us, else plain JAX.
         progress: Told a label and a number of steps, returns what to call after each step.
         dtype: One of `DTYPES`; of x, dy and the parameters.
+        each: Also every implementation that can compute a shape, where several can ("flash xla").
 
     Returns:
         A JSON-able report: device, versions, date, `clock` (and `no_device_events`, why a GPU's
@@ -82,7 +84,7 @@ def run(
     measured = roofs.measure(clock)
     rows = []
     for name in shapes:
-        for direction, contenders in _contenders(known[name], dtype).items():
+        for direction, contenders in _contenders(known[name], dtype, each).items():
             step = progress(f"{name} {direction}", clock.turns(len(contenders)))
             times = clock.take_turns({c: one.call for c, one in contenders.items()}, step)
             rows += [
@@ -202,21 +204,26 @@ class _Contender(NamedTuple):
     extra_memory: float | None = None
 
 
-def _contenders(shape: Shape, dtype: str) -> dict[str, dict[str, _Contender]]:
+def _contenders(shape: Shape, dtype: str, each: bool) -> dict[str, dict[str, _Contender]]:
     """Every contender of a shape, by direction."""
     copies = _copies(shape, dtype)
     params, rival = _params(shape, dtype)
-    functions: dict[str, tuple[Callable, Any]] = {_PICKED: (wtconv2d, params)}
+    ours: dict[str, tuple[Callable, Any]] = {_PICKED: (wtconv2d, params)}
+    others: dict[str, tuple[Callable, Any]] = {_PLAIN: (plain.wtconv, params)}
     able = implementations(shape, dtype)
-    for name in able if len(able) > 1 else []:
-        functions[f"{_PICKED} {name}"] = partial(wtconv2d, implementation=name), params
-    functions[_PLAIN] = plain.wtconv, params
+    for name in able if each and len(able) > 1 else []:
+        own = others if OPERATOR.module(name).DIFFERENTIABLE else ours
+        own[f"{_PICKED} {name}"] = partial(wtconv2d, implementation=name), params
     if not on_cpu():
-        functions[_RIVAL] = _depthwise, rival
-    contenders: dict[str, dict[str, _Contender]] = {direction: {} for direction in PASSES}
-    for contender, (function, own) in functions.items():
-        for direction, one in _compiled(function, own, copies).items():
-            contenders[direction][contender] = one
+        others[_RIVAL] = _depthwise, rival
+    with ThreadPoolExecutor() as pool:
+        # XLA times convolutions while it compiles them, which must not meet each other.
+        compiling = {name: pool.submit(_compiled, *one, copies) for name, one in ours.items()}
+        compiled = {name: _compiled(*one, copies) for name, one in others.items()}
+        compiled = {name: one.result() for name, one in compiling.items()} | compiled
+    contenders: dict[str, dict[str, _Contender]] = {
+        direction: {name: one[direction] for name, one in compiled.items()} for direction in PASSES
+    }
     if _has_torch(dtype):
         for direction, call in _torch_calls(copies[0][0], params, copies[0][1]).items():
             contenders[direction][_TORCH] = _Contender(call)
@@ -259,8 +266,10 @@ def _compiled(
         "forward+backward": (both, [(x, params, dy) for x, dy in copies]),
     }
     contenders = {}
+    (device,) = copies[0][0].devices()
     for direction, (compute, arguments) in programs.items():
-        compiled = jax.jit(compute).lower(*arguments[0]).compile()
+        with jax.default_device(device):  # A thread has a default of its own.
+            compiled = jax.jit(compute).lower(*arguments[0]).compile()
         used: Any = compiled.memory_analysis()
         size = copies[0][0].nbytes
         contenders[direction] = _Contender(

@@ -42,7 +42,8 @@ def wtconv(
         bool,
         typer.Option(
             "--write-defaults",
-            help="Write what was the fastest into the package's table of this kind of device.",
+            help="Time every implementation, and write which is the fastest into the package's "
+            "table of this kind of device.",
         ),
     ] = False,
 ) -> None:
@@ -64,10 +65,10 @@ def wtconv(
                 "--write-defaults needs a shape that several implementations can compute here; "
                 "'flash-wtconv info' tells which can run"
             )
-        report = benchmark.run(names, baseline, progress, dtype)
+        report = benchmark.run(names, baseline, progress, dtype, each=write_defaults)
         kind = platform.kind()
     figures = {"wtconv": plots.speedups(report), "wtconv_roofline": plots.roofline(report)}
-    _tell(report, _wtconv_table(report), figures, out)
+    tell(report, wtconv_table(report), figures, out)
     if write_defaults:
         path = table.path(kind)
         path.parent.mkdir(exist_ok=True)
@@ -103,7 +104,7 @@ def wtconvnext(
     with _measuring(device, out) as progress:
         report = benchmark.run(model, progress, batch, size, dtype)
     figures = {"wtconvnext": plots.throughput(report)}
-    _tell(report, _wtconvnext_table(report), figures, out)
+    tell(report, _wtconvnext_table(report), figures, out)
 
 
 @contextmanager
@@ -127,10 +128,16 @@ def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
         yield progress
 
 
-def _tell(
-    report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]", out: Path
-) -> None:
-    """Prints the table; writes the report, named after its benchmark, and the pictures."""
+def tell(report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]", out: Path) -> None:
+    """Prints the table; writes the report, named after its benchmark, and the pictures.
+
+    Args:
+        report: JSON-able, with the name of its `benchmark` and `no_device_events`, which is None
+            or why a GPU was timed by the host's clock.
+        table: What rich prints.
+        figures: Pictures by the names of their files.
+        out: The folder, made if it is not there.
+    """
     from rich.console import Console
 
     from .. import plots
@@ -157,8 +164,15 @@ def _write(path: Path, text: str) -> None:
     typer.echo(f"wrote {path}")
 
 
-def _wtconv_table(report: Mapping[str, Any]) -> Any:
-    """A section a shape, a row a contender; medians with their spread, and ratios."""
+def wtconv_table(report: Mapping[str, Any]) -> Any:
+    """A section a shape, a row a contender; medians with their spread, and ratios.
+
+    Args:
+        report: What `bench.wtconv.run` returns, or `torch_bridge.bench.run`.
+
+    Returns:
+        A table of rich.
+    """
     from rich.table import Table
 
     roofs = report["roofs"]

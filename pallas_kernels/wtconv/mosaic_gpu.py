@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._compat import vary_over, varying_axes
 
 DIFFERENTIABLE = False
+BIAS_GRADIENT = True
 
 Taps = tuple[jax.Array, ...]
 
@@ -73,11 +74,8 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.api.Problem`.
     """
-    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
-    if problem.kernel_size % 2 == 0:
-        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
-    if not 1 <= problem.levels <= _MAX_LEVELS:
-        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
+    dtypes = ("float32", "bfloat16", "float16")
+    reasons = problem.beyond(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
@@ -101,17 +99,12 @@ def forward(
         taps = tuple(jnp.flip(tap, (0, 1)) for tap in taps)
     channels, x = x.shape[-1], _aligned(x)
     lows = _lows(x, len(taps) - 1)
+    packed = _packed(taps, bias)
     below = None
     for level in range(len(taps) - 1, 0, -1):
-        first = level == 1
-        below = _level(
-            lows[level - 1],
-            below,
-            taps[level] * 0.25,
-            taps[0] if first else None,
-            bias if first else None,
-            x.dtype if first else _between(x),
-        )
+        dtype = x.dtype if level == 1 else _between(x)
+        biased = level == 1 and bias is not None
+        below = _level(lows[level - 1], below, packed, level, taps[0].shape[0], biased, dtype)
     assert below is not None
     return vary_over(axes, below[..., :channels])
 
@@ -181,7 +174,7 @@ class _Tiling:
         return self.steps if self.heights > 1 else self.rows
 
 
-def _tiling(shape: Sequence[int], kernel_size: int) -> _Tiling:
+def _tiling(shape: Sequence[int], kernel_size: int, most_rounds: int = _MAX_ROUNDS) -> _Tiling:
     """The tiling of `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
     n, h, w, c = shape
     rows, columns = pl.cdiv(h, 2), pl.cdiv(w, 2)
@@ -210,41 +203,56 @@ def _tiling(shape: Sequence[int], kernel_size: int) -> _Tiling:
                             *(stretches, chunks, heights, tiles, splits),
                         )
                     )
-                    if splits == tiles or rounds > _MAX_ROUNDS:
+                    if splits == tiles or rounds >= most_rounds:
                         break
     return min(tilings, key=cost)
+
+
+def _packed(taps: Taps, bias: jax.Array | None) -> jax.Array:
+    """All taps and the bias, `[chunks, rows, strips, channels]`, the same for all strips.
+
+    One array, because each more is one more launch. Taps of the base come first, then for each
+    level (LL, LH) and (HL, HH), a row a tap and band; the bias is last. A level's hold the factors
+    1/2 of analysis and of synthesis, and 1/2 for each level above: so its result is ready to be
+    added to that one's low band.
+    """
+    size, channels = taps[0].shape[0] ** 2, taps[0].shape[-1]
+    rows = [taps[0].reshape(size, channels)]
+    for level, tap in enumerate(taps[1:]):
+        bands = tap.astype(jnp.float32) * (0.25 * 0.5**level)
+        rows.append(jnp.moveaxis(bands.reshape(size, 2, 2, channels), 1, 0).reshape(-1, channels))
+    if bias is not None:
+        rows.append(bias[None])
+    flat = jnp.concatenate([row.astype(jnp.float32) for row in rows])
+    chunks = pl.cdiv(channels, _CHANNELS)
+    flat = jnp.pad(flat, ((0, 0), (0, chunks * _CHANNELS - channels)))
+    flat = jnp.moveaxis(flat.reshape(-1, chunks, 1, _CHANNELS), 1, 0)
+    return jnp.broadcast_to(flat, (*flat.shape[:2], _STRIPS, _CHANNELS))
 
 
 def _level(
     x: jax.Array,
     below: jax.Array | None,
     taps: jax.Array,
-    base: jax.Array | None,
-    bias: jax.Array | None,
+    level: int,
+    kernel_size: int,
+    biased: bool,
     dtype: jnp.dtype,
 ) -> jax.Array:
     """One level there and back: `[N, H, W, C]` of x, and of `below [N, H / 2, W / 2, C]`.
 
     Args:
         x: `[N, H, W, C]`.
-        below: The synthesis of the levels below, or None.
-        taps: `[k, k, 4, C']`, times 1/4 for analysis and synthesis; C' may be less than C.
-        base: `[k, k, 1, C']`, or None for a level that is not the first.
-        bias: `[C']`, or None.
+        below: Half the synthesis of the levels below, or None.
+        taps: As `_packed` has them.
+        level: Counted from 1, which has the base convolution too.
+        kernel_size: k.
+        biased: Whether the taps end with a bias to add.
         dtype: Of the result.
     """
     n, h, w, c = x.shape
-    kernel_size = taps.shape[0]
     tiling = _tiling(x.shape, kernel_size)
-    arrays = {"x": x}
-    if below is not None:
-        arrays["below"] = below
-    bands = jnp.moveaxis(taps.reshape(kernel_size**2, 2, 2, -1), 1, 0)
-    arrays["taps"] = _spread(bands, tiling.chunks)
-    if base is not None:
-        arrays["base"] = _spread(base.reshape(kernel_size**2, -1), tiling.chunks)
-    if bias is not None:
-        arrays["bias"] = _spread(bias, tiling.chunks)
+    arrays = {"x": x, "taps": taps} | ({} if below is None else {"below": below})
     halo = 2 * tiling.reach
     image = (tiling.images, 2, 2 * tiling.width + 2 * halo, _CHANNELS)
     coefficients = (tiling.images, tiling.width, _CHANNELS)
@@ -268,7 +276,7 @@ def _level(
 
     def body(*refs: Any) -> None:
         block = dict(zip(names, refs, strict=True))
-        _LevelBlock(tiling=tiling, depth=depth, **block).run()
+        _LevelBlock(tiling=tiling, depth=depth, level=level, biased=biased, **block).run()
 
     kernel = plgpu.kernel(
         body,
@@ -299,14 +307,6 @@ def _bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
     for length in shape:
         size *= length
     return size
-
-
-def _spread(taps: jax.Array, chunks: int) -> jax.Array:
-    """`[..., C']` as `[chunks, ..., strips, channels]` in float32, the same for all strips."""
-    fill = chunks * _CHANNELS - taps.shape[-1]
-    taps = jnp.pad(taps.astype(jnp.float32), [(0, 0)] * (taps.ndim - 1) + [(0, fill)])
-    taps = jnp.moveaxis(taps.reshape(*taps.shape[:-1], chunks, _CHANNELS), -2, 0)
-    return jnp.broadcast_to(taps[..., None, :], (*taps.shape[:-1], _STRIPS, _CHANNELS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,21 +393,19 @@ class _Block:
             plgpu.barrier_wait(self.free.at[lax.rem(turn, self.depth)])
             self.fetch(turn + self.depth)
 
-    def pairs(self, row: Any, pair: Any, columns: int, each: int = 2) -> list[tuple[Any, Any]]:
+    def pairs(self, row: Any, pair: Any, columns: int) -> list[tuple[Any, Any]]:
         """(LL, LH) of each column of coefficients, or (HL, HH) if `pair` is 1, twice as large.
 
         Args:
             row: `[images, 2, columns of pixels, channels]`, halo included.
             pair: Which two bands.
             columns: Columns of coefficients of a strip, halo included.
-            each: As `view` takes it.
         """
         sign = jnp.where(pair == 0, 1.0, -1.0).astype(jnp.float32)
         found = []
         for j in range(columns):
             upper, lower = (
-                self.column(row.at[:, v], 2 * j, each)
-                + sign * self.column(row.at[:, v], 2 * j + 1, each)
+                self.column(row.at[:, v], 2 * j) + sign * self.column(row.at[:, v], 2 * j + 1)
                 for v in range(2)
             )
             found.append((upper + lower, upper - lower))
@@ -453,10 +451,10 @@ class _LevelBlock(_Block):
     out: Any
     handed_full: Any
     handed_free: Any
+    level: int
+    biased: bool
     below: Any = None
     deep: Any = None
-    base: Any = None
-    bias: Any = None
 
     def run(self) -> None:
         """Gives each warpgroup its role."""
@@ -468,7 +466,7 @@ class _LevelBlock(_Block):
     @property
     def lag(self) -> int:
         """Rows of coefficients that the base convolution's results lie behind what it reads."""
-        return pl.cdiv(self.tiling.reach, 2) if self.base is not None else 0
+        return pl.cdiv(self.tiling.reach, 2) if self.level == 1 else 0
 
     def fetch(self, turn: Any) -> None:
         """Orders the copies of a step."""
@@ -489,11 +487,15 @@ class _LevelBlock(_Block):
         plgpu.set_max_registers(_REGISTERS["bands"], action="increase")
         tiling, size, columns = self.tiling, self.size, self.tiling.columns
         chunk, _ = self.place
+        first = size**2 * (4 * self.level - 3 + 2 * pair)
         taps = [
-            [[self.taps[chunk, pair, d * size + e, band] for band in range(2)] for e in range(size)]
+            [
+                [self.taps[chunk, first + 2 * (d * size + e) + band] for band in range(2)]
+                for e in range(size)
+            ]
             for d in range(size)
         ]
-        share = jnp.where(pair == 0, 0.5, 0.0).astype(jnp.float32)
+        share = jnp.where(pair == 0, 1.0, 0.0).astype(jnp.float32)
         filtered = 2 * columns
 
         def step(turn: Any, sums: list[Any], zero: bool) -> tuple[list[Any], Any]:
@@ -563,9 +565,9 @@ class _LevelBlock(_Block):
         plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
         tiling, size, columns = self.tiling, self.size, 2 * self.tiling.columns
         chunk, _ = self.place
-        if self.base is not None:
-            taps = [[self.base[chunk, d * size + e] for e in range(size)] for d in range(size)]
-        offset = None if self.bias is None else self.bias[chunk]
+        if self.level == 1:
+            taps = [[self.taps[chunk, d * size + e] for e in range(size)] for d in range(size)]
+        offset = self.taps[chunk, self.taps.shape[1] - 1] if self.biased else None
         open_rows = 2 * self.lag
 
         def step(turn: Any, sums: list[Any], zero: bool) -> list[Any]:
@@ -573,9 +575,9 @@ class _LevelBlock(_Block):
             slot = lax.rem(turn, self.depth)
             plgpu.barrier_wait(self.full.at[slot])
             totals = []
-            if self.base is not None and zero:
+            if self.level == 1 and zero:
                 totals = [*sums, *self.zeros(columns)]
-            elif self.base is not None:
+            elif self.level == 1:
                 reach = tiling.reach
                 rows = [
                     [
@@ -689,16 +691,22 @@ def weight_grad(
 ) -> Taps:
     """Gradients of the taps: each level's coefficients of x correlated with those of dy.
 
-    Every sum runs in a fixed order, so they are bitwise reproducible.
+    And of the bias, whose shape is the last if it is wanted: dy is summed on the way. Every sum
+    runs in a fixed order, so they are bitwise reproducible.
     """
     axes = varying_axes((x, dy))
     channels = x.shape[-1]
-    kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
+    biased = len(kernel_shapes[-1]) == 1
+    kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1 - biased
     sums: list[jax.Array] = []
+    bias = None
     pairs = zip(_lows(_aligned(x), levels), _lows(_aligned(dy), levels), strict=True)
     for level, (low, other) in enumerate(pairs):
         bands, base = _level_weights(low, other, kernel_size, base=level == 0)
-        sums += ([] if base is None else [base]) + [bands * 0.25]
+        sums += ([] if base is None else [base[:-1]]) + [bands * 0.25]
+        bias = bias if base is None else base[-1]
+    if biased:
+        sums.append(bias)
     return vary_over(
         axes,
         tuple(
@@ -714,10 +722,11 @@ def _level_weights(
     """Correlates bands of x with those of dy, each twice too large, and x itself with dy.
 
     Returns:
-        `[k * k, 4, C]`, and `[k * k, C]` if `base`, else None.
+        `[k * k, 4, C]`, and if `base`, else None, `[k * k + 1, C]`, of which the last sums dy.
     """
     channels = x.shape[-1]
-    tiling = _tiling(x.shape, kernel_size)
+    # One round of blocks: each leaves its own sums in memory.
+    tiling = _tiling(x.shape, kernel_size, most_rounds=1)
     image = (tiling.images, 2, 2 * tiling.width + 4 * tiling.reach, _CHANNELS)
     other = (tiling.images, 2, 2 * tiling.width, _CHANNELS)
     depth = min(8, _SHARED // (_bytes(image, x.dtype) + _bytes(other, dy.dtype)))
@@ -726,7 +735,7 @@ def _level_weights(
     lanes = (_STRIPS, _CHANNELS)
     outputs = {"bands": (tiling.splits, units, 2, taps, 2, *lanes)}
     if base:
-        outputs["base"] = (tiling.splits, units, 2, taps, *lanes)
+        outputs["base"] = (tiling.splits, units, 2, taps + 1, *lanes)
     scratch = {
         "rows": plgpu.SMEM((depth, *image), x.dtype),
         "others": plgpu.SMEM((depth, *other), dy.dtype),
@@ -818,9 +827,7 @@ class _WeightsBlock(_Block):
                 slot = lax.rem(turn, self.depth)
                 plgpu.barrier_wait(self.full.at[slot])
                 totals, window = carry[: 2 * size**2], carry[2 * size**2 :]
-                row = [
-                    v for both in self.pairs(self.others.at[slot], pair, columns, 2) for v in both
-                ]
+                row = [v for both in self.pairs(self.others.at[slot], pair, columns) for v in both]
                 if tiling.heights > 1:
                     row = self.own(s, row)
                 window = [*window, *row]
@@ -859,7 +866,7 @@ class _WeightsBlock(_Block):
                 turn = i * tiling.steps + s
                 slot = lax.rem(turn, self.depth)
                 plgpu.barrier_wait(self.full.at[slot])
-                totals, window = carry[: size**2], carry[size**2 :]
+                totals, window = carry[: size**2 + 1], carry[size**2 + 1 :]
                 # Of the turn before the first nothing is there, nor used.
                 before = lax.rem(turn - behind + self.depth, self.depth)
                 other = self.others.at[before, :, lower]
@@ -868,6 +875,8 @@ class _WeightsBlock(_Block):
                     row = self.own(s - behind, row)
                 window = [*window, *row]
                 sums = list(totals)
+                for value in row:
+                    sums[-1] = sums[-1] + value
                 for v in range(2):
                     x = self.rows.at[slot, :, v]
                     values = [self.column(x, reach + j) for j in range(columns + size - 1)]
@@ -887,9 +896,9 @@ class _WeightsBlock(_Block):
                 return [*sums, *window[columns:]]
 
             window = self.zeros(2 * lag * columns)
-            return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: size**2]
+            return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: size**2 + 1]
 
-        totals = lax.fori_loop(0, self.count, tile, self.zeros(size**2))
+        totals = lax.fori_loop(0, self.count, tile, self.zeros(size**2 + 1))
         for late in range(behind):
             plgpu.barrier_arrive(self.free.at[lax.rem(self.turns - behind + late, self.depth)])
         split, unit = lax.axis_index("split"), lax.axis_index("unit")

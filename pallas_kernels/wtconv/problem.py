@@ -20,12 +20,20 @@ class Problem(NamedTuple):
         kind = f"{self.dtype}, {self.levels} levels of kernel {self.kernel_size}, {self.wavelet}"
         return f"x {self.shape} {kind}"
 
-    def beyond(self, dtypes: Sequence[str], max_kernel: int) -> list[str]:
+    def beyond(
+        self,
+        dtypes: Sequence[str],
+        max_kernel: int,
+        max_levels: int | None = None,
+        odd: bool = False,
+    ) -> list[str]:
         """What of it kernels for images and Haar wavelets do not do.
 
         Args:
             dtypes: Those that they take.
             max_kernel: Their largest kernel size.
+            max_levels: The most levels that they take, of at least one; None if any number, or 0.
+            odd: Whether they take odd kernel sizes alone.
 
         Returns:
             A phrase for each, none if they take it.
@@ -43,6 +51,10 @@ class Problem(NamedTuple):
             reasons.append(f"wavelet {self.wavelet!r}, 'haar' alone")
         if self.kernel_size > max_kernel:
             reasons.append(f"kernels of {self.kernel_size}, up to {max_kernel}")
+        if odd and self.kernel_size % 2 == 0:
+            reasons.append(f"kernels of {self.kernel_size}, odd ones alone")
+        if max_levels is not None and not 1 <= self.levels <= max_levels:
+            reasons.append(f"{self.levels} levels, 1 to {max_levels}")
         if not all(isinstance(size, int) for size in self.shape):
             reasons.append("arrays of symbolic size")
         elif self.shape[0] == 0:

@@ -21,11 +21,8 @@ _MAX_CHANNELS = 65535 * _CHANNELS
 
 def check(problem: Problem) -> None:
     """Raises `NotImplementedError` for what the kernels do not do."""
-    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_KERNEL)
-    if problem.kernel_size % 2 == 0:
-        reasons.append(f"kernels of {problem.kernel_size}, odd ones alone")
-    if not 1 <= problem.levels <= _MAX_LEVELS:
-        reasons.append(f"{problem.levels} levels, 1 to {_MAX_LEVELS}")
+    dtypes = ("float32", "bfloat16", "float16")
+    reasons = problem.beyond(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
     if not reasons:
         *_, width, channels = problem.shape
         if channels > _MAX_CHANNELS or width * channels >= MAX_ROW:

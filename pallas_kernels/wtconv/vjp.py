@@ -14,7 +14,9 @@ An implementation is a module with
 for x `[N, *spatial, C]`, `taps = (base [*k, 1, C], level_0 [*k, 2**ndim, C], ...)` with the
 scales folded in, and `bias [C]` or None. Modules whose functions JAX can differentiate say so
 with `DIFFERENTIABLE = True`; they are then called bare in the backward pass, which makes `jvp`
-of `grad` and `hessian` work.
+of `grad` and `hessian` work. Modules that sum dy on the way, for the gradient of the bias, say so
+with `BIAS_GRADIENT = True`; where it is wanted, `kernel_shapes` ends with the bias's, and the
+gradients with its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -102,13 +104,15 @@ def _apply_bwd(
     apply, correlate = (_forward, _correlate) if bare else (_apply, _weight_grad)
     dx = apply(plan._replace(fwd=plan.bwd), not transpose, dy, taps, None)
     pair = (dy, x) if transpose else (x, dy)
-    dtaps = correlate(plan, shapes, *pair)
-    dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(dtaps, taps, strict=True))
-    dbias = None
-    if bias is not None:
-        axes = tuple(range(dy.ndim - 1))
-        dbias = dy.sum(axes, dtype=accumulator(dy.dtype)).astype(bias.dtype)
-    return dx, dtaps, dbias
+    # Only the operator itself has a bias, its transpose has none.
+    summed = bias is not None and getattr(plan.bwd, "BIAS_GRADIENT", False)
+    found = correlate(plan, (*shapes, dy.shape[-1:]) if summed else shapes, *pair)
+    dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(found, taps, strict=False))
+    if bias is None:
+        return dx, dtaps, None
+    axes = tuple(range(dy.ndim - 1))
+    dbias = found[-1] if summed else dy.sum(axes, dtype=accumulator(dy.dtype))
+    return dx, dtaps, dbias.astype(bias.dtype)
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd)
@@ -116,7 +120,10 @@ _apply.defvjp(_apply_fwd, _apply_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weight_grad(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
-    """Gradient of the taps; bilinear in x and dy, so its own VJP is the operator twice."""
+    """Gradient of the taps; bilinear in x and dy, so its own VJP is the operator twice.
+
+    That of the bias, which may follow, is linear in dy, as if x had one more channel of ones.
+    """
     return _correlate(plan, shapes, x, dy)
 
 
@@ -132,7 +139,11 @@ def _weight_grad_bwd(
 ) -> tuple[jax.Array, jax.Array]:
     x, dy = residuals
     plan = plan._replace(fwd=plan.bwd)
-    return _apply(plan, True, dy, dtaps, None), _apply(plan, False, x, dtaps, None)
+    dbias = None
+    if len(shapes[-1]) == 1:
+        *dtaps, dbias = dtaps
+    dtaps = tuple(dtaps)
+    return _apply(plan, True, dy, dtaps, None), _apply(plan, False, x, dtaps, dbias)
 
 
 _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)

@@ -141,8 +141,8 @@ def test_several_implementations_are_contenders_and_the_fastest_is_kept(monkeypa
     assert [row["contender"] for row in rows if row["direction"] == "forward"] == [
         "flash",
         "flash mosaic_tpu",
-        "flash xla",
         "plain jax",
+        "flash xla",
     ]
     kept = json.loads((tmp_path / "defaults" / "cpu.json").read_text())
     assert kept["device_kind"] == "cpu"

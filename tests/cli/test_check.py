@@ -46,6 +46,9 @@ class TestTorch:
 
         monkeypatch.setattr(check, "CASES", CASES)
         monkeypatch.setattr(check, "best_device", lambda: torch.device("cpu"))
+        # These have tests of their own, with many compilations.
+        for module in (check.cuda, check.metal):
+            monkeypatch.setattr(module, "unavailable", lambda: "needs the compiler g++")
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def check(self, monkeypatch, *arguments):
@@ -57,12 +60,18 @@ class TestTorch:
     def test_against_the_oracle(self, monkeypatch, capsys, tmp_path):
         assert self.check(monkeypatch, "--json", tmp_path / "a.json") == 0
         output = capsys.readouterr().out
-        assert "3 pass, 0 fail, 3 skip" in output
+        assert "3 pass, 0 fail, 15 skip" in output
+        assert "skip cuda, 2 cases: needs an NVIDIA GPU, this is cpu" in output
         assert "skip triton, 2 cases: needs a GPU, this is cpu" in output
+        assert "skip metal, 2 cases: needs an Apple GPU, this is cpu" in output
         rows = json.loads((tmp_path / "a.json").read_text())["rows"]
         assert [row["backend"] for row in rows] == [
+            *("cuda", "cuda", "cuda channels-last"),
             *("triton", "triton", "triton channels-last"),
+            *("metal", "metal", "metal channels-last"),
             *("eager", "eager", "eager channels-last"),
+            *("cuda on CPU", "cuda on CPU", "cuda on CPU channels-last"),
+            *("metal on CPU", "metal on CPU", "metal on CPU channels-last"),
         ]
 
     def test_a_swapped_subband_fails(self, monkeypatch, capsys):

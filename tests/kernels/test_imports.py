@@ -50,7 +50,8 @@ def test_imports_without_jax_and_without_torch():
 
 def test_the_torch_bridge_needs_no_jax():
     pytest.importorskip("torch", reason="torch is not installed")
-    names = ["torch_bridge.ops", "torch_bridge.backends.triton_launch", "torch_bridge.check"]
+    rooms = "ops", "backends.triton_launch", "backends.cuda_launch", "check", "bench"
+    names = [f"torch_bridge.{room}" for room in rooms]
     code = BLOCKED.format(blocked=["jax", "jaxlib", "flax"], names=names)
     code += "import torch, torch_bridge\n"
     code += "print(torch_bridge.WTConv2d(2, 2, device='cpu')(torch.ones(1, 2, 5, 5)).shape)"

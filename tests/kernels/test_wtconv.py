@@ -108,13 +108,14 @@ def test_hessian_and_jvp_of_grad_and_jacrev_of_grad_agree():
     np.testing.assert_allclose(tangent, numeric, atol=1e-7)
 
 
-@pytest.fixture
-def opaque(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["", "bias"])
+def opaque(request, monkeypatch):
     """`xla` behind a wall that JAX cannot differentiate through, as a kernel is."""
     from pallas_kernels.wtconv import xla
 
     class Kernel:
         DIFFERENTIABLE = False
+        BIAS_GRADIENT = request.param
         unavailable, check = xla.unavailable, xla.check
 
         @staticmethod
@@ -122,8 +123,16 @@ def opaque(monkeypatch):
             return _walled(partial(xla.forward, **keys), x, taps, bias)
 
         @staticmethod
-        def weight_grad(x, dy, **keys):
-            return _walled(partial(xla.weight_grad, **keys), x, dy)
+        def weight_grad(x, dy, *, kernel_shapes, **keys):
+            taps = tuple(shape for shape in kernel_shapes if len(shape) > 1)
+            biased = len(kernel_shapes) > len(taps)
+            assert request.param or not biased
+
+            def gradients(x, dy):
+                bias = (dy.sum((0, 1, 2)),) if biased else ()
+                return *xla.weight_grad(x, dy, kernel_shapes=taps, **keys), *bias
+
+            return _walled(gradients, x, dy)
 
     with monkeypatch.context() as patch:
         patch.setattr(Operator, "module", lambda self, name: Kernel)

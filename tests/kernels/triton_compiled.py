@@ -5,13 +5,11 @@ A process of its own, because Triton's interpreter, which the tests use, cannot 
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
+import cubins
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -73,14 +71,7 @@ def resources(binary):
     if "amdgcn" in binary.asm:
         code = binary.asm["amdgcn"]
         return [int(re.search(rf"\.vgpr_{n}:\s*(\d+)", code)[1]) for n in ("count", "spill_count")]
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return [int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", report.stdout).groups()]
+    return list(cubins.usage(binary.asm["cubin"]))
 
 
 if __name__ == "__main__":

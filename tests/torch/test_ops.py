@@ -204,9 +204,10 @@ def test_y_is_laid_out_as_x_is(implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_on_a_gpu(backend):
-    layer, plain = make_layer("triton", "cuda"), make_layer("eager", "cuda")
+def test_compiled_on_a_gpu(backend, implementation):
+    layer, plain = make_layer(implementation, "cuda"), make_layer("eager", "cuda")
     x = make_input(2, 1, 13, 10, device="cuda").requires_grad_()
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     (got,) = torch.autograd.grad(compiled(x).sin().sum(), x)
@@ -215,8 +216,9 @@ def test_compiled_on_a_gpu(backend):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_captures_it():
-    layer, x = make_layer("triton", "cuda"), make_input(2, 1, 13, 10, device="cuda")
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+def test_a_cuda_graph_captures_it(implementation):
+    layer, x = make_layer(implementation, "cuda"), make_input(2, 1, 13, 10, device="cuda")
     with torch.no_grad():
         want = layer(x)
         graph = torch.cuda.CUDAGraph()

@@ -1,0 +1,68 @@
+"""`python -m torch_bridge bench`: what it prints and writes, on a CPU and where a GPU is."""
+
+import json
+import runpy
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from flash_wtconv_jax.bench import timing  # noqa: E402
+from pallas_kernels.wtconv.shapes import Shape  # noqa: E402
+from torch_bridge import bench  # noqa: E402
+
+SHAPES = {"small": Shape(2, 6, 5, 3, 1), "other": Shape(1, 4, 4, 2, 2, 3)}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(bench, "FOR_PLATFORM", {"cpu": SHAPES, "gpu": SHAPES})
+    monkeypatch.setattr(timing, "_REST_S", 0.0)
+    monkeypatch.setattr(timing, "_TURN_S", 0.0)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["torch_bridge", "bench", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("torch_bridge", run_name="__main__")
+    return stopped.value.code
+
+
+def test_times_beside_plain_pytorch(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(bench, "best_device", lambda: torch.device("cpu"))
+    assert run(monkeypatch, "--dtype", "bfloat16", "--out", tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "WTConv, bfloat16" in output and "eager channels-last" in output
+    assert (tmp_path / "torch_wtconv.png").stat().st_size > 10_000
+    report = json.loads((tmp_path / "torch_wtconv.json").read_text())
+    rows = {(row["shape"], row["contender"], row["direction"]): row for row in report["rows"]}
+    assert len(rows) == len(report["rows"]) == 2 * 2 * 2
+    row = rows["small", "eager", "forward+backward"]
+    assert row["speedup"] == 1.0 and row["x"] == [2, 6, 5, 3]
+    floor_ms = 5 * 2 * 180 / report["roofs"]["copy_bytes_per_s"] * 1e3
+    assert row["floor_ms"] == pytest.approx(floor_ms)
+    assert row["over_floor"] == pytest.approx(row["median_ms"] / floor_ms)
+
+
+@pytest.mark.gpu
+def test_every_implementation_on_a_gpu(tmp_path):
+    report = bench.run(["other"], "float32", lambda label, steps: lambda: None)
+    rows = {(row["contender"], row["direction"]): row for row in report["rows"]}
+    names = [f"{name}{suffix}" for name in bench.ops.Implementation for suffix in bench._FORMATS]
+    assert {name for name, _ in rows} == set(names)
+    assert all(row["extra_memory"] > 0 and row["least_ms"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "huge"], r"shape: ['huge'] is not one of ['other', 'small']"),
+        (["--dtype", "int8"], "dtype: 'int8' is not one of ['float32', 'bfloat16', 'float16']"),
+        (["--out", __file__], f"--out {__file__} is a file, expected a folder"),
+    ],
+)
+def test_wrong_arguments_are_one_line(monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, *arguments) == 1
+    assert message in capsys.readouterr().err
