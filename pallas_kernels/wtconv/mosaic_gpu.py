@@ -23,7 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels._compat import in_32_bits, vary_over, varying_axes
 
 DIFFERENTIABLE = False
 BIAS_GRADIENT = True
@@ -81,6 +81,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 @partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
+@in_32_bits
 def forward(
     x: jax.Array,
     taps: Taps,
@@ -681,6 +682,7 @@ class _LevelBlock(_Block):
 
 
 @partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
+@in_32_bits
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,

@@ -52,7 +52,12 @@ def run(shape, dtype, transformed):
     bias = jax.ShapeDtypeStruct((c,), "float32")
     keys = {"wavelet": "haar", "precision": None}
     yield transformed(mosaic_gpu.forward, x, taps, bias, transpose=False, **keys)
-    yield transformed(mosaic_gpu.weight_grad, x, x, kernel_shapes=kernels, **keys)
+    yield transformed(mosaic_gpu.weight_grad, x, x, kernel_shapes=(*kernels, (c,)), **keys)
+
+
+def lowered(function, *args, **keys):
+    """As a GPU's compiler gets it."""
+    return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.core
@@ -62,12 +67,16 @@ def run(shape, dtype, transformed):
     + [(name, DTYPES[i % 3]) for i, name in enumerate(SMALL)],
 )
 def test_kernels_lower_for_cuda(name, dtype):
-    def lowered(function, *args, **keys):
-        return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
-
     shape = (GPU_SHAPES | SMALL)[name]
     for text in run(shape, dtype, lowered):
         assert text.count("mosaic_gpu") >= shape.levels
+
+
+@pytest.mark.core
+def test_kernels_lower_where_jax_counts_in_64_bits():
+    with jax.enable_x64(True):
+        for text in run(SMALL["padded"], "float32", lowered):
+            assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -85,7 +94,7 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
         return jax.eval_shape(partial(function.__wrapped__, **keys), *args)
 
     shape = (GPU_SHAPES | SMALL | EXTREME)[name]
-    assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 1 + shape.levels]
+    assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 2 + shape.levels]
     assert len(launches) == 2 * shape.levels
     for scratch, keys in launches:
         size = sum(
