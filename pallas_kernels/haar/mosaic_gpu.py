@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels._compat import in_32_bits, vary_over, varying_axes
 from pallas_kernels.mosaic_gpu import (
     MULTIPROCESSORS,
     SHARED,
@@ -65,6 +65,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 @partial(jax.jit, static_argnames=("ndim", "levels", "wavelet"))
+@in_32_bits
 def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
@@ -81,6 +82,7 @@ def wavedec(
 
 
 @partial(jax.jit, static_argnames=("shape", "wavelet"))
+@in_32_bits
 def waverec(
     low: jax.Array, details: tuple[Bands, ...], *, shape: tuple[int, int], wavelet: str
 ) -> jax.Array:

@@ -39,14 +39,23 @@ def run(shape, dtype, levels, transformed):
     yield transformed(mosaic_gpu.waverec, low, tuple(details), shape=shape[1:3], wavelet="haar")
 
 
+def lowered(function, *args, **keys):
+    """As a GPU's compiler gets it."""
+    return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("image", IMAGES, ids=str)
 def test_kernels_lower_for_cuda(image):
-    def lowered(function, *args, **keys):
-        return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
-
     for text in run(*image, lowered):
         assert "mosaic_gpu" in text
+
+
+@pytest.mark.core
+def test_kernels_lower_where_jax_counts_in_64_bits():
+    with jax.enable_x64(True):
+        for text in run((2, 9, 7, 3), "float16", 4, lowered):
+            assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize("fused", [1, 2, 3])
