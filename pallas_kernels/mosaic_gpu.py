@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-__all__ = ["ALIGNMENT", "MULTIPROCESSORS", "SHARED", "UNSYNCHRONISED", "unavailable"]
+__all__ = [
+    "ALIGNMENT",
+    "MULTIPROCESSORS",
+    "SHARED",
+    "UNSYNCHRONISED",
+    "aligned",
+    "size_in_bytes",
+    "unavailable",
+]
 
 ALIGNMENT = 16
 """Bytes that the copy engine needs all strides to be a multiple of."""

@@ -4,20 +4,16 @@ import math
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from haar_checks import assert_large, assert_oracle, assert_sharded, assert_transformed, takes
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_gpu_checks import SHARED, lowered, recorded_launches, shapes, shared_bytes
 
 from pallas_kernels import haar
 from pallas_kernels.haar import mosaic_gpu
 from pallas_kernels.haar.api import OPERATOR, Problem
 from pallas_kernels.haar.cases import CASES, Case
-
-SHARED = 227 * 1024
-"""Bytes of shared memory that a block of a Hopper GPU can have."""
 
 # Shape, dtype and levels.
 IMAGES = (
@@ -32,16 +28,11 @@ IMAGES = (
 
 
 def run(shape, dtype, levels, transformed):
-    """`transformed`, such as `jax.eval_shape`, of analysis and of synthesis."""
+    """`transformed`, such as `lowered`, of analysis and of synthesis."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     yield transformed(mosaic_gpu.wavedec, x, ndim=2, levels=levels, wavelet="haar")
     low, *details = jax.eval_shape(partial(haar.wavedec2, level=levels, implementation="xla"), x)
     yield transformed(mosaic_gpu.waverec, low, tuple(details), shape=shape[1:3], wavelet="haar")
-
-
-def lowered(function, *args, **keys):
-    """As a GPU's compiler gets it."""
-    return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.core
@@ -61,27 +52,16 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 @pytest.mark.parametrize("fused", [1, 2, 3])
 @pytest.mark.parametrize("image", IMAGES, ids=str)
 def test_launches_fit_on_a_multiprocessor(image, fused, monkeypatch):
-    launches = []
-
-    def kernel(body, out_type, scratch_types, **keys):
-        launches.append(scratch_types)
-        return lambda *args: jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
-
-    monkeypatch.setattr(plgpu, "kernel", kernel)
+    launches = recorded_launches(monkeypatch)
     monkeypatch.setattr(mosaic_gpu, "_FUSED", fused)
-
-    def shapes(function, *args, **keys):
-        return jax.eval_shape(partial(function.__wrapped__, **keys), *args)
-
     shape, dtype, levels = image
     (low, details), back = run(*image, shapes)
     assert (back.shape, back.dtype) == (shape, dtype)
     assert len(launches) == 2 * math.ceil(levels / fused)
-    for *buffers, _ in launches:
-        sizes = [math.prod(part.shape) * jnp.dtype(part.dtype).itemsize for part in buffers]
-        assert sum(sizes) <= SHARED - 1024
+    for scratch, _ in launches:
+        assert shared_bytes(scratch) <= SHARED
         # Each is a copy or several; the copy engine takes no more along an axis.
-        assert all(max(part.shape[-4:]) <= 256 for part in buffers)
+        assert all(max(part.shape[-4:]) <= 256 for part in scratch[:-1])
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])

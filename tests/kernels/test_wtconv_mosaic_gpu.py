@@ -1,14 +1,12 @@
 """The Mosaic GPU kernels of WTConv: lowered and interpreted without a GPU, run where one is."""
 
 import math
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_gpu_checks import SHARED, lowered, recorded_launches, shapes, shared_bytes
 from wtconv_checks import (
     assert_oracle,
     assert_reproducible,
@@ -21,9 +19,6 @@ from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.shapes import GPU_SHAPES, Shape
-
-SHARED = 227 * 1024
-"""Bytes of shared memory that a block of a Hopper GPU can have."""
 
 SMALL = {
     "tiny": Shape(1, 1, 1, 1, 1, 1),
@@ -44,7 +39,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(shape, dtype, transformed):
-    """`transformed`, such as `jax.eval_shape`, of the forward and of the weight gradient."""
+    """`transformed`, such as `lowered`, of the forward and of the weight gradient."""
     k, c = shape.kernel_size, shape.channels
     kernels = ((k, k, 1, c), *[(k, k, 4, c)] * shape.levels)
     x = jax.ShapeDtypeStruct(shape.x, dtype)
@@ -53,11 +48,6 @@ def run(shape, dtype, transformed):
     keys = {"wavelet": "haar", "precision": None}
     yield transformed(mosaic_gpu.forward, x, taps, bias, transpose=False, **keys)
     yield transformed(mosaic_gpu.weight_grad, x, x, kernel_shapes=(*kernels, (c,)), **keys)
-
-
-def lowered(function, *args, **keys):
-    """As a GPU's compiler gets it."""
-    return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.core
@@ -82,29 +72,12 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
 def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
-    launches = []
-
-    def kernel(body, out_type, scratch_types, **keys):
-        launches.append((scratch_types, keys))
-        return lambda *args: jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
-
-    monkeypatch.setattr(plgpu, "kernel", kernel)
-
-    def shapes(function, *args, **keys):
-        return jax.eval_shape(partial(function.__wrapped__, **keys), *args)
-
+    launches = recorded_launches(monkeypatch)
     shape = (GPU_SHAPES | SMALL | EXTREME)[name]
     assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 2 + shape.levels]
     assert len(launches) == 2 * shape.levels
     for scratch, keys in launches:
-        size = sum(
-            # A number in JAX 0.11, a tuple of them in 0.10.
-            8 * int(np.prod(part.num_barriers))
-            if isinstance(part, plgpu.Barrier)
-            else math.prod(part.shape) * jnp.dtype(part.dtype).itemsize
-            for part in scratch
-        )
-        assert size <= SHARED
+        assert shared_bytes(scratch) <= SHARED
         # Fewer slots than rows in flight would wait for each other for ever.
         assert scratch[0].shape[0] >= 3
         # The second axis of a grid takes no more blocks.
