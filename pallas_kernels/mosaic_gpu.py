@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import platform as here
+
 __all__ = [
     "ALIGNMENT",
     "MULTIPROCESSORS",
@@ -25,6 +27,7 @@ MULTIPROCESSORS = 132
 
 SHARED = 225 * 1024
 """Bytes of shared memory a block, of 227 KiB some of which barriers take."""
+_WHOLE_SHARED = 227 * 1024
 
 UNSYNCHRONISED = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -35,15 +38,21 @@ UNSYNCHRONISED = plgpu.CompilerParams(
 
 
 def unavailable(platform: str) -> str | None:
-    """Needs an NVIDIA GPU of compute capability 9.0 or newer."""
+    """Needs an NVIDIA GPU for data centres, of compute capability 9.0 or newer."""
     if platform != "gpu":
         return f"needs a GPU, this is a {platform}"
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    try:
-        enough = float(capability) >= 9
-    except (TypeError, ValueError):
-        enough = False
-    return None if enough else f"needs compute capability 9.0 or newer, this has {capability}"
+    device = here.device()
+    capability = str(getattr(device, "compute_capability", None))
+    # AMD's are words.
+    if not capability.replace(".", "").isdigit() or float(capability) < 9:
+        return f"needs compute capability 9.0 or newer, this has {capability}"
+    # GPUs of capability 12 have less than half of it.
+    shared = getattr(
+        device, "shared_memory_per_block_optin", 0 if float(capability) >= 12 else None
+    )
+    if shared is not None and shared < _WHOLE_SHARED:
+        return f"needs 227 KiB of shared memory a block, capability {capability} has less"
+    return None
 
 
 def aligned(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -15,7 +15,7 @@ def current() -> str:
         ...     current()
         'cpu'
     """
-    return _device().platform
+    return device().platform
 
 
 def kind() -> str:
@@ -26,7 +26,7 @@ def kind() -> str:
         ...     kind()
         'cpu'
     """
-    return _device().device_kind
+    return device().device_kind
 
 
 def on_cpu() -> bool:
@@ -39,11 +39,18 @@ def on_cpu() -> bool:
     return current() == "cpu"
 
 
-def _device() -> "jax.sharding.AbstractDevice | jax.Device":
+def device() -> "jax.sharding.AbstractDevice | jax.Device":
+    """The device that `current` and `kind` tell of.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     device().platform
+        'cpu'
+    """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        return jax.local_devices(backend=device)[0]
-    return device
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        return jax.local_devices(backend=default)[0]
+    return default

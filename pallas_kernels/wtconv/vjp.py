@@ -107,7 +107,7 @@ def _apply_bwd(
     # Only the operator itself has a bias, its transpose has none.
     summed = bias is not None and getattr(plan.bwd, "BIAS_GRADIENT", False)
     found = correlate(plan, (*shapes, dy.shape[-1:]) if summed else shapes, *pair)
-    dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(found, taps, strict=False))
+    dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(found[: len(taps)], taps, strict=True))
     if bias is None:
         return dx, dtaps, None
     axes = tuple(range(dy.ndim - 1))
