@@ -12,7 +12,6 @@ registers; a step is a row of coefficients, of two rows of pixels. Four warpgrou
 `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines of warps with roles.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -161,7 +160,8 @@ class _Tiling:
         return self.steps if self.heights > 1 else self.rows
 
 
-def _tiling(shape: Sequence[int], kernel_size: int, most_rounds: int = _MAX_ROUNDS) -> _Tiling:
+@cache
+def _tiling(shape: tuple[int, ...], kernel_size: int, most_rounds: int = _MAX_ROUNDS) -> _Tiling:
     """The tiling of `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
     n, h, w, c = shape
     rows, columns = pl.cdiv(h, 2), pl.cdiv(w, 2)
@@ -288,6 +288,23 @@ def _launch(tiling: _Tiling) -> dict[str, Any]:
     }
 
 
+def _drain(barrier: Any, turns: Any, slots: int) -> None:
+    """Waits for the last turns, which nobody had to wait for."""
+
+    def one(turn: Any, _: Any) -> tuple[()]:
+        plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
+        return ()
+
+    lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
+
+
+def _zeros(count: int) -> list[Any]:
+    """Sums to begin with."""
+    shape = (_STRIPS, _CHANNELS)
+    zero = jnp.zeros(shape, jnp.float32)
+    return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Block:
     """What the blocks of all launches have: rows of x in a ring of slots of shared memory."""
@@ -390,21 +407,6 @@ class _Block:
             found.append((upper + lower, upper - lower))
         return found
 
-    def drain(self, barrier: Any, turns: Any, slots: int) -> None:
-        """Waits for the last turns, which nobody had to wait for."""
-
-        def one(turn: Any, _: Any) -> tuple[()]:
-            plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
-            return ()
-
-        lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
-
-    def zeros(self, count: int) -> list[Any]:
-        """Sums to begin with."""
-        shape = (_STRIPS, _CHANNELS)
-        zero = jnp.zeros(shape, jnp.float32)
-        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
-
     def view(self, row: Any, j: int, each: int) -> Any:
         """Column j of each strip, `each * columns` wide, of a row `[images, columns, channels]`."""
         tiling = self.tiling
@@ -482,7 +484,7 @@ class _LevelBlock(_Block):
             slot = lax.rem(turn, self.depth)
             plgpu.barrier_wait(self.full.at[slot])
             if zero:
-                return [*sums, *self.zeros(filtered)], slot
+                return [*sums, *_zeros(filtered)], slot
             found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
             totals = []
             for row in range(size):
@@ -526,7 +528,7 @@ class _LevelBlock(_Block):
                 plgpu.barrier_arrive(self.free.at[slot])
                 return totals[filtered:]
 
-            sums = self.zeros(filtered * (size - 1))
+            sums = _zeros(filtered * (size - 1))
             sums = lax.fori_loop(0, tiling.read, one, sums)
             for s in range(tiling.read, tiling.steps):
                 totals, slot = step(i * tiling.steps + s, sums, zero=True)
@@ -537,7 +539,7 @@ class _LevelBlock(_Block):
             return ()
 
         lax.fori_loop(0, self.count, tile, ())
-        self.drain(self.handed_free, self.count * tiling.rows, _HANDED)
+        _drain(self.handed_free, self.count * tiling.rows, _HANDED)
 
     def pixels(self, lower: int) -> None:
         """Convolves the upper or the lower row of each pair of pixels' rows, and writes it."""
@@ -555,7 +557,7 @@ class _LevelBlock(_Block):
             plgpu.barrier_wait(self.full.at[slot])
             totals = []
             if self.level == 1 and zero:
-                totals = [*sums, *self.zeros(columns)]
+                totals = [*sums, *_zeros(columns)]
             elif self.level == 1:
                 reach = tiling.reach
                 rows = [
@@ -568,7 +570,7 @@ class _LevelBlock(_Block):
                 for o in range(open_rows + 1):
                     taken = [(row, row + 2 * (self.lag - o) - lower + reach) for row in range(2)]
                     for j in range(columns):
-                        total = sums[o * columns + j] if o < open_rows else self.zeros(1)[0]
+                        total = sums[o * columns + j] if o < open_rows else _zeros(1)[0]
                         for row, d in taken:
                             for e in range(size if 0 <= d < size else 0):
                                 total = total + rows[row][j + e] * taps[d][e]
@@ -608,7 +610,7 @@ class _LevelBlock(_Block):
 
                 return totals[columns:]
 
-            sums = self.zeros(open_rows * columns)
+            sums = _zeros(open_rows * columns)
             sums = lax.fori_loop(0, tiling.read, one, sums)
             for s in range(tiling.read, tiling.steps):
                 totals = step(i * tiling.steps + s, sums, zero=True)
@@ -622,7 +624,7 @@ class _LevelBlock(_Block):
         lax.fori_loop(0, self.count, tile, ())
         plgpu.wait_smem_to_gmem(0)
         if lower:
-            self.drain(self.free, self.turns, self.depth)
+            _drain(self.free, self.turns, self.depth)
 
     def store(self, i: Any, row: Any, lower: int, slot: Any) -> None:
         """Orders the copy of a row of the i-th tile's pixels to the result.
@@ -682,16 +684,15 @@ def weight_grad(
     biased = len(kernel_shapes[-1]) == 1
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1 - biased
     sums: list[jax.Array] = []
-    bias = None
     pairs = zip(
         _lows(aligned(x, x.dtype), levels), _lows(aligned(dy, dy.dtype), levels), strict=True
     )
     for level, (low, other) in enumerate(pairs):
         bands, base = _level_weights(low, other, kernel_size, base=level == 0)
-        sums += ([] if base is None else [base[:-1]]) + [bands * 0.25]
-        bias = bias if base is None else base[-1]
-    if biased:
-        sums.append(bias)
+        sums += [bands * 0.25] if base is None else [base, bands * 0.25]
+    # The sum of dy follows the base's taps.
+    whole, *rest = sums
+    sums = [whole[:-1], *rest, *([whole[-1]] if biased else [])]
     return vary_over(
         axes,
         tuple(
@@ -830,10 +831,10 @@ class _WeightsBlock(_Block):
                             sums.append(total)
                 return [*sums, *window[filtered:]]
 
-            window = self.zeros(filtered * (size - 1))
+            window = _zeros(filtered * (size - 1))
             return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: 2 * size**2]
 
-        totals = lax.fori_loop(0, self.count, tile, self.zeros(2 * size**2))
+        totals = lax.fori_loop(0, self.count, tile, _zeros(2 * size**2))
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         for t, total in enumerate(totals):
             self.bands[split, unit, pair, t // 2, t % 2] = total
@@ -880,17 +881,17 @@ class _WeightsBlock(_Block):
                     self.fetch_next(turn - behind - 1)
                 return [*sums, *window[columns:]]
 
-            window = self.zeros(2 * lag * columns)
+            window = _zeros(2 * lag * columns)
             return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: size**2 + 1]
 
-        totals = lax.fori_loop(0, self.count, tile, self.zeros(size**2 + 1))
+        totals = lax.fori_loop(0, self.count, tile, _zeros(size**2 + 1))
         for late in range(behind):
             plgpu.barrier_arrive(self.free.at[lax.rem(self.turns - behind + late, self.depth)])
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         for t, total in enumerate(totals):
             self.base[split, unit, lower, t] = total
         if lower:
-            self.drain(self.free, self.turns, self.depth)
+            _drain(self.free, self.turns, self.depth)
 
     def rest(self) -> None:
         """Leaves its registers to others."""
@@ -906,4 +907,4 @@ class _WeightsBlock(_Block):
             return ()
 
         lax.fori_loop(0, self.turns, one, ())
-        self.drain(self.free, self.turns, self.depth)
+        _drain(self.free, self.turns, self.depth)

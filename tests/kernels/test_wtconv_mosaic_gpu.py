@@ -1,6 +1,8 @@
 """The Mosaic GPU kernels of WTConv: lowered and interpreted without a GPU, run where one is."""
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from wtconv_checks import (
     takes,
 )
 
+from pallas_kernels import platform
 from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case
@@ -80,8 +83,8 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
         assert shared_bytes(scratch) <= SHARED
         # Fewer slots than rows in flight would wait for each other for ever.
         assert scratch[0].shape[0] >= 3
-        # The second axis of a grid takes no more blocks.
-        assert keys["grid"][0] < 2**31 and keys["grid"][1] < 2**16
+        # Pallas has CUDA's first axis last; its second takes no more blocks.
+        assert keys["grid"][0] < 2**16 and keys["grid"][1] < 2**31
 
 
 @pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
@@ -110,6 +113,8 @@ def test_tiles_hold_every_pixel_once(name):
 # For the interpreter; together they have tilings of every kind.
 INTERPRETED = (
     Case((6, 9), 1, 5, channels=32),
+    # Rows and columns beyond the image, in windows of all channels: Mosaic would copy them.
+    Case((5, 14), 1, 1, batch=(3,), channels=32),
     Case((5, 6), 2, 3, "bfloat16", batch=(3,), channels=40),
     Case((1, 1), 1, 1, batch=(9,)),
     Case((11, 2), 1, 5, "float16", batch=(1,), channels=2, bias=False),
@@ -120,9 +125,12 @@ INTERPRETED = (
 @pytest.fixture
 def few_blocks(monkeypatch):
     """Small images in several tiles and a block with several of them, so that little is run."""
-    monkeypatch.setattr(mosaic_gpu, "_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu, "_MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu, "_MAX_COLUMNS", 2)
+    mosaic_gpu._tiling.cache_clear()
+    yield
+    mosaic_gpu._tiling.cache_clear()
 
 
 def strided(self, row, j, each):
@@ -181,8 +189,62 @@ def test_without_a_gpu_it_says_what_is_missing():
             {"base_kernel": np.ones((3, 3, 1, 1)), "base_scale": np.ones(1)},
             implementation="mosaic_gpu",
         )
-    assert mosaic_gpu.unavailable("gpu").startswith("needs compute capability 9.0 or newer")
     assert OPERATOR.rule["gpu"] == ("mosaic_gpu", "triton", "xla")
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "reason"),
+    [
+        ("8.9", None, "needs compute capability 9.0 or newer, this has 8.9"),
+        ("gfx942", None, "needs compute capability 9.0 or newer, this has gfx942"),
+        ("12.0", None, "needs 227 KiB of shared memory a block, capability 12.0 has less"),
+        ("12.1", 101376, "needs 227 KiB of shared memory a block, capability 12.1 has less"),
+        ("9.0", None, None),
+        ("10.0", 232448, None),
+    ],
+)
+def test_gpus_that_can_run_them(capability, shared, reason, monkeypatch):
+    device = SimpleNamespace(compute_capability=capability)
+    if shared is not None:
+        device.shared_memory_per_block_optin = shared
+    monkeypatch.setattr(platform, "device", lambda: device)
+    assert mosaic_gpu.unavailable("gpu") == reason
+
+
+class Indexed(np.ndarray):
+    """Indexed by `.at` and by Pallas' slices, as references are."""
+
+    def __new__(cls, array):
+        return np.asarray(array).view(cls)
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        plain = tuple(
+            slice(i.start, i.start + i.size) if isinstance(i, pl.Slice) else i
+            for i in (index if isinstance(index, tuple) else (index,))
+        )
+        return super().__getitem__(plain)
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_views_are_columns_of_each_strip(images):
+    """In NumPy; the interpreter has a stand-in for them."""
+
+    for columns, reach, each in itertools.product((1, 2, 7), (0, 1, 2), (1, 2)):
+        strips = 4 // images
+        halo = 2 * reach if each == 2 else 0
+        size = each * strips * columns + 2 * halo
+        shape = (images, size, mosaic_gpu._CHANNELS)
+        row = np.arange(math.prod(shape)).reshape(shape)
+        tiling = SimpleNamespace(images=images, strips=strips, columns=columns)
+        block = SimpleNamespace(tiling=tiling)
+        for j in range(each * columns + 2 * halo):
+            found = mosaic_gpu._Block.view(block, Indexed(row), j, each)
+            want = row[:, j] if strips == 1 else row[0, j :: each * columns][:strips]
+            assert np.array_equal(found, want), (columns, reach, each, j)
 
 
 EXTRA = (
