@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from . import models as models
     from . import nnx as nnx
     from . import surgery as surgery
+    from .autotune import tune, tuning
     from .linen import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
     from .parameters import deepest_level, weight_decay_mask
 
@@ -35,6 +36,8 @@ __all__ = [
     "WTConv3d",
     "__version__",
     "deepest_level",
+    "tune",
+    "tuning",
     "weight_decay_mask",
 ]
 
@@ -45,6 +48,8 @@ _HOME = {
     "WTConv2d": "linen",
     "WTConv3d": "linen",
     "deepest_level": "parameters",
+    "tune": "autotune",
+    "tuning": "autotune",
     "weight_decay_mask": "parameters",
 }
 

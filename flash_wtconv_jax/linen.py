@@ -148,8 +148,9 @@ class WTConv2d(_WTConv):
         bias_init: Initialiser of the bias; None is U(-1/k, 1/k), PyTorch's default.
         scale_init: Initialiser of the wavelet scales, 0.1 by default; with zeros the layer starts
             as its base convolution. The base scale starts at one, always.
-        implementation: Name or names of the implementations of `pallas_kernels.wtconv` to choose
-            from; None leaves the choice to its rule for the device.
+        implementation: Name of an implementation of `pallas_kernels.wtconv`; names, or "auto" for
+            all, of which the fastest is taken, measured once and remembered; None leaves the
+            choice to its rule for the device.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -40,12 +40,11 @@ def on_cpu() -> bool:
 
 
 def device() -> "jax.sharding.AbstractDevice | jax.Device":
-    """The device that `current` and `kind` tell of.
+    """The device itself, an abstract one where a program is compiled ahead of time.
 
     Example:
-        >>> with jax.default_device(jax.devices("cpu")[0]):
-        ...     device().platform
-        'cpu'
+        >>> device().device_kind == kind()
+        True
     """
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:

@@ -33,3 +33,13 @@ def fixed_seeds():
     """The global generators start alike in every test, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch):
+    """What the tuner measures stays in memory, not in the user's home."""
+    from pallas_kernels.dispatch import cache
+
+    store = cache.Cache(None)
+    monkeypatch.setattr(cache, "user_cache", lambda: store)
+    return store

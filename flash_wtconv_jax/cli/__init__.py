@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .bench import bench
+from .cache import cache
 from .check import check
 from .convert import convert
 from .demo import demo
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(info)
 app.command()(check)
 app.add_typer(bench, name="bench")
+app.add_typer(cache, name="cache")
 app.command()(demo)
 app.command()(erf)
 app.command()(convert)

@@ -1,10 +1,13 @@
 """Names of implementations and the rule that picks one. Knows no operator and no framework.
 
-`implementation=` is a filter on the search space: `None`, one name, or a sequence of names;
-a name is a string or a member of the operator's `Implementation` enum. What was measured on a kind
-of device (`table`) goes before the operator's rule.
+`implementation=` is a filter on the search space: `None`, one name, a sequence of names, or
+`"auto"`; a name is a string or a member of the operator's `Implementation` enum. Of a sequence and
+of `"auto"` the fastest is taken, as measured (`tuner`) and remembered (`cache`) on this machine.
+`None` never measures: what was measured on a kind of device (`table`) goes before the operator's
+rule. `tuning` says otherwise for a block of code.
 """
 
 from pallas_kernels.dispatch.operator import Choice, Operator, operators
+from pallas_kernels.dispatch.tuner import Candidate, tuning
 
-__all__ = ["Choice", "Operator", "operators"]
+__all__ = ["Candidate", "Choice", "Operator", "operators", "tuning"]

@@ -2,16 +2,20 @@
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
 from typing import Any
 
-from pallas_kernels.dispatch import table
+from pallas_kernels.dispatch import table, tuner
+from pallas_kernels.dispatch.tuner import Candidate, Measurement
 
 Choice = str | StrEnum | Sequence[str | StrEnum] | None
 """What `implementation=` takes."""
+
+AUTO = "auto"
+"""The filter that takes the fastest of all implementations, as measured."""
 
 _REGISTRY: dict[str, "Operator"] = {}
 
@@ -23,7 +27,8 @@ class Operator:
     An implementation `name` is the module `{package}.{name}`, imported when it is first
     considered. It offers `unavailable(platform) -> str | None`, the reason why it cannot run on
     this machine, and `check(direction, problem)`, which raises `NotImplementedError` with the
-    reason why it cannot take this problem.
+    reason why it cannot take this problem. It may offer `grid(direction, problem)`, a list of dicts
+    of JSON-able parameters, of which the tuner finds the best.
 
     Args:
         name: Lower-case name; the environment variables are `FLASH_WTCONV_{NAME}_{DIRECTION}`.
@@ -58,12 +63,12 @@ class Operator:
         """Picks the implementation for one direction of one call.
 
         Preferred is what `table.fastest` names for the kind of device, where it was measured, and
-        after it the platform's rule.
+        after it the platform's rule. Nothing is measured.
 
         Args:
             direction: One of `directions`.
             implementation: Filter on the candidates; `None` asks the environment variable, and
-                without one takes the device's order of preference.
+                without one takes the device's order of preference. `"auto"` is all of them.
             platform: The device's platform, e.g. `"cpu"`.
             problem: The operator's description of the call, handed to `check` and told in errors.
             device_kind: The device's kind, e.g. `"NVIDIA H200"`; `None` goes by the rule alone.
@@ -75,17 +80,51 @@ class Operator:
             ValueError: An unknown or empty filter; names the argument or the variable.
             NotImplementedError: No candidate can run; says why for each.
         """
-        reasons: list[str] = []
+        _, wanted = self._wanted(direction, implementation)
         preference = self._preference(direction, platform, problem, device_kind)
-        for name in self._candidates(direction, implementation, preference):
-            reason = self._refusal(name, direction, platform, problem)
-            if reason is None:
-                return name
-            reasons.append(f"{name}: {reason}")
-        raise NotImplementedError(
-            f"{self.name} ({direction}) cannot run on {platform} with "
-            f"implementation={implementation!r} for {problem}: " + "; ".join(reasons)
-        )
+        able = self._able(direction, implementation, wanted, preference, platform, problem)
+        return next(able)
+
+    def choose(
+        self,
+        direction: str,
+        implementation: Choice,
+        platform: str,
+        problem: Any,
+        measurement: Callable[[], Measurement],
+        device_kind: str | None = None,
+    ) -> Candidate:
+        """Chooses the implementation and its parameters for one direction of one call.
+
+        As `pick`; but of a sequence of names or `"auto"`, and of any filter inside
+        `tuning("cached")` and `tuning("search")`, the one that was measured to be the fastest.
+
+        Args:
+            direction: One of `directions`.
+            implementation: Filter on the candidates.
+            platform: The device's platform.
+            problem: The operator's description of the call, a NamedTuple with the field `shape`.
+            measurement: Makes what runs and times a candidate, if it comes to that; see
+                `tuner.Measurement`.
+            device_kind: The device's kind.
+
+        Returns:
+            The implementation and its parameters, none where nothing was measured.
+
+        Raises:
+            ValueError: An unknown or empty filter; names the argument or the variable.
+            NotImplementedError: No candidate can run; says why for each.
+        """
+        several, wanted = self._wanted(direction, implementation)
+        preference = self._preference(direction, platform, problem, device_kind)
+        able = self._able(direction, implementation, wanted, preference, platform, problem)
+        first = next(able)
+        mode = tuner.mode()
+        if mode == "off" or (mode is None and not several):
+            return Candidate(first)
+        modules = {name: self.module(name) for name in (first, *able)}
+        best = tuner.fastest(self.name, direction, problem, modules, measurement())
+        return best or Candidate(first)
 
     def check_names(self, implementation: Choice) -> None:
         """Checks `implementation=` before there is a problem to pick for.
@@ -114,37 +153,65 @@ class Operator:
         known = fastest in [str(name) for name in self.implementations]
         return [str(fastest), *(name for name in rule if name != fastest)] if known else rule
 
-    def _candidates(
-        self, direction: str, implementation: Choice, preference: list[str]
-    ) -> list[str]:
+    def _wanted(self, direction: str, implementation: Choice) -> tuple[bool, list[str] | None]:
+        """Whether a filter leaves a choice to the tuner, and its names, None for the rule's."""
         source = "implementation"
         if implementation is None:
             source = f"FLASH_WTCONV_{self.name}_{direction}".upper()
             value = os.environ.get(source, "").strip()
             if not value:
-                return preference
+                return False, None
             implementation = _parse(value)
-        wanted = self._names(implementation, source)
-        return sorted(wanted, key=lambda n: preference.index(n) if n in preference else len(wanted))
+        names = self._names(implementation, source)
+        return not isinstance(implementation, str) or implementation == AUTO, names
+
+    def _able(
+        self,
+        direction: str,
+        implementation: Choice,
+        wanted: list[str] | None,
+        preference: list[str],
+        platform: str,
+        problem: Any,
+    ) -> Iterator[str]:
+        """The candidates that can run, best first; raises where there are none."""
+        if wanted is None:
+            names = preference
+        else:
+            names = sorted(
+                wanted, key=lambda n: preference.index(n) if n in preference else len(preference)
+            )
+        reasons: list[str] = []
+        for name in dict.fromkeys(names):
+            reason = self._refusal(name, direction, platform, problem)
+            if reason is None:
+                yield name
+            else:
+                reasons.append(f"{name}: {reason}")
+        if len(reasons) == len(set(names)):
+            raise NotImplementedError(
+                f"{self.name} ({direction}) cannot run on {platform} with "
+                f"implementation={implementation!r} for {problem}: " + "; ".join(reasons)
+            )
 
     def _names(self, implementation: Choice, source: str) -> list[str]:
         """The filter as a list of known names."""
+        known = [str(name) for name in self.implementations]
+        if isinstance(implementation, str) and implementation == AUTO:
+            return known
         many = [implementation] if isinstance(implementation, str) else implementation
         if not isinstance(many, Iterable) or isinstance(many, bytes):
             raise ValueError(f"{source}={many!r}: expected None, a name or a sequence of names")
         names = list(many)
-        known = [str(name) for name in self.implementations]
         if not names:
             raise ValueError(f"{source} is empty: name at least one of {known}, or use None")
-        if "auto" in names:
-            raise ValueError(
-                f"{source}='auto': choosing by measurement is not available yet; None takes the "
-                f"rule of the device, and the implementations are {known}"
-            )
+        if AUTO in names:
+            raise ValueError(f"{source}={names}: {AUTO!r} is all implementations, and stands alone")
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(
-                f"{source} names {unknown}, but {self.name} has the implementations {known}"
+                f"{source} names {unknown}, but {self.name} has the implementations {known} "
+                f"and {AUTO!r}"
             )
         return [str(name) for name in names]
 
@@ -169,7 +236,8 @@ def operators() -> list[Operator]:
     return [_REGISTRY[name] for name in sorted(_REGISTRY)]
 
 
-def _parse(value: str) -> list[str]:
-    """`"xla"` or `"[xla, triton]"`, in any case, as a list of names."""
+def _parse(value: str) -> str | list[str]:
+    """`"xla"` as a name, `"[xla, triton]"` and `"xla, triton"` as lists, in any case."""
     inner = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    return [name.strip().lower() for name in inner.split(",") if name.strip()]
+    names = [name.strip().lower() for name in inner.split(",") if name.strip()]
+    return names[0] if len(names) == 1 else names

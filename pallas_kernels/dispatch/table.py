@@ -34,7 +34,17 @@ def path(device_kind: str) -> Path:
         >>> path("NVIDIA H200").name
         'nvidia_h200.json'
     """
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
+    return FOLDER / file_name(device_kind)
+
+
+def file_name(device_kind: str) -> str:
+    """The name of a file about a kind of device.
+
+    Example:
+        >>> file_name("Abacus 3000 (PCIe)")
+        'abacus_3000_pcie.json'
+    """
+    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
 
 
 @cache

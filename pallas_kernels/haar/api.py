@@ -13,7 +13,9 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from functools import partial
 from itertools import product
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,7 @@ from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar import vjp
 from pallas_kernels.haar.filters import IS_HAAR, filter_bank
+from pallas_kernels.measuring import OnRandomArrays
 
 
 class Implementation(StrEnum):
@@ -437,8 +440,22 @@ def _plan(
     implementation: Choice,
 ) -> vjp.Plan:
     problem = Problem(shape, dtype, len(shape) - 2, levels, wavelet)
-    name = OPERATOR.pick("fwd", implementation, platform.current(), problem, platform.kind())
-    return vjp.Plan(OPERATOR.module(name), shape[1:-1], levels, wavelet)
+
+    def plan(module: ModuleType) -> vjp.Plan:
+        return vjp.Plan(module, shape[1:-1], levels, wavelet)
+
+    # Analysis and synthesis are each other's transpose: the analysis is timed for both.
+    measurement = partial(
+        OnRandomArrays,
+        lambda module, config: partial(vjp.wavedec, plan(module)),
+        (jax.ShapeDtypeStruct(shape, dtype),),
+        OPERATOR.module("xla"),
+        {},
+    )
+    chosen = OPERATOR.choose(
+        "fwd", implementation, platform.current(), problem, measurement, platform.kind()
+    )
+    return plan(OPERATOR.module(chosen.implementation))
 
 
 def _unflat(bands: Any, batch: tuple[int, ...]) -> Any:

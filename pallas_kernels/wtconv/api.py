@@ -5,8 +5,11 @@ ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
+from types import ModuleType
+from typing import Any
 
 import jax
 from jax.typing import ArrayLike
@@ -14,7 +17,10 @@ from jax.typing import ArrayLike
 from pallas_kernels import platform
 from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
+from pallas_kernels.dispatch.tuner import Config
 from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.measuring import OnRandomArrays
+from pallas_kernels.numerics import accumulator
 from pallas_kernels.wtconv import vjp
 from pallas_kernels.wtconv.problem import Problem
 
@@ -89,8 +95,9 @@ def wtconv2d(
             number of wavelet kernels; none is a plain depthwise convolution.
         wavelet: `"haar"` or any discrete wavelet of PyWavelets.
         stride: Keep every stride-th pixel of each axis.
-        implementation: Filter on the implementations: a name, a sequence of names, or `None` for
-            the environment's (`FLASH_WTCONV_WTCONV_FWD`, `..._BWD`) or the device's rule.
+        implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
+            for the fastest of them, which is measured once and remembered, or `None` for the
+            environment's (`FLASH_WTCONV_WTCONV_FWD`, `..._BWD`) or the device's rule.
         precision: For implementations on matrix units; elementwise ones always use full float32.
 
     Returns:
@@ -158,15 +165,46 @@ def _wtconv(
     batch, spatial, channels = x.shape[: -1 - ndim], x.shape[-1 - ndim : -1], x.shape[-1]
     flat = x.reshape(math.prod(batch), *spatial, channels)
     problem = Problem(flat.shape, flat.dtype, kernel_size, levels, wavelet)
-    here, kind = platform.current(), platform.kind()
-    plan = vjp.Plan(
-        OPERATOR.module(OPERATOR.pick("fwd", implementation, here, problem, kind)),
-        OPERATOR.module(OPERATOR.pick("bwd", implementation, here, problem, kind)),
-        wavelet,
-        checked_precision(precision),
-    )
+    precision = checked_precision(precision)
+    chosen = [
+        OPERATOR.choose(
+            direction,
+            implementation,
+            platform.current(),
+            problem,
+            partial(_measurement, direction, problem, "base_bias" in params, precision),
+            platform.kind(),
+        )
+        for direction in OPERATOR.directions
+    ]
+    fwd, bwd = (OPERATOR.module(one.implementation) for one in chosen)
+    plan = vjp.Plan(fwd, bwd, wavelet, precision, *(one.config for one in chosen))
     y = vjp.wtconv(plan, stride, flat, params)
     return y.reshape(*batch, *y.shape[1:])
+
+
+def _measurement(
+    direction: str, problem: Problem, bias: bool, precision: jax.lax.Precision | None
+) -> OnRandomArrays:
+    """How the tuner runs an implementation on arrays like those of a call."""
+    *spatial, channels = problem.shape[1:]
+    acc = accumulator(problem.dtype)
+    bands = [1, *[2 ** len(spatial)] * problem.levels]
+    kernel = (problem.kernel_size,) * len(spatial)
+    x = jax.ShapeDtypeStruct(problem.shape, problem.dtype)
+    taps = tuple(jax.ShapeDtypeStruct((*kernel, band, channels), acc) for band in bands)
+    inputs = x, taps, jax.ShapeDtypeStruct((channels,), acc) if bias else None
+
+    def run(module: ModuleType, config: Config) -> Callable[..., Any]:
+        plan = vjp.Plan(module, module, problem.wavelet, precision, config, config)
+        return vjp.one_pass(plan, direction)
+
+    return OnRandomArrays(
+        run,
+        inputs if direction == "fwd" else (*inputs, x),
+        OPERATOR.module("xla"),
+        {"bias": bias, "precision": precision and precision.name},
+    )
 
 
 def _checked_signal(value: ArrayLike, ndim: int) -> jax.Array:

@@ -16,7 +16,7 @@ scales folded in, and `bias [C]` or None. Modules whose functions JAX can differ
 with `DIFFERENTIABLE = True`; they are then called bare in the backward pass, which makes `jvp`
 of `grad` and `hessian` work. Modules that sum dy on the way, for the gradient of the bias, say so
 with `BIAS_GRADIENT = True`; where it is wanted, `kernel_shapes` ends with the bias's, and the
-gradients with its own.
+gradients with its own. Both functions take the parameters that `grid`, where there is one, offers.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels.dispatch.tuner import Config
 from pallas_kernels.numerics import accumulator
 
 Taps = tuple[jax.Array, ...]
@@ -42,6 +43,13 @@ class Plan(NamedTuple):
     bwd: ModuleType
     wavelet: str
     precision: jax.lax.Precision | None
+    fwd_config: Config = ()
+    bwd_config: Config = ()
+
+    @property
+    def of_backward(self) -> "Plan":
+        """The plan of what the backward pass calls, where it calls the operator itself."""
+        return self._replace(fwd=self.bwd, fwd_config=self.bwd_config)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -102,7 +110,7 @@ def _apply_bwd(
     shapes = tuple(tap.shape for tap in taps)
     bare = plan.bwd.DIFFERENTIABLE
     apply, correlate = (_forward, _correlate) if bare else (_apply, _weight_grad)
-    dx = apply(plan._replace(fwd=plan.bwd), not transpose, dy, taps, None)
+    dx = apply(plan.of_backward, not transpose, dy, taps, None)
     pair = (dy, x) if transpose else (x, dy)
     # Only the operator itself has a bias, its transpose has none.
     summed = bias is not None and getattr(plan.bwd, "BIAS_GRADIENT", False)
@@ -116,6 +124,25 @@ def _apply_bwd(
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd)
+
+
+def one_pass(plan: Plan, direction: str) -> Callable[..., Any]:
+    """The function of arrays that a plan computes in one direction, to be timed alone.
+
+    Args:
+        plan: Its implementations; of the backward pass `bwd` computes all.
+        direction: "fwd", a function of x, taps and bias, or "bwd", of these and dy.
+
+    Returns:
+        The function, of the output, or of the gradients of x, taps and bias.
+    """
+    if direction == "fwd":
+        return partial(_apply, plan, False)
+
+    def backward(x: jax.Array, taps: Taps, bias: jax.Array | None, dy: jax.Array) -> Any:
+        return _apply_bwd(plan, False, (x, taps, _like(bias)), dy)
+
+    return backward
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -138,7 +165,7 @@ def _weight_grad_bwd(
     plan: Plan, shapes: Shapes, residuals: tuple[jax.Array, jax.Array], dtaps: Taps
 ) -> tuple[jax.Array, jax.Array]:
     x, dy = residuals
-    plan = plan._replace(fwd=plan.bwd)
+    plan = plan.of_backward
     dbias = None
     if len(shapes[-1]) == 1:
         *dtaps, dbias = dtaps
@@ -153,14 +180,22 @@ def _forward(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> jax.Array:
     run = partial(
-        plan.fwd.forward, wavelet=plan.wavelet, transpose=transpose, precision=plan.precision
+        plan.fwd.forward,
+        wavelet=plan.wavelet,
+        transpose=transpose,
+        precision=plan.precision,
+        **dict(plan.fwd_config),
     )
     return run(x, taps, bias) if plan.fwd.DIFFERENTIABLE else _folding(run)(x, taps, bias)
 
 
 def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
     run = partial(
-        plan.bwd.weight_grad, kernel_shapes=shapes, wavelet=plan.wavelet, precision=plan.precision
+        plan.bwd.weight_grad,
+        kernel_shapes=shapes,
+        wavelet=plan.wavelet,
+        precision=plan.precision,
+        **dict(plan.bwd_config),
     )
     return run(x, dy) if plan.bwd.DIFFERENTIABLE else _mapped(run)(x, dy)
 

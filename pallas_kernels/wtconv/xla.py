@@ -3,11 +3,12 @@
 On CPU a depthwise convolution is a sum of shifted products, which XLA compiles to one vectorised
 loop over the contiguous channels; `conv_general_dilated` with as many groups as channels is an
 order of magnitude slower there. On a GPU it is the other way round (by 17 times on an H200), so
-everywhere else the grouped convolution is taken. The stages of the layer are kept apart with
-`unfused`: fused across levels, XLA's CPU compiler computes each convolution once for every pixel
-of the synthesis that reads it.
+everywhere else the grouped convolution is taken. On a CPU `grid` offers the tuner both. The stages
+of the layer are kept apart with `unfused`: fused across levels, XLA's CPU compiler computes each
+convolution once for every pixel of the synthesis that reads it.
 """
 
+import math
 from functools import partial
 from itertools import product
 from typing import Any
@@ -42,7 +43,19 @@ def check(direction: str, problem: Any) -> None:
     """Plain JAX takes every problem."""
 
 
-@partial(unfused, static_argnames=("wavelet", "transpose", "precision"))
+def grid(direction: str, problem: Any) -> list[dict[str, Any]]:
+    """The forms that are worth timing, the default one first; one alone but on a CPU.
+
+    A CPU takes a thousand times as long for the weight gradient of a grouped convolution.
+    """
+    if not on_cpu():
+        return [{}]
+    forms = [{"shifted": True}] + [{"shifted": False}] * (direction == "fwd")
+    whole = _chunks(problem.shape[0], math.prod(problem.shape) * problem.dtype.itemsize) == 1
+    return forms if whole else [{**form, "chunked": cut} for form in forms for cut in (True, False)]
+
+
+@partial(unfused, static_argnames=("wavelet", "transpose", "precision", "shifted", "chunked"))
 def forward(
     x: jax.Array,
     taps: Taps,
@@ -51,8 +64,23 @@ def forward(
     wavelet: str,
     transpose: bool,
     precision: lax.Precision | None,
+    shifted: bool | None = None,
+    chunked: bool = True,
 ) -> jax.Array:
-    """The operator on `x [N, *spatial, C]`, or its transpose; see `vjp` for the arguments."""
+    """The operator on `x [N, *spatial, C]`, or its transpose; see `vjp` for the arguments.
+
+    Args:
+        x: Signal.
+        taps: Kernels, the base's first.
+        bias: `[C]` or None.
+        wavelet: Its name.
+        transpose: Whether to compute the transpose.
+        precision: Of a grouped convolution.
+        shifted: Whether a depthwise convolution is a sum of shifted products, or a grouped
+            convolution; None is what suits the platform.
+        chunked: Whether a CPU may work on a few images at a time.
+    """
+    shifted = on_cpu() if shifted is None else shifted
     acc = accumulator(x.dtype)
     taps = tuple(tap.astype(acc) for tap in taps)
     if transpose:
@@ -64,8 +92,9 @@ def forward(
         wavelet=wavelet,
         transpose=transpose,
         precision=precision,
+        shifted=shifted,
     )
-    return lax.map(run, _in_chunks(x)).reshape(x.shape)
+    return lax.map(run, _in_chunks(x, chunked)).reshape(x.shape)
 
 
 def _forward(
@@ -75,17 +104,25 @@ def _forward(
     wavelet: str,
     transpose: bool,
     precision: lax.Precision | None,
+    shifted: bool,
 ) -> jax.Array:
     pads = _pads(taps[0].shape[0], transpose)
-    coefficients = _cascade(x, len(taps) - 1, _stored(pads), wavelet, transpose)
-    merge = partial(_filter, pads=pads, wavelet=wavelet, transpose=transpose, precision=precision)
+    coefficients = _cascade(x, len(taps) - 1, _stored(pads, shifted), wavelet, transpose)
+    merge = partial(
+        _filter,
+        pads=pads,
+        wavelet=wavelet,
+        transpose=transpose,
+        precision=precision,
+        shifted=shifted,
+    )
     filtered = None
     for stored, tap in zip(coefficients[:0:-1], taps[:0:-1], strict=True):
         filtered = merge(stored, tap, filtered, None, dtype=taps[0].dtype)
     return merge(coefficients[0], taps[0], filtered, bias, dtype=x.dtype)[..., 0, :]
 
 
-@partial(unfused, static_argnames=("kernel_shapes", "wavelet", "precision"))
+@partial(unfused, static_argnames=("kernel_shapes", "wavelet", "precision", "shifted", "chunked"))
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,
@@ -93,16 +130,22 @@ def weight_grad(
     kernel_shapes: tuple[tuple[int, ...], ...],
     wavelet: str,
     precision: lax.Precision | None,
+    shifted: bool | None = None,
+    chunked: bool = True,
 ) -> Taps:
-    """Gradients of the taps: each level's coefficients of x correlated with those of dy."""
+    """Gradients of the taps: each level's coefficients of x correlated with those of dy.
+
+    `shifted` and `chunked` are as in `forward`.
+    """
+    form = on_cpu() if shifted is None else shifted
 
     def add(total: Taps, chunk: tuple[jax.Array, jax.Array]) -> tuple[Taps, None]:
-        part = _weight_grad(*chunk, kernel_shapes, wavelet, precision)
+        part = _weight_grad(*chunk, kernel_shapes, wavelet, precision, form)
         return jax.tree.map(jnp.add, total, part), None
 
     zeros = tuple(jnp.zeros(shape, accumulator(x.dtype)) for shape in kernel_shapes)
     zeros = vary_over(varying_axes((x, dy)), zeros)
-    return lax.scan(add, zeros, (_in_chunks(x), _in_chunks(dy)))[0]
+    return lax.scan(add, zeros, (_in_chunks(x, chunked), _in_chunks(dy, chunked)))[0]
 
 
 def _weight_grad(
@@ -111,30 +154,36 @@ def _weight_grad(
     kernel_shapes: tuple[tuple[int, ...], ...],
     wavelet: str,
     precision: lax.Precision | None,
+    shifted: bool,
 ) -> Taps:
     pads = _pads(kernel_shapes[0][0], False)
     levels = len(kernel_shapes) - 1
-    of_x = _cascade(x, levels, _stored(pads), wavelet, False)
+    of_x = _cascade(x, levels, _stored(pads, shifted), wavelet, False)
     of_dy = _cascade(dy, levels, (0, 0), wavelet, True)
     return tuple(
-        _correlate(stored, grad, shape, pads, precision)
+        _correlate(stored, grad, shape, pads, precision, shifted)
         for stored, grad, shape in zip(of_x, of_dy, kernel_shapes, strict=True)
     )
 
 
-def _in_chunks(x: jax.Array) -> jax.Array:
+def _in_chunks(x: jax.Array, chunked: bool) -> jax.Array:
     """`[N, ...]` as `[chunks, N / chunks, ...]`, so that a chunk's coefficients stay in cache.
 
     On a single CPU alone: there the temporaries of a whole batch are fresh pages in every call. A
     batch of symbolic size stays whole, as does one that may be sharded over several devices, or
     one on a device with enough threads for all of it.
     """
-    n, chunks = x.shape[0], 1
-    if on_cpu() and jax.device_count() == 1 and isinstance(n, int) and n > 0:
-        # A chunk may be larger than wanted only where it is a single image.
-        most = max(1, _CHUNK_BYTES // (x.nbytes // n))
-        chunks = next(c for c in range(-(-n // most), n + 1) if n % c == 0)
-    return x.reshape(chunks, n // chunks, *x.shape[1:])
+    chunks = _chunks(x.shape[0], x.nbytes) if chunked else 1
+    return x.reshape(chunks, x.shape[0] // chunks, *x.shape[1:])
+
+
+def _chunks(n: int, nbytes: int) -> int:
+    """How many chunks a batch of n is worked on in."""
+    if not (on_cpu() and jax.device_count() == 1 and isinstance(n, int) and n > 0):
+        return 1
+    # A chunk may be larger than wanted only where it is a single image.
+    most = max(1, _CHUNK_BYTES // (nbytes // n))
+    return next(c for c in range(-(-n // most), n + 1) if n % c == 0)
 
 
 def _pads(kernel_size: int, transpose: bool) -> tuple[int, int]:
@@ -179,7 +228,7 @@ def _padded_bands(bands: jax.Array, pads: tuple[int, int]) -> jax.Array:
 _padded = unfused(_padded_bands, static_argnames=("pads",))
 
 
-@partial(unfused, static_argnames=("pads", "wavelet", "transpose", "precision", "dtype"))
+@partial(unfused, static_argnames=("pads", "wavelet", "transpose", "precision", "shifted", "dtype"))
 def _filter(
     stored: jax.Array,
     taps: jax.Array,
@@ -190,10 +239,11 @@ def _filter(
     wavelet: str,
     transpose: bool,
     precision: lax.Precision | None,
+    shifted: bool,
     dtype: DTypeLike,
 ) -> jax.Array:
     """Depthwise convolution of one level plus, in its low band, the synthesis of the next."""
-    out = _depthwise(stored, taps, pads, precision)
+    out = _depthwise(stored, taps, pads, precision, shifted)
     ndim, size = out.ndim - 3, out.shape[1:-2]
     if bias is not None:
         out = out + bias.astype(taps.dtype)
@@ -211,11 +261,15 @@ _synthesis = unfused(synthesis, static_argnames=("ndim", "shape", "wavelet", "tr
 
 
 def _depthwise(
-    stored: jax.Array, taps: jax.Array, pads: tuple[int, int], precision: lax.Precision | None
+    stored: jax.Array,
+    taps: jax.Array,
+    pads: tuple[int, int],
+    precision: lax.Precision | None,
+    shifted: bool,
 ) -> jax.Array:
     """Convolution of coefficients `[N, *size, bands, C]`, stored as `_stored` says."""
     ndim = stored.ndim - 3
-    if on_cpu():
+    if shifted:
         size = tuple(n - sum(pads) for n in stored.shape[1:-2])
         windows = (
             (tap, tuple(slice(t, t + n) for t, n in zip(tap, size, strict=True)))
@@ -244,24 +298,27 @@ def _correlate(
     shape: tuple[int, ...],
     pads: tuple[int, int],
     precision: lax.Precision | None,
+    shifted: bool,
 ) -> jax.Array:
     """`dW[tap] = sum_p x[p + tap - r] * dy[p]`, the transpose of `_depthwise` in its taps."""
     ndim = stored.ndim - 3
     acc = accumulator(dy.dtype)
-    if not on_cpu():
+    if not shifted:
         taps = jax.ShapeDtypeStruct(shape, acc)
-        pullback = jax.linear_transpose(lambda t: _depthwise(stored, t, pads, precision), taps)
+        pullback = jax.linear_transpose(
+            lambda t: _depthwise(stored, t, pads, precision, shifted), taps
+        )
         return pullback(dy.astype(acc))[0]
 
     def one(tap: jax.Array) -> jax.Array:
-        shifted = lax.dynamic_slice(stored, (0, *tap, 0, 0), dy.shape).astype(acc)
-        return jnp.sum(shifted * dy.astype(acc), axis=range(1 + ndim))
+        window = lax.dynamic_slice(stored, (0, *tap, 0, 0), dy.shape).astype(acc)
+        return jnp.sum(window * dy.astype(acc), axis=range(1 + ndim))
 
     # One tap at a time: two arrays are live, not one for every tap.
     every_tap = np.array(list(product(range(shape[0]), repeat=ndim)))
     return lax.map(one, every_tap).reshape(shape)
 
 
-def _stored(pads: tuple[int, int]) -> tuple[int, int]:
+def _stored(pads: tuple[int, int], shifted: bool) -> tuple[int, int]:
     """The padding that coefficients are stored with: shifted products read it from memory."""
-    return pads if on_cpu() else (0, 0)
+    return pads if shifted else (0, 0)

@@ -268,7 +268,7 @@ def test_bad_features_and_dtype():
         ({"precision": "nosuch"}, "precision='nosuch'"),
         ({"precision": ["high"]}, r"precision=\['high'\]"),
         ({"implementation": "nope"}, "implementation names \\['nope'\\]"),
-        ({"implementation": "auto"}, "implementation='auto': .* not available yet"),
+        ({"implementation": ["auto", "xla"]}, "'auto' is all .* and stands alone"),
     ],
 )
 def test_bad_arguments_are_told_by_the_constructor(arguments, message):
@@ -319,7 +319,8 @@ def test_implementation_reaches_the_operator():
     named = nnx_layers.WTConv2d(2, 3, implementation=["xla"], rngs=nnx.Rngs(0))
     assert named.implementation == ("xla",)
     free = nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(named(x), free(x))
+    # Of several the fastest form is taken, whose sums may run in another order.
+    np.testing.assert_allclose(named(x), free(x), rtol=1e-5, atol=1e-6)
 
 
 def test_wavelet_reaches_the_operator():

@@ -61,6 +61,9 @@ def fake(monkeypatch):
         (["neat", "slow"], "bwd", "gpu", "odd", "slow"),
         # Last, because the rule of a GPU does not name it, and so never imported.
         (["broken", "slow"], "fwd", "gpu", "even", "slow"),
+        # Measures nothing either: all there are, best first.
+        ("auto", "fwd", "gpu", "even", "fast"),
+        ("auto", "bwd", "cpu", "odd", "slow"),
     ],
 )
 def test_the_best_candidate_that_can_run(fake, choice, direction, platform, problem, want):
@@ -79,6 +82,7 @@ def test_the_best_candidate_that_can_run(fake, choice, direction, platform, prob
         ("[slow, NEAT]", "neat"),
         ("fast , slow", "slow"),
         ("[ fast,slow, ]", "slow"),
+        ("AUTO", "neat"),
     ],
 )
 def test_the_environment_is_asked_when_used(fake, monkeypatch, value, want):
@@ -93,7 +97,7 @@ def test_the_environment_is_asked_when_used(fake, monkeypatch, value, want):
     ("choice", "message"),
     [
         ("none", r"implementation names \['none'\], but fake has the implementations \['fast'"),
-        ("auto", "implementation='auto': .* is not available yet; None takes"),
+        (["auto", "slow"], r"implementation=\['auto', 'slow'\]: 'auto' is all .* stands alone"),
         ("FAST", r"implementation names \['FAST'\]"),
         ("", r"implementation names \[''\]"),
         ([], "implementation is empty: name at least one of .*or use None"),
@@ -109,7 +113,7 @@ def test_a_filter_that_is_wrong(fake, choice, message):
         fake.pick("fwd", choice, "cpu", "even")
 
 
-@pytest.mark.parametrize("value", ["none", "[slow,none]", "[]", "[,]"])
+@pytest.mark.parametrize("value", ["none", "[slow,none]", "[]", "[,]", "[auto,slow]"])
 def test_an_environment_that_is_wrong_is_named(fake, monkeypatch, value):
     monkeypatch.setenv("FLASH_WTCONV_FAKE_BWD", value)
     with pytest.raises(ValueError, match="FLASH_WTCONV_FAKE_BWD"):

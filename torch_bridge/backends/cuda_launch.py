@@ -39,7 +39,6 @@ def unavailable(platform: str) -> str | None:
     if platform != "cuda" or torch.version.hip:
         return f"needs an NVIDIA GPU, this is {torch.version.hip and 'AMD' or platform}"
     try:
-        import platformdirs  # noqa: F401
         from cuda.bindings import nvrtc
 
         nvrtc.nvrtcVersion()

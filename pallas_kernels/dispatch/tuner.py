@@ -1,0 +1,366 @@
+"""The tuner: times implementations with each of their parameters, and remembers the fastest.
+
+It knows no framework. What runs a candidate, and what times it, is a `Measurement` that the caller
+hands in; when it may measure, `tuning` says.
+"""
+
+import logging
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from statistics import median
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+
+from pallas_kernels.dispatch import cache
+from pallas_kernels.dispatch.cache import Entry
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Mode = Literal["off", "cached", "search"]
+
+Config = tuple[tuple[str, Any], ...]
+"""Parameters of an implementation by name, hashable."""
+
+_MODE: ContextVar[Mode | None] = ContextVar("tuning", default=None)
+_USED: ContextVar[list[Entry] | None] = ContextVar("used", default=None)
+_SEARCHING = threading.Lock()
+"""One search at a time: two would time each other."""
+
+_log = logging.getLogger("flash_wtconv")
+
+_RUNS = 5
+_HOPELESS = 3
+"""A candidate whose first run takes so many times the best one's is not run again."""
+_TIE = 1.05
+_TIE_RUNS = 10
+_PATIENCE_S = 2.0
+"""How long a search may take before it shows a progress bar."""
+_TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""How far an output may be off, over the reference's largest: against faults, not roundings."""
+
+
+class Candidate(NamedTuple):
+    """An implementation and its parameters, none of which is its own default."""
+
+    implementation: str
+    config: Config = ()
+
+    def __str__(self) -> str:
+        """As logs tell it."""
+        return " ".join([self.implementation, *(f"{name}={value}" for name, value in self.config)])
+
+
+class Measurement(Protocol):
+    """One direction of one call, as a framework runs and times it.
+
+    Attributes:
+        device_kind: What times hold for; an entry of the cache is of one kind of device.
+        static: What else times depend on, besides the problem; JSON-able.
+        versions: Versions of what computes, by name.
+        alone: Whether this process chooses alone, and need not agree with others.
+    """
+
+    device_kind: str
+    static: Mapping[str, Any]
+    versions: Mapping[str, str]
+    alone: bool
+
+    def impossible(self) -> str | None:
+        """Why nothing can be timed here, None where it can."""
+
+    def outside(self, search: Callable[[], Entry]) -> Entry:
+        """Runs a search where arrays have values, outside of whatever is being traced."""
+
+    def prepared(self, module: ModuleType, config: Config) -> Callable[[], Any]:
+        """A call of an implementation on random arrays, always the same ones."""
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        """The time of one run of a call, compiled already."""
+
+    def arrays(self, result: Any) -> "list[np.ndarray]":
+        """What a call returned, once it is done."""
+
+    def reference(self) -> "list[np.ndarray]":
+        """What a right call returns."""
+
+
+@contextmanager
+def tuning(mode: Mode) -> Iterator[None]:
+    """Says what implementations are chosen by, inside a `with` block of this thread.
+
+    Without it, `None` and a single name never measure, and `"auto"` and sequences of names take
+    what was measured before, or measure. A function that is compiled already keeps its choice.
+
+    Args:
+        mode: `"off"` neither measures nor looks at what was measured; `"cached"` takes what was
+            measured before, for every choice, and measures nothing; `"search"` measures, for every
+            choice, what was not measured before.
+
+    Raises:
+        ValueError: Another mode.
+
+    Example:
+        >>> with tuning("off"):
+        ...     pass
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"tuning({mode!r}): expected one of {list(get_args(Mode))}")
+    token = _MODE.set(mode)
+    try:
+        yield
+    finally:
+        _MODE.reset(token)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Entry]]:
+    """Gives a list of the entries that choices inside the block are made by."""
+    used: list[Entry] = []
+    token = _USED.set(used)
+    try:
+        yield used
+    finally:
+        _USED.reset(token)
+
+
+def mode() -> Mode | None:
+    """What `tuning` says, None outside of it.
+
+    Example:
+        >>> with tuning("cached"):
+        ...     mode()
+        'cached'
+    """
+    return _MODE.get()
+
+
+def fastest(
+    operator: str,
+    direction: str,
+    problem: Any,
+    modules: Mapping[str, ModuleType],
+    measurement: Measurement,
+) -> Candidate | None:
+    """The fastest candidate of some implementations: as the cache knows, or else measured.
+
+    Args:
+        operator: Name of the operator.
+        direction: Its direction.
+        problem: The operator's description of the call, a NamedTuple of what JSON can say.
+        modules: The implementations that can run, by name.
+        measurement: How they are run and timed.
+
+    Returns:
+        The fastest; None, after a warning, where none can be timed; None where `tuning("cached")`
+        holds and not all were measured.
+    """
+    entry = {
+        "operator": operator,
+        "direction": direction,
+        "problem": {name: _plain(value) for name, value in problem._asdict().items()},
+        "static": dict(measurement.static),
+        "versions": dict(measurement.versions),
+    }
+    if not measurement.alone:
+        _warn(f"{operator} ({direction}): several processes do not yet agree on what is measured")
+        return None
+    grids = {name: _grid(module, direction, problem) for name, module in modules.items()}
+    store, key = cache.user_cache(), cache.key(entry)
+    known = _known(store.get(measurement.device_kind, key), list(modules))
+    if known is not None:
+        return known
+    if mode() == "cached":
+        return None
+    if sum(map(len, grids.values())) == 1:
+        ((name, (config,)),) = grids.items()
+        return Candidate(name, config)
+    reason = _unmeasurable(problem) or measurement.impossible()
+    if reason is not None:
+        _warn(f"{operator} ({direction}) cannot be timed here: {reason}")
+        return None
+
+    candidates = [Candidate(name, config) for name, grid in grids.items() for config in grid]
+
+    def search() -> Entry:
+        return {**entry, **_search(f"{operator} {direction}", candidates, modules, measurement)}
+
+    with _SEARCHING:
+        # Another thread may have measured it meanwhile.
+        known = _known(store.get(measurement.device_kind, key), list(modules))
+        if known is not None:
+            return known
+        found = measurement.outside(search)
+        if not any("ms" in one for one in found["measured"]):
+            why = "; ".join(f"{_candidate(one)}: {one['failed']}" for one in found["measured"])
+            _warn(f"{operator} ({direction}) of {problem}: no implementation could be timed: {why}")
+            return None
+        store.put(measurement.device_kind, [found])
+    return _known(found, list(modules))
+
+
+def _grid(module: ModuleType, direction: str, problem: Any) -> list[Config]:
+    """The parameters that an implementation offers, at least its own defaults."""
+    offered = module.grid(direction, problem) if hasattr(module, "grid") else []
+    return [tuple(config.items()) for config in offered] or [()]
+
+
+def _plain(value: Any) -> Any:
+    """A field of a problem as JSON says it."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def _known(entry: Entry | None, names: Sequence[str]) -> Candidate | None:
+    """The fastest of these implementations, if an entry has measured all of them."""
+    if entry is None or not set(names) <= {one["implementation"] for one in entry["measured"]}:
+        return None
+    timed = [one for one in entry["measured"] if one["implementation"] in names and "ms" in one]
+    if not timed:
+        return None
+    used = _USED.get()
+    if used is not None and entry not in used:
+        used.append(entry)
+    return _candidate(min(timed, key=lambda one: one["ms"]))
+
+
+def _candidate(measured: Mapping[str, Any]) -> Candidate:
+    return Candidate(measured["implementation"], tuple(measured["config"].items()))
+
+
+def _unmeasurable(problem: Any) -> str | None:
+    """Why a problem has no time of its own."""
+    shape = problem.shape
+    if not all(isinstance(size, int) for size in shape):
+        return f"arrays {shape} of symbolic size have no values"
+    return None if math.prod(shape) else f"arrays {shape} are empty"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"{message}; the rule of the device chooses", RuntimeWarning, stacklevel=2)
+
+
+def _search(
+    label: str,
+    candidates: Sequence[Candidate],
+    modules: Mapping[str, ModuleType],
+    measurement: Measurement,
+) -> Entry:
+    """Times every candidate that runs and is right, the fastest first; `failed` says why not."""
+    times: dict[Candidate, list[float]] = {}
+    failed: dict[Candidate, str] = {}
+    calls: dict[Candidate, Callable[[], Any]] = {}
+    reference = _Reference(measurement)
+
+    def best() -> float:
+        return min(map(median, times.values()), default=math.inf)
+
+    def again(runs: int, within: float) -> None:
+        """Times the best candidates in turns, so that a drift of the machine meets all."""
+        near = [one for one, spent in times.items() if median(spent) <= within * best()]
+        for _ in range(runs if len(near) > 1 else 0):
+            for candidate in near:
+                times[candidate].append(measurement.milliseconds(calls[candidate]))
+
+    with _progress(f"timing {label}", len(candidates)) as advance:
+        for candidate in candidates:
+            try:
+                call = measurement.prepared(modules[candidate.implementation], candidate.config)
+                wrong = reference.fault(call())
+                if wrong is None:
+                    times[candidate] = [measurement.milliseconds(call)]
+                    calls[candidate] = call
+                else:
+                    failed[candidate] = wrong
+                    _log.warning("%s: %s is disqualified, %s", label, candidate, wrong)
+            # Compilers and drivers fail in their own ways, and one that fails is no candidate.
+            except Exception as error:
+                failed[candidate] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                _log.info("%s: %s cannot run: %s", label, candidate, failed[candidate])
+            advance()
+        again(_RUNS - 1, _HOPELESS)
+        again(_TIE_RUNS, _TIE)
+    ranking = sorted(times, key=lambda candidate: median(times[candidate]))
+    _tell(label, [(candidate, median(times[candidate])) for candidate in ranking])
+    measured: list[dict[str, Any]] = [
+        {**_said(candidate), "ms": round(median(times[candidate]), 6)} for candidate in ranking
+    ]
+    measured += [{**_said(candidate), "failed": why} for candidate, why in failed.items()]
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "measured": measured}
+
+
+def _said(candidate: Candidate) -> dict[str, Any]:
+    return {"implementation": candidate.implementation, "config": dict(candidate.config)}
+
+
+def _tell(label: str, ranking: Sequence[tuple[Candidate, float]]) -> None:
+    """One line on who won, and by how much."""
+    if not ranking:
+        return
+    (winner, best), *others = ranking
+    line = f"{label}: {winner} takes {best:.3g} ms"
+    if others:
+        second, time = others[0]
+        line += f", {time / best:.2f} times faster than {second}, best of {len(ranking)}"
+    _log.info("%s", line)
+
+
+class _Reference:
+    """The right output, computed when first needed."""
+
+    def __init__(self, measurement: Measurement) -> None:
+        self._measurement = measurement
+        self._right: list[np.ndarray] | None = None
+
+    def fault(self, result: Any) -> str | None:
+        """What is wrong with a result: NaN, zeros, or far from the reference; None if nothing."""
+        import numpy as np
+
+        if self._right is None:
+            self._right = self._measurement.reference()
+        found = self._measurement.arrays(result)
+        for out, right in zip(found, self._right, strict=True):
+            limit = _TOLERANCE[str(right.dtype)]
+            mine, wanted = (
+                one.astype(np.promote_types(np.float32, one.dtype)) for one in (out, right)
+            )
+            if mine.shape != wanted.shape:
+                return f"an output has shape {mine.shape}, expected {wanted.shape}"
+            if not np.isfinite(mine).all() and np.isfinite(wanted).all():
+                return "an output is not finite"
+            largest = float(np.abs(wanted).max(initial=0.0))
+            if largest and not mine.any():
+                return "an output is zero"
+            off = float(np.abs(mine - wanted).max(initial=0.0))
+            if off > limit * largest:
+                return f"an output is off by {off:.3g}, its largest is {largest:.3g}"
+        return None
+
+
+@contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Shows a bar on a terminal, once the block has taken a while; gives what advances it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_interactive:
+        yield lambda: None
+        return
+    bar = Progress(console=console, transient=True)
+    task = bar.add_task(label, total=total)
+    timer = threading.Timer(_PATIENCE_S, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda: bar.advance(task)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()

@@ -1,0 +1,176 @@
+"""WTConv chooses by measurement among what runs on a CPU: XLA's forms of it."""
+
+import logging
+import sys
+from functools import partial
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from wtconv_checks import arrays, assert_oracle
+
+from flash_wtconv_jax import tune, tuning
+from pallas_kernels import haar, measuring
+from pallas_kernels.dispatch import tuner
+from pallas_kernels.haar import xla as haar_xla
+from pallas_kernels.wtconv import Implementation, wtconv2d, xla
+from pallas_kernels.wtconv.api import Problem
+from pallas_kernels.wtconv.cases import Case
+
+pytestmark = pytest.mark.core
+
+CASE = Case((6, 5), 1, 3)
+
+
+@pytest.fixture
+def kind():
+    """The kind of device that this CPU is remembered as."""
+    return measuring.OnRandomArrays(None, (), None, {}).device_kind
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """The labels of the searches that were made."""
+    made, search = [], tuner._search
+
+    def counted(label, *rest):
+        made.append(label)
+        return search(label, *rest)
+
+    monkeypatch.setattr(tuner, "_search", counted)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("form", "case"),
+    [
+        ({"shifted": True, "chunked": False}, CASE),
+        ({"shifted": False}, Case((3, 4, 2), 1, 2, "bfloat16")),
+    ],
+    ids=str,
+)
+def test_every_form_is_the_oracle(monkeypatch, form, case):
+    monkeypatch.setattr(xla, "grid", lambda direction, problem: [form])
+    with tuning("search"):
+        assert_oracle(case)
+
+
+def test_the_grid_offers_forms_that_differ(monkeypatch):
+    problem = Problem((4, 8, 8, 4), np.dtype("float32"), 3, 1, "haar")
+    assert xla.grid("fwd", problem) == [{"shifted": True}, {"shifted": False}]
+    assert xla.grid("bwd", problem) == [{"shifted": True}]
+    monkeypatch.setattr(xla, "_CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert len(xla.grid("fwd", problem)) == 4
+    assert xla.grid("bwd", problem)[1] == {"shifted": True, "chunked": False}
+
+
+def test_measured_once_eagerly_or_traced(measured, searches, kind):
+    x, params, _ = arrays(CASE)
+    want = wtconv2d(x, params)
+    for implementation in (["xla"], "auto", (Implementation.XLA, "triton")):
+        call = partial(wtconv2d, implementation=implementation)
+        for function in (jax.jit(call), call):
+            np.testing.assert_allclose(function(x, params), want, rtol=1e-5, atol=1e-5)
+    # Of the backward pass there is one form.
+    assert searches == ["wtconv fwd"]
+    (entry,) = measured.entries(kind)
+    assert entry["problem"]["shape"] == [2, 6, 5, 3]
+    assert sorted(one["config"]["shifted"] for one in entry["measured"]) == [False, True]
+    assert all(one["ms"] > 0 for one in entry["measured"])
+
+
+def test_gradients_with_what_was_measured(searches, monkeypatch):
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_BWD", "auto")
+    both = [{"shifted": True}, {"shifted": False}]
+    monkeypatch.setattr(xla, "grid", lambda direction, problem: both)
+    assert_oracle(CASE, "auto")
+    assert searches == ["wtconv fwd", "wtconv bwd"]
+
+
+def test_a_form_that_is_wrong_is_disqualified(monkeypatch, caplog, searches):
+    forward = xla.forward
+
+    def wrong(*args, shifted=True, **keys):
+        return forward(*args, **keys) * (1 if shifted else 2)
+
+    monkeypatch.setattr(xla, "forward", wrong)
+    x, params, _ = arrays(CASE)
+    with caplog.at_level(logging.WARNING, "flash_wtconv"):
+        y = wtconv2d(x, params, implementation="auto")
+    assert "xla shifted=False is disqualified, an output is off" in caplog.text
+    np.testing.assert_allclose(y, wtconv2d(x, params), rtol=1e-5, atol=1e-5)
+
+
+def test_none_never_measures(searches):
+    x, params, _ = arrays(CASE)
+    for implementation in (None, "xla"):
+        jax.jit(partial(wtconv2d, implementation=implementation))(x, params)
+    with tuning("off"):
+        wtconv2d(x, params, implementation="auto")
+    with tuning("cached"):
+        wtconv2d(x, params, implementation="auto")
+    assert searches == []
+
+
+def test_float64_is_timed_as_float64(measured, kind):
+    with jax.enable_x64(True):
+        x, params, _ = arrays(CASE._replace(dtype="float64"))
+        jax.jit(partial(wtconv2d, implementation="auto"))(x, params)
+    (entry,) = measured.entries(kind)
+    assert entry["problem"]["dtype"] == "float64" and "ms" in entry["measured"][1]
+
+
+def test_tune_measures_what_a_jitted_step_calls(searches):
+    x, params, _ = arrays(CASE)
+
+    @jax.jit
+    def step(x, params):
+        return jax.grad(lambda p: wtconv2d(x, p).sum())(params)
+
+    step(x, params)
+    assert searches == []
+    used = tune(step, x, params)
+    assert [(entry["operator"], entry["direction"]) for entry in used] == [("wtconv", "fwd")]
+    assert searches == ["wtconv fwd"]
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (x, params))
+    assert tune(step, x, params) == tune(step, *shapes) == used
+    wtconv2d(x, params, implementation="auto")
+    assert searches == ["wtconv fwd"]
+
+
+def test_the_transforms_choose_by_measurement_too(monkeypatch, measured, kind, searches):
+    twin = ModuleType("triton")
+    vars(twin).update({name: getattr(haar_xla, name) for name in vars(haar_xla) if name[0] != "_"})
+    monkeypatch.setitem(sys.modules, "pallas_kernels.haar.triton", twin)
+    x, _, _ = arrays(CASE)
+    low, *details = haar.wavedec2(x, implementation="auto")
+    haar.waverec2([low, *details], shape=x.shape[1:-1], implementation=["xla", "triton"])
+    assert searches == ["haar fwd"]
+    (entry,) = measured.entries(kind)
+    assert sorted(one["implementation"] for one in entry["measured"]) == ["triton", "xla"]
+    assert all("ms" in one for one in entry["measured"])
+
+
+def test_ahead_of_time_the_rule_chooses():
+    problem = jax.ShapeDtypeStruct((2, 6, 5, 3), jnp.float32)
+    device = jax.sharding.AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    _, params, _ = arrays(CASE)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.warns(RuntimeWarning, match="ahead of time"):
+        jax.eval_shape(partial(wtconv2d, implementation="auto"), problem, params)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_fastest_on_a_gpu(measured, kind, dtype):
+    case = Case((56, 57), 2, 5, dtype, batch=(16,), channels=96)
+    assert_oracle(case, "auto")
+    entries = measured.entries(kind)
+    assert [entry["direction"] for entry in entries] == ["bwd", "fwd"]
+    for entry in entries:
+        timed = {one["implementation"]: one["ms"] for one in entry["measured"] if "ms" in one}
+        assert {"triton", "xla"} <= set(timed)
+        assert timed["xla"] > min(timed.values())
