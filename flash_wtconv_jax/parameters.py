@@ -17,9 +17,9 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import wtconv
-from pallas_kernels.checks import FLOATING, checked_array, checked_integer
+from pallas_kernels.checks import FLOATING, checked_array, checked_integer, checked_precision
 from pallas_kernels.haar.filters import filter_bank
-from pallas_kernels.wtconv.api import OPERATOR, checked_precision
+from pallas_kernels.wtconv.api import OPERATOR
 
 ImplementationLike = str | enum.Enum | Sequence[str | enum.Enum] | None
 """What `implementation=` takes: None (the rule), one name, or a sequence of names."""

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that operators compute with."""
 
+Precision = str | jax.lax.Precision | None
+"""What `precision=` takes."""
+
 
 def checked_array(value: Any, name: str) -> jax.Array:
     """A floating-point argument as an array.
@@ -53,3 +56,24 @@ def checked_integer(value: Any, name: str, *, least: int) -> int:
     if number is None or isinstance(value, bool) or number < least:
         raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
     return number
+
+
+def checked_precision(value: Precision) -> jax.lax.Precision | None:
+    """`precision=` as JAX's enum.
+
+    Raises:
+        ValueError: A name that JAX does not know.
+
+    Example:
+        >>> checked_precision("highest").name
+        'HIGHEST'
+    """
+    if value is None:
+        return None
+    try:
+        return jax.lax.Precision(value)
+    except (TypeError, ValueError):
+        names = [p.name.lower() for p in jax.lax.Precision]
+        raise ValueError(
+            f"precision={value!r}: expected None, a jax.lax.Precision or one of {names}"
+        ) from None
