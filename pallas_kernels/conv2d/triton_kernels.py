@@ -63,21 +63,21 @@ def conv(
     BK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The output of one group (the second axis of the grid): the product, the bias, the activation."""
+    """The output of a group (the grid's second axis): the product, the bias, the activation."""
     TAPS: tl.constexpr = HF * WF
     # A group's filters lie next to each other along the axis that is the output's of w itself.
     GROUP: tl.constexpr = C * W_C if FLIP else F * W_F
-    first_m, first_f = _tile(images * HO * WO, F, BM, BN, ROWS)
+    down, across = _tile(images * HO * WO, F, BM, BN, ROWS)
     group = tl.program_id(1)
-    m = first_m + tl.arange(0, BM)
+    m = down * BM + tl.arange(0, BM)
     image, row, column = m // (HO * WO), m % (HO * WO) // WO, m % WO
     known = (m < images * HO * WO)[:, None]
     top, left = (row * STRIDE_H - PAD_H)[:, None], (column * STRIDE_W - PAD_W)[:, None]
     x_image = x + (image.to(tl.int64) * X_N)[:, None] + group * (C * X_C)
-    f = first_f + tl.arange(0, BN)[None, :]
+    f = across * BN + tl.arange(0, BN)[None, :]
     filters = w + group.to(tl.int64) * GROUP + f * W_F
     total = tl.zeros((BM, BN), tl.float32)
-    for step in range(_steps(TAPS, C, BK)):
+    for step in range(tl.cdiv(TAPS * C, BK)):
         i, j, c, some = _columns(step, tl.arange(0, BK)[None, :], WF, TAPS, C, BK)
         v, above = _sample(top + i * DILATION_H, H, UP_H, REFLECT)
         u, beside = _sample(left + j * DILATION_W, W, UP_W, REFLECT)
@@ -148,11 +148,10 @@ def weights(
     elements, apart.
     """
     TAPS: tl.constexpr = HF * WF
-    first_k, first_f = _tile(TAPS * C, F, BM, BN, ROWS)
+    down, across = _tile(TAPS * C, F, BM, BN, ROWS)
     group, part = tl.program_id(1), tl.program_id(2)
-    k = first_k + tl.arange(0, BM)[:, None]
-    i, j, c = k // C // WF, k // C % WF, k % C
-    f = first_f + tl.arange(0, BN)[None, :]
+    i, j, c, some = _columns(down, tl.arange(0, BM)[:, None], WF, TAPS, C, BM)
+    f = across * BN + tl.arange(0, BN)[None, :]
     x_group = x + (group * C + c).to(tl.int64) * X_C
     y_group = dy + (group * F + f).to(tl.int64) * Y_F
     total = tl.zeros((BM, BN), tl.float32)
@@ -162,7 +161,7 @@ def weights(
         image, row, column = m // (HO * WO), m % (HO * WO) // WO, m % WO
         v, above = _sample(row * STRIDE_H - PAD_H + i * DILATION_H, H, 1, REFLECT)
         u, beside = _sample(column * STRIDE_W - PAD_W + j * DILATION_W, W, 1, REFLECT)
-        inside = (m < rows) & (k < TAPS * C) & above & beside
+        inside = (m < rows) & some & above & beside
         at = x_group + image.to(tl.int64) * X_N + (v * X_H + u * X_W)
         patches = tl.load(at, mask=inside, other=0.0)
         m = start + tl.arange(0, BK)[:, None]
@@ -171,23 +170,17 @@ def weights(
         slopes = tl.load(at, mask=(m < rows) & (f < F), other=0.0)
         total = tl.dot(patches, slopes, total, input_precision=PRECISION)
     at = sums + part.to(tl.int64) * SIZE + (group * F + f) * W_F + (i * W_H + j * W_W + c * W_C)
-    tl.store(at, total, mask=(k < TAPS * C) & (f < F))
+    tl.store(at, total, mask=some & (f < F))
 
 
 @triton.jit
 def _tile(rows, columns: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
-    """Where a program's tile begins: `ROWS` rows of tiles at a time, so that L2 keeps them."""
+    """A program's tile, down and across: `ROWS` rows of them at a time, so that L2 keeps them."""
     down, across = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
     band = tl.program_id(0) // (ROWS * across)
     high = min(down - band * ROWS, ROWS)
     within = tl.program_id(0) % (ROWS * across)
-    return (band * ROWS + within % high) * BM, within // high * BN
-
-
-@triton.jit
-def _steps(TAPS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """How many blocks of `BK` columns there are; the channels of a tap are whole ones or none."""
-    return (TAPS * C + BK - 1) // BK
+    return band * ROWS + within % high, within // high
 
 
 @triton.jit

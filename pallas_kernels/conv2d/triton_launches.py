@@ -177,7 +177,11 @@ def weight_grad(
     hf, wf, each, features = window.filters(shape)
     _, height, width, _ = window.images(dy.shape)
     own = features // window.groups
-    config = config or tiles(hf * wf * each, own, x.dtype)
+    if config is None:
+        config = tiles(hf * wf * each, own, n * height * width, x.dtype)
+        # A tile of one tap, as `tiles` says; here channels are among its rows.
+        if each % config.block_m and each % 64 == 0:
+            config = config._replace(block_m=64, ratio_m=2)
     down, across = cdiv(hf * wf * each, config.block_m), cdiv(own, config.block_n)
     blocks = cdiv(n * height * width, config.block_k)
     chunks = min(blocks, max(1, _PROGRAMS // (down * across * window.groups)), 65535)
@@ -201,18 +205,22 @@ def weight_grad(
     return sums
 
 
-def tiles(rows: int, columns: int, dtype: Any) -> Config:
+def tiles(rows: int, columns: int, channels: int, dtype: Any) -> Config:
     """Tiles for a product of so many rows and columns, of arrays of a dtype.
 
+    Where the channels allow it, they are so deep that a tile is of one tap: then where it lies in
+    memory is cheap to compute.
+
     Example:
-        >>> tiles(32768, 320, "bfloat16").block_m
-        128
+        >>> tiles(32768, 320, 320, "bfloat16")
+        Config(block_m=128, block_n=128, block_k=64, ratio_m=4, ratio_n=2, stages=3)
     """
     wide = str(dtype).split(".")[-1] == "float32"
     block_m = min(64 if wide else 128, _power(rows))
     block_n = min(64 if wide else 128, _power(columns))
     warps = 8 if block_m * block_n == 128 * 128 else 4
-    return Config(block_m, block_n, 32 if wide else 64, warps // 2, 2)
+    block_k = 32 if wide or channels % 64 and channels % 32 == 0 else 64
+    return Config(block_m, block_n, block_k, warps // 2, 2)
 
 
 def _power(size: int) -> int:
@@ -234,7 +242,7 @@ def _convolve(
 ) -> Any:
     """One launch of `kernels.conv`; `channels` are those of a group that are read and written."""
     n, height, width, _ = window.images(output[0])
-    config = config or tiles(n * height * width, channels[1], x.dtype)
+    config = config or tiles(n * height * width, *reversed(channels), x.dtype)
     across = cdiv(channels[1], config.block_n)
     sizes = _sizes(window, x.shape, channels, w.shape, output[0])
     if which["FLIP"]:
