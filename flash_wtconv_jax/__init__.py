@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from . import models as models
     from . import nnx as nnx
     from . import surgery as surgery
-    from .linen import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
+    from .linen import Conv2D, SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
     from .parameters import deepest_level, weight_decay_mask
 
     __version__: str
 
 __all__ = [
+    "Conv2D",
     "SeparableWTConv2d",
     "WTConv1d",
     "WTConv2d",
@@ -40,6 +41,7 @@ __all__ = [
 
 _SUBMODULES = frozenset({"checkpoints", "linen", "models", "nnx", "surgery"})
 _HOME = {
+    "Conv2D": "linen",
     "SeparableWTConv2d": "linen",
     "WTConv1d": "linen",
     "WTConv2d": "linen",

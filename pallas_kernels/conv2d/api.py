@@ -9,15 +9,15 @@ from enum import StrEnum
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import platform
 from pallas_kernels.checks import (
-    FLOATING,
     Precision,
     checked_array,
+    checked_dtype,
     checked_integer,
+    checked_pair,
     checked_precision,
 )
 from pallas_kernels.conv2d import vjp
@@ -94,6 +94,7 @@ def conv2d(
         NotImplementedError: No allowed implementation can run here; says why for each.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> x, w = jnp.ones((2, 9, 8, 4)), jnp.ones((3, 3, 4, 16))
         >>> conv2d(x, w, stride=2, padding="reflect", bias=jnp.ones(16), activation="relu").shape
         (2, 5, 4, 16)
@@ -114,7 +115,7 @@ def conv2d(
         bias = checked_array(bias, "bias")
         if bias.shape != (features,):
             raise ValueError(f"bias: expected shape {(features,)}, one a filter, got {bias.shape}")
-    dtype = x.dtype if out_dtype is None else _checked_dtype(out_dtype, "out_dtype")
+    dtype = x.dtype if out_dtype is None else checked_dtype(out_dtype, "out_dtype")
     shape = window.images(flat.shape)
     problem = Problem(shape, x.dtype, height, width, features, window, dtype)
     here, kind = platform.current(), platform.kind()
@@ -187,6 +188,7 @@ def get_igemm_conv2d(
         NotImplementedError: No allowed implementation can run here; says why for each.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> kernel, symbols = get_igemm_conv2d(
         ...     "nhwc_hwcf", 2, 6, 5, 4, 3, 2, 8, 1, "float16", "float32"
         ... )
@@ -204,8 +206,8 @@ def get_igemm_conv2d(
         raise ValueError(f"mem_space={mem_space!r}: expected 'shared' or 'global'")
     stages = Config().stages if mem_space == "shared" else 1
     config = _checked_config(Config(block_m, block_n, block_k, ratio_m, ratio_n, stages))
-    dtype = _checked_dtype(input_dtype, "input_dtype")
-    out_dtype = _checked_dtype(output_dtype, "output_dtype")
+    dtype = checked_dtype(input_dtype, "input_dtype")
+    out_dtype = checked_dtype(output_dtype, "output_dtype")
     images, filters = (n, h, w, c), (hf, wf, c, nf)
     if layout == "nchw_fchw":
         images, filters = (n, c, h, w), (nf, c, hf, wf)
@@ -273,8 +275,8 @@ def _window(
 ) -> Window:
     """The window of a call, whose shapes and numbers fit each other."""
     plain = Window(
-        stride=_checked_pair(stride, "stride", least=1),
-        dilation=_checked_pair(dilation, "dilation", least=1),
+        stride=checked_pair(stride, "stride", least=1),
+        dilation=checked_pair(dilation, "dilation", least=1),
         groups=groups,
         reflect=padding == "reflect",
         layout=layout,
@@ -320,7 +322,7 @@ def _pads(
         return pads[0], pads[1]
     sides = [padding, padding] if not isinstance(padding, Sequence) else padding
     if len(sides) == 2:
-        above, left = (_checked_pair(side, "padding", least=0, whole=padding) for side in sides)
+        above, left = (_checked_side(side, padding) for side in sides)
         return above, left
     raise ValueError(
         f"padding={padding!r}: expected an int, one for H and one for W, ((top, bottom), (left, "
@@ -328,27 +330,15 @@ def _pads(
     )
 
 
-def _checked_pair(value: Any, name: str, *, least: int, whole: Any = None) -> Pair:
-    """An integer for both, or two."""
-    pair = value if isinstance(value, Sequence) and len(value) == 2 else (value, value)
+def _checked_side(side: Any, padding: Any) -> Pair:
+    """Samples before and after along one axis; an error tells of the whole padding."""
     try:
-        first, second = (checked_integer(each, name, least=least) for each in pair)
+        return checked_pair(side, "padding", least=0)
     except ValueError:
-        came = value if whole is None else whole
         raise ValueError(
-            f"{name}={came!r}: expected an integer >= {least}, or two of them"
+            f"padding={padding!r}: expected integers >= 0: one, one for H and one for W, or "
+            "((top, bottom), (left, right))"
         ) from None
-    return first, second
-
-
-def _checked_dtype(value: Any, name: str) -> jnp.dtype:
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    if dtype is None or dtype not in FLOATING:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(FLOATING)}")
-    return dtype
 
 
 def _checked_config(config: Any) -> Config | None:

@@ -166,7 +166,7 @@ WRONG = {
     r"stride=0: expected an integer >= 1, or two of them": {"stride": 0},
     r"stride=\(1, 2, 3\): expected an integer": {"stride": (1, 2, 3)},
     r"dilation=1.5: expected an integer": {"dilation": 1.5},
-    r"padding=-1: expected an integer >= 0": {"padding": -1},
+    r"padding=-1: expected integers >= 0": {"padding": -1},
     r"padding=\(\(1, 1\), \(1, 2, 3\)\): expected": {"padding": ((1, 1), (1, 2, 3))},
     r"padding=\(1, 2, 3\): expected an int, one for H": {"padding": (1, 2, 3)},
     r"padding='same': the names are 'SAME', 'VALID' and 'reflect'": {"padding": "same"},
