@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from . import nnx as nnx
     from . import surgery as surgery
     from .autotune import tune, tuning
-    from .linen import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
+    from .linen import Conv2D, SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
     from .parameters import deepest_level, weight_decay_mask
 
     __version__: str
 
 __all__ = [
+    "Conv2D",
     "SeparableWTConv2d",
     "WTConv1d",
     "WTConv2d",
@@ -43,6 +44,7 @@ __all__ = [
 
 _SUBMODULES = frozenset({"checkpoints", "linen", "models", "nnx", "surgery"})
 _HOME = {
+    "Conv2D": "linen",
     "SeparableWTConv2d": "linen",
     "WTConv1d": "linen",
     "WTConv2d": "linen",

@@ -17,11 +17,16 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels import wtconv
-from pallas_kernels.checks import FLOATING, checked_array, checked_integer
+from pallas_kernels.checks import (
+    checked_array,
+    checked_dtype,
+    checked_integer,
+    checked_precision,
+)
 from pallas_kernels.haar.filters import filter_bank
-from pallas_kernels.wtconv.api import OPERATOR, checked_precision
+from pallas_kernels.wtconv.api import OPERATOR
 
-ImplementationLike = str | enum.Enum | Sequence[str | enum.Enum] | None
+ImplementationLike = str | enum.StrEnum | Sequence[str | enum.StrEnum] | None
 """What `implementation=` takes: None (the rule), one name, or a sequence of names."""
 
 PrecisionLike = str | jax.lax.Precision | None
@@ -135,8 +140,8 @@ def check_layer(
     """
     filter_bank(wavelet)
     if dtype is not None:
-        _checked_dtype("dtype", dtype)
-    _checked_dtype("param_dtype", param_dtype)
+        checked_dtype(dtype, "dtype")
+    checked_dtype(param_dtype, "param_dtype")
     checked_precision(precision)
     OPERATOR.check_names(implementation)
 
@@ -283,19 +288,8 @@ def _compute_dtype(
     x: ArrayLike, params: Mapping[str, jax.Array], dtype: DTypeLike | None
 ) -> np.dtype:
     if dtype is not None:
-        return _checked_dtype("dtype", dtype)
+        return checked_dtype(dtype, "dtype")
     return jnp.result_type(x, *params.values())
-
-
-def _checked_dtype(name: str, dtype: Any) -> np.dtype:
-    try:
-        # NumPy takes None for its default.
-        found = None if dtype is None else jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found not in FLOATING:
-        raise ValueError(f"{name}={dtype!r}: expected one of {', '.join(FLOATING)}")
-    return found
 
 
 def _depthwise(init: Initializer) -> Initializer:

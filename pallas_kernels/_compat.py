@@ -80,8 +80,8 @@ def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
 def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
     """Traces a function with `jax_enable_x64` off.
 
-    The loops and grids of a Pallas kernel for TPU count in 32 bits, but JAX (0.10 to 0.11) traces
-    them with 64, and the compiler refuses the mixture.
+    The loops and grids of a Pallas kernel count in 32 bits, but JAX (0.10 to 0.11) traces them with
+    64, and neither the TPU's compiler nor Mosaic GPU takes the mixture.
     """
 
     @wraps(function)

@@ -1,13 +1,18 @@
 """Checks of arguments that every operator shares; each error names the argument."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that operators compute with."""
+
+Precision = str | jax.lax.Precision | None
+"""What `precision=` takes."""
 
 
 def checked_array(value: Any, name: str) -> jax.Array:
@@ -53,3 +58,64 @@ def checked_integer(value: Any, name: str, *, least: int) -> int:
     if number is None or isinstance(value, bool) or number < least:
         raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
     return number
+
+
+def checked_pair(value: Any, name: str, *, least: int) -> tuple[int, int]:
+    """An integer for both axes of an image, or one for each.
+
+    Raises:
+        ValueError: Neither, or less than `least`.
+
+    Example:
+        >>> checked_pair(2, "stride", least=1)
+        (2, 2)
+    """
+    pair = value if isinstance(value, Sequence) and len(value) == 2 else (value, value)
+    try:
+        first, second = (checked_integer(each, name, least=least) for each in pair)
+    except ValueError:
+        raise ValueError(
+            f"{name}={value!r}: expected an integer >= {least}, or two of them"
+        ) from None
+    return first, second
+
+
+def checked_dtype(value: Any, name: str) -> np.dtype:
+    """A dtype that operators compute with.
+
+    Raises:
+        ValueError: Another one, or none.
+
+    Example:
+        >>> checked_dtype("bfloat16", "dtype")
+        dtype(bfloat16)
+    """
+    try:
+        # NumPy takes None for its default.
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype not in FLOATING:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(FLOATING)}")
+    return dtype
+
+
+def checked_precision(value: Precision) -> jax.lax.Precision | None:
+    """`precision=` as JAX's enum.
+
+    Raises:
+        ValueError: A name that JAX does not know.
+
+    Example:
+        >>> checked_precision("highest").name
+        'HIGHEST'
+    """
+    if value is None:
+        return None
+    try:
+        return jax.lax.Precision(value)
+    except (TypeError, ValueError):
+        names = [p.name.lower() for p in jax.lax.Precision]
+        raise ValueError(
+            f"precision={value!r}: expected None, a jax.lax.Precision or one of {names}"
+        ) from None

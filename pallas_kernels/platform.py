@@ -49,7 +49,7 @@ def device() -> "jax.sharding.AbstractDevice | jax.Device":
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return abstract
-    device = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        return jax.local_devices(backend=device)[0]
-    return device
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        return jax.local_devices(backend=default)[0]
+    return default

@@ -1,7 +1,6 @@
 """`flash-wtconv bench wtconvnext`: images a second of WTConvNeXt beside ConvNeXt of its size."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
 from typing import Any, cast
@@ -65,14 +64,8 @@ def run(
         raise ValueError(f"batch must be at least 1, got {batch}")
     clock, no_device_events = clocks.best()
     calls: dict[str, dict[str, Call]] = {work: {} for work in WORK}
-    (device,) = jnp.zeros(()).devices()
-    with ThreadPoolExecutor() as pool:
-        made = {
-            name: pool.submit(_calls, make, batch, size, dtype, device)
-            for name, make in MODELS[model].items()
-        }
-    for name, both in made.items():
-        for work, call in both.result().items():
+    for name, make in MODELS[model].items():
+        for work, call in _calls(make, batch, size, dtype).items():
             calls[work][name] = call
     *_, baseline = MODELS[model]
     rows = []
@@ -106,16 +99,9 @@ def run(
 
 
 def _calls(
-    make: Callable[..., models.ConvNeXt], batch: int, size: int, dtype: str, device: jax.Device
-) -> dict[str, Call]:
-    """Both kinds of work of one network, compiled: minutes, of which a thread can take its part."""
-    with jax.default_device(device):
-        return _compiled(make, batch, size, dtype)
-
-
-def _compiled(
     make: Callable[..., models.ConvNeXt], batch: int, size: int, dtype: str
 ) -> dict[str, Call]:
+    """Both kinds of work of one network, compiled."""
     network = nnx.jit(lambda: make(rngs=nnx.Rngs(0), dtype=dtype))()
     definition, params, *rest = nnx.split(network, nnx.Param, ...)
     images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)

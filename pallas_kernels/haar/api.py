@@ -33,6 +33,7 @@ from pallas_kernels.measuring import OnRandomArrays
 class Implementation(StrEnum):
     """Implementations of the wavelet transforms."""
 
+    MOSAIC_GPU = "mosaic_gpu"
     MOSAIC_TPU = "mosaic_tpu"
     TRITON = "triton"
     XLA = "xla"
@@ -42,7 +43,7 @@ OPERATOR = Operator(
     name="haar",
     package="pallas_kernels.haar",
     implementations=Implementation,
-    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "xla"), "cpu": ("xla",)},
+    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "mosaic_gpu", "xla"), "cpu": ("xla",)},
     directions=("fwd",),
 )
 

@@ -15,7 +15,7 @@ import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels import platform
-from pallas_kernels.checks import checked_array, checked_integer
+from pallas_kernels.checks import Precision, checked_array, checked_integer, checked_precision
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.dispatch.tuner import Config
 from pallas_kernels.haar.filters import filter_bank
@@ -23,8 +23,6 @@ from pallas_kernels.measuring import OnRandomArrays
 from pallas_kernels.numerics import accumulator
 from pallas_kernels.wtconv import vjp
 from pallas_kernels.wtconv.problem import Problem
-
-Precision = str | jax.lax.Precision | None
 
 
 class Implementation(StrEnum):
@@ -226,27 +224,6 @@ def _checked_arrays(params: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
     if set(params) == {"params"}:
         raise ValueError('params: got linen variables; hand on what is inside, variables["params"]')
     return {name: checked_array(value, f"params[{name!r}]") for name, value in params.items()}
-
-
-def checked_precision(value: Precision) -> jax.lax.Precision | None:
-    """`precision=` as JAX's enum.
-
-    Raises:
-        ValueError: A name that JAX does not know.
-
-    Example:
-        >>> checked_precision("highest").name
-        'HIGHEST'
-    """
-    if value is None:
-        return None
-    try:
-        return jax.lax.Precision(value)
-    except (TypeError, ValueError):
-        names = [p.name.lower() for p in jax.lax.Precision]
-        raise ValueError(
-            f"precision={value!r}: expected None, a jax.lax.Precision or one of {names}"
-        ) from None
 
 
 def _check_params(params: Mapping[str, jax.Array], ndim: int, channels: int) -> tuple[int, int]:

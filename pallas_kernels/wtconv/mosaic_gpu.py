@@ -12,9 +12,8 @@ registers; a step is a row of coefficients, of two rows of pixels. Four warpgrou
 `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines of warps with roles.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -23,7 +22,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels._compat import in_32_bits, vary_over, varying_axes
+from pallas_kernels.mosaic_gpu import (
+    MULTIPROCESSORS,
+    SHARED,
+    UNSYNCHRONISED,
+    aligned,
+    size_in_bytes,
+    unavailable,
+)
+
+__all__ = ["BIAS_GRADIENT", "DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 BIAS_GRADIENT = True
@@ -43,28 +52,10 @@ _MAX_ROUNDS = 8
 """Of blocks that a multiprocessor takes one after the other, to choose from."""
 _START, _OVERHEAD = 4, 3
 """What it costs to start a block, in steps, and a step, in columns; estimates."""
-_MULTIPROCESSORS = 132
-"""Of an H100 and an H200; others run as well, in a round more or less."""
-_SHARED = 225 * 1024
-"""Bytes of shared memory a block, of 227 KiB some of which barriers take."""
 _HANDED = 4
 """Rows of filtered bands between the warpgroups."""
 _REGISTERS = {"bands": 152, "pixels": 104}
 """Registers of a thread, together what a multiprocessor has for 512 threads."""
-_ALIGNMENT = 16
-"""Bytes that the copy engine needs all strides to be a multiple of."""
-
-
-def unavailable(platform: str) -> str | None:
-    """Needs an NVIDIA GPU of compute capability 9.0 or newer."""
-    if platform != "gpu":
-        return f"needs a GPU, this is a {platform}"
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    try:
-        enough = float(capability) >= 9
-    except (TypeError, ValueError):
-        enough = False
-    return None if enough else f"needs compute capability 9.0 or newer, this has {capability}"
 
 
 def check(direction: str, problem: Any) -> None:
@@ -72,7 +63,7 @@ def check(direction: str, problem: Any) -> None:
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.wtconv.api.Problem`.
+        problem: `pallas_kernels.wtconv.problem.Problem`.
     """
     dtypes = ("float32", "bfloat16", "float16")
     reasons = problem.beyond(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
@@ -81,6 +72,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 @partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
+@in_32_bits
 def forward(
     x: jax.Array,
     taps: Taps,
@@ -97,7 +89,7 @@ def forward(
     axes = varying_axes((x, taps, bias))
     if transpose:
         taps = tuple(jnp.flip(tap, (0, 1)) for tap in taps)
-    channels, x = x.shape[-1], _aligned(x)
+    channels, x = x.shape[-1], aligned(x, x.dtype)
     lows = _lows(x, len(taps) - 1)
     packed = _packed(taps, bias)
     below = None
@@ -107,12 +99,6 @@ def forward(
         below = _level(lows[level - 1], below, packed, level, taps[0].shape[0], biased, dtype)
     assert below is not None
     return vary_over(axes, below[..., :channels])
-
-
-def _aligned(x: jax.Array) -> jax.Array:
-    """With channels filled up with zeros to what the copy engine takes."""
-    fill = -x.shape[-1] % (_ALIGNMENT // x.dtype.itemsize)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, fill))) if fill else x
 
 
 def _lows(x: jax.Array, levels: int) -> list[jax.Array]:
@@ -174,14 +160,15 @@ class _Tiling:
         return self.steps if self.heights > 1 else self.rows
 
 
-def _tiling(shape: Sequence[int], kernel_size: int, most_rounds: int = _MAX_ROUNDS) -> _Tiling:
+@cache
+def _tiling(shape: tuple[int, ...], kernel_size: int, most_rounds: int = _MAX_ROUNDS) -> _Tiling:
     """The tiling of `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
     n, h, w, c = shape
     rows, columns = pl.cdiv(h, 2), pl.cdiv(w, 2)
     reach, chunks = kernel_size // 2, pl.cdiv(c, _CHANNELS)
 
     def cost(tiling: _Tiling) -> int:
-        rounds = pl.cdiv(tiling.stretches * chunks * tiling.splits, _MULTIPROCESSORS)
+        rounds = pl.cdiv(tiling.stretches * chunks * tiling.splits, MULTIPROCESSORS)
         steps = pl.cdiv(tiling.tiles, tiling.splits) * tiling.steps + _START
         return rounds * steps * (tiling.columns + _OVERHEAD)
 
@@ -192,11 +179,11 @@ def _tiling(shape: Sequence[int], kernel_size: int, most_rounds: int = _MAX_ROUN
             if images > 1 and c == _CHANNELS and h * w == 2 * each:
                 continue  # Such a window is contiguous: see `_LevelBlock.store`.
             stretches = pl.cdiv(columns, strips * each)
-            for heights in range(1, pl.cdiv(rows, _MIN_ROWS) + 1):
+            for heights in range(1, min(pl.cdiv(rows, _MIN_ROWS), MULTIPROCESSORS) + 1):
                 tiles = pl.cdiv(n, images) * heights
                 units = stretches * chunks
-                for rounds in range(1, 1 + pl.cdiv(units * tiles, _MULTIPROCESSORS)):
-                    splits = min(tiles, max(1, rounds * _MULTIPROCESSORS // units))
+                for rounds in range(1, 1 + pl.cdiv(units * tiles, MULTIPROCESSORS)):
+                    splits = min(tiles, max(1, rounds * MULTIPROCESSORS // units))
                     tilings.append(
                         _Tiling(
                             *(reach, images, strips, each, pl.cdiv(rows, heights)),
@@ -258,8 +245,10 @@ def _level(
     coefficients = (tiling.images, tiling.width, _CHANNELS)
     handed = (_HANDED, 2, 2, *coefficients)
     row = (2, 2, tiling.images, 1, 2 * tiling.width, _CHANNELS)
-    slot = _bytes(image, x.dtype) + (0 if below is None else _bytes(coefficients, below.dtype))
-    left = _SHARED - _bytes(handed, jnp.dtype("float32")) - _bytes(row, dtype)
+    slot = size_in_bytes(image, x.dtype) + (
+        0 if below is None else size_in_bytes(coefficients, below.dtype)
+    )
+    left = SHARED - size_in_bytes(handed, jnp.dtype("float32")) - size_in_bytes(row, dtype)
     depth = min(8, left // slot)
     scratch = {
         "rows": plgpu.SMEM((depth, *image), x.dtype),
@@ -294,19 +283,26 @@ def _launch(tiling: _Tiling) -> dict[str, Any]:
         "grid_names": ("split", "unit"),
         "num_threads": 4,
         "thread_name": "warpgroup",
-        "compiler_params": plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # Every thread arrives at the barriers itself, after its own loads and stores.
-            unsafe_no_auto_barriers=True,
-        ),
+        # Every thread arrives at the barriers itself, after its own loads and stores.
+        "compiler_params": UNSYNCHRONISED,
     }
 
 
-def _bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    return size
+def _drain(barrier: Any, turns: Any, slots: int) -> None:
+    """Waits for the last turns, which nobody had to wait for."""
+
+    def one(turn: Any, _: Any) -> tuple[()]:
+        plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
+        return ()
+
+    lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
+
+
+def _zeros(count: int) -> list[Any]:
+    """Sums to begin with."""
+    shape = (_STRIPS, _CHANNELS)
+    zero = jnp.zeros(shape, jnp.float32)
+    return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,21 +407,6 @@ class _Block:
             found.append((upper + lower, upper - lower))
         return found
 
-    def drain(self, barrier: Any, turns: Any, slots: int) -> None:
-        """Waits for the last turns, which nobody had to wait for."""
-
-        def one(turn: Any, _: Any) -> tuple[()]:
-            plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
-            return ()
-
-        lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
-
-    def zeros(self, count: int) -> list[Any]:
-        """Sums to begin with."""
-        shape = (_STRIPS, _CHANNELS)
-        zero = jnp.zeros(shape, jnp.float32)
-        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
-
     def view(self, row: Any, j: int, each: int) -> Any:
         """Column j of each strip, `each * columns` wide, of a row `[images, columns, channels]`."""
         tiling = self.tiling
@@ -503,7 +484,7 @@ class _LevelBlock(_Block):
             slot = lax.rem(turn, self.depth)
             plgpu.barrier_wait(self.full.at[slot])
             if zero:
-                return [*sums, *self.zeros(filtered)], slot
+                return [*sums, *_zeros(filtered)], slot
             found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
             totals = []
             for row in range(size):
@@ -547,7 +528,7 @@ class _LevelBlock(_Block):
                 plgpu.barrier_arrive(self.free.at[slot])
                 return totals[filtered:]
 
-            sums = self.zeros(filtered * (size - 1))
+            sums = _zeros(filtered * (size - 1))
             sums = lax.fori_loop(0, tiling.read, one, sums)
             for s in range(tiling.read, tiling.steps):
                 totals, slot = step(i * tiling.steps + s, sums, zero=True)
@@ -558,7 +539,7 @@ class _LevelBlock(_Block):
             return ()
 
         lax.fori_loop(0, self.count, tile, ())
-        self.drain(self.handed_free, self.count * tiling.rows, _HANDED)
+        _drain(self.handed_free, self.count * tiling.rows, _HANDED)
 
     def pixels(self, lower: int) -> None:
         """Convolves the upper or the lower row of each pair of pixels' rows, and writes it."""
@@ -576,7 +557,7 @@ class _LevelBlock(_Block):
             plgpu.barrier_wait(self.full.at[slot])
             totals = []
             if self.level == 1 and zero:
-                totals = [*sums, *self.zeros(columns)]
+                totals = [*sums, *_zeros(columns)]
             elif self.level == 1:
                 reach = tiling.reach
                 rows = [
@@ -589,7 +570,7 @@ class _LevelBlock(_Block):
                 for o in range(open_rows + 1):
                     taken = [(row, row + 2 * (self.lag - o) - lower + reach) for row in range(2)]
                     for j in range(columns):
-                        total = sums[o * columns + j] if o < open_rows else self.zeros(1)[0]
+                        total = sums[o * columns + j] if o < open_rows else _zeros(1)[0]
                         for row, d in taken:
                             for e in range(size if 0 <= d < size else 0):
                                 total = total + rows[row][j + e] * taps[d][e]
@@ -629,7 +610,7 @@ class _LevelBlock(_Block):
 
                 return totals[columns:]
 
-            sums = self.zeros(open_rows * columns)
+            sums = _zeros(open_rows * columns)
             sums = lax.fori_loop(0, tiling.read, one, sums)
             for s in range(tiling.read, tiling.steps):
                 totals = step(i * tiling.steps + s, sums, zero=True)
@@ -643,7 +624,7 @@ class _LevelBlock(_Block):
         lax.fori_loop(0, self.count, tile, ())
         plgpu.wait_smem_to_gmem(0)
         if lower:
-            self.drain(self.free, self.turns, self.depth)
+            _drain(self.free, self.turns, self.depth)
 
     def store(self, i: Any, row: Any, lower: int, slot: Any) -> None:
         """Orders the copy of a row of the i-th tile's pixels to the result.
@@ -669,18 +650,22 @@ class _LevelBlock(_Block):
                 ],
             )
 
-        last = width - 2 * tiling.width * (tiling.stretches - 1)
-        if channels == _CHANNELS and tiling.images == 1 and last < 2 * tiling.width:
-            within = 2 * (first + row) + lower < height
-            pl.when(within & (stretch < tiling.stretches - 1))(partial(copy, 2 * tiling.width))
-            pl.when(within & (stretch == tiling.stretches - 1))(partial(copy, last))
-        elif channels == _CHANNELS and tiling.images == 1:
-            pl.when(2 * (first + row) + lower < height)(partial(copy, 2 * tiling.width))
-        else:
+        if channels != _CHANNELS or tiling.images > 1:
             copy(2 * tiling.width)
+            return
+        within = 2 * (first + row) + lower < height
+        last = width - 2 * tiling.width * (tiling.stretches - 1)
+        pl.when(within & (stretch < tiling.stretches - 1))(partial(copy, 2 * tiling.width))
+        pl.when(within & (stretch == tiling.stretches - 1))(partial(copy, last))
+
+        @pl.when(jnp.logical_not(within))
+        def _() -> None:
+            # `write` counts copies to know which slots are free, and here is one less.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 @partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
+@in_32_bits
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,
@@ -699,14 +684,15 @@ def weight_grad(
     biased = len(kernel_shapes[-1]) == 1
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1 - biased
     sums: list[jax.Array] = []
-    bias = None
-    pairs = zip(_lows(_aligned(x), levels), _lows(_aligned(dy), levels), strict=True)
+    pairs = zip(
+        _lows(aligned(x, x.dtype), levels), _lows(aligned(dy, dy.dtype), levels), strict=True
+    )
     for level, (low, other) in enumerate(pairs):
         bands, base = _level_weights(low, other, kernel_size, base=level == 0)
-        sums += ([] if base is None else [base[:-1]]) + [bands * 0.25]
-        bias = bias if base is None else base[-1]
-    if biased:
-        sums.append(bias)
+        sums += [bands * 0.25] if base is None else [base, bands * 0.25]
+    # The sum of dy follows the base's taps.
+    whole, *rest = sums
+    sums = [whole[:-1], *rest, *([whole[-1]] if biased else [])]
     return vary_over(
         axes,
         tuple(
@@ -729,7 +715,7 @@ def _level_weights(
     tiling = _tiling(x.shape, kernel_size, most_rounds=1)
     image = (tiling.images, 2, 2 * tiling.width + 4 * tiling.reach, _CHANNELS)
     other = (tiling.images, 2, 2 * tiling.width, _CHANNELS)
-    depth = min(8, _SHARED // (_bytes(image, x.dtype) + _bytes(other, dy.dtype)))
+    depth = min(8, SHARED // (size_in_bytes(image, x.dtype) + size_in_bytes(other, dy.dtype)))
     units = tiling.stretches * tiling.chunks
     taps = kernel_size**2
     lanes = (_STRIPS, _CHANNELS)
@@ -845,10 +831,10 @@ class _WeightsBlock(_Block):
                             sums.append(total)
                 return [*sums, *window[filtered:]]
 
-            window = self.zeros(filtered * (size - 1))
+            window = _zeros(filtered * (size - 1))
             return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: 2 * size**2]
 
-        totals = lax.fori_loop(0, self.count, tile, self.zeros(2 * size**2))
+        totals = lax.fori_loop(0, self.count, tile, _zeros(2 * size**2))
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         for t, total in enumerate(totals):
             self.bands[split, unit, pair, t // 2, t % 2] = total
@@ -895,17 +881,17 @@ class _WeightsBlock(_Block):
                     self.fetch_next(turn - behind - 1)
                 return [*sums, *window[columns:]]
 
-            window = self.zeros(2 * lag * columns)
+            window = _zeros(2 * lag * columns)
             return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: size**2 + 1]
 
-        totals = lax.fori_loop(0, self.count, tile, self.zeros(size**2 + 1))
+        totals = lax.fori_loop(0, self.count, tile, _zeros(size**2 + 1))
         for late in range(behind):
             plgpu.barrier_arrive(self.free.at[lax.rem(self.turns - behind + late, self.depth)])
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         for t, total in enumerate(totals):
             self.base[split, unit, lower, t] = total
         if lower:
-            self.drain(self.free, self.turns, self.depth)
+            _drain(self.free, self.turns, self.depth)
 
     def rest(self) -> None:
         """Leaves its registers to others."""
@@ -921,4 +907,4 @@ class _WeightsBlock(_Block):
             return ()
 
         lax.fori_loop(0, self.turns, one, ())
-        self.drain(self.free, self.turns, self.depth)
+        _drain(self.free, self.turns, self.depth)

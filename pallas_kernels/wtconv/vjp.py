@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
 from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels.batching import folding, mapped
 from pallas_kernels.dispatch.tuner import Config
 from pallas_kernels.numerics import accumulator
 
@@ -115,7 +115,7 @@ def _apply_bwd(
     # Only the operator itself has a bias, its transpose has none.
     summed = bias is not None and getattr(plan.bwd, "BIAS_GRADIENT", False)
     found = correlate(plan, (*shapes, dy.shape[-1:]) if summed else shapes, *pair)
-    dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(found, taps, strict=False))
+    dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(found[: len(taps)], taps, strict=True))
     if bias is None:
         return dx, dtaps, None
     axes = tuple(range(dy.ndim - 1))
@@ -186,7 +186,7 @@ def _forward(
         precision=plan.precision,
         **dict(plan.fwd_config),
     )
-    return run(x, taps, bias) if plan.fwd.DIFFERENTIABLE else _folding(run)(x, taps, bias)
+    return run(x, taps, bias) if plan.fwd.DIFFERENTIABLE else folding(run)(x, taps, bias)
 
 
 def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
@@ -197,50 +197,7 @@ def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
         precision=plan.precision,
         **dict(plan.bwd_config),
     )
-    return run(x, dy) if plan.bwd.DIFFERENTIABLE else _mapped(run)(x, dy)
-
-
-def _folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A kernel whose vmap over x folds into the batch, so that it stays one call of the kernel."""
-    call = custom_vmap(run)
-
-    @call.def_vmap
-    def rule(
-        size: int, batched: tuple[Any, ...], x: jax.Array, taps: Taps, bias: jax.Array | None
-    ) -> tuple[jax.Array, bool]:
-        if any(jax.tree.leaves(batched[1:])):
-            return _map(call, batched, (x, taps, bias)), True
-        if size == 0:
-            return x, True
-        return call(x.reshape(-1, *x.shape[2:]), taps, bias).reshape(x.shape), True
-
-    return call
-
-
-def _mapped(run: Callable[..., Taps]) -> Callable[..., Taps]:
-    """A kernel that sums over its batch, under vmap: one call after the other."""
-    call = custom_vmap(run)
-
-    @call.def_vmap
-    def rule(size: int, batched: tuple[Any, ...], *args: jax.Array) -> tuple[Taps, Any]:
-        out = _map(call, batched, args)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return call
-
-
-def _map(function: Callable[..., Any], batched: Any, args: Any) -> Any:
-    """`function` of each example; what is not batched is the same for all."""
-    leaves, tree = jax.tree.flatten(args)
-    flags = jax.tree.leaves(batched)
-    moving = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
-
-    def one(examples: list[jax.Array]) -> Any:
-        own = iter(examples)
-        merged = [next(own) if f else leaf for leaf, f in zip(leaves, flags, strict=True)]
-        return function(*tree.unflatten(merged))
-
-    return jax.lax.map(one, moving)
+    return run(x, dy) if plan.bwd.DIFFERENTIABLE else mapped(run)(x, dy)
 
 
 def _like(bias: jax.Array | None) -> jax.Array | None:

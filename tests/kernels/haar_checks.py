@@ -1,5 +1,6 @@
 """One implementation of the wavelet transforms on one case against the oracle."""
 
+import math
 from functools import partial, reduce
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import haar, oracle
-from pallas_kernels.haar.cases import inputs
+from pallas_kernels.haar.api import Problem
+from pallas_kernels.haar.cases import Case, inputs
 from pallas_kernels.haar.filters import filter_bank
 
 WAVEDEC = {1: haar.wavedec, 2: haar.wavedec2, 3: haar.wavedec3}
@@ -16,6 +18,17 @@ WAVEREC = {1: haar.waverec, 2: haar.waverec2, 3: haar.waverec3}
 LOW = ("bfloat16", "float16")
 # Band s is high along spatial axis a where bit a of s is set; PyWavelets' letters name the axes.
 DETAILS3 = ("daa", "ada", "dda", "aad", "dad", "add", "ddd")
+
+
+def takes(module, case):
+    """Whether an implementation's module is made for a case; refusals have tests of their own."""
+    shape = (math.prod(case.batch), *case.spatial, case.channels)
+    problem = Problem(shape, jnp.dtype(case.dtype), case.ndim, case.level, case.wavelet)
+    try:
+        module.check("fwd", problem)
+    except NotImplementedError:
+        return False
+    return case.level > 0
 
 
 def layout(low, details, ndim):
@@ -146,3 +159,57 @@ def assert_close(case, got, want):
 def assert_oracle(case, implementation=None):
     """Analysis, its transpose and synthesis of a case are the oracle's."""
     assert_close(case, ours(case, *arrays(case), implementation), expected(case))
+
+
+def assert_large(implementation, shape):
+    """Five levels of an image in bfloat16, and back, are those of plain JAX."""
+    x = jax.random.normal(jax.random.key(0), shape, "bfloat16")
+
+    @jax.jit
+    def furthest(x):
+        got, want = (
+            haar.wavedec2(x, level=5, implementation=name) for name in (implementation, "xla")
+        )
+        back = haar.waverec2(got, shape=shape[1:3], implementation=implementation)
+        far = lambda a, b: jnp.abs(a.astype("float32") - b.astype("float32")).max()  # noqa: E731
+        return jax.tree.leaves(jax.tree.map(far, (got, back), (want, x)))
+
+    assert max(map(float, furthest(x))) <= 0.1
+
+
+def assert_sharded(implementation, check_vma):
+    """A `shard_map` over the batch, of one device, changes nothing."""
+    case = Case((9, 10), 4, batch=(2,))
+    batch = jax.sharding.PartitionSpec("n")
+    call = partial(WAVEDEC[2], level=4, implementation=implementation)
+    local = jax.shard_map(
+        call,
+        mesh=jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=batch,
+        out_specs=batch,
+        check_vma=check_vma,
+    )
+
+    def both(function, x, coeffs):
+        y, pullback = jax.vjp(function, x)
+        return y, pullback(coeffs)
+
+    got, want = (jax.jit(partial(both, function))(*arrays(case)) for function in (local, call))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def assert_transformed(implementation):
+    """Derivatives of gradients, `vmap`, `remat` and `jit` of them are those of plain JAX."""
+    x, _ = arrays(Case((9, 10), 4, batch=(2,)))
+
+    def curved(x, implementation):
+        coeffs = haar.wavedec2(x, level=4, implementation=implementation)
+        bent = jax.tree.map(jnp.sin, coeffs)
+        return haar.waverec2(bent, shape=(9, 10), implementation=implementation).sum()
+
+    def second(implementation):
+        slope = jax.remat(jax.grad(partial(curved, implementation=implementation)))
+        return jax.jit(jax.vmap(jax.grad(lambda x: (slope(x) ** 2).sum())))(x)
+
+    want = second("xla")
+    np.testing.assert_allclose(second(implementation), want, atol=1e-5 * np.abs(want).max())

@@ -3,14 +3,22 @@
 Each direction is the other's transpose, so the launches of both are the derivatives too.
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from haar_checks import WAVEDEC, arrays, assert_close, assert_oracle, expected
+from haar_checks import (
+    arrays,
+    assert_close,
+    assert_large,
+    assert_oracle,
+    assert_sharded,
+    assert_transformed,
+    expected,
+    takes,
+)
 from triton_checks import INTERPRETED, compiled_resources, launch, tensor
 
 from pallas_kernels import haar
@@ -18,18 +26,6 @@ from pallas_kernels.haar import triton as triton_jax
 from pallas_kernels.haar import triton_launches
 from pallas_kernels.haar.api import OPERATOR, Problem
 from pallas_kernels.haar.cases import CASES, Case
-
-
-def taken(case):
-    """Whether the kernels are made for a case; the others are refused, which has its own test."""
-    shape = (math.prod(case.batch), *case.spatial, case.channels)
-    problem = Problem(shape, jnp.dtype(case.dtype), case.ndim, case.level, case.wavelet)
-    try:
-        triton_jax.check("fwd", problem)
-    except NotImplementedError:
-        return False
-    return case.level > 0
-
 
 EXTRA = (
     # Blocks of channels in part, which go on in the next squares of a row.
@@ -39,7 +35,7 @@ EXTRA = (
     Case((37, 50), 5, dtype="float16", batch=(1,)),
     Case((33, 1), 5, batch=(1, 2), channels=1),
 )
-TAKEN = [case for case in CASES + EXTRA if taken(case)]
+TAKEN = [case for case in CASES + EXTRA if takes(triton_jax, case)]
 
 
 def launched(case, x, coeffs):
@@ -113,7 +109,7 @@ def test_what_is_not_done_says_so(reason):
 def test_without_a_gpu_it_says_what_is_missing():
     with pytest.raises(NotImplementedError, match="triton: needs a GPU, this is a cpu"):
         haar.dwt2(np.ones((4, 4, 1), np.float32), implementation="triton")
-    assert OPERATOR.rule["gpu"] == ("triton", "xla")
+    assert OPERATOR.rule["gpu"] == ("triton", "mosaic_gpu", "xla")
 
 
 @pytest.mark.gpu
@@ -126,52 +122,15 @@ def test_transforms_are_the_oracles(case):
 @pytest.mark.parametrize("shape", [(2, 4096, 4096, 3), (1, 4096, 4096, 144)], ids=str)
 def test_large_images_are_those_of_plain_jax(shape):
     """The second has more than 2**31 elements."""
-    x = jax.random.normal(jax.random.key(0), shape, "bfloat16")
-
-    @jax.jit
-    def furthest(x):
-        got, want = (haar.wavedec2(x, level=5, implementation=name) for name in ("triton", "xla"))
-        back = haar.waverec2(got, shape=shape[1:3], implementation="triton")
-        far = lambda a, b: jnp.abs(a.astype("float32") - b.astype("float32")).max()  # noqa: E731
-        return jax.tree.leaves(jax.tree.map(far, (got, back), (want, x)))
-
-    assert max(map(float, furthest(x))) <= 0.1
+    assert_large("triton", shape)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_sharded_over_the_batch(check_vma):
-    case = Case((9, 10), 4, batch=(2,))
-    batch = jax.sharding.PartitionSpec("n")
-    call = partial(WAVEDEC[2], level=4, implementation="triton")
-    local = jax.shard_map(
-        call,
-        mesh=jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,)),
-        in_specs=batch,
-        out_specs=batch,
-        check_vma=check_vma,
-    )
-
-    def both(function, x, coeffs):
-        y, pullback = jax.vjp(function, x)
-        return y, pullback(coeffs)
-
-    got, want = (jax.jit(partial(both, function))(*arrays(case)) for function in (local, call))
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert_sharded("triton", check_vma)
 
 
 @pytest.mark.gpu
 def test_vmap_and_derivatives_of_gradients():
-    x, _ = arrays(Case((9, 10), 4, batch=(2,)))
-
-    def curved(x, implementation):
-        coeffs = haar.wavedec2(x, level=4, implementation=implementation)
-        bent = jax.tree.map(jnp.sin, coeffs)
-        return haar.waverec2(bent, shape=(9, 10), implementation=implementation).sum()
-
-    def second(implementation):
-        slope = jax.remat(jax.grad(partial(curved, implementation=implementation)))
-        return jax.jit(jax.vmap(jax.grad(lambda x: (slope(x) ** 2).sum())))(x)
-
-    want = second("xla")
-    np.testing.assert_allclose(second("triton"), want, atol=1e-5 * np.abs(want).max())
+    assert_transformed("triton")

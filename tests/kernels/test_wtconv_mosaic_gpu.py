@@ -1,14 +1,14 @@
 """The Mosaic GPU kernels of WTConv: lowered and interpreted without a GPU, run where one is."""
 
+import itertools
 import math
-from functools import partial
+from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from mosaic_gpu_checks import SHARED, lowered, recorded_launches, shapes, shared_bytes
 from wtconv_checks import (
     assert_oracle,
     assert_reproducible,
@@ -17,13 +17,11 @@ from wtconv_checks import (
     takes,
 )
 
+from pallas_kernels import platform
 from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.shapes import GPU_SHAPES, Shape
-
-SHARED = 227 * 1024
-"""Bytes of shared memory that a block of a Hopper GPU can have."""
 
 SMALL = {
     "tiny": Shape(1, 1, 1, 1, 1, 1),
@@ -44,7 +42,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(shape, dtype, transformed):
-    """`transformed`, such as `jax.eval_shape`, of the forward and of the weight gradient."""
+    """`transformed`, such as `lowered`, of the forward and of the weight gradient."""
     k, c = shape.kernel_size, shape.channels
     kernels = ((k, k, 1, c), *[(k, k, 4, c)] * shape.levels)
     x = jax.ShapeDtypeStruct(shape.x, dtype)
@@ -52,7 +50,7 @@ def run(shape, dtype, transformed):
     bias = jax.ShapeDtypeStruct((c,), "float32")
     keys = {"wavelet": "haar", "precision": None}
     yield transformed(mosaic_gpu.forward, x, taps, bias, transpose=False, **keys)
-    yield transformed(mosaic_gpu.weight_grad, x, x, kernel_shapes=kernels, **keys)
+    yield transformed(mosaic_gpu.weight_grad, x, x, kernel_shapes=(*kernels, (c,)), **keys)
 
 
 @pytest.mark.core
@@ -62,44 +60,31 @@ def run(shape, dtype, transformed):
     + [(name, DTYPES[i % 3]) for i, name in enumerate(SMALL)],
 )
 def test_kernels_lower_for_cuda(name, dtype):
-    def lowered(function, *args, **keys):
-        return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
-
     shape = (GPU_SHAPES | SMALL)[name]
     for text in run(shape, dtype, lowered):
         assert text.count("mosaic_gpu") >= shape.levels
 
 
+@pytest.mark.core
+def test_kernels_lower_where_jax_counts_in_64_bits():
+    with jax.enable_x64(True):
+        for text in run(SMALL["padded"], "float32", lowered):
+            assert "mosaic_gpu" in text
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
 def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
-    launches = []
-
-    def kernel(body, out_type, scratch_types, **keys):
-        launches.append((scratch_types, keys))
-        return lambda *args: jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), out_type)
-
-    monkeypatch.setattr(plgpu, "kernel", kernel)
-
-    def shapes(function, *args, **keys):
-        return jax.eval_shape(partial(function.__wrapped__, **keys), *args)
-
+    launches = recorded_launches(monkeypatch)
     shape = (GPU_SHAPES | SMALL | EXTREME)[name]
-    assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 1 + shape.levels]
+    assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 2 + shape.levels]
     assert len(launches) == 2 * shape.levels
     for scratch, keys in launches:
-        size = sum(
-            # A number in JAX 0.11, a tuple of them in 0.10.
-            8 * int(np.prod(part.num_barriers))
-            if isinstance(part, plgpu.Barrier)
-            else math.prod(part.shape) * jnp.dtype(part.dtype).itemsize
-            for part in scratch
-        )
-        assert size <= SHARED
+        assert shared_bytes(scratch) <= SHARED
         # Fewer slots than rows in flight would wait for each other for ever.
         assert scratch[0].shape[0] >= 3
-        # The second axis of a grid takes no more blocks.
-        assert keys["grid"][0] < 2**31 and keys["grid"][1] < 2**16
+        # Pallas has CUDA's first axis last; its second takes no more blocks.
+        assert keys["grid"][0] < 2**16 and keys["grid"][1] < 2**31
 
 
 @pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
@@ -128,7 +113,9 @@ def test_tiles_hold_every_pixel_once(name):
 # For the interpreter; together they have tilings of every kind.
 INTERPRETED = (
     Case((6, 9), 1, 5, channels=32),
-    Case((5, 10), 2, 3, "bfloat16", batch=(5,), channels=40),
+    # Rows and columns beyond the image, in windows of all channels: Mosaic would copy them.
+    Case((5, 14), 1, 1, batch=(3,), channels=32),
+    Case((5, 6), 2, 3, "bfloat16", batch=(3,), channels=40),
     Case((1, 1), 1, 1, batch=(9,)),
     Case((11, 2), 1, 5, "float16", batch=(1,), channels=2, bias=False),
     Case((3, 18), 1, 3, batch=(1,), channels=4),
@@ -138,9 +125,12 @@ INTERPRETED = (
 @pytest.fixture
 def few_blocks(monkeypatch):
     """Small images in several tiles and a block with several of them, so that little is run."""
-    monkeypatch.setattr(mosaic_gpu, "_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu, "_MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu, "_MAX_COLUMNS", 2)
+    mosaic_gpu._tiling.cache_clear()
+    yield
+    mosaic_gpu._tiling.cache_clear()
 
 
 def strided(self, row, j, each):
@@ -199,8 +189,62 @@ def test_without_a_gpu_it_says_what_is_missing():
             {"base_kernel": np.ones((3, 3, 1, 1)), "base_scale": np.ones(1)},
             implementation="mosaic_gpu",
         )
-    assert mosaic_gpu.unavailable("gpu").startswith("needs compute capability 9.0 or newer")
     assert OPERATOR.rule["gpu"] == ("mosaic_gpu", "triton", "xla")
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "reason"),
+    [
+        ("8.9", None, "needs compute capability 9.0 or newer, this has 8.9"),
+        ("gfx942", None, "needs compute capability 9.0 or newer, this has gfx942"),
+        ("12.0", None, "needs 227 KiB of shared memory a block, capability 12.0 has less"),
+        ("12.1", 101376, "needs 227 KiB of shared memory a block, capability 12.1 has less"),
+        ("9.0", None, None),
+        ("10.0", 232448, None),
+    ],
+)
+def test_gpus_that_can_run_them(capability, shared, reason, monkeypatch):
+    device = SimpleNamespace(compute_capability=capability)
+    if shared is not None:
+        device.shared_memory_per_block_optin = shared
+    monkeypatch.setattr(platform, "device", lambda: device)
+    assert mosaic_gpu.unavailable("gpu") == reason
+
+
+class Indexed(np.ndarray):
+    """Indexed by `.at` and by Pallas' slices, as references are."""
+
+    def __new__(cls, array):
+        return np.asarray(array).view(cls)
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        plain = tuple(
+            slice(i.start, i.start + i.size) if isinstance(i, pl.Slice) else i
+            for i in (index if isinstance(index, tuple) else (index,))
+        )
+        return super().__getitem__(plain)
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_views_are_columns_of_each_strip(images):
+    """In NumPy; the interpreter has a stand-in for them."""
+
+    for columns, reach, each in itertools.product((1, 2, 7), (0, 1, 2), (1, 2)):
+        strips = 4 // images
+        halo = 2 * reach if each == 2 else 0
+        size = each * strips * columns + 2 * halo
+        shape = (images, size, mosaic_gpu._CHANNELS)
+        row = np.arange(math.prod(shape)).reshape(shape)
+        tiling = SimpleNamespace(images=images, strips=strips, columns=columns)
+        block = SimpleNamespace(tiling=tiling)
+        for j in range(each * columns + 2 * halo):
+            found = mosaic_gpu._Block.view(block, Indexed(row), j, each)
+            want = row[:, j] if strips == 1 else row[0, j :: each * columns][:strips]
+            assert np.array_equal(found, want), (columns, reach, each, j)
 
 
 EXTRA = (

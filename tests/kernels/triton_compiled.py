@@ -14,6 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pallas_kernels.conv2d import triton_launches as conv2d_launches
+from pallas_kernels.conv2d.problem import Window
+from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.haar import triton_launches as haar_launches
 from pallas_kernels.triton_launches import contiguous
 
@@ -33,14 +36,37 @@ WTCONV = {
     "level_weights": BOTH | {"FIRST": 0, "BANDS": 4, "TURNS": 2, "TW": 2, "R": 14},
 }
 BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
-IMAGES = ("x", "below", "y", "dy", "low", *BANDS)
+IMAGES = ("x", "w", "below", "y", "dy", "low", *BANDS)
 TAPS = ("taps", "base", "bias", "sums")
+
+
+def conv2d(dtype):
+    """Constants of the launches of a 3x3 layer, forward and backward."""
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
+    layer, found = SHAPES["sd_unet_64_3x3"], []
+
+    def launch(kernel, arguments, outputs, grid, **constants):
+        found.append(constants)
+        return [None]
+
+    x, w, y = (
+        SimpleNamespace(shape=shape, dtype=dtype)
+        for shape in (layer.x, layer.w, (*layer.x[:3], layer.features))
+    )
+    window = Window(pads=((1, 1), (1, 1)), reflect=True)
+    rest = "ieee", None, launch
+    conv2d_launches.forward(x, w, x, window, "gelu", dtype, *rest)
+    conv2d_launches.input_grad(y, w, x.shape, window._replace(stride=(2, 2)), dtype, *rest)
+    conv2d_launches.weight_grad(x, y, w.shape, window, *rest)
+    return dict(zip(("conv", "conv transposed", "weights"), found, strict=True))
 
 
 def kernels(operator, dtype):
     """Constants of each kernel of an operator."""
     if operator == "wtconv":
         return WTCONV
+    if operator == "conv2d":
+        return conv2d(dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
     steps = [contiguous((128, 56 >> level, 56 >> level, 96)) for level in (0, 3, 1, 2, 3)]
     _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps)
@@ -48,9 +74,10 @@ def kernels(operator, dtype):
 
 
 def compiled(operator, name, target, dtype):
-    kernel = getattr(import_module(f"pallas_kernels.{operator}.triton_kernels"), name)
+    module = import_module(f"pallas_kernels.{operator}.triton_kernels")
+    kernel = getattr(module, name.split()[0])
     constants = {"num_warps": 4} | kernels(operator, dtype)[name]
-    options = {"num_warps": constants.pop("num_warps")}
+    options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
     types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(TAPS, "*fp32")
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "i32")

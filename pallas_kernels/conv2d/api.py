@@ -1,0 +1,356 @@
+"""Dense 2-D convolution as a function: validate, pick, call.
+
+`pallas_kernels.oracle.conv2d` is the definition.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
+from pallas_kernels import platform
+from pallas_kernels.checks import (
+    Precision,
+    checked_array,
+    checked_dtype,
+    checked_integer,
+    checked_pair,
+    checked_precision,
+)
+from pallas_kernels.conv2d import vjp
+from pallas_kernels.conv2d.problem import LAYOUTS, Config, Pair, Problem, Window
+from pallas_kernels.dispatch import Choice, Operator
+
+Padding = int | str | Sequence[int | Sequence[int]]
+
+
+class Implementation(StrEnum):
+    """Implementations of the dense convolution."""
+
+    TRITON = "triton"
+    XLA = "xla"
+
+
+OPERATOR = Operator(
+    name="conv2d",
+    package="pallas_kernels.conv2d",
+    implementations=Implementation,
+    # On a GPU, XLA means cuDNN.
+    rule={"tpu": ("xla",), "gpu": ("xla", "triton"), "cpu": ("xla",)},
+)
+
+
+def conv2d(
+    x: ArrayLike,
+    w: ArrayLike,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    layout: str = "nhwc_hwcf",
+    out_dtype: DTypeLike | None = None,
+    precision: Precision = None,
+    implementation: Choice = None,
+    config: Config | None = None,
+) -> jax.Array:
+    """Dense convolution (cross-correlation) of images, with bias and activation in one kernel.
+
+    Sums run in float32 or better, and bias and activation are applied to them before they are
+    rounded. Gradients can be differentiated again in reverse mode; forward mode over them
+    (`hessian`, `jvp` of `grad`) needs `implementation="xla"` and float32 or float64.
+
+    Args:
+        x: Images `[*batch, H, W, C]`, or `[*batch, C, H, W]` in the layout "nchw_fchw"; float16,
+            bfloat16, float32 or float64.
+        w: Filters `[HF, WF, C / groups, NF]`, or `[NF, C / groups, HF, WF]`, of x's dtype.
+        stride: Of the output, an int or one for H and one for W.
+        padding: Zeros around the image: an int, one for H and one for W, `((top, bottom), (left,
+            right))`, "VALID" (none) or "SAME" (`ceil(size / stride)` samples come out, as of
+            `jax.lax`). "reflect" mirrors the image about its edge samples, by as many as a
+            convolution of stride 1 needs to keep the size: `k // 2` on each side for odd k.
+        dilation: Distance of the samples that neighbouring taps read, as stride.
+        groups: Channels and features fall into so many groups, each convolved apart.
+        bias: `[NF]`, any floating dtype.
+        activation: None, "relu", or "gelu" (exact, by the error function).
+        layout: "nhwc_hwcf" (channels last) or "nchw_fchw".
+        out_dtype: Dtype of the output; None is x's.
+        precision: Of products of float32 on matrix units; None is full float32.
+        implementation: Filter on the implementations: a name, a sequence of names, or `None` for
+            the environment's (`FLASH_WTCONV_CONV2D_FWD`, `..._BWD`) or the device's rule.
+        config: Tiles of a kernel of ours; None takes those made for the shape. XLA picks its own.
+
+    Returns:
+        `[*batch, H_out, W_out, NF]`, in "nchw_fchw" `[*batch, NF, H_out, W_out]`, with `H_out =
+        (H + top + bottom - dilation * (HF - 1) - 1) // stride + 1`.
+
+    Raises:
+        ValueError: A bad argument: which, what came, and what was expected.
+        NotImplementedError: No allowed implementation can run here; says why for each.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, w = jnp.ones((2, 9, 8, 4)), jnp.ones((3, 3, 4, 16))
+        >>> conv2d(x, w, stride=2, padding="reflect", bias=jnp.ones(16), activation="relu").shape
+        (2, 5, 4, 16)
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    if activation not in (None, "relu", "gelu"):
+        raise ValueError(f"activation={activation!r}: expected None, 'relu' or 'gelu'")
+    x, w = _checked_images(x, layout), _checked_filters(w, layout)
+    if x.dtype != w.dtype:
+        raise ValueError(f"w: expected x's dtype, {x.dtype}, got {w.dtype}; cast one of them")
+    batch = x.shape[:-3]
+    flat = x.reshape(math.prod(batch), *x.shape[-3:])
+    groups = checked_integer(groups, "groups", least=1)
+    window = _window(flat.shape, w.shape, stride, padding, dilation, groups, layout)
+    height, width, _, features = window.filters(w.shape)
+    if bias is not None:
+        bias = checked_array(bias, "bias")
+        if bias.shape != (features,):
+            raise ValueError(f"bias: expected shape {(features,)}, one a filter, got {bias.shape}")
+    dtype = x.dtype if out_dtype is None else checked_dtype(out_dtype, "out_dtype")
+    shape = window.images(flat.shape)
+    problem = Problem(shape, x.dtype, height, width, features, window, dtype)
+    here, kind = platform.current(), platform.kind()
+    plan = vjp.Plan(
+        OPERATOR.module(OPERATOR.pick("fwd", implementation, here, problem, kind)),
+        OPERATOR.module(OPERATOR.pick("bwd", implementation, here, problem, kind)),
+        window,
+        checked_precision(precision),
+        _checked_config(config),
+    )
+    y = vjp.conv2d(plan, activation, dtype, flat, w, bias)
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def get_igemm_conv2d(
+    layout: str,
+    n: int,
+    h: int,
+    w: int,
+    c: int,
+    hf: int,
+    wf: int,
+    nf: int,
+    stride: int,
+    input_dtype: DTypeLike,
+    output_dtype: DTypeLike,
+    mem_space: str = "shared",
+    block_m: int = 64,
+    block_n: int = 128,
+    block_k: int = 32,
+    ratio_m: int = 2,
+    ratio_n: int = 2,
+    *,
+    padding: int = 0,
+    implementation: Choice = None,
+) -> tuple[Callable[..., jax.Array], dict[str, int]]:
+    """A convolution compiled for one shape, and the sizes of its matrix product.
+
+    Args:
+        layout: "nhwc_hwcf" or "nchw_fchw".
+        n: Images.
+        h: Their height.
+        w: Their width.
+        c: Their channels.
+        hf: Height of the filters.
+        wf: Their width.
+        nf: Their number.
+        stride: Along both axes.
+        input_dtype: Of images and filters.
+        output_dtype: Of the result; sums run in float32 or better.
+        mem_space: "shared": tiles are under way to shared memory while others are multiplied;
+            "global": each is loaded as it is needed.
+        block_m: See `Config`.
+        block_n: See `Config`.
+        block_k: See `Config`.
+        ratio_m: See `Config`.
+        ratio_n: See `Config`.
+        padding: Zeros on each side of the images.
+        implementation: Filter on the implementations, as `conv2d`; None takes Triton where it can
+            run, because XLA's tiles are its own.
+
+    Returns:
+        `(kernel, symbols)`: `kernel(x, w)` takes arrays of exactly these shapes and dtypes, and
+        cannot be differentiated (`conv2d` can). The symbols are N, C, H, W, NF, HF, WF, H_OUT,
+        W_OUT, M = N H_OUT W_OUT, K = HF WF C, BLOCK_M, BLOCK_N, BLOCK_K, and ELEMS_PER_THREAD,
+        the sums of a tile that each of its `32 ratio_m ratio_n` threads keeps.
+
+    Raises:
+        ValueError: A bad argument: which, what came, and what was expected.
+        NotImplementedError: No allowed implementation can run here; says why for each.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> kernel, symbols = get_igemm_conv2d(
+        ...     "nhwc_hwcf", 2, 6, 5, 4, 3, 2, 8, 1, "float16", "float32"
+        ... )
+        >>> kernel(jnp.ones((2, 6, 5, 4), "float16"), jnp.ones((3, 2, 4, 8), "float16")).shape
+        (2, 4, 4, 8)
+        >>> symbols["M"], symbols["K"], symbols["ELEMS_PER_THREAD"]
+        (32, 24, 64)
+    """
+    sizes = {"n": n, "h": h, "w": w, "c": c, "hf": hf, "wf": wf, "nf": nf, "stride": stride}
+    sizes = {name: checked_integer(value, name, least=1) for name, value in sizes.items()}
+    n, h, w, c, hf, wf, nf, stride = sizes.values()
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    if mem_space not in ("shared", "global"):
+        raise ValueError(f"mem_space={mem_space!r}: expected 'shared' or 'global'")
+    stages = Config().stages if mem_space == "shared" else 1
+    config = _checked_config(Config(block_m, block_n, block_k, ratio_m, ratio_n, stages))
+    dtype = checked_dtype(input_dtype, "input_dtype")
+    out_dtype = checked_dtype(output_dtype, "output_dtype")
+    images, filters = (n, h, w, c), (hf, wf, c, nf)
+    if layout == "nchw_fchw":
+        images, filters = (n, c, h, w), (nf, c, hf, wf)
+    window = _window(images, filters, stride, padding, 1, 1, layout)
+    if implementation is None:
+        implementation = _preferred(Problem((n, h, w, c), dtype, hf, wf, nf, window, out_dtype))
+
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        return conv2d(
+            x,
+            w,
+            stride=stride,
+            padding=padding,
+            layout=layout,
+            out_dtype=out_dtype,
+            implementation=implementation,
+            config=config,
+        )
+
+    given = (jax.ShapeDtypeStruct(shape, dtype) for shape in (images, filters))
+    kernel = jax.jit(run).lower(*given).compile()
+    h_out, w_out = window.output((h, w), (hf, wf))
+    symbols = {"N": n, "C": c, "H": h, "W": w, "NF": nf, "HF": hf, "WF": wf}
+    symbols |= {"H_OUT": h_out, "W_OUT": w_out, "M": n * h_out * w_out, "K": hf * wf * c}
+    symbols |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    symbols["ELEMS_PER_THREAD"] = block_m * block_n // (32 * ratio_m * ratio_n)
+    return kernel, symbols
+
+
+def _preferred(problem: Problem) -> str:
+    """Triton where it can run, else XLA."""
+    here = platform.current()
+    try:
+        return OPERATOR.pick("fwd", "triton", here, problem)
+    except NotImplementedError:
+        return "xla"
+
+
+def _checked_images(value: ArrayLike, layout: str) -> jax.Array:
+    x = checked_array(value, "x")
+    axes = "H, W, C" if layout == "nhwc_hwcf" else "C, H, W"
+    if x.ndim < 3 or any(size == 0 for size in x.shape[-3:]):
+        raise ValueError(
+            f"x: expected [*batch, {axes}] of at least one sample and channel, got shape {x.shape}"
+        )
+    return x
+
+
+def _checked_filters(value: ArrayLike, layout: str) -> jax.Array:
+    w = checked_array(value, "w")
+    if w.ndim != 4 or 0 in w.shape:
+        axes = "HF, WF, C / groups, NF" if layout == "nhwc_hwcf" else "NF, C / groups, HF, WF"
+        raise ValueError(f"w: expected [{axes}] of at least one tap, got shape {w.shape}")
+    return w
+
+
+def _window(
+    images: tuple[int, ...],
+    filters: tuple[int, ...],
+    stride: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+    groups: int,
+    layout: str,
+) -> Window:
+    """The window of a call, whose shapes and numbers fit each other."""
+    plain = Window(
+        stride=checked_pair(stride, "stride", least=1),
+        dilation=checked_pair(dilation, "dilation", least=1),
+        groups=groups,
+        reflect=padding == "reflect",
+        layout=layout,
+    )
+    _, *size, channels = plain.images(images)
+    *taps, each, features = plain.filters(filters)
+    if channels != each * groups:
+        raise ValueError(
+            f"w: expected filters of C / groups = {channels} / {groups} channels, got {each} "
+            f"(shape {filters}, layout {layout!r})"
+        )
+    if features % groups:
+        raise ValueError(f"groups={groups}: expected a divisor of the {features} filters")
+    window = plain._replace(pads=_pads(padding, size, taps, plain))
+    if min(window.output(size, taps)) < 1:
+        raise ValueError(
+            f"w: filters of {taps[0]}x{taps[1]} taps with dilation {window.dilation} do not fit "
+            f"into images of {size[0]}x{size[1]} padded by {window.pads}"
+        )
+    for n, pads, axis in zip(size, window.pads, "HW", strict=True):
+        if window.reflect and max(pads) >= n:
+            raise ValueError(
+                f"padding='reflect': mirroring {max(pads)} samples along {axis} takes an image of "
+                f"more than those, got {n}"
+            )
+    return window
+
+
+def _pads(
+    padding: Padding, size: Sequence[int], taps: Sequence[int], window: Window
+) -> tuple[Pair, Pair]:
+    """Samples before and after along H and W."""
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID", "reflect"):
+            raise ValueError(f"padding={padding!r}: the names are 'SAME', 'VALID' and 'reflect'")
+        pads = []
+        for n, k, s, d in zip(size, taps, window.stride, window.dilation, strict=True):
+            reach = d * (k - 1)
+            total = 0 if padding == "VALID" else reach
+            if padding == "SAME":
+                total = max((-(-n // s) - 1) * s + reach + 1 - n, 0)
+            pads.append((total // 2, total - total // 2))
+        return pads[0], pads[1]
+    sides = [padding, padding] if not isinstance(padding, Sequence) else padding
+    if len(sides) == 2:
+        above, left = (_checked_side(side, padding) for side in sides)
+        return above, left
+    raise ValueError(
+        f"padding={padding!r}: expected an int, one for H and one for W, ((top, bottom), (left, "
+        "right)), 'SAME', 'VALID' or 'reflect'"
+    )
+
+
+def _checked_side(side: Any, padding: Any) -> Pair:
+    """Samples before and after along one axis; an error tells of the whole padding."""
+    try:
+        return checked_pair(side, "padding", least=0)
+    except ValueError:
+        raise ValueError(
+            f"padding={padding!r}: expected integers >= 0: one, one for H and one for W, or "
+            "((top, bottom), (left, right))"
+        ) from None
+
+
+def _checked_config(config: Any) -> Config | None:
+    if config is None:
+        return None
+    if not isinstance(config, Config):
+        raise ValueError(f"config={config!r}: expected None or a Config")
+    for name, value in config._asdict().items():
+        number = checked_integer(value, f"config.{name}", least=1)
+        least = 16 if name.startswith("block") else 1
+        if name != "stages" and (number < least or number & (number - 1)):
+            raise ValueError(f"config.{name}={value}: expected a power of two from {least} on")
+    if config.ratio_m * config.ratio_n > 32:
+        raise ValueError(f"config={config!r}: expected at most 32 warps, ratio_m * ratio_n")
+    return config

@@ -1,0 +1,128 @@
+"""The correctness cases of the dense convolution, shared by the tests of every implementation.
+
+Imports NumPy alone. A case says what to compute; `inputs` draws the numbers.
+"""
+
+import zlib
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pallas_kernels.oracle import Array, conv2d
+
+
+class Case(NamedTuple):
+    """One call: `n` images of `h` x `w` and `c` channels, `nf` filters of `hf` x `wf` taps."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    hf: int
+    wf: int
+    nf: int
+    stride: int | tuple[int, int] = 1
+    padding: Any = 0
+    dilation: int | tuple[int, int] = 1
+    groups: int = 1
+    bias: bool = False
+    activation: str | None = None
+    layout: str = "nhwc_hwcf"
+    dtype: str = "float32"
+    out_dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name for test ids: the sizes, then what is not its default.
+
+        Example:
+            >>> Case(2, 6, 5, 4, 3, 2, 8, padding="SAME").name
+            '2x6x5x4-3x2x8-SAME'
+        """
+        sizes = [
+            "x".join(map(str, (self.n, self.h, self.w, self.c))),
+            "x".join(map(str, (self.hf, self.wf, self.nf))),
+        ]
+        rest = zip(self[7:], self._fields[7:], strict=True)
+        other = [
+            f"{field}{value}" if not isinstance(value, str) else value
+            for value, field in rest
+            if value != self._field_defaults[field]
+        ]
+        return "-".join(sizes + other).replace(" ", "")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of the operator and of the oracle, but for the bias."""
+        names = ("stride", "padding", "dilation", "groups", "activation", "layout")
+        return {name: getattr(self, name) for name in names}
+
+
+_PUBLISHED = (
+    (1, 5, 5, 10, 2, 2, 2, 2),
+    (2, 5, 5, 3, 2, 2, 1, 1),
+    (4, 5, 5, 10, 2, 2, 2, 1),
+    (1, 5, 5, 10, 2, 2, 16, 1),
+    (1, 5, 5, 4, 2, 2, 2, 1),
+    (4, 5, 5, 10, 2, 2, 2, 3),
+    (4, 5, 5, 10, 2, 2, 16, 2),
+    (2, 5, 5, 1, 2, 2, 1, 3),
+    (1, 5, 5, 1, 3, 3, 1, 1),
+    # Rectangular, where an exchange of H and W shows.
+    (2, 6, 5, 4, 3, 2, 8, 1),
+    (1, 17, 31, 7, 1, 5, 9, 2),
+)
+_GRID = tuple(
+    (n, 5, 5, c, 2, 2, nf, stride)
+    for n, c, nf, stride in product((1, 2, 4), (1, 3, 10), (1, 2, 8), (1, 2, 3))
+)
+TABLE: tuple[Case, ...] = tuple(
+    Case(*sizes, layout=layout, dtype="float16", out_dtype="float32")
+    for sizes, layout in product(_PUBLISHED + _GRID, ("nhwc_hwcf", "nchw_fchw"))
+)
+"""Small images, filters and strides in each combination and layout; float16 in, float32 out."""
+
+HARD: tuple[Case, ...] = (
+    Case(2, 7, 9, 3, 3, 3, 4, padding="SAME", bias=True, activation="relu"),
+    Case(2, 8, 6, 3, 4, 3, 5, (2, 1), "SAME", bias=True, layout="nchw_fchw"),
+    Case(1, 9, 7, 4, 3, 5, 6, 2, "reflect", bias=True, activation="gelu"),
+    Case(2, 6, 9, 2, 2, 3, 3, padding="reflect", activation="relu", layout="nchw_fchw"),
+    Case(1, 11, 8, 3, 3, 2, 4, (1, 3), ((0, 2), (3, 1)), (2, 3), bias=True),
+    Case(2, 5, 6, 6, 3, 3, 9, padding=1, groups=3, bias=True, activation="gelu"),
+    Case(1, 6, 5, 4, 3, 2, 4, 2, (1, 0), 1, 4, layout="nchw_fchw"),
+    Case(2, 9, 9, 5, 3, 3, 7, 2, "reflect", 2, dtype="bfloat16", bias=True, activation="relu"),
+    Case(1, 7, 6, 8, 3, 3, 6, padding=1, dtype="float16", bias=True, activation="gelu"),
+    Case(2, 6, 7, 4, 2, 3, 3, padding="SAME", dtype="bfloat16", out_dtype="float32"),
+    # Pixels that no window reads; taps that read nothing but padding; one pixel, one tap.
+    Case(1, 8, 10, 2, 2, 2, 3, 3, dtype="float64", bias=True, activation="gelu"),
+    Case(1, 2, 3, 2, 5, 5, 3, padding=4, layout="nchw_fchw", activation="relu"),
+    Case(3, 1, 1, 17, 1, 1, 33, bias=True),
+    Case(0, 4, 4, 2, 3, 3, 2, padding=1, bias=True),
+)
+"""What the table has not: padding, dilation, groups, epilogues, other dtypes, edges."""
+
+
+def inputs(case: Case) -> tuple[Array, Array, Array | None, Array]:
+    """Draws x, w, the bias and dy of a case, the same ones every time.
+
+    Args:
+        case: What to draw for.
+
+    Returns:
+        `(x, w, bias, dy)` in float64 and the case's layout, the bias None where it has none; w is
+        scaled so that the output is of the size of x.
+
+    Example:
+        >>> x, w, bias, dy = inputs(Case(2, 6, 5, 4, 3, 2, 8))
+        >>> x.shape, w.shape, bias, dy.shape
+        ((2, 6, 5, 4), (3, 2, 4, 8), None, (2, 4, 4, 8))
+    """
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    each = case.c // case.groups
+    x = rng.normal(size=(case.n, case.h, case.w, case.c))
+    w = rng.normal(size=(case.hf, case.wf, each, case.nf)) / np.sqrt(case.hf * case.wf * each)
+    if case.layout == "nchw_fchw":
+        x, w = x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1)
+    bias = rng.normal(size=case.nf) if case.bias else None
+    return x, w, bias, rng.normal(size=conv2d(x, w, **case.arguments).shape)

@@ -1,0 +1,114 @@
+"""What an implementation is told of a call. Imports nothing."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+Pair = tuple[int, int]
+
+LAYOUTS = ("nhwc_hwcf", "nchw_fchw")
+"""Of images and filters: channels last, or channels first."""
+
+
+class Window(NamedTuple):
+    """Which samples a tap reads: output `o` and tap `i` read sample `stride o + dilation i - pad`.
+
+    `reflect` mirrors the image about its edge samples where it is padded; otherwise pads are zero.
+    """
+
+    stride: Pair = (1, 1)
+    pads: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    reflect: bool = False
+    layout: str = "nhwc_hwcf"
+
+    def output(self, size: Sequence[int], taps: Sequence[int]) -> Pair:
+        """Height and width of the output; less than one where the taps do not fit.
+
+        Args:
+            size: Height and width of the images.
+            taps: Of the filters.
+
+        Example:
+            >>> Window(stride=(2, 1), pads=((1, 1), (0, 0))).output((8, 8), (3, 3))
+            (4, 6)
+        """
+        height, width = (
+            (n + before + after - d * (k - 1) - 1) // s + 1
+            for n, k, s, (before, after), d in zip(
+                size, taps, self.stride, self.pads, self.dilation, strict=True
+            )
+        )
+        return height, width
+
+    def images(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """`(N, H, W, C)` of the shape of images; of strides as well.
+
+        Example:
+            >>> Window(layout="nchw_fchw").images((2, 3, 8, 9))
+            (2, 8, 9, 3)
+        """
+        if self.layout == "nhwc_hwcf":
+            n, h, w, c = shape
+        else:
+            n, c, h, w = shape
+        return n, h, w, c
+
+    def filters(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """`(HF, WF, C / groups, NF)` of the shape of filters; of strides as well.
+
+        Example:
+            >>> Window(layout="nchw_fchw").filters((8, 4, 3, 5))
+            (3, 5, 4, 8)
+        """
+        if self.layout == "nhwc_hwcf":
+            h, w, c, f = shape
+        else:
+            f, c, h, w = shape
+        return h, w, c, f
+
+    def laid_out(self, n: Any, h: Any, w: Any, c: Any) -> tuple[Any, Any, Any, Any]:
+        """A value for each axis of images in the order of this layout: the inverse of `images`.
+
+        Example:
+            >>> Window(layout="nchw_fchw").laid_out(2, 8, 9, 3)
+            (2, 3, 8, 9)
+        """
+        return (n, h, w, c) if self.layout == "nhwc_hwcf" else (n, c, h, w)
+
+
+class Config(NamedTuple):
+    """Tiles of a matrix product: each block computes `block_m` pixels of `block_n` features.
+
+    Attributes:
+        block_m: Pixels of the output of all images, a power of two from 16 on.
+        block_n: Features, a power of two from 16 on.
+        block_k: Products of a tap and a channel that are summed at once, as the others.
+        ratio_m: Warps of a block along M.
+        ratio_n: Warps of a block along N; `ratio_m * ratio_n` is a power of two up to 32.
+        stages: Tiles that are under way from memory at once; 1 multiplies as it loads.
+    """
+
+    block_m: int = 64
+    block_n: int = 128
+    block_k: int = 32
+    ratio_m: int = 2
+    ratio_n: int = 2
+    stages: int = 3
+
+
+class Problem(NamedTuple):
+    """What an implementation's `check` is told of a call; shape is `(N, H, W, C)` in any layout."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    kernel_height: int
+    kernel_width: int
+    features: int
+    window: Window
+    out_dtype: Any
+
+    def __str__(self) -> str:
+        """As errors tell it."""
+        taps = f"{self.kernel_height}x{self.kernel_width}"
+        return f"x {self.shape} {self.dtype}, {self.features} filters of {taps}, {self.window}"

@@ -1,0 +1,118 @@
+"""The dense convolution on GPUs: the kernels of `triton_kernels`, launched by jax-triton."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from pallas_kernels._compat import vary_over, varying_axes
+from pallas_kernels.conv2d.problem import Config, Window
+from pallas_kernels.conv2d.xla import mirrored
+from pallas_kernels.triton import launch, unavailable
+
+__all__ = ["DIFFERENTIABLE", "check", "forward", "input_grad", "unavailable", "weight_grad"]
+
+DIFFERENTIABLE = False
+
+_STATIC = ("window", "precision", "config")
+_PRECISIONS = {
+    None: "ieee",
+    lax.Precision.HIGHEST: "ieee",
+    lax.Precision.HIGH: "tf32x3",
+    lax.Precision.DEFAULT: "tf32",
+}
+
+
+def check(direction: str, problem: Any) -> None:
+    """Raises `NotImplementedError` for what these kernels do not do.
+
+    Args:
+        direction: "fwd" or "bwd".
+        problem: `pallas_kernels.conv2d.problem.Problem`.
+    """
+    from . import triton_launches
+
+    triton_launches.check(problem)
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
+def forward(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    *,
+    window: Window,
+    activation: str | None,
+    out_dtype: DTypeLike,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The operator; see `vjp` for the arguments."""
+    from . import triton_launches
+
+    if bias is not None:
+        bias = bias.astype(jnp.float32)
+    y = triton_launches.forward(
+        x, w, bias, window, activation, out_dtype, _PRECISIONS[precision], config, launch
+    )
+    # jax-triton knows nothing of meshes.
+    return vary_over(varying_axes((x, w, bias)), y)
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
+def input_grad(
+    dy: jax.Array,
+    w: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    window: Window,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The transpose in x, of the shape `[N, *shape]`."""
+    from . import triton_launches
+
+    common = jnp.promote_types(dy.dtype, w.dtype)
+    dy, w = dy.astype(common), w.astype(common)
+    image = jax.ShapeDtypeStruct((dy.shape[0], *shape), dtype)
+    if window.reflect:
+        # The gradient of the padded image, then the transpose of mirroring.
+        acc = jax.ShapeDtypeStruct(image.shape, jnp.float32)
+        padded = jax.eval_shape(partial(mirrored, window=window), acc)
+        window, mirror = window._replace(pads=((0, 0), (0, 0)), reflect=False), window
+    else:
+        padded = image
+    dx = triton_launches.input_grad(
+        dy, w, padded.shape, window, padded.dtype, _PRECISIONS[precision], config, launch
+    )
+    dx = vary_over(varying_axes((dy, w)), dx)
+    if padded is not image:
+        (dx,) = jax.linear_transpose(partial(mirrored, window=mirror), acc)(dx)
+    return dx.astype(dtype)
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
+def weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    window: Window,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The transpose in w. Sums run in a fixed order, so it is bitwise reproducible."""
+    from . import triton_launches
+
+    common = jnp.promote_types(dy.dtype, x.dtype)
+    sums = triton_launches.weight_grad(
+        *(x.astype(common), dy.astype(common), shape, window, _PRECISIONS[precision]),
+        config,
+        launch,
+    )
+    return vary_over(varying_axes((x, dy)), sums.sum(axis=0)).astype(dtype)

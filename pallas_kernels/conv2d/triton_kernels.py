@@ -1,0 +1,206 @@
+"""The dense convolution's Triton kernels: matrix products whose im2col matrix is never stored.
+
+Row m of that matrix is a pixel of the output of all images, column k a tap and a channel (channel
+fastest); where an element lies in x is computed as it is loaded. What lies outside of x is read as
+zero, or, with `REFLECT`, mirrored about the edge. Rows, columns and features are masked, so that
+any number of them is right. Frameworks launch the kernels through `triton_launches`.
+
+`H`, `W`, `C` are x's sizes, `C` a group's channels; `HO`, `WO`, `F` those of the output, `F` a
+group's features. Strides are constants, of any layout: `X_N` of x along images, `W_C` of the
+filters along channels, and so on. With `UP` greater than one, that many minus one zeros lie between
+neighbouring samples of x, and with `FLIP` the taps are read backwards: the transpose in x of a
+convolution of stride `UP`.
+
+Sums are in float32, in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def conv(
+    x,
+    w,
+    bias,
+    images,
+    y,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    X_N: tl.constexpr,
+    X_H: tl.constexpr,
+    X_W: tl.constexpr,
+    X_C: tl.constexpr,
+    HF: tl.constexpr,
+    WF: tl.constexpr,
+    W_H: tl.constexpr,
+    W_W: tl.constexpr,
+    W_C: tl.constexpr,
+    W_F: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    F: tl.constexpr,
+    Y_N: tl.constexpr,
+    Y_H: tl.constexpr,
+    Y_W: tl.constexpr,
+    Y_F: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    UP_H: tl.constexpr,
+    UP_W: tl.constexpr,
+    REFLECT: tl.constexpr,
+    FLIP: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The output of a group (the grid's second axis): the product, the bias, the activation."""
+    TAPS: tl.constexpr = HF * WF
+    # A group's filters lie next to each other along the axis that is the output's of w itself.
+    GROUP: tl.constexpr = C * W_C if FLIP else F * W_F
+    down, across = _tile(images * HO * WO, F, BM, BN, ROWS)
+    group = tl.program_id(1)
+    m = down * BM + tl.arange(0, BM)
+    image, row, column = m // (HO * WO), m % (HO * WO) // WO, m % WO
+    known = (m < images * HO * WO)[:, None]
+    top, left = (row * STRIDE_H - PAD_H)[:, None], (column * STRIDE_W - PAD_W)[:, None]
+    x_image = x + (image.to(tl.int64) * X_N)[:, None] + group * (C * X_C)
+    f = across * BN + tl.arange(0, BN)[None, :]
+    filters = w + group.to(tl.int64) * GROUP + f * W_F
+    total = tl.zeros((BM, BN), tl.float32)
+    for step in range(tl.cdiv(TAPS * C, BK)):
+        i, j, c, some = _columns(step, tl.arange(0, BK)[None, :], WF, TAPS, C, BK)
+        v, above = _sample(top + i * DILATION_H, H, UP_H, REFLECT)
+        u, beside = _sample(left + j * DILATION_W, W, UP_W, REFLECT)
+        inside = known & some & above & beside
+        patches = tl.load(x_image + (v * X_H + u * X_W + c * X_C), mask=inside, other=0.0)
+        i, j, c, some = _columns(step, tl.arange(0, BK)[:, None], WF, TAPS, C, BK)
+        if FLIP:
+            i, j = HF - 1 - i, WF - 1 - j
+        taps = filters + (i * W_H + j * W_W + c * W_C)
+        taps = tl.load(taps, mask=some & (f < F), other=0.0)
+        total = tl.dot(patches, taps, total, input_precision=PRECISION)
+    if BIAS:
+        total += tl.load(bias + group * F + f, mask=f < F, other=0.0)
+    if ACTIVATION == "relu":
+        # Not a maximum, which would hide NaN.
+        total = tl.where(total < 0, 0.0, total)
+    elif ACTIVATION == "gelu":
+        total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
+    at = y + (image.to(tl.int64) * Y_N + row * Y_H + column * Y_W)[:, None]
+    at += (group * F + f).to(tl.int64) * Y_F
+    tl.store(at, total.to(y.dtype.element_ty), mask=known & (f < F))
+
+
+@triton.jit
+def weights(
+    x,
+    dy,
+    images,
+    chunk,
+    sums,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    X_N: tl.constexpr,
+    X_H: tl.constexpr,
+    X_W: tl.constexpr,
+    X_C: tl.constexpr,
+    HF: tl.constexpr,
+    WF: tl.constexpr,
+    W_H: tl.constexpr,
+    W_W: tl.constexpr,
+    W_C: tl.constexpr,
+    W_F: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    F: tl.constexpr,
+    Y_N: tl.constexpr,
+    Y_H: tl.constexpr,
+    Y_W: tl.constexpr,
+    Y_F: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    REFLECT: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The im2col matrix, transposed, times dy, of one group; a sum for each chunk of the rows.
+
+    `chunk` is a multiple of `BK`; sums of different chunks are `SIZE`, the filters' number of
+    elements, apart.
+    """
+    TAPS: tl.constexpr = HF * WF
+    down, across = _tile(TAPS * C, F, BM, BN, ROWS)
+    group, part = tl.program_id(1), tl.program_id(2)
+    i, j, c, some = _columns(down, tl.arange(0, BM)[:, None], WF, TAPS, C, BM)
+    f = across * BN + tl.arange(0, BN)[None, :]
+    x_group = x + (group * C + c).to(tl.int64) * X_C
+    y_group = dy + (group * F + f).to(tl.int64) * Y_F
+    total = tl.zeros((BM, BN), tl.float32)
+    rows = images * HO * WO
+    for start in range(part * chunk, min(part * chunk + chunk, rows), BK):
+        m = start + tl.arange(0, BK)[None, :]
+        image, row, column = m // (HO * WO), m % (HO * WO) // WO, m % WO
+        v, above = _sample(row * STRIDE_H - PAD_H + i * DILATION_H, H, 1, REFLECT)
+        u, beside = _sample(column * STRIDE_W - PAD_W + j * DILATION_W, W, 1, REFLECT)
+        inside = (m < rows) & some & above & beside
+        at = x_group + image.to(tl.int64) * X_N + (v * X_H + u * X_W)
+        patches = tl.load(at, mask=inside, other=0.0)
+        m = start + tl.arange(0, BK)[:, None]
+        image, row, column = m // (HO * WO), m % (HO * WO) // WO, m % WO
+        at = y_group + image.to(tl.int64) * Y_N + (row * Y_H + column * Y_W)
+        slopes = tl.load(at, mask=(m < rows) & (f < F), other=0.0)
+        total = tl.dot(patches, slopes, total, input_precision=PRECISION)
+    at = sums + part.to(tl.int64) * SIZE + (group * F + f) * W_F + (i * W_H + j * W_W + c * W_C)
+    tl.store(at, total, mask=some & (f < F))
+
+
+@triton.jit
+def _tile(rows, columns: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
+    """A program's tile, down and across: `ROWS` rows of them at a time, so that L2 keeps them."""
+    down, across = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
+    band = tl.program_id(0) // (ROWS * across)
+    high = min(down - band * ROWS, ROWS)
+    within = tl.program_id(0) % (ROWS * across)
+    return band * ROWS + within % high, within // high
+
+
+@triton.jit
+def _columns(step, k, WF: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """Taps (row and column) and channels of a block of columns, and which of them exist.
+
+    Where a block is of one tap, that is a number, and its channels follow each other.
+    """
+    if C % BK == 0:
+        tap, c = step // (C // BK), step % (C // BK) * BK + k
+    else:
+        tap, c = (step * BK + k) // C, (step * BK + k) % C
+    return tap // WF, tap % WF, c, tap < TAPS
+
+
+@triton.jit
+def _sample(at, SIZE: tl.constexpr, UP: tl.constexpr, REFLECT: tl.constexpr):
+    """The sample of x at a place, and whether there is one."""
+    if REFLECT:
+        at = SIZE - 1 - tl.abs(SIZE - 1 - tl.abs(at))
+    if UP > 1:
+        return at // UP, (at >= 0) & (at // UP < SIZE) & (at % UP == 0)
+    return at, (at >= 0) & (at < SIZE)

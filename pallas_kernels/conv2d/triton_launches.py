@@ -1,0 +1,294 @@
+"""The launches that make up the dense convolution in Triton, for any framework."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pallas_kernels.conv2d import triton_kernels as kernels
+from pallas_kernels.conv2d.problem import Config, Problem, Window
+from pallas_kernels.triton_launches import Launch, cdiv, contiguous
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_ROWS = 8
+"""Rows of tiles that programs which follow each other work on."""
+_PROGRAMS = 512
+"""Programs that share the sums of a weight gradient, where there are so few tiles."""
+
+
+def check(problem: Problem) -> None:
+    """Raises `NotImplementedError` for what the kernels do not do."""
+    reasons = [
+        f"{dtype}, {', '.join(_DTYPES)} alone"
+        for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
+    ]
+    if not all(isinstance(size, int) for size in problem.shape):
+        reasons.append("arrays of symbolic size")
+    elif 0 in problem.shape:
+        reasons.append("an empty batch")
+    else:
+        images, *size, channels = problem.shape
+        height, width = problem.window.output(size, (problem.kernel_height, problem.kernel_width))
+        # The gradient of mirrored images is that of larger ones.
+        size = [n + sum(pads) for n, pads in zip(size, problem.window.pads, strict=True)]
+        taps = problem.kernel_height * problem.kernel_width * channels * problem.features
+        for count, what in (
+            (size[0] * size[1] * channels, f"images of {size[0]}x{size[1]}x{channels}"),
+            (height * width * problem.features, f"outputs of {height}x{width}x{problem.features}"),
+            (images * max(height * width, size[0] * size[1]), f"the pixels of {images} images"),
+            (taps, f"{problem.features} filters of {channels} channels"),
+        ):
+            # One block beyond the last is counted, too.
+            if count >= 1 << 30:
+                reasons.append(f"{what}, which are too many")
+        if problem.window.groups > 65535:
+            reasons.append(f"{problem.window.groups} groups, up to 65535")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+
+
+def forward(
+    x: Any,
+    w: Any,
+    bias: Any | None,
+    window: Window,
+    activation: str | None,
+    out_dtype: Any,
+    precision: str,
+    config: Config | None,
+    launch: Launch,
+) -> Any:
+    """The operator on contiguous arrays of one dtype.
+
+    Args:
+        x: Images in the window's layout.
+        w: Filters in the window's layout.
+        bias: float32 `[NF]`, or None.
+        window: Which samples a tap reads.
+        activation: None, "relu" or "gelu".
+        out_dtype: Of the output.
+        precision: Triton's name of the precision of products of float32.
+        config: Tiles, or None for those made for the shape.
+        launch: Of the framework.
+
+    Returns:
+        Contiguous images of NF features.
+    """
+    n, h, wide, _ = window.images(x.shape)
+    hf, wf, each, features = window.filters(w.shape)
+    height, width = window.output((h, wide), (hf, wf))
+    output = window.laid_out(n, height, width, features)
+    return _convolve(
+        x,
+        w,
+        bias,
+        (each, features // window.groups),
+        window,
+        (output, out_dtype),
+        precision,
+        config,
+        launch,
+        STRIDE_H=window.stride[0],
+        STRIDE_W=window.stride[1],
+        PAD_H=window.pads[0][0],
+        PAD_W=window.pads[1][0],
+        UP_H=1,
+        UP_W=1,
+        REFLECT=window.reflect,
+        FLIP=False,
+        ACTIVATION=activation,
+    )
+
+
+def input_grad(
+    dy: Any,
+    w: Any,
+    shape: Sequence[int],
+    window: Window,
+    out_dtype: Any,
+    precision: str,
+    config: Config | None,
+    launch: Launch,
+) -> Any:
+    """The transpose in x of a convolution that does not reflect.
+
+    Args:
+        dy: Gradient of the output, contiguous.
+        w: Filters of dy's dtype, contiguous.
+        shape: Of x.
+        window: Which samples a tap reads.
+        out_dtype: Of the gradient.
+        precision: See `forward`.
+        config: See `forward`.
+        launch: Of the framework.
+
+    Returns:
+        The gradient of x, contiguous.
+    """
+    hf, wf, each, features = window.filters(w.shape)
+    before = [
+        d * (k - 1) - pad
+        for d, k, (pad, _) in zip(window.dilation, (hf, wf), window.pads, strict=True)
+    ]
+    return _convolve(
+        dy,
+        w,
+        None,
+        (features // window.groups, each),
+        window,
+        (tuple(shape), out_dtype),
+        precision,
+        config,
+        launch,
+        STRIDE_H=1,
+        STRIDE_W=1,
+        PAD_H=before[0],
+        PAD_W=before[1],
+        UP_H=window.stride[0],
+        UP_W=window.stride[1],
+        REFLECT=False,
+        FLIP=True,
+        ACTIVATION=None,
+    )
+
+
+def weight_grad(
+    x: Any,
+    dy: Any,
+    shape: Sequence[int],
+    window: Window,
+    precision: str,
+    config: Config | None,
+    launch: Launch,
+) -> Any:
+    """The transpose in w.
+
+    Args:
+        x: Images, contiguous.
+        dy: Gradient of the output, of x's dtype, contiguous.
+        shape: Of the filters.
+        window: Which samples a tap reads.
+        precision: See `forward`.
+        config: See `forward`; pixels are what is summed here, so `block_k` is of them.
+        launch: Of the framework.
+
+    Returns:
+        float32 `[chunks, *shape]`, to be summed over the chunks.
+    """
+    n, *_ = window.images(x.shape)
+    hf, wf, each, features = window.filters(shape)
+    _, height, width, _ = window.images(dy.shape)
+    own = features // window.groups
+    if config is None:
+        config = tiles(hf * wf * each, own, n * height * width, x.dtype)
+        # A tile of one tap, as `tiles` says; here channels are among its rows.
+        if each % config.block_m and each % 64 == 0:
+            config = config._replace(block_m=64, ratio_m=2)
+    down, across = cdiv(hf * wf * each, config.block_m), cdiv(own, config.block_n)
+    blocks = cdiv(n * height * width, config.block_k)
+    chunks = min(blocks, max(1, _PROGRAMS // (down * across * window.groups)), 65535)
+    chunk = cdiv(blocks, chunks) * config.block_k
+    chunks = cdiv(n * height * width, chunk)
+    (sums,) = launch(
+        kernels.weights,
+        [x, dy, n, chunk],
+        [((chunks, *shape), "float32")],
+        (down * across, window.groups, chunks),
+        **_sizes(window, x.shape, (each, own), shape, dy.shape),
+        STRIDE_H=window.stride[0],
+        STRIDE_W=window.stride[1],
+        PAD_H=window.pads[0][0],
+        PAD_W=window.pads[1][0],
+        REFLECT=window.reflect,
+        SIZE=hf * wf * each * features,
+        PRECISION=precision,
+        **_blocks(config),
+    )
+    return sums
+
+
+def tiles(rows: int, columns: int, channels: int, dtype: Any) -> Config:
+    """Tiles for a product of so many rows and columns, of arrays of a dtype.
+
+    Where the channels allow it, they are so deep that a tile is of one tap: then where it lies in
+    memory is cheap to compute.
+
+    Example:
+        >>> tiles(32768, 320, 320, "bfloat16")
+        Config(block_m=128, block_n=128, block_k=64, ratio_m=4, ratio_n=2, stages=3)
+    """
+    wide = str(dtype).split(".")[-1] == "float32"
+    block_m = min(64 if wide else 128, _power(rows))
+    block_n = min(64 if wide else 128, _power(columns))
+    warps = 8 if block_m * block_n == 128 * 128 else 4
+    block_k = 32 if wide or channels % 64 and channels % 32 == 0 else 64
+    return Config(block_m, block_n, block_k, warps // 2, 2)
+
+
+def _power(size: int) -> int:
+    """The least power of two that is not less, from 16 on, which is what matrix units take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _convolve(
+    x: Any,
+    w: Any,
+    bias: Any | None,
+    channels: tuple[int, int],
+    window: Window,
+    output: tuple[tuple[int, ...], Any],
+    precision: str,
+    config: Config | None,
+    launch: Launch,
+    **which: Any,
+) -> Any:
+    """One launch of `kernels.conv`; `channels` are those of a group that are read and written."""
+    n, height, width, _ = window.images(output[0])
+    config = config or tiles(n * height * width, *reversed(channels), x.dtype)
+    across = cdiv(channels[1], config.block_n)
+    sizes = _sizes(window, x.shape, channels, w.shape, output[0])
+    if which["FLIP"]:
+        sizes["W_C"], sizes["W_F"] = sizes["W_F"], sizes["W_C"]
+    (y,) = launch(
+        kernels.conv,
+        [x, w, w if bias is None else bias, n],
+        [output],
+        (cdiv(n * height * width, config.block_m) * across, window.groups),
+        **sizes,
+        **which,
+        BIAS=bias is not None,
+        PRECISION=precision,
+        **_blocks(config),
+    )
+    return y
+
+
+def _sizes(
+    window: Window,
+    read: Sequence[int],
+    channels: tuple[int, int],
+    filters: Sequence[int],
+    written: Sequence[int],
+) -> dict[str, int]:
+    """Sizes and strides of a launch, of images read, filters, and images written (or dy)."""
+    _, h, w, _ = window.images(read)
+    hf, wf, *_ = window.filters(filters)
+    _, height, width, _ = window.images(written)
+    sizes = {"H": h, "W": w, "C": channels[0], "HF": hf, "WF": wf}
+    sizes |= {"HO": height, "WO": width, "F": channels[1]}
+    for letters, steps in (
+        (("X_N", "X_H", "X_W", "X_C"), window.images(contiguous(read))),
+        (("W_H", "W_W", "W_C", "W_F"), window.filters(contiguous(filters))),
+        (("Y_N", "Y_H", "Y_W", "Y_F"), window.images(contiguous(written))),
+    ):
+        sizes |= dict(zip(letters, steps, strict=True))
+    return sizes | {"DILATION_H": window.dilation[0], "DILATION_W": window.dilation[1]}
+
+
+def _blocks(config: Config) -> dict[str, int]:
+    return {
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BK": config.block_k,
+        "ROWS": _ROWS,
+        "num_warps": config.ratio_m * config.ratio_n,
+        "num_stages": config.stages,
+    }
