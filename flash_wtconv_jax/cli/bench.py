@@ -107,6 +107,25 @@ def wtconvnext(
     tell(report, _wtconvnext_table(report), figures, out)
 
 
+@bench.command("conv2d")
+def conv2d(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A named shape; several are allowed. Default: all.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for conv2d.json.")] = Path("runs/bench"),
+) -> None:
+    """Time the dense 2-D convolution beside XLA's, alone and with padding, bias and activation."""
+    from pallas_kernels.conv2d.shapes import SHAPES
+
+    from ..bench import conv2d as benchmark
+
+    with _measuring(device, out) as progress:
+        report = benchmark.run(shape or list(SHAPES), progress, dtype)
+    tell(report, _conv2d_table(report), {}, out)
+
+
 @contextmanager
 def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
     """Computes on a device and shows how far it is; what is wrong is found before it starts."""
@@ -232,6 +251,32 @@ def _wtconvnext_table(report: Mapping[str, Any]) -> Any:
             for cell in (f"{row['images_per_s']:,.0f}", _times(row), f"{row['speedup']:.2f}")
         ]
         table.add_row(contender, *cells)
+    return table
+
+
+def _conv2d_table(report: Mapping[str, Any]) -> Any:
+    """A section an expression and direction, a row a shape and contender, and the means."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"conv2d, {report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; x: speed over "
+        f"{report['baseline']}; mean: geometric",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("", "ms", "TFLOP/s", "x"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for mean in report["means"]:
+        what = mean["expression"], mean["direction"]
+        if mean["contender"] == report["baseline"]:
+            table.add_section()
+            table.add_row(f"[bold]{what[0]}, {what[1]}[/]")
+        for row in report["rows"]:
+            key = row["expression"], row["direction"], row["contender"]
+            if key == (*what, mean["contender"]):
+                rate, speed = f"{row['tflops_per_s']:.3g}", f"{row['speedup']:.2f}"
+                table.add_row(row["shape"], row["contender"], _times(row), rate, speed)
+        table.add_row("mean", mean["contender"], "", "", f"{mean['speedup']:.2f}")
     return table
 
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.conv2d.problem import Config, Window
-from pallas_kernels.conv2d.xla import mirrored
+from pallas_kernels.conv2d.xla import mirrored, transposed
 from pallas_kernels.triton import launch, unavailable
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "input_grad", "unavailable", "weight_grad"]
@@ -78,21 +78,18 @@ def input_grad(
 
     common = jnp.promote_types(dy.dtype, w.dtype)
     dy, w = dy.astype(common), w.astype(common)
-    image = jax.ShapeDtypeStruct((dy.shape[0], *shape), dtype)
+    image, written, mirror = (dy.shape[0], *shape), dtype, None
+    padded = image
     if window.reflect:
-        # The gradient of the padded image, then the transpose of mirroring.
-        acc = jax.ShapeDtypeStruct(image.shape, jnp.float32)
-        padded = jax.eval_shape(partial(mirrored, window=window), acc)
-        window, mirror = window._replace(pads=((0, 0), (0, 0)), reflect=False), window
-    else:
-        padded = image
+        # The gradient of the padded images, then the transpose of mirroring.
+        mirror, written = partial(mirrored, window=window), jnp.float32
+        padded = jax.eval_shape(mirror, jax.ShapeDtypeStruct(image, written)).shape
+        window = window._replace(pads=((0, 0), (0, 0)), reflect=False)
     dx = triton_launches.input_grad(
-        dy, w, padded.shape, window, padded.dtype, _PRECISIONS[precision], config, launch
+        dy, w, padded, window, written, _PRECISIONS[precision], config, launch
     )
     dx = vary_over(varying_axes((dy, w)), dx)
-    if padded is not image:
-        (dx,) = jax.linear_transpose(partial(mirrored, window=mirror), acc)(dx)
-    return dx.astype(dtype)
+    return dx if mirror is None else transposed(mirror, image, dx).astype(dtype)
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))

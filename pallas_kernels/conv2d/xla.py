@@ -1,5 +1,6 @@
 """Dense convolution by `lax.conv_general_dilated`: runs on every platform."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.conv2d.problem import Config, Window
 from pallas_kernels.numerics import accumulator
-from pallas_kernels.platform import on_cpu
+from pallas_kernels.platform import current, on_cpu
 
 DIFFERENTIABLE = True
 
@@ -42,7 +44,10 @@ def forward(
 ) -> jax.Array:
     """The operator; see `vjp` for the arguments. XLA picks tiles itself, whatever `config`."""
     acc = accumulator(x.dtype)
-    y = _conv(x, w, window, precision, acc)
+    # XLA widens what cuDNN is to read if it is to write more: as slow as float32, so on a GPU 16
+    # bits stay 16 until the epilogue.
+    stays = current() == "gpu" and out_dtype == x.dtype
+    y = _conv(x, w, window, precision, None if stays else acc).astype(acc)
     if bias is not None:
         y = y + _along_features(bias.astype(acc), window)
     return activate(y, activation).astype(out_dtype)
@@ -61,10 +66,7 @@ def input_grad(
     """The transpose in x, of the shape `[N, *shape]`."""
     common = _computed(jnp.promote_types(dy.dtype, w.dtype))
     run = partial(_conv, w=w.astype(common), window=window, precision=precision)
-    (dx,) = jax.linear_transpose(run, jax.ShapeDtypeStruct((dy.shape[0], *shape), common))(
-        dy.astype(common)
-    )
-    return dx.astype(dtype)
+    return transposed(run, (dy.shape[0], *shape), dy.astype(common), w).astype(dtype)
 
 
 def weight_grad(
@@ -80,8 +82,7 @@ def weight_grad(
     """The transpose in w."""
     common = _computed(jnp.promote_types(dy.dtype, x.dtype))
     run = partial(_conv, x.astype(common), window=window, precision=precision)
-    (dw,) = jax.linear_transpose(run, jax.ShapeDtypeStruct(shape, common))(dy.astype(common))
-    return dw.astype(dtype)
+    return transposed(run, shape, dy.astype(common), x).astype(dtype)
 
 
 def activate(y: jax.Array, activation: str | None) -> jax.Array:
@@ -91,6 +92,22 @@ def activate(y: jax.Array, activation: str | None) -> jax.Array:
     if activation == "gelu":
         return jax.nn.gelu(y, approximate=False)
     return y
+
+
+def transposed(
+    linear: Callable[[jax.Array], jax.Array],
+    shape: tuple[int, ...],
+    dy: jax.Array,
+    *used: jax.Array,
+) -> jax.Array:
+    """The transpose of a linear function of an array of a shape and dy's dtype, applied to dy.
+
+    `used` is what the function knows. Not `jax.linear_transpose`, which refuses arrays that vary
+    over the axes of a mesh; the function's own value is not computed either.
+    """
+    zeros = vary_over(varying_axes((dy, used)), jnp.zeros(shape, dy.dtype))
+    _, pullback = jax.vjp(linear, zeros)
+    return pullback(dy)[0]
 
 
 def mirrored(x: jax.Array, window: Window) -> jax.Array:

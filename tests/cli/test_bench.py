@@ -10,6 +10,7 @@ from flash_wtconv_jax import models
 from flash_wtconv_jax.bench import roofs, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
 from pallas_kernels import platform
+from pallas_kernels.conv2d import shapes as dense
 from pallas_kernels.dispatch import table
 from pallas_kernels.wtconv import shapes
 
@@ -34,6 +35,26 @@ def small(monkeypatch):
 
 def bench(*arguments, benchmark="wtconv"):
     return CliRunner().invoke(app, ["bench", benchmark, *map(str, arguments)])
+
+
+def test_dense_convolutions(tmp_path, monkeypatch):
+    layer = dense.Shape(1, 5, 6, 3, 3, 3, 4)
+    monkeypatch.setitem(dense.SHAPES, "tiny", layer)
+    result = bench("--shape", "tiny", "--out", tmp_path, benchmark="conv2d")
+    assert result.exit_code == 0, result.output
+    assert "reflect+bias+gelu, forward+backward" in result.output and "TFLOP/s" in result.output
+    report = json.loads((tmp_path / "conv2d.json").read_text())
+    rows = {(r["expression"], r["direction"], r["contender"]): r for r in report["rows"]}
+    assert set(rows) == {
+        (expression, direction, contender)
+        for expression in ("convolution", "reflect+bias+gelu")
+        for direction in ("forward", "forward+backward")
+        for contender in ("plain jax", "flash xla")
+    }
+    assert rows["convolution", "forward", "plain jax"]["tflops_per_s"] == layer.operations / 2e9
+    assert {mean["speedup"] for mean in report["means"]} == {1.0} and len(report["means"]) == 8
+    result = bench("--shape", "huge", "--out", tmp_path, benchmark="conv2d")
+    assert "['huge'] is not one of" in str(result.exception)
 
 
 def test_report_table_and_picture(tmp_path):

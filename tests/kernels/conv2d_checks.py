@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_kernels import oracle
 from pallas_kernels.conv2d import conv2d
-from pallas_kernels.conv2d.cases import inputs
+from pallas_kernels.conv2d.cases import Case, inputs
 
 LOW = ("bfloat16", "float16")
 NAMES = ("y", "dx", "dw", "dbias")
@@ -154,3 +154,19 @@ def assert_close(case, got, want):
 def assert_oracle(case, implementation=None):
     """Output and gradients of a case are the oracle's."""
     assert_close(case, value_and_grads(ours(case, implementation), case), expected(case))
+
+
+def assert_sharded(implementation, check_vma):
+    """A `shard_map` over the batch, of one device, changes nothing."""
+    case = Case(2, 9, 8, 4, 3, 3, 6, padding="reflect", bias=True, activation="gelu")
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch, whole = jax.sharding.PartitionSpec("n"), jax.sharding.PartitionSpec()
+    local = jax.shard_map(
+        ours(case, implementation),
+        mesh=mesh,
+        in_specs=(batch, whole, whole),
+        out_specs=batch,
+        check_vma=check_vma,
+    )
+    got, want = (value_and_grads(call, case) for call in (local, plain(case)))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)

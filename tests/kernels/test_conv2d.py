@@ -10,6 +10,7 @@ from conv2d_checks import (
     arrays,
     assert_close,
     assert_oracle,
+    assert_sharded,
     expected,
     ours,
     plain,
@@ -119,6 +120,11 @@ def test_low_precision_is_differentiated_twice():
     run = partial(conv2d, out_dtype="float32")
     slope = jax.grad(lambda x: (jax.grad(lambda w: (run(x, w) ** 2).sum())(w) ** 2).sum())(x)
     assert slope.dtype == x.dtype and jnp.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sharded_over_the_batch(check_vma):
+    assert_sharded("xla", check_vma)
 
 
 def test_batch_dimensions():

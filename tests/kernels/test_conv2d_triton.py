@@ -8,6 +8,7 @@ from conv2d_checks import (
     arrays,
     assert_close,
     assert_oracle,
+    assert_sharded,
     expected,
     plain,
     value_and_grads,
@@ -23,7 +24,7 @@ from pallas_kernels.conv2d.shapes import SHAPES
 
 EXTRA = (
     # Several tiles each way, the last of each in part; whole blocks of channels of one tap.
-    Case(2, 6, 7, 32, 2, 3, 40, padding="SAME", dtype="float16", bias=True, activation="gelu"),
+    Case(1, 5, 6, 32, 2, 2, 20, padding="SAME", dtype="float16", bias=True, activation="gelu"),
     Case(1, 9, 5, 64, 3, 1, 18, 2, 1, groups=2, layout="nchw_fchw", bias=True),
     # One dtype in, another out.
     *TABLE[:2],
@@ -53,9 +54,6 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(triton_jax, "launch", run)
     monkeypatch.setattr(triton_jax, "unavailable", lambda platform: None)
-    yield
-    # Traces that hold the interpreter.
-    jax.clear_caches()
 
 
 def ours(case, config=None):
@@ -81,7 +79,7 @@ def test_interpreted_kernels_are_the_oracles(interpreted, case):
 
 @INTERPRETED
 def test_kernels_are_differentiated_twice_and_mapped(interpreted):
-    case = Case(2, 6, 5, 2, 3, 2, 4, (2, 1), "reflect", groups=2, bias=True, activation="relu")
+    case = Case(2, 4, 4, 2, 3, 2, 2, (2, 1), "reflect", groups=2, bias=True, activation="relu")
     x, w, bias, _ = arrays(case)
 
     def second(call):
@@ -139,8 +137,15 @@ def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "triton")
 
 
+# A second each: every shape is compiled.
+ON_GPU = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (i >= 22))
+    for i, case in enumerate(TABLE)
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ON_GPU)
 def test_the_table(case):
     kernel, _ = get_igemm_conv2d(
         case.layout, *case[:8], case.dtype, case.out_dtype, implementation="triton"
@@ -157,24 +162,19 @@ def test_layers_of_a_network_are_xlas(name, dtype):
     layer = SHAPES[name]
     keys = jax.random.split(jax.random.key(0), 3)
     x, w, bias = map(jax.random.normal, keys, (layer.x, layer.w, (layer.features,)))
-    w = w / np.sqrt(w[..., 0].size)
+    arrays = [a.astype(dtype) for a in (x, w / np.sqrt(w[..., 0].size), bias)]
 
-    def run(implementation, dtype):
-        call = lambda x, w, b: conv2d(  # noqa: E731
-            x,
-            w,
-            padding="reflect",
-            bias=b,
-            activation="gelu",
-            implementation=implementation,
-        )
-        given = (a.astype(dtype).astype(jnp.float32) for a in (x, w, bias))
-        y, pullback = jax.vjp(jax.jit(call), *(a.astype(dtype) for a in given))
+    def run(implementation):
+        def call(x, w, bias):
+            rest = {"padding": "reflect", "activation": "gelu", "implementation": implementation}
+            return conv2d(x, w, bias=bias, **rest)
+
+        y, pullback = jax.vjp(call, *arrays)
         return y, *pullback(jnp.cos(y))
 
-    # Of bfloat16 each of two roundings is at most 1/256 of a value, here up to some five.
-    allowed = 0.05 if dtype == "bfloat16" else 2e-4
-    for got, want in zip(run("triton", dtype), run("xla", dtype), strict=True):
+    # The last bit of a bfloat16 is 1/128 of a value, and some are five times the rest.
+    allowed = 0.08 if dtype == "bfloat16" else 5e-4
+    for got, want in zip(run("triton"), run("xla"), strict=True):
         got, want = (np.asarray(a, np.float32) for a in (got, want))
         assert np.abs(got - want).max() <= allowed * np.sqrt(np.mean(want**2))
 
@@ -184,3 +184,9 @@ def test_gradients_are_bitwise_reproducible():
     case = Case(8, 33, 31, 24, 3, 3, 40, padding="SAME", dtype="bfloat16")
     first, again = (value_and_grads(ours(case), case) for _ in range(2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sharded_over_the_batch(check_vma):
+    assert_sharded("triton", check_vma)
