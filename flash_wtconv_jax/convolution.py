@@ -13,14 +13,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.checks import (
     checked_array,
-    checked_dtype,
     checked_integer,
     checked_pair,
-    checked_precision,
 )
 from pallas_kernels.conv2d.api import OPERATOR, Padding, conv2d
 
-from .parameters import ImplementationLike, PrecisionLike
+from .parameters import ImplementationLike, PrecisionLike, check_computation
 
 Pair = int | Sequence[int]
 
@@ -61,11 +59,7 @@ def check_layer(
         checked_pair(1 if value is None else value, name, least=1)
     if isinstance(padding, str) and padding not in _NAMES:
         raise ValueError(f"padding={padding!r}: the names are {', '.join(_NAMES)}")
-    if dtype is not None:
-        checked_dtype(dtype, "dtype")
-    checked_dtype(param_dtype, "param_dtype")
-    checked_precision(precision)
-    OPERATOR.check_names(implementation)
+    check_computation(OPERATOR, dtype, param_dtype, precision, implementation)
 
 
 def kernel_shape(

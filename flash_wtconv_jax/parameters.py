@@ -23,6 +23,7 @@ from pallas_kernels.checks import (
     checked_integer,
     checked_precision,
 )
+from pallas_kernels.dispatch import Operator
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv.api import OPERATOR
 
@@ -139,11 +140,32 @@ def check_layer(
         ... )
     """
     filter_bank(wavelet)
+    check_computation(OPERATOR, dtype, param_dtype, precision, implementation)
+
+
+def check_computation(
+    operator: Operator, dtype: Any, param_dtype: Any, precision: Any, implementation: Any
+) -> None:
+    """Check how a layer computes an operator.
+
+    Args:
+        operator: The operator.
+        dtype: None, or a floating-point dtype of 16, 32 or 64 bits.
+        param_dtype: Such a dtype.
+        precision: None, or a precision of `jax.lax.Precision`.
+        implementation: None, or names of the operator's implementations.
+
+    Raises:
+        ValueError: naming the first argument that is none of these.
+
+    Example:
+        >>> check_computation(OPERATOR, None, "bfloat16", None, "xla")
+    """
     if dtype is not None:
         checked_dtype(dtype, "dtype")
     checked_dtype(param_dtype, "param_dtype")
     checked_precision(precision)
-    OPERATOR.check_names(implementation)
+    operator.check_names(implementation)
 
 
 def checked_rngs(rngs: Any) -> Any:

@@ -26,7 +26,7 @@ from pallas_kernels import platform
 from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar import vjp
-from pallas_kernels.haar.filters import IS_HAAR, filter_bank
+from pallas_kernels.haar.filters import beyond_images, filter_bank
 from pallas_kernels.measuring import OnRandomArrays
 
 
@@ -75,13 +75,7 @@ class Problem(NamedTuple):
             >>> Problem((2, 8, 4), jnp.dtype("float32"), 1, 3, "haar").beyond(["float32"], 2)
             ['1-D signals, 2-D alone', '3 levels, up to 2']
         """
-        reasons = []
-        if self.ndim != 2:
-            reasons.append(f"{self.ndim}-D signals, 2-D alone")
-        if self.dtype not in dtypes:
-            reasons.append(f"{self.dtype}, {', '.join(dtypes)} alone")
-        if self.wavelet not in IS_HAAR:
-            reasons.append(f"wavelet {self.wavelet!r}, 'haar' alone")
+        reasons = beyond_images(self.ndim, self.dtype, self.wavelet, dtypes)
         if self.levels > max_levels:
             reasons.append(f"{self.levels} levels, up to {max_levels}")
         if not all(isinstance(size, int) for size in self.shape):

@@ -1,6 +1,8 @@
 """The filter banks of PyWavelets' discrete wavelets, in the order of a cross-correlation."""
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,32 @@ def filter_bank(wavelet: str) -> tuple[Array, Array]:
     if not isinstance(wavelet, str):
         raise ValueError(f"wavelet={wavelet!r}: expected the name of a discrete wavelet")
     return (HAAR, HAAR) if wavelet in IS_HAAR else _from_pywavelets(wavelet)
+
+
+def beyond_images(ndim: int, dtype: Any, wavelet: str, dtypes: Sequence[str]) -> list[str]:
+    """What kernels for images and the Haar wavelet do not do of a signal.
+
+    Args:
+        ndim: Its spatial axes.
+        dtype: Its dtype, of any framework, or the name.
+        wavelet: Name of the wavelet.
+        dtypes: Those that the kernels take.
+
+    Returns:
+        A phrase for each, none if they take it.
+
+    Example:
+        >>> beyond_images(1, "float64", "haar", ["float32"])
+        ['1-D signals, 2-D alone', 'float64, float32 alone']
+    """
+    reasons = []
+    if ndim != 2:
+        reasons.append(f"{ndim}-D signals, 2-D alone")
+    if dtype not in dtypes:
+        reasons.append(f"{dtype}, {', '.join(dtypes)} alone")
+    if wavelet not in IS_HAAR:
+        reasons.append(f"wavelet {wavelet!r}, 'haar' alone")
+    return reasons
 
 
 @cache

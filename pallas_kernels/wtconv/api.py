@@ -164,14 +164,15 @@ def _wtconv(
     flat = x.reshape(math.prod(batch), *spatial, channels)
     problem = Problem(flat.shape, flat.dtype, kernel_size, levels, wavelet)
     precision = checked_precision(precision)
+    here, kind = platform.current(), platform.kind()
     chosen = [
         OPERATOR.choose(
             direction,
             implementation,
-            platform.current(),
+            here,
             problem,
             partial(_measurement, direction, problem, "base_bias" in params, precision),
-            platform.kind(),
+            kind,
         )
         for direction in OPERATOR.directions
     ]

@@ -150,6 +150,11 @@ class _Tiling:
         return self.reach if self.heights > 1 else 0
 
     @property
+    def lag(self) -> int:
+        """`reach`, which counts pixels too, in rows of coefficients of two pixels each."""
+        return pl.cdiv(self.reach, 2)
+
+    @property
     def steps(self) -> int:
         """Steps a tile: after its last row come those below that it is filtered with."""
         return self.lead + self.rows + self.reach
@@ -447,7 +452,7 @@ class _LevelBlock(_Block):
     @property
     def lag(self) -> int:
         """Rows of coefficients that the base convolution's results lie behind what it reads."""
-        return pl.cdiv(self.tiling.reach, 2) if self.level == 1 else 0
+        return self.tiling.lag if self.level == 1 else 0
 
     def fetch(self, turn: Any) -> None:
         """Orders the copies of a step."""
@@ -781,7 +786,7 @@ class _WeightsBlock(_Block):
     @property
     def behind(self) -> int:
         """Steps by which the rows of pixels of dy are used later than they come in."""
-        return self.tiling.reach - pl.cdiv(self.tiling.reach, 2)
+        return self.tiling.reach - self.tiling.lag
 
     def fetch(self, turn: Any) -> None:
         """Orders the copies of a step."""
@@ -843,7 +848,7 @@ class _WeightsBlock(_Block):
         """Sums over the upper or the lower row of each pair of pixels' rows of dy."""
         plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
         tiling, size, columns = self.tiling, self.size, 2 * self.tiling.columns
-        reach, lag, behind = tiling.reach, pl.cdiv(tiling.reach, 2), self.behind
+        reach, lag, behind = tiling.reach, tiling.lag, self.behind
         if lower:
             self.fetch_first()
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pallas_kernels.haar.filters import IS_HAAR
+from pallas_kernels.haar.filters import beyond_images
 
 
 class Problem(NamedTuple):
@@ -42,13 +42,7 @@ class Problem(NamedTuple):
             >>> Problem((2, 8, 4), "float32", 5, 1, "haar").beyond(["float32"], 3)
             ['1-D signals, 2-D alone', 'kernels of 5, up to 3']
         """
-        reasons = []
-        if len(self.shape) != 4:
-            reasons.append(f"{len(self.shape) - 2}-D signals, 2-D alone")
-        if self.dtype not in dtypes:
-            reasons.append(f"{self.dtype}, {', '.join(dtypes)} alone")
-        if self.wavelet not in IS_HAAR:
-            reasons.append(f"wavelet {self.wavelet!r}, 'haar' alone")
+        reasons = beyond_images(len(self.shape) - 2, self.dtype, self.wavelet, dtypes)
         if self.kernel_size > max_kernel:
             reasons.append(f"kernels of {self.kernel_size}, up to {max_kernel}")
         if odd and self.kernel_size % 2 == 0:
