@@ -6,6 +6,8 @@
 import math
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,6 +25,9 @@ from pallas_kernels.checks import (
 from pallas_kernels.conv2d import vjp
 from pallas_kernels.conv2d.problem import LAYOUTS, Config, Pair, Problem, Window
 from pallas_kernels.dispatch import Choice, Operator
+from pallas_kernels.dispatch.tuner import Config as Measured
+from pallas_kernels.measuring import OnRandomArrays
+from pallas_kernels.numerics import accumulator
 
 Padding = int | str | Sequence[int | Sequence[int]]
 
@@ -82,9 +87,11 @@ def conv2d(
         layout: "nhwc_hwcf" (channels last) or "nchw_fchw".
         out_dtype: Dtype of the output; None is x's.
         precision: Of products of float32 on matrix units; None is full float32.
-        implementation: Filter on the implementations: a name, a sequence of names, or `None` for
-            the environment's (`FLASH_WTCONV_CONV2D_FWD`, `..._BWD`) or the device's rule.
-        config: Tiles of a kernel of ours; None takes those made for the shape. XLA picks its own.
+        implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
+            for the fastest of them, which is measured once and remembered, or `None` for the
+            environment's (`FLASH_WTCONV_CONV2D_FWD`, `..._BWD`) or the device's rule.
+        config: Tiles of a kernel of ours; None takes those measured or made for the shape. XLA
+            picks its own.
 
     Returns:
         `[*batch, H_out, W_out, NF]`, in "nchw_fchw" `[*batch, NF, H_out, W_out]`, with `H_out =
@@ -119,14 +126,22 @@ def conv2d(
     dtype = x.dtype if out_dtype is None else checked_dtype(out_dtype, "out_dtype")
     shape = window.images(flat.shape)
     problem = Problem(shape, x.dtype, height, width, features, window, dtype)
-    here, kind = platform.current(), platform.kind()
-    plan = vjp.Plan(
-        OPERATOR.module(OPERATOR.pick("fwd", implementation, here, problem, kind)),
-        OPERATOR.module(OPERATOR.pick("bwd", implementation, here, problem, kind)),
-        window,
-        checked_precision(precision),
-        _checked_config(config),
-    )
+    precision, config = checked_precision(precision), _checked_config(config)
+    measured = problem, window.filters(w.shape), bias is not None, activation, precision, config
+    chosen = [
+        OPERATOR.choose(
+            direction,
+            implementation,
+            platform.current(),
+            problem,
+            partial(_measurement, direction, *measured),
+            platform.kind(),
+        )
+        for direction in OPERATOR.directions
+    ]
+    fwd, bwd = (OPERATOR.module(one.implementation) for one in chosen)
+    configs = (config or _tiles(one.config) for one in chosen)
+    plan = vjp.Plan(fwd, bwd, window, precision, *configs)
     y = vjp.conv2d(plan, activation, dtype, flat, w, bias)
     return y.reshape(*batch, *y.shape[1:])
 
@@ -236,6 +251,42 @@ def get_igemm_conv2d(
     symbols |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
     symbols["ELEMS_PER_THREAD"] = block_m * block_n // (32 * ratio_m * ratio_n)
     return kernel, symbols
+
+
+def _measurement(
+    direction: str,
+    problem: Problem,
+    filters: tuple[int, ...],
+    bias: bool,
+    activation: str | None,
+    precision: jax.lax.Precision | None,
+    config: Config | None,
+) -> OnRandomArrays:
+    """How the tuner runs an implementation on arrays like those of a call."""
+    window = problem.window
+    height, width, _, features = filters
+    n, *size, _ = problem.shape
+    output = window.laid_out(n, *window.output(size, (height, width)), features)
+    x = jax.ShapeDtypeStruct(window.laid_out(*problem.shape), problem.dtype)
+    w = jax.ShapeDtypeStruct(window.filters_laid_out(*filters), problem.dtype)
+    last = jax.ShapeDtypeStruct(output, problem.out_dtype)
+    if direction == "fwd":
+        last = jax.ShapeDtypeStruct((features,), accumulator(problem.dtype)) if bias else None
+
+    def run(module: ModuleType, found: Measured) -> Callable[..., Any]:
+        tiles = config or _tiles(found)
+        plan = vjp.Plan(module, module, window, precision, tiles, tiles)
+        return vjp.one_pass(plan, direction, activation, problem.out_dtype)
+
+    static = {"precision": precision and precision.name, "config": config and list(config)}
+    if direction == "fwd":
+        static |= {"bias": bias, "activation": activation}
+    return OnRandomArrays(run, (x, w, last), OPERATOR.module("xla"), static)
+
+
+def _tiles(found: Measured) -> Config | None:
+    """What was measured to be the best, None where nothing was."""
+    return Config(**dict(found)) if found else None
 
 
 def _preferred(problem: Problem) -> str:

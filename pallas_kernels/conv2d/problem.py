@@ -76,6 +76,15 @@ class Window(NamedTuple):
         """
         return (n, h, w, c) if self.layout == "nhwc_hwcf" else (n, c, h, w)
 
+    def filters_laid_out(self, h: int, w: int, c: int, f: int) -> tuple[int, int, int, int]:
+        """The shape of filters of this layout: the inverse of `filters`.
+
+        Example:
+            >>> Window(layout="nchw_fchw").filters_laid_out(3, 5, 4, 8)
+            (8, 4, 3, 5)
+        """
+        return (h, w, c, f) if self.layout == "nhwc_hwcf" else (f, c, h, w)
+
 
 class Config(NamedTuple):
     """Tiles of a matrix product: each block computes `block_m` pixels of `block_n` features.

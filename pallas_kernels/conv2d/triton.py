@@ -13,7 +13,7 @@ from pallas_kernels.conv2d.problem import Config, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 from pallas_kernels.triton import launch, unavailable
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "input_grad", "unavailable", "weight_grad"]
+__all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "input_grad", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 
@@ -36,6 +36,20 @@ def check(direction: str, problem: Any) -> None:
     from . import triton_launches
 
     triton_launches.check(problem)
+
+
+def grid(direction: str, problem: Any) -> list[dict[str, int]]:
+    """Tiles that are worth timing, those made for the shape first; see `check`."""
+    if problem.dtype == "float32":
+        sizes = [(64, 32, 32, 3), (128, 64, 16, 3)]
+    else:
+        sizes = [(128, 128, 64, 4), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4)]
+        sizes += [(128, 256, 64, 3), (128, 128, 32, 4)]
+    tiles = []
+    for block_m, block_n, block_k, stages in sizes:
+        warps = 8 if block_m * block_n >= 128 * 128 else 4
+        tiles.append(Config(block_m, block_n, block_k, warps // 2, 2, stages)._asdict())
+    return [{}, *tiles]
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))

@@ -16,9 +16,10 @@ layout "nchw_fchw" of `problem.Window`. Modules whose functions JAX can differen
 `grad` and `hessian` work.
 """
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +40,17 @@ class Plan(NamedTuple):
     bwd: ModuleType
     window: Window
     precision: jax.lax.Precision | None
-    config: Config | None
+    fwd_config: Config | None
+    bwd_config: Config | None
 
     @property
-    def told(self) -> dict[str, object]:
+    def backward(self) -> "Plan":
+        """What the backward pass computes forward with."""
+        return self._replace(fwd=self.bwd, fwd_config=self.bwd_config)
+
+    def told(self, config: Config | None) -> dict[str, object]:
         """What every function of an implementation is told."""
-        return {"window": self.window, "precision": self.precision, "config": self.config}
+        return {"window": self.window, "precision": self.precision, "config": config}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -144,7 +150,7 @@ def _input_grad_bwd(
     x: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     dy, w = residuals
-    ddy = _apply(plan._replace(fwd=plan.bwd), None, dy.dtype, x, w, None)
+    ddy = _apply(plan.backward, None, dy.dtype, x, w, None)
     return ddy, _weight_grad(plan, w.shape, w.dtype, x, dy)
 
 
@@ -172,11 +178,35 @@ def _weight_grad_bwd(
     w: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     x, dy = residuals
-    ddy = _apply(plan._replace(fwd=plan.bwd), None, dy.dtype, x, w, None)
+    ddy = _apply(plan.backward, None, dy.dtype, x, w, None)
     return _input_grad(plan, x.shape[1:], x.dtype, dy, w), ddy
 
 
 _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
+
+
+def one_pass(
+    plan: Plan, direction: str, activation: str | None, out_dtype: jnp.dtype
+) -> Callable[..., Any]:
+    """One direction alone, which is what the tuner times.
+
+    Args:
+        plan: Of the call.
+        direction: "fwd", a function of x, w and the bias, or "bwd", of x, w and dy.
+        activation: Of the forward pass.
+        out_dtype: Likewise.
+
+    Returns:
+        The function: the output, or the gradients of x and w.
+    """
+    if direction == "fwd":
+        return partial(_forward, plan, activation, out_dtype)
+
+    def backward(x: jax.Array, w: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dx = _dx(plan, x.shape[1:], x.dtype, dy, w)
+        return dx, _dw(plan, w.shape, w.dtype, x, dy)
+
+    return backward
 
 
 def _forward(
@@ -187,21 +217,23 @@ def _forward(
     w: jax.Array,
     bias: jax.Array | None,
 ) -> jax.Array:
-    run = partial(plan.fwd.forward, activation=activation, out_dtype=out_dtype, **plan.told)
+    run = partial(
+        plan.fwd.forward, activation=activation, out_dtype=out_dtype, **plan.told(plan.fwd_config)
+    )
     return run(x, w, bias) if plan.fwd.DIFFERENTIABLE else folding(run)(x, w, bias)
 
 
 def _dx(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
-    run = partial(plan.bwd.input_grad, shape=shape, dtype=dtype, **plan.told)
+    run = partial(plan.bwd.input_grad, shape=shape, dtype=dtype, **plan.told(plan.bwd_config))
     return run(dy, w) if plan.bwd.DIFFERENTIABLE else folding(run)(dy, w)
 
 
 def _dw(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
-    run = partial(plan.bwd.weight_grad, shape=shape, dtype=dtype, **plan.told)
+    run = partial(plan.bwd.weight_grad, shape=shape, dtype=dtype, **plan.told(plan.bwd_config))
     return run(x, dy) if plan.bwd.DIFFERENTIABLE else mapped(run)(x, dy)
 
 

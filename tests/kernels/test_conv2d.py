@@ -127,6 +127,13 @@ def test_sharded_over_the_batch(check_vma):
     assert_sharded("xla", check_vma)
 
 
+def test_the_fastest_is_chosen_by_measurement():
+    x, w, bias, _ = arrays(HARD[0])
+    run = partial(conv2d, bias=bias, **HARD[0].arguments)
+    got = jax.jit(partial(run, implementation="auto"))(x, w)
+    np.testing.assert_array_equal(got, run(x, w))
+
+
 def test_batch_dimensions():
     x, w = np.ones((2, 3, 5, 4, 6)), np.ones((2, 2, 6, 7))
     assert conv2d(x, w).shape == (2, 3, 4, 3, 7)

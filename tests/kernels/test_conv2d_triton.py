@@ -15,10 +15,11 @@ from conv2d_checks import (
 )
 from triton_checks import INTERPRETED, compiled_resources, launch, tensor
 
+from flash_wtconv_jax import tuning
 from pallas_kernels import oracle
 from pallas_kernels.conv2d import Config, conv2d, get_igemm_conv2d
 from pallas_kernels.conv2d import triton as triton_jax
-from pallas_kernels.conv2d.api import OPERATOR, Problem, Window
+from pallas_kernels.conv2d.api import OPERATOR, Problem, Window, _checked_config
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case
 from pallas_kernels.conv2d.shapes import SHAPES
 
@@ -91,6 +92,34 @@ def test_kernels_are_differentiated_twice_and_mapped(interpreted):
 
     for got, want in zip(second(ours(case, SMALL)), second(plain(case)), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+@INTERPRETED
+def test_tiles_are_measured(interpreted, monkeypatch):
+    """Where Triton is named, its tiles are timed, and those taken are right."""
+    seen = []
+    real = triton_jax.forward
+
+    def forward(*args, config, **kwargs):
+        seen.append(config)
+        return real(*args, config=config, **kwargs)
+
+    monkeypatch.setattr(triton_jax, "forward", forward)
+    monkeypatch.setattr(triton_jax, "grid", lambda *_: [SMALL._asdict()])
+    case = Case(1, 4, 4, 2, 2, 2, 3, bias=True, activation="gelu")
+    with tuning("search"):
+        assert_close(case, value_and_grads(ours(case), case), expected(case))
+        # What is given is not measured.
+        conv2d(*arrays(case)[:2], implementation="triton", config=Config(32, 16, 16, 1, 1))
+    assert set(seen) == {SMALL, Config(32, 16, 16, 1, 1)}
+
+
+def test_the_grid_offers_tiles_that_the_kernels_take():
+    for dtype in ("float32", "bfloat16"):
+        for direction in ("fwd", "bwd"):
+            first, *others = triton_jax.grid(direction, LAYER._replace(dtype=np.dtype(dtype)))
+            assert first == {} and others
+            assert all(_checked_config(Config(**tiles)) for tiles in others)
 
 
 @INTERPRETED
