@@ -720,16 +720,21 @@ def _level_weights(
     tiling = _tiling(x.shape, kernel_size, most_rounds=1)
     image = (tiling.images, 2, 2 * tiling.width + 4 * tiling.reach, _CHANNELS)
     other = (tiling.images, 2, 2 * tiling.width, _CHANNELS)
-    depth = min(8, SHARED // (size_in_bytes(image, x.dtype) + size_in_bytes(other, dy.dtype)))
     units = tiling.stretches * tiling.chunks
     taps = kernel_size**2
-    lanes = (_STRIPS, _CHANNELS)
-    outputs = {"bands": (tiling.splits, units, 2, taps, 2, *lanes)}
-    if base:
-        outputs["base"] = (tiling.splits, units, 2, taps + 1, *lanes)
+
+    def sums(count: int) -> tuple[int, ...]:
+        """Of both roles; stored four at a time."""
+        return tiling.splits, units, 2, pl.cdiv(count, _STRIPS) * _STRIPS, _CHANNELS
+
+    outputs = {"bands": sums(2 * taps)} | ({"base": sums(taps + 1)} if base else {})
+    strips = (4, _STRIPS, _STRIPS, _CHANNELS)
+    left = SHARED - size_in_bytes(strips, jnp.dtype("float32"))
+    depth = min(8, left // (size_in_bytes(image, x.dtype) + size_in_bytes(other, dy.dtype)))
     scratch = {
         "rows": plgpu.SMEM((depth, *image), x.dtype),
         "others": plgpu.SMEM((depth, *other), dy.dtype),
+        "strips": plgpu.SMEM(strips, jnp.float32),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=depth),
         "free": plgpu.Barrier(num_arrivals=4 if base else 2, num_barriers=depth),
     }
@@ -746,16 +751,14 @@ def _level_weights(
         **_launch(tiling),
     )(x, dy)
 
-    def total(sums: jax.Array) -> jax.Array:
-        """`[splits, units, roles, ..., strips, channels]` as `[roles, ..., C]`."""
-        sums = sums.sum((0, -2)).reshape(
-            tiling.stretches, tiling.chunks, *sums.shape[2:-2], _CHANNELS
-        )
-        sums = jnp.moveaxis(sums.sum(0), 0, -2)
-        return sums.reshape(*sums.shape[:-2], -1)[..., :channels]
+    def total(sums: jax.Array, count: int) -> jax.Array:
+        """`[splits, units, roles, sums, channels]` as `[roles, count, C]`."""
+        sums = sums.sum(0).reshape(tiling.stretches, tiling.chunks, *sums.shape[2:]).sum(0)
+        return jnp.moveaxis(sums, 0, -2).reshape(*sums.shape[1:-1], -1)[:, :count, :channels]
 
-    bands = jnp.moveaxis(total(found[0]), 0, 1).reshape(taps, 4, channels)
-    return bands, total(found[1]).sum(0) if base else None
+    bands = total(found[0], 2 * taps).reshape(2, taps, 2, channels)
+    bands = jnp.moveaxis(bands, 0, 1).reshape(taps, 4, channels)
+    return bands, total(found[1], taps + 1).sum(0) if base else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -768,6 +771,7 @@ class _WeightsBlock(_Block):
 
     dy: Any
     others: Any
+    strips: Any
     bands: Any
     base: Any = None
 
@@ -841,8 +845,7 @@ class _WeightsBlock(_Block):
 
         totals = lax.fori_loop(0, self.count, tile, _zeros(2 * size**2))
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
-        for t, total in enumerate(totals):
-            self.bands[split, unit, pair, t // 2, t % 2] = total
+        self.leave(pair, totals, self.bands.at[split, unit, pair])
 
     def correlate_pixels(self, lower: int) -> None:
         """Sums over the upper or the lower row of each pair of pixels' rows of dy."""
@@ -893,10 +896,22 @@ class _WeightsBlock(_Block):
         for late in range(behind):
             plgpu.barrier_arrive(self.free.at[lax.rem(self.turns - behind + late, self.depth)])
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
-        for t, total in enumerate(totals):
-            self.base[split, unit, lower, t] = total
+        self.leave(2 + lower, totals, self.base.at[split, unit, lower])
         if lower:
             _drain(self.free, self.turns, self.depth)
+
+    def leave(self, role: Any, totals: list[Any], to: Any) -> None:
+        """Adds up the strips of each sum, in shared memory, and stores them."""
+        fill = -len(totals) % _STRIPS
+        totals = [*totals, *_zeros(fill)]
+        for first in range(0, len(totals), _STRIPS):
+            for t in range(_STRIPS):
+                self.strips[role, t] = totals[first + t]
+            plgpu.commit_smem()
+            # Four sums side by side, as four strips of one were.
+            one, two, three, four = (self.strips[role, :, strip] for strip in range(_STRIPS))
+            to[pl.ds(first, _STRIPS)] = one + two + (three + four)
+            plgpu.commit_smem()
 
     def rest(self) -> None:
         """Leaves its registers to others."""
