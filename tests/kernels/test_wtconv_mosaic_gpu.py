@@ -93,7 +93,7 @@ def test_tiles_hold_every_pixel_once(name):
     for kernel_size in (1, 3, 5):
         tiling = mosaic_gpu._tiling((n, h, w, c), kernel_size)
         assert tiling.reach == kernel_size // 2
-        assert tiling.images * tiling.strips == mosaic_gpu._STRIPS
+        assert tiling.images * tiling.strips == mosaic_gpu.STRIPS
         taken = np.zeros(tiling.tiles, int)
         for split in range(tiling.splits):
             taken[split :: tiling.splits] += 1
@@ -105,7 +105,7 @@ def test_tiles_hold_every_pixel_once(name):
             (groups, tiling.images, n),
             (tiling.heights, tiling.rows, (h + 1) // 2),
             (tiling.stretches, tiling.width, (w + 1) // 2),
-            (tiling.chunks, mosaic_gpu._CHANNELS, c),
+            (tiling.chunks, mosaic_gpu.CHANNELS, c),
         ):
             assert (parts - 1) * each < whole <= parts * each
 
@@ -237,7 +237,7 @@ def test_views_are_columns_of_each_strip(images):
         strips = 4 // images
         halo = 2 * reach if each == 2 else 0
         size = each * strips * columns + 2 * halo
-        shape = (images, size, mosaic_gpu._CHANNELS)
+        shape = (images, size, mosaic_gpu.CHANNELS)
         row = np.arange(math.prod(shape)).reshape(shape)
         tiling = SimpleNamespace(images=images, strips=strips, columns=columns)
         block = SimpleNamespace(tiling=tiling)
