@@ -614,11 +614,6 @@ class _Block:
 
         def tile(i: Any, _: Any) -> tuple[()]:
             def summed(sums: Any) -> None:
-                if self.bias is not None:
-                    own = self.bias.at[pl.ds(self.origin(i)[3] + feature, features)]
-                    offset = gpu_load(own, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
-                    sums[...] = lax.broadcast_in_dim(offset, (pixels, features), (1,))
-
                 def step(s: Any, _: Any) -> tuple[()]:
                     turn = i * self.steps + s
                     slot = lax.rem(turn, stages)
@@ -667,8 +662,12 @@ class _Block:
         for turn, first in enumerate(range(0, tiling.own[1], each)):
             place = warpgroup, turn % 2
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            done = _activated(sums[:, first : first + each], self.layer.activation)
-            rows.at[*place][...] = done.astype(self.y.dtype)
+            done = sums[:, first : first + each]
+            if self.bias is not None:
+                own = self.bias.at[pl.ds(feature + first, each)]
+                offset = gpu_load(own, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+                done = done + lax.broadcast_in_dim(offset, done.shape, (1,))
+            rows.at[*place][...] = _activated(done, self.layer.activation).astype(self.y.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
                 boxes.at[*place],
