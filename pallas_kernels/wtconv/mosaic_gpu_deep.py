@@ -62,10 +62,6 @@ class _Level:
         window = self.columns - 1 + self.reach + self.strips * self.columns
         return self.reach + max(pairs, (self.height - 1) * self.pitch + window)
 
-    def start(self, row: Any) -> Any:
-        """Where a row starts."""
-        return self.reach + row * self.pitch
-
     @property
     def cost(self) -> int:
         """Of filtering it, roughly."""
@@ -329,17 +325,35 @@ class _Block:
                 self.full.at[slot],
             )
 
-    def view(self, row: Any, start: Any, each: int, j: Any) -> Any:
-        """Column j of each strip, `each` wide, of a row `[images, columns, channels]`."""
+    def view(self, row: Any, columns: int, parts: int, j: Any, part: int) -> Any:
+        """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
         images, strips, _ = self.tiling.shape
-        # Mosaic (JAX 0.10 to 0.11) does not fold an axis of one image with a stride of its own.
-        row = row.at[0 if images == 1 else slice(None), pl.ds(start, strips * each)]
-        return row.reshape(images, strips, each, CHANNELS).at[:, :, j]
+        if images == 1:
+            # Mosaic (JAX 0.10 to 0.11) does not fold one image with a stride of its own.
+            row = row.at[0]
+        return row.reshape(images, strips, columns, parts, CHANNELS).at[:, :, j, part]
 
-    def coefficient(self, level: int, band: Any, row: Any, j: Any, each: int, skip: int = 0) -> Any:
-        """A view of a band: column j of each strip, `each` wide, `skip` columns further on."""
-        start = self.tiling.levels[level].start(row) + skip
-        return self.view(self.bands[level].at[band], start, each, j)
+    def coefficient(
+        self, level: int, band: Any, row: Any, j: Any, shift: int = 0, pair: int | None = None
+    ) -> Any:
+        """A view of column j of each strip of a row of a band.
+
+        Args:
+            level: Counted from 0, which is the second.
+            band: Number of the band.
+            row: Of the level.
+            j: Column of the level, or of the next one's if `pair` is given.
+            shift: Columns to go further.
+            pair: Which of the two columns that the next level's column j is computed from.
+        """
+        tiled = self.tiling.levels[level if pair is None else level + 1]
+        parts = 1 if pair is None else 2
+        columns, first = tiled.strips * tiled.columns * parts, tiled.reach + shift
+        # In two steps: what is known of an address should not be added at each load.
+        line = self.bands[level].at[
+            band, :, pl.ds(row * self.tiling.levels[level].pitch, first + columns)
+        ]
+        return self.view(line.at[:, pl.ds(first, columns)], tiled.columns, parts, j, pair or 0)
 
     def within(self, value: Any, limit: int, each: int, j: int) -> Any:
         """The value, zero where column j of a strip, `each` wide, is not below `limit`."""
@@ -398,7 +412,6 @@ class _Block:
     def analyse_pixels(self, i: Any, row: Any) -> None:
         """From four rows of pixels to one of the bands of level 2, twice as large."""
         tiling = self.tiling
-        each = 4 * tiling.levels[0].columns
         turn = i * tiling.turns + 2 * row
         slots = [lax.rem(turn + half, tiling.slots) for half in range(2)]
         for slot in slots:
@@ -406,24 +419,23 @@ class _Block:
 
         def low(j: Any, v: int, e: int) -> Any:
             upper, lower = (
-                self.pixel(slots[v], half, each, 4 * j + 2 * e)
-                + self.pixel(slots[v], half, each, 4 * j + 2 * e + 1)
+                self.pixel(slots[v], half, j, 2 * e) + self.pixel(slots[v], half, j, 2 * e + 1)
                 for half in range(2)
             )
             return upper + lower
 
         self.analyse(0, row, low)
 
-    def pixel(self, slot: Any, row: int, each: int, j: Any) -> Any:
-        """Column j of each strip of a row of pixels, in float32."""
-        return self.view(self.rows.at[slot, :, row], 0, each, j)[...].astype(jnp.float32)
+    def pixel(self, slot: Any, row: int, j: Any, part: int) -> Any:
+        """One of the four pixels in column j of each strip of a row of a slot, in float32."""
+        line = self.rows.at[slot, :, row]
+        return self.view(line, self.tiling.levels[0].columns, 4, j, part)[...].astype(jnp.float32)
 
     def analyse_low(self, level: int, row: Any) -> None:
         """From two rows of the level above's low band to one of the bands of a level."""
-        each = 2 * self.tiling.levels[level].columns
 
         def low(j: Any, v: int, e: int) -> Any:
-            return self.coefficient(level - 1, 0, 2 * row + v, 2 * j + e, each)[...]
+            return self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)[...]
 
         self.analyse(level, row, low)
 
@@ -435,7 +447,6 @@ class _Block:
             row: Of the level.
             low: What is in column j of the strips, at row v and column e of each square.
         """
-        columns = self.tiling.levels[level].columns
 
         def one(t: Any, _: Any) -> tuple[()]:
             j = self.warpgroup + t * _WARPGROUPS
@@ -446,9 +457,10 @@ class _Block:
             )
             bands = top + bottom, top - bottom, falls + rises, falls - rises
             for band, value in enumerate(bands):
-                self.coefficient(level, band, row, j, columns)[...] = value
+                self.coefficient(level, band, row, j)[...] = value
             return ()
 
+        columns = self.tiling.levels[level].columns
         mine = lax.div(columns - self.warpgroup + _WARPGROUPS - 1, _WARPGROUPS)
         lax.fori_loop(0, mine, one, ())
 
@@ -458,10 +470,8 @@ class _Block:
         pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
         # The base's taps come first, then those of level 1.
         first = self.size**2 * (4 * level + 5 + 2 * pair) + band
-        return [
-            [self.taps[chunk, first + 2 * (d * self.size + e)] for e in range(self.size)]
-            for d in range(self.size)
-        ]
+        taps = self.taps.at[chunk, pl.ds(first, 2 * self.size**2 - 1)]
+        return [[taps[2 * (d * self.size + e)] for e in range(self.size)] for d in range(self.size)]
 
     def filter(self, level: int, i: Any) -> None:
         """Filters this warpgroup's band, in place."""
@@ -481,7 +491,7 @@ class _Block:
         tiled, size = self.tiling.levels[level], self.size
         columns, reach = tiled.columns, tiled.reach
         found = [
-            self.coefficient(level, self.warpgroup, row, 0, columns, j - reach)[...]
+            self.coefficient(level, self.warpgroup, row, 0, j - reach)[...]
             for j in range(columns + size - 1)
         ]
         totals = []
@@ -512,13 +522,12 @@ class _Block:
         tiled = self.tiling.levels[level]
         for j, value in enumerate(values):
             value = self.within(value, tiled.width, tiled.columns, j)
-            self.coefficient(level, self.warpgroup, row, j, tiled.columns)[...] = value
+            self.coefficient(level, self.warpgroup, row, j)[...] = value
 
     def pixels(self, level: int, row: Any, j: int) -> list[list[Any]]:
         """The synthesis of a level in a row of coefficients and column j of the strips."""
-        columns = self.tiling.levels[level].columns
         low, vertical, horizontal, diagonal = (
-            self.coefficient(level, band, row, j, columns)[...] for band in range(4)
+            self.coefficient(level, band, row, j)[...] for band in range(4)
         )
         top, bottom = low + vertical, low - vertical
         right, cross = horizontal + diagonal, horizontal - diagonal
@@ -533,7 +542,7 @@ class _Block:
             def add(v: int, j: int = j, found: list[list[Any]] = found) -> None:
                 for e, value in enumerate(found[v]):
                     value = self.within(value, above.width, each, 2 * j + e)
-                    low = self.coefficient(level - 1, 0, 2 * row + v, 2 * j + e, each)
+                    low = self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)
                     low[...] = low[...] + value
 
             add(0)

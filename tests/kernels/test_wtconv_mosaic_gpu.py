@@ -132,12 +132,13 @@ def test_deep_levels_lie_side_by_side_in_shared_memory(name):
             width = tiling.strips * level.columns
             assert level.width <= width <= level.pitch and level.width + reach <= level.pitch
             # The last window that filtering takes columns from, of the halo's last column.
-            last = level.start(level.height - 1) + level.columns - 1 + reach + width
-            assert level.start(0) >= reach and last <= level.size
+            last = (level.height - 1) * level.pitch + level.columns - 1 + 2 * reach + width
+            assert last <= level.size
             if i:
                 above = tiling.levels[i - 1]
                 assert 2 * width <= above.pitch
-                assert above.start(2 * level.height - 1) + 2 * width <= above.size
+                last = (2 * level.height - 1) * above.pitch + reach + 2 * width
+                assert last <= above.size
 
 
 def test_deep_levels_are_one_launch_where_they_fit():
@@ -197,8 +198,8 @@ def strided_views(monkeypatch):
             return row.at[:, j]
         return row.at[0, pl.ds(j, self.tiling.strips, stride=each * self.tiling.columns)]
 
-    def deep(self, row, start, each, j):
-        return row.at[:, pl.ds(start + j, self.tiling.strips, stride=each)]
+    def deep(self, row, columns, parts, j, part):
+        return row.at[:, pl.ds(j * parts + part, self.tiling.strips, stride=columns * parts)]
 
     monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
     monkeypatch.setattr(mosaic_gpu_deep._Block, "view", deep)
