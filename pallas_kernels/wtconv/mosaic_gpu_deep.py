@@ -4,7 +4,7 @@ A block streams the rows of `images` images, `CHANNELS` channels wide, through a
 keeps the four bands of every level from the second on in shared memory, in float32:
 
 - as rows come in, all four warpgroups reduce them to bands of level 2, and those to bands of level
-  3; two rows later each filters one band of level 2, in place;
+  3; a row or two later each filters one band of level 2, in place;
 - then the deeper levels are analysed, and all of them filtered, in place, a band a warpgroup;
 - then each level's synthesis, from the deepest on, is added to the low band of the level above it.
 
@@ -35,8 +35,6 @@ _WARPGROUPS = 4
 """One for each band."""
 _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
-_LAG = 2
-"""Rows of level 2 that filtering lies behind: until level 3 has read a row, it must stay."""
 _MIN_SLOTS, _MAX_SLOTS = 3, 8
 """Of the ring, of two rows of pixels each; a row of level 2 takes two of them."""
 _OVERHEAD = 3
@@ -90,6 +88,11 @@ class _Tiling:
     def shape(self) -> tuple[int, int, int]:
         """Of a warpgroup's values."""
         return self.images, self.strips, CHANNELS
+
+    @property
+    def lag(self) -> int:
+        """Rows of level 2 that its filtering lies behind: level 3 must have read what it writes."""
+        return max(1, 2 - self.levels[0].reach)
 
     @property
     def slot(self) -> tuple[int, ...]:
@@ -234,21 +237,21 @@ class _Block:
 
     def run(self) -> None:
         """Takes one task after the other."""
-        self.clear()
-        for turn in range(self.tiling.slots):
-            self.fetch(jnp.int32(turn))
-        self.meet()
+        levels = len(self.tiling.levels)
+
+        def first(turn: Any, _: Any) -> tuple[()]:
+            self.fetch(turn)
+            return ()
 
         def task(i: Any, _: Any) -> tuple[()]:
             self.stream(i)
-            for level in range(2, len(self.tiling.levels)):
-                self.meet()
+            for level in range(2, levels):
                 self.rows_of(level, 1, partial(self.analyse_low, level))
-            self.meet()
-            for level in range(1, len(self.tiling.levels)):
+                self.meet()
+            for level in range(1, levels):
                 self.filter(level, i)
             self.meet()
-            for level in range(len(self.tiling.levels) - 1, 0, -1):
+            for level in range(levels - 1, 0, -1):
                 self.rows_of(level, _WARPGROUPS, partial(self.synthesise, level))
                 self.meet()
             self.rows_of(0, _WARPGROUPS, partial(self.write, i))
@@ -256,6 +259,9 @@ class _Block:
             self.meet()
             return ()
 
+        lax.fori_loop(0, self.tiling.slots, first, ())
+        self.clear()
+        self.meet()
         lax.fori_loop(0, self.count, task, ())
 
     @property
@@ -378,7 +384,7 @@ class _Block:
     def stream(self, i: Any) -> None:
         """Brings in all rows of pixels, filters level 2, and reduces it to level 3."""
         tiling = self.tiling
-        level = tiling.levels[0]
+        level, lag = tiling.levels[0], tiling.lag
         taps = self.kernel(0, i)
 
         def advance(s: Any) -> None:
@@ -400,13 +406,13 @@ class _Block:
 
         def step(s: Any, sums: list[Any]) -> list[Any]:
             advance(s)
-            return self.filter_row(0, s - _LAG, sums, taps)
+            return self.filter_row(0, s - lag, sums, taps)
 
-        lax.fori_loop(0, _LAG, before, ())
+        lax.fori_loop(0, lag, before, ())
         sums = self.zeros(2 * level.reach * level.columns)
-        sums = lax.fori_loop(_LAG, level.height + _LAG, step, sums)
-        # Other strips have read the last row.
-        plgpu.commit_smem()
+        sums = lax.fori_loop(lag, level.height + lag, step, sums)
+        # All have read the last rows.
+        self.meet()
         self.filter_last(0, sums)
 
     def analyse_pixels(self, i: Any, row: Any) -> None:

@@ -167,10 +167,10 @@ INTERPRETED = (
 
 # Of the levels from the second on: one, two and four images a task, all levels, odd sizes.
 DEEP = (
-    Case((13, 9), 3, 5, batch=(1,), channels=4),
-    Case((7, 14), 3, 3, "bfloat16", batch=(3,), channels=40),
+    Case((17, 9), 3, 5, batch=(1,), channels=4),
+    Case((9, 14), 3, 3, "bfloat16", batch=(3,), channels=40),
     Case((9, 20), 2, 5, batch=(2,), channels=4),
-    Case((5, 6), 5, 1, "float16", batch=(5,), channels=8),
+    Case((5, 10), 5, 1, "float16", batch=(5,), channels=8),
 )
 
 
@@ -179,6 +179,7 @@ def few_blocks(monkeypatch):
     """Small images in several tiles and a block with several of them, so that little is run."""
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu_deep, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(mosaic_gpu_deep, "_MAX_SLOTS", 3)
     monkeypatch.setattr(mosaic_gpu, "_MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu, "_MAX_COLUMNS", 2)
     caches = mosaic_gpu._tiling, mosaic_gpu_deep._tiling
