@@ -240,11 +240,11 @@ class _Block:
         levels = len(self.tiling.levels)
 
         def first(turn: Any, _: Any) -> tuple[()]:
-            self.fetch(turn)
+            self.fetch(turn, turn)
             return ()
 
-        def task(i: Any, _: Any) -> tuple[()]:
-            self.stream(i)
+        def task(i: Any, slot: Any) -> Any:
+            slot = self.stream(i, slot)
             for level in range(2, levels):
                 self.rows_of(level, 1, partial(self.analyse_low, level))
                 self.meet()
@@ -257,12 +257,12 @@ class _Block:
             self.rows_of(0, _WARPGROUPS, partial(self.write, i))
             # The next task's rows take the place of what is read here.
             self.meet()
-            return ()
+            return slot
 
         lax.fori_loop(0, self.tiling.slots, first, ())
         self.clear()
         self.meet()
-        lax.fori_loop(0, self.count, task, ())
+        lax.fori_loop(0, self.count, task, jnp.int32(0))
 
     @property
     def warpgroup(self) -> Any:
@@ -310,15 +310,18 @@ class _Block:
         zero = jnp.zeros(shape, jnp.float32)
         return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
 
-    def fetch(self, turn: Any) -> None:
-        """Orders the copy that fills a slot for the turn-th time, counted over all tasks."""
+    def following(self, slot: Any) -> Any:
+        """The slot after one; no remainder, of which compilers make one for every load."""
+        return jnp.where(slot == self.tiling.slots - 1, 0, slot + 1)
+
+    def fetch(self, turn: Any, slot: Any) -> None:
+        """Orders the turn-th copy, counted over all tasks, into a slot."""
         tiling = self.tiling
         group, chunk = self.place(lax.div(turn, tiling.turns))
         images, _, columns, _ = tiling.slot
 
         @pl.when((self.warpgroup == _WARPGROUPS - 1) & (turn < self.count * tiling.turns))
         def _() -> None:
-            slot = lax.rem(turn, tiling.slots)
             plgpu.copy_gmem_to_smem(
                 self.x.at[
                     pl.ds(group * images, images),
@@ -381,18 +384,25 @@ class _Block:
 
         lax.fori_loop(0, lax.div(height - first + parts - 1, parts), row, ())
 
-    def stream(self, i: Any) -> None:
-        """Brings in all rows of pixels, filters level 2, and reduces it to level 3."""
+    def stream(self, i: Any, slot: Any) -> Any:
+        """Brings in all rows of pixels, filters level 2, and reduces it to level 3.
+
+        Args:
+            i: Number of the task.
+            slot: That of its first rows; returns that of the next task's.
+        """
         tiling = self.tiling
         level, lag = tiling.levels[0], tiling.lag
         taps = self.kernel(0, i)
 
-        def advance(s: Any) -> None:
-            pl.when(s < level.height)(partial(self.analyse_pixels, i, s))
+        def advance(s: Any, slot: Any) -> Any:
+            slots = slot, self.following(slot)
+            inside = s < level.height
+            pl.when(inside)(partial(self.analyse_pixels, slots, s))
             self.meet()
-            for turn in range(2):
-                after = i * tiling.turns + 2 * s + turn + tiling.slots
-                pl.when(s < level.height)(partial(self.fetch, after))
+            for half, free in enumerate(slots):
+                turn = i * tiling.turns + 2 * s + half + tiling.slots
+                pl.when(inside)(partial(self.fetch, turn, free))
             if len(tiling.levels) > 1:
                 pair = lax.div(s, 2)
 
@@ -400,26 +410,22 @@ class _Block:
                 def _() -> None:
                     self.analyse_low(1, pair)
 
-        def before(s: Any, _: Any) -> tuple[()]:
-            advance(s)
-            return ()
+            return jnp.where(inside, self.following(slots[1]), slot)
 
-        def step(s: Any, sums: list[Any]) -> list[Any]:
-            advance(s)
-            return self.filter_row(0, s - lag, sums, taps)
+        def step(s: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+            slot, sums = carry
+            return advance(s, slot), self.filter_row(0, s - lag, sums, taps)
 
-        lax.fori_loop(0, lag, before, ())
-        sums = self.zeros(2 * level.reach * level.columns)
-        sums = lax.fori_loop(lag, level.height + lag, step, sums)
+        slot = lax.fori_loop(0, lag, advance, slot)
+        carry = slot, self.zeros(2 * level.reach * level.columns)
+        slot, sums = lax.fori_loop(lag, level.height + lag, step, carry)
         # All have read the last rows.
         self.meet()
         self.filter_last(0, sums)
+        return slot
 
-    def analyse_pixels(self, i: Any, row: Any) -> None:
+    def analyse_pixels(self, slots: tuple[Any, Any], row: Any) -> None:
         """From four rows of pixels to one of the bands of level 2, twice as large."""
-        tiling = self.tiling
-        turn = i * tiling.turns + 2 * row
-        slots = [lax.rem(turn + half, tiling.slots) for half in range(2)]
         for slot in slots:
             plgpu.barrier_wait(self.full.at[slot])
 
@@ -453,9 +459,9 @@ class _Block:
             row: Of the level.
             low: What is in column j of the strips, at row v and column e of each square.
         """
+        columns = self.tiling.levels[level].columns
 
-        def one(t: Any, _: Any) -> tuple[()]:
-            j = self.warpgroup + t * _WARPGROUPS
+        def one(j: Any) -> None:
             left, right = ([low(j, v, e) for v in range(2)] for e in range(2))
             (top, bottom), (falls, rises) = (
                 [sum_of(*pair) * 0.5 for pair in zip(left, right, strict=True)]
@@ -464,11 +470,10 @@ class _Block:
             bands = top + bottom, top - bottom, falls + rises, falls - rises
             for band, value in enumerate(bands):
                 self.coefficient(level, band, row, j)[...] = value
-            return ()
 
-        columns = self.tiling.levels[level].columns
-        mine = lax.div(columns - self.warpgroup + _WARPGROUPS - 1, _WARPGROUPS)
-        lax.fori_loop(0, mine, one, ())
+        for first in range(0, columns, _WARPGROUPS):
+            j = first + self.warpgroup
+            pl.when(j < columns)(partial(one, j))
 
     def kernel(self, level: int, i: Any) -> list[list[Any]]:
         """The taps of this warpgroup's band."""
