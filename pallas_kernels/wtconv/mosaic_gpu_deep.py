@@ -222,6 +222,10 @@ def deep(
     )
 
 
+Ring = tuple[Any, Any, Any]
+"""Its first slot, the task whose rows come into it next, and which two of its rows."""
+
+
 @dataclass(frozen=True)
 class _Block:
     """One block of `deep`: its references, and what its warpgroups do, all of them the same."""
@@ -239,30 +243,29 @@ class _Block:
         """Takes one task after the other."""
         levels = len(self.tiling.levels)
 
-        def first(turn: Any, _: Any) -> tuple[()]:
-            self.fetch(turn, turn)
-            return ()
-
-        def task(i: Any, slot: Any) -> Any:
-            slot = self.stream(i, slot)
+        def task(i: Any, ring: Ring) -> Ring:
+            ring = self.stream(i, ring)
+            # All at once, because they take their time.
+            taps = [self.kernel(level, i) for level in range(1, levels)]
             for level in range(2, levels):
-                self.rows_of(level, 1, partial(self.analyse_low, level))
+                self.rows_of(level, partial(self.analyse_low, level, split=False))
                 self.meet()
             for level in range(1, levels):
-                self.filter(level, i)
+                self.filter(level, taps[level - 1])
             self.meet()
             for level in range(levels - 1, 0, -1):
-                self.rows_of(level, _WARPGROUPS, partial(self.synthesise, level))
+                self.rows_of(level, partial(self.synthesise, level))
                 self.meet()
-            self.rows_of(0, _WARPGROUPS, partial(self.write, i))
+            self.rows_of(0, partial(self.write, i))
             # The next task's rows take the place of what is read here.
             self.meet()
-            return slot
+            return ring
 
-        lax.fori_loop(0, self.tiling.slots, first, ())
+        ring: Ring = (jnp.int32(0), lax.axis_index("block"), jnp.int32(0))
+        ring = lax.fori_loop(0, self.tiling.slots, lambda _, ring: self.refill(ring, True), ring)
         self.clear()
         self.meet()
-        lax.fori_loop(0, self.count, task, jnp.int32(0))
+        lax.fori_loop(0, self.count, task, ring)
 
     @property
     def warpgroup(self) -> Any:
@@ -280,9 +283,12 @@ class _Block:
         blocks = self.tiling.blocks
         return lax.div(self.tiling.tasks - lax.axis_index("block") + blocks - 1, blocks)
 
-    def place(self, i: Any) -> tuple[Any, Any]:
-        """Group of images and chunk of channels of the block's i-th task."""
-        task = lax.axis_index("block") + i * self.tiling.blocks
+    def task(self, i: Any) -> Any:
+        """Number of the block's i-th task."""
+        return lax.axis_index("block") + i * self.tiling.blocks
+
+    def place(self, task: Any) -> tuple[Any, Any]:
+        """Group of images and chunk of channels of a task."""
         return lax.div(task, self.tiling.chunks), lax.rem(task, self.tiling.chunks)
 
     def meet(self) -> None:
@@ -311,21 +317,22 @@ class _Block:
         return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
 
     def following(self, slot: Any) -> Any:
-        """The slot after one; no remainder, of which compilers make one for every load."""
+        """The slot after one; a remainder would be computed anew for every load."""
         return jnp.where(slot == self.tiling.slots - 1, 0, slot + 1)
 
-    def fetch(self, turn: Any, slot: Any) -> None:
-        """Orders the turn-th copy, counted over all tasks, into a slot."""
+    def refill(self, ring: Ring, needed: Any) -> Ring:
+        """Orders the copy into the ring's first slot if it is needed; the ring that follows."""
         tiling = self.tiling
-        group, chunk = self.place(lax.div(turn, tiling.turns))
+        slot, task, turn = ring
         images, _, columns, _ = tiling.slot
 
-        @pl.when((self.warpgroup == _WARPGROUPS - 1) & (turn < self.count * tiling.turns))
+        @pl.when(needed & (self.warpgroup == _WARPGROUPS - 1) & (task < tiling.tasks))
         def _() -> None:
+            group, chunk = self.place(task)
             plgpu.copy_gmem_to_smem(
                 self.x.at[
                     pl.ds(group * images, images),
-                    pl.ds(2 * lax.rem(turn, tiling.turns), 2),
+                    pl.ds(2 * turn, 2),
                     # Pallas refuses windows beyond an array's end where it knows their start.
                     pl.ds(0 * turn, columns),
                     pl.ds(chunk * CHANNELS, CHANNELS),
@@ -333,6 +340,10 @@ class _Block:
                 self.rows.at[slot],
                 self.full.at[slot],
             )
+
+        last = turn == tiling.turns - 1
+        after = jnp.where(last, task + tiling.blocks, task), jnp.where(last, 0, turn + 1)
+        return self.following(slot), *after
 
     def view(self, row: Any, columns: int, parts: int, j: Any, part: int) -> Any:
         """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
@@ -373,56 +384,54 @@ class _Block:
         strip = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
         return jnp.where(strip * each + j < limit, value, 0.0)
 
-    def rows_of(self, level: int, parts: int, one: Callable[[Any], None]) -> None:
-        """Takes all rows of a level, or those of this warpgroup's part."""
-        first = lax.rem(self.warpgroup, parts)
-        height = self.tiling.levels[level].height
+    def rows_of(self, level: int, one: Callable[[Any], None]) -> None:
+        """Takes this warpgroup's part of the rows of a level."""
 
         def row(t: Any, _: Any) -> tuple[()]:
-            one(first + t * parts)
+            one(self.warpgroup + t * _WARPGROUPS)
             return ()
 
-        lax.fori_loop(0, lax.div(height - first + parts - 1, parts), row, ())
+        rows = self.tiling.levels[level].height - self.warpgroup + _WARPGROUPS - 1
+        lax.fori_loop(0, lax.div(rows, _WARPGROUPS), row, ())
 
-    def stream(self, i: Any, slot: Any) -> Any:
+    def stream(self, i: Any, ring: Ring) -> Ring:
         """Brings in all rows of pixels, filters level 2, and reduces it to level 3.
 
         Args:
             i: Number of the task.
-            slot: That of its first rows; returns that of the next task's.
+            ring: Its first slot has the first rows; returns that of the next task.
         """
         tiling = self.tiling
         level, lag = tiling.levels[0], tiling.lag
         taps = self.kernel(0, i)
 
-        def advance(s: Any, slot: Any) -> Any:
-            slots = slot, self.following(slot)
+        def advance(s: Any, ring: Ring) -> Ring:
+            slots = ring[0], self.following(ring[0])
             inside = s < level.height
             pl.when(inside)(partial(self.analyse_pixels, slots, s))
             self.meet()
-            for half, free in enumerate(slots):
-                turn = i * tiling.turns + 2 * s + half + tiling.slots
-                pl.when(inside)(partial(self.fetch, turn, free))
+            after = self.refill(self.refill(ring, inside), inside)
             if len(tiling.levels) > 1:
                 pair = lax.div(s, 2)
 
                 @pl.when((lax.rem(s, 2) == 1) & (pair < tiling.levels[1].height))
                 def _() -> None:
-                    self.analyse_low(1, pair)
+                    self.analyse_low(1, pair, split=True)
 
-            return jnp.where(inside, self.following(slots[1]), slot)
+            slot, task, turn = (jnp.where(inside, *two) for two in zip(after, ring, strict=True))
+            return slot, task, turn
 
-        def step(s: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-            slot, sums = carry
-            return advance(s, slot), self.filter_row(0, s - lag, sums, taps)
+        def step(s: Any, carry: tuple[Ring, list[Any]]) -> tuple[Ring, list[Any]]:
+            ring, sums = carry
+            return advance(s, ring), self.filter_row(0, s - lag, sums, taps)
 
-        slot = lax.fori_loop(0, lag, advance, slot)
-        carry = slot, self.zeros(2 * level.reach * level.columns)
-        slot, sums = lax.fori_loop(lag, level.height + lag, step, carry)
+        ring = lax.fori_loop(0, lag, advance, ring)
+        carry = ring, self.zeros(2 * level.reach * level.columns)
+        ring, sums = lax.fori_loop(lag, level.height + lag, step, carry)
         # All have read the last rows.
         self.meet()
         self.filter_last(0, sums)
-        return slot
+        return ring
 
     def analyse_pixels(self, slots: tuple[Any, Any], row: Any) -> None:
         """From four rows of pixels to one of the bands of level 2, twice as large."""
@@ -436,28 +445,31 @@ class _Block:
             )
             return upper + lower
 
-        self.analyse(0, row, low)
+        self.analyse(0, row, low, split=True)
 
     def pixel(self, slot: Any, row: int, j: Any, part: int) -> Any:
         """One of the four pixels in column j of each strip of a row of a slot, in float32."""
         line = self.rows.at[slot, :, row]
         return self.view(line, self.tiling.levels[0].columns, 4, j, part)[...].astype(jnp.float32)
 
-    def analyse_low(self, level: int, row: Any) -> None:
+    def analyse_low(self, level: int, row: Any, split: bool) -> None:
         """From two rows of the level above's low band to one of the bands of a level."""
 
         def low(j: Any, v: int, e: int) -> Any:
             return self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)[...]
 
-        self.analyse(level, row, low)
+        self.analyse(level, row, low, split)
 
-    def analyse(self, level: int, row: Any, low: Callable[[Any, int, int], Any]) -> None:
+    def analyse(
+        self, level: int, row: Any, low: Callable[[Any, int, int], Any], split: bool
+    ) -> None:
         """Writes a row of all bands, twice as large, from twice as large values of the low band.
 
         Args:
             level: Counted from 0, which is the second.
             row: Of the level.
             low: What is in column j of the strips, at row v and column e of each square.
+            split: Whether other warpgroups take other columns of the same row.
         """
         columns = self.tiling.levels[level].columns
 
@@ -471,22 +483,26 @@ class _Block:
             for band, value in enumerate(bands):
                 self.coefficient(level, band, row, j)[...] = value
 
+        if not split:
+            for j in range(columns):
+                one(j)
+            return
         for first in range(0, columns, _WARPGROUPS):
             j = first + self.warpgroup
             pl.when(j < columns)(partial(one, j))
 
     def kernel(self, level: int, i: Any) -> list[list[Any]]:
         """The taps of this warpgroup's band."""
-        _, chunk = self.place(i)
+        _, chunk = self.place(self.task(i))
         pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
         # The base's taps come first, then those of level 1.
         first = self.size**2 * (4 * level + 5 + 2 * pair) + band
         taps = self.taps.at[chunk, pl.ds(first, 2 * self.size**2 - 1)]
         return [[taps[2 * (d * self.size + e)] for e in range(self.size)] for d in range(self.size)]
 
-    def filter(self, level: int, i: Any) -> None:
+    def filter(self, level: int, taps: list[list[Any]]) -> None:
         """Filters this warpgroup's band, in place."""
-        tiled, taps = self.tiling.levels[level], self.kernel(level, i)
+        tiled = self.tiling.levels[level]
 
         def one(row: Any, sums: list[Any]) -> list[Any]:
             sums = self.filter_row(level, row, sums, taps)
@@ -562,7 +578,7 @@ class _Block:
 
     def write(self, i: Any, row: Any) -> None:
         """Writes a row of the synthesis of level 2 to the result."""
-        group, chunk = self.place(i)
+        group, chunk = self.place(self.task(i))
         for j in range(self.tiling.levels[0].columns):
             for v, values in enumerate(self.pixels(0, row, j)):
                 for e, value in enumerate(values):
