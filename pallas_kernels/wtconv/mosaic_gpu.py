@@ -1,6 +1,7 @@
 """The wavelet convolution on Hopper GPUs: Pallas kernels of Mosaic GPU, a launch a level.
 
-A block streams the rows of one or more images through shared memory, `CHANNELS` channels and
+Where an image is small, all levels from the second on are one launch, of `mosaic_gpu_deep`. Here a
+block streams the rows of one or more images through shared memory, `CHANNELS` channels and
 `strips x columns` columns of coefficients wide. The copy engine fills what lies outside an image
 with zeros, so nothing is masked. A thread holds one channel of one strip, and its sums and taps in
 registers; a step is a row of coefficients, of two rows of pixels. Four warpgroups work at once:

@@ -4,7 +4,7 @@ A block streams the rows of `images` images, `CHANNELS` channels wide, through a
 keeps the four bands of every level from the second on in shared memory, in float32:
 
 - as rows come in, all four warpgroups reduce them to bands of level 2, and those to bands of level
-  3; two rows later each filters one band of level 2, in place;
+  3; a row or two later each filters one band of level 2, in place;
 - then the deeper levels are analysed, and all of them filtered, in place, a band a warpgroup;
 - then each level's synthesis, from the deepest on, is added to the low band of the level above it.
 
@@ -35,8 +35,6 @@ _WARPGROUPS = 4
 """One for each band."""
 _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
-_LAG = 2
-"""Rows of level 2 that filtering lies behind: until level 3 has read a row, it must stay."""
 _MIN_SLOTS, _MAX_SLOTS = 3, 8
 """Of the ring, of two rows of pixels each; a row of level 2 takes two of them."""
 _OVERHEAD = 3
@@ -61,10 +59,6 @@ class _Level:
         # The window that filtering takes the last of a strip's columns and its neighbours from.
         window = self.columns - 1 + self.reach + self.strips * self.columns
         return self.reach + max(pairs, (self.height - 1) * self.pitch + window)
-
-    def start(self, row: Any) -> Any:
-        """Where a row starts."""
-        return self.reach + row * self.pitch
 
     @property
     def cost(self) -> int:
@@ -94,6 +88,11 @@ class _Tiling:
     def shape(self) -> tuple[int, int, int]:
         """Of a warpgroup's values."""
         return self.images, self.strips, CHANNELS
+
+    @property
+    def lag(self) -> int:
+        """Rows of level 2 that its filtering lies behind: level 3 must have read what it writes."""
+        return max(1, 2 - self.levels[0].reach)
 
     @property
     def slot(self) -> tuple[int, ...]:
@@ -223,6 +222,10 @@ def deep(
     )
 
 
+Ring = tuple[Any, Any, Any]
+"""Its first slot, the task whose rows come into it next, and which two of its rows."""
+
+
 @dataclass(frozen=True)
 class _Block:
     """One block of `deep`: its references, and what its warpgroups do, all of them the same."""
@@ -238,29 +241,31 @@ class _Block:
 
     def run(self) -> None:
         """Takes one task after the other."""
-        self.clear()
-        for turn in range(self.tiling.slots):
-            self.fetch(jnp.int32(turn))
-        self.meet()
+        levels = len(self.tiling.levels)
 
-        def task(i: Any, _: Any) -> tuple[()]:
-            self.stream(i)
-            for level in range(2, len(self.tiling.levels)):
+        def task(i: Any, ring: Ring) -> Ring:
+            ring = self.stream(i, ring)
+            # All at once, because they take their time.
+            taps = [self.kernel(level, i) for level in range(1, levels)]
+            for level in range(2, levels):
+                self.rows_of(level, partial(self.analyse_low, level, split=False))
                 self.meet()
-                self.rows_of(level, 1, partial(self.analyse_low, level))
+            for level in range(1, levels):
+                self.filter(level, taps[level - 1])
             self.meet()
-            for level in range(1, len(self.tiling.levels)):
-                self.filter(level, i)
-            self.meet()
-            for level in range(len(self.tiling.levels) - 1, 0, -1):
-                self.rows_of(level, _WARPGROUPS, partial(self.synthesise, level))
+            for level in range(levels - 1, 0, -1):
+                self.rows_of(level, partial(self.synthesise, level))
                 self.meet()
-            self.rows_of(0, _WARPGROUPS, partial(self.write, i))
+            self.rows_of(0, partial(self.write, i))
             # The next task's rows take the place of what is read here.
             self.meet()
-            return ()
+            return ring
 
-        lax.fori_loop(0, self.count, task, ())
+        ring: Ring = (jnp.int32(0), lax.axis_index("block"), jnp.int32(0))
+        ring = lax.fori_loop(0, self.tiling.slots, lambda _, ring: self.refill(ring, True), ring)
+        self.clear()
+        self.meet()
+        lax.fori_loop(0, self.count, task, ring)
 
     @property
     def warpgroup(self) -> Any:
@@ -278,9 +283,12 @@ class _Block:
         blocks = self.tiling.blocks
         return lax.div(self.tiling.tasks - lax.axis_index("block") + blocks - 1, blocks)
 
-    def place(self, i: Any) -> tuple[Any, Any]:
-        """Group of images and chunk of channels of the block's i-th task."""
-        task = lax.axis_index("block") + i * self.tiling.blocks
+    def task(self, i: Any) -> Any:
+        """Number of the block's i-th task."""
+        return lax.axis_index("block") + i * self.tiling.blocks
+
+    def place(self, task: Any) -> tuple[Any, Any]:
+        """Group of images and chunk of channels of a task."""
         return lax.div(task, self.tiling.chunks), lax.rem(task, self.tiling.chunks)
 
     def meet(self) -> None:
@@ -308,19 +316,23 @@ class _Block:
         zero = jnp.zeros(shape, jnp.float32)
         return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
 
-    def fetch(self, turn: Any) -> None:
-        """Orders the copy that fills a slot for the turn-th time, counted over all tasks."""
+    def following(self, slot: Any) -> Any:
+        """The slot after one; a remainder would be computed anew for every load."""
+        return jnp.where(slot == self.tiling.slots - 1, 0, slot + 1)
+
+    def refill(self, ring: Ring, needed: Any) -> Ring:
+        """Orders the copy into the ring's first slot if it is needed; the ring that follows."""
         tiling = self.tiling
-        group, chunk = self.place(lax.div(turn, tiling.turns))
+        slot, task, turn = ring
         images, _, columns, _ = tiling.slot
 
-        @pl.when((self.warpgroup == _WARPGROUPS - 1) & (turn < self.count * tiling.turns))
+        @pl.when(needed & (self.warpgroup == _WARPGROUPS - 1) & (task < tiling.tasks))
         def _() -> None:
-            slot = lax.rem(turn, tiling.slots)
+            group, chunk = self.place(task)
             plgpu.copy_gmem_to_smem(
                 self.x.at[
                     pl.ds(group * images, images),
-                    pl.ds(2 * lax.rem(turn, tiling.turns), 2),
+                    pl.ds(2 * turn, 2),
                     # Pallas refuses windows beyond an array's end where it knows their start.
                     pl.ds(0 * turn, columns),
                     pl.ds(chunk * CHANNELS, CHANNELS),
@@ -329,17 +341,39 @@ class _Block:
                 self.full.at[slot],
             )
 
-    def view(self, row: Any, start: Any, each: int, j: Any) -> Any:
-        """Column j of each strip, `each` wide, of a row `[images, columns, channels]`."""
-        images, strips, _ = self.tiling.shape
-        # Mosaic (JAX 0.10 to 0.11) does not fold an axis of one image with a stride of its own.
-        row = row.at[0 if images == 1 else slice(None), pl.ds(start, strips * each)]
-        return row.reshape(images, strips, each, CHANNELS).at[:, :, j]
+        last = turn == tiling.turns - 1
+        after = jnp.where(last, task + tiling.blocks, task), jnp.where(last, 0, turn + 1)
+        return self.following(slot), *after
 
-    def coefficient(self, level: int, band: Any, row: Any, j: Any, each: int, skip: int = 0) -> Any:
-        """A view of a band: column j of each strip, `each` wide, `skip` columns further on."""
-        start = self.tiling.levels[level].start(row) + skip
-        return self.view(self.bands[level].at[band], start, each, j)
+    def view(self, row: Any, columns: int, parts: int, j: Any, part: int) -> Any:
+        """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
+        images, strips, _ = self.tiling.shape
+        if images == 1:
+            # Mosaic (JAX 0.10 to 0.11) does not fold one image with a stride of its own.
+            row = row.at[0]
+        return row.reshape(images, strips, columns, parts, CHANNELS).at[:, :, j, part]
+
+    def coefficient(
+        self, level: int, band: Any, row: Any, j: Any, shift: int = 0, pair: int | None = None
+    ) -> Any:
+        """A view of column j of each strip of a row of a band.
+
+        Args:
+            level: Counted from 0, which is the second.
+            band: Number of the band.
+            row: Of the level.
+            j: Column of the level, or of the next one's if `pair` is given.
+            shift: Columns to go further.
+            pair: Which of the two columns that the next level's column j is computed from.
+        """
+        tiled = self.tiling.levels[level if pair is None else level + 1]
+        parts = 1 if pair is None else 2
+        columns, first = tiled.strips * tiled.columns * parts, tiled.reach + shift
+        # In two steps: what is known of an address should not be added at each load.
+        line = self.bands[level].at[
+            band, :, pl.ds(row * self.tiling.levels[level].pitch, first + columns)
+        ]
+        return self.view(line.at[:, pl.ds(first, columns)], tiled.columns, parts, j, pair or 0)
 
     def within(self, value: Any, limit: int, each: int, j: int) -> Any:
         """The value, zero where column j of a strip, `each` wide, is not below `limit`."""
@@ -350,95 +384,96 @@ class _Block:
         strip = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
         return jnp.where(strip * each + j < limit, value, 0.0)
 
-    def rows_of(self, level: int, parts: int, one: Callable[[Any], None]) -> None:
-        """Takes all rows of a level, or those of this warpgroup's part."""
-        first = lax.rem(self.warpgroup, parts)
-        height = self.tiling.levels[level].height
+    def rows_of(self, level: int, one: Callable[[Any], None]) -> None:
+        """Takes this warpgroup's part of the rows of a level."""
 
         def row(t: Any, _: Any) -> tuple[()]:
-            one(first + t * parts)
+            one(self.warpgroup + t * _WARPGROUPS)
             return ()
 
-        lax.fori_loop(0, lax.div(height - first + parts - 1, parts), row, ())
+        rows = self.tiling.levels[level].height - self.warpgroup + _WARPGROUPS - 1
+        lax.fori_loop(0, lax.div(rows, _WARPGROUPS), row, ())
 
-    def stream(self, i: Any) -> None:
-        """Brings in all rows of pixels, filters level 2, and reduces it to level 3."""
+    def stream(self, i: Any, ring: Ring) -> Ring:
+        """Brings in all rows of pixels, filters level 2, and reduces it to level 3.
+
+        Args:
+            i: Number of the task.
+            ring: Its first slot has the first rows; returns that of the next task.
+        """
         tiling = self.tiling
-        level = tiling.levels[0]
+        level, lag = tiling.levels[0], tiling.lag
         taps = self.kernel(0, i)
 
-        def advance(s: Any) -> None:
-            pl.when(s < level.height)(partial(self.analyse_pixels, i, s))
+        def advance(s: Any, ring: Ring) -> Ring:
+            slots = ring[0], self.following(ring[0])
+            inside = s < level.height
+            pl.when(inside)(partial(self.analyse_pixels, slots, s))
             self.meet()
-            for turn in range(2):
-                after = i * tiling.turns + 2 * s + turn + tiling.slots
-                pl.when(s < level.height)(partial(self.fetch, after))
+            after = self.refill(self.refill(ring, inside), inside)
             if len(tiling.levels) > 1:
                 pair = lax.div(s, 2)
 
                 @pl.when((lax.rem(s, 2) == 1) & (pair < tiling.levels[1].height))
                 def _() -> None:
-                    self.analyse_low(1, pair)
+                    self.analyse_low(1, pair, split=True)
 
-        def before(s: Any, _: Any) -> tuple[()]:
-            advance(s)
-            return ()
+            slot, task, turn = (jnp.where(inside, *two) for two in zip(after, ring, strict=True))
+            return slot, task, turn
 
-        def step(s: Any, sums: list[Any]) -> list[Any]:
-            advance(s)
-            return self.filter_row(0, s - _LAG, sums, taps)
+        def step(s: Any, carry: tuple[Ring, list[Any]]) -> tuple[Ring, list[Any]]:
+            ring, sums = carry
+            return advance(s, ring), self.filter_row(0, s - lag, sums, taps)
 
-        lax.fori_loop(0, _LAG, before, ())
-        sums = self.zeros(2 * level.reach * level.columns)
-        sums = lax.fori_loop(_LAG, level.height + _LAG, step, sums)
-        # Other strips have read the last row.
-        plgpu.commit_smem()
+        ring = lax.fori_loop(0, lag, advance, ring)
+        carry = ring, self.zeros(2 * level.reach * level.columns)
+        ring, sums = lax.fori_loop(lag, level.height + lag, step, carry)
+        # All have read the last rows.
+        self.meet()
         self.filter_last(0, sums)
+        return ring
 
-    def analyse_pixels(self, i: Any, row: Any) -> None:
+    def analyse_pixels(self, slots: tuple[Any, Any], row: Any) -> None:
         """From four rows of pixels to one of the bands of level 2, twice as large."""
-        tiling = self.tiling
-        each = 4 * tiling.levels[0].columns
-        turn = i * tiling.turns + 2 * row
-        slots = [lax.rem(turn + half, tiling.slots) for half in range(2)]
         for slot in slots:
             plgpu.barrier_wait(self.full.at[slot])
 
         def low(j: Any, v: int, e: int) -> Any:
             upper, lower = (
-                self.pixel(slots[v], half, each, 4 * j + 2 * e)
-                + self.pixel(slots[v], half, each, 4 * j + 2 * e + 1)
+                self.pixel(slots[v], half, j, 2 * e) + self.pixel(slots[v], half, j, 2 * e + 1)
                 for half in range(2)
             )
             return upper + lower
 
-        self.analyse(0, row, low)
+        self.analyse(0, row, low, split=True)
 
-    def pixel(self, slot: Any, row: int, each: int, j: Any) -> Any:
-        """Column j of each strip of a row of pixels, in float32."""
-        return self.view(self.rows.at[slot, :, row], 0, each, j)[...].astype(jnp.float32)
+    def pixel(self, slot: Any, row: int, j: Any, part: int) -> Any:
+        """One of the four pixels in column j of each strip of a row of a slot, in float32."""
+        line = self.rows.at[slot, :, row]
+        return self.view(line, self.tiling.levels[0].columns, 4, j, part)[...].astype(jnp.float32)
 
-    def analyse_low(self, level: int, row: Any) -> None:
+    def analyse_low(self, level: int, row: Any, split: bool) -> None:
         """From two rows of the level above's low band to one of the bands of a level."""
-        each = 2 * self.tiling.levels[level].columns
 
         def low(j: Any, v: int, e: int) -> Any:
-            return self.coefficient(level - 1, 0, 2 * row + v, 2 * j + e, each)[...]
+            return self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)[...]
 
-        self.analyse(level, row, low)
+        self.analyse(level, row, low, split)
 
-    def analyse(self, level: int, row: Any, low: Callable[[Any, int, int], Any]) -> None:
+    def analyse(
+        self, level: int, row: Any, low: Callable[[Any, int, int], Any], split: bool
+    ) -> None:
         """Writes a row of all bands, twice as large, from twice as large values of the low band.
 
         Args:
             level: Counted from 0, which is the second.
             row: Of the level.
             low: What is in column j of the strips, at row v and column e of each square.
+            split: Whether other warpgroups take other columns of the same row.
         """
         columns = self.tiling.levels[level].columns
 
-        def one(t: Any, _: Any) -> tuple[()]:
-            j = self.warpgroup + t * _WARPGROUPS
+        def one(j: Any) -> None:
             left, right = ([low(j, v, e) for v in range(2)] for e in range(2))
             (top, bottom), (falls, rises) = (
                 [sum_of(*pair) * 0.5 for pair in zip(left, right, strict=True)]
@@ -446,26 +481,28 @@ class _Block:
             )
             bands = top + bottom, top - bottom, falls + rises, falls - rises
             for band, value in enumerate(bands):
-                self.coefficient(level, band, row, j, columns)[...] = value
-            return ()
+                self.coefficient(level, band, row, j)[...] = value
 
-        mine = lax.div(columns - self.warpgroup + _WARPGROUPS - 1, _WARPGROUPS)
-        lax.fori_loop(0, mine, one, ())
+        if not split:
+            for j in range(columns):
+                one(j)
+            return
+        for first in range(0, columns, _WARPGROUPS):
+            j = first + self.warpgroup
+            pl.when(j < columns)(partial(one, j))
 
     def kernel(self, level: int, i: Any) -> list[list[Any]]:
         """The taps of this warpgroup's band."""
-        _, chunk = self.place(i)
+        _, chunk = self.place(self.task(i))
         pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
         # The base's taps come first, then those of level 1.
         first = self.size**2 * (4 * level + 5 + 2 * pair) + band
-        return [
-            [self.taps[chunk, first + 2 * (d * self.size + e)] for e in range(self.size)]
-            for d in range(self.size)
-        ]
+        taps = self.taps.at[chunk, pl.ds(first, 2 * self.size**2 - 1)]
+        return [[taps[2 * (d * self.size + e)] for e in range(self.size)] for d in range(self.size)]
 
-    def filter(self, level: int, i: Any) -> None:
+    def filter(self, level: int, taps: list[list[Any]]) -> None:
         """Filters this warpgroup's band, in place."""
-        tiled, taps = self.tiling.levels[level], self.kernel(level, i)
+        tiled = self.tiling.levels[level]
 
         def one(row: Any, sums: list[Any]) -> list[Any]:
             sums = self.filter_row(level, row, sums, taps)
@@ -481,7 +518,7 @@ class _Block:
         tiled, size = self.tiling.levels[level], self.size
         columns, reach = tiled.columns, tiled.reach
         found = [
-            self.coefficient(level, self.warpgroup, row, 0, columns, j - reach)[...]
+            self.coefficient(level, self.warpgroup, row, 0, j - reach)[...]
             for j in range(columns + size - 1)
         ]
         totals = []
@@ -512,13 +549,12 @@ class _Block:
         tiled = self.tiling.levels[level]
         for j, value in enumerate(values):
             value = self.within(value, tiled.width, tiled.columns, j)
-            self.coefficient(level, self.warpgroup, row, j, tiled.columns)[...] = value
+            self.coefficient(level, self.warpgroup, row, j)[...] = value
 
     def pixels(self, level: int, row: Any, j: int) -> list[list[Any]]:
         """The synthesis of a level in a row of coefficients and column j of the strips."""
-        columns = self.tiling.levels[level].columns
         low, vertical, horizontal, diagonal = (
-            self.coefficient(level, band, row, j, columns)[...] for band in range(4)
+            self.coefficient(level, band, row, j)[...] for band in range(4)
         )
         top, bottom = low + vertical, low - vertical
         right, cross = horizontal + diagonal, horizontal - diagonal
@@ -533,7 +569,7 @@ class _Block:
             def add(v: int, j: int = j, found: list[list[Any]] = found) -> None:
                 for e, value in enumerate(found[v]):
                     value = self.within(value, above.width, each, 2 * j + e)
-                    low = self.coefficient(level - 1, 0, 2 * row + v, 2 * j + e, each)
+                    low = self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)
                     low[...] = low[...] + value
 
             add(0)
@@ -542,7 +578,7 @@ class _Block:
 
     def write(self, i: Any, row: Any) -> None:
         """Writes a row of the synthesis of level 2 to the result."""
-        group, chunk = self.place(i)
+        group, chunk = self.place(self.task(i))
         for j in range(self.tiling.levels[0].columns):
             for v, values in enumerate(self.pixels(0, row, j)):
                 for e, value in enumerate(values):

@@ -132,12 +132,13 @@ def test_deep_levels_lie_side_by_side_in_shared_memory(name):
             width = tiling.strips * level.columns
             assert level.width <= width <= level.pitch and level.width + reach <= level.pitch
             # The last window that filtering takes columns from, of the halo's last column.
-            last = level.start(level.height - 1) + level.columns - 1 + reach + width
-            assert level.start(0) >= reach and last <= level.size
+            last = (level.height - 1) * level.pitch + level.columns - 1 + 2 * reach + width
+            assert last <= level.size
             if i:
                 above = tiling.levels[i - 1]
                 assert 2 * width <= above.pitch
-                assert above.start(2 * level.height - 1) + 2 * width <= above.size
+                last = (2 * level.height - 1) * above.pitch + reach + 2 * width
+                assert last <= above.size
 
 
 def test_deep_levels_are_one_launch_where_they_fit():
@@ -166,10 +167,10 @@ INTERPRETED = (
 
 # Of the levels from the second on: one, two and four images a task, all levels, odd sizes.
 DEEP = (
-    Case((13, 9), 3, 5, batch=(1,), channels=4),
-    Case((7, 14), 3, 3, "bfloat16", batch=(3,), channels=40),
+    Case((17, 9), 3, 5, batch=(1,), channels=4),
+    Case((9, 14), 3, 3, "bfloat16", batch=(3,), channels=40),
     Case((9, 20), 2, 5, batch=(2,), channels=4),
-    Case((5, 6), 5, 1, "float16", batch=(5,), channels=8),
+    Case((5, 10), 5, 1, "float16", batch=(5,), channels=8),
 )
 
 
@@ -178,6 +179,7 @@ def few_blocks(monkeypatch):
     """Small images in several tiles and a block with several of them, so that little is run."""
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu_deep, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(mosaic_gpu_deep, "_MAX_SLOTS", 3)
     monkeypatch.setattr(mosaic_gpu, "_MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu, "_MAX_COLUMNS", 2)
     caches = mosaic_gpu._tiling, mosaic_gpu_deep._tiling
@@ -197,8 +199,8 @@ def strided_views(monkeypatch):
             return row.at[:, j]
         return row.at[0, pl.ds(j, self.tiling.strips, stride=each * self.tiling.columns)]
 
-    def deep(self, row, start, each, j):
-        return row.at[:, pl.ds(start + j, self.tiling.strips, stride=each)]
+    def deep(self, row, columns, parts, j, part):
+        return row.at[:, pl.ds(j * parts + part, self.tiling.strips, stride=columns * parts)]
 
     monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
     monkeypatch.setattr(mosaic_gpu_deep._Block, "view", deep)
