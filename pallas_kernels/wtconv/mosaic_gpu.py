@@ -690,16 +690,12 @@ def weight_grad(
     channels = x.shape[-1]
     biased = len(kernel_shapes[-1]) == 1
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1 - biased
-    sums: list[jax.Array] = []
-    pairs = zip(
-        _lows(aligned(x, x.dtype), levels), _lows(aligned(dy, dy.dtype), levels), strict=True
-    )
-    for level, (low, other) in enumerate(pairs):
-        bands, base = _level_weights(low, other, kernel_size, base=level == 0)
-        sums += [bands * 0.25] if base is None else [base, bands * 0.25]
+    x, dy = aligned(x, x.dtype), aligned(dy, dy.dtype)
+    fine, base = _level_weights(x, dy, kernel_size, base=True)
+    assert base is not None
+    deeper = _deeper_weights(x, dy, kernel_size, levels)
     # The sum of dy follows the base's taps.
-    whole, *rest = sums
-    sums = [whole[:-1], *rest, *([whole[-1]] if biased else [])]
+    sums = [base[:-1], fine, *deeper, *([base[-1]] if biased else [])]
     return vary_over(
         axes,
         tuple(
@@ -709,10 +705,36 @@ def weight_grad(
     )
 
 
+def _deeper_weights(
+    x: jax.Array, dy: jax.Array, kernel_size: int, levels: int
+) -> tuple[jax.Array, ...]:
+    """Gradients of the taps from the second level on, `[k * k, 4, C]` each.
+
+    One part of the batch after the other, so that fewer low bands are in memory at once.
+    """
+    n, *image, channels = x.shape
+
+    def of(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        lows = list(zip(*(_lows(whole, levels) for whole in pair), strict=True))
+        return tuple(_level_weights(*low, kernel_size, base=False)[0] for low in lows[1:])
+
+    parts = _parts(n, channels)
+    if parts == 1 or levels < 2:
+        return of((x, dy))
+    cut = tuple(whole.reshape(parts, n // parts, *image, channels) for whole in (x, dy))
+    return tuple(found.sum(0) for found in lax.map(of, cut))
+
+
+def _parts(images: int, channels: int) -> int:
+    """Two, where half of the images are enough for all multiprocessors."""
+    blocks = images // 2 * pl.cdiv(channels, CHANNELS)
+    return 2 if images % 2 == 0 and blocks >= MULTIPROCESSORS else 1
+
+
 def _level_weights(
     x: jax.Array, dy: jax.Array, kernel_size: int, base: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Correlates bands of x with those of dy, each twice too large, and x itself with dy.
+    """Correlates the bands of x with those of dy, and x itself with dy.
 
     Returns:
         `[k * k, 4, C]`, and if `base`, else None, `[k * k + 1, C]`, of which the last sums dy.
@@ -759,7 +781,8 @@ def _level_weights(
         return jnp.moveaxis(sums, 0, -2).reshape(*sums.shape[1:-1], -1)[:, :count, :channels]
 
     bands = total(found[0], 2 * taps).reshape(2, taps, 2, channels)
-    bands = jnp.moveaxis(bands, 0, 1).reshape(taps, 4, channels)
+    # The transforms leave out the factors 1/2.
+    bands = 0.25 * jnp.moveaxis(bands, 0, 1).reshape(taps, 4, channels)
     return bands, total(found[1], taps + 1).sum(0) if base else None
 
 

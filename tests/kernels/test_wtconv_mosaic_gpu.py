@@ -159,7 +159,8 @@ INTERPRETED = (
     Case((6, 9), 1, 5, channels=32),
     # Rows and columns beyond the image, in windows of all channels: Mosaic would copy them.
     Case((5, 14), 1, 1, batch=(3,), channels=32),
-    Case((5, 6), 2, 3, "bfloat16", batch=(3,), channels=40),
+    # The deeper level's weight gradients of one half of the images after the other.
+    Case((5, 6), 2, 3, "bfloat16", batch=(4,), channels=40),
     Case((1, 1), 1, 1, batch=(9,)),
     Case((11, 2), 1, 5, "float16", batch=(1,), channels=2, bias=False),
     Case((3, 18), 1, 3, batch=(1,), channels=4),
@@ -252,6 +253,8 @@ def test_interpreted_kernels_have_tilings_of_every_kind():
     for several in ("heights", "stretches", "chunks", "columns"):
         assert any(getattr(tiling, several) > 1 for tiling in tilings), several
     assert any(tiling.tiles > tiling.splits for tiling in tilings)
+    parts = {mosaic_gpu._parts(math.prod(case.batch), case.channels) for case in INTERPRETED}
+    assert parts == {1, 2}
 
 
 REFUSED = {
