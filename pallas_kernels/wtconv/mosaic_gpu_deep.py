@@ -145,7 +145,9 @@ def _of_images(
         columns = pl.cdiv(width, strips)
         # Analysis reads pairs of columns, also where the next level's strips have none.
         below = 2 * strips * found[0].columns if found else 0
-        pitch = max(width + reach, strips * columns, below)
+        # What is left of a row is not to be written with the row above, as a reach of one would.
+        apart = 1 if reach == 1 else 0
+        pitch = max(width + reach, strips * columns + apart, below)
         found.insert(0, _Level(reach, strips, height, width, columns, pitch))
     if found[0].columns > _MAX_COLUMNS:
         return None

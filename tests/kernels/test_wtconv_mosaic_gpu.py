@@ -131,6 +131,9 @@ def test_deep_levels_lie_side_by_side_in_shared_memory(name):
             assert (level.height, level.width) == (-(-h >> (i + 2)), -(-w >> (i + 2)))
             width = tiling.strips * level.columns
             assert level.width <= width <= level.pitch and level.width + reach <= level.pitch
+            # Warps filter a row, and write the one `reach` above, at the same time.
+            left_of_next_row = range(level.pitch - reach, level.pitch)
+            assert reach != 1 or not set(left_of_next_row) & set(range(width))
             # The last window that filtering takes columns from, of the halo's last column.
             last = (level.height - 1) * level.pitch + level.columns - 1 + 2 * reach + width
             assert last <= level.size
