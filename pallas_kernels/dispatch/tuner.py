@@ -23,6 +23,9 @@ from pallas_kernels.dispatch.cache import Entry
 if TYPE_CHECKING:
     import numpy as np
 
+    Outputs = list[tuple[str, np.ndarray]]
+    """Arrays as NumPy has them, each after the name of the dtype that it was computed in."""
+
 Mode = Literal["off", "cached", "search"]
 
 Config = tuple[tuple[str, Any], ...]
@@ -85,10 +88,10 @@ class Measurement(Protocol):
     def milliseconds(self, call: Callable[[], Any]) -> float:
         """The time of one run of a call, compiled already."""
 
-    def arrays(self, result: Any) -> "list[np.ndarray]":
+    def arrays(self, result: Any) -> "Outputs":
         """What a call returned, once it is done."""
 
-    def reference(self) -> "list[np.ndarray]":
+    def reference(self) -> "Outputs":
         """What a right call returns."""
 
 
@@ -338,7 +341,7 @@ class _Reference:
 
     def __init__(self, measurement: Measurement) -> None:
         self._measurement = measurement
-        self._right: list[np.ndarray] | None = None
+        self._right: Outputs | None = None
 
     def fault(self, result: Any) -> str | None:
         """What is wrong with a result: NaN, zeros, or far from the reference; None if nothing."""
@@ -347,8 +350,8 @@ class _Reference:
         if self._right is None:
             self._right = self._measurement.reference()
         found = self._measurement.arrays(result)
-        for out, right in zip(found, self._right, strict=True):
-            limit = _TOLERANCE[str(right.dtype)]
+        for (_, out), (dtype, right) in zip(found, self._right, strict=True):
+            limit = _TOLERANCE[dtype]
             mine, wanted = (
                 one.astype(np.promote_types(np.float32, one.dtype)) for one in (out, right)
             )

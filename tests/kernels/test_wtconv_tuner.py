@@ -15,7 +15,7 @@ import pytest
 from wtconv_checks import arrays, assert_oracle
 
 from flash_wtconv_jax import tune, tuning
-from pallas_kernels import haar, measuring
+from pallas_kernels import haar, measuring, platform
 from pallas_kernels.dispatch import tuner
 from pallas_kernels.haar import xla as haar_xla
 from pallas_kernels.wtconv import Implementation, wtconv2d, xla
@@ -155,6 +155,21 @@ def test_the_transforms_choose_by_measurement_too(monkeypatch, measured, kind, s
     (entry,) = measured.entries(kind)
     assert sorted(one["implementation"] for one in entry["measured"]) == ["triton", "xla"]
     assert all("ms" in one for one in entry["measured"])
+
+
+def test_calls_of_an_accelerator_are_timed_behind_other_work(monkeypatch):
+    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    monkeypatch.setattr(measuring, "_PAUSE_SIZE", 256)
+    x = jax.ShapeDtypeStruct((8,), jnp.float32)
+    measurement = measuring.OnRandomArrays(lambda module, config: jnp.sin, (x,), None, {})
+    call, calls = measurement.prepared(None, ()), []
+
+    def counted():
+        calls.append(call())
+        return calls[-1]
+
+    assert measurement.milliseconds(counted) > 0
+    assert len(calls) > 1 and all(map(jnp.array_equal, calls, [call()] * len(calls)))
 
 
 def test_ahead_of_time_the_rule_chooses():

@@ -129,7 +129,7 @@ class TestChoice:
             self.layer("triton", device="cpu")(torch.ones(1, 2, 4, 4))
 
     def test_the_environment_chooses_each_direction(self, monkeypatch, interpreter):
-        arguments = ("cpu", (1, 2, 4, 4), torch.float32, 3, 1, "db1")
+        arguments = (CPU, (1, 2, 4, 4), torch.float32, 3, 1, "db1")
         assert ops.pick(None, *arguments) == ("eager", "eager")
         monkeypatch.setenv(f"{VARIABLE}FWD", "triton")
         assert ops.pick(None, *arguments) == ("triton", "eager")

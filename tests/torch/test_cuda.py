@@ -172,19 +172,19 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_the_kernels_do_not_do_is_refused(reason):
     with cuda.emulated(), pytest.raises(NotImplementedError, match=f"does not take.*{reason}"):
-        ops.pick("cuda", "cpu", *REFUSED[reason])
+        ops.pick("cuda", torch.device("cpu"), *REFUSED[reason])
 
 
 def test_it_is_the_first_choice_of_nvidia_gpus():
     with cuda.emulated():
         problem = (2, 4, 8, 8), torch.bfloat16, 3, 1
-        assert ops.pick(None, "cuda", *problem, "haar") == ("cuda", "cuda")
-        assert ops.pick(None, "cuda", *problem, "db2") == ("eager", "eager")
+        assert ops.pick(None, torch.device("cuda"), *problem, "haar") == ("cuda", "cuda")
+        assert ops.pick(None, torch.device("cuda"), *problem, "db2") == ("eager", "eager")
 
 
 def test_where_there_is_no_gpu_it_says_so():
     with pytest.raises(NotImplementedError, match="cuda: needs an NVIDIA GPU, this is cpu"):
-        ops.pick("cuda", "cpu", (2, 4, 8, 8), torch.float32, 3, 1, "haar")
+        ops.pick("cuda", torch.device("cpu"), (2, 4, 8, 8), torch.float32, 3, 1, "haar")
 
 
 @ON_CPU
