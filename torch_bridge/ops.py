@@ -111,15 +111,16 @@ def pick(
         ('eager', 'eager')
     """
     problem = _problem(shape, dtype, kernel_size, levels, wavelet)
-    kind = measuring.kind(device)
+    kind, measured_as = measuring.kind(device), problem.measured_as()
     fwd, bwd = (
         OPERATOR.choose(
             direction,
             implementation,
             device.type,
             problem,
-            partial(_measurement, direction, problem, device, dtype, bias, strides),
+            partial(_measurement, direction, measured_as, device, dtype, bias, strides),
             kind,
+            measured_as,
         )
         for direction in OPERATOR.directions
     )

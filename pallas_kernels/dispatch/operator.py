@@ -93,6 +93,7 @@ class Operator:
         problem: Any,
         measurement: Callable[[], Measurement],
         device_kind: str | None = None,
+        measured_as: Any = None,
     ) -> Candidate:
         """Chooses the implementation and its parameters for one direction of one call.
 
@@ -107,6 +108,8 @@ class Operator:
             measurement: Makes what runs and times a candidate, if it comes to that; see
                 `tuner.Measurement`.
             device_kind: The device's kind.
+            measured_as: The problem whose times count for this one, and which `measurement` is of,
+                where an operator lets problems share them; None is `problem` itself.
 
         Returns:
             The implementation and its parameters, none where nothing was measured.
@@ -123,6 +126,7 @@ class Operator:
         if mode == "off" or (mode is None and not several):
             return Candidate(first)
         modules = {name: self.module(name) for name in (first, *able)}
+        problem = problem if measured_as is None else measured_as
         best = tuner.fastest(self.name, direction, problem, modules, measurement())
         return best or Candidate(first)
 

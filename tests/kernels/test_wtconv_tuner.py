@@ -85,6 +85,23 @@ def test_measured_once_eagerly_or_traced(measured, searches, kind):
     assert all(one["ms"] > 0 for one in entry["measured"])
 
 
+def test_batches_share_what_was_measured(measured, searches, kind):
+    for batch, measured_as in ((4, 4), (7, 4), (5, 4), (8, 8), (1, 1)):
+        x, params, _ = arrays(CASE._replace(batch=(batch,)))
+        y = wtconv2d(x, params, implementation="auto")
+        np.testing.assert_allclose(y, wtconv2d(x, params), rtol=1e-5, atol=1e-5)
+        shapes = [entry["problem"]["shape"] for entry in measured.entries(kind)]
+        assert [measured_as, 6, 5, 3] in shapes
+    assert len(searches) == len(shapes) == 3
+    # A batch of symbolic size has no times, and one of none needs none.
+    with pytest.warns(RuntimeWarning, match="symbolic size"):
+        jax.export.export(jax.jit(partial(wtconv2d, implementation="auto", params=params)))(
+            jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 6, 5, 3), jnp.float32)
+        )
+    wtconv2d(x[:0], params, implementation="auto")
+    assert len(searches) == 3
+
+
 def test_gradients_with_what_was_measured(searches, monkeypatch):
     monkeypatch.setenv("FLASH_WTCONV_WTCONV_BWD", "auto")
     both = [{"shifted": True}, {"shifted": False}]

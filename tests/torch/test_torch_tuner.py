@@ -116,6 +116,9 @@ def test_what_is_measured_apart(measured, searches):
     ):
         picked(**other)
     assert len(searches) == 12
+    # Batches share what was measured, up to twice as many.
+    picked((3, 2, 4, 5))
+    assert len(searches) == 12
     found = measured.entries(measuring.kind(CPU))
     assert {len(entry["measured"]) for entry in found} == {2}
     # All are right, in low precision too.
