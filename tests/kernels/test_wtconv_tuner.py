@@ -174,9 +174,11 @@ def test_the_transforms_choose_by_measurement_too(monkeypatch, measured, kind, s
     assert all("ms" in one for one in entry["measured"])
 
 
-def test_calls_of_an_accelerator_are_timed_behind_other_work(monkeypatch):
+@pytest.mark.parametrize("pauses", [(), (1, 2)], ids=["nothing", "products"])
+def test_calls_of_an_accelerator_are_timed_behind_other_work(monkeypatch, pauses):
     monkeypatch.setattr(platform, "on_cpu", lambda: False)
     monkeypatch.setattr(measuring, "_PAUSE_SIZE", 256)
+    monkeypatch.setattr(measuring, "_PAUSES", pauses)
     x = jax.ShapeDtypeStruct((8,), jnp.float32)
     measurement = measuring.OnRandomArrays(lambda module, config: jnp.sin, (x,), None, {})
     call, calls = measurement.prepared(None, ()), []
