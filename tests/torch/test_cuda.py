@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from pallas_kernels.dispatch import tuning  # noqa: E402
 from pallas_kernels.wtconv import checking  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
 from torch_bridge import check, ops  # noqa: E402
@@ -75,6 +76,18 @@ def test_the_kernels_are_the_oracles_in_every_order_of_threads(device, case, mem
         for launcher.order in (1, 2):
             again = check.layer_results("cuda", CPU, memory_format, case)
             assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+@ON_CPU
+@pytest.mark.parametrize("size", cuda_launch.grid("fwd", None)[1:], ids=str)
+def test_other_sizes_of_blocks_are_the_oracles(size, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "grid", lambda direction, problem: [size])
+    case, device = Case((72, 61), 2, 3, batch=(1,), channels=4), Device(40000, 1)
+    with cuda.emulated(device), tuning("search"):
+        assert_oracle(check.layer_results("cuda", CPU, torch.channels_last, case), case)
+    x = torch.empty(1, 4, 72, 61, device="meta").contiguous(memory_format=torch.channels_last)
+    plan = partial(cuda_launch.planned, "forward", x, 3, 2, device, True)
+    assert plan(**size) != plan()
 
 
 SOURCE = cuda_launch.SOURCE.read_text()
