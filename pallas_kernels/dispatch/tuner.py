@@ -173,19 +173,25 @@ def fastest(
         "versions": dict(measurement.versions),
     }
 
-    def answer() -> str:
-        return json.dumps(_fastest(entry, problem, modules, measurement))
+    key = cache.key(entry)
 
-    question = f"{mode()} {list(modules)} {cache.key(entry)}"
+    def answer() -> str:
+        return json.dumps(_fastest(entry, key, problem, modules, measurement))
+
+    question = f"{mode()} {list(modules)} {key}"
     found = json.loads(measurement.agreed(question, answer))
     return found and Candidate(found[0], _config(found[1]))
 
 
 def _fastest(
-    entry: Entry, problem: Any, modules: Mapping[str, ModuleType], measurement: Measurement
+    entry: Entry,
+    key: str,
+    problem: Any,
+    modules: Mapping[str, ModuleType],
+    measurement: Measurement,
 ) -> Candidate | None:
-    """As `fastest`, for one process; `entry` says what is asked."""
-    store, key, kind = cache.user_cache(), cache.key(entry), measurement.device_kind
+    """As `fastest`, for one process; `entry` says what is asked, under its key."""
+    store, kind = cache.user_cache(), measurement.device_kind
     entries = _covering(store.get(kind, key), modules)
     if entries or mode() == "cached":
         return _best(entries, modules)

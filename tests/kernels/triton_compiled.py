@@ -79,7 +79,7 @@ def kernels(operator, dtype):
         return conv2d(dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
     steps = [contiguous((128, 56 >> level, 56 >> level, 96)) for level in (0, 3, 1, 2, 3)]
-    _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps)
+    _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps, 4)
     return dict.fromkeys(("analysis", "synthesis"), constants)
 
 
