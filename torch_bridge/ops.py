@@ -130,8 +130,8 @@ def pick(
 def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """Sizes and strides as numbers: of a traced program, those that it is traced with.
 
-    Asking for them leaves no guard: the program takes other sizes as before. PyTorch before 2.10
-    cannot be asked; then there is one sample of each channel, and no strides.
+    Asking for them leaves no guard: the program takes other sizes as before. Older versions of
+    PyTorch (2.9) cannot be asked; then there is one sample of each channel, and no strides.
 
     Example:
         >>> known(torch.zeros(2, 3, 4))
@@ -176,7 +176,8 @@ def _measurement(
         return draw((n, channels, *spatial), dtype)
 
     def inputs(draw: measuring.Draw) -> tuple[Any, ...]:
-        x, dy = signal(draw), signal(draw)
+        x = signal(draw)
+        dy = signal(draw) if direction == "bwd" else x
         acc = _accumulator(x)
         taps = [draw((row, 1, *(kernel_size,) * len(spatial)), acc) for row in rows]
         return x, dy, taps, draw((channels,), acc) if bias else None
@@ -203,7 +204,7 @@ def _measurement(
         device,
         OPERATOR.module("eager"),
         {"bias": bias, "channels_last": channels_last},
-        None if strides else "this PyTorch does not tell the sizes of a traced program",
+        None if strides is not None else "this PyTorch does not tell the sizes of a traced program",
     )
 
 

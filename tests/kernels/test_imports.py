@@ -18,6 +18,7 @@ WITHOUT_JAX = [
     "pallas_kernels.haar",
     "pallas_kernels.haar.cases",
     "pallas_kernels.haar.filters",
+    "pallas_kernels.machine",
     "pallas_kernels.triton_launches",
     "pallas_kernels.wtconv",
     "pallas_kernels.wtconv.cases",
@@ -54,7 +55,7 @@ def test_imports_without_jax_and_without_torch():
 
 def test_the_torch_bridge_needs_no_jax():
     pytest.importorskip("torch", reason="torch is not installed")
-    rooms = "ops", "backends.triton_launch", "backends.cuda_launch", "check", "bench"
+    rooms = "ops", "measuring", "backends.triton_launch", "backends.cuda_launch", "check", "bench"
     names = [f"torch_bridge.{room}" for room in rooms]
     code = BLOCKED.format(blocked=["jax", "jaxlib", "flax"], names=names)
     code += "import torch, torch_bridge\n"

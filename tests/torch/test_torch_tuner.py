@@ -205,7 +205,7 @@ def test_where_nothing_can_be_timed_the_rule_chooses(monkeypatch, searches):
         assert layer(torch.empty(2, 2, 4, 5, device="meta")).shape == (2, 2, 4, 5)
     from torch.fx.experimental import symbolic_shapes
 
-    # As PyTorch before 2.10 has it.
+    # As PyTorch 2.9 has it.
     monkeypatch.delattr(symbolic_shapes, "optimization_hint")
     compiled = torch.compile(make_layer(), fullgraph=True, backend="aot_eager")
     with pytest.warns(RuntimeWarning, match="does not tell the sizes of a traced program"):
