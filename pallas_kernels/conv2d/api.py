@@ -37,6 +37,7 @@ class Implementation(StrEnum):
 
     TRITON = "triton"
     XLA = "xla"
+    MOSAIC_GPU = "mosaic_gpu"
 
 
 OPERATOR = Operator(
@@ -44,7 +45,7 @@ OPERATOR = Operator(
     package="pallas_kernels.conv2d",
     implementations=Implementation,
     # On a GPU, XLA means cuDNN.
-    rule={"tpu": ("xla",), "gpu": ("xla", "triton"), "cpu": ("xla",)},
+    rule={"tpu": ("xla",), "gpu": ("xla", "triton", "mosaic_gpu"), "cpu": ("xla",)},
 )
 
 

@@ -11,3 +11,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    """Or PyTorch rounds the factors of a convolution to 10 bits on a GPU."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -73,11 +73,10 @@ def in_torch(implementation, device, params):
         pytest.param(partial(in_torch, "eager", "cpu"), id="torch eager"),
         pytest.param(partial(in_torch, "eager", "cuda"), id="cuda eager", marks=pytest.mark.gpu),
         pytest.param(partial(in_torch, "triton", "cuda"), id="cuda triton", marks=pytest.mark.gpu),
+        pytest.param(partial(in_torch, "cuda", "cuda"), id="cuda cuda", marks=pytest.mark.gpu),
     ],
 )
-def test_ten_steps_of_sgd(train, monkeypatch):
-    # Or PyTorch rounds the factors of a convolution to 10 bits on a GPU.
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_ten_steps_of_sgd(train):
     start = flash.WTConv2d(CHANNELS, KERNEL, LEVELS).init(jax.random.key(1), X)["params"]
     want, got = in_linen(start), train(start)
     assert set(got) == set(want)

@@ -204,6 +204,7 @@ def test_y_is_laid_out_as_x_is(implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_on_a_gpu(backend, implementation):
