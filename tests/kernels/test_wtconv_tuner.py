@@ -193,7 +193,7 @@ def test_calls_of_an_accelerator_are_timed_behind_other_work(monkeypatch, pauses
 
 def test_ahead_of_time_the_rule_chooses():
     problem = jax.ShapeDtypeStruct((2, 6, 5, 3), jnp.float32)
-    device = jax.sharding.AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu")
+    device = jax.sharding.AbstractDevice(device_kind="abacus", num_cores=None, platform="cpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     _, params, _ = arrays(CASE)
     with jax.sharding.use_abstract_mesh(mesh), pytest.warns(RuntimeWarning, match="ahead of time"):
