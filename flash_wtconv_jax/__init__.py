@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
     elif name in _HOME:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     elif name == "__version__":
-        value = _installed_version()
+        value = importlib.import_module("pallas_kernels.machine").version()
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -72,13 +72,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__) | _SUBMODULES)
-
-
-def _installed_version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("flash-wtconv")
-    except metadata.PackageNotFoundError:
-        # Imported from a source tree that was never installed: there is no version to report.
-        return "0+uninstalled"

@@ -1,27 +1,27 @@
 """What `dispatch.tuner` needs of JAX: implementations run and timed on random arrays."""
 
 import os
-import platform as machine
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
-from importlib import metadata
-from pathlib import Path
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
-from pallas_kernels import platform
+from pallas_kernels import machine, platform
 from pallas_kernels._compat import agreed
 from pallas_kernels.dispatch.cache import Entry
 from pallas_kernels.dispatch.tuner import Config
 
 _AT_ONCE_MS = 10
-_MOST_AT_ONCE = 50
-"""Calls of an accelerator that the host waits for together, so that it never waits for the next."""
+_MOST_AT_ONCE = 20
+"""How long, and how many, calls of an accelerator are timed together."""
+_PAUSES = 1, 2, 4, 8
+"""Programs that run before them: with the calls fewer than JAX keeps in a device's queue, 32."""
+_PAUSE_SIZE = 4096
 _AGREEMENT_S = 600
 """How long processes wait for the one that measures."""
 
@@ -54,12 +54,12 @@ class OnRandomArrays:
     def device_kind(self) -> str:
         """As JAX names it; of a CPU, which JAX calls "cpu", the model and the number of threads."""
         kind = platform.kind()
-        return f"cpu {_cpu()} x{os.cpu_count()}" if kind == "cpu" else kind
+        return f"cpu {machine.cpu()} x{os.cpu_count()}" if kind == "cpu" else kind
 
     @property
     def versions(self) -> Mapping[str, str]:
         """Those of JAX, whose compiler it is, and of this package."""
-        return {"flash-wtconv": _version(), "jax": jax.__version__}
+        return {"flash-wtconv": machine.version(), "jax": jax.__version__}
 
     def agreed(self, question: str, answer: Callable[[], str]) -> str:
         """The answer of process 0, or of the only one."""
@@ -90,19 +90,42 @@ class OnRandomArrays:
         return lambda: compiled(*self._arrays)
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
-        """The host's clock; on an accelerator around calls enough that launching is hidden."""
+        """The host's clock around a call; on an accelerator the device's time of one of several.
+
+        They are enqueued behind other work, so that launching is no part of it: the clock starts
+        when that work is done, and stops when the last of them is. If they were not all enqueued
+        by then, there is more such work the next time; at last the host's clock around all counts.
+        """
         one = _waited(call, 1)
         if platform.on_cpu():
             return one
-        return _waited(call, min(_MOST_AT_ONCE, max(1, round(_AT_ONCE_MS / one))))
+        times = min(_MOST_AT_ONCE, max(1, round(_AT_ONCE_MS / one)))
+        for pauses in _PAUSES:
+            for _ in range(pauses):
+                pause = _product(self._matrix, self._matrix)
+            for _ in range(times):
+                result = call()
+            late = pause.is_ready()
+            jax.block_until_ready(pause)
+            start = time.perf_counter()
+            jax.block_until_ready(result)
+            if not late:
+                return (time.perf_counter() - start) * 1e3 / times
+        return _waited(call, times)
 
-    def arrays(self, result: Any) -> list[np.ndarray]:
-        """The leaves of a result, on the host."""
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(result)]
+    def arrays(self, result: Any) -> list[tuple[str, np.ndarray]]:
+        """The leaves of a result, on the host, and their dtypes."""
+        return [(str(leaf.dtype), np.asarray(leaf)) for leaf in jax.tree.leaves(result)]
 
-    def reference(self) -> list[np.ndarray]:
+    def reference(self) -> list[tuple[str, np.ndarray]]:
         """What the reference makes of the same arrays."""
         return self.arrays(self.prepared(self._reference, ())())
+
+    @cached_property
+    def _matrix(self) -> jax.Array:
+        """Its square takes an accelerator some milliseconds."""
+        matrix = jax.numpy.zeros((_PAUSE_SIZE, _PAUSE_SIZE), jax.numpy.float32)
+        return jax.block_until_ready(_product(matrix, matrix))
 
     @cached_property
     def _arrays(self) -> tuple[Any, ...]:
@@ -115,6 +138,11 @@ class OnRandomArrays:
         return tree.unflatten(drawn)
 
 
+@jax.jit
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jax.numpy.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 def _waited(call: Callable[[], Any], times: int) -> float:
     """Milliseconds of each of some calls that the host waits for together."""
     start = time.perf_counter()
@@ -122,22 +150,3 @@ def _waited(call: Callable[[], Any], times: int) -> float:
         result = call()
     jax.block_until_ready(result)
     return (time.perf_counter() - start) * 1e3 / times
-
-
-@cache
-def _cpu() -> str:
-    """The model of this CPU, where Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, machine.machine())
-
-
-@cache
-def _version() -> str:
-    try:
-        return metadata.version("flash-wtconv")
-    except metadata.PackageNotFoundError:
-        return "0+uninstalled"

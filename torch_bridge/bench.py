@@ -150,7 +150,7 @@ def _calls(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, 
     for name in sorted(ops.Implementation, key=lambda name: name != _BASELINE):
         problem = sizes, dtype, shape.kernel_size, shape.levels, "haar"
         try:
-            ops.pick(str(name), device.type, *problem)
+            ops.pick(str(name), device, *problem)
         except NotImplementedError:
             continue
         layer = WTConv2d(

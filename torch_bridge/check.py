@@ -90,7 +90,7 @@ def _refusal(name: str, unavailable: str | None, device: torch.device, case: Cas
     dtype = getattr(torch, case.dtype)
     try:
         ops.pick(
-            *(name, device.type, shape, dtype, case.kernel_size, case.levels, case.wavelet),
+            *(name, device, shape, dtype, case.kernel_size, case.levels, case.wavelet),
         )
     except NotImplementedError as error:
         return str(error).split(f"{name}: ", 1)[1]

@@ -13,6 +13,8 @@ An implementation is a module of `torch_bridge.backends` with `unavailable(platf
     forward(x, taps, bias, *, wavelet, transpose) -> y
     weight_grad(x, dy, *, kernel_size, levels, wavelet) -> gradients of the taps
 
+both with the parameters, integers, that its `grid(direction, problem)`, where there is one, offers,
+
 for x `[N, C, *spatial]` of any strides and at least one image,
 `taps = [base [C, 1, *k], level_0 [2**ndim * C, 1, *k], ...]` with the scales folded in, and
 `bias [C]` or None, these in float32, or in float64 for an x in float64, as the gradients are. It
@@ -21,9 +23,10 @@ need not care for the strides of what it returns: a copy mends those of y that a
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +34,9 @@ import torch
 from torch import Tensor
 
 from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch.tuner import Config
 from pallas_kernels.wtconv.problem import Problem
+from torch_bridge import measuring
 
 
 class Implementation(StrEnum):
@@ -71,42 +76,76 @@ OPERATOR = _Operator(
 )
 
 
-# What it returns is a constant of a traced program: it asks the environment, and imports.
+# What it returns is a constant of a traced program: it asks the environment, imports, and measures.
 @torch.compiler.assume_constant_result
 def pick(
     implementation: str | tuple[str, ...] | None,
-    platform: str,
+    device: torch.device,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     kernel_size: int,
     levels: int,
     wavelet: str,
+    bias: bool = False,
+    strides: tuple[int, ...] | None = None,
 ) -> tuple[str, str]:
-    """Names of the implementations that compute a call, forward and backward.
+    """What computes a call, forward and backward: an implementation's name and its parameters.
 
     Args:
-        implementation: Filter on them, see `pallas_kernels.dispatch`.
-        platform: Type of the device, such as "cuda".
+        implementation: Filter on the implementations, see `pallas_kernels.dispatch`.
+        device: Of x.
         shape: Of x, `[N, C, *spatial]`. An empty batch is nobody's problem: nothing is launched.
         dtype: Of x.
         kernel_size: k.
         levels: Number of wavelet levels.
         wavelet: PyWavelets' name of the wavelet.
+        bias: Whether there is one.
+        strides: Of x; None where they are not known, and nothing is measured.
 
     Raises:
         ValueError: An unknown name in the environment's variable.
         NotImplementedError: No allowed implementation can run here; says why for each.
 
     Example:
-        >>> pick("eager", "cpu", (2, 4, 8, 8), torch.float32, 5, 1, "haar")
+        >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32, 5, 1, "haar")
         ('eager', 'eager')
     """
     problem = _problem(shape, dtype, kernel_size, levels, wavelet)
+    kind, measured_as = measuring.kind(device), problem.measured_as()
     fwd, bwd = (
-        OPERATOR.pick(direction, implementation, platform, problem)
+        OPERATOR.choose(
+            direction,
+            implementation,
+            device.type,
+            problem,
+            partial(_measurement, direction, measured_as, device, dtype, bias, strides),
+            kind,
+            measured_as,
+        )
         for direction in OPERATOR.directions
     )
-    return fwd, bwd
+    return str(fwd), str(bwd)
+
+
+def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Sizes and strides as numbers: of a traced program, those that it is traced with.
+
+    Asking for them leaves no guard: the program takes other sizes as before. Older versions of
+    PyTorch (2.9) cannot be asked; then there is one sample of each channel, and no strides.
+
+    Example:
+        >>> known(torch.zeros(2, 3, 4))
+        ((2, 3, 4), (12, 4, 1))
+    """
+    if not torch.compiler.is_compiling():
+        return tuple(x.shape), x.stride()
+    from torch.fx.experimental import symbolic_shapes
+
+    if not hasattr(symbolic_shapes, "optimization_hint"):
+        return (1, x.shape[1], *(1,) * (x.ndim - 2)), None
+    # A size that depends on data counts as 1.
+    hint = symbolic_shapes.optimization_hint
+    return tuple(hint(n, 1) for n in x.shape), tuple(hint(n, 1) for n in x.stride())
 
 
 def _problem(
@@ -115,6 +154,58 @@ def _problem(
     n, c, *spatial = shape
     name = str(dtype).removeprefix("torch.")
     return Problem((max(n, 1), *spatial, c), name, kernel_size, levels, wavelet)
+
+
+def _measurement(
+    direction: str,
+    problem: Problem,
+    device: torch.device,
+    dtype: torch.dtype,
+    bias: bool,
+    strides: tuple[int, ...] | None,
+) -> measuring.OnRandomTensors:
+    """How the tuner runs an implementation on tensors like those of a call."""
+    n, *spatial, channels = problem.shape
+    channels_last = strides is not None and strides[1] < strides[-1]
+    kernel_size, wavelet = problem.kernel_size, problem.wavelet
+    rows = [channels] + [2 ** len(spatial) * channels] * problem.levels
+
+    def signal(draw: measuring.Draw) -> Tensor:
+        if channels_last:
+            return draw(problem.shape, dtype).movedim(-1, 1)
+        return draw((n, channels, *spatial), dtype)
+
+    def inputs(draw: measuring.Draw) -> tuple[Any, ...]:
+        x = signal(draw)
+        dy = signal(draw) if direction == "bwd" else x
+        acc = _accumulator(x)
+        taps = [draw((row, 1, *(kernel_size,) * len(spatial)), acc) for row in rows]
+        return x, dy, taps, draw((channels,), acc) if bias else None
+
+    def run(
+        module: ModuleType,
+        config: Config,
+        x: Tensor,
+        dy: Tensor,
+        taps: Sequence[Tensor],
+        bias: Tensor | None,
+    ) -> list[Tensor]:
+        told = dict(config)
+        if direction == "fwd":
+            return [_forward(module, x, taps, bias, wavelet, False, told)]
+        return [
+            _forward(module, dy, taps, None, wavelet, True, told),
+            *_weight_grad(module, x, dy, kernel_size, problem.levels, wavelet, told),
+        ]
+
+    return measuring.OnRandomTensors(
+        run,
+        inputs,
+        device,
+        OPERATOR.module("eager"),
+        {"bias": bias, "channels_last": channels_last},
+        None if strides is not None else "this PyTorch does not tell the sizes of a traced program",
+    )
 
 
 def wtconv(
@@ -139,7 +230,7 @@ def wtconv(
         wavelet_weights: One `[2**d * C, 1, *k]` a level, finest first.
         wavelet_scales: One `[1, 2**d * C, 1, ...]` a level.
         wavelet: PyWavelets' name of the wavelet.
-        fwd: What computes the output.
+        fwd: What computes the output, as `pick` tells it.
         bwd: What computes the gradients.
 
     Returns:
@@ -181,13 +272,37 @@ def apply(
     """The operator or its transpose, on folded taps; the arguments as the module has them."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    module = OPERATOR.module(fwd)
+    module, config = _picked(fwd)
     # A traced program may have been made for other sizes.
     module.check("fwd", _problem(x.shape, x.dtype, taps[0].shape[-1], len(taps) - 1, wavelet))
+    return _forward(module, x, taps, bias, wavelet, transpose, config)
+
+
+def _forward(
+    module: ModuleType,
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    wavelet: str,
+    transpose: bool,
+    config: Mapping[str, Any],
+) -> Tensor:
     with _without_autocast(x):
-        y = module.forward(x, taps, bias, wavelet=wavelet, transpose=transpose)
+        y = module.forward(x, taps, bias, wavelet=wavelet, transpose=transpose, **config)
     like = torch.empty_like(x, device="meta")
     return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
+
+
+def _picked(text: str) -> tuple[ModuleType, dict[str, int]]:
+    """The implementation and its parameters, of a text as `pick` returns it.
+
+    Example:
+        >>> _picked("eager")[1], _picked("eager columns=2")[1]
+        ({}, {'columns': 2})
+    """
+    name, *parameters = text.split()
+    pairs = (parameter.split("=") for parameter in parameters)
+    return OPERATOR.module(name), {key: int(value) for key, value in pairs}
 
 
 @apply.register_fake
@@ -202,10 +317,23 @@ def weight_grad(
     """Gradients of the folded taps, in float32 or better; bilinear in x and dy."""
     if x.numel() == 0:
         return [taps.zero_() for taps in _empty_taps(x, kernel_size, levels)]
-    module = OPERATOR.module(bwd)
+    module, config = _picked(bwd)
     module.check("bwd", _problem(x.shape, x.dtype, kernel_size, levels, wavelet))
+    return _weight_grad(module, x, dy, kernel_size, levels, wavelet, config)
+
+
+def _weight_grad(
+    module: ModuleType,
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: int,
+    levels: int,
+    wavelet: str,
+    config: Mapping[str, Any],
+) -> list[Tensor]:
+    sizes = {"kernel_size": kernel_size, "levels": levels}
     with _without_autocast(x):
-        found = module.weight_grad(x, dy, kernel_size=kernel_size, levels=levels, wavelet=wavelet)
+        found = module.weight_grad(x, dy, **sizes, wavelet=wavelet, **config)
     return [taps.contiguous() for taps in found]
 
 

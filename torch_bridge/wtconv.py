@@ -123,16 +123,18 @@ class _WTConv(nn.Module):
         return torch.is_autocast_enabled(x.device.type)
 
     def _apply_to(self, x: Tensor) -> Tensor:
-        # Sizes may not be known where a program is traced: there the operators check them.
-        traced = torch.compiler.is_compiling()
+        # A traced program may run with other sizes: there the operators check them.
+        shape, strides = ops.known(x)
         fwd, bwd = ops.pick(
             self.implementation,
-            x.device.type,
-            (1, self.in_channels, *(1,) * self.ndim) if traced else tuple(x.shape),
+            x.device,
+            shape,
             x.dtype,
             self.kernel_size,
             self.wt_levels,
             self.wt_type,
+            self.base_conv.bias is not None,
+            strides,
         )
         weights = (
             self.base_conv.weight,
@@ -238,9 +240,11 @@ class WTConv2d(_WTConv):
             (`torch.set_default_device`), else CUDA, MPS or the CPU, the first that is here.
         dtype: Their dtype, PyTorch's default if None.
         implementation: Filter on the implementations "cuda", "triton", "metal" and "eager": a name,
-            a sequence of names or "auto" for all of them, of which the first in the device's order
-            is taken, or None for the environment's (`FLASH_WTCONV_TORCH_WTCONV_FWD`, `..._BWD`) or
-            the device's rule.
+            a sequence of names or "auto" for the fastest of them, which is measured once for each
+            kind of input, forward and backward apart, and remembered (`flash-wtconv cache`), or
+            None for the environment's (`FLASH_WTCONV_TORCH_WTCONV_FWD`, `..._BWD`) or the device's
+            rule. `pallas_kernels.dispatch.tuning` says otherwise for a block of code. A program
+            that is compiled or exported keeps the choice of the sizes that it was traced with.
 
     Raises:
         ValueError: Channels differ, a number is too small, the wavelet or an implementation

@@ -237,12 +237,19 @@ def loaded(text: str) -> dict[str, list[Entry]]:
 
 @cache
 def user_cache() -> Cache:
-    """The cache of this user, on this machine's disk."""
+    """The cache of this user, on this machine's disk; without a home, in memory, and it warns."""
     from platformdirs import user_cache_path
 
     folder = user_cache_path("flash_wtconv", appauthor=False) / "measured"
+    if folder.is_absolute():
+        return Cache(folder)
     # Of a user without a home it is `~/.cache`, which would be made where we stand.
-    return Cache(folder if folder.is_absolute() else None)
+    warnings.warn(
+        "measured times are kept in memory alone: there is no home to keep files in",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Cache(None)
 
 
 def _add(known: dict[str, Entry], entry: Entry) -> None:

@@ -80,10 +80,9 @@ class Operator:
             ValueError: An unknown or empty filter; names the argument or the variable.
             NotImplementedError: No candidate can run; says why for each.
         """
-        _, wanted = self._wanted(direction, implementation)
+        _, wanted, filter_ = self._wanted(direction, implementation)
         preference = self._preference(direction, platform, problem, device_kind)
-        able = self._able(direction, implementation, wanted, preference, platform, problem)
-        return next(able)
+        return next(self._able(direction, filter_, wanted, preference, platform, problem))
 
     def choose(
         self,
@@ -93,6 +92,7 @@ class Operator:
         problem: Any,
         measurement: Callable[[], Measurement],
         device_kind: str | None = None,
+        measured_as: Any = None,
     ) -> Candidate:
         """Chooses the implementation and its parameters for one direction of one call.
 
@@ -107,6 +107,8 @@ class Operator:
             measurement: Makes what runs and times a candidate, if it comes to that; see
                 `tuner.Measurement`.
             device_kind: The device's kind.
+            measured_as: The problem whose times count for this one, and which `measurement` is of,
+                where an operator lets problems share them; None is `problem` itself.
 
         Returns:
             The implementation and its parameters, none where nothing was measured.
@@ -115,14 +117,15 @@ class Operator:
             ValueError: An unknown or empty filter; names the argument or the variable.
             NotImplementedError: No candidate can run; says why for each.
         """
-        several, wanted = self._wanted(direction, implementation)
+        several, wanted, filter_ = self._wanted(direction, implementation)
         preference = self._preference(direction, platform, problem, device_kind)
-        able = self._able(direction, implementation, wanted, preference, platform, problem)
+        able = self._able(direction, filter_, wanted, preference, platform, problem)
         first = next(able)
         mode = tuner.mode()
         if mode == "off" or (mode is None and not several):
             return Candidate(first)
         modules = {name: self.module(name) for name in (first, *able)}
+        problem = problem if measured_as is None else measured_as
         best = tuner.fastest(self.name, direction, problem, modules, measurement())
         return best or Candidate(first)
 
@@ -153,22 +156,26 @@ class Operator:
         known = fastest in [str(name) for name in self.implementations]
         return [str(fastest), *(name for name in rule if name != fastest)] if known else rule
 
-    def _wanted(self, direction: str, implementation: Choice) -> tuple[bool, list[str] | None]:
-        """Whether a filter leaves a choice to the tuner, and its names, None for the rule's."""
+    def _wanted(self, direction: str, implementation: Choice) -> tuple[bool, list[str] | None, str]:
+        """Whether a filter leaves a choice to the tuner, its names (None: the rule's), and itself.
+
+        The last is for errors, which tell an argument from the environment's variable.
+        """
         source = "implementation"
         if implementation is None:
             source = f"FLASH_WTCONV_{self.name}_{direction}".upper()
             value = os.environ.get(source, "").strip()
             if not value:
-                return False, None
+                return False, None, "implementation=None"
             implementation = _parse(value)
         names = self._names(implementation, source)
-        return not isinstance(implementation, str) or implementation == AUTO, names
+        several = not isinstance(implementation, str) or implementation == AUTO
+        return several, names, f"{source}={implementation!r}"
 
     def _able(
         self,
         direction: str,
-        implementation: Choice,
+        filter_: str,
         wanted: list[str] | None,
         preference: list[str],
         platform: str,
@@ -190,8 +197,8 @@ class Operator:
                 reasons.append(f"{name}: {reason}")
         if len(reasons) == len(set(names)):
             raise NotImplementedError(
-                f"{self.name} ({direction}) cannot run on {platform} with "
-                f"implementation={implementation!r} for {problem}: " + "; ".join(reasons)
+                f"{self.name} ({direction}) cannot run on {platform} with {filter_} for {problem}: "
+                + "; ".join(reasons)
             )
 
     def _names(self, implementation: Choice, source: str) -> list[str]:

@@ -23,6 +23,9 @@ from pallas_kernels.dispatch.cache import Entry
 if TYPE_CHECKING:
     import numpy as np
 
+    Outputs = list[tuple[str, np.ndarray]]
+    """Arrays as NumPy has them, each after the name of the dtype that it was computed in."""
+
 Mode = Literal["off", "cached", "search"]
 
 Config = tuple[tuple[str, Any], ...]
@@ -85,10 +88,10 @@ class Measurement(Protocol):
     def milliseconds(self, call: Callable[[], Any]) -> float:
         """The time of one run of a call, compiled already."""
 
-    def arrays(self, result: Any) -> "list[np.ndarray]":
+    def arrays(self, result: Any) -> "Outputs":
         """What a call returned, once it is done."""
 
-    def reference(self) -> "list[np.ndarray]":
+    def reference(self) -> "Outputs":
         """What a right call returns."""
 
 
@@ -170,19 +173,25 @@ def fastest(
         "versions": dict(measurement.versions),
     }
 
-    def answer() -> str:
-        return json.dumps(_fastest(entry, problem, modules, measurement))
+    key = cache.key(entry)
 
-    question = f"{mode()} {list(modules)} {cache.key(entry)}"
+    def answer() -> str:
+        return json.dumps(_fastest(entry, key, problem, modules, measurement))
+
+    question = f"{mode()} {list(modules)} {key}"
     found = json.loads(measurement.agreed(question, answer))
     return found and Candidate(found[0], _config(found[1]))
 
 
 def _fastest(
-    entry: Entry, problem: Any, modules: Mapping[str, ModuleType], measurement: Measurement
+    entry: Entry,
+    key: str,
+    problem: Any,
+    modules: Mapping[str, ModuleType],
+    measurement: Measurement,
 ) -> Candidate | None:
-    """As `fastest`, for one process; `entry` says what is asked."""
-    store, key, kind = cache.user_cache(), cache.key(entry), measurement.device_kind
+    """As `fastest`, for one process; `entry` says what is asked, under its key."""
+    store, kind = cache.user_cache(), measurement.device_kind
     entries = _covering(store.get(kind, key), modules)
     if entries or mode() == "cached":
         return _best(entries, modules)
@@ -338,7 +347,7 @@ class _Reference:
 
     def __init__(self, measurement: Measurement) -> None:
         self._measurement = measurement
-        self._right: list[np.ndarray] | None = None
+        self._right: Outputs | None = None
 
     def fault(self, result: Any) -> str | None:
         """What is wrong with a result: NaN, zeros, or far from the reference; None if nothing."""
@@ -347,8 +356,8 @@ class _Reference:
         if self._right is None:
             self._right = self._measurement.reference()
         found = self._measurement.arrays(result)
-        for out, right in zip(found, self._right, strict=True):
-            limit = _TOLERANCE[str(right.dtype)]
+        for (_, out), (dtype, right) in zip(found, self._right, strict=True):
+            limit = _TOLERANCE[dtype]
             mine, wanted = (
                 one.astype(np.promote_types(np.float32, one.dtype)) for one in (out, right)
             )

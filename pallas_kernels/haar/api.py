@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import platform
 from pallas_kernels.checks import checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
+from pallas_kernels.dispatch.tuner import Config
 from pallas_kernels.haar import vjp
 from pallas_kernels.haar.filters import beyond_images, filter_bank
 from pallas_kernels.measuring import OnRandomArrays
@@ -435,13 +436,13 @@ def _plan(
 ) -> vjp.Plan:
     problem = Problem(shape, dtype, len(shape) - 2, levels, wavelet)
 
-    def plan(module: ModuleType) -> vjp.Plan:
-        return vjp.Plan(module, shape[1:-1], levels, wavelet)
+    def plan(module: ModuleType, config: Config) -> vjp.Plan:
+        return vjp.Plan(module, shape[1:-1], levels, wavelet, config)
 
     # Analysis and synthesis are each other's transpose: the analysis is timed for both.
     measurement = partial(
         OnRandomArrays,
-        lambda module, config: partial(vjp.wavedec, plan(module)),
+        lambda module, config: partial(vjp.wavedec, plan(module, config)),
         (jax.ShapeDtypeStruct(shape, dtype),),
         OPERATOR.module("xla"),
         {},
@@ -449,7 +450,7 @@ def _plan(
     chosen = OPERATOR.choose(
         "fwd", implementation, platform.current(), problem, measurement, platform.kind()
     )
-    return plan(OPERATOR.module(chosen.implementation))
+    return plan(OPERATOR.module(chosen.implementation), chosen.config)
 
 
 def _unflat(bands: Any, batch: tuple[int, ...]) -> Any:

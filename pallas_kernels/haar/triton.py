@@ -9,13 +9,15 @@ from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.triton import launch, unavailable
 from pallas_kernels.triton_launches import MAX_ROW
 
-__all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
+__all__ = ["DIFFERENTIABLE", "check", "grid", "unavailable", "wavedec", "waverec"]
 
 DIFFERENTIABLE = False
 
 Bands = tuple[jax.Array, ...]
 
 _MAX_LEVELS = 5
+_SIZES = "fused", "warps"
+"""Names of what `grid` offers."""
 
 
 def check(direction: str, problem: Any) -> None:
@@ -36,24 +38,36 @@ def check(direction: str, problem: Any) -> None:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
 
-@partial(jax.jit, static_argnames=("ndim", "levels", "wavelet"))
+def grid(direction: str, problem: Any) -> list[dict[str, int]]:
+    """Ways to launch the cascade that are worth timing; see `check`."""
+    from . import triton_launches
+
+    return triton_launches.grid(problem.levels)
+
+
+@partial(jax.jit, static_argnames=("ndim", "levels", "wavelet", *_SIZES))
 def wavedec(
-    x: jax.Array, *, ndim: int, levels: int, wavelet: str
+    x: jax.Array, *, ndim: int, levels: int, wavelet: str, **sizes: int
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
     """All levels of `x [N, H, W, C]`: the low band, and three details a level from coarse on."""
     from . import triton_launches
 
-    low, details = triton_launches.wavedec(x, levels, launch)
+    low, details = triton_launches.wavedec(x, levels, launch, **sizes)
     # jax-triton knows nothing of meshes.
     return vary_over(varying_axes(x), (low, tuple(details)))
 
 
-@partial(jax.jit, static_argnames=("shape", "wavelet"))
+@partial(jax.jit, static_argnames=("shape", "wavelet", *_SIZES))
 def waverec(
-    low: jax.Array, details: tuple[Bands, ...], *, shape: tuple[int, int], wavelet: str
+    low: jax.Array,
+    details: tuple[Bands, ...],
+    *,
+    shape: tuple[int, int],
+    wavelet: str,
+    **sizes: int,
 ) -> jax.Array:
     """The inverse of `wavedec`: an image `[N, *shape, C]`."""
     from . import triton_launches
 
-    image = triton_launches.waverec(low, details, shape, launch)
+    image = triton_launches.waverec(low, details, shape, launch, **sizes)
     return vary_over(varying_axes((low, details)), image)

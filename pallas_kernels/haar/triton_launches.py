@@ -11,21 +11,31 @@ Bands = Sequence[Any]
 Shape = tuple[int, ...]
 
 _FUSED = 3
-"""Levels of a launch; a low band between two launches is then 1/64 of the image."""
+"""The most levels of a launch; a low band between two launches is then 1/64 of the image."""
 _WARPS = 4
+"""Of a program."""
 _NAMES = ("X_", "LOW_", "HIGH1_", "HIGH2_", "HIGH3_")
 """Constants of the kernels: strides of the image, the low band, and the details of each level."""
 _BYTES = {1: 16, 2: 8, 3: 4}
 """Bytes of neighbouring channels that a thread treats, by levels: the fewer, the larger squares."""
 
 
-def wavedec(x: Any, levels: int, launch: Launch) -> tuple[Any, list[Bands]]:
+def grid(levels: int) -> list[dict[str, int]]:
+    """Ways to launch a cascade that are worth timing, the default one first; see `wavedec`."""
+    return [{}, {"warps": 2}, {"warps": 8}] + [{"fused": 1}, {"fused": 2}][: levels - 1]
+
+
+def wavedec(
+    x: Any, levels: int, launch: Launch, *, fused: int = _FUSED, warps: int = _WARPS
+) -> tuple[Any, list[Bands]]:
     """Analysis of `x [N, H, W, C]`.
 
     Args:
         x: In float32, bfloat16 or float16, of any strides.
         levels: At least one.
         launch: Of the framework.
+        fused: The most levels of a launch, up to three.
+        warps: Of a program.
 
     Returns:
         The low band, and the three details of each level from coarse to fine, in x's dtype and
@@ -34,19 +44,19 @@ def wavedec(x: Any, levels: int, launch: Launch) -> tuple[Any, list[Bands]]:
     low, details = x, []
     while len(details) < levels:
         n, h, w, c = low.shape
-        count = min(_FUSED, levels - len(details))
+        count = min(fused, levels - len(details))
         shapes = [(n, cdiv(h, 2**level), cdiv(w, 2**level), c) for level in range(1, count + 1)]
         last = len(details) + count == levels
         wanted = [(shape, x.dtype) for shape in shapes for _ in range(3)]
         steps = [strides(low), contiguous(shapes[-1]), *map(contiguous, shapes)]
-        sizes, grid, constants = _layout(low, low.shape, steps)
+        sizes, blocks, constants = _layout(low, low.shape, steps, warps)
         low, *found = launch(
             kernels.analysis,
             [low, *sizes],
             # The kernel has details of three levels; those that are not wanted stay unwritten.
             [(shapes[-1], x.dtype if last else "float32"), *wanted]
             + [((1,), x.dtype)] * (3 * (_FUSED - count)),
-            grid,
+            blocks,
             **constants,
         )
         for first in range(0, 3 * count, 3):
@@ -54,7 +64,15 @@ def wavedec(x: Any, levels: int, launch: Launch) -> tuple[Any, list[Bands]]:
     return low, details
 
 
-def waverec(low: Any, details: Sequence[Bands], shape: Sequence[int], launch: Launch) -> Any:
+def waverec(
+    low: Any,
+    details: Sequence[Bands],
+    shape: Sequence[int],
+    launch: Launch,
+    *,
+    fused: int = _FUSED,
+    warps: int = _WARPS,
+) -> Any:
     """Synthesis of an image `[N, *shape, C]`.
 
     Args:
@@ -63,6 +81,8 @@ def waverec(low: Any, details: Sequence[Bands], shape: Sequence[int], launch: La
             level share their strides, whatever they are.
         shape: H and W.
         launch: Of the framework.
+        fused: See `wavedec`.
+        warps: See `wavedec`.
 
     Returns:
         The image in low's dtype, contiguous.
@@ -70,25 +90,25 @@ def waverec(low: Any, details: Sequence[Bands], shape: Sequence[int], launch: La
     dtype, left = low.dtype, list(details)
     while left:
         # Whole launches for the finest levels, which are the largest.
-        count = (len(left) - 1) % _FUSED + 1
+        count = (len(left) - 1) % fused + 1
         levels, left = left[:count][::-1], left[count:]
         height, width = left[0][0].shape[1:3] if left else shape
         image = low.shape[0], height, width, low.shape[3]
         steps = [contiguous(image), strides(low), *(strides(bands[0]) for bands in levels)]
-        sizes, grid, constants = _layout(levels[0][0], image, steps)
+        sizes, blocks, constants = _layout(levels[0][0], image, steps, warps)
         bands = [band for level in levels for band in level]
         (low,) = launch(
             kernels.synthesis,
             [low, *bands, *[low] * (3 * (_FUSED - count)), *sizes],
             [(image, "float32" if left else dtype)],
-            grid,
+            blocks,
             **constants,
         )
     return low
 
 
 def _layout(
-    read: Any, shape: Sequence[int], steps: list[Shape]
+    read: Any, shape: Sequence[int], steps: list[Shape], warps: int
 ) -> tuple[list[int], tuple[int], dict[str, int]]:
     """Sizes, grid and constants of a launch for an image `[N, H, W, C]`.
 
@@ -96,6 +116,7 @@ def _layout(
         read: An array that the kernel reads.
         shape: Of the image.
         steps: Strides of the image, the low band, and the details from fine to coarse.
+        warps: Of a program.
     """
     n, h, w, c = shape
     levels = len(steps) - 2
@@ -103,7 +124,7 @@ def _layout(
     each = _BYTES[levels] // read.dtype.itemsize
     across = cdiv(w, side) * c
     elements = min(32 * each, 1 << (across - 1).bit_length())
-    rows = 32 * _WARPS * each // elements
+    rows = 32 * warps * each // elements
     steps = steps + steps[-1:] * (_FUSED - levels)
     # No more than what one load takes.
     unit = math.gcd(8, *(step for along in steps for step in along[:2]))
@@ -113,4 +134,4 @@ def _layout(
         constants |= {f"{name}W": step_w, f"{name}C": step_c}
     constants |= {"C": c, "UNIT": unit, "LEVELS": levels, "P": rows, "BE": elements}
     blocks = cdiv(n * cdiv(h, side), rows) * cdiv(across, elements)
-    return sizes, (blocks,), constants | {"num_warps": _WARPS}
+    return sizes, (blocks,), constants | {"num_warps": warps}

@@ -2,6 +2,9 @@
 
 The transpose of the analysis, zero padding included, is the synthesis with its crops, and the
 other way round; so each is the other's derivative, of every order. Plain JAX needs none of this.
+
+An implementation is a module with `wavedec` and `waverec` as `_analyse` and `_synthesise` call
+them; both take the parameters that its `grid`, where there is one, offers.
 """
 
 from collections.abc import Callable
@@ -12,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+
+from pallas_kernels.dispatch.tuner import Config
 
 Details = tuple[tuple[jax.Array, ...], ...]
 Coefficients = tuple[jax.Array, Details]
@@ -24,6 +29,7 @@ class Plan(NamedTuple):
     shape: tuple[int, ...]
     levels: int
     wavelet: str
+    config: Config = ()
 
 
 def wavedec(plan: Plan, x: jax.Array) -> Coefficients:
@@ -38,12 +44,13 @@ def waverec(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
 
 
 def _analyse(plan: Plan, x: jax.Array) -> Coefficients:
-    ndim = len(plan.shape)
-    return plan.module.wavedec(x, ndim=ndim, levels=plan.levels, wavelet=plan.wavelet)
+    told = {"ndim": len(plan.shape), "levels": plan.levels, "wavelet": plan.wavelet}
+    return plan.module.wavedec(x, **told, **dict(plan.config))
 
 
 def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
-    return plan.module.waverec(low, details, shape=plan.shape, wavelet=plan.wavelet)
+    told = {"shape": plan.shape, "wavelet": plan.wavelet}
+    return plan.module.waverec(low, details, **told, **dict(plan.config))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -164,15 +164,16 @@ def _wtconv(
     flat = x.reshape(math.prod(batch), *spatial, channels)
     problem = Problem(flat.shape, flat.dtype, kernel_size, levels, wavelet)
     precision = checked_precision(precision)
-    here, kind = platform.current(), platform.kind()
+    here, kind, measured_as = platform.current(), platform.kind(), problem.measured_as()
     chosen = [
         OPERATOR.choose(
             direction,
             implementation,
             here,
             problem,
-            partial(_measurement, direction, problem, "base_bias" in params, precision),
+            partial(_measurement, direction, measured_as, "base_bias" in params, precision),
             kind,
+            measured_as,
         )
         for direction in OPERATOR.directions
     ]

@@ -10,11 +10,14 @@ from jax import lax
 from pallas_kernels._compat import vary_over, varying_axes
 from pallas_kernels.triton import launch, unavailable
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
+__all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 
 Taps = tuple[jax.Array, ...]
+
+_SIZES = "columns", "strips"
+"""Names of what `grid` offers."""
 
 
 def check(direction: str, problem: Any) -> None:
@@ -29,7 +32,14 @@ def check(direction: str, problem: Any) -> None:
     triton_launches.check(problem)
 
 
-@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
+def grid(direction: str, problem: Any) -> list[dict[str, int]]:
+    """Sizes of a program that are worth timing; see `check`."""
+    from . import triton_launches
+
+    return triton_launches.grid(direction, problem)
+
+
+@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision", *_SIZES))
 def forward(
     x: jax.Array,
     taps: Taps,
@@ -38,10 +48,12 @@ def forward(
     wavelet: str,
     transpose: bool,
     precision: lax.Precision | None,
+    **sizes: int,
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
 
-    `wavelet` is Haar, and `precision` is float32's whatever is asked: no matrix unit is used.
+    `sizes` are of `grid`, `wavelet` is Haar, and `precision` is float32's whatever is asked: no
+    matrix unit is used.
     """
     from . import triton_launches
 
@@ -58,12 +70,12 @@ def forward(
     ]
     if bias is not None:
         bias = jnp.pad(bias.astype(jnp.float32), (0, fill))
-    y = triton_launches.forward(x, flat, bias, kernel_size, launch)
+    y = triton_launches.forward(x, flat, bias, kernel_size, launch, **sizes)
     # jax-triton knows nothing of meshes.
     return vary_over(varying_axes((x, flat, bias)), y)
 
 
-@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
+@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision", *_SIZES))
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,
@@ -71,6 +83,7 @@ def weight_grad(
     kernel_shapes: tuple[tuple[int, ...], ...],
     wavelet: str,
     precision: lax.Precision | None,
+    **sizes: int,
 ) -> Taps:
     """Gradients of the taps: each level's coefficients of x correlated with those of dy.
 
@@ -79,7 +92,7 @@ def weight_grad(
     from . import triton_launches
 
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
-    found = triton_launches.weight_grad(x, dy, kernel_size, levels, launch)
+    found = triton_launches.weight_grad(x, dy, kernel_size, levels, launch, **sizes)
     sums = tuple(
         jnp.concatenate([part.sum(axis=0) for part in parts], axis=1).reshape(shape)
         * (0.25 if level else 1)

@@ -9,8 +9,9 @@ from pallas_kernels.wtconv.problem import Problem
 
 _CHANNELS = 32
 _STRIPS = 4
-_BLOCK = {"P": _STRIPS, "BC": _CHANNELS, "num_warps": _STRIPS}
-"""A thread for each channel of each strip."""
+"""Of a program, a power of two: a warp each, a thread for each channel."""
+_COLUMNS = 4
+"""The most columns of coefficients of a strip; half as many where registers hold sums of taps."""
 _SUMS = 2048
 """Warps that share the sums of a weight gradient."""
 _MAX_KERNEL = 9
@@ -31,6 +32,16 @@ def check(problem: Problem) -> None:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
 
+def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
+    """Sizes of a program that are worth timing, the default ones first; see `forward`.
+
+    Wider strips than the default's read less twice, but only for small kernels have a thread's
+    registers room for the sums of their columns.
+    """
+    sizes = [{}, {"columns": 2}, {"strips": 2}, {"strips": 8}]
+    return sizes + [{"columns": 8}] * (problem.kernel_size <= 3)
+
+
 def forward(
     x: Any,
     taps: Sequence[Any],
@@ -38,6 +49,9 @@ def forward(
     kernel_size: int,
     launch: Launch,
     y_strides: tuple[int, ...] | None = None,
+    *,
+    columns: int = _COLUMNS,
+    strips: int = _STRIPS,
 ) -> Any:
     """The operator on `x [N, H, W, C]`.
 
@@ -49,18 +63,19 @@ def forward(
         kernel_size: k, odd.
         launch: Of the framework.
         y_strides: Of the output; contiguous if None.
+        columns: The most columns of coefficients of a strip.
+        strips: Strips of a program, each of a warp.
 
     Returns:
         `[N, H, W, C]` in x's dtype.
     """
-    lows = _lows(x, len(taps) - 1, launch)
+    lows = _lows(x, len(taps) - 1, launch, strips)
     below = None
     for level in range(len(taps) - 1, 0, -1):
         source, first = lows[level - 1], level == 1
         n, h, w, c = source.shape
         height, width = cdiv(h, 2), cdiv(w, 2)
-        columns = _even(width, 4)
-        strips = n * cdiv(height, 2)
+        wide = _even(width, columns)
         x_n, x_h, x_w, x_c = strides(source)
         output: tuple[Any, ...] = (source.shape, x.dtype if first else _between(x))
         y_n, y_h, y_w, y_c = contiguous(source.shape)
@@ -78,7 +93,7 @@ def forward(
                 *(n, h, w, x_n, x_h, y_n, y_h),
             ],
             [output],
-            (cdiv(width, columns) * cdiv(strips, _STRIPS), cdiv(c, _CHANNELS)),
+            (cdiv(width, wide) * cdiv(n * cdiv(height, 2), strips), cdiv(c, _CHANNELS)),
             C=c,
             C_TAPS=padded(c),
             X_W=x_w,
@@ -89,14 +104,23 @@ def forward(
             BELOW=below is not None,
             BASE=first,
             BIAS=first and bias is not None,
-            INNER=cdiv(width, columns) >= 4,
-            TW=columns,
-            **_BLOCK,
+            INNER=cdiv(width, wide) >= 4,
+            TW=wide,
+            **_block(strips),
         )
     return below
 
 
-def weight_grad(x: Any, dy: Any, kernel_size: int, levels: int, launch: Launch) -> list[list[Any]]:
+def weight_grad(
+    x: Any,
+    dy: Any,
+    kernel_size: int,
+    levels: int,
+    launch: Launch,
+    *,
+    columns: int = _COLUMNS,
+    strips: int = _STRIPS,
+) -> list[list[Any]]:
     """Gradients of the taps, those of the levels four times too large.
 
     Args:
@@ -105,19 +129,24 @@ def weight_grad(x: Any, dy: Any, kernel_size: int, levels: int, launch: Launch) 
         kernel_size: k, odd.
         levels: At least one.
         launch: Of the framework.
+        columns: See `forward`; half as many here, of the base's pixels twice as many.
+        strips: See `forward`.
 
     Returns:
         For the base and for each level float32 arrays `[programs, k * k, bands, C]`, which are to
         be summed over the programs and then joined to all of its bands.
     """
-    found = [[_correlate(kernels.base_weights, x, dy, kernel_size, 1, launch)]]
+    shared = launch, strips
+    wide = 2 * columns
+    found = [[_correlate(kernels.base_weights, x, dy, kernel_size, 1, wide, *shared)]]
     # As many bands at once as have registers for their sums.
     bands = 4 if kernel_size <= 5 else 2 if kernel_size <= 7 else 1
-    for lows in zip(_lows(x, levels, launch), _lows(dy, levels, launch), strict=True):
+    wide = columns // 2
+    for lows in zip(_lows(x, levels, *shared), _lows(dy, levels, *shared), strict=True):
         found.append(
             [
                 _correlate(
-                    *(kernels.level_weights, *lows, kernel_size, bands, launch),
+                    *(kernels.level_weights, *lows, kernel_size, bands, wide, *shared),
                     FIRST=first,
                     BANDS=bands,
                 )
@@ -133,15 +162,17 @@ def _correlate(
     dy: Any,
     kernel_size: int,
     bands: int,
+    columns: int,
     launch: Launch,
+    strips: int,
     **which: int,
 ) -> Any:
     n, h, w, c = x.shape
     height, width = (cdiv(h, 2), cdiv(w, 2)) if which else (h, w)
-    columns, rows = _even(width, 2 if which else 8), min(height, 32)
-    blocks = cdiv(width, columns) * cdiv(n * cdiv(height, rows), _STRIPS)
+    columns, rows = _even(width, columns), min(height, 32)
+    blocks = cdiv(width, columns) * cdiv(n * cdiv(height, rows), strips)
     across = cdiv(c, _CHANNELS)
-    programs = min(blocks, max(1, _SUMS // _STRIPS // across))
+    programs = min(blocks, max(1, _SUMS // strips // across))
     x_n, x_h, x_w, x_c = strides(x)
     y_n, y_h, y_w, y_c = strides(dy)
     (sums,) = launch(
@@ -158,12 +189,12 @@ def _correlate(
         TURNS=cdiv(blocks, programs),
         TW=columns,
         R=rows,
-        **_BLOCK,
+        **_block(strips),
     )
     return sums
 
 
-def _lows(x: Any, levels: int, launch: Launch) -> list[Any]:
+def _lows(x: Any, levels: int, launch: Launch, strips: int) -> list[Any]:
     """The image and its low bands down to the one that the deepest level reads."""
     lows = [x]
     while len(lows) < levels:
@@ -181,14 +212,18 @@ def _lows(x: Any, levels: int, launch: Launch) -> list[Any]:
             [source, *source.shape, x_n, x_h],
             # The kernel has three outputs; those of levels that are not wanted stay unwritten.
             shapes + [((1,), _between(x))] * (3 - count),
-            (width * cdiv(n * height, _STRIPS), cdiv(c, _CHANNELS)),
+            (width * cdiv(n * height, strips), cdiv(c, _CHANNELS)),
             X_W=x_w,
             X_C=x_c,
             LEVELS=count,
-            **_BLOCK,
+            **_block(strips),
         )
         lows += found[:count]
     return lows
+
+
+def _block(strips: int) -> dict[str, int]:
+    return {"P": strips, "BC": _CHANNELS, "num_warps": strips}
 
 
 def _between(x: Any) -> Any:

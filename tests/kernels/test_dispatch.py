@@ -131,6 +131,12 @@ def test_when_nothing_can_run_each_says_why(fake):
     assert "broken: import failed: No module named 'fake_op.broken'" in message
 
 
+def test_when_the_environments_cannot_run_the_variable_is_named(fake, monkeypatch):
+    monkeypatch.setenv("FLASH_WTCONV_FAKE_FWD", " Fast ")
+    with pytest.raises(NotImplementedError, match="with FLASH_WTCONV_FAKE_FWD='fast' for even: "):
+        fake.pick("fwd", None, "cpu", "even")
+
+
 def test_one_name_never_falls_through(fake):
     with pytest.raises(NotImplementedError, match="fast: no GPU here"):
         fake.pick("fwd", "fast", "cpu", "even")

@@ -244,7 +244,8 @@ def test_a_lock_that_is_not_released_means_memory_alone(tmp_path, monkeypatch):
 def test_no_folder_means_memory_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("platformdirs.user_cache_path", lambda *a, **k: cache.Path("~/.cache"))
     monkeypatch.chdir(tmp_path)
-    store = USER_CACHE.__wrapped__()
+    with pytest.warns(RuntimeWarning, match="memory alone: there is no home"):
+        store = USER_CACHE.__wrapped__()
     store.put(KIND, [entry(1, a=1.0)])
     store.flush()
     assert len(store.entries(KIND)) == 1

@@ -64,10 +64,10 @@ class Measurement:
         return module.ms(**dict(config))
 
     def arrays(self, result):
-        return [result]
+        return [("float32", result)]
 
     def reference(self):
-        return [RIGHT]
+        return [("float32", RIGHT)]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from haar_checks import (
 from triton_checks import INTERPRETED, compiled_resources, launch, tensor
 
 from pallas_kernels import haar
+from pallas_kernels.dispatch import tuning
 from pallas_kernels.haar import triton as triton_jax
 from pallas_kernels.haar import triton_launches
 from pallas_kernels.haar.api import OPERATOR, Problem
@@ -38,11 +39,18 @@ EXTRA = (
 TAKEN = [case for case in CASES + EXTRA if takes(triton_jax, case)]
 
 
-def launched(case, x, coeffs):
+SIZED = Case((9, 7), 4, batch=(2,), channels=3)
+CHOSEN = [
+    *((case, {}) for case in TAKEN),
+    *((SIZED, sizes) for sizes in triton_launches.grid(SIZED.level)[1:]),
+]
+
+
+def launched(case, x, coeffs, **sizes):
     """The transforms of a case by the launches alone."""
     x, coeffs = jax.tree.map(lambda a: tensor(a.reshape(-1, *a.shape[-3:])), (x, coeffs))
-    low, details = triton_launches.wavedec(x, case.level, launch)
-    back = triton_launches.waverec(coeffs[0], coeffs[1:], case.spatial, launch)
+    low, details = triton_launches.wavedec(x, case.level, launch, **sizes)
+    back = triton_launches.waverec(coeffs[0], coeffs[1:], case.spatial, launch, **sizes)
     got = {"wavedec": [low, *details], "vjp": back, "waverec": back}
     return jax.tree.map(
         lambda a: jnp.asarray(a.float().numpy(), case.dtype).reshape(*case.batch, *a.shape[1:]),
@@ -51,9 +59,36 @@ def launched(case, x, coeffs):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
-def test_interpreted_kernels_are_the_oracles(case):
-    assert_close(case, launched(case, *arrays(case)), expected(case))
+@pytest.mark.parametrize(
+    ("case", "sizes"), CHOSEN, ids=lambda value: getattr(value, "name", str(value))
+)
+def test_interpreted_kernels_are_the_oracles(case, sizes):
+    assert_close(case, launched(case, *arrays(case), **sizes), expected(case))
+
+
+def test_sizes_reach_the_launches(monkeypatch):
+    constants = []
+
+    def launch(kernel, arguments, outputs, grid, **told):
+        constants.append((kernel.fn.__name__, told["LEVELS"], told["num_warps"]))
+        return [jnp.zeros(shape, dtype) for shape, dtype in outputs]
+
+    for module, name, stand_in in (
+        (triton_jax, "launch", launch),
+        (triton_jax, "unavailable", lambda platform: None),
+        (triton_jax, "grid", lambda direction, problem: [{"fused": 2, "warps": 8}]),
+    ):
+        monkeypatch.setattr(module, name, stand_in)
+
+    def both(x):
+        low, *details = haar.wavedec2(x, level=3, implementation="triton")
+        return haar.waverec2([low, *details], implementation="triton")
+
+    with tuning("search"):
+        jax.eval_shape(jax.grad(lambda x: both(x).sum()), jnp.ones((1, 8, 8, 2)))
+    there = [("analysis", 2, 8), ("analysis", 1, 8)]
+    back = [("synthesis", 1, 8), ("synthesis", 2, 8)]
+    assert constants == [*there, *back, *there, *back]
 
 
 @INTERPRETED
@@ -116,6 +151,14 @@ def test_without_a_gpu_it_says_what_is_missing():
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
 def test_transforms_are_the_oracles(case):
     assert_oracle(case, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", triton_launches.grid(4)[1:], ids=str)
+def test_every_size_on_a_gpu(sizes, monkeypatch):
+    monkeypatch.setattr(triton_jax, "grid", lambda direction, problem: [sizes])
+    with tuning("search"):
+        assert_oracle(Case((56, 57), 4, batch=(4,), channels=40), "triton")
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import pytest
 from wtconv_checks import arrays, assert_oracle
 
 from flash_wtconv_jax import tune, tuning
-from pallas_kernels import haar, measuring
+from pallas_kernels import haar, measuring, platform
 from pallas_kernels.dispatch import tuner
 from pallas_kernels.haar import xla as haar_xla
 from pallas_kernels.wtconv import Implementation, wtconv2d, xla
@@ -83,6 +83,23 @@ def test_measured_once_eagerly_or_traced(measured, searches, kind):
     assert entry["problem"]["shape"] == [2, 6, 5, 3]
     assert sorted(one["config"]["shifted"] for one in entry["measured"]) == [False, True]
     assert all(one["ms"] > 0 for one in entry["measured"])
+
+
+def test_batches_share_what_was_measured(measured, searches, kind):
+    for batch, measured_as in ((4, 4), (7, 4), (5, 4), (8, 8), (1, 1)):
+        x, params, _ = arrays(CASE._replace(batch=(batch,)))
+        y = wtconv2d(x, params, implementation="auto")
+        np.testing.assert_allclose(y, wtconv2d(x, params), rtol=1e-5, atol=1e-5)
+        shapes = [entry["problem"]["shape"] for entry in measured.entries(kind)]
+        assert [measured_as, 6, 5, 3] in shapes
+    assert len(searches) == len(shapes) == 3
+    # A batch of symbolic size has no times, and one of none needs none.
+    with pytest.warns(RuntimeWarning, match="symbolic size"):
+        jax.export.export(jax.jit(partial(wtconv2d, implementation="auto", params=params)))(
+            jax.ShapeDtypeStruct((*jax.export.symbolic_shape("b"), 6, 5, 3), jnp.float32)
+        )
+    wtconv2d(x[:0], params, implementation="auto")
+    assert len(searches) == 3
 
 
 def test_gradients_with_what_was_measured(searches, monkeypatch):
@@ -157,9 +174,26 @@ def test_the_transforms_choose_by_measurement_too(monkeypatch, measured, kind, s
     assert all("ms" in one for one in entry["measured"])
 
 
+@pytest.mark.parametrize("pauses", [(), (1, 2)], ids=["nothing", "products"])
+def test_calls_of_an_accelerator_are_timed_behind_other_work(monkeypatch, pauses):
+    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    monkeypatch.setattr(measuring, "_PAUSE_SIZE", 256)
+    monkeypatch.setattr(measuring, "_PAUSES", pauses)
+    x = jax.ShapeDtypeStruct((8,), jnp.float32)
+    measurement = measuring.OnRandomArrays(lambda module, config: jnp.sin, (x,), None, {})
+    call, calls = measurement.prepared(None, ()), []
+
+    def counted():
+        calls.append(call())
+        return calls[-1]
+
+    assert measurement.milliseconds(counted) > 0
+    assert len(calls) > 1 and all(map(jnp.array_equal, calls, [call()] * len(calls)))
+
+
 def test_ahead_of_time_the_rule_chooses():
     problem = jax.ShapeDtypeStruct((2, 6, 5, 3), jnp.float32)
-    device = jax.sharding.AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu")
+    device = jax.sharding.AbstractDevice(device_kind="abacus", num_cores=None, platform="cpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     _, params, _ = arrays(CASE)
     with jax.sharding.use_abstract_mesh(mesh), pytest.warns(RuntimeWarning, match="ahead of time"):

@@ -35,6 +35,16 @@ WTCONV = {
     "base_weights": BOTH | {"TURNS": 2, "TW": 8, "R": 14},
     "level_weights": BOTH | {"FIRST": 0, "BANDS": 4, "TURNS": 2, "TW": 2, "R": 14},
 }
+TWO, WIDE, MANY = {"TW": 2}, {"TW": 8, "K": 3}, {"P": 8, "num_warps": 8}
+SIZES = {
+    f"{name} {sizes}": WTCONV[name] | constants
+    for name, variants in {
+        "level_forward": {"columns=2": TWO, "columns=8": WIDE, "strips=8": MANY},
+        "base_weights": {"columns=8": {"TW": 16, "K": 3}, "strips=8": MANY},
+        "level_weights": {"columns=2": {"TW": 1}, "columns=8": WIDE | {"TW": 4}, "strips=8": MANY},
+    }.items()
+    for sizes, constants in variants.items()
+}
 BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
 IMAGES = ("x", "w", "below", "y", "dy", "low", *BANDS)
 TAPS = ("taps", "base", "bias", "sums")
@@ -63,18 +73,18 @@ def conv2d(dtype):
 
 def kernels(operator, dtype):
     """Constants of each kernel of an operator."""
-    if operator == "wtconv":
-        return WTCONV
+    if operator.startswith("wtconv"):
+        return SIZES if operator.endswith("sizes") else WTCONV
     if operator == "conv2d":
         return conv2d(dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
     steps = [contiguous((128, 56 >> level, 56 >> level, 96)) for level in (0, 3, 1, 2, 3)]
-    _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps)
+    _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps, 4)
     return dict.fromkeys(("analysis", "synthesis"), constants)
 
 
 def compiled(operator, name, target, dtype):
-    module = import_module(f"pallas_kernels.{operator}.triton_kernels")
+    module = import_module(f"pallas_kernels.{operator.split()[0]}.triton_kernels")
     kernel = getattr(module, name.split()[0])
     constants = {"num_warps": 4} | kernels(operator, dtype)[name]
     options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}

@@ -8,9 +8,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
+from pallas_kernels.dispatch import tuning  # noqa: E402
 from pallas_kernels.wtconv import checking  # noqa: E402
 from pallas_kernels.wtconv.cases import Case  # noqa: E402
 from torch_bridge import check, ops  # noqa: E402
+from torch_bridge.backends import triton_launch  # noqa: E402
 
 CPU = torch.device("cpu")
 VARIABLE = "FLASH_WTCONV_TORCH_WTCONV_"
@@ -54,6 +56,16 @@ def test_eager_computes_every_case(name):
 )
 def test_triton_interpreted(interpreter, name, case):
     assert statuses(name, CPU, [case]) == {case.name: "pass"}
+
+
+def test_triton_interpreted_with_other_sizes(interpreter, monkeypatch):
+    sizes = {"columns": 2, "strips": 2}
+    monkeypatch.setattr(triton_launch, "grid", lambda direction, problem: [sizes])
+    with tuning("search"):
+        arguments = (CPU, (1, 1, 2, 6), torch.float32, 3, 1, "db1")
+        assert ops.pick("triton", *arguments) == ("triton columns=2 strips=2",) * 2
+        case = Case((2, 6), 1, 3, batch=(1,), channels=1)
+        assert statuses("triton", CPU, [case]) == {case.name: "pass"}
 
 
 @pytest.mark.gpu
@@ -129,7 +141,7 @@ class TestChoice:
             self.layer("triton", device="cpu")(torch.ones(1, 2, 4, 4))
 
     def test_the_environment_chooses_each_direction(self, monkeypatch, interpreter):
-        arguments = ("cpu", (1, 2, 4, 4), torch.float32, 3, 1, "db1")
+        arguments = (CPU, (1, 2, 4, 4), torch.float32, 3, 1, "db1")
         assert ops.pick(None, *arguments) == ("eager", "eager")
         monkeypatch.setenv(f"{VARIABLE}FWD", "triton")
         assert ops.pick(None, *arguments) == ("triton", "eager")

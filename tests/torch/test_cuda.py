@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from pallas_kernels.dispatch import tuning  # noqa: E402
 from pallas_kernels.wtconv import checking  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
 from torch_bridge import check, ops  # noqa: E402
@@ -75,6 +76,18 @@ def test_the_kernels_are_the_oracles_in_every_order_of_threads(device, case, mem
         for launcher.order in (1, 2):
             again = check.layer_results("cuda", CPU, memory_format, case)
             assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+@ON_CPU
+@pytest.mark.parametrize("size", cuda_launch.grid("fwd", None)[1:], ids=str)
+def test_other_sizes_of_blocks_are_the_oracles(size, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "grid", lambda direction, problem: [size])
+    case, device = Case((72, 61), 2, 3, batch=(1,), channels=4), Device(40000, 1)
+    with cuda.emulated(device), tuning("search"):
+        assert_oracle(check.layer_results("cuda", CPU, torch.channels_last, case), case)
+    x = torch.empty(1, 4, 72, 61, device="meta").contiguous(memory_format=torch.channels_last)
+    plan = partial(cuda_launch.planned, "forward", x, 3, 2, device, True)
+    assert plan(**size) != plan()
 
 
 SOURCE = cuda_launch.SOURCE.read_text()
@@ -172,19 +185,19 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_the_kernels_do_not_do_is_refused(reason):
     with cuda.emulated(), pytest.raises(NotImplementedError, match=f"does not take.*{reason}"):
-        ops.pick("cuda", "cpu", *REFUSED[reason])
+        ops.pick("cuda", torch.device("cpu"), *REFUSED[reason])
 
 
 def test_it_is_the_first_choice_of_nvidia_gpus():
     with cuda.emulated():
         problem = (2, 4, 8, 8), torch.bfloat16, 3, 1
-        assert ops.pick(None, "cuda", *problem, "haar") == ("cuda", "cuda")
-        assert ops.pick(None, "cuda", *problem, "db2") == ("eager", "eager")
+        assert ops.pick(None, torch.device("cuda"), *problem, "haar") == ("cuda", "cuda")
+        assert ops.pick(None, torch.device("cuda"), *problem, "db2") == ("eager", "eager")
 
 
 def test_where_there_is_no_gpu_it_says_so():
     with pytest.raises(NotImplementedError, match="cuda: needs an NVIDIA GPU, this is cpu"):
-        ops.pick("cuda", "cpu", (2, 4, 8, 8), torch.float32, 3, 1, "haar")
+        ops.pick("cuda", torch.device("cpu"), (2, 4, 8, 8), torch.float32, 3, 1, "haar")
 
 
 @ON_CPU

@@ -22,7 +22,7 @@ TARGETS = {
 }
 
 
-def variants(target, kernel_size, channels_last):
+def variants(target, kernel_size, channels_last, offered=({},)):
     """What is compiled for the named shapes, forward and backward."""
     dtype, device = TARGETS[target]
     found = []
@@ -34,22 +34,32 @@ def variants(target, kernel_size, channels_last):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         x = x.contiguous(memory_format=memory_format)
         for kernel in ("forward", "weights"):
-            found.append(cuda_launch.planned(kernel, x, kernel_size, shape.levels, device, True))
+            what = kernel, x, kernel_size, shape.levels, device, True
+            found += [cuda_launch.planned(*what, **size) for size in offered]
     return list(dict.fromkeys(found))
+
+
+OFFERED = cuda_launch.grid("fwd", None)[1:]
 
 
 @COMPILER
 @pytest.mark.parametrize(
-    ("target", "kernel_size", "channels_last"),
+    ("target", "kernel_size", "channels_last", "sizes"),
     [
-        *((target, 5, False) for target in TARGETS),
-        ("sm_90", 5, True),
-        *(("sm_90", kernel_size, False) for kernel_size in (3, 7, 9)),
+        *((target, 5, False, [{}]) for target in TARGETS),
+        ("sm_90", 5, True, [{}]),
+        *(("sm_90", kernel_size, False, [{}]) for kernel_size in (3, 7, 9)),
+        *(
+            pytest.param("sm_90", 5, channels_last, OFFERED, marks=pytest.mark.slow)
+            for channels_last in (False, True)
+        ),
     ],
 )
-def test_what_is_picked_for_the_named_shapes_keeps_to_registers(target, kernel_size, channels_last):
+def test_what_is_picked_for_the_named_shapes_keeps_to_registers(
+    target, kernel_size, channels_last, sizes
+):
     cubins = pytest.importorskip("cubins", reason="the tool that reads cubins comes with Triton")
-    wanted = variants(target, kernel_size, channels_last)
+    wanted = variants(target, kernel_size, channels_last, sizes)
     source, (_, device) = cuda_launch.SOURCE.read_text(), TARGETS[target]
     # The compiler lets other threads run.
     with ThreadPoolExecutor(2) as pool:

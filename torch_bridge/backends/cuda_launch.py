@@ -61,25 +61,43 @@ def check(direction: str, problem: Any) -> None:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
 
+def grid(direction: str, problem: Any) -> list[dict[str, int]]:
+    """Blocks that a multiprocessor holds at once, by which their sizes are chosen; see `check`."""
+    return [{}, {"resident": 1}, {"resident": 4}]
+
+
 def forward(
-    x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, *, wavelet: str, transpose: bool
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    *,
+    wavelet: str,
+    transpose: bool,
+    resident: int | None = None,
 ) -> Tensor:
     """The operator on `x [N, C, H, W]`, or its transpose; see `ops` for the arguments.
 
-    `wavelet` is Haar.
+    `wavelet` is Haar; for `resident` see `grid`.
     """
     taps = [tap.contiguous() for tap in taps]
     bias = None if bias is None else bias.contiguous()
-    return _forward(_dense(x), taps, bias, transpose)
+    return _forward(_dense(x), taps, bias, transpose, resident)
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, *, kernel_size: int, levels: int, wavelet: str
+    x: Tensor,
+    dy: Tensor,
+    *,
+    kernel_size: int,
+    levels: int,
+    wavelet: str,
+    resident: int | None = None,
 ) -> list[Tensor]:
     """Gradients of the taps; every sum runs in a fixed order, so they are bitwise reproducible."""
     x = _dense(x)
     memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
-    return _weight_grad(x, dy.contiguous(memory_format=memory_format), kernel_size, levels)
+    dy = dy.contiguous(memory_format=memory_format)
+    return _weight_grad(x, dy, kernel_size, levels, resident)
 
 
 class Device(NamedTuple):
@@ -276,11 +294,17 @@ class Variant(NamedTuple):
 
 
 def planned(
-    kernel: str, x: Tensor, kernel_size: int, levels: int, device: Device, base: bool
+    kernel: str,
+    x: Tensor,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    base: bool,
+    resident: int | None = None,
 ) -> Variant:
     """The variant of a kernel for a dense x, of as many levels as tiles may have."""
     layout = _channels_last(x), _vector(x, kernel_size), base
-    return _planned(kernel, x.shape, x.dtype, kernel_size, levels, device, *layout)
+    return _planned(kernel, x.shape, x.dtype, kernel_size, levels, device, *layout, resident)
 
 
 @cache
@@ -294,14 +318,16 @@ def _planned(
     channels_last: bool,
     vector: int,
     base: bool,
+    resident: int | None,
 ) -> Variant:
     """`planned` by what it depends on.
 
-    A multiprocessor holds three blocks or two, so that one computes while another waits for memory.
+    A multiprocessor holds three blocks or two, so that one computes while another waits for memory;
+    or as many as `resident` says.
     """
     n, c, height, width = shape
     forward = kernel == "forward"
-    share = device.share(3 if forward and not channels_last else 2)
+    share = device.share(resident or (3 if forward and not channels_last else 2))
     variant = Variant(
         *(kernel, _DTYPES[dtype], kernel_size, levels),
         height=_up(height, 2),
@@ -336,16 +362,20 @@ def _planned(
 
 
 def _forward(
-    x: Tensor, taps: Sequence[Tensor | None], bias: Tensor | None, transpose: bool
+    x: Tensor,
+    taps: Sequence[Tensor | None],
+    bias: Tensor | None,
+    transpose: bool,
+    resident: int | None,
 ) -> Tensor:
     """`forward` of a dense x; without `taps[0]` there is no base convolution."""
     kernel_size, levels = cast(Tensor, taps[-1]).shape[-1], len(taps) - 1
     device, base = device_of(x.device), taps[0] is not None
-    variant = planned("forward", x, kernel_size, levels, device, base)
+    variant = planned("forward", x, kernel_size, levels, device, base, resident)
     below = None
     if variant.levels < levels:
         deep = [None, *taps[variant.levels + 1 :]]
-        below = _forward(low_band(x, variant.levels), deep, None, transpose)
+        below = _forward(low_band(x, variant.levels), deep, None, transpose, resident)
         variant = variant._replace(below=True)
     return launch_forward(variant, x, taps[: variant.levels + 1], bias, below, transpose)
 
@@ -388,17 +418,23 @@ def low_band(x: Tensor, levels: int) -> Tensor:
 
 
 def _weight_grad(
-    x: Tensor, dy: Tensor, kernel_size: int, levels: int, base: bool = True
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: int,
+    levels: int,
+    resident: int | None,
+    base: bool = True,
 ) -> list[Tensor]:
     """`weight_grad` of x and dy that are alike dense."""
     device = device_of(x.device)
-    variant = planned("weights", x, kernel_size, levels, device, base)
+    variant = planned("weights", x, kernel_size, levels, device, base, resident)
     variant = variant._replace(vector=min(variant.vector, _vector(dy, kernel_size)))
     sums = launch_weights(variant, x, dy, programs(variant, x.shape, device))
     deep = []
     if variant.levels < levels:
         low, dlow = (low_band(image, variant.levels) for image in (x, dy))
-        deep = _weight_grad(low, dlow, kernel_size, levels - variant.levels, base=False)
+        rest = levels - variant.levels
+        deep = _weight_grad(low, dlow, kernel_size, rest, resident, base=False)
     bands = [1] * base + [4] * variant.levels
     parts = sums[:, not base :].split(bands, 1)
     shape = -1, 1, kernel_size, kernel_size

@@ -32,12 +32,26 @@ def check(direction: str, problem: Any) -> None:
     triton_launches.check(problem)
 
 
+def grid(direction: str, problem: Any) -> list[dict[str, int]]:
+    """Sizes of a program that are worth timing; see `check`."""
+    from pallas_kernels.wtconv import triton_launches
+
+    return triton_launches.grid(direction, problem)
+
+
 def forward(
-    x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, *, wavelet: str, transpose: bool
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    *,
+    wavelet: str,
+    transpose: bool,
+    **sizes: int,
 ) -> Tensor:
     """The operator on `x [N, C, H, W]`, or its transpose; see `ops` for the arguments.
 
-    y has the strides of `torch.empty_like(x)`: nothing is copied into another layout.
+    `sizes` are of `grid`. y has the strides of `torch.empty_like(x)`: nothing is copied into
+    another layout.
     """
     from pallas_kernels.wtconv import triton_launches
 
@@ -49,13 +63,13 @@ def forward(
     n, c, h, w = torch.empty_like(x, device="meta").stride()
     with torch.cuda.device_of(x):
         y = triton_launches.forward(
-            _channels_last(x), flat, bias, taps[0].shape[-1], _launch, (n, h, w, c)
+            _channels_last(x), flat, bias, taps[0].shape[-1], _launch, (n, h, w, c), **sizes
         )
     return y.permute(0, 3, 1, 2)
 
 
 def weight_grad(
-    x: Tensor, dy: Tensor, *, kernel_size: int, levels: int, wavelet: str
+    x: Tensor, dy: Tensor, *, kernel_size: int, levels: int, wavelet: str, **sizes: int
 ) -> list[Tensor]:
     """Gradients of the taps; see `ops` for the arguments.
 
@@ -65,7 +79,7 @@ def weight_grad(
 
     with torch.cuda.device_of(x):
         found = triton_launches.weight_grad(
-            _channels_last(x), _channels_last(dy), kernel_size, levels, _launch
+            _channels_last(x), _channels_last(dy), kernel_size, levels, _launch, **sizes
         )
         return [
             torch.cat([part.sum(0) for part in parts], 1)
