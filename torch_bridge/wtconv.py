@@ -10,7 +10,8 @@ import operator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
+from torch.utils._device import DeviceContext
 
 from pallas_kernels.dispatch import Choice
 from torch_bridge import ops
@@ -19,6 +20,7 @@ from torch_bridge.backends import eager
 _Device = torch.device | str | None
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONV: dict[int, type[_Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 class _Scale(nn.Module):
@@ -60,8 +62,8 @@ class _WTConv(nn.Module):
         self.stride = _integer("stride", stride, 1)
         self.wt_levels = wt_levels = _integer("wt_levels", wt_levels, 0)
         self.wt_type = wt_type
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype is {dtype}, expected a floating-point dtype")
+        if dtype not in (None, *_DTYPES):
+            raise ValueError(f"dtype is {dtype!r}, expected None or one of {list(_DTYPES)}")
         ops.OPERATOR.check_names(implementation)
         self.implementation = _plain(implementation)
 
@@ -97,8 +99,8 @@ class _WTConv(nn.Module):
         """Apply the layer.
 
         Args:
-            x: Signal `[N, C, *spatial]` of the parameters' dtype; inside `torch.autocast` of any,
-                and the result is of the dtype of `autocast`, as a convolution's.
+            x: Signal `[N, C, *spatial]` of the parameters' dtype; inside `torch.autocast` of any
+                floating-point one, and the result is of `autocast`'s, as that of a convolution.
 
         Returns:
             Tensor of x's shape and memory format, its spatial axes divided by the stride.
@@ -120,7 +122,7 @@ class _WTConv(nn.Module):
         """Whether to compute in the dtype of `autocast`, which leaves float64 alone."""
         if x.is_meta or self.base_conv.weight.dtype == torch.float64:
             return False
-        return torch.is_autocast_enabled(x.device.type)
+        return x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
 
     def _apply_to(self, x: Tensor) -> Tensor:
         # A traced program may run with other sizes: there the operators check them.
@@ -300,7 +302,9 @@ def best_device() -> torch.device:
         device(type='meta')
     """
     default = torch.get_default_device()
-    if default.type != "cpu":
+    # PyTorch says "cpu" where none was set too; what sets one is a mode.
+    modes = overrides._get_current_function_mode_stack()
+    if default.type != "cpu" or any(isinstance(mode, DeviceContext) for mode in modes):
         return default
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -350,7 +354,10 @@ def _read_layouts(
             state_dict[prefix + name] = own
         # Kernels know no others. Rounded to bfloat16 they differ by less than a hundredth.
         elif (
-            theirs is not None and theirs.shape == own.shape and not (own.is_meta or theirs.is_meta)
+            # What is no tensor PyTorch tells.
+            isinstance(theirs, Tensor)
+            and theirs.shape == own.shape
+            and not (own.is_meta or theirs.is_meta)
         ):
             if not torch.allclose(theirs.to(own), own, rtol=0.0, atol=1e-2):
                 errors.append(f"{prefix}{name} is not that of wt_type={module.wt_type!r}")

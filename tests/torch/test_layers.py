@@ -78,7 +78,9 @@ def test_filters_of_longer_wavelets():
         ({"wt_levels": 1.0}, "wt_levels is 1.0"),
         ({"stride": True}, "stride is True"),
         ({"wt_type": "morl"}, "wt_type: wavelet='morl' is not a discrete wavelet"),
-        ({"dtype": torch.int32}, "dtype is torch.int32, expected a floating-point dtype"),
+        ({"dtype": torch.int32}, "dtype is torch.int32, expected None or one of"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype is torch.float8_e4m3fn, expected None or one of"),
+        ({"dtype": "float32"}, "dtype is 'float32', expected None or one of"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -127,8 +129,12 @@ def test_inputs_that_are_no_image_are_named():
 
 
 def test_wrong_dtypes_and_short_signals_are_named():
-    with pytest.raises(ValueError, match="x is of torch.int64, expected torch.float32"):
-        torch_bridge.WTConv2d(3, 3, device="cpu")(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
+    for autocast in (False, True):
+        with (
+            torch.autocast("cpu", enabled=autocast),
+            pytest.raises(ValueError, match="x is of torch.int64, expected torch.float32"),
+        ):
+            torch_bridge.WTConv2d(3, 3, device="cpu")(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="stride is 3 and averages groups of 3 samples, but x has"):
         torch_bridge.WTConv1d(3, 3, stride=3, device="cpu")(torch.zeros(1, 3, 2))
 
@@ -142,8 +148,23 @@ def test_a_device_is_found_and_told(monkeypatch):
     assert best_device() == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert best_device() == torch.device("cuda")
+    with torch.device("cpu"):
+        assert best_device() == torch.device("cpu")
+    torch.set_default_device("cpu")
+    try:
+        assert best_device() == torch.device("cpu")
+    finally:
+        torch.set_default_device(None)
     with pytest.raises(ValueError, match="x is on cpu, expected meta, where the layer is: move it"):
         torch_bridge.WTConv2d(2, 2, device="meta")(torch.zeros(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_strided_outputs_are_dense(memory_format):
+    layer = torch_bridge.WTConv2d(3, 3, stride=2, device="cpu")
+    y = layer(torch.zeros(2, 3, 7, 6).contiguous(memory_format=memory_format))
+    assert y.shape == (2, 3, 4, 3) and y.is_contiguous(memory_format=memory_format)
+    assert y.untyped_storage().nbytes() == 4 * y.numel()
 
 
 FAST = {
@@ -184,3 +205,6 @@ def test_all_that_does_not_fit_is_told_at_once():
     assert "wt_filter is not that of wt_type='db3'" in str(error.value)
     assert "size mismatch for iwt_filter" in str(error.value)
     assert 'Missing key(s) in state_dict: "base_conv.bias"' in str(error.value)
+    with pytest.raises(RuntimeError) as error:
+        layer.load_state_dict({name: value.numpy() for name, value in layer.state_dict().items()})
+    assert all(f'named "{name}", expected torch.Tensor' in str(error.value) for name in values)

@@ -247,7 +247,8 @@ def subsample(y: Tensor, stride: int) -> Tensor:
         return y
     if y.ndim == 3:
         return F.avg_pool1d(y, stride, stride)
-    return _spatial(y, [slice(None, None, stride)] * (y.ndim - 2))
+    # Dense, as what a convolution returns: a view would keep all of y, and no `view` takes it.
+    return _spatial(y, [slice(None, None, stride)] * (y.ndim - 2)).clone()
 
 
 def _spatial(x: Tensor, window: list[slice]) -> Tensor:
