@@ -367,11 +367,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, *taps = ctx.saved_tensors
     needs_x, needs_taps, needs_bias, *_ = ctx.needs_input_grad
     dx = dtaps = dbias = None
-    if needs_x:
-        dx = apply(dy, taps, None, ctx.wavelet, not ctx.transpose, ctx.bwd, ctx.bwd)
+    # First, so that what it needs of memory is free again before there is a dx.
     if any(needs_taps):
         pair = (dy, x) if ctx.transpose else (x, dy)
         dtaps = weight_grad(*pair, taps[0].shape[-1], len(taps) - 1, ctx.wavelet, ctx.bwd)
+    if needs_x:
+        dx = apply(dy, taps, None, ctx.wavelet, not ctx.transpose, ctx.bwd, ctx.bwd)
     if needs_bias:
         # One image after the other: of all at once PyTorch makes a sum that is twice as slow.
         dbias = dy.sum(tuple(range(2, dy.ndim)), dtype=ctx.bias).sum(0)

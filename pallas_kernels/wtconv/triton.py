@@ -94,8 +94,7 @@ def weight_grad(
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
     found = triton_launches.weight_grad(x, dy, kernel_size, levels, launch, **sizes)
     sums = tuple(
-        jnp.concatenate([part.sum(axis=0) for part in parts], axis=1).reshape(shape)
-        * (0.25 if level else 1)
+        jnp.concatenate(parts, axis=1).reshape(shape) * (0.25 if level else 1)
         for level, (parts, shape) in enumerate(zip(found, kernel_shapes, strict=True))
     )
     return vary_over(varying_axes((x, dy)), sums)

@@ -72,7 +72,8 @@ def forward(
     lows = _lows(x, len(taps) - 1, launch, strips)
     below = None
     for level in range(len(taps) - 1, 0, -1):
-        source, first = lows[level - 1], level == 1
+        # Not needed any more once this is launched.
+        source, first = lows.pop(), level == 1
         n, h, w, c = source.shape
         height, width = cdiv(h, 2), cdiv(w, 2)
         wide = _even(width, columns)
@@ -133,8 +134,8 @@ def weight_grad(
         strips: See `forward`.
 
     Returns:
-        For the base and for each level float32 arrays `[programs, k * k, bands, C]`, which are to
-        be summed over the programs and then joined to all of its bands.
+        For the base and for each level float32 arrays `[k * k, bands, C]`, which are to be joined
+        to all of its bands.
     """
     shared = launch, strips
     wide = 2 * columns
@@ -191,7 +192,8 @@ def _correlate(
         R=rows,
         **_block(strips),
     )
-    return sums
+    # At once: for small images the shares of all programs are as large as low bands.
+    return sums.sum(0)
 
 
 def _lows(x: Any, levels: int, launch: Launch, strips: int) -> list[Any]:

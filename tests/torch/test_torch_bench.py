@@ -1,6 +1,7 @@
 """`python -m torch_bridge bench`: what it prints and writes, on a CPU and where a GPU is."""
 
 import json
+import math
 import runpy
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from flash_wtconv_jax.bench import timing  # noqa: E402
-from pallas_kernels.wtconv.shapes import Shape  # noqa: E402
+from pallas_kernels.wtconv.shapes import GPU_SHAPES, Shape  # noqa: E402
 from torch_bridge import bench  # noqa: E402
 
 SHAPES = {"small": Shape(2, 6, 5, 3, 1), "other": Shape(1, 4, 4, 2, 2, 3)}
@@ -55,6 +56,18 @@ def test_every_implementation_on_a_gpu(tmp_path):
     names = [f"{name}{suffix}" for name in here for suffix in bench._FORMATS]
     assert {name for name, _ in rows} == set(names)
     assert all(row["extra_memory"] > 0 and row["least_ms"] > 0 for row in rows.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["convnext_t_stage2", "convnext_t_stage4"])
+def test_a_step_holds_little_beside_its_results(name):
+    shape, device = GPU_SHAPES[name], torch.device("cuda")
+    size = 4 * math.prod(shape.x)
+    for contender, call in bench._calls(shape, device, torch.float32)["forward+backward"].items():
+        if not contender.startswith("eager"):
+            call()
+            _, extra_memory = bench._memory(device, call, size)
+            assert 2.0 < extra_memory <= 2.5, contender
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def weight_grad(
             _channels_last(x), _channels_last(dy), kernel_size, levels, _launch, **sizes
         )
         return [
-            torch.cat([part.sum(0) for part in parts], 1)
+            torch.cat(parts, 1)
             .mul_(0.25 if level else 1.0)
             .permute(2, 1, 0)
             .reshape(-1, 1, kernel_size, kernel_size)
