@@ -227,7 +227,7 @@ class WTConv2d(_WTConv):
     save beside it, is dropped on loading: it is constant.
 
     On a GPU the kernels save x and the taps alone for the backward pass, and can be differentiated
-    again in reverse mode. `torch.func.grad` inside `vmap` or inside itself, and forward mode, need
+    again in reverse mode. `grad`, `vjp` and `jacrev` of `torch.func`, and forward mode, need
     `implementation="eager"`: PyTorch has no way yet to tell them of custom operators.
 
     Args:

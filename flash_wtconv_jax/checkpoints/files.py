@@ -124,7 +124,10 @@ def check_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, force: bool) -> Iterator[Path]:
-    """Gives a path to write to and moves what was written to `path` when all went well."""
+    """Gives a path to write to and moves what was written to `path` when all went well.
+
+    A file never replaces a folder, whatever `force` says.
+    """
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists already; use force to replace it")
     check_folder(path)
@@ -133,6 +136,8 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         if path.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
             # A folder cannot be renamed over another: the old one steps aside, to go with ours.
             path.rename(Path(folder) / f"{path.name}.old")
         os.replace(temporary, path)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 AsJson = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there too.")
+    Path | None,
+    typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the rows there too."),
 ]
 """The option that `python -m torch_bridge check` has too."""
 

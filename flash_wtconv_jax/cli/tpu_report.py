@@ -21,7 +21,8 @@ def tpu_report(
         list[str] | None, typer.Option(help="A named shape; several are allowed. [default: all]")
     ] = None,
     as_json: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the report there too.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the report there too."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("tpu_report.png"),
 ) -> None:

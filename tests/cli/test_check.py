@@ -36,6 +36,9 @@ def test_jax_against_the_oracle(monkeypatch, tmp_path):
 def test_a_file_that_cannot_be_written_is_told_first(tmp_path):
     result = CliRunner().invoke(app, ["check", "--json", str(tmp_path / "none" / "a.json")])
     assert isinstance(result.exception, FileNotFoundError) and "pass" not in result.output
+    for command in ("check", "tpu-report"):
+        result = CliRunner().invoke(app, [command, "--json", str(tmp_path)])
+        assert result.exit_code == 2 and "directory" in result.output
 
 
 class TestTorch:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from flash_wtconv_jax import WTConv2d, checkpoints
 from flash_wtconv_jax import nnx as nnx_layers
+from flash_wtconv_jax.checkpoints.files import replacing
 from flash_wtconv_jax.models import convnext
 from pallas_kernels import oracle
 
@@ -524,6 +525,12 @@ def test_paths_that_cannot_be(tmp_path):
     (tmp_path / "b.safetensors").mkdir()
     with pytest.raises(FileExistsError, match="is a folder"):
         checkpoints.write_state_dict(tmp_path / "b.safetensors", {}, force=True)
+    with (
+        pytest.raises(IsADirectoryError, match="is a folder, expected the name of a file"),
+        replacing(tmp_path / "b.safetensors", force=True) as temporary,
+    ):
+        temporary.write_text("")
+    assert (tmp_path / "b.safetensors").is_dir()
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
