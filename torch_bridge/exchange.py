@@ -87,8 +87,9 @@ def to_jax(value: nn.Module | Tensor) -> Any:
 
     Args:
         value: A `WTConv1d`, `WTConv2d` or `WTConv3d` of this package, a published layer, or a
-            WTConvNeXt that names its parameters as timm does. Or a tensor, which becomes a JAX
-            array on the same device that shares its memory: do not write into the tensor.
+            WTConvNeXt that names its parameters as timm does. Or a dense tensor, which becomes a
+            JAX array on the same device that shares its memory: do not write into the tensor.
+            One of 64 bits is copied to 32, unless JAX is told to have 64 (`jax_enable_x64`).
 
     Returns:
         `{"params": ...}` with NumPy arrays, ready for `apply` of the Flax layer with the same
@@ -96,7 +97,8 @@ def to_jax(value: nn.Module | Tensor) -> Any:
 
     Raises:
         TypeError: No module, but its state dict: `checkpoints.from_torch` takes one.
-        ValueError: The state dict of the module is none of a known layout.
+        ValueError: The state dict of the module is none of a known layout; or the tensor has gaps
+            between its elements, or some of them twice.
 
     Example:
         >>> sorted(to_jax(WTConv2d(4, 4, kernel_size=3, wt_levels=0))["params"])
@@ -105,6 +107,11 @@ def to_jax(value: nn.Module | Tensor) -> Any:
     if isinstance(value, Tensor):
         from jax import dlpack
 
+        if value.stride() != torch.empty_like(value, device="meta").stride():
+            raise ValueError(
+                f"value has shape {tuple(value.shape)} and strides {value.stride()}, expected a "
+                "dense tensor, as JAX's arrays are; value.contiguous() is one"
+            )
         return dlpack.from_dlpack(value.detach())
     from flash_wtconv_jax import checkpoints
 

@@ -56,6 +56,16 @@ def test_arrays_share_their_memory(dtype):
     assert tensor.movedim(-1, 1).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("part", [np.s_[:, ::2], np.s_[:, :1]], ids=str)
+def test_tensors_that_are_not_dense_are_told(part):
+    x = torch.arange(6.0).view(2, 3)
+    assert np.array_equal(torch_bridge.to_jax(x.T), x.T)
+    for gaps in (x[part], x[:, :1].expand(2, 3)):
+        with pytest.raises(ValueError, match=r"strides \(3, .*expected a dense tensor"):
+            torch_bridge.to_jax(gaps)
+    assert torch_bridge.to_jax(x[part].contiguous()).shape == x[part].shape
+
+
 @pytest.mark.gpu
 def test_arrays_share_the_memory_of_a_gpu():
     x = jax.numpy.ones((2, 3))
