@@ -1,22 +1,18 @@
 // What `wtconv.metal` uses of the Metal language, for a C++ compiler: a threadgroup's threads are
 // fibers.
 //
-// A barrier hands over to the next thread, so the order of threads between two barriers can be
-// chosen: forward, backward or shuffled. Threadgroup memory is full of NaNs when a threadgroup
-// starts, so that tests find what is read before it is written.
+// Threadgroup memory is full of NaNs when a threadgroup starts, so that tests find what is read
+// before it is written.
 
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <random>
 #include <vector>
+
+#include "fibers.h"
+#include "half.h"
 
 #define device
 #define constant const
@@ -63,34 +59,10 @@ inline float4& operator+=(float4& a, float4 b) {
   return a = float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// float16 by the definition of the format, rounded to nearest even.
 struct half {
   std::uint16_t bits;
-
-  explicit half(float value) {
-    const unsigned sign = std::signbit(value) ? 0x8000 : 0;
-    const float size = std::fabs(value);
-    if (std::isnan(value)) {
-      bits = 0x7e00;
-    } else if (size >= 65520.0f) {
-      bits = sign | 0x7c00;
-    } else {
-      int exponent = 0;
-      std::frexp(size, &exponent);
-      exponent = std::max(exponent - 11, -24);
-      const int units = int(std::nearbyint(std::ldexp(size, -exponent)));
-      // Units up to 2048: what is beyond the fraction carries into the exponent by itself.
-      bits = sign | (exponent == -24 ? units : ((exponent + 25) << 10) + units - 1024);
-    }
-  }
-
-  explicit operator float() const {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float size = fraction ? NAN : INFINITY;
-    if (exponent == 0) size = std::ldexp(float(fraction), -24);
-    if (exponent % 31 != 0) size = std::ldexp(float(fraction + 1024), exponent - 25);
-    return bits >> 15 ? -size : size;
-  }
+  explicit half(float value) : bits(half_bits(value)) {}
+  explicit operator float() const { return half_number(bits); }
 };
 
 namespace metal {
@@ -99,34 +71,19 @@ enum class mem_flags { mem_threadgroup };
 
 namespace metal_on_cpu {
 
-constexpr std::size_t STACK = 256 << 10;
-
-struct Fiber {
-  ucontext_t context;
-  // Not filled with zeros, which takes longer than a kernel does.
-  std::unique_ptr<char[]> stack{new char[STACK]};
-  uint3 thread_in_group;
-  uint thread_index;
-  bool done;
-};
-
-inline ucontext_t scheduler;
-inline Fiber* current;
-inline uint3 group;
+inline uint3 group, group_size;
 inline std::vector<void*> filled;
-inline void (*kernel)(void**);
-inline void** arguments;
 // The barrier that is not there, a fault that a test plants; they are counted from 1.
 inline int missing;
 
-inline void start() {
-  kernel(arguments);
-  current->done = true;
-  swapcontext(&current->context, &scheduler);
+inline uint3 place(uint at, uint3 size) {
+  return {at % size.x, at / size.x % size.y, at / size.x / size.y};
 }
 
+inline uint3 thread_in_group() { return place(on_cpu::current->thread, group_size); }
+
 inline void barrier(int which, metal::mem_flags) {
-  if (which != missing) swapcontext(&current->context, &scheduler);
+  if (which != missing) on_cpu::barrier();
 }
 
 // The first thread of a threadgroup finds its memory undefined.
@@ -141,44 +98,16 @@ inline void begin(T& memory) {
 // Runs a grid; returns 0, or 1 where not all threads of a threadgroup reached a barrier.
 inline int launch(void (*function)(void**), void** values, const uint* groups, const uint* threads,
                   unsigned order, int without) {
-  kernel = function;
-  arguments = values;
   missing = without;
-  std::mt19937 random(order);
-  std::vector<Fiber> fibers(threads[0] * threads[1] * threads[2]);
-  int diverged = 0;
+  group_size = {threads[0], threads[1], threads[2]};
+  on_cpu::Threads block(function, values, threads[0] * threads[1] * threads[2], order);
+  bool together = true;
   for (uint g = 0; g < groups[0] * groups[1] * groups[2]; g++) {
-    group = {g % groups[0], g / groups[0] % groups[1], g / groups[0] / groups[1]};
+    group = place(g, {groups[0], groups[1], groups[2]});
     filled.clear();
-    std::vector<Fiber*> live;
-    for (uint t = 0; t < fibers.size(); t++) {
-      Fiber& fiber = fibers[t];
-      fiber.thread_index = t;
-      fiber.thread_in_group = {t % threads[0], t / threads[0] % threads[1],
-                               t / threads[0] / threads[1]};
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = STACK;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, start, 0);
-      live.push_back(&fiber);
-    }
-    if (order == 1) std::reverse(live.begin(), live.end());
-    while (!live.empty()) {
-      if (order > 1) std::shuffle(live.begin(), live.end(), random);
-      unsigned done = 0;
-      for (Fiber* fiber : live) {
-        current = fiber;
-        swapcontext(&scheduler, &fiber->context);
-        done += fiber->done;
-      }
-      if (done != 0 && done != live.size()) diverged = 1;
-      live.erase(std::remove_if(live.begin(), live.end(), [](Fiber* f) { return f->done; }),
-                 live.end());
-    }
+    together &= block.run();
   }
-  return diverged;
+  return !together;
 }
 
 }  // namespace metal_on_cpu

@@ -26,8 +26,8 @@ _BUFFER = re.compile(r"(?:device|constant) (const )?(\w+)([*&]) \w+ \[\[buffer\(
 _DTYPES = {"float": torch.float32, "half": torch.float16}
 _BUILT_IN = {
     "threadgroup_position_in_grid": "metal_on_cpu::group",
-    "thread_position_in_threadgroup": "metal_on_cpu::current->thread_in_group",
-    "thread_index_in_threadgroup": "metal_on_cpu::current->thread_index",
+    "thread_position_in_threadgroup": "metal_on_cpu::thread_in_group()",
+    "thread_index_in_threadgroup": "on_cpu::current->thread",
 }
 
 
