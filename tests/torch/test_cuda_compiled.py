@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -92,9 +93,18 @@ def test_machine_code_is_kept_on_disk(own_cache, monkeypatch):
 
 
 @COMPILER
-def test_a_disk_that_cannot_be_written_costs_time_alone(own_cache):
+def test_a_disk_that_cannot_be_written_costs_time_alone(own_cache, monkeypatch):
     own_cache.write_text("a file where the folder should be")
     assert nvrtc.compiled(SOURCE, {"VALUE": 1}, "sm_80")[:4] == b"\x7fELF"
+    own_cache.unlink()
+
+    def full(path, code):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert nvrtc.compiled(SOURCE, {"VALUE": 1}, "sm_80")[:4] == b"\x7fELF"
+    assert list(own_cache.iterdir()) == []
 
 
 @COMPILER

@@ -4,10 +4,8 @@ Machine code is kept on disk by what it was made from, so a later process only r
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 _OPTIONS = ("--std=c++17",)
@@ -33,11 +31,12 @@ def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
     except OSError:
         pass
     code = compile_source(source, macros, arch)
+    from flash_wtconv_jax.checkpoints.files import replacing
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
+        with replacing(path, force=True) as temporary:
+            temporary.write_bytes(code)
     except OSError:
         # A disk that cannot be written costs the next process a second, and this one nothing.
         pass
