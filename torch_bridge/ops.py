@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.dispatch.tuner import Config
@@ -104,7 +105,8 @@ def pick(
 
     Raises:
         ValueError: An unknown name in the environment's variable.
-        NotImplementedError: No allowed implementation can run here; says why for each.
+        NotImplementedError: No allowed implementation can run here; says why for each. Or
+            `torch.func` differentiates, and what would run is a custom operator.
 
     Example:
         >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32, 5, 1, "haar")
@@ -124,7 +126,19 @@ def pick(
         )
         for direction in OPERATOR.directions
     )
-    return str(fwd), str(bwd)
+    picked = str(fwd), str(bwd)
+    if picked != ("eager", "eager") and _differentiated_by_func():
+        raise NotImplementedError(
+            f"torch.func differentiates what {' and '.join(sorted(set(picked)))} would compute, "
+            "and PyTorch has no way yet to tell it of custom operators: use "
+            "implementation='eager', or torch.autograd.grad"
+        )
+    return picked
+
+
+def _differentiated_by_func() -> bool:
+    levels = get_interpreter_stack() or ()
+    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
 
 
 def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:

@@ -155,6 +155,20 @@ def test_gradients_of_each_sample():
 
 
 @EACH
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_kernels_tell_torch_func_that_they_cannot(implementation, transform):
+    layer, x = make_layer(implementation), make_input(1, 1, 2, 2)
+    call = transform(lambda x: layer(x).sin().sum())
+    if implementation == "eager":
+        want = torch.autograd.grad(layer(x.requires_grad_()).sin().sum(), x)[0]
+        torch.testing.assert_close(call(x.detach()), want)
+    else:
+        with pytest.raises(NotImplementedError, match="triton would compute.*'eager'"):
+            torch.vmap(call)(x[None])
+
+
+@EACH
 def test_autocast_computes_in_its_dtype(implementation):
     layer, x = make_layer(implementation), make_input(1, 1, 3, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
