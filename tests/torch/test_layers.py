@@ -162,9 +162,13 @@ def test_a_device_is_found_and_told(monkeypatch):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_strided_outputs_are_dense(memory_format):
     layer = torch_bridge.WTConv2d(3, 3, stride=2, device="cpu")
-    y = layer(torch.zeros(2, 3, 7, 6).contiguous(memory_format=memory_format))
+    x = torch.zeros(2, 3, 7, 6).contiguous(memory_format=memory_format)
+    y = layer(x)
     assert y.shape == (2, 3, 4, 3) and y.is_contiguous(memory_format=memory_format)
     assert y.untyped_storage().nbytes() == 4 * y.numel()
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(eager.subsample(x, 2), x, y)
+    assert dx.is_contiguous(memory_format=memory_format)
 
 
 FAST = {

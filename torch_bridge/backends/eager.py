@@ -237,7 +237,7 @@ def _synthesis(
         ndim = len(size)
         bands = filtered.unflatten(1, (-1, 2**ndim))
         bands = torch.cat([(bands[:, :, 0] + deeper).unsqueeze(2), bands[:, :, 1:]], dim=2)
-        deeper = _spatial(inverse_wavelet_transform(bands, filters), [slice(n) for n in size])
+        deeper = inverse_wavelet_transform(bands, filters)[(..., *map(slice, size))]
     return deeper
 
 
@@ -247,9 +247,9 @@ def subsample(y: Tensor, stride: int) -> Tensor:
         return y
     if y.ndim == 3:
         return F.avg_pool1d(y, stride, stride)
+    kept: tuple[Any, ...] = (..., *[slice(None, None, stride)] * (y.ndim - 2))
     # Dense, as what a convolution returns: a view would keep all of y, and no `view` takes it.
-    return _spatial(y, [slice(None, None, stride)] * (y.ndim - 2)).clone()
-
-
-def _spatial(x: Tensor, window: list[slice]) -> Tensor:
-    return x[(slice(None), slice(None), *window)]
+    if y.stride(1) >= y.stride(-1):
+        return y[kept].clone()
+    # Channels-last: of a slice PyTorch makes a gradient whose last axis is the nearest in memory.
+    return y.movedim(1, -1)[(*kept, slice(None))].clone().movedim(-1, 1)
