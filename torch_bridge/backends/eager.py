@@ -237,7 +237,8 @@ def _synthesis(
         ndim = len(size)
         bands = filtered.unflatten(1, (-1, 2**ndim))
         bands = torch.cat([(bands[:, :, 0] + deeper).unsqueeze(2), bands[:, :, 1:]], dim=2)
-        deeper = inverse_wavelet_transform(bands, filters)[(..., *map(slice, size))]
+        kept: tuple[Any, ...] = (..., *map(slice, size))
+        deeper = inverse_wavelet_transform(bands, filters)[kept]
     return deeper
 
 
