@@ -59,15 +59,19 @@ def test_every_implementation_on_a_gpu(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["convnext_t_stage2", "convnext_t_stage4"])
-def test_a_step_holds_little_beside_its_results(name):
+@pytest.mark.parametrize(
+    ("name", "most"),
+    # Of 7 x 7 pixels a low band is a third of x, and each copy of the taps a thirtieth.
+    [("convnext_t_stage2", 2.5), ("convnext_t_stage3", 2.5), ("convnext_t_stage4", 2.6)],
+)
+def test_a_step_holds_little_beside_its_results(name, most):
     shape, device = GPU_SHAPES[name], torch.device("cuda")
     size = 4 * math.prod(shape.x)
     for contender, call in bench._calls(shape, device, torch.float32)["forward+backward"].items():
         if not contender.startswith("eager"):
             call()
             _, extra_memory = bench._memory(device, call, size)
-            assert 2.0 < extra_memory <= 2.5, contender
+            assert 2.0 < extra_memory <= most, contender
 
 
 @pytest.mark.parametrize(
