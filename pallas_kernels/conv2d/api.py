@@ -35,6 +35,7 @@ Padding = int | str | Sequence[int | Sequence[int]]
 class Implementation(StrEnum):
     """Implementations of the dense convolution."""
 
+    MOSAIC_TPU = "mosaic_tpu"
     TRITON = "triton"
     XLA = "xla"
 
@@ -43,8 +44,9 @@ OPERATOR = Operator(
     name="conv2d",
     package="pallas_kernels.conv2d",
     implementations=Implementation,
-    # On a GPU, XLA means cuDNN.
-    rule={"tpu": ("xla",), "gpu": ("xla", "triton"), "cpu": ("xla",)},
+    # On a GPU, XLA means cuDNN. On a TPU its convolutions are made for the matrix unit, and of ours
+    # nothing has run on one.
+    rule={"tpu": ("xla", "mosaic_tpu"), "gpu": ("xla", "triton"), "cpu": ("xla",)},
 )
 
 

@@ -1,0 +1,577 @@
+"""The dense convolution as Pallas TPU kernels: products on the matrix unit, no im2col in memory.
+
+What a stride leaves between two samples becomes an axis of planes (the samples of one remainder
+each), so that every tap reads one plane, shifted: the kernels know neither strides nor padding. A
+grid step holds some rows of all columns, with the rows that the taps reach beyond, for a block of
+channels and a block of features. It multiplies, for each tap, the window `[pixels, channels]`
+with the filters `[channels, features]` and sums in float32; blocks of channels follow each other
+and add to the same scratch, and the last one adds the bias and applies the activation.
+
+The gradient of x is the same kernel on dy, a plane at a time; that of the filters has its own,
+which contracts pixels and keeps the sums of all taps where they are until all images are through.
+
+Nothing of this has run on a TPU. It is compiled by the TPU's compiler, and interpreted.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from pallas_kernels._compat import in_32_bits, pallas_output, tpu_vmem_bytes
+from pallas_kernels.conv2d.problem import Config, Problem, Window
+from pallas_kernels.conv2d.xla import mirrored, transposed
+from pallas_kernels.tpu import (
+    LANES,
+    SUBLANES,
+    VMEM_SHARE,
+    compiler_params,
+    loop,
+    unavailable,
+    up,
+)
+
+__all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "input_grad", "unavailable", "weight_grad"]
+
+DIFFERENTIABLE = False
+
+Pair = tuple[int, int]
+
+_DTYPES = ("float32", "bfloat16")
+_STATIC = ("window", "precision", "config")
+_CHUNK = 256
+"""Pixels that are multiplied at once: their sums stay in registers from tap to tap."""
+
+
+class _Taps(NamedTuple):
+    """Which sample each tap reads, on planes of a stride."""
+
+    planes: tuple[Pair, ...]
+    """The remainders of rows and columns, divided by the stride, that any tap reads."""
+    places: tuple[tuple[int, int, int], ...]
+    """Of each tap its plane, and the rows and columns from an output to its sample."""
+
+    @property
+    def reach(self) -> Pair:
+        """Rows and columns that the taps read beyond the output's."""
+        return max(i for _, i, _ in self.places), max(j for _, _, j in self.places)
+
+
+class _Tiling(NamedTuple):
+    """What a grid step works on, and what it multiplies at once."""
+
+    images: int
+    rows: int
+    channels: int
+    features: int
+    chunk: Pair
+    """Images and rows."""
+
+
+def check(direction: str, problem: Problem) -> None:
+    """Raises `NotImplementedError` for what these kernels do not do.
+
+    Args:
+        direction: "fwd" or "bwd".
+        problem: `pallas_kernels.conv2d.problem.Problem`.
+    """
+    reasons = [
+        f"{dtype}, {' and '.join(_DTYPES)} alone"
+        for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
+    ]
+    if not all(isinstance(size, int) for size in problem.shape):
+        reasons.append("arrays of symbolic size")
+    elif 0 in problem.shape:
+        reasons.append("an empty batch")
+    if problem.window.groups > 1:
+        reasons.append(f"{problem.window.groups} groups of channels")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    n, *size, channels = problem.shape
+    kernel = problem.kernel_height, problem.kernel_width
+    output = problem.window.output(size, kernel)
+    taps = _taps(problem.window, kernel)
+    shape = n, *output, channels, problem.features
+    if direction == "fwd":
+        _tiling(shape, taps, problem.dtype, problem.out_dtype, None)
+    else:
+        dtype = jnp.promote_types(problem.dtype, problem.out_dtype)
+        _tiling(_of_input(shape, taps), _mirror(taps, 0), dtype, jnp.float32, None)
+        _weight_tiling(shape, taps, dtype, None)
+
+
+def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
+    """Tiles that are worth timing, those made for the shape first; see `check`."""
+    sizes = [(512, 256), (1024, 128), (1024, 512), (2048, 256), (4096, 128)]
+    whole = 1 << (problem.shape[-1] - 1).bit_length()
+    return [{}, *(Config(m, n, max(16, whole))._asdict() for m, n in sizes)]
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
+@in_32_bits
+def forward(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    *,
+    window: Window,
+    activation: str | None,
+    out_dtype: DTypeLike,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The operator; see `vjp` for the arguments.
+
+    Tiles of a `config` are rounded to whole rows, channels and features to whole registers.
+    """
+    kernel, size = _sizes(x.shape, w.shape, window)
+    taps = _taps(window, kernel)
+    y = _convolve(
+        _planes(x, window, taps, size),
+        _filters(w, window),
+        bias,
+        taps,
+        size,
+        activation,
+        out_dtype,
+        precision,
+        config,
+    )
+    return _from_nhwc(y, window)
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
+@in_32_bits
+def input_grad(
+    dy: jax.Array,
+    w: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    window: Window,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The transpose in x, of the shape `[N, *shape]`."""
+    common = jnp.promote_types(dy.dtype, w.dtype)
+    image = dy.shape[0], *shape
+    kernel, size = _sizes(image, w.shape, window)
+    taps = _taps(window, kernel)
+    high, wide = taps.reach
+    dy = _to_nhwc(dy, window).astype(common)
+    dy = jnp.pad(dy, [(0, 0), (high, high), (wide, wide), (0, 0)])[:, None]
+    filters = _filters(w.astype(common), window).transpose(0, 2, 1)
+    # Samples that mirroring doubled are added before they are rounded.
+    written = jnp.float32 if window.reflect else dtype
+    planes = []
+    for plane in range(len(taps.planes)):
+        used = [t for t, place in enumerate(taps.places) if place[0] == plane]
+        planes.append(
+            _convolve(
+                dy,
+                filters[jnp.array(used)],
+                None,
+                _mirror(taps, plane),
+                (size[0] + high, size[1] + wide),
+                None,
+                written,
+                precision,
+                config,
+            )
+        )
+    cut = partial(_planes, window=window, taps=taps, size=size)
+    return transposed(cut, image, jnp.stack(planes, axis=1)).astype(dtype)
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
+@in_32_bits
+def weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    window: Window,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The transpose in w. Sums run in the order of the grid, so it is bitwise reproducible."""
+    common = jnp.promote_types(dy.dtype, x.dtype)
+    kernel, size = _sizes(x.shape, shape, window)
+    taps = _taps(window, kernel)
+    x = _planes(x.astype(common), window, taps, size)
+    dy = _to_nhwc(dy, window).astype(common)
+    sums = _correlate(x, dy, taps, precision, config)
+    return transposed(partial(_filters, window=window), shape, sums).astype(dtype)
+
+
+# The convolution without strides and padding
+
+
+def _sizes(image: Sequence[int], filters: Sequence[int], window: Window) -> tuple[Pair, Pair]:
+    """Taps along both axes, and the output's height and width."""
+    _, *size, _ = window.images(image)
+    height, width, _, _ = window.filters(filters)
+    return (height, width), window.output(size, (height, width))
+
+
+def _taps(window: Window, kernel: Pair) -> _Taps:
+    """The taps of a kernel, row by row."""
+    at = [
+        [divmod(d * k, s) for k in range(count)]
+        for count, d, s in zip(kernel, window.dilation, window.stride, strict=True)
+    ]
+    found = list(product(*at))
+    planes = tuple(sorted({(row[1], col[1]) for row, col in found}))
+    places = ((planes.index((row[1], col[1])), row[0], col[0]) for row, col in found)
+    return _Taps(planes, tuple(places))
+
+
+def _mirror(taps: _Taps, plane: int) -> _Taps:
+    """The taps of one plane from a sample to the outputs that read it, on dy padded by `reach`."""
+    high, wide = taps.reach
+    return _Taps(
+        ((0, 0),), tuple((0, high - i, wide - j) for p, i, j in taps.places if p == plane)
+    )
+
+
+def _of_input(shape: tuple[int, ...], taps: _Taps) -> tuple[int, ...]:
+    """N, rows, columns, channels and features of the gradient of a plane, from those of y."""
+    n, height, width, channels, features = shape
+    high, wide = taps.reach
+    return n, height + high, width + wide, features, channels
+
+
+def _planes(x: jax.Array, window: Window, taps: _Taps, size: Pair) -> jax.Array:
+    """Padded images as `[N, planes, rows, columns, C]`."""
+    pads = window.pads
+    if window.reflect:
+        x, pads = mirrored(x, window), ((0, 0), (0, 0))
+    x = _to_nhwc(x, window)
+    stride = window.stride
+    rows, cols = (n + reach for n, reach in zip(size, taps.reach, strict=True))
+    # Samples after the last that any tap reads are cut off.
+    edges = [
+        (before, s * count - n - before, 0)
+        for n, (before, _), s, count in zip(x.shape[1:3], pads, stride, (rows, cols), strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    n, _, _, channels = x.shape
+    split = x.reshape(n, rows, stride[0], cols, stride[1], channels)
+    return jnp.stack([split[:, :, i, :, j] for i, j in taps.planes], axis=1)
+
+
+def _filters(w: jax.Array, window: Window) -> jax.Array:
+    """Filters as `[taps, C, NF]`."""
+    if window.layout == "nchw_fchw":
+        w = w.transpose(2, 3, 1, 0)
+    return w.reshape(-1, *w.shape[2:])
+
+
+def _to_nhwc(x: jax.Array, window: Window) -> jax.Array:
+    return x if window.layout == "nhwc_hwcf" else x.transpose(0, 2, 3, 1)
+
+
+def _from_nhwc(y: jax.Array, window: Window) -> jax.Array:
+    return y if window.layout == "nhwc_hwcf" else y.transpose(0, 3, 1, 2)
+
+
+# Kernels
+
+
+def _convolve(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    taps: _Taps,
+    size: Pair,
+    activation: str | None,
+    out_dtype: DTypeLike,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """Sums over taps and channels of `x [N, planes, H, W, C]`: `[N, *size, NF]`."""
+    n, planes, _, _, channels = x.shape
+    features = w.shape[-1]
+    tiling = _tiling((n, *size, channels, features), taps, x.dtype, out_dtype, config)
+    cols = _columns(size[1], x.dtype)
+    steps = math.ceil(size[0] / tiling.rows)
+    blocks = math.ceil(channels / tiling.channels)
+    # Zeros where the last blocks of rows and channels overhang, and up to whole registers.
+    x = _grown(x, steps * tiling.rows + taps.reach[0], cols + taps.reach[1])
+    more = blocks * tiling.channels - channels
+    if more:
+        x = jnp.pad(x, [(0, 0)] * 4 + [(0, more)])
+        w = jnp.pad(w, [(0, 0), (0, more), (0, 0)])
+    if bias is None:
+        bias = jnp.zeros(features)
+    pixels = tiling.images * tiling.rows // math.prod(tiling.chunk), math.prod(tiling.chunk) * cols
+    return pl.pallas_call(
+        partial(_forward_kernel, tiling, taps, activation, _precision(x.dtype, precision)),
+        out_shape=pallas_output((n, *size, features), out_dtype, x, w, bias),
+        grid=(math.ceil(features / tiling.features), n // tiling.images, steps, blocks),
+        in_specs=[
+            pl.BlockSpec(
+                _images_block(tiling, planes, x.shape[3], taps),
+                lambda f, n, i, c: (n, 0, i * tiling.rows, 0, c),
+            ),
+            pl.BlockSpec(
+                (len(taps.places), tiling.channels, tiling.features), lambda f, n, i, c: (0, c, f)
+            ),
+            pl.BlockSpec((1, tiling.features), lambda f, n, i, c: (0, f)),
+        ],
+        out_specs=pl.BlockSpec(
+            (tiling.images, tiling.rows, size[1], tiling.features), lambda f, n, i, c: (n, i, 0, f)
+        ),
+        scratch_shapes=[pltpu.VMEM((*pixels, tiling.features), jnp.float32)],
+        compiler_params=compiler_params(),
+        name="conv2d_forward",
+    )(x, w, bias.reshape(1, features).astype(jnp.float32))
+
+
+def _correlate(
+    x: jax.Array,
+    dy: jax.Array,
+    taps: _Taps,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """Sums over pixels of `x [N, planes, H, W, C]` and `dy [N, H, W, NF]`: `[taps, C, NF]`."""
+    n, planes, _, _, channels = x.shape
+    _, *size, features = dy.shape
+    tiling = _weight_tiling((n, *size, channels, features), taps, x.dtype, config)
+    cols = _columns(size[1], x.dtype)
+    steps = math.ceil(size[0] / tiling.rows)
+    x = _grown(x, steps * tiling.rows + taps.reach[0], cols + taps.reach[1])
+    dy = _grown(dy, steps * tiling.rows, cols)
+    return pl.pallas_call(
+        partial(_weight_kernel, tiling, taps, _precision(x.dtype, precision)),
+        out_shape=pallas_output((len(taps.places), channels, features), jnp.float32, x, dy),
+        grid=(
+            math.ceil(channels / tiling.channels),
+            math.ceil(features / tiling.features),
+            n // tiling.images,
+            steps,
+        ),
+        in_specs=[
+            pl.BlockSpec(
+                _images_block(tiling, planes, x.shape[3], taps),
+                lambda c, f, n, i: (n, 0, i * tiling.rows, 0, c),
+            ),
+            pl.BlockSpec(
+                (tiling.images, tiling.rows, cols, tiling.features), lambda c, f, n, i: (n, i, 0, f)
+            ),
+        ],
+        out_specs=pl.BlockSpec(
+            (len(taps.places), tiling.channels, tiling.features), lambda c, f, n, i: (0, c, f)
+        ),
+        compiler_params=compiler_params(),
+        name="conv2d_weight_grad",
+    )(x, dy)
+
+
+def _forward_kernel(
+    tiling: _Tiling,
+    taps: _Taps,
+    activation: str | None,
+    precision: lax.Precision,
+    x: Any,
+    w: Any,
+    bias: Any,
+    out: Any,
+    sums: Any,
+) -> None:
+    cols = sums.shape[1] // math.prod(tiling.chunk)
+    first, last = pl.program_id(3) == 0, pl.program_id(3) == pl.num_programs(3) - 1
+
+    def chunk(index: jax.Array) -> None:
+        at = _chunk_at(tiling, index)
+        total = jnp.where(first, 0.0, sums[index])
+        for tap, place in enumerate(taps.places):
+            window = _window(x, at, tiling.chunk, place, cols)
+            total += jnp.dot(
+                window, w[tap], precision=precision, preferred_element_type=jnp.float32
+            )
+        sums[index] = total
+
+        @pl.when(last)
+        def _() -> None:
+            y = _activate(sums[index] + bias[...], activation)
+            images, rows = at
+            y = y.reshape(*tiling.chunk, cols, y.shape[-1])[:, :, : out.shape[2]]
+            out[images, rows] = y.astype(out.dtype)
+
+    loop(sums.shape[0], chunk)
+
+
+def _weight_kernel(
+    tiling: _Tiling, taps: _Taps, precision: lax.Precision, x: Any, dy: Any, out: Any
+) -> None:
+    @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
+    def _() -> None:
+        out[...] = jnp.zeros(out.shape, out.dtype)
+
+    def chunk(index: jax.Array) -> None:
+        at = _chunk_at(tiling, index)
+        slopes = dy[at].reshape(-1, dy.shape[-1])
+        for tap, place in enumerate(taps.places):
+            window = _window(x, at, tiling.chunk, place, dy.shape[2])
+            out[tap] += lax.dot_general(
+                window,
+                slopes,
+                (((0,), (0,)), ((), ())),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+
+    loop(tiling.images * tiling.rows // math.prod(tiling.chunk), chunk)
+
+
+def _chunk_at(tiling: _Tiling, index: jax.Array) -> tuple[Any, Any]:
+    """Images and rows of a chunk of a step."""
+    images, rows = tiling.chunk
+    along = tiling.rows // rows
+    return pl.ds(index // along * images, images), pl.ds(index % along * rows, rows)
+
+
+def _window(
+    x: Any, at: tuple[Any, Any], chunk: Pair, place: tuple[int, int, int], cols: int
+) -> jax.Array:
+    """What a tap reads of a chunk, `[pixels, channels]`."""
+    images, rows = at
+    plane, down, right = place
+    value = x[images, plane, pl.ds(rows.start + down, chunk[1]), right : right + cols]
+    return value.reshape(-1, value.shape[-1])
+
+
+def _activate(y: jax.Array, activation: str | None) -> jax.Array:
+    """As `xla.activate`, of functions that Mosaic knows: the error function, not its complement."""
+    if activation == "relu":
+        return jnp.maximum(y, 0)
+    if activation == "gelu":
+        return 0.5 * y * (1 + lax.erf(y * math.sqrt(0.5)))
+    return y
+
+
+def _precision(dtype: DTypeLike, precision: lax.Precision | None) -> lax.Precision:
+    """Mosaic multiplies float32 in full or as bfloat16; None means in full, as to `xla`."""
+    if dtype == jnp.float32 and precision != lax.Precision.DEFAULT:
+        return lax.Precision.HIGHEST
+    return lax.Precision.DEFAULT
+
+
+# Tiles
+
+
+def _tiling(
+    shape: tuple[int, ...],
+    taps: _Taps,
+    dtype: DTypeLike,
+    out_dtype: DTypeLike,
+    config: Config | None,
+) -> _Tiling:
+    """The tiles of a convolution to `[N, H, W]` pixels from channels to features."""
+
+    def use(tiling: _Tiling) -> int:
+        pixels = tiling.images * tiling.rows * _columns(shape[2], dtype)
+        out = 2 * pixels * jnp.dtype(out_dtype).itemsize + 4 * pixels
+        filters = 2 * len(taps.places) * up(tiling.channels, 16) * jnp.dtype(dtype).itemsize
+        return (out + filters) * up(tiling.features, LANES)
+
+    return _fitting(shape, taps, dtype, config, use)
+
+
+def _weight_tiling(
+    shape: tuple[int, ...], taps: _Taps, dtype: DTypeLike, config: Config | None
+) -> _Tiling:
+    """The tiles of the gradient of filters."""
+
+    def use(tiling: _Tiling) -> int:
+        pixels = tiling.images * tiling.rows * _columns(shape[2], dtype)
+        sums = 2 * 4 * len(taps.places) * up(tiling.channels, SUBLANES)
+        slopes = 2 * pixels * jnp.dtype(dtype).itemsize
+        return (sums + slopes) * up(tiling.features, LANES)
+
+    return _fitting(shape, taps, dtype, config, use)
+
+
+def _fitting(
+    shape: tuple[int, ...], taps: _Taps, dtype: DTypeLike, config: Config | None, use: Any
+) -> _Tiling:
+    """The first tiles that fit in VMEM, large ones first; `use` counts all but x."""
+    n, height, width, channels, features = shape
+    cols, itemsize = _columns(width, dtype), jnp.dtype(dtype).itemsize
+    limit = int(tpu_vmem_bytes() * VMEM_SHARE)
+    sizes = [config[:3]] if config else product((1024, 512, 256, 16), (256, 128), _blocks(channels))
+    for block_m, block_n, block_k in sizes:
+        tiling = _tiles(n, height, cols, block_m)._replace(
+            channels=_part(channels, block_k), features=_part(features, block_n)
+        )
+        area = (tiling.rows + taps.reach[0]) * up(cols + taps.reach[1], 16)
+        images = 2 * tiling.images * len(taps.planes) * area
+        chunk = math.prod(tiling.chunk) * cols
+        used = images * up(tiling.channels, LANES) * itemsize + use(tiling)
+        # Values that wait for the matrix unit: a window and the sums.
+        used += 4 * chunk * (up(tiling.channels, LANES) + up(tiling.features, LANES))
+        if used <= limit:
+            return tiling
+    raise NotImplementedError(
+        f"does not take rows of {width} pixels of {channels} channels for {features} features with "
+        f"{config or 'any tiles'}: they need more than {limit / 2**20:.1f} MiB of VMEM"
+    )
+
+
+def _tiles(n: int, height: int, cols: int, pixels: int) -> _Tiling:
+    """Images and rows of a step of so many pixels or fewer, at least a row."""
+    most = range(1, max(1, min(height, _CHUNK // cols)) + 1)
+    rows = min(most, key=lambda rows: (up(height, rows), -rows))
+    chunks = math.ceil(height / rows)
+    if chunks > 1:
+        step = rows * _divisor(chunks, pixels // (rows * cols))
+        return _Tiling(_divisor(n, pixels // (step * cols)) if step == rows * chunks else 1, step, 0, 0, (1, rows))
+    images = _divisor(n, pixels // (rows * cols))
+    return _Tiling(images, rows, 0, 0, (_divisor(images, _CHUNK // (rows * cols)), rows))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number up to `most`, at least one."""
+    return next(d for d in range(max(1, min(number, most)), 0, -1) if number % d == 0)
+
+
+def _blocks(channels: int) -> list[int]:
+    """Sizes of blocks of channels: all of them, then halves of it."""
+    sizes = [channels]
+    while sizes[-1] > LANES:
+        sizes.append(up(math.ceil(sizes[-1] / 2), LANES) if sizes[-1] > 2 * LANES else LANES)
+    return sizes
+
+
+def _part(size: int, most: int) -> int:
+    """All of an axis of lanes, or a block of whole registers."""
+    return size if size <= up(most, LANES) else up(most, LANES)
+
+
+def _columns(width: int, dtype: DTypeLike) -> int:
+    """Columns of whole registers, so that pixels of several rows are one axis."""
+    return up(width, SUBLANES * 4 // jnp.dtype(dtype).itemsize)
+
+
+def _images_block(tiling: _Tiling, planes: int, cols: int, taps: _Taps) -> tuple[Any, ...]:
+    """What a step reads of images: blocks of rows overlap by what the taps reach."""
+    rows = pl.Element(tiling.rows + taps.reach[0])
+    return tiling.images, planes, rows, cols, tiling.channels
+
+
+def _grown(x: jax.Array, rows: int, cols: int) -> jax.Array:
+    """Images with zeros below and on the right: `[..., rows, cols, C]`."""
+    *_, height, width, _ = x.shape
+    edges = [(0, 0)] * (x.ndim - 3) + [(0, rows - height), (0, cols - width), (0, 0)]
+    return jnp.pad(x, edges)
