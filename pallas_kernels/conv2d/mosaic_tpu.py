@@ -14,7 +14,8 @@ Nothing of this has run on a TPU. It is compiled by the TPU's compiler, and inte
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -48,12 +49,18 @@ Pair = tuple[int, int]
 _DTYPES = ("float32", "bfloat16")
 _STATIC = ("window", "precision", "config")
 _CHUNK = 256
-"""Pixels that are multiplied at once: their sums stay in registers from tap to tap."""
+"""Pixels that are multiplied at once: as many use what filters the matrix unit has fetched."""
+_BLOCKS = (640, 512, 384, 256, 128)
+"""Channels or features of a grid step."""
+_UNROLLED = 1 << 22
+"""Most products for each pixel of a chunk that the compiler writes out, in seconds, in 16 bits."""
 
 
 class _Taps(NamedTuple):
     """Which sample each tap reads, on planes of a stride."""
 
+    fold: Pair
+    """Neighbouring rows and columns that are taken for channels of one pixel."""
     planes: tuple[Pair, ...]
     """The remainders of rows and columns, divided by the stride, that any tap reads."""
     places: tuple[tuple[int, int, int], ...]
@@ -98,8 +105,8 @@ def check(direction: str, problem: Problem) -> None:
     n, *size, channels = problem.shape
     kernel = problem.kernel_height, problem.kernel_width
     output = problem.window.output(size, kernel)
-    taps = _taps(problem.window, kernel)
-    shape = n, *output, channels, problem.features
+    taps = _taps(problem.window, kernel, channels)
+    shape = n, *output, channels * math.prod(taps.fold), problem.features
     if direction == "fwd":
         _tiling(shape, taps, problem.dtype, problem.out_dtype, None)
     else:
@@ -110,9 +117,8 @@ def check(direction: str, problem: Problem) -> None:
 
 def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
     """Tiles that are worth timing, those made for the shape first; see `check`."""
-    sizes = [(512, 256), (1024, 128), (1024, 512), (2048, 256), (4096, 128)]
-    whole = 1 << (problem.shape[-1] - 1).bit_length()
-    return [{}, *(Config(m, n, max(16, whole))._asdict() for m, n in sizes)]
+    sizes = [(512, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 128), (2048, 512)]
+    return [{}, *(Config(pixels, n, k)._asdict() for (pixels, n), k in product(sizes, (256, 512)))]
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
@@ -132,11 +138,10 @@ def forward(
 
     Tiles of a `config` are rounded to whole rows, channels and features to whole registers.
     """
-    kernel, size = _sizes(x.shape, w.shape, window)
-    taps = _taps(window, kernel)
+    taps, size = _taps_and_size(x.shape, w.shape, window)
     y = _convolve(
         _planes(x, window, taps, size),
-        _filters(w, window),
+        _filters(w, window, taps),
         bias,
         taps,
         size,
@@ -163,12 +168,11 @@ def input_grad(
     """The transpose in x, of the shape `[N, *shape]`."""
     common = jnp.promote_types(dy.dtype, w.dtype)
     image = dy.shape[0], *shape
-    kernel, size = _sizes(image, w.shape, window)
-    taps = _taps(window, kernel)
+    taps, size = _taps_and_size(image, w.shape, window)
     high, wide = taps.reach
     dy = _to_nhwc(dy, window).astype(common)
     dy = jnp.pad(dy, [(0, 0), (high, high), (wide, wide), (0, 0)])[:, None]
-    filters = _filters(w.astype(common), window).transpose(0, 2, 1)
+    filters = _filters(w.astype(common), window, taps).transpose(0, 2, 1)
     # Samples that mirroring doubled are added before they are rounded.
     written = jnp.float32 if window.reflect else dtype
     planes = []
@@ -177,7 +181,7 @@ def input_grad(
         planes.append(
             _convolve(
                 dy,
-                filters[jnp.array(used)],
+                jnp.stack([filters[t] for t in used]),
                 None,
                 _mirror(taps, plane),
                 (size[0] + high, size[1] + wide),
@@ -205,42 +209,47 @@ def weight_grad(
 ) -> jax.Array:
     """The transpose in w. Sums run in the order of the grid, so it is bitwise reproducible."""
     common = jnp.promote_types(dy.dtype, x.dtype)
-    kernel, size = _sizes(x.shape, shape, window)
-    taps = _taps(window, kernel)
+    taps, size = _taps_and_size(x.shape, shape, window)
     x = _planes(x.astype(common), window, taps, size)
     dy = _to_nhwc(dy, window).astype(common)
     sums = _correlate(x, dy, taps, precision, config)
-    return transposed(partial(_filters, window=window), shape, sums).astype(dtype)
+    return transposed(partial(_filters, window=window, taps=taps), shape, sums).astype(dtype)
 
 
 # The convolution without strides and padding
 
 
-def _sizes(image: Sequence[int], filters: Sequence[int], window: Window) -> tuple[Pair, Pair]:
-    """Taps along both axes, and the output's height and width."""
-    _, *size, _ = window.images(image)
+def _taps_and_size(
+    image: Sequence[int], filters: Sequence[int], window: Window
+) -> tuple[_Taps, Pair]:
+    """Of a call with arrays of these shapes: the taps, and the output's height and width."""
+    _, *size, channels = window.images(image)
     height, width, _, _ = window.filters(filters)
-    return (height, width), window.output(size, (height, width))
+    taps = _taps(window, (height, width), channels)
+    return taps, window.output(size, (height, width))
 
 
-def _taps(window: Window, kernel: Pair) -> _Taps:
+def _taps(window: Window, kernel: Pair, channels: int) -> _Taps:
     """The taps of a kernel, row by row."""
+    fold, whole = (1, 1), not any(map(operator.mod, kernel, window.stride))
+    if whole and window.dilation == (1, 1) and channels * math.prod(window.stride) <= LANES:
+        # A few channels would leave lanes empty. Windows are whole steps here, as of patches.
+        fold = window.stride
     at = [
-        [divmod(d * k, s) for k in range(count)]
-        for count, d, s in zip(kernel, window.dilation, window.stride, strict=True)
+        [divmod(d * k, s // f) for k in range(count // f)]
+        for count, d, s, f in zip(kernel, window.dilation, window.stride, fold, strict=True)
     ]
     found = list(product(*at))
     planes = tuple(sorted({(row[1], col[1]) for row, col in found}))
     places = ((planes.index((row[1], col[1])), row[0], col[0]) for row, col in found)
-    return _Taps(planes, tuple(places))
+    return _Taps(fold, planes, tuple(places))
 
 
 def _mirror(taps: _Taps, plane: int) -> _Taps:
     """The taps of one plane from a sample to the outputs that read it, on dy padded by `reach`."""
     high, wide = taps.reach
-    return _Taps(
-        ((0, 0),), tuple((0, high - i, wide - j) for p, i, j in taps.places if p == plane)
-    )
+    places = ((0, high - i, wide - j) for p, i, j in taps.places if p == plane)
+    return _Taps((1, 1), ((0, 0),), tuple(places))
 
 
 def _of_input(shape: tuple[int, ...], taps: _Taps) -> tuple[int, ...]:
@@ -266,14 +275,19 @@ def _planes(x: jax.Array, window: Window, taps: _Taps, size: Pair) -> jax.Array:
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     n, _, _, channels = x.shape
     split = x.reshape(n, rows, stride[0], cols, stride[1], channels)
+    if taps.fold != (1, 1):
+        return split.transpose(0, 1, 3, 2, 4, 5).reshape(n, 1, rows, cols, -1)
     return jnp.stack([split[:, :, i, :, j] for i, j in taps.planes], axis=1)
 
 
-def _filters(w: jax.Array, window: Window) -> jax.Array:
+def _filters(w: jax.Array, window: Window, taps: _Taps) -> jax.Array:
     """Filters as `[taps, C, NF]`."""
     if window.layout == "nchw_fchw":
         w = w.transpose(2, 3, 1, 0)
-    return w.reshape(-1, *w.shape[2:])
+    height, width, channels, features = w.shape
+    rows, cols = taps.fold
+    split = w.reshape(height // rows, rows, width // cols, cols, channels, features)
+    return split.transpose(0, 2, 1, 3, 4, 5).reshape(-1, rows * cols * channels, features)
 
 
 def _to_nhwc(x: jax.Array, window: Window) -> jax.Array:
@@ -299,18 +313,14 @@ def _convolve(
     config: Config | None,
 ) -> jax.Array:
     """Sums over taps and channels of `x [N, planes, H, W, C]`: `[N, *size, NF]`."""
-    n, planes, _, _, channels = x.shape
+    n, *_, channels = x.shape
     features = w.shape[-1]
     tiling = _tiling((n, *size, channels, features), taps, x.dtype, out_dtype, config)
     cols = _columns(size[1], x.dtype)
     steps = math.ceil(size[0] / tiling.rows)
     blocks = math.ceil(channels / tiling.channels)
-    # Zeros where the last blocks of rows and channels overhang, and up to whole registers.
-    x = _grown(x, steps * tiling.rows + taps.reach[0], cols + taps.reach[1])
-    more = blocks * tiling.channels - channels
-    if more:
-        x = jnp.pad(x, [(0, 0)] * 4 + [(0, more)])
-        w = jnp.pad(w, [(0, 0), (0, more), (0, 0)])
+    x = _overhung(x, tiling, steps, cols, taps)
+    w = jnp.pad(w, [(0, 0), (0, x.shape[-1] - channels), (0, 0)])
     if bias is None:
         bias = jnp.zeros(features)
     pixels = tiling.images * tiling.rows // math.prod(tiling.chunk), math.prod(tiling.chunk) * cols
@@ -319,10 +329,7 @@ def _convolve(
         out_shape=pallas_output((n, *size, features), out_dtype, x, w, bias),
         grid=(math.ceil(features / tiling.features), n // tiling.images, steps, blocks),
         in_specs=[
-            pl.BlockSpec(
-                _images_block(tiling, planes, x.shape[3], taps),
-                lambda f, n, i, c: (n, 0, i * tiling.rows, 0, c),
-            ),
+            _images_spec(x, tiling, taps, lambda f, n, i, c: (n, i, c)),
             pl.BlockSpec(
                 (len(taps.places), tiling.channels, tiling.features), lambda f, n, i, c: (0, c, f)
             ),
@@ -345,12 +352,12 @@ def _correlate(
     config: Config | None,
 ) -> jax.Array:
     """Sums over pixels of `x [N, planes, H, W, C]` and `dy [N, H, W, NF]`: `[taps, C, NF]`."""
-    n, planes, _, _, channels = x.shape
+    n, *_, channels = x.shape
     _, *size, features = dy.shape
     tiling = _weight_tiling((n, *size, channels, features), taps, x.dtype, config)
     cols = _columns(size[1], x.dtype)
     steps = math.ceil(size[0] / tiling.rows)
-    x = _grown(x, steps * tiling.rows + taps.reach[0], cols + taps.reach[1])
+    x = _overhung(x, tiling, steps, cols, taps)
     dy = _grown(dy, steps * tiling.rows, cols)
     return pl.pallas_call(
         partial(_weight_kernel, tiling, taps, _precision(x.dtype, precision)),
@@ -362,10 +369,7 @@ def _correlate(
             steps,
         ),
         in_specs=[
-            pl.BlockSpec(
-                _images_block(tiling, planes, x.shape[3], taps),
-                lambda c, f, n, i: (n, 0, i * tiling.rows, 0, c),
-            ),
+            _images_spec(x, tiling, taps, lambda c, f, n, i: (n, i, c)),
             pl.BlockSpec(
                 (tiling.images, tiling.rows, cols, tiling.features), lambda c, f, n, i: (n, i, 0, f)
             ),
@@ -504,41 +508,66 @@ def _weight_tiling(
 
 
 def _fitting(
-    shape: tuple[int, ...], taps: _Taps, dtype: DTypeLike, config: Config | None, use: Any
+    shape: tuple[int, ...],
+    taps: _Taps,
+    dtype: DTypeLike,
+    config: Config | None,
+    use: Callable[[_Tiling], int],
 ) -> _Tiling:
-    """The first tiles that fit in VMEM, large ones first; `use` counts all but x."""
+    """The tiles that fit in VMEM and leave the least of the matrix unit idle, large ones first.
+
+    `use` counts the bytes of all but the images.
+    """
     n, height, width, channels, features = shape
     cols, itemsize = _columns(width, dtype), jnp.dtype(dtype).itemsize
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
-    sizes = [config[:3]] if config else product((1024, 512, 256, 16), (256, 128), _blocks(channels))
-    for block_m, block_n, block_k in sizes:
-        tiling = _tiles(n, height, cols, block_m)._replace(
-            channels=_part(channels, block_k), features=_part(features, block_n)
-        )
+    unrolled = _UNROLLED if itemsize == 2 else _UNROLLED // 4
+
+    def fits(tiling: _Tiling) -> bool:
         area = (tiling.rows + taps.reach[0]) * up(cols + taps.reach[1], 16)
-        images = 2 * tiling.images * len(taps.planes) * area
-        chunk = math.prod(tiling.chunk) * cols
-        used = images * up(tiling.channels, LANES) * itemsize + use(tiling)
+        images = 2 * tiling.images * len(taps.planes) * area * itemsize
         # Values that wait for the matrix unit: a window and the sums.
-        used += 4 * chunk * (up(tiling.channels, LANES) + up(tiling.features, LANES))
-        if used <= limit:
-            return tiling
+        chunk = 4 * math.prod(tiling.chunk) * cols
+        lanes = up(tiling.channels, LANES), up(tiling.features, LANES)
+        return images * lanes[0] + chunk * sum(lanes) + use(tiling) <= limit
+
+    def idle(tiling: _Tiling) -> tuple[int, int, int]:
+        blocks = up(tiling.channels, LANES), up(tiling.features, LANES)
+        padded = up(channels, blocks[0]) * up(features, blocks[1])
+        return padded, -min(blocks), -math.prod(blocks)
+
+    if config:
+        given = _tiles(shape, cols, config.block_m, config.block_k, config.block_n)
+        if fits(given):
+            return given
+    else:
+        for block_m in (1024, 512, 256, 1):
+            found = [
+                tiling
+                for block_k, block_n in product((channels, *_BLOCKS), _BLOCKS)
+                if fits(tiling := _tiles(shape, cols, block_m, block_k, block_n))
+                if len(taps.places) * tiling.channels * tiling.features <= unrolled
+                or (block_k, block_n) == (LANES, LANES)
+            ]
+            if found:
+                return min(found, key=idle)
     raise NotImplementedError(
-        f"does not take rows of {width} pixels of {channels} channels for {features} features with "
+        f"does not take rows of {width} pixels, {channels} channels and {features} features with "
         f"{config or 'any tiles'}: they need more than {limit / 2**20:.1f} MiB of VMEM"
     )
 
 
-def _tiles(n: int, height: int, cols: int, pixels: int) -> _Tiling:
-    """Images and rows of a step of so many pixels or fewer, at least a row."""
+def _tiles(shape: tuple[int, ...], cols: int, pixels: int, channels: int, features: int) -> _Tiling:
+    """Tiles of so many pixels, channels and features or fewer, but at least a row of registers."""
+    n, height, _, *lanes = shape
     most = range(1, max(1, min(height, _CHUNK // cols)) + 1)
     rows = min(most, key=lambda rows: (up(height, rows), -rows))
     chunks = math.ceil(height / rows)
-    if chunks > 1:
-        step = rows * _divisor(chunks, pixels // (rows * cols))
-        return _Tiling(_divisor(n, pixels // (step * cols)) if step == rows * chunks else 1, step, 0, 0, (1, rows))
-    images = _divisor(n, pixels // (rows * cols))
-    return _Tiling(images, rows, 0, 0, (_divisor(images, _CHUNK // (rows * cols)), rows))
+    step = rows * _divisor(chunks, pixels // (rows * cols))
+    images = _divisor(n, pixels // (step * cols)) if step == rows * chunks else 1
+    together = _divisor(images, _CHUNK // (rows * cols)) if chunks == 1 else 1
+    parts = (_part(n, most) for n, most in zip(lanes, (channels, features), strict=True))
+    return _Tiling(images, step, *parts, (together, rows))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -546,17 +575,10 @@ def _divisor(number: int, most: int) -> int:
     return next(d for d in range(max(1, min(number, most)), 0, -1) if number % d == 0)
 
 
-def _blocks(channels: int) -> list[int]:
-    """Sizes of blocks of channels: all of them, then halves of it."""
-    sizes = [channels]
-    while sizes[-1] > LANES:
-        sizes.append(up(math.ceil(sizes[-1] / 2), LANES) if sizes[-1] > 2 * LANES else LANES)
-    return sizes
-
-
 def _part(size: int, most: int) -> int:
-    """All of an axis of lanes, or a block of whole registers."""
-    return size if size <= up(most, LANES) else up(most, LANES)
+    """All of an axis of lanes, or equal blocks of whole registers."""
+    blocks = math.ceil(size / up(most, LANES))
+    return size if blocks == 1 else up(math.ceil(size / blocks), LANES)
 
 
 def _columns(width: int, dtype: DTypeLike) -> int:
@@ -564,10 +586,30 @@ def _columns(width: int, dtype: DTypeLike) -> int:
     return up(width, SUBLANES * 4 // jnp.dtype(dtype).itemsize)
 
 
-def _images_block(tiling: _Tiling, planes: int, cols: int, taps: _Taps) -> tuple[Any, ...]:
-    """What a step reads of images: blocks of rows overlap by what the taps reach."""
-    rows = pl.Element(tiling.rows + taps.reach[0])
-    return tiling.images, planes, rows, cols, tiling.channels
+def _images_spec(x: jax.Array, tiling: _Tiling, taps: _Taps, step: Any) -> pl.BlockSpec:
+    """What a step reads of images: blocks of rows overlap by what the taps reach.
+
+    `step` gives the number of the block of images, of rows and of channels.
+    """
+    _, planes, _, cols, _ = x.shape
+    rows = tiling.rows + taps.reach[0]
+    block = tiling.images, planes, rows, cols, tiling.channels
+
+    def start(*at: Any) -> tuple[Any, ...]:
+        images, rows, channels = step(*at)
+        # The compiler must see that blocks of channels start on a register.
+        first = 0 if tiling.channels == x.shape[-1] else channels * tiling.channels
+        return images * tiling.images, 0, rows * tiling.rows, 0, first
+
+    # In JAX 0.10 a block that overlaps others counts in elements along every axis.
+    return pl.BlockSpec(tuple(map(pl.Element, block)), start)
+
+
+def _overhung(x: jax.Array, tiling: _Tiling, steps: int, cols: int, taps: _Taps) -> jax.Array:
+    """Images with zeros where the last blocks overhang, and up to whole registers."""
+    x = _grown(x, steps * tiling.rows + taps.reach[0], cols + taps.reach[1])
+    more = up(x.shape[-1], tiling.channels) - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * 4 + [(0, more)])
 
 
 def _grown(x: jax.Array, rows: int, cols: int) -> jax.Array:
