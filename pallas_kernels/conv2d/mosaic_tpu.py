@@ -16,6 +16,7 @@ Nothing of this has run on a TPU. It is compiled by the TPU's compiler, and inte
 import math
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -52,8 +53,8 @@ _CHUNK = 256
 """Pixels that are multiplied at once: as many use what filters the matrix unit has fetched."""
 _BLOCKS = (640, 512, 384, 256, 128)
 """Channels or features of a grid step."""
-_UNROLLED = 1 << 22
-"""Most products for each pixel of a chunk that the compiler writes out, in seconds, in 16 bits."""
+_UNROLLED = 1 << 30
+"""Most products of a chunk in 16 bits: the compiler writes them all out, in a second or two."""
 
 
 class _Taps(NamedTuple):
@@ -73,14 +74,26 @@ class _Taps(NamedTuple):
 
 
 class _Tiling(NamedTuple):
-    """What a grid step works on, and what it multiplies at once."""
+    """What a grid step works on."""
 
     images: int
     rows: int
+    cols: int
+    """Of the output, up to whole registers."""
     channels: int
     features: int
     chunk: Pair
-    """Images and rows."""
+    """Images and rows that are multiplied at once."""
+
+    @property
+    def pixels(self) -> int:
+        """Of a chunk."""
+        return math.prod(self.chunk) * self.cols
+
+    @property
+    def chunks(self) -> int:
+        """Of a step."""
+        return self.images * self.rows // math.prod(self.chunk)
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -102,23 +115,18 @@ def check(direction: str, problem: Problem) -> None:
         reasons.append(f"{problem.window.groups} groups of channels")
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
-    n, *size, channels = problem.shape
-    kernel = problem.kernel_height, problem.kernel_width
-    output = problem.window.output(size, kernel)
-    taps = _taps(problem.window, kernel, channels)
-    shape = n, *output, channels * math.prod(taps.fold), problem.features
-    if direction == "fwd":
-        _tiling(shape, taps, problem.dtype, problem.out_dtype, None)
-    else:
-        dtype = jnp.promote_types(problem.dtype, problem.out_dtype)
-        _tiling(_of_input(shape, taps), _mirror(taps, 0), dtype, jnp.float32, None)
-        _weight_tiling(shape, taps, dtype, None)
+    _tilings(direction, problem, None)
 
 
 def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
     """Tiles that are worth timing, those made for the shape first; see `check`."""
-    sizes = [(512, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 128), (2048, 512)]
-    return [{}, *(Config(pixels, n, k)._asdict() for (pixels, n), k in product(sizes, (256, 512)))]
+    found: dict[Any, dict[str, int]] = {_tilings(direction, problem, None): {}}
+    pixels_and_features = (512, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 128)
+    for (block_m, block_n), block_k in product(pixels_and_features, (256, 512)):
+        config = Config(block_m, block_n, block_k)
+        with suppress(NotImplementedError):
+            found.setdefault(_tilings(direction, problem, config), config._asdict())
+    return list(found.values())
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
@@ -136,7 +144,7 @@ def forward(
 ) -> jax.Array:
     """The operator; see `vjp` for the arguments.
 
-    Tiles of a `config` are rounded to whole rows, channels and features to whole registers.
+    Of a `config` the three blocks count, rounded to whole rows and whole registers.
     """
     taps, size = _taps_and_size(x.shape, w.shape, window)
     y = _convolve(
@@ -252,13 +260,6 @@ def _mirror(taps: _Taps, plane: int) -> _Taps:
     return _Taps((1, 1), ((0, 0),), tuple(places))
 
 
-def _of_input(shape: tuple[int, ...], taps: _Taps) -> tuple[int, ...]:
-    """N, rows, columns, channels and features of the gradient of a plane, from those of y."""
-    n, height, width, channels, features = shape
-    high, wide = taps.reach
-    return n, height + high, width + wide, features, channels
-
-
 def _planes(x: jax.Array, window: Window, taps: _Taps, size: Pair) -> jax.Array:
     """Padded images as `[N, planes, rows, columns, C]`."""
     pads = window.pads
@@ -316,14 +317,12 @@ def _convolve(
     n, *_, channels = x.shape
     features = w.shape[-1]
     tiling = _tiling((n, *size, channels, features), taps, x.dtype, out_dtype, config)
-    cols = _columns(size[1], x.dtype)
     steps = math.ceil(size[0] / tiling.rows)
     blocks = math.ceil(channels / tiling.channels)
-    x = _overhung(x, tiling, steps, cols, taps)
+    x = _overhung(x, tiling, steps, taps)
     w = jnp.pad(w, [(0, 0), (0, x.shape[-1] - channels), (0, 0)])
     if bias is None:
         bias = jnp.zeros(features)
-    pixels = tiling.images * tiling.rows // math.prod(tiling.chunk), math.prod(tiling.chunk) * cols
     return pl.pallas_call(
         partial(_forward_kernel, tiling, taps, activation, _precision(x.dtype, precision)),
         out_shape=pallas_output((n, *size, features), out_dtype, x, w, bias),
@@ -338,7 +337,7 @@ def _convolve(
         out_specs=pl.BlockSpec(
             (tiling.images, tiling.rows, size[1], tiling.features), lambda f, n, i, c: (n, i, 0, f)
         ),
-        scratch_shapes=[pltpu.VMEM((*pixels, tiling.features), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((tiling.chunks, tiling.pixels, tiling.features), jnp.float32)],
         compiler_params=compiler_params(),
         name="conv2d_forward",
     )(x, w, bias.reshape(1, features).astype(jnp.float32))
@@ -355,10 +354,9 @@ def _correlate(
     n, *_, channels = x.shape
     _, *size, features = dy.shape
     tiling = _weight_tiling((n, *size, channels, features), taps, x.dtype, config)
-    cols = _columns(size[1], x.dtype)
     steps = math.ceil(size[0] / tiling.rows)
-    x = _overhung(x, tiling, steps, cols, taps)
-    dy = _grown(dy, steps * tiling.rows, cols)
+    x = _overhung(x, tiling, steps, taps)
+    dy = _grown(dy, steps * tiling.rows, tiling.cols)
     return pl.pallas_call(
         partial(_weight_kernel, tiling, taps, _precision(x.dtype, precision)),
         out_shape=pallas_output((len(taps.places), channels, features), jnp.float32, x, dy),
@@ -371,7 +369,8 @@ def _correlate(
         in_specs=[
             _images_spec(x, tiling, taps, lambda c, f, n, i: (n, i, c)),
             pl.BlockSpec(
-                (tiling.images, tiling.rows, cols, tiling.features), lambda c, f, n, i: (n, i, 0, f)
+                (tiling.images, tiling.rows, tiling.cols, tiling.features),
+                lambda c, f, n, i: (n, i, 0, f),
             ),
         ],
         out_specs=pl.BlockSpec(
@@ -393,14 +392,13 @@ def _forward_kernel(
     out: Any,
     sums: Any,
 ) -> None:
-    cols = sums.shape[1] // math.prod(tiling.chunk)
     first, last = pl.program_id(3) == 0, pl.program_id(3) == pl.num_programs(3) - 1
 
     def chunk(index: jax.Array) -> None:
         at = _chunk_at(tiling, index)
         total = jnp.where(first, 0.0, sums[index])
         for tap, place in enumerate(taps.places):
-            window = _window(x, at, tiling.chunk, place, cols)
+            window = _window(x, at, tiling, place)
             total += jnp.dot(
                 window, w[tap], precision=precision, preferred_element_type=jnp.float32
             )
@@ -410,10 +408,10 @@ def _forward_kernel(
         def _() -> None:
             y = _activate(sums[index] + bias[...], activation)
             images, rows = at
-            y = y.reshape(*tiling.chunk, cols, y.shape[-1])[:, :, : out.shape[2]]
+            y = y.reshape(*tiling.chunk, tiling.cols, y.shape[-1])[:, :, : out.shape[2]]
             out[images, rows] = y.astype(out.dtype)
 
-    loop(sums.shape[0], chunk)
+    loop(tiling.chunks, chunk)
 
 
 def _weight_kernel(
@@ -427,7 +425,7 @@ def _weight_kernel(
         at = _chunk_at(tiling, index)
         slopes = dy[at].reshape(-1, dy.shape[-1])
         for tap, place in enumerate(taps.places):
-            window = _window(x, at, tiling.chunk, place, dy.shape[2])
+            window = _window(x, at, tiling, place)
             out[tap] += lax.dot_general(
                 window,
                 slopes,
@@ -436,7 +434,7 @@ def _weight_kernel(
                 preferred_element_type=jnp.float32,
             )
 
-    loop(tiling.images * tiling.rows // math.prod(tiling.chunk), chunk)
+    loop(tiling.chunks, chunk)
 
 
 def _chunk_at(tiling: _Tiling, index: jax.Array) -> tuple[Any, Any]:
@@ -446,13 +444,11 @@ def _chunk_at(tiling: _Tiling, index: jax.Array) -> tuple[Any, Any]:
     return pl.ds(index // along * images, images), pl.ds(index % along * rows, rows)
 
 
-def _window(
-    x: Any, at: tuple[Any, Any], chunk: Pair, place: tuple[int, int, int], cols: int
-) -> jax.Array:
+def _window(x: Any, at: tuple[Any, Any], tiling: _Tiling, place: tuple[int, int, int]) -> jax.Array:
     """What a tap reads of a chunk, `[pixels, channels]`."""
     images, rows = at
     plane, down, right = place
-    value = x[images, plane, pl.ds(rows.start + down, chunk[1]), right : right + cols]
+    value = x[images, plane, pl.ds(rows.start + down, tiling.chunk[1]), right : right + tiling.cols]
     return value.reshape(-1, value.shape[-1])
 
 
@@ -475,6 +471,28 @@ def _precision(dtype: DTypeLike, precision: lax.Precision | None) -> lax.Precisi
 # Tiles
 
 
+def _tilings(direction: str, problem: Problem, config: Config | None) -> tuple[_Tiling, ...]:
+    """The tiles of one direction; raises `NotImplementedError` where they do not fit."""
+    n, *size, channels = problem.shape
+    kernel = problem.kernel_height, problem.kernel_width
+    output = problem.window.output(size, kernel)
+    taps = _taps(problem.window, kernel, channels)
+    shape = n, *output, channels * math.prod(taps.fold), problem.features
+    if direction == "fwd":
+        return (_tiling(shape, taps, problem.dtype, problem.out_dtype, config),)
+    dtype = jnp.promote_types(problem.dtype, problem.out_dtype)
+    n, height, width, channels, features = shape
+    # Of the gradient of images, the widest dtype that it may be written in.
+    image = n, height + taps.reach[0], width + taps.reach[1], features, channels
+    return (
+        *(
+            _tiling(image, _mirror(taps, plane), dtype, jnp.float32, config)
+            for plane in range(len(taps.planes))
+        ),
+        _weight_tiling(shape, taps, dtype, config),
+    )
+
+
 def _tiling(
     shape: tuple[int, ...],
     taps: _Taps,
@@ -485,8 +503,8 @@ def _tiling(
     """The tiles of a convolution to `[N, H, W]` pixels from channels to features."""
 
     def use(tiling: _Tiling) -> int:
-        pixels = tiling.images * tiling.rows * _columns(shape[2], dtype)
-        out = 2 * pixels * jnp.dtype(out_dtype).itemsize + 4 * pixels
+        pixels = tiling.chunks * tiling.pixels
+        out = (2 * jnp.dtype(out_dtype).itemsize + 4) * pixels
         filters = 2 * len(taps.places) * up(tiling.channels, 16) * jnp.dtype(dtype).itemsize
         return (out + filters) * up(tiling.features, LANES)
 
@@ -499,9 +517,8 @@ def _weight_tiling(
     """The tiles of the gradient of filters."""
 
     def use(tiling: _Tiling) -> int:
-        pixels = tiling.images * tiling.rows * _columns(shape[2], dtype)
         sums = 2 * 4 * len(taps.places) * up(tiling.channels, SUBLANES)
-        slopes = 2 * pixels * jnp.dtype(dtype).itemsize
+        slopes = 2 * jnp.dtype(dtype).itemsize * tiling.chunks * tiling.pixels
         return (sums + slopes) * up(tiling.features, LANES)
 
     return _fitting(shape, taps, dtype, config, use)
@@ -518,18 +535,19 @@ def _fitting(
 
     `use` counts the bytes of all but the images.
     """
-    n, height, width, channels, features = shape
-    cols, itemsize = _columns(width, dtype), jnp.dtype(dtype).itemsize
+    _, _, width, channels, features = shape
+    itemsize = jnp.dtype(dtype).itemsize
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
-    unrolled = _UNROLLED if itemsize == 2 else _UNROLLED // 4
+    # A product of float32 is six of bfloat16.
+    most = _UNROLLED if itemsize == 2 else _UNROLLED // 4
 
     def fits(tiling: _Tiling) -> bool:
-        area = (tiling.rows + taps.reach[0]) * up(cols + taps.reach[1], 16)
-        images = 2 * tiling.images * len(taps.planes) * area * itemsize
-        # Values that wait for the matrix unit: a window and the sums.
-        chunk = 4 * math.prod(tiling.chunk) * cols
+        area = (tiling.rows + taps.reach[0]) * up(tiling.cols + taps.reach[1], 16)
+        images = 2 * itemsize * tiling.images * len(taps.planes) * area
         lanes = up(tiling.channels, LANES), up(tiling.features, LANES)
-        return images * lanes[0] + chunk * sum(lanes) + use(tiling) <= limit
+        # Values that wait for the matrix unit: a window and the sums.
+        waiting = 4 * tiling.pixels * sum(lanes)
+        return images * lanes[0] + waiting + use(tiling) <= limit
 
     def idle(tiling: _Tiling) -> tuple[int, int, int]:
         blocks = up(tiling.channels, LANES), up(tiling.features, LANES)
@@ -537,18 +555,17 @@ def _fitting(
         return padded, -min(blocks), -math.prod(blocks)
 
     if config:
-        given = _tiles(shape, cols, config.block_m, config.block_k, config.block_n)
+        given = _tiles(shape, dtype, config.block_m, config.block_k, config.block_n)
         if fits(given):
             return given
     else:
         for block_m in (1024, 512, 256, 1):
-            found = [
-                tiling
-                for block_k, block_n in product((channels, *_BLOCKS), _BLOCKS)
-                if fits(tiling := _tiles(shape, cols, block_m, block_k, block_n))
-                if len(taps.places) * tiling.channels * tiling.features <= unrolled
-                or (block_k, block_n) == (LANES, LANES)
-            ]
+            found = []
+            for block_k, block_n in product(_BLOCKS, repeat=2):
+                tiling = _tiles(shape, dtype, block_m, block_k, block_n)
+                unrolled = len(taps.places) * tiling.channels * tiling.features * tiling.pixels
+                if fits(tiling) and (unrolled <= most or (block_k, block_n) == (LANES, LANES)):
+                    found.append(tiling)
             if found:
                 return min(found, key=idle)
     raise NotImplementedError(
@@ -557,9 +574,13 @@ def _fitting(
     )
 
 
-def _tiles(shape: tuple[int, ...], cols: int, pixels: int, channels: int, features: int) -> _Tiling:
+def _tiles(
+    shape: tuple[int, ...], dtype: DTypeLike, pixels: int, channels: int, features: int
+) -> _Tiling:
     """Tiles of so many pixels, channels and features or fewer, but at least a row of registers."""
-    n, height, _, *lanes = shape
+    n, height, width, *lanes = shape
+    # Whole registers, so that the pixels of several rows are one axis.
+    cols = up(width, SUBLANES * 4 // jnp.dtype(dtype).itemsize)
     most = range(1, max(1, min(height, _CHUNK // cols)) + 1)
     rows = min(most, key=lambda rows: (up(height, rows), -rows))
     chunks = math.ceil(height / rows)
@@ -567,7 +588,7 @@ def _tiles(shape: tuple[int, ...], cols: int, pixels: int, channels: int, featur
     images = _divisor(n, pixels // (step * cols)) if step == rows * chunks else 1
     together = _divisor(images, _CHUNK // (rows * cols)) if chunks == 1 else 1
     parts = (_part(n, most) for n, most in zip(lanes, (channels, features), strict=True))
-    return _Tiling(images, step, *parts, (together, rows))
+    return _Tiling(images, step, cols, *parts, (together, rows))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -579,11 +600,6 @@ def _part(size: int, most: int) -> int:
     """All of an axis of lanes, or equal blocks of whole registers."""
     blocks = math.ceil(size / up(most, LANES))
     return size if blocks == 1 else up(math.ceil(size / blocks), LANES)
-
-
-def _columns(width: int, dtype: DTypeLike) -> int:
-    """Columns of whole registers, so that pixels of several rows are one axis."""
-    return up(width, SUBLANES * 4 // jnp.dtype(dtype).itemsize)
 
 
 def _images_spec(x: jax.Array, tiling: _Tiling, taps: _Taps, step: Any) -> pl.BlockSpec:
@@ -605,9 +621,9 @@ def _images_spec(x: jax.Array, tiling: _Tiling, taps: _Taps, step: Any) -> pl.Bl
     return pl.BlockSpec(tuple(map(pl.Element, block)), start)
 
 
-def _overhung(x: jax.Array, tiling: _Tiling, steps: int, cols: int, taps: _Taps) -> jax.Array:
+def _overhung(x: jax.Array, tiling: _Tiling, steps: int, taps: _Taps) -> jax.Array:
     """Images with zeros where the last blocks overhang, and up to whole registers."""
-    x = _grown(x, steps * tiling.rows + taps.reach[0], cols + taps.reach[1])
+    x = _grown(x, steps * tiling.rows + taps.reach[0], tiling.cols + taps.reach[1])
     more = up(x.shape[-1], tiling.channels) - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * 4 + [(0, more)])
 
