@@ -79,7 +79,7 @@ class _Tiling(NamedTuple):
     images: int
     rows: int
     cols: int
-    """Of the output, up to whole registers."""
+    """All of the output's, up to whole registers, or a part of very wide ones."""
     channels: int
     features: int
     chunk: Pair
@@ -317,25 +317,30 @@ def _convolve(
     n, *_, channels = x.shape
     features = w.shape[-1]
     tiling = _tiling((n, *size, channels, features), taps, x.dtype, out_dtype, config)
-    steps = math.ceil(size[0] / tiling.rows)
-    blocks = math.ceil(channels / tiling.channels)
-    x = _overhung(x, tiling, steps, taps)
+    down, across = _steps(size, tiling)
+    x = _overhung(x, tiling, taps, size)
     w = jnp.pad(w, [(0, 0), (0, x.shape[-1] - channels), (0, 0)])
     if bias is None:
         bias = jnp.zeros(features)
     return pl.pallas_call(
         partial(_forward_kernel, tiling, taps, activation, _precision(x.dtype, precision)),
         out_shape=pallas_output((n, *size, features), out_dtype, x, w, bias),
-        grid=(math.ceil(features / tiling.features), n // tiling.images, steps, blocks),
+        grid=(
+            math.ceil(features / tiling.features),
+            n // tiling.images,
+            down * across,
+            x.shape[-1] // tiling.channels,
+        ),
         in_specs=[
-            _images_spec(x, tiling, taps, lambda f, n, i, c: (n, i, c)),
+            _images_spec(x, tiling, taps, across, lambda f, n, i, c: (n, i, c)),
             pl.BlockSpec(
                 (len(taps.places), tiling.channels, tiling.features), lambda f, n, i, c: (0, c, f)
             ),
             pl.BlockSpec((1, tiling.features), lambda f, n, i, c: (0, f)),
         ],
         out_specs=pl.BlockSpec(
-            (tiling.images, tiling.rows, size[1], tiling.features), lambda f, n, i, c: (n, i, 0, f)
+            (tiling.images, tiling.rows, min(size[1], tiling.cols), tiling.features),
+            lambda f, n, i, c: (n, i // across, i % across, f),
         ),
         scratch_shapes=[pltpu.VMEM((tiling.chunks, tiling.pixels, tiling.features), jnp.float32)],
         compiler_params=compiler_params(),
@@ -354,9 +359,9 @@ def _correlate(
     n, *_, channels = x.shape
     _, *size, features = dy.shape
     tiling = _weight_tiling((n, *size, channels, features), taps, x.dtype, config)
-    steps = math.ceil(size[0] / tiling.rows)
-    x = _overhung(x, tiling, steps, taps)
-    dy = _grown(dy, steps * tiling.rows, tiling.cols)
+    down, across = _steps(size, tiling)
+    x = _overhung(x, tiling, taps, size)
+    dy = _grown(dy, down * tiling.rows, across * tiling.cols)
     return pl.pallas_call(
         partial(_weight_kernel, tiling, taps, _precision(x.dtype, precision)),
         out_shape=pallas_output((len(taps.places), channels, features), jnp.float32, x, dy),
@@ -364,13 +369,13 @@ def _correlate(
             math.ceil(channels / tiling.channels),
             math.ceil(features / tiling.features),
             n // tiling.images,
-            steps,
+            down * across,
         ),
         in_specs=[
-            _images_spec(x, tiling, taps, lambda c, f, n, i: (n, i, c)),
+            _images_spec(x, tiling, taps, across, lambda c, f, n, i: (n, i, c)),
             pl.BlockSpec(
                 (tiling.images, tiling.rows, tiling.cols, tiling.features),
-                lambda c, f, n, i: (n, i, 0, f),
+                lambda c, f, n, i: (n, i // across, i % across, f),
             ),
         ],
         out_specs=pl.BlockSpec(
@@ -581,14 +586,18 @@ def _tiles(
     n, height, width, *lanes = shape
     # Whole registers, so that the pixels of several rows are one axis.
     cols = up(width, SUBLANES * 4 // jnp.dtype(dtype).itemsize)
+    parts = 1
+    if cols > 2 * _CHUNK:
+        cols, parts = _CHUNK, math.ceil(width / _CHUNK)
     most = range(1, max(1, min(height, _CHUNK // cols)) + 1)
     rows = min(most, key=lambda rows: (up(height, rows), -rows))
     chunks = math.ceil(height / rows)
     step = rows * _divisor(chunks, pixels // (rows * cols))
-    images = _divisor(n, pixels // (step * cols)) if step == rows * chunks else 1
+    whole = step == rows * chunks and parts == 1
+    images = _divisor(n, pixels // (step * cols)) if whole else 1
     together = _divisor(images, _CHUNK // (rows * cols)) if chunks == 1 else 1
-    parts = (_part(n, most) for n, most in zip(lanes, (channels, features), strict=True))
-    return _Tiling(images, step, cols, *parts, (together, rows))
+    blocks = (_block(n, most) for n, most in zip(lanes, (channels, features), strict=True))
+    return _Tiling(images, step, cols, *blocks, (together, rows))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -596,34 +605,47 @@ def _divisor(number: int, most: int) -> int:
     return next(d for d in range(max(1, min(number, most)), 0, -1) if number % d == 0)
 
 
-def _part(size: int, most: int) -> int:
+def _block(size: int, most: int) -> int:
     """All of an axis of lanes, or equal blocks of whole registers."""
     blocks = math.ceil(size / up(most, LANES))
     return size if blocks == 1 else up(math.ceil(size / blocks), LANES)
 
 
-def _images_spec(x: jax.Array, tiling: _Tiling, taps: _Taps, step: Any) -> pl.BlockSpec:
-    """What a step reads of images: blocks of rows overlap by what the taps reach.
+def _steps(size: Sequence[int], tiling: _Tiling) -> Pair:
+    """Steps down and across an image."""
+    return math.ceil(size[0] / tiling.rows), math.ceil(size[1] / tiling.cols)
 
-    `step` gives the number of the block of images, of rows and of channels.
+
+def _images_spec(
+    x: jax.Array, tiling: _Tiling, taps: _Taps, across: int, step: Callable[..., Any]
+) -> pl.BlockSpec:
+    """What a step reads of images: blocks overlap by what the taps reach.
+
+    `step` gives the number of the block of images, of the image, and of channels.
     """
-    _, planes, _, cols, _ = x.shape
+    planes = x.shape[1]
     rows = tiling.rows + taps.reach[0]
+    cols = x.shape[3] - (across - 1) * tiling.cols
     block = tiling.images, planes, rows, cols, tiling.channels
 
     def start(*at: Any) -> tuple[Any, ...]:
-        images, rows, channels = step(*at)
-        # The compiler must see that blocks of channels start on a register.
-        first = 0 if tiling.channels == x.shape[-1] else channels * tiling.channels
-        return images * tiling.images, 0, rows * tiling.rows, 0, first
+        images, i, channels = step(*at)
+        # The compiler must see that blocks start on a register.
+        col = i % across * tiling.cols if across > 1 else 0
+        lane = channels * tiling.channels if tiling.channels < x.shape[-1] else 0
+        return images * tiling.images, 0, i // across * tiling.rows, col, lane
 
     # In JAX 0.10 a block that overlaps others counts in elements along every axis.
     return pl.BlockSpec(tuple(map(pl.Element, block)), start)
 
 
-def _overhung(x: jax.Array, tiling: _Tiling, steps: int, taps: _Taps) -> jax.Array:
+def _overhung(x: jax.Array, tiling: _Tiling, taps: _Taps, size: Sequence[int]) -> jax.Array:
     """Images with zeros where the last blocks overhang, and up to whole registers."""
-    x = _grown(x, steps * tiling.rows + taps.reach[0], tiling.cols + taps.reach[1])
+    down, across = _steps(size, tiling)
+    cols = tiling.cols + taps.reach[1]
+    if across > 1:
+        cols = (across - 1) * tiling.cols + up(cols, 16)
+    x = _grown(x, down * tiling.rows + taps.reach[0], cols)
     more = up(x.shape[-1], tiling.channels) - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * 4 + [(0, more)])
 
