@@ -1,16 +1,21 @@
 """The dense convolution as Pallas TPU kernels: products on the matrix unit, no im2col in memory.
 
-What a stride leaves between two samples becomes an axis of planes (the samples of one remainder
-each), so that every tap reads one plane, shifted: the kernels know neither strides nor padding. A
-grid step holds some rows of all columns, with the rows that the taps reach beyond, for a block of
-channels and a block of features. It multiplies, for each tap, the window `[pixels, channels]`
-with the filters `[channels, features]` and sums in float32; blocks of channels follow each other
-and add to the same scratch, and the last one adds the bias and applies the activation.
+Padding is done before, in one copy, which also turns what a stride leaves between two samples
+into an axis of planes (the samples of one remainder each): every tap then reads one plane,
+shifted, and the kernels know neither padding nor strides. A grid step holds some rows, with those
+that the taps reach beyond, for a block of channels and one of features. For each tap it multiplies
+the window `[pixels, channels]` with the filters `[channels, features]`; the sums are float32, in
+scratch, to which blocks of channels add one after the other; the last one adds the bias and
+applies the activation.
 
-The gradient of x is the same kernel on dy, a plane at a time; that of the filters has its own,
-which contracts pixels and keeps the sums of all taps where they are until all images are through.
+The gradient of x is the same kernel on dy, once a plane. That of the filters has its own, which
+contracts pixels and keeps the sums of all taps in VMEM until all images are through.
 
-Nothing of this has run on a TPU. It is compiled by the TPU's compiler, and interpreted.
+What bounds it (v5e, from the compiler's final bundles): the matrix unit. A layer of 640 channels,
+3x3, on two images of 64 x 64 in bfloat16 takes 466,000 cycles where its products take 461,000, and
+float32, six products of bfloat16 each, 5.9 times as many. Few channels, or features, leave the
+unit's rows, or columns, idle, and widths that are no multiple of 8 (bfloat16: 16) are padded to it.
+Nothing of this has run on a TPU.
 """
 
 import math
@@ -540,7 +545,7 @@ def _fitting(
 
     `use` counts the bytes of all but the images.
     """
-    _, _, width, channels, features = shape
+    *_, channels, features = shape
     itemsize = jnp.dtype(dtype).itemsize
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
     # A product of float32 is six of bfloat16.
@@ -573,8 +578,9 @@ def _fitting(
                     found.append(tiling)
             if found:
                 return min(found, key=idle)
+    high, wide = taps.reach
     raise NotImplementedError(
-        f"does not take rows of {width} pixels, {channels} channels and {features} features with "
+        f"does not take {len(taps.places)} taps over {high + 1} x {wide + 1} pixels with "
         f"{config or 'any tiles'}: they need more than {limit / 2**20:.1f} MiB of VMEM"
     )
 
