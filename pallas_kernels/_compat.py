@@ -101,6 +101,17 @@ def pallas_output(
     )
 
 
+def gpu_load(ref: Any, layout: Any) -> jax.Array:
+    """What a reference of Mosaic GPU shows, in a layout of registers, by loads of any width.
+
+    JAX 0.10 wants an index beside the reference, which 0.11 warns of.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
 def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:
     """Makes a function one unit of a CPU program that XLA fuses with nothing around it.
 

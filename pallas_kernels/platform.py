@@ -40,16 +40,17 @@ def on_cpu() -> bool:
 
 
 def device() -> "jax.sharding.AbstractDevice | jax.Device":
-    """The device itself, an abstract one where a program is compiled ahead of time.
+    """The device itself, an abstract one where a program is compiled for another kind.
 
     Example:
         >>> device().device_kind == kind()
         True
     """
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract
     default = jax.config.jax_default_device
     if default is None or isinstance(default, str):
-        return jax.local_devices(backend=default)[0]
-    return default
+        default = jax.local_devices(backend=default)[0]
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    # Under `shard_map` the mesh has an abstract device too, which knows nothing but its kind.
+    if abstract is None or abstract.device_kind == default.device_kind:
+        return default
+    return abstract

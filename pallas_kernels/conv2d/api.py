@@ -35,9 +35,10 @@ Padding = int | str | Sequence[int | Sequence[int]]
 class Implementation(StrEnum):
     """Implementations of the dense convolution."""
 
-    MOSAIC_TPU = "mosaic_tpu"
     TRITON = "triton"
     XLA = "xla"
+    MOSAIC_GPU = "mosaic_gpu"
+    MOSAIC_TPU = "mosaic_tpu"
 
 
 OPERATOR = Operator(
@@ -46,7 +47,11 @@ OPERATOR = Operator(
     implementations=Implementation,
     # On a GPU, XLA means cuDNN. On a TPU its convolutions are made for the matrix unit, and of ours
     # nothing has run on one.
-    rule={"tpu": ("xla", "mosaic_tpu"), "gpu": ("xla", "triton"), "cpu": ("xla",)},
+    rule={
+        "tpu": ("xla", "mosaic_tpu"),
+        "gpu": ("xla", "triton", "mosaic_gpu"),
+        "cpu": ("xla",),
+    },
 )
 
 

@@ -1,6 +1,6 @@
 """The wavelet convolution on Hopper GPUs: Pallas kernels of Mosaic GPU, a launch a level.
 
-A block streams the rows of one or more images through shared memory, `_CHANNELS` channels and
+A block streams the rows of one or more images through shared memory, `CHANNELS` channels and
 `strips x columns` columns of coefficients wide. The copy engine fills what lies outside an image
 with zeros, so nothing is masked. A thread holds one channel of one strip, and its sums and taps in
 registers; a step is a row of coefficients, of two rows of pixels. Four warpgroups work at once:
@@ -31,6 +31,7 @@ from pallas_kernels.mosaic_gpu import (
     size_in_bytes,
     unavailable,
 )
+from pallas_kernels.wtconv.mosaic_gpu_deep import CHANNELS, STRIPS, deep, fits
 
 __all__ = ["BIAS_GRADIENT", "DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
 
@@ -39,9 +40,6 @@ BIAS_GRADIENT = True
 
 Taps = tuple[jax.Array, ...]
 
-_CHANNELS = 32
-_STRIPS = 4
-"""A warpgroup: a thread for each channel of each strip."""
 _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
 _MAX_KERNEL = 5
@@ -90,15 +88,18 @@ def forward(
     if transpose:
         taps = tuple(jnp.flip(tap, (0, 1)) for tap in taps)
     channels, x = x.shape[-1], aligned(x, x.dtype)
-    lows = _lows(x, len(taps) - 1)
+    levels, kernel_size = len(taps) - 1, taps[0].shape[0]
     packed = _packed(taps, bias)
     below = None
-    for level in range(len(taps) - 1, 0, -1):
-        dtype = x.dtype if level == 1 else _between(x)
-        biased = level == 1 and bias is not None
-        below = _level(lows[level - 1], below, packed, level, taps[0].shape[0], biased, dtype)
-    assert below is not None
-    return vary_over(axes, below[..., :channels])
+    if fits(x, levels, kernel_size):
+        below = deep(x, packed, levels, kernel_size, _between(x))
+    else:
+        lows = _lows(x, levels)
+        for level in range(levels, 1, -1):
+            low = lows[level - 1]
+            below = _level(low, below, packed, level, kernel_size, False, _between(x))
+    y = _level(x, below, packed, 1, kernel_size, bias is not None, x.dtype)
+    return vary_over(axes, y[..., :channels])
 
 
 def _lows(x: jax.Array, levels: int) -> list[jax.Array]:
@@ -170,7 +171,7 @@ def _tiling(shape: tuple[int, ...], kernel_size: int, most_rounds: int = _MAX_RO
     """The tiling of `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
     n, h, w, c = shape
     rows, columns = pl.cdiv(h, 2), pl.cdiv(w, 2)
-    reach, chunks = kernel_size // 2, pl.cdiv(c, _CHANNELS)
+    reach, chunks = kernel_size // 2, pl.cdiv(c, CHANNELS)
 
     def cost(tiling: _Tiling) -> int:
         rounds = pl.cdiv(tiling.stretches * chunks * tiling.splits, MULTIPROCESSORS)
@@ -178,10 +179,10 @@ def _tiling(shape: tuple[int, ...], kernel_size: int, most_rounds: int = _MAX_RO
         return rounds * steps * (tiling.columns + _OVERHEAD)
 
     tilings = []
-    for images in (1, _STRIPS):
-        strips = _STRIPS // images
+    for images in (1, STRIPS):
+        strips = STRIPS // images
         for each in range(1, _MAX_COLUMNS + 1):
-            if images > 1 and c == _CHANNELS and h * w == 2 * each:
+            if images > 1 and c == CHANNELS and h * w == 2 * each:
                 continue  # Such a window is contiguous: see `_LevelBlock.store`.
             stretches = pl.cdiv(columns, strips * each)
             for heights in range(1, min(pl.cdiv(rows, _MIN_ROWS), MULTIPROCESSORS) + 1):
@@ -216,10 +217,10 @@ def _packed(taps: Taps, bias: jax.Array | None) -> jax.Array:
     if bias is not None:
         rows.append(bias[None])
     flat = jnp.concatenate([row.astype(jnp.float32) for row in rows])
-    chunks = pl.cdiv(channels, _CHANNELS)
-    flat = jnp.pad(flat, ((0, 0), (0, chunks * _CHANNELS - channels)))
-    flat = jnp.moveaxis(flat.reshape(-1, chunks, 1, _CHANNELS), 1, 0)
-    return jnp.broadcast_to(flat, (*flat.shape[:2], _STRIPS, _CHANNELS))
+    chunks = pl.cdiv(channels, CHANNELS)
+    flat = jnp.pad(flat, ((0, 0), (0, chunks * CHANNELS - channels)))
+    flat = jnp.moveaxis(flat.reshape(-1, chunks, 1, CHANNELS), 1, 0)
+    return jnp.broadcast_to(flat, (*flat.shape[:2], STRIPS, CHANNELS))
 
 
 def _level(
@@ -231,7 +232,7 @@ def _level(
     biased: bool,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """One level there and back: `[N, H, W, C]` of x, and of `below [N, H / 2, W / 2, C]`.
+    """One level there and back: `[N, H, W, C]` of x, and of `below [N, H / 2, W / 2, C]` or larger.
 
     Args:
         x: `[N, H, W, C]`.
@@ -246,10 +247,10 @@ def _level(
     tiling = _tiling(x.shape, kernel_size)
     arrays = {"x": x, "taps": taps} | ({} if below is None else {"below": below})
     halo = 2 * tiling.reach
-    image = (tiling.images, 2, 2 * tiling.width + 2 * halo, _CHANNELS)
-    coefficients = (tiling.images, tiling.width, _CHANNELS)
+    image = (tiling.images, 2, 2 * tiling.width + 2 * halo, CHANNELS)
+    coefficients = (tiling.images, tiling.width, CHANNELS)
     handed = (_HANDED, 2, 2, *coefficients)
-    row = (2, 2, tiling.images, 1, 2 * tiling.width, _CHANNELS)
+    row = (2, 2, tiling.images, 1, 2 * tiling.width, CHANNELS)
     slot = size_in_bytes(image, x.dtype) + (
         0 if below is None else size_in_bytes(coefficients, below.dtype)
     )
@@ -305,7 +306,7 @@ def _drain(barrier: Any, turns: Any, slots: int) -> None:
 
 def _zeros(count: int) -> list[Any]:
     """Sums to begin with."""
-    shape = (_STRIPS, _CHANNELS)
+    shape = (STRIPS, CHANNELS)
     zero = jnp.zeros(shape, jnp.float32)
     return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
 
@@ -359,7 +360,7 @@ class _Block:
         image, row = self.origin(lax.div(turn, tiling.steps))
         chunk, stretch = self.place
         row = row + lax.rem(turn, tiling.steps)
-        return pl.ds(image, tiling.images), row, stretch, pl.ds(chunk * _CHANNELS, _CHANNELS)
+        return pl.ds(image, tiling.images), row, stretch, pl.ds(chunk * CHANNELS, CHANNELS)
 
     def fetch_rows(self, turn: Any, above: int) -> None:
         """Orders the copy of the two rows of x that lie `above` rows over those of a step."""
@@ -420,7 +421,7 @@ class _Block:
         each *= tiling.columns
         first = min(j, row.shape[1] - tiling.strips * each)
         row = row.at[0, pl.ds(first, tiling.strips * each)]
-        return row.reshape(tiling.strips, each, _CHANNELS).at[:, j - first]
+        return row.reshape(tiling.strips, each, CHANNELS).at[:, j - first]
 
     def column(self, row: Any, j: int, each: int = 2) -> Any:
         """What `view` shows, in float32."""
@@ -651,11 +652,11 @@ class _LevelBlock(_Block):
                     pl.ds(image, tiling.images),
                     pl.ds(2 * (first + row) + lower, 1),
                     pl.ds(2 * stretch * tiling.width, columns),
-                    pl.ds(chunk * _CHANNELS, _CHANNELS),
+                    pl.ds(chunk * CHANNELS, CHANNELS),
                 ],
             )
 
-        if channels != _CHANNELS or tiling.images > 1:
+        if channels != CHANNELS or tiling.images > 1:
             copy(2 * tiling.width)
             return
         within = 2 * (first + row) + lower < height
@@ -718,17 +719,17 @@ def _level_weights(
     channels = x.shape[-1]
     # One round of blocks: each leaves its own sums in memory.
     tiling = _tiling(x.shape, kernel_size, most_rounds=1)
-    image = (tiling.images, 2, 2 * tiling.width + 4 * tiling.reach, _CHANNELS)
-    other = (tiling.images, 2, 2 * tiling.width, _CHANNELS)
+    image = (tiling.images, 2, 2 * tiling.width + 4 * tiling.reach, CHANNELS)
+    other = (tiling.images, 2, 2 * tiling.width, CHANNELS)
     units = tiling.stretches * tiling.chunks
     taps = kernel_size**2
 
     def sums(count: int) -> tuple[int, ...]:
         """Of both roles; stored four at a time."""
-        return tiling.splits, units, 2, pl.cdiv(count, _STRIPS) * _STRIPS, _CHANNELS
+        return tiling.splits, units, 2, pl.cdiv(count, STRIPS) * STRIPS, CHANNELS
 
     outputs = {"bands": sums(2 * taps)} | ({"base": sums(taps + 1)} if base else {})
-    strips = (4, _STRIPS, _STRIPS, _CHANNELS)
+    strips = (4, STRIPS, STRIPS, CHANNELS)
     left = SHARED - size_in_bytes(strips, jnp.dtype("float32"))
     depth = min(8, left // (size_in_bytes(image, x.dtype) + size_in_bytes(other, dy.dtype)))
     scratch = {
@@ -902,15 +903,15 @@ class _WeightsBlock(_Block):
 
     def leave(self, role: Any, totals: list[Any], to: Any) -> None:
         """Adds up the strips of each sum, in shared memory, and stores them."""
-        fill = -len(totals) % _STRIPS
+        fill = -len(totals) % STRIPS
         totals = [*totals, *_zeros(fill)]
-        for first in range(0, len(totals), _STRIPS):
-            for t in range(_STRIPS):
+        for first in range(0, len(totals), STRIPS):
+            for t in range(STRIPS):
                 self.strips[role, t] = totals[first + t]
             plgpu.commit_smem()
             # Four sums side by side, as four strips of one were.
-            one, two, three, four = (self.strips[role, :, strip] for strip in range(_STRIPS))
-            to[pl.ds(first, _STRIPS)] = one + two + (three + four)
+            one, two, three, four = (self.strips[role, :, strip] for strip in range(STRIPS))
+            to[pl.ds(first, STRIPS)] = one + two + (three + four)
             plgpu.commit_smem()
 
     def rest(self) -> None:

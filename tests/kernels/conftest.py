@@ -33,9 +33,8 @@ def gpu_interpreter(monkeypatch):
 
     JAX (0.11) fills with zeros what a copy reads beyond an array's end, as a GPU does, but not
     what it reads before its start: here it does that too. Its race detector knows no strides:
-    here it takes all between the first and the last element. And it wants a fence between loads
-    from shared memory and a copy over what they read, where the barrier that orders both is
-    enough (as in CUTLASS' pipelines): here it is.
+    here it does. And it wants a fence between loads from shared memory and a copy over what they
+    read, where the barrier that orders both is enough (as in CUTLASS' pipelines): here it is.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -71,15 +70,13 @@ def gpu_interpreter(monkeypatch):
             value = np.pad(value, fill)
         return value, kind, clock
 
-    overlap = race_detection_state._ranges_overlap
+    overlap = race_detection_state._slices_overlap
 
-    def dense_overlap(*ranges):
-        return overlap(
-            *(
-                tuple(slice(at.start, at.stop) if isinstance(at, slice) else at for at in access)
-                for access in ranges
-            )
-        )
+    def strided_overlap(*parts):
+        if all(isinstance(part, slice) and part.stop is not None for part in parts):
+            one, other = (range(part.start, part.stop, part.step or 1) for part in parts)
+            return any(at in other for at in one)
+        return overlap(*parts)
 
     check_write = AsyncCopyGmemToSmemTask.post_read
 
@@ -98,7 +95,7 @@ def gpu_interpreter(monkeypatch):
     monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", kept)
     monkeypatch.setattr(AsyncCopyGmemToSmemTask, "post_read", fenced)
     monkeypatch.setattr(GPUSharedMemory, "get_buffer_content", read)
-    monkeypatch.setattr(race_detection_state, "_ranges_overlap", dense_overlap)
+    monkeypatch.setattr(race_detection_state, "_slices_overlap", strided_overlap)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         yield
     interpreter.reset_gpu_interpret_mode_state()

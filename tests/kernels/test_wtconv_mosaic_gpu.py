@@ -5,6 +5,7 @@ import math
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
@@ -17,10 +18,11 @@ from wtconv_checks import (
     takes,
 )
 
-from pallas_kernels import platform
-from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
+from pallas_kernels import oracle, platform
+from pallas_kernels.wtconv import mosaic_gpu, mosaic_gpu_deep, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case
+from pallas_kernels.wtconv.checking import drawn, worst
 from pallas_kernels.wtconv.shapes import GPU_SHAPES, Shape
 
 SMALL = {
@@ -77,14 +79,17 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
     launches = recorded_launches(monkeypatch)
     shape = (GPU_SHAPES | SMALL | EXTREME)[name]
+    x = jax.ShapeDtypeStruct(shape.x, dtype)
+    forward = 2 if mosaic_gpu_deep.fits(x, shape.levels, shape.kernel_size) else shape.levels
     assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 2 + shape.levels]
-    assert len(launches) == 2 * shape.levels
+    assert len(launches) == forward + shape.levels
     for scratch, keys in launches:
         assert shared_bytes(scratch) <= SHARED
         # Fewer slots than rows in flight would wait for each other for ever.
         assert scratch[0].shape[0] >= 3
         # Pallas has CUDA's first axis last; its second takes no more blocks.
-        assert keys["grid"][0] < 2**16 and keys["grid"][1] < 2**31
+        *others, last = keys["grid"]
+        assert last < 2**31 and all(blocks < 2**16 for blocks in others)
 
 
 @pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
@@ -93,7 +98,7 @@ def test_tiles_hold_every_pixel_once(name):
     for kernel_size in (1, 3, 5):
         tiling = mosaic_gpu._tiling((n, h, w, c), kernel_size)
         assert tiling.reach == kernel_size // 2
-        assert tiling.images * tiling.strips == mosaic_gpu._STRIPS
+        assert tiling.images * tiling.strips == mosaic_gpu.STRIPS
         taken = np.zeros(tiling.tiles, int)
         for split in range(tiling.splits):
             taken[split :: tiling.splits] += 1
@@ -105,9 +110,47 @@ def test_tiles_hold_every_pixel_once(name):
             (groups, tiling.images, n),
             (tiling.heights, tiling.rows, (h + 1) // 2),
             (tiling.stretches, tiling.width, (w + 1) // 2),
-            (tiling.chunks, mosaic_gpu._CHANNELS, c),
+            (tiling.chunks, mosaic_gpu.CHANNELS, c),
         ):
             assert (parts - 1) * each < whole <= parts * each
+
+
+@pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
+def test_deep_levels_lie_side_by_side_in_shared_memory(name):
+    (n, h, w, c), levels = (GPU_SHAPES | SMALL | EXTREME)[name].x, 4
+    for kernel_size, images in itertools.product((1, 3, 5), (1, 2, 4)):
+        reach = kernel_size // 2
+        tiling = mosaic_gpu_deep._of_images(images, (n, h, w, c), jnp.dtype("f4"), levels, reach)
+        if tiling is None:
+            continue
+        assert (tiling.groups - 1) * images < n <= tiling.groups * images
+        assert (tiling.chunks - 1) * mosaic_gpu.CHANNELS < c <= tiling.chunks * mosaic_gpu.CHANNELS
+        # A row takes two slots, which are filled again once all have read them.
+        assert tiling.slots >= 3 and tiling.turns == 2 * tiling.levels[0].height
+        for i, level in enumerate(tiling.levels):
+            assert (level.height, level.width) == (-(-h >> (i + 2)), -(-w >> (i + 2)))
+            width = tiling.strips * level.columns
+            assert level.width <= width <= level.pitch and level.width + reach <= level.pitch
+            # The last window that filtering takes columns from, of the halo's last column.
+            last = level.start(level.height - 1) + level.columns - 1 + reach + width
+            assert level.start(0) >= reach and last <= level.size
+            if i:
+                above = tiling.levels[i - 1]
+                assert 2 * width <= above.pitch
+                assert above.start(2 * level.height - 1) + 2 * width <= above.size
+
+
+def test_deep_levels_are_one_launch_where_they_fit():
+    fitting = {
+        (name, dtype)
+        for name, dtype in itertools.product(GPU_SHAPES, DTYPES)
+        if mosaic_gpu_deep.fits(
+            jax.ShapeDtypeStruct(GPU_SHAPES[name].x, dtype), GPU_SHAPES[name].levels, 5
+        )
+    }
+    stages = [name for name in GPU_SHAPES if name.startswith("convnext")]
+    assert fitting == set(itertools.product(stages, DTYPES))
+    assert not mosaic_gpu_deep.fits(jax.ShapeDtypeStruct((1, 8, 8, 1), "float32"), 1, 5)
 
 
 # For the interpreter; together they have tilings of every kind.
@@ -121,37 +164,84 @@ INTERPRETED = (
     Case((3, 18), 1, 3, batch=(1,), channels=4),
 )
 
+# Of the levels from the second on: one, two and four images a task, all levels, odd sizes.
+DEEP = (
+    Case((13, 9), 3, 5, batch=(1,), channels=4),
+    Case((7, 14), 3, 3, "bfloat16", batch=(3,), channels=40),
+    Case((9, 20), 2, 5, batch=(2,), channels=4),
+    Case((5, 6), 5, 1, "float16", batch=(5,), channels=8),
+)
+
 
 @pytest.fixture
 def few_blocks(monkeypatch):
     """Small images in several tiles and a block with several of them, so that little is run."""
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu_deep, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(mosaic_gpu, "_MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu, "_MAX_COLUMNS", 2)
-    mosaic_gpu._tiling.cache_clear()
+    caches = mosaic_gpu._tiling, mosaic_gpu_deep._tiling
+    for cache in caches:
+        cache.cache_clear()
     yield
-    mosaic_gpu._tiling.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
-def strided(self, row, j, each):
-    """`_Block.view` by a stride, which the interpreter knows and Mosaic does not."""
-    if self.tiling.strips == 1:
-        return row.at[:, j]
-    return row.at[0, pl.ds(j, self.tiling.strips, stride=each * self.tiling.columns)]
+@pytest.fixture
+def strided_views(monkeypatch):
+    """Views by a stride, which the interpreter knows and Mosaic does not."""
+
+    def strided(self, row, j, each):
+        if self.tiling.strips == 1:
+            return row.at[:, j]
+        return row.at[0, pl.ds(j, self.tiling.strips, stride=each * self.tiling.columns)]
+
+    def deep(self, row, start, each, j):
+        return row.at[:, pl.ds(start + j, self.tiling.strips, stride=each)]
+
+    monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
+    monkeypatch.setattr(mosaic_gpu_deep._Block, "view", deep)
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
 @pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
 def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
     assert_oracle(case, "mosaic_gpu")
+
+
+def deep_tiling(case):
+    shape = math.prod(case.batch), *case.spatial, case.channels
+    dtype = jnp.dtype(case.dtype)
+    return mosaic_gpu_deep._tiling(shape, dtype, case.levels, case.kernel_size)
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.parametrize("case", DEEP, ids=lambda case: case.name)
+def test_interpreted_deep_levels_are_the_oracles(case):
+    x, params, _ = drawn(case)
+    taps = [np.float32(params["base_kernel"])]
+    for i in range(case.levels):
+        scale, kernel = params[f"wavelet_scale_{i}"], params[f"wavelet_kernel_{i}"]
+        taps.append(np.float32(scale) * np.float32(kernel))
+    nothing = {name: 0 * params[name] for name in ("base_scale", "wavelet_scale_0")}
+    want = oracle.wtconv(x, params | nothing, case.ndim)[:, ::2, ::2]
+    packed = mosaic_gpu._packed(tuple(jnp.asarray(tap) for tap in taps), None)
+    arguments = case.levels, case.kernel_size, jnp.dtype("float32")
+    got = mosaic_gpu_deep.deep(jnp.asarray(x), packed, *arguments)
+    assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
 
 
 @pytest.mark.core
 @pytest.mark.usefixtures("few_blocks")
 def test_interpreted_kernels_have_tilings_of_every_kind():
+    deep = [deep_tiling(case) for case in DEEP]
+    assert {tiling.images for tiling in deep} == {1, 2, 4}
+    assert {len(tiling.levels) for tiling in deep} == {1, 2, 4}
+    assert any(tiling.tasks > tiling.blocks for tiling in deep)
     tilings = [
         mosaic_gpu._tiling((math.prod(case.batch), *case.spatial, case.channels), case.kernel_size)
         for case in INTERPRETED
@@ -237,7 +327,7 @@ def test_views_are_columns_of_each_strip(images):
         strips = 4 // images
         halo = 2 * reach if each == 2 else 0
         size = each * strips * columns + 2 * halo
-        shape = (images, size, mosaic_gpu._CHANNELS)
+        shape = (images, size, mosaic_gpu.CHANNELS)
         row = np.arange(math.prod(shape)).reshape(shape)
         tiling = SimpleNamespace(images=images, strips=strips, columns=columns)
         block = SimpleNamespace(tiling=tiling)
@@ -260,6 +350,14 @@ EXTRA = (
     Case((2, 7), 1, 5, "bfloat16", batch=(6,), channels=32),
     # Four images a block, and not a multiple of four.
     Case((7, 7), 2, 5, "bfloat16", batch=(131,), channels=64),
+    # Deep levels of one, two and four images a task, several tasks a block, and beyond their room.
+    Case((56, 56), 5, 5, "bfloat16", batch=(140,)),
+    Case((55, 57), 5, 3, batch=(2,), channels=130),
+    Case((28, 28), 4, 5, batch=(301,), channels=33),
+    Case((27, 29), 4, 1, "float16", batch=(3,), channels=40),
+    Case((14, 14), 3, 5, batch=(203,), channels=96),
+    Case((7, 7), 5, 3, batch=(2,), channels=768),
+    Case((70, 70), 3, 5, channels=33),
 )
 
 

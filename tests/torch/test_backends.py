@@ -57,7 +57,7 @@ def test_triton_interpreted(interpreter, name, case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "metal" not in name])
 def test_every_case_on_a_gpu(name):
     found = statuses(name, torch.device("cuda"))
     assert list(found.values()).count("pass") >= (20 if "eager" in name else 12)

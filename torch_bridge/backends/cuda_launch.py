@@ -479,8 +479,20 @@ def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
     stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
     grid, block = (blocks, 1, 1), (variant.threads, 1, 1)
     packed = (tuple(values), tuple(types))
-    with torch.cuda.device(device):
+    # A thread of PyTorch's backward pass has no context before the first call that needs one.
+    _checked(driver.cuCtxPushCurrent(_context(device.index)))
+    try:
         _checked(driver.cuLaunchKernel(kernel, *grid, *block, shared, stream, packed, 0))
+    finally:
+        _checked(driver.cuCtxPopCurrent())
+
+
+@cache
+def _context(device: int) -> Any:
+    """The context of a device that PyTorch uses too."""
+    from cuda.bindings import driver
+
+    return _checked(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)))
 
 
 @cache

@@ -1,0 +1,550 @@
+"""All levels from the second on in one launch: small images that fit into shared memory.
+
+A block streams the rows of `images` images, `CHANNELS` channels wide, through a ring of slots, and
+keeps the four bands of every level from the second on in shared memory, in float32:
+
+- as rows come in, all four warpgroups reduce them to bands of level 2, and those to bands of level
+  3; two rows later each filters one band of level 2, in place;
+- then the deeper levels are analysed, and all of them filtered, in place, a band a warpgroup;
+- then each level's synthesis, from the deepest on, is added to the low band of the level above it.
+
+The copy engine runs ahead: while deeper levels are filtered, it brings in the next images' rows.
+What lies beside an image in shared memory is zero, and stays so: each row's columns are followed by
+zeros, which are what the row below has at its left too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import MULTIPROCESSORS, SHARED, UNSYNCHRONISED, size_in_bytes
+
+__all__ = ["CHANNELS", "STRIPS", "deep", "fits"]
+
+CHANNELS = 32
+STRIPS = 4
+"""A warpgroup: a thread for each channel of each strip."""
+_WARPGROUPS = 4
+"""One for each band."""
+_MAX_COLUMNS = 7
+"""Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
+_LAG = 2
+"""Rows of level 2 that filtering lies behind: until level 3 has read a row, it must stay."""
+_MIN_SLOTS, _MAX_SLOTS = 3, 8
+"""Of the ring, of two rows of pixels each; a row of level 2 takes two of them."""
+_OVERHEAD = 3
+"""What a step costs, in columns; an estimate."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A level's bands in shared memory: rows of `pitch` columns, `columns` of them a strip."""
+
+    reach: int
+    strips: int
+    height: int
+    width: int
+    columns: int
+    pitch: int
+
+    @property
+    def size(self) -> int:
+        """Columns of all rows, and what is read before and beyond them."""
+        pairs = (self.height + self.height % 2) * self.pitch
+        # The window that filtering takes the last of a strip's columns and its neighbours from.
+        window = self.columns - 1 + self.reach + self.strips * self.columns
+        return self.reach + max(pairs, (self.height - 1) * self.pitch + window)
+
+    def start(self, row: Any) -> Any:
+        """Where a row starts."""
+        return self.reach + row * self.pitch
+
+    @property
+    def cost(self) -> int:
+        """Of filtering it, roughly."""
+        return (self.height + 2 * self.reach) * (self.columns + _OVERHEAD)
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    """How the blocks of a launch share the images: each takes every `blocks`-th task.
+
+    A task is one chunk of channels of `images` images.
+    """
+
+    images: int
+    levels: tuple[_Level, ...]
+    slots: int
+    groups: int
+    chunks: int
+
+    @property
+    def strips(self) -> int:
+        """Strips of an image."""
+        return STRIPS // self.images
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a warpgroup's values."""
+        return self.images, self.strips, CHANNELS
+
+    @property
+    def slot(self) -> tuple[int, ...]:
+        """Of a slot of the ring."""
+        return self.images, 2, 4 * self.strips * self.levels[0].columns, CHANNELS
+
+    @property
+    def tasks(self) -> int:
+        """Of all blocks."""
+        return self.groups * self.chunks
+
+    @property
+    def blocks(self) -> int:
+        """As many as are resident at once."""
+        return min(self.tasks, MULTIPROCESSORS)
+
+    @property
+    def turns(self) -> int:
+        """Slots that a task fills."""
+        return 2 * self.levels[0].height
+
+    @property
+    def cost(self) -> int:
+        """Of the busiest multiprocessor's tasks, roughly."""
+        return pl.cdiv(self.tasks, self.blocks) * sum(level.cost for level in self.levels)
+
+
+@cache
+def _tiling(
+    shape: tuple[int, ...], dtype: jnp.dtype, levels: int, kernel_size: int
+) -> _Tiling | None:
+    """The cheapest tiling of x `[N, H, W, C]`, None if no image fits into shared memory."""
+    tilings = []
+    for images in (1, 2, 4):
+        tiling = _of_images(images, shape, dtype, levels, kernel_size // 2)
+        if tiling is not None:
+            tilings.append(tiling)
+    return min(tilings, key=lambda tiling: tiling.cost, default=None)
+
+
+def _of_images(
+    images: int, shape: tuple[int, ...], dtype: jnp.dtype, levels: int, reach: int
+) -> _Tiling | None:
+    """The tiling of so many images a task, None if they do not fit."""
+    n, h, w, c = shape
+    strips = STRIPS // images
+    found: list[_Level] = []
+    for level in range(levels, 1, -1):
+        height, width = pl.cdiv(h, 1 << level), pl.cdiv(w, 1 << level)
+        columns = pl.cdiv(width, strips)
+        # Analysis reads pairs of columns, also where the next level's strips have none.
+        below = 2 * strips * found[0].columns if found else 0
+        pitch = max(width + reach, strips * columns, below)
+        found.insert(0, _Level(reach, strips, height, width, columns, pitch))
+    if found[0].columns > _MAX_COLUMNS:
+        return None
+    tiling = _Tiling(images, tuple(found), 0, pl.cdiv(n, images), pl.cdiv(c, CHANNELS))
+    bands = sum(_WARPGROUPS * level.size for level in found) * images * CHANNELS
+    left = SHARED - size_in_bytes((bands,), jnp.dtype("float32"))
+    slots = min(_MAX_SLOTS, left // size_in_bytes(tiling.slot, dtype))
+    if slots < _MIN_SLOTS:
+        return None
+    return _Tiling(images, tiling.levels, slots, tiling.groups, tiling.chunks)
+
+
+def fits(x: jax.Array, levels: int, kernel_size: int) -> bool:
+    """Whether `deep` takes an image: whether the bands of its levels fit into shared memory.
+
+    Args:
+        x: `[N, H, W, C]`.
+        levels: All of the convolution's.
+        kernel_size: k.
+    """
+    return levels > 1 and _tiling(x.shape, x.dtype, levels, kernel_size) is not None
+
+
+def deep(
+    x: jax.Array, taps: jax.Array, levels: int, kernel_size: int, dtype: jnp.dtype
+) -> jax.Array:
+    """Half the synthesis of levels 2 to `levels`: `[N, H / 2, W / 2, C]`, or somewhat larger.
+
+    What lies beyond is not meant for anyone: whole strips and chunks of channels are written.
+
+    Args:
+        x: `[N, H, W, C]`, which `fits`.
+        taps: Of all levels, `[chunks, rows, STRIPS, CHANNELS]`, with their factors.
+        levels: At least 2.
+        kernel_size: k.
+        dtype: Of the result.
+    """
+    tiling = _tiling(x.shape, x.dtype, levels, kernel_size)
+    assert tiling is not None
+    first = tiling.levels[0]
+    # Strips and chunks are axes of their own, so that every store is a plain slice.
+    out = (
+        *(tiling.groups, tiling.images, first.height, 2),
+        *(tiling.strips, first.columns, 2, tiling.chunks, CHANNELS),
+    )
+    scratch = [
+        plgpu.SMEM((tiling.slots, *tiling.slot), x.dtype),
+        plgpu.Barrier(num_arrivals=1, num_barriers=tiling.slots),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        *(
+            plgpu.SMEM((_WARPGROUPS, tiling.images, level.size, CHANNELS), jnp.float32)
+            for level in tiling.levels
+        ),
+    ]
+
+    def body(x: Any, taps: Any, y: Any, rows: Any, full: Any, met: Any, *bands: Any) -> None:
+        _Block(tiling, x, taps, y, rows, full, met, bands).run()
+
+    found = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(out, dtype),
+        scratch_types=scratch,
+        grid=(tiling.blocks,),
+        grid_names=("block",),
+        num_threads=_WARPGROUPS,
+        thread_name="warpgroup",
+        compiler_params=UNSYNCHRONISED,
+    )(x, taps.reshape(*taps.shape[:2], *tiling.shape))
+    return found.reshape(
+        tiling.groups * tiling.images,
+        2 * first.height,
+        2 * tiling.strips * first.columns,
+        tiling.chunks * CHANNELS,
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of `deep`: its references, and what its warpgroups do, all of them the same."""
+
+    tiling: _Tiling
+    x: Any
+    taps: Any
+    y: Any
+    rows: Any
+    full: Any
+    met: Any
+    bands: tuple[Any, ...]
+
+    def run(self) -> None:
+        """Takes one task after the other."""
+        self.clear()
+        for turn in range(self.tiling.slots):
+            self.fetch(jnp.int32(turn))
+        self.meet()
+
+        def task(i: Any, _: Any) -> tuple[()]:
+            self.stream(i)
+            for level in range(2, len(self.tiling.levels)):
+                self.meet()
+                self.rows_of(level, 1, partial(self.analyse_low, level))
+            self.meet()
+            for level in range(1, len(self.tiling.levels)):
+                self.filter(level, i)
+            self.meet()
+            for level in range(len(self.tiling.levels) - 1, 0, -1):
+                self.rows_of(level, _WARPGROUPS, partial(self.synthesise, level))
+                self.meet()
+            self.rows_of(0, _WARPGROUPS, partial(self.write, i))
+            # The next task's rows take the place of what is read here.
+            self.meet()
+            return ()
+
+        lax.fori_loop(0, self.count, task, ())
+
+    @property
+    def warpgroup(self) -> Any:
+        """Number of this warpgroup, and of its band: LL, LH, HL or HH."""
+        return lax.axis_index("warpgroup")
+
+    @property
+    def size(self) -> int:
+        """The kernel size."""
+        return 2 * self.tiling.levels[0].reach + 1
+
+    @property
+    def count(self) -> Any:
+        """Tasks of this block."""
+        blocks = self.tiling.blocks
+        return lax.div(self.tiling.tasks - lax.axis_index("block") + blocks - 1, blocks)
+
+    def place(self, i: Any) -> tuple[Any, Any]:
+        """Group of images and chunk of channels of the block's i-th task."""
+        task = lax.axis_index("block") + i * self.tiling.blocks
+        return lax.div(task, self.tiling.chunks), lax.rem(task, self.tiling.chunks)
+
+    def meet(self) -> None:
+        """Waits until all warpgroups have come here."""
+        plgpu.barrier_arrive(self.met)
+        plgpu.barrier_wait(self.met)
+
+    def clear(self) -> None:
+        """Fills all bands with zeros, of which those beside the images stay."""
+        strips = self.tiling.strips
+        zero = self.zeros(1)[0]
+        for level, bands in zip(self.tiling.levels, self.bands, strict=True):
+            band = bands.at[self.warpgroup]
+            last = level.size - strips
+
+            def one(t: Any, _: Any, band: Any = band, last: int = last) -> tuple[()]:
+                band[:, pl.ds(jnp.minimum(t * strips, last), strips)] = zero
+                return ()
+
+            lax.fori_loop(0, pl.cdiv(level.size, strips), one, ())
+
+    def zeros(self, count: int) -> list[Any]:
+        """Sums to begin with."""
+        shape = self.tiling.shape
+        zero = jnp.zeros(shape, jnp.float32)
+        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
+
+    def fetch(self, turn: Any) -> None:
+        """Orders the copy that fills a slot for the turn-th time, counted over all tasks."""
+        tiling = self.tiling
+        group, chunk = self.place(lax.div(turn, tiling.turns))
+        images, _, columns, _ = tiling.slot
+
+        @pl.when((self.warpgroup == _WARPGROUPS - 1) & (turn < self.count * tiling.turns))
+        def _() -> None:
+            slot = lax.rem(turn, tiling.slots)
+            plgpu.copy_gmem_to_smem(
+                self.x.at[
+                    pl.ds(group * images, images),
+                    pl.ds(2 * lax.rem(turn, tiling.turns), 2),
+                    # Pallas refuses windows beyond an array's end where it knows their start.
+                    pl.ds(0 * turn, columns),
+                    pl.ds(chunk * CHANNELS, CHANNELS),
+                ],
+                self.rows.at[slot],
+                self.full.at[slot],
+            )
+
+    def view(self, row: Any, start: Any, each: int, j: Any) -> Any:
+        """Column j of each strip, `each` wide, of a row `[images, columns, channels]`."""
+        images, strips, _ = self.tiling.shape
+        # Mosaic (JAX 0.10 to 0.11) does not fold an axis of one image with a stride of its own.
+        row = row.at[0 if images == 1 else slice(None), pl.ds(start, strips * each)]
+        return row.reshape(images, strips, each, CHANNELS).at[:, :, j]
+
+    def coefficient(self, level: int, band: Any, row: Any, j: Any, each: int, skip: int = 0) -> Any:
+        """A view of a band: column j of each strip, `each` wide, `skip` columns further on."""
+        start = self.tiling.levels[level].start(row) + skip
+        return self.view(self.bands[level].at[band], start, each, j)
+
+    def within(self, value: Any, limit: int, each: int, j: int) -> Any:
+        """The value, zero where column j of a strip, `each` wide, is not below `limit`."""
+        images, strips, _ = shape = self.tiling.shape
+        if (strips - 1) * each + j < limit:
+            return value
+        layout = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+        strip = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
+        return jnp.where(strip * each + j < limit, value, 0.0)
+
+    def rows_of(self, level: int, parts: int, one: Callable[[Any], None]) -> None:
+        """Takes all rows of a level, or those of this warpgroup's part."""
+        first = lax.rem(self.warpgroup, parts)
+        height = self.tiling.levels[level].height
+
+        def row(t: Any, _: Any) -> tuple[()]:
+            one(first + t * parts)
+            return ()
+
+        lax.fori_loop(0, lax.div(height - first + parts - 1, parts), row, ())
+
+    def stream(self, i: Any) -> None:
+        """Brings in all rows of pixels, filters level 2, and reduces it to level 3."""
+        tiling = self.tiling
+        level = tiling.levels[0]
+        taps = self.kernel(0, i)
+
+        def advance(s: Any) -> None:
+            pl.when(s < level.height)(partial(self.analyse_pixels, i, s))
+            self.meet()
+            for turn in range(2):
+                after = i * tiling.turns + 2 * s + turn + tiling.slots
+                pl.when(s < level.height)(partial(self.fetch, after))
+            if len(tiling.levels) > 1:
+                pair = lax.div(s, 2)
+
+                @pl.when((lax.rem(s, 2) == 1) & (pair < tiling.levels[1].height))
+                def _() -> None:
+                    self.analyse_low(1, pair)
+
+        def before(s: Any, _: Any) -> tuple[()]:
+            advance(s)
+            return ()
+
+        def step(s: Any, sums: list[Any]) -> list[Any]:
+            advance(s)
+            return self.filter_row(0, s - _LAG, sums, taps)
+
+        lax.fori_loop(0, _LAG, before, ())
+        sums = self.zeros(2 * level.reach * level.columns)
+        sums = lax.fori_loop(_LAG, level.height + _LAG, step, sums)
+        # Other strips have read the last row.
+        plgpu.commit_smem()
+        self.filter_last(0, sums)
+
+    def analyse_pixels(self, i: Any, row: Any) -> None:
+        """From four rows of pixels to one of the bands of level 2, twice as large."""
+        tiling = self.tiling
+        each = 4 * tiling.levels[0].columns
+        turn = i * tiling.turns + 2 * row
+        slots = [lax.rem(turn + half, tiling.slots) for half in range(2)]
+        for slot in slots:
+            plgpu.barrier_wait(self.full.at[slot])
+
+        def low(j: Any, v: int, e: int) -> Any:
+            upper, lower = (
+                self.pixel(slots[v], half, each, 4 * j + 2 * e)
+                + self.pixel(slots[v], half, each, 4 * j + 2 * e + 1)
+                for half in range(2)
+            )
+            return upper + lower
+
+        self.analyse(0, row, low)
+
+    def pixel(self, slot: Any, row: int, each: int, j: Any) -> Any:
+        """Column j of each strip of a row of pixels, in float32."""
+        return self.view(self.rows.at[slot, :, row], 0, each, j)[...].astype(jnp.float32)
+
+    def analyse_low(self, level: int, row: Any) -> None:
+        """From two rows of the level above's low band to one of the bands of a level."""
+        each = 2 * self.tiling.levels[level].columns
+
+        def low(j: Any, v: int, e: int) -> Any:
+            return self.coefficient(level - 1, 0, 2 * row + v, 2 * j + e, each)[...]
+
+        self.analyse(level, row, low)
+
+    def analyse(self, level: int, row: Any, low: Callable[[Any, int, int], Any]) -> None:
+        """Writes a row of all bands, twice as large, from twice as large values of the low band.
+
+        Args:
+            level: Counted from 0, which is the second.
+            row: Of the level.
+            low: What is in column j of the strips, at row v and column e of each square.
+        """
+        columns = self.tiling.levels[level].columns
+
+        def one(t: Any, _: Any) -> tuple[()]:
+            j = self.warpgroup + t * _WARPGROUPS
+            left, right = ([low(j, v, e) for v in range(2)] for e in range(2))
+            (top, bottom), (falls, rises) = (
+                [sum_of(*pair) * 0.5 for pair in zip(left, right, strict=True)]
+                for sum_of in (lambda a, b: a + b, lambda a, b: a - b)
+            )
+            bands = top + bottom, top - bottom, falls + rises, falls - rises
+            for band, value in enumerate(bands):
+                self.coefficient(level, band, row, j, columns)[...] = value
+            return ()
+
+        mine = lax.div(columns - self.warpgroup + _WARPGROUPS - 1, _WARPGROUPS)
+        lax.fori_loop(0, mine, one, ())
+
+    def kernel(self, level: int, i: Any) -> list[list[Any]]:
+        """The taps of this warpgroup's band."""
+        _, chunk = self.place(i)
+        pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
+        # The base's taps come first, then those of level 1.
+        first = self.size**2 * (4 * level + 5 + 2 * pair) + band
+        return [
+            [self.taps[chunk, first + 2 * (d * self.size + e)] for e in range(self.size)]
+            for d in range(self.size)
+        ]
+
+    def filter(self, level: int, i: Any) -> None:
+        """Filters this warpgroup's band, in place."""
+        tiled, taps = self.tiling.levels[level], self.kernel(level, i)
+
+        def one(row: Any, sums: list[Any]) -> list[Any]:
+            sums = self.filter_row(level, row, sums, taps)
+            # Other strips have read what the next row of results takes the place of.
+            plgpu.commit_smem()
+            return sums
+
+        sums = self.zeros(2 * tiled.reach * tiled.columns)
+        self.filter_last(level, lax.fori_loop(0, tiled.height, one, sums))
+
+    def filter_row(self, level: int, row: Any, sums: list[Any], taps: list[list[Any]]) -> list[Any]:
+        """Adds a row to the `size` rows of results that it is a neighbour of."""
+        tiled, size = self.tiling.levels[level], self.size
+        columns, reach = tiled.columns, tiled.reach
+        found = [
+            self.coefficient(level, self.warpgroup, row, 0, columns, j - reach)[...]
+            for j in range(columns + size - 1)
+        ]
+        totals = []
+        for open_row in range(size):
+            for j in range(columns):
+                total = sums[open_row * columns + j] if open_row < size - 1 else None
+                for e in range(size):
+                    product = found[j + e] * taps[size - 1 - open_row][e]
+                    total = product if total is None else total + product
+                totals.append(total)
+
+        @pl.when(row >= reach)
+        def _() -> None:
+            self.keep(level, row - reach, totals[:columns])
+
+        return totals[columns:]
+
+    def filter_last(self, level: int, sums: list[Any]) -> None:
+        """Keeps the last rows, below which there is nothing."""
+        tiled = self.tiling.levels[level]
+        for late in range(tiled.reach):
+            row = tiled.height - tiled.reach + late
+            if row >= 0:
+                self.keep(level, row, sums[late * tiled.columns :][: tiled.columns])
+
+    def keep(self, level: int, row: Any, values: list[Any]) -> None:
+        """Writes a row of results into this warpgroup's band."""
+        tiled = self.tiling.levels[level]
+        for j, value in enumerate(values):
+            value = self.within(value, tiled.width, tiled.columns, j)
+            self.coefficient(level, self.warpgroup, row, j, tiled.columns)[...] = value
+
+    def pixels(self, level: int, row: Any, j: int) -> list[list[Any]]:
+        """The synthesis of a level in a row of coefficients and column j of the strips."""
+        columns = self.tiling.levels[level].columns
+        low, vertical, horizontal, diagonal = (
+            self.coefficient(level, band, row, j, columns)[...] for band in range(4)
+        )
+        top, bottom = low + vertical, low - vertical
+        right, cross = horizontal + diagonal, horizontal - diagonal
+        return [[top + right, top - right], [bottom + cross, bottom - cross]]
+
+    def synthesise(self, level: int, row: Any) -> None:
+        """Adds a row of a level's synthesis to the low band of the level above it."""
+        above, each = self.tiling.levels[level - 1], 2 * self.tiling.levels[level].columns
+        for j in range(each // 2):
+            found = self.pixels(level, row, j)
+
+            def add(v: int, j: int = j, found: list[list[Any]] = found) -> None:
+                for e, value in enumerate(found[v]):
+                    value = self.within(value, above.width, each, 2 * j + e)
+                    low = self.coefficient(level - 1, 0, 2 * row + v, 2 * j + e, each)
+                    low[...] = low[...] + value
+
+            add(0)
+            # The row below the last of an odd number stays zero.
+            pl.when(2 * row + 1 < above.height)(partial(add, 1))
+
+    def write(self, i: Any, row: Any) -> None:
+        """Writes a row of the synthesis of level 2 to the result."""
+        group, chunk = self.place(i)
+        for j in range(self.tiling.levels[0].columns):
+            for v, values in enumerate(self.pixels(0, row, j)):
+                for e, value in enumerate(values):
+                    to = self.y.at[group, :, row, v, :, j, e, chunk]
+                    to[...] = value.astype(self.y.dtype)

@@ -1,0 +1,33 @@
+"""Which device a call is traced for."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+
+from pallas_kernels import platform
+
+
+def test_within_shard_map_it_is_a_real_device():
+    """Abstract ones know no compute capability."""
+    seen = []
+
+    def shard(x):
+        seen.append(platform.device())
+        return x
+
+    device = jax.devices()[0]
+    kind = AbstractDevice(device.device_kind, num_cores=None, platform=device.platform)
+    mesh = jax.make_mesh((1,), ("batch",))
+    spec = PartitionSpec("batch")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind)):
+        shard(None)
+    jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec)(jnp.ones(2))
+    assert seen == [device, device]
+
+
+def test_of_another_kind_it_is_the_meshs():
+    chip = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert platform.device() == chip
+        assert (platform.current(), platform.kind()) == ("tpu", "TPU v5 lite")
