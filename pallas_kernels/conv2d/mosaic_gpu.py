@@ -380,7 +380,10 @@ def _tiling(layer: _Layer, config: Config | None) -> _Tiling:
             for pixels, columns, channels in product((64, 128, 256), features, _CHANNELS)
         ]
     tilings = [
-        tiling for one in configs for tiling in _tilings(layer, one) if tiling.possible(layer)
+        tiling
+        for one in configs
+        for tiling in _tilings(layer, one)
+        if tiling.possible(layer)
     ]
     if not tilings:
         raise NotImplementedError(
