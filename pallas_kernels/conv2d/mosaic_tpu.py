@@ -13,8 +13,8 @@ contracts pixels and keeps the sums of all taps in VMEM until all images are thr
 
 What bounds it (v5e, from the compiler's final bundles): the matrix unit. A layer of 640 channels,
 3x3, on two images of 64 x 64 in bfloat16 takes 466,000 cycles where its products take 461,000, and
-float32, six products of bfloat16 each, 5.9 times as many. Few channels, or features, leave the
-unit's rows, or columns, idle, and widths that are no multiple of 8 (bfloat16: 16) are padded to it.
+float32, six products of bfloat16 each, 5.8 times as many. Few channels, or features, leave the
+unit's rows, or columns, idle, and widths that are no multiple of 8 are padded to it.
 Nothing of this has run on a TPU.
 """
 
@@ -51,6 +51,8 @@ __all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "input_grad", "unavaila
 DIFFERENTIABLE = False
 
 Pair = tuple[int, int]
+Spans = tuple[Pair, Pair]
+"""Of rows and of columns: the first, and how many."""
 
 _DTYPES = ("float32", "bfloat16")
 _STATIC = ("window", "precision", "config")
@@ -153,7 +155,7 @@ def forward(
     """
     taps, size = _taps_and_size(x.shape, w.shape, window)
     y = _convolve(
-        _planes(x, window, taps, size),
+        _planes(x, window, taps, _read(taps, size)),
         _filters(w, window, taps),
         bias,
         taps,
@@ -182,9 +184,15 @@ def input_grad(
     common = jnp.promote_types(dy.dtype, w.dtype)
     image = dy.shape[0], *shape
     taps, size = _taps_and_size(image, w.shape, window)
-    high, wide = taps.reach
+    _, *shape_of_image, _ = window.images(image)
+    spans = _inside(window, taps, size, shape_of_image)
+    rows, cols = (count for _, count in spans)
     dy = _to_nhwc(dy, window).astype(common)
-    dy = jnp.pad(dy, [(0, 0), (high, high), (wide, wide), (0, 0)])[:, None]
+    edges = [
+        (reach - first, count - n + first, 0)
+        for n, reach, (first, count) in zip(size, taps.reach, spans, strict=True)
+    ]
+    dy = lax.pad(dy, jnp.zeros((), common), [(0, 0, 0), *edges, (0, 0, 0)])[:, None]
     filters = _filters(w.astype(common), window, taps).transpose(0, 2, 1)
     # Samples that mirroring doubled are added before they are rounded.
     written = jnp.float32 if window.reflect else dtype
@@ -197,14 +205,14 @@ def input_grad(
                 jnp.stack([filters[t] for t in used]),
                 None,
                 _mirror(taps, plane),
-                (size[0] + high, size[1] + wide),
+                (rows, cols),
                 None,
                 written,
                 precision,
                 config,
             )
         )
-    cut = partial(_planes, window=window, taps=taps, size=size)
+    cut = partial(_planes, window=window, taps=taps, spans=spans)
     return transposed(cut, image, jnp.stack(planes, axis=1)).astype(dtype)
 
 
@@ -223,7 +231,7 @@ def weight_grad(
     """The transpose in w. Sums run in the order of the grid, so it is bitwise reproducible."""
     common = jnp.promote_types(dy.dtype, x.dtype)
     taps, size = _taps_and_size(x.shape, shape, window)
-    x = _planes(x.astype(common), window, taps, size)
+    x = _planes(x.astype(common), window, taps, _read(taps, size))
     dy = _to_nhwc(dy, window).astype(common)
     sums = _correlate(x, dy, taps, precision, config)
     return transposed(partial(_filters, window=window, taps=taps), shape, sums).astype(dtype)
@@ -258,6 +266,30 @@ def _taps(window: Window, kernel: Pair, channels: int) -> _Taps:
     return _Taps(fold, planes, tuple(places))
 
 
+def _read(taps: _Taps, size: Pair) -> Spans:
+    """Rows and columns of planes that the taps of all outputs read."""
+    rows, cols = (n + reach for n, reach in zip(size, taps.reach, strict=True))
+    return (0, rows), (0, cols)
+
+
+def _inside(window: Window, taps: _Taps, size: Pair, image: Sequence[int]) -> Spans:
+    """The part of `_read` that holds samples of the images, and as little of padding as can be."""
+    spans = []
+    for axis, (_, read) in enumerate(_read(taps, size)):
+        n, (before, after), stride = image[axis], window.pads[axis], window.stride[axis]
+        if window.reflect:
+            n, before = n + before + after, 0
+        # A folded row holds all remainders.
+        rests = {
+            i for plane in taps.planes for i in range(plane[axis], plane[axis] + taps.fold[axis])
+        }
+        first = min(-((rest - before) // stride) for rest in rests)
+        last = max((before + n - 1 - rest) // stride for rest in rests)
+        first = min(max(first, 0), read - 1)
+        spans.append((first, max(min(last + 1, read) - first, 1)))
+    return spans[0], spans[1]
+
+
 def _mirror(taps: _Taps, plane: int) -> _Taps:
     """The taps of one plane from a sample to the outputs that read it, on dy padded by `reach`."""
     high, wide = taps.reach
@@ -265,21 +297,21 @@ def _mirror(taps: _Taps, plane: int) -> _Taps:
     return _Taps((1, 1), ((0, 0),), tuple(places))
 
 
-def _planes(x: jax.Array, window: Window, taps: _Taps, size: Pair) -> jax.Array:
-    """Padded images as `[N, planes, rows, columns, C]`."""
+def _planes(x: jax.Array, window: Window, taps: _Taps, spans: Spans) -> jax.Array:
+    """Padded images as `[N, planes, rows, columns, C]`, of spans of rows and columns."""
     pads = window.pads
     if window.reflect:
         x, pads = mirrored(x, window), ((0, 0), (0, 0))
     x = _to_nhwc(x, window)
     stride = window.stride
-    rows, cols = (n + reach for n, reach in zip(size, taps.reach, strict=True))
-    # Samples after the last that any tap reads are cut off.
+    # Samples outside of the spans are cut off.
     edges = [
-        (before, s * count - n - before, 0)
-        for n, (before, _), s, count in zip(x.shape[1:3], pads, stride, (rows, cols), strict=True)
+        (before - s * first, s * (first + count) - n - before, 0)
+        for n, (before, _), s, (first, count) in zip(x.shape[1:3], pads, stride, spans, strict=True)
     ]
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     n, _, _, channels = x.shape
+    rows, cols = (count for _, count in spans)
     split = x.reshape(n, rows, stride[0], cols, stride[1], channels)
     if taps.fold != (1, 1):
         return split.transpose(0, 1, 3, 2, 4, 5).reshape(n, 1, rows, cols, -1)
@@ -491,9 +523,9 @@ def _tilings(direction: str, problem: Problem, config: Config | None) -> tuple[_
     if direction == "fwd":
         return (_tiling(shape, taps, problem.dtype, problem.out_dtype, config),)
     dtype = jnp.promote_types(problem.dtype, problem.out_dtype)
-    n, height, width, channels, features = shape
+    (_, rows), (_, cols) = _inside(problem.window, taps, output, size)
+    image = n, rows, cols, *shape[:2:-1]
     # Of the gradient of images, the widest dtype that it may be written in.
-    image = n, height + taps.reach[0], width + taps.reach[1], features, channels
     return (
         *(
             _tiling(image, _mirror(taps, plane), dtype, jnp.float32, config)
@@ -548,7 +580,7 @@ def _fitting(
     *_, channels, features = shape
     itemsize = jnp.dtype(dtype).itemsize
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
-    # A product of float32 is six of bfloat16.
+    # A product of float32 is several of bfloat16.
     most = _UNROLLED if itemsize == 2 else _UNROLLED // 4
 
     def fits(tiling: _Tiling) -> bool:
@@ -591,7 +623,7 @@ def _tiles(
     """Tiles of so many pixels, channels and features or fewer, but at least a row of registers."""
     n, height, width, *lanes = shape
     # Whole registers, so that the pixels of several rows are one axis.
-    cols = up(width, SUBLANES * 4 // jnp.dtype(dtype).itemsize)
+    cols = up(width, SUBLANES)
     parts = 1
     if cols > 2 * _CHUNK:
         cols, parts = _CHUNK, math.ceil(width / _CHUNK)
