@@ -99,12 +99,12 @@ DENSE = (
         for i, case in enumerate(TABLE)
     ),
     Case(2, 56, 56, 3, 4, 4, 96, 4, bias=True),
-    Case(3, 20, 23, 130, 3, 2, 200, 2, "reflect", dtype="bfloat16", activation="gelu"),
+    Case(3, 20, 23, 130, 2, 1, 200, 2, "reflect", activation="gelu"),
     Case(1, 9, 1100, 24, 3, 3, 40, 1, "SAME", 2, dtype="bfloat16", activation="relu"),
 )
 LAYERS = (
     Case(2, 64, 64, 640, 3, 3, 640, padding="SAME", dtype="bfloat16", bias=True),
-    Case(2, 128, 128, 16, 3, 3, 320, padding="SAME", activation="gelu"),
+    Case(2, 128, 128, 16, 3, 3, 320, padding="SAME", dtype="bfloat16", activation="gelu"),
 )
 
 
@@ -123,7 +123,7 @@ def test_dense_layers_compile_to_few_cycles(chip, monkeypatch):
     table = DENSE[:22:5] if chip == "v5e" else DENSE[1:22:5]
     wide, *_ = assert_dense_compiled(chip, LAYERS + table + DENSE[-3:], monkeypatch)
     # Three products of 461,000 cycles of a v5e's matrix units; a v6e's are four times as large.
-    assert wide.cycles <= {"v5e": 1_600_000, "v6e": 700_000}[chip]
+    assert wide.cycles <= {"v5e": 1_500_000, "v6e": 600_000}[chip]
 
 
 @pytest.mark.slow
