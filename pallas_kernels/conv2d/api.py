@@ -38,14 +38,20 @@ class Implementation(StrEnum):
     TRITON = "triton"
     XLA = "xla"
     MOSAIC_GPU = "mosaic_gpu"
+    MOSAIC_TPU = "mosaic_tpu"
 
 
 OPERATOR = Operator(
     name="conv2d",
     package="pallas_kernels.conv2d",
     implementations=Implementation,
-    # On a GPU, XLA means cuDNN.
-    rule={"tpu": ("xla",), "gpu": ("xla", "triton", "mosaic_gpu"), "cpu": ("xla",)},
+    # On a GPU, XLA means cuDNN. On a TPU its convolutions are made for the matrix unit, and of ours
+    # nothing has run on one.
+    rule={
+        "tpu": ("xla", "mosaic_tpu"),
+        "gpu": ("xla", "triton", "mosaic_gpu"),
+        "cpu": ("xla",),
+    },
 )
 
 
