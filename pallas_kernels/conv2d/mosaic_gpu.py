@@ -380,16 +380,13 @@ def _tiling(layer: _Layer, config: Config | None) -> _Tiling:
             for pixels, columns, channels in product((64, 128, 256), features, _CHANNELS)
         ]
     tilings = [
-        tiling
-        for one in configs
-        for tiling in _tilings(layer, one)
-        if tiling.possible(layer)
+        tiling for one in configs for tiling in _tilings(layer, one) if tiling.possible(layer)
     ]
     if not tilings:
         raise NotImplementedError(
-            f"{config}: in mosaic_gpu each four warps, one for four of ratio_m, the others along N, "
-            f"take a multiple of {_ROWS} pixels and of block_k features, up to {_COLUMNS}, and up to "
-            f"{_SUMS} sums a thread, and two stages of them fit in {SHARED} bytes"
+            f"{config}: in mosaic_gpu four warps together take a multiple of {_ROWS} pixels and "
+            f"of block_k features, up to {_COLUMNS}, and {_SUMS} sums a thread, of which two "
+            f"stages fit in {SHARED} bytes"
         )
     return min(tilings, key=lambda tiling: tiling.cost(layer))
 
@@ -508,8 +505,9 @@ class _Block:
     def run(self) -> None:
         """Gives each warpgroup its role."""
         warpgroup = lax.axis_index("warpgroup")
-        pl.when(warpgroup < self.tiling.groups)(partial(self.multiply, warpgroup))
-        pl.when(warpgroup == self.tiling.groups)(self.copy)
+        # One branch, or registers cannot go from one role to the other.
+        multiplies = warpgroup < self.tiling.groups
+        lax.cond(multiplies, partial(self.multiply, warpgroup), self.copy)
 
     @property
     def count(self) -> Any:
@@ -647,7 +645,7 @@ class _Block:
         plgpu.wait_smem_to_gmem(0)
 
     def write(self, i: Any, warpgroup: Any, sums: Any) -> None:
-        """Writes a warpgroup's part of the i-th tile; what lies outside of the result is left out."""
+        """Writes a warpgroup's part of the i-th tile, but for what lies outside of the result."""
         tiling = self.tiling
         image, row, column, feature = self.origin(i)
         height, width = tiling.box
