@@ -58,8 +58,8 @@ _GROUPS = 2
 """Warpgroups that multiply."""
 _REGISTERS = {"copies": 40, "products": 232}
 """Registers of a thread, together what a multiprocessor has for three warpgroups."""
-_PRODUCTS, _ARRIVING, _READ = 2048, 32, 128
-"""A cycle of a multiprocessor: products, bytes that arrive, and that it reads of its own memory."""
+_PRODUCTS, _ARRIVING, _SHARED = 2048, 40, 128
+"""A cycle of a multiprocessor: products, bytes that arrive, and bytes of its shared memory."""
 _LATENCY, _STAGE, _TILE = 1000, 40, 1500
 """Cycles that a copy takes, and what a stage and a tile cost beyond their work; estimates."""
 
@@ -354,9 +354,10 @@ class _Tiling:
         pixels, columns = self.height * self.width, self.own[1]
         depth = self.column * self.channels
         products = pixels * self.features * depth / _PRODUCTS
-        read = 2 * depth * (_ROWS + columns) * (pixels // _ROWS) * self.across / _READ
-        arriving = self.stage(layer) / _ARRIVING
-        step = max(products, read, arriving, _LATENCY / (self.stages - 1)) + _STAGE
+        read = 2 * depth * (_ROWS + columns) * (pixels // _ROWS) * self.across
+        arriving = self.stage(layer)
+        moved = max(arriving / _ARRIVING, (arriving + read) / _SHARED)
+        step = max(products, moved, _LATENCY / (self.stages - 1)) + _STAGE
         summed = self.steps(layer) * step
         written = pixels * self.features * layer.itemsize / _ARRIVING + _TILE
         if self.turns == 1:
