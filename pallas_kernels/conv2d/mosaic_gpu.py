@@ -82,6 +82,12 @@ def check(direction: str, problem: Problem) -> None:
         reasons.append("arrays of symbolic size")
     elif 0 in problem.shape:
         reasons.append("an empty batch")
+    else:
+        images, *size, _ = problem.shape
+        height, width = (n + sum(pads) for n, pads in zip(size, problem.window.pads, strict=True))
+        # They are counted in 32 bits, and some tiles beyond the last, too.
+        if images * height * width >= 1 << 30:
+            reasons.append(f"the pixels of {images} images, which are too many")
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
