@@ -695,7 +695,8 @@ class _Block:
         each = rows.shape[-1]
         for turn, first in enumerate(range(0, tiling.own[1], each)):
             place = warpgroup, turn % 2
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            # The first place may be where the last of the tile before is.
+            plgpu.wait_smem_to_gmem(min(turn, 1), wait_read_only=True)
             done = sums[:, first : first + each]
             if self.bias is not None:
                 own = self.bias.at[pl.ds(feature + first, each)]
