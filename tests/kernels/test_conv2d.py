@@ -211,7 +211,7 @@ def test_what_is_wrong_says_so(message):
         ("layout='nhwc': expected one of", {"layout": "nhwc"}),
         ("mem_space='registers': expected 'shared' or 'global'", {"mem_space": "registers"}),
         ("input_dtype='float8': expected one of", {"input_dtype": "float8"}),
-        ("config.block_n=100: expected a power of two", {"block_n": 100}),
+        ("config.block_n=100: expected a multiple of 16", {"block_n": 100}),
     ],
 )
 def test_what_is_wrong_of_a_compiled_kernel_says_so(message, wrong):
