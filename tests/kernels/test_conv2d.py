@@ -105,6 +105,7 @@ def test_transformations():
         lambda f: jax.grad(
             lambda *args: sum(jnp.sum(g**2) for g in jax.grad(loss(f), (0, 1, 2))(*args)), (0, 1, 2)
         ),
+        lambda f: lambda *args: jax.jvp(loss(f), args, args),
         lambda f: lambda *args: jax.jvp(jax.grad(loss(f), (0, 1, 2)), args, args),
         lambda f: jax.grad(loss(jax.remat(f)), (0, 1, 2)),
         lambda f: lambda x, w, b: jax.vmap(jax.grad(loss(f), 1), (0, None, None))(x[:, None], w, b),
