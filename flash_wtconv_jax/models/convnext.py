@@ -19,8 +19,9 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.checks import checked_array, checked_integer
+from pallas_kernels.conv2d.api import OPERATOR
 
-from ..nnx import WTConv2d
+from ..nnx import Conv2D, WTConv2d
 from ..parameters import (
     ImplementationLike,
     PrecisionLike,
@@ -58,8 +59,11 @@ class ConvNeXtConfig:
         wavelet: Any discrete PyWavelets name.
         dtype: Dtype of the computation; None promotes the input with the parameters.
         param_dtype: Dtype of the parameters.
-        precision: See `jax.lax.Precision`. None is JAX's default, and full float32 in WTConv.
-        implementation: See `flash_wtconv_jax.nnx.WTConv2d`.
+        precision: See `jax.lax.Precision`. None is JAX's default, and full float32 in WTConv, the
+            stem and the downsampling.
+        implementation: Of WTConv, see `flash_wtconv_jax.nnx.WTConv2d`.
+        conv_implementation: Of the convolutions of the stem and the downsampling, see
+            `flash_wtconv_jax.nnx.Conv2D`. The MLPs are matrix products, which XLA computes.
 
     Raises:
         ValueError: If a field is out of range.
@@ -88,11 +92,12 @@ class ConvNeXtConfig:
     param_dtype: DTypeLike = jnp.float32
     precision: PrecisionLike = None
     implementation: ImplementationLike = None
+    conv_implementation: ImplementationLike = None
 
     def __post_init__(self) -> None:
         # Lists, as JSON has them, become tuples: the config must hash, for linen and nnx.jit.
         # NumPy's numbers become Python's: it must go into JSON too.
-        for name in ("depths", "dims", "levels", "implementation"):
+        for name in ("depths", "dims", "levels", "implementation", "conv_implementation"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_stages()
@@ -106,6 +111,7 @@ class ConvNeXtConfig:
             precision=self.precision,
             implementation=self.implementation,
         )
+        OPERATOR.check_names(self.conv_implementation, "conv_implementation")
         for name in ("drop_path", "dropout", "layer_scale", "head_init_scale"):
             value = getattr(self, name)
             if name == "layer_scale" and value is None:
@@ -460,17 +466,18 @@ def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nn
 
 def _patch_conv(
     config: ConvNeXtConfig, before: int, after: int, size: int, *, rngs: nnx.Rngs
-) -> nnx.Conv:
-    return nnx.Conv(
+) -> Conv2D:
+    return Conv2D(
         before,
         after,
-        (size, size),
+        size,
         strides=size,
         padding="VALID",
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         precision=config.precision,
         kernel_init=_kernel_init,
+        implementation=config.conv_implementation,
         rngs=rngs,
     )
 

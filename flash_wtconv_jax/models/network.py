@@ -19,7 +19,7 @@ CONFIG_NAME = "network.json"
 """The file in an Orbax folder that `load_network` rebuilds the model from."""
 
 # Options of a model that say how it is computed, not what it computes.
-_EXECUTION = frozenset({"implementation", "precision", "remat"})
+_EXECUTION = frozenset({"implementation", "conv_implementation", "precision", "remat"})
 
 
 def save_network(folder: str | os.PathLike[str], model: convnext.ConvNeXt) -> None:

@@ -38,14 +38,20 @@ class Implementation(StrEnum):
     TRITON = "triton"
     XLA = "xla"
     MOSAIC_GPU = "mosaic_gpu"
+    MOSAIC_TPU = "mosaic_tpu"
 
 
 OPERATOR = Operator(
     name="conv2d",
     package="pallas_kernels.conv2d",
     implementations=Implementation,
-    # On a GPU, XLA means cuDNN.
-    rule={"tpu": ("xla",), "gpu": ("xla", "triton", "mosaic_gpu"), "cpu": ("xla",)},
+    # On a GPU, XLA means cuDNN. On a TPU its convolutions are made for the matrix unit, and of ours
+    # nothing has run on one.
+    rule={
+        "tpu": ("xla", "mosaic_tpu"),
+        "gpu": ("xla", "triton", "mosaic_gpu"),
+        "cpu": ("xla",),
+    },
 )
 
 
@@ -402,7 +408,9 @@ def _checked_config(config: Any) -> Config | None:
     for name, value in config._asdict().items():
         number = checked_integer(value, f"config.{name}", least=1)
         least = 16 if name.startswith("block") else 1
-        if name != "stages" and (number < least or number & (number - 1)):
+        if name == "block_n" and number % least:
+            raise ValueError(f"config.{name}={value}: expected a multiple of {least}")
+        if name not in ("block_n", "stages") and (number < least or number & (number - 1)):
             raise ValueError(f"config.{name}={value}: expected a power of two from {least} on")
     if config.ratio_m * config.ratio_n > 32:
         raise ValueError(f"config={config!r}: expected at most 32 warps, ratio_m * ratio_n")

@@ -1,11 +1,12 @@
 """The dense convolution on Hopper GPUs: an implicit GEMM on `wgmma`, in Pallas' Mosaic GPU.
 
 A tile is a rectangle of pixels of one image by some features. One warpgroup orders copies into a
-ring of stages in shared memory, one or two others multiply what has arrived. A stage is a block of
-channels of all pixels that a column of taps reads, and the filters of these taps: the next tap of
-the column reads the same pixels a row further down, so they are copied once. The copy engine fills
-what lies outside an image with zeros, which is the padding. A block takes one tile after the other,
-and the copies for the next are under way while one is written.
+ring of stages in shared memory, two others multiply what has arrived: both share a tile, or they
+take turns, so that one multiplies while the other writes. A stage is a block of channels of all
+pixels that a column of taps reads, and the filters of these taps: the next tap of the column reads
+the same pixels a row further down, so they are copied once. The copy engine fills what lies outside
+an image with zeros, which is the padding. A block takes one tile after the other, and the copies
+for the next are under way while one is written.
 
 `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines of warps with roles.
 """
@@ -53,10 +54,12 @@ _CHANNELS = (64, 32, 16)
 _STORED = 64
 """Bytes of a pixel that are written at once."""
 _STAGES = 8
+_GROUPS = 2
+"""Warpgroups that multiply."""
 _REGISTERS = {"copies": 40, "products": 232}
-"""Registers of a thread, where two warpgroups multiply."""
-_PRODUCTS, _ARRIVING, _READ = 2048, 32, 128
-"""A cycle of a multiprocessor: products, bytes that arrive, and that it reads of its own memory."""
+"""Registers of a thread, together what a multiprocessor has for three warpgroups."""
+_PRODUCTS, _ARRIVING, _SHARED = 2048, 40, 128
+"""A cycle of a multiprocessor: products, bytes that arrive, and bytes of its shared memory."""
 _LATENCY, _STAGE, _TILE = 1000, 40, 1500
 """Cycles that a copy takes, and what a stage and a tile cost beyond their work; estimates."""
 
@@ -79,16 +82,26 @@ def check(direction: str, problem: Problem) -> None:
         reasons.append("arrays of symbolic size")
     elif 0 in problem.shape:
         reasons.append("an empty batch")
+    else:
+        images, *size, _ = problem.shape
+        height, width = (n + sum(pads) for n, pads in zip(size, problem.window.pads, strict=True))
+        # They are counted in 32 bits, and some tiles beyond the last, too.
+        if images * height * width >= 1 << 30:
+            reasons.append(f"the pixels of {images} images, which are too many")
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
 
 def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
     """Tiles that are worth timing, those made for the shape first; see `check`."""
-    sizes = [(256, 160, 32), (256, 128, 64), (256, 128, 32), (256, 96, 32), (256, 64, 64)]
-    sizes += [(128, 256, 64), (128, 256, 32), (128, 192, 64), (128, 160, 32), (128, 128, 64)]
-    sizes += [(128, 128, 32), (128, 64, 64), (128, 160, 16)]
-    return [{}, *(Config(*size, 8, 1, _STAGES)._asdict() for size in sizes)]
+    shared = [(256, 160, 32), (256, 128, 64), (256, 128, 32), (256, 96, 32), (256, 64, 64)]
+    shared += [(128, 256, 64), (128, 192, 64), (128, 160, 32), (128, 128, 64), (128, 160, 16)]
+    turns = [(128, 160, 32), (128, 128, 64), (128, 128, 32), (128, 160, 16), (64, 256, 64)]
+    return [
+        {},
+        *(Config(*size, 8, 1, _STAGES)._asdict() for size in shared),
+        *(Config(*size, 4, 1, _STAGES)._asdict() for size in turns),
+    ]
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
@@ -254,8 +267,8 @@ class _Tiling:
         features: Of a tile.
         channels: Of a stage.
         column: Taps of a stage, one above the other.
-        down: Warpgroups that share the pixels.
-        across: Warpgroups that share the features.
+        down: Warpgroups that share the pixels of a tile.
+        across: Warpgroups that share its features.
         stages: Of the ring.
     """
 
@@ -269,9 +282,14 @@ class _Tiling:
     stages: int
 
     @property
-    def groups(self) -> int:
-        """Warpgroups that multiply."""
+    def shared(self) -> int:
+        """Warpgroups that share a tile."""
         return self.down * self.across
+
+    @property
+    def turns(self) -> int:
+        """Tiles that are summed up or written at once."""
+        return _GROUPS // self.shared
 
     @property
     def own(self) -> tuple[int, int]:
@@ -299,7 +317,7 @@ class _Tiling:
 
     def written(self, layer: _Layer) -> int:
         """Bytes that are on their way to the result, of two turns."""
-        return 2 * self.groups * self.own[0] * self.stored(layer.itemsize) * layer.itemsize
+        return 2 * _GROUPS * self.own[0] * self.stored(layer.itemsize) * layer.itemsize
 
     def steps(self, layer: _Layer) -> int:
         """Stages that a tile takes."""
@@ -331,6 +349,8 @@ class _Tiling:
             and columns <= _COLUMNS
             and rows * columns <= 128 * _SUMS
             and max(self.reading(layer), self.width) <= _BOX
+            # Mosaic takes a row to be inside of a result that has no other.
+            and (layer.height > 1 or self.height == 1 or self.box[0] > 1)
             and self.stages >= 2
         )
 
@@ -340,17 +360,21 @@ class _Tiling:
         pixels, columns = self.height * self.width, self.own[1]
         depth = self.column * self.channels
         products = pixels * self.features * depth / _PRODUCTS
-        read = 2 * depth * (_ROWS + columns) * (pixels // _ROWS) * self.across / _READ
-        arriving = self.stage(layer) / _ARRIVING
-        step = max(products, read, arriving, _LATENCY / (self.stages - 1)) + _STAGE
+        read = 2 * depth * (_ROWS + columns) * (pixels // _ROWS) * self.across
+        arriving = self.stage(layer)
+        moved = max(arriving / _ARRIVING, (arriving + read) / _SHARED)
+        step = max(products, moved, _LATENCY / (self.stages - 1)) + _STAGE
+        summed = self.steps(layer) * step
         written = pixels * self.features * layer.itemsize / _ARRIVING + _TILE
-        return rounds * (self.steps(layer) * step + written)
+        if self.turns == 1:
+            return rounds * (summed + written)
+        return rounds * max(summed, (summed + written) / 2) + written
 
 
 def _tilings(layer: _Layer, config: Config) -> Iterator[_Tiling]:
     """Those of a size: every rectangle, and a column of taps a stage or one tap."""
     down = max(1, config.ratio_m // 4)
-    across = max(1, config.ratio_m * config.ratio_n // 4) // down
+    across = config.ratio_m * config.ratio_n // 4 // down
     columns = {layer.taps[0], 1} if layer.stride[0] == 1 else {1}
     widths = [8 << i for i in range(6) if 8 << i <= config.block_m]
     for column, width in product(columns, widths):
@@ -367,29 +391,28 @@ def _tilings(layer: _Layer, config: Config) -> Iterator[_Tiling]:
 def _tiling(layer: _Layer, config: Config | None) -> _Tiling:
     """The tiling of a size, or of all, that takes the busiest multiprocessor the least work."""
     if config is not None and (
-        config.block_k not in _CHANNELS or config.ratio_m * config.ratio_n > 8
+        config.block_k not in _CHANNELS or config.ratio_m * config.ratio_n not in (4, 8)
     ):
         raise NotImplementedError(
-            f"{config}: mosaic_gpu takes block_k of 16, 32 or 64, and up to 8 warps"
+            f"{config}: mosaic_gpu takes block_k of 16, 32 or 64, and 4 or 8 warps"
         )
     configs = [config]
     if config is None:
         features = range(32, min(_COLUMNS, pl.cdiv(layer.features, 32) * 32) + 1, 32)
         configs = [
-            Config(pixels, columns, channels, 4 * min(2, pixels // _ROWS), 1, _STAGES)
-            for pixels, columns, channels in product((64, 128, 256), features, _CHANNELS)
+            Config(pixels, columns, channels, warps, 1, _STAGES)
+            for pixels, columns, channels, warps in product(
+                (64, 128, 256), features, _CHANNELS, (8, 4)
+            )
         ]
     tilings = [
-        tiling
-        for one in configs
-        for tiling in _tilings(layer, one)
-        if tiling.possible(layer)
+        tiling for one in configs for tiling in _tilings(layer, one) if tiling.possible(layer)
     ]
     if not tilings:
         raise NotImplementedError(
-            f"{config}: in mosaic_gpu each four warps, one for four of ratio_m, the others along N, "
-            f"take a multiple of {_ROWS} pixels and of block_k features, up to {_COLUMNS}, and up to "
-            f"{_SUMS} sums a thread, and two stages of them fit in {SHARED} bytes"
+            f"{config}: in mosaic_gpu four warps together take a multiple of {_ROWS} pixels and "
+            f"of block_k features, up to {_COLUMNS}, and {_SUMS} sums a thread, of which two "
+            f"stages fit in {SHARED} bytes"
         )
     return min(tilings, key=lambda tiling: tiling.cost(layer))
 
@@ -414,15 +437,15 @@ def _launch(
     rows = tiling.reading(layer)
     pixels, _ = tiling.own
     filters = (tiling.features, depth) if layer.flip else (depth, tiling.features)
-    turns, stored = (tiling.groups, 2), tiling.stored(dtype.itemsize)
+    turns, stored = (_GROUPS, 2), tiling.stored(dtype.itemsize)
     scratch = {
         "pixels": _seen_twice((size,), (rows, tiling.width), depth, x.dtype),
         "filters": plgpu.SMEM(
             (size, tiling.column, *filters), w.dtype, transforms=_swizzled(depth, w.dtype)
         ),
         "out": _seen_twice(turns, tiling.box, stored, dtype),
-        "full": plgpu.Barrier(num_arrivals=1 + tiling.column, num_barriers=size),
-        "free": plgpu.Barrier(num_arrivals=tiling.groups, num_barriers=size),
+        "full": plgpu.Barrier(num_arrivals=1 + tiling.column, num_barriers=tiling.turns * size),
+        "free": plgpu.Barrier(num_arrivals=tiling.shared, num_barriers=tiling.turns * size),
     }
     names = [*arrays, "y", *scratch]
 
@@ -436,7 +459,7 @@ def _launch(
         scratch_types=list(scratch.values()),
         grid=(min(tiling.tiles(layer), MULTIPROCESSORS),),
         grid_names=("block",),
-        num_threads=1 + tiling.groups,
+        num_threads=1 + _GROUPS,
         thread_name="warpgroup",
         compiler_params=UNSYNCHRONISED,
     )
@@ -508,8 +531,9 @@ class _Block:
     def run(self) -> None:
         """Gives each warpgroup its role."""
         warpgroup = lax.axis_index("warpgroup")
-        pl.when(warpgroup < self.tiling.groups)(partial(self.multiply, warpgroup))
-        pl.when(warpgroup == self.tiling.groups)(self.copy)
+        # One branch, or registers cannot go from one role to the other.
+        multiplies = warpgroup < _GROUPS
+        lax.cond(multiplies, partial(self.multiply, warpgroup), self.copy)
 
     @property
     def count(self) -> Any:
@@ -535,22 +559,27 @@ class _Block:
         image, row = lax.div(rest, height), lax.rem(rest, height)
         return image, row * tiling.height, column * tiling.width, feature * tiling.features
 
+    def barrier(self, turn: Any) -> Any:
+        """That of a stage and of those who multiply it: who waits has to see every phase."""
+        tiling = self.tiling
+        who = lax.rem(lax.div(turn, self.steps), tiling.turns)
+        return who * tiling.stages + lax.rem(turn, tiling.stages)
+
     def copy(self) -> None:
         """Orders the copies of all stages of all tiles, each once its place is free."""
-        if self.tiling.groups > 1:
-            plgpu.set_max_registers(_REGISTERS["copies"], action="decrease")
+        plgpu.set_max_registers(_REGISTERS["copies"], action="decrease")
         stages, turns = self.tiling.stages, self.count * self.steps
 
         def one(turn: Any, _: Any) -> tuple[()]:
             @pl.when(turn >= stages)
             def _() -> None:
-                plgpu.barrier_wait(self.free.at[lax.rem(turn, stages)])
+                plgpu.barrier_wait(self.free.at[self.barrier(turn - stages)])
 
             self.fetch(turn)
             return ()
 
         def last(turn: Any, _: Any) -> tuple[()]:
-            plgpu.barrier_wait(self.free.at[lax.rem(turn, stages)])
+            plgpu.barrier_wait(self.free.at[self.barrier(turn)])
             return ()
 
         lax.fori_loop(0, turns, one, ())
@@ -561,6 +590,7 @@ class _Block:
         layer, tiling = self.layer, self.tiling
         image, row, column, feature = self.origin(lax.div(turn, self.steps))
         step, slot = lax.rem(turn, self.steps), lax.rem(turn, tiling.stages)
+        full = self.full.at[self.barrier(turn)]
         columns = layer.taps[0] // tiling.column * layer.taps[1]
         # Taps change first, so that what one brings into the cache is there for the next.
         channels = pl.ds(lax.div(step, columns) * tiling.channels, tiling.channels)
@@ -579,7 +609,7 @@ class _Block:
                 channels,
             ],
             boxes.at[slot],
-            self.full.at[slot],
+            full,
         )
         features = pl.ds(feature, tiling.features)
         for i in range(tiling.column):
@@ -588,7 +618,7 @@ class _Block:
                 filters = self.w.at[layer.taps[0] * layer.taps[1] - 1 - tap, features, channels]
             else:
                 filters = self.w.at[tap, channels, features]
-            plgpu.copy_gmem_to_smem(filters, self.filters.at[slot, i], self.full.at[slot])
+            plgpu.copy_gmem_to_smem(filters, self.filters.at[slot, i], full)
 
     def place(self, tap: Any, axis: int) -> tuple[Any, Any]:
         """Where a tap of the first pixel reads along an axis, and in which plane of the stride."""
@@ -602,22 +632,25 @@ class _Block:
         return lax.div(at, stride) - outside, lax.rem(at, stride)
 
     def multiply(self, warpgroup: Any) -> None:
-        """Sums up the products of a warpgroup's part of each tile, and writes them."""
+        """Sums up the products of a warpgroup's part of its tiles, and writes them."""
+        plgpu.set_max_registers(_REGISTERS["products"], action="increase")
         tiling, stages = self.tiling, self.tiling.stages
-        if tiling.groups > 1:
-            plgpu.set_max_registers(_REGISTERS["products"], action="increase")
+        turn, part = lax.div(warpgroup, tiling.shared), lax.rem(warpgroup, tiling.shared)
         pixels, features = tiling.own
-        first = lax.div(warpgroup, tiling.across) * pixels
-        feature = lax.rem(warpgroup, tiling.across) * features
+        first = lax.div(part, tiling.across) * pixels
+        feature = lax.rem(part, tiling.across) * features
         _, rows = self.pixels
         down = self.layer.dilation[0] * tiling.width
 
-        def tile(i: Any, _: Any) -> tuple[()]:
+        def tile(own: Any, _: Any) -> tuple[()]:
+            # Stages come in the order of tiles: who takes the next one waits for nothing else.
+            i = own * tiling.turns + turn
+
             def summed(sums: Any) -> None:
                 def step(s: Any, _: Any) -> tuple[()]:
-                    turn = i * self.steps + s
-                    slot = lax.rem(turn, stages)
-                    plgpu.barrier_wait(self.full.at[slot])
+                    at = i * self.steps + s
+                    slot = lax.rem(at, stages)
+                    plgpu.barrier_wait(self.full.at[turn * stages + slot])
                     for tap in range(tiling.column):
                         left = rows.at[slot, pl.ds(first + tap * down, pixels)]
                         if self.layer.flip:
@@ -631,37 +664,39 @@ class _Block:
 
                     @pl.when(s > 0)
                     def _() -> None:
-                        plgpu.barrier_arrive(self.free.at[lax.rem(turn - 1, stages)])
+                        plgpu.barrier_arrive(self.free.at[turn * stages + lax.rem(at - 1, stages)])
 
                     return ()
 
                 lax.fori_loop(0, self.steps, step, ())
                 done = sums[...]
-                plgpu.barrier_arrive(self.free.at[lax.rem((i + 1) * self.steps - 1, stages)])
+                last = lax.rem((i + 1) * self.steps - 1, stages)
+                plgpu.barrier_arrive(self.free.at[turn * stages + last])
                 self.write(i, warpgroup, done)
 
             pl.run_scoped(summed, plgpu.ACC((pixels, features), jnp.float32))
             return ()
 
-        lax.fori_loop(0, self.count, tile, ())
+        lax.fori_loop(0, lax.div(self.count - turn + tiling.turns - 1, tiling.turns), tile, ())
         plgpu.wait_smem_to_gmem(0)
 
     def write(self, i: Any, warpgroup: Any, sums: Any) -> None:
-        """Writes a warpgroup's part of the i-th tile; what lies outside of the result is left out."""
+        """Writes a warpgroup's part of the i-th tile, but for what lies outside of the result."""
         tiling = self.tiling
         image, row, column, feature = self.origin(i)
         height, width = tiling.box
-        part = lax.div(warpgroup, tiling.across)
+        part = lax.rem(warpgroup, tiling.shared)
         if tiling.height >= tiling.down:
-            row = row + part * height
+            row = row + lax.div(part, tiling.across) * height
         else:
-            column = column + part * width
-        feature = feature + lax.rem(warpgroup, tiling.across) * tiling.own[1]
+            column = column + lax.div(part, tiling.across) * width
+        feature = feature + lax.rem(part, tiling.across) * tiling.own[1]
         boxes, rows = self.out
         each = rows.shape[-1]
         for turn, first in enumerate(range(0, tiling.own[1], each)):
             place = warpgroup, turn % 2
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            # The first place may be where the last of the tile before is.
+            plgpu.wait_smem_to_gmem(min(turn, 1), wait_read_only=True)
             done = sums[:, first : first + each]
             if self.bias is not None:
                 own = self.bias.at[pl.ds(feature + first, each)]

@@ -91,7 +91,7 @@ class Config(NamedTuple):
 
     Attributes:
         block_m: Pixels of the output of all images, a power of two from 16 on.
-        block_n: Features, a power of two from 16 on.
+        block_n: Features, a multiple of 16; for Triton a power of two.
         block_k: Products of a tap and a channel that are summed at once, as the others.
         ratio_m: Warps of a block along M.
         ratio_n: Warps of a block along N; `ratio_m * ratio_n` is a power of two up to 32.

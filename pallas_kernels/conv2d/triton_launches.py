@@ -284,6 +284,8 @@ def _sizes(
 
 
 def _blocks(config: Config) -> dict[str, int]:
+    if config.block_n & (config.block_n - 1):
+        raise ValueError(f"config.block_n={config.block_n}: Triton takes a power of two")
     return {
         "BM": config.block_m,
         "BN": config.block_n,

@@ -12,8 +12,8 @@ An implementation is a module with
 
 for `x [N, H, W, C]`, `w [HF, WF, C / groups, NF]` of one dtype and `bias [NF]` or None, or the
 layout "nchw_fchw" of `problem.Window`. Modules whose functions JAX can differentiate say so with
-`DIFFERENTIABLE = True`; they are then called bare in the backward pass, which makes `jvp` of
-`grad` and `hessian` work.
+`DIFFERENTIABLE = True`; where sums are of x's dtype they are called bare in the backward pass, and
+altogether if they compute both directions, so that `jvp` and `hessian` work.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,9 @@ def conv2d(
 ) -> jax.Array:
     """The convolution with its epilogue."""
     arrays = x, w, bias
-    return _apply(plan, activation, out_dtype, *vary_over(varying_axes(arrays), arrays))
+    # Of its own operations JAX knows every derivative, forward mode too.
+    apply = _forward if plan.fwd is plan.bwd and _bare(plan.fwd, x) else _apply
+    return apply(plan, activation, out_dtype, *vary_over(varying_axes(arrays), arrays))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -129,14 +129,18 @@ class Operator:
         best = tuner.fastest(self.name, direction, problem, modules, measurement())
         return best or Candidate(first)
 
-    def check_names(self, implementation: Choice) -> None:
+    def check_names(self, implementation: Choice, argument: str = "implementation") -> None:
         """Checks `implementation=` before there is a problem to pick for.
+
+        Args:
+            implementation: Filter on the candidates.
+            argument: What the caller calls it.
 
         Raises:
             ValueError: An unknown or empty filter; names the argument.
         """
         if implementation is not None:
-            self._names(implementation, "implementation")
+            self._names(implementation, argument)
 
     def status(self, platform: str) -> list[tuple[str, str | None]]:
         """Every implementation with the reason why it cannot run here, `None` where it can."""

@@ -10,6 +10,7 @@ from flash_wtconv_jax import models
 from flash_wtconv_jax.bench import roofs, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
 from pallas_kernels import platform
+from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
 from pallas_kernels.dispatch import table
 from pallas_kernels.wtconv import shapes
@@ -53,6 +54,11 @@ def test_dense_convolutions(tmp_path, monkeypatch):
     }
     assert rows["convolution", "forward", "plain jax"]["tflops_per_s"] == layer.operations / 2e9
     assert {mean["speedup"] for mean in report["means"]} == {1.0} and len(report["means"]) == 8
+    # What does not take a dtype is no contender.
+    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
+    bench("--shape", "tiny", "--dtype", "float32", "--out", tmp_path, benchmark="conv2d")
+    report = json.loads((tmp_path / "conv2d.json").read_text())
+    assert {row["contender"] for row in report["rows"]} == {"plain jax", "flash xla"}
     result = bench("--shape", "huge", "--out", tmp_path, benchmark="conv2d")
     assert "['huge'] is not one of" in str(result.exception)
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from flash_wtconv_jax import models, surgery
 from flash_wtconv_jax.models import ConvNeXt, ConvNeXtConfig, weight_decay_mask
-from flash_wtconv_jax.models.convnext import Block, GlobalResponseNorm
+from flash_wtconv_jax.models.convnext import Block, GlobalResponseNorm, _patch_conv
 from flash_wtconv_jax.nnx import WTConv2d
 from pallas_kernels import oracle
 
@@ -370,6 +370,33 @@ def test_surgery_turns_convnext_into_wtconvnext(images):
     np.testing.assert_allclose(model(images), before, rtol=1e-4, atol=1e-4)
 
 
+def test_stem_and_downsampling_are_flaxs_convolutions(images):
+    """Of kernels of ours: names, initial values and results are those of `nnx.Conv`."""
+    drawn, theirs_drawn = nnx.Rngs(0), nnx.Rngs(0)
+    for before, after in ((3, 4), (4, 6)):
+        conv = _patch_conv(TINY, before, after, 2, rngs=drawn)
+        init = nnx.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
+        options = {"strides": 2, "padding": "VALID", "kernel_init": init}
+        theirs = nnx.Conv(before, after, (2, 2), **options, rngs=theirs_drawn)
+        states = [nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (conv, theirs)]
+        jax.tree.map(np.testing.assert_array_equal, *states)
+        x = images if before == 3 else images[..., :1] * jnp.ones(4)
+        conv.bias[...] = theirs.bias[...] = jnp.arange(after) / 8
+        np.testing.assert_allclose(conv(x), theirs(x), rtol=1e-5, atol=1e-6)
+    # All that is drawn after them is drawn alike.
+    assert drawn.params() == theirs_drawn.params()
+
+
+def test_convolutions_and_wavelets_have_filters_of_their_own(images):
+    model = abstract(conv_implementation=["triton", "xla"], implementation="xla")
+    convs = model.stem.conv, model.stages[1].downsample.conv
+    assert [conv.implementation for conv in convs] == [("triton", "xla")] * 2
+    assert model.stages[0].blocks[0].conv_dw.implementation == "xla"
+    assert nnx.eval_shape(lambda m, x: m(x), model, images).shape == (2, 5)
+    with pytest.raises(NotImplementedError, match="conv2d .* triton: needs a GPU"):
+        nnx.eval_shape(lambda m, x: m(x), abstract(conv_implementation="triton"), images)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -389,6 +416,10 @@ def test_surgery_turns_convnext_into_wtconvnext(images):
         ({"layer_scale": float("nan")}, "layer_scale must be a finite number, got nan"),
         ({"depths": 3}, "depths must hold one int for each stage, got 3"),
         ({"wavelet": "nope"}, "wavelet='nope'"),
+        (
+            {"conv_implementation": "cudnn"},
+            r"conv_implementation names \['cudnn'\], but conv2d has",
+        ),
         ({"param_dtype": "int32"}, "param_dtype='int32': expected one of float16"),
     ],
 )

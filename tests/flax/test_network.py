@@ -25,12 +25,13 @@ def test_a_saved_network_comes_back_with_its_options(tmp_path):
         drop_path=0.1,
         param_dtype=jax.numpy.bfloat16,
         remat=True,
+        conv_implementation="xla",
     )
     model = initialised(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(1)))
     models.save_network(tmp_path / "network", model)
     restored = models.load_network(tmp_path / "network")
     # How a network is computed is no part of what it is.
-    assert restored.config.remat is False
+    assert restored.config.remat is False and restored.config.conv_implementation is None
     assert restored.config.param_dtype == "bfloat16"
     before, after = checkpoints.variables_of(model), checkpoints.variables_of(restored)
     jax.tree.map(np.testing.assert_array_equal, before, after)

@@ -156,9 +156,9 @@ def assert_oracle(case, implementation=None):
     assert_close(case, value_and_grads(ours(case, implementation), case), expected(case))
 
 
-def assert_sharded(implementation, check_vma):
+def assert_sharded(implementation, check_vma, dtype="float32"):
     """A `shard_map` over the batch, of one device, changes nothing."""
-    case = Case(2, 9, 8, 4, 3, 3, 6, padding="reflect", bias=True, activation="gelu")
+    case = Case(2, 9, 8, 4, 3, 3, 6, padding="reflect", bias=True, activation="gelu", dtype=dtype)
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
     batch, whole = jax.sharding.PartitionSpec("n"), jax.sharding.PartitionSpec()
     local = jax.shard_map(
@@ -169,4 +169,5 @@ def assert_sharded(implementation, check_vma):
         check_vma=check_vma,
     )
     got, want = (value_and_grads(call, case) for call in (local, plain(case)))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+    atol = 1e-4 if dtype == "float32" else 0.05
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=atol), got, want)

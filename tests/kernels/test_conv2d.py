@@ -105,6 +105,7 @@ def test_transformations():
         lambda f: jax.grad(
             lambda *args: sum(jnp.sum(g**2) for g in jax.grad(loss(f), (0, 1, 2))(*args)), (0, 1, 2)
         ),
+        lambda f: lambda *args: jax.jvp(loss(f), args, args),
         lambda f: lambda *args: jax.jvp(jax.grad(loss(f), (0, 1, 2)), args, args),
         lambda f: jax.grad(loss(jax.remat(f)), (0, 1, 2)),
         lambda f: lambda x, w, b: jax.vmap(jax.grad(loss(f), 1), (0, None, None))(x[:, None], w, b),
@@ -211,7 +212,7 @@ def test_what_is_wrong_says_so(message):
         ("layout='nhwc': expected one of", {"layout": "nhwc"}),
         ("mem_space='registers': expected 'shared' or 'global'", {"mem_space": "registers"}),
         ("input_dtype='float8': expected one of", {"input_dtype": "float8"}),
-        ("config.block_n=100: expected a power of two", {"block_n": 100}),
+        ("config.block_n=100: expected a multiple of 16", {"block_n": 100}),
     ],
 )
 def test_what_is_wrong_of_a_compiled_kernel_says_so(message, wrong):

@@ -8,6 +8,7 @@ import pytest
 
 from flash_wtconv_jax.bench.tpu import compiling, report
 from flash_wtconv_jax.bench.tpu.chips import CHIPS
+from pallas_kernels.conv2d.cases import TABLE, Case
 from pallas_kernels.wtconv.shapes import TPU_SHAPES
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is for Linux alone")
@@ -88,6 +89,47 @@ def test_odd_shapes_compile_also_with_64_bit_integers(program, monkeypatch):
     ]
     for job, result in zip(jobs, compiling.run(jobs), strict=True):
         assert (result.error, result.uncounted) == (None, None), job
+
+
+# The table in both dtypes, and what is not in it: patches, planes of a stride, mirrored edges,
+# images in tiles along both axes, blocks of channels, and layers of networks.
+DENSE = (
+    *(
+        case._replace(dtype=("bfloat16", "float32")[i % 2], out_dtype=None)
+        for i, case in enumerate(TABLE)
+    ),
+    Case(2, 56, 56, 3, 4, 4, 96, 4, bias=True),
+    Case(3, 20, 23, 130, 2, 1, 200, 2, "reflect", activation="gelu"),
+    Case(1, 9, 1100, 24, 3, 3, 40, 1, "SAME", 2, dtype="bfloat16", activation="relu"),
+)
+LAYERS = (
+    Case(2, 64, 64, 640, 3, 3, 640, padding="SAME", dtype="bfloat16", bias=True),
+    Case(2, 128, 128, 16, 3, 3, 320, padding="SAME", dtype="bfloat16", activation="gelu"),
+)
+
+
+def assert_dense_compiled(chip, cases, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *_path()]))
+    jobs = [compiling.Job("tpu_programs:dense", chip, case._asdict()) for case in cases]
+    results = compiling.run(jobs)
+    # Cycles of what XLA does around the kernels are not always known.
+    for case, result in zip(cases, results, strict=True):
+        assert result.error is None, case
+    return results
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_dense_layers_compile_to_few_cycles(chip, monkeypatch):
+    table = DENSE[:22:5] if chip == "v5e" else DENSE[1:22:5]
+    wide, *_ = assert_dense_compiled(chip, LAYERS + table + DENSE[-3:], monkeypatch)
+    # Three products of 461,000 cycles of a v5e's matrix units; a v6e's are four times as large.
+    assert wide.cycles <= {"v5e": 1_500_000, "v6e": 600_000}[chip]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_chip_takes_every_dense_layer(chip, monkeypatch):
+    assert_dense_compiled(chip, DENSE + LAYERS, monkeypatch)
 
 
 def test_loops_are_counted_as_by_hand(monkeypatch):

@@ -1,10 +1,14 @@
-"""What `test_tpu_aot` compiles in the worker: loops to count by hand, and 64-bit integers."""
+"""What `test_tpu_aot` compiles: dense layers, loops to count by hand, and 64-bit integers."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from flash_wtconv_jax.bench.tpu import programs
+from pallas_kernels.conv2d import conv2d
+from pallas_kernels.conv2d.cases import Case
 
 X = jax.ShapeDtypeStruct((64, 128), jnp.float32)
 
@@ -47,3 +51,23 @@ def wide(kernel, shape, dtype, direction):
             return function(*arguments)
 
     return run, arguments
+
+
+def dense(**fields):
+    """A dense layer of ours and the gradients of its images, filters and bias."""
+    case = Case(**fields)
+    images, filters = (case.n, case.h, case.w, case.c), (case.hf, case.wf, case.c, case.nf)
+    if case.layout == "nchw_fchw":
+        images, filters = (case.n, case.c, case.h, case.w), (case.nf, case.c, case.hf, case.wf)
+    x, w = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in (images, filters))
+    bias = jax.ShapeDtypeStruct((case.nf,), jnp.float32)
+
+    def layer(x, w, bias, implementation="mosaic_tpu"):
+        rest = {"out_dtype": case.out_dtype, "implementation": implementation}
+        return conv2d(x, w, bias=bias, **case.arguments, **rest)
+
+    def run(x, w, bias, dy):
+        y, pullback = jax.vjp(layer, x, w, bias)
+        return y, *pullback(dy)
+
+    return run, (x, w, bias, jax.eval_shape(partial(layer, implementation="xla"), x, w, bias))

@@ -1,0 +1,695 @@
+"""The dense convolution as Pallas TPU kernels: products on the matrix unit, no im2col in memory.
+
+Padding is done before, in one copy, which also turns what a stride leaves between two samples
+into an axis of planes (the samples of one remainder each): every tap then reads one plane,
+shifted, and the kernels know neither padding nor strides. A grid step holds some rows, with those
+that the taps reach beyond, for a block of channels and one of features. For each tap it multiplies
+the window `[pixels, channels]` with the filters `[channels, features]`; the sums are float32, in
+scratch, to which blocks of channels add one after the other; the last one adds the bias and
+applies the activation.
+
+The gradient of x is the same kernel on dy, once a plane. That of the filters has its own, which
+contracts pixels and keeps the sums of all taps in VMEM until all images are through.
+
+What bounds it (v5e, from the compiler's final bundles, which know of no waiting): the matrix unit.
+A layer of 640 channels, 3x3 and GELU, on two images of 64 x 64 in bfloat16 takes 466,000 cycles,
+its products alone 461,000; float32, several products of bfloat16 for one, 5.8 times as many. Few
+channels, or features, leave the unit's rows, or columns, idle, and widths that are no multiple of 8
+are padded to it. Nothing of this has run on a TPU.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from pallas_kernels._compat import in_32_bits, pallas_output, tpu_vmem_bytes
+from pallas_kernels.conv2d.problem import Config, Problem, Window
+from pallas_kernels.conv2d.xla import mirrored, transposed
+from pallas_kernels.tpu import (
+    LANES,
+    SUBLANES,
+    VMEM_SHARE,
+    compiler_params,
+    loop,
+    unavailable,
+    up,
+)
+
+__all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "input_grad", "unavailable", "weight_grad"]
+
+DIFFERENTIABLE = False
+
+Pair = tuple[int, int]
+Spans = tuple[Pair, Pair]
+"""Of rows and of columns: the first, and how many."""
+
+_DTYPES = ("float32", "bfloat16")
+_STATIC = ("window", "precision", "config")
+_CHUNK = 256
+"""Pixels that are multiplied at once: as many use what filters the matrix unit has fetched."""
+_BLOCKS = (640, 512, 384, 256, 128)
+"""Channels or features of a grid step."""
+_UNROLLED = 1 << 30
+"""Most products of a chunk in 16 bits: the compiler writes them all out, in a second or two."""
+
+
+class _Taps(NamedTuple):
+    """Which sample each tap reads, on planes of a stride."""
+
+    fold: Pair
+    """Neighbouring rows and columns that are taken for channels of one pixel."""
+    planes: tuple[Pair, ...]
+    """The remainders of rows and columns, divided by the stride, that any tap reads."""
+    places: tuple[tuple[int, int, int], ...]
+    """Of each tap its plane, and the rows and columns from an output to its sample."""
+
+    @property
+    def reach(self) -> Pair:
+        """Rows and columns that the taps read beyond the output's."""
+        return max(i for _, i, _ in self.places), max(j for _, _, j in self.places)
+
+
+class _Tiling(NamedTuple):
+    """What a grid step works on."""
+
+    images: int
+    rows: int
+    cols: int
+    """All of the output's, up to whole registers, or a part of very wide ones."""
+    channels: int
+    features: int
+    chunk: Pair
+    """Images and rows that are multiplied at once."""
+
+    @property
+    def pixels(self) -> int:
+        """Of a chunk."""
+        return math.prod(self.chunk) * self.cols
+
+    @property
+    def chunks(self) -> int:
+        """Of a step."""
+        return self.images * self.rows // math.prod(self.chunk)
+
+
+def check(direction: str, problem: Problem) -> None:
+    """Raises `NotImplementedError` for what these kernels do not do.
+
+    Args:
+        direction: "fwd" or "bwd".
+        problem: `pallas_kernels.conv2d.problem.Problem`.
+    """
+    reasons = [
+        f"{dtype}, {' and '.join(_DTYPES)} alone"
+        for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
+    ]
+    if not all(isinstance(size, int) for size in problem.shape):
+        reasons.append("arrays of symbolic size")
+    elif 0 in problem.shape:
+        reasons.append("an empty batch")
+    if problem.window.groups > 1:
+        reasons.append(f"{problem.window.groups} groups of channels")
+    if reasons:
+        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    _tilings(direction, problem, None)
+
+
+def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
+    """Tiles that are worth timing, those made for the shape first; see `check`."""
+    found: dict[Any, dict[str, int]] = {_tilings(direction, problem, None): {}}
+    pixels_and_features = (512, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 128)
+    for (block_m, block_n), block_k in product(pixels_and_features, (256, 512)):
+        config = Config(block_m, block_n, block_k)
+        with suppress(NotImplementedError):
+            found.setdefault(_tilings(direction, problem, config), config._asdict())
+    return list(found.values())
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
+@in_32_bits
+def forward(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    *,
+    window: Window,
+    activation: str | None,
+    out_dtype: DTypeLike,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The operator; see `vjp` for the arguments.
+
+    Of a `config` the three blocks count, rounded to whole rows and whole registers.
+    """
+    taps, size = _taps_and_size(x.shape, w.shape, window)
+    y = _convolve(
+        _planes(x, window, taps, _read(taps, size)),
+        _filters(w, window, taps),
+        bias,
+        taps,
+        size,
+        activation,
+        out_dtype,
+        precision,
+        config,
+    )
+    return _from_nhwc(y, window)
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
+@in_32_bits
+def input_grad(
+    dy: jax.Array,
+    w: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    window: Window,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The transpose in x, of the shape `[N, *shape]`."""
+    common = jnp.promote_types(dy.dtype, w.dtype)
+    image = dy.shape[0], *shape
+    taps, size = _taps_and_size(image, w.shape, window)
+    _, *shape_of_image, _ = window.images(image)
+    spans = _inside(window, taps, size, shape_of_image)
+    rows, cols = (count for _, count in spans)
+    dy = _to_nhwc(dy, window).astype(common)
+    edges = [
+        (reach - first, count - n + first, 0)
+        for n, reach, (first, count) in zip(size, taps.reach, spans, strict=True)
+    ]
+    dy = lax.pad(dy, jnp.zeros((), common), [(0, 0, 0), *edges, (0, 0, 0)])[:, None]
+    filters = _filters(w.astype(common), window, taps).transpose(0, 2, 1)
+    # Samples that mirroring doubled are added before they are rounded.
+    written = jnp.float32 if window.reflect else dtype
+    planes = []
+    for plane in range(len(taps.planes)):
+        used = [t for t, place in enumerate(taps.places) if place[0] == plane]
+        planes.append(
+            _convolve(
+                dy,
+                jnp.stack([filters[t] for t in used]),
+                None,
+                _mirror(taps, plane),
+                (rows, cols),
+                None,
+                written,
+                precision,
+                config,
+            )
+        )
+    cut = partial(_planes, window=window, taps=taps, spans=spans)
+    return transposed(cut, image, jnp.stack(planes, axis=1)).astype(dtype)
+
+
+@partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
+@in_32_bits
+def weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    window: Window,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """The transpose in w. Sums run in the order of the grid, so it is bitwise reproducible."""
+    common = jnp.promote_types(dy.dtype, x.dtype)
+    taps, size = _taps_and_size(x.shape, shape, window)
+    x = _planes(x.astype(common), window, taps, _read(taps, size))
+    dy = _to_nhwc(dy, window).astype(common)
+    sums = _correlate(x, dy, taps, precision, config)
+    return transposed(partial(_filters, window=window, taps=taps), shape, sums).astype(dtype)
+
+
+# The convolution without strides and padding
+
+
+def _taps_and_size(
+    image: Sequence[int], filters: Sequence[int], window: Window
+) -> tuple[_Taps, Pair]:
+    """Of a call with arrays of these shapes: the taps, and the output's height and width."""
+    _, *size, channels = window.images(image)
+    height, width, _, _ = window.filters(filters)
+    taps = _taps(window, (height, width), channels)
+    return taps, window.output(size, (height, width))
+
+
+def _taps(window: Window, kernel: Pair, channels: int) -> _Taps:
+    """The taps of a kernel, row by row."""
+    fold, whole = (1, 1), not any(map(operator.mod, kernel, window.stride))
+    if whole and window.dilation == (1, 1) and channels * math.prod(window.stride) <= LANES:
+        # A few channels would leave lanes empty. Windows are whole steps here, as of patches.
+        fold = window.stride
+    at = [
+        [divmod(d * k, s // f) for k in range(count // f)]
+        for count, d, s, f in zip(kernel, window.dilation, window.stride, fold, strict=True)
+    ]
+    found = list(product(*at))
+    planes = tuple(sorted({(row[1], col[1]) for row, col in found}))
+    places = ((planes.index((row[1], col[1])), row[0], col[0]) for row, col in found)
+    return _Taps(fold, planes, tuple(places))
+
+
+def _read(taps: _Taps, size: Pair) -> Spans:
+    """Rows and columns of planes that the taps of all outputs read."""
+    rows, cols = (n + reach for n, reach in zip(size, taps.reach, strict=True))
+    return (0, rows), (0, cols)
+
+
+def _inside(window: Window, taps: _Taps, size: Pair, image: Sequence[int]) -> Spans:
+    """The part of `_read` that holds samples of the images, and as little of padding as can be."""
+    spans = []
+    for axis, (_, read) in enumerate(_read(taps, size)):
+        n, (before, after), stride = image[axis], window.pads[axis], window.stride[axis]
+        if window.reflect:
+            n, before = n + before + after, 0
+        # A folded row holds all remainders.
+        rests = {
+            i for plane in taps.planes for i in range(plane[axis], plane[axis] + taps.fold[axis])
+        }
+        first = min(-((rest - before) // stride) for rest in rests)
+        last = max((before + n - 1 - rest) // stride for rest in rests)
+        first = min(max(first, 0), read - 1)
+        spans.append((first, max(min(last + 1, read) - first, 1)))
+    return spans[0], spans[1]
+
+
+def _mirror(taps: _Taps, plane: int) -> _Taps:
+    """The taps of one plane from a sample to the outputs that read it, on dy padded by `reach`."""
+    high, wide = taps.reach
+    places = ((0, high - i, wide - j) for p, i, j in taps.places if p == plane)
+    return _Taps((1, 1), ((0, 0),), tuple(places))
+
+
+def _planes(x: jax.Array, window: Window, taps: _Taps, spans: Spans) -> jax.Array:
+    """Padded images as `[N, planes, rows, columns, C]`, of spans of rows and columns."""
+    pads = window.pads
+    if window.reflect:
+        x, pads = mirrored(x, window), ((0, 0), (0, 0))
+    x = _to_nhwc(x, window)
+    stride = window.stride
+    # Samples outside of the spans are cut off.
+    edges = [
+        (before - s * first, s * (first + count) - n - before, 0)
+        for n, (before, _), s, (first, count) in zip(x.shape[1:3], pads, stride, spans, strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    n, _, _, channels = x.shape
+    rows, cols = (count for _, count in spans)
+    split = x.reshape(n, rows, stride[0], cols, stride[1], channels)
+    if taps.fold != (1, 1):
+        return split.transpose(0, 1, 3, 2, 4, 5).reshape(n, 1, rows, cols, -1)
+    return jnp.stack([split[:, :, i, :, j] for i, j in taps.planes], axis=1)
+
+
+def _filters(w: jax.Array, window: Window, taps: _Taps) -> jax.Array:
+    """Filters as `[taps, C, NF]`."""
+    if window.layout == "nchw_fchw":
+        w = w.transpose(2, 3, 1, 0)
+    height, width, channels, features = w.shape
+    rows, cols = taps.fold
+    split = w.reshape(height // rows, rows, width // cols, cols, channels, features)
+    return split.transpose(0, 2, 1, 3, 4, 5).reshape(-1, rows * cols * channels, features)
+
+
+def _to_nhwc(x: jax.Array, window: Window) -> jax.Array:
+    return x if window.layout == "nhwc_hwcf" else x.transpose(0, 2, 3, 1)
+
+
+def _from_nhwc(y: jax.Array, window: Window) -> jax.Array:
+    return y if window.layout == "nhwc_hwcf" else y.transpose(0, 3, 1, 2)
+
+
+# Kernels
+
+
+def _convolve(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    taps: _Taps,
+    size: Pair,
+    activation: str | None,
+    out_dtype: DTypeLike,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """Sums over taps and channels of `x [N, planes, H, W, C]`: `[N, *size, NF]`."""
+    n, *_, channels = x.shape
+    features = w.shape[-1]
+    tiling = _tiling((n, *size, channels, features), taps, x.dtype, out_dtype, config)
+    down, across = _steps(size, tiling)
+    x = _overhung(x, tiling, taps, size)
+    w = jnp.pad(w, [(0, 0), (0, x.shape[-1] - channels), (0, 0)])
+    if bias is None:
+        bias = jnp.zeros(features)
+    return pl.pallas_call(
+        partial(_forward_kernel, tiling, taps, activation, _precision(x.dtype, precision)),
+        out_shape=pallas_output((n, *size, features), out_dtype, x, w, bias),
+        grid=(
+            math.ceil(features / tiling.features),
+            n // tiling.images,
+            down * across,
+            x.shape[-1] // tiling.channels,
+        ),
+        in_specs=[
+            _images_spec(x, tiling, taps, across, lambda f, n, i, c: (n, i, c)),
+            pl.BlockSpec(
+                (len(taps.places), tiling.channels, tiling.features), lambda f, n, i, c: (0, c, f)
+            ),
+            pl.BlockSpec((1, tiling.features), lambda f, n, i, c: (0, f)),
+        ],
+        out_specs=pl.BlockSpec(
+            (tiling.images, tiling.rows, min(size[1], tiling.cols), tiling.features),
+            lambda f, n, i, c: (n, i // across, i % across, f),
+        ),
+        scratch_shapes=[pltpu.VMEM((tiling.chunks, tiling.pixels, tiling.features), jnp.float32)],
+        compiler_params=compiler_params(),
+        name="conv2d_forward",
+    )(x, w, bias.reshape(1, features).astype(jnp.float32))
+
+
+def _correlate(
+    x: jax.Array,
+    dy: jax.Array,
+    taps: _Taps,
+    precision: lax.Precision | None,
+    config: Config | None,
+) -> jax.Array:
+    """Sums over pixels of `x [N, planes, H, W, C]` and `dy [N, H, W, NF]`: `[taps, C, NF]`."""
+    n, *_, channels = x.shape
+    _, *size, features = dy.shape
+    tiling = _weight_tiling((n, *size, channels, features), taps, x.dtype, config)
+    down, across = _steps(size, tiling)
+    x = _overhung(x, tiling, taps, size)
+    dy = _grown(dy, down * tiling.rows, across * tiling.cols)
+    return pl.pallas_call(
+        partial(_weight_kernel, tiling, taps, _precision(x.dtype, precision)),
+        out_shape=pallas_output((len(taps.places), channels, features), jnp.float32, x, dy),
+        grid=(
+            math.ceil(channels / tiling.channels),
+            math.ceil(features / tiling.features),
+            n // tiling.images,
+            down * across,
+        ),
+        in_specs=[
+            _images_spec(x, tiling, taps, across, lambda c, f, n, i: (n, i, c)),
+            pl.BlockSpec(
+                (tiling.images, tiling.rows, tiling.cols, tiling.features),
+                lambda c, f, n, i: (n, i // across, i % across, f),
+            ),
+        ],
+        out_specs=pl.BlockSpec(
+            (len(taps.places), tiling.channels, tiling.features), lambda c, f, n, i: (0, c, f)
+        ),
+        compiler_params=compiler_params(),
+        name="conv2d_weight_grad",
+    )(x, dy)
+
+
+def _forward_kernel(
+    tiling: _Tiling,
+    taps: _Taps,
+    activation: str | None,
+    precision: lax.Precision,
+    x: Any,
+    w: Any,
+    bias: Any,
+    out: Any,
+    sums: Any,
+) -> None:
+    first, last = pl.program_id(3) == 0, pl.program_id(3) == pl.num_programs(3) - 1
+
+    def chunk(index: jax.Array) -> None:
+        at = _chunk_at(tiling, index)
+        total = jnp.where(first, 0.0, sums[index])
+        for tap, place in enumerate(taps.places):
+            window = _window(x, at, tiling, place)
+            total += jnp.dot(
+                window, w[tap], precision=precision, preferred_element_type=jnp.float32
+            )
+        sums[index] = total
+
+        @pl.when(last)
+        def _() -> None:
+            y = _activate(sums[index] + bias[...], activation)
+            images, rows = at
+            y = y.reshape(*tiling.chunk, tiling.cols, y.shape[-1])[:, :, : out.shape[2]]
+            out[images, rows] = y.astype(out.dtype)
+
+    loop(tiling.chunks, chunk)
+
+
+def _weight_kernel(
+    tiling: _Tiling, taps: _Taps, precision: lax.Precision, x: Any, dy: Any, out: Any
+) -> None:
+    @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
+    def _() -> None:
+        out[...] = jnp.zeros(out.shape, out.dtype)
+
+    def chunk(index: jax.Array) -> None:
+        at = _chunk_at(tiling, index)
+        slopes = dy[at].reshape(-1, dy.shape[-1])
+        for tap, place in enumerate(taps.places):
+            window = _window(x, at, tiling, place)
+            out[tap] += lax.dot_general(
+                window,
+                slopes,
+                (((0,), (0,)), ((), ())),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+
+    loop(tiling.chunks, chunk)
+
+
+def _chunk_at(tiling: _Tiling, index: jax.Array) -> tuple[Any, Any]:
+    """Images and rows of a chunk of a step."""
+    images, rows = tiling.chunk
+    along = tiling.rows // rows
+    return pl.ds(index // along * images, images), pl.ds(index % along * rows, rows)
+
+
+def _window(x: Any, at: tuple[Any, Any], tiling: _Tiling, place: tuple[int, int, int]) -> jax.Array:
+    """What a tap reads of a chunk, `[pixels, channels]`."""
+    images, rows = at
+    plane, down, right = place
+    value = x[images, plane, pl.ds(rows.start + down, tiling.chunk[1]), right : right + tiling.cols]
+    return value.reshape(-1, value.shape[-1])
+
+
+def _activate(y: jax.Array, activation: str | None) -> jax.Array:
+    """As `xla.activate`, of functions that Mosaic knows: the error function, not its complement."""
+    if activation == "relu":
+        return jnp.maximum(y, 0)
+    if activation == "gelu":
+        return 0.5 * y * (1 + lax.erf(y * math.sqrt(0.5)))
+    return y
+
+
+def _precision(dtype: DTypeLike, precision: lax.Precision | None) -> lax.Precision:
+    """Mosaic multiplies float32 in full or as bfloat16; None means in full, as to `xla`."""
+    if dtype == jnp.float32 and precision != lax.Precision.DEFAULT:
+        return lax.Precision.HIGHEST
+    return lax.Precision.DEFAULT
+
+
+# Tiles
+
+
+def _tilings(direction: str, problem: Problem, config: Config | None) -> tuple[_Tiling, ...]:
+    """The tiles of one direction; raises `NotImplementedError` where they do not fit."""
+    n, *size, channels = problem.shape
+    kernel = problem.kernel_height, problem.kernel_width
+    output = problem.window.output(size, kernel)
+    taps = _taps(problem.window, kernel, channels)
+    shape = n, *output, channels * math.prod(taps.fold), problem.features
+    if direction == "fwd":
+        return (_tiling(shape, taps, problem.dtype, problem.out_dtype, config),)
+    dtype = jnp.promote_types(problem.dtype, problem.out_dtype)
+    (_, rows), (_, cols) = _inside(problem.window, taps, output, size)
+    image = n, rows, cols, *shape[:2:-1]
+    # Of the gradient of images, the widest dtype that it may be written in.
+    return (
+        *(
+            _tiling(image, _mirror(taps, plane), dtype, jnp.float32, config)
+            for plane in range(len(taps.planes))
+        ),
+        _weight_tiling(shape, taps, dtype, config),
+    )
+
+
+def _tiling(
+    shape: tuple[int, ...],
+    taps: _Taps,
+    dtype: DTypeLike,
+    out_dtype: DTypeLike,
+    config: Config | None,
+) -> _Tiling:
+    """The tiles of a convolution to `[N, H, W]` pixels from channels to features."""
+
+    def use(tiling: _Tiling) -> int:
+        pixels = tiling.chunks * tiling.pixels
+        out = (2 * jnp.dtype(out_dtype).itemsize + 4) * pixels
+        filters = 2 * len(taps.places) * up(tiling.channels, 16) * jnp.dtype(dtype).itemsize
+        return (out + filters) * up(tiling.features, LANES)
+
+    return _fitting(shape, taps, dtype, config, use)
+
+
+def _weight_tiling(
+    shape: tuple[int, ...], taps: _Taps, dtype: DTypeLike, config: Config | None
+) -> _Tiling:
+    """The tiles of the gradient of filters."""
+
+    def use(tiling: _Tiling) -> int:
+        sums = 2 * 4 * len(taps.places) * up(tiling.channels, SUBLANES)
+        slopes = 2 * jnp.dtype(dtype).itemsize * tiling.chunks * tiling.pixels
+        return (sums + slopes) * up(tiling.features, LANES)
+
+    return _fitting(shape, taps, dtype, config, use)
+
+
+def _fitting(
+    shape: tuple[int, ...],
+    taps: _Taps,
+    dtype: DTypeLike,
+    config: Config | None,
+    use: Callable[[_Tiling], int],
+) -> _Tiling:
+    """The tiles that fit in VMEM and leave the least of the matrix unit idle, large ones first.
+
+    `use` counts the bytes of all but the images.
+    """
+    *_, channels, features = shape
+    itemsize = jnp.dtype(dtype).itemsize
+    limit = int(tpu_vmem_bytes() * VMEM_SHARE)
+    # A product of float32 is several of bfloat16.
+    most = _UNROLLED if itemsize == 2 else _UNROLLED // 4
+
+    def fits(tiling: _Tiling) -> bool:
+        area = (tiling.rows + taps.reach[0]) * up(tiling.cols + taps.reach[1], 16)
+        images = 2 * itemsize * tiling.images * len(taps.planes) * area
+        lanes = up(tiling.channels, LANES), up(tiling.features, LANES)
+        # Values that wait for the matrix unit: a window and the sums.
+        waiting = 4 * tiling.pixels * sum(lanes)
+        return images * lanes[0] + waiting + use(tiling) <= limit
+
+    def idle(tiling: _Tiling) -> tuple[int, int, int]:
+        blocks = up(tiling.channels, LANES), up(tiling.features, LANES)
+        padded = up(channels, blocks[0]) * up(features, blocks[1])
+        return padded, -min(blocks), -math.prod(blocks)
+
+    if config:
+        given = _tiles(shape, dtype, config.block_m, config.block_k, config.block_n)
+        if fits(given):
+            return given
+    else:
+        for block_m in (1024, 512, 256, 1):
+            found = []
+            for block_k, block_n in product(_BLOCKS, repeat=2):
+                tiling = _tiles(shape, dtype, block_m, block_k, block_n)
+                unrolled = len(taps.places) * tiling.channels * tiling.features * tiling.pixels
+                if fits(tiling) and (unrolled <= most or (block_k, block_n) == (LANES, LANES)):
+                    found.append(tiling)
+            if found:
+                return min(found, key=idle)
+    high, wide = taps.reach
+    raise NotImplementedError(
+        f"does not take {len(taps.places)} taps over {high + 1} x {wide + 1} pixels with "
+        f"{config or 'any tiles'}: they need more than {limit / 2**20:.1f} MiB of VMEM"
+    )
+
+
+def _tiles(
+    shape: tuple[int, ...], dtype: DTypeLike, pixels: int, channels: int, features: int
+) -> _Tiling:
+    """Tiles of so many pixels, channels and features or fewer, but at least a row of registers."""
+    n, height, width, *lanes = shape
+    # Whole registers, so that the pixels of several rows are one axis.
+    cols = up(width, SUBLANES)
+    parts = 1
+    if cols > 2 * _CHUNK:
+        cols, parts = _CHUNK, math.ceil(width / _CHUNK)
+    most = range(1, max(1, min(height, _CHUNK // cols)) + 1)
+    rows = min(most, key=lambda rows: (up(height, rows), -rows))
+    chunks = math.ceil(height / rows)
+    step = rows * _divisor(chunks, pixels // (rows * cols))
+    whole = step == rows * chunks and parts == 1
+    images = _divisor(n, pixels // (step * cols)) if whole else 1
+    together = _divisor(images, _CHUNK // (rows * cols)) if chunks == 1 else 1
+    blocks = (_block(n, most) for n, most in zip(lanes, (channels, features), strict=True))
+    return _Tiling(images, step, cols, *blocks, (together, rows))
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number up to `most`, at least one."""
+    return next(d for d in range(max(1, min(number, most)), 0, -1) if number % d == 0)
+
+
+def _block(size: int, most: int) -> int:
+    """All of an axis of lanes, or equal blocks of whole registers."""
+    blocks = math.ceil(size / up(most, LANES))
+    return size if blocks == 1 else up(math.ceil(size / blocks), LANES)
+
+
+def _steps(size: Sequence[int], tiling: _Tiling) -> Pair:
+    """Steps down and across an image."""
+    return math.ceil(size[0] / tiling.rows), math.ceil(size[1] / tiling.cols)
+
+
+def _images_spec(
+    x: jax.Array, tiling: _Tiling, taps: _Taps, across: int, step: Callable[..., Any]
+) -> pl.BlockSpec:
+    """What a step reads of images: blocks overlap by what the taps reach.
+
+    `step` gives the number of the block of images, of the image, and of channels.
+    """
+    planes = x.shape[1]
+    rows = tiling.rows + taps.reach[0]
+    cols = x.shape[3] - (across - 1) * tiling.cols
+    block = tiling.images, planes, rows, cols, tiling.channels
+
+    def start(*at: Any) -> tuple[Any, ...]:
+        images, i, channels = step(*at)
+        # The compiler must see that blocks start on a register.
+        col = i % across * tiling.cols if across > 1 else 0
+        lane = channels * tiling.channels if tiling.channels < x.shape[-1] else 0
+        return images * tiling.images, 0, i // across * tiling.rows, col, lane
+
+    # In JAX 0.10 a block that overlaps others counts in elements along every axis.
+    return pl.BlockSpec(tuple(map(pl.Element, block)), start)
+
+
+def _overhung(x: jax.Array, tiling: _Tiling, taps: _Taps, size: Sequence[int]) -> jax.Array:
+    """Images with zeros where the last blocks overhang, and up to whole registers."""
+    down, across = _steps(size, tiling)
+    cols = tiling.cols + taps.reach[1]
+    if across > 1:
+        cols = (across - 1) * tiling.cols + up(cols, 16)
+    x = _grown(x, down * tiling.rows + taps.reach[0], cols)
+    more = up(x.shape[-1], tiling.channels) - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * 4 + [(0, more)])
+
+
+def _grown(x: jax.Array, rows: int, cols: int) -> jax.Array:
+    """Images with zeros below and on the right: `[..., rows, cols, C]`."""
+    *_, height, width, _ = x.shape
+    edges = [(0, 0)] * (x.ndim - 3) + [(0, rows - height), (0, cols - width), (0, 0)]
+    return jnp.pad(x, edges)
