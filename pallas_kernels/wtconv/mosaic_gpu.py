@@ -40,6 +40,10 @@ DIFFERENTIABLE = False
 BIAS_GRADIENT = True
 
 Taps = tuple[jax.Array, ...]
+Step = tuple[Any, Any]
+"""A block's tile and the step in it."""
+Ring = tuple[Any, Step]
+"""The slot that is filled next, and the step that it is for."""
 
 _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
@@ -295,14 +299,21 @@ def _launch(tiling: _Tiling) -> dict[str, Any]:
     }
 
 
-def _drain(barrier: Any, turns: Any, slots: int) -> None:
-    """Waits for the last turns, which nobody had to wait for."""
+def _drain(barrier: Any, turns: Any, slots: int, early: int) -> None:
+    """Waits for the last turns, which nobody had to wait for.
+
+    Args:
+        barrier: One for each slot.
+        turns: How many there were.
+        slots: Which they went around.
+        early: Slots before that of the first turn that were freed before it.
+    """
 
     def one(turn: Any, _: Any) -> tuple[()]:
-        plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
+        plgpu.barrier_wait(barrier.at[lax.rem(turn + slots, slots)])
         return ()
 
-    lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
+    lax.fori_loop(jnp.maximum(turns - slots, -early), turns, one, ())
 
 
 def _zeros(count: int) -> list[Any]:
@@ -352,21 +363,29 @@ class _Block:
         """Steps of this block, over all of its tiles."""
         return self.count * self.tiling.steps
 
-    def window(self, turn: Any) -> tuple[Any, Any, Any, Any]:
-        """Images, first row, stretch and channels of the step number `turn` over all tiles.
+    @property
+    def early(self) -> int:
+        """How many slots, the last, are free at first and filled only in the first steps."""
+        raise NotImplementedError
+
+    def following(self, slot: Any) -> Any:
+        """The slot after one; a remainder would be computed anew for every use."""
+        return jnp.where(slot == self.depth - 1, 0, slot + 1)
+
+    def window(self, step: Step) -> tuple[Any, Any, Any, Any]:
+        """Images, first row, stretch and channels of a step.
 
         The row is one of coefficients, in an image, and does not count what a tile reads above it.
         """
+        i, s = step
         tiling = self.tiling
-        image, row = self.origin(lax.div(turn, tiling.steps))
+        image, row = self.origin(i)
         chunk, stretch = self.place
-        row = row + lax.rem(turn, tiling.steps)
-        return pl.ds(image, tiling.images), row, stretch, pl.ds(chunk * CHANNELS, CHANNELS)
+        return pl.ds(image, tiling.images), row + s, stretch, pl.ds(chunk * CHANNELS, CHANNELS)
 
-    def fetch_rows(self, turn: Any, above: int) -> None:
+    def fetch_rows(self, slot: Any, step: Step, above: int) -> None:
         """Orders the copy of the two rows of x that lie `above` rows over those of a step."""
-        images, row, stretch, channels = self.window(turn)
-        slot = lax.rem(turn, self.depth)
+        images, row, stretch, channels = self.window(step)
         first = 2 * (stretch * self.tiling.width - self.tiling.reach)
         columns = pl.ds(first, self.rows.shape[-2])
         plgpu.copy_gmem_to_smem(
@@ -375,26 +394,41 @@ class _Block:
             self.full.at[slot],
         )
 
-    def fetch(self, turn: Any) -> None:
+    def fetch(self, slot: Any, step: Step) -> None:
         """Orders the copies of a step."""
         raise NotImplementedError
 
-    def fetch_first(self) -> None:
-        """Orders the copies of the first steps, for which all slots are free."""
+    def fetch_first(self) -> Ring:
+        """Orders the copies of the first steps, but for the last `early` slots."""
+        ring: Ring = (jnp.int32(0), (jnp.int32(0), jnp.int32(0)))
 
-        def one(turn: Any, _: Any) -> tuple[()]:
-            pl.when(turn < self.turns)(partial(self.fetch, turn))
-            return ()
+        def one(_: Any, ring: Ring) -> Ring:
+            return self.fetch_next(ring, wait=False)
 
-        lax.fori_loop(0, self.depth, one, ())
+        return lax.fori_loop(0, self.depth - self.early, one, ring)
 
-    def fetch_next(self, turn: Any) -> None:
-        """Orders the copies of a step into the slot of step `turn`, once all have freed it."""
+    def fetch_next(self, ring: Ring, wait: bool = True) -> Ring:
+        """Orders the copies of the ring's step, if there is one; the ring that follows.
 
-        @pl.when((turn >= 0) & (turn + self.depth < self.turns))
+        Args:
+            ring: A slot, and the step that it is for.
+            wait: Whether for all to have freed the slot.
+        """
+        slot, (i, s) = ring
+
+        @pl.when(i < self.count)
         def _() -> None:
-            plgpu.barrier_wait(self.free.at[lax.rem(turn, self.depth)])
-            self.fetch(turn + self.depth)
+            if wait:
+                plgpu.barrier_wait(self.free.at[slot])
+            self.fetch(slot, (i, s))
+
+        last = s == self.tiling.steps - 1
+        return self.following(slot), (jnp.where(last, i + 1, i), jnp.where(last, 0, s + 1))
+
+    def free_first(self, early: int) -> None:
+        """Frees the last `early` slots, into which nothing was copied yet."""
+        for slot in range(self.depth - early, self.depth):
+            plgpu.barrier_arrive(self.free.at[slot])
 
     def pairs(self, row: Any, pair: Any, columns: int) -> list[tuple[Any, Any]]:
         """(LL, LH) of each column of coefficients, or (HL, HH) if `pair` is 1, twice as large.
@@ -456,12 +490,16 @@ class _LevelBlock(_Block):
         """Rows of coefficients that the base convolution's results lie behind what it reads."""
         return self.tiling.lag if self.level == 1 else 0
 
-    def fetch(self, turn: Any) -> None:
+    @property
+    def early(self) -> int:
+        """Rows are read in the step that they come for, and ordered in the next."""
+        return 1
+
+    def fetch(self, slot: Any, step: Step) -> None:
         """Orders the copies of a step."""
-        self.fetch_rows(turn, self.tiling.lead)
+        self.fetch_rows(slot, step, self.tiling.lead)
         if self.below is not None:
-            images, row, stretch, channels = self.window(turn)
-            slot = lax.rem(turn, self.depth)
+            images, row, stretch, channels = self.window(step)
             columns = pl.ds(stretch * self.tiling.width, self.tiling.width)
             row = row - self.tiling.lead - self.tiling.reach
             plgpu.copy_gmem_to_smem(
@@ -486,12 +524,11 @@ class _LevelBlock(_Block):
         share = jnp.where(pair == 0, 1.0, 0.0).astype(jnp.float32)
         filtered = 2 * columns
 
-        def step(turn: Any, sums: list[Any], zero: bool) -> tuple[list[Any], Any]:
+        def step(slot: Any, sums: list[Any], zero: bool) -> list[Any]:
             """Adds a row to the `size` rows of results that it is a neighbour of."""
-            slot = lax.rem(turn, self.depth)
             plgpu.barrier_wait(self.full.at[slot])
             if zero:
-                return [*sums, *_zeros(filtered)], slot
+                return [*sums, *_zeros(filtered)]
             found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
             totals = []
             for row in range(size):
@@ -503,50 +540,48 @@ class _LevelBlock(_Block):
                             product = found[j + e][band] * taps[size - 1 - row][e][band]
                             total = product if total is None else total + product
                         totals.append(total)
-            return totals, slot
+            return totals
 
         def hand_on(turn: Any, slot: Any, done: list[Any]) -> None:
             """Hands on the row of results number `turn`, counted over all tiles."""
             if self.below is not None:
                 for j in range(columns):
                     done[2 * j] += share * self.column(self.deep.at[slot, :, 0], j, 1)
-            to = lax.rem(turn, _HANDED)
-
-            @pl.when(turn >= _HANDED)
-            def _() -> None:
-                plgpu.barrier_wait(self.handed_free.at[to])
-
+            to = turn & _HANDED - 1
+            plgpu.barrier_wait(self.handed_free.at[to])
             for j in range(columns):
                 low, high = done[2 * j], done[2 * j + 1]
                 self.view(self.handed.at[to, pair, 0], j, 1)[...] = low + high
                 self.view(self.handed.at[to, pair, 1], j, 1)[...] = low - high
             plgpu.barrier_arrive(self.handed_full.at[to])
 
-        def tile(i: Any, _: Any) -> tuple[()]:
+        def tile(i: Any, slot: Any) -> Any:
             skipped = tiling.lead + tiling.reach
 
-            def one(s: Any, sums: list[Any]) -> list[Any]:
-                totals, slot = step(i * tiling.steps + s, sums, zero=False)
+            def one(s: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+                slot, sums = carry
+                totals = step(slot, sums, zero=False)
 
                 @pl.when(s >= skipped)
                 def _() -> None:
                     hand_on(i * tiling.rows + s - skipped, slot, totals[:filtered])
 
                 plgpu.barrier_arrive(self.free.at[slot])
-                return totals[filtered:]
+                return self.following(slot), totals[filtered:]
 
-            sums = _zeros(filtered * (size - 1))
-            sums = lax.fori_loop(0, tiling.read, one, sums)
+            carry = slot, _zeros(filtered * (size - 1))
+            slot, sums = lax.fori_loop(0, tiling.read, one, carry)
             for s in range(tiling.read, tiling.steps):
-                totals, slot = step(i * tiling.steps + s, sums, zero=True)
+                totals = step(slot, sums, zero=True)
                 if s >= skipped:
                     hand_on(i * tiling.rows + s - skipped, slot, totals[:filtered])
                 plgpu.barrier_arrive(self.free.at[slot])
-                sums = totals[filtered:]
-            return ()
+                slot, sums = self.following(slot), totals[filtered:]
+            return slot
 
-        lax.fori_loop(0, self.count, tile, ())
-        _drain(self.handed_free, self.count * tiling.rows, _HANDED)
+        self.free_first(self.early)
+        lax.fori_loop(0, self.count, tile, jnp.int32(0))
+        _drain(self.handed_free, self.count * tiling.rows, _HANDED, _HANDED)
 
     def pixels(self, lower: int) -> None:
         """Convolves the upper or the lower row of each pair of pixels' rows, and writes it."""
@@ -558,9 +593,8 @@ class _LevelBlock(_Block):
         offset = self.taps[chunk, self.taps.shape[1] - 1] if self.biased else None
         open_rows = 2 * self.lag
 
-        def step(turn: Any, sums: list[Any], zero: bool) -> list[Any]:
+        def step(slot: Any, sums: list[Any], zero: bool) -> list[Any]:
             """Adds two rows of pixels to the rows of results that they are neighbours of."""
-            slot = lax.rem(turn, self.depth)
             plgpu.barrier_wait(self.full.at[slot])
             totals = []
             if self.level == 1 and zero:
@@ -583,13 +617,11 @@ class _LevelBlock(_Block):
                                 total = total + rows[row][j + e] * taps[d][e]
                         totals.append(total)
             plgpu.barrier_arrive(self.free.at[slot])
-            if lower:
-                self.fetch_next(turn - 1)
             return totals
 
         def write(i: Any, row: Any, done: list[Any]) -> None:
             turn = i * tiling.rows + row
-            slot, to = lax.rem(turn, _HANDED), lax.rem(turn, 2)
+            slot, to = turn & _HANDED - 1, turn & 1
             plgpu.barrier_wait(self.handed_full.at[slot])
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             out = self.out.at[lower, to, :, 0]
@@ -605,33 +637,42 @@ class _LevelBlock(_Block):
             plgpu.commit_smem()
             self.store(i, row, lower, to)
 
-        def tile(i: Any, _: Any) -> tuple[()]:
+        def after(slot: Any, ring: Ring) -> tuple[Any, Ring]:
+            return self.following(slot), self.fetch_next(ring) if lower else ring
+
+        def tile(i: Any, carry: tuple[Any, Ring]) -> tuple[Any, Ring]:
             skipped = tiling.lead + self.lag
 
-            def one(s: Any, sums: list[Any]) -> list[Any]:
-                totals = step(i * tiling.steps + s, sums, zero=False)
+            def one(s: Any, carry: tuple[Any, Ring, list[Any]]) -> tuple[Any, Ring, list[Any]]:
+                slot, ring, sums = carry
+                totals = step(slot, sums, zero=False)
+                slot, ring = after(slot, ring)
 
                 @pl.when((s >= skipped) & (s < skipped + tiling.rows))
                 def _() -> None:
                     write(i, s - skipped, totals[:columns])
 
-                return totals[columns:]
+                return slot, ring, totals[columns:]
 
+            slot, ring = carry
             sums = _zeros(open_rows * columns)
-            sums = lax.fori_loop(0, tiling.read, one, sums)
+            slot, ring, sums = lax.fori_loop(0, tiling.read, one, (slot, ring, sums))
             for s in range(tiling.read, tiling.steps):
-                totals = step(i * tiling.steps + s, sums, zero=True)
+                totals = step(slot, sums, zero=True)
+                slot, ring = after(slot, ring)
                 if skipped <= s < skipped + tiling.rows:
                     write(i, s - skipped, totals[:columns])
                 sums = totals[columns:]
-            return ()
+            return slot, ring
 
-        if lower:
-            self.fetch_first()
-        lax.fori_loop(0, self.count, tile, ())
+        self.free_first(self.early)
+        for handed in range(_HANDED):
+            plgpu.barrier_arrive(self.handed_free.at[handed])
+        ring: Any = self.fetch_first() if lower else ()
+        lax.fori_loop(0, self.count, tile, (jnp.int32(0), ring))
         plgpu.wait_smem_to_gmem(0)
         if lower:
-            _drain(self.free, self.turns, self.depth)
+            _drain(self.free, self.turns, self.depth, self.early)
 
     def store(self, i: Any, row: Any, lower: int, slot: Any) -> None:
         """Orders the copy of a row of the i-th tile's pixels to the result.
@@ -817,11 +858,15 @@ class _WeightsBlock(_Block):
         """Steps by which the rows of pixels of dy are used later than they come in."""
         return self.tiling.reach - self.tiling.lag
 
-    def fetch(self, turn: Any) -> None:
+    @property
+    def early(self) -> int:
+        """Where there are others than the fetching warpgroup."""
+        return 0 if self.base is None else self.behind + 1
+
+    def fetch(self, slot: Any, step: Step) -> None:
         """Orders the copies of a step."""
-        self.fetch_rows(turn, self.tiling.reach)
-        images, row, stretch, channels = self.window(turn)
-        slot = lax.rem(turn, self.depth)
+        self.fetch_rows(slot, step, self.tiling.reach)
+        images, row, stretch, channels = self.window(step)
         columns = pl.ds(2 * stretch * self.tiling.width, 2 * self.tiling.width)
         plgpu.copy_gmem_to_smem(
             self.dy.at[images, pl.ds(2 * row, 2), columns, channels],
@@ -841,12 +886,12 @@ class _WeightsBlock(_Block):
         tiling, size, columns = self.tiling, self.size, self.tiling.columns
         filtered = 2 * columns
 
-        def tile(i: Any, totals: list[Any]) -> list[Any]:
-            def one(s: Any, carry: list[Any]) -> list[Any]:
-                turn = i * tiling.steps + s
-                slot = lax.rem(turn, self.depth)
+        def tile(_: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+            def one(
+                s: Any, carry: tuple[Any, list[Any], list[Any]]
+            ) -> tuple[Any, list[Any], list[Any]]:
+                slot, totals, window = carry
                 plgpu.barrier_wait(self.full.at[slot])
-                totals, window = carry[: 2 * size**2], carry[2 * size**2 :]
                 row = [v for both in self.pairs(self.others.at[slot], pair, columns) for v in both]
                 if tiling.heights > 1:
                     row = self.own(s, row)
@@ -863,12 +908,14 @@ class _WeightsBlock(_Block):
                                 at = ((size - 1 - d) * columns + j) * 2 + band
                                 total = total + found[j + e][band] * window[at]
                             sums.append(total)
-                return [*sums, *window[filtered:]]
+                return self.following(slot), sums, window[filtered:]
 
             window = _zeros(filtered * (size - 1))
-            return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: 2 * size**2]
+            return lax.fori_loop(0, tiling.steps, one, (*carry, window))[:2]
 
-        totals = lax.fori_loop(0, self.count, tile, _zeros(2 * size**2))
+        self.free_first(self.early)
+        carry = jnp.int32(0), _zeros(2 * size**2)
+        _, totals = lax.fori_loop(0, self.count, tile, carry)
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         self.leave(pair, totals, self.bands.at[split, unit, pair])
 
@@ -877,17 +924,13 @@ class _WeightsBlock(_Block):
         plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
         tiling, size, columns = self.tiling, self.size, 2 * self.tiling.columns
         reach, lag, behind = tiling.reach, tiling.lag, self.behind
-        if lower:
-            self.fetch_first()
+        Carry = tuple[Any, Any, Ring, list[Any]]
 
-        def tile(i: Any, totals: list[Any]) -> list[Any]:
-            def one(s: Any, carry: list[Any]) -> list[Any]:
-                turn = i * tiling.steps + s
-                slot = lax.rem(turn, self.depth)
+        def tile(_: Any, carry: Carry) -> Carry:
+            def one(s: Any, carry: tuple[Any, Any, Ring, list[Any], list[Any]]) -> Any:
+                # The slot of `behind` steps before has at first nothing, nor is that used.
+                slot, before, ring, totals, window = carry
                 plgpu.barrier_wait(self.full.at[slot])
-                totals, window = carry[: size**2 + 1], carry[size**2 + 1 :]
-                # Of the turn before the first nothing is there, nor used.
-                before = lax.rem(turn - behind + self.depth, self.depth)
                 other = self.others.at[before, :, lower]
                 row = [self.column(other, j) for j in range(columns)]
                 if tiling.heights > 1 or behind:
@@ -906,24 +949,28 @@ class _WeightsBlock(_Block):
                                 product = values[j + e] * window[o * columns + j]
                                 sums[d * size + e] = sums[d * size + e] + product
 
-                @pl.when(turn >= behind)
-                def _() -> None:
-                    plgpu.barrier_arrive(self.free.at[before])
-
+                plgpu.barrier_arrive(self.free.at[before])
                 if lower:
-                    self.fetch_next(turn - behind - 1)
-                return [*sums, *window[columns:]]
+                    ring = self.fetch_next(ring)
+                following = self.following(slot), self.following(before)
+                return *following, ring, sums, window[columns:]
 
             window = _zeros(2 * lag * columns)
-            return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: size**2 + 1]
+            return lax.fori_loop(0, tiling.steps, one, (*carry, window))[:4]
 
-        totals = lax.fori_loop(0, self.count, tile, _zeros(size**2 + 1))
-        for late in range(behind):
-            plgpu.barrier_arrive(self.free.at[lax.rem(self.turns - behind + late, self.depth)])
+        # The others of the slots that are free at first are freed by the first steps.
+        plgpu.barrier_arrive(self.free.at[self.depth - 1 - behind])
+        ring: Any = self.fetch_first() if lower else ()
+        before = jnp.int32(self.depth - behind if behind else 0)
+        carry = jnp.int32(0), before, ring, _zeros(size**2 + 1)
+        _, before, _, totals = lax.fori_loop(0, self.count, tile, carry)
+        for _ in range(behind):
+            plgpu.barrier_arrive(self.free.at[before])
+            before = self.following(before)
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         self.leave(2 + lower, totals, self.base.at[split, unit, lower])
         if lower:
-            _drain(self.free, self.turns, self.depth)
+            _drain(self.free, self.turns, self.depth, self.early)
 
     def leave(self, role: Any, totals: list[Any], to: Any) -> None:
         """Adds up the strips of each sum, in shared memory, and stores them."""
@@ -945,11 +992,5 @@ class _WeightsBlock(_Block):
     def only_fetch(self) -> None:
         """Orders the copies for two warpgroups that need no others."""
         plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
-        self.fetch_first()
-
-        def one(turn: Any, _: Any) -> tuple[()]:
-            self.fetch_next(turn)
-            return ()
-
-        lax.fori_loop(0, self.turns, one, ())
-        _drain(self.free, self.turns, self.depth)
+        lax.fori_loop(0, self.turns, lambda _, ring: self.fetch_next(ring), self.fetch_first())
+        _drain(self.free, self.turns, self.depth, self.early)
