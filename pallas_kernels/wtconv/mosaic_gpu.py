@@ -521,7 +521,6 @@ class _LevelBlock(_Block):
             ]
             for d in range(size)
         ]
-        share = jnp.where(pair == 0, 1.0, 0.0).astype(jnp.float32)
         filtered = 2 * columns
 
         def step(slot: Any, sums: list[Any], zero: bool) -> list[Any]:
@@ -542,17 +541,20 @@ class _LevelBlock(_Block):
                         totals.append(total)
             return totals
 
+        def add_below(slot: Any, lows: list[Any]) -> list[Any]:
+            row = self.deep.at[slot, :, 0]
+            return [low + self.column(row, j, 1) for j, low in enumerate(lows)]
+
         def hand_on(turn: Any, slot: Any, done: list[Any]) -> None:
             """Hands on the row of results number `turn`, counted over all tiles."""
+            lows, highs = done[::2], done[1::2]
             if self.below is not None:
-                for j in range(columns):
-                    done[2 * j] += share * self.column(self.deep.at[slot, :, 0], j, 1)
+                lows = lax.cond(pair == 0, partial(add_below, slot), lambda lows: lows, lows)
             to = turn & _HANDED - 1
             plgpu.barrier_wait(self.handed_free.at[to])
             for j in range(columns):
-                low, high = done[2 * j], done[2 * j + 1]
-                self.view(self.handed.at[to, pair, 0], j, 1)[...] = low + high
-                self.view(self.handed.at[to, pair, 1], j, 1)[...] = low - high
+                self.view(self.handed.at[to, pair, 0], j, 1)[...] = lows[j] + highs[j]
+                self.view(self.handed.at[to, pair, 1], j, 1)[...] = lows[j] - highs[j]
             plgpu.barrier_arrive(self.handed_full.at[to])
 
         def tile(i: Any, slot: Any) -> Any:
@@ -590,7 +592,7 @@ class _LevelBlock(_Block):
         chunk, _ = self.place
         if self.level == 1:
             taps = [[self.taps[chunk, d * size + e] for e in range(size)] for d in range(size)]
-        offset = self.taps[chunk, self.taps.shape[1] - 1] if self.biased else None
+        start = self.taps[chunk, self.taps.shape[1] - 1] if self.biased else _zeros(1)[0]
         open_rows = 2 * self.lag
 
         def step(slot: Any, sums: list[Any], zero: bool) -> list[Any]:
@@ -598,7 +600,7 @@ class _LevelBlock(_Block):
             plgpu.barrier_wait(self.full.at[slot])
             totals = []
             if self.level == 1 and zero:
-                totals = [*sums, *_zeros(columns)]
+                totals = [*sums, *[start] * columns]
             elif self.level == 1:
                 reach = tiling.reach
                 rows = [
@@ -611,7 +613,7 @@ class _LevelBlock(_Block):
                 for o in range(open_rows + 1):
                     taken = [(row, row + 2 * (self.lag - o) - lower + reach) for row in range(2)]
                     for j in range(columns):
-                        total = sums[o * columns + j] if o < open_rows else _zeros(1)[0]
+                        total = sums[o * columns + j] if o < open_rows else start
                         for row, d in taken:
                             for e in range(size if 0 <= d < size else 0):
                                 total = total + rows[row][j + e] * taps[d][e]
@@ -627,8 +629,6 @@ class _LevelBlock(_Block):
             out = self.out.at[lower, to, :, 0]
             for j in range(tiling.columns):
                 even, odd = (self.column(self.handed.at[slot, p, lower], j, 1) for p in range(2))
-                if offset is not None:
-                    even = even + offset
                 for column, value in ((2 * j, even + odd), (2 * j + 1, even - odd)):
                     if done:
                         value = value + done[column]
@@ -655,7 +655,7 @@ class _LevelBlock(_Block):
                 return slot, ring, totals[columns:]
 
             slot, ring = carry
-            sums = _zeros(open_rows * columns)
+            sums = [start] * (open_rows * columns)
             slot, ring, sums = lax.fori_loop(0, tiling.read, one, (slot, ring, sums))
             for s in range(tiling.read, tiling.steps):
                 totals = step(slot, sums, zero=True)
@@ -874,44 +874,61 @@ class _WeightsBlock(_Block):
             self.full.at[slot],
         )
 
-    def own(self, row: Any, values: list[Any]) -> list[Any]:
-        """Values of a row of dy, zero if the row is another tile's."""
-        mine = (row >= 0) & (row < self.tiling.rows)
-        # Not a product: what lies there may be infinite.
-        return [jnp.where(mine, value, 0.0) for value in values]
+    def over_a_tile(self, step: Any, carry: Any, window: int, columns: int, behind: int) -> Any:
+        """Takes the steps of a tile, those that have zeros for certain by a code of their own.
+
+        Args:
+            step: Called with what it carries, the window, whether there may be other than zeros in
+                its rows of x, and whether its row of dy is the tile's; returns the first two.
+            carry: What it carries at first; returned as it is at last.
+            window: Rows of dy that a step keeps; None is for zeros.
+            columns: Values of each.
+            behind: Steps by which a row of dy is used later than it comes in.
+        """
+        tiling = self.tiling
+        # Rows above an image.
+        zeros = tiling.reach if tiling.heights == 1 else 0
+        first, last = max(zeros, behind), tiling.rows + behind
+        rows: list[list[Any] | None] = [None] * window
+        for s in range(first):
+            carry, rows = step(carry, rows, s >= zeros, behind <= s < last)
+        rows = [_zeros(columns) if row is None else row for row in rows]
+        carry, rows = lax.fori_loop(
+            first, last, lambda _, state: step(*state, True, True), (carry, rows)
+        )
+        for _ in range(max(first, last), tiling.steps):
+            carry, rows = step(carry, rows, True, False)
+        return carry
 
     def correlate_bands(self, pair: Any) -> None:
         """Sums of (LL, LH), or of (HL, HH) if `pair` is 1."""
         plgpu.set_max_registers(_REGISTERS["bands"], action="increase")
-        tiling, size, columns = self.tiling, self.size, self.tiling.columns
+        size, columns = self.size, self.tiling.columns
         filtered = 2 * columns
 
-        def tile(_: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-            def one(
-                s: Any, carry: tuple[Any, list[Any], list[Any]]
-            ) -> tuple[Any, list[Any], list[Any]]:
-                slot, totals, window = carry
-                plgpu.barrier_wait(self.full.at[slot])
+        def step(carry: Any, window: list[Any], some: bool, own: bool) -> tuple[Any, list[Any]]:
+            slot, totals = carry
+            plgpu.barrier_wait(self.full.at[slot])
+            row = None
+            if own:
                 row = [v for both in self.pairs(self.others.at[slot], pair, columns) for v in both]
-                if tiling.heights > 1:
-                    row = self.own(s, row)
-                window = [*window, *row]
-                found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
-                plgpu.barrier_arrive(self.free.at[slot])
-                sums = []
-                for d in range(size):
-                    for e in range(size):
-                        for band in range(2):
-                            total = totals[(d * size + e) * 2 + band]
-                            for j in range(columns):
-                                # The oldest row of dy is the furthest above that of x.
-                                at = ((size - 1 - d) * columns + j) * 2 + band
-                                total = total + found[j + e][band] * window[at]
-                            sums.append(total)
-                return self.following(slot), sums, window[filtered:]
+            window = [*window, row]
+            found = self.pairs(self.rows.at[slot], pair, columns + size - 1) if some else []
+            plgpu.barrier_arrive(self.free.at[slot])
+            sums = list(totals)
+            # The oldest row of dy is the furthest above that of x.
+            for d, row in enumerate(reversed(window)):
+                if row is None or not some:
+                    continue
+                for e in range(size):
+                    for band in range(2):
+                        at = (d * size + e) * 2 + band
+                        for j in range(columns):
+                            sums[at] = sums[at] + found[j + e][band] * row[2 * j + band]
+            return (self.following(slot), sums), window[1:]
 
-            window = _zeros(filtered * (size - 1))
-            return lax.fori_loop(0, tiling.steps, one, (*carry, window))[:2]
+        def tile(_: Any, carry: Any) -> Any:
+            return self.over_a_tile(step, carry, size - 1, filtered, 0)
 
         self.free_first(self.early)
         carry = jnp.int32(0), _zeros(2 * size**2)
@@ -924,39 +941,38 @@ class _WeightsBlock(_Block):
         plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
         tiling, size, columns = self.tiling, self.size, 2 * self.tiling.columns
         reach, lag, behind = tiling.reach, tiling.lag, self.behind
-        Carry = tuple[Any, Any, Ring, list[Any]]
 
-        def tile(_: Any, carry: Carry) -> Carry:
-            def one(s: Any, carry: tuple[Any, Any, Ring, list[Any], list[Any]]) -> Any:
-                # The slot of `behind` steps before has at first nothing, nor is that used.
-                slot, before, ring, totals, window = carry
-                plgpu.barrier_wait(self.full.at[slot])
+        def step(carry: Any, window: list[Any], some: bool, own: bool) -> tuple[Any, list[Any]]:
+            # `before` is the slot of `behind` steps ago.
+            slot, before, ring, totals = carry
+            plgpu.barrier_wait(self.full.at[slot])
+            sums = list(totals)
+            if own:
                 other = self.others.at[before, :, lower]
                 row = [self.column(other, j) for j in range(columns)]
-                if tiling.heights > 1 or behind:
-                    row = self.own(s - behind, row)
-                window = [*window, *row]
-                sums = list(totals)
                 for value in row:
                     sums[-1] = sums[-1] + value
-                for v in range(2):
-                    x = self.rows.at[slot, :, v]
-                    values = [self.column(x, reach + j) for j in range(columns + size - 1)]
-                    for o in range(2 * lag + 1):
-                        d = 2 * (lag - o) + v - lower + reach
-                        for e in range(size if 0 <= d < size else 0):
-                            for j in range(columns):
-                                product = values[j + e] * window[o * columns + j]
-                                sums[d * size + e] = sums[d * size + e] + product
+                window = [*window, row]
+            else:
+                window = [*window, None]
+            for v in range(2 if some else 0):
+                x = self.rows.at[slot, :, v]
+                values = [self.column(x, reach + j) for j in range(columns + size - 1)]
+                for o, others in enumerate(window):
+                    d = 2 * (lag - o) + v - lower + reach
+                    if others is None or not 0 <= d < size:
+                        continue
+                    for e in range(size):
+                        for j in range(columns):
+                            product = values[j + e] * others[j]
+                            sums[d * size + e] = sums[d * size + e] + product
+            plgpu.barrier_arrive(self.free.at[before])
+            if lower:
+                ring = self.fetch_next(ring)
+            return (self.following(slot), self.following(before), ring, sums), window[1:]
 
-                plgpu.barrier_arrive(self.free.at[before])
-                if lower:
-                    ring = self.fetch_next(ring)
-                following = self.following(slot), self.following(before)
-                return *following, ring, sums, window[columns:]
-
-            window = _zeros(2 * lag * columns)
-            return lax.fori_loop(0, tiling.steps, one, (*carry, window))[:4]
+        def tile(_: Any, carry: Any) -> Any:
+            return self.over_a_tile(step, carry, 2 * lag, columns, behind)
 
         # The others of the slots that are free at first are freed by the first steps.
         plgpu.barrier_arrive(self.free.at[self.depth - 1 - behind])
