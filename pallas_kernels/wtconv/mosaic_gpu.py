@@ -13,6 +13,7 @@ registers; a step is a row of coefficients, of two rows of pixels. Four warpgrou
 `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines of warps with roles.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -523,22 +524,15 @@ class _LevelBlock(_Block):
         ]
         filtered = 2 * columns
 
-        def step(slot: Any, sums: list[Any], zero: bool) -> list[Any]:
-            """Adds a row to the `size` rows of results that it is a neighbour of."""
-            plgpu.barrier_wait(self.full.at[slot])
-            if zero:
-                return [*sums, *_zeros(filtered)]
-            found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
+        def added(found: list[Any], sums: list[Any] | None, row: int) -> list[Any]:
+            """The sums of a row of results, of `size` that a row is a neighbour of, with it."""
             totals = []
-            for row in range(size):
-                for j in range(columns):
-                    for band in range(2):
-                        at = (row * columns + j) * 2 + band
-                        total = sums[at] if row < size - 1 else None
-                        for e in range(size):
-                            product = found[j + e][band] * taps[size - 1 - row][e][band]
-                            total = product if total is None else total + product
-                        totals.append(total)
+            for j, band in itertools.product(range(columns), range(2)):
+                total = None if sums is None else sums[2 * j + band]
+                for e in range(size):
+                    product = found[j + e][band] * taps[size - 1 - row][e][band]
+                    total = product if total is None else total + product
+                totals.append(total)
             return totals
 
         def add_below(slot: Any, lows: list[Any]) -> list[Any]:
@@ -562,23 +556,28 @@ class _LevelBlock(_Block):
 
             def one(s: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
                 slot, sums = carry
-                totals = step(slot, sums, zero=False)
+                plgpu.barrier_wait(self.full.at[slot])
+                found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
+                first, *others = [*sums, None]
 
+                # Before sums of the next row begin, which take the registers of these.
                 @pl.when(s >= skipped)
                 def _() -> None:
-                    hand_on(i * tiling.rows + s - skipped, slot, totals[:filtered])
+                    hand_on(i * tiling.rows + s - skipped, slot, added(found, first, 0))
 
                 plgpu.barrier_arrive(self.free.at[slot])
-                return self.following(slot), totals[filtered:]
+                sums = [added(found, other, row) for row, other in enumerate(others, 1)]
+                return self.following(slot), sums
 
-            carry = slot, _zeros(filtered * (size - 1))
+            carry = slot, [_zeros(filtered)] * (size - 1)
             slot, sums = lax.fori_loop(0, tiling.read, one, carry)
             for s in range(tiling.read, tiling.steps):
-                totals = step(slot, sums, zero=True)
+                plgpu.barrier_wait(self.full.at[slot])
+                first, *sums = [*sums, _zeros(filtered)]
                 if s >= skipped:
-                    hand_on(i * tiling.rows + s - skipped, slot, totals[:filtered])
+                    hand_on(i * tiling.rows + s - skipped, slot, first)
                 plgpu.barrier_arrive(self.free.at[slot])
-                slot, sums = self.following(slot), totals[filtered:]
+                slot = self.following(slot)
             return slot
 
         self.free_first(self.early)
@@ -595,30 +594,13 @@ class _LevelBlock(_Block):
         start = self.taps[chunk, self.taps.shape[1] - 1] if self.biased else _zeros(1)[0]
         open_rows = 2 * self.lag
 
-        def step(slot: Any, sums: list[Any], zero: bool) -> list[Any]:
-            """Adds two rows of pixels to the rows of results that they are neighbours of."""
-            plgpu.barrier_wait(self.full.at[slot])
-            totals = []
-            if self.level == 1 and zero:
-                totals = [*sums, *[start] * columns]
-            elif self.level == 1:
-                reach = tiling.reach
-                rows = [
-                    [
-                        self.column(self.rows.at[slot, :, row], reach + j)
-                        for j in range(columns + size - 1)
-                    ]
-                    for row in range(2)
-                ]
-                for o in range(open_rows + 1):
-                    taken = [(row, row + 2 * (self.lag - o) - lower + reach) for row in range(2)]
-                    for j in range(columns):
-                        total = sums[o * columns + j] if o < open_rows else start
-                        for row, d in taken:
-                            for e in range(size if 0 <= d < size else 0):
-                                total = total + rows[row][j + e] * taps[d][e]
-                        totals.append(total)
-            plgpu.barrier_arrive(self.free.at[slot])
+        def added(rows: list[Any], sums: list[Any], o: int) -> list[Any]:
+            """The sums of the o-th row of results, of those not complete, with two rows of x."""
+            totals = list(sums)
+            for j, row in itertools.product(range(columns if rows else 0), range(2)):
+                d = row + 2 * (self.lag - o) - lower + tiling.reach
+                for e in range(size if 0 <= d < size else 0):
+                    totals[j] = totals[j] + rows[row][j + e] * taps[d][e]
             return totals
 
         def write(i: Any, row: Any, done: list[Any]) -> None:
@@ -637,32 +619,45 @@ class _LevelBlock(_Block):
             plgpu.commit_smem()
             self.store(i, row, lower, to)
 
-        def after(slot: Any, ring: Ring) -> tuple[Any, Ring]:
-            return self.following(slot), self.fetch_next(ring) if lower else ring
-
         def tile(i: Any, carry: tuple[Any, Ring]) -> tuple[Any, Ring]:
             skipped = tiling.lead + self.lag
+            new = [start] * columns if self.level == 1 else []
 
             def one(s: Any, carry: tuple[Any, Ring, list[Any]]) -> tuple[Any, Ring, list[Any]]:
                 slot, ring, sums = carry
-                totals = step(slot, sums, zero=False)
-                slot, ring = after(slot, ring)
+                plgpu.barrier_wait(self.full.at[slot])
+                rows = [
+                    [
+                        self.column(self.rows.at[slot, :, row], tiling.reach + j)
+                        for j in range(columns + size - 1)
+                    ]
+                    for row in range(2 if self.level == 1 else 0)
+                ]
+                plgpu.barrier_arrive(self.free.at[slot])
+                first, *others = [*sums, new]
 
+                # Before sums of the next row begin, which take the registers of these.
                 @pl.when((s >= skipped) & (s < skipped + tiling.rows))
                 def _() -> None:
-                    write(i, s - skipped, totals[:columns])
+                    write(i, s - skipped, added(rows, first, 0))
 
-                return slot, ring, totals[columns:]
+                sums = [added(rows, other, o) for o, other in enumerate(others, 1)]
+                if lower:
+                    ring = self.fetch_next(ring)
+                return self.following(slot), ring, sums
 
             slot, ring = carry
-            sums = [start] * (open_rows * columns)
+            sums = [new] * open_rows
             slot, ring, sums = lax.fori_loop(0, tiling.read, one, (slot, ring, sums))
             for s in range(tiling.read, tiling.steps):
-                totals = step(slot, sums, zero=True)
-                slot, ring = after(slot, ring)
+                plgpu.barrier_wait(self.full.at[slot])
+                plgpu.barrier_arrive(self.free.at[slot])
+                first, *sums = [*sums, new]
                 if skipped <= s < skipped + tiling.rows:
-                    write(i, s - skipped, totals[:columns])
-                sums = totals[columns:]
+                    write(i, s - skipped, first)
+                if lower:
+                    ring = self.fetch_next(ring)
+                slot = self.following(slot)
             return slot, ring
 
         self.free_first(self.early)
