@@ -888,11 +888,13 @@ class _WeightsBlock(_Block):
         for s in range(first):
             carry, rows = step(carry, rows, s >= zeros, behind <= s < last)
         rows = [_zeros(columns) if row is None else row for row in rows]
+        # By twos: else each row of the window is moved in each step.
+        odd = max(first, last - (last - first) % 2)
         carry, rows = lax.fori_loop(
-            first, last, lambda _, state: step(*state, True, True), (carry, rows)
+            first, odd, lambda _, state: step(*state, True, True), (carry, rows), unroll=2
         )
-        for _ in range(max(first, last), tiling.steps):
-            carry, rows = step(carry, rows, True, False)
+        for s in range(odd, tiling.steps):
+            carry, rows = step(carry, rows, True, s < last)
         return carry
 
     def correlate_bands(self, pair: Any) -> None:
