@@ -13,6 +13,7 @@ registers; a step is a row of coefficients, of two rows of pixels. Four warpgrou
 `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines of warps with roles.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -40,6 +41,10 @@ DIFFERENTIABLE = False
 BIAS_GRADIENT = True
 
 Taps = tuple[jax.Array, ...]
+Step = tuple[Any, Any]
+"""A block's tile and the step in it."""
+Ring = tuple[Any, Step]
+"""The slot that is filled next, and the step that it is for."""
 
 _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
@@ -295,14 +300,21 @@ def _launch(tiling: _Tiling) -> dict[str, Any]:
     }
 
 
-def _drain(barrier: Any, turns: Any, slots: int) -> None:
-    """Waits for the last turns, which nobody had to wait for."""
+def _drain(barrier: Any, turns: Any, slots: int, early: int) -> None:
+    """Waits for the last turns, which nobody had to wait for.
+
+    Args:
+        barrier: One for each slot.
+        turns: How many there were.
+        slots: Which they went around.
+        early: Slots before that of the first turn that were freed before it.
+    """
 
     def one(turn: Any, _: Any) -> tuple[()]:
-        plgpu.barrier_wait(barrier.at[lax.rem(turn, slots)])
+        plgpu.barrier_wait(barrier.at[lax.rem(turn + slots, slots)])
         return ()
 
-    lax.fori_loop(jnp.maximum(turns - slots, 0), turns, one, ())
+    lax.fori_loop(jnp.maximum(turns - slots, -early), turns, one, ())
 
 
 def _zeros(count: int) -> list[Any]:
@@ -352,21 +364,29 @@ class _Block:
         """Steps of this block, over all of its tiles."""
         return self.count * self.tiling.steps
 
-    def window(self, turn: Any) -> tuple[Any, Any, Any, Any]:
-        """Images, first row, stretch and channels of the step number `turn` over all tiles.
+    @property
+    def early(self) -> int:
+        """How many slots, the last, are free at first and filled only in the first steps."""
+        raise NotImplementedError
+
+    def following(self, slot: Any) -> Any:
+        """The slot after one; a remainder would be computed anew for every use."""
+        return jnp.where(slot == self.depth - 1, 0, slot + 1)
+
+    def window(self, step: Step) -> tuple[Any, Any, Any, Any]:
+        """Images, first row, stretch and channels of a step.
 
         The row is one of coefficients, in an image, and does not count what a tile reads above it.
         """
+        i, s = step
         tiling = self.tiling
-        image, row = self.origin(lax.div(turn, tiling.steps))
+        image, row = self.origin(i)
         chunk, stretch = self.place
-        row = row + lax.rem(turn, tiling.steps)
-        return pl.ds(image, tiling.images), row, stretch, pl.ds(chunk * CHANNELS, CHANNELS)
+        return pl.ds(image, tiling.images), row + s, stretch, pl.ds(chunk * CHANNELS, CHANNELS)
 
-    def fetch_rows(self, turn: Any, above: int) -> None:
+    def fetch_rows(self, slot: Any, step: Step, above: int) -> None:
         """Orders the copy of the two rows of x that lie `above` rows over those of a step."""
-        images, row, stretch, channels = self.window(turn)
-        slot = lax.rem(turn, self.depth)
+        images, row, stretch, channels = self.window(step)
         first = 2 * (stretch * self.tiling.width - self.tiling.reach)
         columns = pl.ds(first, self.rows.shape[-2])
         plgpu.copy_gmem_to_smem(
@@ -375,26 +395,41 @@ class _Block:
             self.full.at[slot],
         )
 
-    def fetch(self, turn: Any) -> None:
+    def fetch(self, slot: Any, step: Step) -> None:
         """Orders the copies of a step."""
         raise NotImplementedError
 
-    def fetch_first(self) -> None:
-        """Orders the copies of the first steps, for which all slots are free."""
+    def fetch_first(self) -> Ring:
+        """Orders the copies of the first steps, but for the last `early` slots."""
+        ring: Ring = (jnp.int32(0), (jnp.int32(0), jnp.int32(0)))
 
-        def one(turn: Any, _: Any) -> tuple[()]:
-            pl.when(turn < self.turns)(partial(self.fetch, turn))
-            return ()
+        def one(_: Any, ring: Ring) -> Ring:
+            return self.fetch_next(ring, wait=False)
 
-        lax.fori_loop(0, self.depth, one, ())
+        return lax.fori_loop(0, self.depth - self.early, one, ring)
 
-    def fetch_next(self, turn: Any) -> None:
-        """Orders the copies of a step into the slot of step `turn`, once all have freed it."""
+    def fetch_next(self, ring: Ring, wait: bool = True) -> Ring:
+        """Orders the copies of the ring's step, if there is one; the ring that follows.
 
-        @pl.when((turn >= 0) & (turn + self.depth < self.turns))
+        Args:
+            ring: A slot, and the step that it is for.
+            wait: Whether for all to have freed the slot.
+        """
+        slot, (i, s) = ring
+
+        @pl.when(i < self.count)
         def _() -> None:
-            plgpu.barrier_wait(self.free.at[lax.rem(turn, self.depth)])
-            self.fetch(turn + self.depth)
+            if wait:
+                plgpu.barrier_wait(self.free.at[slot])
+            self.fetch(slot, (i, s))
+
+        last = s == self.tiling.steps - 1
+        return self.following(slot), (jnp.where(last, i + 1, i), jnp.where(last, 0, s + 1))
+
+    def free_first(self, early: int) -> None:
+        """Frees the last `early` slots, into which nothing was copied yet."""
+        for slot in range(self.depth - early, self.depth):
+            plgpu.barrier_arrive(self.free.at[slot])
 
     def pairs(self, row: Any, pair: Any, columns: int) -> list[tuple[Any, Any]]:
         """(LL, LH) of each column of coefficients, or (HL, HH) if `pair` is 1, twice as large.
@@ -456,12 +491,16 @@ class _LevelBlock(_Block):
         """Rows of coefficients that the base convolution's results lie behind what it reads."""
         return self.tiling.lag if self.level == 1 else 0
 
-    def fetch(self, turn: Any) -> None:
+    @property
+    def early(self) -> int:
+        """Rows are read in the step that they come for, and ordered in the next."""
+        return 1
+
+    def fetch(self, slot: Any, step: Step) -> None:
         """Orders the copies of a step."""
-        self.fetch_rows(turn, self.tiling.lead)
+        self.fetch_rows(slot, step, self.tiling.lead)
         if self.below is not None:
-            images, row, stretch, channels = self.window(turn)
-            slot = lax.rem(turn, self.depth)
+            images, row, stretch, channels = self.window(step)
             columns = pl.ds(stretch * self.tiling.width, self.tiling.width)
             row = row - self.tiling.lead - self.tiling.reach
             plgpu.copy_gmem_to_smem(
@@ -483,70 +522,67 @@ class _LevelBlock(_Block):
             ]
             for d in range(size)
         ]
-        share = jnp.where(pair == 0, 1.0, 0.0).astype(jnp.float32)
         filtered = 2 * columns
 
-        def step(turn: Any, sums: list[Any], zero: bool) -> tuple[list[Any], Any]:
-            """Adds a row to the `size` rows of results that it is a neighbour of."""
-            slot = lax.rem(turn, self.depth)
-            plgpu.barrier_wait(self.full.at[slot])
-            if zero:
-                return [*sums, *_zeros(filtered)], slot
-            found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
+        def added(found: list[Any], sums: list[Any] | None, row: int) -> list[Any]:
+            """The sums of a row of results, of `size` that a row is a neighbour of, with it."""
             totals = []
-            for row in range(size):
-                for j in range(columns):
-                    for band in range(2):
-                        at = (row * columns + j) * 2 + band
-                        total = sums[at] if row < size - 1 else None
-                        for e in range(size):
-                            product = found[j + e][band] * taps[size - 1 - row][e][band]
-                            total = product if total is None else total + product
-                        totals.append(total)
-            return totals, slot
+            for j, band in itertools.product(range(columns), range(2)):
+                total = None if sums is None else sums[2 * j + band]
+                for e in range(size):
+                    product = found[j + e][band] * taps[size - 1 - row][e][band]
+                    total = product if total is None else total + product
+                totals.append(total)
+            return totals
+
+        def add_below(slot: Any, lows: list[Any]) -> list[Any]:
+            row = self.deep.at[slot, :, 0]
+            return [low + self.column(row, j, 1) for j, low in enumerate(lows)]
 
         def hand_on(turn: Any, slot: Any, done: list[Any]) -> None:
             """Hands on the row of results number `turn`, counted over all tiles."""
+            lows, highs = done[::2], done[1::2]
             if self.below is not None:
-                for j in range(columns):
-                    done[2 * j] += share * self.column(self.deep.at[slot, :, 0], j, 1)
-            to = lax.rem(turn, _HANDED)
-
-            @pl.when(turn >= _HANDED)
-            def _() -> None:
-                plgpu.barrier_wait(self.handed_free.at[to])
-
+                lows = lax.cond(pair == 0, partial(add_below, slot), lambda lows: lows, lows)
+            to = turn & _HANDED - 1
+            plgpu.barrier_wait(self.handed_free.at[to])
             for j in range(columns):
-                low, high = done[2 * j], done[2 * j + 1]
-                self.view(self.handed.at[to, pair, 0], j, 1)[...] = low + high
-                self.view(self.handed.at[to, pair, 1], j, 1)[...] = low - high
+                self.view(self.handed.at[to, pair, 0], j, 1)[...] = lows[j] + highs[j]
+                self.view(self.handed.at[to, pair, 1], j, 1)[...] = lows[j] - highs[j]
             plgpu.barrier_arrive(self.handed_full.at[to])
 
-        def tile(i: Any, _: Any) -> tuple[()]:
+        def tile(i: Any, slot: Any) -> Any:
             skipped = tiling.lead + tiling.reach
 
-            def one(s: Any, sums: list[Any]) -> list[Any]:
-                totals, slot = step(i * tiling.steps + s, sums, zero=False)
+            def one(s: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+                slot, sums = carry
+                plgpu.barrier_wait(self.full.at[slot])
+                found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
+                first, *others = [*sums, None]
 
+                # Before sums of the next row begin, which take the registers of these.
                 @pl.when(s >= skipped)
                 def _() -> None:
-                    hand_on(i * tiling.rows + s - skipped, slot, totals[:filtered])
+                    hand_on(i * tiling.rows + s - skipped, slot, added(found, first, 0))
 
                 plgpu.barrier_arrive(self.free.at[slot])
-                return totals[filtered:]
+                sums = [added(found, other, row) for row, other in enumerate(others, 1)]
+                return self.following(slot), sums
 
-            sums = _zeros(filtered * (size - 1))
-            sums = lax.fori_loop(0, tiling.read, one, sums)
+            carry = slot, [_zeros(filtered)] * (size - 1)
+            slot, sums = lax.fori_loop(0, tiling.read, one, carry)
             for s in range(tiling.read, tiling.steps):
-                totals, slot = step(i * tiling.steps + s, sums, zero=True)
+                plgpu.barrier_wait(self.full.at[slot])
+                first, *sums = [*sums, _zeros(filtered)]
                 if s >= skipped:
-                    hand_on(i * tiling.rows + s - skipped, slot, totals[:filtered])
+                    hand_on(i * tiling.rows + s - skipped, slot, first)
                 plgpu.barrier_arrive(self.free.at[slot])
-                sums = totals[filtered:]
-            return ()
+                slot = self.following(slot)
+            return slot
 
-        lax.fori_loop(0, self.count, tile, ())
-        _drain(self.handed_free, self.count * tiling.rows, _HANDED)
+        self.free_first(self.early)
+        lax.fori_loop(0, self.count, tile, jnp.int32(0))
+        _drain(self.handed_free, self.count * tiling.rows, _HANDED, _HANDED)
 
     def pixels(self, lower: int) -> None:
         """Convolves the upper or the lower row of each pair of pixels' rows, and writes it."""
@@ -555,48 +591,26 @@ class _LevelBlock(_Block):
         chunk, _ = self.place
         if self.level == 1:
             taps = [[self.taps[chunk, d * size + e] for e in range(size)] for d in range(size)]
-        offset = self.taps[chunk, self.taps.shape[1] - 1] if self.biased else None
+        start = self.taps[chunk, self.taps.shape[1] - 1] if self.biased else _zeros(1)[0]
         open_rows = 2 * self.lag
 
-        def step(turn: Any, sums: list[Any], zero: bool) -> list[Any]:
-            """Adds two rows of pixels to the rows of results that they are neighbours of."""
-            slot = lax.rem(turn, self.depth)
-            plgpu.barrier_wait(self.full.at[slot])
-            totals = []
-            if self.level == 1 and zero:
-                totals = [*sums, *_zeros(columns)]
-            elif self.level == 1:
-                reach = tiling.reach
-                rows = [
-                    [
-                        self.column(self.rows.at[slot, :, row], reach + j)
-                        for j in range(columns + size - 1)
-                    ]
-                    for row in range(2)
-                ]
-                for o in range(open_rows + 1):
-                    taken = [(row, row + 2 * (self.lag - o) - lower + reach) for row in range(2)]
-                    for j in range(columns):
-                        total = sums[o * columns + j] if o < open_rows else _zeros(1)[0]
-                        for row, d in taken:
-                            for e in range(size if 0 <= d < size else 0):
-                                total = total + rows[row][j + e] * taps[d][e]
-                        totals.append(total)
-            plgpu.barrier_arrive(self.free.at[slot])
-            if lower:
-                self.fetch_next(turn - 1)
+        def added(rows: list[Any], sums: list[Any], o: int) -> list[Any]:
+            """The sums of the o-th row of results, of those not complete, with two rows of x."""
+            totals = list(sums)
+            for j, row in itertools.product(range(columns if rows else 0), range(2)):
+                d = row + 2 * (self.lag - o) - lower + tiling.reach
+                for e in range(size if 0 <= d < size else 0):
+                    totals[j] = totals[j] + rows[row][j + e] * taps[d][e]
             return totals
 
         def write(i: Any, row: Any, done: list[Any]) -> None:
             turn = i * tiling.rows + row
-            slot, to = lax.rem(turn, _HANDED), lax.rem(turn, 2)
+            slot, to = turn & _HANDED - 1, turn & 1
             plgpu.barrier_wait(self.handed_full.at[slot])
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             out = self.out.at[lower, to, :, 0]
             for j in range(tiling.columns):
                 even, odd = (self.column(self.handed.at[slot, p, lower], j, 1) for p in range(2))
-                if offset is not None:
-                    even = even + offset
                 for column, value in ((2 * j, even + odd), (2 * j + 1, even - odd)):
                     if done:
                         value = value + done[column]
@@ -605,33 +619,55 @@ class _LevelBlock(_Block):
             plgpu.commit_smem()
             self.store(i, row, lower, to)
 
-        def tile(i: Any, _: Any) -> tuple[()]:
+        def tile(i: Any, carry: tuple[Any, Ring]) -> tuple[Any, Ring]:
             skipped = tiling.lead + self.lag
+            new = [start] * columns if self.level == 1 else []
 
-            def one(s: Any, sums: list[Any]) -> list[Any]:
-                totals = step(i * tiling.steps + s, sums, zero=False)
+            def one(s: Any, carry: tuple[Any, Ring, list[Any]]) -> tuple[Any, Ring, list[Any]]:
+                slot, ring, sums = carry
+                plgpu.barrier_wait(self.full.at[slot])
+                rows = [
+                    [
+                        self.column(self.rows.at[slot, :, row], tiling.reach + j)
+                        for j in range(columns + size - 1)
+                    ]
+                    for row in range(2 if self.level == 1 else 0)
+                ]
+                plgpu.barrier_arrive(self.free.at[slot])
+                first, *others = [*sums, new]
 
+                # Before sums of the next row begin, which take the registers of these.
                 @pl.when((s >= skipped) & (s < skipped + tiling.rows))
                 def _() -> None:
-                    write(i, s - skipped, totals[:columns])
+                    write(i, s - skipped, added(rows, first, 0))
 
-                return totals[columns:]
+                sums = [added(rows, other, o) for o, other in enumerate(others, 1)]
+                if lower:
+                    ring = self.fetch_next(ring)
+                return self.following(slot), ring, sums
 
-            sums = _zeros(open_rows * columns)
-            sums = lax.fori_loop(0, tiling.read, one, sums)
+            slot, ring = carry
+            sums = [new] * open_rows
+            slot, ring, sums = lax.fori_loop(0, tiling.read, one, (slot, ring, sums))
             for s in range(tiling.read, tiling.steps):
-                totals = step(i * tiling.steps + s, sums, zero=True)
+                plgpu.barrier_wait(self.full.at[slot])
+                plgpu.barrier_arrive(self.free.at[slot])
+                first, *sums = [*sums, new]
                 if skipped <= s < skipped + tiling.rows:
-                    write(i, s - skipped, totals[:columns])
-                sums = totals[columns:]
-            return ()
+                    write(i, s - skipped, first)
+                if lower:
+                    ring = self.fetch_next(ring)
+                slot = self.following(slot)
+            return slot, ring
 
-        if lower:
-            self.fetch_first()
-        lax.fori_loop(0, self.count, tile, ())
+        self.free_first(self.early)
+        for handed in range(_HANDED):
+            plgpu.barrier_arrive(self.handed_free.at[handed])
+        ring: Any = self.fetch_first() if lower else ()
+        lax.fori_loop(0, self.count, tile, (jnp.int32(0), ring))
         plgpu.wait_smem_to_gmem(0)
         if lower:
-            _drain(self.free, self.turns, self.depth)
+            _drain(self.free, self.turns, self.depth, self.early)
 
     def store(self, i: Any, row: Any, lower: int, slot: Any) -> None:
         """Orders the copy of a row of the i-th tile's pixels to the result.
@@ -817,11 +853,15 @@ class _WeightsBlock(_Block):
         """Steps by which the rows of pixels of dy are used later than they come in."""
         return self.tiling.reach - self.tiling.lag
 
-    def fetch(self, turn: Any) -> None:
+    @property
+    def early(self) -> int:
+        """Where there are others than the fetching warpgroup."""
+        return 0 if self.base is None else self.behind + 1
+
+    def fetch(self, slot: Any, step: Step) -> None:
         """Orders the copies of a step."""
-        self.fetch_rows(turn, self.tiling.reach)
-        images, row, stretch, channels = self.window(turn)
-        slot = lax.rem(turn, self.depth)
+        self.fetch_rows(slot, step, self.tiling.reach)
+        images, row, stretch, channels = self.window(step)
         columns = pl.ds(2 * stretch * self.tiling.width, 2 * self.tiling.width)
         plgpu.copy_gmem_to_smem(
             self.dy.at[images, pl.ds(2 * row, 2), columns, channels],
@@ -829,46 +869,67 @@ class _WeightsBlock(_Block):
             self.full.at[slot],
         )
 
-    def own(self, row: Any, values: list[Any]) -> list[Any]:
-        """Values of a row of dy, zero if the row is another tile's."""
-        mine = (row >= 0) & (row < self.tiling.rows)
-        # Not a product: what lies there may be infinite.
-        return [jnp.where(mine, value, 0.0) for value in values]
+    def over_a_tile(self, step: Any, carry: Any, window: int, columns: int, behind: int) -> Any:
+        """Takes the steps of a tile, those that have zeros for certain by a code of their own.
+
+        Args:
+            step: Called with what it carries, the window, whether there may be other than zeros in
+                its rows of x, and whether its row of dy is the tile's; returns the first two.
+            carry: What it carries at first; returned as it is at last.
+            window: Rows of dy that a step keeps; None is for zeros.
+            columns: Values of each.
+            behind: Steps by which a row of dy is used later than it comes in.
+        """
+        tiling = self.tiling
+        # Rows above an image.
+        zeros = tiling.reach if tiling.heights == 1 else 0
+        first, last = max(zeros, behind), tiling.rows + behind
+        rows: list[list[Any] | None] = [None] * window
+        for s in range(first):
+            carry, rows = step(carry, rows, s >= zeros, behind <= s < last)
+        rows = [_zeros(columns) if row is None else row for row in rows]
+        # By twos: else each row of the window is moved in each step.
+        odd = max(first, last - (last - first) % 2)
+        carry, rows = lax.fori_loop(
+            first, odd, lambda _, state: step(*state, True, True), (carry, rows), unroll=2
+        )
+        for s in range(odd, tiling.steps):
+            carry, rows = step(carry, rows, True, s < last)
+        return carry
 
     def correlate_bands(self, pair: Any) -> None:
         """Sums of (LL, LH), or of (HL, HH) if `pair` is 1."""
         plgpu.set_max_registers(_REGISTERS["bands"], action="increase")
-        tiling, size, columns = self.tiling, self.size, self.tiling.columns
+        size, columns = self.size, self.tiling.columns
         filtered = 2 * columns
 
-        def tile(i: Any, totals: list[Any]) -> list[Any]:
-            def one(s: Any, carry: list[Any]) -> list[Any]:
-                turn = i * tiling.steps + s
-                slot = lax.rem(turn, self.depth)
-                plgpu.barrier_wait(self.full.at[slot])
-                totals, window = carry[: 2 * size**2], carry[2 * size**2 :]
+        def step(carry: Any, window: list[Any], some: bool, own: bool) -> tuple[Any, list[Any]]:
+            slot, totals = carry
+            plgpu.barrier_wait(self.full.at[slot])
+            row = None
+            if own:
                 row = [v for both in self.pairs(self.others.at[slot], pair, columns) for v in both]
-                if tiling.heights > 1:
-                    row = self.own(s, row)
-                window = [*window, *row]
-                found = self.pairs(self.rows.at[slot], pair, columns + size - 1)
-                plgpu.barrier_arrive(self.free.at[slot])
-                sums = []
-                for d in range(size):
-                    for e in range(size):
-                        for band in range(2):
-                            total = totals[(d * size + e) * 2 + band]
-                            for j in range(columns):
-                                # The oldest row of dy is the furthest above that of x.
-                                at = ((size - 1 - d) * columns + j) * 2 + band
-                                total = total + found[j + e][band] * window[at]
-                            sums.append(total)
-                return [*sums, *window[filtered:]]
+            window = [*window, row]
+            found = self.pairs(self.rows.at[slot], pair, columns + size - 1) if some else []
+            plgpu.barrier_arrive(self.free.at[slot])
+            sums = list(totals)
+            # The oldest row of dy is the furthest above that of x.
+            for d, row in enumerate(reversed(window)):
+                if row is None or not some:
+                    continue
+                for e in range(size):
+                    for band in range(2):
+                        at = (d * size + e) * 2 + band
+                        for j in range(columns):
+                            sums[at] = sums[at] + found[j + e][band] * row[2 * j + band]
+            return (self.following(slot), sums), window[1:]
 
-            window = _zeros(filtered * (size - 1))
-            return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: 2 * size**2]
+        def tile(_: Any, carry: Any) -> Any:
+            return self.over_a_tile(step, carry, size - 1, filtered, 0)
 
-        totals = lax.fori_loop(0, self.count, tile, _zeros(2 * size**2))
+        self.free_first(self.early)
+        carry = jnp.int32(0), _zeros(2 * size**2)
+        _, totals = lax.fori_loop(0, self.count, tile, carry)
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         self.leave(pair, totals, self.bands.at[split, unit, pair])
 
@@ -877,53 +938,52 @@ class _WeightsBlock(_Block):
         plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
         tiling, size, columns = self.tiling, self.size, 2 * self.tiling.columns
         reach, lag, behind = tiling.reach, tiling.lag, self.behind
-        if lower:
-            self.fetch_first()
 
-        def tile(i: Any, totals: list[Any]) -> list[Any]:
-            def one(s: Any, carry: list[Any]) -> list[Any]:
-                turn = i * tiling.steps + s
-                slot = lax.rem(turn, self.depth)
-                plgpu.barrier_wait(self.full.at[slot])
-                totals, window = carry[: size**2 + 1], carry[size**2 + 1 :]
-                # Of the turn before the first nothing is there, nor used.
-                before = lax.rem(turn - behind + self.depth, self.depth)
+        def step(carry: Any, window: list[Any], some: bool, own: bool) -> tuple[Any, list[Any]]:
+            # `before` is the slot of `behind` steps ago.
+            slot, before, ring, totals = carry
+            plgpu.barrier_wait(self.full.at[slot])
+            sums = list(totals)
+            if own:
                 other = self.others.at[before, :, lower]
                 row = [self.column(other, j) for j in range(columns)]
-                if tiling.heights > 1 or behind:
-                    row = self.own(s - behind, row)
-                window = [*window, *row]
-                sums = list(totals)
                 for value in row:
                     sums[-1] = sums[-1] + value
-                for v in range(2):
-                    x = self.rows.at[slot, :, v]
-                    values = [self.column(x, reach + j) for j in range(columns + size - 1)]
-                    for o in range(2 * lag + 1):
-                        d = 2 * (lag - o) + v - lower + reach
-                        for e in range(size if 0 <= d < size else 0):
-                            for j in range(columns):
-                                product = values[j + e] * window[o * columns + j]
-                                sums[d * size + e] = sums[d * size + e] + product
+                window = [*window, row]
+            else:
+                window = [*window, None]
+            for v in range(2 if some else 0):
+                x = self.rows.at[slot, :, v]
+                values = [self.column(x, reach + j) for j in range(columns + size - 1)]
+                for o, others in enumerate(window):
+                    d = 2 * (lag - o) + v - lower + reach
+                    if others is None or not 0 <= d < size:
+                        continue
+                    for e in range(size):
+                        for j in range(columns):
+                            product = values[j + e] * others[j]
+                            sums[d * size + e] = sums[d * size + e] + product
+            plgpu.barrier_arrive(self.free.at[before])
+            if lower:
+                ring = self.fetch_next(ring)
+            return (self.following(slot), self.following(before), ring, sums), window[1:]
 
-                @pl.when(turn >= behind)
-                def _() -> None:
-                    plgpu.barrier_arrive(self.free.at[before])
+        def tile(_: Any, carry: Any) -> Any:
+            return self.over_a_tile(step, carry, 2 * lag, columns, behind)
 
-                if lower:
-                    self.fetch_next(turn - behind - 1)
-                return [*sums, *window[columns:]]
-
-            window = _zeros(2 * lag * columns)
-            return lax.fori_loop(0, tiling.steps, one, [*totals, *window])[: size**2 + 1]
-
-        totals = lax.fori_loop(0, self.count, tile, _zeros(size**2 + 1))
-        for late in range(behind):
-            plgpu.barrier_arrive(self.free.at[lax.rem(self.turns - behind + late, self.depth)])
+        # The others of the slots that are free at first are freed by the first steps.
+        plgpu.barrier_arrive(self.free.at[self.depth - 1 - behind])
+        ring: Any = self.fetch_first() if lower else ()
+        before = jnp.int32(self.depth - behind if behind else 0)
+        carry = jnp.int32(0), before, ring, _zeros(size**2 + 1)
+        _, before, _, totals = lax.fori_loop(0, self.count, tile, carry)
+        for _ in range(behind):
+            plgpu.barrier_arrive(self.free.at[before])
+            before = self.following(before)
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         self.leave(2 + lower, totals, self.base.at[split, unit, lower])
         if lower:
-            _drain(self.free, self.turns, self.depth)
+            _drain(self.free, self.turns, self.depth, self.early)
 
     def leave(self, role: Any, totals: list[Any], to: Any) -> None:
         """Adds up the strips of each sum, in shared memory, and stores them."""
@@ -945,11 +1005,5 @@ class _WeightsBlock(_Block):
     def only_fetch(self) -> None:
         """Orders the copies for two warpgroups that need no others."""
         plgpu.set_max_registers(_REGISTERS["pixels"], action="decrease")
-        self.fetch_first()
-
-        def one(turn: Any, _: Any) -> tuple[()]:
-            self.fetch_next(turn)
-            return ()
-
-        lax.fori_loop(0, self.turns, one, ())
-        _drain(self.free, self.turns, self.depth)
+        lax.fori_loop(0, self.turns, lambda _, ring: self.fetch_next(ring), self.fetch_first())
+        _drain(self.free, self.turns, self.depth, self.early)
