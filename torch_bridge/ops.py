@@ -388,8 +388,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if needs_x:
         dx = apply(dy, taps, None, ctx.wavelet, not ctx.transpose, ctx.bwd, ctx.bwd)
     if needs_bias:
-        # One image after the other: of all at once PyTorch makes a sum that is twice as slow.
-        dbias = dy.sum(tuple(range(2, dy.ndim)), dtype=ctx.bias).sum(0)
+        # In two steps: of all at once PyTorch makes a sum that is twice as slow, and of the many
+        # rows of a channels-last image one that takes up to an input's memory.
+        first = tuple(range(2, dy.ndim)) if dy.is_contiguous() else (-1,)
+        rows = dy.sum(first, dtype=ctx.bias)
+        dbias = rows.sum((0, *range(2, rows.ndim)))
     return dx, dtaps, dbias, None, None, None, None
 
 

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels import platform
 
@@ -17,7 +17,7 @@ def test_within_shard_map_it_is_a_real_device():
 
     device = jax.devices()[0]
     kind = AbstractDevice(device.device_kind, num_cores=None, platform=device.platform)
-    mesh = jax.make_mesh((1,), ("batch",))
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("batch")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind)):
         shard(None)
