@@ -224,7 +224,8 @@ def speedups(report: Mapping[str, Any]) -> Figure:
             places = np.arange(len(shapes)) + (i - (len(contenders) - 1) / 2) * width
             colour = COLOURS[i % len(COLOURS)]
             bars = axes.bar(places, speed, 0.92 * width, color=colour, label=contender)
-            axes.bar_label(bars, fmt="%.2g", fontsize=8, padding=1)
+            texts = [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in speed]
+            axes.bar_label(bars, texts, fontsize=8, padding=1)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
