@@ -43,3 +43,18 @@ def measured(monkeypatch):
     store = cache.Cache(None)
     monkeypatch.setattr(cache, "user_cache", lambda: store)
     return store
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """The labels of the tuner's searches that were made."""
+    from pallas_kernels.dispatch import tuner
+
+    made, search = [], tuner._search
+
+    def counted(label, *rest):
+        made.append(label)
+        return search(label, *rest)
+
+    monkeypatch.setattr(tuner, "_search", counted)
+    return made

@@ -5,12 +5,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels import oracle
-from pallas_kernels.conv2d import conv2d
-from pallas_kernels.conv2d.cases import Case, inputs
+from pallas_kernels.conv2d import conv2d, get_igemm_conv2d
+from pallas_kernels.conv2d.cases import TABLE, Case, inputs
 
 LOW = ("bfloat16", "float16")
+# A second each: every shape is compiled.
+ON_GPU = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (i >= 22))
+    for i, case in enumerate(TABLE)
+]
 NAMES = ("y", "dx", "dw", "dbias")
 
 
@@ -154,6 +160,16 @@ def assert_close(case, got, want):
 def assert_oracle(case, implementation=None):
     """Output and gradients of a case are the oracle's."""
     assert_close(case, value_and_grads(ours(case, implementation), case), expected(case))
+
+
+def assert_igemm(case, implementation):
+    """The compiled product of a case's images and filters is the oracle's."""
+    kernel, _ = get_igemm_conv2d(
+        case.layout, *case[:8], case.dtype, case.out_dtype, implementation=implementation
+    )
+    x, w, _, _ = arrays(case)
+    want = oracle.conv2d(x, w, **case.arguments)
+    np.testing.assert_allclose(kernel(x, w), want, rtol=1e-3, atol=1e-3)
 
 
 def assert_sharded(implementation, check_vma, dtype="float32"):

@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conv2d_checks import NAMES, arrays, assert_oracle, assert_sharded, plain
+from conv2d_checks import (
+    NAMES,
+    ON_GPU,
+    arrays,
+    assert_igemm,
+    assert_oracle,
+    assert_sharded,
+    plain,
+)
 from mosaic_gpu_checks import SHARED, lowered, recorded_launches, shapes, shared_bytes
 
-from pallas_kernels import oracle
-from pallas_kernels.conv2d import Config, conv2d, get_igemm_conv2d, mosaic_gpu
+from pallas_kernels.conv2d import Config, conv2d, mosaic_gpu
 from pallas_kernels.conv2d.api import OPERATOR, Problem, Window, _checked_config
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case
 from pallas_kernels.conv2d.shapes import SHAPES, Shape
@@ -281,22 +288,10 @@ def test_tiles(config):
     assert_like_wider(LARGE[0], config)
 
 
-# A second each: every shape is compiled.
-ON_GPU = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (i >= 22))
-    for i, case in enumerate(TABLE)
-]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_GPU)
 def test_the_table(case):
-    kernel, _ = get_igemm_conv2d(
-        case.layout, *case[:8], case.dtype, case.out_dtype, implementation="mosaic_gpu"
-    )
-    x, w, _, _ = arrays(case)
-    want = oracle.conv2d(x, w, **case.arguments)
-    np.testing.assert_allclose(kernel(x, w), want, rtol=1e-3, atol=1e-3)
+    assert_igemm(case, "mosaic_gpu")
 
 
 @pytest.mark.gpu

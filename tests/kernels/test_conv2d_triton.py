@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conv2d_checks import (
+    ON_GPU,
     arrays,
     assert_close,
+    assert_igemm,
     assert_oracle,
     assert_sharded,
     expected,
@@ -16,8 +18,7 @@ from conv2d_checks import (
 from triton_checks import INTERPRETED, compiled_resources, launch, tensor
 
 from flash_wtconv_jax import tuning
-from pallas_kernels import oracle
-from pallas_kernels.conv2d import Config, conv2d, get_igemm_conv2d
+from pallas_kernels.conv2d import Config, conv2d
 from pallas_kernels.conv2d import triton as triton_jax
 from pallas_kernels.conv2d.api import OPERATOR, Problem, Window, _checked_config
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case
@@ -166,22 +167,10 @@ def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "triton")
 
 
-# A second each: every shape is compiled.
-ON_GPU = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (i >= 22))
-    for i, case in enumerate(TABLE)
-]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_GPU)
 def test_the_table(case):
-    kernel, _ = get_igemm_conv2d(
-        case.layout, *case[:8], case.dtype, case.out_dtype, implementation="triton"
-    )
-    x, w, _, _ = arrays(case)
-    want = oracle.conv2d(x, w, **case.arguments)
-    np.testing.assert_allclose(kernel(x, w), want, rtol=1e-3, atol=1e-3)
+    assert_igemm(case, "triton")
 
 
 @pytest.mark.gpu

@@ -16,7 +16,6 @@ from wtconv_checks import arrays, assert_oracle
 
 from flash_wtconv_jax import tune, tuning
 from pallas_kernels import haar, measuring, platform
-from pallas_kernels.dispatch import tuner
 from pallas_kernels.haar import xla as haar_xla
 from pallas_kernels.wtconv import Implementation, wtconv2d, xla
 from pallas_kernels.wtconv.api import Problem
@@ -31,19 +30,6 @@ CASE = Case((6, 5), 1, 3)
 def kind():
     """The kind of device that this CPU is remembered as."""
     return measuring.OnRandomArrays(None, (), None, {}).device_kind
-
-
-@pytest.fixture
-def searches(monkeypatch):
-    """The labels of the searches that were made."""
-    made, search = [], tuner._search
-
-    def counted(label, *rest):
-        made.append(label)
-        return search(label, *rest)
-
-    monkeypatch.setattr(tuner, "_search", counted)
-    return made
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
-from pallas_kernels.dispatch import tuner, tuning  # noqa: E402
+from pallas_kernels.dispatch import tuning  # noqa: E402
 from torch_bridge import measuring, ops  # noqa: E402
 from torch_bridge.backends import eager  # noqa: E402
 
@@ -30,19 +30,6 @@ def twin(request, monkeypatch):
     module.unavailable = lambda platform: None
     monkeypatch.setitem(sys.modules, "torch_bridge.backends.cuda_launch", module)
     return module
-
-
-@pytest.fixture
-def searches(monkeypatch):
-    """The labels of the searches that were made."""
-    made, search = [], tuner._search
-
-    def counted(label, *rest):
-        made.append(label)
-        return search(label, *rest)
-
-    monkeypatch.setattr(tuner, "_search", counted)
-    return made
 
 
 @pytest.fixture
