@@ -110,7 +110,9 @@ def test_channels_whole_images_apart(implementation):
         y = layer(x)
         small = layer(x[:, :, -32:, -32:])
     assert y.isfinite().all()
-    assert torch.equal(y[:, :, -16:, -16:], small[:, :, -16:, -16:])
+    # Small images may be cut into other blocks, and summed in another order.
+    corner, same = y[:, :, -16:, -16:], small[:, :, -16:, -16:]
+    torch.testing.assert_close(corner, same, rtol=2**-7, atol=2**-5)
 
 
 class TestChoice:
