@@ -41,6 +41,28 @@ def checked_array(value: Any, name: str) -> jax.Array:
     return x
 
 
+def check_unsharded(x: jax.Array, name: str) -> None:
+    """Raises where JAX would, in the middle of an operator, of a layout that nobody asked about.
+
+    Args:
+        x: An array.
+        name: The argument's name, for the error.
+
+    Raises:
+        NotImplementedError: It is sharded over Explicit axes of a mesh.
+
+    Example:
+        >>> check_unsharded(jnp.ones(3), "x")
+    """
+    spec = jax.typeof(x).sharding.spec
+    if any(axis is not None for axis in spec):
+        raise NotImplementedError(
+            f"{name}: is sharded over Explicit axes of a mesh, {spec}; wrap the call in "
+            "jax.shard_map over batch and channels, or make the mesh with "
+            "axis_types=(jax.sharding.AxisType.Auto,)"
+        )
+
+
 def checked_integer(value: Any, name: str, *, least: int) -> int:
     """An integer argument: an int or a NumPy integer, never a bool.
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from pallas_kernels import platform
-from pallas_kernels.checks import checked_array, checked_integer
+from pallas_kernels.checks import check_unsharded, checked_array, checked_integer
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.dispatch.tuner import Config
 from pallas_kernels.haar import vjp
@@ -502,4 +502,5 @@ def _checked(value: ArrayLike, name: str, ndim: int) -> jax.Array:
     if x.ndim < ndim + 1:
         axes = ("L", "H, W", "D, H, W")[ndim - 1]
         raise ValueError(f"{name}: expected an array [*batch, {axes}, C], got shape {x.shape}")
+    check_unsharded(x, name)
     return x

@@ -15,7 +15,13 @@ import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels import platform
-from pallas_kernels.checks import Precision, checked_array, checked_integer, checked_precision
+from pallas_kernels.checks import (
+    Precision,
+    check_unsharded,
+    checked_array,
+    checked_integer,
+    checked_precision,
+)
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.dispatch.tuner import Config
 from pallas_kernels.haar.filters import filter_bank
@@ -217,6 +223,7 @@ def _checked_signal(value: ArrayLike, ndim: int) -> jax.Array:
             f"x: expected [*batch, {axes}, C] of at least one sample and channel, got "
             f"shape {x.shape}"
         )
+    check_unsharded(x, "x")
     return x
 
 

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import print_saved_residuals
 from jax.flatten_util import ravel_pytree
 from wtconv_checks import WTCONV, arrays, assert_oracle, results, value_and_grads
 
-from pallas_kernels import oracle
+from pallas_kernels import haar, oracle
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.wtconv import Implementation, wtconv1d, wtconv2d
 from pallas_kernels.wtconv.cases import CASES, PAIRWISE, Case, inputs
@@ -408,3 +408,12 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 def test_sharded_over_batch_and_channels_nothing_is_gathered():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", SHARDED], check=True, env=os.environ | flags)
+
+
+def test_sharded_over_explicit_axes_it_says_what_to_do():
+    x, params, _ = arrays(Case((7, 6), 2, 3))
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("n")))
+    for call in (partial(wtconv2d, params=params), partial(haar.wavedec2, level=1)):
+        with pytest.raises(NotImplementedError, match="is sharded over .* wrap .* jax.shard_map"):
+            jax.jit(call)(x)
