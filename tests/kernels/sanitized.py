@@ -56,5 +56,6 @@ def in_torch(implementation):
     torch.cuda.synchronize()
 
 
-framework, implementation = sys.argv[1:]
-{"jax": in_jax, "torch": in_torch}[framework](implementation)
+if __name__ == "__main__":
+    framework, implementation = sys.argv[1:]
+    {"jax": in_jax, "torch": in_torch}[framework](implementation)
