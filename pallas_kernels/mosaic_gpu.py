@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ __all__ = [
     "SHARED",
     "UNSYNCHRONISED",
     "aligned",
+    "following",
     "size_in_bytes",
     "unavailable",
 ]
@@ -53,6 +55,16 @@ def unavailable(platform: str) -> str | None:
     if shared is not None and shared < _WHOLE_SHARED:
         return f"needs 227 KiB of shared memory a block, capability {capability} has less"
     return None
+
+
+def following(slot: Any, slots: int) -> Any:
+    """The slot after one of a ring; a remainder would be computed anew for every use.
+
+    Example:
+        >>> [int(following(slot, 3)) for slot in range(3)]
+        [1, 2, 0]
+    """
+    return jnp.where(slot == slots - 1, 0, slot + 1)
 
 
 def aligned(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

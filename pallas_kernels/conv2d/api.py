@@ -135,14 +135,15 @@ def conv2d(
     problem = Problem(shape, x.dtype, height, width, features, window, dtype)
     precision, config = checked_precision(precision), _checked_config(config)
     measured = problem, window.filters(w.shape), bias is not None, activation, precision, config
+    here, kind = platform.current(), platform.kind()
     chosen = [
         OPERATOR.choose(
             direction,
             implementation,
-            platform.current(),
+            here,
             problem,
             partial(_measurement, direction, *measured),
-            platform.kind(),
+            kind,
         )
         for direction in OPERATOR.directions
     ]

@@ -78,11 +78,9 @@ def check(direction: str, problem: Problem) -> None:
         reasons.append("float64 as what is written")
     if problem.window.groups > 1:
         reasons.append(f"{problem.window.groups} groups, one alone")
-    if not all(isinstance(size, int) for size in problem.shape):
-        reasons.append("arrays of symbolic size")
-    elif 0 in problem.shape:
-        reasons.append("an empty batch")
-    else:
+    sizes = problem.sizes_beyond()
+    reasons += sizes
+    if not sizes:
         images, *size, _ = problem.shape
         height, width = (n + sum(pads) for n, pads in zip(size, problem.window.pads, strict=True))
         # They are counted in 32 bits, and some tiles beyond the last, too.

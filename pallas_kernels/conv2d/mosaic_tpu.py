@@ -114,10 +114,7 @@ def check(direction: str, problem: Problem) -> None:
         f"{dtype}, {' and '.join(_DTYPES)} alone"
         for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
     ]
-    if not all(isinstance(size, int) for size in problem.shape):
-        reasons.append("arrays of symbolic size")
-    elif 0 in problem.shape:
-        reasons.append("an empty batch")
+    reasons += problem.sizes_beyond()
     if problem.window.groups > 1:
         reasons.append(f"{problem.window.groups} groups of channels")
     if reasons:

@@ -121,3 +121,14 @@ class Problem(NamedTuple):
         """As errors tell it."""
         taps = f"{self.kernel_height}x{self.kernel_width}"
         return f"x {self.shape} {self.dtype}, {self.features} filters of {taps}, {self.window}"
+
+    def sizes_beyond(self) -> list[str]:
+        """Why its sizes are none for a kernel, for "does not take ..."; empty if they are.
+
+        Example:
+            >>> Problem((0, 8, 8, 4), "float32", 3, 3, 8, Window(), "float32").sizes_beyond()
+            ['an empty batch']
+        """
+        if not all(isinstance(size, int) for size in self.shape):
+            return ["arrays of symbolic size"]
+        return ["an empty batch"] if 0 in self.shape else []

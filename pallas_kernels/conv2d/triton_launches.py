@@ -20,11 +20,9 @@ def check(problem: Problem) -> None:
         f"{dtype}, {', '.join(_DTYPES)} alone"
         for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
     ]
-    if not all(isinstance(size, int) for size in problem.shape):
-        reasons.append("arrays of symbolic size")
-    elif 0 in problem.shape:
-        reasons.append("an empty batch")
-    else:
+    sizes = problem.sizes_beyond()
+    reasons += sizes
+    if not sizes:
         images, *size, channels = problem.shape
         height, width = problem.window.output(size, (problem.kernel_height, problem.kernel_width))
         # The gradient of mirrored images is that of larger ones.

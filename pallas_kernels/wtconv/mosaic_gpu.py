@@ -30,6 +30,7 @@ from pallas_kernels.mosaic_gpu import (
     SHARED,
     UNSYNCHRONISED,
     aligned,
+    following,
     size_in_bytes,
     unavailable,
 )
@@ -369,10 +370,6 @@ class _Block:
         """How many slots, the last, are free at first and filled only in the first steps."""
         raise NotImplementedError
 
-    def following(self, slot: Any) -> Any:
-        """The slot after one; a remainder would be computed anew for every use."""
-        return jnp.where(slot == self.depth - 1, 0, slot + 1)
-
     def window(self, step: Step) -> tuple[Any, Any, Any, Any]:
         """Images, first row, stretch and channels of a step.
 
@@ -424,7 +421,7 @@ class _Block:
             self.fetch(slot, (i, s))
 
         last = s == self.tiling.steps - 1
-        return self.following(slot), (jnp.where(last, i + 1, i), jnp.where(last, 0, s + 1))
+        return following(slot, self.depth), (jnp.where(last, i + 1, i), jnp.where(last, 0, s + 1))
 
     def free_first(self, early: int) -> None:
         """Frees the last `early` slots, into which nothing was copied yet."""
@@ -567,7 +564,7 @@ class _LevelBlock(_Block):
 
                 plgpu.barrier_arrive(self.free.at[slot])
                 sums = [added(found, other, row) for row, other in enumerate(others, 1)]
-                return self.following(slot), sums
+                return following(slot, self.depth), sums
 
             carry = slot, [_zeros(filtered)] * (size - 1)
             slot, sums = lax.fori_loop(0, tiling.read, one, carry)
@@ -577,7 +574,7 @@ class _LevelBlock(_Block):
                 if s >= skipped:
                     hand_on(i * tiling.rows + s - skipped, slot, first)
                 plgpu.barrier_arrive(self.free.at[slot])
-                slot = self.following(slot)
+                slot = following(slot, self.depth)
             return slot
 
         self.free_first(self.early)
@@ -644,7 +641,7 @@ class _LevelBlock(_Block):
                 sums = [added(rows, other, o) for o, other in enumerate(others, 1)]
                 if lower:
                     ring = self.fetch_next(ring)
-                return self.following(slot), ring, sums
+                return following(slot, self.depth), ring, sums
 
             slot, ring = carry
             sums = [new] * open_rows
@@ -657,7 +654,7 @@ class _LevelBlock(_Block):
                     write(i, s - skipped, first)
                 if lower:
                     ring = self.fetch_next(ring)
-                slot = self.following(slot)
+                slot = following(slot, self.depth)
             return slot, ring
 
         self.free_first(self.early)
@@ -922,7 +919,7 @@ class _WeightsBlock(_Block):
                         at = (d * size + e) * 2 + band
                         for j in range(columns):
                             sums[at] = sums[at] + found[j + e][band] * row[2 * j + band]
-            return (self.following(slot), sums), window[1:]
+            return (following(slot, self.depth), sums), window[1:]
 
         def tile(_: Any, carry: Any) -> Any:
             return self.over_a_tile(step, carry, size - 1, filtered, 0)
@@ -966,7 +963,9 @@ class _WeightsBlock(_Block):
             plgpu.barrier_arrive(self.free.at[before])
             if lower:
                 ring = self.fetch_next(ring)
-            return (self.following(slot), self.following(before), ring, sums), window[1:]
+            return (following(slot, self.depth), following(before, self.depth), ring, sums), window[
+                1:
+            ]
 
         def tile(_: Any, carry: Any) -> Any:
             return self.over_a_tile(step, carry, 2 * lag, columns, behind)
@@ -979,7 +978,7 @@ class _WeightsBlock(_Block):
         _, before, _, totals = lax.fori_loop(0, self.count, tile, carry)
         for _ in range(behind):
             plgpu.barrier_arrive(self.free.at[before])
-            before = self.following(before)
+            before = following(before, self.depth)
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         self.leave(2 + lower, totals, self.base.at[split, unit, lower])
         if lower:

@@ -24,7 +24,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import MULTIPROCESSORS, SHARED, UNSYNCHRONISED, size_in_bytes
+from pallas_kernels.mosaic_gpu import (
+    MULTIPROCESSORS,
+    SHARED,
+    UNSYNCHRONISED,
+    following,
+    size_in_bytes,
+)
 
 __all__ = ["CHANNELS", "STRIPS", "deep", "fits"]
 
@@ -318,10 +324,6 @@ class _Block:
         zero = jnp.zeros(shape, jnp.float32)
         return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
 
-    def following(self, slot: Any) -> Any:
-        """The slot after one; a remainder would be computed anew for every load."""
-        return jnp.where(slot == self.tiling.slots - 1, 0, slot + 1)
-
     def refill(self, ring: Ring, needed: Any) -> Ring:
         """Orders the copy into the ring's first slot if it is needed; the ring that follows."""
         tiling = self.tiling
@@ -345,7 +347,7 @@ class _Block:
 
         last = turn == tiling.turns - 1
         after = jnp.where(last, task + tiling.blocks, task), jnp.where(last, 0, turn + 1)
-        return self.following(slot), *after
+        return following(slot, tiling.slots), *after
 
     def view(self, row: Any, columns: int, parts: int, j: Any, part: int) -> Any:
         """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
@@ -408,7 +410,7 @@ class _Block:
         taps = self.kernel(0, i)
 
         def advance(s: Any, ring: Ring) -> Ring:
-            slots = ring[0], self.following(ring[0])
+            slots = ring[0], following(ring[0], tiling.slots)
             inside = s < level.height
             pl.when(inside)(partial(self.analyse_pixels, slots, s))
             self.meet()
