@@ -588,7 +588,10 @@ class _LevelBlock(_Block):
         chunk, _ = self.place
         if self.level == 1:
             taps = [[self.taps[chunk, d * size + e] for e in range(size)] for d in range(size)]
-        start = self.taps[chunk, self.taps.shape[1] - 1] if self.biased else _zeros(1)[0]
+        (start,) = _zeros(1)
+        if self.biased:
+            # A sum: inside `shard_map`, JAX (0.11) has it that what is read alone varies, sums not.
+            start = start + self.taps[chunk, self.taps.shape[1] - 1]
         open_rows = 2 * self.lag
 
         def added(rows: list[Any], sums: list[Any], o: int) -> list[Any]:
@@ -885,13 +888,13 @@ class _WeightsBlock(_Block):
         for s in range(first):
             carry, rows = step(carry, rows, s >= zeros, behind <= s < last)
         rows = [_zeros(columns) if row is None else row for row in rows]
-        # By twos: else each row of the window is moved in each step.
-        odd = max(first, last - (last - first) % 2)
+        # Two steps a turn would move rows of the window half as often, and take a quarter longer:
+        # the code of all roles must stay in the cache of instructions.
         carry, rows = lax.fori_loop(
-            first, odd, lambda _, state: step(*state, True, True), (carry, rows), unroll=2
+            first, last, lambda _, state: step(*state, True, True), (carry, rows)
         )
-        for s in range(odd, tiling.steps):
-            carry, rows = step(carry, rows, True, s < last)
+        for _ in range(max(first, last), tiling.steps):
+            carry, rows = step(carry, rows, True, False)
         return carry
 
     def correlate_bands(self, pair: Any) -> None:

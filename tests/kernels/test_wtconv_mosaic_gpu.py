@@ -19,6 +19,7 @@ from wtconv_checks import (
 )
 
 from pallas_kernels import oracle, platform
+from pallas_kernels._compat import vary_over
 from pallas_kernels.wtconv import mosaic_gpu, mosaic_gpu_deep, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case
@@ -72,6 +73,24 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
     with jax.enable_x64(True):
         for text in run(SMALL["padded"], "float32", lowered):
             assert "mosaic_gpu" in text
+
+
+@pytest.mark.core
+def test_kernels_are_traced_for_arrays_that_are_sharded():
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def traced(function, *args, **keys):
+        # Parameters vary too, as they do where the operator's derivative begins.
+        local = lambda *args: function(*vary_over(frozenset("n"), args), **keys)  # noqa: E731
+        specs = spec("n"), *[spec()] * (len(args) - 1)
+        return jax.eval_shape(
+            jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec("n")), *args
+        )
+
+    shape = SMALL["padded"]
+    y, sums = run(shape, "float32", traced)
+    assert y.shape == shape.x and len(sums) == shape.levels + 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
