@@ -35,6 +35,7 @@ from pallas_kernels.mosaic_gpu import (
     unavailable,
 )
 from pallas_kernels.wtconv.mosaic_gpu_deep import CHANNELS, STRIPS, deep, fits
+from pallas_kernels.wtconv.mosaic_gpu_second import second
 
 __all__ = ["BIAS_GRADIENT", "DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
 
@@ -97,16 +98,23 @@ def forward(
     channels, x = x.shape[-1], aligned(x, x.dtype)
     levels, kernel_size = len(taps) - 1, taps[0].shape[0]
     packed = _packed(taps, bias)
-    below = None
+    below: Taps = ()
     if fits(x, levels, kernel_size):
-        below = deep(x, packed, levels, kernel_size, _between(x))
-    else:
-        lows = _lows(x, levels)
-        for level in range(levels, 1, -1):
-            low = lows[level - 1]
-            below = _level(low, below, packed, level, kernel_size, False, _between(x))
+        below = (deep(x, packed, levels, kernel_size, _between(x)),)
+    elif levels > 1:
+        half, low = second(x, packed, kernel_size, _between(x))
+        below = half, *_from_third(low, packed, levels, kernel_size)
     y = _level(x, below, packed, 1, kernel_size, bias is not None, x.dtype)
     return vary_over(axes, y[..., :channels])
+
+
+def _from_third(low: jax.Array, taps: jax.Array, levels: int, kernel_size: int) -> Taps:
+    """Half the synthesis of levels 3 to `levels` from the low band of level 2, if there are any."""
+    lows = _lows(low, levels - 2)
+    below: Taps = ()
+    for level in range(levels, 2, -1):
+        below = (_level(lows[level - 3], below, taps, level, kernel_size, False, low.dtype),)
+    return below
 
 
 def _lows(x: jax.Array, levels: int) -> list[jax.Array]:
@@ -232,61 +240,74 @@ def _packed(taps: Taps, bias: jax.Array | None) -> jax.Array:
 
 def _level(
     x: jax.Array,
-    below: jax.Array | None,
+    below: Taps,
     taps: jax.Array,
     level: int,
     kernel_size: int,
     biased: bool,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """One level there and back: `[N, H, W, C]` of x, and of `below [N, H / 2, W / 2, C]` or larger.
+    """One level there and back.
 
     Args:
         x: `[N, H, W, C]`.
-        below: Half the synthesis of the levels below, or None.
+        below: Half the synthesis of the levels below, or of the next and of those below that one:
+            `[N, H / 2, W / 2, C]` and `[N, H / 4, W / 2, C]`, or larger.
         taps: As `_packed` has them.
-        level: Counted from 1, which has the base convolution too.
+        level: 1, which has the base convolution too, or from 3 on.
         kernel_size: k.
         biased: Whether the taps end with a bias to add.
         dtype: Of the result.
+
+    Returns:
+        `[N, H, W, C]`; of level 3, which is added to level 2 in level 1, each column twice.
     """
     n, h, w, c = x.shape
     tiling = _tiling(x.shape, kernel_size)
-    arrays = {"x": x, "taps": taps} | ({} if below is None else {"below": below})
+    arrays = {"x": x, "taps": taps} | {f"below_{i}": one for i, one in enumerate(below)}
     halo = 2 * tiling.reach
     image = (tiling.images, 2, 2 * tiling.width + 2 * halo, CHANNELS)
     coefficients = (tiling.images, tiling.width, CHANNELS)
     handed = (_HANDED, 2, 2, *coefficients)
     row = (2, 2, tiling.images, 1, 2 * tiling.width, CHANNELS)
-    slot = size_in_bytes(image, x.dtype) + (
-        0 if below is None else size_in_bytes(coefficients, below.dtype)
-    )
+    slot = size_in_bytes(image, x.dtype)
+    slot += sum(size_in_bytes(coefficients, one.dtype) for one in below)
     left = SHARED - size_in_bytes(handed, jnp.dtype("float32")) - size_in_bytes(row, dtype)
     depth = min(8, left // slot)
     scratch = {
         "rows": plgpu.SMEM((depth, *image), x.dtype),
         "handed": plgpu.SMEM(handed, jnp.float32),
         "out": plgpu.SMEM(row, dtype),
-        "full": plgpu.Barrier(num_arrivals=1 if below is None else 2, num_barriers=depth),
+        "full": plgpu.Barrier(num_arrivals=1 + len(below), num_barriers=depth),
         "free": plgpu.Barrier(num_arrivals=4, num_barriers=depth),
         "handed_full": plgpu.Barrier(num_arrivals=2, num_barriers=_HANDED),
         "handed_free": plgpu.Barrier(num_arrivals=2, num_barriers=_HANDED),
     }
-    if below is not None:
-        scratch["deep"] = plgpu.SMEM((depth, tiling.images, 1, *coefficients[1:]), below.dtype)
+    for i, one in enumerate(below):
+        slots = depth, tiling.images, 1, *coefficients[1:]
+        scratch[f"slots_{i}"] = plgpu.SMEM(slots, one.dtype)
     names = [*arrays, "y", *scratch]
+    # Of level 3, whose x has whole chunks of channels.
+    copies = 2 if level == 3 else 1
 
     def body(*refs: Any) -> None:
         block = dict(zip(names, refs, strict=True))
-        _LevelBlock(tiling=tiling, depth=depth, level=level, biased=biased, **block).run()
+        rows_below = [
+            tuple(block.pop(f"{name}_{i}") for name in ("below", "slots"))
+            for i in range(len(below))
+        ]
+        _LevelBlock(
+            tiling=tiling, depth=depth, level=level, biased=biased, below=rows_below, **block
+        ).run()
 
-    kernel = plgpu.kernel(
+    y = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((n, h, w, c), dtype),
+        # The copies side by side, as if they were more channels.
+        out_type=jax.ShapeDtypeStruct((n, h, w, copies * c), dtype),
         scratch_types=list(scratch.values()),
         **_launch(tiling),
-    )
-    return kernel(*arrays.values())
+    )(*arrays.values())
+    return y.reshape(n, h, w * copies, c)
 
 
 def _launch(tiling: _Tiling) -> dict[str, Any]:
@@ -473,8 +494,8 @@ class _LevelBlock(_Block):
     handed_free: Any
     level: int
     biased: bool
-    below: Any = None
-    deep: Any = None
+    below: list[tuple[Any, ...]]
+    """What is added to the low band, in memory and in slots, each of half as many rows."""
 
     def run(self) -> None:
         """Gives each warpgroup its role."""
@@ -496,13 +517,13 @@ class _LevelBlock(_Block):
     def fetch(self, slot: Any, step: Step) -> None:
         """Orders the copies of a step."""
         self.fetch_rows(slot, step, self.tiling.lead)
-        if self.below is not None:
-            images, row, stretch, channels = self.window(step)
-            columns = pl.ds(stretch * self.tiling.width, self.tiling.width)
-            row = row - self.tiling.lead - self.tiling.reach
+        images, row, stretch, channels = self.window(step)
+        columns = pl.ds(stretch * self.tiling.width, self.tiling.width)
+        row = row - self.tiling.lead - self.tiling.reach
+        for i, (array, slots) in enumerate(self.below):
             plgpu.copy_gmem_to_smem(
-                self.below.at[images, pl.ds(row, 1), columns, channels],
-                self.deep.at[slot],
+                array.at[images, pl.ds(row >> i, 1), columns, channels],
+                slots.at[slot],
                 self.full.at[slot],
             )
 
@@ -533,13 +554,15 @@ class _LevelBlock(_Block):
             return totals
 
         def add_below(slot: Any, lows: list[Any]) -> list[Any]:
-            row = self.deep.at[slot, :, 0]
-            return [low + self.column(row, j, 1) for j, low in enumerate(lows)]
+            for _, slots in self.below:
+                row = slots.at[slot, :, 0]
+                lows = [low + self.column(row, j, 1) for j, low in enumerate(lows)]
+            return lows
 
         def hand_on(turn: Any, slot: Any, done: list[Any]) -> None:
             """Hands on the row of results number `turn`, counted over all tiles."""
             lows, highs = done[::2], done[1::2]
-            if self.below is not None:
+            if self.below:
                 lows = lax.cond(pair == 0, partial(add_below, slot), lambda lows: lows, lows)
             to = turn & _HANDED - 1
             plgpu.barrier_wait(self.handed_free.at[to])
@@ -679,19 +702,23 @@ class _LevelBlock(_Block):
         image, first = self.origin(i)
         chunk, stretch = self.place
         _, height, width, channels = self.y.shape
+        first_channels = range(0, channels, self.x.shape[-1])
         if lower and height == 1:
             return
 
         def copy(columns: int) -> None:
-            plgpu.copy_smem_to_gmem(
-                self.out.at[lower, slot, :, :, pl.ds(0, columns)],
-                self.y.at[
-                    pl.ds(image, tiling.images),
-                    pl.ds(2 * (first + row) + lower, 1),
-                    pl.ds(2 * stretch * tiling.width, columns),
-                    pl.ds(chunk * CHANNELS, CHANNELS),
-                ],
-            )
+            for channel in first_channels:
+                plgpu.copy_smem_to_gmem(
+                    self.out.at[lower, slot, :, :, pl.ds(0, columns)],
+                    self.y.at[
+                        pl.ds(image, tiling.images),
+                        pl.ds(2 * (first + row) + lower, 1),
+                        pl.ds(2 * stretch * tiling.width, columns),
+                        pl.ds(channel + chunk * CHANNELS, CHANNELS),
+                    ],
+                    # `write` waits for all of them as for one.
+                    commit_group=channel == first_channels[-1],
+                )
 
         if channels != CHANNELS or tiling.images > 1:
             copy(2 * tiling.width)

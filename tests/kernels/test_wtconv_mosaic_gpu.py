@@ -20,7 +20,7 @@ from wtconv_checks import (
 
 from pallas_kernels import oracle, platform
 from pallas_kernels._compat import vary_over
-from pallas_kernels.wtconv import mosaic_gpu, mosaic_gpu_deep, wtconv2d
+from pallas_kernels.wtconv import mosaic_gpu, mosaic_gpu_deep, mosaic_gpu_second, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.checking import drawn, worst
@@ -104,8 +104,9 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
     assert len(launches) == forward + shape.levels
     for scratch, keys in launches:
         assert shared_bytes(scratch) <= SHARED
-        # Fewer slots than rows in flight would wait for each other for ever.
-        assert scratch[0].shape[0] >= 3
+        # Fewer rows in slots than in flight would wait for each other for ever.
+        slots, _, rows, *_ = scratch[0].shape
+        assert slots * rows >= 6
         # Pallas has CUDA's first axis last; its second takes no more blocks.
         *others, last = keys["grid"]
         assert last < 2**31 and all(blocks < 2**16 for blocks in others)
@@ -115,23 +116,25 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
 def test_tiles_hold_every_pixel_once(name):
     n, h, w, c = (GPU_SHAPES | SMALL | EXTREME)[name].x
     for kernel_size in (1, 3, 5):
-        tiling = mosaic_gpu._tiling((n, h, w, c), kernel_size)
-        assert tiling.reach == kernel_size // 2
-        assert tiling.images * tiling.strips == mosaic_gpu.STRIPS
-        taken = np.zeros(tiling.tiles, int)
-        for split in range(tiling.splits):
-            taken[split :: tiling.splits] += 1
-        assert (taken == 1).all()
-        groups, rest = divmod(tiling.tiles, tiling.heights)
-        assert rest == 0
-        # So many parts, of so many elements each, and none of them beyond what there is.
-        for parts, each, whole in (
-            (groups, tiling.images, n),
-            (tiling.heights, tiling.rows, (h + 1) // 2),
-            (tiling.stretches, tiling.width, (w + 1) // 2),
-            (tiling.chunks, mosaic_gpu.CHANNELS, c),
-        ):
-            assert (parts - 1) * each < whole <= parts * each
+        level = mosaic_gpu._tiling((n, h, w, c), kernel_size)
+        second = mosaic_gpu_second._tiling((n, h, w, c), jnp.dtype("f4"), kernel_size)
+        for tiling, pixels in ((level, 2), (second, 4)):
+            assert tiling.reach == kernel_size // 2
+            assert tiling.images * tiling.strips == mosaic_gpu.STRIPS
+            taken = np.zeros(tiling.tiles, int)
+            for split in range(tiling.splits):
+                taken[split :: tiling.splits] += 1
+            assert (taken == 1).all()
+            groups, rest = divmod(tiling.tiles, tiling.heights)
+            assert rest == 0
+            # So many parts, of so many elements each, and none of them beyond what there is.
+            for parts, each, whole in (
+                (groups, tiling.images, n),
+                (tiling.heights, tiling.rows, -(-h // pixels)),
+                (tiling.stretches, tiling.width, -(-w // pixels)),
+                (tiling.chunks, mosaic_gpu.CHANNELS, c),
+            ):
+                assert (parts - 1) * each < whole <= parts * each
 
 
 @pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
@@ -196,6 +199,14 @@ DEEP = (
     Case((5, 10), 5, 1, "float16", batch=(5,), channels=8),
 )
 
+# Of level 2 alone: one, two and four images a tile, tiles above and beside each other, odd sizes.
+SECOND = (
+    Case((33, 30), 2, 5, batch=(1,), channels=4),
+    Case((9, 14), 2, 3, "bfloat16", batch=(3,), channels=40),
+    Case((18, 7), 2, 5, "float16", batch=(5,), channels=8),
+    Case((21, 13), 2, 1, batch=(1,), channels=4),
+)
+
 
 @pytest.fixture
 def few_blocks(monkeypatch):
@@ -205,7 +216,10 @@ def few_blocks(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_deep, "_MAX_SLOTS", 3)
     monkeypatch.setattr(mosaic_gpu, "_MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu, "_MAX_COLUMNS", 2)
-    caches = mosaic_gpu._tiling, mosaic_gpu_deep._tiling
+    monkeypatch.setattr(mosaic_gpu_second, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu_second, "_MIN_ROWS", 2)
+    monkeypatch.setattr(mosaic_gpu_second, "_MAX_COLUMNS", 2)
+    caches = mosaic_gpu._tiling, mosaic_gpu_deep._tiling, mosaic_gpu_second._tiling
     for cache in caches:
         cache.cache_clear()
     yield
@@ -225,8 +239,12 @@ def strided_views(monkeypatch):
     def deep(self, row, columns, parts, j, part):
         return row.at[:, pl.ds(j * parts + part, self.tiling.strips, stride=columns * parts)]
 
+    def second(self, row, columns, parts, j, part=0):
+        return deep(self, row, columns, parts, j, part)
+
     monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
     monkeypatch.setattr(mosaic_gpu_deep._Block, "view", deep)
+    monkeypatch.setattr(mosaic_gpu_second._Block, "view", second)
 
 
 @pytest.mark.core
@@ -243,21 +261,63 @@ def deep_tiling(case):
     return mosaic_gpu_deep._tiling(shape, dtype, case.levels, case.kernel_size)
 
 
+def taps_of(params, levels, without=()):
+    """Taps with their scales, as the operator folds them, but for those that are to be zero."""
+    scales = ["base_scale", *(f"wavelet_scale_{i}" for i in range(levels))]
+    kernels = ["base_kernel", *(f"wavelet_kernel_{i}" for i in range(levels))]
+    params = params | {name: 0 * params[name] for name in without}
+    taps = tuple(
+        jnp.asarray(np.float32(params[scale]) * np.float32(params[kernel]))
+        for scale, kernel in zip(scales, kernels, strict=True)
+    )
+    return taps, params
+
+
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
 @pytest.mark.parametrize("case", DEEP, ids=lambda case: case.name)
 def test_interpreted_deep_levels_are_the_oracles(case):
     x, params, _ = drawn(case)
-    taps = [np.float32(params["base_kernel"])]
-    for i in range(case.levels):
-        scale, kernel = params[f"wavelet_scale_{i}"], params[f"wavelet_kernel_{i}"]
-        taps.append(np.float32(scale) * np.float32(kernel))
-    nothing = {name: 0 * params[name] for name in ("base_scale", "wavelet_scale_0")}
-    want = oracle.wtconv(x, params | nothing, case.ndim)[:, ::2, ::2]
-    packed = mosaic_gpu._packed(tuple(jnp.asarray(tap) for tap in taps), None)
+    taps, params = taps_of(params, case.levels, without=("base_scale", "wavelet_scale_0"))
+    want = oracle.wtconv(x, params, case.ndim)[:, ::2, ::2]
+    packed = mosaic_gpu._packed(taps, None)
     arguments = case.levels, case.kernel_size, jnp.dtype("float32")
     got = mosaic_gpu_deep.deep(jnp.asarray(x), packed, *arguments)
     assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.parametrize("case", SECOND, ids=lambda case: case.name)
+def test_interpreted_second_level_is_the_oracles(case):
+    x, params, _ = drawn(case)
+    taps, params = taps_of(params, case.levels, without=("base_scale", "wavelet_scale_0"))
+    want = oracle.wtconv(x, params, case.ndim)[:, ::2, ::2]
+    packed = mosaic_gpu._packed(taps, None)
+    got, low = mosaic_gpu_second.second(
+        jnp.asarray(x), packed, case.kernel_size, jnp.dtype("float32")
+    )
+    assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
+    n, h, w, c = x.shape
+    squares = np.zeros((n, -(-h // 4), 4, -(-w // 4), 4, c))
+    squares.reshape(n, *(4 * size for size in squares.shape[1:4:2]), c)[:, :h, :w] = np.float64(x)
+    want = squares.sum((2, 4)) / 4
+    assert low.shape[:3] == want.shape[:3] and not low[..., c:].any()
+    assert worst(low[..., :c], want) <= 1e-5
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "fits", lambda *args: False)
+    case = Case((10, 13), 4, 3, batch=(1,), channels=4)
+    x, params, _ = drawn(case)
+    taps, _ = taps_of(params, case.levels)
+    keys = {"wavelet": "haar", "transpose": False, "precision": None}
+    bias = jnp.asarray(params["base_bias"] * params["base_scale"])
+    # Not the jitted one, which might have traced this before.
+    got = mosaic_gpu.forward.__wrapped__(jnp.asarray(x), taps, bias, **keys)
+    assert worst(got, oracle.wtconv(x, params, case.ndim)) <= 1e-5
 
 
 @pytest.mark.core
@@ -275,6 +335,18 @@ def test_interpreted_kernels_have_tilings_of_every_kind():
     for several in ("heights", "stretches", "chunks", "columns"):
         assert any(getattr(tiling, several) > 1 for tiling in tilings), several
     assert any(tiling.tiles > tiling.splits for tiling in tilings)
+    seconds = [
+        mosaic_gpu_second._tiling(
+            (math.prod(case.batch), *case.spatial, case.channels),
+            jnp.dtype(case.dtype),
+            case.kernel_size,
+        )
+        for case in SECOND
+    ]
+    assert {tiling.images for tiling in seconds} == {1, 2, 4}
+    for several in ("heights", "stretches", "chunks", "columns"):
+        assert any(getattr(tiling, several) > 1 for tiling in seconds), several
+    assert any(tiling.tiles > tiling.splits for tiling in seconds)
     parts = {mosaic_gpu._parts(math.prod(case.batch), case.channels) for case in INTERPRETED}
     assert parts == {1, 2}
 
