@@ -544,35 +544,68 @@ class _Block:
     def filter(self, level: int, taps: list[list[Any]]) -> None:
         """Filters this warpgroup's band, in place."""
         tiled = self.tiling.levels[level]
+        if tiled.height <= self.size:
+            self.filter_low(level, taps)
+            return
 
         def one(row: Any, sums: list[Any]) -> list[Any]:
             sums = self.filter_row(level, row, sums, taps)
-            if self.tiling.strips > 1:
-                # Others have read what the next row of results takes the place of.
-                plgpu.commit_smem()
+            self.settle()
             return sums
 
         sums = self.zeros(2 * tiled.reach * tiled.columns)
         self.filter_last(level, lax.fori_loop(0, tiled.height, one, sums))
 
+    def filter_low(self, level: int, taps: list[list[Any]]) -> None:
+        """Filters a band of few rows: none of the products with what is above and below it."""
+        tiled = self.tiling.levels[level]
+        rows = [self.neighbours(level, row) for row in range(tiled.height)]
+        self.settle()
+        for row in range(tiled.height):
+            totals: list[Any] = [None] * tiled.columns
+            for d, found in enumerate(rows, tiled.reach - row):
+                if 0 <= d < self.size:
+                    totals = self.add_products(totals, found, taps[d])
+            self.keep(level, row, totals)
+
+    def settle(self) -> None:
+        """Waits until other strips have read what results take the place of, if there are any."""
+        if self.tiling.strips > 1:
+            plgpu.commit_smem()
+
+    def neighbours(self, level: int, row: Any) -> dict[int, Any]:
+        """A row's columns, and those beside each strip, from this warpgroup's band."""
+        tiled = self.tiling.levels[level]
+        return {
+            j: self.coefficient(level, self.warpgroup, row, 0, j)[...]
+            for j in range(-tiled.halo, tiled.columns + tiled.halo)
+        }
+
+    def add_products(self, sums: list[Any], found: dict[int, Any], taps: list[Any]) -> list[Any]:
+        """Adds a row's products with a row of taps to the sums of each column, which may be None.
+
+        Args:
+            sums: One for each column of a strip.
+            found: The row, as `neighbours` has it.
+            taps: As many as the kernel is wide.
+        """
+        totals = []
+        for j, total in enumerate(sums):
+            for e, tap in enumerate(taps, j - len(taps) // 2):
+                if e in found:
+                    product = found[e] * tap
+                    total = product if total is None else total + product
+            totals.append(total)
+        return totals
+
     def filter_row(self, level: int, row: Any, sums: list[Any], taps: list[list[Any]]) -> list[Any]:
         """Adds a row to the `size` rows of results that it is a neighbour of."""
-        tiled, size = self.tiling.levels[level], self.size
-        columns, reach = tiled.columns, tiled.reach
-        found = {
-            j: self.coefficient(level, self.warpgroup, row, 0, j)[...]
-            for j in range(-tiled.halo, columns + tiled.halo)
-        }
+        columns, reach = self.tiling.levels[level].columns, self.tiling.levels[level].reach
+        found = self.neighbours(level, row)
         totals = []
-        for open_row in range(size):
-            for j in range(columns):
-                total = sums[open_row * columns + j] if open_row < size - 1 else None
-                for e in range(size):
-                    if j + e - reach not in found:
-                        continue  # Beside the image.
-                    product = found[j + e - reach] * taps[size - 1 - open_row][e]
-                    total = product if total is None else total + product
-                totals.append(total)
+        new: list[Any] = [None] * columns
+        for open_row, tap in enumerate(reversed(taps)):
+            totals += self.add_products((sums + new)[open_row * columns :][:columns], found, tap)
 
         @pl.when(row >= reach)
         def _() -> None:
