@@ -282,9 +282,12 @@ class _Block:
         levels = len(self.tiling.levels)
 
         def task(i: Any, ring: Ring) -> Ring:
-            ring = self.stream(i, ring)
-            # All at once, because they take their time.
+            ring, sums = self.stream(i, ring)
+            # All at once and early, because they take their time.
             taps = [self.kernel(level, i) for level in range(1, levels)]
+            # All have read the last rows.
+            self.meet()
+            self.filter_last(0, sums)
             for level in range(2, levels):
                 self.rows_of(level, partial(self.analyse_low, level, split=False))
                 self.meet()
@@ -335,18 +338,24 @@ class _Block:
         plgpu.barrier_wait(self.met)
 
     def clear(self) -> None:
-        """Fills all bands with zeros, of which those beside the images stay."""
+        """Fills all bands with zeros, of which those beside the images stay.
+
+        Of a single strip nothing is read there but pairs, which the next level has of the low band.
+        """
         strips = self.tiling.strips
-        zero = self.zeros(1)[0]
-        for level, bands in zip(self.tiling.levels, self.bands, strict=True):
-            band = bands.at[self.warpgroup]
-            last = level.size - strips
 
-            def one(t: Any, _: Any, band: Any = band, last: int = last) -> tuple[()]:
-                band[:, pl.ds(jnp.minimum(t * strips, last), strips)] = zero
-                return ()
+        @pl.when((self.warpgroup == 0) | (strips > 1))
+        def _() -> None:
+            zero = self.zeros(1)[0]
+            for level, bands in zip(self.tiling.levels, self.bands, strict=True):
+                band = bands.at[self.warpgroup]
+                last = level.size - strips
 
-            lax.fori_loop(0, pl.cdiv(level.size, strips), one, ())
+                def one(t: Any, _: Any, band: Any = band, last: int = last) -> tuple[()]:
+                    band[:, pl.ds(jnp.minimum(t * strips, last), strips)] = zero
+                    return ()
+
+                lax.fori_loop(0, pl.cdiv(level.size, strips), one, ())
 
     def zeros(self, count: int) -> list[Any]:
         """Sums to begin with."""
@@ -428,12 +437,15 @@ class _Block:
         rows = self.tiling.levels[level].height - self.warpgroup + _WARPGROUPS - 1
         lax.fori_loop(0, lax.div(rows, _WARPGROUPS), row, ())
 
-    def stream(self, i: Any, ring: Ring) -> Ring:
+    def stream(self, i: Any, ring: Ring) -> tuple[Ring, list[Any]]:
         """Brings in all rows of x, reduces them to the first two levels, filters the first.
 
         Args:
             i: Number of the task.
-            ring: Its first slot has the first rows; returns that of the next task.
+            ring: Its first slot has the first rows.
+
+        Returns:
+            The ring of the next task, and the sums of the last rows, which `filter_last` keeps.
         """
         tiling = self.tiling
         level, lag = tiling.levels[0], tiling.lag
@@ -465,11 +477,7 @@ class _Block:
 
         ring = lax.fori_loop(0, lag, advance, ring)
         carry = ring, self.zeros(2 * level.reach * level.columns)
-        ring, sums = lax.fori_loop(lag, level.height + lag, step, carry)
-        # All have read the last rows.
-        self.meet()
-        self.filter_last(0, sums)
-        return ring
+        return lax.fori_loop(lag, level.height + lag, step, carry)
 
     def analyse_rows(self, slots: list[Any], row: Any) -> None:
         """From the rows of x in these slots to one of the bands of the first level."""
@@ -660,6 +668,7 @@ class _Block:
         for j in range(self.tiling.levels[0].columns):
             for v, values in enumerate(self.pixels(0, row, j)):
                 for e, value in enumerate(values):
-                    for copy in range(e * times, (e + 1) * times):
-                        to = self.y.at[group, :, row, v, :, j, copy, chunk]
-                        to[...] = value.astype(self.y.dtype)
+                    rounded = value.astype(self.y.dtype)
+                    for column in range(e * times, (e + 1) * times):
+                        to = self.y.at[group, :, row, v, :, j, column, chunk]
+                        to[...] = rounded

@@ -285,10 +285,7 @@ def deep_tiling(case, first):
     return mosaic_gpu_deep._tiling(shape, dtype, case.levels, case.kernel_size, first)
 
 
-@pytest.mark.core
-@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
-@pytest.mark.parametrize(("case", "first"), FIRST, ids=lambda value: getattr(value, "name", value))
-def test_interpreted_deep_levels_are_the_oracles(case, first):
+def assert_deep_oracle(case, first):
     x, params, _ = drawn(case)
     taps = [np.float32(params["base_kernel"])]
     for i in range(case.levels):
@@ -303,6 +300,13 @@ def test_interpreted_deep_levels_are_the_oracles(case, first):
     arguments = case.levels, case.kernel_size, jnp.dtype("float32"), first
     got = mosaic_gpu_deep.deep(jnp.asarray(x), packed, *arguments)
     assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.parametrize(("case", "first"), FIRST, ids=lambda value: getattr(value, "name", value))
+def test_interpreted_deep_levels_are_the_oracles(case, first):
+    assert_deep_oracle(case, first)
 
 
 @pytest.mark.core
@@ -442,6 +446,22 @@ EXTRA = (
 )
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_gpu")
+
+
+# Of level 2's low band, as `DEEPER`: several tasks a block, and sizes as networks have them.
+EXTRA_DEEPER = (
+    *DEEPER,
+    Case((14, 14), 5, 5, batch=(140,), channels=96),
+    Case((13, 15), 5, 5, "bfloat16", batch=(203,), channels=40),
+    Case((7, 28), 4, 3, batch=(2,), channels=130),
+    Case((28, 27), 3, 5, "bfloat16", batch=(67,), channels=64),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", EXTRA_DEEPER, ids=lambda case: case.name)
+def test_levels_from_the_third_on_are_the_oracles(case):
+    assert_deep_oracle(case, 3)
 
 
 @pytest.mark.gpu
