@@ -44,8 +44,8 @@ _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
 _MIN_SLOTS, _MAX_SLOTS = 3, 8
 """Of the ring, of two rows each; a row of level 2 takes two of them, one of level 3 takes one."""
-_OVERHEAD = 3
-"""What a step costs, in columns; an estimate."""
+_OVERHEAD, _LATE = 3, 3
+"""What a step costs, in columns, and what it waits for rows ordered late; estimates."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Tiling:
 
     @property
     def side(self) -> int:
-        """Of the square that a coefficient of the first level is made of: of the image for 2."""
+        """Rows, and columns, of x that a coefficient of the first level is made of."""
         return 4 if self.first == 2 else 2
 
     @property
@@ -140,7 +140,10 @@ class _Tiling:
     @property
     def cost(self) -> int:
         """Of the busiest multiprocessor's tasks, roughly."""
-        return pl.cdiv(self.tasks, self.blocks) * sum(level.cost for level in self.levels)
+        # Into a ring of less than two steps a step's rows come when the one before is done.
+        late = _LATE * self.levels[0].height if self.slots < self.side else 0
+        task = sum(level.cost for level in self.levels) + late
+        return pl.cdiv(self.tasks, self.blocks) * task
 
 
 @cache

@@ -184,6 +184,10 @@ def test_deep_levels_are_one_launch_where_they_fit():
     stages = [name for name in GPU_SHAPES if name.startswith("convnext")]
     assert fitting == set(itertools.product(stages, DTYPES))
     assert not mosaic_gpu_deep.fits(jax.ShapeDtypeStruct((1, 8, 8, 1), "float32"), 1, 5)
+    # The second low band of images of 56² pixels: whole rows of four a task, in a single round.
+    for dtype in DTYPES[:2]:
+        tiling = mosaic_gpu_deep._tiling((128, 14, 14, 96), jnp.dtype(dtype), 5, 5, 3)
+        assert tiling.images == 4 and tiling.tasks == tiling.blocks
 
 
 @pytest.mark.core
