@@ -110,6 +110,8 @@ def forward(
 
 def _from_third(low: jax.Array, taps: jax.Array, levels: int, kernel_size: int) -> Taps:
     """Half the synthesis of levels 3 to `levels` from the low band of level 2, if there are any."""
+    if fits(low, levels, kernel_size, 3):
+        return (deep(low, taps, levels, kernel_size, low.dtype, 3),)
     lows = _lows(low, levels - 2)
     below: Taps = ()
     for level in range(levels, 2, -1):

@@ -1,20 +1,21 @@
-"""All levels from the second on in one launch: small images that fit into shared memory.
+"""All levels from the second or third on in one launch: images that fit into shared memory.
 
 A block streams the rows of `images` images, `CHANNELS` channels wide, through a ring of slots, and
-keeps the four bands of every level from the second on in shared memory, in float32:
+keeps the four bands of all its levels in shared memory, in float32:
 
-- as rows come in, all four warpgroups reduce them to bands of level 2, and those to bands of level
-  3; a row or two later each filters one band of level 2, in place;
+- as rows come in, all four warpgroups reduce them to bands of the first of these levels, and those
+  to bands of the next; a row or two later each filters one band of the first level, in place;
 - then the deeper levels are analysed, and all of them filtered, in place, a band a warpgroup;
 - then each level's synthesis, from the deepest on, is added to the low band of the level above it.
 
 The copy engine runs ahead: while deeper levels are filtered, it brings in the next images' rows.
 What lies beside an image in shared memory is zero, and stays so: each row's columns are followed by
-zeros, which are what the row below has at its left too.
+zeros, which are what the row below has at its left too. Where a thread has whole rows, it leaves
+out what lies beside them instead.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -42,9 +43,9 @@ _WARPGROUPS = 4
 _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
 _MIN_SLOTS, _MAX_SLOTS = 3, 8
-"""Of the ring, of two rows of pixels each; a row of level 2 takes two of them."""
-_OVERHEAD = 3
-"""What a step costs, in columns; an estimate."""
+"""Of the ring, of two rows each; a row of level 2 takes two of them, one of level 3 takes one."""
+_OVERHEAD, _LATE = 3, 3
+"""What a step costs, in columns, and what it waits for rows ordered late; estimates."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,17 @@ class _Level:
     pitch: int
 
     @property
+    def halo(self) -> int:
+        """Columns beside a strip that filtering reads: none beside the only one, of whole rows."""
+        return self.reach if self.strips > 1 else 0
+
+    @property
     def size(self) -> int:
         """Columns of all rows, and what is read before and beyond them."""
         pairs = (self.height + self.height % 2) * self.pitch
         # The window that filtering takes the last of a strip's columns and its neighbours from.
-        window = self.columns - 1 + self.reach + self.strips * self.columns
-        return self.reach + max(pairs, (self.height - 1) * self.pitch + window)
+        window = self.columns - 1 + self.halo + self.strips * self.columns
+        return self.halo + max(pairs, (self.height - 1) * self.pitch + window)
 
     @property
     def cost(self) -> int:
@@ -76,9 +82,10 @@ class _Level:
 class _Tiling:
     """How the blocks of a launch share the images: each takes every `blocks`-th task.
 
-    A task is one chunk of channels of `images` images.
+    A task is one chunk of channels of `images` images; `first` is the level of `levels[0]`.
     """
 
+    first: int
     images: int
     levels: tuple[_Level, ...]
     slots: int
@@ -97,13 +104,23 @@ class _Tiling:
 
     @property
     def lag(self) -> int:
-        """Rows of level 2 that its filtering lies behind: level 3 must have read what it writes."""
+        """Rows that filtering the first level lies behind: the next one has read what it writes."""
         return max(1, 2 - self.levels[0].reach)
+
+    @property
+    def side(self) -> int:
+        """Rows, and columns, of x that a coefficient of the first level is made of."""
+        return 4 if self.first == 2 else 2
+
+    @property
+    def across(self) -> int:
+        """Columns of the result to one of the first level's coefficients."""
+        return 1 << (self.first - 1)
 
     @property
     def slot(self) -> tuple[int, ...]:
         """Of a slot of the ring."""
-        return self.images, 2, 4 * self.strips * self.levels[0].columns, CHANNELS
+        return self.images, 2, self.side * self.strips * self.levels[0].columns, CHANNELS
 
     @property
     def tasks(self) -> int:
@@ -118,86 +135,102 @@ class _Tiling:
     @property
     def turns(self) -> int:
         """Slots that a task fills."""
-        return 2 * self.levels[0].height
+        return self.levels[0].height * (self.side // 2)
 
     @property
     def cost(self) -> int:
         """Of the busiest multiprocessor's tasks, roughly."""
-        return pl.cdiv(self.tasks, self.blocks) * sum(level.cost for level in self.levels)
+        # Into a ring of less than two steps a step's rows come when the one before is done.
+        late = _LATE * self.levels[0].height if self.slots < self.side else 0
+        task = sum(level.cost for level in self.levels) + late
+        return pl.cdiv(self.tasks, self.blocks) * task
 
 
 @cache
 def _tiling(
-    shape: tuple[int, ...], dtype: jnp.dtype, levels: int, kernel_size: int
+    shape: tuple[int, ...], dtype: jnp.dtype, levels: int, kernel_size: int, first: int = 2
 ) -> _Tiling | None:
     """The cheapest tiling of x `[N, H, W, C]`, None if no image fits into shared memory."""
     tilings = []
     for images in (1, 2, 4):
-        tiling = _of_images(images, shape, dtype, levels, kernel_size // 2)
+        tiling = _of_images(images, shape, dtype, levels, kernel_size // 2, first)
         if tiling is not None:
             tilings.append(tiling)
     return min(tilings, key=lambda tiling: tiling.cost, default=None)
 
 
 def _of_images(
-    images: int, shape: tuple[int, ...], dtype: jnp.dtype, levels: int, reach: int
+    images: int, shape: tuple[int, ...], dtype: jnp.dtype, levels: int, reach: int, first: int
 ) -> _Tiling | None:
     """The tiling of so many images a task, None if they do not fit."""
     n, h, w, c = shape
     strips = STRIPS // images
     found: list[_Level] = []
-    for level in range(levels, 1, -1):
-        height, width = pl.cdiv(h, 1 << level), pl.cdiv(w, 1 << level)
+    for level in range(levels, first - 1, -1):
+        # The array is the image, or level 2's low band.
+        halvings = level if first == 2 else level - 2
+        height, width = pl.cdiv(h, 1 << halvings), pl.cdiv(w, 1 << halvings)
         columns = pl.cdiv(width, strips)
         # Analysis reads pairs of columns, also where the next level's strips have none.
         below = 2 * strips * found[0].columns if found else 0
-        # What is left of a row is not to be written with the row above, as a reach of one would.
-        apart = 1 if reach == 1 else 0
-        pitch = max(width + reach, strips * columns + apart, below)
+        pitch = max(width, strips * columns, below)
+        if strips > 1:
+            # What is left of a row must not be written with the row above; a reach of one would.
+            apart = 1 if reach == 1 else 0
+            pitch = max(pitch, width + reach, strips * columns + apart)
         found.insert(0, _Level(reach, strips, height, width, columns, pitch))
     if found[0].columns > _MAX_COLUMNS:
         return None
-    tiling = _Tiling(images, tuple(found), 0, pl.cdiv(n, images), pl.cdiv(c, CHANNELS))
+    groups, chunks = pl.cdiv(n, images), pl.cdiv(c, CHANNELS)
+    tiling = _Tiling(first, images, tuple(found), 0, groups, chunks)
     bands = sum(_WARPGROUPS * level.size for level in found) * images * CHANNELS
     left = SHARED - size_in_bytes((bands,), jnp.dtype("float32"))
     slots = min(_MAX_SLOTS, left // size_in_bytes(tiling.slot, dtype))
-    if slots < _MIN_SLOTS:
-        return None
-    return _Tiling(images, tiling.levels, slots, tiling.groups, tiling.chunks)
+    return replace(tiling, slots=slots) if slots >= _MIN_SLOTS else None
 
 
-def fits(x: jax.Array, levels: int, kernel_size: int) -> bool:
+def fits(x: jax.Array, levels: int, kernel_size: int, first: int = 2) -> bool:
     """Whether `deep` takes an image: whether the bands of its levels fit into shared memory.
 
     Args:
-        x: `[N, H, W, C]`.
+        x: `[N, H, W, C]`: the image, or for `first` 3 the low band of level 2.
         levels: All of the convolution's.
         kernel_size: k.
+        first: The level to begin with, 2 or 3.
     """
-    return levels > 1 and _tiling(x.shape, x.dtype, levels, kernel_size) is not None
+    return levels >= first and _tiling(x.shape, x.dtype, levels, kernel_size, first) is not None
 
 
 def deep(
-    x: jax.Array, taps: jax.Array, levels: int, kernel_size: int, dtype: jnp.dtype
+    x: jax.Array,
+    taps: jax.Array,
+    levels: int,
+    kernel_size: int,
+    dtype: jnp.dtype,
+    first: int = 2,
 ) -> jax.Array:
-    """Half the synthesis of levels 2 to `levels`: `[N, H / 2, W / 2, C]`, or somewhat larger.
+    """Half the synthesis of levels 2 or 3 to `levels`, or somewhat larger.
 
-    What lies beyond is not meant for anyone: whole strips and chunks of channels are written.
+    Of an image `[N, H, W, C]`, for `first` 2, it is `[N, H / 2, W / 2, C]`. Of level 2's low band
+    `[N, H, W, C]`, for `first` 3, it is `[N, H, 2 W, C]`, each column twice: so wide is also what
+    is computed of the image. What lies beyond is not meant for anyone: whole strips and chunks of
+    channels are written.
 
     Args:
         x: `[N, H, W, C]`, which `fits`.
         taps: Of all levels, `[chunks, rows, STRIPS, CHANNELS]`, with their factors.
-        levels: At least 2.
+        levels: At least `first`.
         kernel_size: k.
         dtype: Of the result.
+        first: The level to begin with, 2 or 3.
     """
-    tiling = _tiling(x.shape, x.dtype, levels, kernel_size)
+    tiling = _tiling(x.shape, x.dtype, levels, kernel_size, first)
     assert tiling is not None
-    first = tiling.levels[0]
+    top = tiling.levels[0]
     # Strips and chunks are axes of their own, so that every store is a plain slice.
     out = (
-        *(tiling.groups, tiling.images, first.height, 2),
-        *(tiling.strips, first.columns, 2, tiling.chunks, CHANNELS),
+        *(tiling.groups, tiling.images, top.height, 2),
+        *(tiling.strips, top.columns, tiling.across, tiling.chunks, CHANNELS),
     )
     scratch = [
         plgpu.SMEM((tiling.slots, *tiling.slot), x.dtype),
@@ -224,8 +257,8 @@ def deep(
     )(x, taps.reshape(*taps.shape[:2], *tiling.shape))
     return found.reshape(
         tiling.groups * tiling.images,
-        2 * first.height,
-        2 * tiling.strips * first.columns,
+        2 * top.height,
+        tiling.across * tiling.strips * top.columns,
         tiling.chunks * CHANNELS,
     )
 
@@ -252,9 +285,12 @@ class _Block:
         levels = len(self.tiling.levels)
 
         def task(i: Any, ring: Ring) -> Ring:
-            ring = self.stream(i, ring)
-            # All at once, because they take their time.
+            ring, sums = self.stream(i, ring)
+            # All at once and early, because they take their time.
             taps = [self.kernel(level, i) for level in range(1, levels)]
+            # All have read the last rows.
+            self.meet()
+            self.filter_last(0, sums)
             for level in range(2, levels):
                 self.rows_of(level, partial(self.analyse_low, level, split=False))
                 self.meet()
@@ -305,18 +341,24 @@ class _Block:
         plgpu.barrier_wait(self.met)
 
     def clear(self) -> None:
-        """Fills all bands with zeros, of which those beside the images stay."""
+        """Fills all bands with zeros, of which those beside the images stay.
+
+        Of a single strip nothing is read there but pairs, which the next level has of the low band.
+        """
         strips = self.tiling.strips
-        zero = self.zeros(1)[0]
-        for level, bands in zip(self.tiling.levels, self.bands, strict=True):
-            band = bands.at[self.warpgroup]
-            last = level.size - strips
 
-            def one(t: Any, _: Any, band: Any = band, last: int = last) -> tuple[()]:
-                band[:, pl.ds(jnp.minimum(t * strips, last), strips)] = zero
-                return ()
+        @pl.when((self.warpgroup == 0) | (strips > 1))
+        def _() -> None:
+            zero = self.zeros(1)[0]
+            for level, bands in zip(self.tiling.levels, self.bands, strict=True):
+                band = bands.at[self.warpgroup]
+                last = level.size - strips
 
-            lax.fori_loop(0, pl.cdiv(level.size, strips), one, ())
+                def one(t: Any, _: Any, band: Any = band, last: int = last) -> tuple[()]:
+                    band[:, pl.ds(jnp.minimum(t * strips, last), strips)] = zero
+                    return ()
+
+                lax.fori_loop(0, pl.cdiv(level.size, strips), one, ())
 
     def zeros(self, count: int) -> list[Any]:
         """Sums to begin with."""
@@ -363,7 +405,7 @@ class _Block:
         """A view of column j of each strip of a row of a band.
 
         Args:
-            level: Counted from 0, which is the second.
+            level: Counted from 0, which is the first of this launch.
             band: Number of the band.
             row: Of the level.
             j: Column of the level, or of the next one's if `pair` is given.
@@ -372,7 +414,7 @@ class _Block:
         """
         tiled = self.tiling.levels[level if pair is None else level + 1]
         parts = 1 if pair is None else 2
-        columns, first = tiled.strips * tiled.columns * parts, tiled.reach + shift
+        columns, first = tiled.strips * tiled.columns * parts, tiled.halo + shift
         # In two steps: what is known of an address should not be added at each load.
         line = self.bands[level].at[
             band, :, pl.ds(row * self.tiling.levels[level].pitch, first + columns)
@@ -398,23 +440,30 @@ class _Block:
         rows = self.tiling.levels[level].height - self.warpgroup + _WARPGROUPS - 1
         lax.fori_loop(0, lax.div(rows, _WARPGROUPS), row, ())
 
-    def stream(self, i: Any, ring: Ring) -> Ring:
-        """Brings in all rows of pixels, filters level 2, and reduces it to level 3.
+    def stream(self, i: Any, ring: Ring) -> tuple[Ring, list[Any]]:
+        """Brings in all rows of x, reduces them to the first two levels, filters the first.
 
         Args:
             i: Number of the task.
-            ring: Its first slot has the first rows; returns that of the next task.
+            ring: Its first slot has the first rows.
+
+        Returns:
+            The ring of the next task, and the sums of the last rows, which `filter_last` keeps.
         """
         tiling = self.tiling
         level, lag = tiling.levels[0], tiling.lag
         taps = self.kernel(0, i)
 
         def advance(s: Any, ring: Ring) -> Ring:
-            slots = ring[0], following(ring[0], tiling.slots)
+            slots = [ring[0]]
+            while 2 * len(slots) < tiling.side:
+                slots.append(following(slots[-1], tiling.slots))
             inside = s < level.height
-            pl.when(inside)(partial(self.analyse_pixels, slots, s))
+            pl.when(inside)(partial(self.analyse_rows, slots, s))
             self.meet()
-            after = self.refill(self.refill(ring, inside), inside)
+            after = ring
+            for _ in slots:
+                after = self.refill(after, inside)
             if len(tiling.levels) > 1:
                 pair = lax.div(s, 2)
 
@@ -431,48 +480,46 @@ class _Block:
 
         ring = lax.fori_loop(0, lag, advance, ring)
         carry = ring, self.zeros(2 * level.reach * level.columns)
-        ring, sums = lax.fori_loop(lag, level.height + lag, step, carry)
-        # All have read the last rows.
-        self.meet()
-        self.filter_last(0, sums)
-        return ring
+        return lax.fori_loop(lag, level.height + lag, step, carry)
 
-    def analyse_pixels(self, slots: tuple[Any, Any], row: Any) -> None:
-        """From four rows of pixels to one of the bands of level 2, twice as large."""
+    def analyse_rows(self, slots: list[Any], row: Any) -> None:
+        """From the rows of x in these slots to one of the bands of the first level."""
         for slot in slots:
             plgpu.barrier_wait(self.full.at[slot])
 
         def low(j: Any, v: int, e: int) -> Any:
+            if self.tiling.first > 2:
+                return self.pixel(slots[0], v, j, e)
             upper, lower = (
                 self.pixel(slots[v], half, j, 2 * e) + self.pixel(slots[v], half, j, 2 * e + 1)
                 for half in range(2)
             )
-            return upper + lower
+            return (upper + lower) * 0.5
 
         self.analyse(0, row, low, split=True)
 
     def pixel(self, slot: Any, row: int, j: Any, part: int) -> Any:
-        """One of the four pixels in column j of each strip of a row of a slot, in float32."""
-        line = self.rows.at[slot, :, row]
-        return self.view(line, self.tiling.levels[0].columns, 4, j, part)[...].astype(jnp.float32)
+        """A value of column j's squares, of a row of each strip in a slot, in float32."""
+        line, columns = self.rows.at[slot, :, row], self.tiling.levels[0].columns
+        return self.view(line, columns, self.tiling.side, j, part)[...].astype(jnp.float32)
 
     def analyse_low(self, level: int, row: Any, split: bool) -> None:
         """From two rows of the level above's low band to one of the bands of a level."""
 
         def low(j: Any, v: int, e: int) -> Any:
-            return self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)[...]
+            return self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)[...] * 0.5
 
         self.analyse(level, row, low, split)
 
     def analyse(
         self, level: int, row: Any, low: Callable[[Any, int, int], Any], split: bool
     ) -> None:
-        """Writes a row of all bands, twice as large, from twice as large values of the low band.
+        """Writes a row of all bands, twice as large as they are, from the low band as it is.
 
         Args:
-            level: Counted from 0, which is the second.
+            level: Counted from 0, which is the first of this launch.
             row: Of the level.
-            low: What is in column j of the strips, at row v and column e of each square.
+            low: What is in column j of the strips, at row v and column e of each 2 x 2 square.
             split: Whether other warpgroups take other columns of the same row.
         """
         columns = self.tiling.levels[level].columns
@@ -480,7 +527,7 @@ class _Block:
         def one(j: Any) -> None:
             left, right = ([low(j, v, e) for v in range(2)] for e in range(2))
             (top, bottom), (falls, rises) = (
-                [sum_of(*pair) * 0.5 for pair in zip(left, right, strict=True)]
+                [sum_of(*pair) for pair in zip(left, right, strict=True)]
                 for sum_of in (lambda a, b: a + b, lambda a, b: a - b)
             )
             bands = top + bottom, top - bottom, falls + rises, falls - rises
@@ -500,39 +547,76 @@ class _Block:
         _, chunk = self.place(self.task(i))
         pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
         # The base's taps come first, then those of level 1.
-        first = self.size**2 * (4 * level + 5 + 2 * pair) + band
+        above = 1 + 4 * (self.tiling.first - 1 + level)
+        first = self.size**2 * (above + 2 * pair) + band
         taps = self.taps.at[chunk, pl.ds(first, 2 * self.size**2 - 1)]
         return [[taps[2 * (d * self.size + e)] for e in range(self.size)] for d in range(self.size)]
 
     def filter(self, level: int, taps: list[list[Any]]) -> None:
         """Filters this warpgroup's band, in place."""
         tiled = self.tiling.levels[level]
+        if tiled.height <= self.size:
+            self.filter_low(level, taps)
+            return
 
         def one(row: Any, sums: list[Any]) -> list[Any]:
             sums = self.filter_row(level, row, sums, taps)
-            # Other strips have read what the next row of results takes the place of.
-            plgpu.commit_smem()
+            self.settle()
             return sums
 
         sums = self.zeros(2 * tiled.reach * tiled.columns)
         self.filter_last(level, lax.fori_loop(0, tiled.height, one, sums))
 
+    def filter_low(self, level: int, taps: list[list[Any]]) -> None:
+        """Filters a band of few rows: none of the products with what is above and below it."""
+        tiled = self.tiling.levels[level]
+        rows = [self.neighbours(level, row) for row in range(tiled.height)]
+        self.settle()
+        for row in range(tiled.height):
+            totals: list[Any] = [None] * tiled.columns
+            for d, found in enumerate(rows, tiled.reach - row):
+                if 0 <= d < self.size:
+                    totals = self.add_products(totals, found, taps[d])
+            self.keep(level, row, totals)
+
+    def settle(self) -> None:
+        """Waits until other strips have read what results take the place of, if there are any."""
+        if self.tiling.strips > 1:
+            plgpu.commit_smem()
+
+    def neighbours(self, level: int, row: Any) -> dict[int, Any]:
+        """A row's columns, and those beside each strip, from this warpgroup's band."""
+        tiled = self.tiling.levels[level]
+        return {
+            j: self.coefficient(level, self.warpgroup, row, 0, j)[...]
+            for j in range(-tiled.halo, tiled.columns + tiled.halo)
+        }
+
+    def add_products(self, sums: list[Any], found: dict[int, Any], taps: list[Any]) -> list[Any]:
+        """Adds a row's products with a row of taps to the sums of each column, which may be None.
+
+        Args:
+            sums: One for each column of a strip.
+            found: The row, as `neighbours` has it.
+            taps: As many as the kernel is wide.
+        """
+        totals = []
+        for j, total in enumerate(sums):
+            for e, tap in enumerate(taps, j - len(taps) // 2):
+                if e in found:
+                    product = found[e] * tap
+                    total = product if total is None else total + product
+            totals.append(total)
+        return totals
+
     def filter_row(self, level: int, row: Any, sums: list[Any], taps: list[list[Any]]) -> list[Any]:
         """Adds a row to the `size` rows of results that it is a neighbour of."""
-        tiled, size = self.tiling.levels[level], self.size
-        columns, reach = tiled.columns, tiled.reach
-        found = [
-            self.coefficient(level, self.warpgroup, row, 0, j - reach)[...]
-            for j in range(columns + size - 1)
-        ]
+        columns, reach = self.tiling.levels[level].columns, self.tiling.levels[level].reach
+        found = self.neighbours(level, row)
         totals = []
-        for open_row in range(size):
-            for j in range(columns):
-                total = sums[open_row * columns + j] if open_row < size - 1 else None
-                for e in range(size):
-                    product = found[j + e] * taps[size - 1 - open_row][e]
-                    total = product if total is None else total + product
-                totals.append(total)
+        new: list[Any] = [None] * columns
+        for open_row, tap in enumerate(reversed(taps)):
+            totals += self.add_products((sums + new)[open_row * columns :][:columns], found, tap)
 
         @pl.when(row >= reach)
         def _() -> None:
@@ -581,10 +665,13 @@ class _Block:
             pl.when(2 * row + 1 < above.height)(partial(add, 1))
 
     def write(self, i: Any, row: Any) -> None:
-        """Writes a row of the synthesis of level 2 to the result."""
+        """Writes a row of the synthesis of the first level to the result."""
         group, chunk = self.place(self.task(i))
+        times = self.tiling.across // 2
         for j in range(self.tiling.levels[0].columns):
             for v, values in enumerate(self.pixels(0, row, j)):
                 for e, value in enumerate(values):
-                    to = self.y.at[group, :, row, v, :, j, e, chunk]
-                    to[...] = value.astype(self.y.dtype)
+                    rounded = value.astype(self.y.dtype)
+                    for column in range(e * times, (e + 1) * times):
+                        to = self.y.at[group, :, row, v, :, j, column, chunk]
+                        to[...] = rounded

@@ -137,32 +137,42 @@ def test_tiles_hold_every_pixel_once(name):
                 assert (parts - 1) * each < whole <= parts * each
 
 
+@pytest.mark.parametrize("first", [2, 3])
 @pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
-def test_deep_levels_lie_side_by_side_in_shared_memory(name):
+def test_deep_levels_lie_side_by_side_in_shared_memory(name, first):
     (n, h, w, c), levels = (GPU_SHAPES | SMALL | EXTREME)[name].x, 4
+    h, w = (h, w) if first == 2 else (-(-h // 4), -(-w // 4))
     for kernel_size, images in itertools.product((1, 3, 5), (1, 2, 4)):
         reach = kernel_size // 2
-        tiling = mosaic_gpu_deep._of_images(images, (n, h, w, c), jnp.dtype("f4"), levels, reach)
+        asked = (n, h, w, c), jnp.dtype("f4"), levels, reach, first
+        tiling = mosaic_gpu_deep._of_images(images, *asked)
         if tiling is None:
             continue
+        assert len(tiling.levels) == levels - first + 1
         assert (tiling.groups - 1) * images < n <= tiling.groups * images
         assert (tiling.chunks - 1) * mosaic_gpu.CHANNELS < c <= tiling.chunks * mosaic_gpu.CHANNELS
-        # A row takes two slots, which are filled again once all have read them.
-        assert tiling.slots >= 3 and tiling.turns == 2 * tiling.levels[0].height
+        # A row takes two slots, or one, which are filled again once all have read them.
+        assert tiling.slots >= 3 and tiling.turns == (4 - first) * tiling.levels[0].height
         for i, level in enumerate(tiling.levels):
-            assert (level.height, level.width) == (-(-h >> (i + 2)), -(-w >> (i + 2)))
+            halvings = i + 4 - first
+            assert (level.height, level.width) == (-(-h >> halvings), -(-w >> halvings))
             width = tiling.strips * level.columns
-            assert level.width <= width <= level.pitch and level.width + reach <= level.pitch
-            # Warps filter a row, and write the one `reach` above, at the same time.
-            left_of_next_row = range(level.pitch - reach, level.pitch)
-            assert reach != 1 or not set(left_of_next_row) & set(range(width))
+            assert level.width <= width <= level.pitch
+            # The only strip of an image is a whole row, and nothing beside it is read.
+            if tiling.strips == 1:
+                assert level.halo == 0 and width == level.width
+            else:
+                assert level.halo == reach and level.width + reach <= level.pitch
+                # Warps filter a row, and write the one `reach` above, at the same time.
+                left_of_next_row = range(level.pitch - reach, level.pitch)
+                assert reach != 1 or not set(left_of_next_row) & set(range(width))
             # The last window that filtering takes columns from, of the halo's last column.
-            last = (level.height - 1) * level.pitch + level.columns - 1 + 2 * reach + width
+            last = (level.height - 1) * level.pitch + level.columns - 1 + 2 * level.halo + width
             assert last <= level.size
             if i:
                 above = tiling.levels[i - 1]
                 assert 2 * width <= above.pitch
-                last = (2 * level.height - 1) * above.pitch + reach + 2 * width
+                last = (2 * level.height - 1) * above.pitch + above.halo + 2 * width
                 assert last <= above.size
 
 
@@ -177,6 +187,34 @@ def test_deep_levels_are_one_launch_where_they_fit():
     stages = [name for name in GPU_SHAPES if name.startswith("convnext")]
     assert fitting == set(itertools.product(stages, DTYPES))
     assert not mosaic_gpu_deep.fits(jax.ShapeDtypeStruct((1, 8, 8, 1), "float32"), 1, 5)
+    # The second low band of images of 56² pixels: whole rows of four a task, in a single round.
+    for dtype in DTYPES[:2]:
+        tiling = mosaic_gpu_deep._tiling((128, 14, 14, 96), jnp.dtype(dtype), 5, 5, 3)
+        assert tiling.images == 4 and tiling.tasks == tiling.blocks
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(128, 14, 14, 96, 5), "float32"),
+        (Shape(128, 14, 14, 96, 5), "bfloat16"),
+        (Shape(3, 5, 9, 40, 4, 3), "bfloat16"),
+        (Shape(1, 9, 5, 32, 3, 1), "float32"),
+    ],
+)
+def test_levels_from_the_third_on_lower_for_cuda(shape, dtype):
+    x = jax.ShapeDtypeStruct(shape.x, dtype)
+    rows = shape.kernel_size**2 * (1 + 4 * shape.levels)
+    chunks = -(-shape.channels // mosaic_gpu.CHANNELS)
+    taps = jax.ShapeDtypeStruct((chunks, rows, 4, mosaic_gpu.CHANNELS), "float32")
+    keys = {"levels": shape.levels, "kernel_size": shape.kernel_size, "dtype": x.dtype, "first": 3}
+    assert mosaic_gpu_deep.fits(x, shape.levels, shape.kernel_size, 3)
+    deep = jax.jit(mosaic_gpu_deep.deep, static_argnames=keys)
+    assert "mosaic_gpu" in lowered(deep, x, taps, **keys)
+    n, h, w, c = shapes(deep, x, taps, **keys).shape
+    assert n >= shape.batch and h >= shape.height and w >= 2 * shape.width and c >= shape.channels
+    assert not mosaic_gpu_deep.fits(x, 2, shape.kernel_size, 3)
 
 
 # For the interpreter; together they have tilings of every kind.
@@ -198,6 +236,14 @@ DEEP = (
     Case((9, 20), 2, 5, batch=(2,), channels=4),
     Case((5, 10), 5, 1, "float16", batch=(5,), channels=8),
 )
+# Of those from the third on, of level 2's low band.
+DEEPER = (
+    Case((5, 7), 5, 5, batch=(3,), channels=4),
+    Case((3, 9), 4, 3, "bfloat16", batch=(2,), channels=40),
+    Case((9, 10), 3, 1, batch=(1,), channels=4),
+    Case((6, 3), 3, 5, batch=(5,), channels=8),
+)
+FIRST = [(case, 2) for case in DEEP] + [(case, 3) for case in DEEPER]
 
 # Of level 2 alone: one, two and four images a tile, tiles above and beside each other, odd sizes.
 SECOND = (
@@ -255,35 +301,40 @@ def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
     assert_oracle(case, "mosaic_gpu")
 
 
-def deep_tiling(case):
+def deep_tiling(case, first):
     shape = math.prod(case.batch), *case.spatial, case.channels
     dtype = jnp.dtype(case.dtype)
-    return mosaic_gpu_deep._tiling(shape, dtype, case.levels, case.kernel_size)
+    return mosaic_gpu_deep._tiling(shape, dtype, case.levels, case.kernel_size, first)
 
 
-def taps_of(params, levels, without=()):
-    """Taps with their scales, as the operator folds them, but for those that are to be zero."""
+def taps_of(params, levels, first):
+    """Taps with their scales, as the operator folds them; and zeros for what is above a level."""
     scales = ["base_scale", *(f"wavelet_scale_{i}" for i in range(levels))]
     kernels = ["base_kernel", *(f"wavelet_kernel_{i}" for i in range(levels))]
-    params = params | {name: 0 * params[name] for name in without}
     taps = tuple(
         jnp.asarray(np.float32(params[scale]) * np.float32(params[kernel]))
         for scale, kernel in zip(scales, kernels, strict=True)
     )
-    return taps, params
+    return taps, params | {name: 0 * params[name] for name in scales[:first]}
+
+
+def assert_deep_oracle(case, first):
+    x, params, _ = drawn(case)
+    taps, params = taps_of(params, case.levels, first)
+    # The image that x is the second low band of has the same in 4 x 4 pixels.
+    image = x if first == 2 else np.repeat(np.repeat(np.float32(x) / 4, 4, 1), 4, 2)
+    want = oracle.wtconv(image, params, case.ndim)[:, :: 2 * (first - 1), ::2]
+    packed = mosaic_gpu._packed(taps, None)
+    arguments = case.levels, case.kernel_size, jnp.dtype("float32"), first
+    got = mosaic_gpu_deep.deep(jnp.asarray(x), packed, *arguments)
+    assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
 
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
-@pytest.mark.parametrize("case", DEEP, ids=lambda case: case.name)
-def test_interpreted_deep_levels_are_the_oracles(case):
-    x, params, _ = drawn(case)
-    taps, params = taps_of(params, case.levels, without=("base_scale", "wavelet_scale_0"))
-    want = oracle.wtconv(x, params, case.ndim)[:, ::2, ::2]
-    packed = mosaic_gpu._packed(taps, None)
-    arguments = case.levels, case.kernel_size, jnp.dtype("float32")
-    got = mosaic_gpu_deep.deep(jnp.asarray(x), packed, *arguments)
-    assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
+@pytest.mark.parametrize(("case", "first"), FIRST, ids=lambda value: getattr(value, "name", value))
+def test_interpreted_deep_levels_are_the_oracles(case, first):
+    assert_deep_oracle(case, first)
 
 
 @pytest.mark.core
@@ -291,7 +342,7 @@ def test_interpreted_deep_levels_are_the_oracles(case):
 @pytest.mark.parametrize("case", SECOND, ids=lambda case: case.name)
 def test_interpreted_second_level_is_the_oracles(case):
     x, params, _ = drawn(case)
-    taps, params = taps_of(params, case.levels, without=("base_scale", "wavelet_scale_0"))
+    taps, params = taps_of(params, case.levels, 2)
     want = oracle.wtconv(x, params, case.ndim)[:, ::2, ::2]
     packed = mosaic_gpu._packed(taps, None)
     got, low = mosaic_gpu_second.second(
@@ -312,7 +363,7 @@ def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "fits", lambda *args: False)
     case = Case((10, 13), 4, 3, batch=(1,), channels=4)
     x, params, _ = drawn(case)
-    taps, _ = taps_of(params, case.levels)
+    taps, _ = taps_of(params, case.levels, 0)
     keys = {"wavelet": "haar", "transpose": False, "precision": None}
     bias = jnp.asarray(params["base_bias"] * params["base_scale"])
     # Not the jitted one, which might have traced this before.
@@ -323,10 +374,11 @@ def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
 @pytest.mark.core
 @pytest.mark.usefixtures("few_blocks")
 def test_interpreted_kernels_have_tilings_of_every_kind():
-    deep = [deep_tiling(case) for case in DEEP]
-    assert {tiling.images for tiling in deep} == {1, 2, 4}
-    assert {len(tiling.levels) for tiling in deep} == {1, 2, 4}
-    assert any(tiling.tasks > tiling.blocks for tiling in deep)
+    for cases, first, counts in (DEEP, 2, {1, 2, 4}), (DEEPER, 3, {1, 2, 3}):
+        deep = [deep_tiling(case, first) for case in cases]
+        assert {tiling.images for tiling in deep} == {1, 2, 4}
+        assert {len(tiling.levels) for tiling in deep} == counts
+        assert any(tiling.tasks > tiling.blocks for tiling in deep)
     tilings = [
         mosaic_gpu._tiling((math.prod(case.batch), *case.spatial, case.channels), case.kernel_size)
         for case in INTERPRETED
@@ -468,6 +520,22 @@ EXTRA = (
 )
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_gpu")
+
+
+# Of level 2's low band, as `DEEPER`: several tasks a block, and sizes as networks have them.
+EXTRA_DEEPER = (
+    *DEEPER,
+    Case((14, 14), 5, 5, batch=(140,), channels=96),
+    Case((13, 15), 5, 5, "bfloat16", batch=(203,), channels=40),
+    Case((7, 28), 4, 3, batch=(2,), channels=130),
+    Case((28, 27), 3, 5, "bfloat16", batch=(67,), channels=64),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", EXTRA_DEEPER, ids=lambda case: case.name)
+def test_levels_from_the_third_on_are_the_oracles(case):
+    assert_deep_oracle(case, 3)
 
 
 @pytest.mark.gpu
