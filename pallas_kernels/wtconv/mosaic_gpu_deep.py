@@ -32,12 +32,10 @@ from pallas_kernels.mosaic_gpu import (
     following,
     size_in_bytes,
 )
+from pallas_kernels.wtconv.mosaic_gpu_tiles import CHANNELS, STRIPS
 
-__all__ = ["CHANNELS", "STRIPS", "deep", "fits"]
+__all__ = ["deep", "fits"]
 
-CHANNELS = 32
-STRIPS = 4
-"""A warpgroup: a thread for each channel of each strip."""
 _WARPGROUPS = 4
 """One for each band."""
 _MAX_COLUMNS = 7

@@ -35,7 +35,7 @@ from pallas_kernels.mosaic_gpu import (
     following,
     size_in_bytes,
 )
-from pallas_kernels.wtconv.mosaic_gpu_deep import CHANNELS, STRIPS
+from pallas_kernels.wtconv.mosaic_gpu_tiles import CHANNELS, STRIPS
 
 __all__ = ["second"]
 

@@ -20,7 +20,14 @@ from wtconv_checks import (
 
 from pallas_kernels import oracle, platform
 from pallas_kernels._compat import vary_over
-from pallas_kernels.wtconv import mosaic_gpu, mosaic_gpu_deep, mosaic_gpu_second, wtconv2d
+from pallas_kernels.wtconv import (
+    mosaic_gpu,
+    mosaic_gpu_deep,
+    mosaic_gpu_second,
+    mosaic_gpu_tiles,
+    mosaic_gpu_weights,
+    wtconv2d,
+)
 from pallas_kernels.wtconv.api import OPERATOR, Problem
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.checking import drawn, worst
@@ -99,9 +106,16 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
     launches = recorded_launches(monkeypatch)
     shape = (GPU_SHAPES | SMALL | EXTREME)[name]
     x = jax.ShapeDtypeStruct(shape.x, dtype)
-    forward = 2 if mosaic_gpu_deep.fits(x, shape.levels, shape.kernel_size) else shape.levels
+    low = (shape.batch, -(-shape.height // 4), -(-shape.width // 4), shape.channels)
+    low = jax.ShapeDtypeStruct(low, dtype)
+    forward = shape.levels
+    if mosaic_gpu_deep.fits(x, shape.levels, shape.kernel_size):
+        forward = 2
+    elif mosaic_gpu_deep.fits(low, shape.levels, shape.kernel_size, 3):
+        forward = 3
+    backward = mosaic_gpu_weights._parts(shape.x) * shape.levels
     assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 2 + shape.levels]
-    assert len(launches) == forward + shape.levels
+    assert len(launches) == forward + backward
     for scratch, keys in launches:
         assert shared_bytes(scratch) <= SHARED
         # Fewer rows in slots than in flight would wait for each other for ever.
@@ -116,7 +130,7 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
 def test_tiles_hold_every_pixel_once(name):
     n, h, w, c = (GPU_SHAPES | SMALL | EXTREME)[name].x
     for kernel_size in (1, 3, 5):
-        level = mosaic_gpu._tiling((n, h, w, c), kernel_size)
+        level = mosaic_gpu_tiles.tiling_of((n, h, w, c), kernel_size)
         second = mosaic_gpu_second._tiling((n, h, w, c), jnp.dtype("f4"), kernel_size)
         for tiling, pixels in ((level, 2), (second, 4)):
             assert tiling.reach == kernel_size // 2
@@ -222,8 +236,8 @@ INTERPRETED = (
     Case((6, 9), 1, 5, channels=32),
     # Rows and columns beyond the image, in windows of all channels: Mosaic would copy them.
     Case((5, 14), 1, 1, batch=(3,), channels=32),
-    # The deeper level's weight gradients of one half of the images after the other.
-    Case((5, 6), 2, 3, "bfloat16", batch=(4,), channels=40),
+    # Weight gradients of one half of the images after the other.
+    Case((4, 5), 2, 3, "bfloat16", batch=(8,), channels=40),
     Case((1, 1), 1, 1, batch=(9,)),
     Case((11, 2), 1, 5, "float16", batch=(1,), channels=2, bias=False),
     Case((3, 18), 1, 3, batch=(1,), channels=4),
@@ -257,15 +271,16 @@ SECOND = (
 @pytest.fixture
 def few_blocks(monkeypatch):
     """Small images in several tiles and a block with several of them, so that little is run."""
-    monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu_tiles, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu_weights, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu_deep, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(mosaic_gpu_deep, "_MAX_SLOTS", 3)
-    monkeypatch.setattr(mosaic_gpu, "_MIN_ROWS", 2)
-    monkeypatch.setattr(mosaic_gpu, "_MAX_COLUMNS", 2)
+    monkeypatch.setattr(mosaic_gpu_tiles, "MIN_ROWS", 2)
+    monkeypatch.setattr(mosaic_gpu_tiles, "_MAX_COLUMNS", 2)
     monkeypatch.setattr(mosaic_gpu_second, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu_second, "_MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu_second, "_MAX_COLUMNS", 2)
-    caches = mosaic_gpu._tiling, mosaic_gpu_deep._tiling, mosaic_gpu_second._tiling
+    caches = mosaic_gpu_tiles.tiling_of, mosaic_gpu_deep._tiling, mosaic_gpu_second._tiling
     for cache in caches:
         cache.cache_clear()
     yield
@@ -288,7 +303,7 @@ def strided_views(monkeypatch):
     def second(self, row, columns, parts, j, part=0):
         return deep(self, row, columns, parts, j, part)
 
-    monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
+    monkeypatch.setattr(mosaic_gpu_tiles.Block, "view", strided)
     monkeypatch.setattr(mosaic_gpu_deep._Block, "view", deep)
     monkeypatch.setattr(mosaic_gpu_second._Block, "view", second)
 
@@ -380,7 +395,9 @@ def test_interpreted_kernels_have_tilings_of_every_kind():
         assert {len(tiling.levels) for tiling in deep} == counts
         assert any(tiling.tasks > tiling.blocks for tiling in deep)
     tilings = [
-        mosaic_gpu._tiling((math.prod(case.batch), *case.spatial, case.channels), case.kernel_size)
+        mosaic_gpu_tiles.tiling_of(
+            (math.prod(case.batch), *case.spatial, case.channels), case.kernel_size
+        )
         for case in INTERPRETED
     ]
     assert {tiling.images for tiling in tilings} == {1, 4}
@@ -399,7 +416,10 @@ def test_interpreted_kernels_have_tilings_of_every_kind():
     for several in ("heights", "stretches", "chunks", "columns"):
         assert any(getattr(tiling, several) > 1 for tiling in seconds), several
     assert any(tiling.tiles > tiling.splits for tiling in seconds)
-    parts = {mosaic_gpu._parts(math.prod(case.batch), case.channels) for case in INTERPRETED}
+    parts = {
+        mosaic_gpu_weights._parts((math.prod(case.batch), *case.spatial, case.channels))
+        for case in INTERPRETED
+    }
     assert parts == {1, 2}
 
 
@@ -483,7 +503,7 @@ def test_views_are_columns_of_each_strip(images):
         tiling = SimpleNamespace(images=images, strips=strips, columns=columns)
         block = SimpleNamespace(tiling=tiling)
         for j in range(each * columns + 2 * halo):
-            found = mosaic_gpu._Block.view(block, Indexed(row), j, each)
+            found = mosaic_gpu_tiles.Block.view(block, Indexed(row), j, each)
             want = row[:, j] if strips == 1 else row[0, j :: each * columns][:strips]
             assert np.array_equal(found, want), (columns, reach, each, j)
 

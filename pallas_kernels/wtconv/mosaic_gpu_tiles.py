@@ -1,0 +1,314 @@
+"""What launches share that stream the rows of tiles of an image through shared memory.
+
+A block streams the rows of one or more images, `CHANNELS` channels and `strips x columns` columns
+of coefficients wide. The copy engine fills what lies outside an image with zeros, so nothing is
+masked. A thread holds one channel of one strip, and its sums and taps in registers; a step is a row
+of coefficients, of two rows of pixels. Four warpgroups with roles work at once, of which one orders
+the copies. `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import MULTIPROCESSORS, UNSYNCHRONISED, following
+
+__all__ = [
+    "CHANNELS",
+    "MIN_ROWS",
+    "REGISTERS",
+    "STRIPS",
+    "Block",
+    "Ring",
+    "Step",
+    "Tiling",
+    "between",
+    "drain",
+    "launch",
+    "tiling_of",
+    "zeros",
+]
+
+CHANNELS = 32
+STRIPS = 4
+"""A warpgroup: a thread for each channel of each strip."""
+
+Step = tuple[Any, Any]
+"""A block's tile and the step in it."""
+Ring = tuple[Any, Step]
+"""The slot that is filled next, and the step that it is for."""
+
+_MAX_COLUMNS = 7
+"""Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
+MIN_ROWS = 8
+"""Rows of coefficients of a tile that is not a whole image high."""
+_MAX_ROUNDS = 8
+"""Of blocks that a multiprocessor takes one after the other, to choose from."""
+_START, _OVERHEAD = 4, 3
+"""What it costs to start a block, in steps, and a step, in columns; estimates."""
+REGISTERS = {"bands": 152, "pixels": 104}
+"""Registers of a thread, together what a multiprocessor has for 512 threads."""
+
+
+def between(x: jax.Array) -> jnp.dtype:
+    """The dtype of what one launch hands on to the next: low bands double with each level."""
+    return jnp.dtype("float32") if x.dtype == "float16" else x.dtype
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the blocks of a launch share its images.
+
+    A block has one chunk of channels and one stretch of columns, and takes every `splits`-th tile:
+    `rows` rows of coefficients, four strips of `columns` columns of one image or of four images.
+    Where an image is several tiles high, a tile reads `reach` rows of the one above too.
+    """
+
+    reach: int
+    images: int
+    strips: int
+    columns: int
+    rows: int
+    stretches: int
+    chunks: int
+    heights: int
+    tiles: int
+    splits: int
+
+    @property
+    def width(self) -> int:
+        """Columns of coefficients of a tile."""
+        return self.strips * self.columns
+
+    @property
+    def lead(self) -> int:
+        """Rows that a tile reads above its own."""
+        return self.reach if self.heights > 1 else 0
+
+    @property
+    def lag(self) -> int:
+        """`reach`, which counts pixels too, in rows of coefficients of two pixels each."""
+        return pl.cdiv(self.reach, 2)
+
+    @property
+    def steps(self) -> int:
+        """Steps a tile: after its last row come those below that it is filtered with."""
+        return self.lead + self.rows + self.reach
+
+    @property
+    def read(self) -> int:
+        """Steps whose rows are not known to be zero."""
+        return self.steps if self.heights > 1 else self.rows
+
+
+@cache
+def tiling_of(shape: tuple[int, ...], kernel_size: int, most_rounds: int = _MAX_ROUNDS) -> Tiling:
+    """The tiling of `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
+    n, h, w, c = shape
+    rows, columns = pl.cdiv(h, 2), pl.cdiv(w, 2)
+    reach, chunks = kernel_size // 2, pl.cdiv(c, CHANNELS)
+
+    def cost(tiling: Tiling) -> int:
+        rounds = pl.cdiv(tiling.stretches * chunks * tiling.splits, MULTIPROCESSORS)
+        steps = pl.cdiv(tiling.tiles, tiling.splits) * tiling.steps + _START
+        return rounds * steps * (tiling.columns + _OVERHEAD)
+
+    tilings = []
+    for images in (1, STRIPS):
+        strips = STRIPS // images
+        for each in range(1, _MAX_COLUMNS + 1):
+            if images > 1 and c == CHANNELS and h * w == 2 * each:
+                continue  # Such a window is contiguous: see `_LevelBlock.store`.
+            stretches = pl.cdiv(columns, strips * each)
+            for heights in range(1, min(pl.cdiv(rows, MIN_ROWS), MULTIPROCESSORS) + 1):
+                tiles = pl.cdiv(n, images) * heights
+                units = stretches * chunks
+                for rounds in range(1, 1 + pl.cdiv(units * tiles, MULTIPROCESSORS)):
+                    splits = min(tiles, max(1, rounds * MULTIPROCESSORS // units))
+                    tilings.append(
+                        Tiling(
+                            *(reach, images, strips, each, pl.cdiv(rows, heights)),
+                            *(stretches, chunks, heights, tiles, splits),
+                        )
+                    )
+                    if splits == tiles or rounds >= most_rounds:
+                        break
+    return min(tilings, key=cost)
+
+
+def launch(tiling: Tiling) -> dict[str, Any]:
+    """How all kernels are launched."""
+    return {
+        "grid": (tiling.splits, tiling.stretches * tiling.chunks),
+        "grid_names": ("split", "unit"),
+        "num_threads": 4,
+        "thread_name": "warpgroup",
+        # Every thread arrives at the barriers itself, after its own loads and stores.
+        "compiler_params": UNSYNCHRONISED,
+    }
+
+
+def drain(barrier: Any, turns: Any, slots: int, early: int) -> None:
+    """Waits for the last turns, which nobody had to wait for.
+
+    Args:
+        barrier: One for each slot.
+        turns: How many there were.
+        slots: Which they went around.
+        early: Slots before that of the first turn that were freed before it.
+    """
+
+    def one(turn: Any, _: Any) -> tuple[()]:
+        plgpu.barrier_wait(barrier.at[lax.rem(turn + slots, slots)])
+        return ()
+
+    lax.fori_loop(jnp.maximum(turns - slots, -early), turns, one, ())
+
+
+def zeros(count: int) -> list[Any]:
+    """Sums to begin with."""
+    shape = (STRIPS, CHANNELS)
+    zero = jnp.zeros(shape, jnp.float32)
+    return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What the blocks of all launches have: rows of x in a ring of slots of shared memory."""
+
+    tiling: Tiling
+    depth: int
+    x: Any
+    rows: Any
+    full: Any
+    free: Any
+
+    @property
+    def size(self) -> int:
+        """The kernel size."""
+        return 2 * self.tiling.reach + 1
+
+    @property
+    def place(self) -> tuple[Any, Any]:
+        """Chunk of channels and stretch of columns."""
+        unit = lax.axis_index("unit")
+        return lax.rem(unit, self.tiling.chunks), lax.div(unit, self.tiling.chunks)
+
+    @property
+    def count(self) -> Any:
+        """Tiles of this block."""
+        splits = self.tiling.splits
+        return lax.div(self.tiling.tiles - lax.axis_index("split") + splits - 1, splits)
+
+    def origin(self, i: Any) -> tuple[Any, Any]:
+        """First image and first row of coefficients of the block's i-th tile."""
+        tiling = self.tiling
+        tile = lax.axis_index("split") + i * tiling.splits
+        group, height = lax.div(tile, tiling.heights), lax.rem(tile, tiling.heights)
+        return group * tiling.images, height * tiling.rows
+
+    @property
+    def turns(self) -> Any:
+        """Steps of this block, over all of its tiles."""
+        return self.count * self.tiling.steps
+
+    @property
+    def early(self) -> int:
+        """How many slots, the last, are free at first and filled only in the first steps."""
+        raise NotImplementedError
+
+    def window(self, step: Step) -> tuple[Any, Any, Any, Any]:
+        """Images, first row, stretch and channels of a step.
+
+        The row is one of coefficients, in an image, and does not count what a tile reads above it.
+        """
+        i, s = step
+        tiling = self.tiling
+        image, row = self.origin(i)
+        chunk, stretch = self.place
+        return pl.ds(image, tiling.images), row + s, stretch, pl.ds(chunk * CHANNELS, CHANNELS)
+
+    def fetch_rows(self, slot: Any, step: Step, above: int) -> None:
+        """Orders the copy of the two rows of x that lie `above` rows over those of a step."""
+        images, row, stretch, channels = self.window(step)
+        first = 2 * (stretch * self.tiling.width - self.tiling.reach)
+        columns = pl.ds(first, self.rows.shape[-2])
+        plgpu.copy_gmem_to_smem(
+            self.x.at[images, pl.ds(2 * (row - above), 2), columns, channels],
+            self.rows.at[slot],
+            self.full.at[slot],
+        )
+
+    def fetch(self, slot: Any, step: Step) -> None:
+        """Orders the copies of a step."""
+        raise NotImplementedError
+
+    def fetch_first(self) -> Ring:
+        """Orders the copies of the first steps, but for the last `early` slots."""
+        ring: Ring = (jnp.int32(0), (jnp.int32(0), jnp.int32(0)))
+
+        def one(_: Any, ring: Ring) -> Ring:
+            return self.fetch_next(ring, wait=False)
+
+        return lax.fori_loop(0, self.depth - self.early, one, ring)
+
+    def fetch_next(self, ring: Ring, wait: bool = True) -> Ring:
+        """Orders the copies of the ring's step, if there is one; the ring that follows.
+
+        Args:
+            ring: A slot, and the step that it is for.
+            wait: Whether for all to have freed the slot.
+        """
+        slot, (i, s) = ring
+
+        @pl.when(i < self.count)
+        def _() -> None:
+            if wait:
+                plgpu.barrier_wait(self.free.at[slot])
+            self.fetch(slot, (i, s))
+
+        last = s == self.tiling.steps - 1
+        return following(slot, self.depth), (jnp.where(last, i + 1, i), jnp.where(last, 0, s + 1))
+
+    def free_first(self, early: int) -> None:
+        """Frees the last `early` slots, into which nothing was copied yet."""
+        for slot in range(self.depth - early, self.depth):
+            plgpu.barrier_arrive(self.free.at[slot])
+
+    def pairs(self, row: Any, pair: Any, columns: int) -> list[tuple[Any, Any]]:
+        """(LL, LH) of each column of coefficients, or (HL, HH) if `pair` is 1, twice as large.
+
+        Args:
+            row: `[images, 2, columns of pixels, channels]`, halo included.
+            pair: Which two bands.
+            columns: Columns of coefficients of a strip, halo included.
+        """
+        sign = jnp.where(pair == 0, 1.0, -1.0).astype(jnp.float32)
+        found = []
+        for j in range(columns):
+            upper, lower = (
+                self.column(row.at[:, v], 2 * j) + sign * self.column(row.at[:, v], 2 * j + 1)
+                for v in range(2)
+            )
+            found.append((upper + lower, upper - lower))
+        return found
+
+    def view(self, row: Any, j: int, each: int) -> Any:
+        """Column j of each strip, `each * columns` wide, of a row `[images, columns, channels]`."""
+        tiling = self.tiling
+        if tiling.strips == 1:
+            return row.at[:, j]
+        each *= tiling.columns
+        first = min(j, row.shape[1] - tiling.strips * each)
+        row = row.at[0, pl.ds(first, tiling.strips * each)]
+        return row.reshape(tiling.strips, each, CHANNELS).at[:, j - first]
+
+    def column(self, row: Any, j: int, each: int = 2) -> Any:
+        """What `view` shows, in float32."""
+        return self.view(row, j, each)[...].astype(jnp.float32)
