@@ -47,6 +47,8 @@ _MIN_ROWS = 8
 """Rows of coefficients of a tile that is not a whole image high."""
 _MIN_SLOTS, _MAX_SLOTS = 2, 8
 """Of the ring, of four rows of pixels each, which make a row of coefficients."""
+_AHEAD = 2
+"""So many steps before rows are copied into their slot, they are to be in the second cache."""
 _MAX_ROUNDS = 4
 """Of blocks that a multiprocessor takes one after the other, to choose from."""
 _START, _OVERHEAD = 4, 3
@@ -338,25 +340,31 @@ class _Block:
 
     def fetch(self, slot: Any, position: Position) -> Position:
         """Orders the copy of a step's rows, if there is one; the step that follows."""
-        tiling = self.tiling
-        i, s, group, row = position
-        images, height, columns, _ = tiling.slot
+        i, s, *_ = position
 
         @pl.when(i < self.count)
         def _() -> None:
-            chunk, stretch = self.place
-            plgpu.copy_gmem_to_smem(
-                self.x.at[
-                    pl.ds(group * images, images),
-                    pl.ds(4 * (row + s - tiling.lead), height),
-                    pl.ds(4 * (stretch * tiling.width - tiling.reach), columns),
-                    pl.ds(chunk * CHANNELS, CHANNELS),
-                ],
-                self.rows.at[slot],
-                self.full.at[slot],
-            )
+            window = self.x.at[self.window(position, 0)]
+            plgpu.copy_gmem_to_smem(window, self.rows.at[slot], self.full.at[slot])
+
+            @pl.when(s + _AHEAD < self.tiling.steps)
+            def _() -> None:
+                plgpu.async_prefetch(self.x.at[self.window(position, _AHEAD)])
 
         return self.after(position)
+
+    def window(self, position: Position, later: int) -> tuple[Any, ...]:
+        """What a slot takes of x, so many steps later in the same tile."""
+        tiling = self.tiling
+        _, s, group, row = position
+        chunk, stretch = self.place
+        images, height, columns, _ = tiling.slot
+        return (
+            pl.ds(group * images, images),
+            pl.ds(4 * (row + s + later - tiling.lead), height),
+            pl.ds(4 * (stretch * tiling.width - tiling.reach), columns),
+            pl.ds(chunk * CHANNELS, CHANNELS),
+        )
 
     def view(self, row: Any, columns: int, parts: int, j: Any, part: int = 0) -> Any:
         """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
@@ -366,7 +374,7 @@ class _Block:
             row = row.at[0]
         return row.reshape(images, strips, columns, parts, CHANNELS).at[:, :, j, part]
 
-    def window(self, row: Any, j: int) -> Any:
+    def neighbour(self, row: Any, j: int) -> Any:
         """Column j of each strip, halo included: of a row of a band that came in."""
         tiling = self.tiling
         first = min(j, row.shape[1] - tiling.width)
@@ -431,7 +439,7 @@ class _Block:
         """
         columns, size = self.tiling.columns, self.size
         row = self.bands.at[slot, self.warpgroup]
-        found = [self.window(row, j)[...] for j in range(columns + size - 1)]
+        found = [self.neighbour(row, j)[...] for j in range(columns + size - 1)]
         totals: list[Any] = []
         for open_row in range(size):
             for j in range(columns):

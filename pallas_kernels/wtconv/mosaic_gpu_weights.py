@@ -91,6 +91,8 @@ def _sums(pair: Pair, kernel_size: int, levels: int, part: int, parts: int) -> l
     base, fine, pair = _level_weights(pair, kernel_size, levels > 1, part, parts)
     found = [base, fine]
     for level in range(2, levels + 1):
+        # Sums that blocks leave are added up before the next ones are there.
+        pair, found = lax.optimization_barrier((pair, found))
         _, fine, pair = _level_weights(pair, kernel_size, level < levels)
         found.append(fine)
     return found

@@ -529,6 +529,10 @@ EXTRA = (
     Case((14, 14), 3, 5, batch=(203,), channels=96),
     Case((7, 7), 5, 3, batch=(2,), channels=768),
     Case((70, 70), 3, 5, channels=33),
+    # Level 2 alone: the rest in one launch, in one for each level, and none.
+    Case((112, 110), 5, 5, batch=(1,), channels=40),
+    Case((233, 131), 4, 5, "bfloat16", batch=(1,), channels=100),
+    Case((300, 65), 2, 3, "float16", batch=(5,), channels=36),
 )
 
 
@@ -547,7 +551,7 @@ EXTRA_DEEPER = (
     *DEEPER,
     Case((14, 14), 5, 5, batch=(140,), channels=96),
     Case((13, 15), 5, 5, "bfloat16", batch=(203,), channels=40),
-    Case((7, 28), 4, 3, batch=(2,), channels=130),
+    Case((7, 28), 4, 3, batch=(2,), channels=132),
     Case((28, 27), 3, 5, "bfloat16", batch=(67,), channels=64),
 )
 
