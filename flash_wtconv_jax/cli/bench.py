@@ -167,7 +167,7 @@ def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
     path = table.path(kind)
     path.parent.mkdir(exist_ok=True)
     _write(path, table.merged(kind, entries))
-    table.entries.cache_clear()
+    table.fastest.cache_clear()
 
 
 def tell(report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]", out: Path) -> None:

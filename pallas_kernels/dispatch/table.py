@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ def file_name(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
 
 
-@cache
 def entries(device_kind: str) -> tuple[Entry, ...]:
     """What was measured on a kind of device: nothing where there is no table of it.
 
@@ -57,7 +56,7 @@ def entries(device_kind: str) -> tuple[Entry, ...]:
         device_kind: As JAX names it, e.g. "NVIDIA H200".
 
     Returns:
-        The entries of the table; read once, so `entries.cache_clear()` after a table is written.
+        The entries of the table.
 
     Example:
         >>> entries("an abacus")
@@ -70,6 +69,7 @@ def entries(device_kind: str) -> tuple[Entry, ...]:
     return tuple(json.loads(text)["entries"])
 
 
+@lru_cache(1024)
 def fastest(operator: str, direction: str, problem: Any, device_kind: str) -> str | None:
     """The implementation that was the fastest for the nearest problem measured on such a device.
 
@@ -81,7 +81,8 @@ def fastest(operator: str, direction: str, problem: Any, device_kind: str) -> st
         device_kind: As JAX names it.
 
     Returns:
-        A name, or None where nothing comparable was measured or a size is symbolic.
+        A name, or None where nothing comparable was measured or a size is symbolic. Looked up
+        once, so `fastest.cache_clear()` after a table is written.
 
     Example:
         >>> fastest("wtconv", "fwd", None, "an abacus") is None
