@@ -98,7 +98,8 @@ def conv2d(
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
             environment's (`FLASH_WTCONV_CONV2D_FWD`, `..._BWD`), the one that was the fastest
-            for such a call on this kind of device, where that was measured, or the device's rule.
+            for such a call on this kind of device, where that was measured and nothing is
+            sharded over Explicit axes of a mesh, or the device's rule.
         config: Tiles of a kernel of ours; None takes those measured or made for the shape. XLA
             picks its own.
 
@@ -137,7 +138,11 @@ def conv2d(
     problem = Problem(shape, x.dtype, height, width, features, window, dtype)
     precision, config = checked_precision(precision), _checked_config(config)
     measured = problem, window.filters(w.shape), bias is not None, activation, precision, config
-    here, kind = platform.current(), platform.kind()
+    # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not: what
+    # was measured on one device is no default there.
+    specs = (jax.typeof(array).sharding.spec for array in (x, w))
+    sharded = any(axis is not None for spec in specs for axis in spec)
+    here, kind = platform.current(), None if sharded else platform.kind()
     chosen = [
         OPERATOR.choose(
             direction,

@@ -6,9 +6,15 @@ from enum import StrEnum
 from types import ModuleType
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import platform
+from pallas_kernels.conv2d import api as conv2d
 from pallas_kernels.dispatch import Operator, operator, table
+from pallas_kernels.haar import api as haar
+from pallas_kernels.wtconv import api as wtconv
 
 pytestmark = pytest.mark.core
 
@@ -183,10 +189,6 @@ def test_the_environment_goes_before_the_table(write, fake, monkeypatch):
 
 def test_the_tables_kept_here_are_of_today():
     """They name operators, problems and implementations that exist."""
-    from pallas_kernels.conv2d import api as conv2d
-    from pallas_kernels.haar import api as haar
-    from pallas_kernels.wtconv import api as wtconv
-
     known = {api.OPERATOR.name: api for api in (conv2d, haar, wtconv)}
     paths = list(table.FOLDER.glob("*.json"))
     assert table.path("NVIDIA H200") in paths
@@ -203,6 +205,27 @@ def test_the_tables_kept_here_are_of_today():
                 assert set(problem[name]) <= set(api.Problem.__annotations__[name]._fields)
             assert entry["ms"][entry["implementation"]] == min(entry["ms"].values())
             assert set(entry["ms"]) <= set(api.Implementation)
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch):
+    """What `conv2d` picks there, where all implementations can run: forward and backward."""
+
+    def picked(plan, activation, dtype, x, w, bias):
+        plans.append(plan)
+        return x
+
+    def pick(x, w, **keys):
+        conv2d.conv2d(x, w, **keys)
+        plan = plans.pop()
+        return tuple(module.__name__.rpartition(".")[2] for module in (plan.fwd, plan.bwd))
+
+    plans = []
+    monkeypatch.setattr(conv2d.vjp, "conv2d", picked)
+    monkeypatch.setattr(platform, "current", lambda: "gpu")
+    monkeypatch.setattr(platform, "kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(Operator, "_unavailable", lambda *_: None)
+    return pick
 
 
 NARROW = {"x": (2, 128, 128, 16), "w": (3, 3, 16, 320)}
@@ -230,24 +253,17 @@ DEEP = {"x": (2, 32, 32, 1280), "w": (3, 3, 1280, 1280)}
         ),
     ],
 )
-def test_a_dense_convolution_on_an_h200_takes_what_was_measured(call, want, monkeypatch):
-    import jax.numpy as jnp
-
-    from pallas_kernels import platform
-    from pallas_kernels.conv2d import api
-
-    def picked(plan, activation, dtype, x, *_):
-        plans.append(plan)
-        return x
-
-    plans = []
-    monkeypatch.setattr(api.vjp, "conv2d", picked)
-    monkeypatch.setattr(platform, "current", lambda: "gpu")
-    monkeypatch.setattr(platform, "kind", lambda: "NVIDIA H200")
-    monkeypatch.setattr(Operator, "_unavailable", lambda *_: None)
+def test_a_dense_convolution_on_an_h200_takes_what_was_measured(call, want, on_an_h200):
     keys = {"padding": "SAME"} | call
     dtype = keys.pop("dtype", "bfloat16")
     x, w = (jnp.zeros(keys.pop(name), dtype) for name in ("x", "w"))
-    api.conv2d(x, w, **keys)
-    (plan,) = plans
-    assert [module.__name__.rpartition(".")[2] for module in (plan.fwd, plan.bwd)] == list(want)
+    assert on_an_h200(x, w, **keys) == want
+
+
+def test_on_an_h200_explicit_axes_leave_a_dense_convolution_to_xla(on_an_h200):
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x, w = jnp.zeros(NARROW["x"], "bfloat16"), jnp.zeros(NARROW["w"], "bfloat16")
+    with jax.set_mesh(mesh):
+        assert on_an_h200(x, w, padding=1) == ("mosaic_gpu", "mosaic_gpu")
+        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("n")))
+        assert on_an_h200(x, w, padding=1) == ("xla", "xla")
