@@ -328,7 +328,7 @@ class Conv2D(nn.Module):
         bias_init: Initialiser of the bias.
         activation: None, "relu" or "gelu", in the same kernel.
         implementation: Name or names of the implementations of `pallas_kernels.conv2d` to choose
-            from; None leaves the choice to its rule for the device.
+            from; None leaves the choice to what was measured on the device, or its rule.
 
     Raises:
         ValueError: If an argument is out of range.

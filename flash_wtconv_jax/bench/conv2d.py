@@ -1,7 +1,6 @@
 """`flash-wtconv bench conv2d`: TFLOP/s of dense convolutions beside XLA's, in one run."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from statistics import geometric_mean
@@ -11,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import platform
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.conv2d.api import OPERATOR
+from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.shapes import SHAPES, Shape
+from pallas_kernels.dispatch.table import Entry
 
 from .. import environment
 from . import clocks
 from .clocks import Call
+from .fastest import OURS, able, entries
 from .wtconv import check_dtype
 
 EXPRESSIONS: dict[str, dict[str, Any]] = {
@@ -35,7 +36,7 @@ def run(
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """Times `lax.conv_general_dilated` and every implementation that can run here.
+    """Times `lax.conv_general_dilated` and every implementation that can compute a shape here.
 
     Args:
         shapes: Names in `pallas_kernels.conv2d.shapes.SHAPES`.
@@ -56,19 +57,14 @@ def run(
         raise ValueError(f"shape: {unknown} is not one of {sorted(SHAPES)}")
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
-    here = platform.current()
-    names = [name for name, reason in OPERATOR.status(here) if reason is None]
     rows: list[dict[str, Any]] = []
     for expression, arguments in EXPRESSIONS.items():
         for shape in shapes:
             contenders: dict[str, Callable[..., jax.Array]] = {_PLAIN: partial(_plain, **arguments)}
-            for name in names:
-                contenders[f"flash {name}"] = partial(_ours, implementation=name, **arguments)
-            layer, compiled = SHAPES[shape], {}
-            for name, one in contenders.items():
-                # Not every implementation takes every dtype.
-                with suppress(NotImplementedError):
-                    compiled[name] = _compiled(one, layer, dtype)
+            layer = SHAPES[shape]
+            for name in implementations(layer, dtype):
+                contenders[f"{OURS} {name}"] = partial(_ours, implementation=name, **arguments)
+            compiled = {name: _compiled(one, layer, dtype) for name, one in contenders.items()}
             for direction, work in (("forward", 1), ("forward+backward", 3)):
                 step = progress(f"{shape} {expression} {direction}", clock.turns(len(compiled)))
                 calls = {name: both[direction] for name, both in compiled.items()}
@@ -99,6 +95,57 @@ def run(
         "rows": rows,
         "means": _means(rows),
     }
+
+
+def implementations(shape: Shape, dtype: str) -> list[str]:
+    """Those of our implementations that can compute every expression of a shape here, both ways.
+
+    Args:
+        shape: The layer.
+        dtype: Of x, the filters and the bias.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: An unknown dtype.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     implementations(Shape(1, 8, 8, 4, 3, 3, 5), "float32")
+        ['xla']
+    """
+    check_dtype(dtype)
+    each = [able(OPERATOR, _problem(shape.x, shape.w, dtype, one)) for one in EXPRESSIONS]
+    return [name for name in each[0] if all(name in names for names in each)]
+
+
+def defaults(report: Mapping[str, Any]) -> list[Entry]:
+    """What a report says of the fastest implementations; see `fastest.entries`.
+
+    Args:
+        report: What `run` returns.
+
+    Returns:
+        An entry for each direction of each expression and shape that several implementations can
+        compute; its problem has neither pads nor `out_dtype`, which a call need not share.
+    """
+
+    def problem(row: Mapping[str, Any]) -> dict[str, Any]:
+        of = _problem(row["x"], row["w"], report["dtype"], row["expression"])._asdict()
+        window = of["window"]._asdict()
+        del of["out_dtype"], window["pads"]
+        return of | {"dtype": report["dtype"], "window": window}
+
+    return entries(OPERATOR, report, problem)
+
+
+def _problem(x: Sequence[int], w: Sequence[int], dtype: str, expression: str) -> Problem:
+    """Of an expression, which keeps the size of the images."""
+    height, width, _, features = w
+    above, left = (((k - 1) // 2, k // 2) for k in (height, width))
+    window = Window(pads=(above, left), reflect=EXPRESSIONS[expression]["padding"] == "reflect")
+    return Problem(tuple(x), jnp.dtype(dtype), height, width, features, window, jnp.dtype(dtype))
 
 
 def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

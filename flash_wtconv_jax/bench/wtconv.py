@@ -24,13 +24,14 @@ from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
 from .. import environment
 from . import clocks, plain, roofs
 from .clocks import Call
+from .fastest import OURS, able, entries
 from .timing import Spread
 
 DTYPES = ("float32", "bfloat16", "float16")
 PASSES = {"forward": 2, "forward+backward": 5}
 """How often at least a tensor of x's size is read or written, by direction."""
 
-_PICKED, _PLAIN, _RIVAL, _TORCH = "flash", "plain jax", "depthwise 7x7", "torch eager"
+_PLAIN, _RIVAL, _TORCH = "plain jax", "depthwise 7x7", "torch eager"
 _RIVAL_SIZE = 7
 _ROTATED_BYTES = 2**28
 """Bytes of the copies of x that a GPU's calls take in turn: more than its caches hold."""
@@ -74,7 +75,7 @@ def run(
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {sorted(known)}")
     check_dtype(dtype)
-    here = [_PICKED, _PLAIN]
+    here = [OURS, _PLAIN]
     here += [] if on_cpu() else [_RIVAL]
     here += [_TORCH] if _has_torch(dtype) else []
     baseline = baseline or (_TORCH if _TORCH in here else _PLAIN)
@@ -100,7 +101,7 @@ def run(
                     "speedup_over_plain_jax": times[_PLAIN].median / times[contender].median,
                     "temporaries": one.temporaries,
                     "extra_memory": one.extra_memory,
-                    "implementation": _picked(known[name], dtype) if contender == _PICKED else None,
+                    "implementation": _picked(known[name], dtype) if contender == OURS else None,
                 }
                 for contender, one in contenders.items()
             ]
@@ -143,20 +144,11 @@ def implementations(shape: Shape, dtype: str) -> list[str]:
         ['xla']
     """
     check_dtype(dtype)
-    able = []
-    for name in OPERATOR.implementations:
-        try:
-            _picked(shape, dtype, str(name))
-        except NotImplementedError:
-            continue
-        able.append(str(name))
-    return able
+    return able(OPERATOR, _problem(shape, dtype))
 
 
 def defaults(report: Mapping[str, Any]) -> list[Entry]:
-    """What a report says of the fastest implementations, for `pallas_kernels.dispatch.table`.
-
-    The time of a backward pass is that of both passes less that of the forward pass.
+    """What a report says of the fastest implementations; see `fastest.entries`.
 
     Args:
         report: What `run` returns.
@@ -164,36 +156,12 @@ def defaults(report: Mapping[str, Any]) -> list[Entry]:
     Returns:
         An entry for each direction of each shape that several implementations can compute.
     """
-    named = ("flash-wtconv", "jax", "jaxlib", "jax-triton", "triton")
-    about = {
-        "date": report["date"],
-        "versions": {name: v for name, v in report["versions"].items() if name in named},
-    }
-    shapes = {row["shape"]: row for row in report["rows"]}
-    entries = []
-    for shape, row in shapes.items():
-        ms = {
-            (r["direction"], r["contender"].removeprefix(f"{_PICKED} ")): r["median_ms"]
-            for r in report["rows"]
-            if r["shape"] == shape and r["contender"].startswith(f"{_PICKED} ")
-        }
-        forward = {name: time for (direction, name), time in ms.items() if direction == "forward"}
-        both = {name: ms["forward+backward", name] for name in forward}
-        backward = {name: both[name] - forward[name] for name in forward}
-        problem = Problem(row["x"], report["dtype"], row["kernel_size"], row["levels"], "haar")
-        entries += [
-            {
-                "operator": OPERATOR.name,
-                "direction": direction,
-                "implementation": min(times, key=times.__getitem__),
-                "problem": problem._asdict(),
-                "ms": {name: round(times[name], 4) for name in sorted(times)},
-                **about,
-            }
-            for direction, times in (("fwd", forward), ("bwd", backward))
-            if times
-        ]
-    return entries
+
+    def problem(row: Mapping[str, Any]) -> dict[str, Any]:
+        of = Problem(row["x"], report["dtype"], row["kernel_size"], row["levels"], "haar")
+        return of._asdict()
+
+    return entries(OPERATOR, report, problem)
 
 
 class _Contender(NamedTuple):
@@ -208,12 +176,12 @@ def _contenders(shape: Shape, dtype: str, each: bool) -> dict[str, dict[str, _Co
     """Every contender of a shape, by direction."""
     copies = _copies(shape, dtype)
     params, rival = _params(shape, dtype)
-    ours: dict[str, tuple[Callable, Any]] = {_PICKED: (wtconv2d, params)}
+    ours: dict[str, tuple[Callable, Any]] = {OURS: (wtconv2d, params)}
     others: dict[str, tuple[Callable, Any]] = {_PLAIN: (plain.wtconv, params)}
-    able = implementations(shape, dtype)
-    for name in able if each and len(able) > 1 else []:
+    names = implementations(shape, dtype)
+    for name in names if each and len(names) > 1 else []:
         own = others if OPERATOR.module(name).DIFFERENTIABLE else ours
-        own[f"{_PICKED} {name}"] = partial(wtconv2d, implementation=name), params
+        own[f"{OURS} {name}"] = partial(wtconv2d, implementation=name), params
     if not on_cpu():
         others[_RIVAL] = _depthwise, rival
     with ThreadPoolExecutor() as pool:
@@ -328,14 +296,17 @@ def _multiply_adds(shape: Shape) -> int:
     return shape.kernel_size**2 * shape.batch * shape.channels * values
 
 
-def _picked(shape: Shape, dtype: str, implementation: str | None = None) -> dict[str, str]:
+def _picked(shape: Shape, dtype: str) -> dict[str, str]:
     """What computes our layer here, forward and backward."""
-    problem = Problem(shape.x, jnp.dtype(dtype), shape.kernel_size, shape.levels, "haar")
     here, kind = platform.current(), platform.kind()
     return {
-        direction: OPERATOR.pick(direction, implementation, here, problem, kind)
+        direction: OPERATOR.pick(direction, None, here, _problem(shape, dtype), kind)
         for direction in OPERATOR.directions
     }
+
+
+def _problem(shape: Shape, dtype: str) -> Problem:
+    return Problem(shape.x, jnp.dtype(dtype), shape.kernel_size, shape.levels, "haar")
 
 
 def _has_torch(dtype: str) -> bool:

@@ -1,7 +1,7 @@
 """`flash-wtconv bench`: times beside a baseline, as tables, JSON files and pictures."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from pallas_kernels.dispatch.table import Entry
+
 bench = typer.Typer(
     help="Time the operators and networks beside plain ones, in one run.", no_args_is_help=True
 )
@@ -18,6 +20,14 @@ bench = typer.Typer(
 _Progress = Callable[[str, int], Callable[[], None]]
 _Device = Annotated[
     str | None, typer.Option(help="cpu, gpu or tpu. Default: the first that JAX has.")
+]
+_WriteDefaults = Annotated[
+    bool,
+    typer.Option(
+        "--write-defaults",
+        help="Time every implementation, and write which is the fastest into the package's "
+        "table of this kind of device.",
+    ),
 ]
 
 
@@ -38,18 +48,10 @@ def wtconv(
     out: Annotated[
         Path, typer.Option(help="Folder for wtconv.json, wtconv.png and wtconv_roofline.png.")
     ] = Path("runs/bench"),
-    write_defaults: Annotated[
-        bool,
-        typer.Option(
-            "--write-defaults",
-            help="Time every implementation, and write which is the fastest into the package's "
-            "table of this kind of device.",
-        ),
-    ] = False,
+    write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time the 2-D wavelet convolution, forward and forward+backward."""
     from pallas_kernels import platform
-    from pallas_kernels.dispatch import table
     from pallas_kernels.wtconv.shapes import FOR_PLATFORM
 
     from .. import plots
@@ -58,22 +60,15 @@ def wtconv(
     with _measuring(device, out) as progress:
         known = FOR_PLATFORM[platform.current()]
         names = shape or list(known)
-        sizes = [known[name] for name in names if name in known]
-        able = (len(benchmark.implementations(size, dtype)) for size in sizes)
-        if write_defaults and sizes and max(able) < 2:
-            raise ValueError(
-                "--write-defaults needs a shape that several implementations can compute here; "
-                "'flash-wtconv info' tells which can run"
-            )
+        if write_defaults:
+            sizes = (known[name] for name in names if name in known)
+            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
         report = benchmark.run(names, baseline, progress, dtype, each=write_defaults)
         kind = platform.kind()
     figures = {"wtconv": plots.speedups(report), "wtconv_roofline": plots.roofline(report)}
     tell(report, wtconv_table(report), figures, out)
     if write_defaults:
-        path = table.path(kind)
-        path.parent.mkdir(exist_ok=True)
-        _write(path, table.merged(kind, benchmark.defaults(report)))
-        table.entries.cache_clear()
+        _write_defaults(kind, benchmark.defaults(report))
 
 
 @bench.command("wtconvnext")
@@ -115,15 +110,24 @@ def conv2d(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     device: _Device = None,
     out: Annotated[Path, typer.Option(help="Folder for conv2d.json.")] = Path("runs/bench"),
+    write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time the dense 2-D convolution beside XLA's, alone and with padding, bias and activation."""
+    from pallas_kernels import platform
     from pallas_kernels.conv2d.shapes import SHAPES
 
     from ..bench import conv2d as benchmark
 
     with _measuring(device, out) as progress:
-        report = benchmark.run(shape or list(SHAPES), progress, dtype)
+        names = shape or list(SHAPES)
+        if write_defaults:
+            sizes = (SHAPES[name] for name in names if name in SHAPES)
+            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
+        report = benchmark.run(names, progress, dtype)
+        kind = platform.kind()
     tell(report, _conv2d_table(report), {}, out)
+    if write_defaults:
+        _write_defaults(kind, benchmark.defaults(report))
 
 
 @contextmanager
@@ -145,6 +149,25 @@ def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
             return lambda: bar.advance(task)
 
         yield progress
+
+
+def _check_choice(able: Iterable[Sequence[str]]) -> None:
+    """Raises where no shape has a choice of implementations; of no shape `run` tells why."""
+    if max(map(len, able), default=2) < 2:
+        raise ValueError(
+            "--write-defaults needs a shape that several implementations can compute here; "
+            "'flash-wtconv info' tells which can run"
+        )
+
+
+def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
+    """Writes what was measured into the package's table of a kind of device."""
+    from pallas_kernels.dispatch import table
+
+    path = table.path(kind)
+    path.parent.mkdir(exist_ok=True)
+    _write(path, table.merged(kind, entries))
+    table.fastest.cache_clear()
 
 
 def tell(report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]", out: Path) -> None:

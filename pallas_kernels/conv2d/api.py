@@ -45,7 +45,8 @@ OPERATOR = Operator(
     name="conv2d",
     package="pallas_kernels.conv2d",
     implementations=Implementation,
-    # On a GPU, XLA means cuDNN. On a TPU its convolutions are made for the matrix unit, and of ours
+    # On a GPU, XLA means cuDNN. Where ours were measured to be faster, the table of that kind of
+    # GPU goes before this. On a TPU its convolutions are made for the matrix unit, and of ours
     # nothing has run on one.
     rule={
         "tpu": ("xla", "mosaic_tpu"),
@@ -96,7 +97,9 @@ def conv2d(
         precision: Of products of float32 on matrix units; None is full float32.
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
-            environment's (`FLASH_WTCONV_CONV2D_FWD`, `..._BWD`) or the device's rule.
+            environment's (`FLASH_WTCONV_CONV2D_FWD`, `..._BWD`), the one that was the fastest
+            for such a call on this kind of device, where that was measured and nothing is
+            sharded over Explicit axes of a mesh, or the device's rule.
         config: Tiles of a kernel of ours; None takes those measured or made for the shape. XLA
             picks its own.
 
@@ -135,7 +138,11 @@ def conv2d(
     problem = Problem(shape, x.dtype, height, width, features, window, dtype)
     precision, config = checked_precision(precision), _checked_config(config)
     measured = problem, window.filters(w.shape), bias is not None, activation, precision, config
-    here, kind = platform.current(), platform.kind()
+    # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not: what
+    # was measured on one device is no default there.
+    specs = (jax.typeof(array).sharding.spec for array in (x, w))
+    sharded = any(axis is not None for spec in specs for axis in spec)
+    here, kind = platform.current(), None if sharded else platform.kind()
     chosen = [
         OPERATOR.choose(
             direction,

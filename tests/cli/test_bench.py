@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import models
-from flash_wtconv_jax.bench import roofs, timing, wtconv, wtconvnext
+from flash_wtconv_jax.bench import conv2d, roofs, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
 from pallas_kernels import platform
 from pallas_kernels.conv2d import mosaic_gpu
@@ -59,8 +59,42 @@ def test_dense_convolutions(tmp_path, monkeypatch):
     bench("--shape", "tiny", "--dtype", "float32", "--out", tmp_path, benchmark="conv2d")
     report = json.loads((tmp_path / "conv2d.json").read_text())
     assert {row["contender"] for row in report["rows"]} == {"plain jax", "flash xla"}
-    result = bench("--shape", "huge", "--out", tmp_path, benchmark="conv2d")
-    assert "['huge'] is not one of" in str(result.exception)
+    for more in ([], ["--write-defaults"]):
+        result = bench("--shape", "huge", *more, "--out", tmp_path, benchmark="conv2d")
+        assert "['huge'] is not one of" in str(result.exception)
+
+
+def test_the_fastest_dense_convolutions_are_kept(tmp_path, monkeypatch):
+    ours = conv2d.conv2d
+    monkeypatch.setitem(dense.SHAPES, "tiny", dense.Shape(1, 5, 6, 3, 3, 2, 4))
+    monkeypatch.setattr(conv2d, "implementations", lambda shape, dtype: ["mosaic_gpu", "xla"])
+    monkeypatch.setattr(conv2d, "conv2d", lambda x, w, implementation, **keys: ours(x, w, **keys))
+    monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
+    arguments = "--shape", "tiny", "--write-defaults", "--out", tmp_path
+    result = bench(*arguments, benchmark="conv2d")
+    assert result.exit_code == 0, result.output
+    kept = json.loads((tmp_path / "defaults" / "cpu.json").read_text())["entries"]
+    assert {(e["operator"], e["direction"], e["problem"]["window"]["reflect"]) for e in kept} == {
+        ("conv2d", direction, reflect) for direction in ("bwd", "fwd") for reflect in (False, True)
+    }
+    assert kept[-1]["problem"] == {
+        "shape": [1, 5, 6, 3],
+        "dtype": "bfloat16",
+        "kernel_height": 3,
+        "kernel_width": 2,
+        "features": 4,
+        "window": {
+            "stride": [1, 1],
+            "dilation": [1, 1],
+            "groups": 1,
+            "reflect": True,
+            "layout": "nhwc_hwcf",
+        },
+    }
+    # None comes twice.
+    report = json.loads((tmp_path / "conv2d.json").read_text())
+    assert json.loads(table.merged("cpu", conv2d.defaults(report)))["entries"] == kept
+    table.fastest.cache_clear()
 
 
 def test_report_table_and_picture(tmp_path):
@@ -174,7 +208,7 @@ def test_several_implementations_are_contenders_and_the_fastest_is_kept(monkeypa
     kept = json.loads((tmp_path / "defaults" / "cpu.json").read_text())
     assert kept["device_kind"] == "cpu"
     assert [entry["direction"] for entry in kept["entries"]] == ["bwd", "fwd"]
-    table.entries.cache_clear()
+    table.fastest.cache_clear()
 
 
 def test_the_fastest_of_each_direction():
@@ -212,8 +246,11 @@ def test_the_fastest_of_each_direction():
     assert wtconv.defaults(report) == []
 
 
-def test_defaults_need_a_choice(tmp_path):
-    result = bench("--shape", "pixel", "--write-defaults", "--out", tmp_path)
+@pytest.mark.parametrize(
+    ("benchmark", "shape"), [("wtconv", "pixel"), ("conv2d", "sd_unet_64_1x1")]
+)
+def test_defaults_need_a_choice(benchmark, shape, tmp_path):
+    result = bench("--shape", shape, "--write-defaults", "--out", tmp_path, benchmark=benchmark)
     assert "several implementations can compute here" in str(result.exception)
     assert not list(tmp_path.iterdir())
 
@@ -274,7 +311,7 @@ def test_on_a_gpu_each_implementation_is_timed_by_device_events(monkeypatch, net
     assert all(0 < row["least_ms"] <= row["median_ms"] for row in report["rows"])
     (kept,) = (tmp_path / "defaults").glob("*.json")
     assert len(json.loads(kept.read_text())["entries"]) == 2
-    table.entries.cache_clear()
+    table.fastest.cache_clear()
     result = bench("--batch", 2, "--size", 8, "--out", tmp_path, benchmark="wtconvnext")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "wtconvnext.json").read_text())

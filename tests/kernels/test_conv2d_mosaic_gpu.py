@@ -17,10 +17,12 @@ from conv2d_checks import (
 )
 from mosaic_gpu_checks import SHARED, lowered, recorded_launches, shapes, shared_bytes
 
+from pallas_kernels import platform
 from pallas_kernels.conv2d import Config, conv2d, mosaic_gpu
 from pallas_kernels.conv2d.api import OPERATOR, Problem, Window, _checked_config
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case
 from pallas_kernels.conv2d.shapes import SHAPES, Shape
+from pallas_kernels.dispatch import table
 
 DTYPES = ("bfloat16", "float16")
 LAYER = Problem((2, 8, 8, 4), np.dtype("float16"), 3, 3, 8, Window(), np.dtype("float32"))
@@ -317,6 +319,17 @@ def test_layers_of_a_network_are_xlas(name, tiles):
     for g, w in zip(got, want, strict=True):
         g, w = (np.asarray(a, np.float32) for a in (g, w))
         assert np.abs(g - w).max() <= 0.08 * np.sqrt(np.mean(w**2))
+
+
+@pytest.mark.gpu
+def test_a_layer_that_it_was_the_fastest_for_takes_it_unasked():
+    if not table.entries(platform.kind()):
+        pytest.skip(f"nothing was measured on a {platform.kind()}")
+    layer = SHAPES["sd_unet_32_3x3"]
+    x, w = (jax.ShapeDtypeStruct(size, "bfloat16") for size in (layer.x, layer.w))
+    for stride, taken in ((1, True), (2, False)):
+        call = partial(conv2d, stride=stride, padding="SAME")
+        assert ("mosaic_gpu" in jax.jit(call).lower(x, w).as_text()) == taken
 
 
 @pytest.mark.gpu
