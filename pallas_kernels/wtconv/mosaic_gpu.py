@@ -1,4 +1,4 @@
-"""The wavelet convolution on Hopper GPUs: Pallas kernels of Mosaic GPU, two launches or a few more.
+"""The wavelet convolution on Hopper GPUs: Pallas kernels of Mosaic GPU.
 
 Level 1 and the base convolution are the last launch, the one below. What it adds to its low band
 comes from one launch for all deeper levels, of `mosaic_gpu_deep`, where an image is small; else
@@ -35,8 +35,8 @@ from pallas_kernels.wtconv.mosaic_gpu_tiles import (
     Block,
     Ring,
     Step,
-    between,
     drain,
+    handed_dtype,
     launch,
     tiling_of,
     zeros,
@@ -92,9 +92,9 @@ def forward(
     packed = _packed(taps, bias)
     below: Taps = ()
     if fits(x, levels, kernel_size):
-        below = (deep(x, packed, levels, kernel_size, between(x)),)
+        below = (deep(x, packed, levels, kernel_size, handed_dtype(x)),)
     elif levels > 1:
-        half, low = second(x, packed, kernel_size, between(x))
+        half, low = second(x, packed, kernel_size, handed_dtype(x))
         below = half, *_from_third(low, packed, levels, kernel_size)
     y = _level(x, below, packed, 1, kernel_size, bias is not None, x.dtype)
     return vary_over(axes, y[..., :channels])
@@ -120,7 +120,7 @@ def _lows(x: jax.Array, levels: int) -> list[jax.Array]:
         low = jnp.pad(low, ((0, 0), *odd, (0, 0))).astype(jnp.float32)
         left, right = low[:, :, ::2], low[:, :, 1::2]
         both = left + right
-        lows.append((0.5 * (both[:, ::2] + both[:, 1::2])).astype(between(x)))
+        lows.append((0.5 * (both[:, ::2] + both[:, 1::2])).astype(handed_dtype(x)))
     return lows
 
 
@@ -336,7 +336,7 @@ class _LevelBlock(Block):
                 slot = following(slot, self.depth)
             return slot
 
-        self.free_first(self.early)
+        self.free_first()
         lax.fori_loop(0, self.count, tile, jnp.int32(0))
         drain(self.handed_free, self.count * tiling.rows, _HANDED, _HANDED)
 
@@ -419,7 +419,7 @@ class _LevelBlock(Block):
                 slot = following(slot, self.depth)
             return slot, ring
 
-        self.free_first(self.early)
+        self.free_first()
         for handed in range(_HANDED):
             plgpu.barrier_arrive(self.handed_free.at[handed])
         ring: Any = self.fetch_first() if lower else ()
@@ -435,7 +435,7 @@ class _LevelBlock(Block):
         without a look at bounds, and takes axes of one element to be inside: those are cut here.
         """
         tiling = self.tiling
-        image, first = self.origin(i)
+        group, first = self.origin(i)
         chunk, stretch = self.place
         _, height, width, channels = self.y.shape
         first_channels = range(0, channels, self.x.shape[-1])
@@ -447,7 +447,7 @@ class _LevelBlock(Block):
                 plgpu.copy_smem_to_gmem(
                     self.out.at[lower, slot, :, :, pl.ds(0, columns)],
                     self.y.at[
-                        pl.ds(image, tiling.images),
+                        pl.ds(group * tiling.images, tiling.images),
                         pl.ds(2 * (first + row) + lower, 1),
                         pl.ds(2 * stretch * tiling.width, columns),
                         pl.ds(channel + chunk * CHANNELS, CHANNELS),

@@ -32,12 +32,17 @@ from pallas_kernels.mosaic_gpu import (
     following,
     size_in_bytes,
 )
+from pallas_kernels.wtconv.mosaic_gpu_bands import (
+    WARPGROUPS,
+    BandsBlock,
+    Square,
+    analysed,
+    synthesised,
+)
 from pallas_kernels.wtconv.mosaic_gpu_tiles import CHANNELS, STRIPS
 
 __all__ = ["deep", "fits"]
 
-_WARPGROUPS = 4
-"""One for each band."""
 _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
 _MIN_SLOTS, _MAX_SLOTS = 3, 8
@@ -93,6 +98,11 @@ class _Tiling:
     chunks: int
 
     @property
+    def reach(self) -> int:
+        """Rows, and columns, that filtering reaches to each side."""
+        return self.levels[0].reach
+
+    @property
     def strips(self) -> int:
         """Strips of an image."""
         return STRIPS // self.images
@@ -105,7 +115,7 @@ class _Tiling:
     @property
     def lag(self) -> int:
         """Rows that filtering the first level lies behind: the next one has read what it writes."""
-        return max(1, 2 - self.levels[0].reach)
+        return max(1, 2 - self.reach)
 
     @property
     def side(self) -> int:
@@ -183,7 +193,7 @@ def _of_images(
         return None
     groups, chunks = pl.cdiv(n, images), pl.cdiv(c, CHANNELS)
     tiling = _Tiling(first, images, tuple(found), 0, groups, chunks)
-    bands = sum(_WARPGROUPS * level.size for level in found) * images * CHANNELS
+    bands = sum(WARPGROUPS * level.size for level in found) * images * CHANNELS
     left = SHARED - size_in_bytes((bands,), jnp.dtype("float32"))
     slots = min(_MAX_SLOTS, left // size_in_bytes(tiling.slot, dtype))
     return replace(tiling, slots=slots) if slots >= _MIN_SLOTS else None
@@ -235,15 +245,18 @@ def deep(
     scratch = [
         plgpu.SMEM((tiling.slots, *tiling.slot), x.dtype),
         plgpu.Barrier(num_arrivals=1, num_barriers=tiling.slots),
-        plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        plgpu.Barrier(num_arrivals=WARPGROUPS),
         *(
-            plgpu.SMEM((_WARPGROUPS, tiling.images, level.size, CHANNELS), jnp.float32)
+            plgpu.SMEM((WARPGROUPS, tiling.images, level.size, CHANNELS), jnp.float32)
             for level in tiling.levels
         ),
     ]
 
-    def body(x: Any, taps: Any, y: Any, rows: Any, full: Any, met: Any, *bands: Any) -> None:
-        _Block(tiling, x, taps, y, rows, full, met, bands).run()
+    names = "x", "taps", "y", "rows", "full", "met"
+
+    def body(*refs: Any) -> None:
+        block = dict(zip(names, refs, strict=False))
+        _Block(tiling=tiling, bands=refs[len(names) :], **block).run()
 
     found = plgpu.kernel(
         body,
@@ -251,7 +264,7 @@ def deep(
         scratch_types=scratch,
         grid=(tiling.blocks,),
         grid_names=("block",),
-        num_threads=_WARPGROUPS,
+        num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=UNSYNCHRONISED,
     )(x, taps.reshape(*taps.shape[:2], *tiling.shape))
@@ -267,17 +280,11 @@ Ring = tuple[Any, Any, Any]
 """Its first slot, the task whose rows come into it next, and which two of its rows."""
 
 
-@dataclass(frozen=True)
-class _Block:
+@dataclass(frozen=True, kw_only=True)
+class _Block(BandsBlock):
     """One block of `deep`: its references, and what its warpgroups do, all of them the same."""
 
-    tiling: _Tiling
-    x: Any
-    taps: Any
     y: Any
-    rows: Any
-    full: Any
-    met: Any
     bands: tuple[Any, ...]
 
     def run(self) -> None:
@@ -287,7 +294,7 @@ class _Block:
         def task(i: Any, ring: Ring) -> Ring:
             ring, sums = self.stream(i, ring)
             # All at once and early, because they take their time.
-            taps = [self.kernel(level, i) for level in range(1, levels)]
+            taps = [self.taps_of(level, i) for level in range(1, levels)]
             # All have read the last rows.
             self.meet()
             self.filter_last(0, sums)
@@ -312,16 +319,6 @@ class _Block:
         lax.fori_loop(0, self.count, task, ring)
 
     @property
-    def warpgroup(self) -> Any:
-        """Number of this warpgroup, and of its band: LL, LH, HL or HH."""
-        return lax.axis_index("warpgroup")
-
-    @property
-    def size(self) -> int:
-        """The kernel size."""
-        return 2 * self.tiling.levels[0].reach + 1
-
-    @property
     def count(self) -> Any:
         """Tasks of this block."""
         blocks = self.tiling.blocks
@@ -334,11 +331,6 @@ class _Block:
     def place(self, task: Any) -> tuple[Any, Any]:
         """Group of images and chunk of channels of a task."""
         return lax.div(task, self.tiling.chunks), lax.rem(task, self.tiling.chunks)
-
-    def meet(self) -> None:
-        """Waits until all warpgroups have come here."""
-        plgpu.barrier_arrive(self.met)
-        plgpu.barrier_wait(self.met)
 
     def clear(self) -> None:
         """Fills all bands with zeros, of which those beside the images stay.
@@ -360,18 +352,12 @@ class _Block:
 
                 lax.fori_loop(0, pl.cdiv(level.size, strips), one, ())
 
-    def zeros(self, count: int) -> list[Any]:
-        """Sums to begin with."""
-        shape = self.tiling.shape
-        zero = jnp.zeros(shape, jnp.float32)
-        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
-
     def refill(self, ring: Ring, needed: Any) -> Ring:
         """Orders the copy into the ring's first slot if it is needed; the ring that follows."""
         tiling = self.tiling
         slot, *place = ring
 
-        @pl.when(needed & (self.warpgroup == _WARPGROUPS - 1) & (place[0] < tiling.tasks))
+        @pl.when(needed & (self.warpgroup == WARPGROUPS - 1) & (place[0] < tiling.tasks))
         def _() -> None:
             window = self.x.at[self.window(*place)]
             plgpu.copy_gmem_to_smem(window, self.rows.at[slot], self.full.at[slot])
@@ -402,14 +388,6 @@ class _Block:
         over = turn >= self.tiling.turns
         task = jnp.where(over, task + self.tiling.blocks, task)
         return task, jnp.where(over, turn - self.tiling.turns, turn)
-
-    def view(self, row: Any, columns: int, parts: int, j: Any, part: int) -> Any:
-        """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
-        images, strips, _ = self.tiling.shape
-        if images == 1:
-            # Mosaic (JAX 0.10 to 0.11) does not fold one image with a stride of its own.
-            row = row.at[0]
-        return row.reshape(images, strips, columns, parts, CHANNELS).at[:, :, j, part]
 
     def coefficient(
         self, level: int, band: Any, row: Any, j: Any, shift: int = 0, pair: int | None = None
@@ -446,11 +424,11 @@ class _Block:
         """Takes this warpgroup's part of the rows of a level."""
 
         def row(t: Any, _: Any) -> tuple[()]:
-            one(self.warpgroup + t * _WARPGROUPS)
+            one(self.warpgroup + t * WARPGROUPS)
             return ()
 
-        rows = self.tiling.levels[level].height - self.warpgroup + _WARPGROUPS - 1
-        lax.fori_loop(0, lax.div(rows, _WARPGROUPS), row, ())
+        rows = self.tiling.levels[level].height - self.warpgroup + WARPGROUPS - 1
+        lax.fori_loop(0, lax.div(rows, WARPGROUPS), row, ())
 
     def stream(self, i: Any, ring: Ring) -> tuple[Ring, list[Any]]:
         """Brings in all rows of x, reduces them to the first two levels, filters the first.
@@ -464,7 +442,7 @@ class _Block:
         """
         tiling = self.tiling
         level, lag = tiling.levels[0], tiling.lag
-        taps = self.kernel(0, i)
+        taps = self.taps_of(0, i)
 
         def advance(s: Any, ring: Ring) -> Ring:
             slots = [ring[0]]
@@ -537,32 +515,22 @@ class _Block:
         columns = self.tiling.levels[level].columns
 
         def one(j: Any) -> None:
-            left, right = ([low(j, v, e) for v in range(2)] for e in range(2))
-            (top, bottom), (falls, rises) = (
-                [sum_of(*pair) for pair in zip(left, right, strict=True)]
-                for sum_of in (lambda a, b: a + b, lambda a, b: a - b)
-            )
-            bands = top + bottom, top - bottom, falls + rises, falls - rises
-            for band, value in enumerate(bands):
+            square = (low(j, 0, 0), low(j, 0, 1)), (low(j, 1, 0), low(j, 1, 1))
+            for band, value in enumerate(analysed(square)):
                 self.coefficient(level, band, row, j)[...] = value
 
         if not split:
             for j in range(columns):
                 one(j)
             return
-        for first in range(0, columns, _WARPGROUPS):
+        for first in range(0, columns, WARPGROUPS):
             j = first + self.warpgroup
             pl.when(j < columns)(partial(one, j))
 
-    def kernel(self, level: int, i: Any) -> list[list[Any]]:
-        """The taps of this warpgroup's band."""
+    def taps_of(self, level: int, i: Any) -> list[list[Any]]:
+        """The taps of this warpgroup's band, of a level counted from 0."""
         _, chunk = self.place(self.task(i))
-        pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
-        # The base's taps come first, then those of level 1.
-        above = 1 + 4 * (self.tiling.first - 1 + level)
-        first = self.size**2 * (above + 2 * pair) + band
-        taps = self.taps.at[chunk, pl.ds(first, 2 * self.size**2 - 1)]
-        return [[taps[2 * (d * self.size + e)] for e in range(self.size)] for d in range(self.size)]
+        return self.kernel(chunk, self.tiling.first + level)
 
     def filter(self, level: int, taps: list[list[Any]]) -> None:
         """Filters this warpgroup's band, in place."""
@@ -651,14 +619,10 @@ class _Block:
             value = self.within(value, tiled.width, tiled.columns, j)
             self.coefficient(level, self.warpgroup, row, j)[...] = value
 
-    def pixels(self, level: int, row: Any, j: int) -> list[list[Any]]:
+    def pixels(self, level: int, row: Any, j: int) -> Square:
         """The synthesis of a level in a row of coefficients and column j of the strips."""
-        low, vertical, horizontal, diagonal = (
-            self.coefficient(level, band, row, j)[...] for band in range(4)
-        )
-        top, bottom = low + vertical, low - vertical
-        right, cross = horizontal + diagonal, horizontal - diagonal
-        return [[top + right, top - right], [bottom + cross, bottom - cross]]
+        found = (self.coefficient(level, band, row, j)[...] for band in range(WARPGROUPS))
+        return synthesised(tuple(found))
 
     def synthesise(self, level: int, row: Any) -> None:
         """Adds a row of a level's synthesis to the low band of the level above it."""

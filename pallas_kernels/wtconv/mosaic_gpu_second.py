@@ -28,59 +28,33 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import (
-    MULTIPROCESSORS,
-    SHARED,
-    UNSYNCHRONISED,
-    following,
-    size_in_bytes,
+from pallas_kernels.mosaic_gpu import SHARED, following, size_in_bytes
+from pallas_kernels.wtconv.mosaic_gpu_bands import WARPGROUPS, BandsBlock, analysed, synthesised
+from pallas_kernels.wtconv.mosaic_gpu_tiles import (
+    CHANNELS,
+    STRIPS,
+    Tiled,
+    Tiling,
+    launch,
+    tilings,
 )
-from pallas_kernels.wtconv.mosaic_gpu_tiles import CHANNELS, STRIPS
 
 __all__ = ["second"]
 
-_WARPGROUPS = 4
-"""One for each band."""
-_MAX_COLUMNS = 7
-"""Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
-_MIN_ROWS = 8
-"""Rows of coefficients of a tile that is not a whole image high."""
 _MIN_SLOTS, _MAX_SLOTS = 2, 8
 """Of the ring, of four rows of pixels each, which make a row of coefficients."""
 _AHEAD = 2
 """So many steps before rows are copied into their slot, they are to be in the second cache."""
 _MAX_ROUNDS = 4
 """Of blocks that a multiprocessor takes one after the other, to choose from."""
-_START, _OVERHEAD = 4, 3
-"""What it costs to start a block, in steps, and a step, in columns; estimates."""
 
 Position = tuple[Any, Any, Any, Any]
 """A block's tile, a step in it, and the tile's group of images and first row."""
 
 
 @dataclass(frozen=True)
-class _Tiling:
-    """How the blocks of a launch share its images.
-
-    A block has one chunk of channels and one stretch of columns, and takes every `splits`-th tile:
-    `rows` rows of coefficients, of `images` images at once, in strips of `columns` columns. Where
-    an image is several tiles high, a tile reads `reach` rows of the one above too.
-    """
-
-    reach: int
-    images: int
-    columns: int
-    rows: int
-    stretches: int
-    chunks: int
-    groups: int
-    heights: int
-    splits: int
-
-    @property
-    def strips(self) -> int:
-        """Strips of an image."""
-        return STRIPS // self.images
+class _Tiling(Tiling):
+    """Of a coefficient to 4 x 4 pixels; of one, two or four images a tile."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -88,24 +62,9 @@ class _Tiling:
         return self.images, self.strips, CHANNELS
 
     @property
-    def width(self) -> int:
-        """Columns of coefficients of a tile."""
-        return self.strips * self.columns
-
-    @property
     def analysed(self) -> int:
         """Columns of a strip where the halos are shared out among them too."""
         return pl.cdiv(self.width + 2 * self.reach, self.strips)
-
-    @property
-    def tiles(self) -> int:
-        """Of a chunk and stretch."""
-        return self.groups * self.heights
-
-    @property
-    def lead(self) -> int:
-        """Rows that a tile reads above its own."""
-        return self.reach if self.heights > 1 else 0
 
     @property
     def skipped(self) -> int:
@@ -125,12 +84,12 @@ class _Tiling:
     @property
     def bands(self) -> tuple[int, ...]:
         """Of the rows of bands, halos included: one that comes in and one that is filtered."""
-        return 2, _WARPGROUPS, self.images, self.strips * self.analysed, CHANNELS
+        return 2, WARPGROUPS, self.images, self.strips * self.analysed, CHANNELS
 
     @property
     def filtered(self) -> tuple[int, ...]:
         """Of the rows of filtered bands: one that is filtered and one that is written."""
-        return 2, _WARPGROUPS, self.images, self.width, CHANNELS
+        return 2, WARPGROUPS, self.images, self.width, CHANNELS
 
     def slots(self, dtype: jnp.dtype) -> int:
         """How many the ring has room for."""
@@ -139,36 +98,19 @@ class _Tiling:
         return min(_MAX_SLOTS, left // size_in_bytes(self.slot, dtype))
 
     @property
-    def cost(self) -> int:
-        """Of the busiest multiprocessor's steps, roughly."""
-        rounds = pl.cdiv(self.stretches * self.chunks * self.splits, MULTIPROCESSORS)
-        steps = pl.cdiv(self.tiles, self.splits) * self.steps + _START
-        return rounds * steps * (self.columns + self.analysed + _OVERHEAD)
+    def step_cost(self) -> int:
+        """Of one step, in columns."""
+        return super().step_cost + self.analysed
 
 
 @cache
 def _tiling(shape: tuple[int, ...], dtype: jnp.dtype, kernel_size: int) -> _Tiling:
     """The tiling of x `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
-    n, h, w, c = shape
-    rows, columns = pl.cdiv(h, 4), pl.cdiv(w, 4)
-    reach, chunks = kernel_size // 2, pl.cdiv(c, CHANNELS)
-    tilings = []
-    for images in (1, 2, 4):
-        strips, groups = STRIPS // images, pl.cdiv(n, images)
-        for each in range(1, _MAX_COLUMNS + 1):
-            stretches = pl.cdiv(columns, strips * each)
-            for heights in range(1, min(pl.cdiv(rows, _MIN_ROWS), MULTIPROCESSORS) + 1):
-                tiles, units = groups * heights, stretches * chunks
-                for rounds in range(1, _MAX_ROUNDS + 1):
-                    splits = min(tiles, max(1, rounds * MULTIPROCESSORS // units))
-                    tilings.append(
-                        _Tiling(
-                            *(reach, images, each, pl.cdiv(rows, heights), stretches, chunks),
-                            *(groups, heights, splits),
-                        )
-                    )
-    enough = (tiling for tiling in tilings if tiling.slots(dtype) >= _MIN_SLOTS)
-    return min(enough, key=lambda tiling: tiling.cost)
+    found = tilings(_Tiling, shape, 4, kernel_size, (1, 2, STRIPS), _MAX_ROUNDS)
+    return min(
+        (tiling for tiling in found if tiling.slots(dtype) >= _MIN_SLOTS),
+        key=lambda tiling: tiling.cost,
+    )
 
 
 def second(
@@ -194,8 +136,10 @@ def second(
     low = tiling.groups, tiling.images, rows, strips, tiling.columns, tiling.chunks, CHANNELS
     y = *low[:3], 2, *low[3:5], 2, *low[5:]
 
+    names = "x", "taps", "y", "low", "rows", "bands", "filtered", "full", "met"
+
     def body(*refs: Any) -> None:
-        _Block(tiling, slots, *refs).run()
+        _Block(tiling=tiling, slots=slots, **dict(zip(names, refs, strict=True))).run()
 
     y, low = plgpu.kernel(
         body,
@@ -205,13 +149,9 @@ def second(
             plgpu.SMEM(tiling.bands, jnp.float32),
             plgpu.SMEM(tiling.filtered, jnp.float32),
             plgpu.Barrier(num_arrivals=1, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=_WARPGROUPS),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
         ],
-        grid=(tiling.splits, tiling.stretches * tiling.chunks),
-        grid_names=("split", "unit"),
-        num_threads=_WARPGROUPS,
-        thread_name="warpgroup",
-        compiler_params=UNSYNCHRONISED,
+        **launch(tiling),
     )(x, taps.reshape(*taps.shape[:2], *tiling.shape))
     width, channels = strips * tiling.columns, tiling.chunks * CHANNELS
     images = tiling.groups * tiling.images
@@ -222,25 +162,21 @@ def second(
     )
 
 
-@dataclass(frozen=True)
-class _Block:
+@dataclass(frozen=True, kw_only=True)
+class _Block(BandsBlock, Tiled):
     """One block of `second`: its references, and what its warpgroups do, all of them the same."""
 
-    tiling: _Tiling
     slots: int
-    x: Any
-    taps: Any
     y: Any
     low: Any
-    rows: Any
     bands: Any
     filtered: Any
-    full: Any
-    met: Any
 
     def run(self) -> None:
         """Takes one row after the other, over all tiles."""
-        turns, taps = self.count * self.tiling.steps, self.kernel()
+        # Bands are four times as large as they are, not twice.
+        taps = [[0.5 * tap for tap in row] for row in self.kernel(self.place[0], 2)]
+        turns = self.turns
 
         def two(t: Any, carry: tuple[Any, Position, Position, list[Any]]) -> Any:
             # By twos, so that rows lie where it is known.
@@ -251,63 +187,23 @@ class _Block:
                 sums = self.filter(1 - new, new, taps, sums)
                 self.write(position, 1 - new)
                 self.meet()
-                fetched = lax.cond(
-                    there & (self.warpgroup == _WARPGROUPS - 1),
-                    lambda fetched, slot=slot: self.fetch(slot, fetched),
-                    lambda fetched: fetched,
-                    fetched,
-                )
+                fetched = self.fetch(slot, fetched)
                 carry = following(slot, self.slots), fetched, self.after(position), sums
             return carry
 
-        def first(slot: Any, fetched: Position) -> Position:
-            return lax.cond(
-                self.warpgroup == _WARPGROUPS - 1,
-                lambda fetched: self.fetch(slot, fetched),
-                lambda fetched: fetched,
-                fetched,
-            )
-
-        start = jnp.int32(0), *self.origin(0)
-        fetched = lax.fori_loop(0, self.slots, first, (start[0], *start))
+        group, row = self.origin(0)
+        zero = jnp.int32(0)
+        fetched = lax.fori_loop(0, self.slots, self.fetch, (zero, zero, group, row))
         # What the first step filters, in the place of a row of its tile.
         self.clear(1)
         self.meet()
-        carry = jnp.int32(0), fetched, (start[0], jnp.int32(-1), *start[1:])
+        carry = zero, fetched, (zero, jnp.int32(-1), group, row)
         lax.fori_loop(0, lax.div(turns + 2, 2), two, (*carry, self.zeros(self.open)))
-
-    @property
-    def warpgroup(self) -> Any:
-        """Number of this warpgroup, and of its band: LL, LH, HL or HH."""
-        return lax.axis_index("warpgroup")
-
-    @property
-    def size(self) -> int:
-        """The kernel size."""
-        return 2 * self.tiling.reach + 1
 
     @property
     def open(self) -> int:
         """Sums of rows that are not complete."""
         return 2 * self.tiling.reach * self.tiling.columns
-
-    @property
-    def place(self) -> tuple[Any, Any]:
-        """Chunk of channels and stretch of columns."""
-        unit = lax.axis_index("unit")
-        return lax.rem(unit, self.tiling.chunks), lax.div(unit, self.tiling.chunks)
-
-    @property
-    def count(self) -> Any:
-        """Tiles of this block."""
-        splits = self.tiling.splits
-        return lax.div(self.tiling.tiles - lax.axis_index("split") + splits - 1, splits)
-
-    def origin(self, i: Any) -> tuple[Any, Any]:
-        """Group of images and first row of coefficients of the block's i-th tile."""
-        tile = lax.axis_index("split") + i * self.tiling.splits
-        heights = self.tiling.heights
-        return lax.div(tile, heights), lax.rem(tile, heights) * self.tiling.rows
 
     def after(self, position: Position) -> Position:
         """The step that follows."""
@@ -320,17 +216,6 @@ class _Block:
 
         return lax.cond(position[1] == self.tiling.steps - 1, next_tile, next_step, *position)
 
-    def meet(self) -> None:
-        """Waits until all warpgroups have come here."""
-        plgpu.barrier_arrive(self.met)
-        plgpu.barrier_wait(self.met)
-
-    def zeros(self, count: int) -> list[Any]:
-        """Sums to begin with."""
-        shape = self.tiling.shape
-        zero = jnp.zeros(shape, jnp.float32)
-        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
-
     def clear(self, slot: int) -> None:
         """Fills a row of this warpgroup's band with zeros."""
         (zero,) = self.zeros(1)
@@ -342,7 +227,7 @@ class _Block:
         """Orders the copy of a step's rows, if there is one; the step that follows."""
         i, s, *_ = position
 
-        @pl.when(i < self.count)
+        @pl.when((self.warpgroup == WARPGROUPS - 1) & (i < self.count))
         def _() -> None:
             window = self.x.at[self.window(position, 0)]
             plgpu.copy_gmem_to_smem(window, self.rows.at[slot], self.full.at[slot])
@@ -366,14 +251,6 @@ class _Block:
             pl.ds(chunk * CHANNELS, CHANNELS),
         )
 
-    def view(self, row: Any, columns: int, parts: int, j: Any, part: int = 0) -> Any:
-        """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
-        images, strips, _ = self.tiling.shape
-        if images == 1:
-            # Mosaic (JAX 0.10 to 0.11) does not fold one image with a stride of its own.
-            row = row.at[0]
-        return row.reshape(images, strips, columns, parts, CHANNELS).at[:, :, j, part]
-
     def neighbour(self, row: Any, j: int) -> Any:
         """Column j of each strip, halo included: of a row of a band that came in."""
         tiling = self.tiling
@@ -383,9 +260,9 @@ class _Block:
 
     def share(self, columns: int, one: Callable[[Any], None]) -> None:
         """Takes this warpgroup's columns of each strip."""
-        for first in range(0, columns, _WARPGROUPS):
+        for first in range(0, columns, WARPGROUPS):
             j = first + self.warpgroup
-            if first + _WARPGROUPS <= columns:
+            if first + WARPGROUPS <= columns:
                 one(j)
             else:
                 pl.when(j < columns)(partial(one, j))
@@ -403,12 +280,7 @@ class _Block:
             return upper + lower
 
         def one(j: Any) -> None:
-            (first, second), (third, fourth) = ([low(j, v, e) for e in range(2)] for v in range(2))
-            top, bottom, falls, rises = (
-                *(first + second, third + fourth),
-                *(first - second, third - fourth),
-            )
-            values = top + bottom, top - bottom, falls + rises, falls - rises
+            values = analysed(((low(j, 0, 0), low(j, 0, 1)), (low(j, 1, 0), low(j, 1, 1))))
             for band, value in enumerate(values):
                 self.view(self.bands.at[to, band], tiling.analysed, 1, j)[...] = value
 
@@ -418,18 +290,6 @@ class _Block:
         """One of the pixels in column j of each strip of a row of a slot, in float32."""
         line = self.rows.at[slot, :, row]
         return self.view(line, self.tiling.analysed, 4, j, part)[...].astype(jnp.float32)
-
-    def kernel(self) -> list[list[Any]]:
-        """The taps of this warpgroup's band, for bands that are four times as large, not twice."""
-        chunk, _ = self.place
-        pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
-        # The base's taps come first, then those of level 1.
-        first = self.size**2 * (5 + 2 * pair) + band
-        taps = self.taps.at[chunk, pl.ds(first, 2 * self.size**2 - 1)]
-        return [
-            [0.5 * taps[2 * (d * self.size + e)] for e in range(self.size)]
-            for d in range(self.size)
-        ]
 
     def filter(self, slot: int, to: int, taps: list[list[Any]], sums: list[Any]) -> list[Any]:
         """Adds a row of a band to the rows of results that it is a neighbour of.
@@ -475,14 +335,11 @@ class _Block:
             self.low.at[group, :, row + low_row, own, j, chunk][...] = low.astype(self.low.dtype)
 
         def write_square(j: Any) -> None:
-            low, vertical, horizontal, diagonal = (
+            found = (
                 self.view(self.filtered.at[slot, band], tiling.columns, 1, j)[...]
-                for band in range(_WARPGROUPS)
+                for band in range(WARPGROUPS)
             )
-            top, bottom = low + vertical, low - vertical
-            right, cross = horizontal + diagonal, horizontal - diagonal
-            square = (top + right, top - right), (bottom + cross, bottom - cross)
-            for v, values in enumerate(square):
+            for v, values in enumerate(synthesised(tuple(found))):
                 for e, value in enumerate(values):
                     to = self.y.at[group, :, row + result_row, v, own, j, e, chunk]
                     to[...] = value.astype(self.y.dtype)

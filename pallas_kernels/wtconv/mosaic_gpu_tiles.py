@@ -7,9 +7,11 @@ of coefficients, of two rows of pixels. Four warpgroups with roles work at once,
 the copies. `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines.
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +29,13 @@ __all__ = [
     "Block",
     "Ring",
     "Step",
+    "Tiled",
     "Tiling",
-    "between",
     "drain",
+    "handed_dtype",
     "launch",
     "tiling_of",
+    "tilings",
     "zeros",
 ]
 
@@ -56,7 +60,7 @@ REGISTERS = {"bands": 152, "pixels": 104}
 """Registers of a thread, together what a multiprocessor has for 512 threads."""
 
 
-def between(x: jax.Array) -> jnp.dtype:
+def handed_dtype(x: jax.Array) -> jnp.dtype:
     """The dtype of what one launch hands on to the next: low bands double with each level."""
     return jnp.dtype("float32") if x.dtype == "float16" else x.dtype
 
@@ -66,25 +70,34 @@ class Tiling:
     """How the blocks of a launch share its images.
 
     A block has one chunk of channels and one stretch of columns, and takes every `splits`-th tile:
-    `rows` rows of coefficients, four strips of `columns` columns of one image or of four images.
-    Where an image is several tiles high, a tile reads `reach` rows of the one above too.
+    `rows` rows of coefficients, of `images` images at once, in strips of `columns` columns. Where
+    an image is several tiles high, a tile reads `reach` rows of the one above too.
     """
 
     reach: int
     images: int
-    strips: int
     columns: int
     rows: int
     stretches: int
     chunks: int
+    groups: int
     heights: int
-    tiles: int
     splits: int
+
+    @property
+    def strips(self) -> int:
+        """Strips of an image."""
+        return STRIPS // self.images
 
     @property
     def width(self) -> int:
         """Columns of coefficients of a tile."""
         return self.strips * self.columns
+
+    @property
+    def tiles(self) -> int:
+        """Of a chunk and stretch."""
+        return self.groups * self.heights
 
     @property
     def lead(self) -> int:
@@ -106,44 +119,73 @@ class Tiling:
         """Steps whose rows are not known to be zero."""
         return self.steps if self.heights > 1 else self.rows
 
+    @property
+    def step_cost(self) -> int:
+        """Of one step, in columns."""
+        return self.columns + _OVERHEAD
+
+    @property
+    def cost(self) -> int:
+        """Of the busiest multiprocessor's steps, roughly."""
+        rounds = pl.cdiv(self.stretches * self.chunks * self.splits, MULTIPROCESSORS)
+        steps = pl.cdiv(self.tiles, self.splits) * self.steps + _START
+        return rounds * steps * self.step_cost
+
+
+AnyTiling = TypeVar("AnyTiling", bound=Tiling)
+
+
+def tilings(
+    kind: type[AnyTiling],
+    shape: tuple[int, ...],
+    side: int,
+    kernel_size: int,
+    images: Sequence[int],
+    most_rounds: int,
+) -> Iterator[AnyTiling]:
+    """The tilings of `[N, H, W, C]` to choose from.
+
+    Args:
+        kind: Their class.
+        shape: N, H, W and C.
+        side: Pixels that a coefficient is made of, in height and in width.
+        kernel_size: k.
+        images: How many a tile may have.
+        most_rounds: Of blocks that a multiprocessor takes one after the other.
+    """
+    n, h, w, c = shape
+    rows, columns = pl.cdiv(h, side), pl.cdiv(w, side)
+    for several in images:
+        groups = pl.cdiv(n, several)
+        for each in range(1, _MAX_COLUMNS + 1):
+            units = pl.cdiv(columns, STRIPS // several * each), pl.cdiv(c, CHANNELS)
+            for heights in range(1, min(pl.cdiv(rows, MIN_ROWS), MULTIPROCESSORS) + 1):
+                tiles, blocks = groups * heights, math.prod(units)
+                for rounds in range(1, 1 + pl.cdiv(blocks * tiles, MULTIPROCESSORS)):
+                    splits = min(tiles, max(1, rounds * MULTIPROCESSORS // blocks))
+                    tile = several, each, pl.cdiv(rows, heights)
+                    yield kind(kernel_size // 2, *tile, *units, groups, heights, splits)
+                    if splits == tiles or rounds >= most_rounds:
+                        break
+
 
 @cache
 def tiling_of(shape: tuple[int, ...], kernel_size: int, most_rounds: int = _MAX_ROUNDS) -> Tiling:
     """The tiling of `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
-    n, h, w, c = shape
-    rows, columns = pl.cdiv(h, 2), pl.cdiv(w, 2)
-    reach, chunks = kernel_size // 2, pl.cdiv(c, CHANNELS)
+    _, h, w, c = shape
 
-    def cost(tiling: Tiling) -> int:
-        rounds = pl.cdiv(tiling.stretches * chunks * tiling.splits, MULTIPROCESSORS)
-        steps = pl.cdiv(tiling.tiles, tiling.splits) * tiling.steps + _START
-        return rounds * steps * (tiling.columns + _OVERHEAD)
+    def contiguous(tiling: Tiling) -> bool:
+        """Whether windows are: see `_LevelBlock.store`."""
+        return tiling.images > 1 and c == CHANNELS and h * w == 2 * tiling.columns
 
-    tilings = []
-    for images in (1, STRIPS):
-        strips = STRIPS // images
-        for each in range(1, _MAX_COLUMNS + 1):
-            if images > 1 and c == CHANNELS and h * w == 2 * each:
-                continue  # Such a window is contiguous: see `_LevelBlock.store`.
-            stretches = pl.cdiv(columns, strips * each)
-            for heights in range(1, min(pl.cdiv(rows, MIN_ROWS), MULTIPROCESSORS) + 1):
-                tiles = pl.cdiv(n, images) * heights
-                units = stretches * chunks
-                for rounds in range(1, 1 + pl.cdiv(units * tiles, MULTIPROCESSORS)):
-                    splits = min(tiles, max(1, rounds * MULTIPROCESSORS // units))
-                    tilings.append(
-                        Tiling(
-                            *(reach, images, strips, each, pl.cdiv(rows, heights)),
-                            *(stretches, chunks, heights, tiles, splits),
-                        )
-                    )
-                    if splits == tiles or rounds >= most_rounds:
-                        break
-    return min(tilings, key=cost)
+    found = tilings(Tiling, shape, 2, kernel_size, (1, STRIPS), most_rounds)
+    return min(
+        (tiling for tiling in found if not contiguous(tiling)), key=lambda tiling: tiling.cost
+    )
 
 
 def launch(tiling: Tiling) -> dict[str, Any]:
-    """How all kernels are launched."""
+    """How the blocks of a tiling are launched."""
     return {
         "grid": (tiling.splits, tiling.stretches * tiling.chunks),
         "grid_names": ("split", "unit"),
@@ -179,15 +221,10 @@ def zeros(count: int) -> list[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """What the blocks of all launches have: rows of x in a ring of slots of shared memory."""
+class Tiled:
+    """A block that has tiles."""
 
-    tiling: Tiling
-    depth: int
-    x: Any
-    rows: Any
-    full: Any
-    free: Any
+    tiling: Any
 
     @property
     def size(self) -> int:
@@ -207,16 +244,26 @@ class Block:
         return lax.div(self.tiling.tiles - lax.axis_index("split") + splits - 1, splits)
 
     def origin(self, i: Any) -> tuple[Any, Any]:
-        """First image and first row of coefficients of the block's i-th tile."""
+        """Group of images and first row of coefficients of the block's i-th tile."""
         tiling = self.tiling
         tile = lax.axis_index("split") + i * tiling.splits
-        group, height = lax.div(tile, tiling.heights), lax.rem(tile, tiling.heights)
-        return group * tiling.images, height * tiling.rows
+        return lax.div(tile, tiling.heights), lax.rem(tile, tiling.heights) * tiling.rows
 
     @property
     def turns(self) -> Any:
         """Steps of this block, over all of its tiles."""
         return self.count * self.tiling.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(Tiled):
+    """A block whose warpgroups free the slots of its ring, of two rows of x each, one by one."""
+
+    depth: int
+    x: Any
+    rows: Any
+    full: Any
+    free: Any
 
     @property
     def early(self) -> int:
@@ -230,9 +277,10 @@ class Block:
         """
         i, s = step
         tiling = self.tiling
-        image, row = self.origin(i)
+        group, row = self.origin(i)
         chunk, stretch = self.place
-        return pl.ds(image, tiling.images), row + s, stretch, pl.ds(chunk * CHANNELS, CHANNELS)
+        images = pl.ds(group * tiling.images, tiling.images)
+        return images, row + s, stretch, pl.ds(chunk * CHANNELS, CHANNELS)
 
     def fetch_rows(self, slot: Any, step: Step, above: int) -> None:
         """Orders the copy of the two rows of x that lie `above` rows over those of a step."""
@@ -276,9 +324,9 @@ class Block:
         last = s == self.tiling.steps - 1
         return following(slot, self.depth), (jnp.where(last, i + 1, i), jnp.where(last, 0, s + 1))
 
-    def free_first(self, early: int) -> None:
-        """Frees the last `early` slots, into which nothing was copied yet."""
-        for slot in range(self.depth - early, self.depth):
+    def free_first(self) -> None:
+        """Frees the last slots, into which nothing was copied yet."""
+        for slot in range(self.depth - self.early, self.depth):
             plgpu.barrier_arrive(self.free.at[slot])
 
     def pairs(self, row: Any, pair: Any, columns: int) -> list[tuple[Any, Any]]:

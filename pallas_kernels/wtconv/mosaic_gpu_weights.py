@@ -24,8 +24,8 @@ from pallas_kernels.wtconv.mosaic_gpu_tiles import (
     STRIPS,
     Block,
     Step,
-    between,
     drain,
+    handed_dtype,
     launch,
     tiling_of,
     zeros,
@@ -35,9 +35,6 @@ __all__ = ["weight_grad"]
 
 Pair = tuple[jax.Array, jax.Array]
 """x and dy, or low bands of them."""
-
-_MOST_IMAGES = 4
-"""Of a tile."""
 
 
 @partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
@@ -60,12 +57,12 @@ def weight_grad(
     biased = len(kernel_shapes[-1]) == 1
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1 - biased
     pair = aligned(x, x.dtype), aligned(dy, dy.dtype)
-    parts = _parts(x.shape)
-    sums = _sums(pair, kernel_size, levels, 0, parts)
-    for part in range(1, parts):
+    first, *others = _parts(x.shape) if levels > 1 else [range(x.shape[0])]
+    sums = _sums(pair, kernel_size, levels, first)
+    for images in others:
         # One part after the other, so that the low bands of one alone are in memory.
         pair, sums = lax.optimization_barrier((pair, sums))
-        more = _sums(pair, kernel_size, levels, part, parts)
+        more = _sums(pair, kernel_size, levels, images)
         sums = [one + other for one, other in zip(sums, more, strict=True)]
     base, *fine = sums
     # The sum of dy follows the base's taps.
@@ -79,27 +76,31 @@ def weight_grad(
     )
 
 
-def _parts(shape: tuple[int, ...]) -> int:
-    """Two, where half of the images are whole tiles and enough for all multiprocessors."""
+def _parts(shape: tuple[int, ...]) -> list[range]:
+    """Two halves of the images, where they are whole tiles and enough for all multiprocessors."""
     n, h, _, c = shape
     tiles = n // 2 * pl.cdiv(c, CHANNELS) * pl.cdiv(h, 2 * MIN_ROWS)
-    return 2 if n % (2 * _MOST_IMAGES) == 0 and tiles >= MULTIPROCESSORS else 1
+    if n % (2 * STRIPS) or tiles < MULTIPROCESSORS:
+        return [range(n)]
+    return [range(n // 2), range(n // 2, n)]
 
 
-def _sums(pair: Pair, kernel_size: int, levels: int, part: int, parts: int) -> list[jax.Array]:
-    """Over one part of the images: `[k * k + 1, C]`, and of each level `[k * k, 4, C]`."""
-    base, fine, pair = _level_weights(pair, kernel_size, levels > 1, part, parts)
+def _sums(pair: Pair, kernel_size: int, levels: int, images: range) -> list[jax.Array]:
+    """Over some of the images: `[k * k + 1, C]`, and of each level `[k * k, 4, C]`."""
+    base, fine, pair = _level_weights(pair, kernel_size, levels > 1, images, first=True)
+    assert base is not None
     found = [base, fine]
     for level in range(2, levels + 1):
         # Sums that blocks leave are added up before the next ones are there.
         pair, found = lax.optimization_barrier((pair, found))
-        _, fine, pair = _level_weights(pair, kernel_size, level < levels)
+        whole = range(pair[0].shape[0])
+        _, fine, pair = _level_weights(pair, kernel_size, level < levels, whole, first=False)
         found.append(fine)
     return found
 
 
 def _level_weights(
-    pair: Pair, kernel_size: int, deeper: bool, part: int | None = None, parts: int = 1
+    pair: Pair, kernel_size: int, deeper: bool, images: range, first: bool
 ) -> tuple[jax.Array | None, jax.Array, Pair]:
     """Correlates the bands of x with those of dy, and in the first level x itself with dy.
 
@@ -107,16 +108,16 @@ def _level_weights(
         pair: x and dy, `[N, H, W, C]`.
         kernel_size: k.
         deeper: Whether low bands are wanted.
-        part: Which part of the images is taken in the first level; None is a deeper level.
-        parts: How many there are.
+        images: Which are taken.
+        first: Whether it is the first level.
 
     Returns:
         `[k * k + 1, C]`, of which the last sums dy, or None in a deeper level; `[k * k, 4, C]`; and
-        low bands of x and dy, `[N / parts, H / 2, W / 2, C]` with zeros beyond up to whole tiles,
-        or none.
+        low bands of x and dy, `[images, H / 2, W / 2, C]` with zeros beyond up to whole tiles, or
+        none.
     """
     x, dy = pair
-    n, channels = x.shape[0] // parts, x.shape[-1]
+    n, channels = len(images), x.shape[-1]
     # One round of blocks: each leaves its own sums in memory.
     tiling = tiling_of((n, *x.shape[1:]), kernel_size, most_rounds=1)
     image = (tiling.images, 2, 2 * tiling.width + 4 * tiling.reach, CHANNELS)
@@ -133,10 +134,10 @@ def _level_weights(
     strips = tiling.stretches * tiling.strips
     low = groups, tiling.images, rows, strips, tiling.columns, tiling.chunks, CHANNELS
     outputs = {"bands": jax.ShapeDtypeStruct(shape(2 * taps), jnp.float32)}
-    if part is not None:
+    if first:
         outputs["base"] = jax.ShapeDtypeStruct(shape(taps + 1), jnp.float32)
     if deeper:
-        outputs |= {f"low_{of}": jax.ShapeDtypeStruct(low, between(x)) for of in ("x", "dy")}
+        outputs |= {f"low_{of}": jax.ShapeDtypeStruct(low, handed_dtype(x)) for of in ("x", "dy")}
     totals = (4, STRIPS, STRIPS, CHANNELS)
     left = SHARED - size_in_bytes(totals, jnp.dtype("float32"))
     depth = min(8, left // (size_in_bytes(image, x.dtype) + size_in_bytes(other, dy.dtype)))
@@ -145,13 +146,13 @@ def _level_weights(
         "others": plgpu.SMEM((depth, *other), dy.dtype),
         "strips": plgpu.SMEM(totals, jnp.float32),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=depth),
-        "free": plgpu.Barrier(num_arrivals=2 if part is None else 4, num_barriers=depth),
+        "free": plgpu.Barrier(num_arrivals=4 if first else 2, num_barriers=depth),
     }
     names = ["x", "dy", *outputs, *scratch]
 
     def body(*refs: Any) -> None:
         block = dict(zip(names, refs, strict=True))
-        _WeightsBlock(tiling=tiling, depth=depth, start=(part or 0) * n, **block).run()
+        _WeightsBlock(tiling=tiling, depth=depth, start=images.start, **block).run()
 
     found = plgpu.kernel(
         body,
@@ -169,7 +170,7 @@ def _level_weights(
     bands = total(by_name["bands"], 2 * taps).reshape(2, taps, 2, channels)
     # The transforms leave out the factors 1/2.
     bands = 0.25 * jnp.moveaxis(bands, 0, 1).reshape(taps, 4, channels)
-    base = None if part is None else total(by_name["base"], taps + 1).sum(0)
+    base = total(by_name["base"], taps + 1).sum(0) if first else None
     whole = groups * tiling.images, rows, strips * tiling.columns, tiling.chunks * CHANNELS
     lows = [by_name[f"low_{of}"].reshape(whole) for of in ("x", "dy") if deeper]
     return base, bands, tuple(lows)
@@ -211,7 +212,7 @@ class _WeightsBlock(Block):
 
     @property
     def early(self) -> int:
-        """Where there are others than the fetching warpgroup."""
+        """Slots of the row read and of those behind it; none where a warpgroup only fetches."""
         return 0 if self.base is None else self.behind + 1
 
     def window(self, step: Step) -> tuple[Any, Any, Any, Any]:
@@ -297,7 +298,7 @@ class _WeightsBlock(Block):
         def tile(i: Any, carry: Any) -> Any:
             return self.over_a_tile(partial(step, i), carry, size - 1, filtered, 0)
 
-        self.free_first(self.early)
+        self.free_first()
         carry = jnp.int32(0), zeros(2 * size**2)
         _, totals = lax.fori_loop(0, self.count, tile, carry)
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
@@ -306,9 +307,8 @@ class _WeightsBlock(Block):
     def keep(self, low: Any, i: Any, row: Any, values: list[Any]) -> None:
         """Writes a row of the i-th tile's low band, which is twice as large here."""
         tiling = self.tiling
-        image, first = self.origin(i)
+        group, first = self.origin(i)
         chunk, stretch = self.place
-        group = lax.div(image, tiling.images)
         if tiling.images == 1:
             strips = pl.ds(stretch * tiling.strips, tiling.strips)
             line = low.at[group, 0, first + row, strips, :, chunk]
@@ -352,9 +352,8 @@ class _WeightsBlock(Block):
             plgpu.barrier_arrive(self.free.at[before])
             if lower:
                 ring = self.fetch_next(ring)
-            return (following(slot, self.depth), following(before, self.depth), ring, sums), window[
-                1:
-            ]
+            state = following(slot, self.depth), following(before, self.depth), ring, sums
+            return state, window[1:]
 
         def tile(_: Any, carry: Any) -> Any:
             return self.over_a_tile(step, carry, 2 * lag, columns, behind)

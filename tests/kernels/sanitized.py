@@ -15,11 +15,14 @@ from pallas_kernels.wtconv import wtconv2d
 from pallas_kernels.wtconv.cases import Case
 from pallas_kernels.wtconv.checking import drawn
 
-# The deeper levels in one launch, with a reach of one and of two; a launch a level; all channels.
+# The deeper levels in one launch, with a reach of one and of two; level 2 alone, without deeper
+# ones, with a launch for each, and with one for all of them.
 CASES = (
     Case((9, 7), 2, 3),
     Case((28, 28), 3, 5, batch=(5,), channels=40),
     Case((33, 150), 2, 5, batch=(1,), channels=32),
+    Case((233, 131), 4, 3, batch=(1,), channels=4),
+    Case((112, 110), 4, 5, batch=(1,), channels=33),
 )
 
 

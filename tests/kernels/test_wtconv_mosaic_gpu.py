@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -22,6 +23,7 @@ from pallas_kernels import oracle, platform
 from pallas_kernels._compat import vary_over
 from pallas_kernels.wtconv import (
     mosaic_gpu,
+    mosaic_gpu_bands,
     mosaic_gpu_deep,
     mosaic_gpu_second,
     mosaic_gpu_tiles,
@@ -67,10 +69,11 @@ def run(shape, dtype, transformed):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, DTYPES[i % 2]) for i, name in enumerate(GPU_SHAPES)]
-    + [(name, DTYPES[i % 3]) for i, name in enumerate(SMALL)],
+    + [(name, DTYPES[i % 3]) for i, name in enumerate(SMALL)]
+    + [("large", "bfloat16")],
 )
 def test_kernels_lower_for_cuda(name, dtype):
-    shape = (GPU_SHAPES | SMALL)[name]
+    shape = (GPU_SHAPES | SMALL | EXTREME)[name]
     for text in run(shape, dtype, lowered):
         assert text.count("mosaic_gpu") >= shape.levels
 
@@ -83,7 +86,8 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 
 
 @pytest.mark.core
-def test_kernels_are_traced_for_arrays_that_are_sharded():
+@pytest.mark.parametrize("name", ["padded", "image_224", "large"])
+def test_kernels_are_traced_for_arrays_that_are_sharded(name):
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -95,7 +99,7 @@ def test_kernels_are_traced_for_arrays_that_are_sharded():
             jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec("n")), *args
         )
 
-    shape = SMALL["padded"]
+    shape = (GPU_SHAPES | SMALL | EXTREME)[name]
     y, sums = run(shape, "float32", traced)
     assert y.shape == shape.x and len(sums) == shape.levels + 2
 
@@ -113,7 +117,9 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
         forward = 2
     elif mosaic_gpu_deep.fits(low, shape.levels, shape.kernel_size, 3):
         forward = 3
-    backward = mosaic_gpu_weights._parts(shape.x) * shape.levels
+    backward = shape.levels
+    if shape.levels > 1:
+        backward *= len(mosaic_gpu_weights._parts(shape.x))
     assert [len(jax.tree.leaves(out)) for out in run(shape, dtype, shapes)] == [1, 2 + shape.levels]
     assert len(launches) == forward + backward
     for scratch, keys in launches:
@@ -277,9 +283,6 @@ def few_blocks(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_deep, "_MAX_SLOTS", 3)
     monkeypatch.setattr(mosaic_gpu_tiles, "MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu_tiles, "_MAX_COLUMNS", 2)
-    monkeypatch.setattr(mosaic_gpu_second, "MULTIPROCESSORS", 2)
-    monkeypatch.setattr(mosaic_gpu_second, "_MIN_ROWS", 2)
-    monkeypatch.setattr(mosaic_gpu_second, "_MAX_COLUMNS", 2)
     caches = mosaic_gpu_tiles.tiling_of, mosaic_gpu_deep._tiling, mosaic_gpu_second._tiling
     for cache in caches:
         cache.cache_clear()
@@ -297,15 +300,11 @@ def strided_views(monkeypatch):
             return row.at[:, j]
         return row.at[0, pl.ds(j, self.tiling.strips, stride=each * self.tiling.columns)]
 
-    def deep(self, row, columns, parts, j, part):
+    def bands(self, row, columns, parts, j, part=0):
         return row.at[:, pl.ds(j * parts + part, self.tiling.strips, stride=columns * parts)]
 
-    def second(self, row, columns, parts, j, part=0):
-        return deep(self, row, columns, parts, j, part)
-
     monkeypatch.setattr(mosaic_gpu_tiles.Block, "view", strided)
-    monkeypatch.setattr(mosaic_gpu_deep._Block, "view", deep)
-    monkeypatch.setattr(mosaic_gpu_second._Block, "view", second)
+    monkeypatch.setattr(mosaic_gpu_bands.BandsBlock, "view", bands)
 
 
 @pytest.mark.core
@@ -356,6 +355,32 @@ def test_interpreted_deep_levels_are_the_oracles(case, first):
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
 @pytest.mark.parametrize("case", SECOND, ids=lambda case: case.name)
 def test_interpreted_second_level_is_the_oracles(case):
+    assert_second_oracle(case)
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.parametrize("launch", [mosaic_gpu_second.second, mosaic_gpu_deep.deep])
+def test_interpreted_images_have_nothing_to_do_with_each_other(launch):
+    case = Case((18, 9), 2, 5, batch=(6,), channels=4)
+    x, params, _ = drawn(case)
+    packed = mosaic_gpu._packed(taps_of(params, case.levels, 0)[0], None)
+    levels = () if launch is mosaic_gpu_second.second else (case.levels,)
+    spoilt = np.array(x)
+    spoilt[1], spoilt[4] = np.nan, np.inf
+    got = [
+        launch(jnp.asarray(images), packed, *levels, case.kernel_size, jnp.dtype("float32"))
+        for images in (x, spoilt)
+    ]
+    clean, other = (
+        np.asarray(jax.tree.leaves(results)[0])[:6, : 2 * -(-18 // 4), : 2 * -(-9 // 4), :4]
+        for results in got
+    )
+    same = [np.array_equal(*pair) for pair in zip(clean, other, strict=True)]
+    assert same == [True, False, True, True, False, True]
+
+
+def assert_second_oracle(case):
     x, params, _ = drawn(case)
     taps, params = taps_of(params, case.levels, 2)
     want = oracle.wtconv(x, params, case.ndim)[:, ::2, ::2]
@@ -417,10 +442,11 @@ def test_interpreted_kernels_have_tilings_of_every_kind():
         assert any(getattr(tiling, several) > 1 for tiling in seconds), several
     assert any(tiling.tiles > tiling.splits for tiling in seconds)
     parts = {
-        mosaic_gpu_weights._parts((math.prod(case.batch), *case.spatial, case.channels))
+        len(mosaic_gpu_weights._parts((math.prod(case.batch), *case.spatial, case.channels)))
         for case in INTERPRETED
+        if case.levels > 1
     }
-    assert parts == {1, 2}
+    assert 2 in parts
 
 
 REFUSED = {
@@ -533,6 +559,10 @@ EXTRA = (
     Case((112, 110), 5, 5, batch=(1,), channels=40),
     Case((233, 131), 4, 5, "bfloat16", batch=(1,), channels=100),
     Case((300, 65), 2, 3, "float16", batch=(5,), channels=36),
+    Case((300, 260), 5, 3, batch=(1,), channels=8),
+    # Weight gradients of one half of the images after the other.
+    Case((20, 21), 3, 5, batch=(104,), channels=70),
+    Case((20, 22), 3, 3, "bfloat16", batch=(104,), channels=70),
 )
 
 
@@ -544,6 +574,22 @@ EXTRA = (
 )
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_gpu")
+
+
+# Of level 2 alone: several tiles a block, one, two and four images, and sizes of networks.
+EXTRA_SECOND = (
+    *SECOND,
+    Case((28, 28), 2, 5, batch=(301,), channels=33),
+    Case((14, 14), 2, 5, batch=(1203,), channels=96),
+    Case((100, 224), 2, 5, batch=(3,), channels=40),
+    Case((40, 60), 2, 1, "bfloat16", batch=(35,), channels=96),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", EXTRA_SECOND, ids=lambda case: case.name)
+def test_second_level_is_the_oracles(case):
+    assert_second_oracle(case)
 
 
 # Of level 2's low band, as `DEEPER`: several tasks a block, and sizes as networks have them.
@@ -560,6 +606,26 @@ EXTRA_DEEPER = (
 @pytest.mark.parametrize("case", EXTRA_DEEPER, ids=lambda case: case.name)
 def test_levels_from_the_third_on_are_the_oracles(case):
     assert_deep_oracle(case, 3)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count():
+    case = Case((1024, 1000), 3, 5, batch=(1,), channels=64)
+    x, params, dy = jax.tree.map(partial(jnp.asarray, dtype="bfloat16"), drawn(case))
+    batch = -(-(2**31) // x.size) + 1
+
+    def results(x, dy):
+        y, pullback = jax.vjp(partial(wtconv2d, implementation="mosaic_gpu"), x, params)
+        dx, dparams = pullback(dy)
+        return y[-1:], dx[-1:], dparams
+
+    # All images but the last are zero, and so is what they add to the sums.
+    many = jax.jit(
+        lambda *ones: results(*(jnp.pad(a, [(batch - 1, 0), *[(0, 0)] * 3]) for a in ones))
+    )
+    for got, want in zip(*map(jax.tree.leaves, (many(x, dy), results(x, dy))), strict=True):
+        got, want = np.float32(got), np.float32(want)
+        np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())
 
 
 @pytest.mark.gpu
