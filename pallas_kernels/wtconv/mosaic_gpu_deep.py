@@ -47,8 +47,6 @@ _MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
 _MIN_SLOTS, _MAX_SLOTS = 3, 8
 """Of the ring, of two rows each; a row of level 2 takes two of them, one of level 3 takes one."""
-_AHEAD = 12
-"""So many slots before rows are copied into theirs, they are to be in the second cache."""
 _OVERHEAD, _LATE = 3, 3
 """What a step costs, in columns, and what it waits for rows ordered late; estimates."""
 
@@ -355,39 +353,27 @@ class _Block(BandsBlock):
     def refill(self, ring: Ring, needed: Any) -> Ring:
         """Orders the copy into the ring's first slot if it is needed; the ring that follows."""
         tiling = self.tiling
-        slot, *place = ring
+        slot, task, turn = ring
+        images, rows, columns, _ = tiling.slot
 
-        @pl.when(needed & (self.warpgroup == WARPGROUPS - 1) & (place[0] < tiling.tasks))
+        @pl.when(needed & (self.warpgroup == WARPGROUPS - 1) & (task < tiling.tasks))
         def _() -> None:
-            window = self.x.at[self.window(*place)]
-            plgpu.copy_gmem_to_smem(window, self.rows.at[slot], self.full.at[slot])
-            # While deeper levels are filtered no slot is free, but memory is.
-            soon = self.further(*place, min(_AHEAD, tiling.turns))
+            group, chunk = self.place(task)
+            plgpu.copy_gmem_to_smem(
+                self.x.at[
+                    pl.ds(group * images, images),
+                    pl.ds(rows * turn, rows),
+                    # Pallas refuses windows beyond an array's end where it knows their start.
+                    pl.ds(0 * turn, columns),
+                    pl.ds(chunk * CHANNELS, CHANNELS),
+                ],
+                self.rows.at[slot],
+                self.full.at[slot],
+            )
 
-            @pl.when(soon[0] < tiling.tasks)
-            def _() -> None:
-                plgpu.async_prefetch(self.x.at[self.window(*soon)])
-
-        return following(slot, tiling.slots), *self.further(*place, 1)
-
-    def window(self, task: Any, turn: Any) -> tuple[Any, ...]:
-        """What a slot takes of x."""
-        images, rows, columns, _ = self.tiling.slot
-        group, chunk = self.place(task)
-        return (
-            pl.ds(group * images, images),
-            pl.ds(rows * turn, rows),
-            # Pallas refuses windows beyond an array's end where it knows their start.
-            pl.ds(0 * turn, columns),
-            pl.ds(chunk * CHANNELS, CHANNELS),
-        )
-
-    def further(self, task: Any, turn: Any, turns: int) -> tuple[Any, Any]:
-        """The task and turn that come so many turns later, of a task at most."""
-        turn = turn + turns
-        over = turn >= self.tiling.turns
-        task = jnp.where(over, task + self.tiling.blocks, task)
-        return task, jnp.where(over, turn - self.tiling.turns, turn)
+        last = turn == tiling.turns - 1
+        after = jnp.where(last, task + tiling.blocks, task), jnp.where(last, 0, turn + 1)
+        return following(slot, tiling.slots), *after
 
     def coefficient(
         self, level: int, band: Any, row: Any, j: Any, shift: int = 0, pair: int | None = None

@@ -43,8 +43,6 @@ __all__ = ["second"]
 
 _MIN_SLOTS, _MAX_SLOTS = 2, 8
 """Of the ring, of four rows of pixels each, which make a row of coefficients."""
-_AHEAD = 2
-"""So many steps before rows are copied into their slot, they are to be in the second cache."""
 _MAX_ROUNDS = 4
 """Of blocks that a multiprocessor takes one after the other, to choose from."""
 
@@ -225,31 +223,25 @@ class _Block(BandsBlock, Tiled):
 
     def fetch(self, slot: Any, position: Position) -> Position:
         """Orders the copy of a step's rows, if there is one; the step that follows."""
-        i, s, *_ = position
+        tiling = self.tiling
+        i, s, group, row = position
+        images, height, columns, _ = tiling.slot
 
         @pl.when((self.warpgroup == WARPGROUPS - 1) & (i < self.count))
         def _() -> None:
-            window = self.x.at[self.window(position, 0)]
-            plgpu.copy_gmem_to_smem(window, self.rows.at[slot], self.full.at[slot])
-
-            @pl.when(s + _AHEAD < self.tiling.steps)
-            def _() -> None:
-                plgpu.async_prefetch(self.x.at[self.window(position, _AHEAD)])
+            chunk, stretch = self.place
+            plgpu.copy_gmem_to_smem(
+                self.x.at[
+                    pl.ds(group * images, images),
+                    pl.ds(4 * (row + s - tiling.lead), height),
+                    pl.ds(4 * (stretch * tiling.width - tiling.reach), columns),
+                    pl.ds(chunk * CHANNELS, CHANNELS),
+                ],
+                self.rows.at[slot],
+                self.full.at[slot],
+            )
 
         return self.after(position)
-
-    def window(self, position: Position, later: int) -> tuple[Any, ...]:
-        """What a slot takes of x, so many steps later in the same tile."""
-        tiling = self.tiling
-        _, s, group, row = position
-        chunk, stretch = self.place
-        images, height, columns, _ = tiling.slot
-        return (
-            pl.ds(group * images, images),
-            pl.ds(4 * (row + s + later - tiling.lead), height),
-            pl.ds(4 * (stretch * tiling.width - tiling.reach), columns),
-            pl.ds(chunk * CHANNELS, CHANNELS),
-        )
 
     def neighbour(self, row: Any, j: int) -> Any:
         """Column j of each strip, halo included: of a row of a band that came in."""

@@ -91,8 +91,6 @@ def _sums(pair: Pair, kernel_size: int, levels: int, images: range) -> list[jax.
     assert base is not None
     found = [base, fine]
     for level in range(2, levels + 1):
-        # Sums that blocks leave are added up before the next ones are there.
-        pair, found = lax.optimization_barrier((pair, found))
         whole = range(pair[0].shape[0])
         _, fine, pair = _level_weights(pair, kernel_size, level < levels, whole, first=False)
         found.append(fine)
