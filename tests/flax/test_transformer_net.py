@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mosaic_gpu_checks import lowered
 
 from flash_wtconv_jax import checkpoints
 from flash_wtconv_jax.models import TransformerNet, weight_decay_mask
+from pallas_kernels.conv2d import mosaic_gpu
 
 pytestmark = pytest.mark.core
 
@@ -157,13 +159,15 @@ def test_running_statistics_of_old_files_are_dropped():
 
 
 def test_initial_values():
-    params = checkpoints.variables_of(nnx.jit(lambda: TransformerNet(rngs=nnx.Rngs(0)))())["params"]
-    for name, fan_in in (("conv1", 9 * 9 * 3), ("deconv1", 9 * 128)):
+    def drawn():
+        model = TransformerNet(rngs=nnx.Rngs(0))
+        return model.conv1, model.deconv1
+
+    for conv, fan_in in zip(nnx.jit(drawn)(), (9 * 9 * 3, 3 * 3 * 128), strict=True):
         bound = fan_in**-0.5
-        largest = np.max(np.abs(params[name]["kernel"]))
-        assert 0.99 * bound < largest <= bound
-        assert not np.any(params[name]["bias"])
-    mask = weight_decay_mask(params)
+        assert 0.99 * bound < np.max(np.abs(conv.kernel[...])) <= bound
+        assert not np.any(conv.bias[...])
+    mask = nnx.to_pure_dict(weight_decay_mask(nnx.state(abstract())))
     assert mask["res1"]["conv1"] == {"kernel": True, "bias": False}
     assert mask["in1"] == {"scale": False, "bias": False}
 
@@ -194,7 +198,7 @@ def test_dtypes():
 
 
 def test_statistics_are_float32_in_float16():
-    # The sum of 256 values of 255, and the square of one, are beyond what float16 holds.
+    # Their sum over an image, and the square of each, are beyond what float16 holds.
     norm = abstract(dtype=jnp.float16).in1
     nnx.update(norm, {"scale": jnp.ones(32), "bias": jnp.zeros(32)})
     x = 300 * jax.random.normal(jax.random.key(0), (1, 16, 16, 32)) + 500
@@ -211,6 +215,29 @@ def test_conv_implementation_reaches_every_convolution():
     assert nnx.eval_shape(lambda m, x: m(x), model, images).shape == (1, 8, 8, 3)
     with pytest.raises(NotImplementedError, match="conv2d .* triton: needs a GPU"):
         nnx.eval_shape(lambda m, x: m(x), abstract(conv_implementation="triton"), images)
+
+
+@pytest.mark.parametrize("size", [(9, 14), (16, 16)], ids=str)
+def test_every_convolution_is_a_kernel_where_one_is_named(size, monkeypatch):
+    # With 3 channels and with 3 features too, and with a stride: none is left to XLA.
+    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
+    model = abstract(dtype=jnp.bfloat16, conv_implementation="mosaic_gpu")
+    graph, state = nnx.split(model)
+    network = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    text = lowered(network, state, jax.ShapeDtypeStruct((1, *size, 3), jnp.bfloat16))
+    assert "mosaic_gpu" in text and "stablehlo.convolution" not in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_kernels_are_as_accurate_as_xla(implementation):
+    x = jax.random.normal(jax.random.key(0), (2, 33, 46, 3))
+    exact = call(loaded(precision="highest", conv_implementation="xla"), x)
+    y, plain = (
+        call(loaded(dtype=jnp.bfloat16, conv_implementation=name), x)
+        for name in (implementation, "xla")
+    )
+    assert jnp.max(jnp.abs(y - exact)) <= 2 * jnp.max(jnp.abs(plain - exact))
 
 
 def test_linen_bridge():
