@@ -33,8 +33,9 @@ class TransformerNet(nnx.Module):
     that mirrors `k // 2` pixels on each side, and all but the last are followed by instance
     normalisation. Kernels start as PyTorch's do, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases at 0.
 
-    Weights of the published network: `checkpoints.load_into(model, checkpoints.load("mosaic.pth"))`,
-    and back with `checkpoints.to_torch(checkpoints.variables_of(model))`.
+    Weights of the published network are loaded with
+    `checkpoints.load_into(model, checkpoints.load("mosaic.pth"))` and given back by
+    `checkpoints.to_torch(checkpoints.variables_of(model))`.
 
     Args:
         dtype: Dtype of the computation; None promotes the input with the parameters. Statistics
