@@ -24,7 +24,8 @@ class Rule:
         ours: Its name in our params, nested names joined by dots; empty for a frozen tensor.
         ours_shape: Its shape there, the same symbols in another order.
         group: Tensors of a named group may be absent, but then all of them; "" is required.
-        frozen: What a frozen tensor must hold: "analysis" or "synthesis" filters, or "ones".
+        frozen: What a frozen tensor must hold: "analysis" or "synthesis" filters, "ones", or
+            "anything" for what is dropped.
         first_stage: The first stage that has the tensor.
     """
 
@@ -151,6 +152,43 @@ _CONVNEXT = _model(
     )
 )
 
+
+def _conv(theirs: str, ours: str, before: str, after: str, k: str) -> tuple[Rule, ...]:
+    return (
+        Rule(
+            f"{theirs}.weight", f"{after} {before} {k}", f"{ours}.kernel", f"{k} {before} {after}"
+        ),
+        Rule(f"{theirs}.bias", after, f"{ours}.bias", after),
+    )
+
+
+def _conv_norm(conv: str, norm: str, before: str, after: str, k: str = "k*") -> tuple[Rule, ...]:
+    """A convolution of TransformerNet and the instance normalisation that follows it."""
+    return (
+        *_conv(f"{conv}.conv2d", conv, before, after, k),
+        *_norm(norm, norm, after),
+        # Saved by PyTorch up to 0.3: averages over the training, which nothing is computed with.
+        Rule(f"{norm}.running_mean", after, group="running", frozen="anything"),
+        Rule(f"{norm}.running_var", after, group="running", frozen="anything"),
+    )
+
+
+_TRANSFORMER_NET = (
+    *_conv_norm("conv1", "in1", "in", "c1", "m*"),
+    *_conv_norm("conv2", "in2", "c1", "c2"),
+    *_conv_norm("conv3", "in3", "c2", "c3"),
+    *chain.from_iterable(
+        (
+            *_conv_norm(f"res{b}.conv1", f"res{b}.in1", "c3", f"h{b}"),
+            *_conv_norm(f"res{b}.conv2", f"res{b}.in2", f"h{b}", "c3"),
+        )
+        for b in range(1, 6)
+    ),
+    *_conv_norm("deconv1", "in4", "c3", "c4"),
+    *_conv_norm("deconv2", "in5", "c4", "c5"),
+    *_conv("deconv3.conv2d", "deconv3", "c5", "out", "m*"),
+)
+
 # Where two tables fit equally well the first is taken: 2-D before 1-D, published before fast.
 TABLES: tuple[Table, ...] = (
     *(Table("published", d, (*_wtconv(PUBLISHED_NAMES), *_filters())) for d in (2, 1, 3)),
@@ -158,10 +196,11 @@ TABLES: tuple[Table, ...] = (
     Table("wtconvnext", 2, _WTCONVNEXT),
     # The baseline model of the same file format: plain depthwise convolutions inside.
     Table("wtconvnext", 2, _CONVNEXT),
+    Table("transformer_net", 2, _TRANSFORMER_NET),
 )
 
 LAYOUTS: tuple[str, ...] = tuple(dict.fromkeys(table.layout for table in TABLES))
-"""Names of the layouts: "published", "fast" and "wtconvnext"."""
+"""Names of the layouts: "published", "fast", "wtconvnext" and "transformer_net"."""
 
 
 def pattern_of(template: str) -> re.Pattern[str]:

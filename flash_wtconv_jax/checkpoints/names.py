@@ -53,8 +53,10 @@ def from_torch(
         state_dict: Tensors or arrays by name, in any order. The frozen `wt_filter` and
             `iwt_filter` of the published layer are checked, not loaded.
         layout: One of `LAYOUTS`, recognised by the names and ranks if None: "published" (the
-            layer of Finder et al., ECCV 2024), "fast" (its fast variant) or "wtconvnext" (whole
-            WTConvNeXt or ConvNeXt models in timm's names). Layers may be 1-D, 2-D or 3-D.
+            layer of Finder et al., ECCV 2024), "fast" (its fast variant), "wtconvnext" (whole
+            WTConvNeXt or ConvNeXt models in timm's names) or "transformer_net" (whole
+            TransformerNet models in the names of PyTorch's example, whose `running_mean` and
+            `running_var` in old files are dropped). Layers may be 1-D, 2-D or 3-D.
         wavelet: The wavelet that the frozen filters must be: they are no part of the variables,
             so the Flax layer must be given the same one.
 
@@ -95,7 +97,8 @@ def to_torch(
     Args:
         variables: `{"params": nested dict of arrays}` or the nested dict alone; `variables_of`
             makes it of an nnx model.
-        layout: One of `LAYOUTS`; if None, "published" for a layer and "wtconvnext" for a model.
+        layout: One of `LAYOUTS`; if None, "published" for a layer, "wtconvnext" or
+            "transformer_net" for a model.
         wavelet: Wavelet of the layers, for the frozen filters that the published layout holds.
 
     Returns:
@@ -423,6 +426,8 @@ def _wavelet_of(array: np.ndarray, ndim: int, kind: str) -> str | None:
 
 def _holds(array: np.ndarray, wavelet: str, ndim: int, kind: str) -> bool:
     """Whether a frozen tensor holds what it must, to its rounding."""
+    if kind == "anything":
+        return True
     if kind == "ones":
         return bool(np.all(array == 1))
     if array.ndim != ndim + 2 or array.shape[0] % 2**ndim or not _is_floating(array):

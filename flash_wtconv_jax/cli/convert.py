@@ -23,7 +23,8 @@ def convert(
         str | None,
         typer.Option(
             help="PyTorch layout of DESTINATION, or of SOURCE when DESTINATION is a folder: "
-            "published, fast or wtconvnext. Default: that of SOURCE, which is recognised."
+            "published, fast, wtconvnext or transformer_net. Default: that of SOURCE, which is "
+            "recognised."
         ),
     ] = None,
     wavelet: Annotated[

@@ -1,4 +1,4 @@
-"""WTConvNeXt and ConvNeXt for flax.nnx.
+"""WTConvNeXt, ConvNeXt and TransformerNet for flax.nnx.
 
 Example:
     >>> from flax import nnx
@@ -20,10 +20,12 @@ from .convnext import (
     wtconvnext_tiny,
 )
 from .network import load_network, save_network
+from .transformer_net import TransformerNet
 
 __all__ = [
     "ConvNeXt",
     "ConvNeXtConfig",
+    "TransformerNet",
     "convnext_base",
     "convnext_small",
     "convnext_tiny",

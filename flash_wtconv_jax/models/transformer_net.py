@@ -1,0 +1,157 @@
+"""TransformerNet: the image transformation network of fast style transfer.
+
+Sources: Johnson, Alahi and Fei-Fei, "Perceptual Losses for Real-Time Style Transfer and
+Super-Resolution", ECCV 2016; Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing
+Ingredient for Fast Stylization", 2016. Layers, sizes and names are those of PyTorch's example
+`fast_neural_style`, with Flax's `kernel` and `scale` for PyTorch's `weight`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+
+from pallas_kernels.checks import checked_array
+from pallas_kernels.conv2d.api import OPERATOR
+
+from ..nnx import Conv2D
+from ..parameters import ImplementationLike, PrecisionLike, checked_rngs, default_kernel_init
+
+# Four pixels mirrored on each side of the 9x9 convolutions need a fifth; the residual blocks then
+# have two, enough for their one.
+_LEAST = 5
+
+
+class TransformerNet(nnx.Module):
+    """Image transformation network: 1,679,235 parameters, one style.
+
+    A 9x9 convolution, two of stride 2, five residual blocks, two upsamplings to the nearest, each
+    with a convolution behind, and a 9x9 convolution to the image. Every convolution is a `Conv2D`
+    that mirrors `k // 2` pixels on each side, and all but the last are followed by instance
+    normalisation. Kernels start as PyTorch's do, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases at 0.
+
+    Weights of the published network are loaded with
+    `checkpoints.load_into(model, checkpoints.load("mosaic.pth"))` and given back by
+    `checkpoints.to_torch(checkpoints.variables_of(model))`.
+
+    Args:
+        dtype: Dtype of the computation; None promotes the input with the parameters. Statistics
+            of the instance normalisation are computed in float32 or better.
+        param_dtype: Dtype of the parameters.
+        precision: See `jax.lax.Precision`. None is full float32.
+        conv_implementation: Of all convolutions, see `flash_wtconv_jax.nnx.Conv2D`. Of a sequence
+            of names each layer takes the fastest of those that can compute it.
+        rngs: Source of the keys.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> model = nnx.eval_shape(lambda: TransformerNet(rngs=nnx.Rngs(0)))
+        >>> images = jax.ShapeDtypeStruct((2, 256, 255, 3), "float32")
+        >>> nnx.eval_shape(lambda model, x: model(x), model, images).shape
+        (2, 256, 256, 3)
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        conv_implementation: ImplementationLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        OPERATOR.check_names(conv_implementation, "conv_implementation")
+        checked_rngs(rngs)
+        conv = partial(
+            Conv2D,
+            padding="REFLECT",
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=default_kernel_init,
+            implementation=conv_implementation,
+            rngs=rngs,
+        )
+        # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
+        norm = partial(
+            nnx.InstanceNorm,
+            epsilon=1e-5,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_fast_variance=False,
+            rngs=rngs,
+        )
+        self.conv1, self.in1 = conv(3, 32, 9), norm(32)
+        self.conv2, self.in2 = conv(32, 64, 3, strides=2), norm(64)
+        self.conv3, self.in3 = conv(64, 128, 3, strides=2), norm(128)
+        self.res1 = ResidualBlock(128, conv, norm)
+        self.res2 = ResidualBlock(128, conv, norm)
+        self.res3 = ResidualBlock(128, conv, norm)
+        self.res4 = ResidualBlock(128, conv, norm)
+        self.res5 = ResidualBlock(128, conv, norm)
+        self.deconv1, self.in4 = conv(128, 64, 3), norm(64)
+        self.deconv2, self.in5 = conv(64, 32, 3), norm(32)
+        self.deconv3 = conv(32, 3, 9)
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """Transform images.
+
+        Args:
+            x: Images `[N, H, W, 3]`, H and W at least 5, in the range that the weights were
+                trained for: 0 to 255 for the published ones.
+
+        Returns:
+            Images `[N, 4 * ceil(H / 4), 4 * ceil(W / 4), 3]` of the same range, not clipped.
+
+        Raises:
+            ValueError: If `x` is not floating point or its shape does not fit.
+            NotImplementedError: If a named `conv_implementation` cannot run here; it says why.
+        """
+        x = checked_array(x, "x")
+        if x.ndim != 4 or x.shape[-1] != 3:
+            raise ValueError(f"x must have shape (N, H, W, 3), got {x.shape}")
+        if min(x.shape[1:3]) < _LEAST:
+            raise ValueError(
+                f"x must be at least {_LEAST} pixels high and wide, so that there are pixels to "
+                f"mirror, got {x.shape}"
+            )
+        x = nnx.relu(self.in1(self.conv1(x)))
+        x = nnx.relu(self.in2(self.conv2(x)))
+        x = nnx.relu(self.in3(self.conv3(x)))
+        for block in (self.res1, self.res2, self.res3, self.res4, self.res5):
+            x = block(x)
+        x = nnx.relu(self.in4(self.deconv1(_doubled(x))))
+        x = nnx.relu(self.in5(self.deconv2(_doubled(x))))
+        return self.deconv3(x)
+
+
+class ResidualBlock(nnx.Module):
+    """Two 3x3 convolutions with instance normalisation, a ReLU between them and none at the end.
+
+    Args:
+        dim: Channels.
+        conv: Makes a convolution from input channels, output channels and size.
+        norm: Makes a normalisation from channels.
+    """
+
+    def __init__(
+        self, dim: int, conv: Callable[..., Conv2D], norm: Callable[..., nnx.InstanceNorm]
+    ) -> None:
+        self.conv1, self.in1 = conv(dim, dim, 3), norm(dim)
+        self.conv2, self.in2 = conv(dim, dim, 3), norm(dim)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[N, H, W, dim]` to the same shape."""
+        return x + self.in2(self.conv2(nnx.relu(self.in1(self.conv1(x)))))
+
+
+def _doubled(x: jax.Array) -> jax.Array:
+    """Each pixel of `[N, H, W, C]` as four."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
