@@ -41,6 +41,16 @@ def checked_array(value: Any, name: str) -> jax.Array:
     return x
 
 
+def sharded(x: jax.Array) -> bool:
+    """Whether an array is sharded over Explicit axes of a mesh.
+
+    Example:
+        >>> sharded(jnp.ones(3))
+        False
+    """
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
+
+
 def check_unsharded(x: jax.Array, name: str) -> None:
     """Raises where JAX would, in the middle of an operator, of a layout that nobody asked about.
 
@@ -54,8 +64,8 @@ def check_unsharded(x: jax.Array, name: str) -> None:
     Example:
         >>> check_unsharded(jnp.ones(3), "x")
     """
-    spec = jax.typeof(x).sharding.spec
-    if any(axis is not None for axis in spec):
+    if sharded(x):
+        spec = jax.typeof(x).sharding.spec
         raise NotImplementedError(
             f"{name}: is sharded over Explicit axes of a mesh, {spec}; wrap the call in "
             "jax.shard_map over batch and channels, or make the mesh with "

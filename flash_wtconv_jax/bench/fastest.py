@@ -1,5 +1,6 @@
 """What reports say of our implementations, as entries of `pallas_kernels.dispatch.table`."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,17 +70,15 @@ def entries(
         "date": report["date"],
         "versions": {name: v for name, v in report["versions"].items() if name in _VERSIONS},
     }
-    measured: list[tuple[dict[str, Any], dict[tuple[str, str], float]]] = []
+    measured: dict[str, tuple[dict[str, Any], dict[tuple[str, str], float]]] = {}
     for row in report["rows"]:
         of = problem(row)
-        if of not in (known for known, _ in measured):
-            measured.append((of, {}))
+        _, ms = measured.setdefault(json.dumps(of), (of, {}))
         who, _, name = row["contender"].partition(" ")
         if who == OURS and name:
-            (ms,) = (times for known, times in measured if known == of)
             ms[row["direction"], name] = row["median_ms"]
     found = []
-    for of, ms in measured:
+    for of, ms in measured.values():
         forward = {name: time for (direction, name), time in ms.items() if direction == "forward"}
         backward = {name: ms["forward+backward", name] - forward[name] for name in forward}
         found += [

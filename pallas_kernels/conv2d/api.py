@@ -21,6 +21,7 @@ from pallas_kernels.checks import (
     checked_integer,
     checked_pair,
     checked_precision,
+    sharded,
 )
 from pallas_kernels.conv2d import vjp
 from pallas_kernels.conv2d.problem import LAYOUTS, Config, Pair, Problem, Window
@@ -140,9 +141,8 @@ def conv2d(
     measured = problem, window.filters(w.shape), bias is not None, activation, precision, config
     # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not: what
     # was measured on one device is no default there.
-    specs = (jax.typeof(array).sharding.spec for array in (x, w))
-    sharded = any(axis is not None for spec in specs for axis in spec)
-    here, kind = platform.current(), None if sharded else platform.kind()
+    kind = None if sharded(x) or sharded(w) else platform.kind()
+    here = platform.current()
     chosen = [
         OPERATOR.choose(
             direction,

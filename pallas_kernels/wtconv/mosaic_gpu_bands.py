@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wtconv.mosaic_gpu_tiles import CHANNELS
+from pallas_kernels.wtconv.mosaic_gpu_tiles import CHANNELS, Launched, zeros
 
 __all__ = ["WARPGROUPS", "BandsBlock", "Square", "analysed", "synthesised"]
 
@@ -47,20 +46,14 @@ def synthesised(bands: Bands) -> Square:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BandsBlock:
+class BandsBlock(Launched):
     """A block of such a launch, and references that it has at least."""
 
-    tiling: Any
     x: Any
     taps: Any
     rows: Any
     full: Any
     met: Any
-
-    @property
-    def size(self) -> int:
-        """The kernel size."""
-        return 2 * self.tiling.reach + 1
 
     @property
     def warpgroup(self) -> Any:
@@ -74,9 +67,7 @@ class BandsBlock:
 
     def zeros(self, count: int) -> list[Any]:
         """Sums to begin with."""
-        shape = self.tiling.shape
-        zero = jnp.zeros(shape, jnp.float32)
-        return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
+        return zeros(count, self.tiling.shape)
 
     def view(self, row: Any, columns: int, parts: int, j: Any, part: int = 0) -> Any:
         """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
@@ -93,3 +84,20 @@ class BandsBlock:
         first = self.size**2 * (4 * level - 3 + 2 * pair) + band
         taps = self.taps.at[chunk, pl.ds(first, 2 * self.size**2 - 1)]
         return [[taps[2 * (d * self.size + e)] for e in range(self.size)] for d in range(self.size)]
+
+    def add_products(self, sums: list[Any], found: dict[int, Any], taps: list[Any]) -> list[Any]:
+        """Adds a row's products with a row of taps to the sums of each column, which may be None.
+
+        Args:
+            sums: One for each column of a strip.
+            found: Its columns by number, from the strip's first on; those left out are zero.
+            taps: As many as the kernel is wide.
+        """
+        totals = []
+        for j, total in enumerate(sums):
+            for e, tap in enumerate(taps, j - len(taps) // 2):
+                if e in found:
+                    product = found[e] * tap
+                    total = product if total is None else total + product
+            totals.append(total)
+        return totals

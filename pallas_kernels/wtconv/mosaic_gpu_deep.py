@@ -39,12 +39,10 @@ from pallas_kernels.wtconv.mosaic_gpu_bands import (
     analysed,
     synthesised,
 )
-from pallas_kernels.wtconv.mosaic_gpu_tiles import CHANNELS, STRIPS
+from pallas_kernels.wtconv.mosaic_gpu_tiles import CHANNELS, MAX_COLUMNS, STRIPS
 
 __all__ = ["deep", "fits"]
 
-_MAX_COLUMNS = 7
-"""Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
 _MIN_SLOTS, _MAX_SLOTS = 3, 8
 """Of the ring, of two rows each; a row of level 2 takes two of them, one of level 3 takes one."""
 _OVERHEAD, _LATE = 3, 3
@@ -187,7 +185,7 @@ def _of_images(
             apart = 1 if reach == 1 else 0
             pitch = max(pitch, width + reach, strips * columns + apart)
         found.insert(0, _Level(reach, strips, height, width, columns, pitch))
-    if found[0].columns > _MAX_COLUMNS:
+    if found[0].columns > MAX_COLUMNS:
         return None
     groups, chunks = pl.cdiv(n, images), pl.cdiv(c, CHANNELS)
     tiling = _Tiling(first, images, tuple(found), 0, groups, chunks)
@@ -557,23 +555,6 @@ class _Block(BandsBlock):
             j: self.coefficient(level, self.warpgroup, row, 0, j)[...]
             for j in range(-tiled.halo, tiled.columns + tiled.halo)
         }
-
-    def add_products(self, sums: list[Any], found: dict[int, Any], taps: list[Any]) -> list[Any]:
-        """Adds a row's products with a row of taps to the sums of each column, which may be None.
-
-        Args:
-            sums: One for each column of a strip.
-            found: The row, as `neighbours` has it.
-            taps: As many as the kernel is wide.
-        """
-        totals = []
-        for j, total in enumerate(sums):
-            for e, tap in enumerate(taps, j - len(taps) // 2):
-                if e in found:
-                    product = found[e] * tap
-                    total = product if total is None else total + product
-            totals.append(total)
-        return totals
 
     def filter_row(self, level: int, row: Any, sums: list[Any], taps: list[list[Any]]) -> list[Any]:
         """Adds a row to the `size` rows of results that it is a neighbour of."""

@@ -289,24 +289,22 @@ class _Block(BandsBlock, Tiled):
         Returns:
             The sums of those that are not complete with it; the one that is goes to `filtered`.
         """
-        columns, size = self.tiling.columns, self.size
+        columns, reach = self.tiling.columns, self.tiling.reach
         row = self.bands.at[slot, self.warpgroup]
-        found = [self.neighbour(row, j)[...] for j in range(columns + size - 1)]
-        totals: list[Any] = []
-        for open_row in range(size):
-            for j in range(columns):
-                total = sums[open_row * columns + j] if open_row < size - 1 else None
-                for e in range(size):
-                    product = found[j + e] * taps[size - 1 - open_row][e]
-                    total = product if total is None else total + product
-                totals.append(total)
-            if open_row == 0:
-                # Before sums of the next row begin, which take the registers of these.
-                row = self.filtered.at[to, self.warpgroup]
-                for j, total in enumerate(totals):
-                    self.view(row, columns, 1, j)[...] = total
-                totals = []
-        return totals
+        new: list[Any] = [None] * columns
+        found = {j: self.neighbour(row, j + reach)[...] for j in range(-reach, columns + reach)}
+        first, *others = [sums[i : i + columns] for i in range(0, len(sums), columns)] + [new]
+        last, *above = reversed(taps)
+        done = self.add_products(first, found, last)
+        # Before sums of the next row begin, which take the registers of these.
+        row = self.filtered.at[to, self.warpgroup]
+        for j, total in enumerate(done):
+            self.view(row, columns, 1, j)[...] = total
+        return [
+            total
+            for open_row, tap in zip(others, above, strict=True)
+            for total in self.add_products(open_row, found, tap)
+        ]
 
     def write(self, position: Position, slot: int) -> None:
         """Writes what is complete when a step begins: a row of the low band, and of the synthesis.

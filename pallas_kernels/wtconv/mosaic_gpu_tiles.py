@@ -23,10 +23,12 @@ from pallas_kernels.mosaic_gpu import MULTIPROCESSORS, UNSYNCHRONISED, following
 
 __all__ = [
     "CHANNELS",
+    "MAX_COLUMNS",
     "MIN_ROWS",
     "REGISTERS",
     "STRIPS",
     "Block",
+    "Launched",
     "Ring",
     "Step",
     "Tiled",
@@ -48,7 +50,7 @@ Step = tuple[Any, Any]
 Ring = tuple[Any, Step]
 """The slot that is filled next, and the step that it is for."""
 
-_MAX_COLUMNS = 7
+MAX_COLUMNS = 7
 """Columns of coefficients a strip: the sums of five rows of them fit in a thread's registers."""
 MIN_ROWS = 8
 """Rows of coefficients of a tile that is not a whole image high."""
@@ -157,7 +159,7 @@ def tilings(
     rows, columns = pl.cdiv(h, side), pl.cdiv(w, side)
     for several in images:
         groups = pl.cdiv(n, several)
-        for each in range(1, _MAX_COLUMNS + 1):
+        for each in range(1, MAX_COLUMNS + 1):
             units = pl.cdiv(columns, STRIPS // several * each), pl.cdiv(c, CHANNELS)
             for heights in range(1, min(pl.cdiv(rows, MIN_ROWS), MULTIPROCESSORS) + 1):
                 tiles, blocks = groups * heights, math.prod(units)
@@ -213,16 +215,15 @@ def drain(barrier: Any, turns: Any, slots: int, early: int) -> None:
     lax.fori_loop(jnp.maximum(turns - slots, -early), turns, one, ())
 
 
-def zeros(count: int) -> list[Any]:
-    """Sums to begin with."""
-    shape = (STRIPS, CHANNELS)
+def zeros(count: int, shape: tuple[int, ...] = (STRIPS, CHANNELS)) -> list[Any]:
+    """Sums to begin with, each a warpgroup's values of a shape."""
     zero = jnp.zeros(shape, jnp.float32)
     return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiled:
-    """A block that has tiles."""
+class Launched:
+    """A block, and how those of its launch share the images."""
 
     tiling: Any
 
@@ -230,6 +231,11 @@ class Tiled:
     def size(self) -> int:
         """The kernel size."""
         return 2 * self.tiling.reach + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiled(Launched):
+    """A block that has tiles."""
 
     @property
     def place(self) -> tuple[Any, Any]:

@@ -282,7 +282,7 @@ def few_blocks(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_deep, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(mosaic_gpu_deep, "_MAX_SLOTS", 3)
     monkeypatch.setattr(mosaic_gpu_tiles, "MIN_ROWS", 2)
-    monkeypatch.setattr(mosaic_gpu_tiles, "_MAX_COLUMNS", 2)
+    monkeypatch.setattr(mosaic_gpu_tiles, "MAX_COLUMNS", 2)
     caches = mosaic_gpu_tiles.tiling_of, mosaic_gpu_deep._tiling, mosaic_gpu_second._tiling
     for cache in caches:
         cache.cache_clear()
