@@ -18,14 +18,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import checkpoints as checkpoints
-    from . import linen as linen
-    from . import models as models
-    from . import nnx as nnx
-    from . import surgery as surgery
-    from .autotune import tune, tuning
-    from .linen import Conv2D, SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
-    from .parameters import deepest_level, weight_decay_mask
+    from flash_wtconv_jax import checkpoints as checkpoints
+    from flash_wtconv_jax import linen as linen
+    from flash_wtconv_jax import models as models
+    from flash_wtconv_jax import nnx as nnx
+    from flash_wtconv_jax import surgery as surgery
+    from flash_wtconv_jax.autotune import tune, tuning
+    from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
+    from flash_wtconv_jax.functional.wtconv import deepest_level
+    from flash_wtconv_jax.linen import Conv2D, SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
 
     __version__: str
 
@@ -49,10 +50,10 @@ _HOME = {
     "WTConv1d": "linen",
     "WTConv2d": "linen",
     "WTConv3d": "linen",
-    "deepest_level": "parameters",
+    "deepest_level": "functional.wtconv",
     "tune": "autotune",
     "tuning": "autotune",
-    "weight_decay_mask": "parameters",
+    "weight_decay_mask": "functional.weight_decay",
 }
 
 
@@ -63,7 +64,7 @@ def __getattr__(name: str) -> Any:
     elif name in _HOME:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     elif name == "__version__":
-        value = importlib.import_module("pallas_kernels.machine").version()
+        value = importlib.import_module("pallas_kernels.common.versions").package()
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -41,7 +41,7 @@ def device() -> dict[str, str | int]:
     """
     import jax
 
-    from pallas_kernels.platform import current
+    from pallas_kernels.common.device import platform as current
 
     try:
         devices = jax.devices(current())

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
-    from .models import ConvNeXt
+    from flash_wtconv_jax.models import ConvNeXt
 
 SHARES = (0.5, 0.95)
 """Shares of the field whose squares are drawn and reported."""

@@ -9,13 +9,13 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 
-from .nnx import WTConv1d, WTConv2d, WTConv3d
-from .parameters import (
+from flash_wtconv_jax.functional.arguments import (
     ImplementationLike,
     PrecisionLike,
     check_constructor,
-    default_scale_init,
 )
+from flash_wtconv_jax.functional.wtconv import default_scale_init
+from flash_wtconv_jax.nnx import WTConv1d, WTConv2d, WTConv3d
 
 __all__ = ["obstacle", "replace_depthwise"]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_bridge.exchange import from_jax, to_jax
-    from torch_bridge.wtconv import WTConv1d, WTConv2d, WTConv3d
+    from torch_bridge.wtconv.layers import WTConv1d, WTConv2d, WTConv3d
 
 __all__ = ["WTConv1d", "WTConv2d", "WTConv3d", "from_jax", "to_jax"]
 

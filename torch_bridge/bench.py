@@ -15,9 +15,10 @@ from torch import Tensor
 from flash_wtconv_jax.bench import timing
 from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
-from torch_bridge import ops
 from torch_bridge.check import about
-from torch_bridge.wtconv import WTConv2d, best_device
+from torch_bridge.runtime.device import best_device
+from torch_bridge.wtconv import ops
+from torch_bridge.wtconv.layers import WTConv2d
 
 PASSES = {"forward": 2, "forward+backward": 5}
 """How often at least a tensor of x's size is read or written, by direction."""

@@ -14,12 +14,13 @@ from torch import Tensor
 from flash_wtconv_jax.checkpoints import from_torch
 from flash_wtconv_jax.checkpoints.tensors import to_array, to_tensors
 from flash_wtconv_jax.cli.check import AsJson, show
+from pallas_kernels.common.conformance import Backend, drawn, run
 from pallas_kernels.wtconv.cases import CASES, Case
-from pallas_kernels.wtconv.checking import Backend, drawn, run
-from torch_bridge import ops
 from torch_bridge.exchange import from_jax
-from torch_bridge.on_cpu import cuda, metal
-from torch_bridge.wtconv import LAYERS, best_device
+from torch_bridge.runtime.device import best_device
+from torch_bridge.runtime.on_cpu import cuda, metal
+from torch_bridge.wtconv import ops
+from torch_bridge.wtconv.layers import LAYERS
 
 
 def check(as_json: AsJson = None) -> None:
@@ -109,7 +110,7 @@ def layer_results(
         case: What is computed.
 
     Returns:
-        Arrays by the names of `pallas_kernels.wtconv.checking`.
+        Arrays by the names of `pallas_kernels.common.conformance`.
 
     Raises:
         ValueError: The output is not in the memory format of x.

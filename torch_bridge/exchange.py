@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import DLDeviceType
 
-from torch_bridge.wtconv import LAYERS, WTConv1d, WTConv2d, WTConv3d
+from torch_bridge.wtconv.layers import LAYERS, WTConv1d, WTConv2d, WTConv3d
 
 Layer = WTConv1d | WTConv2d | WTConv3d
 _Module = TypeVar("_Module", bound=nn.Module)

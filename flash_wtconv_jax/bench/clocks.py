@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.profiler import ProfileData, ProfileOptions
 
-from pallas_kernels import platform
-
-from . import timing
-from .timing import Spread
+from flash_wtconv_jax.bench import timing
+from flash_wtconv_jax.bench.timing import Spread
+from pallas_kernels.common import device
 
 Call = Callable[[], Any]
 """Enqueues the work of one run, and returns what to wait for."""
@@ -56,7 +55,7 @@ def best() -> tuple[Clock, str | None]:
         >>> clock.name, why_not
         ('host', None)
     """
-    if platform.current() != "gpu":
+    if device.platform() != "gpu":
         return HostClock(), None
     try:
         return DeviceEvents(), None
@@ -78,7 +77,7 @@ class HostClock:
             >>> sorted(HostClock().take_turns({"nothing": lambda: None}, lambda: None))
             ['nothing']
         """
-        at_once = 1 if platform.on_cpu() else _AT_ONCE
+        at_once = 1 if device.on_cpu() else _AT_ONCE
 
         def blocking(call: Call) -> Callable[[], None]:
             def run() -> None:
@@ -177,8 +176,8 @@ class DeviceEvents:
 
 def _pause_bytes() -> int:
     """Four gigabytes, or a sixteenth of a small device's memory."""
-    (device,) = jnp.zeros(()).devices()
-    limit = (device.memory_stats() or {}).get("bytes_limit", 16 * _PAUSE_BYTES)
+    (gpu,) = jnp.zeros(()).devices()
+    limit = (gpu.memory_stats() or {}).get("bytes_limit", 16 * _PAUSE_BYTES)
     return min(_PAUSE_BYTES, limit // 16)
 
 

@@ -10,17 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flash_wtconv_jax import environment
+from flash_wtconv_jax.bench import clocks
+from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.conv2d.api import OPERATOR
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.shapes import SHAPES, Shape
 from pallas_kernels.dispatch.table import Entry
-
-from .. import environment
-from . import clocks
-from .clocks import Call
-from .fastest import OURS, able, entries
-from .wtconv import check_dtype
 
 EXPRESSIONS: dict[str, dict[str, Any]] = {
     "convolution": {"padding": "SAME"},

@@ -14,18 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import platform
+from flash_wtconv_jax import environment
+from flash_wtconv_jax.bench import baseline_jax, clocks, roofline
+from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.timing import Spread
+from pallas_kernels.common import device
+from pallas_kernels.common.device import on_cpu
 from pallas_kernels.dispatch.table import Entry
-from pallas_kernels.platform import on_cpu
 from pallas_kernels.wtconv import wtconv2d
-from pallas_kernels.wtconv.api import OPERATOR, Problem
+from pallas_kernels.wtconv.api import OPERATOR
+from pallas_kernels.wtconv.problem import Problem
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
-
-from .. import environment
-from . import clocks, plain, roofs
-from .clocks import Call
-from .fastest import OURS, able, entries
-from .timing import Spread
 
 DTYPES = ("float32", "bfloat16", "float16")
 PASSES = {"forward": 2, "forward+backward": 5}
@@ -60,7 +60,7 @@ def run(
 
     Returns:
         A JSON-able report: device, versions, date, `clock` (and `no_device_events`, why a GPU's
-        events are not it), `roofs` (as `roofs.measure`), and a row for each shape, direction and
+        events are not it), `roofs` (as `roofline.measure`), and a row for each shape, direction and
         contender with its times in milliseconds; `floor_ms`, the time of `PASSES` at the copy's
         bandwidth, and `over_floor`; `speedup`, the baseline's median over its own, and
         `speedup_over_plain_jax`; `multiply_adds`; for JAX `temporaries`, the peak of temporary
@@ -70,7 +70,7 @@ def run(
     Raises:
         ValueError: An unknown shape or dtype, or a baseline that this machine does not have.
     """
-    known = FOR_PLATFORM[platform.current()]
+    known = FOR_PLATFORM[device.platform()]
     unknown = sorted(set(shapes) - set(known))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {sorted(known)}")
@@ -82,7 +82,7 @@ def run(
     if baseline not in here:
         raise ValueError(f"baseline: {baseline!r} is not here, expected one of {here}")
     clock, no_device_events = clocks.best()
-    measured = roofs.measure(clock)
+    measured = roofline.measure(clock)
     rows = []
     for name in shapes:
         for direction, contenders in _contenders(known[name], dtype, each).items():
@@ -114,7 +114,7 @@ def run(
         "baseline": baseline,
         "clock": clock.name,
         "no_device_events": no_device_events,
-        "roofs": measured,
+        "roofline": measured,
         "rows": rows,
     }
 
@@ -177,7 +177,7 @@ def _contenders(shape: Shape, dtype: str, each: bool) -> dict[str, dict[str, _Co
     copies = _copies(shape, dtype)
     params, rival = _params(shape, dtype)
     ours: dict[str, tuple[Callable, Any]] = {OURS: (wtconv2d, params)}
-    others: dict[str, tuple[Callable, Any]] = {_PLAIN: (plain.wtconv, params)}
+    others: dict[str, tuple[Callable, Any]] = {_PLAIN: (baseline_jax.wtconv, params)}
     names = implementations(shape, dtype)
     for name in names if each and len(names) > 1 else []:
         own = others if OPERATOR.module(name).DIFFERENTIABLE else ours
@@ -201,7 +201,7 @@ def _contenders(shape: Shape, dtype: str, each: bool) -> dict[str, dict[str, _Co
 def _copies(shape: Shape, dtype: str) -> list[tuple[jax.Array, jax.Array]]:
     """Pairs of x and dy; on a GPU several, so that no call finds its own in a cache."""
     count = 1
-    if platform.current() == "gpu":
+    if device.platform() == "gpu":
         enough = _ROTATED_BYTES // (math.prod(shape.x) * jnp.dtype(dtype).itemsize)
         count = min(max(2, enough), _MOST_COPIES)
     draw = jax.jit(partial(jax.random.normal, shape=shape.x, dtype=dtype))
@@ -234,9 +234,9 @@ def _compiled(
         "forward+backward": (both, [(x, params, dy) for x, dy in copies]),
     }
     contenders = {}
-    (device,) = copies[0][0].devices()
+    (chosen,) = copies[0][0].devices()
     for direction, (compute, arguments) in programs.items():
-        with jax.default_device(device):  # A thread has a default of its own.
+        with jax.default_device(chosen):  # A thread has a default of its own.
             compiled = jax.jit(compute).lower(*arguments[0]).compile()
         used: Any = compiled.memory_analysis()
         size = copies[0][0].nbytes
@@ -298,7 +298,7 @@ def _multiply_adds(shape: Shape) -> int:
 
 def _picked(shape: Shape, dtype: str) -> dict[str, str]:
     """What computes our layer here, forward and backward."""
-    here, kind = platform.current(), platform.kind()
+    here, kind = device.platform(), device.kind()
     return {
         direction: OPERATOR.pick(direction, None, here, _problem(shape, dtype), kind)
         for direction in OPERATOR.directions

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from pallas_kernels.platform import on_cpu
-
-from .. import environment, models
-from . import clocks
-from .clocks import Call
-from .wtconv import check_dtype
+from flash_wtconv_jax import environment, models
+from flash_wtconv_jax.bench import clocks
+from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench.wtconv import check_dtype
+from pallas_kernels.common.device import on_cpu
 
 MODELS: dict[str, dict[str, Callable[..., models.ConvNeXt]]] = {
     "tiny": {"WTConvNeXt": models.wtconvnext_tiny, "ConvNeXt": models.convnext_tiny},

@@ -16,17 +16,11 @@ Example:
     (3, 3, 1, 8)
 """
 
-from .files import load, read_state_dict, write_state_dict
-from .modules import for_bridge, load_into, variables_of
-from .names import (
-    LAYOUTS,
-    Recognised,
-    from_torch,
-    recognise,
-    to_torch,
-)
-from .orbax import restore, save, wavelet_of
-from .tensors import to_tensors
+from flash_wtconv_jax.checkpoints.files import load, read_state_dict, write_state_dict
+from flash_wtconv_jax.checkpoints.modules import for_bridge, load_into, variables_of
+from flash_wtconv_jax.checkpoints.names import LAYOUTS, Recognised, from_torch, recognise, to_torch
+from flash_wtconv_jax.checkpoints.orbax import restore, save, wavelet_of
+from flash_wtconv_jax.checkpoints.tensors import to_tensors
 
 __all__ = [
     "LAYOUTS",

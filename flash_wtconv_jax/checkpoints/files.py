@@ -3,16 +3,15 @@
 import os
 import pickle
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from .names import from_torch
-from .tensors import import_torch, to_arrays, to_tensors
+from flash_wtconv_jax.checkpoints.names import from_torch
+from flash_wtconv_jax.checkpoints.tensors import import_torch, to_arrays, to_tensors
+from pallas_kernels.common.files import replacing
 
 _SAFETENSORS = (".safetensors",)
 _TORCH = (".pth", ".pt")
@@ -39,7 +38,7 @@ def load(
         FileNotFoundError: There is nothing at path.
         ValueError: It cannot be read or does not fit its layout.
     """
-    from .orbax import restore
+    from flash_wtconv_jax.checkpoints.orbax import restore
 
     path = Path(path)
     if path.is_dir():
@@ -114,33 +113,6 @@ def is_safetensors(path: Path) -> bool:
             f"path {path} has extension {path.suffix!r}, expected .safetensors, .pth or .pt"
         )
     return path.suffix.lower() in _SAFETENSORS
-
-
-def check_folder(path: Path) -> None:
-    """Raises FileNotFoundError if there is no folder that a file at path could be written into."""
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
-
-
-@contextmanager
-def replacing(path: Path, force: bool) -> Iterator[Path]:
-    """Gives a path to write to and moves what was written to `path` when all went well.
-
-    A file never replaces a folder, whatever `force` says.
-    """
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists already; use force to replace it")
-    check_folder(path)
-    # In the same folder, so that the move is a rename, which happens or does not.
-    with TemporaryDirectory(prefix=".flash-wtconv-", dir=path.absolute().parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        if path.is_dir():
-            if not temporary.is_dir():
-                raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
-            # A folder cannot be renamed over another: the old one steps aside, to go with ours.
-            path.rename(Path(folder) / f"{path.name}.old")
-        os.replace(temporary, path)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .names import flatten
-from .tensors import check_nested
+from flash_wtconv_jax.checkpoints.names import flatten
+from flash_wtconv_jax.checkpoints.tensors import check_nested
 
 if TYPE_CHECKING:
     from flax import nnx

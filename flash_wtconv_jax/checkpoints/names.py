@@ -13,10 +13,9 @@ import ml_dtypes
 import numpy as np
 import pywt
 
+from flash_wtconv_jax.checkpoints.layouts import LAYOUTS, TABLES, Rule, Table, groups_of, pattern_of
+from flash_wtconv_jax.checkpoints.tensors import check_nested, to_array, to_arrays
 from pallas_kernels.haar.filters import filter_bank
-
-from .layouts import LAYOUTS, TABLES, Rule, Table, groups_of, pattern_of
-from .tensors import check_nested, to_array, to_arrays
 
 Side = Literal["torch", "ours"]
 Axes = tuple[tuple[str, ...], ...]

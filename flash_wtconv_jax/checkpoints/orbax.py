@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from flash_wtconv_jax import environment
+from flash_wtconv_jax.checkpoints.tensors import check_nested, to_array
+from pallas_kernels.common.files import replacing
 from pallas_kernels.haar.filters import filter_bank
-
-from .. import environment
-from .files import replacing
-from .tensors import check_nested, to_array
 
 # What Orbax writes into the folder of every checkpoint.
 _MARK = "_CHECKPOINT_METADATA"

@@ -9,14 +9,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from .bench import bench
-from .cache import cache
-from .check import check
-from .convert import convert
-from .demo import demo
-from .erf import erf
-from .info import info
-from .tpu_report import tpu_report
+from flash_wtconv_jax.cli.bench import bench
+from flash_wtconv_jax.cli.cache import cache
+from flash_wtconv_jax.cli.check import check
+from flash_wtconv_jax.cli.convert import convert
+from flash_wtconv_jax.cli.demo import demo
+from flash_wtconv_jax.cli.erf import erf
+from flash_wtconv_jax.cli.info import info
+from flash_wtconv_jax.cli.tpu_report import tpu_report
 
 app = typer.Typer(
     name="flash-wtconv",
@@ -61,7 +61,7 @@ def _look_for_no_tpu() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from flash_wtconv_jax import __version__
 
         typer.echo(f"flash-wtconv {__version__}")
         raise typer.Exit

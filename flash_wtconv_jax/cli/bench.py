@@ -51,24 +51,23 @@ def wtconv(
     write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time the 2-D wavelet convolution, forward and forward+backward."""
-    from pallas_kernels import platform
+    from flash_wtconv_jax import plots
+    from flash_wtconv_jax.bench import wtconv as benchmark
+    from pallas_kernels.common.device import kind, platform
     from pallas_kernels.wtconv.shapes import FOR_PLATFORM
 
-    from .. import plots
-    from ..bench import wtconv as benchmark
-
     with _measuring(device, out) as progress:
-        known = FOR_PLATFORM[platform.current()]
+        known = FOR_PLATFORM[platform()]
         names = shape or list(known)
         if write_defaults:
             sizes = (known[name] for name in names if name in known)
             _check_choice(benchmark.implementations(size, dtype) for size in sizes)
         report = benchmark.run(names, baseline, progress, dtype, each=write_defaults)
-        kind = platform.kind()
+        device_kind = kind()
     figures = {"wtconv": plots.speedups(report), "wtconv_roofline": plots.roofline(report)}
     tell(report, wtconv_table(report), figures, out)
     if write_defaults:
-        _write_defaults(kind, benchmark.defaults(report))
+        _write_defaults(device_kind, benchmark.defaults(report))
 
 
 @bench.command("wtconvnext")
@@ -93,8 +92,8 @@ def wtconvnext(
     ),
 ) -> None:
     """Time WTConvNeXt, inference and training steps, beside ConvNeXt of the same size."""
-    from .. import plots
-    from ..bench import wtconvnext as benchmark
+    from flash_wtconv_jax import plots
+    from flash_wtconv_jax.bench import wtconvnext as benchmark
 
     with _measuring(device, out) as progress:
         report = benchmark.run(model, progress, batch, size, dtype)
@@ -113,10 +112,9 @@ def conv2d(
     write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time the dense 2-D convolution beside XLA's, alone and with padding, bias and activation."""
-    from pallas_kernels import platform
+    from flash_wtconv_jax.bench import conv2d as benchmark
+    from pallas_kernels.common.device import kind
     from pallas_kernels.conv2d.shapes import SHAPES
-
-    from ..bench import conv2d as benchmark
 
     with _measuring(device, out) as progress:
         names = shape or list(SHAPES)
@@ -124,10 +122,10 @@ def conv2d(
             sizes = (SHAPES[name] for name in names if name in SHAPES)
             _check_choice(benchmark.implementations(size, dtype) for size in sizes)
         report = benchmark.run(names, progress, dtype)
-        kind = platform.kind()
+        device_kind = kind()
     tell(report, _conv2d_table(report), {}, out)
     if write_defaults:
-        _write_defaults(kind, benchmark.defaults(report))
+        _write_defaults(device_kind, benchmark.defaults(report))
 
 
 @contextmanager
@@ -136,8 +134,8 @@ def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
     import jax
     from rich.progress import Progress
 
-    from .. import environment
-    from ..bench import devices
+    from flash_wtconv_jax import environment
+    from flash_wtconv_jax.bench import devices
 
     environment.device()  # Where JAX has none, its reason is all there is to say.
     if out.exists() and not out.is_dir():
@@ -182,7 +180,7 @@ def tell(report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]",
     """
     from rich.console import Console
 
-    from .. import plots
+    from flash_wtconv_jax import plots
 
     console = Console()
     if not console.is_terminal:
@@ -199,7 +197,7 @@ def tell(report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]",
 
 
 def _write(path: Path, text: str) -> None:
-    from ..checkpoints.files import replacing
+    from pallas_kernels.common.files import replacing
 
     with replacing(path, force=True) as temporary:
         temporary.write_text(text)

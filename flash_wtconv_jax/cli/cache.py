@@ -62,9 +62,8 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write what was measured into one file, for other machines of the same kinds."""
+    from pallas_kernels.common.files import replacing
     from pallas_kernels.dispatch.cache import dumped
-
-    from ..checkpoints.files import replacing
 
     entries = _entries(device)
     with replacing(file, force) as temporary:

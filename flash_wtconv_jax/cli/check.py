@@ -17,12 +17,11 @@ AsJson = Annotated[
 
 def check(as_json: AsJson = None) -> None:
     """Compute the shared cases with every implementation that this machine has; 1 if one fails."""
-    from pallas_kernels.wtconv import checking
-
-    from .. import environment
+    from flash_wtconv_jax import environment
+    from pallas_kernels.common import conformance
 
     device = environment.device()
-    rows = checking.run(_backends(), _plain)
+    rows = conformance.run(_backends(), _plain)
     versions = environment.versions()
     show(rows, {"device": device, "versions": versions}, f"JAX, {device['kind']}", as_json)
 
@@ -33,7 +32,7 @@ def show(
     """Prints the rows of a check as a table while they come, and writes them into a file.
 
     Args:
-        rows: Of `pallas_kernels.wtconv.checking.run`.
+        rows: Of `pallas_kernels.wtconv.conformance.run`.
         about: What stands beside the rows in the file.
         title: Of the table.
         as_json: The file, or None.
@@ -44,7 +43,7 @@ def show(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..checkpoints.files import check_folder, replacing
+    from pallas_kernels.common.files import check_folder, replacing
 
     if as_json is not None:
         check_folder(as_json)
@@ -113,12 +112,12 @@ def _backends() -> list[Any]:
     """Every implementation of the operator in JAX, on the platform that JAX is on."""
     from functools import partial
 
-    from pallas_kernels import platform
+    from pallas_kernels.common import device
+    from pallas_kernels.common.conformance import Backend
     from pallas_kernels.wtconv.api import OPERATOR
     from pallas_kernels.wtconv.cases import CASES
-    from pallas_kernels.wtconv.checking import Backend
 
-    here = platform.current()
+    here = device.platform()
     return [
         Backend(name, CASES, partial(_refusal, name, reason), partial(_compute, name))
         for name, reason in OPERATOR.status(here)
@@ -131,13 +130,13 @@ def _refusal(name: str, unavailable: str | None, case: Any) -> str | None:
 
     import jax.numpy as jnp
 
-    from pallas_kernels import platform
+    from pallas_kernels.common import device
     from pallas_kernels.wtconv.api import OPERATOR
     from pallas_kernels.wtconv.problem import Problem
 
     if unavailable is not None:
         return unavailable
-    if case.dtype == "float16" and platform.current() == "tpu":
+    if case.dtype == "float16" and device.platform() == "tpu":
         return "TPUs have no float16"
     shape = (math.prod(case.batch), *case.spatial, case.channels)
     problem = Problem(shape, jnp.dtype(case.dtype), case.kernel_size, case.levels, case.wavelet)
@@ -164,9 +163,9 @@ def _plain(case: Any) -> dict[str, Any]:
     """What plain JAX makes of a case in its low precision."""
     from functools import partial
 
-    from ..bench import plain
+    from flash_wtconv_jax.bench import baseline_jax
 
-    return _value_and_grads(partial(plain.wtconv, ndim=case.ndim, stride=case.stride), case)
+    return _value_and_grads(partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride), case)
 
 
 def _value_and_grads(function: Any, case: Any) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def _value_and_grads(function: Any, case: Any) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.wtconv.checking import drawn
+    from pallas_kernels.common.conformance import drawn
 
     @jax.jit
     def both(x: jax.Array, params: dict[str, jax.Array], dy: jax.Array) -> Any:

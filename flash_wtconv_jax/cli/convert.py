@@ -36,7 +36,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace DESTINATION.")] = False,
 ) -> None:
     """Convert weights between PyTorch state dicts and Flax variables (an Orbax folder)."""
-    from ..checkpoints import LAYOUTS
+    from flash_wtconv_jax.checkpoints import LAYOUTS
 
     if layout is not None and layout not in LAYOUTS:
         _fail(f"--layout is {layout}, expected one of: {', '.join(LAYOUTS)}")
@@ -56,9 +56,9 @@ def convert(
 def _convert(
     source: Path, destination: Path, layout: str | None, wavelet: str | None, force: bool
 ) -> None:
-    from .. import checkpoints
-    from ..checkpoints.files import check_folder
-    from ..checkpoints.names import flatten
+    from flash_wtconv_jax import checkpoints
+    from flash_wtconv_jax.checkpoints.names import flatten
+    from pallas_kernels.common.files import check_folder
 
     check_folder(destination)
     to_file = destination.suffix.lower() in _FILES

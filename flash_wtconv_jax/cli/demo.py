@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..training import History
+    from flash_wtconv_jax.train.history import History
 
 
 def demo(
@@ -17,7 +17,8 @@ def demo(
     """Train a small WTConv network on scikit-learn's digits, beside its twin without wavelets."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .. import environment, training
+    from flash_wtconv_jax import environment
+    from flash_wtconv_jax.train import digits
 
     environment.device()  # Where JAX has none, its reason is all there is to say.
     if out.exists() and not out.is_dir():
@@ -33,7 +34,7 @@ def demo(
         with Progress(*columns) as progress:
             bars = {
                 name: progress.add_task(name, total=epochs, start=False, state="")
-                for name in training.NETWORKS
+                for name in digits.NETWORKS
             }
             waiting = list(bars)
 
@@ -51,7 +52,7 @@ def demo(
                     start_next()
 
             start_next()
-            metrics = training.run_demo(out, seed=seed, epochs=epochs, on_epoch=on_epoch)
+            metrics = digits.run_demo(out, seed=seed, epochs=epochs, on_epoch=on_epoch)
     except KeyboardInterrupt:
         typer.echo(f"error: interrupted; {out} is as it was before", err=True)
         raise typer.Exit(130) from None
@@ -60,5 +61,5 @@ def demo(
         f"WTConv reads {wtconv['accuracy']:.2%} of the held-out digits, with "
         f"{wtconv['parameters']:,} parameters, after {metrics['seconds']:.0f} s. Written:"
     )
-    for name, text in training.FILES.items():
+    for name, text in digits.FILES.items():
         typer.echo(f"  {out / name}  {text}")

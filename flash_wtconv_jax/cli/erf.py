@@ -23,9 +23,9 @@ def erf(
     ] = None,
 ) -> None:
     """Draw how much each input pixel moves the centre of the last feature map (log scale)."""
-    from .. import environment, plots
-    from ..models import load_network
-    from ..receptive_field import SHARES, contribution_side, network_field
+    from flash_wtconv_jax import environment, plots
+    from flash_wtconv_jax.models import load_network
+    from flash_wtconv_jax.receptive_field import SHARES, contribution_side, network_field
 
     environment.device()  # Where JAX has none, its reason is all there is to say.
     plots.check_path(out)

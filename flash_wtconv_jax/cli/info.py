@@ -10,7 +10,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print device, versions, and why an implementation cannot run here."""
-    from .. import environment
+    from flash_wtconv_jax import environment
 
     report: dict[str, Any] = {"versions": environment.versions()}
     try:
@@ -30,16 +30,8 @@ def info(
 
 def _operators(platform: str) -> dict[str, Any]:
     """Status of each implementation of each operator: None, or why it cannot run."""
-    import importlib
-    import pkgutil
-
-    import pallas_kernels
     from pallas_kernels import dispatch
 
-    # An operator is known once the api module of its package is imported.
-    for package in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
-        if package.ispkg and package.name != dispatch.__name__:
-            importlib.import_module(f"{package.name}.api")
     return {operator.name: dict(operator.status(platform)) for operator in dispatch.operators()}
 
 

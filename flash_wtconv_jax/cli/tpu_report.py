@@ -30,11 +30,10 @@ def tpu_report(
     from rich.console import Console
     from rich.progress import Progress
 
+    from flash_wtconv_jax import plots
+    from flash_wtconv_jax.aot import report as tpu
+    from pallas_kernels.common.files import check_folder, replacing
     from pallas_kernels.wtconv.shapes import TPU_SHAPES
-
-    from .. import plots
-    from ..bench.tpu import report as tpu
-    from ..checkpoints.files import check_folder, replacing
 
     plots.check_path(out)
     if as_json is not None:

@@ -8,8 +8,8 @@ Example:
     (5, 4, 3, 2)
 """
 
-from ..parameters import weight_decay_mask
-from .convnext import (
+from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
+from flash_wtconv_jax.models.convnext import (
     ConvNeXt,
     ConvNeXtConfig,
     convnext_base,
@@ -19,8 +19,8 @@ from .convnext import (
     wtconvnext_small,
     wtconvnext_tiny,
 )
-from .network import load_network, save_network
-from .transformer_net import TransformerNet
+from flash_wtconv_jax.models.pretrained import load_network, save_network
+from flash_wtconv_jax.models.transformer_net import TransformerNet
 
 __all__ = [
     "ConvNeXt",

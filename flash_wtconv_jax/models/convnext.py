@@ -18,17 +18,16 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.checks import checked_array, checked_integer
-from pallas_kernels.conv2d.api import OPERATOR
-
-from ..nnx import Conv2D, WTConv2d
-from ..parameters import (
+from flash_wtconv_jax.functional.arguments import (
     ImplementationLike,
     PrecisionLike,
     check_constructor,
-    check_layer,
     checked_rngs,
 )
+from flash_wtconv_jax.functional.wtconv import check_layer
+from flash_wtconv_jax.nnx import Conv2D, WTConv2d
+from pallas_kernels.common.arguments import checked_array, checked_integer
+from pallas_kernels.conv2d.api import OPERATOR
 
 _MLP_RATIO = 4
 _EPSILON = 1e-6

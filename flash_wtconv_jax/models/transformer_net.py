@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.checks import checked_array
+from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike, checked_rngs
+from flash_wtconv_jax.functional.wtconv import default_kernel_init
+from flash_wtconv_jax.nnx import Conv2D
+from pallas_kernels.common.arguments import checked_array
 from pallas_kernels.conv2d.api import OPERATOR
-
-from ..nnx import Conv2D
-from ..parameters import ImplementationLike, PrecisionLike, checked_rngs, default_kernel_init
 
 # Four pixels mirrored on each side of the 9x9 convolutions need a fifth; the residual blocks then
 # have two, enough for their one.

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Config", "Implementation", "conv2d", "get_igemm_conv2d"]
+__all__ = ["TileConfig", "Implementation", "conv2d", "get_igemm_conv2d"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels import platform
-from pallas_kernels.checks import (
+from pallas_kernels.common import device
+from pallas_kernels.common.arguments import (
     Precision,
     checked_array,
     checked_dtype,
@@ -23,12 +23,12 @@ from pallas_kernels.checks import (
     checked_precision,
     sharded,
 )
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.conv2d import vjp
-from pallas_kernels.conv2d.problem import LAYOUTS, Config, Pair, Problem, Window
+from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Window
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.dispatch.tuner import Config as Measured
-from pallas_kernels.measuring import OnRandomArrays
-from pallas_kernels.numerics import accumulator
+from pallas_kernels.dispatch.tuner import TuningParams
 
 Padding = int | str | Sequence[int | Sequence[int]]
 
@@ -71,7 +71,7 @@ def conv2d(
     out_dtype: DTypeLike | None = None,
     precision: Precision = None,
     implementation: Choice = None,
-    config: Config | None = None,
+    config: TileConfig | None = None,
 ) -> jax.Array:
     """Dense convolution (cross-correlation) of images, with bias and activation in one kernel.
 
@@ -141,8 +141,8 @@ def conv2d(
     measured = problem, window.filters(w.shape), bias is not None, activation, precision, config
     # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not: what
     # was measured on one device is no default there.
-    kind = None if sharded(x) or sharded(w) else platform.kind()
-    here = platform.current()
+    kind = None if sharded(x) or sharded(w) else device.kind()
+    here = device.platform()
     chosen = [
         OPERATOR.choose(
             direction,
@@ -199,11 +199,11 @@ def get_igemm_conv2d(
         output_dtype: Of the result; sums run in float32 or better.
         mem_space: "shared": tiles are under way to shared memory while others are multiplied;
             "global": each is loaded as it is needed.
-        block_m: See `Config`.
-        block_n: See `Config`.
-        block_k: See `Config`.
-        ratio_m: See `Config`.
-        ratio_n: See `Config`.
+        block_m: See `TileConfig`.
+        block_n: See `TileConfig`.
+        block_k: See `TileConfig`.
+        ratio_m: See `TileConfig`.
+        ratio_n: See `TileConfig`.
         padding: Zeros on each side of the images.
         implementation: Filter on the implementations, as `conv2d`; None takes Triton where it can
             run, because XLA's tiles are its own.
@@ -235,8 +235,8 @@ def get_igemm_conv2d(
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     if mem_space not in ("shared", "global"):
         raise ValueError(f"mem_space={mem_space!r}: expected 'shared' or 'global'")
-    stages = Config().stages if mem_space == "shared" else 1
-    config = _checked_config(Config(block_m, block_n, block_k, ratio_m, ratio_n, stages))
+    stages = TileConfig().stages if mem_space == "shared" else 1
+    config = _checked_config(TileConfig(block_m, block_n, block_k, ratio_m, ratio_n, stages))
     dtype = checked_dtype(input_dtype, "input_dtype")
     out_dtype = checked_dtype(output_dtype, "output_dtype")
     images, filters = (n, h, w, c), (hf, wf, c, nf)
@@ -275,8 +275,8 @@ def _measurement(
     bias: bool,
     activation: str | None,
     precision: jax.lax.Precision | None,
-    config: Config | None,
-) -> OnRandomArrays:
+    config: TileConfig | None,
+) -> JaxMeasurement:
     """How the tuner runs an implementation on arrays like those of a call."""
     window = problem.window
     height, width, _, features = filters
@@ -286,9 +286,11 @@ def _measurement(
     w = jax.ShapeDtypeStruct(window.filters_laid_out(*filters), problem.dtype)
     last = jax.ShapeDtypeStruct(output, problem.out_dtype)
     if direction == "fwd":
-        last = jax.ShapeDtypeStruct((features,), accumulator(problem.dtype)) if bias else None
+        last = (
+            jax.ShapeDtypeStruct((features,), accumulation_dtype(problem.dtype)) if bias else None
+        )
 
-    def run(module: ModuleType, found: Measured) -> Callable[..., Any]:
+    def run(module: ModuleType, found: TuningParams) -> Callable[..., Any]:
         tiles = config or _tiles(found)
         plan = vjp.Plan(module, module, window, precision, tiles, tiles)
         return vjp.one_pass(plan, direction, activation, problem.out_dtype)
@@ -296,17 +298,17 @@ def _measurement(
     static = {"precision": precision and precision.name, "config": config and list(config)}
     if direction == "fwd":
         static |= {"bias": bias, "activation": activation}
-    return OnRandomArrays(run, (x, w, last), OPERATOR.module("xla"), static)
+    return JaxMeasurement(run, (x, w, last), OPERATOR.module("xla"), static)
 
 
-def _tiles(found: Measured) -> Config | None:
+def _tiles(found: TuningParams) -> TileConfig | None:
     """What was measured to be the best, None where nothing was."""
-    return Config(**dict(found)) if found else None
+    return TileConfig(**dict(found)) if found else None
 
 
 def _preferred(problem: Problem) -> str:
     """Triton where it can run, else XLA."""
-    here = platform.current()
+    here = device.platform()
     try:
         return OPERATOR.pick("fwd", "triton", here, problem)
     except NotImplementedError:
@@ -408,11 +410,11 @@ def _checked_side(side: Any, padding: Any) -> Pair:
         ) from None
 
 
-def _checked_config(config: Any) -> Config | None:
+def _checked_config(config: Any) -> TileConfig | None:
     if config is None:
         return None
-    if not isinstance(config, Config):
-        raise ValueError(f"config={config!r}: expected None or a Config")
+    if not isinstance(config, TileConfig):
+        raise ValueError(f"config={config!r}: expected None or a TileConfig")
     for name, value in config._asdict().items():
         number = checked_integer(value, f"config.{name}", least=1)
         least = 16 if name.startswith("block") else 1

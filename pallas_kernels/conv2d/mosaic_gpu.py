@@ -24,11 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels._compat import gpu_load, in_32_bits, vary_over, varying_axes
-from pallas_kernels.conv2d import xla
-from pallas_kernels.conv2d.problem import Config, Pair, Problem, Window
-from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
-from pallas_kernels.mosaic_gpu import (
+from pallas_kernels.common._compat import gpu_load, in_32_bits, vary_over, varying_axes
+from pallas_kernels.common.mosaic_gpu import (
     MULTIPROCESSORS,
     SHARED,
     UNSYNCHRONISED,
@@ -36,8 +33,19 @@ from pallas_kernels.mosaic_gpu import (
     size_in_bytes,
     unavailable,
 )
+from pallas_kernels.conv2d import xla
+from pallas_kernels.conv2d.problem import Pair, Problem, TileConfig, Window
+from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "input_grad", "unavailable", "weight_grad"]
+__all__ = [
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "input_grad",
+    "search_space",
+    "unavailable",
+    "weight_grad",
+]
 
 DIFFERENTIABLE = False
 
@@ -90,15 +98,15 @@ def check(direction: str, problem: Problem) -> None:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
 
-def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """Tiles that are worth timing, those made for the shape first; see `check`."""
     shared = [(256, 160, 32), (256, 128, 64), (256, 128, 32), (256, 96, 32), (256, 64, 64)]
     shared += [(128, 256, 64), (128, 192, 64), (128, 160, 32), (128, 128, 64), (128, 160, 16)]
     turns = [(128, 160, 32), (128, 128, 64), (128, 128, 32), (128, 160, 16), (64, 256, 64)]
     return [
         {},
-        *(Config(*size, 8, 1, _STAGES)._asdict() for size in shared),
-        *(Config(*size, 4, 1, _STAGES)._asdict() for size in turns),
+        *(TileConfig(*size, 8, 1, _STAGES)._asdict() for size in shared),
+        *(TileConfig(*size, 4, 1, _STAGES)._asdict() for size in turns),
     ]
 
 
@@ -113,7 +121,7 @@ def forward(
     activation: str | None,
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The operator; see `vjp` for the arguments. `precision` is of float32, which is not taken."""
     axes = varying_axes((x, w, bias))
@@ -142,7 +150,7 @@ def input_grad(
     dtype: DTypeLike,
     window: Window,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The transpose in x, of the shape `[N, *shape]`; XLA's where dy and w are not of one dtype.
 
@@ -203,7 +211,7 @@ def _convolve(
     flip: bool,
     activation: str | None,
     out_dtype: jnp.dtype,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """One launch: images and filters in the window's layout, as is the result.
 
@@ -369,7 +377,7 @@ class _Tiling:
         return rounds * max(summed, (summed + written) / 2) + written
 
 
-def _tilings(layer: _Layer, config: Config) -> Iterator[_Tiling]:
+def _tilings(layer: _Layer, config: TileConfig) -> Iterator[_Tiling]:
     """Those of a size: every rectangle, and a column of taps a stage or one tap."""
     down = max(1, config.ratio_m // 4)
     across = config.ratio_m * config.ratio_n // 4 // down
@@ -386,7 +394,7 @@ def _tilings(layer: _Layer, config: Config) -> Iterator[_Tiling]:
 
 
 @cache
-def _tiling(layer: _Layer, config: Config | None) -> _Tiling:
+def _tiling(layer: _Layer, config: TileConfig | None) -> _Tiling:
     """The tiling of a size, or of all, that takes the busiest multiprocessor the least work."""
     if config is not None and (
         config.block_k not in _CHANNELS or config.ratio_m * config.ratio_n not in (4, 8)
@@ -398,7 +406,7 @@ def _tiling(layer: _Layer, config: Config | None) -> _Tiling:
     if config is None:
         features = range(32, min(_COLUMNS, pl.cdiv(layer.features, 32) * 32) + 1, 32)
         configs = [
-            Config(pixels, columns, channels, warps, 1, _STAGES)
+            TileConfig(pixels, columns, channels, warps, 1, _STAGES)
             for pixels, columns, channels, warps in product(
                 (64, 128, 256), features, _CHANNELS, (8, 4)
             )

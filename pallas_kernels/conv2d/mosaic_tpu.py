@@ -33,10 +33,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from pallas_kernels._compat import in_32_bits, pallas_output, tpu_vmem_bytes
-from pallas_kernels.conv2d.problem import Config, Problem, Window
-from pallas_kernels.conv2d.xla import mirrored, transposed
-from pallas_kernels.tpu import (
+from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
+from pallas_kernels.common.mosaic_tpu import (
     LANES,
     SUBLANES,
     VMEM_SHARE,
@@ -45,8 +43,18 @@ from pallas_kernels.tpu import (
     unavailable,
     up,
 )
+from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
+from pallas_kernels.conv2d.xla import mirrored, transposed
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "input_grad", "unavailable", "weight_grad"]
+__all__ = [
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "input_grad",
+    "search_space",
+    "unavailable",
+    "weight_grad",
+]
 
 DIFFERENTIABLE = False
 
@@ -122,12 +130,12 @@ def check(direction: str, problem: Problem) -> None:
     _tilings(direction, problem, None)
 
 
-def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """Tiles that are worth timing, those made for the shape first; see `check`."""
     found: dict[Any, dict[str, int]] = {_tilings(direction, problem, None): {}}
     pixels_and_features = (512, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 128)
     for (block_m, block_n), block_k in product(pixels_and_features, (256, 512)):
-        config = Config(block_m, block_n, block_k)
+        config = TileConfig(block_m, block_n, block_k)
         with suppress(NotImplementedError):
             found.setdefault(_tilings(direction, problem, config), config._asdict())
     return list(found.values())
@@ -144,7 +152,7 @@ def forward(
     activation: str | None,
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The operator; see `vjp` for the arguments.
 
@@ -175,7 +183,7 @@ def input_grad(
     dtype: DTypeLike,
     window: Window,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The transpose in x, of the shape `[N, *shape]`."""
     common = jnp.promote_types(dy.dtype, w.dtype)
@@ -223,7 +231,7 @@ def weight_grad(
     dtype: DTypeLike,
     window: Window,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The transpose in w. Sums run in the order of the grid, so it is bitwise reproducible."""
     common = jnp.promote_types(dy.dtype, x.dtype)
@@ -345,7 +353,7 @@ def _convolve(
     activation: str | None,
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """Sums over taps and channels of `x [N, planes, H, W, C]`: `[N, *size, NF]`."""
     n, *_, channels = x.shape
@@ -387,7 +395,7 @@ def _correlate(
     dy: jax.Array,
     taps: _Taps,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """Sums over pixels of `x [N, planes, H, W, C]` and `dy [N, H, W, NF]`: `[taps, C, NF]`."""
     n, *_, channels = x.shape
@@ -510,7 +518,7 @@ def _precision(dtype: DTypeLike, precision: lax.Precision | None) -> lax.Precisi
 # Tiles
 
 
-def _tilings(direction: str, problem: Problem, config: Config | None) -> tuple[_Tiling, ...]:
+def _tilings(direction: str, problem: Problem, config: TileConfig | None) -> tuple[_Tiling, ...]:
     """The tiles of one direction; raises `NotImplementedError` where they do not fit."""
     n, *size, channels = problem.shape
     kernel = problem.kernel_height, problem.kernel_width
@@ -537,7 +545,7 @@ def _tiling(
     taps: _Taps,
     dtype: DTypeLike,
     out_dtype: DTypeLike,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> _Tiling:
     """The tiles of a convolution to `[N, H, W]` pixels from channels to features."""
 
@@ -551,7 +559,7 @@ def _tiling(
 
 
 def _weight_tiling(
-    shape: tuple[int, ...], taps: _Taps, dtype: DTypeLike, config: Config | None
+    shape: tuple[int, ...], taps: _Taps, dtype: DTypeLike, config: TileConfig | None
 ) -> _Tiling:
     """The tiles of the gradient of filters."""
 
@@ -567,7 +575,7 @@ def _fitting(
     shape: tuple[int, ...],
     taps: _Taps,
     dtype: DTypeLike,
-    config: Config | None,
+    config: TileConfig | None,
     use: Callable[[_Tiling], int],
 ) -> _Tiling:
     """The tiles that fit in VMEM and leave the least of the matrix unit idle, large ones first.

@@ -86,7 +86,7 @@ class Window(NamedTuple):
         return (h, w, c, f) if self.layout == "nhwc_hwcf" else (f, c, h, w)
 
 
-class Config(NamedTuple):
+class TileConfig(NamedTuple):
     """Tiles of a matrix product: each block computes `block_m` pixels of `block_n` features.
 
     Attributes:

@@ -8,12 +8,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.conv2d.problem import Config, Window
+from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common.triton import launch, unavailable
+from pallas_kernels.conv2d.problem import TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
-from pallas_kernels.triton import launch, unavailable
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "input_grad", "unavailable", "weight_grad"]
+__all__ = [
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "input_grad",
+    "search_space",
+    "unavailable",
+    "weight_grad",
+]
 
 DIFFERENTIABLE = False
 
@@ -33,12 +41,12 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.conv2d.problem.Problem`.
     """
-    from . import triton_launches
+    from pallas_kernels.conv2d import triton_launches
 
     triton_launches.check(problem)
 
 
-def grid(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
     """Tiles that are worth timing, those made for the shape first; see `check`."""
     if problem.dtype == "float32":
         sizes = [(64, 32, 32, 3), (128, 64, 16, 3)]
@@ -48,7 +56,7 @@ def grid(direction: str, problem: Any) -> list[dict[str, int]]:
     tiles = []
     for block_m, block_n, block_k, stages in sizes:
         warps = 8 if block_m * block_n >= 128 * 128 else 4
-        tiles.append(Config(block_m, block_n, block_k, warps // 2, 2, stages)._asdict())
+        tiles.append(TileConfig(block_m, block_n, block_k, warps // 2, 2, stages)._asdict())
     return [{}, *tiles]
 
 
@@ -62,10 +70,10 @@ def forward(
     activation: str | None,
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The operator; see `vjp` for the arguments."""
-    from . import triton_launches
+    from pallas_kernels.conv2d import triton_launches
 
     if bias is not None:
         bias = bias.astype(jnp.float32)
@@ -85,10 +93,10 @@ def input_grad(
     dtype: DTypeLike,
     window: Window,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The transpose in x, of the shape `[N, *shape]`."""
-    from . import triton_launches
+    from pallas_kernels.conv2d import triton_launches
 
     common = jnp.promote_types(dy.dtype, w.dtype)
     dy, w = dy.astype(common), w.astype(common)
@@ -115,10 +123,10 @@ def weight_grad(
     dtype: DTypeLike,
     window: Window,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The transpose in w. Sums run in a fixed order, so it is bitwise reproducible."""
-    from . import triton_launches
+    from pallas_kernels.conv2d import triton_launches
 
     common = jnp.promote_types(dy.dtype, x.dtype)
     sums = triton_launches.weight_grad(

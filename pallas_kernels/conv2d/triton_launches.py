@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from pallas_kernels.common.triton import Launch, cdiv, contiguous
 from pallas_kernels.conv2d import triton_kernels as kernels
-from pallas_kernels.conv2d.problem import Config, Problem, Window
-from pallas_kernels.triton_launches import Launch, cdiv, contiguous
+from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROWS = 8
@@ -51,7 +51,7 @@ def forward(
     activation: str | None,
     out_dtype: Any,
     precision: str,
-    config: Config | None,
+    config: TileConfig | None,
     launch: Launch,
 ) -> Any:
     """The operator on contiguous arrays of one dtype.
@@ -103,7 +103,7 @@ def input_grad(
     window: Window,
     out_dtype: Any,
     precision: str,
-    config: Config | None,
+    config: TileConfig | None,
     launch: Launch,
 ) -> Any:
     """The transpose in x of a convolution that does not reflect.
@@ -154,7 +154,7 @@ def weight_grad(
     shape: Sequence[int],
     window: Window,
     precision: str,
-    config: Config | None,
+    config: TileConfig | None,
     launch: Launch,
 ) -> Any:
     """The transpose in w.
@@ -203,7 +203,7 @@ def weight_grad(
     return sums
 
 
-def tiles(rows: int, columns: int, channels: int, dtype: Any) -> Config:
+def tiles(rows: int, columns: int, channels: int, dtype: Any) -> TileConfig:
     """Tiles for a product of so many rows and columns, of arrays of a dtype.
 
     Where the channels allow it, they are so deep that a tile is of one tap: then where it lies in
@@ -211,14 +211,14 @@ def tiles(rows: int, columns: int, channels: int, dtype: Any) -> Config:
 
     Example:
         >>> tiles(32768, 320, 320, "bfloat16")
-        Config(block_m=128, block_n=128, block_k=64, ratio_m=4, ratio_n=2, stages=3)
+        TileConfig(block_m=128, block_n=128, block_k=64, ratio_m=4, ratio_n=2, stages=3)
     """
     wide = str(dtype).split(".")[-1] == "float32"
     block_m = min(64 if wide else 128, _power(rows))
     block_n = min(64 if wide else 128, _power(columns))
     warps = 8 if block_m * block_n == 128 * 128 else 4
     block_k = 32 if wide or channels % 64 and channels % 32 == 0 else 64
-    return Config(block_m, block_n, block_k, warps // 2, 2)
+    return TileConfig(block_m, block_n, block_k, warps // 2, 2)
 
 
 def _power(size: int) -> int:
@@ -234,7 +234,7 @@ def _convolve(
     window: Window,
     output: tuple[tuple[int, ...], Any],
     precision: str,
-    config: Config | None,
+    config: TileConfig | None,
     launch: Launch,
     **which: Any,
 ) -> Any:
@@ -281,7 +281,7 @@ def _sizes(
     return sizes | {"DILATION_H": window.dilation[0], "DILATION_W": window.dilation[1]}
 
 
-def _blocks(config: Config) -> dict[str, int]:
+def _blocks(config: TileConfig) -> dict[str, int]:
     if config.block_n & (config.block_n - 1):
         raise ValueError(f"config.block_n={config.block_n}: Triton takes a power of two")
     return {

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.batching import folding, mapped
-from pallas_kernels.conv2d.problem import Config, Window
+from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.conv2d.problem import TileConfig, Window
 from pallas_kernels.conv2d.xla import activate
-from pallas_kernels.numerics import accumulator
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
@@ -40,15 +40,15 @@ class Plan(NamedTuple):
     bwd: ModuleType
     window: Window
     precision: jax.lax.Precision | None
-    fwd_config: Config | None
-    bwd_config: Config | None
+    fwd_config: TileConfig | None
+    bwd_config: TileConfig | None
 
     @property
     def backward(self) -> "Plan":
         """What the backward pass computes forward with."""
         return self._replace(fwd=self.bwd, fwd_config=self.bwd_config)
 
-    def told(self, config: Config | None) -> dict[str, object]:
+    def told(self, config: TileConfig | None) -> dict[str, object]:
         """What every function of an implementation is told."""
         return {"window": self.window, "precision": self.precision, "config": config}
 
@@ -94,7 +94,7 @@ def _apply_fwd(
     kept = None
     if activation == "gelu":
         kept = apply(plan, None, out_dtype, x, w, bias)
-        y = activate(kept.astype(accumulator(out_dtype)), activation).astype(out_dtype)
+        y = activate(kept.astype(accumulation_dtype(out_dtype)), activation).astype(out_dtype)
     else:
         y = apply(plan, activation, out_dtype, x, w, bias)
         if activation is not None:
@@ -114,7 +114,7 @@ def _apply_bwd(
     if activation == "relu":
         dy = jnp.where(kept > 0, dy, 0)
     elif activation == "gelu":
-        acc = accumulator(out_dtype)
+        acc = accumulation_dtype(out_dtype)
         _, pullback = jax.vjp(partial(activate, activation=activation), kept.astype(acc))
         dy = pullback(dy.astype(acc))[0].astype(out_dtype)
     bare = _bare(plan.bwd, x)
@@ -124,7 +124,7 @@ def _apply_bwd(
     if bias is None:
         return dx, dw, None
     *pixels, _ = plan.window.images(range(4))
-    dbias = dy.sum(tuple(pixels), dtype=accumulator(dy.dtype))
+    dbias = dy.sum(tuple(pixels), dtype=accumulation_dtype(dy.dtype))
     return dx, dw, dbias.astype(bias.dtype)
 
 
@@ -222,23 +222,23 @@ def _forward(
     run = partial(
         plan.fwd.forward, activation=activation, out_dtype=out_dtype, **plan.told(plan.fwd_config)
     )
-    return run(x, w, bias) if plan.fwd.DIFFERENTIABLE else folding(run)(x, w, bias)
+    return run(x, w, bias) if plan.fwd.DIFFERENTIABLE else vmap_folding(run)(x, w, bias)
 
 
 def _dx(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
     run = partial(plan.bwd.input_grad, shape=shape, dtype=dtype, **plan.told(plan.bwd_config))
-    return run(dy, w) if plan.bwd.DIFFERENTIABLE else folding(run)(dy, w)
+    return run(dy, w) if plan.bwd.DIFFERENTIABLE else vmap_folding(run)(dy, w)
 
 
 def _dw(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
     run = partial(plan.bwd.weight_grad, shape=shape, dtype=dtype, **plan.told(plan.bwd_config))
-    return run(x, dy) if plan.bwd.DIFFERENTIABLE else mapped(run)(x, dy)
+    return run(x, dy) if plan.bwd.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
 
 
 def _bare(module: ModuleType, x: jax.Array) -> bool:
     """Whether JAX itself differentiates: sums of a wider dtype than x's it cannot transpose."""
-    return module.DIFFERENTIABLE and x.dtype == accumulator(x.dtype)
+    return module.DIFFERENTIABLE and x.dtype == accumulation_dtype(x.dtype)

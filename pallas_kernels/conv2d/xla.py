@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.conv2d.problem import Config, Window
-from pallas_kernels.numerics import accumulator
-from pallas_kernels.platform import current, on_cpu
+from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common.device import on_cpu, platform
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.conv2d.problem import TileConfig, Window
 
 DIFFERENTIABLE = True
 
@@ -40,13 +40,13 @@ def forward(
     activation: str | None,
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The operator; see `vjp` for the arguments. XLA picks tiles itself, whatever `config`."""
-    acc = accumulator(x.dtype)
+    acc = accumulation_dtype(x.dtype)
     # XLA widens what cuDNN is to read if it is to write more: as slow as float32, so on a GPU 16
     # bits stay 16 until the epilogue.
-    stays = current() == "gpu" and out_dtype == x.dtype
+    stays = platform() == "gpu" and out_dtype == x.dtype
     y = _conv(x, w, window, precision, None if stays else acc).astype(acc)
     if bias is not None:
         y = y + _along_features(bias.astype(acc), window)
@@ -61,7 +61,7 @@ def input_grad(
     dtype: DTypeLike,
     window: Window,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The transpose in x, of the shape `[N, *shape]`."""
     common = _computed(jnp.promote_types(dy.dtype, w.dtype))
@@ -77,7 +77,7 @@ def weight_grad(
     dtype: DTypeLike,
     window: Window,
     precision: lax.Precision | None,
-    config: Config | None,
+    config: TileConfig | None,
 ) -> jax.Array:
     """The transpose in w."""
     common = _computed(jnp.promote_types(dy.dtype, x.dtype))
@@ -145,7 +145,7 @@ def _conv(
 
 def _computed(dtype: DTypeLike) -> DTypeLike:
     """CPUs have no matrix unit that would sum products of 16 bits in 32."""
-    return accumulator(dtype) if on_cpu() else dtype
+    return accumulation_dtype(dtype) if on_cpu() else dtype
 
 
 def _along_features(bias: jax.Array, window: Window) -> jax.Array:

@@ -1,7 +1,9 @@
 """An operator's implementations, and the choice of one for a device and a problem."""
 
 import importlib
+import importlib.util
 import os
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,8 +29,8 @@ class Operator:
     An implementation `name` is the module `{package}.{name}`, imported when it is first
     considered. It offers `unavailable(platform) -> str | None`, the reason why it cannot run on
     this machine, and `check(direction, problem)`, which raises `NotImplementedError` with the
-    reason why it cannot take this problem. It may offer `grid(direction, problem)`, a list of dicts
-    of JSON-able parameters, of which the tuner finds the best.
+    reason why it cannot take this problem. It may offer `search_space(direction, problem)`, a list
+    of dicts of JSON-able parameters, of which the tuner finds the best.
 
     Args:
         name: Lower-case name; the environment variables are `FLASH_WTCONV_{NAME}_{DIRECTION}`.
@@ -243,7 +245,15 @@ class Operator:
 
 
 def operators() -> list[Operator]:
-    """Every operator whose package has been imported, by name."""
+    """Every operator of `pallas_kernels`, and those of other packages that were imported, by name.
+
+    An operator is a folder of `pallas_kernels` with a module `api`, which registers it.
+    """
+    import pallas_kernels
+
+    for folder in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
+        if folder.ispkg and importlib.util.find_spec(f"{folder.name}.api"):
+            importlib.import_module(f"{folder.name}.api")
     return [_REGISTRY[name] for name in sorted(_REGISTRY)]
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["off", "cached", "search"]
 
-Config = tuple[tuple[str, Any], ...]
+TuningParams = tuple[tuple[str, Any], ...]
 """Parameters of an implementation by name, hashable."""
 
 _MODE: ContextVar[Mode | None] = ContextVar("tuning", default=None)
@@ -53,7 +53,7 @@ class Candidate(NamedTuple):
     """An implementation and its parameters, none of which is its own default."""
 
     implementation: str
-    config: Config = ()
+    config: TuningParams = ()
 
     def __str__(self) -> str:
         """As logs tell it."""
@@ -82,7 +82,7 @@ class Measurement(Protocol):
     def outside(self, search: Callable[[], Entry]) -> Entry:
         """Runs a search where arrays have values, outside of whatever is being traced."""
 
-    def prepared(self, module: ModuleType, config: Config) -> Callable[[], Any]:
+    def prepared(self, module: ModuleType, config: TuningParams) -> Callable[[], Any]:
         """A call of an implementation on random arrays, always the same ones."""
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
@@ -199,7 +199,7 @@ def _fastest(
     candidates = [
         Candidate(name, config)
         for name, module in modules.items()
-        for config in _grid(module, direction, problem)
+        for config in _search_space(module, direction, problem)
     ]
     if len(candidates) == 1:
         return candidates[0]
@@ -228,9 +228,9 @@ def _fastest(
     return _best(entries, modules)
 
 
-def _grid(module: ModuleType, direction: str, problem: Any) -> list[Config]:
+def _search_space(module: ModuleType, direction: str, problem: Any) -> list[TuningParams]:
     """The parameters that an implementation offers, at least its own defaults."""
-    offered = module.grid(direction, problem) if hasattr(module, "grid") else []
+    offered = module.search_space(direction, problem) if hasattr(module, "search_space") else []
     return [tuple(config.items()) for config in offered] or [()]
 
 
@@ -268,7 +268,7 @@ def _candidate(measured: Mapping[str, Any]) -> Candidate:
     return Candidate(measured["implementation"], _config(measured["config"].items()))
 
 
-def _config(items: Iterable[tuple[str, Any]]) -> Config:
+def _config(items: Iterable[tuple[str, Any]]) -> TuningParams:
     """Parameters as they come from JSON, which knows lists alone."""
     return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in items)
 

@@ -16,19 +16,20 @@ from enum import StrEnum
 from functools import partial
 from itertools import product
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels import platform
-from pallas_kernels.checks import check_unsharded, checked_array, checked_integer
+from pallas_kernels.common import device
+from pallas_kernels.common.arguments import check_unsharded, checked_array, checked_integer
+from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.dispatch.tuner import Config
+from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.haar import vjp
-from pallas_kernels.haar.filters import beyond_images, filter_bank
-from pallas_kernels.measuring import OnRandomArrays
+from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.haar.problem import Problem
 
 
 class Implementation(StrEnum):
@@ -47,43 +48,6 @@ OPERATOR = Operator(
     rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "mosaic_gpu", "xla"), "cpu": ("xla",)},
     directions=("fwd",),
 )
-
-
-class Problem(NamedTuple):
-    """What an implementation's `check` is told of a call; shape is that of the whole signal."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    ndim: int
-    levels: int
-    wavelet: str
-
-    def __str__(self) -> str:
-        """As errors tell it."""
-        return f"a signal {self.shape} {self.dtype}, {self.levels} levels of {self.wavelet}"
-
-    def beyond(self, dtypes: Sequence[str], max_levels: int) -> list[str]:
-        """What of it kernels for images and the Haar wavelet do not do.
-
-        Args:
-            dtypes: Those that they take.
-            max_levels: The most levels that they take.
-
-        Returns:
-            A phrase for each, none if they take it.
-
-        Example:
-            >>> Problem((2, 8, 4), jnp.dtype("float32"), 1, 3, "haar").beyond(["float32"], 2)
-            ['1-D signals, 2-D alone', '3 levels, up to 2']
-        """
-        reasons = beyond_images(self.ndim, self.dtype, self.wavelet, dtypes)
-        if self.levels > max_levels:
-            reasons.append(f"{self.levels} levels, up to {max_levels}")
-        if not all(isinstance(size, int) for size in self.shape):
-            reasons.append("arrays of symbolic size")
-        elif 0 in self.shape:
-            reasons.append("an empty array")
-        return reasons
 
 
 Details2 = tuple[jax.Array, jax.Array, jax.Array]
@@ -436,19 +400,19 @@ def _plan(
 ) -> vjp.Plan:
     problem = Problem(shape, dtype, len(shape) - 2, levels, wavelet)
 
-    def plan(module: ModuleType, config: Config) -> vjp.Plan:
+    def plan(module: ModuleType, config: TuningParams) -> vjp.Plan:
         return vjp.Plan(module, shape[1:-1], levels, wavelet, config)
 
     # Analysis and synthesis are each other's transpose: the analysis is timed for both.
     measurement = partial(
-        OnRandomArrays,
+        JaxMeasurement,
         lambda module, config: partial(vjp.wavedec, plan(module, config)),
         (jax.ShapeDtypeStruct(shape, dtype),),
         OPERATOR.module("xla"),
         {},
     )
     chosen = OPERATOR.choose(
-        "fwd", implementation, platform.current(), problem, measurement, platform.kind()
+        "fwd", implementation, device.platform(), problem, measurement, device.kind()
     )
     return plan(OPERATOR.module(chosen.implementation), chosen.config)
 

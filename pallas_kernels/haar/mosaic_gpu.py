@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import in_32_bits, vary_over, varying_axes
-from pallas_kernels.mosaic_gpu import (
+from pallas_kernels.common._compat import in_32_bits, vary_over, varying_axes
+from pallas_kernels.common.mosaic_gpu import (
     MULTIPROCESSORS,
     SHARED,
     UNSYNCHRONISED,
@@ -52,7 +52,7 @@ def check(direction: str, problem: Any) -> None:
 
     Args:
         direction: "fwd", the only one.
-        problem: `pallas_kernels.haar.api.Problem`.
+        problem: `pallas_kernels.haar.problem.Problem`.
     """
     reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_LEVELS)
     if not reasons:

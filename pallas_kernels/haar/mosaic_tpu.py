@@ -21,16 +21,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._compat import in_32_bits, pallas_output, tpu_vmem_bytes
-from pallas_kernels.tpu import (
+from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
+from pallas_kernels.common.mosaic_tpu import (
     LANES,
     STEP_BYTES,
     SUBLANES,
     VMEM_SHARE,
     Part,
     compiler_params,
-    grid,
     halved,
+    launch_grid,
     loop,
     parts,
     row_together,
@@ -59,7 +59,7 @@ def check(direction: str, problem: Any) -> None:
 
     Args:
         direction: "fwd", the only one.
-        problem: `pallas_kernels.haar.api.Problem`.
+        problem: `pallas_kernels.haar.problem.Problem`.
     """
     reasons = problem.beyond(("float32", "bfloat16"), _MAX_LEVELS)
     if reasons:
@@ -85,7 +85,7 @@ def wavedec(
     low, *details = pl.pallas_call(
         partial(_analysis_kernel, tiling, sizes, x.shape[1:3]),
         out_shape=[shapes[level] for level in order],
-        grid=grid(x.shape, tiling.images, tiling.size),
+        grid=launch_grid(x.shape, tiling.images, tiling.size),
         in_specs=[spec],
         out_specs=[blocks[level] for level in order],
         scratch_shapes=_scratch(tiling, sizes, lanes),
@@ -109,7 +109,7 @@ def waverec(low: jax.Array, details: tuple[Bands, ...], *, shape: Pair, wavelet:
     image = pl.pallas_call(
         partial(_synthesis_kernel, tiling, sizes),
         out_shape=pallas_output(turned_shape(whole, tiling.together), low.dtype, *bands),
-        grid=grid(whole, tiling.images, tiling.size),
+        grid=launch_grid(whole, tiling.images, tiling.size),
         in_specs=[blocks[level] for level in order],
         out_specs=blocks[0],
         scratch_shapes=_scratch(tiling, sizes, lanes),

@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 
-from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.triton import launch, unavailable
-from pallas_kernels.triton_launches import MAX_ROW
+from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common.triton import MAX_ROW, launch, unavailable
 
-__all__ = ["DIFFERENTIABLE", "check", "grid", "unavailable", "wavedec", "waverec"]
+__all__ = ["DIFFERENTIABLE", "check", "search_space", "unavailable", "wavedec", "waverec"]
 
 DIFFERENTIABLE = False
 
@@ -17,7 +16,7 @@ Bands = tuple[jax.Array, ...]
 
 _MAX_LEVELS = 5
 _SIZES = "fused", "warps"
-"""Names of what `grid` offers."""
+"""Names of what `search_space` offers."""
 
 
 def check(direction: str, problem: Any) -> None:
@@ -25,7 +24,7 @@ def check(direction: str, problem: Any) -> None:
 
     Args:
         direction: "fwd", the only one.
-        problem: `pallas_kernels.haar.api.Problem`.
+        problem: `pallas_kernels.haar.problem.Problem`.
     """
     reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_LEVELS)
     if not reasons:
@@ -38,11 +37,11 @@ def check(direction: str, problem: Any) -> None:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
 
-def grid(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
     """Ways to launch the cascade that are worth timing; see `check`."""
-    from . import triton_launches
+    from pallas_kernels.haar import triton_launches
 
-    return triton_launches.grid(problem.levels)
+    return triton_launches.search_space(problem.levels)
 
 
 @partial(jax.jit, static_argnames=("ndim", "levels", "wavelet", *_SIZES))
@@ -50,7 +49,7 @@ def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str, **sizes: int
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
     """All levels of `x [N, H, W, C]`: the low band, and three details a level from coarse on."""
-    from . import triton_launches
+    from pallas_kernels.haar import triton_launches
 
     low, details = triton_launches.wavedec(x, levels, launch, **sizes)
     # jax-triton knows nothing of meshes.
@@ -67,7 +66,7 @@ def waverec(
     **sizes: int,
 ) -> jax.Array:
     """The inverse of `wavedec`: an image `[N, *shape, C]`."""
-    from . import triton_launches
+    from pallas_kernels.haar import triton_launches
 
     image = triton_launches.waverec(low, details, shape, launch, **sizes)
     return vary_over(varying_axes((low, details)), image)

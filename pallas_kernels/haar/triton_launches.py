@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pallas_kernels.common.triton import Launch, cdiv, contiguous, strides
 from pallas_kernels.haar import triton_kernels as kernels
-from pallas_kernels.triton_launches import Launch, cdiv, contiguous, strides
 
 Bands = Sequence[Any]
 Shape = tuple[int, ...]
@@ -20,7 +20,7 @@ _BYTES = {1: 16, 2: 8, 3: 4}
 """Bytes of neighbouring channels that a thread treats, by levels: the fewer, the larger squares."""
 
 
-def grid(levels: int) -> list[dict[str, int]]:
+def search_space(levels: int) -> list[dict[str, int]]:
     """Ways to launch a cascade that are worth timing, the default one first; see `wavedec`."""
     return [{}, {"warps": 2}, {"warps": 8}] + [{"fused": 1}, {"fused": 2}][: levels - 1]
 

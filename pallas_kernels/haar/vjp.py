@@ -4,7 +4,7 @@ The transpose of the analysis, zero padding included, is the synthesis with its 
 other way round; so each is the other's derivative, of every order. Plain JAX needs none of this.
 
 An implementation is a module with `wavedec` and `waverec` as `_analyse` and `_synthesise` call
-them; both take the parameters that its `grid`, where there is one, offers.
+them; both take the parameters that its `search_space`, where there is one, offers.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from pallas_kernels.dispatch.tuner import Config
+from pallas_kernels.dispatch.tuner import TuningParams
 
 Details = tuple[tuple[jax.Array, ...], ...]
 Coefficients = tuple[jax.Array, Details]
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     shape: tuple[int, ...]
     levels: int
     wavelet: str
-    config: Config = ()
+    config: TuningParams = ()
 
 
 def wavedec(plan: Plan, x: jax.Array) -> Coefficients:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels._compat import unfused
+from pallas_kernels.common._compat import unfused
+from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.haar.filters import IS_HAAR, filter_bank
-from pallas_kernels.numerics import accumulator
 
 DIFFERENTIABLE = True
 
@@ -31,7 +31,7 @@ def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str
 ) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], ...]]:
     """All levels of `x [N, *spatial, C]`: the low band, and the details from coarse to fine."""
-    low, details = x.astype(accumulator(x.dtype)), []
+    low, details = x.astype(accumulation_dtype(x.dtype)), []
     for _ in range(levels):
         bands = analysis(low, ndim, wavelet)
         low, *high = (bands[..., s, :] for s in range(2**ndim))
@@ -47,7 +47,7 @@ def waverec(
     wavelet: str,
 ) -> jax.Array:
     """The inverse of `wavedec`: a signal `[N, *shape, C]`."""
-    x = low.astype(accumulator(low.dtype))
+    x = low.astype(accumulation_dtype(low.dtype))
     sizes = [*(bands[0].shape[1:-1] for bands in details[1:]), shape]
     for bands, size in zip(details, sizes, strict=True):
         stacked = jnp.stack([x, *(band.astype(x.dtype) for band in bands)], axis=-2)

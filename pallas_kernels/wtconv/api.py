@@ -14,19 +14,19 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from pallas_kernels import platform
-from pallas_kernels.checks import (
+from pallas_kernels.common import device
+from pallas_kernels.common.arguments import (
     Precision,
     check_unsharded,
     checked_array,
     checked_integer,
     checked_precision,
 )
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.dispatch.tuner import Config
+from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.haar.filters import filter_bank
-from pallas_kernels.measuring import OnRandomArrays
-from pallas_kernels.numerics import accumulator
 from pallas_kernels.wtconv import vjp
 from pallas_kernels.wtconv.problem import Problem
 
@@ -170,7 +170,7 @@ def _wtconv(
     flat = x.reshape(math.prod(batch), *spatial, channels)
     problem = Problem(flat.shape, flat.dtype, kernel_size, levels, wavelet)
     precision = checked_precision(precision)
-    here, kind, measured_as = platform.current(), platform.kind(), problem.measured_as()
+    here, kind, measured_as = device.platform(), device.kind(), problem.measured_as()
     chosen = [
         OPERATOR.choose(
             direction,
@@ -191,21 +191,21 @@ def _wtconv(
 
 def _measurement(
     direction: str, problem: Problem, bias: bool, precision: jax.lax.Precision | None
-) -> OnRandomArrays:
+) -> JaxMeasurement:
     """How the tuner runs an implementation on arrays like those of a call."""
     *spatial, channels = problem.shape[1:]
-    acc = accumulator(problem.dtype)
+    acc = accumulation_dtype(problem.dtype)
     bands = [1, *[2 ** len(spatial)] * problem.levels]
     kernel = (problem.kernel_size,) * len(spatial)
     x = jax.ShapeDtypeStruct(problem.shape, problem.dtype)
     taps = tuple(jax.ShapeDtypeStruct((*kernel, band, channels), acc) for band in bands)
     inputs = x, taps, jax.ShapeDtypeStruct((channels,), acc) if bias else None
 
-    def run(module: ModuleType, config: Config) -> Callable[..., Any]:
+    def run(module: ModuleType, config: TuningParams) -> Callable[..., Any]:
         plan = vjp.Plan(module, module, problem.wavelet, precision, config, config)
         return vjp.one_pass(plan, direction)
 
-    return OnRandomArrays(
+    return JaxMeasurement(
         run,
         inputs if direction == "fwd" else (*inputs, x),
         OPERATOR.module("xla"),

@@ -14,7 +14,7 @@ Otherwise a register holds eight columns of one image.
 A convolution keeps up to eight rows in registers and its taps beside them: each load of a shifted
 row serves every row that it is a neighbour of. Analysis and synthesis run without their factors
 1/2, which are folded into the taps (`4**-level`, exact). The weight gradient runs both cascades
-and correlates them, one accumulator register a tap.
+and correlates them, one accumulation_dtype register a tap.
 
 What bounds it (v5e, from the compiler's final bundles): the four VALU slots. The loop of a
 convolution is 1% off one multiply and one add for each tap, so the total is off its floor by the
@@ -34,17 +34,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels._compat import in_32_bits, pallas_output, tpu_vmem_bytes
-from pallas_kernels.haar.mosaic_tpu import merge, split
-from pallas_kernels.tpu import (
+from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
+from pallas_kernels.common.mosaic_tpu import (
     LANES,
     STEP_BYTES,
     SUBLANES,
     VMEM_SHARE,
     Part,
     compiler_params,
-    grid,
     halved,
+    launch_grid,
     loop,
     parts,
     row_together,
@@ -57,6 +56,7 @@ from pallas_kernels.tpu import (
     up,
     whole_columns,
 )
+from pallas_kernels.haar.mosaic_tpu import merge, split
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
 
@@ -76,7 +76,7 @@ def check(direction: str, problem: Any) -> None:
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.wtconv.api.Problem`.
+        problem: `pallas_kernels.wtconv.problem.Problem`.
     """
     reasons = problem.beyond(("float32", "bfloat16"), _MAX_KERNEL)
     if reasons:
@@ -117,7 +117,7 @@ def forward(
     y = pl.pallas_call(
         partial(_forward_kernel, tiling, geometry, pads, x.shape[1:3], len(windows)),
         out_shape=pallas_output(turned_shape(x.shape, tiling.together), x.dtype, x, *flat, bias),
-        grid=grid(x.shape, tiling.images, tiling.size),
+        grid=launch_grid(x.shape, tiling.images, tiling.size),
         in_specs=[
             *windows,
             *(pl.BlockSpec((*tap.shape[:2], lanes), lambda c, n, i, j: (0, 0, c)) for tap in flat),
@@ -169,7 +169,7 @@ def weight_grad(
     sums = pl.pallas_call(
         partial(_weight_kernel, tiling, of_x, of_dy, pads, x.shape[1:3], len(x_windows)),
         out_shape=[pallas_output((*s, x.shape[-1]), jnp.float32, x, dy) for s in shapes],
-        grid=grid(x.shape, tiling.images, tiling.size),
+        grid=launch_grid(x.shape, tiling.images, tiling.size),
         in_specs=[*x_windows, *dy_windows],
         out_specs=[pl.BlockSpec((*s, lanes), lambda c, n, i, j: (0, 0, c)) for s in shapes],
         scratch_shapes=[

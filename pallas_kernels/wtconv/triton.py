@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.triton import launch, unavailable
+from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common.triton import launch, unavailable
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "grid", "unavailable", "weight_grad"]
+__all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 
 Taps = tuple[jax.Array, ...]
 
 _SIZES = "columns", "strips"
-"""Names of what `grid` offers."""
+"""Names of what `search_space` offers."""
 
 
 def check(direction: str, problem: Any) -> None:
@@ -27,16 +27,16 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.problem.Problem`.
     """
-    from . import triton_launches
+    from pallas_kernels.wtconv import triton_launches
 
     triton_launches.check(problem)
 
 
-def grid(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
     """Sizes of a program that are worth timing; see `check`."""
-    from . import triton_launches
+    from pallas_kernels.wtconv import triton_launches
 
-    return triton_launches.grid(direction, problem)
+    return triton_launches.search_space(direction, problem)
 
 
 @partial(jax.jit, static_argnames=("wavelet", "transpose", "precision", *_SIZES))
@@ -52,10 +52,10 @@ def forward(
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
 
-    `sizes` are of `grid`, `wavelet` is Haar, and `precision` is float32's whatever is asked: no
-    matrix unit is used.
+    `sizes` are of `search_space`, `wavelet` is Haar, and `precision` is float32's whatever is
+    asked: no matrix unit is used.
     """
-    from . import triton_launches
+    from pallas_kernels.wtconv import triton_launches
 
     kernel_size, channels = taps[0].shape[0], x.shape[-1]
     if transpose:
@@ -89,7 +89,7 @@ def weight_grad(
 
     Every sum runs in a fixed order, so they are bitwise reproducible.
     """
-    from . import triton_launches
+    from pallas_kernels.wtconv import triton_launches
 
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
     found = triton_launches.weight_grad(x, dy, kernel_size, levels, launch, **sizes)

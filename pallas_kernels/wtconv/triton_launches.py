@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pallas_kernels.triton_launches import MAX_ROW, Launch, cdiv, contiguous, strides
+from pallas_kernels.common.triton import MAX_ROW, Launch, cdiv, contiguous, strides
 from pallas_kernels.wtconv import triton_kernels as kernels
 from pallas_kernels.wtconv.problem import Problem
 
@@ -32,7 +32,7 @@ def check(problem: Problem) -> None:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 
 
-def grid(direction: str, problem: Problem) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """Sizes of a program that are worth timing, the default ones first; see `forward`.
 
     Wider strips than the default's read less twice, but only for small kernels have a thread's

@@ -16,7 +16,7 @@ scales folded in, and `bias [C]` or None. Modules whose functions JAX can differ
 with `DIFFERENTIABLE = True`; they are then called bare in the backward pass, which makes `jvp`
 of `grad` and `hessian` work. Modules that sum dy on the way, for the gradient of the bias, say so
 with `BIAS_GRADIENT = True`; where it is wanted, `kernel_shapes` ends with the bias's, and the
-gradients with its own. Both functions take the parameters that `grid`, where there is one, offers.
+gradients with its own. Both functions take the parameters that `search_space` offers.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._compat import vary_over, varying_axes
-from pallas_kernels.batching import folding, mapped
-from pallas_kernels.dispatch.tuner import Config
-from pallas_kernels.numerics import accumulator
+from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.dispatch.tuner import TuningParams
 
 Taps = tuple[jax.Array, ...]
 Shapes = tuple[tuple[int, ...], ...]
@@ -43,8 +43,8 @@ class Plan(NamedTuple):
     bwd: ModuleType
     wavelet: str
     precision: jax.lax.Precision | None
-    fwd_config: Config = ()
-    bwd_config: Config = ()
+    fwd_config: TuningParams = ()
+    bwd_config: TuningParams = ()
 
     @property
     def of_backward(self) -> "Plan":
@@ -68,7 +68,7 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
 
 
 def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    dtype = accumulator(jnp.promote_types(kernel.dtype, scale.dtype))
+    dtype = accumulation_dtype(jnp.promote_types(kernel.dtype, scale.dtype))
     return kernel.astype(dtype) * scale.astype(dtype)
 
 
@@ -79,7 +79,7 @@ def _strided(y: jax.Array, stride: int) -> jax.Array:
     if y.ndim == 3:
         n, length, c = y.shape
         groups = y[:, : length // stride * stride].reshape(n, length // stride, stride, c)
-        return groups.mean(axis=2, dtype=accumulator(y.dtype)).astype(y.dtype)
+        return groups.mean(axis=2, dtype=accumulation_dtype(y.dtype)).astype(y.dtype)
     return y[(slice(None), *(slice(None, None, stride),) * (y.ndim - 2))]
 
 
@@ -119,7 +119,7 @@ def _apply_bwd(
     if bias is None:
         return dx, dtaps, None
     axes = tuple(range(dy.ndim - 1))
-    dbias = found[-1] if summed else dy.sum(axes, dtype=accumulator(dy.dtype))
+    dbias = found[-1] if summed else dy.sum(axes, dtype=accumulation_dtype(dy.dtype))
     return dx, dtaps, dbias.astype(bias.dtype)
 
 
@@ -186,7 +186,7 @@ def _forward(
         precision=plan.precision,
         **dict(plan.fwd_config),
     )
-    return run(x, taps, bias) if plan.fwd.DIFFERENTIABLE else folding(run)(x, taps, bias)
+    return run(x, taps, bias) if plan.fwd.DIFFERENTIABLE else vmap_folding(run)(x, taps, bias)
 
 
 def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
@@ -197,7 +197,7 @@ def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
         precision=plan.precision,
         **dict(plan.bwd_config),
     )
-    return run(x, dy) if plan.bwd.DIFFERENTIABLE else mapped(run)(x, dy)
+    return run(x, dy) if plan.bwd.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
 
 
 def _like(bias: jax.Array | None) -> jax.Array | None:

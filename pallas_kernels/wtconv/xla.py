@@ -3,9 +3,9 @@
 On CPU a depthwise convolution is a sum of shifted products, which XLA compiles to one vectorised
 loop over the contiguous channels; `conv_general_dilated` with as many groups as channels is an
 order of magnitude slower there. On a GPU it is the other way round (by 17 times on an H200), so
-everywhere else the grouped convolution is taken. On a CPU `grid` offers the tuner both. The stages
-of the layer are kept apart with `unfused`: fused across levels, XLA's CPU compiler computes each
-convolution once for every pixel of the synthesis that reads it.
+everywhere else the grouped convolution is taken. On a CPU `search_space` offers the tuner both. The
+stages of the layer are kept apart with `unfused`: fused across levels, XLA's CPU compiler computes
+each convolution once for every pixel of the synthesis that reads it.
 """
 
 import math
@@ -19,10 +19,10 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels._compat import unfused, vary_over, varying_axes
+from pallas_kernels.common._compat import unfused, vary_over, varying_axes
+from pallas_kernels.common.device import on_cpu
+from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.haar.xla import analysis, synthesis
-from pallas_kernels.numerics import accumulator
-from pallas_kernels.platform import on_cpu
 
 DIFFERENTIABLE = True
 
@@ -43,7 +43,7 @@ def check(direction: str, problem: Any) -> None:
     """Plain JAX takes every problem."""
 
 
-def grid(direction: str, problem: Any) -> list[dict[str, Any]]:
+def search_space(direction: str, problem: Any) -> list[dict[str, Any]]:
     """The forms that are worth timing, the default one first; one alone but on a CPU.
 
     A CPU takes a thousand times as long for the weight gradient of a grouped convolution.
@@ -81,7 +81,7 @@ def forward(
         chunked: Whether a CPU may work on a few images at a time.
     """
     shifted = on_cpu() if shifted is None else shifted
-    acc = accumulator(x.dtype)
+    acc = accumulation_dtype(x.dtype)
     taps = tuple(tap.astype(acc) for tap in taps)
     if transpose:
         taps = tuple(jnp.flip(tap, range(x.ndim - 2)) for tap in taps)
@@ -143,7 +143,7 @@ def weight_grad(
         part = _weight_grad(*chunk, kernel_shapes, wavelet, precision, form)
         return jax.tree.map(jnp.add, total, part), None
 
-    zeros = tuple(jnp.zeros(shape, accumulator(x.dtype)) for shape in kernel_shapes)
+    zeros = tuple(jnp.zeros(shape, accumulation_dtype(x.dtype)) for shape in kernel_shapes)
     zeros = vary_over(varying_axes((x, dy)), zeros)
     return lax.scan(add, zeros, (_in_chunks(x, chunked), _in_chunks(dy, chunked)))[0]
 
@@ -217,7 +217,7 @@ def _analyse(
 ) -> jax.Array:
     """Coefficients, padded by `pads`, of the low band of `source`, which is padded by `inner`."""
     low = source[(slice(None), *(slice(inner[0], n - inner[1]) for n in source.shape[1:-2]), 0)]
-    low = low.astype(accumulator(low.dtype))
+    low = low.astype(accumulation_dtype(low.dtype))
     return _padded_bands(analysis(low, low.ndim - 2, wavelet, transpose), pads)
 
 
@@ -302,7 +302,7 @@ def _correlate(
 ) -> jax.Array:
     """`dW[tap] = sum_p x[p + tap - r] * dy[p]`, the transpose of `_depthwise` in its taps."""
     ndim = stored.ndim - 3
-    acc = accumulator(dy.dtype)
+    acc = accumulation_dtype(dy.dtype)
     if not shifted:
         taps = jax.ShapeDtypeStruct(shape, acc)
         pullback = jax.linear_transpose(

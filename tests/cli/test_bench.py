@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import models
-from flash_wtconv_jax.bench import conv2d, roofs, timing, wtconv, wtconvnext
+from flash_wtconv_jax.bench import conv2d, roofline, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
-from pallas_kernels import platform
+from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
 from pallas_kernels.dispatch import table
@@ -30,7 +30,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(timing, "take_turns", once)
     monkeypatch.setattr(
-        roofs, "measure", lambda clock: {"copy_bytes_per_s": 1e9, "fma_per_s": 1e10}
+        roofline, "measure", lambda clock: {"copy_bytes_per_s": 1e9, "fma_per_s": 1e10}
     )
 
 
@@ -165,7 +165,7 @@ def test_another_dtype_and_one_that_is_none(tmp_path):
 
 def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, tmp_path):
     monkeypatch.setattr(wtconv, "on_cpu", lambda: False)
-    monkeypatch.setattr(platform, "on_cpu", lambda: False)
+    monkeypatch.setattr(device, "on_cpu", lambda: False)
     result = bench("--shape", "pixel", "--baseline", "depthwise 7x7", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "wtconv.json").read_text())["rows"]
@@ -179,12 +179,12 @@ def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, 
 
 
 def test_a_device_that_is_not_here(tmp_path):
-    for device, message in (
+    for name, message in (
         ("tpu", "device: JAX finds no tpu here, only \\['cpu'\\]"),
         ("npu", "device: 'npu' is not one of \\['cpu', 'gpu', 'tpu'\\]"),
     ):
         for benchmark in ("wtconv", "wtconvnext"):
-            result = bench("--device", device, "--out", tmp_path, benchmark=benchmark)
+            result = bench("--device", name, "--out", tmp_path, benchmark=benchmark)
             with pytest.raises(ValueError, match=message):
                 raise result.exception
     assert not list(tmp_path.iterdir())

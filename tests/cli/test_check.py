@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax.cli import app
-from pallas_kernels.wtconv import cases, checking
+from pallas_kernels.common import conformance
+from pallas_kernels.wtconv import cases
 from pallas_kernels.wtconv.cases import Case
 
 CASES = (Case((4, 5), 1, 3), Case((3,), 1, 3, "bfloat16"))
@@ -78,7 +79,7 @@ class TestTorch:
         ]
 
     def test_a_swapped_subband_fails(self, monkeypatch, capsys):
-        from torch_bridge.backends import eager
+        from torch_bridge.wtconv import eager
 
         transform = eager.wavelet_transform
         swapped = lambda x, filters: transform(x, filters)[:, :, [0, 2, 1, 3]]  # noqa: E731
@@ -103,10 +104,10 @@ class TestTorch:
     ],
 )
 def test_what_is_wrong_is_a_failure(change, reason):
-    backend = checking.Backend(
-        "own", CASES[:1], lambda case: None, lambda case: change(dict(checking.expected(case)))
+    backend = conformance.Backend(
+        "own", CASES[:1], lambda case: None, lambda case: change(dict(conformance.expected(case)))
     )
-    (row,) = checking.run([backend], checking.expected)
+    (row,) = conformance.run([backend], conformance.expected)
     assert row["status"] == "fail"
     assert re.match(reason, row["reason"]), row
     json.dumps(row, allow_nan=False)

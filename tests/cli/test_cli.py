@@ -181,7 +181,7 @@ class TestErf:
 class TestDemo:
     @pytest.fixture
     def training(self):
-        return pytest.importorskip("flash_wtconv_jax.training", exc_type=ImportError)
+        return pytest.importorskip("flash_wtconv_jax.train.digits", exc_type=ImportError)
 
     def test_shows_progress_and_names_its_files(self, training, monkeypatch, tmp_path):
         def run_demo(out, *, seed, epochs, on_epoch):
@@ -235,7 +235,7 @@ class TestDemo:
 
 def test_figures_are_drawn_without_a_display(tmp_path):
     plots = pytest.importorskip("flash_wtconv_jax.plots", exc_type=ImportError)
-    training = pytest.importorskip("flash_wtconv_jax.training", exc_type=ImportError)
+    training = pytest.importorskip("flash_wtconv_jax.train.digits", exc_type=ImportError)
     histories = {"one": training.History([2.0, 1.0], [0.5, 1.0])}
     probabilities = np.eye(3)[[0, 1, 1]]
     # Odd sizes: 7 x 5 splits into 4 x 3, and that into 2 x 2.

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 from typer.testing import CliRunner
 
-from flash_wtconv_jax.bench.tpu import compiling, report
+from flash_wtconv_jax.aot import compiling, report
 from flash_wtconv_jax.cli import app
 
 COMPUTATIONS = [

@@ -13,9 +13,9 @@ from flax import nnx
 
 from flash_wtconv_jax import WTConv2d, checkpoints
 from flash_wtconv_jax import nnx as nnx_layers
-from flash_wtconv_jax.checkpoints.files import replacing
 from flash_wtconv_jax.models import convnext
 from pallas_kernels import oracle
+from pallas_kernels.common.files import replacing
 
 pytestmark = pytest.mark.core
 

@@ -18,11 +18,12 @@ WITHOUT_JAX = [
     "pallas_kernels.haar",
     "pallas_kernels.haar.cases",
     "pallas_kernels.haar.filters",
-    "pallas_kernels.machine",
-    "pallas_kernels.triton_launches",
+    "pallas_kernels.common.files",
+    "pallas_kernels.common.triton",
+    "pallas_kernels.common.versions",
     "pallas_kernels.wtconv",
     "pallas_kernels.wtconv.cases",
-    "pallas_kernels.wtconv.checking",
+    "pallas_kernels.common.conformance",
     "pallas_kernels.wtconv.problem",
     "pallas_kernels.wtconv.shapes",
     "torch_bridge",
@@ -55,16 +56,16 @@ def test_imports_without_jax_and_without_torch():
 
 def test_the_torch_bridge_needs_no_jax():
     pytest.importorskip("torch", reason="torch is not installed")
-    rooms = "ops", "measuring", "backends.triton_launch", "backends.cuda_launch", "check", "bench"
+    rooms = "runtime.measuring", "wtconv.ops", "wtconv.triton", "wtconv.cuda", "check", "bench"
     names = [f"torch_bridge.{room}" for room in rooms]
     code = BLOCKED.format(blocked=["jax", "jaxlib", "flax"], names=names)
     code += "import torch, torch_bridge\n"
     # Measuring needs none either: a stand-in for `cuda` makes it a choice.
     code += "from pallas_kernels.dispatch import cache\n"
-    code += "from torch_bridge.backends import eager\n"
+    code += "from torch_bridge.wtconv import eager\n"
     code += "store = cache.Cache(None)\ncache.user_cache = lambda: store\n"
     code += "eager.unavailable = lambda platform: None\n"
-    code += "sys.modules['torch_bridge.backends.cuda_launch'] = eager\n"
+    code += "sys.modules['torch_bridge.wtconv.cuda'] = eager\n"
     code += "layer = torch_bridge.WTConv2d(2, 2, device='cpu', implementation='auto')\n"
     code += "print(layer(torch.ones(1, 2, 5, 5)).shape, len(store.entries(*store.kinds())))"
     assert run(code) == "torch.Size([1, 2, 5, 5]) 2\n"

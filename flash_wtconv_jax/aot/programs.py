@@ -1,0 +1,121 @@
+"""What is compiled: functions with the shapes of their arguments, ours and XLA's of the same."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flash_wtconv_jax.bench import baseline_jax
+from pallas_kernels.wtconv.shapes import Shape
+
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def wtconv(shape: list[int], dtype: str, direction: str) -> Program:
+    """Our TPU kernels: y, or the gradients of x and of the taps.
+
+    Args:
+        shape: The fields of a `Shape`.
+        dtype: Of x, y and their gradients; taps and bias are float32.
+        direction: "forward" or "backward".
+
+    Returns:
+        The function and its arguments' shapes.
+
+    Example:
+        >>> function, (x, taps, bias) = wtconv([1, 8, 8, 128, 1, 5], "bfloat16", "forward")
+        >>> x.shape, [tap.shape for tap in taps]
+        ((1, 8, 8, 128), [(5, 5, 1, 128), (5, 5, 4, 128)])
+    """
+    from pallas_kernels.wtconv import mosaic_tpu
+
+    layer = Shape(*shape)
+    k, c = layer.kernel_size, layer.channels
+    x = jax.ShapeDtypeStruct(layer.x, jnp.dtype(dtype))
+    bands = (1, *[4] * layer.levels)
+    taps = tuple(jax.ShapeDtypeStruct((k, k, b, c), jnp.float32) for b in bands)
+    shapes = tuple(tap.shape for tap in taps)
+    static: dict[str, Any] = {"wavelet": "haar", "precision": None}
+
+    def forward(x: jax.Array, taps: Any, bias: jax.Array) -> Any:
+        return mosaic_tpu.forward(x, taps, bias, transpose=False, **static)
+
+    def backward(x: jax.Array, taps: Any, dy: jax.Array) -> Any:
+        dx = mosaic_tpu.forward(dy, taps, None, transpose=True, **static)
+        return dx, mosaic_tpu.weight_grad(x, dy, kernel_shapes=shapes, **static)
+
+    if direction == "backward":
+        return backward, (x, taps, x)
+    return forward, (x, taps, jax.ShapeDtypeStruct((c,), jnp.float32))
+
+
+def plain_wtconv(shape: list[int], dtype: str, direction: str) -> Program:
+    """The same in plain JAX, which XLA compiles by itself; arguments as `wtconv`.
+
+    Its gradients are those of x and of every parameter, the bias and the scales among them.
+
+    Example:
+        >>> function, (x, params) = plain_wtconv([1, 8, 8, 128, 1, 5], "bfloat16", "forward")
+        >>> sorted(params)
+        ['base_bias', 'base_kernel', 'base_scale', 'wavelet_kernel_0', 'wavelet_scale_0']
+    """
+    layer = Shape(*shape)
+    k, c = layer.kernel_size, layer.channels
+    sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
+    for i in range(layer.levels):
+        sizes |= {f"wavelet_kernel_{i}": (k, k, 4, c), f"wavelet_scale_{i}": (4, c)}
+    params = {name: jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for name, size in sizes.items()}
+    x = jax.ShapeDtypeStruct(layer.x, jnp.dtype(dtype))
+
+    def backward(x: jax.Array, params: Any, dy: jax.Array) -> Any:
+        return jax.vjp(baseline_jax.wtconv, x, params)[1](dy)
+
+    if direction == "backward":
+        return backward, (x, params, x)
+    return baseline_jax.wtconv, (x, params)
+
+
+def haar(shape: list[int], dtype: str, direction: str) -> Program:
+    """Our TPU kernels of the Haar cascade: analysis ("forward"), or synthesis ("backward").
+
+    Args:
+        shape: The fields of a `Shape`, its kernel size not used.
+        dtype: Of the image and the coefficients.
+        direction: "forward" or "backward".
+
+    Returns:
+        The function and its arguments' shapes.
+
+    Example:
+        >>> function, (x,) = haar([1, 8, 8, 128, 2, 5], "float32", "forward")
+        >>> x.shape
+        (1, 8, 8, 128)
+    """
+    from pallas_kernels.haar import mosaic_tpu
+
+    return _cascade(mosaic_tpu, shape, dtype, direction)
+
+
+def plain_haar(shape: list[int], dtype: str, direction: str) -> Program:
+    """The same in plain JAX, which XLA compiles by itself; arguments as `haar`.
+
+    Example:
+        >>> function, (low, details) = plain_haar([1, 8, 8, 128, 2, 5], "float32", "backward")
+        >>> low.shape, [bands[0].shape for bands in details]
+        ((1, 2, 2, 128), [(1, 2, 2, 128), (1, 4, 4, 128)])
+    """
+    from pallas_kernels.haar import xla
+
+    return _cascade(xla, shape, dtype, direction)
+
+
+def _cascade(module: Any, shape: list[int], dtype: str, direction: str) -> Program:
+    layer = Shape(*shape)
+    x = jax.ShapeDtypeStruct(layer.x, jnp.dtype(dtype))
+    analyse = partial(module.wavedec, ndim=2, levels=layer.levels, wavelet="haar")
+    if direction == "forward":
+        return analyse, (x,)
+    size = layer.x[1:3]
+    return partial(module.waverec, shape=size, wavelet="haar"), jax.eval_shape(analyse, x)

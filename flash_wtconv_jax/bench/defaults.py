@@ -1,0 +1,97 @@
+"""What reports say of our implementations, as entries of `pallas_kernels.dispatch.table`."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pallas_kernels.common import device
+from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch.table import Entry
+
+OURS = "flash"
+"""A contender's name: this alone as the device picks, or before that of an implementation."""
+
+_VERSIONS = ("flash-wtconv", "jax", "jaxlib", "jax-triton", "triton")
+"""Of what measured times depend on."""
+
+
+def able(operator: Operator, problem: Any) -> list[str]:
+    """Those of an operator's implementations that can compute a problem here, in every direction.
+
+    Args:
+        operator: One of `pallas_kernels.dispatch.operators()`.
+        problem: The operator's description of a call.
+
+    Returns:
+        Their names.
+
+    Example:
+        >>> import jax
+        >>> from pallas_kernels.wtconv.api import OPERATOR
+        >>> from pallas_kernels.wtconv.problem import Problem
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     able(OPERATOR, Problem((1, 8, 8, 4), "float32", 5, 1, "haar"))
+        ['xla']
+    """
+    found = []
+    for name in map(str, operator.implementations):
+        try:
+            for direction in operator.directions:
+                operator.pick(direction, name, device.platform(), problem)
+        except NotImplementedError:
+            continue
+        found.append(name)
+    return found
+
+
+def entries(
+    operator: Operator,
+    report: Mapping[str, Any],
+    problem: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> list[Entry]:
+    """What a report says of the fastest implementations.
+
+    The time of a backward pass is that of both passes less that of the forward pass.
+
+    Args:
+        operator: What was timed.
+        report: With `date`, `versions` and `rows`, each of a `direction` ("forward" or
+            "forward+backward"), a `contender` ("flash xla") and its `median_ms`.
+        problem: The problem of a row, JSON-able.
+
+    Returns:
+        An entry for each direction of each problem that several implementations have computed.
+
+    Example:
+        >>> from pallas_kernels.wtconv.api import OPERATOR
+        >>> entries(OPERATOR, {"date": "2026-11-21", "versions": {}, "rows": []}, dict)
+        []
+    """
+    about = {
+        "date": report["date"],
+        "versions": {name: v for name, v in report["versions"].items() if name in _VERSIONS},
+    }
+    measured: dict[str, tuple[dict[str, Any], dict[tuple[str, str], float]]] = {}
+    for row in report["rows"]:
+        of = problem(row)
+        _, ms = measured.setdefault(json.dumps(of), (of, {}))
+        who, _, name = row["contender"].partition(" ")
+        if who == OURS and name:
+            ms[row["direction"], name] = row["median_ms"]
+    found = []
+    for of, ms in measured.values():
+        forward = {name: time for (direction, name), time in ms.items() if direction == "forward"}
+        backward = {name: ms["forward+backward", name] - forward[name] for name in forward}
+        found += [
+            {
+                "operator": operator.name,
+                "direction": direction,
+                "implementation": min(times, key=times.__getitem__),
+                "problem": of,
+                "ms": {name: round(times[name], 4) for name in sorted(times)},
+                **about,
+            }
+            for direction, times in (("fwd", forward), ("bwd", backward))
+            if len(times) > 1
+        ]
+    return found

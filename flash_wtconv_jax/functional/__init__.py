@@ -1,0 +1,1 @@
+"""Parameter tables and calls of the layers, for any layer library: what linen and nnx share."""

@@ -1,0 +1,93 @@
+"""The arguments that the linen and nnx layers of every operator take, and their checks."""
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels.common.arguments import checked_dtype, checked_integer, checked_precision
+from pallas_kernels.dispatch import Operator
+
+ImplementationLike = str | enum.StrEnum | Sequence[str | enum.StrEnum] | None
+"""What `implementation=` takes: None (the rule), one name, or a sequence of names."""
+
+
+PrecisionLike = str | jax.lax.Precision | None
+"""What `precision=` takes, one for the input and the kernels."""
+
+
+def check_constructor(**arguments: Any) -> None:
+    """Check the integer arguments of a layer or a model.
+
+    Args:
+        **arguments: `depth` and `num_classes` must be an int >= 0, others an int >= 1.
+
+    Raises:
+        ValueError: naming the first argument that is not.
+
+    Example:
+        >>> check_constructor(channels=8, kernel_size=5, depth=0)
+    """
+    for name, value in arguments.items():
+        least = 0 if name in ("depth", "num_classes") else 1
+        try:
+            checked_integer(value, name, least=least)
+        except ValueError as error:
+            note = " (kernels have the same size along every axis)"
+            raise ValueError(f"{error}{note if name == 'kernel_size' else ''}") from None
+
+
+def check_computation(
+    operator: Operator, dtype: Any, param_dtype: Any, precision: Any, implementation: Any
+) -> None:
+    """Check how a layer computes an operator.
+
+    Args:
+        operator: The operator.
+        dtype: None, or a floating-point dtype of 16, 32 or 64 bits.
+        param_dtype: Such a dtype.
+        precision: None, or a precision of `jax.lax.Precision`.
+        implementation: None, or names of the operator's implementations.
+
+    Raises:
+        ValueError: naming the first argument that is none of these.
+
+    Example:
+        >>> check_computation(OPERATOR, None, "bfloat16", None, "xla")
+    """
+    if dtype is not None:
+        checked_dtype(dtype, "dtype")
+    checked_dtype(param_dtype, "param_dtype")
+    checked_precision(precision)
+    operator.check_names(implementation)
+
+
+def checked_rngs(rngs: Any) -> Any:
+    """Check the source of the keys of an nnx layer or model.
+
+    Raises:
+        ValueError: If it is no `nnx.Rngs` with the stream `params`, nor anything like it.
+
+    Example:
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> checked_rngs(rngs) is rngs
+        True
+    """
+    if not callable(getattr(rngs, "params", None)):
+        raise ValueError(
+            f"rngs: expected an nnx.Rngs with the stream 'params', such as nnx.Rngs(0), got "
+            f"{type(rngs).__name__}"
+        )
+    return rngs
+
+
+def hashable(value: Any) -> Any:
+    """An argument that `nnx.jit` and `nnx.split` can compare and hash: lists become tuples.
+
+    Example:
+        >>> hashable([1, [2, 3]])
+        (1, (2, 3))
+    """
+    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,246 @@
+"""What the linen and nnx layers share: parameter names, shapes, initial values, the one call.
+
+The layers of both libraries hold exactly these parameters, so a checkpoint of one is a checkpoint
+of the other. This module knows JAX and `pallas_kernels`, but no layer library.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.nn import initializers
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from flash_wtconv_jax.functional.arguments import (
+    ImplementationLike,
+    PrecisionLike,
+    check_computation,
+    check_constructor,
+)
+from pallas_kernels import wtconv
+from pallas_kernels.common.arguments import (
+    checked_array,
+    checked_dtype,
+)
+from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.wtconv.api import OPERATOR
+
+default_kernel_init: Initializer = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""U(-1/sqrt(k^d), 1/sqrt(k^d)), PyTorch's default for a convolution of fan-in k^d."""
+
+default_scale_init: Initializer = initializers.constant(0.1)
+"""The published initial value of the wavelet scales."""
+
+
+class Parameter(NamedTuple):
+    """Shape and initialiser of one parameter."""
+
+    shape: tuple[int, ...]
+    init: Initializer
+
+
+def parameter_table(
+    *,
+    ndim: int,
+    channels: int,
+    kernel_size: int,
+    depth: int,
+    use_bias: bool,
+    kernel_init: Initializer = default_kernel_init,
+    bias_init: Initializer | None = None,
+    scale_init: Initializer = default_scale_init,
+) -> dict[str, Parameter]:
+    """Name, shape and initialiser of every parameter of a WTConv layer, in order.
+
+    Args:
+        ndim: Number of spatial axes d, 1 to 3.
+        channels: Channels C.
+        kernel_size: Taps k along each axis.
+        depth: Number of wavelet levels.
+        use_bias: Whether there is a `base_bias`.
+        kernel_init: For `base_kernel [*k, 1, C]` and each `wavelet_kernel_{i} [*k, 2**d, C]`.
+        bias_init: For `base_bias [C]`; None draws PyTorch's U(-1/sqrt(k^d), 1/sqrt(k^d)).
+        scale_init: For each `wavelet_scale_{i} [2**d, C]`. `base_scale [C]` is always ones.
+
+    Returns:
+        The parameters by name.
+
+    Example:
+        >>> table = parameter_table(ndim=2, channels=8, kernel_size=5, depth=1, use_bias=False)
+        >>> {name: parameter.shape for name, parameter in table.items()}
+        {'base_kernel': (5, 5, 1, 8), 'base_scale': (8,), 'wavelet_kernel_0': (5, 5, 4, 8), \
+'wavelet_scale_0': (4, 8)}
+    """
+    window, subbands = (kernel_size,) * ndim, 2**ndim
+    kernel_init = _depthwise(kernel_init)
+    table = {"base_kernel": Parameter((*window, 1, channels), kernel_init)}
+    if use_bias:
+        init = _symmetric_uniform(kernel_size ** (-ndim / 2)) if bias_init is None else bias_init
+        table["base_bias"] = Parameter((channels,), init)
+    table["base_scale"] = Parameter((channels,), initializers.ones)
+    for i in range(depth):
+        table[f"wavelet_kernel_{i}"] = Parameter((*window, subbands, channels), kernel_init)
+        table[f"wavelet_scale_{i}"] = Parameter((subbands, channels), scale_init)
+    return table
+
+
+def check_layer(
+    *,
+    wavelet: Any,
+    dtype: Any,
+    param_dtype: Any,
+    precision: Any,
+    implementation: Any,
+) -> None:
+    """Check the arguments of a layer or a model that the operator gets later.
+
+    Args:
+        wavelet: A discrete wavelet of PyWavelets.
+        dtype: None, or a floating-point dtype of 16, 32 or 64 bits.
+        param_dtype: Such a dtype.
+        precision: None, or a precision of `jax.lax.Precision`.
+        implementation: None, or names of implementations of `pallas_kernels.wtconv`.
+
+    Raises:
+        ValueError: naming the first argument that is none of these.
+
+    Example:
+        >>> check_layer(
+        ...     wavelet="db2", dtype=None, param_dtype="bfloat16", precision=None,
+        ...     implementation="xla",
+        ... )
+    """
+    filter_bank(wavelet)
+    check_computation(OPERATOR, dtype, param_dtype, precision, implementation)
+
+
+def apply(
+    x: ArrayLike,
+    params: Mapping[str, jax.Array],
+    *,
+    ndim: int,
+    channels: int,
+    dtype: DTypeLike | None,
+    stride: int,
+    wavelet: str,
+    precision: PrecisionLike,
+    implementation: ImplementationLike,
+) -> jax.Array:
+    """Check and cast the input as a Flax layer does, then call the operator.
+
+    Only `x` is cast. The parameters stay as they are stored: the operator folds the scales into
+    the taps before it rounds to the dtype of the computation, and folding float32 values once is
+    more accurate than multiplying two rounded ones.
+
+    Args:
+        x: Input `[*batch, *spatial, channels]`.
+        params: Parameters as `parameter_table` names them.
+        ndim: Number of spatial axes.
+        channels: Channels that the layer was made for.
+        dtype: Dtype of computation and result; None promotes `x` with the parameters.
+        stride: Stride of the output.
+        wavelet: Name of a discrete PyWavelets wavelet.
+        precision: See `jax.lax.Precision`.
+        implementation: See `pallas_kernels.wtconv`.
+
+    Returns:
+        Output `[*batch, *spatial, channels]`, for `stride=1`.
+
+    Raises:
+        ValueError: If `x` is not floating point, has another number of channels, or is refused by
+            the operator.
+    """
+    x = checked_array(x, "x")
+    if x.ndim and x.shape[-1] != channels:
+        raise ValueError(
+            f"x: expected an array of channels={channels}, got shape {x.shape}; channels come "
+            "last: move them there, or change the layer's channels"
+        )
+    x = x.astype(_compute_dtype(x, params, dtype))
+    function = getattr(wtconv, f"wtconv{ndim}d")
+    return function(
+        x,
+        dict(params),
+        wavelet=wavelet,
+        stride=stride,
+        implementation=implementation,
+        precision=precision,
+    )
+
+
+def deepest_level(size: int | Sequence[int], kernel_size: int = 5) -> int:
+    """Deepest level whose receptive field still fits into the image.
+
+    A WTConv layer with L levels and k taps sees windows of `2**L * k` samples. This is the largest
+    L >= 0 with `2**L * k <= size`, on the shortest axis; 0 where not even the base kernel fits.
+    Deeper levels filter more padding than image at their lowest band.
+
+    The published WTConvNeXt goes deeper on purpose: its levels 5, 4, 3, 2 at sizes 56, 28, 14, 7
+    (k = 5) are two more than these, and exactly the smallest L with `2**L * k >= 2 * size - 1`,
+    where each output position, corners included, sees the whole map.
+
+    Args:
+        size: Spatial size of the layer's input, one int or one a spatial axis.
+        kernel_size: Taps along each axis.
+
+    Returns:
+        The number of levels, to be given as `depth`.
+
+    Raises:
+        ValueError: If a size or `kernel_size` is not an int >= 1.
+
+    Example:
+        >>> [deepest_level(size, 5) for size in (224, 56, 28, 14, 7)]
+        [5, 3, 2, 1, 0]
+        >>> deepest_level((128, 40), kernel_size=3)
+        3
+    """
+    sizes = tuple(size) if isinstance(size, Sequence) else (size,)
+    if not sizes:
+        raise ValueError("size must hold at least one int, got an empty sequence")
+    for n in sizes:
+        check_constructor(size=n)
+    check_constructor(kernel_size=kernel_size)
+    return max(0, int(min(sizes) // kernel_size).bit_length() - 1)
+
+
+def _compute_dtype(
+    x: ArrayLike, params: Mapping[str, jax.Array], dtype: DTypeLike | None
+) -> np.dtype:
+    if dtype is not None:
+        return checked_dtype(dtype, "dtype")
+    return jnp.result_type(x, *params.values())
+
+
+def _depthwise(init: Initializer) -> Initializer:
+    """Draw a kernel `[*k, S, C]` as the depthwise kernel `[*k, 1, S * C]` that it is.
+
+    Initialisers that scale by fan-in then count k^d inputs; the subbands are outputs.
+    """
+
+    def draw(key: jax.Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+        *window, subbands, channels = shape
+        drawn = init(key, (*window, 1, subbands * channels), *args, **kwargs)
+        return drawn if subbands == 1 else _reshape(drawn, tuple(shape))
+
+    return draw
+
+
+def _reshape(drawn: Any, shape: tuple[int, ...]) -> Any:
+    # nnx.with_partitioning returns the array in a dataclass that is no pytree; linen's box is one.
+    if dataclasses.is_dataclass(drawn) and hasattr(drawn, "raw_value"):
+        return dataclasses.replace(drawn, raw_value=drawn.raw_value.reshape(shape))  # type: ignore[type-var]
+    return jax.tree.map(lambda array: array.reshape(shape), drawn)
+
+
+def _symmetric_uniform(bound: float) -> Callable[..., jax.Array]:
+    def draw(
+        key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **_: Any
+    ) -> jax.Array:
+        return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
+
+    return draw

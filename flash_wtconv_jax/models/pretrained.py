@@ -1,0 +1,149 @@
+"""Whole networks to folders and back, and out of checkpoints of any kind."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flash_wtconv_jax import checkpoints
+from flash_wtconv_jax.models import convnext
+from pallas_kernels.common.files import replacing
+
+CONFIG_NAME = "network.json"
+"""The file in an Orbax folder that `load_network` rebuilds the model from."""
+
+# Options of a model that say how it is computed, not what it computes.
+_EXECUTION = frozenset({"implementation", "conv_implementation", "precision", "remat"})
+
+
+def save_network(folder: str | os.PathLike[str], model: convnext.ConvNeXt) -> None:
+    """Writes an Orbax checkpoint and, inside it, what `load_network` rebuilds the model from.
+
+    Args:
+        folder: Folder to make.
+        model: Any `models.ConvNeXt`.
+
+    Raises:
+        FileExistsError: The folder exists.
+    """
+    with replacing(Path(folder), force=False) as temporary:
+        variables = checkpoints.variables_of(model)
+        checkpoints.save(temporary, variables, wavelet=model.config.wavelet)
+        config = {"model": "ConvNeXt", "options": _options(model.config)}
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
+    """The model that a checkpoint belongs to, with its parameters.
+
+    An Orbax folder may hold a `network.json`: an object that names the `model`, "ConvNeXt" or a
+    function of `flash_wtconv_jax.models` such as "wtconvnext_tiny", and its `options`, the fields
+    of `ConvNeXtConfig` that differ. Everything else is read off the names and shapes of the
+    parameters; a wavelet that nothing in the folder names is taken for Haar.
+
+    Args:
+        path: Folder that `save_network` or `flash-wtconv convert` has written, or a
+            `.safetensors` or `.pth` file in timm's names.
+
+    Returns:
+        The model with the parameters of the checkpoint.
+
+    Raises:
+        FileNotFoundError: There is nothing at path.
+        ValueError: It is no checkpoint or that of no ConvNeXt, the JSON is not as above, or the
+            parameters do not fit the model.
+    """
+    path = Path(path)
+    wavelet = None
+    if path.is_dir():
+        variables, wavelet = checkpoints.restore(path), checkpoints.wavelet_of(path)
+    else:
+        state_dict = checkpoints.read_state_dict(path)
+        wavelet = checkpoints.recognise(state_dict).wavelet
+        variables = checkpoints.from_torch(state_dict, wavelet=wavelet)
+    if (path / CONFIG_NAME).is_file():
+        maker = _constructor(path / CONFIG_NAME)
+    else:
+        config = _config_of(variables, wavelet or "haar", path)
+        maker = lambda: convnext.ConvNeXt(config, rngs=nnx.Rngs(0))  # noqa: E731
+    model = nnx.eval_shape(maker)
+    checkpoints.load_into(model, variables)
+    return model
+
+
+def _options(config: convnext.ConvNeXtConfig) -> dict[str, Any]:
+    """The fields of a config that differ from their defaults, as JSON has them."""
+    options = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in _EXECUTION:
+            is_dtype = field.name in ("dtype", "param_dtype")
+            options[field.name] = jnp.dtype(value).name if is_dtype else value
+    return options
+
+
+def _constructor(path: Path) -> Callable[[], convnext.ConvNeXt]:
+    """The call that makes the model which a `network.json` describes."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, Mapping) or not isinstance(config.get("options", {}), Mapping):
+        raise ValueError(f'{path} must hold {{"model": name, "options": {{…}}}}, got {config!r}')
+    name, options = config.get("model"), dict(config.get("options", {}))
+    makers = {n: make for n, make in vars(convnext).items() if "convnext_" in n}
+    makers["ConvNeXt"] = _convnext
+    if not isinstance(name, str) or name not in makers:
+        raise ValueError(f"{path} names the model {name!r}, expected one of {sorted(makers)}")
+    known = {field.name for field in dataclasses.fields(convnext.ConvNeXtConfig)}
+    if not known.issuperset(options):
+        raise ValueError(f"{path} has unknown options {sorted(set(options) - known)}")
+    return lambda: makers[name](rngs=nnx.Rngs(0), **options)
+
+
+def _convnext(*, rngs: nnx.Rngs, **options: Any) -> convnext.ConvNeXt:
+    return convnext.ConvNeXt(convnext.ConvNeXtConfig(**options), rngs=rngs)
+
+
+def _config_of(variables: Mapping[str, Any], wavelet: str, path: Path) -> convnext.ConvNeXtConfig:
+    """What a model is made from, read off its parameters."""
+    params: Any = variables.get("params", variables)
+    try:
+        stem, stages = params["stem"]["conv"]["kernel"], _in_order(params["stages"])
+        blocks = [_in_order(stage["blocks"]) for stage in stages]
+        first = [block["conv_dw"] for block, *_ in blocks]
+        plain = "kernel" in first[0]
+        head = params.get("head", {})
+        return convnext.ConvNeXtConfig(
+            depths=tuple(map(len, blocks)),
+            dims=tuple(np.shape(block["norm"]["scale"])[0] for block, *_ in blocks),
+            kernel_size=np.shape(first[0]["kernel" if plain else "base_kernel"])[0],
+            levels=None if plain else tuple(map(_levels, first)),
+            in_channels=np.shape(stem)[2],
+            num_classes=np.shape(head["fc"]["bias"])[0] if "fc" in head else 0,
+            patch_size=np.shape(stem)[0],
+            layer_scale=1e-6 if "gamma" in blocks[0][0] else None,
+            use_grn="grn" in blocks[0][0]["mlp"],
+            features_only=not head,
+            wavelet=wavelet,
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no whole WTConvNeXt or ConvNeXt, whose parameters are stem, stages and "
+            f"head; it holds {sorted(params)[:5]}"
+        ) from error
+
+
+def _in_order(tree: Mapping[str, Any]) -> list[Any]:
+    """The values of `{"0": ..., "1": ..., ...}`."""
+    return [tree[str(i)] for i in range(len(tree))]
+
+
+def _levels(layer: Mapping[str, Any]) -> int:
+    return sum(name.startswith("wavelet_kernel_") for name in layer)

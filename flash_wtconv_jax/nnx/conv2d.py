@@ -1,0 +1,123 @@
+"""The dense convolution for flax.nnx; `flash_wtconv_jax.linen` has its twin."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from flash_wtconv_jax.functional import arguments, conv2d
+from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
+from flash_wtconv_jax.functional.conv2d import Padding, Pair
+
+
+class Conv2D(nnx.Module):
+    """Dense convolution of images: `flax.nnx.Conv` on kernels of ours.
+
+    The arguments are those of `flash_wtconv_jax.Conv2D`, `in_features`, `out_features`,
+    `kernel_size` and `strides` in this order or by name, the others by name. Parameters, initial
+    values and results are those of `flax.nnx.Conv`.
+
+    Args:
+        in_features: Channels of the input.
+        out_features: Channels of the output.
+        rngs: Source of the keys for the initialisers, as for any nnx layer.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from flash_wtconv_jax.nnx import Conv2D
+        >>> layer = Conv2D(4, 16, 3, strides=2, activation="relu", rngs=nnx.Rngs(0))
+        >>> layer(jax.numpy.ones((2, 9, 8, 4))).shape
+        (2, 5, 4, 16)
+    """
+
+    kernel: nnx.Param[jax.Array]
+    bias: nnx.Param[jax.Array] | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Pair,
+        strides: Pair | None = 1,
+        *,
+        padding: Padding = "SAME",
+        input_dilation: Pair | None = 1,
+        kernel_dilation: Pair | None = 1,
+        feature_group_count: int = 1,
+        use_bias: bool = True,
+        mask: ArrayLike | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = nnx.initializers.lecun_normal(),  # noqa: B008 - immutable
+        bias_init: Initializer = nnx.initializers.zeros,
+        activation: str | None = None,
+        implementation: ImplementationLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        conv2d.check_layer(
+            kernel_size=kernel_size,
+            strides=strides,
+            padding=padding,
+            input_dilation=input_dilation,
+            kernel_dilation=kernel_dilation,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            implementation=implementation,
+        )
+        shape = conv2d.kernel_shape(in_features, out_features, kernel_size, feature_group_count)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.kernel_size = arguments.hashable(kernel_size)
+        self.strides = arguments.hashable(strides)
+        self.padding = arguments.hashable(padding)
+        self.input_dilation = arguments.hashable(input_dilation)
+        self.kernel_dilation = arguments.hashable(kernel_dilation)
+        self.feature_group_count = feature_group_count
+        self.use_bias = use_bias
+        self.mask = nnx.data(mask)
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.activation = activation
+        self.implementation = arguments.hashable(implementation)
+        rngs = arguments.checked_rngs(rngs)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.data(None)
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """Apply the convolution.
+
+        Args:
+            x: Input `[*batch, H, W, in_features]` with any number of batch axes, none included.
+
+        Returns:
+            `[*batch, H_out, W_out, out_features]`.
+
+        Raises:
+            ValueError: If `x` is not floating point or its shape does not fit.
+            NotImplementedError: If a named `implementation` cannot run here; it says why.
+        """
+        return conv2d.apply(
+            x,
+            self.kernel[...],
+            None if self.bias is None else self.bias[...],
+            mask=self.mask,
+            strides=self.strides,
+            padding=self.padding,
+            input_dilation=self.input_dilation,
+            kernel_dilation=self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
+            dtype=self.dtype,
+            precision=self.precision,
+            activation=self.activation,
+            implementation=self.implementation,
+        )

@@ -1,0 +1,254 @@
+"""Wavelet convolutions for flax.nnx; `flash_wtconv_jax.linen` has their twins."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+from jax.typing import ArrayLike, DTypeLike
+
+from flash_wtconv_jax.functional import arguments, wtconv
+from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
+from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
+
+__all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
+
+
+class _WTConv(nnx.Module):
+    """The layer of any number of spatial axes; `WTConv2d` documents the arguments."""
+
+    ndim: ClassVar[int]
+    base_kernel: nnx.Param[jax.Array]
+    base_bias: nnx.Param[jax.Array] | None
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 5,
+        depth: int = 1,
+        stride: int = 1,
+        *,
+        use_bias: bool = True,
+        wavelet: str = "haar",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer | None = None,
+        scale_init: Initializer = default_scale_init,
+        implementation: ImplementationLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        arguments.check_constructor(
+            channels=channels, kernel_size=kernel_size, depth=depth, stride=stride
+        )
+        wtconv.check_layer(
+            wavelet=wavelet,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            implementation=implementation,
+        )
+        self.channels = channels
+        self.kernel_size = kernel_size
+        self.depth = depth
+        self.stride = stride
+        self.use_bias = use_bias
+        self.wavelet = wavelet
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.implementation = arguments.hashable(implementation)
+        table = wtconv.parameter_table(
+            ndim=self.ndim,
+            channels=channels,
+            kernel_size=kernel_size,
+            depth=depth,
+            use_bias=use_bias,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            scale_init=scale_init,
+        )
+        self.parameter_names = tuple(table)
+        if not use_bias:
+            self.base_bias = nnx.data(None)
+        # One key from the stream for the layer: a stream's count is slow to advance under tracing.
+        keys = jax.random.split(arguments.checked_rngs(rngs).params(), len(table))
+        for key, (name, parameter) in zip(keys, table.items(), strict=True):
+            setattr(self, name, nnx.Param(parameter.init(key, parameter.shape, param_dtype)))
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """Apply the wavelet convolution.
+
+        Args:
+            x: Input `[*batch, *spatial, channels]` with any number of batch axes, none included.
+
+        Returns:
+            `[*batch, *spatial, channels]` for `stride=1`.
+
+        Raises:
+            ValueError: If `x` is not floating point or its shape does not fit.
+            NotImplementedError: If a named `implementation` cannot run here; it says why.
+        """
+        return wtconv.apply(
+            x,
+            {name: getattr(self, name)[...] for name in self.parameter_names},
+            ndim=self.ndim,
+            channels=self.channels,
+            dtype=self.dtype,
+            stride=self.stride,
+            wavelet=self.wavelet,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
+
+
+class WTConv1d(_WTConv):
+    """Wavelet convolution of sequences `[*batch, L, channels]`; arguments as of `WTConv2d`.
+
+    The parameters are `base_kernel [k, 1, C]`, `base_bias [C]`, `base_scale [C]`, and for each
+    level i from 0 `wavelet_kernel_{i} [k, 2, C]` and `wavelet_scale_{i} [2, C]`. A stride averages
+    each group of `stride` samples and drops an incomplete last one, as the published layer does.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from flash_wtconv_jax.nnx import WTConv1d
+        >>> layer = WTConv1d(channels=4, depth=2, stride=2, rngs=nnx.Rngs(0))
+        >>> layer(jax.numpy.ones((2, 20, 4))).shape
+        (2, 10, 4)
+    """
+
+    ndim: ClassVar[int] = 1
+
+
+class WTConv2d(_WTConv):
+    """Wavelet convolution of images `[*batch, H, W, channels]`: a huge kernel, few parameters.
+
+    What it computes, its parameters and its arguments are those of `flash_wtconv_jax.WTConv2d`, in
+    the order `channels, kernel_size, depth, stride`, the others by name.
+
+    Args:
+        rngs: Source of the keys for the initialisers, as for any nnx layer.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from flash_wtconv_jax.nnx import WTConv2d
+        >>> layer = WTConv2d(channels=8, kernel_size=5, depth=2, rngs=nnx.Rngs(0))
+        >>> layer(jax.numpy.ones((2, 28, 28, 8))).shape
+        (2, 28, 28, 8)
+        >>> layer.wavelet_kernel_1.shape
+        (5, 5, 4, 8)
+    """
+
+    ndim: ClassVar[int] = 2
+
+
+class WTConv3d(_WTConv):
+    """Wavelet convolution of volumes `[*batch, D, H, W, channels]`; arguments as of `WTConv2d`.
+
+    The parameters are `base_kernel [k, k, k, 1, C]`, `base_bias [C]`, `base_scale [C]`, and for
+    each level i from 0 `wavelet_kernel_{i} [k, k, k, 8, C]` and `wavelet_scale_{i} [8, C]`;
+    subband `b_D + 2 * b_H + 4 * b_W`, b = 1 for the high band along an axis.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from flash_wtconv_jax.nnx import WTConv3d
+        >>> layer = WTConv3d(channels=2, kernel_size=3, rngs=nnx.Rngs(0))
+        >>> layer(jax.numpy.ones((1, 4, 6, 6, 2))).shape
+        (1, 4, 6, 6, 2)
+    """
+
+    ndim: ClassVar[int] = 3
+
+
+class SeparableWTConv2d(nnx.Module):
+    """WTConv and a pointwise projection, for `features` other than `channels`.
+
+    What it computes, its parameters (`depthwise`, `pointwise`) and its arguments are those of
+    `flash_wtconv_jax.SeparableWTConv2d`, in the order `channels, features, kernel_size, depth,
+    stride`, the others by name.
+
+    Args:
+        rngs: Source of the keys for the initialisers, as for any nnx layer.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from flash_wtconv_jax.nnx import SeparableWTConv2d
+        >>> layer = SeparableWTConv2d(4, 6, kernel_size=3, stride=2, rngs=nnx.Rngs(0))
+        >>> layer(jax.numpy.ones((1, 8, 8, 4))).shape
+        (1, 4, 4, 6)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        features: int,
+        kernel_size: int = 5,
+        depth: int = 1,
+        stride: int = 1,
+        *,
+        use_bias: bool = True,
+        wavelet: str = "haar",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer | None = None,
+        scale_init: Initializer = default_scale_init,
+        pointwise_init: Initializer = nnx.initializers.lecun_normal(),  # noqa: B008 - immutable
+        implementation: ImplementationLike = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        arguments.check_constructor(channels=channels, features=features)
+        self.depthwise = WTConv2d(
+            channels,
+            kernel_size,
+            depth,
+            stride,
+            use_bias=use_bias,
+            wavelet=wavelet,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            implementation=implementation,
+            rngs=rngs,
+        )
+        self.pointwise = nnx.Conv(
+            channels,
+            features,
+            (1, 1),
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            precision=precision,
+            kernel_init=pointwise_init,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: ArrayLike) -> jax.Array:
+        """Apply the wavelet convolution, then the projection.
+
+        Args:
+            x: Input `[*batch, H, W, channels]`.
+
+        Returns:
+            `[*batch, H, W, features]` for `stride=1`.
+
+        Raises:
+            ValueError: As `WTConv2d`.
+        """
+        return self.pointwise(self.depthwise(x))

@@ -1,0 +1,76 @@
+"""Colours, labels and files of every picture.
+
+No pyplot: nothing here has global state, opens a window or needs a display. Colours are those of
+Okabe and Ito, which colour-blind people tell apart, and hatches or labels say the same again.
+"""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pallas_kernels.common.files import replacing
+
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#CC79A7",
+    "#56B4E9",
+)
+
+
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+
+
+DPI = 150
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a picture, whole or not at all; a picture that is there is replaced.
+
+    Args:
+        figure: What to draw.
+        path: Where to; the extension names the format.
+
+    Raises:
+        FileNotFoundError: The folder that it goes into does not exist.
+        ValueError: The extension names no format of matplotlib.
+    """
+    check_path(path)
+    with replacing(Path(path), force=True) as temporary:
+        figure.savefig(temporary)
+
+
+def check_path(path: str | Path) -> None:
+    """Raises what `save` would raise, for those who compute for long before they draw.
+
+    Args:
+        path: Where a picture is to go.
+
+    Raises:
+        FileNotFoundError: The folder that it goes into does not exist.
+        ValueError: The extension names no format of matplotlib.
+    """
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in formats:
+        raise ValueError(
+            f"{path} has the extension {path.suffix!r}, expected one of: {', '.join(formats)}"
+        )
+
+
+def label(axes: Axes, title: str, x: str, y: str) -> None:
+    """Sets title, axis labels, grid and legend as every chart over epochs has them."""
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

@@ -1,0 +1,90 @@
+"""Pictures of a training: its curve, and what the network reads in images."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from flash_wtconv_jax.train.history import History
+from flash_wtconv_jax.plots.style import COLOURS, DPI, VERMILION, label
+
+
+def training_curve(histories: "Mapping[str, History]") -> Figure:
+    """Training loss and held-out error over the epochs, one line a network.
+
+    Args:
+        histories: History by the network's name.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(9.0, 3.8), dpi=DPI, layout="constrained")
+    loss_axes, error_axes = figure.subplots(1, 2)
+    for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
+        epochs = np.arange(1, len(history.loss) + 1)
+        errors = 100 * (1 - np.asarray(history.accuracy))
+        style: dict[str, Any] = {
+            "color": colour,
+            "linewidth": 1.8,
+            "marker": "o",
+            "markersize": 2.5,
+        }
+        loss_axes.plot(epochs, history.loss, label=name, **style)
+        error_axes.plot(epochs, errors, label=f"{name}: {errors[-1]:.1f} % at the end", **style)
+    # Below 1 % a step is one image of the test set, and no error at all must still have a place.
+    error_axes.set_yscale("symlog", linthresh=1.0)
+    ticks = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    error_axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    error_axes.set_ylim(0, 100)
+    label(loss_axes, "Training loss", "epoch", "cross entropy")
+    label(error_axes, "Held-out digits read wrongly", "epoch", "error in %")
+    return figure
+
+
+def predictions(
+    images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, *, count: int = 24
+) -> Figure:
+    """Every wrongly read image, worst first, and then correct ones, least sure first.
+
+    Args:
+        images: `[N, H, W]` or `[N, H, W, 1]`, background darkest.
+        labels: True classes `[N]`.
+        probabilities: `[N, K]`.
+        count: Number of pictures at most.
+
+    Returns:
+        The figure.
+    """
+    images, labels, probabilities = map(np.asarray, (images, labels, probabilities))
+    shown = _most_doubtful(labels, probabilities)[:count]
+    columns = min(8, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(1.25 * columns, 1.55 * rows + 0.6), dpi=DPI, layout="constrained")
+    wrong = int((probabilities.argmax(axis=1) != labels).sum())
+    figure.suptitle(
+        f"{wrong} of {len(labels)} held-out digits read wrongly; then the least sure ones"
+    )
+    for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
+        axes.set_axis_off()
+    for axes, index in zip(figure.axes, shown, strict=False):
+        guess = int(probabilities[index].argmax())
+        right = guess == labels[index]
+        axes.imshow(images[index].reshape(images.shape[1:3]), cmap="gray_r")
+        verdict = f"{guess}" if right else f"{guess}, is {labels[index]}"
+        axes.set_title(
+            f"{verdict} ({probabilities[index, guess]:.0%})",
+            fontsize=9,
+            color="black" if right else VERMILION,
+            fontweight="normal" if right else "bold",
+        )
+    return figure
+
+
+def _most_doubtful(labels: NDArray[Any], probabilities: NDArray[Any]) -> NDArray[np.intp]:
+    """Indices by the probability of the truth, the wrong ones before all others."""
+    truth = probabilities[np.arange(len(labels)), labels]
+    right = probabilities.argmax(axis=1) == labels
+    return np.lexsort((truth, right))

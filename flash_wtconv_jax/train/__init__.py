@@ -1,0 +1,1 @@
+"""Training loops, their histories, and the digits that the demo learns."""

@@ -1,0 +1,1 @@
+"""What the operators share: checks, devices, dtypes, transformations, measurement, launchers."""

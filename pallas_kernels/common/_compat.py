@@ -1,0 +1,132 @@
+"""Every place where a version of JAX or XLA forces our hand, each with the version and why."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from pallas_kernels.common.device import on_cpu
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def interpreting_tpu() -> bool:
+    """Whether TPU kernels run in Pallas' interpreter, inside `pltpu.force_tpu_interpret_mode()`.
+
+    JAX (0.10 to 0.11) tells it in its private configuration alone.
+    """
+    from jax._src import config
+
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def tpu_vmem_bytes() -> int:
+    """Capacity of a TPU core's vector memory.
+
+    On a CPU, where only the interpreter runs TPU kernels, that of a v5e. Compilation ahead of time
+    names its chip with `jax.sharding.use_abstract_mesh` (JAX 0.10 to 0.11).
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return 128 << 20
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of a mesh that any array of a tree is sharded over, inside `jax.shard_map`."""
+    leaves = jax.tree.leaves(tree)
+    return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+
+
+def vary_over(axes: frozenset[str], tree: Any) -> Any:
+    """The same arrays, each an own copy along `axes`: what `jax.shard_map` by default insists on.
+
+    The transpose is the sum over the copies, as the gradient of a shared parameter must be. JAX
+    does this by itself where its own operations meet; at a custom derivative (0.10 to 0.11) not.
+    """
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        missing = tuple(axes - varying_axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
+    """What process 0 answered when it was first asked; the others wait for it.
+
+    Texts that processes share are in the private client of JAX's distributed service alone (0.10
+    to 0.11). A broadcast of arrays, which is public, needs all processes to ask in one order.
+    """
+    from jax._src import distributed
+
+    client = distributed.global_state.client
+    if client is None:
+        raise RuntimeError("several processes of JAX, and no service that they share")
+    if jax.process_index() == 0:
+        # Each text is set once: what was said to others is said again.
+        try:
+            return client.key_value_try_get(question)
+        except jax.errors.JaxRuntimeError:
+            client.key_value_set(question, answer())
+    return client.blocking_key_value_get(question, timeout_s * 1000)
+
+
+def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
+    """Traces a function with `jax_enable_x64` off.
+
+    The loops and grids of a Pallas kernel count in 32 bits, but JAX (0.10 to 0.11) traces them with
+    64, and neither the TPU's compiler nor Mosaic GPU takes the mixture.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.enable_x64(False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def pallas_output(
+    shape: Sequence[int], dtype: jax.typing.DTypeLike, *inputs: jax.Array
+) -> jax.ShapeDtypeStruct:
+    """What a kernel writes that reads `inputs`; Pallas (JAX 0.10 to 0.11) asks where it varies."""
+    return jax.ShapeDtypeStruct(
+        shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying_axes(inputs))
+    )
+
+
+def gpu_load(ref: Any, layout: Any) -> jax.Array:
+    """What a reference of Mosaic GPU shows, in a layout of registers, by loads of any width.
+
+    JAX 0.10 wants an index beside the reference, which 0.11 warns of.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:
+    """Makes a function one unit of a CPU program that XLA fuses with nothing around it.
+
+    XLA's CPU compiler (jaxlib 0.10 to 0.11) removes `lax.optimization_barrier` before it fuses,
+    then fuses a depthwise convolution into the synthesis that reads it and computes it once for
+    every reader: 50 times slower on a whole layer. A call that must not be inlined is a border
+    that fusion respects. GPUs fuse well by themselves, and lose a factor of 3 at such borders.
+    """
+    jitted = jax.jit(function, static_argnames=static_argnames)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not on_cpu():
+            return function(*args, **kwargs)
+        # On the results, not as a context: that would mark every call inside as well.
+        return set_xla_metadata(jitted(*args, **kwargs), inlineable="false")
+
+    return call

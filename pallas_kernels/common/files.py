@@ -1,0 +1,34 @@
+"""Files that are written whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+def check_folder(path: Path) -> None:
+    """Raises FileNotFoundError if there is no folder that a file at path could be written into."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
+
+
+@contextmanager
+def replacing(path: Path, force: bool) -> Iterator[Path]:
+    """Gives a path to write to and moves what was written to `path` when all went well.
+
+    A file never replaces a folder, whatever `force` says.
+    """
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists already; use force to replace it")
+    check_folder(path)
+    # In the same folder, so that the move is a rename, which happens or does not.
+    with TemporaryDirectory(prefix=".flash-wtconv-", dir=path.absolute().parent) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        if path.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
+            # A folder cannot be renamed over another: the old one steps aside, to go with ours.
+            path.rename(Path(folder) / f"{path.name}.old")
+        os.replace(temporary, path)

@@ -1,0 +1,152 @@
+"""What `dispatch.tuner` needs of JAX: implementations run and timed on random arrays."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels.common import device, versions
+from pallas_kernels.common._compat import agreed
+from pallas_kernels.dispatch.cache import Entry
+from pallas_kernels.dispatch.tuner import TuningParams
+
+_AT_ONCE_MS = 10
+_MOST_AT_ONCE = 20
+"""How long, and how many, calls of an accelerator are timed together."""
+_PAUSES = 1, 2, 4, 8
+"""Programs that run before them: with the calls fewer than JAX keeps in a device's queue, 32."""
+_PAUSE_SIZE = 4096
+_AGREEMENT_S = 600
+"""How long processes wait for the one that measures."""
+
+
+class JaxMeasurement:
+    """One direction of one call of an operator: a `dispatch.tuner.Measurement`.
+
+    Nothing of it reads the call's own arrays, which have no values where a function is traced.
+
+    Args:
+        run: Makes the function of arrays that an implementation with its parameters computes.
+        inputs: Their shapes and dtypes, a tuple of pytrees of `jax.ShapeDtypeStruct`.
+        reference: The implementation that is right, with its own defaults.
+        static: What times depend on, besides the problem.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[ModuleType, TuningParams], Callable[..., Any]],
+        inputs: tuple[Any, ...],
+        reference: ModuleType,
+        static: Mapping[str, Any],
+    ) -> None:
+        self._run = run
+        self._inputs = inputs
+        self._reference = reference
+        self.static = static
+
+    @property
+    def device_kind(self) -> str:
+        """As JAX names it; of a CPU, which JAX calls "cpu", the model and the number of threads."""
+        kind = device.kind()
+        return f"cpu {versions.cpu()} x{os.cpu_count()}" if kind == "cpu" else kind
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Those of JAX, whose compiler it is, and of this package."""
+        return {"flash-wtconv": versions.package(), "jax": jax.__version__}
+
+    def agreed(self, question: str, answer: Callable[[], str]) -> str:
+        """The answer of process 0, or of the only one."""
+        if jax.process_count() == 1:
+            return answer()
+        return agreed(f"flash_wtconv/{question}", answer, _AGREEMENT_S)
+
+    def impossible(self) -> str | None:
+        """A program that is compiled ahead of time has no device to be timed on."""
+        if isinstance(device.current(), jax.Device):
+            return None
+        return f"this program is compiled ahead of time for {device.kind()}"
+
+    def outside(self, search: Callable[[], Entry]) -> Entry:
+        """Runs it in a thread of its own, which traces nothing, for the same device."""
+        chosen, wide = device.current(), jax.config.jax_enable_x64
+
+        def run() -> Entry:
+            with jax.default_device(chosen), jax.enable_x64(wide):
+                return search()
+
+        with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
+            return pool.submit(run).result()
+
+    def prepared(self, module: ModuleType, config: TuningParams) -> Callable[[], Any]:
+        """A call that enqueues its work, and returns what to wait for."""
+        compiled = jax.jit(self._run(module, config))
+        return lambda: compiled(*self._arrays)
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        """The host's clock around a call; on an accelerator the device's time of one of several.
+
+        They are enqueued behind other work, so that launching is no part of it: the clock starts
+        when that work is done, and stops when the last of them is. If they were not all enqueued
+        by then, there is more such work the next time; at last the host's clock around all counts.
+        """
+        one = _waited(call, 1)
+        if device.on_cpu():
+            return one
+        times = min(_MOST_AT_ONCE, max(1, round(_AT_ONCE_MS / one)))
+        for pauses in _PAUSES:
+            for _ in range(pauses):
+                pause = _product(self._matrix, self._matrix)
+            for _ in range(times):
+                result = call()
+            late = pause.is_ready()
+            jax.block_until_ready(pause)
+            start = time.perf_counter()
+            jax.block_until_ready(result)
+            if not late:
+                return (time.perf_counter() - start) * 1e3 / times
+        return _waited(call, times)
+
+    def arrays(self, result: Any) -> list[tuple[str, np.ndarray]]:
+        """The leaves of a result, on the host, and their dtypes."""
+        return [(str(leaf.dtype), np.asarray(leaf)) for leaf in jax.tree.leaves(result)]
+
+    def reference(self) -> list[tuple[str, np.ndarray]]:
+        """What the reference makes of the same arrays."""
+        return self.arrays(self.prepared(self._reference, ())())
+
+    @cached_property
+    def _matrix(self) -> jax.Array:
+        """Its square takes an accelerator some milliseconds."""
+        matrix = jax.numpy.zeros((_PAUSE_SIZE, _PAUSE_SIZE), jax.numpy.float32)
+        return jax.block_until_ready(_product(matrix, matrix))
+
+    @cached_property
+    def _arrays(self) -> tuple[Any, ...]:
+        leaves, tree = jax.tree.flatten(self._inputs)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        drawn = [
+            jax.random.normal(key, leaf.shape, leaf.dtype)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+        return tree.unflatten(drawn)
+
+
+@jax.jit
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jax.numpy.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _waited(call: Callable[[], Any], times: int) -> float:
+    """Milliseconds of each of some calls that the host waits for together."""
+    start = time.perf_counter()
+    for _ in range(times):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) * 1e3 / times

@@ -1,0 +1,87 @@
+"""CUDA sources compiled at first use through NVRTC: no toolkit, no C++ compiler.
+
+Machine code is kept on disk by what it was made from, so a later process only reads it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_OPTIONS = ("--std=c++17",)
+
+
+def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
+    """Machine code of a CUDA source, from the disk if it was compiled before.
+
+    Args:
+        source: CUDA C++ that includes nothing.
+        macros: Preprocessor definitions.
+        arch: Architecture of the GPU, such as "sm_90".
+
+    Returns:
+        A cubin.
+
+    Raises:
+        RuntimeError: The source does not compile; holds the compiler's log.
+    """
+    path = cache_folder() / f"{_key(source, macros, arch)}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    code = compile_source(source, macros, arch)
+    from pallas_kernels.common.files import replacing
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, force=True) as temporary:
+            temporary.write_bytes(code)
+    except OSError:
+        # A disk that cannot be written costs the next process a second, and this one nothing.
+        pass
+    return code
+
+
+def compile_source(source: str, macros: Mapping[str, object], arch: str) -> bytes:
+    """What `compiled` returns, compiled anew; needs no GPU."""
+    from cuda.bindings import nvrtc
+
+    options = [*_OPTIONS, f"--gpu-architecture={arch}"]
+    options += [f"--define-macro={name}={value}" for name, value in macros.items()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"wtconv.cu", 0, [], []))
+    try:
+        encoded = [option.encode() for option in options]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+        if int(status):
+            log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            text = log.rstrip(b"\0").decode(errors="replace")
+            raise RuntimeError(f"NVRTC could not compile with {' '.join(options)}:\n{text}")
+        code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+        _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """What a call of NVRTC returned, or its error."""
+    status, *values = answer
+    if int(status):
+        raise RuntimeError(f"NVRTC reports {status.name}")
+    return values[0] if values else None
+
+
+def cache_folder() -> Path:
+    """The folder of the compiled kernels, of this user."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("flash_wtconv", appauthor=False) / "cuda"
+
+
+def _key(source: str, macros: Mapping[str, object], arch: str) -> str:
+    from cuda.bindings import nvrtc
+
+    parts = (source, sorted(macros.items()), arch, _OPTIONS, nvrtc.nvrtcVersion())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,36 @@
+"""What measured times depend on, besides the call and the framework: this CPU, this package."""
+
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+
+@cache
+def cpu() -> str:
+    """The model of this CPU, where Linux tells it, else its architecture.
+
+    Example:
+        >>> isinstance(cpu(), str)
+        True
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+@cache
+def package() -> str:
+    """The version of this package; "0+uninstalled" of a source tree that was never installed.
+
+    Example:
+        >>> package()[0]
+        '0'
+    """
+    try:
+        return metadata.version("flash-wtconv")
+    except metadata.PackageNotFoundError:
+        return "0+uninstalled"

@@ -1,0 +1,76 @@
+"""What `vmap` does with kernels, which take one batch axis and know nothing of JAX's batching."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+
+def vmap_folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A kernel whose vmap folds into the batch of its first argument, so that it stays one call.
+
+    Args:
+        run: Of `x [N, ...]` and what all images share, to `[N, ...]`. Where what they share is
+            batched too, the kernel is called once for each.
+
+    Returns:
+        The same function.
+
+    Example:
+        >>> jax.vmap(vmap_folding(lambda x, w: x * w), (0, None))(jnp.ones((2, 3, 4)), 2.0).shape
+        (2, 3, 4)
+    """
+    call = custom_vmap(run)
+
+    @call.def_vmap
+    def rule(
+        size: int, batched: tuple[Any, ...], x: jax.Array, *shared: Any
+    ) -> tuple[jax.Array, bool]:
+        if any(jax.tree.leaves(batched[1:])):
+            return _each(call, batched, (x, *shared)), True
+        if size == 0:
+            one = jax.eval_shape(run, jax.ShapeDtypeStruct(x.shape[1:], x.dtype), *shared)
+            return jnp.zeros((0, *one.shape), one.dtype), True
+        y = call(x.reshape(-1, *x.shape[2:]), *shared)
+        return y.reshape(*x.shape[:2], *y.shape[1:]), True
+
+    return call
+
+
+def vmap_sequential(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that sums over its batch, under vmap: one call after the other.
+
+    Args:
+        run: Any function of arrays.
+
+    Returns:
+        The same function.
+
+    Example:
+        >>> jax.vmap(vmap_sequential(lambda x: x.sum()))(jnp.ones((2, 3)))
+        Array([3., 3.], dtype=float32)
+    """
+    call = custom_vmap(run)
+
+    @call.def_vmap
+    def rule(size: int, batched: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        out = _each(call, batched, args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return call
+
+
+def _each(function: Callable[..., Any], batched: Any, args: Any) -> Any:
+    """`function` of each example; what is not batched is the same for all."""
+    leaves, tree = jax.tree.flatten(args)
+    flags = jax.tree.leaves(batched)
+    moving = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+
+    def one(examples: list[jax.Array]) -> Any:
+        own = iter(examples)
+        merged = [next(own) if f else leaf for leaf, f in zip(leaves, flags, strict=True)]
+        return function(*tree.unflatten(merged))
+
+    return jax.lax.map(one, moving)

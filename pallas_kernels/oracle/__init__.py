@@ -1,0 +1,29 @@
+"""Every operator in NumPy float64: plain loops over taps, obviously right, and slow.
+
+This package is THE definition that every kernel of both frameworks is tested against. It imports
+NumPy alone. Arrays are channels-last: `(*batch, *spatial, C)`. Subbands stand on an axis of
+their own in front of the channels, `(*batch, *spatial, 2**ndim, C)`; subband `s` is
+`b_0 + 2 * b_1 + 4 * b_2` where `b_a` is 1 for the high band along spatial axis `a`.
+
+Source: Finder, Amoyal, Treister, Freifeld, "Wavelet Convolutions for Large Receptive Fields",
+ECCV 2024.
+"""
+
+from pallas_kernels.oracle.arrays import Array
+from pallas_kernels.oracle.conv2d import conv2d
+from pallas_kernels.oracle.haar import HAAR, analysis, synthesis, wavedec, waverec
+from pallas_kernels.oracle.wtconv import depthwise, subsample, wtconv, wtconv_vjp
+
+__all__ = [
+    "HAAR",
+    "Array",
+    "analysis",
+    "conv2d",
+    "depthwise",
+    "subsample",
+    "synthesis",
+    "wavedec",
+    "waverec",
+    "wtconv",
+    "wtconv_vjp",
+]

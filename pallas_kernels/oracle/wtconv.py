@@ -1,0 +1,164 @@
+"""Wavelet convolution, and its gradients."""
+
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pallas_kernels.oracle.arrays import Array
+from pallas_kernels.oracle.haar import HAAR, wavedec, waverec
+
+
+def depthwise(x: ArrayLike, kernel: ArrayLike, ndim: int) -> Array:
+    """Depthwise cross-correlation, stride 1, zero padding to the same size.
+
+    Args:
+        x: Signal `[*batch, *spatial, ..., C]` where the axes after the spatial ones (subbands,
+            channels) match those of `kernel`.
+        kernel: Taps `[*k, ..., C]`; even k pads `(k - 1) // 2` before and the rest after.
+        ndim: Number of spatial axes.
+
+    Returns:
+        Array of x's shape.
+    """
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    inner = kernel.ndim - ndim
+    first = x.ndim - inner - ndim
+    size = x.shape[first : first + ndim]
+    pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:ndim]]
+    padded = np.pad(x, [(0, 0)] * first + pads + [(0, 0)] * inner)
+    out = np.zeros_like(x)
+    for tap in product(*(range(k) for k in kernel.shape[:ndim])):
+        window = tuple(slice(t, t + n) for t, n in zip(tap, size, strict=True))
+        out += padded[(slice(None),) * first + window] * kernel[tap]
+    return out
+
+
+def wtconv(
+    x: ArrayLike,
+    params: Mapping[str, ArrayLike],
+    ndim: int,
+    *,
+    stride: int = 1,
+    dec: ArrayLike = HAAR,
+    rec: ArrayLike = HAAR,
+) -> Array:
+    """Wavelet convolution of 1-D, 2-D or 3-D signals.
+
+    Args:
+        x: Signal `[*batch, *spatial, C]`.
+        params: `base_kernel [*k, 1, C]`, `base_scale [C]`, optionally `base_bias [C]`, and for
+            each level i from 0 `wavelet_kernel_{i} [*k, 2**ndim, C]` and
+            `wavelet_scale_{i} [2**ndim, C]`.
+        ndim: Number of spatial axes.
+        stride: 2-D and 3-D keep every stride-th sample of each axis, 1-D averages each group of
+            stride samples and drops an incomplete last group, as the published layers do.
+        dec: Analysis filters `[2, F]`.
+        rec: Synthesis filters `[2, F]`.
+
+    Returns:
+        `[*batch, *spatial, C]` for stride 1, in float64.
+    """
+    x = np.asarray(x, np.float64)
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    levels = sum(name.startswith("wavelet_kernel_") for name in params)
+    filtered = [
+        params[f"wavelet_scale_{i}"] * depthwise(c, params[f"wavelet_kernel_{i}"], ndim)
+        for i, c in enumerate(wavedec(x, ndim, levels, dec))
+    ]
+    base = depthwise(x[..., None, :], params["base_kernel"], ndim)[..., 0, :]
+    y = params["base_scale"] * (base + params.get("base_bias", 0.0))
+    if filtered:
+        y = y + waverec(filtered, ndim, x.shape[-1 - ndim : -1], rec)
+    return subsample(y, ndim, stride)
+
+
+def wtconv_vjp(
+    x: ArrayLike,
+    params: Mapping[str, ArrayLike],
+    dy: ArrayLike,
+    ndim: int,
+    *,
+    stride: int = 1,
+    dec: ArrayLike = HAAR,
+    rec: ArrayLike = HAAR,
+) -> tuple[Array, dict[str, Array]]:
+    """Gradients of `sum(dy * wtconv(x, params))`, every step of `wtconv` transposed in turn.
+
+    Args:
+        x: Signal `[*batch, *spatial, C]`.
+        params: As `wtconv` takes them.
+        dy: Gradient of the output, of the output's shape.
+        ndim: Number of spatial axes.
+        stride: As `wtconv`.
+        dec: Analysis filters `[2, F]`.
+        rec: Synthesis filters `[2, F]`.
+
+    Returns:
+        `(dx, dparams)`: float64 arrays of the shapes of x and of the parameters.
+    """
+    x = np.asarray(x, np.float64)
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    levels = sum(name.startswith("wavelet_kernel_") for name in params)
+    spatial = x.shape[-1 - ndim : -1]
+    dy = _spread(np.asarray(dy, np.float64), spatial, stride)
+    everywhere = tuple(range(x.ndim - 1))
+
+    base = depthwise(x[..., None, :], params["base_kernel"], ndim)[..., 0, :]
+    biased = base + params.get("base_bias", 0.0)
+    dbase = params["base_scale"] * dy
+    grads = {"base_scale": (dy * biased).sum(axis=everywhere)}
+    if "base_bias" in params:
+        grads["base_bias"] = dbase.sum(axis=everywhere)
+    dbase = dbase[..., None, :]
+    dx, grads["base_kernel"] = _depthwise_vjp(x[..., None, :], params["base_kernel"], dbase, ndim)
+    dx = dx[..., 0, :]
+
+    dcoefficients = []
+    of_x, of_dy = wavedec(x, ndim, levels, dec), wavedec(dy, ndim, levels, rec)
+    for i, (c, dfiltered) in enumerate(zip(of_x, of_dy, strict=True)):
+        kernel, scale = params[f"wavelet_kernel_{i}"], params[f"wavelet_scale_{i}"]
+        grads[f"wavelet_scale_{i}"] = (dfiltered * depthwise(c, kernel, ndim)).sum(axis=everywhere)
+        dc, grads[f"wavelet_kernel_{i}"] = _depthwise_vjp(c, kernel, scale * dfiltered, ndim)
+        dcoefficients.append(dc)
+    if dcoefficients:
+        dx = dx + waverec(dcoefficients, ndim, spatial, dec)
+    return dx, grads
+
+
+def subsample(y: Array, ndim: int, stride: int) -> Array:
+    """The stride of the published layers: the mean in 1-D, every stride-th sample otherwise."""
+    if ndim == 1:
+        length = y.shape[-2] // stride
+        groups = y[..., : length * stride, :].reshape(*y.shape[:-2], length, stride, y.shape[-1])
+        return groups.mean(axis=-2)
+    return y[(..., *(slice(None, None, stride),) * ndim, slice(None))]
+
+
+def _spread(dy: Array, spatial: tuple[int, ...], stride: int) -> Array:
+    """Transpose of `subsample`."""
+    ndim = len(spatial)
+    full = np.zeros((*dy.shape[: -1 - ndim], *spatial, dy.shape[-1]))
+    if ndim == 1:
+        repeated = np.repeat(dy, stride, axis=-2) / stride
+        full[..., : repeated.shape[-2], :] = repeated
+    else:
+        full[(..., *(slice(None, None, stride),) * ndim, slice(None))] = dy
+    return full
+
+
+def _depthwise_vjp(x: Array, kernel: Array, dy: Array, ndim: int) -> tuple[Array, Array]:
+    """Gradients of `sum(dy * depthwise(x, kernel))`; the axes as there."""
+    first = x.ndim - kernel.ndim
+    size = x.shape[first : first + ndim]
+    pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:ndim]]
+    padded = np.pad(x, [(0, 0)] * first + pads + [(0, 0)] * (x.ndim - first - ndim))
+    dpadded, dkernel = np.zeros_like(padded), np.zeros_like(kernel)
+    for tap in product(*(range(k) for k in kernel.shape[:ndim])):
+        window = (slice(None),) * first
+        window += tuple(slice(t, t + n) for t, n in zip(tap, size, strict=True))
+        dpadded[window] += dy * kernel[tap]
+        dkernel[tap] = (padded[window] * dy).sum(axis=tuple(range(first + ndim)))
+    inside = tuple(slice(b, b + n) for (b, _), n in zip(pads, size, strict=True))
+    return dpadded[(slice(None),) * first + inside], dkernel

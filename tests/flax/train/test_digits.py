@@ -1,0 +1,141 @@
+"""The digits demo: data, training, its files."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from flash_wtconv_jax import checkpoints, models
+from flash_wtconv_jax.receptive_field import SHARES
+from flash_wtconv_jax.train import digits, loop
+
+
+def tiny_network(*, levels=1, seed=0):
+    config = dataclasses.replace(digits._CONFIG, depths=(1,), dims=(4,), levels=(levels,))
+    return models.ConvNeXt(config, rngs=nnx.Rngs(seed))
+
+
+def test_the_split_is_stratified_disjoint_and_always_the_same():
+    data, again = digits.load_digits(), digits.load_digits()
+    assert data.train_images.shape == (1437, 8, 8, 1)
+    assert data.test_images.shape == (360, 8, 8, 1)
+    assert data.train_images.dtype == np.float32
+    assert (data.train_images.min(), data.train_images.max()) == (-1, 1)
+    counts = np.bincount(data.test_labels)
+    assert len(counts) == 10
+    assert counts.max() - counts.min() <= 2
+    np.testing.assert_array_equal(data.test_images, again.test_images)
+
+
+def test_shifts_move_images_by_one_pixel_at_most():
+    images = np.full((64, 8, 8, 1), loop.BACKGROUND, np.float32)
+    images[:, 4, 4] = 1
+    shifted = np.asarray(loop._shift(images, jax.random.key(0)))
+    _, rows, columns, _ = np.nonzero(shifted == 1)
+    assert len(rows) == 64
+    assert set(zip(rows, columns, strict=True)) == {(r, c) for r in (3, 4, 5) for c in (3, 4, 5)}
+    assert set(np.unique(shifted)) == {loop.BACKGROUND, 1}
+
+
+def test_a_seed_fixes_the_trained_parameters():
+    data = digits.load_digits()
+    results = []
+    for _ in range(2):
+        model = tiny_network()
+        seen = []
+        history = digits.train(
+            model, data, epochs=2, seed=3, on_epoch=lambda h, seen=seen: seen.append(len(h.loss))
+        )
+        assert seen == [1, 2]
+        assert history.loss[1] < history.loss[0]
+        results.append((history, checkpoints.variables_of(model)))
+    assert results[0][0] == results[1][0]
+    jax.tree.map(np.testing.assert_array_equal, results[0][1], results[1][1])
+
+
+def test_no_epochs_is_an_error():
+    with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
+        digits.train(tiny_network(), digits.load_digits(), epochs=0)
+
+
+def test_the_demo_from_start_to_end(tmp_path):
+    # As a user runs it. One test, because it is the suite's dearest by far.
+    out = tmp_path / "demo"
+    calls = []
+    metrics = digits.run_demo(out, on_epoch=lambda name, history: calls.append(name))
+    assert calls == ["WTConv"] * 40 + ["plain depthwise"] * 40
+
+    assert {path.name for path in out.iterdir()} == set(digits.FILES)
+    for picture in out.glob("*.png"):
+        content = picture.read_bytes()
+        assert content.startswith(b"\x89PNG") and b"IEND" in content[-16:], picture
+
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert metrics["device"]["platform"] == jax.default_backend()
+    assert metrics["versions"]["jax"] == jax.__version__
+    wtconv, plain = metrics["networks"].values()
+    assert wtconv["accuracy"] >= 0.985
+    for share in SHARES:
+        side = f"{share:.0%}"
+        assert wtconv["receptive_field_sides"][side] > plain["receptive_field_sides"][side]
+
+    data = digits.load_digits()
+    for folder, (name, network) in zip(
+        ("checkpoint", "checkpoint_plain"), metrics["networks"].items(), strict=True
+    ):
+        assert len(network["loss_by_epoch"]) == metrics["epochs"] == 40
+        assert network["accuracy_by_epoch"][-1] == network["accuracy"]
+        model = models.load_network(out / folder)
+        assert model.config == digits.digits_network(levels=digits.NETWORKS[name]).config
+        guesses = digits.predict(model, data.test_images).argmax(axis=1)
+        assert (guesses == data.test_labels).mean() == pytest.approx(network["accuracy"])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The demo without its training: what is left is the writing of files."""
+    history = digits.History([1.0], [0.5])
+    monkeypatch.setattr(digits, "digits_network", tiny_network)
+    monkeypatch.setattr(digits, "train", lambda *args, **options: history)
+    monkeypatch.setattr(digits, "network_field", lambda *args: np.ones((8, 8)))
+
+
+def test_a_second_run_replaces_its_files_and_no_others(quick, tmp_path):
+    models.save_network(tmp_path / "checkpoint", tiny_network(levels=0))
+    for name in ("metrics.json", "predictions.png", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    digits.run_demo(tmp_path, epochs=1)
+    assert {path.name for path in tmp_path.iterdir()} == {*digits.FILES, "notes.txt"}
+    assert (tmp_path / "notes.txt").read_text() == "old"
+    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
+    assert (tmp_path / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    assert models.load_network(tmp_path / "checkpoint").config.levels == (2,)
+
+
+def test_an_interrupt_leaves_nothing_behind(quick, monkeypatch, tmp_path):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits, "train", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        digits.run_demo(tmp_path / "demo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_what_was_there(quick, monkeypatch, tmp_path):
+    (tmp_path / "metrics.json").write_text("old")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(digits.Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        digits.run_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+    assert (tmp_path / "metrics.json").read_text() == "old"

@@ -1,0 +1,47 @@
+"""What the tests of every operator's Triton kernels share: the interpreter and the compiler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux alone")
+torch = pytest.importorskip("torch", reason="Triton's interpreter takes PyTorch's tensors")
+
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="a process has Triton's interpreter or a GPU"
+)
+
+
+def launch(kernel, arguments, outputs, grid, **constants):
+    """Runs a kernel on tensors, over outputs that hold nothing but NaN."""
+    poisoned = [
+        torch.full(shape, float("nan"), dtype=getattr(torch, str(dtype).removeprefix("torch.")))
+        for shape, dtype in outputs
+    ]
+    kernel[grid](*arguments, *poisoned, **constants)
+    return poisoned
+
+
+def tensor(array):
+    """An array of any dtype in PyTorch."""
+    return torch.tensor(np.asarray(array, np.float32)).to(getattr(torch, str(array.dtype)))
+
+
+def compiled_resources(operator, directory):
+    """Registers and spills of an operator's kernels, by kernel, GPU and dtype."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(directory), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "helpers.triton_compiled", operator]
+    run = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+    )
+    return json.loads(run.stdout)

@@ -1,0 +1,121 @@
+"""Compiles an operator's Triton kernels for several GPUs and prints what each takes, as JSON.
+
+A process of its own, because Triton's interpreter, which the tests use, cannot be turned off.
+"""
+
+import json
+import re
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+
+import triton
+from helpers import cubins
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pallas_kernels.common.triton import contiguous
+from pallas_kernels.conv2d import triton_launches as conv2d_launches
+from pallas_kernels.conv2d.problem import Window
+from pallas_kernels.conv2d.shapes import SHAPES
+from pallas_kernels.haar import triton_launches as haar_launches
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+BLOCK = {"P": 4, "BC": 32, "X_W": 96, "X_C": 1}
+BOTH = BLOCK | {"Y_W": 96, "Y_C": 1, "K": 5}
+FLAGS = {"BELOW": True, "BASE": True, "BIAS": True, "INNER": True}
+WTCONV = {
+    "low_bands": BLOCK | {"LEVELS": 3},
+    "level_forward": BOTH | FLAGS | {"C": 96, "C_TAPS": 96, "TW": 4},
+    "base_weights": BOTH | {"TURNS": 2, "TW": 8, "R": 14},
+    "level_weights": BOTH | {"FIRST": 0, "BANDS": 4, "TURNS": 2, "TW": 2, "R": 14},
+}
+TWO, WIDE, MANY = {"TW": 2}, {"TW": 8, "K": 3}, {"P": 8, "num_warps": 8}
+SIZES = {
+    f"{name} {sizes}": WTCONV[name] | constants
+    for name, variants in {
+        "level_forward": {"columns=2": TWO, "columns=8": WIDE, "strips=8": MANY},
+        "base_weights": {"columns=8": {"TW": 16, "K": 3}, "strips=8": MANY},
+        "level_weights": {"columns=2": {"TW": 1}, "columns=8": WIDE | {"TW": 4}, "strips=8": MANY},
+    }.items()
+    for sizes, constants in variants.items()
+}
+BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
+IMAGES = ("x", "w", "below", "y", "dy", "low", *BANDS)
+TAPS = ("taps", "base", "bias", "sums")
+
+
+def conv2d(dtype):
+    """Constants of the launches of a 3x3 layer, forward and backward."""
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
+    layer, found = SHAPES["sd_unet_64_3x3"], []
+
+    def launch(kernel, arguments, outputs, grid, **constants):
+        found.append(constants)
+        return [None]
+
+    x, w, y = (
+        SimpleNamespace(shape=shape, dtype=dtype)
+        for shape in (layer.x, layer.w, (*layer.x[:3], layer.features))
+    )
+    window = Window(pads=((1, 1), (1, 1)), reflect=True)
+    rest = "ieee", None, launch
+    conv2d_launches.forward(x, w, x, window, "gelu", dtype, *rest)
+    conv2d_launches.input_grad(y, w, x.shape, window._replace(stride=(2, 2)), dtype, *rest)
+    conv2d_launches.weight_grad(x, y, w.shape, window, *rest)
+    return dict(zip(("conv", "conv transposed", "weights"), found, strict=True))
+
+
+def kernels(operator, dtype):
+    """Constants of each kernel of an operator."""
+    if operator.startswith("wtconv"):
+        return SIZES if operator.endswith("sizes") else WTCONV
+    if operator == "conv2d":
+        return conv2d(dtype)
+    read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
+    steps = [contiguous((128, 56 >> level, 56 >> level, 96)) for level in (0, 3, 1, 2, 3)]
+    _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps, 4)
+    return dict.fromkeys(("analysis", "synthesis"), constants)
+
+
+def compiled(operator, name, target, dtype):
+    module = import_module(f"pallas_kernels.{operator.split()[0]}.triton_kernels")
+    kernel = getattr(module, name.split()[0])
+    constants = {"num_warps": 4} | kernels(operator, dtype)[name]
+    options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
+    types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(TAPS, "*fp32")
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "i32")
+        for argument in kernel.arg_names
+    }
+    # As frameworks promise of arrays.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, argument in enumerate(kernel.arg_names)
+        if argument in types
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def resources(binary):
+    """Registers of a thread, and what does not fit in them: bytes, on AMD registers."""
+    if "amdgcn" in binary.asm:
+        code = binary.asm["amdgcn"]
+        return [int(re.search(rf"\.vgpr_{n}:\s*(\d+)", code)[1]) for n in ("count", "spill_count")]
+    return list(cubins.usage(binary.asm["cubin"]))
+
+
+if __name__ == "__main__":
+    operator = sys.argv[1]
+    found = {
+        f"{name} {target} {dtype}": resources(compiled(operator, name, target, dtype))
+        for target, dtype in zip(TARGETS, ("fp32", "fp16", "bf16", "fp32"), strict=True)
+        for name in kernels(operator, dtype)
+    }
+    json.dump(found, sys.stdout)

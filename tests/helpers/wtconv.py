@@ -1,0 +1,112 @@
+"""One implementation of WTConv on one case against the oracle: what every test file calls."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flash_wtconv_jax.bench import baseline_jax
+from pallas_kernels.common.conformance import bounds, drawn, expected, worst
+from pallas_kernels.wtconv import wtconv1d, wtconv2d, wtconv3d
+from pallas_kernels.wtconv.cases import Case
+from pallas_kernels.wtconv.problem import Problem
+
+WTCONV = {1: wtconv1d, 2: wtconv2d, 3: wtconv3d}
+
+
+def takes(module, case):
+    """Whether an implementation's module is made for a case; refusals have tests of their own."""
+    shape = (math.prod(case.batch), *case.spatial, case.channels)
+    problem = Problem(shape, jnp.dtype(case.dtype), case.kernel_size, case.levels, case.wavelet)
+    try:
+        module.check("fwd", problem)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def arrays(case):
+    """x, params and dy of a case in its dtype."""
+    return jax.tree.map(jnp.asarray, drawn(case))
+
+
+def value_and_grads(function, case):
+    """Output and gradients of x and the parameters, compiled as one program."""
+
+    @jax.jit
+    def run(x, params, dy):
+        y, pullback = jax.vjp(function, x, params)
+        return y, pullback(dy)
+
+    return run(*arrays(case))
+
+
+def results(function, case):
+    """The same by the names of `checking`."""
+    y, (dx, dparams) = value_and_grads(function, case)
+    return {"y": y, "dx": dx, **dparams}
+
+
+def plain_results(case):
+    """What plain JAX makes of a case, every array in the case's dtype."""
+    return results(partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride), case)
+
+
+def assert_oracle(case, implementation=None):
+    """Output and every gradient of a case are the oracle's, in dtype, shape and value."""
+    call = partial(
+        WTCONV[case.ndim],
+        wavelet=case.wavelet,
+        stride=case.stride,
+        implementation=implementation,
+    )
+    got, want = results(call, case), expected(case)
+    assert {name: a.dtype for name, a in got.items()} == dict.fromkeys(want, jnp.dtype(case.dtype))
+    assert {name: a.shape for name, a in got.items()} == {n: a.shape for n, a in want.items()}
+    allowed = bounds(case, plain_results)
+    errors = {name: worst(got[name], want[name]) for name in want}
+    # NaN is not greater than its bound.
+    assert {n: e for n, e in errors.items() if not e <= allowed[n]} == {}
+
+
+def assert_reproducible(implementation, case):
+    """Output and gradients are bitwise equal from run to run."""
+    call = partial(wtconv2d, implementation=implementation)
+    first, again = (jax.tree.leaves(value_and_grads(call, case)) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def assert_sharded(implementation, check_vma):
+    """A `shard_map` over the batch, of one device, changes nothing."""
+    case = Case((9, 10), 2, 3, batch=(2,))
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = jax.sharding.PartitionSpec("n")
+    specs = batch, dict.fromkeys(drawn(case)[1], jax.sharding.PartitionSpec())
+    local = jax.shard_map(
+        partial(wtconv2d, implementation=implementation),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=batch,
+        check_vma=check_vma,
+    )
+    got, want = (value_and_grads(call, case) for call in (local, wtconv2d))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+
+
+def assert_transformed(implementation):
+    """Second derivatives, `vmap`, `remat` and `jit` of them are those of plain JAX."""
+    x, params, _ = arrays(Case((9, 10), 2, 3, batch=(2,)))
+
+    def second(implementation):
+        def curved(x, params):
+            y = jax.remat(partial(wtconv2d, implementation=implementation))(x, params)
+            return jnp.sin(y).sum()
+
+        squared = lambda x, params: (jax.grad(curved)(x, params) ** 2).sum()  # noqa: E731
+        both = jax.vmap(jax.grad(squared), (0, None))(x, params)
+        return both, jax.jit(jax.vmap(jax.grad(curved, 1), (0, None)))(x, params)
+
+    for got, want in zip(*map(jax.tree.leaves, map(second, (implementation, "xla"))), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())

@@ -1,0 +1,222 @@
+"""The dense convolution against the oracle, the oracle against JAX's, and what is refused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.conv2d import (
+    arrays,
+    assert_close,
+    assert_oracle,
+    assert_sharded,
+    expected,
+    ours,
+    plain,
+    value_and_grads,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels import oracle
+from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d
+from pallas_kernels.conv2d.cases import HARD, TABLE, Case, inputs
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_the_table(case):
+    x, w, _, _ = arrays(case)
+    got = conv2d(x, w, out_dtype="float32", **case.arguments)
+    assert got.dtype == jnp.float32
+    want = oracle.conv2d(x, w, **case.arguments)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in HARD if c.n] + list(TABLE[18:22]), ids=lambda case: case.name
+)
+def test_the_oracle_is_jaxs_convolution(case):
+    case = case._replace(dtype="float64", out_dtype=None)
+    x, w, bias, _ = arrays(case)
+    want = oracle.conv2d(*inputs(case)[:2], bias=bias, **case.arguments)
+    np.testing.assert_allclose(jax.jit(plain(case))(x, w, bias), want, rtol=0, atol=1e-12)
+    # Any number of batch dimensions, none included.
+    for batch in (x[0], x[:, None]):
+        again = oracle.conv2d(batch, w, bias=bias, **case.arguments)
+        np.testing.assert_array_equal(again.reshape(-1, *want.shape[1:])[:1], want[:1])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
+def test_output_and_gradients_are_the_oracles(case):
+    assert_oracle(case)
+
+
+@st.composite
+def drawn(draw):
+    """A rectangular case of which something comes out."""
+    number = lambda most: draw(st.integers(1, most))  # noqa: E731
+    groups, hf, wf = number(3), number(4), number(4)
+    pads = tuple((draw(st.integers(0, 3)), draw(st.integers(0, 3))) for _ in range(2))
+    dilation = number(2), number(2)
+    least = [
+        max(1, d * (k - 1) + 1 - sum(pad))
+        for d, k, pad in zip(dilation, (hf, wf), pads, strict=True)
+    ]
+    # Large enough to be mirrored, too.
+    padding = draw(st.sampled_from([pads, "SAME", "reflect", "VALID"]))
+    extra = [6, 6] if isinstance(padding, str) else [0, 0]
+    h, w = (n + more + draw(st.integers(0, 5)) for n, more in zip(least, extra, strict=True))
+    return Case(
+        *(number(2), h, w, groups * number(2), hf, wf, groups * number(3)),
+        stride=(number(3), number(3)),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        activation=draw(st.sampled_from([None, "relu", "gelu"])),
+        layout=draw(st.sampled_from(["nhwc_hwcf", "nchw_fchw"])),
+        dtype="float64",
+    )
+
+
+@given(drawn())
+def test_drawn_cases_are_the_oracles(case):
+    got, want = value_and_grads(ours(case), case), expected(case)
+    assert_close(case, got, want)
+
+
+@pytest.mark.core
+def test_transformations():
+    case = Case(2, 7, 6, 4, 3, 2, 6, 2, "reflect", 1, 2, True, "gelu", dtype="float64")
+    x, w, bias, _ = arrays(case)
+    call = ours(case)
+    loss = lambda call: lambda *args: jnp.sin(call(*args)).sum()  # noqa: E731
+    for transform in (
+        lambda f: jax.grad(loss(f), (0, 1, 2)),
+        # Reverse over reverse, and forward over reverse.
+        lambda f: jax.grad(
+            lambda *args: sum(jnp.sum(g**2) for g in jax.grad(loss(f), (0, 1, 2))(*args)), (0, 1, 2)
+        ),
+        lambda f: lambda *args: jax.jvp(loss(f), args, args),
+        lambda f: lambda *args: jax.jvp(jax.grad(loss(f), (0, 1, 2)), args, args),
+        lambda f: jax.grad(loss(jax.remat(f)), (0, 1, 2)),
+        lambda f: lambda x, w, b: jax.vmap(jax.grad(loss(f), 1), (0, None, None))(x[:, None], w, b),
+        lambda f: lambda x, w, b: jax.vmap(f, (0, 0, None))(x[:, None], jnp.stack([w, 2 * w]), b),
+    ):
+        got, want = (jax.jit(transform(f))(x, w, bias) for f in (call, plain(case)))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, want)
+
+
+def test_low_precision_is_differentiated_twice():
+    case = Case(1, 5, 5, 2, 3, 3, 2, dtype="bfloat16", out_dtype="float32")
+    x, w, _, _ = arrays(case)
+    run = partial(conv2d, out_dtype="float32")
+    slope = jax.grad(lambda x: (jax.grad(lambda w: (run(x, w) ** 2).sum())(w) ** 2).sum())(x)
+    assert slope.dtype == x.dtype and jnp.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_sharded_over_the_batch(check_vma):
+    assert_sharded("xla", check_vma)
+
+
+def test_the_fastest_is_chosen_by_measurement():
+    x, w, bias, _ = arrays(HARD[0])
+    run = partial(conv2d, bias=bias, **HARD[0].arguments)
+    got = jax.jit(partial(run, implementation="auto"))(x, w)
+    np.testing.assert_array_equal(got, run(x, w))
+
+
+def test_batch_dimensions():
+    x, w = np.ones((2, 3, 5, 4, 6)), np.ones((2, 2, 6, 7))
+    assert conv2d(x, w).shape == (2, 3, 4, 3, 7)
+    assert conv2d(x[0, 0], w).shape == (4, 3, 7)
+    first = conv2d(x.transpose(0, 1, 4, 2, 3), w.transpose(3, 2, 0, 1), layout="nchw_fchw")
+    assert first.shape == (2, 3, 7, 4, 3)
+
+
+def test_a_batch_of_any_size_is_exported():
+    (n,) = jax.export.symbolic_shape("n")
+    x = jax.ShapeDtypeStruct((n, 5, 4, 3), jnp.float32)
+    w = np.ones((3, 3, 3, 2), np.float32)
+    run = jax.jit(lambda x: conv2d(x, w, padding="SAME", activation="gelu"))
+    exported = jax.export.export(run)(x)
+    assert exported.call(np.ones((3, 5, 4, 3), np.float32)).shape == (3, 5, 4, 2)
+
+
+@pytest.mark.parametrize("layout", ["nhwc_hwcf", "nchw_fchw"])
+def test_a_compiled_kernel_and_its_symbols(layout):
+    case = Case(1, 17, 31, 7, 1, 5, 9, 2, layout=layout, dtype="float16", out_dtype="float32")
+    kernel, symbols = get_igemm_conv2d(layout, *case[:8], "float16", "float32", padding=1)
+    x, w, _, _ = arrays(case)
+    want = oracle.conv2d(x, w, stride=2, padding=1, layout=layout)
+    np.testing.assert_allclose(kernel(x, w), want, rtol=1e-3, atol=1e-3)
+    sizes = {"N": 1, "C": 7, "H": 17, "W": 31, "NF": 9, "HF": 1, "WF": 5, "H_OUT": 10, "W_OUT": 15}
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "ELEMS_PER_THREAD": 64}
+    assert symbols == sizes | {"M": 150, "K": 35} | tiles
+    with pytest.raises(TypeError):
+        kernel(x[:, 1:], w)
+
+
+X, W = np.ones((2, 8, 6, 4), np.float32), np.ones((3, 3, 4, 2), np.float32)
+WRONG = {
+    r"x: expected \[\*batch, H, W, C\] of at least one sample.*\(8, 6\)": {"x": X[0, :, :, 0]},
+    r"x: expected a floating-point array .* got int32": {"x": X.astype(np.int32)},
+    r"w: expected \[HF, WF, C / groups, NF\].*\(3, 3, 4\)": {"w": W[..., 0]},
+    r"w: expected x's dtype, float32, got float16; cast": {"w": W.astype(np.float16)},
+    r"w: expected filters of C / groups = 4 / 2 channels, got 4": {"groups": 2},
+    r"w: expected filters of C / groups = 8 / 1 channels, got 3": {"layout": "nchw_fchw"},
+    r"w: filters of 3x3 taps with dilation \(4, 4\) do not fit": {"dilation": 4},
+    r"groups=4: expected a divisor of the 2 filters": {"w": W[:, :, :1], "groups": 4},
+    r"groups=0: expected an integer >= 1": {"groups": 0},
+    r"stride=0: expected an integer >= 1, or two of them": {"stride": 0},
+    r"stride=\(1, 2, 3\): expected an integer": {"stride": (1, 2, 3)},
+    r"dilation=1.5: expected an integer": {"dilation": 1.5},
+    r"padding=-1: expected integers >= 0": {"padding": -1},
+    r"padding=\(\(1, 1\), \(1, 2, 3\)\): expected": {"padding": ((1, 1), (1, 2, 3))},
+    r"padding=\(1, 2, 3\): expected an int, one for H": {"padding": (1, 2, 3)},
+    r"padding='same': the names are 'SAME', 'VALID' and 'reflect'": {"padding": "same"},
+    r"padding='reflect': mirroring 6 samples along W": {"padding": "reflect", "dilation": 6},
+    r"bias: expected shape \(2,\), one a filter, got \(4,\)": {"bias": np.ones(4)},
+    r"activation='tanh': expected None, 'relu' or 'gelu'": {"activation": "tanh"},
+    r"layout='nhwc': expected one of nhwc_hwcf, nchw_fchw": {"layout": "nhwc"},
+    r"out_dtype='int8': expected one of float16": {"out_dtype": "int8"},
+    r"precision='best': expected None": {"precision": "best"},
+    r"implementation names \['cudnn'\]": {"implementation": "cudnn"},
+    r"config=\(64, 64\): expected None or a TileConfig": {"config": (64, 64)},
+    r"config.block_m=48: expected a power of two from 16": {"config": TileConfig(48)},
+    r"config.ratio_n=3: expected a power of two from 1": {"config": TileConfig(ratio_n=3)},
+    r"expected at most 32 warps": {"config": TileConfig(ratio_m=8, ratio_n=8)},
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_wrong_says_so(message):
+    with pytest.raises(ValueError, match=message):
+        conv2d(**{"x": X, "w": W} | WRONG[message])
+
+
+@pytest.mark.parametrize(
+    ("message", "wrong"),
+    [
+        ("nf=0: expected an integer >= 1", {"nf": 0}),
+        ("layout='nhwc': expected one of", {"layout": "nhwc"}),
+        ("mem_space='registers': expected 'shared' or 'global'", {"mem_space": "registers"}),
+        ("input_dtype='float8': expected one of", {"input_dtype": "float8"}),
+        ("config.block_n=100: expected a multiple of 16", {"block_n": 100}),
+    ],
+)
+def test_what_is_wrong_of_a_compiled_kernel_says_so(message, wrong):
+    given = dict(zip(("n", "h", "w", "c", "hf", "wf", "nf", "stride"), TABLE[0], strict=False))
+    given |= {"layout": "nhwc_hwcf", "input_dtype": "float16", "output_dtype": "float32"}
+    with pytest.raises(ValueError, match=message):
+        get_igemm_conv2d(**given | wrong)

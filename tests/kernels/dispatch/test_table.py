@@ -1,0 +1,271 @@
+"""Tables of what is the fastest on a kind of device: looked up, written, and those kept here."""
+
+import json
+import sys
+from enum import StrEnum
+from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.common import device
+from pallas_kernels.conv2d import api as conv2d
+from pallas_kernels.dispatch import Operator, operator, table
+from pallas_kernels.haar import api as haar
+from pallas_kernels.wtconv import api as wtconv
+
+pytestmark = pytest.mark.core
+
+ABACUS = "Abacus 3000 (PCIe)"
+
+
+class Fake(StrEnum):
+    FAST = "fast"
+    NEAT = "neat"
+    SLOW = "slow"
+
+
+class Window(NamedTuple):
+    stride: tuple = (1, 1)
+    groups: int = 1
+    pads: int = 0
+
+
+class Problem(NamedTuple):
+    shape: tuple
+    dtype: str
+    kernel_size: int
+    wavelet: str = "haar"
+    features: int = 32
+    window: Window = Window()
+
+
+IMAGE = Problem((8, 64, 64, 32), "float32", 5)
+
+
+def entry(implementation, problem=IMAGE, direction="fwd", name="fake"):
+    stride, groups, _ = problem.window
+    window = {"stride": stride, "groups": groups}
+    return {
+        "operator": name,
+        "direction": direction,
+        "implementation": implementation,
+        "problem": problem._asdict() | {"window": window},
+        "ms": {implementation: 1.0},
+        "date": "2026-11-21",
+        "versions": {},
+    }
+
+
+@pytest.fixture
+def write(monkeypatch, tmp_path):
+    """Writes entries into the table of the abacus, in a folder of the test's own."""
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+
+    def write(*entries):
+        table.path(ABACUS).write_text(table.merged(ABACUS, entries))
+        table.fastest.cache_clear()
+
+    table.fastest.cache_clear()
+    yield write
+    table.fastest.cache_clear()
+
+
+def fastest(problem, direction="fwd", name="fake"):
+    return table.fastest(name, direction, problem, ABACUS)
+
+
+def test_without_a_table_nothing_is_known(write):
+    assert fastest(IMAGE) is None
+    write()
+    assert fastest(IMAGE) is None
+
+
+def test_only_the_same_operator_direction_and_dtype_compare(write):
+    write(entry("neat"))
+    assert fastest(IMAGE) == "neat"
+    assert fastest(IMAGE, direction="bwd") is None
+    assert fastest(IMAGE, name="other") is None
+    assert fastest(IMAGE._replace(dtype="bfloat16")) is None
+    assert fastest(IMAGE._replace(shape=(8, 64, 32))) is None
+    # Of what is nested everything counts that the entry tells.
+    for window in (Window(stride=(2, 1)), Window(groups=2)):
+        assert fastest(IMAGE._replace(window=window)) is None
+    assert fastest(IMAGE._replace(window=Window(pads=1))) == "neat"
+    # The batch and the wavelet do not count; a symbolic size cannot.
+    assert fastest(IMAGE._replace(shape=(0, 64, 64, 32), wavelet="db2")) == "neat"
+    for symbolic in ({"shape": ("n", 64, 64, 32)}, {"features": "n"}):
+        assert fastest(IMAGE._replace(**symbolic)) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "want"),
+    [
+        (IMAGE, "neat"),
+        (IMAGE._replace(shape=(1, 40, 90, 31)), "neat"),
+        (IMAGE._replace(shape=(8, 7, 7, 1024)), "slow"),
+        (IMAGE._replace(shape=(8, 4096, 4096, 3)), "neat"),
+        (IMAGE._replace(kernel_size=9), "fast"),
+        (IMAGE._replace(kernel_size=6), "neat"),
+        # Features by their ratio, as channels: otherwise these 20 more would outdo all else.
+        (IMAGE._replace(shape=(8, 8, 8, 512), features=52), "slow"),
+        (IMAGE._replace(features=4096), "many"),
+        (IMAGE._replace(window=Window(groups=2)), "apart"),
+    ],
+)
+def test_the_nearest_problem_decides(write, call, want):
+    write(
+        entry("neat"),
+        entry("slow", IMAGE._replace(shape=(8, 8, 8, 512))),
+        entry("fast", IMAGE._replace(kernel_size=9)),
+        entry("many", IMAGE._replace(features=1024)),
+        entry("apart", IMAGE._replace(shape=(1, 1, 1, 1), window=Window(groups=2))),
+    )
+    assert fastest(call) == want
+
+
+def test_new_entries_replace_those_of_their_problem(write):
+    write(entry("neat"), entry("slow", direction="bwd"))
+    write(entry("fast"), entry("neat", IMAGE._replace(dtype="bfloat16")))
+    text = json.loads(table.path(ABACUS).read_text())
+    assert table.path(ABACUS).name == "abacus_3000_pcie.json"
+    assert text["device_kind"] == ABACUS
+    found = {(e["direction"], e["problem"]["dtype"]): e["implementation"] for e in text["entries"]}
+    assert found == {
+        ("fwd", "float32"): "fast",
+        ("fwd", "bfloat16"): "neat",
+        ("bwd", "float32"): "slow",
+    }
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """An operator of three implementations, of which `slow` refuses the backward."""
+
+    def implementation(refuses=None):
+        module = ModuleType("fake")
+
+        def check(direction, problem):
+            if direction == refuses:
+                raise NotImplementedError(f"no {direction}")
+
+        module.unavailable = lambda platform: None
+        module.check = check
+        return module
+
+    monkeypatch.setattr(operator, "_REGISTRY", {})
+    monkeypatch.setitem(sys.modules, "fake_op", ModuleType("fake_op"))
+    monkeypatch.setitem(sys.modules, "fake_op.fast", implementation())
+    monkeypatch.setitem(sys.modules, "fake_op.neat", implementation())
+    monkeypatch.setitem(sys.modules, "fake_op.slow", implementation(refuses="bwd"))
+    monkeypatch.delenv("FLASH_WTCONV_FAKE_FWD", raising=False)
+    return Operator("fake", "fake_op", Fake, {"cpu": ["fast", "neat", "slow"]})
+
+
+def test_what_was_measured_goes_before_the_rule(write, fake):
+    write(entry("slow"), entry("slow", direction="bwd"), entry("gone", IMAGE._replace(dtype="f2")))
+
+    def pick(direction, choice=None, problem=IMAGE, kind=ABACUS):
+        return fake.pick(direction, choice, "cpu", problem, kind)
+
+    assert pick("fwd") == "slow"
+    assert pick("fwd", kind="NVIDIA H200") == pick("fwd", kind=None) == "fast"
+    # What cannot run, or is no more, is passed over.
+    assert pick("bwd") == "fast"
+    assert pick("fwd", problem=IMAGE._replace(dtype="f2")) == "fast"
+    # A filter is one still, and of several the measured one is the best.
+    assert pick("fwd", "neat") == "neat"
+    assert pick("fwd", ["fast", "neat"]) == "fast"
+    assert pick("fwd", ["fast", "slow"]) == "slow"
+
+
+def test_the_environment_goes_before_the_table(write, fake, monkeypatch):
+    write(entry("slow"))
+    monkeypatch.setenv("FLASH_WTCONV_FAKE_FWD", "neat")
+    assert fake.pick("fwd", None, "cpu", IMAGE, ABACUS) == "neat"
+
+
+def test_the_tables_kept_here_are_of_today():
+    """They name operators, problems and implementations that exist."""
+    known = {api.OPERATOR.name: api for api in (conv2d, haar, wtconv)}
+    paths = list(table.FOLDER.glob("*.json"))
+    assert table.path("NVIDIA H200") in paths
+    for path in paths:
+        kept = json.loads(path.read_text())
+        assert table.path(kept["device_kind"]) == path
+        assert kept["entries"]
+        for entry in kept["entries"]:
+            api, problem = known[entry["operator"]], entry["problem"]
+            problem_type = import_module(f"{api.OPERATOR.package}.problem").Problem
+            assert entry["direction"] in api.OPERATOR.directions
+            # What a call need not share is left out.
+            assert {"shape", "dtype"} <= set(problem) <= set(problem_type._fields)
+            for name in (name for name, value in problem.items() if isinstance(value, dict)):
+                assert set(problem[name]) <= set(problem_type.__annotations__[name]._fields)
+            assert entry["ms"][entry["implementation"]] == min(entry["ms"].values())
+            assert set(entry["ms"]) <= set(api.Implementation)
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch):
+    """What `conv2d` picks there, where all implementations can run: forward and backward."""
+
+    def picked(plan, activation, dtype, x, w, bias):
+        plans.append(plan)
+        return x
+
+    def pick(x, w, **keys):
+        conv2d.conv2d(x, w, **keys)
+        plan = plans.pop()
+        return tuple(module.__name__.rpartition(".")[2] for module in (plan.fwd, plan.bwd))
+
+    plans = []
+    monkeypatch.setattr(conv2d.vjp, "conv2d", picked)
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    monkeypatch.setattr(device, "kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(Operator, "_unavailable", lambda *_: None)
+    return pick
+
+
+NARROW = {"x": (2, 128, 128, 16), "w": (3, 3, 16, 320)}
+DEEP = {"x": (2, 32, 32, 1280), "w": (3, 3, 1280, 1280)}
+
+
+@pytest.mark.parametrize(
+    ("call", "want"),
+    [
+        (NARROW, ("mosaic_gpu", "mosaic_gpu")),
+        (NARROW | {"out_dtype": "float32", "padding": "VALID"}, ("mosaic_gpu", "mosaic_gpu")),
+        (DEEP, ("mosaic_gpu", "xla")),
+        (DEEP | {"x": (7, 30, 40, 1280)}, ("mosaic_gpu", "xla")),
+        (NARROW | {"padding": "reflect"}, ("mosaic_gpu", "xla")),
+        # What nothing like it was measured of goes by the rule.
+        (NARROW | {"stride": 2}, ("xla", "xla")),
+        (NARROW | {"stride": (1, 2)}, ("xla", "xla")),
+        (NARROW | {"dilation": 2}, ("xla", "xla")),
+        (NARROW | {"w": (3, 3, 8, 320), "groups": 2}, ("xla", "xla")),
+        (NARROW | {"dtype": "float32"}, ("xla", "xla")),
+        (NARROW | {"dtype": "float16"}, ("xla", "xla")),
+        (
+            {"x": (2, 16, 128, 128), "w": (320, 16, 3, 3), "layout": "nchw_fchw"},
+            ("xla", "xla"),
+        ),
+    ],
+)
+def test_a_dense_convolution_on_an_h200_takes_what_was_measured(call, want, on_an_h200):
+    keys = {"padding": "SAME"} | call
+    dtype = keys.pop("dtype", "bfloat16")
+    x, w = (jnp.zeros(keys.pop(name), dtype) for name in ("x", "w"))
+    assert on_an_h200(x, w, **keys) == want
+
+
+def test_on_an_h200_explicit_axes_leave_a_dense_convolution_to_xla(on_an_h200):
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x, w = jnp.zeros(NARROW["x"], "bfloat16"), jnp.zeros(NARROW["w"], "bfloat16")
+    with jax.set_mesh(mesh):
+        assert on_an_h200(x, w, padding=1) == ("mosaic_gpu", "mosaic_gpu")
+        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("n")))
+        assert on_an_h200(x, w, padding=1) == ("xla", "xla")

@@ -1,0 +1,419 @@
+"""Compiled WTConv against the oracle, and what JAX's transformations must do with it."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from itertools import combinations, product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.wtconv import WTCONV, arrays, assert_oracle, results, value_and_grads
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import export
+from jax.ad_checkpoint import print_saved_residuals
+from jax.flatten_util import ravel_pytree
+
+from pallas_kernels import haar, oracle
+from pallas_kernels.common.conformance import LOW, expected, worst
+from pallas_kernels.dispatch import Operator
+from pallas_kernels.wtconv import Implementation, wtconv1d, wtconv2d
+from pallas_kernels.wtconv.cases import CASES, PAIRWISE, Case, inputs
+
+SMALL = Case((7, 6), 2, 3, "float64", channels=2)
+CORE = {c for c in CASES if c.dtype != "float16"}
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=[pytest.mark.core] * (c in CORE)) for c in CASES],
+)
+def test_output_and_gradients_are_the_oracles(case):
+    assert_oracle(case)
+
+
+def test_the_table_covers_every_pair():
+    kinds = {
+        1: {(16,): 0, (13,): 1, (28,): 2, (1,): 3, (5,): 4},
+        2: {(8, 8): 0, (7, 7): 1, (28, 28): 2, (1, 1): 3, (5, 18): 4},
+        3: {(4, 4, 4): 0, (5, 5, 5): 1, (6, 6, 6): 2, (1, 1, 1): 3, (4, 7, 2): 4},
+    }
+    values = [(1, 2, 3), range(5), range(7), (1, 2, 3, 5, 7), ("float32", *LOW, "float64")]
+    rows = [(c.ndim, kinds[c.ndim][c.spatial], c.levels, c.kernel_size, c.dtype) for c in PAIRWISE]
+    for i, j in combinations(range(len(values)), 2):
+        missing = set(product(values[i], values[j])) - {(row[i], row[j]) for row in rows}
+        assert not missing
+
+
+@given(
+    st.lists(st.integers(1, 11), min_size=1, max_size=3),
+    st.integers(0, 6),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+def test_drawn_cases_are_the_oracles(spatial, levels, kernel_size, stride, channels):
+    spatial = tuple(min(size, 5) for size in spatial) if len(spatial) == 3 else tuple(spatial)
+    case = Case(spatial, levels, kernel_size, "float64", (1,), channels, stride)
+    x, params, _ = arrays(case)
+    got = WTCONV[case.ndim](x, params, stride=stride)
+    want = oracle.wtconv(*inputs(case)[:2], case.ndim, stride=stride)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("case", [SMALL, Case((9,), 2, 2, "float64", stride=2)], ids=str)
+def test_gradients_are_finite_differences(case):
+    x, params, dy = arrays(case)
+    loss = jax.jit(lambda x, p: jnp.vdot(WTCONV[case.ndim](x, p, stride=case.stride), dy))
+    grads = jax.grad(loss, (0, 1))(x, params)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        way = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), (x, params))
+        step = jax.tree.map(lambda a: 1e-4 * a, way)
+        ahead, back = (
+            loss(*jax.tree.map(lambda a, d, s=sign: a + s * d, (x, params), step))
+            for sign in (1, -1)
+        )
+        slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, way)))
+        np.testing.assert_allclose((ahead - back) / 2e-4, slope, rtol=1e-6)
+
+
+def loss(x, params, **keys):
+    """Something curved, so that second derivatives are not zero."""
+    return jnp.sin(wtconv2d(x, params, **keys)).sum()
+
+
+@pytest.mark.core
+def test_hessian_and_jvp_of_grad_and_jacrev_of_grad_agree():
+    case = Case((3, 2), 1, 2, "float64", (1,), 1)
+    x, params, _ = arrays(case)
+    flat, unflatten = ravel_pytree((x, params))
+    curved = lambda v: loss(*unflatten(v))  # noqa: E731
+    hessian = jax.jit(jax.hessian(curved))(flat)
+    np.testing.assert_allclose(hessian, jax.jit(jax.jacrev(jax.grad(curved)))(flat), atol=1e-12)
+    way = jnp.cos(jnp.arange(flat.size, dtype=flat.dtype))
+    tangent = jax.jvp(jax.grad(curved), (flat,), (way,))[1]
+    np.testing.assert_allclose(hessian @ way, tangent, atol=1e-10)
+    numeric = (jax.grad(curved)(flat + 1e-5 * way) - jax.grad(curved)(flat - 1e-5 * way)) / 2e-5
+    np.testing.assert_allclose(tangent, numeric, atol=1e-7)
+
+
+@pytest.fixture(params=[False, True], ids=["", "bias"])
+def opaque(request, monkeypatch):
+    """`xla` behind a wall that JAX cannot differentiate through, as a kernel is."""
+    from pallas_kernels.wtconv import xla
+
+    class Kernel:
+        DIFFERENTIABLE = False
+        BIAS_GRADIENT = request.param
+        unavailable, check = xla.unavailable, xla.check
+
+        @staticmethod
+        def forward(x, taps, bias, **keys):
+            return _walled(partial(xla.forward, **keys), x, taps, bias)
+
+        @staticmethod
+        def weight_grad(x, dy, *, kernel_shapes, **keys):
+            taps = tuple(shape for shape in kernel_shapes if len(shape) > 1)
+            biased = len(kernel_shapes) > len(taps)
+            assert request.param or not biased
+
+            def gradients(x, dy):
+                bias = (dy.sum((0, 1, 2)),) if biased else ()
+                return *xla.weight_grad(x, dy, kernel_shapes=taps, **keys), *bias
+
+            return _walled(gradients, x, dy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Operator, "module", lambda self, name: Kernel)
+        yield patch
+
+
+def _walled(function, *args):
+    @jax.custom_jvp
+    def wall(*args):
+        return function(*args)
+
+    @wall.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError("a kernel has no derivative of its own")
+
+    return wall(*args)
+
+
+def test_jacrev_of_grad_through_kernels_that_have_no_derivative(opaque):
+    case = Case((3, 5), 1, 2, "float64", (1,), 2, stride=2)
+    x, params, _ = arrays(case)
+
+    def twice(x, params):
+        gradients = jax.grad(loss, (0, 1))(x, params, stride=2)
+        return sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(gradients))
+
+    got = jax.grad(twice, (0, 1))(x, params)
+    opaque.undo()
+    want = jax.grad(twice, (0, 1))(x, params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), got, want)
+
+
+@pytest.mark.core
+def test_residuals_are_x_and_the_taps(capsys):
+    case = Case((16, 16), 2, 3, "float32", (4,), 8)
+    x, params, _ = arrays(case)
+    print_saved_residuals(lambda x, p: wtconv2d(x, p).sum(), x, params)
+    sizes = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    # Parameters are saved for the product with the scales, x for the correlation: no coefficients.
+    big = [s for s in sizes if s.startswith("f32[4,")]
+    assert set(big) == {"f32[4,16,16,8]"}
+
+
+@pytest.mark.core
+def test_gradients_are_bitwise_reproducible():
+    case = Case((33, 30), 3, 5, "float32", (8,), 16)
+    first = jax.tree.leaves(value_and_grads(wtconv2d, case))
+    again = jax.tree.leaves(value_and_grads(wtconv2d, case))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_batch_in_chunks_is_the_whole_batch(monkeypatch):
+    from pallas_kernels.wtconv import xla
+
+    case = Case((9, 8), 2, 3, "float64", (6,), 4)
+    whole = value_and_grads(wtconv2d, case)
+    monkeypatch.setattr(xla, "_CHUNK_BYTES", 2 * 9 * 8 * 4 * 8)
+    jax.clear_caches()
+    chunked = value_and_grads(wtconv2d, case)
+    jax.clear_caches()
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-11), chunked, whole)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "case", [Case((14, 14), 2, 5), Case((13,), 3, 2), Case((5, 4, 6), 1, 3)], ids=lambda c: c.name
+)
+def test_the_form_for_accelerators(monkeypatch, case):
+    """Grouped convolutions, which `xla` takes where the device is no CPU."""
+    from pallas_kernels.wtconv import xla
+
+    monkeypatch.setattr(xla, "on_cpu", lambda: False)
+    jax.clear_caches()
+    got, want = results(WTCONV[case.ndim], case), expected(case)
+    jax.clear_caches()
+    assert max(worst(got[name], want[name]) for name in want) <= 1e-5
+
+
+@pytest.mark.core
+def test_vmap_over_x_and_over_parameters():
+    case = Case((5, 4), 1, 3, "float64", (3, 2), 2)
+    x, params, _ = arrays(case)
+    want = wtconv2d(x, params)
+    np.testing.assert_allclose(jax.vmap(wtconv2d, (0, None))(x, params), want, atol=1e-12)
+    several = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), params)
+    got = jax.vmap(wtconv2d)(x, several)
+    for i in range(3):
+        one = jax.tree.map(lambda p, i=i: p[i], several)
+        np.testing.assert_allclose(got[i], wtconv2d(x[i], one), atol=1e-12)
+    per_example = jax.vmap(jax.grad(lambda p, x: loss(x, p)), (None, 0))(params, x)
+    total = jax.grad(lambda p: loss(x, p))(params)
+    summed = jax.tree.map(lambda g: g.sum(0), per_example)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), summed, total)
+
+
+@pytest.mark.core
+def test_checkpoint_gives_the_same_gradients():
+    x, params, _ = arrays(SMALL)
+    want = jax.jit(jax.grad(loss, (0, 1)))(x, params)
+    got = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(x, params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), got, want)
+
+
+@pytest.mark.core
+def test_export_with_a_symbolic_batch():
+    x, params, _ = arrays(SMALL)
+
+    def gradient(x, params):
+        return wtconv2d(x, params), jax.grad(loss, (0, 1))(x, params)
+
+    shape = export.symbolic_shape("b, 7, 6, 2")
+    sizes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    exported = export.export(jax.jit(gradient))(jax.ShapeDtypeStruct(shape, x.dtype), sizes)
+    loaded = export.deserialize(exported.serialize())
+    for n in (1, 3):
+        batch = jnp.concatenate([x] * n)[:n]
+        want = gradient(batch, params)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, atol=1e-11), loaded.call(batch, params), want
+        )
+
+
+@pytest.mark.core
+def test_one_dtype_comes_out_whatever_the_parameters_are():
+    case = Case((6, 6), 1, 3)
+    x, params, _ = arrays(case)
+    half = x.astype("bfloat16")
+    y, pullback = jax.vjp(wtconv2d, half, params)
+    dx, dparams = pullback(y)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    assert {g.dtype for g in jax.tree.leaves(dparams)} == {jnp.dtype("float32")}
+    want = oracle.wtconv(np.asarray(half, np.float64), inputs(case)[1], 2)
+    largest = np.abs(want).max()
+    assert np.abs(np.asarray(y, np.float64) - want).max() <= jnp.finfo("bfloat16").eps / 2 * largest
+
+
+@pytest.mark.core
+def test_peak_memory_of_a_large_layer():
+    """Six inputs of temporaries are allowed for (8, 112, 112, 64) at three levels."""
+    shape = (8, 112, 112, 64)
+    sizes = {"base_kernel": (5, 5, 1, 64), "base_scale": (64,), "base_bias": (64,)}
+    for i in range(3):
+        sizes |= {f"wavelet_kernel_{i}": (5, 5, 4, 64), f"wavelet_scale_{i}": (4, 64)}
+    x, *params = (jax.ShapeDtypeStruct(s, "float32") for s in (shape, *sizes.values()))
+    params = dict(zip(sizes, params, strict=True))
+
+    def both(x, params, dy):
+        y, pullback = jax.vjp(wtconv2d, x, params)
+        return y, pullback(dy)
+
+    memory = jax.jit(both).lower(x, params, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 6 * 4 * np.prod(shape)
+
+
+BAD = {
+    "x rank": (dict(x=jnp.ones((6, 3))), "x: expected an array .*H, W, C\\].*\\(6, 3\\)"),
+    "x integer": (dict(x=jnp.ones((6, 6, 3), int)), "x: .*floating.*int"),
+    "x empty": (dict(x=jnp.ones((0, 6, 3))), "x: .*at least one"),
+    "channels": (dict(x=jnp.ones((6, 6, 4))), "x with 4 channels.*'base_kernel': expected shape"),
+    "stride": (dict(stride=0), "stride=0"),
+    "wavelet": (dict(wavelet="no"), "wavelet='no' is not a discrete wavelet"),
+    "continuous": (dict(wavelet="morl"), "wavelet='morl' is not a discrete wavelet"),
+    "implementation": (dict(implementation="no"), "\\['no'\\].*'xla'\\]"),
+    "precision": (dict(precision="no"), "precision='no'"),
+    "missing": (dict(drop="base_kernel"), "missing \\['base_kernel'\\]"),
+    "gap": (dict(drop="wavelet_kernel_0"), "unexpected 'wavelet_kernel_1'.*without a gap"),
+    "no scale": (dict(drop="wavelet_scale_1"), "missing 'wavelet_scale_1'"),
+    "surplus": (dict(add={"kernel": jnp.ones(3)}), "unexpected 'kernel'"),
+    "misshapen": (dict(add={"base_bias": jnp.ones(2)}), "'base_bias': expected shape \\(3,\\)"),
+    "kernel 0": (dict(add={"base_kernel": jnp.ones((0, 0, 1, 3))}), "'base_kernel'.*k >= 1"),
+    "oblong": (dict(add={"base_kernel": jnp.ones((3, 5, 1, 3))}), "'base_kernel': expected shape"),
+    "integers": (
+        dict(add={"base_scale": jnp.ones(3, int)}),
+        "params\\['base_scale'\\]: expected a floating.*int",
+    ),
+    "x none": (dict(x=None), "x: expected an array, got NoneType"),
+    "x float8": (dict(x=jnp.ones((6, 6, 3), "float8_e5m2")), "x: .*floating.*float8_e5m2"),
+    "a string": (dict(add={"base_bias": "no"}), "params\\['base_bias'\\]: expected an array"),
+    "stride bool": (dict(stride=True), "stride=True: expected an integer"),
+    "stride float": (dict(stride=2.0), "stride=2.0: expected an integer"),
+}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_are_named(bad):
+    changes, message = BAD[bad]
+    x, params, _ = arrays(Case((6, 6), 2, 3))
+    params.pop(changes.get("drop"), None)
+    params |= changes.get("add", {})
+    keys = {name: changes[name] for name in changes if name not in ("x", "drop", "add")}
+    with pytest.raises(ValueError, match=message):
+        wtconv2d(changes.get("x", x), params, **keys)
+
+
+@pytest.mark.core
+def test_parameters_that_are_no_dict_of_arrays():
+    x, params, _ = arrays(Case((6, 6), 2, 3))
+    for bad in (None, list(params.values())):
+        with pytest.raises(ValueError, match="params: expected a dict of arrays by name, got"):
+            wtconv2d(x, bad)
+    with pytest.raises(ValueError, match='hand on what is inside, variables\\["params"\\]'):
+        wtconv2d(x, {"params": params})
+
+
+@pytest.mark.core
+def test_a_stride_may_be_a_numpy_integer():
+    x, params, _ = arrays(SMALL)
+    assert np.array_equal(wtconv2d(x, params, stride=np.int64(2)), wtconv2d(x, params, stride=2))
+
+
+def test_a_stride_longer_than_the_signal_is_an_error():
+    x, params, _ = arrays(Case((2,), 0, 1))
+    with pytest.raises(ValueError, match="stride=3 averages groups of 3"):
+        wtconv1d(x, params, stride=3)
+
+
+@pytest.mark.core
+def test_implementations_by_name_member_sequence_and_environment(monkeypatch):
+    x, params, _ = arrays(SMALL)
+    want = wtconv2d(x, params)
+    # Of a sequence the fastest form is taken, whose sums may run in another order.
+    same = partial(np.testing.assert_allclose, desired=want, rtol=0, atol=1e-13)
+    for choice in ("xla", Implementation.XLA, ["xla", Implementation.XLA]):
+        same(wtconv2d(x, params, implementation=choice))
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_BWD", "nothing")
+    with pytest.raises(ValueError, match="FLASH_WTCONV_WTCONV_BWD"):
+        wtconv2d(x, params)
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_BWD", "xla")
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_FWD", "[mosaic_tpu, XLA]")
+    same(wtconv2d(x, params))
+    monkeypatch.setenv("FLASH_WTCONV_WTCONV_FWD", "mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="mosaic_tpu: .*TPU"):
+        wtconv2d(x, params)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from pallas_kernels.wtconv import wtconv2d, xla
+from pallas_kernels.wtconv.cases import Case, inputs
+
+xla._CHUNK_BYTES = 1  # Where there is one device, a batch this large is cut.
+case = Case((7, 6), 2, 3, batch=(4,), channels=4)
+x, params, dy = jax.tree.map(lambda a: jnp.asarray(a, "float32"), inputs(case))
+
+def both(function, x, params, dy):
+    y, pullback = jax.vjp(function, x, params)
+    return y, pullback(dy)
+
+want = both(wtconv2d, x, params, dy)
+spec = P("n", None, None, "c")
+specs = {name: P(*[None] * (p.ndim - 1), "c") for name, p in params.items()}
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2, 2), ("n", "c"), axis_types=(kind, kind))
+    place = lambda tree, specs: jax.tree.map(
+        lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs
+    )
+    local = jax.shard_map(
+        wtconv2d, mesh=mesh, in_specs=(spec, specs), out_specs=spec, check_vma=False
+    )
+    for function in [local] + [wtconv2d] * (kind is AxisType.Auto):
+        run = jax.jit(lambda *arrays, function=function: both(function, *arrays))
+        arrays = place(x, spec), place(params, specs), place(dy, spec)
+        program = run.lower(*arrays).compile()
+        # Images and channels do not mix: only sums of weight gradients cross devices.
+        assert not any(op in program.as_text() for op in ("all-gather(", "all-to-all("))
+        got = program(*arrays)
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+"""
+
+
+def test_sharded_over_batch_and_channels_nothing_is_gathered():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=os.environ | flags)
+
+
+def test_sharded_over_explicit_axes_it_says_what_to_do():
+    x, params, _ = arrays(Case((7, 6), 2, 3))
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("n")))
+    for call in (partial(wtconv2d, params=params), partial(haar.wavedec2, level=1)):
+        with pytest.raises(NotImplementedError, match="is sharded over .* wrap .* jax.shard_map"):
+            jax.jit(call)(x)

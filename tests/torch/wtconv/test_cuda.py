@@ -1,0 +1,214 @@
+"""The CUDA kernels: run on the CPU by fibers, in several orders of threads, with faults planted."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pallas_kernels.common import conformance  # noqa: E402
+from pallas_kernels.dispatch import tuning  # noqa: E402
+from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
+from torch_bridge import check  # noqa: E402
+from torch_bridge.runtime.on_cpu import cuda  # noqa: E402
+from torch_bridge.wtconv import cuda as cuda_launch  # noqa: E402
+from torch_bridge.wtconv import ops  # noqa: E402
+from torch_bridge.wtconv.cuda import Device  # noqa: E402
+
+CPU = torch.device("cpu")
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+EACH_FORMAT = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+ON_CPU = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
+SMALL = Device(shared=50000, multiprocessors=1)
+"""On which images are cut into tiles."""
+TILED = (
+    Case((72, 61), 3, 5, batch=(1,), channels=2),
+    Case((40, 75), 5, 3, batch=(1,), channels=4),
+    Case((33, 36), 1, 1, "bfloat16", batch=(2,), channels=9),
+    Case((36, 30), 2, 9, batch=(1,), channels=1),
+)
+WHOLE = (
+    Case((13, 12), 5, 7, "float16", batch=(3,), channels=12),
+    Case((6, 5), 1, 9, batch=(1,)),
+    # Several planes a block, and one of them alone.
+    Case((8, 9), 2, 5, batch=(33,), channels=2),
+)
+
+
+def taken(case):
+    """Whether the kernels are made for a case; the others are refused, which has its own test."""
+    if case.ndim != 2 or 0 in case.batch or case.stride > 1 or case.strided:
+        return False
+    return (
+        case.wavelet == "haar"
+        and case.kernel_size % 2
+        and 0 < case.levels < 6
+        and (case.dtype != "float64")
+    )
+
+
+def assert_oracle(got, case):
+    plain = partial(check.layer_results, "eager", CPU, torch.contiguous_format)
+    want, allowed = conformance.expected(case), conformance.bounds(case, plain)
+    for name, value in got.items():
+        # Not "worst > allowed": NaN is never more.
+        assert conformance.worst(value, want[name]) <= allowed[name], name
+
+
+@ON_CPU
+@EACH_FORMAT
+@pytest.mark.parametrize(
+    ("device", "case"),
+    [
+        pytest.param(device, case, id=case.name)
+        for device, cases in ((cuda.HOPPER, (*filter(taken, CASES), *WHOLE)), (SMALL, TILED))
+        for case in cases
+    ],
+)
+def test_the_kernels_are_the_oracles_in_every_order_of_threads(device, case, memory_format):
+    with cuda.emulated(device) as launcher:
+        first = check.layer_results("cuda", CPU, memory_format, case)
+        assert_oracle(first, case)
+        for launcher.order in (1, 2):
+            again = check.layer_results("cuda", CPU, memory_format, case)
+            assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+@ON_CPU
+@pytest.mark.parametrize("size", cuda_launch.search_space("fwd", None)[1:], ids=str)
+def test_other_sizes_of_blocks_are_the_oracles(size, monkeypatch):
+    monkeypatch.setattr(cuda_launch, "search_space", lambda direction, problem: [size])
+    case, device = Case((72, 61), 2, 3, batch=(1,), channels=4), Device(40000, 1)
+    with cuda.emulated(device), tuning("search"):
+        assert_oracle(check.layer_results("cuda", CPU, torch.channels_last, case), case)
+    x = torch.empty(1, 4, 72, 61, device="meta").contiguous(memory_format=torch.channels_last)
+    plan = partial(cuda_launch.planned, "forward", x, 3, 2, device, True)
+    assert plan(**size) != plan()
+
+
+SOURCE = cuda_launch.SOURCE.read_text()
+BARRIER = "__syncthreads();"
+FAULTS = {
+    f"barrier {i}": (match.start(), match.end(), "")
+    for i, match in enumerate(re.finditer(re.escape(BARRIER), SOURCE))
+}
+FAULTS |= {
+    name: (SOURCE.index(old), SOURCE.index(old) + len(old), new)
+    for name, old, new in (
+        ("a bound of the rows of x", "row + i < bottom", "true"),
+        ("a bound of the columns of x", "column + j < right", "true"),
+        ("a subband of another sign", "bands[1].at[j] = sum0 -", "bands[1].at[j] = -sum0 +"),
+        ("swapped subbands", "= bands[s];", "= bands[s < 3 ? 3 - s : 3];"),
+        ("taps not transposed", "transpose ? KK - 1 - tap : tap", "tap"),
+        ("dy's halo counted twice", "block, 0, zeros, other", "block, 2 * halo[1], zeros, other"),
+    )
+}
+
+
+@ON_CPU
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault):
+    start, end, new = FAULTS[fault]
+    faulty = SOURCE[:start] + new + SOURCE[end:]
+    runs = [
+        (cuda.HOPPER, Case((9, 7), 3, 3, batch=(3,), channels=2)),
+        (SMALL, Case((50, 34), 2, 5, batch=(2,), channels=9)),
+    ]
+    caught = []
+    for device, case in runs:
+        with cuda.emulated(device, source=faulty) as launcher:
+            for launcher.order in (0, 1, 2):
+                try:
+                    assert_oracle(
+                        check.layer_results("cuda", CPU, torch.contiguous_format, case), case
+                    )
+                except AssertionError:
+                    caught.append(launcher.order)
+    assert caught
+
+
+ADDRESSES = """
+import sys
+import torch
+from torch_bridge.on_cpu import cuda
+from torch_bridge.wtconv import cuda_launch
+torch.manual_seed(0)
+old, new = sys.argv[1:]
+flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+x, dy = torch.randn(2, 1, 3, 37, 30)
+taps = [torch.randn(3 * bands, 1, 5, 5) for bands in (1, 4, 4)]
+for text in (None, cuda_launch.SOURCE.read_text().replace(old, new)):
+    for shared, memory_format in (232448, torch.contiguous_format), (40000, torch.channels_last):
+        with cuda.emulated(cuda_launch.Device(shared, 1), source=text, flags=flags):
+            image, other = (t.contiguous(memory_format=memory_format) for t in (x, dy))
+            cuda_launch.forward(image, taps, None, wavelet="haar", transpose=False)
+            cuda_launch.weight_grad(image, other, kernel_size=5, levels=2, wavelet="haar")
+    print("clean", flush=True)
+"""
+
+
+@ON_CPU
+def test_no_address_is_out_of_bounds_and_a_removed_bound_is_found():
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("asan", "ubsan", "stdc++")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", ADDRESSES, "if (top + i >= height) break;", ""]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "clean\n", done.stderr
+    assert "heap-buffer-overflow" in done.stderr and "wtconv_forward" in done.stderr
+
+
+REFUSED = {
+    "1-D signals": ((2, 4, 8), torch.float32, 3, 1, "haar"),
+    "float64": ((2, 4, 8, 8), torch.float64, 3, 1, "haar"),
+    "'db2'": ((2, 4, 8, 8), torch.float32, 3, 1, "db2"),
+    "kernels of 4": ((2, 4, 8, 8), torch.float32, 4, 1, "haar"),
+    "kernels of 11": ((2, 4, 8, 8), torch.float32, 11, 1, "haar"),
+    "0 levels": ((2, 4, 8, 8), torch.float32, 3, 0, "haar"),
+    "6 levels": ((2, 4, 8, 8), torch.float32, 3, 6, "haar"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_the_kernels_do_not_do_is_refused(reason):
+    with cuda.emulated(), pytest.raises(NotImplementedError, match=f"does not take.*{reason}"):
+        ops.pick("cuda", torch.device("cpu"), *REFUSED[reason])
+
+
+def test_it_is_the_first_choice_of_nvidia_gpus():
+    with cuda.emulated():
+        problem = (2, 4, 8, 8), torch.bfloat16, 3, 1
+        assert ops.pick(None, torch.device("cuda"), *problem, "haar") == ("cuda", "cuda")
+        assert ops.pick(None, torch.device("cuda"), *problem, "db2") == ("eager", "eager")
+
+
+def test_where_there_is_no_gpu_it_says_so():
+    with pytest.raises(NotImplementedError, match="cuda: needs an NVIDIA GPU, this is cpu"):
+        ops.pick("cuda", torch.device("cpu"), (2, 4, 8, 8), torch.float32, 3, 1, "haar")
+
+
+@ON_CPU
+def test_tensors_that_are_not_dense_or_not_aligned():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 8)
+    taps = [torch.randn(3 * bands, 1, 3, 3) for bands in (1, 4, 4)]
+    call = partial(cuda_launch.forward, taps=taps, bias=None, wavelet="haar", transpose=False)
+    shifted = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    with cuda.emulated():
+        want = call(x)
+        for other in (shifted, x.transpose(2, 3).contiguous().transpose(2, 3), x.expand_as(x)):
+            torch.testing.assert_close(call(other), want)

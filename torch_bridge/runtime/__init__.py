@@ -1,0 +1,1 @@
+"""Devices, measurement, and kernels of other devices run on the CPU."""

@@ -1,0 +1,44 @@
+"""The devices that PyTorch computes on here, and what measured times hold for."""
+
+from __future__ import annotations
+
+import torch
+from torch import overrides
+from torch.utils._device import DeviceContext
+
+from pallas_kernels.common import versions
+
+
+def best_device() -> torch.device:
+    """The default device where one was set, else CUDA, MPS or the CPU, the first that is here.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     best_device()
+        device(type='meta')
+    """
+    default = torch.get_default_device()
+    # PyTorch says "cpu" where none was set too; what sets one is a mode.
+    modes = overrides._get_current_function_mode_stack()
+    if default.type != "cpu" or any(isinstance(mode, DeviceContext) for mode in modes):
+        return default
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps") if torch.backends.mps.is_available() else default
+
+
+def kind(device: torch.device) -> str:
+    """What measured times hold for: a GPU's name, of a CPU its model and the number of threads.
+
+    Example:
+        >>> kind(torch.device("meta"))
+        'meta'
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu {versions.cpu()} x{torch.get_num_threads()}"
+    if device.type == "mps" and torch.backends.mps.is_available():
+        # PyTorch 2.6 does not tell the chip.
+        return f"mps {getattr(torch.backends.mps, 'get_name', versions.cpu)()}"
+    return device.type

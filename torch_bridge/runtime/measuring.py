@@ -1,0 +1,163 @@
+"""What `dispatch.tuner` needs of PyTorch: implementations run and timed on random tensors."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pallas_kernels.common import versions
+from pallas_kernels.dispatch.cache import Entry
+from pallas_kernels.dispatch.tuner import TuningParams
+from torch_bridge.runtime.device import kind
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Makes a tensor of normally distributed values."""
+
+_AT_ONCE_MS = 10
+_MOST_AT_ONCE = 50
+"""How long, and how many, calls of an accelerator are timed together."""
+_PAUSES = 1, 2, 4, 8, 16
+_PAUSE_SIZE = 4096
+
+
+class OnRandomTensors:
+    """One direction of one call of an operator: a `dispatch.tuner.Measurement`.
+
+    Nothing of it reads the call's own tensors, which have no values where a program is traced.
+    Each process measures for itself: PyTorch's run programs of their own, which need not agree.
+
+    Args:
+        run: Calls an implementation with its parameters on what `inputs` returns; gives tensors.
+        inputs: Draws the tensors of a call.
+        device: Where.
+        reference: The implementation that is right, with its own defaults.
+        static: What times depend on, besides the problem.
+        why_not: Why nothing can be timed, None where it can.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Iterable[Tensor]],
+        inputs: Callable[[Draw], tuple[Any, ...]],
+        device: torch.device,
+        reference: ModuleType,
+        static: Mapping[str, Any],
+        why_not: str | None = None,
+    ) -> None:
+        self._run = run
+        self._inputs = inputs
+        self._device = device
+        self._reference = reference
+        self.device_kind = kind(device)
+        self.static = static
+        # PyTorch names CUDA's version in its own.
+        self.versions: Mapping[str, str] = {
+            "flash-wtconv": versions.package(),
+            "torch": torch.__version__,
+        }
+        self._why_not = why_not
+
+    def agreed(self, question: str, answer: Callable[[], str]) -> str:
+        """This process's own answer."""
+        return answer()
+
+    def impossible(self) -> str | None:
+        """Without values there is nothing to run, and a CUDA graph would record what is timed."""
+        if self._device.type == "meta":
+            return "tensors on the device 'meta' have no values"
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured; call the layer once before"
+        return self._why_not
+
+    def outside(self, search: Callable[[], Entry]) -> Entry:
+        """Runs it in a thread of its own, which traces, transforms and differentiates nothing."""
+
+        @torch.no_grad()
+        def run() -> Entry:
+            return search()
+
+        with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
+            return pool.submit(run).result()
+
+    def prepared(self, module: ModuleType, config: TuningParams) -> Callable[[], Any]:
+        """A call that enqueues its work, and returns its tensors."""
+        return lambda: self._run(module, config, *self._tensors)
+
+    def milliseconds(self, call: Callable[[], Any]) -> float:
+        """The device's time of a call, between events of CUDA; elsewhere the host's clock.
+
+        On a GPU several calls are enqueued behind other work, so that launching is no part of it;
+        if they were not all enqueued when that was done, there is more of it the next time, up to
+        a limit. On Apple's, calls are waited for together.
+        """
+        one = self._waited(call, 1)
+        if self._device.type == "cpu":
+            return one
+        times = min(_MOST_AT_ONCE, max(1, round(_AT_ONCE_MS / one)))
+        if self._device.type != "cuda":
+            return self._waited(call, times)
+        with torch.cuda.device(self._device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for pauses in _PAUSES:
+                for _ in range(pauses):
+                    torch.mm(self._matrix, self._matrix)
+                start.record()
+                for _ in range(times):
+                    call()
+                end.record()
+                late = start.query()
+                end.synchronize()
+                if not late:
+                    break
+            return start.elapsed_time(end) / times
+
+    def arrays(self, result: Any) -> "list[tuple[str, np.ndarray]]":
+        """The tensors of a result, on the host, and their dtypes; NumPy knows no bfloat16."""
+        return [
+            (
+                str(tensor.dtype).removeprefix("torch."),
+                (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy(),
+            )
+            for tensor in result
+        ]
+
+    def reference(self) -> "list[tuple[str, np.ndarray]]":
+        """What the reference makes of the same tensors."""
+        return self.arrays(self.prepared(self._reference, ())())
+
+    def _waited(self, call: Callable[[], Any], times: int) -> float:
+        """Milliseconds of each of some calls that the host waits for together."""
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        self._wait()
+        return (time.perf_counter() - start) * 1e3 / times
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
+
+    @cached_property
+    def _tensors(self) -> tuple[Any, ...]:
+        generator = torch.Generator(self._device).manual_seed(0)
+
+        def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.randn(shape, dtype=dtype, device=self._device, generator=generator)
+
+        return self._inputs(draw)
+
+    @cached_property
+    def _matrix(self) -> Tensor:
+        """Its square takes a GPU some milliseconds."""
+        return torch.zeros(_PAUSE_SIZE, _PAUSE_SIZE, device=self._device)

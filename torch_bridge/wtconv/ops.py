@@ -1,0 +1,439 @@
+"""The wavelet convolution as PyTorch operators, and the choice of what computes them.
+
+`flash_wtconv::wtconv` and `flash_wtconv::wtconv_weight_grad` are custom operators with fake kernels
+and registered derivatives, so `torch.compile` and `torch.export` keep them whole. Haar is
+orthonormal, so the input gradient is the operator itself, transposed; the weight gradient
+correlates the coefficients of x with those of dy. The scales are folded into the taps before, where
+PyTorch differentiates that: x and the taps are all that a backward pass keeps. Everything is linear
+in x and linear in the taps, so second derivatives are the same two operators again.
+
+An implementation is a module of `torch_bridge.wtconv` with `unavailable(platform)` and
+`check(direction, problem)`, as `pallas_kernels.dispatch.Operator` asks for them, and
+
+    forward(x, taps, bias, *, wavelet, transpose) -> y
+    weight_grad(x, dy, *, kernel_size, levels, wavelet) -> gradients of the taps
+
+both with the parameters, integers, that its `search_space(direction, problem)` offers, where it has
+one, for x `[N, C, *spatial]` of any strides and at least one image,
+`taps = [base [C, 1, *k], level_0 [2**ndim * C, 1, *k], ...]` with the scales folded in, and
+`bias [C]` or None, these in float32, or in float64 for an x in float64, as the gradients are. It
+need not care for the strides of what it returns: a copy mends those of y that are not
+`torch.empty_like(x)`'s, and of gradients that are not contiguous.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from enum import StrEnum
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+
+from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch.tuner import TuningParams
+from pallas_kernels.wtconv.problem import Problem
+from torch_bridge.runtime import measuring
+
+
+class Implementation(StrEnum):
+    """Implementations of the wavelet convolution."""
+
+    CUDA = "cuda"
+    TRITON = "triton"
+    METAL = "metal"
+    EAGER = "eager"
+
+
+OPERATOR = Operator(
+    name="torch_wtconv",
+    package="torch_bridge.wtconv",
+    implementations=Implementation,
+    rule={
+        "cuda": ("cuda", "triton", "eager"),
+        "mps": ("metal", "eager"),
+        "cpu": ("eager",),
+    },
+)
+
+
+# What it returns is a constant of a traced program: it asks the environment, imports, and measures.
+@torch.compiler.assume_constant_result
+def pick(
+    implementation: str | tuple[str, ...] | None,
+    device: torch.device,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kernel_size: int,
+    levels: int,
+    wavelet: str,
+    bias: bool = False,
+    strides: tuple[int, ...] | None = None,
+) -> tuple[str, str]:
+    """What computes a call, forward and backward: an implementation's name and its parameters.
+
+    Args:
+        implementation: Filter on the implementations, see `pallas_kernels.dispatch`.
+        device: Of x.
+        shape: Of x, `[N, C, *spatial]`. An empty batch is nobody's problem: nothing is launched.
+        dtype: Of x.
+        kernel_size: k.
+        levels: Number of wavelet levels.
+        wavelet: PyWavelets' name of the wavelet.
+        bias: Whether there is one.
+        strides: Of x; None where they are not known, and nothing is measured.
+
+    Raises:
+        ValueError: An unknown name in the environment's variable.
+        NotImplementedError: No allowed implementation can run here; says why for each. Or
+            `torch.func` differentiates, and what would run is a custom operator.
+
+    Example:
+        >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32, 5, 1, "haar")
+        ('eager', 'eager')
+    """
+    problem = _problem(shape, dtype, kernel_size, levels, wavelet)
+    kind, measured_as = measuring.kind(device), problem.measured_as()
+    fwd, bwd = (
+        OPERATOR.choose(
+            direction,
+            implementation,
+            device.type,
+            problem,
+            partial(_measurement, direction, measured_as, device, dtype, bias, strides),
+            kind,
+            measured_as,
+        )
+        for direction in OPERATOR.directions
+    )
+    picked = str(fwd), str(bwd)
+    if picked != ("eager", "eager") and _differentiated_by_func():
+        raise NotImplementedError(
+            f"torch.func differentiates what {' and '.join(sorted(set(picked)))} would compute, "
+            "and PyTorch has no way yet to tell it of custom operators: use "
+            "implementation='eager', or torch.autograd.grad"
+        )
+    return picked
+
+
+def _differentiated_by_func() -> bool:
+    levels = get_interpreter_stack() or ()
+    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
+
+
+def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Sizes and strides as numbers: of a traced program, those that it is traced with.
+
+    Asking for them leaves no guard: the program takes other sizes as before. Older versions of
+    PyTorch (2.9) cannot be asked; then there is one sample of each channel, and no strides.
+
+    Example:
+        >>> known(torch.zeros(2, 3, 4))
+        ((2, 3, 4), (12, 4, 1))
+    """
+    if not torch.compiler.is_compiling():
+        return tuple(x.shape), x.stride()
+    from torch.fx.experimental import symbolic_shapes
+
+    if not hasattr(symbolic_shapes, "optimization_hint"):
+        return (1, x.shape[1], *(1,) * (x.ndim - 2)), None
+    # A size that depends on data counts as 1.
+    hint = symbolic_shapes.optimization_hint
+    return tuple(hint(n, 1) for n in x.shape), tuple(hint(n, 1) for n in x.stride())
+
+
+def _problem(
+    shape: Sequence[int], dtype: torch.dtype, kernel_size: int, levels: int, wavelet: str
+) -> Problem:
+    n, c, *spatial = shape
+    name = str(dtype).removeprefix("torch.")
+    return Problem((max(n, 1), *spatial, c), name, kernel_size, levels, wavelet)
+
+
+def _measurement(
+    direction: str,
+    problem: Problem,
+    device: torch.device,
+    dtype: torch.dtype,
+    bias: bool,
+    strides: tuple[int, ...] | None,
+) -> measuring.OnRandomTensors:
+    """How the tuner runs an implementation on tensors like those of a call."""
+    n, *spatial, channels = problem.shape
+    channels_last = strides is not None and strides[1] < strides[-1]
+    kernel_size, wavelet = problem.kernel_size, problem.wavelet
+    rows = [channels] + [2 ** len(spatial) * channels] * problem.levels
+
+    def signal(draw: measuring.Draw) -> Tensor:
+        if channels_last:
+            return draw(problem.shape, dtype).movedim(-1, 1)
+        return draw((n, channels, *spatial), dtype)
+
+    def inputs(draw: measuring.Draw) -> tuple[Any, ...]:
+        x = signal(draw)
+        dy = signal(draw) if direction == "bwd" else x
+        acc = _accumulator(x)
+        taps = [draw((row, 1, *(kernel_size,) * len(spatial)), acc) for row in rows]
+        return x, dy, taps, draw((channels,), acc) if bias else None
+
+    def run(
+        module: ModuleType,
+        config: TuningParams,
+        x: Tensor,
+        dy: Tensor,
+        taps: Sequence[Tensor],
+        bias: Tensor | None,
+    ) -> list[Tensor]:
+        told = dict(config)
+        if direction == "fwd":
+            return [_forward(module, x, taps, bias, wavelet, False, told)]
+        return [
+            _forward(module, dy, taps, None, wavelet, True, told),
+            *_weight_grad(module, x, dy, kernel_size, problem.levels, wavelet, told),
+        ]
+
+    return measuring.OnRandomTensors(
+        run,
+        inputs,
+        device,
+        OPERATOR.module("eager"),
+        {"bias": bias, "channels_last": channels_last},
+        None if strides is not None else "this PyTorch does not tell the sizes of a traced program",
+    )
+
+
+def wtconv(
+    x: Tensor,
+    base_weight: Tensor,
+    base_bias: Tensor | None,
+    base_scale: Tensor,
+    wavelet_weights: Sequence[Tensor],
+    wavelet_scales: Sequence[Tensor],
+    *,
+    wavelet: str,
+    fwd: str,
+    bwd: str,
+) -> Tensor:
+    """Wavelet convolution of 1-D, 2-D or 3-D signals by named implementations.
+
+    Args:
+        x: Signal `[N, C, *spatial]`, of any strides.
+        base_weight: `[C, 1, *k]`.
+        base_bias: `[C]` or None.
+        base_scale: `[1, C, 1, ...]`.
+        wavelet_weights: One `[2**d * C, 1, *k]` a level, finest first.
+        wavelet_scales: One `[1, 2**d * C, 1, ...]` a level.
+        wavelet: PyWavelets' name of the wavelet.
+        fwd: What computes the output, as `pick` tells it.
+        bwd: What computes the gradients.
+
+    Returns:
+        `[N, C, *spatial]` in x's dtype and, where x is dense, its memory format.
+
+    Example:
+        >>> weight, scale = torch.ones(3, 1, 1, 1), torch.full((1, 3, 1, 1), 2.0)
+        >>> keys = {"wavelet": "haar", "fwd": "eager", "bwd": "eager"}
+        >>> float(wtconv(torch.ones(1, 3, 4, 4), weight, None, scale, [], [], **keys).mean())
+        2.0
+    """
+    dtype = _accumulator(x)
+    # All at once, here and in the backward pass: a small operation takes the host longer than a
+    # large kernel the GPU.
+    weights, scales = [base_weight, *wavelet_weights], [base_scale, *wavelet_scales]
+    folded = torch.cat([weight.flatten(1) for weight in weights]).to(dtype)
+    folded = folded * torch.cat([scale.flatten() for scale in scales]).to(dtype)[:, None]
+    rows = [weight.shape[0] for weight in weights]
+    taps = [tap.unflatten(1, base_weight.shape[1:]) for tap in folded.split(rows)]
+    bias = None if base_bias is None else base_bias.to(dtype) * base_scale.to(dtype).flatten()
+    return apply(x, taps, bias, wavelet, False, fwd, bwd)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    # Not `torch.promote_types`, which would become a node of an exported program.
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("flash_wtconv::wtconv", mutates_args=())
+def apply(
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    wavelet: str,
+    transpose: bool,
+    fwd: str,
+    bwd: str,
+) -> Tensor:
+    """The operator or its transpose, on folded taps; the arguments as the module has them."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    module, config = _picked(fwd)
+    # A traced program may have been made for other sizes.
+    module.check("fwd", _problem(x.shape, x.dtype, taps[0].shape[-1], len(taps) - 1, wavelet))
+    return _forward(module, x, taps, bias, wavelet, transpose, config)
+
+
+def _forward(
+    module: ModuleType,
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    wavelet: str,
+    transpose: bool,
+    config: Mapping[str, Any],
+) -> Tensor:
+    with _without_autocast(x):
+        y = module.forward(x, taps, bias, wavelet=wavelet, transpose=transpose, **config)
+    like = torch.empty_like(x, device="meta")
+    return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
+
+
+def _picked(text: str) -> tuple[ModuleType, dict[str, int]]:
+    """The implementation and its parameters, of a text as `pick` returns it.
+
+    Example:
+        >>> _picked("eager")[1], _picked("eager columns=2")[1]
+        ({}, {'columns': 2})
+    """
+    name, *parameters = text.split()
+    pairs = (parameter.split("=") for parameter in parameters)
+    return OPERATOR.module(name), {key: int(value) for key, value in pairs}
+
+
+@apply.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("flash_wtconv::wtconv_weight_grad", mutates_args=())
+def weight_grad(
+    x: Tensor, dy: Tensor, kernel_size: int, levels: int, wavelet: str, bwd: str
+) -> list[Tensor]:
+    """Gradients of the folded taps, in float32 or better; bilinear in x and dy."""
+    if x.numel() == 0:
+        return [taps.zero_() for taps in _empty_taps(x, kernel_size, levels)]
+    module, config = _picked(bwd)
+    module.check("bwd", _problem(x.shape, x.dtype, kernel_size, levels, wavelet))
+    return _weight_grad(module, x, dy, kernel_size, levels, wavelet, config)
+
+
+def _weight_grad(
+    module: ModuleType,
+    x: Tensor,
+    dy: Tensor,
+    kernel_size: int,
+    levels: int,
+    wavelet: str,
+    config: Mapping[str, Any],
+) -> list[Tensor]:
+    sizes = {"kernel_size": kernel_size, "levels": levels}
+    with _without_autocast(x):
+        found = module.weight_grad(x, dy, **sizes, wavelet=wavelet, **config)
+    return [taps.contiguous() for taps in found]
+
+
+@weight_grad.register_fake
+def _(x: Tensor, dy: Tensor, kernel_size: int, levels: int, wavelet: str, bwd: str) -> list[Tensor]:
+    return _empty_taps(x, kernel_size, levels)
+
+
+def _empty_taps(x: Tensor, kernel_size: int, levels: int) -> list[Tensor]:
+    ndim, channels = x.ndim - 2, x.shape[1]
+    rows = [channels] + [2**ndim * channels] * levels
+    shapes = [(n, 1, *(kernel_size,) * ndim) for n in rows]
+    return [x.new_empty(shape, dtype=_accumulator(x)) for shape in shapes]
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """An implementation chooses its own dtypes, in a backward pass inside `autocast` too."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, taps, bias, ctx.wavelet, ctx.transpose, _, ctx.bwd = inputs
+    ctx.bias = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, *taps)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, *taps = ctx.saved_tensors
+    needs_x, needs_taps, needs_bias, *_ = ctx.needs_input_grad
+    dx = dtaps = dbias = None
+    # First, so that what it needs of memory is free again before there is a dx.
+    if any(needs_taps):
+        pair = (dy, x) if ctx.transpose else (x, dy)
+        dtaps = weight_grad(*pair, taps[0].shape[-1], len(taps) - 1, ctx.wavelet, ctx.bwd)
+    if needs_x:
+        dx = apply(dy, taps, None, ctx.wavelet, not ctx.transpose, ctx.bwd, ctx.bwd)
+    if needs_bias:
+        # In two steps: of all at once PyTorch makes a sum that is twice as slow, and of the many
+        # rows of a channels-last image one that takes up to an input's memory.
+        first = tuple(range(2, dy.ndim)) if dy.is_contiguous() else (-1,)
+        rows = dy.sum(first, dtype=ctx.bias)
+        dbias = rows.sum((0, *range(2, rows.ndim)))
+    return dx, dtaps, dbias, None, None, None, None
+
+
+apply.register_autograd(_backward, setup_context=_keep)
+
+
+def _keep_pair(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, dy, _, _, ctx.wavelet, ctx.bwd = inputs
+    ctx.save_for_backward(x, dy)
+
+
+def _backward_of_pair(ctx: Any, dtaps: list[Tensor]) -> tuple[Any, ...]:
+    x, dy = ctx.saved_tensors
+    needs_x, needs_dy, *_ = ctx.needs_input_grad
+    names = ctx.wavelet, ctx.bwd, ctx.bwd
+    dx = apply(dy, dtaps, None, names[0], True, *names[1:]) if needs_x else None
+    ddy = apply(x, dtaps, None, names[0], False, *names[1:]) if needs_dy else None
+    return dx, ddy, None, None, None, None
+
+
+weight_grad.register_autograd(_backward_of_pair, setup_context=_keep_pair)
+
+
+@apply.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, int]:
+    """Of x alone it folds into the batch, so that it stays one call."""
+    of_x, of_taps, of_bias, *_ = in_dims
+    if of_x is not None and of_bias is None and all(dim is None for dim in of_taps):
+        x = x.movedim(of_x, 0)
+        return apply(x.flatten(0, 1), taps, bias, *rest).reshape(x.shape), 0
+    calls = [
+        apply(_example(x, of_x, i), _examples(taps, of_taps, i), _example(bias, of_bias, i), *rest)
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(calls), 0
+
+
+@weight_grad.register_vmap
+def _(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, dy: Tensor, *rest: Any
+) -> tuple[list[Tensor], list[int]]:
+    """It sums over its batch: one call after the other."""
+    calls = [
+        weight_grad(*_examples((x, dy), in_dims[:2], i), *rest) for i in range(info.batch_size)
+    ]
+    stacked = [torch.stack(examples) for examples in zip(*calls, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+def _examples(values: Sequence[Any], in_dims: Sequence[int | None], i: int) -> list[Any]:
+    return [_example(value, dim, i) for value, dim in zip(values, in_dims, strict=True)]
+
+
+def _example(value: Any, in_dim: int | None, i: int) -> Any:
+    return value if in_dim is None else value.select(in_dim, i)
