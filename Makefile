@@ -11,19 +11,23 @@ CPU_TORCH := https://download.pytorch.org/whl/cpu
 PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
 URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all lint clean
 
 help:
-	@echo "make demo   train a small WTConv network on handwritten digits, write runs/demo/"
-	@echo "make test   run the test suite"
-	@echo "make lint   run ruff and mypy"
-	@echo "make clean  remove .venv and everything that the commands above wrote"
+	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
+	@echo "make test      run the test suite, each operator, implementation and compiler once"
+	@echo "make test-all  run what only widens its tables"
+	@echo "make lint      run ruff and mypy"
+	@echo "make clean     remove .venv and everything that the commands above wrote"
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/flash-wtconv demo
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-all: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "wide and not gpu and not mps and not tpu and not slow"
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -114,7 +114,7 @@ def run(
         "baseline": baseline,
         "clock": clock.name,
         "no_device_events": no_device_events,
-        "roofline": measured,
+        "roofs": measured,
         "rows": rows,
     }
 
