@@ -45,6 +45,15 @@ def measured(monkeypatch):
     return store
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What calls chose before is forgotten, since tests change what they choose by."""
+    from pallas_kernels.dispatch import operator
+
+    operator._first.cache_clear()
+    operator._TOLD.clear()
+
+
 @pytest.fixture
 def searches(monkeypatch):
     """The labels of the tuner's searches that were made."""

@@ -1,12 +1,16 @@
 """Checks of arguments that every operator shares; each error names the argument."""
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that operators compute with."""
@@ -151,3 +155,33 @@ def checked_precision(value: Precision) -> jax.lax.Precision | None:
         raise ValueError(
             f"precision={value!r}: expected None, a jax.lax.Precision or one of {names}"
         ) from None
+
+
+@cache
+def remembered(check: Callable[P, R]) -> Callable[P, R]:
+    """A check of hashable arguments that is made once for equal ones.
+
+    Arguments that cannot be hashed are checked each time, as the check itself says that they are
+    wrong; so are those that it raises for.
+
+    Args:
+        check: A function of its arguments alone.
+
+    Returns:
+        The same function.
+
+    Example:
+        >>> remembered(checked_precision)("highest").name
+        'HIGHEST'
+    """
+    known = lru_cache(4096, typed=True)(check)
+
+    @wraps(check)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            hash((args, *kwargs.values()))
+        except TypeError:
+            return check(*args, **kwargs)
+        return known(*args, **kwargs)
+
+    return call

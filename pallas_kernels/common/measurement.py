@@ -1,18 +1,19 @@
-"""What `dispatch.tuner` needs of JAX: implementations run and timed on random arrays."""
+"""JAX's side of `dispatch`: requests, and implementations run and timed on random arrays."""
 
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
 
 from pallas_kernels.common import device, versions
-from pallas_kernels.common._compat import agreed
+from pallas_kernels.common._compat import agreed, interpreting_tpu
+from pallas_kernels.dispatch import Choice, Operator, Request
+from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.cache import Entry
 from pallas_kernels.dispatch.tuner import TuningParams
 
@@ -24,6 +25,26 @@ _PAUSES = 1, 2, 4, 8
 _PAUSE_SIZE = 4096
 _AGREEMENT_S = 600
 """How long processes wait for the one that measures."""
+
+
+def request(operator: Operator, direction: str, implementation: Choice) -> Request:
+    """A request of an operator on the device that a call is traced for.
+
+    Args:
+        operator: The operator.
+        direction: One of its directions.
+        implementation: Filter on its implementations.
+
+    Returns:
+        The request, the same for calls that choose alike.
+
+    Raises:
+        ValueError: An unknown or empty filter; names the argument or the variable.
+    """
+    here = device.current()
+    return operator.request(
+        direction, implementation, here.platform, here.device_kind, interpreting_tpu()
+    )
 
 
 class JaxMeasurement:
@@ -40,9 +61,9 @@ class JaxMeasurement:
 
     def __init__(
         self,
-        run: Callable[[ModuleType, TuningParams], Callable[..., Any]],
+        run: Callable[[Implementation, TuningParams], Callable[..., Any]],
         inputs: tuple[Any, ...],
-        reference: ModuleType,
+        reference: Implementation,
         static: Mapping[str, Any],
     ) -> None:
         self._run = run
@@ -61,19 +82,19 @@ class JaxMeasurement:
         """Those of JAX, whose compiler it is, and of this package."""
         return {"flash-wtconv": versions.package(), "jax": jax.__version__}
 
-    def agreed(self, question: str, answer: Callable[[], str]) -> str:
+    def from_process_0(self, question: str, answer: Callable[[], str]) -> str:
         """The answer of process 0, or of the only one."""
         if jax.process_count() == 1:
             return answer()
         return agreed(f"flash_wtconv/{question}", answer, _AGREEMENT_S)
 
-    def impossible(self) -> str | None:
+    def untimeable(self) -> str | None:
         """A program that is compiled ahead of time has no device to be timed on."""
         if isinstance(device.current(), jax.Device):
             return None
         return f"this program is compiled ahead of time for {device.kind()}"
 
-    def outside(self, search: Callable[[], Entry]) -> Entry:
+    def untraced(self, search: Callable[[], Entry]) -> Entry:
         """Runs it in a thread of its own, which traces nothing, for the same device."""
         chosen, wide = device.current(), jax.config.jax_enable_x64
 
@@ -84,7 +105,7 @@ class JaxMeasurement:
         with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
             return pool.submit(run).result()
 
-    def prepared(self, module: ModuleType, config: TuningParams) -> Callable[[], Any]:
+    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Any]:
         """A call that enqueues its work, and returns what to wait for."""
         compiled = jax.jit(self._run(module, config))
         return lambda: compiled(*self._arrays)

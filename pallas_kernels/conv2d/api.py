@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.common import device
@@ -21,14 +21,13 @@ from pallas_kernels.common.arguments import (
     checked_integer,
     checked_pair,
     checked_precision,
+    remembered,
     sharded,
 )
-from pallas_kernels.common.dtypes import accumulation_dtype
-from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.measurement import request
 from pallas_kernels.conv2d import vjp
 from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Window
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.dispatch.tuner import TuningParams
 
 Padding = int | str | Sequence[int | Sequence[int]]
 
@@ -54,6 +53,7 @@ OPERATOR = Operator(
         "gpu": ("xla", "triton", "mosaic_gpu"),
         "cpu": ("xla",),
     },
+    directions={"fwd": ("forward",), "bwd": ("input_grad", "weight_grad")},
 )
 
 
@@ -118,47 +118,27 @@ def conv2d(
         >>> conv2d(x, w, stride=2, padding="reflect", bias=jnp.ones(16), activation="relu").shape
         (2, 5, 4, 16)
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-    if activation not in (None, "relu", "gelu"):
-        raise ValueError(f"activation={activation!r}: expected None, 'relu' or 'gelu'")
-    x, w = _checked_images(x, layout), _checked_filters(w, layout)
-    if x.dtype != w.dtype:
-        raise ValueError(f"w: expected x's dtype, {x.dtype}, got {w.dtype}; cast one of them")
+    x, w = checked_array(x, "x"), checked_array(w, "w")
+    bias = None if bias is None else checked_array(bias, "bias")
+    call = remembered(_checked_call)(
+        *(x.shape, x.dtype, w.shape, w.dtype, None if bias is None else bias.shape),
+        *(_hashable(stride), _hashable(padding), _hashable(dilation), groups),
+        *(activation, layout, out_dtype, precision, config),
+    )
+    fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
+    if sharded(x) or sharded(w):
+        # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not:
+        # what was measured on one device is no default there.
+        fwd, bwd = fwd._replace(device_kind=None), bwd._replace(device_kind=None)
+    problem = call.problem
+    measured = problem, bias is not None, activation, call.precision, config
+    chosen = fwd.choose(problem, partial(vjp.measurement, OPERATOR, "fwd", *measured))
+    module, tiles = OPERATOR.module(chosen.implementation), vjp.tiles(config, chosen)
+    plan = vjp.Plan(module, tiles, problem.window, call.precision, config, bwd)
     batch = x.shape[:-3]
-    flat = x.reshape(math.prod(batch), *x.shape[-3:])
-    groups = checked_integer(groups, "groups", least=1)
-    window = _window(flat.shape, w.shape, stride, padding, dilation, groups, layout)
-    height, width, _, features = window.filters(w.shape)
-    if bias is not None:
-        bias = checked_array(bias, "bias")
-        if bias.shape != (features,):
-            raise ValueError(f"bias: expected shape {(features,)}, one a filter, got {bias.shape}")
-    dtype = x.dtype if out_dtype is None else checked_dtype(out_dtype, "out_dtype")
-    shape = window.images(flat.shape)
-    problem = Problem(shape, x.dtype, height, width, features, window, dtype)
-    precision, config = checked_precision(precision), _checked_config(config)
-    measured = problem, window.filters(w.shape), bias is not None, activation, precision, config
-    # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not: what
-    # was measured on one device is no default there.
-    kind = None if sharded(x) or sharded(w) else device.kind()
-    here = device.platform()
-    chosen = [
-        OPERATOR.choose(
-            direction,
-            implementation,
-            here,
-            problem,
-            partial(_measurement, direction, *measured),
-            kind,
-        )
-        for direction in OPERATOR.directions
-    ]
-    fwd, bwd = (OPERATOR.module(one.implementation) for one in chosen)
-    configs = (config or _tiles(one.config) for one in chosen)
-    plan = vjp.Plan(fwd, bwd, window, precision, *configs)
-    y = vjp.conv2d(plan, activation, dtype, flat, w, bias)
-    return y.reshape(*batch, *y.shape[1:])
+    flat = x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-3:])
+    y = vjp.conv2d(plan, activation, problem.out_dtype, flat, w, bias)
+    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
 
 def get_igemm_conv2d(
@@ -268,44 +248,6 @@ def get_igemm_conv2d(
     return kernel, symbols
 
 
-def _measurement(
-    direction: str,
-    problem: Problem,
-    filters: tuple[int, ...],
-    bias: bool,
-    activation: str | None,
-    precision: jax.lax.Precision | None,
-    config: TileConfig | None,
-) -> JaxMeasurement:
-    """How the tuner runs an implementation on arrays like those of a call."""
-    window = problem.window
-    height, width, _, features = filters
-    n, *size, _ = problem.shape
-    output = window.laid_out(n, *window.output(size, (height, width)), features)
-    x = jax.ShapeDtypeStruct(window.laid_out(*problem.shape), problem.dtype)
-    w = jax.ShapeDtypeStruct(window.filters_laid_out(*filters), problem.dtype)
-    last = jax.ShapeDtypeStruct(output, problem.out_dtype)
-    if direction == "fwd":
-        last = (
-            jax.ShapeDtypeStruct((features,), accumulation_dtype(problem.dtype)) if bias else None
-        )
-
-    def run(module: ModuleType, found: TuningParams) -> Callable[..., Any]:
-        tiles = config or _tiles(found)
-        plan = vjp.Plan(module, module, window, precision, tiles, tiles)
-        return vjp.one_pass(plan, direction, activation, problem.out_dtype)
-
-    static = {"precision": precision and precision.name, "config": config and list(config)}
-    if direction == "fwd":
-        static |= {"bias": bias, "activation": activation}
-    return JaxMeasurement(run, (x, w, last), OPERATOR.module("xla"), static)
-
-
-def _tiles(found: TuningParams) -> TileConfig | None:
-    """What was measured to be the best, None where nothing was."""
-    return TileConfig(**dict(found)) if found else None
-
-
 def _preferred(problem: Problem) -> str:
     """Triton where it can run, else XLA."""
     here = device.platform()
@@ -315,22 +257,59 @@ def _preferred(problem: Problem) -> str:
         return "xla"
 
 
-def _checked_images(value: ArrayLike, layout: str) -> jax.Array:
-    x = checked_array(value, "x")
-    axes = "H, W, C" if layout == "nhwc_hwcf" else "C, H, W"
-    if x.ndim < 3 or any(size == 0 for size in x.shape[-3:]):
+class _Call(NamedTuple):
+    """What arguments say that were checked."""
+
+    problem: Problem
+    precision: jax.lax.Precision | None
+
+
+def _checked_call(
+    images: tuple[int, ...],
+    dtype: jnp.dtype,
+    filters: tuple[int, ...],
+    filters_dtype: jnp.dtype,
+    bias: tuple[int, ...] | None,
+    stride: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+    groups: int,
+    activation: str | None,
+    layout: str,
+    out_dtype: DTypeLike | None,
+    precision: Precision,
+    config: TileConfig | None,
+) -> _Call:
+    """Checks all that shapes, dtypes and plain arguments tell; raises ValueError."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    if activation not in (None, "relu", "gelu"):
+        raise ValueError(f"activation={activation!r}: expected None, 'relu' or 'gelu'")
+    if len(images) < 3 or any(size == 0 for size in images[-3:]):
+        axes = "H, W, C" if layout == "nhwc_hwcf" else "C, H, W"
         raise ValueError(
-            f"x: expected [*batch, {axes}] of at least one sample and channel, got shape {x.shape}"
+            f"x: expected [*batch, {axes}] of at least one sample and channel, got shape {images}"
         )
-    return x
-
-
-def _checked_filters(value: ArrayLike, layout: str) -> jax.Array:
-    w = checked_array(value, "w")
-    if w.ndim != 4 or 0 in w.shape:
+    if len(filters) != 4 or 0 in filters:
         axes = "HF, WF, C / groups, NF" if layout == "nhwc_hwcf" else "NF, C / groups, HF, WF"
-        raise ValueError(f"w: expected [{axes}] of at least one tap, got shape {w.shape}")
-    return w
+        raise ValueError(f"w: expected [{axes}] of at least one tap, got shape {filters}")
+    if dtype != filters_dtype:
+        raise ValueError(f"w: expected x's dtype, {dtype}, got {filters_dtype}; cast one of them")
+    flat = (math.prod(images[:-3]), *images[-3:])
+    groups = checked_integer(groups, "groups", least=1)
+    window = _window(flat, filters, stride, padding, dilation, groups, layout)
+    height, width, _, features = window.filters(filters)
+    if bias not in (None, (features,)):
+        raise ValueError(f"bias: expected shape {(features,)}, one a filter, got {bias}")
+    out = dtype if out_dtype is None else checked_dtype(out_dtype, "out_dtype")
+    problem = Problem(window.images(flat), dtype, height, width, features, window, out)
+    _checked_config(config)
+    return _Call(problem, checked_precision(precision))
+
+
+def _hashable(value: Any) -> Any:
+    """Lists as tuples, so that a call with them can be remembered."""
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _window(

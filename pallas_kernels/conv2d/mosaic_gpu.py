@@ -86,7 +86,7 @@ def check(direction: str, problem: Problem) -> None:
         reasons.append("float64 as what is written")
     if problem.window.groups > 1:
         reasons.append(f"{problem.window.groups} groups, one alone")
-    sizes = problem.sizes_beyond()
+    sizes = problem.unsupported()
     reasons += sizes
     if not sizes:
         images, *size, _ = problem.shape

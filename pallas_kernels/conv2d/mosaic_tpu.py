@@ -122,7 +122,7 @@ def check(direction: str, problem: Problem) -> None:
         f"{dtype}, {' and '.join(_DTYPES)} alone"
         for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
     ]
-    reasons += problem.sizes_beyond()
+    reasons += problem.unsupported()
     if problem.window.groups > 1:
         reasons.append(f"{problem.window.groups} groups of channels")
     if reasons:

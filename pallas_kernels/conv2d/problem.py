@@ -1,7 +1,10 @@
-"""What an implementation is told of a call. Imports nothing."""
+"""The description of a call that implementations, tables and the tuner get."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from pallas_kernels.dispatch.backend import size_distance
 
 Pair = tuple[int, int]
 
@@ -107,7 +110,7 @@ class TileConfig(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What an implementation's `check` is told of a call; shape is `(N, H, W, C)` in any layout."""
+    """A call as implementations are told of it; shape is `(N, H, W, C)` in any layout."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -122,13 +125,49 @@ class Problem(NamedTuple):
         taps = f"{self.kernel_height}x{self.kernel_width}"
         return f"x {self.shape} {self.dtype}, {self.features} filters of {taps}, {self.window}"
 
-    def sizes_beyond(self) -> list[str]:
-        """Why its sizes are none for a kernel, for "does not take ..."; empty if they are.
+    def measured_as(self) -> "Problem":
+        """The problem whose times count for this one: itself."""
+        return self
+
+    def distance(self, measured: Mapping[str, Any]) -> float:
+        """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
+
+        Neither the batch nor the output's dtype counts. What a table says of the window (stride,
+        dilation, groups, ...) must be this problem's.
 
         Example:
-            >>> Problem((0, 8, 8, 4), "float32", 3, 3, 8, Window(), "float32").sizes_beyond()
+            >>> problem = Problem((2, 8, 8, 4), "float32", 3, 3, 8, Window(), "float32")
+            >>> measured = {"shape": [8, 8, 8, 8], "dtype": "float32", "features": 16}
+            >>> problem.distance(measured)
+            2.0
+            >>> problem.distance(measured | {"window": {"stride": [2, 2]}})
+            inf
+        """
+        window = self.window._asdict()
+        # JSON has lists for tuples.
+        comparable = str(self.dtype) == measured["dtype"] and all(
+            _as_json(window[name]) == value for name, value in measured.get("window", {}).items()
+        )
+        if not comparable or not isinstance(self.features, int):
+            return math.inf
+        return (
+            size_distance(self.shape, measured["shape"])
+            + abs(math.log2(self.features) - math.log2(measured.get("features", self.features)))
+            + abs(self.kernel_height - measured.get("kernel_height", self.kernel_height))
+            + abs(self.kernel_width - measured.get("kernel_width", self.kernel_width))
+        )
+
+    def unsupported(self) -> list[str]:
+        """The reasons why the sizes of this problem are none for a kernel.
+
+        Example:
+            >>> Problem((0, 8, 8, 4), "float32", 3, 3, 8, Window(), "float32").unsupported()
             ['an empty batch']
         """
         if not all(isinstance(size, int) for size in self.shape):
             return ["arrays of symbolic size"]
         return ["an empty batch"] if 0 in self.shape else []
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(one) for one in value] if isinstance(value, tuple) else value

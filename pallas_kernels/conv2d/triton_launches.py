@@ -20,7 +20,7 @@ def check(problem: Problem) -> None:
         f"{dtype}, {', '.join(_DTYPES)} alone"
         for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
     ]
-    sizes = problem.sizes_beyond()
+    sizes = problem.unsupported()
     reasons += sizes
     if not sizes:
         images, *size, channels = problem.shape

@@ -18,7 +18,6 @@ altogether if they compute both directions, so that `jvp` and `hessian` work.
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,31 +25,70 @@ import jax.numpy as jnp
 
 from pallas_kernels.common._compat import vary_over, varying_axes
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
-from pallas_kernels.conv2d.problem import TileConfig, Window
+from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import activate
+from pallas_kernels.dispatch import Candidate, Operator, Request
+from pallas_kernels.dispatch.backend import Implementation
+from pallas_kernels.dispatch.tuner import TuningParams
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 
 class Plan(NamedTuple):
-    """The static choices of one call: the implementations' modules, and what they are told."""
+    """The static choices of one call: what computes it, and what is asked of its backward pass.
 
-    fwd: ModuleType
-    bwd: ModuleType
+    Attributes:
+        module: The implementation that computes the operator.
+        config: Its tiles, None for those that it takes unasked.
+        window: Which samples a tap reads.
+        precision: Of products on matrix units.
+        given: The tiles that the caller gave, for the backward pass too.
+        backward: What the backward rule chooses an implementation by; None in a plan that is
+            timed, which nobody differentiates.
+    """
+
+    module: Implementation
+    config: TileConfig | None
     window: Window
     precision: jax.lax.Precision | None
-    fwd_config: TileConfig | None
-    bwd_config: TileConfig | None
+    given: TileConfig | None
+    backward: Request | None
 
-    @property
-    def backward(self) -> "Plan":
-        """What the backward pass computes forward with."""
-        return self._replace(fwd=self.bwd, fwd_config=self.bwd_config)
+    def problem(self, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> Problem:
+        """The description of a convolution of these arrays."""
+        height, width, _, features = self.window.filters(w.shape)
+        images = self.window.images(x.shape)
+        return Problem(images, x.dtype, height, width, features, self.window, out_dtype)
 
-    def told(self, config: TileConfig | None) -> dict[str, object]:
-        """What every function of an implementation is told."""
-        return {"window": self.window, "precision": self.precision, "config": config}
+    def for_backward(self, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> "Plan":
+        """The plan of the backward pass, whose implementation is chosen here.
+
+        Args:
+            x: Images.
+            w: Filters.
+            out_dtype: Of the output.
+
+        Raises:
+            NotImplementedError: No allowed implementation can run here; says why for each.
+        """
+        assert self.backward is not None
+        operator, problem = self.backward.operator, self.problem(x, w, out_dtype)
+        told = problem, False, None, self.precision, self.given
+        chosen = self.backward.choose(problem, partial(measurement, operator, "bwd", *told))
+        return self._replace(
+            module=operator.module(chosen.implementation), config=tiles(self.given, chosen)
+        )
+
+    def static_kwargs(self) -> dict[str, object]:
+        """The keyword arguments of every function of an implementation."""
+        return {"window": self.window, "precision": self.precision, "config": self.config}
+
+
+def tiles(given: TileConfig | None, chosen: Candidate) -> TileConfig | None:
+    """The tiles that the caller gave, else those that were measured; None where neither is."""
+    return given or (TileConfig(**dict(chosen.config)) if chosen.config else None)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -65,7 +103,7 @@ def conv2d(
     """The convolution with its epilogue."""
     arrays = x, w, bias
     # Of its own operations JAX knows every derivative, forward mode too.
-    apply = _forward if plan.fwd is plan.bwd and _bare(plan.fwd, x) else _apply
+    apply = _forward if _bare(plan.module, x) and _bare_backward(plan, x, w, out_dtype) else _apply
     return apply(plan, activation, out_dtype, *vary_over(varying_axes(arrays), arrays))
 
 
@@ -90,7 +128,7 @@ def _apply_fwd(
     bias: jax.Array | None,
 ) -> tuple[jax.Array, Residuals]:
     # Reverse mode over reverse mode differentiates this: a kernel has only the custom rule.
-    apply = _forward if _bare(plan.fwd, x) else _apply
+    apply = _forward if _bare(plan.module, x) else _apply
     kept = None
     if activation == "gelu":
         kept = apply(plan, None, out_dtype, x, w, bias)
@@ -117,7 +155,8 @@ def _apply_bwd(
         acc = accumulation_dtype(out_dtype)
         _, pullback = jax.vjp(partial(activate, activation=activation), kept.astype(acc))
         dy = pullback(dy.astype(acc))[0].astype(out_dtype)
-    bare = _bare(plan.bwd, x)
+    plan = plan.for_backward(x, w, out_dtype)
+    bare = _bare(plan.module, x)
     input_grad, weight_grad = (_dx, _dw) if bare else (_input_grad, _weight_grad)
     dx = input_grad(plan, x.shape[1:], x.dtype, dy, w)
     dw = weight_grad(plan, w.shape, w.dtype, x, dy)
@@ -152,7 +191,7 @@ def _input_grad_bwd(
     x: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     dy, w = residuals
-    ddy = _apply(plan.backward, None, dy.dtype, x, w, None)
+    ddy = _apply(plan, None, dy.dtype, x, w, None)
     return ddy, _weight_grad(plan, w.shape, w.dtype, x, dy)
 
 
@@ -180,26 +219,72 @@ def _weight_grad_bwd(
     w: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     x, dy = residuals
-    ddy = _apply(plan.backward, None, dy.dtype, x, w, None)
+    ddy = _apply(plan, None, dy.dtype, x, w, None)
     return _input_grad(plan, x.shape[1:], x.dtype, dy, w), ddy
 
 
 _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
 
 
-def one_pass(
-    plan: Plan, direction: str, activation: str | None, out_dtype: jnp.dtype
-) -> Callable[..., Any]:
-    """One direction alone, which is what the tuner times.
+def measurement(
+    operator: Operator,
+    direction: str,
+    problem: Problem,
+    bias: bool,
+    activation: str | None,
+    precision: jax.lax.Precision | None,
+    config: TileConfig | None,
+) -> JaxMeasurement:
+    """What runs and times an implementation on arrays like those of a call.
 
     Args:
-        plan: Of the call.
+        operator: The operator, in JAX.
+        direction: "fwd", or "bwd", for which neither bias nor activation counts.
+        problem: The call.
+        bias: Whether it has a bias.
+        activation: Its activation.
+        precision: Of products on matrix units.
+        config: The tiles that the caller gave.
+
+    Returns:
+        A measurement of the problem.
+    """
+    window = problem.window
+    n, *size, channels = problem.shape
+    taps = problem.kernel_height, problem.kernel_width
+    output = window.laid_out(n, *window.output(size, taps), problem.features)
+    filters = window.filters_laid_out(*taps, channels // window.groups, problem.features)
+    x = jax.ShapeDtypeStruct(window.laid_out(*problem.shape), problem.dtype)
+    w = jax.ShapeDtypeStruct(filters, problem.dtype)
+    last: jax.ShapeDtypeStruct | None = jax.ShapeDtypeStruct(output, problem.out_dtype)
+    if direction == "fwd":
+        acc = accumulation_dtype(problem.dtype)
+        last = jax.ShapeDtypeStruct((problem.features,), acc) if bias else None
+
+    def run(module: Implementation, found: TuningParams) -> Callable[..., Any]:
+        chosen = tiles(config, Candidate("", found))
+        plan = Plan(module, chosen, window, precision, config, backward=None)
+        return timed_function(plan, direction, activation, problem.out_dtype)
+
+    static = {"precision": precision and precision.name, "config": config and list(config)}
+    if direction == "fwd":
+        static |= {"bias": bias, "activation": activation}
+    return JaxMeasurement(run, (x, w, last), operator.module("xla"), static)
+
+
+def timed_function(
+    plan: Plan, direction: str, activation: str | None, out_dtype: jnp.dtype
+) -> Callable[..., Any]:
+    """The function of arrays that a plan's implementation computes in one direction.
+
+    Args:
+        plan: What computes it.
         direction: "fwd", a function of x, w and the bias, or "bwd", of x, w and dy.
         activation: Of the forward pass.
         out_dtype: Likewise.
 
     Returns:
-        The function: the output, or the gradients of x and w.
+        The function: of the output, or of the gradients of x and w.
     """
     if direction == "fwd":
         return partial(_forward, plan, activation, out_dtype)
@@ -220,25 +305,33 @@ def _forward(
     bias: jax.Array | None,
 ) -> jax.Array:
     run = partial(
-        plan.fwd.forward, activation=activation, out_dtype=out_dtype, **plan.told(plan.fwd_config)
+        plan.module.forward, activation=activation, out_dtype=out_dtype, **plan.static_kwargs()
     )
-    return run(x, w, bias) if plan.fwd.DIFFERENTIABLE else vmap_folding(run)(x, w, bias)
+    return run(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(run)(x, w, bias)
 
 
 def _dx(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
-    run = partial(plan.bwd.input_grad, shape=shape, dtype=dtype, **plan.told(plan.bwd_config))
-    return run(dy, w) if plan.bwd.DIFFERENTIABLE else vmap_folding(run)(dy, w)
+    run = partial(plan.module.input_grad, shape=shape, dtype=dtype, **plan.static_kwargs())
+    return run(dy, w) if plan.module.DIFFERENTIABLE else vmap_folding(run)(dy, w)
 
 
 def _dw(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
-    run = partial(plan.bwd.weight_grad, shape=shape, dtype=dtype, **plan.told(plan.bwd_config))
-    return run(x, dy) if plan.bwd.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
+    run = partial(plan.module.weight_grad, shape=shape, dtype=dtype, **plan.static_kwargs())
+    return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
 
 
-def _bare(module: ModuleType, x: jax.Array) -> bool:
+def _bare(module: Implementation, x: jax.Array) -> bool:
     """Whether JAX itself differentiates: sums of a wider dtype than x's it cannot transpose."""
     return module.DIFFERENTIABLE and x.dtype == accumulation_dtype(x.dtype)
+
+
+def _bare_backward(plan: Plan, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> bool:
+    """Whether the backward pass would choose what computes the output, without measuring."""
+    if plan.backward is None:
+        return False
+    decided = plan.backward.decided(plan.problem(x, w, out_dtype))
+    return decided is not None and plan.backward.operator.module(decided) is plan.module

@@ -4,10 +4,11 @@
 `"auto"`; a name is a string or a member of the operator's `Implementation` enum. Of a sequence and
 of `"auto"` the fastest is taken, as measured (`tuner`) and remembered (`cache`) on this machine.
 `None` never measures: what was measured on a kind of device (`table`) goes before the operator's
-rule. `tuning` says otherwise for a block of code.
+rule. `tuning` says otherwise for a block of code, FLASH_WTCONV_TUNING for a process. `backend` is
+the contract with the operators' rooms.
 """
 
-from pallas_kernels.dispatch.operator import Choice, Operator, operators
+from pallas_kernels.dispatch.operator import Choice, Operator, Request, operators
 from pallas_kernels.dispatch.tuner import Candidate, tuning
 
-__all__ = ["Candidate", "Choice", "Operator", "operators", "tuning"]
+__all__ = ["Candidate", "Choice", "Operator", "Request", "operators", "tuning"]

@@ -2,16 +2,18 @@
 
 import importlib
 import importlib.util
+import logging
 import os
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from types import ModuleType
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 from pallas_kernels.dispatch import table, tuner
-from pallas_kernels.dispatch.tuner import Candidate, Measurement
+from pallas_kernels.dispatch.backend import Implementation, Problem, missing
+from pallas_kernels.dispatch.tuner import Candidate, Measurement, Mode
 
 Choice = str | StrEnum | Sequence[str | StrEnum] | None
 """What `implementation=` takes."""
@@ -20,129 +22,98 @@ AUTO = "auto"
 """The filter that takes the fastest of all implementations, as measured."""
 
 _REGISTRY: dict[str, "Operator"] = {}
+_TOLD: set[tuple[str, ...]] = set()
+"""What was logged already about implementations that were left out."""
+
+_log = logging.getLogger("flash_wtconv")
 
 
-@dataclass(frozen=True)
+# By identity: each operator is made once, and a request of one is a key of caches.
+@dataclass(frozen=True, eq=False)
 class Operator:
     """An operator, its implementations, and which of them each platform prefers.
 
     An implementation `name` is the module `{package}.{name}`, imported when it is first
-    considered. It offers `unavailable(platform) -> str | None`, the reason why it cannot run on
-    this machine, and `check(direction, problem)`, which raises `NotImplementedError` with the
-    reason why it cannot take this problem. It may offer `search_space(direction, problem)`, a list
-    of dicts of JSON-able parameters, of which the tuner finds the best.
+    considered; `backend.Implementation` says what it offers.
 
     Args:
         name: Lower-case name; the environment variables are `FLASH_WTCONV_{NAME}_{DIRECTION}`.
         package: Package whose modules are the implementations.
         implementations: Enum of every implementation's name.
         rule: For each platform (`"cpu"`, `"gpu"`, `"tpu"`) its implementations, best first.
-        directions: The directions that are chosen separately, e.g. `("fwd", "bwd")`.
+        directions: The directions that are chosen separately, e.g. `"fwd"` and `"bwd"`, each with
+            the functions that a module needs to compute it.
+        argument: What the operator's functions call the filter on the implementations.
     """
 
     name: str
     package: str
     implementations: type[StrEnum]
     rule: Mapping[str, Sequence[str]]
-    directions: tuple[str, ...] = ("fwd", "bwd")
+    directions: Mapping[str, tuple[str, ...]]
+    argument: str = "implementation"
 
     def __post_init__(self) -> None:
         """Registers the operator, so that `operators()` lists it."""
         _REGISTRY[self.name] = self
 
-    def module(self, name: str) -> ModuleType:
+    def module(self, name: str) -> Implementation:
         """The module of one implementation, imported on first use."""
-        return importlib.import_module(f"{self.package}.{name}")
+        return cast(Implementation, importlib.import_module(f"{self.package}.{name}"))
 
-    def pick(
+    def request(
         self,
         direction: str,
         implementation: Choice,
         platform: str,
-        problem: Any,
         device_kind: str | None = None,
-    ) -> str:
-        """Picks the implementation for one direction of one call.
-
-        Preferred is what `table.fastest` names for the kind of device, where it was measured, and
-        after it the platform's rule. Nothing is measured.
+        state: Any = None,
+    ) -> "Request":
+        """What is asked of one direction of a call, before or after there is a problem.
 
         Args:
             direction: One of `directions`.
             implementation: Filter on the candidates; `None` asks the environment variable, and
                 without one takes the device's order of preference. `"auto"` is all of them.
             platform: The device's platform, e.g. `"cpu"`.
-            problem: The operator's description of the call, handed to `check` and told in errors.
             device_kind: The device's kind, e.g. `"NVIDIA H200"`; `None` goes by the rule alone.
+            state: What else `unavailable` of an implementation depends on, hashable.
 
         Returns:
-            The name of the first candidate that can run, in the device's order of preference.
+            The request, hashable.
 
         Raises:
             ValueError: An unknown or empty filter; names the argument or the variable.
-            NotImplementedError: No candidate can run; says why for each.
         """
-        _, wanted, filter_ = self._wanted(direction, implementation)
-        preference = self._preference(direction, platform, problem, device_kind)
-        return next(self._able(direction, filter_, wanted, preference, platform, problem))
+        several, names, filter_ = self._wanted(direction, implementation)
+        mode, trace = tuner.mode(), tuner.trace()
+        return Request(
+            self, direction, names, several, filter_, platform, device_kind, mode, trace, state
+        )
 
-    def choose(
+    def pick(
         self,
         direction: str,
         implementation: Choice,
         platform: str,
-        problem: Any,
-        measurement: Callable[[], Measurement],
+        problem: Problem,
         device_kind: str | None = None,
-        measured_as: Any = None,
-    ) -> Candidate:
-        """Chooses the implementation and its parameters for one direction of one call.
+    ) -> str:
+        """The implementation that a call would take, were nothing measured: see `Request.pick`."""
+        return self.request(direction, implementation, platform, device_kind).pick(problem)
 
-        As `pick`; but of a sequence of names or `"auto"`, and of any filter inside
-        `tuning("cached")` and `tuning("search")`, the one that was measured to be the fastest.
-
-        Args:
-            direction: One of `directions`.
-            implementation: Filter on the candidates.
-            platform: The device's platform.
-            problem: The operator's description of the call, a NamedTuple with the field `shape`.
-            measurement: Makes what runs and times a candidate, if it comes to that; see
-                `tuner.Measurement`.
-            device_kind: The device's kind.
-            measured_as: The problem whose times count for this one, and which `measurement` is of,
-                where an operator lets problems share them; None is `problem` itself.
-
-        Returns:
-            The implementation and its parameters, none where nothing was measured.
-
-        Raises:
-            ValueError: An unknown or empty filter; names the argument or the variable.
-            NotImplementedError: No candidate can run; says why for each.
-        """
-        several, wanted, filter_ = self._wanted(direction, implementation)
-        preference = self._preference(direction, platform, problem, device_kind)
-        able = self._able(direction, filter_, wanted, preference, platform, problem)
-        first = next(able)
-        mode = tuner.mode()
-        if mode == "off" or (mode is None and not several):
-            return Candidate(first)
-        modules = {name: self.module(name) for name in (first, *able)}
-        problem = problem if measured_as is None else measured_as
-        best = tuner.fastest(self.name, direction, problem, modules, measurement())
-        return best or Candidate(first)
-
-    def check_names(self, implementation: Choice, argument: str = "implementation") -> None:
-        """Checks `implementation=` before there is a problem to pick for.
+    def check_names(self, implementation: Choice, argument: str | None = None) -> None:
+        """Checks `implementation=` before there is a problem to choose for.
 
         Args:
             implementation: Filter on the candidates.
-            argument: What the caller calls it.
+            argument: What the caller calls it; None is the operator's own name for it.
 
         Raises:
             ValueError: An unknown or empty filter; names the argument.
         """
         if implementation is not None:
-            self._names(implementation, argument)
+            self._names(implementation, argument or self.argument)
 
     def status(self, platform: str) -> list[tuple[str, str | None]]:
         """Every implementation with the reason why it cannot run here, `None` where it can."""
@@ -151,7 +122,7 @@ class Operator:
         ]
 
     def _preference(
-        self, direction: str, platform: str, problem: Any, device_kind: str | None
+        self, direction: str, platform: str, problem: Problem, device_kind: str | None
     ) -> list[str]:
         """The implementations of a device, best first."""
         rule = list(self.rule.get(platform, self.rule["cpu"]))
@@ -162,54 +133,28 @@ class Operator:
         known = fastest in [str(name) for name in self.implementations]
         return [str(fastest), *(name for name in rule if name != fastest)] if known else rule
 
-    def _wanted(self, direction: str, implementation: Choice) -> tuple[bool, list[str] | None, str]:
+    def _wanted(
+        self, direction: str, implementation: Choice
+    ) -> tuple[bool, tuple[str, ...] | None, str]:
         """Whether a filter leaves a choice to the tuner, its names (None: the rule's), and itself.
 
         The last is for errors, which tell an argument from the environment's variable.
         """
-        source = "implementation"
+        source = self.argument
         if implementation is None:
             source = f"FLASH_WTCONV_{self.name}_{direction}".upper()
             value = os.environ.get(source, "").strip()
             if not value:
-                return False, None, "implementation=None"
+                return False, None, f"{self.argument}=None"
             implementation = _parse(value)
         names = self._names(implementation, source)
         several = not isinstance(implementation, str) or implementation == AUTO
-        return several, names, f"{source}={implementation!r}"
+        told = implementation if isinstance(implementation, str) else list(names)
+        return several, names, f"{source}={told!r}"
 
-    def _able(
-        self,
-        direction: str,
-        filter_: str,
-        wanted: list[str] | None,
-        preference: list[str],
-        platform: str,
-        problem: Any,
-    ) -> Iterator[str]:
-        """The candidates that can run, best first; raises where there are none."""
-        if wanted is None:
-            names = preference
-        else:
-            names = sorted(
-                wanted, key=lambda n: preference.index(n) if n in preference else len(preference)
-            )
-        reasons: list[str] = []
-        for name in dict.fromkeys(names):
-            reason = self._refusal(name, direction, platform, problem)
-            if reason is None:
-                yield name
-            else:
-                reasons.append(f"{name}: {reason}")
-        if len(reasons) == len(set(names)):
-            raise NotImplementedError(
-                f"{self.name} ({direction}) cannot run on {platform} with {filter_} for {problem}: "
-                + "; ".join(reasons)
-            )
-
-    def _names(self, implementation: Choice, source: str) -> list[str]:
-        """The filter as a list of known names."""
-        known = [str(name) for name in self.implementations]
+    def _names(self, implementation: Choice, source: str) -> tuple[str, ...]:
+        """The filter as known names."""
+        known = tuple(str(name) for name in self.implementations)
         if isinstance(implementation, str) and implementation == AUTO:
             return known
         many = [implementation] if isinstance(implementation, str) else implementation
@@ -217,31 +162,175 @@ class Operator:
             raise ValueError(f"{source}={many!r}: expected None, a name or a sequence of names")
         names = list(many)
         if not names:
-            raise ValueError(f"{source} is empty: name at least one of {known}, or use None")
+            raise ValueError(f"{source} is empty: name at least one of {list(known)}, or use None")
         if AUTO in names:
             raise ValueError(f"{source}={names}: {AUTO!r} is all implementations, and stands alone")
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(
-                f"{source} names {unknown}, but {self.name} has the implementations {known} "
+                f"{source} names {unknown}, but {self.name} has the implementations {list(known)} "
                 f"and {AUTO!r}"
             )
-        return [str(name) for name in names]
+        return tuple(str(name) for name in names)
 
-    def _refusal(self, name: str, direction: str, platform: str, problem: Any) -> str | None:
+    def _refusal(self, name: str, direction: str, platform: str, problem: Problem) -> str | None:
+        """Why an implementation cannot compute a problem, None if it can."""
         reason = self._unavailable(name, platform)
-        if reason is None:
-            try:
-                self.module(name).check(direction, problem)
-            except NotImplementedError as error:
-                reason = str(error)
-        return reason
+        if reason is not None:
+            return reason
+        module = self.module(name)
+        lacking = missing(module, self.directions[direction])
+        if lacking:
+            return f"does not compute {direction}: it has no {', '.join(lacking)}"
+        try:
+            module.check(direction, problem)
+        except NotImplementedError as error:
+            return str(error)
+        return None
 
     def _unavailable(self, name: str, platform: str) -> str | None:
         try:
             return self.module(name).unavailable(platform)
         except ImportError as error:
             return f"import failed: {error}"
+
+
+class Request(NamedTuple):
+    """What is asked of one direction of a call: a filter, where it runs, and how it is tuned.
+
+    Attributes:
+        operator: The operator.
+        direction: One of its directions.
+        names: The implementations that the filter names, None where the rule names them.
+        several: Whether the filter leaves a choice to the tuner.
+        filter: The filter as errors tell it.
+        platform: The device's platform.
+        device_kind: The device's kind; None goes by the rule alone.
+        mode: What `tuning` says.
+        trace: Tells calls inside `tuner.recorded` from those that JAX has traced before.
+        state: What else `unavailable` depends on.
+    """
+
+    operator: Operator
+    direction: str
+    names: tuple[str, ...] | None
+    several: bool
+    filter: str
+    platform: str
+    device_kind: str | None
+    mode: Mode | None
+    trace: int | None
+    state: Any
+
+    def pick(self, problem: Problem) -> str:
+        """The first implementation that can run, in the device's order of preference.
+
+        Preferred is what `table.fastest` names for the kind of device, where it was measured, and
+        after it the platform's rule. Nothing is measured.
+
+        Args:
+            problem: The operator's description of the call, handed to `check` and told in errors.
+
+        Returns:
+            Its name.
+
+        Raises:
+            NotImplementedError: No candidate can run; says why for each.
+        """
+        return next(self._able(problem))
+
+    def choose(self, problem: Problem, measurement: Callable[[], Measurement]) -> Candidate:
+        """Chooses the implementation and its parameters.
+
+        As `pick`; but of a sequence of names or `"auto"`, and of any filter inside
+        `tuning("cached")` and `tuning("search")`, the one that was measured to be the fastest.
+
+        Args:
+            problem: The operator's description of the call.
+            measurement: Makes what runs and times a candidate of `problem.measured_as()`, if it
+                comes to that.
+
+        Returns:
+            The implementation and its parameters, none where nothing was measured.
+
+        Raises:
+            NotImplementedError: No candidate can run; says why for each.
+        """
+        if not self._measures:
+            return Candidate(_first(self, problem))
+        able = list(self._able(problem))
+        modules = {name: self.operator.module(name) for name in able}
+        best = tuner.fastest(
+            *(self.operator.name, self.direction, problem.measured_as(), modules, self.mode),
+            measurement(),
+        )
+        return best or Candidate(able[0])
+
+    def decided(self, problem: Problem) -> str | None:
+        """The implementation that `choose` takes, where that is known without a measurement.
+
+        Args:
+            problem: The operator's description of the call.
+
+        Returns:
+            Its name; None where several can run and times decide, or none can.
+        """
+        try:
+            if not self._measures:
+                return _first(self, problem)
+            first, *others = self._able(problem)
+        except NotImplementedError:
+            return None
+        return None if others else first
+
+    @property
+    def _measures(self) -> bool:
+        return self.mode in ("cached", "search") or (self.mode is None and self.several)
+
+    def _able(self, problem: Problem) -> Iterator[str]:
+        """The candidates that can run, best first; raises where there are none."""
+        preference = self.operator._preference(
+            self.direction, self.platform, problem, self.device_kind
+        )
+        names: Sequence[str] = preference
+        if self.names is not None:
+            names = sorted(
+                self.names,
+                key=lambda n: preference.index(n) if n in preference else len(preference),
+            )
+        reasons: list[str] = []
+        for name in dict.fromkeys(names):
+            reason = self.operator._refusal(name, self.direction, self.platform, problem)
+            if reason is None:
+                yield name
+            else:
+                reasons.append(f"{name}: {reason}")
+                if self.several:
+                    self._tell(name, reason)
+        if len(reasons) == len(set(names)):
+            raise NotImplementedError(
+                f"{self.operator.name} ({self.direction}) cannot run on {self.platform} with "
+                f"{self.filter} for {problem}: " + "; ".join(reasons)
+            )
+
+    def _tell(self, name: str, reason: str) -> None:
+        """Logs once why an implementation of a list, or of "auto", is left out."""
+        told = self.operator.name, self.direction, name, reason
+        if told in _TOLD:
+            return
+        _TOLD.add(told)
+        named = not self.filter.endswith(f"={AUTO!r}")
+        _log.log(
+            logging.WARNING if named else logging.INFO,
+            "%s %s: %s is left out of %s, %s",
+            *(self.operator.name, self.direction, name, self.filter, reason),
+        )
+
+
+@lru_cache(4096)
+def _first(request: Request, problem: Problem) -> str:
+    """`Request.pick`, remembered: a call of the same shapes asks nobody again."""
+    return request.pick(problem)
 
 
 def operators() -> list[Operator]:

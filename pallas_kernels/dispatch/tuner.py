@@ -4,9 +4,11 @@ It knows no framework. What runs a candidate, and what times it, is a `Measureme
 hands in; when it may measure, `tuning` says.
 """
 
+import itertools
 import json
 import logging
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +16,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from statistics import median
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args
 
 from pallas_kernels.dispatch import cache
+from pallas_kernels.dispatch.backend import Implementation, Problem, search_space
 from pallas_kernels.dispatch.cache import Entry
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ TuningParams = tuple[tuple[str, Any], ...]
 
 _MODE: ContextVar[Mode | None] = ContextVar("tuning", default=None)
 _USED: ContextVar[list[Entry] | None] = ContextVar("used", default=None)
+_TRACES = itertools.count()
+_TRACE: ContextVar[int | None] = ContextVar("trace", default=None)
+_VARIABLE = "FLASH_WTCONV_TUNING"
+"""The environment's variable that is `tuning` for the whole process."""
 _SEARCHING = threading.Lock()
 """One search at a time: two would time each other."""
 
@@ -73,16 +79,16 @@ class Measurement(Protocol):
     static: Mapping[str, Any]
     versions: Mapping[str, str]
 
-    def agreed(self, question: str, answer: Callable[[], str]) -> str:
+    def from_process_0(self, question: str, answer: Callable[[], str]) -> str:
         """One process's answer to a question that all processes of a program ask."""
 
-    def impossible(self) -> str | None:
+    def untimeable(self) -> str | None:
         """Why nothing can be timed here, None where it can."""
 
-    def outside(self, search: Callable[[], Entry]) -> Entry:
+    def untraced(self, search: Callable[[], Entry]) -> Entry:
         """Runs a search where arrays have values, outside of whatever is being traced."""
 
-    def prepared(self, module: ModuleType, config: TuningParams) -> Callable[[], Any]:
+    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Any]:
         """A call of an implementation on random arrays, always the same ones."""
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
@@ -100,7 +106,8 @@ def tuning(mode: Mode) -> Iterator[None]:
     """Says what implementations are chosen by, inside a `with` block of this thread.
 
     Without it, `None` and a single name never measure, and `"auto"` and sequences of names take
-    what was measured before, or measure. A function that is compiled already keeps its choice.
+    what was measured before, or measure. A function that is compiled already keeps its choice. For
+    a whole process the variable FLASH_WTCONV_TUNING says the same.
 
     Args:
         mode: `"off"` neither measures nor looks at what was measured; `"cached"` takes what was
@@ -127,29 +134,50 @@ def tuning(mode: Mode) -> Iterator[None]:
 def recorded() -> Iterator[list[Entry]]:
     """Gives a list of the entries that choices inside the block are made by."""
     used: list[Entry] = []
-    token = _USED.set(used)
+    tokens = _USED.set(used), _TRACE.set(next(_TRACES))
     try:
         yield used
     finally:
-        _USED.reset(token)
+        _USED.reset(tokens[0])
+        _TRACE.reset(tokens[1])
+
+
+def trace() -> int | None:
+    """A number of this `recorded` block, None outside: traces made before it do not count inside.
+
+    Example:
+        >>> trace() is None
+        True
+    """
+    return _TRACE.get()
 
 
 def mode() -> Mode | None:
-    """What `tuning` says, None outside of it.
+    """What `tuning` says, outside of it the variable FLASH_WTCONV_TUNING, None where it is unset.
+
+    Raises:
+        ValueError: The variable holds something else.
 
     Example:
         >>> with tuning("cached"):
         ...     mode()
         'cached'
     """
-    return _MODE.get()
+    inside = _MODE.get()
+    if inside is not None:
+        return inside
+    value = os.environ.get(_VARIABLE, "").strip().lower()
+    if value not in ("", *get_args(Mode)):
+        raise ValueError(f"{_VARIABLE}={value!r}: expected one of {list(get_args(Mode))}, or unset")
+    return cast(Mode, value) if value else None
 
 
 def fastest(
     operator: str,
     direction: str,
-    problem: Any,
-    modules: Mapping[str, ModuleType],
+    problem: Problem,
+    modules: Mapping[str, Implementation],
+    mode: Mode | None,
     measurement: Measurement,
 ) -> Candidate | None:
     """The fastest candidate of some implementations: as the cache knows, or else measured.
@@ -159,11 +187,12 @@ def fastest(
         direction: Its direction.
         problem: The operator's description of the call, a NamedTuple of what JSON can say.
         modules: The implementations that can run, by name.
+        mode: What `tuning` says; `"cached"` measures nothing.
         measurement: How they are run and timed.
 
     Returns:
-        The fastest; None, after a warning, where none can be timed; None where `tuning("cached")`
-        holds and not all were measured.
+        The fastest; None, after a warning, where none can be timed; None where the mode is
+        "cached" and not all were measured.
     """
     entry = {
         "operator": operator,
@@ -176,37 +205,38 @@ def fastest(
     key = cache.key(entry)
 
     def answer() -> str:
-        return json.dumps(_fastest(entry, key, problem, modules, measurement))
+        return json.dumps(_fastest(entry, key, problem, modules, mode, measurement))
 
-    question = f"{mode()} {list(modules)} {key}"
-    found = json.loads(measurement.agreed(question, answer))
+    question = f"{mode} {list(modules)} {key}"
+    found = json.loads(measurement.from_process_0(question, answer))
     return found and Candidate(found[0], _config(found[1]))
 
 
 def _fastest(
     entry: Entry,
     key: str,
-    problem: Any,
-    modules: Mapping[str, ModuleType],
+    problem: Problem,
+    modules: Mapping[str, Implementation],
+    mode: Mode | None,
     measurement: Measurement,
 ) -> Candidate | None:
     """As `fastest`, for one process; `entry` says what is asked, under its key."""
     store, kind = cache.user_cache(), measurement.device_kind
     entries = _covering(store.get(kind, key), modules)
-    if entries or mode() == "cached":
+    if entries or mode == "cached":
         return _best(entries, modules)
     direction, label = entry["direction"], f"{entry['operator']} {entry['direction']}"
     candidates = [
         Candidate(name, config)
         for name, module in modules.items()
-        for config in _search_space(module, direction, problem)
+        for config in _configs(module, direction, problem)
     ]
     if len(candidates) == 1:
         return candidates[0]
     if 0 in problem.shape:
         # Nothing is computed: any will do.
         return None
-    reason = measurement.impossible()
+    reason = measurement.untimeable()
     if not all(isinstance(size, int) for size in problem.shape):
         reason = f"arrays {problem.shape} of symbolic size have no values"
     if reason is not None:
@@ -216,7 +246,7 @@ def _fastest(
         # Another thread may have measured it meanwhile.
         entries = _covering(store.get(kind, key), modules)
         if not entries:
-            found = measurement.outside(
+            found = measurement.untraced(
                 lambda: {**entry, **_search(label, candidates, modules, measurement)}
             )
             entries, best = [found], _best([found], modules)
@@ -228,10 +258,9 @@ def _fastest(
     return _best(entries, modules)
 
 
-def _search_space(module: ModuleType, direction: str, problem: Any) -> list[TuningParams]:
-    """The parameters that an implementation offers, at least its own defaults."""
-    offered = module.search_space(direction, problem) if hasattr(module, "search_space") else []
-    return [tuple(config.items()) for config in offered] or [()]
+def _configs(module: Implementation, direction: str, problem: Problem) -> list[TuningParams]:
+    """The parameters that an implementation offers, hashable."""
+    return [tuple(offered.items()) for offered in search_space(module, direction, problem)]
 
 
 def _plain(value: Any) -> Any:
@@ -280,7 +309,7 @@ def _warn(message: str) -> None:
 def _search(
     label: str,
     candidates: Sequence[Candidate],
-    modules: Mapping[str, ModuleType],
+    modules: Mapping[str, Implementation],
     measurement: Measurement,
 ) -> Entry:
     """Times every candidate that runs and is right, the fastest first; `failed` says why not."""
@@ -382,6 +411,7 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
 
     console = Console(stderr=True)
     if not console.is_interactive:
+        _log.warning("%s: %d candidates; this is slow the first time alone", label, total)
         yield lambda: None
         return
     bar = Progress(console=console, transient=True)

@@ -15,18 +15,15 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from itertools import product
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels.common import device
 from pallas_kernels.common.arguments import check_unsharded, checked_array, checked_integer
-from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.haar import vjp
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.haar.problem import Problem
@@ -46,7 +43,7 @@ OPERATOR = Operator(
     package="pallas_kernels.haar",
     implementations=Implementation,
     rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("triton", "mosaic_gpu", "xla"), "cpu": ("xla",)},
-    directions=("fwd",),
+    directions={"fwd": ("wavedec", "waverec")},
 )
 
 
@@ -399,22 +396,11 @@ def _plan(
     implementation: Choice,
 ) -> vjp.Plan:
     problem = Problem(shape, dtype, len(shape) - 2, levels, wavelet)
-
-    def plan(module: ModuleType, config: TuningParams) -> vjp.Plan:
-        return vjp.Plan(module, shape[1:-1], levels, wavelet, config)
-
-    # Analysis and synthesis are each other's transpose: the analysis is timed for both.
-    measurement = partial(
-        JaxMeasurement,
-        lambda module, config: partial(vjp.wavedec, plan(module, config)),
-        (jax.ShapeDtypeStruct(shape, dtype),),
-        OPERATOR.module("xla"),
-        {},
+    chosen = request(OPERATOR, "fwd", implementation).choose(
+        problem, partial(vjp.measurement, OPERATOR, problem)
     )
-    chosen = OPERATOR.choose(
-        "fwd", implementation, device.platform(), problem, measurement, device.kind()
-    )
-    return plan(OPERATOR.module(chosen.implementation), chosen.config)
+    module = OPERATOR.module(chosen.implementation)
+    return vjp.Plan(module, shape[1:-1], levels, wavelet, chosen.config)
 
 
 def _unflat(bands: Any, batch: tuple[int, ...]) -> Any:

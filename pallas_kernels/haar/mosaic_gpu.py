@@ -54,7 +54,7 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd", the only one.
         problem: `pallas_kernels.haar.problem.Problem`.
     """
-    reasons = problem.beyond(("float32", "bfloat16", "float16"), _MAX_LEVELS)
+    reasons = problem.unsupported(("float32", "bfloat16", "float16"), _MAX_LEVELS)
     if not reasons:
         images, height, width, channels = problem.shape
         # What the copy engine takes at a time is counted in 32 bits, however large the array is.

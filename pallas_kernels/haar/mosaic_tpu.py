@@ -61,7 +61,7 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd", the only one.
         problem: `pallas_kernels.haar.problem.Problem`.
     """
-    reasons = problem.beyond(("float32", "bfloat16"), _MAX_LEVELS)
+    reasons = problem.unsupported(("float32", "bfloat16"), _MAX_LEVELS)
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
     _tiling(problem.shape, problem.dtype, problem.levels)

@@ -1,13 +1,15 @@
-"""What an implementation is told of a call."""
+"""The description of a call that implementations, tables and the tuner get."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pallas_kernels.dispatch.backend import size_distance
 from pallas_kernels.haar.filters import beyond_images
 
 
 class Problem(NamedTuple):
-    """What an implementation's `check` is told of a call; shape is that of the whole signal."""
+    """A call as implementations are told of it; shape is that of the whole signal."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -19,18 +21,35 @@ class Problem(NamedTuple):
         """As errors tell it."""
         return f"a signal {self.shape} {self.dtype}, {self.levels} levels of {self.wavelet}"
 
-    def beyond(self, dtypes: Sequence[str], max_levels: int) -> list[str]:
-        """What of it kernels for images and the Haar wavelet do not do.
+    def measured_as(self) -> "Problem":
+        """The problem whose times count for this one: itself."""
+        return self
+
+    def distance(self, measured: Mapping[str, Any]) -> float:
+        """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
+
+        Example:
+            >>> measured = {"shape": [8, 16, 16, 4], "dtype": "float32", "levels": 3}
+            >>> Problem((2, 16, 16, 8), "float32", 2, 2, "haar").distance(measured)
+            2.0
+        """
+        if str(self.dtype) != measured["dtype"]:
+            return math.inf
+        levels = measured.get("levels", self.levels)
+        return size_distance(self.shape, measured["shape"]) + abs(self.levels - levels)
+
+    def unsupported(self, dtypes: Sequence[str], max_levels: int) -> list[str]:
+        """The reasons why kernels for images and the Haar wavelet refuse this problem.
 
         Args:
-            dtypes: Those that they take.
+            dtypes: The dtypes that the kernels take.
             max_levels: The most levels that they take.
 
         Returns:
-            A phrase for each, none if they take it.
+            A phrase for each reason, none where they take the problem.
 
         Example:
-            >>> Problem((2, 8, 4), "float32", 1, 3, "haar").beyond(["float32"], 2)
+            >>> Problem((2, 8, 4), "float32", 1, 3, "haar").unsupported(["float32"], 2)
             ['1-D signals, 2-D alone', '3 levels, up to 2']
         """
         reasons = beyond_images(self.ndim, self.dtype, self.wavelet, dtypes)

@@ -9,14 +9,17 @@ them; both take the parameters that its `search_space`, where there is one, offe
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
+from pallas_kernels.haar.problem import Problem
 
 Details = tuple[tuple[jax.Array, ...], ...]
 Coefficients = tuple[jax.Array, Details]
@@ -25,18 +28,41 @@ Coefficients = tuple[jax.Array, Details]
 class Plan(NamedTuple):
     """The static choices of one call: the implementation's module, and what it is told."""
 
-    module: ModuleType
+    module: Implementation
     shape: tuple[int, ...]
     levels: int
     wavelet: str
     config: TuningParams = ()
 
 
+def measurement(operator: Operator, problem: Problem) -> JaxMeasurement:
+    """What runs and times an implementation on an array like that of a call.
+
+    Analysis and synthesis are each other's transpose: the analysis is timed for both.
+
+    Args:
+        operator: The operator, in JAX.
+        problem: The call.
+
+    Returns:
+        A measurement of the problem.
+    """
+
+    def run(module: Implementation, config: TuningParams) -> Callable[..., Any]:
+        plan = Plan(module, problem.shape[1:-1], problem.levels, problem.wavelet, config)
+        return partial(wavedec, plan)
+
+    x = jax.ShapeDtypeStruct(problem.shape, problem.dtype)
+    return JaxMeasurement(run, (x,), operator.module("xla"), {})
+
+
+@partial(jax.jit, static_argnums=0)
 def wavedec(plan: Plan, x: jax.Array) -> Coefficients:
     """The cascade of `x [N, *shape, C]`: the low band, and the details from coarse to fine."""
     return (_analyse if plan.module.DIFFERENTIABLE else _opaque_analyse)(plan, x)
 
 
+@partial(jax.jit, static_argnums=0)
 def waverec(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
     """The inverse cascade, cropped to `shape`."""
     synthesise = _synthesise if plan.module.DIFFERENTIABLE else _opaque_synthesise
@@ -44,13 +70,13 @@ def waverec(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
 
 
 def _analyse(plan: Plan, x: jax.Array) -> Coefficients:
-    told = {"ndim": len(plan.shape), "levels": plan.levels, "wavelet": plan.wavelet}
-    return plan.module.wavedec(x, **told, **dict(plan.config))
+    keys = {"ndim": len(plan.shape), "levels": plan.levels, "wavelet": plan.wavelet}
+    return plan.module.wavedec(x, **keys, **dict(plan.config))
 
 
 def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
-    told = {"shape": plan.shape, "wavelet": plan.wavelet}
-    return plan.module.waverec(low, details, **told, **dict(plan.config))
+    keys = {"shape": plan.shape, "wavelet": plan.wavelet}
+    return plan.module.waverec(low, details, **keys, **dict(plan.config))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -5,27 +5,25 @@ ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import partial
-from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels.common import device
 from pallas_kernels.common.arguments import (
     Precision,
     check_unsharded,
     checked_array,
     checked_integer,
     checked_precision,
+    remembered,
 )
-from pallas_kernels.common.dtypes import accumulation_dtype
-from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv import vjp
 from pallas_kernels.wtconv.problem import Problem
@@ -49,6 +47,7 @@ OPERATOR = Operator(
         "gpu": ("mosaic_gpu", "triton", "xla"),
         "cpu": ("xla",),
     },
+    directions={"fwd": ("forward",), "bwd": ("forward", "weight_grad")},
 )
 
 
@@ -157,74 +156,60 @@ def _wtconv(
     implementation: Choice,
     precision: Precision,
 ) -> jax.Array:
-    x = _checked_signal(x, ndim)
-    params = _checked_arrays(params)
-    kernel_size, levels = _check_params(params, ndim, x.shape[-1])
-    filter_bank(wavelet)
-    stride = checked_integer(stride, "stride", least=1)
-    if ndim == 1 and x.shape[-2] < stride:
-        raise ValueError(
-            f"stride={stride} averages groups of {stride} samples, but x has {x.shape[-2]}"
-        )
-    batch, spatial, channels = x.shape[: -1 - ndim], x.shape[-1 - ndim : -1], x.shape[-1]
-    flat = x.reshape(math.prod(batch), *spatial, channels)
-    problem = Problem(flat.shape, flat.dtype, kernel_size, levels, wavelet)
-    precision = checked_precision(precision)
-    here, kind, measured_as = device.platform(), device.kind(), problem.measured_as()
-    chosen = [
-        OPERATOR.choose(
-            direction,
-            implementation,
-            here,
-            problem,
-            partial(_measurement, direction, measured_as, "base_bias" in params, precision),
-            kind,
-            measured_as,
-        )
-        for direction in OPERATOR.directions
-    ]
-    fwd, bwd = (OPERATOR.module(one.implementation) for one in chosen)
-    plan = vjp.Plan(fwd, bwd, wavelet, precision, *(one.config for one in chosen))
-    y = vjp.wtconv(plan, stride, flat, params)
+    x, params = checked_array(x, "x"), _checked_arrays(params)
+    check_unsharded(x, "x")
+    signature = tuple((name, value.shape, value.dtype) for name, value in params.items())
+    call = remembered(_checked_call)(ndim, x.shape, x.dtype, signature, wavelet, stride, precision)
+    fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
+    problem, bias = call.problem, "base_bias" in params
+    chosen = fwd.choose(
+        problem, partial(vjp.measurement, OPERATOR, "fwd", problem, bias, call.precision)
+    )
+    module = OPERATOR.module(chosen.implementation)
+    plan = vjp.Plan(module, chosen.config, wavelet, call.precision, bwd)
+    batch = x.shape[: -1 - ndim]
+    if len(batch) == 1:
+        return vjp.wtconv(plan, call.stride, x, params)
+    y = vjp.wtconv(plan, call.stride, x.reshape(problem.shape), params)
     return y.reshape(*batch, *y.shape[1:])
 
 
-def _measurement(
-    direction: str, problem: Problem, bias: bool, precision: jax.lax.Precision | None
-) -> JaxMeasurement:
-    """How the tuner runs an implementation on arrays like those of a call."""
-    *spatial, channels = problem.shape[1:]
-    acc = accumulation_dtype(problem.dtype)
-    bands = [1, *[2 ** len(spatial)] * problem.levels]
-    kernel = (problem.kernel_size,) * len(spatial)
-    x = jax.ShapeDtypeStruct(problem.shape, problem.dtype)
-    taps = tuple(jax.ShapeDtypeStruct((*kernel, band, channels), acc) for band in bands)
-    inputs = x, taps, jax.ShapeDtypeStruct((channels,), acc) if bias else None
+class _Call(NamedTuple):
+    """What arguments say that were checked."""
 
-    def run(module: ModuleType, config: TuningParams) -> Callable[..., Any]:
-        plan = vjp.Plan(module, module, problem.wavelet, precision, config, config)
-        return vjp.one_pass(plan, direction)
-
-    return JaxMeasurement(
-        run,
-        inputs if direction == "fwd" else (*inputs, x),
-        OPERATOR.module("xla"),
-        {"bias": bias, "precision": precision and precision.name},
-    )
+    problem: Problem
+    stride: int
+    precision: jax.lax.Precision | None
 
 
-def _checked_signal(value: ArrayLike, ndim: int) -> jax.Array:
-    x = checked_array(value, "x")
+def _checked_call(
+    ndim: int,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    params: tuple[tuple[str, tuple[int, ...], jnp.dtype], ...],
+    wavelet: str,
+    stride: int,
+    precision: Precision,
+) -> _Call:
+    """Checks all that shapes and plain arguments tell; raises ValueError."""
     axes = ("L", "H, W", "D, H, W")[ndim - 1]
-    if x.ndim < ndim + 1:
-        raise ValueError(f"x: expected an array [*batch, {axes}, C], got shape {x.shape}")
-    if any(size == 0 for size in x.shape[-1 - ndim :]):
+    if len(shape) < ndim + 1:
+        raise ValueError(f"x: expected an array [*batch, {axes}, C], got shape {shape}")
+    if any(size == 0 for size in shape[-1 - ndim :]):
         raise ValueError(
-            f"x: expected [*batch, {axes}, C] of at least one sample and channel, got "
-            f"shape {x.shape}"
+            f"x: expected [*batch, {axes}, C] of at least one sample and channel, got shape {shape}"
         )
-    check_unsharded(x, "x")
-    return x
+    shapes = {name: sizes for name, sizes, _ in params}
+    kernel_size, levels = _check_params(shapes, ndim, shape[-1])
+    filter_bank(wavelet)
+    stride = checked_integer(stride, "stride", least=1)
+    if ndim == 1 and shape[-2] < stride:
+        raise ValueError(
+            f"stride={stride} averages groups of {stride} samples, but x has {shape[-2]}"
+        )
+    flat = (math.prod(shape[: -1 - ndim]), *shape[-1 - ndim :])
+    problem = Problem(flat, dtype, kernel_size, levels, wavelet)
+    return _Call(problem, stride, checked_precision(precision))
 
 
 def _checked_arrays(params: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
@@ -235,19 +220,21 @@ def _checked_arrays(params: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
     return {name: checked_array(value, f"params[{name!r}]") for name, value in params.items()}
 
 
-def _check_params(params: Mapping[str, jax.Array], ndim: int, channels: int) -> tuple[int, int]:
-    """Checks every parameter's presence, shape and dtype; returns (kernel size, levels)."""
+def _check_params(
+    params: Mapping[str, tuple[int, ...]], ndim: int, channels: int
+) -> tuple[int, int]:
+    """Checks that the shapes of all parameters are there and fit; returns (kernel size, levels)."""
     levels = 0
     while f"wavelet_kernel_{levels}" in params:
         levels += 1
     missing = [name for name in ("base_kernel", "base_scale") if name not in params]
     if missing:
         raise ValueError(f"params: missing {missing}, got {sorted(params)}")
-    kernel_size = params["base_kernel"].shape[0] if params["base_kernel"].ndim else 0
+    kernel_size = (*params["base_kernel"], 0)[0]
     if kernel_size < 1:
         raise ValueError(
             f"params['base_kernel']: expected shape {('k',) * ndim + (1, channels)} with k >= 1, "
-            f"got {params['base_kernel'].shape}"
+            f"got {params['base_kernel']}"
         )
     taps, bands = (kernel_size,) * ndim, 2**ndim
     expected = {"base_kernel": (*taps, 1, channels), "base_scale": (channels,)}
@@ -263,8 +250,8 @@ def _check_params(params: Mapping[str, jax.Array], ndim: int, channels: int) -> 
         if name not in expected
     ]
     for name, shape in expected.items():
-        if name in params and params[name].shape != shape:
-            problems.append(f"{name!r}: expected shape {shape}, got {params[name].shape}")
+        if name in params and params[name] != shape:
+            problems.append(f"{name!r}: expected shape {shape}, got {params[name]}")
     if problems:
         raise ValueError(
             f"params (for x with {channels} channels, which come last): " + "; ".join(problems)

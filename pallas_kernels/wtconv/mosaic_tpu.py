@@ -78,7 +78,7 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.problem.Problem`.
     """
-    reasons = problem.beyond(("float32", "bfloat16"), _MAX_KERNEL)
+    reasons = problem.unsupported(("float32", "bfloat16"), _MAX_KERNEL)
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
     _tiling(problem.shape, problem.dtype, problem.kernel_size, problem.levels, direction == "bwd")

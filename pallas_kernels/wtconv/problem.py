@@ -1,13 +1,15 @@
-"""What an implementation is told of a call, in either framework."""
+"""The description of a call that implementations, tables and the tuner get, in either framework."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pallas_kernels.dispatch.backend import size_distance
 from pallas_kernels.haar.filters import beyond_images
 
 
 class Problem(NamedTuple):
-    """What an implementation's `check` is told of a call: x is `[N, *spatial, C]`."""
+    """A call as implementations are told of it: x is `[N, *spatial, C]`."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -34,26 +36,45 @@ class Problem(NamedTuple):
             images = 1 << (images.bit_length() - 1)
         return self._replace(shape=(images, *sizes))
 
-    def beyond(
+    def distance(self, measured: Mapping[str, Any]) -> float:
+        """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
+
+        Neither the batch nor the wavelet counts; a kernel size or a level more is as far as twice
+        the channels.
+
+        Example:
+            >>> measured = {"shape": [8, 16, 16, 4], "dtype": "float32", "levels": 3}
+            >>> Problem((2, 16, 16, 8), "float32", 5, 2, "haar").distance(measured)
+            2.0
+        """
+        if str(self.dtype) != measured["dtype"]:
+            return math.inf
+        return (
+            size_distance(self.shape, measured["shape"])
+            + abs(self.kernel_size - measured.get("kernel_size", self.kernel_size))
+            + abs(self.levels - measured.get("levels", self.levels))
+        )
+
+    def unsupported(
         self,
         dtypes: Sequence[str],
         max_kernel: int,
         max_levels: int | None = None,
         odd: bool = False,
     ) -> list[str]:
-        """What of it kernels for images and Haar wavelets do not do.
+        """The reasons why kernels for images and the Haar wavelet refuse this problem.
 
         Args:
-            dtypes: Those that they take.
-            max_kernel: Their largest kernel size.
+            dtypes: The dtypes that the kernels take.
+            max_kernel: The largest kernel size that they take.
             max_levels: The most levels that they take, of at least one; None if any number, or 0.
             odd: Whether they take odd kernel sizes alone.
 
         Returns:
-            A phrase for each, none if they take it.
+            A phrase for each reason, none where they take the problem.
 
         Example:
-            >>> Problem((2, 8, 4), "float32", 5, 1, "haar").beyond(["float32"], 3)
+            >>> Problem((2, 8, 4), "float32", 5, 1, "haar").unsupported(["float32"], 3)
             ['1-D signals, 2-D alone', 'kernels of 5, up to 3']
         """
         reasons = beyond_images(len(self.shape) - 2, self.dtype, self.wavelet, dtypes)

@@ -23,7 +23,7 @@ _MAX_CHANNELS = 65535 * _CHANNELS
 def check(problem: Problem) -> None:
     """Raises `NotImplementedError` for what the kernels do not do."""
     dtypes = ("float32", "bfloat16", "float16")
-    reasons = problem.beyond(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
+    reasons = problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
     if not reasons:
         *_, width, channels = problem.shape
         if channels > _MAX_CHANNELS or width * channels >= MAX_ROW:

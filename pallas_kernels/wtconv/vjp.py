@@ -1,5 +1,8 @@
 """The operator's custom VJP: any forward implementation pairs with any backward one.
 
+The backward one is chosen in the backward rule, so that a call that nobody differentiates asks no
+implementation for gradients, and times none.
+
 Two facts make the backward pass (Haar is orthonormal, and padding and cropping are each other's
 transpose). The input gradient is the operator itself, transposed: taps flipped, padding swapped,
 analysis and synthesis filters swapped. The weight gradient correlates the coefficients of x with
@@ -21,7 +24,6 @@ gradients with its own. Both functions take the parameters that `search_space` o
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,27 +31,53 @@ import jax.numpy as jnp
 
 from pallas_kernels.common._compat import vary_over, varying_axes
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.dispatch import Operator, Request
+from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
+from pallas_kernels.wtconv.problem import Problem
 
 Taps = tuple[jax.Array, ...]
 Shapes = tuple[tuple[int, ...], ...]
 
 
 class Plan(NamedTuple):
-    """The static choices of one call: the implementations' modules, and what they are told."""
+    """The static choices of one call: what computes it, and what is asked of its backward pass.
 
-    fwd: ModuleType
-    bwd: ModuleType
+    Attributes:
+        module: The implementation that computes the operator.
+        config: Its parameters.
+        wavelet: PyWavelets' name of the wavelet.
+        precision: Of products on matrix units.
+        backward: What the backward rule chooses an implementation by; None in a plan that is
+            timed, which nobody differentiates.
+    """
+
+    module: Implementation
+    config: TuningParams
     wavelet: str
     precision: jax.lax.Precision | None
-    fwd_config: TuningParams = ()
-    bwd_config: TuningParams = ()
+    backward: Request | None
 
-    @property
-    def of_backward(self) -> "Plan":
-        """The plan of what the backward pass calls, where it calls the operator itself."""
-        return self._replace(fwd=self.bwd, fwd_config=self.bwd_config)
+    def for_backward(self, x: jax.Array, taps: Taps, bias: bool) -> "Plan":
+        """The plan of the backward pass, whose implementation is chosen here.
+
+        Args:
+            x: `[N, *spatial, C]`.
+            taps: The folded kernels.
+            bias: Whether the operator has a bias.
+
+        Raises:
+            NotImplementedError: No allowed implementation can run here; says why for each.
+        """
+        assert self.backward is not None
+        problem = Problem(x.shape, x.dtype, taps[0].shape[0], len(taps) - 1, self.wavelet)
+        operator = self.backward.operator
+        chosen = self.backward.choose(
+            problem, partial(measurement, operator, "bwd", problem, bias, self.precision)
+        )
+        return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -95,7 +123,7 @@ def _apply_fwd(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array, Taps, jax.Array | None]]:
     # Reverse mode over reverse mode differentiates this line: a kernel has only the custom rule.
-    bare = plan.fwd.DIFFERENTIABLE
+    bare = plan.module.DIFFERENTIABLE
     y = (_forward if bare else _apply)(plan, transpose, x, taps, bias)
     return y, (x, taps, _like(bias))
 
@@ -107,13 +135,24 @@ def _apply_bwd(
     dy: jax.Array,
 ) -> tuple[jax.Array, Taps, jax.Array | None]:
     x, taps, bias = residuals
+    return _gradients(plan.for_backward(x, taps, bias is not None), transpose, residuals, dy)
+
+
+def _gradients(
+    plan: Plan,
+    transpose: bool,
+    residuals: tuple[jax.Array, Taps, jax.Array | None],
+    dy: jax.Array,
+) -> tuple[jax.Array, Taps, jax.Array | None]:
+    """The gradients of x, taps and bias, all by the plan's implementation."""
+    x, taps, bias = residuals
     shapes = tuple(tap.shape for tap in taps)
-    bare = plan.bwd.DIFFERENTIABLE
+    bare = plan.module.DIFFERENTIABLE
     apply, correlate = (_forward, _correlate) if bare else (_apply, _weight_grad)
-    dx = apply(plan.of_backward, not transpose, dy, taps, None)
+    dx = apply(plan, not transpose, dy, taps, None)
     pair = (dy, x) if transpose else (x, dy)
     # Only the operator itself has a bias, its transpose has none.
-    summed = bias is not None and getattr(plan.bwd, "BIAS_GRADIENT", False)
+    summed = bias is not None and getattr(plan.module, "BIAS_GRADIENT", False)
     found = correlate(plan, (*shapes, dy.shape[-1:]) if summed else shapes, *pair)
     dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(found[: len(taps)], taps, strict=True))
     if bias is None:
@@ -126,11 +165,51 @@ def _apply_bwd(
 _apply.defvjp(_apply_fwd, _apply_bwd)
 
 
-def one_pass(plan: Plan, direction: str) -> Callable[..., Any]:
-    """The function of arrays that a plan computes in one direction, to be timed alone.
+def measurement(
+    operator: Operator,
+    direction: str,
+    problem: Problem,
+    bias: bool,
+    precision: jax.lax.Precision | None,
+) -> JaxMeasurement:
+    """What runs and times an implementation on arrays like those of a call.
 
     Args:
-        plan: Its implementations; of the backward pass `bwd` computes all.
+        operator: The operator, in JAX.
+        direction: "fwd" or "bwd".
+        problem: The call.
+        bias: Whether it has a bias.
+        precision: Of products on matrix units.
+
+    Returns:
+        A measurement of `problem.measured_as()`.
+    """
+    problem = problem.measured_as()
+    *spatial, channels = problem.shape[1:]
+    acc = accumulation_dtype(problem.dtype)
+    bands = [1, *[2 ** len(spatial)] * problem.levels]
+    kernel = (problem.kernel_size,) * len(spatial)
+    x = jax.ShapeDtypeStruct(problem.shape, problem.dtype)
+    taps = tuple(jax.ShapeDtypeStruct((*kernel, band, channels), acc) for band in bands)
+    inputs = x, taps, jax.ShapeDtypeStruct((channels,), acc) if bias else None
+
+    def run(module: Implementation, config: TuningParams) -> Callable[..., Any]:
+        plan = Plan(module, config, problem.wavelet, precision, backward=None)
+        return timed_function(plan, direction)
+
+    return JaxMeasurement(
+        run,
+        inputs if direction == "fwd" else (*inputs, x),
+        operator.module("xla"),
+        {"bias": bias, "precision": precision and precision.name},
+    )
+
+
+def timed_function(plan: Plan, direction: str) -> Callable[..., Any]:
+    """The function of arrays that a plan's implementation computes in one direction.
+
+    Args:
+        plan: What computes it.
         direction: "fwd", a function of x, taps and bias, or "bwd", of these and dy.
 
     Returns:
@@ -140,7 +219,7 @@ def one_pass(plan: Plan, direction: str) -> Callable[..., Any]:
         return partial(_apply, plan, False)
 
     def backward(x: jax.Array, taps: Taps, bias: jax.Array | None, dy: jax.Array) -> Any:
-        return _apply_bwd(plan, False, (x, taps, _like(bias)), dy)
+        return _gradients(plan, False, (x, taps, _like(bias)), dy)
 
     return backward
 
@@ -157,7 +236,7 @@ def _weight_grad(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Tap
 def _weight_grad_fwd(
     plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array
 ) -> tuple[Taps, tuple[jax.Array, jax.Array]]:
-    correlate = _correlate if plan.bwd.DIFFERENTIABLE else _weight_grad
+    correlate = _correlate if plan.module.DIFFERENTIABLE else _weight_grad
     return correlate(plan, shapes, x, dy), (x, dy)
 
 
@@ -165,7 +244,6 @@ def _weight_grad_bwd(
     plan: Plan, shapes: Shapes, residuals: tuple[jax.Array, jax.Array], dtaps: Taps
 ) -> tuple[jax.Array, jax.Array]:
     x, dy = residuals
-    plan = plan.of_backward
     dbias = None
     if len(shapes[-1]) == 1:
         *dtaps, dbias = dtaps
@@ -180,24 +258,24 @@ def _forward(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> jax.Array:
     run = partial(
-        plan.fwd.forward,
+        plan.module.forward,
         wavelet=plan.wavelet,
         transpose=transpose,
         precision=plan.precision,
-        **dict(plan.fwd_config),
+        **dict(plan.config),
     )
-    return run(x, taps, bias) if plan.fwd.DIFFERENTIABLE else vmap_folding(run)(x, taps, bias)
+    return run(x, taps, bias) if plan.module.DIFFERENTIABLE else vmap_folding(run)(x, taps, bias)
 
 
 def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
     run = partial(
-        plan.bwd.weight_grad,
+        plan.module.weight_grad,
         kernel_shapes=shapes,
         wavelet=plan.wavelet,
         precision=plan.precision,
-        **dict(plan.bwd_config),
+        **dict(plan.config),
     )
-    return run(x, dy) if plan.bwd.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
+    return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
 
 
 def _like(bias: jax.Array | None) -> jax.Array | None:

@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pallas_kernels.common import versions
+from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.cache import Entry
 from pallas_kernels.dispatch.tuner import TuningParams
 from torch_bridge.runtime.device import kind
@@ -48,7 +48,7 @@ class OnRandomTensors:
         run: Callable[..., Iterable[Tensor]],
         inputs: Callable[[Draw], tuple[Any, ...]],
         device: torch.device,
-        reference: ModuleType,
+        reference: Implementation,
         static: Mapping[str, Any],
         why_not: str | None = None,
     ) -> None:
@@ -65,11 +65,11 @@ class OnRandomTensors:
         }
         self._why_not = why_not
 
-    def agreed(self, question: str, answer: Callable[[], str]) -> str:
+    def from_process_0(self, question: str, answer: Callable[[], str]) -> str:
         """This process's own answer."""
         return answer()
 
-    def impossible(self) -> str | None:
+    def untimeable(self) -> str | None:
         """Without values there is nothing to run, and a CUDA graph would record what is timed."""
         if self._device.type == "meta":
             return "tensors on the device 'meta' have no values"
@@ -77,7 +77,7 @@ class OnRandomTensors:
             return "a CUDA graph is being captured; call the layer once before"
         return self._why_not
 
-    def outside(self, search: Callable[[], Entry]) -> Entry:
+    def untraced(self, search: Callable[[], Entry]) -> Entry:
         """Runs it in a thread of its own, which traces, transforms and differentiates nothing."""
 
         @torch.no_grad()
@@ -87,7 +87,7 @@ class OnRandomTensors:
         with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
             return pool.submit(run).result()
 
-    def prepared(self, module: ModuleType, config: TuningParams) -> Callable[[], Any]:
+    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Any]:
         """A call that enqueues its work, and returns its tensors."""
         return lambda: self._run(module, config, *self._tensors)
 

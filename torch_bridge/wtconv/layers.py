@@ -136,6 +136,7 @@ class _WTConv(nn.Module):
             self.wt_type,
             self.base_conv.bias is not None,
             strides,
+            self._differentiated(x),
         )
         weights = (
             self.base_conv.weight,
@@ -152,6 +153,12 @@ class _WTConv(nn.Module):
         else:
             y = ops.wtconv(x, *weights, wavelet=self.wt_type, fwd=fwd, bwd=bwd)
         return eager.subsample(y, self.stride)
+
+    def _differentiated(self, x: Tensor) -> bool:
+        """Whether there will be a backward pass."""
+        return torch.is_grad_enabled() and (
+            x.requires_grad or any(value.requires_grad for value in self.parameters())
+        )
 
     def _check_input(self, x: Tensor) -> None:
         axes = ("N", "C", *("D", "H", "W")[3 - self.ndim :]) if self.ndim > 1 else ("N", "C", "L")

@@ -43,7 +43,7 @@ def check(direction: str, problem: Any) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.problem.Problem`, its shape channels-last.
     """
-    reasons = problem.beyond(_DTYPES, _MAX_KERNEL, _MAX_LEVELS)
+    reasons = problem.unsupported(_DTYPES, _MAX_KERNEL, _MAX_LEVELS)
     if not reasons:
         _, *image = problem.shape
         if image[0] * image[1] * image[2] >= _MAX_PLANE:

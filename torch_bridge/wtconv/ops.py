@@ -25,14 +25,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
-from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch import Operator, backend
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.wtconv.problem import Problem
 from torch_bridge.runtime import measuring
@@ -56,6 +55,7 @@ OPERATOR = Operator(
         "mps": ("metal", "eager"),
         "cpu": ("eager",),
     },
+    directions={"fwd": ("forward",), "bwd": ("forward", "weight_grad")},
 )
 
 
@@ -71,6 +71,7 @@ def pick(
     wavelet: str,
     bias: bool = False,
     strides: tuple[int, ...] | None = None,
+    differentiated: bool = True,
 ) -> tuple[str, str]:
     """What computes a call, forward and backward: an implementation's name and its parameters.
 
@@ -84,6 +85,8 @@ def pick(
         wavelet: PyWavelets' name of the wavelet.
         bias: Whether there is one.
         strides: Of x; None where they are not known, and nothing is measured.
+        differentiated: Whether there is a backward pass. Where there is none nothing is asked for
+            it, and the forward pass's choice is told twice.
 
     Raises:
         ValueError: An unknown name in the environment's variable.
@@ -95,20 +98,16 @@ def pick(
         ('eager', 'eager')
     """
     problem = _problem(shape, dtype, kernel_size, levels, wavelet)
-    kind, measured_as = measuring.kind(device), problem.measured_as()
-    fwd, bwd = (
-        OPERATOR.choose(
-            direction,
-            implementation,
-            device.type,
-            problem,
-            partial(_measurement, direction, measured_as, device, dtype, bias, strides),
-            kind,
-            measured_as,
+    kind = measuring.kind(device)
+    fwd, *bwd = (
+        str(
+            OPERATOR.request(direction, implementation, device.type, kind).choose(
+                problem, partial(_measurement, direction, problem, device, dtype, bias, strides)
+            )
         )
-        for direction in OPERATOR.directions
+        for direction in (("fwd", "bwd") if differentiated else ("fwd",))
     )
-    picked = str(fwd), str(bwd)
+    picked = fwd, *(bwd or [fwd])
     if picked != ("eager", "eager") and _differentiated_by_func():
         raise NotImplementedError(
             f"torch.func differentiates what {' and '.join(sorted(set(picked)))} would compute, "
@@ -161,6 +160,7 @@ def _measurement(
     strides: tuple[int, ...] | None,
 ) -> measuring.OnRandomTensors:
     """How the tuner runs an implementation on tensors like those of a call."""
+    problem = problem.measured_as()
     n, *spatial, channels = problem.shape
     channels_last = strides is not None and strides[1] < strides[-1]
     kernel_size, wavelet = problem.kernel_size, problem.wavelet
@@ -179,19 +179,19 @@ def _measurement(
         return x, dy, taps, draw((channels,), acc) if bias else None
 
     def run(
-        module: ModuleType,
+        module: backend.Implementation,
         config: TuningParams,
         x: Tensor,
         dy: Tensor,
         taps: Sequence[Tensor],
         bias: Tensor | None,
     ) -> list[Tensor]:
-        told = dict(config)
+        params = dict(config)
         if direction == "fwd":
-            return [_forward(module, x, taps, bias, wavelet, False, told)]
+            return [_forward(module, x, taps, bias, wavelet, False, params)]
         return [
-            _forward(module, dy, taps, None, wavelet, True, told),
-            *_weight_grad(module, x, dy, kernel_size, problem.levels, wavelet, told),
+            _forward(module, dy, taps, None, wavelet, True, params),
+            *_weight_grad(module, x, dy, kernel_size, problem.levels, wavelet, params),
         ]
 
     return measuring.OnRandomTensors(
@@ -275,7 +275,7 @@ def apply(
 
 
 def _forward(
-    module: ModuleType,
+    module: backend.Implementation,
     x: Tensor,
     taps: Sequence[Tensor],
     bias: Tensor | None,
@@ -289,7 +289,7 @@ def _forward(
     return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
 
 
-def _picked(text: str) -> tuple[ModuleType, dict[str, int]]:
+def _picked(text: str) -> tuple[backend.Implementation, dict[str, int]]:
     """The implementation and its parameters, of a text as `pick` returns it.
 
     Example:
@@ -319,7 +319,7 @@ def weight_grad(
 
 
 def _weight_grad(
-    module: ModuleType,
+    module: backend.Implementation,
     x: Tensor,
     dy: Tensor,
     kernel_size: int,

@@ -64,7 +64,7 @@ def check(direction: str, problem: Any) -> None:
         problem: `pallas_kernels.wtconv.problem.Problem`.
     """
     dtypes = ("float32", "bfloat16", "float16")
-    reasons = problem.beyond(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
+    reasons = problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
     if reasons:
         raise NotImplementedError(f"does not take {'; '.join(reasons)}")
 

@@ -43,7 +43,7 @@ def fake(monkeypatch):
     monkeypatch.delenv("FLASH_WTCONV_FAKE_FWD", raising=False)
     monkeypatch.delenv("FLASH_WTCONV_FAKE_BWD", raising=False)
     rule = {"cpu": ["broken", "fast", "neat", "slow"], "gpu": ["fast", "neat", "slow"]}
-    return Operator("fake", "fake_op", Fake, rule)
+    return Operator("fake", "fake_op", Fake, rule, {"fwd": (), "bwd": ()})
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_mistake_inside_a_module_is_not_hidden(fake, monkeypatch):
 
 
 def test_status_and_registry(fake):
-    other = Operator("another", "fake_op", Fake, {"cpu": ["slow"]}, directions=("fwd",))
+    other = Operator("another", "fake_op", Fake, {"cpu": ["slow"]}, directions={"fwd": ()})
     assert dispatch.operators() == [other, fake]
     reasons = dict(fake.status("cpu"))
     assert list(reasons) == ["fast", "neat", "slow", "broken"]

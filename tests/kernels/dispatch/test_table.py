@@ -4,8 +4,7 @@ import json
 import sys
 from enum import StrEnum
 from importlib import import_module
-from types import ModuleType
-from typing import NamedTuple
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import pytest
 
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import api as conv2d
+from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.dispatch import Operator, operator, table
 from pallas_kernels.haar import api as haar
 from pallas_kernels.wtconv import api as wtconv
@@ -28,27 +28,11 @@ class Fake(StrEnum):
     SLOW = "slow"
 
 
-class Window(NamedTuple):
-    stride: tuple = (1, 1)
-    groups: int = 1
-    pads: int = 0
-
-
-class Problem(NamedTuple):
-    shape: tuple
-    dtype: str
-    kernel_size: int
-    wavelet: str = "haar"
-    features: int = 32
-    window: Window = Window()
-
-
-IMAGE = Problem((8, 64, 64, 32), "float32", 5)
+IMAGE = Problem((8, 64, 64, 32), "float32", 5, 5, 32, Window(), "float32")
 
 
 def entry(implementation, problem=IMAGE, direction="fwd", name="fake"):
-    stride, groups, _ = problem.window
-    window = {"stride": stride, "groups": groups}
+    window = {"stride": list(problem.window.stride), "groups": problem.window.groups}
     return {
         "operator": name,
         "direction": direction,
@@ -94,9 +78,9 @@ def test_only_the_same_operator_direction_and_dtype_compare(write):
     # Of what is nested everything counts that the entry tells.
     for window in (Window(stride=(2, 1)), Window(groups=2)):
         assert fastest(IMAGE._replace(window=window)) is None
-    assert fastest(IMAGE._replace(window=Window(pads=1))) == "neat"
-    # The batch and the wavelet do not count; a symbolic size cannot.
-    assert fastest(IMAGE._replace(shape=(0, 64, 64, 32), wavelet="db2")) == "neat"
+    assert fastest(IMAGE._replace(window=Window(pads=((1, 1), (1, 1))))) == "neat"
+    # The batch and the output's dtype do not count; a symbolic size cannot.
+    assert fastest(IMAGE._replace(shape=(0, 64, 64, 32), out_dtype="float16")) == "neat"
     for symbolic in ({"shape": ("n", 64, 64, 32)}, {"features": "n"}):
         assert fastest(IMAGE._replace(**symbolic)) is None
 
@@ -108,8 +92,8 @@ def test_only_the_same_operator_direction_and_dtype_compare(write):
         (IMAGE._replace(shape=(1, 40, 90, 31)), "neat"),
         (IMAGE._replace(shape=(8, 7, 7, 1024)), "slow"),
         (IMAGE._replace(shape=(8, 4096, 4096, 3)), "neat"),
-        (IMAGE._replace(kernel_size=9), "fast"),
-        (IMAGE._replace(kernel_size=6), "neat"),
+        (IMAGE._replace(kernel_height=9), "fast"),
+        (IMAGE._replace(kernel_width=6), "neat"),
         # Features by their ratio, as channels: otherwise these 20 more would outdo all else.
         (IMAGE._replace(shape=(8, 8, 8, 512), features=52), "slow"),
         (IMAGE._replace(features=4096), "many"),
@@ -120,7 +104,7 @@ def test_the_nearest_problem_decides(write, call, want):
     write(
         entry("neat"),
         entry("slow", IMAGE._replace(shape=(8, 8, 8, 512))),
-        entry("fast", IMAGE._replace(kernel_size=9)),
+        entry("fast", IMAGE._replace(kernel_height=9)),
         entry("many", IMAGE._replace(features=1024)),
         entry("apart", IMAGE._replace(shape=(1, 1, 1, 1), window=Window(groups=2))),
     )
@@ -162,7 +146,7 @@ def fake(monkeypatch):
     monkeypatch.setitem(sys.modules, "fake_op.neat", implementation())
     monkeypatch.setitem(sys.modules, "fake_op.slow", implementation(refuses="bwd"))
     monkeypatch.delenv("FLASH_WTCONV_FAKE_FWD", raising=False)
-    return Operator("fake", "fake_op", Fake, {"cpu": ["fast", "neat", "slow"]})
+    return Operator("fake", "fake_op", Fake, {"cpu": ["fast", "neat", "slow"]}, {"fwd": (), "bwd": ()})
 
 
 def test_what_was_measured_goes_before_the_rule(write, fake):
@@ -214,18 +198,19 @@ def on_an_h200(monkeypatch):
     """What `conv2d` picks there, where all implementations can run: forward and backward."""
 
     def picked(plan, activation, dtype, x, w, bias):
-        plans.append(plan)
+        plans.append((plan, x, w, dtype))
         return x
 
     def pick(x, w, **keys):
         conv2d.conv2d(x, w, **keys)
-        plan = plans.pop()
-        return tuple(module.__name__.rpartition(".")[2] for module in (plan.fwd, plan.bwd))
+        plan, *arrays = plans.pop()
+        both = plan, plan.for_backward(*arrays)
+        return tuple(one.module.__name__.rpartition(".")[2] for one in both)
 
     plans = []
     monkeypatch.setattr(conv2d.vjp, "conv2d", picked)
-    monkeypatch.setattr(device, "platform", lambda: "gpu")
-    monkeypatch.setattr(device, "kind", lambda: "NVIDIA H200")
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(device, "current", lambda: gpu)
     monkeypatch.setattr(Operator, "_unavailable", lambda *_: None)
     return pick
 

@@ -31,6 +31,9 @@ class Problem(NamedTuple):
     shape: tuple = (4, 4)
     dtype: np.dtype = np.dtype("float32")
 
+    def measured_as(self):
+        return self
+
 
 class Measurement:
     """Runs `module.result(**config)`, which takes `module.ms(**config)` milliseconds."""
@@ -42,13 +45,13 @@ class Measurement:
         self.static, self.versions = static, {"abacus": "1"}
         self.runs = []
 
-    def agreed(self, question, answer):
+    def from_process_0(self, question, answer):
         return answer()
 
-    def impossible(self):
+    def untimeable(self):
         return self.why_not
 
-    def outside(self, search):
+    def untraced(self, search):
         return search()
 
     def prepared(self, module, config):
@@ -86,7 +89,7 @@ def fake(monkeypatch):
     one.search_space = lambda direction, problem: [{"block": 8}, {"block": 16}]
     one.ms = lambda block=8: 12.0 / block
     monkeypatch.delenv("FLASH_WTCONV_FAKE_FWD", raising=False)
-    return Operator("fake", "fake_op", Fake, {"cpu": ["two", "one"]})
+    return Operator("fake", "fake_op", Fake, {"cpu": ["two", "one"]}, {"fwd": (), "bwd": ()})
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def choose(fake):
 
     def choose(implementation="auto", direction="fwd", problem=None, measurement=measurement):
         problem = problem or Problem()
-        return fake.choose(direction, implementation, "cpu", problem, lambda: measurement)
+        return fake.request(direction, implementation, "cpu").choose(problem, lambda: measurement)
 
     choose.measurement = measurement
     return choose
@@ -204,12 +207,12 @@ def test_what_fails_is_recorded_and_skipped(fake, choose, measured, caplog):
 def test_what_is_wrong_is_disqualified_and_reported(fake, choose, measured, caplog, result, reason):
     fake.module("one").result = lambda block: result if block == 16 else RIGHT
     assert choose() == Candidate("one", (("block", 8),))
-    told = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert len(told) == 1
-    assert told[0].getMessage().startswith("fake fwd: one block=16 is disqualified, an output")
-    assert re.search(reason, told[0].getMessage())
+    slow, told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert slow == "timing fake fwd: 3 candidates; this is slow the first time alone"
+    assert told.startswith("fake fwd: one block=16 is disqualified, an output")
+    assert re.search(reason, told)
     (entry,) = measured.entries("abacus")
-    assert entry["measured"][-1]["failed"] in told[0].getMessage()
+    assert entry["measured"][-1]["failed"] in told
 
 
 def test_when_nothing_can_be_timed_the_rule_chooses(fake, choose, measured):
@@ -269,9 +272,39 @@ def test_parameters_that_are_tuples_survive_the_file(fake, choose, measured):
 def test_one_line_says_who_won_and_by_how_much(choose, caplog):
     with caplog.at_level(logging.INFO, "flash_wtconv"):
         choose()
-    assert [record.getMessage() for record in caplog.records] == [
+    assert caplog.records[-1].getMessage() == (
         "fake fwd: one block=16 takes 0.75 ms, 2.00 times faster than one block=8, best of 3"
-    ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "level"), [("auto", "INFO"), (["two", "gpu"], "WARNING"), ("[two, gpu]", "WARNING")]
+)
+def test_what_is_left_out_is_logged_once(choose, choice, level, caplog, monkeypatch):
+    if choice == "[two, gpu]":
+        monkeypatch.setenv("FLASH_WTCONV_FAKE_FWD", choice)
+        choice = None
+    with caplog.at_level(logging.INFO, "flash_wtconv"):
+        choose(choice), choose(choice)
+    (record,) = [r for r in caplog.records if "left out" in r.getMessage()]
+    assert record.levelname == level
+    assert record.getMessage().startswith("fake fwd: gpu is left out of ")
+    assert record.getMessage().endswith(", no GPU")
+
+
+def test_a_variable_is_tuning_for_the_process(choose, monkeypatch):
+    monkeypatch.setenv("FLASH_WTCONV_TUNING", "off")
+    assert choose() == Candidate("two")
+    with tuning("search"):
+        assert choose(None) == BEST
+    monkeypatch.setenv("FLASH_WTCONV_TUNING", "cached")
+    assert choose(None) == BEST
+    monkeypatch.setenv("FLASH_WTCONV_TUNING", "Search")
+    assert choose(None, direction="bwd") == BEST
+    monkeypatch.setenv("FLASH_WTCONV_TUNING", "sometimes")
+    expected = r"FLASH_WTCONV_TUNING='sometimes': expected one of \['off', 'cached', 'search'\]"
+    with pytest.raises(ValueError, match=expected):
+        choose()
 
 
 def test_recorded_names_the_entries_in_use(choose):
@@ -303,11 +336,11 @@ def test_a_long_search_shows_a_bar_on_a_terminal(choose, monkeypatch, patience, 
 def test_what_one_process_chose_all_take(choose, monkeypatch):
     asked = []
 
-    def agreed(question, answer):
+    def from_process_0(question, answer):
         asked.append(question)
         return '["two", [["block", 32]]]' if len(asked) < 3 else "null"
 
-    monkeypatch.setattr(choose.measurement, "agreed", agreed)
+    monkeypatch.setattr(choose.measurement, "from_process_0", from_process_0)
     theirs = Candidate("two", (("block", 32),))
     assert choose("auto") == choose(["one", "two"]) == theirs
     with tuning("search"):

@@ -1,0 +1,121 @@
+"""The contract between `dispatch`, which knows no operator, and the rooms of every operator.
+
+An operator's implementation is a module, `Implementation` says what it offers. What it is told of a
+call is a `Problem`. The functions that compute are the operator's own: `Operator.directions` names
+those that an implementation needs for each direction, and the operator's `vjp` says what they take.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self, cast, runtime_checkable
+
+Parameters = Mapping[str, Any]
+"""What a search space offers: JSON-able values by the names of keywords."""
+
+
+class Problem(Protocol):
+    """What times and refusals of a call depend on: a NamedTuple of what JSON can say.
+
+    Attributes:
+        shape: Of the input, `[batch, *sizes, channels]`; a size may be symbolic.
+        dtype: Of the input.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The input's shape."""
+
+    @property
+    def dtype(self) -> Any:
+        """The input's dtype."""
+
+    def _asdict(self) -> dict[str, Any]:
+        """The fields by name, as every NamedTuple has them."""
+
+    def measured_as(self) -> Self:
+        """The problem whose measured times count for this one, itself where none is shared."""
+
+    def distance(self, measured: Mapping[str, Any]) -> float:
+        """How unlike this problem is to one of a table of defaults, infinite if incomparable.
+
+        Args:
+            measured: Fields of a problem as JSON has them; those that a table leaves out count as
+                equal.
+        """
+
+
+@runtime_checkable
+class Implementation(Protocol):
+    """What the module of an implementation offers, beside the functions that compute.
+
+    Attributes:
+        DIFFERENTIABLE: Whether JAX can differentiate its functions itself; those of other
+            frameworks say False.
+    """
+
+    DIFFERENTIABLE: bool
+
+    def unavailable(self, platform: str, /) -> str | None:
+        """The reason why it cannot run on this machine, None if it can."""
+
+    def check(self, direction: str, problem: Any, /) -> None:
+        """Returns where it can compute a problem.
+
+        Raises:
+            NotImplementedError: It cannot; says why. Another candidate is taken then.
+        """
+
+
+@runtime_checkable
+class Tunable(Implementation, Protocol):
+    """An implementation with parameters of which the tuner finds the best."""
+
+    def search_space(self, direction: str, problem: Any, /) -> Sequence[Parameters]:
+        """The parameters that are worth timing, `{}` for those that it takes unasked."""
+
+
+def search_space(module: Implementation, direction: str, problem: Any) -> list[Parameters]:
+    """The parameters that an implementation offers, at least its own defaults.
+
+    Args:
+        module: The implementation.
+        direction: One of the operator's.
+        problem: The operator's description of a call.
+
+    Returns:
+        A list that is never empty.
+    """
+    # Not isinstance: that would look at each name of the protocol, at every call.
+    offered = getattr(module, "search_space", None)
+    return list(cast(Tunable, module).search_space(direction, problem) if offered else ()) or [{}]
+
+
+def missing(module: Implementation, functions: Iterable[str]) -> list[str]:
+    """The functions that an implementation does not define."""
+    return [name for name in functions if not hasattr(module, name)]
+
+
+def size_distance(shape: Sequence[int], measured: Sequence[int]) -> float:
+    """How unlike two inputs are: differences in log2 of the samples and of the channels.
+
+    Args:
+        shape: `[batch, *sizes, channels]`; the batch does not count.
+        measured: Likewise.
+
+    Returns:
+        A sum, infinite for another number of axes, and where a size is symbolic or zero.
+
+    Example:
+        >>> size_distance((8, 32, 32, 64), (1, 32, 64, 32))
+        2.0
+    """
+    known = all(isinstance(n, int) for n in shape) and 0 not in shape[1:]
+    if len(shape) != len(measured) or not known:
+        return math.inf
+    return sum(
+        abs(math.log2(one) - math.log2(other))
+        for one, other in (
+            (math.prod(shape[1:-1]), math.prod(measured[1:-1])),
+            (shape[-1], measured[-1]),
+        )
+    )
