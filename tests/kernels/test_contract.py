@@ -1,0 +1,230 @@
+"""The contract of `dispatch.backend` and `common.conformance`, over every operator there is.
+
+A new operator is in these tables without a line of its own: `dispatch.operators` finds its folder.
+"""
+
+import inspect
+import json
+import logging
+from importlib import import_module
+from itertools import product
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.common import conformance, device
+from pallas_kernels.dispatch import tuning
+from pallas_kernels.dispatch.backend import Implementation, missing, search_space
+
+pytestmark = pytest.mark.core
+
+OPERATORS = {
+    operator.name: operator
+    for operator in dispatch.operators()
+    if operator.package.startswith("pallas_kernels.")
+}
+ROOMS = [
+    (operator, str(name)) for operator, each in OPERATORS.items() for name in each.implementations
+]
+FORMS = ["None", "name", "list", "auto", "environment"]
+
+
+def module_of(operator, name):
+    try:
+        return OPERATORS[operator].module(name)
+    except ImportError as error:
+        pytest.skip(f"{name} cannot be imported here: {error}")
+
+
+def room_of(operator):
+    return import_module(f"{OPERATORS[operator].package}.conformance")
+
+
+def smallest(operator):
+    """The smallest case of an operator that its kernels take: float32, as few numbers as can be."""
+    room = room_of(operator)
+    taken = [
+        case
+        for case in room.CASES
+        if case.dtype == "float32"
+        and any(takes(operator, name, room.problem(case)) for name in kernels(operator))
+    ]
+    return min(taken, key=lambda case: sum(np.size(a) for a in jax.tree.leaves(case.drawn())))
+
+
+def kernels(operator):
+    return [str(name) for name in OPERATORS[operator].implementations if name != "xla"]
+
+
+def takes(operator, name, problem):
+    module = OPERATORS[operator].module(name)
+    try:
+        for direction in OPERATORS[operator].directions:
+            module.check(direction, problem)
+    except (ImportError, NotImplementedError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_platform_has_a_rule_that_ends_with_plain_jax_somewhere(operator):
+    each = OPERATORS[operator]
+    assert set(each.rule) == {"cpu", "gpu", "tpu"}
+    for names in each.rule.values():
+        assert "xla" in names and set(names) <= set(each.implementations)
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_rooms_are_there(operator):
+    package = OPERATORS[operator].package
+    for room in ("api", "problem", "vjp", "xla", "shapes", "cases", "conformance"):
+        import_module(f"{package}.{room}")
+    assert set(import_module(package).__all__) >= {"Implementation"}
+
+
+@pytest.mark.parametrize(("operator", "name"), ROOMS)
+def test_an_implementation_offers_what_the_contract_says(operator, name):
+    module = module_of(operator, name)
+    assert isinstance(module, Implementation) and isinstance(module.DIFFERENTIABLE, bool)
+    for platform in ("cpu", "gpu", "tpu", "abacus"):
+        reason = module.unavailable(platform)
+        assert reason is None or isinstance(reason, str)
+    assert module.unavailable("abacus") is None or "abacus" in module.unavailable("abacus")
+    for direction, functions in OPERATORS[operator].directions.items():
+        lacking = missing(module, functions)
+        # Of a direction that it does not compute it has no function, not some.
+        assert lacking == [] or direction != "fwd", lacking
+        for function in set(functions) - set(lacking):
+            assert keywords(getattr(module, function)) == keywords(
+                getattr(OPERATORS[operator].module("xla"), function)
+            )
+
+
+def keywords(function):
+    """Names and kinds of a function's arguments, without the parameters of its search space."""
+    arguments = inspect.signature(function).parameters.values()
+    return [
+        (one.name, one.kind)
+        for one in arguments
+        if one.kind is not inspect.Parameter.VAR_KEYWORD and one.default is one.empty
+    ]
+
+
+@pytest.mark.parametrize(("operator", "name"), ROOMS)
+def test_refusals_and_search_spaces(operator, name):
+    module, room = module_of(operator, name), room_of(operator)
+    took = 0
+    for case, direction in product(room.CASES, OPERATORS[operator].directions):
+        problem = room.problem(case)
+        try:
+            module.check(direction, problem)
+        except NotImplementedError as error:
+            # Nothing but the reason: who reads it knows of what.
+            assert str(error).startswith("does not"), error
+            continue
+        took += 1
+        offered = search_space(module, direction, problem)
+        assert offered and json.loads(json.dumps(offered)) == [
+            json.loads(json.dumps(dict(one))) for one in offered
+        ]
+        assert len({json.dumps(one, sort_keys=True) for one in offered}) == len(offered)
+    assert took
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_problems_are_keys_and_say_how_unlike_they_are(operator):
+    room = room_of(operator)
+    problems = [room.problem(case) for case in room.CASES]
+    for problem in problems:
+        assert len({problem, problem}) == 1
+        assert problem.measured_as().measured_as() == problem.measured_as()
+        as_json = {"shape": list(problem.shape), "dtype": str(problem.dtype)}
+        if 0 not in problem.shape:
+            assert problem.distance(as_json) == 0
+        assert problem.distance(as_json | {"dtype": "int3"}) == np.inf
+        assert isinstance(str(problem), str)
+
+
+@pytest.fixture(params=["cpu", "tpu"])
+def platform(request):
+    """Where kernels run here: the CPU, and a TPU that Pallas' interpreter plays."""
+    if request.param == "cpu":
+        yield "cpu", None
+        return
+    from jax.experimental.pallas import tpu as pltpu
+
+    with pltpu.force_tpu_interpret_mode():
+        yield "tpu", "mosaic_tpu"
+
+
+@pytest.mark.parametrize(("operator", "form"), list(product(OPERATORS, FORMS)))
+def test_every_form_of_a_choice(operator, form, platform, monkeypatch, searches, caplog):
+    """Each computes what the oracle says, with gradients, and measures where it should."""
+    each, room, case = OPERATORS[operator], room_of(operator), smallest(operator)
+    kernel = platform[1] or "xla"
+    choice = {"None": None, "name": kernel, "list": [*{kernel, "xla"}, "triton"], "auto": "auto"}
+    if form == "environment":
+        for direction in each.directions:
+            monkeypatch.setenv(f"FLASH_WTCONV_{operator}_{direction}".upper(), f"[{kernel}, xla]")
+    with caplog.at_level(logging.INFO, "flash_wtconv"):
+        got = room.computed(case, choice.get(form))(*case.drawn())
+    want = conformance.expected(case)
+    for name, value in want.items():
+        assert conformance.worst(got[name], value) <= case.tolerance(name), name
+    several = form in ("list", "auto", "environment")
+    space = sum(
+        len(search_space(each.module(name), direction, room.problem(case)))
+        for name in {kernel, "xla"}
+        for direction in each.directions
+    )
+    assert bool(searches) == (several and space > len(each.directions))
+    left_out = [record for record in caplog.records if "is left out of" in record.getMessage()]
+    if form in ("list", "auto"):
+        assert any(": triton is left out of" in record.getMessage() for record in left_out)
+        assert {r.levelname for r in left_out} == {"WARNING" if form == "list" else "INFO"}
+    else:
+        assert not left_out
+
+
+@pytest.mark.parametrize(("operator", "form"), list(product(OPERATORS, FORMS)))
+def test_every_form_of_a_choice_on_a_gpu(operator, form, monkeypatch):
+    """Traced for a Hopper GPU that is not here; what is fastest nobody can measure."""
+    each, room, case = OPERATORS[operator], room_of(operator), smallest(operator)
+    gpu = SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0"
+    )
+    monkeypatch.setattr(device, "current", lambda: gpu)
+    names = [name for name in ("mosaic_gpu", "xla") if takes(operator, name, room.problem(case))]
+    choice = {"None": None, "name": names[0], "list": names, "auto": "auto"}.get(form)
+    if form == "environment":
+        for direction in each.directions:
+            monkeypatch.setenv(f"FLASH_WTCONV_{operator}_{direction}".upper(), names[0])
+    with tuning("off"):
+        got = jax.eval_shape(room.computed(case, choice), *case.drawn())
+    want = conformance.expected(case)
+    assert jax.tree.map(lambda a: a.shape, got) == jax.tree.map(np.shape, dict(want))
+
+
+@pytest.mark.parametrize(("operator", "name"), ROOMS)
+def test_inference_does_not_ask_for_gradients(operator, name, monkeypatch):
+    """What computes the output alone is no reason to refuse it."""
+    each, room = OPERATORS[operator], room_of(operator)
+    if name != "xla" or "bwd" not in each.directions:
+        pytest.skip("one implementation stands for all, of operators with two directions")
+    case, module = smallest(operator), each.module("xla")
+
+    def check(direction, problem):
+        if direction == "bwd":
+            raise NotImplementedError("does not do that")
+
+    monkeypatch.setattr(module, "check", check)
+    x, *rest = case.drawn()
+    call = room.computed(case, "xla")
+    with pytest.raises(NotImplementedError, match="does not do that"):
+        call(x, *rest)
+    out = jax.eval_shape(lambda *arrays: room.output(case, "xla")(*arrays), x, *rest[:-1])
+    assert jax.tree.leaves(out)
