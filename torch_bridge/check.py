@@ -22,7 +22,6 @@ from torch_bridge.runtime.on_cpu import cuda, metal
 from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import LAYERS
 
-
 IMPLEMENTATIONS = tuple(map(str, ops.Implementation))
 """What `--implementation` takes; those that run on the CPU too are checked there too."""
 
