@@ -15,6 +15,7 @@ from flash_wtconv_jax.checkpoints import from_torch
 from flash_wtconv_jax.checkpoints.tensors import to_array, to_tensors
 from flash_wtconv_jax.cli.check import AsJson, Implementations, Operators, narrowed, show
 from pallas_kernels.common.conformance import Backend, run
+from pallas_kernels.dispatch import tuning
 from pallas_kernels.wtconv.cases import CASES, Case
 from torch_bridge.exchange import from_jax
 from torch_bridge.runtime.device import best_device
@@ -37,7 +38,9 @@ def check(
     plain = partial(layer_results, "eager", device, torch.contiguous_format)
     rows = ({"operator": name, **row} for row in run(backends(device, implementations), plain))
     machine = about(device)
-    show(rows, machine, f"PyTorch, {machine['device']['kind']}", as_json)
+    # A named implementation has parameters, which nobody waits for here to be measured.
+    with tuning("off"):
+        show(rows, machine, f"PyTorch, {machine['device']['kind']}", as_json)
 
 
 def about(device: torch.device) -> dict[str, Any]:
