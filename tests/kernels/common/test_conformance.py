@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from flash_wtconv_jax.cli.check import rooms
+from flash_wtconv_jax.cli.check import results, rooms
 from pallas_kernels.common import conformance
 from pallas_kernels.wtconv.cases import Case
 
 pytestmark = pytest.mark.core
 
+OPERATORS = {name: operator for name, (operator, _) in rooms().items()}
 ROOMS = {name: room for name, (_, room) in rooms().items()}
 CASE = Case((4, 5), 1, 3)
 
@@ -50,6 +51,36 @@ def test_an_error_in_any_result_is_found(operator):
         off = arrays if isinstance(value, list) else arrays[0]
         assert row_of(case, lambda case, off=off, name=name: want | {name: off})["array"] == name
     assert row_of(case, conformance.expected)["status"] == "pass"
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("operator", ROOMS)
+def test_a_kernel_interpreted(operator, tpu_interpreter):
+    """The smallest case that the TPU kernels take is computed by them, and is the oracle's."""
+    room = ROOMS[operator]
+    cases = [case for case in room.CASES if case.dtype == "float32"]
+    found = [case for case in cases if taken("mosaic_tpu", operator, case)]
+    case = min(found, key=lambda case: np.prod(room.problem(case).shape))
+    row = row_of(case, lambda case: results(room.computed(case, "mosaic_tpu"), case))
+    assert row["status"] == "pass", row
+
+
+def taken(implementation, operator, case):
+    """Whether an implementation takes a case in every direction."""
+    module, problem = OPERATORS[operator].module(implementation), ROOMS[operator].problem(case)
+    try:
+        for direction in OPERATORS[operator].directions:
+            module.check(direction, problem)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("operator", ROOMS)
+def test_every_implementation_takes_some_cases(operator):
+    for name in OPERATORS[operator].implementations:
+        found = [case for case in ROOMS[operator].CASES if taken(name, operator, case)]
+        assert len(found) >= 3, name
 
 
 @pytest.mark.parametrize(
