@@ -1,8 +1,8 @@
-"""`python -m torch_bridge check`: every implementation that is here, against the oracle."""
+"""`python -m torch_bridge check`: every implementation of the layers, against the oracle."""
 
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from flash_wtconv_jax.checkpoints import from_torch
 from flash_wtconv_jax.checkpoints.tensors import to_array, to_tensors
-from flash_wtconv_jax.cli.check import AsJson, show
-from pallas_kernels.common.conformance import Backend, drawn, run
+from flash_wtconv_jax.cli.check import AsJson, Implementations, Operators, narrowed, show
+from pallas_kernels.common.conformance import Backend, run
+from pallas_kernels.dispatch import tuning
 from pallas_kernels.wtconv.cases import CASES, Case
 from torch_bridge.exchange import from_jax
 from torch_bridge.runtime.device import best_device
@@ -22,15 +23,24 @@ from torch_bridge.runtime.on_cpu import cuda, metal
 from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import LAYERS
 
+IMPLEMENTATIONS = tuple(map(str, ops.Implementation))
+"""What `--implementation` takes; those that run on the CPU too are checked there too."""
 
-def check(as_json: AsJson = None) -> None:
+
+def check(
+    operator: Operators = None, implementation: Implementations = None, as_json: AsJson = None
+) -> None:
     """Compute the shared cases with every implementation that this machine has; 1 if one fails."""
+    (name,) = narrowed("--operator", operator, ["wtconv"])
+    implementations = narrowed("--implementation", implementation, IMPLEMENTATIONS)
     device = best_device()
     # As the published layer computes, every array in x's dtype.
     plain = partial(layer_results, "eager", device, torch.contiguous_format)
-    rows = run(backends(device), plain)
+    rows = ({"operator": name, **row} for row in run(backends(device, implementations), plain))
     machine = about(device)
-    show(rows, machine, f"PyTorch, {machine['device']['kind']}", as_json)
+    # A named implementation has parameters, which nobody waits for here to be measured.
+    with tuning("off"):
+        show(rows, machine, f"PyTorch, {machine['device']['kind']}", as_json)
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -47,13 +57,22 @@ def _kind(device: torch.device) -> str:
     return f"{platform.machine()}, {platform.system()}"
 
 
-def backends(device: torch.device) -> Iterator[Backend]:
-    """Every implementation on a device, and some on the CPU too; images in both memory formats."""
+def backends(
+    device: torch.device, implementations: Sequence[str] = IMPLEMENTATIONS
+) -> Iterator[Backend]:
+    """Yields implementations on a device, and some on the CPU too; images in both memory formats.
+
+    Args:
+        device: Where they compute.
+        implementations: Names of those that are asked for.
+    """
     for name, reason in ops.OPERATOR.status(device.type):
-        yield from _both_formats(name, name, reason, device, nullcontext)
-    cpu = torch.device("cpu")
-    yield from _both_formats("cuda on CPU", "cuda", cuda.unavailable(), cpu, cuda.emulated)
-    yield from _both_formats("metal on CPU", "metal", metal.unavailable(), cpu, metal.emulated)
+        if name in implementations:
+            yield from _both_formats(name, name, reason, device, nullcontext)
+    for name, room in (("cuda", cuda), ("metal", metal)):
+        if name in implementations:
+            cpu = torch.device("cpu"), room.emulated
+            yield from _both_formats(f"{name} on CPU", name, room.unavailable(), *cpu)
 
 
 def _both_formats(
@@ -115,7 +134,7 @@ def layer_results(
     Raises:
         ValueError: The output is not in the memory format of x.
     """
-    values, params, dvalues = drawn(case)
+    values, params, dvalues = case.drawn()
     x, dy = (
         _signal(value, case, device).contiguous(memory_format=memory_format)
         for value in (values, dvalues)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flash_wtconv_jax.bench import baseline_jax
+from pallas_kernels.wtconv import baseline_jax
 from pallas_kernels.wtconv.shapes import Shape
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]

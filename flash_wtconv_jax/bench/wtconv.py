@@ -15,14 +15,14 @@ import numpy as np
 from jax import lax
 
 from flash_wtconv_jax import environment
-from flash_wtconv_jax.bench import baseline_jax, clocks, roofline
+from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
 from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common import device
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.dispatch.table import Entry
-from pallas_kernels.wtconv import wtconv2d
+from pallas_kernels.wtconv import baseline_jax, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.problem import Problem
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape

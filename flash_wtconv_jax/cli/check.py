@@ -1,29 +1,111 @@
-"""`flash-wtconv check`: every implementation that is here, against the oracle."""
+"""`flash-wtconv check`: every implementation of every operator, against the oracle."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+if TYPE_CHECKING:
+    from pallas_kernels.common.conformance import Backend, Results, Room
+    from pallas_kernels.dispatch import Operator
+
+Operators = Annotated[
+    list[str] | None,
+    typer.Option("--operator", metavar="NAME", help="Only this one; several are allowed."),
+]
+Implementations = Annotated[
+    list[str] | None,
+    typer.Option("--implementation", metavar="NAME", help="Only this one; several are allowed."),
+]
 AsJson = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the rows there too."),
 ]
-"""The option that `python -m torch_bridge check` has too."""
+"""The options that `python -m torch_bridge check` has too."""
 
 
-def check(as_json: AsJson = None) -> None:
+def check(
+    operator: Operators = None, implementation: Implementations = None, as_json: AsJson = None
+) -> None:
     """Compute the shared cases with every implementation that this machine has; 1 if one fails."""
     from flash_wtconv_jax import environment
-    from pallas_kernels.common import conformance
 
+    found = rooms()
+    chosen = {name: found[name] for name in narrowed("--operator", operator, found)}
+    known = [name for one, _ in chosen.values() for name in map(str, one.implementations)]
+    names = narrowed("--implementation", implementation, known)
     device = environment.device()
-    rows = conformance.run(_backends(), _plain)
-    versions = environment.versions()
-    show(rows, {"device": device, "versions": versions}, f"JAX, {device['kind']}", as_json)
+    about = {"device": device, "versions": environment.versions()}
+    show(_rows(chosen, names), about, f"JAX, {device['kind']}", as_json)
+
+
+def narrowed(option: str, wanted: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """Returns the names that an option narrows a check to: all of them where it was not given.
+
+    Args:
+        option: What the user calls it.
+        wanted: The names that the user gave.
+        known: Every name that there is.
+
+    Raises:
+        ValueError: An unknown name.
+
+    Example:
+        >>> narrowed("--operator", ["haar"], ["conv2d", "haar", "wtconv"])
+        ['haar']
+    """
+    names = list(dict.fromkeys(known))
+    unknown = [name for name in wanted or () if name not in names]
+    if unknown:
+        raise ValueError(f"{option} {unknown[0]}: expected one of {', '.join(names)}")
+    return [name for name in names if name in (wanted or names)]
+
+
+def rooms() -> "dict[str, tuple[Operator, Room]]":
+    """Returns every operator of `pallas_kernels` whose folder has a module `conformance`."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    from pallas_kernels import dispatch
+
+    found = {}
+    for operator in dispatch.operators():
+        name = f"{operator.package}.conformance"
+        # PyTorch's operators, where they are imported, have a check of their own.
+        if name.startswith("pallas_kernels.") and find_spec(name):
+            found[operator.name] = operator, cast("Room", import_module(name))
+    return found
+
+
+def results(function: "Callable[..., Results]", case: Any) -> "Results":
+    """Returns what a function of a case's arrays computes, compiled as one program.
+
+    Args:
+        function: What `computed` or `baseline` of a `Room` returns.
+        case: Whose arrays it takes.
+
+    Returns:
+        NumPy's arrays by name.
+
+    Example:
+        >>> from pallas_kernels.wtconv import conformance
+        >>> case = conformance.CASES[0]
+        >>> results(conformance.computed(case, "xla"), case)["y"].shape
+        (2, 16, 3)
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_kernels.dispatch import tuning
+
+    # A named implementation has parameters, which nobody waits for here to be measured.
+    with jax.enable_x64(case.dtype == "float64"), tuning("off"):
+        arrays = jax.tree.map(jnp.asarray, case.drawn())
+        return jax.tree.map(np.asarray, jax.jit(function)(*arrays))
 
 
 def show(
@@ -32,9 +114,9 @@ def show(
     """Prints the rows of a check as a table while they come, and writes them into a file.
 
     Args:
-        rows: Of `pallas_kernels.wtconv.conformance.run`.
+        rows: What `pallas_kernels.common.conformance.run` yields, each with its `operator`.
         about: What stands beside the rows in the file.
-        title: Of the table.
+        title: Title of the table.
         as_json: The file, or None.
 
     Raises:
@@ -53,7 +135,7 @@ def show(
         task = bar.add_task("", total=None)
         for row in rows:
             done.append(row)
-            bar.update(task, description=f"{len(done)} {row['backend']} {row['case']}")
+            bar.update(task, description=f"{len(done)} {_heading(row)} {row['case']}")
     console.print(_table(done, title))
     for line in _reasons(done):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -71,12 +153,12 @@ _COLOURS = {"pass": "green", "fail": "red", "skip": "yellow"}
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Any:
-    """A section a backend, a row a case that it computed."""
+    """A section an operator and backend, a row a case that it computed."""
     from rich.table import Table
 
     caption = "error: greatest one of the array nearest to its bound, as a fraction of its RMS"
     table = Table(title=title, caption=caption)
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
     for name in ("error", "bound", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -84,10 +166,10 @@ def _table(rows: list[dict[str, Any]], title: str) -> Any:
     for row in rows:
         if row["status"] == "skip":
             continue
-        if row["backend"] != previous:
+        if _heading(row) != previous:
+            previous = _heading(row)
             table.add_section()
-            table.add_row(f"[bold]{row['backend']}[/]")
-            previous = row["backend"]
+            table.add_row(f"[bold]{previous}[/]")
         table.add_row(
             row["case"],
             *("" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "bound")),
@@ -99,87 +181,67 @@ def _table(rows: list[dict[str, Any]], title: str) -> Any:
 
 def _reasons(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each failure, and one for all cases that a backend skips for the same reason."""
-    skipped = Counter((r["backend"], r["reason"]) for r in rows if r["status"] == "skip")
+    skipped = Counter((_heading(r), r["reason"]) for r in rows if r["status"] == "skip")
     lines = [
-        f"skip {backend}, {number} case{'s' * (number > 1)}: {reason}"
-        for (backend, reason), number in skipped.items()
+        f"skip {heading}, {number} case{'s' * (number > 1)}: {reason}"
+        for (heading, reason), number in skipped.items()
     ]
     failed = (row for row in rows if row["status"] == "fail")
-    return lines + [f"fail {row['backend']} {row['case']}: {row['reason']}" for row in failed]
+    return lines + [f"fail {_heading(row)} {row['case']}: {row['reason']}" for row in failed]
 
 
-def _backends() -> list[Any]:
-    """Every implementation of the operator in JAX, on the platform that JAX is on."""
+def _heading(row: Mapping[str, Any]) -> str:
+    """The operator and the backend of a row."""
+    return f"{row['operator']} {row['backend']}"
+
+
+def _rows(
+    chosen: "Mapping[str, tuple[Operator, Room]]", implementations: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows of operators, on the platform that JAX is on."""
+    from pallas_kernels.common import conformance
+
+    for name, (operator, room) in chosen.items():
+
+        def plain(case: Any, room: "Room" = room) -> "Results":
+            return results(room.baseline(case), case)
+
+        backends = _backends(operator, room, implementations)
+        for row in conformance.run(backends, plain):
+            yield {"operator": name, **row}
+
+
+def _backends(
+    operator: "Operator", room: "Room", implementations: Sequence[str]
+) -> "Iterator[Backend]":
+    """The implementations of an operator that were asked for."""
     from functools import partial
 
     from pallas_kernels.common import device
     from pallas_kernels.common.conformance import Backend
-    from pallas_kernels.wtconv.api import OPERATOR
-    from pallas_kernels.wtconv.cases import CASES
 
-    here = device.platform()
-    return [
-        Backend(name, CASES, partial(_refusal, name, reason), partial(_compute, name))
-        for name, reason in OPERATOR.status(here)
-    ]
+    def compute(name: str, case: Any) -> "Results":
+        return results(room.computed(case, name), case)
+
+    for name, reason in operator.status(device.platform()):
+        if name in implementations:
+            refusal = partial(_refusal, operator, room, name, reason)
+            yield Backend(name, room.CASES, refusal, partial(compute, name))
 
 
-def _refusal(name: str, unavailable: str | None, case: Any) -> str | None:
+def _refusal(
+    operator: "Operator", room: "Room", name: str, unavailable: str | None, case: Any
+) -> str | None:
     """Why an implementation does not take a case, which its `check` says."""
-    import math
-
-    import jax.numpy as jnp
-
     from pallas_kernels.common import device
-    from pallas_kernels.wtconv.api import OPERATOR
-    from pallas_kernels.wtconv.problem import Problem
 
     if unavailable is not None:
         return unavailable
     if case.dtype == "float16" and device.platform() == "tpu":
         return "TPUs have no float16"
-    shape = (math.prod(case.batch), *case.spatial, case.channels)
-    problem = Problem(shape, jnp.dtype(case.dtype), case.kernel_size, case.levels, case.wavelet)
     try:
-        for direction in OPERATOR.directions:
-            OPERATOR.module(name).check(direction, problem)
+        for direction in operator.directions:
+            operator.module(name).check(direction, room.problem(case))
     except NotImplementedError as error:
         return str(error)
     return None
-
-
-def _compute(name: str, case: Any) -> dict[str, Any]:
-    """Output and gradients of one implementation."""
-    from functools import partial
-
-    from pallas_kernels import wtconv
-
-    call = getattr(wtconv, f"wtconv{case.ndim}d")
-    keys = {"wavelet": case.wavelet, "stride": case.stride, "implementation": name}
-    return _value_and_grads(partial(call, **keys), case)
-
-
-def _plain(case: Any) -> dict[str, Any]:
-    """What plain JAX makes of a case in its low precision."""
-    from functools import partial
-
-    from flash_wtconv_jax.bench import baseline_jax
-
-    return _value_and_grads(partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride), case)
-
-
-def _value_and_grads(function: Any, case: Any) -> dict[str, Any]:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from pallas_kernels.common.conformance import drawn
-
-    @jax.jit
-    def both(x: jax.Array, params: dict[str, jax.Array], dy: jax.Array) -> Any:
-        y, pullback = jax.vjp(function, x, params)
-        return y, pullback(dy)
-
-    with jax.enable_x64(case.dtype == "float64"):
-        y, (dx, dparams) = both(*jax.tree.map(jnp.asarray, drawn(case)))
-        return jax.tree.map(np.asarray, {"y": y, "dx": dx, **dparams})

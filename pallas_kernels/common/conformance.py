@@ -1,106 +1,137 @@
 """What implementations of either framework compute on the shared cases, held against the oracle.
 
-Imports NumPy and ml_dtypes alone. The tests and the `check` commands are the same: a framework
-hands on what computes a case, and what does in plain operations of the case's dtype.
+Imports NumPy and ml_dtypes alone, and knows no operator: a case offers what the oracle expects of
+it. The tests and the `check` commands are the same: a framework hands on what computes a case, and
+what does in plain operations of the case's dtype.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
-from pallas_kernels import oracle
-from pallas_kernels.haar.filters import filter_bank
-from pallas_kernels.wtconv.cases import Array, Case, inputs
+Array = NDArray[np.float64]
 
 LOW = ("bfloat16", "float16")
 """The dtypes whose rounding is measured, not reckoned."""
 
 Results = Mapping[str, Any]
-"""Arrays: the output "y", its gradients "dx" and those of the parameters by their names."""
+"""The output and its gradients by name: an array each, or a list of arrays that belong together."""
+
+
+class Case(Protocol):
+    """A case of an operator's `cases.py`: what to compute, and what the oracle makes of it."""
+
+    @property
+    def name(self) -> str:
+        """A short name for tables and test ids."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of what is computed, e.g. "bfloat16"."""
+
+    def drawn(self) -> tuple[Any, ...]:
+        """NumPy's arrays of the case, rounded to its dtypes; the same ones every time."""
+
+    def expected(self) -> dict[str, Any]:
+        """The oracle's results in float64, for the numbers of `drawn`."""
+
+    def tolerance(self, name: str) -> float:
+        """The error of a result that rounding of float32 or float64 may cause; see `worst`."""
+
+
+class Room(Protocol):
+    """The module `conformance` of an operator's folder: how JAX computes the operator's cases.
+
+    The functions that it returns take what `drawn` returns, and are traced by JAX.
+
+    Attributes:
+        CASES: What `flash-wtconv check` computes.
+    """
+
+    CASES: Sequence[Any]
+
+    def problem(self, case: Any) -> Any:
+        """The operator's `Problem` of a case, which an implementation's `check` is told of."""
+
+    def computed(self, case: Any, implementation: str) -> Callable[..., Results]:
+        """Returns the function that computes a case by one implementation."""
+
+    def baseline(self, case: Any) -> Callable[..., Results]:
+        """Returns the function that computes a case in plain JAX, every array in its dtype."""
 
 
 class Backend(NamedTuple):
     """Something that computes cases.
 
     Attributes:
-        name: As rows call it.
+        name: What rows call it.
         cases: What it is asked to compute.
-        refusal: Why it does not take a case, None if it does.
-        compute: The results of a case for the numbers that `drawn` gives.
+        refusal: Returns why it does not take a case, None if it does.
+        compute: Returns the results of a case for the numbers that the case's `drawn` gives.
     """
 
     name: str
-    cases: Sequence[Case]
-    refusal: Callable[[Case], str | None]
-    compute: Callable[[Case], Results]
+    cases: Sequence[Any]
+    refusal: Callable[[Any], str | None]
+    compute: Callable[[Any], Results]
 
 
-def drawn(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """x, the parameters and dy of a case, rounded to its dtype.
+def rounded(values: Array, dtype: str) -> NDArray[Any]:
+    """Returns numbers rounded to a dtype of NumPy or of ml_dtypes.
 
     Example:
-        >>> drawn(Case((7, 9), 1, 5, "float16"))[0].dtype
-        dtype('float16')
+        >>> rounded(np.array([1.001]), "bfloat16")
+        array([1], dtype=bfloat16)
     """
-    dtype = np.dtype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype)
-    x, params, dy = inputs(case)
-    return (
-        x.astype(dtype),
-        {name: value.astype(dtype) for name, value in params.items()},
-        dy.astype(dtype),
-    )
+    return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
-@lru_cache(maxsize=256)
-def expected(case: Case) -> dict[str, Array]:
-    """The oracle's output and gradients for the numbers that the case's dtype can hold.
+def drawn(case: Case) -> tuple[Any, ...]:
+    """Returns NumPy's arrays of a case; see `Case.drawn`."""
+    return case.drawn()
+
+
+def tolerance(case: Case, name: str) -> float:
+    """Returns the error of a result that rounding may cause; see `Case.tolerance`."""
+    return case.tolerance(name)
+
+
+@lru_cache(maxsize=256, typed=True)
+def expected(case: Case) -> dict[str, Any]:
+    """Returns what the oracle expects of a case, computed once.
 
     Example:
+        >>> from pallas_kernels.wtconv.cases import Case
         >>> sorted(expected(Case((4,), 0, 3)))
         ['base_bias', 'base_kernel', 'base_scale', 'dx', 'y']
     """
-    x, params, dy = drawn(case)
-    x, dy = x.astype(np.float64), dy.astype(np.float64)
-    params = {name: value.astype(np.float64) for name, value in params.items()}
-    dec, rec = filter_bank(case.wavelet)
-    keys: dict[str, Any] = {"stride": case.stride, "dec": dec, "rec": rec}
-    y = oracle.wtconv(x, params, case.ndim, **keys)
-    dx, dparams = oracle.wtconv_vjp(x, params, dy, case.ndim, **keys)
-    return {"y": y, "dx": dx, **dparams}
+    return case.expected()
 
 
-def worst(got: Any, want: Array) -> float:
-    """Greatest error as a fraction of the root mean square of what is wanted.
+def worst(got: Any, want: Any) -> float:
+    """Returns the greatest error as a fraction of the root mean square of what is wanted.
+
+    Args:
+        got: An array, or a list of arrays that belong together.
+        want: The same of the oracle.
 
     Example:
-        >>> worst([1.0, 2.5], np.array([1.0, 2.0]))
+        >>> worst(np.array([1.0, 2.5]), np.array([1.0, 2.0]))
         0.31622776601683794
     """
-    got = np.asarray(got, np.float64)
+    got, want = _flat(got), _flat(want)
     if want.size == 0:
         return 0.0
     return float(np.abs(got - want).max() / max(np.sqrt(np.mean(want**2)), 1e-30))
 
 
-def tolerance(case: Case, name: str) -> float:
-    """What rounding of float32 or float64 may do; a weight gradient is a sum over n terms.
-
-    Example:
-        >>> tolerance(Case((7, 9), 1, 5), "y")
-        1e-05
-    """
-    if case.dtype == "float64":
-        return 1e-12
-    terms = np.prod((*case.batch, *case.spatial)) if name.startswith(("base", "wavelet")) else 1
-    return 1e-5 * max(1.0, float(terms) ** 0.5 / 300)
-
-
-def bounds(case: Case, plain: Callable[[Case], Results]) -> dict[str, float]:
-    """The greatest error that each result of a case may have.
+def bounds(case: Case, plain: Callable[[Any], Results]) -> dict[str, float]:
+    """Returns the greatest error that each result of a case may have.
 
     Args:
         case: What is computed.
@@ -112,24 +143,25 @@ def bounds(case: Case, plain: Callable[[Case], Results]) -> dict[str, float]:
     """
     want = expected(case)
     if case.dtype not in LOW:
-        return {name: tolerance(case, name) for name in want}
+        return {name: case.tolerance(name) for name in want}
     dtype = ml_dtypes.bfloat16 if case.dtype == "bfloat16" else np.float16
     got, rounding = plain(case), float(ml_dtypes.finfo(dtype).eps)
     return {name: max(2 * worst(got[name], want[name]), rounding) for name in want}
 
 
-def run(backends: Iterable[Backend], plain: Callable[[Case], Results]) -> Iterator[dict[str, Any]]:
+def run(backends: Iterable[Backend], plain: Callable[[Any], Results]) -> Iterator[dict[str, Any]]:
     """Computes every case with every backend.
 
     Args:
         backends: What to check.
-        plain: As `bounds` takes it.
+        plain: As `bounds` takes it; called once a case.
 
     Yields:
         A JSON-able row a backend and case: `status` "pass", "fail" or "skip", `reason` of the last
         two, and of those that ran the `error`, `bound` and name (`array`) of the result that comes
         nearest to its bound or is the furthest beyond it, and `seconds`, compilation included.
     """
+    plain = cache(plain)
     for backend in backends:
         for case in backend.cases:
             row: dict[str, Any] = {"backend": backend.name, "case": case.name}
@@ -150,14 +182,15 @@ def run(backends: Iterable[Backend], plain: Callable[[Case], Results]) -> Iterat
             yield row | _judged(case, got, plain)
 
 
-def _judged(case: Case, got: Results, plain: Callable[[Case], Results]) -> dict[str, Any]:
+def _judged(case: Case, got: Results, plain: Callable[[Any], Results]) -> dict[str, Any]:
+    """The part of a row that tells how results compare with the oracle's."""
     want = expected(case)
-    for name, array in want.items():
-        if got[name].shape != array.shape:
-            reason = f"{name} has shape {got[name].shape}, expected {array.shape}"
+    for name, value in want.items():
+        if _shapes(got[name]) != _shapes(value):
+            reason = f"{name} has shape {_shapes(got[name])}, expected {_shapes(value)}"
             return {"status": "fail", "array": name, "reason": reason}
     allowed = bounds(case, plain)
-    errors = {name: worst(got[name], array) for name, array in want.items()}
+    errors = {name: worst(got[name], value) for name, value in want.items()}
     # NaN is further off than any number.
     name = max(errors, key=lambda n: np.nan_to_num(errors[n] / allowed[n], nan=np.inf))
     passed = errors[name] <= allowed[name]
@@ -169,3 +202,14 @@ def _judged(case: Case, got: Results, plain: Callable[[Case], Results]) -> dict[
         "bound": allowed[name],
         "reason": None if passed else f"{name} is off by {errors[name]:.1e}",
     }
+
+
+def _flat(value: Any) -> Array:
+    """An array, or the arrays of a list one after another, as one axis."""
+    arrays = value if isinstance(value, list) else [value]
+    return np.concatenate([np.asarray(array, np.float64).ravel() for array in arrays])
+
+
+def _shapes(value: Any) -> Any:
+    """The shape of an array, or those of a list."""
+    return [_shapes(array) for array in value] if isinstance(value, list) else value.shape

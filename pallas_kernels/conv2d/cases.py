@@ -1,6 +1,7 @@
 """The correctness cases of the dense convolution, shared by the tests of every implementation.
 
-Imports NumPy alone. A case says what to compute; `inputs` draws the numbers.
+Imports NumPy and the oracle alone. A case says what to compute, and what the oracle expects;
+`inputs` draws the numbers.
 """
 
 import zlib
@@ -8,8 +9,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pallas_kernels.oracle import Array, conv2d
+from pallas_kernels.common.conformance import rounded
+from pallas_kernels.oracle import Array, conv2d, conv2d_vjp
 
 
 class Case(NamedTuple):
@@ -58,6 +61,43 @@ class Case(NamedTuple):
         names = ("stride", "padding", "dilation", "groups", "activation", "layout")
         return {name: getattr(self, name) for name in names}
 
+    def drawn(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None, NDArray[Any]]:
+        """Returns x, w, the bias and dy, rounded to their dtypes; the bias to no less than float32.
+
+        Example:
+            >>> x, w, bias, dy = Case(2, 6, 5, 4, 3, 2, 8, bias=True, dtype="float16").drawn()
+            >>> x.dtype, bias.dtype, dy.dtype
+            (dtype('float16'), dtype('float32'), dtype('float16'))
+        """
+        x, w, bias, dy = inputs(self)
+        if bias is not None:
+            bias = rounded(bias, "float64" if self.dtype == "float64" else "float32")
+        dy = rounded(dy, self.out_dtype or self.dtype)
+        return rounded(x, self.dtype), rounded(w, self.dtype), bias, dy
+
+    def expected(self) -> dict[str, Array]:
+        """Returns the oracle's "y" and the gradients "dx", "dw" and, where there is one, "dbias".
+
+        They are those of the numbers that the case's dtypes can hold.
+
+        Example:
+            >>> sorted(Case(2, 6, 5, 4, 3, 2, 8).expected())
+            ['dw', 'dx', 'y']
+        """
+        x, w, bias, dy = (None if a is None else a.astype(np.float64) for a in self.drawn())
+        y = conv2d(x, w, bias=bias, **self.arguments)
+        dx, dw, dbias = conv2d_vjp(x, w, dy, bias=bias, **self.arguments)
+        return {"y": y, "dx": dx, "dw": dw} | ({} if bias is None else {"dbias": dbias})
+
+    def tolerance(self, name: str) -> float:
+        """Returns what rounding may do to any result.
+
+        Example:
+            >>> Case(2, 6, 5, 4, 3, 2, 8).tolerance("y")
+            1e-05
+        """
+        return {"float32": 1e-5, "float64": 1e-12}[self.dtype]
+
 
 _PUBLISHED = (
     (1, 5, 5, 10, 2, 2, 2, 2),
@@ -101,6 +141,9 @@ HARD: tuple[Case, ...] = (
     Case(0, 4, 4, 2, 3, 3, 2, padding=1, bias=True),
 )
 """What the table has not: padding, dilation, groups, epilogues, other dtypes, edges."""
+
+CASES = TABLE[: 2 * len(_PUBLISHED)] + HARD
+"""What the `check` commands compute: every sort of case; the rest of the table only widens it."""
 
 
 def inputs(case: Case) -> tuple[Array, Array, Array | None, Array]:

@@ -1,14 +1,19 @@
 """The correctness cases of the wavelet transforms, shared by the tests of every implementation.
 
-Imports NumPy alone. A case says what to transform; `inputs` draws the numbers.
+Imports NumPy and the oracle alone. A case says what to transform, and what the oracle expects;
+`inputs` draws the numbers. Coefficients are a list: the coarsest low band, then the high bands of
+each level, finest first.
 """
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pallas_kernels.oracle import Array
+from pallas_kernels.common.conformance import rounded
+from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.oracle import Array, wavedec, waverec
 
 
 class Case(NamedTuple):
@@ -36,6 +41,68 @@ class Case(NamedTuple):
         """
         batch, spatial = ("x".join(map(str, sizes)) for sizes in (self.batch, self.spatial))
         return f"b{batch}-{spatial}-c{self.channels}-l{self.level}-{self.wavelet}-{self.dtype}"
+
+    def drawn(self) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+        """Returns the signal and the coefficients, rounded to the case's dtype.
+
+        Example:
+            >>> x, (low, *details) = Case((7, 9), 2, dtype="float16").drawn()
+            >>> x.dtype, low.shape, len(details)
+            (dtype('float16'), (2, 2, 3, 3), 2)
+        """
+        x, low, details = inputs(self)
+        return rounded(x, self.dtype), [rounded(band, self.dtype) for band in (low, *details)]
+
+    def expected(self) -> dict[str, Any]:
+        """Returns the oracle's transforms, and their gradients: each is the other's transpose.
+
+        The coefficients are "wavedec" of the signal, and "dwaverec" for the signal as the gradient
+        of what is synthesised; the signals are "waverec" of the coefficients, and "dwavedec" for
+        them as the gradient of what is analysed. All are those of the numbers that the case's
+        dtype can hold.
+
+        Example:
+            >>> sorted(Case((7, 9), 2).expected())
+            ['dwavedec', 'dwaverec', 'wavedec', 'waverec']
+        """
+        x, coefficients = self.drawn()
+        x, coefficients = x.astype(np.float64), [band.astype(np.float64) for band in coefficients]
+        dec, rec = filter_bank(self.wavelet)
+        return {
+            "wavedec": _analysed(x, self, dec),
+            "dwavedec": _synthesised(coefficients, self, dec),
+            "waverec": _synthesised(coefficients, self, rec),
+            "dwaverec": _analysed(x, self, rec),
+        }
+
+    def tolerance(self, name: str) -> float:
+        """Returns what rounding may do to any result.
+
+        Example:
+            >>> Case((7, 9), 2).tolerance("wavedec")
+            1e-05
+        """
+        return {"float32": 1e-5, "float64": 1e-13}[self.dtype]
+
+
+def _analysed(x: Array, case: Case, bank: Array) -> list[Array]:
+    """The coefficients of a cascade with any filters."""
+    levels = wavedec(x, case.ndim, case.level, bank)
+    low = levels[-1][..., 0, :] if levels else x
+    return [low, *(level[..., 1:, :] for level in levels)]
+
+
+def _synthesised(coefficients: list[Array], case: Case, bank: Array) -> Array:
+    """The transpose of `_analysed`: nothing is in the low bands of the finer levels."""
+    low, *details = coefficients
+    if not details:
+        return low
+    lows = [np.zeros_like(high[..., 0, :]) for high in details[:-1]] + [low]
+    levels = [
+        np.concatenate([band[..., None, :], high], axis=-2)
+        for band, high in zip(lows, details, strict=True)
+    ]
+    return waverec(levels, case.ndim, case.spatial, bank)
 
 
 PAIRWISE: tuple[Case, ...] = (

@@ -10,7 +10,7 @@ ECCV 2024.
 """
 
 from pallas_kernels.oracle.arrays import Array
-from pallas_kernels.oracle.conv2d import conv2d
+from pallas_kernels.oracle.conv2d import conv2d, conv2d_pads, conv2d_vjp
 from pallas_kernels.oracle.haar import HAAR, analysis, synthesis, wavedec, waverec
 from pallas_kernels.oracle.wtconv import depthwise, subsample, wtconv, wtconv_vjp
 
@@ -19,6 +19,8 @@ __all__ = [
     "Array",
     "analysis",
     "conv2d",
+    "conv2d_pads",
+    "conv2d_vjp",
     "depthwise",
     "subsample",
     "synthesis",

@@ -1,13 +1,17 @@
-"""Dense 2-D convolution."""
+"""Dense 2-D convolution, and its gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pallas_kernels.oracle.arrays import Array, slice_axis
+
+Padding = int | str | Sequence[int | Sequence[int]]
+Pads = list[tuple[int, int]]
 
 
 def conv2d(
@@ -15,7 +19,7 @@ def conv2d(
     w: ArrayLike,
     *,
     stride: int | tuple[int, int] = 1,
-    padding: int | str | Sequence[int | Sequence[int]] = 0,
+    padding: Padding = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     bias: ArrayLike | None = None,
@@ -46,41 +50,183 @@ def conv2d(
         >>> conv2d(np.arange(4.0).reshape(1, 4, 1), np.ones((1, 2, 1, 1)))[0, :, 0]
         array([1., 3., 5.])
     """
-    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    if layout == "nchw_fchw":
-        x, w = np.moveaxis(x, -3, -1), w.transpose(2, 3, 1, 0)
-    strides, dilations = (
-        (value, value) if isinstance(value, int) else value for value in (stride, dilation)
-    )
-    pads = _conv2d_pads(padding, x.shape[-3:-1], w.shape[:2], strides, dilations)
-    mode = "reflect" if padding == "reflect" else "constant"
-    x = np.pad(x, [(0, 0)] * (x.ndim - 3) + pads + [(0, 0)], mode=mode)
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, w.shape, strict=False)]
-    size = [(n - span) // s + 1 for n, span, s in zip(x.shape[-3:-1], reach, strides, strict=True)]
-    y = np.zeros((*x.shape[:-3], *size, w.shape[3]))
-    channels, filters = w.shape[2], w.shape[3] // groups
-    for i, j, g in product(range(w.shape[0]), range(w.shape[1]), range(groups)):
-        own = slice(g * filters, (g + 1) * filters)
-        read = slice_axis(x, -3, i * dilations[0], size[0], strides[0])
-        read = slice_axis(read, -2, j * dilations[1], size[1], strides[1])
-        y[..., own] += read[..., g * channels : (g + 1) * channels] @ w[i, j, :, own]
-    if bias is not None:
-        y += np.asarray(bias, np.float64)
+    x, w = _channels_last(x, w, layout)
+    window = _window(x, w, stride, padding, dilation, groups)
+    y = _linear(x, w, bias, window)
     if activation == "relu":
         y = np.maximum(y, 0.0)
     elif activation == "gelu":
-        y = y * (0.5 * (1.0 + np.vectorize(math.erf, otypes=[np.float64])(y / math.sqrt(2.0))))
+        y = y * _normal_distribution(y)
     return np.moveaxis(y, -1, -3) if layout == "nchw_fchw" else y
 
 
-def _conv2d_pads(
-    padding: int | str | Sequence[int | Sequence[int]],
+def conv2d_vjp(
+    x: ArrayLike,
+    w: ArrayLike,
+    dy: ArrayLike,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: Padding = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    bias: ArrayLike | None = None,
+    activation: str | None = None,
+    layout: str = "nhwc_hwcf",
+) -> tuple[Array, Array, Array]:
+    """Gradients of `sum(dy * conv2d(x, w))`, every step of `conv2d` transposed in turn.
+
+    Args:
+        x: As `conv2d` takes it.
+        w: As `conv2d` takes it.
+        dy: Gradient of the output, of the output's shape.
+        stride: As `conv2d` takes it.
+        padding: As `conv2d` takes it.
+        dilation: As `conv2d` takes it.
+        groups: As `conv2d` takes it.
+        bias: As `conv2d` takes it.
+        activation: As `conv2d` takes it; the slope of "relu" is 0 where it meets 0.
+        layout: As `conv2d` takes it.
+
+    Returns:
+        `(dx, dw, dbias)`: float64 arrays of the shapes of x, of w, and `[NF]`.
+
+    Example:
+        >>> x, w = np.arange(4.0).reshape(1, 4, 1), np.ones((1, 2, 1, 1))
+        >>> dx, dw, dbias = conv2d_vjp(x, w, np.ones((1, 3, 1)))
+        >>> dx[0, :, 0], dw[0, :, 0, 0], dbias
+        (array([1., 2., 2., 1.]), array([3., 6.]), array([3.]))
+    """
+    x, w = _channels_last(x, w, layout)
+    dz = np.asarray(dy, np.float64)
+    if layout == "nchw_fchw":
+        dz = np.moveaxis(dz, -3, -1)
+    window = _window(x, w, stride, padding, dilation, groups)
+    if activation is not None:
+        z = _linear(x, w, bias, window)
+        if activation == "relu":
+            dz = dz * (z > 0)
+        else:
+            dz = dz * (_normal_distribution(z) + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi))
+    everywhere = tuple(range(dz.ndim - 1))
+    padded = _padded(x, window)
+    dpadded, dw = np.zeros_like(padded), np.zeros_like(w)
+    # What a tap reads is a view, so adding to it adds to the gradient of the padded image.
+    reads = zip(_reads(padded, w, window), _reads(dpadded, w, window), strict=True)
+    for (read, tap), (dread, _) in reads:
+        own = dz[..., tap[-1]]
+        dread += own @ w[tap].T
+        dw[tap] = np.tensordot(read, own, (everywhere, everywhere))
+    dx, dbias = _padded_transposed(dpadded, x.shape, window), dz.sum(axis=everywhere)
+    if layout == "nchw_fchw":
+        dx, dw = np.moveaxis(dx, -1, -3), dw.transpose(3, 2, 0, 1)
+    return dx, dw, dbias
+
+
+class _Window(NamedTuple):
+    """Which samples the taps read, along H and W, and the size of the output."""
+
+    pads: Pads
+    reflect: bool
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    size: tuple[int, int]
+
+
+def _channels_last(x: ArrayLike, w: ArrayLike, layout: str) -> tuple[Array, Array]:
+    """Images `[*batch, H, W, C]` and filters `[HF, WF, C / groups, NF]` in float64."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    if layout == "nchw_fchw":
+        x, w = np.moveaxis(x, -3, -1), w.transpose(2, 3, 1, 0)
+    return x, w
+
+
+def _window(
+    x: Array,
+    w: Array,
+    stride: int | tuple[int, int],
+    padding: Padding,
+    dilation: int | tuple[int, int],
+    groups: int,
+) -> _Window:
+    strides, dilations = (
+        (value, value) if isinstance(value, int) else value for value in (stride, dilation)
+    )
+    pads = conv2d_pads(padding, x.shape[-3:-1], w.shape[:2], strides, dilations)
+    height, width = (
+        (n + before + after - d * (k - 1) - 1) // s + 1
+        for n, k, s, d, (before, after) in zip(
+            x.shape[-3:-1], w.shape[:2], strides, dilations, pads, strict=True
+        )
+    )
+    return _Window(pads, padding == "reflect", strides, dilations, groups, (height, width))
+
+
+def _linear(x: Array, w: Array, bias: ArrayLike | None, window: _Window) -> Array:
+    """The convolution and the bias."""
+    y = np.zeros((*x.shape[:-3], *window.size, w.shape[3]))
+    for read, tap in _reads(_padded(x, window), w, window):
+        y[..., tap[-1]] += read @ w[tap]
+    return y if bias is None else y + np.asarray(bias, np.float64)
+
+
+def _reads(
+    padded: Array, w: Array, window: _Window
+) -> Iterator[tuple[Array, tuple[int, int, slice, slice]]]:
+    """Views of what each tap of each group reads, and the index of its weights in the filters."""
+    channels, filters = w.shape[2], w.shape[3] // window.groups
+    (height, width), (down, across), (d, e) = window.size, window.stride, window.dilation
+    for i, j, g in product(range(w.shape[0]), range(w.shape[1]), range(window.groups)):
+        read = slice_axis(padded, -3, i * d, height, down)
+        read = slice_axis(read, -2, j * e, width, across)
+        own = slice(g * filters, (g + 1) * filters)
+        yield read[..., g * channels : (g + 1) * channels], (i, j, slice(None), own)
+
+
+def _padded(x: Array, window: _Window) -> Array:
+    pads = [(0, 0)] * (x.ndim - 3) + window.pads + [(0, 0)]
+    return np.pad(x, pads, mode="reflect" if window.reflect else "constant")
+
+
+def _padded_transposed(dpadded: Array, shape: tuple[int, ...], window: _Window) -> Array:
+    """Each sample of a padded image added to the one that it is a copy of, or dropped."""
+    for axis, (before, after) in zip((-3, -2), window.pads, strict=True):
+        size = shape[axis]
+        dx = slice_axis(dpadded, axis, before, size, 1).copy()
+        if window.reflect:
+            sources = np.pad(np.arange(size), (before, after), mode="reflect")
+            for place in (*range(before), *range(before + size, before + size + after)):
+                mirrored = slice_axis(dpadded, axis, place, 1, 1)
+                slice_axis(dx, axis, sources[place], 1, 1)[...] += mirrored
+        dpadded = dx
+    return dpadded
+
+
+def _normal_distribution(z: Array) -> Array:
+    """The distribution function of the normal distribution."""
+    return 0.5 * (1.0 + np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2.0)))
+
+
+def conv2d_pads(
+    padding: Padding,
     size: tuple[int, ...],
     taps: tuple[int, ...],
     stride: tuple[int, int],
     dilation: tuple[int, int],
-) -> list[tuple[int, int]]:
-    """Samples before and after, for H and for W."""
+) -> Pads:
+    """Samples that a convolution pads along H and along W, before and after the image.
+
+    Args:
+        padding: As `conv2d` takes it.
+        size: Height and width of the images.
+        taps: Height and width of the filters.
+        stride: Along H and W.
+        dilation: Along H and W.
+
+    Example:
+        >>> conv2d_pads("SAME", (8, 9), (3, 4), (1, 1), (1, 1))
+        [(1, 1), (1, 2)]
+    """
     if isinstance(padding, int):
         padding = (padding, padding)
     if not isinstance(padding, str):

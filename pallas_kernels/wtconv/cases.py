@@ -1,18 +1,19 @@
 """The correctness cases of the wavelet convolution, shared by the tests and `check` commands.
 
-Imports NumPy alone, so that every backend of both frameworks can read the one table. A case says
-what to compute; `inputs` draws the numbers, every scale and bias away from its initial value.
+Imports NumPy and the oracle alone, so that every backend of both frameworks can read the one table.
+A case says what to compute, and what the oracle expects; `inputs` draws the numbers, every scale
+and bias away from its initial value.
 """
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pallas_kernels.oracle import subsample
-
-Array = NDArray[np.float64]
+from pallas_kernels.common.conformance import rounded
+from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.oracle import Array, subsample, wtconv, wtconv_vjp
 
 
 class Case(NamedTuple):
@@ -57,6 +58,47 @@ class Case(NamedTuple):
         parts += [self.wavelet] * (self.wavelet != "haar") + ["nobias"] * (not self.bias)
         parts += ["strided"] * self.strided
         return "-".join(parts)
+
+    def drawn(self) -> tuple[NDArray[Any], dict[str, NDArray[Any]], NDArray[Any]]:
+        """Returns x, the parameters and dy, rounded to the case's dtype.
+
+        Example:
+            >>> Case((7, 9), 1, 5, "float16").drawn()[0].dtype
+            dtype('float16')
+        """
+        x, params, dy = inputs(self)
+        params = {name: rounded(value, self.dtype) for name, value in params.items()}
+        return rounded(x, self.dtype), params, rounded(dy, self.dtype)
+
+    def expected(self) -> dict[str, Array]:
+        """Returns the oracle's output "y", its gradient "dx" and the parameters' by their names.
+
+        They are those of the numbers that the case's dtype can hold.
+
+        Example:
+            >>> sorted(Case((4,), 0, 3).expected())
+            ['base_bias', 'base_kernel', 'base_scale', 'dx', 'y']
+        """
+        x, drawn, dy = self.drawn()
+        x, dy = x.astype(np.float64), dy.astype(np.float64)
+        params = {name: value.astype(np.float64) for name, value in drawn.items()}
+        dec, rec = filter_bank(self.wavelet)
+        y = wtconv(x, params, self.ndim, stride=self.stride, dec=dec, rec=rec)
+        dx, dparams = wtconv_vjp(x, params, dy, self.ndim, stride=self.stride, dec=dec, rec=rec)
+        return {"y": y, "dx": dx, **dparams}
+
+    def tolerance(self, name: str) -> float:
+        """Returns what rounding may do to a result; a weight gradient is a sum over n terms.
+
+        Example:
+            >>> Case((7, 9), 1, 5).tolerance("y")
+            1e-05
+        """
+        if self.dtype == "float64":
+            return 1e-12
+        weight = name.startswith(("base", "wavelet"))
+        terms = np.prod((*self.batch, *self.spatial)) if weight else 1
+        return 1e-5 * max(1.0, float(terms) ** 0.5 / 300)
 
 
 PAIRWISE: tuple[Case, ...] = (

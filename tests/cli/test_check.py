@@ -5,33 +5,97 @@ import re
 import runpy
 import sys
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax.cli import app
-from pallas_kernels.common import conformance
-from pallas_kernels.wtconv import cases
+from flash_wtconv_jax.cli.check import rooms
+from pallas_kernels.conv2d.cases import Case as Conv2dCase
+from pallas_kernels.dispatch import tuning
+from pallas_kernels.haar.cases import Case as HaarCase
 from pallas_kernels.wtconv.cases import Case
 
 CASES = (Case((4, 5), 1, 3), Case((3,), 1, 3, "bfloat16"))
+FEW = {
+    "conv2d": (
+        Conv2dCase(1, 4, 5, 2, 3, 2, 3, padding="reflect", bias=True, activation="gelu"),
+        Conv2dCase(1, 3, 4, 2, 2, 2, 3, layout="nchw_fchw", dtype="float16", out_dtype="float32"),
+    ),
+    "haar": (HaarCase((3, 5), 2), HaarCase((7,), 1, "db2", "bfloat16"), HaarCase((1, 3, 2), 1)),
+    "wtconv": CASES,
+}
 
 
-def test_jax_against_the_oracle(monkeypatch, tmp_path):
-    monkeypatch.setattr(cases, "CASES", CASES)
-    result = CliRunner().invoke(app, ["check", "--json", str(tmp_path / "a.json")])
+@pytest.fixture
+def few(monkeypatch):
+    """A few cases of each operator."""
+    for name, (_, room) in rooms().items():
+        monkeypatch.setattr(room, "CASES", FEW[name])
+
+
+def check(*arguments):
+    """Runs `flash-wtconv check`, which must pass; returns what it printed."""
+    result = CliRunner().invoke(app, ["check", *map(str, arguments)])
     assert result.exit_code == 0, result.output
-    assert "2 pass, 0 fail" in result.output
-    assert "skip mosaic_tpu, 2 cases: needs a TPU" in result.output
+    return result.output
+
+
+def test_every_operator_against_the_oracle(few, tmp_path):
+    output = check("--json", tmp_path / "a.json")
+    assert "7 pass, 0 fail" in output
+    for operator in FEW:
+        assert f"skip {operator} mosaic_tpu, {len(FEW[operator])} cases: needs a TPU" in output
     written = json.loads((tmp_path / "a.json").read_text())
     assert {"device", "versions", "rows"} == set(written)
-    rows = {(row["backend"], row["case"]): row for row in written["rows"]}
-    exact, low = (rows["xla", case.name] for case in CASES)
-    assert exact["status"] == low["status"] == "pass"
-    assert 0 < exact["error"] <= exact["bound"] == 1e-5 < low["error"] <= low["bound"] < 0.1
-    skipped = rows["triton", CASES[0].name]
+    rows = {(row["operator"], row["backend"], row["case"]): row for row in written["rows"]}
+    for operator, cases in FEW.items():
+        for case in cases:
+            row = rows[operator, "xla", case.name]
+            assert row["status"] == "pass" and row["error"] <= row["bound"] < 0.1
+            assert (row["bound"] == 1e-5) == (case.dtype == "float32")
+    skipped = rows["wtconv", "triton", CASES[0].name]
     assert (skipped["status"], skipped["error"]) == ("skip", None)
     assert skipped["reason"].startswith("needs a GPU")
+
+
+def test_options_narrow_it(few, tmp_path):
+    path = tmp_path / "a.json"
+    names = ["--implementation", "mosaic_tpu", "--implementation", "triton"]
+    check("--operator", "haar", "--operator", "conv2d", *names, "--json", path)
+    rows = json.loads(path.read_text())["rows"]
+    assert list(dict.fromkeys((row["operator"], row["backend"]) for row in rows)) == [
+        *(("conv2d", "triton"), ("conv2d", "mosaic_tpu")),
+        *(("haar", "mosaic_tpu"), ("haar", "triton")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--operator", "wtcon"], r"--operator wtcon: expected one of conv2d, haar, wtconv$"),
+        (
+            ["--operator", "haar", "--implementation", "cuda"],
+            r"--implementation cuda: expected one of mosaic_gpu, mosaic_tpu, triton, xla$",
+        ),
+    ],
+)
+def test_an_unknown_name_is_one_line(arguments, error):
+    result = CliRunner().invoke(app, ["check", *arguments])
+    assert isinstance(result.exception, ValueError) and re.match(error, str(result.exception))
+
+
+def test_nothing_is_measured(monkeypatch, searches):
+    monkeypatch.setattr(rooms()["wtconv"][1], "CASES", CASES[:1])
+    with tuning("search"):
+        assert "1 pass" in check("--operator", "wtconv", "--implementation", "xla")
+    assert searches == []
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("operator", FEW)
+def test_every_case_in_plain_jax(operator):
+    output = check("--operator", operator, "--implementation", "xla")
+    assert re.search(r"\d\d pass, 0 fail, 0 skip", output)
 
 
 def test_a_file_that_cannot_be_written_is_told_first(tmp_path):
@@ -65,10 +129,11 @@ class TestTorch:
         assert self.check(monkeypatch, "--json", tmp_path / "a.json") == 0
         output = capsys.readouterr().out
         assert "3 pass, 0 fail, 15 skip" in output
-        assert "skip cuda, 2 cases: needs an NVIDIA GPU, this is cpu" in output
-        assert "skip triton, 2 cases: needs a GPU, this is cpu" in output
-        assert "skip metal, 2 cases: needs an Apple GPU, this is cpu" in output
+        assert "skip wtconv cuda, 2 cases: needs an NVIDIA GPU, this is cpu" in output
+        assert "skip wtconv triton, 2 cases: needs a GPU, this is cpu" in output
+        assert "skip wtconv metal, 2 cases: needs an Apple GPU, this is cpu" in output
         rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+        assert {row["operator"] for row in rows} == {"wtconv"}
         assert [row["backend"] for row in rows] == [
             *("cuda", "cuda", "cuda channels-last"),
             *("triton", "triton", "triton channels-last"),
@@ -77,6 +142,19 @@ class TestTorch:
             *("cuda on CPU", "cuda on CPU", "cuda on CPU channels-last"),
             *("metal on CPU", "metal on CPU", "metal on CPU channels-last"),
         ]
+
+    def test_options_narrow_it(self, monkeypatch, tmp_path):
+        options = ["--operator", "wtconv", "--implementation", "metal", "--implementation", "eager"]
+        assert self.check(monkeypatch, *options, "--json", tmp_path / "a.json") == 0
+        rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+        names = {row["backend"].removesuffix(" channels-last") for row in rows}
+        assert names == {"metal", "eager", "metal on CPU"}
+
+    def test_an_unknown_name_is_one_line(self, monkeypatch, capsys):
+        assert self.check(monkeypatch, "--operator", "haar") == 1
+        assert capsys.readouterr().err == "error: --operator haar: expected one of wtconv\n"
+        assert self.check(monkeypatch, "--implementation", "xla") == 1
+        assert "xla: expected one of cuda, triton, metal, eager" in capsys.readouterr().err
 
     def test_a_swapped_subband_fails(self, monkeypatch, capsys):
         from torch_bridge.wtconv import eager
@@ -92,22 +170,3 @@ class TestTorch:
     def test_what_cannot_be_written_is_one_line(self, monkeypatch, capsys, tmp_path):
         assert self.check(monkeypatch, "--json", tmp_path / "none" / "a.json") == 1
         assert capsys.readouterr().err.startswith("error: no folder")
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda got: got | {"y": got["y"] + 1e-3}, "y is off by"),
-        (lambda got: got | {"dx": np.full_like(got["dx"], np.nan)}, "dx is off by nan"),
-        (lambda got: got | {"base_scale": np.ones(2)}, r"base_scale has shape \(2,\), expected"),
-        (lambda got: 1 / 0, "ZeroDivisionError: division by zero"),
-    ],
-)
-def test_what_is_wrong_is_a_failure(change, reason):
-    backend = conformance.Backend(
-        "own", CASES[:1], lambda case: None, lambda case: change(dict(conformance.expected(case)))
-    )
-    (row,) = conformance.run([backend], conformance.expected)
-    assert row["status"] == "fail"
-    assert re.match(reason, row["reason"]), row
-    json.dumps(row, allow_nan=False)

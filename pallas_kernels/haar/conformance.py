@@ -1,0 +1,102 @@
+"""How JAX computes the cases of the wavelet transforms; see `common.conformance.Room`."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.haar import api, baseline_jax
+from pallas_kernels.haar.cases import CASES, Case
+from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.haar.problem import Problem
+
+__all__ = ["CASES", "baseline", "computed", "problem"]
+
+_WAVEDEC = {1: api.wavedec, 2: api.wavedec2, 3: api.wavedec3}
+_WAVEREC = {1: api.waverec, 2: api.waverec2, 3: api.waverec3}
+# Band s is high along spatial axis a where bit a of s is set; PyWavelets' letters name the axes.
+_BANDS3 = ("daa", "ada", "dda", "aad", "dad", "add", "ddd")
+
+Transform = Callable[..., Any]
+
+
+def problem(case: Case) -> Problem:
+    """Returns what an implementation's `check` is told of a case.
+
+    Example:
+        >>> problem(Case((7, 9), 1, batch=(2, 3))).shape
+        (6, 7, 9, 3)
+    """
+    shape = (math.prod(case.batch), *case.spatial, case.channels)
+    return Problem(shape, jnp.dtype(case.dtype), case.ndim, case.level, case.wavelet)
+
+
+def computed(case: Case, implementation: str) -> Callable[..., dict[str, Any]]:
+    """Returns the function of a case's arrays that one implementation computes.
+
+    Example:
+        >>> case = Case((4,), 1)
+        >>> sorted(computed(case, "xla")(*case.drawn()))
+        ['dwavedec', 'dwaverec', 'wavedec', 'waverec']
+    """
+    static = {"wavelet": case.wavelet, "implementation": implementation}
+
+    def analyse(x: jax.Array) -> list[jax.Array]:
+        return _from_pywavelets(_WAVEDEC[case.ndim](x, level=case.level, **static))
+
+    def synthesise(coefficients: list[jax.Array]) -> jax.Array:
+        named = _to_pywavelets(coefficients, case.ndim)
+        return _WAVEREC[case.ndim](named, shape=case.spatial, **static)
+
+    return partial(_with_gradients, analyse, synthesise)
+
+
+def baseline(case: Case) -> Callable[..., dict[str, Any]]:
+    """Returns the same in plain JAX, every array in the case's dtype."""
+    dec, rec = filter_bank(case.wavelet)
+    analyse = partial(baseline_jax.wavedec, ndim=case.ndim, level=case.level, bank=dec)
+    synthesise = partial(baseline_jax.waverec, shape=case.spatial, bank=rec)
+    return partial(_with_gradients, analyse, synthesise)
+
+
+def _with_gradients(
+    analyse: Transform, synthesise: Transform, x: jax.Array, coefficients: list[jax.Array]
+) -> dict[str, Any]:
+    """The transforms and their transposes; each array is the gradient where it is no argument."""
+    analysed, analysed_vjp = jax.vjp(analyse, x)
+    synthesised, synthesised_vjp = jax.vjp(synthesise, coefficients)
+    (dwavedec,), (dwaverec,) = analysed_vjp(coefficients), synthesised_vjp(x)
+    return {
+        "wavedec": analysed,
+        "dwavedec": dwavedec,
+        "waverec": synthesised,
+        "dwaverec": dwaverec,
+    }
+
+
+def _to_pywavelets(coefficients: list[jax.Array], ndim: int) -> list[Any]:
+    """The coefficients of a case as PyWavelets arranges them: coarse first, a name a band."""
+    low, *details = coefficients
+    levels: list[Any] = [
+        [high[..., s, :] for s in range(2**ndim - 1)] for high in reversed(details)
+    ]
+    if ndim == 1:
+        return [low, *(band for (band,) in levels)]
+    if ndim == 2:
+        return [low, *map(tuple, levels)]
+    return [low, *(dict(zip(_BANDS3, bands, strict=True)) for bands in levels)]
+
+
+def _from_pywavelets(coefficients: list[Any]) -> list[jax.Array]:
+    """The inverse of `_to_pywavelets`."""
+    low, *levels = coefficients
+    details = []
+    for level in reversed(levels):
+        if isinstance(level, dict):
+            level = tuple(level[name] for name in _BANDS3)
+        bands = level if isinstance(level, tuple) else (level,)
+        details.append(jnp.stack(bands, axis=-2))
+    return [low, *details]
