@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from pallas_kernels.dispatch import table, tuner
-from pallas_kernels.dispatch.backend import Implementation, Problem, missing
+from pallas_kernels.dispatch.backend import Implementation, Problem, missing, search_space
 from pallas_kernels.dispatch.tuner import Candidate, Measurement, Mode
 
 Choice = str | StrEnum | Sequence[str | StrEnum] | None
@@ -273,7 +273,7 @@ class Request(NamedTuple):
             problem: The operator's description of the call.
 
         Returns:
-            Its name; None where several can run and times decide, or none can.
+            Its name; None where times decide, or none can run.
         """
         try:
             if not self._measures:
@@ -281,7 +281,8 @@ class Request(NamedTuple):
             first, *others = self._able(problem)
         except NotImplementedError:
             return None
-        return None if others else first
+        space = search_space(self.operator.module(first), self.direction, problem)
+        return None if others or len(space) > 1 else first
 
     @property
     def _measures(self) -> bool:
