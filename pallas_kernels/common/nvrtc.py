@@ -50,7 +50,7 @@ def compile_source(source: str, macros: Mapping[str, object], arch: str) -> byte
 
     options = [*_OPTIONS, f"--gpu-architecture={arch}"]
     options += [f"--define-macro={name}={value}" for name, value in macros.items()]
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"wtconv.cu", 0, [], []))
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
     try:
         encoded = [option.encode() for option in options]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)

@@ -1,52 +1,34 @@
-"""The Haar butterfly: sums and differences of neighbouring samples, along any number of axes.
+"""The Haar butterfly of 2 x 2 pixels: their four sums and differences, and back.
 
-Both functions take anything that adds and subtracts: numbers, NumPy and JAX arrays, and values
-inside a Pallas kernel. They leave out the factor `2**(-ndim / 2)` of the orthonormal transform,
-which callers apply once or fold into taps. Triton's form stands in `triton_kernels`.
+Both functions take anything that adds and subtracts: numbers, arrays, and values inside a Pallas
+kernel. They leave out the factor 1/2 of the orthonormal transform, which callers apply or fold into
+taps. Triton's form of them stands in `triton_kernels`, XLA's, for any number of axes, in `xla`.
 """
 
 from typing import Any
 
 
-def split(*samples: Any) -> tuple[Any, ...]:
-    """The unnormalised subbands of `2**ndim` neighbouring samples.
-
-    Args:
-        *samples: One sample for each parity in row-major order; pixels `[[a, b], [c, d]]` are
-            `a, b, c, d`.
+def split(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, Any]:
+    """The four bands of pixels `[[a, b], [c, d]]`, twice as large as those of the transform.
 
     Returns:
-        The subbands in the order of the checkpoint format: subband `s` is high along axis `i` where
-        bit `i` of `s` is 1.
+        The low, vertical, horizontal and diagonal band: LL, LH, HL and HH.
 
     Example:
         >>> split(4, 2, 1, 1)
         (8, 4, 2, 2)
     """
-    if len(samples) == 1:
-        return samples
-    even, odd = samples[::2], samples[1::2]
-    low = [a + b for a, b in zip(even, odd, strict=True)]
-    high = [a - b for a, b in zip(even, odd, strict=True)]
-    return *split(*low), *split(*high)
+    top, bottom, right, cross = a + b, c + d, a - b, c - d
+    return top + bottom, top - bottom, right + cross, right - cross
 
 
-def merge(*subbands: Any) -> tuple[Any, ...]:
-    """The inverse of `split`, `2**ndim` times too large.
-
-    Args:
-        *subbands: Subbands in the order that `split` returns.
-
-    Returns:
-        One sample for each parity in the order that `split` takes.
+def merge(low: Any, vertical: Any, horizontal: Any, diagonal: Any) -> tuple[Any, Any, Any, Any]:
+    """The pixels `a, b, c, d` of four bands, twice as large as those of the transform.
 
     Example:
         >>> [value / 4 for value in merge(*split(4, 2, 1, 1))]
         [4.0, 2.0, 1.0, 1.0]
     """
-    if len(subbands) == 1:
-        return subbands
-    pairs = [
-        (low + high, low - high) for low, high in zip(subbands[::2], subbands[1::2], strict=True)
-    ]
-    return *merge(*(even for even, _ in pairs)), *merge(*(odd for _, odd in pairs))
+    top, bottom = low + vertical, low - vertical
+    right, cross = horizontal + diagonal, horizontal - diagonal
+    return top + right, top - right, bottom + cross, bottom - cross

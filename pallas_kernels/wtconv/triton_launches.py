@@ -168,7 +168,7 @@ def _correlate(
     strips: int,
     **which: int,
 ) -> Any:
-    """The gradient `[k * k, bands, C]` of the base, or of the bands of a level that `which` says."""
+    """The gradient `[k * k, bands, C]` of the base, or of some bands (`which`) of a level."""
     n, h, w, c = x.shape
     height, width = (cdiv(h, 2), cdiv(w, 2)) if which else (h, w)
     columns, rows = _even(width, columns), min(height, 32)
@@ -231,7 +231,7 @@ def _block(strips: int) -> dict[str, int]:
 
 
 def _between(x: Any) -> Any:
-    """The dtype of arrays between launches: low bands double with each level, and float16 overflows."""
+    """The dtype of arrays between launches: not float16, since low bands double with each level."""
     return "float32" if str(x.dtype).split(".")[-1] == "float16" else x.dtype
 
 
