@@ -1,4 +1,4 @@
-"""How an implementation refuses a call that another implementation may take."""
+"""The error by which an implementation refuses a call that another implementation may take."""
 
 from collections.abc import Sequence
 
