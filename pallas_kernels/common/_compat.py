@@ -57,6 +57,14 @@ def vary_over(axes: frozenset[str], tree: Any) -> Any:
     return jax.tree.map(vary, tree)
 
 
+def vary_like(inputs: Any, outputs: Any) -> Any:
+    """`outputs` varying over every axis of a mesh that any array of `inputs` varies over.
+
+    Launchers that know nothing of meshes, and constants, lose the axes; this restores them.
+    """
+    return vary_over(varying_axes(inputs), outputs)
+
+
 def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
     """What process 0 answered when it was first asked; the others wait for it.
 

@@ -13,21 +13,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
-"""The dtypes that operators compute with."""
+"""The dtypes that operators take."""
 
 Precision = str | jax.lax.Precision | None
-"""What `precision=` takes."""
+"""The type of the argument `precision=`."""
 
 
 def checked_array(value: Any, name: str) -> jax.Array:
     """A floating-point argument as an array.
 
     Args:
-        value: What came.
+        value: The argument as the caller gave it.
         name: The argument's name, for the error.
 
     Raises:
-        ValueError: Not an array, or of another dtype than float16, bfloat16, float32, float64.
+        ValueError: It is no array, or its dtype is none of float16, bfloat16, float32, float64.
 
     Example:
         >>> checked_array([1.0, 2.0], "x").shape
@@ -56,14 +56,16 @@ def sharded(x: jax.Array) -> bool:
 
 
 def check_unsharded(x: jax.Array, name: str) -> None:
-    """Raises where JAX would, in the middle of an operator, of a layout that nobody asked about.
+    """Raises an error that names the argument if an array is sharded over Explicit axes of a mesh.
+
+    JAX would raise too, but inside an operator and about a layout that the caller never saw.
 
     Args:
         x: An array.
         name: The argument's name, for the error.
 
     Raises:
-        NotImplementedError: It is sharded over Explicit axes of a mesh.
+        NotImplementedError: The array is sharded over Explicit axes of a mesh.
 
     Example:
         >>> check_unsharded(jnp.ones(3), "x")
@@ -78,10 +80,10 @@ def check_unsharded(x: jax.Array, name: str) -> None:
 
 
 def checked_integer(value: Any, name: str, *, least: int) -> int:
-    """An integer argument: an int or a NumPy integer, never a bool.
+    """An integer argument as an int; NumPy integers are taken, a bool is not.
 
     Raises:
-        ValueError: Not an integer, or less than `least`.
+        ValueError: It is no integer, or it is less than `least`.
 
     Example:
         >>> checked_integer(2, "stride", least=1)
@@ -97,10 +99,10 @@ def checked_integer(value: Any, name: str, *, least: int) -> int:
 
 
 def checked_pair(value: Any, name: str, *, least: int) -> tuple[int, int]:
-    """An integer for both axes of an image, or one for each.
+    """An argument that is one integer for both axes of an image, or one for each, as two.
 
     Raises:
-        ValueError: Neither, or less than `least`.
+        ValueError: It is neither, or an integer is less than `least`.
 
     Example:
         >>> checked_pair(2, "stride", least=1)
@@ -117,10 +119,10 @@ def checked_pair(value: Any, name: str, *, least: int) -> tuple[int, int]:
 
 
 def checked_dtype(value: Any, name: str) -> np.dtype:
-    """A dtype that operators compute with.
+    """A dtype argument as NumPy's dtype.
 
     Raises:
-        ValueError: Another one, or none.
+        ValueError: It is none of the dtypes that operators take.
 
     Example:
         >>> checked_dtype("bfloat16", "dtype")
@@ -137,10 +139,10 @@ def checked_dtype(value: Any, name: str) -> np.dtype:
 
 
 def checked_precision(value: Precision) -> jax.lax.Precision | None:
-    """`precision=` as JAX's enum.
+    """The argument `precision=` as JAX's enum.
 
     Raises:
-        ValueError: A name that JAX does not know.
+        ValueError: JAX knows no precision of this name.
 
     Example:
         >>> checked_precision("highest").name

@@ -1,4 +1,4 @@
-"""The dtypes that every operator computes in."""
+"""The dtypes that every operator accumulates in."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike

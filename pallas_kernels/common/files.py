@@ -15,9 +15,16 @@ def check_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, force: bool) -> Iterator[Path]:
-    """Gives a path to write to and moves what was written to `path` when all went well.
+    """Yields a temporary path and renames it to `path` when the block ends without an error.
 
-    A file never replaces a folder, whatever `force` says.
+    Args:
+        path: The file or folder to write.
+        force: Whether it may exist already. A file never replaces a folder even so.
+
+    Raises:
+        FileExistsError: `path` exists and `force` is False.
+        FileNotFoundError: There is no folder to write it into.
+        IsADirectoryError: `path` is a folder and a file was written.
     """
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists already; use force to replace it")
@@ -29,6 +36,7 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
         if path.is_dir():
             if not temporary.is_dir():
                 raise IsADirectoryError(f"{path} is a folder, expected the name of a file")
-            # A folder cannot be renamed over another: the old one steps aside, to go with ours.
+            # A folder cannot be renamed over another, so the old one moves into the temporary
+            # folder, which is deleted.
             path.rename(Path(folder) / f"{path.name}.old")
         os.replace(temporary, path)

@@ -1,7 +1,8 @@
-"""What the TPU kernels of every operator share: tiles, rows of small images, loops.
+"""Tiles, register layouts and loops that the Pallas TPU kernels of every operator share.
 
-Arrays are `[N, H, W, C]`: channels lie in the 128 lanes of a register, columns in its eight
-sublanes, or, of small images of a batch, a column of eight images.
+Arrays are `[N, H, W, C]`. A vector register has 8 sublanes of 128 lanes: channels lie in the lanes,
+and eight columns of one image in the sublanes. For small images arrays are `[H, W, N, C]`, and the
+same column of eight images lies in the sublanes.
 """
 
 import math
@@ -15,45 +16,50 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common._compat import interpreting_tpu, tpu_vmem_bytes
-
-Pair = tuple[int, int]
+from pallas_kernels.common.types import Pair
 
 LANES, SUBLANES = 128, 8
 VMEM_SHARE = 0.75
-"""What blocks and scratch may take of VMEM; the compiler's stack and spills need the rest."""
+"""The share of VMEM for blocks and scratch; the compiler's stack and spills need the rest."""
 STEP_BYTES = 1 << 20
-"""Least size of x that a grid step should work on, so that its fixed cost is small beside it."""
+"""The least size of x for a grid step, so that the step's fixed cost is small beside its work."""
 
 
 def unavailable(platform: str) -> str | None:
-    """Needs a TPU, or Pallas' interpreter."""
+    """The reason why TPU kernels cannot run on a platform, or None where they can.
+
+    They need a TPU, or Pallas' TPU interpreter.
+    """
     if platform == "tpu" or interpreting_tpu():
         return None
     return f"needs a TPU, this is a {platform} (or pltpu.force_tpu_interpret_mode())"
 
 
-def up(value: int, multiple: int) -> int:
-    """The least multiple that is not less.
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not less than `value`.
 
     Example:
-        >>> up(13, 8)
+        >>> round_up(13, 8)
         16
     """
     return -(-value // multiple) * multiple
 
 
-def whole_columns(together: int) -> int:
-    """Columns that fill whole registers, with so many images together.
+def columns_per_register(images_per_register: int) -> int:
+    """The number of columns that fill whole registers.
+
+    Args:
+        images_per_register: 1, or a multiple of eight where images share registers.
 
     Example:
-        >>> whole_columns(1), whole_columns(16)
+        >>> columns_per_register(1), columns_per_register(16)
         (8, 1)
     """
-    return max(1, SUBLANES // together)
+    return max(1, SUBLANES // images_per_register)
 
 
 def halved(size: Sequence[int], levels: int) -> list[Pair]:
-    """Rows and columns of each level's bands, level 0 being the image.
+    """The height and width of each level's bands; level 0 is the image.
 
     Example:
         >>> halved((7, 4), 2)
@@ -66,15 +72,15 @@ def halved(size: Sequence[int], levels: int) -> list[Pair]:
 
 
 def launch_grid(shape: Sequence[int], images: int, tile: Pair) -> tuple[int, int, int, int]:
-    """Steps along blocks of channels, images, rows and columns of tiles."""
+    """The grid of a kernel: blocks of channels, blocks of images, rows and columns of tiles."""
     n, h, w, channels = shape
     tiles = (math.ceil(s / t) for s, t in zip((h, w), tile, strict=True))
     return math.ceil(channels / LANES), n // images, *tiles
 
 
 def compiler_params() -> pltpu.CompilerParams:
-    """For a kernel on `launch_grid` that hands scratch or sums on from step to step."""
-    # Channels may be shared between cores; all else runs in order.
+    """The compiler's parameters of a kernel on `launch_grid` that carries scratch between steps."""
+    # Cores may share the blocks of channels; the other axes run in order.
     semantics = ("parallel", "arbitrary", "arbitrary", "arbitrary")
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem_bytes())
 
@@ -89,86 +95,92 @@ def loop(count: int, body: Callable[[Any], None]) -> None:
     lax.fori_loop(0, count, step, 0)
 
 
-def turned_shape(shape: Sequence[int], together: int) -> tuple[int, ...]:
-    """The shape of `turned`."""
+def hwnc_shape(shape: Sequence[int], images_per_register: int) -> tuple[int, ...]:
+    """The shape of the array that `to_hwnc` returns for an `x` of this shape."""
     n, h, w, c = shape
-    return (h, w, n, c) if together > 1 else (n, h, w, c)
+    return (h, w, n, c) if images_per_register > 1 else (n, h, w, c)
 
 
-def turned(x: jax.Array, together: int) -> jax.Array:
-    """`x [N, H, W, C]`, for images together as `[H, W, N, C]`.
+def to_hwnc(x: jax.Array, images_per_register: int) -> jax.Array:
+    """`x [N, H, W, C]` as `[H, W, N, C]` where images share registers, else unchanged.
 
-    That is how XLA lays arrays out in memory whose widths would leave sublanes empty, so nothing
-    is copied.
+    XLA lays out arrays in this order whose width would leave sublanes empty, so the transpose
+    copies nothing.
     """
-    return x.transpose(1, 2, 0, 3) if together > 1 else x
+    return x.transpose(1, 2, 0, 3) if images_per_register > 1 else x
 
 
-def turned_back(y: jax.Array, together: int) -> jax.Array:
-    """The inverse of `turned`."""
-    return y.transpose(2, 0, 1, 3) if together > 1 else y
+def from_hwnc(y: jax.Array, images_per_register: int) -> jax.Array:
+    """The inverse of `to_hwnc`."""
+    return y.transpose(2, 0, 1, 3) if images_per_register > 1 else y
 
 
-def side_by_side(
+def pick_images_per_register(
     shape: Sequence[int], dtype: jnp.dtype, most: int, fits: Callable[[int], bool]
 ) -> int:
-    """How many images should share registers in a step: a multiple of eight, or one.
+    """The number of images that share registers in a grid step: a multiple of eight, or 1.
 
     Args:
-        shape: Of x, `[N, H, W, C]`.
-        dtype: Of x.
-        most: Images that a step needs not be larger than.
-        fits: Whether so many fit in VMEM.
+        shape: Shape of `x [N, H, W, C]`.
+        dtype: Dtype of x.
+        most: Number of images beyond which a grid step gains nothing.
+        fits: Function that says whether this many images fit in VMEM.
     """
     n, _, w, channels = shape
     full = SUBLANES * 4 // dtype.itemsize
     if w % full == 0:
-        # XLA lays images whose width fills registers out as they come, and would copy them.
+        # XLA keeps `[N, H, W, C]` where the width fills registers, so a transpose would copy.
         return 1
     for images in range(min(n, max(most, full)), SUBLANES - 1, -1):
         whole = n % images == 0 and (images % full == 0 or images == n and n % SUBLANES == 0)
-        # A single step would have nothing to copy while it computes.
+        # The pipeline overlaps copies with compute only if there are at least two grid steps.
         if whole and math.ceil(channels / LANES) * (n // images) > 1 and fits(images):
             return images
     return 1
 
 
 class Part(NamedTuple):
-    """Columns that one transform treats at once: a row of one image, or a column of several."""
+    """The columns that one transform takes at once.
+
+    They are all of a row of one image, or a single column of the images that share registers.
+    """
 
     col: int
     cols: int
-    together: int
+    images_per_register: int
 
     def bands(self, first: int) -> Any:
-        """Where the coefficients of these columns lie in scratch."""
-        return pl.ds((first + self.col) * self.together, self.cols * self.together)
+        """The index of these columns' coefficients in a row of scratch."""
+        start = (first + self.col) * self.images_per_register
+        return pl.ds(start, self.cols * self.images_per_register)
 
     def pixels(self, first: int, odd: int) -> Any:
-        """Where the even, or odd, columns that they come from lie."""
-        start = (first + 2 * self.col + odd) * self.together
-        if self.together == 1:
+        """The index of the even or odd pixels that these coefficients are made from."""
+        start = (first + 2 * self.col + odd) * self.images_per_register
+        if self.images_per_register == 1:
             return pl.ds(start, self.cols, stride=2)
-        return pl.ds(start, self.together)
+        return pl.ds(start, self.images_per_register)
 
 
-def parts(cols: int, together: int) -> list[Part]:
-    """The parts of a row of coefficients."""
-    if together == 1:
+def parts(cols: int, images_per_register: int) -> list[Part]:
+    """The parts that a row of `cols` coefficients is transformed in."""
+    if images_per_register == 1:
         return [Part(0, cols, 1)]
-    return [Part(col, 1, together) for col in range(cols)]
+    return [Part(col, 1, images_per_register) for col in range(cols)]
 
 
-def row_together(block: Any, i: jax.Array) -> jax.Array:
-    """Row i of all images of a step, a block `[H, W, N, C]`, in float32 as `[W * N, C]`."""
+def load_hwnc_row(block: Any, i: jax.Array) -> jax.Array:
+    """Row i of a block `[H, W, N, C]` in float32, as `[W * N, C]`."""
     value = block[i].astype(jnp.float32)
     return value.reshape(-1, value.shape[-1])
 
 
-def store_row(source: Any, out: Any, index: jax.Array, together: int, i: jax.Array) -> None:
-    """Copies a row of one image, or of all images of a step, out of float32 scratch."""
-    if together > 1:
-        value = source[i, : out.shape[1] * together]
+def store_row(
+    source: Any, out: Any, index: jax.Array, images_per_register: int, i: jax.Array
+) -> None:
+    """Copies row i of image `index`, or of all images of a step, from float32 scratch to `out`."""
+    if images_per_register > 1:
+        value = source[i, : out.shape[1] * images_per_register]
         out[i] = value.reshape(out.shape[1:]).astype(out.dtype)
     else:
         out[index, i] = source[i, : out.shape[2]].astype(out.dtype)

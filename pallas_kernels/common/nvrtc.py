@@ -1,6 +1,7 @@
-"""CUDA sources compiled at first use through NVRTC: no toolkit, no C++ compiler.
+"""CUDA sources compiled at first use through NVRTC, without the CUDA toolkit or a C++ compiler.
 
-Machine code is kept on disk by what it was made from, so a later process only reads it.
+Cubins are cached on disk under a hash of everything they were compiled from, so that a later
+process only reads them.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ _OPTIONS = ("--std=c++17",)
 
 
 def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
-    """Machine code of a CUDA source, from the disk if it was compiled before.
+    """The cubin of a CUDA source, read from the disk if it was compiled before.
 
     Args:
         source: CUDA C++ that includes nothing.
@@ -23,7 +24,7 @@ def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
         A cubin.
 
     Raises:
-        RuntimeError: The source does not compile; holds the compiler's log.
+        RuntimeError: The source does not compile; the error holds the compiler's log.
     """
     path = cache_folder() / f"{_key(source, macros, arch)}.cubin"
     try:
@@ -38,18 +39,18 @@ def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
         with replacing(path, force=True) as temporary:
             temporary.write_bytes(code)
     except OSError:
-        # A disk that cannot be written costs the next process a second, and this one nothing.
+        # Without a cache the next process compiles again, for a second; this one is unharmed.
         pass
     return code
 
 
 def compile_source(source: str, macros: Mapping[str, object], arch: str) -> bytes:
-    """What `compiled` returns, compiled anew; needs no GPU."""
+    """The cubin of a CUDA source, compiled anew; takes the arguments of `compiled` and no GPU."""
     from cuda.bindings import nvrtc
 
     options = [*_OPTIONS, f"--gpu-architecture={arch}"]
     options += [f"--define-macro={name}={value}" for name, value in macros.items()]
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"wtconv.cu", 0, [], []))
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
     try:
         encoded = [option.encode() for option in options]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
@@ -66,7 +67,11 @@ def compile_source(source: str, macros: Mapping[str, object], arch: str) -> byte
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of NVRTC returned, or its error."""
+    """The value that a call of NVRTC returned after its status.
+
+    Raises:
+        RuntimeError: The status is an error.
+    """
     status, *values = answer
     if int(status):
         raise RuntimeError(f"NVRTC reports {status.name}")
@@ -74,7 +79,7 @@ def _checked(answer: tuple[Any, ...]) -> Any:
 
 
 def cache_folder() -> Path:
-    """The folder of the compiled kernels, of this user."""
+    """The folder where this user's cubins are cached."""
     from platformdirs import user_cache_path
 
     return user_cache_path("flash_wtconv", appauthor=False) / "cuda"

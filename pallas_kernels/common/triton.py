@@ -1,4 +1,4 @@
-"""What the Triton kernels of every operator share: launches, for any framework and from JAX."""
+"""Launches of Triton kernels for every operator: the protocol of a launch, and jax-triton's."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,19 +7,20 @@ if TYPE_CHECKING:
     import jax
 
 Launch = Callable[..., list[Any]]
-"""A framework's way to allocate outputs and run one kernel, whose arguments they follow:
+"""The function by which a framework allocates outputs and launches one kernel:
 
     launch(kernel, arguments, outputs, grid, **constants) -> list of arrays
 
-with arrays and integers as arguments, `(shape, dtype)` for each output, which is contiguous, or
-`(shape, dtype, strides)`, and `num_warps` among the constants.
+`arguments` are arrays and integers; each output is `(shape, dtype)`, which is contiguous, or
+`(shape, dtype, strides)`; `num_warps` is among the constants. The kernel takes its arguments first,
+then its outputs.
 """
 MAX_ROW = 1 << 28
-"""Elements of a row of pixels, of which some are counted in 32 bits."""
+"""The least number of elements of an image row that overflows the kernels' 32-bit offsets."""
 
 
 def strides(x: Any) -> tuple[int, ...]:
-    """Elements between neighbours along each axis of `x [N, H, W, C]`.
+    """The strides of `x [N, H, W, C]` in elements.
 
     Example:
         >>> import numpy as np
@@ -30,7 +31,7 @@ def strides(x: Any) -> tuple[int, ...]:
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of an array `[N, H, W, C]` that lies in memory as it is read.
+    """The strides, in elements, of a contiguous array `[N, H, W, C]`.
 
     Example:
         >>> contiguous((2, 3, 4, 5))
@@ -41,7 +42,7 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def cdiv(size: int, block: int) -> int:
-    """How many blocks cover a size.
+    """The number of blocks that cover a size.
 
     Example:
         >>> cdiv(9, 4)
@@ -51,7 +52,10 @@ def cdiv(size: int, block: int) -> int:
 
 
 def unavailable(platform: str) -> str | None:
-    """Needs a GPU, Triton and jax-triton."""
+    """The reason why Triton kernels cannot run on a platform, or None where they can.
+
+    They need a GPU, Triton and jax-triton.
+    """
     if platform != "gpu":
         return f"needs a GPU, this is a {platform}"
     try:
@@ -64,7 +68,7 @@ def unavailable(platform: str) -> str | None:
 def launch(
     kernel: Any, arguments: list[Any], outputs: list[Any], grid: tuple[int, ...], **constants: Any
 ) -> "list[jax.Array]":
-    """Runs a kernel by jax-triton, as `Launch` says."""
+    """Launches a kernel through jax-triton, as `Launch` says."""
     import jax
     import jax.numpy as jnp
     import jax_triton

@@ -1,4 +1,4 @@
-"""What measured times depend on, besides the call and the framework: this CPU, this package."""
+"""The CPU's model and this package's version, which measured times depend on."""
 
 import platform
 from functools import cache
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @cache
 def cpu() -> str:
-    """The model of this CPU, where Linux tells it, else its architecture.
+    """The model of this CPU where Linux reports it, else the CPU's architecture.
 
     Example:
         >>> isinstance(cpu(), str)

@@ -1,4 +1,4 @@
-"""What `vmap` does with kernels, which take one batch axis and know nothing of JAX's batching."""
+"""Rules by which `jax.vmap` maps kernels, which have one batch axis and no batching rule."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ def vmap_folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """A kernel whose vmap folds into the batch of its first argument, so that it stays one call.
 
     Args:
-        run: Of `x [N, ...]` and what all images share, to `[N, ...]`. Where what they share is
-            batched too, the kernel is called once for each.
+        run: Function of `x [N, ...]` and of arrays that all images share, to `[N, ...]`. It is
+            called once for each example where the shared arrays are batched too.
 
     Returns:
         The same function.
@@ -40,7 +40,7 @@ def vmap_folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def vmap_sequential(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel that sums over its batch, under vmap: one call after the other.
+    """A kernel that sums over its batch, whose vmap is one call after the other.
 
     Args:
         run: Any function of arrays.
@@ -63,7 +63,7 @@ def vmap_sequential(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _each(function: Callable[..., Any], batched: Any, args: Any) -> Any:
-    """`function` of each example; what is not batched is the same for all."""
+    """The results of `function` for each example; arguments that are not batched are shared."""
     leaves, tree = jax.tree.flatten(args)
     flags = jax.tree.leaves(batched)
     moving = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]

@@ -1,21 +1,25 @@
-"""The dense convolution as Pallas TPU kernels: products on the matrix unit, no im2col in memory.
+"""The dense convolution as Pallas TPU kernels: an implicit GEMM on the matrix unit (MXU).
 
-Padding is done before, in one copy, which also turns what a stride leaves between two samples
-into an axis of planes (the samples of one remainder each): every tap then reads one plane,
-shifted, and the kernels know neither padding nor strides. A grid step holds some rows, with those
-that the taps reach beyond, for a block of channels and one of features. For each tap it multiplies
-the window `[pixels, channels]` with the filters `[channels, features]`; the sums are float32, in
-scratch, to which blocks of channels add one after the other; the last one adds the bias and
-applies the activation.
+One copy before the kernel pads the images. With a stride, the same copy gathers the samples of each
+remainder modulo the stride into a plane of their own, so that every tap reads one plane at unit
+stride, and the kernels know neither padding nor strides.
 
-The gradient of x is the same kernel on dy, once a plane. That of the filters has its own, which
-contracts pixels and keeps the sums of all taps in VMEM until all images are through.
+The forward kernel's grid is blocks of features, blocks of images, tiles of rows and columns, and
+blocks of channels, the innermost axis, over which it accumulates. A grid step holds a tile of rows
+with its halo for one block of channels, and the filters of one block of features; Pallas
+double-buffers both in VMEM. For each tap it multiplies the window `[pixels, channels]` by the
+filters `[channels, features]`. The float32 accumulators stay in VMEM scratch until the last block
+of channels, whose epilogue adds the bias and applies the activation.
 
-What bounds it (v5e, from the compiler's final bundles, which know of no waiting): the matrix unit.
-A layer of 640 channels, 3x3 and GELU, on two images of 64 x 64 in bfloat16 takes 466,000 cycles,
-its products alone 461,000; float32, several products of bfloat16 for one, 5.8 times as many. Few
-channels, or features, leave the unit's rows, or columns, idle, and widths that are no multiple of 8
-are padded to it. Nothing of this has run on a TPU.
+The gradient of x is the same kernel on dy, once for each plane. The gradient of the filters has its
+own kernel, which contracts pixels and keeps the accumulators of all taps in VMEM until it has read
+all images.
+
+The kernels are bound by the matrix unit (v5e, from the compiler's final bundles, which leave out
+waiting for memory). A layer of 640 channels, 3x3 and GELU, on two images of 64 x 64 in bfloat16
+takes 466,000 cycles, its products alone 461,000; float32, which takes several bfloat16 products for
+one, takes 5.8 times as many. Few channels or features leave the unit's rows or columns idle, and
+widths that are no multiple of 8 are padded to one. None of this has run on a TPU.
 """
 
 import math
@@ -40,9 +44,11 @@ from pallas_kernels.common.mosaic_tpu import (
     VMEM_SHARE,
     compiler_params,
     loop,
+    round_up,
     unavailable,
-    up,
 )
+from pallas_kernels.common.refusals import refusal, refuse
+from pallas_kernels.common.types import Pair
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
@@ -58,61 +64,60 @@ __all__ = [
 
 DIFFERENTIABLE = False
 
-Pair = tuple[int, int]
 Spans = tuple[Pair, Pair]
-"""Of rows and of columns: the first, and how many."""
+"""The first index and the count of some rows, and of some columns."""
 
 _DTYPES = ("float32", "bfloat16")
 _STATIC = ("window", "precision", "config")
-_CHUNK = 256
-"""Pixels that are multiplied at once: as many use what filters the matrix unit has fetched."""
+_BLOCK_PIXELS = 256
+"""Pixels of one matrix product, which all use the filters that the matrix unit has loaded."""
 _BLOCKS = (640, 512, 384, 256, 128)
-"""Channels or features of a grid step."""
+"""Candidate numbers of channels, or of features, for a grid step."""
 _UNROLLED = 1 << 30
-"""Most products of a chunk in 16 bits: the compiler writes them all out, in a second or two."""
+"""The most 16-bit multiplications of a pixel block; the compiler unrolls them in 1 or 2 seconds."""
 
 
 class _Taps(NamedTuple):
-    """Which sample each tap reads, on planes of a stride."""
+    """The sample that each tap reads, on the planes of a stride."""
 
     fold: Pair
-    """Neighbouring rows and columns that are taken for channels of one pixel."""
+    """The neighbouring rows and columns that become channels of one pixel."""
     planes: tuple[Pair, ...]
-    """The remainders of rows and columns, divided by the stride, that any tap reads."""
+    """The remainders of rows and columns modulo the stride, one pair for each plane read."""
     places: tuple[tuple[int, int, int], ...]
-    """Of each tap its plane, and the rows and columns from an output to its sample."""
+    """Each tap's plane, and the rows and columns from an output to the tap's sample."""
 
     @property
-    def reach(self) -> Pair:
-        """Rows and columns that the taps read beyond the output's."""
+    def halo(self) -> Pair:
+        """The rows and columns that the taps read after the last output's own."""
         return max(i for _, i, _ in self.places), max(j for _, _, j in self.places)
 
 
 class _Tiling(NamedTuple):
-    """What a grid step works on."""
+    """The tile of a grid step."""
 
     images: int
     rows: int
     cols: int
-    """All of the output's, up to whole registers, or a part of very wide ones."""
+    """All columns of the output, up to whole registers, or a part of very wide images."""
     channels: int
     features: int
-    chunk: Pair
-    """Images and rows that are multiplied at once."""
+    pixel_block: Pair
+    """The images and rows of one matrix product."""
 
     @property
     def pixels(self) -> int:
-        """Of a chunk."""
-        return math.prod(self.chunk) * self.cols
+        """The number of pixels of a pixel block."""
+        return math.prod(self.pixel_block) * self.cols
 
     @property
-    def chunks(self) -> int:
-        """Of a step."""
-        return self.images * self.rows // math.prod(self.chunk)
+    def pixel_blocks(self) -> int:
+        """The number of pixel blocks of a grid step."""
+        return self.images * self.rows // math.prod(self.pixel_block)
 
 
 def check(direction: str, problem: Problem) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd" or "bwd".
@@ -125,13 +130,12 @@ def check(direction: str, problem: Problem) -> None:
     reasons += problem.unsupported()
     if problem.window.groups > 1:
         reasons.append(f"{problem.window.groups} groups of channels")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(reasons)
     _tilings(direction, problem, None)
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
-    """Tiles that are worth timing, those made for the shape first; see `check`."""
+    """The tiles that are worth timing, the default ones first; see `check` for the arguments."""
     found: dict[Any, dict[str, int]] = {_tilings(direction, problem, None): {}}
     pixels_and_features = (512, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 128)
     for (block_m, block_n), block_k in product(pixels_and_features, (256, 512)):
@@ -156,7 +160,8 @@ def forward(
 ) -> jax.Array:
     """The operator; see `vjp` for the arguments.
 
-    Of a `config` the three blocks count, rounded to whole rows and whole registers.
+    The kernel reads the three blocks of `config` alone, and rounds them to whole rows and whole
+    registers.
     """
     taps, size = _taps_and_size(x.shape, w.shape, window)
     y = _convolve(
@@ -185,7 +190,7 @@ def input_grad(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The transpose in x, of the shape `[N, *shape]`."""
+    """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
     common = jnp.promote_types(dy.dtype, w.dtype)
     image = dy.shape[0], *shape
     taps, size = _taps_and_size(image, w.shape, window)
@@ -194,12 +199,12 @@ def input_grad(
     rows, cols = (count for _, count in spans)
     dy = _to_nhwc(dy, window).astype(common)
     edges = [
-        (reach - first, count - n + first, 0)
-        for n, reach, (first, count) in zip(size, taps.reach, spans, strict=True)
+        (before - first, count - n + first, 0)
+        for n, before, (first, count) in zip(size, taps.halo, spans, strict=True)
     ]
     dy = lax.pad(dy, jnp.zeros((), common), [(0, 0, 0), *edges, (0, 0, 0)])[:, None]
     filters = _filters(w.astype(common), window, taps).transpose(0, 2, 1)
-    # Samples that mirroring doubled are added before they are rounded.
+    # Reflected samples are summed in float32, then rounded.
     written = jnp.float32 if window.reflect else dtype
     planes = []
     for plane in range(len(taps.planes)):
@@ -233,7 +238,10 @@ def weight_grad(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The transpose in w. Sums run in the order of the grid, so it is bitwise reproducible."""
+    """The transpose of the convolution in w, applied to dy: an array of the filters' shape.
+
+    Grid steps add to the accumulators in a fixed order, so results are bitwise reproducible.
+    """
     common = jnp.promote_types(dy.dtype, x.dtype)
     taps, size = _taps_and_size(x.shape, shape, window)
     x = _planes(x.astype(common), window, taps, _read(taps, size))
@@ -248,7 +256,7 @@ def weight_grad(
 def _taps_and_size(
     image: Sequence[int], filters: Sequence[int], window: Window
 ) -> tuple[_Taps, Pair]:
-    """Of a call with arrays of these shapes: the taps, and the output's height and width."""
+    """The taps, and the output's height and width, of a call with arrays of these shapes."""
     _, *size, channels = window.images(image)
     height, width, _, _ = window.filters(filters)
     taps = _taps(window, (height, width), channels)
@@ -259,7 +267,8 @@ def _taps(window: Window, kernel: Pair, channels: int) -> _Taps:
     """The taps of a kernel, row by row."""
     fold, whole = (1, 1), not any(map(operator.mod, kernel, window.stride))
     if whole and window.dilation == (1, 1) and channels * math.prod(window.stride) <= LANES:
-        # A few channels would leave lanes empty. Windows are whole steps here, as of patches.
+        # Few channels would leave lanes empty. The kernel is a whole multiple of the stride here,
+        # as in a patch embedding, so a stride's samples may become channels.
         fold = window.stride
     at = [
         [divmod(d * k, s // f) for k in range(count // f)]
@@ -272,19 +281,19 @@ def _taps(window: Window, kernel: Pair, channels: int) -> _Taps:
 
 
 def _read(taps: _Taps, size: Pair) -> Spans:
-    """Rows and columns of planes that the taps of all outputs read."""
-    rows, cols = (n + reach for n, reach in zip(size, taps.reach, strict=True))
+    """The rows and columns of the planes that the taps of all outputs read."""
+    rows, cols = (n + after for n, after in zip(size, taps.halo, strict=True))
     return (0, rows), (0, cols)
 
 
 def _inside(window: Window, taps: _Taps, size: Pair, image: Sequence[int]) -> Spans:
-    """The part of `_read` that holds samples of the images, and as little of padding as can be."""
+    """The part of `_read` that holds the samples of the images, with the least padding."""
     spans = []
     for axis, (_, read) in enumerate(_read(taps, size)):
         n, (before, after), stride = image[axis], window.pads[axis], window.stride[axis]
         if window.reflect:
             n, before = n + before + after, 0
-        # A folded row holds all remainders.
+        # A folded row holds the samples of all remainders.
         rests = {
             i for plane in taps.planes for i in range(plane[axis], plane[axis] + taps.fold[axis])
         }
@@ -296,20 +305,20 @@ def _inside(window: Window, taps: _Taps, size: Pair, image: Sequence[int]) -> Sp
 
 
 def _mirror(taps: _Taps, plane: int) -> _Taps:
-    """The taps of one plane from a sample to the outputs that read it, on dy padded by `reach`."""
-    high, wide = taps.reach
+    """The taps from a sample of one plane to the outputs that read it, on dy padded by the halo."""
+    high, wide = taps.halo
     places = ((0, high - i, wide - j) for p, i, j in taps.places if p == plane)
     return _Taps((1, 1), ((0, 0),), tuple(places))
 
 
 def _planes(x: jax.Array, window: Window, taps: _Taps, spans: Spans) -> jax.Array:
-    """Padded images as `[N, planes, rows, columns, C]`, of spans of rows and columns."""
+    """Padded images as planes `[N, planes, rows, columns, C]`, cut to spans of rows and columns."""
     pads = window.pads
     if window.reflect:
         x, pads = mirrored(x, window), ((0, 0), (0, 0))
     x = _to_nhwc(x, window)
     stride = window.stride
-    # Samples outside of the spans are cut off.
+    # Negative edges cut off the samples outside the spans.
     edges = [
         (before - s * first, s * (first + count) - n - before, 0)
         for n, (before, _), s, (first, count) in zip(x.shape[1:3], pads, stride, spans, strict=True)
@@ -324,7 +333,7 @@ def _planes(x: jax.Array, window: Window, taps: _Taps, spans: Spans) -> jax.Arra
 
 
 def _filters(w: jax.Array, window: Window, taps: _Taps) -> jax.Array:
-    """Filters as `[taps, C, NF]`."""
+    """The filters as `[taps, C, NF]`."""
     if window.layout == "nchw_fchw":
         w = w.transpose(2, 3, 1, 0)
     height, width, channels, features = w.shape
@@ -334,10 +343,12 @@ def _filters(w: jax.Array, window: Window, taps: _Taps) -> jax.Array:
 
 
 def _to_nhwc(x: jax.Array, window: Window) -> jax.Array:
+    """Images in the window's layout as `[N, H, W, C]`."""
     return x if window.layout == "nhwc_hwcf" else x.transpose(0, 2, 3, 1)
 
 
 def _from_nhwc(y: jax.Array, window: Window) -> jax.Array:
+    """Images `[N, H, W, C]` in the window's layout."""
     return y if window.layout == "nhwc_hwcf" else y.transpose(0, 3, 1, 2)
 
 
@@ -355,7 +366,7 @@ def _convolve(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """Sums over taps and channels of `x [N, planes, H, W, C]`: `[N, *size, NF]`."""
+    """The convolution `[N, *size, NF]` of `x [N, planes, H, W, C]` with `w [taps, C, NF]`."""
     n, *_, channels = x.shape
     features = w.shape[-1]
     tiling = _tiling((n, *size, channels, features), taps, x.dtype, out_dtype, config)
@@ -384,7 +395,9 @@ def _convolve(
             (tiling.images, tiling.rows, min(size[1], tiling.cols), tiling.features),
             lambda f, n, i, c: (n, i // across, i % across, f),
         ),
-        scratch_shapes=[pltpu.VMEM((tiling.chunks, tiling.pixels, tiling.features), jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM((tiling.pixel_blocks, tiling.pixels, tiling.features), jnp.float32)
+        ],
         compiler_params=compiler_params(),
         name="conv2d_forward",
     )(x, w, bias.reshape(1, features).astype(jnp.float32))
@@ -397,7 +410,7 @@ def _correlate(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """Sums over pixels of `x [N, planes, H, W, C]` and `dy [N, H, W, NF]`: `[taps, C, NF]`."""
+    """The filters' gradient `[taps, C, NF]` of `x [N, planes, H, W, C]` and `dy [N, H, W, NF]`."""
     n, *_, channels = x.shape
     _, *size, features = dy.shape
     tiling = _weight_tiling((n, *size, channels, features), taps, x.dtype, config)
@@ -439,10 +452,11 @@ def _forward_kernel(
     out: Any,
     sums: Any,
 ) -> None:
+    """One grid step of the forward: every tap's product, added to the accumulators `sums`."""
     first, last = pl.program_id(3) == 0, pl.program_id(3) == pl.num_programs(3) - 1
 
-    def chunk(index: jax.Array) -> None:
-        at = _chunk_at(tiling, index)
+    def multiply(index: jax.Array) -> None:
+        at = _pixel_block_at(tiling, index)
         total = jnp.where(first, 0.0, sums[index])
         for tap, place in enumerate(taps.places):
             window = _window(x, at, tiling, place)
@@ -455,21 +469,23 @@ def _forward_kernel(
         def _() -> None:
             y = _activate(sums[index] + bias[...], activation)
             images, rows = at
-            y = y.reshape(*tiling.chunk, tiling.cols, y.shape[-1])[:, :, : out.shape[2]]
+            y = y.reshape(*tiling.pixel_block, tiling.cols, y.shape[-1])[:, :, : out.shape[2]]
             out[images, rows] = y.astype(out.dtype)
 
-    loop(tiling.chunks, chunk)
+    loop(tiling.pixel_blocks, multiply)
 
 
 def _weight_kernel(
     tiling: _Tiling, taps: _Taps, precision: lax.Precision, x: Any, dy: Any, out: Any
 ) -> None:
+    """One grid step of the filters' gradient: every tap's product, added to its accumulator."""
+
     @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
     def _() -> None:
         out[...] = jnp.zeros(out.shape, out.dtype)
 
-    def chunk(index: jax.Array) -> None:
-        at = _chunk_at(tiling, index)
+    def multiply(index: jax.Array) -> None:
+        at = _pixel_block_at(tiling, index)
         slopes = dy[at].reshape(-1, dy.shape[-1])
         for tap, place in enumerate(taps.places):
             window = _window(x, at, tiling, place)
@@ -481,26 +497,27 @@ def _weight_kernel(
                 preferred_element_type=jnp.float32,
             )
 
-    loop(tiling.chunks, chunk)
+    loop(tiling.pixel_blocks, multiply)
 
 
-def _chunk_at(tiling: _Tiling, index: jax.Array) -> tuple[Any, Any]:
-    """Images and rows of a chunk of a step."""
-    images, rows = tiling.chunk
+def _pixel_block_at(tiling: _Tiling, index: jax.Array) -> tuple[Any, Any]:
+    """The images and rows of a pixel block."""
+    images, rows = tiling.pixel_block
     along = tiling.rows // rows
     return pl.ds(index // along * images, images), pl.ds(index % along * rows, rows)
 
 
 def _window(x: Any, at: tuple[Any, Any], tiling: _Tiling, place: tuple[int, int, int]) -> jax.Array:
-    """What a tap reads of a chunk, `[pixels, channels]`."""
+    """The window `[pixels, channels]` that a tap reads for a pixel block."""
     images, rows = at
     plane, down, right = place
-    value = x[images, plane, pl.ds(rows.start + down, tiling.chunk[1]), right : right + tiling.cols]
+    rows = pl.ds(rows.start + down, tiling.pixel_block[1])
+    value = x[images, plane, rows, right : right + tiling.cols]
     return value.reshape(-1, value.shape[-1])
 
 
 def _activate(y: jax.Array, activation: str | None) -> jax.Array:
-    """As `xla.activate`, of functions that Mosaic knows: the error function, not its complement."""
+    """The activation, as `xla.activate`, but by `erf`: Mosaic does not lower `erfc`."""
     if activation == "relu":
         return jnp.maximum(y, 0)
     if activation == "gelu":
@@ -509,7 +526,7 @@ def _activate(y: jax.Array, activation: str | None) -> jax.Array:
 
 
 def _precision(dtype: DTypeLike, precision: lax.Precision | None) -> lax.Precision:
-    """Mosaic multiplies float32 in full or as bfloat16; None means in full, as to `xla`."""
+    """The precision of a product: Mosaic multiplies float32 in full, or as bfloat16 if asked to."""
     if dtype == jnp.float32 and precision != lax.Precision.DEFAULT:
         return lax.Precision.HIGHEST
     return lax.Precision.DEFAULT
@@ -530,7 +547,7 @@ def _tilings(direction: str, problem: Problem, config: TileConfig | None) -> tup
     dtype = jnp.promote_types(problem.dtype, problem.out_dtype)
     (_, rows), (_, cols) = _inside(problem.window, taps, output, size)
     image = n, rows, cols, *shape[:2:-1]
-    # Of the gradient of images, the widest dtype that it may be written in.
+    # The gradient of x is sized for float32, the widest dtype that it may be written in.
     return (
         *(
             _tiling(image, _mirror(taps, plane), dtype, jnp.float32, config)
@@ -550,10 +567,10 @@ def _tiling(
     """The tiles of a convolution to `[N, H, W]` pixels from channels to features."""
 
     def use(tiling: _Tiling) -> int:
-        pixels = tiling.chunks * tiling.pixels
+        pixels = tiling.pixel_blocks * tiling.pixels
         out = (2 * jnp.dtype(out_dtype).itemsize + 4) * pixels
-        filters = 2 * len(taps.places) * up(tiling.channels, 16) * jnp.dtype(dtype).itemsize
-        return (out + filters) * up(tiling.features, LANES)
+        filters = 2 * len(taps.places) * round_up(tiling.channels, 16) * jnp.dtype(dtype).itemsize
+        return (out + filters) * round_up(tiling.features, LANES)
 
     return _fitting(shape, taps, dtype, config, use)
 
@@ -561,12 +578,12 @@ def _tiling(
 def _weight_tiling(
     shape: tuple[int, ...], taps: _Taps, dtype: DTypeLike, config: TileConfig | None
 ) -> _Tiling:
-    """The tiles of the gradient of filters."""
+    """The tiles of the filters' gradient."""
 
     def use(tiling: _Tiling) -> int:
-        sums = 2 * 4 * len(taps.places) * up(tiling.channels, SUBLANES)
-        slopes = 2 * jnp.dtype(dtype).itemsize * tiling.chunks * tiling.pixels
-        return (sums + slopes) * up(tiling.features, LANES)
+        sums = 2 * 4 * len(taps.places) * round_up(tiling.channels, SUBLANES)
+        slopes = 2 * jnp.dtype(dtype).itemsize * tiling.pixel_blocks * tiling.pixels
+        return (sums + slopes) * round_up(tiling.features, LANES)
 
     return _fitting(shape, taps, dtype, config, use)
 
@@ -580,25 +597,33 @@ def _fitting(
 ) -> _Tiling:
     """The tiles that fit in VMEM and leave the least of the matrix unit idle, large ones first.
 
-    `use` counts the bytes of all but the images.
+    Args:
+        shape: `(N, H, W, channels, features)` of the product.
+        taps: Taps of the convolution.
+        dtype: Dtype of the images.
+        config: Tiles that the caller asks for, or None.
+        use: Function of tiles to the bytes of VMEM that everything but the images takes.
+
+    Raises:
+        NotImplementedError: No tiles fit, or those of `config` do not.
     """
     *_, channels, features = shape
     itemsize = jnp.dtype(dtype).itemsize
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
-    # A product of float32 is several of bfloat16.
+    # One float32 product is several bfloat16 products.
     most = _UNROLLED if itemsize == 2 else _UNROLLED // 4
 
     def fits(tiling: _Tiling) -> bool:
-        area = (tiling.rows + taps.reach[0]) * up(tiling.cols + taps.reach[1], 16)
+        area = (tiling.rows + taps.halo[0]) * round_up(tiling.cols + taps.halo[1], 16)
         images = 2 * itemsize * tiling.images * len(taps.planes) * area
-        lanes = up(tiling.channels, LANES), up(tiling.features, LANES)
-        # Values that wait for the matrix unit: a window and the sums.
-        waiting = 4 * tiling.pixels * sum(lanes)
-        return images * lanes[0] + waiting + use(tiling) <= limit
+        lanes = round_up(tiling.channels, LANES), round_up(tiling.features, LANES)
+        # The operands of a product take VMEM too: a window and the accumulators.
+        operands = 4 * tiling.pixels * sum(lanes)
+        return images * lanes[0] + operands + use(tiling) <= limit
 
     def idle(tiling: _Tiling) -> tuple[int, int, int]:
-        blocks = up(tiling.channels, LANES), up(tiling.features, LANES)
-        padded = up(channels, blocks[0]) * up(features, blocks[1])
+        blocks = round_up(tiling.channels, LANES), round_up(tiling.features, LANES)
+        padded = round_up(channels, blocks[0]) * round_up(features, blocks[1])
         return padded, -min(blocks), -math.prod(blocks)
 
     if config:
@@ -615,59 +640,67 @@ def _fitting(
                     found.append(tiling)
             if found:
                 return min(found, key=idle)
-    high, wide = taps.reach
-    raise NotImplementedError(
-        f"does not take {len(taps.places)} taps over {high + 1} x {wide + 1} pixels with "
-        f"{config or 'any tiles'}: they need more than {limit / 2**20:.1f} MiB of VMEM"
+    high, wide = taps.halo
+    raise refusal(
+        [
+            f"{len(taps.places)} taps over {high + 1} x {wide + 1} pixels with "
+            f"{config or 'any tiles'}: they need more than {limit / 2**20:.1f} MiB of VMEM"
+        ]
     )
 
 
 def _tiles(
     shape: tuple[int, ...], dtype: DTypeLike, pixels: int, channels: int, features: int
 ) -> _Tiling:
-    """Tiles of so many pixels, channels and features or fewer, but at least a row of registers."""
+    """Tiles of at most this many pixels, channels and features, but at least a row of registers."""
     n, height, width, *lanes = shape
-    # Whole registers, so that the pixels of several rows are one axis.
-    cols = up(width, SUBLANES)
+    # Columns fill whole registers, so that the pixels of several rows reshape to one axis.
+    cols = round_up(width, SUBLANES)
     parts = 1
-    if cols > 2 * _CHUNK:
-        cols, parts = _CHUNK, math.ceil(width / _CHUNK)
-    most = range(1, max(1, min(height, _CHUNK // cols)) + 1)
-    rows = min(most, key=lambda rows: (up(height, rows), -rows))
-    chunks = math.ceil(height / rows)
-    step = rows * _divisor(chunks, pixels // (rows * cols))
-    whole = step == rows * chunks and parts == 1
+    if cols > 2 * _BLOCK_PIXELS:
+        cols, parts = _BLOCK_PIXELS, math.ceil(width / _BLOCK_PIXELS)
+    most = range(1, max(1, min(height, _BLOCK_PIXELS // cols)) + 1)
+    rows = min(most, key=lambda rows: (round_up(height, rows), -rows))
+    pixel_blocks = math.ceil(height / rows)
+    step = rows * _divisor(pixel_blocks, pixels // (rows * cols))
+    whole = step == rows * pixel_blocks and parts == 1
     images = _divisor(n, pixels // (step * cols)) if whole else 1
-    together = _divisor(images, _CHUNK // (rows * cols)) if chunks == 1 else 1
+    images_per_block = _divisor(images, _BLOCK_PIXELS // (rows * cols)) if pixel_blocks == 1 else 1
     blocks = (_block(n, most) for n, most in zip(lanes, (channels, features), strict=True))
-    return _Tiling(images, step, cols, *blocks, (together, rows))
+    return _Tiling(images, step, cols, *blocks, (images_per_block, rows))
 
 
 def _divisor(number: int, most: int) -> int:
-    """The largest divisor of a number up to `most`, at least one."""
+    """The largest divisor of a number that is at most `most`, and at least 1."""
     return next(d for d in range(max(1, min(number, most)), 0, -1) if number % d == 0)
 
 
 def _block(size: int, most: int) -> int:
-    """All of an axis of lanes, or equal blocks of whole registers."""
-    blocks = math.ceil(size / up(most, LANES))
-    return size if blocks == 1 else up(math.ceil(size / blocks), LANES)
+    """The block of an axis of lanes: all of it, or one of equal blocks of whole registers."""
+    blocks = math.ceil(size / round_up(most, LANES))
+    return size if blocks == 1 else round_up(math.ceil(size / blocks), LANES)
 
 
 def _steps(size: Sequence[int], tiling: _Tiling) -> Pair:
-    """Steps down and across an image."""
+    """The number of tiles down and across an image."""
     return math.ceil(size[0] / tiling.rows), math.ceil(size[1] / tiling.cols)
 
 
 def _images_spec(
     x: jax.Array, tiling: _Tiling, taps: _Taps, across: int, step: Callable[..., Any]
 ) -> pl.BlockSpec:
-    """What a step reads of images: blocks overlap by what the taps reach.
+    """The block of images that a grid step reads; blocks overlap by the taps' halo.
 
-    `step` gives the number of the block of images, of the image, and of channels.
+    Args:
+        x: Planes `[N, planes, H, W, C]`.
+        tiling: Tile of a grid step.
+        taps: Taps of the convolution.
+        across: Number of tiles across an image.
+        step: Function of the grid's indices to the indices of the block of images, of the tile and
+            of the block of channels.
     """
     planes = x.shape[1]
-    rows = tiling.rows + taps.reach[0]
+    rows = tiling.rows + taps.halo[0]
     cols = x.shape[3] - (across - 1) * tiling.cols
     block = tiling.images, planes, rows, cols, tiling.channels
 
@@ -683,18 +716,18 @@ def _images_spec(
 
 
 def _overhung(x: jax.Array, tiling: _Tiling, taps: _Taps, size: Sequence[int]) -> jax.Array:
-    """Images with zeros where the last blocks overhang, and up to whole registers."""
+    """The planes with zeros where the last tiles overhang, and up to whole blocks of channels."""
     down, across = _steps(size, tiling)
-    cols = tiling.cols + taps.reach[1]
+    cols = tiling.cols + taps.halo[1]
     if across > 1:
-        cols = (across - 1) * tiling.cols + up(cols, 16)
-    x = _grown(x, down * tiling.rows + taps.reach[0], cols)
-    more = up(x.shape[-1], tiling.channels) - x.shape[-1]
+        cols = (across - 1) * tiling.cols + round_up(cols, 16)
+    x = _grown(x, down * tiling.rows + taps.halo[0], cols)
+    more = round_up(x.shape[-1], tiling.channels) - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * 4 + [(0, more)])
 
 
 def _grown(x: jax.Array, rows: int, cols: int) -> jax.Array:
-    """Images with zeros below and on the right: `[..., rows, cols, C]`."""
+    """Images `[..., rows, cols, C]`, filled with zeros below and on the right."""
     *_, height, width, _ = x.shape
     edges = [(0, 0)] * (x.ndim - 3) + [(0, rows - height), (0, cols - width), (0, 0)]
     return jnp.pad(x, edges)

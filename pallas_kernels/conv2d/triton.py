@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.triton import launch, unavailable
 from pallas_kernels.conv2d.problem import TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
@@ -35,7 +35,7 @@ _PRECISIONS = {
 
 
 def check(direction: str, problem: Any) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd" or "bwd".
@@ -47,7 +47,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
-    """Tiles that are worth timing, those made for the shape first; see `check`."""
+    """The tiles that are worth timing, the default ones first; see `check` for the arguments."""
     if problem.dtype == "float32":
         sizes = [(64, 32, 32, 3), (128, 64, 16, 3)]
     else:
@@ -80,8 +80,7 @@ def forward(
     y = triton_launches.forward(
         x, w, bias, window, activation, out_dtype, _PRECISIONS[precision], config, launch
     )
-    # jax-triton knows nothing of meshes.
-    return vary_over(varying_axes((x, w, bias)), y)
+    return vary_like((x, w, bias), y)
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
@@ -95,7 +94,7 @@ def input_grad(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The transpose in x, of the shape `[N, *shape]`."""
+    """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
     from pallas_kernels.conv2d import triton_launches
 
     common = jnp.promote_types(dy.dtype, w.dtype)
@@ -103,14 +102,14 @@ def input_grad(
     image, written, mirror = (dy.shape[0], *shape), dtype, None
     padded = image
     if window.reflect:
-        # The gradient of the padded images, then the transpose of mirroring.
+        # The kernel computes the gradient of the padded images; the transpose of mirroring follows.
         mirror, written = partial(mirrored, window=window), jnp.float32
         padded = jax.eval_shape(mirror, jax.ShapeDtypeStruct(image, written)).shape
         window = window._replace(pads=((0, 0), (0, 0)), reflect=False)
     dx = triton_launches.input_grad(
         dy, w, padded, window, written, _PRECISIONS[precision], config, launch
     )
-    dx = vary_over(varying_axes((dy, w)), dx)
+    dx = vary_like((dy, w), dx)
     return dx if mirror is None else transposed(mirror, image, dx).astype(dtype)
 
 
@@ -125,7 +124,10 @@ def weight_grad(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The transpose in w. Sums run in a fixed order, so it is bitwise reproducible."""
+    """The transpose of the convolution in w, applied to dy: an array of the filters' shape.
+
+    Every sum has a fixed order, so results are bitwise reproducible.
+    """
     from pallas_kernels.conv2d import triton_launches
 
     common = jnp.promote_types(dy.dtype, x.dtype)
@@ -134,4 +136,4 @@ def weight_grad(
         config,
         launch,
     )
-    return vary_over(varying_axes((x, dy)), sums.sum(axis=0)).astype(dtype)
+    return vary_like((x, dy), sums.sum(axis=0)).astype(dtype)

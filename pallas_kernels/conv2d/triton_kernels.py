@@ -1,17 +1,19 @@
-"""The dense convolution's Triton kernels: matrix products whose im2col matrix is never stored.
+"""The dense convolution's Triton kernels: an implicit GEMM, whose im2col matrix is never stored.
 
 Row m of that matrix is a pixel of the output of all images, column k a tap and a channel (channel
-fastest); where an element lies in x is computed as it is loaded. What lies outside of x is read as
+fastest); the address of an element in x is computed as it is loaded. Samples outside x are read as
 zero, or, with `REFLECT`, mirrored about the edge. Rows, columns and features are masked, so that
-any number of them is right. Frameworks launch the kernels through `triton_launches`.
+any number of them is correct. Frameworks launch the kernels through `triton_launches`.
+
+A program computes a tile of `BM` rows by `BN` features, `BK` products at a time, in float32
+accumulators; Triton pipelines the loads in `num_stages` stages. `ROWS` rows of tiles at a time are
+swizzled for L2. Sums have a fixed order, so results are bitwise reproducible.
 
 `H`, `W`, `C` are x's sizes, `C` a group's channels; `HO`, `WO`, `F` those of the output, `F` a
 group's features. Strides are constants, of any layout: `X_N` of x along images, `W_C` of the
-filters along channels, and so on. With `UP` greater than one, that many minus one zeros lie between
-neighbouring samples of x, and with `FLIP` the taps are read backwards: the transpose in x of a
-convolution of stride `UP`.
-
-Sums are in float32, in a fixed order.
+filters along channels, and so on. With `UP` greater than one, `UP - 1` zeros lie between
+neighbouring samples of x, and with `FLIP` the taps are read backwards: together they make the
+transpose in x of a convolution of stride `UP`.
 """
 
 import triton
@@ -63,9 +65,12 @@ def conv(
     BK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The output of a group (the grid's second axis): the product, the bias, the activation."""
+    """One program of the forward, or of the gradient of x: product, then bias and activation.
+
+    The grid's axes are tiles and groups.
+    """
     TAPS: tl.constexpr = HF * WF
-    # A group's filters lie next to each other along the axis that is the output's of w itself.
+    # A group's filters are consecutive along the axis of w's features.
     GROUP: tl.constexpr = C * W_C if FLIP else F * W_F
     down, across = _tile(images * HO * WO, F, BM, BN, ROWS)
     group = tl.program_id(1)
@@ -106,7 +111,7 @@ def weights(
     x,
     dy,
     images,
-    chunk,
+    rows_per_split,
     sums,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -142,21 +147,23 @@ def weights(
     BK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """The im2col matrix, transposed, times dy, of one group; a sum for each chunk of the rows.
+    """One program of the filters' gradient: the im2col matrix, transposed, times dy.
 
-    `chunk` is a multiple of `BK`; sums of different chunks are `SIZE`, the filters' number of
-    elements, apart.
+    The grid's axes are tiles, groups, and splits of the rows that are summed (split-K). A split has
+    `rows_per_split` rows, a multiple of `BK`, and its own `sums`, `SIZE` elements (those of the
+    filters) after those of the split before.
     """
     TAPS: tl.constexpr = HF * WF
     down, across = _tile(TAPS * C, F, BM, BN, ROWS)
-    group, part = tl.program_id(1), tl.program_id(2)
+    group, split = tl.program_id(1), tl.program_id(2)
     i, j, c, some = _columns(down, tl.arange(0, BM)[:, None], WF, TAPS, C, BM)
     f = across * BN + tl.arange(0, BN)[None, :]
     x_group = x + (group * C + c).to(tl.int64) * X_C
     y_group = dy + (group * F + f).to(tl.int64) * Y_F
     total = tl.zeros((BM, BN), tl.float32)
     rows = images * HO * WO
-    for start in range(part * chunk, min(part * chunk + chunk, rows), BK):
+    first = split * rows_per_split
+    for start in range(first, min(first + rows_per_split, rows), BK):
         m = start + tl.arange(0, BK)[None, :]
         image, row, column = m // (HO * WO), m % (HO * WO) // WO, m % WO
         v, above = _sample(row * STRIDE_H - PAD_H + i * DILATION_H, H, 1, REFLECT)
@@ -169,13 +176,13 @@ def weights(
         at = y_group + image.to(tl.int64) * Y_N + (row * Y_H + column * Y_W)
         slopes = tl.load(at, mask=(m < rows) & (f < F), other=0.0)
         total = tl.dot(patches, slopes, total, input_precision=PRECISION)
-    at = sums + part.to(tl.int64) * SIZE + (group * F + f) * W_F + (i * W_H + j * W_W + c * W_C)
+    at = sums + split.to(tl.int64) * SIZE + (group * F + f) * W_F + (i * W_H + j * W_W + c * W_C)
     tl.store(at, total, mask=some & (f < F))
 
 
 @triton.jit
 def _tile(rows, columns: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
-    """A program's tile, down and across: `ROWS` rows of them at a time, so that L2 keeps them."""
+    """The row and column of a program's tile, `ROWS` rows of tiles at a time, which stay in L2."""
     down, across = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
     band = tl.program_id(0) // (ROWS * across)
     high = min(down - band * ROWS, ROWS)
@@ -185,9 +192,9 @@ def _tile(rows, columns: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROWS:
 
 @triton.jit
 def _columns(step, k, WF: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """Taps (row and column) and channels of a block of columns, and which of them exist.
+    """The taps' rows and columns, the channels, and the mask of a block of im2col columns.
 
-    Where a block is of one tap, that is a number, and its channels follow each other.
+    Where all of a block belongs to one tap, the tap is a scalar, and the channels are consecutive.
     """
     if C % BK == 0:
         tap, c = step // (C // BK), step % (C // BK) * BK + k
@@ -198,7 +205,7 @@ def _columns(step, k, WF: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr, BK:
 
 @triton.jit
 def _sample(at, SIZE: tl.constexpr, UP: tl.constexpr, REFLECT: tl.constexpr):
-    """The sample of x at a place, and whether there is one."""
+    """The index of the sample of x at a position, and whether there is one."""
     if REFLECT:
         at = SIZE - 1 - tl.abs(SIZE - 1 - tl.abs(at))
     if UP > 1:

@@ -1,21 +1,22 @@
-"""The launches that make up the dense convolution in Triton, for any framework."""
+"""The Triton launches of the dense convolution, for any framework."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.triton import Launch, cdiv, contiguous
 from pallas_kernels.conv2d import triton_kernels as kernels
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROWS = 8
-"""Rows of tiles that programs which follow each other work on."""
+"""The rows of tiles that consecutive programs work on, so that L2 holds their operands."""
 _PROGRAMS = 512
-"""Programs that share the sums of a weight gradient, where there are so few tiles."""
+"""The number of programs up to which a weight gradient's sums are split (split-K)."""
 
 
 def check(problem: Problem) -> None:
-    """Raises `NotImplementedError` for what the kernels do not do."""
+    """Raises `NotImplementedError` where the kernels do not take a problem."""
     reasons = [
         f"{dtype}, {', '.join(_DTYPES)} alone"
         for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
@@ -25,7 +26,7 @@ def check(problem: Problem) -> None:
     if not sizes:
         images, *size, channels = problem.shape
         height, width = problem.window.output(size, (problem.kernel_height, problem.kernel_width))
-        # The gradient of mirrored images is that of larger ones.
+        # The gradient of reflected images is first computed for the padded ones.
         size = [n + sum(pads) for n, pads in zip(size, problem.window.pads, strict=True)]
         taps = problem.kernel_height * problem.kernel_width * channels * problem.features
         for count, what in (
@@ -34,13 +35,12 @@ def check(problem: Problem) -> None:
             (images * max(height * width, size[0] * size[1]), f"the pixels of {images} images"),
             (taps, f"{problem.features} filters of {channels} channels"),
         ):
-            # One block beyond the last is counted, too.
+            # Offsets reach one block past the end, so the limit leaves room for it.
             if count >= 1 << 30:
                 reasons.append(f"{what}, which are too many")
         if problem.window.groups > 65535:
             reasons.append(f"{problem.window.groups} groups, up to 65535")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(reasons)
 
 
 def forward(
@@ -62,10 +62,10 @@ def forward(
         bias: float32 `[NF]`, or None.
         window: Which samples a tap reads.
         activation: None, "relu" or "gelu".
-        out_dtype: Of the output.
-        precision: Triton's name of the precision of products of float32.
-        config: Tiles, or None for those made for the shape.
-        launch: Of the framework.
+        out_dtype: Dtype of the output.
+        precision: Triton's name for the precision of float32 products.
+        config: Tiles, or None for the default ones of the shape.
+        launch: The framework's launch function.
 
     Returns:
         Contiguous images of NF features.
@@ -106,17 +106,17 @@ def input_grad(
     config: TileConfig | None,
     launch: Launch,
 ) -> Any:
-    """The transpose in x of a convolution that does not reflect.
+    """The transpose in x, applied to dy, of a convolution that does not reflect.
 
     Args:
         dy: Gradient of the output, contiguous.
         w: Filters of dy's dtype, contiguous.
-        shape: Of x.
+        shape: Shape of x.
         window: Which samples a tap reads.
-        out_dtype: Of the gradient.
+        out_dtype: Dtype of the gradient.
         precision: See `forward`.
         config: See `forward`.
-        launch: Of the framework.
+        launch: The framework's launch function.
 
     Returns:
         The gradient of x, contiguous.
@@ -157,19 +157,19 @@ def weight_grad(
     config: TileConfig | None,
     launch: Launch,
 ) -> Any:
-    """The transpose in w.
+    """The transpose in w, applied to dy.
 
     Args:
         x: Images, contiguous.
         dy: Gradient of the output, of x's dtype, contiguous.
-        shape: Of the filters.
+        shape: Shape of the filters.
         window: Which samples a tap reads.
         precision: See `forward`.
-        config: See `forward`; pixels are what is summed here, so `block_k` is of them.
-        launch: Of the framework.
+        config: See `forward`; pixels are summed here, so `block_k` counts pixels.
+        launch: The framework's launch function.
 
     Returns:
-        float32 `[chunks, *shape]`, to be summed over the chunks.
+        float32 `[splits, *shape]`, to be summed over the splits.
     """
     n, *_ = window.images(x.shape)
     hf, wf, each, features = window.filters(shape)
@@ -177,19 +177,20 @@ def weight_grad(
     own = features // window.groups
     if config is None:
         config = tiles(hf * wf * each, own, n * height * width, x.dtype)
-        # A tile of one tap, as `tiles` says; here channels are among its rows.
+        # A tile holds one tap where the channels allow it, as in `tiles`; here the rows are
+        # channels.
         if each % config.block_m and each % 64 == 0:
             config = config._replace(block_m=64, ratio_m=2)
     down, across = cdiv(hf * wf * each, config.block_m), cdiv(own, config.block_n)
     blocks = cdiv(n * height * width, config.block_k)
-    chunks = min(blocks, max(1, _PROGRAMS // (down * across * window.groups)), 65535)
-    chunk = cdiv(blocks, chunks) * config.block_k
-    chunks = cdiv(n * height * width, chunk)
+    splits = min(blocks, max(1, _PROGRAMS // (down * across * window.groups)), 65535)
+    rows_per_split = cdiv(blocks, splits) * config.block_k
+    splits = cdiv(n * height * width, rows_per_split)
     (sums,) = launch(
         kernels.weights,
-        [x, dy, n, chunk],
-        [((chunks, *shape), "float32")],
-        (down * across, window.groups, chunks),
+        [x, dy, n, rows_per_split],
+        [((splits, *shape), "float32")],
+        (down * across, window.groups, splits),
         **_sizes(window, x.shape, (each, own), shape, dy.shape),
         STRIDE_H=window.stride[0],
         STRIDE_W=window.stride[1],
@@ -204,10 +205,10 @@ def weight_grad(
 
 
 def tiles(rows: int, columns: int, channels: int, dtype: Any) -> TileConfig:
-    """Tiles for a product of so many rows and columns, of arrays of a dtype.
+    """The default tiles of a product with this number of rows and columns, of arrays of a dtype.
 
-    Where the channels allow it, they are so deep that a tile is of one tap: then where it lies in
-    memory is cheap to compute.
+    Where the channels allow it, all of a tile along K belongs to one tap, whose addresses are cheap
+    to compute.
 
     Example:
         >>> tiles(32768, 320, 320, "bfloat16")
@@ -222,7 +223,7 @@ def tiles(rows: int, columns: int, channels: int, dtype: Any) -> TileConfig:
 
 
 def _power(size: int) -> int:
-    """The least power of two that is not less, from 16 on, which is what matrix units take."""
+    """The least power of two that is at least `size`, and at least 16 for the tensor cores."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -238,7 +239,10 @@ def _convolve(
     launch: Launch,
     **which: Any,
 ) -> Any:
-    """One launch of `kernels.conv`; `channels` are those of a group that are read and written."""
+    """The output of one launch of `kernels.conv`.
+
+    `channels` are the numbers of a group's channels that are read and written.
+    """
     n, height, width, _ = window.images(output[0])
     config = config or tiles(n * height * width, *reversed(channels), x.dtype)
     across = cdiv(channels[1], config.block_n)
@@ -266,7 +270,7 @@ def _sizes(
     filters: Sequence[int],
     written: Sequence[int],
 ) -> dict[str, int]:
-    """Sizes and strides of a launch, of images read, filters, and images written (or dy)."""
+    """The constants of a launch: sizes and strides of what it reads, of filters, and of y or dy."""
     _, h, w, _ = window.images(read)
     hf, wf, *_ = window.filters(filters)
     _, height, width, _ = window.images(written)
@@ -282,6 +286,7 @@ def _sizes(
 
 
 def _blocks(config: TileConfig) -> dict[str, int]:
+    """The constants and options of a launch that a tile configuration sets."""
     if config.block_n & (config.block_n - 1):
         raise ValueError(f"config.block_n={config.block_n}: Triton takes a power of two")
     return {

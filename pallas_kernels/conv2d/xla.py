@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.conv2d.problem import TileConfig, Window
@@ -23,12 +23,12 @@ _DIMENSIONS = {
 
 
 def unavailable(platform: str) -> str | None:
-    """Plain JAX runs everywhere."""
+    """None: plain JAX runs on every platform."""
     return None
 
 
 def check(direction: str, problem: Any) -> None:
-    """Plain JAX takes every problem."""
+    """Does nothing: plain JAX takes every problem."""
 
 
 def forward(
@@ -42,10 +42,10 @@ def forward(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The operator; see `vjp` for the arguments. XLA picks tiles itself, whatever `config`."""
+    """The operator; see `vjp` for the arguments. XLA picks its own tiles and ignores `config`."""
     acc = accumulation_dtype(x.dtype)
-    # XLA widens what cuDNN is to read if it is to write more: as slow as float32, so on a GPU 16
-    # bits stay 16 until the epilogue.
+    # XLA widens cuDNN's inputs if the output is wider, which is as slow as float32. So on a GPU
+    # 16-bit outputs stay 16 bits wide until the epilogue.
     stays = platform() == "gpu" and out_dtype == x.dtype
     y = _conv(x, w, window, precision, None if stays else acc).astype(acc)
     if bias is not None:
@@ -63,7 +63,7 @@ def input_grad(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The transpose in x, of the shape `[N, *shape]`."""
+    """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
     common = _computed(jnp.promote_types(dy.dtype, w.dtype))
     run = partial(_conv, w=w.astype(common), window=window, precision=precision)
     return transposed(run, (dy.shape[0], *shape), dy.astype(common), w).astype(dtype)
@@ -79,14 +79,14 @@ def weight_grad(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The transpose in w."""
+    """The transpose of the convolution in w, applied to dy: an array of the filters' shape."""
     common = _computed(jnp.promote_types(dy.dtype, x.dtype))
     run = partial(_conv, x.astype(common), window=window, precision=precision)
     return transposed(run, shape, dy.astype(common), x).astype(dtype)
 
 
 def activate(y: jax.Array, activation: str | None) -> jax.Array:
-    """The epilogue: nothing, "relu" or "gelu"."""
+    """The epilogue: `y` itself for None, else its "relu" or its exact "gelu"."""
     if activation == "relu":
         return jnp.maximum(y, 0)
     if activation == "gelu":
@@ -100,18 +100,24 @@ def transposed(
     dy: jax.Array,
     *used: jax.Array,
 ) -> jax.Array:
-    """The transpose of a linear function of an array of a shape and dy's dtype, applied to dy.
+    """The transpose of a linear function, applied to dy.
 
-    `used` is what the function knows. Not `jax.linear_transpose`, which refuses arrays that vary
-    over the axes of a mesh; the function's own value is not computed either.
+    It is not `jax.linear_transpose`, which refuses arrays that vary over the axes of a mesh. Under
+    `jax.jit` XLA removes the function's own value, which nothing reads.
+
+    Args:
+        linear: Function of one array.
+        shape: Shape of the function's argument, whose dtype is dy's.
+        dy: Array of the shape of the function's value.
+        *used: The arrays that the function closes over.
     """
-    zeros = vary_over(varying_axes((dy, used)), jnp.zeros(shape, dy.dtype))
+    zeros = vary_like((dy, used), jnp.zeros(shape, dy.dtype))
     _, pullback = jax.vjp(linear, zeros)
     return pullback(dy)[0]
 
 
 def mirrored(x: jax.Array, window: Window) -> jax.Array:
-    """The images with the padding of a window that reflects."""
+    """The images, padded by reflection as the window says."""
     pads = window.laid_out((0, 0), *window.pads, (0, 0))
     return jnp.pad(x, pads, mode="reflect")
 
@@ -123,12 +129,13 @@ def _conv(
     precision: lax.Precision | None,
     out_dtype: DTypeLike | None = None,
 ) -> jax.Array:
+    """The convolution without bias and activation."""
     pads = window.pads
     if window.reflect:
         x, pads = mirrored(x, window), ((0, 0), (0, 0))
     computed = _computed(x.dtype)
     if precision is None and x.dtype == jnp.float32:
-        # What None means to GPUs and TPUs is less than float32.
+        # None would mean less than float32 on GPUs and TPUs.
         precision = lax.Precision.HIGHEST
     return lax.conv_general_dilated(
         x.astype(computed),
@@ -144,9 +151,10 @@ def _conv(
 
 
 def _computed(dtype: DTypeLike) -> DTypeLike:
-    """CPUs have no matrix unit that would sum products of 16 bits in 32."""
+    """The dtype to convolve in: on a CPU float32 for 16 bits, which it would also accumulate in."""
     return accumulation_dtype(dtype) if on_cpu() else dtype
 
 
 def _along_features(bias: jax.Array, window: Window) -> jax.Array:
+    """A bias `[NF]` that broadcasts along the features of images in the window's layout."""
     return bias if window.layout == "nhwc_hwcf" else bias[:, None, None]

@@ -1,4 +1,4 @@
-"""The filter banks of PyWavelets' discrete wavelets, in the order of a cross-correlation."""
+"""The filter banks of PyWavelets' discrete wavelets, in cross-correlation order."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -12,10 +12,10 @@ IS_HAAR = ("haar", "db1")
 
 
 def filter_bank(wavelet: str) -> tuple[Array, Array]:
-    """Analysis and synthesis filters of a wavelet.
+    """The analysis and synthesis filters of a wavelet.
 
     Args:
-        wavelet: Name of any discrete wavelet of PyWavelets, e.g. `"haar"`, `"db2"`, `"bior2.2"`.
+        wavelet: Name of a discrete wavelet of PyWavelets, e.g. `"haar"`, `"db2"`, `"bior2.2"`.
 
     Returns:
         `(dec, rec)`, each `[2, F]` float64, low filter first, F even: analysis is
@@ -35,20 +35,20 @@ def filter_bank(wavelet: str) -> tuple[Array, Array]:
     return (HAAR, HAAR) if wavelet in IS_HAAR else _from_pywavelets(wavelet)
 
 
-def beyond_images(ndim: int, dtype: Any, wavelet: str, dtypes: Sequence[str]) -> list[str]:
-    """What kernels for images and the Haar wavelet do not do of a signal.
+def unsupported(ndim: int, dtype: Any, wavelet: str, dtypes: Sequence[str]) -> list[str]:
+    """The reasons why kernels for images and the Haar wavelet do not take a signal.
 
     Args:
-        ndim: Its spatial axes.
-        dtype: Its dtype, of any framework, or the name.
+        ndim: Number of the signal's spatial axes.
+        dtype: The signal's dtype, of any framework, or its name.
         wavelet: Name of the wavelet.
-        dtypes: Those that the kernels take.
+        dtypes: Names of the dtypes that the kernels take.
 
     Returns:
-        A phrase for each, none if they take it.
+        A phrase for each reason; an empty list if the kernels take the signal.
 
     Example:
-        >>> beyond_images(1, "float64", "haar", ["float32"])
+        >>> unsupported(1, "float64", "haar", ["float32"])
         ['1-D signals, 2-D alone', 'float64, float32 alone']
     """
     reasons = []
@@ -63,6 +63,7 @@ def beyond_images(ndim: int, dtype: Any, wavelet: str, dtypes: Sequence[str]) ->
 
 @cache
 def _from_pywavelets(wavelet: str) -> tuple[Array, Array]:
+    """The filters of a wavelet that is not Haar."""
     import pywt
 
     known = pywt.wavelist(kind="discrete")

@@ -1,13 +1,15 @@
 """The Haar cascade as Pallas TPU kernels: the image is read once, each coefficient written once.
 
-One grid step holds one tile in VMEM (whole images where they fit, else tiles of a multiple of
-2**levels, which need no halo) for one block of 128 channels. Low bands stay in float32 scratch;
-columns are split by strided loads and merged by strided stores. Small images of a batch lie side
-by side, `[H, W, N, C]`, as XLA lays them out: a register then holds one column of eight images.
+The grid is `common.mosaic_tpu.launch_grid`: blocks of 128 channels, blocks of images, tiles. A grid
+step holds one tile in VMEM, which Pallas double-buffers: whole images where they fit, else tiles
+whose size is a multiple of 2**levels, which need no halo. Low bands stay in float32 VMEM scratch;
+strided loads split columns, strided stores merge them. Small images of a batch are `[H, W, N, C]`,
+as XLA lays them out: a register then holds the same column of eight images.
 
-What bounds it: memory. The final bundles of eight images of 56 x 56 x 128, three levels, float32,
-on a v5e take 18,000 cycles, the copies between HBM and VMEM 47,000. The busiest unit is the one
-store slot, which writes every coefficient once to scratch and once to the block that leaves.
+The kernels are bound by memory. For eight float32 images of 56 x 56 x 128 and three levels on a v5e
+the compiler's final bundles take 18,000 cycles and the copies between HBM and VMEM 47,000. The
+busiest unit is the single store slot, which writes every coefficient once to scratch and once to
+its output block.
 """
 
 from collections.abc import Sequence
@@ -28,42 +30,40 @@ from pallas_kernels.common.mosaic_tpu import (
     SUBLANES,
     VMEM_SHARE,
     Part,
+    columns_per_register,
     compiler_params,
+    from_hwnc,
     halved,
+    hwnc_shape,
     launch_grid,
+    load_hwnc_row,
     loop,
     parts,
-    row_together,
-    side_by_side,
+    pick_images_per_register,
+    round_up,
     store_row,
-    turned,
-    turned_back,
-    turned_shape,
+    to_hwnc,
     unavailable,
-    up,
-    whole_columns,
 )
+from pallas_kernels.common.refusals import refusal, refuse
+from pallas_kernels.common.types import Bands, Pair
+from pallas_kernels.haar.butterfly import merge, split
 
-__all__ = ["DIFFERENTIABLE", "check", "merge", "split", "unavailable", "wavedec", "waverec"]
+__all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
 
 DIFFERENTIABLE = False
-
-Pair = tuple[int, int]
-Bands = tuple[jax.Array, ...]
 
 _MAX_LEVELS = 5
 
 
 def check(direction: str, problem: Any) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd", the only one.
         problem: `pallas_kernels.haar.problem.Problem`.
     """
-    reasons = problem.unsupported(("float32", "bfloat16"), _MAX_LEVELS)
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(problem.unsupported(("float32", "bfloat16"), _MAX_LEVELS))
     _tiling(problem.shape, problem.dtype, problem.levels)
 
 
@@ -72,13 +72,15 @@ def check(direction: str, problem: Any) -> None:
 def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
-    """All levels of `x [N, H, W, C]`: the low band, and three details a level from coarse on."""
+    """The low band of `x [N, H, W, C]`, and three details for each level from coarse to fine."""
     tiling = _tiling(x.shape, x.dtype, levels)
     sizes = halved(tiling.size, levels)
     blocks = _blocks(x.shape, tiling, sizes)
     spec, lanes = blocks[0], min(x.shape[-1], LANES)
     shapes = [
-        pallas_output(turned_shape((x.shape[0], *size, x.shape[-1]), tiling.together), x.dtype, x)
+        pallas_output(
+            hwnc_shape((x.shape[0], *size, x.shape[-1]), tiling.images_per_register), x.dtype, x
+        )
         for size in halved(x.shape[1:3], levels)
     ]
     order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
@@ -91,8 +93,8 @@ def wavedec(
         scratch_shapes=_scratch(tiling, sizes, lanes),
         compiler_params=compiler_params(),
         name="haar_wavedec",
-    )(turned(x, tiling.together))
-    low, *details = (turned_back(band, tiling.together) for band in (low, *details))
+    )(to_hwnc(x, tiling.images_per_register))
+    low, *details = (from_hwnc(band, tiling.images_per_register) for band in (low, *details))
     return low, tuple(zip(*[iter(details)] * 3, strict=True))
 
 
@@ -108,64 +110,44 @@ def waverec(low: jax.Array, details: tuple[Bands, ...], *, shape: Pair, wavelet:
     bands = low, *(band for bands in details for band in bands)
     image = pl.pallas_call(
         partial(_synthesis_kernel, tiling, sizes),
-        out_shape=pallas_output(turned_shape(whole, tiling.together), low.dtype, *bands),
+        out_shape=pallas_output(hwnc_shape(whole, tiling.images_per_register), low.dtype, *bands),
         grid=launch_grid(whole, tiling.images, tiling.size),
         in_specs=[blocks[level] for level in order],
         out_specs=blocks[0],
         scratch_shapes=_scratch(tiling, sizes, lanes),
         compiler_params=compiler_params(),
         name="haar_waverec",
-    )(*(turned(band, tiling.together) for band in bands))
-    return turned_back(image, tiling.together)
-
-
-def split(a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array) -> Bands:
-    """The four bands of pixels `[[a, b], [c, d]]`, twice as large as the transform's.
-
-    Example:
-        >>> split(4, 2, 1, 1)
-        (8, 4, 2, 2)
-    """
-    top, bottom, right, cross = a + b, c + d, a - b, c - d
-    return top + bottom, top - bottom, right + cross, right - cross
-
-
-def merge(low: jax.Array, vertical: jax.Array, horizontal: jax.Array, diagonal: jax.Array) -> Bands:
-    """The pixels `a, b, c, d` of four bands, twice as large as the transform's.
-
-    Example:
-        >>> [value / 4 for value in merge(*split(4, 2, 1, 1))]
-        [4.0, 2.0, 1.0, 1.0]
-    """
-    top, bottom = low + vertical, low - vertical
-    right, cross = horizontal + diagonal, horizontal - diagonal
-    return top + right, top - right, bottom + cross, bottom - cross
+    )(*(to_hwnc(band, tiling.images_per_register) for band in bands))
+    return from_hwnc(image, tiling.images_per_register)
 
 
 class _Tiling(NamedTuple):
-    """How the image is cut: images a step, the tile's size, and images that share registers."""
+    """The tile of a grid step, and the layout of its registers."""
 
     images: int
+    """The number of images of a grid step."""
     size: Pair
-    together: int = 1
+    """The height and width of the tile."""
+    images_per_register: int = 1
+    """All images of the step, a multiple of eight, where images share registers; otherwise 1."""
 
 
 def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
-    """Whole images, several small ones at once; else the largest tile that fits in VMEM."""
+    """The tile of a grid step: whole images, or the largest tile that fits in VMEM."""
     n, h, w, channels = shape
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
     image = h * w * min(channels, LANES) * dtype.itemsize
     most = max(1, STEP_BYTES // image)
-    together = side_by_side(
+    images_per_register = pick_images_per_register(
         shape, dtype, most, lambda n: _vmem_use(_Tiling(n, (h, w), n), dtype, levels) <= limit
     )
-    if together > 1:
-        return _Tiling(together, (h, w), together)
+    if images_per_register > 1:
+        return _Tiling(images_per_register, (h, w), images_per_register)
     for images in range(min(n, most), 0, -1):
         whole = _Tiling(images, (h, w))
         if n % images == 0 and _vmem_use(whole, dtype, levels) <= limit:
             return whole
-    # Blocks of every level end on a whole register, also on one of packed bfloat16.
+    # Blocks of every level end on a whole register, including packed registers of bfloat16.
     rows, cols = 1 << levels, 16 << levels
     fitting = [
         (tile_rows * tile_cols, tiling)
@@ -175,28 +157,33 @@ def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
         if _vmem_use(tiling := _Tiling(1, (tile_rows, tile_cols)), dtype, levels) <= limit
     ]
     if not fitting:
-        raise NotImplementedError(
-            f"does not take {levels} levels of images of {h} x {w}: no tile of {rows} x "
-            f"{min(cols, w)} or more fits in {limit / 2**20:.1f} MiB of VMEM"
+        raise refusal(
+            [
+                f"{levels} levels of images of {h} x {w}: no tile of {rows} x {min(cols, w)} or "
+                f"more fits in {limit / 2**20:.1f} MiB of VMEM"
+            ]
         )
     return max(fitting)[1]
 
 
 def _vmem_use(tiling: _Tiling, dtype: jnp.dtype, levels: int) -> int:
-    """Bytes of VMEM: float32 scratch, and every block twice for the pipeline."""
+    """The bytes of VMEM of a kernel: float32 scratch once, every double-buffered block twice."""
     sizes = halved(tiling.size, levels)
-    scratch = sum(4 * rows * up(cols, SUBLANES) for rows, cols in sizes[1:]) * tiling.together
-    areas = [rows * up(cols, 16) for rows, cols in sizes]
-    blocks = max(tiling.images, 16 * (tiling.together > 1)) * (
+    scratch = (
+        sum(4 * rows * round_up(cols, SUBLANES) for rows, cols in sizes[1:])
+        * tiling.images_per_register
+    )
+    areas = [rows * round_up(cols, 16) for rows, cols in sizes]
+    blocks = max(tiling.images, 16 * (tiling.images_per_register > 1)) * (
         areas[0] + 3 * sum(areas[1:]) + areas[-1]
     )
     return LANES * (4 * scratch + 2 * dtype.itemsize * blocks)
 
 
 def _blocks(shape: Sequence[int], tiling: _Tiling, sizes: list[Pair]) -> list[pl.BlockSpec]:
-    """The block of each level that one grid step holds."""
+    """The block specification of each level's arrays; level 0 is the image."""
     lanes = min(shape[-1], LANES)
-    if tiling.together > 1:
+    if tiling.images_per_register > 1:
         return [
             pl.BlockSpec((*size, tiling.images, lanes), lambda c, n, i, j: (i, j, n, c))
             for size in sizes
@@ -208,10 +195,12 @@ def _blocks(shape: Sequence[int], tiling: _Tiling, sizes: list[Pair]) -> list[pl
 
 
 def _scratch(tiling: _Tiling, sizes: list[Pair], lanes: int) -> list[Any]:
-    """The image and every low band but the last, twice the size of the level below."""
-    whole = whole_columns(tiling.together)
+    """The VMEM scratch of the image and of every low band but the coarsest."""
+    whole = columns_per_register(tiling.images_per_register)
     return [
-        pltpu.VMEM((2 * rows, 2 * up(cols, whole) * tiling.together, lanes), jnp.float32)
+        pltpu.VMEM(
+            (2 * rows, 2 * round_up(cols, whole) * tiling.images_per_register, lanes), jnp.float32
+        )
         for rows, cols in sizes[1:]
     ]
 
@@ -219,11 +208,12 @@ def _scratch(tiling: _Tiling, sizes: list[Pair], lanes: int) -> list[Any]:
 def _analysis_kernel(
     tiling: _Tiling, sizes: list[Pair], image: Pair, x: Any, low: Any, *refs: Any
 ) -> None:
+    """One grid step of `wavedec`: all levels of one tile."""
     levels = len(sizes) - 1
     details, lows = refs[: 3 * levels], refs[3 * levels :]
     first = [pl.program_id(axis) == 0 for axis in (1, 2, 3)]
 
-    # What no step writes stays zero: the padding of odd sizes.
+    # Cells that no step writes stay zero: the padding of odd sizes.
     @pl.when(first[0] & first[1] & first[2])
     def _() -> None:
         for ref in lows:
@@ -238,8 +228,8 @@ def _analysis_kernel(
             def row(
                 i: jax.Array, level: int = level, bands: Any = bands, below: Any = below
             ) -> None:
-                whole = whole_columns(tiling.together)
-                for part in parts(up(sizes[level][1], whole), tiling.together):
+                whole = columns_per_register(tiling.images_per_register)
+                for part in parts(round_up(sizes[level][1], whole), tiling.images_per_register):
                     pixels = [
                         lows[level - 1][2 * i + v, part.pixels(0, u)]
                         for v, u in product((0, 1), repeat=2)
@@ -254,19 +244,20 @@ def _analysis_kernel(
 
             loop(sizes[level][0], row)
 
-    loop(tiling.images // tiling.together, one)
+    loop(tiling.images // tiling.images_per_register, one)
 
 
 def _zero_row(ref: Any, i: jax.Array) -> None:
+    """Zeros row i of a scratch."""
     ref[i] = jnp.zeros(ref.shape[1:], ref.dtype)
 
 
 def _load_row(
     x: Any, index: jax.Array, target: Any, tiling: _Tiling, image: Pair, i: jax.Array
 ) -> None:
-    """Copies a row to float32 scratch, zero where the tile overhangs the image."""
-    if tiling.together > 1:
-        value = row_together(x, i)
+    """Copies row i of the tile to float32 scratch, zero where the tile overhangs the image."""
+    if tiling.images_per_register > 1:
+        value = load_hwnc_row(x, i)
         target[i, : value.shape[0]] = value
         return
     value = x[index, i].astype(jnp.float32)
@@ -280,6 +271,7 @@ def _load_row(
 
 
 def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) -> None:
+    """One grid step of `waverec`: all levels of one tile."""
     levels = len(sizes) - 1
     details, out, merged = refs[: 3 * levels], refs[3 * levels], refs[3 * levels + 1 :]
 
@@ -291,7 +283,7 @@ def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) 
             def row(
                 i: jax.Array, level: int = level, bands: Any = bands, smooth: Any = smooth
             ) -> None:
-                for part in parts(sizes[level][1], tiling.together):
+                for part in parts(sizes[level][1], tiling.images_per_register):
                     high = [_get(band, index, i, part) for band in bands]
                     if smooth is None:
                         coarse = _get(low, index, i, part)
@@ -302,20 +294,20 @@ def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) 
                         merged[level - 1][2 * i + v, part.pixels(0, u)] = 0.5 * value
 
             loop(sizes[level][0], row)
-        loop(tiling.size[0], partial(store_row, merged[0], out, index, tiling.together))
+        loop(tiling.size[0], partial(store_row, merged[0], out, index, tiling.images_per_register))
 
-    loop(tiling.images // tiling.together, one)
+    loop(tiling.images // tiling.images_per_register, one)
 
 
 def _get(band: Any, index: jax.Array, i: jax.Array, part: Part) -> jax.Array:
-    """Coefficients of a block in float32."""
-    value = band[i, part.col] if part.together > 1 else band[index, i]
+    """Row i of a block's coefficients in float32, the columns of one part."""
+    value = band[i, part.col] if part.images_per_register > 1 else band[index, i]
     return value.astype(jnp.float32)
 
 
 def _put(band: Any, index: jax.Array, i: jax.Array, part: Part, value: jax.Array) -> None:
-    """Coefficients to a block, without the padding of a row."""
-    if part.together > 1:
+    """Stores a part's columns to row i of a block, without the padding of the row."""
+    if part.images_per_register > 1:
         band[i, part.col] = value.astype(band.dtype)
     else:
         band[index, i] = value[: band.shape[2]].astype(band.dtype)

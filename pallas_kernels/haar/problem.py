@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.dispatch.backend import size_distance
-from pallas_kernels.haar.filters import beyond_images
+from pallas_kernels.haar.filters import unsupported
 
 
 class Problem(NamedTuple):
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
             >>> Problem((2, 8, 4), "float32", 1, 3, "haar").unsupported(["float32"], 2)
             ['1-D signals, 2-D alone', '3 levels, up to 2']
         """
-        reasons = beyond_images(self.ndim, self.dtype, self.wavelet, dtypes)
+        reasons = unsupported(self.ndim, self.dtype, self.wavelet, dtypes)
         if self.levels > max_levels:
             reasons.append(f"{self.levels} levels, up to {max_levels}")
         if not all(isinstance(size, int) for size in self.shape):

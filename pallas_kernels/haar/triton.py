@@ -5,22 +5,23 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.triton import MAX_ROW, launch, unavailable
+from pallas_kernels.common.types import Bands, Pair
 
 __all__ = ["DIFFERENTIABLE", "check", "search_space", "unavailable", "wavedec", "waverec"]
 
 DIFFERENTIABLE = False
 
-Bands = tuple[jax.Array, ...]
 
 _MAX_LEVELS = 5
 _SIZES = "fused", "warps"
-"""Names of what `search_space` offers."""
+"""The names of the sizes that `search_space` offers."""
 
 
 def check(direction: str, problem: Any) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd", the only one.
@@ -33,12 +34,11 @@ def check(direction: str, problem: Any) -> None:
             reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
         if images * height >= 1 << 31:
             reasons.append(f"{images} images of {height} rows, which are too many")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(reasons)
 
 
 def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
-    """Ways to launch the cascade that are worth timing; see `check`."""
+    """The ways to launch the cascade that are worth timing; see `check` for the arguments."""
     from pallas_kernels.haar import triton_launches
 
     return triton_launches.search_space(problem.levels)
@@ -48,12 +48,11 @@ def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
 def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str, **sizes: int
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
-    """All levels of `x [N, H, W, C]`: the low band, and three details a level from coarse on."""
+    """The low band of `x [N, H, W, C]`, and three details for each level from coarse to fine."""
     from pallas_kernels.haar import triton_launches
 
     low, details = triton_launches.wavedec(x, levels, launch, **sizes)
-    # jax-triton knows nothing of meshes.
-    return vary_over(varying_axes(x), (low, tuple(details)))
+    return vary_like(x, (low, tuple(details)))
 
 
 @partial(jax.jit, static_argnames=("shape", "wavelet", *_SIZES))
@@ -61,7 +60,7 @@ def waverec(
     low: jax.Array,
     details: tuple[Bands, ...],
     *,
-    shape: tuple[int, int],
+    shape: Pair,
     wavelet: str,
     **sizes: int,
 ) -> jax.Array:
@@ -69,4 +68,4 @@ def waverec(
     from pallas_kernels.haar import triton_launches
 
     image = triton_launches.waverec(low, details, shape, launch, **sizes)
-    return vary_over(varying_axes((low, details)), image)
+    return vary_like((low, details), image)

@@ -1,4 +1,4 @@
-"""The launches that make up the Haar cascade in Triton, for any framework."""
+"""The Triton launches of the Haar cascade, for any framework."""
 
 import math
 from collections.abc import Sequence
@@ -7,35 +7,32 @@ from typing import Any
 from pallas_kernels.common.triton import Launch, cdiv, contiguous, strides
 from pallas_kernels.haar import triton_kernels as kernels
 
-Bands = Sequence[Any]
-Shape = tuple[int, ...]
-
 _FUSED = 3
-"""The most levels of a launch; a low band between two launches is then 1/64 of the image."""
+"""The most levels of a launch; the low band between two launches is then 1/64 of the image."""
 _WARPS = 4
-"""Of a program."""
+"""The number of warps of a program."""
 _NAMES = ("X_", "LOW_", "HIGH1_", "HIGH2_", "HIGH3_")
-"""Constants of the kernels: strides of the image, the low band, and the details of each level."""
+"""Prefixes of the kernels' stride constants: the image, the low band, each level's details."""
 _BYTES = {1: 16, 2: 8, 3: 4}
-"""Bytes of neighbouring channels that a thread treats, by levels: the fewer, the larger squares."""
+"""The bytes of neighbouring channels that a thread takes, by the number of fused levels."""
 
 
 def search_space(levels: int) -> list[dict[str, int]]:
-    """Ways to launch a cascade that are worth timing, the default one first; see `wavedec`."""
+    """The ways to launch a cascade that are worth timing, the default first; see `wavedec`."""
     return [{}, {"warps": 2}, {"warps": 8}] + [{"fused": 1}, {"fused": 2}][: levels - 1]
 
 
 def wavedec(
     x: Any, levels: int, launch: Launch, *, fused: int = _FUSED, warps: int = _WARPS
-) -> tuple[Any, list[Bands]]:
-    """Analysis of `x [N, H, W, C]`.
+) -> tuple[Any, list[Sequence[Any]]]:
+    """The analysis of `x [N, H, W, C]`.
 
     Args:
         x: In float32, bfloat16 or float16, of any strides.
-        levels: At least one.
-        launch: Of the framework.
+        levels: Number of levels, at least one.
+        launch: The framework's launch function.
         fused: The most levels of a launch, up to three.
-        warps: Of a program.
+        warps: Number of warps of a program.
 
     Returns:
         The low band, and the three details of each level from coarse to fine, in x's dtype and
@@ -53,7 +50,7 @@ def wavedec(
         low, *found = launch(
             kernels.analysis,
             [low, *sizes],
-            # The kernel has details of three levels; those that are not wanted stay unwritten.
+            # The kernel has details of three levels; it leaves those of unwanted levels unwritten.
             [(shapes[-1], x.dtype if last else "float32"), *wanted]
             + [((1,), x.dtype)] * (3 * (_FUSED - count)),
             blocks,
@@ -66,21 +63,21 @@ def wavedec(
 
 def waverec(
     low: Any,
-    details: Sequence[Bands],
+    details: Sequence[Sequence[Any]],
     shape: Sequence[int],
     launch: Launch,
     *,
     fused: int = _FUSED,
     warps: int = _WARPS,
 ) -> Any:
-    """Synthesis of an image `[N, *shape, C]`.
+    """The synthesis of an image `[N, *shape, C]`.
 
     Args:
         low: The coarsest low band `[N, h, w, C]`, in float32, bfloat16 or float16.
-        details: The three details of each level from coarse to fine, in low's dtype; those of a
-            level share their strides, whatever they are.
+        details: The three details of each level from coarse to fine, in low's dtype; the three of a
+            level have the same strides.
         shape: H and W.
-        launch: Of the framework.
+        launch: The framework's launch function.
         fused: See `wavedec`.
         warps: See `wavedec`.
 
@@ -89,7 +86,7 @@ def waverec(
     """
     dtype, left = low.dtype, list(details)
     while left:
-        # Whole launches for the finest levels, which are the largest.
+        # The finest levels, which are the largest, fill their launches.
         count = (len(left) - 1) % fused + 1
         levels, left = left[:count][::-1], left[count:]
         height, width = left[0][0].shape[1:3] if left else shape
@@ -108,15 +105,15 @@ def waverec(
 
 
 def _layout(
-    read: Any, shape: Sequence[int], steps: list[Shape], warps: int
+    read: Any, shape: Sequence[int], steps: list[tuple[int, ...]], warps: int
 ) -> tuple[list[int], tuple[int], dict[str, int]]:
-    """Sizes, grid and constants of a launch for an image `[N, H, W, C]`.
+    """The sizes, the grid and the constants of a launch for an image `[N, H, W, C]`.
 
     Args:
         read: An array that the kernel reads.
-        shape: Of the image.
-        steps: Strides of the image, the low band, and the details from fine to coarse.
-        warps: Of a program.
+        shape: Shape of the image.
+        steps: Strides of the image, of the low band, and of the details from fine to coarse.
+        warps: Number of warps of a program.
     """
     n, h, w, c = shape
     levels = len(steps) - 2
@@ -126,7 +123,7 @@ def _layout(
     elements = min(32 * each, 1 << (across - 1).bit_length())
     rows = 32 * warps * each // elements
     steps = steps + steps[-1:] * (_FUSED - levels)
-    # No more than what one load takes.
+    # One load takes at most eight elements.
     unit = math.gcd(8, *(step for along in steps for step in along[:2]))
     sizes = [n, h, w, *(step // unit for along in steps for step in along[:2])]
     constants = {}

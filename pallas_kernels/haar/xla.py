@@ -11,26 +11,28 @@ from jax import lax
 
 from pallas_kernels.common._compat import unfused
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.types import Bands
 from pallas_kernels.haar.filters import IS_HAAR, filter_bank
 
 DIFFERENTIABLE = True
 
 Filters = tuple[tuple[float, ...], ...]
+"""The low and the high filter."""
 
 
 def unavailable(platform: str) -> str | None:
-    """Plain JAX runs everywhere."""
+    """None: plain JAX runs on every platform."""
     return None
 
 
 def check(direction: str, problem: Any) -> None:
-    """Plain JAX takes every problem."""
+    """Does nothing: plain JAX takes every problem."""
 
 
 def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str
-) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], ...]]:
-    """All levels of `x [N, *spatial, C]`: the low band, and the details from coarse to fine."""
+) -> tuple[jax.Array, tuple[Bands, ...]]:
+    """The low band of `x [N, *spatial, C]`, and the details of each level from coarse to fine."""
     low, details = x.astype(accumulation_dtype(x.dtype)), []
     for _ in range(levels):
         bands = analysis(low, ndim, wavelet)
@@ -41,7 +43,7 @@ def wavedec(
 
 def waverec(
     low: jax.Array,
-    details: tuple[tuple[jax.Array, ...], ...],
+    details: tuple[Bands, ...],
     *,
     shape: tuple[int, ...],
     wavelet: str,
@@ -58,8 +60,8 @@ def waverec(
 def analysis(x: jax.Array, ndim: int, wavelet: str = "haar", transpose: bool = False) -> jax.Array:
     """One level of analysis `[N, *spatial, C] -> [N, *ceil(spatial / 2), 2**ndim, C]`.
 
-    Odd sizes are zero-padded at the end. With `transpose` the filters are those whose transpose
-    is `synthesis`: the other half of a biorthogonal bank.
+    Odd sizes are zero-padded at the end. With `transpose` it is the transpose of `synthesis`, which
+    reads the other half of a biorthogonal filter bank.
     """
     sizes = x.shape[1:-1]
     x = jnp.pad(x, [(0, 0), *((0, n % 2) for n in sizes), (0, 0)])
@@ -69,8 +71,8 @@ def analysis(x: jax.Array, ndim: int, wavelet: str = "haar", transpose: bool = F
     bands = [x]
     # The last axis splits first, so that axis 0 ends as the lowest bit of the subband.
     for axis in range(ndim, 0, -1):
-        split = partial(_filter_down, axis=axis, filters=_hashable(filters))
-        bands = [half for band in bands for half in split(band)]
+        down = partial(_filter_down, axis=axis, filters=_hashable(filters))
+        bands = [half for band in bands for half in down(band)]
     return jnp.stack(bands, axis=-2)
 
 
@@ -88,17 +90,20 @@ def synthesis(
         filters = filter_bank(wavelet)[not transpose]
         bands = [coefficients[..., s, :] for s in range(2**ndim)]
         for axis in range(1, ndim + 1):
-            merge = partial(_filter_up, axis=axis, filters=_hashable(filters))
-            bands = [merge(low, high) for low, high in zip(bands[::2], bands[1::2], strict=True)]
+            up = partial(_filter_up, axis=axis, filters=_hashable(filters))
+            bands = [up(low, high) for low, high in zip(bands[::2], bands[1::2], strict=True)]
         x = bands[0]
     return x[(slice(None), *(slice(n) for n in shape))]
 
 
 def _haar_analysis(x: jax.Array, ndim: int) -> jax.Array:
-    """Sums and differences of the 2**ndim parities; every band is one expression of x."""
+    """The Haar analysis along any number of axes, unlike `butterfly.split` one axis at a time.
+
+    Slicing all axes into parities first compiles to a loop that takes a CPU more than twice as
+    long.
+    """
     n, *sizes, c = x.shape
-    pairs = x.reshape(n, *(k for size in sizes for k in (size // 2, 2)), c)
-    bands = [pairs]
+    bands = [x.reshape(n, *(k for size in sizes for k in (size // 2, 2)), c)]
     for axis in range(ndim, 0, -1):
         halves = [[lax.index_in_dim(b, p, 2 * axis, keepdims=False) for p in (0, 1)] for b in bands]
         bands = [band for even, odd in halves for band in (even + odd, even - odd)]
@@ -106,10 +111,10 @@ def _haar_analysis(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def _haar_synthesis(coefficients: jax.Array, ndim: int) -> jax.Array:
-    """Reads each coefficient with the sign of the pixel's parity.
+    """The Haar synthesis along any number of axes, by a broadcast and a select for each.
 
-    A broadcast and a select, where interleaving would be a concatenation: XLA fuses the former
-    into the addition that follows.
+    XLA fuses these into the addition that follows, but would not fuse the concatenation that
+    interleaves the pixels of `butterfly.merge`.
     """
     n, *half, _, c = coefficients.shape
     spread = (n, *(k for size in half for k in (size, 1)), c)
@@ -126,12 +131,12 @@ def _haar_synthesis(coefficients: jax.Array, ndim: int) -> jax.Array:
 
 @partial(unfused, static_argnames=("axis", "filters"))
 def _filter_down(x: jax.Array, *, axis: int, filters: Filters) -> tuple[jax.Array, ...]:
-    """Stride-2 correlation along one axis with the low and the high filter."""
-    reach = len(filters[0]) // 2 - 1
+    """The stride-2 correlation along one axis with the low and the high filter."""
+    pad = len(filters[0]) // 2 - 1
     half = x.shape[axis] // 2
-    # Even and odd samples apart: then every tap reads a contiguous slice.
-    pairs = _pad_axis(x, axis, reach)
-    pairs = pairs.reshape(*x.shape[:axis], half + reach, 2, *x.shape[axis + 1 :])
+    # Even and odd samples are separated, so that every tap reads a contiguous slice.
+    pairs = _pad_axis(x, axis, pad)
+    pairs = pairs.reshape(*x.shape[:axis], half + pad, 2, *x.shape[axis + 1 :])
     parity = [lax.index_in_dim(pairs, b, axis + 1, keepdims=False) for b in (0, 1)]
     return tuple(
         sum(
@@ -145,30 +150,32 @@ def _filter_down(x: jax.Array, *, axis: int, filters: Filters) -> tuple[jax.Arra
 
 @partial(unfused, static_argnames=("axis", "filters"))
 def _filter_up(low: jax.Array, high: jax.Array, *, axis: int, filters: Filters) -> jax.Array:
-    """Transpose of `_filter_down`: two bands into a signal of twice the size along one axis."""
-    reach = len(filters[0]) // 2 - 1
+    """The transpose of `_filter_down`: two bands into a signal of twice the size along one axis."""
+    pad = len(filters[0]) // 2 - 1
     half = low.shape[axis]
-    bands = [_pad_axis(band, axis, reach) for band in (low, high)]
+    bands = [_pad_axis(band, axis, pad) for band in (low, high)]
     # Sample 2u + b of the full (uncropped) signal takes tap 2j + b of coefficient u - j.
     parity = [
         sum(
             np.asarray(taps[2 * j + b], low.dtype)
-            * lax.slice_in_dim(band, reach - j, 2 * reach - j + half, axis=axis)
+            * lax.slice_in_dim(band, pad - j, 2 * pad - j + half, axis=axis)
             for band, taps in zip(bands, filters, strict=True)
-            for j in range(reach + 1)
+            for j in range(pad + 1)
         )
         for b in (0, 1)
     ]
     full = jnp.stack(parity, axis + 1)
-    full = full.reshape(*low.shape[:axis], 2 * (half + reach), *low.shape[axis + 1 :])
-    return lax.slice_in_dim(full, reach, reach + 2 * half, axis=axis)
+    full = full.reshape(*low.shape[:axis], 2 * (half + pad), *low.shape[axis + 1 :])
+    return lax.slice_in_dim(full, pad, pad + 2 * half, axis=axis)
 
 
 def _pad_axis(x: jax.Array, axis: int, width: int) -> jax.Array:
+    """The array with `width` zeros before and after it along one axis."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (width, width)
     return jnp.pad(x, pads)
 
 
 def _hashable(filters: np.ndarray) -> Filters:
+    """A filter bank as tuples, which `jax.jit` takes as a static argument."""
     return tuple(tuple(map(float, taps)) for taps in filters)

@@ -1,9 +1,9 @@
-"""Every operator in NumPy float64: plain loops over taps, obviously right, and slow.
+"""Every operator in NumPy float64, as plain loops over taps: easy to verify, and slow.
 
-This package is THE definition that every kernel of both frameworks is tested against. It imports
-NumPy alone. Arrays are channels-last: `(*batch, *spatial, C)`. Subbands stand on an axis of
-their own in front of the channels, `(*batch, *spatial, 2**ndim, C)`; subband `s` is
-`b_0 + 2 * b_1 + 4 * b_2` where `b_a` is 1 for the high band along spatial axis `a`.
+This package is the definition that every kernel of both frameworks is tested against. It imports
+NumPy alone. Arrays are channels-last: `(*batch, *spatial, C)`. Subbands have an axis of their own
+before the channels, `(*batch, *spatial, 2**ndim, C)`; subband `s` is `b_0 + 2 * b_1 + 4 * b_2`,
+where `b_a` is 1 for the high band along spatial axis `a`.
 
 Source: Finder, Amoyal, Treister, Freifeld, "Wavelet Convolutions for Large Receptive Fields",
 ECCV 2024.

@@ -1,4 +1,4 @@
-"""Float64 arrays, and what every operator's definition does along one axis of them."""
+"""Float64 arrays, and operations along one axis that every operator's definition uses."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ def pad_axis(x: Array, axis: int, before: int, after: int) -> Array:
 
 
 def slice_axis(x: Array, axis: int, start: int, count: int, step: int) -> Array:
-    """`count` samples along one axis, each `step` after the one before, from `start` on."""
+    """`count` samples along one axis from `start` on, `step` apart."""
     window = [slice(None)] * x.ndim
     window[axis] = slice(start, start + step * (count - 1) + 1, step)
     return x[tuple(window)]

@@ -31,14 +31,16 @@ def conv2d(
     Args:
         x: Images `[*batch, H, W, C]`; `[*batch, C, H, W]` in the layout "nchw_fchw".
         w: Filters `[HF, WF, C / groups, NF]`; `[NF, C / groups, HF, WF]` in "nchw_fchw".
-        stride: Along H and W: output `o` reads from `stride * o - padding before` on.
-        padding: Zeros around the image: a number, one for H and one for W, `((top, bottom),
-            (left, right))`, "VALID" (none), or "SAME": as many that the output has
-            `ceil(size / stride)` samples, the odd one behind. "reflect": as many as leave a
-            convolution of stride 1 its size, the odd one behind, mirrored about the edge samples.
-        dilation: Along H and W: distance of the samples that neighbouring taps read.
-        groups: Filter `f` reads the channels of group `f // (NF / groups)` alone.
-        bias: `[NF]`.
+        stride: Distance along H and W between the samples that neighbouring outputs read: output
+            `o` reads from `stride * o - padding before` on.
+        padding: Number of zeros around the image: one number, one for H and one for W, or
+            `((top, bottom), (left, right))`. "VALID" pads nothing. "SAME" pads so that the output
+            has `ceil(size / stride)` samples. "reflect" pads so that a convolution of stride 1
+            keeps the size, with the image mirrored about its edge samples. Both pad an odd sample
+            behind.
+        dilation: Distance along H and W between the samples that neighbouring taps read.
+        groups: Number of groups of channels; filter `f` reads those of `f // (NF / groups)` alone.
+        bias: `[NF]`, or None.
         activation: None, "relu", or "gelu": `x` times the normal distribution function of `x`.
         layout: "nhwc_hwcf" or "nchw_fchw".
 
@@ -234,11 +236,11 @@ def conv2d_pads(
         return [(before, after) for before, after in sides]
     pads = []
     for n, k, s, d in zip(size, taps, stride, dilation, strict=True):
-        reach = d * (k - 1)
+        span = d * (k - 1) + 1
         total = {
             "VALID": 0,
-            "SAME": max(((n + s - 1) // s - 1) * s + reach + 1 - n, 0),
-            "reflect": reach,
+            "SAME": max(((n + s - 1) // s - 1) * s + span - n, 0),
+            "reflect": span - 1,
         }[padding]
         pads.append((total // 2, total - total // 2))
     return pads

@@ -6,11 +6,11 @@ from numpy.typing import ArrayLike
 from pallas_kernels.oracle.arrays import Array, pad_axis, slice_axis
 
 HAAR: Array = np.array([[1.0, 1.0], [1.0, -1.0]]) / np.sqrt(2.0)
-"""The Haar bank `[2, 2]`: low and high filter; it is its own inverse bank."""
+"""The Haar filter bank `[2, 2]`, low filter first; analysis and synthesis use the same."""
 
 
 def analysis(x: ArrayLike, ndim: int, dec: ArrayLike = HAAR) -> Array:
-    """One level of wavelet analysis, odd sizes zero-padded at the end of the axis.
+    """One level of wavelet analysis, which zero-pads odd sizes at the end of the axis.
 
     Args:
         x: Signal `[*batch, *spatial, C]`.
@@ -74,7 +74,7 @@ def synthesis(coefficients: ArrayLike, ndim: int, rec: ArrayLike = HAAR) -> Arra
 
 
 def wavedec(x: ArrayLike, ndim: int, levels: int, dec: ArrayLike = HAAR) -> list[Array]:
-    """Analysis cascade: the coefficients of every level, finest first.
+    """The analysis cascade: the coefficients of every level, finest first.
 
     Args:
         x: Signal `[*batch, *spatial, C]`.
@@ -97,7 +97,7 @@ def wavedec(x: ArrayLike, ndim: int, levels: int, dec: ArrayLike = HAAR) -> list
 def waverec(
     coefficients: list[Array], ndim: int, shape: tuple[int, ...], rec: ArrayLike = HAAR
 ) -> Array:
-    """Synthesis cascade: inverse of `wavedec` for Haar, with what each low band holds added.
+    """The synthesis cascade, which is the transpose of `wavedec` for an orthogonal filter bank.
 
     Args:
         coefficients: Arrays as `wavedec` returns them, finest first. The low band of a level is
@@ -120,7 +120,7 @@ def waverec(
 
 
 def _upsample(band: Array, taps: Array, axis: int, before: int) -> Array:
-    """Transposed stride-2 correlation along one axis, cropped to twice the size."""
+    """The transposed stride-2 correlation along one axis, cropped to twice the size."""
     size = band.shape[axis]
     shape = list(band.shape)
     shape[axis] = 2 * size + taps.size

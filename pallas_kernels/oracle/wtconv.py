@@ -1,4 +1,4 @@
-"""Wavelet convolution, and its gradients."""
+"""Wavelet convolution and its gradients."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -11,7 +11,7 @@ from pallas_kernels.oracle.haar import HAAR, wavedec, waverec
 
 
 def depthwise(x: ArrayLike, kernel: ArrayLike, ndim: int) -> Array:
-    """Depthwise cross-correlation, stride 1, zero padding to the same size.
+    """Depthwise cross-correlation with stride 1 and zero padding to the same size.
 
     Args:
         x: Signal `[*batch, *spatial, ..., C]` where the axes after the spatial ones (subbands,
@@ -84,14 +84,14 @@ def wtconv_vjp(
     dec: ArrayLike = HAAR,
     rec: ArrayLike = HAAR,
 ) -> tuple[Array, dict[str, Array]]:
-    """Gradients of `sum(dy * wtconv(x, params))`, every step of `wtconv` transposed in turn.
+    """The gradients of `sum(dy * wtconv(x, params))`, by transposing each step of `wtconv`.
 
     Args:
         x: Signal `[*batch, *spatial, C]`.
-        params: As `wtconv` takes them.
+        params: Parameters as `wtconv` takes them.
         dy: Gradient of the output, of the output's shape.
         ndim: Number of spatial axes.
-        stride: As `wtconv`.
+        stride: Stride as `wtconv` takes it.
         dec: Analysis filters `[2, F]`.
         rec: Synthesis filters `[2, F]`.
 
@@ -128,7 +128,7 @@ def wtconv_vjp(
 
 
 def subsample(y: Array, ndim: int, stride: int) -> Array:
-    """The stride of the published layers: the mean in 1-D, every stride-th sample otherwise."""
+    """`y` with the stride of the published layers: means in 1-D, else every stride-th sample."""
     if ndim == 1:
         length = y.shape[-2] // stride
         groups = y[..., : length * stride, :].reshape(*y.shape[:-2], length, stride, y.shape[-1])
@@ -137,7 +137,7 @@ def subsample(y: Array, ndim: int, stride: int) -> Array:
 
 
 def _spread(dy: Array, spatial: tuple[int, ...], stride: int) -> Array:
-    """Transpose of `subsample`."""
+    """The transpose of `subsample`."""
     ndim = len(spatial)
     full = np.zeros((*dy.shape[: -1 - ndim], *spatial, dy.shape[-1]))
     if ndim == 1:
@@ -149,7 +149,7 @@ def _spread(dy: Array, spatial: tuple[int, ...], stride: int) -> Array:
 
 
 def _depthwise_vjp(x: Array, kernel: Array, dy: Array, ndim: int) -> tuple[Array, Array]:
-    """Gradients of `sum(dy * depthwise(x, kernel))`; the axes as there."""
+    """The gradients of `sum(dy * depthwise(x, kernel))` in x and in the kernel."""
     first = x.ndim - kernel.ndim
     size = x.shape[first : first + ndim]
     pads = [((k - 1) // 2, k // 2) for k in kernel.shape[:ndim]]

@@ -1,35 +1,35 @@
 // The wavelet convolution with Haar wavelets on images of either memory format, for NVRTC.
 //
-// A block brings a tile of PLANES planes into shared memory, as the coefficients of LEVELS levels
-// with zeros around the image, and needs x no more: x is the synthesis of its first level. Planes
-// are images of one channel, or in channels-last channels of one image. Tiles are whole planes, or
-// have around them what the levels reach.
+// A thread block loads a tile of PLANES planes into shared memory, as the coefficients of LEVELS
+// levels with zeros around the image, and does not keep x: x is the synthesis of its first level. A
+// plane is an image of one channel; in channels-last memory the planes of a block are channels of
+// one image. Tiles are whole planes, or parts of planes with the halo that the levels need.
 //
-// Coefficients are sums of pixels: level l holds 2^l times those of the transform. That factor,
-// and the same one of the synthesis, are folded into the taps, whose powers of two are exact.
+// Coefficients are unnormalised sums: level l holds 2^l times those of the transform. That factor,
+// and the same one of the synthesis, are folded into the taps, exactly, as they are powers of two.
 //
-// A thread filters patches of four columns, with a band's taps in registers; the neighbours of a
-// patch are 16-byte loads, and zeros around the image leave nothing to mask.
+// A thread filters patches of four columns, with the taps of a band in registers. It loads a patch
+// and its neighbours 16 bytes at a time; the zeros around the image make masks needless.
 //
-// The host gives these macros, of which those in capitals per level are lists from level 1 on:
-//   FORWARD, LOW or WEIGHTS    which kernel
+// The host defines these macros. Those that a level has are lists, from level 1 on:
+//   FORWARD, LOW or WEIGHTS    the kernel to compile
 //   DTYPE            0 float32, 1 bfloat16, 2 float16
 //   KERNEL_SIZE      odd
 //   LEVELS           1 to 5
-//   TILE_H, TILE_W   pixels
-//   PLANES           of a block
-//   ROWS             of coefficients of a patch at the first level
-//   THREADS, BLOCKS  of a block, and blocks of a multiprocessor
-//   CHANNELS_LAST    whether pixels have their channels beside each other
-//   VECTOR           values beside each other that are loaded together: pixels of a row, which are
-//                    stored together too, or channels of a pixel
-//   TILED            whether there are pixels around a tile, which else is a whole plane
+//   TILE_H, TILE_W   pixels of a tile
+//   PLANES           planes of a block
+//   ROWS             rows of coefficients of a patch at the first level
+//   THREADS, BLOCKS  threads of a block, and blocks that a multiprocessor holds at once
+//   CHANNELS_LAST    whether the channels of a pixel are contiguous
+//   VECTOR           contiguous values that one load takes: pixels of a row, which one store writes
+//                    too, or channels of a pixel
+//   TILED            whether a tile is a part of a plane and has a halo, else it is a whole plane
 //   BASE, BELOW      whether there is a base convolution, and an image below the deepest level
-//   TILE_ROWS, TILE_COLUMNS    coefficients of a tile
-//   HALO             rows of low band that are kept above the tile
-//   LEFT             columns of coefficients that are kept left of the tile
-//   LOW_ROWS, HIGH_ROWS        rows that are kept of the low band, and of the high ones
-//   STRIDE           elements between rows
+//   TILE_ROWS, TILE_COLUMNS    coefficients of a tile (list)
+//   HALO             halo rows of the low band that are kept above the tile (list)
+//   LEFT             halo columns of coefficients that are kept left of the tile (list)
+//   LOW_ROWS, HIGH_ROWS        rows that are kept of the low band, and of the high bands (lists)
+//   STRIDE           elements between rows (list)
 //   PLANE            elements between planes
 //   SEGMENT, BASE_SEGMENT      rows of coefficients that a thread sums for a weight gradient
 
@@ -50,10 +50,10 @@ typedef long long Offset;
 // Geometry
 
 constexpr int K = KERNEL_SIZE, R = K / 2, KK = K * K;
-constexpr int COLUMNS = R % 2 ? 1 : 2;        // Coefficients that a thread makes of a row at once.
-constexpr int WINDOW = (4 + 2 * R + 3) / 4;   // Vectors of the neighbours of four columns.
-constexpr int BASE_R = (R + 1) / 2;           // Coefficients that the base convolution reaches.
-constexpr int TAPS = (KK + 3) / 4 * 4;        // Elements between the taps of two bands.
+constexpr int COLUMNS = R % 2 ? 1 : 2;        // Coefficients of a row that a thread makes at once.
+constexpr int WINDOW = (4 + 2 * R + 3) / 4;   // Vectors of four columns and their neighbours.
+constexpr int BASE_R = (R + 1) / 2;           // Halo of the base convolution, in coefficients.
+constexpr int TAPS = (KK + 3) / 4 * 4;        // Elements from one band's taps to the next band's.
 constexpr int BANDS = 1 + 4 * LEVELS;
 constexpr int TAPS_PLANE = (BANDS * TAPS + 31) / 32 * 32 + 4;
 
@@ -65,7 +65,7 @@ __device__ constexpr int low_rows[] = {0, LOW_ROWS};
 __device__ constexpr int high_rows[] = {0, HIGH_ROWS};
 __device__ constexpr int stride_of[] = {0, STRIDE};
 
-// Where the coefficients of a level lie in a plane, the low band first.
+// The offset in a plane of a level's coefficients, low band first.
 DEVICE constexpr int low_at(int level) {
   int at = 0;
   for (int l = 1; l < level; l++) at += (low_rows[l] + 3 * high_rows[l]) * stride_of[l];
@@ -76,7 +76,7 @@ DEVICE constexpr int high_at(int level) { return low_at(level) + low_rows[level]
 
 DEVICE constexpr int patches_across(int level) { return (tile_columns[level] + 3) / 4; }
 
-// Where the synthesis of a level alone lies; that of level LEVELS + 1 is the image below.
+// The place of the synthesis of one level; that of level LEVELS + 1 is the image below.
 DEVICE constexpr int sum_stride(int level) { return 4 * ((tile_columns[level - 1] + 7) / 8 * 2); }
 
 DEVICE constexpr int sum_rows(int level) {
@@ -92,8 +92,8 @@ DEVICE constexpr int sum_at(int level) {
   return at;
 }
 
-// The coefficients of a level that may not be zero, in pairs where rows are: all of a tile and what
-// it keeps around it, and of a whole plane its own.
+// The coefficients of a level that may be non-zero, as first row and column, rows and items of
+// COLUMNS: a tile and its halo, or all of a whole plane.
 DEVICE constexpr int first_row(int level) { return TILED ? 0 : halo[level]; }
 
 DEVICE constexpr int first_column(int level) { return TILED ? 0 : left_of[level]; }
@@ -104,11 +104,11 @@ DEVICE constexpr int items_across(int level) {
   return TILED ? stride_of[level] / COLUMNS : (tile_columns[level] + COLUMNS - 1) / COLUMNS;
 }
 
-constexpr int PIXELS = CHANNELS_LAST ? 1 : VECTOR;    // Of a row that are beside each other.
-constexpr int TOGETHER = CHANNELS_LAST ? VECTOR : 1;  // Planes whose pixels are.
+constexpr int PIXELS = CHANNELS_LAST ? 1 : VECTOR;    // Contiguous pixels of a row.
+constexpr int TOGETHER = CHANNELS_LAST ? VECTOR : 1;  // Planes whose pixels are contiguous.
 
 struct Level {
-  int low, high, band, stride;  // From the first neighbour of the tile's first coefficient.
+  int low, high, band, stride;  // Offsets of the first neighbour of the tile's first coefficient.
   int rows, across;
   int first_band;
 };
@@ -163,7 +163,7 @@ DEVICE Vector<T, COUNT> vector(const T* from) {
   return *reinterpret_cast<const Vector<T, COUNT>*>(from);
 }
 
-// Four neighbours in shared memory, the first of which lies R elements from a whole vector.
+// Four neighbours in shared memory, which start R elements after a 16-byte boundary.
 DEVICE void four(const float* from, float (&to)[4]) {
   constexpr int SIZE = R % 4 == 0 ? 4 : R % 2 == 0 ? 2 : 1;
 #pragma unroll
@@ -174,8 +174,8 @@ DEVICE void four(const float* from, float (&to)[4]) {
   }
 }
 
-// Four floats of shared memory, loaded where it is written: the compiler would begin with all the
-// loads of a patch, and have no registers to hold them.
+// Four floats of shared memory. The load is volatile, so that the compiler keeps it in place: it
+// would hoist all loads of a patch and run out of registers.
 DEVICE Vector<float, 4> quad(const float* from) {
 #ifdef __CUDACC__
   Vector<float, 4> result;
@@ -188,7 +188,7 @@ DEVICE Vector<float, 4> quad(const float* from) {
 #endif
 }
 
-// The neighbours of four columns.
+// Four columns and their neighbours.
 DEVICE void window(const float* from, float (&to)[4 * WINDOW]) {
 #pragma unroll
   for (int i = 0; i < WINDOW; i++) {
@@ -199,14 +199,14 @@ DEVICE void window(const float* from, float (&to)[4 * WINDOW]) {
 }
 
 struct Image {
-  Offset plane, row;  // Elements between neighbours.
+  Offset plane, row;  // Elements from one plane, and from one row, to the next.
   int column;
   int height, width;
 };
 
-// Planes of a block, and where its tile is.
+// The planes of a thread block, and the position of its tile.
 struct Block {
-  Offset first;  // Offset of its first plane in the tensor.
+  Offset first;  // Offset of the block's first plane in the tensor.
   int channel, planes;
   int top, left;
 };
@@ -219,7 +219,7 @@ DEVICE Image image_of(int channels, int height, int width) {
 #endif
 }
 
-// Tiles beside each other are of one plane, so that what they share stays in the cache.
+// Consecutive blocks take neighbouring tiles of the same planes, so that L2 holds their halos.
 DEVICE Block block_at(Offset at, int images, int channels, int height, int width) {
   const int across = (width + TILE_W - 1) / TILE_W, down = (height + TILE_H - 1) / TILE_H;
   const Offset size = Offset(height) * width;
@@ -248,7 +248,7 @@ DEVICE Block block_at(Offset at, int images, int channels, int height, int width
 // ---------------------------------------------------------------------------------------------
 // Analysis
 
-// Four bands of COLUMNS squares of pixels, two rows of which follow each other in `pixels`.
+// Stores the four bands of COLUMNS squares of pixels; `pixels` holds their upper, then lower row.
 DEVICE void store_bands(const float (&pixels)[4 * COLUMNS], float* low, float* high, int band,
                         bool keep) {
   Vector<float, COLUMNS> bands[4];
@@ -271,7 +271,7 @@ DEVICE void store_bands(const float (&pixels)[4 * COLUMNS], float* low, float* h
   }
 }
 
-// Where the coefficients of an item of the analysis go.
+// Stores the coefficients of one item of the analysis.
 template <int LEVEL>
 DEVICE void store_item(const float (&pixels)[4 * COLUMNS], float* plane, int row, int column) {
   constexpr int STEP = stride_of[LEVEL];
@@ -281,27 +281,27 @@ DEVICE void store_item(const float (&pixels)[4 * COLUMNS], float* plane, int row
               high_row >= 0 && high_row < high_rows[LEVEL]);
 }
 
-// Zeros around whole planes, where nothing else is stored.
+// Zeros whole planes, whose padding nothing else stores.
 DEVICE void clear(float* shared, int planes) {
 #pragma unroll 1
   for (int i = 4 * threadIdx.x; i < planes * PLANE; i += 4 * THREADS)
     *reinterpret_cast<Vector<float, 4>*>(shared + i) = {};
 }
 
-// Coefficients of the first level, from pixels up to `reach` around the tile. Zeros around the
-// first planes of a block are stored while the first pixels are on their way.
+// Loads pixels up to `reach` around the tile and stores the coefficients of the first level. With
+// `zeros` it clears the planes while the first loads are in flight.
 DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& block, int reach,
                  bool zeros, float* shared) {
   constexpr int ACROSS = items_across(1), DOWN = rows_of(1);
 #if CHANNELS_LAST
-  // Planes fastest: they are beside each other in memory.
+  // Planes are the fastest axis: their pixels are contiguous in memory.
   constexpr int LINE = ACROSS * (PLANES / TOGETHER), LINES = DOWN;
 #else
   constexpr int LINE = ACROSS, LINES = DOWN * PLANES;
 #endif
   static_assert(LINE <= THREADS, "a thread has one column");
   constexpr int STEP = THREADS / LINE;
-  constexpr int AT_ONCE = 4 / TOGETHER;  // Loads of so many items are under way together.
+  constexpr int AT_ONCE = 4 / TOGETHER;  // Items whose loads are in flight together.
   constexpr int TURNS = (LINES + AT_ONCE * STEP - 1) / (AT_ONCE * STEP);
   const int of_line = threadIdx.x % LINE, first_line = threadIdx.x / LINE;
   const int lines = first_line < STEP ? LINES : 0;
@@ -355,7 +355,7 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
   }
 }
 
-// Coefficients of a level from the low band above it, after which the block waits.
+// Computes the coefficients of a level from the low band of the level above, then synchronises.
 template <int LEVEL>
 DEVICE void analyse(float* shared, int planes) {
   constexpr int ACROSS = items_across(LEVEL), DOWN = rows_of(LEVEL);
@@ -405,15 +405,15 @@ DEVICE void analyse_all(float* shared, int planes) {
 // Forward
 
 struct Taps {
-  const float* of[LEVELS + 1];  // Of the base and each level `[C, 1 or 4, K, K]`.
+  const float* of[LEVELS + 1];  // Taps of the base and of each level, `[C, 1 or 4, K, K]`.
 };
 
-// All taps of a block's channels, with the factors of analysis and synthesis.
+// Copies the taps of a block's channels to shared memory, times the factors of the transforms.
 DEVICE void load_taps(const Taps& taps, const Block& block, int transpose, float* to) {
   const int channels = CHANNELS_LAST ? block.planes : 1;
 #pragma unroll 1
   for (int item = threadIdx.x; item < channels * 4 * KK; item += THREADS) {
-    // The same tap of the same band of each level, and for the first band that of the base.
+    // An item is the same tap and band of every level, and for the first band also of the base.
     const int tap = item % KK, band = item / KK % 4, plane = item / (4 * KK);
     const Offset channel = block.channel + plane;
     float values[LEVELS + 1];
@@ -437,7 +437,7 @@ DEVICE void registers(const float* taps, float (&to)[TAPS]) {
   }
 }
 
-// Adds to a patch of COUNT x 4 coefficients a band filtered.
+// Adds one filtered band to a patch of COUNT x 4 coefficients.
 template <int COUNT>
 DEVICE void filter(const float* from, int stride, const float* shared_taps, float (&sums)[COUNT][4]) {
   float taps[TAPS];
@@ -458,7 +458,7 @@ DEVICE void filter(const float* from, int stride, const float* shared_taps, floa
   }
 }
 
-// Synthesis of a patch from its four bands filtered; the low one starts at `pixels`.
+// The synthesis of a patch from its four filtered bands; `low` holds the low band's initial values.
 template <int COUNT>
 DEVICE void filter_level(const float* plane, const Level& level, int row, int column,
                          const float* taps, float (&low)[COUNT][4], float (&pixels)[2 * COUNT][8]) {
@@ -484,7 +484,7 @@ DEVICE void filter_level(const float* plane, const Level& level, int row, int co
   }
 }
 
-// A row of pixels, four times as large, and its neighbours from the coefficients around a patch.
+// A row of pixels of a patch and their neighbours, four times as large, from its coefficients.
 template <int LENGTH>
 DEVICE void pixel_row(const float (&bands)[4][LENGTH], int first, int count, int bottom,
                       float* pixels) {
@@ -532,7 +532,8 @@ DEVICE void filter_base(const float* plane, int row, int column, const float* sh
   }
 }
 
-// Levels from the second on, each synthesised alone: all at once, for none needs another's.
+// Filters and synthesises each level from the second on into a sum of its own, all at once: no
+// level's sum depends on another's.
 DEVICE void filter_deep(float* shared, const float* shared_taps, int planes) {
   int end[LEVELS + 1];
   end[1] = 0;
@@ -567,7 +568,7 @@ DEVICE void filter_deep(float* shared, const float* shared_taps, int planes) {
   }
 }
 
-// The image below the deepest level, with the synthesis' factor down to it.
+// Loads the image below the deepest level, times the factor of the synthesis down to it.
 DEVICE void load_below(const float* __restrict__ below, const Block& block, int images, int channels,
                        int height, int width, float* shared) {
   constexpr int LEVEL = LEVELS + 1, SIDE = 1 << LEVELS;
@@ -599,7 +600,8 @@ DEVICE void load_below(const float* __restrict__ below, const Block& block, int 
 
 #if defined(FORWARD)
 
-// y of one block's tile, of the shape of x; taps `[C, 1 or 4, K, K]`, bias `[C]` or null.
+// One thread block of the forward: one tile of y, which has x's shape. Taps are `[C, 1 or 4, K, K]`,
+// the bias is `[C]` or null.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
                const float* __restrict__ base, const float* __restrict__ taps1,
@@ -685,7 +687,7 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
 
 #elif defined(LOW)
 
-// The low band of level LEVELS of x, in float32: a thread a coefficient.
+// The low band of level LEVELS of x in float32, one thread a coefficient.
 extern "C" __global__ void __launch_bounds__(THREADS)
 wtconv_low(const Scalar* __restrict__ x, float* __restrict__ y, int images, int channels, int height,
            int width) {
@@ -729,8 +731,8 @@ wtconv_low(const Scalar* __restrict__ x, float* __restrict__ y, int images, int 
 // ---------------------------------------------------------------------------------------------
 // Weight gradient
 
-// Sums of one band: coefficients of x times those of dy, for each tap. `rows` of dy go into a ring
-// of K, so that a row of x, loaded once, meets all rows of dy that it is a neighbour of.
+// Adds to each tap's accumulator the coefficients of x times those of dy, of one band. The rows of dy
+// enter a ring of K rows in registers, so that each row of x is loaded once for all K of them.
 DEVICE void correlate_band(const float* x, const float* dy, int stride, int rows, float (&sums)[KK]) {
   float ring[K][4] = {};
 #pragma unroll 1
@@ -759,7 +761,7 @@ DEVICE void correlate_band(const float* x, const float* dy, int stride, int rows
   }
 }
 
-// The same of pixels; `x` and `dy` are at the first neighbour of the segment.
+// The same for pixels; `x` and `dy` point at the first neighbour of the segment.
 DEVICE void correlate_base(const float* x, const float* dy, int rows, float (&sums)[KK]) {
   constexpr Level level = level_at(1);
   constexpr int BANDS_AT[4] = {level.low, level.high, level.high + level.band,
@@ -771,7 +773,7 @@ DEVICE void correlate_base(const float* x, const float* dy, int rows, float (&su
     for (int u = 0; u < 2 * K; u++) {
       const int d = first + u;
       if (d >= 2 * rows + 2 * R) break;
-      // Row d of the segment's pixels and their neighbours, and row d of dy.
+      // Row d of the segment's pixels with their neighbours, and row d of dy.
       const int bottom = (u + R) % 2;
       const int row = R + (d - R - bottom) / 2;
       float bands[4][4 * WINDOW], pixels[2 * (4 + 2 * BASE_R)];
@@ -807,8 +809,8 @@ DEVICE constexpr int segments(int level) { return (tile_rows[level] + SEGMENT - 
 
 constexpr int BASE_SEGMENTS = (tile_rows[1] + BASE_SEGMENT - 1) / BASE_SEGMENT;
 
-// The threads of a level: planes fastest, then strips, segments and bands. Those of the base come
-// first and fill whole warps, because they run other code.
+// The first thread of a level's threads, ordered by bands, segments, strips and planes, planes
+// fastest. The base's threads come first and fill whole warps, since they run other code.
 DEVICE constexpr int first_role(int level) {
   if (level == 0) return 0;
   const int base = BASE ? PLANES * patches_across(1) * BASE_SEGMENTS : 0;
@@ -817,7 +819,8 @@ DEVICE constexpr int first_role(int level) {
   return at;
 }
 
-// `sums [programs, C, 1 + 4 * LEVELS, K * K]`: each program's share of the taps' gradients.
+// One persistent thread block of the weight gradient. `sums [programs, C, 1 + 4 * LEVELS, K * K]`
+// holds each program's share of the taps' gradients.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 wtconv_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, float* __restrict__ sums,
                int images, int channels, int height, int width, int programs) {
@@ -871,10 +874,10 @@ wtconv_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, floa
 #endif
     const bool zeros = !TILED && turn == program;
     load(x + block.first, image, block, 2 * halo[1], zeros, shared);
-    // What dy has beyond the tile is for the tiles beside it.
+    // dy's halo belongs to the neighbouring tiles, so it counts as zero here.
     load(dy + block.first, image, block, 0, zeros, other);
     __syncthreads();
-    // The planes of x and dy follow each other.
+    // The planes of dy follow those of x in shared memory.
     analyse_all(shared, 2 * PLANES);
     if (works) {
       if (l == 0) {
@@ -889,7 +892,7 @@ wtconv_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, floa
 #pragma unroll
   for (int t = 0; t < KK; t++) shared[threadIdx.x * KK + t] = found[t];
   __syncthreads();
-  // Always in the same order, so that results are bitwise reproducible.
+  // The order is fixed, so results are bitwise reproducible.
   constexpr int PARTS = CHANNELS_LAST ? PLANES : 1;
 #pragma unroll 1
   for (int item = threadIdx.x; item < PARTS * BANDS * KK; item += THREADS) {

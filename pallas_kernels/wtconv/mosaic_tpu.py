@@ -1,25 +1,27 @@
-"""The fused wavelet convolution as Pallas TPU kernels: x is read once, y written once.
+"""The fused wavelet convolution as Pallas TPU kernels: x is read once, y is written once.
 
-One grid step holds one tile in VMEM (whole images where they fit) for one block of 128 channels:
+The grid is `common.mosaic_tpu.launch_grid`: blocks of 128 channels, blocks of images, tiles. A grid
+step holds one tile and its halo in VMEM (whole images where they fit), which Pallas double-buffers:
 
-1. x is copied into a zero-padded float32 scratch, with the halo that the deepest level needs;
+1. x is copied into a zero-padded float32 VMEM scratch, with the halo that the deepest level needs;
 2. each level's coefficients are sums and differences of strided loads of the level above;
 3. from the deepest level up, the four bands are convolved and synthesised onto the level above;
 4. the base convolution is added to the synthesis of the first level.
 
-Where a batch gives a multiple of eight images, they lie side by side, `[H, W, N, C]`: a register
-holds one column of eight images, so that no width leaves sublanes empty and no shift moves them.
+Where the batch is a multiple of eight images, arrays are `[H, W, N, C]`: a register holds the same
+column of eight images, so that no width leaves sublanes empty and no shift crosses sublanes.
 Otherwise a register holds eight columns of one image.
 
-A convolution keeps up to eight rows in registers and its taps beside them: each load of a shifted
-row serves every row that it is a neighbour of. Analysis and synthesis run without their factors
-1/2, which are folded into the taps (`4**-level`, exact). The weight gradient runs both cascades
-and correlates them, one accumulation_dtype register a tap.
+A convolution keeps the accumulators of a block of up to eight rows in registers, and its taps
+beside them: each load of a shifted row serves every row of the block within the kernel's radius.
+Analysis and synthesis run without their factors 1/2, which are folded into the taps (`4**-level`,
+exact). The weight gradient runs the cascades of x and dy and correlates them, one accumulator
+register a tap.
 
-What bounds it (v5e, from the compiler's final bundles): the four VALU slots. The loop of a
-convolution is 1% off one multiply and one add for each tap, so the total is off its floor by the
-copies and cascades (load and store slots), by sublanes that widths such as 14 leave empty where
-images are not side by side, and for tiny images by zeroing scratch (the store slot).
+The kernels are bound by the four VALU slots (v5e, from the compiler's final bundles). The loop of a
+convolution is within 1% of one multiply and one add for each tap. The rest of the time goes to
+copies and cascades (load and store slots), to sublanes that widths such as 14 leave empty where
+images do not share registers, and for tiny images to zeroing scratch (the store slot).
 """
 
 import math
@@ -41,46 +43,45 @@ from pallas_kernels.common.mosaic_tpu import (
     SUBLANES,
     VMEM_SHARE,
     Part,
+    columns_per_register,
     compiler_params,
+    from_hwnc,
     halved,
+    hwnc_shape,
     launch_grid,
+    load_hwnc_row,
     loop,
     parts,
-    row_together,
-    side_by_side,
+    pick_images_per_register,
+    round_up,
     store_row,
-    turned,
-    turned_back,
-    turned_shape,
+    to_hwnc,
     unavailable,
-    up,
-    whole_columns,
 )
-from pallas_kernels.haar.mosaic_tpu import merge, split
+from pallas_kernels.common.refusals import refusal, refuse
+from pallas_kernels.common.types import Pair, Taps
+from pallas_kernels.haar.butterfly import merge, split
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 
-Taps = tuple[jax.Array, ...]
-Pair = tuple[int, int]
-Totals = tuple[jax.Array, ...]
+Accumulators = tuple[jax.Array, ...]
+"""One register for each tap."""
 
 _MAX_KERNEL = 9
 _MAX_GROUP = 8
-"""Most blocks of eight columns in one unrolled loop body."""
+"""The most registers of a row that one loop body unrolls."""
 
 
 def check(direction: str, problem: Any) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.problem.Problem`.
     """
-    reasons = problem.unsupported(("float32", "bfloat16"), _MAX_KERNEL)
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(problem.unsupported(("float32", "bfloat16"), _MAX_KERNEL))
     _tiling(problem.shape, problem.dtype, problem.kernel_size, problem.levels, direction == "bwd")
 
 
@@ -97,7 +98,8 @@ def forward(
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
 
-    `wavelet` is Haar, and `precision` is float32's whatever is asked: the matrix unit is not used.
+    `wavelet` is Haar. `precision` changes nothing: the kernel computes in float32 on the vector
+    units and does not use the matrix unit.
     """
     kernel_size, levels = taps[0].shape[0], len(taps) - 1
     pads = (kernel_size - 1) // 2, kernel_size // 2
@@ -116,7 +118,9 @@ def forward(
     windows = _windows(x.shape, tiling, tiling.halo, lanes)
     y = pl.pallas_call(
         partial(_forward_kernel, tiling, geometry, pads, x.shape[1:3], len(windows)),
-        out_shape=pallas_output(turned_shape(x.shape, tiling.together), x.dtype, x, *flat, bias),
+        out_shape=pallas_output(
+            hwnc_shape(x.shape, tiling.images_per_register), x.dtype, x, *flat, bias
+        ),
         grid=launch_grid(x.shape, tiling.images, tiling.size),
         in_specs=[
             *windows,
@@ -126,7 +130,7 @@ def forward(
         out_specs=_windows(x.shape, tiling, (0, 0), lanes)[0],
         scratch_shapes=[
             *_cascade_scratch(geometry, tiling, lanes),
-            # Filtered bands of one level at a time, and the sum of each level and all below it.
+            # The filtered bands of one level at a time, and the synthesis onto each level.
             _scratch(_filtered_shape(geometry[min(levels, 1)]), tiling, lanes, 4),
             *(
                 _scratch(_merged_shape(geometry, level), tiling, lanes)
@@ -136,11 +140,11 @@ def forward(
         compiler_params=compiler_params(),
         name="wtconv_forward",
     )(
-        *[turned(x, tiling.together)] * len(windows),
+        *[to_hwnc(x, tiling.images_per_register)] * len(windows),
         *flat,
         bias.reshape(1, channels).astype(jnp.float32),
     )
-    return turned_back(y, tiling.together)
+    return from_hwnc(y, tiling.images_per_register)
 
 
 @partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
@@ -153,9 +157,9 @@ def weight_grad(
     wavelet: str,
     precision: lax.Precision | None,
 ) -> Taps:
-    """Gradients of the taps: each level's coefficients of x correlated with those of dy.
+    """The gradients of the taps: each level's coefficients of x correlated with those of dy.
 
-    The sums over batch and tiles run in the order of the grid, so they are bitwise reproducible.
+    Grid steps add to the accumulators in a fixed order, so results are bitwise reproducible.
     """
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
     pads = (kernel_size - 1) // 2, kernel_size // 2
@@ -179,7 +183,10 @@ def weight_grad(
         ],
         compiler_params=compiler_params(),
         name="wtconv_weight_grad",
-    )(*[turned(x, tiling.together)] * len(x_windows), turned(dy, tiling.together))
+    )(
+        *[to_hwnc(x, tiling.images_per_register)] * len(x_windows),
+        to_hwnc(dy, tiling.images_per_register),
+    )
     return tuple(
         jnp.moveaxis(s, 1, 0).reshape(shape) * 4.0**-level
         for level, (s, shape) in enumerate(zip(sums, kernel_shapes, strict=True))
@@ -190,22 +197,26 @@ def weight_grad(
 
 
 class _Tiling(NamedTuple):
-    """How x is cut, and how a tile lies in registers."""
+    """The tile of a grid step, and the layout of its registers."""
 
     images: int
-    """Images a grid step."""
+    """The number of images of a grid step."""
     size: Pair
+    """The height and width of the tile."""
     halo: Pair
-    """Rows and columns read around the tile."""
-    together: int = 1
-    """Images side by side in each column, so many sublanes from one column to the next: all of a
-    step, a multiple of eight, or one, eight of its columns in a register."""
+    """The rows and columns that are read around the tile, on each side."""
+    images_per_register: int = 1
+    """All images of the step, a multiple of eight, where images share registers: neighbouring
+    columns are then this many sublanes apart. Otherwise 1, and a register holds eight columns."""
 
 
 def _tiling(
     shape: Sequence[int], dtype: jnp.dtype, kernel_size: int, levels: int, weights: bool
 ) -> _Tiling:
-    """The largest tile that fits in VMEM: images together, else whole images, else parts."""
+    """The largest tile that fits in VMEM.
+
+    Images that share registers come first, then whole images, then tiles with a halo.
+    """
     n, h, w, channels = shape
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
 
@@ -213,18 +224,18 @@ def _tiling(
         return _vmem_use(tiling, dtype, channels, kernel_size, levels, weights) <= limit
 
     most = max(1, STEP_BYTES // (h * w * min(channels, LANES) * dtype.itemsize))
-    together = side_by_side(
+    images_per_register = pick_images_per_register(
         shape, dtype, most, lambda images: fits(_Tiling(images, (h, w), (0, 0), images))
     )
-    if together > 1:
-        return _Tiling(together, (h, w), (0, 0), together)
+    if images_per_register > 1:
+        return _Tiling(images_per_register, (h, w), (0, 0), images_per_register)
     for images in range(min(n, most), 0, -1):
         tiling = _Tiling(images, (h, w), (0, 0))
         if n % images == 0 and fits(tiling):
             return tiling
-    # A block's halo must be a multiple of 2**levels, and divide its size to be a block itself.
-    reach = 1 << (levels + (max(kernel_size // 2, 1) - 1).bit_length())
-    halos = reach, max(reach, 2 * SUBLANES)
+    # The halo must be a multiple of 2**levels, and must divide the tile to be a block of its own.
+    least = 1 << (levels + (max(kernel_size // 2, 1) - 1).bit_length())
+    halos = least, max(least, 2 * SUBLANES)
     sizes = [
         [(size, 0), *((halo << i, halo) for i in range(9) if halo << i < size)]
         for size, halo in zip((h, w), halos, strict=True)
@@ -237,20 +248,22 @@ def _tiling(
             steps = math.ceil(h / rows) * math.ceil(w / cols)
             fitting.append((read * steps, tiling))
     if not fitting:
-        raise NotImplementedError(
-            f"does not take {levels} levels of kernel {kernel_size} on images of {h} x {w}: no "
-            f"tile with its halo of {reach} pixels fits in {limit / 2**20:.1f} MiB of VMEM"
+        raise refusal(
+            [
+                f"{levels} levels of kernel {kernel_size} on images of {h} x {w}: no tile with "
+                f"its halo of {least} pixels fits in {limit / 2**20:.1f} MiB of VMEM"
+            ]
         )
     return min(fitting)[1]
 
 
 def _windows(shape: Sequence[int], tiling: _Tiling, halo: Pair, lanes: int) -> list[pl.BlockSpec]:
-    """The tile itself first, then the blocks of its halo, clamped to the image."""
+    """The blocks that a grid step reads: the tile first, then its halo, clamped to the image."""
     return [_window(shape, tiling, where, halo, lanes) for where in _places(halo)]
 
 
 def _places(halo: Pair) -> list[Pair]:
-    """Which blocks surround the tile: -1 before, 0 the tile, 1 after, along rows and columns."""
+    """The places of a tile's blocks along rows and columns: -1 before, 0 the tile, 1 after."""
     along = [(0, -1, 1) if h else (0,) for h in halo]
     return list(product(*along))
 
@@ -258,6 +271,7 @@ def _places(halo: Pair) -> list[Pair]:
 def _window(
     shape: Sequence[int], tiling: _Tiling, where: Pair, halo: Pair, lanes: int
 ) -> pl.BlockSpec:
+    """The block of the tile at place (0, 0), or of its halo at another place."""
     block = [h if p else t for h, p, t in zip(halo, where, tiling.size, strict=True)]
     ratio = [t // b for t, b in zip(tiling.size, block, strict=True)]
     last = [math.ceil(s / b) - 1 for s, b in zip(shape[1:3], block, strict=True)]
@@ -269,85 +283,99 @@ def _window(
         )
         return n, *tile, c
 
-    if tiling.together > 1:
+    if tiling.images_per_register > 1:
         return pl.BlockSpec((*block, tiling.images, lanes), lambda c, n, i, j: (i, j, n, c))
     return pl.BlockSpec((tiling.images, *block, lanes), index)
 
 
 class _Level(NamedTuple):
-    """One level's coefficients in scratch; level 0 is x."""
+    """The place of one level's coefficients in VMEM scratch; level 0 is x."""
 
     size: Pair
-    """Rows and columns of the tile at this level."""
+    """The rows and columns of the tile at this level."""
     margin: Pair
-    """Rows and columns computed beyond them on each side."""
+    """The rows and columns that are computed around them, on each side."""
     origin: Pair
-    """Where the tile's first coefficient lies in scratch."""
+    """The row and column of the tile's first coefficient in scratch."""
     shape: Pair
-    """Rows and columns of the scratch."""
-    together: int
-    """As the tiling's."""
+    """The rows and columns of the scratch."""
+    images_per_register: int
+    """The tiling's `images_per_register`."""
 
 
 def _geometry(tiling: _Tiling, halo: Pair, levels: int, pads: Pair) -> list[_Level]:
-    """Places every level in scratch: room for pads, for whole registers, for the next level."""
+    """The place of every level in scratch.
+
+    A level has room for its padding, for whole registers, and for the next level's reads.
+
+    Args:
+        tiling: The tile of a grid step.
+        halo: Rows and columns around the tile at level 0.
+        levels: Number of levels below level 0.
+        pads: The convolution's padding before and after.
+    """
     sizes = halved(tiling.size, levels)
     margins = [tuple(h >> level for h in halo) for level in range(levels + 1)]
     found: list[_Level] = []
-    together = tiling.together
-    whole = whole_columns(together)
+    images_per_register = tiling.images_per_register
+    whole = columns_per_register(images_per_register)
     for size, margin in zip(reversed(sizes), reversed(margins), strict=True):
         before = [max(pads[0], m) for m in margin]
-        origin = before[0], up(before[1], whole)
-        level = _Level(size, margin, origin, (0, 0), together)
+        origin = before[0], round_up(before[1], whole)
+        level = _Level(size, margin, origin, (0, 0), images_per_register)
         filtered = _filtered_shape(level)
         rows = [size[0] + margin[0], filtered[0] + pads[1]]
-        cols = [up(size[1] + 2 * margin[1], whole) - margin[1], filtered[1] + pads[1]]
+        cols = [round_up(size[1] + 2 * margin[1], whole) - margin[1], filtered[1] + pads[1]]
         if found:
             # The next level's analysis reads two rows and columns for each one that it writes.
             rows.append(2 * (found[-1].size[0] + found[-1].margin[0]))
-            cols.append(2 * up(found[-1].size[1] + 2 * found[-1].margin[1], whole) - margin[1])
-        shape = origin[0] + max(rows), up(origin[1] + max(cols), whole)
+            cols.append(
+                2 * round_up(found[-1].size[1] + 2 * found[-1].margin[1], whole) - margin[1]
+            )
+        shape = origin[0] + max(rows), round_up(origin[1] + max(cols), whole)
         found.append(level._replace(shape=shape))
     return found[::-1]
 
 
-def _row_chunk(rows: int) -> int:
-    """Rows kept in registers at once: eight, or what leaves the fewest rows over."""
-    return min(rows, min((8, 7, 6, 5, 4), key=lambda chunk: (up(rows, chunk), -chunk)))
+def _row_block(rows: int) -> int:
+    """The rows whose accumulators are in registers at once: up to 8, with the least remainder."""
+    return min(rows, min((8, 7, 6, 5, 4), key=lambda block: (round_up(rows, block), -block)))
 
 
-def _column_groups(cols: int, together: int) -> Pair:
-    """A row as groups of registers: (groups, registers in each)."""
-    registers = math.ceil(cols * together / SUBLANES)
+def _column_groups(cols: int, images_per_register: int) -> Pair:
+    """The number of groups that a row of columns is cut into, and of registers in each."""
+    registers = math.ceil(cols * images_per_register / SUBLANES)
     if registers <= _MAX_GROUP:
         return 1, registers
-    size = min((8, 7, 6, 5, 4), key=lambda size: (up(registers, size), -size))
+    size = min((8, 7, 6, 5, 4), key=lambda size: (round_up(registers, size), -size))
     return math.ceil(registers / size), size
 
 
 def _filtered_shape(level: _Level) -> Pair:
-    """Rows and columns that a convolution of this level writes."""
+    """The rows and columns that the convolution of a level writes, up to whole blocks."""
     rows, cols = level.size
-    registers = math.prod(_column_groups(cols, level.together))
-    return up(rows, _row_chunk(rows)), -(-registers * SUBLANES // level.together)
+    registers = math.prod(_column_groups(cols, level.images_per_register))
+    return round_up(rows, _row_block(rows)), -(-registers * SUBLANES // level.images_per_register)
 
 
 def _merged_shape(geometry: list[_Level], level: int) -> Pair:
-    """Rows and columns of the synthesis onto `level`: twice those of the level below it."""
+    """The rows and columns of the synthesis onto `level`, twice those of the next level."""
     rows, cols = _filtered_shape(geometry[level])
     if level + 1 == len(geometry):
         return rows, cols
-    below, whole = geometry[level + 1].size, whole_columns(geometry[level].together)
-    return max(rows, 2 * below[0]), max(cols, 2 * up(below[1], whole))
+    below = geometry[level + 1].size
+    whole = columns_per_register(geometry[level].images_per_register)
+    return max(rows, 2 * below[0]), max(cols, 2 * round_up(below[1], whole))
 
 
 def _scratch(shape: Pair, tiling: _Tiling, lanes: int, *bands: int) -> Any:
+    """A float32 VMEM scratch of some rows and columns, for all bands."""
     rows, cols = shape
-    return pltpu.VMEM((*bands, rows, cols * tiling.together, lanes), jnp.float32)
+    return pltpu.VMEM((*bands, rows, cols * tiling.images_per_register, lanes), jnp.float32)
 
 
 def _cascade_scratch(geometry: list[_Level], tiling: _Tiling, lanes: int) -> list[Any]:
+    """The VMEM scratch of every level: one band for x, four for each level of coefficients."""
     return [_scratch(g.shape, tiling, lanes, 4 if level else 1) for level, g in enumerate(geometry)]
 
 
@@ -359,9 +387,9 @@ def _vmem_use(
     levels: int,
     weights: bool,
 ) -> int:
-    """Bytes of VMEM of one kernel: scratch, and every block twice for the pipeline."""
-    reach = kernel_size // 2
-    of_x = _geometry(tiling, tiling.halo, levels, (reach, reach))
+    """The bytes of VMEM of one kernel: scratch once, and every double-buffered block twice."""
+    radius = kernel_size // 2
+    of_x = _geometry(tiling, tiling.halo, levels, (radius, radius))
     elements = sum((4 if level else 1) * math.prod(g.shape) for level, g in enumerate(of_x))
     if weights:
         of_dy = _geometry(tiling, (0, 0), levels, (0, 0))
@@ -369,15 +397,15 @@ def _vmem_use(
     else:
         elements += 4 * math.prod(_filtered_shape(of_x[min(levels, 1)]))
         elements += sum(math.prod(_merged_shape(of_x, level)) for level in range(max(levels, 1)))
-    # And a row: values as wide as one go to the compiler's stack.
-    elements = tiling.together * (elements + up(tiling.size[1], SUBLANES))
+    # The compiler spills values as wide as a row to its stack.
+    elements = tiling.images_per_register * (elements + round_up(tiling.size[1], SUBLANES))
     if weights:
-        # The sums, a register for each tap.
+        # One accumulator register for each tap.
         elements += (1 + 4 * levels) * kernel_size**2 * SUBLANES
     rows, cols = (size + 2 * halo for size, halo in zip(tiling.size, tiling.halo, strict=True))
-    blocks = tiling.images * rows * up(cols, 16)
-    blocks += tiling.images * tiling.size[0] * up(tiling.size[1], 16)
-    taps = (1 + 4 * levels) * up(kernel_size**2, SUBLANES)
+    blocks = tiling.images * rows * round_up(cols, 16)
+    blocks += tiling.images * tiling.size[0] * round_up(tiling.size[1], 16)
+    taps = (1 + 4 * levels) * round_up(kernel_size**2, SUBLANES)
     return LANES * (4 * elements + 2 * dtype.itemsize * blocks + 2 * 4 * taps)
 
 
@@ -392,6 +420,7 @@ def _forward_kernel(
     windows: int,
     *refs: Any,
 ) -> None:
+    """One grid step of the forward: a tile of x through the cascade and back to a tile of y."""
     levels = len(geometry) - 1
     blocks = iter(refs)
     xs, taps, (bias, out), coefficients, (filtered,), merged = (
@@ -408,9 +437,9 @@ def _forward_kernel(
             below = merged[level] if level < levels else None
             _synthesise(filtered, below, merged[level - 1], geometry[level])
         _add_base(coefficients[0], geometry[0], taps[0], pads, bias, merged[0], levels > 0)
-        loop(tiling.size[0], partial(store_row, merged[0], out, index, tiling.together))
+        loop(tiling.size[0], partial(store_row, merged[0], out, index, tiling.images_per_register))
 
-    loop(tiling.images // tiling.together, one)
+    loop(tiling.images // tiling.images_per_register, one)
 
 
 def _weight_kernel(
@@ -422,6 +451,7 @@ def _weight_kernel(
     windows: int,
     *refs: Any,
 ) -> None:
+    """One grid step of the weight gradient: the tile's correlations, added to the accumulators."""
     levels = len(of_x)
     blocks = iter(refs)
     xs, dys, out, x_bands, dy_bands, sums = (
@@ -439,7 +469,7 @@ def _weight_kernel(
                 x_bands[level], dy_bands[level], of_x[level], of_dy[level], pads, sums[level]
             )
 
-    loop(tiling.images // tiling.together, one)
+    loop(tiling.images // tiling.images_per_register, one)
 
     @pl.when(_is_step(last=True))
     def _() -> None:
@@ -448,22 +478,22 @@ def _weight_kernel(
 
 
 def _is_step(last: bool) -> jax.Array:
-    """Whether this is the first, or the last, step of a block of channels."""
+    """Whether this is the first, or with `last` the last, grid step of a block of channels."""
     ends = [pl.num_programs(axis) - 1 if last else 0 for axis in (1, 2, 3)]
     here = [pl.program_id(axis) == end for axis, end in zip((1, 2, 3), ends, strict=True)]
     return here[0] & here[1] & here[2]
 
 
 def _zero_at_first(refs: Sequence[Any]) -> None:
-    """Zeros scratch once: what a step does not write again stays zero, the padding above all."""
+    """Zeros scratch at the first grid step; what no step writes, such as padding, stays zero."""
 
     @pl.when(_is_step(last=False))
     def _() -> None:
         for ref in refs:
-            for lead in range(ref.shape[0]):
+            for band in range(ref.shape[0]):
 
-                def row(i: jax.Array, ref: Any = ref, lead: int = lead) -> None:
-                    ref[lead, i] = jnp.zeros(ref.shape[2:], ref.dtype)
+                def row(i: jax.Array, ref: Any = ref, band: int = band) -> None:
+                    ref[band, i] = jnp.zeros(ref.shape[2:], ref.dtype)
 
                 loop(ref.shape[1], row)
 
@@ -477,18 +507,18 @@ def _load(
     halo: Pair,
     image: Pair,
 ) -> None:
-    """Copies a tile with its halo to float32 scratch, zero where there is no image."""
-    if tiling.together > 1:
-        first = level.origin[1] * level.together
+    """Copies a tile and its halo to float32 scratch, zero outside the image."""
+    if tiling.images_per_register > 1:
+        first = level.origin[1] * level.images_per_register
 
-        def together(i: jax.Array) -> None:
-            value = row_together(windows[0], i)
+        def copy_row(i: jax.Array) -> None:
+            value = load_hwnc_row(windows[0], i)
             target[0, level.origin[0] + i, first : first + value.shape[0]] = value
 
-        loop(tiling.size[0], together)
+        loop(tiling.size[0], copy_row)
         return
     tile = [pl.program_id(axis) * size for axis, size in zip((2, 3), tiling.size, strict=True)]
-    # Tiles that overhang the image, and halos, hold what lies outside it: undefined, not zero.
+    # Blocks hold undefined values, not zeros, where the tile or its halo lies outside the image.
     outside = [
         bool(h) or size < whole for h, size, whole in zip(halo, tiling.size, image, strict=True)
     ]
@@ -521,15 +551,14 @@ def _load(
 
 
 def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
-    """Every level's sums and differences from the low band of the one above."""
+    """Computes each level's four bands from the low band of the level above, in scratch."""
     for level in range(1, len(geometry)):
         here, above = geometry[level], geometry[level - 1]
         source, target = coefficients[level - 1], coefficients[level]
         first = [o - m for o, m in zip(above.origin, above.margin, strict=True)]
         to = [o - m for o, m in zip(here.origin, here.margin, strict=True)]
-        row_parts = parts(
-            up(here.size[1] + 2 * here.margin[1], whole_columns(here.together)), here.together
-        )
+        images, cols = here.images_per_register, here.size[1] + 2 * here.margin[1]
+        row_parts = parts(round_up(cols, columns_per_register(images)), images)
 
         def row(
             i: jax.Array,
@@ -559,40 +588,50 @@ def _convolve(
     start: Callable[[Any, Any], jax.Array | None],
     store: Callable[[Any, Any, jax.Array], None],
 ) -> None:
-    """Depthwise convolution of one band, `start` plus it handed to `store` by row and columns."""
+    """Depthwise convolution of one band.
+
+    Args:
+        source: Scratch of the level's bands.
+        band: Index of the band.
+        level: Place of the level in scratch.
+        taps: Taps, row by row.
+        pads: Padding before and after.
+        start: Function of a row and a column to the accumulator's initial value; None is zero.
+        store: Function that takes a row, a column and the accumulator's final value.
+    """
     top, left = (o - pads[0] for o in level.origin)
     kernel_size = sum(pads) + 1
-    chunk = _row_chunk(level.size[0])
-    groups, blocks = _column_groups(level.size[1], level.together)
+    row_block = _row_block(level.size[0])
+    groups, blocks = _column_groups(level.size[1], level.images_per_register)
 
     def rows(r: jax.Array) -> None:
         def cols(g: jax.Array | int) -> None:
             for block in range(blocks):
                 col = _column(g, blocks, block)
-                sums = [start(r * chunk + k, col) for k in range(chunk)]
-                for i, j in product(range(chunk + kernel_size - 1), range(kernel_size)):
-                    at = pl.ds(col + (left + j) * level.together, SUBLANES)
-                    value = source[band, top + r * chunk + i, at]
-                    for k in range(max(0, i - kernel_size + 1), min(chunk, i + 1)):
+                sums = [start(r * row_block + k, col) for k in range(row_block)]
+                for i, j in product(range(row_block + kernel_size - 1), range(kernel_size)):
+                    at = pl.ds(col + (left + j) * level.images_per_register, SUBLANES)
+                    value = source[band, top + r * row_block + i, at]
+                    for k in range(max(0, i - kernel_size + 1), min(row_block, i + 1)):
                         term = value * taps[(i - k) * kernel_size + j]
                         sums[k] = term if sums[k] is None else sums[k] + term
-                for k in range(chunk):
-                    store(r * chunk + k, col, sums[k])
+                for k in range(row_block):
+                    store(r * row_block + k, col, sums[k])
 
         _for_groups(groups, cols)
 
-    loop(math.ceil(level.size[0] / chunk), rows)
+    loop(math.ceil(level.size[0] / row_block), rows)
 
 
 def _column(group: jax.Array | int, blocks: int, block: int) -> Any:
-    """First sublane of a register of a row; a multiple of eight, and known to be one."""
+    """The first sublane of a register of a row, which the compiler can see is a multiple of 8."""
     if isinstance(group, int):
         return (group * blocks + block) * SUBLANES
     return pl.multiple_of(group * (blocks * SUBLANES), SUBLANES) + block * SUBLANES
 
 
 def _for_groups(groups: int, body: Callable[[Any], None]) -> None:
-    """A loop over groups of columns; a single one has static columns, which cost less."""
+    """Runs `body` for each group of columns; a single group has static columns, which cost less."""
     if groups == 1:
         body(0)
     else:
@@ -600,7 +639,7 @@ def _for_groups(groups: int, body: Callable[[Any], None]) -> None:
 
 
 def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> None:
-    """Convolves the four bands of one level."""
+    """Convolves the four bands of one level into the scratch `target`."""
 
     def band(s: jax.Array) -> None:
         def store(row: Any, col: Any, value: jax.Array) -> None:
@@ -620,8 +659,16 @@ def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> N
 
 
 def _synthesise(filtered: Any, below: Any | None, target: Any, level: _Level) -> None:
-    """Sums and differences of four bands, the synthesis from below added to the low one."""
-    row_parts = parts(up(level.size[1], whole_columns(level.together)), level.together)
+    """Synthesises four filtered bands; the synthesis onto this level is first added to the low one.
+
+    Args:
+        filtered: Scratch of the filtered bands.
+        below: Scratch of the synthesis onto this level, or None at the deepest one.
+        target: Scratch of the synthesis onto the level above.
+        level: Place of this level in scratch.
+    """
+    images = level.images_per_register
+    row_parts = parts(round_up(level.size[1], columns_per_register(images)), images)
 
     def row(i: jax.Array) -> None:
         for part in row_parts:
@@ -636,13 +683,13 @@ def _synthesise(filtered: Any, below: Any | None, target: Any, level: _Level) ->
 
 
 def _add_base(
-    source: Any, level: _Level, taps: Any, pads: Pair, bias: Any, y: Any, merge: bool
+    source: Any, level: _Level, taps: Any, pads: Pair, bias: Any, y: Any, accumulate: bool
 ) -> None:
-    """Convolves x onto the bias and, with `merge`, onto the synthesis that `y` holds."""
+    """Adds the base convolution and the bias to `y`, or overwrites it without `accumulate`."""
     offset = jnp.broadcast_to(bias[...], (SUBLANES, bias.shape[1]))
 
     def start(row: Any, col: Any) -> jax.Array:
-        return offset + y[row, pl.ds(col, SUBLANES)] if merge else offset
+        return offset + y[row, pl.ds(col, SUBLANES)] if accumulate else offset
 
     def store(row: Any, col: Any, value: jax.Array) -> None:
         y[row, pl.ds(col, SUBLANES)] = value
@@ -654,29 +701,29 @@ def _add_base(
 def _correlate(
     of_x: Any, of_dy: Any, x_level: _Level, dy_level: _Level, pads: Pair, sums: Any
 ) -> None:
-    """Adds `sum_p x[p + tap - r] * dy[p]` of every band, by sublane, to its sums."""
+    """Adds `sum_p x[p + tap - r] * dy[p]` of every band to its accumulators, sublane by sublane."""
     top, left = (o - pads[0] for o in x_level.origin)
     kernel_size = sum(pads) + 1
     dy_top, dy_left = dy_level.origin
-    together = x_level.together
-    chunk = _row_chunk(x_level.size[0])
-    groups, blocks = _column_groups(x_level.size[1], x_level.together)
+    images = x_level.images_per_register
+    row_block = _row_block(x_level.size[0])
+    groups, blocks = _column_groups(x_level.size[1], images)
     taps = list(product(range(kernel_size), repeat=2))
 
     def band(s: jax.Array) -> None:
         def add_block(found: dict[Pair, jax.Array], r: Any, col: Any) -> None:
             dy = [
-                of_dy[s, dy_top + r * chunk + k, pl.ds(dy_left * together + col, SUBLANES)]
-                for k in range(chunk)
+                of_dy[s, dy_top + r * row_block + k, pl.ds(dy_left * images + col, SUBLANES)]
+                for k in range(row_block)
             ]
-            for i, j in product(range(chunk + kernel_size - 1), range(kernel_size)):
-                at = pl.ds(col + (left + j) * together, SUBLANES)
-                value = of_x[s, top + r * chunk + i, at]
-                for k in range(max(0, i - kernel_size + 1), min(chunk, i + 1)):
+            for i, j in product(range(row_block + kernel_size - 1), range(kernel_size)):
+                at = pl.ds(col + (left + j) * images, SUBLANES)
+                value = of_x[s, top + r * row_block + i, at]
+                for k in range(max(0, i - kernel_size + 1), min(row_block, i + 1)):
                     found[i - k, j] += value * dy[k]
 
-        def rows(r: jax.Array, totals: Totals) -> Totals:
-            def cols(g: Any, totals: Totals) -> Totals:
+        def rows(r: jax.Array, totals: Accumulators) -> Accumulators:
+            def cols(g: Any, totals: Accumulators) -> Accumulators:
                 found = dict(zip(taps, totals, strict=True))
                 for b in range(blocks):
                     add_block(found, r, _column(g, blocks, b))
@@ -685,7 +732,7 @@ def _correlate(
             return cols(0, totals) if groups == 1 else lax.fori_loop(0, groups, cols, totals)
 
         zeros = tuple(jnp.zeros(sums.shape[2:], jnp.float32) for _ in taps)
-        found = lax.fori_loop(0, math.ceil(x_level.size[0] / chunk), rows, zeros)
+        found = lax.fori_loop(0, math.ceil(x_level.size[0] / row_block), rows, zeros)
         for t, total in enumerate(found):
             sums[s, t] = sums[s, t] + total
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pallas_kernels.dispatch.backend import size_distance
-from pallas_kernels.haar.filters import beyond_images
+from pallas_kernels.haar.filters import unsupported
 
 
 class Problem(NamedTuple):
@@ -77,7 +77,7 @@ class Problem(NamedTuple):
             >>> Problem((2, 8, 4), "float32", 5, 1, "haar").unsupported(["float32"], 3)
             ['1-D signals, 2-D alone', 'kernels of 5, up to 3']
         """
-        reasons = beyond_images(len(self.shape) - 2, self.dtype, self.wavelet, dtypes)
+        reasons = unsupported(len(self.shape) - 2, self.dtype, self.wavelet, dtypes)
         if self.kernel_size > max_kernel:
             reasons.append(f"kernels of {self.kernel_size}, up to {max_kernel}")
         if odd and self.kernel_size % 2 == 0:

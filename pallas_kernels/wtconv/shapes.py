@@ -51,7 +51,7 @@ TPU_SHAPES: dict[str, Shape] = {
     "convnext_t_stage4": Shape(32, 7, 7, 768, 2),
     "image_2048": Shape(1, 2048, 2048, 128, 3),
 }
-"""One image that fills a TPU's lanes, the stages at a batch for a TPU, and one beyond its VMEM."""
+"""One image that fills a TPU's lanes, the stages at a batch for a TPU, one larger than its VMEM."""
 
 FOR_PLATFORM: dict[str, dict[str, Shape]] = {
     "cpu": SHAPES,

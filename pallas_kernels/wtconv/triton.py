@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.triton import launch, unavailable
+from pallas_kernels.common.types import Taps
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 
-Taps = tuple[jax.Array, ...]
 
 _SIZES = "columns", "strips"
-"""Names of what `search_space` offers."""
+"""The names of the sizes that `search_space` offers."""
 
 
 def check(direction: str, problem: Any) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd" or "bwd".
@@ -33,7 +33,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
-    """Sizes of a program that are worth timing; see `check`."""
+    """The sizes of a program that are worth timing; see `check` for the arguments."""
     from pallas_kernels.wtconv import triton_launches
 
     return triton_launches.search_space(direction, problem)
@@ -52,8 +52,8 @@ def forward(
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
 
-    `sizes` are of `search_space`, `wavelet` is Haar, and `precision` is float32's whatever is
-    asked: no matrix unit is used.
+    `sizes` are those of `search_space`. `wavelet` is Haar. `precision` changes nothing: the kernels
+    compute in float32 and do not use tensor cores.
     """
     from pallas_kernels.wtconv import triton_launches
 
@@ -71,8 +71,7 @@ def forward(
     if bias is not None:
         bias = jnp.pad(bias.astype(jnp.float32), (0, fill))
     y = triton_launches.forward(x, flat, bias, kernel_size, launch, **sizes)
-    # jax-triton knows nothing of meshes.
-    return vary_over(varying_axes((x, flat, bias)), y)
+    return vary_like((x, flat, bias), y)
 
 
 @partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision", *_SIZES))
@@ -85,9 +84,9 @@ def weight_grad(
     precision: lax.Precision | None,
     **sizes: int,
 ) -> Taps:
-    """Gradients of the taps: each level's coefficients of x correlated with those of dy.
+    """The gradients of the taps: each level's coefficients of x correlated with those of dy.
 
-    Every sum runs in a fixed order, so they are bitwise reproducible.
+    Every sum has a fixed order, so results are bitwise reproducible.
     """
     from pallas_kernels.wtconv import triton_launches
 
@@ -97,4 +96,4 @@ def weight_grad(
         jnp.concatenate(parts, axis=1).reshape(shape) * (0.25 if level else 1)
         for level, (parts, shape) in enumerate(zip(found, kernel_shapes, strict=True))
     )
-    return vary_over(varying_axes((x, dy)), sums)
+    return vary_like((x, dy), sums)

@@ -1,34 +1,38 @@
-"""The wavelet convolution's Triton kernels; no high band leaves the registers.
+"""The wavelet convolution's Triton kernels, whose high bands never leave the registers.
 
-Frameworks launch them through `triton_launches`; strides are arguments, so any layout runs. A
-program treats `P` strips, `TW` columns of coefficients wide, of one or more images, and `BC`
-channels. A thread holds one channel of one strip, and its sums in registers.
+Frameworks launch them through `triton_launches`; strides are arguments, so any layout runs. The
+grid's axes are blocks of strips and blocks of channels. A program's tile is `P` strips, each `TW`
+columns of coefficients wide, of one or more images, by `BC` channels. A thread holds one channel of
+one strip, and its accumulators in registers.
 
-A level reads the low band of the level above (x itself at the first), makes its four bands, and
-writes their filtered synthesis, to which it adds that of the levels below and, at the first level,
-the base convolution. Its taps come with the factors 1/2 of analysis and synthesis folded in. It
-filters two rows at once: each row of bands that comes in adds to the upper with one row of taps
-and to the lower with the row before, which is still in registers.
+The kernel of a level reads the low band of the level above (x itself at the first level), computes
+its four bands, and stores their filtered synthesis, to which it adds the synthesis of the next
+level and, at the first level, the base convolution. The factors 1/2 of analysis and synthesis are
+folded into its taps. It filters two rows at once: each row of bands that it loads adds to the upper
+row with one row of taps, and to the lower row with the row of taps before, still in registers.
 
-The taps are filled up with zeros, so an infinite pixel makes NaN a row further than it reaches.
+The taps are padded with a row of zeros, so an infinite pixel makes NaN one row beyond its radius.
 
-A weight gradient keeps a sum a tap, and the `K` rows of dy that a row of x is a neighbour of.
+A weight gradient keeps one accumulator for each tap, and the `K` rows of dy within the radius of a
+row of x.
 """
 
 import triton
 import triton.language as tl
 
+from pallas_kernels.haar.triton_kernels import merge, split
+
 
 @triton.jit
 def _strips(block, images, across, down, P: tl.constexpr):
-    """Of the strips of a block: their column of strips, images, rows of strips, and which exist."""
+    """The column, the images and the rows of a block's strips, and the mask of existing ones."""
     at = block // across * P + tl.arange(0, P)[:, None]
     return block % across, (at // down).to(tl.int64), at % down, at < images * down
 
 
 @triton.jit
 def _across(c, STEP: tl.constexpr):
-    """Offsets of channels, which may be whole images apart."""
+    """The offsets of channels, which may be whole images apart and then need 64 bits."""
     if STEP == 1:
         return c
     else:
@@ -37,9 +41,9 @@ def _across(c, STEP: tl.constexpr):
 
 @triton.jit
 def _row(start, ok, first, size, COUNT: tl.constexpr, STEP: tl.constexpr, CHECK: tl.constexpr):
-    """Consecutive pixels of a row in float32, zero outside the image.
+    """`COUNT` consecutive pixels of a row in float32, zero outside the image.
 
-    Without `CHECK` all of its columns are known to lie inside.
+    Without `CHECK` the columns are known to lie inside and are not masked.
     """
     values = ()
     for j in tl.static_range(COUNT):
@@ -54,17 +58,16 @@ def _row(start, ok, first, size, COUNT: tl.constexpr, STEP: tl.constexpr, CHECK:
 
 @triton.jit
 def _bands(top, bottom, COUNT: tl.constexpr):
-    """Four bands of each pair of columns of two rows, twice as large as the transform's."""
+    """The four bands of `COUNT` pairs of columns of two rows, twice as large as the transform's."""
     bands = ()
     for j in tl.static_range(COUNT):
-        sum0, sum1 = top[2 * j] + top[2 * j + 1], bottom[2 * j] + bottom[2 * j + 1]
-        diff0, diff1 = top[2 * j] - top[2 * j + 1], bottom[2 * j] - bottom[2 * j + 1]
-        bands = bands + (sum0 + sum1, sum0 - sum1, diff0 + diff1, diff0 - diff1)
+        bands = bands + split(top[2 * j], top[2 * j + 1], bottom[2 * j], bottom[2 * j + 1])
     return bands
 
 
 @triton.jit
 def _zeros(COUNT: tl.constexpr, P: tl.constexpr, BC: tl.constexpr):
+    """`COUNT` accumulators `[P, BC]` of zeros."""
     zeros = ()
     for _ in tl.static_range(COUNT):
         zeros = zeros + (tl.zeros((P, BC), tl.float32),)
@@ -89,7 +92,10 @@ def low_bands(
     P: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Low bands of one to three levels, each `[N, ceil(H / 2), ceil(W / 2), C]`, from x."""
+    """One program of the low bands of one to three levels of x.
+
+    Each is `[N, ceil(H / 2), ceil(W / 2), C]` of the one before.
+    """
     SIDE: tl.constexpr = 2**LEVELS
     across = (W + SIDE - 1) // SIDE
     down = (H + SIDE - 1) // SIDE
@@ -103,8 +109,8 @@ def low_bands(
         top = _row(row + 2 * v * x_h, top_ok, SIDE * j, W, SIDE, X_W, True)
         bottom = _row(row + (2 * v + 1) * x_h, bottom_ok, SIDE * j, W, SIDE, X_W, True)
         for u in tl.static_range(SIDE // 2):
-            pair = top[2 * u] + top[2 * u + 1] + (bottom[2 * u] + bottom[2 * u + 1])
-            lows = lows + (0.5 * pair,)
+            low, _, _, _ = split(top[2 * u], top[2 * u + 1], bottom[2 * u], bottom[2 * u + 1])
+            lows = lows + (0.5 * low,)
     h, w = (H + 1) // 2, (W + 1) // 2
     _store_low(low1, lows, n, i, j, c, ok, h, w, C, SIDE // 2)
     if LEVELS > 1:
@@ -119,18 +125,20 @@ def low_bands(
 
 @triton.jit
 def _halve(lows, SIDE: tl.constexpr):
-    """The low band of a square of `SIDE` x `SIDE` values."""
+    """The low band of squares of `SIDE` x `SIDE` values."""
     found = ()
     for v in tl.static_range(SIDE // 2):
         for u in tl.static_range(SIDE // 2):
             a, b = lows[2 * v * SIDE + 2 * u], lows[2 * v * SIDE + 2 * u + 1]
             c, d = lows[(2 * v + 1) * SIDE + 2 * u], lows[(2 * v + 1) * SIDE + 2 * u + 1]
-            found = found + (0.5 * (a + b + (c + d)),)
+            low, _, _, _ = split(a, b, c, d)
+            found = found + (0.5 * low,)
     return found
 
 
 @triton.jit
 def _store_low(low, lows, n, i, j, c, ok, h, w, C, SIDE: tl.constexpr):
+    """Stores squares of `SIDE` x `SIDE` values to a low band, inside it alone."""
     for v in tl.static_range(SIDE):
         for u in tl.static_range(SIDE):
             row, column = SIDE * i + v, SIDE * j + u
@@ -169,10 +177,11 @@ def level_forward(
     P: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """One level there and back: `y [N, H, W, C]` of x, and of `below [N, H / 2, W / 2, C]`.
+    """One program of a level: `y [N, H, W, C]` from x and from `below [N, H / 2, W / 2, C]`.
 
-    `taps [(K + 1) * K, 4, C']`, `base [(K + 1) * K, C']` and `bias [C']` are float32, zero beyond
-    `K * K` taps and C channels, of whole blocks.
+    `taps [(K + 1) * K, 4, C']`, `base [(K + 1) * K, C']` and `bias [C']` are float32, where C' is C
+    rounded up to whole blocks; they are zero after the `K * K` taps and the C channels. `below` is
+    the synthesis of the next level.
     """
     rows, columns = (H + 1) // 2, (W + 1) // 2
     across, down = (columns + TW - 1) // TW, (rows + 1) // 2
@@ -183,16 +192,45 @@ def level_forward(
         ok = ok & (c < C)
     source = x + n * x_n + 2 * (j0 - K // 2) * X_W + _across(c, X_C)
     target = y + n * y_n + 2 * j0 * Y_W + _across(c, Y_C)
-    deep = below + (n * rows * columns + j0) * C + c
-    # Away from the border only rows need masks; code of its own, where strips enough lie there.
+    below_start = below + (n * rows * columns + j0) * C + c
+    # Strips away from the border need no masks along columns. They have code of their own where
+    # there are enough of them (`INNER`).
     if (j0 >= K // 2) & (2 * (j0 + TW + K // 2) <= W) & INNER:
         _two_rows(
-            *(source, target, deep, taps + c, base + c, bias + c, o, j0, ok, H, W, rows, columns),
+            *(
+                source,
+                target,
+                below_start,
+                taps + c,
+                base + c,
+                bias + c,
+                o,
+                j0,
+                ok,
+                H,
+                W,
+                rows,
+                columns,
+            ),
             *(x_h, y_h, C, C_TAPS, X_W, Y_W, K, BELOW, BASE, BIAS, TW, P, BC, False),
         )
     else:
         _two_rows(
-            *(source, target, deep, taps + c, base + c, bias + c, o, j0, ok, H, W, rows, columns),
+            *(
+                source,
+                target,
+                below_start,
+                taps + c,
+                base + c,
+                bias + c,
+                o,
+                j0,
+                ok,
+                H,
+                W,
+                rows,
+                columns,
+            ),
             *(x_h, y_h, C, C_TAPS, X_W, Y_W, K, BELOW, BASE, BIAS, TW, P, BC, True),
         )
 
@@ -227,15 +265,15 @@ def _two_rows(
     BC: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Two rows of bands, filtered and synthesised to four of pixels."""
-    REACH: tl.constexpr = K // 2
-    WIDE: tl.constexpr = TW + 2 * REACH
+    """Computes and stores four rows of pixels: two rows of bands, filtered and synthesised."""
+    RADIUS: tl.constexpr = K // 2
+    WIDE: tl.constexpr = TW + 2 * RADIUS
     sums = _zeros(2 * TW * 4, P, BC)
     above = _zeros(K * 4, 1, BC)
     for d in range(K + 1):
-        i = o + d - REACH
+        i = o + d - RADIUS
         start = source + (2 * i).to(tl.int64) * x_h
-        first, top_ok = 2 * (j0 - REACH), ok & (i >= 0) & (2 * i < H)
+        first, top_ok = 2 * (j0 - RADIUS), ok & (i >= 0) & (2 * i < H)
         top = _row(start, top_ok, first, W, 2 * WIDE, X_W, CHECK)
         bottom_ok = top_ok & (2 * i + 1 < H)
         bottom = _row(start + x_h, bottom_ok, first, W, 2 * WIDE, X_W, CHECK)
@@ -256,12 +294,9 @@ def _two_rows(
                     inside = inside & (j0 + j < columns)
                 at = below + (row.to(tl.int64) * columns + j) * C
                 low += 0.5 * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            vertical, horizontal, diagonal = done[4 * j + 1], done[4 * j + 2], done[4 * j + 3]
-            left, right = horizontal + diagonal, horizontal - diagonal
-            over, under = low + vertical, low - vertical
-            pixels = pixels + (over + left, over - left, under + right, under - right)
+            pixels = pixels + merge(low, done[4 * j + 1], done[4 * j + 2], done[4 * j + 3])
         if BASE:
-            start = source + (2 * row).to(tl.int64) * x_h + REACH * X_W
+            start = source + (2 * row).to(tl.int64) * x_h + RADIUS * X_W
             pixels = _add_base(
                 *(pixels, start, base, 2 * row, 2 * j0, ok, H, W, x_h, C_TAPS, X_W, K, TW, BC),
                 CHECK,
@@ -283,6 +318,7 @@ def _two_rows(
 
 @triton.jit
 def _taps(start, COUNT: tl.constexpr, STEP: tl.constexpr):
+    """`COUNT` taps, `STEP` elements apart."""
     found = ()
     for t in tl.static_range(COUNT):
         found = found + (tl.load(start + t * STEP),)
@@ -291,7 +327,10 @@ def _taps(start, COUNT: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _add_row(sums, values, here, above, K: tl.constexpr, COUNT: tl.constexpr, BANDS: tl.constexpr):
-    """Adds a row of pixels or bands to two rows of `COUNT` sums, with the taps of each."""
+    """Adds a row of pixels or bands, times taps, to two rows of `COUNT` accumulators.
+
+    The upper row takes the taps `here`, the lower row those `above`.
+    """
     found = ()
     for row in tl.static_range(2):
         for j in tl.static_range(COUNT):
@@ -324,19 +363,22 @@ def _add_base(
     BC: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Adds the base convolution at two rows of `2 * TW` pixels; `start` is `REACH` left of them."""
-    REACH: tl.constexpr = K // 2
-    COUNT: tl.constexpr = 2 * TW + 2 * REACH
+    """Adds the base convolution to two rows of `2 * TW` pixels.
+
+    `start` points `RADIUS` columns left of the first.
+    """
+    RADIUS: tl.constexpr = K // 2
+    COUNT: tl.constexpr = 2 * TW + 2 * RADIUS
     sums = ()
     for v in tl.static_range(2):
         for j in tl.static_range(TW):
             sums = sums + (pixels[4 * j + 2 * v], pixels[4 * j + 2 * v + 1])
     above = _zeros(K, 1, BC)
     for q in range(K + 1):
-        i = row + q - REACH
+        i = row + q - RADIUS
         inside = ok & (i >= 0) & (i < H)
-        at = start + (q - REACH) * x_h
-        values = _row(at, inside, column - REACH, W, COUNT, X_W, CHECK)
+        at = start + (q - RADIUS) * x_h
+        values = _row(at, inside, column - RADIUS, W, COUNT, X_W, CHECK)
         here = _taps(base + q * K * C_TAPS, K, C_TAPS)
         sums = _add_row(sums, values, here, above, K, 2 * TW, 1)
         above = here
@@ -364,34 +406,38 @@ def base_weights(
     Y_W: tl.constexpr,
     Y_C: tl.constexpr,
     K: tl.constexpr,
-    TURNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TW: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """`sums [programs, K * K, C]`: x correlated with dy over the strips of each program."""
-    REACH: tl.constexpr = K // 2
+    """One program of the base's gradient: x correlated with dy over the program's blocks of strips.
+
+    The program is persistent: it takes `BLOCKS` blocks of strips, one after the other, and stores
+    its accumulators once, to its share of `sums [programs, K * K, C]`.
+    """
+    RADIUS: tl.constexpr = K // 2
     across, down = (W + TW - 1) // TW, (H + R - 1) // R
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     c_ok = c < C
     totals = _zeros(K * K, P, BC)
-    for turn in range(TURNS):
-        block = tl.program_id(0) + turn * tl.num_programs(0)
+    for index in range(BLOCKS):
+        block = tl.program_id(0) + index * tl.num_programs(0)
         j0, n, i0, ok = _strips(block, images, across, down, P)
         i0, j0, ok = i0 * R, j0 * TW, ok & c_ok
-        source = x + n * x_n + (j0 - REACH) * X_W + _across(c, X_C)
+        source = x + n * x_n + (j0 - RADIUS) * X_W + _across(c, X_C)
         other = dy + n * y_n + j0 * Y_W + _across(c, Y_C)
         rows = _zeros(K * TW, P, BC)
-        for step in range(R + 2 * REACH):
-            i = i0 + step - REACH
+        for step in range(R + 2 * RADIUS):
+            i = i0 + step - RADIUS
             o = i0 + step
             inside = ok & (step < R) & (o < H)
             start = other + o.to(tl.int64) * y_h
             rows = _row(start, inside, j0, W, TW, Y_W, True) + rows[: (K - 1) * TW]
             inside = ok & (i >= 0) & (i < H)
             start = source + i.to(tl.int64) * x_h
-            values = _row(start, inside, j0 - REACH, W, TW + 2 * REACH, X_W, True)
+            values = _row(start, inside, j0 - RADIUS, W, TW + 2 * RADIUS, X_W, True)
             totals = _correlate(totals, values, rows, K, TW, 1)
     _store_sums(sums, totals, c, c_ok, C, K * K)
 
@@ -416,32 +462,33 @@ def level_weights(
     K: tl.constexpr,
     FIRST: tl.constexpr,
     BANDS: tl.constexpr,
-    TURNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TW: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """`sums [programs, K * K * BANDS, C]`: bands of x correlated with those of dy, times four.
+    """One program of a level's gradient: bands of x correlated with those of dy, times four.
 
-    Of the four bands those from `FIRST` on.
+    The program is persistent, as in `base_weights`. It takes `BANDS` of the four bands, from
+    `FIRST` on; its share is of `sums [programs, K * K * BANDS, C]`.
     """
-    REACH: tl.constexpr = K // 2
-    WIDE: tl.constexpr = TW + 2 * REACH
+    RADIUS: tl.constexpr = K // 2
+    WIDE: tl.constexpr = TW + 2 * RADIUS
     height, width = (H + 1) // 2, (W + 1) // 2
     across, down = (width + TW - 1) // TW, (height + R - 1) // R
     c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     c_ok = c < C
     totals = _zeros(K * K * BANDS, P, BC)
-    for turn in range(TURNS):
-        block = tl.program_id(0) + turn * tl.num_programs(0)
+    for index in range(BLOCKS):
+        block = tl.program_id(0) + index * tl.num_programs(0)
         j0, n, i0, ok = _strips(block, images, across, down, P)
         i0, j0, ok = i0 * R, j0 * TW, ok & c_ok
-        source = x + n * x_n + 2 * (j0 - REACH) * X_W + _across(c, X_C)
+        source = x + n * x_n + 2 * (j0 - RADIUS) * X_W + _across(c, X_C)
         other = dy + n * y_n + 2 * j0 * Y_W + _across(c, Y_C)
         rows = _zeros(K * TW * BANDS, P, BC)
-        for step in range(R + 2 * REACH):
-            i = i0 + step - REACH
+        for step in range(R + 2 * RADIUS):
+            i = i0 + step - RADIUS
             o = i0 + step
             start = other + (2 * o).to(tl.int64) * y_h
             top_ok = ok & (step < R) & (2 * o < H)
@@ -453,8 +500,8 @@ def level_weights(
             start = source + (2 * i).to(tl.int64) * x_h
             top_ok = ok & (i >= 0) & (2 * i < H)
             bottom_ok = top_ok & (2 * i + 1 < H)
-            top = _row(start, top_ok, 2 * (j0 - REACH), W, 2 * WIDE, X_W, True)
-            bottom = _row(start + x_h, bottom_ok, 2 * (j0 - REACH), W, 2 * WIDE, X_W, True)
+            top = _row(start, top_ok, 2 * (j0 - RADIUS), W, 2 * WIDE, X_W, True)
+            bottom = _row(start + x_h, bottom_ok, 2 * (j0 - RADIUS), W, 2 * WIDE, X_W, True)
             found = _chosen(_bands(top, bottom, WIDE), FIRST, BANDS, WIDE)
             totals = _correlate(totals, found, rows, K, TW, BANDS)
     _store_sums(sums, totals, c, c_ok, C, K * K * BANDS)
@@ -462,7 +509,7 @@ def level_weights(
 
 @triton.jit
 def _chosen(bands, FIRST: tl.constexpr, BANDS: tl.constexpr, COUNT: tl.constexpr):
-    """Some of the four bands of each column."""
+    """`BANDS` of the four bands of each column, from `FIRST` on."""
     found = ()
     for j in tl.static_range(COUNT):
         found = found + bands[4 * j + FIRST : 4 * j + FIRST + BANDS]
@@ -471,7 +518,7 @@ def _chosen(bands, FIRST: tl.constexpr, BANDS: tl.constexpr, COUNT: tl.constexpr
 
 @triton.jit
 def _correlate(totals, values, rows, K: tl.constexpr, TW: tl.constexpr, BANDS: tl.constexpr):
-    """Adds a row of x, times each of `K` rows of dy, to the sums of the taps between them."""
+    """Adds a row of x, times each of `K` rows of dy, to the accumulators of their taps."""
     found = ()
     for d in tl.static_range(K):
         for e in tl.static_range(K):
@@ -485,6 +532,7 @@ def _correlate(totals, values, rows, K: tl.constexpr, TW: tl.constexpr, BANDS: t
 
 @triton.jit
 def _store_sums(sums, totals, c, ok, C, COUNT: tl.constexpr):
+    """Stores a program's `COUNT` accumulators, each summed over its strips."""
     to = sums + tl.program_id(0).to(tl.int64) * COUNT * C + c
     for t in tl.static_range(COUNT):
         tl.store(to + t * C, tl.sum(totals[t], axis=0, keep_dims=True), mask=ok)

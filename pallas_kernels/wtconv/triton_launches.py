@@ -1,42 +1,42 @@
-"""The launches that make up the wavelet convolution in Triton, for any framework."""
+"""The Triton launches of the wavelet convolution, for any framework."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.triton import MAX_ROW, Launch, cdiv, contiguous, strides
 from pallas_kernels.wtconv import triton_kernels as kernels
 from pallas_kernels.wtconv.problem import Problem
 
 _CHANNELS = 32
 _STRIPS = 4
-"""Of a program, a power of two: a warp each, a thread for each channel."""
+"""The strips of a program, a power of two; each has a warp, with a thread for each channel."""
 _COLUMNS = 4
-"""The most columns of coefficients of a strip; half as many where registers hold sums of taps."""
+"""The most columns of coefficients of a strip; half as many for weight gradients."""
 _SUMS = 2048
-"""Warps that share the sums of a weight gradient."""
+"""The number of warps that share the sums of a weight gradient."""
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
 _MAX_CHANNELS = 65535 * _CHANNELS
-"""Blocks of channels are the second axis of a grid."""
+"""The most channels, whose blocks are the second axis of the grid."""
 
 
 def check(problem: Problem) -> None:
-    """Raises `NotImplementedError` for what the kernels do not do."""
+    """Raises `NotImplementedError` where the kernels do not take a problem."""
     dtypes = ("float32", "bfloat16", "float16")
     reasons = problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
     if not reasons:
         *_, width, channels = problem.shape
         if channels > _MAX_CHANNELS or width * channels >= MAX_ROW:
             reasons.append(f"rows of {width} pixels of {channels} channels, which are too long")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(reasons)
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
-    """Sizes of a program that are worth timing, the default ones first; see `forward`.
+    """The sizes of a program that are worth timing, the default ones first; see `forward`.
 
-    Wider strips than the default's read less twice, but only for small kernels have a thread's
-    registers room for the sums of their columns.
+    Wider strips reread less of their halo, but only for small kernels do a thread's registers hold
+    the accumulators of all columns.
     """
     sizes = [{}, {"columns": 2}, {"strips": 2}, {"strips": 8}]
     return sizes + [{"columns": 8}] * (problem.kernel_size <= 3)
@@ -57,14 +57,14 @@ def forward(
 
     Args:
         x: In float32, bfloat16 or float16, of any strides.
-        taps: float32 `[(k + 1) * k, 1, C']`, then for each level `[(k + 1) * k, 4, C']`, those
-            times 1/4; C' is C filled up with zeros to `padded(C)`, and the last k rows are zero.
+        taps: float32 `[(k + 1) * k, 1, C']`, then for each level `[(k + 1) * k, 4, C']`, the latter
+            times 1/4; C' is `padded(C)`, filled with zeros, and the last k rows are zero.
         bias: float32 `[C']`, or None.
         kernel_size: k, odd.
-        launch: Of the framework.
-        y_strides: Of the output; contiguous if None.
+        launch: The framework's launch function.
+        y_strides: Strides of the output, which is contiguous if None.
         columns: The most columns of coefficients of a strip.
-        strips: Strips of a program, each of a warp.
+        strips: Number of strips of a program, each of one warp.
 
     Returns:
         `[N, H, W, C]` in x's dtype.
@@ -72,7 +72,7 @@ def forward(
     lows = _lows(x, len(taps) - 1, launch, strips)
     below = None
     for level in range(len(taps) - 1, 0, -1):
-        # Not needed any more once this is launched.
+        # The array may be freed once this is launched.
         source, first = lows.pop(), level == 1
         n, h, w, c = source.shape
         height, width = cdiv(h, 2), cdiv(w, 2)
@@ -122,25 +122,25 @@ def weight_grad(
     columns: int = _COLUMNS,
     strips: int = _STRIPS,
 ) -> list[list[Any]]:
-    """Gradients of the taps, those of the levels four times too large.
+    """The gradients of the taps; those of the levels are four times too large.
 
     Args:
         x: `[N, H, W, C]`.
-        dy: As x.
+        dy: Gradient of the output, of x's shape and dtype.
         kernel_size: k, odd.
-        levels: At least one.
-        launch: Of the framework.
-        columns: See `forward`; half as many here, of the base's pixels twice as many.
+        levels: Number of levels, at least one.
+        launch: The framework's launch function.
+        columns: See `forward`; a level's strips have half as many here, the base's twice as many.
         strips: See `forward`.
 
     Returns:
-        For the base and for each level float32 arrays `[k * k, bands, C]`, which are to be joined
-        to all of its bands.
+        For the base and for each level a list of float32 arrays `[k * k, bands, C]`, which together
+        hold all of its bands.
     """
     shared = launch, strips
     wide = 2 * columns
     found = [[_correlate(kernels.base_weights, x, dy, kernel_size, 1, wide, *shared)]]
-    # As many bands at once as have registers for their sums.
+    # A program takes as many bands as its registers hold accumulators for.
     bands = 4 if kernel_size <= 5 else 2 if kernel_size <= 7 else 1
     wide = columns // 2
     for lows in zip(_lows(x, levels, *shared), _lows(dy, levels, *shared), strict=True):
@@ -168,6 +168,7 @@ def _correlate(
     strips: int,
     **which: int,
 ) -> Any:
+    """The gradient `[k * k, bands, C]` of the base, or of some bands (`which`) of a level."""
     n, h, w, c = x.shape
     height, width = (cdiv(h, 2), cdiv(w, 2)) if which else (h, w)
     columns, rows = _even(width, columns), min(height, 32)
@@ -187,17 +188,17 @@ def _correlate(
         Y_C=y_c,
         K=kernel_size,
         **which,
-        TURNS=cdiv(blocks, programs),
+        BLOCKS=cdiv(blocks, programs),
         TW=columns,
         R=rows,
         **_block(strips),
     )
-    # At once: for small images the shares of all programs are as large as low bands.
+    # Summed here, not at the end: for small images all programs' shares are as large as low bands.
     return sums.sum(0)
 
 
 def _lows(x: Any, levels: int, launch: Launch, strips: int) -> list[Any]:
-    """The image and its low bands down to the one that the deepest level reads."""
+    """The image and its low bands, down to the band that the deepest level reads."""
     lows = [x]
     while len(lows) < levels:
         source = lows[-1]
@@ -212,7 +213,7 @@ def _lows(x: Any, levels: int, launch: Launch, strips: int) -> list[Any]:
         found = launch(
             kernels.low_bands,
             [source, *source.shape, x_n, x_h],
-            # The kernel has three outputs; those of levels that are not wanted stay unwritten.
+            # The kernel has three outputs; it leaves those of unwanted levels unwritten.
             shapes + [((1,), _between(x))] * (3 - count),
             (width * cdiv(n * height, strips), cdiv(c, _CHANNELS)),
             X_W=x_w,
@@ -225,20 +226,21 @@ def _lows(x: Any, levels: int, launch: Launch, strips: int) -> list[Any]:
 
 
 def _block(strips: int) -> dict[str, int]:
+    """The constants and options of a launch that set a program's size."""
     return {"P": strips, "BC": _CHANNELS, "num_warps": strips}
 
 
 def _between(x: Any) -> Any:
-    """The dtype of what one launch hands on to the next: low bands double with each level."""
+    """The dtype of arrays between launches: not float16, since low bands double with each level."""
     return "float32" if str(x.dtype).split(".")[-1] == "float16" else x.dtype
 
 
 def _even(size: int, most: int) -> int:
-    """The largest width of strips, up to `most`, that leaves the fewest columns over."""
+    """The largest width of strips, up to `most`, that leaves the fewest columns idle."""
     widths = range(1, min(size, most) + 1)
     return min(widths, key=lambda width: (cdiv(size, width) * (width + 2), -width))
 
 
 def padded(channels: int) -> int:
-    """Channels that the taps must have: whole blocks of them, the rest zero."""
+    """The number of channels that taps must have: whole blocks, filled with zeros."""
     return cdiv(channels, _CHANNELS) * _CHANNELS

@@ -1,11 +1,11 @@
 """Wavelet convolution in plain JAX: runs on every platform, differentiable in both modes.
 
-On CPU a depthwise convolution is a sum of shifted products, which XLA compiles to one vectorised
+On a CPU a depthwise convolution is a sum of shifted products, which XLA compiles to one vectorised
 loop over the contiguous channels; `conv_general_dilated` with as many groups as channels is an
-order of magnitude slower there. On a GPU it is the other way round (by 17 times on an H200), so
-everywhere else the grouped convolution is taken. On a CPU `search_space` offers the tuner both. The
-stages of the layer are kept apart with `unfused`: fused across levels, XLA's CPU compiler computes
-each convolution once for every pixel of the synthesis that reads it.
+order of magnitude slower there. On a GPU the grouped convolution is faster (by 17 times on an
+H200), so every platform but the CPU takes it; on a CPU `search_space` offers the tuner both.
+`unfused` keeps the stages of the layer apart: where XLA's CPU compiler fuses across levels, it
+computes each convolution once for every pixel of the synthesis that reads it.
 """
 
 import math
@@ -19,34 +19,34 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import unfused, vary_over, varying_axes
+from pallas_kernels.common._compat import unfused, vary_like
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.types import Pair, Taps
 from pallas_kernels.haar.xla import analysis, synthesis
 
 DIFFERENTIABLE = True
 
-Taps = tuple[jax.Array, ...]
 
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
 _CHUNK_BYTES = 4 << 20
-"""Size of x that one pass over the layer works on: with its coefficients, a CPU's last cache."""
+"""The bytes of x in a chunk; with its coefficients they fill a CPU's last-level cache."""
 
 
 def unavailable(platform: str) -> str | None:
-    """Plain JAX runs everywhere."""
+    """None: plain JAX runs on every platform."""
     return None
 
 
 def check(direction: str, problem: Any) -> None:
-    """Plain JAX takes every problem."""
+    """Does nothing: plain JAX takes every problem."""
 
 
 def search_space(direction: str, problem: Any) -> list[dict[str, Any]]:
-    """The forms that are worth timing, the default one first; one alone but on a CPU.
+    """The forms that are worth timing, the default one first; only a CPU has more than one.
 
-    A CPU takes a thousand times as long for the weight gradient of a grouped convolution.
+    The grouped convolution's weight gradient is left out: it takes a CPU a thousand times as long.
     """
     if not on_cpu():
         return [{}]
@@ -73,11 +73,11 @@ def forward(
         x: Signal.
         taps: Kernels, the base's first.
         bias: `[C]` or None.
-        wavelet: Its name.
+        wavelet: Name of the wavelet.
         transpose: Whether to compute the transpose.
-        precision: Of a grouped convolution.
-        shifted: Whether a depthwise convolution is a sum of shifted products, or a grouped
-            convolution; None is what suits the platform.
+        precision: Precision of a grouped convolution.
+        shifted: Whether a depthwise convolution is a sum of shifted products, else a grouped
+            convolution; None picks the form that suits the platform.
         chunked: Whether a CPU may work on a few images at a time.
     """
     shifted = on_cpu() if shifted is None else shifted
@@ -106,6 +106,7 @@ def _forward(
     precision: lax.Precision | None,
     shifted: bool,
 ) -> jax.Array:
+    """The operator on one chunk of images, in one form."""
     pads = _pads(taps[0].shape[0], transpose)
     coefficients = _cascade(x, len(taps) - 1, _stored(pads, shifted), wavelet, transpose)
     merge = partial(
@@ -133,7 +134,7 @@ def weight_grad(
     shifted: bool | None = None,
     chunked: bool = True,
 ) -> Taps:
-    """Gradients of the taps: each level's coefficients of x correlated with those of dy.
+    """The gradients of the taps: each level's coefficients of x correlated with those of dy.
 
     `shifted` and `chunked` are as in `forward`.
     """
@@ -144,7 +145,7 @@ def weight_grad(
         return jax.tree.map(jnp.add, total, part), None
 
     zeros = tuple(jnp.zeros(shape, accumulation_dtype(x.dtype)) for shape in kernel_shapes)
-    zeros = vary_over(varying_axes((x, dy)), zeros)
+    zeros = vary_like((x, dy), zeros)
     return lax.scan(add, zeros, (_in_chunks(x, chunked), _in_chunks(dy, chunked)))[0]
 
 
@@ -156,6 +157,7 @@ def _weight_grad(
     precision: lax.Precision | None,
     shifted: bool,
 ) -> Taps:
+    """The gradients of the taps from one chunk of images, in one form."""
     pads = _pads(kernel_shapes[0][0], False)
     levels = len(kernel_shapes) - 1
     of_x = _cascade(x, levels, _stored(pads, shifted), wavelet, False)
@@ -167,35 +169,35 @@ def _weight_grad(
 
 
 def _in_chunks(x: jax.Array, chunked: bool) -> jax.Array:
-    """`[N, ...]` as `[chunks, N / chunks, ...]`, so that a chunk's coefficients stay in cache.
+    """`x [N, ...]` as `[chunks, N / chunks, ...]`, so that a chunk's coefficients stay in cache.
 
-    On a single CPU alone: there the temporaries of a whole batch are fresh pages in every call. A
-    batch of symbolic size stays whole, as does one that may be sharded over several devices, or
-    one on a device with enough threads for all of it.
+    Only a single CPU has more than one chunk: there the temporaries of a whole batch are fresh
+    pages in every call. A batch of symbolic size stays whole, as does one that may be sharded over
+    several devices, and one on a device with enough threads for all of it.
     """
     chunks = _chunks(x.shape[0], x.nbytes) if chunked else 1
     return x.reshape(chunks, x.shape[0] // chunks, *x.shape[1:])
 
 
 def _chunks(n: int, nbytes: int) -> int:
-    """How many chunks a batch of n is worked on in."""
+    """The number of chunks of a batch of n images."""
     if not (on_cpu() and jax.device_count() == 1 and isinstance(n, int) and n > 0):
         return 1
-    # A chunk may be larger than wanted only where it is a single image.
+    # Only a chunk of a single image may exceed the size.
     most = max(1, _CHUNK_BYTES // (nbytes // n))
     return next(c for c in range(-(-n // most), n + 1) if n % c == 0)
 
 
-def _pads(kernel_size: int, transpose: bool) -> tuple[int, int]:
-    """PyTorch's `same` padding; the transpose of an even kernel pads the other way round."""
+def _pads(kernel_size: int, transpose: bool) -> Pair:
+    """PyTorch's `same` padding before and after, which the transpose of an even kernel swaps."""
     before, after = (kernel_size - 1) // 2, kernel_size // 2
     return (after, before) if transpose else (before, after)
 
 
 def _cascade(
-    x: jax.Array, levels: int, stored: tuple[int, int], wavelet: str, transpose: bool
+    x: jax.Array, levels: int, stored: Pair, wavelet: str, transpose: bool
 ) -> list[jax.Array]:
-    """Coefficients `[N, *size, bands, C]`, x as one band first, zero-padded by `stored`."""
+    """Each level's coefficients `[N, *size, bands, C]`, zero-padded by `stored`; x comes first."""
     x = x[..., None, :]
     coefficients = [_padded(x, pads=stored) if any(stored) else x]
     source, inner = x, (0, 0)
@@ -210,18 +212,19 @@ def _cascade(
 def _analyse(
     source: jax.Array,
     *,
-    inner: tuple[int, int],
-    pads: tuple[int, int],
+    inner: Pair,
+    pads: Pair,
     wavelet: str,
     transpose: bool,
 ) -> jax.Array:
-    """Coefficients, padded by `pads`, of the low band of `source`, which is padded by `inner`."""
+    """The bands, padded by `pads`, of the low band of `source`, which is padded by `inner`."""
     low = source[(slice(None), *(slice(inner[0], n - inner[1]) for n in source.shape[1:-2]), 0)]
     low = low.astype(accumulation_dtype(low.dtype))
     return _padded_bands(analysis(low, low.ndim - 2, wavelet, transpose), pads)
 
 
-def _padded_bands(bands: jax.Array, pads: tuple[int, int]) -> jax.Array:
+def _padded_bands(bands: jax.Array, pads: Pair) -> jax.Array:
+    """Bands `[N, *size, bands, C]` with zeros around them."""
     return jnp.pad(bands, [(0, 0), *[pads] * (bands.ndim - 3), (0, 0), (0, 0)])
 
 
@@ -235,14 +238,14 @@ def _filter(
     deeper: jax.Array | None,
     bias: jax.Array | None,
     *,
-    pads: tuple[int, int],
+    pads: Pair,
     wavelet: str,
     transpose: bool,
     precision: lax.Precision | None,
     shifted: bool,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """Depthwise convolution of one level plus, in its low band, the synthesis of the next."""
+    """The depthwise convolution of one level plus, in its low band, the synthesis of the next."""
     out = _depthwise(stored, taps, pads, precision, shifted)
     ndim, size = out.ndim - 3, out.shape[1:-2]
     if bias is not None:
@@ -250,7 +253,8 @@ def _filter(
     if deeper is None:
         return out.astype(dtype)
     bands = out.shape[-2]
-    # A pad of the synthesis, fused into the sum, defeats the vectoriser; a pad of its result not.
+    # A pad that XLA fuses with the synthesis defeats the vectoriser, so wavelet levels keep the
+    # synthesis unfused and pad its result.
     merge = synthesis if bands == 1 else _synthesis
     low = merge(deeper, ndim=ndim, shape=size, wavelet=wavelet, transpose=transpose)
     out = out + jnp.pad(low[..., None, :], [(0, 0)] * (ndim + 1) + [(0, bands - 1), (0, 0)])
@@ -263,11 +267,11 @@ _synthesis = unfused(synthesis, static_argnames=("ndim", "shape", "wavelet", "tr
 def _depthwise(
     stored: jax.Array,
     taps: jax.Array,
-    pads: tuple[int, int],
+    pads: Pair,
     precision: lax.Precision | None,
     shifted: bool,
 ) -> jax.Array:
-    """Convolution of coefficients `[N, *size, bands, C]`, stored as `_stored` says."""
+    """The convolution of coefficients `[N, *size, bands, C]`, padded as `_stored` says."""
     ndim = stored.ndim - 3
     if shifted:
         size = tuple(n - sum(pads) for n in stored.shape[1:-2])
@@ -286,7 +290,7 @@ def _depthwise(
         padding=(pads,) * ndim,
         dimension_numbers=_LAYOUTS[ndim],
         feature_group_count=bands * channels,
-        # Tensor cores and matrix units would round float32 to fewer bits unless told not to.
+        # By default tensor cores and matrix units would round float32 to fewer bits.
         precision=lax.Precision.HIGHEST if precision is None else precision,
     )
     return out.reshape(*out.shape[:-1], bands, channels)
@@ -296,11 +300,11 @@ def _correlate(
     stored: jax.Array,
     dy: jax.Array,
     shape: tuple[int, ...],
-    pads: tuple[int, int],
+    pads: Pair,
     precision: lax.Precision | None,
     shifted: bool,
 ) -> jax.Array:
-    """`dW[tap] = sum_p x[p + tap - r] * dy[p]`, the transpose of `_depthwise` in its taps."""
+    """The transpose of `_depthwise` in its taps: `dW[tap] = sum_p x[p + tap - r] * dy[p]`."""
     ndim = stored.ndim - 3
     acc = accumulation_dtype(dy.dtype)
     if not shifted:
@@ -319,6 +323,6 @@ def _correlate(
     return lax.map(one, every_tap).reshape(shape)
 
 
-def _stored(pads: tuple[int, int], shifted: bool) -> tuple[int, int]:
-    """The padding that coefficients are stored with: shifted products read it from memory."""
+def _stored(pads: Pair, shifted: bool) -> Pair:
+    """The padding that coefficients are stored with, which shifted products read from memory."""
     return pads if shifted else (0, 0)

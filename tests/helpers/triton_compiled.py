@@ -32,8 +32,8 @@ FLAGS = {"BELOW": True, "BASE": True, "BIAS": True, "INNER": True}
 WTCONV = {
     "low_bands": BLOCK | {"LEVELS": 3},
     "level_forward": BOTH | FLAGS | {"C": 96, "C_TAPS": 96, "TW": 4},
-    "base_weights": BOTH | {"TURNS": 2, "TW": 8, "R": 14},
-    "level_weights": BOTH | {"FIRST": 0, "BANDS": 4, "TURNS": 2, "TW": 2, "R": 14},
+    "base_weights": BOTH | {"BLOCKS": 2, "TW": 8, "R": 14},
+    "level_weights": BOTH | {"FIRST": 0, "BANDS": 4, "BLOCKS": 2, "TW": 2, "R": 14},
 }
 TWO, WIDE, MANY = {"TW": 2}, {"TW": 8, "K": 3}, {"P": 8, "num_warps": 8}
 SIZES = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pallas_kernels import wtconv
 from pallas_kernels.common.nvrtc import compiled
+from pallas_kernels.common.refusals import refuse
 
 SOURCE = Path(wtconv.__file__).with_name("cuda_kernels.cu")
 
@@ -57,9 +58,7 @@ def check(direction: str, problem: Any) -> None:
         problem: `pallas_kernels.wtconv.problem.Problem`, its shape channels-last.
     """
     dtypes = ("float32", "bfloat16", "float16")
-    reasons = problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True))
 
 
 def search_space(direction: str, problem: Any) -> list[dict[str, int]]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pallas_kernels.common.refusals import refuse
+
 SOURCE = Path(__file__).with_name("wtconv.metal")
 
 _DTYPES = ("float32", "float16")
@@ -48,8 +50,7 @@ def check(direction: str, problem: Any) -> None:
         _, *image = problem.shape
         if image[0] * image[1] * image[2] >= _MAX_PLANE:
             reasons.append(f"images of {image}, which are too large")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(reasons)
 
 
 def forward(

@@ -61,7 +61,7 @@ def test_output_and_gradients_are_the_oracles(case, races):
 
 @pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
 def test_tiles_are_the_oracles(case, races, monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "_CHUNK", 16)
+    monkeypatch.setattr(mosaic_tpu, "_BLOCK_PIXELS", 16)
     steps = []
     real = mosaic_tpu._steps
     monkeypatch.setattr(mosaic_tpu, "_steps", lambda *args: steps.append(real(*args)) or steps[-1])

@@ -83,7 +83,7 @@ def test_tiles_are_the_oracles(case, vmem, races, monkeypatch):
 @pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.name)
 def test_images_together_are_the_oracles(case, races):
     shape = math.prod(case.batch), *case.spatial, case.channels
-    assert mosaic_tpu._tiling(shape, jnp.dtype(case.dtype), case.level).together % 8 == 0
+    assert mosaic_tpu._tiling(shape, jnp.dtype(case.dtype), case.level).images_per_register % 8 == 0
     assert_oracle(case)
 
 

@@ -85,7 +85,7 @@ def test_images_together_are_the_oracles(case, races):
         tiling = mosaic_tpu._tiling(
             shape, jnp.dtype(case.dtype), case.kernel_size, case.levels, weights
         )
-        assert tiling.together % 8 == 0
+        assert tiling.images_per_register % 8 == 0
     assert_oracle(case, "mosaic_tpu")
 
 

@@ -1,0 +1,34 @@
+"""The Haar butterfly of 2 x 2 pixels: their four sums and differences, and back.
+
+Both functions take anything that adds and subtracts: numbers, arrays, and values inside a Pallas
+kernel. They leave out the factor 1/2 of the orthonormal transform, which callers apply or fold into
+taps. Triton's form of them stands in `triton_kernels`, XLA's, for any number of axes, in `xla`.
+"""
+
+from typing import Any
+
+
+def split(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, Any]:
+    """The four bands of pixels `[[a, b], [c, d]]`, twice as large as those of the transform.
+
+    Returns:
+        The low, vertical, horizontal and diagonal band: LL, LH, HL and HH.
+
+    Example:
+        >>> split(4, 2, 1, 1)
+        (8, 4, 2, 2)
+    """
+    top, bottom, right, cross = a + b, c + d, a - b, c - d
+    return top + bottom, top - bottom, right + cross, right - cross
+
+
+def merge(low: Any, vertical: Any, horizontal: Any, diagonal: Any) -> tuple[Any, Any, Any, Any]:
+    """The pixels `a, b, c, d` of four bands, twice as large as those of the transform.
+
+    Example:
+        >>> [value / 4 for value in merge(*split(4, 2, 1, 1))]
+        [4.0, 2.0, 1.0, 1.0]
+    """
+    top, bottom = low + vertical, low - vertical
+    right, cross = horizontal + diagonal, horizontal - diagonal
+    return top + right, top - right, bottom + cross, bottom - cross
