@@ -79,7 +79,7 @@ _CONSUMERS = 2
 _REGISTERS = {"producer": 40, "consumer": 232}
 """Registers of a thread by role: three warpgroups use almost all that a multiprocessor has."""
 _PRODUCTS, _ARRIVING, _SHARED = 2048, 40, 128
-"""What a multiprocessor does in a cycle: products, bytes loaded, and bytes of shared memory."""
+"""The throughput of a multiprocessor a cycle: products, bytes loaded, bytes of shared memory."""
 _LATENCY, _STAGE, _TILE = 1000, 40, 1500
 """Cycles of a TMA load's latency, and of a stage and a tile beyond their work; estimates."""
 
@@ -280,7 +280,7 @@ class _Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How blocks share the result: tiles of `height x width` pixels by `features`.
+    """The division of the result among blocks: tiles of `height x width` pixels by `features`.
 
     Attributes:
         height: Rows of a tile's pixels.
@@ -536,6 +536,9 @@ def _seen_twice(
 @dataclass(frozen=True, kw_only=True)
 class _Block:
     """One persistent block: its references, and what each of its warpgroups does.
+
+    Warpgroup 2 is the producer (`produce`) and fills the pipeline's stages by TMA loads; 0 and 1 are
+    the consumers (`consume`), which run the `epilogue` with its TMA stores after each tile.
 
     Attributes:
         layer: The convolution.

@@ -110,7 +110,7 @@ def waverec(
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How the warpgroups of a launch share the squares of all images.
+    """The division of all images' squares among the warpgroups of a launch.
 
     A task is a row of `columns` squares for each strip of threads, of each of `images` images.
 
@@ -264,6 +264,9 @@ Values = dict[tuple[int, int, int], Any]
 @dataclass(frozen=True)
 class _Block:
     """The work of one warpgroup: every `total`-th task from number `first` on.
+
+    The warpgroup is the producer and the consumer of its own pipeline: it waits for a stage's `full`
+    mbarrier, computes, issues the TMA stores, and issues the TMA loads of a later task.
 
     Attributes:
         tiling: How the launch's warpgroups share the squares.

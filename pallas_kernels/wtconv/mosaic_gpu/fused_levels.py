@@ -100,7 +100,7 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How the blocks of a launch share the images: each takes every `blocks`-th task.
+    """The division of the images among persistent blocks: each takes every `blocks`-th task.
 
     Attributes:
         first: The level that `levels` begins with.
@@ -308,6 +308,9 @@ PipelineState = tuple[Any, Any, Any]
 @dataclass(frozen=True, kw_only=True)
 class _Block(BandsBlock):
     """One block of `fused_levels`: its references, and what each of its warpgroups does.
+
+    All four warpgroups are consumers of the pipeline's stages, and wait for each other at one
+    mbarrier; the last is the producer of the TMA loads too.
 
     Attributes:
         y: The result in global memory.

@@ -130,6 +130,9 @@ def level1(
 class _Level1Block(Block):
     """One block of `level1`: its references, and what each of its warpgroups does.
 
+    Warpgroups 0 and 1 (`bands`) and 2 and 3 (`pixels`) are consumers of the pipeline's stages. 3 is
+    the producer of the TMA loads too, and 2 and 3 issue the TMA stores.
+
     Attributes:
         taps: The taps of all levels in global memory.
         y: The result in global memory.

@@ -166,6 +166,9 @@ def level2(
 class _Block(BandsBlock, Tiled):
     """One block of `level2`: its references, and what each of its warpgroups does.
 
+    All four warpgroups are consumers of the pipeline's stages, and wait for each other at one
+    mbarrier a step; the last is the producer of the TMA loads too.
+
     Attributes:
         stages: How many stages the pipeline has.
         y: The synthesis in global memory.

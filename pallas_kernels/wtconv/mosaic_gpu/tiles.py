@@ -85,7 +85,7 @@ def handoff_dtype(x: jax.Array) -> jnp.dtype:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the blocks of a launch share its images.
+    """The division of the images among the blocks of a launch.
 
     A block works on one channel block and one column block, and takes every `splits`-th tile of
     them: `rows` rows of coefficients, of `images` images at once, in strips of `columns` columns.
@@ -206,7 +206,7 @@ def tiling_of(shape: tuple[int, ...], kernel_size: int, max_waves: int = _MAX_WA
     _, h, w, c = shape
 
     def contiguous(tiling: Tiling) -> bool:
-        """Whether the windows of TMA stores are contiguous: see `store_row` of `level1`."""
+        """Returns whether windows of TMA stores are contiguous: see `store_row` of `level1`."""
         return tiling.images > 1 and c == CHANNELS and h * w == 2 * tiling.columns
 
     found = tilings(Tiling, shape, 2, kernel_size, (1, STRIPS), max_waves)

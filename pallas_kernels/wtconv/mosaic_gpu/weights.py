@@ -203,6 +203,10 @@ def _level_weights(
 class _WeightsBlock(Block):
     """One block of `_level_weights`: its references, and what each of its warpgroups does.
 
+    Warpgroups 0 and 1 (`correlate_bands`), and in level 1 also 2 and 3 (`correlate_pixels`), are
+    consumers of the pipeline's stages. 3 is the producer of the TMA loads, and in deeper levels
+    nothing else (`produce`).
+
     A consumer keeps a window of the rows of dy that a row of x is a neighbour of, and a sum for
     each tap, in registers.
 
