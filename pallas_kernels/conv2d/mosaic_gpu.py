@@ -537,8 +537,8 @@ def _seen_twice(
 class _Block:
     """One persistent block: its references, and what each of its warpgroups does.
 
-    Warpgroup 2 is the producer (`produce`) and fills the pipeline's stages by TMA loads; 0 and 1 are
-    the consumers (`consume`), which run the `epilogue` with its TMA stores after each tile.
+    Warpgroup 2 is the producer (`produce`), which fills the pipeline's stages by TMA loads; 0 and 1
+    are the consumers (`consume`), which run the `epilogue` with its TMA stores after each tile.
 
     Attributes:
         layer: The convolution.

@@ -265,8 +265,8 @@ Values = dict[tuple[int, int, int], Any]
 class _Block:
     """The work of one warpgroup: every `total`-th task from number `first` on.
 
-    The warpgroup is the producer and the consumer of its own pipeline: it waits for a stage's `full`
-    mbarrier, computes, issues the TMA stores, and issues the TMA loads of a later task.
+    The warpgroup is the producer and the consumer of its own pipeline: it waits for a stage's
+    `full` mbarrier, computes, issues the TMA stores, and issues the TMA loads of a later task.
 
     Attributes:
         tiling: How the launch's warpgroups share the squares.
