@@ -16,8 +16,8 @@ tile to tile:
   epilogue waits for the last phases of `empty`: see `drain`.
 - **Registers:** a thread holds one channel of one strip, and keeps its sums and taps in registers.
 
-There is no warpgroup that only loads, but in deeper levels of `weights`: the last warpgroup
-consumes and produces. `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines.
+The last warpgroup is the producer. It is a consumer as well, but for deeper levels of `weights`.
+`CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines.
 """
 
 import math
@@ -66,7 +66,7 @@ PipelineState = tuple[Any, Step]
 MAX_COLUMNS = 7
 """A strip has at most so many columns of coefficients: five rows of sums fit in registers."""
 MIN_ROWS = 8
-"""A tile has at least so many rows of coefficients, unless it is a whole image high."""
+"""An image is at most one tile high for so many rows of coefficients, or a part of them."""
 _MAX_WAVES = 8
 """A tiling is chosen among those whose blocks fill the GPU at most so many times."""
 _START, _OVERHEAD = 4, 3
