@@ -51,7 +51,7 @@ from pallas_kernels.wtconv.mosaic_gpu.bands import (
 )
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, MAX_COLUMNS, STRIPS
 
-__all__ = ["fused_levels", "fits"]
+__all__ = ["fits", "fused_levels"]
 
 _MIN_STAGES, _MAX_STAGES = 3, 8
 """The fewest and the most stages of the pipeline, of two rows of x each."""
