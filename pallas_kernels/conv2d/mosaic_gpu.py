@@ -706,8 +706,8 @@ class _Block:
 
                     @pl.when(s > 0)
                     def _() -> None:
-                        before = lax.rem(at - 1, stages)
-                        plgpu.barrier_arrive(self.empty.at[group * stages + before])
+                        before = group * stages + lax.rem(at - 1, stages)
+                        plgpu.barrier_arrive(self.empty.at[before])
 
                     return ()
 

@@ -343,9 +343,8 @@ class _Block(BandsBlock, Tiled):
         line = self.bands.at[buffer, 0, :, pl.ds(tiling.radius, tiling.width)]
 
         def store_low(j: Any) -> None:
-            low = 0.25 * self.view(line, tiling.columns, 1, j)[...]
-            to = self.low.at[group, :, row + low_row, own, j, channel_block]
-            to[...] = low.astype(self.low.dtype)
+            low = (0.25 * self.view(line, tiling.columns, 1, j)[...]).astype(self.low.dtype)
+            self.low.at[group, :, row + low_row, own, j, channel_block][...] = low
 
         def store_square(j: Any) -> None:
             found = (
