@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels of every operator share."""
+"""Constants and helpers that the Mosaic GPU kernels of all operators share."""
 
 import math
 from collections.abc import Sequence
@@ -12,61 +12,63 @@ from pallas_kernels.common import device
 
 __all__ = [
     "ALIGNMENT",
+    "MANUAL_BARRIERS",
     "MULTIPROCESSORS",
     "SHARED",
-    "UNSYNCHRONISED",
     "aligned",
-    "following",
+    "next_stage",
     "size_in_bytes",
     "unavailable",
 ]
 
 ALIGNMENT = 16
-"""Bytes that the copy engine needs all strides to be a multiple of."""
+"""Every stride that TMA reads or writes by is a multiple of this many bytes."""
 
 MULTIPROCESSORS = 132
-"""Of an H100 and an H200; others run as well, in a round more or less."""
+"""An H100 and an H200 have this many streaming multiprocessors; other numbers work as well."""
 
 SHARED = 225 * 1024
-"""Bytes of shared memory a block, of 227 KiB some of which barriers take."""
+"""Bytes of shared memory that a block uses for data; the rest of 227 KiB is left to mbarriers."""
 _WHOLE_SHARED = 227 * 1024
 
-UNSYNCHRONISED = plgpu.CompilerParams(
+MANUAL_BARRIERS = plgpu.CompilerParams(
     lowering_semantics=plgpu.LoweringSemantics.Lane,
-    # Kernels order loads, stores and copies themselves: a barrier for each would take the time.
+    # The kernels order loads, stores and copies themselves: a barrier after each would cost time.
     unsafe_no_auto_barriers=True,
 )
-"""How kernels are compiled that say themselves where threads wait for each other."""
+"""Compiler parameters of kernels that place all barriers and fences themselves."""
 
 
 def unavailable(platform: str) -> str | None:
-    """Needs an NVIDIA GPU for data centres, of compute capability 9.0 or newer."""
+    """Returns why the kernels do not run here, None on a data-centre GPU of Hopper or newer."""
     if platform != "gpu":
         return f"needs a GPU, this is a {platform}"
     gpu = device.current()
     capability = str(getattr(gpu, "compute_capability", None))
-    # AMD's are words.
+    # AMD's capabilities are words.
     if not capability.replace(".", "").isdigit() or float(capability) < 9:
         return f"needs compute capability 9.0 or newer, this has {capability}"
-    # GPUs of capability 12 have less than half of it.
+    # GPUs of capability 12 have less than half of the shared memory.
     shared = getattr(gpu, "shared_memory_per_block_optin", 0 if float(capability) >= 12 else None)
     if shared is not None and shared < _WHOLE_SHARED:
         return f"needs 227 KiB of shared memory a block, capability {capability} has less"
     return None
 
 
-def following(slot: Any, slots: int) -> Any:
-    """The slot after one of a ring; a remainder would be computed anew for every use.
+def next_stage(stage: Any, stages: int) -> Any:
+    """Returns the pipeline stage after this one, which is 0 after the last.
+
+    It is a select: the compiler would compute a remainder anew at every use.
 
     Example:
-        >>> [int(following(slot, 3)) for slot in range(3)]
+        >>> [int(next_stage(stage, 3)) for stage in range(3)]
         [1, 2, 0]
     """
-    return jnp.where(slot == slots - 1, 0, slot + 1)
+    return jnp.where(stage == stages - 1, 0, stage + 1)
 
 
 def aligned(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x [..., C]` with channels filled up with zeros to what the copy engine takes in a dtype.
+    """Returns `x [..., C]` with channels of zeros appended until TMA can copy it in a dtype.
 
     Example:
         >>> aligned(jnp.ones((2, 3)), jnp.dtype("float16")).shape
@@ -77,7 +79,7 @@ def aligned(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def size_in_bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
-    """Of an array in shared memory.
+    """Returns the bytes that an array of this shape and dtype takes in shared memory.
 
     Example:
         >>> size_in_bytes((4, 32), jnp.dtype("float32"))

@@ -1,14 +1,25 @@
 """The dense convolution on Hopper GPUs: an implicit GEMM on `wgmma`, in Pallas' Mosaic GPU.
 
-A tile is a rectangle of pixels of one image by some features. One warpgroup orders copies into a
-ring of stages in shared memory, two others multiply what has arrived: both share a tile, or they
-take turns, so that one multiplies while the other writes. A stage is a block of channels of all
-pixels that a column of taps reads, and the filters of these taps: the next tap of the column reads
-the same pixels a row further down, so they are copied once. The copy engine fills what lies outside
-an image with zeros, which is the padding. A block takes one tile after the other, and the copies
-for the next are under way while one is written.
+- **Tiles:** a tile is a rectangle of pixels of one image by some features, whose sums a consumer
+  holds in registers. Blocks are persistent, one for each multiprocessor, and take one tile after
+  the other.
+- **Warpgroups:** 2 is the producer, which only issues TMA loads. 0 and 1 are consumers, which issue
+  `wgmma`. They either share a tile (CUTLASS calls it cooperative) or take alternate tiles, so that
+  one multiplies while the other runs its epilogue (ping-pong).
+- **Pipeline:** up to `_STAGES` stages. A stage holds a block of channels of all pixels that a
+  column of taps reads, and the filters of these taps: the next tap of the column reads the same
+  pixels a row further down, so they are loaded once. The producer runs ahead into the next tile
+  while the epilogue of one is under way.
+- **TMA loads:** one for the pixels of a stage, with their halo, and one for the filters of each of
+  its taps, swizzled as `wgmma` reads them. TMA fills what lies outside an image with zeros, which
+  is the padding.
+- **mbarriers:** `full` of a stage has one arrival for each TMA load; `empty` has one for each
+  consumer that shares the tile. With ping-pong each consumer has mbarriers of its own.
+- **Epilogue:** a consumer adds the bias, applies the activation, and writes its sums by TMA stores
+  from two buffers in turn, which leave out what lies outside the result.
+- **Registers:** 40 a thread in the producer, 232 in the consumers (`setmaxnreg`).
 
-`CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such pipelines of warps with roles.
+`CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such warp-specialised pipelines.
 """
 
 from collections.abc import Iterator
@@ -26,9 +37,9 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import gpu_load, in_32_bits, vary_over, varying_axes
 from pallas_kernels.common.mosaic_gpu import (
+    MANUAL_BARRIERS,
     MULTIPROCESSORS,
     SHARED,
-    UNSYNCHRONISED,
     aligned,
     size_in_bytes,
     unavailable,
@@ -52,24 +63,25 @@ DIFFERENTIABLE = False
 _DTYPES = ("bfloat16", "float16")
 _STATIC = ("window", "precision", "config")
 _ROWS, _COLUMNS = 64, 256
-"""Pixels of a matrix instruction, and the most features of one."""
+"""The pixels (M) of a `wgmma` instruction, and the most features (N) of one."""
 _SUMS = 160
-"""Most sums of a thread: it has two registers for three of them."""
+"""The most sums of a thread, which take about two thirds of its registers."""
 _BOX = 256
-"""Most elements that the copy engine takes along an axis."""
+"""The most elements of a TMA copy along an axis."""
 _CHANNELS = (64, 32, 16)
-"""Of a stage: a pixel's are what copies swizzle, of 128, 64 or 32 bytes."""
+"""Channels of a stage (K); those of a pixel are the 128, 64 or 32 bytes of a swizzled row."""
 _STORED = 64
-"""Bytes of a pixel that are written at once."""
+"""Bytes of a pixel in one TMA store."""
 _STAGES = 8
-_GROUPS = 2
-"""Warpgroups that multiply."""
-_REGISTERS = {"copies": 40, "products": 232}
-"""Registers of a thread, together what a multiprocessor has for three warpgroups."""
+"""The most stages of the pipeline."""
+_CONSUMERS = 2
+"""Consumer warpgroups of a block."""
+_REGISTERS = {"producer": 40, "consumer": 232}
+"""Registers of a thread by role: three warpgroups use almost all that a multiprocessor has."""
 _PRODUCTS, _ARRIVING, _SHARED = 2048, 40, 128
-"""A cycle of a multiprocessor: products, bytes that arrive, and bytes of its shared memory."""
+"""The throughput of a multiprocessor a cycle: products, bytes loaded, bytes of shared memory."""
 _LATENCY, _STAGE, _TILE = 1000, 40, 1500
-"""Cycles that a copy takes, and what a stage and a tile cost beyond their work; estimates."""
+"""Cycles of a TMA load's latency, and of a stage and a tile beyond their work; estimates."""
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -77,7 +89,7 @@ def check(direction: str, problem: Problem) -> None:
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.conv2d.problem.Problem`.
+        problem: The call, a `pallas_kernels.conv2d.problem.Problem`.
     """
     reasons = []
     if problem.dtype not in _DTYPES:
@@ -91,7 +103,7 @@ def check(direction: str, problem: Problem) -> None:
     if not sizes:
         images, *size, _ = problem.shape
         height, width = (n + sum(pads) for n, pads in zip(size, problem.window.pads, strict=True))
-        # They are counted in 32 bits, and some tiles beyond the last, too.
+        # Pixels are counted in 32 bits, those of some tiles beyond the last one too.
         if images * height * width >= 1 << 30:
             reasons.append(f"the pixels of {images} images, which are too many")
     if reasons:
@@ -99,14 +111,14 @@ def check(direction: str, problem: Problem) -> None:
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
-    """Tiles that are worth timing, those made for the shape first; see `check`."""
-    shared = [(256, 160, 32), (256, 128, 64), (256, 128, 32), (256, 96, 32), (256, 64, 64)]
-    shared += [(128, 256, 64), (128, 192, 64), (128, 160, 32), (128, 128, 64), (128, 160, 16)]
-    turns = [(128, 160, 32), (128, 128, 64), (128, 128, 32), (128, 160, 16), (64, 256, 64)]
+    """Returns the tiles that are worth timing, the default for the shape first; see `check`."""
+    cooperative = [(256, 160, 32), (256, 128, 64), (256, 128, 32), (256, 96, 32), (256, 64, 64)]
+    cooperative += [(128, 256, 64), (128, 192, 64), (128, 160, 32), (128, 128, 64), (128, 160, 16)]
+    pingpong = [(128, 160, 32), (128, 128, 64), (128, 128, 32), (128, 160, 16), (64, 256, 64)]
     return [
         {},
-        *(TileConfig(*size, 8, 1, _STAGES)._asdict() for size in shared),
-        *(TileConfig(*size, 4, 1, _STAGES)._asdict() for size in turns),
+        *(TileConfig(*size, 8, 1, _STAGES)._asdict() for size in cooperative),
+        *(TileConfig(*size, 4, 1, _STAGES)._asdict() for size in pingpong),
     ]
 
 
@@ -123,7 +135,10 @@ def forward(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The operator; see `vjp` for the arguments. `precision` is of float32, which is not taken."""
+    """Returns the operator's result; see `vjp` for the arguments.
+
+    `precision` is ignored: it is about float32, which these kernels do not take.
+    """
     axes = varying_axes((x, w, bias))
     _, *size, _ = window.images(x.shape)
     output = window.output(size, window.filters(w.shape)[:2])
@@ -152,7 +167,7 @@ def input_grad(
     precision: lax.Precision | None,
     config: TileConfig | None,
 ) -> jax.Array:
-    """The transpose in x, of the shape `[N, *shape]`; XLA's where dy and w are not of one dtype.
+    """Returns the gradient of x, `[N, *shape]`; XLA computes it where dy and w differ in dtype.
 
     It is the convolution of dy, spread by the stride, with the taps flipped.
     """
@@ -196,7 +211,7 @@ def input_grad(
 
 
 def _unpadded(window: Window) -> Window:
-    """The window on images that are padded already."""
+    """Returns the window for images that are padded already."""
     return window._replace(pads=((0, 0), (0, 0)), reflect=False)
 
 
@@ -213,19 +228,19 @@ def _convolve(
     out_dtype: jnp.dtype,
     config: TileConfig | None,
 ) -> jax.Array:
-    """One launch: images and filters in the window's layout, as is the result.
+    """Returns the result of one launch, in the window's layout, as are images and filters.
 
     Args:
-        x: Images.
-        w: Filters.
+        x: The images.
+        w: The filters.
         bias: `[NF]`, or None.
-        window: Which samples a tap reads, but for its pads.
-        output: Height and width of the result.
+        window: Which samples a tap reads; its pads are ignored.
+        output: The height and width of the result.
         before: Zeros above and to the left of the images; less than zero leaves samples out.
         flip: Whether taps are read backwards, and channels and features change places.
         activation: See `vjp`.
-        out_dtype: Of the result.
-        config: Tiles, or None for those made for the shape.
+        out_dtype: The dtype of the result.
+        config: The size of the tiles, or None for the default for the shape.
     """
     if window.layout == "nchw_fchw":
         x, w = jnp.moveaxis(x, 1, -1), jnp.transpose(w, (2, 3, 1, 0))
@@ -234,7 +249,7 @@ def _convolve(
     channels, features = w.shape[:1:-1] if flip else w.shape[2:]
     height, width = output
     if (*taps, *window.stride, *before, *output) == (1, 1, 1, 1, 0, 0, h, wide):
-        # Of a product of pixels alone, a tile is any of them.
+        # A 1 x 1 convolution is a product of matrices: a tile is any pixels, of any images.
         x, n, height, width = x.reshape(1, 1, -1, channels), 1, 1, n * h * wide
     layer = _Layer(
         *(n, height, width, channels, features, tuple(taps)),
@@ -247,7 +262,7 @@ def _convolve(
 
 
 class _Layer(NamedTuple):
-    """What is computed: sizes of the result, what it is summed over, and which samples are read."""
+    """A convolution: the sizes of the result and of the sum, and which samples are read."""
 
     images: int
     height: int
@@ -265,17 +280,17 @@ class _Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How blocks share the result: tiles of `height x width` pixels by `features`.
+    """The division of the result among blocks: tiles of `height x width` pixels by `features`.
 
     Attributes:
         height: Rows of a tile's pixels.
-        width: Columns, a multiple of the 8 rows that a tile of swizzled memory has.
-        features: Of a tile.
-        channels: Of a stage.
+        width: Columns of a tile's pixels, a multiple of the 8 rows of a swizzled tile of memory.
+        features: Features of a tile.
+        channels: Channels of a stage.
         column: Taps of a stage, one above the other.
-        down: Warpgroups that share the pixels of a tile.
-        across: Warpgroups that share its features.
-        stages: Of the ring.
+        down: Consumers that share the pixels of a tile.
+        across: Consumers that share the features of a tile.
+        stages: Stages of the pipeline.
     """
 
     height: int
@@ -289,49 +304,49 @@ class _Tiling:
 
     @property
     def shared(self) -> int:
-        """Warpgroups that share a tile."""
+        """The number of consumers that share a tile: two if cooperative, one with ping-pong."""
         return self.down * self.across
 
     @property
-    def turns(self) -> int:
-        """Tiles that are summed up or written at once."""
-        return _GROUPS // self.shared
+    def groups(self) -> int:
+        """The number of groups of consumers that share a tile, which take alternate tiles."""
+        return _CONSUMERS // self.shared
 
     @property
     def own(self) -> tuple[int, int]:
-        """Pixels and features of a warpgroup."""
+        """The numbers of pixels and of features of a consumer."""
         return self.height * self.width // self.down, self.features // self.across
 
     @property
     def box(self) -> Pair:
-        """Rows and columns of the pixels of a warpgroup."""
+        """The numbers of rows and of columns of the pixels of a consumer."""
         height = max(1, self.height // self.down)
         return height, self.own[0] // height
 
     def stored(self, itemsize: int) -> int:
-        """Features that are written at once."""
+        """Returns the number of features of one TMA store."""
         return min(_STORED // itemsize, self.own[1])
 
     def reading(self, layer: _Layer) -> int:
-        """Rows of pixels of a stage."""
+        """Returns the number of rows of pixels of a stage, halo included."""
         return self.height + (self.column - 1) * layer.dilation[0]
 
     def stage(self, layer: _Layer) -> int:
-        """Bytes of a stage."""
+        """Returns the size of a stage in bytes."""
         rows = self.reading(layer) * self.width + self.column * self.features
         return 2 * rows * self.channels
 
     def written(self, layer: _Layer) -> int:
-        """Bytes that are on their way to the result, of two turns."""
-        return 2 * _GROUPS * self.own[0] * self.stored(layer.itemsize) * layer.itemsize
+        """Returns the size in bytes of the buffers for TMA stores, two for each consumer."""
+        return 2 * _CONSUMERS * self.own[0] * self.stored(layer.itemsize) * layer.itemsize
 
     def steps(self, layer: _Layer) -> int:
-        """Stages that a tile takes."""
+        """Returns the number of pipeline steps of a tile."""
         columns = layer.taps[0] // self.column * layer.taps[1]
         return columns * pl.cdiv(layer.channels, self.channels)
 
     def counts(self, layer: _Layer) -> tuple[int, int, int, int]:
-        """Tiles along images, height, width and features."""
+        """Returns the numbers of tiles along images, height, width and features."""
         return (
             layer.images,
             pl.cdiv(layer.height, self.height),
@@ -340,29 +355,29 @@ class _Tiling:
         )
 
     def tiles(self, layer: _Layer) -> int:
-        """Of the whole result."""
+        """Returns the number of tiles of the whole result."""
         images, height, width, features = self.counts(layer)
         return images * height * width * features
 
     def possible(self, layer: _Layer) -> bool:
-        """Whether warpgroups, instructions and copies can be of these sizes."""
+        """Returns whether consumers, `wgmma` instructions and TMA copies can be of these sizes."""
         rows, columns = self.own
         return (
             rows % _ROWS == 0
             and columns % 16 == 0
-            # Filters are swizzled along features, or, where these change places, channels.
+            # Filters are swizzled along features, or along channels where they change places.
             and (layer.flip or columns % self.channels == 0)
             and columns <= _COLUMNS
             and rows * columns <= 128 * _SUMS
             and max(self.reading(layer), self.width) <= _BOX
-            # Mosaic takes a row to be inside of a result that has no other.
+            # Where a result has only one row, Mosaic takes every row to be inside.
             and (layer.height > 1 or self.height == 1 or self.box[0] > 1)
             and self.stages >= 2
         )
 
     def cost(self, layer: _Layer) -> float:
-        """Cycles of the busiest multiprocessor, estimated."""
-        rounds = pl.cdiv(self.tiles(layer), MULTIPROCESSORS)
+        """Returns the estimated cycles of the busiest multiprocessor."""
+        tiles = pl.cdiv(self.tiles(layer), MULTIPROCESSORS)
         pixels, columns = self.height * self.width, self.own[1]
         depth = self.column * self.channels
         products = pixels * self.features * depth / _PRODUCTS
@@ -372,13 +387,13 @@ class _Tiling:
         step = max(products, moved, _LATENCY / (self.stages - 1)) + _STAGE
         summed = self.steps(layer) * step
         written = pixels * self.features * layer.itemsize / _ARRIVING + _TILE
-        if self.turns == 1:
-            return rounds * (summed + written)
-        return rounds * max(summed, (summed + written) / 2) + written
+        if self.groups == 1:
+            return tiles * (summed + written)
+        return tiles * max(summed, (summed + written) / 2) + written
 
 
 def _tilings(layer: _Layer, config: TileConfig) -> Iterator[_Tiling]:
-    """Those of a size: every rectangle, and a column of taps a stage or one tap."""
+    """Yields the tilings of a size: all rectangles, with a column of taps or one tap a stage."""
     down = max(1, config.ratio_m // 4)
     across = config.ratio_m * config.ratio_n // 4 // down
     columns = {layer.taps[0], 1} if layer.stride[0] == 1 else {1}
@@ -388,14 +403,14 @@ def _tilings(layer: _Layer, config: TileConfig) -> Iterator[_Tiling]:
         tile = (height, width, config.block_n, config.block_k, column, down, across)
         tiling = _Tiling(*tile, stages=2)
         left = SHARED - tiling.written(layer)
-        # One stage is written while another is read, whatever is asked.
+        # There are at least two stages, since one is filled while another is read.
         stages = min(max(2, config.stages), left // tiling.stage(layer))
         yield _Tiling(*tile, stages=stages)
 
 
 @cache
 def _tiling(layer: _Layer, config: TileConfig | None) -> _Tiling:
-    """The tiling of a size, or of all, that takes the busiest multiprocessor the least work."""
+    """Returns the cheapest tiling of the size in `config`, or of all sizes for None."""
     if config is not None and (
         config.block_k not in _CHANNELS or config.ratio_m * config.ratio_n not in (4, 8)
     ):
@@ -431,7 +446,7 @@ def _launch(
     tiling: _Tiling,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """The kernel, on channels last; features are filled up to what the copy engine takes."""
+    """Runs the kernel, and returns its result with features filled up to what TMA takes."""
     arrays = {"x": _planes(x, layer), "w": _flat(w, tiling)}
     if bias is not None:
         fill = tiling.counts(layer)[3] * tiling.features - layer.features
@@ -443,15 +458,15 @@ def _launch(
     rows = tiling.reading(layer)
     pixels, _ = tiling.own
     filters = (tiling.features, depth) if layer.flip else (depth, tiling.features)
-    turns, stored = (_GROUPS, 2), tiling.stored(dtype.itemsize)
+    buffers, stored = (_CONSUMERS, 2), tiling.stored(dtype.itemsize)
     scratch = {
         "pixels": _seen_twice((size,), (rows, tiling.width), depth, x.dtype),
         "filters": plgpu.SMEM(
             (size, tiling.column, *filters), w.dtype, transforms=_swizzled(depth, w.dtype)
         ),
-        "out": _seen_twice(turns, tiling.box, stored, dtype),
-        "full": plgpu.Barrier(num_arrivals=1 + tiling.column, num_barriers=tiling.turns * size),
-        "free": plgpu.Barrier(num_arrivals=tiling.shared, num_barriers=tiling.turns * size),
+        "out": _seen_twice(buffers, tiling.box, stored, dtype),
+        "full": plgpu.Barrier(num_arrivals=1 + tiling.column, num_barriers=tiling.groups * size),
+        "empty": plgpu.Barrier(num_arrivals=tiling.shared, num_barriers=tiling.groups * size),
     }
     names = [*arrays, "y", *scratch]
 
@@ -465,18 +480,18 @@ def _launch(
         scratch_types=list(scratch.values()),
         grid=(min(tiling.tiles(layer), MULTIPROCESSORS),),
         grid_names=("block",),
-        num_threads=1 + _GROUPS,
+        num_threads=1 + _CONSUMERS,
         thread_name="warpgroup",
-        compiler_params=UNSYNCHRONISED,
+        compiler_params=MANUAL_BARRIERS,
     )
     return kernel(*arrays.values())
 
 
 def _planes(x: jax.Array, layer: _Layer) -> jax.Array:
-    """`[N, H, W, C]` as `[N, H / stride, stride, W / stride, stride, C]`: a tap reads one plane.
+    """Returns `[N, H, W, C]` as planes `[N, H / stride, stride, W / stride, stride, C]`.
 
-    Zeros fill up what is missing. An axis of one row gets another: Mosaic takes it to be read
-    inside, whatever is asked.
+    A tap reads one plane. Zeros fill up what is missing. An axis of one row gets another one, since
+    Mosaic takes every row of such an axis to be inside.
     """
     n, *size, _ = x.shape
     fill = [-length % stride for length, stride in zip(size, layer.stride, strict=True)]
@@ -490,7 +505,7 @@ def _planes(x: jax.Array, layer: _Layer) -> jax.Array:
 
 
 def _flat(w: jax.Array, tiling: _Tiling) -> jax.Array:
-    """`[HF, WF, C, NF]` as `[taps, C, NF]`, filled up with zeros to whole tiles of memory."""
+    """Returns `[HF, WF, C, NF]` as `[taps, C, NF]`, with zeros up to whole tiles of memory."""
     w = w.reshape(-1, *w.shape[2:])
     _, channels, features = w.shape
     more = -features % (tiling.channels if features > tiling.channels else 8)
@@ -499,7 +514,7 @@ def _flat(w: jax.Array, tiling: _Tiling) -> jax.Array:
 
 
 def _swizzled(columns: int, dtype: jnp.dtype) -> tuple[Any, ...]:
-    """How products want their operands: tiles of 8 rows, their columns swizzled."""
+    """Returns the transforms of `wgmma` operands: tiles of 8 rows, with swizzled columns."""
     swizzle = plgpu.SwizzleTransform(size_in_bytes((columns,), dtype))
     return plgpu.TilingTransform((8, columns)), swizzle
 
@@ -507,10 +522,10 @@ def _swizzled(columns: int, dtype: jnp.dtype) -> tuple[Any, ...]:
 def _seen_twice(
     outer: tuple[int, ...], box: Pair, columns: int, dtype: jnp.dtype
 ) -> plgpu.RefUnion:
-    """Pixels as the copy engine sees them, a box `[rows, width, C]`, and as products do, `[M, C]`.
+    """Returns shared memory as TMA sees it, `[rows, width, C]`, and as `wgmma` does, `[M, C]`.
 
-    Both are the same bytes: tiles of 8 pixels, each of which is as wide as all channels, lie one
-    after the other. Tiles of the image itself could not begin at any pixel.
+    Both are the same bytes: tiles of 8 pixels, each as wide as all channels, lie one after the
+    other. Tiles of the image itself could not begin at any pixel.
     """
     tiles, swizzle = _swizzled(columns, dtype)
     seen = plgpu.SMEM((*outer, *box, columns), dtype, transforms=(swizzle,))
@@ -520,7 +535,24 @@ def _seen_twice(
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """One block: its references, and what each of its warpgroups does."""
+    """One persistent block: its references, and what each of its warpgroups does.
+
+    Warpgroup 2 is the producer (`produce`), which fills the pipeline's stages by TMA loads; 0 and 1
+    are the consumers (`consume`), which run the `epilogue` with its TMA stores after each tile.
+
+    Attributes:
+        layer: The convolution.
+        tiling: How blocks share its result.
+        x: The images in global memory, as `_planes` has them.
+        w: The filters in global memory, as `_flat` has them.
+        y: The result in global memory.
+        pixels: The stages for pixels in shared memory, seen twice.
+        filters: The stages for filters in shared memory.
+        out: Two buffers for TMA stores of each consumer, seen twice.
+        full: An mbarrier a stage, on which the TMA loads into it arrive.
+        empty: An mbarrier a stage, on which its consumers arrive.
+        bias: The bias in global memory, or None.
+    """
 
     layer: _Layer
     tiling: _Tiling
@@ -531,29 +563,29 @@ class _Block:
     filters: Any
     out: Any
     full: Any
-    free: Any
+    empty: Any
     bias: Any = None
 
     def run(self) -> None:
-        """Gives each warpgroup its role."""
+        """Runs the role of this warpgroup."""
         warpgroup = lax.axis_index("warpgroup")
-        # One branch, or registers cannot go from one role to the other.
-        multiplies = warpgroup < _GROUPS
-        lax.cond(multiplies, partial(self.multiply, warpgroup), self.copy)
+        # It is one branch, so that registers can go from one role to the other.
+        consumes = warpgroup < _CONSUMERS
+        lax.cond(consumes, partial(self.consume, warpgroup), self.produce)
 
     @property
     def count(self) -> Any:
-        """Tiles of this block."""
+        """The number of tiles of this block."""
         tiles, blocks = self.tiling.tiles(self.layer), lax.axis_size("block")
         return lax.div(tiles - lax.axis_index("block") + blocks - 1, blocks)
 
     @property
     def steps(self) -> int:
-        """Stages that a tile takes."""
+        """The number of pipeline steps of a tile."""
         return self.tiling.steps(self.layer)
 
     def origin(self, i: Any) -> tuple[Any, Any, Any, Any]:
-        """Image, first row, column and feature of the block's i-th tile.
+        """Returns the image, first row, column and feature of the block's i-th tile.
 
         Tiles of the same pixels follow each other.
         """
@@ -565,42 +597,46 @@ class _Block:
         image, row = lax.div(rest, height), lax.rem(rest, height)
         return image, row * tiling.height, column * tiling.width, feature * tiling.features
 
-    def barrier(self, turn: Any) -> Any:
-        """That of a stage and of those who multiply it: who waits has to see every phase."""
+    def barrier(self, step: Any) -> Any:
+        """Returns the index of the mbarriers of a step, counted over all tiles of the block.
+
+        Each group of consumers has a set of its own, since who waits for an mbarrier has to wait
+        for every phase of it.
+        """
         tiling = self.tiling
-        who = lax.rem(lax.div(turn, self.steps), tiling.turns)
-        return who * tiling.stages + lax.rem(turn, tiling.stages)
+        group = lax.rem(lax.div(step, self.steps), tiling.groups)
+        return group * tiling.stages + lax.rem(step, tiling.stages)
 
-    def copy(self) -> None:
-        """Orders the copies of all stages of all tiles, each once its place is free."""
-        plgpu.set_max_registers(_REGISTERS["copies"], action="decrease")
-        stages, turns = self.tiling.stages, self.count * self.steps
+    def produce(self) -> None:
+        """Issues the TMA loads of all steps of all tiles, each once its stage is empty."""
+        plgpu.set_max_registers(_REGISTERS["producer"], action="decrease")
+        stages, total_steps = self.tiling.stages, self.count * self.steps
 
-        def one(turn: Any, _: Any) -> tuple[()]:
-            @pl.when(turn >= stages)
+        def load(step: Any, _: Any) -> tuple[()]:
+            @pl.when(step >= stages)
             def _() -> None:
-                plgpu.barrier_wait(self.free.at[self.barrier(turn - stages)])
+                plgpu.barrier_wait(self.empty.at[self.barrier(step - stages)])
 
-            self.fetch(turn)
+            self.load_stage(step)
             return ()
 
-        def last(turn: Any, _: Any) -> tuple[()]:
-            plgpu.barrier_wait(self.free.at[self.barrier(turn)])
+        def drain(step: Any, _: Any) -> tuple[()]:
+            plgpu.barrier_wait(self.empty.at[self.barrier(step)])
             return ()
 
-        lax.fori_loop(0, turns, one, ())
-        lax.fori_loop(jnp.maximum(turns - stages, 0), turns, last, ())
+        lax.fori_loop(0, total_steps, load, ())
+        lax.fori_loop(jnp.maximum(total_steps - stages, 0), total_steps, drain, ())
 
-    def fetch(self, turn: Any) -> None:
-        """Orders the copies of a stage."""
+    def load_stage(self, step: Any) -> None:
+        """Issues the TMA loads of a step, counted over all tiles of the block."""
         layer, tiling = self.layer, self.tiling
-        image, row, column, feature = self.origin(lax.div(turn, self.steps))
-        step, slot = lax.rem(turn, self.steps), lax.rem(turn, tiling.stages)
-        full = self.full.at[self.barrier(turn)]
+        image, row, column, feature = self.origin(lax.div(step, self.steps))
+        within, stage = lax.rem(step, self.steps), lax.rem(step, tiling.stages)
+        full = self.full.at[self.barrier(step)]
         columns = layer.taps[0] // tiling.column * layer.taps[1]
-        # Taps change first, so that what one brings into the cache is there for the next.
-        channels = pl.ds(lax.div(step, columns) * tiling.channels, tiling.channels)
-        tap = lax.rem(step, columns)
+        # Taps change before channels do, so that one tap's pixels are in the L2 cache for the next.
+        channels = pl.ds(lax.div(within, columns) * tiling.channels, tiling.channels)
+        tap = lax.rem(within, columns)
         above, left = lax.div(tap, layer.taps[1]), lax.rem(tap, layer.taps[1])
         down, lower = self.place(above, 0)
         right, odd = self.place(left, 1)
@@ -614,7 +650,7 @@ class _Block:
                 odd,
                 channels,
             ],
-            boxes.at[slot],
+            boxes.at[stage],
             full,
         )
         features = pl.ds(feature, tiling.features)
@@ -624,10 +660,10 @@ class _Block:
                 filters = self.w.at[layer.taps[0] * layer.taps[1] - 1 - tap, features, channels]
             else:
                 filters = self.w.at[tap, channels, features]
-            plgpu.copy_gmem_to_smem(filters, self.filters.at[slot, i], full)
+            plgpu.copy_gmem_to_smem(filters, self.filters.at[stage, i], full)
 
     def place(self, tap: Any, axis: int) -> tuple[Any, Any]:
-        """Where a tap of the first pixel reads along an axis, and in which plane of the stride."""
+        """Returns where a tap of the first pixel reads along an axis, and in which plane."""
         stride, before = self.layer.stride[axis], self.layer.before[axis]
         at = tap * self.layer.dilation[axis] - before
         if stride == 1:
@@ -637,11 +673,11 @@ class _Block:
         at = at + outside * stride
         return lax.div(at, stride) - outside, lax.rem(at, stride)
 
-    def multiply(self, warpgroup: Any) -> None:
-        """Sums up the products of a warpgroup's part of its tiles, and writes them."""
-        plgpu.set_max_registers(_REGISTERS["products"], action="increase")
+    def consume(self, warpgroup: Any) -> None:
+        """Sums up the products of a consumer's part of its tiles, and runs their epilogues."""
+        plgpu.set_max_registers(_REGISTERS["consumer"], action="increase")
         tiling, stages = self.tiling, self.tiling.stages
-        turn, part = lax.div(warpgroup, tiling.shared), lax.rem(warpgroup, tiling.shared)
+        group, part = lax.div(warpgroup, tiling.shared), lax.rem(warpgroup, tiling.shared)
         pixels, features = tiling.own
         first = lax.div(part, tiling.across) * pixels
         feature = lax.rem(part, tiling.across) * features
@@ -649,45 +685,46 @@ class _Block:
         down = self.layer.dilation[0] * tiling.width
 
         def tile(own: Any, _: Any) -> tuple[()]:
-            # Stages come in the order of tiles: who takes the next one waits for nothing else.
-            i = own * tiling.turns + turn
+            # Stages come in the order of tiles, so groups need not wait for each other.
+            i = own * tiling.groups + group
 
             def summed(sums: Any) -> None:
                 def step(s: Any, _: Any) -> tuple[()]:
                     at = i * self.steps + s
-                    slot = lax.rem(at, stages)
-                    plgpu.barrier_wait(self.full.at[turn * stages + slot])
+                    stage = lax.rem(at, stages)
+                    plgpu.barrier_wait(self.full.at[group * stages + stage])
                     for tap in range(tiling.column):
-                        left = rows.at[slot, pl.ds(first + tap * down, pixels)]
+                        left = rows.at[stage, pl.ds(first + tap * down, pixels)]
                         if self.layer.flip:
-                            right = self.filters.at[slot, tap, pl.ds(feature, features)]
+                            right = self.filters.at[stage, tap, pl.ds(feature, features)]
                             right = right.transpose((1, 0))
                         else:
-                            right = self.filters.at[slot, tap, :, pl.ds(feature, features)]
+                            right = self.filters.at[stage, tap, :, pl.ds(feature, features)]
                         plgpu.wgmma(sums, left, right)
-                    # These products may go on while the next are ordered; those before are done.
+                    # This step's `wgmma` may go on while the next are issued; older ones are done.
                     plgpu.wgmma_wait(tiling.column)
 
                     @pl.when(s > 0)
                     def _() -> None:
-                        plgpu.barrier_arrive(self.free.at[turn * stages + lax.rem(at - 1, stages)])
+                        before = group * stages + lax.rem(at - 1, stages)
+                        plgpu.barrier_arrive(self.empty.at[before])
 
                     return ()
 
                 lax.fori_loop(0, self.steps, step, ())
                 done = sums[...]
                 last = lax.rem((i + 1) * self.steps - 1, stages)
-                plgpu.barrier_arrive(self.free.at[turn * stages + last])
-                self.write(i, warpgroup, done)
+                plgpu.barrier_arrive(self.empty.at[group * stages + last])
+                self.epilogue(i, warpgroup, done)
 
             pl.run_scoped(summed, plgpu.ACC((pixels, features), jnp.float32))
             return ()
 
-        lax.fori_loop(0, lax.div(self.count - turn + tiling.turns - 1, tiling.turns), tile, ())
+        lax.fori_loop(0, lax.div(self.count - group + tiling.groups - 1, tiling.groups), tile, ())
         plgpu.wait_smem_to_gmem(0)
 
-    def write(self, i: Any, warpgroup: Any, sums: Any) -> None:
-        """Writes a warpgroup's part of the i-th tile, but for what lies outside of the result."""
+    def epilogue(self, i: Any, warpgroup: Any, sums: Any) -> None:
+        """Finishes a consumer's part of the i-th tile, and issues its TMA stores."""
         tiling = self.tiling
         image, row, column, feature = self.origin(i)
         height, width = tiling.box
@@ -699,19 +736,19 @@ class _Block:
         feature = feature + lax.rem(part, tiling.across) * tiling.own[1]
         boxes, rows = self.out
         each = rows.shape[-1]
-        for turn, first in enumerate(range(0, tiling.own[1], each)):
-            place = warpgroup, turn % 2
-            # The first place may be where the last of the tile before is.
-            plgpu.wait_smem_to_gmem(min(turn, 1), wait_read_only=True)
+        for number, first in enumerate(range(0, tiling.own[1], each)):
+            buffer = warpgroup, number % 2
+            # The first buffer may be the one that the last store of the tile before reads.
+            plgpu.wait_smem_to_gmem(min(number, 1), wait_read_only=True)
             done = sums[:, first : first + each]
             if self.bias is not None:
                 own = self.bias.at[pl.ds(feature + first, each)]
                 offset = gpu_load(own, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
                 done = done + lax.broadcast_in_dim(offset, done.shape, (1,))
-            rows.at[*place][...] = _activated(done, self.layer.activation).astype(self.y.dtype)
+            rows.at[*buffer][...] = _activated(done, self.layer.activation).astype(self.y.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
-                boxes.at[*place],
+                boxes.at[*buffer],
                 self.y.at[
                     image,
                     pl.ds(row, height),
@@ -722,7 +759,10 @@ class _Block:
 
 
 def _activated(y: Any, activation: str | None) -> Any:
-    """As `xla.activate`, of what Mosaic knows: no complement of the error function."""
+    """Returns what `xla.activate` does, without the complementary error function.
+
+    Mosaic does not have that one.
+    """
     if activation == "gelu":
         return 0.5 * y * (1 + lax.erf(y * 0.5**0.5))
     return xla.activate(y, activation)

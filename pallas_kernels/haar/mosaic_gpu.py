@@ -1,9 +1,19 @@
 """The Haar cascade on Hopper GPUs: Pallas kernels of Mosaic GPU, up to `_FUSED` levels a launch.
 
-A warpgroup takes squares of `2**levels` x `2**levels` pixels: the copy engine brings them into a
-ring of slots of shared memory, a thread computes all levels of one channel of some of them in
-registers, and the copy engine takes the results away. It fills what lies outside an image with
-zeros, and leaves out what lies outside a result. Warpgroups know nothing of each other.
+- **Tasks:** a task is a row of squares of `2**levels` x `2**levels` pixels, some of them for each
+  thread, which computes all levels of one channel of them in registers. Squares need no halo.
+  Blocks are persistent, at most one for each multiprocessor, and their warpgroups take one task
+  after the other.
+- **Warpgroups:** two or four a block, each of which is the producer and the only consumer of a
+  pipeline of its own: they know nothing of each other.
+- **Pipeline:** 1 to 4 stages a warpgroup, as many as shared memory holds, each for a task's inputs.
+  The prologue fills all of them; a stage is filled again when its task is done.
+- **mbarriers:** `full` of a stage, on which the TMA loads into it arrive, one for each input. There
+  is no `empty`, since the consumer issues the loads itself.
+- **TMA loads and stores:** loads fill what lies outside an image with zeros, and stores leave out
+  what lies outside a result. A warpgroup has one buffer for results, and waits until the stores of
+  the task before have read it. The epilogue waits for the last stores.
+- **Registers:** no `setmaxnreg`, since all roles are alike: 128 a thread for four warpgroups.
 """
 
 from collections.abc import Iterator
@@ -20,9 +30,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common._compat import in_32_bits, vary_over, varying_axes
 from pallas_kernels.common.mosaic_gpu import (
+    MANUAL_BARRIERS,
     MULTIPROCESSORS,
     SHARED,
-    UNSYNCHRONISED,
     aligned,
     size_in_bytes,
     unavailable,
@@ -36,15 +46,15 @@ Bands = tuple[jax.Array, ...]
 
 _MAX_LEVELS = 5
 _FUSED = 2
-"""Levels of a launch; a low band between two launches is then 1/16 of the image."""
+"""The most levels of a launch; a low band between two launches is then 1/16 of the image."""
 _THREADS = 128
-"""Of a warpgroup."""
+"""Threads of a warpgroup."""
 _PIXELS = 32
-"""Pixels of a thread, where a single square is not more."""
+"""The most pixels of a thread, unless a single square is more."""
 _LARGEST_COPY = 256
-"""Of the copy engine, along each axis."""
-_MAX_DEPTH = 4
-"""Slots of a warpgroup's ring."""
+"""The most elements of a TMA copy along each axis."""
+_MAX_STAGES = 4
+"""The most stages of a warpgroup's pipeline."""
 
 
 def check(direction: str, problem: Any) -> None:
@@ -52,12 +62,12 @@ def check(direction: str, problem: Any) -> None:
 
     Args:
         direction: "fwd", the only one.
-        problem: `pallas_kernels.haar.problem.Problem`.
+        problem: The call, a `pallas_kernels.haar.problem.Problem`.
     """
     reasons = problem.unsupported(("float32", "bfloat16", "float16"), _MAX_LEVELS)
     if not reasons:
         images, height, width, channels = problem.shape
-        # What the copy engine takes at a time is counted in 32 bits, however large the array is.
+        # Positions of TMA copies are counted in 32 bits, however large the array is.
         if images * pl.cdiv(height, 2) * pl.cdiv(width, 2) * pl.cdiv(channels, 8) >= 1 << 31:
             reasons.append(f"a signal {problem.shape}, which is too large")
     if reasons:
@@ -69,7 +79,7 @@ def check(direction: str, problem: Any) -> None:
 def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
-    """All levels of `x [N, H, W, C]`: the low band, and three details a level from coarse on."""
+    """Returns the low band of `x [N, H, W, C]`, and three details a level, the coarsest first."""
     axes, channels = varying_axes(x), x.shape[-1]
     low, details = aligned(x, x.dtype), []
     while len(details) < levels:
@@ -86,11 +96,11 @@ def wavedec(
 def waverec(
     low: jax.Array, details: tuple[Bands, ...], *, shape: tuple[int, int], wavelet: str
 ) -> jax.Array:
-    """The inverse of `wavedec`: an image `[N, *shape, C]`."""
+    """Returns the image `[N, *shape, C]` that `wavedec` makes these bands of."""
     axes, channels, dtype = varying_axes((low, details)), low.shape[-1], low.dtype
     low, left = jax.tree.map(lambda band: aligned(band, dtype), (low, list(details)))
     while left:
-        # Whole launches for the finest levels, which are the largest.
+        # The finest levels, which are the largest, have launches with all `_FUSED` levels.
         count = (len(left) - 1) % _FUSED + 1
         levels, left = left[:count][::-1], left[count:]
         size = left[0][0].shape[1:3] if left else shape
@@ -100,9 +110,20 @@ def waverec(
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How the warpgroups of a launch share an image's squares.
+    """The division of all images' squares among the warpgroups of a launch.
 
-    A task is a row of `columns` squares for each strip of threads, of one image or of `images`.
+    A task is a row of `columns` squares for each strip of threads, of each of `images` images.
+
+    Attributes:
+        levels: Levels of the launch.
+        images: Images of a task.
+        strips: Strips of threads side by side, each of a thread for each channel.
+        columns: Squares of a thread.
+        channels: Channels of a task.
+        groups: Groups of `images` images.
+        rows: Rows of squares of an image.
+        column_blocks: Tasks that an image is wide.
+        channel_blocks: Blocks of `channels` channels.
     """
 
     levels: int
@@ -112,32 +133,32 @@ class _Tiling:
     channels: int
     groups: int
     rows: int
-    stretches: int
-    chunks: int
+    column_blocks: int
+    channel_blocks: int
 
     @property
     def side(self) -> int:
-        """Of a square, in pixels."""
+        """The height and width of a square, in pixels."""
         return 1 << self.levels
 
     @property
     def tasks(self) -> int:
-        """Of all warpgroups."""
-        return self.groups * self.rows * self.stretches * self.chunks
+        """The number of tasks of all warpgroups."""
+        return self.groups * self.rows * self.column_blocks * self.channel_blocks
 
     def shape(self, level: int) -> tuple[int, int, int, int]:
-        """What a task has of a band of a level, of the image if that is 0."""
+        """Returns the shape of a task's part of a band of a level, or of the image for level 0."""
         each = self.side >> level
         return self.images, each, self.strips * self.columns * each, self.channels
 
 
 def _tiling(shape: tuple[int, ...], levels: int) -> _Tiling:
-    """The tiling of an image `[N, H, W, C]`, the finest that a launch has to do with."""
+    """Returns the tiling of `[N, H, W, C]`, which is the finest array that a launch works on."""
     n, h, w, c = shape
     side = 1 << levels
     rows, across = pl.cdiv(h, side), pl.cdiv(w, side)
-    # Mosaic (JAX 0.10 to 0.11) writes windows that are contiguous in memory without a look at
-    # bounds. Those of fewer or of more channels than there are have gaps, but for one coincidence.
+    # Mosaic (JAX 0.10 to 0.11) stores windows that are contiguous in memory without TMA's bounds.
+    # Those of fewer or of more channels than there are have gaps, but for one coincidence.
     sizes = [size for size in (32, 16, 8) if size < c] or [16, 32]
     channels = next(size for size in sizes if size != rows * across * c)
     images, strips = 1, _THREADS // channels
@@ -153,7 +174,7 @@ def _tiling(shape: tuple[int, ...], levels: int) -> _Tiling:
 
 
 def _analysis(x: jax.Array, levels: int, dtype: jnp.dtype, low_dtype: jnp.dtype) -> list[jax.Array]:
-    """The coarsest low band of `x [N, H, W, C]`, and three details a level from fine to coarse."""
+    """Returns the coarsest low band of `[N, H, W, C]`, and three details a level, finest first."""
     n, h, w, c = x.shape
     tiling = _tiling(x.shape, levels)
     sizes = [(n, pl.cdiv(h, 1 << level), pl.cdiv(w, 1 << level), c) for level in _to(levels)]
@@ -165,7 +186,7 @@ def _analysis(x: jax.Array, levels: int, dtype: jnp.dtype, low_dtype: jnp.dtype)
 def _synthesis(
     low: jax.Array, details: list[Bands], size: tuple[int, int], dtype: jnp.dtype
 ) -> jax.Array:
-    """The image `[N, *size, C]` of its coarsest low band and the details from fine to coarse."""
+    """Returns the image `[N, *size, C]` of its coarsest low band and the details, finest first."""
     shape = low.shape[0], *size, low.shape[-1]
     bands = [band for level in details for band in level]
     tiling = _tiling(shape, len(details))
@@ -174,7 +195,7 @@ def _synthesis(
 
 
 def _to(levels: int) -> range:
-    """The levels of a launch from fine to coarse."""
+    """Returns the levels of a launch, from fine to coarse."""
     return range(1, levels + 1)
 
 
@@ -184,43 +205,43 @@ def _launch(
     inputs: list[jax.Array],
     outputs: list[jax.ShapeDtypeStruct],
 ) -> list[jax.Array]:
-    """Runs a kernel in as many blocks as are resident at once."""
+    """Runs a kernel in as many persistent blocks as are resident, and returns its results."""
     coefficients = [tiling.levels, *(level for level in _to(tiling.levels) for _ in range(3))]
     read, written = ([0], coefficients) if kind is _Analysis else (coefficients, [0])
-    slot, out = (
+    stage_size, out_size = (
         sum(
             size_in_bytes(tiling.shape(level), array.dtype)
             for level, array in zip(levels, arrays, strict=True)
         )
         for levels, arrays in ((read, inputs), (written, outputs))
     )
-    warpgroups = 4 if 4 * (2 * slot + out) <= SHARED else 2
-    depth = min(_MAX_DEPTH, (SHARED // warpgroups - out) // slot)
+    warpgroups = 4 if 4 * (2 * stage_size + out_size) <= SHARED else 2
+    stages = min(_MAX_STAGES, (SHARED // warpgroups - out_size) // stage_size)
     blocks = min(MULTIPROCESSORS, pl.cdiv(tiling.tasks, warpgroups))
 
-    def ring(array: Any, level: int, slots: tuple[int, ...]) -> Any:
-        return plgpu.SMEM((warpgroups, *slots, *tiling.shape(level)), array.dtype)
+    def buffer(array: Any, level: int, stages: tuple[int, ...]) -> Any:
+        return plgpu.SMEM((warpgroups, *stages, *tiling.shape(level)), array.dtype)
 
     def body(*refs: Any) -> None:
         parts = iter(refs)
-        sources, results, slots, outs = (
+        sources, results, buffers, outs = (
             [next(parts) for _ in arrays] for arrays in (inputs, outputs, inputs, outputs)
         )
         kind(
             tiling,
-            depth,
+            stages,
             blocks * warpgroups,
             lax.axis_index("block") * warpgroups + lax.axis_index("warpgroup"),
             lax.axis_index("warpgroup"),
-            list(zip(sources, slots, read, strict=True)),
+            list(zip(sources, buffers, read, strict=True)),
             list(zip(results, outs, written, strict=True)),
             next(parts),
         ).run()
 
-    scratch = [ring(array, level, (depth,)) for array, level in zip(inputs, read, strict=True)]
-    scratch += [ring(array, level, ()) for array, level in zip(outputs, written, strict=True)]
-    # A warpgroup waits for its own copies alone.
-    full = plgpu.Barrier(num_arrivals=len(inputs), num_barriers=warpgroups * depth)
+    scratch = [buffer(array, level, (stages,)) for array, level in zip(inputs, read, strict=True)]
+    scratch += [buffer(array, level, ()) for array, level in zip(outputs, written, strict=True)]
+    # A warpgroup waits for its own loads alone.
+    full = plgpu.Barrier(num_arrivals=len(inputs), num_barriers=warpgroups * stages)
     return plgpu.kernel(
         body,
         out_type=outputs,
@@ -229,23 +250,37 @@ def _launch(
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        compiler_params=UNSYNCHRONISED,
+        compiler_params=MANUAL_BARRIERS,
     )(*inputs)
 
 
 Copied = list[tuple[Any, Any, int]]
-"""Arrays in memory, the buffers that hold parts of them, and their levels."""
+"""Arrays in global memory, the buffers in shared memory for parts of them, and their levels."""
 
 Values = dict[tuple[int, int, int], Any]
-"""Of a thread's squares, in float32: by square, row and column."""
+"""A thread's values in float32, by square, row and column."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """What a warpgroup does: `total` of them, of which this is number `first`, in turn."""
+    """The work of one warpgroup: every `total`-th task from number `first` on.
+
+    The warpgroup is the producer and the consumer of its own pipeline: it waits for a stage's
+    `full` mbarrier, computes, issues the TMA stores, and issues the TMA loads of a later task.
+
+    Attributes:
+        tiling: How the launch's warpgroups share the squares.
+        stages: Stages of this warpgroup's pipeline.
+        total: Warpgroups of all blocks.
+        first: The number of this warpgroup among all.
+        warpgroup: The index of this warpgroup in its block.
+        read: The inputs, with their stages.
+        written: The results, with their buffers for TMA stores.
+        full: An mbarrier for each stage of each warpgroup.
+    """
 
     tiling: _Tiling
-    depth: int
+    stages: int
     total: int
     first: Any
     warpgroup: Any
@@ -254,69 +289,70 @@ class _Block:
     full: Any
 
     def run(self) -> None:
-        """Brings in, computes and takes away one task after the other."""
+        """Runs the pipeline: prologue, main loop over the tasks, and epilogue."""
         count = lax.div(self.tiling.tasks - self.first + self.total - 1, self.total)
 
-        def begin(i: Any, _: Any) -> tuple[()]:
-            pl.when(i < count)(partial(self.fetch, i))
+        def prefill(i: Any, _: Any) -> tuple[()]:
+            pl.when(i < count)(partial(self.load_task, i))
             return ()
 
         def task(i: Any, _: Any) -> tuple[()]:
             plgpu.barrier_wait(self.full.at[self.barrier(i)])
-            # Of the task before nothing is left to take away.
+            # After this, the TMA stores of the task before have read the buffers of the results.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.compute(lax.rem(i, self.depth))
-            # All threads have read and written; the copy engine sees it.
+            self.compute(lax.rem(i, self.stages))
+            # After this fence, all threads have read and written, and TMA sees what they wrote.
             plgpu.commit_smem()
             for array, out, level in self.written:
                 plgpu.copy_smem_to_gmem(
                     out.at[self.warpgroup], array.at[self.window(i, level)], commit_group=False
                 )
             plgpu.commit_smem_to_gmem_group()
-            pl.when(i + self.depth < count)(partial(self.fetch, i + self.depth))
+            pl.when(i + self.stages < count)(partial(self.load_task, i + self.stages))
             return ()
 
-        lax.fori_loop(0, self.depth, begin, ())
+        lax.fori_loop(0, self.stages, prefill, ())
         lax.fori_loop(0, count, task, ())
         plgpu.wait_smem_to_gmem(0)
 
-    def compute(self, slot: Any) -> None:
-        """From the buffers of a slot to those of the results."""
+    def compute(self, stage: Any) -> None:
+        """Computes a task, from the buffers of its stage to those of the results."""
         raise NotImplementedError
 
     def barrier(self, i: Any) -> Any:
-        """Which barrier tells that the copies of the i-th task have come."""
-        return self.warpgroup * self.depth + lax.rem(i, self.depth)
+        """Returns the index of the `full` mbarrier of the i-th task's stage."""
+        return self.warpgroup * self.stages + lax.rem(i, self.stages)
 
-    def fetch(self, i: Any) -> None:
-        """Orders the copies of the i-th task."""
-        slot = lax.rem(i, self.depth)
-        for array, slots, level in self.read:
+    def load_task(self, i: Any) -> None:
+        """Issues the TMA loads of the i-th task into its stage."""
+        stage = lax.rem(i, self.stages)
+        for array, buffers, level in self.read:
             plgpu.copy_gmem_to_smem(
                 array.at[self.window(i, level)],
-                slots.at[self.warpgroup, slot],
+                buffers.at[self.warpgroup, stage],
                 self.full.at[self.barrier(i)],
             )
 
     def window(self, i: Any, level: int) -> tuple[Any, ...]:
-        """What the i-th task has of an array of a level; it starts inside the array."""
+        """Returns the i-th task's part of an array of a level, which starts inside the array."""
         tiling = self.tiling
+        channel_blocks, column_blocks = tiling.channel_blocks, tiling.column_blocks
         task = self.first + i * self.total
-        task, chunk = lax.div(task, tiling.chunks), lax.rem(task, tiling.chunks)
-        task, stretch = lax.div(task, tiling.stretches), lax.rem(task, tiling.stretches)
+        task, channel_block = lax.div(task, channel_blocks), lax.rem(task, channel_blocks)
+        task, column_block = lax.div(task, column_blocks), lax.rem(task, column_blocks)
         group, row = lax.div(task, tiling.rows), lax.rem(task, tiling.rows)
-        at = group, row, stretch, chunk
+        at = group, row, column_block, channel_block
         return tuple(
             pl.ds(part * size, size) for part, size in zip(at, tiling.shape(level), strict=True)
         )
 
     def squares(self, level: int) -> Iterator[tuple[int, int, int]]:
-        """Square, row and column of each of a thread's values of a level."""
+        """Yields the square, row and column of each of a thread's values of a level."""
         each = range(self.tiling.side >> level)
         return product(range(self.tiling.columns), each, each)
 
     def view(self, buffer: Any, level: int, at: tuple[int, int, int]) -> Any:
-        """One value of each thread, `[strips, channels]`, of a buffer of a level."""
+        """Returns a view of one value of each thread, of a buffer of a level."""
         tiling, (j, v, u) = self.tiling, at
         each = tiling.side >> level
         if tiling.strips == 1:
@@ -325,23 +361,23 @@ class _Block:
         return row.at[j, :, u]
 
     def load(self, buffer: Any, level: int, at: tuple[int, int, int]) -> Any:
-        """What `view` shows, in float32."""
+        """Returns what `view` shows, as float32 in registers."""
         return self.view(buffer, level, at)[...].astype(jnp.float32)
 
     def store(self, buffer: Any, level: int, at: tuple[int, int, int], value: Any) -> None:
-        """Writes what `load` would read."""
+        """Writes what `view` shows, in the dtype of the buffer."""
         self.view(buffer, level, at)[...] = value.astype(buffer.dtype)
 
 
 class _Analysis(_Block):
-    """From an image to the coarsest low band and the details of all levels."""
+    """Warpgroups that turn an image into its coarsest low band and the details of all levels."""
 
-    def compute(self, slot: Any) -> None:
-        """From the buffers of a slot to those of the results."""
+    def compute(self, stage: Any) -> None:
+        """Computes a task, from the buffers of its stage to those of the results."""
         tiling = self.tiling
         (_, low_out, _), *details = ((a, out.at[self.warpgroup], e) for a, out, e in self.written)
-        ((_, slots, _),) = self.read
-        image = slots.at[self.warpgroup, slot]
+        ((_, buffers, _),) = self.read
+        image = buffers.at[self.warpgroup, stage]
         lows: Values = {}
         for level in _to(tiling.levels):
             finer, lows = lows, {}
@@ -361,12 +397,12 @@ class _Analysis(_Block):
 
 
 class _Synthesis(_Block):
-    """From the coarsest low band and the details of all levels to an image."""
+    """Warpgroups that turn a coarsest low band and the details of all levels into an image."""
 
-    def compute(self, slot: Any) -> None:
-        """From the buffers of a slot to those of the results."""
+    def compute(self, stage: Any) -> None:
+        """Computes a task, from the buffers of its stage to those of the results."""
         tiling = self.tiling
-        low, *details = (slots.at[self.warpgroup, slot] for _, slots, _ in self.read)
+        low, *details = (buffers.at[self.warpgroup, stage] for _, buffers, _ in self.read)
         ((_, out, _),) = self.written
         image = out.at[self.warpgroup]
         lows = {at: self.load(low, tiling.levels, at) for at in self.squares(tiling.levels)}

@@ -1,4 +1,9 @@
-"""What launches share whose four warpgroups filter a band each."""
+"""The four bands of a level, and blocks whose four warpgroups filter one band each.
+
+The kernels of `level2` and `fused_levels` are built on `BandsBlock`. All four warpgroups do the
+same on different data, and the last one also issues the TMA loads. They agree that a pipeline stage
+is read, or a row in shared memory written, by one barrier of all warpgroups a step.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +17,16 @@ from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, Launched, zeros
 __all__ = ["WARPGROUPS", "BandsBlock", "Square", "analysed", "synthesised"]
 
 WARPGROUPS = 4
-"""One for each band."""
+"""Warpgroups of a block, one for each band."""
 
 Bands = tuple[Any, Any, Any, Any]
-"""LL, LH, HL and HH."""
+"""The bands LL, LH, HL and HH."""
 Square = tuple[tuple[Any, Any], tuple[Any, Any]]
-"""Two rows of two values."""
+"""A square of two rows of two values."""
 
 
 def analysed(square: Square) -> Bands:
-    """The bands of a square, twice as large.
+    """Returns the four bands of a square, twice as large as they are.
 
     Example:
         >>> analysed(((1, 2), (3, 5)))
@@ -33,7 +38,7 @@ def analysed(square: Square) -> Bands:
 
 
 def synthesised(bands: Bands) -> Square:
-    """The square of bands: of those of `analysed`, four times as large.
+    """Returns the square that four bands make up; of those of `analysed`, four times as large.
 
     Example:
         >>> synthesised(analysed(((1, 2), (3, 5))))
@@ -47,51 +52,70 @@ def synthesised(bands: Bands) -> Square:
 
 @dataclass(frozen=True, kw_only=True)
 class BandsBlock(Launched):
-    """A block of such a launch, and references that it has at least."""
+    """A block whose four warpgroups filter one band each.
+
+    Attributes:
+        x: The image in global memory.
+        taps: The taps of all levels in global memory.
+        rows: The pipeline stages in shared memory, for rows of x.
+        full: An mbarrier a stage, on which the TMA load into it arrives.
+        arrived: The mbarrier of `warpgroup_barrier`.
+    """
 
     x: Any
     taps: Any
     rows: Any
     full: Any
-    met: Any
+    arrived: Any
 
     @property
     def warpgroup(self) -> Any:
-        """Number of this warpgroup, and of its band: LL, LH, HL or HH."""
+        """The index of this warpgroup, and of its band: LL, LH, HL or HH."""
         return lax.axis_index("warpgroup")
 
-    def meet(self) -> None:
-        """Waits until all warpgroups have come here."""
-        plgpu.barrier_arrive(self.met)
-        plgpu.barrier_wait(self.met)
+    def warpgroup_barrier(self) -> None:
+        """Waits until all warpgroups of the block have arrived here."""
+        plgpu.barrier_arrive(self.arrived)
+        plgpu.barrier_wait(self.arrived)
 
     def zeros(self, count: int) -> list[Any]:
-        """Sums to begin with."""
+        """Returns `count` sums to begin with, in registers."""
         return zeros(count, self.tiling.shape)
 
     def view(self, row: Any, columns: int, parts: int, j: Any, part: int = 0) -> Any:
-        """A part of column j of each strip: of a row `[images, strips * columns * parts, C]`."""
+        """Returns a view of a part of column j of each strip.
+
+        Args:
+            row: A row in shared memory, `[images, strips * columns * parts, C]`.
+            columns: Columns of a strip.
+            parts: Parts of a column.
+            j: The column in a strip.
+            part: The part of the column.
+        """
         images, strips, _ = self.tiling.shape
         if images == 1:
             # Mosaic (JAX 0.10 to 0.11) does not fold one image with a stride of its own.
             row = row.at[0]
         return row.reshape(images, strips, columns, parts, CHANNELS).at[:, :, j, part]
 
-    def kernel(self, chunk: Any, level: int) -> list[list[Any]]:
-        """The taps of this warpgroup's band: of a level, counted from 1."""
+    def kernel(self, channel_block: Any, level: int) -> list[list[Any]]:
+        """Returns the taps of this warpgroup's band, of a level counted from 1."""
         pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
         # The base's taps come first.
         first = self.size**2 * (4 * level - 3 + 2 * pair) + band
-        taps = self.taps.at[chunk, pl.ds(first, 2 * self.size**2 - 1)]
+        taps = self.taps.at[channel_block, pl.ds(first, 2 * self.size**2 - 1)]
         return [[taps[2 * (d * self.size + e)] for e in range(self.size)] for d in range(self.size)]
 
     def add_products(self, sums: list[Any], found: dict[int, Any], taps: list[Any]) -> list[Any]:
         """Adds a row's products with a row of taps to the sums of each column, which may be None.
 
         Args:
-            sums: One for each column of a strip.
-            found: Its columns by number, from the strip's first on; those left out are zero.
-            taps: As many as the kernel is wide.
+            sums: A sum for each column of a strip.
+            found: Values by column, counted from the strip's first one; those left out are zero.
+            taps: A row of taps, as many as the kernel is wide.
+
+        Returns:
+            The new sums.
         """
         totals = []
         for j, total in enumerate(sums):

@@ -1,17 +1,27 @@
-"""All levels from the second or third on in one launch: images that fit into shared memory.
+"""The kernel of all levels from the second or third on, for images that fit into shared memory.
 
-A block streams the rows of `images` images, `CHANNELS` channels wide, through a ring of slots, and
-keeps the four bands of all its levels in shared memory, in float32:
+- **Tasks:** a task is `images` whole images of one block of channels; there are no tiles and no
+  halo to load. A persistent block takes one task after the other, at most one block for each
+  multiprocessor. It keeps the four bands of all of its levels in shared memory, in float32.
+- **Halo:** what lies beside an image in shared memory is zero, and stays so: each row's columns are
+  followed by zeros, which are the halo at the left of the row below too. Where a thread has whole
+  rows, it leaves out what lies beside them instead.
+- **Pipeline:** 3 to 8 stages of two rows of x; a row of the first level takes two stages where x is
+  the image, and one where x is the low band of level 2. The prologue fills all stages. Loads run
+  ahead of tasks: while deeper levels are filtered, the next task's rows come in.
+- **Warpgroups:** four consumers that do the same, of which the last is the producer as well. Of a
+  task they
 
-- as rows come in, all four warpgroups reduce them to bands of the first of these levels, and those
-  to bands of the next; a row or two later each filters one band of the first level, in place;
-- then the deeper levels are analysed, and all of them filtered, in place, a band a warpgroup;
-- then each level's synthesis, from the deepest on, is added to the low band of the level above it.
+  1. reduce rows, as they come in, to bands of the first of these levels, and those to bands of the
+     next one; a row or two later each warpgroup filters one band of the first level, in place;
+  2. analyse the deeper levels, and filter all of them, in place, each warpgroup one band;
+  3. add each level's synthesis, from the deepest on, to the low band of the level above it;
+  4. store the synthesis of the first level.
 
-The copy engine runs ahead: while deeper levels are filtered, it brings in the next images' rows.
-What lies beside an image in shared memory is zero, and stays so: each row's columns are followed by
-zeros, which are what the row below has at its left too. Where a thread has whole rows, it leaves
-out what lies beside them instead.
+- **mbarriers:** `full` of a stage, on which its one TMA load arrives. There is no `empty`: each row
+  that is read, and each of the phases above, ends with a barrier of all warpgroups.
+- **Stores:** straight from registers to global memory, without TMA.
+- **Registers:** no `setmaxnreg`, since all roles are alike: 128 for each of 512 threads.
 """
 
 from collections.abc import Callable
@@ -26,10 +36,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.mosaic_gpu import (
+    MANUAL_BARRIERS,
     MULTIPROCESSORS,
     SHARED,
-    UNSYNCHRONISED,
-    following,
+    next_stage,
     size_in_bytes,
 )
 from pallas_kernels.wtconv.mosaic_gpu.bands import (
@@ -41,19 +51,28 @@ from pallas_kernels.wtconv.mosaic_gpu.bands import (
 )
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, MAX_COLUMNS, STRIPS
 
-__all__ = ["deep", "fits"]
+__all__ = ["fits", "fused_levels"]
 
-_MIN_SLOTS, _MAX_SLOTS = 3, 8
-"""Of the ring, of two rows each; a row of level 2 takes two of them, one of level 3 takes one."""
+_MIN_STAGES, _MAX_STAGES = 3, 8
+"""The fewest and the most stages of the pipeline, of two rows of x each."""
 _OVERHEAD, _LATE = 3, 3
-"""What a step costs, in columns, and what it waits for rows ordered late; estimates."""
+"""The costs, in columns, of a step and of its wait for rows that were loaded late; estimates."""
 
 
 @dataclass(frozen=True)
 class _Level:
-    """A level's bands in shared memory: rows of `pitch` columns, `columns` of them a strip."""
+    """The layout of a level's bands in shared memory.
 
-    reach: int
+    Attributes:
+        radius: Rows, and columns, that filtering reaches to each side.
+        strips: Strips of a row.
+        height: Rows of the level.
+        width: Columns of the level.
+        columns: Columns of a strip.
+        pitch: Columns from the beginning of a row to that of the next one.
+    """
+
+    radius: int
     strips: int
     height: int
     width: int
@@ -62,92 +81,101 @@ class _Level:
 
     @property
     def halo(self) -> int:
-        """Columns beside a strip that filtering reads: none beside the only one, of whole rows."""
-        return self.reach if self.strips > 1 else 0
+        """The number of columns beside a strip that filtering reads; none beside whole rows."""
+        return self.radius if self.strips > 1 else 0
 
     @property
     def size(self) -> int:
-        """Columns of all rows, and what is read before and beyond them."""
+        """The number of columns of all rows, and of what is read before and after them."""
         pairs = (self.height + self.height % 2) * self.pitch
-        # The window that filtering takes the last of a strip's columns and its neighbours from.
+        # Filtering reads the last column of a strip, and its halo, from this window.
         window = self.columns - 1 + self.halo + self.strips * self.columns
         return self.halo + max(pairs, (self.height - 1) * self.pitch + window)
 
     @property
     def cost(self) -> int:
-        """Of filtering it, roughly."""
-        return (self.height + 2 * self.reach) * (self.columns + _OVERHEAD)
+        """The estimated cost of filtering the level."""
+        return (self.height + 2 * self.radius) * (self.columns + _OVERHEAD)
 
 
 @dataclass(frozen=True)
 class _Tiling:
-    """How the blocks of a launch share the images: each takes every `blocks`-th task.
+    """The division of the images among persistent blocks: each takes every `blocks`-th task.
 
-    A task is one chunk of channels of `images` images; `first` is the level of `levels[0]`.
+    Attributes:
+        first: The level that `levels` begins with.
+        images: Images of a task.
+        levels: The layouts of the levels.
+        stages: Stages of the pipeline.
+        groups: Groups of `images` images.
+        channel_blocks: Blocks of `CHANNELS` channels.
     """
 
     first: int
     images: int
     levels: tuple[_Level, ...]
-    slots: int
+    stages: int
     groups: int
-    chunks: int
+    channel_blocks: int
 
     @property
-    def reach(self) -> int:
-        """Rows, and columns, that filtering reaches to each side."""
-        return self.levels[0].reach
+    def radius(self) -> int:
+        """The number of rows, and columns, that filtering reaches to each side."""
+        return self.levels[0].radius
 
     @property
     def strips(self) -> int:
-        """Strips of an image."""
+        """The number of strips of an image."""
         return STRIPS // self.images
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a warpgroup's values."""
+        """The shape of one value a thread of a warpgroup."""
         return self.images, self.strips, CHANNELS
 
     @property
-    def lag(self) -> int:
-        """Rows that filtering the first level lies behind: the next one has read what it writes."""
-        return max(1, 2 - self.reach)
+    def delay(self) -> int:
+        """The number of rows by which filtering the first level lags behind its analysis.
+
+        The next level has then read what filtering overwrites.
+        """
+        return max(1, 2 - self.radius)
 
     @property
     def side(self) -> int:
-        """Rows, and columns, of x that a coefficient of the first level is made of."""
+        """The number of rows, and columns, of x that make up a coefficient of the first level."""
         return 4 if self.first == 2 else 2
 
     @property
     def across(self) -> int:
-        """Columns of the result to one of the first level's coefficients."""
+        """The number of columns of the result for each coefficient of the first level."""
         return 1 << (self.first - 1)
 
     @property
-    def slot(self) -> tuple[int, ...]:
-        """Of a slot of the ring."""
+    def stage_shape(self) -> tuple[int, ...]:
+        """The shape of a pipeline stage."""
         return self.images, 2, self.side * self.strips * self.levels[0].columns, CHANNELS
 
     @property
     def tasks(self) -> int:
-        """Of all blocks."""
-        return self.groups * self.chunks
+        """The number of tasks of all blocks."""
+        return self.groups * self.channel_blocks
 
     @property
     def blocks(self) -> int:
-        """As many as are resident at once."""
+        """The number of blocks, as many as are resident at once."""
         return min(self.tasks, MULTIPROCESSORS)
 
     @property
-    def turns(self) -> int:
-        """Slots that a task fills."""
+    def loads(self) -> int:
+        """The number of TMA loads of a task, each of which fills a stage."""
         return self.levels[0].height * (self.side // 2)
 
     @property
     def cost(self) -> int:
-        """Of the busiest multiprocessor's tasks, roughly."""
-        # Into a ring of less than two steps a step's rows come when the one before is done.
-        late = _LATE * self.levels[0].height if self.slots < self.side else 0
+        """The estimated cost of all tasks of the busiest multiprocessor."""
+        # With fewer stages than two steps take, rows are loaded only when the step before is done.
+        late = _LATE * self.levels[0].height if self.stages < self.side else 0
         task = sum(level.cost for level in self.levels) + late
         return pl.cdiv(self.tasks, self.blocks) * task
 
@@ -156,7 +184,7 @@ class _Tiling:
 def _tiling(
     shape: tuple[int, ...], dtype: jnp.dtype, levels: int, kernel_size: int, first: int = 2
 ) -> _Tiling | None:
-    """The cheapest tiling of x `[N, H, W, C]`, None if no image fits into shared memory."""
+    """Returns the cheapest tiling of x `[N, H, W, C]`, None if no image fits into shared memory."""
     tilings = []
     for images in (1, 2, 4):
         tiling = _of_images(images, shape, dtype, levels, kernel_size // 2, first)
@@ -166,14 +194,14 @@ def _tiling(
 
 
 def _of_images(
-    images: int, shape: tuple[int, ...], dtype: jnp.dtype, levels: int, reach: int, first: int
+    images: int, shape: tuple[int, ...], dtype: jnp.dtype, levels: int, radius: int, first: int
 ) -> _Tiling | None:
-    """The tiling of so many images a task, None if they do not fit."""
+    """Returns the tiling with so many images a task, None if they do not fit."""
     n, h, w, c = shape
     strips = STRIPS // images
     found: list[_Level] = []
     for level in range(levels, first - 1, -1):
-        # The array is the image, or level 2's low band.
+        # x is the image, or the low band of level 2.
         halvings = level if first == 2 else level - 2
         height, width = pl.cdiv(h, 1 << halvings), pl.cdiv(w, 1 << halvings)
         columns = pl.cdiv(width, strips)
@@ -181,33 +209,34 @@ def _of_images(
         below = 2 * strips * found[0].columns if found else 0
         pitch = max(width, strips * columns, below)
         if strips > 1:
-            # What is left of a row must not be written with the row above; a reach of one would.
-            apart = 1 if reach == 1 else 0
-            pitch = max(pitch, width + reach, strips * columns + apart)
-        found.insert(0, _Level(reach, strips, height, width, columns, pitch))
+            # Filtering may not read the halo at the left of a row while it writes the row above,
+            # which it does with a radius of one.
+            apart = 1 if radius == 1 else 0
+            pitch = max(pitch, width + radius, strips * columns + apart)
+        found.insert(0, _Level(radius, strips, height, width, columns, pitch))
     if found[0].columns > MAX_COLUMNS:
         return None
-    groups, chunks = pl.cdiv(n, images), pl.cdiv(c, CHANNELS)
-    tiling = _Tiling(first, images, tuple(found), 0, groups, chunks)
+    groups, channel_blocks = pl.cdiv(n, images), pl.cdiv(c, CHANNELS)
+    tiling = _Tiling(first, images, tuple(found), 0, groups, channel_blocks)
     bands = sum(WARPGROUPS * level.size for level in found) * images * CHANNELS
     left = SHARED - size_in_bytes((bands,), jnp.dtype("float32"))
-    slots = min(_MAX_SLOTS, left // size_in_bytes(tiling.slot, dtype))
-    return replace(tiling, slots=slots) if slots >= _MIN_SLOTS else None
+    stages = min(_MAX_STAGES, left // size_in_bytes(tiling.stage_shape, dtype))
+    return replace(tiling, stages=stages) if stages >= _MIN_STAGES else None
 
 
 def fits(x: jax.Array, levels: int, kernel_size: int, first: int = 2) -> bool:
-    """Whether `deep` takes an image: whether the bands of its levels fit into shared memory.
+    """Returns whether `fused_levels` takes x, since its bands fit into shared memory.
 
     Args:
-        x: `[N, H, W, C]`: the image, or for `first` 3 the low band of level 2.
-        levels: All of the convolution's.
-        kernel_size: k.
+        x: The image `[N, H, W, C]`, or for `first` 3 the low band of level 2.
+        levels: The number of levels of the convolution.
+        kernel_size: The height and width of the kernel.
         first: The level to begin with, 2 or 3.
     """
     return levels >= first and _tiling(x.shape, x.dtype, levels, kernel_size, first) is not None
 
 
-def deep(
+def fused_levels(
     x: jax.Array,
     taps: jax.Array,
     levels: int,
@@ -215,32 +244,32 @@ def deep(
     dtype: jnp.dtype,
     first: int = 2,
 ) -> jax.Array:
-    """Half the synthesis of levels 2 or 3 to `levels`, or somewhat larger.
-
-    Of an image `[N, H, W, C]`, for `first` 2, it is `[N, H / 2, W / 2, C]`. Of level 2's low band
-    `[N, H, W, C]`, for `first` 3, it is `[N, H, 2 W, C]`, each column twice: so wide is also what
-    is computed of the image. What lies beyond is not meant for anyone: whole strips and chunks of
-    channels are written.
+    """Returns half the synthesis of the levels from `first` to `levels`.
 
     Args:
-        x: `[N, H, W, C]`, which `fits`.
-        taps: Of all levels, `[chunks, rows, STRIPS, CHANNELS]`, with their factors.
-        levels: At least `first`.
-        kernel_size: k.
-        dtype: Of the result.
+        x: The image `[N, H, W, C]`, or for `first` 3 the low band of level 2; it `fits`.
+        taps: The taps of all levels with their factors, `[channel_blocks, rows, STRIPS, CHANNELS]`.
+        levels: The number of levels of the convolution, at least `first`.
+        kernel_size: The height and width of the kernel.
+        dtype: The dtype of the result.
         first: The level to begin with, 2 or 3.
+
+    Returns:
+        For `first` 2 `[N, H / 2, W / 2, C]`; for `first` 3 `[N, H, 2 W, C]` with each column twice,
+        so that it is as wide as for the image. It is larger where whole strips and blocks of
+        channels are: what lies beyond is undefined.
     """
     tiling = _tiling(x.shape, x.dtype, levels, kernel_size, first)
     assert tiling is not None
     top = tiling.levels[0]
-    # Strips and chunks are axes of their own, so that every store is a plain slice.
+    # Strips and channel blocks are axes of their own, so that every store is a plain slice.
     out = (
         *(tiling.groups, tiling.images, top.height, 2),
-        *(tiling.strips, top.columns, tiling.across, tiling.chunks, CHANNELS),
+        *(tiling.strips, top.columns, tiling.across, tiling.channel_blocks, CHANNELS),
     )
     scratch = [
-        plgpu.SMEM((tiling.slots, *tiling.slot), x.dtype),
-        plgpu.Barrier(num_arrivals=1, num_barriers=tiling.slots),
+        plgpu.SMEM((tiling.stages, *tiling.stage_shape), x.dtype),
+        plgpu.Barrier(num_arrivals=1, num_barriers=tiling.stages),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
         *(
             plgpu.SMEM((WARPGROUPS, tiling.images, level.size, CHANNELS), jnp.float32)
@@ -248,7 +277,7 @@ def deep(
         ),
     ]
 
-    names = "x", "taps", "y", "rows", "full", "met"
+    names = "x", "taps", "y", "rows", "full", "arrived"
 
     def body(*refs: Any) -> None:
         block = dict(zip(names, refs, strict=False))
@@ -262,23 +291,31 @@ def deep(
         grid_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
-        compiler_params=UNSYNCHRONISED,
+        compiler_params=MANUAL_BARRIERS,
     )(x, taps.reshape(*taps.shape[:2], *tiling.shape))
     return found.reshape(
         tiling.groups * tiling.images,
         2 * top.height,
         tiling.across * tiling.strips * top.columns,
-        tiling.chunks * CHANNELS,
+        tiling.channel_blocks * CHANNELS,
     )
 
 
-Ring = tuple[Any, Any, Any]
-"""Its first slot, the task whose rows come into it next, and which two of its rows."""
+PipelineState = tuple[Any, Any, Any]
+"""The stage that is read and refilled next, and the task and index of the load that refills it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Block(BandsBlock):
-    """One block of `deep`: its references, and what its warpgroups do, all of them the same."""
+    """One block of `fused_levels`: its references, and what each of its warpgroups does.
+
+    All four warpgroups are consumers of the pipeline's stages, and wait for each other at one
+    mbarrier; the last is the producer of the TMA loads too.
+
+    Attributes:
+        y: The result in global memory.
+        bands: The four bands of each level in shared memory.
+    """
 
     y: Any
     bands: tuple[Any, ...]
@@ -287,51 +324,53 @@ class _Block(BandsBlock):
         """Takes one task after the other."""
         levels = len(self.tiling.levels)
 
-        def task(i: Any, ring: Ring) -> Ring:
-            ring, sums = self.stream(i, ring)
-            # All at once and early, because they take their time.
+        def task(i: Any, state: PipelineState) -> PipelineState:
+            state, sums = self.stream(i, state)
+            # They are read all at once and early, to hide the latency of global memory.
             taps = [self.taps_of(level, i) for level in range(1, levels)]
-            # All have read the last rows.
-            self.meet()
+            # After this, all warpgroups have read the last rows.
+            self.warpgroup_barrier()
             self.filter_last(0, sums)
             for level in range(2, levels):
                 self.rows_of(level, partial(self.analyse_low, level, split=False))
-                self.meet()
+                self.warpgroup_barrier()
             for level in range(1, levels):
                 self.filter(level, taps[level - 1])
-            self.meet()
+            self.warpgroup_barrier()
             for level in range(levels - 1, 0, -1):
                 self.rows_of(level, partial(self.synthesise, level))
-                self.meet()
-            self.rows_of(0, partial(self.write, i))
-            # The next task's rows take the place of what is read here.
-            self.meet()
-            return ring
+                self.warpgroup_barrier()
+            self.rows_of(0, partial(self.store, i))
+            # After this, the next task's rows may overwrite the bands.
+            self.warpgroup_barrier()
+            return state
 
-        ring: Ring = (jnp.int32(0), lax.axis_index("block"), jnp.int32(0))
-        ring = lax.fori_loop(0, self.tiling.slots, lambda _, ring: self.refill(ring, True), ring)
+        state: PipelineState = (jnp.int32(0), lax.axis_index("block"), jnp.int32(0))
+        state = lax.fori_loop(
+            0, self.tiling.stages, lambda _, state: self.load_next(state, True), state
+        )
         self.clear()
-        self.meet()
-        lax.fori_loop(0, self.count, task, ring)
+        self.warpgroup_barrier()
+        lax.fori_loop(0, self.count, task, state)
 
     @property
     def count(self) -> Any:
-        """Tasks of this block."""
+        """The number of tasks of this block."""
         blocks = self.tiling.blocks
         return lax.div(self.tiling.tasks - lax.axis_index("block") + blocks - 1, blocks)
 
     def task(self, i: Any) -> Any:
-        """Number of the block's i-th task."""
+        """Returns the number of the block's i-th task."""
         return lax.axis_index("block") + i * self.tiling.blocks
 
     def place(self, task: Any) -> tuple[Any, Any]:
-        """Group of images and chunk of channels of a task."""
-        return lax.div(task, self.tiling.chunks), lax.rem(task, self.tiling.chunks)
+        """Returns the group of images and the channel block of a task."""
+        return lax.div(task, self.tiling.channel_blocks), lax.rem(task, self.tiling.channel_blocks)
 
     def clear(self) -> None:
         """Fills all bands with zeros, of which those beside the images stay.
 
-        Of a single strip nothing is read there but pairs, which the next level has of the low band.
+        Beside a single strip nothing is read but the low band, of which analysis reads pairs.
         """
         strips = self.tiling.strips
 
@@ -348,55 +387,58 @@ class _Block(BandsBlock):
 
                 lax.fori_loop(0, pl.cdiv(level.size, strips), one, ())
 
-    def refill(self, ring: Ring, needed: Any) -> Ring:
-        """Orders the copy into the ring's first slot if it is needed; the ring that follows."""
+    def load_next(self, state: PipelineState, needed: Any) -> PipelineState:
+        """Issues the TMA load of a state, if it is needed, and returns the next state.
+
+        The last warpgroup is the producer; the others only count.
+        """
         tiling = self.tiling
-        slot, task, turn = ring
-        images, rows, columns, _ = tiling.slot
+        stage, task, load = state
+        images, rows, columns, _ = tiling.stage_shape
 
         @pl.when(needed & (self.warpgroup == WARPGROUPS - 1) & (task < tiling.tasks))
         def _() -> None:
-            group, chunk = self.place(task)
+            group, channel_block = self.place(task)
             plgpu.copy_gmem_to_smem(
                 self.x.at[
                     pl.ds(group * images, images),
-                    pl.ds(rows * turn, rows),
+                    pl.ds(rows * load, rows),
                     # Pallas refuses windows beyond an array's end where it knows their start.
-                    pl.ds(0 * turn, columns),
-                    pl.ds(chunk * CHANNELS, CHANNELS),
+                    pl.ds(0 * load, columns),
+                    pl.ds(channel_block * CHANNELS, CHANNELS),
                 ],
-                self.rows.at[slot],
-                self.full.at[slot],
+                self.rows.at[stage],
+                self.full.at[stage],
             )
 
-        last = turn == tiling.turns - 1
-        after = jnp.where(last, task + tiling.blocks, task), jnp.where(last, 0, turn + 1)
-        return following(slot, tiling.slots), *after
+        last = load == tiling.loads - 1
+        after = jnp.where(last, task + tiling.blocks, task), jnp.where(last, 0, load + 1)
+        return next_stage(stage, tiling.stages), *after
 
     def coefficient(
         self, level: int, band: Any, row: Any, j: Any, shift: int = 0, pair: int | None = None
     ) -> Any:
-        """A view of column j of each strip of a row of a band.
+        """Returns a view of column j of each strip of a row of a band.
 
         Args:
-            level: Counted from 0, which is the first of this launch.
-            band: Number of the band.
-            row: Of the level.
-            j: Column of the level, or of the next one's if `pair` is given.
-            shift: Columns to go further.
+            level: The level, counted from 0, which is the first of this launch.
+            band: The number of the band.
+            row: The row of the level.
+            j: The column of the level in a strip, or of the next level if `pair` is given.
+            shift: Columns to add to j, which may lead into the halo.
             pair: Which of the two columns that the next level's column j is computed from.
         """
         tiled = self.tiling.levels[level if pair is None else level + 1]
         parts = 1 if pair is None else 2
         columns, first = tiled.strips * tiled.columns * parts, tiled.halo + shift
-        # In two steps: what is known of an address should not be added at each load.
+        # The index is in two parts, so that its static part is not added at each load.
         line = self.bands[level].at[
             band, :, pl.ds(row * self.tiling.levels[level].pitch, first + columns)
         ]
         return self.view(line.at[:, pl.ds(first, columns)], tiled.columns, parts, j, pair or 0)
 
     def within(self, value: Any, limit: int, each: int, j: int) -> Any:
-        """The value, zero where column j of a strip, `each` wide, is not below `limit`."""
+        """Returns `value`, or zero where column j of a strip, `each` wide, reaches `limit`."""
         images, strips, _ = shape = self.tiling.shape
         if (strips - 1) * each + j < limit:
             return value
@@ -405,7 +447,7 @@ class _Block(BandsBlock):
         return jnp.where(strip * each + j < limit, value, 0.0)
 
     def rows_of(self, level: int, one: Callable[[Any], None]) -> None:
-        """Takes this warpgroup's part of the rows of a level."""
+        """Calls `one` for this warpgroup's part of the rows of a level."""
 
         def row(t: Any, _: Any) -> tuple[()]:
             one(self.warpgroup + t * WARPGROUPS)
@@ -414,30 +456,30 @@ class _Block(BandsBlock):
         rows = self.tiling.levels[level].height - self.warpgroup + WARPGROUPS - 1
         lax.fori_loop(0, lax.div(rows, WARPGROUPS), row, ())
 
-    def stream(self, i: Any, ring: Ring) -> tuple[Ring, list[Any]]:
-        """Brings in all rows of x, reduces them to the first two levels, filters the first.
+    def stream(self, i: Any, state: PipelineState) -> tuple[PipelineState, list[Any]]:
+        """Runs the pipeline over all rows of a task: analyses two levels, and filters the first.
 
         Args:
-            i: Number of the task.
-            ring: Its first slot has the first rows.
+            i: The number of the task.
+            state: The state of the pipeline, whose stage holds the first rows of the task.
 
         Returns:
-            The ring of the next task, and the sums of the last rows, which `filter_last` keeps.
+            The state for the next task, and the sums of the last rows, for `filter_last`.
         """
         tiling = self.tiling
-        level, lag = tiling.levels[0], tiling.lag
+        level, delay = tiling.levels[0], tiling.delay
         taps = self.taps_of(0, i)
 
-        def advance(s: Any, ring: Ring) -> Ring:
-            slots = [ring[0]]
-            while 2 * len(slots) < tiling.side:
-                slots.append(following(slots[-1], tiling.slots))
+        def advance(s: Any, state: PipelineState) -> PipelineState:
+            stages = [state[0]]
+            while 2 * len(stages) < tiling.side:
+                stages.append(next_stage(stages[-1], tiling.stages))
             inside = s < level.height
-            pl.when(inside)(partial(self.analyse_rows, slots, s))
-            self.meet()
-            after = ring
-            for _ in slots:
-                after = self.refill(after, inside)
+            pl.when(inside)(partial(self.analyse_rows, stages, s))
+            self.warpgroup_barrier()
+            after = state
+            for _ in stages:
+                after = self.load_next(after, inside)
             if len(tiling.levels) > 1:
                 pair = lax.div(s, 2)
 
@@ -445,40 +487,40 @@ class _Block(BandsBlock):
                 def _() -> None:
                     self.analyse_low(1, pair, split=True)
 
-            slot, task, turn = (jnp.where(inside, *two) for two in zip(after, ring, strict=True))
-            return slot, task, turn
+            stage, task, load = (jnp.where(inside, *two) for two in zip(after, state, strict=True))
+            return stage, task, load
 
-        def step(s: Any, carry: tuple[Ring, list[Any]]) -> tuple[Ring, list[Any]]:
-            ring, sums = carry
-            return advance(s, ring), self.filter_row(0, s - lag, sums, taps)
+        def step(s: Any, carry: tuple[PipelineState, list[Any]]) -> tuple[PipelineState, list[Any]]:
+            state, sums = carry
+            return advance(s, state), self.filter_row(0, s - delay, sums, taps)
 
-        ring = lax.fori_loop(0, lag, advance, ring)
-        carry = ring, self.zeros(2 * level.reach * level.columns)
-        return lax.fori_loop(lag, level.height + lag, step, carry)
+        state = lax.fori_loop(0, delay, advance, state)
+        carry = state, self.zeros(2 * level.radius * level.columns)
+        return lax.fori_loop(delay, level.height + delay, step, carry)
 
-    def analyse_rows(self, slots: list[Any], row: Any) -> None:
-        """From the rows of x in these slots to one of the bands of the first level."""
-        for slot in slots:
-            plgpu.barrier_wait(self.full.at[slot])
+    def analyse_rows(self, stages: list[Any], row: Any) -> None:
+        """Reduces the rows of x in these stages to a row of all bands of the first level."""
+        for stage in stages:
+            plgpu.barrier_wait(self.full.at[stage])
 
         def low(j: Any, v: int, e: int) -> Any:
             if self.tiling.first > 2:
-                return self.pixel(slots[0], v, j, e)
+                return self.pixel(stages[0], v, j, e)
             upper, lower = (
-                self.pixel(slots[v], half, j, 2 * e) + self.pixel(slots[v], half, j, 2 * e + 1)
+                self.pixel(stages[v], half, j, 2 * e) + self.pixel(stages[v], half, j, 2 * e + 1)
                 for half in range(2)
             )
             return (upper + lower) * 0.5
 
         self.analyse(0, row, low, split=True)
 
-    def pixel(self, slot: Any, row: int, j: Any, part: int) -> Any:
-        """A value of column j's squares, of a row of each strip in a slot, in float32."""
-        line, columns = self.rows.at[slot, :, row], self.tiling.levels[0].columns
+    def pixel(self, stage: Any, row: int, j: Any, part: int) -> Any:
+        """Returns one of the values of x in column j of each strip of a stage's row, as float32."""
+        line, columns = self.rows.at[stage, :, row], self.tiling.levels[0].columns
         return self.view(line, columns, self.tiling.side, j, part)[...].astype(jnp.float32)
 
     def analyse_low(self, level: int, row: Any, split: bool) -> None:
-        """From two rows of the level above's low band to one of the bands of a level."""
+        """Reduces two rows of the low band of the level above to a row of all bands of a level."""
 
         def low(j: Any, v: int, e: int) -> Any:
             return self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)[...] * 0.5
@@ -491,10 +533,10 @@ class _Block(BandsBlock):
         """Writes a row of all bands, twice as large as they are, from the low band as it is.
 
         Args:
-            level: Counted from 0, which is the first of this launch.
-            row: Of the level.
-            low: What is in column j of the strips, at row v and column e of each 2 x 2 square.
-            split: Whether other warpgroups take other columns of the same row.
+            level: The level, counted from 0, which is the first of this launch.
+            row: The row of the level.
+            low: Returns, for (j, v, e), row v and column e of the 2 x 2 squares of column j.
+            split: Whether the warpgroups share the columns of the row.
         """
         columns = self.tiling.levels[level].columns
 
@@ -512,9 +554,9 @@ class _Block(BandsBlock):
             pl.when(j < columns)(partial(one, j))
 
     def taps_of(self, level: int, i: Any) -> list[list[Any]]:
-        """The taps of this warpgroup's band, of a level counted from 0."""
-        _, chunk = self.place(self.task(i))
-        return self.kernel(chunk, self.tiling.first + level)
+        """Returns the taps of this warpgroup's band, of a level counted from 0."""
+        _, channel_block = self.place(self.task(i))
+        return self.kernel(channel_block, self.tiling.first + level)
 
     def filter(self, level: int, taps: list[list[Any]]) -> None:
         """Filters this warpgroup's band, in place."""
@@ -525,31 +567,34 @@ class _Block(BandsBlock):
 
         def one(row: Any, sums: list[Any]) -> list[Any]:
             sums = self.filter_row(level, row, sums, taps)
-            self.settle()
+            self.fence_smem()
             return sums
 
-        sums = self.zeros(2 * tiled.reach * tiled.columns)
+        sums = self.zeros(2 * tiled.radius * tiled.columns)
         self.filter_last(level, lax.fori_loop(0, tiled.height, one, sums))
 
     def filter_low(self, level: int, taps: list[list[Any]]) -> None:
-        """Filters a band of few rows: none of the products with what is above and below it."""
+        """Filters a band of few rows in place, without products with zeros above and below it."""
         tiled = self.tiling.levels[level]
         rows = [self.neighbours(level, row) for row in range(tiled.height)]
-        self.settle()
+        self.fence_smem()
         for row in range(tiled.height):
             totals: list[Any] = [None] * tiled.columns
-            for d, found in enumerate(rows, tiled.reach - row):
+            for d, found in enumerate(rows, tiled.radius - row):
                 if 0 <= d < self.size:
                     totals = self.add_products(totals, found, taps[d])
             self.keep(level, row, totals)
 
-    def settle(self) -> None:
-        """Waits until other strips have read what results take the place of, if there are any."""
+    def fence_smem(self) -> None:
+        """Waits until all threads of the warpgroup have read what results overwrite.
+
+        Threads read each other's columns only where a row has several strips.
+        """
         if self.tiling.strips > 1:
             plgpu.commit_smem()
 
     def neighbours(self, level: int, row: Any) -> dict[int, Any]:
-        """A row's columns, and those beside each strip, from this warpgroup's band."""
+        """Returns a row of this warpgroup's band by column, those beside each strip included."""
         tiled = self.tiling.levels[level]
         return {
             j: self.coefficient(level, self.warpgroup, row, 0, j)[...]
@@ -557,25 +602,29 @@ class _Block(BandsBlock):
         }
 
     def filter_row(self, level: int, row: Any, sums: list[Any], taps: list[list[Any]]) -> list[Any]:
-        """Adds a row to the `size` rows of results that it is a neighbour of."""
-        columns, reach = self.tiling.levels[level].columns, self.tiling.levels[level].reach
+        """Adds a row to the `size` open rows of results, and keeps the one that it completes.
+
+        Returns:
+            The sums of the rows that are still open.
+        """
+        columns, radius = self.tiling.levels[level].columns, self.tiling.levels[level].radius
         found = self.neighbours(level, row)
         totals = []
         new: list[Any] = [None] * columns
         for open_row, tap in enumerate(reversed(taps)):
             totals += self.add_products((sums + new)[open_row * columns :][:columns], found, tap)
 
-        @pl.when(row >= reach)
+        @pl.when(row >= radius)
         def _() -> None:
-            self.keep(level, row - reach, totals[:columns])
+            self.keep(level, row - radius, totals[:columns])
 
         return totals[columns:]
 
     def filter_last(self, level: int, sums: list[Any]) -> None:
-        """Keeps the last rows, below which there is nothing."""
+        """Keeps the last rows of results, which only zeros below the image were missing for."""
         tiled = self.tiling.levels[level]
-        for late in range(tiled.reach):
-            row = tiled.height - tiled.reach + late
+        for late in range(tiled.radius):
+            row = tiled.height - tiled.radius + late
             if row >= 0:
                 self.keep(level, row, sums[late * tiled.columns :][: tiled.columns])
 
@@ -587,7 +636,7 @@ class _Block(BandsBlock):
             self.coefficient(level, self.warpgroup, row, j)[...] = value
 
     def pixels(self, level: int, row: Any, j: int) -> Square:
-        """The synthesis of a level in a row of coefficients and column j of the strips."""
+        """Returns the synthesis of a level in a row of coefficients and column j of the strips."""
         found = (self.coefficient(level, band, row, j)[...] for band in range(WARPGROUPS))
         return synthesised(tuple(found))
 
@@ -607,14 +656,14 @@ class _Block(BandsBlock):
             # The row below the last of an odd number stays zero.
             pl.when(2 * row + 1 < above.height)(partial(add, 1))
 
-    def write(self, i: Any, row: Any) -> None:
-        """Writes a row of the synthesis of the first level to the result."""
-        group, chunk = self.place(self.task(i))
+    def store(self, i: Any, row: Any) -> None:
+        """Stores a row of the synthesis of the first level to global memory."""
+        group, channel_block = self.place(self.task(i))
         times = self.tiling.across // 2
         for j in range(self.tiling.levels[0].columns):
             for v, values in enumerate(self.pixels(0, row, j)):
                 for e, value in enumerate(values):
                     rounded = value.astype(self.y.dtype)
                     for column in range(e * times, (e + 1) * times):
-                        to = self.y.at[group, :, row, v, :, j, column, chunk]
+                        to = self.y.at[group, :, row, v, :, j, column, channel_block]
                         to[...] = rounded

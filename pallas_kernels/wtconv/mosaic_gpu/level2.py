@@ -1,19 +1,25 @@
-"""Level 2 straight from the image, in one launch that reads it once, for images of any size.
+"""The kernel of level 2, straight from the image, in one launch for images of any size.
 
-It leaves half the synthesis of this level alone, and the low band that deeper levels begin with:
-theirs is another launch, and level 1 adds the results of both. So no level waits for a deeper one,
-and the low band of level 1, a quarter of the image, is never in memory.
+It returns half the synthesis of this level alone, and the low band that deeper levels begin with:
+these are another launch, and level 1 adds the results of both. So no level waits for a deeper one,
+and the low band of level 1, a quarter of the image, is never in global memory.
 
-A block streams rows of pixels through shared memory, `CHANNELS` channels and `strips x columns`
-columns of coefficients wide, and halos. All four warpgroups do the same, three things between one
-meeting and the next, each a row behind the one before it:
+- **Tiles and halo:** those of `tiles`, with 4 x 4 pixels a coefficient. A step brings four rows of
+  pixels, with `4 * radius` columns of halo at each side. Tiles follow each other without a pause:
+  the rows below an image, or of the halo above a tile, flush the sums.
+- **Pipeline:** 2 to 8 stages, as many as shared memory holds; the prologue fills all of them.
+- **Warpgroups:** four consumers that do the same, of which the last is the producer as well. Each
+  step is a software pipeline of three parts, each a row behind the one before it:
 
-- they reduce four rows of pixels to a row of the four bands, each some of its columns;
-- each filters one band, of which it holds the taps and the sums of open rows in registers;
-- they synthesise a row from the four filtered bands, each some of its columns.
+  - analysis: each warpgroup reduces four rows of pixels in some columns to a row of all bands;
+  - filtering: each filters one band, whose taps and open sums it holds in registers;
+  - synthesis: each synthesises some columns of a row of the four filtered bands, and stores them.
 
-What lies outside an image the copy engine fills with zeros. Tiles follow each other without a
-pause: the rows beyond an image's last, or those that a tile reads above its own, empty the sums.
+- **mbarriers:** `full` of a stage, on which its one TMA load arrives. There is no `empty`: a step
+  ends with a barrier of all warpgroups, after which its stage is free to be filled again, and the
+  rows of bands and of filtered bands, of which there are two buffers each, change places.
+- **Stores:** straight from registers to global memory, without TMA.
+- **Registers:** no `setmaxnreg`, since all roles are alike: 128 for each of 512 threads.
 """
 
 import math
@@ -28,123 +34,126 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.mosaic_gpu import SHARED, following, size_in_bytes
+from pallas_kernels.common.mosaic_gpu import SHARED, next_stage, size_in_bytes
 from pallas_kernels.wtconv.mosaic_gpu.bands import WARPGROUPS, BandsBlock, analysed, synthesised
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, STRIPS, Tiled, Tiling, launch, tilings
 
-__all__ = ["second"]
+__all__ = ["level2"]
 
-_MIN_SLOTS, _MAX_SLOTS = 2, 8
-"""Of the ring, of four rows of pixels each, which make a row of coefficients."""
-_MAX_ROUNDS = 4
-"""Of blocks that a multiprocessor takes one after the other, to choose from."""
+_MIN_STAGES, _MAX_STAGES = 2, 8
+"""The fewest and the most stages of the pipeline, of four rows of pixels each."""
+_MAX_WAVES = 4
+"""A tiling is chosen among those whose blocks fill the GPU at most so many times."""
 
 Position = tuple[Any, Any, Any, Any]
-"""A block's tile, a step in it, and the tile's group of images and first row."""
+"""The index of a block's tile, a step in it, and the tile's group of images and first row."""
 
 
 @dataclass(frozen=True)
 class _Tiling(Tiling):
-    """Of a coefficient to 4 x 4 pixels; of one, two or four images a tile."""
+    """A tiling with 4 x 4 pixels a coefficient, and one, two or four images a tile."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a warpgroup's values."""
+        """The shape of one value a thread of a warpgroup."""
         return self.images, self.strips, CHANNELS
 
     @property
     def analysed(self) -> int:
-        """Columns of a strip where the halos are shared out among them too."""
-        return pl.cdiv(self.width + 2 * self.reach, self.strips)
+        """The number of columns of a strip in analysis, where strips share the halo as well."""
+        return pl.cdiv(self.width + 2 * self.radius, self.strips)
 
     @property
     def skipped(self) -> int:
-        """Steps of a tile before that which its first row of results is complete with."""
-        return self.lead + self.reach
+        """The number of steps of a tile before the one that completes its first row of results."""
+        return self.halo_rows + self.radius
 
     @property
     def steps(self) -> int:
-        """Steps a tile; the last is for the last row to be written."""
+        """The number of steps of a tile; its last row is stored in the last of them."""
         return self.skipped + self.rows + 1
 
     @property
-    def slot(self) -> tuple[int, ...]:
-        """Of a slot of the ring."""
+    def stage_shape(self) -> tuple[int, ...]:
+        """The shape of a pipeline stage."""
         return self.images, 4, 4 * self.strips * self.analysed, CHANNELS
 
     @property
     def bands(self) -> tuple[int, ...]:
-        """Of the rows of bands, halos included: one that comes in and one that is filtered."""
+        """The shape of two rows of all bands, with halo: one is written and one is filtered."""
         return 2, WARPGROUPS, self.images, self.strips * self.analysed, CHANNELS
 
     @property
     def filtered(self) -> tuple[int, ...]:
-        """Of the rows of filtered bands: one that is filtered and one that is written."""
+        """The shape of two rows of filtered bands: one is written and one is synthesised."""
         return 2, WARPGROUPS, self.images, self.width, CHANNELS
 
-    def slots(self, dtype: jnp.dtype) -> int:
-        """How many the ring has room for."""
+    def stages(self, dtype: jnp.dtype) -> int:
+        """Returns how many pipeline stages shared memory has room for."""
         taken = math.prod(self.bands) + math.prod(self.filtered)
         left = SHARED - size_in_bytes((taken,), jnp.dtype("float32"))
-        return min(_MAX_SLOTS, left // size_in_bytes(self.slot, dtype))
+        return min(_MAX_STAGES, left // size_in_bytes(self.stage_shape, dtype))
 
     @property
     def step_cost(self) -> int:
-        """Of one step, in columns."""
+        """The estimated cost of one step, in columns."""
         return super().step_cost + self.analysed
 
 
 @cache
 def _tiling(shape: tuple[int, ...], dtype: jnp.dtype, kernel_size: int) -> _Tiling:
-    """The tiling of x `[N, H, W, C]` that takes the busiest multiprocessor the least work."""
-    found = tilings(_Tiling, shape, 4, kernel_size, (1, 2, STRIPS), _MAX_ROUNDS)
+    """Returns the tiling of x `[N, H, W, C]` whose busiest multiprocessor has the least work."""
+    found = tilings(_Tiling, shape, 4, kernel_size, (1, 2, STRIPS), _MAX_WAVES)
     return min(
-        (tiling for tiling in found if tiling.slots(dtype) >= _MIN_SLOTS),
+        (tiling for tiling in found if tiling.stages(dtype) >= _MIN_STAGES),
         key=lambda tiling: tiling.cost,
     )
 
 
-def second(
+def level2(
     x: jax.Array, taps: jax.Array, kernel_size: int, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Half the synthesis of level 2 alone, and the low band of level 2.
+    """Returns half the synthesis of level 2 alone, and the low band of level 2.
 
     Args:
         x: `[N, H, W, C]`.
-        taps: Of all levels, `[chunks, rows, STRIPS, CHANNELS]`, with their factors.
-        kernel_size: k.
-        dtype: Of the results.
+        taps: The taps of all levels with their factors, `[channel_blocks, rows, STRIPS, CHANNELS]`.
+        kernel_size: The height and width of the kernel.
+        dtype: The dtype of both results.
 
     Returns:
-        `[N, H / 2, W / 2, C]`, or larger: what lies beyond is not meant for anyone. And
-        `[N, H / 4, W / 4, C]` with channels of zeros up to a whole chunk.
+        The synthesis, `[N, H / 2, W / 2, C]` or larger: what lies beyond that is undefined. And the
+        low band, `[N, H / 4, W / 4, C]`, with zeros up to a whole block of channels.
     """
     n, h, w, _ = x.shape
     tiling = _tiling(x.shape, x.dtype, kernel_size)
-    slots = tiling.slots(x.dtype)
-    # Strips and chunks are axes of their own, so that every store is a plain slice.
-    rows, strips = tiling.heights * tiling.rows, tiling.stretches * tiling.strips
-    low = tiling.groups, tiling.images, rows, strips, tiling.columns, tiling.chunks, CHANNELS
+    stages = tiling.stages(x.dtype)
+    # Strips and channel blocks are axes of their own, so that every store is a plain slice.
+    rows, strips = tiling.row_blocks * tiling.rows, tiling.column_blocks * tiling.strips
+    low = (
+        *(tiling.groups, tiling.images, rows, strips),
+        *(tiling.columns, tiling.channel_blocks, CHANNELS),
+    )
     y = *low[:3], 2, *low[3:5], 2, *low[5:]
 
-    names = "x", "taps", "y", "low", "rows", "bands", "filtered", "full", "met"
+    names = "x", "taps", "y", "low", "rows", "bands", "filtered", "full", "arrived"
 
     def body(*refs: Any) -> None:
-        _Block(tiling=tiling, slots=slots, **dict(zip(names, refs, strict=True))).run()
+        _Block(tiling=tiling, stages=stages, **dict(zip(names, refs, strict=True))).run()
 
     y, low = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in (y, low)],
         scratch_types=[
-            plgpu.SMEM((slots, *tiling.slot), x.dtype),
+            plgpu.SMEM((stages, *tiling.stage_shape), x.dtype),
             plgpu.SMEM(tiling.bands, jnp.float32),
             plgpu.SMEM(tiling.filtered, jnp.float32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=1, num_barriers=stages),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ],
         **launch(tiling),
     )(x, taps.reshape(*taps.shape[:2], *tiling.shape))
-    width, channels = strips * tiling.columns, tiling.chunks * CHANNELS
+    width, channels = strips * tiling.columns, tiling.channel_blocks * CHANNELS
     images = tiling.groups * tiling.images
     low = low.reshape(images, rows, width, channels)
     return (
@@ -155,49 +164,60 @@ def second(
 
 @dataclass(frozen=True, kw_only=True)
 class _Block(BandsBlock, Tiled):
-    """One block of `second`: its references, and what its warpgroups do, all of them the same."""
+    """One block of `level2`: its references, and what each of its warpgroups does.
 
-    slots: int
+    All four warpgroups are consumers of the pipeline's stages, and wait for each other at one
+    mbarrier a step; the last is the producer of the TMA loads too.
+
+    Attributes:
+        stages: How many stages the pipeline has.
+        y: The synthesis in global memory.
+        low: The low band in global memory.
+        bands: Two rows of all bands in shared memory.
+        filtered: Two rows of all filtered bands in shared memory.
+    """
+
+    stages: int
     y: Any
     low: Any
     bands: Any
     filtered: Any
 
     def run(self) -> None:
-        """Takes one row after the other, over all tiles."""
-        # Bands are four times as large as they are, not twice.
+        """Runs the pipeline over all steps of all tiles."""
+        # The bands are four times as large as they should be, not twice.
         taps = [[0.5 * tap for tap in row] for row in self.kernel(self.place[0], 2)]
-        turns = self.turns
+        total_steps = self.total_steps
 
-        def two(t: Any, carry: tuple[Any, Position, Position, list[Any]]) -> Any:
-            # By twos, so that rows lie where it is known.
+        def two_steps(t: Any, carry: tuple[Any, Position, Position, list[Any]]) -> Any:
+            # The loop is unrolled by two, so that the buffers of rows have static indices.
             for new in range(2):
-                slot, fetched, position, sums = carry
-                there = 2 * t + new < turns
-                pl.when(there)(lambda slot=slot, new=new: self.analyse(slot, new))
+                stage, to_load, position, sums = carry
+                inside = 2 * t + new < total_steps
+                pl.when(inside)(lambda stage=stage, new=new: self.analyse(stage, new))
                 sums = self.filter(1 - new, new, taps, sums)
-                self.write(position, 1 - new)
-                self.meet()
-                fetched = self.fetch(slot, fetched)
-                carry = following(slot, self.slots), fetched, self.after(position), sums
+                self.store(position, 1 - new)
+                self.warpgroup_barrier()
+                to_load = self.load_stage(stage, to_load)
+                carry = next_stage(stage, self.stages), to_load, self.after(position), sums
             return carry
 
         group, row = self.origin(0)
         zero = jnp.int32(0)
-        fetched = lax.fori_loop(0, self.slots, self.fetch, (zero, zero, group, row))
-        # What the first step filters, in the place of a row of its tile.
+        to_load = lax.fori_loop(0, self.stages, self.load_stage, (zero, zero, group, row))
+        # The first step filters this row of zeros, since no row of the tile has come in yet.
         self.clear(1)
-        self.meet()
-        carry = zero, fetched, (zero, jnp.int32(-1), group, row)
-        lax.fori_loop(0, lax.div(turns + 2, 2), two, (*carry, self.zeros(self.open)))
+        self.warpgroup_barrier()
+        carry = zero, to_load, (zero, jnp.int32(-1), group, row)
+        lax.fori_loop(0, lax.div(total_steps + 2, 2), two_steps, (*carry, self.zeros(self.open)))
 
     @property
     def open(self) -> int:
-        """Sums of rows that are not complete."""
-        return 2 * self.tiling.reach * self.tiling.columns
+        """The number of sums of rows that are not complete."""
+        return 2 * self.tiling.radius * self.tiling.columns
 
     def after(self, position: Position) -> Position:
-        """The step that follows."""
+        """Returns the position of the next step."""
 
         def next_tile(i: Any, *_: Any) -> Position:
             return i + 1, jnp.int32(0), *self.origin(i + 1)
@@ -207,44 +227,47 @@ class _Block(BandsBlock, Tiled):
 
         return lax.cond(position[1] == self.tiling.steps - 1, next_tile, next_step, *position)
 
-    def clear(self, slot: int) -> None:
-        """Fills a row of this warpgroup's band with zeros."""
+    def clear(self, buffer: int) -> None:
+        """Fills one of the two rows of this warpgroup's band with zeros."""
         (zero,) = self.zeros(1)
-        row = self.bands.at[slot, self.warpgroup]
+        row = self.bands.at[buffer, self.warpgroup]
         for j in range(self.tiling.analysed):
             self.view(row, self.tiling.analysed, 1, j)[...] = zero
 
-    def fetch(self, slot: Any, position: Position) -> Position:
-        """Orders the copy of a step's rows, if there is one; the step that follows."""
+    def load_stage(self, stage: Any, position: Position) -> Position:
+        """Issues the TMA load of a step's rows, if there is one, and returns the next position.
+
+        The last warpgroup is the producer; the others only count.
+        """
         tiling = self.tiling
         i, s, group, row = position
-        images, height, columns, _ = tiling.slot
+        images, height, columns, _ = tiling.stage_shape
 
         @pl.when((self.warpgroup == WARPGROUPS - 1) & (i < self.count))
         def _() -> None:
-            chunk, stretch = self.place
+            channel_block, column_block = self.place
             plgpu.copy_gmem_to_smem(
                 self.x.at[
                     pl.ds(group * images, images),
-                    pl.ds(4 * (row + s - tiling.lead), height),
-                    pl.ds(4 * (stretch * tiling.width - tiling.reach), columns),
-                    pl.ds(chunk * CHANNELS, CHANNELS),
+                    pl.ds(4 * (row + s - tiling.halo_rows), height),
+                    pl.ds(4 * (column_block * tiling.width - tiling.radius), columns),
+                    pl.ds(channel_block * CHANNELS, CHANNELS),
                 ],
-                self.rows.at[slot],
-                self.full.at[slot],
+                self.rows.at[stage],
+                self.full.at[stage],
             )
 
         return self.after(position)
 
     def neighbour(self, row: Any, j: int) -> Any:
-        """Column j of each strip, halo included: of a row of a band that came in."""
+        """Returns a view of column j of each strip, halo included, of a row of a band."""
         tiling = self.tiling
         first = min(j, row.shape[1] - tiling.width)
-        # In two steps: what is known of an address should not be added at each load.
+        # The index is in two parts, so that its static part is not added at each load.
         return self.view(row.at[:, pl.ds(first, tiling.width)], tiling.columns, 1, j - first)
 
     def share(self, columns: int, one: Callable[[Any], None]) -> None:
-        """Takes this warpgroup's columns of each strip."""
+        """Calls `one` for this warpgroup's columns of each strip."""
         for first in range(0, columns, WARPGROUPS):
             j = first + self.warpgroup
             if first + WARPGROUPS <= columns:
@@ -252,14 +275,14 @@ class _Block(BandsBlock, Tiled):
             else:
                 pl.when(j < columns)(partial(one, j))
 
-    def analyse(self, slot: Any, to: int) -> None:
-        """From four rows of pixels to one of the bands, four times as large."""
+    def analyse(self, stage: Any, to: int) -> None:
+        """Reduces a stage's four rows of pixels to a row of all bands, four times as large."""
         tiling = self.tiling
-        plgpu.barrier_wait(self.full.at[slot])
+        plgpu.barrier_wait(self.full.at[stage])
 
         def low(j: Any, v: int, e: int) -> Any:
             upper, lower = (
-                self.pixel(slot, row, j, 2 * e) + self.pixel(slot, row, j, 2 * e + 1)
+                self.pixel(stage, row, j, 2 * e) + self.pixel(stage, row, j, 2 * e + 1)
                 for row in (2 * v, 2 * v + 1)
             )
             return upper + lower
@@ -271,25 +294,31 @@ class _Block(BandsBlock, Tiled):
 
         self.share(tiling.analysed, one)
 
-    def pixel(self, slot: Any, row: int, j: Any, part: int) -> Any:
-        """One of the pixels in column j of each strip of a row of a slot, in float32."""
-        line = self.rows.at[slot, :, row]
+    def pixel(self, stage: Any, row: int, j: Any, part: int) -> Any:
+        """Returns one of the four pixels in column j of each strip of a stage's row, as float32."""
+        line = self.rows.at[stage, :, row]
         return self.view(line, self.tiling.analysed, 4, j, part)[...].astype(jnp.float32)
 
-    def filter(self, slot: int, to: int, taps: list[list[Any]], sums: list[Any]) -> list[Any]:
-        """Adds a row of a band to the rows of results that it is a neighbour of.
+    def filter(self, buffer: int, to: int, taps: list[list[Any]], sums: list[Any]) -> list[Any]:
+        """Adds a row of a band to the open rows of results, and keeps the one that it completes.
+
+        Args:
+            buffer: The row of `bands` to read.
+            to: The row of `filtered` to write.
+            taps: The taps of this warpgroup's band.
+            sums: The sums of the open rows.
 
         Returns:
-            The sums of those that are not complete with it; the one that is goes to `filtered`.
+            The sums of the rows that are still open.
         """
-        columns, reach = self.tiling.columns, self.tiling.reach
-        row = self.bands.at[slot, self.warpgroup]
+        columns, radius = self.tiling.columns, self.tiling.radius
+        row = self.bands.at[buffer, self.warpgroup]
         new: list[Any] = [None] * columns
-        found = {j: self.neighbour(row, j + reach)[...] for j in range(-reach, columns + reach)}
+        found = {j: self.neighbour(row, j + radius)[...] for j in range(-radius, columns + radius)}
         first, *others = [sums[i : i + columns] for i in range(0, len(sums), columns)] + [new]
         last, *above = reversed(taps)
         done = self.add_products(first, found, last)
-        # Before sums of the next row begin, which take the registers of these.
+        # This is done before sums of the next row begin, which take the registers of these.
         row = self.filtered.at[to, self.warpgroup]
         for j, total in enumerate(done):
             self.view(row, columns, 1, j)[...] = total
@@ -299,38 +328,38 @@ class _Block(BandsBlock, Tiled):
             for total in self.add_products(open_row, found, tap)
         ]
 
-    def write(self, position: Position, slot: int) -> None:
-        """Writes what is complete when a step begins: a row of the low band, and of the synthesis.
+    def store(self, position: Position, buffer: int) -> None:
+        """Stores what was complete before this step: a row of the low band, and of the synthesis.
 
         Args:
-            position: The step whose row of the bands came in.
-            slot: That row's; and that of the row of results before the one that it completes.
+            position: The step before this one, which analysed the row of the low band.
+            buffer: The row of `bands` and the row of `filtered` to read.
         """
         tiling = self.tiling
         i, s, group, row = position
-        chunk, stretch = self.place
-        own = pl.ds(stretch * tiling.strips, tiling.strips)
-        low_row, result_row = s - tiling.lead, s - tiling.skipped - 1
-        line = self.bands.at[slot, 0, :, pl.ds(tiling.reach, tiling.width)]
+        channel_block, column_block = self.place
+        own = pl.ds(column_block * tiling.strips, tiling.strips)
+        low_row, result_row = s - tiling.halo_rows, s - tiling.skipped - 1
+        line = self.bands.at[buffer, 0, :, pl.ds(tiling.radius, tiling.width)]
 
-        def write_low(j: Any) -> None:
-            low = 0.25 * self.view(line, tiling.columns, 1, j)[...]
-            self.low.at[group, :, row + low_row, own, j, chunk][...] = low.astype(self.low.dtype)
+        def store_low(j: Any) -> None:
+            low = (0.25 * self.view(line, tiling.columns, 1, j)[...]).astype(self.low.dtype)
+            self.low.at[group, :, row + low_row, own, j, channel_block][...] = low
 
-        def write_square(j: Any) -> None:
+        def store_square(j: Any) -> None:
             found = (
-                self.view(self.filtered.at[slot, band], tiling.columns, 1, j)[...]
+                self.view(self.filtered.at[buffer, band], tiling.columns, 1, j)[...]
                 for band in range(WARPGROUPS)
             )
             for v, values in enumerate(synthesised(tuple(found))):
                 for e, value in enumerate(values):
-                    to = self.y.at[group, :, row + result_row, v, own, j, e, chunk]
+                    to = self.y.at[group, :, row + result_row, v, own, j, e, channel_block]
                     to[...] = value.astype(self.y.dtype)
 
         @pl.when((low_row >= 0) & (low_row < tiling.rows) & (i < self.count))
         def _() -> None:
-            self.share(tiling.columns, write_low)
+            self.share(tiling.columns, store_low)
 
         @pl.when((result_row >= 0) & (i < self.count))
         def _() -> None:
-            self.share(tiling.columns, write_square)
+            self.share(tiling.columns, store_square)

@@ -97,7 +97,7 @@ def test_tiles_hold_every_pixel_once(name):
         assert shape.height > 1 or tiling.height == 1 or tiling.box[0] > 1
 
 
-def test_the_grid_offers_tiles_that_the_kernel_takes():
+def test_the_search_space_has_tiles_that_the_kernel_takes():
     for name, layer in SHAPES.items():
         first, *others = mosaic_gpu.search_space("fwd", LAYER)
         assert first == {} and others
@@ -212,7 +212,7 @@ def test_interpreted_kernels_take_several_tiles(interpreted, case):
 
 
 TILES = (
-    # Two warpgroups one above the other, in turns, side by side; one stage, which is two.
+    # Cooperative one above the other, ping-pong, cooperative side by side; one stage, made two.
     TileConfig(128, 32, 16, 8, 1, 3),
     TileConfig(64, 32, 32, 2, 2, 1),
     TileConfig(64, 64, 32, 4, 2, 4),

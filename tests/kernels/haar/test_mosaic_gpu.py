@@ -61,7 +61,7 @@ def test_launches_fit_on_a_multiprocessor(image, fused, monkeypatch):
     assert len(launches) == 2 * math.ceil(levels / fused)
     for scratch, _ in launches:
         assert shared_bytes(scratch) <= SHARED
-        # Each is a copy or several; the copy engine takes no more along an axis.
+        # Each is a TMA copy or several; TMA takes no more along an axis.
         assert all(max(part.shape[-4:]) <= 256 for part in scratch[:-1])
 
 
@@ -76,7 +76,7 @@ def test_tasks_hold_every_square_once(image, levels):
     assert tiling.channels not in (c, c * math.ceil(h / tiling.side) * math.ceil(w / tiling.side))
     # So many parts, of so many elements each, and none of them beyond what there is.
     for parts, each, whole in zip(
-        (tiling.groups, tiling.rows, tiling.stretches, tiling.chunks),
+        (tiling.groups, tiling.rows, tiling.column_blocks, tiling.channel_blocks),
         tiling.shape(0),
         (n, h, w, c),
         strict=True,
@@ -107,9 +107,9 @@ def strided(self, buffer, level, at):
 @pytest.mark.usefixtures("gpu_interpreter")
 @pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
 def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
-    # A warpgroup has several tasks, more than there are slots.
+    # A warpgroup has several tasks, more than there are stages.
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 1)
-    monkeypatch.setattr(mosaic_gpu, "_MAX_DEPTH", 1 if case.level == 3 else 2)
+    monkeypatch.setattr(mosaic_gpu, "_MAX_STAGES", 1 if case.level == 3 else 2)
     monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
     assert_oracle(case, "mosaic_gpu")

@@ -27,8 +27,7 @@ from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.mosaic_gpu import bands as mosaic_gpu_bands
-from pallas_kernels.wtconv.mosaic_gpu import fused_levels as mosaic_gpu_deep
-from pallas_kernels.wtconv.mosaic_gpu import level2 as mosaic_gpu_second
+from pallas_kernels.wtconv.mosaic_gpu import fused_levels, level2
 from pallas_kernels.wtconv.mosaic_gpu import tiles as mosaic_gpu_tiles
 from pallas_kernels.wtconv.mosaic_gpu import weights as mosaic_gpu_weights
 from pallas_kernels.wtconv.problem import Problem
@@ -38,7 +37,7 @@ SMALL = {
     "tiny": Shape(1, 1, 1, 1, 1, 1),
     "odd": Shape(3, 9, 11, 33, 5, 3),
     "padded": Shape(1, 9, 9, 3, 2),
-    "one_chunk": Shape(2, 7, 61, 32, 1),
+    "one_channel_block": Shape(2, 7, 61, 32, 1),
     "flat": Shape(9, 1, 40, 32, 1, 3),
     "narrow": Shape(5, 70, 1, 8, 1),
 }
@@ -112,9 +111,9 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
     low = (shape.batch, -(-shape.height // 4), -(-shape.width // 4), shape.channels)
     low = jax.ShapeDtypeStruct(low, dtype)
     forward = shape.levels
-    if mosaic_gpu_deep.fits(x, shape.levels, shape.kernel_size):
+    if fused_levels.fits(x, shape.levels, shape.kernel_size):
         forward = 2
-    elif mosaic_gpu_deep.fits(low, shape.levels, shape.kernel_size, 3):
+    elif fused_levels.fits(low, shape.levels, shape.kernel_size, 3):
         forward = 3
     backward = shape.levels
     if shape.levels > 1:
@@ -123,9 +122,9 @@ def test_launches_fit_on_a_multiprocessor(name, dtype, monkeypatch):
     assert len(launches) == forward + backward
     for scratch, keys in launches:
         assert shared_bytes(scratch) <= SHARED
-        # Fewer rows in slots than in flight would wait for each other for ever.
-        slots, _, rows, *_ = scratch[0].shape
-        assert slots * rows >= 6
+        # A pipeline with fewer rows than are in flight would be a deadlock.
+        stages, _, rows, *_ = scratch[0].shape
+        assert stages * rows >= 6
         # Pallas has CUDA's first axis last; its second takes no more blocks.
         *others, last = keys["grid"]
         assert last < 2**31 and all(blocks < 2**16 for blocks in others)
@@ -136,42 +135,43 @@ def test_tiles_hold_every_pixel_once(name):
     n, h, w, c = (GPU_SHAPES | SMALL | EXTREME)[name].x
     for kernel_size in (1, 3, 5):
         level = mosaic_gpu_tiles.tiling_of((n, h, w, c), kernel_size)
-        second = mosaic_gpu_second._tiling((n, h, w, c), jnp.dtype("f4"), kernel_size)
+        second = level2._tiling((n, h, w, c), jnp.dtype("f4"), kernel_size)
         for tiling, pixels in ((level, 2), (second, 4)):
-            assert tiling.reach == kernel_size // 2
+            assert tiling.radius == kernel_size // 2
             assert tiling.images * tiling.strips == mosaic_gpu.STRIPS
             taken = np.zeros(tiling.tiles, int)
             for split in range(tiling.splits):
                 taken[split :: tiling.splits] += 1
             assert (taken == 1).all()
-            groups, rest = divmod(tiling.tiles, tiling.heights)
+            groups, rest = divmod(tiling.tiles, tiling.row_blocks)
             assert rest == 0
             # So many parts, of so many elements each, and none of them beyond what there is.
             for parts, each, whole in (
                 (groups, tiling.images, n),
-                (tiling.heights, tiling.rows, -(-h // pixels)),
-                (tiling.stretches, tiling.width, -(-w // pixels)),
-                (tiling.chunks, mosaic_gpu.CHANNELS, c),
+                (tiling.row_blocks, tiling.rows, -(-h // pixels)),
+                (tiling.column_blocks, tiling.width, -(-w // pixels)),
+                (tiling.channel_blocks, mosaic_gpu.CHANNELS, c),
             ):
                 assert (parts - 1) * each < whole <= parts * each
 
 
 @pytest.mark.parametrize("first", [2, 3])
 @pytest.mark.parametrize("name", [*GPU_SHAPES, *SMALL, *EXTREME])
-def test_deep_levels_lie_side_by_side_in_shared_memory(name, first):
+def test_fused_levels_lie_side_by_side_in_shared_memory(name, first):
     (n, h, w, c), levels = (GPU_SHAPES | SMALL | EXTREME)[name].x, 4
     h, w = (h, w) if first == 2 else (-(-h // 4), -(-w // 4))
     for kernel_size, images in itertools.product((1, 3, 5), (1, 2, 4)):
-        reach = kernel_size // 2
-        asked = (n, h, w, c), jnp.dtype("f4"), levels, reach, first
-        tiling = mosaic_gpu_deep._of_images(images, *asked)
+        radius = kernel_size // 2
+        asked = (n, h, w, c), jnp.dtype("f4"), levels, radius, first
+        tiling = fused_levels._of_images(images, *asked)
         if tiling is None:
             continue
         assert len(tiling.levels) == levels - first + 1
         assert (tiling.groups - 1) * images < n <= tiling.groups * images
-        assert (tiling.chunks - 1) * mosaic_gpu.CHANNELS < c <= tiling.chunks * mosaic_gpu.CHANNELS
-        # A row takes two slots, or one, which are filled again once all have read them.
-        assert tiling.slots >= 3 and tiling.turns == (4 - first) * tiling.levels[0].height
+        blocks = tiling.channel_blocks
+        assert (blocks - 1) * mosaic_gpu.CHANNELS < c <= blocks * mosaic_gpu.CHANNELS
+        # A row takes two stages, or one, which are filled again once all warpgroups have read them.
+        assert tiling.stages >= 3 and tiling.loads == (4 - first) * tiling.levels[0].height
         for i, level in enumerate(tiling.levels):
             halvings = i + 4 - first
             assert (level.height, level.width) == (-(-h >> halvings), -(-w >> halvings))
@@ -181,10 +181,10 @@ def test_deep_levels_lie_side_by_side_in_shared_memory(name, first):
             if tiling.strips == 1:
                 assert level.halo == 0 and width == level.width
             else:
-                assert level.halo == reach and level.width + reach <= level.pitch
-                # Warps filter a row, and write the one `reach` above, at the same time.
-                left_of_next_row = range(level.pitch - reach, level.pitch)
-                assert reach != 1 or not set(left_of_next_row) & set(range(width))
+                assert level.halo == radius and level.width + radius <= level.pitch
+                # Warps filter a row, and write the one `radius` above, at the same time.
+                left_of_next_row = range(level.pitch - radius, level.pitch)
+                assert radius != 1 or not set(left_of_next_row) & set(range(width))
             # The last window that filtering takes columns from, of the halo's last column.
             last = (level.height - 1) * level.pitch + level.columns - 1 + 2 * level.halo + width
             assert last <= level.size
@@ -195,20 +195,20 @@ def test_deep_levels_lie_side_by_side_in_shared_memory(name, first):
                 assert last <= above.size
 
 
-def test_deep_levels_are_one_launch_where_they_fit():
+def test_fused_levels_are_one_launch_where_they_fit():
     fitting = {
         (name, dtype)
         for name, dtype in itertools.product(GPU_SHAPES, DTYPES)
-        if mosaic_gpu_deep.fits(
+        if fused_levels.fits(
             jax.ShapeDtypeStruct(GPU_SHAPES[name].x, dtype), GPU_SHAPES[name].levels, 5
         )
     }
     stages = [name for name in GPU_SHAPES if name.startswith("convnext")]
     assert fitting == set(itertools.product(stages, DTYPES))
-    assert not mosaic_gpu_deep.fits(jax.ShapeDtypeStruct((1, 8, 8, 1), "float32"), 1, 5)
-    # The second low band of images of 56² pixels: whole rows of four a task, in a single round.
+    assert not fused_levels.fits(jax.ShapeDtypeStruct((1, 8, 8, 1), "float32"), 1, 5)
+    # The second low band of images of 56² pixels: whole rows of four a task, in a single wave.
     for dtype in DTYPES[:2]:
-        tiling = mosaic_gpu_deep._tiling((128, 14, 14, 96), jnp.dtype(dtype), 5, 5, 3)
+        tiling = fused_levels._tiling((128, 14, 14, 96), jnp.dtype(dtype), 5, 5, 3)
         assert tiling.images == 4 and tiling.tasks == tiling.blocks
 
 
@@ -225,15 +225,15 @@ def test_deep_levels_are_one_launch_where_they_fit():
 def test_levels_from_the_third_on_lower_for_cuda(shape, dtype):
     x = jax.ShapeDtypeStruct(shape.x, dtype)
     rows = shape.kernel_size**2 * (1 + 4 * shape.levels)
-    chunks = -(-shape.channels // mosaic_gpu.CHANNELS)
-    taps = jax.ShapeDtypeStruct((chunks, rows, 4, mosaic_gpu.CHANNELS), "float32")
+    channel_blocks = -(-shape.channels // mosaic_gpu.CHANNELS)
+    taps = jax.ShapeDtypeStruct((channel_blocks, rows, 4, mosaic_gpu.CHANNELS), "float32")
     keys = {"levels": shape.levels, "kernel_size": shape.kernel_size, "dtype": x.dtype, "first": 3}
-    assert mosaic_gpu_deep.fits(x, shape.levels, shape.kernel_size, 3)
-    deep = jax.jit(mosaic_gpu_deep.deep, static_argnames=keys)
-    assert "mosaic_gpu" in lowered(deep, x, taps, **keys)
-    n, h, w, c = shapes(deep, x, taps, **keys).shape
+    assert fused_levels.fits(x, shape.levels, shape.kernel_size, 3)
+    launch = jax.jit(fused_levels.fused_levels, static_argnames=keys)
+    assert "mosaic_gpu" in lowered(launch, x, taps, **keys)
+    n, h, w, c = shapes(launch, x, taps, **keys).shape
     assert n >= shape.batch and h >= shape.height and w >= 2 * shape.width and c >= shape.channels
-    assert not mosaic_gpu_deep.fits(x, 2, shape.kernel_size, 3)
+    assert not fused_levels.fits(x, 2, shape.kernel_size, 3)
 
 
 # For the interpreter; together they have tilings of every kind.
@@ -249,23 +249,23 @@ INTERPRETED = (
 )
 
 # Of the levels from the second on: one, two and four images a task, all levels, odd sizes.
-DEEP = (
+FROM_LEVEL2 = (
     Case((17, 9), 3, 5, batch=(1,), channels=4),
     Case((9, 14), 3, 3, "bfloat16", batch=(3,), channels=40),
     Case((9, 20), 2, 5, batch=(2,), channels=4),
     Case((5, 10), 5, 1, "float16", batch=(5,), channels=8),
 )
 # Of those from the third on, of level 2's low band.
-DEEPER = (
+FROM_LEVEL3 = (
     Case((5, 7), 5, 5, batch=(3,), channels=4),
     Case((3, 9), 4, 3, "bfloat16", batch=(2,), channels=40),
     Case((9, 10), 3, 1, batch=(1,), channels=4),
     Case((6, 3), 3, 5, batch=(5,), channels=8),
 )
-FIRST = [(case, 2) for case in DEEP] + [(case, 3) for case in DEEPER]
+FIRST = [(case, 2) for case in FROM_LEVEL2] + [(case, 3) for case in FROM_LEVEL3]
 
 # Of level 2 alone: one, two and four images a tile, tiles above and beside each other, odd sizes.
-SECOND = (
+LEVEL2 = (
     Case((33, 30), 2, 5, batch=(1,), channels=4),
     Case((9, 14), 2, 3, "bfloat16", batch=(3,), channels=40),
     Case((18, 7), 2, 5, "float16", batch=(5,), channels=8),
@@ -278,11 +278,11 @@ def few_blocks(monkeypatch):
     """Small images in several tiles and a block with several of them, so that little is run."""
     monkeypatch.setattr(mosaic_gpu_tiles, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu_weights, "MULTIPROCESSORS", 2)
-    monkeypatch.setattr(mosaic_gpu_deep, "MULTIPROCESSORS", 1)
-    monkeypatch.setattr(mosaic_gpu_deep, "_MAX_SLOTS", 3)
+    monkeypatch.setattr(fused_levels, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(fused_levels, "_MAX_STAGES", 3)
     monkeypatch.setattr(mosaic_gpu_tiles, "MIN_ROWS", 2)
     monkeypatch.setattr(mosaic_gpu_tiles, "MAX_COLUMNS", 2)
-    caches = mosaic_gpu_tiles.tiling_of, mosaic_gpu_deep._tiling, mosaic_gpu_second._tiling
+    caches = mosaic_gpu_tiles.tiling_of, fused_levels._tiling, level2._tiling
     for cache in caches:
         cache.cache_clear()
     yield
@@ -314,10 +314,10 @@ def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
     assert_oracle(case, "mosaic_gpu")
 
 
-def deep_tiling(case, first):
+def fused_levels_tiling(case, first):
     shape = math.prod(case.batch), *case.spatial, case.channels
     dtype = jnp.dtype(case.dtype)
-    return mosaic_gpu_deep._tiling(shape, dtype, case.levels, case.kernel_size, first)
+    return fused_levels._tiling(shape, dtype, case.levels, case.kernel_size, first)
 
 
 def taps_of(params, levels, first):
@@ -331,7 +331,7 @@ def taps_of(params, levels, first):
     return taps, params | {name: 0 * params[name] for name in scales[:first]}
 
 
-def assert_deep_oracle(case, first):
+def assert_fused_levels_oracle(case, first):
     x, params, _ = drawn(case)
     taps, params = taps_of(params, case.levels, first)
     # The image that x is the second low band of has the same in 4 x 4 pixels.
@@ -339,32 +339,32 @@ def assert_deep_oracle(case, first):
     want = oracle.wtconv(image, params, case.ndim)[:, :: 2 * (first - 1), ::2]
     packed = mosaic_gpu._packed(taps, None)
     arguments = case.levels, case.kernel_size, jnp.dtype("float32"), first
-    got = mosaic_gpu_deep.deep(jnp.asarray(x), packed, *arguments)
+    got = fused_levels.fused_levels(jnp.asarray(x), packed, *arguments)
     assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
 
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
 @pytest.mark.parametrize(("case", "first"), FIRST, ids=lambda value: getattr(value, "name", value))
-def test_interpreted_deep_levels_are_the_oracles(case, first):
-    assert_deep_oracle(case, first)
+def test_interpreted_fused_levels_are_the_oracles(case, first):
+    assert_fused_levels_oracle(case, first)
 
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
-@pytest.mark.parametrize("case", SECOND, ids=lambda case: case.name)
-def test_interpreted_second_level_is_the_oracles(case):
-    assert_second_oracle(case)
+@pytest.mark.parametrize("case", LEVEL2, ids=lambda case: case.name)
+def test_interpreted_level2_is_the_oracles(case):
+    assert_level2_oracle(case)
 
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
-@pytest.mark.parametrize("launch", [mosaic_gpu_second.second, mosaic_gpu_deep.deep])
+@pytest.mark.parametrize("launch", [level2.level2, fused_levels.fused_levels])
 def test_interpreted_images_have_nothing_to_do_with_each_other(launch):
     case = Case((18, 9), 2, 5, batch=(6,), channels=4)
     x, params, _ = drawn(case)
     packed = mosaic_gpu._packed(taps_of(params, case.levels, 0)[0], None)
-    levels = () if launch is mosaic_gpu_second.second else (case.levels,)
+    levels = () if launch is level2.level2 else (case.levels,)
     spoilt = np.array(x)
     spoilt[1], spoilt[4] = np.nan, np.inf
     got = [
@@ -379,14 +379,12 @@ def test_interpreted_images_have_nothing_to_do_with_each_other(launch):
     assert same == [True, False, True, True, False, True]
 
 
-def assert_second_oracle(case):
+def assert_level2_oracle(case):
     x, params, _ = drawn(case)
     taps, params = taps_of(params, case.levels, 2)
     want = oracle.wtconv(x, params, case.ndim)[:, ::2, ::2]
     packed = mosaic_gpu._packed(taps, None)
-    got, low = mosaic_gpu_second.second(
-        jnp.asarray(x), packed, case.kernel_size, jnp.dtype("float32")
-    )
+    got, low = level2.level2(jnp.asarray(x), packed, case.kernel_size, jnp.dtype("float32"))
     assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
     n, h, w, c = x.shape
     squares = np.zeros((n, -(-h // 4), 4, -(-w // 4), 4, c))
@@ -399,7 +397,7 @@ def assert_second_oracle(case):
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
 def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "fits", lambda *args: False)
+    monkeypatch.setattr(fused_levels, "fits", lambda *args: False)
     case = Case((10, 13), 4, 3, batch=(1,), channels=4)
     x, params, _ = drawn(case)
     taps, _ = taps_of(params, case.levels, 0)
@@ -413,11 +411,11 @@ def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
 @pytest.mark.core
 @pytest.mark.usefixtures("few_blocks")
 def test_interpreted_kernels_have_tilings_of_every_kind():
-    for cases, first, counts in (DEEP, 2, {1, 2, 4}), (DEEPER, 3, {1, 2, 3}):
-        deep = [deep_tiling(case, first) for case in cases]
-        assert {tiling.images for tiling in deep} == {1, 2, 4}
-        assert {len(tiling.levels) for tiling in deep} == counts
-        assert any(tiling.tasks > tiling.blocks for tiling in deep)
+    for cases, first, counts in (FROM_LEVEL2, 2, {1, 2, 4}), (FROM_LEVEL3, 3, {1, 2, 3}):
+        fused = [fused_levels_tiling(case, first) for case in cases]
+        assert {tiling.images for tiling in fused} == {1, 2, 4}
+        assert {len(tiling.levels) for tiling in fused} == counts
+        assert any(tiling.tasks > tiling.blocks for tiling in fused)
     tilings = [
         mosaic_gpu_tiles.tiling_of(
             (math.prod(case.batch), *case.spatial, case.channels), case.kernel_size
@@ -425,21 +423,21 @@ def test_interpreted_kernels_have_tilings_of_every_kind():
         for case in INTERPRETED
     ]
     assert {tiling.images for tiling in tilings} == {1, 4}
-    for several in ("heights", "stretches", "chunks", "columns"):
+    for several in ("row_blocks", "column_blocks", "channel_blocks", "columns"):
         assert any(getattr(tiling, several) > 1 for tiling in tilings), several
     assert any(tiling.tiles > tiling.splits for tiling in tilings)
-    seconds = [
-        mosaic_gpu_second._tiling(
+    of_level2 = [
+        level2._tiling(
             (math.prod(case.batch), *case.spatial, case.channels),
             jnp.dtype(case.dtype),
             case.kernel_size,
         )
-        for case in SECOND
+        for case in LEVEL2
     ]
-    assert {tiling.images for tiling in seconds} == {1, 2, 4}
-    for several in ("heights", "stretches", "chunks", "columns"):
-        assert any(getattr(tiling, several) > 1 for tiling in seconds), several
-    assert any(tiling.tiles > tiling.splits for tiling in seconds)
+    assert {tiling.images for tiling in of_level2} == {1, 2, 4}
+    for several in ("row_blocks", "column_blocks", "channel_blocks", "columns"):
+        assert any(getattr(tiling, several) > 1 for tiling in of_level2), several
+    assert any(tiling.tiles > tiling.splits for tiling in of_level2)
     parts = {
         len(mosaic_gpu_weights._parts((math.prod(case.batch), *case.spatial, case.channels)))
         for case in INTERPRETED
@@ -535,7 +533,7 @@ def test_views_are_columns_of_each_strip(images):
 
 EXTRA = (
     *INTERPRETED,
-    # Several chunks of channels, stretches of columns and tiles in height; all levels.
+    # Several blocks of channels, of columns and of rows; all levels.
     Case((56, 56), 5, 5, batch=(3,), channels=96),
     Case((30, 70), 3, 5, "bfloat16", channels=48),
     Case((130, 9), 2, 3, "float16", channels=100),
@@ -576,8 +574,8 @@ def test_output_and_gradients_are_the_oracles(case):
 
 
 # Of level 2 alone: several tiles a block, one, two and four images, and sizes of networks.
-EXTRA_SECOND = (
-    *SECOND,
+EXTRA_LEVEL2 = (
+    *LEVEL2,
     Case((28, 28), 2, 5, batch=(301,), channels=36),
     Case((14, 14), 2, 5, batch=(403,), channels=96),
     Case((100, 224), 2, 5, batch=(3,), channels=40),
@@ -586,14 +584,14 @@ EXTRA_SECOND = (
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", EXTRA_SECOND, ids=lambda case: case.name)
-def test_second_level_is_the_oracles(case):
-    assert_second_oracle(case)
+@pytest.mark.parametrize("case", EXTRA_LEVEL2, ids=lambda case: case.name)
+def test_level2_is_the_oracles(case):
+    assert_level2_oracle(case)
 
 
-# Of level 2's low band, as `DEEPER`: several tasks a block, and sizes as networks have them.
-EXTRA_DEEPER = (
-    *DEEPER,
+# Of level 2's low band, as `FROM_LEVEL3`: several tasks a block, and sizes as networks have them.
+EXTRA_FROM_LEVEL3 = (
+    *FROM_LEVEL3,
     Case((14, 14), 5, 5, batch=(140,), channels=96),
     Case((13, 15), 5, 5, "bfloat16", batch=(203,), channels=40),
     Case((7, 28), 4, 3, batch=(2,), channels=132),
@@ -602,9 +600,9 @@ EXTRA_DEEPER = (
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", EXTRA_DEEPER, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EXTRA_FROM_LEVEL3, ids=lambda case: case.name)
 def test_levels_from_the_third_on_are_the_oracles(case):
-    assert_deep_oracle(case, 3)
+    assert_fused_levels_oracle(case, 3)
 
 
 @pytest.mark.gpu
