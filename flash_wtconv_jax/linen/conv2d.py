@@ -11,7 +11,7 @@ from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionL
 from flash_wtconv_jax.functional.conv2d import Padding, Pair
 
 
-class Conv2D(nn.Module):
+class Conv2d(nn.Module):
     """Dense convolution of images `[*batch, H, W, C]`: `flax.linen.Conv` on kernels of ours.
 
     Parameters, initial values and results are those of `flax.linen.Conv` in two dimensions:
@@ -43,8 +43,8 @@ class Conv2D(nn.Module):
 
     Example:
         >>> import jax
-        >>> from flash_wtconv_jax import Conv2D
-        >>> layer = Conv2D(features=16, kernel_size=3, strides=2, padding="REFLECT")
+        >>> from flash_wtconv_jax import Conv2d
+        >>> layer = Conv2d(features=16, kernel_size=3, strides=2, padding="REFLECT")
         >>> y, variables = layer.init_with_output(jax.random.key(0), jax.numpy.ones((2, 9, 8, 4)))
         >>> y.shape
         (2, 5, 4, 16)
@@ -68,20 +68,8 @@ class Conv2D(nn.Module):
     implementation: ImplementationLike = None
 
     def __post_init__(self) -> None:
-        arguments.check_constructor(
-            features=self.features, feature_group_count=self.feature_group_count
-        )
-        conv2d.check_layer(
-            kernel_size=self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            input_dilation=self.input_dilation,
-            kernel_dilation=self.kernel_dilation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        arguments.check_constructor(features=self.features)
+        conv2d.check_layer(self)
         super().__post_init__()
 
     @nn.compact
@@ -105,18 +93,8 @@ class Conv2D(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        return conv2d.apply(
-            x,
-            kernel,
-            bias,
-            mask=self.mask,
-            strides=self.strides,
-            padding=self.padding,
-            input_dilation=self.input_dilation,
-            kernel_dilation=self.kernel_dilation,
-            feature_group_count=self.feature_group_count,
-            dtype=self.dtype,
-            precision=self.precision,
-            activation=self.activation,
-            implementation=self.implementation,
-        )
+        return conv2d.apply(self, x, kernel, bias)
+
+
+class Conv2D(Conv2d):
+    """`Conv2d` under its old name, which linen gives to parameters of unnamed layers."""

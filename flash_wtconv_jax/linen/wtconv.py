@@ -34,19 +34,7 @@ class _WTConv(nn.Module):
     ndim: ClassVar[int]
 
     def __post_init__(self) -> None:
-        arguments.check_constructor(
-            channels=self.channels,
-            kernel_size=self.kernel_size,
-            depth=self.depth,
-            stride=self.stride,
-        )
-        wtconv.check_layer(
-            wavelet=self.wavelet,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        wtconv.check_layer(self)
         super().__post_init__()
 
     @nn.compact
@@ -77,17 +65,7 @@ class _WTConv(nn.Module):
             name: self.param(name, parameter.init, parameter.shape, self.param_dtype)
             for name, parameter in table.items()
         }
-        return wtconv.apply(
-            x,
-            params,
-            ndim=self.ndim,
-            channels=self.channels,
-            dtype=self.dtype,
-            stride=self.stride,
-            wavelet=self.wavelet,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        return wtconv.apply(self, self.ndim, x, params)
 
 
 class WTConv1d(_WTConv):
@@ -241,20 +219,8 @@ class SeparableWTConv2d(nn.Module):
     implementation: ImplementationLike = None
 
     def __post_init__(self) -> None:
-        arguments.check_constructor(
-            channels=self.channels,
-            features=self.features,
-            kernel_size=self.kernel_size,
-            depth=self.depth,
-            stride=self.stride,
-        )
-        wtconv.check_layer(
-            wavelet=self.wavelet,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        arguments.check_constructor(features=self.features)
+        wtconv.check_layer(self)
         super().__post_init__()
 
     @nn.compact

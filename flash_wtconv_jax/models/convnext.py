@@ -9,7 +9,7 @@ and `scale` for PyTorch's `weight`.
 import dataclasses
 import math
 import numbers
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from flash_wtconv_jax.functional.arguments import (
     check_constructor,
     checked_rngs,
 )
-from flash_wtconv_jax.functional.wtconv import check_layer
-from flash_wtconv_jax.nnx import Conv2D, WTConv2d
+from flash_wtconv_jax.functional.wtconv import Computation, check_computation
+from flash_wtconv_jax.nnx import Conv2d, WTConv2d
 from pallas_kernels.common.arguments import checked_array, checked_integer
 from pallas_kernels.conv2d.api import OPERATOR
 
@@ -62,7 +62,7 @@ class ConvNeXtConfig:
             stem and the downsampling.
         implementation: Of WTConv, see `flash_wtconv_jax.nnx.WTConv2d`.
         conv_implementation: Of the convolutions of the stem and the downsampling, see
-            `flash_wtconv_jax.nnx.Conv2D`. The MLPs are matrix products, which XLA computes.
+            `flash_wtconv_jax.nnx.Conv2d`. The MLPs are matrix products, which XLA computes.
 
     Raises:
         ValueError: If a field is out of range.
@@ -103,13 +103,8 @@ class ConvNeXtConfig:
         for name in ("kernel_size", "in_channels", "patch_size", "num_classes"):
             check_constructor(**{name: getattr(self, name)})
             object.__setattr__(self, name, int(getattr(self, name)))
-        check_layer(
-            wavelet=self.wavelet,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        # A protocol's attributes are settable, those of a frozen dataclass are not.
+        check_computation(cast(Computation, self))
         OPERATOR.check_names(self.conv_implementation, "conv_implementation")
         for name in ("drop_path", "dropout", "layer_scale", "head_init_scale"):
             value = getattr(self, name)
@@ -465,8 +460,8 @@ def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nn
 
 def _patch_conv(
     config: ConvNeXtConfig, before: int, after: int, size: int, *, rngs: nnx.Rngs
-) -> Conv2D:
-    return Conv2D(
+) -> Conv2d:
+    return Conv2d(
         before,
         after,
         size,

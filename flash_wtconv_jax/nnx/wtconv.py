@@ -40,16 +40,6 @@ class _WTConv(nnx.Module):
         implementation: ImplementationLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        arguments.check_constructor(
-            channels=channels, kernel_size=kernel_size, depth=depth, stride=stride
-        )
-        wtconv.check_layer(
-            wavelet=wavelet,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            implementation=implementation,
-        )
         self.channels = channels
         self.kernel_size = kernel_size
         self.depth = depth
@@ -60,6 +50,7 @@ class _WTConv(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.implementation = arguments.hashable(implementation)
+        wtconv.check_layer(self)
         table = wtconv.parameter_table(
             ndim=self.ndim,
             channels=channels,
@@ -91,17 +82,8 @@ class _WTConv(nnx.Module):
             ValueError: If `x` is not floating point or its shape does not fit.
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
-        return wtconv.apply(
-            x,
-            {name: getattr(self, name)[...] for name in self.parameter_names},
-            ndim=self.ndim,
-            channels=self.channels,
-            dtype=self.dtype,
-            stride=self.stride,
-            wavelet=self.wavelet,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        params = {name: getattr(self, name)[...] for name in self.parameter_names}
+        return wtconv.apply(self, self.ndim, x, params)
 
 
 class WTConv1d(_WTConv):
@@ -210,7 +192,7 @@ class SeparableWTConv2d(nnx.Module):
         implementation: ImplementationLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        arguments.check_constructor(channels=channels, features=features)
+        arguments.check_constructor(features=features)
         self.depthwise = WTConv2d(
             channels,
             kernel_size,
