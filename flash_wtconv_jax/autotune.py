@@ -27,8 +27,8 @@ def tune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[dict[str, An
         **kwargs: Its named arguments.
 
     Returns:
-        What the choices among several candidates are made by, an entry each: operator, direction,
-        problem, and `measured`, the candidates with their times in milliseconds, the fastest first.
+        An entry for each choice among several candidates: operator, direction, problem, and
+        `measured`, the candidates with their times in milliseconds, the fastest first.
 
     Raises:
         NotImplementedError: No allowed implementation can run here; says why for each.

@@ -13,14 +13,14 @@ import numpy as np
 NAME = "torch eager"
 
 
-def runs(platform: str, dtype: str) -> bool:
+def runs(dtype: str, *, on_cpu: bool) -> bool:
     """Whether PyTorch is installed and computes as JAX does: in float32 on a CPU.
 
     Example:
-        >>> runs("cpu", "bfloat16")
+        >>> runs("bfloat16", on_cpu=True)
         False
     """
-    return platform == "cpu" and dtype == "float32" and find_spec("torch") is not None
+    return on_cpu and dtype == "float32" and find_spec("torch") is not None
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
 
 DTYPES = ("float32", "bfloat16", "float16")
 PASSES = {"forward": 2, "forward+backward": 5}
-"""How often at least a tensor of x's size is read or written, by direction."""
+"""The least number of tensors of x's size that are read or written, by direction."""
 
 GROUP = "flash_wtconv.bench.wtconv"
 """The entry point group of every `RegisteredContender`."""
@@ -46,8 +46,8 @@ class RegisteredContender(Protocol):
 
     NAME: str
 
-    def runs(self, platform: str, dtype: str) -> bool:
-        """Whether it can be timed here, on a platform of JAX's ("cpu", "gpu" or "tpu")."""
+    def runs(self, dtype: str, *, on_cpu: bool) -> bool:
+        """Whether it can be timed here, beside JAX on a CPU or on an accelerator."""
         ...
 
     def versions(self) -> dict[str, str]:
@@ -79,7 +79,7 @@ def run(
         baseline: The contender that ratios refer to: "torch eager", "plain jax", "depthwise 7x7"
             or "flash"; None is PyTorch where it can be measured beside us, else plain JAX.
         progress: Told a label and a number of steps, returns what to call after each step.
-        dtype: One of `DTYPES`; of x, dy and the parameters.
+        dtype: Dtype of x, dy and the parameters, one of `DTYPES`.
         each: Also every implementation that can compute a shape, where several can ("flash xla").
 
     Returns:
@@ -145,17 +145,17 @@ def run(
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises `ValueError` for what is not one of `DTYPES`."""
+    """Raises `ValueError` for a dtype that is not one of `DTYPES`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
 
 
 def implementations(shape: Shape, dtype: str) -> list[str]:
-    """Those of our implementations that can compute a shape here, both ways.
+    """Our implementations that can compute a shape here, in both directions.
 
     Args:
         shape: The layer.
-        dtype: Of x, dy and the parameters.
+        dtype: Dtype of x, dy and the parameters.
 
     Returns:
         Their names.
@@ -173,10 +173,10 @@ def implementations(shape: Shape, dtype: str) -> list[str]:
 
 
 def defaults(report: Mapping[str, Any]) -> list[Entry]:
-    """What a report says of the fastest implementations; see `fastest.entries`.
+    """The fastest implementations of a report, as `defaults.entries` returns them.
 
     Args:
-        report: What `run` returns.
+        report: A report of `run`.
 
     Returns:
         An entry for each direction of each shape that several implementations can compute.
@@ -190,7 +190,7 @@ def defaults(report: Mapping[str, Any]) -> list[Entry]:
 
 
 class _Contender(NamedTuple):
-    """One direction of a contender; its memory in inputs, where that is known."""
+    """One direction of a contender, with its memory in sizes of x where that is known."""
 
     call: Call
     temporaries: float | None = None
@@ -237,7 +237,7 @@ def _copies(shape: Shape, dtype: str) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def _params(shape: Shape, dtype: str) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Those of our layer, and the kernel of its rival."""
+    """The parameters of our layer, and the kernel of its rival."""
     rng = np.random.default_rng(0)
     k, c = shape.kernel_size, shape.channels
     sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
@@ -298,7 +298,7 @@ def _figures(
     times: Mapping[str, Spread],
     measured: Mapping[str, float],
 ) -> dict[str, float]:
-    """A contender's times, beside the floor, and how much it computes and has to move."""
+    """The times of a contender beside the floor, its multiply-adds, and its least traffic."""
     floor_bytes = PASSES[direction] * math.prod(shape.x) * jnp.dtype(dtype).itemsize
     floor_ms = floor_bytes / measured["copy_bytes_per_s"] * 1e3
     rival = _RIVAL_SIZE**2 * math.prod(shape.x)
@@ -314,7 +314,7 @@ def _figures(
 
 
 def _multiply_adds(shape: Shape) -> int:
-    """Of the convolutions of our layer; the transforms add and do not multiply."""
+    """The multiply-adds of our layer's convolutions; its transforms only add."""
     height, width = shape.height, shape.width
     values = height * width
     for _ in range(shape.levels):
@@ -324,7 +324,7 @@ def _multiply_adds(shape: Shape) -> int:
 
 
 def _picked(shape: Shape, dtype: str) -> dict[str, str]:
-    """What computes our layer here, forward and backward."""
+    """The implementation that computes our layer here, by direction."""
     here, kind = device.platform(), device.kind()
     return {
         direction: OPERATOR.pick(direction, None, here, _problem(shape, dtype), kind)
@@ -339,7 +339,7 @@ def _problem(shape: Shape, dtype: str) -> Problem:
 def _registered(dtype: str) -> dict[str, RegisteredContender]:
     """The contenders of other packages that can be timed here, by name."""
     found: list[RegisteredContender] = [entry.load() for entry in entry_points(group=GROUP)]
-    return {one.NAME: one for one in found if one.runs(device.platform(), dtype)}
+    return {one.NAME: one for one in found if one.runs(dtype, on_cpu=on_cpu())}
 
 
 def _versions(registered: Iterable[RegisteredContender]) -> dict[str, str]:

@@ -21,7 +21,7 @@ class Conv2d(nn.Module):
     Attributes:
         features: Channels of the output.
         kernel_size: Taps along both axes, or along each.
-        strides: Of the output, likewise; None is 1, as for the dilations.
+        strides: Strides of the output, likewise; None is 1, as for the dilations.
         padding: "SAME", "VALID", "REFLECT", "CIRCULAR" (periodic), an int, one for each axis, or
             `((top, bottom), (left, right))`.
         input_dilation: Distance that neighbouring samples are brought to, zeros between them.

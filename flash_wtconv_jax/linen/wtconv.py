@@ -183,10 +183,10 @@ class SeparableWTConv2d(nn.Module):
         dtype: See `WTConv2d`; the projection is cast like `flax.linen.Conv`.
         param_dtype: See `WTConv2d`.
         precision: See `WTConv2d`; for the projection None is JAX's default.
-        kernel_init: For the kernels of the WTConv.
-        bias_init: For the bias of the WTConv; the bias of the projection starts at zero.
-        scale_init: For the wavelet scales.
-        pointwise_init: For the kernel of the projection.
+        kernel_init: Initialiser of the kernels of the WTConv.
+        bias_init: Initialiser of the bias of the WTConv; that of the projection starts at zero.
+        scale_init: Initialiser of the wavelet scales.
+        pointwise_init: Initialiser of the kernel of the projection.
         implementation: See `WTConv2d`.
 
     Raises:

@@ -60,8 +60,8 @@ class ConvNeXtConfig:
         param_dtype: Dtype of the parameters.
         precision: See `jax.lax.Precision`. None is JAX's default, and full float32 in WTConv, the
             stem and the downsampling.
-        implementation: Of WTConv, see `flash_wtconv_jax.nnx.WTConv2d`.
-        conv_implementation: Of the convolutions of the stem and the downsampling, see
+        implementation: Implementations of WTConv, see `flash_wtconv_jax.nnx.WTConv2d`.
+        conv_implementation: Implementations of the stem's and the downsampling's convolutions, see
             `flash_wtconv_jax.nnx.Conv2d`. The MLPs are matrix products, which XLA computes.
 
     Raises:
@@ -162,7 +162,7 @@ class ConvNeXt(nnx.Module):
     see the second example.
 
     Args:
-        config: What to build.
+        config: The sizes and options of the model.
         rngs: Source of the keys: `params`, and `dropout` for dropout and drop path.
 
     Example:
@@ -252,7 +252,7 @@ class Stem(nnx.Module):
     """Patch embedding: a convolution as large as its stride, then LayerNorm.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         rngs: Source of the keys.
     """
 
@@ -271,7 +271,7 @@ class Downsample(nnx.Module):
     """LayerNorm, then a 2x2 convolution of stride 2, between two stages.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         stage: Index of the stage that follows, at least 1.
         rngs: Source of the keys.
     """
@@ -290,7 +290,7 @@ class Stage(nnx.Module):
     """Downsampling, for all but the first stage, and the blocks.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         stage: Index of the stage.
         drop_paths: Drop path rate of each block.
         rngs: Source of the keys.
@@ -324,7 +324,7 @@ class Block(nnx.Module):
     """Residual block: depthwise convolution, LayerNorm, MLP, layer scale, drop path.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         stage: Index of the stage.
         drop_path: Probability that the block is skipped for a sample in training.
         rngs: Source of the keys.
@@ -358,7 +358,7 @@ class Mlp(nnx.Module):
     """Pointwise MLP of four times the width, with exact GELU and optional GRN.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         dim: Channels.
         rngs: Source of the keys.
     """
@@ -414,7 +414,7 @@ class Head(nnx.Module):
     """Global average, LayerNorm, dropout and the linear classifier.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         rngs: Source of the keys.
     """
 

@@ -42,8 +42,8 @@ class TransformerNet(nnx.Module):
             of the instance normalisation are computed in float32 or better.
         param_dtype: Dtype of the parameters.
         precision: See `jax.lax.Precision`. None is full float32.
-        conv_implementation: Of all convolutions, see `flash_wtconv_jax.nnx.Conv2d`. Of a sequence
-            of names each layer takes the fastest of those that can compute it.
+        conv_implementation: Implementations of all convolutions, see
+            `flash_wtconv_jax.nnx.Conv2d`. Each layer takes the fastest of several names.
         rngs: Source of the keys.
 
     Raises:
@@ -153,5 +153,5 @@ class ResidualBlock(nnx.Module):
 
 
 def _doubled(x: jax.Array) -> jax.Array:
-    """Each pixel of `[N, H, W, C]` as four."""
+    """The images `[N, H, W, C]` with each pixel repeated as four."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

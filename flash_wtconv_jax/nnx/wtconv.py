@@ -108,7 +108,7 @@ class WTConv1d(_WTConv):
 class WTConv2d(_WTConv):
     """Wavelet convolution of images `[*batch, H, W, channels]`: a huge kernel, few parameters.
 
-    What it computes, its parameters and its arguments are those of `flash_wtconv_jax.WTConv2d`, in
+    The computation, the parameters and the arguments are those of `flash_wtconv_jax.WTConv2d`, in
     the order `channels, kernel_size, depth, stride`, the others by name.
 
     Args:
@@ -153,7 +153,7 @@ class WTConv3d(_WTConv):
 class SeparableWTConv2d(nnx.Module):
     """WTConv and a pointwise projection, for `features` other than `channels`.
 
-    What it computes, its parameters (`depthwise`, `pointwise`) and its arguments are those of
+    The computation, the parameters (`depthwise`, `pointwise`) and the arguments are those of
     `flash_wtconv_jax.SeparableWTConv2d`, in the order `channels, features, kernel_size, depth,
     stride`, the others by name.
 

@@ -36,7 +36,7 @@ FILES = {
     "predictions.png": "what it reads in held-out digits, every mistake among them",
     "receptive_field.png": "what the centre of each network sees",
 }
-"""What the demo writes."""
+"""The files that the demo writes."""
 
 _SPLIT_SEED = 0
 _FIELD_SHAPE = (48, 48, 1)
@@ -153,7 +153,7 @@ class _Run(NamedTuple):
     field: NDArray[np.float64]
 
     def summary(self) -> dict[str, Any]:
-        """What `metrics.json` says about the network."""
+        """The network's entry in `metrics.json`."""
         parameters = jax.tree.leaves(nnx.state(self.model, nnx.Param))
         return {
             "accuracy": self.history.accuracy[-1],
