@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments, conv2d
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, Pair
+from flash_wtconv_jax.linen.parameters import parameter
 
 
 class Conv2d(nn.Module):
@@ -89,10 +90,10 @@ class Conv2d(nn.Module):
         shape = conv2d.kernel_shape(
             jnp.shape(x)[-1], self.features, self.kernel_size, self.feature_group_count
         )
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            bias = parameter(self, "bias", self.bias_init, (self.features,), self.param_dtype)
         return conv2d.apply(self, x, kernel, bias)
 
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments, wtconv
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
+from flash_wtconv_jax.linen.parameters import parameter
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
@@ -62,8 +63,8 @@ class _WTConv(nn.Module):
             scale_init=self.scale_init,
         )
         params = {
-            name: self.param(name, parameter.init, parameter.shape, self.param_dtype)
-            for name, parameter in table.items()
+            name: parameter(self, name, entry.init, entry.shape, self.param_dtype)
+            for name, entry in table.items()
         }
         return wtconv.apply(self, self.ndim, x, params)
 
