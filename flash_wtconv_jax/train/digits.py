@@ -87,7 +87,7 @@ def digits_network(*, levels: int = 2, seed: int = 0) -> models.ConvNeXt:
         A model from images `[N, H, W, 1]` to logits `[N, 10]`, of about 70 000 parameters.
 
     Example:
-        >>> digits_network(levels=0)(jnp.zeros((2, 8, 8, 1))).shape
+        >>> digits_network(levels=0)(np.zeros((2, 8, 8, 1), np.float32)).shape
         (2, 10)
     """
     return models.ConvNeXt(dataclasses.replace(_CONFIG, levels=(levels,)), rngs=nnx.Rngs(seed))

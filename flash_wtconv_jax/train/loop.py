@@ -94,6 +94,7 @@ def predict(model: models.ConvNeXt, images: ArrayLike) -> NDArray[np.float32]:
         Probabilities `[N, 10]`.
 
     Example:
+        >>> from flash_wtconv_jax.train.digits import digits_network
         >>> predict(digits_network(), np.zeros((1, 8, 8, 1), np.float32)).sum(axis=1).round(3)
         array([1.], dtype=float32)
     """

@@ -146,7 +146,9 @@ def fake(monkeypatch):
     monkeypatch.setitem(sys.modules, "fake_op.neat", implementation())
     monkeypatch.setitem(sys.modules, "fake_op.slow", implementation(refuses="bwd"))
     monkeypatch.delenv("FLASH_WTCONV_FAKE_FWD", raising=False)
-    return Operator("fake", "fake_op", Fake, {"cpu": ["fast", "neat", "slow"]}, {"fwd": (), "bwd": ()})
+    return Operator(
+        "fake", "fake_op", Fake, {"cpu": ["fast", "neat", "slow"]}, {"fwd": (), "bwd": ()}
+    )
 
 
 def test_what_was_measured_goes_before_the_rule(write, fake):
