@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from flash_wtconv_jax.autotune import tune, tuning
     from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
     from flash_wtconv_jax.functional.wtconv import deepest_level
-    from flash_wtconv_jax.linen import Conv2D, SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
+    from flash_wtconv_jax.linen import Conv2d, SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
 
     __version__: str
 
 __all__ = [
-    "Conv2D",
+    "Conv2d",
     "SeparableWTConv2d",
     "WTConv1d",
     "WTConv2d",
@@ -45,7 +45,7 @@ __all__ = [
 
 _SUBMODULES = frozenset({"checkpoints", "linen", "models", "nnx", "surgery"})
 _HOME = {
-    "Conv2D": "linen",
+    "Conv2d": "linen",
     "SeparableWTConv2d": "linen",
     "WTConv1d": "linen",
     "WTConv2d": "linen",
@@ -59,6 +59,12 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Import the submodule that holds `name` and remember the result."""
+    if name == "Conv2D":
+        from flash_wtconv_jax.linen.conv2d import Conv2D
+        from pallas_kernels.common.deprecation import warn_renamed
+
+        warn_renamed(__name__, name, "Conv2d", removed_in="0.3")
+        return Conv2D
     if name in _SUBMODULES:
         value: Any = importlib.import_module(f".{name}", __name__)
     elif name in _HOME:

@@ -19,16 +19,16 @@ def tune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[dict[str, An
     `implementation="auto"`, and any inside `tuning("cached")`, takes the fastest without measuring.
 
     Args:
-        fn: A function of arrays, such as a step of training; jitted or not. The backward pass of
-            what it calls is measured too, differentiated or not. Functions that it calls, and that
-            JAX has compiled for these shapes already, keep their choice: `jax.clear_caches()`
-            forgets them.
+        fn: A function of arrays, such as a step of training; jitted or not. A backward pass is
+            measured where `fn` differentiates, as a step of training does. Functions that it calls,
+            and that JAX has compiled for these shapes already, keep their choice:
+            `jax.clear_caches()` forgets them.
         *args: Its arguments, or `jax.ShapeDtypeStruct`s in place of the arrays.
         **kwargs: Its named arguments.
 
     Returns:
-        What the choices among several candidates are made by, an entry each: operator, direction,
-        problem, and `measured`, the candidates with their times in milliseconds, the fastest first.
+        An entry for each choice among several candidates: operator, direction, problem, and
+        `measured`, the candidates with their times in milliseconds, the fastest first.
 
     Raises:
         NotImplementedError: No allowed implementation can run here; says why for each.

@@ -1,4 +1,4 @@
-"""What results depend on: versions and device, for `flash-wtconv info` and every saved figure."""
+"""The versions and the device that results depend on, for `info` and every saved figure."""
 
 import os
 import platform

@@ -106,7 +106,7 @@ def replace_depthwise(
 
 
 def obstacle(conv: nnx.Conv, *, keep_weights: bool = True) -> str | None:
-    """Why WTConv cannot stand in for a depthwise convolution; None if it can.
+    """The reason why WTConv cannot stand in for a depthwise convolution; None if it can.
 
     WTConv has a square kernel without dilation, zero-pads to the same size with `(k - 1) // 2`
     before, and subsamples its output from the first pixel on. JAX's "SAME" shifts the windows of a
@@ -270,7 +270,7 @@ def _convolutions(
 
 
 def _substitute(node: Any, replacements: dict[int, nnx.Module], seen: set[int]) -> Any:
-    """Put the replacements in place below a node; returns what stands for the node itself."""
+    """Puts the replacements in place below a node; returns the node or its own replacement."""
     if id(node) in replacements:
         return replacements[id(node)]
     if isinstance(node, tuple):

@@ -21,7 +21,7 @@ from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import WTConv2d
 
 PASSES = {"forward": 2, "forward+backward": 5}
-"""How often at least a tensor of x's size is read or written, by direction."""
+"""The least number of tensors of x's size that are read or written, by direction."""
 
 _BASELINE = "eager"
 _FORMATS = {"": torch.contiguous_format, " channels-last": torch.channels_last}
@@ -69,7 +69,7 @@ def run(
 
     Args:
         shapes: Names in `pallas_kernels.wtconv.shapes.FOR_PLATFORM` of the device; None is all.
-        dtype: "float32", "bfloat16" or "float16"; of x, dy and the parameters.
+        dtype: Dtype of x, dy and the parameters: "float32", "bfloat16" or "float16".
         progress: Told a label and a number of steps, returns what to call after each step.
 
     Returns:
@@ -175,7 +175,7 @@ def _pairs(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Some x with their dy."""
+    """Pairs of x and dy that calls take in turn."""
     drawn = [torch.randn(sizes, dtype=dtype, device=device) for _ in range(2 * _SETS)]
     drawn = [values.contiguous(memory_format=memory_format) for values in drawn]
     return list(zip(drawn[::2], drawn[1::2], strict=True))

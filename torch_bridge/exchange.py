@@ -24,14 +24,14 @@ def from_jax(value: Any) -> Tensor: ...
 def from_jax(
     value: Any, module: nn.Module | None = None, *, wavelet: str = "haar", stride: int = 1
 ) -> Any:
-    """What computes in PyTorch what Flax variables compute in JAX; or an array as a tensor.
+    """A PyTorch layer or model with the weights of Flax variables; or an array as a tensor.
 
     Args:
         value: `{"params": ...}` of a Flax `WTConv1d`, `WTConv2d` or `WTConv3d`, or of a WTConvNeXt,
             which needs a `module`. Or an array, which becomes a tensor on the same device that
             shares its memory: do not write into it.
-        module: What to load the variables into, strictly: a layer, or a WTConvNeXt that names its
-            parameters as timm does. None makes a layer.
+        module: The module to load the variables into, strictly: a layer, or a WTConvNeXt that
+            names its parameters as timm does. None makes a layer.
         wavelet: The wavelet of the Flax layer: variables do not hold it.
         stride: Its stride, which they do not hold either.
 
@@ -126,7 +126,7 @@ def to_jax(value: nn.Module | Tensor) -> Any:
 
 
 def _device_of(variables: Mapping[str, Any]) -> torch.device:
-    """That of the first array, where PyTorch has one like it, else the CPU."""
+    """The device of the first array, if PyTorch has it too, else the CPU."""
     value: Any = variables
     while isinstance(value, Mapping):
         value = next(iter(value.values()))

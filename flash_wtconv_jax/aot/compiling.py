@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from flash_wtconv_jax.aot.worker import DUMP
 
 SECONDS = 180
-"""How long one program may take: XLA needs a quarter of an hour for some gradients."""
+"""Seconds after which a compilation is stopped: XLA would take 900 for some gradients."""
 
 
 class Job(NamedTuple):
-    """One program for one chip: what `program` ("module:function") returns for `arguments`.
+    """One program to compile for one chip.
 
-    The function returns what to compile and the shapes of its arguments, as in `programs`.
+    `program` ("module:function") is called with `arguments`, and returns the function to compile
+    and the shapes of its arguments, as those of `programs` do.
     """
 
     program: str
@@ -33,13 +34,13 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What the compiler says of a job.
+    """The compiler's figures of a job.
 
     `error` is why it does not compile; everything else is then empty. `uncounted` is why its
     cycles cannot be counted although it compiles. `cycles` is the sum over `computations`, each
-    with its name, cycles, VMEM, busy shares by unit, and loops. `estimated_cycles` is what XLA's
-    cost model says, which knows nothing of the inside of a Pallas kernel. `vmem_bytes` is the most
-    that one computation takes, `vmem_capacity` what the chip has.
+    with its name, cycles, VMEM, busy shares by unit, and loops. `estimated_cycles` is the estimate
+    of XLA's cost model, which knows nothing of the inside of a Pallas kernel. `vmem_bytes` is the
+    most that one computation takes, `vmem_capacity` the VMEM of the chip.
     """
 
     error: str | None = None
@@ -56,7 +57,7 @@ def run(jobs: Sequence[Job], on_result: Callable[[Result], None] = lambda _: Non
     """Compiles jobs one after another in one process, because starting it costs seconds.
 
     Args:
-        jobs: What to compile.
+        jobs: The programs to compile.
         on_result: Told each result as it comes, for a progress bar.
 
     Returns:
@@ -79,7 +80,7 @@ def libtpu_version() -> str:
 
 
 def _session(jobs: Sequence[Job], on_result: Callable[[Result], None]) -> list[Result]:
-    """Results until the jobs or the worker end; a job that ends the worker has its error."""
+    """The results until the jobs or the worker end; a job that ends the worker gets its error."""
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="flash_wtconv_") as folder:
         log = Path(folder) / "log.txt"
@@ -103,7 +104,7 @@ def _session(jobs: Sequence[Job], on_result: Callable[[Result], None]) -> list[R
 
 
 def _ask(worker: subprocess.Popen[str], job: Job) -> dict[str, Any] | None:
-    """The worker's answer, None if it died of the question."""
+    """The worker's answer; None if the job ended the worker."""
     assert worker.stdin is not None and worker.stdout is not None
     start, late = time.monotonic(), threading.Timer(SECONDS, worker.kill)
     late.start()

@@ -1,4 +1,4 @@
-"""What is compiled: functions with the shapes of their arguments, ours and XLA's of the same."""
+"""The programs of `tpu-report` with the shapes of their arguments: our kernels and plain JAX."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +14,11 @@ Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def wtconv(shape: list[int], dtype: str, direction: str) -> Program:
-    """Our TPU kernels: y, or the gradients of x and of the taps.
+    """Our TPU kernels of the layer: y, or the gradients of x and of the taps.
 
     Args:
         shape: The fields of a `Shape`.
-        dtype: Of x, y and their gradients; taps and bias are float32.
+        dtype: Dtype of x, y and their gradients; taps and bias are float32.
         direction: "forward" or "backward".
 
     Returns:
@@ -52,7 +52,7 @@ def wtconv(shape: list[int], dtype: str, direction: str) -> Program:
 
 
 def plain_wtconv(shape: list[int], dtype: str, direction: str) -> Program:
-    """The same in plain JAX, which XLA compiles by itself; arguments as `wtconv`.
+    """The layer in plain JAX, which XLA compiles by itself; the arguments are those of `wtconv`.
 
     Its gradients are those of x and of every parameter, the bias and the scales among them.
 
@@ -82,7 +82,7 @@ def haar(shape: list[int], dtype: str, direction: str) -> Program:
 
     Args:
         shape: The fields of a `Shape`, its kernel size not used.
-        dtype: Of the image and the coefficients.
+        dtype: Dtype of the image and the coefficients.
         direction: "forward" or "backward".
 
     Returns:
@@ -99,7 +99,7 @@ def haar(shape: list[int], dtype: str, direction: str) -> Program:
 
 
 def plain_haar(shape: list[int], dtype: str, direction: str) -> Program:
-    """The same in plain JAX, which XLA compiles by itself; arguments as `haar`.
+    """The cascade in plain JAX, which XLA compiles by itself; the arguments are those of `haar`.
 
     Example:
         >>> function, (low, details) = plain_haar([1, 8, 8, 128, 2, 5], "float32", "backward")

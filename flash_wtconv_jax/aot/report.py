@@ -4,10 +4,10 @@ For the wavelet convolution "backward" is the gradients of x and of the taps; fo
 whose gradient is its inverse, "forward" is the analysis and "backward" the synthesis.
 
 Every figure is the compiler's, none is measured: `cycles` counts the bundles of the compiled
-kernels (`bundles`), `around_cycles` is what XLA's cost model says of what it does around them
-(`estimated_cycles`, with its traffic to HBM: copies into another layout, the factors of the taps),
-`xla_cycles` what it says of XLA's own program for the same function, and `xla_bundle_cycles` counts
-the bundles of that program where they are dumped, without its traffic.
+kernels (`bundles`), `around_cycles` is XLA's estimate for the instructions around them, traffic to
+HBM included (`estimated_cycles`: copies into another layout, the factors of the taps), `xla_cycles`
+is its estimate for XLA's own program of the same function, and `xla_bundle_cycles` counts the
+bundles of that program where they are dumped, without its traffic.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ def run(
 def job(
     chip: str, kernel: str, name: str, dtype: str, direction: str, *, plain: bool = False
 ) -> compiling.Job:
-    """What compiles one kernel, or with `plain` what XLA makes of the same in plain JAX."""
+    """The job that compiles one kernel, or with `plain` the same function in plain JAX."""
     return compiling.Job(
         f"{__package__}.programs:{'plain_' * plain}{kernel}",
         chip,
@@ -132,7 +132,7 @@ def row(
 
 
 def floors(chip: Chip, kernel: str, shape: Shape, dtype: str, direction: str) -> tuple[int, int]:
-    """Cycles that no kernel of this method can be below: of arithmetic, and of traffic.
+    """The cycles of arithmetic and of traffic, below which no kernel of this method can be.
 
     Forward, a coefficient costs k² products and as many sums, four operations of the transforms
     there and back, and a quarter of the sum with the level below; float32, as no unit multiplies
@@ -141,10 +141,10 @@ def floors(chip: Chip, kernel: str, shape: Shape, dtype: str, direction: str) ->
     once, or x, dy and dx once.
 
     Args:
-        chip: Whose slots and bandwidth.
+        chip: The chip whose slots and bandwidth count.
         kernel: One of `KERNELS`.
         shape: The layer.
-        dtype: Of x and y.
+        dtype: Dtype of x and y.
         direction: "forward" or "backward".
 
     Returns:
@@ -170,7 +170,7 @@ def floors(chip: Chip, kernel: str, shape: Shape, dtype: str, direction: str) ->
 
 
 def _busy(computations: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of the slots of all computations together, each weighed by its cycles."""
+    """The shares of slots that all computations fill, each weighed by its cycles."""
     total = sum(c["cycles"] for c in computations) or 1
     units = computations[0]["busy"] if computations else {}
     return {

@@ -32,7 +32,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def main() -> None:
-    """Answers jobs until there are no more."""
+    """Compiles the jobs of the standard input until it ends."""
     # What libraries print goes elsewhere than the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -47,11 +47,11 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compiles one job and counts its cycles; the dump is read and removed.
 
     Args:
-        job: As `compiling.Job`.
-        folder: Where the compiler dumps.
+        job: The fields of a `compiling.Job`.
+        folder: The folder that the compiler dumps into.
 
     Returns:
-        As `compiling.Result`.
+        The fields of a `compiling.Result`.
     """
     for path in folder.iterdir():
         path.unlink()
@@ -93,7 +93,7 @@ def read_dump(folder: Path, delay_slots: int) -> dict[str, Any]:
 
     Args:
         folder: The compiler's dump of this program alone.
-        delay_slots: Of the chip, see `bundles.count`.
+        delay_slots: Delay slots of the chip, see `bundles.count`.
 
     Returns:
         `cycles`, of all computations; `computations`, of each its name, cycles, VMEM and slots;
@@ -139,7 +139,7 @@ def read_dump(folder: Path, delay_slots: int) -> dict[str, Any]:
 
 
 def _utilisation(path: Path) -> str:
-    """The table beside a computation's bundles; the number in a name is that of the pass."""
+    """The utilisation table of a computation, whose file differs by the number of the pass."""
     stem = re.sub(r"\d+-final_bundles\.txt$", "", path.name)
     rest = re.compile(re.escape(stem) + r"\d+-final_hlo-static-per-bundle-utilization\.txt")
     for other in path.parent.iterdir():
@@ -160,7 +160,7 @@ def _vmem(folder: Path) -> tuple[dict[str, int], int]:
 
 
 def estimated_cycles(hlo: str) -> int | None:
-    """What the cost model of XLA says of a compiled program: the sum of its instructions.
+    """The cycles that XLA's cost model estimates for a program, summed over its instructions.
 
     Args:
         hlo: The text of the compiled module.

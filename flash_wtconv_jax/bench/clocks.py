@@ -1,4 +1,4 @@
-"""What times a benchmark: the GPU's own events where they can be had, else the host's clock."""
+"""Clocks for benchmarks: a GPU's own events where JAX's profiler shows them, else the host's."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,21 +14,21 @@ from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common import device
 
 Call = Callable[[], Any]
-"""Enqueues the work of one run, and returns what to wait for."""
+"""A function that enqueues the work of one run and returns the arrays to wait for."""
 
 _AT_ONCE = 20
-"""Calls of an accelerator that the host waits for together, so that it never waits for the next."""
+"""Calls of an accelerator that the host waits for together, so that none waits to be launched."""
 _ROUNDS = 20
 """Timed calls of a contender by device events."""
 _PAUSE_BYTES = 2**32
-"""Copied before each call that is timed by device events, for a millisecond or two."""
+"""Bytes copied before each call that device events time: a pause of a millisecond or two."""
 
 
 class Clock(Protocol):
-    """Times contenders in turns.
+    """A clock that times contenders in turns.
 
     Attributes:
-        name: As reports tell it.
+        name: The name of the clock in reports.
     """
 
     name: str
@@ -71,7 +71,7 @@ class HostClock:
     def take_turns(
         self, contenders: Mapping[str, Call], on_turn: Callable[[], None]
     ) -> dict[str, Spread]:
-        """As `timing.take_turns`, for calls that do not block.
+        """Times calls that do not block, in turns as `timing.take_turns` does.
 
         Example:
             >>> sorted(HostClock().take_turns({"nothing": lambda: None}, lambda: None))
@@ -97,7 +97,7 @@ class HostClock:
 
 
 class Event(NamedTuple):
-    """What a GPU did, and from when to when, in nanoseconds."""
+    """A kernel or copy of a GPU, with its start and end in nanoseconds."""
 
     name: str
     start: float
@@ -182,7 +182,7 @@ def _pause_bytes() -> int:
 
 
 def _traced(run: Callable[[], object]) -> list[Event]:
-    """What the GPU did while `run` ran, which has to wait for it."""
+    """The events of the GPU while `run` ran, which must wait for its own work."""
     options = ProfileOptions()
     options.host_tracer_level = 0
     options.python_tracer_level = 0

@@ -25,7 +25,7 @@ EXPRESSIONS: dict[str, dict[str, Any]] = {
     "convolution": {"padding": "SAME"},
     "reflect+bias+gelu": {"padding": "reflect", "activation": "gelu"},
 }
-"""What is computed, as arguments of `conv2d`: the product alone, and with all around it."""
+"""The arguments of `conv2d` by expression: the convolution alone, and with all that it fuses."""
 
 _PLAIN = "plain jax"
 
@@ -40,7 +40,7 @@ def run(
     Args:
         shapes: Names in `pallas_kernels.conv2d.shapes.SHAPES`.
         progress: Told a label and a number of steps, returns what to call after each step.
-        dtype: One of `wtconv.DTYPES`; of x, the filters and the bias.
+        dtype: Dtype of x, the filters and the bias, one of `wtconv.DTYPES`.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
@@ -97,11 +97,11 @@ def run(
 
 
 def implementations(shape: Shape, dtype: str) -> list[str]:
-    """Those of our implementations that can compute every expression of a shape here, both ways.
+    """Our implementations that can compute every expression of a shape here, in both directions.
 
     Args:
         shape: The layer.
-        dtype: Of x, the filters and the bias.
+        dtype: Dtype of x, the filters and the bias.
 
     Returns:
         Their names.
@@ -120,10 +120,10 @@ def implementations(shape: Shape, dtype: str) -> list[str]:
 
 
 def defaults(report: Mapping[str, Any]) -> list[Entry]:
-    """What a report says of the fastest implementations; see `fastest.entries`.
+    """The fastest implementations of a report, as `defaults.entries` returns them.
 
     Args:
-        report: What `run` returns.
+        report: A report of `run`.
 
     Returns:
         An entry for each direction of each expression and shape that several implementations can
@@ -140,7 +140,7 @@ def defaults(report: Mapping[str, Any]) -> list[Entry]:
 
 
 def _problem(x: Sequence[int], w: Sequence[int], dtype: str, expression: str) -> Problem:
-    """Of an expression, which keeps the size of the images."""
+    """The problem of an expression, which keeps the size of the images."""
     height, width, _, features = w
     above, left = (((k - 1) // 2, k // 2) for k in (height, width))
     window = Window(pads=(above, left), reflect=EXPRESSIONS[expression]["padding"] == "reflect")
@@ -189,7 +189,7 @@ def _ours(x: jax.Array, w: jax.Array, bias: jax.Array, **arguments: Any) -> jax.
 def _plain(
     x: jax.Array, w: jax.Array, bias: jax.Array, padding: str, activation: str | None = None
 ) -> jax.Array:
-    """What a user of JAX would write, in full float32 where x is."""
+    """The expression as a user of JAX would write it, in full float32 where x is float32."""
     if padding == "reflect":
         sides = [((k - 1) // 2, k // 2) for k in w.shape[:2]]
         x, padding = jnp.pad(x, [(0, 0), *sides, (0, 0)], mode="reflect"), "VALID"

@@ -1,4 +1,4 @@
-"""What reports say of our implementations, as entries of `pallas_kernels.dispatch.table`."""
+"""Reports of benchmarks as entries of `pallas_kernels.dispatch.table`."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -9,14 +9,14 @@ from pallas_kernels.dispatch import Operator
 from pallas_kernels.dispatch.table import Entry
 
 OURS = "flash"
-"""A contender's name: this alone as the device picks, or before that of an implementation."""
+"""The name of our contender, alone where the rule picks, else before an implementation's name."""
 
 _VERSIONS = ("flash-wtconv", "jax", "jaxlib", "jax-triton", "triton")
-"""Of what measured times depend on."""
+"""The packages whose versions an entry keeps, because measured times depend on them."""
 
 
 def able(operator: Operator, problem: Any) -> list[str]:
-    """Those of an operator's implementations that can compute a problem here, in every direction.
+    """The implementations of an operator that can compute a problem here, in every direction.
 
     Args:
         operator: One of `pallas_kernels.dispatch.operators()`.
@@ -49,12 +49,12 @@ def entries(
     report: Mapping[str, Any],
     problem: Callable[[Mapping[str, Any]], dict[str, Any]],
 ) -> list[Entry]:
-    """What a report says of the fastest implementations.
+    """The fastest implementations of a report, as entries of the table of defaults.
 
     The time of a backward pass is that of both passes less that of the forward pass.
 
     Args:
-        operator: What was timed.
+        operator: The operator that was timed.
         report: With `date`, `versions` and `rows`, each of a `direction` ("forward" or
             "forward+backward"), a `contender` ("flash xla") and its `median_ms`.
         problem: The problem of a row, JSON-able.

@@ -17,7 +17,7 @@ def measure(clock: Clock) -> dict[str, float]:
     """Measures both roofs on the device that JAX computes on.
 
     Args:
-        clock: What to time with.
+        clock: The clock to time with.
 
     Returns:
         `copy_bytes_per_s`, bytes read and written in a second by an elementwise copy of an array
@@ -39,7 +39,7 @@ def measure(clock: Clock) -> dict[str, float]:
 
 
 def _sums(values: jax.Array) -> jax.Array:
-    """Several sums a value, because each waits for its own last result; nothing can be merged."""
+    """Adds up several sums a value, since each waits for its last result; none can be merged."""
     pairs = [(values, values + i) for i in range(_PAIRS)]
     for _ in range(_LENGTH):
         pairs = [(b, a + b) for a, b in pairs]

@@ -20,7 +20,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, times: Sequence[float]) -> "Spread":
-        """That of some times.
+        """The spread of some times.
 
         Example:
             >>> Spread.of([1.0, 5.0, 2.0])

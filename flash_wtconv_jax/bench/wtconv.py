@@ -1,13 +1,13 @@
 """`flash-wtconv bench wtconv`: our layer beside plain JAX and PyTorch eager, in one run."""
 
-import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
+from importlib.metadata import entry_points
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,36 @@ from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
 
 DTYPES = ("float32", "bfloat16", "float16")
 PASSES = {"forward": 2, "forward+backward": 5}
-"""How often at least a tensor of x's size is read or written, by direction."""
+"""The least number of tensors of x's size that are read or written, by direction."""
 
-_PLAIN, _RIVAL, _TORCH = "plain jax", "depthwise 7x7", "torch eager"
+GROUP = "flash_wtconv.bench.wtconv"
+"""The entry point group of every `RegisteredContender`."""
+
+_PLAIN, _RIVAL = "plain jax", "depthwise 7x7"
 _RIVAL_SIZE = 7
 _ROTATED_BYTES = 2**28
 """Bytes of the copies of x that a GPU's calls take in turn: more than its caches hold."""
 _MOST_COPIES = 64
+
+
+class RegisteredContender(Protocol):
+    """A contender of another package: the module or object that its entry point names."""
+
+    NAME: str
+
+    def runs(self, dtype: str, *, on_cpu: bool) -> bool:
+        """Whether it can be timed here, beside JAX on a CPU or on an accelerator."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """The versions of the packages that its times depend on, by name."""
+        ...
+
+    def calls(
+        self, x: jax.Array, params: Mapping[str, jax.Array], dy: jax.Array
+    ) -> dict[str, Call]:
+        """The layer that `pallas_kernels.wtconv.wtconv2d` is, a call for each key of `PASSES`."""
+        ...
 
 
 def run(
@@ -47,15 +70,16 @@ def run(
 ) -> dict[str, Any]:
     """Times every contender that this machine has.
 
-    They are our layer as the device's rule picks it; plain JAX; PyTorch, or on an accelerator a
-    plain 7 x 7 depthwise convolution, the layer's rival at its cost.
+    They are our layer as the device's rule picks it; plain JAX; on an accelerator a plain 7 x 7
+    depthwise convolution, the layer's rival at its cost; and what other packages register under
+    `GROUP`, which is PyTorch on a CPU.
 
     Args:
         shapes: Names in `pallas_kernels.wtconv.shapes.FOR_PLATFORM` of the device.
         baseline: The contender that ratios refer to: "torch eager", "plain jax", "depthwise 7x7"
             or "flash"; None is PyTorch where it can be measured beside us, else plain JAX.
         progress: Told a label and a number of steps, returns what to call after each step.
-        dtype: One of `DTYPES`; of x, dy and the parameters.
+        dtype: Dtype of x, dy and the parameters, one of `DTYPES`.
         each: Also every implementation that can compute a shape, where several can ("flash xla").
 
     Returns:
@@ -75,17 +99,18 @@ def run(
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {sorted(known)}")
     check_dtype(dtype)
+    registered = _registered(dtype)
     here = [OURS, _PLAIN]
     here += [] if on_cpu() else [_RIVAL]
-    here += [_TORCH] if _has_torch(dtype) else []
-    baseline = baseline or (_TORCH if _TORCH in here else _PLAIN)
+    here += registered
+    baseline = baseline or next(iter(registered), _PLAIN)
     if baseline not in here:
         raise ValueError(f"baseline: {baseline!r} is not here, expected one of {here}")
     clock, no_device_events = clocks.best()
     measured = roofline.measure(clock)
     rows = []
     for name in shapes:
-        for direction, contenders in _contenders(known[name], dtype, each).items():
+        for direction, contenders in _contenders(known[name], dtype, each, registered).items():
             step = progress(f"{name} {direction}", clock.turns(len(contenders)))
             times = clock.take_turns({c: one.call for c, one in contenders.items()}, step)
             rows += [
@@ -109,7 +134,7 @@ def run(
         "benchmark": "wtconv",
         "date": date.today().isoformat(),
         "device": environment.device(),
-        "versions": environment.versions() | _torch_version(dtype),
+        "versions": _versions(registered.values()),
         "dtype": dtype,
         "baseline": baseline,
         "clock": clock.name,
@@ -120,17 +145,17 @@ def run(
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises `ValueError` for what is not one of `DTYPES`."""
+    """Raises `ValueError` for a dtype that is not one of `DTYPES`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
 
 
 def implementations(shape: Shape, dtype: str) -> list[str]:
-    """Those of our implementations that can compute a shape here, both ways.
+    """Our implementations that can compute a shape here, in both directions.
 
     Args:
         shape: The layer.
-        dtype: Of x, dy and the parameters.
+        dtype: Dtype of x, dy and the parameters.
 
     Returns:
         Their names.
@@ -148,10 +173,10 @@ def implementations(shape: Shape, dtype: str) -> list[str]:
 
 
 def defaults(report: Mapping[str, Any]) -> list[Entry]:
-    """What a report says of the fastest implementations; see `fastest.entries`.
+    """The fastest implementations of a report, as `defaults.entries` returns them.
 
     Args:
-        report: What `run` returns.
+        report: A report of `run`.
 
     Returns:
         An entry for each direction of each shape that several implementations can compute.
@@ -165,14 +190,16 @@ def defaults(report: Mapping[str, Any]) -> list[Entry]:
 
 
 class _Contender(NamedTuple):
-    """One direction of a contender; its memory in inputs, where that is known."""
+    """One direction of a contender, with its memory in sizes of x where that is known."""
 
     call: Call
     temporaries: float | None = None
     extra_memory: float | None = None
 
 
-def _contenders(shape: Shape, dtype: str, each: bool) -> dict[str, dict[str, _Contender]]:
+def _contenders(
+    shape: Shape, dtype: str, each: bool, registered: Mapping[str, RegisteredContender]
+) -> dict[str, dict[str, _Contender]]:
     """Every contender of a shape, by direction."""
     copies = _copies(shape, dtype)
     params, rival = _params(shape, dtype)
@@ -192,9 +219,9 @@ def _contenders(shape: Shape, dtype: str, each: bool) -> dict[str, dict[str, _Co
     contenders: dict[str, dict[str, _Contender]] = {
         direction: {name: one[direction] for name, one in compiled.items()} for direction in PASSES
     }
-    if _has_torch(dtype):
-        for direction, call in _torch_calls(copies[0][0], params, copies[0][1]).items():
-            contenders[direction][_TORCH] = _Contender(call)
+    for name, contender in registered.items():
+        for direction, call in contender.calls(copies[0][0], params, copies[0][1]).items():
+            contenders[direction][name] = _Contender(call)
     return contenders
 
 
@@ -210,7 +237,7 @@ def _copies(shape: Shape, dtype: str) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def _params(shape: Shape, dtype: str) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Those of our layer, and the kernel of its rival."""
+    """The parameters of our layer, and the kernel of its rival."""
     rng = np.random.default_rng(0)
     k, c = shape.kernel_size, shape.channels
     sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
@@ -271,7 +298,7 @@ def _figures(
     times: Mapping[str, Spread],
     measured: Mapping[str, float],
 ) -> dict[str, float]:
-    """A contender's times, beside the floor, and how much it computes and has to move."""
+    """The times of a contender beside the floor, its multiply-adds, and its least traffic."""
     floor_bytes = PASSES[direction] * math.prod(shape.x) * jnp.dtype(dtype).itemsize
     floor_ms = floor_bytes / measured["copy_bytes_per_s"] * 1e3
     rival = _RIVAL_SIZE**2 * math.prod(shape.x)
@@ -287,7 +314,7 @@ def _figures(
 
 
 def _multiply_adds(shape: Shape) -> int:
-    """Of the convolutions of our layer; the transforms add and do not multiply."""
+    """The multiply-adds of our layer's convolutions; its transforms only add."""
     height, width = shape.height, shape.width
     values = height * width
     for _ in range(shape.levels):
@@ -297,7 +324,7 @@ def _multiply_adds(shape: Shape) -> int:
 
 
 def _picked(shape: Shape, dtype: str) -> dict[str, str]:
-    """What computes our layer here, forward and backward."""
+    """The implementation that computes our layer here, by direction."""
     here, kind = device.platform(), device.kind()
     return {
         direction: OPERATOR.pick(direction, None, here, _problem(shape, dtype), kind)
@@ -309,38 +336,14 @@ def _problem(shape: Shape, dtype: str) -> Problem:
     return Problem(shape.x, jnp.dtype(dtype), shape.kernel_size, shape.levels, "haar")
 
 
-def _has_torch(dtype: str) -> bool:
-    """Whether PyTorch runs beside us: it is installed, and both compute float32 on the CPU."""
-    return on_cpu() and dtype == "float32" and importlib.util.find_spec("torch") is not None
+def _registered(dtype: str) -> dict[str, RegisteredContender]:
+    """The contenders of other packages that can be timed here, by name."""
+    found: list[RegisteredContender] = [entry.load() for entry in entry_points(group=GROUP)]
+    return {one.NAME: one for one in found if one.runs(dtype, on_cpu=on_cpu())}
 
 
-def _torch_calls(x: jax.Array, params: Any, dy: jax.Array) -> dict[str, Call]:
-    """Both directions of the published layer in PyTorch."""
-    import torch
-
-    import torch_bridge
-
-    layer = torch_bridge.from_jax({"params": params})
-    image, gradient = (
-        torch.tensor(np.asarray(array)).permute(0, 3, 1, 2).contiguous() for array in (x, dy)
-    )
-    leaf = image.clone().requires_grad_()
-
-    def forward() -> None:
-        with torch.no_grad():
-            layer(image)
-
-    def both() -> None:
-        layer.zero_grad()
-        leaf.grad = None
-        layer(leaf).backward(gradient)
-
-    return {"forward": forward, "forward+backward": both}
-
-
-def _torch_version(dtype: str) -> dict[str, str]:
-    if not _has_torch(dtype):
-        return {}
-    import torch
-
-    return {"torch": torch.__version__}
+def _versions(registered: Iterable[RegisteredContender]) -> dict[str, str]:
+    versions = environment.versions()
+    for contender in registered:
+        versions |= contender.versions()
+    return versions

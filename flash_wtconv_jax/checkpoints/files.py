@@ -17,7 +17,7 @@ _SAFETENSORS = (".safetensors",)
 _TORCH = (".pth", ".pt")
 # Where training scripts, timm's among them, keep the weights in a larger dict; averaged ones first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-# What DistributedDataParallel and torch.compile put in front of every name.
+# The prefixes that DistributedDataParallel and torch.compile put in front of every name.
 _PREFIXES = ("module.", "_orig_mod.")
 
 

@@ -1,4 +1,4 @@
-"""The tables of names: what every tensor is called in PyTorch and here, and how it is turned.
+"""The tables of names: every tensor's name and order of axes, in PyTorch and here.
 
 A layout is a tuple of rules, one a tensor. Both directions, the recognition of a layout and every
 error message are read off these tables; to add a layout, add a table.
@@ -24,8 +24,8 @@ class Rule:
         ours: Its name in our params, nested names joined by dots; empty for a frozen tensor.
         ours_shape: Its shape there, the same symbols in another order.
         group: Tensors of a named group may be absent, but then all of them; "" is required.
-        frozen: What a frozen tensor must hold: "analysis" or "synthesis" filters, "ones", or
-            "anything" for what is dropped.
+        frozen: The values that a frozen tensor must hold: "analysis" or "synthesis" filters,
+            "ones", or "anything" for a tensor that is dropped.
         first_stage: The first stage that has the tensor.
     """
 

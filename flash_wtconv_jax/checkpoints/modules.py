@@ -1,4 +1,4 @@
-"""Variables into nnx models and out of them."""
+"""Moves variables into nnx models and out of them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

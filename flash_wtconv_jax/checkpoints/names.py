@@ -30,7 +30,7 @@ _COUNTED = re.compile(r"(\S*[._])(\d+)((?:\.\S*)? .*)")
 
 
 class Recognised(NamedTuple):
-    """What a state dict was recognised as.
+    """The layout, number of axes and wavelet that a state dict was recognised by.
 
     Attributes:
         layout: One of `LAYOUTS`.
@@ -84,7 +84,7 @@ def from_torch(
             node = params
             for part in path:
                 node = node.setdefault(part, {})
-            node[leaf] = _turn(arrays[entry.torch], entry.torch_axes, entry.ours_axes, sizes)
+            node[leaf] = _rearranged(arrays[entry.torch], entry.torch_axes, entry.ours_axes, sizes)
     return {"params": params}
 
 
@@ -121,17 +121,17 @@ def to_torch(
     state_dict = {}
     for entry in entries:
         if entry.ours:
-            turned = _turn(arrays[entry.ours], entry.ours_axes, entry.torch_axes, sizes)
+            converted = _rearranged(arrays[entry.ours], entry.ours_axes, entry.torch_axes, sizes)
         else:
             channels = sizes[entry.torch_axes[0][0]]
             dtype = next(iter(arrays.values())).dtype
-            turned = _frozen_filters(wavelet, table.ndim, entry.frozen, channels, dtype)
-        state_dict[entry.torch] = turned
+            converted = _frozen_filters(wavelet, table.ndim, entry.frozen, channels, dtype)
+        state_dict[entry.torch] = converted
     return state_dict
 
 
 def recognise(state_dict: Mapping[str, Any]) -> Recognised:
-    """What a PyTorch state dict holds, by its names, ranks and frozen filters.
+    """Recognises a PyTorch state dict by its names, ranks and frozen filters.
 
     Args:
         state_dict: Tensors or arrays by name.
@@ -238,7 +238,7 @@ _pattern = lru_cache(maxsize=None)(pattern_of)
 def _fit(
     table: Table, arrays: Arrays, side: Side, what: str, wavelet: str
 ) -> tuple[list[_Entry], dict[str, int]]:
-    """What must be there and the size of every symbol, or one error that lists all misfits."""
+    """The entries that must be there and the size of every symbol; one error lists all misfits."""
     entries = _entries(table, arrays, side)
     sizes = _sizes(entries, arrays, side, {"band": 2**table.ndim})
     expected = {entry.name(side): entry for entry in entries if entry.name(side)}
@@ -352,7 +352,7 @@ def _shape(axes: Axes, sizes: dict[str, int]) -> str:
     return f"({', '.join(parts)}{',' * (len(parts) == 1)})"
 
 
-def _turn(array: np.ndarray, source: Axes, target: Axes, sizes: dict[str, int]) -> np.ndarray:
+def _rearranged(array: np.ndarray, source: Axes, target: Axes, sizes: dict[str, int]) -> np.ndarray:
     """A copy of `array`, its axes `source` reordered, split and joined into `target`."""
     symbols = [symbol for axis in source for symbol in axis if symbol != "1"]
     order = [symbols.index(symbol) for axis in target for symbol in axis if symbol != "1"]
@@ -376,7 +376,7 @@ def _message(table: Table, what: str, problems: dict[str, list[str]]) -> str:
 
 
 def _runs(lines: list[str]) -> list[str]:
-    """The lines; many in a row that only count a level or a block up are one: `a.{2…998}.b`."""
+    """The lines, of which a long run that counts a level or block up becomes one: `a.{2…998}.b`."""
 
     def key(numbered: tuple[int, str]) -> tuple[Any, ...]:
         place, line = numbered
@@ -396,7 +396,7 @@ def _runs(lines: list[str]) -> list[str]:
 
 
 def _hint(table: Table, arrays: Arrays, side: Side) -> str:
-    """What the arrays are, if another layout knows more of their names."""
+    """A line that names the layout which knows more of the arrays' names, if there is one."""
     best = max(TABLES, key=lambda other: _score(other, arrays, side))
     if _score(best, arrays, side) <= _score(table, arrays, side):
         return ""
@@ -424,7 +424,7 @@ def _wavelet_of(array: np.ndarray, ndim: int, kind: str) -> str | None:
 
 
 def _holds(array: np.ndarray, wavelet: str, ndim: int, kind: str) -> bool:
-    """Whether a frozen tensor holds what it must, to its rounding."""
+    """Whether a frozen tensor holds the values that it must, to its rounding."""
     if kind == "anything":
         return True
     if kind == "ones":

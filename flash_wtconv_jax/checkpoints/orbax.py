@@ -13,9 +13,9 @@ from flash_wtconv_jax.checkpoints.tensors import check_nested, to_array
 from pallas_kernels.common.files import replacing
 from pallas_kernels.haar.filters import filter_bank
 
-# What Orbax writes into the folder of every checkpoint.
+# The file that Orbax writes into the folder of every checkpoint.
 _MARK = "_CHECKPOINT_METADATA"
-# Beside it, what variables do not hold and a PyTorch state dict does.
+# The file beside it for the wavelet, which variables do not hold and a PyTorch state dict does.
 _NOTE = "flash_wtconv.json"
 
 
@@ -29,7 +29,7 @@ def save(
     """Writes variables as an Orbax checkpoint, whole or not at all.
 
     Args:
-        folder: Where to; any Orbax reads it.
+        folder: The folder to make; any Orbax reads it.
         variables: `{"params": ...}` or any nested dict of arrays.
         wavelet: The layers' wavelet, which variables do not hold: a file beside the arrays keeps
             it for `wavelet_of`, and with it for the frozen filters of a PyTorch state dict.

@@ -98,7 +98,7 @@ def to_tensors(state_dict: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
 
 
 def import_torch() -> Any:
-    """PyTorch, which this package needs for `.pth` files alone."""
+    """The module torch, which this package needs for `.pth` files and bfloat16 tensors alone."""
     try:
         import torch
     except ModuleNotFoundError as error:

@@ -36,13 +36,13 @@ app.command()(tpu_report)
 
 
 def main() -> None:
-    """Runs the command line; what a user can mend is told in one line, not in a traceback."""
+    """Runs the command line; an error that a user can mend is one line, not a traceback."""
     _look_for_no_tpu()
     run(app)
 
 
 def run(app: Callable[[], object]) -> None:
-    """Runs a command line; what a user can mend is told in one line."""
+    """Runs a command line; an error that a user can mend is printed as one line."""
     try:
         app()
     except ModuleNotFoundError as error:

@@ -130,7 +130,7 @@ def conv2d(
 
 @contextmanager
 def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
-    """Computes on a device and shows how far it is; what is wrong is found before it starts."""
+    """Runs a benchmark on a device with a progress bar; wrong options are errors before it."""
     import jax
     from rich.progress import Progress
 
@@ -150,7 +150,7 @@ def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
 
 
 def _check_choice(able: Iterable[Sequence[str]]) -> None:
-    """Raises where no shape has a choice of implementations; of no shape `run` tells why."""
+    """Raises where no shape has a choice of implementations; `run` tells of unknown shapes."""
     if max(map(len, able), default=2) < 2:
         raise ValueError(
             "--write-defaults needs a shape that several implementations can compute here; "
@@ -159,7 +159,7 @@ def _check_choice(able: Iterable[Sequence[str]]) -> None:
 
 
 def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
-    """Writes what was measured into the package's table of a kind of device."""
+    """Writes entries into the package's table of a kind of device."""
     from pallas_kernels.dispatch import table
 
     path = table.path(kind)
@@ -174,7 +174,7 @@ def tell(report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]",
     Args:
         report: JSON-able, with the name of its `benchmark` and `no_device_events`, which is None
             or why a GPU was timed by the host's clock.
-        table: What rich prints.
+        table: A table of rich.
         figures: Pictures by the names of their files.
         out: The folder, made if it is not there.
     """
@@ -205,10 +205,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def wtconv_table(report: Mapping[str, Any]) -> Any:
-    """A section a shape, a row a contender; medians with their spread, and ratios.
+    """The table of a report: a section a shape, a row a contender, its medians and ratios.
 
     Args:
-        report: What `bench.wtconv.run` returns, or `torch_bridge.bench.run`.
+        report: A report of `bench.wtconv.run` or of PyTorch's benchmark.
 
     Returns:
         A table of rich.
@@ -250,7 +250,7 @@ def wtconv_table(report: Mapping[str, Any]) -> Any:
 
 
 def _wtconvnext_table(report: Mapping[str, Any]) -> Any:
-    """A row a network; for each kind of work images a second, times and the ratio."""
+    """The table of a report: a row a network, for each kind of work images a second and times."""
     from rich.table import Table
 
     table = Table(
@@ -276,7 +276,7 @@ def _wtconvnext_table(report: Mapping[str, Any]) -> Any:
 
 
 def _conv2d_table(report: Mapping[str, Any]) -> Any:
-    """A section an expression and direction, a row a shape and contender, and the means."""
+    """The table of a report: a section an expression and direction, a row a shape and contender."""
     from rich.table import Table
 
     table = Table(
@@ -302,7 +302,7 @@ def _conv2d_table(report: Mapping[str, Any]) -> Any:
 
 
 def _clock(report: Mapping[str, Any]) -> str:
-    """As captions tell it."""
+    """The clock of a report, as captions name it."""
     if report["clock"] != "host":
         return report["clock"]
     return "the host's clock" + (

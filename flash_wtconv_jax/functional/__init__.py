@@ -1,1 +1,1 @@
-"""Parameter tables and calls of the layers, for any layer library: what linen and nnx share."""
+"""Parameter tables, checks and calls of the layers, which linen and nnx share."""

@@ -2,19 +2,19 @@
 
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from jax.typing import DTypeLike
 
 from pallas_kernels.common.arguments import checked_dtype, checked_integer, checked_precision
 from pallas_kernels.dispatch import Operator
 
 ImplementationLike = str | enum.StrEnum | Sequence[str | enum.StrEnum] | None
-"""What `implementation=` takes: None (the rule), one name, or a sequence of names."""
-
+"""The values of `implementation=`: None (the rule), one name, or a sequence of names."""
 
 PrecisionLike = str | jax.lax.Precision | None
-"""What `precision=` takes, one for the input and the kernels."""
+"""The values of `precision=`, one for the input and the kernels."""
 
 
 def check_constructor(**arguments: Any) -> None:
@@ -38,29 +38,32 @@ def check_constructor(**arguments: Any) -> None:
             raise ValueError(f"{error}{note if name == 'kernel_size' else ''}") from None
 
 
-def check_computation(
-    operator: Operator, dtype: Any, param_dtype: Any, precision: Any, implementation: Any
-) -> None:
+class Computation(Protocol):
+    """The arguments that say how a layer computes, whichever its operator."""
+
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    precision: PrecisionLike
+    implementation: ImplementationLike
+
+
+def check_computation(operator: Operator, layer: Computation) -> None:
     """Check how a layer computes an operator.
 
     Args:
         operator: The operator.
-        dtype: None, or a floating-point dtype of 16, 32 or 64 bits.
-        param_dtype: Such a dtype.
-        precision: None, or a precision of `jax.lax.Precision`.
-        implementation: None, or names of the operator's implementations.
+        layer: `dtype` must be None or a floating-point dtype of 16, 32 or 64 bits, `param_dtype`
+            such a dtype, `precision` None or one of `jax.lax.Precision`, `implementation` None or
+            names of the operator's implementations.
 
     Raises:
         ValueError: naming the first argument that is none of these.
-
-    Example:
-        >>> check_computation(OPERATOR, None, "bfloat16", None, "xla")
     """
-    if dtype is not None:
-        checked_dtype(dtype, "dtype")
-    checked_dtype(param_dtype, "param_dtype")
-    checked_precision(precision)
-    operator.check_names(implementation)
+    if layer.dtype is not None:
+        checked_dtype(layer.dtype, "dtype")
+    checked_dtype(layer.param_dtype, "param_dtype")
+    checked_precision(layer.precision)
+    operator.check_names(layer.implementation)
 
 
 def checked_rngs(rngs: Any) -> Any:
@@ -84,7 +87,7 @@ def checked_rngs(rngs: Any) -> Any:
 
 
 def hashable(value: Any) -> Any:
-    """An argument that `nnx.jit` and `nnx.split` can compare and hash: lists become tuples.
+    """An argument as `nnx.jit` and `nnx.split` can compare and hash it: lists become tuples.
 
     Example:
         >>> hashable([1, [2, 3]])

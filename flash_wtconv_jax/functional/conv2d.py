@@ -1,21 +1,17 @@
-"""What the linen and nnx `Conv2D` share: the kernel's shape, the checks, the one call.
+"""`Conv2d` for any layer library: the kernel's shape, the checks and the one call.
 
 This module knows JAX and `pallas_kernels`, but no layer library.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from flash_wtconv_jax.functional.arguments import (
-    ImplementationLike,
-    PrecisionLike,
-    check_computation,
-)
+from flash_wtconv_jax.functional import arguments
 from pallas_kernels.common.arguments import checked_array, checked_integer, checked_pair
 from pallas_kernels.conv2d.api import OPERATOR, Padding, conv2d
 
@@ -24,47 +20,49 @@ Pair = int | Sequence[int]
 _NAMES = ("SAME", "VALID", "REFLECT", "CIRCULAR")
 
 
-def check_layer(
-    *,
-    kernel_size: Any,
-    strides: Any,
-    padding: Any,
-    input_dilation: Any,
-    kernel_dilation: Any,
-    dtype: Any,
-    param_dtype: Any,
-    precision: Any,
-    implementation: Any,
-) -> None:
-    """Check the arguments of a layer that it needs later.
+class Layer(arguments.Computation, Protocol):
+    """The arguments that a `Conv2d` of any library keeps as attributes."""
+
+    kernel_size: Pair
+    strides: Pair | None
+    padding: Padding
+    input_dilation: Pair | None
+    kernel_dilation: Pair | None
+    feature_group_count: int
+    mask: ArrayLike | None
+    activation: str | None
+
+
+def check_layer(layer: Layer) -> None:
+    """Check the arguments of a `Conv2d` that do not depend on its input.
 
     Args:
-        kernel_size: An int >= 1, or two, like the other sizes; those may be None too, which is 1.
-        strides: See `kernel_size`.
-        padding: A name of Flax's, or numbers, which the operator checks.
-        input_dilation: See `kernel_size`.
-        kernel_dilation: See `kernel_size`.
-        dtype: None, or a floating-point dtype of 16, 32 or 64 bits.
-        param_dtype: Such a dtype.
-        precision: None, or a precision of `jax.lax.Precision`.
-        implementation: None, or names of implementations of `pallas_kernels.conv2d`.
+        layer: `kernel_size`, `strides` and both dilations must be an int >= 1 or two of them, the
+            last three may also be None, which is 1; `feature_group_count` must be an int >= 1 and
+            `padding`, where it is a name, one of Flax's; see `arguments.check_computation` for the
+            others. The operator checks padding in numbers and the activation.
 
     Raises:
-        ValueError: naming the first argument that is none of these.
+        ValueError: naming the first argument that is out of range.
+
+    Example:
+        >>> from flash_wtconv_jax import Conv2d
+        >>> check_layer(Conv2d(features=8, kernel_size=3, strides=(2, 1)))
     """
-    checked_pair(kernel_size, "kernel_size", least=1)
-    sizes = {"strides": strides, "input_dilation": input_dilation}
-    for name, value in (sizes | {"kernel_dilation": kernel_dilation}).items():
+    arguments.check_constructor(feature_group_count=layer.feature_group_count)
+    checked_pair(layer.kernel_size, "kernel_size", least=1)
+    for name in ("strides", "input_dilation", "kernel_dilation"):
+        value = getattr(layer, name)
         checked_pair(1 if value is None else value, name, least=1)
-    if isinstance(padding, str) and padding not in _NAMES:
-        raise ValueError(f"padding={padding!r}: the names are {', '.join(_NAMES)}")
-    check_computation(OPERATOR, dtype, param_dtype, precision, implementation)
+    if isinstance(layer.padding, str) and layer.padding not in _NAMES:
+        raise ValueError(f"padding={layer.padding!r}: the names are {', '.join(_NAMES)}")
+    arguments.check_computation(OPERATOR, layer)
 
 
 def kernel_shape(
     in_features: int, features: int, kernel_size: Pair, groups: int
 ) -> tuple[int, int, int, int]:
-    """Shape `[*kernel_size, in_features / groups, features]` of a layer's kernel.
+    """The shape `[*kernel_size, in_features / groups, features]` of a layer's kernel.
 
     Args:
         in_features: Channels of the input.
@@ -93,38 +91,14 @@ def kernel_shape(
     return (*checked_pair(kernel_size, "kernel_size", least=1), in_features // groups, features)
 
 
-def apply(
-    x: ArrayLike,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    *,
-    mask: ArrayLike | None,
-    strides: Pair | None,
-    padding: Padding,
-    input_dilation: Pair | None,
-    kernel_dilation: Pair | None,
-    feature_group_count: int,
-    dtype: DTypeLike | None,
-    precision: PrecisionLike,
-    activation: str | None,
-    implementation: ImplementationLike,
-) -> jax.Array:
+def apply(layer: Layer, x: ArrayLike, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Cast input and kernel as a Flax layer does, then call the operator.
 
     Args:
+        layer: The layer, of which the arguments are read.
         x: Input `[*batch, H, W, C]`.
         kernel: `[HF, WF, C / feature_group_count, features]`.
         bias: `[features]`, or None; it is added in its own dtype.
-        mask: Of kernel's shape, or None; multiplied with it.
-        strides: Of the output.
-        padding: As of `flax.linen.Conv`.
-        input_dilation: Distance that neighbouring samples are brought to, zeros between them.
-        kernel_dilation: Distance of samples that neighbouring taps read.
-        feature_group_count: Groups of channels.
-        dtype: Dtype of computation and result; None promotes `x` with the parameters.
-        precision: See `jax.lax.Precision`.
-        activation: See `pallas_kernels.conv2d.conv2d`.
-        implementation: See there.
 
     Returns:
         Output `[*batch, H_out, W_out, features]`.
@@ -133,36 +107,37 @@ def apply(
         ValueError: If `x` is not floating point, a shape does not fit, or the operator refuses.
     """
     x = checked_array(x, "x")
-    if mask is not None:
-        if jnp.shape(mask) != kernel.shape:
+    if layer.mask is not None:
+        if jnp.shape(layer.mask) != kernel.shape:
             raise ValueError(
-                f"mask: expected the kernel's shape, {kernel.shape}, got {jnp.shape(mask)}"
+                f"mask: expected the kernel's shape, {kernel.shape}, got {jnp.shape(layer.mask)}"
             )
-        kernel = kernel * mask
+        kernel = kernel * layer.mask
     arrays = (x, kernel) if bias is None else (x, kernel, bias)
-    dtype = jnp.result_type(*arrays) if dtype is None else jnp.dtype(dtype)
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    spread = checked_pair(input_dilation or 1, "input_dilation", least=1)
+    dtype = jnp.result_type(*arrays) if layer.dtype is None else jnp.dtype(layer.dtype)
+    x, kernel = (a if a.dtype == dtype else a.astype(dtype) for a in (x, kernel))
+    spread = checked_pair(layer.input_dilation or 1, "input_dilation", least=1)
     if spread != (1, 1) and x.ndim > 2:
         between = [(0, 0, step - 1) for step in spread]
         x = lax.pad(x, jnp.zeros((), dtype), [(0, 0, 0)] * (x.ndim - 3) + [*between, (0, 0, 0)])
-    dilation = checked_pair(kernel_dilation or 1, "kernel_dilation", least=1)
+    dilation = checked_pair(layer.kernel_dilation or 1, "kernel_dilation", least=1)
+    padding = layer.padding
     if padding == "REFLECT":
         padding = "reflect"
     elif padding == "CIRCULAR" and x.ndim > 2:
-        reach = [d * (k - 1) for d, k in zip(dilation, kernel.shape, strict=False)]
-        sides = [(r // 2, r - r // 2) for r in reach]
+        halo = [d * (k - 1) for d, k in zip(dilation, kernel.shape, strict=False)]
+        sides = [(n // 2, n - n // 2) for n in halo]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [*sides, (0, 0)], mode="wrap")
         padding = "VALID"
     return conv2d(
         x,
         kernel,
-        stride=strides or 1,
+        stride=layer.strides or 1,
         padding=padding,
         dilation=dilation,
-        groups=feature_group_count,
+        groups=layer.feature_group_count,
         bias=bias,
-        activation=activation,
-        precision=precision,
-        implementation=implementation,
+        activation=layer.activation,
+        precision=layer.precision,
+        implementation=layer.implementation,
     )

@@ -1,4 +1,4 @@
-"""Which parameters of a model take weight decay."""
+"""The mask of the parameters of a model that take weight decay."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 
 
 def weight_decay_mask(params: Any) -> Any:
-    """Which parameters take weight decay: convolution and linear kernels, and nothing else.
+    """The mask of the parameters that take weight decay: convolution and linear kernels alone.
 
     Scales, norms, biases and layer scale (`gamma`) take none, as in the published training.
 

@@ -1,12 +1,12 @@
-"""What the linen and nnx layers share: parameter names, shapes, initial values, the one call.
+"""WTConv layers for any layer library: parameters, initial values, checks and the one call.
 
-The layers of both libraries hold exactly these parameters, so a checkpoint of one is a checkpoint
+The layers of linen and nnx hold exactly these parameters, so a checkpoint of one is a checkpoint
 of the other. This module knows JAX and `pallas_kernels`, but no layer library.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,13 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
-from flash_wtconv_jax.functional.arguments import (
-    ImplementationLike,
-    PrecisionLike,
-    check_computation,
-    check_constructor,
-)
-from pallas_kernels import wtconv
-from pallas_kernels.common.arguments import (
-    checked_array,
-    checked_dtype,
-)
+from flash_wtconv_jax.functional import arguments
+from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
+from pallas_kernels.common.arguments import checked_array, checked_dtype
 from pallas_kernels.haar.filters import filter_bank
-from pallas_kernels.wtconv.api import OPERATOR
+from pallas_kernels.wtconv.api import OPERATOR, wtconv1d, wtconv2d, wtconv3d
+
+_FUNCTIONS = {1: wtconv1d, 2: wtconv2d, 3: wtconv3d}
 
 default_kernel_init: Initializer = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(k^d), 1/sqrt(k^d)), PyTorch's default for a convolution of fan-in k^d."""
@@ -37,7 +31,7 @@ default_scale_init: Initializer = initializers.constant(0.1)
 
 
 class Parameter(NamedTuple):
-    """Shape and initialiser of one parameter."""
+    """A parameter's shape and initialiser."""
 
     shape: tuple[int, ...]
     init: Initializer
@@ -54,7 +48,7 @@ def parameter_table(
     bias_init: Initializer | None = None,
     scale_init: Initializer = default_scale_init,
 ) -> dict[str, Parameter]:
-    """Name, shape and initialiser of every parameter of a WTConv layer, in order.
+    """The name, shape and initialiser of every parameter of a WTConv layer, in order.
 
     Args:
         ndim: Number of spatial axes d, 1 to 3.
@@ -88,48 +82,64 @@ def parameter_table(
     return table
 
 
-def check_layer(
-    *,
-    wavelet: Any,
-    dtype: Any,
-    param_dtype: Any,
-    precision: Any,
-    implementation: Any,
-) -> None:
-    """Check the arguments of a layer or a model that the operator gets later.
+class Computation(Protocol):
+    """The arguments of a layer or a model that say how its WTConv is computed."""
+
+    wavelet: str
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    precision: PrecisionLike
+    implementation: ImplementationLike
+
+
+class Layer(Computation, Protocol):
+    """The arguments that a WTConv layer of any library keeps as attributes."""
+
+    channels: int
+    kernel_size: int
+    depth: int
+    stride: int
+
+
+def check_computation(model: Computation) -> None:
+    """Check how a layer or a model computes its WTConv.
 
     Args:
-        wavelet: A discrete wavelet of PyWavelets.
-        dtype: None, or a floating-point dtype of 16, 32 or 64 bits.
-        param_dtype: Such a dtype.
-        precision: None, or a precision of `jax.lax.Precision`.
-        implementation: None, or names of implementations of `pallas_kernels.wtconv`.
+        model: `wavelet` must be a discrete wavelet of PyWavelets, `implementation` None or names
+            of implementations of `pallas_kernels.wtconv`; see `arguments.check_computation` for
+            the others.
 
     Raises:
-        ValueError: naming the first argument that is none of these.
+        ValueError: naming the first argument that is out of range.
+    """
+    filter_bank(model.wavelet)
+    arguments.check_computation(OPERATOR, model)
+
+
+def check_layer(layer: Layer) -> None:
+    """Check the arguments of a WTConv layer.
+
+    Args:
+        layer: `channels`, `kernel_size` and `stride` must be an int >= 1 and `depth` one >= 0; see
+            `check_computation` for the others.
+
+    Raises:
+        ValueError: naming the first argument that is out of range.
 
     Example:
-        >>> check_layer(
-        ...     wavelet="db2", dtype=None, param_dtype="bfloat16", precision=None,
-        ...     implementation="xla",
-        ... )
+        >>> from flash_wtconv_jax import WTConv2d
+        >>> check_layer(WTConv2d(channels=8, wavelet="db2", param_dtype="bfloat16"))
     """
-    filter_bank(wavelet)
-    check_computation(OPERATOR, dtype, param_dtype, precision, implementation)
+    arguments.check_constructor(
+        channels=layer.channels,
+        kernel_size=layer.kernel_size,
+        depth=layer.depth,
+        stride=layer.stride,
+    )
+    check_computation(layer)
 
 
-def apply(
-    x: ArrayLike,
-    params: Mapping[str, jax.Array],
-    *,
-    ndim: int,
-    channels: int,
-    dtype: DTypeLike | None,
-    stride: int,
-    wavelet: str,
-    precision: PrecisionLike,
-    implementation: ImplementationLike,
-) -> jax.Array:
+def apply(layer: Layer, ndim: int, x: ArrayLike, params: Mapping[str, jax.Array]) -> jax.Array:
     """Check and cast the input as a Flax layer does, then call the operator.
 
     Only `x` is cast. The parameters stay as they are stored: the operator folds the scales into
@@ -137,15 +147,10 @@ def apply(
     more accurate than multiplying two rounded ones.
 
     Args:
+        layer: The layer, of which the arguments are read.
+        ndim: Number of spatial axes.
         x: Input `[*batch, *spatial, channels]`.
         params: Parameters as `parameter_table` names them.
-        ndim: Number of spatial axes.
-        channels: Channels that the layer was made for.
-        dtype: Dtype of computation and result; None promotes `x` with the parameters.
-        stride: Stride of the output.
-        wavelet: Name of a discrete PyWavelets wavelet.
-        precision: See `jax.lax.Precision`.
-        implementation: See `pallas_kernels.wtconv`.
 
     Returns:
         Output `[*batch, *spatial, channels]`, for `stride=1`.
@@ -155,25 +160,24 @@ def apply(
             the operator.
     """
     x = checked_array(x, "x")
-    if x.ndim and x.shape[-1] != channels:
+    if x.ndim and x.shape[-1] != layer.channels:
         raise ValueError(
-            f"x: expected an array of channels={channels}, got shape {x.shape}; channels come "
-            "last: move them there, or change the layer's channels"
+            f"x: expected an array of channels={layer.channels}, got shape {x.shape}; channels "
+            "come last: move them there, or change the layer's channels"
         )
-    x = x.astype(_compute_dtype(x, params, dtype))
-    function = getattr(wtconv, f"wtconv{ndim}d")
-    return function(
-        x,
-        dict(params),
-        wavelet=wavelet,
-        stride=stride,
-        implementation=implementation,
-        precision=precision,
+    dtype = _compute_dtype(x, params, layer.dtype)
+    return _FUNCTIONS[ndim](
+        x if x.dtype == dtype else x.astype(dtype),
+        params,
+        wavelet=layer.wavelet,
+        stride=layer.stride,
+        implementation=layer.implementation,
+        precision=layer.precision,
     )
 
 
 def deepest_level(size: int | Sequence[int], kernel_size: int = 5) -> int:
-    """Deepest level whose receptive field still fits into the image.
+    """The deepest level whose receptive field still fits into the image.
 
     A WTConv layer with L levels and k taps sees windows of `2**L * k` samples. This is the largest
     L >= 0 with `2**L * k <= size`, on the shortest axis; 0 where not even the base kernel fits.
@@ -203,8 +207,8 @@ def deepest_level(size: int | Sequence[int], kernel_size: int = 5) -> int:
     if not sizes:
         raise ValueError("size must hold at least one int, got an empty sequence")
     for n in sizes:
-        check_constructor(size=n)
-    check_constructor(kernel_size=kernel_size)
+        arguments.check_constructor(size=n)
+    arguments.check_constructor(kernel_size=kernel_size)
     return max(0, int(min(sizes) // kernel_size).bit_length() - 1)
 
 

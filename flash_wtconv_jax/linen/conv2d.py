@@ -9,9 +9,10 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments, conv2d
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, Pair
+from flash_wtconv_jax.linen.parameters import parameter
 
 
-class Conv2D(nn.Module):
+class Conv2d(nn.Module):
     """Dense convolution of images `[*batch, H, W, C]`: `flax.linen.Conv` on kernels of ours.
 
     Parameters, initial values and results are those of `flax.linen.Conv` in two dimensions:
@@ -21,7 +22,7 @@ class Conv2D(nn.Module):
     Attributes:
         features: Channels of the output.
         kernel_size: Taps along both axes, or along each.
-        strides: Of the output, likewise; None is 1, as for the dilations.
+        strides: Strides of the output, likewise; None is 1, as for the dilations.
         padding: "SAME", "VALID", "REFLECT", "CIRCULAR" (periodic), an int, one for each axis, or
             `((top, bottom), (left, right))`.
         input_dilation: Distance that neighbouring samples are brought to, zeros between them.
@@ -43,8 +44,8 @@ class Conv2D(nn.Module):
 
     Example:
         >>> import jax
-        >>> from flash_wtconv_jax import Conv2D
-        >>> layer = Conv2D(features=16, kernel_size=3, strides=2, padding="REFLECT")
+        >>> from flash_wtconv_jax import Conv2d
+        >>> layer = Conv2d(features=16, kernel_size=3, strides=2, padding="REFLECT")
         >>> y, variables = layer.init_with_output(jax.random.key(0), jax.numpy.ones((2, 9, 8, 4)))
         >>> y.shape
         (2, 5, 4, 16)
@@ -68,20 +69,8 @@ class Conv2D(nn.Module):
     implementation: ImplementationLike = None
 
     def __post_init__(self) -> None:
-        arguments.check_constructor(
-            features=self.features, feature_group_count=self.feature_group_count
-        )
-        conv2d.check_layer(
-            kernel_size=self.kernel_size,
-            strides=self.strides,
-            padding=self.padding,
-            input_dilation=self.input_dilation,
-            kernel_dilation=self.kernel_dilation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        arguments.check_constructor(features=self.features)
+        conv2d.check_layer(self)
         super().__post_init__()
 
     @nn.compact
@@ -101,22 +90,12 @@ class Conv2D(nn.Module):
         shape = conv2d.kernel_shape(
             jnp.shape(x)[-1], self.features, self.kernel_size, self.feature_group_count
         )
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = parameter(self, "kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        return conv2d.apply(
-            x,
-            kernel,
-            bias,
-            mask=self.mask,
-            strides=self.strides,
-            padding=self.padding,
-            input_dilation=self.input_dilation,
-            kernel_dilation=self.kernel_dilation,
-            feature_group_count=self.feature_group_count,
-            dtype=self.dtype,
-            precision=self.precision,
-            activation=self.activation,
-            implementation=self.implementation,
-        )
+            bias = parameter(self, "bias", self.bias_init, (self.features,), self.param_dtype)
+        return conv2d.apply(self, x, kernel, bias)
+
+
+class Conv2D(Conv2d):
+    """`Conv2d` under its old name, which linen gives to parameters of unnamed layers."""

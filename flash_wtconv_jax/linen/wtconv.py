@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments, wtconv
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
+from flash_wtconv_jax.linen.parameters import parameter
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
@@ -34,19 +35,7 @@ class _WTConv(nn.Module):
     ndim: ClassVar[int]
 
     def __post_init__(self) -> None:
-        arguments.check_constructor(
-            channels=self.channels,
-            kernel_size=self.kernel_size,
-            depth=self.depth,
-            stride=self.stride,
-        )
-        wtconv.check_layer(
-            wavelet=self.wavelet,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        wtconv.check_layer(self)
         super().__post_init__()
 
     @nn.compact
@@ -74,20 +63,10 @@ class _WTConv(nn.Module):
             scale_init=self.scale_init,
         )
         params = {
-            name: self.param(name, parameter.init, parameter.shape, self.param_dtype)
-            for name, parameter in table.items()
+            name: parameter(self, name, entry.init, entry.shape, self.param_dtype)
+            for name, entry in table.items()
         }
-        return wtconv.apply(
-            x,
-            params,
-            ndim=self.ndim,
-            channels=self.channels,
-            dtype=self.dtype,
-            stride=self.stride,
-            wavelet=self.wavelet,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        return wtconv.apply(self, self.ndim, x, params)
 
 
 class WTConv1d(_WTConv):
@@ -205,10 +184,10 @@ class SeparableWTConv2d(nn.Module):
         dtype: See `WTConv2d`; the projection is cast like `flax.linen.Conv`.
         param_dtype: See `WTConv2d`.
         precision: See `WTConv2d`; for the projection None is JAX's default.
-        kernel_init: For the kernels of the WTConv.
-        bias_init: For the bias of the WTConv; the bias of the projection starts at zero.
-        scale_init: For the wavelet scales.
-        pointwise_init: For the kernel of the projection.
+        kernel_init: Initialiser of the kernels of the WTConv.
+        bias_init: Initialiser of the bias of the WTConv; that of the projection starts at zero.
+        scale_init: Initialiser of the wavelet scales.
+        pointwise_init: Initialiser of the kernel of the projection.
         implementation: See `WTConv2d`.
 
     Raises:
@@ -241,20 +220,8 @@ class SeparableWTConv2d(nn.Module):
     implementation: ImplementationLike = None
 
     def __post_init__(self) -> None:
-        arguments.check_constructor(
-            channels=self.channels,
-            features=self.features,
-            kernel_size=self.kernel_size,
-            depth=self.depth,
-            stride=self.stride,
-        )
-        wtconv.check_layer(
-            wavelet=self.wavelet,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        arguments.check_constructor(features=self.features)
+        wtconv.check_layer(self)
         super().__post_init__()
 
     @nn.compact

@@ -9,7 +9,7 @@ and `scale` for PyTorch's `weight`.
 import dataclasses
 import math
 import numbers
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from flash_wtconv_jax.functional.arguments import (
     check_constructor,
     checked_rngs,
 )
-from flash_wtconv_jax.functional.wtconv import check_layer
-from flash_wtconv_jax.nnx import Conv2D, WTConv2d
+from flash_wtconv_jax.functional.wtconv import Computation, check_computation
+from flash_wtconv_jax.nnx import Conv2d, WTConv2d
 from pallas_kernels.common.arguments import checked_array, checked_integer
 from pallas_kernels.conv2d.api import OPERATOR
 
@@ -60,9 +60,9 @@ class ConvNeXtConfig:
         param_dtype: Dtype of the parameters.
         precision: See `jax.lax.Precision`. None is JAX's default, and full float32 in WTConv, the
             stem and the downsampling.
-        implementation: Of WTConv, see `flash_wtconv_jax.nnx.WTConv2d`.
-        conv_implementation: Of the convolutions of the stem and the downsampling, see
-            `flash_wtconv_jax.nnx.Conv2D`. The MLPs are matrix products, which XLA computes.
+        implementation: Implementations of WTConv, see `flash_wtconv_jax.nnx.WTConv2d`.
+        conv_implementation: Implementations of the stem's and the downsampling's convolutions, see
+            `flash_wtconv_jax.nnx.Conv2d`. The MLPs are matrix products, which XLA computes.
 
     Raises:
         ValueError: If a field is out of range.
@@ -103,13 +103,8 @@ class ConvNeXtConfig:
         for name in ("kernel_size", "in_channels", "patch_size", "num_classes"):
             check_constructor(**{name: getattr(self, name)})
             object.__setattr__(self, name, int(getattr(self, name)))
-        check_layer(
-            wavelet=self.wavelet,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        # A protocol's attributes are settable, those of a frozen dataclass are not.
+        check_computation(cast(Computation, self))
         OPERATOR.check_names(self.conv_implementation, "conv_implementation")
         for name in ("drop_path", "dropout", "layer_scale", "head_init_scale"):
             value = getattr(self, name)
@@ -167,7 +162,7 @@ class ConvNeXt(nnx.Module):
     see the second example.
 
     Args:
-        config: What to build.
+        config: The sizes and options of the model.
         rngs: Source of the keys: `params`, and `dropout` for dropout and drop path.
 
     Example:
@@ -257,7 +252,7 @@ class Stem(nnx.Module):
     """Patch embedding: a convolution as large as its stride, then LayerNorm.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         rngs: Source of the keys.
     """
 
@@ -276,7 +271,7 @@ class Downsample(nnx.Module):
     """LayerNorm, then a 2x2 convolution of stride 2, between two stages.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         stage: Index of the stage that follows, at least 1.
         rngs: Source of the keys.
     """
@@ -295,7 +290,7 @@ class Stage(nnx.Module):
     """Downsampling, for all but the first stage, and the blocks.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         stage: Index of the stage.
         drop_paths: Drop path rate of each block.
         rngs: Source of the keys.
@@ -329,7 +324,7 @@ class Block(nnx.Module):
     """Residual block: depthwise convolution, LayerNorm, MLP, layer scale, drop path.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         stage: Index of the stage.
         drop_path: Probability that the block is skipped for a sample in training.
         rngs: Source of the keys.
@@ -363,7 +358,7 @@ class Mlp(nnx.Module):
     """Pointwise MLP of four times the width, with exact GELU and optional GRN.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         dim: Channels.
         rngs: Source of the keys.
     """
@@ -419,7 +414,7 @@ class Head(nnx.Module):
     """Global average, LayerNorm, dropout and the linear classifier.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         rngs: Source of the keys.
     """
 
@@ -465,8 +460,8 @@ def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nn
 
 def _patch_conv(
     config: ConvNeXtConfig, before: int, after: int, size: int, *, rngs: nnx.Rngs
-) -> Conv2D:
-    return Conv2D(
+) -> Conv2d:
+    return Conv2d(
         before,
         after,
         size,

@@ -1,4 +1,4 @@
-"""Whole networks to folders and back, and out of checkpoints of any kind."""
+"""Saves whole networks to folders, and loads them from checkpoints of any kind."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ _EXECUTION = frozenset({"implementation", "conv_implementation", "precision", "r
 
 
 def save_network(folder: str | os.PathLike[str], model: convnext.ConvNeXt) -> None:
-    """Writes an Orbax checkpoint and, inside it, what `load_network` rebuilds the model from.
+    """Writes an Orbax checkpoint and, inside it, the file that `load_network` needs.
 
     Args:
         folder: Folder to make.
@@ -112,7 +112,7 @@ def _convnext(*, rngs: nnx.Rngs, **options: Any) -> convnext.ConvNeXt:
 
 
 def _config_of(variables: Mapping[str, Any], wavelet: str, path: Path) -> convnext.ConvNeXtConfig:
-    """What a model is made from, read off its parameters."""
+    """The config of a model, read off its parameters."""
     params: Any = variables.get("params", variables)
     try:
         stem, stages = params["stem"]["conv"]["kernel"], _in_order(params["stages"])

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike, checked_rngs
 from flash_wtconv_jax.functional.wtconv import default_kernel_init
-from flash_wtconv_jax.nnx import Conv2D
+from flash_wtconv_jax.nnx import Conv2d
 from pallas_kernels.common.arguments import checked_array
 from pallas_kernels.conv2d.api import OPERATOR
 
@@ -29,7 +29,7 @@ class TransformerNet(nnx.Module):
     """Image transformation network: 1,679,235 parameters, one style.
 
     A 9x9 convolution, two of stride 2, five residual blocks, two upsamplings to the nearest, each
-    with a convolution behind, and a 9x9 convolution to the image. Every convolution is a `Conv2D`
+    with a convolution behind, and a 9x9 convolution to the image. Every convolution is a `Conv2d`
     that mirrors `k // 2` pixels on each side, and all but the last are followed by instance
     normalisation. Kernels start as PyTorch's do, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases at 0.
 
@@ -42,8 +42,8 @@ class TransformerNet(nnx.Module):
             of the instance normalisation are computed in float32 or better.
         param_dtype: Dtype of the parameters.
         precision: See `jax.lax.Precision`. None is full float32.
-        conv_implementation: Of all convolutions, see `flash_wtconv_jax.nnx.Conv2D`. Of a sequence
-            of names each layer takes the fastest of those that can compute it.
+        conv_implementation: Implementations of all convolutions, see
+            `flash_wtconv_jax.nnx.Conv2d`. Each layer takes the fastest of several names.
         rngs: Source of the keys.
 
     Raises:
@@ -70,7 +70,7 @@ class TransformerNet(nnx.Module):
         OPERATOR.check_names(conv_implementation, "conv_implementation")
         checked_rngs(rngs)
         conv = partial(
-            Conv2D,
+            Conv2d,
             padding="REFLECT",
             dtype=dtype,
             param_dtype=param_dtype,
@@ -142,7 +142,7 @@ class ResidualBlock(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, conv: Callable[..., Conv2D], norm: Callable[..., nnx.InstanceNorm]
+        self, dim: int, conv: Callable[..., Conv2d], norm: Callable[..., nnx.InstanceNorm]
     ) -> None:
         self.conv1, self.in1 = conv(dim, dim, 3), norm(dim)
         self.conv2, self.in2 = conv(dim, dim, 3), norm(dim)
@@ -153,5 +153,5 @@ class ResidualBlock(nnx.Module):
 
 
 def _doubled(x: jax.Array) -> jax.Array:
-    """Each pixel of `[N, H, W, C]` as four."""
+    """The images `[N, H, W, C]` with each pixel repeated as four."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

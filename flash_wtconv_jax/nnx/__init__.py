@@ -1,6 +1,16 @@
 """Layers for flax.nnx; `flash_wtconv_jax.linen` has their twins, with the same parameters."""
 
-from flash_wtconv_jax.nnx.conv2d import Conv2D
-from flash_wtconv_jax.nnx.wtconv import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
+from typing import Any
 
-__all__ = ["Conv2D", "SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
+from flash_wtconv_jax.nnx.conv2d import Conv2d
+from flash_wtconv_jax.nnx.wtconv import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
+from pallas_kernels.common.deprecation import warn_renamed
+
+__all__ = ["Conv2d", "SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Conv2D":
+        warn_renamed(__name__, name, "Conv2d", removed_in="0.3")
+        return Conv2d
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,10 +11,10 @@ from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionL
 from flash_wtconv_jax.functional.conv2d import Padding, Pair
 
 
-class Conv2D(nnx.Module):
+class Conv2d(nnx.Module):
     """Dense convolution of images: `flax.nnx.Conv` on kernels of ours.
 
-    The arguments are those of `flash_wtconv_jax.Conv2D`, `in_features`, `out_features`,
+    The arguments are those of `flash_wtconv_jax.Conv2d`, `in_features`, `out_features`,
     `kernel_size` and `strides` in this order or by name, the others by name. Parameters, initial
     values and results are those of `flax.nnx.Conv`.
 
@@ -29,8 +29,8 @@ class Conv2D(nnx.Module):
     Example:
         >>> import jax
         >>> from flax import nnx
-        >>> from flash_wtconv_jax.nnx import Conv2D
-        >>> layer = Conv2D(4, 16, 3, strides=2, activation="relu", rngs=nnx.Rngs(0))
+        >>> from flash_wtconv_jax.nnx import Conv2d
+        >>> layer = Conv2d(4, 16, 3, strides=2, activation="relu", rngs=nnx.Rngs(0))
         >>> layer(jax.numpy.ones((2, 9, 8, 4))).shape
         (2, 5, 4, 16)
     """
@@ -60,18 +60,6 @@ class Conv2D(nnx.Module):
         implementation: ImplementationLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        conv2d.check_layer(
-            kernel_size=kernel_size,
-            strides=strides,
-            padding=padding,
-            input_dilation=input_dilation,
-            kernel_dilation=kernel_dilation,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            implementation=implementation,
-        )
-        shape = conv2d.kernel_shape(in_features, out_features, kernel_size, feature_group_count)
         self.in_features = in_features
         self.out_features = out_features
         self.kernel_size = arguments.hashable(kernel_size)
@@ -87,6 +75,8 @@ class Conv2D(nnx.Module):
         self.precision = precision
         self.activation = activation
         self.implementation = arguments.hashable(implementation)
+        conv2d.check_layer(self)
+        shape = conv2d.kernel_shape(in_features, out_features, kernel_size, feature_group_count)
         rngs = arguments.checked_rngs(rngs)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.data(None)
@@ -106,18 +96,5 @@ class Conv2D(nnx.Module):
             ValueError: If `x` is not floating point or its shape does not fit.
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
-        return conv2d.apply(
-            x,
-            self.kernel[...],
-            None if self.bias is None else self.bias[...],
-            mask=self.mask,
-            strides=self.strides,
-            padding=self.padding,
-            input_dilation=self.input_dilation,
-            kernel_dilation=self.kernel_dilation,
-            feature_group_count=self.feature_group_count,
-            dtype=self.dtype,
-            precision=self.precision,
-            activation=self.activation,
-            implementation=self.implementation,
-        )
+        bias = None if self.bias is None else self.bias[...]
+        return conv2d.apply(self, x, self.kernel[...], bias)

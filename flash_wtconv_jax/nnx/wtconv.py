@@ -40,16 +40,6 @@ class _WTConv(nnx.Module):
         implementation: ImplementationLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        arguments.check_constructor(
-            channels=channels, kernel_size=kernel_size, depth=depth, stride=stride
-        )
-        wtconv.check_layer(
-            wavelet=wavelet,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            precision=precision,
-            implementation=implementation,
-        )
         self.channels = channels
         self.kernel_size = kernel_size
         self.depth = depth
@@ -60,6 +50,7 @@ class _WTConv(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.implementation = arguments.hashable(implementation)
+        wtconv.check_layer(self)
         table = wtconv.parameter_table(
             ndim=self.ndim,
             channels=channels,
@@ -91,17 +82,8 @@ class _WTConv(nnx.Module):
             ValueError: If `x` is not floating point or its shape does not fit.
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
-        return wtconv.apply(
-            x,
-            {name: getattr(self, name)[...] for name in self.parameter_names},
-            ndim=self.ndim,
-            channels=self.channels,
-            dtype=self.dtype,
-            stride=self.stride,
-            wavelet=self.wavelet,
-            precision=self.precision,
-            implementation=self.implementation,
-        )
+        params = {name: getattr(self, name)[...] for name in self.parameter_names}
+        return wtconv.apply(self, self.ndim, x, params)
 
 
 class WTConv1d(_WTConv):
@@ -126,7 +108,7 @@ class WTConv1d(_WTConv):
 class WTConv2d(_WTConv):
     """Wavelet convolution of images `[*batch, H, W, channels]`: a huge kernel, few parameters.
 
-    What it computes, its parameters and its arguments are those of `flash_wtconv_jax.WTConv2d`, in
+    The computation, the parameters and the arguments are those of `flash_wtconv_jax.WTConv2d`, in
     the order `channels, kernel_size, depth, stride`, the others by name.
 
     Args:
@@ -171,7 +153,7 @@ class WTConv3d(_WTConv):
 class SeparableWTConv2d(nnx.Module):
     """WTConv and a pointwise projection, for `features` other than `channels`.
 
-    What it computes, its parameters (`depthwise`, `pointwise`) and its arguments are those of
+    The computation, the parameters (`depthwise`, `pointwise`) and the arguments are those of
     `flash_wtconv_jax.SeparableWTConv2d`, in the order `channels, features, kernel_size, depth,
     stride`, the others by name.
 
@@ -210,7 +192,7 @@ class SeparableWTConv2d(nnx.Module):
         implementation: ImplementationLike = None,
         rngs: nnx.Rngs,
     ) -> None:
-        arguments.check_constructor(channels=channels, features=features)
+        arguments.check_constructor(features=features)
         self.depthwise = WTConv2d(
             channels,
             kernel_size,

@@ -9,21 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
-from flash_wtconv_jax.plots.style import (
-    COLOURS,
-    DPI,
-)
+from flash_wtconv_jax.plots.style import COLOURS, DPI
 
 _MARKERS = "osD^vP"
 _LABEL_SHARE = 0.05
-"""Of an axis: the height of a small label in a panel of a roofline."""
+"""The share of its axis that a small label of a roofline is high."""
 
 
 def speedups(report: Mapping[str, Any]) -> Figure:
     """Bars of each contender's speed over the baseline, a panel a direction, log scale.
 
     Args:
-        report: What `bench.wtconv.run` returns.
+        report: A report of `bench.wtconv.run`.
 
     Returns:
         The figure.
@@ -65,7 +62,7 @@ def roofline(report: Mapping[str, Any]) -> Figure:
     """Multiply-adds a second of each contender under the device's two roofs, log scales.
 
     Args:
-        report: What `bench.wtconv.run` returns.
+        report: A report of `bench.wtconv.run`.
 
     Returns:
         The figure: a row of panels a direction, a panel a shape. Right of each contender is its
@@ -148,7 +145,7 @@ def throughput(report: Mapping[str, Any]) -> Figure:
     """Bars of images a second, a panel a kind of work.
 
     Args:
-        report: What `bench.wtconvnext.run` returns.
+        report: A report of `bench.wtconvnext.run`.
 
     Returns:
         The figure.
@@ -179,7 +176,7 @@ def static_cycles(report: Mapping[str, Any]) -> Figure:
     """Bars of static cycles: ours, XLA's and the floor, a panel a kernel and direction, log scale.
 
     Args:
-        report: What `aot.report.run` returns.
+        report: A report of `aot.report.run`.
 
     Returns:
         The figure.

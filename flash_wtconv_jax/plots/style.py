@@ -20,11 +20,7 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
     "#CC79A7",
     "#56B4E9",
 )
-
-
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-
-
 DPI = 150
 
 
@@ -32,8 +28,8 @@ def save(figure: Figure, path: str | Path) -> None:
     """Writes a picture, whole or not at all; a picture that is there is replaced.
 
     Args:
-        figure: What to draw.
-        path: Where to; the extension names the format.
+        figure: The picture.
+        path: The file to write; its extension names the format.
 
     Raises:
         FileNotFoundError: The folder that it goes into does not exist.
@@ -45,10 +41,10 @@ def save(figure: Figure, path: str | Path) -> None:
 
 
 def check_path(path: str | Path) -> None:
-    """Raises what `save` would raise, for those who compute for long before they draw.
+    """Raises the errors of `save` early, for those who compute for long before they draw.
 
     Args:
-        path: Where a picture is to go.
+        path: The file that a picture is to be written to.
 
     Raises:
         FileNotFoundError: The folder that it goes into does not exist.

@@ -1,22 +1,27 @@
 """Pictures of a training: its curve, and what the network reads in images."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-if TYPE_CHECKING:
-    from flash_wtconv_jax.train.history import History
 from flash_wtconv_jax.plots.style import COLOURS, DPI, VERMILION, label
 
 
-def training_curve(histories: "Mapping[str, History]") -> Figure:
+class Curve(Protocol):
+    """The mean training loss and the held-out accuracy of each epoch, as `train.History` has."""
+
+    loss: list[float]
+    accuracy: list[float]
+
+
+def training_curve(histories: Mapping[str, Curve]) -> Figure:
     """Training loss and held-out error over the epochs, one line a network.
 
     Args:
-        histories: History by the network's name.
+        histories: The curve by the network's name, such as `train.history.History`.
 
     Returns:
         The figure.

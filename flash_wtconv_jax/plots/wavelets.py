@@ -46,7 +46,7 @@ def wavelet_cascade(coefficients: Sequence[Any], title: str = "") -> Figure:
     """The subbands of one image as the usual nested squares, each with its own grey scale.
 
     Args:
-        coefficients: What `pallas_kernels.haar.wavedec2` returns for an image `[H, W, C]`: the
+        coefficients: Result of `pallas_kernels.haar.wavedec2` for an image `[H, W, C]`: the
             approximation, then for each level from the deepest a tuple of three details.
         title: Title of the figure.
 

@@ -36,7 +36,7 @@ FILES = {
     "predictions.png": "what it reads in held-out digits, every mistake among them",
     "receptive_field.png": "what the centre of each network sees",
 }
-"""What the demo writes."""
+"""The files that the demo writes."""
 
 _SPLIT_SEED = 0
 _FIELD_SHAPE = (48, 48, 1)
@@ -87,7 +87,7 @@ def digits_network(*, levels: int = 2, seed: int = 0) -> models.ConvNeXt:
         A model from images `[N, H, W, 1]` to logits `[N, 10]`, of about 70 000 parameters.
 
     Example:
-        >>> digits_network(levels=0)(jnp.zeros((2, 8, 8, 1))).shape
+        >>> digits_network(levels=0)(np.zeros((2, 8, 8, 1), np.float32)).shape
         (2, 10)
     """
     return models.ConvNeXt(dataclasses.replace(_CONFIG, levels=(levels,)), rngs=nnx.Rngs(seed))
@@ -153,7 +153,7 @@ class _Run(NamedTuple):
     field: NDArray[np.float64]
 
     def summary(self) -> dict[str, Any]:
-        """What `metrics.json` says about the network."""
+        """The network's entry in `metrics.json`."""
         parameters = jax.tree.leaves(nnx.state(self.model, nnx.Param))
         return {
             "accuracy": self.history.accuracy[-1],

@@ -1,4 +1,4 @@
-"""What a training leaves behind, epoch by epoch."""
+"""The history of a training, epoch by epoch."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The training loop, on arrays."""
+"""The training loop of the demo, and the predictions of the network that it trains."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +17,8 @@ from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
 from flash_wtconv_jax.train.history import History
 
 _BATCH = 64
-
-
 BACKGROUND = -1.0
+"""The grey value around a digit."""
 
 
 class Digits(NamedTuple):
@@ -32,8 +31,6 @@ class Digits(NamedTuple):
 
 
 _TrainState = tuple[nnx.State, optax.OptState]
-
-
 _Logits = Callable[[nnx.State, jax.Array], jax.Array]
 
 
@@ -52,7 +49,7 @@ def train(
 
     Args:
         model: Maps `[N, 8, 8, 1]` to logits `[N, 10]`.
-        digits: What to train on and to evaluate with.
+        digits: The images to train on and to evaluate with.
         epochs: Passes over the training images.
         seed: Seed of the order and the shifts of the images.
         on_epoch: Called with the history so far after each epoch.
@@ -87,7 +84,7 @@ def train(
 
 
 def predict(model: models.ConvNeXt, images: ArrayLike) -> NDArray[np.float32]:
-    """Class probabilities.
+    """The class probabilities of images.
 
     Args:
         model: Maps images to logits.
@@ -97,6 +94,7 @@ def predict(model: models.ConvNeXt, images: ArrayLike) -> NDArray[np.float32]:
         Probabilities `[N, 10]`.
 
     Example:
+        >>> from flash_wtconv_jax.train.digits import digits_network
         >>> predict(digits_network(), np.zeros((1, 8, 8, 1), np.float32)).sum(axis=1).round(3)
         array([1.], dtype=float32)
     """

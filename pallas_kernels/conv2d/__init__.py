@@ -3,10 +3,15 @@
 from importlib import import_module
 from typing import Any
 
-__all__ = ["TileConfig", "Implementation", "conv2d", "get_igemm_conv2d"]
+__all__ = ["Implementation", "TileConfig", "conv2d", "get_igemm_conv2d"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Config":
+        from pallas_kernels.common.deprecation import warn_renamed
+
+        warn_renamed(__name__, name, "TileConfig", removed_in="0.3")
+        name = "TileConfig"
     if name in __all__:
         return getattr(import_module("pallas_kernels.conv2d.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

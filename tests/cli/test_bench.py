@@ -140,7 +140,7 @@ def test_unknown_shape_and_baseline_are_named(tmp_path):
 
 
 def test_without_torch_plain_jax_is_the_baseline(monkeypatch, tmp_path):
-    monkeypatch.setattr(wtconv, "_has_torch", lambda dtype: False)
+    monkeypatch.setattr(wtconv, "_registered", lambda dtype: {})
     # The device is the one that JAX takes anyway.
     assert bench("--shape", "pixel", "--device", "cpu", "--out", tmp_path).exit_code == 0
     report = json.loads((tmp_path / "wtconv.json").read_text())
@@ -192,7 +192,7 @@ def test_a_device_that_is_not_here(tmp_path):
 
 def test_several_implementations_are_contenders_and_the_fastest_is_kept(monkeypatch, tmp_path):
     ours = wtconv.wtconv2d
-    monkeypatch.setattr(wtconv, "_has_torch", lambda dtype: False)
+    monkeypatch.setattr(wtconv, "_registered", lambda dtype: {})
     monkeypatch.setattr(wtconv, "implementations", lambda shape, dtype: ["mosaic_tpu", "xla"])
     monkeypatch.setattr(wtconv, "wtconv2d", lambda x, params, implementation=None: ours(x, params))
     monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")

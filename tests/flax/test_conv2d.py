@@ -1,4 +1,4 @@
-"""Conv2D of linen and nnx: the parameters and the results of Flax's own Conv."""
+"""Conv2d of linen and nnx: the parameters and the results of Flax's own Conv."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax import nnx
 
 import flash_wtconv_jax.nnx as nnx_layers
-from flash_wtconv_jax import Conv2D
+from flash_wtconv_jax import Conv2d
 
 pytestmark = pytest.mark.core
 
@@ -33,13 +33,13 @@ def test_parameters_and_results_are_flaxs(name):
     key = jax.random.key(0)
     biased = {"bias_init": nn.initializers.normal()}
     want, variables = nn.Conv(6, **options, **biased).init_with_output(key, x)
-    got, ours = Conv2D(6, **options, **biased).init_with_output(key, x)
+    got, ours = Conv2d(6, **options, **biased).init_with_output(key, x)
     jax.tree.map(np.testing.assert_array_equal, ours, variables)
     assert got.dtype == want.dtype
     tolerance = 0.03 if got.dtype == jnp.bfloat16 else 1e-5
     np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (got, want)), atol=tolerance)
 
-    layer = nnx_layers.Conv2D(4, 6, **options, **biased, rngs=nnx.Rngs(0))
+    layer = nnx_layers.Conv2d(4, 6, **options, **biased, rngs=nnx.Rngs(0))
     theirs = nnx.Conv(4, 6, **options, **biased, rngs=nnx.Rngs(0))
     states = (nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (layer, theirs))
     jax.tree.map(np.testing.assert_array_equal, *states)
@@ -51,7 +51,7 @@ def test_parameters_and_results_are_flaxs(name):
 
 def test_an_activation_in_the_same_kernel():
     x = jax.random.normal(jax.random.key(1), (9, 8, 4))
-    layer = Conv2D(6, 3, activation="gelu")
+    layer = Conv2d(6, 3, activation="gelu")
     got, variables = layer.init_with_output(jax.random.key(0), x)
     want = nn.gelu(nn.Conv(6, (3, 3)).apply(variables, x), approximate=False)
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -76,9 +76,26 @@ WRONG = {
 def test_what_is_wrong_says_so(message):
     options = {"features": 6, "kernel_size": 3} | WRONG[message]
     with pytest.raises(ValueError) as error:
-        Conv2D(**options).init(jax.random.key(0), jnp.ones((9, 8, 4)))
+        Conv2d(**options).init(jax.random.key(0), jnp.ones((9, 8, 4)))
     assert message in str(error.value)
     with pytest.raises(ValueError) as error:
         features = options.pop("features")
-        nnx_layers.Conv2D(4, features, **options, rngs=nnx.Rngs(0))(jnp.ones((9, 8, 4)))
+        nnx_layers.Conv2d(4, features, **options, rngs=nnx.Rngs(0))(jnp.ones((9, 8, 4)))
     assert message in str(error.value)
+
+
+def test_parameters_of_an_unnamed_layer_keep_the_name_that_it_is_made_by():
+    with pytest.warns(DeprecationWarning):
+        from flash_wtconv_jax.linen import Conv2D
+    x = jnp.ones((9, 8, 4))
+    for layer, name in ((Conv2D, "Conv2D_0"), (Conv2d, "Conv2d_0")):
+        variables = jax.eval_shape(_Unnamed(layer).init, jax.random.key(0), x)
+        assert list(variables["params"]) == [name]
+
+
+class _Unnamed(nn.Module):
+    layer: type
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(6, 3)(x)

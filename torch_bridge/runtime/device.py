@@ -1,4 +1,4 @@
-"""The devices that PyTorch computes on here, and what measured times hold for."""
+"""The device that PyTorch computes on here, and the kind that measured times hold for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def best_device() -> torch.device:
 
 
 def kind(device: torch.device) -> str:
-    """What measured times hold for: a GPU's name, of a CPU its model and the number of threads.
+    """The kind of device that measured times hold for: a GPU's name, a CPU's model and threads.
 
     Example:
         >>> kind(torch.device("meta"))

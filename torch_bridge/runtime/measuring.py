@@ -1,4 +1,4 @@
-"""What `dispatch.tuner` needs of PyTorch: implementations run and timed on random tensors."""
+"""The tuner's measurement in PyTorch: implementations run and timed on random tensors."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Makes a tensor of normally distributed values."""
+"""A function that draws a tensor of normally distributed values."""
 
 _AT_ONCE_MS = 10
 _MOST_AT_ONCE = 50
-"""How long, and how many, calls of an accelerator are timed together."""
+"""Milliseconds of calls of an accelerator that are timed together, and their greatest number."""
 _PAUSES = 1, 2, 4, 8, 16
 _PAUSE_SIZE = 4096
 
@@ -31,16 +31,16 @@ _PAUSE_SIZE = 4096
 class OnRandomTensors:
     """One direction of one call of an operator: a `dispatch.tuner.Measurement`.
 
-    Nothing of it reads the call's own tensors, which have no values where a program is traced.
-    Each process measures for itself: PyTorch's run programs of their own, which need not agree.
+    It never reads the call's own tensors, which have no values where a program is traced. Each
+    process measures for itself: processes of PyTorch run their own programs, which need not agree.
 
     Args:
         run: Calls an implementation with its parameters on what `inputs` returns; gives tensors.
         inputs: Draws the tensors of a call.
-        device: Where.
+        device: The device of the tensors.
         reference: The implementation that is right, with its own defaults.
-        static: What times depend on, besides the problem.
-        why_not: Why nothing can be timed, None where it can.
+        static: The arguments that times depend on besides the problem.
+        why_not: The reason why nothing can be timed, None where it can.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class OnRandomTensors:
         return answer()
 
     def untimeable(self) -> str | None:
-        """Without values there is nothing to run, and a CUDA graph would record what is timed."""
+        """The reason why nothing can be timed: no values, or a CUDA graph that would record it."""
         if self._device.type == "meta":
             return "tensors on the device 'meta' have no values"
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -78,7 +78,7 @@ class OnRandomTensors:
         return self._why_not
 
     def untraced(self, search: Callable[[], Entry]) -> Entry:
-        """Runs it in a thread of its own, which traces, transforms and differentiates nothing."""
+        """The result of a search in a thread of its own, where nothing is traced or transformed."""
 
         @torch.no_grad()
         def run() -> Entry:
@@ -92,11 +92,11 @@ class OnRandomTensors:
         return lambda: self._run(module, config, *self._tensors)
 
     def milliseconds(self, call: Callable[[], Any]) -> float:
-        """The device's time of a call, between events of CUDA; elsewhere the host's clock.
+        """The time of a call, by CUDA's events where there are any, else by the host's clock.
 
-        On a GPU several calls are enqueued behind other work, so that launching is no part of it;
-        if they were not all enqueued when that was done, there is more of it the next time, up to
-        a limit. On Apple's, calls are waited for together.
+        On an NVIDIA GPU several calls are enqueued behind other work, so that their launches are
+        not timed; if the other work ended before all were enqueued, there is more of it the next
+        time, up to a limit. On an Apple GPU, calls are waited for together.
         """
         one = self._waited(call, 1)
         if self._device.type == "cpu":
@@ -120,7 +120,7 @@ class OnRandomTensors:
             return start.elapsed_time(end) / times
 
     def arrays(self, result: Any) -> "list[tuple[str, np.ndarray]]":
-        """The tensors of a result, on the host, and their dtypes; NumPy knows no bfloat16."""
+        """The tensors of a result on the host with their dtypes, since NumPy has no bfloat16."""
         return [
             (
                 str(tensor.dtype).removeprefix("torch."),
@@ -130,7 +130,7 @@ class OnRandomTensors:
         ]
 
     def reference(self) -> "list[tuple[str, np.ndarray]]":
-        """What the reference makes of the same tensors."""
+        """The results of the reference on the same tensors."""
         return self.arrays(self.prepared(self._reference, ())())
 
     def _waited(self, call: Callable[[], Any], times: int) -> float:
@@ -159,5 +159,5 @@ class OnRandomTensors:
 
     @cached_property
     def _matrix(self) -> Tensor:
-        """Its square takes a GPU some milliseconds."""
+        """A matrix whose square takes a GPU some milliseconds."""
         return torch.zeros(_PAUSE_SIZE, _PAUSE_SIZE, device=self._device)

@@ -1,7 +1,7 @@
 """The wavelet convolution on NVIDIA GPUs: picks and launches variants of `cuda_kernels.cu`.
 
 Where a plane fits into a block's shared memory, one kernel does all levels. Larger images are cut
-into tiles, which read what their levels reach around them; of more than two or three levels the
+into tiles, which also read the halo that their levels need; of more than two or three levels the
 deeper ones are computed first, from the low band of the last of these, and added.
 """
 
@@ -27,17 +27,17 @@ _MAX_LEVELS = 5
 _TILES = ((64, 128), (32, 128), (32, 64), (32, 32), (16, 32), (16, 16))
 """Largest heights and widths of tiles; those of a weight gradient start with the second."""
 _SECTOR = 32
-"""Bytes that memory is read and written by."""
+"""Bytes of the smallest access to memory."""
 _ROLES = 192
 """Threads of a block of a weight gradient, two of which fill a multiprocessor's registers."""
 _REGISTERS = {1: 80, 3: 80, 5: 80, 7: 128, 9: 168}
-"""Registers of a thread, by kernel size, by which nothing is spilled."""
+"""Registers of a thread with which nothing is spilled, by kernel size."""
 _SUMMING = {1: 128, 3: 128, 5: 168, 7: 255, 9: 255}
-"""Those of a weight gradient, which holds a sum a tap."""
+"""The same for a weight gradient, whose threads hold a sum a tap."""
 
 
 def unavailable(platform: str) -> str | None:
-    """Needs an NVIDIA GPU and cuda-core, which brings the compiler."""
+    """The reason why these kernels cannot run: they need an NVIDIA GPU and cuda-core's NVRTC."""
     if platform != "cuda" or torch.version.hip:
         return f"needs an NVIDIA GPU, this is {torch.version.hip and 'AMD' or platform}"
     try:
@@ -51,7 +51,7 @@ def unavailable(platform: str) -> str | None:
 
 
 def check(direction: str, problem: Any) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` for a problem that these kernels do not compute.
 
     Args:
         direction: "fwd" or "bwd".
@@ -62,7 +62,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
-    """Blocks that a multiprocessor holds at once, by which their sizes are chosen; see `check`."""
+    """The numbers of resident blocks of a multiprocessor that are worth timing; see `check`."""
     return [{}, {"resident": 1}, {"resident": 4}]
 
 
@@ -101,18 +101,18 @@ def weight_grad(
 
 
 class Device(NamedTuple):
-    """What variants are chosen by: bytes of shared memory of a block, and multiprocessors."""
+    """The properties of a GPU that variants are chosen by; shared memory is a block's, in bytes."""
 
     shared: int
     multiprocessors: int
 
     def share(self, blocks: int) -> int:
-        """Bytes for each of so many blocks of a multiprocessor, which takes 1 KiB a block."""
+        """Bytes of shared memory for each of some blocks of a multiprocessor, less 1 KiB each."""
         return (self.shared + 1024) // blocks - 1024
 
 
 class Variant(NamedTuple):
-    """What one kernel is compiled for; see the macros of `wtconv.cu`."""
+    """The constants that one kernel is compiled with; see the macros of `cuda_kernels.cu`."""
 
     kernel: str
     dtype: int
@@ -133,7 +133,7 @@ class Variant(NamedTuple):
     base_segment: int = 1
 
     def macros(self) -> dict[str, object]:
-        """The preprocessor's definitions."""
+        """The definitions for the preprocessor, by name."""
         lists = self._lists()
         return {
             self.kernel.upper(): 1,
@@ -158,8 +158,8 @@ class Variant(NamedTuple):
         }
 
     def _lists(self) -> dict[str, list[int]]:
-        reach = self.kernel_size // 2
-        window = _up(4 + 2 * reach, 4)
+        radius = self.kernel_size // 2
+        window = _round_up(4 + 2 * radius, 4)
         lists: dict[str, list[int]] = {
             name: []
             for name in (
@@ -168,18 +168,20 @@ class Variant(NamedTuple):
             )
         }
         for level in range(1, self.levels + 1):
-            rows, columns = _blocks(self.height, 2**level), _blocks(self.width, 2**level)
-            # The levels below reach twice as far each; beyond a whole plane all is zero.
-            halo = reach * 2 ** (self.levels - level) if self.tiled else reach
-            left = reach + _up(halo - reach, 4)
-            patches = _up(rows, self.rows) if level == 1 else rows
-            across = _blocks(columns, 4)
-            stride = _up(max(left - reach + 4 * across - 4 + window, left + columns + halo), 4)
+            rows, columns = _ceil_div(self.height, 2**level), _ceil_div(self.width, 2**level)
+            # Each level below needs twice the halo; beyond a whole plane all is zero.
+            halo = radius * 2 ** (self.levels - level) if self.tiled else radius
+            left = radius + _round_up(halo - radius, 4)
+            patches = _round_up(rows, self.rows) if level == 1 else rows
+            across = _ceil_div(columns, 4)
+            stride = _round_up(
+                max(left - radius + 4 * across - 4 + window, left + columns + halo), 4
+            )
             if level == 1:
                 stride = self._spread(stride, across)
             values = (
                 *(rows, columns, halo, left),
-                *(halo + max(patches + reach, rows + halo), patches + 2 * reach, stride),
+                *(halo + max(patches + radius, rows + halo), patches + 2 * radius, stride),
             )
             for found, value in zip(lists.values(), values, strict=True):
                 found.append(value)
@@ -202,42 +204,42 @@ class Variant(NamedTuple):
             )
         )
         if self.kernel == "forward":
-            most = _up(lists["TILE_ROWS"][0], self.rows)
+            most = _round_up(lists["TILE_ROWS"][0], self.rows)
             for level in range(2, self.levels + 1 + self.below):
                 rows, columns = (lists[n][level - 2] for n in ("TILE_ROWS", "TILE_COLUMNS"))
-                needed = _blocks(most, 2 ** (level - 2))
-                size += max(_up(rows, 2), needed) * _up(columns, 8)
+                needed = _ceil_div(most, 2 ** (level - 2))
+                size += max(_round_up(rows, 2), needed) * _round_up(columns, 8)
         # Threads beside each other treat different planes, and read from different banks.
         spread = {2: 4, 4: 2}.get(self.planes, self.planes % 8 or 1)
-        return _up(size, 32) + 4 * spread if self.planes > 1 else _up(size, 4)
+        return _round_up(size, 32) + 4 * spread if self.planes > 1 else _round_up(size, 4)
 
     def filled(self) -> "Variant":
-        """The same with the threads that its planes take."""
-        rows, across = self.height // 2, _blocks(self.width, 8)
+        """The same variant with the threads that its planes take."""
+        rows, across = self.height // 2, _ceil_div(self.width, 8)
         if self.kernel == "weights":
-            segment = _blocks(rows, _blocks(rows, 28))
+            segment = _ceil_div(rows, _ceil_div(rows, 28))
             # A row of the base's pixels is four times the work of one of coefficients.
-            variant = self._replace(segment=segment, base_segment=_blocks(segment, 4))
+            variant = self._replace(segment=segment, base_segment=_ceil_div(segment, 4))
             items = variant.roles()
         else:
             # Two rows at once load less, where a plane has the threads for it all the same.
-            large = self.tiled or _blocks(rows, 2) * across >= 64
+            large = self.tiled or _ceil_div(rows, 2) * across >= 64
             variant = self._replace(rows=2 if large else 1)
             items = variant.items()
         if self.channels_last:
             variant = variant._replace(vector=math.gcd(self.vector, self.planes))
-        turns = _blocks(items, 32 * self.warps()) if self.kernel == "forward" else 1
-        return variant._replace(threads=_up(max(_blocks(items, turns), variant.line()), 32))
+        turns = _ceil_div(items, 32 * self.warps()) if self.kernel == "forward" else 1
+        return variant._replace(threads=_round_up(max(_ceil_div(items, turns), variant.line()), 32))
 
     def cut(self, height: int, width: int, most_h: int, most_w: int) -> "Variant":
-        """The same for tiles of about even size of an image.
+        """The same variant for tiles of about even size of an image.
 
         They are cut where squares of the deepest level begin.
         """
         side = 2**self.levels
         return self._replace(
-            height=_up(_blocks(height, _blocks(height, most_h)), side),
-            width=_up(_blocks(width, _blocks(width, most_w)), max(side, 8)),
+            height=_round_up(_ceil_div(height, _ceil_div(height, most_h)), side),
+            width=_round_up(_ceil_div(width, _ceil_div(width, most_w)), max(side, 8)),
         ).filled()
 
     def suffices(self, device: Device) -> bool:
@@ -254,7 +256,7 @@ class Variant(NamedTuple):
 
     def items(self) -> int:
         """Patches of the first level of a block."""
-        return self.planes * _blocks(self.height // 2, self.rows) * _blocks(self.width, 8)
+        return self.planes * _ceil_div(self.height // 2, self.rows) * _ceil_div(self.width, 8)
 
     def warps(self) -> int:
         """Warps of a multiprocessor that have registers enough."""
@@ -266,7 +268,7 @@ class Variant(NamedTuple):
         """Threads that load a row of a plane, or in channels-last of all planes of a block."""
         lists = self._lists()
         columns = lists["STRIDE" if self.tiled else "TILE_COLUMNS"][0]
-        across = _blocks(columns, 1 if self.kernel_size // 2 % 2 else 2)
+        across = _ceil_div(columns, 1 if self.kernel_size // 2 % 2 else 2)
         return across * (self.planes // self.vector if self.channels_last else 1)
 
     def shared(self) -> int:
@@ -276,7 +278,7 @@ class Variant(NamedTuple):
             return 0
         if self.kernel == "weights":
             return 4 * max(2 * planes, self.threads * self.kernel_size**2)
-        taps = _up((1 + 4 * self.levels) * _up(self.kernel_size**2, 4), 32) + 4
+        taps = _round_up((1 + 4 * self.levels) * _round_up(self.kernel_size**2, 4), 32) + 4
         return 4 * (planes + (self.planes if self.channels_last else 1) * taps)
 
     def roles(self) -> int:
@@ -286,11 +288,11 @@ class Variant(NamedTuple):
         for level, (rows, columns) in enumerate(
             zip(lists["TILE_ROWS"], lists["TILE_COLUMNS"], strict=True)
         ):
-            across = _blocks(columns, 4) * self.planes
+            across = _ceil_div(columns, 4) * self.planes
             if level == 0 and self.base:
-                count = _up(across * _blocks(rows, self.base_segment), 32)
-            count += 4 * across * _blocks(rows, self.segment)
-        return _up(count, 32)
+                count = _round_up(across * _ceil_div(rows, self.base_segment), 32)
+            count += 4 * across * _ceil_div(rows, self.segment)
+        return _round_up(count, 32)
 
 
 def planned(
@@ -320,7 +322,7 @@ def _planned(
     base: bool,
     resident: int | None,
 ) -> Variant:
-    """`planned` by what it depends on.
+    """The result of `planned`, remembered by the properties of x that it depends on.
 
     A multiprocessor holds three blocks or two, so that one computes while another waits for memory;
     or as many as `resident` says.
@@ -330,8 +332,8 @@ def _planned(
     share = device.share(resident or (3 if forward and not channels_last else 2))
     variant = Variant(
         *(kernel, _DTYPES[dtype], kernel_size, levels),
-        height=_up(height, 2),
-        width=_up(width, 4),
+        height=_round_up(height, 2),
+        width=_round_up(width, 4),
         channels_last=channels_last,
         vector=vector,
         base=base,
@@ -368,14 +370,14 @@ def _forward(
     transpose: bool,
     resident: int | None,
 ) -> Tensor:
-    """`forward` of a dense x; without `taps[0]` there is no base convolution."""
+    """The operator on a dense x; without `taps[0]` there is no base convolution."""
     kernel_size, levels = cast(Tensor, taps[-1]).shape[-1], len(taps) - 1
     device, base = device_of(x.device), taps[0] is not None
     variant = planned("forward", x, kernel_size, levels, device, base, resident)
     below = None
     if variant.levels < levels:
-        deep = [None, *taps[variant.levels + 1 :]]
-        below = _forward(low_band(x, variant.levels), deep, None, transpose, resident)
+        deeper = [None, *taps[variant.levels + 1 :]]
+        below = _forward(low_band(x, variant.levels), deeper, None, transpose, resident)
         variant = variant._replace(below=True)
     return launch_forward(variant, x, taps[: variant.levels + 1], bias, below, transpose)
 
@@ -388,18 +390,18 @@ def launch_forward(
     below: Tensor | None,
     transpose: bool,
 ) -> Tensor:
-    """One kernel of `wtconv_forward`."""
+    """Launches the kernel `wtconv_forward`; returns y."""
     n, c, h, w = x.shape
     y = torch.empty_like(x)
     levels = [*taps, *[None] * (_MAX_LEVELS + 1 - len(taps))]
-    tiles = _blocks(h, variant.height) * _blocks(w, variant.width)
+    tiles = _ceil_div(h, variant.height) * _ceil_div(w, variant.width)
     blocks = tiles * _groups(variant, x)
     launch(variant, blocks, [x, below, *levels, bias, y, n, c, h, w, int(transpose)])
     return y
 
 
 def low_band(x: Tensor, levels: int) -> Tensor:
-    """The low band of one level, in float32 and x's memory format."""
+    """The low band of the last of some levels, in float32 and x's memory format."""
     n, c, h, w = x.shape
     side = 2**levels
     channels_last = _channels_last(x)
@@ -408,12 +410,12 @@ def low_band(x: Tensor, levels: int) -> Tensor:
         "low", _DTYPES[x.dtype], 1, levels, channels_last=channels_last, vector=vector
     )
     y = torch.empty(
-        (n, c, _blocks(h, side), _blocks(w, side)),
+        (n, c, _ceil_div(h, side), _ceil_div(w, side)),
         dtype=torch.float32,
         device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
-    launch(variant, _blocks(y.numel(), variant.threads), [x, y, n, c, h, w])
+    launch(variant, _ceil_div(y.numel(), variant.threads), [x, y, n, c, h, w])
     return y
 
 
@@ -425,28 +427,28 @@ def _weight_grad(
     resident: int | None,
     base: bool = True,
 ) -> list[Tensor]:
-    """`weight_grad` of x and dy that are alike dense."""
+    """The gradients of the taps, of x and dy that are dense in the same memory format."""
     device = device_of(x.device)
     variant = planned("weights", x, kernel_size, levels, device, base, resident)
     variant = variant._replace(vector=min(variant.vector, _vector(dy, kernel_size)))
     sums = launch_weights(variant, x, dy, programs(variant, x.shape, device))
-    deep = []
+    deeper = []
     if variant.levels < levels:
         low, dlow = (low_band(image, variant.levels) for image in (x, dy))
         rest = levels - variant.levels
-        deep = _weight_grad(low, dlow, kernel_size, rest, resident, base=False)
+        deeper = _weight_grad(low, dlow, kernel_size, rest, resident, base=False)
     bands = [1] * base + [4] * variant.levels
     parts = sums[:, not base :].split(bands, 1)
     shape = -1, 1, kernel_size, kernel_size
     # Of one channel parts are views of one array, which operators may not return.
     copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-    return [copy.view(shape) for copy in copies] + deep
+    return [copy.view(shape) for copy in copies] + deeper
 
 
 def launch_weights(variant: Variant, x: Tensor, dy: Tensor, programs: int) -> Tensor:
-    """One kernel of `wtconv_weights`: `[C, 1 + 4 * levels, k * k]`."""
+    """Launches the kernel `wtconv_weights`; returns its sums `[C, 1 + 4 * levels, k * k]`."""
     n, c, h, w = x.shape
-    channels = _blocks(c, variant.planes) if variant.channels_last else c
+    channels = _ceil_div(c, variant.planes) if variant.channels_last else c
     shape = (programs, c, 1 + 4 * variant.levels, variant.kernel_size**2)
     sums = x.new_empty(shape, dtype=torch.float32)
     launch(variant, channels * programs, [x, dy, sums, n, c, h, w, programs])
@@ -455,18 +457,18 @@ def launch_weights(variant: Variant, x: Tensor, dy: Tensor, programs: int) -> Te
 
 @cache
 def programs(variant: Variant, shape: tuple[int, ...], device: Device) -> int:
-    """Blocks that share the sums of a channel: those that finish earliest, if all take as long."""
+    """The number of blocks that share the sums of a channel, so that the last ends earliest."""
     n, c, h, w = shape
-    channels = _blocks(c, variant.planes) if variant.channels_last else c
-    turns = _blocks(h, variant.height) * _blocks(w, variant.width)
-    turns *= n if variant.channels_last else _blocks(n, variant.planes)
+    channels = _ceil_div(c, variant.planes) if variant.channels_last else c
+    turns = _ceil_div(h, variant.height) * _ceil_div(w, variant.width)
+    turns *= n if variant.channels_last else _ceil_div(n, variant.planes)
     at_once = variant.blocks * device.multiprocessors
     # Channels-last a block stores the sums of several channels.
     waves = 2 if variant.channels_last else 4
     most = max(1, min(turns, waves * at_once // channels))
 
     def time(programs: int) -> tuple[int, int]:
-        return _blocks(channels * programs, at_once) * _blocks(turns, programs), -programs
+        return _ceil_div(channels * programs, at_once) * _ceil_div(turns, programs), -programs
 
     return min(range(1, most + 1), key=time)
 
@@ -475,8 +477,8 @@ def _groups(variant: Variant, x: Tensor) -> int:
     """Groups of planes that blocks treat."""
     n, c, *_ = x.shape
     if variant.channels_last:
-        return n * _blocks(c, variant.planes)
-    return c * _blocks(n, variant.planes)
+        return n * _ceil_div(c, variant.planes)
+    return c * _ceil_div(n, variant.planes)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -490,7 +492,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _vector(x: Tensor, kernel_size: int) -> int:
-    """Values beside each other that a thread can load at once, of which memory is a multiple."""
+    """The number of adjacent values that a thread can load at once, by alignment and width."""
     address = 0 if x.is_meta else x.data_ptr() // x.element_size()
     if _channels_last(x):
         return math.gcd(4, x.shape[1], address)
@@ -498,7 +500,7 @@ def _vector(x: Tensor, kernel_size: int) -> int:
 
 
 def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
-    """One kernel on the current stream of the device of its tensors."""
+    """Launches a kernel on the current stream of the device of its tensors."""
     from cuda.bindings import driver
 
     device = arguments[0].device
@@ -533,7 +535,7 @@ def _context(device: int) -> Any:
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """What variants for a device are chosen by."""
+    """The properties of a device that variants are chosen by."""
     # PyTorch's own stubs do not know all that it tells.
     found = cast(Any, torch.cuda.get_device_properties(device))
     return Device(found.shared_memory_per_block_optin, found.multi_processor_count)
@@ -560,16 +562,16 @@ def _kernel(variant: Variant, device: int) -> tuple[Any, int]:
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of the driver returned, or its error."""
+    """The result of a call of the driver, whose error is raised."""
     status, *values = answer
     if int(status):
         raise RuntimeError(f"the CUDA driver reports {status.name}")
     return values[0] if values else None
 
 
-def _up(size: int, multiple: int) -> int:
+def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _blocks(size: int, block: int) -> int:
+def _ceil_div(size: int, block: int) -> int:
     return -(-size // block)

@@ -29,7 +29,7 @@ _CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d_wei
 
 
 def unavailable(platform: str) -> str | None:
-    """Plain PyTorch runs everywhere."""
+    """None, since plain PyTorch runs everywhere."""
     return None
 
 
@@ -51,7 +51,7 @@ def wavelet_filters(
         wavelet: Name of a discrete PyWavelets wavelet, such as "db1" (Haar) or "sym4".
         ndim: Number of spatial axes, 1 to 3.
         channels: Number of channels C.
-        device: Where the filters are made.
+        device: The device of the filters.
         dtype: Their dtype, the default dtype of PyTorch if None. The taps are rounded to float32
             before they are multiplied, as published (0.49999997 for Haar), or stay float64.
 
@@ -121,7 +121,7 @@ def depthwise(
     kernel = weight.shape[2:]
     padding: str | int = "same"
     if any(k % 2 == 0 for k in kernel):
-        # What "same" does too, which warns of the copy that even sizes cost.
+        # "same" does the same, but warns of the copy that even sizes cost.
         x, padding = F.pad(x, _padding(kernel, transpose)), 0
     if transpose:
         weight = weight.flip(tuple(range(2, weight.ndim)))
@@ -129,7 +129,7 @@ def depthwise(
 
 
 def _padding(kernel: Sequence[int], transpose: bool = False) -> list[int]:
-    """As `F.pad` takes it."""
+    """The padding of a depthwise convolution as `F.pad` takes it."""
     pads = [((k - 1) // 2, k // 2) for k in reversed(kernel)]
     return [p for pair in pads for p in (pair[::-1] if transpose else pair)]
 

@@ -33,7 +33,7 @@ class _Scale(nn.Module):
 
 
 class _WTConv(nn.Module):
-    """What the layers of every number of spatial axes share."""
+    """The layer of any number of spatial axes; `WTConv2d` documents the arguments."""
 
     ndim: int
 
@@ -64,7 +64,7 @@ class _WTConv(nn.Module):
         if dtype not in (None, *_DTYPES):
             raise ValueError(f"dtype is {dtype!r}, expected None or one of {list(_DTYPES)}")
         ops.OPERATOR.check_names(implementation)
-        self.implementation = _plain(implementation)
+        self.implementation = _as_strings(implementation)
 
         factory: dict[str, Any] = {
             "device": best_device() if device is None else device,
@@ -191,7 +191,7 @@ class _WTConv(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are.
+        """The device of the parameters.
 
         Example:
             >>> WTConv2d(4, 4, device="cpu").device
@@ -244,7 +244,7 @@ class WTConv2d(_WTConv):
         bias: Whether the base convolution has a bias.
         wt_levels: Number of wavelet levels; 0 leaves the base convolution alone.
         wt_type: Name of a discrete PyWavelets wavelet; "db1" is Haar.
-        device: Where the parameters live; None is the default device where one was set
+        device: The device of the parameters; None is the default device where one was set
             (`torch.set_default_device`), else CUDA, MPS or the CPU, the first that is here.
         dtype: Their dtype, PyTorch's default if None.
         implementation: Filter on the implementations "cuda", "triton", "metal" and "eager": a name,
@@ -299,7 +299,7 @@ def _integer(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _plain(implementation: Choice) -> str | tuple[str, ...] | None:
+def _as_strings(implementation: Choice) -> str | tuple[str, ...] | None:
     """Strings and a tuple alone, which every program and file can hold."""
     if implementation is None or isinstance(implementation, str):
         return implementation and str(implementation)
@@ -342,7 +342,7 @@ def _read_layouts(
             state_dict[prefix + name] = own
         # Kernels know no others. Rounded to bfloat16 they differ by less than a hundredth.
         elif (
-            # What is no tensor PyTorch tells.
+            # PyTorch itself reports an entry that is no tensor.
             isinstance(theirs, Tensor)
             and theirs.shape == own.shape
             and not (own.is_meta or theirs.is_meta)

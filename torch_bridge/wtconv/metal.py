@@ -20,7 +20,7 @@ _DTYPES = ("float32", "float16")
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
 _MAX_PLANE = 2**31
-"""Places within a plane are 32-bit numbers."""
+"""The limit of offsets within a plane, which are 32-bit numbers."""
 _SQUARE = 16
 """Threads along a side of a threadgroup of the cascades."""
 _ROWS = 2
@@ -30,7 +30,7 @@ _SUMS = 512
 
 
 def unavailable(platform: str) -> str | None:
-    """Needs an Apple GPU, and a PyTorch that compiles shaders."""
+    """The reason why these kernels cannot run: they need an Apple GPU, and PyTorch's compiler."""
     if platform != "mps":
         return f"needs an Apple GPU, this is {platform}"
     if not hasattr(torch.mps, "compile_shader"):
@@ -39,7 +39,7 @@ def unavailable(platform: str) -> str | None:
 
 
 def check(direction: str, problem: Any) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` for a problem that these kernels do not compute.
 
     Args:
         direction: "fwd" or "bwd".
@@ -71,10 +71,14 @@ def forward(
         y = _near(torch.empty_like(low))
         sizes = [c, h, w, before, int(below is not None), int(bias is not None)]
         _kernel(low, "level" if level else "first_level", kernel_size, tile)(
-            # Something stands for what is not there, and is not read.
+            # Another tensor stands for one that is not there, and is not read.
             *(low, base if below is None else below, levels[level], base),
             *(base if bias is None else bias, y, [*sizes, *low.stride(), *y.stride()]),
-            threads=[_up(_cdiv(w, 2), tile), _up(_cdiv(h, 2), tile) // _ROWS, n * c],
+            threads=[
+                _round_up(_ceil_div(w, 2), tile),
+                _round_up(_ceil_div(h, 2), tile) // _ROWS,
+                n * c,
+            ],
             group_size=[tile, tile // _ROWS, 1],
         )
         below = y
@@ -94,7 +98,7 @@ def weight_grad(
         n, c, h, w = low.shape
         tile = _tile(h, w)
         slices = _slices(kernel_size, tile)
-        programs = min(n * _cdiv(h, 2 * tile) * _cdiv(w, 2 * tile), max(1, _SUMS // c))
+        programs = min(n * _ceil_div(h, 2 * tile) * _ceil_div(w, 2 * tile), max(1, _SUMS // c))
         sums = low.new_empty(programs, slices, c, 4, *taps, dtype=torch.float32)
         name, base = "weights", sums
         if not found:
@@ -139,9 +143,9 @@ def waverec2(coeffs: Sequence[Tensor], *, shape: Sequence[int] | None = None) ->
     """Haar synthesis cascade: the inverse of `wavedec2`, and differentiable as it.
 
     Args:
-        coeffs: What `wavedec2` returns, of 1 to 5 levels.
-        shape: Of the images, `(H, W)`, to undo the padding of odd ones; None returns even sizes,
-            as PyWavelets does.
+        coeffs: Coefficients of 1 to 5 levels, as `wavedec2` returns them.
+        shape: Shape `(H, W)` of the images, to undo the padding of odd ones; None returns even
+            sizes, as PyWavelets does.
 
     Returns:
         Images `[N, C, H, W]` in the coefficients' dtype.
@@ -160,7 +164,7 @@ def waverec2(coeffs: Sequence[Tensor], *, shape: Sequence[int] | None = None) ->
     _check_images("coeffs[0]", low, size, len(details))
     bands = size
     for i, high in reversed(list(enumerate(details, 1))):
-        bands = tuple(_cdiv(n, 2) for n in bands)
+        bands = tuple(_ceil_div(n, 2) for n in bands)
         expected = (*low.shape[:2], 3, *bands)
         if high.shape != expected or high.dtype != low.dtype:
             raise ValueError(
@@ -176,7 +180,7 @@ def waverec2(coeffs: Sequence[Tensor], *, shape: Sequence[int] | None = None) ->
 
 
 class _Analysis(torch.autograd.Function):
-    """The low band and the details, finest first; orthonormal, so its transpose inverts it."""
+    """The differentiable analysis: the low band and the details, finest first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, level: int) -> tuple[Tensor, ...]:
@@ -185,7 +189,7 @@ class _Analysis(torch.autograd.Function):
         n, c, h, w = x.shape
         details = []
         for _ in range(level):
-            h, w = _cdiv(h, 2), _cdiv(w, 2)
+            h, w = _ceil_div(h, 2), _ceil_div(w, 2)
             details.append(x.new_empty(n, c, 3, h, w))
         low = x.new_empty(n, c, h, w)
         _cascade("analysis", x, details, low)
@@ -197,7 +201,7 @@ class _Analysis(torch.autograd.Function):
 
 
 class _Synthesis(torch.autograd.Function):
-    """Images from a low band and details, finest first."""
+    """The differentiable synthesis, which is the transpose of the analysis and inverts it."""
 
     @staticmethod
     def forward(ctx: Any, size: tuple[int, ...], low: Tensor, *details: Tensor) -> Tensor:
@@ -212,7 +216,7 @@ class _Synthesis(torch.autograd.Function):
 
 
 def _check_images(name: str, x: Tensor, size: Sequence[int], levels: int) -> None:
-    """The cascades take what the convolutions do."""
+    """Raises for images that the cascades do not take: those that the convolutions do not take."""
     from pallas_kernels.wtconv.problem import Problem
 
     if x.ndim != 4 or x.numel() == 0:
@@ -227,12 +231,12 @@ def _check_images(name: str, x: Tensor, size: Sequence[int], levels: int) -> Non
 
 
 def _low_bands(x: Tensor, levels: int) -> list[Tensor]:
-    """What each level reads: x, and the low bands of all levels but the last, in float32."""
+    """The inputs of the levels: x, and the low bands of all levels but the last, in float32."""
     x = _near(x)
     n, c, h, w = x.shape
     lows = []
     for _ in range(levels - 1):
-        h, w = _cdiv(h, 2), _cdiv(w, 2)
+        h, w = _ceil_div(h, 2), _ceil_div(w, 2)
         lows.append(x.new_empty(n, c, h, w, dtype=torch.float32))
     if lows:
         _cascade("low_bands", x, lows, lows[-1])
@@ -240,14 +244,14 @@ def _low_bands(x: Tensor, levels: int) -> list[Tensor]:
 
 
 def _cascade(name: str, image: Tensor, levels: Sequence[Tensor], low: Tensor) -> None:
-    """Runs a cascade on an image, what it has of each level, and the last low band."""
+    """Runs a cascade on an image, its bands of each level, and the last low band."""
     n, c, h, w = image.shape
     # Kernels take as many as can be, and do not touch the rest.
     rest = [low] * (_MAX_LEVELS - len(levels))
     _kernel(image, name)(
         *(image, *levels, *rest, low),
         [c, h, w, len(levels), *image.stride()],
-        threads=[_up(_cdiv(w, 2), _SQUARE), _up(_cdiv(h, 2), _SQUARE), n * c],
+        threads=[_round_up(_ceil_div(w, 2), _SQUARE), _round_up(_ceil_div(h, 2), _SQUARE), n * c],
         group_size=[_SQUARE, _SQUARE, 1],
     )
 
@@ -255,11 +259,12 @@ def _cascade(name: str, image: Tensor, levels: Sequence[Tensor], low: Tensor) ->
 def _kernel(image: Tensor, name: str, kernel_size: int | None = None, tile: int = 0) -> Any:
     """The kernel for images of a dtype, of the cascades or of a level."""
     dtype = str(image.dtype).removeprefix("torch.")
-    return getattr(_library(kernel_size, tile), f"{name}_{dtype}")
+    return getattr(library(kernel_size, tile), f"{name}_{dtype}")
 
 
 @cache
-def _library(kernel_size: int | None, tile: int) -> Any:
+def library(kernel_size: int | None, tile: int) -> Any:
+    """The compiled source: the cascades for None, else the convolutions of one size of kernel."""
     source = SOURCE.read_text(encoding="utf-8")
     if kernel_size is not None:
         values = {
@@ -286,13 +291,13 @@ def _slices(kernel_size: int, tile: int) -> int:
 def _near(x: Tensor) -> Tensor:
     """x, or a copy of it where pixels of a plane are too far apart."""
     _, _, h, w = x.shape
-    reach = (h - 1) * x.stride(2) + (w - 1) * x.stride(3)
-    return x if reach < _MAX_PLANE else x.contiguous()
+    span = (h - 1) * x.stride(2) + (w - 1) * x.stride(3)
+    return x if span < _MAX_PLANE else x.contiguous()
 
 
-def _cdiv(a: int, b: int) -> int:
+def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _up(a: int, b: int) -> int:
-    return _cdiv(a, b) * b
+def _round_up(a: int, b: int) -> int:
+    return _ceil_div(a, b) * b

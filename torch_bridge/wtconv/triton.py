@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def unavailable(platform: str) -> str | None:
-    """Needs a GPU and Triton; interpreted (`TRITON_INTERPRET=1`) it runs on every device."""
+    """The reason why these kernels cannot run: they need a GPU, unless interpreted, and Triton."""
     if platform != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a GPU, this is {platform}"
     try:
@@ -21,7 +21,7 @@ def unavailable(platform: str) -> str | None:
 
 
 def check(direction: str, problem: Any) -> None:
-    """Raises `NotImplementedError` for what these kernels do not do.
+    """Raises `NotImplementedError` for a problem that these kernels do not compute.
 
     Args:
         direction: "fwd" or "bwd".
@@ -33,7 +33,7 @@ def check(direction: str, problem: Any) -> None:
 
 
 def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
-    """Sizes of a program that are worth timing; see `check`."""
+    """The sizes of a program that are worth timing; see `check`."""
     from pallas_kernels.wtconv import triton_launches
 
     return triton_launches.search_space(direction, problem)
@@ -112,7 +112,7 @@ def _rows(tap: Tensor, channels: int, factor: float, transpose: bool) -> Tensor:
 def _launch(
     kernel: Any, arguments: list[Any], outputs: list[Any], grid: tuple[int, ...], **constants: Any
 ) -> list[Tensor]:
-    """One kernel, whose arguments are followed by its outputs."""
+    """Launches a kernel, whose arguments are followed by its outputs; returns these."""
     device = arguments[0].device
     made = []
     for shape, dtype, *strides in outputs:

@@ -1,10 +1,10 @@
-// Haar cascades and wavelet convolutions for Apple GPUs, launched by `metal_launch.py`.
+// Haar cascades and wavelet convolutions for Apple GPUs, launched by `metal.py`.
 //
 // A threadgroup treats a square of one plane, an image of one channel. Bands come in the order LL,
 // LH, HL, HH, high along no axis, H, W, both. Everything between loads and stores is float32.
 //
-// Compiled as it is, this is the cascades. It is a level of the wavelet convolution where the lines
-// before it define
+// Compiled as it is, this holds the cascades. It is one level of the wavelet convolution if the
+// lines before it define
 //   KERNEL_SIZE  of the convolutions,
 //   TILE         the side of a threadgroup's square, in coefficients,
 //   ROWS         coefficients below each other that a thread computes: they share what they read,
@@ -239,12 +239,12 @@ constant constexpr int THREADS = TILE * TILE / ROWS;
 
 struct Level {
   long channels, height, width;
-  // Taps that reach back, and whether there are an image from the levels below and a bias.
+  // Taps before the centre, and whether there are an image from the levels below and a bias.
   long before, below, bias;
   Planes x, y;
 };
 
-// z = synthesis(convolved bands of x, to the low one of which that of the levels below is added).
+// z = synthesis(convolved bands of x), after the levels below were added to the low band.
 // BASE adds the convolution of x itself.
 template <typename T, bool BASE>
 inline void convolve_level(device const T* x, device const float* below, device const float* taps,
@@ -254,7 +254,7 @@ inline void convolve_level(device const T* x, device const float* below, device 
                            uint3 thread_in_group, int thread_index) {
   const int2 size = int2(int(sizes.height), int(sizes.width));
   const int2 first = first_of(group, TILE);
-  // A constant for odd kernels, so that so is where each pixel of a block lies.
+  // A constant for odd kernels, so that the place of each pixel of a block is one too.
   const int before = K % 2 ? K / 2 : int(sizes.before);
   const int channel = group.z % sizes.channels;
   for (int i = thread_index; i < 4 * K * K; i += THREADS) {
@@ -366,7 +366,7 @@ inline void correlate(device const T* x, device const T* dy, device float* sums,
   for (long square = group.x; square < squares; square += sizes.programs) {
     const int2 first = int2(int(square / tiles.y % tiles.x), int(square % tiles.y)) * TILE;
     const uint plane = square / tiles.y / tiles.x * sizes.channels + group.y;
-    // The square before has been read.
+    // All threads have read the square before this one.
     threadgroup_barrier(mem_flags::mem_threadgroup);
     load_blocks(x + plane_offset(sizes.x, sizes.channels, plane), size, plane_strides(sizes.x),
                 first - BEFORE, tile, thread_index, SUMMING);

@@ -135,8 +135,8 @@ def test_a_planted_fault_is_caught(fault):
 ADDRESSES = """
 import sys
 import torch
-from torch_bridge.on_cpu import cuda
-from torch_bridge.wtconv import cuda_launch
+from torch_bridge.runtime.on_cpu import cuda
+from torch_bridge.wtconv import cuda as cuda_launch
 torch.manual_seed(0)
 old, new = sys.argv[1:]
 flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")

@@ -238,8 +238,8 @@ class TestPlantedFaults:
         for order in ORDERS:
             with metal.emulated(order=order, **fault):
                 # What does not compile is no fault that a check finds.
-                metal_launch._library(None, 0)
-                metal_launch._library(case.kernel_size, 8)
+                metal_launch.library(None, 0)
+                metal_launch.library(case.kernel_size, 8)
                 try:
                     check_cascades(self.IMAGE, CPU)
                     _, failed = failures([case], results)
@@ -279,8 +279,8 @@ class TestPlantedFaults:
 
 SANITIZED = """
 import sys, torch
-from torch_bridge.wtconv import metal_launch
-from torch_bridge.on_cpu import metal
+from torch_bridge.wtconv import metal as metal_launch
+from torch_bridge.runtime.on_cpu import metal
 source = metal_launch.SOURCE.read_text().replace(*sys.argv[1:])
 with metal.emulated(source, flags=["-fsanitize=address"]):
     x, dy = torch.randn(2, 2, 1, 9, 7)

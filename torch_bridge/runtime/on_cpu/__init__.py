@@ -1,5 +1,5 @@
-"""Kernels made for other devices, built by a C++ compiler and run on the CPU.
+"""Kernels for other devices, built by a C++ compiler and run on the CPU.
 
-They are the same sources, whose threads are fibers: what they compute is tested where no such
-device is, their speed is not.
+They are built from the same sources, and their threads are fibers: their results, though not their
+speed, are tested where there is no such device.
 """

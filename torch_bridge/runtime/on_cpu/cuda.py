@@ -29,7 +29,7 @@ _PARAMETERS = {
 
 
 def unavailable() -> str | None:
-    """Needs g++, and contexts that Linux has."""
+    """The reason why kernels cannot run here: they need g++ and the contexts of Linux."""
     if sys.platform != "linux":
         return f"needs Linux, this is {sys.platform}"
     return None if shutil.which("g++") else "needs the compiler g++"
@@ -40,11 +40,11 @@ def emulated(device: Device = HOPPER, **options: Any) -> Iterator["Launcher"]:
     """Lets the implementation "cuda" take tensors of the CPU, and launch there.
 
     Args:
-        device: What variants are chosen by.
-        **options: Of `Launcher`.
+        device: The properties of a GPU that variants are chosen by.
+        **options: Arguments of `Launcher`.
 
     Yields:
-        What launches.
+        The launcher.
 
     Raises:
         RuntimeError: From a launch whose source does not compile, or in which not all threads of a
@@ -72,10 +72,10 @@ class Launcher:
     """Builds and launches kernels on the CPU.
 
     Args:
-        folder: Where libraries are built.
+        folder: The folder that libraries are built in.
         source: CUDA C++; None is that of the package.
-        order: Of the threads of a block between two barriers: 0 as they are numbered, 1 the other
-            way round, any other one at random, always the same.
+        order: Order of the threads of a block between two barriers: 0 as they are numbered, 1 in
+            reverse, any other number at random, always the same.
         flags: More of the compiler's options.
     """
 
@@ -92,9 +92,9 @@ class Launcher:
         self.order = order
 
     def launch(self, variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
-        """As `cuda_launch.launch`.
+        """Launches a kernel on the CPU, with the arguments of `cuda_launch.launch`.
 
-        Outputs are filled with NaN before, so that it shows what is not written.
+        Outputs are filled with NaN before, so that elements which are not written show.
         """
         function = self._built(variant)
         _poison(variant, arguments)

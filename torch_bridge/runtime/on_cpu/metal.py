@@ -39,8 +39,8 @@ def emulated(
 
     Args:
         source: Metal; None is that of the package.
-        order: Of the threads of a threadgroup between two barriers: 0 as they are numbered, 1 the
-            other way round, any other one at random, always the same.
+        order: Order of the threads of a threadgroup between two barriers: 0 as they are numbered,
+            1 in reverse, any other number at random, always the same.
         without: Number of a barrier of the source, from 1 on, that is not there.
         flags: More of the compiler's options.
 
@@ -67,7 +67,7 @@ def emulated(
             metal_launch,
             unavailable=lambda platform: None,
             # A library of the device stays there.
-            _library=cache(metal_launch._library.__wrapped__),
+            library=cache(metal_launch.library.__wrapped__),
         ),
     ):
         yield
@@ -81,13 +81,13 @@ class Buffer(NamedTuple):
 
 
 class Library:
-    """What `torch.mps.compile_shader` returns: kernels by their names.
+    """The kernels by their names, in place of the library of `torch.mps.compile_shader`.
 
     Args:
         source: Metal.
         flags: More of the compiler's options.
-        order: As `emulated` takes it.
-        without: As `emulated` takes it.
+        order: See `emulated`.
+        without: See `emulated`.
     """
 
     def __init__(self, source: str, flags: tuple[str, ...], order: int, without: int) -> None:
@@ -105,9 +105,9 @@ def _launch(
     threads: Sequence[int],
     group_size: Sequence[int],
 ) -> None:
-    """As PyTorch: tensors go as their first element, lists of integers as 64-bit numbers.
+    """Launches a kernel as PyTorch does: a tensor is its address, a list is 64-bit integers.
 
-    Outputs are filled with NaN before, so that it shows what is not written.
+    Outputs are filled with NaN before, so that elements which are not written show.
     """
     dtypes = [getattr(value, "dtype", None) for value in arguments]
     if dtypes != [buffer.dtype for buffer in buffers]:
@@ -136,7 +136,7 @@ def _launch(
 
 @cache
 def _built(source: str, flags: tuple[str, ...]) -> tuple[ctypes.CDLL, dict[str, list[Buffer]]]:
-    """The library for the CPU, and what each of its kernels takes."""
+    """The library for the CPU, and the buffers that each of its kernels takes."""
     # Macros make the kernels; the compiler's header would hide what it cannot read.
     expanded = _run(["g++", "-E", "-P", "-x", "c++", "-"], source.replace(_INCLUDE, ""))
     code, kernels = "", {}

@@ -1,0 +1,196 @@
+"""Who may import whom, read off the sources; and what an import loads, in a fresh interpreter."""
+
+import ast
+import re
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.core
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {
+    "pallas_kernels": ("flax", "torch", "flash_wtconv_jax", "torch_bridge"),
+    "flash_wtconv_jax": ("torch_bridge",),
+    "torch_bridge": (),
+}
+"""What no module of a package imports, inside a function or for its types either."""
+
+
+def imports(file):
+    """Names that a source imports, anywhere in it: modules, and what may be modules in them."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            for name in node.names:
+                inside = f"{node.module}.{name.name}"
+                yield inside if inside in MODULES else node.module
+
+
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in FORBIDDEN
+    for file in (ROOT / package).rglob("*.py")
+}
+IMPORTS = {name: set(imports(file)) for name, file in MODULES.items()}
+
+
+def test_no_package_imports_what_stands_above_it():
+    above = [
+        (module, name)
+        for module, names in IMPORTS.items()
+        for name in names
+        if name.partition(".")[0] in FORBIDDEN[module.partition(".")[0]]
+    ]
+    assert above == []
+
+
+def test_the_torch_bridge_imports_what_contributing_allows():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"`torch_bridge/` may import[^\n]*:\n\n((?:    .*\n)+)", text)
+    allowed = block.split()
+    others = [
+        (module, name)
+        for module, names in IMPORTS.items()
+        for name in names
+        if module.startswith("torch_bridge")
+        and name.startswith(("pallas_kernels", "flash_wtconv_jax"))
+        and not any(fnmatchcase(name, pattern) for pattern in allowed)
+    ]
+    assert others == []
+
+
+def room(module):
+    """`flash_wtconv_jax.linen` of `flash_wtconv_jax.linen.conv2d`."""
+    return ".".join(module.split(".")[:2])
+
+
+@pytest.mark.parametrize("unit", [str, room])
+def test_no_circle_of_imports(unit):
+    """Rooms of the other packages meet: kernels share launches, emulation stands in `runtime`."""
+    graph = {}
+    for module, names in IMPORTS.items():
+        if unit is str or module.startswith("flash_wtconv_jax."):
+            own = graph.setdefault(unit(module), set())
+            own |= {unit(name) for name in names & MODULES.keys()} - {unit(module)}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+WITHOUT_JAX = [
+    "pallas_kernels",
+    "pallas_kernels.oracle",
+    "pallas_kernels.dispatch",
+    "pallas_kernels.conv2d",
+    "pallas_kernels.conv2d.cases",
+    "pallas_kernels.conv2d.problem",
+    "pallas_kernels.conv2d.shapes",
+    "pallas_kernels.haar",
+    "pallas_kernels.haar.cases",
+    "pallas_kernels.haar.filters",
+    "pallas_kernels.common.deprecation",
+    "pallas_kernels.common.files",
+    "pallas_kernels.common.triton",
+    "pallas_kernels.common.versions",
+    "pallas_kernels.wtconv",
+    "pallas_kernels.wtconv.cases",
+    "pallas_kernels.common.conformance",
+    "pallas_kernels.wtconv.problem",
+    "pallas_kernels.wtconv.shapes",
+    "torch_bridge",
+    "torch_bridge.contender",
+    "flash_wtconv_jax",
+    "flash_wtconv_jax.cli",
+]
+
+BLOCKED = """
+import importlib, sys
+for name in {blocked}:
+    sys.modules[name] = None
+for name in {names}:
+    importlib.import_module(name)
+"""
+
+
+def run(code):
+    """Runs code with warnings as errors; returns what it printed."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_imports_without_jax_and_without_torch():
+    assert run(BLOCKED.format(blocked=["jax", "jaxlib", "flax", "torch"], names=WITHOUT_JAX)) == ""
+
+
+def test_the_torch_bridge_needs_no_jax():
+    pytest.importorskip("torch", reason="torch is not installed")
+    rooms = "runtime.measuring", "wtconv.ops", "wtconv.triton", "wtconv.cuda", "check", "bench"
+    names = [f"torch_bridge.{name}" for name in rooms]
+    code = BLOCKED.format(blocked=["jax", "jaxlib", "flax"], names=names)
+    code += "import torch, torch_bridge\n"
+    # Measuring needs none either: a stand-in for `cuda` makes it a choice. That it is slow is said.
+    code += "import logging\nlogging.disable(logging.WARNING)\n"
+    code += "from pallas_kernels.dispatch import cache\n"
+    code += "from torch_bridge.wtconv import eager\n"
+    code += "store = cache.Cache(None)\ncache.user_cache = lambda: store\n"
+    code += "eager.unavailable = lambda platform: None\n"
+    code += "sys.modules['torch_bridge.wtconv.cuda'] = eager\n"
+    code += "names = ['cuda', 'eager']\n"
+    code += "layer = torch_bridge.WTConv2d(2, 2, device='cpu', implementation=names)\n"
+    code += "print(layer(torch.ones(1, 2, 5, 5)).shape, len(store.entries(*store.kinds())))"
+    assert run(code) == "torch.Size([1, 2, 5, 5]) 2\n"
+
+
+def test_the_jax_side_needs_no_torch():
+    names = ["flash_wtconv_jax.nnx", "flash_wtconv_jax.linen", "flash_wtconv_jax.models"]
+    names += [
+        "flash_wtconv_jax.checkpoints",
+        "flash_wtconv_jax.surgery",
+        "pallas_kernels.wtconv.api",
+    ]
+    code = BLOCKED.format(blocked=["torch", "matplotlib", "sklearn"], names=names)
+    assert run(code + "print('matplotlib.pyplot' in sys.modules)") == "False\n"
+
+
+HEAVY = {"flax", "jax", "jaxlib", "matplotlib", "optax", "orbax", "sklearn", "torch"}
+SHOW_HELP = """
+from flash_wtconv_jax.cli import main
+sys.argv = ["flash-wtconv", "--help"]
+try:
+    main()
+except SystemExit as stopped:
+    assert stopped.code == 0
+"""
+
+
+@pytest.mark.parametrize("code", ["import flash_wtconv_jax", SHOW_HELP])
+def test_what_is_cheap_loads_nothing_heavy(code):
+    code = f"import sys\nbefore = set(sys.modules)\n{code}\n"
+    code += "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    loaded = run(code).splitlines()[-1].split()
+    assert "flash_wtconv_jax" in loaded
+    assert HEAVY.intersection(loaded) == set()
+
+
+def test_importing_a_layer_does_not_start_a_backend():
+    """A backend claims a GPU's memory, and forbids `jax.distributed.initialize` afterwards."""
+    code = """
+from flash_wtconv_jax import WTConv2d, nnx, models, surgery, checkpoints
+from pallas_kernels import haar, wtconv
+haar.dwt2, wtconv.wtconv2d
+from jax._src import xla_bridge
+print(xla_bridge.backends_are_initialized())
+"""
+    assert run(code) == "False\n"

@@ -1,0 +1,63 @@
+"""The published layer in PyTorch, as a contender of `flash-wtconv bench wtconv`.
+
+The benchmark finds this module by its entry point, so that nothing in `flash_wtconv_jax` imports
+`torch_bridge`; `flash_wtconv_jax.bench.wtconv.RegisteredContender` documents what it offers.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+NAME = "torch eager"
+
+
+def runs(dtype: str, *, on_cpu: bool) -> bool:
+    """Whether PyTorch is installed and computes as JAX does: in float32 on a CPU.
+
+    Example:
+        >>> runs("bfloat16", on_cpu=True)
+        False
+    """
+    return on_cpu and dtype == "float32" and find_spec("torch") is not None
+
+
+def versions() -> dict[str, str]:
+    """PyTorch's version."""
+    import torch
+
+    return {"torch": torch.__version__}
+
+
+def calls(x: Any, params: Mapping[str, Any], dy: Any) -> dict[str, Callable[[], object]]:
+    """The layer's forward pass, and its forward and backward pass, on copies of the arrays.
+
+    Args:
+        x: `[N, H, W, C]`.
+        params: Parameters by name, as `pallas_kernels.wtconv.wtconv2d` takes them.
+        dy: Gradient of the output, of x's shape.
+
+    Returns:
+        Calls that block until done, by direction: "forward" and "forward+backward".
+    """
+    import torch
+
+    from torch_bridge.exchange import from_jax
+
+    layer = from_jax({"params": params})
+    image, gradient = (
+        torch.tensor(np.asarray(array)).permute(0, 3, 1, 2).contiguous() for array in (x, dy)
+    )
+    leaf = image.clone().requires_grad_()
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(image)
+
+    def both() -> None:
+        layer.zero_grad()
+        leaf.grad = None
+        layer(leaf).backward(gradient)
+
+    return {"forward": forward, "forward+backward": both}
