@@ -45,7 +45,11 @@ def run(shape, dtype, transformed, window=None):
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, DTYPES[i % 2]) for i, name in enumerate(SHAPES | SMALL)]
+    ("name", "dtype"),
+    [
+        pytest.param(name, DTYPES[i % 2], marks=[pytest.mark.wide] * (name in SHAPES))
+        for i, name in enumerate(SHAPES | SMALL)
+    ],
 )
 def test_kernels_lower_for_cuda(name, dtype):
     for text in run((SHAPES | SMALL)[name], dtype, lowered):

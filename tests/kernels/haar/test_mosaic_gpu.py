@@ -37,7 +37,13 @@ def run(shape, dtype, levels, transformed):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("image", IMAGES, ids=str)
+@pytest.mark.parametrize(
+    "image",
+    [
+        pytest.param(image, id=str(image), marks=[pytest.mark.wide] * (i in (0, 1)))
+        for i, image in enumerate(IMAGES)
+    ],
+)
 def test_kernels_lower_for_cuda(image):
     for text in run(*image, lowered):
         assert "mosaic_gpu" in text

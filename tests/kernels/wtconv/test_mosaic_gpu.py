@@ -41,6 +41,9 @@ SMALL = {
     "one_chunk": Shape(2, 7, 61, 32, 1),
     "flat": Shape(9, 1, 40, 32, 1, 3),
     "narrow": Shape(5, 70, 1, 8, 1),
+    # A launch for level 2 alone, and one for those from the third on or none.
+    "three_launches": Shape(1, 66, 66, 4, 3, 3),
+    "two_launches": Shape(1, 233, 131, 4, 2, 3),
 }
 EXTREME = {
     "large": Shape(1, 4096, 4096, 144, 5),
@@ -50,6 +53,11 @@ EXTREME = {
     "many": Shape(2**20, 2, 2, 4, 1, 1),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def wide(parameters):
+    """Parameters of what only `make test-all` runs."""
+    return [pytest.param(*values, marks=pytest.mark.wide) for values in parameters]
 
 
 def run(shape, dtype, transformed):
@@ -67,9 +75,10 @@ def run(shape, dtype, transformed):
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, DTYPES[i % 2]) for i, name in enumerate(GPU_SHAPES)]
-    + [(name, DTYPES[i % 3]) for i, name in enumerate(SMALL)]
-    + [("large", "bfloat16")],
+    [
+        *((name, DTYPES[i % 3]) for i, name in enumerate(SMALL)),
+        *wide((name, DTYPES[i % 2]) for i, name in enumerate((*GPU_SHAPES, "large"))),
+    ],
 )
 def test_kernels_lower_for_cuda(name, dtype):
     shape = (GPU_SHAPES | SMALL | EXTREME)[name]
@@ -85,7 +94,7 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["padded", "image_224", "large"])
+@pytest.mark.parametrize("name", ["padded", *wide([["image_224"], ["large"]])])
 def test_kernels_are_traced_for_arrays_that_are_sharded(name):
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
