@@ -1,4 +1,4 @@
-"""Programs that `flax/aot/test_kernels` compiles: dense layers, loops to count by hand, and 64-bit integers."""
+"""Programs for a TPU's compiler: dense layers, loops to count by hand, and 64-bit integers."""
 
 from functools import partial
 
