@@ -229,8 +229,9 @@ TILES = (
 
 
 @pytest.mark.core
-@pytest.mark.wide
-@pytest.mark.parametrize("config", TILES[:2], ids=lambda config: "-".join(map(str, config)))
+@pytest.mark.parametrize(
+    "config", [pytest.param(TILES[0], marks=pytest.mark.wide), TILES[1]], ids=str
+)
 def test_interpreted_kernels_take_tiles(interpreted, config):
     assert_like_wider(LARGE[0], config)
 

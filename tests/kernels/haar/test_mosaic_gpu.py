@@ -115,7 +115,7 @@ def strided(self, buffer, level, at):
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter")
-@pytest.mark.parametrize("case", some(INTERPRETED, (1, 2), lambda case: case.name))
+@pytest.mark.parametrize("case", some(INTERPRETED, (2, 4), lambda case: case.name))
 def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
     # A warpgroup has several tasks, more than there are slots.
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 1)

@@ -29,6 +29,7 @@ from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.mosaic_gpu import bands as mosaic_gpu_bands
 from pallas_kernels.wtconv.mosaic_gpu import fused_levels as mosaic_gpu_deep
+from pallas_kernels.wtconv.mosaic_gpu import level1 as mosaic_gpu_level1
 from pallas_kernels.wtconv.mosaic_gpu import level2 as mosaic_gpu_second
 from pallas_kernels.wtconv.mosaic_gpu import tiles as mosaic_gpu_tiles
 from pallas_kernels.wtconv.mosaic_gpu import weights as mosaic_gpu_weights
@@ -158,7 +159,7 @@ def test_tiles_hold_every_pixel_once(name):
         second = mosaic_gpu_second._tiling((n, h, w, c), jnp.dtype("f4"), kernel_size)
         for tiling, pixels in ((level, 2), (second, 4)):
             assert tiling.reach == kernel_size // 2
-            assert tiling.images * tiling.strips == mosaic_gpu.STRIPS
+            assert tiling.images * tiling.strips == mosaic_gpu_tiles.STRIPS
             taken = np.zeros(tiling.tiles, int)
             for split in range(tiling.splits):
                 taken[split :: tiling.splits] += 1
@@ -170,7 +171,7 @@ def test_tiles_hold_every_pixel_once(name):
                 (groups, tiling.images, n),
                 (tiling.heights, tiling.rows, -(-h // pixels)),
                 (tiling.stretches, tiling.width, -(-w // pixels)),
-                (tiling.chunks, mosaic_gpu.CHANNELS, c),
+                (tiling.chunks, mosaic_gpu_tiles.CHANNELS, c),
             ):
                 assert (parts - 1) * each < whole <= parts * each
 
@@ -188,7 +189,11 @@ def test_deep_levels_lie_side_by_side_in_shared_memory(name, first):
             continue
         assert len(tiling.levels) == levels - first + 1
         assert (tiling.groups - 1) * images < n <= tiling.groups * images
-        assert (tiling.chunks - 1) * mosaic_gpu.CHANNELS < c <= tiling.chunks * mosaic_gpu.CHANNELS
+        assert (
+            (tiling.chunks - 1) * mosaic_gpu_tiles.CHANNELS
+            < c
+            <= tiling.chunks * mosaic_gpu_tiles.CHANNELS
+        )
         # A row takes two slots, or one, which are filled again once all have read them.
         assert tiling.slots >= 3 and tiling.turns == (4 - first) * tiling.levels[0].height
         for i, level in enumerate(tiling.levels):
@@ -244,8 +249,8 @@ def test_deep_levels_are_one_launch_where_they_fit():
 def test_levels_from_the_third_on_lower_for_cuda(shape, dtype):
     x = jax.ShapeDtypeStruct(shape.x, dtype)
     rows = shape.kernel_size**2 * (1 + 4 * shape.levels)
-    chunks = -(-shape.channels // mosaic_gpu.CHANNELS)
-    taps = jax.ShapeDtypeStruct((chunks, rows, 4, mosaic_gpu.CHANNELS), "float32")
+    chunks = -(-shape.channels // mosaic_gpu_tiles.CHANNELS)
+    taps = jax.ShapeDtypeStruct((chunks, rows, 4, mosaic_gpu_tiles.CHANNELS), "float32")
     keys = {"levels": shape.levels, "kernel_size": shape.kernel_size, "dtype": x.dtype, "first": 3}
     assert mosaic_gpu_deep.fits(x, shape.levels, shape.kernel_size, 3)
     deep = jax.jit(mosaic_gpu_deep.deep, static_argnames=keys)
@@ -265,6 +270,8 @@ INTERPRETED = (
     Case((1, 1), 1, 1, batch=(9,)),
     Case((11, 2), 1, 5, "float16", batch=(1,), channels=2, bias=False),
     Case((3, 18), 1, 3, batch=(1,), channels=4),
+    # Weight gradients of two levels at their least.
+    Case((3, 2), 2, 1, batch=(2,), channels=2),
 )
 
 # Of the levels from the second on: one, two and four images a task, all levels, odd sizes.
@@ -326,7 +333,7 @@ def strided_views(monkeypatch):
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
-@pytest.mark.parametrize("case", some(INTERPRETED, (2, 4)))
+@pytest.mark.parametrize("case", some(INTERPRETED, (3, 5, 6)))
 def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
     assert_oracle(case, "mosaic_gpu")
@@ -355,7 +362,7 @@ def assert_deep_oracle(case, first):
     # The image that x is the second low band of has the same in 4 x 4 pixels.
     image = x if first == 2 else np.repeat(np.repeat(np.float32(x) / 4, 4, 1), 4, 2)
     want = oracle.wtconv(image, params, case.ndim)[:, :: 2 * (first - 1), ::2]
-    packed = mosaic_gpu._packed(taps, None)
+    packed = mosaic_gpu_level1._packed(taps, None)
     arguments = case.levels, case.kernel_size, jnp.dtype("float32"), first
     got = mosaic_gpu_deep.deep(jnp.asarray(x), packed, *arguments)
     assert worst(got[tuple(map(slice, want.shape))], want) <= 1e-5
@@ -389,7 +396,7 @@ def test_interpreted_second_level_is_the_oracles(case):
 def test_interpreted_images_have_nothing_to_do_with_each_other(launch):
     case = Case((18, 9), 2, 5, batch=(6,), channels=4)
     x, params, _ = drawn(case)
-    packed = mosaic_gpu._packed(taps_of(params, case.levels, 0)[0], None)
+    packed = mosaic_gpu_level1._packed(taps_of(params, case.levels, 0)[0], None)
     levels = () if launch is mosaic_gpu_second.second else (case.levels,)
     spoilt = np.array(x)
     spoilt[1], spoilt[4] = np.nan, np.inf
@@ -409,7 +416,7 @@ def assert_second_oracle(case):
     x, params, _ = drawn(case)
     taps, params = taps_of(params, case.levels, 2)
     want = oracle.wtconv(x, params, case.ndim)[:, ::2, ::2]
-    packed = mosaic_gpu._packed(taps, None)
+    packed = mosaic_gpu_level1._packed(taps, None)
     got, low = mosaic_gpu_second.second(
         jnp.asarray(x), packed, case.kernel_size, jnp.dtype("float32")
     )
@@ -425,7 +432,7 @@ def assert_second_oracle(case):
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
 def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "fits", lambda *args: False)
+    monkeypatch.setattr(mosaic_gpu_level1, "fits", lambda *args: False)
     case = Case((10, 13), 4, 3, batch=(1,), channels=4)
     x, params, _ = drawn(case)
     taps, _ = taps_of(params, case.levels, 0)
@@ -549,7 +556,7 @@ def test_views_are_columns_of_each_strip(images):
         strips = 4 // images
         halo = 2 * reach if each == 2 else 0
         size = each * strips * columns + 2 * halo
-        shape = (images, size, mosaic_gpu.CHANNELS)
+        shape = (images, size, mosaic_gpu_tiles.CHANNELS)
         row = np.arange(math.prod(shape)).reshape(shape)
         tiling = SimpleNamespace(images=images, strips=strips, columns=columns)
         block = SimpleNamespace(tiling=tiling)
