@@ -1,4 +1,4 @@
-"""What `test_tpu_aot` compiles: dense layers, loops to count by hand, and 64-bit integers."""
+"""Programs for a TPU's compiler: dense layers, loops to count by hand, and 64-bit integers."""
 
 from functools import partial
 
@@ -42,15 +42,20 @@ def stepped(steps):
     return pl.pallas_call(kernel, shape, grid=(steps,), in_specs=[spec], out_specs=spec), (shape,)
 
 
-def wide(kernel, shape, dtype, direction):
-    """A kernel of ours where JAX's integers and Python's numbers are 64 bits wide."""
-    function, arguments = getattr(programs, kernel)(shape, dtype, direction)
+def _in_64_bits(program, shape, dtype, direction):
+    function, arguments = program(shape, dtype, direction)
 
     def run(*arguments):
         with jax.enable_x64(True):
             return function(*arguments)
 
     return run, arguments
+
+
+wtconv_in_64_bits, haar_in_64_bits = (
+    partial(_in_64_bits, program) for program in (programs.wtconv, programs.haar)
+)
+"""Our kernels where JAX's integers and Python's numbers are 64 bits wide."""
 
 
 def dense(**fields):

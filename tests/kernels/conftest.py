@@ -1,16 +1,17 @@
 """Fixtures of the Pallas kernels' tests: the interpreters of their backends."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
 
-@pytest.fixture
-def tpu_interpreter():
-    """Pallas' TPU interpreter, which finds races, and NaN in what nothing has written."""
+@contextlib.contextmanager
+def _interpreted_tpu(**rest):
     from jax.experimental.pallas import tpu as pltpu
 
     params = pltpu.InterpretParams(
-        detect_races=True, out_of_bounds_reads="uninitialized", uninitialized_memory="nan"
+        out_of_bounds_reads="uninitialized", uninitialized_memory="nan", **rest
     )
     with pltpu.force_tpu_interpret_mode(params):
         yield
@@ -18,12 +19,33 @@ def tpu_interpreter():
 
 
 @pytest.fixture
-def races():
-    """What the interpreter's race detector found, asserted to be nothing."""
+def tpu_interpreter(monkeypatch):
+    """Pallas' TPU interpreter of one core, with NaN in what nothing has written.
+
+    A core alone can race only with copies that the kernel itself starts, and to look for races
+    takes most of the time: such copies are refused here, a test of them needs `races`.
+    """
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    yield
-    found = interpret_pallas_call.races
+    def dma_start(*args, **kwargs):
+        raise AssertionError("the kernel starts copies: the test needs the fixture `races`")
+
+    with monkeypatch.context() as patched, _interpreted_tpu():
+        patched.setattr(interpret_pallas_call, "dma_start", dma_start)
+        yield
+
+
+@pytest.fixture
+def races():
+    """Races that Pallas' TPU interpreter of two cores finds, asserted to be none.
+
+    The cores share the steps along a grid's "parallel" axis, so there must be two such steps.
+    """
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    with _interpreted_tpu(detect_races=True, num_cores_or_threads=2):
+        yield
+        found = interpret_pallas_call.races
     assert found is not None and not found.races_found
 
 

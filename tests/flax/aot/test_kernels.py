@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_wtconv_jax.aot import compiling, report
+from flash_wtconv_jax.aot import compiling, programs, report
 from flash_wtconv_jax.aot.chips import CHIPS
 from pallas_kernels.conv2d.cases import TABLE, Case
 from pallas_kernels.wtconv.shapes import TPU_SHAPES
@@ -19,10 +19,23 @@ WTCONV, HAAR = (
 )
 # Five levels on a whole image do not fit in the 16 MiB of a v4, and XLA takes over.
 REFUSED = {("v4", "wtconv", "convnext_t_stage1")}
-# Every shape, and with it both dtypes and both directions: forward in one, backward in the other.
+# Both dtypes and both directions: forward in one, backward in the other.
 EVEN = [key for key in WTCONV + HAAR if (key[2] == "float32") == (key[3] == "forward")]
 # The compiler takes up to two minutes for the synthesis of five levels.
 LONG = [key for key in HAAR if key[1] == "convnext_t_stage1" and key[3] == "backward"]
+# What always runs, with upper bounds of the cycles.
+FEW_CYCLES = {
+    ("wtconv", "image_56", "float32", "forward"): 150_000,
+    ("wtconv", "image_56", "bfloat16", "forward"): 150_000,
+    ("wtconv", "image_56", "float32", "backward"): 300_000,
+}
+
+
+@pytest.fixture(autouse=True)
+def helpers_in_the_worker(monkeypatch):
+    """The worker's process imports `helpers` as pytest's does."""
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
 def assert_compiled(chip, keys):
@@ -33,26 +46,37 @@ def assert_compiled(chip, keys):
             continue
         assert (result.error, result.uncounted) == (None, None), key
         assert result.cycles > 0 and 0 < result.vmem_bytes <= result.vmem_capacity
+        kernel, name, dtype, direction = key
+        if kernel == "wtconv":
+            valu, _ = report.floors(CHIPS[chip], kernel, TPU_SHAPES[name], dtype, direction)
+            assert result.cycles >= valu
     return results
 
 
-def test_v5e_takes_every_wtconv_in_few_cycles():
-    found = assert_compiled("v5e", WTCONV)
-    assert found["wtconv", "image_56", "float32", "forward"].cycles <= 150_000
-    assert found["wtconv", "image_56", "bfloat16", "forward"].cycles <= 150_000
-    assert found["wtconv", "image_56", "float32", "backward"].cycles <= 300_000
-    for (kernel, name, dtype, direction), result in found.items():
-        valu, _ = report.floors(CHIPS["v5e"], kernel, TPU_SHAPES[name], dtype, direction)
-        assert result.cycles >= valu
+def test_v5e_takes_an_image_in_few_cycles():
+    found = assert_compiled("v5e", list(FEW_CYCLES))
+    for key, most in FEW_CYCLES.items():
+        assert found[key].cycles <= most, key
 
 
-def test_v5e_takes_every_haar():
-    assert_compiled("v5e", [key for key in HAAR if key not in LONG])
+@pytest.mark.wide
+@pytest.mark.parametrize("name", TPU_SHAPES)
+def test_v5e_takes_every_shape(name):
+    rest = [key for key in WTCONV + HAAR if key not in LONG and key not in FEW_CYCLES]
+    assert_compiled("v5e", [key for key in rest if key[1] == name])
 
 
-@pytest.mark.parametrize("chip", ["v6e", "v5p"])
-def test_other_chips_take_every_shape(chip):
-    assert_compiled(chip, [key for key in EVEN if key not in LONG])
+@pytest.mark.wide
+@pytest.mark.parametrize(("chip", "odd"), [("v6e", 0), ("v5p", 1)])
+def test_other_chips_take_every_shape(chip, odd):
+    """Each shape on both chips, forward on one and backward on the other; `slow` has the rest."""
+    keys = [
+        key
+        for i, name in enumerate(TPU_SHAPES)
+        for key in EVEN
+        if key[1] == name and (i + (key[3] == "backward")) % 2 == odd and key not in LONG
+    ]
+    assert_compiled(chip, keys)
 
 
 @pytest.mark.slow
@@ -64,28 +88,25 @@ def test_every_chip_takes_everything(chip):
 # Remainders of channels and of tiles, odd sizes, even and large kernels, no level, tiny images.
 ODD = (
     ([3, 13, 21, 130, 3, 2], "bfloat16"),
-    ([48, 9, 11, 130, 2, 7], "float32"),
+    ([48, 9, 11, 130, 1, 7], "float32"),
     ([8, 5, 6, 260, 1, 3], "bfloat16"),
     ([16, 1, 1, 130, 1, 1], "float32"),
-    ([1, 9, 10, 5, 0, 9], "float32"),
     ([1, 700, 700, 130, 2, 3], "float32"),
+    ([1, 9, 10, 5, 0, 9], "float32"),
 )
+LARGER = ([48, 9, 11, 130, 2, 7], "float32")
 
 
-@pytest.mark.parametrize(
-    "program", ["flash_wtconv_jax.aot.programs:{}", "helpers.tpu_programs:wide"]
-)
-def test_odd_shapes_compile_also_with_64_bit_integers(program, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), *_path()]))
+def assert_odd_compiled(chip, shapes, integers_of_64_bits):
+    program = f"{programs.__name__}:{{}}"
+    if integers_of_64_bits:
+        program = "helpers.tpu_programs:{}_in_64_bits"
     jobs = [
         compiling.Job(
-            program.format(kernel),
-            "v5e",
-            {"shape": shape, "dtype": dtype, "direction": direction}
-            | ({"kernel": kernel} if "wide" in program else {}),
+            program.format(kernel), chip, {"shape": shape, "dtype": dtype, "direction": direction}
         )
         for kernel in report.KERNELS
-        for shape, dtype in ODD
+        for shape, dtype in shapes
         for direction in report.DIRECTIONS
         if (kernel, shape[4]) != ("haar", 0)
     ]
@@ -93,13 +114,31 @@ def test_odd_shapes_compile_also_with_64_bit_integers(program, monkeypatch):
         assert (result.error, result.uncounted) == (None, None), job
 
 
+@pytest.mark.parametrize(
+    ("integers_of_64_bits", "shapes"),
+    [
+        (False, ODD[::2]),
+        (True, ODD[1::2]),
+        pytest.param(False, (*ODD[1::2], LARGER), marks=pytest.mark.wide),
+        pytest.param(True, (*ODD[::2], LARGER), marks=pytest.mark.wide),
+    ],
+)
+def test_odd_shapes_compile_also_with_64_bit_integers(integers_of_64_bits, shapes):
+    assert_odd_compiled("v5e", shapes, integers_of_64_bits)
+
+
+@pytest.mark.parametrize("chip", ["v6e", "v5p"])
+def test_other_chips_take_small_shapes(chip):
+    assert_odd_compiled(chip, (ODD[0], ODD[2]), integers_of_64_bits=False)
+
+
 # The table in both dtypes, and what is not in it: patches, planes of a stride, mirrored edges,
 # images in tiles along both axes, blocks of channels, and layers of networks.
-DENSE = (
-    *(
-        case._replace(dtype=("bfloat16", "float32")[i % 2], out_dtype=None)
-        for i, case in enumerate(TABLE)
-    ),
+TABLE_DENSE = tuple(
+    case._replace(dtype=("bfloat16", "float32")[i % 2], out_dtype=None)
+    for i, case in enumerate(TABLE)
+)
+HARD_DENSE = (
     Case(2, 56, 56, 3, 4, 4, 96, 4, bias=True),
     Case(3, 20, 23, 130, 2, 1, 200, 2, "reflect", activation="gelu"),
     Case(1, 9, 1100, 24, 3, 3, 40, 1, "SAME", 2, dtype="bfloat16", activation="relu"),
@@ -108,10 +147,11 @@ LAYERS = (
     Case(2, 64, 64, 640, 3, 3, 640, padding="SAME", dtype="bfloat16", bias=True),
     Case(2, 128, 128, 16, 3, 3, 320, padding="SAME", dtype="bfloat16", activation="gelu"),
 )
+# Of the table every fifth case with an example of each size, another example for each chip.
+SOME_DENSE = {"v5e": TABLE_DENSE[:22:5], "v6e": TABLE_DENSE[1:22:5]}
 
 
-def assert_dense_compiled(chip, cases, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), *_path()]))
+def assert_dense_compiled(chip, cases):
     jobs = [compiling.Job("helpers.tpu_programs:dense", chip, case._asdict()) for case in cases]
     results = compiling.run(jobs)
     # Cycles of what XLA does around the kernels are not always known.
@@ -120,45 +160,47 @@ def assert_dense_compiled(chip, cases, monkeypatch):
     return results
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_dense_layers_compile_to_few_cycles(chip, monkeypatch):
-    table = DENSE[:22:5] if chip == "v5e" else DENSE[1:22:5]
-    wide, *_ = assert_dense_compiled(chip, LAYERS + table + DENSE[-3:], monkeypatch)
+@pytest.mark.parametrize("chip", SOME_DENSE)
+def test_dense_layers_compile(chip):
+    assert_dense_compiled(chip, (*SOME_DENSE[chip][:2], *HARD_DENSE[1:]))
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("chip", SOME_DENSE)
+def test_dense_layers_of_networks_compile_to_few_cycles(chip):
+    cases = (*LAYERS, *SOME_DENSE[chip][2:], HARD_DENSE[0])
+    layer, *_ = assert_dense_compiled(chip, cases)
     # Three products of 461,000 cycles of a v5e's matrix units; a v6e's are four times as large.
-    assert wide.cycles <= {"v5e": 1_500_000, "v6e": 600_000}[chip]
+    assert layer.cycles <= {"v5e": 1_500_000, "v6e": 600_000}[chip]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_every_chip_takes_every_dense_layer(chip, monkeypatch):
-    assert_dense_compiled(chip, DENSE + LAYERS, monkeypatch)
+def test_every_chip_takes_every_dense_layer(chip):
+    assert_dense_compiled(chip, TABLE_DENSE + HARD_DENSE + LAYERS)
 
 
-def test_loops_are_counted_as_by_hand(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), *_path()]))
-    jobs = [
+def test_loops_are_counted_as_by_hand():
+    nested = [
         compiling.Job("helpers.tpu_programs:nested", chip, {"outer": 6, "inner": inner})
         for chip in ("v5e", "v4")
         for inner in (9, 90)
     ]
-    for few, many in zip(*[iter(compiling.run(jobs))] * 2, strict=True):
+    stepped = [
+        compiling.Job("helpers.tpu_programs:stepped", "v5e", {"steps": steps}) for steps in (14, 28)
+    ]
+    *results, short, long = compiling.run(nested + stepped)
+    for few, many in zip(*[iter(results)] * 2, strict=True):
         for result, inner in ((few, 9), (many, 90)):
             _, rounds, additions = result.computations[0]["loops"]
             assert (rounds["entries"], rounds["trips"]) == (1, 6)
             assert (additions["entries"], additions["trips"]) == (6, 6 * inner)
         assert many.cycles - few.cycles == 6 * 81 * additions["bundles"]
-    short, long = compiling.run(
-        [compiling.Job("helpers.tpu_programs:stepped", "v5e", {"steps": n}) for n in (14, 28)]
-    )
     for result, steps in ((short, 14), (long, 28)):
         _, grid, work = result.computations[0]["loops"]
         # A pipeline runs two steps longer than its grid: the first copy in, the last one out.
         assert grid["trips"] == steps + 2
         assert (work["entries"], work["trips"]) == (steps // 2, 5 * steps // 2)
-
-
-def _path():
-    return [path for path in [os.environ.get("PYTHONPATH")] if path]
 
 
 @pytest.mark.slow
@@ -176,8 +218,9 @@ def test_four_times_fewer_cycles_than_xla(name, direction, dtype, monkeypatch):
 
 
 def test_a_program_that_does_not_compile_is_told_and_does_not_stop_the_next():
-    broken = report.job("v5e", *HAAR[0])._replace(program="math:nothing", arguments={})
-    first, second = compiling.run([broken, report.job("v5e", *HAAR[0])])
+    broken = compiling.Job("math:nothing", "v5e", {})
+    whole = compiling.Job("helpers.tpu_programs:nested", "v5e", {"outer": 1, "inner": 1})
+    first, second = compiling.run([broken, whole])
     assert first.error.startswith("AttributeError: module")
     assert second.error is None
 

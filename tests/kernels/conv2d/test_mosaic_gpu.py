@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,11 @@ def run(shape, dtype, transformed, window=None):
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, DTYPES[i % 2]) for i, name in enumerate(SHAPES | SMALL)]
+    ("name", "dtype"),
+    [
+        pytest.param(name, DTYPES[i % 2], marks=[pytest.mark.wide] * (name in SHAPES))
+        for i, name in enumerate(SHAPES | SMALL)
+    ],
 )
 def test_kernels_lower_for_cuda(name, dtype):
     for text in run((SHAPES | SMALL)[name], dtype, lowered):
@@ -65,7 +70,7 @@ def test_launches_fit_on_a_multiprocessor(name, monkeypatch):
     launches = recorded_launches(monkeypatch)
     shape = (SHAPES | SMALL)[name]
     y, dx = run(shape, "bfloat16", shapes)
-    assert (y.shape, dx.shape) == ((*shape.x[:3], shape.features), shape.x)
+    chex.assert_shape([y, dx], [(*shape.x[:3], shape.features), shape.x])
     assert len(launches) == 2
     for scratch, keys in launches:
         assert shared_bytes(scratch) <= SHARED
@@ -157,16 +162,19 @@ LARGE = (
 )
 
 
-def some(cases, each):
-    """All cases, all but every so many of them marked as slow."""
-    return [
-        pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (i % each > 0))
-        for i, case in enumerate(cases)
-    ]
+INTERPRETED = [*TAKEN, *EXTRA, *TABLE[:12:3], *TABLE[-3:]]
+
+
+def marks(i):
+    """Every fourth case is not slow, and the first and the third of these are not wide."""
+    return [pytest.mark.slow] * (i % 4 > 0) + [pytest.mark.wide] * (i not in (0, 8))
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("case", some([*TAKEN, *EXTRA, *TABLE[:12:3], *TABLE[-3:]], 4))
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=marks(i)) for i, case in enumerate(INTERPRETED)],
+)
 def test_interpreted_kernels_are_the_oracles(interpreted, case):
     assert_oracle(case, "mosaic_gpu")
 
@@ -206,7 +214,7 @@ def assert_like_wider(case, config=None):
 
 @pytest.mark.core
 @pytest.mark.slow
-@pytest.mark.parametrize("case", some(LARGE, 1))
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_interpreted_kernels_take_several_tiles(interpreted, case):
     assert_like_wider(case)
 
@@ -221,7 +229,9 @@ TILES = (
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("config", TILES[:2], ids=lambda config: "-".join(map(str, config)))
+@pytest.mark.parametrize(
+    "config", [pytest.param(TILES[0], marks=pytest.mark.wide), TILES[1]], ids=str
+)
 def test_interpreted_kernels_take_tiles(interpreted, config):
     assert_like_wider(LARGE[0], config)
 
@@ -272,7 +282,7 @@ def test_output_and_gradients_are_the_oracles(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", some(LARGE, 1))
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_several_tiles(case):
     assert_like_wider(case)
 

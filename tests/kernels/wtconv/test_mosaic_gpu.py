@@ -5,6 +5,7 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,9 @@ SMALL = {
     "one_channel_block": Shape(2, 7, 61, 32, 1),
     "flat": Shape(9, 1, 40, 32, 1, 3),
     "narrow": Shape(5, 70, 1, 8, 1),
+    # A launch for level 2 alone, and one for those from the third on or none.
+    "three_launches": Shape(1, 66, 66, 4, 3, 3),
+    "two_launches": Shape(1, 233, 131, 4, 2, 3),
 }
 EXTREME = {
     "large": Shape(1, 4096, 4096, 144, 5),
@@ -49,6 +53,19 @@ EXTREME = {
     "many": Shape(2**20, 2, 2, 4, 1, 1),
 }
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def wide(parameters):
+    """Parameters of what only `make test-all` runs."""
+    return [pytest.param(*values, marks=pytest.mark.wide) for values in parameters]
+
+
+def some(cases, kept):
+    """Each of the cases; those that are not at the places `kept` are for `make test-all`."""
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i not in kept))
+        for i, case in enumerate(cases)
+    ]
 
 
 def run(shape, dtype, transformed):
@@ -66,9 +83,10 @@ def run(shape, dtype, transformed):
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, DTYPES[i % 2]) for i, name in enumerate(GPU_SHAPES)]
-    + [(name, DTYPES[i % 3]) for i, name in enumerate(SMALL)]
-    + [("large", "bfloat16")],
+    [
+        *((name, DTYPES[i % 3]) for i, name in enumerate(SMALL)),
+        *wide((name, DTYPES[i % 2]) for i, name in enumerate((*GPU_SHAPES, "large"))),
+    ],
 )
 def test_kernels_lower_for_cuda(name, dtype):
     shape = (GPU_SHAPES | SMALL | EXTREME)[name]
@@ -84,7 +102,7 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["padded", "image_224", "large"])
+@pytest.mark.parametrize("name", ["padded", *wide([["image_224"], ["large"]])])
 def test_kernels_are_traced_for_arrays_that_are_sharded(name):
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -99,7 +117,8 @@ def test_kernels_are_traced_for_arrays_that_are_sharded(name):
 
     shape = (GPU_SHAPES | SMALL | EXTREME)[name]
     y, sums = run(shape, "float32", traced)
-    assert y.shape == shape.x and len(sums) == shape.levels + 2
+    chex.assert_shape(y, shape.x)
+    assert len(sums) == shape.levels + 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -246,6 +265,8 @@ INTERPRETED = (
     Case((1, 1), 1, 1, batch=(9,)),
     Case((11, 2), 1, 5, "float16", batch=(1,), channels=2, bias=False),
     Case((3, 18), 1, 3, batch=(1,), channels=4),
+    # Weight gradients of two levels at their least.
+    Case((3, 2), 2, 1, batch=(2,), channels=2),
 )
 
 # Of the levels from the second on: one, two and four images a task, all levels, odd sizes.
@@ -262,7 +283,6 @@ FROM_LEVEL3 = (
     Case((9, 10), 3, 1, batch=(1,), channels=4),
     Case((6, 3), 3, 5, batch=(5,), channels=8),
 )
-FIRST = [(case, 2) for case in FROM_LEVEL2] + [(case, 3) for case in FROM_LEVEL3]
 
 # Of level 2 alone: one, two and four images a tile, tiles above and beside each other, odd sizes.
 LEVEL2 = (
@@ -308,7 +328,7 @@ def strided_views(monkeypatch):
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
-@pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some(INTERPRETED, (3, 5, 6)))
 def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
     assert_oracle(case, "mosaic_gpu")
@@ -345,19 +365,27 @@ def assert_fused_levels_oracle(case, first):
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
-@pytest.mark.parametrize(("case", "first"), FIRST, ids=lambda value: getattr(value, "name", value))
-def test_interpreted_fused_levels_are_the_oracles(case, first):
-    assert_fused_levels_oracle(case, first)
+@pytest.mark.parametrize("case", some(FROM_LEVEL2, (3,)))
+def test_interpreted_levels_from_the_second_on_are_the_oracles(case):
+    assert_fused_levels_oracle(case, 2)
 
 
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
-@pytest.mark.parametrize("case", LEVEL2, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some(FROM_LEVEL3, (3,)))
+def test_interpreted_levels_from_the_third_on_are_the_oracles(case):
+    assert_fused_levels_oracle(case, 3)
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.parametrize("case", some(LEVEL2, (2,)))
 def test_interpreted_level2_is_the_oracles(case):
     assert_level2_oracle(case)
 
 
 @pytest.mark.core
+@pytest.mark.wide
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
 @pytest.mark.parametrize("launch", [level2.level2, fused_levels.fused_levels])
 def test_interpreted_images_have_nothing_to_do_with_each_other(launch):
@@ -521,7 +549,7 @@ def test_views_are_columns_of_each_strip(images):
         strips = 4 // images
         halo = 2 * reach if each == 2 else 0
         size = each * strips * columns + 2 * halo
-        shape = (images, size, mosaic_gpu.CHANNELS)
+        shape = (images, size, mosaic_gpu_tiles.CHANNELS)
         row = np.arange(math.prod(shape)).reshape(shape)
         tiling = SimpleNamespace(images=images, strips=strips, columns=columns)
         block = SimpleNamespace(tiling=tiling)
