@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,4 +187,4 @@ def assert_sharded(implementation, check_vma, dtype="float32"):
     )
     got, want = (value_and_grads(call, case) for call in (local, plain(case)))
     atol = 1e-4 if dtype == "float32" else 0.05
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=atol), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-7, atol=atol)

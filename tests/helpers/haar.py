@@ -3,6 +3,7 @@
 import math
 from functools import partial, reduce
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,8 +114,7 @@ def plain(case, x, coeffs):
 
 def error(got, want):
     """Greatest error of a tree of arrays as a fraction of its root mean square."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
+    chex.assert_trees_all_equal_shapes(got, want)
     got, want = (
         np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
         for tree in (got, want)
@@ -195,7 +195,7 @@ def assert_sharded(implementation, check_vma):
         return y, pullback(coeffs)
 
     got, want = (jax.jit(partial(both, function))(*arrays(case)) for function in (local, call))
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    chex.assert_trees_all_equal(got, want)
 
 
 def assert_transformed(implementation):

@@ -12,9 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 torch = pytest.importorskip("torch", reason="Triton's interpreter takes PyTorch's tensors")
 
-PARTS = pytest.mark.parametrize(
-    "part", ["some", pytest.param("rest", marks=pytest.mark.wide)]
-)
+PARTS = pytest.mark.parametrize("part", ["some", pytest.param("rest", marks=pytest.mark.wide)])
 """Of what is compiled: all of it is compiled once in the whole suite, each kernel in any."""
 INTERPRETED = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="a process has Triton's interpreter or a GPU"

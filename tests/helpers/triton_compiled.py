@@ -114,7 +114,9 @@ def resources(binary):
 
 def chosen(operator, part):
     """What "some" or "rest" of an operator's kernels, GPUs and dtypes are, or "all" of them."""
-    for i, (target, dtype) in enumerate(zip(TARGETS, ("fp32", "fp16", "bf16", "fp32"), strict=True)):
+    for i, (target, dtype) in enumerate(
+        zip(TARGETS, ("fp32", "fp16", "bf16", "fp32"), strict=True)
+    ):
         for j, name in enumerate(kernels(operator, dtype)):
             if part == "all" or (part == "some") == (i == j):
                 yield name, target, dtype

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,7 @@ def assert_oracle(case, implementation=None):
     )
     got, want = results(call, case), expected(case)
     assert {name: a.dtype for name, a in got.items()} == dict.fromkeys(want, jnp.dtype(case.dtype))
-    assert {name: a.shape for name, a in got.items()} == {n: a.shape for n, a in want.items()}
+    chex.assert_trees_all_equal_shapes(got, want)
     allowed = bounds(case, plain_results)
     errors = {name: worst(got[name], want[name]) for name in want}
     # NaN is not greater than its bound.
@@ -92,7 +93,7 @@ def assert_sharded(implementation, check_vma):
         check_vma=check_vma,
     )
     got, want = (value_and_grads(call, case) for call in (local, wtconv2d))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-7, atol=1e-4)
 
 
 def assert_transformed(implementation):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_a_seed_fixes_the_trained_parameters():
         assert history.loss[1] < history.loss[0]
         results.append((history, checkpoints.variables_of(model)))
     assert results[0][0] == results[1][0]
-    jax.tree.map(np.testing.assert_array_equal, results[0][1], results[1][1])
+    chex.assert_trees_all_equal(results[0][1], results[1][1])
 
 
 def test_no_epochs_is_an_error():
@@ -67,9 +68,7 @@ def test_no_epochs_is_an_error():
 def assert_demo(out, epochs, network):
     """A run of the demo: its files, its metrics, and the networks that it leaves behind."""
     calls = []
-    metrics = digits.run_demo(
-        out, epochs=epochs, on_epoch=lambda name, history: calls.append(name)
-    )
+    metrics = digits.run_demo(out, epochs=epochs, on_epoch=lambda name, history: calls.append(name))
     assert calls == ["WTConv"] * epochs + ["plain depthwise"] * epochs
 
     assert {path.name for path in out.iterdir()} == set(digits.FILES)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,7 +141,7 @@ def test_transformations(name):
     x, w, bias, _ = arrays(case)
     transform = TRANSFORMS[name]
     got, want = (jax.jit(transform(f))(x, w, bias) for f in (ours(case), plain(case)))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_low_precision_is_differentiated_twice():

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from itertools import combinations, product
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,7 +167,7 @@ def test_jacrev_of_grad_through_kernels_that_have_no_derivative(opaque):
     got = jax.jit(jax.grad(got, (0, 1)))(x, params)
     opaque.undo()
     want = jax.jit(jax.grad(want, (0, 1)))(x, params)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.core
@@ -197,7 +198,7 @@ def test_a_batch_in_chunks_is_the_whole_batch(monkeypatch):
     jax.clear_caches()
     chunked = value_and_grads(wtconv2d, case)
     jax.clear_caches()
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-11), chunked, whole)
+    chex.assert_trees_all_close(chunked, whole, rtol=1e-7, atol=1e-11)
 
 
 @pytest.mark.core
@@ -231,7 +232,7 @@ def test_vmap_over_x_and_over_parameters():
     per_example = jax.jit(jax.vmap(gradient, (None, 0)))(params, x)
     total = jax.jit(gradient)(params, x)
     summed = jax.tree.map(lambda g: g.sum(0), per_example)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-10), summed, total)
+    chex.assert_trees_all_close(summed, total, rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.core
@@ -239,7 +240,7 @@ def test_checkpoint_gives_the_same_gradients():
     x, params, _ = arrays(SMALL)
     want = jax.jit(jax.grad(loss, (0, 1)))(x, params)
     got = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(x, params)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-12), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.core
@@ -257,9 +258,7 @@ def test_export_with_a_symbolic_batch():
     for n in (1, 3):
         batch = jnp.concatenate([x] * n)[:n]
         want = gradient(batch, params)
-        jax.tree.map(
-            partial(np.testing.assert_allclose, atol=1e-11), loaded.call(batch, params), want
-        )
+        chex.assert_trees_all_close(loaded.call(batch, params), want, rtol=1e-7, atol=1e-11)
 
 
 @pytest.mark.core
