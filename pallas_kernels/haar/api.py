@@ -210,7 +210,7 @@ def wavedec2(
 
     Example:
         >>> wavedec2(jnp.ones((1, 8, 8, 2)), level=2)[0].shape
-        (1, 1, 1, 2)
+        (1, 2, 2, 2)
     """
     low, details = _wavedec(data, 2, wavelet, level, implementation)
     return [low, *details]

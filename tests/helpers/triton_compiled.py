@@ -1,7 +1,8 @@
 """Compiles an operator's Triton kernels for several GPUs and prints what each takes, as JSON.
 
-`python -m helpers.triton_compiled wtconv some` compiles each kernel for one GPU, `rest` what is
-left of all for all. A process of its own, because Triton's interpreter, which the tests use, cannot be turned off.
+`python -m helpers.triton_compiled wtconv some` compiles each kernel for one GPU, `rest` what that
+leaves of `all`. A process of its own, because Triton's interpreter, which the tests use, cannot be
+turned off.
 """
 
 import json
@@ -114,9 +115,8 @@ def resources(binary):
 
 def chosen(operator, part):
     """What "some" or "rest" of an operator's kernels, GPUs and dtypes are, or "all" of them."""
-    for i, (target, dtype) in enumerate(
-        zip(TARGETS, ("fp32", "fp16", "bf16", "fp32"), strict=True)
-    ):
+    dtypes = "fp32", "fp16", "bf16", "fp32"
+    for i, (target, dtype) in enumerate(zip(TARGETS, dtypes, strict=True)):
         for j, name in enumerate(kernels(operator, dtype)):
             if part == "all" or (part == "some") == (i == j):
                 yield name, target, dtype
