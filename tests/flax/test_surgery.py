@@ -87,7 +87,7 @@ def test_three_lines():
 @pytest.mark.parametrize(
     ("shape", "kwargs", "expected"),
     [
-        ((2, 9, 3), {"kernel": (4,)}, WTConv1d),
+        pytest.param((2, 9, 3), {"kernel": (4,)}, WTConv1d, marks=pytest.mark.wide),
         ((1, 4, 5, 3, 3), {"kernel": (3, 3, 3), "use_bias": False}, WTConv3d),
         # Explicit padding as PyTorch has it agrees at every size, with a stride too.
         pytest.param((1, 6, 7, 3), {"strides": 2, "padding": 1}, WTConv2d, marks=pytest.mark.wide),

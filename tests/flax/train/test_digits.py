@@ -44,8 +44,11 @@ def test_shifts_move_images_by_one_pixel_at_most():
     assert set(np.unique(shifted)) == {loop.BACKGROUND, 1}
 
 
-def test_a_seed_fixes_the_trained_parameters():
+@pytest.mark.wide
+def test_a_seed_fixes_the_trained_parameters(monkeypatch):
     data = digits.load_digits()
+    # Once for each of the two trainings, however many epochs they have.
+    monkeypatch.setattr(loop, "_epoch", chex.assert_max_traces(loop._epoch, n=2))
     results = []
     for _ in range(2):
         model = tiny_network()

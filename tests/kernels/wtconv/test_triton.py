@@ -35,10 +35,12 @@ EXTRA = (
     # Two launches for the low bands.
     Case((18, 5), 5, 3, batch=(1,), channels=1),
 )
-# The edges of the first, each on the smallest shape that has it: what is interpreted in its place.
+# The edges of the first, which are interpreted in its place, and others on small shapes.
 SMALLEST = (
     Case((3, 2), 1, 3, batch=(1,), channels=33),
     Case((5, 34), 1, 3, batch=(1,), channels=1),
+    # No bias.
+    Case((3, 2), 1, 3, batch=(1,), channels=1, bias=False),
 )
 TAKEN = [case for case in CASES + EXTRA if takes(triton_jax, case)]
 SIZED = Case((5, 14), 2, 3, batch=(1,), channels=2)
@@ -52,7 +54,7 @@ def marks(case):
         return [pytest.mark.slow]
     small = math.prod((*case.batch, *case.spatial, case.levels)) <= 110
     once = case.channels <= 33 and case.kernel_size <= 7 and not case.strided
-    return [pytest.mark.wide] * (not (small and once or case in SMALLEST or not case.bias))
+    return [pytest.mark.wide] * (not (small and once or case in SMALLEST))
 
 
 QUICK = [
