@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.reference import quick_jit
 
 from flash_wtconv_jax.bench import baseline_jax
 from pallas_kernels.common.conformance import bounds, drawn, expected, worst
@@ -33,26 +34,26 @@ def arrays(case):
     return jax.tree.map(jnp.asarray, drawn(case))
 
 
-def value_and_grads(function, case):
+def value_and_grads(function, case, jit=jax.jit):
     """Output and gradients of x and the parameters, compiled as one program."""
 
-    @jax.jit
     def run(x, params, dy):
         y, pullback = jax.vjp(function, x, params)
         return y, pullback(dy)
 
-    return run(*arrays(case))
+    return jit(run)(*arrays(case))
 
 
-def results(function, case):
-    """The same by the names of `checking`."""
-    y, (dx, dparams) = value_and_grads(function, case)
+def results(function, case, jit=jax.jit):
+    """The same by the names of `conformance`."""
+    y, (dx, dparams) = value_and_grads(function, case, jit)
     return {"y": y, "dx": dx, **dparams}
 
 
 def plain_results(case):
     """What plain JAX makes of a case, every array in the case's dtype."""
-    return results(partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride), case)
+    call = partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride)
+    return results(call, case, quick_jit)
 
 
 def assert_oracle(case, implementation=None):
