@@ -88,7 +88,10 @@ def test_three_lines():
     ("shape", "kwargs", "expected"),
     [
         pytest.param((2, 9, 3), {"kernel": (4,)}, WTConv1d, marks=pytest.mark.wide),
-        ((1, 4, 5, 3, 3), {"kernel": (3, 3, 3), "use_bias": False}, WTConv3d),
+        pytest.param(
+            *((1, 4, 5, 3, 3), {"kernel": (3, 3, 3), "use_bias": False}, WTConv3d),
+            marks=pytest.mark.wide,
+        ),
         # Explicit padding as PyTorch has it agrees at every size, with a stride too.
         pytest.param((1, 6, 7, 3), {"strides": 2, "padding": 1}, WTConv2d, marks=pytest.mark.wide),
         ((1, 7, 6, 3), {"kernel": (4, 4), "strides": (3, 3), "padding": ((1, 2),) * 2}, WTConv2d),

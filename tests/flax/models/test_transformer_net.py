@@ -176,6 +176,7 @@ def test_initial_values():
     assert mask["in1"] == {"scale": False, "bias": False}
 
 
+@pytest.mark.wide
 def test_gradients_are_finite_and_reach_every_layer():
     x = jax.random.normal(jax.random.key(0), (1, 9, 12, 3))
     # A constant image, whose variance is 0 in every layer, is no exception.

@@ -72,6 +72,7 @@ def test_measured_once_eagerly_or_traced(measured, searches, kind):
     assert all(one["ms"] > 0 for one in entry["measured"])
 
 
+@pytest.mark.wide
 def test_batches_share_what_was_measured(measured, searches, kind):
     for batch, measured_as in ((4, 4), (7, 4), (5, 4), (8, 8), (1, 1)):
         x, params, _ = arrays(CASE._replace(batch=(batch,)))

@@ -90,7 +90,14 @@ def test_the_kernels_are_the_oracles_in_every_order_of_threads(device, case, mem
 
 
 @ON_CPU
-@pytest.mark.parametrize("size", cuda_launch.search_space("fwd", None)[1:], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(size, marks=[pytest.mark.wide] * (size == {"resident": 1}))
+        for size in cuda_launch.search_space("fwd", None)[1:]
+    ],
+    ids=str,
+)
 def test_other_sizes_of_blocks_are_the_oracles(size, monkeypatch):
     monkeypatch.setattr(cuda_launch, "search_space", lambda direction, problem: [size])
     case, device = Case((72, 61), 2, 3, batch=(1,), channels=4), Device(40000, 1)
