@@ -23,6 +23,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=notebook_id)
 def test_runs(path):
     notebook = nbformat.read(path, as_version=4)

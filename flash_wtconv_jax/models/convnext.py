@@ -168,7 +168,7 @@ class ConvNeXt(nnx.Module):
     Example:
         >>> import jax
         >>> from flax import nnx
-        >>> config = ConvNeXtConfig(depths=(1, 1), dims=(8, 16), levels=(2, 1), num_classes=10)
+        >>> config = ConvNeXtConfig(depths=(1,), dims=(8,), levels=(1,), num_classes=10)
         >>> model = ConvNeXt(config, rngs=nnx.Rngs(0))
         >>> x = jax.numpy.ones((2, 32, 32, 3))
         >>> model(x).shape

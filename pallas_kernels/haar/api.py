@@ -209,8 +209,8 @@ def wavedec2(
     Arguments, returns and errors as `wavedec`, for images `[*batch, H, W, C]`.
 
     Example:
-        >>> wavedec2(jnp.ones((1, 8, 8, 2)), level=3)[0].shape
-        (1, 1, 1, 2)
+        >>> wavedec2(jnp.ones((1, 8, 8, 2)), level=2)[0].shape
+        (1, 2, 2, 2)
     """
     low, details = _wavedec(data, 2, wavelet, level, implementation)
     return [low, *details]
@@ -296,7 +296,7 @@ def waverec3(
     Arguments and errors as `waverec`; `shape` is `(D, H, W)`.
 
     Example:
-        >>> waverec3(wavedec3(jnp.ones((3, 4, 5, 1)), level=2), shape=(3, 4, 5)).shape
+        >>> waverec3(wavedec3(jnp.ones((3, 4, 5, 1)), level=1), shape=(3, 4, 5)).shape
         (3, 4, 5, 1)
     """
     low, details = _parted(coeffs)

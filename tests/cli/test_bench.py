@@ -64,6 +64,7 @@ def test_dense_convolutions(tmp_path, monkeypatch):
         assert "['huge'] is not one of" in str(result.exception)
 
 
+@pytest.mark.wide
 def test_the_fastest_dense_convolutions_are_kept(tmp_path, monkeypatch):
     ours = conv2d.conv2d
     monkeypatch.setitem(dense.SHAPES, "tiny", dense.Shape(1, 5, 6, 3, 3, 2, 4))
@@ -270,6 +271,7 @@ def networks(monkeypatch):
     return made
 
 
+@pytest.mark.wide
 def test_networks(networks, tmp_path):
     result = bench("--batch", 2, "--size", 8, "--out", tmp_path, benchmark="wtconvnext")
     assert result.exit_code == 0, result.output

@@ -101,6 +101,7 @@ class TestInfo:
         assert "long explanation" not in result.output
 
 
+@pytest.mark.wide
 @pytest.mark.skipif(
     any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
     reason="the plugin that must not be installed is",
@@ -159,6 +160,7 @@ class TestErf:
         for line, name in zip(result.output.splitlines(), ("wavelet", "plain"), strict=False):
             assert line.startswith(f"{networks / name}: 50% in ")
 
+    @pytest.mark.wide
     def test_draws_a_file_of_weights(self, networks, tmp_path):
         weights, out = tmp_path / "weights.safetensors", tmp_path / "erf.png"
         assert run("convert", networks / "wavelet", weights).exit_code == 0

@@ -54,6 +54,7 @@ def test_an_old_python_is_named(clone):
     assert "found none" in line and "python-old is 3.9.18" in line
 
 
+@pytest.mark.wide
 def test_no_network_is_one_line_and_no_stamp(clone):
     offline = {
         "PIP_CONFIG_FILE": os.devnull,

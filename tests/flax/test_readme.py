@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from flash_wtconv_jax.models import convnext
 
 README = Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.wide
 def test_code_blocks_run_in_order(monkeypatch, tmp_path):
     # Smaller networks by the same names: what is tested is the code that readers copy.
     monkeypatch.setattr(convnext, "_TINY", {"depths": (1, 1), "dims": (4, 4)})

@@ -46,6 +46,7 @@ def test_wtconv_sees_what_its_levels_reach(depth, side):
     np.testing.assert_array_equal((field > 0).any(axis=0), np.abs(np.arange(32) - 15.5) < side / 2)
 
 
+@pytest.mark.wide
 def test_the_seed_fixes_the_field():
     def features(x):
         return x**2

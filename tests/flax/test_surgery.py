@@ -87,14 +87,20 @@ def test_three_lines():
 @pytest.mark.parametrize(
     ("shape", "kwargs", "expected"),
     [
-        ((2, 9, 3), {"kernel": (4,)}, WTConv1d),
-        ((1, 4, 5, 3, 3), {"kernel": (3, 3, 3), "use_bias": False}, WTConv3d),
+        pytest.param((2, 9, 3), {"kernel": (4,)}, WTConv1d, marks=pytest.mark.wide),
+        pytest.param(
+            *((1, 4, 5, 3, 3), {"kernel": (3, 3, 3), "use_bias": False}, WTConv3d),
+            marks=pytest.mark.wide,
+        ),
         # Explicit padding as PyTorch has it agrees at every size, with a stride too.
-        ((1, 6, 7, 3), {"strides": 2, "padding": 1}, WTConv2d),
+        pytest.param((1, 6, 7, 3), {"strides": 2, "padding": 1}, WTConv2d, marks=pytest.mark.wide),
         ((1, 7, 6, 3), {"kernel": (4, 4), "strides": (3, 3), "padding": ((1, 2),) * 2}, WTConv2d),
         # Two windows of two: JAX's SAME never pads before.
         ((1, 6, 7, 3), {"kernel": (2, 2), "strides": 2}, WTConv2d),
-        ((1, 6, 6, 3), {"padding": [1, 1], "kernel_dilation": None}, WTConv2d),
+        pytest.param(
+            *((1, 6, 6, 3), {"padding": [1, 1], "kernel_dilation": None}, WTConv2d),
+            marks=pytest.mark.wide,
+        ),
     ],
 )
 def test_equal_at_zero_scales(shape, kwargs, expected):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -321,6 +322,13 @@ def test_implementation_reaches_the_operator():
     free = nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0))
     # Of several the fastest form is taken, whose sums may run in another order.
     np.testing.assert_allclose(named(x), free(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_is_traced_once_a_shape():
+    layer = nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0))
+    call = nnx.jit(chex.assert_max_traces(lambda layer, x: layer(x), n=2))
+    for height in (4, 4, 5, 4, 5):
+        chex.assert_shape(call(layer, jnp.ones((1, height, 4, 2))), (1, height, 4, 2))
 
 
 def test_wavelet_reaches_the_operator():

@@ -3,9 +3,11 @@
 import math
 from functools import partial, reduce
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.reference import quick_jit
 from jax import lax
 
 from pallas_kernels import haar, oracle
@@ -85,14 +87,14 @@ def plain_wavedec(x, ndim, level, bank):
     return cascade(partial(plain_analysis, ndim=ndim, bank=bank), x, ndim, level)
 
 
-def transforms(dec, rec, x, coeffs):
+def transforms(dec, rec, x, coeffs, jit=jax.jit):
     """Analysis, its transpose and synthesis as one program, so that a case compiles once."""
 
     def run(x, coeffs):
         y, pullback = jax.vjp(dec, x)
         return {"wavedec": y, "vjp": pullback(coeffs)[0], "waverec": rec(coeffs)}
 
-    return jax.jit(run)(x, coeffs)
+    return jit(run)(x, coeffs)
 
 
 def ours(case, x, coeffs, implementation):
@@ -108,13 +110,12 @@ def plain(case, x, coeffs):
         partial(plain_wavedec, ndim=case.ndim, level=case.level, bank=bank)
         for bank in filter_bank(case.wavelet)
     )
-    return transforms(dec, lambda c: jax.vjp(rec, x)[1](c)[0], x, coeffs)
+    return transforms(dec, lambda c: jax.vjp(rec, x)[1](c)[0], x, coeffs, quick_jit)
 
 
 def error(got, want):
     """Greatest error of a tree of arrays as a fraction of its root mean square."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, want)
+    chex.assert_trees_all_equal_shapes(got, want)
     got, want = (
         np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
         for tree in (got, want)
@@ -195,7 +196,7 @@ def assert_sharded(implementation, check_vma):
         return y, pullback(coeffs)
 
     got, want = (jax.jit(partial(both, function))(*arrays(case)) for function in (local, call))
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    chex.assert_trees_all_equal(got, want)
 
 
 def assert_transformed(implementation):

@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 torch = pytest.importorskip("torch", reason="Triton's interpreter takes PyTorch's tensors")
 
+PARTS = pytest.mark.parametrize("part", ["some", pytest.param("rest", marks=pytest.mark.wide)])
+"""Of what is compiled: all of it is compiled once in the whole suite, each kernel in any."""
 INTERPRETED = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="a process has Triton's interpreter or a GPU"
 )
@@ -32,10 +34,13 @@ def tensor(array):
     return torch.tensor(np.asarray(array, np.float32)).to(getattr(torch, str(array.dtype)))
 
 
-def compiled_resources(operator, directory):
-    """Registers and spills of an operator's kernels, by kernel, GPU and dtype."""
+def compiled_resources(operator, part, directory):
+    """Registers and spills of an operator's kernels, by kernel, GPU and dtype.
+
+    Part "some" is each kernel for one GPU, "rest" what that leaves of "all".
+    """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(directory), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "helpers.triton_compiled", operator]
+    command = [sys.executable, "-m", "helpers.triton_compiled", operator, part]
     run = subprocess.run(
         command,
         capture_output=True,

@@ -1,6 +1,8 @@
 """Compiles an operator's Triton kernels for several GPUs and prints what each takes, as JSON.
 
-A process of its own, because Triton's interpreter, which the tests use, cannot be turned off.
+`python -m helpers.triton_compiled wtconv some` compiles each kernel for one GPU, `rest` what that
+leaves of `all`. A process of its own, because Triton's interpreter, which the tests use, cannot be
+turned off.
 """
 
 import json
@@ -111,11 +113,18 @@ def resources(binary):
     return list(cubins.usage(binary.asm["cubin"]))
 
 
+def chosen(operator, part):
+    """What "some" or "rest" of an operator's kernels, GPUs and dtypes are, or "all" of them."""
+    dtypes = "fp32", "fp16", "bf16", "fp32"
+    for i, (target, dtype) in enumerate(zip(TARGETS, dtypes, strict=True)):
+        for j, name in enumerate(kernels(operator, dtype)):
+            if part == "all" or (part == "some") == (i == j):
+                yield name, target, dtype
+
+
 if __name__ == "__main__":
-    operator = sys.argv[1]
+    operator, part = sys.argv[1:]
     found = {
-        f"{name} {target} {dtype}": resources(compiled(operator, name, target, dtype))
-        for target, dtype in zip(TARGETS, ("fp32", "fp16", "bf16", "fp32"), strict=True)
-        for name in kernels(operator, dtype)
+        " ".join(which): resources(compiled(operator, *which)) for which in chosen(operator, part)
     }
     json.dump(found, sys.stdout)

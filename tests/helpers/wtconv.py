@@ -3,9 +3,11 @@
 import math
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.reference import quick_jit
 
 from flash_wtconv_jax.bench import baseline_jax
 from pallas_kernels.common.conformance import bounds, drawn, expected, worst
@@ -32,26 +34,26 @@ def arrays(case):
     return jax.tree.map(jnp.asarray, drawn(case))
 
 
-def value_and_grads(function, case):
+def value_and_grads(function, case, jit=jax.jit):
     """Output and gradients of x and the parameters, compiled as one program."""
 
-    @jax.jit
     def run(x, params, dy):
         y, pullback = jax.vjp(function, x, params)
         return y, pullback(dy)
 
-    return run(*arrays(case))
+    return jit(run)(*arrays(case))
 
 
-def results(function, case):
-    """The same by the names of `checking`."""
-    y, (dx, dparams) = value_and_grads(function, case)
+def results(function, case, jit=jax.jit):
+    """The same by the names of `conformance`."""
+    y, (dx, dparams) = value_and_grads(function, case, jit)
     return {"y": y, "dx": dx, **dparams}
 
 
 def plain_results(case):
     """What plain JAX makes of a case, every array in the case's dtype."""
-    return results(partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride), case)
+    call = partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride)
+    return results(call, case, quick_jit)
 
 
 def assert_oracle(case, implementation=None):
@@ -64,7 +66,7 @@ def assert_oracle(case, implementation=None):
     )
     got, want = results(call, case), expected(case)
     assert {name: a.dtype for name, a in got.items()} == dict.fromkeys(want, jnp.dtype(case.dtype))
-    assert {name: a.shape for name, a in got.items()} == {n: a.shape for n, a in want.items()}
+    chex.assert_trees_all_equal_shapes(got, want)
     allowed = bounds(case, plain_results)
     errors = {name: worst(got[name], want[name]) for name in want}
     # NaN is not greater than its bound.
@@ -92,7 +94,7 @@ def assert_sharded(implementation, check_vma):
         check_vma=check_vma,
     )
     got, want = (value_and_grads(call, case) for call in (local, wtconv2d))
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want)
+    chex.assert_trees_all_close(got, want, rtol=1e-7, atol=1e-4)
 
 
 def assert_transformed(implementation):

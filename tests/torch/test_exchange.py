@@ -139,6 +139,7 @@ class WTConvNeXt(torch.nn.Module):
         return self.head["fc"](self.head["norm"](x.mean((2, 3))))
 
 
+@pytest.mark.wide
 def test_a_whole_network_computes_the_same():
     config = models.ConvNeXtConfig(
         depths=(1, 1),

@@ -55,11 +55,11 @@ def images():
     ("name", "count"),
     [
         ("wtconvnext_tiny", 30_383_656),
-        ("wtconvnext_small", 54_015_784),
-        ("wtconvnext_base", 93_647_592),
+        pytest.param("wtconvnext_small", 54_015_784, marks=pytest.mark.wide),
+        pytest.param("wtconvnext_base", 93_647_592, marks=pytest.mark.wide),
         ("convnext_tiny", 28_589_128),
-        ("convnext_small", 50_223_688),
-        ("convnext_base", 88_591_464),
+        pytest.param("convnext_small", 50_223_688, marks=pytest.mark.wide),
+        pytest.param("convnext_base", 88_591_464, marks=pytest.mark.wide),
     ],
 )
 def test_parameter_counts(name, count):
@@ -230,6 +230,7 @@ def test_published_pyramid_has_four_maps():
     ]
 
 
+@pytest.mark.wide
 def test_remat_computes_the_same_gradients(images):
     # With drop path, so that the recomputation must also draw the same random numbers.
     @nnx.jit
@@ -276,6 +277,7 @@ def test_drop_path_grows_linearly_and_keeps_the_mean():
     )
 
 
+@pytest.mark.wide
 def test_train_and_eval_switch_dropout(images):
     model = randomise(initialised(depths=(2,), dims=(4,), levels=None, dropout=0.5, drop_path=0.3))
     model.eval()
@@ -295,6 +297,7 @@ def test_bfloat16(images):
     assert {m.dtype for m in maps} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.wide
 def test_linen_bridge(images):
     config = dataclasses.replace(TINY, dropout=0.5)
     linen_model = nnx.bridge.to_linen(ConvNeXt, config)
@@ -370,6 +373,7 @@ def test_surgery_turns_convnext_into_wtconvnext(images):
     np.testing.assert_allclose(model(images), before, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.wide
 def test_stem_and_downsampling_are_flaxs_convolutions(images):
     """Of kernels of ours: names, initial values and results are those of `nnx.Conv`."""
     drawn, theirs_drawn = nnx.Rngs(0), nnx.Rngs(0)

@@ -40,7 +40,7 @@ def test_a_saved_network_comes_back_with_its_options(tmp_path):
 
 
 def test_a_converted_checkpoint_needs_the_name_of_its_model_alone(tmp_path):
-    options = {"depths": [1, 1, 1, 1], "dims": [4, 4, 4, 4], "num_classes": 2}
+    options = {"depths": [1, 1, 1, 1], "dims": [4] * 4, "levels": [1] * 4, "num_classes": 2}
     model = initialised(lambda: models.wtconvnext_tiny(**options, rngs=nnx.Rngs(0)))
     checkpoints.save(tmp_path / "network", checkpoints.variables_of(model))
     config = {"model": "wtconvnext_tiny", "options": options}
@@ -84,8 +84,13 @@ SMALL = {"depths": (1, 2), "dims": (4, 8), "num_classes": 3}
     "options",
     [
         SMALL | {"levels": (2, 0), "kernel_size": 3, "wavelet": "db2"},
-        SMALL | {"levels": None, "use_grn": True, "layer_scale": None, "in_channels": 1},
-        SMALL | {"levels": (1, 1), "patch_size": 2, "num_classes": 0},
+        pytest.param(
+            SMALL | {"levels": None, "use_grn": True, "layer_scale": None, "in_channels": 1},
+            marks=pytest.mark.wide,
+        ),
+        pytest.param(
+            SMALL | {"levels": (1, 1), "patch_size": 2, "num_classes": 0}, marks=pytest.mark.wide
+        ),
     ],
     ids=str,
 )

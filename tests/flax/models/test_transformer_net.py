@@ -111,7 +111,11 @@ def torch_network(torch):
 
 @pytest.mark.parametrize(
     ("size", "output"),
-    [((16, 24), (16, 24)), ((17, 22), (20, 24)), ((5, 7), (8, 8))],
+    [
+        pytest.param((16, 24), (16, 24), marks=pytest.mark.wide),
+        ((17, 22), (20, 24)),
+        ((5, 7), (8, 8)),
+    ],
     ids=["multiples of 4", "others", "smallest"],
 )
 def test_computes_what_pytorch_computes(size, output):
@@ -172,6 +176,7 @@ def test_initial_values():
     assert mask["in1"] == {"scale": False, "bias": False}
 
 
+@pytest.mark.wide
 def test_gradients_are_finite_and_reach_every_layer():
     x = jax.random.normal(jax.random.key(0), (1, 9, 12, 3))
     # A constant image, whose variance is 0 in every layer, is no exception.
@@ -217,7 +222,7 @@ def test_conv_implementation_reaches_every_convolution():
         nnx.eval_shape(lambda m, x: m(x), abstract(conv_implementation="triton"), images)
 
 
-@pytest.mark.parametrize("size", [(9, 14), (16, 16)], ids=str)
+@pytest.mark.parametrize("size", [(9, 14), pytest.param((16, 16), marks=pytest.mark.wide)], ids=str)
 def test_every_convolution_is_a_kernel_where_one_is_named(size, monkeypatch):
     # With 3 channels and with 3 features too, and with a stride: none is left to XLA.
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)

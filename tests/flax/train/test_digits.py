@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -43,8 +44,11 @@ def test_shifts_move_images_by_one_pixel_at_most():
     assert set(np.unique(shifted)) == {loop.BACKGROUND, 1}
 
 
-def test_a_seed_fixes_the_trained_parameters():
+@pytest.mark.wide
+def test_a_seed_fixes_the_trained_parameters(monkeypatch):
     data = digits.load_digits()
+    # Once for each of the two trainings, however many epochs they have.
+    monkeypatch.setattr(loop, "_epoch", chex.assert_max_traces(loop._epoch, n=2))
     results = []
     for _ in range(2):
         model = tiny_network()
@@ -56,7 +60,7 @@ def test_a_seed_fixes_the_trained_parameters():
         assert history.loss[1] < history.loss[0]
         results.append((history, checkpoints.variables_of(model)))
     assert results[0][0] == results[1][0]
-    jax.tree.map(np.testing.assert_array_equal, results[0][1], results[1][1])
+    chex.assert_trees_all_equal(results[0][1], results[1][1])
 
 
 def test_no_epochs_is_an_error():
@@ -64,12 +68,11 @@ def test_no_epochs_is_an_error():
         digits.train(tiny_network(), digits.load_digits(), epochs=0)
 
 
-def test_the_demo_from_start_to_end(tmp_path):
-    # As a user runs it. One test, because it is the suite's dearest by far.
-    out = tmp_path / "demo"
+def assert_demo(out, epochs, network):
+    """A run of the demo: its files, its metrics, and the networks that it leaves behind."""
     calls = []
-    metrics = digits.run_demo(out, on_epoch=lambda name, history: calls.append(name))
-    assert calls == ["WTConv"] * 40 + ["plain depthwise"] * 40
+    metrics = digits.run_demo(out, epochs=epochs, on_epoch=lambda name, history: calls.append(name))
+    assert calls == ["WTConv"] * epochs + ["plain depthwise"] * epochs
 
     assert {path.name for path in out.iterdir()} == set(digits.FILES)
     for picture in out.glob("*.png"):
@@ -79,22 +82,34 @@ def test_the_demo_from_start_to_end(tmp_path):
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert metrics["device"]["platform"] == jax.default_backend()
     assert metrics["versions"]["jax"] == jax.__version__
+
+    data = digits.load_digits()
+    for folder, (name, trained) in zip(
+        ("checkpoint", "checkpoint_plain"), metrics["networks"].items(), strict=True
+    ):
+        assert len(trained["loss_by_epoch"]) == metrics["epochs"] == epochs
+        assert trained["accuracy_by_epoch"][-1] == trained["accuracy"]
+        model = models.load_network(out / folder)
+        assert model.config == network(levels=digits.NETWORKS[name]).config
+        guesses = digits.predict(model, data.test_images).argmax(axis=1)
+        assert (guesses == data.test_labels).mean() == pytest.approx(trained["accuracy"])
+    return metrics
+
+
+def test_a_tiny_demo_from_start_to_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(digits, "digits_network", tiny_network)
+    assert_demo(tmp_path / "demo", 1, tiny_network)
+
+
+@pytest.mark.wide
+def test_the_demo_from_start_to_end(tmp_path):
+    # As a user runs it. One test, because it is the suite's dearest by far.
+    metrics = assert_demo(tmp_path / "demo", 40, digits.digits_network)
     wtconv, plain = metrics["networks"].values()
     assert wtconv["accuracy"] >= 0.985
     for share in SHARES:
         side = f"{share:.0%}"
         assert wtconv["receptive_field_sides"][side] > plain["receptive_field_sides"][side]
-
-    data = digits.load_digits()
-    for folder, (name, network) in zip(
-        ("checkpoint", "checkpoint_plain"), metrics["networks"].items(), strict=True
-    ):
-        assert len(network["loss_by_epoch"]) == metrics["epochs"] == 40
-        assert network["accuracy_by_epoch"][-1] == network["accuracy"]
-        model = models.load_network(out / folder)
-        assert model.config == digits.digits_network(levels=digits.NETWORKS[name]).config
-        guesses = digits.predict(model, data.test_images).argmax(axis=1)
-        assert (guesses == data.test_labels).mean() == pytest.approx(network["accuracy"])
 
 
 @pytest.fixture

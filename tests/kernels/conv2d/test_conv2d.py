@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,14 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    # As on a GPU: what follows is more of the same sizes.
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i >= 22))
+        for i, case in enumerate(TABLE)
+    ],
+)
 def test_the_table(case):
     x, w, _, _ = arrays(case)
     got = conv2d(x, w, out_dtype="float32", **case.arguments)
@@ -87,32 +95,53 @@ def drawn(draw):
     )
 
 
+@pytest.mark.wide
 @given(drawn())
 def test_drawn_cases_are_the_oracles(case):
     got, want = value_and_grads(ours(case), case), expected(case)
     assert_close(case, got, want)
 
 
+def loss(call):
+    return lambda *args: jnp.sin(call(*args)).sum()
+
+
+def slopes(call):
+    return jax.grad(loss(call), (0, 1, 2))
+
+
+TRANSFORMS = {
+    "reverse over reverse": lambda f: jax.grad(
+        lambda *args: sum(jnp.sum(g**2) for g in slopes(f)(*args)), (0, 1, 2)
+    ),
+    "forward over reverse": lambda f: lambda *args: jax.jvp(slopes(f), args, args),
+    "vmap of gradients": lambda f: (
+        lambda x, w, b: jax.vmap(jax.grad(loss(f), 1), (0, None, None))(x[:, None], w, b)
+    ),
+    "vmap of filters": lambda f: (
+        lambda x, w, b: jax.vmap(f, (0, 0, None))(x[:, None], jnp.stack([w, 2 * w]), b)
+    ),
+    # Parts of the first two.
+    "gradients": slopes,
+    "forward": lambda f: lambda *args: jax.jvp(loss(f), args, args),
+    "remat": lambda f: slopes(jax.remat(f)),
+}
+
+
 @pytest.mark.core
-def test_transformations():
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.wide] * (name in ("gradients", "forward")))
+        for name in TRANSFORMS
+    ],
+)
+def test_transformations(name):
     case = Case(2, 7, 6, 4, 3, 2, 6, 2, "reflect", 1, 2, True, "gelu", dtype="float64")
     x, w, bias, _ = arrays(case)
-    call = ours(case)
-    loss = lambda call: lambda *args: jnp.sin(call(*args)).sum()  # noqa: E731
-    for transform in (
-        lambda f: jax.grad(loss(f), (0, 1, 2)),
-        # Reverse over reverse, and forward over reverse.
-        lambda f: jax.grad(
-            lambda *args: sum(jnp.sum(g**2) for g in jax.grad(loss(f), (0, 1, 2))(*args)), (0, 1, 2)
-        ),
-        lambda f: lambda *args: jax.jvp(loss(f), args, args),
-        lambda f: lambda *args: jax.jvp(jax.grad(loss(f), (0, 1, 2)), args, args),
-        lambda f: jax.grad(loss(jax.remat(f)), (0, 1, 2)),
-        lambda f: lambda x, w, b: jax.vmap(jax.grad(loss(f), 1), (0, None, None))(x[:, None], w, b),
-        lambda f: lambda x, w, b: jax.vmap(f, (0, 0, None))(x[:, None], jnp.stack([w, 2 * w]), b),
-    ):
-        got, want = (jax.jit(transform(f))(x, w, bias) for f in (call, plain(case)))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), got, want)
+    transform = TRANSFORMS[name]
+    got, want = (jax.jit(transform(f))(x, w, bias) for f in (ours(case), plain(case)))
+    chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_low_precision_is_differentiated_twice():

@@ -51,7 +51,7 @@ def test_eager_computes_every_case(name):
         ("triton", Case((6, 7), 2, 3, strided=True)),
         ("triton", Case((4, 4), 1, 3, batch=(0,))),
         ("triton", Case((2, 3), 1, 3, "bfloat16")),
-        ("triton channels-last", Case((9, 6), 2, 3, batch=())),
+        pytest.param("triton channels-last", Case((9, 6), 2, 3, batch=()), marks=pytest.mark.wide),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

@@ -82,12 +82,15 @@ def assert_every_case(name, device, more=()):
     assert sum(row["status"] == "pass" for row in rows) >= 11 + len(more)
 
 
-@pytest.mark.parametrize("name", ["metal on CPU", "metal on CPU channels-last"])
+@pytest.mark.parametrize(
+    "name",
+    ["metal on CPU", pytest.param("metal on CPU channels-last", marks=pytest.mark.wide)],
+)
 def test_check_computes_every_case(emulated, name):
     assert_every_case(name, CPU)
 
 
-@pytest.mark.parametrize("order", ORDERS[1:3])
+@pytest.mark.parametrize("order", [1, pytest.param(2, marks=pytest.mark.wide)])
 def test_other_orders(emulated, order):
     with metal.emulated(order=order):
         ran, failed = failures(CASES, results)
@@ -95,7 +98,12 @@ def test_other_orders(emulated, order):
 
 
 @pytest.mark.parametrize(
-    ("memory_format", "sums"), [(torch.contiguous_format, 512), (torch.channels_last, 1)], ids=str
+    ("memory_format", "sums"),
+    [
+        pytest.param(torch.contiguous_format, 512, marks=pytest.mark.wide),
+        (torch.channels_last, 1),
+    ],
+    ids=str,
 )
 def test_large_images(emulated, monkeypatch, memory_format, sums):
     monkeypatch.setattr(metal_launch, "_SUMS", sums)
@@ -260,15 +268,20 @@ class TestPlantedFaults:
         ("old", "new"),
         [
             ("row >= 0 && ", ""),
-            ("row < size.x && column >= 0", "column >= 0"),
-            ("column >= 0 && ", ""),
-            ("column >= 0 && column < size.y", "column >= 0"),
             ("above - below, left + right", "left + right, above - below"),
-            ("(size + 1) / 2", "size / 2"),
-            ("if (sizes.below)", "if (false)"),
-            ("BASE && sizes.bias", "false"),
             ("int(sizes.before)", "(K - 1) / 2"),
-            ("row < 2 * TILE", "row < TILE"),
+            *(
+                pytest.param(*fault, marks=pytest.mark.wide)
+                for fault in (
+                    ("row < size.x && column >= 0", "column >= 0"),
+                    ("column >= 0 && ", ""),
+                    ("column >= 0 && column < size.y", "column >= 0"),
+                    ("(size + 1) / 2", "size / 2"),
+                    ("if (sizes.below)", "if (false)"),
+                    ("BASE && sizes.bias", "false"),
+                    ("row < 2 * TILE", "row < TILE"),
+                )
+            ),
         ],
     )
     def test_a_changed_source(self, old, new):
@@ -279,8 +292,8 @@ class TestPlantedFaults:
 
 SANITIZED = """
 import sys, torch
-from torch_bridge.wtconv import metal as metal_launch
 from torch_bridge.runtime.on_cpu import metal
+from torch_bridge.wtconv import metal as metal_launch
 source = metal_launch.SOURCE.read_text().replace(*sys.argv[1:])
 with metal.emulated(source, flags=["-fsanitize=address"]):
     x, dy = torch.randn(2, 2, 1, 9, 7)
@@ -292,6 +305,7 @@ with metal.emulated(source, flags=["-fsanitize=address"]):
 """
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("old", "new"),
     [

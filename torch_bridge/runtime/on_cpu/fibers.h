@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
-#include <random>
+#include <utility>
 #include <vector>
 
 namespace on_cpu {
@@ -64,7 +64,7 @@ class Threads {
     }
     if (order_ == 1) std::reverse(live.begin(), live.end());
     while (!live.empty()) {
-      if (order_ > 1) std::shuffle(live.begin(), live.end(), random_);
+      if (order_ > 1) shuffle(live);
       unsigned done = 0;
       for (Fiber* fiber : live) {
         current = fiber;
@@ -79,8 +79,19 @@ class Threads {
   }
 
  private:
+  // Not the standard library's: its header <random> takes the compiler longer than a kernel does.
+  void shuffle(std::vector<Fiber*>& fibers) {
+    for (unsigned left = fibers.size(); left > 1; left--) {
+      // Marsaglia's xorshift, whose state is never zero.
+      random_ ^= random_ << 13;
+      random_ ^= random_ >> 17;
+      random_ ^= random_ << 5;
+      std::swap(fibers[left - 1], fibers[random_ % left]);
+    }
+  }
+
   unsigned order_;
-  std::mt19937 random_;
+  unsigned random_;
   std::vector<Fiber> fibers_;
 };
 
