@@ -1,10 +1,12 @@
 """Every place where a version of JAX or XLA forces our hand, each with the version and why."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from pallas_kernels.common.device import on_cpu
@@ -55,6 +57,23 @@ def vary_over(axes: frozenset[str], tree: Any) -> Any:
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(vary, tree)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, with derivatives inside `jax.shard_map` too.
+
+    JAX 0.12 differentiates its own, and `erf` and `erfc`, by `lax.polynomial`, which refuses an `x`
+    that varies along a mesh's axis, because its coefficients do not.
+    """
+    return 0.5 * x * _erfc(-x * math.sqrt(0.5))
+
+
+@jax.custom_jvp
+def _erfc(x: jax.Array) -> jax.Array:
+    return jax.lax.erfc(x)
+
+
+_erfc.defjvps(lambda tangent, _, x: -2 / math.sqrt(math.pi) * (tangent * jnp.exp(-(x * x))))
 
 
 def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
