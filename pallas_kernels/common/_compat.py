@@ -131,6 +131,17 @@ def gpu_load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def triton_call(*arguments: Any, out_type: Any, **rest: Any) -> Any:
+    """Launches a Triton kernel: `jax_triton.triton_call` of version 0.4.
+
+    0.3, the last that takes JAX 0.10 and Python 3.11, calls the types of the outputs `out_shape`.
+    """
+    import jax_triton
+
+    name = "out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape"
+    return jax_triton.triton_call(*arguments, **{name: out_type}, **rest)
+
+
 def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:
     """Makes a function one unit of a CPU program that XLA fuses with nothing around it.
 

@@ -67,9 +67,8 @@ def launch(
     """Runs a kernel by jax-triton, as `Launch` says."""
     import jax
     import jax.numpy as jnp
-    import jax_triton
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
-    return jax_triton.triton_call(
-        *arguments, kernel=kernel, out_shape=shapes, grid=grid, **constants
-    )
+    from pallas_kernels.common._compat import triton_call
+
+    types = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
+    return triton_call(*arguments, kernel=kernel, out_type=types, grid=grid, **constants)
