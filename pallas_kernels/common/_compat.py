@@ -18,7 +18,7 @@ R = TypeVar("R")
 def interpreting_tpu() -> bool:
     """Whether TPU kernels run in Pallas' interpreter, inside `pltpu.force_tpu_interpret_mode()`.
 
-    JAX (0.10 to 0.11) tells it in its private configuration alone.
+    JAX (0.10 to 0.12) tells it in its private configuration alone.
     """
     from jax._src import config
 
@@ -29,7 +29,7 @@ def tpu_vmem_bytes() -> int:
     """Capacity of a TPU core's vector memory.
 
     On a CPU, where only the interpreter runs TPU kernels, that of a v5e. Compilation ahead of time
-    names its chip with `jax.sharding.use_abstract_mesh` (JAX 0.10 to 0.11).
+    names its chip with `jax.sharding.use_abstract_mesh` (JAX 0.10 to 0.12).
     """
     from jax.experimental.pallas import tpu as pltpu
 
@@ -49,7 +49,7 @@ def vary_over(axes: frozenset[str], tree: Any) -> Any:
     """The same arrays, each an own copy along `axes`: what `jax.shard_map` by default insists on.
 
     The transpose is the sum over the copies, as the gradient of a shared parameter must be. JAX
-    does this by itself where its own operations meet; at a custom derivative (0.10 to 0.11) not.
+    does this by itself where its own operations meet; at a custom derivative (0.10 to 0.12) not.
     """
 
     def vary(leaf: jax.Array) -> jax.Array:
@@ -80,7 +80,7 @@ def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
     """What process 0 answered when it was first asked; the others wait for it.
 
     Texts that processes share are in the private client of JAX's distributed service alone (0.10
-    to 0.11). A broadcast of arrays, which is public, needs all processes to ask in one order.
+    to 0.12). A broadcast of arrays, which is public, needs all processes to ask in one order.
     """
     from jax._src import distributed
 
@@ -99,7 +99,7 @@ def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
 def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
     """Traces a function with `jax_enable_x64` off.
 
-    The loops and grids of a Pallas kernel count in 32 bits, but JAX (0.10 to 0.11) traces them with
+    The loops and grids of a Pallas kernel count in 32 bits, but JAX (0.10 to 0.12) traces them with
     64, and neither the TPU's compiler nor Mosaic GPU takes the mixture.
     """
 
@@ -114,7 +114,7 @@ def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
 def pallas_output(
     shape: Sequence[int], dtype: jax.typing.DTypeLike, *inputs: jax.Array
 ) -> jax.ShapeDtypeStruct:
-    """What a kernel writes that reads `inputs`; Pallas (JAX 0.10 to 0.11) asks where it varies."""
+    """What a kernel writes that reads `inputs`; Pallas (JAX 0.10 to 0.12) asks where it varies."""
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying_axes(inputs))
     )
@@ -123,7 +123,7 @@ def pallas_output(
 def gpu_load(ref: Any, layout: Any) -> jax.Array:
     """What a reference of Mosaic GPU shows, in a layout of registers, by loads of any width.
 
-    JAX 0.10 wants an index beside the reference, which 0.11 warns of.
+    JAX 0.10 wants an index beside the reference, which 0.11 warns of and 0.12 does not take.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -145,7 +145,7 @@ def triton_call(*arguments: Any, out_type: Any, **rest: Any) -> Any:
 def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:
     """Makes a function one unit of a CPU program that XLA fuses with nothing around it.
 
-    XLA's CPU compiler (jaxlib 0.10 to 0.11) removes `lax.optimization_barrier` before it fuses,
+    XLA's CPU compiler (jaxlib 0.10 to 0.12) removes `lax.optimization_barrier` before it fuses,
     then fuses a depthwise convolution into the synthesis that reads it and computes it once for
     every reader: 50 times slower on a whole layer. A call that must not be inlined is a border
     that fusion respects. GPUs fuse well by themselves, and lose a factor of 3 at such borders.

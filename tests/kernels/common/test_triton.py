@@ -1,4 +1,4 @@
-"""Launches by jax-triton, which calls the types of the outputs by another name since version 0.4."""
+"""Launches by jax-triton, which since version 0.4 calls the types of the outputs otherwise."""
 
 import sys
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from pallas_kernels.common.triton import launch
 
 
 @pytest.mark.parametrize(
-    ("version", "name"), [((0, 3, 1), "out_shape"), ((0, 4, 0), "out_type"), ((0, 4, 1), "out_type")]
+    ("version", "name"), [((0, 3, 1), "out_shape"), ((0, 4, 0), "out_type"), ((0, 5), "out_type")]
 )
 def test_outputs_are_declared_as_the_version_expects(version, name, monkeypatch):
     def triton_call(*arguments, kernel, grid, num_warps, **outputs):
