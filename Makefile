@@ -17,7 +17,7 @@ help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
 	@echo "make test      run the test suite, each operator, implementation and compiler once"
 	@echo "make test-all  run what only widens its tables"
-	@echo "make lint      run ruff and mypy"
+	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
 	@echo "make clean     remove .venv and everything that the commands above wrote"
 
 demo: $(VENV)/.installed-demo
@@ -30,7 +30,8 @@ test-all: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "wide and not gpu and not mps and not tpu and not slow"
 
 lint: $(VENV)/.installed-test
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy \
+	    && $(BIN)/python .ci/check_files.py pyproject.toml notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

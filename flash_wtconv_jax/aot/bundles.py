@@ -37,6 +37,8 @@ _LIMIT = 50_000_000
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})?: *(>*) *\{(.*)", re.DOTALL)
 _NEXT = re.compile(r"^(?= *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})?: )", re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+# libtpu of JAX 0.10 calls it "core id", that of 0.11 "megacore core id :: core id".
+_CORE = re.compile(r"/\* (?:[^*]* :: )?(?:megacore )?core id (?::: [^*]*)?\*/")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _END = re.compile(r"(?:End|Start/End empty) region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel (?:\((!?)%(\w+)\))? *target = \$region(\d+)")
@@ -222,7 +224,7 @@ def _read_bundle(body: str, at: int, program: _Program) -> None:
     program.calls.extend(_CALL.findall(body))
     for piece in body[: body.rfind("}")].split(" ;; "):
         # Of the cores that share a program, the first one is counted.
-        core = "/* core id */" in piece
+        core = _CORE.search(piece) is not None
         code = _COMMENT.sub("", piece).strip()
         if "sbr." in code:
             program.branches.append(_branch(code, at))

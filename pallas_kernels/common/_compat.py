@@ -1,10 +1,12 @@
 """Every place where a version of JAX or XLA forces our hand, each with the version and why."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from pallas_kernels.common.device import on_cpu
@@ -16,7 +18,7 @@ R = TypeVar("R")
 def interpreting_tpu() -> bool:
     """Whether TPU kernels run in Pallas' interpreter, inside `pltpu.force_tpu_interpret_mode()`.
 
-    JAX (0.10 to 0.11) tells it in its private configuration alone.
+    JAX (0.10 to 0.12) tells it in its private configuration alone.
     """
     from jax._src import config
 
@@ -27,7 +29,7 @@ def tpu_vmem_bytes() -> int:
     """Capacity of a TPU core's vector memory.
 
     On a CPU, where only the interpreter runs TPU kernels, that of a v5e. Compilation ahead of time
-    names its chip with `jax.sharding.use_abstract_mesh` (JAX 0.10 to 0.11).
+    names its chip with `jax.sharding.use_abstract_mesh` (JAX 0.10 to 0.12).
     """
     from jax.experimental.pallas import tpu as pltpu
 
@@ -47,7 +49,7 @@ def vary_over(axes: frozenset[str], tree: Any) -> Any:
     """The same arrays, each an own copy along `axes`: what `jax.shard_map` by default insists on.
 
     The transpose is the sum over the copies, as the gradient of a shared parameter must be. JAX
-    does this by itself where its own operations meet; at a custom derivative (0.10 to 0.11) not.
+    does this by itself where its own operations meet; at a custom derivative (0.10 to 0.12) not.
     """
 
     def vary(leaf: jax.Array) -> jax.Array:
@@ -65,11 +67,28 @@ def vary_like(inputs: Any, outputs: Any) -> Any:
     return vary_over(varying_axes(inputs), outputs)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, with derivatives inside `jax.shard_map` too.
+
+    JAX 0.12 differentiates its own, and `erf` and `erfc`, by `lax.polynomial`, which refuses an `x`
+    that varies along a mesh's axis, because its coefficients do not.
+    """
+    return 0.5 * x * _erfc(-x * math.sqrt(0.5))
+
+
+@jax.custom_jvp
+def _erfc(x: jax.Array) -> jax.Array:
+    return jax.lax.erfc(x)
+
+
+_erfc.defjvps(lambda tangent, _, x: -2 / math.sqrt(math.pi) * (tangent * jnp.exp(-(x * x))))
+
+
 def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
     """What process 0 answered when it was first asked; the others wait for it.
 
     Texts that processes share are in the private client of JAX's distributed service alone (0.10
-    to 0.11). A broadcast of arrays, which is public, needs all processes to ask in one order.
+    to 0.12). A broadcast of arrays, which is public, needs all processes to ask in one order.
     """
     from jax._src import distributed
 
@@ -88,7 +107,7 @@ def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
 def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
     """Traces a function with `jax_enable_x64` off.
 
-    The loops and grids of a Pallas kernel count in 32 bits, but JAX (0.10 to 0.11) traces them with
+    The loops and grids of a Pallas kernel count in 32 bits, but JAX (0.10 to 0.12) traces them with
     64, and neither the TPU's compiler nor Mosaic GPU takes the mixture.
     """
 
@@ -103,7 +122,7 @@ def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
 def pallas_output(
     shape: Sequence[int], dtype: jax.typing.DTypeLike, *inputs: jax.Array
 ) -> jax.ShapeDtypeStruct:
-    """What a kernel writes that reads `inputs`; Pallas (JAX 0.10 to 0.11) asks where it varies."""
+    """What a kernel writes that reads `inputs`; Pallas (JAX 0.10 to 0.12) asks where it varies."""
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying_axes(inputs))
     )
@@ -112,7 +131,7 @@ def pallas_output(
 def gpu_load(ref: Any, layout: Any) -> jax.Array:
     """What a reference of Mosaic GPU shows, in a layout of registers, by loads of any width.
 
-    JAX 0.10 wants an index beside the reference, which 0.11 warns of.
+    JAX 0.10 wants an index beside the reference, which 0.11 warns of and 0.12 does not take.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -120,10 +139,21 @@ def gpu_load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def triton_call(*arguments: Any, out_type: Any, **rest: Any) -> Any:
+    """Launches a Triton kernel: `jax_triton.triton_call` of version 0.4.
+
+    0.3, the last that takes JAX 0.10 and Python 3.11, calls the types of the outputs `out_shape`.
+    """
+    import jax_triton
+
+    name = "out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape"
+    return jax_triton.triton_call(*arguments, **{name: out_type}, **rest)
+
+
 def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:
     """Makes a function one unit of a CPU program that XLA fuses with nothing around it.
 
-    XLA's CPU compiler (jaxlib 0.10 to 0.11) removes `lax.optimization_barrier` before it fuses,
+    XLA's CPU compiler (jaxlib 0.10 to 0.12) removes `lax.optimization_barrier` before it fuses,
     then fuses a depthwise convolution into the synthesis that reads it and computes it once for
     every reader: 50 times slower on a whole layer. A call that must not be inlined is a border
     that fusion respects. GPUs fuse well by themselves, and lose a factor of 3 at such borders.

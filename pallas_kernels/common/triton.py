@@ -71,9 +71,8 @@ def launch(
     """Launches a kernel through jax-triton, as `Launch` says."""
     import jax
     import jax.numpy as jnp
-    import jax_triton
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
-    return jax_triton.triton_call(
-        *arguments, kernel=kernel, out_shape=shapes, grid=grid, **constants
-    )
+    from pallas_kernels.common._compat import triton_call
+
+    types = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
+    return triton_call(*arguments, kernel=kernel, out_type=types, grid=grid, **constants)

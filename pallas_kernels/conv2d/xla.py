@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common._compat import gelu, vary_like
 from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.conv2d.problem import TileConfig, Window
@@ -90,7 +90,7 @@ def activate(y: jax.Array, activation: str | None) -> jax.Array:
     if activation == "relu":
         return jnp.maximum(y, 0)
     if activation == "gelu":
-        return jax.nn.gelu(y, approximate=False)
+        return gelu(y)
     return y
 
 

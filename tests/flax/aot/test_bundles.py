@@ -72,6 +72,21 @@ def test_a_branch_on_data_is_an_error_and_no_guess():
         bundles.count(text, delay_slots=1)
 
 
+@pytest.mark.parametrize(
+    "name", ["core id", "megacore core id :: core id", "a :: megacore core id", "core id :: b"]
+)
+def test_the_first_core_is_counted_of_those_that_share_a_program(name):
+    text = SKIPPED.replace("smov {value}", f"sld [smem:[#allocation0]] /* {name} */")
+    assert bundles.count(text, delay_slots=1).cycles == 7
+
+
+@pytest.mark.parametrize("name", ["iteration index", "no core id", "core idle :: x"])
+def test_other_scalars_from_memory_are_not_known(name):
+    text = SKIPPED.replace("smov {value}", f"sld [smem:[#allocation0]] /* {name} */")
+    with pytest.raises(ValueError, match="depends on p4_p0, which is not known"):
+        bundles.count(text, delay_slots=1)
+
+
 def test_a_loop_without_an_end_is_an_error(monkeypatch):
     monkeypatch.setattr(bundles, "_LIMIT", 1000)
     with pytest.raises(ValueError, match="more than 1000 jumps, expected an end"):

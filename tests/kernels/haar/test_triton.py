@@ -85,8 +85,10 @@ def test_sizes_reach_the_launches(monkeypatch):
         low, *details = haar.wavedec2(x, level=3, implementation="triton")
         return haar.waverec2([low, *details], implementation="triton")
 
-    with tuning("search"):
-        jax.eval_shape(jax.grad(lambda x: both(x).sum()), jnp.ones((1, 8, 8, 2)))
+    # A compiled function is traced once for equal shapes, from JAX 0.11 on also where the backward
+    # pass calls what the forward pass called; without compilation every launch is seen.
+    with tuning("search"), jax.disable_jit():
+        jax.grad(lambda x: both(x).sum())(jnp.ones((1, 8, 8, 2)))
     there = [("analysis", 2, 8), ("analysis", 1, 8)]
     back = [("synthesis", 1, 8), ("synthesis", 2, 8)]
     assert constants == [*there, *back, *there, *back]

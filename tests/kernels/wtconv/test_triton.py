@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.triton import INTERPRETED, PARTS, compiled_resources, launch, tensor, torch
+from helpers.triton import INTERPRETED, PARTS, TORCH, compiled_resources, launch, tensor, torch
 from helpers.wtconv import (
     arrays,
     assert_oracle,
@@ -143,6 +143,7 @@ def test_tensors_of_any_strides():
         assert all(map(torch.equal, parts, wants))
 
 
+@TORCH
 def test_what_is_not_needed_any_more_is_not_kept():
     """Of the smallest named images, for which sums and low bands are large."""
     live, most = 0, 0
