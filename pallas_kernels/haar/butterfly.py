@@ -2,7 +2,7 @@
 
 Both functions take anything that adds and subtracts: numbers, arrays, and values inside a Pallas
 kernel. They leave out the factor 1/2 of the orthonormal transform, which callers apply or fold into
-taps. Triton's form of them stands in `triton_kernels`, XLA's, for any number of axes, in `xla`.
+taps. `triton_kernels` has Triton's form of `split`, `xla` XLA's of both for any number of axes.
 """
 
 from typing import Any

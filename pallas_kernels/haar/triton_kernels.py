@@ -227,18 +227,17 @@ def _store(
 
 
 @triton.jit
-def split(a, b, c, d):
-    """The four bands of pixels `[[a, b], [c, d]]`, twice as large as those of the transform."""
+def split(a, b, c, d, HALVE: tl.constexpr):
+    """The four bands of pixels `[[a, b], [c, d]]`, without `HALVE` twice as large."""
     top, bottom, right, cross = a + b, c + d, a - b, c - d
+    if HALVE:
+        return (
+            0.5 * (top + bottom),
+            0.5 * (top - bottom),
+            0.5 * (right + cross),
+            0.5 * (right - cross),
+        )
     return top + bottom, top - bottom, right + cross, right - cross
-
-
-@triton.jit
-def merge(low, vertical, horizontal, diagonal):
-    """The pixels `a, b, c, d` of four bands, twice as large as those of the transform."""
-    top, bottom = low + vertical, low - vertical
-    right, cross = horizontal + diagonal, horizontal - diagonal
-    return top + right, top - right, bottom + cross, bottom - cross
 
 
 @triton.jit
@@ -249,11 +248,11 @@ def _analyse(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         for u in tl.static_range(COLUMNS):
             a, b = values[4 * v * COLUMNS + 2 * u], values[4 * v * COLUMNS + 2 * u + 1]
             c, d = values[(4 * v + 2) * COLUMNS + 2 * u], values[(4 * v + 2) * COLUMNS + 2 * u + 1]
-            ll, lh, hl, hh = split(a, b, c, d)
-            low = low + (0.5 * ll,)
-            vertical = vertical + (0.5 * lh,)
-            horizontal = horizontal + (0.5 * hl,)
-            diagonal = diagonal + (0.5 * hh,)
+            ll, lh, hl, hh = split(a, b, c, d, True)
+            low = low + (ll,)
+            vertical = vertical + (lh,)
+            horizontal = horizontal + (hl,)
+            diagonal = diagonal + (hh,)
     return low, vertical, horizontal, diagonal
 
 
@@ -264,8 +263,9 @@ def _synthesise(low, vertical, horizontal, diagonal, ROWS: tl.constexpr, COLUMNS
     for v in tl.static_range(ROWS):
         upper, lower = (), ()
         for at in tl.static_range(v * COLUMNS, (v + 1) * COLUMNS):
-            a, b, c, d = merge(low[at], vertical[at], horizontal[at], diagonal[at])
-            upper = upper + (0.5 * a, 0.5 * b)
-            lower = lower + (0.5 * c, 0.5 * d)
+            top, bottom = low[at] + vertical[at], low[at] - vertical[at]
+            right, cross = horizontal[at] + diagonal[at], horizontal[at] - diagonal[at]
+            upper = upper + (0.5 * (top + right), 0.5 * (top - right))
+            lower = lower + (0.5 * (bottom + cross), 0.5 * (bottom - cross))
         values = values + upper + lower
     return values

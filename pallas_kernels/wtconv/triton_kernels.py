@@ -20,7 +20,7 @@ row of x.
 import triton
 import triton.language as tl
 
-from pallas_kernels.haar.triton_kernels import merge, split
+from pallas_kernels.haar.triton_kernels import split
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _bands(top, bottom, COUNT: tl.constexpr):
     """The four bands of `COUNT` pairs of columns of two rows, twice as large as the transform's."""
     bands = ()
     for j in tl.static_range(COUNT):
-        bands = bands + split(top[2 * j], top[2 * j + 1], bottom[2 * j], bottom[2 * j + 1])
+        bands = bands + split(top[2 * j], top[2 * j + 1], bottom[2 * j], bottom[2 * j + 1], False)
     return bands
 
 
@@ -109,8 +109,8 @@ def low_bands(
         top = _row(row + 2 * v * x_h, top_ok, SIDE * j, W, SIDE, X_W, True)
         bottom = _row(row + (2 * v + 1) * x_h, bottom_ok, SIDE * j, W, SIDE, X_W, True)
         for u in tl.static_range(SIDE // 2):
-            low, _, _, _ = split(top[2 * u], top[2 * u + 1], bottom[2 * u], bottom[2 * u + 1])
-            lows = lows + (0.5 * low,)
+            low, _, _, _ = split(top[2 * u], top[2 * u + 1], bottom[2 * u], bottom[2 * u + 1], True)
+            lows = lows + (low,)
     h, w = (H + 1) // 2, (W + 1) // 2
     _store_low(low1, lows, n, i, j, c, ok, h, w, C, SIDE // 2)
     if LEVELS > 1:
@@ -131,8 +131,8 @@ def _halve(lows, SIDE: tl.constexpr):
         for u in tl.static_range(SIDE // 2):
             a, b = lows[2 * v * SIDE + 2 * u], lows[2 * v * SIDE + 2 * u + 1]
             c, d = lows[(2 * v + 1) * SIDE + 2 * u], lows[(2 * v + 1) * SIDE + 2 * u + 1]
-            low, _, _, _ = split(a, b, c, d)
-            found = found + (0.5 * low,)
+            low, _, _, _ = split(a, b, c, d, True)
+            found = found + (low,)
     return found
 
 
@@ -294,7 +294,11 @@ def _two_rows(
                     inside = inside & (j0 + j < columns)
                 at = below + (row.to(tl.int64) * columns + j) * C
                 low += 0.5 * tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            pixels = pixels + merge(low, done[4 * j + 1], done[4 * j + 2], done[4 * j + 3])
+            vertical, horizontal, diagonal = done[4 * j + 1], done[4 * j + 2], done[4 * j + 3]
+            # In the order of `haar.triton_kernels` these sums compile to other machine code.
+            right, cross = horizontal + diagonal, horizontal - diagonal
+            top, bottom = low + vertical, low - vertical
+            pixels = pixels + (top + right, top - right, bottom + cross, bottom - cross)
         if BASE:
             start = source + (2 * row).to(tl.int64) * x_h + RADIUS * X_W
             pixels = _add_base(
