@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.reference import quick_jit
 
-from flash_wtconv_jax.bench import baseline_jax
 from pallas_kernels.common.conformance import bounds, drawn, expected, worst
-from pallas_kernels.wtconv import wtconv1d, wtconv2d, wtconv3d
+from pallas_kernels.wtconv import baseline_jax, wtconv1d, wtconv2d, wtconv3d
 from pallas_kernels.wtconv.cases import Case
 from pallas_kernels.wtconv.problem import Problem
 
