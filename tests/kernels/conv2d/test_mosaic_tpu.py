@@ -55,21 +55,20 @@ TILED = (
 SMALL = TileConfig(32, 16, 16)
 
 
-# What the others have too: all but a mirrored edge in NCHW, which the next has in NHWC.
-WIDE = {
-    "2x6x9x2-2x3x3-reflect-relu-nchw_fchw",
-    "1x9x7x4-3x5x6-stride2-reflect-biasTrue-gelu",
-}
+# What others have too: mirrored edges, rectangles, two blocks of channels or of features, and
+# tiles across an image.
+WIDE = {HARD[2], HARD[3], *EXTRA[-3:], TILED[1]}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case.name in WIDE))
-        for case in HARD + EXTRA
-        if taken(case)
-    ],
-)
+def some(cases):
+    """Each of the cases, those of `WIDE` for `make test-all`."""
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case in WIDE))
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize("case", some(filter(taken, HARD + EXTRA)))
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
 
@@ -78,7 +77,7 @@ def test_two_cores_do_not_race(races):
     assert_oracle(Case(1, 1, 2, 130, 1, 1, 130, bias=True), "mosaic_tpu")
 
 
-@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some(TILED))
 def test_tiles_are_the_oracles(case, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "_BLOCK_PIXELS", 16)
     steps = []
