@@ -27,7 +27,7 @@ def copy(tmp_path_factory):
         m["path"]: m["text"]
         for m in TITLED.finditer((ROOT / "docs" / "adding_an_operator.md").read_text())
     }
-    assert len(files) == 12
+    assert len(files) == 11
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)

@@ -6,8 +6,8 @@ same column of eight images lies in the sublanes.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,29 @@ from pallas_kernels.common.types import Pair
 LANES, SUBLANES = 128, 8
 VMEM_SHARE = 0.75
 """The share of VMEM for blocks and scratch; the compiler's stack and spills need the rest."""
+SIZES = "images", "rows", "cols", "images_per_register"
+"""Names of what a search space of tilings offers."""
 STEP_BYTES = 1 << 20
 """The least size of x for a grid step, so that the step's fixed cost is small beside its work."""
+
+
+class Tiled(Protocol):
+    """A tiling of any operator: how many images and which part of them a grid step takes."""
+
+    @property
+    def images(self) -> int:
+        """Images of a step."""
+
+    @property
+    def size(self) -> Pair:
+        """Rows and columns of a tile."""
+
+    @property
+    def images_per_register(self) -> int:
+        """Images that share registers, or one."""
+
+
+AnyTiled = TypeVar("AnyTiled", bound=Tiled)
 
 
 def unavailable(platform: str) -> str | None:
@@ -137,6 +158,57 @@ def pick_images_per_register(
         if whole and math.ceil(channels / LANES) * (n // images) > 1 and fits(images):
             return images
     return 1
+
+
+def whole_images(
+    shape: Sequence[int], dtype: jnp.dtype, fits: Callable[[int, int], bool]
+) -> list[Pair]:
+    """The ways to take whole images in a grid step, the one to take unasked first.
+
+    Args:
+        shape: Of x, `[N, H, W, C]`.
+        dtype: Of x.
+        fits: Whether so many images, so many of them in a register, fit in VMEM.
+
+    Returns:
+        Images of a step and images in a register; none where not even one image fits.
+    """
+    n, h, w, channels = shape
+    image = h * w * min(channels, LANES) * dtype.itemsize
+    found: list[Pair] = []
+    for step in (STEP_BYTES, 4 * STEP_BYTES, STEP_BYTES // 4):
+        most = max(1, step // image)
+        shared = pick_images_per_register(shape, dtype, most, lambda images: fits(images, images))
+        if shared > 1:
+            found.append((shared, shared))
+            continue
+        whole = [images for images in range(min(n, most), 0, -1) if n % images == 0]
+        found += [(images, 1) for images in whole if fits(images, 1)][:1]
+        if not found:
+            return []
+    return list(dict.fromkeys(found))
+
+
+def offered(tilings: Iterable[Tiled]) -> list[dict[str, int]]:
+    """A search space of tilings: nothing for the first, which is taken unasked."""
+    _, *others = map(sizes, tilings)
+    return [{}, *others]
+
+
+def sizes(tiling: Tiled) -> dict[str, int]:
+    """A tiling as parameters of a search space."""
+    rows, cols = tiling.size
+    return {
+        "images": tiling.images,
+        "rows": rows,
+        "cols": cols,
+        "images_per_register": tiling.images_per_register,
+    }
+
+
+def chosen(tilings: Iterable[AnyTiled], parameters: Mapping[str, int]) -> AnyTiled:
+    """The tiling that parameters of a search space name, without any the first."""
+    return next(one for one in tilings if not parameters or sizes(one) == parameters)
 
 
 class Part(NamedTuple):

@@ -26,10 +26,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
 from pallas_kernels.common.mosaic_tpu import (
     LANES,
-    STEP_BYTES,
+    SIZES,
     SUBLANES,
     VMEM_SHARE,
     Part,
+    chosen,
     columns_per_register,
     compiler_params,
     from_hwnc,
@@ -38,22 +39,24 @@ from pallas_kernels.common.mosaic_tpu import (
     launch_grid,
     load_hwnc_row,
     loop,
+    offered,
     parts,
-    pick_images_per_register,
     round_up,
     store_row,
     to_hwnc,
     unavailable,
+    whole_images,
 )
 from pallas_kernels.common.refusals import refusal, refuse
 from pallas_kernels.common.types import Bands, Pair
 from pallas_kernels.haar.butterfly import merge, split
 
-__all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
+__all__ = ["DIFFERENTIABLE", "check", "search_space", "unavailable", "wavedec", "waverec"]
 
 DIFFERENTIABLE = False
 
 _MAX_LEVELS = 5
+_MOST_TILINGS = 4
 
 
 def check(direction: str, problem: Any) -> None:
@@ -64,16 +67,21 @@ def check(direction: str, problem: Any) -> None:
         problem: `pallas_kernels.haar.problem.Problem`.
     """
     refuse(problem.unsupported(("float32", "bfloat16"), _MAX_LEVELS))
-    _tiling(problem.shape, problem.dtype, problem.levels)
+    _tilings(problem.shape, problem.dtype, problem.levels)
 
 
-@partial(jax.jit, static_argnames=("ndim", "levels", "wavelet"))
+def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+    """The tilings that are worth timing, the one that is taken unasked first; see `check`."""
+    return offered(_tilings(problem.shape, problem.dtype, problem.levels))
+
+
+@partial(jax.jit, static_argnames=("ndim", "levels", "wavelet", *SIZES))
 @in_32_bits
 def wavedec(
-    x: jax.Array, *, ndim: int, levels: int, wavelet: str
+    x: jax.Array, *, ndim: int, levels: int, wavelet: str, **tile: int
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
     """The low band of `x [N, H, W, C]`, and three details for each level from coarse to fine."""
-    tiling = _tiling(x.shape, x.dtype, levels)
+    tiling = chosen(_tilings(x.shape, x.dtype, levels), tile)
     sizes = halved(tiling.size, levels)
     blocks = _blocks(x.shape, tiling, sizes)
     spec, lanes = blocks[0], min(x.shape[-1], LANES)
@@ -98,12 +106,14 @@ def wavedec(
     return low, tuple(zip(*[iter(details)] * 3, strict=True))
 
 
-@partial(jax.jit, static_argnames=("shape", "wavelet"))
+@partial(jax.jit, static_argnames=("shape", "wavelet", *SIZES))
 @in_32_bits
-def waverec(low: jax.Array, details: tuple[Bands, ...], *, shape: Pair, wavelet: str) -> jax.Array:
+def waverec(
+    low: jax.Array, details: tuple[Bands, ...], *, shape: Pair, wavelet: str, **tile: int
+) -> jax.Array:
     """The inverse of `wavedec`: an image `[N, *shape, C]`."""
     whole, levels = (low.shape[0], *shape, low.shape[-1]), len(details)
-    tiling = _tiling(whole, low.dtype, levels)
+    tiling = chosen(_tilings(whole, low.dtype, levels), tile)
     sizes = halved(tiling.size, levels)
     blocks, lanes = _blocks(whole, tiling, sizes), min(low.shape[-1], LANES)
     order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
@@ -132,21 +142,17 @@ class _Tiling(NamedTuple):
     """All images of the step, a multiple of eight, where images share registers; otherwise 1."""
 
 
-def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
-    """The tile of a grid step: whole images, or the largest tile that fits in VMEM."""
-    n, h, w, channels = shape
+def _tilings(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> list[_Tiling]:
+    """The tilings that fit in VMEM and are worth timing, the one that is taken unasked first."""
+    _, h, w, _ = shape
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
-    image = h * w * min(channels, LANES) * dtype.itemsize
-    most = max(1, STEP_BYTES // image)
-    images_per_register = pick_images_per_register(
-        shape, dtype, most, lambda n: _vmem_use(_Tiling(n, (h, w), n), dtype, levels) <= limit
+    whole = whole_images(
+        shape,
+        dtype,
+        lambda images, each: _vmem_use(_Tiling(images, (h, w), each), dtype, levels) <= limit,
     )
-    if images_per_register > 1:
-        return _Tiling(images_per_register, (h, w), images_per_register)
-    for images in range(min(n, most), 0, -1):
-        whole = _Tiling(images, (h, w))
-        if n % images == 0 and _vmem_use(whole, dtype, levels) <= limit:
-            return whole
+    if whole:
+        return [_Tiling(images, (h, w), each) for images, each in whole]
     # Blocks of every level end on a whole register, including packed registers of bfloat16.
     rows, cols = 1 << levels, 16 << levels
     fitting = [
@@ -163,7 +169,7 @@ def _tiling(shape: Sequence[int], dtype: jnp.dtype, levels: int) -> _Tiling:
                 f"more fits in {limit / 2**20:.1f} MiB of VMEM"
             ]
         )
-    return max(fitting)[1]
+    return [tiling for _, tiling in sorted(fitting, reverse=True)[:_MOST_TILINGS]]
 
 
 def _vmem_use(tiling: _Tiling, dtype: jnp.dtype, levels: int) -> int:

@@ -39,10 +39,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
 from pallas_kernels.common.mosaic_tpu import (
     LANES,
-    STEP_BYTES,
+    SIZES,
     SUBLANES,
     VMEM_SHARE,
     Part,
+    chosen,
     columns_per_register,
     compiler_params,
     from_hwnc,
@@ -51,18 +52,19 @@ from pallas_kernels.common.mosaic_tpu import (
     launch_grid,
     load_hwnc_row,
     loop,
+    offered,
     parts,
-    pick_images_per_register,
     round_up,
     store_row,
     to_hwnc,
     unavailable,
+    whole_images,
 )
 from pallas_kernels.common.refusals import refusal, refuse
 from pallas_kernels.common.types import Pair, Taps
 from pallas_kernels.haar.butterfly import merge, split
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
+__all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
 
@@ -70,6 +72,7 @@ Accumulators = tuple[jax.Array, ...]
 """One register for each tap."""
 
 _MAX_KERNEL = 9
+_MOST_TILINGS = 4
 _MAX_GROUP = 8
 """The most registers of a row that one loop body unrolls."""
 
@@ -82,10 +85,24 @@ def check(direction: str, problem: Any) -> None:
         problem: `pallas_kernels.wtconv.problem.Problem`.
     """
     refuse(problem.unsupported(("float32", "bfloat16"), _MAX_KERNEL))
-    _tiling(problem.shape, problem.dtype, problem.kernel_size, problem.levels, direction == "bwd")
+    _tilings(problem.shape, problem.dtype, problem.kernel_size, problem.levels, direction == "bwd")
 
 
-@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
+def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+    """The tilings that are worth timing, the one that is taken unasked first; see `check`.
+
+    Both kernels of the backward pass take the same one.
+    """
+    arguments = problem.shape, problem.dtype, problem.kernel_size, problem.levels
+    found = _tilings(*arguments, weights=direction == "bwd")
+    if direction == "bwd":
+        first, *others = found
+        forward = set(_tilings(*arguments, weights=False))
+        found = [first, *(tiling for tiling in others if tiling in forward)]
+    return offered(found)
+
+
+@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision", *SIZES))
 @in_32_bits
 def forward(
     x: jax.Array,
@@ -95,17 +112,18 @@ def forward(
     wavelet: str,
     transpose: bool,
     precision: lax.Precision | None,
+    **tile: int,
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
 
-    `wavelet` is Haar. `precision` changes nothing: the kernel computes in float32 on the vector
+    `wavelet` is Haar, `tile` of `search_space`. `precision` changes nothing: the kernel computes in float32 on the vector
     units and does not use the matrix unit.
     """
     kernel_size, levels = taps[0].shape[0], len(taps) - 1
     pads = (kernel_size - 1) // 2, kernel_size // 2
     if transpose:
         taps, pads = tuple(jnp.flip(tap, (0, 1)) for tap in taps), pads[::-1]
-    tiling = _tiling(x.shape, x.dtype, kernel_size, levels, weights=False)
+    tiling = chosen(_tilings(x.shape, x.dtype, kernel_size, levels, weights=False), tile)
     geometry = _geometry(tiling, tiling.halo, levels, pads)
     channels = x.shape[-1]
     lanes = min(channels, LANES)
@@ -147,7 +165,7 @@ def forward(
     return from_hwnc(y, tiling.images_per_register)
 
 
-@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision"))
+@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision", *SIZES))
 @in_32_bits
 def weight_grad(
     x: jax.Array,
@@ -156,6 +174,7 @@ def weight_grad(
     kernel_shapes: tuple[tuple[int, ...], ...],
     wavelet: str,
     precision: lax.Precision | None,
+    **tile: int,
 ) -> Taps:
     """The gradients of the taps: each level's coefficients of x correlated with those of dy.
 
@@ -163,7 +182,7 @@ def weight_grad(
     """
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
     pads = (kernel_size - 1) // 2, kernel_size // 2
-    tiling = _tiling(x.shape, x.dtype, kernel_size, levels, weights=True)
+    tiling = chosen(_tilings(x.shape, x.dtype, kernel_size, levels, weights=True), tile)
     of_x = _geometry(tiling, tiling.halo, levels, pads)
     of_dy = _geometry(tiling, (0, 0), levels, (0, 0))
     lanes = min(x.shape[-1], LANES)
@@ -210,29 +229,24 @@ class _Tiling(NamedTuple):
     columns are then this many sublanes apart. Otherwise 1, and a register holds eight columns."""
 
 
-def _tiling(
+def _tilings(
     shape: Sequence[int], dtype: jnp.dtype, kernel_size: int, levels: int, weights: bool
-) -> _Tiling:
-    """The largest tile that fits in VMEM.
+) -> list[_Tiling]:
+    """The tilings that fit in VMEM and are worth timing, the one that is taken unasked first.
 
-    Images that share registers come first, then whole images, then tiles with a halo.
+    They take whole images, of which several may share registers, or tiles with a halo.
     """
-    n, h, w, channels = shape
+    _, h, w, channels = shape
     limit = int(tpu_vmem_bytes() * VMEM_SHARE)
 
     def fits(tiling: _Tiling) -> bool:
         return _vmem_use(tiling, dtype, channels, kernel_size, levels, weights) <= limit
 
-    most = max(1, STEP_BYTES // (h * w * min(channels, LANES) * dtype.itemsize))
-    images_per_register = pick_images_per_register(
-        shape, dtype, most, lambda images: fits(_Tiling(images, (h, w), (0, 0), images))
+    whole = whole_images(
+        shape, dtype, lambda images, each: fits(_Tiling(images, (h, w), (0, 0), each))
     )
-    if images_per_register > 1:
-        return _Tiling(images_per_register, (h, w), (0, 0), images_per_register)
-    for images in range(min(n, most), 0, -1):
-        tiling = _Tiling(images, (h, w), (0, 0))
-        if n % images == 0 and fits(tiling):
-            return tiling
+    if whole:
+        return [_Tiling(images, (h, w), (0, 0), each) for images, each in whole]
     # The halo must be a multiple of 2**levels, and must divide the tile to be a block of its own.
     least = 1 << (levels + (max(kernel_size // 2, 1) - 1).bit_length())
     halos = least, max(least, 2 * SUBLANES)
@@ -254,7 +268,7 @@ def _tiling(
                 f"its halo of {least} pixels fits in {limit / 2**20:.1f} MiB of VMEM"
             ]
         )
-    return min(fitting)[1]
+    return [tiling for _, tiling in sorted(fitting)[:_MOST_TILINGS]]
 
 
 def _windows(shape: Sequence[int], tiling: _Tiling, halo: Pair, lanes: int) -> list[pl.BlockSpec]:
