@@ -34,7 +34,7 @@ lint: $(VENV)/.installed-test
 	    && $(BIN)/python .ci/check_files.py pyproject.toml notebooks/*.ipynb
 
 clean:
-	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .jax_cache .hypothesis
 
 # One environment, one stamp an extra. The stamp is written last, so that it means "complete".
 $(VENV)/.installed-%: pyproject.toml

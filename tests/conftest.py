@@ -2,10 +2,16 @@
 
 import os
 import random
+from pathlib import Path
 
 # Before anything imports jax. Tests marked gpu or tpu run with JAX_PLATFORMS=cuda or tpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
+    # What one test, worker or run has compiled, the others load; `make clean` removes it.
+    compiled = Path(__file__).parents[1] / ".jax_cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     # Before anything imports Triton, whose own functions are then interpreted too.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # Before jax starts: its GPU interpreter needs a thread of XLA's for each warpgroup, and more

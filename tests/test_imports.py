@@ -96,6 +96,8 @@ WITHOUT_JAX = [
     "pallas_kernels.haar",
     "pallas_kernels.haar.cases",
     "pallas_kernels.haar.filters",
+    "pallas_kernels.haar.problem",
+    "pallas_kernels.haar.shapes",
     "pallas_kernels.common.deprecation",
     "pallas_kernels.common.files",
     "pallas_kernels.common.triton",

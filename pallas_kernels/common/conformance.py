@@ -91,16 +91,6 @@ def rounded(values: Array, dtype: str) -> NDArray[Any]:
     return values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
-def drawn(case: Case) -> tuple[Any, ...]:
-    """Returns NumPy's arrays of a case; see `Case.drawn`."""
-    return case.drawn()
-
-
-def tolerance(case: Case, name: str) -> float:
-    """Returns the error of a result that rounding may cause; see `Case.tolerance`."""
-    return case.tolerance(name)
-
-
 @lru_cache(maxsize=256, typed=True)
 def expected(case: Case) -> dict[str, Any]:
     """Returns what the oracle expects of a case, computed once.

@@ -13,7 +13,7 @@ from pallas_kernels.haar.cases import CASES, Case
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.haar.problem import Problem
 
-__all__ = ["CASES", "baseline", "computed", "problem"]
+__all__ = ["CASES", "baseline", "computed", "problem", "to_pywavelets"]
 
 _WAVEDEC = {1: api.wavedec, 2: api.wavedec2, 3: api.wavedec3}
 _WAVEREC = {1: api.waverec, 2: api.waverec2, 3: api.waverec3}
@@ -48,7 +48,7 @@ def computed(case: Case, implementation: str) -> Callable[..., dict[str, Any]]:
         return _from_pywavelets(_WAVEDEC[case.ndim](x, level=case.level, **static))
 
     def synthesise(coefficients: list[jax.Array]) -> jax.Array:
-        named = _to_pywavelets(coefficients, case.ndim)
+        named = to_pywavelets(coefficients, case.ndim)
         return _WAVEREC[case.ndim](named, shape=case.spatial, **static)
 
     return partial(_with_gradients, analyse, synthesise)
@@ -77,8 +77,18 @@ def _with_gradients(
     }
 
 
-def _to_pywavelets(coefficients: list[jax.Array], ndim: int) -> list[Any]:
-    """The coefficients of a case as PyWavelets arranges them: coarse first, a name a band."""
+def to_pywavelets(coefficients: list[Any], ndim: int) -> list[Any]:
+    """Returns the coefficients of a case as PyWavelets arranges them: coarse first, a name a band.
+
+    Args:
+        coefficients: The low band, then the high bands of each level, finest first.
+        ndim: Number of spatial axes.
+
+    Example:
+        >>> low, (horizontal, vertical, diagonal) = to_pywavelets(Case((7, 9), 1).drawn()[1], 2)
+        >>> low.shape, diagonal.shape
+        ((2, 4, 5, 3), (2, 4, 5, 3))
+    """
     low, *details = coefficients
     levels: list[Any] = [
         [high[..., s, :] for s in range(2**ndim - 1)] for high in reversed(details)
@@ -91,7 +101,7 @@ def _to_pywavelets(coefficients: list[jax.Array], ndim: int) -> list[Any]:
 
 
 def _from_pywavelets(coefficients: list[Any]) -> list[jax.Array]:
-    """The inverse of `_to_pywavelets`."""
+    """The inverse of `to_pywavelets`."""
     low, *levels = coefficients
     details = []
     for level in reversed(levels):

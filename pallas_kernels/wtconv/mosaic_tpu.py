@@ -116,8 +116,8 @@ def forward(
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
 
-    `wavelet` is Haar, `tile` of `search_space`. `precision` changes nothing: the kernel computes in float32 on the vector
-    units and does not use the matrix unit.
+    `wavelet` is Haar, and `tile` is of `search_space`. `precision` changes nothing: the kernel
+    computes in float32 on the vector units and does not use the matrix unit.
     """
     kernel_size, levels = taps[0].shape[0], len(taps) - 1
     pads = (kernel_size - 1) // 2, kernel_size // 2

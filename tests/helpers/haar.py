@@ -1,90 +1,40 @@
 """One implementation of the wavelet transforms on one case against the oracle."""
 
-import math
-from functools import partial, reduce
+from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers.reference import quick_jit
-from jax import lax
 
 from pallas_kernels import haar, oracle
-from pallas_kernels.haar.cases import Case, inputs
+from pallas_kernels.common import conformance
+from pallas_kernels.common.conformance import LOW
+from pallas_kernels.haar import baseline_jax
+from pallas_kernels.haar.cases import Case
+from pallas_kernels.haar.conformance import problem, to_pywavelets
 from pallas_kernels.haar.filters import filter_bank
-from pallas_kernels.haar.problem import Problem
 
 WAVEDEC = {1: haar.wavedec, 2: haar.wavedec2, 3: haar.wavedec3}
 WAVEREC = {1: haar.waverec, 2: haar.waverec2, 3: haar.waverec3}
-LOW = ("bfloat16", "float16")
-# Band s is high along spatial axis a where bit a of s is set; PyWavelets' letters name the axes.
-DETAILS3 = ("daa", "ada", "dda", "aad", "dad", "add", "ddd")
 
 
 def takes(module, case):
     """Whether an implementation's module is made for a case; refusals have tests of their own."""
-    shape = (math.prod(case.batch), *case.spatial, case.channels)
-    problem = Problem(shape, jnp.dtype(case.dtype), case.ndim, case.level, case.wavelet)
     try:
-        module.check("fwd", problem)
+        module.check("fwd", problem(case))
     except NotImplementedError:
         return False
     return case.level > 0
 
 
-def layout(low, details, ndim):
-    """The oracle's high bands (finest first, on one axis) as PyWavelets arranges them."""
-    bands = [tuple(d[..., s, :] for s in range(2**ndim - 1)) for d in reversed(details)]
-    if ndim == 1:
-        bands = [band for (band,) in bands]
-    if ndim == 3:
-        bands = [dict(zip(DETAILS3, band, strict=True)) for band in bands]
-    return [low, *bands]
-
-
-def cascade(analysis, x, ndim, level):
-    """A cascade of any one-level analysis `x -> [*batch, *half, 2**ndim, C]`."""
-    low, details = x, []
-    for _ in range(level):
-        bands = analysis(low)
-        low, details = bands[..., 0, :], [*details, bands[..., 1:, :]]
-    return layout(low, details, ndim)
-
-
 def oracle_wavedec(x, ndim, level, wavelet="haar"):
+    """The oracle's coefficients as PyWavelets arranges them."""
     dec, _ = filter_bank(wavelet)
-    return cascade(partial(oracle.analysis, ndim=ndim, dec=dec), x, ndim, level)
-
-
-def oracle_waverec(low, details, ndim, spatial, bank):
-    if not details:
-        return low
-    lows = [np.zeros_like(d[..., 0, :]) for d in details[:-1]] + [low]
-    full = [np.concatenate([a[..., None, :], d], -2) for a, d in zip(lows, details, strict=True)]
-    return oracle.waverec(full, ndim, spatial, bank)
-
-
-def plain_analysis(x, ndim, bank):
-    """One level as one strided convolution in x's dtype, without further care."""
-    spatial, reach = x.shape[-1 - ndim : -1], bank.shape[1] // 2 - 1
-    taps = [
-        reduce(np.multiply.outer, [bank[s >> a & 1] for a in range(ndim)]) for s in range(2**ndim)
-    ]
-    axes = "DHW"[:ndim]
-    out = lax.conv_general_dilated(
-        jnp.moveaxis(x, -1, 0).reshape(-1, *spatial, 1),
-        jnp.asarray(np.stack(taps, -1)[..., None, :], x.dtype),
-        window_strides=(2,) * ndim,
-        padding=[(reach, reach + n % 2) for n in spatial],
-        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
-    )
-    out = out.reshape(x.shape[-1], *x.shape[: -1 - ndim], *out.shape[1:])
-    return jnp.moveaxis(out, 0, -1)
-
-
-def plain_wavedec(x, ndim, level, bank):
-    return cascade(partial(plain_analysis, ndim=ndim, bank=bank), x, ndim, level)
+    levels = oracle.wavedec(x, ndim, level, dec)
+    low = levels[-1][..., 0, :] if levels else x
+    return to_pywavelets([low, *(bands[..., 1:, :] for bands in levels)], ndim)
 
 
 def transforms(dec, rec, x, coeffs, jit=jax.jit):
@@ -105,12 +55,15 @@ def ours(case, x, coeffs, implementation):
 
 
 def plain(case, x, coeffs):
-    """The transforms of `plain_analysis`; synthesis is the transpose of analysis."""
-    dec, rec = (
-        partial(plain_wavedec, ndim=case.ndim, level=case.level, bank=bank)
-        for bank in filter_bank(case.wavelet)
+    """The transforms of the baseline."""
+    dec, rec = filter_bank(case.wavelet)
+    analyse, adjoint = (
+        lambda x, bank=bank: to_pywavelets(
+            baseline_jax.wavedec(x, ndim=case.ndim, level=case.level, bank=bank), case.ndim
+        )
+        for bank in (dec, rec)
     )
-    return transforms(dec, lambda c: jax.vjp(rec, x)[1](c)[0], x, coeffs, quick_jit)
+    return transforms(analyse, lambda c: jax.vjp(adjoint, x)[1](c)[0], x, coeffs, quick_jit)
 
 
 def error(got, want):
@@ -127,20 +80,17 @@ def error(got, want):
 
 def arrays(case):
     """The signal of a case in its dtype, and coefficients as PyWavelets arranges them."""
-    x, low, details = jax.tree.map(lambda a: a.astype(jnp.dtype(case.dtype)), inputs(case))
-    return x, layout(low, details, case.ndim)
+    x, coefficients = case.drawn()
+    return x, to_pywavelets(coefficients, case.ndim)
 
 
 def expected(case):
     """The oracle's transforms of the numbers that the case's dtype can hold."""
-    x, low, details = jax.tree.map(
-        lambda a: np.asarray(a.astype(jnp.dtype(case.dtype)), np.float64), inputs(case)
-    )
-    dec, rec = filter_bank(case.wavelet)
+    want = conformance.expected(case)
     return {
-        "wavedec": oracle_wavedec(x, case.ndim, case.level, case.wavelet),
-        "vjp": oracle_waverec(low, details, case.ndim, case.spatial, dec),
-        "waverec": oracle_waverec(low, details, case.ndim, case.spatial, rec),
+        "wavedec": to_pywavelets(want["wavedec"], case.ndim),
+        "vjp": want["dwavedec"],
+        "waverec": want["waverec"],
     }
 
 
@@ -151,7 +101,7 @@ def assert_close(case, got, want):
         rounding, bar = float(jnp.finfo(case.dtype).eps), plain(case, *arrays(case))
         bounds = {name: max(2 * error(bar[name], want[name]), rounding) for name in want}
     else:
-        bounds = dict.fromkeys(want, {"float32": 1e-5, "float64": 1e-13}[case.dtype])
+        bounds = {name: case.tolerance(name) for name in want}
     found = {name: error(got[name], want[name]) for name in want}
     # NaN is not greater than its bound.
     assert {name: e for name, e in found.items() if not e <= bounds[name]} == {}

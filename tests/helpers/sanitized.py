@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import haar
-from pallas_kernels.common.conformance import drawn
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.wtconv import wtconv2d
 from pallas_kernels.wtconv.cases import Case
@@ -30,7 +29,7 @@ def in_jax(implementation):
     """WTConv, both ways; the Haar cascade, there and back; a dense convolution, both ways."""
     wtconv = partial(wtconv2d, implementation=implementation)
     for case in CASES:
-        x, params, _ = jax.tree.map(partial(jnp.asarray, dtype="float32"), drawn(case))
+        x, params, _ = jax.tree.map(partial(jnp.asarray, dtype="float32"), case.drawn())
         gradients = jax.grad(lambda x, params: (wtconv(x, params) ** 2).sum(), (0, 1))
         jax.block_until_ready(jax.jit(gradients)(x, params))
     bands = haar.wavedec2(x, level=3, implementation=implementation)

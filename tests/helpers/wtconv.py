@@ -1,6 +1,5 @@
 """One implementation of WTConv on one case against the oracle: what every test file calls."""
 
-import math
 from functools import partial
 
 import chex
@@ -9,20 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from helpers.reference import quick_jit
 
-from pallas_kernels.common.conformance import bounds, drawn, expected, worst
+from pallas_kernels.common.conformance import bounds, expected, worst
 from pallas_kernels.wtconv import baseline_jax, wtconv1d, wtconv2d, wtconv3d
 from pallas_kernels.wtconv.cases import Case
-from pallas_kernels.wtconv.problem import Problem
+from pallas_kernels.wtconv.conformance import problem
 
 WTCONV = {1: wtconv1d, 2: wtconv2d, 3: wtconv3d}
 
 
 def takes(module, case):
     """Whether an implementation's module is made for a case; refusals have tests of their own."""
-    shape = (math.prod(case.batch), *case.spatial, case.channels)
-    problem = Problem(shape, jnp.dtype(case.dtype), case.kernel_size, case.levels, case.wavelet)
     try:
-        module.check("fwd", problem)
+        module.check("fwd", problem(case))
     except NotImplementedError:
         return False
     return True
@@ -30,7 +27,7 @@ def takes(module, case):
 
 def arrays(case):
     """x, params and dy of a case in its dtype."""
-    return jax.tree.map(jnp.asarray, drawn(case))
+    return jax.tree.map(jnp.asarray, case.drawn())
 
 
 def value_and_grads(function, case, jit=jax.jit):
@@ -84,7 +81,7 @@ def assert_sharded(implementation, check_vma):
     case = Case((9, 10), 2, 3, batch=(2,))
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
     batch = jax.sharding.PartitionSpec("n")
-    specs = batch, dict.fromkeys(drawn(case)[1], jax.sharding.PartitionSpec())
+    specs = batch, dict.fromkeys(case.drawn()[1], jax.sharding.PartitionSpec())
     local = jax.shard_map(
         partial(wtconv2d, implementation=implementation),
         mesh=mesh,

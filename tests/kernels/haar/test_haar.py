@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import pywt
-from helpers.haar import LOW, WAVEDEC, WAVEREC, assert_oracle, error, oracle_wavedec
+from helpers.haar import WAVEDEC, WAVEREC, assert_oracle, error, oracle_wavedec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import haar
+from pallas_kernels.common.conformance import LOW
 from pallas_kernels.haar import Implementation
 from pallas_kernels.haar.cases import CASES, HARD, PAIRWISE
 

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import oracle
 from pallas_kernels.common import device
 from pallas_kernels.common._compat import vary_over
-from pallas_kernels.common.conformance import drawn, worst
+from pallas_kernels.common.conformance import worst
 from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.cases import CASES, Case
@@ -352,7 +352,7 @@ def taps_of(params, levels, first):
 
 
 def assert_fused_levels_oracle(case, first):
-    x, params, _ = drawn(case)
+    x, params, _ = case.drawn()
     taps, params = taps_of(params, case.levels, first)
     # The image that x is the second low band of has the same in 4 x 4 pixels.
     image = x if first == 2 else np.repeat(np.repeat(np.float32(x) / 4, 4, 1), 4, 2)
@@ -390,7 +390,7 @@ def test_interpreted_level2_is_the_oracles(case):
 @pytest.mark.parametrize("launch", [level2.level2, fused_levels.fused_levels])
 def test_interpreted_images_have_nothing_to_do_with_each_other(launch):
     case = Case((18, 9), 2, 5, batch=(6,), channels=4)
-    x, params, _ = drawn(case)
+    x, params, _ = case.drawn()
     packed = mosaic_gpu._packed(taps_of(params, case.levels, 0)[0], None)
     levels = () if launch is level2.level2 else (case.levels,)
     spoilt = np.array(x)
@@ -408,7 +408,7 @@ def test_interpreted_images_have_nothing_to_do_with_each_other(launch):
 
 
 def assert_level2_oracle(case):
-    x, params, _ = drawn(case)
+    x, params, _ = case.drawn()
     taps, params = taps_of(params, case.levels, 2)
     want = oracle.wtconv(x, params, case.ndim)[:, ::2, ::2]
     packed = mosaic_gpu._packed(taps, None)
@@ -427,7 +427,7 @@ def assert_level2_oracle(case):
 def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
     monkeypatch.setattr(fused_levels, "fits", lambda *args: False)
     case = Case((10, 13), 4, 3, batch=(1,), channels=4)
-    x, params, _ = drawn(case)
+    x, params, _ = case.drawn()
     taps, _ = taps_of(params, case.levels, 0)
     keys = {"wavelet": "haar", "transpose": False, "precision": None}
     bias = jnp.asarray(params["base_bias"] * params["base_scale"])
@@ -636,7 +636,7 @@ def test_levels_from_the_third_on_are_the_oracles(case):
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count():
     case = Case((1024, 1000), 3, 5, batch=(1,), channels=64)
-    x, params, dy = jax.tree.map(partial(jnp.asarray, dtype="bfloat16"), drawn(case))
+    x, params, dy = jax.tree.map(partial(jnp.asarray, dtype="bfloat16"), case.drawn())
     batch = -(-(2**31) // x.size) + 1
 
     def results(x, dy):

@@ -171,4 +171,4 @@ class TestChoice:
         case = Case((3, 4), 1, 3, batch=(1,), channels=2)
         got = check.layer_results(None, CPU, torch.contiguous_format, case)
         for name, want in conformance.expected(case).items():
-            assert conformance.worst(got[name], want) <= conformance.tolerance(case, name), name
+            assert conformance.worst(got[name], want) <= case.tolerance(name), name
