@@ -100,6 +100,7 @@ WITHOUT_JAX = [
     "pallas_kernels.haar.shapes",
     "pallas_kernels.common.deprecation",
     "pallas_kernels.common.files",
+    "pallas_kernels.common.refusals",
     "pallas_kernels.common.triton",
     "pallas_kernels.common.versions",
     "pallas_kernels.wtconv",
