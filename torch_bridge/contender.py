@@ -61,3 +61,32 @@ def calls(x: Any, params: Mapping[str, Any], dy: Any) -> dict[str, Callable[[], 
         layer(leaf).backward(gradient)
 
     return {"forward": forward, "forward+backward": both}
+
+
+def host_calls() -> dict[str, Callable[[], object]]:
+    """A warm call of the layer for `flash-wtconv bench host`; none where PyTorch is not installed.
+
+    Example:
+        >>> sorted(host_calls())
+        ['torch WTConv2d', 'torch WTConv2d, choice alone']
+    """
+    if find_spec("torch") is None:
+        return {}
+    import torch
+
+    import torch_bridge
+    from torch_bridge.wtconv import ops
+
+    x = torch.ones(1, 8, 4, 4)
+    layer = torch_bridge.WTConv2d(8, 8, 3, wt_levels=2, device="cpu")
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    shape, dtype = tuple(x.shape), x.dtype
+
+    def choice() -> None:
+        ops.pick(None, x.device, shape, dtype, 3, 2, "db1", True, x.stride())
+
+    return {"torch WTConv2d": forward, "torch WTConv2d, choice alone": choice}

@@ -128,6 +128,18 @@ def conv2d(
         _write_defaults(device_kind, benchmark.defaults(report))
 
 
+@bench.command("host")
+def host(
+    out: Annotated[Path, typer.Option(help="Folder for host.json.")] = Path("runs/bench"),
+) -> None:
+    """Time what Python takes for a warm eager call of layers and functions."""
+    from flash_wtconv_jax.bench import host as benchmark
+
+    with _measuring(None, out) as progress:
+        report = benchmark.run(progress)
+    tell(report, _host_table(report), {}, out)
+
+
 @contextmanager
 def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
     """Runs a benchmark on a device with a progress bar; wrong options are errors before it."""
@@ -272,6 +284,24 @@ def _wtconvnext_table(report: Mapping[str, Any]) -> Any:
             for cell in (f"{row['images_per_s']:,.0f}", _times(row), f"{row['speedup']:.2f}")
         ]
         table.add_row(contender, *cells)
+    return table
+
+
+def _host_table(report: Mapping[str, Any]) -> Any:
+    """The table of a report: a row a contender."""
+    from rich.table import Table
+
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    table = Table(
+        title=f"host time, {report['device']['kind']}",
+        caption=f"microseconds a warm eager call; {versions}",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("median", "least", "greatest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        figures = (f"{row[key]:.0f}" for key in ("median", "least", "greatest"))
+        table.add_row(row["contender"], *figures)
     return table
 
 

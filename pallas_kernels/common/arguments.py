@@ -33,8 +33,9 @@ def checked_array(value: Any, name: str) -> jax.Array:
         >>> checked_array([1.0, 2.0], "x").shape
         (2,)
     """
+    # Not `asarray` of an array: that takes the host longer than all other checks.
     try:
-        x = jnp.asarray(value)
+        x = value if isinstance(value, jax.Array) else jnp.asarray(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected an array, got {type(value).__name__}") from None
     if x.dtype not in FLOATING:

@@ -44,6 +44,7 @@ from pallas_kernels.common.mosaic_gpu import (
     size_in_bytes,
     unavailable,
 )
+from pallas_kernels.common.refusals import refuse
 from pallas_kernels.conv2d import xla
 from pallas_kernels.conv2d.problem import Pair, Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
@@ -106,8 +107,7 @@ def check(direction: str, problem: Problem) -> None:
         # Pixels are counted in 32 bits, those of some tiles beyond the last one too.
         if images * height * width >= 1 << 30:
             reasons.append(f"the pixels of {images} images, which are too many")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(reasons)
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:

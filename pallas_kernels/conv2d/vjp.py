@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
@@ -104,7 +104,7 @@ def conv2d(
     arrays = x, w, bias
     # Of its own operations JAX knows every derivative, forward mode too.
     apply = _forward if _bare(plan.module, x) and _bare_backward(plan, x, w, out_dtype) else _apply
-    return apply(plan, activation, out_dtype, *vary_over(varying_axes(arrays), arrays))
+    return apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -37,6 +37,7 @@ from pallas_kernels.common.mosaic_gpu import (
     size_in_bytes,
     unavailable,
 )
+from pallas_kernels.common.refusals import refuse
 
 __all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
 
@@ -70,8 +71,7 @@ def check(direction: str, problem: Any) -> None:
         # Positions of TMA copies are counted in 32 bits, however large the array is.
         if images * pl.cdiv(height, 2) * pl.cdiv(width, 2) * pl.cdiv(channels, 8) >= 1 << 31:
             reasons.append(f"a signal {problem.shape}, which is too large")
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(reasons)
 
 
 @partial(jax.jit, static_argnames=("ndim", "levels", "wavelet"))

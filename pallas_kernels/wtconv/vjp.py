@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common._compat import vary_over, varying_axes
+from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
@@ -91,8 +91,7 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
     if "base_bias" in params:
         bias = _folded(params["base_bias"], params["base_scale"])
     arrays = x, tuple(taps), bias
-    arrays = vary_over(varying_axes(arrays), arrays)
-    return _strided(_apply(plan, False, *arrays), stride)
+    return _strided(_apply(plan, False, *vary_like(arrays, arrays)), stride)
 
 
 def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import models
-from flash_wtconv_jax.bench import conv2d, roofline, timing, wtconv, wtconvnext
+from flash_wtconv_jax.bench import conv2d, host, roofline, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
@@ -318,3 +318,14 @@ def test_on_a_gpu_each_implementation_is_timed_by_device_events(monkeypatch, net
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "wtconvnext.json").read_text())
     assert (report["clock"], report["dtype"]) == ("device events", "bfloat16")
+
+
+def test_host_time_of_warm_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "CALLS", 2)
+    result = bench("--out", tmp_path, benchmark="host")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "host.json").read_text())
+    names = {row["contender"] for row in report["rows"]}
+    assert {"linen WTConv2d", "nnx WTConv2d", "wtconv2d", "conv2d", "torch WTConv2d"} <= names
+    assert all(0 < row["least"] <= row["median"] <= row["greatest"] for row in report["rows"])
+    assert all(name in result.output for name in names)

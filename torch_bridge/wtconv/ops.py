@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,27 @@ class Implementation(StrEnum):
     TRITON = "triton"
     METAL = "metal"
     EAGER = "eager"
+
+
+class _Backend(backend.Implementation, Protocol):
+    """An implementation of both operators; the module's docstring says what they take."""
+
+    def forward(
+        self,
+        x: Tensor,
+        taps: Sequence[Tensor],
+        bias: Tensor | None,
+        *,
+        wavelet: str,
+        transpose: bool,
+        **config: int,
+    ) -> Tensor:
+        """The operator or its transpose."""
+
+    def weight_grad(
+        self, x: Tensor, dy: Tensor, *, kernel_size: int, levels: int, wavelet: str, **config: int
+    ) -> Sequence[Tensor]:
+        """The gradients of the taps."""
 
 
 OPERATOR = Operator(
@@ -99,15 +120,14 @@ def pick(
     """
     problem = _problem(shape, dtype, kernel_size, levels, wavelet)
     kind = measuring.kind(device)
-    fwd, *bwd = (
-        str(
-            OPERATOR.request(direction, implementation, device.type, kind).choose(
-                problem, partial(_measurement, direction, problem, device, dtype, bias, strides)
-            )
-        )
-        for direction in (("fwd", "bwd") if differentiated else ("fwd",))
-    )
-    picked = fwd, *(bwd or [fwd])
+
+    def chosen(direction: str) -> str:
+        request = OPERATOR.request(direction, implementation, device.type, kind)
+        measurement = partial(_measurement, direction, problem, device, dtype, bias, strides)
+        return str(request.choose(problem, measurement))
+
+    fwd = chosen("fwd")
+    picked = fwd, chosen("bwd") if differentiated else fwd
     if picked != ("eager", "eager") and _differentiated_by_func():
         raise NotImplementedError(
             f"torch.func differentiates what {' and '.join(sorted(set(picked)))} would compute, "
@@ -186,12 +206,12 @@ def _measurement(
         taps: Sequence[Tensor],
         bias: Tensor | None,
     ) -> list[Tensor]:
-        params = dict(config)
+        timed, params = cast(_Backend, module), dict(config)
         if direction == "fwd":
-            return [_forward(module, x, taps, bias, wavelet, False, params)]
+            return [_forward(timed, x, taps, bias, wavelet, False, params)]
         return [
-            _forward(module, dy, taps, None, wavelet, True, params),
-            *_weight_grad(module, x, dy, kernel_size, problem.levels, wavelet, params),
+            _forward(timed, dy, taps, None, wavelet, True, params),
+            *_weight_grad(timed, x, dy, kernel_size, problem.levels, wavelet, params),
         ]
 
     return measuring.OnRandomTensors(
@@ -275,7 +295,7 @@ def apply(
 
 
 def _forward(
-    module: backend.Implementation,
+    module: _Backend,
     x: Tensor,
     taps: Sequence[Tensor],
     bias: Tensor | None,
@@ -289,7 +309,7 @@ def _forward(
     return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
 
 
-def _picked(text: str) -> tuple[backend.Implementation, dict[str, int]]:
+def _picked(text: str) -> tuple[_Backend, dict[str, int]]:
     """The implementation and its parameters, of a text as `pick` returns it.
 
     Example:
@@ -298,7 +318,8 @@ def _picked(text: str) -> tuple[backend.Implementation, dict[str, int]]:
     """
     name, *parameters = text.split()
     pairs = (parameter.split("=") for parameter in parameters)
-    return OPERATOR.module(name), {key: int(value) for key, value in pairs}
+    module = cast(_Backend, OPERATOR.module(name))
+    return module, {key: int(value) for key, value in pairs}
 
 
 @apply.register_fake
@@ -319,7 +340,7 @@ def weight_grad(
 
 
 def _weight_grad(
-    module: backend.Implementation,
+    module: _Backend,
     x: Tensor,
     dy: Tensor,
     kernel_size: int,

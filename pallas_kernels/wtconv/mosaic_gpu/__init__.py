@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.common._compat import in_32_bits, vary_over, varying_axes
 from pallas_kernels.common.mosaic_gpu import aligned, unavailable
+from pallas_kernels.common.refusals import refuse
 from pallas_kernels.wtconv.mosaic_gpu import fused_levels, level1, level2
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, STRIPS, handoff_dtype
 from pallas_kernels.wtconv.mosaic_gpu.weights import weight_grad
@@ -48,8 +49,7 @@ def check(direction: str, problem: Any) -> None:
     """
     dtypes = ("float32", "bfloat16", "float16")
     reasons = problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
-    if reasons:
-        raise NotImplementedError(f"does not take {'; '.join(reasons)}")
+    refuse(reasons)
 
 
 @partial(jax.jit, static_argnames=("wavelet", "transpose", "precision"))
