@@ -1,7 +1,9 @@
 """Settings of the whole suite: the CPU, fixed seeds, the same hypothesis examples every time."""
 
+import importlib.util
 import os
 import random
+import re
 from pathlib import Path
 
 # Before anything imports jax. Tests marked gpu or tpu run with JAX_PLATFORMS=cuda or tpu.
@@ -32,6 +34,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips examples of docstrings that use PyTorch where it is not installed."""
+    if importlib.util.find_spec("torch"):
+        return
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            text = "".join(example.source + example.want for example in item.dtest.examples)
+            if re.search(r"\btorch|\btensor\(", text):
+                item.add_marker(pytest.mark.skip(reason="torch is not installed"))
 
 
 @pytest.fixture(autouse=True)
