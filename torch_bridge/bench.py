@@ -6,7 +6,7 @@ from datetime import date
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flash_wtconv_jax.bench import timing
 from flash_wtconv_jax.bench.timing import Spread
+from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
 from torch_bridge.check import about
 from torch_bridge.runtime.device import best_device
@@ -32,7 +33,7 @@ _PAUSE_BYTES = 2**32
 _PAUSES = 5
 """Bytes read and written before each call on a GPU, and how often: for five milliseconds."""
 
-Call = Callable[[], Any]
+Call = Callable[[], Tree]
 
 
 def bench(
@@ -64,7 +65,7 @@ def bench(
 
 def run(
     shapes: list[str] | None, dtype: str, progress: Callable[[str, int], Callable[[], None]]
-) -> dict[str, Any]:
+) -> Json:
     """Times every implementation that this machine has, in both memory formats.
 
     Args:
@@ -182,11 +183,11 @@ def _pairs(
 
 
 @torch.no_grad()
-def _forward(layer: WTConv2d, pairs: "cycle[tuple[Tensor, Tensor]]") -> Any:
+def _forward(layer: WTConv2d, pairs: "cycle[tuple[Tensor, Tensor]]") -> Tree:
     return layer(next(pairs)[0])
 
 
-def _both(layer: WTConv2d, pairs: "cycle[tuple[Tensor, Tensor]]") -> Any:
+def _both(layer: WTConv2d, pairs: "cycle[tuple[Tensor, Tensor]]") -> Tree:
     x, dy = next(pairs)
     leaf = x.detach().requires_grad_()
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]

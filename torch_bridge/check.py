@@ -5,7 +5,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from flash_wtconv_jax.checkpoints import from_torch
 from flash_wtconv_jax.checkpoints.tensors import to_array, to_tensors
 from flash_wtconv_jax.cli.check import AsJson, Implementations, Operators, narrowed, show
 from pallas_kernels.common.conformance import Backend, run
+from pallas_kernels.common.types import Json
 from pallas_kernels.dispatch import tuning
 from pallas_kernels.wtconv.cases import CASES, Case
 from torch_bridge.exchange import from_jax
@@ -43,7 +44,7 @@ def check(
         show(rows, machine, f"PyTorch, {machine['device']['kind']}", as_json)
 
 
-def about(device: torch.device) -> dict[str, Any]:
+def about(device: torch.device) -> Json:
     """What results depend on: the device, and the versions of Python and PyTorch."""
     return {
         "device": {"platform": device.type, "kind": _kind(device)},

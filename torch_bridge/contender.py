@@ -6,9 +6,12 @@ The benchmark finds this module by its entry point, so that nothing in `flash_wt
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 NAME = "torch eager"
 
@@ -30,7 +33,9 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__}
 
 
-def calls(x: Any, params: Mapping[str, Any], dy: Any) -> dict[str, Callable[[], object]]:
+def calls(
+    x: "jax.Array", params: "Mapping[str, jax.Array]", dy: "jax.Array"
+) -> dict[str, Callable[[], object]]:
     """The layer's forward pass, and its forward and backward pass, on copies of the arrays.
 
     Args:

@@ -1,12 +1,13 @@
 """Weights and arrays between JAX and PyTorch, by the one mapping of names in `checkpoints`."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import DLDeviceType
 
+from pallas_kernels.common.types import Tree
 from torch_bridge.wtconv.layers import LAYERS, WTConv1d, WTConv2d, WTConv3d
 
 Layer = WTConv1d | WTConv2d | WTConv3d
@@ -15,15 +16,15 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @overload
 def from_jax(
-    value: Mapping[str, Any], module: None = None, *, wavelet: str = ..., stride: int = ...
+    value: Mapping[str, Tree], module: None = None, *, wavelet: str = ..., stride: int = ...
 ) -> Layer: ...
 @overload
-def from_jax(value: Mapping[str, Any], module: _Module, *, wavelet: str = ...) -> _Module: ...
+def from_jax(value: Mapping[str, Tree], module: _Module, *, wavelet: str = ...) -> _Module: ...
 @overload
-def from_jax(value: Any) -> Tensor: ...
+def from_jax(value: Tree) -> Tensor: ...
 def from_jax(
-    value: Any, module: nn.Module | None = None, *, wavelet: str = "haar", stride: int = 1
-) -> Any:
+    value: Tree, module: nn.Module | None = None, *, wavelet: str = "haar", stride: int = 1
+) -> Tree:
     """A PyTorch layer or model with the weights of Flax variables; or an array as a tensor.
 
     Args:
@@ -82,7 +83,7 @@ def from_jax(
     return layer
 
 
-def to_jax(value: nn.Module | Tensor) -> Any:
+def to_jax(value: nn.Module | Tensor) -> Tree:
     """The variables of the Flax layer or model that computes what a PyTorch module computes.
 
     Args:
@@ -125,9 +126,9 @@ def to_jax(value: nn.Module | Tensor) -> Any:
     return checkpoints.from_torch(state_dict, wavelet=wavelet)
 
 
-def _device_of(variables: Mapping[str, Any]) -> torch.device:
+def _device_of(variables: Mapping[str, Tree]) -> torch.device:
     """The device of the first array, if PyTorch has it too, else the CPU."""
-    value: Any = variables
+    value: Tree = variables
     while isinstance(value, Mapping):
         value = next(iter(value.values()))
     try:

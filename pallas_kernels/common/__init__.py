@@ -1,1 +1,1 @@
-"""What the operators share: checks, devices, dtypes, transformations, measurement, launchers."""
+"""Code of all operators: checks, devices, dtypes, transformations, measurement, launchers."""

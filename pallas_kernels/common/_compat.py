@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from pallas_kernels.common.device import on_cpu
+from pallas_kernels.common.types import Ref, Tree
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,13 +40,13 @@ def tpu_vmem_bytes() -> int:
         return 128 << 20
 
 
-def varying_axes(tree: Any) -> frozenset[str]:
+def varying_axes(tree: Tree) -> frozenset[str]:
     """The axes of a mesh that any array of a tree is sharded over, inside `jax.shard_map`."""
     leaves = jax.tree.leaves(tree)
     return frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
 
 
-def vary_over(axes: frozenset[str], tree: Any) -> Any:
+def vary_over(axes: frozenset[str], tree: R) -> R:
     """The same arrays, each an own copy along `axes`: what `jax.shard_map` by default insists on.
 
     The transpose is the sum over the copies, as the gradient of a shared parameter must be. JAX
@@ -59,7 +60,7 @@ def vary_over(axes: frozenset[str], tree: Any) -> Any:
     return jax.tree.map(vary, tree)
 
 
-def vary_like(inputs: Any, outputs: Any) -> Any:
+def vary_like(inputs: Tree, outputs: R) -> R:
     """`outputs` varying over every axis of a mesh that any array of `inputs` varies over.
 
     Launchers that know nothing of meshes, and constants, lose the axes; this restores them.
@@ -85,7 +86,7 @@ _erfc.defjvps(lambda tangent, _, x: -2 / math.sqrt(math.pi) * (tangent * jnp.exp
 
 
 def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
-    """What process 0 answered when it was first asked; the others wait for it.
+    """The answer that process 0 gave when it was first asked; the others wait for it.
 
     Texts that processes share are in the private client of JAX's distributed service alone (0.10
     to 0.12). A broadcast of arrays, which is public, needs all processes to ask in one order.
@@ -122,14 +123,17 @@ def in_32_bits(function: Callable[P, R]) -> Callable[P, R]:
 def pallas_output(
     shape: Sequence[int], dtype: jax.typing.DTypeLike, *inputs: jax.Array
 ) -> jax.ShapeDtypeStruct:
-    """What a kernel writes that reads `inputs`; Pallas (JAX 0.10 to 0.12) asks where it varies."""
+    """An output of a kernel that reads `inputs`.
+
+    Pallas (JAX 0.10 to 0.12) asks over which axes of a mesh it varies.
+    """
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying_axes(inputs))
     )
 
 
-def gpu_load(ref: Any, layout: Any) -> jax.Array:
-    """What a reference of Mosaic GPU shows, in a layout of registers, by loads of any width.
+def gpu_load(ref: Ref, layout: Any) -> jax.Array:
+    """The value of a Mosaic GPU ref, in a layout of registers, by loads of any width.
 
     JAX 0.10 wants an index beside the reference, which 0.11 warns of and 0.12 does not take.
     """
@@ -139,7 +143,9 @@ def gpu_load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
-def triton_call(*arguments: Any, out_type: Any, **rest: Any) -> Any:
+def triton_call(
+    *arguments: jax.Array | int, out_type: list[jax.ShapeDtypeStruct], **rest: object
+) -> list[jax.Array]:
     """Launches a Triton kernel: `jax_triton.triton_call` of version 0.4.
 
     0.3, the last that takes JAX 0.10 and Python 3.11, calls the types of the outputs `out_shape`.

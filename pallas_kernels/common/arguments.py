@@ -3,11 +3,12 @@
 import operator
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, SupportsIndex, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,7 +20,7 @@ Precision = str | jax.lax.Precision | None
 """The type of the argument `precision=`."""
 
 
-def checked_array(value: Any, name: str) -> jax.Array:
+def checked_array(value: ArrayLike, name: str) -> jax.Array:
     """A floating-point argument as an array.
 
     Args:
@@ -80,7 +81,7 @@ def check_unsharded(x: jax.Array, name: str) -> None:
         )
 
 
-def checked_integer(value: Any, name: str, *, least: int) -> int:
+def checked_integer(value: object, name: str, *, least: int) -> int:
     """An integer argument as an int; NumPy integers are taken, a bool is not.
 
     Raises:
@@ -91,7 +92,7 @@ def checked_integer(value: Any, name: str, *, least: int) -> int:
         2
     """
     try:
-        number = operator.index(value)
+        number = operator.index(cast(SupportsIndex, value))
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < least:
@@ -99,7 +100,7 @@ def checked_integer(value: Any, name: str, *, least: int) -> int:
     return number
 
 
-def checked_pair(value: Any, name: str, *, least: int) -> tuple[int, int]:
+def checked_pair(value: object, name: str, *, least: int) -> tuple[int, int]:
     """An argument that is one integer for both axes of an image, or one for each, as two.
 
     Raises:
@@ -119,7 +120,7 @@ def checked_pair(value: Any, name: str, *, least: int) -> tuple[int, int]:
     return first, second
 
 
-def checked_dtype(value: Any, name: str) -> np.dtype:
+def checked_dtype(value: DTypeLike | None, name: str) -> np.dtype:
     """A dtype argument as NumPy's dtype.
 
     Raises:
@@ -185,6 +186,7 @@ def remembered(check: Callable[P, R]) -> Callable[P, R]:
             hash((args, *kwargs.values()))
         except TypeError:
             return check(*args, **kwargs)
-        return known(*args, **kwargs)
+        # They are hashable, as was just seen.
+        return known(*args, **kwargs)  # type: ignore[arg-type]
 
     return call

@@ -1,4 +1,4 @@
-"""What implementations of either framework compute on the shared cases, held against the oracle.
+"""Checks of implementations of either framework on the shared cases, against the oracle.
 
 Imports NumPy and ml_dtypes alone, and knows no operator: a case offers what the oracle expects of
 it. The tests and the `check` commands are the same: a framework hands on what computes a case, and
@@ -8,18 +8,23 @@ what does in plain operations of the case's dtype.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from pallas_kernels.common.types import Json, Tree
+
+if TYPE_CHECKING:
+    from pallas_kernels.dispatch.backend import Problem
 
 Array = NDArray[np.float64]
 
 LOW = ("bfloat16", "float16")
 """The dtypes whose rounding is measured, not reckoned."""
 
-Results = Mapping[str, Any]
+Results = Mapping[str, Tree]
 """The output and its gradients by name: an array each, or a list of arrays that belong together."""
 
 
@@ -34,54 +39,59 @@ class Case(Protocol):
     def dtype(self) -> str:
         """The dtype of what is computed, e.g. "bfloat16"."""
 
-    def drawn(self) -> tuple[Any, ...]:
+    def __hash__(self) -> int: ...
+
+    def drawn(self) -> tuple[Tree, ...]:
         """NumPy's arrays of the case, rounded to its dtypes; the same ones every time."""
 
-    def expected(self) -> dict[str, Any]:
+    def expected(self) -> dict[str, Tree]:
         """The oracle's results in float64, for the numbers of `drawn`."""
 
     def tolerance(self, name: str) -> float:
         """The error of a result that rounding of float32 or float64 may cause; see `worst`."""
 
 
-class Room(Protocol):
+C = TypeVar("C", bound=Case)
+
+
+class Room(Protocol[C]):
     """The module `conformance` of an operator's folder: how JAX computes the operator's cases.
 
     The functions that it returns take what `drawn` returns, and are traced by JAX.
 
     Attributes:
-        CASES: What `flash-wtconv check` computes.
+        CASES: The cases that `flash-wtconv check` computes.
     """
 
-    CASES: Sequence[Any]
+    CASES: Sequence[C]
 
-    def problem(self, case: Any) -> Any:
+    def problem(self, case: C) -> "Problem":
         """The operator's `Problem` of a case, which an implementation's `check` is told of."""
 
-    def computed(self, case: Any, implementation: str) -> Callable[..., Results]:
+    def computed(self, case: C, implementation: str) -> Callable[..., Results]:
         """Returns the function that computes a case by one implementation."""
 
-    def baseline(self, case: Any) -> Callable[..., Results]:
+    def baseline(self, case: C) -> Callable[..., Results]:
         """Returns the function that computes a case in plain JAX, every array in its dtype."""
 
 
-class Backend(NamedTuple):
+class Backend(NamedTuple, Generic[C]):
     """Something that computes cases.
 
     Attributes:
-        name: What rows call it.
-        cases: What it is asked to compute.
+        name: The name that it has in rows.
+        cases: The cases that it is asked to compute.
         refusal: Returns why it does not take a case, None if it does.
         compute: Returns the results of a case for the numbers that the case's `drawn` gives.
     """
 
     name: str
-    cases: Sequence[Any]
-    refusal: Callable[[Any], str | None]
-    compute: Callable[[Any], Results]
+    cases: Sequence[C]
+    refusal: Callable[[C], str | None]
+    compute: Callable[[C], Results]
 
 
-def rounded(values: Array, dtype: str) -> NDArray[Any]:
+def rounded(values: Array, dtype: str) -> np.ndarray:
     """Returns numbers rounded to a dtype of NumPy or of ml_dtypes.
 
     Example:
@@ -92,7 +102,7 @@ def rounded(values: Array, dtype: str) -> NDArray[Any]:
 
 
 @lru_cache(maxsize=256, typed=True)
-def expected(case: Case) -> dict[str, Any]:
+def expected(case: Case) -> dict[str, Tree]:
     """Returns what the oracle expects of a case, computed once.
 
     Example:
@@ -103,7 +113,7 @@ def expected(case: Case) -> dict[str, Any]:
     return case.expected()
 
 
-def worst(got: Any, want: Any) -> float:
+def worst(got: Tree, want: Tree) -> float:
     """Returns the greatest error as a fraction of the root mean square of what is wanted.
 
     Args:
@@ -120,11 +130,11 @@ def worst(got: Any, want: Any) -> float:
     return float(np.abs(got - want).max() / max(np.sqrt(np.mean(want**2)), 1e-30))
 
 
-def bounds(case: Case, plain: Callable[[Any], Results]) -> dict[str, float]:
+def bounds(case: C, plain: Callable[[C], Results]) -> dict[str, float]:
     """Returns the greatest error that each result of a case may have.
 
     Args:
-        case: What is computed.
+        case: The case that is computed.
         plain: Computes it in plain operations that are only told to use its dtype: in low precision
             twice their error is allowed.
 
@@ -139,11 +149,11 @@ def bounds(case: Case, plain: Callable[[Any], Results]) -> dict[str, float]:
     return {name: max(2 * worst(got[name], want[name]), rounding) for name in want}
 
 
-def run(backends: Iterable[Backend], plain: Callable[[Any], Results]) -> Iterator[dict[str, Any]]:
+def run(backends: Iterable[Backend[C]], plain: Callable[[C], Results]) -> Iterator[Json]:
     """Computes every case with every backend.
 
     Args:
-        backends: What to check.
+        backends: The backends to check.
         plain: As `bounds` takes it; called once a case.
 
     Yields:
@@ -154,7 +164,7 @@ def run(backends: Iterable[Backend], plain: Callable[[Any], Results]) -> Iterato
     plain = cache(plain)
     for backend in backends:
         for case in backend.cases:
-            row: dict[str, Any] = {"backend": backend.name, "case": case.name}
+            row: Json = {"backend": backend.name, "case": case.name}
             row |= dict.fromkeys(("array", "error", "bound", "seconds", "reason"))
             reason = backend.refusal(case)
             if reason is not None:
@@ -172,7 +182,7 @@ def run(backends: Iterable[Backend], plain: Callable[[Any], Results]) -> Iterato
             yield row | _judged(case, got, plain)
 
 
-def _judged(case: Case, got: Results, plain: Callable[[Any], Results]) -> dict[str, Any]:
+def _judged(case: C, got: Results, plain: Callable[[C], Results]) -> Json:
     """The part of a row that tells how results compare with the oracle's."""
     want = expected(case)
     for name, value in want.items():
@@ -194,12 +204,12 @@ def _judged(case: Case, got: Results, plain: Callable[[Any], Results]) -> dict[s
     }
 
 
-def _flat(value: Any) -> Array:
+def _flat(value: Tree) -> Array:
     """An array, or the arrays of a list one after another, as one axis."""
     arrays = value if isinstance(value, list) else [value]
     return np.concatenate([np.asarray(array, np.float64).ravel() for array in arrays])
 
 
-def _shapes(value: Any) -> Any:
+def _shapes(value: Tree) -> Tree:
     """The shape of an array, or those of a list."""
     return [_shapes(array) for array in value] if isinstance(value, list) else value.shape

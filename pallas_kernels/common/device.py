@@ -46,7 +46,8 @@ def current() -> "jax.sharding.AbstractDevice | jax.Device":
         >>> current().device_kind == kind()
         True
     """
-    default = jax.config.jax_default_device
+    # JAX 0.10 gives its configuration the attributes when it is imported.
+    default = jax.config.jax_default_device  # type: ignore[attr-defined,unused-ignore]
     if default is None or isinstance(default, str):
         default = jax.local_devices(backend=default)[0]
     abstract = jax.sharding.get_abstract_mesh().abstract_device

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
 
 import jax
 import numpy as np
 
 from pallas_kernels.common import device, versions
 from pallas_kernels.common._compat import agreed, interpreting_tpu
+from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch import Choice, Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.cache import Entry
@@ -56,15 +56,15 @@ class JaxMeasurement:
         run: Makes the function of arrays that an implementation with its parameters computes.
         inputs: Their shapes and dtypes, a tuple of pytrees of `jax.ShapeDtypeStruct`.
         reference: The implementation that is right, with its own defaults.
-        static: What times depend on, besides the problem.
+        static: The static arguments that times depend on, besides the problem.
     """
 
     def __init__(
         self,
-        run: Callable[[Implementation, TuningParams], Callable[..., Any]],
-        inputs: tuple[Any, ...],
+        run: Callable[[Implementation, TuningParams], Callable[..., Tree]],
+        inputs: tuple[Tree, ...],
         reference: Implementation,
-        static: Mapping[str, Any],
+        static: Json,
     ) -> None:
         self._run = run
         self._inputs = inputs
@@ -73,13 +73,13 @@ class JaxMeasurement:
 
     @property
     def device_kind(self) -> str:
-        """As JAX names it; of a CPU, which JAX calls "cpu", the model and the number of threads."""
+        """JAX's name of the kind; for "cpu" the CPU's model and its number of threads."""
         kind = device.kind()
         return f"cpu {versions.cpu()} x{os.cpu_count()}" if kind == "cpu" else kind
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Those of JAX, whose compiler it is, and of this package."""
+        """The versions of JAX, whose compiler it is, and of this package."""
         return {"flash-wtconv": versions.package(), "jax": jax.__version__}
 
     def from_process_0(self, question: str, answer: Callable[[], str]) -> str:
@@ -89,14 +89,16 @@ class JaxMeasurement:
         return agreed(f"flash_wtconv/{question}", answer, _AGREEMENT_S)
 
     def untimeable(self) -> str | None:
-        """A program that is compiled ahead of time has no device to be timed on."""
+        """The reason why nothing can be timed: a program compiled ahead of time has no device."""
         if isinstance(device.current(), jax.Device):
             return None
         return f"this program is compiled ahead of time for {device.kind()}"
 
     def untraced(self, search: Callable[[], Entry]) -> Entry:
         """Runs it in a thread of its own, which traces nothing, for the same device."""
-        chosen, wide = device.current(), jax.config.jax_enable_x64
+        chosen = device.current()
+        # JAX 0.10 gives its configuration the attributes when it is imported.
+        wide = jax.config.jax_enable_x64  # type: ignore[attr-defined,unused-ignore]
 
         def run() -> Entry:
             with jax.default_device(chosen), jax.enable_x64(wide):
@@ -105,12 +107,12 @@ class JaxMeasurement:
         with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
             return pool.submit(run).result()
 
-    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Any]:
+    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Tree]:
         """A call that enqueues its work, and returns what to wait for."""
         compiled = jax.jit(self._run(module, config))
         return lambda: compiled(*self._arrays)
 
-    def milliseconds(self, call: Callable[[], Any]) -> float:
+    def milliseconds(self, call: Callable[[], Tree]) -> float:
         """The host's clock around a call; on an accelerator the device's time of one of several.
 
         They are enqueued behind other work, so that launching is no part of it: the clock starts
@@ -134,29 +136,29 @@ class JaxMeasurement:
                 return (time.perf_counter() - start) * 1e3 / times
         return _waited(call, times)
 
-    def arrays(self, result: Any) -> list[tuple[str, np.ndarray]]:
+    def arrays(self, result: Tree) -> list[tuple[str, np.ndarray]]:
         """The leaves of a result, on the host, and their dtypes."""
         return [(str(leaf.dtype), np.asarray(leaf)) for leaf in jax.tree.leaves(result)]
 
     def reference(self) -> list[tuple[str, np.ndarray]]:
-        """What the reference makes of the same arrays."""
+        """The results of the reference for the same arrays."""
         return self.arrays(self.prepared(self._reference, ())())
 
     @cached_property
     def _matrix(self) -> jax.Array:
-        """Its square takes an accelerator some milliseconds."""
+        """A matrix whose square takes an accelerator some milliseconds."""
         matrix = jax.numpy.zeros((_PAUSE_SIZE, _PAUSE_SIZE), jax.numpy.float32)
         return jax.block_until_ready(_product(matrix, matrix))
 
     @cached_property
-    def _arrays(self) -> tuple[Any, ...]:
+    def _arrays(self) -> tuple[Tree, ...]:
         leaves, tree = jax.tree.flatten(self._inputs)
         keys = jax.random.split(jax.random.key(0), len(leaves))
         drawn = [
             jax.random.normal(key, leaf.shape, leaf.dtype)
             for key, leaf in zip(keys, leaves, strict=True)
         ]
-        return tree.unflatten(drawn)
+        return jax.tree.unflatten(tree, drawn)
 
 
 @jax.jit
@@ -164,7 +166,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.numpy.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _waited(call: Callable[[], Any], times: int) -> float:
+def _waited(call: Callable[[], Tree], times: int) -> float:
     """Milliseconds of each of some calls that the host waits for together."""
     start = time.perf_counter()
     for _ in range(times):

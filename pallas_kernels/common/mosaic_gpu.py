@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import device
+from pallas_kernels.common.types import Index
 
 __all__ = [
     "ALIGNMENT",
     "MANUAL_BARRIERS",
     "MULTIPROCESSORS",
     "SHARED",
+    "Scratch",
     "aligned",
     "next_stage",
     "size_in_bytes",
@@ -39,6 +41,16 @@ MANUAL_BARRIERS = plgpu.CompilerParams(
 """Compiler parameters of kernels that place all barriers and fences themselves."""
 
 
+class Scratch(Protocol):
+    """Memory or mbarriers that a kernel reserves, of which Pallas makes a ref."""
+
+    def get_array_aval(self) -> Any:
+        """The abstract value of what is reserved."""
+
+    def get_ref_aval(self) -> Any:
+        """The abstract value of the ref."""
+
+
 def unavailable(platform: str) -> str | None:
     """Returns why the kernels do not run here, None on a data-centre GPU of Hopper or newer."""
     if platform != "gpu":
@@ -55,7 +67,7 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
-def next_stage(stage: Any, stages: int) -> Any:
+def next_stage(stage: Index, stages: int) -> jax.Array:
     """Returns the pipeline stage after this one, which is 0 after the last.
 
     It is a select: the compiler would compute a remainder anew at every use.

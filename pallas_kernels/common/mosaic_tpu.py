@@ -7,7 +7,7 @@ same column of eight images lies in the sublanes.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common._compat import interpreting_tpu, tpu_vmem_bytes
-from pallas_kernels.common.types import Pair
+from pallas_kernels.common.types import Pair, Ref, Slice
 
 LANES, SUBLANES = 128, 8
 VMEM_SHARE = 0.75
@@ -86,27 +86,31 @@ def halved(size: Sequence[int], levels: int) -> list[Pair]:
         >>> halved((7, 4), 2)
         [(7, 4), (4, 2), (2, 1)]
     """
-    sizes = [tuple(size)]
+    height, width = size
+    sizes = [(height, width)]
     for _ in range(levels):
-        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))
+        height, width = (height + 1) // 2, (width + 1) // 2
+        sizes.append((height, width))
     return sizes
 
 
 def launch_grid(shape: Sequence[int], images: int, tile: Pair) -> tuple[int, int, int, int]:
     """The grid of a kernel: blocks of channels, blocks of images, rows and columns of tiles."""
     n, h, w, channels = shape
-    tiles = (math.ceil(s / t) for s, t in zip((h, w), tile, strict=True))
-    return math.ceil(channels / LANES), n // images, *tiles
+    down, across = math.ceil(h / tile[0]), math.ceil(w / tile[1])
+    return math.ceil(channels / LANES), n // images, down, across
 
 
 def compiler_params() -> pltpu.CompilerParams:
     """The compiler's parameters of a kernel on `launch_grid` that carries scratch between steps."""
     # Cores may share the blocks of channels; the other axes run in order.
-    semantics = ("parallel", "arbitrary", "arbitrary", "arbitrary")
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tpu_vmem_bytes())
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"),
+        vmem_limit_bytes=tpu_vmem_bytes(),
+    )
 
 
-def loop(count: int, body: Callable[[Any], None]) -> None:
+def loop(count: int, body: Callable[[jax.Array], None]) -> None:
     """Runs `body` for 0 to `count - 1` inside a kernel."""
 
     def step(i: jax.Array, carry: int) -> int:
@@ -221,12 +225,12 @@ class Part(NamedTuple):
     cols: int
     images_per_register: int
 
-    def bands(self, first: int) -> Any:
+    def bands(self, first: int) -> Slice:
         """The index of these columns' coefficients in a row of scratch."""
         start = (first + self.col) * self.images_per_register
         return pl.ds(start, self.cols * self.images_per_register)
 
-    def pixels(self, first: int, odd: int) -> Any:
+    def pixels(self, first: int, odd: int) -> Slice:
         """The index of the even or odd pixels that these coefficients are made from."""
         start = (first + 2 * self.col + odd) * self.images_per_register
         if self.images_per_register == 1:
@@ -241,14 +245,14 @@ def parts(cols: int, images_per_register: int) -> list[Part]:
     return [Part(col, 1, images_per_register) for col in range(cols)]
 
 
-def load_hwnc_row(block: Any, i: jax.Array) -> jax.Array:
+def load_hwnc_row(block: Ref, i: jax.Array) -> jax.Array:
     """Row i of a block `[H, W, N, C]` in float32, as `[W * N, C]`."""
     value = block[i].astype(jnp.float32)
     return value.reshape(-1, value.shape[-1])
 
 
 def store_row(
-    source: Any, out: Any, index: jax.Array, images_per_register: int, i: jax.Array
+    source: Ref, out: Ref, index: jax.Array, images_per_register: int, i: jax.Array
 ) -> None:
     """Copies row i of image `index`, or of all images of a step, from float32 scratch to `out`."""
     if images_per_register > 1:

@@ -1,12 +1,15 @@
 """Launches of Triton kernels for every operator: the protocol of a launch, and jax-triton's."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
+
+from pallas_kernels.common.types import DeviceArray, Output
 
 if TYPE_CHECKING:
     import jax
 
-Launch = Callable[..., list[Any]]
+AnyArray = TypeVar("AnyArray", bound=DeviceArray)
+Launch = Callable[..., list[AnyArray]]
 """The function by which a framework allocates outputs and launches one kernel:
 
     launch(kernel, arguments, outputs, grid, **constants) -> list of arrays
@@ -19,7 +22,7 @@ MAX_ROW = 1 << 28
 """The least number of elements of an image row that overflows the kernels' 32-bit offsets."""
 
 
-def strides(x: Any) -> tuple[int, ...]:
+def strides(x: DeviceArray) -> tuple[int, ...]:
     """The strides of `x [N, H, W, C]` in elements.
 
     Example:
@@ -27,7 +30,8 @@ def strides(x: Any) -> tuple[int, ...]:
         >>> strides(np.zeros((2, 3, 4, 5)))
         (60, 20, 5, 1)
     """
-    return x.stride() if hasattr(x, "stride") else contiguous(x.shape)
+    own = getattr(x, "stride", None)
+    return own() if own else contiguous(x.shape)
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -66,7 +70,11 @@ def unavailable(platform: str) -> str | None:
 
 
 def launch(
-    kernel: Any, arguments: list[Any], outputs: list[Any], grid: tuple[int, ...], **constants: Any
+    kernel: object,
+    arguments: "list[jax.Array | int]",
+    outputs: Sequence[Output],
+    grid: tuple[int, ...],
+    **constants: object,
 ) -> "list[jax.Array]":
     """Launches a kernel through jax-triton, as `Launch` says."""
     import jax

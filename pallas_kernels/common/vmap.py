@@ -1,11 +1,12 @@
 """Rules by which `jax.vmap` maps kernels, which have one batch axis and no batching rule."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+
+from pallas_kernels.common.types import Tree
 
 
 def vmap_folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -26,7 +27,7 @@ def vmap_folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     @call.def_vmap
     def rule(
-        size: int, batched: tuple[Any, ...], x: jax.Array, *shared: Any
+        size: int, batched: tuple[Tree, ...], x: jax.Array, *shared: Tree
     ) -> tuple[jax.Array, bool]:
         if any(jax.tree.leaves(batched[1:])):
             return _each(call, batched, (x, *shared)), True
@@ -39,7 +40,7 @@ def vmap_folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return call
 
 
-def vmap_sequential(run: Callable[..., Any]) -> Callable[..., Any]:
+def vmap_sequential(run: Callable[..., Tree]) -> Callable[..., Tree]:
     """A kernel that sums over its batch, whose vmap is one call after the other.
 
     Args:
@@ -55,22 +56,22 @@ def vmap_sequential(run: Callable[..., Any]) -> Callable[..., Any]:
     call = custom_vmap(run)
 
     @call.def_vmap
-    def rule(size: int, batched: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    def rule(size: int, batched: tuple[Tree, ...], *args: Tree) -> tuple[Tree, Tree]:
         out = _each(call, batched, args)
         return out, jax.tree.map(lambda _: True, out)
 
     return call
 
 
-def _each(function: Callable[..., Any], batched: Any, args: Any) -> Any:
+def _each(function: Callable[..., Tree], batched: Tree, args: Tree) -> Tree:
     """The results of `function` for each example; arguments that are not batched are shared."""
     leaves, tree = jax.tree.flatten(args)
     flags = jax.tree.leaves(batched)
     moving = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
 
-    def one(examples: list[jax.Array]) -> Any:
+    def one(examples: list[jax.Array]) -> Tree:
         own = iter(examples)
         merged = [next(own) if f else leaf for leaf, f in zip(leaves, flags, strict=True)]
-        return function(*tree.unflatten(merged))
+        return function(*jax.tree.unflatten(tree, merged))
 
     return jax.lax.map(one, moving)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from pallas_kernels.conv2d import vjp
 from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Window
 from pallas_kernels.dispatch import Choice, Operator
 
+R = TypeVar("R")
 Padding = int | str | Sequence[int | Sequence[int]]
 
 
@@ -84,7 +85,7 @@ def conv2d(
         x: Images `[*batch, H, W, C]`, or `[*batch, C, H, W]` in the layout "nchw_fchw"; float16,
             bfloat16, float32 or float64.
         w: Filters `[HF, WF, C / groups, NF]`, or `[NF, C / groups, HF, WF]`, of x's dtype.
-        stride: Of the output, an int or one for H and one for W.
+        stride: The stride of the output, an int or one for H and one for W.
         padding: Zeros around the image: an int, one for H and one for W, `((top, bottom), (left,
             right))`, "VALID" (none) or "SAME" (`ceil(size / stride)` samples come out, as of
             `jax.lax`). "reflect" mirrors the image about its edge samples, by as many as a
@@ -95,7 +96,7 @@ def conv2d(
         activation: None, "relu", or "gelu" (exact, by the error function).
         layout: "nhwc_hwcf" (channels last) or "nchw_fchw".
         out_dtype: Dtype of the output; None is x's.
-        precision: Of products of float32 on matrix units; None is full float32.
+        precision: The precision of float32 products on matrix units; None is full float32.
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
             environment's (`FLASH_WTCONV_CONV2D_FWD`, `..._BWD`), the one that was the fastest
@@ -175,8 +176,8 @@ def get_igemm_conv2d(
         wf: Their width.
         nf: Their number.
         stride: Along both axes.
-        input_dtype: Of images and filters.
-        output_dtype: Of the result; sums run in float32 or better.
+        input_dtype: The dtype of images and filters.
+        output_dtype: The dtype of the result; sums run in float32 or better.
         mem_space: "shared": tiles are under way to shared memory while others are multiplied;
             "global": each is loaded as it is needed.
         block_m: See `TileConfig`.
@@ -258,7 +259,7 @@ def _preferred(problem: Problem) -> str:
 
 
 class _Call(NamedTuple):
-    """What arguments say that were checked."""
+    """The checked arguments of a call."""
 
     problem: Problem
     precision: jax.lax.Precision | None
@@ -307,9 +308,9 @@ def _checked_call(
     return _Call(problem, checked_precision(precision))
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(value: R) -> R:
     """Lists as tuples, so that a call with them can be remembered."""
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+    return cast(R, tuple(map(_hashable, value))) if isinstance(value, list | tuple) else value
 
 
 def _window(
@@ -378,7 +379,7 @@ def _pads(
     )
 
 
-def _checked_side(side: Any, padding: Any) -> Pair:
+def _checked_side(side: object, padding: object) -> Pair:
     """Samples before and after along one axis; an error tells of the whole padding."""
     try:
         return checked_pair(side, "padding", least=0)
@@ -389,7 +390,7 @@ def _checked_side(side: Any, padding: Any) -> Pair:
         ) from None
 
 
-def _checked_config(config: Any) -> TileConfig | None:
+def _checked_config(config: object) -> TileConfig | None:
     if config is None:
         return None
     if not isinstance(config, TileConfig):

@@ -6,12 +6,12 @@ Imports NumPy and the oracle alone. A case says what to compute, and what the or
 
 import zlib
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pallas_kernels.common.conformance import rounded
+from pallas_kernels.common.types import Keywords
 from pallas_kernels.oracle import Array, conv2d, conv2d_vjp
 
 
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     wf: int
     nf: int
     stride: int | tuple[int, int] = 1
-    padding: Any = 0
+    padding: int | str | tuple[int | tuple[int, int], ...] = 0
     dilation: int | tuple[int, int] = 1
     groups: int = 1
     bias: bool = False
@@ -56,12 +56,12 @@ class Case(NamedTuple):
         return "-".join(sizes + other).replace(" ", "")
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Keywords:
         """Keywords of the operator and of the oracle, but for the bias."""
         names = ("stride", "padding", "dilation", "groups", "activation", "layout")
         return {name: getattr(self, name) for name in names}
 
-    def drawn(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None, NDArray[Any]]:
+    def drawn(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
         """Returns x, w, the bias and dy, rounded to their dtypes; the bias to no less than float32.
 
         Example:
@@ -84,7 +84,9 @@ class Case(NamedTuple):
             >>> sorted(Case(2, 6, 5, 4, 3, 2, 8).expected())
             ['dw', 'dx', 'y']
         """
-        x, w, bias, dy = (None if a is None else a.astype(np.float64) for a in self.drawn())
+        x, w, drawn_bias, dy = self.drawn()
+        x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
+        bias = None if drawn_bias is None else drawn_bias.astype(np.float64)
         y = conv2d(x, w, bias=bias, **self.arguments)
         dx, dw, dbias = conv2d_vjp(x, w, dy, bias=bias, **self.arguments)
         return {"y": y, "dx": dx, "dw": dw} | ({} if bias is None else {"dbias": dbias})
@@ -140,17 +142,17 @@ HARD: tuple[Case, ...] = (
     Case(3, 1, 1, 17, 1, 1, 33, bias=True),
     Case(0, 4, 4, 2, 3, 3, 2, padding=1, bias=True),
 )
-"""What the table has not: padding, dilation, groups, epilogues, other dtypes, edges."""
+"""The cases that the table lacks: padding, dilation, groups, epilogues, other dtypes, edges."""
 
 CASES = TABLE[: 2 * len(_PUBLISHED)] + HARD
-"""What the `check` commands compute: every sort of case; the rest of the table only widens it."""
+"""The cases of the `check` commands: one of every sort; the rest of the table only widens it."""
 
 
 def inputs(case: Case) -> tuple[Array, Array, Array | None, Array]:
     """Draws x, w, the bias and dy of a case, the same ones every time.
 
     Args:
-        case: What to draw for.
+        case: The case to draw for.
 
     Returns:
         `(x, w, bias, dy)` in float64 and the case's layout, the bias None where it has none; w is

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.types import Tree
 from pallas_kernels.conv2d import api, baseline_jax
 from pallas_kernels.conv2d.cases import CASES, Case
 from pallas_kernels.conv2d.problem import Problem, Window
@@ -34,7 +34,7 @@ def problem(case: Case) -> Problem:
     return Problem(shape, dtype, case.hf, case.wf, case.nf, window, out_dtype)
 
 
-def computed(case: Case, implementation: str) -> Callable[..., dict[str, Any]]:
+def computed(case: Case, implementation: str) -> Callable[..., dict[str, Tree]]:
     """Returns the function of a case's arrays that one implementation computes.
 
     Example:
@@ -50,7 +50,7 @@ def computed(case: Case, implementation: str) -> Callable[..., dict[str, Any]]:
     return partial(_with_gradients, function)
 
 
-def baseline(case: Case) -> Callable[..., dict[str, Any]]:
+def baseline(case: Case) -> Callable[..., dict[str, Tree]]:
     """Returns the same in plain JAX, every array in the case's dtype."""
     static = {**case.arguments, "out_dtype": case.out_dtype}
     return partial(_with_gradients, partial(baseline_jax.conv2d, **static))
@@ -62,7 +62,7 @@ def _with_gradients(
     w: jax.Array,
     bias: jax.Array | None,
     dy: jax.Array,
-) -> dict[str, Any]:
+) -> dict[str, Tree]:
     y, pullback = jax.vjp(function, x, w, bias)
     dx, dw, dbias = pullback(dy)
     return {"y": y, "dx": dx, "dw": dw} | ({} if bias is None else {"dbias": dbias})

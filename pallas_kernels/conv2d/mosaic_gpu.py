@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,13 @@ from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
     SHARED,
+    Scratch,
     aligned,
     size_in_bytes,
     unavailable,
 )
 from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.conv2d import xla
 from pallas_kernels.conv2d.problem import Pair, Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
@@ -90,7 +92,7 @@ def check(direction: str, problem: Problem) -> None:
 
     Args:
         direction: "fwd" or "bwd".
-        problem: The call, a `pallas_kernels.conv2d.problem.Problem`.
+        problem: The call.
     """
     reasons = []
     if problem.dtype not in _DTYPES:
@@ -195,8 +197,8 @@ def input_grad(
         )
     )
     if window.stride != (1, 1):
-        between = ((0, 0, stride - 1) for stride in window.stride)
-        dy = lax.pad(dy, jnp.zeros((), dy.dtype), window.laid_out((0,) * 3, *between, (0,) * 3))
+        none, (down, across) = (0, 0, 0), ((0, 0, stride - 1) for stride in window.stride)
+        dy = lax.pad(dy, jnp.zeros((), dy.dtype), window.laid_out(none, down, across, none))
         window = window._replace(stride=(1, 1))
     _, *size, _ = window.images(padded)
     dx = _convolve(
@@ -245,14 +247,14 @@ def _convolve(
     if window.layout == "nchw_fchw":
         x, w = jnp.moveaxis(x, 1, -1), jnp.transpose(w, (2, 3, 1, 0))
     n, h, wide, _ = x.shape
-    *taps, _, _ = w.shape
+    taps = w.shape[0], w.shape[1]
     channels, features = w.shape[:1:-1] if flip else w.shape[2:]
     height, width = output
     if (*taps, *window.stride, *before, *output) == (1, 1, 1, 1, 0, 0, h, wide):
         # A 1 x 1 convolution is a product of matrices: a tile is any pixels, of any images.
         x, n, height, width = x.reshape(1, 1, -1, channels), 1, 1, n * h * wide
     layer = _Layer(
-        *(n, height, width, channels, features, tuple(taps)),
+        *(n, height, width, channels, features, taps),
         *(window.stride, window.dilation, before, flip, activation, out_dtype.itemsize),
     )
     tiling = _tiling(layer, config)
@@ -417,8 +419,9 @@ def _tiling(layer: _Layer, config: TileConfig | None) -> _Tiling:
         raise NotImplementedError(
             f"{config}: mosaic_gpu takes block_k of 16, 32 or 64, and 4 or 8 warps"
         )
-    configs = [config]
-    if config is None:
+    if config is not None:
+        configs = [config]
+    else:
         features = range(32, min(_COLUMNS, pl.cdiv(layer.features, 32) * 32) + 1, 32)
         configs = [
             TileConfig(pixels, columns, channels, warps, 1, _STAGES)
@@ -459,7 +462,7 @@ def _launch(
     pixels, _ = tiling.own
     filters = (tiling.features, depth) if layer.flip else (depth, tiling.features)
     buffers, stored = (_CONSUMERS, 2), tiling.stored(dtype.itemsize)
-    scratch = {
+    scratch: dict[str, Scratch] = {
         "pixels": _seen_twice((size,), (rows, tiling.width), depth, x.dtype),
         "filters": plgpu.SMEM(
             (size, tiling.column, *filters), w.dtype, transforms=_swizzled(depth, w.dtype)
@@ -470,7 +473,7 @@ def _launch(
     }
     names = [*arrays, "y", *scratch]
 
-    def body(*refs: Any) -> None:
+    def body(*refs: Ref) -> None:
         block = dict(zip(names, refs, strict=True))
         _Block(layer=layer, tiling=tiling, **block).run()
 
@@ -513,10 +516,16 @@ def _flat(w: jax.Array, tiling: _Tiling) -> jax.Array:
     return jnp.pad(w, fill) if any(map(any, fill)) else w
 
 
-def _swizzled(columns: int, dtype: jnp.dtype) -> tuple[Any, ...]:
+def _swizzled(
+    columns: int, dtype: jnp.dtype
+) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """Returns the transforms of `wgmma` operands: tiles of 8 rows, with swizzled columns."""
-    swizzle = plgpu.SwizzleTransform(size_in_bytes((columns,), dtype))
-    return plgpu.TilingTransform((8, columns)), swizzle
+    # JAX 0.11 inherits a method of both that it declares to be abstract.
+    swizzle = plgpu.SwizzleTransform(  # type: ignore[abstract,unused-ignore]
+        size_in_bytes((columns,), dtype)
+    )
+    tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract,unused-ignore]
+    return tiling, swizzle
 
 
 def _seen_twice(
@@ -556,15 +565,15 @@ class _Block:
 
     layer: _Layer
     tiling: _Tiling
-    x: Any
-    w: Any
-    y: Any
-    pixels: Any
-    filters: Any
-    out: Any
-    full: Any
-    empty: Any
-    bias: Any = None
+    x: Ref
+    w: Ref
+    y: Ref
+    pixels: Ref
+    filters: Ref
+    out: Ref
+    full: Ref
+    empty: Ref
+    bias: Ref = None
 
     def run(self) -> None:
         """Runs the role of this warpgroup."""
@@ -574,7 +583,7 @@ class _Block:
         lax.cond(consumes, partial(self.consume, warpgroup), self.produce)
 
     @property
-    def count(self) -> Any:
+    def count(self) -> jax.Array:
         """The number of tiles of this block."""
         tiles, blocks = self.tiling.tiles(self.layer), lax.axis_size("block")
         return lax.div(tiles - lax.axis_index("block") + blocks - 1, blocks)
@@ -584,7 +593,7 @@ class _Block:
         """The number of pipeline steps of a tile."""
         return self.tiling.steps(self.layer)
 
-    def origin(self, i: Any) -> tuple[Any, Any, Any, Any]:
+    def origin(self, i: Index) -> tuple[jax.Array, ...]:
         """Returns the image, first row, column and feature of the block's i-th tile.
 
         Tiles of the same pixels follow each other.
@@ -597,7 +606,7 @@ class _Block:
         image, row = lax.div(rest, height), lax.rem(rest, height)
         return image, row * tiling.height, column * tiling.width, feature * tiling.features
 
-    def barrier(self, step: Any) -> Any:
+    def barrier(self, step: Index) -> jax.Array:
         """Returns the index of the mbarriers of a step, counted over all tiles of the block.
 
         Each group of consumers has a set of its own, since who waits for an mbarrier has to wait
@@ -612,7 +621,7 @@ class _Block:
         plgpu.set_max_registers(_REGISTERS["producer"], action="decrease")
         stages, total_steps = self.tiling.stages, self.count * self.steps
 
-        def load(step: Any, _: Any) -> tuple[()]:
+        def load(step: Index, carry: tuple[()]) -> tuple[()]:
             @pl.when(step >= stages)
             def _() -> None:
                 plgpu.barrier_wait(self.empty.at[self.barrier(step - stages)])
@@ -620,14 +629,14 @@ class _Block:
             self.load_stage(step)
             return ()
 
-        def drain(step: Any, _: Any) -> tuple[()]:
+        def drain(step: Index, carry: tuple[()]) -> tuple[()]:
             plgpu.barrier_wait(self.empty.at[self.barrier(step)])
             return ()
 
         lax.fori_loop(0, total_steps, load, ())
         lax.fori_loop(jnp.maximum(total_steps - stages, 0), total_steps, drain, ())
 
-    def load_stage(self, step: Any) -> None:
+    def load_stage(self, step: Index) -> None:
         """Issues the TMA loads of a step, counted over all tiles of the block."""
         layer, tiling = self.layer, self.tiling
         image, row, column, feature = self.origin(lax.div(step, self.steps))
@@ -662,7 +671,7 @@ class _Block:
                 filters = self.w.at[tap, channels, features]
             plgpu.copy_gmem_to_smem(filters, self.filters.at[stage, i], full)
 
-    def place(self, tap: Any, axis: int) -> tuple[Any, Any]:
+    def place(self, tap: Index, axis: int) -> tuple[Index, Index]:
         """Returns where a tap of the first pixel reads along an axis, and in which plane."""
         stride, before = self.layer.stride[axis], self.layer.before[axis]
         at = tap * self.layer.dilation[axis] - before
@@ -673,7 +682,7 @@ class _Block:
         at = at + outside * stride
         return lax.div(at, stride) - outside, lax.rem(at, stride)
 
-    def consume(self, warpgroup: Any) -> None:
+    def consume(self, warpgroup: Index) -> None:
         """Sums up the products of a consumer's part of its tiles, and runs their epilogues."""
         plgpu.set_max_registers(_REGISTERS["consumer"], action="increase")
         tiling, stages = self.tiling, self.tiling.stages
@@ -681,15 +690,15 @@ class _Block:
         pixels, features = tiling.own
         first = lax.div(part, tiling.across) * pixels
         feature = lax.rem(part, tiling.across) * features
-        _, rows = self.pixels
+        rows = self.pixels[1]
         down = self.layer.dilation[0] * tiling.width
 
-        def tile(own: Any, _: Any) -> tuple[()]:
+        def tile(own: Index, carry: tuple[()]) -> tuple[()]:
             # Stages come in the order of tiles, so groups need not wait for each other.
             i = own * tiling.groups + group
 
-            def summed(sums: Any) -> None:
-                def step(s: Any, _: Any) -> tuple[()]:
+            def summed(sums: Ref) -> None:
+                def step(s: Index, carry: tuple[()]) -> tuple[()]:
                     at = i * self.steps + s
                     stage = lax.rem(at, stages)
                     plgpu.barrier_wait(self.full.at[group * stages + stage])
@@ -723,7 +732,7 @@ class _Block:
         lax.fori_loop(0, lax.div(self.count - group + tiling.groups - 1, tiling.groups), tile, ())
         plgpu.wait_smem_to_gmem(0)
 
-    def epilogue(self, i: Any, warpgroup: Any, sums: Any) -> None:
+    def epilogue(self, i: Index, warpgroup: Index, sums: jax.Array) -> None:
         """Finishes a consumer's part of the i-th tile, and issues its TMA stores."""
         tiling = self.tiling
         image, row, column, feature = self.origin(i)
@@ -758,7 +767,7 @@ class _Block:
             )
 
 
-def _activated(y: Any, activation: str | None) -> Any:
+def _activated(y: jax.Array, activation: str | None) -> jax.Array:
     """Returns what `xla.activate` does, without the complementary error function.
 
     Mosaic does not have that one.

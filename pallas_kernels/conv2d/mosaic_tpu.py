@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ from pallas_kernels.common.mosaic_tpu import (
     unavailable,
 )
 from pallas_kernels.common.refusals import refusal, refuse
-from pallas_kernels.common.types import Pair
+from pallas_kernels.common.types import Index, Pair, Ref, Slice
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
@@ -121,7 +121,7 @@ def check(direction: str, problem: Problem) -> None:
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.conv2d.problem.Problem`.
+        problem: The call.
     """
     reasons = [
         f"{dtype}, {' and '.join(_DTYPES)} alone"
@@ -136,7 +136,7 @@ def check(direction: str, problem: Problem) -> None:
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The tiles that are worth timing, the default ones first; see `check` for the arguments."""
-    found: dict[Any, dict[str, int]] = {_tilings(direction, problem, None): {}}
+    found: dict[tuple[_Tiling, ...], dict[str, int]] = {_tilings(direction, problem, None): {}}
     pixels_and_features = (512, 256), (1024, 128), (1024, 256), (1024, 512), (2048, 128)
     for (block_m, block_n), block_k in product(pixels_and_features, (256, 512)):
         config = TileConfig(block_m, block_n, block_k)
@@ -446,11 +446,11 @@ def _forward_kernel(
     taps: _Taps,
     activation: str | None,
     precision: lax.Precision,
-    x: Any,
-    w: Any,
-    bias: Any,
-    out: Any,
-    sums: Any,
+    x: Ref,
+    w: Ref,
+    bias: Ref,
+    out: Ref,
+    sums: Ref,
 ) -> None:
     """One grid step of the forward: every tap's product, added to the accumulators `sums`."""
     first, last = pl.program_id(3) == 0, pl.program_id(3) == pl.num_programs(3) - 1
@@ -476,7 +476,7 @@ def _forward_kernel(
 
 
 def _weight_kernel(
-    tiling: _Tiling, taps: _Taps, precision: lax.Precision, x: Any, dy: Any, out: Any
+    tiling: _Tiling, taps: _Taps, precision: lax.Precision, x: Ref, dy: Ref, out: Ref
 ) -> None:
     """One grid step of the filters' gradient: every tap's product, added to its accumulator."""
 
@@ -500,14 +500,16 @@ def _weight_kernel(
     loop(tiling.pixel_blocks, multiply)
 
 
-def _pixel_block_at(tiling: _Tiling, index: jax.Array) -> tuple[Any, Any]:
+def _pixel_block_at(tiling: _Tiling, index: jax.Array) -> tuple[Slice, Slice]:
     """The images and rows of a pixel block."""
     images, rows = tiling.pixel_block
     along = tiling.rows // rows
     return pl.ds(index // along * images, images), pl.ds(index % along * rows, rows)
 
 
-def _window(x: Any, at: tuple[Any, Any], tiling: _Tiling, place: tuple[int, int, int]) -> jax.Array:
+def _window(
+    x: Ref, at: tuple[Slice, Slice], tiling: _Tiling, place: tuple[int, int, int]
+) -> jax.Array:
     """The window `[pixels, channels]` that a tap reads for a pixel block."""
     images, rows = at
     plane, down, right = place
@@ -653,7 +655,7 @@ def _tiles(
     shape: tuple[int, ...], dtype: DTypeLike, pixels: int, channels: int, features: int
 ) -> _Tiling:
     """Tiles of at most this many pixels, channels and features, but at least a row of registers."""
-    n, height, width, *lanes = shape
+    n, height, width, read, written = shape
     # Columns fill whole registers, so that the pixels of several rows reshape to one axis.
     cols = round_up(width, SUBLANES)
     parts = 1
@@ -666,7 +668,7 @@ def _tiles(
     whole = step == rows * pixel_blocks and parts == 1
     images = _divisor(n, pixels // (step * cols)) if whole else 1
     images_per_block = _divisor(images, _BLOCK_PIXELS // (rows * cols)) if pixel_blocks == 1 else 1
-    blocks = (_block(n, most) for n, most in zip(lanes, (channels, features), strict=True))
+    blocks = _block(read, channels), _block(written, features)
     return _Tiling(images, step, cols, *blocks, (images_per_block, rows))
 
 
@@ -687,7 +689,11 @@ def _steps(size: Sequence[int], tiling: _Tiling) -> Pair:
 
 
 def _images_spec(
-    x: jax.Array, tiling: _Tiling, taps: _Taps, across: int, step: Callable[..., Any]
+    x: jax.Array,
+    tiling: _Tiling,
+    taps: _Taps,
+    across: int,
+    step: Callable[..., tuple[Index, Index, Index]],
 ) -> pl.BlockSpec:
     """The block of images that a grid step reads; blocks overlap by the taps' halo.
 
@@ -704,7 +710,7 @@ def _images_spec(
     cols = x.shape[3] - (across - 1) * tiling.cols
     block = tiling.images, planes, rows, cols, tiling.channels
 
-    def start(*at: Any) -> tuple[Any, ...]:
+    def start(*at: Index) -> tuple[Index, ...]:
         images, i, channels = step(*at)
         # The compiler must see that blocks start on a register.
         col = i % across * tiling.cols if across > 1 else 0

@@ -1,19 +1,20 @@
 """The description of a call that implementations, tables and the tuner get."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
+from pallas_kernels.common.types import Dtype, Json, Pair
 from pallas_kernels.dispatch.backend import size_distance
 
-Pair = tuple[int, int]
+Each = TypeVar("Each")
 
 LAYOUTS = ("nhwc_hwcf", "nchw_fchw")
-"""Of images and filters: channels last, or channels first."""
+"""The layouts of images and filters: channels last, or channels first."""
 
 
 class Window(NamedTuple):
-    """Which samples a tap reads: output `o` and tap `i` read sample `stride o + dilation i - pad`.
+    """The samples that taps read: output `o` and tap `i` sample `stride o + dilation i - pad`.
 
     `reflect` mirrors the image about its edge samples where it is padded; otherwise pads are zero.
     """
@@ -30,7 +31,7 @@ class Window(NamedTuple):
 
         Args:
             size: Height and width of the images.
-            taps: Of the filters.
+            taps: Height and width of the filters.
 
         Example:
             >>> Window(stride=(2, 1), pads=((1, 1), (0, 0))).output((8, 8), (3, 3))
@@ -45,7 +46,7 @@ class Window(NamedTuple):
         return height, width
 
     def images(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
-        """`(N, H, W, C)` of the shape of images; of strides as well.
+        """The axes `(N, H, W, C)` of a shape of images, or of their strides.
 
         Example:
             >>> Window(layout="nchw_fchw").images((2, 3, 8, 9))
@@ -58,7 +59,7 @@ class Window(NamedTuple):
         return n, h, w, c
 
     def filters(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
-        """`(HF, WF, C / groups, NF)` of the shape of filters; of strides as well.
+        """The axes `(HF, WF, C / groups, NF)` of a shape of filters, or of their strides.
 
         Example:
             >>> Window(layout="nchw_fchw").filters((8, 4, 3, 5))
@@ -70,7 +71,7 @@ class Window(NamedTuple):
             f, c, h, w = shape
         return h, w, c, f
 
-    def laid_out(self, n: Any, h: Any, w: Any, c: Any) -> tuple[Any, Any, Any, Any]:
+    def laid_out(self, n: Each, h: Each, w: Each, c: Each) -> tuple[Each, Each, Each, Each]:
         """A value for each axis of images in the order of this layout: the inverse of `images`.
 
         Example:
@@ -113,15 +114,15 @@ class Problem(NamedTuple):
     """A call as implementations are told of it; shape is `(N, H, W, C)` in any layout."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: Dtype
     kernel_height: int
     kernel_width: int
     features: int
     window: Window
-    out_dtype: Any
+    out_dtype: Dtype
 
     def __str__(self) -> str:
-        """As errors tell it."""
+        """The problem as errors name it."""
         taps = f"{self.kernel_height}x{self.kernel_width}"
         return f"x {self.shape} {self.dtype}, {self.features} filters of {taps}, {self.window}"
 
@@ -129,7 +130,7 @@ class Problem(NamedTuple):
         """The problem whose times count for this one: itself."""
         return self
 
-    def distance(self, measured: Mapping[str, Any]) -> float:
+    def distance(self, measured: Json) -> float:
         """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
 
         Neither the batch nor the output's dtype counts. What a table says of the window (stride,
@@ -169,5 +170,5 @@ class Problem(NamedTuple):
         return ["an empty batch"] if 0 in self.shape else []
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     return [_as_json(one) for one in value] if isinstance(value, tuple) else value

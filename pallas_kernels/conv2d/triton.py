@@ -1,7 +1,6 @@
 """The dense convolution on GPUs: the kernels of `triton_kernels`, launched by jax-triton."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.triton import launch, unavailable
-from pallas_kernels.conv2d.problem import TileConfig, Window
+from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
 __all__ = [
@@ -34,19 +33,19 @@ _PRECISIONS = {
 }
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.conv2d.problem.Problem`.
+        problem: The call.
     """
     from pallas_kernels.conv2d import triton_launches
 
     triton_launches.check(problem)
 
 
-def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The tiles that are worth timing, the default ones first; see `check` for the arguments."""
     if problem.dtype == "float32":
         sizes = [(64, 32, 32, 3), (128, 64, 16, 3)]

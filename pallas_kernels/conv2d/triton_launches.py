@@ -1,10 +1,9 @@
 """The Triton launches of the dense convolution, for any framework."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from pallas_kernels.common.refusals import refuse
-from pallas_kernels.common.triton import Launch, cdiv, contiguous
+from pallas_kernels.common.triton import AnyArray, Launch, cdiv, contiguous
 from pallas_kernels.conv2d import triton_kernels as kernels
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 
@@ -44,16 +43,16 @@ def check(problem: Problem) -> None:
 
 
 def forward(
-    x: Any,
-    w: Any,
-    bias: Any | None,
+    x: AnyArray,
+    w: AnyArray,
+    bias: AnyArray | None,
     window: Window,
     activation: str | None,
-    out_dtype: Any,
+    out_dtype: object,
     precision: str,
     config: TileConfig | None,
-    launch: Launch,
-) -> Any:
+    launch: Launch[AnyArray],
+) -> AnyArray:
     """The operator on contiguous arrays of one dtype.
 
     Args:
@@ -97,15 +96,15 @@ def forward(
 
 
 def input_grad(
-    dy: Any,
-    w: Any,
+    dy: AnyArray,
+    w: AnyArray,
     shape: Sequence[int],
     window: Window,
-    out_dtype: Any,
+    out_dtype: object,
     precision: str,
     config: TileConfig | None,
-    launch: Launch,
-) -> Any:
+    launch: Launch[AnyArray],
+) -> AnyArray:
     """The transpose in x, applied to dy, of a convolution that does not reflect.
 
     Args:
@@ -149,14 +148,14 @@ def input_grad(
 
 
 def weight_grad(
-    x: Any,
-    dy: Any,
+    x: AnyArray,
+    dy: AnyArray,
     shape: Sequence[int],
     window: Window,
     precision: str,
     config: TileConfig | None,
-    launch: Launch,
-) -> Any:
+    launch: Launch[AnyArray],
+) -> AnyArray:
     """The transpose in w, applied to dy.
 
     Args:
@@ -204,7 +203,7 @@ def weight_grad(
     return sums
 
 
-def tiles(rows: int, columns: int, channels: int, dtype: Any) -> TileConfig:
+def tiles(rows: int, columns: int, channels: int, dtype: object) -> TileConfig:
     """The default tiles of a product with this number of rows and columns, of arrays of a dtype.
 
     Where the channels allow it, all of a tile along K belongs to one tap, whose addresses are cheap
@@ -228,23 +227,23 @@ def _power(size: int) -> int:
 
 
 def _convolve(
-    x: Any,
-    w: Any,
-    bias: Any | None,
+    x: AnyArray,
+    w: AnyArray,
+    bias: AnyArray | None,
     channels: tuple[int, int],
     window: Window,
-    output: tuple[tuple[int, ...], Any],
+    output: tuple[tuple[int, ...], object],
     precision: str,
     config: TileConfig | None,
-    launch: Launch,
-    **which: Any,
-) -> Any:
+    launch: Launch[AnyArray],
+    **which: object,
+) -> AnyArray:
     """The output of one launch of `kernels.conv`.
 
     `channels` are the numbers of a group's channels that are read and written.
     """
     n, height, width, _ = window.images(output[0])
-    config = config or tiles(n * height * width, *reversed(channels), x.dtype)
+    config = config or tiles(n * height * width, channels[1], channels[0], x.dtype)
     across = cdiv(channels[1], config.block_n)
     sizes = _sizes(window, x.shape, channels, w.shape, output[0])
     if which["FLIP"]:

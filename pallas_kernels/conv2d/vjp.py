@@ -18,7 +18,7 @@ altogether if they compute both directions, so that `jvp` and `hessian` work.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import activate
@@ -36,6 +37,14 @@ from pallas_kernels.dispatch.tuner import TuningParams
 Residuals = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 
+class Kernels(Protocol):
+    """The functions of an implementation, which the docstring of this module describes."""
+
+    forward: Callable[..., jax.Array]
+    input_grad: Callable[..., jax.Array]
+    weight_grad: Callable[..., jax.Array]
+
+
 class Plan(NamedTuple):
     """The static choices of one call: what computes it, and what is asked of its backward pass.
 
@@ -43,10 +52,10 @@ class Plan(NamedTuple):
         module: The implementation that computes the operator.
         config: Its tiles, None for those that it takes unasked.
         window: Which samples a tap reads.
-        precision: Of products on matrix units.
+        precision: The precision of products on matrix units.
         given: The tiles that the caller gave, for the backward pass too.
-        backward: What the backward rule chooses an implementation by; None in a plan that is
-            timed, which nobody differentiates.
+        backward: The request by which the backward rule chooses an implementation; None in a
+            plan that is timed, which nobody differentiates.
     """
 
     module: Implementation
@@ -68,7 +77,7 @@ class Plan(NamedTuple):
         Args:
             x: Images.
             w: Filters.
-            out_dtype: Of the output.
+            out_dtype: The dtype of the output.
 
         Raises:
             NotImplementedError: No allowed implementation can run here; says why for each.
@@ -102,7 +111,7 @@ def conv2d(
 ) -> jax.Array:
     """The convolution with its epilogue."""
     arrays = x, w, bias
-    # Of its own operations JAX knows every derivative, forward mode too.
+    # JAX knows every derivative of its own operations, forward mode too.
     apply = _forward if _bare(plan.module, x) and _bare_backward(plan, x, w, out_dtype) else _apply
     return apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
 
@@ -137,7 +146,7 @@ def _apply_fwd(
         y = apply(plan, activation, out_dtype, x, w, bias)
         if activation is not None:
             kept = y
-    # Of the bias the backward pass needs to know its dtype and nothing else.
+    # The backward pass needs to know the dtype of the bias, and nothing else of it.
     return y, (x, w, None if bias is None else bias[:0], kept)
 
 
@@ -150,8 +159,10 @@ def _apply_bwd(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     x, w, bias, kept = residuals
     if activation == "relu":
+        assert kept is not None
         dy = jnp.where(kept > 0, dy, 0)
     elif activation == "gelu":
+        assert kept is not None
         acc = accumulation_dtype(out_dtype)
         _, pullback = jax.vjp(partial(activate, activation=activation), kept.astype(acc))
         dy = pullback(dy.astype(acc))[0].astype(out_dtype)
@@ -235,7 +246,7 @@ def measurement(
     precision: jax.lax.Precision | None,
     config: TileConfig | None,
 ) -> JaxMeasurement:
-    """What runs and times an implementation on arrays like those of a call.
+    """The measurement that runs and times an implementation on arrays like those of a call.
 
     Args:
         operator: The operator, in JAX.
@@ -243,7 +254,7 @@ def measurement(
         problem: The call.
         bias: Whether it has a bias.
         activation: Its activation.
-        precision: Of products on matrix units.
+        precision: The precision of products on matrix units.
         config: The tiles that the caller gave.
 
     Returns:
@@ -261,12 +272,12 @@ def measurement(
         acc = accumulation_dtype(problem.dtype)
         last = jax.ShapeDtypeStruct((problem.features,), acc) if bias else None
 
-    def run(module: Implementation, found: TuningParams) -> Callable[..., Any]:
+    def run(module: Implementation, found: TuningParams) -> Callable[..., Tree]:
         chosen = tiles(config, Candidate("", found))
         plan = Plan(module, chosen, window, precision, config, backward=None)
-        return timed_function(plan, direction, activation, problem.out_dtype)
+        return timed_function(plan, direction, activation, jnp.dtype(problem.out_dtype))
 
-    static = {"precision": precision and precision.name, "config": config and list(config)}
+    static: Json = {"precision": precision and precision.name, "config": config and list(config)}
     if direction == "fwd":
         static |= {"bias": bias, "activation": activation}
     return JaxMeasurement(run, (x, w, last), operator.module("xla"), static)
@@ -274,14 +285,14 @@ def measurement(
 
 def timed_function(
     plan: Plan, direction: str, activation: str | None, out_dtype: jnp.dtype
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
     """The function of arrays that a plan's implementation computes in one direction.
 
     Args:
-        plan: What computes it.
+        plan: The plan of the call.
         direction: "fwd", a function of x, w and the bias, or "bwd", of x, w and dy.
-        activation: Of the forward pass.
-        out_dtype: Likewise.
+        activation: The activation of the forward pass.
+        out_dtype: The dtype of its output.
 
     Returns:
         The function: of the output, or of the gradients of x and w.
@@ -305,7 +316,10 @@ def _forward(
     bias: jax.Array | None,
 ) -> jax.Array:
     run = partial(
-        plan.module.forward, activation=activation, out_dtype=out_dtype, **plan.static_kwargs()
+        cast(Kernels, plan.module).forward,
+        activation=activation,
+        out_dtype=out_dtype,
+        **plan.static_kwargs(),
     )
     return run(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(run)(x, w, bias)
 
@@ -313,19 +327,23 @@ def _forward(
 def _dx(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
-    run = partial(plan.module.input_grad, shape=shape, dtype=dtype, **plan.static_kwargs())
+    run = partial(
+        cast(Kernels, plan.module).input_grad, shape=shape, dtype=dtype, **plan.static_kwargs()
+    )
     return run(dy, w) if plan.module.DIFFERENTIABLE else vmap_folding(run)(dy, w)
 
 
 def _dw(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
-    run = partial(plan.module.weight_grad, shape=shape, dtype=dtype, **plan.static_kwargs())
+    run = partial(
+        cast(Kernels, plan.module).weight_grad, shape=shape, dtype=dtype, **plan.static_kwargs()
+    )
     return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
 
 
 def _bare(module: Implementation, x: jax.Array) -> bool:
-    """Whether JAX itself differentiates: sums of a wider dtype than x's it cannot transpose."""
+    """Whether JAX itself differentiates; it cannot transpose sums of a wider dtype than x's."""
     return module.DIFFERENTIABLE and x.dtype == accumulation_dtype(x.dtype)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.common._compat import gelu, vary_like
 from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype
-from pallas_kernels.conv2d.problem import TileConfig, Window
+from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 
 DIFFERENTIABLE = True
 
@@ -27,7 +26,7 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Does nothing: plain JAX takes every problem."""
 
 

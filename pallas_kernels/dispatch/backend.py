@@ -9,16 +9,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self, cast, runtime_checkable
 
+from pallas_kernels.common.types import Dtype, Json
+
 Parameters = Mapping[str, Any]
-"""What a search space offers: JSON-able values by the names of keywords."""
+"""An element of a search space: JSON-able values by the names of keywords."""
 
 
 class Problem(Protocol):
-    """What times and refusals of a call depend on: a NamedTuple of what JSON can say.
+    """A JSON-able NamedTuple of all that times and refusals of a call depend on.
 
     Attributes:
-        shape: Of the input, `[batch, *sizes, channels]`; a size may be symbolic.
-        dtype: Of the input.
+        shape: The shape of the input, `[batch, *sizes, channels]`; a size may be symbolic.
+        dtype: The dtype of the input.
     """
 
     @property
@@ -26,16 +28,18 @@ class Problem(Protocol):
         """The input's shape."""
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> Dtype:
         """The input's dtype."""
 
-    def _asdict(self) -> dict[str, Any]:
+    def __hash__(self) -> int: ...
+
+    def _asdict(self) -> Json:
         """The fields by name, as every NamedTuple has them."""
 
     def measured_as(self) -> Self:
         """The problem whose measured times count for this one, itself where none is shared."""
 
-    def distance(self, measured: Mapping[str, Any]) -> float:
+    def distance(self, measured: Json) -> float:
         """How unlike this problem is to one of a table of defaults, infinite if incomparable.
 
         Args:
@@ -46,7 +50,7 @@ class Problem(Protocol):
 
 @runtime_checkable
 class Implementation(Protocol):
-    """What the module of an implementation offers, beside the functions that compute.
+    """The module of an implementation, beside the functions that compute.
 
     Attributes:
         DIFFERENTIABLE: Whether JAX can differentiate its functions itself; those of other
@@ -58,8 +62,9 @@ class Implementation(Protocol):
     def unavailable(self, platform: str, /) -> str | None:
         """The reason why it cannot run on this machine, None if it can."""
 
+    # The problem is that of the module's own operator, which no common type can say.
     def check(self, direction: str, problem: Any, /) -> None:
-        """Returns where it can compute a problem.
+        """Returns where it can compute a problem, which is its operator's.
 
         Raises:
             NotImplementedError: It cannot; says why. Another candidate is taken then.
@@ -74,7 +79,7 @@ class Tunable(Implementation, Protocol):
         """The parameters that are worth timing, `{}` for those that it takes unasked."""
 
 
-def search_space(module: Implementation, direction: str, problem: Any) -> list[Parameters]:
+def search_space(module: Implementation, direction: str, problem: Problem) -> list[Parameters]:
     """The parameters that an implementation offers, at least its own defaults.
 
     Args:
@@ -100,7 +105,7 @@ def size_distance(shape: Sequence[int], measured: Sequence[int]) -> float:
 
     Args:
         shape: `[batch, *sizes, channels]`; the batch does not count.
-        measured: Likewise.
+        measured: The shape of the measured input, likewise.
 
     Returns:
         A sum, infinite for another number of axes, and where a size is symbolic or zero.

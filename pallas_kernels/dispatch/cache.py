@@ -1,4 +1,4 @@
-"""What was measured on this machine: in memory, and in one JSON file a kind of device.
+"""The times measured on this machine: in memory, and in one JSON file a kind of device.
 
 The files lie in the user's cache folder, `flash_wtconv/measured/`, an entry a line:
 
@@ -24,11 +24,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+from pallas_kernels.common.types import Json
 from pallas_kernels.dispatch.table import file_name
 
-Entry = dict[str, Any]
+Entry = Json
+"""An entry, as the docstring of this module shows it."""
 
 _FORMAT = "flash-wtconv measurements"
 _VERSION = 1
@@ -59,8 +60,8 @@ class Cache:
     def put(self, device_kind: str, entries: Iterable[Entry], *, write: bool = True) -> None:
         """Remembers entries, and with `write` has them written in the background.
 
-        An entry of a key that is known is merged with it: of an implementation that both
-        measured the new times count.
+        An entry whose key is known is merged with the old one; where both measured an
+        implementation, the new times count.
         """
         with self._lock:
             known = self._known(device_kind)
@@ -86,7 +87,7 @@ class Cache:
             writer.join()
 
     def kinds(self) -> list[str]:
-        """The kinds of devices of which there are entries."""
+        """The kinds of devices that have entries."""
         self.flush()
         with self._lock:
             for path in self.folder.glob("*.json") if self.folder else []:
@@ -169,8 +170,8 @@ class Cache:
             )
 
 
-def key(entry: Mapping[str, Any]) -> str:
-    """What tells an entry from others: all that its times depend on, besides the device.
+def key(entry: Entry) -> str:
+    """The text that tells an entry from others: all that its times depend on, besides the device.
 
     Example:
         >>> key({"operator": "f", "direction": "fwd", "problem": {"n": 1}, "static": {},
@@ -182,7 +183,7 @@ def key(entry: Mapping[str, Any]) -> str:
 
 
 def merged(old: Entry | None, new: Entry) -> Entry:
-    """Two entries of one key: of an implementation in both, what the new one measured.
+    """Two entries of one key as one; the new times of an implementation replace the old.
 
     Example:
         >>> old = {"measured": [{"implementation": "a", "ms": 1}, {"implementation": "b", "ms": 2}]}
@@ -243,7 +244,7 @@ def user_cache() -> Cache:
     folder = user_cache_path("flash_wtconv", appauthor=False) / "measured"
     if folder.is_absolute():
         return Cache(folder)
-    # Of a user without a home it is `~/.cache`, which would be made where we stand.
+    # Without a home it is `~/.cache`, which would be made in the working directory.
     warnings.warn(
         "measured times are kept in memory alone: there is no home to keep files in",
         RuntimeWarning,
@@ -299,7 +300,7 @@ def _load(path: Path) -> dict[str, Entry]:
 
 
 def _read_or_set_aside(path: Path) -> dict[str, Entry]:
-    """As `_load`, under the lock."""
+    """The entries of a file as `_load` returns them, read under the lock."""
     try:
         return _read(path)
     except (OSError, ValueError) as error:

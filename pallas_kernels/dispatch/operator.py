@@ -5,25 +5,25 @@ import importlib.util
 import logging
 import os
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from pallas_kernels.dispatch import table, tuner
 from pallas_kernels.dispatch.backend import Implementation, Problem, missing, search_space
 from pallas_kernels.dispatch.tuner import Candidate, Measurement, Mode
 
 Choice = str | StrEnum | Sequence[str | StrEnum] | None
-"""What `implementation=` takes."""
+"""The type of the argument `implementation=`."""
 
 AUTO = "auto"
 """The filter that takes the fastest of all implementations, as measured."""
 
 _REGISTRY: dict[str, "Operator"] = {}
 _TOLD: set[tuple[str, ...]] = set()
-"""What was logged already about implementations that were left out."""
+"""Messages about implementations that were left out, which are logged once."""
 
 _log = logging.getLogger("flash_wtconv")
 
@@ -43,7 +43,7 @@ class Operator:
         rule: For each platform (`"cpu"`, `"gpu"`, `"tpu"`) its implementations, best first.
         directions: The directions that are chosen separately, e.g. `"fwd"` and `"bwd"`, each with
             the functions that a module needs to compute it.
-        argument: What the operator's functions call the filter on the implementations.
+        argument: The name that the operator's functions give the filter on the implementations.
     """
 
     name: str
@@ -67,9 +67,9 @@ class Operator:
         implementation: Choice,
         platform: str,
         device_kind: str | None = None,
-        state: Any = None,
+        state: Hashable = None,
     ) -> "Request":
-        """What is asked of one direction of a call, before or after there is a problem.
+        """The request of one direction of a call, before or after there is a problem.
 
         Args:
             direction: One of `directions`.
@@ -77,7 +77,7 @@ class Operator:
                 without one takes the device's order of preference. `"auto"` is all of them.
             platform: The device's platform, e.g. `"cpu"`.
             device_kind: The device's kind, e.g. `"NVIDIA H200"`; `None` goes by the rule alone.
-            state: What else `unavailable` of an implementation depends on, hashable.
+            state: Other state that `unavailable` of an implementation depends on, hashable.
 
         Returns:
             The request, hashable.
@@ -107,7 +107,7 @@ class Operator:
 
         Args:
             implementation: Filter on the candidates.
-            argument: What the caller calls it; None is the operator's own name for it.
+            argument: The caller's name for it; None is the operator's own name for it.
 
         Raises:
             ValueError: An unknown or empty filter; names the argument.
@@ -196,7 +196,7 @@ class Operator:
 
 
 class Request(NamedTuple):
-    """What is asked of one direction of a call: a filter, where it runs, and how it is tuned.
+    """A request of one direction of a call: a filter, the device, and how it is tuned.
 
     Attributes:
         operator: The operator.
@@ -206,9 +206,9 @@ class Request(NamedTuple):
         filter: The filter as errors tell it.
         platform: The device's platform.
         device_kind: The device's kind; None goes by the rule alone.
-        mode: What `tuning` says.
+        mode: The mode that `tuning` sets.
         trace: Tells calls inside `tuner.recorded` from those that JAX has traced before.
-        state: What else `unavailable` depends on.
+        state: Other state that `unavailable` depends on.
     """
 
     operator: Operator
@@ -220,7 +220,7 @@ class Request(NamedTuple):
     device_kind: str | None
     mode: Mode | None
     trace: int | None
-    state: Any
+    state: Hashable
 
     def pick(self, problem: Problem) -> str:
         """The first implementation that can run, in the device's order of preference.

@@ -1,4 +1,4 @@
-"""Which implementation was the fastest where: a JSON table a kind of device, kept in the package.
+"""The fastest implementation by problem: a JSON table a kind of device, kept in the package.
 
 `flash-wtconv bench wtconv --write-defaults`, and `bench conv2d`, make them. A table, of the device
 in `device_kind`, holds one entry for each operator, direction and problem that was measured:
@@ -17,18 +17,18 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from pallas_kernels.common.types import Json
 from pallas_kernels.dispatch.backend import Problem
 
 FOLDER = Path(__file__).parent / "defaults"
-"""Where the tables are; a device of which none is there goes by the operators' rules."""
+"""The folder of the tables; a device without one goes by the operators' rules."""
 
-Entry = dict[str, Any]
+Entry = Json
 
 
 def path(device_kind: str) -> Path:
-    """Where the table of a kind of device is, or would be.
+    """The path that the table of a kind of device has, or would have.
 
     Example:
         >>> path("NVIDIA H200").name
@@ -48,7 +48,7 @@ def file_name(device_kind: str) -> str:
 
 
 def entries(device_kind: str) -> tuple[Entry, ...]:
-    """What was measured on a kind of device: nothing where there is no table of it.
+    """The entries measured on a kind of device: none where there is no table of it.
 
     Args:
         device_kind: As JAX names it, e.g. "NVIDIA H200".
@@ -98,7 +98,7 @@ def fastest(operator: str, direction: str, problem: Problem | None, device_kind:
 
 
 def merged(device_kind: str, new: Iterable[Entry]) -> str:
-    """The text of a table with new entries in it; those of the same problem they replace.
+    """The text of a table with new entries in it, which replace those of the same problem.
 
     Args:
         device_kind: As JAX names it.

@@ -1,7 +1,7 @@
 """The tuner: times implementations with each of their parameters, and remembers the fastest.
 
 It knows no framework. What runs a candidate, and what times it, is a `Measurement` that the caller
-hands in; when it may measure, `tuning` says.
+hands in; `tuning` says when it may measure.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args
 
+from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch import cache
 from pallas_kernels.dispatch.backend import Implementation, Problem, search_space
 from pallas_kernels.dispatch.cache import Entry
@@ -62,22 +63,24 @@ class Candidate(NamedTuple):
     config: TuningParams = ()
 
     def __str__(self) -> str:
-        """As logs tell it."""
+        """The candidate as logs name it."""
         return " ".join([self.implementation, *(f"{name}={value}" for name, value in self.config)])
 
 
 class Measurement(Protocol):
-    """One direction of one call, as a framework runs and times it.
+    """One direction of one call, as a framework runs and times it."""
 
-    Attributes:
-        device_kind: What times hold for; an entry of the cache is of one kind of device.
-        static: What else times depend on, besides the problem; JSON-able.
-        versions: Versions of what computes, by name.
-    """
+    @property
+    def device_kind(self) -> str:
+        """The kind of device that times hold for; an entry of the cache is of one."""
 
-    device_kind: str
-    static: Mapping[str, Any]
-    versions: Mapping[str, str]
+    @property
+    def static(self) -> Json:
+        """The static arguments that times depend on, besides the problem; JSON-able."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """The versions of what computes, by name."""
 
     def from_process_0(self, question: str, answer: Callable[[], str]) -> str:
         """One process's answer to a question that all processes of a program ask."""
@@ -88,17 +91,17 @@ class Measurement(Protocol):
     def untraced(self, search: Callable[[], Entry]) -> Entry:
         """Runs a search where arrays have values, outside of whatever is being traced."""
 
-    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Any]:
+    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Tree]:
         """A call of an implementation on random arrays, always the same ones."""
 
-    def milliseconds(self, call: Callable[[], Any]) -> float:
+    def milliseconds(self, call: Callable[[], Tree]) -> float:
         """The time of one run of a call, compiled already."""
 
-    def arrays(self, result: Any) -> "Outputs":
-        """What a call returned, once it is done."""
+    def arrays(self, result: Tree) -> "Outputs":
+        """The arrays that a call returned, once it is done."""
 
     def reference(self) -> "Outputs":
-        """What a right call returns."""
+        """The arrays that a right call returns."""
 
 
 @contextmanager
@@ -153,7 +156,7 @@ def trace() -> int | None:
 
 
 def mode() -> Mode | None:
-    """What `tuning` says, outside of it the variable FLASH_WTCONV_TUNING, None where it is unset.
+    """The mode that `tuning` sets, else FLASH_WTCONV_TUNING's; None where neither is set.
 
     Raises:
         ValueError: The variable holds something else.
@@ -187,7 +190,7 @@ def fastest(
         direction: Its direction.
         problem: The operator's description of the call, a NamedTuple of what JSON can say.
         modules: The implementations that can run, by name.
-        mode: What `tuning` says; `"cached"` measures nothing.
+        mode: The mode that `tuning` sets; `"cached"` measures nothing.
         measurement: How they are run and timed.
 
     Returns:
@@ -253,7 +256,7 @@ def _fastest(
             if best is None:
                 why = "; ".join(f"{_candidate(one)}: {one['failed']}" for one in found["measured"])
                 _warn(f"{label} of {problem}: no implementation could be timed: {why}")
-            # What failed altogether, for want of memory perhaps, the next process tries again.
+            # The next process tries again where all failed, for want of memory perhaps.
             store.put(kind, entries, write=best is not None)
     return _best(entries, modules)
 
@@ -263,7 +266,7 @@ def _configs(module: Implementation, direction: str, problem: Problem) -> list[T
     return [tuple(offered.items()) for offered in search_space(module, direction, problem)]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A field of a problem as JSON says it."""
     if isinstance(value, (tuple, list)):
         return [_plain(one) for one in value]
@@ -293,7 +296,7 @@ def _best(entries: Sequence[Entry], names: Iterable[str]) -> Candidate | None:
     return _candidate(best)
 
 
-def _candidate(measured: Mapping[str, Any]) -> Candidate:
+def _candidate(measured: Json) -> Candidate:
     return Candidate(measured["implementation"], _config(measured["config"].items()))
 
 
@@ -315,7 +318,7 @@ def _search(
     """Times every candidate that runs and is right, the fastest first; `failed` says why not."""
     times: dict[Candidate, list[float]] = {}
     failed: dict[Candidate, str] = {}
-    calls: dict[Candidate, Callable[[], Any]] = {}
+    calls: dict[Candidate, Callable[[], Tree]] = {}
     reference = _Reference(measurement)
 
     def best() -> float:
@@ -348,14 +351,14 @@ def _search(
         again(_TIE_RUNS, _TIE)
     ranking = sorted(times, key=lambda candidate: median(times[candidate]))
     _tell(label, [(candidate, median(times[candidate])) for candidate in ranking])
-    measured: list[dict[str, Any]] = [
+    measured: list[Json] = [
         {**_said(candidate), "ms": round(median(times[candidate]), 6)} for candidate in ranking
     ]
     measured += [{**_said(candidate), "failed": why} for candidate, why in failed.items()]
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "measured": measured}
 
 
-def _said(candidate: Candidate) -> dict[str, Any]:
+def _said(candidate: Candidate) -> Json:
     return {"implementation": candidate.implementation, "config": dict(candidate.config)}
 
 
@@ -378,8 +381,8 @@ class _Reference:
         self._measurement = measurement
         self._right: Outputs | None = None
 
-    def fault(self, result: Any) -> str | None:
-        """What is wrong with a result: NaN, zeros, or far from the reference; None if nothing."""
+    def fault(self, result: Tree) -> str | None:
+        """The fault of a result: NaN, zeros, or far from the reference; None if it has none."""
         import numpy as np
 
         if self._right is None:

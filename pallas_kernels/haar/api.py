@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels.common.arguments import check_unsharded, checked_array, checked_integer
 from pallas_kernels.common.measurement import request
+from pallas_kernels.common.types import Tree
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar import vjp
 from pallas_kernels.haar.filters import filter_bank
@@ -47,6 +48,7 @@ OPERATOR = Operator(
 )
 
 
+R = TypeVar("R")
 Details2 = tuple[jax.Array, jax.Array, jax.Array]
 Details3 = dict[str, jax.Array]
 
@@ -114,8 +116,8 @@ def dwt2(
         >>> cA.shape
         (2, 4, 5, 3)
     """
-    low, (details,) = _wavedec(data, 2, wavelet, 1, implementation)
-    return low, details
+    low, ((cH, cV, cD),) = _wavedec(data, 2, wavelet, 1, implementation)
+    return low, (cH, cV, cD)
 
 
 def idwt2(
@@ -213,7 +215,7 @@ def wavedec2(
         (1, 2, 2, 2)
     """
     low, details = _wavedec(data, 2, wavelet, level, implementation)
-    return [low, *details]
+    return [low, *((cH, cV, cD) for cH, cV, cD in details)]
 
 
 def wavedec3(
@@ -403,11 +405,11 @@ def _plan(
     return vjp.Plan(module, shape[1:-1], levels, wavelet, chosen.config)
 
 
-def _unflat(bands: Any, batch: tuple[int, ...]) -> Any:
+def _unflat(bands: R, batch: tuple[int, ...]) -> R:
     return jax.tree.map(lambda band: band.reshape(*batch, *band.shape[1:]), bands)
 
 
-def _parted(coeffs: Any) -> tuple[Any, list[Any]]:
+def _parted(coeffs: Sequence[Tree]) -> tuple[Tree, list[Tree]]:
     """The low band, and the details."""
     if not isinstance(coeffs, Sequence):
         raise ValueError(f"coeffs: expected [cA_n, details_n, ..., details_1], got {_seen(coeffs)}")
@@ -416,21 +418,21 @@ def _parted(coeffs: Any) -> tuple[Any, list[Any]]:
     return coeffs[0], list(coeffs[1:])
 
 
-def _named2(details: Any, source: str) -> dict[str, Any]:
+def _named2(details: object, source: str) -> dict[str, ArrayLike]:
     if not isinstance(details, Sequence) or len(details) != 3:
         whole = "(cA, (cH, cV, cD))" if source == "coeffs" else "(cH, cV, cD)"
         raise ValueError(f"{source}: expected {whole}, got {_seen(details)} for the details")
     return dict(zip(("cH", "cV", "cD"), details, strict=True))
 
 
-def _named3(details: Any, source: str, names: Sequence[str]) -> dict[str, Any]:
+def _named3(details: object, source: str, names: Sequence[str]) -> dict[str, ArrayLike]:
     if not isinstance(details, Mapping) or set(details) != set(names):
         seen = list(details) if isinstance(details, Mapping) else _seen(details)
         raise ValueError(f"{source}: expected the bands {list(names)}, got {seen}")
     return {name: details[name] for name in names}
 
 
-def _seen(value: Any) -> str:
+def _seen(value: object) -> str:
     """A value as an error names it: its type, and the shapes of what it holds."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"({', '.join(map(_seen, value))})"

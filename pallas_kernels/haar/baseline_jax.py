@@ -44,7 +44,7 @@ def waverec(coefficients: list[jax.Array], *, shape: tuple[int, ...], bank: Arra
     """Synthesis cascade: the transpose of `wavedec` with the bank's synthesis filters.
 
     Args:
-        coefficients: What `wavedec` returns.
+        coefficients: The coefficients as `wavedec` returns them.
         shape: Spatial size of the signal.
         bank: Low and high synthesis filter `[2, F]`.
 

@@ -5,10 +5,20 @@ kernel. They leave out the factor 1/2 of the orthonormal transform, which caller
 taps. `triton_kernels` has Triton's form of `split`, `xla` XLA's of both for any number of axes.
 """
 
-from typing import Any
+from typing import Protocol, Self, TypeVar
 
 
-def split(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, Any]:
+class Additive(Protocol):
+    """A number, an array, or a value inside a kernel."""
+
+    def __add__(self, other: Self, /) -> Self: ...
+    def __sub__(self, other: Self, /) -> Self: ...
+
+
+Value = TypeVar("Value", bound=Additive)
+
+
+def split(a: Value, b: Value, c: Value, d: Value) -> tuple[Value, Value, Value, Value]:
     """The four bands of pixels `[[a, b], [c, d]]`, twice as large as those of the transform.
 
     Returns:
@@ -22,7 +32,9 @@ def split(a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, Any]:
     return top + bottom, top - bottom, right + cross, right - cross
 
 
-def merge(low: Any, vertical: Any, horizontal: Any, diagonal: Any) -> tuple[Any, Any, Any, Any]:
+def merge(
+    low: Value, vertical: Value, horizontal: Value, diagonal: Value
+) -> tuple[Value, Value, Value, Value]:
     """The pixels `a, b, c, d` of four bands, twice as large as those of the transform.
 
     Example:

@@ -6,12 +6,12 @@ each level, finest first.
 """
 
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pallas_kernels.common.conformance import rounded
+from pallas_kernels.common.types import Tree
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.oracle import Array, wavedec, waverec
 
@@ -42,7 +42,7 @@ class Case(NamedTuple):
         batch, spatial = ("x".join(map(str, sizes)) for sizes in (self.batch, self.spatial))
         return f"b{batch}-{spatial}-c{self.channels}-l{self.level}-{self.wavelet}-{self.dtype}"
 
-    def drawn(self) -> tuple[NDArray[Any], list[NDArray[Any]]]:
+    def drawn(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """Returns the signal and the coefficients, rounded to the case's dtype.
 
         Example:
@@ -53,7 +53,7 @@ class Case(NamedTuple):
         x, low, details = inputs(self)
         return rounded(x, self.dtype), [rounded(band, self.dtype) for band in (low, *details)]
 
-    def expected(self) -> dict[str, Any]:
+    def expected(self) -> dict[str, Tree]:
         """Returns the oracle's transforms, and their gradients: each is the other's transpose.
 
         The coefficients are "wavedec" of the signal, and "dwaverec" for the signal as the gradient
@@ -165,7 +165,7 @@ def inputs(case: Case) -> tuple[Array, Array, list[Array]]:
     """Draws a signal and coefficients of a case, the same ones every time.
 
     Args:
-        case: What to draw for.
+        case: The case to draw for.
 
     Returns:
         `(x, low, details)` in float64: the signal `[*batch, *spatial, C]`, the coarsest low band

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.types import Tree
 from pallas_kernels.haar import api, baseline_jax
 from pallas_kernels.haar.cases import CASES, Case
 from pallas_kernels.haar.filters import filter_bank
@@ -20,7 +20,7 @@ _WAVEREC = {1: api.waverec, 2: api.waverec2, 3: api.waverec3}
 # Band s is high along spatial axis a where bit a of s is set; PyWavelets' letters name the axes.
 _BANDS3 = ("daa", "ada", "dda", "aad", "dad", "add", "ddd")
 
-Transform = Callable[..., Any]
+Transform = Callable[..., Tree]
 
 
 def problem(case: Case) -> Problem:
@@ -34,7 +34,7 @@ def problem(case: Case) -> Problem:
     return Problem(shape, jnp.dtype(case.dtype), case.ndim, case.level, case.wavelet)
 
 
-def computed(case: Case, implementation: str) -> Callable[..., dict[str, Any]]:
+def computed(case: Case, implementation: str) -> Callable[..., dict[str, Tree]]:
     """Returns the function of a case's arrays that one implementation computes.
 
     Example:
@@ -42,19 +42,30 @@ def computed(case: Case, implementation: str) -> Callable[..., dict[str, Any]]:
         >>> sorted(computed(case, "xla")(*case.drawn()))
         ['dwavedec', 'dwaverec', 'wavedec', 'waverec']
     """
-    static = {"wavelet": case.wavelet, "implementation": implementation}
+    wavedec: Transform = partial(
+        _WAVEDEC[case.ndim],
+        wavelet=case.wavelet,
+        level=case.level,
+        implementation=implementation,
+    )
+    waverec: Transform = partial(
+        _WAVEREC[case.ndim],
+        wavelet=case.wavelet,
+        shape=case.spatial,
+        implementation=implementation,
+    )
 
     def analyse(x: jax.Array) -> list[jax.Array]:
-        return _from_pywavelets(_WAVEDEC[case.ndim](x, level=case.level, **static))
+        return _from_pywavelets(wavedec(x))
 
     def synthesise(coefficients: list[jax.Array]) -> jax.Array:
         named = to_pywavelets(coefficients, case.ndim)
-        return _WAVEREC[case.ndim](named, shape=case.spatial, **static)
+        return waverec(named)
 
     return partial(_with_gradients, analyse, synthesise)
 
 
-def baseline(case: Case) -> Callable[..., dict[str, Any]]:
+def baseline(case: Case) -> Callable[..., dict[str, Tree]]:
     """Returns the same in plain JAX, every array in the case's dtype."""
     dec, rec = filter_bank(case.wavelet)
     analyse = partial(baseline_jax.wavedec, ndim=case.ndim, level=case.level, bank=dec)
@@ -64,7 +75,7 @@ def baseline(case: Case) -> Callable[..., dict[str, Any]]:
 
 def _with_gradients(
     analyse: Transform, synthesise: Transform, x: jax.Array, coefficients: list[jax.Array]
-) -> dict[str, Any]:
+) -> dict[str, Tree]:
     """The transforms and their transposes; each array is the gradient where it is no argument."""
     analysed, analysed_vjp = jax.vjp(analyse, x)
     synthesised, synthesised_vjp = jax.vjp(synthesise, coefficients)
@@ -77,7 +88,7 @@ def _with_gradients(
     }
 
 
-def to_pywavelets(coefficients: list[Any], ndim: int) -> list[Any]:
+def to_pywavelets(coefficients: list[Tree], ndim: int) -> list[Tree]:
     """Returns the coefficients of a case as PyWavelets arranges them: coarse first, a name a band.
 
     Args:
@@ -90,7 +101,7 @@ def to_pywavelets(coefficients: list[Any], ndim: int) -> list[Any]:
         ((2, 4, 5, 3), (2, 4, 5, 3))
     """
     low, *details = coefficients
-    levels: list[Any] = [
+    levels: list[Tree] = [
         [high[..., s, :] for s in range(2**ndim - 1)] for high in reversed(details)
     ]
     if ndim == 1:
@@ -100,7 +111,7 @@ def to_pywavelets(coefficients: list[Any], ndim: int) -> list[Any]:
     return [low, *(dict(zip(_BANDS3, bands, strict=True)) for bands in levels)]
 
 
-def _from_pywavelets(coefficients: list[Any]) -> list[jax.Array]:
+def _from_pywavelets(coefficients: list[Tree]) -> list[jax.Array]:
     """The inverse of `to_pywavelets`."""
     low, *levels = coefficients
     details = []

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 
+from pallas_kernels.common.types import Dtype
 from pallas_kernels.oracle import HAAR, Array
 
 IS_HAAR = ("haar", "db1")
@@ -35,12 +35,12 @@ def filter_bank(wavelet: str) -> tuple[Array, Array]:
     return (HAAR, HAAR) if wavelet in IS_HAAR else _from_pywavelets(wavelet)
 
 
-def unsupported(ndim: int, dtype: Any, wavelet: str, dtypes: Sequence[str]) -> list[str]:
+def unsupported(ndim: int, dtype: Dtype, wavelet: str, dtypes: Sequence[str]) -> list[str]:
     """The reasons why kernels for images and the Haar wavelet do not take a signal.
 
     Args:
         ndim: Number of the signal's spatial axes.
-        dtype: The signal's dtype, of any framework, or its name.
+        dtype: The signal's dtype, or its name.
         wavelet: Name of the wavelet.
         dtypes: Names of the dtypes that the kernels take.
 

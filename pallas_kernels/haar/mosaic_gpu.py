@@ -16,11 +16,10 @@
 - **Registers:** no `setmaxnreg`, since all roles are alike: 128 a thread for four warpgroups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +32,14 @@ from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
     SHARED,
+    Scratch,
     aligned,
     size_in_bytes,
     unavailable,
 )
 from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.types import Index, Ref, Slice
+from pallas_kernels.haar.problem import Problem
 
 __all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
 
@@ -58,12 +60,12 @@ _MAX_STAGES = 4
 """The most stages of a warpgroup's pipeline."""
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` for what these kernels do not do.
 
     Args:
         direction: "fwd", the only one.
-        problem: The call, a `pallas_kernels.haar.problem.Problem`.
+        problem: The call.
     """
     reasons = problem.unsupported(("float32", "bfloat16", "float16"), _MAX_LEVELS)
     if not reasons:
@@ -81,7 +83,8 @@ def wavedec(
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
     """Returns the low band of `x [N, H, W, C]`, and three details a level, the coarsest first."""
     axes, channels = varying_axes(x), x.shape[-1]
-    low, details = aligned(x, x.dtype), []
+    low = aligned(x, x.dtype)
+    details: list[Bands] = []
     while len(details) < levels:
         count = min(_FUSED, levels - len(details))
         last = len(details) + count == levels
@@ -208,21 +211,23 @@ def _launch(
     """Runs a kernel in as many persistent blocks as are resident, and returns its results."""
     coefficients = [tiling.levels, *(level for level in _to(tiling.levels) for _ in range(3))]
     read, written = ([0], coefficients) if kind is _Analysis else (coefficients, [0])
-    stage_size, out_size = (
-        sum(
-            size_in_bytes(tiling.shape(level), array.dtype)
-            for level, array in zip(levels, arrays, strict=True)
-        )
-        for levels, arrays in ((read, inputs), (written, outputs))
-    )
+
+    def size(levels: list[int], arrays: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> int:
+        """Returns the size in bytes of a task's parts of these arrays."""
+        parts = zip(levels, arrays, strict=True)
+        return sum(size_in_bytes(tiling.shape(level), array.dtype) for level, array in parts)
+
+    stage_size, out_size = size(read, inputs), size(written, outputs)
     warpgroups = 4 if 4 * (2 * stage_size + out_size) <= SHARED else 2
     stages = min(_MAX_STAGES, (SHARED // warpgroups - out_size) // stage_size)
     blocks = min(MULTIPROCESSORS, pl.cdiv(tiling.tasks, warpgroups))
 
-    def buffer(array: Any, level: int, stages: tuple[int, ...]) -> Any:
+    def buffer(
+        array: jax.Array | jax.ShapeDtypeStruct, level: int, stages: tuple[int, ...]
+    ) -> Scratch:
         return plgpu.SMEM((warpgroups, *stages, *tiling.shape(level)), array.dtype)
 
-    def body(*refs: Any) -> None:
+    def body(*refs: Ref) -> None:
         parts = iter(refs)
         sources, results, buffers, outs = (
             [next(parts) for _ in arrays] for arrays in (inputs, outputs, inputs, outputs)
@@ -254,10 +259,10 @@ def _launch(
     )(*inputs)
 
 
-Copied = list[tuple[Any, Any, int]]
+Copied = list[tuple[Ref, Ref, int]]
 """Arrays in global memory, the buffers in shared memory for parts of them, and their levels."""
 
-Values = dict[tuple[int, int, int], Any]
+Values = dict[tuple[int, int, int], jax.Array]
 """A thread's values in float32, by square, row and column."""
 
 
@@ -282,21 +287,21 @@ class _Block:
     tiling: _Tiling
     stages: int
     total: int
-    first: Any
-    warpgroup: Any
+    first: Index
+    warpgroup: Index
     read: Copied
     written: Copied
-    full: Any
+    full: Ref
 
     def run(self) -> None:
         """Runs the pipeline: prologue, main loop over the tasks, and epilogue."""
         count = lax.div(self.tiling.tasks - self.first + self.total - 1, self.total)
 
-        def prefill(i: Any, _: Any) -> tuple[()]:
+        def prefill(i: Index, carry: tuple[()]) -> tuple[()]:
             pl.when(i < count)(partial(self.load_task, i))
             return ()
 
-        def task(i: Any, _: Any) -> tuple[()]:
+        def task(i: Index, carry: tuple[()]) -> tuple[()]:
             plgpu.barrier_wait(self.full.at[self.barrier(i)])
             # After this, the TMA stores of the task before have read the buffers of the results.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -315,15 +320,15 @@ class _Block:
         lax.fori_loop(0, count, task, ())
         plgpu.wait_smem_to_gmem(0)
 
-    def compute(self, stage: Any) -> None:
+    def compute(self, stage: Index) -> None:
         """Computes a task, from the buffers of its stage to those of the results."""
         raise NotImplementedError
 
-    def barrier(self, i: Any) -> Any:
+    def barrier(self, i: Index) -> jax.Array:
         """Returns the index of the `full` mbarrier of the i-th task's stage."""
         return self.warpgroup * self.stages + lax.rem(i, self.stages)
 
-    def load_task(self, i: Any) -> None:
+    def load_task(self, i: Index) -> None:
         """Issues the TMA loads of the i-th task into its stage."""
         stage = lax.rem(i, self.stages)
         for array, buffers, level in self.read:
@@ -333,7 +338,7 @@ class _Block:
                 self.full.at[self.barrier(i)],
             )
 
-    def window(self, i: Any, level: int) -> tuple[Any, ...]:
+    def window(self, i: Index, level: int) -> tuple[Slice, ...]:
         """Returns the i-th task's part of an array of a level, which starts inside the array."""
         tiling = self.tiling
         channel_blocks, column_blocks = tiling.channel_blocks, tiling.column_blocks
@@ -351,7 +356,7 @@ class _Block:
         each = range(self.tiling.side >> level)
         return product(range(self.tiling.columns), each, each)
 
-    def view(self, buffer: Any, level: int, at: tuple[int, int, int]) -> Any:
+    def view(self, buffer: Ref, level: int, at: tuple[int, int, int]) -> Ref:
         """Returns a view of one value of each thread, of a buffer of a level."""
         tiling, (j, v, u) = self.tiling, at
         each = tiling.side >> level
@@ -360,11 +365,11 @@ class _Block:
         row = buffer.at[0, v].reshape(tiling.columns, tiling.strips, each, tiling.channels)
         return row.at[j, :, u]
 
-    def load(self, buffer: Any, level: int, at: tuple[int, int, int]) -> Any:
+    def load(self, buffer: Ref, level: int, at: tuple[int, int, int]) -> jax.Array:
         """Returns what `view` shows, as float32 in registers."""
         return self.view(buffer, level, at)[...].astype(jnp.float32)
 
-    def store(self, buffer: Any, level: int, at: tuple[int, int, int], value: Any) -> None:
+    def store(self, buffer: Ref, level: int, at: tuple[int, int, int], value: jax.Array) -> None:
         """Writes what `view` shows, in the dtype of the buffer."""
         self.view(buffer, level, at)[...] = value.astype(buffer.dtype)
 
@@ -372,7 +377,7 @@ class _Block:
 class _Analysis(_Block):
     """Warpgroups that turn an image into its coarsest low band and the details of all levels."""
 
-    def compute(self, stage: Any) -> None:
+    def compute(self, stage: Index) -> None:
         """Computes a task, from the buffers of its stage to those of the results."""
         tiling = self.tiling
         (_, low_out, _), *details = ((a, out.at[self.warpgroup], e) for a, out, e in self.written)
@@ -399,7 +404,7 @@ class _Analysis(_Block):
 class _Synthesis(_Block):
     """Warpgroups that turn a coarsest low band and the details of all levels into an image."""
 
-    def compute(self, stage: Any) -> None:
+    def compute(self, stage: Index) -> None:
         """Computes a task, from the buffers of its stage to those of the results."""
         tiling = self.tiling
         low, *details = (buffers.at[self.warpgroup, stage] for _, buffers, _ in self.read)

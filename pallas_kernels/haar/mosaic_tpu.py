@@ -15,7 +15,7 @@ its output block.
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,9 @@ from pallas_kernels.common.mosaic_tpu import (
     whole_images,
 )
 from pallas_kernels.common.refusals import refusal, refuse
-from pallas_kernels.common.types import Bands, Pair
+from pallas_kernels.common.types import Bands, Pair, Ref
 from pallas_kernels.haar.butterfly import merge, split
+from pallas_kernels.haar.problem import Problem
 
 __all__ = ["DIFFERENTIABLE", "check", "search_space", "unavailable", "wavedec", "waverec"]
 
@@ -59,20 +60,20 @@ _MAX_LEVELS = 5
 _MOST_TILINGS = 4
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd", the only one.
-        problem: `pallas_kernels.haar.problem.Problem`.
+        problem: The call.
     """
     refuse(problem.unsupported(("float32", "bfloat16"), _MAX_LEVELS))
-    _tilings(problem.shape, problem.dtype, problem.levels)
+    _tilings(problem.shape, jnp.dtype(problem.dtype), problem.levels)
 
 
-def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The tilings that are worth timing, the one that is taken unasked first; see `check`."""
-    return offered(_tilings(problem.shape, problem.dtype, problem.levels))
+    return offered(_tilings(problem.shape, jnp.dtype(problem.dtype), problem.levels))
 
 
 @partial(jax.jit, static_argnames=("ndim", "levels", "wavelet", *SIZES))
@@ -93,7 +94,7 @@ def wavedec(
     ]
     order = [levels, *(level for level in range(levels, 0, -1) for _ in range(3))]
     low, *details = pl.pallas_call(
-        partial(_analysis_kernel, tiling, sizes, x.shape[1:3]),
+        partial(_analysis_kernel, tiling, sizes, (x.shape[1], x.shape[2])),
         out_shape=[shapes[level] for level in order],
         grid=launch_grid(x.shape, tiling.images, tiling.size),
         in_specs=[spec],
@@ -200,7 +201,7 @@ def _blocks(shape: Sequence[int], tiling: _Tiling, sizes: list[Pair]) -> list[pl
     ]
 
 
-def _scratch(tiling: _Tiling, sizes: list[Pair], lanes: int) -> list[Any]:
+def _scratch(tiling: _Tiling, sizes: list[Pair], lanes: int) -> list[pl.MemoryRef]:
     """The VMEM scratch of the image and of every low band but the coarsest."""
     whole = columns_per_register(tiling.images_per_register)
     return [
@@ -212,7 +213,7 @@ def _scratch(tiling: _Tiling, sizes: list[Pair], lanes: int) -> list[Any]:
 
 
 def _analysis_kernel(
-    tiling: _Tiling, sizes: list[Pair], image: Pair, x: Any, low: Any, *refs: Any
+    tiling: _Tiling, sizes: list[Pair], image: Pair, x: Ref, low: Ref, *refs: Ref
 ) -> None:
     """One grid step of `wavedec`: all levels of one tile."""
     levels = len(sizes) - 1
@@ -232,7 +233,7 @@ def _analysis_kernel(
             below = lows[level] if level < levels else None
 
             def row(
-                i: jax.Array, level: int = level, bands: Any = bands, below: Any = below
+                i: jax.Array, level: int = level, bands: Ref = bands, below: Ref = below
             ) -> None:
                 whole = columns_per_register(tiling.images_per_register)
                 for part in parts(round_up(sizes[level][1], whole), tiling.images_per_register):
@@ -253,13 +254,13 @@ def _analysis_kernel(
     loop(tiling.images // tiling.images_per_register, one)
 
 
-def _zero_row(ref: Any, i: jax.Array) -> None:
+def _zero_row(ref: Ref, i: jax.Array) -> None:
     """Zeros row i of a scratch."""
     ref[i] = jnp.zeros(ref.shape[1:], ref.dtype)
 
 
 def _load_row(
-    x: Any, index: jax.Array, target: Any, tiling: _Tiling, image: Pair, i: jax.Array
+    x: Ref, index: jax.Array, target: Ref, tiling: _Tiling, image: Pair, i: jax.Array
 ) -> None:
     """Copies row i of the tile to float32 scratch, zero where the tile overhangs the image."""
     if tiling.images_per_register > 1:
@@ -276,7 +277,7 @@ def _load_row(
     target[i, : value.shape[0]] = value
 
 
-def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) -> None:
+def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Ref, *refs: Ref) -> None:
     """One grid step of `waverec`: all levels of one tile."""
     levels = len(sizes) - 1
     details, out, merged = refs[: 3 * levels], refs[3 * levels], refs[3 * levels + 1 :]
@@ -287,7 +288,7 @@ def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) 
             smooth = merged[level] if level < levels else None
 
             def row(
-                i: jax.Array, level: int = level, bands: Any = bands, smooth: Any = smooth
+                i: jax.Array, level: int = level, bands: Ref = bands, smooth: Ref = smooth
             ) -> None:
                 for part in parts(sizes[level][1], tiling.images_per_register):
                     high = [_get(band, index, i, part) for band in bands]
@@ -305,13 +306,13 @@ def _synthesis_kernel(tiling: _Tiling, sizes: list[Pair], low: Any, *refs: Any) 
     loop(tiling.images // tiling.images_per_register, one)
 
 
-def _get(band: Any, index: jax.Array, i: jax.Array, part: Part) -> jax.Array:
+def _get(band: Ref, index: jax.Array, i: jax.Array, part: Part) -> jax.Array:
     """Row i of a block's coefficients in float32, the columns of one part."""
     value = band[i, part.col] if part.images_per_register > 1 else band[index, i]
     return value.astype(jnp.float32)
 
 
-def _put(band: Any, index: jax.Array, i: jax.Array, part: Part, value: jax.Array) -> None:
+def _put(band: Ref, index: jax.Array, i: jax.Array, part: Part, value: jax.Array) -> None:
     """Stores a part's columns to row i of a block, without the padding of the row."""
     if part.images_per_register > 1:
         band[i, part.col] = value.astype(band.dtype)

@@ -1,9 +1,10 @@
 """The description of a call that implementations, tables and the tuner get."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
+from pallas_kernels.common.types import Dtype, Json
 from pallas_kernels.dispatch.backend import size_distance
 from pallas_kernels.haar.filters import unsupported
 
@@ -12,20 +13,20 @@ class Problem(NamedTuple):
     """A call as implementations are told of it; shape is that of the whole signal."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: Dtype
     ndim: int
     levels: int
     wavelet: str
 
     def __str__(self) -> str:
-        """As errors tell it."""
+        """The problem as errors name it."""
         return f"a signal {self.shape} {self.dtype}, {self.levels} levels of {self.wavelet}"
 
     def measured_as(self) -> "Problem":
         """The problem whose times count for this one: itself."""
         return self
 
-    def distance(self, measured: Mapping[str, Any]) -> float:
+    def distance(self, measured: Json) -> float:
         """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
 
         Example:

@@ -33,7 +33,7 @@ GPU_SHAPES: dict[str, Shape] = {
     "photographs_4096": Shape(2, 4096, 4096, 3, 5),
     "beyond_32_bits": Shape(1, 4096, 4096, 144, 5),
 }
-"""What WTConvNeXt-T analyses at 224², larger images, and one of more than 2**31 elements."""
+"""The images of WTConvNeXt-T at 224², larger ones, and one of more than 2**31 elements."""
 
 TPU_SHAPES: dict[str, Shape] = {
     "image_56": Shape(8, 56, 56, 128, 3),

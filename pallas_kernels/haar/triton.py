@@ -1,7 +1,6 @@
 """The Haar cascade on GPUs: the kernels of `triton_kernels`, launched by jax-triton."""
 
 from functools import partial
-from typing import Any
 
 import jax
 
@@ -9,6 +8,7 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.triton import MAX_ROW, launch, unavailable
 from pallas_kernels.common.types import Bands, Pair
+from pallas_kernels.haar.problem import Problem
 
 __all__ = ["DIFFERENTIABLE", "check", "search_space", "unavailable", "wavedec", "waverec"]
 
@@ -20,12 +20,12 @@ _SIZES = "fused", "warps"
 """The names of the sizes that `search_space` offers."""
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd", the only one.
-        problem: `pallas_kernels.haar.problem.Problem`.
+        problem: The call.
     """
     reasons = problem.unsupported(("float32", "bfloat16", "float16"), _MAX_LEVELS)
     if not reasons:
@@ -37,7 +37,7 @@ def check(direction: str, problem: Any) -> None:
     refuse(reasons)
 
 
-def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The ways to launch the cascade that are worth timing; see `check` for the arguments."""
     from pallas_kernels.haar import triton_launches
 

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from pallas_kernels.common.triton import Launch, cdiv, contiguous, strides
+from pallas_kernels.common.triton import AnyArray, Launch, cdiv, contiguous, strides
+from pallas_kernels.common.types import DeviceArray
 from pallas_kernels.haar import triton_kernels as kernels
 
 _FUSED = 3
@@ -23,8 +23,8 @@ def search_space(levels: int) -> list[dict[str, int]]:
 
 
 def wavedec(
-    x: Any, levels: int, launch: Launch, *, fused: int = _FUSED, warps: int = _WARPS
-) -> tuple[Any, list[Sequence[Any]]]:
+    x: AnyArray, levels: int, launch: Launch[AnyArray], *, fused: int = _FUSED, warps: int = _WARPS
+) -> tuple[AnyArray, list[tuple[AnyArray, ...]]]:
     """The analysis of `x [N, H, W, C]`.
 
     Args:
@@ -38,7 +38,8 @@ def wavedec(
         The low band, and the three details of each level from coarse to fine, in x's dtype and
         contiguous.
     """
-    low, details = x, []
+    low = x
+    details: list[tuple[AnyArray, ...]] = []
     while len(details) < levels:
         n, h, w, c = low.shape
         count = min(fused, levels - len(details))
@@ -62,14 +63,14 @@ def wavedec(
 
 
 def waverec(
-    low: Any,
-    details: Sequence[Sequence[Any]],
+    low: AnyArray,
+    details: Sequence[Sequence[AnyArray]],
     shape: Sequence[int],
-    launch: Launch,
+    launch: Launch[AnyArray],
     *,
     fused: int = _FUSED,
     warps: int = _WARPS,
-) -> Any:
+) -> AnyArray:
     """The synthesis of an image `[N, *shape, C]`.
 
     Args:
@@ -105,7 +106,7 @@ def waverec(
 
 
 def _layout(
-    read: Any, shape: Sequence[int], steps: list[tuple[int, ...]], warps: int
+    read: DeviceArray, shape: Sequence[int], steps: list[tuple[int, ...]], warps: int
 ) -> tuple[list[int], tuple[int], dict[str, int]]:
     """The sizes, the grid and the constants of a launch for an image `[N, H, W, C]`.
 
@@ -126,7 +127,7 @@ def _layout(
     # One load takes at most eight elements.
     unit = math.gcd(8, *(step for along in steps for step in along[:2]))
     sizes = [n, h, w, *(step // unit for along in steps for step in along[:2])]
-    constants = {}
+    constants: dict[str, int] = {}
     for name, (_, _, step_w, step_c) in zip(_NAMES, steps, strict=True):
         constants |= {f"{name}W": step_w, f"{name}C": step_c}
     constants |= {"C": c, "UNIT": unit, "LEVELS": levels, "P": rows, "BE": elements}

@@ -9,13 +9,14 @@ them; both take the parameters that its `search_space`, where there is one, offe
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.types import Tree
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
@@ -23,6 +24,27 @@ from pallas_kernels.haar.problem import Problem
 
 Details = tuple[tuple[jax.Array, ...], ...]
 Coefficients = tuple[jax.Array, Details]
+
+
+class Kernels(Protocol):
+    """The functions of an implementation; `config` is what its `search_space` offers."""
+
+    def wavedec(
+        self, x: jax.Array, /, *, ndim: int, levels: int, wavelet: str, **config: object
+    ) -> Coefficients:
+        """The analysis."""
+
+    def waverec(
+        self,
+        low: jax.Array,
+        details: Details,
+        /,
+        *,
+        shape: tuple[int, ...],
+        wavelet: str,
+        **config: object,
+    ) -> jax.Array:
+        """The synthesis."""
 
 
 class Plan(NamedTuple):
@@ -36,7 +58,7 @@ class Plan(NamedTuple):
 
 
 def measurement(operator: Operator, problem: Problem) -> JaxMeasurement:
-    """What runs and times an implementation on an array like that of a call.
+    """The measurement that runs and times an implementation on an array like that of a call.
 
     Analysis and synthesis are each other's transpose: the analysis is timed for both.
 
@@ -48,7 +70,7 @@ def measurement(operator: Operator, problem: Problem) -> JaxMeasurement:
         A measurement of the problem.
     """
 
-    def run(module: Implementation, config: TuningParams) -> Callable[..., Any]:
+    def run(module: Implementation, config: TuningParams) -> Callable[..., Tree]:
         plan = Plan(module, problem.shape[1:-1], problem.levels, problem.wavelet, config)
         return partial(wavedec, plan)
 
@@ -70,13 +92,19 @@ def waverec(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
 
 
 def _analyse(plan: Plan, x: jax.Array) -> Coefficients:
-    keys = {"ndim": len(plan.shape), "levels": plan.levels, "wavelet": plan.wavelet}
-    return plan.module.wavedec(x, **keys, **dict(plan.config))
+    return cast(Kernels, plan.module).wavedec(
+        x,
+        ndim=len(plan.shape),
+        levels=plan.levels,
+        wavelet=plan.wavelet,
+        **dict(plan.config),
+    )
 
 
 def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
-    keys = {"shape": plan.shape, "wavelet": plan.wavelet}
-    return plan.module.waverec(low, details, **keys, **dict(plan.config))
+    return cast(Kernels, plan.module).waverec(
+        low, details, shape=plan.shape, wavelet=plan.wavelet, **dict(plan.config)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,12 +127,12 @@ _opaque_synthesise.defvjp(
 )
 
 
-def _folding(run: Callable[..., Any]) -> Callable[..., Any]:
+def _folding(run: Callable[..., Tree]) -> Callable[..., Tree]:
     """A kernel whose vmap folds into the batch, so that it stays one call of the kernel."""
     call = custom_vmap(run)
 
     @call.def_vmap
-    def rule(size: int, batched: Any, *args: Any) -> tuple[Any, Any]:
+    def rule(size: int, batched: Tree, *args: Tree) -> tuple[Tree, Tree]:
         def folded(array: jax.Array, moving: bool) -> jax.Array:
             each = array if moving else jnp.broadcast_to(array, (size, *array.shape))
             return each.reshape(-1, *each.shape[2:])

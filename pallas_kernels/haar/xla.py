@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from pallas_kernels.common._compat import unfused
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Bands
 from pallas_kernels.haar.filters import IS_HAAR, filter_bank
+from pallas_kernels.haar.problem import Problem
 
 DIFFERENTIABLE = True
 
@@ -25,7 +26,7 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Does nothing: plain JAX takes every problem."""
 
 
@@ -138,14 +139,17 @@ def _filter_down(x: jax.Array, *, axis: int, filters: Filters) -> tuple[jax.Arra
     pairs = _pad_axis(x, axis, pad)
     pairs = pairs.reshape(*x.shape[:axis], half + pad, 2, *x.shape[axis + 1 :])
     parity = [lax.index_in_dim(pairs, b, axis + 1, keepdims=False) for b in (0, 1)]
-    return tuple(
-        sum(
+
+    def correlated(taps: tuple[float, ...]) -> jax.Array:
+        products = (
             np.asarray(tap, x.dtype)
             * lax.slice_in_dim(parity[m % 2], m // 2, m // 2 + half, axis=axis)
             for m, tap in enumerate(taps)
         )
-        for taps in filters
-    )
+        # NumPy leaves products with JAX's arrays to JAX, which its types do not say.
+        return cast(jax.Array, sum(products))
+
+    return tuple(map(correlated, filters))
 
 
 @partial(unfused, static_argnames=("axis", "filters"))

@@ -115,7 +115,8 @@ def waverec(
         level = np.array(level, np.float64)
         level[..., 0, :] += deeper
         window = tuple(slice(n) for n in size)
-        deeper = synthesis(level, ndim, rec)[(..., *window, slice(None))]
+        whole = synthesis(level, ndim, rec)
+        deeper = whole[(slice(None),) * (whole.ndim - 1 - ndim) + window]
     return np.asarray(deeper)
 
 

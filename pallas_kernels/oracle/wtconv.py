@@ -61,14 +61,14 @@ def wtconv(
         `[*batch, *spatial, C]` for stride 1, in float64.
     """
     x = np.asarray(x, np.float64)
-    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
-    levels = sum(name.startswith("wavelet_kernel_") for name in params)
+    arrays = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    levels = sum(name.startswith("wavelet_kernel_") for name in arrays)
     filtered = [
-        params[f"wavelet_scale_{i}"] * depthwise(c, params[f"wavelet_kernel_{i}"], ndim)
+        arrays[f"wavelet_scale_{i}"] * depthwise(c, arrays[f"wavelet_kernel_{i}"], ndim)
         for i, c in enumerate(wavedec(x, ndim, levels, dec))
     ]
-    base = depthwise(x[..., None, :], params["base_kernel"], ndim)[..., 0, :]
-    y = params["base_scale"] * (base + params.get("base_bias", 0.0))
+    base = depthwise(x[..., None, :], arrays["base_kernel"], ndim)[..., 0, :]
+    y = arrays["base_scale"] * (base + arrays.get("base_bias", 0.0))
     if filtered:
         y = y + waverec(filtered, ndim, x.shape[-1 - ndim : -1], rec)
     return subsample(y, ndim, stride)
@@ -99,26 +99,26 @@ def wtconv_vjp(
         `(dx, dparams)`: float64 arrays of the shapes of x and of the parameters.
     """
     x = np.asarray(x, np.float64)
-    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
-    levels = sum(name.startswith("wavelet_kernel_") for name in params)
+    arrays = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    levels = sum(name.startswith("wavelet_kernel_") for name in arrays)
     spatial = x.shape[-1 - ndim : -1]
     dy = _spread(np.asarray(dy, np.float64), spatial, stride)
     everywhere = tuple(range(x.ndim - 1))
 
-    base = depthwise(x[..., None, :], params["base_kernel"], ndim)[..., 0, :]
-    biased = base + params.get("base_bias", 0.0)
-    dbase = params["base_scale"] * dy
+    base = depthwise(x[..., None, :], arrays["base_kernel"], ndim)[..., 0, :]
+    biased = base + arrays.get("base_bias", 0.0)
+    dbase = arrays["base_scale"] * dy
     grads = {"base_scale": (dy * biased).sum(axis=everywhere)}
-    if "base_bias" in params:
+    if "base_bias" in arrays:
         grads["base_bias"] = dbase.sum(axis=everywhere)
     dbase = dbase[..., None, :]
-    dx, grads["base_kernel"] = _depthwise_vjp(x[..., None, :], params["base_kernel"], dbase, ndim)
+    dx, grads["base_kernel"] = _depthwise_vjp(x[..., None, :], arrays["base_kernel"], dbase, ndim)
     dx = dx[..., 0, :]
 
     dcoefficients = []
     of_x, of_dy = wavedec(x, ndim, levels, dec), wavedec(dy, ndim, levels, rec)
     for i, (c, dfiltered) in enumerate(zip(of_x, of_dy, strict=True)):
-        kernel, scale = params[f"wavelet_kernel_{i}"], params[f"wavelet_scale_{i}"]
+        kernel, scale = arrays[f"wavelet_kernel_{i}"], arrays[f"wavelet_scale_{i}"]
         grads[f"wavelet_scale_{i}"] = (dfiltered * depthwise(c, kernel, ndim)).sum(axis=everywhere)
         dc, grads[f"wavelet_kernel_{i}"] = _depthwise_vjp(c, kernel, scale * dfiltered, ndim)
         dcoefficients.append(dc)
@@ -133,7 +133,12 @@ def subsample(y: Array, ndim: int, stride: int) -> Array:
         length = y.shape[-2] // stride
         groups = y[..., : length * stride, :].reshape(*y.shape[:-2], length, stride, y.shape[-1])
         return groups.mean(axis=-2)
-    return y[(..., *(slice(None, None, stride),) * ndim, slice(None))]
+    return y[_every(stride, y.ndim, ndim)]
+
+
+def _every(stride: int, axes: int, ndim: int) -> tuple[slice, ...]:
+    """The index of every stride-th sample along the spatial axes, which the channels follow."""
+    return (slice(None),) * (axes - 1 - ndim) + (slice(None, None, stride),) * ndim
 
 
 def _spread(dy: Array, spatial: tuple[int, ...], stride: int) -> Array:
@@ -144,7 +149,7 @@ def _spread(dy: Array, spatial: tuple[int, ...], stride: int) -> Array:
         repeated = np.repeat(dy, stride, axis=-2) / stride
         full[..., : repeated.shape[-2], :] = repeated
     else:
-        full[(..., *(slice(None, None, stride),) * ndim, slice(None))] = dy
+        full[_every(stride, full.ndim, ndim)] = dy
     return full
 
 

@@ -175,7 +175,7 @@ def _wtconv(
 
 
 class _Call(NamedTuple):
-    """What arguments say that were checked."""
+    """The checked arguments of a call."""
 
     problem: Problem
     stride: int

@@ -6,10 +6,9 @@ and bias away from its initial value.
 """
 
 import zlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pallas_kernels.common.conformance import rounded
 from pallas_kernels.haar.filters import filter_bank
@@ -59,7 +58,7 @@ class Case(NamedTuple):
         parts += ["strided"] * self.strided
         return "-".join(parts)
 
-    def drawn(self) -> tuple[NDArray[Any], dict[str, NDArray[Any]], NDArray[Any]]:
+    def drawn(self) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
         """Returns x, the parameters and dy, rounded to the case's dtype.
 
         Example:
@@ -184,7 +183,7 @@ def inputs(case: Case) -> tuple[Array, dict[str, Array], Array]:
     """Draws x, the parameters and dy of a case, the same ones every time.
 
     Args:
-        case: What to draw for.
+        case: The case to draw for.
 
     Returns:
         `(x, params, dy)` in float64: x `[*batch, *spatial, C]`, the parameters as

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.types import Tree
 from pallas_kernels.wtconv import api, baseline_jax
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.problem import Problem
@@ -28,7 +28,7 @@ def problem(case: Case) -> Problem:
     return Problem(shape, jnp.dtype(case.dtype), case.kernel_size, case.levels, case.wavelet)
 
 
-def computed(case: Case, implementation: str) -> Callable[..., dict[str, Any]]:
+def computed(case: Case, implementation: str) -> Callable[..., dict[str, Tree]]:
     """Returns the function of a case's arrays that one implementation computes.
 
     Example:
@@ -36,19 +36,24 @@ def computed(case: Case, implementation: str) -> Callable[..., dict[str, Any]]:
         >>> sorted(computed(case, "xla")(*case.drawn()))
         ['base_bias', 'base_kernel', 'base_scale', 'dx', 'y']
     """
-    static = {"wavelet": case.wavelet, "stride": case.stride, "implementation": implementation}
-    return partial(_with_gradients, partial(_WTCONV[case.ndim], **static))
+    function = partial(
+        _WTCONV[case.ndim],
+        wavelet=case.wavelet,
+        stride=case.stride,
+        implementation=implementation,
+    )
+    return partial(_with_gradients, function)
 
 
-def baseline(case: Case) -> Callable[..., dict[str, Any]]:
+def baseline(case: Case) -> Callable[..., dict[str, Tree]]:
     """Returns the same in plain JAX, every array in the case's dtype; Haar alone."""
-    static = {"ndim": case.ndim, "stride": case.stride}
-    return partial(_with_gradients, partial(baseline_jax.wtconv, **static))
+    function = partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride)
+    return partial(_with_gradients, function)
 
 
 def _with_gradients(
     function: Callable[..., jax.Array], x: jax.Array, params: dict[str, jax.Array], dy: jax.Array
-) -> dict[str, Any]:
+) -> dict[str, Tree]:
     y, pullback = jax.vjp(function, x, params)
     dx, dparams = pullback(dy)
     return {"y": y, "dx": dx, **dparams}

@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice, product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,9 @@ from pallas_kernels.common.mosaic_tpu import (
     whole_images,
 )
 from pallas_kernels.common.refusals import refusal, refuse
-from pallas_kernels.common.types import Pair, Taps
+from pallas_kernels.common.types import Index, Pair, Ref, Taps
 from pallas_kernels.haar.butterfly import merge, split
+from pallas_kernels.wtconv.problem import Problem
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
 
@@ -77,23 +78,25 @@ _MAX_GROUP = 8
 """The most registers of a row that one loop body unrolls."""
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.wtconv.problem.Problem`.
+        problem: The call.
     """
     refuse(problem.unsupported(("float32", "bfloat16"), _MAX_KERNEL))
-    _tilings(problem.shape, problem.dtype, problem.kernel_size, problem.levels, direction == "bwd")
+    dtype = jnp.dtype(problem.dtype)
+    _tilings(problem.shape, dtype, problem.kernel_size, problem.levels, direction == "bwd")
 
 
-def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The tilings that are worth timing, the one that is taken unasked first; see `check`.
 
     Both kernels of the backward pass take the same one.
     """
-    arguments = problem.shape, problem.dtype, problem.kernel_size, problem.levels
+    dtype = jnp.dtype(problem.dtype)
+    arguments = problem.shape, dtype, problem.kernel_size, problem.levels
     found = _tilings(*arguments, weights=direction == "bwd")
     if direction == "bwd":
         first, *others = found
@@ -135,7 +138,7 @@ def forward(
         bias = jnp.zeros(channels)
     windows = _windows(x.shape, tiling, tiling.halo, lanes)
     y = pl.pallas_call(
-        partial(_forward_kernel, tiling, geometry, pads, x.shape[1:3], len(windows)),
+        partial(_forward_kernel, tiling, geometry, pads, (x.shape[1], x.shape[2]), len(windows)),
         out_shape=pallas_output(
             hwnc_shape(x.shape, tiling.images_per_register), x.dtype, x, *flat, bias
         ),
@@ -189,8 +192,9 @@ def weight_grad(
     x_windows = _windows(x.shape, tiling, tiling.halo, lanes)
     dy_windows = _windows(x.shape, tiling, (0, 0), lanes)
     shapes = [(1 if level == 0 else 4, kernel_size**2) for level in range(levels + 1)]
+    image = x.shape[1], x.shape[2]
     sums = pl.pallas_call(
-        partial(_weight_kernel, tiling, of_x, of_dy, pads, x.shape[1:3], len(x_windows)),
+        partial(_weight_kernel, tiling, of_x, of_dy, pads, image, len(x_windows)),
         out_shape=[pallas_output((*s, x.shape[-1]), jnp.float32, x, dy) for s in shapes],
         grid=launch_grid(x.shape, tiling.images, tiling.size),
         in_specs=[*x_windows, *dy_windows],
@@ -278,8 +282,8 @@ def _windows(shape: Sequence[int], tiling: _Tiling, halo: Pair, lanes: int) -> l
 
 def _places(halo: Pair) -> list[Pair]:
     """The places of a tile's blocks along rows and columns: -1 before, 0 the tile, 1 after."""
-    along = [(0, -1, 1) if h else (0,) for h in halo]
-    return list(product(*along))
+    rows, columns = ((0, -1, 1) if h else (0,) for h in halo)
+    return list(product(rows, columns))
 
 
 def _window(
@@ -290,7 +294,7 @@ def _window(
     ratio = [t // b for t, b in zip(tiling.size, block, strict=True)]
     last = [math.ceil(s / b) - 1 for s, b in zip(shape[1:3], block, strict=True)]
 
-    def index(c: Any, n: Any, i: Any, j: Any) -> tuple[Any, ...]:
+    def index(c: Index, n: Index, i: Index, j: Index) -> tuple[Index, ...]:
         tile = (
             jnp.clip(t * r + {-1: -1, 1: r}[p], 0, m) if p else t
             for t, r, p, m in zip((i, j), ratio, where, last, strict=True)
@@ -329,7 +333,7 @@ def _geometry(tiling: _Tiling, halo: Pair, levels: int, pads: Pair) -> list[_Lev
         pads: The convolution's padding before and after.
     """
     sizes = halved(tiling.size, levels)
-    margins = [tuple(h >> level for h in halo) for level in range(levels + 1)]
+    margins = [(halo[0] >> level, halo[1] >> level) for level in range(levels + 1)]
     found: list[_Level] = []
     images_per_register = tiling.images_per_register
     whole = columns_per_register(images_per_register)
@@ -382,13 +386,13 @@ def _merged_shape(geometry: list[_Level], level: int) -> Pair:
     return max(rows, 2 * below[0]), max(cols, 2 * round_up(below[1], whole))
 
 
-def _scratch(shape: Pair, tiling: _Tiling, lanes: int, *bands: int) -> Any:
+def _scratch(shape: Pair, tiling: _Tiling, lanes: int, *bands: int) -> pl.MemoryRef:
     """A float32 VMEM scratch of some rows and columns, for all bands."""
     rows, cols = shape
     return pltpu.VMEM((*bands, rows, cols * tiling.images_per_register, lanes), jnp.float32)
 
 
-def _cascade_scratch(geometry: list[_Level], tiling: _Tiling, lanes: int) -> list[Any]:
+def _cascade_scratch(geometry: list[_Level], tiling: _Tiling, lanes: int) -> list[pl.MemoryRef]:
     """The VMEM scratch of every level: one band for x, four for each level of coefficients."""
     return [_scratch(g.shape, tiling, lanes, 4 if level else 1) for level, g in enumerate(geometry)]
 
@@ -432,7 +436,7 @@ def _forward_kernel(
     pads: Pair,
     image: Pair,
     windows: int,
-    *refs: Any,
+    *refs: Ref,
 ) -> None:
     """One grid step of the forward: a tile of x through the cascade and back to a tile of y."""
     levels = len(geometry) - 1
@@ -463,7 +467,7 @@ def _weight_kernel(
     pads: Pair,
     image: Pair,
     windows: int,
-    *refs: Any,
+    *refs: Ref,
 ) -> None:
     """One grid step of the weight gradient: the tile's correlations, added to the accumulators."""
     levels = len(of_x)
@@ -498,7 +502,7 @@ def _is_step(last: bool) -> jax.Array:
     return here[0] & here[1] & here[2]
 
 
-def _zero_at_first(refs: Sequence[Any]) -> None:
+def _zero_at_first(refs: Sequence[Ref]) -> None:
     """Zeros scratch at the first grid step; what no step writes, such as padding, stays zero."""
 
     @pl.when(_is_step(last=False))
@@ -506,16 +510,16 @@ def _zero_at_first(refs: Sequence[Any]) -> None:
         for ref in refs:
             for band in range(ref.shape[0]):
 
-                def row(i: jax.Array, ref: Any = ref, band: int = band) -> None:
+                def row(i: jax.Array, ref: Ref = ref, band: int = band) -> None:
                     ref[band, i] = jnp.zeros(ref.shape[2:], ref.dtype)
 
                 loop(ref.shape[1], row)
 
 
 def _load(
-    windows: Sequence[Any],
+    windows: Sequence[Ref],
     index: jax.Array,
-    target: Any,
+    target: Ref,
     level: _Level,
     tiling: _Tiling,
     halo: Pair,
@@ -547,7 +551,7 @@ def _load(
 
         def row(
             i: jax.Array,
-            window: Any = window,
+            window: Ref = window,
             start: list[int] = start,
             first_col: int = first_col,
             cols: int = cols,
@@ -564,7 +568,7 @@ def _load(
         loop(window.shape[1], row)
 
 
-def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
+def _cascade(coefficients: Sequence[Ref], geometry: list[_Level]) -> None:
     """Computes each level's four bands from the low band of the level above, in scratch."""
     for level in range(1, len(geometry)):
         here, above = geometry[level], geometry[level - 1]
@@ -576,8 +580,8 @@ def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
 
         def row(
             i: jax.Array,
-            source: Any = source,
-            target: Any = target,
+            source: Ref = source,
+            target: Ref = target,
             first: list[int] = first,
             to: list[int] = to,
             row_parts: list[Part] = row_parts,
@@ -594,13 +598,13 @@ def _cascade(coefficients: Sequence[Any], geometry: list[_Level]) -> None:
 
 
 def _convolve(
-    source: Any,
-    band: Any,
+    source: Ref,
+    band: Index,
     level: _Level,
     taps: Sequence[jax.Array],
     pads: Pair,
-    start: Callable[[Any, Any], jax.Array | None],
-    store: Callable[[Any, Any, jax.Array], None],
+    start: Callable[[Index, Index], jax.Array | None],
+    store: Callable[[Index, Index, jax.Array], None],
 ) -> None:
     """Depthwise convolution of one band.
 
@@ -629,22 +633,23 @@ def _convolve(
                     for k in range(max(0, i - kernel_size + 1), min(row_block, i + 1)):
                         term = value * taps[(i - k) * kernel_size + j]
                         sums[k] = term if sums[k] is None else sums[k] + term
-                for k in range(row_block):
-                    store(r * row_block + k, col, sums[k])
+                for k, total in enumerate(sums):
+                    assert total is not None
+                    store(r * row_block + k, col, total)
 
         _for_groups(groups, cols)
 
     loop(math.ceil(level.size[0] / row_block), rows)
 
 
-def _column(group: jax.Array | int, blocks: int, block: int) -> Any:
+def _column(group: jax.Array | int, blocks: int, block: int) -> Index:
     """The first sublane of a register of a row, which the compiler can see is a multiple of 8."""
     if isinstance(group, int):
         return (group * blocks + block) * SUBLANES
     return pl.multiple_of(group * (blocks * SUBLANES), SUBLANES) + block * SUBLANES
 
 
-def _for_groups(groups: int, body: Callable[[Any], None]) -> None:
+def _for_groups(groups: int, body: Callable[[Index], None]) -> None:
     """Runs `body` for each group of columns; a single group has static columns, which cost less."""
     if groups == 1:
         body(0)
@@ -652,11 +657,11 @@ def _for_groups(groups: int, body: Callable[[Any], None]) -> None:
         loop(groups, body)
 
 
-def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> None:
+def _filter(source: Ref, level: _Level, taps: Ref, pads: Pair, target: Ref) -> None:
     """Convolves the four bands of one level into the scratch `target`."""
 
     def band(s: jax.Array) -> None:
-        def store(row: Any, col: Any, value: jax.Array) -> None:
+        def store(row: Index, col: Index, value: jax.Array) -> None:
             target[s, row, pl.ds(col, SUBLANES)] = value
 
         _convolve(
@@ -672,7 +677,7 @@ def _filter(source: Any, level: _Level, taps: Any, pads: Pair, target: Any) -> N
     loop(4, band)
 
 
-def _synthesise(filtered: Any, below: Any | None, target: Any, level: _Level) -> None:
+def _synthesise(filtered: Ref, below: Ref, target: Ref, level: _Level) -> None:
     """Synthesises four filtered bands; the synthesis onto this level is first added to the low one.
 
     Args:
@@ -697,15 +702,15 @@ def _synthesise(filtered: Any, below: Any | None, target: Any, level: _Level) ->
 
 
 def _add_base(
-    source: Any, level: _Level, taps: Any, pads: Pair, bias: Any, y: Any, accumulate: bool
+    source: Ref, level: _Level, taps: Ref, pads: Pair, bias: Ref, y: Ref, accumulate: bool
 ) -> None:
     """Adds the base convolution and the bias to `y`, or overwrites it without `accumulate`."""
     offset = jnp.broadcast_to(bias[...], (SUBLANES, bias.shape[1]))
 
-    def start(row: Any, col: Any) -> jax.Array:
+    def start(row: Index, col: Index) -> jax.Array:
         return offset + y[row, pl.ds(col, SUBLANES)] if accumulate else offset
 
-    def store(row: Any, col: Any, value: jax.Array) -> None:
+    def store(row: Index, col: Index, value: jax.Array) -> None:
         y[row, pl.ds(col, SUBLANES)] = value
 
     every_tap = [taps[t] for t in range(taps.shape[0])]
@@ -713,7 +718,7 @@ def _add_base(
 
 
 def _correlate(
-    of_x: Any, of_dy: Any, x_level: _Level, dy_level: _Level, pads: Pair, sums: Any
+    of_x: Ref, of_dy: Ref, x_level: _Level, dy_level: _Level, pads: Pair, sums: Ref
 ) -> None:
     """Adds `sum_p x[p + tap - r] * dy[p]` of every band to its accumulators, sublane by sublane."""
     top, left = (o - pads[0] for o in x_level.origin)
@@ -722,10 +727,10 @@ def _correlate(
     images = x_level.images_per_register
     row_block = _row_block(x_level.size[0])
     groups, blocks = _column_groups(x_level.size[1], images)
-    taps = list(product(range(kernel_size), repeat=2))
+    taps = list(product(range(kernel_size), range(kernel_size)))
 
     def band(s: jax.Array) -> None:
-        def add_block(found: dict[Pair, jax.Array], r: Any, col: Any) -> None:
+        def add_block(found: dict[Pair, jax.Array], r: Index, col: Index) -> None:
             dy = [
                 of_dy[s, dy_top + r * row_block + k, pl.ds(dy_left * images + col, SUBLANES)]
                 for k in range(row_block)
@@ -737,7 +742,7 @@ def _correlate(
                     found[i - k, j] += value * dy[k]
 
         def rows(r: jax.Array, totals: Accumulators) -> Accumulators:
-            def cols(g: Any, totals: Accumulators) -> Accumulators:
+            def cols(g: Index, totals: Accumulators) -> Accumulators:
                 found = dict(zip(taps, totals, strict=True))
                 for b in range(blocks):
                     add_block(found, r, _column(g, blocks, b))

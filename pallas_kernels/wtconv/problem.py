@@ -1,9 +1,10 @@
 """The description of a call that implementations, tables and the tuner get, in either framework."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
+from pallas_kernels.common.types import Dtype, Json
 from pallas_kernels.dispatch.backend import size_distance
 from pallas_kernels.haar.filters import unsupported
 
@@ -12,13 +13,13 @@ class Problem(NamedTuple):
     """A call as implementations are told of it: x is `[N, *spatial, C]`."""
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: Dtype
     kernel_size: int
     levels: int
     wavelet: str
 
     def __str__(self) -> str:
-        """As errors tell it."""
+        """The problem as errors name it."""
         kind = f"{self.dtype}, {self.levels} levels of kernel {self.kernel_size}, {self.wavelet}"
         return f"x {self.shape} {kind}"
 
@@ -36,7 +37,7 @@ class Problem(NamedTuple):
             images = 1 << (images.bit_length() - 1)
         return self._replace(shape=(images, *sizes))
 
-    def distance(self, measured: Mapping[str, Any]) -> float:
+    def distance(self, measured: Json) -> float:
         """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
 
         Neither the batch nor the wavelet counts; a kernel size or a level more is as far as twice

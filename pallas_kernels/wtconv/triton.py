@@ -1,7 +1,6 @@
 """The wavelet convolution on GPUs: the kernels of `triton_kernels`, launched by jax-triton."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ from jax import lax
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.triton import launch, unavailable
 from pallas_kernels.common.types import Taps
+from pallas_kernels.wtconv.problem import Problem
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
 
@@ -20,19 +20,19 @@ _SIZES = "columns", "strips"
 """The names of the sizes that `search_space` offers."""
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` where these kernels do not take a problem.
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.wtconv.problem.Problem`.
+        problem: The call.
     """
     from pallas_kernels.wtconv import triton_launches
 
     triton_launches.check(problem)
 
 
-def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The sizes of a program that are worth timing; see `check` for the arguments."""
     from pallas_kernels.wtconv import triton_launches
 
@@ -70,7 +70,7 @@ def forward(
     ]
     if bias is not None:
         bias = jnp.pad(bias.astype(jnp.float32), (0, fill))
-    y = triton_launches.forward(x, flat, bias, kernel_size, launch, **sizes)
+    y = triton_launches.forward(x, flat, bias, kernel_size, launch, None, **sizes)
     return vary_like((x, flat, bias), y)
 
 

@@ -1,10 +1,10 @@
 """The Triton launches of the wavelet convolution, for any framework."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from pallas_kernels.common.refusals import refuse
-from pallas_kernels.common.triton import MAX_ROW, Launch, cdiv, contiguous, strides
+from pallas_kernels.common.triton import MAX_ROW, AnyArray, Launch, cdiv, contiguous, strides
+from pallas_kernels.common.types import DeviceArray, Output
 from pallas_kernels.wtconv import triton_kernels as kernels
 from pallas_kernels.wtconv.problem import Problem
 
@@ -43,16 +43,16 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
 
 
 def forward(
-    x: Any,
-    taps: Sequence[Any],
-    bias: Any | None,
+    x: AnyArray,
+    taps: Sequence[AnyArray],
+    bias: AnyArray | None,
     kernel_size: int,
-    launch: Launch,
+    launch: Launch[AnyArray],
     y_strides: tuple[int, ...] | None = None,
     *,
     columns: int = _COLUMNS,
     strips: int = _STRIPS,
-) -> Any:
+) -> AnyArray:
     """The operator on `x [N, H, W, C]`.
 
     Args:
@@ -78,7 +78,7 @@ def forward(
         height, width = cdiv(h, 2), cdiv(w, 2)
         wide = _even(width, columns)
         x_n, x_h, x_w, x_c = strides(source)
-        output: tuple[Any, ...] = (source.shape, x.dtype if first else _between(x))
+        output: Output = (source.shape, x.dtype if first else _between(x))
         y_n, y_h, y_w, y_c = contiguous(source.shape)
         if first and y_strides is not None:
             output = (*output, y_strides)
@@ -109,19 +109,20 @@ def forward(
             TW=wide,
             **_block(strips),
         )
+    assert below is not None
     return below
 
 
 def weight_grad(
-    x: Any,
-    dy: Any,
+    x: AnyArray,
+    dy: AnyArray,
     kernel_size: int,
     levels: int,
-    launch: Launch,
+    launch: Launch[AnyArray],
     *,
     columns: int = _COLUMNS,
     strips: int = _STRIPS,
-) -> list[list[Any]]:
+) -> list[list[AnyArray]]:
     """The gradients of the taps; those of the levels are four times too large.
 
     Args:
@@ -158,16 +159,16 @@ def weight_grad(
 
 
 def _correlate(
-    kernel: Any,
-    x: Any,
-    dy: Any,
+    kernel: object,
+    x: AnyArray,
+    dy: AnyArray,
     kernel_size: int,
     bands: int,
     columns: int,
-    launch: Launch,
+    launch: Launch[AnyArray],
     strips: int,
     **which: int,
-) -> Any:
+) -> AnyArray:
     """The gradient `[k * k, bands, C]` of the base, or of some bands (`which`) of a level."""
     n, h, w, c = x.shape
     height, width = (cdiv(h, 2), cdiv(w, 2)) if which else (h, w)
@@ -197,7 +198,7 @@ def _correlate(
     return sums.sum(0)
 
 
-def _lows(x: Any, levels: int, launch: Launch, strips: int) -> list[Any]:
+def _lows(x: AnyArray, levels: int, launch: Launch[AnyArray], strips: int) -> list[AnyArray]:
     """The image and its low bands, down to the band that the deepest level reads."""
     lows = [x]
     while len(lows) < levels:
@@ -230,7 +231,7 @@ def _block(strips: int) -> dict[str, int]:
     return {"P": strips, "BC": _CHANNELS, "num_warps": strips}
 
 
-def _between(x: Any) -> Any:
+def _between(x: DeviceArray) -> object:
     """The dtype of arrays between launches: not float16, since low bands double with each level."""
     return "float32" if str(x.dtype).split(".")[-1] == "float16" else x.dtype
 

@@ -24,7 +24,7 @@ gradients with its own. Both functions take the parameters that `search_space` o
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.types import Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
@@ -42,6 +43,37 @@ Taps = tuple[jax.Array, ...]
 Shapes = tuple[tuple[int, ...], ...]
 
 
+class Kernels(Protocol):
+    """The functions of an implementation, which the docstring of this module describes."""
+
+    def forward(
+        self,
+        x: jax.Array,
+        taps: Taps,
+        bias: jax.Array | None,
+        /,
+        *,
+        wavelet: str,
+        transpose: bool,
+        precision: jax.lax.Precision | None,
+        **config: object,
+    ) -> jax.Array:
+        """The operator or its transpose."""
+
+    def weight_grad(
+        self,
+        x: jax.Array,
+        dy: jax.Array,
+        /,
+        *,
+        kernel_shapes: Shapes,
+        wavelet: str,
+        precision: jax.lax.Precision | None,
+        **config: object,
+    ) -> Taps:
+        """The gradients of the taps."""
+
+
 class Plan(NamedTuple):
     """The static choices of one call: what computes it, and what is asked of its backward pass.
 
@@ -49,9 +81,9 @@ class Plan(NamedTuple):
         module: The implementation that computes the operator.
         config: Its parameters.
         wavelet: PyWavelets' name of the wavelet.
-        precision: Of products on matrix units.
-        backward: What the backward rule chooses an implementation by; None in a plan that is
-            timed, which nobody differentiates.
+        precision: The precision of products on matrix units.
+        backward: The request by which the backward rule chooses an implementation; None in a
+            plan that is timed, which nobody differentiates.
     """
 
     module: Implementation
@@ -171,14 +203,14 @@ def measurement(
     bias: bool,
     precision: jax.lax.Precision | None,
 ) -> JaxMeasurement:
-    """What runs and times an implementation on arrays like those of a call.
+    """The measurement that runs and times an implementation on arrays like those of a call.
 
     Args:
         operator: The operator, in JAX.
         direction: "fwd" or "bwd".
         problem: The call.
         bias: Whether it has a bias.
-        precision: Of products on matrix units.
+        precision: The precision of products on matrix units.
 
     Returns:
         A measurement of `problem.measured_as()`.
@@ -192,7 +224,7 @@ def measurement(
     taps = tuple(jax.ShapeDtypeStruct((*kernel, band, channels), acc) for band in bands)
     inputs = x, taps, jax.ShapeDtypeStruct((channels,), acc) if bias else None
 
-    def run(module: Implementation, config: TuningParams) -> Callable[..., Any]:
+    def run(module: Implementation, config: TuningParams) -> Callable[..., Tree]:
         plan = Plan(module, config, problem.wavelet, precision, backward=None)
         return timed_function(plan, direction)
 
@@ -204,11 +236,11 @@ def measurement(
     )
 
 
-def timed_function(plan: Plan, direction: str) -> Callable[..., Any]:
+def timed_function(plan: Plan, direction: str) -> Callable[..., Tree]:
     """The function of arrays that a plan's implementation computes in one direction.
 
     Args:
-        plan: What computes it.
+        plan: The plan of the call.
         direction: "fwd", a function of x, taps and bias, or "bwd", of these and dy.
 
     Returns:
@@ -217,7 +249,7 @@ def timed_function(plan: Plan, direction: str) -> Callable[..., Any]:
     if direction == "fwd":
         return partial(_apply, plan, False)
 
-    def backward(x: jax.Array, taps: Taps, bias: jax.Array | None, dy: jax.Array) -> Any:
+    def backward(x: jax.Array, taps: Taps, bias: jax.Array | None, dy: jax.Array) -> Tree:
         return _gradients(plan, False, (x, taps, _like(bias)), dy)
 
     return backward
@@ -245,7 +277,7 @@ def _weight_grad_bwd(
     x, dy = residuals
     dbias = None
     if len(shapes[-1]) == 1:
-        *dtaps, dbias = dtaps
+        dtaps, dbias = dtaps[:-1], dtaps[-1]
     dtaps = tuple(dtaps)
     return _apply(plan, True, dy, dtaps, None), _apply(plan, False, x, dtaps, dbias)
 
@@ -257,7 +289,7 @@ def _forward(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> jax.Array:
     run = partial(
-        plan.module.forward,
+        cast(Kernels, plan.module).forward,
         wavelet=plan.wavelet,
         transpose=transpose,
         precision=plan.precision,
@@ -268,7 +300,7 @@ def _forward(
 
 def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
     run = partial(
-        plan.module.weight_grad,
+        cast(Kernels, plan.module).weight_grad,
         kernel_shapes=shapes,
         wavelet=plan.wavelet,
         precision=plan.precision,

@@ -11,7 +11,7 @@ computes each convolution once for every pixel of the synthesis that reads it.
 import math
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Pair, Taps
 from pallas_kernels.haar.xla import analysis, synthesis
+from pallas_kernels.wtconv.problem import Problem
 
 DIFFERENTIABLE = True
 
@@ -39,11 +40,11 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Does nothing: plain JAX takes every problem."""
 
 
-def search_space(direction: str, problem: Any) -> list[dict[str, Any]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, bool]]:
     """The forms that are worth timing, the default one first; only a CPU has more than one.
 
     The grouped convolution's weight gradient is left out: it takes a CPU a thousand times as long.
@@ -51,7 +52,9 @@ def search_space(direction: str, problem: Any) -> list[dict[str, Any]]:
     if not on_cpu():
         return [{}]
     forms = [{"shifted": True}] + [{"shifted": False}] * (direction == "fwd")
-    whole = _chunks(problem.shape[0], math.prod(problem.shape) * problem.dtype.itemsize) == 1
+    whole = (
+        _chunks(problem.shape[0], math.prod(problem.shape) * jnp.dtype(problem.dtype).itemsize) == 1
+    )
     return forms if whole else [{**form, "chunked": cut} for form in forms for cut in (True, False)]
 
 
@@ -279,9 +282,10 @@ def _depthwise(
             (tap, tuple(slice(t, t + n) for t, n in zip(tap, size, strict=True)))
             for tap in product(range(taps.shape[0]), repeat=ndim)
         )
-        return sum(
+        products = (
             stored[(slice(None), *window)].astype(taps.dtype) * taps[tap] for tap, window in windows
         )
+        return cast(jax.Array, sum(products))
     *kernel, bands, channels = taps.shape
     out = lax.conv_general_dilated(
         stored.reshape(*stored.shape[:-2], bands * channels).astype(taps.dtype),

@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pallas_kernels.common import versions
+from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.cache import Entry
 from pallas_kernels.dispatch.tuner import TuningParams
@@ -46,10 +47,10 @@ class OnRandomTensors:
     def __init__(
         self,
         run: Callable[..., Iterable[Tensor]],
-        inputs: Callable[[Draw], tuple[Any, ...]],
+        inputs: Callable[[Draw], tuple[Tree, ...]],
         device: torch.device,
         reference: Implementation,
-        static: Mapping[str, Any],
+        static: Json,
         why_not: str | None = None,
     ) -> None:
         self._run = run
@@ -87,11 +88,11 @@ class OnRandomTensors:
         with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
             return pool.submit(run).result()
 
-    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Any]:
+    def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Tree]:
         """A call that enqueues its work, and returns its tensors."""
         return lambda: self._run(module, config, *self._tensors)
 
-    def milliseconds(self, call: Callable[[], Any]) -> float:
+    def milliseconds(self, call: Callable[[], Tree]) -> float:
         """The time of a call, by CUDA's events where there are any, else by the host's clock.
 
         On an NVIDIA GPU several calls are enqueued behind other work, so that their launches are
@@ -119,7 +120,7 @@ class OnRandomTensors:
                     break
             return start.elapsed_time(end) / times
 
-    def arrays(self, result: Any) -> "list[tuple[str, np.ndarray]]":
+    def arrays(self, result: Tree) -> "list[tuple[str, np.ndarray]]":
         """The tensors of a result on the host with their dtypes, since NumPy has no bfloat16."""
         return [
             (
@@ -133,7 +134,7 @@ class OnRandomTensors:
         """The results of the reference on the same tensors."""
         return self.arrays(self.prepared(self._reference, ())())
 
-    def _waited(self, call: Callable[[], Any], times: int) -> float:
+    def _waited(self, call: Callable[[], Tree], times: int) -> float:
         """Milliseconds of each of some calls that the host waits for together."""
         self._wait()
         start = time.perf_counter()
@@ -149,7 +150,7 @@ class OnRandomTensors:
             torch.mps.synchronize()
 
     @cached_property
-    def _tensors(self) -> tuple[Any, ...]:
+    def _tensors(self) -> tuple[Tree, ...]:
         generator = torch.Generator(self._device).manual_seed(0)
 
         def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

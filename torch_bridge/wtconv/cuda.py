@@ -18,6 +18,7 @@ from torch import Tensor
 from pallas_kernels import wtconv
 from pallas_kernels.common.nvrtc import compiled
 from pallas_kernels.common.refusals import refuse
+from pallas_kernels.wtconv.problem import Problem
 
 SOURCE = Path(wtconv.__file__).with_name("cuda_kernels.cu")
 
@@ -50,7 +51,7 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` for a problem that these kernels do not compute.
 
     Args:
@@ -61,7 +62,7 @@ def check(direction: str, problem: Any) -> None:
     refuse(problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True))
 
 
-def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The numbers of resident blocks of a multiprocessor that are worth timing; see `check`."""
     return [{}, {"resident": 1}, {"resident": 4}]
 
@@ -499,14 +500,14 @@ def _vector(x: Tensor, kernel_size: int) -> int:
     return math.gcd(2 if kernel_size // 2 % 2 else 4, x.shape[3], address)
 
 
-def launch(variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
+def launch(variant: Variant, blocks: int, arguments: Sequence[Tensor | int | None]) -> None:
     """Launches a kernel on the current stream of the device of its tensors."""
     from cuda.bindings import driver
 
-    device = arguments[0].device
+    device = cast(Tensor, arguments[0]).device
     kernel, shared = _kernel(variant, device.index)
     values: list[int] = []
-    types: list[Any] = []
+    types: list[type] = []
     for argument in arguments:
         if isinstance(argument, int):
             values.append(argument)

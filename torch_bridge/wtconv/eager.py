@@ -13,7 +13,7 @@ ECCV 2024.
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from types import EllipsisType
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import grad
 
 from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.wtconv.problem import Problem
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -33,7 +34,7 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Plain PyTorch takes every problem."""
 
 
@@ -237,7 +238,7 @@ def _synthesis(
         ndim = len(size)
         bands = filtered.unflatten(1, (-1, 2**ndim))
         bands = torch.cat([(bands[:, :, 0] + deeper).unsqueeze(2), bands[:, :, 1:]], dim=2)
-        kept: tuple[Any, ...] = (..., *map(slice, size))
+        kept: tuple[EllipsisType | slice, ...] = (..., *map(slice, size))
         deeper = inverse_wavelet_transform(bands, filters)[kept]
     return deeper
 
@@ -248,7 +249,7 @@ def subsample(y: Tensor, stride: int) -> Tensor:
         return y
     if y.ndim == 3:
         return F.avg_pool1d(y, stride, stride)
-    kept: tuple[Any, ...] = (..., *[slice(None, None, stride)] * (y.ndim - 2))
+    kept: tuple[EllipsisType | slice, ...] = (..., *[slice(None, None, stride)] * (y.ndim - 2))
     # Dense, as what a convolution returns: a view would keep all of y, and no `view` takes it.
     if y.stride(1) >= y.stride(-1):
         return y[kept].clone()

@@ -7,11 +7,12 @@ ECCV 2024.
 from __future__ import annotations
 
 import operator
-from typing import Any, cast
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 
+from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.dispatch import Choice
 from torch_bridge.runtime.device import best_device
 from torch_bridge.wtconv import eager, ops
@@ -66,7 +67,7 @@ class _WTConv(nn.Module):
         ops.OPERATOR.check_names(implementation)
         self.implementation = _as_strings(implementation)
 
-        factory: dict[str, Any] = {
+        factory: Keywords = {
             "device": best_device() if device is None else device,
             "dtype": dtype,
         }
@@ -89,7 +90,7 @@ class _WTConv(nn.Module):
         )
         self.register_load_state_dict_pre_hook(_read_layouts)
 
-    def _depthwise(self, channels: int, bias: bool, factory: dict[str, Any]) -> _Conv:
+    def _depthwise(self, channels: int, bias: bool, factory: Keywords) -> _Conv:
         return _CONV[self.ndim](
             channels, channels, self.kernel_size, groups=channels, bias=bias, **factory
         )
@@ -288,10 +289,10 @@ LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
 """The layer for each number of spatial axes."""
 
 
-def _integer(name: str, value: Any, least: int) -> int:
+def _integer(name: str, value: object, least: int) -> int:
     """An int or a NumPy integer, as the layers in JAX take them; never a bool."""
     try:
-        number = operator.index(value)
+        number = operator.index(cast(SupportsIndex, value))
     except TypeError:
         number = least - 1
     if isinstance(value, bool) or number < least:
@@ -306,7 +307,7 @@ def _as_strings(implementation: Choice) -> str | tuple[str, ...] | None:
     return tuple(map(str, implementation))
 
 
-def _cast(values: Any, dtype: torch.dtype) -> Any:
+def _cast(values: Tree, dtype: torch.dtype) -> Tree:
     """Tensors, in lists too, in a dtype."""
     if isinstance(values, Tensor):
         return values.to(dtype)
@@ -317,7 +318,7 @@ def _read_layouts(
     module: nn.Module,
     state_dict: dict[str, Tensor],
     prefix: str,
-    metadata: Any,
+    metadata: dict[str, object],
     strict: bool,
     missing: list[str],
     unexpected: list[str],

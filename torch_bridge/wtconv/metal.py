@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pallas_kernels.common.refusals import refuse
+from pallas_kernels.wtconv.problem import Problem
 
 SOURCE = Path(__file__).with_name("wtconv.metal")
 
@@ -38,7 +39,7 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` for a problem that these kernels do not compute.
 
     Args:
@@ -196,7 +197,7 @@ class _Analysis(torch.autograd.Function):
         return low, *details
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _Synthesis.apply(ctx.size, *gradients), None
 
 
@@ -211,7 +212,7 @@ class _Synthesis(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_Analysis.apply(gradients[0], ctx.levels)
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+from pallas_kernels.common.types import Tree
 from pallas_kernels.dispatch import Operator, backend
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.wtconv.problem import Problem
@@ -191,7 +192,7 @@ def _measurement(
             return draw(problem.shape, dtype).movedim(-1, 1)
         return draw((n, channels, *spatial), dtype)
 
-    def inputs(draw: measuring.Draw) -> tuple[Any, ...]:
+    def inputs(draw: measuring.Draw) -> tuple[Tree, ...]:
         x = signal(draw)
         dy = signal(draw) if direction == "bwd" else x
         acc = _accumulator(x)
@@ -301,7 +302,7 @@ def _forward(
     bias: Tensor | None,
     wavelet: str,
     transpose: bool,
-    config: Mapping[str, Any],
+    config: Mapping[str, int],
 ) -> Tensor:
     with _without_autocast(x):
         y = module.forward(x, taps, bias, wavelet=wavelet, transpose=transpose, **config)
@@ -323,7 +324,7 @@ def _picked(text: str) -> tuple[_Backend, dict[str, int]]:
 
 
 @apply.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
+def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -346,7 +347,7 @@ def _weight_grad(
     kernel_size: int,
     levels: int,
     wavelet: str,
-    config: Mapping[str, Any],
+    config: Mapping[str, int],
 ) -> list[Tensor]:
     sizes = {"kernel_size": kernel_size, "levels": levels}
     with _without_autocast(x):
@@ -374,13 +375,13 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:
     x, taps, bias, ctx.wavelet, ctx.transpose, _, ctx.bwd = inputs
     ctx.bias = None if bias is None else bias.dtype
     ctx.save_for_backward(x, *taps)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tree, ...]:
     x, *taps = ctx.saved_tensors
     needs_x, needs_taps, needs_bias, *_ = ctx.needs_input_grad
     dx = dtaps = dbias = None
@@ -402,12 +403,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 apply.register_autograd(_backward, setup_context=_keep)
 
 
-def _keep_pair(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep_pair(ctx: Any, inputs: tuple[Tree, ...], output: list[Tensor]) -> None:
     x, dy, _, _, ctx.wavelet, ctx.bwd = inputs
     ctx.save_for_backward(x, dy)
 
 
-def _backward_of_pair(ctx: Any, dtaps: list[Tensor]) -> tuple[Any, ...]:
+def _backward_of_pair(ctx: Any, dtaps: list[Tensor]) -> tuple[Tree, ...]:
     x, dy = ctx.saved_tensors
     needs_x, needs_dy, *_ = ctx.needs_input_grad
     names = ctx.wavelet, ctx.bwd, ctx.bwd
@@ -422,7 +423,7 @@ weight_grad.register_autograd(_backward_of_pair, setup_context=_keep_pair)
 @apply.register_vmap
 def _(
     info: Any,
-    in_dims: tuple[Any, ...],
+    in_dims: tuple[Tree, ...],
     x: Tensor,
     taps: Sequence[Tensor],
     bias: Tensor | None,
@@ -442,7 +443,7 @@ def _(
 
 @weight_grad.register_vmap
 def _(
-    info: Any, in_dims: tuple[Any, ...], x: Tensor, dy: Tensor, *rest: Any
+    info: Any, in_dims: tuple[Tree, ...], x: Tensor, dy: Tensor, *rest: Any
 ) -> tuple[list[Tensor], list[int]]:
     """It sums over its batch: one call after the other."""
     calls = [
@@ -452,7 +453,7 @@ def _(
     return stacked, [0] * len(stacked)
 
 
-def _examples(values: Sequence[Any], in_dims: Sequence[int | None], i: int) -> list[Any]:
+def _examples(values: Sequence[Tensor], in_dims: Sequence[int | None], i: int) -> list[Tensor]:
     return [_example(value, dim, i) for value, dim in zip(values, in_dims, strict=True)]
 
 

@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pallas_kernels.common.types import Output
+from pallas_kernels.wtconv.problem import Problem
 
 
 def unavailable(platform: str) -> str | None:
@@ -20,19 +23,19 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` for a problem that these kernels do not compute.
 
     Args:
         direction: "fwd" or "bwd".
-        problem: `pallas_kernels.wtconv.problem.Problem`.
+        problem: The call.
     """
     from pallas_kernels.wtconv import triton_launches
 
     triton_launches.check(problem)
 
 
-def search_space(direction: str, problem: Any) -> list[dict[str, int]]:
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The sizes of a program that are worth timing; see `check`."""
     from pallas_kernels.wtconv import triton_launches
 
@@ -110,10 +113,14 @@ def _rows(tap: Tensor, channels: int, factor: float, transpose: bool) -> Tensor:
 
 
 def _launch(
-    kernel: Any, arguments: list[Any], outputs: list[Any], grid: tuple[int, ...], **constants: Any
+    kernel: Any,
+    arguments: list[Tensor | int],
+    outputs: Sequence[Output],
+    grid: tuple[int, ...],
+    **constants: object,
 ) -> list[Tensor]:
     """Launches a kernel, whose arguments are followed by its outputs; returns these."""
-    device = arguments[0].device
+    device = cast(Tensor, arguments[0]).device
     made = []
     for shape, dtype, *strides in outputs:
         dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)

@@ -8,7 +8,6 @@ kernel of `weight_grad`. `tiles` and `bands` hold the pipelines and tilings that
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from pallas_kernels.common.refusals import refuse
 from pallas_kernels.wtconv.mosaic_gpu import fused_levels, level1, level2
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, STRIPS, handoff_dtype
 from pallas_kernels.wtconv.mosaic_gpu.weights import weight_grad
+from pallas_kernels.wtconv.problem import Problem
 
 __all__ = [
     "BIAS_GRADIENT",
@@ -40,12 +40,12 @@ _MAX_KERNEL = 5
 _MAX_LEVELS = 5
 
 
-def check(direction: str, problem: Any) -> None:
+def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` for what these kernels do not do.
 
     Args:
         direction: "fwd" or "bwd".
-        problem: The call, a `pallas_kernels.wtconv.problem.Problem`.
+        problem: The call.
     """
     dtypes = ("float32", "bfloat16", "float16")
     reasons = problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)

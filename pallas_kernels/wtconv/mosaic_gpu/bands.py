@@ -5,23 +5,26 @@ same on different data, and the last one also issues the TMA loads. They agree t
 is read, or a row in shared memory written, by one barrier of all warpgroups a step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
+import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, Launched, zeros
+from pallas_kernels.common.types import Index, Ref
+from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, Divided, Launched, zeros
 
 __all__ = ["WARPGROUPS", "BandsBlock", "Square", "analysed", "synthesised"]
 
 WARPGROUPS = 4
 """Warpgroups of a block, one for each band."""
 
-Bands = tuple[Any, Any, Any, Any]
+Bands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """The bands LL, LH, HL and HH."""
-Square = tuple[tuple[Any, Any], tuple[Any, Any]]
+Square = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """A square of two rows of two values."""
 
 
@@ -38,7 +41,7 @@ def analysed(square: Square) -> Bands:
 
 
 def synthesised(bands: Bands) -> Square:
-    """Returns the square that four bands make up; of those of `analysed`, four times as large.
+    """Returns the square that four bands make up, four times as large for bands of `analysed`.
 
     Example:
         >>> synthesised(analysed(((1, 2), (3, 5))))
@@ -48,6 +51,14 @@ def synthesised(bands: Bands) -> Square:
     top, bottom = low + vertical, low - vertical
     right, cross = horizontal + diagonal, horizontal - diagonal
     return (top + right, top - right), (bottom + cross, bottom - cross)
+
+
+class Banded(Divided, Protocol):
+    """A division whose blocks have four warpgroups, each with a band."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one value a thread of a warpgroup."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +73,15 @@ class BandsBlock(Launched):
         arrived: The mbarrier of `warpgroup_barrier`.
     """
 
-    x: Any
-    taps: Any
-    rows: Any
-    full: Any
-    arrived: Any
+    tiling: Banded
+    x: Ref
+    taps: Ref
+    rows: Ref
+    full: Ref
+    arrived: Ref
 
     @property
-    def warpgroup(self) -> Any:
+    def warpgroup(self) -> jax.Array:
         """The index of this warpgroup, and of its band: LL, LH, HL or HH."""
         return lax.axis_index("warpgroup")
 
@@ -78,11 +90,11 @@ class BandsBlock(Launched):
         plgpu.barrier_arrive(self.arrived)
         plgpu.barrier_wait(self.arrived)
 
-    def zeros(self, count: int) -> list[Any]:
+    def zeros(self, count: int) -> list[jax.Array]:
         """Returns `count` sums to begin with, in registers."""
         return zeros(count, self.tiling.shape)
 
-    def view(self, row: Any, columns: int, parts: int, j: Any, part: int = 0) -> Any:
+    def view(self, row: Ref, columns: int, parts: int, j: Index, part: int = 0) -> Ref:
         """Returns a view of a part of column j of each strip.
 
         Args:
@@ -98,7 +110,7 @@ class BandsBlock(Launched):
             row = row.at[0]
         return row.reshape(images, strips, columns, parts, CHANNELS).at[:, :, j, part]
 
-    def kernel(self, channel_block: Any, level: int) -> list[list[Any]]:
+    def kernel(self, channel_block: Index, level: int) -> list[list[jax.Array]]:
         """Returns the taps of this warpgroup's band, of a level counted from 1."""
         pair, band = lax.div(self.warpgroup, 2), lax.rem(self.warpgroup, 2)
         # The base's taps come first.
@@ -106,7 +118,9 @@ class BandsBlock(Launched):
         taps = self.taps.at[channel_block, pl.ds(first, 2 * self.size**2 - 1)]
         return [[taps[2 * (d * self.size + e)] for e in range(self.size)] for d in range(self.size)]
 
-    def add_products(self, sums: list[Any], found: dict[int, Any], taps: list[Any]) -> list[Any]:
+    def add_products(
+        self, sums: Sequence[jax.Array | None], found: dict[int, jax.Array], taps: list[jax.Array]
+    ) -> list[jax.Array]:
         """Adds a row's products with a row of taps to the sums of each column, which may be None.
 
         Args:
@@ -123,5 +137,6 @@ class BandsBlock(Launched):
                 if e in found:
                     product = found[e] * tap
                     total = product if total is None else total + product
+            assert total is not None
             totals.append(total)
         return totals

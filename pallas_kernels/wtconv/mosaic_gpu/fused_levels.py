@@ -24,10 +24,10 @@
 - **Registers:** no `setmaxnreg`, since all roles are alike: 128 for each of 512 threads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,11 @@ from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
     SHARED,
+    Scratch,
     next_stage,
     size_in_bytes,
 )
+from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.wtconv.mosaic_gpu.bands import (
     WARPGROUPS,
     BandsBlock,
@@ -267,7 +269,7 @@ def fused_levels(
         *(tiling.groups, tiling.images, top.height, 2),
         *(tiling.strips, top.columns, tiling.across, tiling.channel_blocks, CHANNELS),
     )
-    scratch = [
+    scratch: list[Scratch] = [
         plgpu.SMEM((tiling.stages, *tiling.stage_shape), x.dtype),
         plgpu.Barrier(num_arrivals=1, num_barriers=tiling.stages),
         plgpu.Barrier(num_arrivals=WARPGROUPS),
@@ -279,7 +281,7 @@ def fused_levels(
 
     names = "x", "taps", "y", "rows", "full", "arrived"
 
-    def body(*refs: Any) -> None:
+    def body(*refs: Ref) -> None:
         block = dict(zip(names, refs, strict=False))
         _Block(tiling=tiling, bands=refs[len(names) :], **block).run()
 
@@ -301,7 +303,7 @@ def fused_levels(
     )
 
 
-PipelineState = tuple[Any, Any, Any]
+PipelineState = tuple[Index, Index, Index]
 """The stage that is read and refilled next, and the task and index of the load that refills it."""
 
 
@@ -317,14 +319,15 @@ class _Block(BandsBlock):
         bands: The four bands of each level in shared memory.
     """
 
-    y: Any
-    bands: tuple[Any, ...]
+    tiling: _Tiling
+    y: Ref
+    bands: tuple[Ref, ...]
 
     def run(self) -> None:
         """Takes one task after the other."""
         levels = len(self.tiling.levels)
 
-        def task(i: Any, state: PipelineState) -> PipelineState:
+        def task(i: Index, state: PipelineState) -> PipelineState:
             state, sums = self.stream(i, state)
             # They are read all at once and early, to hide the latency of global memory.
             taps = [self.taps_of(level, i) for level in range(1, levels)]
@@ -354,16 +357,16 @@ class _Block(BandsBlock):
         lax.fori_loop(0, self.count, task, state)
 
     @property
-    def count(self) -> Any:
+    def count(self) -> jax.Array:
         """The number of tasks of this block."""
         blocks = self.tiling.blocks
         return lax.div(self.tiling.tasks - lax.axis_index("block") + blocks - 1, blocks)
 
-    def task(self, i: Any) -> Any:
+    def task(self, i: Index) -> jax.Array:
         """Returns the number of the block's i-th task."""
         return lax.axis_index("block") + i * self.tiling.blocks
 
-    def place(self, task: Any) -> tuple[Any, Any]:
+    def place(self, task: Index) -> tuple[jax.Array, jax.Array]:
         """Returns the group of images and the channel block of a task."""
         return lax.div(task, self.tiling.channel_blocks), lax.rem(task, self.tiling.channel_blocks)
 
@@ -381,20 +384,22 @@ class _Block(BandsBlock):
                 band = bands.at[self.warpgroup]
                 last = level.size - strips
 
-                def one(t: Any, _: Any, band: Any = band, last: int = last) -> tuple[()]:
+                def one(
+                    t: Index, carry: tuple[()], band: Ref = band, last: int = last
+                ) -> tuple[()]:
                     band[:, pl.ds(jnp.minimum(t * strips, last), strips)] = zero
                     return ()
 
                 lax.fori_loop(0, pl.cdiv(level.size, strips), one, ())
 
-    def load_next(self, state: PipelineState, needed: Any) -> PipelineState:
+    def load_next(self, state: PipelineState, needed: bool | jax.Array) -> PipelineState:
         """Issues the TMA load of a state, if it is needed, and returns the next state.
 
         The last warpgroup is the producer; the others only count.
         """
         tiling = self.tiling
         stage, task, load = state
-        images, rows, columns, _ = tiling.stage_shape
+        images, rows, columns = tiling.stage_shape[:3]
 
         @pl.when(needed & (self.warpgroup == WARPGROUPS - 1) & (task < tiling.tasks))
         def _() -> None:
@@ -416,8 +421,8 @@ class _Block(BandsBlock):
         return next_stage(stage, tiling.stages), *after
 
     def coefficient(
-        self, level: int, band: Any, row: Any, j: Any, shift: int = 0, pair: int | None = None
-    ) -> Any:
+        self, level: int, band: Index, row: Index, j: Index, shift: int = 0, pair: int | None = None
+    ) -> Ref:
         """Returns a view of column j of each strip of a row of a band.
 
         Args:
@@ -437,7 +442,7 @@ class _Block(BandsBlock):
         ]
         return self.view(line.at[:, pl.ds(first, columns)], tiled.columns, parts, j, pair or 0)
 
-    def within(self, value: Any, limit: int, each: int, j: int) -> Any:
+    def within(self, value: jax.Array, limit: int, each: int, j: int) -> jax.Array:
         """Returns `value`, or zero where column j of a strip, `each` wide, reaches `limit`."""
         images, strips, _ = shape = self.tiling.shape
         if (strips - 1) * each + j < limit:
@@ -446,17 +451,17 @@ class _Block(BandsBlock):
         strip = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
         return jnp.where(strip * each + j < limit, value, 0.0)
 
-    def rows_of(self, level: int, one: Callable[[Any], None]) -> None:
+    def rows_of(self, level: int, one: Callable[[Index], None]) -> None:
         """Calls `one` for this warpgroup's part of the rows of a level."""
 
-        def row(t: Any, _: Any) -> tuple[()]:
+        def row(t: Index, carry: tuple[()]) -> tuple[()]:
             one(self.warpgroup + t * WARPGROUPS)
             return ()
 
         rows = self.tiling.levels[level].height - self.warpgroup + WARPGROUPS - 1
         lax.fori_loop(0, lax.div(rows, WARPGROUPS), row, ())
 
-    def stream(self, i: Any, state: PipelineState) -> tuple[PipelineState, list[Any]]:
+    def stream(self, i: Index, state: PipelineState) -> tuple[PipelineState, list[jax.Array]]:
         """Runs the pipeline over all rows of a task: analyses two levels, and filters the first.
 
         Args:
@@ -470,7 +475,7 @@ class _Block(BandsBlock):
         level, delay = tiling.levels[0], tiling.delay
         taps = self.taps_of(0, i)
 
-        def advance(s: Any, state: PipelineState) -> PipelineState:
+        def advance(s: Index, state: PipelineState) -> PipelineState:
             stages = [state[0]]
             while 2 * len(stages) < tiling.side:
                 stages.append(next_stage(stages[-1], tiling.stages))
@@ -490,7 +495,9 @@ class _Block(BandsBlock):
             stage, task, load = (jnp.where(inside, *two) for two in zip(after, state, strict=True))
             return stage, task, load
 
-        def step(s: Any, carry: tuple[PipelineState, list[Any]]) -> tuple[PipelineState, list[Any]]:
+        def step(
+            s: Index, carry: tuple[PipelineState, list[jax.Array]]
+        ) -> tuple[PipelineState, list[jax.Array]]:
             state, sums = carry
             return advance(s, state), self.filter_row(0, s - delay, sums, taps)
 
@@ -498,12 +505,12 @@ class _Block(BandsBlock):
         carry = state, self.zeros(2 * level.radius * level.columns)
         return lax.fori_loop(delay, level.height + delay, step, carry)
 
-    def analyse_rows(self, stages: list[Any], row: Any) -> None:
+    def analyse_rows(self, stages: list[Index], row: Index) -> None:
         """Reduces the rows of x in these stages to a row of all bands of the first level."""
         for stage in stages:
             plgpu.barrier_wait(self.full.at[stage])
 
-        def low(j: Any, v: int, e: int) -> Any:
+        def low(j: Index, v: int, e: int) -> jax.Array:
             if self.tiling.first > 2:
                 return self.pixel(stages[0], v, j, e)
             upper, lower = (
@@ -514,21 +521,21 @@ class _Block(BandsBlock):
 
         self.analyse(0, row, low, split=True)
 
-    def pixel(self, stage: Any, row: int, j: Any, part: int) -> Any:
+    def pixel(self, stage: Index, row: int, j: Index, part: int) -> jax.Array:
         """Returns one of the values of x in column j of each strip of a stage's row, as float32."""
         line, columns = self.rows.at[stage, :, row], self.tiling.levels[0].columns
         return self.view(line, columns, self.tiling.side, j, part)[...].astype(jnp.float32)
 
-    def analyse_low(self, level: int, row: Any, split: bool) -> None:
+    def analyse_low(self, level: int, row: Index, split: bool) -> None:
         """Reduces two rows of the low band of the level above to a row of all bands of a level."""
 
-        def low(j: Any, v: int, e: int) -> Any:
+        def low(j: Index, v: int, e: int) -> jax.Array:
             return self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)[...] * 0.5
 
         self.analyse(level, row, low, split)
 
     def analyse(
-        self, level: int, row: Any, low: Callable[[Any, int, int], Any], split: bool
+        self, level: int, row: Index, low: Callable[[Index, int, int], jax.Array], split: bool
     ) -> None:
         """Writes a row of all bands, twice as large as they are, from the low band as it is.
 
@@ -540,7 +547,7 @@ class _Block(BandsBlock):
         """
         columns = self.tiling.levels[level].columns
 
-        def one(j: Any) -> None:
+        def one(j: Index) -> None:
             square = (low(j, 0, 0), low(j, 0, 1)), (low(j, 1, 0), low(j, 1, 1))
             for band, value in enumerate(analysed(square)):
                 self.coefficient(level, band, row, j)[...] = value
@@ -550,22 +557,22 @@ class _Block(BandsBlock):
                 one(j)
             return
         for first in range(0, columns, WARPGROUPS):
-            j = first + self.warpgroup
-            pl.when(j < columns)(partial(one, j))
+            column = first + self.warpgroup
+            pl.when(column < columns)(partial(one, column))
 
-    def taps_of(self, level: int, i: Any) -> list[list[Any]]:
+    def taps_of(self, level: int, i: Index) -> list[list[jax.Array]]:
         """Returns the taps of this warpgroup's band, of a level counted from 0."""
         _, channel_block = self.place(self.task(i))
         return self.kernel(channel_block, self.tiling.first + level)
 
-    def filter(self, level: int, taps: list[list[Any]]) -> None:
+    def filter(self, level: int, taps: list[list[jax.Array]]) -> None:
         """Filters this warpgroup's band, in place."""
         tiled = self.tiling.levels[level]
         if tiled.height <= self.size:
             self.filter_low(level, taps)
             return
 
-        def one(row: Any, sums: list[Any]) -> list[Any]:
+        def one(row: Index, sums: list[jax.Array]) -> list[jax.Array]:
             sums = self.filter_row(level, row, sums, taps)
             self.fence_smem()
             return sums
@@ -573,17 +580,17 @@ class _Block(BandsBlock):
         sums = self.zeros(2 * tiled.radius * tiled.columns)
         self.filter_last(level, lax.fori_loop(0, tiled.height, one, sums))
 
-    def filter_low(self, level: int, taps: list[list[Any]]) -> None:
+    def filter_low(self, level: int, taps: list[list[jax.Array]]) -> None:
         """Filters a band of few rows in place, without products with zeros above and below it."""
         tiled = self.tiling.levels[level]
         rows = [self.neighbours(level, row) for row in range(tiled.height)]
         self.fence_smem()
         for row in range(tiled.height):
-            totals: list[Any] = [None] * tiled.columns
+            totals: Sequence[jax.Array | None] = [None] * tiled.columns
             for d, found in enumerate(rows, tiled.radius - row):
                 if 0 <= d < self.size:
                     totals = self.add_products(totals, found, taps[d])
-            self.keep(level, row, totals)
+            self.keep(level, row, cast(list[jax.Array], totals))
 
     def fence_smem(self) -> None:
         """Waits until all threads of the warpgroup have read what results overwrite.
@@ -593,7 +600,7 @@ class _Block(BandsBlock):
         if self.tiling.strips > 1:
             plgpu.commit_smem()
 
-    def neighbours(self, level: int, row: Any) -> dict[int, Any]:
+    def neighbours(self, level: int, row: Index) -> dict[int, jax.Array]:
         """Returns a row of this warpgroup's band by column, those beside each strip included."""
         tiled = self.tiling.levels[level]
         return {
@@ -601,7 +608,9 @@ class _Block(BandsBlock):
             for j in range(-tiled.halo, tiled.columns + tiled.halo)
         }
 
-    def filter_row(self, level: int, row: Any, sums: list[Any], taps: list[list[Any]]) -> list[Any]:
+    def filter_row(
+        self, level: int, row: Index, sums: list[jax.Array], taps: list[list[jax.Array]]
+    ) -> list[jax.Array]:
         """Adds a row to the `size` open rows of results, and keeps the one that it completes.
 
         Returns:
@@ -610,9 +619,9 @@ class _Block(BandsBlock):
         columns, radius = self.tiling.levels[level].columns, self.tiling.levels[level].radius
         found = self.neighbours(level, row)
         totals = []
-        new: list[Any] = [None] * columns
+        rows: list[jax.Array | None] = [*sums, *[None] * columns]
         for open_row, tap in enumerate(reversed(taps)):
-            totals += self.add_products((sums + new)[open_row * columns :][:columns], found, tap)
+            totals += self.add_products(rows[open_row * columns :][:columns], found, tap)
 
         @pl.when(row >= radius)
         def _() -> None:
@@ -620,7 +629,7 @@ class _Block(BandsBlock):
 
         return totals[columns:]
 
-    def filter_last(self, level: int, sums: list[Any]) -> None:
+    def filter_last(self, level: int, sums: list[jax.Array]) -> None:
         """Keeps the last rows of results, which only zeros below the image were missing for."""
         tiled = self.tiling.levels[level]
         for late in range(tiled.radius):
@@ -628,25 +637,25 @@ class _Block(BandsBlock):
             if row >= 0:
                 self.keep(level, row, sums[late * tiled.columns :][: tiled.columns])
 
-    def keep(self, level: int, row: Any, values: list[Any]) -> None:
+    def keep(self, level: int, row: Index, values: list[jax.Array]) -> None:
         """Writes a row of results into this warpgroup's band."""
         tiled = self.tiling.levels[level]
         for j, value in enumerate(values):
             value = self.within(value, tiled.width, tiled.columns, j)
             self.coefficient(level, self.warpgroup, row, j)[...] = value
 
-    def pixels(self, level: int, row: Any, j: int) -> Square:
+    def pixels(self, level: int, row: Index, j: int) -> Square:
         """Returns the synthesis of a level in a row of coefficients and column j of the strips."""
         found = (self.coefficient(level, band, row, j)[...] for band in range(WARPGROUPS))
         return synthesised(tuple(found))
 
-    def synthesise(self, level: int, row: Any) -> None:
+    def synthesise(self, level: int, row: Index) -> None:
         """Adds a row of a level's synthesis to the low band of the level above it."""
         above, each = self.tiling.levels[level - 1], 2 * self.tiling.levels[level].columns
         for j in range(each // 2):
             found = self.pixels(level, row, j)
 
-            def add(v: int, j: int = j, found: list[list[Any]] = found) -> None:
+            def add(v: int, j: int = j, found: Square = found) -> None:
                 for e, value in enumerate(found[v]):
                     value = self.within(value, above.width, each, 2 * j + e)
                     low = self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)
@@ -656,7 +665,7 @@ class _Block(BandsBlock):
             # The row below the last of an odd number stays zero.
             pl.when(2 * row + 1 < above.height)(partial(add, 1))
 
-    def store(self, i: Any, row: Any) -> None:
+    def store(self, i: Index, row: Index) -> None:
         """Stores a row of the synthesis of the first level to global memory."""
         group, channel_block = self.place(self.task(i))
         times = self.tiling.across // 2

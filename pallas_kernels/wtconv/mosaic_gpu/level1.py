@@ -24,7 +24,6 @@ fit into one launch of `fused_levels`.
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.mosaic_gpu import SHARED, next_stage, size_in_bytes
+from pallas_kernels.common.mosaic_gpu import SHARED, Scratch, next_stage, size_in_bytes
+from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.wtconv.mosaic_gpu.tiles import (
     CHANNELS,
     REGISTERS,
@@ -66,9 +66,9 @@ def level1(
 
     Args:
         x: `[N, H, W, C]`.
-        below: What is added to the low band, or larger: half the synthesis of all levels below,
-            `[N, H / 2, W / 2, C]`; or that of the next level alone, and that of the levels below
-            the next one, `[N, H / 4, W / 2, C]`.
+        below: Arrays that are added to the low band, or larger ones: half the synthesis of all
+            levels below, `[N, H / 2, W / 2, C]`; or that of the next level alone, and that of the
+            levels below the next one, `[N, H / 4, W / 2, C]`.
         taps: The taps of all levels, as `_packed` lays them out.
         level: The level: 1, which has the base convolution too, or one from 3 on.
         kernel_size: The height and width of the kernel.
@@ -90,7 +90,7 @@ def level1(
     stage_size += sum(size_in_bytes(coefficients, one.dtype) for one in below)
     left = SHARED - size_in_bytes(handoff, jnp.dtype("float32")) - size_in_bytes(row, dtype)
     stages = min(_MAX_STAGES, left // stage_size)
-    scratch = {
+    scratch: dict[str, Scratch] = {
         "rows": plgpu.SMEM((stages, *image), x.dtype),
         "handoff": plgpu.SMEM(handoff, jnp.float32),
         "out": plgpu.SMEM(row, dtype),
@@ -106,7 +106,7 @@ def level1(
     # The x of level 3 has whole blocks of channels.
     copies = 2 if level == 3 else 1
 
-    def body(*refs: Any) -> None:
+    def body(*refs: Ref) -> None:
         block = dict(zip(names, refs, strict=True))
         pairs = [
             tuple(block.pop(f"{name}_{i}") for name in ("below", "below_rows"))
@@ -126,6 +126,12 @@ def level1(
     return y.reshape(n, h, w * copies, c)
 
 
+Rows = list[list[jax.Array]]
+"""Values of several rows, in registers: of pixels, or sums of results that are not complete."""
+State = PipelineState | tuple[()]
+"""The producer's state, which the other warpgroups do not have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Level1Block(Block):
     """One block of `level1`: its references, and what each of its warpgroups does.
@@ -142,19 +148,19 @@ class _Level1Block(Block):
         handoff_empty: An mbarrier a stage of the handoff, on which its readers arrive.
         level: The level.
         biased: Whether the taps end with a bias.
-        below: What is added to the low band: arrays in global memory with their stages in shared
-            memory, each of half as many rows as the one before.
+        below: The arrays that are added to the low band, in global memory, with their stages in
+            shared memory, each of half as many rows as the one before.
     """
 
-    taps: Any
-    y: Any
-    handoff: Any
-    out: Any
-    handoff_full: Any
-    handoff_empty: Any
+    taps: Ref
+    y: Ref
+    handoff: Ref
+    out: Ref
+    handoff_full: Ref
+    handoff_empty: Ref
     level: int
     biased: bool
-    below: list[tuple[Any, ...]]
+    below: list[tuple[Ref, ...]]
 
     def run(self) -> None:
         """Runs the role of this warpgroup."""
@@ -173,7 +179,7 @@ class _Level1Block(Block):
         """The number of stages that the prologue fills: the producer refills one a step late."""
         return self.stages - 1
 
-    def load_stage(self, stage: Any, step: Step) -> None:
+    def load_stage(self, stage: Index, step: Step) -> None:
         """Issues all TMA loads of a step: of rows of x, and of what is added to the low band."""
         self.load_rows(stage, step, self.tiling.halo_rows)
         images, row, column_block, channels = self.window(step)
@@ -186,7 +192,7 @@ class _Level1Block(Block):
                 self.full.at[stage],
             )
 
-    def bands(self, pair: Any) -> None:
+    def bands(self, pair: Index) -> None:
         """Filters (LL, LH), or (HL, HH) if `pair` is 1, and hands off their synthesis in height."""
         plgpu.set_max_registers(REGISTERS["bands"], action="increase")
         tiling, size, columns = self.tiling, self.size, self.tiling.columns
@@ -201,7 +207,9 @@ class _Level1Block(Block):
         ]
         filtered = 2 * columns
 
-        def added(found: list[Any], sums: list[Any] | None, row: int) -> list[Any]:
+        def added(
+            found: list[tuple[jax.Array, jax.Array]], sums: list[jax.Array] | None, row: int
+        ) -> list[jax.Array]:
             """Returns the sums of one of the `size` open rows of results, with this row added."""
             totals = []
             for j, band in itertools.product(range(columns), range(2)):
@@ -209,16 +217,17 @@ class _Level1Block(Block):
                 for e in range(size):
                     product = found[j + e][band] * taps[size - 1 - row][e][band]
                     total = product if total is None else total + product
+                assert total is not None
                 totals.append(total)
             return totals
 
-        def add_below(stage: Any, lows: list[Any]) -> list[Any]:
+        def add_below(stage: Index, lows: list[jax.Array]) -> list[jax.Array]:
             for _, buffer in self.below:
                 row = buffer.at[stage, :, 0]
                 lows = [low + self.column(row, j, 1) for j, low in enumerate(lows)]
             return lows
 
-        def hand_off(step: Any, stage: Any, done: list[Any]) -> None:
+        def hand_off(step: Index, stage: Index, done: list[jax.Array]) -> None:
             """Hands off a row of results; `step` is its number, counted over all tiles."""
             lows, highs = done[::2], done[1::2]
             if self.below:
@@ -230,10 +239,10 @@ class _Level1Block(Block):
                 self.view(self.handoff.at[to, pair, 1], j, 1)[...] = lows[j] - highs[j]
             plgpu.barrier_arrive(self.handoff_full.at[to])
 
-        def tile(i: Any, stage: Any) -> Any:
+        def tile(i: Index, stage: Index) -> Index:
             skipped = tiling.halo_rows + tiling.radius
 
-            def one(s: Any, carry: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+            def one(s: Index, carry: tuple[Index, Rows]) -> tuple[Index, Rows]:
                 stage, sums = carry
                 plgpu.barrier_wait(self.full.at[stage])
                 found = self.pairs(self.rows.at[stage], pair, columns + size - 1)
@@ -248,8 +257,8 @@ class _Level1Block(Block):
                 sums = [added(found, other, row) for row, other in enumerate(others, 1)]
                 return next_stage(stage, self.stages), sums
 
-            carry = stage, [zeros(filtered)] * (size - 1)
-            stage, sums = lax.fori_loop(0, tiling.read, one, carry)
+            sums: Rows = [zeros(filtered)] * (size - 1)
+            stage, sums = lax.fori_loop(0, tiling.read, one, (stage, sums))
             for s in range(tiling.read, tiling.steps):
                 plgpu.barrier_wait(self.full.at[stage])
                 first, *sums = [*sums, zeros(filtered)]
@@ -281,7 +290,7 @@ class _Level1Block(Block):
             start = start + self.taps[channel_block, self.taps.shape[1] - 1]
         open_rows = 2 * self.delay
 
-        def added(rows: list[Any], sums: list[Any], o: int) -> list[Any]:
+        def added(rows: Rows, sums: list[jax.Array], o: int) -> list[jax.Array]:
             """Returns the sums of the o-th open row of results, with two rows of x added."""
             totals = list(sums)
             for j, row in itertools.product(range(columns if rows else 0), range(2)):
@@ -290,7 +299,7 @@ class _Level1Block(Block):
                     totals[j] = totals[j] + rows[row][j + e] * taps[d][e]
             return totals
 
-        def finish(i: Any, row: Any, done: list[Any]) -> None:
+        def finish(i: Index, row: Index, done: list[jax.Array]) -> None:
             """Adds the handoff to a row of results, and stores it."""
             step = i * tiling.rows + row
             stage, to = step & _HANDOFF_STAGES - 1, step & 1
@@ -307,13 +316,11 @@ class _Level1Block(Block):
             plgpu.commit_smem()
             self.store_row(i, row, lower, to)
 
-        def tile(i: Any, carry: tuple[Any, PipelineState]) -> tuple[Any, PipelineState]:
+        def tile(i: Index, carry: tuple[Index, State]) -> tuple[Index, State]:
             skipped = tiling.halo_rows + self.delay
             new = [start] * columns if self.level == 1 else []
 
-            def one(
-                s: Any, carry: tuple[Any, PipelineState, list[Any]]
-            ) -> tuple[Any, PipelineState, list[Any]]:
+            def one(s: Index, carry: tuple[Index, State, Rows]) -> tuple[Index, State, Rows]:
                 stage, state, sums = carry
                 plgpu.barrier_wait(self.full.at[stage])
                 rows = [
@@ -332,12 +339,12 @@ class _Level1Block(Block):
                     finish(i, s - skipped, added(rows, first, 0))
 
                 sums = [added(rows, other, o) for o, other in enumerate(others, 1)]
-                if lower:
+                if state:
                     state = self.load_next(state)
                 return next_stage(stage, self.stages), state, sums
 
             stage, state = carry
-            sums = [new] * open_rows
+            sums: Rows = [new] * open_rows
             stage, state, sums = lax.fori_loop(0, tiling.read, one, (stage, state, sums))
             for s in range(tiling.read, tiling.steps):
                 plgpu.barrier_wait(self.full.at[stage])
@@ -345,7 +352,7 @@ class _Level1Block(Block):
                 first, *sums = [*sums, new]
                 if skipped <= s < skipped + tiling.rows:
                     finish(i, s - skipped, first)
-                if lower:
+                if state:
                     state = self.load_next(state)
                 stage = next_stage(stage, self.stages)
             return stage, state
@@ -353,13 +360,13 @@ class _Level1Block(Block):
         self.release_unfilled()
         for stage in range(_HANDOFF_STAGES):
             plgpu.barrier_arrive(self.handoff_empty.at[stage])
-        state: Any = self.prologue() if lower else ()
+        state: State = self.prologue() if lower else ()
         lax.fori_loop(0, self.count, tile, (jnp.int32(0), state))
         plgpu.wait_smem_to_gmem(0)
         if lower:
             drain(self.empty, self.total_steps, self.stages, self.prefilled)
 
-    def store_row(self, i: Any, row: Any, lower: int, buffer: Any) -> None:
+    def store_row(self, i: Index, row: Index, lower: int, buffer: Index) -> None:
         """Issues the TMA store of a row of the i-th tile's pixels from one of two buffers.
 
         TMA leaves out what lies outside the image. Mosaic, though, copies windows that are
@@ -369,7 +376,7 @@ class _Level1Block(Block):
         tiling = self.tiling
         group, first = self.origin(i)
         channel_block, column_block = self.place
-        _, height, width, channels = self.y.shape
+        height, width, channels = self.y.shape[1:]
         first_channels = range(0, channels, self.x.shape[-1])
         if lower and height == 1:
             return

@@ -23,10 +23,9 @@ and the low band of level 1, a quarter of the image, is never in global memory.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.mosaic_gpu import SHARED, next_stage, size_in_bytes
+from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.wtconv.mosaic_gpu.bands import WARPGROUPS, BandsBlock, analysed, synthesised
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, STRIPS, Tiled, Tiling, launch, tilings
 
@@ -45,8 +45,12 @@ _MIN_STAGES, _MAX_STAGES = 2, 8
 _MAX_WAVES = 4
 """A tiling is chosen among those whose blocks fill the GPU at most so many times."""
 
-Position = tuple[Any, Any, Any, Any]
+Position = tuple[Index, Index, Index, Index]
 """The index of a block's tile, a step in it, and the tile's group of images and first row."""
+
+
+Carry = tuple[Index, Position, Position, list[jax.Array]]
+"""The stage of a step, the positions of the step to load and of the step itself, and open sums."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def level2(
 
     names = "x", "taps", "y", "low", "rows", "bands", "filtered", "full", "arrived"
 
-    def body(*refs: Any) -> None:
+    def body(*refs: Ref) -> None:
         _Block(tiling=tiling, stages=stages, **dict(zip(names, refs, strict=True))).run()
 
     y, low = plgpu.kernel(
@@ -177,11 +181,12 @@ class _Block(BandsBlock, Tiled):
         filtered: Two rows of all filtered bands in shared memory.
     """
 
+    tiling: _Tiling
     stages: int
-    y: Any
-    low: Any
-    bands: Any
-    filtered: Any
+    y: Ref
+    low: Ref
+    bands: Ref
+    filtered: Ref
 
     def run(self) -> None:
         """Runs the pipeline over all steps of all tiles."""
@@ -189,12 +194,12 @@ class _Block(BandsBlock, Tiled):
         taps = [[0.5 * tap for tap in row] for row in self.kernel(self.place[0], 2)]
         total_steps = self.total_steps
 
-        def two_steps(t: Any, carry: tuple[Any, Position, Position, list[Any]]) -> Any:
+        def two_steps(t: Index, carry: Carry) -> Carry:
             # The loop is unrolled by two, so that the buffers of rows have static indices.
             for new in range(2):
                 stage, to_load, position, sums = carry
                 inside = 2 * t + new < total_steps
-                pl.when(inside)(lambda stage=stage, new=new: self.analyse(stage, new))
+                pl.when(inside)(partial(self.analyse, stage, new))
                 sums = self.filter(1 - new, new, taps, sums)
                 self.store(position, 1 - new)
                 self.warpgroup_barrier()
@@ -219,11 +224,11 @@ class _Block(BandsBlock, Tiled):
     def after(self, position: Position) -> Position:
         """Returns the position of the next step."""
 
-        def next_tile(i: Any, *_: Any) -> Position:
+        def next_tile(i: Index, *_: Index) -> Position:
             return i + 1, jnp.int32(0), *self.origin(i + 1)
 
-        def next_step(i: Any, s: Any, *origin: Any) -> Position:
-            return i, s + 1, *origin
+        def next_step(i: Index, s: Index, group: Index, row: Index) -> Position:
+            return i, s + 1, group, row
 
         return lax.cond(position[1] == self.tiling.steps - 1, next_tile, next_step, *position)
 
@@ -234,14 +239,14 @@ class _Block(BandsBlock, Tiled):
         for j in range(self.tiling.analysed):
             self.view(row, self.tiling.analysed, 1, j)[...] = zero
 
-    def load_stage(self, stage: Any, position: Position) -> Position:
+    def load_stage(self, stage: Index, position: Position) -> Position:
         """Issues the TMA load of a step's rows, if there is one, and returns the next position.
 
         The last warpgroup is the producer; the others only count.
         """
         tiling = self.tiling
         i, s, group, row = position
-        images, height, columns, _ = tiling.stage_shape
+        images, height, columns = tiling.stage_shape[:3]
 
         @pl.when((self.warpgroup == WARPGROUPS - 1) & (i < self.count))
         def _() -> None:
@@ -259,14 +264,14 @@ class _Block(BandsBlock, Tiled):
 
         return self.after(position)
 
-    def neighbour(self, row: Any, j: int) -> Any:
+    def neighbour(self, row: Ref, j: int) -> Ref:
         """Returns a view of column j of each strip, halo included, of a row of a band."""
         tiling = self.tiling
         first = min(j, row.shape[1] - tiling.width)
         # The index is in two parts, so that its static part is not added at each load.
         return self.view(row.at[:, pl.ds(first, tiling.width)], tiling.columns, 1, j - first)
 
-    def share(self, columns: int, one: Callable[[Any], None]) -> None:
+    def share(self, columns: int, one: Callable[[Index], None]) -> None:
         """Calls `one` for this warpgroup's columns of each strip."""
         for first in range(0, columns, WARPGROUPS):
             j = first + self.warpgroup
@@ -275,31 +280,33 @@ class _Block(BandsBlock, Tiled):
             else:
                 pl.when(j < columns)(partial(one, j))
 
-    def analyse(self, stage: Any, to: int) -> None:
+    def analyse(self, stage: Index, to: int) -> None:
         """Reduces a stage's four rows of pixels to a row of all bands, four times as large."""
         tiling = self.tiling
         plgpu.barrier_wait(self.full.at[stage])
 
-        def low(j: Any, v: int, e: int) -> Any:
+        def low(j: Index, v: int, e: int) -> jax.Array:
             upper, lower = (
                 self.pixel(stage, row, j, 2 * e) + self.pixel(stage, row, j, 2 * e + 1)
                 for row in (2 * v, 2 * v + 1)
             )
             return upper + lower
 
-        def one(j: Any) -> None:
+        def one(j: Index) -> None:
             values = analysed(((low(j, 0, 0), low(j, 0, 1)), (low(j, 1, 0), low(j, 1, 1))))
             for band, value in enumerate(values):
                 self.view(self.bands.at[to, band], tiling.analysed, 1, j)[...] = value
 
         self.share(tiling.analysed, one)
 
-    def pixel(self, stage: Any, row: int, j: Any, part: int) -> Any:
+    def pixel(self, stage: Index, row: int, j: Index, part: int) -> jax.Array:
         """Returns one of the four pixels in column j of each strip of a stage's row, as float32."""
         line = self.rows.at[stage, :, row]
         return self.view(line, self.tiling.analysed, 4, j, part)[...].astype(jnp.float32)
 
-    def filter(self, buffer: int, to: int, taps: list[list[Any]], sums: list[Any]) -> list[Any]:
+    def filter(
+        self, buffer: int, to: int, taps: list[list[jax.Array]], sums: list[jax.Array]
+    ) -> list[jax.Array]:
         """Adds a row of a band to the open rows of results, and keeps the one that it completes.
 
         Args:
@@ -313,9 +320,13 @@ class _Block(BandsBlock, Tiled):
         """
         columns, radius = self.tiling.columns, self.tiling.radius
         row = self.bands.at[buffer, self.warpgroup]
-        new: list[Any] = [None] * columns
+        new: list[jax.Array | None] = [None] * columns
         found = {j: self.neighbour(row, j + radius)[...] for j in range(-radius, columns + radius)}
-        first, *others = [sums[i : i + columns] for i in range(0, len(sums), columns)] + [new]
+        open_rows: list[Sequence[jax.Array | None]] = [
+            *(sums[i : i + columns] for i in range(0, len(sums), columns)),
+            new,
+        ]
+        first, *others = open_rows
         last, *above = reversed(taps)
         done = self.add_products(first, found, last)
         # This is done before sums of the next row begin, which take the registers of these.
@@ -342,11 +353,11 @@ class _Block(BandsBlock, Tiled):
         low_row, result_row = s - tiling.halo_rows, s - tiling.skipped - 1
         line = self.bands.at[buffer, 0, :, pl.ds(tiling.radius, tiling.width)]
 
-        def store_low(j: Any) -> None:
+        def store_low(j: Index) -> None:
             low = (0.25 * self.view(line, tiling.columns, 1, j)[...]).astype(self.low.dtype)
             self.low.at[group, :, row + low_row, own, j, channel_block][...] = low
 
-        def store_square(j: Any) -> None:
+        def store_square(j: Index) -> None:
             found = (
                 self.view(self.filtered.at[buffer, band], tiling.columns, 1, j)[...]
                 for band in range(WARPGROUPS)

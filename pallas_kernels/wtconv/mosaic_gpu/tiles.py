@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.mosaic_gpu import MANUAL_BARRIERS, MULTIPROCESSORS, next_stage
+from pallas_kernels.common.types import Index, Keywords, Ref, Slice
 
 __all__ = [
     "CHANNELS",
@@ -41,6 +42,7 @@ __all__ = [
     "REGISTERS",
     "STRIPS",
     "Block",
+    "Divided",
     "Launched",
     "PipelineState",
     "Step",
@@ -58,9 +60,9 @@ CHANNELS = 32
 STRIPS = 4
 """A warpgroup has one thread for each channel of each strip."""
 
-Step = tuple[Any, Any]
+Step = tuple[Index, Index]
 """The index of one of a block's tiles, and the index of a pipeline step in that tile."""
-PipelineState = tuple[Any, Step]
+PipelineState = tuple[Index, Step]
 """The stage that the producer fills next, and the step whose rows it loads into it."""
 
 MAX_COLUMNS = 7
@@ -215,7 +217,7 @@ def tiling_of(shape: tuple[int, ...], kernel_size: int, max_waves: int = _MAX_WA
     )
 
 
-def launch(tiling: Tiling) -> dict[str, Any]:
+def launch(tiling: Tiling) -> Keywords:
     """Returns the arguments of `plgpu.kernel` that launch the blocks of a tiling."""
     return {
         "grid": (tiling.splits, tiling.column_blocks * tiling.channel_blocks),
@@ -227,7 +229,7 @@ def launch(tiling: Tiling) -> dict[str, Any]:
     }
 
 
-def drain(empty: Any, steps: Any, stages: int, prefilled: int) -> None:
+def drain(empty: Ref, steps: Index, stages: int, prefilled: int) -> None:
     """Waits for those phases of `empty` that the producer has not waited for in the main loop.
 
     This is what CUTLASS calls the producer's tail.
@@ -240,24 +242,32 @@ def drain(empty: Any, steps: Any, stages: int, prefilled: int) -> None:
             before the first step.
     """
 
-    def one(step: Any, _: Any) -> tuple[()]:
+    def one(step: Index, carry: tuple[()]) -> tuple[()]:
         plgpu.barrier_wait(empty.at[lax.rem(step + stages, stages)])
         return ()
 
     lax.fori_loop(jnp.maximum(steps - stages, prefilled - stages), steps, one, ())
 
 
-def zeros(count: int, shape: tuple[int, ...] = (STRIPS, CHANNELS)) -> list[Any]:
+def zeros(count: int, shape: tuple[int, ...] = (STRIPS, CHANNELS)) -> list[jax.Array]:
     """Returns `count` sums to begin with, in registers: zeros, one value a thread."""
     zero = jnp.zeros(shape, jnp.float32)
     return [plgpu.layout_cast(zero, plgpu.Layout.WG_STRIDED(shape, vec_size=1))] * count
+
+
+class Divided(Protocol):
+    """A division of the images among the blocks of a launch."""
+
+    @property
+    def radius(self) -> int:
+        """The number of rows, and columns, that the convolution reaches to each side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
     """A block, and the tiling by which the blocks of its launch share the images."""
 
-    tiling: Any
+    tiling: Divided
 
     @property
     def size(self) -> int:
@@ -269,26 +279,28 @@ class Launched:
 class Tiled(Launched):
     """A persistent block, which takes one tile after the other."""
 
+    tiling: Tiling
+
     @property
-    def place(self) -> tuple[Any, Any]:
+    def place(self) -> tuple[jax.Array, jax.Array]:
         """The channel block and the column block of this block."""
         unit = lax.axis_index("unit")
         return lax.rem(unit, self.tiling.channel_blocks), lax.div(unit, self.tiling.channel_blocks)
 
     @property
-    def count(self) -> Any:
+    def count(self) -> jax.Array:
         """The number of tiles of this block."""
         splits = self.tiling.splits
         return lax.div(self.tiling.tiles - lax.axis_index("split") + splits - 1, splits)
 
-    def origin(self, i: Any) -> tuple[Any, Any]:
+    def origin(self, i: Index) -> tuple[jax.Array, jax.Array]:
         """Returns the group of images, and the first row of coefficients, of the i-th tile."""
         tiling = self.tiling
         tile = lax.axis_index("split") + i * tiling.splits
         return lax.div(tile, tiling.row_blocks), lax.rem(tile, tiling.row_blocks) * tiling.rows
 
     @property
-    def total_steps(self) -> Any:
+    def total_steps(self) -> jax.Array:
         """The number of pipeline steps of this block, over all of its tiles."""
         return self.count * self.tiling.steps
 
@@ -306,10 +318,10 @@ class Block(Tiled):
     """
 
     stages: int
-    x: Any
-    rows: Any
-    full: Any
-    empty: Any
+    x: Ref
+    rows: Ref
+    full: Ref
+    empty: Ref
 
     @property
     def prefilled(self) -> int:
@@ -319,7 +331,7 @@ class Block(Tiled):
         """
         raise NotImplementedError
 
-    def window(self, step: Step) -> tuple[Any, Any, Any, Any]:
+    def window(self, step: Step) -> tuple[Slice, jax.Array, jax.Array, Slice]:
         """Returns the images, first row, column block and channels of a step.
 
         The row is one of coefficients, counted as if the tile had no halo above it.
@@ -331,7 +343,7 @@ class Block(Tiled):
         images = pl.ds(group * tiling.images, tiling.images)
         return images, row + s, column_block, pl.ds(channel_block * CHANNELS, CHANNELS)
 
-    def load_rows(self, stage: Any, step: Step, above: int) -> None:
+    def load_rows(self, stage: Index, step: Step, above: int) -> None:
         """Issues the TMA load of the two rows of x that lie `above` rows over those of a step."""
         images, row, column_block, channels = self.window(step)
         first = 2 * (column_block * self.tiling.width - self.tiling.radius)
@@ -342,7 +354,7 @@ class Block(Tiled):
             self.full.at[stage],
         )
 
-    def load_stage(self, stage: Any, step: Step) -> None:
+    def load_stage(self, stage: Index, step: Step) -> None:
         """Issues all TMA loads of a step."""
         raise NotImplementedError
 
@@ -350,7 +362,7 @@ class Block(Tiled):
         """Issues the TMA loads of the first `prefilled` steps, and returns the state after them."""
         state: PipelineState = (jnp.int32(0), (jnp.int32(0), jnp.int32(0)))
 
-        def one(_: Any, state: PipelineState) -> PipelineState:
+        def one(_: Index, state: PipelineState) -> PipelineState:
             return self.load_next(state, wait=False)
 
         return lax.fori_loop(0, self.prefilled, one, state)
@@ -379,7 +391,7 @@ class Block(Tiled):
         for stage in range(self.prefilled, self.stages):
             plgpu.barrier_arrive(self.empty.at[stage])
 
-    def pairs(self, row: Any, pair: Any, columns: int) -> list[tuple[Any, Any]]:
+    def pairs(self, row: Ref, pair: Index, columns: int) -> list[tuple[jax.Array, jax.Array]]:
         """Returns (LL, LH) of each column, or (HL, HH) if `pair` is 1, twice as large as they are.
 
         Args:
@@ -397,7 +409,7 @@ class Block(Tiled):
             found.append((upper + lower, upper - lower))
         return found
 
-    def view(self, row: Any, j: int, each: int) -> Any:
+    def view(self, row: Ref, j: int, each: int) -> Ref:
         """Returns a view of column j of each strip, in a row `[images, columns, channels]`.
 
         Args:
@@ -413,6 +425,6 @@ class Block(Tiled):
         row = row.at[0, pl.ds(first, tiling.strips * each)]
         return row.reshape(tiling.strips, each, CHANNELS).at[:, j - first]
 
-    def column(self, row: Any, j: int, each: int = 2) -> Any:
+    def column(self, row: Ref, j: int, each: int = 2) -> jax.Array:
         """Returns what `view` shows, as float32 in registers."""
         return self.view(row, j, each)[...].astype(jnp.float32)

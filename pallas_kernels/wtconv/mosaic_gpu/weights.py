@@ -19,9 +19,10 @@ Each launch stores the low bands of both for the next one, since it has them in 
 - **Registers:** 152 a thread in warpgroups 0 and 1, 104 in 2 and 3 (`setmaxnreg`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +34,19 @@ from pallas_kernels.common._compat import in_32_bits, vary_over, varying_axes
 from pallas_kernels.common.mosaic_gpu import (
     MULTIPROCESSORS,
     SHARED,
+    Scratch,
     aligned,
     next_stage,
     size_in_bytes,
 )
+from pallas_kernels.common.types import Index, Ref, Slice
 from pallas_kernels.wtconv.mosaic_gpu.tiles import (
     CHANNELS,
     MIN_ROWS,
     REGISTERS,
     STRIPS,
     Block,
+    PipelineState,
     Step,
     drain,
     handoff_dtype,
@@ -163,7 +167,7 @@ def _level_weights(
     left = SHARED - size_in_bytes(totals, jnp.dtype("float32"))
     stage_size = size_in_bytes(image, x.dtype) + size_in_bytes(other, dy.dtype)
     stages = min(_MAX_STAGES, left // stage_size)
-    scratch = {
+    scratch: dict[str, Scratch] = {
         "rows": plgpu.SMEM((stages, *image), x.dtype),
         "dy_rows": plgpu.SMEM((stages, *other), dy.dtype),
         "strips": plgpu.SMEM(totals, jnp.float32),
@@ -172,7 +176,7 @@ def _level_weights(
     }
     names = ["x", "dy", *outputs, *scratch]
 
-    def body(*refs: Any) -> None:
+    def body(*refs: Ref) -> None:
         block = dict(zip(names, refs, strict=True))
         _WeightsBlock(tiling=tiling, stages=stages, start=images.start, **block).run()
 
@@ -199,6 +203,15 @@ def _level_weights(
     return base, bands, tuple(lows)
 
 
+Carry = TypeVar("Carry")
+Window = list[list[jax.Array] | None]
+"""The values of rows of dy, None for a row of zeros."""
+BandsCarry = tuple[Index, list[jax.Array]]
+"""The stage of a step, and the sums."""
+PixelsCarry = tuple[Index, Index, PipelineState | tuple[()], list[jax.Array]]
+"""The stages of rows of x and of dy, the producer's state, which only it has, and the sums."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _WeightsBlock(Block):
     """One block of `_level_weights`: its references, and what each of its warpgroups does.
@@ -222,13 +235,13 @@ class _WeightsBlock(Block):
     """
 
     start: int
-    dy: Any
-    dy_rows: Any
-    strips: Any
-    bands: Any
-    base: Any = None
-    low_x: Any = None
-    low_dy: Any = None
+    dy: Ref
+    dy_rows: Ref
+    strips: Ref
+    bands: Ref
+    base: Ref = None
+    low_x: Ref = None
+    low_dy: Ref = None
 
     def run(self) -> None:
         """Runs the role of this warpgroup."""
@@ -255,12 +268,13 @@ class _WeightsBlock(Block):
         """
         return self.stages if self.base is None else self.stages - self.dy_delay - 1
 
-    def window(self, step: Step) -> tuple[Any, Any, Any, Any]:
+    def window(self, step: Step) -> tuple[Slice, jax.Array, jax.Array, Slice]:
         """Returns the images, first row, column block and channels of a step."""
-        images, *others = super().window(step)
-        return pl.ds(self.start + images.start, images.size), *others
+        images, row, column_block, channels = super().window(step)
+        images = pl.ds(self.start + images.start, self.tiling.images)
+        return images, row, column_block, channels
 
-    def load_stage(self, stage: Any, step: Step) -> None:
+    def load_stage(self, stage: Index, step: Step) -> None:
         """Issues the two TMA loads of a step, of rows of x and of dy."""
         self.load_rows(stage, step, self.tiling.radius)
         images, row, column_block, channels = self.window(step)
@@ -271,14 +285,21 @@ class _WeightsBlock(Block):
             self.full.at[stage],
         )
 
-    def over_a_tile(self, step: Any, carry: Any, window: int, columns: int, delay: int) -> Any:
+    def over_a_tile(
+        self,
+        step: Callable[[Index, Carry, Window, bool, bool], tuple[Carry, Window]],
+        carry: Carry,
+        window: int,
+        columns: int,
+        delay: int,
+    ) -> Carry:
         """Runs the steps of a tile; those whose rows are known to be zero are unrolled.
 
         Args:
             step: Called with its number, what it carries, the window, whether its rows of x may be
                 other than zero, and whether its row of dy is one of the tile's; returns what it
                 carries and the window.
-            carry: What the first step gets; what the last one returns is returned.
+            carry: The value that the first step gets; that of the last one is returned.
             window: The number of rows of dy that a step keeps, each a list of values or None if
                 it is zero.
             columns: The number of values of such a row.
@@ -288,31 +309,31 @@ class _WeightsBlock(Block):
         # So many rows lie above an image.
         above = tiling.radius if tiling.row_blocks == 1 else 0
         first, last = max(above, delay), tiling.rows + delay
-        rows: list[list[Any] | None] = [None] * window
+        rows: Window = [None] * window
         for s in range(first):
             carry, rows = step(s, carry, rows, s >= above, delay <= s < last)
         rows = [zeros(columns) if row is None else row for row in rows]
         # Unrolled by two, the loop would move rows of the window half as often, but take a quarter
         # longer: the code of all warpgroups must stay in the instruction cache.
         carry, rows = lax.fori_loop(
-            first, last, lambda s, state: step(s, *state, True, True), (carry, rows)
+            first, last, lambda s, state: step(s, state[0], state[1], True, True), (carry, rows)
         )
         for s in range(max(first, last), tiling.steps):
             carry, rows = step(s, carry, rows, True, False)
         return carry
 
-    def correlate_bands(self, pair: Any) -> None:
+    def correlate_bands(self, pair: Index) -> None:
         """Correlates (LL, LH), or (HL, HH) if `pair` is 1, and stores the sums."""
         plgpu.set_max_registers(REGISTERS["bands"], action="increase")
         tiling, size, columns = self.tiling, self.size, self.tiling.columns
         radius, filtered = tiling.radius, 2 * columns
 
         def step(
-            i: Any, s: Any, carry: Any, window: list[Any], has_x: bool, has_dy: bool
-        ) -> tuple[Any, list[Any]]:
+            i: Index, s: Index, carry: BandsCarry, window: Window, has_x: bool, has_dy: bool
+        ) -> tuple[BandsCarry, Window]:
             stage, totals = carry
             plgpu.barrier_wait(self.full.at[stage])
-            row = None
+            row: list[jax.Array] | None = None
             if has_dy:
                 bands = self.pairs(self.dy_rows.at[stage], pair, columns)
                 row = [value for both in bands for value in both]
@@ -337,7 +358,7 @@ class _WeightsBlock(Block):
                             sums[at] = sums[at] + found[j + e][band] * row[2 * j + band]
             return (next_stage(stage, self.stages), sums), window[1:]
 
-        def tile(i: Any, carry: Any) -> Any:
+        def tile(i: Index, carry: BandsCarry) -> BandsCarry:
             return self.over_a_tile(partial(step, i), carry, size - 1, filtered, 0)
 
         self.release_unfilled()
@@ -346,7 +367,7 @@ class _WeightsBlock(Block):
         split, unit = lax.axis_index("split"), lax.axis_index("unit")
         self.store_sums(pair, totals, self.bands.at[split, unit, pair])
 
-    def store_low(self, low: Any, i: Any, row: Any, values: list[Any]) -> None:
+    def store_low(self, low: Ref, i: Index, row: Index, values: list[jax.Array]) -> None:
         """Stores a row of the i-th tile's low band, whose values are twice as large here."""
         tiling = self.tiling
         group, first = self.origin(i)
@@ -369,8 +390,8 @@ class _WeightsBlock(Block):
         radius, delay = tiling.radius, tiling.delay
 
         def step(
-            _: Any, carry: Any, window: list[Any], has_x: bool, has_dy: bool
-        ) -> tuple[Any, list[Any]]:
+            _: Index, carry: PixelsCarry, window: Window, has_x: bool, has_dy: bool
+        ) -> tuple[PixelsCarry, Window]:
             # `dy_stage` is the stage of `dy_delay` steps ago.
             stage, dy_stage, state, totals = carry
             plgpu.barrier_wait(self.full.at[stage])
@@ -395,17 +416,17 @@ class _WeightsBlock(Block):
                             product = values[j + e] * dy_row[j]
                             sums[d * size + e] = sums[d * size + e] + product
             plgpu.barrier_arrive(self.empty.at[dy_stage])
-            if lower:
+            if state:
                 state = self.load_next(state)
             stages = next_stage(stage, self.stages), next_stage(dy_stage, self.stages)
             return (*stages, state, sums), window[1:]
 
-        def tile(_: Any, carry: Any) -> Any:
+        def tile(_: Index, carry: PixelsCarry) -> PixelsCarry:
             return self.over_a_tile(step, carry, 2 * delay, columns, self.dy_delay)
 
         # The first steps release the other stages that the prologue does not fill.
         plgpu.barrier_arrive(self.empty.at[self.prefilled])
-        state: Any = self.prologue() if lower else ()
+        state: PipelineState | tuple[()] = self.prologue() if lower else ()
         dy_stage = jnp.int32(self.stages - self.dy_delay if self.dy_delay else 0)
         carry = jnp.int32(0), dy_stage, state, zeros(size**2 + 1)
         _, dy_stage, _, totals = lax.fori_loop(0, self.count, tile, carry)
@@ -417,7 +438,7 @@ class _WeightsBlock(Block):
         if lower:
             drain(self.empty, self.total_steps, self.stages, self.prefilled)
 
-    def store_sums(self, warpgroup: Any, totals: list[Any], to: Any) -> None:
+    def store_sums(self, warpgroup: Index, totals: list[jax.Array], to: Ref) -> None:
         """Adds up the strips of each sum in shared memory, and stores the sums to global memory."""
         fill = -len(totals) % STRIPS
         totals = [*totals, *zeros(fill)]

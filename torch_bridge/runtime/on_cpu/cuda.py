@@ -5,12 +5,14 @@ import hashlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
+
+from torch import Tensor
 
 from torch_bridge.wtconv import cuda as cuda_launch
 from torch_bridge.wtconv.cuda import Device, Variant
@@ -91,7 +93,9 @@ class Launcher:
         self._flags = flags
         self.order = order
 
-    def launch(self, variant: Variant, blocks: int, arguments: Sequence[Any]) -> None:
+    def launch(
+        self, variant: Variant, blocks: int, arguments: Sequence[Tensor | int | None]
+    ) -> None:
         """Launches a kernel on the CPU, with the arguments of `cuda_launch.launch`.
 
         Outputs are filled with NaN before, so that elements which are not written show.
@@ -108,7 +112,7 @@ class Launcher:
         if function(addresses, blocks, variant.threads, variant.shared(), self.order):
             raise RuntimeError("not all threads of a block reached a barrier")
 
-    def _built(self, variant: Variant) -> Any:
+    def _built(self, variant: Variant) -> Callable[..., int]:
         """The library's function for one variant, built if it is not there."""
         macros = "".join(f"#define {name} {value}\n" for name, value in variant.macros().items())
         parameters = _PARAMETERS[variant.kernel]
@@ -132,8 +136,8 @@ class Launcher:
         return ctypes.CDLL(str(library)).launch
 
 
-def _poison(variant: Variant, arguments: Sequence[Any]) -> None:
+def _poison(variant: Variant, arguments: Sequence[Tensor | int | None]) -> None:
     parameters = _PARAMETERS[variant.kernel]
     for kind, argument in zip(parameters, arguments, strict=True):
         if kind in ("float*", "Scalar*"):
-            argument.fill_(float("nan"))
+            cast(Tensor, argument).fill_(float("nan"))
