@@ -2,16 +2,16 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
+from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch.tuner import recorded, tuning
 
 __all__ = ["tune", "tuning"]
 
 
-def tune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+def tune(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> list[Json]:
     """Times the implementations of every operator that a function calls, and remembers them.
 
     The function is traced, not run: arrays of the shapes that it meets are drawn for the timing.
@@ -48,7 +48,7 @@ def tune(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[dict[str, An
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
 
-    def call(arrays: dict[int, jax.Array]) -> Any:
+    def call(arrays: dict[int, jax.Array]) -> Tree:
         filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
         args, kwargs = jax.tree.unflatten(tree, filled)
         return fn(*args, **kwargs)

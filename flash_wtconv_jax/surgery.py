@@ -1,7 +1,7 @@
 """Replace the depthwise convolutions of an existing nnx model by WTConv, in place."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flash_wtconv_jax.functional.arguments import (
 )
 from flash_wtconv_jax.functional.wtconv import default_scale_init
 from flash_wtconv_jax.nnx import WTConv1d, WTConv2d, WTConv3d
+from pallas_kernels.common.types import Tree
 
 __all__ = ["obstacle", "replace_depthwise"]
 
@@ -256,7 +257,7 @@ def _is_depthwise(conv: nnx.Conv) -> bool:
 
 
 def _convolutions(
-    node: Any, path: tuple[str, ...], seen: set[int]
+    node: Tree, path: tuple[str, ...], seen: set[int]
 ) -> Iterator[tuple[str, nnx.Conv]]:
     """Every convolution with its path; a shared one at each of its places."""
     if isinstance(node, nnx.Conv):
@@ -269,7 +270,7 @@ def _convolutions(
         yield from _convolutions(child, (*path, str(key)), seen)
 
 
-def _substitute(node: Any, replacements: dict[int, nnx.Module], seen: set[int]) -> Any:
+def _substitute(node: Tree, replacements: dict[int, nnx.Module], seen: set[int]) -> Tree:
     """Puts the replacements in place below a node; returns the node or its own replacement."""
     if id(node) in replacements:
         return replacements[id(node)]
@@ -285,13 +286,13 @@ def _substitute(node: Any, replacements: dict[int, nnx.Module], seen: set[int]) 
         if new is child or (isinstance(child, tuple) and _same_items(new, child)):
             continue
         if isinstance(node, nnx.List | list | dict):
-            node[key] = new
+            node[cast(int, key)] = new
         else:
-            setattr(node, key, new)
+            setattr(node, str(key), new)
     return node
 
 
-def _children(node: Any) -> list[tuple[Any, Any]]:
+def _children(node: Tree) -> list[tuple[str | int, Tree]]:
     if isinstance(node, nnx.List | list | tuple):
         return list(enumerate(node))
     if isinstance(node, dict):
@@ -301,14 +302,14 @@ def _children(node: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _same_items(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+def _same_items(a: tuple[Tree, ...], b: tuple[Tree, ...]) -> bool:
     return all(
         _same_items(x, y) if isinstance(x, tuple) and isinstance(y, tuple) else x is y
         for x, y in zip(a, b, strict=True)
     )
 
 
-def _tuple(value: Any, ndim: int) -> tuple[int, ...]:
+def _tuple(value: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
     if value is None:
         return (1,) * ndim
     return (value,) * ndim if isinstance(value, int) else tuple(value)
@@ -318,11 +319,13 @@ def _strides(conv: nnx.Conv) -> tuple[int, ...]:
     return _tuple(conv.strides, len(_tuple(conv.kernel_size, 1)))
 
 
-def _explicit_padding(padding: Any, ndim: int) -> tuple[tuple[int, int], ...] | None:
+def _explicit_padding(
+    padding: str | int | Sequence[int | Sequence[int]], ndim: int
+) -> tuple[tuple[int, int], ...] | None:
     if isinstance(padding, str):
         return None
     pads = (padding,) * ndim if isinstance(padding, int) else tuple(padding)
-    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in pads)
+    return tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in pads)
 
 
 def _same_shifts(k: int, stride: int) -> bool:

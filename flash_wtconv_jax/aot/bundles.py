@@ -12,8 +12,8 @@ So it is the compiler's static figure and a lower bound of a measurement.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 SLOTS = (
     "MXU",
@@ -49,6 +49,9 @@ _NAME = re.compile(r"^%(\w+)$")
 _ENTRY = re.compile(r"/\* entry bundle: %([\w.-]+) = ")
 _CALL = re.compile(r"= (?:inlined_)?call [^/]*/\* %([\w.-]+) = ")
 _DELAY = re.compile(r"= vdelay (\d+)")
+
+Value = int | None
+"""A value of the program, None where it is not known when the program is compiled."""
 
 
 class Loop(NamedTuple):
@@ -292,7 +295,7 @@ def _executed(program: _Program, slots: int) -> tuple[list[int], dict[tuple[int,
     evaluate = [_compiled(operations) for operations in code]
     visits = [0] * len(blocks)
     jumps: dict[tuple[int, int], int] = {}
-    state: dict[str, Any] = {}
+    state: dict[str, Value] = {}
     i, total = 0, 0
     while i < len(blocks):
         visits[i] += 1
@@ -312,7 +315,7 @@ def _executed(program: _Program, slots: int) -> tuple[list[int], dict[tuple[int,
     return times, jumps
 
 
-def _taken(branch: _Branch, state: dict[str, Any], name: str) -> bool:
+def _taken(branch: _Branch, state: dict[str, Value], name: str) -> bool:
     if branch.predicate is None:
         return True
     value = state.get(branch.predicate)
@@ -355,11 +358,11 @@ def _blocks(program: _Program, slots: int) -> list[tuple[int, int, _Branch | Non
     return [(first, last, ends.get(last)) for first, last in zip(starts, lasts, strict=True)]
 
 
-def _compiled(operations: Iterable[_Operation]) -> Any:
+def _compiled(operations: Iterable[_Operation]) -> Callable[[dict[str, Value]], None]:
     """A function that carries operations out on the state: values by name, None for unknown."""
     steps = [(o, _FUNCTIONS.get(o.opcode, _unknown)) for o in operations]
 
-    def evaluate(state: dict[str, Any]) -> None:
+    def evaluate(state: dict[str, Value]) -> None:
         for operation, function in steps:
             _, _, register = operation.target.rpartition("_")
             if operation.opcode == "sphi":
@@ -377,7 +380,7 @@ def _compiled(operations: Iterable[_Operation]) -> Any:
     return evaluate
 
 
-def _value(argument: str, state: dict[str, Any]) -> Any:
+def _value(argument: str, state: dict[str, Value]) -> Value:
     if argument[0] == "%":
         return state.get(argument[1:])
     try:
@@ -391,36 +394,36 @@ def _signed(value: int) -> int:
     return value - (1 << 32) if value & 0x80000000 else value
 
 
-def _unknown(*_: Any) -> None:
+def _unknown(*_: Value) -> None:
     return None
 
 
-def _strict(function: Any) -> Any:
+def _strict(function: Callable[..., int]) -> Callable[..., Value]:
     """The function on known arguments; unknown if one of them is."""
 
-    def wrapped(*arguments: Any) -> Any:
+    def wrapped(*arguments: Value) -> Value:
         return None if None in arguments else function(*arguments)
 
     return wrapped
 
 
-def _pick(predicate: Any, on_true: Any, on_false: Any) -> Any:
+def _pick(predicate: Value, on_true: Value, on_false: Value) -> Value:
     if predicate is None:
         return on_true if on_true == on_false else None
     return on_true if predicate else on_false
 
 
-def _and(left: Any, right: Any) -> Any:
+def _and(left: Value, right: Value) -> Value:
     if None in (left, right):
         return False if False in (left, right) else None
     return bool(left) and bool(right)
 
 
-def _or(left: Any, right: Any) -> Any:
+def _or(left: Value, right: Value) -> Value:
     return _not(_and(_not(left), _not(right)))
 
 
-def _not(value: Any) -> Any:
+def _not(value: Value) -> Value:
     return None if value is None else not value
 
 
@@ -453,7 +456,7 @@ _ARITHMETIC = {
 }
 
 
-def _functions() -> Iterator[tuple[str, Any]]:
+def _functions() -> Iterator[tuple[str, Callable[..., Value]]]:
     for name, function in _ARITHMETIC.items():
         yield name, _strict(lambda a, b, f=function: _signed(f(a, b)))
     for name, function in _COMPARISONS.items():
@@ -474,7 +477,7 @@ def _functions() -> Iterator[tuple[str, Any]]:
     yield "pmov", lambda a: a
 
 
-_FUNCTIONS: dict[str, Any] = dict(_functions())
+_FUNCTIONS: dict[str, Callable[..., Value]] = dict(_functions())
 
 
 def _utilisation(

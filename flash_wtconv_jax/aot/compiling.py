@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
 from flash_wtconv_jax.aot.worker import DUMP
+from pallas_kernels.common.types import Json
 
 SECONDS = 180
 """Seconds after which a compilation is stopped: XLA would take 900 for some gradients."""
@@ -30,7 +31,7 @@ class Job(NamedTuple):
 
     program: str
     chip: str
-    arguments: dict[str, Any]
+    arguments: Json
 
 
 class Result(NamedTuple):
@@ -50,7 +51,7 @@ class Result(NamedTuple):
     vmem_bytes: int | None = None
     vmem_capacity: int | None = None
     seconds: float = 0.0
-    computations: Sequence[dict[str, Any]] = ()
+    computations: Sequence[Json] = ()
 
 
 def run(jobs: Sequence[Job], on_result: Callable[[Result], None] = lambda _: None) -> list[Result]:
@@ -103,7 +104,7 @@ def _session(jobs: Sequence[Job], on_result: Callable[[Result], None]) -> list[R
     return results
 
 
-def _ask(worker: subprocess.Popen[str], job: Job) -> dict[str, Any] | None:
+def _ask(worker: subprocess.Popen[str], job: Job) -> Json | None:
     """The worker's answer; None if the job ended the worker."""
     assert worker.stdin is not None and worker.stdout is not None
     start, late = time.monotonic(), threading.Timer(SECONDS, worker.kill)
@@ -121,7 +122,7 @@ def _ask(worker: subprocess.Popen[str], job: Job) -> dict[str, Any] | None:
     return json.loads(line) if line else None
 
 
-def _start(dump: Path, log: Any) -> subprocess.Popen[str]:
+def _start(dump: Path, log: IO[str]) -> subprocess.Popen[str]:
     options = {
         "xla_jf_dump_to": dump,
         "xla_jf_dump_llo_text": "true",

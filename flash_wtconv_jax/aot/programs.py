@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common.types import Keywords, Taps, Tree
 from pallas_kernels.wtconv import baseline_jax
 from pallas_kernels.wtconv.shapes import Shape
 
-Program = tuple[Callable[..., Any], tuple[Any, ...]]
+Program = tuple[Callable[..., Tree], tuple[Tree, ...]]
 
 
 def wtconv(shape: list[int], dtype: str, direction: str) -> Program:
@@ -37,12 +38,12 @@ def wtconv(shape: list[int], dtype: str, direction: str) -> Program:
     bands = (1, *[4] * layer.levels)
     taps = tuple(jax.ShapeDtypeStruct((k, k, b, c), jnp.float32) for b in bands)
     shapes = tuple(tap.shape for tap in taps)
-    static: dict[str, Any] = {"wavelet": "haar", "precision": None}
+    static: Keywords = {"wavelet": "haar", "precision": None}
 
-    def forward(x: jax.Array, taps: Any, bias: jax.Array) -> Any:
+    def forward(x: jax.Array, taps: Taps, bias: jax.Array) -> jax.Array:
         return mosaic_tpu.forward(x, taps, bias, transpose=False, **static)
 
-    def backward(x: jax.Array, taps: Any, dy: jax.Array) -> Any:
+    def backward(x: jax.Array, taps: Taps, dy: jax.Array) -> Tree:
         dx = mosaic_tpu.forward(dy, taps, None, transpose=True, **static)
         return dx, mosaic_tpu.weight_grad(x, dy, kernel_shapes=shapes, **static)
 
@@ -69,7 +70,7 @@ def plain_wtconv(shape: list[int], dtype: str, direction: str) -> Program:
     params = {name: jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for name, size in sizes.items()}
     x = jax.ShapeDtypeStruct(layer.x, jnp.dtype(dtype))
 
-    def backward(x: jax.Array, params: Any, dy: jax.Array) -> Any:
+    def backward(x: jax.Array, params: Tree, dy: jax.Array) -> Tree:
         return jax.vjp(baseline_jax.wtconv, x, params)[1](dy)
 
     if direction == "backward":
@@ -111,7 +112,7 @@ def plain_haar(shape: list[int], dtype: str, direction: str) -> Program:
     return _cascade(xla, shape, dtype, direction)
 
 
-def _cascade(module: Any, shape: list[int], dtype: str, direction: str) -> Program:
+def _cascade(module: ModuleType, shape: list[int], dtype: str, direction: str) -> Program:
     layer = Shape(*shape)
     x = jax.ShapeDtypeStruct(layer.x, jnp.dtype(dtype))
     analyse = partial(module.wavedec, ndim=2, levels=layer.levels, wavelet="haar")

@@ -13,13 +13,13 @@ bundles of that program where they are dumped, without its traffic.
 from collections.abc import Callable, Sequence
 from datetime import date
 from itertools import product
-from typing import Any
 
 import jax.numpy as jnp
 
 from flash_wtconv_jax import environment
 from flash_wtconv_jax.aot import compiling
 from flash_wtconv_jax.aot.chips import CHIPS, VALU_LANES, Chip
+from pallas_kernels.common.types import Json
 from pallas_kernels.wtconv.shapes import TPU_SHAPES, Shape
 
 KERNELS = ("wtconv", "haar")
@@ -31,7 +31,7 @@ def run(
     chip: str,
     shapes: Sequence[str],
     on_row: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
+) -> Json:
     """Compiles our kernels and plain JAX for a chip, and counts both.
 
     Args:
@@ -91,7 +91,7 @@ def row(
     direction: str,
     ours: compiling.Result,
     xla: compiling.Result,
-) -> dict[str, Any]:
+) -> Json:
     """One row of the report.
 
     Returns:
@@ -169,7 +169,7 @@ def floors(chip: Chip, kernel: str, shape: Shape, dtype: str, direction: str) ->
     )
 
 
-def _busy(computations: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _busy(computations: Sequence[Json]) -> dict[str, float]:
     """The shares of slots that all computations fill, each weighed by its cycles."""
     total = sum(c["cycles"] for c in computations) or 1
     units = computations[0]["busy"] if computations else {}

@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -20,6 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from flash_wtconv_jax.aot import bundles
 from flash_wtconv_jax.aot.chips import CHIPS
+from pallas_kernels.common.types import Json
 
 DUMP = "FLASH_WTCONV_TPU_DUMP"
 """The environment variable that names the folder of the compiler's dump."""
@@ -43,7 +43,7 @@ def main() -> None:
         answers.flush()
 
 
-def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def compile_job(job: Json, folder: Path) -> Json:
     """Compiles one job and counts its cycles; the dump is read and removed.
 
     Args:
@@ -61,9 +61,9 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         return {"error": message[:_ERROR_LENGTH]}
-    result: dict[str, Any] = {
+    result: Json = {
         "seconds": time.perf_counter() - start,
-        "estimated_cycles": estimated_cycles(compiled.as_text()),
+        "estimated_cycles": estimated_cycles(compiled.as_text() or ""),
     }
     try:
         return result | read_dump(folder, CHIPS[job["chip"]].delay_slots)
@@ -71,7 +71,7 @@ def compile_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         return result | {"uncounted": str(error)}
 
 
-def _compile(job: dict[str, Any]) -> Any:
+def _compile(job: Json) -> jax.stages.Compiled:
     chip = CHIPS[job["chip"]]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     device: jax.Device = topology.devices[0]
@@ -88,7 +88,7 @@ def _compile(job: dict[str, Any]) -> Any:
         return jax.jit(function).lower(*arguments).compile()
 
 
-def read_dump(folder: Path, delay_slots: int) -> dict[str, Any]:
+def read_dump(folder: Path, delay_slots: int) -> Json:
     """Cycles, VMEM and slots of a compiled program.
 
     Args:
@@ -113,7 +113,7 @@ def read_dump(folder: Path, delay_slots: int) -> dict[str, Any]:
             texts[name] = text, _utilisation(path)
         elif "-TLP-" in path.name:
             around = text
-    computations: list[dict[str, Any]] = []
+    computations: list[Json] = []
     calls = bundles.called(around) if around else []
     if not calls:
         raise ValueError("the dump has no program that calls computations")

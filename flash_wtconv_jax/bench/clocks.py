@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from jax.profiler import ProfileData, ProfileOptions
 from flash_wtconv_jax.bench import timing
 from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common import device
+from pallas_kernels.common.types import Tree
 
-Call = Callable[[], Any]
+Call = Callable[[], Tree]
 """A function that enqueues the work of one run and returns the arrays to wait for."""
 
 _AT_ONCE = 20

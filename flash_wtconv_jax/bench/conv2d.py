@@ -1,6 +1,6 @@
 """`flash-wtconv bench conv2d`: TFLOP/s of dense convolutions beside XLA's, in one run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from statistics import geometric_mean
@@ -15,13 +15,14 @@ from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
 from flash_wtconv_jax.bench.wtconv import check_dtype
+from pallas_kernels.common.types import Json, Keywords, Tree
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.conv2d.api import OPERATOR
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.shapes import SHAPES, Shape
 from pallas_kernels.dispatch.table import Entry
 
-EXPRESSIONS: dict[str, dict[str, Any]] = {
+EXPRESSIONS: dict[str, Keywords] = {
     "convolution": {"padding": "SAME"},
     "reflect+bias+gelu": {"padding": "reflect", "activation": "gelu"},
 }
@@ -34,7 +35,7 @@ def run(
     shapes: list[str],
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "bfloat16",
-) -> dict[str, Any]:
+) -> Json:
     """Times `lax.conv_general_dilated` and every implementation that can compute a shape here.
 
     Args:
@@ -56,7 +57,7 @@ def run(
         raise ValueError(f"shape: {unknown} is not one of {sorted(SHAPES)}")
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     for expression, arguments in EXPRESSIONS.items():
         for shape in shapes:
             contenders: dict[str, Callable[..., jax.Array]] = {_PLAIN: partial(_plain, **arguments)}
@@ -119,7 +120,7 @@ def implementations(shape: Shape, dtype: str) -> list[str]:
     return [name for name in each[0] if all(name in names for names in each)]
 
 
-def defaults(report: Mapping[str, Any]) -> list[Entry]:
+def defaults(report: Json) -> list[Entry]:
     """The fastest implementations of a report, as `defaults.entries` returns them.
 
     Args:
@@ -130,7 +131,7 @@ def defaults(report: Mapping[str, Any]) -> list[Entry]:
         compute; its problem has neither pads nor `out_dtype`, which a call need not share.
     """
 
-    def problem(row: Mapping[str, Any]) -> dict[str, Any]:
+    def problem(row: Json) -> Json:
         of = _problem(row["x"], row["w"], report["dtype"], row["expression"])._asdict()
         window = of["window"]._asdict()
         del of["out_dtype"], window["pads"]
@@ -147,7 +148,7 @@ def _problem(x: Sequence[int], w: Sequence[int], dtype: str, expression: str) ->
     return Problem(tuple(x), jnp.dtype(dtype), height, width, features, window, jnp.dtype(dtype))
 
 
-def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _means(rows: list[Json]) -> list[Json]:
     """The geometric mean of the speedups of each expression, direction and contender."""
     names = ("expression", "direction", "contender")
     keys = list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
@@ -165,7 +166,7 @@ def _means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _compiled(function: Callable[..., jax.Array], layer: Shape, dtype: str) -> dict[str, Call]:
     """A function of x, filters and bias, and the same with its gradients, compiled."""
 
-    def both(x: jax.Array, w: jax.Array, bias: jax.Array, dy: jax.Array) -> Any:
+    def both(x: jax.Array, w: jax.Array, bias: jax.Array, dy: jax.Array) -> Tree:
         y, pullback = jax.vjp(function, x, w, bias)
         return y, pullback(dy)
 

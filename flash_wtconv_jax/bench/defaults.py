@@ -1,11 +1,12 @@
 """Reports of benchmarks as entries of `pallas_kernels.dispatch.table`."""
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from pallas_kernels.common import device
+from pallas_kernels.common.types import Json
 from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch.backend import Problem
 from pallas_kernels.dispatch.table import Entry
 
 OURS = "flash"
@@ -15,7 +16,7 @@ _VERSIONS = ("flash-wtconv", "jax", "jaxlib", "jax-triton", "triton")
 """The packages whose versions an entry keeps, because measured times depend on them."""
 
 
-def able(operator: Operator, problem: Any) -> list[str]:
+def able(operator: Operator, problem: Problem) -> list[str]:
     """The implementations of an operator that can compute a problem here, in every direction.
 
     Args:
@@ -46,8 +47,8 @@ def able(operator: Operator, problem: Any) -> list[str]:
 
 def entries(
     operator: Operator,
-    report: Mapping[str, Any],
-    problem: Callable[[Mapping[str, Any]], dict[str, Any]],
+    report: Json,
+    problem: Callable[[Json], Json],
 ) -> list[Entry]:
     """The fastest implementations of a report, as entries of the table of defaults.
 
@@ -71,7 +72,7 @@ def entries(
         "date": report["date"],
         "versions": {name: v for name, v in report["versions"].items() if name in _VERSIONS},
     }
-    measured: dict[str, tuple[dict[str, Any], dict[tuple[str, str], float]]] = {}
+    measured: dict[str, tuple[Json, dict[tuple[str, str], float]]] = {}
     for row in report["rows"]:
         of = problem(row)
         _, ms = measured.setdefault(json.dumps(of), (of, {}))

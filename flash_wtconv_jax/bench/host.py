@@ -3,7 +3,6 @@
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from flax import nnx
 from flash_wtconv_jax import environment, linen
 from flash_wtconv_jax.bench import timing
 from flash_wtconv_jax.nnx import WTConv2d
+from pallas_kernels.common.types import Json
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.haar import wavedec2
 from pallas_kernels.wtconv import wtconv2d
@@ -24,7 +24,7 @@ CALLS = 100
 _SHAPE = (1, 4, 4, 8)
 
 
-def run(progress: Callable[[str, int], Callable[[], None]]) -> dict[str, Any]:
+def run(progress: Callable[[str, int], Callable[[], None]]) -> Json:
     """Times warm eager calls of layers and functions on an image of 4 x 4 pixels.
 
     Args:

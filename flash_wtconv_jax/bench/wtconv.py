@@ -7,7 +7,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import entry_points
 from itertools import cycle
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from flash_wtconv_jax.bench.defaults import OURS, able, entries
 from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common import device
 from pallas_kernels.common.device import on_cpu
+from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch.table import Entry
 from pallas_kernels.wtconv import baseline_jax, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR
@@ -67,7 +68,7 @@ def run(
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "float32",
     each: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """Times every contender that this machine has.
 
     They are our layer as the device's rule picks it; plain JAX; on an accelerator a plain 7 x 7
@@ -172,7 +173,7 @@ def implementations(shape: Shape, dtype: str) -> list[str]:
     return able(OPERATOR, _problem(shape, dtype))
 
 
-def defaults(report: Mapping[str, Any]) -> list[Entry]:
+def defaults(report: Json) -> list[Entry]:
     """The fastest implementations of a report, as `defaults.entries` returns them.
 
     Args:
@@ -182,7 +183,7 @@ def defaults(report: Mapping[str, Any]) -> list[Entry]:
         An entry for each direction of each shape that several implementations can compute.
     """
 
-    def problem(row: Mapping[str, Any]) -> dict[str, Any]:
+    def problem(row: Json) -> Json:
         of = Problem(row["x"], report["dtype"], row["kernel_size"], row["levels"], "haar")
         return of._asdict()
 
@@ -203,8 +204,8 @@ def _contenders(
     """Every contender of a shape, by direction."""
     copies = _copies(shape, dtype)
     params, rival = _params(shape, dtype)
-    ours: dict[str, tuple[Callable, Any]] = {OURS: (wtconv2d, params)}
-    others: dict[str, tuple[Callable, Any]] = {_PLAIN: (baseline_jax.wtconv, params)}
+    ours: dict[str, tuple[Callable, Tree]] = {OURS: (wtconv2d, params)}
+    others: dict[str, tuple[Callable, Tree]] = {_PLAIN: (baseline_jax.wtconv, params)}
     names = implementations(shape, dtype)
     for name in names if each and len(names) > 1 else []:
         own = others if OPERATOR.module(name).DIFFERENTIABLE else ours
@@ -248,15 +249,15 @@ def _params(shape: Shape, dtype: str) -> tuple[dict[str, jax.Array], jax.Array]:
 
 
 def _compiled(
-    function: Callable, params: Any, copies: list[tuple[jax.Array, jax.Array]]
+    function: Callable, params: Tree, copies: list[tuple[jax.Array, jax.Array]]
 ) -> dict[str, _Contender]:
     """A function of x and parameters, and the same with its gradients, compiled."""
 
-    def both(x: jax.Array, params: Any, dy: jax.Array) -> Any:
+    def both(x: jax.Array, params: Tree, dy: jax.Array) -> Tree:
         y, pullback = jax.vjp(function, x, params)
         return y, pullback(dy)
 
-    programs: dict[str, tuple[Callable, list[tuple[Any, ...]]]] = {
+    programs: dict[str, tuple[Callable, list[tuple[Tree, ...]]]] = {
         "forward": (function, [(x, params) for x, _ in copies]),
         "forward+backward": (both, [(x, params, dy) for x, dy in copies]),
     }
@@ -265,7 +266,8 @@ def _compiled(
     for direction, (compute, arguments) in programs.items():
         with jax.default_device(chosen):  # A thread has a default of its own.
             compiled = jax.jit(compute).lower(*arguments[0]).compile()
-        used: Any = compiled.memory_analysis()
+        used = compiled.memory_analysis()
+        assert used is not None
         size = copies[0][0].nbytes
         contenders[direction] = _Contender(
             partial(_next, compiled, cycle(arguments)),
@@ -275,7 +277,7 @@ def _compiled(
     return contenders
 
 
-def _next(compiled: Callable, arguments: Iterator[tuple[Any, ...]]) -> Any:
+def _next(compiled: Callable, arguments: Iterator[tuple[Tree, ...]]) -> Tree:
     return compiled(*next(arguments))
 
 

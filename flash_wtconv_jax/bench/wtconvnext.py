@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from datetime import date
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.device import on_cpu
+from pallas_kernels.common.types import Json, Tree
 
 MODELS: dict[str, dict[str, Callable[..., models.ConvNeXt]]] = {
     "tiny": {"WTConvNeXt": models.wtconvnext_tiny, "ConvNeXt": models.convnext_tiny},
@@ -32,7 +33,7 @@ def run(
     batch: int | None = None,
     size: int | None = None,
     dtype: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Times inference, and training steps with AdamW, of a network and of its 7x7 baseline.
 
     Images and state stay on the device, and a step is given the memory of the state before it.
@@ -114,7 +115,7 @@ def _calls(
         scores = logits(params, images).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
-    def step(state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
+    def step(state: Tree, images: jax.Array, labels: jax.Array) -> tuple[Tree, jax.Array]:
         params, memory = state
         value, gradients = jax.value_and_grad(loss)(params, images, labels)
         updates, memory = optimizer.update(gradients, memory, params)

@@ -5,13 +5,13 @@ import pickle
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flash_wtconv_jax.checkpoints.names import from_torch
 from flash_wtconv_jax.checkpoints.tensors import import_torch, to_arrays, to_tensors
 from pallas_kernels.common.files import replacing
+from pallas_kernels.common.types import Tree
 
 _SAFETENSORS = (".safetensors",)
 _TORCH = (".pth", ".pt")
@@ -23,7 +23,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 def load(
     path: str | os.PathLike[str], layout: str | None = None, *, wavelet: str = "haar"
-) -> dict[str, Any]:
+) -> dict[str, Tree]:
     """Variables from a checkpoint of any kind.
 
     Args:
@@ -81,7 +81,7 @@ def _all_start_with(names: Collection[str], prefix: str) -> bool:
 
 
 def write_state_dict(
-    path: str | os.PathLike[str], state_dict: Mapping[str, Any], *, force: bool = False
+    path: str | os.PathLike[str], state_dict: Mapping[str, object], *, force: bool = False
 ) -> None:
     """Writes a PyTorch state dict, whole or not at all.
 
@@ -132,7 +132,7 @@ def _write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
     save_file(arrays, path, metadata={"format": "pt"})
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+def _read_torch(path: Path) -> dict[str, Tree]:
     torch = import_torch()
     try:
         with warnings.catch_warnings():

@@ -1,18 +1,19 @@
 """Moves variables into nnx models and out of them."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flash_wtconv_jax.checkpoints.names import flatten
 from flash_wtconv_jax.checkpoints.tensors import check_nested
+from pallas_kernels.common.types import Tree
 
 if TYPE_CHECKING:
     from flax import nnx
 
 
-def variables_of(model: "nnx.Module") -> dict[str, Any]:
+def variables_of(model: "nnx.Module") -> dict[str, Tree]:
     """The parameters of an nnx model as variables, for `to_torch` or `save`.
 
     Args:
@@ -35,7 +36,7 @@ def variables_of(model: "nnx.Module") -> dict[str, Any]:
     return {"params": _with_text_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))}
 
 
-def load_into(model: "nnx.Module", variables: Mapping[str, Any]) -> None:
+def load_into(model: "nnx.Module", variables: Mapping[str, Tree]) -> None:
     """Replaces the parameters of an nnx model by variables, all of them or none.
 
     Args:
@@ -79,7 +80,7 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Any]) -> None:
     nnx.update(model, nnx.from_flat_state(loaded))
 
 
-def for_bridge(variables: Mapping[str, Any]) -> dict[Any, Any]:
+def for_bridge(variables: Mapping[str, Tree]) -> dict[str | int, Tree]:
     """The same variables for an nnx model in linen, `nnx.bridge.to_linen`.
 
     Args:
@@ -104,7 +105,7 @@ def for_bridge(variables: Mapping[str, Any]) -> dict[Any, Any]:
     }
 
 
-def _check_module(model: Any, linen: str) -> None:
+def _check_module(model: object, linen: str) -> None:
     from flax import nnx
 
     if not isinstance(model, nnx.Module):
@@ -113,7 +114,7 @@ def _check_module(model: Any, linen: str) -> None:
         )
 
 
-def _with_text_keys(tree: Any) -> Any:
+def _with_text_keys(tree: Tree) -> Tree:
     if isinstance(tree, Mapping):
         return {str(key): _with_text_keys(value) for key, value in tree.items()}
     return np.asarray(tree)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import groupby
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +15,7 @@ import pywt
 
 from flash_wtconv_jax.checkpoints.layouts import LAYOUTS, TABLES, Rule, Table, groups_of, pattern_of
 from flash_wtconv_jax.checkpoints.tensors import check_nested, to_array, to_arrays
+from pallas_kernels.common.types import Tree
 from pallas_kernels.haar.filters import filter_bank
 
 Side = Literal["torch", "ours"]
@@ -44,8 +45,8 @@ class Recognised(NamedTuple):
 
 
 def from_torch(
-    state_dict: Mapping[str, Any], layout: str | None = None, *, wavelet: str = "haar"
-) -> dict[str, Any]:
+    state_dict: Mapping[str, object], layout: str | None = None, *, wavelet: str = "haar"
+) -> dict[str, Tree]:
     """Variables of the Flax layer or model that a PyTorch state dict belongs to.
 
     Args:
@@ -77,7 +78,7 @@ def from_torch(
     arrays = to_arrays(state_dict)
     table = _pick(arrays, layout, "torch", wavelet)
     entries, sizes = _fit(table, arrays, "torch", "state_dict", wavelet)
-    params: dict[str, Any] = {}
+    params: dict[str, Tree] = {}
     for entry in entries:
         if entry.ours:
             *path, leaf = entry.ours.split(".")
@@ -89,7 +90,7 @@ def from_torch(
 
 
 def to_torch(
-    variables: Mapping[str, Any], layout: str | None = None, *, wavelet: str = "haar"
+    variables: Mapping[str, Tree], layout: str | None = None, *, wavelet: str = "haar"
 ) -> Arrays:
     """PyTorch state dict of the layer or model that variables belong to.
 
@@ -130,7 +131,7 @@ def to_torch(
     return state_dict
 
 
-def recognise(state_dict: Mapping[str, Any]) -> Recognised:
+def recognise(state_dict: Mapping[str, object]) -> Recognised:
     """Recognises a PyTorch state dict by its names, ranks and frozen filters.
 
     Args:
@@ -156,7 +157,7 @@ def recognise(state_dict: Mapping[str, Any]) -> Recognised:
     return Recognised(table.layout, table.ndim, wavelet or "haar")
 
 
-def flatten(variables: Mapping[str, Any]) -> Arrays:
+def flatten(variables: Mapping[str, Tree]) -> Arrays:
     """The arrays of `{"params": ...}`, or of the nested dict inside, by names joined by dots."""
     check_nested(variables)
     if "params" in variables:
@@ -378,7 +379,7 @@ def _message(table: Table, what: str, problems: dict[str, list[str]]) -> str:
 def _runs(lines: list[str]) -> list[str]:
     """The lines, of which a long run that counts a level or block up becomes one: `a.{2…998}.b`."""
 
-    def key(numbered: tuple[int, str]) -> tuple[Any, ...]:
+    def key(numbered: tuple[int, str]) -> tuple[int] | tuple[str, int, str]:
         place, line = numbered
         found = _COUNTED.fullmatch(line)
         return (found[1], int(found[2]) - place, found[3]) if found else (place,)
@@ -390,7 +391,7 @@ def _runs(lines: list[str]) -> list[str]:
             result += [line for _, line in members]
         else:
             (first, _), (last, _) = members[0], members[-1]
-            head, offset, tail = same
+            head, offset, tail = cast(tuple[str, int, str], same)
             result.append(f"{head}{{{first + offset}…{last + offset}}}{tail}")
     return result
 

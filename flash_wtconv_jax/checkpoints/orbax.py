@@ -4,13 +4,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flash_wtconv_jax import environment
 from flash_wtconv_jax.checkpoints.tensors import check_nested, to_array
 from pallas_kernels.common.files import replacing
+from pallas_kernels.common.types import Tree
 from pallas_kernels.haar.filters import filter_bank
 
 # The file that Orbax writes into the folder of every checkpoint.
@@ -21,7 +21,7 @@ _NOTE = "flash_wtconv.json"
 
 def save(
     folder: str | os.PathLike[str],
-    variables: Mapping[str, Any],
+    variables: Mapping[str, Tree],
     *,
     wavelet: str | None = None,
     force: bool = False,
@@ -64,7 +64,7 @@ def save(
             (temporary / _NOTE).write_text(json.dumps({"wavelet": wavelet}) + "\n")
 
 
-def restore(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def restore(folder: str | os.PathLike[str]) -> dict[str, Tree]:
     """Reads the variables of an Orbax checkpoint.
 
     Args:
@@ -118,11 +118,11 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / _MARK).is_file()
 
 
-def _as_arrays(tree: Mapping[str, Any], path: str = "variables") -> dict[str, Any]:
+def _as_arrays(tree: Mapping[str, Tree], path: str = "variables") -> dict[str, Tree]:
     check_nested(tree, path)
     if not tree:
         raise ValueError(f"{path} is empty, expected arrays")
-    result: dict[str, Any] = {}
+    result: dict[str, Tree] = {}
     for key, value in tree.items():
         name = f"{path}.{key}"
         if isinstance(value, Mapping):

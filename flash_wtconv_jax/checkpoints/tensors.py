@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels.common.types import Tree
+
 if TYPE_CHECKING:
     import torch
 
 
-def to_array(value: Any) -> np.ndarray:
+def to_array(value: object) -> np.ndarray:
     """A NumPy array of the same values and dtype, which may share memory with its source.
 
     Args:
@@ -30,7 +32,7 @@ def to_array(value: Any) -> np.ndarray:
     return tensor.numpy()
 
 
-def to_arrays(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_arrays(state_dict: Mapping[str, object]) -> dict[str, np.ndarray]:
     """The tensors of a state dict as NumPy arrays by name, which may share memory with them.
 
     Args:
@@ -59,7 +61,7 @@ def to_arrays(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def check_nested(variables: Any, name: str = "variables") -> None:
+def check_nested(variables: Tree, name: str = "variables") -> None:
     """Raises TypeError, with advice for those who have a model, unless it is a dict."""
     if not isinstance(variables, Mapping):
         raise TypeError(
@@ -68,7 +70,7 @@ def check_nested(variables: Any, name: str = "variables") -> None:
         )
 
 
-def to_tensors(state_dict: Mapping[str, Any]) -> dict[str, "torch.Tensor"]:
+def to_tensors(state_dict: Mapping[str, object]) -> dict[str, "torch.Tensor"]:
     """PyTorch tensors for `Module.load_state_dict`, copied from the arrays of `to_torch`.
 
     Args:

@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pallas_kernels.common.types import Json
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
     from pallas_kernels.dispatch.table import Entry
 
@@ -180,7 +183,7 @@ def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
     table.fastest.cache_clear()
 
 
-def tell(report: Mapping[str, Any], table: Any, figures: "Mapping[str, Figure]", out: Path) -> None:
+def tell(report: Json, table: "Table", figures: "Mapping[str, Figure]", out: Path) -> None:
     """Prints the table; writes the report, named after its benchmark, and the pictures.
 
     Args:
@@ -216,7 +219,7 @@ def _write(path: Path, text: str) -> None:
     typer.echo(f"wrote {path}")
 
 
-def wtconv_table(report: Mapping[str, Any]) -> Any:
+def wtconv_table(report: Json) -> "Table":
     """The table of a report: a section a shape, a row a contender, its medians and ratios.
 
     Args:
@@ -261,7 +264,7 @@ def wtconv_table(report: Mapping[str, Any]) -> Any:
     return table
 
 
-def _wtconvnext_table(report: Mapping[str, Any]) -> Any:
+def _wtconvnext_table(report: Json) -> "Table":
     """The table of a report: a row a network, for each kind of work images a second and times."""
     from rich.table import Table
 
@@ -287,7 +290,7 @@ def _wtconvnext_table(report: Mapping[str, Any]) -> Any:
     return table
 
 
-def _host_table(report: Mapping[str, Any]) -> Any:
+def _host_table(report: Json) -> "Table":
     """The table of a report: a row a contender."""
     from rich.table import Table
 
@@ -305,7 +308,7 @@ def _host_table(report: Mapping[str, Any]) -> Any:
     return table
 
 
-def _conv2d_table(report: Mapping[str, Any]) -> Any:
+def _conv2d_table(report: Json) -> "Table":
     """The table of a report: a section an expression and direction, a row a shape and contender."""
     from rich.table import Table
 
@@ -331,7 +334,7 @@ def _conv2d_table(report: Mapping[str, Any]) -> Any:
     return table
 
 
-def _clock(report: Mapping[str, Any]) -> str:
+def _clock(report: Json) -> str:
     """The clock of a report, as captions name it."""
     if report["clock"] != "host":
         return report["clock"]
@@ -340,7 +343,7 @@ def _clock(report: Mapping[str, Any]) -> str:
     )
 
 
-def _times(row: Mapping[str, Any]) -> str:
+def _times(row: Json) -> str:
     middle, least, greatest = (_ms(row[f"{key}_ms"]) for key in ("median", "least", "greatest"))
     return f"{middle} ({least}-{greatest})"
 

@@ -1,9 +1,11 @@
 """`flash-wtconv cache`: what was measured on this machine, shown, forgotten, and handed on."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from pallas_kernels.common.types import Json
 
 cache = typer.Typer(
     help="Show, forget and hand on what the tuner measured on this machine.", no_args_is_help=True
@@ -88,7 +90,7 @@ def import_(
     typer.echo(f"read {sum(map(len, devices.values()))} entries of {', '.join(devices) or 'none'}")
 
 
-def _entries(device: str | None) -> dict[str, list[dict[str, Any]]]:
+def _entries(device: str | None) -> dict[str, list[Json]]:
     """Entries by kind of device; an error where nothing was measured."""
     from pallas_kernels.dispatch.cache import user_cache
 
@@ -102,7 +104,7 @@ def _entries(device: str | None) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _named(measured: dict[str, Any]) -> str:
+def _named(measured: Json) -> str:
     from pallas_kernels.dispatch import Candidate
 
     return str(Candidate(measured["implementation"], tuple(measured["config"].items())))

@@ -4,12 +4,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from pallas_kernels.common.types import Json
+
 if TYPE_CHECKING:
-    from pallas_kernels.common.conformance import Backend, Results, Room
+    from rich.table import Table
+
+    from pallas_kernels.common.conformance import Backend, Case, Results, Room
     from pallas_kernels.dispatch import Operator
 
 Operators = Annotated[
@@ -80,7 +84,7 @@ def rooms() -> "dict[str, tuple[Operator, Room]]":
     return found
 
 
-def results(function: "Callable[..., Results]", case: Any) -> "Results":
+def results(function: "Callable[..., Results]", case: "Case") -> "Results":
     """Returns what a function of a case's arrays computes, compiled as one program.
 
     Args:
@@ -108,9 +112,7 @@ def results(function: "Callable[..., Results]", case: Any) -> "Results":
         return jax.tree.map(np.asarray, jax.jit(function)(*arrays))
 
 
-def show(
-    rows: Iterable[dict[str, Any]], about: Mapping[str, Any], title: str, as_json: Path | None
-) -> None:
+def show(rows: Iterable[Json], about: Json, title: str, as_json: Path | None) -> None:
     """Prints the rows of a check as a table while they come, and writes them into a file.
 
     Args:
@@ -152,7 +154,7 @@ def show(
 _COLOURS = {"pass": "green", "fail": "red", "skip": "yellow"}
 
 
-def _table(rows: list[dict[str, Any]], title: str) -> Any:
+def _table(rows: list[Json], title: str) -> "Table":
     """A section an operator and backend, a row a case that it computed."""
     from rich.table import Table
 
@@ -179,7 +181,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> Any:
     return table
 
 
-def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+def _reasons(rows: list[Json]) -> list[str]:
     """A line for each failure, and one for all cases that a backend skips for the same reason."""
     skipped = Counter((_heading(r), r["reason"]) for r in rows if r["status"] == "skip")
     lines = [
@@ -190,20 +192,20 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
     return lines + [f"fail {_heading(row)} {row['case']}: {row['reason']}" for row in failed]
 
 
-def _heading(row: Mapping[str, Any]) -> str:
+def _heading(row: Json) -> str:
     """The operator and the backend of a row."""
     return f"{row['operator']} {row['backend']}"
 
 
 def _rows(
     chosen: "Mapping[str, tuple[Operator, Room]]", implementations: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Json]:
     """The rows of operators, on the platform that JAX is on."""
     from pallas_kernels.common import conformance
 
     for name, (operator, room) in chosen.items():
 
-        def plain(case: Any, room: "Room" = room) -> "Results":
+        def plain(case: "Case", room: "Room" = room) -> "Results":
             return results(room.baseline(case), case)
 
         backends = _backends(operator, room, implementations)
@@ -220,7 +222,7 @@ def _backends(
     from pallas_kernels.common import device
     from pallas_kernels.common.conformance import Backend
 
-    def compute(name: str, case: Any) -> "Results":
+    def compute(name: str, case: "Case") -> "Results":
         return results(room.computed(case, name), case)
 
     for name, reason in operator.status(device.platform()):
@@ -230,7 +232,7 @@ def _backends(
 
 
 def _refusal(
-    operator: "Operator", room: "Room", name: str, unavailable: str | None, case: Any
+    operator: "Operator", room: "Room", name: str, unavailable: str | None, case: "Case"
 ) -> str | None:
     """Why an implementation does not take a case, which its `check` says."""
     from pallas_kernels.common import device

@@ -1,9 +1,11 @@
 """`flash-wtconv info`: device, versions, and what can run here."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from pallas_kernels.common.types import Json
 
 
 def info(
@@ -12,7 +14,7 @@ def info(
     """Print device, versions, and why an implementation cannot run here."""
     from flash_wtconv_jax import environment
 
-    report: dict[str, Any] = {"versions": environment.versions()}
+    report: Json = {"versions": environment.versions()}
     try:
         report["device"] = environment.device()
     except RuntimeError as error:
@@ -28,14 +30,14 @@ def info(
         _print(report)
 
 
-def _operators(platform: str) -> dict[str, Any]:
+def _operators(platform: str) -> Json:
     """Status of each implementation of each operator: None, or why it cannot run."""
     from pallas_kernels import dispatch
 
     return {operator.name: dict(operator.status(platform)) for operator in dispatch.operators()}
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: Json) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -2,9 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pallas_kernels.common.types import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _NOTE = (
     "The compiler's static figures, no measurement. cycles: bundles of our kernels, without "
@@ -58,7 +63,7 @@ def tpu_report(
     console.print(f"wrote {out}")
 
 
-def _table(report: dict[str, Any]) -> Any:
+def _table(report: Json) -> "Table":
     from rich.table import Table
 
     table = Table(title=f"TPU {report['chip']}, static cycles", caption=_NOTE)

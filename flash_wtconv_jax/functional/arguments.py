@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar, cast
 
 import jax
 from jax.typing import DTypeLike
@@ -17,7 +17,10 @@ PrecisionLike = str | jax.lax.Precision | None
 """The values of `precision=`, one for the input and the kernels."""
 
 
-def check_constructor(**arguments: Any) -> None:
+R = TypeVar("R")
+
+
+def check_constructor(**arguments: object) -> None:
     """Check the integer arguments of a layer or a model.
 
     Args:
@@ -66,7 +69,7 @@ def check_computation(operator: Operator, layer: Computation) -> None:
     operator.check_names(layer.implementation)
 
 
-def checked_rngs(rngs: Any) -> Any:
+def checked_rngs(rngs: R) -> R:
     """Check the source of the keys of an nnx layer or model.
 
     Raises:
@@ -86,11 +89,11 @@ def checked_rngs(rngs: Any) -> Any:
     return rngs
 
 
-def hashable(value: Any) -> Any:
+def hashable(value: R) -> R:
     """An argument as `nnx.jit` and `nnx.split` can compare and hash it: lists become tuples.
 
     Example:
         >>> hashable([1, [2, 3]])
         (1, (2, 3))
     """
-    return tuple(map(hashable, value)) if isinstance(value, list | tuple) else value
+    return cast(R, tuple(map(hashable, value))) if isinstance(value, list | tuple) else value

@@ -1,11 +1,11 @@
 """The mask of the parameters of a model that take weight decay."""
 
-from typing import Any
-
 import jax
 
+from pallas_kernels.common.types import Tree
 
-def weight_decay_mask(params: Any) -> Any:
+
+def weight_decay_mask(params: Tree) -> Tree:
     """The mask of the parameters that take weight decay: convolution and linear kernels alone.
 
     Scales, norms, biases and layer scale (`gamma`) take none, as in the published training.
@@ -26,7 +26,7 @@ def weight_decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _is_kernel(path), params)
 
 
-def _is_kernel(path: tuple[Any, ...]) -> bool:
+def _is_kernel(path: tuple[object, ...]) -> bool:
     keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
     # An nnx variable adds an entry of its own below its name, a list the number of its place.
     names = [key for key in keys if isinstance(key, str) and key != "value"]

@@ -226,7 +226,7 @@ def _depthwise(init: Initializer) -> Initializer:
     Initialisers that scale by fan-in then count k^d inputs; the subbands are outputs.
     """
 
-    def draw(key: jax.Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+    def draw(key: jax.Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> jax.Array:
         *window, subbands, channels = shape
         drawn = init(key, (*window, 1, subbands * channels), *args, **kwargs)
         return drawn if subbands == 1 else _reshape(drawn, tuple(shape))
@@ -234,16 +234,16 @@ def _depthwise(init: Initializer) -> Initializer:
     return draw
 
 
-def _reshape(drawn: Any, shape: tuple[int, ...]) -> Any:
+def _reshape(drawn: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     # nnx.with_partitioning returns the array in a dataclass that is no pytree; linen's box is one.
     if dataclasses.is_dataclass(drawn) and hasattr(drawn, "raw_value"):
-        return dataclasses.replace(drawn, raw_value=drawn.raw_value.reshape(shape))  # type: ignore[type-var]
+        return dataclasses.replace(drawn, raw_value=drawn.raw_value.reshape(shape))
     return jax.tree.map(lambda array: array.reshape(shape), drawn)
 
 
 def _symmetric_uniform(bound: float) -> Callable[..., jax.Array]:
     def draw(
-        key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **_: Any
+        key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **_: object
     ) -> jax.Array:
         return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
 

@@ -27,6 +27,7 @@ from flash_wtconv_jax.functional.arguments import (
 from flash_wtconv_jax.functional.wtconv import Computation, check_computation
 from flash_wtconv_jax.nnx import Conv2d, WTConv2d
 from pallas_kernels.common.arguments import checked_array, checked_integer
+from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR
 
 _MLP_RATIO = 4
@@ -437,7 +438,7 @@ class Head(nnx.Module):
 
 def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nnx.Module:
     dim = config.dims[stage]
-    shared: dict[str, Any] = {
+    shared: Keywords = {
         "kernel_init": _kernel_init,
         "bias_init": nnx.initializers.zeros,
         "dtype": config.dtype,
@@ -555,7 +556,5 @@ def convnext_base(*, rngs: nnx.Rngs, **options: Any) -> ConvNeXt:
     return _make(_BASE, _PLAIN, options, rngs)
 
 
-def _make(
-    size: dict[str, Any], operator: dict[str, Any], options: dict[str, Any], rngs: nnx.Rngs
-) -> ConvNeXt:
+def _make(size: Keywords, operator: Keywords, options: Keywords, rngs: nnx.Rngs) -> ConvNeXt:
     return ConvNeXt(ConvNeXtConfig(**{**size, **operator, **options}), rngs=rngs)

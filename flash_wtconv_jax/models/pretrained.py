@@ -14,6 +14,7 @@ from flax import nnx
 from flash_wtconv_jax import checkpoints
 from flash_wtconv_jax.models import convnext
 from pallas_kernels.common.files import replacing
+from pallas_kernels.common.types import Keywords, Tree
 
 CONFIG_NAME = "network.json"
 """The file in an Orbax folder that `load_network` rebuilds the model from."""
@@ -77,7 +78,7 @@ def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
     return model
 
 
-def _options(config: convnext.ConvNeXtConfig) -> dict[str, Any]:
+def _options(config: convnext.ConvNeXtConfig) -> Keywords:
     """The fields of a config that differ from their defaults, as JSON has them."""
     options = {}
     for field in dataclasses.fields(config):
@@ -111,9 +112,9 @@ def _convnext(*, rngs: nnx.Rngs, **options: Any) -> convnext.ConvNeXt:
     return convnext.ConvNeXt(convnext.ConvNeXtConfig(**options), rngs=rngs)
 
 
-def _config_of(variables: Mapping[str, Any], wavelet: str, path: Path) -> convnext.ConvNeXtConfig:
+def _config_of(variables: Mapping[str, Tree], wavelet: str, path: Path) -> convnext.ConvNeXtConfig:
     """The config of a model, read off its parameters."""
-    params: Any = variables.get("params", variables)
+    params: Tree = variables.get("params", variables)
     try:
         stem, stages = params["stem"]["conv"]["kernel"], _in_order(params["stages"])
         blocks = [_in_order(stage["blocks"]) for stage in stages]
@@ -140,10 +141,10 @@ def _config_of(variables: Mapping[str, Any], wavelet: str, path: Path) -> convne
         ) from error
 
 
-def _in_order(tree: Mapping[str, Any]) -> list[Any]:
+def _in_order(tree: Mapping[str, Tree]) -> list[Tree]:
     """The values of `{"0": ..., "1": ..., ...}`."""
     return [tree[str(i)] for i in range(len(tree))]
 
 
-def _levels(layer: Mapping[str, Any]) -> int:
+def _levels(layer: Mapping[str, Tree]) -> int:
     return sum(name.startswith("wavelet_kernel_") for name in layer)

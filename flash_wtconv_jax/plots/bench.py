@@ -1,8 +1,7 @@
 """Pictures of measurements: speedups, rooflines, throughput, static cycles."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,13 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from flash_wtconv_jax.plots.style import COLOURS, DPI
+from pallas_kernels.common.types import Json, Keywords
 
 _MARKERS = "osD^vP"
 _LABEL_SHARE = 0.05
 """The share of its axis that a small label of a roofline is high."""
 
 
-def speedups(report: Mapping[str, Any]) -> Figure:
+def speedups(report: Json) -> Figure:
     """Bars of each contender's speed over the baseline, a panel a direction, log scale.
 
     Args:
@@ -58,7 +58,7 @@ def speedups(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def roofline(report: Mapping[str, Any]) -> Figure:
+def roofline(report: Json) -> Figure:
     """Multiply-adds a second of each contender under the device's two roofs, log scales.
 
     Args:
@@ -92,7 +92,7 @@ def roofline(report: Mapping[str, Any]) -> Figure:
             at = row["multiply_adds"] / row["floor_bytes"]
             rate = row["multiply_adds"] / row["median_ms"] * 1e3
             place = contenders.index(row["contender"])
-            style: dict[str, Any] = {
+            style: Keywords = {
                 "color": COLOURS[place % len(COLOURS)],
                 "marker": _MARKERS[place % len(_MARKERS)],
                 # Later ones are smaller, so that one at the same place can be seen.
@@ -141,7 +141,7 @@ def _label_right(axes: Axes, labels: Sequence[tuple[float, float, str, str]], ap
         )
 
 
-def throughput(report: Mapping[str, Any]) -> Figure:
+def throughput(report: Json) -> Figure:
     """Bars of images a second, a panel a kind of work.
 
     Args:
@@ -172,7 +172,7 @@ def throughput(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def static_cycles(report: Mapping[str, Any]) -> Figure:
+def static_cycles(report: Json) -> Figure:
     """Bars of static cycles: ours, XLA's and the floor, a panel a kernel and direction, log scale.
 
     Args:

@@ -1,13 +1,14 @@
 """Pictures of a training: its curve, and what the network reads in images."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from flash_wtconv_jax.plots.style import COLOURS, DPI, VERMILION, label
+from pallas_kernels.common.types import Keywords
 
 
 class Curve(Protocol):
@@ -31,7 +32,7 @@ def training_curve(histories: Mapping[str, Curve]) -> Figure:
     for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
         epochs = np.arange(1, len(history.loss) + 1)
         errors = 100 * (1 - np.asarray(history.accuracy))
-        style: dict[str, Any] = {
+        style: Keywords = {
             "color": colour,
             "linewidth": 1.8,
             "marker": "o",
@@ -88,7 +89,7 @@ def predictions(
     return figure
 
 
-def _most_doubtful(labels: NDArray[Any], probabilities: NDArray[Any]) -> NDArray[np.intp]:
+def _most_doubtful(labels: np.ndarray, probabilities: np.ndarray) -> NDArray[np.intp]:
     """Indices by the probability of the truth, the wrong ones before all others."""
     truth = probabilities[np.arange(len(labels)), labels]
     right = probabilities.argmax(axis=1) == labels

@@ -1,7 +1,6 @@
 """Pictures of receptive fields and of the coefficients of a wavelet cascade."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,11 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from flash_wtconv_jax.plots.style import DPI, SKY
 from flash_wtconv_jax.receptive_field import SHARES, contribution_side
+from pallas_kernels.common.types import Tree
 
 _LEAST = 1e-4
 
 
-def receptive_fields(fields: Mapping[str, NDArray[Any]]) -> Figure:
+def receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
     """Effective receptive fields side by side, each relative to its maximum, one log scale.
 
     Args:
@@ -42,7 +42,7 @@ def receptive_fields(fields: Mapping[str, NDArray[Any]]) -> Figure:
     return figure
 
 
-def wavelet_cascade(coefficients: Sequence[Any], title: str = "") -> Figure:
+def wavelet_cascade(coefficients: Sequence[Tree], title: str = "") -> Figure:
     """The subbands of one image as the usual nested squares, each with its own grey scale.
 
     Args:
@@ -68,7 +68,7 @@ def wavelet_cascade(coefficients: Sequence[Any], title: str = "") -> Figure:
     return figure
 
 
-def _mark_shares(axes: Axes, field: NDArray[Any]) -> None:
+def _mark_shares(axes: Axes, field: np.ndarray) -> None:
     height, width = field.shape
     texts = []
     for share, (style, word) in zip(SHARES, (("-", "solid"), ("--", "dashed")), strict=True):
@@ -87,5 +87,5 @@ def _scaled(band: ArrayLike, *, signed: bool) -> NDArray[np.float64]:
     if signed:
         # The few largest edges may clip, or all others would be grey.
         return 0.5 + 0.5 * values / max(np.quantile(np.abs(values), 0.99), 1e-12)
-    low, high = values.min(), values.max()
+    low, high = np.min(values), np.max(values)
     return (values - low) / max(high - low, 1e-12)

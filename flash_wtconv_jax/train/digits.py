@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from flash_wtconv_jax.receptive_field import SHARES, contribution_side, network_
 from flash_wtconv_jax.train.history import History
 from flash_wtconv_jax.train.loop import BACKGROUND, Digits, predict, train
 from pallas_kernels.common.files import replacing
+from pallas_kernels.common.types import Json
 
 NETWORKS = {"WTConv": 2, "plain depthwise": 0}
 """Wavelet levels of the two networks of the demo."""
@@ -99,7 +100,7 @@ def run_demo(
     seed: int = 0,
     epochs: int = 40,
     on_epoch: Callable[[str, History], None] | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Trains both networks and writes checkpoints, metrics and pictures into `out`.
 
     Everything is written beside its place and moved there at the end: an error or an interrupt
@@ -152,7 +153,7 @@ class _Run(NamedTuple):
     history: History
     field: NDArray[np.float64]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """The network's entry in `metrics.json`."""
         parameters = jax.tree.leaves(nnx.state(self.model, nnx.Param))
         return {
@@ -180,7 +181,7 @@ def _run(
     return _Run(model, history, network_field(model, _FIELD_SHAPE))
 
 
-def _write(out: Path, digits: Digits, runs: Mapping[str, _Run], metrics: Any) -> None:
+def _write(out: Path, digits: Digits, runs: Mapping[str, _Run], metrics: Json) -> None:
     """Writes every file of the demo, then moves them all to their places."""
     wtconv, plain = runs.values()
     probabilities = predict(wtconv.model, digits.test_images)
