@@ -56,7 +56,7 @@ def fixed_seeds():
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
-    """What the tuner measures stays in memory, not in the user's home."""
+    """The tuner's measurements stay in memory, not in the user's home."""
     from pallas_kernels.dispatch import cache
 
     store = cache.Cache(None)
@@ -66,7 +66,7 @@ def measured(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """What calls chose before is forgotten, since tests change what they choose by."""
+    """Earlier calls' choices are forgotten, since tests change what calls choose by."""
     from pallas_kernels.dispatch import operator
 
     operator._first.cache_clear()

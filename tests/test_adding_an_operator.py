@@ -1,4 +1,4 @@
-"""What docs/adding_an_operator.md tells works: its files, in a copy of the package."""
+"""The files of docs/adding_an_operator.md work, in a copy of the package."""
 
 import os
 import re

@@ -18,7 +18,7 @@ FORBIDDEN = {
     "flash_wtconv_jax": ("torch_bridge",),
     "torch_bridge": (),
 }
-"""What no module of a package imports, inside a function or for its types either."""
+"""Packages that no module of a package imports, inside a function or for types either."""
 
 
 def imports(file):

@@ -25,7 +25,7 @@ from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import LAYERS
 
 IMPLEMENTATIONS = tuple(map(str, ops.Implementation))
-"""What `--implementation` takes; those that run on the CPU too are checked there too."""
+"""The names that `--implementation` takes; those that run on the CPU too are checked there too."""
 
 
 def check(
@@ -45,7 +45,7 @@ def check(
 
 
 def about(device: torch.device) -> Json:
-    """What results depend on: the device, and the versions of Python and PyTorch."""
+    """The device and the versions of Python and PyTorch, on which results depend."""
     return {
         "device": {"platform": device.type, "kind": _kind(device)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -59,7 +59,7 @@ def plain(case):
 
 
 def plain_results(case):
-    """What the baseline makes of a case, and its gradients."""
+    """The baseline's results of a case, and its gradients."""
     return value_and_grads(plain(case), case, quick_jit)
 
 

@@ -1,4 +1,4 @@
-"""What machine code for NVIDIA GPUs takes, by a tool that comes with Triton."""
+"""Registers and stack of machine code for NVIDIA GPUs, by a tool that comes with Triton."""
 
 import re
 import subprocess

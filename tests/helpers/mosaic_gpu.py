@@ -1,4 +1,4 @@
-"""What the tests of every operator's Mosaic GPU kernels share: lowering, and launches not run."""
+"""Helpers for every operator's Mosaic GPU tests: lowering, and launches that are not run."""
 
 import math
 from functools import partial
@@ -13,17 +13,17 @@ SHARED = 227 * 1024
 
 
 def lowered(function, *args, **keys):
-    """What a GPU's compiler gets of a function under `jax.jit`."""
+    """The text that a GPU's compiler gets for a function under `jax.jit`."""
     return function.trace(*args, **keys).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def shapes(function, *args, **keys):
-    """What a function under `jax.jit` returns, traced anew and kept in no cache."""
+    """The shapes that a function under `jax.jit` returns, traced anew and kept in no cache."""
     return jax.eval_shape(partial(function.__wrapped__, **keys), *args)
 
 
 def recorded_launches(monkeypatch):
-    """Of the kernels that are traced from now on, and not run: scratch types and keywords."""
+    """Records scratch types and keywords of the kernels traced from now on, which are not run."""
     launches = []
 
     def kernel(body, out_type, scratch_types, **keys):

@@ -1,4 +1,4 @@
-"""What the tests of every operator's Triton kernels share: the interpreter and the compiler."""
+"""Helpers for every operator's Triton tests: the interpreter and the compiler."""
 
 import json
 import os
@@ -16,7 +16,7 @@ except ModuleNotFoundError:
     torch = None
 
 PARTS = pytest.mark.parametrize("part", ["some", pytest.param("rest", marks=pytest.mark.wide)])
-"""Of what is compiled: all of it is compiled once in the whole suite, each kernel in any."""
+"""The two parts of what is compiled; each kernel is in both, each pair with a GPU in one."""
 TORCH = pytest.mark.skipif(torch is None, reason="needs PyTorch's tensors")
 INTERPRETED = pytest.mark.skipif(
     torch is None or os.environ.get("TRITON_INTERPRET") != "1",

@@ -114,7 +114,7 @@ def resources(binary):
 
 
 def chosen(operator, part):
-    """What "some" or "rest" of an operator's kernels, GPUs and dtypes are, or "all" of them."""
+    """Lists "some", the "rest" or "all" of an operator's kernels, GPUs and dtypes."""
     dtypes = "fp32", "fp16", "bf16", "fp32"
     for i, (target, dtype) in enumerate(zip(TARGETS, dtypes, strict=True)):
         for j, name in enumerate(kernels(operator, dtype)):

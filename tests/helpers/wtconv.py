@@ -47,7 +47,7 @@ def results(function, case, jit=jax.jit):
 
 
 def plain_results(case):
-    """What plain JAX makes of a case, every array in the case's dtype."""
+    """Plain JAX's results of a case, every array in the case's dtype."""
     call = partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride)
     return results(call, case, quick_jit)
 

@@ -152,7 +152,7 @@ def test_problems_are_keys_and_say_how_unlike_they_are(operator):
 
 @pytest.fixture(params=["xla", "mosaic_tpu"])
 def platform(request):
-    """What runs here: plain JAX on the CPU, and kernels of a TPU that Pallas' interpreter plays."""
+    """Plain JAX on the CPU, and kernels of a TPU that Pallas' interpreter plays, by name."""
     if request.param == "xla":
         yield "xla"
         return

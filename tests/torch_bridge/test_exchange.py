@@ -78,7 +78,7 @@ def test_arrays_share_the_memory_of_a_gpu():
 
 
 class Norm(torch.nn.LayerNorm):
-    """Of the channels of `[N, C, H, W]`."""
+    """Normalises the channels of `[N, C, H, W]`."""
 
     def __init__(self, channels):
         super().__init__(channels, eps=1e-6)

@@ -95,7 +95,7 @@ def pick(
     strides: tuple[int, ...] | None = None,
     differentiated: bool = True,
 ) -> tuple[str, str]:
-    """What computes a call, forward and backward: an implementation's name and its parameters.
+    """Picks what computes a call, forward and backward: an implementation's name and parameters.
 
     Args:
         implementation: Filter on the implementations, see `pallas_kernels.dispatch`.
@@ -429,7 +429,7 @@ def _(
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, int]:
-    """Of x alone it folds into the batch, so that it stays one call."""
+    """A batch of x alone folds into x's own, so that it stays one call."""
     of_x, of_taps, of_bias, *_ = in_dims
     if of_x is not None and of_bias is None and all(dim is None for dim in of_taps):
         x = x.movedim(of_x, 0)

@@ -1,4 +1,4 @@
-"""What the TPU's compiler says of the kernels, on a machine without a TPU."""
+"""The TPU's compiler takes the kernels, on a machine without a TPU."""
 
 import os
 from itertools import product

@@ -1,4 +1,4 @@
-"""What a benchmark is timed by, on traces made up here; a test on a GPU reads a real one."""
+"""Clocks of benchmarks, on traces made up here; a test on a GPU reads a real one."""
 
 import jax
 import jax.numpy as jnp

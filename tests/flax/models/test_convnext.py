@@ -375,7 +375,7 @@ def test_surgery_turns_convnext_into_wtconvnext(images):
 
 @pytest.mark.wide
 def test_stem_and_downsampling_are_flaxs_convolutions(images):
-    """Of kernels of ours: names, initial values and results are those of `nnx.Conv`."""
+    """With our kernels, names, initial values and results are those of `nnx.Conv`."""
     drawn, theirs_drawn = nnx.Rngs(0), nnx.Rngs(0)
     for before, after in ((3, 4), (4, 6)):
         conv = _patch_conv(TINY, before, after, 2, rngs=drawn)

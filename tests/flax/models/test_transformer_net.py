@@ -34,7 +34,7 @@ def model_state_dict(seed=0):
 
 
 def running_statistics(value=0.5):
-    """What PyTorch up to 0.3 saved with each instance normalisation."""
+    """Adds the entries that PyTorch up to 0.3 saved with each instance normalisation."""
     layers = [*BEFORE, *BLOCKS, *AFTER]
     names = ("running_mean", "running_var")
     return {

@@ -1,4 +1,4 @@
-"""What a check of an implementation finds, and that every operator takes part in it."""
+"""A check finds what is wrong of an implementation, and every operator takes part in it."""
 
 import json
 import re

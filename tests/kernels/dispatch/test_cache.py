@@ -1,4 +1,4 @@
-"""What was measured, in files that processes share, that are killed, damaged or not to be had."""
+"""Measurements in files that processes share, and in files that are damaged or missing."""
 
 import json
 import subprocess

@@ -197,7 +197,7 @@ def test_the_tables_kept_here_are_of_today():
 
 @pytest.fixture
 def on_an_h200(monkeypatch):
-    """What `conv2d` picks there, where all implementations can run: forward and backward."""
+    """The names that `conv2d` picks there, forward and backward, where all can run."""
 
     def picked(plan, activation, dtype, x, w, bias):
         plans.append((plan, x, w, dtype))

@@ -145,7 +145,7 @@ def test_tensors_of_any_strides():
 
 @TORCH
 def test_what_is_not_needed_any_more_is_not_kept():
-    """Of the smallest named images, for which sums and low bands are large."""
+    """Temporaries are few for the smallest named images too, whose sums are large."""
     live, most = 0, 0
 
     def freed(size):

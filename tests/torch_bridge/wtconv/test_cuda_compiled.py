@@ -25,7 +25,7 @@ TARGETS = {
 
 
 def variants(target, kernel_size, channels_last, offered=({},)):
-    """What is compiled for the named shapes, forward and backward."""
+    """The variants that are compiled for the named shapes, forward and backward."""
     dtype, device = TARGETS[target]
     found = []
     # A plane a block and tiles are what differs most; the suite need not compile all for each k.

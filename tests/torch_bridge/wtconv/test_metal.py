@@ -65,7 +65,7 @@ def results(case, memory_format=torch.contiguous_format):
 
 
 def failures(cases, compute):
-    """What is wrong of cases, those that are not taken left out."""
+    """The failures of cases, without those that are not taken."""
     plain = partial(check.layer_results, "eager", CPU, torch.contiguous_format)
     refusal = partial(check._refusal, "metal", None, CPU)
     rows = list(conformance.run([conformance.Backend("metal", cases, refusal, compute)], plain))
@@ -315,7 +315,7 @@ with metal.emulated(source, flags=["-fsanitize=address"]):
     ],
 )
 def test_under_address_sanitizer(emulated, old, new):
-    """Of the second source each thread reads or writes what is not its array's."""
+    """Each thread of the second source reads or writes outside of its array."""
     assert SOURCE.count(old) == (old != new)
     libraries = [
         subprocess.run(
@@ -342,7 +342,7 @@ HEADER = Path(__file__).with_name("metal_as_opencl.h")
 
 
 def address_space_errors(source, defines):
-    """What clang says of the source read as C++ for OpenCL."""
+    """Runs clang over the source, read as C++ for OpenCL."""
     source = source.replace("#include <metal_stdlib>", "")
     source = re.sub(r"\[\[kernel, [^\]]*\]\]", "__kernel", source)
     extensions = "-all,+cl_khr_fp16,+__cl_clang_non_portable_kernel_param_types"

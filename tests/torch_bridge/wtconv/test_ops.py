@@ -1,4 +1,4 @@
-"""What PyTorch does to the layers: derivatives, tracing, `vmap`, `autocast`, copies."""
+"""PyTorch's transformations of the layers: derivatives, tracing, `vmap`, `autocast`, copies."""
 
 import copy
 import os
