@@ -16,7 +16,7 @@ except ModuleNotFoundError:
     torch = None
 
 PARTS = pytest.mark.parametrize("part", ["some", pytest.param("rest", marks=pytest.mark.wide)])
-"""The two parts of what is compiled; each kernel is in both, each pair with a GPU in one."""
+"""The parts of what is compiled: each kernel for some GPU, and all other pairs of them."""
 TORCH = pytest.mark.skipif(torch is None, reason="needs PyTorch's tensors")
 INTERPRETED = pytest.mark.skipif(
     torch is None or os.environ.get("TRITON_INTERPRET") != "1",
