@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
         from flash_wtconv_jax.linen.conv2d import Conv2D
         from pallas_kernels.common.deprecation import warn_renamed
 
-        warn_renamed(__name__, name, "Conv2d", removed_in="0.3")
+        warn_renamed(__name__, name, "Conv2d", removed_in="0.2")
         return Conv2D
     if name in _SUBMODULES:
         value: Any = importlib.import_module(f".{name}", __name__)

@@ -1,6 +1,5 @@
 """Measures every choice between implementations that a function makes, before it is used."""
 
-import inspect
 from collections.abc import Callable
 
 import jax
@@ -44,7 +43,9 @@ def tune(fn: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> list[Json]:
         ('wtconv', 'fwd', {'implementation': 'xla', 'config': {'shifted': True}, 'ms': 0.02})
     """
     # The trace of a jitted function may be remembered, with the choices that it was made with.
-    fn = inspect.unwrap(fn)
+    # `jax.grad` and others have the function that they transform there too: only `jax.jit` lowers.
+    while hasattr(fn, "lower") and hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
     leaves, tree = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "shape")}
 

@@ -67,10 +67,9 @@ def measured(monkeypatch):
 @pytest.fixture(autouse=True)
 def forgotten():
     """Earlier calls' choices are forgotten, since tests change what calls choose by."""
-    from pallas_kernels.dispatch import operator
+    from pallas_kernels.dispatch import forget
 
-    operator._first.cache_clear()
-    operator._TOLD.clear()
+    forget()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ ALIASES = [
 @pytest.mark.parametrize(("module", "old", "new"), ALIASES)
 def test_an_old_name_warns_where_it_is_used(module, old, new):
     room = import_module(module)
-    message = f"{module}.{old} is now {module}.{new}; the old name is removed in 0.3"
+    message = f"{module}.{old} is now {module}.{new}; the old name is removed in 0.2"
     with pytest.warns(DeprecationWarning) as caught:
         value = getattr(room, old)
     assert [(str(one.message), one.filename) for one in caught] == [(message, __file__)]

@@ -175,12 +175,12 @@ def _check_choice(able: Iterable[Sequence[str]]) -> None:
 
 def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
     """Writes entries into the package's table of a kind of device."""
-    from pallas_kernels.dispatch import table
+    from pallas_kernels.dispatch import forget, table
 
     path = table.path(kind)
     path.parent.mkdir(exist_ok=True)
     _write(path, table.merged(kind, entries))
-    table.fastest.cache_clear()
+    forget()
 
 
 def tell(report: Json, table: "Table", figures: "Mapping[str, Figure]", out: Path) -> None:

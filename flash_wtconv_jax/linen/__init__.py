@@ -12,6 +12,6 @@ __all__ = ["Conv2d", "SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
 def __getattr__(name: str) -> Any:
     if name == "Conv2D":
-        warn_renamed(__name__, name, "Conv2d", removed_in="0.3")
+        warn_renamed(__name__, name, "Conv2d", removed_in="0.2")
         return conv2d.Conv2D
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,9 +17,9 @@ def warn_renamed(module: str, old: str, new: str, *, removed_in: str) -> None:
     Example:
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
-        ...     warn_renamed("flash_wtconv_jax", "Conv2D", "Conv2d", removed_in="0.3")
+        ...     warn_renamed("flash_wtconv_jax", "Conv2D", "Conv2d", removed_in="0.2")
         >>> print(caught[0].message)
-        flash_wtconv_jax.Conv2D is now flash_wtconv_jax.Conv2d; the old name is removed in 0.3
+        flash_wtconv_jax.Conv2D is now flash_wtconv_jax.Conv2d; the old name is removed in 0.2
     """
     warnings.warn(
         f"{module}.{old} is now {module}.{new}; the old name is removed in {removed_in}",

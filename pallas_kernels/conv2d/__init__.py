@@ -10,7 +10,7 @@ def __getattr__(name: str) -> Any:
     if name == "Config":
         from pallas_kernels.common.deprecation import warn_renamed
 
-        warn_renamed(__name__, name, "TileConfig", removed_in="0.3")
+        warn_renamed(__name__, name, "TileConfig", removed_in="0.2")
         name = "TileConfig"
     if name in __all__:
         return getattr(import_module("pallas_kernels.conv2d.api"), name)

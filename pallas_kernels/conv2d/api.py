@@ -4,9 +4,8 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
-from functools import partial
 from typing import NamedTuple, TypeVar, cast
 
 import jax
@@ -121,10 +120,23 @@ def conv2d(
     """
     x, w = checked_array(x, "x"), checked_array(w, "w")
     bias = None if bias is None else checked_array(bias, "bias")
-    call = remembered(_checked_call)(
-        *(x.shape, x.dtype, w.shape, w.dtype, None if bias is None else bias.shape),
-        *(_hashable(stride), _hashable(padding), _hashable(dilation), groups),
-        *(activation, layout, out_dtype, precision, config),
+    plain = all(type(leaf) in (int, str) for leaf in _leaves((stride, padding, dilation, config)))
+    # What equals an integer and is none is wrong, or may be: it must not find what an integer left.
+    call = (remembered(_checked_call) if plain else _checked_call)(
+        x.shape,
+        x.dtype,
+        w.shape,
+        w.dtype,
+        None if bias is None else bias.shape,
+        _hashable(stride),
+        _hashable(padding),
+        _hashable(dilation),
+        groups,
+        activation,
+        layout,
+        out_dtype,
+        precision,
+        config,
     )
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
     if sharded(x) or sharded(w):
@@ -133,7 +145,7 @@ def conv2d(
         fwd, bwd = fwd._replace(device_kind=None), bwd._replace(device_kind=None)
     problem = call.problem
     measured = problem, bias is not None, activation, call.precision, config
-    chosen = fwd.choose(problem, partial(vjp.measurement, OPERATOR, "fwd", *measured))
+    chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", *measured)
     module, tiles = OPERATOR.module(chosen.implementation), vjp.tiles(config, chosen)
     plan = vjp.Plan(module, tiles, problem.window, call.precision, config, bwd)
     batch = x.shape[:-3]
@@ -306,6 +318,15 @@ def _checked_call(
     problem = Problem(window.images(flat), dtype, height, width, features, window, out)
     _checked_config(config)
     return _Call(problem, checked_precision(precision))
+
+
+def _leaves(value: object) -> Iterator[object]:
+    """The values in nested sequences, none of None."""
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _leaves(one)
+    elif value is not None:
+        yield value
 
 
 def _hashable(value: R) -> R:

@@ -84,8 +84,8 @@ class Plan(NamedTuple):
         """
         assert self.backward is not None
         operator, problem = self.backward.operator, self.problem(x, w, out_dtype)
-        told = problem, False, None, self.precision, self.given
-        chosen = self.backward.choose(problem, partial(measurement, operator, "bwd", *told))
+        static = problem, False, None, self.precision, self.given
+        chosen = self.backward.choose(problem, measurement, operator, "bwd", *static)
         return self._replace(
             module=operator.module(chosen.implementation), config=tiles(self.given, chosen)
         )

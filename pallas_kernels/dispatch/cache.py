@@ -16,6 +16,7 @@ the interpreter waits for at its end. Where they cannot be, memory alone remembe
 says so once.
 """
 
+import itertools
 import json
 import os
 import threading
@@ -36,6 +37,8 @@ _VERSION = 1
 _LOCK_S = 30
 """How long a lock is waited for; a write takes milliseconds."""
 
+_GENERATIONS = itertools.count()
+
 
 class Cache:
     """Entries by kind of device, remembered in memory and in the files of a folder.
@@ -51,6 +54,7 @@ class Cache:
         self._unwritten: dict[str, dict[str, Entry]] = {}
         self._writer: threading.Thread | None = None
         self._memory_alone = folder is None
+        self._generations: dict[tuple[str, str], int] = {}
 
     def get(self, device_kind: str, key: str) -> Entry | None:
         """The entry of a key on a kind of device, None where nothing was measured."""
@@ -68,6 +72,7 @@ class Cache:
             write = write and not self._memory_alone
             for entry in entries:
                 _add(known, entry)
+                self._generations[entry["operator"], entry["direction"]] = next(_GENERATIONS)
                 if write:
                     _add(self._unwritten.setdefault(device_kind, {}), entry)
             if self._unwritten and (self._writer is None or not self._writer.is_alive()):
@@ -78,6 +83,13 @@ class Cache:
                 except RuntimeError:
                     # The interpreter is ending, and starts no more threads.
                     self._write()
+
+    def generation(self, operator: str, direction: str) -> int:
+        """A number that changes with what this process knows of an operator's direction."""
+        with self._lock:
+            if (operator, direction) not in self._generations:
+                self._generations[operator, direction] = next(_GENERATIONS)
+            return self._generations[operator, direction]
 
     def flush(self) -> None:
         """Returns when all entries are in their files, or could not be written."""
@@ -125,6 +137,7 @@ class Cache:
                     with _locked(path):
                         path.unlink(missing_ok=True)
                 self._entries[kind] = {}
+            self._generations.clear()
             return count
 
     def _path(self, device_kind: str) -> Path | None:

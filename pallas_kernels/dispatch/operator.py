@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import NamedTuple, cast
 
-from pallas_kernels.dispatch import table, tuner
+from pallas_kernels.dispatch import cache, table, tuner
 from pallas_kernels.dispatch.backend import Implementation, Problem, missing, search_space
 from pallas_kernels.dispatch.tuner import Candidate, Measurement, Mode
 
@@ -24,6 +24,10 @@ AUTO = "auto"
 _REGISTRY: dict[str, "Operator"] = {}
 _TOLD: set[tuple[str, ...]] = set()
 """Messages about implementations that were left out, which are logged once."""
+
+_MOST_REMEMBERED = 4096
+_FASTEST: dict[tuple["Request", Problem, tuple[Hashable, ...]], Candidate] = {}
+"""Choices by times that were made, so that equal calls make them once."""
 
 _log = logging.getLogger("flash_wtconv")
 
@@ -86,9 +90,11 @@ class Operator:
             ValueError: An unknown or empty filter; names the argument or the variable.
         """
         several, names, filter_ = self._wanted(direction, implementation)
-        mode, trace = tuner.mode(), tuner.trace()
+        mode, epoch = tuner.mode(), None
+        if _measures(mode, several):
+            epoch = tuner.trace(), cache.user_cache().generation(self.name, direction)
         return Request(
-            self, direction, names, several, filter_, platform, device_kind, mode, trace, state
+            self, direction, names, several, filter_, platform, device_kind, mode, epoch, state
         )
 
     def pick(
@@ -207,7 +213,8 @@ class Request(NamedTuple):
         platform: The device's platform.
         device_kind: The device's kind; None goes by the rule alone.
         mode: The mode that `tuning` sets.
-        trace: Tells calls inside `tuner.recorded` from those that JAX has traced before.
+        epoch: Tells calls that choose by times from those that JAX has traced before: the number
+            of a `tuner.recorded` block, and the generation of what was measured.
         state: Other state that `unavailable` depends on.
     """
 
@@ -219,7 +226,7 @@ class Request(NamedTuple):
     platform: str
     device_kind: str | None
     mode: Mode | None
-    trace: int | None
+    epoch: tuple[int | None, int] | None
     state: Hashable
 
     def pick(self, problem: Problem) -> str:
@@ -239,7 +246,9 @@ class Request(NamedTuple):
         """
         return next(self._able(problem))
 
-    def choose(self, problem: Problem, measurement: Callable[[], Measurement]) -> Candidate:
+    def choose(
+        self, problem: Problem, measurement: Callable[..., Measurement], *arguments: Hashable
+    ) -> Candidate:
         """Chooses the implementation and its parameters.
 
         As `pick`; but of a sequence of names or `"auto"`, and of any filter inside
@@ -247,8 +256,9 @@ class Request(NamedTuple):
 
         Args:
             problem: The operator's description of the call.
-            measurement: Makes what runs and times a candidate of `problem.measured_as()`, if it
-                comes to that.
+            measurement: Makes, of the arguments, what runs and times a candidate of
+                `problem.measured_as()`, if it comes to that.
+            *arguments: What times depend on beside the problem.
 
         Returns:
             The implementation and its parameters, none where nothing was measured.
@@ -256,15 +266,22 @@ class Request(NamedTuple):
         Raises:
             NotImplementedError: No candidate can run; says why for each.
         """
-        if not self._measures:
+        if not _measures(self.mode, self.several):
             return Candidate(_first(self, problem))
+        key = self, problem, arguments
+        # Inside `tuner.recorded` each choice is to be told of.
+        if key in _FASTEST and self.epoch and self.epoch[0] is None:
+            return _FASTEST[key]
         able = list(self._able(problem))
         modules = {name: self.operator.module(name) for name in able}
         best = tuner.fastest(
             *(self.operator.name, self.direction, problem.measured_as(), modules, self.mode),
-            measurement(),
+            measurement(*arguments),
         )
-        return best or Candidate(able[0])
+        if len(_FASTEST) >= _MOST_REMEMBERED:
+            _FASTEST.clear()
+        _FASTEST[key] = best or Candidate(able[0])
+        return _FASTEST[key]
 
     def decided(self, problem: Problem) -> str | None:
         """The implementation that `choose` takes, where that is known without a measurement.
@@ -276,19 +293,15 @@ class Request(NamedTuple):
             Its name; None where times decide, or none can run.
         """
         try:
-            if not self._measures:
+            if not _measures(self.mode, self.several):
                 return _first(self, problem)
-            first, *others = self._able(problem)
+            first, *others = self._able(problem, quiet=True)
         except NotImplementedError:
             return None
         space = search_space(self.operator.module(first), self.direction, problem)
         return None if others or len(space) > 1 else first
 
-    @property
-    def _measures(self) -> bool:
-        return self.mode in ("cached", "search") or (self.mode is None and self.several)
-
-    def _able(self, problem: Problem) -> Iterator[str]:
+    def _able(self, problem: Problem, quiet: bool = False) -> Iterator[str]:
         """The candidates that can run, best first; raises where there are none."""
         preference = self.operator._preference(
             self.direction, self.platform, problem, self.device_kind
@@ -306,7 +319,7 @@ class Request(NamedTuple):
                 yield name
             else:
                 reasons.append(f"{name}: {reason}")
-                if self.several:
+                if self.several and not quiet:
                     self._tell(name, reason)
         if len(reasons) == len(set(names)):
             raise NotImplementedError(
@@ -328,10 +341,23 @@ class Request(NamedTuple):
         )
 
 
-@lru_cache(4096)
+def _measures(mode: Mode | None, several: bool) -> bool:
+    """Whether times decide, as far as they are known or may be measured."""
+    return mode in ("cached", "search") or (mode is None and several)
+
+
+@lru_cache(_MOST_REMEMBERED)
 def _first(request: Request, problem: Problem) -> str:
-    """`Request.pick`, remembered: a call of the same shapes asks nobody again."""
+    """The result of `Request.pick`, remembered for calls of the same shapes."""
     return request.pick(problem)
+
+
+def forget() -> None:
+    """Makes calls choose anew, after a table of defaults was written for instance."""
+    _first.cache_clear()
+    _FASTEST.clear()
+    _TOLD.clear()
+    table.fastest.cache_clear()
 
 
 def operators() -> list[Operator]:

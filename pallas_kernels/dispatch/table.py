@@ -79,7 +79,7 @@ def fastest(operator: str, direction: str, problem: Problem | None, device_kind:
 
     Returns:
         A name, or None where nothing comparable was measured or a size is symbolic. Looked up
-        once, so `fastest.cache_clear()` after a table is written.
+        once, so `dispatch.forget()` after a table is written.
 
     Example:
         >>> fastest("wtconv", "fwd", None, "an abacus") is None

@@ -414,7 +414,7 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
 
     console = Console(stderr=True)
     if not console.is_interactive:
-        _log.warning("%s: %d candidates; this is slow the first time alone", label, total)
+        _log.warning("%s: %d candidates; only the first run is slow", label, total)
         yield lambda: None
         return
     bar = Progress(console=console, transient=True)

@@ -13,7 +13,6 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from functools import partial
 from itertools import product
 from typing import TypeVar
 
@@ -399,7 +398,7 @@ def _plan(
 ) -> vjp.Plan:
     problem = Problem(shape, dtype, len(shape) - 2, levels, wavelet)
     chosen = request(OPERATOR, "fwd", implementation).choose(
-        problem, partial(vjp.measurement, OPERATOR, problem)
+        problem, vjp.measurement, OPERATOR, problem
     )
     module = OPERATOR.module(chosen.implementation)
     return vjp.Plan(module, shape[1:-1], levels, wavelet, chosen.config)

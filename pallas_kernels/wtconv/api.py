@@ -7,7 +7,6 @@ ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
 import math
 from collections.abc import Mapping
 from enum import StrEnum
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -162,9 +161,7 @@ def _wtconv(
     call = remembered(_checked_call)(ndim, x.shape, x.dtype, signature, wavelet, stride, precision)
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
     problem, bias = call.problem, "base_bias" in params
-    chosen = fwd.choose(
-        problem, partial(vjp.measurement, OPERATOR, "fwd", problem, bias, call.precision)
-    )
+    chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem, bias, call.precision)
     module = OPERATOR.module(chosen.implementation)
     plan = vjp.Plan(module, chosen.config, wavelet, call.precision, bwd)
     batch = x.shape[: -1 - ndim]

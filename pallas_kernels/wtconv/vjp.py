@@ -107,7 +107,7 @@ class Plan(NamedTuple):
         problem = Problem(x.shape, x.dtype, taps[0].shape[0], len(taps) - 1, self.wavelet)
         operator = self.backward.operator
         chosen = self.backward.choose(
-            problem, partial(measurement, operator, "bwd", problem, bias, self.precision)
+            problem, measurement, operator, "bwd", problem, bias, self.precision
         )
         return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
 

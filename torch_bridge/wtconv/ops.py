@@ -24,7 +24,6 @@ need not care for the strides of what it returns: a copy mends those of y that a
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
-from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -124,8 +123,8 @@ def pick(
 
     def chosen(direction: str) -> str:
         request = OPERATOR.request(direction, implementation, device.type, kind)
-        measurement = partial(_measurement, direction, problem, device, dtype, bias, strides)
-        return str(request.choose(problem, measurement))
+        static = direction, problem, device, dtype, bias, strides
+        return str(request.choose(problem, _measurement, *static))
 
     fwd = chosen("fwd")
     picked = fwd, chosen("bwd") if differentiated else fwd
@@ -195,7 +194,7 @@ def _measurement(
     def inputs(draw: measuring.Draw) -> tuple[Tree, ...]:
         x = signal(draw)
         dy = signal(draw) if direction == "bwd" else x
-        acc = _accumulator(x)
+        acc = _accumulation_dtype(x)
         taps = [draw((row, 1, *(kernel_size,) * len(spatial)), acc) for row in rows]
         return x, dy, taps, draw((channels,), acc) if bias else None
 
@@ -259,7 +258,7 @@ def wtconv(
         >>> float(wtconv(torch.ones(1, 3, 4, 4), weight, None, scale, [], [], **keys).mean())
         2.0
     """
-    dtype = _accumulator(x)
+    dtype = _accumulation_dtype(x)
     # All at once, here and in the backward pass: a small operation takes the host longer than a
     # large kernel the GPU.
     weights, scales = [base_weight, *wavelet_weights], [base_scale, *wavelet_scales]
@@ -271,7 +270,7 @@ def wtconv(
     return apply(x, taps, bias, wavelet, False, fwd, bwd)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
     # Not `torch.promote_types`, which would become a node of an exported program.
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -364,7 +363,7 @@ def _empty_taps(x: Tensor, kernel_size: int, levels: int) -> list[Tensor]:
     ndim, channels = x.ndim - 2, x.shape[1]
     rows = [channels] + [2**ndim * channels] * levels
     shapes = [(n, 1, *(kernel_size,) * ndim) for n in rows]
-    return [x.new_empty(shape, dtype=_accumulator(x)) for shape in shapes]
+    return [x.new_empty(shape, dtype=_accumulation_dtype(x)) for shape in shapes]
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager:

@@ -249,3 +249,18 @@ def test_what_is_wrong_of_a_compiled_kernel_says_so(message, wrong):
     given |= {"layout": "nhwc_hwcf", "input_dtype": "float16", "output_dtype": "float32"}
     with pytest.raises(ValueError, match=message):
         get_igemm_conv2d(**given | wrong)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ({"stride": (1, 1)}, {"stride": (True, True)}),
+        ({"padding": ((1, 1), (1, 1))}, {"padding": ((1.0, 1), (1, 1))}),
+        ({"config": TileConfig(64)}, {"config": TileConfig(64.0)}),
+    ],
+)
+def test_what_is_wrong_stays_wrong_after_what_equals_it(right, wrong):
+    x, w = jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 2))
+    conv2d(x, w, **right)
+    with pytest.raises(ValueError, match="expected"):
+        conv2d(x, w, **wrong)

@@ -1,11 +1,15 @@
 """The backward implementation is chosen where a call is differentiated, and not before."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from flash_wtconv_jax import tune
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.conv2d import xla as conv2d_xla
+from pallas_kernels.dispatch import tuner, tuning
 from pallas_kernels.wtconv import wtconv2d
 from pallas_kernels.wtconv import xla as wtconv_xla
 
@@ -56,3 +60,50 @@ def test_the_environment_chooses_each_direction(monkeypatch):
     assert wtconv(X, None).shape == X.shape
     with pytest.raises(NotImplementedError, match="FLASH_WTCONV_WTCONV_BWD='triton'"):
         jax.grad(lambda x: wtconv(x, None).sum())(X)
+
+
+def test_a_forward_pass_says_nothing_of_the_backward_one(caplog):
+    with caplog.at_level(logging.INFO, "flash_wtconv"), tuning("off"):
+        convolution(jnp.ones((1, 2, 2, 5)), ["xla", "triton"])
+    assert "bwd" not in caplog.text
+
+
+@pytest.mark.parametrize("transformed", [jax.grad, jax.value_and_grad])
+@pytest.mark.parametrize("compiled", [lambda fn: fn, jax.jit])
+def test_tune_measures_what_is_differentiated(transformed, compiled, searches, monkeypatch):
+    forms = [{}, {"shifted": True}]
+    monkeypatch.setattr(wtconv_xla, "search_space", lambda direction, problem: forms)
+    used = tune(compiled(transformed(lambda x: wtconv(x, None).sum())), X)
+    assert [entry["direction"] for entry in used] == ["fwd", "bwd"]
+    assert [label.split()[1] for label in searches] == ["fwd", "bwd"]
+
+
+def test_what_is_measured_later_is_taken(monkeypatch, searches):
+    """A backward pass that JAX has traced with the rule's choice is traced anew."""
+    chosen, seen = wtconv_xla.weight_grad, []
+
+    def weight_grad(*args, shifted=None, **kwargs):
+        seen.append(shifted)
+        return chosen(*args, **kwargs)
+
+    monkeypatch.setattr(wtconv_xla, "weight_grad", weight_grad)
+    forms = [{}, {"shifted": True}, {"shifted": False}]
+    monkeypatch.setattr(wtconv_xla, "search_space", lambda direction, problem: forms)
+    x = jnp.ones((1, 5, 2, 5))
+
+    def gradient():
+        seen.clear()
+        with tuning("cached"):
+            jax.grad(lambda x: wtconv(x, None).sum())(x)
+        return list(seen)
+
+    assert gradient() == [None]
+    tune(jax.grad(lambda x: wtconv(x, None).sum()), x)
+    assert len(gradient()) == 1 and len(searches) == 2
+
+
+def test_equal_calls_choose_by_times_once(monkeypatch):
+    # The first one measures; the second takes what it measured.
+    wtconv(X, "auto"), wtconv(X, "auto")
+    monkeypatch.setattr(tuner, "fastest", None)
+    wtconv(X, "auto")

@@ -208,7 +208,7 @@ def test_what_is_wrong_is_disqualified_and_reported(fake, choose, measured, capl
     fake.module("one").result = lambda block: result if block == 16 else RIGHT
     assert choose() == Candidate("one", (("block", 8),))
     slow, told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert slow == "timing fake fwd: 3 candidates; this is slow the first time alone"
+    assert slow == "timing fake fwd: 3 candidates; only the first run is slow"
     assert told.startswith("fake fwd: one block=16 is disqualified, an output")
     assert re.search(reason, told)
     (entry,) = measured.entries("abacus")
