@@ -1,8 +1,10 @@
 """Every place where a version of JAX or XLA forces our hand, each with the version and why."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -85,7 +87,7 @@ def _erfc(x: jax.Array) -> jax.Array:
 _erfc.defjvps(lambda tangent, _, x: -2 / math.sqrt(math.pi) * (tangent * jnp.exp(-(x * x))))
 
 
-def agreed(question: str, answer: Callable[[], str], timeout_s: int) -> str:
+def from_process_0(question: str, answer: Callable[[], str], timeout_s: int) -> str:
     """The answer that process 0 gave when it was first asked; the others wait for it.
 
     Texts that processes share are in the private client of JAX's distributed service alone (0.10
@@ -143,6 +145,26 @@ def gpu_load(ref: Ref, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def import_jax_triton() -> ModuleType:
+    """The module jax_triton, imported without what it does to the environment.
+
+    Versions 0.3 and 0.4 empty TRITON_CACHE_DIR when they are imported, after which PyTorch cannot
+    compile a Triton kernel in the same process.
+
+    Raises:
+        ImportError: It is not installed, or (0.3) finds no GPU.
+    """
+    kept = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        import jax_triton
+    finally:
+        if os.environ.get("TRITON_CACHE_DIR") != kept:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if kept is not None:
+                os.environ["TRITON_CACHE_DIR"] = kept
+    return jax_triton
+
+
 def triton_call(
     *arguments: jax.Array | int, out_type: list[jax.ShapeDtypeStruct], **rest: object
 ) -> list[jax.Array]:
@@ -150,8 +172,7 @@ def triton_call(
 
     0.3, the last that takes JAX 0.10 and Python 3.11, calls the types of the outputs `out_shape`.
     """
-    import jax_triton
-
+    jax_triton = import_jax_triton()
     name = "out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape"
     return jax_triton.triton_call(*arguments, **{name: out_type}, **rest)
 

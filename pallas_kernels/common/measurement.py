@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.common import device, versions
-from pallas_kernels.common._compat import agreed, interpreting_tpu
+from pallas_kernels.common._compat import from_process_0, interpreting_tpu
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch import Choice, Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
@@ -86,7 +86,7 @@ class JaxMeasurement:
         """The answer of process 0, or of the only one."""
         if jax.process_count() == 1:
             return answer()
-        return agreed(f"flash_wtconv/{question}", answer, _AGREEMENT_S)
+        return from_process_0(f"flash_wtconv/{question}", answer, _AGREEMENT_S)
 
     def untimeable(self) -> str | None:
         """The reason why nothing can be timed: a program compiled ahead of time has no device."""

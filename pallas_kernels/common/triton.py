@@ -63,7 +63,10 @@ def unavailable(platform: str) -> str | None:
     if platform != "gpu":
         return f"needs a GPU, this is a {platform}"
     try:
-        import jax_triton  # noqa: F401
+        # Here, since it imports JAX, and PyTorch launches kernels without.
+        from pallas_kernels.common._compat import import_jax_triton
+
+        import_jax_triton()
     except ImportError as error:
         return f"needs jax-triton (the extra 'triton'): {error}"
     return None

@@ -384,10 +384,10 @@ def _pads(
             raise ValueError(f"padding={padding!r}: the names are 'SAME', 'VALID' and 'reflect'")
         pads = []
         for n, k, s, d in zip(size, taps, window.stride, window.dilation, strict=True):
-            reach = d * (k - 1)
-            total = 0 if padding == "VALID" else reach
+            span = d * (k - 1)
+            total = 0 if padding == "VALID" else span
             if padding == "SAME":
-                total = max((-(-n // s) - 1) * s + reach + 1 - n, 0)
+                total = max((-(-n // s) - 1) * s + span + 1 - n, 0)
             pads.append((total // 2, total - total // 2))
         return pads[0], pads[1]
     sides = [padding, padding] if not isinstance(padding, Sequence) else padding

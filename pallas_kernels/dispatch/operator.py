@@ -22,7 +22,7 @@ AUTO = "auto"
 """The filter that takes the fastest of all implementations, as measured."""
 
 _REGISTRY: dict[str, "Operator"] = {}
-_TOLD: set[tuple[str, ...]] = set()
+_LOGGED: set[tuple[str, ...]] = set()
 """Messages about implementations that were left out, which are logged once."""
 
 _MOST_REMEMBERED = 4096
@@ -148,15 +148,15 @@ class Operator:
         """
         source = self.argument
         if implementation is None:
-            source = f"FLASH_WTCONV_{self.name}_{direction}".upper()
+            source = _variable(self.name, direction)
             value = os.environ.get(source, "").strip()
             if not value:
                 return False, None, f"{self.argument}=None"
             implementation = _parse(value)
         names = self._names(implementation, source)
         several = not isinstance(implementation, str) or implementation == AUTO
-        told = implementation if isinstance(implementation, str) else list(names)
-        return several, names, f"{source}={told!r}"
+        shown = implementation if isinstance(implementation, str) else list(names)
+        return several, names, f"{source}={shown!r}"
 
     def _names(self, implementation: Choice, source: str) -> tuple[str, ...]:
         """The filter as known names."""
@@ -320,19 +320,19 @@ class Request(NamedTuple):
             else:
                 reasons.append(f"{name}: {reason}")
                 if self.several and not quiet:
-                    self._tell(name, reason)
+                    self._log_left_out(name, reason)
         if len(reasons) == len(set(names)):
             raise NotImplementedError(
                 f"{self.operator.name} ({self.direction}) cannot run on {self.platform} with "
                 f"{self.filter} for {problem}: " + "; ".join(reasons)
             )
 
-    def _tell(self, name: str, reason: str) -> None:
+    def _log_left_out(self, name: str, reason: str) -> None:
         """Logs once why an implementation of a list, or of "auto", is left out."""
-        told = self.operator.name, self.direction, name, reason
-        if told in _TOLD:
+        message = self.operator.name, self.direction, name, reason
+        if message in _LOGGED:
             return
-        _TOLD.add(told)
+        _LOGGED.add(message)
         named = not self.filter.endswith(f"={AUTO!r}")
         _log.log(
             logging.WARNING if named else logging.INFO,
@@ -356,7 +356,7 @@ def forget() -> None:
     """Makes calls choose anew, after a table of defaults was written for instance."""
     _first.cache_clear()
     _FASTEST.clear()
-    _TOLD.clear()
+    _LOGGED.clear()
     table.fastest.cache_clear()
 
 
@@ -371,6 +371,12 @@ def operators() -> list[Operator]:
         if folder.ispkg and importlib.util.find_spec(f"{folder.name}.api"):
             importlib.import_module(f"{folder.name}.api")
     return [_REGISTRY[name] for name in sorted(_REGISTRY)]
+
+
+@lru_cache
+def _variable(operator: str, direction: str) -> str:
+    """The environment's variable of an operator's direction."""
+    return f"FLASH_WTCONV_{operator}_{direction}".upper()
 
 
 def _parse(value: str) -> str | list[str]:

@@ -170,9 +170,11 @@ def mode() -> Mode | None:
     if inside is not None:
         return inside
     value = os.environ.get(_VARIABLE, "").strip().lower()
-    if value not in ("", *get_args(Mode)):
+    if not value:
+        return None
+    if value not in get_args(Mode):
         raise ValueError(f"{_VARIABLE}={value!r}: expected one of {list(get_args(Mode))}, or unset")
-    return cast(Mode, value) if value else None
+    return cast(Mode, value)
 
 
 def fastest(

@@ -1,12 +1,13 @@
 """Launches by jax-triton, which since version 0.4 calls the types of the outputs otherwise."""
 
+import os
 import sys
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.common.triton import launch
+from pallas_kernels.common.triton import launch, unavailable
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,16 @@ def test_outputs_are_declared_as_the_version_expects(version, name, monkeypatch)
         ((2, 3), jnp.bfloat16),
         ((4,), jnp.float32),
     ]
+
+
+@pytest.mark.parametrize("kept", [None, "a folder"])
+def test_importing_jax_triton_leaves_tritons_cache_alone(kept, monkeypatch, tmp_path):
+    (tmp_path / "jax_triton.py").write_text("import os\nos.environ['TRITON_CACHE_DIR'] = ''\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "jax_triton", raising=False)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    if kept is not None:
+        monkeypatch.setenv("TRITON_CACHE_DIR", kept)
+    assert unavailable("gpu") is None
+    assert sys.modules.pop("jax_triton").__file__ == str(tmp_path / "jax_triton.py")
+    assert os.environ.get("TRITON_CACHE_DIR") == kept
