@@ -32,6 +32,11 @@ ROOMS = [
 FORMS = ["None", "name", "list", "auto", "environment"]
 
 
+def wide(value):
+    """A value of a table that `make test-all` takes: the interpreter runs some seconds for each."""
+    return pytest.param(value, marks=pytest.mark.wide)
+
+
 def names_of(operator):
     return [str(name) for name in OPERATORS[operator].implementations]
 
@@ -162,7 +167,8 @@ def platform(request):
         yield "mosaic_tpu"
 
 
-@pytest.mark.parametrize(("operator", "form"), list(product(OPERATORS, FORMS)))
+@pytest.mark.parametrize("form", ["None", "name", "auto", *map(wide, ("list", "environment"))])
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_every_form_of_a_choice(operator, form, platform, monkeypatch, searches, caplog):
     """Each computes what the oracle says, with gradients, and measures where it should."""
     each, room, kernel = OPERATORS[operator], room_of(operator), platform

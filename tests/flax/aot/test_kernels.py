@@ -118,7 +118,7 @@ def assert_odd_compiled(chip, shapes, integers_of_64_bits):
     ("integers_of_64_bits", "shapes"),
     [
         (False, ODD[::2]),
-        (True, ODD[1::2]),
+        pytest.param(True, ODD[1::2], marks=pytest.mark.wide),
         pytest.param(False, (*ODD[1::2], LARGER), marks=pytest.mark.wide),
         pytest.param(True, (*ODD[::2], LARGER), marks=pytest.mark.wide),
     ],

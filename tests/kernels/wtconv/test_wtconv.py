@@ -96,6 +96,7 @@ def loss(x, params, **keys):
 
 
 @pytest.mark.core
+@pytest.mark.wide
 def test_hessian_and_jvp_of_grad_and_jacrev_of_grad_agree():
     case = Case((3, 2), 1, 2, "float64", (1,), 1)
     x, params, _ = arrays(case)
