@@ -35,7 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import gpu_load, in_32_bits, vary_over, varying_axes
+from pallas_kernels.common._compat import gpu_load, in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
@@ -141,7 +141,7 @@ def forward(
 
     `precision` is ignored: it is about float32, which these kernels do not take.
     """
-    axes = varying_axes((x, w, bias))
+    inputs = x, w, bias
     _, *size, _ = window.images(x.shape)
     output = window.output(size, window.filters(w.shape)[:2])
     if window.reflect:
@@ -154,7 +154,7 @@ def forward(
         out_dtype=jnp.dtype(out_dtype),
         config=config,
     )
-    return vary_over(axes, y)
+    return vary_like(inputs, y)
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
@@ -182,7 +182,7 @@ def input_grad(
             precision=precision,
             config=config,
         )
-    axes = varying_axes((dy, w))
+    inputs = dy, w
     image, written, mirror = (dy.shape[0], *shape), jnp.dtype(dtype), None
     padded = image
     if window.reflect:
@@ -208,7 +208,7 @@ def input_grad(
         out_dtype=written,
         config=config,
     )
-    dx = vary_over(axes, dx)
+    dx = vary_like(inputs, dx)
     return dx if mirror is None else transposed(mirror, image, dx).astype(dtype)
 
 

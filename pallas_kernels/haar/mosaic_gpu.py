@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common._compat import in_32_bits, vary_over, varying_axes
+from pallas_kernels.common._compat import in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
@@ -82,7 +82,7 @@ def wavedec(
     x: jax.Array, *, ndim: int, levels: int, wavelet: str
 ) -> tuple[jax.Array, tuple[Bands, ...]]:
     """Returns the low band of `x [N, H, W, C]`, and three details a level, the coarsest first."""
-    axes, channels = varying_axes(x), x.shape[-1]
+    inputs, channels = x, x.shape[-1]
     low = aligned(x, x.dtype)
     details: list[Bands] = []
     while len(details) < levels:
@@ -91,7 +91,7 @@ def wavedec(
         low, *found = _analysis(low, count, x.dtype, x.dtype if last else jnp.dtype("float32"))
         for first in range(0, 3 * count, 3):
             details.insert(0, tuple(found[first : first + 3]))
-    return vary_over(axes, jax.tree.map(lambda band: band[..., :channels], (low, tuple(details))))
+    return vary_like(inputs, jax.tree.map(lambda band: band[..., :channels], (low, tuple(details))))
 
 
 @partial(jax.jit, static_argnames=("shape", "wavelet"))
@@ -100,7 +100,7 @@ def waverec(
     low: jax.Array, details: tuple[Bands, ...], *, shape: tuple[int, int], wavelet: str
 ) -> jax.Array:
     """Returns the image `[N, *shape, C]` that `wavedec` makes these bands of."""
-    axes, channels, dtype = varying_axes((low, details)), low.shape[-1], low.dtype
+    inputs, channels, dtype = (low, details), low.shape[-1], low.dtype
     low, left = jax.tree.map(lambda band: aligned(band, dtype), (low, list(details)))
     while left:
         # The finest levels, which are the largest, have launches with all `_FUSED` levels.
@@ -108,7 +108,7 @@ def waverec(
         levels, left = left[:count][::-1], left[count:]
         size = left[0][0].shape[1:3] if left else shape
         low = _synthesis(low, levels, size, jnp.dtype("float32") if left else dtype)
-    return vary_over(axes, low[..., :channels])
+    return vary_like(inputs, low[..., :channels])
 
 
 @dataclass(frozen=True)

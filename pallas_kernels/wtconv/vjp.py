@@ -32,14 +32,13 @@ import jax.numpy as jnp
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
-from pallas_kernels.common.types import Tree
+from pallas_kernels.common.types import Taps, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.wtconv.problem import Problem
 
-Taps = tuple[jax.Array, ...]
 Shapes = tuple[tuple[int, ...], ...]
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.common._compat import in_32_bits, vary_over, varying_axes
+from pallas_kernels.common._compat import in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import aligned, unavailable
 from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.types import Taps
 from pallas_kernels.wtconv.mosaic_gpu import fused_levels, level1, level2
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, STRIPS, handoff_dtype
 from pallas_kernels.wtconv.mosaic_gpu.weights import weight_grad
@@ -33,8 +34,6 @@ __all__ = [
 
 DIFFERENTIABLE = False
 BIAS_GRADIENT = True
-
-Taps = tuple[jax.Array, ...]
 
 _MAX_KERNEL = 5
 _MAX_LEVELS = 5
@@ -67,7 +66,7 @@ def forward(
 
     `wavelet` is Haar, and `precision` is float32's whatever it says: no tensor core is used.
     """
-    axes = varying_axes((x, taps, bias))
+    inputs = x, taps, bias
     if transpose:
         taps = tuple(jnp.flip(tap, (0, 1)) for tap in taps)
     channels, x = x.shape[-1], aligned(x, x.dtype)
@@ -80,7 +79,7 @@ def forward(
         half, low = level2.level2(x, packed, kernel_size, handoff_dtype(x))
         below = half, *_levels_from_third(low, packed, levels, kernel_size)
     y = level1.level1(x, below, packed, 1, kernel_size, bias is not None, x.dtype)
-    return vary_over(axes, y[..., :channels])
+    return vary_like(inputs, y[..., :channels])
 
 
 def _levels_from_third(low: jax.Array, taps: jax.Array, levels: int, kernel_size: int) -> Taps:

@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common._compat import in_32_bits, vary_over, varying_axes
+from pallas_kernels.common._compat import in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MULTIPROCESSORS,
     SHARED,
@@ -79,7 +79,7 @@ def weight_grad(
     If the last shape is that of a bias, the last result is its gradient, the sum of dy. Every sum
     runs in a fixed order, so the gradients are bitwise reproducible.
     """
-    axes = varying_axes((x, dy))
+    inputs = x, dy
     channels = x.shape[-1]
     biased = len(kernel_shapes[-1]) == 1
     kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1 - biased
@@ -94,8 +94,8 @@ def weight_grad(
     base, *fine = sums
     # The sum of dy follows the base's taps.
     sums = [base[:-1], *fine, *([base[-1]] if biased else [])]
-    return vary_over(
-        axes,
+    return vary_like(
+        inputs,
         tuple(
             one[..., :channels].reshape(shape)
             for one, shape in zip(sums, kernel_shapes, strict=True)
