@@ -102,7 +102,7 @@ def _both_formats(
 
 
 def _refusal(name: str, unavailable: str | None, device: torch.device, case: Case) -> str | None:
-    """Why an implementation does not take a case, which its `check` says."""
+    """The reason that `check` gives why an implementation does not take a case."""
     if unavailable is not None:
         return unavailable
     if device.type == "mps" and case.dtype == "float64":

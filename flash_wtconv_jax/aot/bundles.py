@@ -287,7 +287,7 @@ def _needed(program: _Program) -> list[list[_Operation]]:
 
 
 def _executed(program: _Program, slots: int) -> tuple[list[int], dict[tuple[int, int], int]]:
-    """How often each bundle is executed, and how often each jump (last bundle, target) is made."""
+    """Counts the executions of each bundle and of each jump (last bundle, target)."""
     blocks = _blocks(program, slots)
     number = {first: i for i, (first, _, _) in enumerate(blocks)}
     needed = _needed(program)

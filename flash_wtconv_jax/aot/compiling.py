@@ -153,7 +153,7 @@ def _start(dump: Path, log: IO[str]) -> subprocess.Popen[str]:
 
 
 def _death(status: int, log: Path) -> str:
-    """Why a worker ended: its signal, or the last line that it wrote."""
+    """The reason why a worker ended: its signal, or the last line that it wrote."""
     if status < 0:
         return f"the compiler died of {signal.Signals(-status).name}"
     lines = log.read_text(errors="replace").split("\n")

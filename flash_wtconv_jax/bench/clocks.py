@@ -40,7 +40,7 @@ class Clock(Protocol):
         """Times of each contender in milliseconds."""
 
     def turns(self, contenders: int) -> int:
-        """How often `take_turns` calls `on_turn`."""
+        """The number of times that `take_turns` calls `on_turn`."""
 
 
 def best() -> tuple[Clock, str | None]:
@@ -93,7 +93,7 @@ class HostClock:
         return {name: Spread(*(t / at_once for t in spread)) for name, spread in times.items()}
 
     def turns(self, contenders: int) -> int:
-        """How often `take_turns` calls `on_turn`."""
+        """The number of times that `take_turns` calls `on_turn`."""
         return timing.turns(contenders)
 
 
@@ -171,7 +171,7 @@ class DeviceEvents:
         return {name: Spread.of(spans) for name, spans in times.items()}
 
     def turns(self, contenders: int) -> int:
-        """How often `take_turns` calls `on_turn`."""
+        """The number of times that `take_turns` calls `on_turn`."""
         return (1 + _ROUNDS) * contenders
 
 

@@ -71,7 +71,7 @@ def _turn(call: Callable[[], object]) -> list[float]:
 
 
 def turns(contenders: int) -> int:
-    """How often `take_turns` calls `on_call`.
+    """The number of times that `take_turns` calls `on_call`.
 
     Example:
         >>> turns(2)

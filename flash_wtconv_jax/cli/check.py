@@ -234,7 +234,7 @@ def _backends(
 def _refusal(
     operator: "Operator", room: "Room", name: str, unavailable: str | None, case: "Case"
 ) -> str | None:
-    """Why an implementation does not take a case, which its `check` says."""
+    """The reason that `check` gives why an implementation does not take a case."""
     from pallas_kernels.common import device
 
     if unavailable is not None:

@@ -19,12 +19,12 @@ from pallas_kernels.dispatch.tuner import TuningParams
 
 _AT_ONCE_MS = 10
 _MOST_AT_ONCE = 20
-"""How long, and how many, calls of an accelerator are timed together."""
+"""Milliseconds, and the number, of an accelerator's calls that are timed together."""
 _PAUSES = 1, 2, 4, 8
 """Programs that run before them: with the calls fewer than JAX keeps in a device's queue, 32."""
 _PAUSE_SIZE = 4096
 _AGREEMENT_S = 600
-"""How long processes wait for the one that measures."""
+"""Seconds that processes wait for the one that measures."""
 
 
 def request(operator: Operator, direction: str, implementation: Choice) -> Request:

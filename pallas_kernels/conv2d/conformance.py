@@ -1,4 +1,4 @@
-"""How JAX computes the cases of the dense convolution; see `common.conformance.Room`."""
+"""JAX computes the cases of the dense convolution; see `common.conformance.Room`."""
 
 from collections.abc import Callable
 from functools import partial

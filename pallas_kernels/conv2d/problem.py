@@ -131,7 +131,7 @@ class Problem(NamedTuple):
         return self
 
     def distance(self, measured: Json) -> float:
-        """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
+        """The distance to a measured problem, see `dispatch.backend.Problem`.
 
         Neither the batch nor the output's dtype counts. What a table says of the window (stride,
         dilation, groups, ...) must be this problem's.

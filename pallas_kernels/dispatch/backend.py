@@ -40,7 +40,7 @@ class Problem(Protocol):
         """The problem whose measured times count for this one, itself where none is shared."""
 
     def distance(self, measured: Json) -> float:
-        """How unlike this problem is to one of a table of defaults, infinite if incomparable.
+        """The distance to a problem of a table of defaults, infinite if incomparable.
 
         Args:
             measured: Fields of a problem as JSON has them; those that a table leaves out count as
@@ -101,7 +101,7 @@ def missing(module: Implementation, functions: Iterable[str]) -> list[str]:
 
 
 def size_distance(shape: Sequence[int], measured: Sequence[int]) -> float:
-    """How unlike two inputs are: differences in log2 of the samples and of the channels.
+    """The distance of two inputs: differences in log2 of the samples and of the channels.
 
     Args:
         shape: `[batch, *sizes, channels]`; the batch does not count.

@@ -35,7 +35,7 @@ Entry = Json
 _FORMAT = "flash-wtconv measurements"
 _VERSION = 1
 _LOCK_S = 30
-"""How long a lock is waited for; a write takes milliseconds."""
+"""Seconds that a lock is waited for; a write takes milliseconds."""
 
 _GENERATIONS = itertools.count()
 

@@ -180,7 +180,7 @@ class Operator:
         return tuple(str(name) for name in names)
 
     def _refusal(self, name: str, direction: str, platform: str, problem: Problem) -> str | None:
-        """Why an implementation cannot compute a problem, None if it can."""
+        """The reason why an implementation cannot compute a problem, None if it can."""
         reason = self._unavailable(name, platform)
         if reason is not None:
             return reason

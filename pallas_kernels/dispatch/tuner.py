@@ -51,9 +51,9 @@ _HOPELESS = 3
 _TIE = 1.05
 _TIE_RUNS = 10
 _PATIENCE_S = 2.0
-"""How long a search may take before it shows a progress bar."""
+"""Seconds that a search may take before it shows a progress bar."""
 _TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""How far an output may be off, over the reference's largest: against faults, not roundings."""
+"""The greatest error of an output, over the reference's largest: it finds faults, not roundings."""
 
 
 class Candidate(NamedTuple):
@@ -86,7 +86,7 @@ class Measurement(Protocol):
         """One process's answer to a question that all processes of a program ask."""
 
     def untimeable(self) -> str | None:
-        """Why nothing can be timed here, None where it can."""
+        """The reason why nothing can be timed here, None where something can."""
 
     def untraced(self, search: Callable[[], Entry]) -> Entry:
         """Runs a search where arrays have values, outside of whatever is being traced."""
@@ -225,7 +225,7 @@ def _fastest(
     mode: Mode | None,
     measurement: Measurement,
 ) -> Candidate | None:
-    """As `fastest`, for one process; `entry` says what is asked, under its key."""
+    """Does what `fastest` does, for one process; `entry` says what is asked, under its key."""
     store, kind = cache.user_cache(), measurement.device_kind
     entries = _covering(store.get(kind, key), modules)
     if entries or mode == "cached":

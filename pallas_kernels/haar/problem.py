@@ -27,7 +27,7 @@ class Problem(NamedTuple):
         return self
 
     def distance(self, measured: Json) -> float:
-        """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
+        """The distance to a measured problem, see `dispatch.backend.Problem`.
 
         Example:
             >>> measured = {"shape": [8, 16, 16, 4], "dtype": "float32", "levels": 3}

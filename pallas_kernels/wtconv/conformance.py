@@ -1,4 +1,4 @@
-"""How JAX computes the cases of the wavelet convolution; see `common.conformance.Room`."""
+"""JAX computes the cases of the wavelet convolution; see `common.conformance.Room`."""
 
 import math
 from collections.abc import Callable

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
         return self._replace(shape=(images, *sizes))
 
     def distance(self, measured: Json) -> float:
-        """How unlike this problem is to a measured one, see `dispatch.backend.Problem`.
+        """The distance to a measured problem, see `dispatch.backend.Problem`.
 
         Neither the batch nor the wavelet counts; a kernel size or a level more is as far as twice
         the channels.

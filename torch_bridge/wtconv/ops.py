@@ -179,7 +179,7 @@ def _measurement(
     bias: bool,
     strides: tuple[int, ...] | None,
 ) -> measuring.OnRandomTensors:
-    """How the tuner runs an implementation on tensors like those of a call."""
+    """Runs and times an implementation on tensors like those of a call."""
     problem = problem.measured_as()
     n, *spatial, channels = problem.shape
     channels_last = strides is not None and strides[1] < strides[-1]
