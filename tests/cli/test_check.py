@@ -91,7 +91,8 @@ def test_nothing_is_measured(monkeypatch, searches):
     assert searches == []
 
 
-@pytest.mark.wide
+# Each room's own tests compute its cases with `xla` too.
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", FEW)
 def test_every_case_in_plain_jax(operator):
     output = check("--operator", operator, "--implementation", "xla")
