@@ -109,12 +109,12 @@ def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque_analyse(plan: Plan, x: jax.Array) -> Coefficients:
-    return _folding(partial(_analyse, plan))(x)
+    return _vmap_folding_trees(partial(_analyse, plan))(x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque_synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
-    return _folding(partial(_synthesise, plan))(low, details)
+    return _vmap_folding_trees(partial(_synthesise, plan))(low, details)
 
 
 _opaque_analyse.defvjp(
@@ -127,7 +127,7 @@ _opaque_synthesise.defvjp(
 )
 
 
-def _folding(run: Callable[..., Tree]) -> Callable[..., Tree]:
+def _vmap_folding_trees(run: Callable[..., Tree]) -> Callable[..., Tree]:
     """A kernel whose vmap folds into the batch, so that it stays one call of the kernel."""
     call = custom_vmap(run)
 

@@ -288,9 +288,9 @@ DEVICE void clear(float* shared, int planes) {
     *reinterpret_cast<Vector<float, 4>*>(shared + i) = {};
 }
 
-// Loads pixels up to `reach` around the tile and stores the coefficients of the first level. With
+// Loads pixels up to `margin` around the tile and stores the coefficients of the first level. With
 // `zeros` it clears the planes while the first loads are in flight.
-DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& block, int reach,
+DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& block, int margin,
                  bool zeros, float* shared) {
   constexpr int ACROSS = items_across(1), DOWN = rows_of(1);
 #if CHANNELS_LAST
@@ -302,20 +302,20 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
   static_assert(LINE <= THREADS, "a thread has one column");
   constexpr int STEP = THREADS / LINE;
   constexpr int AT_ONCE = 4 / TOGETHER;  // Items whose loads are in flight together.
-  constexpr int TURNS = (LINES + AT_ONCE * STEP - 1) / (AT_ONCE * STEP);
+  constexpr int ITERATIONS = (LINES + AT_ONCE * STEP - 1) / (AT_ONCE * STEP);
   const int of_line = threadIdx.x % LINE, first_line = threadIdx.x / LINE;
   const int lines = first_line < STEP ? LINES : 0;
   const int item = CHANNELS_LAST ? of_line / (PLANES / TOGETHER) : of_line;
   const int item_column = first_column(1) + item * COLUMNS;
   const int item_plane = CHANNELS_LAST ? of_line % (PLANES / TOGETHER) * TOGETHER : 0;
   const int column = block.left + 2 * (item_column - left_of[1]);
-  const int top = max(0, block.top - reach), left = max(0, block.left - reach);
-  const int bottom = min(image.height, block.top + TILE_H + reach);
-  const int right = min(image.width, block.left + TILE_W + reach);
+  const int top = max(0, block.top - margin), left = max(0, block.left - margin);
+  const int bottom = min(image.height, block.top + TILE_H + margin);
+  const int right = min(image.width, block.left + TILE_W + margin);
   const Scalar* from = x + item_plane * image.plane + Offset(column) * image.column;
 #pragma unroll 1
-  for (int turn = 0; turn < TURNS; turn++) {
-    const int first = turn * AT_ONCE * STEP + first_line;
+  for (int iteration = 0; iteration < ITERATIONS; iteration++) {
+    const int first = iteration * AT_ONCE * STEP + first_line;
     float pixels[AT_ONCE][TOGETHER][4 * COLUMNS];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
@@ -338,7 +338,7 @@ DEVICE void load(const Scalar* __restrict__ x, const Image& image, const Block& 
         }
       }
     }
-    if (zeros && turn == 0) {
+    if (zeros && iteration == 0) {
       clear(shared, PLANES);
       __syncthreads();
     }
@@ -642,10 +642,10 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
 
   constexpr Level level = level_at(1);
   constexpr int DOWN = (tile_rows[1] + ROWS - 1) / ROWS;
-  constexpr int ITEMS = PLANES * DOWN * level.across, TURNS = (ITEMS + THREADS - 1) / THREADS;
+  constexpr int ITEMS = PLANES * DOWN * level.across, ITERATIONS = (ITEMS + THREADS - 1) / THREADS;
 #pragma unroll 1
-  for (int turn = 0; turn < TURNS; turn++) {
-    const int item = turn * THREADS + threadIdx.x;
+  for (int iteration = 0; iteration < ITERATIONS; iteration++) {
+    const int item = iteration * THREADS + threadIdx.x;
     const int index = item % PLANES, patch = item / PLANES;
     const int row = patch / level.across * ROWS, column = 4 * (patch % level.across);
     const int top = block.top + 2 * row, left = block.left + 2 * column;
@@ -831,10 +831,10 @@ wtconv_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, floa
 #if CHANNELS_LAST
   const int groups = (channels + PLANES - 1) / PLANES, group = blockIdx.x % groups;
   const int program = blockIdx.x / groups;
-  const Offset turns = tiles * images;
+  const Offset iterations = tiles * images;
 #else
   const int channel = blockIdx.x % channels, program = blockIdx.x / channels;
-  const Offset turns = tiles * ((images + PLANES - 1) / PLANES);
+  const Offset iterations = tiles * ((images + PLANES - 1) / PLANES);
 #endif
 
   int role = int(threadIdx.x), l = 0;
@@ -866,13 +866,13 @@ wtconv_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, floa
   float found[KK] = {};
   Block block;
 #pragma unroll 1
-  for (Offset turn = program; turn < turns; turn += programs) {
+  for (Offset iteration = program; iteration < iterations; iteration += programs) {
 #if CHANNELS_LAST
-    block = block_at(turn * groups + group, images, channels, height, width);
+    block = block_at(iteration * groups + group, images, channels, height, width);
 #else
-    block = block_at(channel * turns + turn, images, channels, height, width);
+    block = block_at(channel * iterations + iteration, images, channels, height, width);
 #endif
-    const bool zeros = !TILED && turn == program;
+    const bool zeros = !TILED && iteration == program;
     load(x + block.first, image, block, 2 * halo[1], zeros, shared);
     // dy's halo belongs to the neighbouring tiles, so it counts as zero here.
     load(dy + block.first, image, block, 0, zeros, other);

@@ -229,8 +229,10 @@ class Variant(NamedTuple):
             items = variant.items()
         if self.channels_last:
             variant = variant._replace(vector=math.gcd(self.vector, self.planes))
-        turns = _ceil_div(items, 32 * self.warps()) if self.kernel == "forward" else 1
-        return variant._replace(threads=_round_up(max(_ceil_div(items, turns), variant.line()), 32))
+        iterations = _ceil_div(items, 32 * self.warps()) if self.kernel == "forward" else 1
+        return variant._replace(
+            threads=_round_up(max(_ceil_div(items, iterations), variant.line()), 32)
+        )
 
     def cut(self, height: int, width: int, most_h: int, most_w: int) -> "Variant":
         """The same variant for tiles of about even size of an image.
@@ -461,15 +463,15 @@ def programs(variant: Variant, shape: tuple[int, ...], device: Device) -> int:
     """The number of blocks that share the sums of a channel, so that the last ends earliest."""
     n, c, h, w = shape
     channels = _ceil_div(c, variant.planes) if variant.channels_last else c
-    turns = _ceil_div(h, variant.height) * _ceil_div(w, variant.width)
-    turns *= n if variant.channels_last else _ceil_div(n, variant.planes)
+    iterations = _ceil_div(h, variant.height) * _ceil_div(w, variant.width)
+    iterations *= n if variant.channels_last else _ceil_div(n, variant.planes)
     at_once = variant.blocks * device.multiprocessors
     # Channels-last a block stores the sums of several channels.
     waves = 2 if variant.channels_last else 4
-    most = max(1, min(turns, waves * at_once // channels))
+    most = max(1, min(iterations, waves * at_once // channels))
 
     def time(programs: int) -> tuple[int, int]:
-        return _ceil_div(channels * programs, at_once) * _ceil_div(turns, programs), -programs
+        return _ceil_div(channels * programs, at_once) * _ceil_div(iterations, programs), -programs
 
     return min(range(1, most + 1), key=time)
 
