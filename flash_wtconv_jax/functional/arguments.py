@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Sequence
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import jax
 from jax.typing import DTypeLike
@@ -10,14 +10,13 @@ from jax.typing import DTypeLike
 from pallas_kernels.common.arguments import checked_dtype, checked_integer, checked_precision
 from pallas_kernels.dispatch import Operator
 
+R = TypeVar("R")
+
 ImplementationLike = str | enum.StrEnum | Sequence[str | enum.StrEnum] | None
 """The values of `implementation=`: None (the rule), one name, or a sequence of names."""
 
 PrecisionLike = str | jax.lax.Precision | None
 """The values of `precision=`, one for the input and the kernels."""
-
-
-R = TypeVar("R")
 
 
 def check_constructor(**arguments: object) -> None:
@@ -87,13 +86,3 @@ def checked_rngs(rngs: R) -> R:
             f"{type(rngs).__name__}"
         )
     return rngs
-
-
-def hashable(value: R) -> R:
-    """An argument as `nnx.jit` and `nnx.split` can compare and hash it: lists become tuples.
-
-    Example:
-        >>> hashable([1, [2, 3]])
-        (1, (2, 3))
-    """
-    return cast(R, tuple(map(hashable, value))) if isinstance(value, list | tuple) else value

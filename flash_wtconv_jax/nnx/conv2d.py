@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments, conv2d
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, Pair
+from pallas_kernels.common.arguments import hashable
 
 
 class Conv2d(nnx.Module):
@@ -62,11 +63,11 @@ class Conv2d(nnx.Module):
     ) -> None:
         self.in_features = in_features
         self.out_features = out_features
-        self.kernel_size = arguments.hashable(kernel_size)
-        self.strides = arguments.hashable(strides)
-        self.padding = arguments.hashable(padding)
-        self.input_dilation = arguments.hashable(input_dilation)
-        self.kernel_dilation = arguments.hashable(kernel_dilation)
+        self.kernel_size = hashable(kernel_size)
+        self.strides = hashable(strides)
+        self.padding = hashable(padding)
+        self.input_dilation = hashable(input_dilation)
+        self.kernel_dilation = hashable(kernel_dilation)
         self.feature_group_count = feature_group_count
         self.use_bias = use_bias
         self.mask = nnx.data(mask)
@@ -74,7 +75,7 @@ class Conv2d(nnx.Module):
         self.param_dtype = param_dtype
         self.precision = precision
         self.activation = activation
-        self.implementation = arguments.hashable(implementation)
+        self.implementation = hashable(implementation)
         conv2d.check_layer(self)
         shape = conv2d.kernel_shape(in_features, out_features, kernel_size, feature_group_count)
         rngs = arguments.checked_rngs(rngs)

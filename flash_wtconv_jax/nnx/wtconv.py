@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments, wtconv
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
+from pallas_kernels.common.arguments import hashable
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
@@ -49,7 +50,7 @@ class _WTConv(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        self.implementation = arguments.hashable(implementation)
+        self.implementation = hashable(implementation)
         wtconv.check_layer(self)
         table = wtconv.parameter_table(
             ndim=self.ndim,

@@ -190,3 +190,13 @@ def remembered(check: Callable[P, R]) -> Callable[P, R]:
         return known(*args, **kwargs)  # type: ignore[arg-type]
 
     return call
+
+
+def hashable(value: R) -> R:
+    """An argument as caches, `nnx.jit` and `nnx.split` can hash it: lists become tuples.
+
+    Example:
+        >>> hashable([1, [2, 3]])
+        (1, (2, 3))
+    """
+    return cast(R, tuple(map(hashable, value))) if isinstance(value, list | tuple) else value

@@ -6,7 +6,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from pallas_kernels.common.arguments import (
     checked_integer,
     checked_pair,
     checked_precision,
+    hashable,
     remembered,
     sharded,
 )
@@ -28,7 +29,6 @@ from pallas_kernels.conv2d import vjp
 from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Window
 from pallas_kernels.dispatch import Choice, Operator
 
-R = TypeVar("R")
 Padding = int | str | Sequence[int | Sequence[int]]
 
 
@@ -128,9 +128,9 @@ def conv2d(
         w.shape,
         w.dtype,
         None if bias is None else bias.shape,
-        _hashable(stride),
-        _hashable(padding),
-        _hashable(dilation),
+        hashable(stride),
+        hashable(padding),
+        hashable(dilation),
         groups,
         activation,
         layout,
@@ -327,11 +327,6 @@ def _leaves(value: object) -> Iterator[object]:
             yield from _leaves(one)
     elif value is not None:
         yield value
-
-
-def _hashable(value: R) -> R:
-    """Lists as tuples, so that a call with them can be remembered."""
-    return cast(R, tuple(map(_hashable, value))) if isinstance(value, list | tuple) else value
 
 
 def _window(

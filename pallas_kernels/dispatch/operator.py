@@ -91,7 +91,8 @@ class Operator:
         """
         several, names, filter_ = self._wanted(direction, implementation)
         mode, epoch = tuner.mode(), None
-        if _measures(mode, several):
+        # Times decide, as far as they are known or may be measured.
+        if mode in ("cached", "search") or (mode is None and several):
             epoch = tuner.trace(), cache.user_cache().generation(self.name, direction)
         return Request(
             self, direction, names, several, filter_, platform, device_kind, mode, epoch, state
@@ -214,7 +215,8 @@ class Request(NamedTuple):
         device_kind: The device's kind; None goes by the rule alone.
         mode: The mode that `tuning` sets.
         epoch: Tells calls that choose by times from those that JAX has traced before: the number
-            of a `tuner.recorded` block, and the generation of what was measured.
+            of a `tuner.recorded` block, and the generation of what was measured. None where
+            times do not decide.
         state: Other state that `unavailable` depends on.
     """
 
@@ -266,11 +268,11 @@ class Request(NamedTuple):
         Raises:
             NotImplementedError: No candidate can run; says why for each.
         """
-        if not _measures(self.mode, self.several):
+        if self.epoch is None:
             return Candidate(_first(self, problem))
-        key = self, problem, arguments
+        key, (recorded, _) = (self, problem, arguments), self.epoch
         # Inside `tuner.recorded` each choice is to be told of.
-        if key in _FASTEST and self.epoch and self.epoch[0] is None:
+        if key in _FASTEST and recorded is None:
             return _FASTEST[key]
         able = list(self._able(problem))
         modules = {name: self.operator.module(name) for name in able}
@@ -293,7 +295,7 @@ class Request(NamedTuple):
             Its name; None where times decide, or none can run.
         """
         try:
-            if not _measures(self.mode, self.several):
+            if self.epoch is None:
                 return _first(self, problem)
             first, *others = self._able(problem, quiet=True)
         except NotImplementedError:
@@ -339,11 +341,6 @@ class Request(NamedTuple):
             "%s %s: %s is left out of %s, %s",
             *(self.operator.name, self.direction, name, self.filter, reason),
         )
-
-
-def _measures(mode: Mode | None, several: bool) -> bool:
-    """Whether times decide, as far as they are known or may be measured."""
-    return mode in ("cached", "search") or (mode is None and several)
 
 
 @lru_cache(_MOST_REMEMBERED)
