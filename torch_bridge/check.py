@@ -20,9 +20,9 @@ from pallas_kernels.dispatch import tuning
 from pallas_kernels.wtconv.cases import CASES, Case
 from torch_bridge.exchange import from_jax
 from torch_bridge.runtime.device import best_device
-from torch_bridge.runtime.on_cpu import cuda, metal
 from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import LAYERS
+from torch_bridge.wtconv.on_cpu import cuda, metal
 
 IMPLEMENTATIONS = tuple(map(str, ops.Implementation))
 """The names that `--implementation` takes; those that run on the CPU too are checked there too."""

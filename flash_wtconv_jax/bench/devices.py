@@ -31,9 +31,9 @@ def first(platform: str | None) -> jax.Device | None:
     devices = [client.local_devices()[0] for client in backends().values()]
     here = {device.platform: device for device in devices}
     if platform not in here:
-        told = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']!r})"
+        setting = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']!r})"
         raise ValueError(
             f"device: JAX finds no {platform} here, only {sorted(here)}"
-            f"{told if os.environ.get('JAX_PLATFORMS') else ''}"
+            f"{setting if os.environ.get('JAX_PLATFORMS') else ''}"
         )
     return here[platform]

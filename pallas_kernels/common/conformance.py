@@ -66,7 +66,7 @@ class Room(Protocol[C]):
     CASES: Sequence[C]
 
     def problem(self, case: C) -> "Problem":
-        """The operator's `Problem` of a case, which an implementation's `check` is told of."""
+        """The operator's `Problem` of a case, which an implementation's `check` takes."""
 
     def computed(self, case: C, implementation: str) -> Callable[..., Results]:
         """Returns the function that computes a case by one implementation."""
@@ -135,8 +135,8 @@ def bounds(case: C, plain: Callable[[C], Results]) -> dict[str, float]:
 
     Args:
         case: The case that is computed.
-        plain: Computes it in plain operations that are only told to use its dtype: in low precision
-            twice their error is allowed.
+        plain: Computes it in plain operations in its dtype: in low precision twice their error is
+            allowed.
 
     Returns:
         Fractions of the root mean square, by name.

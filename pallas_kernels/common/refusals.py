@@ -16,6 +16,24 @@ def refusal(reasons: Sequence[str]) -> NotImplementedError:
     return NotImplementedError(f"does not take {'; '.join(reasons)}")
 
 
+def unsupported_sizes(shape: Sequence[object]) -> list[str]:
+    """The reasons why a kernel, whose sizes are positive numbers, does not take an array.
+
+    Args:
+        shape: The array's shape; its sizes are numbers or symbols of `jax.export`.
+
+    Returns:
+        A phrase, or none where a kernel can take the array.
+
+    Example:
+        >>> unsupported_sizes((0, 8, 8, 4))
+        ['an empty array']
+    """
+    if not all(isinstance(size, int) for size in shape):
+        return ["arrays of symbolic size"]
+    return ["an empty array"] if 0 in shape else []
+
+
 def refuse(reasons: Sequence[str]) -> None:
     """Raises `refusal(reasons)` if there are any reasons.
 

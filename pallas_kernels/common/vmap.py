@@ -1,6 +1,7 @@
 """Rules by which `jax.vmap` maps kernels, which have one batch axis and no batching rule."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ from jax.custom_batching import custom_vmap
 from pallas_kernels.common.types import Tree
 
 
-def vmap_folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A kernel whose vmap folds into the batch of its first argument, so that it stays one call.
+def vmap_folding(run: Callable[..., Tree], own: int = 1) -> Callable[..., Tree]:
+    """A kernel whose vmap folds into the batch of its arguments, so that it stays one call.
 
     Args:
-        run: Function of `x [N, ...]` and of arrays that all images share, to `[N, ...]`. It is
-            called once for each example where the shared arrays are batched too.
+        run: Function of `own` trees of arrays `[N, ...]`, and of arrays that all images share, to
+            a tree of arrays `[N, ...]`. It is called once for each example where the shared arrays
+            are batched too.
+        own: Number of the arguments that each image has its own of.
 
     Returns:
         The same function.
@@ -26,16 +29,18 @@ def vmap_folding(run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     call = custom_vmap(run)
 
     @call.def_vmap
-    def rule(
-        size: int, batched: tuple[Tree, ...], x: jax.Array, *shared: Tree
-    ) -> tuple[jax.Array, bool]:
-        if any(jax.tree.leaves(batched[1:])):
-            return _each(call, batched, (x, *shared)), True
-        if size == 0:
-            one = jax.eval_shape(run, jax.ShapeDtypeStruct(x.shape[1:], x.dtype), *shared)
-            return jnp.zeros((0, *one.shape), one.dtype), True
-        y = call(x.reshape(-1, *x.shape[2:]), *shared)
-        return y.reshape(*x.shape[:2], *y.shape[1:]), True
+    def rule(size: int, batched: tuple[Tree, ...], *args: Tree) -> tuple[Tree, Tree]:
+        if any(jax.tree.leaves(batched[own:])):
+            out = _each(call, batched, args)
+        elif size == 0:
+            example = jax.tree.map(_example, args[:own], tuple(batched[:own]))
+            one = jax.eval_shape(run, *example, *args[own:])
+            out = jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), one)
+        else:
+            folded = jax.tree.map(partial(_fold, size), args[:own], tuple(batched[:own]))
+            rows = call(*folded, *args[own:])
+            out = jax.tree.map(lambda y: y.reshape(size, -1, *y.shape[1:]), rows)
+        return out, jax.tree.map(lambda _: True, out)
 
     return call
 
@@ -61,6 +66,17 @@ def vmap_sequential(run: Callable[..., Tree]) -> Callable[..., Tree]:
         return out, jax.tree.map(lambda _: True, out)
 
     return call
+
+
+def _example(array: jax.Array, batched: bool) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of one example's array."""
+    return jax.ShapeDtypeStruct(array.shape[1:] if batched else array.shape, array.dtype)
+
+
+def _fold(size: int, array: jax.Array, batched: bool) -> jax.Array:
+    """The arrays `[N, ...]` of `size` examples as one `[size * N, ...]`."""
+    each = array if batched else jnp.broadcast_to(array, (size, *array.shape))
+    return each.reshape(-1, *each.shape[2:])
 
 
 def _each(function: Callable[..., Tree], batched: Tree, args: Tree) -> Tree:

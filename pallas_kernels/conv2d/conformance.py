@@ -16,7 +16,7 @@ __all__ = ["CASES", "baseline", "computed", "problem"]
 
 
 def problem(case: Case) -> Problem:
-    """Returns what an implementation's `check` is told of a case.
+    """Returns the problem of a case, which an implementation's `check` takes.
 
     Example:
         >>> problem(Case(2, 6, 5, 4, 3, 2, 8, padding="SAME")).window.pads

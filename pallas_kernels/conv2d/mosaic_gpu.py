@@ -45,7 +45,7 @@ from pallas_kernels.common.mosaic_gpu import (
     size_in_bytes,
     unavailable,
 )
-from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.conv2d import xla
 from pallas_kernels.conv2d.problem import Pair, Problem, TileConfig, Window
@@ -101,7 +101,7 @@ def check(direction: str, problem: Problem) -> None:
         reasons.append("float64 as what is written")
     if problem.window.groups > 1:
         reasons.append(f"{problem.window.groups} groups, one alone")
-    sizes = problem.unsupported()
+    sizes = unsupported_sizes(problem.shape)
     reasons += sizes
     if not sizes:
         images, *size, _ = problem.shape

@@ -47,7 +47,7 @@ from pallas_kernels.common.mosaic_tpu import (
     round_up,
     unavailable,
 )
-from pallas_kernels.common.refusals import refusal, refuse
+from pallas_kernels.common.refusals import refusal, refuse, unsupported_sizes
 from pallas_kernels.common.types import Index, Pair, Ref, Slice
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
@@ -127,7 +127,7 @@ def check(direction: str, problem: Problem) -> None:
         f"{dtype}, {' and '.join(_DTYPES)} alone"
         for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
     ]
-    reasons += problem.unsupported()
+    reasons += unsupported_sizes(problem.shape)
     if problem.window.groups > 1:
         reasons.append(f"{problem.window.groups} groups of channels")
     refuse(reasons)

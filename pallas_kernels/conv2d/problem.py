@@ -111,7 +111,7 @@ class TileConfig(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A call as implementations are told of it; shape is `(N, H, W, C)` in any layout."""
+    """A call as implementations see it; shape is `(N, H, W, C)` in any layout."""
 
     shape: tuple[int, ...]
     dtype: Dtype
@@ -157,17 +157,6 @@ class Problem(NamedTuple):
             + abs(self.kernel_height - measured.get("kernel_height", self.kernel_height))
             + abs(self.kernel_width - measured.get("kernel_width", self.kernel_width))
         )
-
-    def unsupported(self) -> list[str]:
-        """The reasons why the sizes of this problem are none for a kernel.
-
-        Example:
-            >>> Problem((0, 8, 8, 4), "float32", 3, 3, 8, Window(), "float32").unsupported()
-            ['an empty batch']
-        """
-        if not all(isinstance(size, int) for size in self.shape):
-            return ["arrays of symbolic size"]
-        return ["an empty batch"] if 0 in self.shape else []
 
 
 def _as_json(value: object) -> object:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.triton import AnyArray, Launch, cdiv, contiguous
 from pallas_kernels.conv2d import triton_kernels as kernels
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
@@ -20,7 +20,7 @@ def check(problem: Problem) -> None:
         f"{dtype}, {', '.join(_DTYPES)} alone"
         for dtype in sorted({str(problem.dtype), str(problem.out_dtype)} - set(_DTYPES))
     ]
-    sizes = problem.unsupported()
+    sizes = unsupported_sizes(problem.shape)
     reasons += sizes
     if not sizes:
         images, *size, channels = problem.shape

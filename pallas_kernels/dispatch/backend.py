@@ -1,7 +1,7 @@
 """The contract between `dispatch`, which knows no operator, and the rooms of every operator.
 
-An operator's implementation is a module, `Implementation` says what it offers. What it is told of a
-call is a `Problem`. The functions that compute are the operator's own: `Operator.directions` names
+An operator's implementation is a module, `Implementation` says what it offers. It sees a call as a
+`Problem`. The functions that compute are the operator's own: `Operator.directions` names
 those that an implementation needs for each direction, and the operator's `vjp` says what they take.
 """
 

@@ -172,9 +172,9 @@ class Cache:
 
     def _keep_in_memory(self, error: Exception) -> None:
         with self._lock:
-            told, self._memory_alone = self._memory_alone, True
+            warned, self._memory_alone = self._memory_alone, True
             self._unwritten.clear()
-        if not told:
+        if not warned:
             warnings.warn(
                 f"measured times are kept in memory alone, {self.folder} cannot be written: "
                 f"{error or type(error).__name__}",

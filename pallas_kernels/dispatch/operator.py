@@ -238,7 +238,7 @@ class Request(NamedTuple):
         after it the platform's rule. Nothing is measured.
 
         Args:
-            problem: The operator's description of the call, handed to `check` and told in errors.
+            problem: The operator's description of the call, handed to `check` and named in errors.
 
         Returns:
             Its name.
@@ -271,7 +271,7 @@ class Request(NamedTuple):
         if self.epoch is None:
             return Candidate(_first(self, problem))
         key, (recorded, _) = (self, problem, arguments), self.epoch
-        # Inside `tuner.recorded` each choice is to be told of.
+        # Inside `tuner.recorded` each choice is recorded.
         if key in _FASTEST and recorded is None:
             return _FASTEST[key]
         able = list(self._able(problem))

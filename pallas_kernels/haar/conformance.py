@@ -24,7 +24,7 @@ Transform = Callable[..., Tree]
 
 
 def problem(case: Case) -> Problem:
-    """Returns what an implementation's `check` is told of a case.
+    """Returns the problem of a case, which an implementation's `check` takes.
 
     Example:
         >>> problem(Case((7, 9), 1, batch=(2, 3))).shape

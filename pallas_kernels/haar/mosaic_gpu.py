@@ -39,6 +39,7 @@ from pallas_kernels.common.mosaic_gpu import (
 )
 from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.types import Index, Ref, Slice
+from pallas_kernels.haar.butterfly import merge, split
 from pallas_kernels.haar.problem import Problem
 
 __all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
@@ -392,9 +393,8 @@ class _Analysis(_Block):
                     a, b, c, d = (self.load(image, 0, at) for at in corners)
                 else:
                     a, b, c, d = (finer[at] for at in corners)
-                top, bottom, right, cross = a + b, c + d, a - b, c - d
-                lows[j, v, u] = 0.5 * (top + bottom)
-                bands = top - bottom, right + cross, right - cross
+                low, *bands = split(a, b, c, d)
+                lows[j, v, u] = 0.5 * low
                 for (_, out, _), band in zip(details[3 * (level - 1) :], bands, strict=False):
                     self.store(out, level, (j, v, u), 0.5 * band)
         for at, value in lows.items():
@@ -415,12 +415,8 @@ class _Synthesis(_Block):
             bands = details[3 * (level - 1) : 3 * level]
             coarser, lows = lows, {}
             for j, v, u in self.squares(level):
-                vertical, horizontal, diagonal = (
-                    self.load(band, level, (j, v, u)) for band in bands
-                )
-                top, bottom = coarser[j, v, u] + vertical, coarser[j, v, u] - vertical
-                right, cross = horizontal + diagonal, horizontal - diagonal
-                pixels = top + right, top - right, bottom + cross, bottom - cross
+                high = (self.load(band, level, (j, v, u)) for band in bands)
+                pixels = merge(coarser[j, v, u], *high)
                 corners = [(j, 2 * v + b, 2 * u + e) for b in range(2) for e in range(2)]
                 for at, pixel in zip(corners, pixels, strict=True):
                     if level == 1:

@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pallas_kernels.common.refusals import unsupported_sizes
 from pallas_kernels.common.types import Dtype, Json
 from pallas_kernels.dispatch.backend import size_distance
 from pallas_kernels.haar.filters import unsupported
 
 
 class Problem(NamedTuple):
-    """A call as implementations are told of it; shape is that of the whole signal."""
+    """A call as implementations see it; shape is that of the whole signal."""
 
     shape: tuple[int, ...]
     dtype: Dtype
@@ -56,8 +57,4 @@ class Problem(NamedTuple):
         reasons = unsupported(self.ndim, self.dtype, self.wavelet, dtypes)
         if self.levels > max_levels:
             reasons.append(f"{self.levels} levels, up to {max_levels}")
-        if not all(isinstance(size, int) for size in self.shape):
-            reasons.append("arrays of symbolic size")
-        elif 0 in self.shape:
-            reasons.append("an empty array")
-        return reasons
+        return reasons + unsupported_sizes(self.shape)

@@ -12,11 +12,10 @@ from functools import partial
 from typing import NamedTuple, Protocol, cast
 
 import jax
-import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.types import Tree
+from pallas_kernels.common.vmap import vmap_folding
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
@@ -48,7 +47,7 @@ class Kernels(Protocol):
 
 
 class Plan(NamedTuple):
-    """The static choices of one call: the implementation's module, and what it is told."""
+    """The static choices of one call: the implementation's module and static arguments."""
 
     module: Implementation
     shape: tuple[int, ...]
@@ -109,12 +108,12 @@ def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque_analyse(plan: Plan, x: jax.Array) -> Coefficients:
-    return _vmap_folding_trees(partial(_analyse, plan))(x)
+    return vmap_folding(partial(_analyse, plan))(x)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque_synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
-    return _vmap_folding_trees(partial(_synthesise, plan))(low, details)
+    return vmap_folding(partial(_synthesise, plan), own=2)(low, details)
 
 
 _opaque_analyse.defvjp(
@@ -125,20 +124,3 @@ _opaque_synthesise.defvjp(
     lambda plan, low, details: (_opaque_synthesise(plan, low, details), None),
     lambda plan, _, x: _opaque_analyse(plan, x),
 )
-
-
-def _vmap_folding_trees(run: Callable[..., Tree]) -> Callable[..., Tree]:
-    """A kernel whose vmap folds into the batch, so that it stays one call of the kernel."""
-    call = custom_vmap(run)
-
-    @call.def_vmap
-    def rule(size: int, batched: Tree, *args: Tree) -> tuple[Tree, Tree]:
-        def folded(array: jax.Array, moving: bool) -> jax.Array:
-            each = array if moving else jnp.broadcast_to(array, (size, *array.shape))
-            return each.reshape(-1, *each.shape[2:])
-
-        out = call(*jax.tree.map(folded, args, tuple(batched)))
-        split = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), out)
-        return split, jax.tree.map(lambda _: True, out)
-
-    return call

@@ -18,7 +18,7 @@ _WTCONV = {1: api.wtconv1d, 2: api.wtconv2d, 3: api.wtconv3d}
 
 
 def problem(case: Case) -> Problem:
-    """Returns what an implementation's `check` is told of a case.
+    """Returns the problem of a case, which an implementation's `check` takes.
 
     Example:
         >>> problem(Case((7, 9), 1, 5, batch=(2, 3))).shape

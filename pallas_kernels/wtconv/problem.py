@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pallas_kernels.common.refusals import unsupported_sizes
 from pallas_kernels.common.types import Dtype, Json
 from pallas_kernels.dispatch.backend import size_distance
 from pallas_kernels.haar.filters import unsupported
 
 
 class Problem(NamedTuple):
-    """A call as implementations are told of it: x is `[N, *spatial, C]`."""
+    """A call as implementations see it: x is `[N, *spatial, C]`."""
 
     shape: tuple[int, ...]
     dtype: Dtype
@@ -85,8 +86,4 @@ class Problem(NamedTuple):
             reasons.append(f"kernels of {self.kernel_size}, odd ones alone")
         if max_levels is not None and not 1 <= self.levels <= max_levels:
             reasons.append(f"{self.levels} levels, 1 to {max_levels}")
-        if not all(isinstance(size, int) for size in self.shape):
-            reasons.append("arrays of symbolic size")
-        elif self.shape[0] == 0:
-            reasons.append("an empty batch")
-        return reasons
+        return reasons + unsupported_sizes(self.shape)

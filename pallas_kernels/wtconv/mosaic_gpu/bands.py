@@ -17,40 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, Divided, Launched, zeros
 
-__all__ = ["WARPGROUPS", "BandsBlock", "Square", "analysed", "synthesised"]
+__all__ = ["WARPGROUPS", "BandsBlock"]
 
 WARPGROUPS = 4
 """Warpgroups of a block, one for each band."""
-
-Bands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""The bands LL, LH, HL and HH."""
-Square = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""A square of two rows of two values."""
-
-
-def analysed(square: Square) -> Bands:
-    """Returns the four bands of a square, twice as large as they are.
-
-    Example:
-        >>> analysed(((1, 2), (3, 5)))
-        (11, -5, -3, 1)
-    """
-    (a, b), (c, d) = square
-    top, bottom, falls, rises = a + b, c + d, a - b, c - d
-    return top + bottom, top - bottom, falls + rises, falls - rises
-
-
-def synthesised(bands: Bands) -> Square:
-    """Returns the square that four bands make up, four times as large for bands of `analysed`.
-
-    Example:
-        >>> synthesised(analysed(((1, 2), (3, 5))))
-        ((4, 8), (12, 20))
-    """
-    low, vertical, horizontal, diagonal = bands
-    top, bottom = low + vertical, low - vertical
-    right, cross = horizontal + diagonal, horizontal - diagonal
-    return (top + right, top - right), (bottom + cross, bottom - cross)
 
 
 class Banded(Divided, Protocol):

@@ -27,6 +27,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 from typing import cast
 
 import jax
@@ -44,12 +45,10 @@ from pallas_kernels.common.mosaic_gpu import (
     size_in_bytes,
 )
 from pallas_kernels.common.types import Index, Ref
+from pallas_kernels.haar import butterfly
 from pallas_kernels.wtconv.mosaic_gpu.bands import (
     WARPGROUPS,
     BandsBlock,
-    Square,
-    analysed,
-    synthesised,
 )
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, MAX_COLUMNS, STRIPS
 
@@ -548,8 +547,8 @@ class _Block(BandsBlock):
         columns = self.tiling.levels[level].columns
 
         def one(j: Index) -> None:
-            square = (low(j, 0, 0), low(j, 0, 1)), (low(j, 1, 0), low(j, 1, 1))
-            for band, value in enumerate(analysed(square)):
+            values = butterfly.split(*(low(j, v, e) for v, e in product(range(2), range(2))))
+            for band, value in enumerate(values):
                 self.coefficient(level, band, row, j)[...] = value
 
         if not split:
@@ -644,10 +643,11 @@ class _Block(BandsBlock):
             value = self.within(value, tiled.width, tiled.columns, j)
             self.coefficient(level, self.warpgroup, row, j)[...] = value
 
-    def pixels(self, level: int, row: Index, j: int) -> Square:
+    def pixels(self, level: int, row: Index, j: int) -> list[tuple[jax.Array, jax.Array]]:
         """Returns the synthesis of a level in a row of coefficients and column j of the strips."""
         found = (self.coefficient(level, band, row, j)[...] for band in range(WARPGROUPS))
-        return synthesised(tuple(found))
+        a, b, c, d = butterfly.merge(*found)
+        return [(a, b), (c, d)]
 
     def synthesise(self, level: int, row: Index) -> None:
         """Adds a row of a level's synthesis to the low band of the level above it."""
@@ -655,7 +655,7 @@ class _Block(BandsBlock):
         for j in range(each // 2):
             found = self.pixels(level, row, j)
 
-            def add(v: int, j: int = j, found: Square = found) -> None:
+            def add(v: int, j: int = j, found: list[tuple[jax.Array, jax.Array]] = found) -> None:
                 for e, value in enumerate(found[v]):
                     value = self.within(value, above.width, each, 2 * j + e)
                     low = self.coefficient(level - 1, 0, 2 * row + v, j, pair=e)

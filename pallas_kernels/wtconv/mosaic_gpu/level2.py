@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.mosaic_gpu import SHARED, next_stage, size_in_bytes
 from pallas_kernels.common.types import Index, Ref
-from pallas_kernels.wtconv.mosaic_gpu.bands import WARPGROUPS, BandsBlock, analysed, synthesised
+from pallas_kernels.haar.butterfly import merge, split
+from pallas_kernels.wtconv.mosaic_gpu.bands import WARPGROUPS, BandsBlock
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, STRIPS, Tiled, Tiling, launch, tilings
 
 __all__ = ["level2"]
@@ -293,7 +295,7 @@ class _Block(BandsBlock, Tiled):
             return upper + lower
 
         def one(j: Index) -> None:
-            values = analysed(((low(j, 0, 0), low(j, 0, 1)), (low(j, 1, 0), low(j, 1, 1))))
+            values = split(*(low(j, v, e) for v, e in product(range(2), range(2))))
             for band, value in enumerate(values):
                 self.view(self.bands.at[to, band], tiling.analysed, 1, j)[...] = value
 
@@ -362,10 +364,10 @@ class _Block(BandsBlock, Tiled):
                 self.view(self.filtered.at[buffer, band], tiling.columns, 1, j)[...]
                 for band in range(WARPGROUPS)
             )
-            for v, values in enumerate(synthesised(tuple(found))):
-                for e, value in enumerate(values):
-                    to = self.y.at[group, :, row + result_row, v, own, j, e, channel_block]
-                    to[...] = value.astype(self.y.dtype)
+            corners = product(range(2), range(2))
+            for (v, e), value in zip(corners, merge(*found), strict=True):
+                to = self.y.at[group, :, row + result_row, v, own, j, e, channel_block]
+                to[...] = value.astype(self.y.dtype)
 
         @pl.when((low_row >= 0) & (low_row < tiling.rows) & (i < self.count))
         def _() -> None:

@@ -240,7 +240,7 @@ REFUSED = {
     "float32, bfloat16 and float16 alone": {"dtype": np.dtype("float32")},
     "float64 as what is written": {"out_dtype": np.dtype("float64")},
     "2 groups, one alone": {"window": Window(groups=2)},
-    "an empty batch": {"shape": (0, 8, 8, 4)},
+    "an empty array": {"shape": (0, 8, 8, 4)},
     "the pixels of 1073741824 images": {"shape": (2**30, 8, 8, 4)},
     "symbolic size": {"shape": (*jax.export.symbolic_shape("b"), 8, 8, 4)},
 }

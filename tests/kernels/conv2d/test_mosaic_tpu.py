@@ -114,7 +114,7 @@ LAYER = Problem((2, 64, 64, 640), jnp.dtype("bfloat16"), 3, 3, 640, Window(), jn
 REFUSED = {
     "float16, float32 and bfloat16 alone": {"dtype": jnp.dtype("float16")},
     "float64, float32 and bfloat16 alone": {"out_dtype": jnp.dtype("float64")},
-    "an empty batch": {"shape": (0, 8, 8, 4)},
+    "an empty array": {"shape": (0, 8, 8, 4)},
     "2 groups of channels": {"window": Window(groups=2)},
     "symbolic size": {"shape": (*export.symbolic_shape("b"), 8, 8, 4)},
     "9 taps over 60001 x 3 pixels with any tiles: they need more than 96.0 MiB": {

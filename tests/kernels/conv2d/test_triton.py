@@ -145,7 +145,7 @@ def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
 LAYER = Problem((2, 8, 8, 4), np.dtype("float32"), 3, 3, 8, Window(), np.dtype("float32"))
 REFUSED = {
     "float64, float32, bfloat16, float16 alone": {"out_dtype": np.dtype("float64")},
-    "an empty batch": {"shape": (0, 8, 8, 4)},
+    "an empty array": {"shape": (0, 8, 8, 4)},
     "images of 65536x65536x4, which are too many": {"shape": (1, 2**16, 2**16, 4)},
     "the pixels of 1073741824 images": {"shape": (2**30, 8, 8, 4)},
     "1073741824 filters of 4 channels": {"features": 2**30},

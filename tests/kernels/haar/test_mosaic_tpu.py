@@ -109,6 +109,15 @@ def test_images_together_are_the_oracles(case):
     assert_oracle(case)
 
 
+def test_vmap_over_nothing():
+    coeffs = jax.vmap(lambda x: haar.wavedec2(x, level=1, implementation="mosaic_tpu"))
+    back = jax.vmap(lambda c: haar.waverec2(c, shape=(4, 6), implementation="mosaic_tpu"))
+    x = jnp.ones((0, 2, 4, 6, 1))
+    low, details = coeffs(x)
+    chex.assert_shape([low, *details], (0, 2, 2, 3, 1))
+    chex.assert_shape(back([low, details]), x.shape)
+
+
 def test_vmap_and_derivatives_of_gradients():
     x = jnp.asarray(inputs(Case((5, 6), 2))[0], "float32")
 

@@ -482,7 +482,7 @@ REFUSED = {
     "kernels of 7": {"kernel_size": 7},
     "0 levels": {"levels": 0},
     "6 levels": {"levels": 6},
-    "an empty batch": {"shape": (0, 8, 8, 4)},
+    "an empty array": {"shape": (0, 8, 8, 4)},
     "symbolic size": {"shape": (*jax.export.symbolic_shape("b"), 8, 8, 4)},
 }
 

@@ -179,7 +179,7 @@ REFUSED = {
     "float16": (lambda: wtconv2d(jnp.ones((4, 4, 1), "float16"), params(2)), "float16"),
     "wavelet": (lambda: wtconv2d(jnp.ones((4, 4, 1)), params(2), wavelet="db2"), "'db2'"),
     "kernel": (lambda: wtconv2d(jnp.ones((4, 4, 1)), params(2, 11)), "kernels of 11"),
-    "batch": (lambda: wtconv2d(jnp.ones((0, 4, 4, 1)), params(2)), "an empty batch"),
+    "batch": (lambda: wtconv2d(jnp.ones((0, 4, 4, 1)), params(2)), "an empty array"),
 }
 
 

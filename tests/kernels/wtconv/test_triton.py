@@ -226,7 +226,7 @@ REFUSED = {
     "kernels of 11": {"kernel_size": 11},
     "0 levels": {"levels": 0},
     "6 levels": {"levels": 6},
-    "an empty batch": {"shape": (0, 8, 8, 4)},
+    "an empty array": {"shape": (0, 8, 8, 4)},
     "rows of 8 pixels": {"shape": (1, 8, 8, 2**25)},
     "symbolic size": {"shape": (*jax.export.symbolic_shape("b"), 8, 8, 4)},
 }

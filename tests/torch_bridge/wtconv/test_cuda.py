@@ -15,10 +15,10 @@ from pallas_kernels.common import conformance  # noqa: E402
 from pallas_kernels.dispatch import tuning  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
 from torch_bridge import check  # noqa: E402
-from torch_bridge.runtime.on_cpu import cuda  # noqa: E402
 from torch_bridge.wtconv import cuda as cuda_launch  # noqa: E402
 from torch_bridge.wtconv import ops  # noqa: E402
 from torch_bridge.wtconv.cuda import Device  # noqa: E402
+from torch_bridge.wtconv.on_cpu import cuda  # noqa: E402
 
 CPU = torch.device("cpu")
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -162,7 +162,7 @@ def test_a_planted_fault_is_caught(fault):
 ADDRESSES = """
 import sys
 import torch
-from torch_bridge.runtime.on_cpu import cuda
+from torch_bridge.wtconv.on_cpu import cuda
 from torch_bridge.wtconv import cuda as cuda_launch
 torch.manual_seed(0)
 old, new = sys.argv[1:]

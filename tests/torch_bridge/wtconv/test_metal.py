@@ -19,9 +19,9 @@ from pallas_kernels.common import conformance  # noqa: E402
 from pallas_kernels.haar import cases as haar_cases  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
 from torch_bridge import check  # noqa: E402
-from torch_bridge.runtime.on_cpu import metal  # noqa: E402
 from torch_bridge.wtconv import metal as metal_launch  # noqa: E402
 from torch_bridge.wtconv import ops  # noqa: E402
+from torch_bridge.wtconv.on_cpu import metal  # noqa: E402
 
 SOURCE = metal_launch.SOURCE.read_text()
 CPU = torch.device("cpu")
@@ -292,7 +292,7 @@ class TestPlantedFaults:
 
 SANITIZED = """
 import sys, torch
-from torch_bridge.runtime.on_cpu import metal
+from torch_bridge.wtconv.on_cpu import metal
 from torch_bridge.wtconv import metal as metal_launch
 source = metal_launch.SOURCE.read_text().replace(*sys.argv[1:])
 with metal.emulated(source, flags=["-fsanitize=address"]):

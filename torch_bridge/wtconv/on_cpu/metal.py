@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import torch
 
-from torch_bridge.runtime.on_cpu.cuda import unavailable as unavailable
 from torch_bridge.wtconv import metal as metal_launch
+from torch_bridge.wtconv.on_cpu.cuda import unavailable as unavailable
 
 _HEADER = Path(__file__).with_name("metal.h")
 _COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-O1", "-ffp-contract=off")
