@@ -1,23 +1,24 @@
 """Wavelet convolution in plain JAX: runs on every platform, differentiable in both modes.
 
-On a CPU a depthwise convolution is a sum of shifted products, which XLA compiles to one vectorised
-loop over the contiguous channels; `conv_general_dilated` with as many groups as channels is an
+On a CPU a depthwise convolution is a sum of shifted products, which XLA compiles to vectorised
+loops over the contiguous channels; `conv_general_dilated` with as many groups as channels is an
 order of magnitude slower there. On a GPU the grouped convolution is faster (by 17 times on an
 H200), so every platform but the CPU takes it; on a CPU `search_space` offers the tuner both.
 `unfused` keeps the stages of the layer apart: where XLA's CPU compiler fuses across levels, it
-computes each convolution once for every pixel of the synthesis that reads it.
+computes each convolution once for every pixel of the synthesis that reads it. Taps that meet
+nothing but the zeros around an image, as most of a large kernel's do at a deep level, are left out.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import product
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.common._compat import unfused, vary_like
 from pallas_kernels.common.device import on_cpu
@@ -33,6 +34,16 @@ _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", 
 
 _CHUNK_BYTES = 4 << 20
 """The bytes of x in a chunk; with its coefficients they fill a CPU's last-level cache."""
+_MOST_PRODUCTS = 30
+"""The most products of a CPU's convolution that are one loop, with what is done to their sum."""
+_PRODUCTS = 8
+"""The products of a larger kernel that are one loop."""
+
+_BLOCKS = 8
+"""The blocks of rows that a CPU's weight gradient adds before it reduces them."""
+
+Pads = tuple[Pair, ...]
+"""The zeros before and after each axis."""
 
 
 def unavailable(platform: str) -> str | None:
@@ -110,20 +121,23 @@ def _forward(
     shifted: bool,
 ) -> jax.Array:
     """The operator on one chunk of images, in one form."""
-    pads = _pads(taps[0].shape[0], transpose)
-    coefficients = _cascade(x, len(taps) - 1, _stored(pads, shifted), wavelet, transpose)
+    reaches = _reaches(x.shape[1:-1], taps[0].shape[0], len(taps) - 1, transpose)
+    pads = [reach.pads for reach in reaches]
+    taps = tuple(tap[reach.taps] for tap, reach in zip(taps, reaches, strict=True))
+    coefficients = _cascade(x, pads, shifted, wavelet, transpose)
     merge = partial(
         _filter,
-        pads=pads,
         wavelet=wavelet,
         transpose=transpose,
         precision=precision,
         shifted=shifted,
     )
     filtered = None
-    for stored, tap in zip(coefficients[:0:-1], taps[:0:-1], strict=True):
-        filtered = merge(stored, tap, filtered, None, dtype=taps[0].dtype)
-    return merge(coefficients[0], taps[0], filtered, bias, dtype=x.dtype)[..., 0, :]
+    for level in range(len(taps) - 1, 0, -1):
+        stored = coefficients[level]
+        filtered = merge(stored, taps[level], filtered, None, pads=pads[level], dtype=taps[0].dtype)
+    y = merge(coefficients[0], taps[0], filtered, bias, pads=pads[0], dtype=x.dtype)
+    return y[..., 0, :]
 
 
 @partial(unfused, static_argnames=("kernel_shapes", "wavelet", "precision", "shifted", "chunked"))
@@ -161,13 +175,13 @@ def _weight_grad(
     shifted: bool,
 ) -> Taps:
     """The gradients of the taps from one chunk of images, in one form."""
-    pads = _pads(kernel_shapes[0][0], False)
-    levels = len(kernel_shapes) - 1
-    of_x = _cascade(x, levels, _stored(pads, shifted), wavelet, False)
-    of_dy = _cascade(dy, levels, (0, 0), wavelet, True)
+    reaches = _reaches(x.shape[1:-1], kernel_shapes[0][0], len(kernel_shapes) - 1, False)
+    pads = [reach.pads for reach in reaches]
+    of_x = _cascade(x, pads, shifted, wavelet, False)
+    of_dy = _cascade(dy, pads, False, wavelet, True)
     return tuple(
-        _correlate(stored, grad, shape, pads, precision, shifted)
-        for stored, grad, shape in zip(of_x, of_dy, kernel_shapes, strict=True)
+        _correlate(stored, grad, shape, reach, precision, shifted)
+        for stored, grad, shape, reach in zip(of_x, of_dy, kernel_shapes, reaches, strict=True)
     )
 
 
@@ -191,23 +205,45 @@ def _chunks(n: int, nbytes: int) -> int:
     return next(c for c in range(-(-n // most), n + 1) if n % c == 0)
 
 
-def _pads(kernel_size: int, transpose: bool) -> Pair:
-    """PyTorch's `same` padding before and after, which the transpose of an even kernel swaps."""
+class Reach(NamedTuple):
+    """The taps of a kernel that meet an image, by axis, and the zeros that they meet around it."""
+
+    taps: tuple[slice, ...]
+    pads: Pads
+
+
+def _reaches(size: tuple[int, ...], kernel_size: int, levels: int, transpose: bool) -> list[Reach]:
+    """What the kernels of all levels reach, the base's first.
+
+    Padding is PyTorch's `same`, which the transpose of an even kernel swaps.
+    """
     before, after = (kernel_size - 1) // 2, kernel_size // 2
-    return (after, before) if transpose else (before, after)
+    if transpose:
+        before, after = after, before
+    reaches = []
+    for _ in range(levels + 1):
+        # A symbolic size may be any.
+        far = [max(n - 1, 0) if isinstance(n, int) else kernel_size for n in size]
+        pads = tuple((min(before, most), min(after, most)) for most in far)
+        taps = tuple(slice(before - b, kernel_size - after + a) for b, a in pads)
+        reaches.append(Reach(taps, pads))
+        size = tuple((n + 1) // 2 for n in size)
+    return reaches
 
 
 def _cascade(
-    x: jax.Array, levels: int, stored: Pair, wavelet: str, transpose: bool
+    x: jax.Array, pads: Sequence[Pads], padded: bool, wavelet: str, transpose: bool
 ) -> list[jax.Array]:
-    """Each level's coefficients `[N, *size, bands, C]`, zero-padded by `stored`; x comes first."""
-    x = x[..., None, :]
-    coefficients = [_padded(x, pads=stored) if any(stored) else x]
-    source, inner = x, (0, 0)
-    for _ in range(levels):
-        source = _analyse(source, inner=inner, pads=stored, wavelet=wavelet, transpose=transpose)
+    """Each level's coefficients `[N, *size, bands, C]`, x first, zero-padded by `pads` if so."""
+    none = ((0, 0),) * (x.ndim - 2)
+    source = x[..., None, :]
+    around, *levels = pads if padded else [none] * len(pads)
+    coefficients = [source if around == none else _padded(source, pads=around)]
+    inner = none
+    for outer in levels:
+        source = _analyse(source, inner=inner, pads=outer, wavelet=wavelet, transpose=transpose)
         coefficients.append(source)
-        inner = stored
+        inner = outer
     return coefficients
 
 
@@ -215,20 +251,21 @@ def _cascade(
 def _analyse(
     source: jax.Array,
     *,
-    inner: Pair,
-    pads: Pair,
+    inner: Pads,
+    pads: Pads,
     wavelet: str,
     transpose: bool,
 ) -> jax.Array:
     """The bands, padded by `pads`, of the low band of `source`, which is padded by `inner`."""
-    low = source[(slice(None), *(slice(inner[0], n - inner[1]) for n in source.shape[1:-2]), 0)]
+    inside = (slice(b, n - a) for (b, a), n in zip(inner, source.shape[1:-2], strict=True))
+    low = source[(slice(None), *inside, 0)]
     low = low.astype(accumulation_dtype(low.dtype))
     return _padded_bands(analysis(low, low.ndim - 2, wavelet, transpose), pads)
 
 
-def _padded_bands(bands: jax.Array, pads: Pair) -> jax.Array:
+def _padded_bands(bands: jax.Array, pads: Pads) -> jax.Array:
     """Bands `[N, *size, bands, C]` with zeros around them."""
-    return jnp.pad(bands, [(0, 0), *[pads] * (bands.ndim - 3), (0, 0), (0, 0)])
+    return jnp.pad(bands, [(0, 0), *pads, (0, 0), (0, 0)])
 
 
 _padded = unfused(_padded_bands, static_argnames=("pads",))
@@ -241,7 +278,7 @@ def _filter(
     deeper: jax.Array | None,
     bias: jax.Array | None,
     *,
-    pads: Pair,
+    pads: Pads,
     wavelet: str,
     transpose: bool,
     precision: lax.Precision | None,
@@ -270,28 +307,20 @@ _synthesis = unfused(synthesis, static_argnames=("ndim", "shape", "wavelet", "tr
 def _depthwise(
     stored: jax.Array,
     taps: jax.Array,
-    pads: Pair,
+    pads: Pads,
     precision: lax.Precision | None,
     shifted: bool,
 ) -> jax.Array:
-    """The convolution of coefficients `[N, *size, bands, C]`, padded as `_stored` says."""
-    ndim = stored.ndim - 3
+    """The convolution of coefficients `[N, *size, bands, C]`, which are padded if `shifted`."""
     if shifted:
-        size = tuple(n - sum(pads) for n in stored.shape[1:-2])
-        windows = (
-            (tap, tuple(slice(t, t + n) for t, n in zip(tap, size, strict=True)))
-            for tap in product(range(taps.shape[0]), repeat=ndim)
-        )
-        products = (
-            stored[(slice(None), *window)].astype(taps.dtype) * taps[tap] for tap, window in windows
-        )
-        return cast(jax.Array, sum(products))
+        return _shifted_products(stored, taps)
+    ndim = stored.ndim - 3
     *kernel, bands, channels = taps.shape
     out = lax.conv_general_dilated(
         stored.reshape(*stored.shape[:-2], bands * channels).astype(taps.dtype),
         taps.reshape(*kernel, 1, bands * channels),
         window_strides=(1,) * ndim,
-        padding=(pads,) * ndim,
+        padding=pads,
         dimension_numbers=_LAYOUTS[ndim],
         feature_group_count=bands * channels,
         # By default tensor cores and matrix units would round float32 to fewer bits.
@@ -300,33 +329,87 @@ def _depthwise(
     return out.reshape(*out.shape[:-1], bands, channels)
 
 
+def _shifted_products(stored: jax.Array, taps: jax.Array) -> jax.Array:
+    """The sum of taps `[*kernel, bands, C]` times padded coefficients that are shifted by them.
+
+    LLVM vectorises a loop of up to some eighty products, and makes of more one that is ten times
+    slower for each. A large kernel's products are therefore added a few at a time, which is faster
+    than many at a time, too: the windows of a few stay in the first cache.
+    """
+    shifts = np.array(list(np.ndindex(taps.shape[:-2])))
+    taps = taps.reshape(len(shifts), *taps.shape[-2:])
+    size = (n - most for n, most in zip(stored.shape[1:-2], shifts[-1], strict=True))
+    shape = (stored.shape[0], *size, *stored.shape[-2:])
+
+    def products(shifts: Iterable[Iterable[ArrayLike]], taps: jax.Array) -> jax.Array:
+        windows = (lax.dynamic_slice(stored, (0, *shift, 0, 0), shape) for shift in shifts)
+        every = (window.astype(taps.dtype) * tap for window, tap in zip(windows, taps, strict=True))
+        return cast(jax.Array, sum(every))
+
+    if len(shifts) <= _MOST_PRODUCTS:
+        return products(shifts, taps)
+
+    @unfused
+    def add(total: jax.Array, shifts: jax.Array, taps: jax.Array) -> jax.Array:
+        return total + products(shifts, taps)
+
+    first = len(shifts) % _PRODUCTS or _PRODUCTS
+    rest = jax.tree.map(
+        lambda each: each[first:].reshape(-1, _PRODUCTS, *each.shape[1:]), (shifts, taps)
+    )
+    total = products(shifts[:first], taps[:first])
+    return lax.scan(lambda total, some: (add(total, *some), None), total, rest)[0]
+
+
 def _correlate(
     stored: jax.Array,
     dy: jax.Array,
     shape: tuple[int, ...],
-    pads: Pair,
+    reach: Reach,
     precision: lax.Precision | None,
     shifted: bool,
 ) -> jax.Array:
     """The transpose of `_depthwise` in its taps: `dW[tap] = sum_p x[p + tap - r] * dy[p]`."""
-    ndim = stored.ndim - 3
     acc = accumulation_dtype(dy.dtype)
-    if not shifted:
-        taps = jax.ShapeDtypeStruct(shape, acc)
+    taps = jax.ShapeDtypeStruct(
+        (*(taps.stop - taps.start for taps in reach.taps), *shape[-2:]), acc
+    )
+    if shifted:
+        gradient = _shifted_sums(stored, dy, taps)
+    else:
         pullback = jax.linear_transpose(
-            lambda t: _depthwise(stored, t, pads, precision, shifted), taps
+            lambda t: _depthwise(stored, t, reach.pads, precision, shifted), taps
         )
-        return pullback(dy.astype(acc))[0]
+        (gradient,) = pullback(dy.astype(acc))
+    # Taps that meet no image have no gradient.
+    around = [(taps.start, n - taps.stop) for taps, n in zip(reach.taps, shape, strict=False)]
+    return jnp.pad(gradient, [*around, (0, 0), (0, 0)])
+
+
+def _shifted_sums(stored: jax.Array, dy: jax.Array, taps: jax.ShapeDtypeStruct) -> jax.Array:
+    """The transpose of `_shifted_products` in its taps, one tap at a time.
+
+    Blocks of rows are added up product by product, in a loop that LLVM vectorises, before XLA
+    reduces what is left: that is four times as fast as its reduction of all rows.
+    """
+    height = dy.shape[1]
+    # A symbolic height stays one block.
+    rows = -(-height // _BLOCKS) if isinstance(height, int) else height
+    whole = height // rows * rows
+
+    def products(tap: jax.Array, first: int, end: int) -> jax.Array:
+        some = lax.slice_in_dim(dy, first, end, axis=1).astype(taps.dtype)
+        at = (0, tap[0] + first, *tap[1:], 0, 0)
+        return lax.dynamic_slice(stored, at, some.shape).astype(taps.dtype) * some
+
+    @unfused
+    def blocks(tap: jax.Array) -> jax.Array:
+        every = (products(tap, first, first + rows) for first in range(0, whole, rows))
+        return cast(jax.Array, sum(every))
 
     def one(tap: jax.Array) -> jax.Array:
-        window = lax.dynamic_slice(stored, (0, *tap, 0, 0), dy.shape).astype(acc)
-        return jnp.sum(window * dy.astype(acc), axis=range(1 + ndim))
+        pixels, rest = range(dy.ndim - 2), products(tap, whole, height)
+        return jnp.sum(blocks(tap), axis=pixels) + jnp.sum(rest, axis=pixels)
 
-    # One tap at a time: two arrays are live, not one for every tap.
-    every_tap = np.array(list(product(range(shape[0]), repeat=ndim)))
-    return lax.map(one, every_tap).reshape(shape)
-
-
-def _stored(pads: Pair, shifted: bool) -> Pair:
-    """The padding that coefficients are stored with, which shifted products read from memory."""
-    return pads if shifted else (0, 0)
+    every_tap = np.array(list(np.ndindex(taps.shape[:-2])))
+    return lax.map(one, every_tap).reshape(taps.shape)

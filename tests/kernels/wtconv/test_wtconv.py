@@ -209,6 +209,18 @@ def test_a_batch_in_chunks_is_the_whole_batch(monkeypatch):
 
 @pytest.mark.core
 @pytest.mark.parametrize(
+    "case",
+    # More taps than one loop adds, fewer of them than the kernel has, even ones.
+    [Case((15, 9), 1, 13), Case((3, 4), 1, 39), Case((40,), 0, 36)],
+    ids=lambda c: c.name,
+)
+def test_large_kernels(case):
+    case = case._replace(dtype="float64", channels=1)
+    assert_oracle(case)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
     "case", [Case((14, 14), 2, 5), Case((13,), 3, 2), Case((5, 4, 6), 1, 3)], ids=lambda c: c.name
 )
 def test_the_form_for_accelerators(monkeypatch, case):
