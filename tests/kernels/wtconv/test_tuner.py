@@ -51,7 +51,7 @@ def test_the_grid_offers_forms_that_differ(monkeypatch):
     problem = Problem((4, 8, 8, 4), np.dtype("float32"), 3, 1, "haar")
     assert xla.search_space("fwd", problem) == [{"shifted": True}, {"shifted": False}]
     assert xla.search_space("bwd", problem) == [{"shifted": True}]
-    monkeypatch.setattr(xla, "_CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(xla, "_PART_BYTES", 1 << 10)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert len(xla.search_space("fwd", problem)) == 4
     assert xla.search_space("bwd", problem)[1] == {"shifted": True, "chunked": False}

@@ -195,16 +195,29 @@ def test_gradients_are_bitwise_reproducible():
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_batch_in_chunks_is_the_whole_batch(monkeypatch):
-    from pallas_kernels.wtconv import xla
+@pytest.mark.parametrize(
+    ("case", "part", "cut"),
+    [
+        (Case((9, 8), 2, 3, "float64", (6,), 4), 2 * 9 * 8 * 4 * 8, (3, 1, False)),
+        (Case((9, 8), 2, 3, "float64", (2,), 4), 9 * 8 * 2 * 8, (2, 2, False)),
+        (Case((21, 5), 2, 4, "float64", (2,), 3), 1, (2, 1, True)),
+        (Case((9,), 0, 3, "float64", (2,), 4), 1, (2, 2, True)),
+    ],
+    ids=["images", "channels", "strips", "strips of channels, no levels"],
+)
+def test_in_parts_as_a_whole(monkeypatch, case, part, cut):
+    from pallas_kernels.wtconv import xla, xla_strips
 
-    case = Case((9, 8), 2, 3, "float64", (6,), 4)
-    whole = value_and_grads(wtconv2d, case)
-    monkeypatch.setattr(xla, "_CHUNK_BYTES", 2 * 9 * 8 * 4 * 8)
+    function = WTCONV[case.ndim]
+    whole = value_and_grads(function, case)
+    monkeypatch.setattr(xla, "_PART_BYTES", part)
+    monkeypatch.setattr(xla, "_MIN_CHANNELS", 2)
+    monkeypatch.setattr(xla_strips, "_STRIP_BYTES", 8 * 8 * 5)
     jax.clear_caches()
-    chunked = value_and_grads(wtconv2d, case)
+    assert xla._cut((*case.batch, *case.spatial, case.channels), "float64", "haar") == cut
+    parts = value_and_grads(function, case)
     jax.clear_caches()
-    chex.assert_trees_all_close(chunked, whole, rtol=1e-7, atol=1e-11)
+    chex.assert_trees_all_close(parts, whole, rtol=1e-7, atol=1e-11)
 
 
 @pytest.mark.core
@@ -399,7 +412,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from pallas_kernels.wtconv import wtconv2d, xla
 from pallas_kernels.wtconv.cases import Case, inputs
 
-xla._CHUNK_BYTES = 1  # Where there is one device, a batch this large is cut.
+xla._PART_BYTES = 1  # Where there is one device, a batch this large is cut.
 case = Case((7, 6), 2, 3, batch=(4,), channels=4)
 x, params, dy = jax.tree.map(lambda a: jnp.asarray(a, "float32"), inputs(case))
 
