@@ -8,7 +8,23 @@ rule. `tuning` says otherwise for a block of code, FLASH_WTCONV_TUNING for a pro
 the contract with the operators' rooms.
 """
 
-from pallas_kernels.dispatch.operator import Choice, Operator, Request, forget, operators
+from pallas_kernels.dispatch.operator import (
+    Choice,
+    Operator,
+    Request,
+    forget,
+    operators,
+    until_forgotten,
+)
 from pallas_kernels.dispatch.tuner import Candidate, tuning
 
-__all__ = ["Candidate", "Choice", "Operator", "Request", "forget", "operators", "tuning"]
+__all__ = [
+    "Candidate",
+    "Choice",
+    "Operator",
+    "Request",
+    "forget",
+    "operators",
+    "tuning",
+    "until_forgotten",
+]

@@ -9,11 +9,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 from pallas_kernels.dispatch import cache, table, tuner
 from pallas_kernels.dispatch.backend import Implementation, Problem, missing, search_space
 from pallas_kernels.dispatch.tuner import Candidate, Measurement, Mode
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Choice = str | StrEnum | Sequence[str | StrEnum] | None
 """The type of the argument `implementation=`."""
@@ -26,8 +29,8 @@ _LOGGED: set[tuple[str, ...]] = set()
 """Messages about implementations that were left out, which are logged once."""
 
 _MOST_REMEMBERED = 4096
-_FASTEST: dict[tuple["Request", Problem, tuple[Hashable, ...]], Candidate] = {}
-"""Choices by times that were made, so that equal calls make them once."""
+_REMEMBERED: list[Callable[[], None]] = []
+"""The functions that clear the caches of choices."""
 
 _log = logging.getLogger("flash_wtconv")
 
@@ -268,22 +271,7 @@ class Request(NamedTuple):
         Raises:
             NotImplementedError: No candidate can run; says why for each.
         """
-        if self.epoch is None:
-            return Candidate(_first(self, problem))
-        key, (recorded, _) = (self, problem, arguments), self.epoch
-        # Inside `tuner.recorded` each choice is recorded.
-        if key in _FASTEST and recorded is None:
-            return _FASTEST[key]
-        able = list(self._able(problem))
-        modules = {name: self.operator.module(name) for name in able}
-        best = tuner.fastest(
-            *(self.operator.name, self.direction, problem.measured_as(), modules, self.mode),
-            measurement(*arguments),
-        )
-        if len(_FASTEST) >= _MOST_REMEMBERED:
-            _FASTEST.clear()
-        _FASTEST[key] = best or Candidate(able[0])
-        return _FASTEST[key]
+        return _chosen(self, problem, measurement, *arguments)
 
     def decided(self, problem: Problem) -> str | None:
         """The implementation that `choose` takes, where that is known without a measurement.
@@ -296,7 +284,7 @@ class Request(NamedTuple):
         """
         try:
             if self.epoch is None:
-                return _first(self, problem)
+                return self.pick(problem)
             first, *others = self._able(problem, quiet=True)
         except NotImplementedError:
             return None
@@ -343,16 +331,48 @@ class Request(NamedTuple):
         )
 
 
-@lru_cache(_MOST_REMEMBERED)
-def _first(request: Request, problem: Problem) -> str:
-    """The result of `Request.pick`, remembered for calls of the same shapes."""
-    return request.pick(problem)
+def until_forgotten(choose: Callable[P, R]) -> Callable[P, R]:
+    """A function that chooses, of hashable arguments, whose results `forget` forgets.
+
+    Args:
+        choose: A function of requests, which hold what the environment and `tuning` say, and of
+            problems.
+
+    Returns:
+        The same function, called once for equal arguments.
+
+    Example:
+        >>> until_forgotten(len)("triton")
+        6
+    """
+    known = lru_cache(_MOST_REMEMBERED)(choose)
+    _REMEMBERED.append(known.cache_clear)
+    return cast(Callable[P, R], known)
+
+
+@until_forgotten
+def _chosen(
+    request: Request,
+    problem: Problem,
+    measurement: Callable[..., Measurement],
+    *arguments: Hashable,
+) -> Candidate:
+    """The result of `Request.choose`, of which `tuner.recorded` is told in each of its blocks."""
+    if request.epoch is None:
+        return Candidate(request.pick(problem))
+    able = list(request._able(problem))
+    modules = {name: request.operator.module(name) for name in able}
+    best = tuner.fastest(
+        *(request.operator.name, request.direction, problem.measured_as(), modules, request.mode),
+        measurement(*arguments),
+    )
+    return best or Candidate(able[0])
 
 
 def forget() -> None:
     """Makes calls choose anew, after a table of defaults was written for instance."""
-    _first.cache_clear()
-    _FASTEST.clear()
+    for clear in _REMEMBERED:
+        clear()
     _LOGGED.clear()
     table.fastest.cache_clear()
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from pallas_kernels.common.types import Tree
-from pallas_kernels.dispatch import Operator, backend
+from pallas_kernels.dispatch import Operator, Request, backend, until_forgotten
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.wtconv.problem import Problem
 from torch_bridge.runtime import measuring
@@ -118,16 +118,10 @@ def pick(
         >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32, 5, 1, "haar")
         ('eager', 'eager')
     """
-    problem = _problem(shape, dtype, kernel_size, levels, wavelet)
-    kind = measuring.kind(device)
-
-    def chosen(direction: str) -> str:
-        request = OPERATOR.request(direction, implementation, device.type, kind)
-        static = direction, problem, device, dtype, bias, strides
-        return str(request.choose(problem, _measurement, *static))
-
-    fwd = chosen("fwd")
-    picked = fwd, chosen("bwd") if differentiated else fwd
+    where = implementation, device.type, measuring.kind(device)
+    fwd = OPERATOR.request("fwd", *where)
+    bwd = OPERATOR.request("bwd", *where) if differentiated else None
+    picked = _picked_by(fwd, bwd, device, shape, dtype, kernel_size, levels, wavelet, bias, strides)
     if picked != ("eager", "eager") and _differentiated_by_func():
         raise NotImplementedError(
             f"torch.func differentiates what {' and '.join(sorted(set(picked)))} would compute, "
@@ -135,6 +129,30 @@ def pick(
             "implementation='eager', or torch.autograd.grad"
         )
     return picked
+
+
+@until_forgotten
+def _picked_by(
+    fwd: Request,
+    bwd: Request | None,
+    device: torch.device,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    kernel_size: int,
+    levels: int,
+    wavelet: str,
+    bias: bool,
+    strides: tuple[int, ...] | None,
+) -> tuple[str, str]:
+    """The result of `pick`, by the requests of its directions: a warm call looks it up alone."""
+    problem = _problem(shape, dtype, kernel_size, levels, wavelet)
+
+    def chosen(request: Request) -> str:
+        static = request.direction, problem, device, dtype, bias, strides
+        return str(request.choose(problem, _measurement, *static))
+
+    first = chosen(fwd)
+    return first, first if bwd is None else chosen(bwd)
 
 
 def _differentiated_by_func() -> bool:

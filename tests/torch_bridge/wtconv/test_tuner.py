@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
-from pallas_kernels.dispatch import tuning  # noqa: E402
+from pallas_kernels.dispatch import forget, tuning  # noqa: E402
 from torch_bridge.runtime import measuring  # noqa: E402
 from torch_bridge.wtconv import eager, ops  # noqa: E402
 
@@ -136,6 +136,36 @@ def test_modes_and_the_environment(clock, searches, monkeypatch):
     assert picked(implementation=None) == ("eager", "cuda")
     assert picked(implementation="eager") == ("eager", "eager")
     assert searches == ["torch_wtconv bwd"]
+
+
+def test_a_warm_choice_is_looked_up_and_follows_all_that_it_depends_on(
+    clock, twin, measured, monkeypatch
+):
+    clock("fwd", "bwd")
+    assert picked() == ("cuda", "cuda")
+    assert picked() == ("cuda", "cuda")
+    with monkeypatch.context() as warm:
+        warm.setattr(ops, "_problem", None)
+        assert picked() == ("cuda", "cuda")
+    # A block of `tuning`, the environment, what is measured later, and a module that is another.
+    with tuning("off"):
+        assert picked() == ("eager", "eager")
+    monkeypatch.setenv("FLASH_WTCONV_TUNING", "off")
+    assert picked() == ("eager", "eager")
+    monkeypatch.delenv("FLASH_WTCONV_TUNING")
+    assert picked(implementation=None) == ("eager", "eager")
+    monkeypatch.setenv(f"{VARIABLE}FWD", "cuda")
+    assert picked(implementation=None) == ("cuda", "eager")
+    assert picked(implementation=None, differentiated=False) == ("cuda", "cuda")
+    kind = measuring.kind(CPU)
+    (forward,) = (one for one in measured.entries(kind) if one["direction"] == "fwd")
+    times = [one | {"ms": 3.0} for one in forward["measured"] if one["implementation"] == "cuda"]
+    measured.put(kind, [forward | {"measured": times}])
+    assert picked() == ("eager", "cuda")
+    twin.unavailable = lambda platform: "gone"
+    assert picked() == ("eager", "cuda")
+    forget()
+    assert picked() == ("eager", "eager")
 
 
 def test_what_is_wrong_is_disqualified(twin, caplog):
