@@ -65,9 +65,18 @@ from pallas_kernels.common.types import Index, Pair, Ref, Taps
 from pallas_kernels.haar.butterfly import merge, split
 from pallas_kernels.wtconv.problem import Problem
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
+__all__ = [
+    "BIAS_GRADIENT",
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "search_space",
+    "unavailable",
+    "weight_grad",
+]
 
 DIFFERENTIABLE = False
+BIAS_GRADIENT = False
 
 Accumulators = tuple[jax.Array, ...]
 """One register for each tap."""

@@ -11,9 +11,18 @@ from pallas_kernels.common.triton import launch, unavailable
 from pallas_kernels.common.types import Taps
 from pallas_kernels.wtconv.problem import Problem
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
+__all__ = [
+    "BIAS_GRADIENT",
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "search_space",
+    "unavailable",
+    "weight_grad",
+]
 
 DIFFERENTIABLE = False
+BIAS_GRADIENT = False
 
 
 _SIZES = "columns", "strips"

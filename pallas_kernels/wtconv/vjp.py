@@ -17,9 +17,9 @@ An implementation is a module with
 for x `[N, *spatial, C]`, `taps = (base [*k, 1, C], level_0 [*k, 2**ndim, C], ...)` with the
 scales folded in, and `bias [C]` or None. Modules whose functions JAX can differentiate say so
 with `DIFFERENTIABLE = True`; they are then called bare in the backward pass, which makes `jvp`
-of `grad` and `hessian` work. Modules that sum dy on the way, for the gradient of the bias, say so
-with `BIAS_GRADIENT = True`; where it is wanted, `kernel_shapes` ends with the bias's, and the
-gradients with its own. Both functions take the parameters that `search_space` offers.
+of `grad` and `hessian` work. Of modules that say `BIAS_GRADIENT = True` the gradient of the bias is
+asked too: `kernel_shapes` ends with the bias's, and the gradients with its own. Both functions take
+the parameters that `search_space` offers.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +43,13 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 class Kernels(Protocol):
-    """The functions of an implementation, which the docstring of this module describes."""
+    """The functions of an implementation, which the docstring of this module describes.
+
+    Attributes:
+        BIAS_GRADIENT: Whether `weight_grad` sums dy on its way, for the gradient of the bias.
+    """
+
+    BIAS_GRADIENT: bool
 
     def forward(
         self,
@@ -182,7 +188,7 @@ def _gradients(
     dx = apply(plan, not transpose, dy, taps, None)
     pair = (dy, x) if transpose else (x, dy)
     # Only the operator itself has a bias, its transpose has none.
-    summed = bias is not None and getattr(plan.module, "BIAS_GRADIENT", False)
+    summed = bias is not None and cast(Kernels, plan.module).BIAS_GRADIENT
     found = correlate(plan, (*shapes, dy.shape[-1:]) if summed else shapes, *pair)
     dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(found[: len(taps)], taps, strict=True))
     if bias is None:

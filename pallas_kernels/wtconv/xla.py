@@ -29,6 +29,7 @@ from pallas_kernels.wtconv.problem import Problem
 from pallas_kernels.wtconv.xla_levels import cascade, convolve, correlate, reaches_of
 
 DIFFERENTIABLE = True
+BIAS_GRADIENT = False
 
 
 _PART_BYTES = 4 << 20

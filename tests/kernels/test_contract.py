@@ -95,7 +95,10 @@ def test_the_rooms_are_there(operator):
 @pytest.mark.parametrize(("operator", "name"), ROOMS)
 def test_an_implementation_offers_what_the_contract_says(operator, name):
     module = module_of(operator, name)
-    assert isinstance(module, Implementation) and isinstance(module.DIFFERENTIABLE, bool)
+    assert isinstance(module, Implementation)
+    flags = inspect.get_annotations(import_module(f"{OPERATORS[operator].package}.vjp").Kernels)
+    for flag in ("DIFFERENTIABLE", *(name for name in flags if name.isupper())):
+        assert isinstance(getattr(module, flag), bool), flag
     for platform in ("cpu", "gpu", "tpu", "abacus"):
         reason = module.unavailable(platform)
         assert reason is None or isinstance(reason, str)
