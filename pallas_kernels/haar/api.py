@@ -14,7 +14,6 @@ import operator
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import product
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,6 @@ OPERATOR = Operator(
 )
 
 
-R = TypeVar("R")
 Details2 = tuple[jax.Array, jax.Array, jax.Array]
 Details3 = dict[str, jax.Array]
 
@@ -318,10 +316,9 @@ def _wavedec(
     levels = checked_integer(level, "level", least=0)
     if levels == 0:
         return x, ()
-    batch = x.shape[: -1 - ndim]
-    flat = x.reshape(math.prod(batch), *x.shape[-1 - ndim :])
-    plan = _plan(flat.shape, x.dtype, levels, wavelet, implementation)
-    return _unflat(vjp.wavedec(plan, flat), batch)
+    batch, shape = math.prod(x.shape[: -1 - ndim]), x.shape[-1 - ndim :]
+    plan = _plan((batch, *shape), x.dtype, levels, wavelet, implementation)
+    return vjp.wavedec(plan, x)
 
 
 def _waverec(
@@ -350,15 +347,11 @@ def _waverec(
     if size is None:
         size = whole
     _check_crop(whole, f"shape={size}", size)
-    batch, channels = x.shape[: -1 - ndim], x.shape[-1]
     bands = x, tuple(map(tuple, levels))
+    signal = math.prod(x.shape[: -1 - ndim]), *size, x.shape[-1]
     dtype = jnp.result_type(*jax.tree.leaves(bands))
-    flat_low, flat_details = jax.tree.map(
-        lambda band: band.astype(dtype).reshape(math.prod(batch), *band.shape[len(batch) :]), bands
-    )
-    problem = (math.prod(batch), *size, channels)
-    plan = _plan(problem, dtype, len(levels), wavelet, implementation)
-    return _unflat(vjp.waverec(plan, flat_low, flat_details), batch)
+    plan = _plan(signal, dtype, len(levels), wavelet, implementation)
+    return vjp.waverec(plan, *bands)
 
 
 def _check_levels(
@@ -402,10 +395,6 @@ def _plan(
     )
     module = OPERATOR.module(chosen.implementation)
     return vjp.Plan(module, shape[1:-1], levels, wavelet, chosen.config)
-
-
-def _unflat(bands: R, batch: tuple[int, ...]) -> R:
-    return jax.tree.map(lambda band: band.reshape(*batch, *band.shape[1:]), bands)
 
 
 def _parted(coeffs: Sequence[Tree]) -> tuple[Tree, list[Tree]]:

@@ -7,9 +7,10 @@ An implementation is a module with `wavedec` and `waverec` as `_analyse` and `_s
 them; both take the parameters that its `search_space`, where there is one, offers.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import jax
 
@@ -21,6 +22,7 @@ from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.haar.problem import Problem
 
+R = TypeVar("R")
 Details = tuple[tuple[jax.Array, ...], ...]
 Coefficients = tuple[jax.Array, Details]
 
@@ -79,15 +81,33 @@ def measurement(operator: Operator, problem: Problem) -> JaxMeasurement:
 
 @partial(jax.jit, static_argnums=0)
 def wavedec(plan: Plan, x: jax.Array) -> Coefficients:
-    """The cascade of `x [N, *shape, C]`: the low band, and the details from coarse to fine."""
-    return (_analyse if plan.module.DIFFERENTIABLE else _opaque_analyse)(plan, x)
+    """The cascade of `x [*batch, *shape, C]`: the low band, and the details from coarse to fine."""
+    analyse = _analyse if plan.module.DIFFERENTIABLE else _opaque_analyse
+    batch = _batch(plan, x)
+    return _batched(batch, analyse(plan, _flat(batch, x)))
 
 
 @partial(jax.jit, static_argnums=0)
 def waverec(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
-    """The inverse cascade, cropped to `shape`."""
+    """The inverse cascade `[*batch, *shape, C]`, in the dtype that all bands can be had in."""
     synthesise = _synthesise if plan.module.DIFFERENTIABLE else _opaque_synthesise
-    return synthesise(plan, low, details)
+    batch, dtype = _batch(plan, low), jnp.result_type(low, *jax.tree.leaves(details))
+    bands = jax.tree.map(lambda band: band.astype(dtype), (low, details))
+    return _batched(batch, synthesise(plan, *_flat(batch, bands)))
+
+
+def _batch(plan: Plan, x: jax.Array) -> tuple[int, ...]:
+    return x.shape[: -1 - len(plan.shape)]
+
+
+def _flat(batch: tuple[int, ...], arrays: Tree) -> Tree:
+    """Arrays with one axis for their batch, as implementations take them."""
+    return jax.tree.map(lambda a: a.reshape(math.prod(batch), *a.shape[len(batch) :]), arrays)
+
+
+def _batched(batch: tuple[int, ...], arrays: R) -> R:
+    """The inverse of `_flat`."""
+    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), arrays)
 
 
 def _analyse(plan: Plan, x: jax.Array) -> Coefficients:
