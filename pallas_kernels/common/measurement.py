@@ -41,10 +41,25 @@ def request(operator: Operator, direction: str, implementation: Choice) -> Reque
     Raises:
         ValueError: An unknown or empty filter; names the argument or the variable.
     """
-    here = device.current()
-    return operator.request(
-        direction, implementation, here.platform, here.device_kind, interpreting_tpu()
-    )
+    return operator.request(direction, implementation, *_here())
+
+
+def moved_here(request: Request) -> Request:
+    """A request of a call, on the device that its pullback is traced for.
+
+    JAX computes a pullback where it is called, which may be under another `jax.default_device` than
+    its forward pass was, or outside of Pallas' interpreter.
+    """
+    platform, kind, state = _here()
+    # A request without a kind goes by the rule alone, here too.
+    kind = request.device_kind and kind
+    return request._replace(platform=platform, device_kind=kind, state=state)
+
+
+def _here() -> tuple[str, str | None, bool]:
+    """The platform, the kind of device, and whether TPU kernels are interpreted on it."""
+    current = device.current()
+    return current.platform, current.device_kind, interpreting_tpu()
 
 
 class JaxMeasurement:

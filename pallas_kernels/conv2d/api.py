@@ -148,10 +148,7 @@ def conv2d(
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", *measured)
     module, tiles = OPERATOR.module(chosen.implementation), vjp.tiles(config, chosen)
     plan = vjp.Plan(module, tiles, problem.window, call.precision, config, bwd)
-    batch = x.shape[:-3]
-    flat = x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-3:])
-    y = vjp.conv2d(plan, activation, problem.out_dtype, flat, w, bias)
-    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
+    return vjp.conv2d(plan, activation, problem.out_dtype, x, w, bias)
 
 
 def get_igemm_conv2d(

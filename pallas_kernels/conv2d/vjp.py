@@ -16,6 +16,7 @@ layout "nchw_fchw" of `problem.Window`. Modules whose functions JAX can differen
 altogether if they compute both directions, so that `jvp` and `hessian` work.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol, cast
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
-from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
@@ -72,7 +73,7 @@ class Plan(NamedTuple):
         return Problem(images, x.dtype, height, width, features, self.window, out_dtype)
 
     def for_backward(self, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> "Plan":
-        """The plan of the backward pass, whose implementation is chosen here.
+        """The plan of the backward pass, whose implementation is chosen here, where it is called.
 
         Args:
             x: Images.
@@ -83,9 +84,10 @@ class Plan(NamedTuple):
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
         assert self.backward is not None
-        operator, problem = self.backward.operator, self.problem(x, w, out_dtype)
+        backward, problem = moved_here(self.backward), self.problem(x, w, out_dtype)
+        operator = backward.operator
         static = problem, False, None, self.precision, self.given
-        chosen = self.backward.choose(problem, measurement, operator, "bwd", *static)
+        chosen = backward.choose(problem, measurement, operator, "bwd", *static)
         return self._replace(
             module=operator.module(chosen.implementation), config=tiles(self.given, chosen)
         )
@@ -109,11 +111,15 @@ def conv2d(
     w: jax.Array,
     bias: jax.Array | None,
 ) -> jax.Array:
-    """The convolution with its epilogue."""
+    """The convolution of images `[*batch, H, W, C]`, in the plan's layout, with its epilogue."""
+    batch = x.shape[:-3]
+    # Here, since an eager reshape takes the host longer than all checks of the arguments.
+    x = x.reshape(math.prod(batch), *x.shape[-3:])
     arrays = x, w, bias
     # JAX knows every derivative of its own operations, forward mode too.
     apply = _forward if _bare(plan.module, x) and _bare_backward(plan, x, w, out_dtype) else _apply
-    return apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
+    y = apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
+    return y.reshape(*batch, *y.shape[1:])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

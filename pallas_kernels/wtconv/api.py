@@ -164,11 +164,7 @@ def _wtconv(
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem, bias, call.precision)
     module = OPERATOR.module(chosen.implementation)
     plan = vjp.Plan(module, chosen.config, wavelet, call.precision, bwd)
-    batch = x.shape[: -1 - ndim]
-    if len(batch) == 1:
-        return vjp.wtconv(plan, call.stride, x, params)
-    y = vjp.wtconv(plan, call.stride, x.reshape(problem.shape), params)
-    return y.reshape(*batch, *y.shape[1:])
+    return vjp.wtconv(plan, call.stride, x, params)
 
 
 class _Call(NamedTuple):

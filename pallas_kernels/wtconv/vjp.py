@@ -22,6 +22,7 @@ asked too: `kernel_shapes` ends with the bias's, and the gradients with its own.
 the parameters that `search_space` offers.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, Protocol, cast
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
-from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.types import Taps, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
@@ -98,7 +99,7 @@ class Plan(NamedTuple):
     backward: Request | None
 
     def for_backward(self, x: jax.Array, taps: Taps, bias: bool) -> "Plan":
-        """The plan of the backward pass, whose implementation is chosen here.
+        """The plan of the backward pass, whose implementation is chosen here, where it is called.
 
         Args:
             x: `[N, *spatial, C]`.
@@ -109,17 +110,27 @@ class Plan(NamedTuple):
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
         assert self.backward is not None
+        backward = moved_here(self.backward)
         problem = Problem(x.shape, x.dtype, taps[0].shape[0], len(taps) - 1, self.wavelet)
-        operator = self.backward.operator
-        chosen = self.backward.choose(
-            problem, measurement, operator, "bwd", problem, bias, self.precision
-        )
+        operator = backward.operator
+        static = problem, bias, self.precision
+        chosen = backward.choose(problem, measurement, operator, "bwd", *static)
         return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
-    """Folds the scales into the kernels, where JAX differentiates it, convolves, and strides."""
+    """Folds the scales into the kernels, where JAX differentiates it, convolves, and strides.
+
+    Args:
+        plan: The plan of the call.
+        stride: The stride of the output.
+        x: `[*batch, *spatial, C]`.
+        params: The parameters by name.
+
+    Returns:
+        `[*batch, *strided, C]`.
+    """
     taps = [_folded(params["base_kernel"], params["base_scale"])]
     while f"wavelet_kernel_{len(taps) - 1}" in params:
         i = len(taps) - 1
@@ -127,8 +138,11 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
     bias = None
     if "base_bias" in params:
         bias = _folded(params["base_bias"], params["base_scale"])
-    arrays = x, tuple(taps), bias
-    return _strided(_apply(plan, False, *vary_like(arrays, arrays)), stride)
+    # Here, since an eager reshape takes the host longer than all checks of the arguments.
+    batch = x.shape[: 1 - params["base_kernel"].ndim]
+    arrays = x.reshape(math.prod(batch), *x.shape[len(batch) :]), tuple(taps), bias
+    y = _strided(_apply(plan, False, *vary_like(arrays, arrays)), stride)
+    return y.reshape(*batch, *y.shape[1:])
 
 
 def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:

@@ -1,12 +1,14 @@
 """The backward implementation is chosen where a call is differentiated, and not before."""
 
 import logging
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from flash_wtconv_jax import tune
+from pallas_kernels.common import device
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.conv2d import xla as conv2d_xla
 from pallas_kernels.dispatch import tuner, tuning
@@ -24,7 +26,7 @@ def wtconv(x, choice):
 
 
 def convolution(x, choice):
-    return conv2d(x, jnp.ones((1, 1, 5, 2)), implementation=choice)
+    return conv2d(x, jnp.ones((1, 1, 5, 2), x.dtype), implementation=choice)
 
 
 CALLS = [(wtconv, wtconv_xla), (convolution, conv2d_xla)]
@@ -60,6 +62,21 @@ def test_the_environment_chooses_each_direction(monkeypatch):
     assert wtconv(X, None).shape == X.shape
     with pytest.raises(NotImplementedError, match="FLASH_WTCONV_WTCONV_BWD='triton'"):
         jax.grad(lambda x: wtconv(x, None).sum())(X)
+
+
+@pytest.mark.parametrize(("call", "module"), CALLS)
+def test_a_pullback_is_chosen_for_where_it_is_called(call, module, monkeypatch):
+    """There its uncommitted arrays are computed with, whatever computed the forward pass."""
+    asked, x = [], jnp.ones((1, 2, 3, 5), "bfloat16")
+    monkeypatch.setattr(module, "unavailable", lambda platform: asked.append(platform))
+    with tuning("off"):
+        y, pullback = jax.vjp(lambda x: call(x, ["xla", "xla"]), x)
+    assert set(asked) == {"cpu"}
+    asked.clear()
+    elsewhere = SimpleNamespace(platform="gpu", device_kind="an abacus")
+    monkeypatch.setattr(device, "current", lambda: elsewhere)
+    assert pullback(y)[0].shape == x.shape
+    assert asked == ["gpu"]
 
 
 def test_a_forward_pass_says_nothing_of_the_backward_one(caplog):
