@@ -20,7 +20,12 @@ def copy(tmp_path_factory):
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("pallas_kernels", "tests/helpers"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/kernels/test_contract.py"):
+    for name in (
+        "pyproject.toml",
+        "tests/conftest.py",
+        "tests/kernels/conftest.py",
+        "tests/kernels/test_contract.py",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     files = {

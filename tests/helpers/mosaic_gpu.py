@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 SHARED = 227 * 1024
@@ -32,6 +33,45 @@ def recorded_launches(monkeypatch):
 
     monkeypatch.setattr(plgpu, "kernel", kernel)
     return launches
+
+
+def interpretable(monkeypatch):
+    """Replaces what operators' kernels do and Pallas' GPU interpreter does not know.
+
+    It knows views by a stride, as Mosaic does not. It gives both views of a piece of shared memory
+    memory of their own, and tells that nothing should be read that was written through the other:
+    here they share it. It does not look for races of one view with the other, nor of products that
+    are still under way.
+    """
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    from pallas_kernels.haar import mosaic_gpu as haar
+    from pallas_kernels.wtconv.mosaic_gpu import bands, tiles
+
+    def squares(self, buffer, level, at):
+        (j, v, u), each, strips = at, self.tiling.side >> level, self.tiling.strips
+        if strips == 1:
+            return buffer.at[:, v, j * each + u]
+        return buffer.at[0, v, pl.ds(j * strips * each + u, strips, stride=each)]
+
+    def pixels(self, row, j, each):
+        if self.tiling.strips == 1:
+            return row.at[:, j]
+        return row.at[0, pl.ds(j, self.tiling.strips, stride=each * self.tiling.columns)]
+
+    def subbands(self, row, columns, parts, j, part=0):
+        return row.at[:, pl.ds(j * parts + part, self.tiling.strips, stride=columns * parts)]
+
+    def share(token, keys, alias_group_idxs):
+        memory = gpu_callbacks._get_shared_memory().mem
+        boxes, rows = (memory[gpu_callbacks.HostAllocationKey.from_array(key)] for key in keys)
+        rows._content = boxes._content.reshape(rows._content.shape)
+        return token
+
+    monkeypatch.setattr(haar._Block, "view", squares)
+    monkeypatch.setattr(tiles.Block, "view", pixels)
+    monkeypatch.setattr(bands.BandsBlock, "view", subbands)
+    monkeypatch.setattr(gpu_callbacks, "_tag_ref_union", share)
 
 
 def shared_bytes(scratch):

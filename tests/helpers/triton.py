@@ -39,6 +39,29 @@ def tensor(array):
     return torch.tensor(np.asarray(array, np.float32)).to(getattr(torch, str(array.dtype)))
 
 
+def interpret(monkeypatch, room):
+    """Lets JAX's room "triton" of an operator run in Triton's interpreter, which it calls back."""
+    import jax
+    import jax.numpy as jnp
+
+    if torch is None or os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter takes PyTorch's tensors, and a process has it or a GPU")
+
+    def run(kernel, arguments, outputs, grid, **constants):
+        types = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
+
+        def call(*given):
+            given = [tensor(a) if np.ndim(a) else int(a) for a in given]
+            named = [(each.shape, str(each.dtype)) for each in types]
+            found = launch(kernel, given, named, grid, **constants)
+            return [f.float().numpy().astype(t.dtype) for f, t in zip(found, types, strict=True)]
+
+        return jax.pure_callback(call, types, *arguments)
+
+    monkeypatch.setattr(room, "launch", run)
+    monkeypatch.setattr(room, "unavailable", lambda platform: None)
+
+
 def compiled_resources(operator, part, directory):
     """Registers and spills of an operator's kernels, by kernel, GPU and dtype.
 

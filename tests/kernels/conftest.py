@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
+from helpers.mosaic_gpu import interpretable
 
 
 @contextlib.contextmanager
@@ -50,8 +51,17 @@ def races():
 
 
 @pytest.fixture
-def gpu_interpreter(monkeypatch):
+def gpu_interpreter(gpu_launches):
+    """Pallas' GPU interpreter, in which a test launches something; see `gpu_launches`."""
+    yield
+    assert gpu_launches
+
+
+@pytest.fixture
+def gpu_launches(monkeypatch):
     """Pallas' GPU interpreter, in which nothing may race, nor read what nothing has written.
+
+    Returns a list with a race detector for each launch.
 
     JAX (0.11) fills with zeros what a copy reads beyond an array's end, as a GPU does, but not
     what it reads before its start: here it does that too. Its race detector knows no strides:
@@ -118,7 +128,8 @@ def gpu_interpreter(monkeypatch):
     monkeypatch.setattr(AsyncCopyGmemToSmemTask, "post_read", fenced)
     monkeypatch.setattr(GPUSharedMemory, "get_buffer_content", read)
     monkeypatch.setattr(race_detection_state, "_slices_overlap", strided_overlap)
+    interpretable(monkeypatch)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
+        yield detectors
     interpreter.reset_gpu_interpret_mode_state()
-    assert detectors and not any(detector.races_found for detector in detectors)
+    assert not any(detector.races_found for detector in detectors)

@@ -3,9 +3,9 @@
 A new operator is in these tables without a line of its own: `dispatch.operators` finds its folder.
 """
 
+import contextlib
 import inspect
 import json
-import logging
 from importlib import import_module
 from itertools import product
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from helpers.contract import FORMS, MODES, Forms, smallest
 
 from pallas_kernels import dispatch
 from pallas_kernels.common import conformance, device
@@ -29,12 +30,6 @@ OPERATORS = {
 ROOMS = [
     (operator, str(name)) for operator, each in OPERATORS.items() for name in each.implementations
 ]
-FORMS = ["None", "name", "list", "auto", "environment"]
-
-
-def wide(value):
-    """A value of a table that `make test-all` takes: the interpreter runs some seconds for each."""
-    return pytest.param(value, marks=pytest.mark.wide)
 
 
 def names_of(operator):
@@ -50,29 +45,6 @@ def module_of(operator, name):
 
 def room_of(operator):
     return import_module(f"{OPERATORS[operator].package}.conformance")
-
-
-def smallest(operator, name):
-    """The smallest case of an operator that an implementation takes, in float32 if it can be."""
-    room = room_of(operator)
-    taken = [case for case in room.CASES if takes(operator, name, room.problem(case))]
-    return min(
-        taken,
-        key=lambda case: (
-            case.dtype != "float32",
-            sum(np.size(array) for array in jax.tree.leaves(case.drawn())),
-        ),
-    )
-
-
-def takes(operator, name, problem):
-    module = OPERATORS[operator].module(name)
-    try:
-        for direction in OPERATORS[operator].directions:
-            module.check(direction, problem)
-    except (ImportError, NotImplementedError):
-        return False
-    return True
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -158,56 +130,71 @@ def test_problems_are_keys_and_say_how_unlike_they_are(operator):
         assert isinstance(str(problem), str)
 
 
-@pytest.fixture(params=["xla", "mosaic_tpu"])
-def platform(request):
-    """Plain JAX on the CPU, and kernels of a TPU that Pallas' interpreter plays, by name."""
-    if request.param == "xla":
-        yield "xla"
-        return
+@contextlib.contextmanager
+def interpreted_tpu():
     from jax.experimental.pallas import tpu as pltpu
 
     with pltpu.force_tpu_interpret_mode():
-        yield "mosaic_tpu"
+        yield
 
 
-@pytest.mark.parametrize("form", ["None", "name", "auto", *map(wide, ("list", "environment"))])
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_every_form_of_a_choice(operator, form, platform, monkeypatch, searches, caplog):
+@pytest.fixture
+def forms(request, operator, name, monkeypatch):
+    """The forms of a choice, where an interpreter plays an implementation's platform."""
+    module, here = module_of(operator, name), contextlib.nullcontext()
+    if name == "mosaic_tpu":
+        here = interpreted_tpu()
+    elif name == "triton":
+        from helpers.triton import interpret
+
+        interpret(monkeypatch, module)
+    elif name == "mosaic_gpu":
+        request.getfixturevalue("gpu_launches")
+        monkeypatch.setattr(module, "unavailable", lambda platform: None)
+    elif module.unavailable("cpu") is not None:
+        pytest.skip(f"no interpreter plays {name}")
+    with here:
+        yield Forms(OPERATORS[operator], room_of(operator), name, monkeypatch)
+
+
+def cells(values, quick, rest=()):
+    """Every implementation of every operator with each value; wide unless `quick` has it.
+
+    Args:
+        values: The values.
+        quick: Those that `make test` takes, by the implementation's name.
+        rest: Those that it takes of other implementations.
+    """
+    return [
+        pytest.param(
+            operator, name, value, marks=[pytest.mark.wide] * (value not in quick.get(name, rest))
+        )
+        for (operator, name), value in product(ROOMS, values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "form"),
+    cells(
+        FORMS, {"xla": ["None", "name", "auto", "fwd"], "mosaic_tpu": ["name", "auto"]}, ["name"]
+    ),
+)
+def test_every_form_of_a_choice(forms, form, searches, caplog):
     """Each computes what the oracle says, with gradients, and measures where it should."""
-    each, room, kernel = OPERATORS[operator], room_of(operator), platform
-    if kernel not in names_of(operator):
-        pytest.skip(f"{operator} has no {kernel}")
-    case = smallest(operator, kernel)
-    choice = {"name": kernel, "list": [kernel, "xla", "triton"], "auto": "auto"}
-    if form == "environment":
-        for direction in each.directions:
-            monkeypatch.setenv(f"FLASH_WTCONV_{operator}_{direction}".upper(), f"[{kernel}, xla]")
-    with caplog.at_level(logging.INFO, "flash_wtconv"):
-        got = room.computed(case, choice.get(form))(*case.drawn())
-    want = conformance.expected(case)
-    for name, value in want.items():
-        assert conformance.worst(got[name], value) <= case.tolerance(name), name
-    several = form in ("list", "auto", "environment")
-    space = sum(
-        len(search_space(each.module(name), direction, room.problem(case)))
-        for name in {kernel, "xla"}
-        for direction in each.directions
-    )
-    assert bool(searches) == (several and space > len(each.directions))
-    left_out = [record for record in caplog.records if "is left out of" in record.getMessage()]
-    if form in ("list", "auto"):
-        assert any(": triton is left out of" in record.getMessage() for record in left_out)
-        assert {r.levelname for r in left_out} == {"WARNING" if form == "list" else "INFO"}
-    else:
-        assert not left_out
+    forms.assert_form(form, searches, caplog)
 
 
-@pytest.mark.parametrize(("operator", "form"), list(product(OPERATORS, FORMS)))
+@pytest.mark.parametrize(("operator", "name", "mode"), cells(MODES, {"xla": MODES}))
+def test_the_environment_says_when_to_measure(forms, mode, searches):
+    forms.assert_tuning(mode, searches)
+
+
+@pytest.mark.parametrize(("operator", "form"), list(product(OPERATORS, FORMS[:5])))
 def test_every_form_of_a_choice_on_a_gpu(operator, form, monkeypatch):
     """Traced for a Hopper GPU that is not here; what is fastest nobody can measure."""
     each, room = OPERATORS[operator], room_of(operator)
     kernel = "mosaic_gpu" if "mosaic_gpu" in names_of(operator) else "xla"
-    case = smallest(operator, kernel)
+    case = smallest(each, room, kernel)
     gpu = SimpleNamespace(
         platform="gpu", device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0"
     )

@@ -20,6 +20,8 @@ from pallas_kernels.common.nvrtc import compiled
 from pallas_kernels.common.refusals import refuse
 from pallas_kernels.wtconv.problem import Problem
 
+DIFFERENTIABLE = False
+
 SOURCE = Path(wtconv.__file__).with_name("cuda_kernels.cu")
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

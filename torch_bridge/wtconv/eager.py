@@ -24,6 +24,8 @@ from torch.nn import grad
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv.problem import Problem
 
+DIFFERENTIABLE = False
+
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d_weight}

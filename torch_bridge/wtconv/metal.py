@@ -15,6 +15,8 @@ from torch import Tensor
 from pallas_kernels.common.refusals import refuse
 from pallas_kernels.wtconv.problem import Problem
 
+DIFFERENTIABLE = False
+
 SOURCE = Path(__file__).with_name("wtconv.metal")
 
 _DTYPES = ("float32", "float16")

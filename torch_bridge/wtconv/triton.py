@@ -11,6 +11,8 @@ from torch import Tensor
 from pallas_kernels.common.types import Output
 from pallas_kernels.wtconv.problem import Problem
 
+DIFFERENTIABLE = False
+
 
 def unavailable(platform: str) -> str | None:
     """The reason why these kernels cannot run: they need a GPU, unless interpreted, and Triton."""

@@ -118,21 +118,7 @@ def test_the_search_space_has_tiles_that_the_kernel_takes():
 
 @pytest.fixture
 def interpreted(gpu_interpreter, monkeypatch):
-    """The implementation in Pallas' GPU interpreter, with few blocks.
-
-    The interpreter gives both views of a piece of shared memory memory of their own, and tells
-    that nothing should be read that was written through the other: here they share it. It does
-    not look for races of one view with the other, nor of products that are still under way.
-    """
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    def share(token, keys, alias_group_idxs):
-        memory = gpu_callbacks._get_shared_memory().mem
-        boxes, rows = (memory[gpu_callbacks.HostAllocationKey.from_array(key)] for key in keys)
-        rows._content = boxes._content.reshape(rows._content.shape)
-        return token
-
-    monkeypatch.setattr(gpu_callbacks, "_tag_ref_union", share)
+    """The implementation in Pallas' GPU interpreter, with few blocks."""
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
 

@@ -15,7 +15,7 @@ from helpers.conv2d import (
     plain,
     value_and_grads,
 )
-from helpers.triton import INTERPRETED, PARTS, compiled_resources, launch, tensor
+from helpers.triton import INTERPRETED, PARTS, compiled_resources, interpret
 
 from flash_wtconv_jax import tuning
 from pallas_kernels.conv2d import TileConfig, conv2d
@@ -41,22 +41,8 @@ SMALL = TileConfig(16, 16, 32, 1, 1)
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The implementation in Triton's interpreter, called back from JAX."""
-
-    def run(kernel, arguments, outputs, grid, **constants):
-        outputs = [(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
-
-        def call(*given):
-            given = [tensor(a) if np.ndim(a) else int(a) for a in given]
-            named = [(shape, str(dtype)) for shape, dtype in outputs]
-            found = launch(kernel, given, named, grid, **constants)
-            return [f.float().numpy().astype(d) for f, (_, d) in zip(found, outputs, strict=True)]
-
-        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs]
-        return jax.pure_callback(call, shapes, *arguments)
-
-    monkeypatch.setattr(triton_jax, "launch", run)
-    monkeypatch.setattr(triton_jax, "unavailable", lambda platform: None)
+    """The implementation in Triton's interpreter."""
+    interpret(monkeypatch, triton_jax)
 
 
 def ours(case, config=None):

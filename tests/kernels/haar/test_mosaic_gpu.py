@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from helpers.haar import assert_large, assert_oracle, assert_sharded, assert_transformed, takes
 from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, shared_bytes
-from jax.experimental import pallas as pl
 
 from pallas_kernels import haar
 from pallas_kernels.haar import mosaic_gpu
@@ -105,14 +104,6 @@ INTERPRETED = (
 )
 
 
-def strided(self, buffer, level, at):
-    """`_Block.view` by a stride, which the interpreter knows and Mosaic does not."""
-    (j, v, u), each, strips = at, self.tiling.side >> level, self.tiling.strips
-    if strips == 1:
-        return buffer.at[:, v, j * each + u]
-    return buffer.at[0, v, pl.ds(j * strips * each + u, strips, stride=each)]
-
-
 @pytest.mark.core
 @pytest.mark.usefixtures("gpu_interpreter")
 @pytest.mark.parametrize("case", some(INTERPRETED, (2, 4), lambda case: case.name))
@@ -120,7 +111,6 @@ def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
     # A warpgroup has several tasks, more than there are stages.
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(mosaic_gpu, "_MAX_STAGES", 1 if case.level == 3 else 2)
-    monkeypatch.setattr(mosaic_gpu._Block, "view", strided)
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
     assert_oracle(case, "mosaic_gpu")
 

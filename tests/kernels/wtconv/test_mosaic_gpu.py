@@ -27,7 +27,6 @@ from pallas_kernels.common.conformance import worst
 from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.cases import CASES, Case
-from pallas_kernels.wtconv.mosaic_gpu import bands as mosaic_gpu_bands
 from pallas_kernels.wtconv.mosaic_gpu import fused_levels, level2
 from pallas_kernels.wtconv.mosaic_gpu import tiles as mosaic_gpu_tiles
 from pallas_kernels.wtconv.mosaic_gpu import weights as mosaic_gpu_weights
@@ -310,24 +309,8 @@ def few_blocks(monkeypatch):
         cache.cache_clear()
 
 
-@pytest.fixture
-def strided_views(monkeypatch):
-    """Views by a stride, which the interpreter knows and Mosaic does not."""
-
-    def strided(self, row, j, each):
-        if self.tiling.strips == 1:
-            return row.at[:, j]
-        return row.at[0, pl.ds(j, self.tiling.strips, stride=each * self.tiling.columns)]
-
-    def bands(self, row, columns, parts, j, part=0):
-        return row.at[:, pl.ds(j * parts + part, self.tiling.strips, stride=columns * parts)]
-
-    monkeypatch.setattr(mosaic_gpu_tiles.Block, "view", strided)
-    monkeypatch.setattr(mosaic_gpu_bands.BandsBlock, "view", bands)
-
-
 @pytest.mark.core
-@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
 @pytest.mark.parametrize("case", some(INTERPRETED, (3, 5, 6)))
 def test_interpreted_kernels_are_the_oracles(case, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
@@ -364,21 +347,21 @@ def assert_fused_levels_oracle(case, first):
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
 @pytest.mark.parametrize("case", some(FROM_LEVEL2, (3,)))
 def test_interpreted_levels_from_the_second_on_are_the_oracles(case):
     assert_fused_levels_oracle(case, 2)
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
 @pytest.mark.parametrize("case", some(FROM_LEVEL3, (3,)))
 def test_interpreted_levels_from_the_third_on_are_the_oracles(case):
     assert_fused_levels_oracle(case, 3)
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
 @pytest.mark.parametrize("case", some(LEVEL2, (2,)))
 def test_interpreted_level2_is_the_oracles(case):
     assert_level2_oracle(case)
@@ -386,7 +369,7 @@ def test_interpreted_level2_is_the_oracles(case):
 
 @pytest.mark.core
 @pytest.mark.wide
-@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
 @pytest.mark.parametrize("launch", [level2.level2, fused_levels.fused_levels])
 def test_interpreted_images_have_nothing_to_do_with_each_other(launch):
     case = Case((18, 9), 2, 5, batch=(6,), channels=4)
@@ -423,7 +406,7 @@ def assert_level2_oracle(case):
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("gpu_interpreter", "few_blocks", "strided_views")
+@pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
 def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
     monkeypatch.setattr(fused_levels, "fits", lambda *args: False)
     case = Case((10, 13), 4, 3, batch=(1,), channels=4)
