@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -19,13 +20,37 @@ R = TypeVar("R")
 
 
 def interpreting_tpu() -> bool:
-    """Whether TPU kernels run in Pallas' interpreter, inside `pltpu.force_tpu_interpret_mode()`.
+    """Whether TPU kernels run in Pallas' interpreter, inside `pltpu.force_tpu_interpret_mode()`."""
+    playing = interpreter()
+    if playing is None:
+        return False
+    from jax.experimental.pallas import tpu as pltpu
 
-    JAX (0.10 to 0.12) tells it in its private configuration alone.
+    # Pallas' GPU interpreter is kept in the same place.
+    return isinstance(playing, pltpu.InterpretParams)
+
+
+def interpreter() -> object:
+    """The interpreter of Pallas kernels that this thread is inside of, None of none.
+
+    JAX (0.10 to 0.12) tells it, of a TPU or a GPU, in its private configuration alone.
     """
     from jax._src import config
 
-    return config.pallas_tpu_interpret_mode_context_manager.value is not None
+    return config.pallas_tpu_interpret_mode_context_manager.value
+
+
+@contextmanager
+def interpreted_by(interpreter: object) -> Iterator[None]:
+    """Interprets Pallas kernels as another thread does, inside a `with` block of this one."""
+    from jax._src import config
+
+    state = config.pallas_tpu_interpret_mode_context_manager
+    before = state.swap_local(interpreter)
+    try:
+        yield
+    finally:
+        state.set_local(before)
 
 
 def tpu_vmem_bytes() -> int:

@@ -10,7 +10,12 @@ import jax
 import numpy as np
 
 from pallas_kernels.common import device, versions
-from pallas_kernels.common._compat import from_process_0, interpreting_tpu
+from pallas_kernels.common._compat import (
+    from_process_0,
+    interpreted_by,
+    interpreter,
+    interpreting_tpu,
+)
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch import Choice, Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
@@ -110,13 +115,13 @@ class JaxMeasurement:
         return f"this program is compiled ahead of time for {device.kind()}"
 
     def untraced(self, search: Callable[[], Entry]) -> Entry:
-        """Runs it in a thread of its own, which traces nothing, for the same device."""
-        chosen = device.current()
+        """Runs it in a thread that traces nothing, for the same device and interpreter."""
+        chosen, playing = device.current(), interpreter()
         # JAX 0.10 gives its configuration the attributes when it is imported.
         wide = jax.config.jax_enable_x64  # type: ignore[attr-defined,unused-ignore]
 
         def run() -> Entry:
-            with jax.default_device(chosen), jax.enable_x64(wide):
+            with jax.default_device(chosen), jax.enable_x64(wide), interpreted_by(playing):
                 return search()
 
         with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:

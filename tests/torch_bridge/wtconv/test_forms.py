@@ -51,7 +51,7 @@ def test_an_implementation_offers_what_the_contract_says(name):
 
 
 @pytest.fixture
-def forms(name, monkeypatch):
+def forms(name, measured, monkeypatch):
     """The forms of a choice, where the CPU plays an implementation's platform."""
     here = contextlib.nullcontext()
     if name == "triton":
@@ -66,7 +66,7 @@ def forms(name, monkeypatch):
             pytest.skip(played.unavailable())
         here = played.emulated()
     with here:
-        yield Forms(ops.OPERATOR, Room, name, monkeypatch)
+        yield Forms(ops.OPERATOR, Room, name, measured, monkeypatch)
 
 
 def cells(values, quick):
