@@ -357,7 +357,7 @@ def _chosen(
     measurement: Callable[..., Measurement],
     *arguments: Hashable,
 ) -> Candidate:
-    """The result of `Request.choose`, of which `tuner.recorded` is told in each of its blocks."""
+    """The result of `Request.choose`, which a block of `tuner.recorded` records once."""
     if request.epoch is None:
         return Candidate(request.pick(problem))
     able = list(request._able(problem))

@@ -1,6 +1,6 @@
 """PyTorch's operator and the contract: every form of a choice, on all platforms that a CPU plays.
 
-A new implementation is in it without a line of its own, where `runtime.on_cpu` has it.
+A new implementation is in it without a line of its own, where `wtconv.on_cpu` has it.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def forms(name, measured, monkeypatch):
             pytest.skip("needs Triton's interpreter: a process has it or a GPU")
     else:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    on_cpu = f"torch_bridge.runtime.on_cpu.{name}"
+    on_cpu = f"torch_bridge.wtconv.on_cpu.{name}"
     if find_spec(on_cpu):
         played = import_module(on_cpu)
         if played.unavailable() is not None:
