@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.types import Tree
