@@ -170,16 +170,14 @@ def cells(values, quick, rest=()):
             operator, name, value, marks=[pytest.mark.wide] * (value not in quick.get(name, rest))
         )
         for (operator, name), value in product(ROOMS, values)
-        # One implementation computes both directions of some operators.
+        # Of some operators one implementation computes both directions.
         if value not in ("fwd", "bwd") or value in OPERATORS[operator].directions
     ]
 
 
 @pytest.mark.parametrize(
     ("operator", "name", "form"),
-    cells(
-        FORMS, {"xla": ["None", "name", "auto", "fwd"], "mosaic_tpu": ["name", "auto"]}, ["name"]
-    ),
+    cells(FORMS, {"xla": ["None", "name", "auto", "fwd"]}, ["name"]),
 )
 def test_every_form_of_a_choice(forms, form, searches, caplog):
     """Each computes what the oracle says, with gradients, and measures where it should."""

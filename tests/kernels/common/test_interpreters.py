@@ -7,6 +7,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.common._compat import interpreter, interpreting_tpu
+from pallas_kernels.common.measurement import JaxMeasurement
+
 
 def halves(index):
     """A copy of two blocks, one on each core, to the blocks that `index` names."""
@@ -38,6 +41,18 @@ def test_two_cores_race_for_one_block(races):
     assert found
     pltpu.reset_tpu_interpret_mode_state()
     halves(lambda i: (i, 0))(x)
+
+
+def test_a_search_runs_inside_the_interpreter_of_its_caller():
+    measurement = JaxMeasurement(None, (), None, {})
+    with pltpu.force_tpu_interpret_mode():
+        assert measurement.untraced(interpreting_tpu)
+    assert not measurement.untraced(interpreting_tpu)
+
+
+@pytest.mark.usefixtures("gpu_launches")
+def test_the_interpreter_of_a_gpu_is_not_a_tpus():
+    assert interpreter() is not None and not interpreting_tpu()
 
 
 def test_copies_of_a_kernels_own_ask_for_the_race_detector(tpu_interpreter):
