@@ -7,12 +7,14 @@ ECCV 2024.
 from __future__ import annotations
 
 import operator
+import warnings
+from collections.abc import Iterable
 from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 
-from pallas_kernels.common.types import Keywords, Tree
+from pallas_kernels.common.types import Keywords
 from pallas_kernels.dispatch import Choice
 from torch_bridge.runtime.device import best_device
 from torch_bridge.wtconv import eager, ops
@@ -21,6 +23,8 @@ _Device = torch.device | str | None
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONV: dict[int, type[_Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+_WARNED: set[tuple[str, tuple[bool, ...], tuple[str, str]]] = set()
+"""The layers that were warned of, once each."""
 
 
 class _Scale(nn.Module):
@@ -31,6 +35,10 @@ class _Scale(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full(shape, value, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product of x and the factors."""
+        return self.weight * x
 
 
 class _WTConv(nn.Module):
@@ -92,7 +100,11 @@ class _WTConv(nn.Module):
 
     def _depthwise(self, channels: int, bias: bool, factory: Keywords) -> _Conv:
         return _CONV[self.ndim](
-            channels, channels, self.kernel_size, groups=channels, bias=bias, **factory
+            *(channels, channels, self.kernel_size),
+            padding="same",
+            groups=channels,
+            bias=bias,
+            **factory,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,23 +123,37 @@ class _WTConv(nn.Module):
                 shorter than the stride.
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
-        self._check_input(x)
+        branches = self._branches()
+        size = (self.kernel_size,) * self.ndim
+        plain = tuple(
+            # Kernels add a bias to the base alone.
+            [
+                _is_plain(conv, scale, size) and (level == 0 or conv.bias is None)
+                for level, (conv, scale) in enumerate(branches)
+            ]
+        )
+        # Not the weight of a module that may compute it whenever one looks at it.
+        like = self.base_conv.weight if plain[0] else self.wt_filter
+        self._check_input(x, like)
+        if not _in_autocast(x, like):
+            return self._apply_to(x, branches, plain)
         device = x.device.type
-        if not self._autocast(x):
-            return self._apply_to(x)
-        with torch.autocast(device, enabled=False):
-            return self._apply_to(x.to(torch.get_autocast_dtype(device)))
+        dtype = torch.get_autocast_dtype(device)
+        # Modules that are called cast their own weights.
+        with torch.autocast(device, enabled=not all(plain)):
+            return self._apply_to(x.to(dtype), branches, plain).to(dtype)
 
-    def _autocast(self, x: Tensor) -> bool:
-        """Whether to compute in the dtype of `autocast`, which leaves float64 alone."""
-        if x.is_meta or self.base_conv.weight.dtype == torch.float64:
-            return False
-        return x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+    def _branches(self) -> list[tuple[_Conv, _Scale]]:
+        """The convolution and the scale of the base and of each level, or what stands for them."""
+        levels = zip(self.wavelet_convs, self.wavelet_scale, strict=True)
+        return [(self.base_conv, self.base_scale), *cast("Iterable[tuple[_Conv, _Scale]]", levels)]
 
-    def _apply_to(self, x: Tensor) -> Tensor:
+    def _apply_to(
+        self, x: Tensor, branches: list[tuple[_Conv, _Scale]], plain: tuple[bool, ...]
+    ) -> Tensor:
         # A traced program may run with other sizes: there the operators check them.
         shape, strides = ops.known(x)
-        fwd, bwd = ops.pick(
+        picked = ops.pick(
             self.implementation,
             x.device,
             shape,
@@ -135,24 +161,25 @@ class _WTConv(nn.Module):
             self.kernel_size,
             self.wt_levels,
             self.wt_type,
-            self.base_conv.bias is not None,
+            plain[0] and self.base_conv.bias is not None,
             strides,
             self._differentiated(x),
         )
-        weights = (
-            self.base_conv.weight,
-            self.base_conv.bias,
-            self.base_scale.weight,
-            [cast(Tensor, conv.weight) for conv in self.wavelet_convs],
-            [cast(Tensor, scale.weight) for scale in self.wavelet_scale],
-        )
-        if fwd == bwd == "eager":
-            tensors = (*weights, self.wt_filter, self.iwt_filter)
-            if x.dtype != self.base_conv.weight.dtype:
-                tensors = _cast(tensors, x.dtype)
-            y = eager.wtconv(x, *tensors)
+        if picked != ("eager", "eager") and all(plain):
+            (weight, *weights), (scale, *scales) = (
+                [module.weight for module in modules] for modules in zip(*branches, strict=True)
+            )
+            names = {"wavelet": self.wt_type, "fwd": picked[0], "bwd": picked[1]}
+            y = ops.wtconv(x, weight, self.base_conv.bias, scale, weights, scales, **names)
         else:
-            y = ops.wtconv(x, *weights, wavelet=self.wt_type, fwd=fwd, bwd=bwd)
+            if picked != ("eager", "eager"):
+                _warn_of_eager(type(self).__name__, plain, picked)
+            base, *levels = (
+                _weighted(*branch) if bare else _called(*branch)
+                for branch, bare in zip(branches, plain, strict=True)
+            )
+            filters = self.wt_filter.to(x.dtype), self.iwt_filter.to(x.dtype)
+            y = eager.wtconv(x, base, levels, *filters)
         return eager.subsample(y, self.stride)
 
     def _differentiated(self, x: Tensor) -> bool:
@@ -161,7 +188,7 @@ class _WTConv(nn.Module):
             x.requires_grad or any(value.requires_grad for value in self.parameters())
         )
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor, like: Tensor) -> None:
         axes = ("N", "C", *("D", "H", "W")[3 - self.ndim :]) if self.ndim > 1 else ("N", "C", "L")
         if not isinstance(x, Tensor):
             raise ValueError(f"x is of type {type(x).__name__}, expected a tensor")
@@ -174,15 +201,14 @@ class _WTConv(nn.Module):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, expected at least one sample along each axis"
             )
-        if x.device != self.device:
+        if x.device != like.device:
             raise ValueError(
-                f"x is on {x.device}, expected {self.device}, where the layer is: move it with "
+                f"x is on {x.device}, expected {like.device}, where the layer is: move it with "
                 "x.to(layer.device), or the layer with layer.to(x.device)"
             )
-        dtype = self.base_conv.weight.dtype
-        if x.dtype != dtype and not self._autocast(x):
+        if x.dtype != like.dtype and not _in_autocast(x, like):
             raise ValueError(
-                f"x is of {x.dtype}, expected {dtype}, the dtype of the weights; cast it"
+                f"x is of {x.dtype}, expected {like.dtype}, the dtype of the weights; cast it"
             )
         if self.ndim == 1 and x.shape[2] < self.stride:
             raise ValueError(
@@ -198,7 +224,7 @@ class _WTConv(nn.Module):
             >>> WTConv2d(4, 4, device="cpu").device
             device(type='cpu')
         """
-        return self.base_conv.weight.device
+        return self.wt_filter.device
 
     def extra_repr(self) -> str:
         """The arguments that the child modules do not show."""
@@ -236,6 +262,10 @@ class WTConv2d(_WTConv):
     On a GPU the kernels save x and the taps alone for the backward pass, and can be differentiated
     again in reverse mode. `grad`, `vjp` and `jacrev` of `torch.func`, and forward mode, need
     `implementation="eager"`: PyTorch has no way yet to tell them of custom operators.
+
+    What sits on a submodule acts, as in the published layer: hooks, pruning, parametrizations,
+    adapters, sharding, another padding. Kernels would ignore it, so plain PyTorch computes such a
+    layer, and a warning says so once.
 
     Args:
         in_channels: Number of channels C.
@@ -307,11 +337,73 @@ def _as_strings(implementation: Choice) -> str | tuple[str, ...] | None:
     return tuple(map(str, implementation))
 
 
-def _cast(values: Tree, dtype: torch.dtype) -> Tree:
-    """Tensors, in lists too, in a dtype."""
-    if isinstance(values, Tensor):
-        return values.to(dtype)
-    return None if values is None else [_cast(value, dtype) for value in values]
+def _in_autocast(x: Tensor, like: Tensor) -> bool:
+    """Whether to compute in the dtype of `autocast`, which leaves float64 alone."""
+    if x.is_meta or like.dtype == torch.float64:
+        return False
+    return x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+
+
+def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module is no more than its class's `forward`.
+
+    Wrappers, parametrizations and sharding make it one of another class.
+    """
+    return type(module) is kind and not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_plain(conv: _Conv, scale: _Scale, kernel_size: tuple[int, ...]) -> bool:
+    """Whether the weights of a branch, and a bias, are all that its modules would compute with."""
+    return (
+        _is_bare(conv, _CONV[len(kernel_size)])
+        and _is_bare(scale, _Scale)
+        and conv.kernel_size == kernel_size
+        and conv.padding == "same"
+        and conv.padding_mode == "zeros"
+        and conv.stride == conv.dilation == (1,) * len(kernel_size)
+        and conv.groups == conv.in_channels == conv.out_channels
+    )
+
+
+def _weighted(conv: _Conv, scale: _Scale) -> eager.Branch:
+    """A branch that is computed with the weights of its modules, in the dtype of its input."""
+
+    def branch(x: Tensor) -> Tensor:
+        bias = None if conv.bias is None else conv.bias.to(x.dtype)
+        return scale.weight.to(x.dtype) * eager.depthwise(x, conv.weight.to(x.dtype), bias)
+
+    return branch
+
+
+def _called(conv: nn.Module, scale: nn.Module) -> eager.Branch:
+    """A branch that calls its modules, so that what sits on them acts."""
+    return lambda x: scale(conv(x))
+
+
+# PyTorch's compiler, which traces no warnings, calls it as it is.
+@torch.compiler.assume_constant_result
+def _warn_of_eager(layer: str, plain: tuple[bool, ...], picked: tuple[str, str]) -> None:
+    """Warns once that plain PyTorch computes a layer that kernels would compute."""
+    if (layer, plain, picked) in _WARNED:
+        return
+    _WARNED.add((layer, plain, picked))
+    names = ["base_conv or base_scale"]
+    names += [f"wavelet_convs.{i} or wavelet_scale.{i}" for i in range(len(plain) - 1)]
+    found = "; ".join(name for name, bare in zip(names, plain, strict=True) if not bare)
+    kernels = sorted({name.split()[0] for name in picked} - {"eager"})
+    warnings.warn(
+        f"{layer} has hooks, wrappers, parametrizations or other arguments on {found}, which "
+        f"{' and '.join(kernels)} would ignore: plain PyTorch computes the layer and calls them. "
+        "Take them off for the kernels' speed, or say implementation='eager'",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _read_layouts(
