@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable
-from typing import SupportsIndex, cast
+from typing import Self, SupportsIndex, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ _CONV: dict[int, type[_Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 _WARNED: set[tuple[str, tuple[bool, ...], tuple[str, str]]] = set()
 """The layers that were warned of, once each."""
+_ROUNDING = 2.0**-8
+"""The greatest error of a tap below 2 in bfloat16."""
 
 
 class _Scale(nn.Module):
@@ -34,7 +36,13 @@ class _Scale(nn.Module):
         self, shape: tuple[int, ...], value: float, device: _Device, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full(shape, value, device=device, dtype=dtype))
+        self._value = value
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Writes the factors that training starts from."""
+        nn.init.constant_(self.weight, self._value)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product of x and the factors."""
@@ -80,7 +88,7 @@ class _WTConv(nn.Module):
             "dtype": dtype,
         }
         try:
-            filters = eager.wavelet_filters(wt_type, self.ndim, in_channels, **factory)
+            filters = self._filters(**factory)
         except ValueError as error:
             raise ValueError(f"wt_type: {error}") from None
         # Frozen parameters, not buffers: published checkpoints and parameter counts hold them.
@@ -106,6 +114,28 @@ class _WTConv(nn.Module):
             bias=bias,
             **factory,
         )
+
+    def _filters(self, device: _Device, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """The filters of `wt_type`, whatever `wt_filter` and `iwt_filter` hold."""
+        names = self.wt_type, self.ndim, self.in_channels
+        return eager.wavelet_filters(*names, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Writes the filters of `wt_type`, after `to_empty` for instance.
+
+        Convolutions and scales have a `reset_parameters` of their own.
+        """
+        own = self.wt_filter, self.iwt_filter
+        for parameter, filters in zip(own, self._filters(self.device, own[0].dtype), strict=True):
+            parameter.copy_(_sharded_as(parameter, filters))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freezes or unfreezes the layer, but for the filters, which stay frozen."""
+        super().requires_grad_(requires_grad)
+        self.wt_filter.requires_grad_(False)
+        self.iwt_filter.requires_grad_(False)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -178,7 +208,8 @@ class _WTConv(nn.Module):
                 _weighted(*branch) if bare else _called(*branch)
                 for branch, bare in zip(branches, plain, strict=True)
             )
-            filters = self.wt_filter.to(x.dtype), self.iwt_filter.to(x.dtype)
+            # Kernels do not train them either.
+            filters = (f.detach().to(x.dtype) for f in (self.wt_filter, self.iwt_filter))
             y = eager.wtconv(x, base, levels, *filters)
         return eager.subsample(y, self.stride)
 
@@ -274,7 +305,9 @@ class WTConv2d(_WTConv):
         stride: Keeps every stride-th row and column of the result.
         bias: Whether the base convolution has a bias.
         wt_levels: Number of wavelet levels; 0 leaves the base convolution alone.
-        wt_type: Name of a discrete PyWavelets wavelet; "db1" is Haar.
+        wt_type: Name of a discrete PyWavelets wavelet; "db1" is Haar. Its filters, which the state
+            dict holds, never train. Others in a state dict are refused, but that
+            `implementation="eager"` runs them as they are.
         device: The device of the parameters; None is the default device where one was set
             (`torch.set_default_device`), else CUDA, MPS or the CPU, the first that is here.
         dtype: Their dtype, PyTorch's default if None.
@@ -407,7 +440,7 @@ def _warn_of_eager(layer: str, plain: tuple[bool, ...], picked: tuple[str, str])
 
 
 def _read_layouts(
-    module: nn.Module,
+    module: _WTConv,
     state_dict: dict[str, Tensor],
     prefix: str,
     metadata: dict[str, object],
@@ -416,7 +449,7 @@ def _read_layouts(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Names of the fast variant become the published ones; wrong filters are reported."""
+    """Names of the fast variant become the published ones; the filters are those of `wt_type`."""
     from flash_wtconv_jax.checkpoints.layouts import FAST_NAMES, PUBLISHED_NAMES, pattern_of
 
     state_dict.pop(f"{prefix}stride_filter", None)
@@ -428,17 +461,44 @@ def _read_layouts(
     ]
     for name, published in fast:
         state_dict[prefix + published] = state_dict.pop(name)
-    for name in ("wt_filter", "iwt_filter"):
-        own, theirs = getattr(module, name), state_dict.get(prefix + name)
+    # Plain PyTorch alone can compute with others.
+    as_they_are = module.implementation in ("eager", ("eager",))
+    assigned = bool(metadata.get("assign_to_params_buffers"))
+    for i, name in enumerate(("wt_filter", "iwt_filter")):
+        key, own = prefix + name, getattr(module, name)
+        theirs = state_dict.get(key)
         if theirs is None and fast:
             # The fast variant does not keep them.
-            state_dict[prefix + name] = own
-        # Kernels know no others. Rounded to bfloat16 they differ by less than a hundredth.
-        elif (
-            # PyTorch itself reports an entry that is no tensor.
-            isinstance(theirs, Tensor)
-            and theirs.shape == own.shape
-            and not (own.is_meta or theirs.is_meta)
-        ):
-            if not torch.allclose(theirs.to(own), own, rtol=0.0, atol=1e-2):
-                errors.append(f"{prefix}{name} is not that of wt_type={module.wt_type!r}")
+            state_dict[key] = _sharded_as(own, module._filters(own.device, own.dtype)[i])
+        elif _comparable(theirs, own) and not as_they_are:
+            right = module._filters(theirs.device, theirs.dtype if assigned else own.dtype)[i]
+            distance = float((_whole(theirs).float() - right.float()).abs().max())
+            if distance <= _ROUNDING:
+                state_dict[key] = _sharded_as(theirs, right)
+                continue
+            # The layer keeps its own.
+            state_dict[key] = own.detach()
+            errors.append(
+                f"{key} is not that of wt_type={module.wt_type!r}: taps are up to {distance:.2g} "
+                f"apart, expected at most {_ROUNDING:.2g}; name the wavelet of the file, or say "
+                "implementation='eager', which takes the filters of a file as they are"
+            )
+
+
+def _comparable(theirs: Tensor | None, own: Tensor) -> TypeGuard[Tensor]:
+    """Whether an entry has values for a parameter; PyTorch itself reports what does not fit."""
+    return isinstance(theirs, Tensor) and theirs.shape == own.shape and not theirs.is_meta
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor that may be sharded, as every rank sees it."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _sharded_as(like: Tensor, value: Tensor) -> Tensor:
+    """A tensor sharded as another is, if it is."""
+    if not (hasattr(like, "device_mesh") and hasattr(like, "placements")):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements)

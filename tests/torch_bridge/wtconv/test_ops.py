@@ -190,16 +190,10 @@ def test_copies_compute_the_same(implementation, what):
 
 
 @WITH_GPU
-def test_distributed_data_parallel(implementation, device, tmp_path):
+def test_distributed_data_parallel(implementation, device, process_group):
     layer, x = make_layer(implementation, device), make_input(2, 1, 3, 2, device=device)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer))
-        parallel(x).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer))
+    parallel(x).sum().backward()
     want = torch.autograd.grad(layer(x).sum(), trained(layer))
     for parameter, gradient in zip(trained(parallel), want, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)

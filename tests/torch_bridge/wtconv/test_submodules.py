@@ -118,15 +118,6 @@ def test_what_sits_on_a_submodule_acts_and_learns(way, monkeypatch):
     assert len(said) == 1
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    """A group of this process alone."""
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_sharded_submodules_gather_their_own_weights(process_group):
     from torch.distributed.fsdp import fully_shard
 
