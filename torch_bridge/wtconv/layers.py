@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Self, SupportsIndex, TypeGuard, cast
 
 import torch
@@ -53,12 +53,14 @@ class _WTConv(nn.Module):
     """The layer of any number of spatial axes; `WTConv2d` documents the arguments."""
 
     ndim: int
+    # The name that PyTorch's eager quantisation reads: the layer stays in floating point.
+    qconfig: None = None
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 5,
+        kernel_size: int | Sequence[int] = 5,
         stride: int = 1,
         bias: bool = True,
         wt_levels: int = 1,
@@ -68,16 +70,17 @@ class _WTConv(nn.Module):
         implementation: Choice = None,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels = _integer("in_channels", in_channels, 1)
         if in_channels != out_channels:
             raise ValueError(
                 f"out_channels is {out_channels}, expected in_channels = {in_channels}: the layer "
                 "is depthwise; put a pointwise convolution after it to change the channels"
             )
-        self.in_channels = in_channels = _integer("in_channels", in_channels, 1)
-        self.kernel_size = _integer("kernel_size", kernel_size, 1)
+        self.kernel_size = _kernel_size(kernel_size, self.ndim)
         self.stride = _integer("stride", stride, 1)
         self.wt_levels = wt_levels = _integer("wt_levels", wt_levels, 0)
-        self.wt_type = wt_type
+        # PyWavelets takes names in any case.
+        self.wt_type = wt_type.lower() if isinstance(wt_type, str) else wt_type
         if dtype not in (None, *_DTYPES):
             raise ValueError(f"dtype is {dtype!r}, expected None or one of {list(_DTYPES)}")
         ops.OPERATOR.check_names(implementation)
@@ -195,7 +198,7 @@ class _WTConv(nn.Module):
             strides,
             self._differentiated(x),
         )
-        if picked != ("eager", "eager") and all(plain):
+        if all(plain) and (picked != ("eager", "eager") or ops.stays_whole(x)):
             (weight, *weights), (scale, *scales) = (
                 [module.weight for module in modules] for modules in zip(*branches, strict=True)
             )
@@ -238,6 +241,12 @@ class _WTConv(nn.Module):
                 "x.to(layer.device), or the layer with layer.to(x.device)"
             )
         if x.dtype != like.dtype and not _in_autocast(x, like):
+            if x.is_quantized:
+                raise ValueError(
+                    f"x is quantised, {x.dtype}, expected {like.dtype}: there is no quantised "
+                    "wavelet convolution, and PyTorch's eager quantisation leaves the layer as it "
+                    "is; put a DeQuantStub before it and a QuantStub after it"
+                )
             raise ValueError(
                 f"x is of {x.dtype}, expected {like.dtype}, the dtype of the weights; cast it"
             )
@@ -301,15 +310,17 @@ class WTConv2d(_WTConv):
     Args:
         in_channels: Number of channels C.
         out_channels: Must equal in_channels: the layer is depthwise.
-        kernel_size: Size of all its convolutions, in samples of their level.
+        kernel_size: Size of all its convolutions, in samples of their level; a tuple of equal ones
+            too.
         stride: Keeps every stride-th row and column of the result.
         bias: Whether the base convolution has a bias.
         wt_levels: Number of wavelet levels; 0 leaves the base convolution alone.
-        wt_type: Name of a discrete PyWavelets wavelet; "db1" is Haar. Its filters, which the state
-            dict holds, never train. Others in a state dict are refused, but that
+        wt_type: Name of a discrete PyWavelets wavelet, in any case; "db1" is Haar. Its filters,
+            which the state dict holds, never train. Others in a state dict are refused, but that
             `implementation="eager"` runs them as they are.
         device: The device of the parameters; None is the default device where one was set
-            (`torch.set_default_device`), else CUDA, MPS or the CPU, the first that is here.
+            (`torch.set_default_device`), else CUDA, MPS or the CPU, the first that is here; in a
+            process group the GPU of this rank.
         dtype: Their dtype, PyTorch's default if None.
         implementation: Filter on the implementations "cuda", "triton", "metal" and "eager": a name,
             a sequence of names or "auto" for the fastest of them, which is measured once for each
@@ -361,6 +372,13 @@ def _integer(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
     return number
+
+
+def _kernel_size(value: object, ndim: int) -> int:
+    """The one size of the convolutions, told once or for each axis."""
+    if isinstance(value, Sequence) and len(value) == ndim and all(n == value[0] for n in value):
+        value = value[0]
+    return _integer("kernel_size", value, 1)
 
 
 def _as_strings(implementation: Choice) -> str | tuple[str, ...] | None:

@@ -137,7 +137,9 @@ def pick(
     return picked
 
 
+@torch.compiler.assume_constant_result
 def _differentiated_by_func() -> bool:
+    """Whether `torch.func` takes derivatives here, of a traced program where it is traced."""
     levels = get_interpreter_stack() or ()
     return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
 
@@ -161,6 +163,27 @@ def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     # A size that depends on data counts as 1.
     hint = symbolic_shapes.optimization_hint
     return tuple(hint(n, 1) for n in x.shape), tuple(hint(n, 1) for n in x.stride())
+
+
+def stays_whole(x: Tensor) -> bool:
+    """Whether plain PyTorch is an operator of a program, rather than a dozen of PyTorch's own.
+
+    On a CPU, PyTorch's compiler fails to lay out views of convolutions whose sizes it does not know
+    ("cannot determine truth value of Relational", seen in 2.13). What is exported stays plain.
+
+    Example:
+        >>> stays_whole(torch.zeros(2, 3, 4))
+        False
+    """
+    if not torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    from torch.fx.experimental import symbolic_shapes
+
+    if torch.compiler.is_exporting() or not hasattr(symbolic_shapes, "optimization_hint"):
+        return False
+    if _differentiated_by_func():
+        return False
+    return not all(symbolic_shapes.has_static_value(n) for n in x.shape)
 
 
 def _problem(
