@@ -41,6 +41,18 @@ def _of_rank() -> torch.device | None:
     return bound or torch.device("cuda", index % torch.cuda.device_count())
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done all that was enqueued.
+
+    Example:
+        >>> synchronize(torch.device("cpu"))
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    else:
+        torch.get_device_module(device).synchronize()
+
+
 def kind(device: torch.device) -> str:
     """The kind of device that measured times hold for: a GPU's name, a CPU's model and threads.
 
