@@ -155,6 +155,7 @@ class _WTConv(nn.Module):
                 or dtype than the layer or an empty axis beside the batch, or is a 1-D signal
                 shorter than the stride.
             NotImplementedError: No allowed implementation can run here; says why for each.
+            RuntimeError: The kernels that were named do not compile; tells the end of the log.
         """
         branches = self._branches()
         size = (self.kernel_size,) * self.ndim
@@ -202,8 +203,13 @@ class _WTConv(nn.Module):
             (weight, *weights), (scale, *scales) = (
                 [module.weight for module in modules] for modules in zip(*branches, strict=True)
             )
-            names = {"wavelet": self.wt_type, "fwd": picked[0], "bwd": picked[1]}
-            y = ops.wtconv(x, weight, self.base_conv.bias, scale, weights, scales, **names)
+            y = ops.wtconv(
+                *(x, weight, self.base_conv.bias, scale, weights, scales),
+                wavelet=self.wt_type,
+                fwd=picked[0],
+                bwd=picked[1],
+                replaceable=self.implementation is None,
+            )
         else:
             if picked != ("eager", "eager"):
                 _warn_of_eager(type(self).__name__, plain, picked)
@@ -328,6 +334,7 @@ class WTConv2d(_WTConv):
             None for the environment's (`FLASH_WTCONV_TORCH_WTCONV_FWD`, `..._BWD`) or the device's
             rule. `pallas_kernels.dispatch.tuning` says otherwise for a block of code. A program
             that is compiled or exported keeps the choice of the sizes that it was traced with.
+            Where kernels that nobody named do not compile, the next computes, after a warning.
 
     Raises:
         ValueError: Channels differ, a number is too small, the wavelet or an implementation
@@ -444,10 +451,10 @@ def _warn_of_eager(layer: str, plain: tuple[bool, ...], picked: tuple[str, str])
     if (layer, plain, picked) in _WARNED:
         return
     _WARNED.add((layer, plain, picked))
-    names = ["base_conv or base_scale"]
-    names += [f"wavelet_convs.{i} or wavelet_scale.{i}" for i in range(len(plain) - 1)]
-    found = "; ".join(name for name, bare in zip(names, plain, strict=True) if not bare)
-    kernels = sorted({name.split()[0] for name in picked} - {"eager"})
+    parts = ["base_conv or base_scale"]
+    parts += [f"wavelet_convs.{i} or wavelet_scale.{i}" for i in range(len(plain) - 1)]
+    found = "; ".join(part for part, bare in zip(parts, plain, strict=True) if not bare)
+    kernels = [name for name in ops.names(picked) if name != "eager"]
     warnings.warn(
         f"{layer} has hooks, wrappers, parametrizations or other arguments on {found}, which "
         f"{' and '.join(kernels)} would ignore: plain PyTorch computes the layer and calls them. "
