@@ -51,6 +51,29 @@ def refuse(reasons: Sequence[str]) -> None:
         raise refusal(reasons)
 
 
+_PLAIN = (
+    "Where a kernel does not compile, plain JAX computes: say implementation='xla', or in the "
+    "environment FLASH_WTCONV_WTCONV_FWD=xla and FLASH_WTCONV_WTCONV_BWD=xla, likewise "
+    "..._CONV2D_FWD, ..._CONV2D_BWD and ..._HAAR_FWD"
+)
+
+
+@contextmanager
+def naming_xla() -> Iterator[None]:
+    """Adds to what a kernel's trace raises how plain JAX computes in its place.
+
+    Example:
+        >>> with naming_xla():
+        ...     pass
+    """
+    try:
+        yield
+    # Compilers fail in their own ways.
+    except Exception as error:
+        error.add_note(_PLAIN)
+        raise
+
+
 class KernelError(RuntimeError):
     """A kernel that does not compile or load on this machine.
 
