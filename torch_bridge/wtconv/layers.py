@@ -218,7 +218,10 @@ class _WTConv(nn.Module):
                 for branch, bare in zip(branches, plain, strict=True)
             )
             # Kernels do not train them either.
-            filters = (f.detach().to(x.dtype) for f in (self.wt_filter, self.iwt_filter))
+            filters = (
+                _cast(value.detach() if value.requires_grad else value, x.dtype)
+                for value in (self.wt_filter, self.iwt_filter)
+            )
             y = eager.wtconv(x, base, levels, *filters)
         return eager.subsample(y, self.stride)
 
@@ -433,10 +436,16 @@ def _weighted(conv: _Conv, scale: _Scale) -> eager.Branch:
     """A branch that is computed with the weights of its modules, in the dtype of its input."""
 
     def branch(x: Tensor) -> Tensor:
-        bias = None if conv.bias is None else conv.bias.to(x.dtype)
-        return scale.weight.to(x.dtype) * eager.depthwise(x, conv.weight.to(x.dtype), bias)
+        bias = None if conv.bias is None else _cast(conv.bias, x.dtype)
+        y = eager.depthwise(x, _cast(conv.weight, x.dtype), bias)
+        return _cast(scale.weight, x.dtype) * y
 
     return branch
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a dtype; no operation of an exported program where it has it."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _called(conv: nn.Module, scale: nn.Module) -> eager.Branch:
