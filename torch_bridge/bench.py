@@ -17,7 +17,7 @@ from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
 from torch_bridge.check import about
-from torch_bridge.runtime.device import best_device
+from torch_bridge.runtime.device import best_device, synchronize
 from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import WTConv2d
 
@@ -200,11 +200,13 @@ def _take_turns(
 ) -> dict[str, Spread]:
     """Times calls in turns, in milliseconds: by a GPU's events, elsewhere by the host's clock.
 
-    Before each call a GPU copies gigabytes: meanwhile the host enqueues the call, so that launching
-    is timed only as far as it takes longer, and nothing of the call's tensors stays in a cache.
+    By the host's clock each call is waited for. Before each call a GPU copies gigabytes: meanwhile
+    the host enqueues the call, so that launching is timed only as far as it takes longer, and
+    nothing of the call's tensors stays in a cache.
     """
     if device.type != "cuda":
-        return timing.take_turns(calls, progress(timing.turns(len(calls))))
+        waited = {name: partial(_waited, device, call) for name, call in calls.items()}
+        return timing.take_turns(waited, progress(timing.turns(len(calls))))
     limit = torch.cuda.get_device_properties(device).total_memory // 16
     source, target = torch.empty(2, min(_PAUSE_BYTES, limit) // 2, dtype=torch.uint8, device=device)
     step = progress(_ROUNDS * len(calls))
@@ -220,17 +222,23 @@ def _take_turns(
             start.record()
             call()
             end.record()
-            torch.cuda.synchronize()
+            synchronize(device)
             times[name].append(start.elapsed_time(end))
             step()
     return {name: Spread.of(ms) for name, ms in times.items()}
+
+
+def _waited(device: torch.device, call: Call) -> None:
+    """A call and all that it has enqueued."""
+    call()
+    synchronize(device)
 
 
 def _memory(device: torch.device, call: Call, size: int) -> tuple[float | None, float | None]:
     """The peak of a call's memory in inputs, beyond its results and with them."""
     if device.type != "cuda":
         return None, None
-    torch.cuda.synchronize()
+    synchronize(device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     results = call()

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.common.refusals import KernelError
+
 _OPTIONS = ("--std=c++17",)
 
 
@@ -24,7 +26,7 @@ def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
         A cubin.
 
     Raises:
-        RuntimeError: The source does not compile; the error holds the compiler's log.
+        KernelError: The source does not compile; the error holds the compiler's log.
     """
     path = cache_folder() / f"{_key(source, macros, arch)}.cubin"
     try:
@@ -58,7 +60,7 @@ def compile_source(source: str, macros: Mapping[str, object], arch: str) -> byte
             log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
             _checked(nvrtc.nvrtcGetProgramLog(program, log))
             text = log.rstrip(b"\0").decode(errors="replace")
-            raise RuntimeError(f"NVRTC could not compile with {' '.join(options)}:\n{text}")
+            raise KernelError(f"NVRTC could not compile with {' '.join(options)}", text)
         code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
         return code

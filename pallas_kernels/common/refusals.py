@@ -1,6 +1,7 @@
-"""The error by which an implementation refuses a call that another implementation may take."""
+"""The errors of an implementation that cannot take a call which another implementation may take."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 def refusal(reasons: Sequence[str]) -> NotImplementedError:
@@ -48,3 +49,66 @@ def refuse(reasons: Sequence[str]) -> None:
     """
     if reasons:
         raise refusal(reasons)
+
+
+_PLAIN = (
+    "Where a kernel does not compile, plain JAX computes: say implementation='xla', or in the "
+    "environment FLASH_WTCONV_WTCONV_FWD=xla and FLASH_WTCONV_WTCONV_BWD=xla, likewise "
+    "..._CONV2D_FWD, ..._CONV2D_BWD and ..._HAAR_FWD"
+)
+
+
+@contextmanager
+def naming_xla() -> Iterator[None]:
+    """Adds to what a kernel's trace raises how plain JAX computes in its place.
+
+    Example:
+        >>> with naming_xla():
+        ...     pass
+    """
+    try:
+        yield
+    # Compilers fail in their own ways.
+    except Exception as error:
+        error.add_note(_PLAIN)
+        raise
+
+
+class KernelError(RuntimeError):
+    """A kernel that does not compile or load on this machine.
+
+    Attributes:
+        log: The text of the compiler or driver.
+
+    Example:
+        >>> KernelError("NVRTC could not compile", "kernels.cu(1): error").log
+        'kernels.cu(1): error'
+    """
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(f"{message}:\n{log}")
+        self.log = log
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Makes whatever a compiler or a driver raises inside a block a `KernelError`.
+
+    Args:
+        what: What is compiled or loaded, such as "a Triton kernel".
+
+    Raises:
+        KernelError: Something was raised.
+
+    Example:
+        >>> with compiling("a Triton kernel"):
+        ...     pass
+    """
+    try:
+        yield
+    except KernelError:
+        raise
+    # Compilers and drivers fail in their own ways.
+    except Exception as error:
+        message = f"{what} does not compile or load"
+        raise KernelError(message, f"{type(error).__name__}: {error}") from error

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from pallas_kernels.common.refusals import naming_xla
 from pallas_kernels.common.types import Tree
 
 
@@ -26,7 +27,7 @@ def vmap_folding(run: Callable[..., Tree], own: int = 1) -> Callable[..., Tree]:
         >>> jax.vmap(vmap_folding(lambda x, w: x * w), (0, None))(jnp.ones((2, 3, 4)), 2.0).shape
         (2, 3, 4)
     """
-    call = custom_vmap(run)
+    call = custom_vmap(naming_xla()(run))
 
     @call.def_vmap
     def rule(size: int, batched: tuple[Tree, ...], *args: Tree) -> tuple[Tree, Tree]:
@@ -58,7 +59,7 @@ def vmap_sequential(run: Callable[..., Tree]) -> Callable[..., Tree]:
         >>> jax.vmap(vmap_sequential(lambda x: x.sum()))(jnp.ones((2, 3)))
         Array([3., 3.], dtype=float32)
     """
-    call = custom_vmap(run)
+    call = custom_vmap(naming_xla()(run))
 
     @call.def_vmap
     def rule(size: int, batched: tuple[Tree, ...], *args: Tree) -> tuple[Tree, Tree]:

@@ -18,3 +18,14 @@ def float32_is_float32(monkeypatch):
     """Or PyTorch rounds the factors of a convolution to 10 bits on a GPU."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    import torch
+
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,29 @@ def test_times_beside_plain_pytorch(monkeypatch, capsys, tmp_path):
     floor_ms = 5 * 2 * 180 / report["roofs"]["copy_bytes_per_s"] * 1e3
     assert row["floor_ms"] == pytest.approx(floor_ms)
     assert row["over_floor"] == pytest.approx(row["median_ms"] / floor_ms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_times_hold_what_a_device_has_enqueued(monkeypatch, dtype):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    now, enqueued = [0.0], []
+
+    def finish():
+        now[0] += sum(enqueued)
+        enqueued.clear()
+
+    monkeypatch.setattr(torch.mps, "synchronize", finish)
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda seconds: None)
+    monkeypatch.setattr(timing, "time", clock)
+
+    def enqueuing(call, seconds):
+        return lambda: (call(), enqueued.append(seconds))
+
+    calls = bench._calls(SHAPES["small"], torch.device("cpu"), dtype)["forward+backward"]
+    calls = {name: enqueuing(call, i) for i, (name, call) in enumerate(calls.items(), 1)}
+    times = bench._take_turns(torch.device("mps"), calls, lambda steps: lambda: None)
+    milliseconds = {name: (spread.least, spread.greatest) for name, spread in times.items()}
+    assert milliseconds == {"eager": (1e3, 1e3), "eager channels-last": (2e3, 2e3)}
 
 
 @pytest.mark.gpu

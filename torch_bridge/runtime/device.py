@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import overrides
+from torch import distributed, overrides
 from torch.utils._device import DeviceContext
 
 from pallas_kernels.common import versions
@@ -11,6 +13,8 @@ from pallas_kernels.common import versions
 
 def best_device() -> torch.device:
     """The default device where one was set, else CUDA, MPS or the CPU, the first that is here.
+
+    In a process group CUDA's is the device of this rank.
 
     Example:
         >>> with torch.device("meta"):
@@ -23,8 +27,30 @@ def best_device() -> torch.device:
     if default.type != "cpu" or any(isinstance(mode, DeviceContext) for mode in modes):
         return default
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return _of_rank() or torch.device("cuda")
     return torch.device("mps") if torch.backends.mps.is_available() else default
+
+
+def _of_rank() -> torch.device | None:
+    """The GPU of this process of a group, as the group, `set_device` or the launcher tells it."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    bound = cast(distributed.ProcessGroup, distributed.group.WORLD).bound_device_id
+    # 0 is also what PyTorch says where none was set.
+    index = torch.cuda.current_device() or distributed.get_node_local_rank(fallback_rank=0)
+    return bound or torch.device("cuda", index % torch.cuda.device_count())
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done all that was enqueued.
+
+    Example:
+        >>> synchronize(torch.device("cpu"))
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    else:
+        torch.get_device_module(device).synchronize()
 
 
 def kind(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.cache import Entry
 from pallas_kernels.dispatch.tuner import TuningParams
-from torch_bridge.runtime.device import kind
+from torch_bridge.runtime.device import kind, synchronize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,18 +136,12 @@ class OnRandomTensors:
 
     def _waited(self, call: Callable[[], Tree], times: int) -> float:
         """Milliseconds of each of some calls that the host waits for together."""
-        self._wait()
+        synchronize(self._device)
         start = time.perf_counter()
         for _ in range(times):
             call()
-        self._wait()
+        synchronize(self._device)
         return (time.perf_counter() - start) * 1e3 / times
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        elif self._device.type == "mps":
-            torch.mps.synchronize()
 
     @cached_property
     def _tensors(self) -> tuple[Tree, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pallas_kernels import wtconv
 from pallas_kernels.common.nvrtc import compiled
-from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.refusals import compiling, refuse
 from pallas_kernels.wtconv.problem import Problem
 
 DIFFERENTIABLE = False
@@ -547,6 +547,7 @@ def device_of(device: torch.device) -> Device:
 
 
 @cache
+@compiling("a CUDA kernel")
 def _kernel(variant: Variant, device: int) -> tuple[Any, int]:
     """A compiled kernel on one device, and the bytes of shared memory of its blocks."""
     from cuda.bindings import driver

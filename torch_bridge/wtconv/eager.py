@@ -11,7 +11,7 @@ Source: Finder, Amoyal, Treister, Freifeld, "Wavelet Convolutions for Large Rece
 ECCV 2024.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from types import EllipsisType
 
@@ -25,6 +25,9 @@ from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv.problem import Problem
 
 DIFFERENTIABLE = False
+
+Branch = Callable[[Tensor], Tensor]
+"""The scaled convolution of the signal, or of a level's coefficients `[N, C * 2**d, *half]`."""
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -138,42 +141,29 @@ def _padding(kernel: Sequence[int], transpose: bool = False) -> list[int]:
 
 
 def wtconv(
-    x: Tensor,
-    base_weight: Tensor,
-    base_bias: Tensor | None,
-    base_scale: Tensor,
-    wavelet_weights: Sequence[Tensor],
-    wavelet_scales: Sequence[Tensor],
-    wt_filter: Tensor,
-    iwt_filter: Tensor,
+    x: Tensor, base: Branch, levels: Sequence[Branch], wt_filter: Tensor, iwt_filter: Tensor
 ) -> Tensor:
     """Wavelet convolution of 1-D, 2-D or 3-D signals.
 
     Args:
-        x: Signal `[N, C, *spatial]`; all tensors are of one dtype.
-        base_weight: `[C, 1, *k]`.
-        base_bias: `[C]` or None.
-        base_scale: `[1, C, 1, ...]`.
-        wavelet_weights: One `[2**d * C, 1, *k]` a level, finest first.
-        wavelet_scales: One `[1, 2**d * C, 1, ...]` a level.
-        wt_filter: Analysis filters of `wavelet_filters`.
+        x: Signal `[N, C, *spatial]`.
+        base: Computes the part of the signal itself.
+        levels: Compute those of the coefficients, finest first.
+        wt_filter: Analysis filters of `wavelet_filters`, in x's dtype.
         iwt_filter: Synthesis filters of `wavelet_filters`.
 
     Returns:
         `[N, C, *spatial]`.
 
     Example:
-        >>> weight, scale = torch.ones(3, 1, 1, 1), torch.full((1, 3, 1, 1), 2.0)
         >>> x = torch.ones(1, 3, 4, 4)
-        >>> float(wtconv(x, weight, None, scale, [], [], *wavelet_filters("db1", 2, 3)).mean())
+        >>> y = wtconv(x, torch.neg, [lambda bands: 3 * bands], *wavelet_filters("db1", 2, 3))
+        >>> round(float(y.mean()), 5)
         2.0
     """
-    coefficients, sizes = _cascade(x, len(wavelet_weights), wt_filter)
-    levels = [
-        scale * depthwise(bands, weight)
-        for bands, weight, scale in zip(coefficients, wavelet_weights, wavelet_scales, strict=True)
-    ]
-    return base_scale * depthwise(x, base_weight, base_bias) + _synthesis(levels, sizes, iwt_filter)
+    coefficients, sizes = _cascade(x, len(levels), wt_filter)
+    filtered = [level(bands) for level, bands in zip(levels, coefficients, strict=True)]
+    return base(x) + _synthesis(filtered, sizes, iwt_filter)
 
 
 def forward(

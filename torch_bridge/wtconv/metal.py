@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.refusals import compiling, refuse
 from pallas_kernels.wtconv.problem import Problem
 
 DIFFERENTIABLE = False
@@ -266,6 +266,7 @@ def _kernel(image: Tensor, name: str, kernel_size: int | None = None, tile: int 
 
 
 @cache
+@compiling("a Metal kernel")
 def library(kernel_size: int | None, tile: int) -> Any:
     """The compiled source: the cascades for None, else the convolutions of one size of kernel."""
     source = SOURCE.read_text(encoding="utf-8")

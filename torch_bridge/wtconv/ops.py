@@ -21,17 +21,19 @@ need not care for the strides of what it returns: a copy mends those of y that a
 `torch.empty_like(x)`'s, and of gradients that are not contiguous.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
+from pallas_kernels.common.refusals import KernelError
 from pallas_kernels.common.types import Tree
-from pallas_kernels.dispatch import Operator, Request, backend, until_forgotten
+from pallas_kernels.dispatch import Operator, Request, backend, forget, until_forgotten
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.wtconv.problem import Problem
 from torch_bridge.runtime import measuring
@@ -80,6 +82,15 @@ OPERATOR = Operator(
 )
 
 
+Result = TypeVar("Result")
+_ELSE = "else"
+"""The end of the text of what others may replace."""
+_END = 20
+"""Lines of a compiler's log that errors tell."""
+_FAILED: set[str] = set()
+"""The implementations that did not compile or load in this process; rules leave them out."""
+
+
 # What it returns is a constant of a traced program: it asks the environment, imports, and measures.
 @torch.compiler.assume_constant_result
 def pick(
@@ -124,7 +135,7 @@ def pick(
     picked = _picked_by(fwd, bwd, device, shape, dtype, kernel_size, levels, wavelet, bias, strides)
     if picked != ("eager", "eager") and _differentiated_by_func():
         raise NotImplementedError(
-            f"torch.func differentiates what {' and '.join(sorted(set(picked)))} would compute, "
+            f"torch.func differentiates what {' and '.join(names(picked))} would compute, "
             "and PyTorch has no way yet to tell it of custom operators: use "
             "implementation='eager', or torch.autograd.grad"
         )
@@ -149,13 +160,27 @@ def _picked_by(
 
     def chosen(request: Request) -> str:
         static = request.direction, problem, device, dtype, bias, strides
-        return str(request.choose(problem, _measurement, *static))
+        found = request.choose(problem, _measurement, *static)
+        failed = request.names is None and found.implementation in _FAILED
+        return _next(request.direction, device, problem) if failed else str(found)
 
     first = chosen(fwd)
     return first, first if bwd is None else chosen(bwd)
 
 
+def names(picked: Iterable[str]) -> list[str]:
+    """The names of implementations without their parameters, each once.
+
+    Example:
+        >>> names(("triton columns=2", "triton"))
+        ['triton']
+    """
+    return sorted({text.split()[0] for text in picked})
+
+
+@torch.compiler.assume_constant_result
 def _differentiated_by_func() -> bool:
+    """Whether `torch.func` takes derivatives here, of a traced program where it is traced."""
     levels = get_interpreter_stack() or ()
     return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
 
@@ -179,6 +204,27 @@ def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     # A size that depends on data counts as 1.
     hint = symbolic_shapes.optimization_hint
     return tuple(hint(n, 1) for n in x.shape), tuple(hint(n, 1) for n in x.stride())
+
+
+def stays_whole(x: Tensor) -> bool:
+    """Whether plain PyTorch is an operator of a program, rather than a dozen of PyTorch's own.
+
+    On a CPU, PyTorch's compiler fails to lay out views of convolutions whose sizes it does not know
+    ("cannot determine truth value of Relational", seen in 2.13). What is exported stays plain.
+
+    Example:
+        >>> stays_whole(torch.zeros(2, 3, 4))
+        False
+    """
+    if not torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    from torch.fx.experimental import symbolic_shapes
+
+    if torch.compiler.is_exporting() or not hasattr(symbolic_shapes, "optimization_hint"):
+        return False
+    if _differentiated_by_func():
+        return False
+    return not all(symbolic_shapes.has_static_value(n) for n in x.shape)
 
 
 def _problem(
@@ -253,6 +299,7 @@ def wtconv(
     wavelet: str,
     fwd: str,
     bwd: str,
+    replaceable: bool = False,
 ) -> Tensor:
     """Wavelet convolution of 1-D, 2-D or 3-D signals by named implementations.
 
@@ -266,6 +313,7 @@ def wtconv(
         wavelet: PyWavelets' name of the wavelet.
         fwd: What computes the output, as `pick` tells it.
         bwd: What computes the gradients.
+        replaceable: Whether others may compute in their place where they do not compile.
 
     Returns:
         `[N, C, *spatial]` in x's dtype and, where x is dense, its memory format.
@@ -285,6 +333,8 @@ def wtconv(
     rows = [weight.shape[0] for weight in weights]
     taps = [tap.unflatten(1, base_weight.shape[1:]) for tap in folded.split(rows)]
     bias = None if base_bias is None else base_bias.to(dtype) * base_scale.to(dtype).flatten()
+    if replaceable:
+        fwd, bwd = f"{fwd} {_ELSE}", f"{bwd} {_ELSE}"
     return apply(x, taps, bias, wavelet, False, fwd, bwd)
 
 
@@ -306,10 +356,59 @@ def apply(
     """The operator or its transpose, on folded taps; the arguments as the module has them."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    module, config = _picked(fwd)
-    # A traced program may have been made for other sizes.
-    module.check("fwd", _problem(x.shape, x.dtype, taps[0].shape[-1], len(taps) - 1, wavelet))
-    return _forward(module, x, taps, bias, wavelet, transpose, config)
+    problem = _problem(x.shape, x.dtype, taps[0].shape[-1], len(taps) - 1, wavelet)
+    return _computed(
+        *("fwd", fwd, x.device, problem),
+        lambda module, config: _forward(module, x, taps, bias, wavelet, transpose, config),
+    )
+
+
+def _computed(
+    direction: str,
+    text: str,
+    device: torch.device,
+    problem: Problem,
+    compute: Callable[[_Backend, dict[str, int]], Result],
+) -> Result:
+    """The result of what was picked, or of the next implementation where it does not compile.
+
+    Raises:
+        NotImplementedError: It does not take the sizes: a traced program was made for others.
+        KernelError: It does not compile or load, and was named.
+    """
+    name, config, replaceable = _picked(text)
+    if replaceable and name in _FAILED:
+        name, config = _next(direction, device, problem), {}
+    module = cast(_Backend, OPERATOR.module(name))
+    module.check(direction, problem)
+    try:
+        return compute(module, config)
+    except KernelError as error:
+        instead = _next(direction, device, problem, besides=name)
+        # Or the environment named it.
+        if not replaceable or OPERATOR.request(direction, None, device.type).names is not None:
+            raise KernelError(
+                f"implementation={name!r} of {OPERATOR.name} does not compile or load here: name "
+                f"{instead!r} in its place, or None for what does; the log ends with",
+                "\n".join(error.log.splitlines()[-_END:]),
+            ) from error
+        _FAILED.add(name)
+        forget()
+        first = error.log.strip().partition("\n")[0]
+        warnings.warn(
+            f"{name} of {OPERATOR.name} does not compile or load here, {instead} computes in its "
+            f"place: {first}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _computed(direction, f"{instead} {_ELSE}", device, problem, compute)
+
+
+def _next(direction: str, device: torch.device, problem: Problem, besides: str = "") -> str:
+    """The first of the device's rule that has not failed and can run."""
+    rule = OPERATOR.rule.get(device.type, OPERATOR.rule["cpu"])
+    left = [name for name in rule if name not in (*_FAILED, besides)]
+    return OPERATOR.pick(direction, left, device.type, problem)
 
 
 def _forward(
@@ -327,17 +426,16 @@ def _forward(
     return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
 
 
-def _picked(text: str) -> tuple[_Backend, dict[str, int]]:
-    """The implementation and its parameters, of a text as `pick` returns it.
+def _picked(text: str) -> tuple[str, dict[str, int], bool]:
+    """The implementation, its parameters, and whether another may replace it.
 
     Example:
-        >>> _picked("eager")[1], _picked("eager columns=2")[1]
-        ({}, {'columns': 2})
+        >>> _picked("eager"), _picked("triton columns=2 else")
+        (('eager', {}, False), ('triton', {'columns': 2}, True))
     """
     name, *parameters = text.split()
-    pairs = (parameter.split("=") for parameter in parameters)
-    module = cast(_Backend, OPERATOR.module(name))
-    return module, {key: int(value) for key, value in pairs}
+    pairs = (parameter.split("=") for parameter in parameters if parameter != _ELSE)
+    return name, {key: int(value) for key, value in pairs}, _ELSE in parameters
 
 
 @apply.register_fake
@@ -352,9 +450,11 @@ def weight_grad(
     """Gradients of the folded taps, in float32 or better; bilinear in x and dy."""
     if x.numel() == 0:
         return [taps.zero_() for taps in _empty_taps(x, kernel_size, levels)]
-    module, config = _picked(bwd)
-    module.check("bwd", _problem(x.shape, x.dtype, kernel_size, levels, wavelet))
-    return _weight_grad(module, x, dy, kernel_size, levels, wavelet, config)
+    problem = _problem(x.shape, x.dtype, kernel_size, levels, wavelet)
+    return _computed(
+        *("bwd", bwd, x.device, problem),
+        lambda module, config: _weight_grad(module, x, dy, kernel_size, levels, wavelet, config),
+    )
 
 
 def _weight_grad(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pallas_kernels.common.refusals import compiling
 from pallas_kernels.common.types import Output
 from pallas_kernels.wtconv.problem import Problem
 
@@ -130,5 +131,6 @@ def _launch(
             made.append(torch.empty_strided(shape, *strides, dtype=dtype, device=device))
         else:
             made.append(torch.empty(shape, dtype=dtype, device=device))
-    kernel[grid](*arguments, *made, **constants)
+    with compiling("a Triton kernel"):
+        kernel[grid](*arguments, *made, **constants)
     return made

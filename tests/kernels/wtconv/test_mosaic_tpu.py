@@ -198,6 +198,19 @@ def test_what_is_not_done_says_so_and_falls_back(name, monkeypatch):
     assert call() is not None
 
 
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_weight_kernel"])
+def test_a_kernel_that_does_not_compile_names_the_variable_of_plain_jax(kernel, monkeypatch):
+    def planted(*_):
+        raise SyntaxError("planted")
+
+    monkeypatch.setattr(mosaic_tpu, kernel, planted)
+    x, params, _ = arrays(Case((2, 3), 1, 1, batch=(1,), channels=1))
+    call = jax.grad(lambda x, params: wtconv2d(x, params, implementation="mosaic_tpu").sum(), 1)
+    with pytest.raises(SyntaxError, match="planted") as error:
+        jax.jit(call)(x, params)
+    assert "FLASH_WTCONV_WTCONV_FWD=xla" in error.value.__notes__[0]
+
+
 def test_none_picks_the_kernel_on_a_tpu_where_it_fits():
     small = Problem((8, 56, 56, 96), jnp.dtype("float32"), 5, 5, "haar")
     large = small._replace(shape=(1, 4096, 4096, 96), levels=9)

@@ -72,7 +72,10 @@ def test_filters_of_longer_wavelets():
     ("arguments", "message"),
     [
         ({"out_channels": 5}, "out_channels is 5, expected in_channels = 4"),
+        ({"in_channels": 0}, "in_channels is 0"),
         ({"kernel_size": 0}, "kernel_size is 0"),
+        ({"kernel_size": (3, 5)}, r"kernel_size is \(3, 5\)"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size is \(3, 3, 3\)"),
         ({"stride": 0}, "stride is 0"),
         ({"wt_levels": -1}, "wt_levels is -1"),
         ({"wt_levels": 1.0}, "wt_levels is 1.0"),
@@ -121,6 +124,30 @@ def test_numpy_integers_are_integers():
     assert layer(torch.zeros(1, 2, 5, 4)).shape == (1, 2, 3, 2)
 
 
+@pytest.mark.parametrize("kernel_size", [(3, 3), [3, 3], torch.Size([3, 3])], ids=str)
+def test_arguments_as_the_published_layer_takes_them(kernel_size):
+    layer = torch_bridge.WTConv2d(2, 2, kernel_size, wt_type="DB2", device="cpu")
+    same = torch_bridge.WTConv2d(2, 2, 3, wt_type="db2", device="cpu")
+    assert (layer.kernel_size, layer.wt_type) == (3, "db2")
+    same.load_state_dict(layer.state_dict())
+    x = torch.ones(1, 2, 5, 4)
+    assert torch.equal(layer(x), same(x))
+    assert torch.equal(layer.base_scale(x), layer.base_scale.weight * x)
+
+
+# PyTorch warns that all of its eager quantisation will go.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per:UserWarning")
+def test_eager_quantisation_leaves_it_in_floating_point():
+    quantization = torch.ao.quantization
+    model = torch.nn.Sequential(torch_bridge.WTConv2d(2, 2, 3, device="cpu")).eval()
+    model.qconfig = quantization.default_qconfig
+    model = quantization.convert(quantization.prepare(model))
+    x = torch.ones(1, 2, 4, 4)
+    assert model(x).dtype == torch.float32
+    with pytest.raises(ValueError, match="x is quantised, torch.quint8, .* put a DeQuantStub"):
+        model(torch.quantize_per_tensor(x, 0.1, 0, torch.quint8))
+
+
 def test_inputs_that_are_no_image_are_named():
     with pytest.raises(ValueError, match="x is of type ndarray, expected a tensor"):
         torch_bridge.WTConv2d(3, 3)(np.zeros((1, 3, 8, 8), np.float32))
@@ -157,6 +184,19 @@ def test_a_device_is_found_and_told(monkeypatch):
         torch.set_default_device(None)
     with pytest.raises(ValueError, match="x is on cpu, expected meta, where the layer is: move it"):
         torch_bridge.WTConv2d(2, 2, device="meta")(torch.zeros(1, 2, 4, 4))
+
+
+def test_a_rank_has_its_own_gpu(monkeypatch, process_group):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for current, rank, want in ((0, "3", 3), (2, "3", 2), (0, "5", 1), (0, None, 0)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if rank:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert best_device() == torch.device("cuda", want)
+    monkeypatch.setattr(torch.distributed.group.WORLD, "bound_device_id", torch.device("cuda:1"))
+    assert best_device() == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
