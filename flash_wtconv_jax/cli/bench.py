@@ -196,6 +196,7 @@ def tell(report: Json, table: "Table", figures: "Mapping[str, Figure]", out: Pat
     from rich.console import Console
 
     from flash_wtconv_jax import plots
+    from pallas_kernels.common.files import making_folder
 
     console = Console()
     if not console.is_terminal:
@@ -204,11 +205,11 @@ def tell(report: Json, table: "Table", figures: "Mapping[str, Figure]", out: Pat
     console.print(table)
     if report["no_device_events"]:
         console.print(f"by the host's clock: {report['no_device_events']}")
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / f"{report['benchmark']}.json", json.dumps(report, indent=2))
-    for name, figure in figures.items():
-        plots.save(figure, out / f"{name}.png")
-        typer.echo(f"wrote {out / name}.png")
+    with making_folder(out):
+        _write(out / f"{report['benchmark']}.json", json.dumps(report, indent=2))
+        for name, figure in figures.items():
+            plots.save(figure, out / f"{name}.png")
+            typer.echo(f"wrote {out / name}.png")
 
 
 def _write(path: Path, text: str) -> None:

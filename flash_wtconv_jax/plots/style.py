@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pallas_kernels.common.files import replacing
+from pallas_kernels.common.files import check_folder, replacing
 
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2",
@@ -51,8 +51,7 @@ def check_path(path: str | Path) -> None:
         ValueError: The extension names no format of matplotlib.
     """
     path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
+    check_folder(path)
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.lower().removeprefix(".") not in formats:
         raise ValueError(

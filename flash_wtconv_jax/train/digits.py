@@ -23,7 +23,7 @@ from flash_wtconv_jax.models.pretrained import save_network
 from flash_wtconv_jax.receptive_field import SHARES, contribution_side, network_field
 from flash_wtconv_jax.train.history import History
 from flash_wtconv_jax.train.loop import BACKGROUND, Digits, predict, train
-from pallas_kernels.common.files import replacing
+from pallas_kernels.common.files import making_folder, replacing
 from pallas_kernels.common.types import Json
 
 NETWORKS = {"WTConv": 2, "plain depthwise": 0}
@@ -122,9 +122,7 @@ def run_demo(
     """
     started = time.perf_counter()
     digits = load_digits()
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
+    with making_folder(out):
         runs = {
             name: _run(name, levels, digits, seed, epochs, on_epoch)
             for name, levels in NETWORKS.items()
@@ -139,10 +137,6 @@ def run_demo(
             "networks": {name: run.summary() for name, run in runs.items()},
         }
         _write(out, digits, runs, metrics)
-    finally:
-        # An error or an interrupt leaves no empty folder behind either.
-        if made and not any(out.iterdir()):
-            out.rmdir()
     return metrics
 
 

@@ -441,6 +441,9 @@ def test_files_round_trip(tmp_path, suffix, dtype):
     assert_same(checkpoints.read_state_dict(path), state_dict)
     assert_same(checkpoints.load(path)["params"], checkpoints.from_torch(state_dict)["params"])
     assert os.listdir(tmp_path) == [path.name]
+    # By the umask, as every new file.
+    (tmp_path / "new").touch()
+    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_torch_reads_what_we_write(tmp_path):

@@ -139,7 +139,7 @@ def test_an_interrupt_leaves_nothing_behind(quick, monkeypatch, tmp_path):
 
     monkeypatch.setattr(digits, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        digits.run_demo(tmp_path / "demo")
+        digits.run_demo(tmp_path / "runs" / "demo")
     assert not list(tmp_path.iterdir())
 
 
