@@ -37,8 +37,8 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
 
     Args:
         path: The file or folder to write.
-        force: Whether anything may stand there already. Files and folders never
-            replace each other even so.
+        force: Whether anything may stand there already. A file and a folder never replace each
+            other even so.
 
     Raises:
         FileExistsError: Something is at `path`, a dangling link perhaps, and `force` is False.
