@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import models
-from flash_wtconv_jax.bench import conv2d, host, roofline, timing, wtconv, wtconvnext
+from flash_wtconv_jax.bench import conv2d, devices, host, roofline, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
@@ -180,7 +180,7 @@ def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, 
     }
 
 
-def test_a_device_that_is_not_here(tmp_path):
+def test_a_device_that_is_not_here(monkeypatch, tmp_path):
     for name, message in (
         ("tpu", "device: JAX finds no tpu here, only \\['cpu'\\]"),
         ("npu", "device: 'npu' is not one of \\['cpu', 'gpu', 'tpu'\\]"),
@@ -189,6 +189,9 @@ def test_a_device_that_is_not_here(tmp_path):
             result = bench("--device", name, "--out", tmp_path, benchmark=benchmark)
             with pytest.raises(ValueError, match=message):
                 raise result.exception
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(ValueError, match=r"JAX finds no tpu here, only \['cpu'\]$"):
+        devices.first("tpu")
     assert not list(tmp_path.iterdir())
 
 

@@ -52,12 +52,12 @@ class _WTConv(nn.Module):
         implementation: Choice = None,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels = _integer("in_channels", in_channels, 1)
         if in_channels != out_channels:
             raise ValueError(
                 f"out_channels is {out_channels}, expected in_channels = {in_channels}: the layer "
                 "is depthwise; put a pointwise convolution after it to change the channels"
             )
-        self.in_channels = in_channels = _integer("in_channels", in_channels, 1)
         self.kernel_size = _integer("kernel_size", kernel_size, 1)
         self.stride = _integer("stride", stride, 1)
         self.wt_levels = wt_levels = _integer("wt_levels", wt_levels, 0)
