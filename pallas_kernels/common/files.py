@@ -74,6 +74,20 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes whatever a library raises in the block an OSError of one line that names the path."""
+    try:
+        yield
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
+        # The first that went wrong, where a library stumbled over a full disk and then over itself.
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = str(first).splitlines()[0] if str(first) else type(first).__name__
+        raise OSError(f"{path} cannot be written: {reason}") from error
+
+
+@contextmanager
 def making_folder(path: Path) -> Iterator[None]:
     """Makes a folder and those above it; those still empty when the block ends are removed."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
