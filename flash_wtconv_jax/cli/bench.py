@@ -147,6 +147,7 @@ def host(
 def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
     """Runs a benchmark on a device with a progress bar; wrong options are errors before it."""
     import jax
+    from rich.markup import escape
     from rich.progress import Progress
 
     from flash_wtconv_jax import environment
@@ -158,7 +159,7 @@ def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
     with jax.default_device(devices.first(device)), Progress(transient=True) as bar:
 
         def progress(label: str, steps: int) -> Callable[[], None]:
-            task = bar.add_task(label, total=steps)
+            task = bar.add_task(escape(label), total=steps)
             return lambda: bar.advance(task)
 
         yield progress
@@ -193,12 +194,11 @@ def tell(report: Json, table: "Table", figures: "Mapping[str, Figure]", out: Pat
         figures: Pictures by the names of their files.
         out: The folder, made if it is not there.
     """
-    from rich.console import Console
-
     from flash_wtconv_jax import plots
+    from flash_wtconv_jax.cli.console import plain_console
     from pallas_kernels.common.files import making_folder
 
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
         # A file or a pipe has no width to keep to.
         console.width = 160
@@ -250,7 +250,7 @@ def wtconv_table(report: Json) -> "Table":
     for shape, contender in dict.fromkeys(key[:2] for key in rows):
         if shape != previous:
             table.add_section()
-            table.add_row(f"[bold]{shape}[/]")
+            table.add_row(shape, style="bold")
             previous = shape
         both = [rows[shape, contender, direction] for direction in directions]
         cells = [
@@ -325,7 +325,7 @@ def _conv2d_table(report: Json) -> "Table":
         what = mean["expression"], mean["direction"]
         if mean["contender"] == report["baseline"]:
             table.add_section()
-            table.add_row(f"[bold]{what[0]}, {what[1]}[/]")
+            table.add_row(", ".join(what), style="bold")
         for row in report["rows"]:
             key = row["expression"], row["direction"], row["contender"]
             if key == (*what, mean["contender"]):

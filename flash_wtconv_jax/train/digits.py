@@ -23,6 +23,7 @@ from flash_wtconv_jax.models.pretrained import save_network
 from flash_wtconv_jax.receptive_field import SHARES, contribution_side, network_field
 from flash_wtconv_jax.train.history import History
 from flash_wtconv_jax.train.loop import BACKGROUND, Digits, predict, train
+from pallas_kernels.common.arguments import checked_seed
 from pallas_kernels.common.files import making_folder, replacing
 from pallas_kernels.common.types import Json
 
@@ -87,11 +88,15 @@ def digits_network(*, levels: int = 2, seed: int = 0) -> models.ConvNeXt:
     Returns:
         A model from images `[N, H, W, 1]` to logits `[N, 10]`, of about 70 000 parameters.
 
+    Raises:
+        ValueError: If `levels` is none, or the seed has more than 64 bits.
+
     Example:
         >>> digits_network(levels=0)(np.zeros((2, 8, 8, 1), np.float32)).shape
         (2, 10)
     """
-    return models.ConvNeXt(dataclasses.replace(_CONFIG, levels=(levels,)), rngs=nnx.Rngs(seed))
+    rngs = nnx.Rngs(checked_seed(seed))
+    return models.ConvNeXt(dataclasses.replace(_CONFIG, levels=(levels,)), rngs=rngs)
 
 
 def run_demo(
@@ -116,7 +121,7 @@ def run_demo(
         What `metrics.json` holds.
 
     Raises:
-        ValueError: If `epochs` is below 1.
+        ValueError: If `epochs` is below 1, or the seed has more than 64 bits.
         OSError: If `out` cannot be written.
         ImportError: If scikit-learn or matplotlib is not installed.
     """

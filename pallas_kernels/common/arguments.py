@@ -108,6 +108,19 @@ def checked_integer(value: object, name: str, *, least: int, most: int = LARGEST
     return number
 
 
+def checked_seed(value: object) -> int:
+    """The argument `seed=` as an int of 64 bits, which `jax.random.key` takes.
+
+    Raises:
+        ValueError: It is no such integer.
+
+    Example:
+        >>> checked_seed(7)
+        7
+    """
+    return checked_integer(value, "seed", least=-(2**63), most=2**63 - 1)
+
+
 def checked_pair(value: object, name: str, *, least: int) -> tuple[int, int]:
     """An argument that is one integer for both axes of an image, or one for each, as two.
 

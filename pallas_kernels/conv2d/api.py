@@ -374,7 +374,10 @@ def _window(
     count, padded = images[0], [n + sum(pads) for n, pads in zip(size, window.pads, strict=True)]
     for shape in ((count, *padded, channels), (count, *window.output(size, taps), features)):
         if all(isinstance(n, int) for n in shape) and math.prod(shape) > _MOST_ELEMENTS:
-            raise ValueError(f"padding={padding!r}: makes an array of {shape}, too large to exist")
+            raise ValueError(
+                f"padding={padding!r}: makes an array of {shape} out of images {images}, too large "
+                "to exist"
+            )
     return window
 
 

@@ -436,6 +436,7 @@ class _Reference:
 def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """Shows a bar on a terminal, once the block has taken a while; gives what advances it."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
@@ -444,7 +445,7 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     bar = Progress(console=console, transient=True)
-    task = bar.add_task(label, total=total)
+    task = bar.add_task(escape(label), total=total)
     timer = threading.Timer(_PATIENCE_S, bar.start)
     timer.daemon = True
     timer.start()

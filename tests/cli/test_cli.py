@@ -81,13 +81,13 @@ class TestInfo:
             name = "sparse"
 
             def status(self, platform):
-                return [("triton", f"needs a GPU, this is {platform}"), ("xla", None)]
+                return [("triton", f"needs a [/GPU], this is {platform}"), ("xla", None)]
 
         monkeypatch.setattr(dispatch, "operators", lambda: [Operator()])
         output = run("info").output
-        assert "unavailable: needs a GPU, this is cpu" in output
+        assert "unavailable: needs a [/GPU], this is cpu" in output
         assert json.loads(run("info", "--json").output)["operators"] == {
-            "sparse": {"triton": "needs a GPU, this is cpu", "xla": None}
+            "sparse": {"triton": "needs a [/GPU], this is cpu", "xla": None}
         }
 
     def test_without_a_device_says_so(self, monkeypatch):
