@@ -61,7 +61,7 @@ def bench(
             return lambda: bar.advance(task)
 
         report = run(shape, dtype, progress)
-    tell(report, wtconv_table(report), {"torch_wtconv": plots.speedups(report)}, out)
+    tell(report, wtconv_table(report), {"torch_wtconv": plots.speedups}, out)
 
 
 def run(

@@ -67,7 +67,7 @@ def wtconv(
             _check_choice(benchmark.implementations(size, dtype) for size in sizes)
         report = benchmark.run(names, baseline, progress, dtype, each=write_defaults)
         device_kind = kind()
-    figures = {"wtconv": plots.speedups(report), "wtconv_roofline": plots.roofline(report)}
+    figures = {"wtconv": plots.speedups, "wtconv_roofline": plots.roofline}
     tell(report, wtconv_table(report), figures, out)
     if write_defaults:
         _write_defaults(device_kind, benchmark.defaults(report))
@@ -100,8 +100,7 @@ def wtconvnext(
 
     with _measuring(device, out) as progress:
         report = benchmark.run(model, progress, batch, size, dtype)
-    figures = {"wtconvnext": plots.throughput(report)}
-    tell(report, _wtconvnext_table(report), figures, out)
+    tell(report, _wtconvnext_table(report), {"wtconvnext": plots.throughput}, out)
 
 
 @bench.command("conv2d")
@@ -184,14 +183,18 @@ def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
     forget()
 
 
-def tell(report: Json, table: "Table", figures: "Mapping[str, Figure]", out: Path) -> None:
+def tell(
+    report: Json, table: "Table", figures: "Mapping[str, Callable[[Json], Figure]]", out: Path
+) -> None:
     """Prints the table; writes the report, named after its benchmark, and the pictures.
+
+    A picture that cannot be drawn is told of, and is no error: the report is there.
 
     Args:
         report: JSON-able, with the name of its `benchmark` and `no_device_events`, which is None
             or why a GPU was timed by the host's clock.
         table: A table of rich.
-        figures: Pictures by the names of their files.
+        figures: What draws pictures of the report, by the names of their files.
         out: The folder, made if it is not there.
     """
     from flash_wtconv_jax import plots
@@ -207,9 +210,14 @@ def tell(report: Json, table: "Table", figures: "Mapping[str, Figure]", out: Pat
         console.print(f"by the host's clock: {report['no_device_events']}")
     with making_folder(out):
         _write(out / f"{report['benchmark']}.json", json.dumps(report, indent=2))
-        for name, figure in figures.items():
-            plots.save(figure, out / f"{name}.png")
-            typer.echo(f"wrote {out / name}.png")
+        for name, draw in figures.items():
+            path = out / f"{name}.png"
+            try:
+                plots.save(draw(report), path)
+            except Exception as error:  # Matplotlib fails in its own ways.
+                typer.echo(f"warning: {path} could not be drawn: {error}", err=True)
+            else:
+                typer.echo(f"wrote {path}")
 
 
 def _write(path: Path, text: str) -> None:

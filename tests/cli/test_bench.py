@@ -5,11 +5,13 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
+from rich.table import Table
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import models
 from flash_wtconv_jax.bench import conv2d, devices, host, roofline, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
+from flash_wtconv_jax.cli.bench import tell
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
@@ -129,6 +131,19 @@ def test_report_table_and_picture(tmp_path):
     assert forward["multiply_adds"] == 9 * 4 * (30 + 4 * 9 + 4 * 4)
     assert both["multiply_adds"] == 3 * forward["multiply_adds"]
     assert forward["extra_memory"] == pytest.approx(forward["temporaries"] + 1.0)
+
+
+def test_a_failed_picture_loses_no_measurement(capsys, tmp_path):
+    def fail(report):
+        raise RuntimeError("latex could not be found")
+
+    report = {"benchmark": "x", "no_device_events": "no [/a]"}
+    tell(report, Table("a heading", title="t[/b]"), {"x": fail}, tmp_path / "out [c]")
+    printed = capsys.readouterr()
+    assert json.loads((tmp_path / "out [c]" / "x.json").read_text()) == report
+    assert printed.err.endswith("out [c]/x.png could not be drawn: latex could not be found\n")
+    for text in ("no [/a]", "t[/b]", f"wrote {tmp_path}/out [c]/x.json"):
+        assert text in printed.out
 
 
 def test_unknown_shape_and_baseline_are_named(tmp_path):

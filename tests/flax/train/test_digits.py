@@ -153,6 +153,17 @@ def test_an_interrupt_leaves_nothing_behind(quick, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_failed_picture_loses_no_training(quick, monkeypatch, tmp_path):
+    def fail(*args):
+        raise RuntimeError("latex could not be found\nand a long story")
+
+    (tmp_path / "predictions.png").write_text("of another run")
+    monkeypatch.setattr(digits.plots, "predictions", fail)
+    with pytest.warns(RuntimeWarning, match="could not be drawn: latex could not be found$"):
+        digits.run_demo(tmp_path, epochs=1)
+    assert {path.name for path in tmp_path.iterdir()} == set(digits.FILES) - {"predictions.png"}
+
+
 def test_a_failed_write_leaves_what_was_there(quick, monkeypatch, tmp_path):
     (tmp_path / "metrics.json").write_text("old")
 
