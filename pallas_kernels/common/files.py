@@ -6,7 +6,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -104,9 +104,7 @@ def sweep(folder: Path) -> None:
     """Deletes what killed runs left unfinished in a folder, and puts back what they moved away."""
     for unfinished in folder.glob(f"{_PREFIX}????????"):
         with suppress(OSError), _locked(unfinished, wait=False) as locked:
-            theirs = locked and unfinished.stat().st_uid != os.getuid()
-            # An empty one may be about to be locked by the process that has just made it.
-            if not locked or theirs or not any(unfinished.iterdir()):
+            if not locked or unfinished.stat().st_uid != os.getuid():
                 continue
             for old in unfinished.glob(f"*{_OLD}"):
                 place = folder / old.name.removesuffix(_OLD)
@@ -139,8 +137,15 @@ def _mode_of_new_files(folder: Path) -> int:
 def _unfinished(parent: Path) -> Iterator[Path]:
     """A folder in `parent`, from which a move is a rename; locked while its process lives."""
     sweep(parent)
-    with TemporaryDirectory(prefix=_PREFIX, dir=parent) as folder, _locked(Path(folder)):
-        yield Path(folder)
+    with ExitStack() as held:
+        while True:
+            folder = Path(held.enter_context(TemporaryDirectory(prefix=_PREFIX, dir=parent)))
+            # Another process may have swept it before it was locked.
+            with suppress(FileNotFoundError):
+                held.enter_context(_locked(folder))
+                if folder.exists():
+                    break
+        yield folder
 
 
 @contextmanager
