@@ -36,8 +36,9 @@ lint: $(VENV)/.installed-test
 clean:
 	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .jax_cache .hypothesis
 
-# One environment, one stamp an extra. The stamp is written last, so that it means "complete".
-$(VENV)/.installed-%: pyproject.toml
+# One environment, one stamp an extra. The stamp is written last, so that it means "complete"; an
+# interrupted installation, of whatever extra, is newer than the stamps of others.
+$(VENV)/.installed-%: pyproject.toml $(wildcard $(UNFINISHED))
 	@fail() { echo "flash-wtconv: $$1" >&2; exit 1; }; \
 	full() { [ "$$(df -Pk . | awk 'NR == 2 { print $$4 }')" -lt 51200 ]; }; \
 	if [ -e $(UNFINISHED) ] || ! $(BIN)/python -c '$(PYTHON_CHECK)' >/dev/null 2>&1 \

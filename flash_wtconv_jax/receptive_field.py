@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pallas_kernels.common.arguments import checked_seed
+
 if TYPE_CHECKING:
     from flash_wtconv_jax.models import ConvNeXt
 
@@ -45,8 +47,8 @@ def effective_receptive_field(
         The field `[H, W]`, float64, summed over the input's channels.
 
     Raises:
-        ValueError: If `shape` has not three sizes >= 1, `samples` is below 1, or the features are
-            not of rank 4.
+        ValueError: If `shape` has not three sizes >= 1, `samples` is below 1, the seed has more
+            than 64 bits, or the features are not of rank 4.
 
     Example:
         >>> neighbours = lambda x: jnp.roll(x, 1, axis=2) + x + jnp.roll(x, -1, axis=2)
@@ -67,7 +69,7 @@ def effective_receptive_field(
         (gradient,) = pull_back(signs * _centre_mask(y.shape[1], y.shape[2])[..., None])
         return jnp.abs(gradient).sum(axis=(0, 3))
 
-    keys = jax.random.split(jax.random.key(seed), -(-samples // _BATCH))
+    keys = jax.random.split(jax.random.key(checked_seed(seed)), -(-samples // _BATCH))
     total = sum(np.asarray(batch_gradient(key), np.float64) for key in keys)
     return np.asarray(total) / (len(keys) * _BATCH)
 

@@ -46,6 +46,7 @@ def bench(
     ] = Path("runs/bench"),
 ) -> None:
     """Time the 2-D layer, forward and forward+backward, in both memory formats."""
+    from rich.markup import escape
     from rich.progress import Progress
 
     from flash_wtconv_jax import plots
@@ -56,11 +57,11 @@ def bench(
     with Progress(transient=True) as bar:
 
         def progress(label: str, steps: int) -> Callable[[], None]:
-            task = bar.add_task(label, total=steps)
+            task = bar.add_task(escape(label), total=steps)
             return lambda: bar.advance(task)
 
         report = run(shape, dtype, progress)
-    tell(report, wtconv_table(report), {"torch_wtconv": plots.speedups(report)}, out)
+    tell(report, wtconv_table(report), {"torch_wtconv": plots.speedups}, out)
 
 
 def run(

@@ -31,9 +31,7 @@ def first(platform: str | None) -> jax.Device | None:
     devices = [client.local_devices()[0] for client in backends().values()]
     here = {device.platform: device for device in devices}
     if platform not in here:
-        setting = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']!r})"
-        raise ValueError(
-            f"device: JAX finds no {platform} here, only {sorted(here)}"
-            f"{setting if os.environ.get('JAX_PLATFORMS') else ''}"
-        )
+        named = os.environ.get("JAX_PLATFORMS")
+        setting = f" (JAX_PLATFORMS={named!r})" if named else ""
+        raise ValueError(f"device: JAX finds no {platform} here, only {sorted(here)}{setting}")
     return here[platform]

@@ -10,7 +10,7 @@ import numpy as np
 
 from flash_wtconv_jax.checkpoints.names import from_torch
 from flash_wtconv_jax.checkpoints.tensors import import_torch, to_arrays, to_tensors
-from pallas_kernels.common.files import replacing
+from pallas_kernels.common.files import replacing, writing
 from pallas_kernels.common.types import Tree
 
 _SAFETENSORS = (".safetensors",)
@@ -94,6 +94,7 @@ def write_state_dict(
         FileExistsError: There is a file at path and force is False, or there is a folder.
         FileNotFoundError: Its folder does not exist.
         ModuleNotFoundError: `.pth` without PyTorch installed.
+        OSError: It cannot be written, for want of space perhaps.
         TypeError: The state dict is no mapping, but a module.
         ValueError: Unknown extension, or an entry is no tensor.
     """
@@ -102,7 +103,7 @@ def write_state_dict(
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder, expected the name of a file")
     arrays = {n: np.array(array, order="C") for n, array in to_arrays(state_dict).items()}
-    with replacing(path, force) as temporary:
+    with replacing(path, force) as temporary, writing(path):
         write(temporary, arrays)
 
 
@@ -144,7 +145,7 @@ def _read_torch(path: Path) -> dict[str, Tree]:
             f"{path} holds more than tensors, or is damaged: it was not loaded, for such a file "
             "can run code. Where it comes from, save model.state_dict() alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # PyTorch raises whatever it stumbles over in a damaged file.
         if "TorchScript" in str(error):
             raise ValueError(
                 f"{path} is a TorchScript program, expected a state dict: save "
@@ -162,4 +163,6 @@ def _read_torch(path: Path) -> dict[str, Tree]:
 
 def _write_torch(path: Path, arrays: dict[str, np.ndarray]) -> None:
     torch = import_torch()
-    torch.save(to_tensors(arrays), path)
+    # Through Python's file, whose errors say more than PyTorch's.
+    with path.open("wb") as file:
+        torch.save(to_tensors(arrays), file)

@@ -168,6 +168,7 @@ def flatten(variables: Mapping[str, Tree]) -> Arrays:
                 "alone: no layout has names for the others"
             )
         variables = variables["params"]
+        check_nested(variables, "variables['params']")
     flat: Arrays = {}
     for key, value in variables.items():
         if isinstance(value, Mapping):

@@ -9,7 +9,7 @@ import numpy as np
 
 from flash_wtconv_jax import environment
 from flash_wtconv_jax.checkpoints.tensors import check_nested, to_array
-from pallas_kernels.common.files import replacing
+from pallas_kernels.common.files import replacing, writing
 from pallas_kernels.common.types import Tree
 from pallas_kernels.haar.filters import filter_bank
 
@@ -39,6 +39,7 @@ def save(
         TypeError: A model in place of its variables.
         FileExistsError: The folder exists and force is False, or it is no checkpoint.
         FileNotFoundError: The folder that it goes into does not exist.
+        OSError: It cannot be written, for want of space perhaps.
         RuntimeError: JAX has no device.
         ValueError: The variables are empty or hold an empty array, or the wavelet is unknown.
 
@@ -58,8 +59,9 @@ def save(
     if force and folder.exists() and not is_checkpoint(folder):
         raise FileExistsError(f"{folder} is no checkpoint and is not replaced; name another folder")
     tree = _as_arrays(variables)
-    with replacing(folder, force) as temporary, ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(temporary, tree)
+    with replacing(folder, force) as temporary:
+        with writing(folder), ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(temporary, tree)
         if wavelet is not None:
             (temporary / _NOTE).write_text(json.dumps({"wavelet": wavelet}) + "\n")
 
@@ -109,7 +111,7 @@ def wavelet_of(folder: str | os.PathLike[str]) -> str | None:
         return None
     try:
         return str(json.loads(note.read_text())["wavelet"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'{note} is damaged, expected {{"wavelet": name}}') from error
 
 

@@ -1,9 +1,11 @@
 """The command line, `flash-wtconv`: one module a command, heavy imports inside the commands."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -43,13 +45,21 @@ def main() -> None:
 
 def run(app: Callable[[], object]) -> None:
     """Runs a command line; an error that a user can mend is printed as one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # Of a name that its encoding lacks, which must not fail what is done already.
+            stream.reconfigure(errors="backslashreplace")
+    # Pictures go into files, whatever windows or notebooks the user has set for others.
+    os.environ["MPLBACKEND"] = "agg"
+    # Orbax logs the traceback of what it raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         app()
     except ModuleNotFoundError as error:
         extra = {"libtpu": "tpu", "torch": "torch"}.get(error.name or "", "demo")
         _fail(f"{error.name} is not installed: pip install 'flash-wtconv[{extra}]' brings it")
-    except (ValueError, OSError, RuntimeError) as error:
-        _fail(str(error))
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        _fail(str(error) or type(error).__name__)
 
 
 def _look_for_no_tpu() -> None:

@@ -67,7 +67,7 @@ def wtconv(
             _check_choice(benchmark.implementations(size, dtype) for size in sizes)
         report = benchmark.run(names, baseline, progress, dtype, each=write_defaults)
         device_kind = kind()
-    figures = {"wtconv": plots.speedups(report), "wtconv_roofline": plots.roofline(report)}
+    figures = {"wtconv": plots.speedups, "wtconv_roofline": plots.roofline}
     tell(report, wtconv_table(report), figures, out)
     if write_defaults:
         _write_defaults(device_kind, benchmark.defaults(report))
@@ -100,8 +100,7 @@ def wtconvnext(
 
     with _measuring(device, out) as progress:
         report = benchmark.run(model, progress, batch, size, dtype)
-    figures = {"wtconvnext": plots.throughput(report)}
-    tell(report, _wtconvnext_table(report), figures, out)
+    tell(report, _wtconvnext_table(report), {"wtconvnext": plots.throughput}, out)
 
 
 @bench.command("conv2d")
@@ -147,6 +146,7 @@ def host(
 def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
     """Runs a benchmark on a device with a progress bar; wrong options are errors before it."""
     import jax
+    from rich.markup import escape
     from rich.progress import Progress
 
     from flash_wtconv_jax import environment
@@ -158,7 +158,7 @@ def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
     with jax.default_device(devices.first(device)), Progress(transient=True) as bar:
 
         def progress(label: str, steps: int) -> Callable[[], None]:
-            task = bar.add_task(label, total=steps)
+            task = bar.add_task(escape(label), total=steps)
             return lambda: bar.advance(task)
 
         yield progress
@@ -183,32 +183,41 @@ def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
     forget()
 
 
-def tell(report: Json, table: "Table", figures: "Mapping[str, Figure]", out: Path) -> None:
+def tell(
+    report: Json, table: "Table", figures: "Mapping[str, Callable[[Json], Figure]]", out: Path
+) -> None:
     """Prints the table; writes the report, named after its benchmark, and the pictures.
+
+    A picture that cannot be drawn is told of, and is no error: the report is there.
 
     Args:
         report: JSON-able, with the name of its `benchmark` and `no_device_events`, which is None
             or why a GPU was timed by the host's clock.
         table: A table of rich.
-        figures: Pictures by the names of their files.
+        figures: What draws pictures of the report, by the names of their files.
         out: The folder, made if it is not there.
     """
-    from rich.console import Console
-
     from flash_wtconv_jax import plots
+    from flash_wtconv_jax.cli.console import plain_console
+    from pallas_kernels.common.files import making_folder
 
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
         # A file or a pipe has no width to keep to.
         console.width = 160
     console.print(table)
     if report["no_device_events"]:
         console.print(f"by the host's clock: {report['no_device_events']}")
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / f"{report['benchmark']}.json", json.dumps(report, indent=2))
-    for name, figure in figures.items():
-        plots.save(figure, out / f"{name}.png")
-        typer.echo(f"wrote {out / name}.png")
+    with making_folder(out):
+        _write(out / f"{report['benchmark']}.json", json.dumps(report, indent=2))
+        for name, draw in figures.items():
+            path = out / f"{name}.png"
+            try:
+                plots.save(draw(report), path)
+            except Exception as error:  # Matplotlib fails in its own ways.
+                typer.echo(f"warning: {path} could not be drawn: {error}", err=True)
+            else:
+                typer.echo(f"wrote {path}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -249,7 +258,7 @@ def wtconv_table(report: Json) -> "Table":
     for shape, contender in dict.fromkeys(key[:2] for key in rows):
         if shape != previous:
             table.add_section()
-            table.add_row(f"[bold]{shape}[/]")
+            table.add_row(shape, style="bold")
             previous = shape
         both = [rows[shape, contender, direction] for direction in directions]
         cells = [
@@ -324,7 +333,7 @@ def _conv2d_table(report: Json) -> "Table":
         what = mean["expression"], mean["direction"]
         if mean["contender"] == report["baseline"]:
             table.add_section()
-            table.add_row(f"[bold]{what[0]}, {what[1]}[/]")
+            table.add_row(", ".join(what), style="bold")
         for row in report["rows"]:
             key = row["expression"], row["direction"], row["contender"]
             if key == (*what, mean["contender"]):

@@ -25,10 +25,11 @@ def path() -> None:
 @cache.command("show")
 def show(device: _Kind = None) -> None:
     """Print what won, how fast, and by how much, for every problem."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from flash_wtconv_jax.cli.console import plain_console
+
+    console = plain_console()
     for kind, entries in _entries(device).items():
         table = Table("operator", "problem", "fastest", "ms", "next", title=kind)
         for entry in entries:

@@ -124,14 +124,14 @@ def show(rows: Iterable[Json], about: Json, title: str, as_json: Path | None) ->
     Raises:
         typer.Exit: With code 1, if a row is a failure.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
+    from flash_wtconv_jax.cli.console import plain_console
     from pallas_kernels.common.files import check_folder, replacing
 
     if as_json is not None:
         check_folder(as_json)
-    console = Console()
+    console = plain_console()
     done = []
     with Progress("{task.description}", console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
@@ -140,13 +140,13 @@ def show(rows: Iterable[Json], about: Json, title: str, as_json: Path | None) ->
             bar.update(task, description=f"{len(done)} {_heading(row)} {row['case']}")
     console.print(_table(done, title))
     for line in _reasons(done):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     count = {status: sum(row["status"] == status for row in done) for status in _COLOURS}
     console.print(", ".join(f"{number} {status}" for status, number in count.items()))
     if as_json is not None:
         with replacing(as_json, force=True) as path:
             path.write_text(json.dumps({**about, "rows": done}, indent=2) + "\n")
-        console.print(f"wrote {as_json}")
+        typer.echo(f"wrote {as_json}")
     if count["fail"]:
         raise typer.Exit(1)
 
@@ -157,6 +157,7 @@ _COLOURS = {"pass": "green", "fail": "red", "skip": "yellow"}
 def _table(rows: list[Json], title: str) -> "Table":
     """A section an operator and backend, a row a case that it computed."""
     from rich.table import Table
+    from rich.text import Text
 
     caption = "error: greatest one of the array nearest to its bound, as a fraction of its RMS"
     table = Table(title=title, caption=caption)
@@ -171,12 +172,12 @@ def _table(rows: list[Json], title: str) -> "Table":
         if _heading(row) != previous:
             previous = _heading(row)
             table.add_section()
-            table.add_row(f"[bold]{previous}[/]")
+            table.add_row(previous, style="bold")
         table.add_row(
             row["case"],
             *("" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "bound")),
             "" if row["seconds"] is None else f"{row['seconds']:.2f}",
-            f"[{_COLOURS[row['status']]}]{row['status']}[/]",
+            Text(row["status"], _COLOURS[row["status"]]),
         )
     return table
 

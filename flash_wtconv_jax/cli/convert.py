@@ -1,5 +1,6 @@
 """`flash-wtconv convert`: weights from PyTorch to Flax, back, and from layout to layout."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -45,7 +46,7 @@ def convert(
             f"destination {destination} has extension {destination.suffix}, expected .safetensors, "
             ".pth, .pt, or none for an Orbax folder",
         )
-    if destination.exists() and not force:
+    if os.path.lexists(destination) and not force:
         _fail(f"{destination} exists already; give --force to replace it")
     try:
         _convert(source, destination, layout, wavelet, force)

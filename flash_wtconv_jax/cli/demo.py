@@ -62,4 +62,5 @@ def demo(
         f"{wtconv['parameters']:,} parameters, after {metrics['seconds']:.0f} s. Written:"
     )
     for name, text in digits.FILES.items():
-        typer.echo(f"  {out / name}  {text}")
+        if (out / name).exists():
+            typer.echo(f"  {out / name}  {text}")

@@ -38,17 +38,19 @@ def _operators(platform: str) -> Json:
 
 
 def _print(report: Json) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    from flash_wtconv_jax.cli.console import plain_console
+
+    console = plain_console()
     device, versions = report["device"], report["versions"]
     console.print(f"device    {device['count']} x {device['platform']}: {device['kind']}")
     console.print(f"versions  {', '.join(f'{name} {v}' for name, v in versions.items())}")
     table = Table("operator", "implementation", "here")
     for operator, status in report["operators"].items():
         for row, (name, reason) in enumerate(status.items()):
-            here = "[green]available[/]" if reason is None else f"unavailable: {reason}"
+            here = Text("available", "green") if reason is None else f"unavailable: {reason}"
             table.add_row("" if row else operator, name, here)
     console.print(table)
 

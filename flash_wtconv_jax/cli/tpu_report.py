@@ -23,7 +23,7 @@ _NOTE = (
 def tpu_report(
     chip: Annotated[str, typer.Option(help="v5e, v6e, v5p or v4.")] = "v5e",
     shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; several are allowed. [default: all]")
+        list[str] | None, typer.Option(help="A named shape; several are allowed. Default: all.")
     ] = None,
     as_json: Annotated[
         Path | None,
@@ -32,39 +32,41 @@ def tpu_report(
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("tpu_report.png"),
 ) -> None:
     """Count the static cycles of the TPU kernels and of XLA's program; needs libtpu, but no TPU."""
-    from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     from flash_wtconv_jax import plots
     from flash_wtconv_jax.aot import report as tpu
+    from flash_wtconv_jax.cli.console import plain_console
     from pallas_kernels.common.files import check_folder, replacing
     from pallas_kernels.wtconv.shapes import TPU_SHAPES
 
     plots.check_path(out)
     if as_json is not None:
         check_folder(as_json)
-    console = Console()
+    console = plain_console()
     shapes = shape or list(TPU_SHAPES)
     with Progress(console=console, transient=True) as bar:
         rows = len(tpu.KERNELS) * len(shapes) * len(tpu.DTYPES) * len(tpu.DIRECTIONS)
-        task = bar.add_task(f"compiling for {chip}", total=rows)
+        task = bar.add_task(f"compiling for {escape(chip)}", total=rows)
         report = tpu.run(chip, shapes, lambda: bar.advance(task))
     console.print(_table(report))
     for row in report["rows"]:
         for key, whose in (("error", "ours"), ("xla_error", "XLA's")):
             if row[key]:
                 name = f"{row['kernel']} {row['name']} {row['dtype']} {row['direction']}"
-                console.print(f"{name}, {whose}: {row[key]}", markup=False, highlight=False)
+                console.print(f"{name}, {whose}: {row[key]}", highlight=False)
     if as_json is not None:
         with replacing(as_json, force=True) as path:
             path.write_text(json.dumps(report, indent=2) + "\n")
-        console.print(f"wrote {as_json}")
+        typer.echo(f"wrote {as_json}")
     plots.save(plots.static_cycles(report), out)
-    console.print(f"wrote {out}")
+    typer.echo(f"wrote {out}")
 
 
 def _table(report: Json) -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"TPU {report['chip']}, static cycles", caption=_NOTE)
     table.add_column("shape", no_wrap=True)
@@ -73,10 +75,10 @@ def _table(report: Json) -> "Table":
         table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in report["rows"]:
-        title = f"[bold]{row['kernel']} {row['name']}[/] {tuple(row['x'])} {row['levels']} levels"
+        title = f"{row['kernel']} {row['name']}", f" {tuple(row['x'])} {row['levels']} levels"
         if title != previous:
             table.add_section()
-            table.add_row(title)
+            table.add_row(Text(title[0], "bold") + title[1])
             previous = title
         vmem = row["vmem_bytes"]
         table.add_row(

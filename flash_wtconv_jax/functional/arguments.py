@@ -5,9 +5,16 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import jax
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from pallas_kernels.common.arguments import checked_dtype, checked_integer, checked_precision
+from pallas_kernels.common.arguments import (
+    LARGEST,
+    MOST_LEVELS,
+    checked_dtype,
+    checked_integer,
+    checked_precision,
+)
 from pallas_kernels.dispatch import Operator
 
 R = TypeVar("R")
@@ -23,7 +30,7 @@ def check_constructor(**arguments: object) -> None:
     """Check the integer arguments of a layer or a model.
 
     Args:
-        **arguments: `depth` and `num_classes` must be an int >= 0, others an int >= 1.
+        **arguments: `depth` must be an int from 0 to 63, `num_classes` one >= 0, others one >= 1.
 
     Raises:
         ValueError: naming the first argument that is not.
@@ -33,11 +40,32 @@ def check_constructor(**arguments: object) -> None:
     """
     for name, value in arguments.items():
         least = 0 if name in ("depth", "num_classes") else 1
+        most = MOST_LEVELS if name == "depth" else LARGEST
         try:
-            checked_integer(value, name, least=least)
+            checked_integer(value, name, least=least, most=most)
         except ValueError as error:
             note = " (kernels have the same size along every axis)"
             raise ValueError(f"{error}{note if name == 'kernel_size' else ''}") from None
+
+
+def check_initializers(**initializers: Initializer | None) -> None:
+    """Check the initialisers of a layer's parameters.
+
+    Args:
+        **initializers: Functions of a key, a shape and a dtype, or None for a default.
+
+    Raises:
+        ValueError: naming the first that is none, a number for instance.
+
+    Example:
+        >>> check_initializers(scale_init=jax.nn.initializers.zeros, bias_init=None)
+    """
+    for name, init in initializers.items():
+        if init is not None and not callable(init):
+            raise ValueError(
+                f"{name}={init!r}: expected an initialiser, such as "
+                "jax.nn.initializers.constant(0.1), which makes every element 0.1"
+            )
 
 
 class Computation(Protocol):

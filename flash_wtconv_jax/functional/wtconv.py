@@ -63,12 +63,18 @@ def parameter_table(
     Returns:
         The parameters by name.
 
+    Raises:
+        ValueError: If an initialiser is none.
+
     Example:
         >>> table = parameter_table(ndim=2, channels=8, kernel_size=5, depth=1, use_bias=False)
         >>> {name: parameter.shape for name, parameter in table.items()}
         {'base_kernel': (5, 5, 1, 8), 'base_scale': (8,), 'wavelet_kernel_0': (5, 5, 4, 8), \
 'wavelet_scale_0': (4, 8)}
     """
+    arguments.check_initializers(
+        kernel_init=kernel_init, bias_init=bias_init, scale_init=scale_init
+    )
     window, subbands = (kernel_size,) * ndim, 2**ndim
     kernel_init = _depthwise(kernel_init)
     table = {"base_kernel": Parameter((*window, 1, channels), kernel_init)}

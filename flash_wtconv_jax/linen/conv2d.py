@@ -70,6 +70,7 @@ class Conv2d(nn.Module):
 
     def __post_init__(self) -> None:
         arguments.check_constructor(features=self.features)
+        arguments.check_initializers(kernel_init=self.kernel_init, bias_init=self.bias_init)
         conv2d.check_layer(self)
         super().__post_init__()
 

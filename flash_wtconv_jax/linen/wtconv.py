@@ -221,6 +221,7 @@ class SeparableWTConv2d(nn.Module):
 
     def __post_init__(self) -> None:
         arguments.check_constructor(features=self.features)
+        arguments.check_initializers(pointwise_init=self.pointwise_init)
         wtconv.check_layer(self)
         super().__post_init__()
 

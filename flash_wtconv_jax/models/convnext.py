@@ -26,7 +26,12 @@ from flash_wtconv_jax.functional.arguments import (
 )
 from flash_wtconv_jax.functional.wtconv import Computation, check_computation
 from flash_wtconv_jax.nnx import Conv2d, WTConv2d
-from pallas_kernels.common.arguments import checked_array, checked_integer
+from pallas_kernels.common.arguments import (
+    LARGEST,
+    MOST_LEVELS,
+    checked_array,
+    checked_integer,
+)
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR
 
@@ -113,7 +118,10 @@ class ConvNeXtConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            number = float(value)
+            try:
+                number = float(value)
+            except OverflowError:  # An integer beyond all floats.
+                number = math.inf
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
             if name.startswith("drop") and not 0.0 <= number < 1.0:
@@ -132,12 +140,12 @@ class ConvNeXtConfig:
                     f"{name} must have one entry for each of the {len(self.depths)} stages of "
                     f"depths={self.depths}, got {value}"
                 )
-            least = 0 if name == "levels" else 1
+            least, most = (0, MOST_LEVELS) if name == "levels" else (1, LARGEST)
             try:
-                plain = tuple(checked_integer(entry, name, least=least) for entry in value)
+                plain = tuple(checked_integer(one, name, least=least, most=most) for one in value)
             except ValueError:
                 raise ValueError(
-                    f"each entry of {name}={value} must be an integer >= {least}"
+                    f"each entry of {name}={value} must be an integer >= {least} and <= {most}"
                 ) from None
             object.__setattr__(self, name, plain)
 

@@ -93,7 +93,7 @@ def _constructor(path: Path) -> Callable[[], convnext.ConvNeXt]:
     """The call that makes the model which a `network.json` describes."""
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, Mapping) or not isinstance(config.get("options", {}), Mapping):
         raise ValueError(f'{path} must hold {{"model": name, "options": {{…}}}}, got {config!r}')

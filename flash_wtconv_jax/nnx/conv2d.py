@@ -77,6 +77,7 @@ class Conv2d(nnx.Module):
         self.activation = activation
         self.implementation = hashable(implementation)
         conv2d.check_layer(self)
+        arguments.check_initializers(kernel_init=kernel_init, bias_init=bias_init)
         shape = conv2d.kernel_shape(in_features, out_features, kernel_size, feature_group_count)
         rngs = arguments.checked_rngs(rngs)
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))

@@ -194,6 +194,7 @@ class SeparableWTConv2d(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         arguments.check_constructor(features=features)
+        arguments.check_initializers(pointwise_init=pointwise_init)
         self.depthwise = WTConv2d(
             channels,
             kernel_size,

@@ -1,12 +1,13 @@
 """Every picture of the package: functions from arrays to `matplotlib.figure.Figure`."""
 
 from flash_wtconv_jax.plots.bench import roofline, speedups, static_cycles, throughput
-from flash_wtconv_jax.plots.style import check_path, save
+from flash_wtconv_jax.plots.style import check_path, png, save
 from flash_wtconv_jax.plots.training import predictions, training_curve
 from flash_wtconv_jax.plots.wavelets import receptive_fields, wavelet_cascade
 
 __all__ = [
     "check_path",
+    "png",
     "predictions",
     "receptive_fields",
     "roofline",

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
-from flash_wtconv_jax.plots.style import COLOURS, DPI
+from flash_wtconv_jax.plots.style import COLOURS, DPI, drawn
 from pallas_kernels.common.types import Json, Keywords
 
 _MARKERS = "osD^vP"
@@ -16,6 +16,7 @@ _LABEL_SHARE = 0.05
 """The share of its axis that a small label of a roofline is high."""
 
 
+@drawn
 def speedups(report: Json) -> Figure:
     """Bars of each contender's speed over the baseline, a panel a direction, log scale.
 
@@ -58,6 +59,7 @@ def speedups(report: Json) -> Figure:
     return figure
 
 
+@drawn
 def roofline(report: Json) -> Figure:
     """Multiply-adds a second of each contender under the device's two roofs, log scales.
 
@@ -141,6 +143,7 @@ def _label_right(axes: Axes, labels: Sequence[tuple[float, float, str, str]], ap
         )
 
 
+@drawn
 def throughput(report: Json) -> Figure:
     """Bars of images a second, a panel a kind of work.
 
@@ -172,6 +175,7 @@ def throughput(report: Json) -> Figure:
     return figure
 
 
+@drawn
 def static_cycles(report: Json) -> Figure:
     """Bars of static cycles: ours, XLA's and the floor, a panel a kernel and direction, log scale.
 

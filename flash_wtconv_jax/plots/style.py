@@ -4,13 +4,15 @@ No pyplot: nothing here has global state, opens a window or needs a display. Col
 Okabe and Ito, which colour-blind people tell apart, and hatches or labels say the same again.
 """
 
+from io import BytesIO
 from pathlib import Path
 
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pallas_kernels.common.files import replacing
+from pallas_kernels.common.files import check_folder, replacing
 
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2",
@@ -23,7 +25,24 @@ BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY = (
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 DPI = 150
 
+drawn = matplotlib.style.context("default")
+"""A decorator of what draws: matplotlib's own settings hold, whatever a matplotlibrc says."""
 
+
+@drawn
+def png(figure: Figure) -> bytes:
+    """A picture as the content of a PNG file.
+
+    Example:
+        >>> png(Figure())[1:4]
+        b'PNG'
+    """
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+@drawn
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a picture, whole or not at all; a picture that is there is replaced.
 
@@ -51,8 +70,7 @@ def check_path(path: str | Path) -> None:
         ValueError: The extension names no format of matplotlib.
     """
     path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} into")
+    check_folder(path)
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.lower().removeprefix(".") not in formats:
         raise ValueError(

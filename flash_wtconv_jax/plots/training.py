@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from flash_wtconv_jax.plots.style import COLOURS, DPI, VERMILION, label
+from flash_wtconv_jax.plots.style import COLOURS, DPI, VERMILION, drawn, label
 from pallas_kernels.common.types import Keywords
 
 
@@ -18,6 +18,7 @@ class Curve(Protocol):
     accuracy: list[float]
 
 
+@drawn
 def training_curve(histories: Mapping[str, Curve]) -> Figure:
     """Training loss and held-out error over the epochs, one line a network.
 
@@ -50,6 +51,7 @@ def training_curve(histories: Mapping[str, Curve]) -> Figure:
     return figure
 
 
+@drawn
 def predictions(
     images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, *, count: int = 24
 ) -> Figure:

@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
-from flash_wtconv_jax.plots.style import DPI, SKY
+from flash_wtconv_jax.plots.style import DPI, SKY, drawn
 from flash_wtconv_jax.receptive_field import SHARES, contribution_side
 from pallas_kernels.common.types import Tree
 
 _LEAST = 1e-4
 
 
+@drawn
 def receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
     """Effective receptive fields side by side, each relative to its maximum, one log scale.
 
@@ -32,7 +33,7 @@ def receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
     for axes, (name, field) in zip(panels, fields.items(), strict=True):
         # Nothing at all is drawn in the colour of the scale's lower end.
         axes.imshow(np.maximum(field / field.max(), _LEAST), cmap="magma", norm=norm)
-        axes.set_title(name, wrap=True)
+        axes.set_title(name, wrap=True, parse_math=False)
         axes.set_xticks([])
         axes.set_yticks([])
         _mark_shares(axes, field)
@@ -42,6 +43,7 @@ def receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
+@drawn
 def wavelet_cascade(coefficients: Sequence[Tree], title: str = "") -> Figure:
     """The subbands of one image as the usual nested squares, each with its own grey scale.
 
@@ -63,7 +65,7 @@ def wavelet_cascade(coefficients: Sequence[Tree], title: str = "") -> Figure:
     figure = Figure(figsize=(5.0, 5.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.imshow(mosaic, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.set_axis_off()
     return figure
 

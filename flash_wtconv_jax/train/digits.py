@@ -7,11 +7,12 @@ wavelet levels is trained alike, so that the receptive fields of two trained net
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -23,8 +24,12 @@ from flash_wtconv_jax.models.pretrained import save_network
 from flash_wtconv_jax.receptive_field import SHARES, contribution_side, network_field
 from flash_wtconv_jax.train.history import History
 from flash_wtconv_jax.train.loop import BACKGROUND, Digits, predict, train
-from pallas_kernels.common.files import replacing
+from pallas_kernels.common.arguments import checked_seed
+from pallas_kernels.common.files import making_folder, replacing
 from pallas_kernels.common.types import Json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NETWORKS = {"WTConv": 2, "plain depthwise": 0}
 """Wavelet levels of the two networks of the demo."""
@@ -87,11 +92,15 @@ def digits_network(*, levels: int = 2, seed: int = 0) -> models.ConvNeXt:
     Returns:
         A model from images `[N, H, W, 1]` to logits `[N, 10]`, of about 70 000 parameters.
 
+    Raises:
+        ValueError: If `levels` is none, or the seed has more than 64 bits.
+
     Example:
         >>> digits_network(levels=0)(np.zeros((2, 8, 8, 1), np.float32)).shape
         (2, 10)
     """
-    return models.ConvNeXt(dataclasses.replace(_CONFIG, levels=(levels,)), rngs=nnx.Rngs(seed))
+    rngs = nnx.Rngs(checked_seed(seed))
+    return models.ConvNeXt(dataclasses.replace(_CONFIG, levels=(levels,)), rngs=rngs)
 
 
 def run_demo(
@@ -104,7 +113,7 @@ def run_demo(
     """Trains both networks and writes checkpoints, metrics and pictures into `out`.
 
     Everything is written beside its place and moved there at the end: an error or an interrupt
-    leaves `out` as it was.
+    leaves `out` as it was. A picture that cannot be drawn is left out, with a warning.
 
     Args:
         out: Folder, made if need be; other files in it stay.
@@ -116,15 +125,13 @@ def run_demo(
         What `metrics.json` holds.
 
     Raises:
-        ValueError: If `epochs` is below 1.
+        ValueError: If `epochs` is below 1, or the seed has more than 64 bits.
         OSError: If `out` cannot be written.
         ImportError: If scikit-learn or matplotlib is not installed.
     """
     started = time.perf_counter()
     digits = load_digits()
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
+    with making_folder(out):
         runs = {
             name: _run(name, levels, digits, seed, epochs, on_epoch)
             for name, levels in NETWORKS.items()
@@ -139,10 +146,6 @@ def run_demo(
             "networks": {name: run.summary() for name, run in runs.items()},
         }
         _write(out, digits, runs, metrics)
-    finally:
-        # An error or an interrupt leaves no empty folder behind either.
-        if made and not any(out.iterdir()):
-            out.rmdir()
     return metrics
 
 
@@ -185,10 +188,13 @@ def _write(out: Path, digits: Digits, runs: Mapping[str, _Run], metrics: Json) -
     """Writes every file of the demo, then moves them all to their places."""
     wtconv, plain = runs.values()
     probabilities = predict(wtconv.model, digits.test_images)
-    figures = {
-        "training_curve.png": plots.training_curve({n: run.history for n, run in runs.items()}),
-        "predictions.png": plots.predictions(digits.test_images, digits.test_labels, probabilities),
-        "receptive_field.png": plots.receptive_fields({n: run.field for n, run in runs.items()}),
+    read = digits.test_images, digits.test_labels, probabilities
+    histories = {name: run.history for name, run in runs.items()}
+    fields = {name: run.field for name, run in runs.items()}
+    pictures = {
+        "training_curve.png": _drawn(lambda: plots.training_curve(histories)),
+        "predictions.png": _drawn(lambda: plots.predictions(*read)),
+        "receptive_field.png": _drawn(lambda: plots.receptive_fields(fields)),
     }
     with ExitStack() as places:
 
@@ -197,6 +203,21 @@ def _write(out: Path, digits: Digits, runs: Mapping[str, _Run], metrics: Json) -
 
         save_network(place("checkpoint"), wtconv.model)
         save_network(place("checkpoint_plain"), plain.model)
-        for name, figure in figures.items():
-            figure.savefig(place(name))
+        for name, picture in pictures.items():
+            if picture is not None:
+                place(name).write_bytes(picture)
         place("metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    for name, picture in pictures.items():
+        if picture is None:
+            # One of an earlier run would show other networks.
+            (out / name).unlink(missing_ok=True)
+
+
+def _drawn(draw: Callable[[], "Figure"]) -> bytes | None:
+    """A picture; None after a warning where it cannot be drawn, which loses no training."""
+    try:
+        return plots.png(draw())
+    except Exception as error:  # Matplotlib fails in its own ways.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(f"a picture could not be drawn: {reason}", RuntimeWarning, stacklevel=2)
+        return None

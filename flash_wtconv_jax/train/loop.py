@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from flash_wtconv_jax import models
 from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
 from flash_wtconv_jax.train.history import History
+from pallas_kernels.common.arguments import checked_seed
 
 _BATCH = 64
 BACKGROUND = -1.0
@@ -58,8 +59,9 @@ def train(
         Mean training loss and held-out accuracy of each epoch.
 
     Raises:
-        ValueError: If `epochs` is below 1.
+        ValueError: If `epochs` is below 1, or the seed has more than 64 bits.
     """
+    first_key = jax.random.key(checked_seed(seed))
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
@@ -73,7 +75,7 @@ def train(
     evaluate = jax.jit(lambda params: logits(params, jnp.asarray(digits.test_images)).argmax(-1))
     history = History()
     for epoch in range(epochs):
-        state, loss = run_epoch(state, jax.random.fold_in(jax.random.key(seed), epoch))
+        state, loss = run_epoch(state, jax.random.fold_in(first_key, epoch))
         predicted = np.asarray(evaluate(state[0]))
         history.loss.append(float(loss))
         history.accuracy.append(float((predicted == digits.test_labels).mean()))

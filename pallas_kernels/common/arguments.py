@@ -16,6 +16,12 @@ R = TypeVar("R")
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that operators take."""
 
+LARGEST = 2**31 - 1
+"""The largest integer that operators take for anything that is counted or measured in samples."""
+
+MOST_LEVELS = 63
+"""Levels of a cascade; by then a sample is left of the longest axis that an array can have."""
+
 Precision = str | jax.lax.Precision | None
 """The type of the argument `precision=`."""
 
@@ -81,11 +87,11 @@ def check_unsharded(x: jax.Array, name: str) -> None:
         )
 
 
-def checked_integer(value: object, name: str, *, least: int) -> int:
+def checked_integer(value: object, name: str, *, least: int, most: int = LARGEST) -> int:
     """An integer argument as an int; NumPy integers are taken, a bool is not.
 
     Raises:
-        ValueError: It is no integer, or it is less than `least`.
+        ValueError: It is no integer, or it is less than `least` or greater than `most`.
 
     Example:
         >>> checked_integer(2, "stride", least=1)
@@ -97,14 +103,29 @@ def checked_integer(value: object, name: str, *, least: int) -> int:
         number = None
     if number is None or isinstance(value, bool) or number < least:
         raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
+    if number > most:
+        raise ValueError(f"{name}={value!r}: expected an integer <= {most}")
     return number
+
+
+def checked_seed(value: object) -> int:
+    """The argument `seed=` as an int of 64 bits, which `jax.random.key` takes.
+
+    Raises:
+        ValueError: It is no such integer.
+
+    Example:
+        >>> checked_seed(7)
+        7
+    """
+    return checked_integer(value, "seed", least=-(2**63), most=2**63 - 1)
 
 
 def checked_pair(value: object, name: str, *, least: int) -> tuple[int, int]:
     """An argument that is one integer for both axes of an image, or one for each, as two.
 
     Raises:
-        ValueError: It is neither, or an integer is less than `least`.
+        ValueError: It is neither, or an integer is less than `least` or greater than `LARGEST`.
 
     Example:
         >>> checked_pair(2, "stride", least=1)
@@ -113,10 +134,9 @@ def checked_pair(value: object, name: str, *, least: int) -> tuple[int, int]:
     pair = value if isinstance(value, Sequence) and len(value) == 2 else (value, value)
     try:
         first, second = (checked_integer(each, name, least=least) for each in pair)
-    except ValueError:
-        raise ValueError(
-            f"{name}={value!r}: expected an integer >= {least}, or two of them"
-        ) from None
+    except ValueError as error:
+        expected = str(error).rpartition(": ")[2]
+        raise ValueError(f"{name}={value!r}: {expected}, or two of them") from None
     return first, second
 
 

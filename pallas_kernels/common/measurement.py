@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import jax
@@ -114,8 +113,8 @@ class JaxMeasurement:
             return None
         return f"this program is compiled ahead of time for {device.kind()}"
 
-    def untraced(self, search: Callable[[], Entry]) -> Entry:
-        """Runs it in a thread that traces nothing, for the same device and interpreter."""
+    def untraced(self, search: Callable[[], Entry]) -> Callable[[], Entry]:
+        """The search in another thread, on this one's device, interpreter and with its 64 bits."""
         chosen, playing = device.current(), interpreter()
         # JAX 0.10 gives its configuration the attributes when it is imported.
         wide = jax.config.jax_enable_x64  # type: ignore[attr-defined,unused-ignore]
@@ -124,8 +123,7 @@ class JaxMeasurement:
             with jax.default_device(chosen), jax.enable_x64(wide), interpreted_by(playing):
                 return search()
 
-        with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
-            return pool.submit(run).result()
+        return run
 
     def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Tree]:
         """A call that enqueues its work, and returns what to wait for."""

@@ -38,6 +38,8 @@ def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # What cannot be read, a link perhaps, is not written through.
+        path.unlink(missing_ok=True)
         with replacing(path, force=True) as temporary:
             temporary.write_bytes(code)
     except OSError:

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.common import device
 from pallas_kernels.common.arguments import (
+    LARGEST,
     Precision,
     checked_array,
     checked_dtype,
@@ -30,6 +31,9 @@ from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Wi
 from pallas_kernels.dispatch import Choice, Operator
 
 Padding = int | str | Sequence[int | Sequence[int]]
+
+_MOST_ELEMENTS = 2**47
+"""More than any machine has memory for; XLA ends the process where 64 bits cannot count them."""
 
 
 class Implementation(StrEnum):
@@ -364,6 +368,13 @@ def _window(
                 f"padding='reflect': mirroring {max(pads)} samples along {axis} takes an image of "
                 f"more than those, got {n}"
             )
+    count, padded = images[0], [n + sum(pads) for n, pads in zip(size, window.pads, strict=True)]
+    for shape in ((count, *padded, channels), (count, *window.output(size, taps), features)):
+        if all(isinstance(n, int) for n in shape) and math.prod(shape) > _MOST_ELEMENTS:
+            raise ValueError(
+                f"padding={padding!r}: makes an array of {shape} out of images {images}, too large "
+                "to exist"
+            )
     return window
 
 
@@ -398,8 +409,8 @@ def _checked_side(side: object, padding: object) -> Pair:
         return checked_pair(side, "padding", least=0)
     except ValueError:
         raise ValueError(
-            f"padding={padding!r}: expected integers >= 0: one, one for H and one for W, or "
-            "((top, bottom), (left, right))"
+            f"padding={padding!r}: expected integers >= 0 and <= {LARGEST}: one, one for H and one "
+            "for W, or ((top, bottom), (left, right))"
         ) from None
 
 

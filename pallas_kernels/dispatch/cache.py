@@ -19,6 +19,7 @@ says so once.
 import itertools
 import json
 import os
+import shutil
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -278,13 +279,17 @@ def _merge_into(path: Path, device_kind: str, entries: Mapping[str, Entry]) -> d
         known = _read_or_set_aside(path)
         for entry in entries.values():
             _add(known, entry)
-        # The lock is ours, so one name does, and what a killed process left is written over.
+        # The lock is ours, so one name does, and what stands there a killed process has left.
         temporary = path.with_suffix(".new")
         text = dumped({device_kind: [known[name] for name in sorted(known)]})
-        with temporary.open("w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)
+        # Made anew, which follows no link that somebody has put there.
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     return known
 

@@ -12,9 +12,11 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args
 
@@ -88,8 +90,8 @@ class Measurement(Protocol):
     def untimeable(self) -> str | None:
         """The reason why nothing can be timed here, None where something can."""
 
-    def untraced(self, search: Callable[[], Entry]) -> Entry:
-        """Runs a search where arrays have values, outside of whatever is being traced."""
+    def untraced(self, search: Callable[[], Entry]) -> Callable[[], Entry]:
+        """The search for another thread to run: on this one's device, where nothing is traced."""
 
     def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Tree]:
         """A call of an implementation on random arrays, always the same ones."""
@@ -251,9 +253,7 @@ def _fastest(
         # Another thread may have measured it meanwhile.
         entries = _covering(store.get(kind, key), modules)
         if not entries:
-            found = measurement.untraced(
-                lambda: {**entry, **_search(label, candidates, modules, measurement)}
-            )
+            found = {**entry, **_in_thread(label, candidates, modules, measurement)}
             entries, best = [found], _best([found], modules)
             if best is None:
                 why = "; ".join(f"{_candidate(one)}: {one['failed']}" for one in found["measured"])
@@ -311,11 +311,29 @@ def _warn(message: str) -> None:
     warnings.warn(f"{message}; the rule of the device chooses", RuntimeWarning, stacklevel=2)
 
 
+def _in_thread(
+    label: str,
+    candidates: Sequence[Candidate],
+    modules: Mapping[str, Implementation],
+    measurement: Measurement,
+) -> Entry:
+    """Searches in a thread of its own; an interrupt ends it after the run that is under way."""
+    stopped = threading.Event()
+    search = partial(_search, label, candidates, modules, measurement, stopped)
+    with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
+        try:
+            return pool.submit(measurement.untraced(search)).result()
+        except BaseException:
+            stopped.set()
+            raise
+
+
 def _search(
     label: str,
     candidates: Sequence[Candidate],
     modules: Mapping[str, Implementation],
     measurement: Measurement,
+    stopped: threading.Event,
 ) -> Entry:
     """Times every candidate that runs and is right, the fastest first; `failed` says why not."""
     times: dict[Candidate, list[float]] = {}
@@ -326,15 +344,21 @@ def _search(
     def best() -> float:
         return min(map(median, times.values()), default=math.inf)
 
+    def check() -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+
     def again(runs: int, within: float) -> None:
         """Times the best candidates in turns, so that a drift of the machine meets all."""
         near = [one for one, spent in times.items() if median(spent) <= within * best()]
         for _ in range(runs if len(near) > 1 else 0):
             for candidate in near:
+                check()
                 times[candidate].append(measurement.milliseconds(calls[candidate]))
 
     with _progress(f"timing {label}", len(candidates)) as advance:
         for candidate in candidates:
+            check()
             try:
                 call = measurement.prepared(modules[candidate.implementation], candidate.config)
                 wrong = reference.fault(call())
@@ -412,6 +436,7 @@ class _Reference:
 def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """Shows a bar on a terminal, once the block has taken a while; gives what advances it."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
@@ -420,7 +445,7 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     bar = Progress(console=console, transient=True)
-    task = bar.add_task(label, total=total)
+    task = bar.add_task(escape(label), total=total)
     timer = threading.Timer(_PATIENCE_S, bar.start)
     timer.daemon = True
     timer.start()

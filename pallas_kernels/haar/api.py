@@ -19,7 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from pallas_kernels.common.arguments import check_unsharded, checked_array, checked_integer
+from pallas_kernels.common.arguments import (
+    MOST_LEVELS,
+    check_unsharded,
+    checked_array,
+    checked_integer,
+)
 from pallas_kernels.common.measurement import request
 from pallas_kernels.common.types import Tree
 from pallas_kernels.dispatch import Choice, Operator
@@ -181,8 +186,8 @@ def wavedec(
     Args:
         data: Signal `[*batch, L, C]`.
         wavelet: Name of a discrete wavelet.
-        level: Number of levels, any (a signal of one sample is padded and split on); one where
-            PyWavelets' default is as many as the signal is long enough for.
+        level: Number of levels, at most 63 (a signal of one sample is padded and split on); one
+            where PyWavelets' default is as many as the signal is long enough for.
         implementation: Filter on the implementations.
 
     Returns:
@@ -313,7 +318,7 @@ def _wavedec(
     """Validates, picks, and analyses: the low band, and the details from coarse to fine."""
     x = _checked(data, "data", ndim)
     filter_bank(wavelet)
-    levels = checked_integer(level, "level", least=0)
+    levels = checked_integer(level, "level", least=0, most=MOST_LEVELS)
     if levels == 0:
         return x, ()
     batch, shape = math.prod(x.shape[: -1 - ndim]), x.shape[-1 - ndim :]

@@ -5,11 +5,13 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
+from rich.table import Table
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import models
-from flash_wtconv_jax.bench import conv2d, host, roofline, timing, wtconv, wtconvnext
+from flash_wtconv_jax.bench import conv2d, devices, host, roofline, timing, wtconv, wtconvnext
 from flash_wtconv_jax.cli import app
+from flash_wtconv_jax.cli.bench import tell
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
@@ -131,6 +133,19 @@ def test_report_table_and_picture(tmp_path):
     assert forward["extra_memory"] == pytest.approx(forward["temporaries"] + 1.0)
 
 
+def test_a_failed_picture_loses_no_measurement(capsys, tmp_path):
+    def fail(report):
+        raise RuntimeError("latex could not be found")
+
+    report = {"benchmark": "x", "no_device_events": "no [/a]"}
+    tell(report, Table("a heading", title="t[/b]"), {"x": fail}, tmp_path / "out [c]")
+    printed = capsys.readouterr()
+    assert json.loads((tmp_path / "out [c]" / "x.json").read_text()) == report
+    assert printed.err.endswith("out [c]/x.png could not be drawn: latex could not be found\n")
+    for text in ("no [/a]", "t[/b]", f"wrote {tmp_path}/out [c]/x.json"):
+        assert text in printed.out
+
+
 def test_unknown_shape_and_baseline_are_named(tmp_path):
     result = bench("--shape", "no", "--out", tmp_path)
     assert isinstance(result.exception, ValueError)
@@ -180,7 +195,7 @@ def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, 
     }
 
 
-def test_a_device_that_is_not_here(tmp_path):
+def test_a_device_that_is_not_here(monkeypatch, tmp_path):
     for name, message in (
         ("tpu", "device: JAX finds no tpu here, only \\['cpu'\\]"),
         ("npu", "device: 'npu' is not one of \\['cpu', 'gpu', 'tpu'\\]"),
@@ -189,6 +204,9 @@ def test_a_device_that_is_not_here(tmp_path):
             result = bench("--device", name, "--out", tmp_path, benchmark=benchmark)
             with pytest.raises(ValueError, match=message):
                 raise result.exception
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(ValueError, match=r"JAX finds no tpu here, only \['cpu'\]$"):
+        devices.first("tpu")
     assert not list(tmp_path.iterdir())
 
 

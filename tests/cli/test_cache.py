@@ -45,6 +45,14 @@ def test_show_and_path(store):
     assert run("path").output.replace("\n", "") == str(store.folder)
 
 
+def test_names_are_no_markup(store):
+    failed = {**FAILED, "measured": [{"implementation": "a", "config": {}, "failed": "no [/b]"}]}
+    store.put("GPU [/a]", [failed, {**ENTRY, "operator": "o[/c]"}])
+    shown = run("show").output
+    for word in ("GPU [/a]", "no [/b]", "o[/c] fwd"):
+        assert word in shown
+
+
 def test_export_clear_and_import(store, tmp_path):
     store.put(KIND, [ENTRY])
     store.put("other", [FAILED])

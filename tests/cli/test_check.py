@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax.cli import app
-from flash_wtconv_jax.cli.check import rooms
+from flash_wtconv_jax.cli.check import rooms, show
 from pallas_kernels.conv2d.cases import Case as Conv2dCase
 from pallas_kernels.dispatch import tuning
 from pallas_kernels.haar.cases import Case as HaarCase
@@ -105,6 +105,20 @@ def test_a_file_that_cannot_be_written_is_told_first(tmp_path):
     for command in ("check", "tpu-report"):
         result = CliRunner().invoke(app, [command, "--json", str(tmp_path)])
         assert result.exit_code == 2 and "directory" in result.output
+
+
+def test_names_and_paths_are_no_markup(capsys, tmp_path):
+    folder = tmp_path / "sweep[lr=0.1]"
+    folder.mkdir()
+    row = {"operator": "o[/a]", "backend": "[red]", "case": "c[/b]", "error": 0.5, "bound": 1.0}
+    rows = [
+        {**row, "status": "pass", "reason": None, "seconds": 1.0},
+        {**row, "status": "skip", "reason": "no [/c]", "seconds": None},
+    ]
+    show(rows, {}, "t[/d]", folder / "r.json")
+    output = capsys.readouterr().out
+    for text in ("o[/a] [red]", "c[/b]", "no [/c]", "t[/d]", f"wrote {folder / 'r.json'}"):
+        assert text in output
 
 
 class TestTorch:

@@ -1,5 +1,6 @@
 """The command line: version, help, info, erf and demo, and errors of one line."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from flax import nnx
 from typer.testing import CliRunner
 
 import flash_wtconv_jax
-from flash_wtconv_jax import cli, environment, models
+from flash_wtconv_jax import checkpoints, cli, environment, models
 from pallas_kernels import dispatch
 
 runner = CliRunner()
@@ -62,6 +63,22 @@ def test_help_needs_no_jax():
     assert found.stdout.strip() == "[]"
 
 
+def test_a_name_that_the_encoding_lacks_is_printed_escaped(monkeypatch, tmp_path):
+    checkpoints.write_state_dict(
+        tmp_path / "a.safetensors",
+        {"base_weight": np.ones((2, 1, 3, 3)), "base_scale": np.ones((1, 2, 1, 1))},
+    )
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="cp1252"))
+    names = [str(tmp_path / name) for name in ("a.safetensors", "\u65e5\u672c.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["flash-wtconv", "convert", *names])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert rb"wrote " in printed.getvalue() and rb"\u65e5\u672c.safetensors" in printed.getvalue()
+    assert (tmp_path / "\u65e5\u672c.safetensors").is_file()
+
+
 class TestInfo:
     def test_prints_device_versions_and_operators(self):
         result = run("info")
@@ -81,13 +98,13 @@ class TestInfo:
             name = "sparse"
 
             def status(self, platform):
-                return [("triton", f"needs a GPU, this is {platform}"), ("xla", None)]
+                return [("triton", f"needs a [/GPU], this is {platform}"), ("xla", None)]
 
         monkeypatch.setattr(dispatch, "operators", lambda: [Operator()])
         output = run("info").output
-        assert "unavailable: needs a GPU, this is cpu" in output
+        assert "unavailable: needs a [/GPU], this is cpu" in output
         assert json.loads(run("info", "--json").output)["operators"] == {
-            "sparse": {"triton": "needs a GPU, this is cpu", "xla": None}
+            "sparse": {"triton": "needs a [/GPU], this is cpu", "xla": None}
         }
 
     def test_without_a_device_says_so(self, monkeypatch):
@@ -191,6 +208,8 @@ class TestDemo:
             for name in training.NETWORKS:
                 for epoch in range(epochs):
                     on_epoch(name, training.History([1.0] * (epoch + 1), [0.5] * (epoch + 1)))
+            for name in training.FILES:
+                (out / name).touch()
             network = {"accuracy": 0.9875, "parameters": 70186}
             return {"networks": {"WTConv": network}, "seconds": 12.3}
 
@@ -235,18 +254,22 @@ class TestDemo:
         assert message.endswith("pip install 'flash-wtconv[torch]' brings it")
 
 
-def test_figures_are_drawn_without_a_display(tmp_path):
+def test_figures_are_drawn_without_a_display_and_in_matplotlib_s_own_style(tmp_path):
     plots = pytest.importorskip("flash_wtconv_jax.plots", exc_type=ImportError)
+    matplotlib = pytest.importorskip("matplotlib")
     training = pytest.importorskip("flash_wtconv_jax.train.digits", exc_type=ImportError)
     histories = {"one": training.History([2.0, 1.0], [0.5, 1.0])}
     probabilities = np.eye(3)[[0, 1, 1]]
     # Odd sizes: 7 x 5 splits into 4 x 3, and that into 2 x 2.
     cascade = [np.ones((2, 2, 1)), (np.ones((2, 2, 1)),) * 3, (np.ones((4, 3, 1)),) * 3]
-    figures = {
-        "curve.png": plots.training_curve(histories),
-        "predictions.svg": plots.predictions(np.ones((3, 8, 8)), np.arange(3), probabilities),
-        "cascade.png": plots.wavelet_cascade(cascade, "cascade"),
-    }
-    for name, figure in figures.items():
-        plots.save(figure, tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 1000
+    # TeX is asked for, and a font that nobody has; a title that is no formula.
+    settings = {"text.usetex": True, "font.family": "no such font", "figure.dpi": 7}
+    with matplotlib.rc_context(settings):
+        figures = {
+            "curve.png": plots.training_curve(histories),
+            "predictions.svg": plots.predictions(np.ones((3, 8, 8)), np.arange(3), probabilities),
+            "cascade.png": plots.wavelet_cascade(cascade, "$x_{$"),
+        }
+        for name, figure in figures.items():
+            plots.save(figure, tmp_path / name)
+            assert (tmp_path / name).stat().st_size > 1000

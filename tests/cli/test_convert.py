@@ -95,6 +95,10 @@ def test_nothing_is_overwritten_unasked(tmp_path, params):
     assert destination.read_text() == "precious"
     assert run(source, destination, "--force").exit_code == 0
     assert_same(checkpoints.load(destination)["params"], params)
+    (tmp_path / "link.safetensors").symlink_to("nowhere.safetensors")
+    result = run(source, tmp_path / "link.safetensors")
+    assert (result.exit_code, "exists already" in result.stderr) == (1, True)
+    assert (tmp_path / "link.safetensors").is_symlink()
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,16 @@ def test_an_old_python_is_named(clone):
     assert "found none" in line and "python-old is 3.9.18" in line
 
 
+def test_an_installation_that_was_interrupted_is_not_used(clone):
+    # `make demo` was done, and then `make test` interrupted.
+    (clone / ".venv").mkdir()
+    for name, time in ((".installed-demo", 1), (".unfinished", 2)):
+        (clone / ".venv" / name).touch()
+        os.utime(clone / ".venv" / name, (2**31 + time, 2**31 + time))
+    (line,) = fail(clone, "demo", "PYTHON=/nowhere/python3")
+    assert line.startswith("flash-wtconv: needs Python 3.11 or newer, found none; install one")
+
+
 @pytest.mark.wide
 def test_no_network_is_one_line_and_no_stamp(clone):
     offline = {

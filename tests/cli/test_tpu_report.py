@@ -78,6 +78,7 @@ def test_what_is_wrong_is_named_before_anything_is_compiled(tmp_path):
     out = ("--out", tmp_path / "a.png")
     cases = {
         ("--chip", "v9", *out): "chip: 'v9' is not one of ['v5e'",
+        ("--chip", "v9[/b]", *out): "chip: 'v9[/b]' is not one of ['v5e'",
         ("--shape", "no", *out): "shape: ['no'] is not one of ['image_56'",
         ("--out", tmp_path / "no" / "a.png"): "no folder",
         ("--json", tmp_path / "no" / "a.json", *out): "no folder",

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import SafetensorError
 
 from flash_wtconv_jax import WTConv2d, checkpoints
 from flash_wtconv_jax import nnx as nnx_layers
@@ -441,6 +442,9 @@ def test_files_round_trip(tmp_path, suffix, dtype):
     assert_same(checkpoints.read_state_dict(path), state_dict)
     assert_same(checkpoints.load(path)["params"], checkpoints.from_torch(state_dict)["params"])
     assert os.listdir(tmp_path) == [path.name]
+    # By the umask, as every new file.
+    (tmp_path / "new").touch()
+    assert path.stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_torch_reads_what_we_write(tmp_path):
@@ -551,6 +555,59 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert checkpoints.read_state_dict(path)["a"].sum() == 0
     checkpoints.write_state_dict(path, {"a": np.ones(3)}, force=True)
     assert checkpoints.read_state_dict(path)["a"].sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("suffix", "writer"),
+    [
+        (".safetensors", "safetensors.numpy.save_file"),
+        (".pth", "torch.save"),
+        ("", "orbax.checkpoint.PyTreeCheckpointer.save"),
+    ],
+)
+def test_whatever_a_writer_raises_is_one_line_about_the_file(tmp_path, monkeypatch, suffix, writer):
+    if suffix == ".pth":
+        pytest.importorskip("torch")
+
+    def full(*args, **options):
+        raise SafetensorError("No space left on device\nand a long story")
+
+    monkeypatch.setattr(writer, full)
+    path = tmp_path / f"a{suffix}"
+    with pytest.raises(OSError, match=f"a{suffix} cannot be written: No space left on device$"):
+        if suffix:
+            checkpoints.write_state_dict(path, {"a": np.ones(3)})
+        else:
+            checkpoints.save(path, {"params": {"a": np.ones(3)}})
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_named_where_pytorch_tells_of_positions(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+
+    def full(*args):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 576 vs 534")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="a.pth cannot be written: .* No space left on device$"):
+        checkpoints.write_state_dict(tmp_path / "a.pth", {"a": np.ones(3)})
+
+
+def test_whatever_pytorch_raises_of_a_damaged_file_is_an_error_about_the_file(
+    tmp_path, monkeypatch
+):
+    torch = pytest.importorskip("torch")
+
+    def stumble(*args, **options):
+        raise AttributeError("no attribute 'storage'\nand a long story")
+
+    (tmp_path / "a.pth").touch()
+    monkeypatch.setattr(torch, "load", stumble)
+    with pytest.raises(ValueError, match="a.pth is not a whole PyTorch file: no attribute 's.*'$"):
+        checkpoints.read_state_dict(tmp_path / "a.pth")
 
 
 def test_orbax_round_trip(tmp_path):

@@ -63,6 +63,8 @@ WRONG = {
     "strides=0: expected": {"strides": 0},
     "padding='reflect': the names are SAME, VALID, REFLECT": {"padding": "reflect"},
     "kernel_dilation=0.5: expected": {"kernel_dilation": 0.5},
+    "kernel_init=0.0: expected an initialiser": {"kernel_init": 0.0},
+    "bias_init=1: expected an initialiser": {"bias_init": 1},
     "param_dtype='int8': expected": {"param_dtype": "int8"},
     "precision='best': expected": {"precision": "best"},
     "implementation names ['cudnn']": {"implementation": "cudnn"},

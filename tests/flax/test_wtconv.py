@@ -237,6 +237,7 @@ def test_bfloat16_rounds_the_input_not_the_parameters():
         ("kernel_size", (3, 3)),
         ("depth", -1),
         ("depth", 1.5),
+        ("depth", 10**9),
         ("stride", 0),
         ("stride", True),
     ],
@@ -256,6 +257,16 @@ def test_bad_features_and_dtype():
         linen_layers.SeparableWTConv2d(2, 0)
     with pytest.raises(ValueError, match="features=0: expected an integer >= 1"):
         nnx_layers.SeparableWTConv2d(2, 0, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["kernel_init", "bias_init", "scale_init", "pointwise_init"])
+def test_a_number_is_no_initialiser(name):
+    message = f"{name}=0.0: expected an initialiser, such as jax.nn.initializers.constant"
+    with pytest.raises(ValueError, match=message):
+        nnx_layers.SeparableWTConv2d(2, 3, **{name: 0.0}, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        layer = linen_layers.SeparableWTConv2d(2, 3, **{name: 0.0})
+        layer.init(jax.random.key(0), np.ones((4, 4, 2), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -78,15 +77,14 @@ class OnRandomTensors:
             return "a CUDA graph is being captured; call the layer once before"
         return self._why_not
 
-    def untraced(self, search: Callable[[], Entry]) -> Entry:
-        """The result of a search in a thread of its own, where nothing is traced or transformed."""
+    def untraced(self, search: Callable[[], Entry]) -> Callable[[], Entry]:
+        """The search without gradients, whatever thread runs it."""
 
         @torch.no_grad()
         def run() -> Entry:
             return search()
 
-        with ThreadPoolExecutor(1, thread_name_prefix="flash-wtconv tuner") as pool:
-            return pool.submit(run).result()
+        return run
 
     def prepared(self, module: Implementation, config: TuningParams) -> Callable[[], Tree]:
         """A call that enqueues its work, and returns its tensors."""

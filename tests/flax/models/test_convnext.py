@@ -418,6 +418,8 @@ def test_convolutions_and_wavelets_have_filters_of_their_own(images):
         ({"drop_path": True}, "drop_path must be a number, got True"),
         ({"layer_scale": "x"}, "layer_scale must be a number, got 'x'"),
         ({"layer_scale": float("nan")}, "layer_scale must be a finite number, got nan"),
+        ({"layer_scale": 10**400}, "layer_scale must be a finite number, got 10"),
+        ({"levels": (1, 64)}, "each entry of levels=.* must be an integer >= 0 and <= 63"),
         ({"depths": 3}, "depths must hold one int for each stage, got 3"),
         ({"wavelet": "nope"}, "wavelet='nope'"),
         (

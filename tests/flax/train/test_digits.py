@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from flash_wtconv_jax import checkpoints, models
-from flash_wtconv_jax.receptive_field import SHARES
+from flash_wtconv_jax.receptive_field import SHARES, effective_receptive_field
 from flash_wtconv_jax.train import digits, loop
 
 
@@ -61,6 +61,16 @@ def test_a_seed_fixes_the_trained_parameters(monkeypatch):
         results.append((history, checkpoints.variables_of(model)))
     assert results[0][0] == results[1][0]
     chex.assert_trees_all_equal(results[0][1], results[1][1])
+
+
+def test_a_seed_of_more_than_64_bits_is_an_error():
+    for seed in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=f"seed={seed}: expected an integer [<>]= -?92233720"):
+            digits.digits_network(seed=seed)
+        with pytest.raises(ValueError, match="seed="):
+            digits.train(None, None, epochs=1, seed=seed)
+        with pytest.raises(ValueError, match="seed="):
+            effective_receptive_field(None, (8, 8, 1), seed=seed)
 
 
 def test_no_epochs_is_an_error():
@@ -139,8 +149,19 @@ def test_an_interrupt_leaves_nothing_behind(quick, monkeypatch, tmp_path):
 
     monkeypatch.setattr(digits, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        digits.run_demo(tmp_path / "demo")
+        digits.run_demo(tmp_path / "runs" / "demo")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_picture_loses_no_training(quick, monkeypatch, tmp_path):
+    def fail(*args):
+        raise RuntimeError("latex could not be found\nand a long story")
+
+    (tmp_path / "predictions.png").write_text("of another run")
+    monkeypatch.setattr(digits.plots, "predictions", fail)
+    with pytest.warns(RuntimeWarning, match="could not be drawn: latex could not be found$"):
+        digits.run_demo(tmp_path, epochs=1)
+    assert {path.name for path in tmp_path.iterdir()} == set(digits.FILES) - {"predictions.png"}
 
 
 def test_a_failed_write_leaves_what_was_there(quick, monkeypatch, tmp_path):

@@ -268,3 +268,18 @@ def test_threads_put_at_once(tmp_path):
     store.flush()
     assert numbers(tmp_path) == list(range(80))
     assert json.loads((tmp_path / FILE).read_text())["version"] == 1
+
+
+def test_what_stands_in_the_way_of_the_new_file_is_not_written_through(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / FILE).with_suffix(".new").symlink_to("precious")
+    store = Cache(tmp_path)
+    store.put(KIND, [entry(1, a=1.0)])
+    store.flush()
+    assert numbers(tmp_path) == [1]
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / FILE).is_symlink()
+    (tmp_path / FILE).chmod(0o600)
+    store.put(KIND, [entry(2, a=1.0)])
+    store.flush()
+    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600

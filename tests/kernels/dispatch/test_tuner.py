@@ -2,7 +2,9 @@
 
 import io
 import logging
+import os
 import re
+import signal
 import sys
 import time
 from enum import StrEnum
@@ -52,7 +54,7 @@ class Measurement:
         return self.why_not
 
     def untraced(self, search):
-        return search()
+        return search
 
     def prepared(self, module, config):
         def call():
@@ -313,6 +315,30 @@ def test_recorded_names_the_entries_in_use(choose):
     assert [entry["direction"] for entry in used] == ["fwd", "bwd"]
     choose(problem=Problem((9, 9)))
     assert len(used) == 2
+
+
+def test_an_interrupt_ends_the_search_after_the_run_that_is_under_way(choose, monkeypatch):
+    search, milliseconds, runs = tuner._search, choose.measurement.milliseconds, []
+
+    def watched(*arguments):
+        def interrupted(call):
+            runs.append(call)
+            os.kill(os.getpid(), signal.SIGINT)
+            # The main thread has the signal, and asks this one to stop.
+            assert arguments[-1].wait(10)
+            return milliseconds(call)
+
+        monkeypatch.setattr(choose.measurement, "milliseconds", interrupted)
+        return search(*arguments)
+
+    monkeypatch.setattr(tuner, "_search", watched)
+    with pytest.raises(KeyboardInterrupt):
+        choose()
+    assert len(runs) == 1
+    # Nothing was kept, and the next call measures.
+    monkeypatch.setattr(tuner, "_search", search)
+    monkeypatch.setattr(choose.measurement, "milliseconds", milliseconds)
+    assert choose() == BEST
 
 
 @pytest.mark.parametrize(("patience", "shown"), [(0.0, True), (60.0, False)])

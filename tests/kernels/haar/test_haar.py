@@ -194,6 +194,7 @@ BAD = {
     "no level wavelet": (lambda: haar.wavedec(X, "no", 0), "wavelet='no'"),
     "wavelet type": (lambda: haar.wavedec(X, 2), "wavelet=2: expected the name"),
     "level": (lambda: haar.wavedec2(X, level=-1), "level=-1: expected an integer >= 0"),
+    "level large": (lambda: haar.wavedec2(X, level=10**9), "level=1000000000: .* integer <= 63"),
     "level type": (lambda: haar.wavedec2(X, level=1.0), "level=1.0: expected an integer >= 0"),
     "coeffs empty": (lambda: haar.waverec([]), "coeffs is empty"),
     "coeffs shapes": (lambda: haar.idwt(X, X[:3]), r"coeffs: .*'cD': \(3, 6, 3\)"),

@@ -348,6 +348,7 @@ BAD = {
     "x none": (dict(x=None), "x: expected an array, got NoneType"),
     "x float8": (dict(x=jnp.ones((6, 6, 3), "float8_e5m2")), "x: .*floating.*float8_e5m2"),
     "a string": (dict(add={"base_bias": "no"}), "params\\['base_bias'\\]: expected an array"),
+    "stride large": (dict(stride=10**30), "stride=10+: expected an integer <= 2147483647"),
     "stride bool": (dict(stride=True), "stride=True: expected an integer"),
     "stride float": (dict(stride=2.0), "stride=2.0: expected an integer"),
 }

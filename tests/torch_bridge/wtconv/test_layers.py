@@ -71,6 +71,7 @@ def test_filters_of_longer_wavelets():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"in_channels": 0}, "in_channels is 0, expected an integer >= 1"),
         ({"out_channels": 5}, "out_channels is 5, expected in_channels = 4"),
         ({"in_channels": 0}, "in_channels is 0"),
         ({"kernel_size": 0}, "kernel_size is 0"),
