@@ -28,8 +28,9 @@ def load(
 
     Args:
         path: `.safetensors` or `.pth` file with a PyTorch state dict, or an Orbax folder.
-        layout: Layout of the state dict, recognised if None; see `from_torch`.
-        wavelet: The wavelet that the frozen filters of a state dict must be.
+        layout: Layout of the state dict, recognised if None; see `from_torch`. A folder has none.
+        wavelet: The wavelet that the frozen filters of a state dict must be, or that the folder
+            names, if it names one.
 
     Returns:
         `{"params": ...}` of NumPy arrays, or the whole tree that an Orbax folder holds.
@@ -38,10 +39,13 @@ def load(
         FileNotFoundError: There is nothing at path.
         ValueError: It cannot be read or does not fit its layout.
     """
-    from flash_wtconv_jax.checkpoints.orbax import restore
+    from flash_wtconv_jax.checkpoints.orbax import restore, wavelet_of
 
     path = Path(path)
     if path.is_dir():
+        if layout is not None:
+            raise ValueError(f"layout is {layout!r}, but {path} is a folder of variables: give None")
+        wavelet_of(path, wavelet)
         return restore(path)
     return from_torch(read_state_dict(path), layout, wavelet=wavelet)
 

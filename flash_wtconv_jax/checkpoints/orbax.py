@@ -98,19 +98,32 @@ def restore(folder: str | os.PathLike[str]) -> dict[str, Tree]:
         raise ValueError(f"folder {folder} is a damaged Orbax checkpoint: {reason}") from error
 
 
-def wavelet_of(folder: str | os.PathLike[str]) -> str | None:
-    """The wavelet that `save` was given; None if it was given none.
+def wavelet_of(folder: str | os.PathLike[str], named: str | None = None) -> str | None:
+    """The wavelet of the layers whose variables a folder holds.
+
+    Args:
+        folder: An Orbax checkpoint.
+        named: What the caller takes it for, which must agree with what `save` was given.
+
+    Returns:
+        What `save` was given; `named` if it was given none.
 
     Raises:
-        ValueError: The file that keeps it is damaged.
+        ValueError: The file that keeps it is damaged, or names another wavelet than `named`.
     """
     note = Path(folder) / _NOTE
     if not note.is_file():
-        return None
+        return named
     try:
-        return str(json.loads(note.read_text())["wavelet"])
+        wavelet = str(json.loads(note.read_text())["wavelet"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{note} is damaged, expected {{"wavelet": name}}') from error
+    if named is not None and not np.array_equal(filter_bank(named), filter_bank(wavelet)):
+        raise ValueError(
+            f"wavelet is {named!r}, but {folder} names {wavelet!r}: its layers were trained with "
+            "that one"
+        )
+    return wavelet
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -64,7 +64,7 @@ def _convert(
     to_file = destination.suffix.lower() in _FILES
     if source.is_dir():
         variables = checkpoints.restore(source)
-        wavelet = wavelet or checkpoints.wavelet_of(source)
+        wavelet = checkpoints.wavelet_of(source, wavelet)
         said = f"wavelet {wavelet}" if wavelet else "no wavelet named"
         typer.echo(f"read {source}: Orbax folder, {said}, {_size(flatten(variables))}")
     else:

@@ -105,6 +105,9 @@ def _constructor(path: Path) -> Callable[[], convnext.ConvNeXt]:
     known = {field.name for field in dataclasses.fields(convnext.ConvNeXtConfig)}
     if not known.issuperset(options):
         raise ValueError(f"{path} has unknown options {sorted(set(options) - known)}")
+    wavelet = checkpoints.wavelet_of(path.parent, options.get("wavelet"))
+    if wavelet is not None:
+        options["wavelet"] = wavelet
     return lambda: makers[name](rngs=nnx.Rngs(0), **options)
 
 

@@ -78,6 +78,20 @@ def test_a_folder_that_names_no_wavelet_gives_no_filters(tmp_path, params):
     assert checkpoints.wavelet_of(tmp_path / "d") is None
 
 
+def test_an_argument_never_contradicts_what_a_source_records(tmp_path, params):
+    state_dict = checkpoints.to_torch(params)
+    checkpoints.write_state_dict(tmp_path / "a.safetensors", state_dict)
+    assert run(tmp_path / "a.safetensors", tmp_path / "a").exit_code == 0
+    for source, destination in (("a.safetensors", "b"), ("a", "b.safetensors"), ("a", "b")):
+        result = run(tmp_path / source, tmp_path / destination, "--wavelet", "db2")
+        assert result.exit_code == 1, result.output
+        assert "'haar'" in result.stderr and "'db2'" in result.stderr
+        assert not (tmp_path / destination).exists()
+    # Two names of one wavelet do not contradict each other.
+    assert run(tmp_path / "a", tmp_path / "b.safetensors", "--wavelet", "db1").exit_code == 0
+    assert_same(checkpoints.read_state_dict(tmp_path / "b.safetensors"), state_dict)
+
+
 def test_layout_to_layout(tmp_path, params):
     checkpoints.write_state_dict(tmp_path / "a.safetensors", checkpoints.to_torch(params))
     result = run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--layout", "fast")

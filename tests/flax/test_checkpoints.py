@@ -657,6 +657,18 @@ def test_a_damaged_note_of_the_wavelet_is_named(tmp_path):
         checkpoints.wavelet_of(tmp_path / "a")
 
 
+def test_a_folder_is_held_against_the_wavelet_and_layout_that_it_is_loaded_with(tmp_path):
+    variables = checkpoints.from_torch(published())
+    checkpoints.save(tmp_path / "a", variables, wavelet="db2")
+    assert_same(flat(checkpoints.load(tmp_path / "a", wavelet="db2")), flat(variables))
+    with pytest.raises(ValueError, match=r"wavelet is 'haar', but .*a names 'db2'"):
+        checkpoints.load(tmp_path / "a")
+    with pytest.raises(ValueError, match="layout is 'fast', but .*a is a folder of variables"):
+        checkpoints.load(tmp_path / "a", "fast", wavelet="db2")
+    checkpoints.save(tmp_path / "b", variables)
+    assert_same(flat(checkpoints.load(tmp_path / "b", wavelet="db3")), flat(variables))
+
+
 def test_torch_files_that_are_something_else(tmp_path):
     torch = pytest.importorskip("torch")
     state_dict = {"base_weight": torch.ones(2, 1, 3, 3), "base_scale": torch.ones(1, 2, 1, 1)}

@@ -48,6 +48,20 @@ def test_a_converted_checkpoint_needs_the_name_of_its_model_alone(tmp_path):
     assert models.load_network(tmp_path / "network").config == model.config
 
 
+def test_the_wavelet_of_a_network_is_the_one_that_its_folder_names(tmp_path):
+    options = {"depths": [1], "dims": [4], "levels": [1], "num_classes": 2}
+    config = models.ConvNeXtConfig(**options, wavelet="db2")
+    model = initialised(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(0)))
+    folder = tmp_path / "network"
+    checkpoints.save(folder, checkpoints.variables_of(model), wavelet="db2")
+    network = folder / pretrained.CONFIG_NAME
+    network.write_text(json.dumps({"model": "ConvNeXt", "options": options}))
+    assert models.load_network(folder).config == config
+    network.write_text(json.dumps({"model": "ConvNeXt", "options": {**options, "wavelet": "haar"}}))
+    with pytest.raises(ValueError, match=r"wavelet is 'haar', but .*network names 'db2'"):
+        models.load_network(folder)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
