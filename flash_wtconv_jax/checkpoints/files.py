@@ -44,7 +44,9 @@ def load(
     path = Path(path)
     if path.is_dir():
         if layout is not None:
-            raise ValueError(f"layout is {layout!r}, but {path} is a folder of variables: give None")
+            raise ValueError(
+                f"layout is {layout!r}, but {path} is a folder of variables, which have none"
+            )
         wavelet_of(path, wavelet)
         return restore(path)
     return from_torch(read_state_dict(path), layout, wavelet=wavelet)

@@ -425,6 +425,56 @@ def test_load_into_keeps_the_dtype_of_the_model():
     assert model.kernel.dtype == jax.numpy.bfloat16
 
 
+class Frozen(nnx.Variable):
+    """A weight that an optimizer of `nnx.Param` leaves alone."""
+
+
+def test_load_into_keeps_types_placement_and_ties(tmp_path):
+    mesh = jax.make_mesh((1,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "m"))
+
+    def make():
+        first, second = (nnx.Linear(3, 3, rngs=nnx.Rngs(seed)) for seed in range(2))
+        first.kernel = Frozen(jax.device_put(first.kernel[...], placement), tag="mine")
+        second.kernel = first.kernel
+        return nnx.List([first, second, nnx.BatchNorm(3, rngs=nnx.Rngs(0)), second])
+
+    model, other = make(), make()
+    variables = checkpoints.variables_of(model)
+    assert sorted(flat(variables["params"])) == [
+        "0.bias",
+        "0.kernel",
+        "1.bias",
+        "2.bias",
+        "2.scale",
+    ]
+    checkpoints.save(tmp_path / "a", jax.tree.map(lambda array: array + 1, variables))
+    checkpoints.load_into(other, checkpoints.restore(tmp_path / "a"))
+    assert other[1].kernel is other[0].kernel and type(other[0].kernel) is Frozen
+    assert other[0].kernel.sharding == placement and other[0].kernel.get_metadata("tag") == "mine"
+    # What was on no device in particular stays so: a mesh would refuse it otherwise.
+    assert not other[0].bias.committed
+    np.testing.assert_array_equal(other[1].kernel[...], model[0].kernel[...] + 1)
+    # PyTorch's state dicts name a tied tensor in each of its places.
+    params = variables["params"]
+    params["1"]["kernel"], params["3"] = params["0"]["kernel"], params["1"]
+    checkpoints.load_into(other, variables)
+    np.testing.assert_array_equal(other[1].kernel[...], model[0].kernel[...])
+    params["1"]["kernel"] = params["1"]["kernel"] + 1
+    with pytest.raises(ValueError, match="differ: 1.kernel and 0.kernel, which are tied"):
+        checkpoints.load_into(other, variables)
+
+
+def test_load_into_shapes_alone_places_as_they_say():
+    mesh = jax.make_mesh((1,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    kernel_init = nnx.with_partitioning(nnx.initializers.ones, (None, "m"))
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: nnx.Linear(2, 3, kernel_init=kernel_init, rngs=nnx.Rngs(0)))
+        checkpoints.load_into(model, {"kernel": np.ones((2, 3)), "bias": np.ones(3)})
+    assert model.kernel.sharding.spec == jax.sharding.PartitionSpec(None, "m")
+    assert model.kernel.sharding.mesh == mesh
+
+
 # Files and folders.
 
 
