@@ -216,7 +216,9 @@ def test_misfits_of_variables():
 
 
 def test_layout_must_be_known():
-    with pytest.raises(ValueError, match="layout is 'nope', expected one of published, fast, wtc"):
+    with pytest.raises(
+        ValueError, match="layout is 'nope', expected one of published, fast, metal, wtc"
+    ):
         checkpoints.from_torch(published(), "nope")
     with pytest.raises(ValueError, match="layout is 'nope'"):
         checkpoints.to_torch({}, layout="nope")
@@ -390,7 +392,7 @@ def test_misfits_of_a_model():
     conv = "stages.1.blocks.1.conv_dw"
     del state_dict[f"{conv}.iwt_filter"]
     state_dict[f"{conv}.wavelet_convs.1.weight"] = np.zeros((24, 1, 3, 3), np.float32)
-    state_dict["stages.0.downsample.0.weight"] = np.zeros(4, np.float32)
+    state_dict["stages.0.downsample.2.weight"] = np.zeros(4, np.float32)
     state_dict["head.fc.weight"] = state_dict["head.fc.weight"].T
     with pytest.raises(ValueError) as info:
         checkpoints.from_torch(state_dict)
@@ -401,7 +403,7 @@ def test_misfits_of_a_model():
     assert f"missing: {conv}.wavelet_convs.0.weight (24, 1, 3, 3)" in lines
     assert f"missing: {conv}.wavelet_scale.1.weight (1, 24, 1, 1)" in lines
     assert "missing: stages.1.blocks.0.mlp.fc1.weight (24, 6)" in lines
-    assert "surplus: stages.0.downsample.0.weight (4,)" in lines
+    assert "surplus: stages.0.downsample.2.weight (4,)" in lines
     assert "misshapen: head.fc.weight is (6, 5), expected (5, 6)" in lines
 
 
@@ -564,7 +566,9 @@ def test_damaged_files(tmp_path, suffix, keep):
 
 
 def test_paths_that_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="extension '.bin', expected .safetensors, .pth or .pt"):
+    with pytest.raises(
+        ValueError, match="extension '.bin', expected .safetensors, .pth, .pt or .pth.tar"
+    ):
         checkpoints.read_state_dict(tmp_path / "a.bin")
     with pytest.raises(ValueError, match="extension '.bin'"):
         checkpoints.write_state_dict(tmp_path / "a.bin", {})
