@@ -286,9 +286,10 @@ def _model(names: _Names) -> tuple[Part, ...]:
         ),
         (
             (
-                # Of a stem of half the stride, where the names do not take this for a stem.
+                # Of a stem of half the stride, where the names do not take this for a stem. It makes
+                # as many channels as it takes; a shape cannot name one of them twice.
                 *(
-                    downsample(down.format(s=0), "0", "c0", "c0", group="stages.0.downsample")
+                    downsample(down.format(s=0), "0", "c0", "a0", group="stages.0.downsample")
                     if down.format(s=0) + "." != names.stem
                     else ()
                 ),

@@ -8,12 +8,10 @@ import typer
 if TYPE_CHECKING:
     import numpy as np
 
-_FILES = (".safetensors", ".pth", ".pt")
-
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A .safetensors, .pth or .pt file, or an Orbax folder.")
+        Path, typer.Argument(help="A .safetensors, .pth, .pt or .pth.tar file, or an Orbax folder.")
     ],
     destination: Annotated[
         Path,
@@ -23,8 +21,8 @@ def convert(
         str | None,
         typer.Option(
             help="PyTorch layout of DESTINATION, or of SOURCE when DESTINATION is a folder: "
-            "published, fast, wtconvnext or transformer_net. Default: that of SOURCE, which is "
-            "recognised."
+            "published, fast, metal, wtconvnext, original, mmseg, features_only or "
+            "transformer_net. Default: that of SOURCE, which is recognised."
         ),
     ] = None,
     wavelet: Annotated[
@@ -37,13 +35,15 @@ def convert(
 ) -> None:
     """Convert weights between PyTorch state dicts and Flax variables (an Orbax folder)."""
     from flash_wtconv_jax.checkpoints import LAYOUTS
+    from flash_wtconv_jax.checkpoints.files import is_state_dict
 
     if layout is not None and layout not in LAYOUTS:
         _fail(f"--layout is {layout}, expected one of: {', '.join(LAYOUTS)}")
-    if destination.suffix.lower() not in ("", *_FILES) and not destination.is_dir():
+    is_folder = destination.suffix == "" or destination.is_dir()
+    if not is_state_dict(destination) and not is_folder:
         _fail(
             f"destination {destination} has extension {destination.suffix}, expected .safetensors, "
-            ".pth, .pt, or none for an Orbax folder",
+            ".pth, .pt, .pth.tar, or none for an Orbax folder",
         )
     if destination.exists() and not force:
         _fail(f"{destination} exists already; give --force to replace it")
@@ -57,11 +57,12 @@ def _convert(
     source: Path, destination: Path, layout: str | None, wavelet: str | None, force: bool
 ) -> None:
     from flash_wtconv_jax import checkpoints
+    from flash_wtconv_jax.checkpoints.files import is_state_dict
     from flash_wtconv_jax.checkpoints.names import flatten
     from pallas_kernels.common.files import check_folder
 
     check_folder(destination)
-    to_file = destination.suffix.lower() in _FILES
+    to_file = is_state_dict(destination)
     if source.is_dir():
         variables = checkpoints.restore(source)
         wavelet = checkpoints.wavelet_of(source, wavelet)

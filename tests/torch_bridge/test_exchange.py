@@ -77,6 +77,31 @@ def test_arrays_share_the_memory_of_a_gpu():
     assert layer.device == tensor.device
 
 
+def test_wrapped_modules_go_in_and_out():
+    layer = torch_bridge.WTConv2d(2, 2, 3, wt_levels=1, device="cpu")
+    variables = torch_bridge.to_jax(layer)
+    averaged = torch.optim.swa_utils.AveragedModel(torch.compile(layer))
+    for module in (torch.compile(layer), averaged, torch.compile(averaged)):
+        jax.tree.map(np.testing.assert_array_equal, torch_bridge.to_jax(module), variables)
+    averaged.n_averaged += 3
+    zeros = jax.tree.map(np.zeros_like, variables)
+    assert torch_bridge.from_jax(zeros, averaged) is averaged
+    assert averaged.n_averaged == 3
+    jax.tree.map(np.testing.assert_array_equal, torch_bridge.to_jax(averaged), zeros)
+    # As strict as ever: nothing of the module is left as it was.
+    with pytest.raises(RuntimeError, match="wavelet_convs.0.weight"):
+        torch_bridge.from_jax(
+            {
+                "params": {
+                    "base_kernel": np.ones((3, 3, 1, 2)),
+                    "base_bias": np.ones(2),
+                    "base_scale": np.ones(2),
+                }
+            },
+            averaged,
+        )
+
+
 class Norm(torch.nn.LayerNorm):
     """Normalises the channels of `[N, C, H, W]`."""
 
