@@ -11,9 +11,9 @@ whole models it carries its stage, `c{s}`; `{p}` is the stage before and `{n}` t
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _norm(
     c: str,
     group: str = "",
     first_stage: int = 0,
-    names: tuple[str, str] = ("weight", "bias"),
+    names: Sequence[str] = ("weight", "bias"),
     before: str = "",
 ) -> Rules:
     """A scale and a bias, whose axis of channels PyTorch may have axes of size 1 `before`."""
@@ -167,16 +167,28 @@ def _patches(
 
 @dataclass(frozen=True)
 class _Names:
-    """The names that one code gives to the parts of a (WT)ConvNeXt, and the heads that it makes."""
+    """The names that one code gives to the parts of a (WT)ConvNeXt, and the heads that it makes.
+
+    Attributes:
+        stem: What stands before the places in the sequence of the stem.
+        first_downsample: The downsampling in front of the first stage; empty where there is none.
+        downsample: Those in front of the others.
+        block: A block; the names below stand inside of it.
+        conv_dw: The depthwise convolution.
+        fc1: The linear layer that widens.
+        fc2: The one that narrows.
+        grn: The global response normalisation, and its scale and bias.
+        heads: What follows the stages, in alternatives.
+    """
 
     stem: str
+    first_downsample: str
     downsample: str
     block: str
     conv_dw: str
     fc1: str
     fc2: str
-    grn: str
-    grn_names: tuple[str, str]
+    grn: tuple[str, str, str]
     heads: Part
 
 
@@ -185,13 +197,13 @@ _FC = _linear("head.fc", "head.fc", "c{n}", "classes", "head.fc")
 
 _TIMM = _Names(
     stem="stem.",
+    first_downsample="stages.0.downsample",
     downsample="stages.{s}.downsample",
-    block="stages.{s}.blocks.{b}",
+    block="stages.{s}.blocks.{b}.",
     conv_dw="conv_dw",
     fc1="mlp.fc1",
     fc2="mlp.fc2",
-    grn="mlp.grn",
-    grn_names=("weight", "bias"),
+    grn=("mlp.grn", "weight", "bias"),
     heads=(
         (*_HEAD, *_FC),
         # `head_hidden_size`.
@@ -204,17 +216,26 @@ _TIMM = _Names(
         (*_norm("norm_pre", "norm_pre", "c{n}", "norm_pre"), *_FC),
     ),
 )
+# timm's `features_only` names the entries of its sequences with an underscore, and has no head.
+_FEATURES = replace(
+    _TIMM,
+    stem="stem_",
+    first_downsample="stages_0.downsample",
+    downsample="stages_{s}.downsample",
+    block="stages_{s}.blocks.{b}.",
+    heads=((),),
+)
 # The backbones of dense prediction have a norm of each stage's map instead of a head.
 _MAP_NORMS = _norm("norm{s}", "norms.{s}", "c{s}", "norms")
 _ORIGINAL = _Names(
     stem="downsample_layers.0.",
+    first_downsample="",
     downsample="downsample_layers.{s}",
-    block="stages.{s}.{b}",
+    block="stages.{s}.{b}.",
     conv_dw="dwconv",
     fc1="pwconv1",
     fc2="pwconv2",
-    grn="grn",
-    grn_names=("gamma", "beta"),
+    grn=("grn", "gamma", "beta"),
     heads=(
         (
             *_norm("norm", "head.norm", "c{n}", "head.norm"),
@@ -231,90 +252,77 @@ _MMSEG = replace(
     # A classifier of the same authors has the norm of the last of its four stages alone.
     heads=((*_norm("norm3", "head.norm", "c{n}", "head.norm"), *_FC), _MAP_NORMS),
 )
-# timm's `features_only` names the entries of its sequences with an underscore, and has no head.
-_FEATURES = replace(
-    _TIMM,
-    stem="stem_",
-    downsample="stages_{s}.downsample",
-    block="stages_{s}.blocks.{b}",
-    heads=((),),
-)
+
+
+def _overlapped(stem: str, first: int, second: int) -> Rules:
+    """A stem of two convolutions at these places of a sequence, and a norm.
+
+    Our names keep the places, for they tell whether there is an activation between.
+    """
+    return (
+        *_patches(f"{stem}{first}", f"stem.conv_{first}", "in", "mid"),
+        *_patches(f"{stem}{second}", f"stem.conv_{second}", "mid", "c0"),
+        *_norm(f"{stem}{second + 1}", "stem.norm", "c0"),
+    )
+
+
+def _downsample(
+    theirs: str, stage: str, before: str, after: str, group: str = "", first_stage: int = 0
+) -> Rules:
+    own, window = f"stages.{stage}.downsample", f"u{stage} v{stage}"
+    return (
+        *_norm(f"{theirs}.0", f"{own}.norm", before, group, first_stage),
+        *_patches(f"{theirs}.1", f"{own}.conv", before, after, window, group, first_stage),
+    )
+
+
+def _downsamples(names: _Names) -> Rules:
+    others = _downsample(names.downsample, "{s}", "c{p}", "c{s}", first_stage=1)
+    if not names.first_downsample:
+        return others
+    # It makes as many channels as it takes, but a shape cannot name a symbol twice.
+    first = _downsample(names.first_downsample, "0", "c0", "a0", group="stages.0.downsample")
+    return (*first, *others)
 
 
 def _model(names: _Names) -> tuple[Part, ...]:
     """A whole (WT)ConvNeXt; our names are those of timm."""
-    ours, block, down = "stages.{s}.blocks.{b}", names.block, names.downsample
-    conv_dw, ours_dw = f"{block}.{names.conv_dw}.", f"{ours}.conv_dw."
-    fc1, fc2, grn = (f"{block}.{name}" for name in (names.fc1, names.fc2, names.grn))
-
-    def stem(*convs: int) -> Rules:
-        """An overlapped stem: convolutions at these places of a sequence, then a norm.
-
-        Our names keep the places, for they tell whether there is an activation between.
-        """
-        first, second = convs
-        return (
-            *_patches(f"{names.stem}{first}", f"stem.conv_{first}", "in", "mid"),
-            *_patches(f"{names.stem}{second}", f"stem.conv_{second}", "mid", "c0"),
-            *_norm(f"{names.stem}{second + 1}", "stem.norm", "c0"),
+    theirs, ours = names.block, _TIMM.block
+    conv_dw, ours_dw = f"{theirs}{names.conv_dw}.", f"{ours}conv_dw."
+    published, fast, metal = (
+        _wtconv(layer, conv_dw, ours_dw, "{s}", "conv_bias")
+        for layer in (PUBLISHED_NAMES, FAST_NAMES, METAL_NAMES)
+    )
+    plain = (
+        Rule(f"{conv_dw}weight", "c{s} 1 k{s}*", f"{ours_dw}kernel", "k{s}* 1 c{s}"),
+        Rule(f"{conv_dw}bias", "c{s}", f"{ours_dw}bias", "c{s}", "conv_bias"),
+    )
+    # The second is timm's `conv_mlp`.
+    linear, convolved = (
+        (
+            *_linear(f"{theirs}{names.fc1}", f"{ours}mlp.fc1", "c{s}", "h{s}", window=window),
+            *_linear(f"{theirs}{names.fc2}", f"{ours}mlp.fc2", "h{s}", "c{s}", window=window),
         )
-
-    def downsample(theirs: str, stage: str, before: str, after: str, **options: Any) -> Rules:
-        own, window = f"stages.{stage}.downsample", f"u{stage} v{stage}"
-        return (
-            *_norm(f"{theirs}.0", f"{own}.norm", before, **options),
-            *_patches(f"{theirs}.1", f"{own}.conv", before, after, window, **options),
-        )
-
-    def wtconv(layer: tuple[str, ...]) -> Rules:
-        return _wtconv(layer, conv_dw, ours_dw, "{s}", "conv_bias")
-
-    def mlp(window: str) -> Rules:
-        return (
-            *_linear(fc1, f"{ours}.mlp.fc1", "c{s}", "h{s}", window=window),
-            *_linear(fc2, f"{ours}.mlp.fc2", "h{s}", "c{s}", window=window),
-        )
-
+        for window in ("", " 1 1")
+    )
+    # Of channels alone, of maps with the channels last, and of sparse maps.
+    grn, *grn_names = names.grn
+    grns = tuple(
+        _norm(f"{theirs}{grn}", f"{ours}mlp.grn", "h{s}", "grn", 0, grn_names, before)
+        for before in ("", "1 1 1 ", "1 ")
+    )
+    patches = (
+        *_patches(f"{names.stem}0", "stem.conv", "in", "c0"),
+        *_norm(f"{names.stem}1", "stem.norm", "c0"),
+    )
     return (
-        (
-            (
-                *_patches(f"{names.stem}0", "stem.conv", "in", "c0"),
-                *_norm(f"{names.stem}1", "stem.norm", "c0"),
-            ),
-            stem(0, 1),
-            stem(0, 2),
-        ),
-        (
-            (
-                # Of a stem of half the stride, where the names do not take this for a stem. It makes
-                # as many channels as it takes; a shape cannot name one of them twice.
-                *(
-                    downsample(down.format(s=0), "0", "c0", "a0", group="stages.0.downsample")
-                    if down.format(s=0) + "." != names.stem
-                    else ()
-                ),
-                *downsample(down, "{s}", "c{p}", "c{s}", first_stage=1),
-            ),
-        ),
-        (
-            (*wtconv(PUBLISHED_NAMES), *_filters(conv_dw, "{s}")),
-            # The baseline model of the same file format: plain depthwise convolutions inside.
-            (
-                Rule(f"{conv_dw}weight", "c{s} 1 k{s}*", f"{ours_dw}kernel", "k{s}* 1 c{s}"),
-                Rule(f"{conv_dw}bias", "c{s}", f"{ours_dw}bias", "c{s}", "conv_bias"),
-            ),
-            wtconv(FAST_NAMES),
-            wtconv(METAL_NAMES),
-        ),
-        (_norm(f"{block}.norm", f"{ours}.norm", "c{s}"),),
-        # `conv_mlp`.
-        (mlp(""), mlp(" 1 1")),
-        # Of channels alone, of maps with the channels last, or of sparse maps.
-        tuple(
-            _norm(grn, f"{ours}.mlp.grn", "h{s}", "grn", names=names.grn_names, before=before)
-            for before in ("", "1 1 1 ", "1 ")
-        ),
-        ((Rule(f"{block}.gamma", "c{s}", f"{ours}.gamma", "c{s}", "gamma"),),),
+        (patches, _overlapped(names.stem, 0, 1), _overlapped(names.stem, 0, 2)),
+        (_downsamples(names),),
+        ((*published, *_filters(conv_dw, "{s}")), plain, fast, metal),
+        (_norm(f"{theirs}norm", f"{ours}norm", "c{s}"),),
+        (linear, convolved),
+        grns,
+        ((Rule(f"{theirs}gamma", "c{s}", f"{ours}gamma", "c{s}", "gamma"),),),
         names.heads,
     )
 

@@ -15,7 +15,7 @@ from pallas_kernels.haar.filters import filter_bank
 
 # The file that Orbax writes into the folder of every checkpoint.
 _MARK = "_CHECKPOINT_METADATA"
-# The file that it writes beside the arrays: of a checkpoint of several items, into a folder of each.
+# The file that it writes beside the arrays: of a checkpoint of items, into the folder of each.
 _ITEM_MARK = "_METADATA"
 # The file beside it for the wavelet, which variables do not hold and a PyTorch state dict does.
 _NOTE = "flash_wtconv.json"

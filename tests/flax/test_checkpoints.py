@@ -1,13 +1,16 @@
 """Names, files and folders of checkpoints; no test but those of `.pth` needs PyTorch."""
 
+import argparse
 import os
 import pickle
+import re
 import sys
 from functools import partial
 
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -384,6 +387,189 @@ def test_full_size_models_fit(size):
     assert checkpoints.recognise(state_dict) == ("wtconvnext", 2, "haar")
 
 
+# How the names of timm are spelt elsewhere, in the order of replacement.
+SPELLINGS = {
+    "original": {
+        r"^stem": "downsample_layers.0",
+        r"stages\.(\d)\.downsample": r"downsample_layers.\1",
+        r"\.blocks": "",
+        "conv_dw": "dwconv",
+        r"mlp\.fc": "pwconv",
+        r"mlp\.grn\.weight": "grn.gamma",
+        r"mlp\.grn\.bias": "grn.beta",
+        r"^head\.norm": "norm",
+        r"^head\.fc": "head",
+    },
+    "mmseg": {
+        r"^stem": "downsample_layers.0",
+        r"stages\.(\d)\.downsample": r"downsample_layers.\1",
+        r"\.blocks": "",
+        "conv_dw": "depthwise_conv",
+        r"mlp\.fc": "pointwise_conv",
+        r"mlp\.grn\.weight": "grn.gamma",
+        r"mlp\.grn\.bias": "grn.beta",
+    },
+    "features_only": {r"^stem\.": "stem_", r"^stages\.": "stages_"},
+    "fast layers": {
+        r"base_conv\.": "base_",
+        r"base_scale\.weight": "base_scale",
+        r"wavelet_convs\.(\d)\.weight": r"wt_weights.\1",
+        r"wavelet_scale\.(\d)\.weight": r"wt_scales.\1",
+    },
+    "metal layers": {
+        r"base_scale\.weight": "base_scale",
+        r"wavelet_scale\.(\d)\.weight": r"wavelet_scales.\1",
+    },
+}
+
+
+def spelt(state_dict, spelling):
+    result = {}
+    for name, array in state_dict.items():
+        for pattern, replacement in SPELLINGS[spelling].items():
+            name = re.sub(pattern, replacement, name)
+        result[name] = array
+    return result
+
+
+@pytest.mark.parametrize("layout", ["original", "mmseg", "features_only"])
+def test_whole_models_in_the_names_of_other_codes(layout):
+    for levels, grn in ((None, True), ((2, 0), False)):
+        state_dict = model_state_dict(levels, grn)
+        if layout != "original":
+            state_dict = {n: a for n, a in state_dict.items() if not n.startswith("head.")}
+        if grn:
+            state_dict = {n: a for n, a in state_dict.items() if "gamma" not in n}
+        variables = checkpoints.from_torch(state_dict)
+        other = spelt(state_dict, layout)
+        if layout == "original":  # V2 has channels last.
+            other = {n: a[None, None, None] if "grn" in n else a for n, a in other.items()}
+        if layout == "mmseg":  # With a norm of each stage's map.
+            norms = {
+                str(s): {"scale": np.ones(c), "bias": np.zeros(c)} for s, c in ((0, 4), (1, 6))
+            }
+            variables["params"]["norms"] = norms
+            other |= {f"norm{s}.weight": norm["scale"] for s, norm in norms.items()}
+            other |= {f"norm{s}.bias": norm["bias"] for s, norm in norms.items()}
+        assert checkpoints.recognise(other) == (layout, 2, "haar")
+        assert_same(flat(checkpoints.from_torch(other)), flat(variables))
+        assert_same(checkpoints.to_torch(variables, layout, like=other), other)
+        if not (grn and layout == "original"):
+            assert_same(checkpoints.to_torch(variables, layout), other)
+
+
+def test_classifiers_of_mmpretrain():
+    """Four stages, of which the last has a norm; the head stands beside the backbone."""
+    names = {"stem.0.weight": (2, 3, 4, 4), "head.norm.weight": (2,), "head.norm.bias": (2,)}
+    names |= {
+        "head.fc.weight": (5, 2),
+        "head.fc.bias": (5,),
+        "stem.1.weight": (2,),
+        "stem.1.bias": (2,),
+    }
+    for s in range(4):
+        block = f"stages.{s}.blocks.0"
+        names |= {f"{block}.norm.weight": (2,), f"{block}.norm.bias": (2,)}
+        names |= {f"{block}.mlp.fc1.weight": (8, 2), f"{block}.mlp.fc1.bias": (8,)}
+        names |= {f"{block}.mlp.fc2.weight": (2, 8), f"{block}.mlp.fc2.bias": (2,)}
+        names |= {f"{block}.conv_dw.weight": (2, 1, 3, 3)}
+        if s:
+            down = f"stages.{s}.downsample"
+            names |= {f"{down}.0.weight": (2,), f"{down}.0.bias": (2,)}
+            names |= {f"{down}.1.weight": (2, 2, 2, 2)}
+    rng = np.random.default_rng(0)
+    state_dict = {name: random_array(rng, shape) for name, shape in names.items()}
+    other = {
+        name if "head.fc" in name else "backbone." + name.replace("head.norm", "norm3"): array
+        for name, array in spelt(state_dict, "mmseg").items()
+    }
+    expected = checkpoints.from_torch(state_dict)
+    assert_same(flat(checkpoints.from_torch(other)), flat(expected))
+    assert_same(checkpoints.to_torch(expected, like=other), other)
+
+
+@pytest.mark.parametrize("layers", ["fast layers", "metal layers"])
+def test_whole_models_of_other_layers(layers):
+    state_dict = model_state_dict((2, 1))
+    expected = flat(checkpoints.from_torch(state_dict))
+    other = spelt(state_dict, layers)
+    other = {name: array for name, array in other.items() if not name.endswith("_filter")}
+    assert checkpoints.recognise(other) == ("wtconvnext", 2, "haar")
+    variables = checkpoints.from_torch(other)
+    if layers == "metal layers":
+        for name in [name for name in expected if name.endswith("base_bias")]:
+            expected[name] = expected[name] / expected[name.replace("_bias", "_scale")]
+    assert_same(flat(variables), expected)
+    again = checkpoints.to_torch(variables, like=other)
+    assert set(again) == set(other)
+    for name, array in again.items():
+        np.testing.assert_allclose(array, other[name], rtol=1e-6)
+    # Whichever layers they come from, they are written as the published ones unless told otherwise.
+    assert set(checkpoints.to_torch(variables)) == set(state_dict)
+    with pytest.raises(ValueError, match="wavelet is 'db2', but layers of .* are Haar"):
+        checkpoints.from_torch(other, wavelet="db2")
+
+
+def test_layers_for_apple_gpus_do_not_scale_their_bias():
+    rng = np.random.default_rng(0)
+    state_dict = {
+        name: a for name, a in spelt(published(), "metal layers").items() if "_filter" not in name
+    }
+    assert checkpoints.recognise(state_dict) == ("metal", 2, "haar")
+    params = checkpoints.from_torch(state_dict)["params"]
+    x = random_array(rng, (1, 6, 7, 3))
+    unbiased = oracle.wtconv(x, {n: a for n, a in params.items() if n != "base_bias"}, 2)
+    want = unbiased + state_dict["base_conv.bias"]
+    np.testing.assert_allclose(oracle.wtconv(x, params, 2), want, atol=1e-5)
+    np.testing.assert_allclose(
+        checkpoints.to_torch(params, "metal")["base_conv.bias"],
+        state_dict["base_conv.bias"],
+        rtol=1e-6,
+    )
+    state_dict["base_scale"][0, 1] = 0
+    with pytest.raises(ValueError, match=r"base_conv.bias is added after .* channels \[1\]"):
+        checkpoints.from_torch(state_dict)
+    state_dict["base_conv.bias"][1] = 0
+    assert checkpoints.from_torch(state_dict)["params"]["base_bias"][1] == 0
+
+
+def test_linear_layers_may_be_written_as_convolutions():
+    state_dict = model_state_dict(None, grn=True)
+    other = {
+        n: a[..., None, None] if ".fc" in n and a.ndim == 2 and "head" not in n else a
+        for n, a in state_dict.items()
+    }
+    variables = checkpoints.from_torch(other)
+    assert_same(flat(variables), flat(checkpoints.from_torch(state_dict)))
+    assert_same(checkpoints.to_torch(variables, like=other), other)
+    assert_same(checkpoints.to_torch(variables), state_dict)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "beside"),
+    [
+        ("module.{}", {"n_averaged": np.array(3)}),
+        ("_orig_mod.module._orig_mod.{}", {"_orig_mod.n_averaged": np.array(3)}),
+        ("model.module.{}", {}),
+        (
+            "backbone.{}",
+            {"decode_head.conv.weight": np.ones(3), "data_preprocessor.mean": np.ones(3)},
+        ),
+    ],
+)
+def test_what_wrappers_put_into_names_goes(pattern, beside):
+    state_dict = model_state_dict()
+    wrapped = {pattern.format(name): array for name, array in state_dict.items()} | beside
+    variables = checkpoints.from_torch(wrapped)
+    assert checkpoints.recognise(wrapped).layout == "wtconvnext"
+    assert_same(flat(variables), flat(checkpoints.from_torch(state_dict)))
+    again = checkpoints.to_torch(variables, like=wrapped)
+    assert_same(again, {name: a for name, a in wrapped.items() if name not in beside})
+    # What stands inside of a network, and not around it, is no wrapper's.
+    inner = {name.replace("blocks.", "blocks._orig_mod."): a for name, a in state_dict.items()}
+    assert_same(flat(checkpoints.from_torch(inner)), flat(variables))
+
+
 def test_misfits_of_a_model():
     state_dict = model_state_dict()
     # One bias of a convolution, one whole block, one filter; a level that calls for a lower one.
@@ -526,6 +712,59 @@ def test_training_checkpoints_give_their_weights(tmp_path):
         checkpoints.read_state_dict(tmp_path / "b.pt")
 
 
+def test_training_checkpoints_of_timm(tmp_path):
+    """Its saver adds the arguments of the script, a metric of NumPy and the optimizer's state."""
+    torch = pytest.importorskip("torch")
+    tensors = checkpoints.to_tensors(layer_state_dict("fast"))
+    content = {
+        "state_dict": tensors,
+        "state_dict_ema": {name: tensor + 1 for name, tensor in tensors.items()},
+        "args": argparse.Namespace(model="wtconvnext_tiny", lr=1e-3, out=tmp_path),
+        "metric": np.float64(81.2),
+        "optimizer": {"state": {0: {"step": np.int64(3)}}, "random": np.arange(3)},
+    }
+    torch.save(content, tmp_path / "a.pth.tar")
+    assert_same(
+        checkpoints.read_state_dict(tmp_path / "a.pth.tar"),
+        {name: tensor.numpy() + 1 for name, tensor in tensors.items()},
+    )
+    checkpoints.write_state_dict(tmp_path / "b.pth.tar", tensors)
+    assert set(torch.load(tmp_path / "b.pth.tar")) == set(tensors)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_tensors_that_are_no_weights_are_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    tensors = {"base_weight": torch.ones(2, 1, 3, 3), "base_scale": torch.ones(1, 2, 1, 1)}
+    path = tmp_path / "a.pth"
+    kernel = tensors["base_weight"]
+    for other, message in (
+        (kernel.to(torch.float8_e4m3fn), "it is torch.float8_e4m3fn: "),
+        (torch.quantize_per_tensor(kernel, 0.1, 0, torch.qint8), "it is quantized .torch.qint8"),
+        (kernel.to_sparse(), "it is sparse .torch.sparse_coo"),
+        (kernel.to("meta"), "it is on the meta device"),
+    ):
+        torch.save({**tensors, "base_weight": other}, path)
+        with pytest.raises(ValueError, match=rf"a.pth: state_dict\['base_weight'\]: .*{message}"):
+            checkpoints.read_state_dict(path)
+    torch.save(dict(enumerate(tensors.values())), path)
+    with pytest.raises(ValueError, match="a.pth: state_dict has the key 0, expected names"):
+        checkpoints.read_state_dict(path)
+    save_file({"base_weight": kernel.to(torch.float8_e5m2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a.safetensors holds tensors of F8_E5M2, expected"):
+        checkpoints.read_state_dict(tmp_path / "a.safetensors")
+
+
+def test_arrays_of_the_other_order_of_bytes():
+    state_dict = layer_state_dict("fast")
+    other = {name: array.astype(">f4") for name, array in state_dict.items()}
+    assert_same(
+        checkpoints.from_torch(other)["params"], checkpoints.from_torch(state_dict)["params"]
+    )
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, (self.path,)
@@ -622,6 +861,31 @@ def test_orbax_round_trip(tmp_path):
     assert type(back["a"]) is np.ndarray
     assert back["1"]["b"] == 2
     assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_nnx_states_of_other_orbax_writers(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0))])
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    net = Net()
+    expected = flat(checkpoints.variables_of(net)["params"])
+    state = nnx.state(net)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.save(tmp_path / "pure", nnx.to_pure_dict(state))
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        for step in (3, 10):
+            manager.save(step, args=ocp.args.StandardSave(state))
+    with ocp.CheckpointManager(tmp_path / "items") as manager:
+        items = {name: ocp.args.StandardSave(state) for name in ("model", "ema")}
+        manager.save(1, args=ocp.args.Composite(**items))
+    for folder in ("state", "pure", "steps/3", "items/1/ema"):
+        assert_same(flat(checkpoints.restore(tmp_path / folder)), expected)
+    for folder, message in (("steps", "several .*, 3, 10: .*steps/10"), ("items/1", "ema, model:")):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.restore(tmp_path / folder)
 
 
 def test_orbax_errors(tmp_path):

@@ -105,6 +105,18 @@ SMALL = {"depths": (1, 2), "dims": (4, 8), "num_classes": 3}
         pytest.param(
             SMALL | {"levels": (1, 1), "patch_size": 2, "num_classes": 0}, marks=pytest.mark.wide
         ),
+        SMALL
+        | {"levels": None, "kernel_size": (3, 5), "stem_type": "overlap_act", "conv_bias": False}
+        | {"head_hidden_size": 7, "first_downsample": True},
+        pytest.param(
+            SMALL | {"stem_type": "overlap_tiered", "head_norm_first": True, "levels": (1, 1)},
+            marks=pytest.mark.wide,
+        ),
+        pytest.param(
+            {"depths": (1, 2), "dims": (4, 8), "levels": (1, 1), "num_classes": 0}
+            | {"features_only": True, "feature_norms": True, "stem_type": "overlap"},
+            marks=pytest.mark.wide,
+        ),
     ],
     ids=str,
 )
