@@ -49,8 +49,10 @@ def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
     parameters; a wavelet that nothing in the folder names is taken for Haar.
 
     Args:
-        path: Folder that `save_network` or `flash-wtconv convert` has written, or a
-            `.safetensors` or `.pth` file in timm's names.
+        path: Folder that `save_network`, `flash-wtconv convert` or another Orbax writer has
+            written, or a `.safetensors` or `.pth` file of any layout of whole networks; see
+            `checkpoints.from_torch`. What a state dict does not tell, such as timm's `act_layer`,
+            `norm_eps`, `output_stride` and `global_pool`, is taken for its default.
 
     Returns:
         The model with the parameters of the checkpoint.

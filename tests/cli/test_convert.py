@@ -37,13 +37,13 @@ def assert_same(one, other):
 def test_every_kind_to_every_kind(tmp_path, params):
     pytest.importorskip("torch")
     checkpoints.write_state_dict(tmp_path / "0.safetensors", checkpoints.to_torch(params))
-    chain = ["0.safetensors", "1", "2.pth", "3.pt", "4", "5.safetensors"]
+    chain = ["0.safetensors", "1", "2.pth", "3.pth.tar", "4.pt", "5", "6.safetensors"]
     for source, destination in zip(chain, chain[1:], strict=False):
         result = run(tmp_path / source, tmp_path / destination)
         assert result.exit_code == 0, result.output
         assert_same(checkpoints.load(tmp_path / destination)["params"], params)
     assert_same(
-        checkpoints.read_state_dict(tmp_path / "5.safetensors"),
+        checkpoints.read_state_dict(tmp_path / "6.safetensors"),
         checkpoints.read_state_dict(tmp_path / "0.safetensors"),
     )
 
