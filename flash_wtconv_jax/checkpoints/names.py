@@ -127,7 +127,8 @@ def to_torch(
             "transformer_net" for a model.
         wavelet: Wavelet of the layers, for the frozen filters that the published layout holds.
         like: State dict of the module that is to load the result, whose names and ranks it takes
-            over where a layout has several (`conv_mlp`, WTConvNeXts of fast layers, wrappers).
+            over where a layout has several (`conv_mlp`, WTConvNeXts of fast layers, wrappers). Its
+            filters must be those of the wavelet.
 
     Returns:
         NumPy arrays by name, copied, in the dtypes of the variables; `to_tensors` makes tensors
@@ -136,8 +137,8 @@ def to_torch(
 
     Raises:
         TypeError: The variables are no nested dict, but a model.
-        ValueError: The layout is unknown or the variables do not fit it: the first 200 missing,
-            surplus and misshapen names are in the message.
+        ValueError: The layout is unknown or the variables or `like` do not fit it: the first 200
+            missing, surplus and misshapen names are in the message.
 
     Example:
         >>> params = {"base_kernel": np.ones((3, 1, 8)), "base_scale": np.ones(8)}
@@ -148,7 +149,9 @@ def to_torch(
     if like is None:
         table, full = _pick(arrays, layout, "ours", wavelet), {}
     else:
-        table = _pick(weights_of(like), layout, "torch", wavelet)
+        theirs = weights_of(like)
+        table = _pick(theirs, layout, "torch", wavelet)
+        _fit(table, theirs, "torch", "like", wavelet)
         full = {bare: name for name, bare in bare_names(like).items()}
     entries, sizes = _fit(table, arrays, "ours", "variables", wavelet)
     state_dict = {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Wrapper(NamedTuple):
+class _Prefix(NamedTuple):
     """A prefix that stands before the names of whatever is inside a wrapper.
 
     Attributes:
@@ -27,13 +27,13 @@ class _Wrapper(NamedTuple):
     dropped: tuple[str, ...] = ()
 
 
-_WRAPPERS = (
+_PREFIXES = (
     # DistributedDataParallel, and AveragedModel, which counts its updates.
-    _Wrapper("module.", dropped=("n_averaged",)),
+    _Prefix("module.", dropped=("n_averaged",)),
     # Lightning and others.
-    _Wrapper("model."),
+    _Prefix("model."),
     # mmsegmentation, mmdetection and mmpretrain, whose classifier has the names of timm's.
-    _Wrapper(
+    _Prefix(
         "backbone.",
         kept=("head.",),
         dropped=(
@@ -60,7 +60,7 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
         {'module._orig_mod.base_scale': 'base_scale'}
     """
     bare = {name: _INSERTED.sub("", name) for name in names}
-    while wrapper := next((w for w in _WRAPPERS if _wraps(w, bare.values())), None):
+    while wrapper := next((w for w in _PREFIXES if _applies(w, bare.values())), None):
         bare = {
             name: inner.removeprefix(wrapper.prefix)
             for name, inner in bare.items()
@@ -69,7 +69,7 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
     return bare
 
 
-def _wraps(wrapper: _Wrapper, names: Collection[str]) -> bool:
+def _applies(wrapper: _Prefix, names: Collection[str]) -> bool:
     """Whether some names have the prefix of a wrapper, and all others may stand beside them."""
     others = [name for name in names if not name.startswith(wrapper.prefix)]
     expected = wrapper.kept + wrapper.dropped
@@ -154,9 +154,14 @@ def to_arrays(state_dict: Mapping[str, object]) -> dict[str, np.ndarray]:
 
 
 def weights_of(state_dict: Mapping[str, object]) -> dict[str, np.ndarray]:
-    """The arrays of `to_arrays` by their bare names."""
+    """The arrays of `to_arrays` by their bare names; two of one name are a ValueError."""
     arrays = to_arrays(state_dict)
-    return {bare: arrays[name] for name, bare in bare_names(arrays).items()}
+    result: dict[str, np.ndarray] = {}
+    for name, bare in bare_names(arrays).items():
+        if bare in result:
+            raise ValueError(f"state_dict has {bare!r} twice, the second time as {name!r}")
+        result[bare] = arrays[name]
+    return result
 
 
 def check_nested(variables: Tree, name: str = "variables") -> None:

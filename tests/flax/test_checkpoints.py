@@ -533,6 +533,12 @@ def test_layers_for_apple_gpus_do_not_scale_their_bias():
     assert checkpoints.from_torch(state_dict)["params"]["base_bias"][1] == 0
 
 
+def test_a_pattern_has_the_filters_of_the_wavelet():
+    params = checkpoints.from_torch(published())["params"]
+    with pytest.raises(ValueError, match="tensors of like .*\n.*they are those of 'haar'"):
+        checkpoints.to_torch(params, wavelet="db2", like=published())
+
+
 def test_linear_layers_may_be_written_as_convolutions():
     state_dict = model_state_dict(None, grn=True)
     other = {
@@ -565,6 +571,8 @@ def test_what_wrappers_put_into_names_goes(pattern, beside):
     assert_same(flat(variables), flat(checkpoints.from_torch(state_dict)))
     again = checkpoints.to_torch(variables, like=wrapped)
     assert_same(again, {name: a for name, a in wrapped.items() if name not in beside})
+    with pytest.raises(ValueError, match="state_dict has 'stem.0.weight' twice"):
+        checkpoints.from_torch(wrapped | {pattern.format("_orig_mod.stem.0.weight"): np.ones(1)})
     # What stands inside of a network, and not around it, is no wrapper's.
     inner = {name.replace("blocks.", "blocks._orig_mod."): a for name, a in state_dict.items()}
     assert_same(flat(checkpoints.from_torch(inner)), flat(variables))
