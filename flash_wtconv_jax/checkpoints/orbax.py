@@ -124,33 +124,39 @@ def _item(folder: Path) -> Path:
 
 def _is_wrapped(tree: Tree) -> bool:
     """Whether every array is the `value` of a variable, as in an nnx state that Orbax was given."""
-    if not isinstance(tree, Mapping):
-        return False
-    return all(
-        key == "value" and len(tree) == 1 if not isinstance(child, Mapping) else _is_wrapped(child)
-        for key, child in tree.items()
+    return isinstance(tree, Mapping) and (
+        _is_variable(tree) or all(_is_wrapped(child) for child in tree.values())
     )
 
 
-def _unwrapped(tree: Tree) -> Tree:
-    if not isinstance(tree["value"] if set(tree) == {"value"} else tree, Mapping):
+def _is_variable(tree: Mapping[str, Tree]) -> bool:
+    return set(tree) == {"value"} and not isinstance(tree["value"], Mapping)
+
+
+def _unwrapped(tree: Mapping[str, Tree]) -> Tree:
+    """The tree with the value of each variable in place of the variable."""
+    if _is_variable(tree):
         return tree["value"]
     return {key: _unwrapped(child) for key, child in tree.items()}
 
 
 def _without_random_state(tree: Tree) -> Tree:
-    """The tree without the streams of nnx's `Rngs`, whose state is a count and a key."""
+    """The tree without the streams of nnx's `Rngs`, and without what holds nothing else."""
     if not isinstance(tree, Mapping):
         return tree
-    kept = {}
-    for key, child in tree.items():
-        is_stream = isinstance(child, Mapping) and set(child) == {"count", "key"}
-        if not (is_stream and getattr(child["count"], "dtype", None) == np.uint32):
-            inner = _without_random_state(child)
-            # What held nothing else goes too.
-            if not isinstance(inner, Mapping) or inner or not child:
-                kept[key] = inner
-    return kept
+    inner = {
+        key: _without_random_state(child)
+        for key, child in tree.items()
+        if not _is_random_stream(child)
+    }
+    return {key: child for key, child in inner.items() if not isinstance(child, Mapping) or child}
+
+
+def _is_random_stream(tree: Tree) -> bool:
+    """Whether this is the state of an `RngStream`: a key, and how often it was split."""
+    if not isinstance(tree, Mapping) or set(tree) != {"count", "key"}:
+        return False
+    return getattr(tree["count"], "dtype", None) == np.uint32
 
 
 def wavelet_of(folder: str | os.PathLike[str], named: str | None = None) -> str | None:
