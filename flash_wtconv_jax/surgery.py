@@ -9,6 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 
+from flash_wtconv_jax.checkpoints.modules import placed_like
 from flash_wtconv_jax.functional.arguments import (
     ImplementationLike,
     PrecisionLike,
@@ -41,7 +42,9 @@ def replace_depthwise(
     `nnx.Sequential`. A convolution used in several places becomes one WTConv used in all of them.
     With `keep_weights` the kernel and bias of the convolution become those of the base convolution
     (the same variables, where the size stays), so that with `scale_init=zeros` the model computes
-    what it computed before. An optimizer made before must be made anew: the parameters changed.
+    what it computed before. Kernels and biases that are tied stay so, and keep their variable type,
+    metadata and sharding, new values too. An optimizer made before must be made anew: the
+    parameters changed.
 
     Nothing is changed unless all can be: a depthwise convolution that WTConv cannot stand in for
     (see `obstacle`) is an error naming it, and `where` leaves it out. For different depths in
@@ -90,10 +93,12 @@ def replace_depthwise(
     _check(sites, keep_weights, kernel_size)
 
     replacements: dict[int, nnx.Module] = {}
+    moved: dict[int, nnx.Param[jax.Array]] = {}
     for _, conv in sites:
         if id(conv) not in replacements:
             replacements[id(conv)] = _wtconv(
                 conv,
+                moved,
                 depth=depth,
                 kernel_size=kernel_size,
                 rngs=rngs,
@@ -208,6 +213,7 @@ def _check(sites: list[tuple[str, nnx.Conv]], keep_weights: bool, kernel_size: i
 
 def _wtconv(
     conv: nnx.Conv,
+    moved: dict[int, nnx.Param[jax.Array]],
     *,
     depth: int,
     kernel_size: int | None,
@@ -233,19 +239,35 @@ def _wtconv(
         implementation=implementation,
         rngs=rngs,
     )
+    kernel = layer.base_kernel.get_value()
     if keep_weights:
-        # The variable itself moves where it fits, with its metadata and whatever it is tied to.
-        if layer.kernel_size == window[0]:
-            layer.base_kernel = conv.kernel
-        else:
-            layer.base_kernel = nnx.Param(_embed(conv.kernel[...], layer.kernel_size, len(window)))
-        if conv.bias is not None:
-            layer.base_bias = conv.bias
+        kernel = _embed(conv.kernel.get_value(), layer.kernel_size, len(window))
+    layer.base_kernel = _moved(conv.kernel, kernel, moved)
+    if conv.bias is not None and layer.base_bias is not None:
+        bias = conv.bias if keep_weights else layer.base_bias
+        layer.base_bias = _moved(conv.bias, bias.get_value(), moved)
     return layer
+
+
+def _moved(
+    variable: nnx.Param[jax.Array], value: jax.Array, moved: dict[int, nnx.Param[jax.Array]]
+) -> nnx.Param[jax.Array]:
+    """The variable itself if the value is its own, else one of the same kind and sharding.
+
+    `moved` holds what became of each variable before: what was tied stays tied.
+    """
+    if value is variable.get_value():
+        return variable
+    if id(variable) not in moved:
+        new = variable.replace(placed_like(value, variable.get_value()))
+        moved[id(variable)] = cast("nnx.Param[jax.Array]", new)
+    return moved[id(variable)]
 
 
 def _embed(kernel: jax.Array, size: int, ndim: int) -> jax.Array:
     k = kernel.shape[0]
+    if k == size:
+        return kernel
     before = (size - 1) // 2 - (k - 1) // 2
     return jnp.pad(kernel, [(before, size - k - before)] * ndim + [(0, 0)] * 2)
 

@@ -31,8 +31,9 @@ def from_jax(
         value: `{"params": ...}` of a Flax `WTConv1d`, `WTConv2d` or `WTConv3d`, or of a WTConvNeXt,
             which needs a `module`. Or an array, which becomes a tensor on the same device that
             shares its memory: do not write into it.
-        module: The module to load the variables into, strictly: a layer, or a WTConvNeXt that
-            names its parameters as timm does. None makes a layer.
+        module: The module to load the variables into, strictly: a layer or a WTConvNeXt of any of
+            the layouts of `checkpoints.from_torch`, as it is or inside of `torch.compile`,
+            `AveragedModel` and the like. None makes a layer.
         wavelet: The wavelet of the Flax layer: variables do not hold it.
         stride: Its stride, which they do not hold either.
 
@@ -42,8 +43,8 @@ def from_jax(
 
     Raises:
         TypeError: Neither variables nor an array.
-        ValueError: The variables are not those of one layer; every missing, surplus or misshapen
-            name is in the message.
+        ValueError: The variables are not those of one layer, or the module is of no known layout;
+            every missing, surplus or misshapen name is in the message.
         RuntimeError: They do not fit the module; every name is in the message.
 
     Example:
@@ -53,6 +54,7 @@ def from_jax(
         True
     """
     from flash_wtconv_jax import checkpoints
+    from flash_wtconv_jax.checkpoints.tensors import bare_names
 
     if not isinstance(value, Mapping):
         if not hasattr(value, "__dlpack__"):
@@ -62,8 +64,12 @@ def from_jax(
             )
         return torch.from_dlpack(value)
     if module is not None:
-        arrays = checkpoints.to_torch(value, wavelet=wavelet)
-        module.load_state_dict(checkpoints.to_tensors(arrays))
+        own = module.state_dict()
+        arrays = checkpoints.to_torch(value, wavelet=wavelet, like=own)
+        # Wrappers keep counts beside the weights, which stay.
+        inside = bare_names(own)
+        beside = {name: tensor for name, tensor in own.items() if name not in inside}
+        module.load_state_dict(beside | checkpoints.to_tensors(arrays))
         return module
     arrays = checkpoints.to_torch(value, layout="published", wavelet=wavelet)
     tensors = checkpoints.to_tensors(arrays)
@@ -87,9 +93,10 @@ def to_jax(value: nn.Module | Tensor) -> Tree:
     """The variables of the Flax layer or model that computes what a PyTorch module computes.
 
     Args:
-        value: A `WTConv1d`, `WTConv2d` or `WTConv3d` of this package, a published layer, or a
-            WTConvNeXt that names its parameters as timm does. Or a dense tensor, which becomes a
-            JAX array on the same device that shares its memory: do not write into the tensor.
+        value: A `WTConv1d`, `WTConv2d` or `WTConv3d` of this package, or a layer or a WTConvNeXt of
+            any of the layouts of `checkpoints.from_torch`, as it is or inside of `torch.compile`,
+            `AveragedModel` and the like. Or a dense tensor, which becomes a JAX array on the same
+            device that shares its memory: do not write into the tensor.
             One of 64 bits is copied to 32, unless JAX is told to have 64 (`jax_enable_x64`).
 
     Returns:

@@ -3,22 +3,34 @@
 import os
 import pickle
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from flash_wtconv_jax.checkpoints.names import from_torch
-from flash_wtconv_jax.checkpoints.tensors import import_torch, to_arrays, to_tensors
+from flash_wtconv_jax.checkpoints.tensors import import_torch, to_arrays, to_tensors, weights_of
 from pallas_kernels.common.files import replacing, writing
 from pallas_kernels.common.types import Tree
 
 _SAFETENSORS = (".safetensors",)
-_TORCH = (".pth", ".pt")
+_TORCH = (".pth", ".pt", ".pth.tar")
 # Where training scripts, timm's among them, keep the weights in a larger dict; averaged ones first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
-# The prefixes that DistributedDataParallel and torch.compile put in front of every name.
-_PREFIXES = ("module.", "_orig_mod.")
+
+
+# What training scripts pickle beside the weights: arguments, paths, losses and random states.
+_BESIDE = (
+    "argparse.Namespace",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(
+        f"{p}.multiarray.{n}"
+        for p in ("numpy.core", "numpy._core")
+        for n in ("scalar", "_reconstruct")
+    ),
+    *(f"{p}.{n}" for p in ("pathlib", "pathlib._local") for n in ("PosixPath", "WindowsPath")),
+)
 
 
 def load(
@@ -28,8 +40,9 @@ def load(
 
     Args:
         path: `.safetensors` or `.pth` file with a PyTorch state dict, or an Orbax folder.
-        layout: Layout of the state dict, recognised if None; see `from_torch`.
-        wavelet: The wavelet that the frozen filters of a state dict must be.
+        layout: Layout of the state dict, recognised if None; see `from_torch`. A folder has none.
+        wavelet: The wavelet that the frozen filters of a state dict must be, or that the folder
+            names, if it names one.
 
     Returns:
         `{"params": ...}` of NumPy arrays, or the whole tree that an Orbax folder holds.
@@ -38,10 +51,15 @@ def load(
         FileNotFoundError: There is nothing at path.
         ValueError: It cannot be read or does not fit its layout.
     """
-    from flash_wtconv_jax.checkpoints.orbax import restore
+    from flash_wtconv_jax.checkpoints.orbax import restore, wavelet_of
 
     path = Path(path)
     if path.is_dir():
+        if layout is not None:
+            raise ValueError(
+                f"layout is {layout!r}, but {path} is a folder of variables, which have none"
+            )
+        wavelet_of(path, wavelet)
         return restore(path)
     return from_torch(read_state_dict(path), layout, wavelet=wavelet)
 
@@ -50,9 +68,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """A PyTorch state dict from a file, without running anything that the file holds.
 
     Args:
-        path: `.safetensors`, or `.pth` or `.pt` (which need PyTorch and are read with
+        path: `.safetensors`, or `.pth`, `.pt` or `.pth.tar` (which need PyTorch and are read with
             `weights_only=True`). Of a training checkpoint the weights alone are taken, averaged
-            (EMA) ones first, and the prefixes of DistributedDataParallel and `torch.compile` go.
+            (EMA) ones first, and what wrappers put before and into names goes; see `from_torch`.
 
     Returns:
         NumPy arrays by name, bfloat16 as that of ml_dtypes.
@@ -67,17 +85,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     state_dict = read(path)
-    # Either may wrap the other.
-    while prefix := next((p for p in _PREFIXES if _all_start_with(state_dict, p)), ""):
-        state_dict = {name[len(prefix) :]: value for name, value in state_dict.items()}
     try:
-        return to_arrays(state_dict)
+        return weights_of(state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _all_start_with(names: Collection[str], prefix: str) -> bool:
-    return bool(names) and all(name.startswith(prefix) for name in names)
 
 
 def write_state_dict(
@@ -107,13 +118,19 @@ def write_state_dict(
         write(temporary, arrays)
 
 
+def is_state_dict(path: Path) -> bool:
+    """Whether a path has the extension of a file that holds a PyTorch state dict."""
+    return path.name.lower().endswith(_SAFETENSORS + _TORCH)
+
+
 def is_safetensors(path: Path) -> bool:
     """Whether a state dict at path is `.safetensors`; `.pth` and `.pt` are the other way."""
-    if path.suffix.lower() not in _SAFETENSORS + _TORCH:
+    if not is_state_dict(path):
         raise ValueError(
-            f"path {path} has extension {path.suffix!r}, expected .safetensors, .pth or .pt"
+            f"path {path} has extension {path.suffix!r}, expected .safetensors, .pth, .pt or "
+            ".pth.tar"
         )
-    return path.suffix.lower() in _SAFETENSORS
+    return path.name.lower().endswith(_SAFETENSORS)
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -124,6 +141,20 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole .safetensors file: {error}") from error
+    # NumPy has no such dtype: it has no attribute, or the table of them no entry.
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds tensors of {', '.join(_dtypes(path))}, expected values of 16 bits or "
+            "more: convert it where it comes from, with its scales if it has some"
+        ) from error
+
+
+def _dtypes(path: Path) -> list[str]:
+    """The dtypes in a `.safetensors` file, as the format names them."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return sorted({file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
 
 
 def _write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -139,7 +170,8 @@ def _read_torch(path: Path) -> dict[str, Tree]:
         with warnings.catch_warnings():
             # It warns of pickles that it then refuses.
             warnings.simplefilter("ignore", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(NotLoaded, name) for name in _BESIDE]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, or is damaged: it was not loaded, for such a file "
@@ -159,6 +191,16 @@ def _read_torch(path: Path) -> dict[str, Tree]:
         if isinstance(content.get(wrapper), Mapping):
             return dict(content[wrapper])
     return dict(content)
+
+
+class NotLoaded:
+    """Stands for an object beside the weights, which is neither made nor kept."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        """Takes what the object would be made of."""
+
+    def __setstate__(self, state: object) -> None:
+        """Takes what it would hold."""
 
 
 def _write_torch(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -1,7 +1,8 @@
 """The tables of names: every tensor's name and order of axes, in PyTorch and here.
 
-A layout is a tuple of rules, one a tensor. Both directions, the recognition of a layout and every
-error message are read off these tables; to add a layout, add a table.
+A layout is a tuple of parts, a part a tuple of alternatives, of which a state dict follows one, and
+an alternative a tuple of rules, one a tensor. Both directions, the recognition of a layout and
+every error message are read off these tables; to add a layout, add a table.
 
 Names hold placeholders: `{i}` a wavelet level, `{s}` a stage, `{b}` a block. Shapes are written in
 symbols, PyTorch's channel `4 * c + s` as `(c band)`; `k*` stands for one symbol a spatial axis and
@@ -10,7 +11,8 @@ whole models it carries its stage, `c{s}`; `{p}` is the stage before and `{n}` t
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 
@@ -23,10 +25,13 @@ class Rule:
         torch_shape: Its shape there.
         ours: Its name in our params, nested names joined by dots; empty for a frozen tensor.
         ours_shape: Its shape there, the same symbols in another order.
-        group: Tensors of a named group may be absent, but then all of them; "" is required.
+        group: Tensors of a named group may be absent, but then all of them; "" is required. A
+            tensor of several groups, parted by spaces, is there where they all are.
         frozen: The values that a frozen tensor must hold: "analysis" or "synthesis" filters,
             "ones", or "anything" for a tensor that is dropped.
         first_stage: The first stage that has the tensor.
+        scaled_by: The tensor here, by its name, that ours is multiplied by where theirs is not:
+            theirs is our product with it.
     """
 
     torch: str
@@ -36,15 +41,20 @@ class Rule:
     group: str = ""
     frozen: str = ""
     first_stage: int = 0
+    scaled_by: str = ""
+
+
+Rules = tuple[Rule, ...]
+Part = tuple[Rules, ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rules of one layout for one number of spatial axes."""
+    """One layout for one number of spatial axes: its parts, and the alternatives of each."""
 
     layout: str
     ndim: int
-    rules: tuple[Rule, ...]
+    parts: tuple[Part, ...]
 
 
 PUBLISHED_NAMES = (
@@ -56,24 +66,33 @@ PUBLISHED_NAMES = (
 )
 FAST_NAMES = ("base_weight", "base_bias", "base_scale", "wt_weights.{i}", "wt_scales.{i}")
 """The same tensors in the same order, of the same shapes."""
+METAL_NAMES = (
+    "base_conv.weight",
+    "base_conv.bias",
+    "base_scale",
+    "wavelet_convs.{i}.weight",
+    "wavelet_scales.{i}",
+)
+"""Those of the fast variant for Apple GPUs, which adds the bias after it has scaled."""
 
 
 def _wtconv(
-    names: tuple[str, ...], prefix: str = "", stage: str = "", bias: str = "bias"
-) -> tuple[Rule, ...]:
+    names: tuple[str, ...], theirs: str = "", ours: str = "", stage: str = "", bias: str = "bias"
+) -> Rules:
     """The trained tensors of one WTConv layer, which may stand inside a stage of a model."""
     c, k = f"c{stage}", f"k{stage}*"
-    theirs = [prefix + name for name in names]
+    torch = [theirs + name for name in names]
+    scaled_by = f"{ours}base_scale" if names is METAL_NAMES else ""
     return (
-        Rule(theirs[0], f"{c} 1 {k}", f"{prefix}base_kernel", f"{k} 1 {c}"),
-        Rule(theirs[1], c, f"{prefix}base_bias", c, group=bias),
-        Rule(theirs[2], f"1 {c} 1*", f"{prefix}base_scale", c),
-        Rule(theirs[3], f"({c} band) 1 {k}", f"{prefix}wavelet_kernel_{{i}}", f"{k} band {c}"),
-        Rule(theirs[4], f"1 ({c} band) 1*", f"{prefix}wavelet_scale_{{i}}", f"band {c}"),
+        Rule(torch[0], f"{c} 1 {k}", f"{ours}base_kernel", f"{k} 1 {c}"),
+        Rule(torch[1], c, f"{ours}base_bias", c, group=bias, scaled_by=scaled_by),
+        Rule(torch[2], f"1 {c} 1*", f"{ours}base_scale", c),
+        Rule(torch[3], f"({c} band) 1 {k}", f"{ours}wavelet_kernel_{{i}}", f"{k} band {c}"),
+        Rule(torch[4], f"1 ({c} band) 1*", f"{ours}wavelet_scale_{{i}}", f"band {c}"),
     )
 
 
-def _filters(prefix: str = "", stage: str = "") -> tuple[Rule, ...]:
+def _filters(prefix: str = "", stage: str = "") -> Rules:
     """The frozen tensors that the published layer saves beside the trained ones."""
     shape = f"(c{stage} band) 1 f*"
     return (
@@ -85,75 +104,230 @@ def _filters(prefix: str = "", stage: str = "") -> tuple[Rule, ...]:
 
 
 def _norm(
-    theirs: str, ours: str, c: str, group: str = "", first_stage: int = 0
-) -> tuple[Rule, ...]:
-    return (
-        Rule(f"{theirs}.weight", c, f"{ours}.scale", c, group, first_stage=first_stage),
-        Rule(f"{theirs}.bias", c, f"{ours}.bias", c, group, first_stage=first_stage),
+    theirs: str,
+    ours: str,
+    c: str,
+    group: str = "",
+    first_stage: int = 0,
+    names: Sequence[str] = ("weight", "bias"),
+    before: str = "",
+) -> Rules:
+    """A scale and a bias, whose axis of channels PyTorch may have axes of size 1 `before`."""
+    return tuple(
+        Rule(f"{theirs}.{name}", before + c, f"{ours}.{own}", c, group, first_stage=first_stage)
+        for name, own in zip(names, ("scale", "bias"), strict=True)
     )
 
 
-def _linear(name: str, inside: str, outside: str, group: str = "") -> tuple[Rule, ...]:
+def _linear(
+    theirs: str, ours: str, inside: str, outside: str, group: str = "", window: str = ""
+) -> Rules:
+    """A linear layer, which PyTorch may write as a convolution with a `window` of size 1."""
     return (
         Rule(
-            f"{name}.weight", f"{outside} {inside}", f"{name}.kernel", f"{inside} {outside}", group
+            f"{theirs}.weight",
+            f"{outside} {inside}{window}",
+            f"{ours}.kernel",
+            f"{inside} {outside}",
+            group,
         ),
-        Rule(f"{name}.bias", outside, f"{name}.bias", outside, group),
+        Rule(f"{theirs}.bias", outside, f"{ours}.bias", outside, group),
     )
 
 
-_BLOCK = "stages.{s}.blocks.{b}"
-_CONV_DW = f"{_BLOCK}.conv_dw"
-
-
-def _model(conv_dw: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """A whole (WT)ConvNeXt in timm's names around the rules of its depthwise convolutions."""
+def _patches(
+    theirs: str,
+    ours: str,
+    before: str,
+    after: str,
+    window: str = "p q",
+    group: str = "",
+    first_stage: int = 0,
+) -> Rules:
+    """A convolution of the stem or of a downsampling, all of which have a bias, or none."""
     return (
-        Rule("stem.0.weight", "c0 in p q", "stem.conv.kernel", "p q in c0"),
-        Rule("stem.0.bias", "c0", "stem.conv.bias", "c0", "conv_bias"),
-        *_norm("stem.1", "stem.norm", "c0"),
-        *_norm("stages.{s}.downsample.0", "stages.{s}.downsample.norm", "c{p}", first_stage=1),
         Rule(
-            "stages.{s}.downsample.1.weight",
-            "c{s} c{p} u{s} v{s}",
-            "stages.{s}.downsample.conv.kernel",
-            "u{s} v{s} c{p} c{s}",
-            first_stage=1,
+            f"{theirs}.weight",
+            f"{after} {before} {window}",
+            f"{ours}.kernel",
+            f"{window} {before} {after}",
+            group,
+            first_stage=first_stage,
         ),
         Rule(
-            "stages.{s}.downsample.1.bias",
-            "c{s}",
-            "stages.{s}.downsample.conv.bias",
-            "c{s}",
-            "conv_bias",
-            first_stage=1,
+            f"{theirs}.bias",
+            after,
+            f"{ours}.bias",
+            after,
+            f"{group} conv_bias".strip(),
+            first_stage=first_stage,
         ),
-        *conv_dw,
-        *_norm(f"{_BLOCK}.norm", f"{_BLOCK}.norm", "c{s}"),
-        *_linear(f"{_BLOCK}.mlp.fc1", "c{s}", "h{s}"),
-        *_norm(f"{_BLOCK}.mlp.grn", f"{_BLOCK}.mlp.grn", "h{s}", "grn"),
-        *_linear(f"{_BLOCK}.mlp.fc2", "h{s}", "c{s}"),
-        Rule(f"{_BLOCK}.gamma", "c{s}", f"{_BLOCK}.gamma", "c{s}", "gamma"),
-        *_norm("head.norm", "head.norm", "c{n}", "head.norm"),
-        *_linear("head.fc", "c{n}", "classes", "head.fc"),
     )
 
 
-_WTCONVNEXT = _model(
-    (
-        *_wtconv(PUBLISHED_NAMES, f"{_CONV_DW}.", "{s}", "conv_bias"),
-        *_filters(f"{_CONV_DW}.", "{s}"),
-    )
+@dataclass(frozen=True)
+class _Names:
+    """The names that one code gives to the parts of a (WT)ConvNeXt, and the heads that it makes.
+
+    Attributes:
+        stem: What stands before the places in the sequence of the stem.
+        first_downsample: The downsampling in front of the first stage; empty where there is none.
+        downsample: Those in front of the others.
+        block: A block; the names below stand inside of it.
+        conv_dw: The depthwise convolution.
+        fc1: The linear layer that widens.
+        fc2: The one that narrows.
+        grn: The global response normalisation, and its scale and bias.
+        heads: What follows the stages, in alternatives.
+    """
+
+    stem: str
+    first_downsample: str
+    downsample: str
+    block: str
+    conv_dw: str
+    fc1: str
+    fc2: str
+    grn: tuple[str, str, str]
+    heads: Part
+
+
+_HEAD = _norm("head.norm", "head.norm", "c{n}", "head.norm")
+_FC = _linear("head.fc", "head.fc", "c{n}", "classes", "head.fc")
+
+_TIMM = _Names(
+    stem="stem.",
+    first_downsample="stages.0.downsample",
+    downsample="stages.{s}.downsample",
+    block="stages.{s}.blocks.{b}.",
+    conv_dw="conv_dw",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+    grn=("mlp.grn", "weight", "bias"),
+    heads=(
+        (*_HEAD, *_FC),
+        # `head_hidden_size`.
+        (
+            *_HEAD,
+            *_linear("head.pre_logits.fc", "head.pre_logits", "c{n}", "hidden", "head.pre_logits"),
+            *_linear("head.fc", "head.fc", "hidden", "classes", "head.fc"),
+        ),
+        # `head_norm_first`.
+        (*_norm("norm_pre", "norm_pre", "c{n}", "norm_pre"), *_FC),
+    ),
 )
-_CONVNEXT = _model(
-    (
-        Rule(f"{_CONV_DW}.weight", "c{s} 1 k{s}*", f"{_CONV_DW}.kernel", "k{s}* 1 c{s}"),
-        Rule(f"{_CONV_DW}.bias", "c{s}", f"{_CONV_DW}.bias", "c{s}", "conv_bias"),
-    )
+# timm's `features_only` names the entries of its sequences with an underscore, and has no head.
+_FEATURES = replace(
+    _TIMM,
+    stem="stem_",
+    first_downsample="stages_0.downsample",
+    downsample="stages_{s}.downsample",
+    block="stages_{s}.blocks.{b}.",
+    heads=((),),
+)
+# The backbones of dense prediction have a norm of each stage's map instead of a head.
+_MAP_NORMS = _norm("norm{s}", "norms.{s}", "c{s}", "norms")
+_ORIGINAL = _Names(
+    stem="downsample_layers.0.",
+    first_downsample="",
+    downsample="downsample_layers.{s}",
+    block="stages.{s}.{b}.",
+    conv_dw="dwconv",
+    fc1="pwconv1",
+    fc2="pwconv2",
+    grn=("grn", "gamma", "beta"),
+    heads=(
+        (
+            *_norm("norm", "head.norm", "c{n}", "head.norm"),
+            *_linear("head", "head.fc", "c{n}", "classes", "head.fc"),
+        ),
+        _MAP_NORMS,
+    ),
+)
+_MMSEG = replace(
+    _ORIGINAL,
+    conv_dw="depthwise_conv",
+    fc1="pointwise_conv1",
+    fc2="pointwise_conv2",
+    # A classifier of the same authors has the norm of the last of its four stages alone.
+    heads=((*_norm("norm3", "head.norm", "c{n}", "head.norm"), *_FC), _MAP_NORMS),
 )
 
 
-def _conv(theirs: str, ours: str, before: str, after: str, k: str) -> tuple[Rule, ...]:
+def _overlapped(stem: str, first: int, second: int) -> Rules:
+    """A stem of two convolutions at these places of a sequence, and a norm.
+
+    Our names keep the places, for they tell whether there is an activation between.
+    """
+    return (
+        *_patches(f"{stem}{first}", f"stem.conv_{first}", "in", "mid"),
+        *_patches(f"{stem}{second}", f"stem.conv_{second}", "mid", "c0"),
+        *_norm(f"{stem}{second + 1}", "stem.norm", "c0"),
+    )
+
+
+def _downsample(
+    theirs: str, stage: str, before: str, after: str, group: str = "", first_stage: int = 0
+) -> Rules:
+    own, window = f"stages.{stage}.downsample", f"u{stage} v{stage}"
+    return (
+        *_norm(f"{theirs}.0", f"{own}.norm", before, group, first_stage),
+        *_patches(f"{theirs}.1", f"{own}.conv", before, after, window, group, first_stage),
+    )
+
+
+def _downsamples(names: _Names) -> Rules:
+    others = _downsample(names.downsample, "{s}", "c{p}", "c{s}", first_stage=1)
+    if not names.first_downsample:
+        return others
+    # It makes as many channels as it takes, but a shape cannot name a symbol twice.
+    first = _downsample(names.first_downsample, "0", "c0", "a0", group="stages.0.downsample")
+    return (*first, *others)
+
+
+def _model(names: _Names) -> tuple[Part, ...]:
+    """A whole (WT)ConvNeXt; our names are those of timm."""
+    theirs, ours = names.block, _TIMM.block
+    conv_dw, ours_dw = f"{theirs}{names.conv_dw}.", f"{ours}conv_dw."
+    published, fast, metal = (
+        _wtconv(layer, conv_dw, ours_dw, "{s}", "conv_bias")
+        for layer in (PUBLISHED_NAMES, FAST_NAMES, METAL_NAMES)
+    )
+    plain = (
+        Rule(f"{conv_dw}weight", "c{s} 1 k{s}*", f"{ours_dw}kernel", "k{s}* 1 c{s}"),
+        Rule(f"{conv_dw}bias", "c{s}", f"{ours_dw}bias", "c{s}", "conv_bias"),
+    )
+    # The second is timm's `conv_mlp`.
+    linear, convolved = (
+        (
+            *_linear(f"{theirs}{names.fc1}", f"{ours}mlp.fc1", "c{s}", "h{s}", window=window),
+            *_linear(f"{theirs}{names.fc2}", f"{ours}mlp.fc2", "h{s}", "c{s}", window=window),
+        )
+        for window in ("", " 1 1")
+    )
+    # Of channels alone, of maps with the channels last, and of sparse maps.
+    grn, *grn_names = names.grn
+    grns = tuple(
+        _norm(f"{theirs}{grn}", f"{ours}mlp.grn", "h{s}", "grn", 0, grn_names, before)
+        for before in ("", "1 1 1 ", "1 ")
+    )
+    patches = (
+        *_patches(f"{names.stem}0", "stem.conv", "in", "c0"),
+        *_norm(f"{names.stem}1", "stem.norm", "c0"),
+    )
+    return (
+        (patches, _overlapped(names.stem, 0, 1), _overlapped(names.stem, 0, 2)),
+        (_downsamples(names),),
+        ((*published, *_filters(conv_dw, "{s}")), plain, fast, metal),
+        (_norm(f"{theirs}norm", f"{ours}norm", "c{s}"),),
+        (linear, convolved),
+        grns,
+        ((Rule(f"{theirs}gamma", "c{s}", f"{ours}gamma", "c{s}", "gamma"),),),
+        names.heads,
+    )
+
+
+def _conv(theirs: str, ours: str, before: str, after: str, k: str) -> Rules:
     return (
         Rule(
             f"{theirs}.weight", f"{after} {before} {k}", f"{ours}.kernel", f"{k} {before} {after}"
@@ -162,7 +336,7 @@ def _conv(theirs: str, ours: str, before: str, after: str, k: str) -> tuple[Rule
     )
 
 
-def _conv_norm(conv: str, norm: str, before: str, after: str, k: str = "k*") -> tuple[Rule, ...]:
+def _conv_norm(conv: str, norm: str, before: str, after: str, k: str = "k*") -> Rules:
     """A convolution of TransformerNet and the instance normalisation that follows it."""
     return (
         *_conv(f"{conv}.conv2d", conv, before, after, k),
@@ -189,18 +363,21 @@ _TRANSFORMER_NET = (
     *_conv("deconv3.conv2d", "deconv3", "c5", "out", "m*"),
 )
 
-# Where two tables fit equally well the first is taken: 2-D before 1-D, published before fast.
+# Where two tables or alternatives fit equally well the first is taken: 2-D before 1-D, published
+# before fast.
 TABLES: tuple[Table, ...] = (
-    *(Table("published", d, (*_wtconv(PUBLISHED_NAMES), *_filters())) for d in (2, 1, 3)),
-    *(Table("fast", d, _wtconv(FAST_NAMES)) for d in (2, 1, 3)),
-    Table("wtconvnext", 2, _WTCONVNEXT),
-    # The baseline model of the same file format: plain depthwise convolutions inside.
-    Table("wtconvnext", 2, _CONVNEXT),
-    Table("transformer_net", 2, _TRANSFORMER_NET),
+    *(Table("published", d, (((*_wtconv(PUBLISHED_NAMES), *_filters()),),)) for d in (2, 1, 3)),
+    *(Table("fast", d, ((_wtconv(FAST_NAMES),),)) for d in (2, 1, 3)),
+    Table("metal", 2, ((_wtconv(METAL_NAMES),),)),
+    Table("wtconvnext", 2, _model(_TIMM)),
+    Table("original", 2, _model(_ORIGINAL)),
+    Table("mmseg", 2, _model(_MMSEG)),
+    Table("features_only", 2, _model(_FEATURES)),
+    Table("transformer_net", 2, ((_TRANSFORMER_NET,),)),
 )
 
 LAYOUTS: tuple[str, ...] = tuple(dict.fromkeys(table.layout for table in TABLES))
-"""Names of the layouts: "published", "fast", "wtconvnext" and "transformer_net"."""
+"""Names of the layouts, the layers' first."""
 
 
 def pattern_of(template: str) -> re.Pattern[str]:

@@ -1,6 +1,6 @@
 """Moves variables into nnx models and out of them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ from flash_wtconv_jax.checkpoints.tensors import check_nested
 from pallas_kernels.common.types import Tree
 
 if TYPE_CHECKING:
+    import jax
     from flax import nnx
 
 
@@ -17,10 +18,12 @@ def variables_of(model: "nnx.Module") -> dict[str, Tree]:
     """The parameters of an nnx model as variables, for `to_torch` or `save`.
 
     Args:
-        model: An nnx module with parameters anywhere inside.
+        model: An nnx module with parameters anywhere inside. Variables of types of your own, such
+            as frozen weights, count as parameters.
 
     Returns:
-        `{"params": nested dict}` of NumPy arrays; the places of a list are named "0", "1", ….
+        `{"params": nested dict}` of NumPy arrays; the places of a list are named "0", "1", …, and
+        a tied parameter is there once, by its first name, as Flax has it.
 
     Raises:
         TypeError: The model is no nnx module.
@@ -33,7 +36,7 @@ def variables_of(model: "nnx.Module") -> dict[str, Tree]:
     from flax import nnx
 
     _check_module(model, "holds no variables: init(key, x) returns them")
-    return {"params": _with_text_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))}
+    return {"params": _with_text_keys(nnx.to_pure_dict(_parameters(model)))}
 
 
 def load_into(model: "nnx.Module", variables: Mapping[str, Tree]) -> None:
@@ -42,11 +45,13 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Tree]) -> None:
     Args:
         model: An nnx module, or its shapes alone from `nnx.eval_shape`.
         variables: `{"params": ...}` of `from_torch`, `restore` or `variables_of`, or the nested
-            dict alone. Arrays are cast to the dtypes of the model's parameters.
+            dict alone. Arrays are cast to the dtypes of the model's parameters and placed as they
+            are, with their `NamedSharding`; types, metadata and ties stay. A tied parameter may be
+            named by any of its places, or by several.
 
     Raises:
         TypeError: The model is no nnx module.
-        ValueError: Names or shapes differ; every one is in the message.
+        ValueError: Names or shapes differ, or arrays of one parameter; every one is in the message.
 
     Example:
         >>> from flax import nnx
@@ -55,15 +60,13 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Tree]) -> None:
         >>> float(model(np.ones(2, np.float32))[0])
         2.0
     """
-    import jax.numpy as jnp
     from flax import nnx
 
     _check_module(model, "takes variables in apply(variables, x)")
-    arrays = flatten(variables)
-    state = nnx.state(model, nnx.Param)
-    leaves = nnx.to_flat_state(state)
-    names = {".".join(map(str, path)): leaf for path, leaf in leaves}
-    problems = [f"missing: {n} {leaf.shape}" for n, leaf in names.items() if n not in arrays]
+    leaves = nnx.to_flat_state(_parameters(model))
+    names = {_joined(path): leaf for path, leaf in leaves}
+    arrays, problems = _untied(flatten(variables), _ties(model), names)
+    problems += [f"missing: {n} {leaf.shape}" for n, leaf in names.items() if n not in arrays]
     problems += [f"surplus: {n} {array.shape}" for n, array in arrays.items() if n not in names]
     problems += [
         f"misshapen: {name} is {arrays[name].shape}, expected {leaf.shape}"
@@ -74,10 +77,74 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Tree]) -> None:
         count = f"variables do not fit {type(model).__name__}: {len(problems)} names differ"
         raise ValueError("\n  ".join([count, *problems]))
     loaded = {
-        path: leaf.replace(jnp.asarray(arrays[".".join(map(str, path))], leaf.dtype))
+        path: leaf.replace(placed_like(arrays[_joined(path)], leaf.get_value()))
         for path, leaf in leaves
     }
     nnx.update(model, nnx.from_flat_state(loaded))
+
+
+def _parameters(model: "nnx.Module") -> "nnx.State":
+    """The parameters of a model, those that its user froze by a type of their own too."""
+    from flax import nnx
+
+    others = (nnx.BatchStat, nnx.Cache, nnx.Intermediate, nnx.OptState, nnx.Perturbation)
+    return nnx.state(model, nnx.Not(nnx.Any(*others, nnx.RngState)))
+
+
+def _joined(path: Iterable[object]) -> str:
+    return ".".join(map(str, path))
+
+
+def _ties(model: "nnx.Module") -> list[tuple[str, str]]:
+    """The other names of whatever a model holds in several places, each with its first name."""
+    from flax import nnx
+
+    places = nnx.find_duplicates(model)
+    ties = [(other, first) for first, *others in places for other in others]
+    # A module's before those of what is inside, which has one more name through each of its names.
+    ties.sort(key=lambda tie: len(tie[0]))
+    return [(_joined(other), _joined(first)) for other, first in ties]
+
+
+def _untied(
+    arrays: dict[str, np.ndarray], ties: list[tuple[str, str]], names: Collection[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Arrays by the first names of parameters, and the pairs of places that hold other values."""
+    result: dict[str, np.ndarray] = {}
+    problems = []
+    for name, array in arrays.items():
+        first = name
+        for other, target in ties:
+            if first not in names and f"{first}.".startswith(f"{other}."):
+                first = target + first[len(other) :]
+        if first in result and not np.array_equal(result[first], array, equal_nan=True):
+            problems.append(f"differ: {name} and {first}, which are tied")
+        result.setdefault(first, array)
+    return result, problems
+
+
+def placed_like(
+    array: "np.ndarray | jax.Array", like: "jax.Array | jax.ShapeDtypeStruct"
+) -> "jax.Array":
+    """An array in the dtype and on the devices of another, or of what describes one.
+
+    Args:
+        array: An array of the same shape.
+        like: Another; what JAX put on its default device goes wherever it is used, and so does the
+            result then.
+    """
+    import jax
+
+    place = None
+    if isinstance(like, jax.ShapeDtypeStruct) or (
+        isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer) and like.committed
+    ):
+        place = like.sharding
+    if isinstance(place, jax.sharding.NamedSharding) and isinstance(
+        place.mesh, jax.sharding.AbstractMesh
+    ):
+        place = place.spec  # Of the mesh that is set.
+    return jax.device_put(array.astype(like.dtype), place)
 
 
 def for_bridge(variables: Mapping[str, Tree]) -> dict[str | int, Tree]:

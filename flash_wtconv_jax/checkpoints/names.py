@@ -5,18 +5,27 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from itertools import groupby
+from itertools import chain, groupby
 from math import prod
+from operator import attrgetter
 from typing import Literal, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
 import pywt
 
-from flash_wtconv_jax.checkpoints.layouts import LAYOUTS, TABLES, Rule, Table, groups_of, pattern_of
-from flash_wtconv_jax.checkpoints.tensors import check_nested, to_array, to_arrays
+from flash_wtconv_jax.checkpoints.layouts import (
+    LAYOUTS,
+    TABLES,
+    Rule,
+    Rules,
+    Table,
+    groups_of,
+    pattern_of,
+)
+from flash_wtconv_jax.checkpoints.tensors import bare_names, check_nested, to_array, weights_of
 from pallas_kernels.common.types import Tree
-from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.haar.filters import IS_HAAR, filter_bank
 
 Side = Literal["torch", "ours"]
 Axes = tuple[tuple[str, ...], ...]
@@ -51,12 +60,17 @@ def from_torch(
 
     Args:
         state_dict: Tensors or arrays by name, in any order. The frozen `wt_filter` and
-            `iwt_filter` of the published layer are checked, not loaded.
-        layout: One of `LAYOUTS`, recognised by the names and ranks if None: "published" (the
-            layer of Finder et al., ECCV 2024), "fast" (its fast variant), "wtconvnext" (whole
-            WTConvNeXt or ConvNeXt models in timm's names) or "transformer_net" (whole
-            TransformerNet models in the names of PyTorch's example, whose `running_mean` and
-            `running_var` in old files are dropped). Layers may be 1-D, 2-D or 3-D.
+            `iwt_filter` of the published layer are checked, not loaded. What wrappers put before
+            or into names (`module.`, `_orig_mod.`, `model.`, `backbone.`, …) goes, and so do
+            `n_averaged` and the other heads of a backbone.
+        layout: One of `LAYOUTS`, recognised by the names and ranks if None. Of layers, in 1-D, 2-D
+            or 3-D: "published" (Finder et al., ECCV 2024), "fast" (its fast variant) and "metal"
+            (that for Apple GPUs, 2-D, which does not scale its bias: ours is the quotient). Of
+            whole WTConvNeXts and ConvNeXts, with any of these layers inside: "wtconvnext" (timm's
+            names), "features_only" (those of its `features_only=True`), "original" (ConvNeXt's
+            authors', V1 and V2) and "mmseg" (mmsegmentation's and mmpretrain's). Of whole
+            TransformerNets: "transformer_net" (PyTorch's example, whose `running_mean` and
+            `running_var` in old files are dropped).
         wavelet: The wavelet that the frozen filters must be: they are no part of the variables,
             so the Flax layer must be given the same one.
 
@@ -68,6 +82,7 @@ def from_torch(
         TypeError: The state dict is no mapping, but a module or a path.
         ValueError: The layout is unknown or not recognised, or the state dict does not fit it:
             the first 200 missing, surplus and misshapen names and wrong filters are in the message.
+            Or its tensors are quantized, sparse, of 8 bits or without values.
 
     Example:
         >>> import torch_bridge
@@ -75,22 +90,33 @@ def from_torch(
         >>> variables["params"]["wavelet_kernel_0"].shape
         (5, 5, 4, 8)
     """
-    arrays = to_arrays(state_dict)
+    arrays = weights_of(state_dict)
     table = _pick(arrays, layout, "torch", wavelet)
     entries, sizes = _fit(table, arrays, "torch", "state_dict", wavelet)
+    flat = {
+        entry.ours: _rearranged(arrays[entry.torch], entry.torch_axes, entry.ours_axes, sizes)
+        for entry in entries
+        if entry.ours
+    }
     params: dict[str, Tree] = {}
     for entry in entries:
+        if entry.scaled_by:
+            flat[entry.ours] = _unscaled(entry.torch, flat[entry.ours], flat[entry.scaled_by])
         if entry.ours:
             *path, leaf = entry.ours.split(".")
             node = params
             for part in path:
                 node = node.setdefault(part, {})
-            node[leaf] = _rearranged(arrays[entry.torch], entry.torch_axes, entry.ours_axes, sizes)
+            node[leaf] = flat[entry.ours]
     return {"params": params}
 
 
 def to_torch(
-    variables: Mapping[str, Tree], layout: str | None = None, *, wavelet: str = "haar"
+    variables: Mapping[str, Tree],
+    layout: str | None = None,
+    *,
+    wavelet: str = "haar",
+    like: Mapping[str, object] | None = None,
 ) -> Arrays:
     """PyTorch state dict of the layer or model that variables belong to.
 
@@ -100,6 +126,9 @@ def to_torch(
         layout: One of `LAYOUTS`; if None, "published" for a layer, "wtconvnext" or
             "transformer_net" for a model.
         wavelet: Wavelet of the layers, for the frozen filters that the published layout holds.
+        like: State dict of the module that is to load the result, whose names and ranks it takes
+            over where a layout has several (`conv_mlp`, WTConvNeXts of fast layers, wrappers). Its
+            filters must be those of the wavelet.
 
     Returns:
         NumPy arrays by name, copied, in the dtypes of the variables; `to_tensors` makes tensors
@@ -108,8 +137,8 @@ def to_torch(
 
     Raises:
         TypeError: The variables are no nested dict, but a model.
-        ValueError: The layout is unknown or the variables do not fit it: the first 200 missing,
-            surplus and misshapen names are in the message.
+        ValueError: The layout is unknown or the variables or `like` do not fit it: the first 200
+            missing, surplus and misshapen names are in the message.
 
     Example:
         >>> params = {"base_kernel": np.ones((3, 1, 8)), "base_scale": np.ones(8)}
@@ -117,17 +146,26 @@ def to_torch(
         {'base_weight': (8, 1, 3), 'base_scale': (1, 8, 1)}
     """
     arrays = flatten(variables)
-    table = _pick(arrays, layout, "ours", wavelet)
+    if like is None:
+        table, full = _pick(arrays, layout, "ours", wavelet), {}
+    else:
+        theirs = weights_of(like)
+        table = _pick(theirs, layout, "torch", wavelet)
+        _fit(table, theirs, "torch", "like", wavelet)
+        full = {bare: name for name, bare in bare_names(like).items()}
     entries, sizes = _fit(table, arrays, "ours", "variables", wavelet)
     state_dict = {}
     for entry in entries:
         if entry.ours:
-            converted = _rearranged(arrays[entry.ours], entry.ours_axes, entry.torch_axes, sizes)
+            array = arrays[entry.ours]
+            if entry.scaled_by:
+                array = array * arrays[entry.scaled_by]
+            converted = _rearranged(array, entry.ours_axes, entry.torch_axes, sizes)
         else:
             channels = sizes[entry.torch_axes[0][0]]
             dtype = next(iter(arrays.values())).dtype
             converted = _frozen_filters(wavelet, table.ndim, entry.frozen, channels, dtype)
-        state_dict[entry.torch] = converted
+        state_dict[full.get(entry.torch, entry.torch)] = converted
     return state_dict
 
 
@@ -149,7 +187,7 @@ def recognise(state_dict: Mapping[str, object]) -> Recognised:
         >>> recognise(torch_bridge.WTConv1d(4, 4, wt_type="db2").state_dict())
         Recognised(layout='published', ndim=1, wavelet='db2')
     """
-    arrays = to_arrays(state_dict)
+    arrays = weights_of(state_dict)
     table = _pick(arrays, None, "torch", "haar")
     filters = (array for name, array in arrays.items() if re.fullmatch(r"(.*\.)?wt_filter", name))
     first = next(filters, None)
@@ -187,6 +225,7 @@ class _Entry:
     ours: str
     ours_axes: Axes
     frozen: str
+    scaled_by: str
 
     def name(self, side: Side) -> str:
         return self.torch if side == "torch" else self.ours
@@ -195,39 +234,68 @@ class _Entry:
         return self.torch_axes if side == "torch" else self.ours_axes
 
 
-def _pick(arrays: Arrays, layout: str | None, side: Side, wavelet: str) -> Table:
+@dataclass(frozen=True)
+class _Chosen:
+    """A table of whose parts the alternatives are chosen."""
+
+    layout: str
+    ndim: int
+    rules: Rules
+    score: int
+
+    @property
+    def wavelets(self) -> bool:
+        """Whether its layers may have any wavelet: the others, which save no filters, are Haar."""
+        ours = {rule.ours.rpartition(".")[2] for rule in self.rules}
+        frozen = {rule.frozen for rule in self.rules}
+        return "wavelet_kernel_{i}" not in ours or "analysis" in frozen
+
+
+def _pick(arrays: Arrays, layout: str | None, side: Side, wavelet: str) -> _Chosen:
     """The table that most of the arrays belong to, by name and rank."""
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, expected one of {', '.join(LAYOUTS)}, or None")
-    tables = [table for table in TABLES if layout in (None, table.layout)]
-    scores = [_score(table, arrays, side) for table in tables]
-    if layout is None and max(scores) == 0:
+    table = _best(arrays, side, [table for table in TABLES if layout in (None, table.layout)])
+    if layout is None and table.score == 0:
         some = ", ".join(list(arrays)[:4]) or "none"
         raise ValueError(
             f"no layout recognised among {len(arrays)} names ({some}{', …' * (len(arrays) > 4)}), "
             f"expected the names of one of: {', '.join(LAYOUTS)}"
         )
     filter_bank(wavelet)
-    table = tables[scores.index(max(scores))]
-    if table.layout == "fast" and wavelet not in ("haar", "db1"):
+    if not table.wavelets and wavelet not in IS_HAAR:
         raise ValueError(
-            f"wavelet is {wavelet!r}, but layers of layout 'fast' are Haar; use 'published'"
+            f"wavelet is {wavelet!r}, but layers of layout {table.layout!r} are Haar where they "
+            "save no filters; those of 'published' have any wavelet"
         )
     return table
 
 
-def _score(table: Table, arrays: Arrays, side: Side) -> int:
+def _best(arrays: Arrays, side: Side, tables: Iterable[Table] = TABLES) -> _Chosen:
+    """The table, and of each of its parts the alternative, that knows most of the arrays."""
+    chosen = []
+    for table in tables:
+        scores = [
+            [_score(rules, table.ndim, arrays, side) for rules in part] for part in table.parts
+        ]
+        rules = [part[own.index(max(own))] for part, own in zip(table.parts, scores, strict=True)]
+        score = sum(map(max, scores))
+        chosen.append(_Chosen(table.layout, table.ndim, tuple(chain.from_iterable(rules)), score))
+    return max(chosen, key=attrgetter("score"))
+
+
+def _score(rules: Rules, ndim: int, arrays: Arrays, side: Side) -> int:
     return sum(
-        len(groups_of(shape, table.ndim)) == array.ndim
+        len(groups_of(shape, ndim)) == array.ndim
         for name, array in arrays.items()
-        for rule, _ in _matches(table, name, side)
+        for rule, _ in _matches(rules, name, side)
         for shape in [rule.torch_shape if side == "torch" else rule.ours_shape]
     )
 
 
-def _matches(table: Table, name: str, side: Side) -> Iterable[tuple[Rule, Index]]:
+def _matches(rules: Rules, name: str, side: Side) -> Iterable[tuple[Rule, Index]]:
     """The rule that a name belongs to, with the numbers in its placeholders; at most one."""
-    for rule in table.rules:
+    for rule in rules:
         template = rule.torch if side == "torch" else rule.ours
         if template and (match := _pattern(template).fullmatch(name)):
             yield rule, tuple((key, int(value)) for key, value in match.groupdict().items())
@@ -238,7 +306,7 @@ _pattern = lru_cache(maxsize=None)(pattern_of)
 
 
 def _fit(
-    table: Table, arrays: Arrays, side: Side, what: str, wavelet: str
+    table: _Chosen, arrays: Arrays, side: Side, what: str, wavelet: str
 ) -> tuple[list[_Entry], dict[str, int]]:
     """The entries that must be there and the size of every symbol; one error lists all misfits."""
     entries = _entries(table, arrays, side)
@@ -262,10 +330,10 @@ def _fit(
     return entries, sizes
 
 
-def _entries(table: Table, names: Iterable[str], side: Side) -> list[_Entry]:
+def _entries(table: _Chosen, names: Iterable[str], side: Side) -> list[_Entry]:
     """Every tensor that must be there, given those that are."""
-    found = [match for name in names for match in _matches(table, name, side)]
-    groups = {"", *(rule.group for rule, _ in found)}
+    found = [match for name in names for match in _matches(table.rules, name, side)]
+    groups = {group for rule, _ in found for group in rule.group.split()}
     indices = _grow(index for _, index in found)
     last = max((index[0][1] for index in indices if index), default=0)
     entries = []
@@ -274,7 +342,7 @@ def _entries(table: Table, names: Iterable[str], side: Side) -> list[_Entry]:
         for index in sorted(i for i in indices if tuple(key for key, _ in i) == placeholders):
             values = dict(index)
             stage = values.get("s", rule.first_stage)
-            if rule.group in groups and stage >= rule.first_stage:
+            if groups.issuperset(rule.group.split()) and stage >= rule.first_stage:
                 values |= {"p": stage - 1, "n": last}
                 entries.append(_entry(rule, values, table.ndim))
     return entries
@@ -298,6 +366,7 @@ def _entry(rule: Rule, values: dict[str, int], ndim: int) -> _Entry:
         rule.ours.format(**values),
         groups_of(rule.ours_shape.format(**values), ndim),
         rule.frozen,
+        rule.scaled_by.format(**values),
     )
 
 
@@ -363,11 +432,24 @@ def _rearranged(array: np.ndarray, source: Axes, target: Axes, sizes: dict[str, 
     return np.array(split, order="C").reshape(shape)
 
 
+def _unscaled(name: str, bias: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The bias that a scale makes `bias` of."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        quotient = bias.astype(np.float64) / scale.astype(np.float64)
+        result = np.where(bias == 0, 0.0, quotient).astype(bias.dtype)
+    if not np.all(np.isfinite(result)):
+        raise ValueError(
+            f"{name} is added after the scale in this layout and before it here: divided by the "
+            f"scale it is not finite in channels {np.flatnonzero(~np.isfinite(result)).tolist()}"
+        )
+    return result
+
+
 def _is_floating(array: np.ndarray) -> bool:
     return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
 
 
-def _message(table: Table, what: str, problems: dict[str, list[str]]) -> str:
+def _message(table: _Chosen, what: str, problems: dict[str, list[str]]) -> str:
     kinds = {kind: lines for kind, lines in problems.items() if lines}
     count = ", ".join(f"{len(lines)} {kind}" for kind, lines in kinds.items())
     head = f"the tensors of {what} are not layout {table.layout!r} ({table.ndim}-D): {count}"
@@ -397,10 +479,10 @@ def _runs(lines: list[str]) -> list[str]:
     return result
 
 
-def _hint(table: Table, arrays: Arrays, side: Side) -> str:
+def _hint(table: _Chosen, arrays: Arrays, side: Side) -> str:
     """A line that names the layout which knows more of the arrays' names, if there is one."""
-    best = max(TABLES, key=lambda other: _score(other, arrays, side))
-    if _score(best, arrays, side) <= _score(table, arrays, side):
+    best = _best(arrays, side)
+    if best.score <= table.score:
         return ""
     return f"\n  hint: these are the names of layout {best.layout!r} ({best.ndim}-D)"
 

@@ -15,6 +15,8 @@ from pallas_kernels.haar.filters import filter_bank
 
 # The file that Orbax writes into the folder of every checkpoint.
 _MARK = "_CHECKPOINT_METADATA"
+# The file that it writes beside the arrays: of a checkpoint of items, into the folder of each.
+_ITEM_MARK = "_METADATA"
 # The file beside it for the wavelet, which variables do not hold and a PyTorch state dict does.
 _NOTE = "flash_wtconv.json"
 
@@ -70,15 +72,17 @@ def restore(folder: str | os.PathLike[str]) -> dict[str, Tree]:
     """Reads the variables of an Orbax checkpoint.
 
     Args:
-        folder: The folder that `save`, or another Orbax writer, has written.
+        folder: The folder that `save`, or another Orbax writer, has written: the folder of one step
+            of a `CheckpointManager`, and of one item where it has several.
 
     Returns:
-        The nested dict that was saved, its arrays as NumPy arrays whatever device they lived on.
+        The nested dict that was saved, its arrays as NumPy arrays whatever device they lived on. Of
+        an nnx state the names of parameters alone: neither their `value` nor states of `Rngs`.
 
     Raises:
         FileNotFoundError: There is no such folder.
         RuntimeError: JAX has no device.
-        ValueError: It is no checkpoint, or a damaged one.
+        ValueError: It is no checkpoint, or a damaged one, or several.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -86,33 +90,103 @@ def restore(folder: str | os.PathLike[str]) -> dict[str, Tree]:
     folder = Path(folder).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    if not is_checkpoint(folder):
-        raise ValueError(f"folder {folder} is no Orbax checkpoint: it holds no {_MARK}")
+    item = _item(folder)
     environment.device()  # Orbax starts JAX.
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(folder).item_metadata
+            saved = checkpointer.metadata(item).item_metadata
             # As NumPy arrays: devices of the machine that wrote it may not be there.
             plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved.tree)
-            return checkpointer.restore(folder, restore_args=plain)
+            tree = checkpointer.restore(item, restore_args=plain)
     except Exception as error:  # Orbax and its storage raise whatever they stumble over.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"folder {folder} is a damaged Orbax checkpoint: {reason}") from error
+    return _without_random_state(_unwrapped(tree) if _is_wrapped(tree) else tree)
 
 
-def wavelet_of(folder: str | os.PathLike[str]) -> str | None:
-    """The wavelet that `save` was given; None if it was given none.
+def _item(folder: Path) -> Path:
+    """The folder of the one pytree in a checkpoint: it itself, or the one of its only item."""
+    if (folder / _ITEM_MARK).is_file():
+        return folder
+    items = sorted(path.parent for path in folder.glob(f"*/{_ITEM_MARK}"))
+    if len(items) == 1:
+        return items[0]
+    if is_checkpoint(folder) and not items:
+        return folder  # What is missing is for Orbax to say.
+    inside = items or sorted(
+        (path.parent for path in folder.glob(f"*/{_MARK}")), key=lambda step: (len(step.name), step)
+    )
+    if inside:
+        raise ValueError(
+            f"folder {folder} holds several Orbax checkpoints, "
+            f"{', '.join(path.name for path in inside)}: name one of them, such as {inside[-1]}"
+        )
+    raise ValueError(f"folder {folder} is no Orbax checkpoint: it holds no {_MARK}")
+
+
+def _is_wrapped(tree: Tree) -> bool:
+    """Whether every array is the `value` of a variable, as in an nnx state that Orbax was given."""
+    return isinstance(tree, Mapping) and (
+        _is_variable(tree) or all(_is_wrapped(child) for child in tree.values())
+    )
+
+
+def _is_variable(tree: Mapping[str, Tree]) -> bool:
+    return set(tree) == {"value"} and not isinstance(tree["value"], Mapping)
+
+
+def _unwrapped(tree: Mapping[str, Tree]) -> Tree:
+    """The tree with the value of each variable in place of the variable."""
+    if _is_variable(tree):
+        return tree["value"]
+    return {key: _unwrapped(child) for key, child in tree.items()}
+
+
+def _without_random_state(tree: Tree) -> Tree:
+    """The tree without the streams of nnx's `Rngs`, and without what holds nothing else."""
+    if not isinstance(tree, Mapping):
+        return tree
+    inner = {
+        key: _without_random_state(child)
+        for key, child in tree.items()
+        if not _is_random_stream(child)
+    }
+    return {key: child for key, child in inner.items() if not isinstance(child, Mapping) or child}
+
+
+def _is_random_stream(tree: Tree) -> bool:
+    """Whether this is the state of an `RngStream`: a key, and how often it was split."""
+    if not isinstance(tree, Mapping) or set(tree) != {"count", "key"}:
+        return False
+    return getattr(tree["count"], "dtype", None) == np.uint32
+
+
+def wavelet_of(folder: str | os.PathLike[str], named: str | None = None) -> str | None:
+    """The wavelet of the layers whose variables a folder holds.
+
+    Args:
+        folder: An Orbax checkpoint.
+        named: What the caller takes it for, which must agree with what `save` was given.
+
+    Returns:
+        What `save` was given; `named` if it was given none.
 
     Raises:
-        ValueError: The file that keeps it is damaged.
+        ValueError: The file that keeps it is damaged, or names another wavelet than `named`.
     """
     note = Path(folder) / _NOTE
     if not note.is_file():
-        return None
+        return named
     try:
-        return str(json.loads(note.read_text())["wavelet"])
+        wavelet = str(json.loads(note.read_text())["wavelet"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f'{note} is damaged, expected {{"wavelet": name}}') from error
+    if named is not None and not np.array_equal(filter_bank(named), filter_bank(wavelet)):
+        raise ValueError(
+            f"wavelet is {named!r}, but {folder} names {wavelet!r}: its layers were trained with "
+            "that one"
+        )
+    return wavelet
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -9,12 +9,10 @@ import typer
 if TYPE_CHECKING:
     import numpy as np
 
-_FILES = (".safetensors", ".pth", ".pt")
-
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A .safetensors, .pth or .pt file, or an Orbax folder.")
+        Path, typer.Argument(help="A .safetensors, .pth, .pt or .pth.tar file, or an Orbax folder.")
     ],
     destination: Annotated[
         Path,
@@ -24,8 +22,8 @@ def convert(
         str | None,
         typer.Option(
             help="PyTorch layout of DESTINATION, or of SOURCE when DESTINATION is a folder: "
-            "published, fast, wtconvnext or transformer_net. Default: that of SOURCE, which is "
-            "recognised."
+            "published, fast, metal, wtconvnext, original, mmseg, features_only or "
+            "transformer_net. Default: that of SOURCE, which is recognised."
         ),
     ] = None,
     wavelet: Annotated[
@@ -38,13 +36,15 @@ def convert(
 ) -> None:
     """Convert weights between PyTorch state dicts and Flax variables (an Orbax folder)."""
     from flash_wtconv_jax.checkpoints import LAYOUTS
+    from flash_wtconv_jax.checkpoints.files import is_state_dict
 
     if layout is not None and layout not in LAYOUTS:
         _fail(f"--layout is {layout}, expected one of: {', '.join(LAYOUTS)}")
-    if destination.suffix.lower() not in ("", *_FILES) and not destination.is_dir():
+    is_folder = destination.suffix == "" or destination.is_dir()
+    if not is_state_dict(destination) and not is_folder:
         _fail(
             f"destination {destination} has extension {destination.suffix}, expected .safetensors, "
-            ".pth, .pt, or none for an Orbax folder",
+            ".pth, .pt, .pth.tar, or none for an Orbax folder",
         )
     if os.path.lexists(destination) and not force:
         _fail(f"{destination} exists already; give --force to replace it")
@@ -58,14 +58,15 @@ def _convert(
     source: Path, destination: Path, layout: str | None, wavelet: str | None, force: bool
 ) -> None:
     from flash_wtconv_jax import checkpoints
+    from flash_wtconv_jax.checkpoints.files import is_state_dict
     from flash_wtconv_jax.checkpoints.names import flatten
     from pallas_kernels.common.files import check_folder
 
     check_folder(destination)
-    to_file = destination.suffix.lower() in _FILES
+    to_file = is_state_dict(destination)
     if source.is_dir():
         variables = checkpoints.restore(source)
-        wavelet = wavelet or checkpoints.wavelet_of(source)
+        wavelet = checkpoints.wavelet_of(source, wavelet)
         said = f"wavelet {wavelet}" if wavelet else "no wavelet named"
         typer.echo(f"read {source}: Orbax folder, {said}, {_size(flatten(variables))}")
     else:

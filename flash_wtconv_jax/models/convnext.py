@@ -24,6 +24,7 @@ from flash_wtconv_jax.functional.arguments import (
     check_constructor,
     checked_rngs,
 )
+from flash_wtconv_jax.functional.conv2d import Padding
 from flash_wtconv_jax.functional.wtconv import Computation, check_computation
 from flash_wtconv_jax.nnx import Conv2d, WTConv2d
 from pallas_kernels.common.arguments import (
@@ -36,6 +37,8 @@ from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR
 
 _MLP_RATIO = 4
+# The places of the two convolutions in timm's sequence: the second follows an activation, or not.
+_OVERLAPPED = {"overlap": (0, 1), "overlap_tiered": (0, 1), "overlap_act": (0, 2)}
 _EPSILON = 1e-6
 
 # The published code truncates at +-2, that is at 100 standard deviations, not at +-2 of them.
@@ -49,17 +52,27 @@ class ConvNeXtConfig:
     Attributes:
         depths: Blocks in each stage.
         dims: Channels of each stage.
-        kernel_size: Taps of the depthwise convolutions along each axis.
+        kernel_size: Taps of the depthwise convolutions along each axis, or those of each stage.
         levels: Wavelet levels of the WTConv in each stage; None has plain depthwise convolutions.
         in_channels: Channels of the input.
         num_classes: Features of the head; 0 leaves out the linear layer.
-        patch_size: Size and stride of the stem's convolution.
+        patch_size: Size and stride of the stem's convolution. Overlapped stems do not use it.
+        stem_type: "patch"; or a stem of two 3x3 convolutions of stride 2, as timm has them:
+            "overlap", "overlap_tiered" with half the channels between them, "overlap_act" with the
+            activation between them.
+        first_downsample: Whether the first stage downsamples too, as timm's does behind a stem of
+            `patch_size=2`.
+        conv_bias: Whether convolutions have a bias; the MLPs and the head always have.
         drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
         dropout: Dropout before the head's linear layer.
         layer_scale: Initial value of each block's `gamma`; None leaves it out.
         use_grn: Whether the MLPs have global response normalisation (as in ConvNeXt V2).
         head_init_scale: Factor on the initial kernel of the head.
+        head_norm_first: Whether the last map is normalised before it is averaged, not after.
+        head_hidden_size: Features of a linear layer and a GELU before the head's linear layer; None
+            leaves them out.
         features_only: Whether the model returns the maps of all stages, and has no head.
+        feature_norms: Whether it normalises each of them, as backbones of dense prediction do.
         remat: Whether blocks are recomputed in the backward pass, to save memory.
         wavelet: Any discrete PyWavelets name.
         dtype: Dtype of the computation; None promotes the input with the parameters.
@@ -80,17 +93,23 @@ class ConvNeXtConfig:
 
     depths: tuple[int, ...] = (3, 3, 9, 3)
     dims: tuple[int, ...] = (96, 192, 384, 768)
-    kernel_size: int = 5
+    kernel_size: int | tuple[int, ...] = 5
     levels: tuple[int, ...] | None = (5, 4, 3, 2)
     in_channels: int = 3
     num_classes: int = 1000
     patch_size: int = 4
+    stem_type: str = "patch"
+    first_downsample: bool = False
+    conv_bias: bool = True
     drop_path: float = 0.0
     dropout: float = 0.0
     layer_scale: float | None = 1e-6
     use_grn: bool = False
     head_init_scale: float = 1.0
+    head_norm_first: bool = False
+    head_hidden_size: int | None = None
     features_only: bool = False
+    feature_norms: bool = False
     remat: bool = False
     wavelet: str = "haar"
     dtype: DTypeLike | None = None
@@ -102,13 +121,17 @@ class ConvNeXtConfig:
     def __post_init__(self) -> None:
         # Lists, as JSON has them, become tuples: the config must hash, for linen and nnx.jit.
         # NumPy's numbers become Python's: it must go into JSON too.
-        for name in ("depths", "dims", "levels", "implementation", "conv_implementation"):
+        lists = ("depths", "dims", "levels", "kernel_size", "implementation", "conv_implementation")
+        for name in lists:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_stages()
         for name in ("kernel_size", "in_channels", "patch_size", "num_classes"):
-            check_constructor(**{name: getattr(self, name)})
-            object.__setattr__(self, name, int(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                check_constructor(**{name: value})
+                object.__setattr__(self, name, int(value))
+        self._check_stem_and_head()
         # A protocol's attributes are settable, those of a frozen dataclass are not.
         check_computation(cast(Computation, self))
         OPERATOR.check_names(self.conv_implementation, "conv_implementation")
@@ -129,9 +152,11 @@ class ConvNeXtConfig:
             object.__setattr__(self, name, number)
 
     def _check_stages(self) -> None:
-        for name in ("depths", "dims", "levels"):
+        for name in ("depths", "dims", "levels", "kernel_size"):
             value = getattr(self, name)
             if name == "levels" and value is None:
+                continue
+            if name == "kernel_size" and not isinstance(value, tuple):
                 continue
             if not isinstance(value, tuple) or not value:
                 raise ValueError(f"{name} must hold one int for each stage, got {value!r}")
@@ -149,6 +174,29 @@ class ConvNeXtConfig:
                 ) from None
             object.__setattr__(self, name, plain)
 
+    def _check_stem_and_head(self) -> None:
+        if self.stem_type not in _OVERLAPPED and self.stem_type != "patch":
+            known = ", ".join(repr(name) for name in ("patch", *_OVERLAPPED))
+            raise ValueError(f"stem_type must be one of {known}, got {self.stem_type!r}")
+        if self.head_hidden_size is not None:
+            size = checked_integer(self.head_hidden_size, "head_hidden_size", least=1)
+            object.__setattr__(self, "head_hidden_size", size)
+            if self.head_norm_first:
+                raise ValueError("head_hidden_size must be None with head_norm_first=True")
+        if self.feature_norms and not self.features_only:
+            raise ValueError("feature_norms=True needs features_only=True")
+
+    @property
+    def kernel_sizes(self) -> tuple[int, ...]:
+        """Taps of the depthwise convolutions of each stage.
+
+        Example:
+            >>> ConvNeXtConfig().kernel_sizes
+            (5, 5, 5, 5)
+        """
+        size = self.kernel_size
+        return size if isinstance(size, tuple) else (size,) * len(self.depths)
+
     @property
     def total_stride(self) -> int:
         """Pixels of the input for each unit of the last map, along an axis.
@@ -157,7 +205,8 @@ class ConvNeXtConfig:
             >>> ConvNeXtConfig().total_stride
             32
         """
-        return self.patch_size * 2 ** (len(self.depths) - 1)
+        stem = self.patch_size if self.stem_type == "patch" else 4
+        return stem * 2 ** (len(self.depths) - 1 + self.first_downsample)
 
 
 class ConvNeXt(nnx.Module):
@@ -192,13 +241,21 @@ class ConvNeXt(nnx.Module):
     def __init__(self, config: ConvNeXtConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         checked_rngs(rngs)
-        self.stem = Stem(config, rngs=rngs)
+        make = Stem if config.stem_type == "patch" else OverlappedStem
+        self.stem = make(config, rngs=rngs)
         drop_paths = np.linspace(0.0, config.drop_path, sum(config.depths)).tolist()
         starts = np.cumsum((0, *config.depths))
         self.stages = nnx.List(
             Stage(config, s, drop_paths[starts[s] : starts[s + 1]], rngs=rngs)
             for s in range(len(config.depths))
         )
+        self.norms = nnx.data(None)
+        if config.feature_norms:
+            self.norms = nnx.List(_layer_norm(config, dim, rngs=rngs) for dim in config.dims)
+        # Here and not in the head, as timm has it.
+        self.norm_pre = nnx.data(None)
+        if config.head_norm_first and not config.features_only:
+            self.norm_pre = _layer_norm(config, config.dims[-1], rngs=rngs)
         self.head = nnx.data(None if config.features_only else Head(config, rngs=rngs))
 
     def __call__(
@@ -212,14 +269,18 @@ class ConvNeXt(nnx.Module):
                 `model.train()` and `model.eval()`.
 
         Returns:
-            Logits `[N, num_classes]`; with `num_classes=0` the normalised average of the last map
-            `[N, dims[-1]]`; with `features_only` what `features` returns.
+            Logits `[N, num_classes]`; with `num_classes=0` what the head's linear layer would take,
+            by default the normalised average of the last map `[N, dims[-1]]`; with `features_only`
+            what `features` returns.
 
         Raises:
             ValueError: If `x` is not floating point or its shape does not fit.
         """
         maps = self.features(x, deterministic=deterministic)
-        return maps if self.head is None else self.head(maps[-1], deterministic=deterministic)
+        if self.head is None:
+            return maps
+        last = maps[-1] if self.norm_pre is None else self.norm_pre(maps[-1])
+        return self.head(last, deterministic=deterministic)
 
     def features(self, x: ArrayLike, *, deterministic: bool | None = None) -> list[jax.Array]:
         """Compute the map that each stage returns, finest first.
@@ -229,7 +290,8 @@ class ConvNeXt(nnx.Module):
             deterministic: As in `__call__`.
 
         Returns:
-            One map `[N, H // (patch_size * 2**s), W // (patch_size * 2**s), dims[s]]` a stage s.
+            One map `[N, H // (patch_size * 2**s), W // (patch_size * 2**s), dims[s]]` a stage s;
+            normalised with `feature_norms`.
 
         Raises:
             ValueError: If `x` is not floating point or its shape does not fit.
@@ -241,6 +303,8 @@ class ConvNeXt(nnx.Module):
         for stage in self.stages:
             x = stage(x, deterministic=deterministic)
             maps.append(x)
+        if self.norms is not None:
+            maps = [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
         return maps
 
     def _check_input(self, shape: tuple[int, ...]) -> None:
@@ -276,17 +340,52 @@ class Stem(nnx.Module):
         return self.norm(self.conv(x))
 
 
+class OverlappedStem(nnx.Module):
+    """Two 3x3 convolutions of stride 2, an activation between them or none, then LayerNorm.
+
+    Args:
+        config: The config of the model.
+        rngs: Source of the keys.
+    """
+
+    def __init__(self, config: ConvNeXtConfig, *, rngs: nnx.Rngs) -> None:
+        dim = config.dims[0]
+        mid = _half(dim) if config.stem_type == "overlap_tiered" else dim
+        self.names = tuple(f"conv_{place}" for place in _OVERLAPPED[config.stem_type])
+        self.activated = config.stem_type == "overlap_act"
+        widths = (config.in_channels, mid, dim)
+        for name, before, after in zip(self.names, widths, widths[1:], strict=False):
+            conv = _patch_conv(config, before, after, 3, rngs=rngs, stride=2, padding=((1, 1),) * 2)
+            setattr(self, name, conv)
+        self.norm = _layer_norm(config, dim, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[N, H, W, in_channels]` to `[N, ceil(H / 4), ceil(W / 4), dims[0]]`."""
+        first, second = (getattr(self, name) for name in self.names)
+        x = first(x)
+        if self.activated:
+            x = nnx.gelu(x, approximate=False)
+        return self.norm(second(x))
+
+
+def _half(dim: int) -> int:
+    """Half of the channels as timm rounds it: to a multiple of 8, by no more than a tenth down."""
+    half = dim // 2
+    rounded = max(8, (half + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * half else rounded
+
+
 class Downsample(nnx.Module):
     """LayerNorm, then a 2x2 convolution of stride 2, between two stages.
 
     Args:
         config: The config of the model.
-        stage: Index of the stage that follows, at least 1.
+        stage: Index of the stage that follows.
         rngs: Source of the keys.
     """
 
     def __init__(self, config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> None:
-        before, after = config.dims[stage - 1 : stage + 1]
+        before, after = config.dims[max(stage - 1, 0)], config.dims[stage]
         self.norm = _layer_norm(config, before, rngs=rngs)
         self.conv = _patch_conv(config, before, after, 2, rngs=rngs)
 
@@ -308,7 +407,8 @@ class Stage(nnx.Module):
     def __init__(
         self, config: ConvNeXtConfig, stage: int, drop_paths: list[float], *, rngs: nnx.Rngs
     ) -> None:
-        self.downsample = nnx.data(Downsample(config, stage, rngs=rngs) if stage else None)
+        downsamples = stage or config.first_downsample
+        self.downsample = nnx.data(Downsample(config, stage, rngs=rngs) if downsamples else None)
         self.blocks = nnx.List(Block(config, stage, rate, rngs=rngs) for rate in drop_paths)
         self.remat = config.remat
 
@@ -420,7 +520,7 @@ class GlobalResponseNorm(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Global average, LayerNorm, dropout and the linear classifier.
+    """Global average, LayerNorm, a hidden layer or none, dropout and the linear classifier.
 
     Args:
         config: The config of the model.
@@ -429,24 +529,33 @@ class Head(nnx.Module):
 
     def __init__(self, config: ConvNeXtConfig, *, rngs: nnx.Rngs) -> None:
         dim = config.dims[-1]
-        self.norm = _layer_norm(config, dim, rngs=rngs)
-        self.dropout = nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
         # As nnx.data, so that a model without classes can be given a head of one's own later.
-        self.fc = nnx.data(None)
+        self.norm, self.pre_logits, self.fc = nnx.data(None), nnx.data(None), nnx.data(None)
+        if not config.head_norm_first:
+            self.norm = _layer_norm(config, dim, rngs=rngs)
+        if config.head_hidden_size is not None:
+            self.pre_logits = _linear(config, dim, config.head_hidden_size, rngs=rngs)
+            dim = config.head_hidden_size
+        self.dropout = nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
         if config.num_classes:
             self.fc = _linear(config, dim, config.num_classes, rngs=rngs)
             self.fc.kernel[...] *= config.head_init_scale
 
     def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
         """Map `[N, H, W, dims[-1]]` to `[N, num_classes]`, or `[N, dims[-1]]` for 0 classes."""
-        x = self.norm(jnp.mean(x, axis=(-3, -2)))
+        x = jnp.mean(x, axis=(-3, -2))
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.pre_logits is not None:
+            x = nnx.gelu(self.pre_logits(x), approximate=False)
         x = self.dropout(x, deterministic=deterministic)
         return x if self.fc is None else self.fc(x)
 
 
 def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nnx.Module:
-    dim = config.dims[stage]
+    dim, kernel_size = config.dims[stage], config.kernel_sizes[stage]
     shared: Keywords = {
+        "use_bias": config.conv_bias,
         "kernel_init": _kernel_init,
         "bias_init": nnx.initializers.zeros,
         "dtype": config.dtype,
@@ -455,11 +564,11 @@ def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nn
         "rngs": rngs,
     }
     if config.levels is None:
-        window = (config.kernel_size,) * 2
+        window = (kernel_size,) * 2
         return nnx.Conv(dim, dim, window, feature_group_count=dim, **shared)
     return WTConv2d(
         dim,
-        config.kernel_size,
+        kernel_size,
         config.levels[stage],
         wavelet=config.wavelet,
         implementation=config.implementation,
@@ -468,14 +577,23 @@ def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nn
 
 
 def _patch_conv(
-    config: ConvNeXtConfig, before: int, after: int, size: int, *, rngs: nnx.Rngs
+    config: ConvNeXtConfig,
+    before: int,
+    after: int,
+    size: int,
+    *,
+    stride: int | None = None,
+    padding: Padding = "VALID",
+    rngs: nnx.Rngs,
 ) -> Conv2d:
+    """A convolution of the stem or of a downsampling; None strides by the kernel's size."""
     return Conv2d(
         before,
         after,
         size,
-        strides=size,
-        padding="VALID",
+        strides=stride or size,
+        padding=padding,
+        use_bias=config.conv_bias,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         precision=config.precision,

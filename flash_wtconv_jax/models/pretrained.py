@@ -49,8 +49,10 @@ def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
     parameters; a wavelet that nothing in the folder names is taken for Haar.
 
     Args:
-        path: Folder that `save_network` or `flash-wtconv convert` has written, or a
-            `.safetensors` or `.pth` file in timm's names.
+        path: Folder that `save_network`, `flash-wtconv convert` or another Orbax writer has
+            written, or a `.safetensors` or `.pth` file of any layout of whole networks; see
+            `checkpoints.from_torch`. What a state dict does not tell, such as timm's `act_layer`,
+            `norm_eps`, `output_stride` and `global_pool`, is taken for its default.
 
     Returns:
         The model with the parameters of the checkpoint.
@@ -105,6 +107,9 @@ def _constructor(path: Path) -> Callable[[], convnext.ConvNeXt]:
     known = {field.name for field in dataclasses.fields(convnext.ConvNeXtConfig)}
     if not known.issuperset(options):
         raise ValueError(f"{path} has unknown options {sorted(set(options) - known)}")
+    wavelet = checkpoints.wavelet_of(path.parent, options.get("wavelet"))
+    if wavelet is not None:
+        options["wavelet"] = wavelet
     return lambda: makers[name](rngs=nnx.Rngs(0), **options)
 
 
@@ -116,22 +121,32 @@ def _config_of(variables: Mapping[str, Tree], wavelet: str, path: Path) -> convn
     """The config of a model, read off its parameters."""
     params: Tree = variables.get("params", variables)
     try:
-        stem, stages = params["stem"]["conv"]["kernel"], _in_order(params["stages"])
+        stem, stages = params["stem"], _in_order(params["stages"])
         blocks = [_in_order(stage["blocks"]) for stage in stages]
         first = [block["conv_dw"] for block, *_ in blocks]
         plain = "kernel" in first[0]
+        sizes = tuple(np.shape(conv["kernel" if plain else "base_kernel"])[0] for conv in first)
+        dims = tuple(np.shape(block["norm"]["scale"])[0] for block, *_ in blocks)
         head = params.get("head", {})
+        patches = stem.get("conv", stem.get("conv_0"))
+        hidden = head["pre_logits"]["bias"] if "pre_logits" in head else None
         return convnext.ConvNeXtConfig(
             depths=tuple(map(len, blocks)),
-            dims=tuple(np.shape(block["norm"]["scale"])[0] for block, *_ in blocks),
-            kernel_size=np.shape(first[0]["kernel" if plain else "base_kernel"])[0],
+            dims=dims,
+            kernel_size=sizes[0] if len(set(sizes)) == 1 else sizes,
             levels=None if plain else tuple(map(_levels, first)),
-            in_channels=np.shape(stem)[2],
+            in_channels=np.shape(patches["kernel"])[2],
             num_classes=np.shape(head["fc"]["bias"])[0] if "fc" in head else 0,
-            patch_size=np.shape(stem)[0],
+            patch_size=np.shape(patches["kernel"])[0] if "conv" in stem else 4,
+            stem_type=_stem_type(stem),
+            first_downsample="downsample" in stages[0],
+            conv_bias="bias" in patches,
             layer_scale=1e-6 if "gamma" in blocks[0][0] else None,
             use_grn="grn" in blocks[0][0]["mlp"],
-            features_only=not head,
+            head_norm_first="norm_pre" in params,
+            head_hidden_size=None if hidden is None else np.shape(hidden)[0],
+            features_only=not head and "norm_pre" not in params,
+            feature_norms="norms" in params,
             wavelet=wavelet,
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -139,6 +154,15 @@ def _config_of(variables: Mapping[str, Tree], wavelet: str, path: Path) -> convn
             f"{path} holds no whole WTConvNeXt or ConvNeXt, whose parameters are stem, stages and "
             f"head; it holds {sorted(params)[:5]}"
         ) from error
+
+
+def _stem_type(stem: Mapping[str, Tree]) -> str:
+    if "conv" in stem:
+        return "patch"
+    if "conv_2" in stem:
+        return "overlap_act"
+    mid, dim = np.shape(stem["conv_1"]["kernel"])[2:]
+    return "overlap" if mid == dim else "overlap_tiered"
 
 
 def _in_order(tree: Mapping[str, Tree]) -> list[Tree]:

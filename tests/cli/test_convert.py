@@ -37,13 +37,13 @@ def assert_same(one, other):
 def test_every_kind_to_every_kind(tmp_path, params):
     pytest.importorskip("torch")
     checkpoints.write_state_dict(tmp_path / "0.safetensors", checkpoints.to_torch(params))
-    chain = ["0.safetensors", "1", "2.pth", "3.pt", "4", "5.safetensors"]
+    chain = ["0.safetensors", "1", "2.pth", "3.pth.tar", "4.pt", "5", "6.safetensors"]
     for source, destination in zip(chain, chain[1:], strict=False):
         result = run(tmp_path / source, tmp_path / destination)
         assert result.exit_code == 0, result.output
         assert_same(checkpoints.load(tmp_path / destination)["params"], params)
     assert_same(
-        checkpoints.read_state_dict(tmp_path / "5.safetensors"),
+        checkpoints.read_state_dict(tmp_path / "6.safetensors"),
         checkpoints.read_state_dict(tmp_path / "0.safetensors"),
     )
 
@@ -76,6 +76,20 @@ def test_a_folder_that_names_no_wavelet_gives_no_filters(tmp_path, params):
     assert run(tmp_path / "a", tmp_path / "c.safetensors", "--layout", "fast").exit_code == 0
     assert run(tmp_path / "a", tmp_path / "d").exit_code == 0
     assert checkpoints.wavelet_of(tmp_path / "d") is None
+
+
+def test_an_argument_never_contradicts_what_a_source_records(tmp_path, params):
+    state_dict = checkpoints.to_torch(params)
+    checkpoints.write_state_dict(tmp_path / "a.safetensors", state_dict)
+    assert run(tmp_path / "a.safetensors", tmp_path / "a").exit_code == 0
+    for source, destination in (("a.safetensors", "b"), ("a", "b.safetensors"), ("a", "b")):
+        result = run(tmp_path / source, tmp_path / destination, "--wavelet", "db2")
+        assert result.exit_code == 1, result.output
+        assert "'haar'" in result.stderr and "'db2'" in result.stderr
+        assert not (tmp_path / destination).exists()
+    # Two names of one wavelet do not contradict each other.
+    assert run(tmp_path / "a", tmp_path / "b.safetensors", "--wavelet", "db1").exit_code == 0
+    assert_same(checkpoints.read_state_dict(tmp_path / "b.safetensors"), state_dict)
 
 
 def test_layout_to_layout(tmp_path, params):

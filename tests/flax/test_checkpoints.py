@@ -1,13 +1,16 @@
 """Names, files and folders of checkpoints; no test but those of `.pth` needs PyTorch."""
 
+import argparse
 import os
 import pickle
+import re
 import sys
 from functools import partial
 
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from safetensors import SafetensorError
@@ -217,7 +220,9 @@ def test_misfits_of_variables():
 
 
 def test_layout_must_be_known():
-    with pytest.raises(ValueError, match="layout is 'nope', expected one of published, fast, wtc"):
+    with pytest.raises(
+        ValueError, match="layout is 'nope', expected one of published, fast, metal, wtc"
+    ):
         checkpoints.from_torch(published(), "nope")
     with pytest.raises(ValueError, match="layout is 'nope'"):
         checkpoints.to_torch({}, layout="nope")
@@ -383,6 +388,197 @@ def test_full_size_models_fit(size):
     assert checkpoints.recognise(state_dict) == ("wtconvnext", 2, "haar")
 
 
+# How the names of timm are spelt elsewhere, in the order of replacement.
+SPELLINGS = {
+    "original": {
+        r"^stem": "downsample_layers.0",
+        r"stages\.(\d)\.downsample": r"downsample_layers.\1",
+        r"\.blocks": "",
+        "conv_dw": "dwconv",
+        r"mlp\.fc": "pwconv",
+        r"mlp\.grn\.weight": "grn.gamma",
+        r"mlp\.grn\.bias": "grn.beta",
+        r"^head\.norm": "norm",
+        r"^head\.fc": "head",
+    },
+    "mmseg": {
+        r"^stem": "downsample_layers.0",
+        r"stages\.(\d)\.downsample": r"downsample_layers.\1",
+        r"\.blocks": "",
+        "conv_dw": "depthwise_conv",
+        r"mlp\.fc": "pointwise_conv",
+        r"mlp\.grn\.weight": "grn.gamma",
+        r"mlp\.grn\.bias": "grn.beta",
+    },
+    "features_only": {r"^stem\.": "stem_", r"^stages\.": "stages_"},
+    "fast layers": {
+        r"base_conv\.": "base_",
+        r"base_scale\.weight": "base_scale",
+        r"wavelet_convs\.(\d)\.weight": r"wt_weights.\1",
+        r"wavelet_scale\.(\d)\.weight": r"wt_scales.\1",
+    },
+    "metal layers": {
+        r"base_scale\.weight": "base_scale",
+        r"wavelet_scale\.(\d)\.weight": r"wavelet_scales.\1",
+    },
+}
+
+
+def spelt(state_dict, spelling):
+    result = {}
+    for name, array in state_dict.items():
+        for pattern, replacement in SPELLINGS[spelling].items():
+            name = re.sub(pattern, replacement, name)
+        result[name] = array
+    return result
+
+
+@pytest.mark.parametrize("layout", ["original", "mmseg", "features_only"])
+def test_whole_models_in_the_names_of_other_codes(layout):
+    for levels, grn in ((None, True), ((2, 0), False)):
+        state_dict = model_state_dict(levels, grn)
+        if layout != "original":
+            state_dict = {n: a for n, a in state_dict.items() if not n.startswith("head.")}
+        if grn:
+            state_dict = {n: a for n, a in state_dict.items() if "gamma" not in n}
+        variables = checkpoints.from_torch(state_dict)
+        other = spelt(state_dict, layout)
+        if layout == "original":  # V2 has channels last.
+            other = {n: a[None, None, None] if "grn" in n else a for n, a in other.items()}
+        if layout == "mmseg":  # With a norm of each stage's map.
+            norms = {
+                str(s): {"scale": np.ones(c), "bias": np.zeros(c)} for s, c in ((0, 4), (1, 6))
+            }
+            variables["params"]["norms"] = norms
+            other |= {f"norm{s}.weight": norm["scale"] for s, norm in norms.items()}
+            other |= {f"norm{s}.bias": norm["bias"] for s, norm in norms.items()}
+        assert checkpoints.recognise(other) == (layout, 2, "haar")
+        assert_same(flat(checkpoints.from_torch(other)), flat(variables))
+        assert_same(checkpoints.to_torch(variables, layout, like=other), other)
+        if not (grn and layout == "original"):
+            assert_same(checkpoints.to_torch(variables, layout), other)
+
+
+def test_classifiers_of_mmpretrain():
+    """Four stages, of which the last has a norm; the head stands beside the backbone."""
+    names = {"stem.0.weight": (2, 3, 4, 4), "head.norm.weight": (2,), "head.norm.bias": (2,)}
+    names |= {
+        "head.fc.weight": (5, 2),
+        "head.fc.bias": (5,),
+        "stem.1.weight": (2,),
+        "stem.1.bias": (2,),
+    }
+    for s in range(4):
+        block = f"stages.{s}.blocks.0"
+        names |= {f"{block}.norm.weight": (2,), f"{block}.norm.bias": (2,)}
+        names |= {f"{block}.mlp.fc1.weight": (8, 2), f"{block}.mlp.fc1.bias": (8,)}
+        names |= {f"{block}.mlp.fc2.weight": (2, 8), f"{block}.mlp.fc2.bias": (2,)}
+        names |= {f"{block}.conv_dw.weight": (2, 1, 3, 3)}
+        if s:
+            down = f"stages.{s}.downsample"
+            names |= {f"{down}.0.weight": (2,), f"{down}.0.bias": (2,)}
+            names |= {f"{down}.1.weight": (2, 2, 2, 2)}
+    rng = np.random.default_rng(0)
+    state_dict = {name: random_array(rng, shape) for name, shape in names.items()}
+    other = {
+        name if "head.fc" in name else "backbone." + name.replace("head.norm", "norm3"): array
+        for name, array in spelt(state_dict, "mmseg").items()
+    }
+    expected = checkpoints.from_torch(state_dict)
+    assert_same(flat(checkpoints.from_torch(other)), flat(expected))
+    assert_same(checkpoints.to_torch(expected, like=other), other)
+
+
+@pytest.mark.parametrize("layers", ["fast layers", "metal layers"])
+def test_whole_models_of_other_layers(layers):
+    state_dict = model_state_dict((2, 1))
+    expected = flat(checkpoints.from_torch(state_dict))
+    other = spelt(state_dict, layers)
+    other = {name: array for name, array in other.items() if not name.endswith("_filter")}
+    assert checkpoints.recognise(other) == ("wtconvnext", 2, "haar")
+    variables = checkpoints.from_torch(other)
+    if layers == "metal layers":
+        for name in [name for name in expected if name.endswith("base_bias")]:
+            expected[name] = expected[name] / expected[name.replace("_bias", "_scale")]
+    assert_same(flat(variables), expected)
+    again = checkpoints.to_torch(variables, like=other)
+    assert set(again) == set(other)
+    for name, array in again.items():
+        np.testing.assert_allclose(array, other[name], rtol=1e-6)
+    # Whichever layers they come from, they are written as the published ones unless told otherwise.
+    assert set(checkpoints.to_torch(variables)) == set(state_dict)
+    with pytest.raises(ValueError, match="wavelet is 'db2', but layers of .* are Haar"):
+        checkpoints.from_torch(other, wavelet="db2")
+
+
+def test_layers_for_apple_gpus_do_not_scale_their_bias():
+    rng = np.random.default_rng(0)
+    state_dict = {
+        name: a for name, a in spelt(published(), "metal layers").items() if "_filter" not in name
+    }
+    assert checkpoints.recognise(state_dict) == ("metal", 2, "haar")
+    params = checkpoints.from_torch(state_dict)["params"]
+    x = random_array(rng, (1, 6, 7, 3))
+    unbiased = oracle.wtconv(x, {n: a for n, a in params.items() if n != "base_bias"}, 2)
+    want = unbiased + state_dict["base_conv.bias"]
+    np.testing.assert_allclose(oracle.wtconv(x, params, 2), want, atol=1e-5)
+    np.testing.assert_allclose(
+        checkpoints.to_torch(params, "metal")["base_conv.bias"],
+        state_dict["base_conv.bias"],
+        rtol=1e-6,
+    )
+    state_dict["base_scale"][0, 1] = 0
+    with pytest.raises(ValueError, match=r"base_conv.bias is added after .* channels \[1\]"):
+        checkpoints.from_torch(state_dict)
+    state_dict["base_conv.bias"][1] = 0
+    assert checkpoints.from_torch(state_dict)["params"]["base_bias"][1] == 0
+
+
+def test_a_pattern_has_the_filters_of_the_wavelet():
+    params = checkpoints.from_torch(published())["params"]
+    with pytest.raises(ValueError, match="tensors of like .*\n.*they are those of 'haar'"):
+        checkpoints.to_torch(params, wavelet="db2", like=published())
+
+
+def test_linear_layers_may_be_written_as_convolutions():
+    state_dict = model_state_dict(None, grn=True)
+    other = {
+        n: a[..., None, None] if ".fc" in n and a.ndim == 2 and "head" not in n else a
+        for n, a in state_dict.items()
+    }
+    variables = checkpoints.from_torch(other)
+    assert_same(flat(variables), flat(checkpoints.from_torch(state_dict)))
+    assert_same(checkpoints.to_torch(variables, like=other), other)
+    assert_same(checkpoints.to_torch(variables), state_dict)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "beside"),
+    [
+        ("module.{}", {"n_averaged": np.array(3)}),
+        ("_orig_mod.module._orig_mod.{}", {"_orig_mod.n_averaged": np.array(3)}),
+        ("model.module.{}", {}),
+        (
+            "backbone.{}",
+            {"decode_head.conv.weight": np.ones(3), "data_preprocessor.mean": np.ones(3)},
+        ),
+    ],
+)
+def test_what_wrappers_put_into_names_goes(pattern, beside):
+    state_dict = model_state_dict()
+    wrapped = {pattern.format(name): array for name, array in state_dict.items()} | beside
+    variables = checkpoints.from_torch(wrapped)
+    assert checkpoints.recognise(wrapped).layout == "wtconvnext"
+    assert_same(flat(variables), flat(checkpoints.from_torch(state_dict)))
+    again = checkpoints.to_torch(variables, like=wrapped)
+    assert_same(again, {name: a for name, a in wrapped.items() if name not in beside})
+    with pytest.raises(ValueError, match="state_dict has 'stem.0.weight' twice"):
+        checkpoints.from_torch(wrapped | {pattern.format("_orig_mod.stem.0.weight"): np.ones(1)})
+    # What stands inside of a network, and not around it, is no wrapper's.
+    inner = {name.replace("blocks.", "blocks._orig_mod."): a for name, a in state_dict.items()}
+    assert_same(flat(checkpoints.from_torch(inner)), flat(variables))
+
+
 def test_misfits_of_a_model():
     state_dict = model_state_dict()
     # One bias of a convolution, one whole block, one filter; a level that calls for a lower one.
@@ -391,7 +587,7 @@ def test_misfits_of_a_model():
     conv = "stages.1.blocks.1.conv_dw"
     del state_dict[f"{conv}.iwt_filter"]
     state_dict[f"{conv}.wavelet_convs.1.weight"] = np.zeros((24, 1, 3, 3), np.float32)
-    state_dict["stages.0.downsample.0.weight"] = np.zeros(4, np.float32)
+    state_dict["stages.0.downsample.2.weight"] = np.zeros(4, np.float32)
     state_dict["head.fc.weight"] = state_dict["head.fc.weight"].T
     with pytest.raises(ValueError) as info:
         checkpoints.from_torch(state_dict)
@@ -402,7 +598,7 @@ def test_misfits_of_a_model():
     assert f"missing: {conv}.wavelet_convs.0.weight (24, 1, 3, 3)" in lines
     assert f"missing: {conv}.wavelet_scale.1.weight (1, 24, 1, 1)" in lines
     assert "missing: stages.1.blocks.0.mlp.fc1.weight (24, 6)" in lines
-    assert "surplus: stages.0.downsample.0.weight (4,)" in lines
+    assert "surplus: stages.0.downsample.2.weight (4,)" in lines
     assert "misshapen: head.fc.weight is (6, 5), expected (5, 6)" in lines
 
 
@@ -424,6 +620,56 @@ def test_load_into_keeps_the_dtype_of_the_model():
     model = nnx.Linear(2, 3, param_dtype=jax.numpy.bfloat16, rngs=nnx.Rngs(0))
     checkpoints.load_into(model, {"params": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}})
     assert model.kernel.dtype == jax.numpy.bfloat16
+
+
+class Frozen(nnx.Variable):
+    """A weight that an optimizer of `nnx.Param` leaves alone."""
+
+
+def test_load_into_keeps_types_placement_and_ties(tmp_path):
+    mesh = jax.make_mesh((1,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "m"))
+
+    def make():
+        first, second = (nnx.Linear(3, 3, rngs=nnx.Rngs(seed)) for seed in range(2))
+        first.kernel = Frozen(jax.device_put(first.kernel[...], placement), tag="mine")
+        second.kernel = first.kernel
+        return nnx.List([first, second, nnx.BatchNorm(3, rngs=nnx.Rngs(0)), second])
+
+    model, other = make(), make()
+    variables = checkpoints.variables_of(model)
+    assert sorted(flat(variables["params"])) == [
+        "0.bias",
+        "0.kernel",
+        "1.bias",
+        "2.bias",
+        "2.scale",
+    ]
+    checkpoints.save(tmp_path / "a", jax.tree.map(lambda array: array + 1, variables))
+    checkpoints.load_into(other, checkpoints.restore(tmp_path / "a"))
+    assert other[1].kernel is other[0].kernel and type(other[0].kernel) is Frozen
+    assert other[0].kernel.sharding == placement and other[0].kernel.get_metadata("tag") == "mine"
+    # What was on no device in particular stays so: a mesh would refuse it otherwise.
+    assert not other[0].bias.committed
+    np.testing.assert_array_equal(other[1].kernel[...], model[0].kernel[...] + 1)
+    # PyTorch's state dicts name a tied tensor in each of its places.
+    params = variables["params"]
+    params["1"]["kernel"], params["3"] = params["0"]["kernel"], params["1"]
+    checkpoints.load_into(other, variables)
+    np.testing.assert_array_equal(other[1].kernel[...], model[0].kernel[...])
+    params["1"]["kernel"] = params["1"]["kernel"] + 1
+    with pytest.raises(ValueError, match="differ: 1.kernel and 0.kernel, which are tied"):
+        checkpoints.load_into(other, variables)
+
+
+def test_load_into_shapes_alone_places_as_they_say():
+    mesh = jax.make_mesh((1,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    kernel_init = nnx.with_partitioning(nnx.initializers.ones, (None, "m"))
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: nnx.Linear(2, 3, kernel_init=kernel_init, rngs=nnx.Rngs(0)))
+        checkpoints.load_into(model, {"kernel": np.ones((2, 3)), "bias": np.ones(3)})
+    assert model.kernel.sharding.spec == jax.sharding.PartitionSpec(None, "m")
+    assert model.kernel.sharding.mesh == mesh
 
 
 # Files and folders.
@@ -478,6 +724,59 @@ def test_training_checkpoints_give_their_weights(tmp_path):
         checkpoints.read_state_dict(tmp_path / "b.pt")
 
 
+def test_training_checkpoints_of_timm(tmp_path):
+    """Its saver adds the arguments of the script, a metric of NumPy and the optimizer's state."""
+    torch = pytest.importorskip("torch")
+    tensors = checkpoints.to_tensors(layer_state_dict("fast"))
+    content = {
+        "state_dict": tensors,
+        "state_dict_ema": {name: tensor + 1 for name, tensor in tensors.items()},
+        "args": argparse.Namespace(model="wtconvnext_tiny", lr=1e-3, out=tmp_path),
+        "metric": np.float64(81.2),
+        "optimizer": {"state": {0: {"step": np.int64(3)}}, "random": np.arange(3)},
+    }
+    torch.save(content, tmp_path / "a.pth.tar")
+    assert_same(
+        checkpoints.read_state_dict(tmp_path / "a.pth.tar"),
+        {name: tensor.numpy() + 1 for name, tensor in tensors.items()},
+    )
+    checkpoints.write_state_dict(tmp_path / "b.pth.tar", tensors)
+    assert set(torch.load(tmp_path / "b.pth.tar")) == set(tensors)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_tensors_that_are_no_weights_are_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    tensors = {"base_weight": torch.ones(2, 1, 3, 3), "base_scale": torch.ones(1, 2, 1, 1)}
+    path = tmp_path / "a.pth"
+    kernel = tensors["base_weight"]
+    for other, message in (
+        (kernel.to(torch.float8_e4m3fn), "it is torch.float8_e4m3fn: "),
+        (torch.quantize_per_tensor(kernel, 0.1, 0, torch.qint8), "it is quantized .torch.qint8"),
+        (kernel.to_sparse(), "it is sparse .torch.sparse_coo"),
+        (kernel.to("meta"), "it is on the meta device"),
+    ):
+        torch.save({**tensors, "base_weight": other}, path)
+        with pytest.raises(ValueError, match=rf"a.pth: state_dict\['base_weight'\]: .*{message}"):
+            checkpoints.read_state_dict(path)
+    torch.save(dict(enumerate(tensors.values())), path)
+    with pytest.raises(ValueError, match="a.pth: state_dict has the key 0, expected names"):
+        checkpoints.read_state_dict(path)
+    save_file({"base_weight": kernel.to(torch.float8_e5m2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a.safetensors holds tensors of F8_E5M2, expected"):
+        checkpoints.read_state_dict(tmp_path / "a.safetensors")
+
+
+def test_arrays_of_the_other_order_of_bytes():
+    state_dict = layer_state_dict("fast")
+    other = {name: array.astype(">f4") for name, array in state_dict.items()}
+    assert_same(
+        checkpoints.from_torch(other)["params"], checkpoints.from_torch(state_dict)["params"]
+    )
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, (self.path,)
@@ -518,7 +817,9 @@ def test_damaged_files(tmp_path, suffix, keep):
 
 
 def test_paths_that_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="extension '.bin', expected .safetensors, .pth or .pt"):
+    with pytest.raises(
+        ValueError, match="extension '.bin', expected .safetensors, .pth, .pt or .pth.tar"
+    ):
         checkpoints.read_state_dict(tmp_path / "a.bin")
     with pytest.raises(ValueError, match="extension '.bin'"):
         checkpoints.write_state_dict(tmp_path / "a.bin", {})
@@ -627,6 +928,31 @@ def test_orbax_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 
+def test_nnx_states_of_other_orbax_writers(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx_layers.WTConv2d(2, 3, rngs=nnx.Rngs(0))])
+            self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    net = Net()
+    expected = flat(checkpoints.variables_of(net)["params"])
+    state = nnx.state(net)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.save(tmp_path / "pure", nnx.to_pure_dict(state))
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        for step in (3, 10):
+            manager.save(step, args=ocp.args.StandardSave(state))
+    with ocp.CheckpointManager(tmp_path / "items") as manager:
+        items = {name: ocp.args.StandardSave(state) for name in ("model", "ema")}
+        manager.save(1, args=ocp.args.Composite(**items))
+    for folder in ("state", "pure", "steps/3", "items/1/ema"):
+        assert_same(flat(checkpoints.restore(tmp_path / folder)), expected)
+    for folder, message in (("steps", "several .*, 3, 10: .*steps/10"), ("items/1", "ema, model:")):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.restore(tmp_path / folder)
+
+
 def test_orbax_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
         checkpoints.restore(tmp_path / "nowhere")
@@ -712,6 +1038,18 @@ def test_a_damaged_note_of_the_wavelet_is_named(tmp_path):
     (tmp_path / "a" / "flash_wtconv.json").write_text("[]")
     with pytest.raises(ValueError, match="flash_wtconv.json is damaged"):
         checkpoints.wavelet_of(tmp_path / "a")
+
+
+def test_a_folder_is_held_against_the_wavelet_and_layout_that_it_is_loaded_with(tmp_path):
+    variables = checkpoints.from_torch(published())
+    checkpoints.save(tmp_path / "a", variables, wavelet="db2")
+    assert_same(flat(checkpoints.load(tmp_path / "a", wavelet="db2")), flat(variables))
+    with pytest.raises(ValueError, match=r"wavelet is 'haar', but .*a names 'db2'"):
+        checkpoints.load(tmp_path / "a")
+    with pytest.raises(ValueError, match="layout is 'fast', but .*a is a folder of variables"):
+        checkpoints.load(tmp_path / "a", "fast", wavelet="db2")
+    checkpoints.save(tmp_path / "b", variables)
+    assert_same(flat(checkpoints.load(tmp_path / "b", wavelet="db3")), flat(variables))
 
 
 def test_torch_files_that_are_something_else(tmp_path):

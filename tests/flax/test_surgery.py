@@ -143,6 +143,33 @@ def test_weights_and_dtypes_move_over():
     assert model[0].implementation == "xla"
 
 
+class Frozen(nnx.Variable):
+    """A weight that an optimizer of `nnx.Param` leaves alone."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kernel_size": 5}, {"keep_weights": False}, {"kernel_size": 2, "keep_weights": False}],
+    ids=str,
+)
+def test_ties_types_metadata_and_placement_stay(options):
+    mesh = jax.make_mesh((1,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    placement = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, None, "m"))
+    first, second, alone = (depthwise(seed=seed) for seed in range(3))
+    first.kernel = Frozen(jax.device_put(first.kernel[...], placement), tag="mine")
+    second.kernel, second.bias = first.kernel, first.bias
+    alone.bias = Frozen(alone.bias[...])
+    model = nnx.List([first, second, alone])
+    surgery.replace_depthwise(model, depth=1, rngs=nnx.Rngs(0), **options)
+    assert model[0].base_kernel is model[1].base_kernel
+    assert model[0].base_bias is model[1].base_bias
+    assert type(model[0].base_kernel) is type(model[2].base_bias) is Frozen
+    assert type(model[0].wavelet_kernel_0) is nnx.Param
+    assert model[0].base_kernel.get_metadata("tag") == "mine"
+    assert model[0].base_kernel.sharding == placement
+    assert model[0].base_kernel.shape == (*(options.get("kernel_size", 3),) * 2, 1, 3)
+
+
 def test_where_sees_paths_and_chooses():
     model, seen = Zoo(), []
 

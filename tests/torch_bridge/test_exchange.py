@@ -1,5 +1,7 @@
 """Weights and arrays between JAX and PyTorch: layers, WTConvNeXt, DLPack."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -75,6 +77,24 @@ def test_arrays_share_the_memory_of_a_gpu():
         jax.tree.map(jax.numpy.asarray, torch_bridge.to_jax(torch_bridge.WTConv2d(2, 2, 3)))
     )
     assert layer.device == tensor.device
+
+
+def test_wrapped_modules_go_in_and_out():
+    compiled = partial(torch.compile, backend="eager")
+    layer = torch_bridge.WTConv2d(2, 2, 3, wt_levels=1, device="cpu")
+    variables = torch_bridge.to_jax(layer)
+    averaged = torch.optim.swa_utils.AveragedModel(compiled(layer))
+    for module in (compiled(layer), averaged, compiled(averaged)):
+        jax.tree.map(np.testing.assert_array_equal, torch_bridge.to_jax(module), variables)
+    averaged.n_averaged += 3
+    zeros = jax.tree.map(np.zeros_like, variables)
+    assert torch_bridge.from_jax(zeros, averaged) is averaged
+    assert averaged.n_averaged == 3
+    jax.tree.map(np.testing.assert_array_equal, torch_bridge.to_jax(averaged), zeros)
+    # As strict as ever: nothing of the module stays as it was.
+    fewer = {name: array for name, array in zeros["params"].items() if "wavelet" not in name}
+    with pytest.raises(RuntimeError, match=r"wavelet_convs.0.weight"):
+        torch_bridge.from_jax({"params": fewer}, averaged)
 
 
 class Norm(torch.nn.LayerNorm):

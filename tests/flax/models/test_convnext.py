@@ -13,7 +13,7 @@ from flax import nnx
 
 from flash_wtconv_jax import models, surgery
 from flash_wtconv_jax.models import ConvNeXt, ConvNeXtConfig, weight_decay_mask
-from flash_wtconv_jax.models.convnext import Block, GlobalResponseNorm, _patch_conv
+from flash_wtconv_jax.models.convnext import Block, GlobalResponseNorm, OverlappedStem, _patch_conv
 from flash_wtconv_jax.nnx import WTConv2d
 from pallas_kernels import oracle
 
@@ -157,38 +157,59 @@ def reference(params, x, levels):
         n, h, w, c = x.shape
         x = x[:, : h // size * size, : w // size * size]
         x = x.reshape(n, h // size, size, w // size, size, c)
-        return np.einsum("nhiwjc,ijcd->nhwd", x, p["kernel"]) + p["bias"]
+        return np.einsum("nhiwjc,ijcd->nhwd", x, p["kernel"]) + p.get("bias", 0.0)
+
+    def halved(x, p):
+        """A 3x3 convolution of stride 2, zero-padded by one."""
+        x = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+        windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2))[:, ::2, ::2]
+        return np.einsum("nhwcij,ijcd->nhwd", windows, p["kernel"]) + p.get("bias", 0.0)
+
+    def linear(x, p):
+        return x @ p["kernel"] + p["bias"]
 
     def gelu(x):
         return x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
 
     def depthwise(x, p):
         if levels is None:
-            return oracle.depthwise(x, p["kernel"][..., 0, :], 2) + p["bias"]
+            return oracle.depthwise(x, p["kernel"][..., 0, :], 2) + p.get("bias", 0.0)
         return oracle.wtconv(x, p, 2)
 
     def block(x, p):
         y = norm(depthwise(x, p["conv_dw"]), p["norm"])
-        y = gelu(y @ p["mlp"]["fc1"]["kernel"] + p["mlp"]["fc1"]["bias"])
+        y = gelu(linear(y, p["mlp"]["fc1"]))
         if "grn" in p["mlp"]:
             length = np.sqrt((y**2).sum((1, 2), keepdims=True))
             share = length / (length.mean(-1, keepdims=True) + 1e-6)
             y = y + p["mlp"]["grn"]["scale"] * (y * share) + p["mlp"]["grn"]["bias"]
-        y = y @ p["mlp"]["fc2"]["kernel"] + p["mlp"]["fc2"]["bias"]
+        y = linear(y, p["mlp"]["fc2"])
         return x + p.get("gamma", 1.0) * y
 
-    x = norm(patches(x, params["stem"]["conv"]), params["stem"]["norm"])
+    stem = params["stem"]
+    if "conv" in stem:
+        x = patches(x, stem["conv"])
+    elif "conv_2" in stem:
+        x = halved(gelu(halved(x, stem["conv_0"])), stem["conv_2"])
+    else:
+        x = halved(halved(x, stem["conv_0"]), stem["conv_1"])
+    x = norm(x, stem["norm"])
     maps = []
     for s in sorted(params["stages"]):
         stage = params["stages"][s]
-        if s:
+        if "downsample" in stage:
             down = stage["downsample"]
             x = patches(norm(x, down["norm"]), down["conv"])
         for b in sorted(stage["blocks"]):
             x = block(x, stage["blocks"][b])
-        maps.append(x)
-    pooled = norm(x.mean((1, 2)), params["head"]["norm"])
-    return maps, pooled, pooled @ params["head"]["fc"]["kernel"] + params["head"]["fc"]["bias"]
+        maps.append(norm(x, params["norms"][s]) if "norms" in params else x)
+    if "head" not in params:
+        return maps, None, None
+    head = params["head"]
+    pooled = (norm(x, params["norm_pre"]) if "norm_pre" in params else x).mean((1, 2))
+    pooled = norm(pooled, head["norm"]) if "norm" in head else pooled
+    hidden = gelu(linear(pooled, head["pre_logits"])) if "pre_logits" in head else pooled
+    return maps, pooled, linear(hidden, head["fc"])
 
 
 @pytest.mark.parametrize(
@@ -217,6 +238,39 @@ def test_function_head_options_and_pyramid_against_numpy(changes, images):
     # A head of one's own goes in its place.
     headless.head.fc = nnx.Linear(6, 2, rngs=nnx.Rngs(0))
     assert headless(images).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stem_type": "overlap_act", "conv_bias": False, "head_hidden_size": 7, "levels": None}
+        | {"kernel_size": (5, 3)},
+        pytest.param(
+            {"first_downsample": True, "head_norm_first": True, "kernel_size": (3, 1)},
+            marks=pytest.mark.wide,
+        ),
+        pytest.param(
+            {"stem_type": "overlap_tiered", "conv_bias": False, "dims": (32, 6)}
+            | {"features_only": True, "feature_norms": True},
+            marks=pytest.mark.wide,
+        ),
+    ],
+    ids=["overlapped", "halved", "maps"],
+)
+def test_options_of_timm_against_numpy(changes, images):
+    model = randomise(abstract(**changes))
+    wide = jax.tree.map(lambda v: np.asarray(v, np.float64), nnx.to_pure_dict(nnx.state(model)))
+    maps, _, logits = reference(wide, np.asarray(images, np.float64), model.config.levels)
+    expected = maps if model.config.features_only else [logits]
+    for ours, theirs in zip(jax.tree.leaves(model(images)), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_tiered_stems_round_their_width_as_timm_does():
+    for dim, half in ((4, 8), (32, 16), (40, 24), (22, 16), (88, 48)):
+        config = dataclasses.replace(TINY, stem_type="overlap_tiered", dims=(dim, 6))
+        stem = nnx.eval_shape(lambda config=config: OverlappedStem(config, rngs=nnx.Rngs(0)))
+        assert stem.conv_0.kernel.shape == (3, 3, 3, half)
 
 
 def test_published_pyramid_has_four_maps():
@@ -409,7 +463,12 @@ def test_convolutions_and_wavelets_have_filters_of_their_own(images):
         ({"dims": (4,)}, "dims must have one entry for each of the 2 stages"),
         ({"levels": (1, 2, 3)}, "levels must have one entry"),
         ({"levels": (1, -1)}, "each entry of levels=.* must be an integer >= 0"),
-        ({"kernel_size": (5, 5)}, "kernel_size=.*: expected an integer"),
+        ({"kernel_size": (5, 5, 5)}, "kernel_size must have one entry for each of the 2 stages"),
+        ({"kernel_size": (5, 0)}, r"each entry of kernel_size=\(5, 0\) must be an integer >= 1"),
+        ({"stem_type": "conv"}, "stem_type must be one of 'patch', 'overlap', .*, got 'conv'"),
+        ({"head_hidden_size": 0}, "head_hidden_size=0: expected an integer >= 1"),
+        ({"head_hidden_size": 3, "head_norm_first": True}, "head_hidden_size must be None with"),
+        ({"feature_norms": True}, "feature_norms=True needs features_only=True"),
         ({"num_classes": -1}, "num_classes=-1: expected an integer >= 0"),
         ({"patch_size": 0}, "patch_size=0: expected an integer >= 1"),
         ({"drop_path": 1.0}, r"drop_path must be a number in \[0, 1\)"),

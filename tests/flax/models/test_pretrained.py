@@ -11,9 +11,13 @@ from flash_wtconv_jax import checkpoints, models
 from flash_wtconv_jax.models import pretrained
 
 
-def initialised(make):
-    """A model with its initial values, which one compilation draws."""
-    return nnx.jit(make)()
+def filled(make):
+    """A model of random values, which nothing is compiled for."""
+    model, rng = nnx.eval_shape(make), np.random.default_rng(0)
+    params = nnx.state(model, nnx.Param)
+    draw = lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype)  # noqa: E731
+    nnx.update(model, jax.tree.map(draw, params))
+    return model
 
 
 def test_a_saved_network_comes_back_with_its_options(tmp_path):
@@ -27,7 +31,7 @@ def test_a_saved_network_comes_back_with_its_options(tmp_path):
         remat=True,
         conv_implementation="xla",
     )
-    model = initialised(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(1)))
+    model = filled(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(1)))
     models.save_network(tmp_path / "network", model)
     restored = models.load_network(tmp_path / "network")
     # How a network is computed is no part of what it is.
@@ -41,11 +45,25 @@ def test_a_saved_network_comes_back_with_its_options(tmp_path):
 
 def test_a_converted_checkpoint_needs_the_name_of_its_model_alone(tmp_path):
     options = {"depths": [1, 1, 1, 1], "dims": [4] * 4, "levels": [1] * 4, "num_classes": 2}
-    model = initialised(lambda: models.wtconvnext_tiny(**options, rngs=nnx.Rngs(0)))
+    model = filled(lambda: models.wtconvnext_tiny(**options, rngs=nnx.Rngs(0)))
     checkpoints.save(tmp_path / "network", checkpoints.variables_of(model))
     config = {"model": "wtconvnext_tiny", "options": options}
     (tmp_path / "network" / pretrained.CONFIG_NAME).write_text(json.dumps(config))
     assert models.load_network(tmp_path / "network").config == model.config
+
+
+def test_the_wavelet_of_a_network_is_the_one_that_its_folder_names(tmp_path):
+    options = {"depths": [1], "dims": [4], "levels": [1], "num_classes": 2}
+    config = models.ConvNeXtConfig(**options, wavelet="db2")
+    model = filled(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(0)))
+    folder = tmp_path / "network"
+    checkpoints.save(folder, checkpoints.variables_of(model), wavelet="db2")
+    network = folder / pretrained.CONFIG_NAME
+    network.write_text(json.dumps({"model": "ConvNeXt", "options": options}))
+    assert models.load_network(folder).config == config
+    network.write_text(json.dumps({"model": "ConvNeXt", "options": {**options, "wavelet": "haar"}}))
+    with pytest.raises(ValueError, match=r"wavelet is 'haar', but .*network names 'db2'"):
+        models.load_network(folder)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +109,24 @@ SMALL = {"depths": (1, 2), "dims": (4, 8), "num_classes": 3}
         pytest.param(
             SMALL | {"levels": (1, 1), "patch_size": 2, "num_classes": 0}, marks=pytest.mark.wide
         ),
+        SMALL
+        | {"levels": None, "kernel_size": (3, 5), "stem_type": "overlap_act", "conv_bias": False}
+        | {"head_hidden_size": 7, "first_downsample": True},
+        pytest.param(
+            SMALL | {"stem_type": "overlap_tiered", "head_norm_first": True, "levels": (1, 1)},
+            marks=pytest.mark.wide,
+        ),
+        pytest.param(
+            {"depths": (1, 2), "dims": (4, 8), "levels": (1, 1), "num_classes": 0}
+            | {"features_only": True, "feature_norms": True, "stem_type": "overlap"},
+            marks=pytest.mark.wide,
+        ),
     ],
     ids=str,
 )
 def test_a_checkpoint_alone_tells_its_network(tmp_path, options):
     config = models.ConvNeXtConfig(**options)
-    model = initialised(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(0)))
+    model = filled(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(0)))
     variables = checkpoints.variables_of(model)
     state_dict = checkpoints.to_torch(variables, wavelet=config.wavelet)
     checkpoints.write_state_dict(tmp_path / "network.safetensors", state_dict)
