@@ -26,6 +26,7 @@ from pallas_kernels.common.arguments import (
 )
 from pallas_kernels.common.measurement import request
 from pallas_kernels.conv2d import vjp
+from pallas_kernels.conv2d.activations import ACTIVATIONS
 from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Window
 from pallas_kernels.dispatch import Choice, Operator
 
@@ -296,7 +297,7 @@ def _checked_call(
     """Checks all that shapes, dtypes and plain arguments tell; raises ValueError."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-    if activation not in (None, "relu", "gelu"):
+    if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation!r}: expected None, 'relu' or 'gelu'")
     if len(images) < 3 or any(size == 0 for size in images[-3:]):
         axes = "H, W, C" if layout == "nhwc_hwcf" else "C, H, W"

@@ -49,6 +49,7 @@ from pallas_kernels.common.mosaic_tpu import (
 )
 from pallas_kernels.common.refusals import refusal, refuse, unsupported_sizes
 from pallas_kernels.common.types import Index, Pair, Ref, Slice
+from pallas_kernels.conv2d.activations import activate_in_kernel
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
@@ -467,7 +468,7 @@ def _forward_kernel(
 
         @pl.when(last)
         def _() -> None:
-            y = _activate(sums[index] + bias[...], activation)
+            y = activate_in_kernel(sums[index] + bias[...], activation)
             images, rows = at
             y = y.reshape(*tiling.pixel_block, tiling.cols, y.shape[-1])[:, :, : out.shape[2]]
             out[images, rows] = y.astype(out.dtype)
@@ -516,15 +517,6 @@ def _window(
     rows = pl.ds(rows.start + down, tiling.pixel_block[1])
     value = x[images, plane, rows, right : right + tiling.cols]
     return value.reshape(-1, value.shape[-1])
-
-
-def _activate(y: jax.Array, activation: str | None) -> jax.Array:
-    """The activation, as `xla.activate`, but by `erf`: Mosaic does not lower `erfc`."""
-    if activation == "relu":
-        return jnp.maximum(y, 0)
-    if activation == "gelu":
-        return 0.5 * y * (1 + lax.erf(y * math.sqrt(0.5)))
-    return y
 
 
 def _precision(dtype: DTypeLike, precision: lax.Precision | None) -> lax.Precision:

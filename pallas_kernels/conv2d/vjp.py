@@ -28,8 +28,8 @@ from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
-from pallas_kernels.conv2d.xla import activate
 from pallas_kernels.dispatch import Candidate, Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
@@ -158,11 +158,7 @@ def _apply_bwd(
     dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     x, w, bias, kept = residuals
-    if activation == "relu":
-        assert kept is not None
-        dy = jnp.where(kept > 0, dy, 0)
-    elif activation == "gelu":
-        assert kept is not None
+    if kept is not None:
         acc = accumulation_dtype(out_dtype)
         _, pullback = jax.vjp(partial(activate, activation=activation), kept.astype(acc))
         dy = pullback(dy.astype(acc))[0].astype(out_dtype)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import gelu, vary_like
+from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 
 DIFFERENTIABLE = True
@@ -82,15 +83,6 @@ def weight_grad(
     common = _computed(jnp.promote_types(dy.dtype, x.dtype))
     run = partial(_conv, x.astype(common), window=window, precision=precision)
     return transposed(run, shape, dy.astype(common), x).astype(dtype)
-
-
-def activate(y: jax.Array, activation: str | None) -> jax.Array:
-    """The epilogue: `y` itself for None, else its "relu" or its exact "gelu"."""
-    if activation == "relu":
-        return jnp.maximum(y, 0)
-    if activation == "gelu":
-        return gelu(y)
-    return y
 
 
 def transposed(
