@@ -77,9 +77,8 @@ def conv2d(
     """Dense convolution (cross-correlation) of images, with bias and activation in one kernel.
 
     Sums run in float32 or better, and bias and activation are applied to them before they are
-    rounded (by XLA on a GPU after: cuDNN writes the dtype that it reads). Gradients can be
-    differentiated again in reverse mode; forward mode over them (`hessian`, `jvp` of `grad`) needs
-    `implementation="xla"` and float32 or float64.
+    rounded (by XLA on a GPU after: cuDNN writes the dtype that it reads). Every implementation has
+    derivatives of every order, in reverse and in forward mode (`jvp`, `linearize`, `hessian`).
 
     Args:
         x: Images `[*batch, H, W, C]`, or `[*batch, C, H, W]` in the layout "nchw_fchw"; float16,

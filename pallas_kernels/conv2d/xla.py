@@ -49,7 +49,7 @@ def forward(
     stays = platform() == "gpu" and out_dtype == x.dtype
     y = _conv(x, w, window, precision, None if stays else acc).astype(acc)
     if bias is not None:
-        y = y + _along_features(bias.astype(acc), window)
+        y = y + along_features(bias.astype(acc), window)
     return activate(y, activation).astype(out_dtype)
 
 
@@ -113,6 +113,11 @@ def mirrored(x: jax.Array, window: Window) -> jax.Array:
     return jnp.pad(x, pads, mode="reflect")
 
 
+def along_features(bias: jax.Array, window: Window) -> jax.Array:
+    """A bias `[NF]` that broadcasts along the features of images in the window's layout."""
+    return bias if window.layout == "nhwc_hwcf" else bias[:, None, None]
+
+
 def _conv(
     x: jax.Array,
     w: jax.Array,
@@ -144,8 +149,3 @@ def _conv(
 def _computed(dtype: DTypeLike) -> DTypeLike:
     """The dtype to convolve in: on a CPU float32 for 16 bits, which it would also accumulate in."""
     return accumulation_dtype(dtype) if on_cpu() else dtype
-
-
-def _along_features(bias: jax.Array, window: Window) -> jax.Array:
-    """A bias `[NF]` that broadcasts along the features of images in the window's layout."""
-    return bias if window.layout == "nhwc_hwcf" else bias[:, None, None]

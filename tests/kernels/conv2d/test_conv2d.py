@@ -173,8 +173,10 @@ def test_slopes_at_kinks_are_those_of_jax(activation, dtype, module, monkeypatch
     run = partial(conv2d, x, w, activation=activation)
     got = jax.grad(lambda bias: run(bias=bias).astype("float64").sum())(bias)
     plain = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False)}[activation]
-    want = jax.vmap(jax.grad(plain))(bias.astype("float64")) * 2
-    np.testing.assert_allclose(got.astype("float64"), want, rtol=0.01)
+    want = jax.vmap(jax.grad(plain))(bias.astype("float64"))
+    np.testing.assert_allclose(got.astype("float64"), 2 * want, rtol=0.01)
+    _, forward = jax.jvp(lambda bias: run(bias=bias)[0, 0, 0], (bias,), (jnp.ones_like(bias),))
+    np.testing.assert_allclose(forward.astype("float64"), want, rtol=0.01)
     np.testing.assert_array_equal(np.isnan(run(bias=bias)[0, 0, 0]), np.isnan(bias))
 
 
