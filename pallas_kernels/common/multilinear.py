@@ -65,9 +65,10 @@ def _run(*leaves: jax.Array, jaxpr: ClosedJaxpr, **_: object) -> list[jax.Array]
     return jaxpr_as_fun(jaxpr)(*leaves)
 
 
-@_multilinear.def_abstract_eval
-def _typed(*_: object, jaxpr: ClosedJaxpr, **__: object) -> list[Any]:
-    return jaxpr.out_avals
+@_multilinear.def_effectful_abstract_eval
+def _typed(*_: object, jaxpr: ClosedJaxpr, **__: object) -> tuple[list[Any], set[Any]]:
+    # Interpreted kernels have effects.
+    return jaxpr.out_avals, jaxpr.effects
 
 
 mlir.register_lowering(_multilinear, mlir.lower_fun(_run, multiple_results=True))

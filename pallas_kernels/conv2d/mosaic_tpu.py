@@ -38,6 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
+from pallas_kernels.common.dtypes import common_dtype
 from pallas_kernels.common.mosaic_tpu import (
     LANES,
     SUBLANES,
@@ -192,7 +193,7 @@ def input_grad(
     config: TileConfig | None,
 ) -> jax.Array:
     """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
-    common = jnp.promote_types(dy.dtype, w.dtype)
+    common = common_dtype(dy.dtype, w.dtype)
     image = dy.shape[0], *shape
     taps, size = _taps_and_size(image, w.shape, window)
     _, *shape_of_image, _ = window.images(image)
@@ -243,7 +244,7 @@ def weight_grad(
 
     Grid steps add to the accumulators in a fixed order, so results are bitwise reproducible.
     """
-    common = jnp.promote_types(dy.dtype, x.dtype)
+    common = common_dtype(dy.dtype, x.dtype)
     taps, size = _taps_and_size(x.shape, shape, window)
     x = _planes(x.astype(common), window, taps, _read(taps, size))
     dy = _to_nhwc(dy, window).astype(common)
@@ -538,7 +539,7 @@ def _tilings(direction: str, problem: Problem, config: TileConfig | None) -> tup
     shape = n, *output, channels * math.prod(taps.fold), problem.features
     if direction == "fwd":
         return (_tiling(shape, taps, problem.dtype, problem.out_dtype, config),)
-    dtype = jnp.promote_types(problem.dtype, problem.out_dtype)
+    dtype = common_dtype(problem.dtype, problem.out_dtype)
     (_, rows), (_, cols) = _inside(problem.window, taps, output, size)
     image = n, rows, cols, *shape[:2:-1]
     # The gradient of x is sized for float32, the widest dtype that it may be written in.

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.device import on_cpu, platform
-from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.dtypes import accumulation_dtype, common_dtype
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 
@@ -64,7 +64,7 @@ def input_grad(
     config: TileConfig | None,
 ) -> jax.Array:
     """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
-    common = _computed(jnp.promote_types(dy.dtype, w.dtype))
+    common = _computed(common_dtype(dy.dtype, w.dtype))
     run = partial(_conv, w=w.astype(common), window=window, precision=precision)
     return transposed(run, (dy.shape[0], *shape), dy.astype(common), w).astype(dtype)
 
@@ -80,7 +80,7 @@ def weight_grad(
     config: TileConfig | None,
 ) -> jax.Array:
     """The transpose of the convolution in w, applied to dy: an array of the filters' shape."""
-    common = _computed(jnp.promote_types(dy.dtype, x.dtype))
+    common = _computed(common_dtype(dy.dtype, x.dtype))
     run = partial(_conv, x.astype(common), window=window, precision=precision)
     return transposed(run, shape, dy.astype(common), x).astype(dtype)
 
@@ -114,8 +114,8 @@ def mirrored(x: jax.Array, window: Window) -> jax.Array:
 
 
 def along_features(bias: jax.Array, window: Window) -> jax.Array:
-    """A bias `[NF]` that broadcasts along the features of images in the window's layout."""
-    return bias if window.layout == "nhwc_hwcf" else bias[:, None, None]
+    """A bias `[NF]` as one image of one pixel in the window's layout."""
+    return bias.reshape(window.laid_out(1, 1, 1, bias.size))
 
 
 def _conv(

@@ -133,8 +133,9 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
 
 
 def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    dtype = accumulation_dtype(jnp.promote_types(kernel.dtype, scale.dtype))
-    return kernel.astype(dtype) * scale.astype(dtype)
+    dtype = accumulation_dtype(kernel.dtype, scale.dtype)
+    scale = jnp.expand_dims(scale.astype(dtype), range(kernel.ndim - scale.ndim))
+    return kernel.astype(dtype) * scale
 
 
 def _strided(y: jax.Array, stride: int) -> jax.Array:
