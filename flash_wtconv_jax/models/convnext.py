@@ -33,6 +33,7 @@ from pallas_kernels.common.arguments import (
     checked_array,
     checked_integer,
 )
+from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR
 
@@ -459,7 +460,7 @@ class Block(nnx.Module):
         """Map `[N, H, W, dim]` to the same shape."""
         y = self.mlp(self.norm(self.conv_dw(x)))
         if self.gamma is not None:
-            y = y * self.gamma[...].astype(y.dtype)
+            y = y * jnp.expand_dims(self.gamma[...].astype(y.dtype), range(y.ndim - 1))
         return x + self.drop_path(y, deterministic=deterministic)
 
 
@@ -511,12 +512,14 @@ class GlobalResponseNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, dim]` to the same shape and dtype."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        dtype = accumulation_dtype(x.dtype)
+        wide, scale, bias = (a.astype(dtype) for a in (x, self.scale[...], self.bias[...]))
+        scale, bias = (jnp.expand_dims(a, range(x.ndim - 1)) for a in (scale, bias))
         square = jnp.sum(wide * wide, axis=(-3, -2), keepdims=True)
         # The root has no derivative at a channel of zeros; PyTorch takes 0 there, and so do we.
         norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
         share = norm / (jnp.mean(norm, axis=-1, keepdims=True) + _EPSILON)
-        return (wide + self.scale[...] * (wide * share) + self.bias[...]).astype(x.dtype)
+        return (wide + scale * (wide * share) + bias).astype(x.dtype)
 
 
 class Head(nnx.Module):

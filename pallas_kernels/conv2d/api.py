@@ -27,6 +27,7 @@ from pallas_kernels.common.arguments import (
 )
 from pallas_kernels.common.measurement import request
 from pallas_kernels.conv2d import vjp
+from pallas_kernels.conv2d.activations import ACTIVATIONS
 from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Window
 from pallas_kernels.dispatch import Choice, Operator
 
@@ -80,9 +81,8 @@ def conv2d(
     """Dense convolution (cross-correlation) of images, with bias and activation in one kernel.
 
     Sums run in float32 or better, and bias and activation are applied to them before they are
-    rounded (by XLA on a GPU after: cuDNN writes the dtype that it reads). Gradients can be
-    differentiated again in reverse mode; forward mode over them (`hessian`, `jvp` of `grad`) needs
-    `implementation="xla"` and float32 or float64.
+    rounded (by XLA on a GPU after: cuDNN writes the dtype that it reads). Every implementation has
+    derivatives of every order, in reverse and in forward mode (`jvp`, `linearize`, `hessian`).
 
     Args:
         x: Images `[*batch, H, W, C]`, or `[*batch, C, H, W]` in the layout "nchw_fchw"; float16,
@@ -297,7 +297,7 @@ def _checked_call(
     """Checks all that shapes, dtypes and plain arguments tell; raises ValueError."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
-    if activation not in (None, "relu", "gelu"):
+    if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation={activation!r}: expected None, 'relu' or 'gelu'")
     if len(images) < 3 or any(size == 0 for size in images[-3:]):
         axes = "H, W, C" if layout == "nhwc_hwcf" else "C, H, W"

@@ -48,6 +48,7 @@ from pallas_kernels.common.mosaic_gpu import (
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.conv2d import xla
+from pallas_kernels.conv2d.activations import activate_in_kernel
 from pallas_kernels.conv2d.problem import Pair, Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
 
@@ -754,7 +755,8 @@ class _Block:
                 own = self.bias.at[pl.ds(feature + first, each)]
                 offset = gpu_load(own, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
                 done = done + lax.broadcast_in_dim(offset, done.shape, (1,))
-            rows.at[*buffer][...] = _activated(done, self.layer.activation).astype(self.y.dtype)
+            done = activate_in_kernel(done, self.layer.activation)
+            rows.at[*buffer][...] = done.astype(self.y.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
                 boxes.at[*buffer],
@@ -765,13 +767,3 @@ class _Block:
                     pl.ds(feature + first, each),
                 ],
             )
-
-
-def _activated(y: jax.Array, activation: str | None) -> jax.Array:
-    """Returns what `xla.activate` does, without the complementary error function.
-
-    Mosaic does not have that one.
-    """
-    if activation == "gelu":
-        return 0.5 * y * (1 + lax.erf(y * 0.5**0.5))
-    return xla.activate(y, activation)

@@ -38,6 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
+from pallas_kernels.common.dtypes import common_dtype
 from pallas_kernels.common.mosaic_tpu import (
     LANES,
     SUBLANES,
@@ -49,6 +50,7 @@ from pallas_kernels.common.mosaic_tpu import (
 )
 from pallas_kernels.common.refusals import refusal, refuse, unsupported_sizes
 from pallas_kernels.common.types import Index, Pair, Ref, Slice
+from pallas_kernels.conv2d.activations import activate_in_kernel
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
@@ -191,7 +193,7 @@ def input_grad(
     config: TileConfig | None,
 ) -> jax.Array:
     """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
-    common = jnp.promote_types(dy.dtype, w.dtype)
+    common = common_dtype(dy.dtype, w.dtype)
     image = dy.shape[0], *shape
     taps, size = _taps_and_size(image, w.shape, window)
     _, *shape_of_image, _ = window.images(image)
@@ -242,7 +244,7 @@ def weight_grad(
 
     Grid steps add to the accumulators in a fixed order, so results are bitwise reproducible.
     """
-    common = jnp.promote_types(dy.dtype, x.dtype)
+    common = common_dtype(dy.dtype, x.dtype)
     taps, size = _taps_and_size(x.shape, shape, window)
     x = _planes(x.astype(common), window, taps, _read(taps, size))
     dy = _to_nhwc(dy, window).astype(common)
@@ -467,7 +469,7 @@ def _forward_kernel(
 
         @pl.when(last)
         def _() -> None:
-            y = _activate(sums[index] + bias[...], activation)
+            y = activate_in_kernel(sums[index] + bias[...], activation)
             images, rows = at
             y = y.reshape(*tiling.pixel_block, tiling.cols, y.shape[-1])[:, :, : out.shape[2]]
             out[images, rows] = y.astype(out.dtype)
@@ -518,15 +520,6 @@ def _window(
     return value.reshape(-1, value.shape[-1])
 
 
-def _activate(y: jax.Array, activation: str | None) -> jax.Array:
-    """The activation, as `xla.activate`, but by `erf`: Mosaic does not lower `erfc`."""
-    if activation == "relu":
-        return jnp.maximum(y, 0)
-    if activation == "gelu":
-        return 0.5 * y * (1 + lax.erf(y * math.sqrt(0.5)))
-    return y
-
-
 def _precision(dtype: DTypeLike, precision: lax.Precision | None) -> lax.Precision:
     """The precision of a product: Mosaic multiplies float32 in full, or as bfloat16 if asked to."""
     if dtype == jnp.float32 and precision != lax.Precision.DEFAULT:
@@ -546,7 +539,7 @@ def _tilings(direction: str, problem: Problem, config: TileConfig | None) -> tup
     shape = n, *output, channels * math.prod(taps.fold), problem.features
     if direction == "fwd":
         return (_tiling(shape, taps, problem.dtype, problem.out_dtype, config),)
-    dtype = jnp.promote_types(problem.dtype, problem.out_dtype)
+    dtype = common_dtype(problem.dtype, problem.out_dtype)
     (_, rows), (_, cols) = _inside(problem.window, taps, output, size)
     image = n, rows, cols, *shape[:2:-1]
     # The gradient of x is sized for float32, the widest dtype that it may be written in.

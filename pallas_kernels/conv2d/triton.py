@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.dtypes import common_dtype
 from pallas_kernels.common.triton import launch, unavailable
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
@@ -96,7 +97,7 @@ def input_grad(
     """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
     from pallas_kernels.conv2d import triton_launches
 
-    common = jnp.promote_types(dy.dtype, w.dtype)
+    common = common_dtype(dy.dtype, w.dtype)
     dy, w = dy.astype(common), w.astype(common)
     image, written, mirror = (dy.shape[0], *shape), dtype, None
     padded = image
@@ -129,7 +130,7 @@ def weight_grad(
     """
     from pallas_kernels.conv2d import triton_launches
 
-    common = jnp.promote_types(dy.dtype, x.dtype)
+    common = common_dtype(dy.dtype, x.dtype)
     sums = triton_launches.weight_grad(
         *(x.astype(common), dy.astype(common), shape, window, _PRECISIONS[precision]),
         config,

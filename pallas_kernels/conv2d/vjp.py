@@ -1,8 +1,8 @@
-"""The operator's custom VJP: any forward implementation pairs with any backward one.
+"""The operator's derivatives: any forward implementation pairs with any backward one.
 
 The convolution is linear in x and linear in w, so it has two transposes, and the derivatives of
-all three are the other two, of every order. Saved are x and w, and for the activation its output
-(ReLU) or its input (GELU), in the output's dtype.
+all three are the other two, of every order, in reverse and in forward mode. Saved are x and w, and
+for the activation its output (ReLU) or its input (GELU), in the output's dtype.
 
 An implementation is a module with
 
@@ -11,9 +11,8 @@ An implementation is a module with
     weight_grad(x, dy, *, shape, dtype, window, precision, config) -> dw [*shape]
 
 for `x [N, H, W, C]`, `w [HF, WF, C / groups, NF]` of one dtype and `bias [NF]` or None, or the
-layout "nchw_fchw" of `problem.Window`. Modules whose functions JAX can differentiate say so with
-`DIFFERENTIABLE = True`; where sums are of x's dtype they are called bare in the backward pass, and
-altogether if they compute both directions, so that `jvp` and `hessian` work.
+layout "nchw_fchw" of `problem.Window`. Modules that JAX can look into, and so map with `vmap`, say
+so with `DIFFERENTIABLE = True`.
 """
 
 import math
@@ -23,19 +22,22 @@ from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
+from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
-from pallas_kernels.conv2d.xla import activate
+from pallas_kernels.conv2d.xla import along_features
 from pallas_kernels.dispatch import Candidate, Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
 
-Residuals = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+Tangent = jax.Array | SymbolicZero
 
 
 class Kernels(Protocol):
@@ -72,19 +74,17 @@ class Plan(NamedTuple):
         images = self.window.images(x.shape)
         return Problem(images, x.dtype, height, width, features, self.window, out_dtype)
 
-    def for_backward(self, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> "Plan":
+    def for_backward(self, problem: Problem) -> "Plan":
         """The plan of the backward pass, whose implementation is chosen here, where it is called.
 
         Args:
-            x: Images.
-            w: Filters.
-            out_dtype: The dtype of the output.
+            problem: The convolution.
 
         Raises:
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
         assert self.backward is not None
-        backward, problem = moved_here(self.backward), self.problem(x, w, out_dtype)
+        backward = moved_here(self.backward)
         operator = backward.operator
         static = problem, False, None, self.precision, self.given
         chosen = backward.choose(problem, measurement, operator, "bwd", *static)
@@ -116,13 +116,11 @@ def conv2d(
     # Here, since an eager reshape takes the host longer than all checks of the arguments.
     x = x.reshape(math.prod(batch), *x.shape[-3:])
     arrays = x, w, bias
-    # JAX knows every derivative of its own operations, forward mode too.
-    apply = _forward if _bare(plan.module, x) and _bare_backward(plan, x, w, out_dtype) else _apply
-    y = apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
+    y = _apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
     return y.reshape(*batch, *y.shape[1:])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _apply(
     plan: Plan,
     activation: str | None,
@@ -134,113 +132,80 @@ def _apply(
     return _forward(plan, activation, out_dtype, x, w, bias)
 
 
-def _apply_fwd(
+def _apply_jvp(
     plan: Plan,
     activation: str | None,
     out_dtype: jnp.dtype,
-    x: jax.Array,
-    w: jax.Array,
-    bias: jax.Array | None,
-) -> tuple[jax.Array, Residuals]:
-    # Reverse mode over reverse mode differentiates this: a kernel has only the custom rule.
-    apply = _forward if _bare(plan.module, x) else _apply
-    kept = None
-    if activation == "gelu":
-        kept = apply(plan, None, out_dtype, x, w, bias)
-        y = activate(kept.astype(accumulation_dtype(out_dtype)), activation).astype(out_dtype)
-    else:
-        y = apply(plan, activation, out_dtype, x, w, bias)
-        if activation is not None:
-            kept = y
-    # The backward pass needs to know the dtype of the bias, and nothing else of it.
-    return y, (x, w, None if bias is None else bias[:0], kept)
+    primals: tuple[jax.Array, jax.Array, jax.Array | None],
+    tangents: tuple[Tangent, Tangent, Tangent | None],
+) -> tuple[jax.Array, jax.Array]:
+    acc = accumulation_dtype(out_dtype)
+    # ReLU's slope is that at its output, GELU's needs its input.
+    first, last = (None, activation) if activation == "gelu" else (activation, None)
+    kept = _apply(plan, first, out_dtype, *primals)
+    (x, w, _), (dx, dw, dbias) = primals, tangents
+    terms = []
+    if not isinstance(dx, SymbolicZero):
+        terms.append(_linear(plan, out_dtype, dx, w))
+    if not isinstance(dw, SymbolicZero):
+        terms.append(_linear(plan, out_dtype, x, dw))
+    if not isinstance(dbias, SymbolicZero | None):
+        # In the wider dtype, in which the transpose sums.
+        wide = along_features(dbias.astype(acc), plan.window)
+        terms.append(jnp.broadcast_to(wide, kept.shape).astype(out_dtype))
+    slope = partial(activate, activation=activation)
+    dy = jax.jvp(slope, (kept.astype(acc),), (sum(terms[1:], terms[0]).astype(acc),))[1]
+    return activate(kept.astype(acc), last).astype(out_dtype), dy.astype(out_dtype)
 
 
-def _apply_bwd(
-    plan: Plan,
-    activation: str | None,
-    out_dtype: jnp.dtype,
-    residuals: Residuals,
-    dy: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    x, w, bias, kept = residuals
-    if activation == "relu":
-        assert kept is not None
-        dy = jnp.where(kept > 0, dy, 0)
-    elif activation == "gelu":
-        assert kept is not None
-        acc = accumulation_dtype(out_dtype)
-        _, pullback = jax.vjp(partial(activate, activation=activation), kept.astype(acc))
-        dy = pullback(dy.astype(acc))[0].astype(out_dtype)
-    plan = plan.for_backward(x, w, out_dtype)
-    bare = _bare(plan.module, x)
-    input_grad, weight_grad = (_dx, _dw) if bare else (_input_grad, _weight_grad)
-    dx = input_grad(plan, x.shape[1:], x.dtype, dy, w)
-    dw = weight_grad(plan, w.shape, w.dtype, x, dy)
-    if bias is None:
-        return dx, dw, None
-    *pixels, _ = plan.window.images(range(4))
-    dbias = dy.sum(tuple(pixels), dtype=accumulation_dtype(dy.dtype))
-    return dx, dw, dbias.astype(bias.dtype)
+_apply.defjvp(_apply_jvp, symbolic_zeros=True)
 
 
-_apply.defvjp(_apply_fwd, _apply_bwd)
+def _linear(plan: Plan, out_dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The convolution alone, linear in x and linear in w."""
+    problem = plan.problem(x, w, out_dtype)
+    of_x, of_w = (x.shape[1:], x.dtype), (w.shape, w.dtype)
+
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _forward(plan, None, out_dtype, x, w, None)
+
+    def in_x(dy: jax.Array, w: jax.Array) -> jax.Array:
+        return _input_grad(plan.for_backward(problem), *of_x, dy, w)
+
+    def in_w(dy: jax.Array, x: jax.Array) -> jax.Array:
+        return _weight_grad(plan.for_backward(problem), *of_w, x, dy)
+
+    return multilinear(run, (in_x, in_w), x, w)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _input_grad(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
-    return _dx(plan, shape, dtype, dy, w)
+    """The gradient of x, linear in dy and linear in w."""
+    out_dtype, of_w = dy.dtype, (w.shape, w.dtype)
+
+    def in_dy(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _linear(plan, out_dtype, x, w)
+
+    def in_w(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return _weight_grad(plan, *of_w, x, dy)
+
+    return multilinear(partial(_dx, plan, shape, dtype), (in_dy, in_w), dy, w)
 
 
-def _input_grad_fwd(
-    plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _input_grad(plan, shape, dtype, dy, w), (dy, w)
-
-
-def _input_grad_bwd(
-    plan: Plan,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    residuals: tuple[jax.Array, jax.Array],
-    x: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    dy, w = residuals
-    ddy = _apply(plan, None, dy.dtype, x, w, None)
-    return ddy, _weight_grad(plan, w.shape, w.dtype, x, dy)
-
-
-_input_grad.defvjp(_input_grad_fwd, _input_grad_bwd)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _weight_grad(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
-    return _dw(plan, shape, dtype, x, dy)
+    """The gradient of w, linear in x and linear in dy."""
+    out_dtype, of_x = dy.dtype, (x.shape[1:], x.dtype)
 
+    def in_x(w: jax.Array, dy: jax.Array) -> jax.Array:
+        return _input_grad(plan, *of_x, dy, w)
 
-def _weight_grad_fwd(
-    plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _weight_grad(plan, shape, dtype, x, dy), (x, dy)
+    def in_dy(w: jax.Array, x: jax.Array) -> jax.Array:
+        return _linear(plan, out_dtype, x, w)
 
-
-def _weight_grad_bwd(
-    plan: Plan,
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    residuals: tuple[jax.Array, jax.Array],
-    w: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    x, dy = residuals
-    ddy = _apply(plan, None, dy.dtype, x, w, None)
-    return _input_grad(plan, x.shape[1:], x.dtype, dy, w), ddy
-
-
-_weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
+    return multilinear(partial(_dw, plan, shape, dtype), (in_x, in_dy), x, dy)
 
 
 def measurement(
@@ -346,16 +311,3 @@ def _dw(
         cast(Kernels, plan.module).weight_grad, shape=shape, dtype=dtype, **plan.static_kwargs()
     )
     return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
-
-
-def _bare(module: Implementation, x: jax.Array) -> bool:
-    """Whether JAX itself differentiates; it cannot transpose sums of a wider dtype than x's."""
-    return module.DIFFERENTIABLE and x.dtype == accumulation_dtype(x.dtype)
-
-
-def _bare_backward(plan: Plan, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> bool:
-    """Whether the backward pass would choose what computes the output, without measuring."""
-    if plan.backward is None:
-        return False
-    decided = plan.backward.decided(plan.problem(x, w, out_dtype))
-    return decided is not None and plan.backward.operator.module(decided) is plan.module

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import gelu, vary_like
+from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.device import on_cpu, platform
-from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.dtypes import accumulation_dtype, common_dtype
+from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
 
 DIFFERENTIABLE = True
@@ -48,7 +49,7 @@ def forward(
     stays = platform() == "gpu" and out_dtype == x.dtype
     y = _conv(x, w, window, precision, None if stays else acc).astype(acc)
     if bias is not None:
-        y = y + _along_features(bias.astype(acc), window)
+        y = y + along_features(bias.astype(acc), window)
     return activate(y, activation).astype(out_dtype)
 
 
@@ -63,7 +64,7 @@ def input_grad(
     config: TileConfig | None,
 ) -> jax.Array:
     """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
-    common = _computed(jnp.promote_types(dy.dtype, w.dtype))
+    common = _computed(common_dtype(dy.dtype, w.dtype))
     run = partial(_conv, w=w.astype(common), window=window, precision=precision)
     return transposed(run, (dy.shape[0], *shape), dy.astype(common), w).astype(dtype)
 
@@ -79,18 +80,9 @@ def weight_grad(
     config: TileConfig | None,
 ) -> jax.Array:
     """The transpose of the convolution in w, applied to dy: an array of the filters' shape."""
-    common = _computed(jnp.promote_types(dy.dtype, x.dtype))
+    common = _computed(common_dtype(dy.dtype, x.dtype))
     run = partial(_conv, x.astype(common), window=window, precision=precision)
     return transposed(run, shape, dy.astype(common), x).astype(dtype)
-
-
-def activate(y: jax.Array, activation: str | None) -> jax.Array:
-    """The epilogue: `y` itself for None, else its "relu" or its exact "gelu"."""
-    if activation == "relu":
-        return jnp.maximum(y, 0)
-    if activation == "gelu":
-        return gelu(y)
-    return y
 
 
 def transposed(
@@ -119,6 +111,11 @@ def mirrored(x: jax.Array, window: Window) -> jax.Array:
     """The images, padded by reflection as the window says."""
     pads = window.laid_out((0, 0), *window.pads, (0, 0))
     return jnp.pad(x, pads, mode="reflect")
+
+
+def along_features(bias: jax.Array, window: Window) -> jax.Array:
+    """A bias `[NF]` as one image of one pixel in the window's layout."""
+    return bias.reshape(window.laid_out(1, 1, 1, bias.size))
 
 
 def _conv(
@@ -152,8 +149,3 @@ def _conv(
 def _computed(dtype: DTypeLike) -> DTypeLike:
     """The dtype to convolve in: on a CPU float32 for 16 bits, which it would also accumulate in."""
     return accumulation_dtype(dtype) if on_cpu() else dtype
-
-
-def _along_features(bias: jax.Array, window: Window) -> jax.Array:
-    """A bias `[NF]` that broadcasts along the features of images in the window's layout."""
-    return bias if window.layout == "nhwc_hwcf" else bias[:, None, None]

@@ -53,8 +53,8 @@ class Implementation(Protocol):
     """The module of an implementation, beside the functions that compute.
 
     Attributes:
-        DIFFERENTIABLE: Whether JAX can differentiate its functions itself; those of other
-            frameworks say False.
+        DIFFERENTIABLE: Whether JAX can look into its functions, to map and to differentiate them;
+            those of other frameworks say False.
     """
 
     DIFFERENTIABLE: bool

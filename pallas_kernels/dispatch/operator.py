@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple, ParamSpec, TypeVar, cast
 
 from pallas_kernels.dispatch import cache, table, tuner
-from pallas_kernels.dispatch.backend import Implementation, Problem, missing, search_space
+from pallas_kernels.dispatch.backend import Implementation, Problem, missing
 from pallas_kernels.dispatch.tuner import Candidate, Measurement, Mode
 
 P = ParamSpec("P")
@@ -273,25 +273,7 @@ class Request(NamedTuple):
         """
         return _chosen(self, problem, measurement, *arguments)
 
-    def decided(self, problem: Problem) -> str | None:
-        """The implementation that `choose` takes, where that is known without a measurement.
-
-        Args:
-            problem: The operator's description of the call.
-
-        Returns:
-            Its name; None where times decide, or none can run.
-        """
-        try:
-            if self.epoch is None:
-                return self.pick(problem)
-            first, *others = self._able(problem, quiet=True)
-        except NotImplementedError:
-            return None
-        space = search_space(self.operator.module(first), self.direction, problem)
-        return None if others or len(space) > 1 else first
-
-    def _able(self, problem: Problem, quiet: bool = False) -> Iterator[str]:
+    def _able(self, problem: Problem) -> Iterator[str]:
         """The candidates that can run, best first; raises where there are none."""
         preference = self.operator._preference(
             self.direction, self.platform, problem, self.device_kind
@@ -309,7 +291,7 @@ class Request(NamedTuple):
                 yield name
             else:
                 reasons.append(f"{name}: {reason}")
-                if self.several and not quiet:
+                if self.several:
                     self._log_left_out(name, reason)
         if len(reasons) == len(set(names)):
             raise NotImplementedError(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.types import Tree
 from pallas_kernels.common.vmap import vmap_folding
 from pallas_kernels.dispatch import Operator
@@ -127,21 +128,16 @@ def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque_analyse(plan: Plan, x: jax.Array) -> Coefficients:
-    return vmap_folding(partial(_analyse, plan))(x)
+    def transpose(bands: Coefficients) -> jax.Array:
+        return _opaque_synthesise(plan, *bands)
+
+    return multilinear(vmap_folding(partial(_analyse, plan)), (transpose,), x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _opaque_synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
-    return vmap_folding(partial(_synthesise, plan), own=2)(low, details)
+    # One argument: the synthesis is linear in all bands together.
+    def run(bands: Coefficients) -> jax.Array:
+        return vmap_folding(partial(_synthesise, plan), own=2)(*bands)
 
-
-_opaque_analyse.defvjp(
-    lambda plan, x: (_opaque_analyse(plan, x), None),
-    lambda plan, _, bands: (_opaque_synthesise(plan, *bands),),
-)
-_opaque_synthesise.defvjp(
-    lambda plan, low, details: (_opaque_synthesise(plan, low, details), None),
-    lambda plan, _, x: _opaque_analyse(plan, x),
-)
+    return multilinear(run, (partial(_opaque_analyse, plan),), (low, details))

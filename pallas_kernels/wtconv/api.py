@@ -85,9 +85,9 @@ def wtconv2d(
 ) -> jax.Array:
     """Wavelet convolution of images `[*batch, H, W, C]`, any number of batch dimensions.
 
-    Sums run in float32 or better. Gradients save x and the scaled kernels and nothing else, and
-    can be differentiated again in reverse mode; forward mode over them (`hessian`, `jvp` of
-    `grad`) needs `implementation="xla"`.
+    Sums run in float32 or better. Gradients save x and the scaled kernels and nothing else. Every
+    implementation has derivatives of every order, in reverse and in forward mode (`jvp`,
+    `linearize`, `hessian`).
 
     Args:
         x: Images, float16, bfloat16, float32 or float64; any H, W, C, odd ones included.

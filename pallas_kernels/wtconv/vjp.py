@@ -1,4 +1,4 @@
-"""The operator's custom VJP: any forward implementation pairs with any backward one.
+"""The operator's derivatives: any forward implementation pairs with any backward one.
 
 The backward one is chosen in the backward rule, so that a call that nobody differentiates asks no
 implementation for gradients, and times none.
@@ -7,7 +7,8 @@ Two facts make the backward pass (Haar is orthonormal, and padding and cropping 
 transpose). The input gradient is the operator itself, transposed: taps flipped, padding swapped,
 analysis and synthesis filters swapped. The weight gradient correlates the coefficients of x with
 those of dy. So the residuals are x and the folded taps, and nothing else. Everything here is
-linear in x and linear in the taps, so second derivatives are the same three functions again.
+linear in x and linear in the taps, so derivatives of every order, forward mode too, are the same
+three functions again.
 
 An implementation is a module with
 
@@ -15,11 +16,10 @@ An implementation is a module with
     weight_grad(x, dy, *, kernel_shapes, wavelet, precision) -> gradients of the taps
 
 for x `[N, *spatial, C]`, `taps = (base [*k, 1, C], level_0 [*k, 2**ndim, C], ...)` with the
-scales folded in, and `bias [C]` or None. Modules whose functions JAX can differentiate say so
-with `DIFFERENTIABLE = True`; they are then called bare in the backward pass, which makes `jvp`
-of `grad` and `hessian` work. Of modules that say `BIAS_GRADIENT = True` the gradient of the bias is
-asked too: `kernel_shapes` ends with the bias's, and the gradients with its own. Both functions take
-the parameters that `search_space` offers.
+scales folded in, and `bias [C]` or None. Modules that JAX can look into, and so map with `vmap`,
+say so with `DIFFERENTIABLE = True`. Of modules that say `BIAS_GRADIENT = True` the gradient of the
+bias is asked too: `kernel_shapes` ends with the bias's, and the gradients with its own. Both
+functions take the parameters that `search_space` offers.
 """
 
 import math
@@ -29,10 +29,13 @@ from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
+from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.types import Taps, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
@@ -41,6 +44,10 @@ from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.wtconv.problem import Problem
 
 Shapes = tuple[tuple[int, ...], ...]
+Weights = tuple[Taps, jax.Array | None]
+"""The taps and the bias."""
+Source = tuple[jax.Array, ArrayLike]
+"""A signal, and a one that multiplies the bias: what has a bias is not linear in the signal."""
 
 
 class Kernels(Protocol):
@@ -98,12 +105,12 @@ class Plan(NamedTuple):
     precision: jax.lax.Precision | None
     backward: Request | None
 
-    def for_backward(self, x: jax.Array, taps: Taps, bias: bool) -> "Plan":
+    def for_backward(self, x: jax.Array, shapes: Shapes, bias: bool) -> "Plan":
         """The plan of the backward pass, whose implementation is chosen here, where it is called.
 
         Args:
             x: `[N, *spatial, C]`.
-            taps: The folded kernels.
+            shapes: The kernels' shapes.
             bias: Whether the operator has a bias.
 
         Raises:
@@ -111,7 +118,7 @@ class Plan(NamedTuple):
         """
         assert self.backward is not None
         backward = moved_here(self.backward)
-        problem = Problem(x.shape, x.dtype, taps[0].shape[0], len(taps) - 1, self.wavelet)
+        problem = Problem(x.shape, x.dtype, shapes[0][0], len(shapes) - 1, self.wavelet)
         operator = backward.operator
         static = problem, bias, self.precision
         chosen = backward.choose(problem, measurement, operator, "bwd", *static)
@@ -146,8 +153,9 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
 
 
 def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    dtype = accumulation_dtype(jnp.promote_types(kernel.dtype, scale.dtype))
-    return kernel.astype(dtype) * scale.astype(dtype)
+    dtype = accumulation_dtype(kernel.dtype, scale.dtype)
+    scale = jnp.expand_dims(scale.astype(dtype), range(kernel.ndim - scale.ndim))
+    return kernel.astype(dtype) * scale
 
 
 def _strided(y: jax.Array, stride: int) -> jax.Array:
@@ -161,58 +169,103 @@ def _strided(y: jax.Array, stride: int) -> jax.Array:
     return y[(slice(None), *(slice(None, None, stride),) * (y.ndim - 2))]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _apply(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> jax.Array:
-    """The operator or its transpose."""
-    return _forward(plan, transpose, x, taps, bias)
+    """The operator or its transpose, linear in its source and linear in its weights."""
+    dtypes = jax.tree.map(lambda weight: weight.dtype, (taps, bias))
+    shapes, biased = tuple(tap.shape for tap in taps), bias is not None
+
+    def run(source: Source, weights: Weights) -> jax.Array:
+        (x, one), (taps, bias) = source, weights
+        return _forward(plan, transpose, x, taps, _scaled(bias, one))
+
+    def in_source(dy: jax.Array, weights: Weights) -> Source:
+        taps, bias = weights
+        backward = plan.for_backward(dy, shapes, biased)
+        return _apply(backward, not transpose, dy, taps, None), _in_one(bias, dy)
+
+    def in_weights(dy: jax.Array, source: Source) -> Weights:
+        x, one = source
+        backward = plan.for_backward(x, shapes, biased)
+        # Only the operator itself has a bias, its transpose has none.
+        pair = (dy, x) if transpose else (x, dy)
+        found = _weight_grad(backward, shapes, biased, *pair)
+        dtaps, dbias = jax.tree.map(lambda gradient, dtype: gradient.astype(dtype), found, dtypes)
+        return dtaps, _scaled(dbias, one)
+
+    return multilinear(run, (in_source, in_weights), _source(x), (taps, bias))
 
 
-def _apply_fwd(
+def _weight_grad(plan: Plan, shapes: Shapes, biased: bool, x: jax.Array, dy: jax.Array) -> Weights:
+    """The gradients of taps and bias, linear in the source and linear in dy."""
+    fused = biased and cast(Kernels, plan.module).BIAS_GRADIENT
+
+    def run(source: Source, dy: jax.Array) -> Weights:
+        x, one = source
+        if not fused:
+            return _correlate(plan, shapes, x, dy), None
+        *dtaps, dbias = _correlate(plan, (*shapes, dy.shape[-1:]), x, dy)
+        return tuple(dtaps), _scaled(dbias, one)
+
+    def in_source(gradients: Weights, dy: jax.Array) -> Source:
+        dtaps, dbias = gradients
+        return _apply(plan, True, dy, dtaps, None), _in_one(dbias, dy)
+
+    def in_dy(gradients: Weights, source: Source) -> jax.Array:
+        (x, one), (dtaps, dbias) = source, gradients
+        return _apply(plan, False, x, dtaps, _scaled(dbias, one))
+
+    dtaps, dbias = multilinear(run, (in_source, in_dy), _source(x), dy)
+    return dtaps, _summed(dy) if biased and not fused else dbias
+
+
+def _source(x: jax.Array) -> Source:
+    """The signal with a one beside it."""
+    return x, np.ones((), accumulation_dtype(x.dtype))
+
+
+def _scaled(bias: jax.Array | None, one: ArrayLike) -> jax.Array | None:
+    """The bias times the one of a source."""
+    return None if bias is None else bias * jnp.asarray(one, bias.dtype)
+
+
+def _in_one(bias: jax.Array | None, dy: jax.Array) -> jax.Array:
+    """The transpose of adding a bias times one, in the one."""
+    summed = _summed(dy)
+    zero = jnp.zeros((), summed.dtype)
+    return zero if bias is None else jnp.vdot(bias.astype(summed.dtype), summed)
+
+
+def _summed(dy: jax.Array) -> jax.Array:
+    """The gradient of a bias, which is added to every pixel."""
+    return dy.sum(range(dy.ndim - 1), dtype=accumulation_dtype(dy.dtype))
+
+
+def _forward(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
-) -> tuple[jax.Array, tuple[jax.Array, Taps, jax.Array | None]]:
-    # Reverse mode over reverse mode differentiates this line: a kernel has only the custom rule.
-    bare = plan.module.DIFFERENTIABLE
-    y = (_forward if bare else _apply)(plan, transpose, x, taps, bias)
-    return y, (x, taps, _like(bias))
+) -> jax.Array:
+    """The implementation's `forward`."""
+    run = partial(
+        cast(Kernels, plan.module).forward,
+        wavelet=plan.wavelet,
+        transpose=transpose,
+        precision=plan.precision,
+        **dict(plan.config),
+    )
+    return run(x, taps, bias) if plan.module.DIFFERENTIABLE else vmap_folding(run)(x, taps, bias)
 
 
-def _apply_bwd(
-    plan: Plan,
-    transpose: bool,
-    residuals: tuple[jax.Array, Taps, jax.Array | None],
-    dy: jax.Array,
-) -> tuple[jax.Array, Taps, jax.Array | None]:
-    x, taps, bias = residuals
-    return _gradients(plan.for_backward(x, taps, bias is not None), transpose, residuals, dy)
-
-
-def _gradients(
-    plan: Plan,
-    transpose: bool,
-    residuals: tuple[jax.Array, Taps, jax.Array | None],
-    dy: jax.Array,
-) -> tuple[jax.Array, Taps, jax.Array | None]:
-    """The gradients of x, taps and bias, all by the plan's implementation."""
-    x, taps, bias = residuals
-    shapes = tuple(tap.shape for tap in taps)
-    bare = plan.module.DIFFERENTIABLE
-    apply, correlate = (_forward, _correlate) if bare else (_apply, _weight_grad)
-    dx = apply(plan, not transpose, dy, taps, None)
-    pair = (dy, x) if transpose else (x, dy)
-    # Only the operator itself has a bias, its transpose has none.
-    summed = bias is not None and cast(Kernels, plan.module).BIAS_GRADIENT
-    found = correlate(plan, (*shapes, dy.shape[-1:]) if summed else shapes, *pair)
-    dtaps = tuple(d.astype(tap.dtype) for d, tap in zip(found[: len(taps)], taps, strict=True))
-    if bias is None:
-        return dx, dtaps, None
-    axes = tuple(range(dy.ndim - 1))
-    dbias = found[-1] if summed else dy.sum(axes, dtype=accumulation_dtype(dy.dtype))
-    return dx, dtaps, dbias.astype(bias.dtype)
-
-
-_apply.defvjp(_apply_fwd, _apply_bwd)
+def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
+    """The implementation's `weight_grad`."""
+    run = partial(
+        cast(Kernels, plan.module).weight_grad,
+        kernel_shapes=shapes,
+        wavelet=plan.wavelet,
+        precision=plan.precision,
+        **dict(plan.config),
+    )
+    return tuple(run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy))
 
 
 def measurement(
@@ -266,68 +319,11 @@ def timed_function(plan: Plan, direction: str) -> Callable[..., Tree]:
         The function, of the output, or of the gradients of x, taps and bias.
     """
     if direction == "fwd":
-        return partial(_apply, plan, False)
+        return partial(_forward, plan, False)
 
     def backward(x: jax.Array, taps: Taps, bias: jax.Array | None, dy: jax.Array) -> Tree:
-        return _gradients(plan, False, (x, taps, _like(bias)), dy)
+        shapes = tuple(tap.shape for tap in taps)
+        dx = _forward(plan, True, dy, taps, None)
+        return dx, *_weight_grad(plan, shapes, bias is not None, x, dy)
 
     return backward
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _weight_grad(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
-    """Gradient of the taps; bilinear in x and dy, so its own VJP is the operator twice.
-
-    That of the bias, which may follow, is linear in dy, as if x had one more channel of ones.
-    """
-    return _correlate(plan, shapes, x, dy)
-
-
-def _weight_grad_fwd(
-    plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array
-) -> tuple[Taps, tuple[jax.Array, jax.Array]]:
-    correlate = _correlate if plan.module.DIFFERENTIABLE else _weight_grad
-    return correlate(plan, shapes, x, dy), (x, dy)
-
-
-def _weight_grad_bwd(
-    plan: Plan, shapes: Shapes, residuals: tuple[jax.Array, jax.Array], dtaps: Taps
-) -> tuple[jax.Array, jax.Array]:
-    x, dy = residuals
-    dbias = None
-    if len(shapes[-1]) == 1:
-        dtaps, dbias = dtaps[:-1], dtaps[-1]
-    dtaps = tuple(dtaps)
-    return _apply(plan, True, dy, dtaps, None), _apply(plan, False, x, dtaps, dbias)
-
-
-_weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
-
-
-def _forward(
-    plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
-) -> jax.Array:
-    run = partial(
-        cast(Kernels, plan.module).forward,
-        wavelet=plan.wavelet,
-        transpose=transpose,
-        precision=plan.precision,
-        **dict(plan.config),
-    )
-    return run(x, taps, bias) if plan.module.DIFFERENTIABLE else vmap_folding(run)(x, taps, bias)
-
-
-def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
-    run = partial(
-        cast(Kernels, plan.module).weight_grad,
-        kernel_shapes=shapes,
-        wavelet=plan.wavelet,
-        precision=plan.precision,
-        **dict(plan.config),
-    )
-    return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
-
-
-def _like(bias: jax.Array | None) -> jax.Array | None:
-    """A bias of no elements: the backward pass needs to know its dtype and nothing else."""
-    return None if bias is None else bias[:0]

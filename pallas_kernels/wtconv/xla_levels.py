@@ -120,7 +120,7 @@ def convolve(
     out = _depthwise(stored, taps, pads, precision, shifted)
     ndim, size = out.ndim - 3, out.shape[1:-2]
     if bias is not None:
-        out = out + bias.astype(taps.dtype)
+        out = out + jnp.expand_dims(bias.astype(taps.dtype), range(out.ndim - 1))
     if deeper is None:
         return out.astype(dtype)
     bands = out.shape[-2]
@@ -185,7 +185,7 @@ def _shifted_products(stored: jax.Array, taps: jax.Array) -> jax.Array:
     than many at a time, too: the windows of a few stay in the first cache.
     """
     shifts = np.array(list(np.ndindex(taps.shape[:-2])))
-    taps = taps.reshape(len(shifts), *taps.shape[-2:])
+    taps = taps.reshape(len(shifts), *(1,) * (stored.ndim - 2), *taps.shape[-2:])
     size = (n - most for n, most in zip(stored.shape[1:-2], shifts[-1], strict=True))
     shape = (stored.shape[0], *size, *stored.shape[-2:])
 

@@ -378,6 +378,21 @@ def test_jit_grad_vmap_split_and_merge():
     np.testing.assert_allclose(merged(x[0]), layer(x)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_forward_mode(library):
+    x = jax.random.normal(jax.random.key(0), (1, 4, 3, 2))
+    options = {"kernel_size": 3, "use_bias": False, "implementation": "xla"}
+    if library == "linen":
+        layer = linen_layers.SeparableWTConv2d(2, 3, **options)
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+        call = layer.bind(jax.tree.map(lambda p: jnp.ones(p.shape), shapes))
+    else:
+        call = nnx_layers.SeparableWTConv2d(2, 3, **options, rngs=nnx.Rngs(0))
+    # Without bias the layer is linear, so along its input its tangent is its output.
+    y, tangent = jax.jvp(call, (x,), (x,))
+    assert_close(tangent, y)
+
+
 def test_separable_parity_and_projection():
     x = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
     options = {"kernel_size": 3, "depth": 1, "stride": 2}

@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import oracle
-from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d
+from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d, xla
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case, inputs
+from pallas_kernels.dispatch import Operator
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +151,33 @@ def test_low_precision_is_differentiated_twice():
     run = partial(conv2d, out_dtype="float32")
     slope = jax.grad(lambda x: (jax.grad(lambda w: (run(x, w) ** 2).sum())(w) ** 2).sum())(x)
     assert slope.dtype == x.dtype and jnp.isfinite(slope).all()
+
+
+class Kernel:
+    """Plain JAX as a kernel, which JAX cannot look into."""
+
+    DIFFERENTIABLE = False
+    unavailable, check = xla.unavailable, xla.check
+    forward, input_grad, weight_grad = xla.forward, xla.input_grad, xla.weight_grad
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("dtype", "module"), [("float32", xla), ("bfloat16", xla), ("float32", Kernel)]
+)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_slopes_at_kinks_are_those_of_jax(activation, dtype, module, monkeypatch):
+    monkeypatch.setattr(Operator, "module", lambda self, name: module)
+    x, w = jnp.zeros((1, 2, 1, 1), dtype), jnp.zeros((1, 1, 1, 5), dtype)
+    bias = jnp.asarray([-1, -0.0, 0, 1, np.nan], dtype)
+    run = partial(conv2d, x, w, activation=activation)
+    got = jax.grad(lambda bias: run(bias=bias).astype("float64").sum())(bias)
+    plain = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False)}[activation]
+    want = jax.vmap(jax.grad(plain))(bias.astype("float64"))
+    np.testing.assert_allclose(got.astype("float64"), 2 * want, rtol=0.01)
+    _, forward = jax.jvp(lambda bias: run(bias=bias)[0, 0, 0], (bias,), (jnp.ones_like(bias),))
+    np.testing.assert_allclose(forward.astype("float64"), want, rtol=0.01)
+    np.testing.assert_array_equal(np.isnan(run(bias=bias)[0, 0, 0]), np.isnan(bias))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

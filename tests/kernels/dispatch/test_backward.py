@@ -20,8 +20,8 @@ pytestmark = pytest.mark.core
 X = jnp.ones((1, 3, 2, 5))
 
 
-def wtconv(x, choice):
-    params = {"base_kernel": jnp.ones((3, 3, 1, 5)), "base_scale": jnp.ones(5)}
+def wtconv(x, choice, scale=1.0):
+    params = {"base_kernel": jnp.ones((3, 3, 1, 5)), "base_scale": jnp.full(5, scale)}
     return wtconv2d(x, params, implementation=choice)
 
 
@@ -111,7 +111,7 @@ def test_what_is_measured_later_is_taken(monkeypatch, searches):
     def gradient():
         seen.clear()
         with tuning("cached"):
-            jax.grad(lambda x: wtconv(x, None).sum())(x)
+            jax.grad(lambda scale: wtconv(x, None, scale).sum())(1.0)
         return list(seen)
 
     assert gradient() == [None]

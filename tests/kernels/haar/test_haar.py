@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels import haar
 from pallas_kernels.common.conformance import LOW
-from pallas_kernels.haar import Implementation
+from pallas_kernels.dispatch import Operator
+from pallas_kernels.haar import Implementation, xla
 from pallas_kernels.haar.cases import CASES, HARD, PAIRWISE
 
 DWT = {1: haar.dwt, 2: haar.dwt2, 3: haar.dwt3}
@@ -153,6 +154,17 @@ def test_forward_and_reverse_mode_of_linear_maps(spatial, wavelet):
     np.testing.assert_allclose(tangent, synthesised, atol=1e-13)
     np.testing.assert_allclose((of_dec * t).sum(), inner(c, want), atol=1e-12)
     np.testing.assert_allclose(inner(of_rec, c), (x * synthesised).sum(), atol=1e-12)
+
+
+@pytest.mark.core
+def test_forward_and_reverse_mode_of_kernels(monkeypatch):
+    class Kernel:
+        DIFFERENTIABLE = False
+        unavailable, check = xla.unavailable, xla.check
+        wavedec, waverec = xla.wavedec, xla.waverec
+
+    monkeypatch.setattr(Operator, "module", lambda self, name: Kernel)
+    test_forward_and_reverse_mode_of_linear_maps((3, 5), "haar")
 
 
 def inner(a, b):

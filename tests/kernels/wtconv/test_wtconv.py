@@ -160,6 +160,41 @@ def _walled(function, *args):
     return wall(*args)
 
 
+def assert_forward_mode(dtype, allowed):
+    """Tangents, linearised and by `jacfwd`, are the oracle's within `allowed` times epsilon."""
+    case = Case((3, 5), 1, 2, dtype, (1,), 2, stride=2)
+    x, params, _ = arrays(case)
+    place = x, params
+    way = jax.tree.map(lambda a: jnp.cos(jnp.arange(a.size, dtype=dtype)).reshape(a.shape), place)
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (place, way))
+    run = partial(wtconv2d, stride=2)
+
+    def along(call, place, way):
+        return lambda t: call(*jax.tree.map(lambda a, d: a + t * d, place, way))
+
+    def tangents(place, way):
+        _, linear = jax.linearize(run, *place)
+        return linear(*way), jax.jacfwd(along(run, place, way))(jnp.zeros((), dtype))
+
+    at = along(lambda x, params: oracle.wtconv(x, params, 2, stride=2), *exact)
+    # The oracle is cubic in t, for which differences of two steps are exact.
+    want = (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / 12
+    for got in jax.jit(tangents)(place, way):
+        assert got.dtype == dtype
+        error = np.abs(np.asarray(got, np.float64) - want).max()
+        assert error <= allowed * jnp.finfo(dtype).eps * np.abs(want).max()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("dtype", "allowed"), [("float64", 100), ("bfloat16", 2)])
+def test_forward_mode_is_the_oracles(dtype, allowed):
+    assert_forward_mode(dtype, allowed)
+
+
+def test_forward_mode_of_kernels_that_have_no_derivative(opaque):
+    assert_forward_mode("float64", 100)
+
+
 def test_jacrev_of_grad_through_kernels_that_have_no_derivative(opaque):
     case = Case((3, 5), 1, 2, "float64", (1,), 2, stride=2)
     x, params, _ = arrays(case)

@@ -1,0 +1,164 @@
+"""Functions linear in each argument, which JAX differentiates by transposes that they bring along.
+
+Where JAX transposes plain code itself, it keeps what the code computes on its way; a kernel it
+cannot transpose at all. `jax.custom_vjp` helps both, but takes forward mode away. So this is an
+operation of JAX's own kind: its derivative is the sum of itself with one argument after the other
+replaced by its tangent, and its transposes are the given ones. Reverse mode then keeps the
+arguments and nothing else, and every order and mixture of the modes works.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from itertools import chain, islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+from pallas_kernels.common.types import Tree
+
+Function = Callable[..., Tree]
+
+
+def multilinear(function: Function, transposes: Sequence[Function], *arguments: Tree) -> Tree:
+    """The value of a function that is linear in each of its arguments.
+
+    Args:
+        function: Function of the arguments, trees of arrays, to a tree of arrays. `jax.vmap` maps
+            it, and JAX never differentiates it.
+        transposes: For each argument the transpose in it: a function of the cotangent of the value
+            and of the other arguments, in their order, to a tree like the argument. JAX
+            differentiates it for derivatives of higher order.
+        *arguments: The arguments.
+
+    Returns:
+        `function(*arguments)`.
+
+    Example:
+        >>> def product(x, y):
+        ...     return multilinear(jax.numpy.multiply, (product, product), x, y)
+        >>> cube = lambda x: product(x, product(x, x))
+        >>> value, tangent = jax.jvp(jax.grad(cube), (2.0,), (1.0,))
+        >>> float(value), float(tangent)
+        (12.0, 12.0)
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    out = _multilinear.bind(
+        *jax.tree.leaves(arguments),
+        function=function,
+        transposes=tuple(transposes),
+        trees=tuple(map(jax.tree.structure, arguments)),
+        out_tree=jax.tree.structure(shapes),
+        jaxpr=jaxpr,
+    )
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+
+_multilinear = Primitive("multilinear")
+_multilinear.multiple_results = True
+
+
+@_multilinear.def_impl
+def _run(*leaves: jax.Array, jaxpr: ClosedJaxpr, **_: object) -> list[jax.Array]:
+    return jaxpr_as_fun(jaxpr)(*leaves)
+
+
+@_multilinear.def_effectful_abstract_eval
+def _typed(*_: object, jaxpr: ClosedJaxpr, **__: object) -> tuple[list[Any], set[Any]]:
+    # Interpreted kernels have effects.
+    return jaxpr.out_avals, jaxpr.effects
+
+
+mlir.register_lowering(_multilinear, mlir.lower_fun(_run, multiple_results=True))
+
+
+def _differentiate(
+    primals: Sequence[Any], tangents: Sequence[Any], *, trees: Sequence[Any], **rest: Any
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The rule of forward mode, from which JAX makes that of reverse mode by `_transpose`."""
+
+    def run(*leaves: Any) -> list[jax.Array]:
+        return _multilinear.bind(*leaves, trees=trees, **rest)
+
+    terms, start = [], 0
+    for tree in trees:
+        stop = start + tree.num_leaves
+        moving = tangents[start:stop]
+        if not all(isinstance(tangent, ad.Zero) for tangent in moving):
+            whole = map(ad.instantiate_zeros, moving)
+            terms.append(run(*primals[:start], *whole, *primals[stop:]))
+        start = stop
+    return run(*primals), [reduce(ad.add_tangents, parts) for parts in zip(*terms, strict=True)]
+
+
+def _transpose(
+    cotangents: Sequence[Any],
+    *leaves: Any,
+    transposes: Sequence[Function],
+    trees: Sequence[Any],
+    out_tree: Any,
+    **_: object,
+) -> list[Any]:
+    """The rule of reverse mode, for the one argument that is not known."""
+    parts = _parted(leaves, trees)
+    (i,) = (i for i, part in enumerate(parts) if any(map(ad.is_undefined_primal, part)))
+    arguments = [tree.unflatten(part) for tree, part in zip(trees, parts, strict=True)]
+    cotangent = out_tree.unflatten(map(ad.instantiate_zeros, cotangents))
+    found = transposes[i](cotangent, *arguments[:i], *arguments[i + 1 :])
+    # A part of the argument may be known after all: the zeros of what is not differentiated.
+    wanted = (
+        value if ad.is_undefined_primal(leaf) else None
+        for leaf, value in zip(parts[i], jax.tree.leaves(found), strict=True)
+    )
+    nothing = [[None] * len(part) for part in parts]
+    return [*chain(*nothing[:i], wanted, *nothing[i + 1 :])]
+
+
+def _batch(
+    leaves: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    *,
+    function: Function,
+    transposes: Sequence[Function],
+    trees: Sequence[Any],
+    **_: object,
+) -> tuple[list[jax.Array], list[int]]:
+    """The rule of `jax.vmap`: the functions are mapped."""
+    first = [
+        leaf if axis is None else jnp.moveaxis(leaf, axis, 0)
+        for leaf, axis in zip(leaves, axes, strict=True)
+    ]
+    mapped = _parted([None if axis is None else 0 for axis in axes], trees)
+    arguments, places = (
+        [tree.unflatten(part) for tree, part in zip(trees, parts, strict=True)]
+        for parts in (_parted(first, trees), mapped)
+    )
+
+    def each(i: int) -> Function:
+        transpose = jax.vmap(transposes[i], (0, *places[:i], *places[i + 1 :]))
+
+        def transposed(*known: Tree) -> Tree:
+            found = zip(jax.tree.leaves(transpose(*known)), mapped[i], strict=True)
+            # The examples share what is not mapped.
+            return trees[i].unflatten(g.sum(0) if axis is None else g for g, axis in found)
+
+        return transposed
+
+    mine = multilinear(
+        jax.vmap(function, tuple(places)), [*map(each, range(len(trees)))], *arguments
+    )
+    out = jax.tree.leaves(mine)
+    return out, [0] * len(out)
+
+
+ad.primitive_jvps[_multilinear] = _differentiate
+ad.primitive_transposes[_multilinear] = _transpose
+batching.primitive_batchers[_multilinear] = _batch
+
+
+def _parted(leaves: Sequence[Any], trees: Sequence[Any]) -> list[list[Any]]:
+    """The leaves of each tree."""
+    rest = iter(leaves)
+    return [list(islice(rest, tree.num_leaves)) for tree in trees]

@@ -1,0 +1,53 @@
+"""`multilinear` against what JAX derives of the same function."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.common.multilinear import multilinear
+
+pytestmark = pytest.mark.core
+
+
+def product(pair, w):
+    """`x w + v w` for `pair = (x, v)`: a tree, of which a part may be constant."""
+
+    def in_pair(dy, w):
+        return (rest := jnp.outer(dy, w)), rest.sum(0)
+
+    return multilinear(
+        plain, (in_pair, lambda dy, pair: dy @ pair[0] + dy.sum() * pair[1]), pair, w
+    )
+
+
+def plain(pair, w):
+    x, v = pair
+    return x @ w + v @ w
+
+
+def curved(function):
+    return lambda x, v, w: jnp.sin(function((x, v), w)).sum()
+
+
+X, V, W = jnp.arange(6.0).reshape(2, 3), jnp.ones(3), jnp.array([0.5, -1, 2])
+TRANSFORMS = {
+    "forward": lambda f: jax.jvp(f, (X, V, W), (X, V, W)),
+    "of one of a tree": lambda f: jax.value_and_grad(f, 1)(X, V, W),
+    "forward over reverse": lambda f: jax.hessian(f, (0, 2))(X, V, W),
+    "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(f, 2), 0)(X, V, W),
+    "reverse of vmap": lambda f: jax.grad(lambda w: jax.vmap(f, (2, None, None))(XS, V, w).sum())(
+        W
+    ),
+    "vmap of reverse": lambda f: jax.vmap(jax.grad(f, (0, 2)), (2, None, None))(XS, V, W),
+}
+XS = jnp.stack([X, 2 * X], 2)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformations(name):
+    @jax.jit
+    def both():
+        return tuple(TRANSFORMS[name](curved(function)) for function in (product, plain))
+
+    chex.assert_trees_all_close(*both(), rtol=1e-5, atol=1e-5)
