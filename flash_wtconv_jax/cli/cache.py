@@ -78,16 +78,23 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A file that `export` wrote.")],
 ) -> None:
     """Add what was measured elsewhere; of what both know, the file's times count."""
+    from pallas_kernels.common import versions
     from pallas_kernels.dispatch.cache import loaded, user_cache
 
+    store = user_cache()
     try:
         devices = loaded(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} holds no exported measurements: {error}") from None
     for kind, entries in devices.items():
-        user_cache().put(kind, entries)
-    user_cache().flush()
-    typer.echo(f"read {sum(map(len, devices.values()))} entries of {', '.join(devices) or 'none'}")
+        store.keep(kind, entries)
+    found = [entry for entries in devices.values() for entry in entries]
+    kinds = ", ".join(devices) or "none"
+    typer.echo(f"read {len(found)} entries of {kinds} and kept them in {store.folder}")
+    ours = versions.package()
+    others = sum(entry["versions"].get("flash-wtconv") != ours for entry in found)
+    if others:
+        typer.echo(f"of these, {others} of other versions than {ours} do not count here")
 
 
 def _entries(device: str | None) -> dict[str, list[Json]]:
