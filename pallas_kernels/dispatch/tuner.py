@@ -304,7 +304,7 @@ def _warn_of_other_parameters(label: str, entry: Entry, candidates: Sequence[Can
 def _best(counting: Entry | None, candidates: Sequence[Candidate]) -> Candidate | None:
     """The fastest of these candidates; None of no entry, or where all failed."""
     timed = [one for one in counting["measured"] if "ms" in one] if counting else []
-    if not timed:
+    if counting is None or not timed:
         return None
     used = _USED.get()
     if used is not None and counting not in used:
