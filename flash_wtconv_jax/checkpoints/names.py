@@ -16,7 +16,7 @@ import pywt
 from flash_wtconv_jax.checkpoints.layouts import LAYOUTS, TABLES, Rule, Table, groups_of, pattern_of
 from flash_wtconv_jax.checkpoints.tensors import check_nested, to_array, to_arrays
 from pallas_kernels.common.types import Tree
-from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.haar.filters import filter_bank, wavelet_name
 
 Side = Literal["torch", "ours"]
 Axes = tuple[tuple[str, ...], ...]
@@ -206,9 +206,9 @@ def _pick(arrays: Arrays, layout: str | None, side: Side, wavelet: str) -> Table
             f"no layout recognised among {len(arrays)} names ({some}{', …' * (len(arrays) > 4)}), "
             f"expected the names of one of: {', '.join(LAYOUTS)}"
         )
-    filter_bank(wavelet)
+    name = wavelet_name(wavelet)
     table = tables[scores.index(max(scores))]
-    if table.layout == "fast" and wavelet not in ("haar", "db1"):
+    if table.layout == "fast" and name not in ("haar", "db1"):
         raise ValueError(
             f"wavelet is {wavelet!r}, but layers of layout 'fast' are Haar; use 'published'"
         )
