@@ -11,7 +11,11 @@ cache = typer.Typer(
     help="Show, forget and hand on what the tuner measured on this machine.", no_args_is_help=True
 )
 
-_Kind = Annotated[str | None, typer.Option("--device", help="A kind of device. Default: all.")]
+_Kind = Annotated[
+    str | None, typer.Option("--device", help="A kind of device, as `show` names it. Default: all.")
+]
+
+_NOTHING = 'nothing was measured yet: implementation="auto" measures'
 
 
 @cache.command("path")
@@ -28,9 +32,17 @@ def show(device: _Kind = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from flash_wtconv_jax.cli.tables import print_table
+    from pallas_kernels.dispatch.cache import user_cache
+
+    if not user_cache().kinds():
+        typer.echo(_NOTHING)
+        return
     console = Console()
     for kind, entries in _entries(device).items():
-        table = Table("operator", "problem", "fastest", "ms", "next", title=kind)
+        table = Table("operator", "problem", "fastest", title=kind)
+        for heading in ("ms", "next"):
+            table.add_column(heading, no_wrap=True)
         for entry in entries:
             timed = [one for one in entry["measured"] if "ms" in one]
             problem = ", ".join(f"{value}" for value in entry["problem"].values())
@@ -46,7 +58,7 @@ def show(device: _Kind = None) -> None:
                 f"{first['ms']:.3g}",
                 f"{_named(second)} x{second['ms'] / first['ms']:.2f}" if second else "",
             )
-        console.print(table)
+        print_table(console, table)
 
 
 @cache.command("clear")
@@ -107,7 +119,7 @@ def _entries(device: str | None) -> dict[str, list[Json]]:
         raise ValueError(f"--device {device!r}: nothing was measured on it, but on {kinds}")
     found = {kind: store.entries(kind) for kind in kinds if device in (None, kind)}
     if not found:
-        raise ValueError('nothing was measured yet: implementation="auto" measures')
+        raise ValueError(_NOTHING)
     return found
 
 

@@ -84,7 +84,8 @@ def test_what_is_wrong_is_said(store, tmp_path):
         return str(result.exception)
 
     out = tmp_path / "out.json"
-    assert "nothing was measured yet" in error("show")
+    empty = run("show")
+    assert empty.exit_code == 0 and "nothing was measured yet" in empty.output
     assert "nothing was measured yet" in error("export", out)
     store.put(KIND, [ENTRY])
     assert "--device 'H200': nothing was measured on it, but on ['Abacus 3000']" in error(
