@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from datetime import date
 from functools import partial
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +38,12 @@ Call = Callable[[], Tree]
 
 def bench(
     shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; several are allowed. Default: all.")
+        list[str] | None,
+        typer.Option(
+            help="A named shape; several are allowed: "
+            f"{', '.join(dict.fromkeys(chain(FOR_PLATFORM['gpu'], FOR_PLATFORM['cpu'])))}. "
+            "Default: all."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     out: Annotated[

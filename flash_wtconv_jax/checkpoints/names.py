@@ -25,7 +25,7 @@ from flash_wtconv_jax.checkpoints.layouts import (
 )
 from flash_wtconv_jax.checkpoints.tensors import bare_names, check_nested, to_array, weights_of
 from pallas_kernels.common.types import Tree
-from pallas_kernels.haar.filters import IS_HAAR, filter_bank
+from pallas_kernels.haar.filters import IS_HAAR, filter_bank, wavelet_name
 
 Side = Literal["torch", "ours"]
 Axes = tuple[tuple[str, ...], ...]
@@ -262,8 +262,7 @@ def _pick(arrays: Arrays, layout: str | None, side: Side, wavelet: str) -> _Chos
             f"no layout recognised among {len(arrays)} names ({some}{', …' * (len(arrays) > 4)}), "
             f"expected the names of one of: {', '.join(LAYOUTS)}"
         )
-    filter_bank(wavelet)
-    if not table.wavelets and wavelet not in IS_HAAR:
+    if wavelet_name(wavelet) not in IS_HAAR and not table.wavelets:
         raise ValueError(
             f"wavelet is {wavelet!r}, but layers of layout {table.layout!r} are Haar where they "
             "save no filters; those of 'published' have any wavelet"

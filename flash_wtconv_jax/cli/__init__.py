@@ -56,8 +56,10 @@ def run(app: Callable[[], object]) -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        extra = {"libtpu": "tpu", "torch": "torch"}.get(error.name or "", "demo")
-        _fail(f"{error.name} is not installed: pip install 'flash-wtconv[{extra}]' brings it")
+        extras = {"libtpu": "tpu", "torch": "torch", "matplotlib": "plot"}
+        name = (error.name or "").partition(".")[0]
+        extra = extras.get(name, "demo")
+        _fail(f"{name} is not installed: pip install 'flash-wtconv[{extra}]' brings it")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         _fail(str(error) or type(error).__name__)
 

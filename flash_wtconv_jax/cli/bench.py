@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pallas_kernels.common.types import Json
+from pallas_kernels.conv2d.shapes import SHAPES
+from pallas_kernels.wtconv.shapes import FOR_PLATFORM
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +39,15 @@ _WriteDefaults = Annotated[
 @bench.command("wtconv")
 def wtconv(
     shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; several are allowed. Default: all.")
+        list[str] | None,
+        typer.Option(
+            help="A named shape; several are allowed: "
+            + "; ".join(
+                f"on a {platform.upper()} {', '.join(shapes)}"
+                for platform, shapes in FOR_PLATFORM.items()
+            )
+            + ". Default: all."
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
@@ -57,7 +67,6 @@ def wtconv(
     from flash_wtconv_jax import plots
     from flash_wtconv_jax.bench import wtconv as benchmark
     from pallas_kernels.common.device import kind, platform
-    from pallas_kernels.wtconv.shapes import FOR_PLATFORM
 
     with _measuring(device, out) as progress:
         known = FOR_PLATFORM[platform()]
@@ -106,7 +115,10 @@ def wtconvnext(
 @bench.command("conv2d")
 def conv2d(
     shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; several are allowed. Default: all.")
+        list[str] | None,
+        typer.Option(
+            help=f"A named shape; several are allowed: {', '.join(SHAPES)}. Default: all."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     device: _Device = None,
@@ -116,7 +128,6 @@ def conv2d(
     """Time the dense 2-D convolution beside XLA's, alone and with padding, bias and activation."""
     from flash_wtconv_jax.bench import conv2d as benchmark
     from pallas_kernels.common.device import kind
-    from pallas_kernels.conv2d.shapes import SHAPES
 
     with _measuring(device, out) as progress:
         names = shape or list(SHAPES)
@@ -197,20 +208,19 @@ def tell(
         figures: What draws pictures of the report, by the names of their files.
         out: The folder, made if it is not there.
     """
-    from flash_wtconv_jax import plots
-    from flash_wtconv_jax.cli.console import plain_console
+    from flash_wtconv_jax.cli.tables import plain_console, print_table
     from pallas_kernels.common.files import making_folder
 
     console = plain_console()
-    if not console.is_terminal:
-        # A file or a pipe has no width to keep to.
-        console.width = 160
-    console.print(table)
+    print_table(console, table)
     if report["no_device_events"]:
-        console.print(f"by the host's clock: {report['no_device_events']}")
+        console.print(f"by the host's clock: {report['no_device_events']}", soft_wrap=True)
     with making_folder(out):
         _write(out / f"{report['benchmark']}.json", json.dumps(report, indent=2))
         for name, draw in figures.items():
+            # Here, since a benchmark without pictures needs no matplotlib.
+            from flash_wtconv_jax import plots
+
             path = out / f"{name}.png"
             try:
                 plots.save(draw(report), path)

@@ -11,7 +11,11 @@ cache = typer.Typer(
     help="Show, forget and hand on what the tuner measured on this machine.", no_args_is_help=True
 )
 
-_Kind = Annotated[str | None, typer.Option("--device", help="A kind of device. Default: all.")]
+_Kind = Annotated[
+    str | None, typer.Option("--device", help="A kind of device, as `show` names it. Default: all.")
+]
+
+_NOTHING = 'nothing was measured yet: implementation="auto" measures'
 
 
 @cache.command("path")
@@ -27,11 +31,17 @@ def show(device: _Kind = None) -> None:
     """Print what won, how fast, and by how much, for every problem."""
     from rich.table import Table
 
-    from flash_wtconv_jax.cli.console import plain_console
+    from flash_wtconv_jax.cli.tables import plain_console, print_table
+    from pallas_kernels.dispatch.cache import user_cache
 
+    if not user_cache().kinds():
+        typer.echo(_NOTHING)
+        return
     console = plain_console()
     for kind, entries in _entries(device).items():
-        table = Table("operator", "problem", "fastest", "ms", "next", title=kind)
+        table = Table("operator", "problem", "fastest", title=kind)
+        for heading in ("ms", "next"):
+            table.add_column(heading, no_wrap=True)
         for entry in entries:
             timed = [one for one in entry["measured"] if "ms" in one]
             problem = ", ".join(f"{value}" for value in entry["problem"].values())
@@ -47,7 +57,7 @@ def show(device: _Kind = None) -> None:
                 f"{first['ms']:.3g}",
                 f"{_named(second)} x{second['ms'] / first['ms']:.2f}" if second else "",
             )
-        console.print(table)
+        print_table(console, table)
 
 
 @cache.command("clear")
@@ -79,16 +89,23 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A file that `export` wrote.")],
 ) -> None:
     """Add what was measured elsewhere; of what both know, the file's times count."""
+    from pallas_kernels.common import versions
     from pallas_kernels.dispatch.cache import loaded, user_cache
 
+    store = user_cache()
     try:
         devices = loaded(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} holds no exported measurements: {error}") from None
     for kind, entries in devices.items():
-        user_cache().put(kind, entries)
-    user_cache().flush()
-    typer.echo(f"read {sum(map(len, devices.values()))} entries of {', '.join(devices) or 'none'}")
+        store.keep(kind, entries)
+    found = [entry for entries in devices.values() for entry in entries]
+    kinds = ", ".join(devices) or "none"
+    typer.echo(f"read {len(found)} entries of {kinds} and kept them in {store.folder}")
+    ours = versions.package()
+    others = sum(entry["versions"].get("flash-wtconv") != ours for entry in found)
+    if others:
+        typer.echo(f"of these, {others} of other versions than {ours} do not count here")
 
 
 def _entries(device: str | None) -> dict[str, list[Json]]:
@@ -101,7 +118,7 @@ def _entries(device: str | None) -> dict[str, list[Json]]:
         raise ValueError(f"--device {device!r}: nothing was measured on it, but on {kinds}")
     found = {kind: store.entries(kind) for kind in kinds if device in (None, kind)}
     if not found:
-        raise ValueError('nothing was measured yet: implementation="auto" measures')
+        raise ValueError(_NOTHING)
     return found
 
 

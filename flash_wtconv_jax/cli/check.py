@@ -18,11 +18,17 @@ if TYPE_CHECKING:
 
 Operators = Annotated[
     list[str] | None,
-    typer.Option("--operator", metavar="NAME", help="Only this one; several are allowed."),
+    typer.Option(
+        "--operator", metavar="NAME", help="Only this one; several are allowed. `info` lists them."
+    ),
 ]
 Implementations = Annotated[
     list[str] | None,
-    typer.Option("--implementation", metavar="NAME", help="Only this one; several are allowed."),
+    typer.Option(
+        "--implementation",
+        metavar="NAME",
+        help="Only this one; several are allowed. `info` lists them.",
+    ),
 ]
 AsJson = Annotated[
     Path | None,
@@ -126,7 +132,7 @@ def show(rows: Iterable[Json], about: Json, title: str, as_json: Path | None) ->
     """
     from rich.progress import Progress
 
-    from flash_wtconv_jax.cli.console import plain_console
+    from flash_wtconv_jax.cli.tables import plain_console, print_table
     from pallas_kernels.common.files import check_folder, replacing
 
     if as_json is not None:
@@ -138,7 +144,7 @@ def show(rows: Iterable[Json], about: Json, title: str, as_json: Path | None) ->
         for row in rows:
             done.append(row)
             bar.update(task, description=f"{len(done)} {_heading(row)} {row['case']}")
-    console.print(_table(done, title))
+    print_table(console, _table(done, title))
     for line in _reasons(done):
         console.print(line, highlight=False, soft_wrap=True)
     count = {status: sum(row["status"] == status for row in done) for status in _COLOURS}

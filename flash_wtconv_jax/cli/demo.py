@@ -15,6 +15,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 40,
 ) -> None:
     """Train a small WTConv network on scikit-learn's digits, beside its twin without wavelets."""
+    import sklearn  # noqa: F401 - its extra brings matplotlib too, so that is the one to name.
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from flash_wtconv_jax import environment

@@ -41,7 +41,7 @@ def _print(report: Json) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from flash_wtconv_jax.cli.console import plain_console
+    from flash_wtconv_jax.cli.tables import plain_console
 
     console = plain_console()
     device, versions = report["device"], report["versions"]

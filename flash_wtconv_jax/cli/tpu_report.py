@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pallas_kernels.common.types import Json
+from pallas_kernels.wtconv.shapes import TPU_SHAPES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+_FIRST = next(iter(TPU_SHAPES))
+_LOOK_BACK_S = 3600
 _NOTE = (
     "The compiler's static figures, no measurement. cycles: bundles of our kernels, without "
     "waiting for memory; around: estimated_cycles of what XLA does before and after them. XLA: "
@@ -23,8 +26,15 @@ _NOTE = (
 def tpu_report(
     chip: Annotated[str, typer.Option(help="v5e, v6e, v5p or v4.")] = "v5e",
     shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; several are allowed. Default: all.")
+        list[str] | None,
+        typer.Option(
+            help=f"A named shape; several are allowed: {', '.join(TPU_SHAPES)}. "
+            f"Default: {_FIRST}, which takes minutes."
+        ),
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All shapes, in a quarter of an hour or more.")
+    ] = False,
     as_json: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the report there too."),
@@ -33,24 +43,29 @@ def tpu_report(
 ) -> None:
     """Count the static cycles of the TPU kernels and of XLA's program; needs libtpu, but no TPU."""
     from rich.markup import escape
-    from rich.progress import Progress
+    from rich.progress import MofNCompleteColumn, Progress
 
     from flash_wtconv_jax import plots
     from flash_wtconv_jax.aot import report as tpu
-    from flash_wtconv_jax.cli.console import plain_console
+    from flash_wtconv_jax.cli.tables import plain_console, print_table
     from pallas_kernels.common.files import check_folder, replacing
-    from pallas_kernels.wtconv.shapes import TPU_SHAPES
 
+    if every and shape:
+        raise ValueError(f"--all takes every shape, expected no --shape beside it, got {shape}")
     plots.check_path(out)
     if as_json is not None:
         check_folder(as_json)
     console = plain_console()
-    shapes = shape or list(TPU_SHAPES)
-    with Progress(console=console, transient=True) as bar:
+    shapes = list(TPU_SHAPES) if every else shape or [_FIRST]
+    # A program takes longer than rich looks back for its estimate of the time left.
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(
+        *columns, console=console, transient=True, speed_estimate_period=_LOOK_BACK_S
+    ) as bar:
         rows = len(tpu.KERNELS) * len(shapes) * len(tpu.DTYPES) * len(tpu.DIRECTIONS)
         task = bar.add_task(f"compiling for {escape(chip)}", total=rows)
         report = tpu.run(chip, shapes, lambda: bar.advance(task))
-    console.print(_table(report))
+    print_table(console, _table(report))
     for row in report["rows"]:
         for key, whose in (("error", "ours"), ("xla_error", "XLA's")):
             if row[key]:

@@ -9,7 +9,9 @@ The files lie in the user's cache folder, `flash_wtconv/measured/`, an entry a l
                   {"implementation": "xla", "config": {}, "failed": "why"}]}
 
 Operator, direction, problem, static arguments and versions are an entry's key. `measured` lists the
-fastest first and what failed last, so that a filter on the implementations finds its best too.
+fastest first and what failed last, so that a filter on the implementations finds its best too. It
+is also the search space that was measured: the tuner takes an entry only where all that is
+offered now is in it, and of it nothing else.
 
 Files are written whole, under a lock, with what other processes wrote meanwhile, by a thread that
 the interpreter waits for at its end. Where they cannot be, memory alone remembers, and a warning
@@ -28,13 +30,22 @@ from functools import cache
 from pathlib import Path
 
 from pallas_kernels.common.types import Json
-from pallas_kernels.dispatch.table import file_name
+from pallas_kernels.dispatch.table import check_fields, file_name, is_time
 
 Entry = Json
 """An entry, as the docstring of this module shows it."""
 
 _FORMAT = "flash-wtconv measurements"
 _VERSION = 1
+_ENTRY = {
+    "operator": str,
+    "direction": str,
+    "problem": dict,
+    "static": dict,
+    "versions": dict,
+    "measured": list,
+}
+_CANDIDATE = {"implementation": str, "config": dict}
 _LOCK_S = 30
 """Seconds that a lock is waited for; a write takes milliseconds."""
 
@@ -84,6 +95,24 @@ class Cache:
                 except RuntimeError:
                     # The interpreter is ending, and starts no more threads.
                     self._write()
+
+    def keep(self, device_kind: str, entries: Iterable[Entry]) -> None:
+        """Writes entries into their file before it returns; merges them as `put` does.
+
+        Raises:
+            OSError: They cannot be written, and are not remembered.
+        """
+        path = self._path(device_kind)
+        if path is None:
+            raise OSError("there is no home to keep measured times in")
+        new: dict[str, Entry] = {}
+        for entry in entries:
+            _add(new, entry)
+        written = _merge_into(path, device_kind, new)
+        with self._lock:
+            self._known(device_kind).update(written)
+            for entry in new.values():
+                self._generations[entry["operator"], entry["direction"]] = next(_GENERATIONS)
 
     def generation(self, operator: str, direction: str) -> int:
         """A number that changes with what this process knows of an operator's direction."""
@@ -232,21 +261,34 @@ def loaded(text: str) -> dict[str, list[Entry]]:
     Raises:
         ValueError: Truncated, foreign, or of another version of the format.
     """
-    content = json.loads(text)
+    try:
+        return _checked(json.loads(text))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _checked(content: object) -> dict[str, list[Entry]]:
+    """The entries of a file's content, each of which is one that the tuner can use."""
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"it has no 'format' of {_FORMAT!r}")
     if content.get("version") != _VERSION:
         raise ValueError(f"it has version {content.get('version')}, expected {_VERSION}")
-    try:
-        devices = {str(kind): list(found) for kind, found in content["devices"].items()}
-        for entry in (entry for found in devices.values() for entry in found):
-            key(entry)
-            if any(not ("ms" in one or "failed" in one) for one in entry["measured"]):
+    devices = content.get("devices")
+    if not isinstance(devices, dict) or not all(isinstance(e, list) for e in devices.values()):
+        raise ValueError("it has no 'devices', lists of entries by kind of device")
+    for entry in (entry for found in devices.values() for entry in found):
+        check_fields("an entry", entry, _ENTRY)
+        key(entry)
+        for one in entry["measured"]:
+            check_fields("a candidate", one, _CANDIDATE)
+            if "ms" not in one and "failed" not in one:
                 raise ValueError("a candidate has neither 'ms' nor 'failed'")
-            for one in entry["measured"]:
-                one["implementation"], dict(one["config"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"an entry is not one of ours: {error!r}") from None
+            if "ms" not in one:
+                check_fields("a candidate", one, {"failed": str})
+            elif not is_time(one["ms"]):
+                raise ValueError(
+                    f"a candidate has 'ms' of {one['ms']!r:.40}, expected a positive number"
+                )
     return devices
 
 

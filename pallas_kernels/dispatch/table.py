@@ -14,7 +14,9 @@ the operator defines. Whether the implementation can take the call, its `check` 
 import json
 import math
 import re
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,6 +49,36 @@ def file_name(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
 
 
+def check_fields(name: str, value: object, types: Mapping[str, type]) -> None:
+    """Checks that a value of JSON is an object whose fields have these types.
+
+    Args:
+        name: The value as the error names it.
+        value: Any value of JSON.
+        types: The type of each field that it has to have.
+
+    Raises:
+        ValueError: It is no object, or a field is missing or of another type.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not one of ours: {value!r:.40}")
+    for field, wanted in types.items():
+        if not isinstance(value.get(field), wanted):
+            raise ValueError(f"{name} is not one of ours: its {field!r} is no {wanted.__name__}")
+
+
+def is_time(value: object) -> bool:
+    """Whether a value of JSON is a time: a positive number that a float can hold.
+
+    Example:
+        >>> [is_time(value) for value in (0.5, 0, None, "1", True, float("inf"))]
+        [True, False, False, False, False, False]
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max
+
+
 def entries(device_kind: str) -> tuple[Entry, ...]:
     """The entries measured on a kind of device: none where there is no table of it.
 
@@ -54,17 +86,28 @@ def entries(device_kind: str) -> tuple[Entry, ...]:
         device_kind: As JAX names it, e.g. "NVIDIA H200".
 
     Returns:
-        The entries of the table.
+        The entries of the table; none, after a warning, where an entry is not as it should be.
 
     Example:
         >>> entries("an abacus")
         ()
     """
+    file = path(device_kind)
     try:
-        text = path(device_kind).read_text(encoding="utf-8")
+        found = json.loads(file.read_text(encoding="utf-8"))
+        check_fields("the table", found, {"entries": list})
+        for entry in found["entries"]:
+            _check(entry)
     except FileNotFoundError:
         return ()
-    return tuple(json.loads(text)["entries"])
+    except (ValueError, RecursionError) as error:
+        warnings.warn(
+            f"{file} is not used: {error}; the rule of the device chooses",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return ()
+    return tuple(found["entries"])
 
 
 @lru_cache(1024)
@@ -120,6 +163,17 @@ def merged(device_kind: str, new: Iterable[Entry]) -> str:
     by_problem = {_key(entry): entry for entry in (*entries(device_kind), *new)}
     lines = ",\n".join("    " + json.dumps(by_problem[key]) for key in sorted(by_problem))
     return f'{{\n  "device_kind": {json.dumps(device_kind)},\n  "entries": [\n{lines}\n  ]\n}}\n'
+
+
+def _check(entry: Entry) -> None:
+    """Checks that an entry tells a problem, and the time of its implementation."""
+    texts = dict.fromkeys(("operator", "direction", "implementation"), str)
+    check_fields("an entry", entry, {**texts, "problem": dict, "ms": dict})
+    check_fields("an entry's problem", entry["problem"], {"shape": list, "dtype": str})
+    if not all(isinstance(size, int) and size > 0 for size in entry["problem"]["shape"]):
+        raise ValueError(f"an entry has a problem of shape {entry['problem']['shape']}")
+    if not is_time(entry["ms"].get(entry["implementation"])):
+        raise ValueError(f"an entry has no time of its implementation {entry['implementation']!r}")
 
 
 def _key(entry: Entry) -> tuple[str, ...]:

@@ -229,15 +229,18 @@ def _fastest(
 ) -> Candidate | None:
     """Does what `fastest` does, for one process; `entry` says what is asked, under its key."""
     store, kind = cache.user_cache(), measurement.device_kind
-    entries = _covering(store.get(kind, key), modules)
-    if entries or mode == "cached":
-        return _best(entries, modules)
     direction, label = entry["direction"], f"{entry['operator']} {entry['direction']}"
     candidates = [
         Candidate(name, config)
         for name, module in modules.items()
         for config in _configs(module, direction, problem)
     ]
+    known = store.get(kind, key)
+    counting = _counting(known, candidates)
+    if known and not counting:
+        _warn_of_other_parameters(label, known, candidates)
+    if counting or mode == "cached":
+        return _best(counting, candidates)
     if len(candidates) == 1:
         return candidates[0]
     if 0 in problem.shape:
@@ -251,16 +254,16 @@ def _fastest(
         return None
     with _SEARCHING:
         # Another thread may have measured it meanwhile.
-        entries = _covering(store.get(kind, key), modules)
-        if not entries:
-            found = {**entry, **_in_thread(label, candidates, modules, measurement)}
-            entries, best = [found], _best([found], modules)
+        counting = _counting(store.get(kind, key), candidates)
+        if not counting:
+            counting = found = {**entry, **_in_thread(label, candidates, modules, measurement)}
+            best = _best(found, candidates)
             if best is None:
                 why = "; ".join(f"{_candidate(one)}: {one['failed']}" for one in found["measured"])
                 _warn(f"{label} of {problem}: no implementation could be timed: {why}")
             # The next process tries again where all failed, for want of memory perhaps.
-            store.put(kind, entries, write=best is not None)
-    return _best(entries, modules)
+            store.put(kind, [found], write=best is not None)
+    return _best(counting, candidates)
 
 
 def _configs(module: Implementation, direction: str, problem: Problem) -> list[TuningParams]:
@@ -275,27 +278,40 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
-def _covering(entry: Entry | None, names: Iterable[str]) -> list[Entry]:
-    """The entry, if it has measured all of these implementations."""
-    measured = {one["implementation"] for one in entry["measured"]} if entry else set()
-    return [entry] if entry and measured.issuperset(names) else []
-
-
-def _best(entries: Sequence[Entry], names: Iterable[str]) -> Candidate | None:
-    """The fastest of these implementations; None of no entry, or where all failed."""
-    timed = [
-        (one["ms"], one, entry)
-        for entry in entries
-        for one in entry["measured"]
-        if one["implementation"] in names and "ms" in one
-    ]
-    if not timed:
+def _counting(entry: Entry | None, candidates: Sequence[Candidate]) -> Entry | None:
+    """The entry with its times of these candidates alone; None where it lacks a candidate."""
+    counting = [one for one in entry["measured"] if _candidate(one) in candidates] if entry else []
+    measured = [_candidate(one) for one in counting]
+    if not entry or any(candidate not in measured for candidate in candidates):
         return None
-    _, best, entry = min(timed, key=lambda found: found[0])
+    return {**entry, "measured": counting}
+
+
+def _warn_of_other_parameters(label: str, entry: Entry, candidates: Sequence[Candidate]) -> None:
+    """Warns if an entry does not count because an implementation's parameters are others now."""
+    measured = [_candidate(one) for one in entry["measured"]]
+    lacking = {one.implementation for one in candidates if one not in measured}
+    changed = sorted(lacking & {one.implementation for one in measured})
+    if changed:
+        warnings.warn(
+            f"what was measured of {label} does not count, {', '.join(changed)} offers other "
+            "parameters now",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _best(counting: Entry | None, candidates: Sequence[Candidate]) -> Candidate | None:
+    """The fastest of these candidates; None of no entry, or where all failed."""
+    timed = [one for one in counting["measured"] if "ms" in one] if counting else []
+    if counting is None or not timed:
+        return None
     used = _USED.get()
-    if used is not None and entry not in used:
-        used.append(entry)
-    return _candidate(best)
+    if used is not None and counting not in used:
+        used.append(counting)
+    best = min(timed, key=lambda one: one["ms"])
+    # The one that is offered: a file may have 1 or 1.0 for True.
+    return candidates[candidates.index(_candidate(best))]
 
 
 def _candidate(measured: Json) -> Candidate:

@@ -1,4 +1,4 @@
-"""Wavelet analysis and synthesis of 1-D, 2-D and 3-D signals, any number of levels."""
+"""Wavelet analysis and synthesis along one to three axes, channels last, of any depth."""
 
 from importlib import import_module
 from typing import Any
@@ -8,15 +8,20 @@ __all__ = [
     "dwt",
     "dwt2",
     "dwt3",
+    "dwt_max_level",
+    "dwtn",
     "idwt",
     "idwt2",
     "idwt3",
+    "idwtn",
     "wavedec",
     "wavedec2",
     "wavedec3",
+    "wavedecn",
     "waverec",
     "waverec2",
     "waverec3",
+    "waverecn",
 ]
 
 

@@ -15,12 +15,12 @@ from pallas_kernels.haar.problem import Problem
 
 __all__ = ["CASES", "baseline", "computed", "problem", "to_pywavelets"]
 
-_WAVEDEC = {1: api.wavedec, 2: api.wavedec2, 3: api.wavedec3}
-_WAVEREC = {1: api.waverec, 2: api.waverec2, 3: api.waverec3}
+Transform = Callable[..., Tree]
+
+_WAVEDEC: dict[int, Transform] = {1: api.wavedec, 2: api.wavedec2, 3: api.wavedec3}
+_WAVEREC: dict[int, Transform] = {1: api.waverec, 2: api.waverec2, 3: api.waverec3}
 # Band s is high along spatial axis a where bit a of s is set; PyWavelets' letters name the axes.
 _BANDS3 = ("daa", "ada", "dda", "aad", "dad", "add", "ddd")
-
-Transform = Callable[..., Tree]
 
 
 def problem(case: Case) -> Problem:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 
@@ -11,11 +12,47 @@ from pallas_kernels.oracle import HAAR, Array
 IS_HAAR = ("haar", "db1")
 
 
-def filter_bank(wavelet: str) -> tuple[Array, Array]:
+class Wavelet(Protocol):
+    """A `pywt.Wavelet`."""
+
+    name: str
+    filter_bank: tuple[Sequence[float], ...]
+
+
+def wavelet_name(wavelet: str | Wavelet) -> str:
+    """The name of a discrete wavelet, in lower case.
+
+    Args:
+        wavelet: Its name in PyWavelets, in any case, or a `pywt.Wavelet`.
+
+    Returns:
+        The name, e.g. `"haar"`, `"db2"`, `"bior2.2"`.
+
+    Raises:
+        ValueError: It is no discrete wavelet of PyWavelets.
+
+    Example:
+        >>> wavelet_name("DB2")
+        'db2'
+    """
+    name = wavelet if isinstance(wavelet, str) else getattr(wavelet, "name", None)
+    if not isinstance(name, str):
+        raise ValueError(
+            f"wavelet={wavelet!r}: expected the name of a discrete wavelet, or a pywt.Wavelet"
+        )
+    lower = name.lower()
+    if lower not in IS_HAAR:
+        _check_known(lower, name)
+    if not isinstance(wavelet, str):
+        _check_filters(wavelet, lower)
+    return lower
+
+
+def filter_bank(wavelet: str | Wavelet) -> tuple[Array, Array]:
     """The analysis and synthesis filters of a wavelet.
 
     Args:
-        wavelet: Name of a discrete wavelet of PyWavelets, e.g. `"haar"`, `"db2"`, `"bior2.2"`.
+        wavelet: As `wavelet_name` takes it.
 
     Returns:
         `(dec, rec)`, each `[2, F]` float64, low filter first, F even: analysis is
@@ -23,16 +60,15 @@ def filter_bank(wavelet: str) -> tuple[Array, Array]:
         `rec[b, m] * c_b[i]` at that position.
 
     Raises:
-        ValueError: The name is not a discrete wavelet of PyWavelets.
+        ValueError: It is no discrete wavelet of PyWavelets.
 
     Example:
         >>> dec, rec = filter_bank("db2")
         >>> dec.shape
         (2, 4)
     """
-    if not isinstance(wavelet, str):
-        raise ValueError(f"wavelet={wavelet!r}: expected the name of a discrete wavelet")
-    return (HAAR, HAAR) if wavelet in IS_HAAR else _from_pywavelets(wavelet)
+    name = wavelet_name(wavelet)
+    return (HAAR, HAAR) if name in IS_HAAR else _from_pywavelets(name)
 
 
 def unsupported(ndim: int, dtype: Dtype, wavelet: str, dtypes: Sequence[str]) -> list[str]:
@@ -62,18 +98,39 @@ def unsupported(ndim: int, dtype: Dtype, wavelet: str, dtypes: Sequence[str]) ->
 
 
 @cache
-def _from_pywavelets(wavelet: str) -> tuple[Array, Array]:
+def _known() -> frozenset[str]:
+    import pywt
+
+    return frozenset(pywt.wavelist(kind="discrete"))
+
+
+def _check_known(name: str, source: str) -> None:
+    import pywt
+
+    if name not in _known():
+        families = [f for f in pywt.families() if any(name.startswith(f) for name in _known())]
+        raise ValueError(
+            f"wavelet={source!r} is not a discrete wavelet of PyWavelets; "
+            f"families: {', '.join(families)}, e.g. 'haar', 'db2', 'sym4', 'bior2.2'"
+        )
+
+
+def _check_filters(wavelet: Wavelet, name: str) -> None:
+    import pywt
+
+    if wavelet.filter_bank != pywt.Wavelet(name).filter_bank:
+        raise ValueError(
+            f"wavelet: this pywt.Wavelet has the name {wavelet.name!r} and filters of its own, "
+            "expected those of PyWavelets"
+        )
+
+
+@cache
+def _from_pywavelets(name: str) -> tuple[Array, Array]:
     """The filters of a wavelet that is not Haar."""
     import pywt
 
-    known = pywt.wavelist(kind="discrete")
-    if wavelet not in known:
-        families = [f for f in pywt.families() if any(name.startswith(f) for name in known)]
-        raise ValueError(
-            f"wavelet={wavelet!r} is not a discrete wavelet of PyWavelets; "
-            f"families: {', '.join(families)}, e.g. 'haar', 'db2', 'sym4', 'bior2.2'"
-        )
-    bank = pywt.Wavelet(wavelet)
+    bank = pywt.Wavelet(name)
     dec = np.array([bank.dec_lo[::-1], bank.dec_hi[::-1]])
     rec = np.array([bank.rec_lo, bank.rec_hi])
     return dec, rec

@@ -23,7 +23,7 @@ from pallas_kernels.common.arguments import (
 )
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.haar.filters import filter_bank
+from pallas_kernels.haar.filters import wavelet_name
 from pallas_kernels.wtconv import vjp
 from pallas_kernels.wtconv.problem import Problem
 
@@ -95,7 +95,7 @@ def wtconv2d(
             each level i from 0 `wavelet_kernel_{i} [k, k, 4, C]` and `wavelet_scale_{i} [4, C]`;
             subbands in the order LL, LH, HL, HH. Any floating dtype. The number of levels is the
             number of wavelet kernels; none is a plain depthwise convolution.
-        wavelet: `"haar"` or any discrete wavelet of PyWavelets.
+        wavelet: `"haar"` or any discrete wavelet of PyWavelets, in any case.
         stride: Keep every stride-th pixel of each axis.
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
@@ -163,7 +163,7 @@ def _wtconv(
     problem, bias = call.problem, "base_bias" in params
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem, bias, call.precision)
     module = OPERATOR.module(chosen.implementation)
-    plan = vjp.Plan(module, chosen.config, wavelet, call.precision, bwd)
+    plan = vjp.Plan(module, chosen.config, problem.wavelet, call.precision, bwd)
     return vjp.wtconv(plan, call.stride, x, params)
 
 
@@ -194,14 +194,14 @@ def _checked_call(
         )
     shapes = {name: sizes for name, sizes, _ in params}
     kernel_size, levels = _check_params(shapes, ndim, shape[-1])
-    filter_bank(wavelet)
+    name = wavelet_name(wavelet)
     stride = checked_integer(stride, "stride", least=1)
     if ndim == 1 and shape[-2] < stride:
         raise ValueError(
             f"stride={stride} averages groups of {stride} samples, but x has {shape[-2]}"
         )
     flat = (math.prod(shape[: -1 - ndim]), *shape[-1 - ndim :])
-    problem = Problem(flat, dtype, kernel_size, levels, wavelet)
+    problem = Problem(flat, dtype, kernel_size, levels, name)
     return _Call(problem, stride, checked_precision(precision))
 
 

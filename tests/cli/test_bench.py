@@ -47,6 +47,7 @@ def test_dense_convolutions(tmp_path, monkeypatch):
     result = bench("--shape", "tiny", "--out", tmp_path, benchmark="conv2d")
     assert result.exit_code == 0, result.output
     assert "reflect+bias+gelu, forward+backward" in result.output and "TFLOP/s" in result.output
+    assert "…" not in result.output
     report = json.loads((tmp_path / "conv2d.json").read_text())
     rows = {(r["expression"], r["direction"], r["contender"]): r for r in report["rows"]}
     assert set(rows) == {

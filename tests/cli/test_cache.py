@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import cli
+from pallas_kernels.common import versions
 from pallas_kernels.dispatch import cache
 
 runner = CliRunner()
@@ -68,6 +69,22 @@ def test_export_clear_and_import(store, tmp_path):
     assert cache.Cache(store.folder).entries("other") == [FAILED]
 
 
+def test_import_says_what_it_kept_and_what_counts_here(store, tmp_path, monkeypatch):
+    out = tmp_path / "all.json"
+    mine = {**ENTRY, "versions": {"flash-wtconv": versions.package()}}
+    out.write_text(cache.dumped({KIND: [ENTRY, mine]}))
+    told = run("import", out).output
+    assert f"kept them in {store.folder}" in told.replace("\n", "")
+    assert f"of these, 1 of other versions than {versions.package()} do not count here" in told
+    out.write_text(cache.dumped({KIND: [mine]}))
+    assert "other versions" not in run("import", out).output
+    # A file stands where the folder would be.
+    monkeypatch.setattr(cache, "user_cache", lambda: cache.Cache(out / "measured"))
+    failed = run("import", out)
+    assert failed.exit_code == 1 and isinstance(failed.exception, OSError)
+    assert "read" not in failed.output
+
+
 def test_what_is_wrong_is_said(store, tmp_path):
     def error(*arguments):
         result = run(*arguments)
@@ -75,7 +92,8 @@ def test_what_is_wrong_is_said(store, tmp_path):
         return str(result.exception)
 
     out = tmp_path / "out.json"
-    assert "nothing was measured yet" in error("show")
+    empty = run("show")
+    assert empty.exit_code == 0 and "nothing was measured yet" in empty.output
     assert "nothing was measured yet" in error("export", out)
     store.put(KIND, [ENTRY])
     assert "--device 'H200': nothing was measured on it, but on ['Abacus 3000']" in error(

@@ -10,17 +10,21 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from flax import nnx
+from rich.table import Table
 from typer.testing import CliRunner
 
 import flash_wtconv_jax
 from flash_wtconv_jax import checkpoints, cli, environment, models
+from flash_wtconv_jax.cli.bench import tell
 from pallas_kernels import dispatch
+from pallas_kernels.conv2d.shapes import SHAPES
+from pallas_kernels.wtconv.shapes import FOR_PLATFORM
 
 runner = CliRunner()
 
 
-def run(*arguments):
-    return runner.invoke(cli.app, [str(argument) for argument in arguments])
+def run(*arguments, **options):
+    return runner.invoke(cli.app, [str(argument) for argument in arguments], **options)
 
 
 @pytest.fixture
@@ -252,6 +256,31 @@ class TestDemo:
         monkeypatch.setitem(sys.modules, "torch", None)
         message = fail("erf", tmp_path / "a.pth", "--out", tmp_path / "erf.png")
         assert message.endswith("pip install 'flash-wtconv[torch]' brings it")
+
+
+def test_a_missing_matplotlib_is_named_with_its_extra(monkeypatch, fail, tmp_path):
+    for name in list(sys.modules):
+        if name.startswith(("flash_wtconv_jax.plots", "matplotlib.")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(flash_wtconv_jax, "plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command in (("erf", tmp_path), ("bench", "wtconv"), ("bench", "wtconvnext")):
+        message = fail(*command, "--out", tmp_path / "a")
+        assert message.endswith("pip install 'flash-wtconv[plot]' brings it")
+    # What has no pictures needs no matplotlib.
+    report = {"benchmark": "host", "no_device_events": None}
+    tell(report, Table("a"), {}, tmp_path)
+    assert (tmp_path / "host.json").is_file()
+
+
+def test_help_lists_the_names_of_shapes():
+    for command, names in (
+        (("bench", "wtconv"), [name for group in FOR_PLATFORM.values() for name in group]),
+        (("bench", "conv2d"), SHAPES),
+        (("tpu-report",), FOR_PLATFORM["tpu"]),
+    ):
+        shown = run(*command, "--help", env={"COLUMNS": "2000"}).output
+        assert [name for name in names if name not in shown] == []
 
 
 def test_figures_are_drawn_without_a_display_and_in_matplotlib_s_own_style(tmp_path):

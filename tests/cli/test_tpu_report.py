@@ -34,7 +34,16 @@ def compiler(monkeypatch):
 
 
 def tpu_report(*arguments):
-    return CliRunner().invoke(app, ["tpu-report", *map(str, arguments)])
+    return CliRunner().invoke(app, ["tpu-report", *map(str, arguments)], env={"COLUMNS": "80"})
+
+
+def test_one_shape_or_all_of_them(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(report, "run", lambda chip, shapes, step: made.append(shapes) or 1 / 0)
+    for arguments in ((), ("--all",), ("--shape", "image_2048"), ("--all", "--shape", "image_56")):
+        result = tpu_report("--out", tmp_path / "a.png", *arguments)
+    assert made == [["image_56"], list(report.TPU_SHAPES), ["image_2048"]]
+    assert "--all takes every shape" in str(result.exception)
 
 
 def test_table_json_and_picture(tmp_path):
@@ -43,6 +52,9 @@ def test_table_json_and_picture(tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "no measurement" in " ".join(result.output.split())
+    # No figure is cut where the columns are wider than what there is.
+    assert "…" not in result.output
+    assert all(figure in result.output for figure in ("1,000", "5,000", "4.0x", "3.0 MiB"))
     assert "haar image_56 bfloat16 backward, XLA's: not compiled within 180 s" in result.output
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "a.json").read_text())

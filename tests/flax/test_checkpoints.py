@@ -247,6 +247,9 @@ def test_frozen_filters_are_those_of_the_wavelet():
         checkpoints.to_torch(params, wavelet="morl")
     with pytest.raises(ValueError, match="layers of layout 'fast' are Haar"):
         checkpoints.to_torch(params, "fast", wavelet="db2")
+    assert set(checkpoints.to_torch(params, "fast", wavelet="Haar")) == set(
+        checkpoints.to_torch(params, "fast")
+    )
 
 
 def test_published_layers_with_a_stride():

@@ -195,6 +195,15 @@ GOOD = cache.dumped({KIND: [entry(1, a=1.0)]})
         (GOOD.replace('"version": 1', '"version": 0'), "version 0, expected 1"),
         (GOOD.replace('"operator"', '"op"'), "an entry is not one of ours"),
         (GOOD.replace('"ms"', '"us"'), "neither 'ms' nor 'failed'"),
+        (GOOD.replace('"ms": 1.0', '"ms": "fast"'), "'ms' of 'fast', expected a positive number"),
+        *(
+            (GOOD.replace('"ms": 1.0', f'"ms": {ms}'), "a candidate has 'ms' of")
+            for ms in ("null", "[1.0]", "true", "NaN", "Infinity", "0", "-1", "1" + "0" * 400)
+        ),
+        (GOOD.replace('"config": {}', '"config": []'), "a candidate is not one of ours: .*config"),
+        (GOOD.replace('"ms": 1.0', '"failed": null'), "a candidate is not one of ours: .*failed"),
+        (GOOD.replace('"fwd"', '["fwd"]'), "an entry is not one of ours: .*direction"),
+        (GOOD.replace('"n": 1', '"n": ' + "[" * 10**5 + "]" * 10**5), "nested too deeply"),
         ("\xff\x00", "codec"),
     ],
 )
@@ -251,6 +260,18 @@ def test_no_folder_means_memory_alone(tmp_path, monkeypatch):
     assert len(store.entries(KIND)) == 1
     assert store.clear() == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_kept_is_in_the_file_or_an_error(tmp_path):
+    store = Cache(tmp_path / "measured")
+    store.put(KIND, [entry(1, a=1.0)])
+    store.keep(KIND, [entry(1, a=2.0), entry(2, a=1.0)])
+    for found in (store.entries(KIND), Cache(store.folder).entries(KIND)):
+        assert [one["measured"][0]["ms"] for one in found] == [2.0, 1.0]
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file" / "measured", None):
+        with pytest.raises(OSError, match="." if folder else "no home"):
+            Cache(folder).keep(KIND, [entry(1, a=1.0)])
 
 
 def test_threads_put_at_once(tmp_path):

@@ -111,6 +111,36 @@ def test_the_nearest_problem_decides(write, call, want):
     assert fastest(call) == want
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"ms": {"fast": "1"}},
+        {"ms": {"neat": 1.0}},
+        {"ms": None},
+        {"implementation": ["fast"]},
+        {"problem": {"shape": [8, 64, 64, 32]}},
+        {"problem": {"shape": None, "dtype": "float32"}},
+        {"problem": {"shape": [8, "64", 64, 32], "dtype": "float32"}},
+    ],
+    ids=str,
+)
+def test_entries_without_a_time_or_a_problem_do_not_count(write, damage):
+    kept = {"device_kind": ABACUS, "entries": [entry("neat"), entry("fast") | damage]}
+    table.path(ABACUS).write_text(json.dumps(kept))
+    with pytest.warns(RuntimeWarning, match="is not used: an entry.*; the rule") as told:
+        assert fastest(IMAGE) is None
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"entries": 1}', '{"entries": [1]}', "[" * 10**5, "\xff"], ids=repr
+)
+def test_a_table_that_cannot_be_read_is_none(write, text):
+    table.path(ABACUS).write_bytes(text.encode("latin-1"))
+    with pytest.warns(RuntimeWarning, match="abacus_3000_pcie.json is not used: .*; the rule"):
+        assert fastest(IMAGE) is None
+
+
 def test_new_entries_replace_those_of_their_problem(write):
     write(entry("neat"), entry("slow", direction="bwd"))
     write(entry("fast"), entry("neat", IMAGE._replace(dtype="bfloat16")))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pallas_kernels.dispatch import Candidate, Operator, cache, operator, tuner, tuning
+from pallas_kernels.dispatch import Candidate, Operator, cache, forget, operator, tuner, tuning
 from pallas_kernels.dispatch.tuner import recorded
 
 pytestmark = pytest.mark.core
@@ -268,6 +268,39 @@ def test_parameters_that_are_tuples_survive_the_file(fake, choose, measured):
     measured.put("abacus", kept["abacus"])
     runs = len(choose.measurement.runs)
     assert choose() == want
+    assert len(choose.measurement.runs) == runs
+
+
+@pytest.mark.parametrize(
+    "config", [{"shift": True}, {}, {"block": [8, [9]]}, {"block": {"of": 8}}], ids=str
+)
+def test_parameters_that_are_not_offered_are_measured_anew(choose, measured, config):
+    choose()
+    (kept,) = measured.entries("abacus")
+    (row,) = [one for one in kept["measured"] if one["config"] == {"block": 16}]
+    row |= {"config": config, "ms": 1e-3}
+    forget()
+    told = "what was measured of fake fwd does not count, one offers other parameters now"
+    with tuning("cached"), pytest.warns(RuntimeWarning, match=told) as warned:
+        assert choose() == Candidate("two")
+    with pytest.warns(RuntimeWarning, match=told) as again:
+        assert choose() == BEST
+    assert len(warned) == len(again) == 1
+    # From then on it is known.
+    runs = len(choose.measurement.runs)
+    forget()
+    assert choose() == BEST
+    assert len(choose.measurement.runs) == runs
+
+
+def test_what_is_offered_no_more_does_not_count_and_the_rest_does(fake, choose):
+    choose()
+    runs = len(choose.measurement.runs)
+    forget()
+    fake.module("one").search_space = lambda direction, problem: [{"block": 8}]
+    with recorded() as used:
+        assert choose() == Candidate("one", (("block", 8),))
+    assert [one["config"] for one in used[0]["measured"]] == [{"block": 8}, {}]
     assert len(choose.measurement.runs) == runs
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import combinations, product
+from typing import get_args
 
 import chex
 import jax
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from pallas_kernels import haar
 from pallas_kernels.common.conformance import LOW
 from pallas_kernels.dispatch import Operator
-from pallas_kernels.haar import Implementation, xla
+from pallas_kernels.haar import Implementation, modes, xla
+from pallas_kernels.haar import api as haar_api
 from pallas_kernels.haar.cases import CASES, HARD, PAIRWISE
 
 DWT = {1: haar.dwt, 2: haar.dwt2, 3: haar.dwt3}
@@ -121,6 +123,116 @@ def test_one_level_is_laid_out_as_pywavelets_does():
     )
     chex.assert_trees_all_close(coeffs, want, rtol=1e-7, atol=1e-13)
     np.testing.assert_allclose(back, [x, x, x], atol=1e-13)
+
+
+MODES = get_args(modes.Mode)
+
+
+@pytest.mark.core
+@pytest.mark.filterwarnings("ignore:Level value")
+@pytest.mark.parametrize(("spatial", "wavelet"), [((3, 11), "haar"), ((5,), "bior2.2")])
+def test_modes_are_those_of_pywavelets(spatial, wavelet):
+    """Odd sizes, at deeper levels too, and signals shorter than the filters."""
+    x, axes = np.random.default_rng(0).normal(size=(*spatial, 2)), tuple(range(len(spatial)))
+
+    @jax.jit
+    def there_and_back(x):
+        found = {}
+        for mode in MODES:
+            coeffs = haar.wavedecn(x, wavelet, 2, mode=mode)
+            found[mode] = coeffs, haar.waverecn(coeffs, wavelet, mode)
+        return found
+
+    for mode, (coeffs, back) in there_and_back(x).items():
+        want = pywt.wavedecn(x, wavelet, mode, 2, axes=axes)
+        chex.assert_trees_all_close(coeffs, want, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(back, pywt.waverecn(want, wavelet, mode, axes), atol=1e-12)
+        np.testing.assert_allclose(back[tuple(map(slice, spatial))], x, atol=1e-12)
+
+
+@pytest.mark.wide
+@pytest.mark.core
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "db3", "sym4", "coif2", "rbio3.1"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_any_size_are_those_of_pywavelets(mode, wavelet):
+    for size in (1, 2, 5, 10)["reflect" in mode :]:
+        x = np.random.default_rng(0).normal(size=(size, 1))
+        want = pywt.dwt(x, wavelet, mode, axis=0)
+        chex.assert_trees_all_close(haar.dwt(x, wavelet, mode), want, atol=1e-12)
+        back = pywt.idwt(*want, wavelet, mode, axis=0)
+        np.testing.assert_allclose(haar.idwt(*want, wavelet, mode), back, atol=1e-12)
+
+
+@pytest.mark.core
+def test_a_mode_where_zeros_do_is_the_transform_without_one(monkeypatch):
+    """Kernels then compute the whole cascade; otherwise a level at a time, in float32."""
+    levels, plan = [], haar_api._plan
+    monkeypatch.setattr(haar_api, "_plan", lambda *args: levels.append(args[2]) or plan(*args))
+    x = np.random.default_rng(0).normal(size=(8, 12, 2)).astype(np.float16)
+    want = haar.wavedec2(x, level=2)
+    for mode in ("zero", "symmetric"):
+        chex.assert_trees_all_equal(haar.wavedec2(x, level=2, mode=mode), want)
+    odd = haar.wavedec2(x[:, :9], level=2, mode="constant")
+    assert levels == [2, 2, 2, 1, 1]
+    assert {band.dtype for band in jax.tree.leaves(odd)} == {jnp.dtype("float16")}
+    near = haar.wavedec2(x[:, :9].astype(np.float64), level=2, mode="constant")
+    chex.assert_trees_all_close(odd, near, atol=2e-3)
+
+
+@pytest.mark.core
+def test_axes_names_and_objects_are_taken_as_pywavelets_takes_them():
+    x = np.random.default_rng(0).normal(size=(5, 6, 8))
+    db2 = pywt.Wavelet("db2")
+
+    @jax.jit
+    def ours(x):
+        pair = haar.dwt(x, "Db2", "symmetric", axis=-1)
+        two = haar.dwt2(x, db2, "zero", axes=(2, 1))
+        named = haar.wavedecn(x, "DB1", level=None, mode="periodization", axes=(0, -1))
+        back = haar.waverecn(named, "db1", "periodization", (0, -1), shape=(5, 8))
+        return (
+            *(pair, haar.idwt(*pair, db2, "symmetric", axis=-1)),
+            *(two, haar.idwt2(two, db2, "zero", (2, 1)), named, back),
+            *(haar.dwtn(x, axes=(0, 1, 2)), haar.dwtn(x)),
+        )
+
+    pair = pywt.dwt(x, "db2", "symmetric")
+    two = pywt.dwt2(x, "db2", "zero", axes=(2, 1))
+    named = pywt.wavedecn(x, "haar", "periodization", axes=(0, -1))
+    want = (
+        *(pair, x, two, x, named, x),
+        *(pywt.dwtn(x, "haar", "zero"), pywt.dwtn(x, "haar", "zero", (0, 1))),
+    )
+    chex.assert_trees_all_close(ours(x), want, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.core
+@pytest.mark.filterwarnings("ignore:Level value")
+@pytest.mark.parametrize("mode", ["zero", "periodization"])
+def test_bands_that_are_none_are_zeros(mode):
+    x = np.random.default_rng(0).normal(size=(6, 4, 1))
+    low, high, (cH, cV, cD) = pywt.wavedec2(x, "db2", mode, 2, axes=(0, 1))
+    keys, ours = {"axes": (0, 1)}, {"wavelet": "db2", "mode": mode}
+    for coeffs in ([None, high, (cH, None, cD)], [low, None, (None, None, cD)], [low, high, None]):
+        want = pywt.waverec2(
+            [c if c is not None else (None,) * 3 if i else None for i, c in enumerate(coeffs)],
+            *("db2", mode),
+            **keys,
+        )
+        np.testing.assert_allclose(haar.waverec2(coeffs, **ours), want, atol=1e-12)
+    one = {"da": cH}
+    want = pywt.idwtn(one, "db2", mode, **keys)
+    np.testing.assert_allclose(haar.idwtn(one, **ours), want, atol=1e-12)
+    want = pywt.idwt(None, cD, "db2", mode, axis=0)
+    np.testing.assert_allclose(haar.idwt(None, cD, "db2", mode, 0), want, atol=1e-12)
+
+
+@pytest.mark.core
+def test_the_deepest_level_is_that_of_pywavelets():
+    for wavelet in ("haar", "db2", pywt.Wavelet("sym4"), 6):
+        for size in (0, 1, 2, 5, 6, 7, 8, 63, 64, 100):
+            assert haar.dwt_max_level(size, wavelet) == pywt.dwt_max_level(size, wavelet)
+    assert len(haar.wavedec(np.ones((20, 1)), "db2", None)) == 1 + pywt.dwt_max_level(20, 4)
 
 
 @pytest.mark.core
@@ -234,7 +346,28 @@ BAD = {
     "level bool": (lambda: haar.wavedec2(X, level=True), "level=True: expected an integer"),
     "wavelet list": (lambda: haar.dwt2(X, ["haar"]), r"wavelet=\['haar'\]: expected the name"),
     "coeffs none": (lambda: haar.idwt2(None), r"coeffs: expected \(cA.*got NoneType"),
-    "coeffs hole": (lambda: haar.idwt2((X, (X, X, None))), r"coeffs \(cD\): .*NoneType"),
+    "coeffs hole": (lambda: haar.idwt(None, None), "coeffs: every band is None"),
+    "coeffs holes": (
+        lambda: haar.waverec2([None, None, (X, X, X)]),
+        "coeffs: every band of the coarsest level is None",
+    ),
+    "coeffs unknown": (lambda: haar.idwtn({"ax": X}, axes=(0, 1)), r"the bands \['aa', 'da'"),
+    "mode": (
+        lambda: haar.dwt(X, mode="smooth"),
+        "mode='smooth': expected None.*zero, constant, symmetric, reflect, periodic, antireflect",
+    ),
+    "mode of synthesis": (lambda: haar.waverec2([X], mode="zpd"), "mode='zpd': expected None"),
+    "level and mode": (lambda: haar.wavedec(X, "haar", "zero"), "level='zero': expected an int"),
+    "axis": (lambda: haar.dwt(X, axis=3), r"axes=\(3,\): .* of data, of shape \(4, 6, 3\)"),
+    "axes twice": (lambda: haar.dwt2(X, axes=(1, -2)), r"axes=\(1, -2\): expected different"),
+    "axes count": (lambda: haar.idwt3({}, axes=(0, 1)), r"the bands \['aaa'"),
+    "axes number": (lambda: haar.wavedec2(X, axes=(0, 1, 2)), r"axes=\(0, 1, 2\): expected 2 int"),
+    "axes none": (lambda: haar.dwtn(X[0, 0]), "axes=None is all axes but the last, of an array of"),
+    "wavelet of its own": (
+        lambda: haar.dwt(X, pywt.Wavelet("haar", pywt.Wavelet("db2").filter_bank)),
+        "this pywt.Wavelet has the name 'haar' and filters of its own",
+    ),
+    "max level": (lambda: haar.dwt_max_level(8, 1), "filter_len=1: expected an integer >= 2"),
     "coeffs number": (lambda: haar.waverec2(3), r"coeffs: expected \[cA_n, .*got int"),
     "coeffs short": (
         lambda: haar.waverec2([X, (X, X, X), ()]),

@@ -417,6 +417,16 @@ def test_a_stride_may_be_a_numpy_integer():
     assert np.array_equal(wtconv2d(x, params, stride=np.int64(2)), wtconv2d(x, params, stride=2))
 
 
+@pytest.mark.core
+def test_wavelets_are_named_in_any_case():
+    x, params, _ = arrays(SMALL)
+    for name, other in (("haar", "Haar"), ("db2", "DB2")):
+        # Equal, and the same program: implementations see the name in lower case.
+        np.testing.assert_array_equal(
+            wtconv2d(x, params, wavelet=other), wtconv2d(x, params, wavelet=name)
+        )
+
+
 def test_a_stride_longer_than_the_signal_is_an_error():
     x, params, _ = arrays(Case((2,), 0, 1))
     with pytest.raises(ValueError, match="stride=3 averages groups of 3"):
