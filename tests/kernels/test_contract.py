@@ -32,11 +32,6 @@ ROOMS = [
 FORMS = ["None", "name", "list", "auto", "environment"]
 
 
-def wide(value):
-    """A value of a table that `make test-all` takes: the interpreter runs some seconds for each."""
-    return pytest.param(value, marks=pytest.mark.wide)
-
-
 def names_of(operator):
     return [str(name) for name in OPERATORS[operator].implementations]
 
@@ -155,7 +150,17 @@ def test_problems_are_keys_and_say_how_unlike_they_are(operator):
         assert isinstance(str(problem), str)
 
 
-@pytest.fixture(params=["xla", "mosaic_tpu"])
+def choices():
+    """Each form of a choice on each of two platforms; some are for `make test-all`.
+
+    Two forms stand for what another computes, and each kernel's own tests choose it by its name.
+    """
+    for platform, form in product(("xla", "mosaic_tpu"), FORMS):
+        wide = form in ("list", "environment") or (platform, form) == ("mosaic_tpu", "name")
+        yield pytest.param(platform, form, marks=[pytest.mark.wide] * wide)
+
+
+@pytest.fixture
 def platform(request):
     """Plain JAX on the CPU, and kernels of a TPU that Pallas' interpreter plays, by name."""
     if request.param == "xla":
@@ -167,7 +172,7 @@ def platform(request):
         yield "mosaic_tpu"
 
 
-@pytest.mark.parametrize("form", ["None", "name", "auto", *map(wide, ("list", "environment"))])
+@pytest.mark.parametrize(("platform", "form"), choices(), indirect=["platform"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_form_of_a_choice(operator, form, platform, monkeypatch, searches, caplog):
     """Each computes what the oracle says, with gradients, and measures where it should."""

@@ -24,6 +24,8 @@ from pallas_kernels import oracle
 from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case, inputs
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(autouse=True)
 def x64():

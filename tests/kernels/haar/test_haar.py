@@ -18,6 +18,8 @@ from pallas_kernels.common.conformance import LOW
 from pallas_kernels.haar import Implementation
 from pallas_kernels.haar.cases import CASES, HARD, PAIRWISE
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 DWT = {1: haar.dwt, 2: haar.dwt2, 3: haar.dwt3}
 
 

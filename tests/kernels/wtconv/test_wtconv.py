@@ -25,6 +25,8 @@ from pallas_kernels.dispatch import Operator
 from pallas_kernels.wtconv import Implementation, wtconv1d, wtconv2d
 from pallas_kernels.wtconv.cases import CASES, HARD, PAIRWISE, Case, inputs
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SMALL = Case((7, 6), 2, 3, "float64", channels=2)
 CORE = {c for c in CASES if c.dtype != "float16"}
 # Every third row of the pairs has each value of each column; the others widen that.
