@@ -21,8 +21,14 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("NPROC", "8")
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
+
+# On a CPU most of what the suite compiles runs once, on a few numbers, and LLVM would work on it
+# for longer than it runs. The operators' own tests ask for `optimised` programs.
+CPU = os.environ["JAX_PLATFORMS"] == "cpu"
+jax.config.update("jax_disable_most_optimizations", CPU)
 
 hypothesis.settings.register_profile(
     "fixed",
@@ -45,6 +51,14 @@ def pytest_collection_modifyitems(items):
             text = "".join(example.source + example.want for example in item.dtest.examples)
             if re.search(r"\btorch|\btensor\(", text):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
+
+
+@pytest.fixture
+def optimised():
+    """Programs are compiled as a user's are."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", CPU)
 
 
 @pytest.fixture(autouse=True)

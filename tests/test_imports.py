@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from fnmatch import fnmatchcase
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -38,13 +39,18 @@ MODULES = {
     for package in FORBIDDEN
     for file in (ROOT / package).rglob("*.py")
 }
-IMPORTS = {name: set(imports(file)) for name, file in MODULES.items()}
+
+
+@cache
+def imported():
+    """The names that each module imports, read once by whoever runs these tests."""
+    return {name: set(imports(file)) for name, file in MODULES.items()}
 
 
 def test_no_package_imports_what_stands_above_it():
     above = [
         (module, name)
-        for module, names in IMPORTS.items()
+        for module, names in imported().items()
         for name in names
         if name.partition(".")[0] in FORBIDDEN[module.partition(".")[0]]
     ]
@@ -57,7 +63,7 @@ def test_the_torch_bridge_imports_what_contributing_allows():
     allowed = block.split()
     others = [
         (module, name)
-        for module, names in IMPORTS.items()
+        for module, names in imported().items()
         for name in names
         if module.startswith("torch_bridge")
         and name.startswith(("pallas_kernels", "flash_wtconv_jax"))
@@ -75,7 +81,7 @@ def room(module):
 def test_no_circle_of_imports(unit):
     """Rooms of `pallas_kernels` meet: `common` measures by what `dispatch` defines."""
     graph = {}
-    for module, names in IMPORTS.items():
+    for module, names in imported().items():
         if unit is str or module.startswith(("flash_wtconv_jax.", "torch_bridge.")):
             own = graph.setdefault(unit(module), set())
             own |= {unit(name) for name in names & MODULES.keys()} - {unit(module)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 
 import chex
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-pytest.importorskip("sklearn")
+# Not imported here, for scikit-learn takes two seconds of every worker that collects this.
+if find_spec("sklearn") is None:
+    pytest.skip("needs scikit-learn", allow_module_level=True)
 pytest.importorskip("matplotlib")
 
 from flash_wtconv_jax import checkpoints, models
@@ -112,6 +115,7 @@ def test_a_tiny_demo_from_start_to_end(monkeypatch, tmp_path):
 
 
 @pytest.mark.wide
+@pytest.mark.usefixtures("optimised")
 def test_the_demo_from_start_to_end(tmp_path):
     # As a user runs it. One test, because it is the suite's dearest by far.
     metrics = assert_demo(tmp_path / "demo", 40, digits.digits_network)

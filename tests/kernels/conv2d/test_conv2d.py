@@ -25,6 +25,8 @@ from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d, xla
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case, inputs
 from pallas_kernels.dispatch import Operator
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(autouse=True)
 def x64():
