@@ -58,7 +58,7 @@ def run(app: Callable[[], object]) -> None:
     except ModuleNotFoundError as error:
         extra = {"libtpu": "tpu", "torch": "torch"}.get(error.name or "", "demo")
         _fail(f"{error.name} is not installed: pip install 'flash-wtconv[{extra}]' brings it")
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
         _fail(str(error) or type(error).__name__)
 
 
