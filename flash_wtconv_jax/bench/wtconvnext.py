@@ -60,8 +60,9 @@ def run(
     if model not in MODELS:
         raise ValueError(f"model: {model!r} is not one of {list(MODELS)}")
     check_dtype(dtype)
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
+    for name, value in (("batch", batch), ("size", size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     clock, no_device_events = clocks.best()
     calls: dict[str, dict[str, Call]] = {work: {} for work in WORK}
     for name, make in MODELS[model].items():

@@ -60,7 +60,7 @@ def run(app: Callable[[], object]) -> None:
         name = (error.name or "").partition(".")[0]
         extra = extras.get(name, "demo")
         _fail(f"{name} is not installed: pip install 'flash-wtconv[{extra}]' brings it")
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
         _fail(str(error) or type(error).__name__)
 
 

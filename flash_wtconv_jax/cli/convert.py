@@ -50,7 +50,7 @@ def convert(
         _fail(f"{destination} exists already; give --force to replace it")
     try:
         _convert(source, destination, layout, wavelet, force)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
         _fail(str(error))
 
 

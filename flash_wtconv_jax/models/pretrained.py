@@ -70,6 +70,8 @@ def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
         state_dict = checkpoints.read_state_dict(path)
         wavelet = checkpoints.recognise(state_dict).wavelet
         variables = checkpoints.from_torch(state_dict, wavelet=wavelet)
+    if not isinstance(variables, Mapping):
+        raise ValueError(f"{path} holds a {type(variables).__name__}, expected arrays by name")
     if (path / CONFIG_NAME).is_file():
         maker = _constructor(path / CONFIG_NAME)
     else:

@@ -311,6 +311,7 @@ def test_networks(networks, tmp_path):
         (("--model", "huge"), "model: 'huge' is not one of ['tiny', 'small', 'base']"),
         (("--dtype", "int8"), "dtype: 'int8' is not one of"),
         (("--batch", 0), "batch must be at least 1, got 0"),
+        (("--size", 0), "size must be at least 1, got 0"),
     ],
 )
 def test_networks_that_are_none(tmp_path, arguments, message):

@@ -67,6 +67,16 @@ def test_help_needs_no_jax():
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("MemoryError")])
+def test_what_is_too_large_is_one_line(capsys, error):
+    def app():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(app)
+    assert (stopped.value.code, capsys.readouterr().err) == (1, "error: MemoryError\n")
+
+
 def test_a_name_that_the_encoding_lacks_is_printed_escaped(monkeypatch, tmp_path):
     checkpoints.write_state_dict(
         tmp_path / "a.safetensors",

@@ -4,10 +4,12 @@ import json
 
 import jax
 import numpy as np
+import orbax.checkpoint
 import pytest
 from flax import nnx
+from typer.testing import CliRunner
 
-from flash_wtconv_jax import checkpoints, models
+from flash_wtconv_jax import checkpoints, cli, models
 from flash_wtconv_jax.models import pretrained
 
 
@@ -84,6 +86,7 @@ def test_the_wavelet_of_a_network_is_the_one_that_its_folder_names(tmp_path):
             "dims must hold one int for each stage, got 5",
         ),
         ('{"model": "ConvNeXt"}', "variables do not fit ConvNeXt"),
+        ("[" * 100_000, "network.json is no JSON: maximum recursion depth exceeded"),
     ],
 )
 def test_what_is_wrong_with_a_network_json_is_said(tmp_path, content, message):
@@ -93,6 +96,17 @@ def test_what_is_wrong_with_a_network_json_is_said(tmp_path, content, message):
         (folder / pretrained.CONFIG_NAME).write_text(content)
     with pytest.raises(ValueError, match=message):
         models.load_network(folder)
+
+
+@pytest.mark.parametrize("tree", [[np.ones(3)], {"params": np.ones(3)}])
+def test_a_folder_of_unnamed_arrays_is_one_line(tmp_path, tree):
+    with orbax.checkpoint.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "a", tree)
+    with pytest.raises(ValueError, match="holds a list|holds no whole WTConvNeXt"):
+        models.load_network(tmp_path / "a")
+    result = CliRunner().invoke(cli.app, ["convert", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+    assert "expected a nested dict of arrays" in result.stderr
 
 
 SMALL = {"depths": (1, 2), "dims": (4, 8), "num_classes": 3}
