@@ -87,6 +87,20 @@ def check_unsharded(x: jax.Array, name: str) -> None:
         )
 
 
+def surely(comparison: Callable[[], bool]) -> bool:
+    """Whether a comparison of sizes is true of all that symbolic sizes may stand for.
+
+    Example:
+        >>> (n,) = jax.export.symbolic_shape("n")
+        >>> surely(lambda: n < 1), surely(lambda: n < 3), surely(lambda: n + 3 > n)
+        (False, False, True)
+    """
+    try:
+        return bool(comparison())
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
 def checked_integer(value: object, name: str, *, least: int, most: int = LARGEST) -> int:
     """An integer argument as an int; NumPy integers are taken, a bool is not.
 

@@ -29,6 +29,7 @@ from pallas_kernels.common.arguments import (
     check_unsharded,
     checked_array,
     checked_integer,
+    surely,
 )
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import request
@@ -712,7 +713,8 @@ def _filled(
 
 def _check_crop(have: tuple[int, ...], source: str, size: tuple[int, ...]) -> None:
     """Dropping the padding of odd sizes takes at most one sample an axis."""
-    if any(not m - 1 <= n <= m for n, m in zip(size, have, strict=True)):
+    sizes = zip(size, have, strict=True)
+    if any(surely(lambda n=n, m=m: n > m or n < m - 1) for n, m in sizes):
         raise ValueError(
             f"{source}: expected spatial size {have}, or one less along any axis, got {size}"
         )
@@ -772,7 +774,7 @@ def _seen(value: object) -> str:
 
 def _checked_shape(shape: Sequence[int], ndim: int) -> tuple[int, ...]:
     try:
-        sizes = tuple(operator.index(n) for n in shape)
+        sizes = tuple(n if jax.export.is_symbolic_dim(n) else operator.index(n) for n in shape)
     except TypeError:
         sizes = ()
     if len(sizes) != ndim:

@@ -65,7 +65,8 @@ def analysis(x: jax.Array, ndim: int, wavelet: str = "haar", transpose: bool = F
     reads the other half of a biorthogonal filter bank.
     """
     sizes = x.shape[1:-1]
-    x = jnp.pad(x, [(0, 0), *((0, n % 2) for n in sizes), (0, 0)])
+    # Of symbolic sizes JAX knows that no such pad is negative, and that it fills whole pairs.
+    x = jnp.pad(x, [(0, 0), *((0, -(-n // 2) * 2 - n) for n in sizes), (0, 0)])
     if wavelet in IS_HAAR:
         return _haar_analysis(x, ndim)
     filters = filter_bank(wavelet)[transpose]

@@ -20,6 +20,7 @@ from pallas_kernels.common.arguments import (
     checked_integer,
     checked_precision,
     remembered,
+    surely,
 )
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
@@ -196,7 +197,7 @@ def _checked_call(
     kernel_size, levels = _check_params(shapes, ndim, shape[-1])
     name = wavelet_name(wavelet)
     stride = checked_integer(stride, "stride", least=1)
-    if ndim == 1 and shape[-2] < stride:
+    if ndim == 1 and surely(lambda: shape[-2] < stride):
         raise ValueError(
             f"stride={stride} averages groups of {stride} samples, but x has {shape[-2]}"
         )

@@ -289,6 +289,16 @@ def test_forward_and_reverse_mode_of_kernels(monkeypatch):
     test_forward_and_reverse_mode_of_linear_maps((3, 5), "haar")
 
 
+def test_signals_of_any_size_are_exported():
+    def back(x):
+        return haar.waverec2(haar.wavedec2(x, level=2), shape=x.shape[:2])
+
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("h, w, 1"), jnp.float64)
+    x = np.random.default_rng(0).normal(size=(7, 5, 1))
+    y = jax.export.export(jax.jit(back))(shape).call(x)
+    np.testing.assert_allclose(y, x, atol=1e-12)
+
+
 def inner(a, b):
     return sum(jax.tree.leaves(jax.tree.map(lambda a, b: np.sum(np.asarray(a) * b), a, b)))
 

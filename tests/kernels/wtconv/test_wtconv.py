@@ -337,6 +337,40 @@ def test_export_with_a_symbolic_batch():
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(
+    ("shape", "levels"),
+    [
+        ("b, h, w, 2", 2),
+        ("1, 2*h, 2*w, 2", 1),
+        *(pytest.param("b, h, w, 2", levels, marks=pytest.mark.wide) for levels in (0, 1, 3)),
+        *(pytest.param("1, 2*h, 2*w, 2", levels, marks=pytest.mark.wide) for levels in (0, 2, 3)),
+    ],
+)
+def test_export_with_symbolic_sizes(shape, levels):
+    def exported(run):
+        def call(x, params, dy):
+            image = jax.ShapeDtypeStruct(export.symbolic_shape(shape), x.dtype)
+            weights = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+            return export.export(jax.jit(run))(image, weights, image).call(x, params, dy)
+
+        return call
+
+    case = Case((5, 7), levels, 3, "float64", (2,), 2)
+    if shape.startswith("1"):
+        case = case._replace(spatial=(6, 10), batch=(1,))
+    got, want = results(wtconv2d, case, exported), expected(case)
+    assert max(worst(got[name], want[name]) for name in want) <= 1e-12
+
+
+def test_a_stride_of_a_symbolic_size():
+    x, params, _ = arrays(Case((7,), 1, 3, "float64", (2,), 2))
+    image = jax.ShapeDtypeStruct(export.symbolic_shape("2, n, 2"), x.dtype)
+    run = jax.jit(partial(wtconv1d, params=params, stride=3))
+    want = oracle.wtconv(x, params, 1, stride=3)
+    np.testing.assert_allclose(export.export(run)(image).call(x), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.core
 def test_one_dtype_comes_out_whatever_the_parameters_are():
     case = Case((6, 6), 1, 3)
     x, params, _ = arrays(case)
