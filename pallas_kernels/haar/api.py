@@ -548,6 +548,8 @@ def _wavedec(
     name = wavelet_name(wavelet)
     check_mode(mode)
     batch, sizes = x.shape[: -1 - len(axes)], x.shape[-1 - len(axes) : -1]
+    if isinstance(level, str):
+        raise ValueError(f"level={level!r}: expected an integer or None; a mode is mode={level!r}")
     if level is None:
         levels = dwt_max_level(min(sizes), name)
     else:
@@ -599,31 +601,30 @@ def _waverec(
     mode = None if taps == 2 else mode
     size = None if shape is None else _checked_shape(shape, ndim)
     named = "coeffs[0]" if len(details) != 1 else "coeffs (cA)"
-    layouts: list[Layout] = []
+    present: list[tuple[jax.Array, Layout]] = []
 
     def checked(band: Band, source: str) -> jax.Array | None:
         if band is None:
             return None
-        x, layout = _checked(band, source, axes)
-        layouts.append(layout)
-        return x
+        present.append(_checked(band, source, axes))
+        return present[-1][0]
 
     given = checked(low, named)
     levels = [
         {key: checked(band, f"coeffs ({key})") for key, band in bands.items()} for bands in details
     ]
-    if not layouts:
+    if not present:
         raise ValueError("coeffs: every band is None, expected an array among them")
-    x, bands, whole = _filled(given, levels, ndim, mode, taps)
+    layout, dtype = present[0][1], jnp.result_type(*(array for array, _ in present))
+    x, bands, whole = _filled(given, levels, dtype, ndim, mode, taps)
     if not levels:
         if size not in (None, whole):
             raise ValueError(f"shape={size}: coeffs has no level, and a signal {x.shape}")
-        return layouts[0].restored(x)
+        return layout.restored(x)
     if size is None:
         size = whole
     _check_crop(whole, f"shape={size}", size)
     batch = x.shape[: -1 - ndim]
-    dtype = jnp.result_type(*jax.tree.leaves((x, bands)))
     flat_low, flat_details = jax.tree.map(
         lambda band: band.astype(dtype).reshape(math.prod(batch), *band.shape[len(batch) :]),
         (x, bands),
@@ -632,7 +633,7 @@ def _waverec(
         y = _synthesised(flat_low, flat_details, size, name, implementation)
     else:
         y = _synthesised_by_level(flat_low, flat_details, size, name, mode, implementation)
-    return layouts[0].restored(y.reshape(*batch, *y.shape[1:]))
+    return layout.restored(y.reshape(*batch, *y.shape[1:]))
 
 
 def _synthesised(
@@ -670,6 +671,7 @@ def _synthesised_by_level(
 def _filled(
     low: jax.Array | None,
     levels: Sequence[Mapping[str, jax.Array | None]],
+    dtype: jnp.dtype,
     ndim: int,
     mode: Mode | None,
     taps: int,
@@ -678,8 +680,6 @@ def _filled(
 
     Bands of a level have one shape, that of the low band, and fit the level below them.
     """
-    present = [b for b in (low, *(b for bands in levels for b in bands.values())) if b is not None]
-    dtype = jnp.result_type(*present)
     shape = None if low is None else low.shape
     details = []
     for i, bands in enumerate(levels, start=1):
