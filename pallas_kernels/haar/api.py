@@ -555,6 +555,8 @@ def _wavedec(
     check_mode(mode)
     ndim = len(axes)
     sizes = x.shape[-1 - ndim : -1]
+    if isinstance(level, str):
+        raise ValueError(f"level={level!r}: expected an integer or None; a mode is mode={level!r}")
     if level is None:
         levels = dwt_max_level(min(sizes), name)
     else:
@@ -610,26 +612,26 @@ def _waverec(
     mode = None if taps == 2 else mode
     size = None if shape is None else _checked_shape(shape, ndim)
     named = "coeffs[0]" if len(details) != 1 else "coeffs (cA)"
-    layouts: list[Layout] = []
+    present: list[tuple[jax.Array, Layout]] = []
 
     def checked(band: Band, source: str) -> jax.Array | None:
         if band is None:
             return None
-        x, layout = _checked(band, source, axes)
-        layouts.append(layout)
-        return x
+        present.append(_checked(band, source, axes))
+        return present[-1][0]
 
     given = checked(low, named)
     levels = [
         {key: checked(band, f"coeffs ({key})") for key, band in bands.items()} for bands in details
     ]
-    if not layouts:
+    if not present:
         raise ValueError("coeffs: every band is None, expected an array among them")
-    x, bands, whole = _filled(given, levels, ndim, mode, taps)
+    layout, dtype = present[0][1], jnp.result_type(*(array for array, _ in present))
+    x, bands, whole = _filled(given, levels, dtype, ndim, mode, taps)
     if not levels:
         if size not in (None, whole):
             raise ValueError(f"shape={size}: coeffs has no level, and a signal {x.shape}")
-        return layouts[0].restored(x)
+        return layout.restored(x)
     if size is None:
         size = whole
     _check_crop(whole, f"shape={size}", size)
@@ -637,7 +639,7 @@ def _waverec(
         y = _synthesised(x, bands, size, name, implementation)
     else:
         y = _synthesised_by_level(x, bands, size, name, mode, implementation)
-    return layouts[0].restored(y)
+    return layout.restored(y)
 
 
 def _synthesised(
@@ -661,8 +663,12 @@ def _synthesised_by_level(
     implementation: Choice,
 ) -> jax.Array:
     """The inverse cascade in one of PyWavelets' modes."""
-    taps = filter_bank(wavelet)[0].shape[1]
-    x = low.astype(accumulation_dtype(low.dtype))
+    taps, batch = filter_bank(wavelet)[0].shape[1], low.shape[: -1 - len(size)]
+    dtype = jnp.result_type(*jax.tree.leaves((low, details)))
+    low, details = jax.tree.map(
+        lambda band: band.reshape(math.prod(batch), *band.shape[len(batch) :]), (low, details)
+    )
+    x = low.astype(accumulation_dtype(dtype))
     for high in details:
         half = high[0].shape[1:-1]
         x = x[(slice(None), *map(slice, half))]
@@ -670,12 +676,14 @@ def _synthesised_by_level(
         whole = tuple(2 * n for n in bands[0].shape[1:-1])
         full = _synthesised(bands[0], (tuple(bands[1:]),), whole, wavelet, implementation)
         x = modes.cropped(full, half, mode, taps)
-    return x[(slice(None), *map(slice, size))].astype(low.dtype)
+    x = x[(slice(None), *map(slice, size))].astype(dtype)
+    return x.reshape(*batch, *x.shape[1:])
 
 
 def _filled(
     low: jax.Array | None,
     levels: Sequence[Mapping[str, jax.Array | None]],
+    dtype: jnp.dtype,
     ndim: int,
     mode: Mode | None,
     taps: int,
@@ -684,8 +692,6 @@ def _filled(
 
     Bands of a level have one shape, that of the low band, and fit the level below them.
     """
-    present = [b for b in (low, *(b for bands in levels for b in bands.values())) if b is not None]
-    dtype = jnp.result_type(*present)
     shape = None if low is None else low.shape
     details = []
     for i, bands in enumerate(levels, start=1):

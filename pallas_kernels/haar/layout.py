@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -16,10 +17,12 @@ class Layout(NamedTuple):
     Attributes:
         places: The axes of the samples, counted from the first.
         lifted: Whether the array's last axis is one of them: one channel is added after it.
+        in_place: Whether they stand before the channels already, in order.
     """
 
     places: tuple[int, ...]
     lifted: bool
+    in_place: bool
 
     def moved(self, x: jax.Array) -> jax.Array:
         """The array as `[*batch, *spatial, C]`.
@@ -29,19 +32,20 @@ class Layout(NamedTuple):
             (5, 6, 7, 1)
         """
         x = x[..., None] if self.lifted else x
-        last = self._last(x.ndim)
-        return x if self.places == last else jnp.moveaxis(x, self.places, last)
+        return x if self.in_place else jnp.moveaxis(x, self.places, self._last)
 
     def restored(self, x: jax.Array) -> jax.Array:
         """An array like that which `moved` returns, laid out as before."""
-        last = self._last(x.ndim)
-        x = x if self.places == last else jnp.moveaxis(x, last, self.places)
+        x = x if self.in_place else jnp.moveaxis(x, self._last, self.places)
         return x[..., 0] if self.lifted else x
 
-    def _last(self, ndim: int) -> tuple[int, ...]:
-        return tuple(range(ndim - 1 - len(self.places), ndim - 1))
+    @property
+    def _last(self) -> range:
+        return range(-1 - len(self.places), -1)
 
 
+# Arrays of the same shape are read again and again, and eager calls wait for this.
+@lru_cache(1024)
 def layout_of(shape: tuple[int, ...], name: str, axes: tuple[int, ...]) -> Layout:
     """The layout of an array.
 
@@ -58,7 +62,7 @@ def layout_of(shape: tuple[int, ...], name: str, axes: tuple[int, ...]) -> Layou
 
     Example:
         >>> layout_of((5, 6, 7), "x", (-2,))
-        Layout(places=(1,), lifted=False)
+        Layout(places=(1,), lifted=False, in_place=True)
     """
     ndim, count = len(shape), len(axes)
     if axes == tuple(range(-1 - count, -1)) and ndim <= count:
@@ -68,7 +72,9 @@ def layout_of(shape: tuple[int, ...], name: str, axes: tuple[int, ...]) -> Layou
     places = tuple(axis % ndim for axis in axes) if within else ()
     if len(set(places)) != count:
         raise ValueError(f"axes={axes}: expected different axes of {name}, of shape {shape}")
-    return Layout(places, ndim - 1 in places)
+    lifted = ndim - 1 in places
+    last = ndim - 1 + lifted
+    return Layout(places, lifted, places == tuple(range(last - count, last)))
 
 
 def checked_axes(axes: Sequence[int], count: int | None = None) -> tuple[int, ...]:

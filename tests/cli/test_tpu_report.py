@@ -1,11 +1,13 @@
 """`flash-wtconv tpu-report`: what it writes and refuses. Nothing is compiled here."""
 
 import json
+import re
 from itertools import product
 
 import pytest
 from typer.testing import CliRunner
 
+from flash_wtconv_jax import plots
 from flash_wtconv_jax.aot import compiling, report
 from flash_wtconv_jax.cli import app
 
@@ -33,8 +35,20 @@ def compiler(monkeypatch):
     monkeypatch.setattr(compiling, "libtpu_version", lambda: "1.2")
 
 
-def tpu_report(*arguments):
-    return CliRunner().invoke(app, ["tpu-report", *map(str, arguments)], env={"COLUMNS": "80"})
+def tpu_report(*arguments, **environment):
+    return CliRunner().invoke(
+        app, ["tpu-report", *map(str, arguments)], env={"COLUMNS": "80", **environment}
+    )
+
+
+def test_a_terminal_shows_the_time_left_and_whole_figures(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "save", lambda figure, path: None)
+    result = tpu_report("--out", tmp_path / "a.png", FORCE_COLOR="1", NO_COLOR="1")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", result.output).split())
+    assert re.search(r"compiling for v5e \S* 100% 0:00:00 8/8", shown)
+    assert "float32 forward: cycles 1,000, around 250, XLA 5,000, fewer 4.0x" in shown
+    assert "…" not in shown
 
 
 def test_one_shape_or_all_of_them(monkeypatch, tmp_path):
