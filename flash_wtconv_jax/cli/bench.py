@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.types import Json
 from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM
@@ -227,7 +228,7 @@ def tell(
             except Exception as error:  # Matplotlib fails in its own ways.
                 typer.echo(f"warning: {path} could not be drawn: {error}", err=True)
             else:
-                typer.echo(f"wrote {path}")
+                say(f"wrote {path}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -235,7 +236,7 @@ def _write(path: Path, text: str) -> None:
 
     with replacing(path, force=True) as temporary:
         temporary.write_text(text)
-    typer.echo(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 def wtconv_table(report: Json) -> "Table":

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.types import Json
 
 cache = typer.Typer(
@@ -65,7 +66,7 @@ def clear(device: _Kind = None) -> None:
     """Forget what was measured."""
     from pallas_kernels.dispatch.cache import user_cache
 
-    typer.echo(f"forgot {user_cache().clear(device)} entries")
+    say(f"forgot {user_cache().clear(device)} entries")
 
 
 @cache.command("export")
@@ -81,7 +82,7 @@ def export(
     entries = _entries(device)
     with replacing(file, force) as temporary:
         temporary.write_text(dumped(entries), encoding="utf-8")
-    typer.echo(f"wrote {sum(map(len, entries.values()))} entries to {file}")
+    say(f"wrote {sum(map(len, entries.values()))} entries to {file}")
 
 
 @cache.command("import")
@@ -101,11 +102,11 @@ def import_(
         store.keep(kind, entries)
     found = [entry for entries in devices.values() for entry in entries]
     kinds = ", ".join(devices) or "none"
-    typer.echo(f"read {len(found)} entries of {kinds} and kept them in {store.folder}")
+    say(f"read {len(found)} entries of {kinds} and kept them in {store.folder}")
     ours = versions.package()
     others = sum(entry["versions"].get("flash-wtconv") != ours for entry in found)
     if others:
-        typer.echo(f"of these, {others} of other versions than {ours} do not count here")
+        say(f"of these, {others} of other versions than {ours} do not count here")
 
 
 def _entries(device: str | None) -> dict[str, list[Json]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.types import Json
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def show(rows: Iterable[Json], about: Json, title: str, as_json: Path | None) ->
     if as_json is not None:
         with replacing(as_json, force=True) as path:
             path.write_text(json.dumps({**about, "rows": done}, indent=2) + "\n")
-        typer.echo(f"wrote {as_json}")
+        say(f"wrote {as_json}")
     if count["fail"]:
         raise typer.Exit(1)
 

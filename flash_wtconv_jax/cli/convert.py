@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from flash_wtconv_jax.cli.messages import say
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -68,7 +70,7 @@ def _convert(
         variables = checkpoints.restore(source)
         wavelet = checkpoints.wavelet_of(source, wavelet)
         said = f"wavelet {wavelet}" if wavelet else "no wavelet named"
-        typer.echo(f"read {source}: Orbax folder, {said}, {_size(flatten(variables))}")
+        say(f"read {source}: Orbax folder, {said}, {_size(flatten(variables))}")
     else:
         state_dict = checkpoints.read_state_dict(source)
         found = checkpoints.recognise(state_dict)
@@ -76,7 +78,7 @@ def _convert(
         wavelet = wavelet or found.wavelet
         variables = checkpoints.from_torch(state_dict, read_as, wavelet=wavelet)
         layout = layout or found.layout
-        typer.echo(
+        say(
             f"read {source}: layout {read_as}, {found.ndim}-D, wavelet {wavelet}, "
             f"{_size(state_dict)}"
         )
@@ -89,13 +91,13 @@ def _convert(
             )
         checkpoints.write_state_dict(destination, state_dict, force=force)
         made = checkpoints.recognise(state_dict)
-        typer.echo(
+        say(
             f"wrote {destination}: layout {made.layout}, {made.ndim}-D, wavelet {made.wavelet}, "
             f"{_size(state_dict)}"
         )
     else:
         checkpoints.save(destination, variables, wavelet=wavelet, force=force)
-        typer.echo(f"wrote {destination}: Orbax folder, {_size(flatten(variables))}")
+        say(f"wrote {destination}: Orbax folder, {_size(flatten(variables))}")
 
 
 def _size(arrays: "dict[str, np.ndarray]") -> str:

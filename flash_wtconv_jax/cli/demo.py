@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flash_wtconv_jax.cli.messages import say
+
 if TYPE_CHECKING:
     from flash_wtconv_jax.train.history import History
 
@@ -58,10 +60,10 @@ def demo(
         typer.echo(f"error: interrupted; {out} is as it was before", err=True)
         raise typer.Exit(130) from None
     wtconv = metrics["networks"]["WTConv"]
-    typer.echo(
+    say(
         f"WTConv reads {wtconv['accuracy']:.2%} of the held-out digits, with "
         f"{wtconv['parameters']:,} parameters, after {metrics['seconds']:.0f} s. Written:"
     )
     for name, text in digits.FILES.items():
         if (out / name).exists():
-            typer.echo(f"  {out / name}  {text}")
+            say(f"  {out / name}  {text}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from flash_wtconv_jax.cli.messages import say
+
 
 def erf(
     checkpoint: Annotated[
@@ -39,10 +41,10 @@ def erf(
     for path, network in zip(paths, networks, strict=True):
         field = network_field(network, (size, size, network.config.in_channels))
         sides = (f"{share:.0%} in {contribution_side(field, share)} px" for share in SHARES)
-        typer.echo(f"{path}: {', '.join(sides)}")
+        say(f"{path}: {', '.join(sides)}")
         fields[str(path)] = field
     # The last part of a path says enough, unless it says the same of both.
     if len({path.name for path in paths}) == len(paths):
         fields = {Path(name).name: field for name, field in fields.items()}
     plots.save(plots.receptive_fields(fields), out)
-    typer.echo(f"wrote {out}")
+    say(f"wrote {out}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.types import Json
 from pallas_kernels.wtconv.shapes import TPU_SHAPES
 
@@ -74,9 +75,9 @@ def tpu_report(
     if as_json is not None:
         with replacing(as_json, force=True) as path:
             path.write_text(json.dumps(report, indent=2) + "\n")
-        typer.echo(f"wrote {as_json}")
+        say(f"wrote {as_json}")
     plots.save(plots.static_cycles(report), out)
-    typer.echo(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 def _table(report: Json) -> "Table":

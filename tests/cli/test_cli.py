@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import flash_wtconv_jax
 from flash_wtconv_jax import checkpoints, cli, environment, models
 from flash_wtconv_jax.cli.bench import tell
+from flash_wtconv_jax.cli.messages import say
 from pallas_kernels import dispatch
 from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM
@@ -91,6 +92,15 @@ def test_a_name_that_the_encoding_lacks_is_printed_escaped(monkeypatch, tmp_path
     assert stopped.value.code == 0
     assert rb"wrote " in printed.getvalue() and rb"\u65e5\u672c.safetensors" in printed.getvalue()
     assert (tmp_path / "\u65e5\u672c.safetensors").is_file()
+
+
+def test_a_message_that_nobody_reads_fails_nothing(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with monkeypatch.context() as patch, os.fdopen(write, "w") as nobody:
+        patch.setattr(sys, "stdout", nobody)
+        say("into a closed pipe")
+        say("and once more")
 
 
 class TestInfo:
