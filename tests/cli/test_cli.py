@@ -212,7 +212,7 @@ class TestErf:
     def test_what_is_wrong_is_said_in_a_line(self, fail, networks, tmp_path):
         pytest.importorskip("matplotlib")
         out = tmp_path / "erf.png"
-        assert "expected .safetensors, .pth or .pt" in fail(
+        assert "expected .safetensors, .pth, .pt or .pth.tar" in fail(
             "erf", tmp_path / "missing", "--out", out
         )
         assert "no Orbax checkpoint" in fail("erf", tmp_path, "--out", out)
