@@ -1,5 +1,7 @@
 """The fixtures that interpret kernels find what they are there to find."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -46,8 +48,10 @@ def test_two_cores_race_for_one_block(races):
 def test_a_search_runs_inside_the_interpreter_of_its_caller():
     measurement = JaxMeasurement(None, (), None, {})
     with pltpu.force_tpu_interpret_mode():
-        assert measurement.untraced(interpreting_tpu)
-    assert not measurement.untraced(interpreting_tpu)
+        inside = measurement.untraced(interpreting_tpu)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(inside).result()
+        assert not other.submit(measurement.untraced(interpreting_tpu)).result()
 
 
 @pytest.mark.usefixtures("gpu_launches")

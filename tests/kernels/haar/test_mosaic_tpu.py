@@ -128,7 +128,9 @@ def test_vmap_and_derivatives_of_gradients():
 
     def second(implementation):
         slope = jax.grad(partial(curved, implementation=implementation))
-        return jax.jit(jax.vmap(jax.grad(lambda x: (slope(x) ** 2).sum())))(x)
+        # Operation by operation: on the interpreter's program XLA's CPU compiler of JAX 0.11 and
+        # 0.12 goes round in circles, and aborts the process.
+        return jax.vmap(jax.grad(lambda x: (slope(x) ** 2).sum()))(x)
 
     want = second("xla")
     chex.assert_trees_all_close(
