@@ -24,7 +24,7 @@ def table():
     made.add_column("", no_wrap=True)
     for i in range(9):
         made.add_column("floor" if i % 2 else "time", justify="right", no_wrap=True)
-    made.add_row("[bold]shape[/]")
+    made.add_row("shape", style="bold")
     made.add_row("flash", *(f"1,234,56{i}.9" for i in range(8)))
     return made
 
