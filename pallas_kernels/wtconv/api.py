@@ -5,6 +5,7 @@ ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
@@ -197,7 +198,7 @@ def _checked_call(
     kernel_size, levels = _check_params(shapes, ndim, shape[-1])
     name = wavelet_name(wavelet)
     stride = checked_integer(stride, "stride", least=1)
-    if ndim == 1 and surely(lambda: shape[-2] < stride):
+    if ndim == 1 and surely(operator.lt, shape[-2], stride):
         raise ValueError(
             f"stride={stride} averages groups of {stride} samples, but x has {shape[-2]}"
         )
