@@ -21,8 +21,6 @@ from pallas_kernels.haar import Implementation, modes, xla
 from pallas_kernels.haar import api as haar_api
 from pallas_kernels.haar.cases import CASES, HARD, PAIRWISE
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 DWT = {1: haar.dwt, 2: haar.dwt2, 3: haar.dwt3}
 
 
@@ -37,8 +35,9 @@ NARROW = PAIRWISE[::3]
 
 
 def marks(case):
-    wide = case not in NARROW + HARD
-    return [pytest.mark.core] * (case in HARD) + [pytest.mark.wide] * wide
+    if case in HARD:
+        return [pytest.mark.core, pytest.mark.usefixtures("optimised")]
+    return [pytest.mark.wide] * (case not in NARROW)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks(c)) for c in CASES])
