@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers.reference import quick_jit
 
 from pallas_kernels.common.conformance import bounds, expected, worst
 from pallas_kernels.wtconv import baseline_jax, wtconv1d, wtconv2d, wtconv3d
@@ -30,26 +29,26 @@ def arrays(case):
     return jax.tree.map(jnp.asarray, case.drawn())
 
 
-def value_and_grads(function, case, jit=jax.jit):
+def value_and_grads(function, case):
     """Output and gradients of x and the parameters, compiled as one program."""
 
     def run(x, params, dy):
         y, pullback = jax.vjp(function, x, params)
         return y, pullback(dy)
 
-    return jit(run)(*arrays(case))
+    return jax.jit(run)(*arrays(case))
 
 
-def results(function, case, jit=jax.jit):
+def results(function, case):
     """The same by the names of `conformance`."""
-    y, (dx, dparams) = value_and_grads(function, case, jit)
+    y, (dx, dparams) = value_and_grads(function, case)
     return {"y": y, "dx": dx, **dparams}
 
 
 def plain_results(case):
     """Plain JAX's results of a case, every array in the case's dtype."""
     call = partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride)
-    return results(call, case, quick_jit)
+    return results(call, case)
 
 
 def assert_oracle(case, implementation=None):
