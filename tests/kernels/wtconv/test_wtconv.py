@@ -45,13 +45,13 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize("case", parameters(PAIRWISE))
+@pytest.mark.parametrize("case", list(parameters(PAIRWISE)))
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case)
 
 
 @OPTIMISED
-@pytest.mark.parametrize("case", parameters(HARD))
+@pytest.mark.parametrize("case", list(parameters(HARD)))
 def test_hard_cases_are_the_oracles(case):
     assert_oracle(case)
 
