@@ -29,19 +29,19 @@ def arrays(case):
     return jax.tree.map(jnp.asarray, case.drawn())
 
 
-def value_and_grads(function, case):
+def value_and_grads(function, case, jit=jax.jit):
     """Output and gradients of x and the parameters, compiled as one program."""
 
     def run(x, params, dy):
         y, pullback = jax.vjp(function, x, params)
         return y, pullback(dy)
 
-    return jax.jit(run)(*arrays(case))
+    return jit(run)(*arrays(case))
 
 
-def results(function, case):
+def results(function, case, jit=jax.jit):
     """The same by the names of `conformance`."""
-    y, (dx, dparams) = value_and_grads(function, case)
+    y, (dx, dparams) = value_and_grads(function, case, jit)
     return {"y": y, "dx": dx, **dparams}
 
 
