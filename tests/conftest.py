@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 # On a CPU most of what the suite compiles runs once, on a few numbers, and LLVM would work on it
-# for longer than it runs. The operators' own tests ask for `optimised` programs.
+# for longer than it runs. The hard cases of each operator are `optimised`.
 CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 jax.config.update("jax_disable_most_optimizations", CPU)
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.reference import quick_jit
 
 from pallas_kernels import oracle
 from pallas_kernels.common.conformance import bounds, expected, worst
@@ -27,7 +26,7 @@ def arrays(case):
     return jax.tree.map(jnp.asarray, case.drawn())
 
 
-def value_and_grads(call, case, jit=jax.jit):
+def value_and_grads(call, case):
     """The output and its gradients, as one program."""
     x, w, bias, dy = arrays(case)
 
@@ -35,7 +34,7 @@ def value_and_grads(call, case, jit=jax.jit):
         y, pullback = jax.vjp(call, x, w, bias)
         return y, *pullback(dy)
 
-    found = zip(NAMES, jit(run)(x, w, bias, dy), strict=True)
+    found = zip(NAMES, jax.jit(run)(x, w, bias, dy), strict=True)
     return {name: value for name, value in found if value is not None}
 
 
@@ -60,7 +59,7 @@ def plain(case):
 
 def plain_results(case):
     """The baseline's results of a case, and its gradients."""
-    return value_and_grads(plain(case), case, quick_jit)
+    return value_and_grads(plain(case), case)
 
 
 def assert_close(case, got, want):

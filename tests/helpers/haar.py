@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers.reference import quick_jit
 
 from pallas_kernels import haar, oracle
 from pallas_kernels.common import conformance
@@ -37,14 +36,14 @@ def oracle_wavedec(x, ndim, level, wavelet="haar"):
     return to_pywavelets([low, *(bands[..., 1:, :] for bands in levels)], ndim)
 
 
-def transforms(dec, rec, x, coeffs, jit=jax.jit):
+def transforms(dec, rec, x, coeffs):
     """Analysis, its transpose and synthesis as one program, so that a case compiles once."""
 
     def run(x, coeffs):
         y, pullback = jax.vjp(dec, x)
         return {"wavedec": y, "vjp": pullback(coeffs)[0], "waverec": rec(coeffs)}
 
-    return jit(run)(x, coeffs)
+    return jax.jit(run)(x, coeffs)
 
 
 def ours(case, x, coeffs, implementation):
@@ -63,7 +62,7 @@ def plain(case, x, coeffs):
         )
         for bank in (dec, rec)
     )
-    return transforms(analyse, lambda c: jax.vjp(adjoint, x)[1](c)[0], x, coeffs, quick_jit)
+    return transforms(analyse, lambda c: jax.vjp(adjoint, x)[1](c)[0], x, coeffs)
 
 
 def error(got, want):

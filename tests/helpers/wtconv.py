@@ -6,7 +6,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers.reference import quick_jit
 
 from pallas_kernels.common.conformance import bounds, expected, worst
 from pallas_kernels.wtconv import baseline_jax, wtconv1d, wtconv2d, wtconv3d
@@ -49,7 +48,7 @@ def results(function, case, jit=jax.jit):
 def plain_results(case):
     """Plain JAX's results of a case, every array in the case's dtype."""
     call = partial(baseline_jax.wtconv, ndim=case.ndim, stride=case.stride)
-    return results(call, case, quick_jit)
+    return results(call, case)
 
 
 def assert_oracle(case, implementation=None):

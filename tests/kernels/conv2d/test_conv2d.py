@@ -25,8 +25,6 @@ from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d, xla
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case, inputs
 from pallas_kernels.dispatch import Operator
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 @pytest.fixture(autouse=True)
 def x64():
@@ -65,6 +63,7 @@ def test_the_oracle_is_jaxs_convolution(case):
 
 
 @pytest.mark.core
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case)

@@ -55,7 +55,7 @@ TILED = (
 )
 # Images side by side in registers: eight a step of sixteen; all of a batch, more than a register.
 TOGETHER = (
-    Case((3, 5), 2, 3, batch=(16,), channels=2),
+    Case((3, 5), 1, 3, batch=(16,), channels=2),
     Case((3, 6), 1, 2, "bfloat16", batch=(2, 4), channels=130),
     Case((7, 5), 2, 3, batch=(16,), channels=2),
     Case((5, 3), 2, 3, batch=(2, 12), channels=130),
@@ -68,7 +68,7 @@ SMALLEST = {
     "b-2x3-c100-l1-k5-float32",
     "b1-5x75-c2-l1-k3-float32",
     # Images together; the last in two blocks of channels.
-    "b16-3x5-c2-l2-k3-float32",
+    "b16-3x5-c2-l1-k3-float32",
     "b2x4-3x6-c130-l1-k2-bfloat16",
 }
 
@@ -79,8 +79,12 @@ def some(cases):
     return [pytest.param(case, id=case.name, marks=marks(case)) for case in cases]
 
 
-# The interpreter needs a minute for the largest.
-TAKEN = [case for case in CASES + EXTRA if taken(case) and case.spatial != (28, 28)]
+def large(case):
+    """Whether the interpreter needs ten seconds and more, which other cases' edges do not need."""
+    return math.prod((*case.batch, *case.spatial)) > 200
+
+
+TAKEN = [*(case for case in CASES if taken(case) and not large(case)), *EXTRA]
 
 
 @pytest.mark.parametrize("case", some(TAKEN))
@@ -89,7 +93,7 @@ def test_output_and_gradients_are_the_oracles(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in CASES if taken(c) and c.spatial == (28, 28)], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if taken(c) and large(c)], ids=str)
 def test_large_images_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
 
@@ -125,6 +129,7 @@ def test_images_together_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
 
 
+@pytest.mark.wide
 def test_gradients_are_bitwise_reproducible():
     x, params, dy = arrays(Case((5, 6), 1, 3, batch=(3,), channels=2))
 
@@ -266,5 +271,6 @@ jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.wide)])
 def test_sharded_over_batch_and_channels(check_vma):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     program = SHARDED.replace("{check_vma}", str(check_vma))
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | flags)
