@@ -87,16 +87,21 @@ def check_unsharded(x: jax.Array, name: str) -> None:
         )
 
 
-def surely(comparison: Callable[[], bool]) -> bool:
-    """Whether a comparison of sizes is true of all that symbolic sizes may stand for.
+def surely(compare: Callable[[int, int], bool], size: int, other: int) -> bool:
+    """Whether two sizes compare so whatever the symbolic ones among them stand for.
+
+    Args:
+        compare: A comparison, such as `operator.lt`.
+        size: The first size.
+        other: The second.
 
     Example:
         >>> (n,) = jax.export.symbolic_shape("n")
-        >>> surely(lambda: n < 1), surely(lambda: n < 3), surely(lambda: n + 3 > n)
+        >>> surely(operator.lt, n, 1), surely(operator.lt, n, 3), surely(operator.lt, n, n + 1)
         (False, False, True)
     """
     try:
-        return bool(comparison())
+        return compare(size, other)
     except jax.errors.InconclusiveDimensionOperation:
         return False
 

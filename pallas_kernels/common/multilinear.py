@@ -109,7 +109,7 @@ def _transpose(
     found = transposes[i](cotangent, *arguments[:i], *arguments[i + 1 :])
     # A part of the argument may be known after all: the zeros of what is not differentiated.
     wanted = (
-        value if ad.is_undefined_primal(leaf) else None
+        _placed_like(leaf.aval, value) if ad.is_undefined_primal(leaf) else None
         for leaf, value in zip(parts[i], jax.tree.leaves(found), strict=True)
     )
     nothing = [[None] * len(part) for part in parts]
@@ -156,6 +156,12 @@ def _batch(
 ad.primitive_jvps[_multilinear] = _differentiate
 ad.primitive_transposes[_multilinear] = _transpose
 batching.primitive_batchers[_multilinear] = _batch
+
+
+def _placed_like(type_: Any, value: jax.Array) -> jax.Array:
+    """A cotangent, sharded over Explicit axes of a mesh as what it belongs to."""
+    alike = type_.sharding == jax.typeof(value).sharding
+    return value if alike else jax.sharding.reshard(value, type_.sharding)
 
 
 def _parted(leaves: Sequence[Any], trees: Sequence[Any]) -> list[list[Any]]:

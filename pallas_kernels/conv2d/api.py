@@ -4,6 +4,7 @@
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -358,13 +359,13 @@ def _window(
     if features % groups:
         raise ValueError(f"groups={groups}: expected a divisor of the {features} filters")
     window = plain._replace(pads=_pads(padding, size, taps, plain))
-    if any(surely(lambda n=n: n < 1) for n in window.output(size, taps)):
+    if any(surely(operator.lt, n, 1) for n in window.output(size, taps)):
         raise ValueError(
             f"w: filters of {taps[0]}x{taps[1]} taps with dilation {window.dilation} do not fit "
             f"into images of {size[0]}x{size[1]} padded by {window.pads}"
         )
     for n, pads, axis in zip(size, window.pads, "HW", strict=True):
-        if window.reflect and surely(lambda pads=pads, n=n: max(pads) >= n):
+        if window.reflect and surely(operator.ge, max(pads), n):
             raise ValueError(
                 f"padding='reflect': mirroring {max(pads)} samples along {axis} takes an image of "
                 f"more than those, got {n}"
@@ -392,7 +393,7 @@ def _pads(
             total = 0 if padding == "VALID" else span
             if padding == "SAME":
                 total = (-(-n // s) - 1) * s + span + 1 - n
-            total = total if surely(lambda total=total: total >= 0) else max(total, 0)
+            total = total if surely(operator.ge, total, 0) else max(total, 0)
             pads.append((total // 2, total - total // 2))
         return pads[0], pads[1]
     sides = [padding, padding] if not isinstance(padding, Sequence) else padding

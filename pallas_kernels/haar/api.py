@@ -15,10 +15,11 @@ many coefficients; unless it is the same as None, it is computed a level at a ti
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -720,7 +721,7 @@ def _filled(
 def _check_crop(have: tuple[int, ...], source: str, size: tuple[int, ...]) -> None:
     """Dropping the padding of odd sizes takes at most one sample an axis."""
     sizes = zip(size, have, strict=True)
-    if any(surely(lambda n=n, m=m: n > m or n < m - 1) for n, m in sizes):
+    if any(surely(operator.gt, n, m) or surely(operator.lt, n, m - 1) for n, m in sizes):
         raise ValueError(
             f"{source}: expected spatial size {have}, or one less along any axis, got {size}"
         )
@@ -779,10 +780,9 @@ def _seen(value: object) -> str:
 
 
 def _checked_shape(shape: Sequence[int], ndim: int) -> tuple[int, ...]:
-    try:
+    sizes: tuple[Any, ...] = ()
+    with suppress(TypeError):
         sizes = tuple(n if jax.export.is_symbolic_dim(n) else operator.index(n) for n in shape)
-    except TypeError:
-        sizes = ()
     if len(sizes) != ndim:
         raise ValueError(f"shape={shape!r}: expected {ndim} integers, the signal's spatial size")
     return sizes

@@ -5,6 +5,7 @@ ECCV 2024. `pallas_kernels.oracle.wtconv` is the definition.
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
@@ -158,6 +159,8 @@ def _wtconv(
 ) -> jax.Array:
     x, params = checked_array(x, "x"), _checked_arrays(params)
     check_unsharded(x, "x")
+    for name, value in params.items():
+        check_unsharded(value, f"params[{name!r}]")
     signature = tuple((name, value.shape, value.dtype) for name, value in params.items())
     call = remembered(_checked_call)(ndim, x.shape, x.dtype, signature, wavelet, stride, precision)
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
@@ -197,7 +200,7 @@ def _checked_call(
     kernel_size, levels = _check_params(shapes, ndim, shape[-1])
     name = wavelet_name(wavelet)
     stride = checked_integer(stride, "stride", least=1)
-    if ndim == 1 and surely(lambda: shape[-2] < stride):
+    if ndim == 1 and surely(operator.lt, shape[-2], stride):
         raise ValueError(
             f"stride={stride} averages groups of {stride} samples, but x has {shape[-2]}"
         )

@@ -187,6 +187,16 @@ def test_sharded_over_the_batch(check_vma):
     assert_sharded("xla", check_vma)
 
 
+def test_filters_that_are_sharded_over_explicit_axes_have_such_gradients():
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Explicit,))
+    filters = jax.NamedSharding(mesh, jax.P(None, None, None, "n"))
+    w = jax.device_put(np.ones((2, 2, 3, 4), np.float32), filters)
+    x = np.ones((1, 4, 4, 3), np.float32)
+    gradient = jax.jit(jax.grad(lambda w: conv2d(x, w, activation="relu").sum()))(w)
+    assert gradient.sharding == filters
+    np.testing.assert_array_equal(gradient, np.full(w.shape, 9))
+
+
 def test_the_fastest_is_chosen_by_measurement():
     x, w, bias, _ = arrays(HARD[0])
     run = partial(conv2d, bias=bias, **HARD[0].arguments)

@@ -539,7 +539,11 @@ def test_sharded_over_batch_and_channels_nothing_is_gathered():
 def test_sharded_over_explicit_axes_it_says_what_to_do():
     x, params, _ = arrays(Case((7, 6), 2, 3))
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Explicit,))
-    x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("n")))
+    sharded = lambda a: jax.device_put(a, jax.NamedSharding(mesh, jax.P("n")))  # noqa: E731
     for call in (partial(wtconv2d, params=params), partial(haar.wavedec2, level=1)):
         with pytest.raises(NotImplementedError, match="is sharded over .* wrap .* jax.shard_map"):
-            jax.jit(call)(x)
+            jax.jit(call)(sharded(x))
+    for name, value in params.items():
+        split = params | {name: sharded(value)}
+        with pytest.raises(NotImplementedError, match=rf"params\['{name}'\]: is sharded over"):
+            jax.eval_shape(wtconv2d, x, split)
