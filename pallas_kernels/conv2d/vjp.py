@@ -141,8 +141,7 @@ def _apply_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     acc = accumulation_dtype(out_dtype)
     # ReLU's slope is that at its output, GELU's needs its input.
-    first, last = (None, activation) if activation == "gelu" else (activation, None)
-    kept = _apply(plan, first, out_dtype, *primals)
+    kept = _apply(plan, None if activation == "gelu" else activation, out_dtype, *primals)
     (x, w, _), (dx, dw, dbias) = primals, tangents
     terms = []
     if not isinstance(dx, SymbolicZero):
@@ -153,9 +152,14 @@ def _apply_jvp(
         # In the wider dtype, in which the transpose sums.
         wide = along_features(dbias.astype(acc), plan.window)
         terms.append(jnp.broadcast_to(wide, kept.shape).astype(out_dtype))
-    slope = partial(activate, activation=activation)
-    dy = jax.jvp(slope, (kept.astype(acc),), (sum(terms[1:], terms[0]).astype(acc),))[1]
-    return activate(kept.astype(acc), last).astype(out_dtype), dy.astype(out_dtype)
+
+    def epilogue(kept: jax.Array) -> jax.Array:
+        return activate(kept.astype(acc), activation).astype(out_dtype)
+
+    # Its slope is computed anew in the backward pass, for which nothing but `kept` is saved.
+    lean = jax.checkpoint(epilogue, prevent_cse=False)
+    y, dy = jax.jvp(lean, (kept,), (sum(terms[1:], terms[0]),))
+    return y if activation == "gelu" else kept, dy
 
 
 _apply.defjvp(_apply_jvp, symbolic_zeros=True)

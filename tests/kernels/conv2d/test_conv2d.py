@@ -146,6 +146,17 @@ def test_transformations(name):
     chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_saved_are_x_and_w_and_one_more_for_an_activation(activation):
+    x, w, bias, _ = arrays(Case(1, 5, 4, 3, 3, 3, 2, bias=True, dtype="bfloat16"))
+    run = lambda x, w, bias: conv2d(x, w, bias=bias, activation=activation)  # noqa: E731
+    saved = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], x, w, bias)
+    y = jax.eval_shape(run, x, w, bias)
+    want = [x, w] if activation is None else [x, w, y]
+    types = [[(a.shape, a.dtype) for a in each] for each in (jax.tree.leaves(saved), want)]
+    assert types[0] == types[1]
+
+
 def test_low_precision_is_differentiated_twice():
     case = Case(1, 5, 5, 2, 3, 3, 2, dtype="bfloat16", out_dtype="float32")
     x, w, _, _ = arrays(case)
