@@ -160,8 +160,10 @@ batching.primitive_batchers[_multilinear] = _batch
 
 def _placed_like(type_: Any, value: jax.Array) -> jax.Array:
     """A cotangent, sharded over Explicit axes of a mesh as what it belongs to."""
-    alike = type_.sharding == jax.typeof(value).sharding
-    return value if alike else jax.sharding.reshard(value, type_.sharding)
+    wanted = type_.sharding
+    if wanted.mesh.empty or wanted == jax.typeof(value).sharding:
+        return value
+    return jax.sharding.reshard(value, wanted)
 
 
 def _parted(leaves: Sequence[Any], trees: Sequence[Any]) -> list[list[Any]]:
