@@ -187,7 +187,7 @@ class _WTConv(nn.Module):
     ) -> Tensor:
         # A traced program may run with other sizes: there the operators check them.
         shape, strides = ops.known(x)
-        picked = ops.pick(
+        fwd, bwd = ops.pick(
             self.implementation,
             x.device,
             shape,
@@ -199,20 +199,22 @@ class _WTConv(nn.Module):
             strides,
             self._differentiated(x),
         )
-        if all(plain) and (picked != ("eager", "eager") or ops.stays_whole(x)):
+        # Dynamo of PyTorch 2.11 compares strings, but no tuples of them.
+        by_kernels = fwd != "eager" or bwd != "eager"
+        if all(plain) and (by_kernels or ops.stays_whole(x)):
             (weight, *weights), (scale, *scales) = (
                 [module.weight for module in modules] for modules in zip(*branches, strict=True)
             )
             y = ops.wtconv(
                 *(x, weight, self.base_conv.bias, scale, weights, scales),
                 wavelet=self.wt_type,
-                fwd=picked[0],
-                bwd=picked[1],
+                fwd=fwd,
+                bwd=bwd,
                 replaceable=self.implementation is None,
             )
         else:
-            if picked != ("eager", "eager"):
-                _warn_of_eager(type(self).__name__, plain, picked)
+            if by_kernels:
+                _warn_of_eager(type(self).__name__, plain, (fwd, bwd))
             base, *levels = (
                 _weighted(*branch) if bare else _called(*branch)
                 for branch, bare in zip(branches, plain, strict=True)

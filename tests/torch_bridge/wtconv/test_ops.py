@@ -8,6 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.fx.experimental import symbolic_shapes  # noqa: E402
+
 import torch_bridge  # noqa: E402
 from torch_bridge.wtconv import ops  # noqa: E402
 
@@ -110,8 +112,15 @@ def test_compiles_without_a_graph_break(implementation):
         torch.testing.assert_close(got, x.grad)
 
 
+tells_sizes = pytest.mark.skipif(
+    not hasattr(symbolic_shapes, "optimization_hint"),
+    reason="PyTorch older than 2.12 does not tell the sizes of a traced program",
+)
+
+
 # Inductor compiles C++ for a minute, and warns of itself.
 @pytest.mark.slow
+@tells_sizes
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_layer_trains_at_sizes_that_it_does_not_know():
     layer, optimiser = make_layer("eager"), torch.optim.SGD
@@ -127,6 +136,7 @@ def test_a_compiled_layer_trains_at_sizes_that_it_does_not_know():
         torch.testing.assert_close(got, want)
 
 
+@tells_sizes
 def test_a_program_of_unknown_sizes_holds_the_operator_whole():
     targets = set()
 
