@@ -19,7 +19,7 @@ from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -531,7 +531,7 @@ def dwt_max_level(data_len: int, filter_len: int | str | Wavelet) -> int:
         (6, 5)
     """
     size = checked_integer(data_len, "data_len", least=0)
-    if not isinstance(filter_len, int):
+    if not isinstance(filter_len, SupportsIndex):
         filter_len = filter_bank(filter_len)[0].shape[1]
     taps = checked_integer(filter_len, "filter_len", least=2)
     return max(0, (size // (taps - 1)).bit_length() - 1)
@@ -673,7 +673,7 @@ def _synthesised_by_level(
     for high in details:
         half = high[0].shape[1:-1]
         x = x[(slice(None), *map(slice, half))]
-        bands = [modes.rounded(band.astype(x.dtype), mode, taps) for band in (x, *high)]
+        bands = [modes.wrapped(band.astype(x.dtype), mode, taps) for band in (x, *high)]
         whole = tuple(2 * n for n in bands[0].shape[1:-1])
         full = _synthesised(bands[0], (tuple(bands[1:]),), whole, wavelet, implementation)
         x = modes.cropped(full, half, mode, taps)

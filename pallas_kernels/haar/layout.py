@@ -58,7 +58,7 @@ def layout_of(shape: tuple[int, ...], name: str, axes: tuple[int, ...]) -> Layou
         Its layout.
 
     Raises:
-        ValueError: It has not that many axes, or one is named twice.
+        ValueError: The array has fewer axes, or one is named twice.
 
     Example:
         >>> layout_of((5, 6, 7), "x", (-2,))
@@ -88,7 +88,7 @@ def checked_axes(axes: Sequence[int], count: int | None = None) -> tuple[int, ..
         The axes.
 
     Raises:
-        ValueError: They are no integers, or not so many.
+        ValueError: They are no integers, or another number of them.
 
     Example:
         >>> checked_axes([0, 1], 2)
@@ -107,7 +107,7 @@ def all_but_last(arrays: Tree) -> tuple[int, ...]:
     """All axes but the last of an array, or of the first one of a tree.
 
     Raises:
-        ValueError: That are none, or more than three.
+        ValueError: There is no such axis, or there are more than three.
 
     Example:
         >>> all_but_last({"a": None, "d": jnp.ones((2, 3, 4))})
@@ -116,6 +116,6 @@ def all_but_last(arrays: Tree) -> tuple[int, ...]:
     ndim = next((jnp.ndim(leaf) for leaf in jax.tree.leaves(arrays)), 0)
     if not 2 <= ndim <= 4:
         raise ValueError(
-            f"axes=None is all axes but the last, of an array of {ndim}: name 1 to 3 of them"
+            f"axes=None is all axes but the last, of an array of {ndim} axes: name 1 to 3 of them"
         )
     return tuple(range(ndim - 1))

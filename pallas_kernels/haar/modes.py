@@ -126,8 +126,8 @@ def kept(band: jax.Array, sizes: tuple[int, ...], mode: Mode, taps: int) -> jax.
     return band[(slice(None), *(slice(start, end) for end in ends))]
 
 
-def rounded(band: jax.Array, mode: Mode, taps: int) -> jax.Array:
-    """A band of coefficients as WTConv's synthesis needs it: with "periodization" it goes on."""
+def wrapped(band: jax.Array, mode: Mode, taps: int) -> jax.Array:
+    """A band of coefficients as WTConv's synthesis needs it: with "periodization" a circle."""
     if mode != "periodization":
         return band
     margin = _margin(taps)
@@ -136,7 +136,7 @@ def rounded(band: jax.Array, mode: Mode, taps: int) -> jax.Array:
 
 
 def cropped(x: jax.Array, halves: tuple[int, ...], mode: Mode, taps: int) -> jax.Array:
-    """PyWavelets' signal of so many coefficients, in the synthesis of the `rounded` bands."""
+    """PyWavelets' signal of so many coefficients, in the synthesis of the `wrapped` bands."""
     start = 2 * _margin(taps) if mode == "periodization" else _shift(mode, taps)
     ends = (start + samples(half, mode, taps) for half in halves)
     return x[(slice(None), *(slice(start, end) for end in ends))]

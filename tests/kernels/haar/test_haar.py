@@ -242,7 +242,7 @@ def test_bands_that_are_none_are_zeros(mode):
 
 @pytest.mark.core
 def test_the_deepest_level_is_that_of_pywavelets():
-    for wavelet in ("haar", "db2", pywt.Wavelet("sym4"), 6):
+    for wavelet in ("haar", "db2", pywt.Wavelet("sym4"), 6, np.int64(4)):
         for size in (0, 1, 2, 5, 6, 7, 8, 63, 64, 100):
             assert haar.dwt_max_level(size, wavelet) == pywt.dwt_max_level(size, wavelet)
     assert len(haar.wavedec(np.ones((20, 1)), "db2", None)) == 1 + pywt.dwt_max_level(20, 4)
