@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.common.files import replacing
 from pallas_kernels.common.refusals import KernelError
 
 _OPTIONS = ("--std=c++17",)
@@ -34,8 +35,6 @@ def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
     except OSError:
         pass
     code = compile_source(source, macros, arch)
-    from pallas_kernels.common.files import replacing
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # What cannot be read, a link perhaps, is not written through.

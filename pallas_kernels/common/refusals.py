@@ -51,10 +51,10 @@ def refuse(reasons: Sequence[str]) -> None:
         raise refusal(reasons)
 
 
-_PLAIN = (
+_NOTE = (
     "Where a kernel does not compile, plain JAX computes: say implementation='xla', or in the "
-    "environment FLASH_WTCONV_WTCONV_FWD=xla and FLASH_WTCONV_WTCONV_BWD=xla, likewise "
-    "..._CONV2D_FWD, ..._CONV2D_BWD and ..._HAAR_FWD"
+    "environment FLASH_WTCONV_{OPERATOR}_FWD=xla and FLASH_WTCONV_{OPERATOR}_BWD=xla, such as "
+    "FLASH_WTCONV_WTCONV_FWD=xla"
 )
 
 
@@ -70,7 +70,7 @@ def naming_xla() -> Iterator[None]:
         yield
     # Compilers fail in their own ways.
     except Exception as error:
-        error.add_note(_PLAIN)
+        error.add_note(_NOTE)
         raise
 
 

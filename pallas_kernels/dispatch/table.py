@@ -111,7 +111,7 @@ def entries(device_kind: str) -> tuple[Entry, ...]:
 
 
 @lru_cache(1024)
-def fastest(operator: str, direction: str, problem: Problem | None, device_kind: str) -> str | None:
+def fastest(operator: str, direction: str, problem: Problem, device_kind: str) -> str | None:
     """The implementation that was the fastest for the nearest problem measured on such a device.
 
     Args:
@@ -125,7 +125,9 @@ def fastest(operator: str, direction: str, problem: Problem | None, device_kind:
         once, so `dispatch.forget()` after a table is written.
 
     Example:
-        >>> fastest("wtconv", "fwd", None, "an abacus") is None
+        >>> from pallas_kernels.wtconv.problem import Problem
+        >>> problem = Problem((8, 56, 56, 96), "float32", 5, 5, "haar")
+        >>> fastest("wtconv", "fwd", problem, "an abacus") is None
         True
     """
     measured = [
@@ -133,7 +135,7 @@ def fastest(operator: str, direction: str, problem: Problem | None, device_kind:
         for entry in entries(device_kind)
         if (entry["operator"], entry["direction"]) == (operator, direction)
     ]
-    if not measured or problem is None:
+    if not measured:
         return None
     distances = [problem.distance(entry["problem"]) for entry in measured]
     least = min(distances)
