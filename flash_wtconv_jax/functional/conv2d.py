@@ -15,7 +15,8 @@ from flash_wtconv_jax.functional import arguments
 from pallas_kernels.common.arguments import checked_array, checked_integer, checked_pair
 from pallas_kernels.conv2d.api import OPERATOR, Padding, conv2d
 
-Pair = int | Sequence[int]
+PerAxis = int | Sequence[int]
+"""One integer for both axes of an image, or one for each."""
 
 _NAMES = ("SAME", "VALID", "REFLECT", "CIRCULAR")
 
@@ -23,11 +24,11 @@ _NAMES = ("SAME", "VALID", "REFLECT", "CIRCULAR")
 class Layer(arguments.Computation, Protocol):
     """The arguments that a `Conv2d` of any library keeps as attributes."""
 
-    kernel_size: Pair
-    strides: Pair | None
+    kernel_size: PerAxis
+    strides: PerAxis | None
     padding: Padding
-    input_dilation: Pair | None
-    kernel_dilation: Pair | None
+    input_dilation: PerAxis | None
+    kernel_dilation: PerAxis | None
     feature_group_count: int
     mask: ArrayLike | None
     activation: str | None
@@ -60,7 +61,7 @@ def check_layer(layer: Layer) -> None:
 
 
 def kernel_shape(
-    in_features: int, features: int, kernel_size: Pair, groups: int
+    in_features: int, features: int, kernel_size: PerAxis, groups: int
 ) -> tuple[int, int, int, int]:
     """The shape `[*kernel_size, in_features / groups, features]` of a layer's kernel.
 

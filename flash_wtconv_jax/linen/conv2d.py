@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flash_wtconv_jax.functional import arguments, conv2d
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
-from flash_wtconv_jax.functional.conv2d import Padding, Pair
+from flash_wtconv_jax.functional.conv2d import Padding, PerAxis
 from flash_wtconv_jax.linen.parameters import parameter
 
 
@@ -52,11 +52,11 @@ class Conv2d(nn.Module):
     """
 
     features: int
-    kernel_size: Pair
-    strides: Pair | None = 1
+    kernel_size: PerAxis
+    strides: PerAxis | None = 1
     padding: Padding = "SAME"
-    input_dilation: Pair | None = 1
-    kernel_dilation: Pair | None = 1
+    input_dilation: PerAxis | None = 1
+    kernel_dilation: PerAxis | None = 1
     feature_group_count: int = 1
     use_bias: bool = True
     mask: ArrayLike | None = None

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flash_wtconv_jax.functional import arguments, conv2d
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
-from flash_wtconv_jax.functional.conv2d import Padding, Pair
+from flash_wtconv_jax.functional.conv2d import Padding, PerAxis
 from pallas_kernels.common.arguments import hashable
 
 
@@ -43,12 +43,12 @@ class Conv2d(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: Pair,
-        strides: Pair | None = 1,
+        kernel_size: PerAxis,
+        strides: PerAxis | None = 1,
         *,
         padding: Padding = "SAME",
-        input_dilation: Pair | None = 1,
-        kernel_dilation: Pair | None = 1,
+        input_dilation: PerAxis | None = 1,
+        kernel_dilation: PerAxis | None = 1,
         feature_group_count: int = 1,
         use_bias: bool = True,
         mask: ArrayLike | None = None,

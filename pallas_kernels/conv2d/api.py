@@ -32,8 +32,7 @@ from pallas_kernels.conv2d import vjp
 from pallas_kernels.conv2d.activations import ACTIVATIONS
 from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Window
 from pallas_kernels.dispatch import Choice, Operator
-
-Padding = int | str | Sequence[int | Sequence[int]]
+from pallas_kernels.oracle.conv2d import Padding
 
 _MOST_ELEMENTS = 2**47
 """More than any machine has memory for; XLA ends the process where 64 bits cannot count them."""
@@ -126,8 +125,8 @@ def conv2d(
     """
     x, w = checked_array(x, "x"), checked_array(w, "w")
     bias = None if bias is None else checked_array(bias, "bias")
+    # `remembered` tells True and 2.0 from the integers that they equal, but not inside a tuple.
     plain = all(type(leaf) in (int, str) for leaf in _leaves((stride, padding, dilation, config)))
-    # What equals an integer and is none is wrong, or may be: it must not find what an integer left.
     call = (remembered(_checked_call) if plain else _checked_call)(
         x.shape,
         x.dtype,

@@ -4,13 +4,12 @@
 for the error of low precision.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.oracle import conv2d_pads
+from pallas_kernels.oracle.conv2d import Padding
 
 
 def conv2d(
@@ -19,7 +18,7 @@ def conv2d(
     bias: jax.Array | None = None,
     *,
     stride: int | tuple[int, int] = 1,
-    padding: int | str | Sequence[int | Sequence[int]] = 0,
+    padding: Padding = 0,
     dilation: int | tuple[int, int] = 1,
     groups: int = 1,
     activation: str | None = None,

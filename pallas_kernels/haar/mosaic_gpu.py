@@ -38,15 +38,13 @@ from pallas_kernels.common.mosaic_gpu import (
     unavailable,
 )
 from pallas_kernels.common.refusals import refuse
-from pallas_kernels.common.types import Index, Ref, Slice
+from pallas_kernels.common.types import Bands, Index, Ref, Slice
 from pallas_kernels.haar.butterfly import merge, split
 from pallas_kernels.haar.problem import Problem
 
 __all__ = ["DIFFERENTIABLE", "check", "unavailable", "wavedec", "waverec"]
 
 DIFFERENTIABLE = False
-
-Bands = tuple[jax.Array, ...]
 
 _MAX_LEVELS = 5
 _FUSED = 2

@@ -46,10 +46,7 @@ from pallas_kernels.common.mosaic_gpu import (
 )
 from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.haar import butterfly
-from pallas_kernels.wtconv.mosaic_gpu.bands import (
-    WARPGROUPS,
-    BandsBlock,
-)
+from pallas_kernels.wtconv.mosaic_gpu.bands import WARPGROUPS, BandsBlock
 from pallas_kernels.wtconv.mosaic_gpu.tiles import CHANNELS, MAX_COLUMNS, STRIPS
 
 __all__ = ["fits", "fused_levels"]

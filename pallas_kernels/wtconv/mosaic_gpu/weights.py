@@ -60,7 +60,7 @@ __all__ = ["weight_grad"]
 _MAX_STAGES = 8
 """The most stages of the pipeline."""
 
-Pair = tuple[jax.Array, jax.Array]
+Signals = tuple[jax.Array, jax.Array]
 """x and dy, or their low bands."""
 
 
@@ -112,7 +112,7 @@ def _parts(shape: tuple[int, ...]) -> list[range]:
     return [range(n // 2), range(n // 2, n)]
 
 
-def _sums(pair: Pair, kernel_size: int, levels: int, images: range) -> list[jax.Array]:
+def _sums(pair: Signals, kernel_size: int, levels: int, images: range) -> list[jax.Array]:
     """Returns sums over some of the images: `[k * k + 1, C]`, and `[k * k, 4, C]` of each level."""
     base, fine, pair = _level_weights(pair, kernel_size, levels > 1, images, first=True)
     assert base is not None
@@ -125,8 +125,8 @@ def _sums(pair: Pair, kernel_size: int, levels: int, images: range) -> list[jax.
 
 
 def _level_weights(
-    pair: Pair, kernel_size: int, deeper: bool, images: range, first: bool
-) -> tuple[jax.Array | None, jax.Array, Pair]:
+    pair: Signals, kernel_size: int, deeper: bool, images: range, first: bool
+) -> tuple[jax.Array | None, jax.Array, Signals]:
     """Correlates the bands of x with those of dy, and in the first level x itself with dy.
 
     Args:
