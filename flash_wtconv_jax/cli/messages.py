@@ -1,4 +1,4 @@
-"""What the commands say of what they do."""
+"""The messages of the commands on standard output."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import typer
 
 
 def say(message: str) -> None:
-    """Prints a message, which fails nothing where nobody reads it."""
+    """Prints a message; a reader that is gone, of a pipe that was closed, is no error."""
     try:
         typer.echo(message)
     except OSError:

@@ -1,1 +1,1 @@
-"""Code of all operators: checks, devices, dtypes, transformations, measurement, launchers."""
+"""Code of all operators: arguments, devices, dtypes, transformations, measurement, launchers."""

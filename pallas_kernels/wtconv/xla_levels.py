@@ -44,7 +44,7 @@ class Reach(NamedTuple):
 def reaches_of(
     size: tuple[int, ...], kernel_size: int, levels: int, transpose: bool
 ) -> list[Reach]:
-    """What the kernels of all levels reach, the base's first.
+    """The reach of each level's kernel, the base's first.
 
     Padding is PyTorch's `same`, which the transpose of an even kernel swaps.
     """
@@ -150,6 +150,7 @@ def low_band(x: jax.Array) -> jax.Array:
 
 
 synthesise = unfused(synthesis, static_argnames=("ndim", "shape", "wavelet", "transpose"))
+"""The synthesis of bands, see `haar.xla.synthesis`."""
 
 
 def _depthwise(

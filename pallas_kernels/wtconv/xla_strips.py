@@ -86,7 +86,7 @@ def weight_grad(
         x: `[N, *spatial, C]`.
         dy: The gradient of the result, `[N, *spatial, C]`.
         shapes: The shapes of the taps, the base's first.
-        reaches: What each level's kernel reaches of the image.
+        reaches: The reach of each level's kernel, the base's first.
     """
     levels = len(shapes) - 1
     images, dimages = _images(x, levels), _images(dy, levels)

@@ -16,7 +16,7 @@ The other direction of the last two is computed by plain operations.
 """
 
 MODES = ["off", "cached", "search"]
-"""What FLASH_WTCONV_TUNING may say."""
+"""The values of FLASH_WTCONV_TUNING."""
 
 
 def takes(operator, name, problem):

@@ -349,8 +349,8 @@ def _planned(
         planes = min(c, 4 if forward else 2) if channels_last else 1
         variant = variant._replace(tiled=True, planes=planes)
         cuts = [
-            variant._replace(levels=depth).cut(height, width, *tile)
-            for depth in range(min(levels, 2 if channels_last else 3), 0, -1)
+            variant._replace(levels=count).cut(height, width, *tile)
+            for count in range(min(levels, 2 if channels_last else 3), 0, -1)
             for tile in _TILES[not forward :]
         ]
         variant = next((cut for cut in cuts if cut.shared() <= share), cuts[-1])

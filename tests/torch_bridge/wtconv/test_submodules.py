@@ -1,4 +1,4 @@
-"""What sits on the layer's submodules: hooks, parametrizations, wrappers, other arguments."""
+"""Things that sit on the layer's submodules: hooks, parametrizations, wrappers, other arguments."""
 
 import functools
 
@@ -74,7 +74,7 @@ HAAR = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1,
 
 
 def published(layer, x):
-    """What the published layer computes of an even image by calling a layer's submodules."""
+    """The published layer's output for an even image, by calls of a layer's submodules."""
     filters = torch.tensor(HAAR, dtype=x.dtype).repeat(2, 1, 1)[:, None] / 2
     bands = functional.conv2d(x, filters, stride=2, groups=2)
     bands = layer.wavelet_scale[0](layer.wavelet_convs[0](bands))
