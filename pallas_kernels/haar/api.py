@@ -549,7 +549,7 @@ def _wavedec(
     level: int | None,
     mode: Mode | None,
     implementation: Choice,
-) -> tuple[jax.Array, tuple[tuple[jax.Array, ...], ...]]:
+) -> vjp.Coefficients:
     """Validates, picks, and analyses: the low band, and the details from coarse to fine."""
     x, layout = _checked(data, "data", axes)
     name = wavelet_name(wavelet)
@@ -573,14 +573,14 @@ def _wavedec(
 
 def _analysed(
     x: jax.Array, ndim: int, levels: int, wavelet: str, implementation: Choice
-) -> tuple[jax.Array, vjp.Details]:
+) -> vjp.Coefficients:
     signal = math.prod(x.shape[: -1 - ndim]), *x.shape[-1 - ndim :]
     return vjp.wavedec(_plan(signal, x.dtype, levels, wavelet, implementation), x)
 
 
 def _analysed_by_level(
     x: jax.Array, ndim: int, levels: int, wavelet: str, mode: Mode, implementation: Choice
-) -> tuple[jax.Array, vjp.Details]:
+) -> vjp.Coefficients:
     """The cascade in one of PyWavelets' modes: each level of a signal that was extended."""
     taps, batch = filter_bank(wavelet)[0].shape[1], x.shape[: -1 - ndim]
     low = x.astype(accumulation_dtype(x.dtype)).reshape(math.prod(batch), *x.shape[-1 - ndim :])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.multilinear import multilinear
-from pallas_kernels.common.types import Tree
+from pallas_kernels.common.types import Bands, Tree
 from pallas_kernels.common.vmap import vmap_folding
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.dispatch.backend import Implementation
@@ -25,7 +25,7 @@ from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.haar.problem import Problem
 
 R = TypeVar("R")
-Details = tuple[tuple[jax.Array, ...], ...]
+Details = tuple[Bands, ...]
 Coefficients = tuple[jax.Array, Details]
 
 
