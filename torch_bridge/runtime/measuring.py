@@ -28,7 +28,7 @@ _PAUSES = 1, 2, 4, 8, 16
 _PAUSE_SIZE = 4096
 
 
-class OnRandomTensors:
+class TorchMeasurement:
     """One direction of one call of an operator: a `dispatch.tuner.Measurement`.
 
     It never reads the call's own tensors, which have no values where a program is traced. Each

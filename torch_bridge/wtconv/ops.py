@@ -242,7 +242,7 @@ def _measurement(
     dtype: torch.dtype,
     bias: bool,
     strides: tuple[int, ...] | None,
-) -> measuring.OnRandomTensors:
+) -> measuring.TorchMeasurement:
     """Runs and times an implementation on tensors like those of a call."""
     problem = problem.measured_as()
     n, *spatial, channels = problem.shape
@@ -278,7 +278,7 @@ def _measurement(
             *_weight_grad(timed, x, dy, kernel_size, problem.levels, wavelet, params),
         ]
 
-    return measuring.OnRandomTensors(
+    return measuring.TorchMeasurement(
         run,
         inputs,
         device,

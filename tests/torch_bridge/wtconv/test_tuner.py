@@ -42,7 +42,7 @@ def clock(monkeypatch):
             mine = module is not eager
             return 1.0 if mine == (direction in directions) else 2.0
 
-        prepared = measuring.OnRandomTensors.prepared
+        prepared = measuring.TorchMeasurement.prepared
 
         def kept(self, module, config):
             call = prepared(self, module, config)
@@ -50,8 +50,8 @@ def clock(monkeypatch):
             call.of = module, "fwd" if len(call()) == 1 else "bwd"
             return call
 
-        monkeypatch.setattr(measuring.OnRandomTensors, "milliseconds", milliseconds)
-        monkeypatch.setattr(measuring.OnRandomTensors, "prepared", kept)
+        monkeypatch.setattr(measuring.TorchMeasurement, "milliseconds", milliseconds)
+        monkeypatch.setattr(measuring.TorchMeasurement, "prepared", kept)
 
     return fastest
 
