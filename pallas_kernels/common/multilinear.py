@@ -159,7 +159,7 @@ batching.primitive_batchers[_multilinear] = _batch
 
 
 def _placed_like(type_: Any, value: jax.Array) -> jax.Array:
-    """A cotangent, sharded over Explicit axes of a mesh as what it belongs to."""
+    """A cotangent, resharded as its argument is where that is on a mesh of Explicit axes."""
     wanted = type_.sharding
     if wanted.mesh.empty or wanted == jax.typeof(value).sharding:
         return value

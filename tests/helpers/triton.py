@@ -18,10 +18,9 @@ except ModuleNotFoundError:
 PARTS = pytest.mark.parametrize("part", ["some", pytest.param("rest", marks=pytest.mark.wide)])
 """The parts of what is compiled: each kernel for some GPU, and all other pairs of them."""
 TORCH = pytest.mark.skipif(torch is None, reason="needs PyTorch's tensors")
-INTERPRETED = pytest.mark.skipif(
-    torch is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton's interpreter takes PyTorch's tensors, and a process has it or a GPU",
-)
+INTERPRETS = torch is not None and os.environ.get("TRITON_INTERPRET") == "1"
+WHY_NOT = "Triton's interpreter takes PyTorch's tensors, and a process has it or a GPU"
+INTERPRETED = pytest.mark.skipif(not INTERPRETS, reason=WHY_NOT)
 
 
 def launch(kernel, arguments, outputs, grid, **constants):
@@ -44,8 +43,8 @@ def interpret(monkeypatch, room):
     import jax
     import jax.numpy as jnp
 
-    if torch is None or os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton's interpreter takes PyTorch's tensors, and a process has it or a GPU")
+    if not INTERPRETS:
+        pytest.skip(WHY_NOT)
 
     def run(kernel, arguments, outputs, grid, **constants):
         types = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
