@@ -459,7 +459,7 @@ def _message(table: _Chosen, what: str, problems: dict[str, list[str]]) -> str:
 
 
 def _runs(lines: list[str]) -> list[str]:
-    """The lines, of which a long run that counts a level or block up becomes one: `a.{2…998}.b`."""
+    """The lines, with a long run that counts a level or block as one of them: `a.{2…998}.b`."""
 
     def key(numbered: tuple[int, str]) -> tuple[int] | tuple[str, int, str]:
         place, line = numbered

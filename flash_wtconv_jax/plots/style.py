@@ -26,7 +26,7 @@ COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 DPI = 150
 
 drawn = matplotlib.style.context("default")
-"""A decorator of what draws: matplotlib's own settings hold, whatever a matplotlibrc says."""
+"""A decorator of functions that draw, by matplotlib's own settings and no matplotlibrc's."""
 
 
 @drawn

@@ -17,7 +17,7 @@ except ImportError:  # Windows, where no folder can be locked and so none is swe
 
 _PREFIX = ".flash-wtconv-"
 _OLD = ".old"
-"""The end of the name of what was moved away to make place."""
+"""The end of the name of a folder that was moved away to make place."""
 
 
 def check_folder(path: Path) -> None:

@@ -92,7 +92,7 @@ class Case(NamedTuple):
         return {"y": y, "dx": dx, "dw": dw} | ({} if bias is None else {"dbias": dbias})
 
     def tolerance(self, name: str) -> float:
-        """Returns what rounding may do to any result.
+        """Returns the error of any result that rounding may cause.
 
         Example:
             >>> Case(2, 6, 5, 4, 3, 2, 8).tolerance("y")

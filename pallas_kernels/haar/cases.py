@@ -76,7 +76,7 @@ class Case(NamedTuple):
         }
 
     def tolerance(self, name: str) -> float:
-        """Returns what rounding may do to any result.
+        """Returns the error of any result that rounding may cause.
 
         Example:
             >>> Case((7, 9), 2).tolerance("wavedec")

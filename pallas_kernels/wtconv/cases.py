@@ -87,7 +87,7 @@ class Case(NamedTuple):
         return {"y": y, "dx": dx, **dparams}
 
     def tolerance(self, name: str) -> float:
-        """Returns what rounding may do to a result; a weight gradient is a sum over n terms.
+        """Returns the error that rounding may cause; a weight gradient is a sum over n terms.
 
         Example:
             >>> Case((7, 9), 1, 5).tolerance("y")

@@ -394,7 +394,7 @@ def _kernel_size(value: object, ndim: int) -> int:
 
 
 def _as_strings(implementation: Choice) -> str | tuple[str, ...] | None:
-    """Strings and a tuple alone, which every program and file can hold."""
+    """A choice as strings and tuples of them, which every program and file can hold."""
     if implementation is None or isinstance(implementation, str):
         return implementation and str(implementation)
     return tuple(map(str, implementation))

@@ -84,7 +84,7 @@ OPERATOR = Operator(
 
 Result = TypeVar("Result")
 _ELSE = "else"
-"""The end of the text of what others may replace."""
+"""The last word of a text as `pick` returns it, where another implementation may compute."""
 _END = 20
 """Lines of a compiler's log that errors tell."""
 _FAILED: set[str] = set()
