@@ -181,6 +181,7 @@ def sparse_pool(
     kernel_size: PerAxis,
     stride: PerAxis = 1,
     *,
+    padding: PerAxis = 0,
     reduce: str = "max",
 ) -> Array:
     """The "max", "mean" or "sum" of the voxels that each output reads, zero where there is none.
@@ -191,6 +192,7 @@ def sparse_pool(
         outputs: Voxels of the output.
         kernel_size: Offsets along each axis.
         stride: The stride.
+        padding: A window begins at `stride u - padding`.
         reduce: Which of them.
 
     Example:
@@ -199,7 +201,7 @@ def sparse_pool(
                [7.]])
     """
     x, wanted = np.asarray(features, np.float64), np.asarray(outputs, np.int64)
-    offsets = sparse_offsets(kernel_size, wanted.shape[1] - 1)
+    offsets = sparse_offsets(kernel_size, wanted.shape[1] - 1, padding=padding)
     read = np.zeros((len(offsets), len(wanted), x.shape[1]))
     there = np.zeros((len(offsets), len(wanted), 1))
     for grids, values in ((read, x), (there, np.ones((len(x), 1)))):

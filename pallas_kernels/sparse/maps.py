@@ -290,9 +290,10 @@ def kernel_map(
         _check_output(voxels, output_voxels, tensor_stride)
     full = generative or output_rule == "full"
     rows = _out_capacity(out_capacity, voxels, output_voxels, window, full)
-    sites, given = _sites(voxels), output_voxels and _sites(output_voxels)
-    if _keeps(window, full):
-        given = given or sites
+    sites = _sites(voxels)
+    given = None if output_voxels is None else _sites(output_voxels)
+    if given is None and _keeps(window, full):
+        given = sites
     if transposed and given is not None:
         # The map from the output to the input, which a strided layer before may have made.
         untransposed = window._replace(transposed=False)

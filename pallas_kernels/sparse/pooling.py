@@ -217,9 +217,9 @@ def union(first: Voxels, second: Voxels, *, out_capacity: int | None = None) -> 
     rows = first.capacity + second.capacity
     if out_capacity is not None:
         rows = checked_integer(out_capacity, "out_capacity", least=1)
-    halves = zip(*(pack(one.coords, one.valid) for one in (first, second)), strict=True)
-    keys = (jnp.concatenate(half) for half in halves)
-    coords, count, overflow = unique_coords(*keys, first.ndim, rows)
+    keys = [pack(one.coords, one.valid) for one in (first, second)]
+    high, low = (jnp.concatenate(half) for half in zip(*keys, strict=True))
+    coords, count, overflow = unique_coords(high, low, first.ndim, rows)
     sites = dataclasses.replace(
         first,
         coords=coords,

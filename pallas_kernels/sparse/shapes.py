@@ -1,6 +1,7 @@
 """Named shapes and the scene that benchmarks and the tuner take. Imports NumPy alone."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -87,23 +88,29 @@ def _points(sheet: Sheet, spacing: float) -> Values:
 
 def _sheets(rng: np.random.Generator) -> list[Sheet]:
     """The surfaces of a room of 10 by 10 by 3 metres."""
-    sheets: list[Sheet] = [
-        (lambda u, v: (u, v, 0 * u), 10, 10),
-        (lambda u, v: (u, v, 0.35 + 0.12 * np.sin(1.3 * u) * np.cos(1.7 * v + 0.4 * u)), 10, 10),
-    ]
-    for at in (0.0, 10.0):
-        sheets += [
-            (lambda u, v, at=at: (at + 0 * u, u, v), 10, 3),
-            (lambda u, v, at=at: (u, at + 0 * u, v), 10, 3),
-        ]
-    sheets += [
-        _sphere(rng.uniform([1, 1, 0.6], [9, 9, 2.4]), rng.uniform(0.15, 0.5)) for _ in range(24)
-    ]
-    sheets += [_column(rng.uniform([1, 1], [9, 9]), rng.uniform(0.05, 0.3)) for _ in range(16)]
+    sheets: list[Sheet] = [(_floor, 10, 10), (_ground, 10, 10)]
+    sheets += [(partial(_wall, axis, at), 10, 3) for at in (0.0, 10.0) for axis in (0, 1)]
+    for _ in range(24):
+        sheets.append(_sphere(rng.uniform([1, 1, 0.6], [9, 9, 2.4]), rng.uniform(0.15, 0.5)))
+    for _ in range(16):
+        sheets.append(_column(rng.uniform([1, 1], [9, 9]), rng.uniform(0.05, 0.3)))
     for _ in range(20):
         corner, size = rng.uniform([1, 1, 0.3], [9, 9, 1.5]), rng.uniform(0.3, 1.2, 3)
         sheets += _box(corner, size, rng.uniform(0, np.pi))
     return sheets
+
+
+def _floor(u: Values, v: Values) -> tuple[Values, ...]:
+    return u, v, 0 * u
+
+
+def _ground(u: Values, v: Values) -> tuple[Values, ...]:
+    return u, v, 0.35 + 0.12 * np.sin(1.3 * u) * np.cos(1.7 * v + 0.4 * u)
+
+
+def _wall(axis: int, at: float, u: Values, v: Values) -> tuple[Values, ...]:
+    """A wall across an axis."""
+    return (at + 0 * u, u, v) if axis == 0 else (u, at + 0 * u, v)
 
 
 def _sphere(centre: Values, radius: float) -> Sheet:

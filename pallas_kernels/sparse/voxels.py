@@ -239,9 +239,9 @@ def unique_coords(
     # A place of its own for each: nothing is added up, so nothing depends on an order.
     place = jnp.where(first, jnp.cumsum(first, dtype=jnp.int32) - 1, capacity)
     empty = vary_like((high, low), jnp.full((capacity,), _MISSING))
-    packed = (empty.at[place].set(half, mode="drop") for half in (keys.high, keys.low))
+    high, low = (empty.at[place].set(half, mode="drop") for half in keys[:2])
     overflow = jnp.where(count > capacity, FULL, 0).astype(jnp.int32)
-    return unpack(*packed, ndim), jnp.minimum(count, capacity), overflow
+    return unpack(high, low, ndim), jnp.minimum(count, capacity), overflow
 
 
 def rounded_capacity(count: int) -> int:
@@ -565,10 +565,15 @@ def _segment_sum(x: jax.Array, place: jax.Array, rows: int) -> jax.Array:
     return jnp.where(there[:, None], _scanned(jnp.add, x[order], place[order])[last], 0)
 
 
-_segment_sum.defvjp(
-    lambda x, place, rows: (_segment_sum(x, place, rows), place),
-    lambda rows, place, dy: (spread(dy, place), None),
-)
+def _segment_sum_fwd(x: jax.Array, place: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    return _segment_sum(x, place, rows), place
+
+
+def _segment_sum_bwd(rows: int, place: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
+    return spread(dy, place), None
+
+
+_segment_sum.defvjp(_segment_sum_fwd, _segment_sum_bwd)
 
 
 @jax.custom_vjp
@@ -577,10 +582,16 @@ def spread(x: jax.Array, place: jax.Array) -> jax.Array:
     return x.at[place].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-spread.defvjp(
-    lambda x, place: (spread(x, place), (x[:, :0], place)),
-    lambda kept, dy: (_segment_sum(dy, kept[1], len(kept[0])), None),
-)
+def _spread_fwd(x: jax.Array, place: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return spread(x, place), (x[:, :0], place)
+
+
+def _spread_bwd(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, None]:
+    empty, place = kept
+    return _segment_sum(dy, place, len(empty)), None
+
+
+spread.defvjp(_spread_fwd, _spread_bwd)
 
 
 def _segments(place: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
