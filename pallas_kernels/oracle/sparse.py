@@ -122,13 +122,14 @@ def sparse_conv(
         array([[32.],
                [21.]])
     """
-    x, w, wanted = np.asarray(features, np.float64), _weights(weight), np.asarray(outputs, np.int64)
+    x, w = np.asarray(features, np.float64), np.asarray(weight, np.float64)
+    wanted = np.asarray(outputs, np.int64)
     y = np.zeros((len(wanted), w.shape[1] * w.shape[3]))
     offsets = sparse_offsets(kernel_size, wanted.shape[1] - 1, dilation, padding)
     low, grid = _grid(np.asarray(coords, np.int64), x)
     for offset, tap in zip(offsets, w, strict=True):
         read = _sources(low, grid, wanted, stride, offset, transposed)
-        y += _grouped("mgc,gcf->mgf", read.reshape(len(y), len(tap), -1), tap)
+        y += _grouped("mgc,gcf->mgf", read, tap)
     return y
 
 
@@ -157,7 +158,8 @@ def sparse_conv_vjp(
         >>> dx.ravel(), dw.ravel()
         (array([3., 5.]), array([ 1., 11., 10.]))
     """
-    x, w, wanted = np.asarray(features, np.float64), _weights(weight), np.asarray(outputs, np.int64)
+    x, w = np.asarray(features, np.float64), np.asarray(weight, np.float64)
+    wanted = np.asarray(outputs, np.int64)
     ndim = wanted.shape[1] - 1
     offsets = sparse_offsets(kernel_size, ndim, dilation, padding)
     places = np.asarray(coords, np.int64)
@@ -167,9 +169,11 @@ def sparse_conv_vjp(
     for i, (offset, tap) in enumerate(zip(offsets, w, strict=True)):
         # The transposed convolution of dy, seen at the inputs.
         back = _sources(low_out, grid_out, places, stride, offset, not transposed)
-        dx += _grouped("mgf,gcf->mgc", back.reshape(len(x), len(tap), -1), tap)
+        dx += _grouped("mgf,gcf->mgc", back, tap)
         read = _sources(low, grid, wanted, stride, offset, transposed)
-        read, given = (a.reshape(len(wanted), len(tap), -1) for a in (read, np.asarray(dy)))
+        read, given = (
+            a.reshape(len(wanted), len(tap), a.shape[1] // len(tap)) for a in (read, np.asarray(dy))
+        )
         dw[i] = np.einsum("mgc,mgf->gcf", read, given)
     return dx, dw
 
@@ -219,13 +223,11 @@ def _each(value: PerAxis, ndim: int) -> tuple[int, ...]:
     return (value,) * ndim if isinstance(value, int) else tuple(value)
 
 
-def _weights(weight: ArrayLike) -> Array:
-    return np.asarray(weight, np.float64)
-
-
-def _grouped(subscripts: str, a: Array, b: Array) -> Array:
-    product = np.einsum(subscripts, a, b)
-    return product.reshape(len(product), -1)
+def _grouped(subscripts: str, rows: Array, weight: Array) -> Array:
+    """The product of rows with weights, each group apart."""
+    groups = rows.reshape(len(rows), len(weight), rows.shape[1] // len(weight))
+    product = np.einsum(subscripts, groups, weight)
+    return product.reshape(len(rows), product.shape[1] * product.shape[2])
 
 
 def _grid(places: Places, values: Array) -> tuple[Places, Array]:
