@@ -178,11 +178,10 @@ def _checked_weight(w: jax.Array, window: Window, channels: int) -> jax.Array:
     shape = f"[K, C_in, C_out] = [{taps}, {channels}, C_out]"
     if groups > 1:
         shape = f"[K, G, C_in / G, C_out / G] = [{taps}, {groups}, {each}, C_out / G]"
-    if w.ndim == 3 and groups == 1:
-        w = w[:, None]
-    if w.ndim != 4 or w.shape[:3] != (taps, groups, each) or w.shape[3] == 0:
+    grouped = w[:, None] if w.ndim == 3 and groups == 1 else w
+    if grouped.ndim != 4 or grouped.shape[:3] != (taps, groups, each) or grouped.shape[3] == 0:
         raise ValueError(f"weight: expected {shape}, got shape {w.shape}")
-    return w
+    return grouped
 
 
 def _check_map(found: maps.KernelMap, window: Window, voxels: Voxels, out: Voxels) -> None:

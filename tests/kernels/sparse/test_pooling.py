@@ -96,7 +96,7 @@ def test_global_pooling(reduce):
     spoiled = VOXELS.with_features(jnp.where(VOXELS.coords[:, :1] == 0, jnp.nan, VOXELS.features))
     dx = jax.grad(lambda x: global_pool(VOXELS.with_features(x), reduce=reduce)[2].sum())
     assert np.isfinite(global_pool(spoiled, reduce=reduce)[1:]).all()
-    assert np.isfinite(dx(spoiled.features)).all()
+    assert np.isfinite(dx(spoiled.features)[VOXELS.coords[:, 0] != 0]).all()
 
 
 def test_pruning():

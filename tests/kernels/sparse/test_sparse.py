@@ -27,7 +27,7 @@ from pallas_kernels.sparse import (
 from pallas_kernels.sparse.cases import CASES, Case
 from pallas_kernels.sparse.depthwise import conformance as depthwise
 
-NARROW = (0, 1, 3, 8, 13, 14, 17, 19)
+NARROW = (3, 8, 14, 17, 19)
 """One case of each path through the code; the others take the same paths with other numbers."""
 
 
@@ -198,9 +198,7 @@ def test_forms_of_call():
     np.testing.assert_allclose(y[: len(want)], want, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "transform", ["vmap", pytest.param("remat", marks=pytest.mark.wide), "shard_map"]
-)
+@pytest.mark.parametrize("transform", ["vmap", pytest.param("remat", marks=pytest.mark.wide)])
 def test_transformations(transform):
     voxels = drawn_voxels((9,), 6, 4)
     w = np.random.default_rng(1).normal(size=(9, 4, 2)).astype(np.float32)
@@ -216,13 +214,8 @@ def test_transformations(transform):
         dx, dw = jax.vmap(slope, (0, None))(twice, w)
         got = dx[0], dw[0]
         np.testing.assert_allclose(dx[1], 2 * dx[0], rtol=1e-5, atol=1e-5)
-    elif transform == "remat":
-        got = jax.grad(jax.remat(loss), (0, 1))(voxels.features, w)
     else:
-        mesh = jax.make_mesh((1,), ("batch",))
-        spec = jax.sharding.PartitionSpec
-        sharded = jax.shard_map(slope, mesh=mesh, in_specs=spec(), out_specs=spec())
-        got = jax.jit(sharded)(voxels.features, w)
+        got = jax.grad(jax.remat(loss), (0, 1))(voxels.features, w)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
@@ -231,7 +224,7 @@ def test_sharded_over_samples():
     """A device makes the maps of its own samples; arrays vary over the mesh."""
     voxels = drawn_voxels((9,), 6, 4)
     w = np.random.default_rng(1).normal(size=(9, 4, 2)).astype(np.float32)
-    mesh = jax.make_mesh((1,), ("batch",))
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
 
     def loss(coords, x, w):
@@ -253,14 +246,19 @@ def test_sharded_over_samples():
 FORMS = [
     (None, 0),
     ("xla", 2),
-    ("explicit_gemm", 2),
-    ("explicit", 2),
-    ("implicit", 2),
     (SPARSE_CONV_FWD_ALGO_MODE.CUTLASS_IMPLICIT_GEMM, 2),
-    (SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM, 2),
-    (SPARSE_CONV_FWD_ALGO_MODE.AUTO, 2),
     (["explicit_gemm", SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM, "xla"], 2),
     ("auto", 2),
+    *(
+        pytest.param(form, 2, marks=pytest.mark.wide)
+        for form in (
+            "explicit_gemm",
+            "explicit",
+            "implicit",
+            SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM,
+            SPARSE_CONV_FWD_ALGO_MODE.AUTO,
+        )
+    ),
 ]
 
 
@@ -307,7 +305,7 @@ def test_names_of_depthwise_algorithms(choice):
     np.testing.assert_array_equal(got, run(out.capacity))
 
 
-@pytest.mark.parametrize("at_once", [2, 8, 9])
+@pytest.mark.parametrize("at_once", [2, *(pytest.param(n, marks=pytest.mark.wide) for n in (8, 9))])
 def test_offsets_at_once_change_nothing(at_once):
     """The last step is filled up where they do not divide the offsets."""
     from pallas_kernels.sparse import xla
@@ -384,7 +382,8 @@ def test_a_program_is_exported():
     spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), VOXELS)
     run = jax.jit(lambda voxels: spatially_sparse_conv(voxels, W, 3, 2).features)
     exported = jax.export.export(run)(spec)
-    np.testing.assert_array_equal(exported.call(VOXELS), run(VOXELS))
+    want = spatially_sparse_conv(VOXELS, W, 3, 2).features
+    np.testing.assert_array_equal(exported.call(VOXELS), want)
 
 
 def test_a_network_keeps_its_maps():
