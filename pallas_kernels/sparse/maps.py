@@ -309,7 +309,9 @@ def kernel_map(
         voxels.batch_size,
         tensor_stride,
     )
-    if not isinstance(out.overflow, jax.core.Tracer) and output_voxels is None:
+    if not (
+        isinstance(out.overflow, jax.core.Tracer) or given is sites or output_voxels is not None
+    ):
         out.check()
     return made, out
 
@@ -374,7 +376,8 @@ def _kept(
     rows: int,
 ) -> tuple[KernelMap, _Sites]:
     """What `_made` returns, from among the maps that `sparse_maps` keeps if it is there."""
-    known, trace = _MAPS.get(), trace_state()
+    known = _MAPS.get()
+    trace = None if known is None else trace_state()
 
     def key(given: _Sites | None) -> tuple[object, ...]:
         arrays = [*sites[:2], *(given[:2] if given else ())]
@@ -592,7 +595,7 @@ def _made(
     read, reading = (out, sites) if window.transposed else (sites, out)
     table = _searched(read, reading, window, first)
     found = KernelMap(row_table(table), None, window._replace(transposed=False))
-    if not (same and window.mirrored):
+    if not (same and window.mirrored and first == window.offsets()[0]):
         reverse = _reversed(table, read.coords.shape[0])
         found = dataclasses.replace(found, backward=row_table(reverse))
     return found.swapped() if window.transposed else found, out

@@ -107,7 +107,8 @@ class Voxels:
         """
         faults = int(self.overflow)
         messages = {
-            FULL: "more voxels than a capacity: give a larger capacity= or out_capacity=",
+            FULL: f"more voxels than a capacity, here {self.capacity}: give a larger capacity= or "
+            "out_capacity=",
             OUTSIDE: f"a sample beyond [0, {MOST_SAMPLES}), or a coordinate beyond "
             f"[{-LIMIT}, {LIMIT})",
             TWICE: "a coordinate that is there twice: from_points merges them",

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common._compat import vary_like
-from pallas_kernels.common.device import on_cpu
+from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.sparse.maps import RowTable
 from pallas_kernels.sparse.problem import Problem
 
 DIFFERENTIABLE = True
 
-_MOST_GATHERED = 1 << 33
+_MOST_GATHERED = {"cpu": 1 << 30, "gpu": 1 << 33, "tpu": 1 << 31}
 """Bytes that a search may gather at once."""
 
 
@@ -44,9 +44,8 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         return [{}]
     widest = max(channels, problem.features)
     each = capacity * widest * jnp.dtype(problem.dtype).itemsize
-    some = {8, problem.window.taps}
-    counts = sorted(n for n in some if 1 < n <= problem.window.taps and n * each <= _MOST_GATHERED)
-    return [{}, *({"at_once": n} for n in counts)]
+    taps, most = problem.window.taps, _MOST_GATHERED[platform()] // each
+    return [{}, *({"at_once": n} for n in sorted({8, taps}) if 1 < n <= min(taps, most))]
 
 
 def forward(

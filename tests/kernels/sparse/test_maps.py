@@ -51,6 +51,18 @@ def test_both_directions_are_a_dictionarys(kernel, stride, dilation):
     assert swapped.window.transposed
 
 
+def test_a_window_that_is_not_centred_is_not_its_own_mirror():
+    voxels = drawn_voxels((9,), 4, 1)
+    found, _ = kernel_map(voxels, 3, transposed=True, output_voxels=voxels, padding=0)
+    centred, _ = kernel_map(voxels, 3, transposed=True, output_voxels=voxels)
+    coords = np.asarray(voxels.coords)[:9]
+    np.testing.assert_array_equal(
+        centred.table[:, :9], searched(coords, coords, found.window)[::-1]
+    )
+    moved = searched(coords, coords + [0, 1, 1], found.window)
+    np.testing.assert_array_equal(found.reverse[:, :9], moved)
+
+
 def test_neighbours_at_the_limits():
     """A key beyond the last axis is not that of the next column, and hides nothing before it."""
     places = [[0, 0, LIMIT - 1], [0, 1, -LIMIT], [0, 1, -LIMIT + 1], [0, LIMIT - 1, 5]]
