@@ -24,12 +24,14 @@ from pallas_kernels.sparse.problem import Window
 from pallas_kernels.sparse.voxels import (
     LIMIT,
     Keys,
+    UniqueKeys,
     Voxels,
     pack,
     per_axis,
     rounded_capacity,
     sort_keys,
-    unique_coords,
+    unique_keys,
+    unpack,
 )
 
 TILE_ROWS = 16
@@ -590,7 +592,7 @@ def _made(
         out = _expanded(sites, window, first, rows)
     else:
         steps = np.array([1, *window.stride], np.int32)
-        out = _Sites(*unique_coords(*pack(sites.coords // steps, _counted(sites)), ndim, rows))
+        out = _unpacked(unique_keys(*pack(sites.coords // steps, _counted(sites)), rows), ndim)
     # A transposed map is the other one, read the other way round.
     read, reading = (out, sites) if window.transposed else (sites, out)
     table = _searched(read, reading, window, first)
@@ -603,7 +605,7 @@ def _made(
 
 def _expanded(sites: _Sites, window: Window, first: tuple[int, ...], capacity: int) -> _Sites:
     """Every output that reads a voxel."""
-    valid = _counted(sites)
+    valid, ndim = _counted(sites), sites.coords.shape[1] - 1
     origin = np.array(window.offsets()[0])
     steps = np.array([np.array(offset) - origin + first for offset in window.offsets()], np.int32)
     stride = np.array(window.stride, np.int32)
@@ -616,9 +618,27 @@ def _expanded(sites: _Sites, window: Window, first: tuple[int, ...], capacity: i
         whole = (read % stride == 0).all(1)
         return pack(jnp.concatenate([sample, read // stride], 1), valid & whole)
 
-    at_once = max(1, _QUERIES_AT_ONCE // len(valid))
-    high, low = lax.map(candidates, jnp.asarray(steps), batch_size=min(at_once, len(steps)))
-    return _Sites(*unique_coords(high.ravel(), low.ravel(), sites.coords.shape[1] - 1, capacity))
+    def merge(known: UniqueKeys, steps: jax.Array) -> tuple[UniqueKeys, None]:
+        high, low = jax.vmap(candidates)(steps)
+        merged = unique_keys(
+            jnp.concatenate([known.high, high.ravel()]),
+            jnp.concatenate([known.low, low.ravel()]),
+            capacity,
+        )
+        return merged._replace(overflow=merged.overflow | known.overflow), None
+
+    at_once = min(len(steps), max(1, _QUERIES_AT_ONCE // len(valid)))
+    # The last turn is filled up by a step that was taken: what is there twice is one.
+    turns = np.pad(steps, ((0, -len(steps) % at_once), (0, 0)), mode="edge")
+    none = jnp.full((0,), 0, jnp.uint32)
+    nothing = vary_like(sites, unique_keys(none, none, capacity))
+    found, _ = lax.scan(merge, nothing, jnp.asarray(turns.reshape(-1, at_once, ndim)))
+    return _unpacked(found, ndim)
+
+
+def _unpacked(found: UniqueKeys, ndim: int) -> _Sites:
+    """The coordinates of different keys."""
+    return _Sites(unpack(found.high, found.low, ndim), found.total, found.overflow)
 
 
 def _searched(read: _Sites, reading: _Sites, window: Window, first: tuple[int, ...]) -> jax.Array:

@@ -16,7 +16,7 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.arguments import checked_array, checked_integer
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.sparse.maps import KernelMap, kernel_map
-from pallas_kernels.sparse.voxels import FULL, Voxels, pack, unique_coords
+from pallas_kernels.sparse.voxels import FULL, Voxels, pack, unique_keys, unpack
 from pallas_kernels.sparse.xla import take
 
 REDUCTIONS = ("max", "mean", "sum")
@@ -219,13 +219,13 @@ def union(first: Voxels, second: Voxels, *, out_capacity: int | None = None) -> 
         rows = checked_integer(out_capacity, "out_capacity", least=1)
     keys = [pack(one.coords, one.valid) for one in (first, second)]
     high, low = (jnp.concatenate(half) for half in zip(*keys, strict=True))
-    coords, count, overflow = unique_coords(high, low, first.ndim, rows)
+    found = unique_keys(high, low, rows)
     sites = dataclasses.replace(
         first,
-        coords=coords,
+        coords=unpack(found.high, found.low, first.ndim),
         features=jnp.zeros((rows, 0), first.features.dtype),
-        num_valid=count,
-        overflow=overflow | first.overflow | second.overflow,
+        num_valid=found.total,
+        overflow=found.overflow | first.overflow | second.overflow,
     )
     features = [
         _total(one.features, kernel_map(one, 1, output_voxels=sites)[0]) for one in (first, second)

@@ -214,24 +214,33 @@ def first_of_equals(keys: Keys) -> jax.Array:
     return jnp.pad(differs, (1, 0), constant_values=True) & known
 
 
-def unique_coords(
-    high: jax.Array, low: jax.Array, ndim: int, capacity: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The different coordinates of keys, sorted.
+class UniqueKeys(NamedTuple):
+    """Different keys, sorted.
+
+    Attributes:
+        high: `uint32 [capacity]`, the upper halves, all ones behind the last.
+        low: `uint32 [capacity]`, the lower halves, likewise.
+        total: `int32 []`, how many there are.
+        overflow: `int32 []`, as `Voxels.overflow`: whether there were more.
+    """
+
+    high: jax.Array
+    low: jax.Array
+    total: jax.Array
+    overflow: jax.Array
+
+
+def unique_keys(high: jax.Array, low: jax.Array, capacity: int) -> UniqueKeys:
+    """The different ones among keys, as many as there is room for.
 
     Args:
         high: Upper halves, `uint32 [N]`.
         low: Lower halves.
-        ndim: Axes, D.
         capacity: Rows of the result.
 
-    Returns:
-        `(coords [capacity, 1 + D], num_valid, overflow)`.
-
     Example:
-        >>> keys = pack(jnp.array([[0, 7], [0, 2], [0, 7]]))
-        >>> coords, count, _ = unique_coords(*keys, 1, 4)
-        >>> coords[:count].tolist()
+        >>> found = unique_keys(*pack(jnp.array([[0, 7], [0, 2], [0, 7]])), 4)
+        >>> unpack(found.high, found.low, 1)[: found.total].tolist()
         [[0, 2], [0, 7]]
     """
     keys = sort_keys(high, low)
@@ -242,7 +251,7 @@ def unique_coords(
     empty = vary_like((high, low), jnp.full((capacity,), _MISSING))
     high, low = (empty.at[place].set(half, mode="drop") for half in keys[:2])
     overflow = jnp.where(count > capacity, FULL, 0).astype(jnp.int32)
-    return unpack(high, low, ndim), jnp.minimum(count, capacity), overflow
+    return UniqueKeys(high, low, jnp.minimum(count, capacity), overflow)
 
 
 def rounded_capacity(count: int) -> int:
@@ -507,22 +516,32 @@ def from_points(
     rows = rounded_capacity(at.shape[0])
     if capacity is not None:
         rows = checked_integer(capacity, "capacity", least=1)
-    places = jnp.where(fits, cells, 0).astype(jnp.int32)
-    keys = sort_keys(*pack(jnp.concatenate([own[:, None], places], 1), inside))
-    coords, count, overflow = unique_coords(keys.high, keys.low, at.shape[1], rows)
+    places = jnp.concatenate([own[:, None], jnp.where(fits, cells, 0).astype(jnp.int32)], 1)
+    voxels, place = _merged(places, inside, x, rows, batch, reduce)
+    if not isinstance(voxels.overflow, jax.core.Tracer):
+        voxels.check()
+    return voxels, place
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _merged(
+    places: jax.Array, inside: jax.Array, x: jax.Array, rows: int, batch: int, reduce: str
+) -> tuple[Voxels, jax.Array]:
+    """The voxels of points whose places are known, and the row of each point."""
+    ndim = places.shape[1] - 1
+    keys = sort_keys(*pack(places, inside))
+    found = unique_keys(keys.high, keys.low, rows)
     ranks = jnp.cumsum(first_of_equals(keys), dtype=jnp.int32) - 1
     known = ((keys.high & keys.low) != _MISSING) & (ranks < rows)
     place = jnp.zeros_like(keys.rows).at[keys.rows].set(jnp.where(known, ranks, -1))
     voxels = Voxels(
-        coords,
+        unpack(found.high, found.low, ndim),
         _reduced(x, place, rows, reduce),
-        count,
-        overflow | jnp.where(inside.all(), 0, OUTSIDE),
+        found.total,
+        found.overflow | jnp.where(inside.all(), 0, OUTSIDE),
         batch,
-        (1,) * at.shape[1],
+        (1,) * ndim,
     )
-    if not isinstance(overflow, jax.core.Tracer):
-        voxels.check()
     return voxels, place
 
 

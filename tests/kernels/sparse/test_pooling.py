@@ -37,7 +37,7 @@ VOXELS = poisoned(drawn_voxels((12, 0, 7), 7, 3, capacity=32))
     [
         (2, None, 0, "max"),
         pytest.param(3, 2, 1, "max", marks=pytest.mark.wide),
-        (3, 2, 1, "mean"),
+        pytest.param(3, 2, 1, "mean", marks=pytest.mark.wide),
         pytest.param((3, 1), None, 0, "sum", marks=pytest.mark.wide),
     ],
 )
@@ -67,6 +67,7 @@ def test_pooling_and_its_gradient(kernel, stride, padding, reduce):
     np.testing.assert_allclose(np.vdot(dx[:19], step), np.vdot(dy[:count], slope), rtol=1e-4)
 
 
+@pytest.mark.wide
 def test_equal_voxels_share_a_gradient():
     voxels = from_coords([[0, 0], [0, 1]], [[2.0], [2.0]])
     dx = jax.grad(lambda x: pool(voxels.with_features(x), 2).features.sum())(voxels.features)
@@ -84,7 +85,9 @@ def test_unpooling_spreads_what_was_pooled():
     assert not back.features[19:].any()
 
 
-@pytest.mark.parametrize("reduce", ["max", "mean", "sum"])
+@pytest.mark.parametrize(
+    "reduce", ["max", *(pytest.param(r, marks=pytest.mark.wide) for r in ("mean", "sum"))]
+)
 def test_global_pooling(reduce):
     x, samples = np.asarray(VOXELS.features)[:19], np.asarray(VOXELS.coords)[:19, 0]
     got = global_pool(VOXELS, reduce=reduce)
@@ -99,6 +102,7 @@ def test_global_pooling(reduce):
     assert np.isfinite(dx(spoiled.features)[VOXELS.coords[:, 0] != 0]).all()
 
 
+@pytest.mark.wide
 def test_pruning():
     keep = np.zeros(32, bool)
     keep[[3, 5, 18, 25]] = True
@@ -118,6 +122,7 @@ def test_pruning():
         prune(VOXELS, np.ones(32, int))
 
 
+@pytest.mark.wide
 def test_union():
     other = poisoned(drawn_voxels((9, 3, 0), 7, 3, seed=1))
     both = union(VOXELS, other)
@@ -148,6 +153,7 @@ def test_arithmetic():
         add(one, spoiled).check()
 
 
+@pytest.mark.wide
 def test_norms_are_those_of_the_valid_rows():
     x, samples = np.asarray(VOXELS.features)[:19], np.asarray(VOXELS.coords)[:19, 0]
     scale, bias = jnp.array([1.0, 2, 3]), jnp.array([0.5, 0, -1])
@@ -174,6 +180,7 @@ def test_norms_are_those_of_the_valid_rows():
         assert np.isfinite(dx(VOXELS.features)).all() and not dx(VOXELS.features)[19:].any()
 
 
+@pytest.mark.wide
 def test_batch_norm_weighs_devices_by_their_voxels():
     parts = [
         dataclasses.replace(

@@ -26,7 +26,13 @@ FEATURES = np.array([[1.0, 8], [2, 3], [4, 6], [5, 7], [9, 9]], np.float32)
 
 
 @pytest.mark.parametrize(
-    ("reduce", "merged"), [("mean", [2.5, 7]), ("max", [4, 8]), ("sum", [5, 14]), ("first", [1, 8])]
+    ("reduce", "merged"),
+    [
+        ("mean", [2.5, 7]),
+        pytest.param("max", [4, 8], marks=pytest.mark.wide),
+        pytest.param("sum", [5, 14], marks=pytest.mark.wide),
+        pytest.param("first", [1, 8], marks=pytest.mark.wide),
+    ],
 )
 def test_points_fall_into_voxels(reduce, merged):
     voxels, rows = from_points(POINTS, FEATURES, 1, samples=SAMPLES, batch_size=3, reduce=reduce)
@@ -43,6 +49,7 @@ def test_points_fall_into_voxels(reduce, merged):
     np.testing.assert_array_equal(back[3:], FEATURES[3:])
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("reduce", "shares"),
     [("mean", [0.5, 0.5]), ("sum", [1, 1]), ("max", [0, 1]), ("first", [1, 0])],
@@ -70,6 +77,20 @@ def test_points_that_cannot_be_taken():
         from_points(POINTS, FEATURES, 1, samples=[0, 0, 0, 0, 1])
     with pytest.raises(ValueError, match="more voxels than a capacity"):
         from_points(POINTS, FEATURES, 1, capacity=2)
+    for message, rest in (
+        ("voxel_size=0: expected a number > 0", (FEATURES, 0)),
+        (r"features: expected \[n, C\] of 5 rows", (FEATURES[1:], 1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_points(POINTS, *rest)
+    with pytest.raises(ValueError, match="reduce='least': expected one of mean, max, first, sum"):
+        from_points(POINTS, FEATURES, 1, reduce="least")
+
+
+@pytest.mark.wide
+def test_points_that_cannot_be_taken_under_jit():
+    wrong = POINTS.copy()
+    wrong[3, 1] = np.nan
     run = jax.jit(
         lambda points, capacity: from_points(points, FEATURES, 1, capacity=capacity)[0],
         static_argnums=1,
@@ -80,14 +101,6 @@ def test_points_that_cannot_be_taken():
     assert kept.num_valid == 2 and np.isfinite(kept.features).all()
     with pytest.raises(ValueError, match="more voxels than a capacity"):
         kept.check()
-    for message, rest in (
-        ("voxel_size=0: expected a number > 0", (FEATURES, 0)),
-        (r"features: expected \[n, C\] of 5 rows", (FEATURES[1:], 1)),
-    ):
-        with pytest.raises(ValueError, match=message):
-            from_points(POINTS, *rest)
-    with pytest.raises(ValueError, match="reduce='least': expected one of mean, max, first, sum"):
-        from_points(POINTS, FEATURES, 1, reduce="least")
 
 
 @pytest.mark.parametrize(
@@ -143,10 +156,15 @@ def test_keys_are_ordered_as_coordinates_are():
     edges = [-LIMIT, -1, 0, 1, LIMIT - 1]
     coords = np.array([[b, x, y, z] for b in (0, 511) for x in edges for y in edges for z in edges])
     coords = rng.permutation(coords).astype(np.int32)
-    keys = sort_keys(*pack(jnp.asarray(coords)))
+
+    @jax.jit
+    def ordered(coords):
+        keys = sort_keys(*pack(coords))
+        return coords[keys.rows], unpack(keys.high, keys.low, 3)
+
     want = coords[np.lexsort(coords.T[::-1])]
-    np.testing.assert_array_equal(coords[keys.rows], want)
-    np.testing.assert_array_equal(unpack(keys.high, keys.low, 3), want)
+    for got in ordered(coords):
+        np.testing.assert_array_equal(got, want)
     outside = np.array([[-1, 0, 0, 0], [512, 0, 0, 0], [0, LIMIT, 0, 0], [0, 0, 0, -LIMIT - 1]])
     assert (np.stack(pack(jnp.asarray(outside))) == 0xFFFFFFFF).all()
 
@@ -182,6 +200,13 @@ def test_dense_grids_and_back():
     voxels = from_dense(grid)
     assert voxels.num_valid == (np.asarray(grid) != 0).any(-1).sum()
     np.testing.assert_array_equal(to_dense(voxels, (3, 4)), grid)
+
+
+@pytest.mark.wide
+def test_parts_of_dense_grids():
+    grid = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 2)), jnp.float32)
+    grid = grid.at[:, 1:, ::2].set(0)
+    voxels = from_dense(grid)
     # What lies beyond is left out; what does not count is not written.
     poisoned = dataclasses.replace(
         voxels, features=jnp.where(voxels.valid[:, None], voxels.features, jnp.nan)
