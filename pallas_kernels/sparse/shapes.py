@@ -52,8 +52,8 @@ def room(n: int, *, seed: int = 0, batch: int = 1, ndim: int = 3) -> Coords:
         `int32 [n, 1 + ndim]`, unique and sorted: the sample, then the axes.
 
     Example:
-        >>> room(3, ndim=2).tolist()
-        [[0, 0, 0], [0, 0, 1], [0, 0, 2]]
+        >>> room(1000, batch=2).shape
+        (1000, 4)
     """
     each = -(-n // batch)
     samples = []

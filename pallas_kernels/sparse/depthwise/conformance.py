@@ -29,12 +29,7 @@ def problem(case: Case) -> Problem:
 
 
 def computed(case: Case, implementation: Choice) -> Callable[..., dict[str, Tree]]:
-    """Returns the function of a case's arrays that one implementation computes.
-
-    Example:
-        >>> sorted(computed(CASES[0], "xla")(*CASES[0].drawn()))
-        ['coords', 'dw', 'dx', 'y']
-    """
+    """Returns the function of a case's arrays that one implementation computes."""
     algorithms = implementation, implementation
 
     def function(

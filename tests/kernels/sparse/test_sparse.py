@@ -134,7 +134,8 @@ def test_what_does_not_count_never_leaks(stride):
             return out.features, out.valid
 
         out, pullback, valid = jax.vjp(function, of.features, jnp.asarray(w), has_aux=True)
-        return out, *pullback(jnp.where(valid[:, None], 1.0, jnp.nan)), valid
+        dy = jnp.where(valid[:, None], jnp.ones_like(out), jnp.nan)
+        return out, *pullback(dy), valid
 
     *results, valid = run(poisoned)
     for got, want in zip(results, run(voxels), strict=False):
