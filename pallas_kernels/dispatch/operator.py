@@ -182,7 +182,7 @@ class Operator:
             raise ValueError(f"{source} is empty: name at least one of {list(known)}, or use None")
         if AUTO in names:
             raise ValueError(f"{source}={names}: {AUTO!r} is all implementations, and stands alone")
-        unknown = [name for name in names if name not in known and name not in self.aliases]
+        unknown = [name for name in names if name not in (*known, *self.aliases)]
         if unknown:
             others = f", also called {list(self.aliases)}," if self.aliases else ""
             raise ValueError(

@@ -106,6 +106,7 @@ def test_the_environment_is_asked_when_used(fake, monkeypatch, value, want):
         (["slow", "none"], r"implementation names \['none'\]"),
         (["slow", 3], r"implementation names \[3\]"),
         (["slow", None], r"implementation names \[None\]"),
+        (["slow", ["fast"]], r"implementation names \[\['fast'\]\]"),
         (3, "implementation=3: expected None, a name or a sequence of names"),
         (b"fast", "implementation=b'fast': expected None, a name"),
     ],
