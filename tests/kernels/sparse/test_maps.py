@@ -27,11 +27,12 @@ def searched(read, reading, window):
     )
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("kernel", "stride", "dilation"),
     [
-        pytest.param(3, 1, 1, marks=pytest.mark.wide),
-        pytest.param((2, 5), (3, 1), (1, 6), marks=pytest.mark.wide),
+        (3, 1, 1),
+        ((2, 5), (3, 1), (1, 6)),
         ((1, 4), 2, 3),
     ],
 )

@@ -18,15 +18,18 @@ from pallas_kernels.sparse import (
     SPARSE_CONV_FWD_ALGO_MODE,
     SPARSE_DEPTHWISE_CONV_BWD_ALGO_MODE,
     SPARSE_DEPTHWISE_CONV_FWD_ALGO_MODE,
+    api,
     conformance,
     from_coords,
     kernel_map,
     sparse_maps,
     spatially_sparse_conv,
     spatially_sparse_depthwise_conv,
+    vjp,
 )
 from pallas_kernels.sparse.cases import CASES, Case
 from pallas_kernels.sparse.depthwise import conformance as depthwise
+from pallas_kernels.sparse.problem import Problem, Window
 
 NARROW = (3, 8, 14)
 """One case of each path through the code; the others take the same paths with other numbers."""
@@ -250,24 +253,26 @@ def test_sharded_over_samples():
 
 
 FORMS = [
-    (SPARSE_CONV_FWD_ALGO_MODE.CUTLASS_IMPLICIT_GEMM, 2),
-    pytest.param(None, 0, marks=pytest.mark.wide),
+    (None, 0),
     *(
-        pytest.param(form, 2, marks=pytest.mark.wide)
+        (form, 2)
         for form in (
-            ["explicit_gemm", SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM, "xla"],
             "xla",
-            "auto",
             "explicit_gemm",
             "explicit",
             "implicit",
+            SPARSE_CONV_FWD_ALGO_MODE.CUTLASS_IMPLICIT_GEMM,
             SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM,
             SPARSE_CONV_FWD_ALGO_MODE.AUTO,
+            ["explicit_gemm", SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM, "xla"],
+            "auto",
         )
     ),
 ]
 
 
+# The contract test has the forms that every operator knows.
+@pytest.mark.wide
 @pytest.mark.parametrize(("form", "count"), FORMS)
 def test_what_each_form_of_a_choice_measures(form, count, searches, monkeypatch):
     """Both directions, once; nothing without a name, and nothing where tuning is off."""
@@ -391,6 +396,20 @@ def test_a_program_is_exported():
     exported = jax.export.export(run)(spec)
     want = spatially_sparse_conv(VOXELS, W, 3, 2).features
     np.testing.assert_array_equal(exported.call(VOXELS), want)
+
+
+@pytest.mark.wide
+def test_times_are_measured_on_a_room():
+    """The arrays that a call is timed on: a map of exactly as many voxels, and drawn ones."""
+    window = Window((3, 3, 3), (1, 1, 1), (1, 1, 1))
+    problem = Problem((1, 100, 4), np.dtype("float32"), 8, window)
+    timed = vjp.measurement(api.OPERATOR, "bwd", problem, None)
+    x, w, found, dy = timed._arrays
+    assert (x.shape, w.shape, dy.shape) == ((64, 4), (27, 1, 4, 8), (64, 8))
+    assert (found.table >= 0).any(0).all() and (found.table[13] == np.arange(64)).all()
+    call = timed.prepared(api.OPERATOR.module("xla"), (("at_once", 27),))
+    for got, want in zip(timed.arrays(call()), timed.reference(), strict=True):
+        np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_network_keeps_its_maps():

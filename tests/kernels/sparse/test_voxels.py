@@ -193,6 +193,7 @@ def test_lists_keep_empty_samples():
         from_list([])
 
 
+@pytest.mark.wide
 def test_dense_grids_and_back():
     rng = np.random.default_rng(0)
     grid = np.where(rng.random((2, 3, 4, 1)) < 0.4, rng.normal(size=(2, 3, 4, 2)), 0)
