@@ -220,3 +220,13 @@ def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) 
         return set_xla_metadata(jitted(*args, **kwargs), inlineable="false")
 
     return call
+
+
+def trace_state() -> object:
+    """What tells the trace that JAX is in from others; equal outside of any.
+
+    JAX 0.12 has it in `jax.extend` alone, which is not imported with `jax`.
+    """
+    from jax.extend.core import get_opaque_trace_state
+
+    return get_opaque_trace_state()

@@ -1,4 +1,4 @@
-"""JAX's side of `dispatch`: requests, and implementations run and timed on random arrays."""
+"""JAX's side of `dispatch`: requests, and implementations run and timed on arrays of its own."""
 
 import os
 import time
@@ -73,7 +73,8 @@ class JaxMeasurement:
 
     Args:
         run: Makes the function of arrays that an implementation with its parameters computes.
-        inputs: Their shapes and dtypes, a tuple of pytrees of `jax.ShapeDtypeStruct`.
+        inputs: Their shapes and dtypes, a tuple of pytrees of `jax.ShapeDtypeStruct`, whose
+            arrays are drawn; and functions that make a pytree of ready arrays.
         reference: The implementation that is right, with its own defaults.
         static: The static arguments that times depend on, besides the problem.
     """
@@ -173,7 +174,7 @@ class JaxMeasurement:
         leaves, tree = jax.tree.flatten(self._inputs)
         keys = jax.random.split(jax.random.key(0), len(leaves))
         drawn = [
-            jax.random.normal(key, leaf.shape, leaf.dtype)
+            leaf() if callable(leaf) else jax.random.normal(key, leaf.shape, leaf.dtype)
             for key, leaf in zip(keys, leaves, strict=True)
         ]
         return jax.tree.unflatten(tree, drawn)

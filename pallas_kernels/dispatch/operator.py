@@ -6,7 +6,7 @@ import logging
 import os
 import pkgutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from typing import NamedTuple, ParamSpec, TypeVar, cast
@@ -50,7 +50,12 @@ class Operator:
         rule: For each platform (`"cpu"`, `"gpu"`, `"tpu"`) its implementations, best first.
         directions: The directions that are chosen separately, e.g. `"fwd"` and `"bwd"`, each with
             the functions that a module needs to compute it.
-        argument: The name that the operator's functions give the filter on the implementations.
+        argument: The name that the operator's functions give the filter on the implementations;
+            `{direction}` in it is the direction's.
+        aliases: Other names that the filter may have, with the implementation that each means on
+            every platform.
+        measures_names: Whether one name measures the parameters of its implementation on first use,
+            as lists and `"auto"` do.
     """
 
     name: str
@@ -59,6 +64,8 @@ class Operator:
     rule: Mapping[str, Sequence[str]]
     directions: Mapping[str, tuple[str, ...]]
     argument: str = "implementation"
+    aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    measures_names: bool = False
 
     def __post_init__(self) -> None:
         """Registers the operator, so that `operators()` lists it."""
@@ -92,7 +99,7 @@ class Operator:
         Raises:
             ValueError: An unknown or empty filter; names the argument or the variable.
         """
-        several, names, filter_ = self._wanted(direction, implementation)
+        several, names, filter_ = self._wanted(direction, implementation, platform)
         mode, epoch = tuner.mode(), None
         # Times decide, as far as they are known or may be measured.
         if mode in ("cached", "search") or (mode is None and several):
@@ -123,7 +130,7 @@ class Operator:
             ValueError: An unknown or empty filter; names the argument.
         """
         if implementation is not None:
-            self._names(implementation, argument or self.argument)
+            self._names(implementation, argument or self.argument, None)
 
     def status(self, platform: str) -> list[tuple[str, str | None]]:
         """Every implementation with the reason why it cannot run here, `None` where it can."""
@@ -144,26 +151,26 @@ class Operator:
         return [str(fastest), *(name for name in rule if name != fastest)] if known else rule
 
     def _wanted(
-        self, direction: str, implementation: Choice
+        self, direction: str, implementation: Choice, platform: str
     ) -> tuple[bool, tuple[str, ...] | None, str]:
         """Whether a filter leaves a choice to the tuner, its names (None: the rule's), and itself.
 
         The last is for errors, which tell an argument from the environment's variable.
         """
-        source = self.argument
+        argument = source = self.argument.format(direction=direction)
         if implementation is None:
             source = _variable(self.name, direction)
             value = os.environ.get(source, "").strip()
             if not value:
-                return False, None, f"{self.argument}=None"
+                return False, None, f"{argument}=None"
             implementation = _parse(value)
-        names = self._names(implementation, source)
-        several = not isinstance(implementation, str) or implementation == AUTO
-        shown = implementation if isinstance(implementation, str) else list(names)
-        return several, names, f"{source}={shown!r}"
+        names = self._names(implementation, source, platform)
+        one = isinstance(implementation, str) and implementation != AUTO
+        shown = str(implementation) if isinstance(implementation, str) else list(names)
+        return self.measures_names or not one, names, f"{source}={shown!r}"
 
-    def _names(self, implementation: Choice, source: str) -> tuple[str, ...]:
-        """The filter as known names."""
+    def _names(self, implementation: Choice, source: str, platform: str | None) -> tuple[str, ...]:
+        """The filter as known names; other names stand for what they mean on the platform."""
         known = tuple(str(name) for name in self.implementations)
         if isinstance(implementation, str) and implementation == AUTO:
             return known
@@ -175,13 +182,14 @@ class Operator:
             raise ValueError(f"{source} is empty: name at least one of {list(known)}, or use None")
         if AUTO in names:
             raise ValueError(f"{source}={names}: {AUTO!r} is all implementations, and stands alone")
-        unknown = [name for name in names if name not in known]
+        unknown = [name for name in names if name not in (*known, *self.aliases)]
         if unknown:
+            others = f", also called {list(self.aliases)}," if self.aliases else ""
             raise ValueError(
-                f"{source} names {unknown}, but {self.name} has the implementations {list(known)} "
-                f"and {AUTO!r}"
+                f"{source} names {unknown}, but {self.name} has the implementations {list(known)}"
+                f"{others} and {AUTO!r}"
             )
-        return tuple(str(name) for name in names)
+        return tuple(str(self.aliases.get(name, {}).get(platform or "", name)) for name in names)
 
     def _refusal(self, name: str, direction: str, platform: str, problem: Problem) -> str | None:
         """The reason why an implementation cannot compute a problem, None if it can."""
@@ -291,7 +299,7 @@ class Request(NamedTuple):
                 yield name
             else:
                 reasons.append(f"{name}: {reason}")
-                if self.several:
+                if self.several and len(names) > 1:
                     self._log_left_out(name, reason)
         if len(reasons) == len(set(names)):
             raise NotImplementedError(

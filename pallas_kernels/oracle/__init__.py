@@ -12,6 +12,13 @@ ECCV 2024.
 from pallas_kernels.oracle.arrays import Array
 from pallas_kernels.oracle.conv2d import conv2d, conv2d_pads, conv2d_vjp
 from pallas_kernels.oracle.haar import HAAR, analysis, synthesis, wavedec, waverec
+from pallas_kernels.oracle.sparse import (
+    sparse_conv,
+    sparse_conv_vjp,
+    sparse_offsets,
+    sparse_outputs,
+    sparse_pool,
+)
 from pallas_kernels.oracle.wtconv import depthwise, subsample, wtconv, wtconv_vjp
 
 __all__ = [
@@ -22,6 +29,11 @@ __all__ = [
     "conv2d_pads",
     "conv2d_vjp",
     "depthwise",
+    "sparse_conv",
+    "sparse_conv_vjp",
+    "sparse_offsets",
+    "sparse_outputs",
+    "sparse_pool",
     "subsample",
     "synthesis",
     "wavedec",

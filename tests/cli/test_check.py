@@ -13,6 +13,8 @@ from flash_wtconv_jax.cli.check import rooms, show
 from pallas_kernels.conv2d.cases import Case as Conv2dCase
 from pallas_kernels.dispatch import tuning
 from pallas_kernels.haar.cases import Case as HaarCase
+from pallas_kernels.sparse.cases import Case as SparseCase
+from pallas_kernels.sparse.depthwise.cases import Case as DepthwiseCase
 from pallas_kernels.wtconv.cases import Case
 
 CASES = (Case((4, 5), 1, 3), Case((3,), 1, 3, "bfloat16"))
@@ -22,6 +24,8 @@ FEW = {
         Conv2dCase(1, 3, 4, 2, 2, 2, 3, layout="nchw_fchw", dtype="float16", out_dtype="float32"),
     ),
     "haar": (HaarCase((3, 5), 2), HaarCase((7,), 1, "db2", "bfloat16"), HaarCase((1, 3, 2), 1)),
+    "sparse_conv": (SparseCase((5,), 6, 2, 3, ndim=1),),
+    "sparse_depthwise_conv": (DepthwiseCase((5,), 6, 2, 2, groups=2, ndim=1),),
     "wtconv": CASES,
 }
 
@@ -42,8 +46,8 @@ def check(*arguments):
 
 def test_every_operator_against_the_oracle(few, tmp_path):
     output = check("--json", tmp_path / "a.json")
-    assert "7 pass, 0 fail" in output
-    for operator in FEW:
+    assert "9 pass, 0 fail" in output
+    for operator in ("conv2d", "haar", "wtconv"):
         assert f"skip {operator} mosaic_tpu, {len(FEW[operator])} cases: needs a TPU" in output
     written = json.loads((tmp_path / "a.json").read_text())
     assert {"device", "versions", "rows"} == set(written)
@@ -72,7 +76,11 @@ def test_options_narrow_it(few, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--operator", "wtcon"], r"--operator wtcon: expected one of conv2d, haar, wtconv$"),
+        (
+            ["--operator", "wtcon"],
+            r"--operator wtcon: expected one of conv2d, haar, sparse_conv, sparse_depthwise_conv, "
+            "wtconv$",
+        ),
         (
             ["--operator", "haar", "--implementation", "cuda"],
             r"--implementation cuda: expected one of mosaic_gpu, mosaic_tpu, triton, xla$",

@@ -137,7 +137,10 @@ class Forms:
                 "bwd": [self.kernel if direction == "bwd" else self.plain],
             } | lists
             assert name in allowed[form], (direction, name)
-        assert bool(searches) == (form in lists and self.several(set(lists[form]) & set(self.able)))
+        measures = form in lists and self.several(set(lists[form]) & set(self.able))
+        if form in ("name", "fwd", "bwd") and self.operator.measures_names:
+            measures = any(self.several([name]) for name in {*allowed[form], self.kernel})
+        assert bool(searches) == measures
         left_out = [record for record in caplog.records if "is left out of" in record.getMessage()]
         if form in ("list", "auto") and self.absent:
             assert any(f": {self.absent[0]} is left out of" in r.getMessage() for r in left_out)

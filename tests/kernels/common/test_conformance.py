@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,10 @@ def row_of(case, compute):
 
 
 def test_every_folder_with_an_operator_is_checked():
-    folders = {path.parent.name for path in Path(pallas_kernels.__file__).parent.glob("*/api.py")}
-    assert folders == set(ROOMS)
+    root = Path(pallas_kernels.__file__).parents[1]
+    apis = Path(pallas_kernels.__file__).parent.rglob("api.py")
+    folders = {".".join(path.parent.relative_to(root).parts) for path in apis}
+    assert folders == {operator.package for operator in OPERATORS.values()}
 
 
 @pytest.mark.parametrize("operator", ROOMS)
@@ -79,6 +82,9 @@ def taken(implementation, operator, case):
 @pytest.mark.parametrize("operator", ROOMS)
 def test_every_implementation_takes_some_cases(operator):
     for name in OPERATORS[operator].implementations:
+        if find_spec(f"{OPERATORS[operator].package}.{name}") is None:
+            # Its name is taken before its room is built.
+            continue
         found = [case for case in ROOMS[operator].CASES if taken(name, operator, case)]
         assert len(found) >= 3, name
 

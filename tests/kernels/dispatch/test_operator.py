@@ -35,6 +35,8 @@ def implementation(unavailable=None, refuses=None, error=NotImplementedError):
 @pytest.fixture
 def fake(monkeypatch):
     """`fast` needs a GPU, `neat` refuses the backward of "odd", `broken` cannot be imported."""
+    # Those of the package are registered when they are imported, which must not be later.
+    dispatch.operators()
     monkeypatch.setattr(operator, "_REGISTRY", {})
     monkeypatch.setitem(sys.modules, "fake_op", ModuleType("fake_op"))
     monkeypatch.setitem(sys.modules, "fake_op.fast", implementation("no GPU here"))
@@ -104,6 +106,7 @@ def test_the_environment_is_asked_when_used(fake, monkeypatch, value, want):
         (["slow", "none"], r"implementation names \['none'\]"),
         (["slow", 3], r"implementation names \[3\]"),
         (["slow", None], r"implementation names \[None\]"),
+        (["slow", ["fast"]], r"implementation names \[\['fast'\]\]"),
         (3, "implementation=3: expected None, a name or a sequence of names"),
         (b"fast", "implementation=b'fast': expected None, a name"),
     ],
@@ -111,6 +114,41 @@ def test_the_environment_is_asked_when_used(fake, monkeypatch, value, want):
 def test_a_filter_that_is_wrong(fake, choice, message):
     with pytest.raises(ValueError, match=message):
         fake.pick("fwd", choice, "cpu", "even")
+
+
+@pytest.fixture
+def renamed(fake):
+    """`fake` with an argument for each direction, and names of algorithms."""
+    aliases = {"quick": {"cpu": "neat", "gpu": "fast"}, "plain": {"cpu": "slow", "gpu": "slow"}}
+    given = {"argument": "{direction}_algo", "aliases": aliases, "measures_names": True}
+    return Operator("fake", "fake_op", Fake, fake.rule, fake.directions, **given)
+
+
+@pytest.mark.parametrize(
+    ("choice", "platform", "want"),
+    [
+        ("quick", "cpu", "neat"),
+        ("quick", "gpu", "fast"),
+        (["plain", "quick"], "cpu", "neat"),
+        (["plain", Fake.SLOW], "gpu", "slow"),
+    ],
+)
+def test_other_names_mean_an_implementation_on_each_platform(renamed, choice, platform, want):
+    assert renamed.pick("fwd", choice, platform, "even") == want
+
+
+def test_each_direction_has_an_argument_of_its_own(renamed, monkeypatch):
+    message = r"bwd_algo names \['none'\], but .*'broken'\], also called \['quick', 'plain'\], and"
+    with pytest.raises(ValueError, match=message):
+        renamed.pick("bwd", "none", "cpu", "even")
+    with pytest.raises(NotImplementedError, match="cpu with fwd_algo='fast' for even"):
+        renamed.pick("fwd", Fake.FAST, "cpu", "even")
+    with pytest.raises(NotImplementedError, match="with bwd_algo=None for odd"):
+        Operator("fake", "fake_op", Fake, {"cpu": ["neat"]}, {"bwd": ()}, "{direction}_algo").pick(
+            "bwd", None, "cpu", "odd"
+        )
+    monkeypatch.setenv("FLASH_WTCONV_FAKE_FWD", "QUICK")
+    assert renamed.pick("fwd", None, "cpu", "even") == "neat"
 
 
 @pytest.mark.parametrize("value", ["none", "[slow,none]", "[]", "[,]", "[auto,slow]"])

@@ -124,6 +124,29 @@ def test_none_and_a_name_never_measure(choose, choice):
     assert choose.measurement.runs == []
 
 
+def test_a_name_measures_where_the_operator_says_so(fake, choose, monkeypatch):
+    """Its own parameters, once; where nothing can be timed it takes the first, and says nothing."""
+    given = fake.rule, fake.directions, "implementation", {"uno": {"cpu": "one"}}, True
+    named, runs = Operator("fake", "fake_op", Fake, *given), choose.measurement.runs
+
+    def chosen(choice):
+        request = named.request("fwd", choice, "cpu")
+        return request.choose(Problem(), lambda: choose.measurement)
+
+    assert chosen(None) == Candidate("two") and not runs
+    with tuning("off"):
+        assert chosen("one") == Candidate("one") and not runs
+    monkeypatch.setattr(choose.measurement, "why_not", "no device")
+    assert chosen("uno") == Candidate("one") and not runs
+    monkeypatch.setattr(choose.measurement, "why_not", None)
+    operator.forget()
+    assert chosen("uno") == chosen("one") == BEST
+    assert {run.implementation for run in runs} == {"one"}
+    measured = len(runs)
+    assert chosen(Fake.ONE) == BEST and chosen("two") == Candidate("two")
+    assert len(runs) == measured
+
+
 def test_one_candidate_needs_no_clock(choose):
     assert choose(["two", "gpu"]) == Candidate("two")
     assert choose.measurement.runs == []

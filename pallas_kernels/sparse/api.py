@@ -1,0 +1,197 @@
+"""Sparse convolution as functions: validate, choose, call.
+
+`pallas_kernels.oracle.sparse_conv` is the definition.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from pallas_kernels.common.arguments import (
+    Precision,
+    check_unsharded,
+    checked_array,
+    checked_integer,
+    checked_precision,
+)
+from pallas_kernels.dispatch import Choice, Operator
+from pallas_kernels.sparse import maps, vjp
+from pallas_kernels.sparse.calls import ALIASES, Implementation, operands, planned
+from pallas_kernels.sparse.depthwise.api import spatially_sparse_depthwise_conv
+from pallas_kernels.sparse.pooling import REDUCTIONS, pool
+from pallas_kernels.sparse.problem import Problem, Window
+from pallas_kernels.sparse.voxels import Voxels
+
+__all__ = ["OPERATOR", "Implementation", "spatially_sparse_conv", "spatially_sparse_depthwise_conv"]
+
+STRIDE_MODES = ("stride_only", "reduce_and_stride")
+"""Names of what a stride does."""
+
+OPERATOR = Operator(
+    name="sparse_conv",
+    package="pallas_kernels.sparse",
+    implementations=Implementation,
+    rule={"tpu": ("xla",), "gpu": ("triton", "xla"), "cpu": ("xla",)},
+    directions={"fwd": ("forward",), "bwd": ("input_grad", "weight_grad")},
+    argument="{direction}_algo",
+    aliases=ALIASES,
+    measures_names=True,
+)
+
+
+def spatially_sparse_conv(
+    voxels: Voxels,
+    weight: ArrayLike,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    kernel_dilation: int | Sequence[int] = 1,
+    bias: ArrayLike | None = None,
+    groups: int = 1,
+    generative: bool = False,
+    transposed: bool = False,
+    output_voxels: Voxels | None = None,
+    stride_mode: str = "stride_only",
+    stride_reduce: str = "max",
+    output_rule: str = "floor",
+    padding: int | Sequence[int] | None = None,
+    fwd_algo: Choice = None,
+    bwd_algo: Choice = None,
+    kernel_map: maps.KernelMap | None = None,
+    out_capacity: int | None = None,
+    compute_dtype: DTypeLike | None = None,
+    precision: Precision = None,
+) -> Voxels:
+    """Sparse convolution (cross-correlation): `y[u] = sum over i of x[stride u + dilation i] w[i]`.
+
+    Offsets i are row-major, the first axis slowest; those of an odd size are centred, those of an
+    even one begin with 0. A voxel that is not there is zero. Sums run in float32 or better, in an
+    order that is the same every time. Gradients can be differentiated again in reverse mode.
+
+    Args:
+        voxels: The input.
+        weight: `[K, C_in, C_out]`, with groups `[K, G, C_in / G, C_out / G]`.
+        kernel_size: Offsets along each axis, an int or one for each; K in all.
+        stride: The stride, likewise. At stride 1 the output has the input's voxels, in the same
+            order; else it has `floor(in / stride)`, sorted, see `output_rule`.
+        kernel_dilation: Distance of the voxels that neighbouring offsets read, likewise.
+        bias: `[C_out]`, any floating dtype.
+        groups: Channels and features fall into so many groups, each convolved apart.
+        generative: The output has every voxel that reads one of the input; transposed: every voxel
+            `stride in + dilation i`.
+        transposed: Inputs and outputs change places: voxel p is read by output
+            `stride p + dilation i`. It needs `output_voxels`, or `generative`.
+        output_voxels: The voxels of the output, whose features do not count.
+        stride_mode: "stride_only", or "reduce_and_stride", which makes one voxel of those of each
+            cell of `stride`, then convolves at stride 1.
+        stride_reduce: What it makes of them: "max", "mean" or "sum".
+        output_rule: "floor", or "full": the output has every voxel that reads one of the input, as
+            a dense convolution has.
+        padding: With "full" output u reads `stride u - padding + dilation i`, i from 0 on, as a
+            dense convolution does; None centres odd sizes.
+        fwd_algo: Filter on the implementations of the forward pass: a name, a sequence of names,
+            or "auto" for all. What it names is measured once with all its parameters, and
+            remembered. None takes the environment's (`FLASH_WTCONV_SPARSE_CONV_FWD`), or the
+            device's rule, and measures nothing.
+        bwd_algo: The same for the backward pass (`FLASH_WTCONV_SPARSE_CONV_BWD`).
+        kernel_map: The map that `kernel_map` returned for these voxels and this kernel; where
+            the output's voxels are not the input's, with the `output_voxels` beside it.
+        out_capacity: Rows of the output, see `kernel_map`.
+        compute_dtype: The dtype to compute in; None is that of the features, which the output has.
+        precision: The precision of float32 products on matrix units; None is full float32.
+
+    Returns:
+        The voxels of the output.
+
+    Raises:
+        ValueError: A bad argument: which, what came, and what was expected.
+        NotImplementedError: No allowed implementation can run here; says why for each.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels.sparse import from_coords
+        >>> voxels = from_coords([[0, 1], [0, 2], [0, 6]], [[1.0], [10.0], [100.0]])
+        >>> weight = jnp.array([1.0, 2.0, 3.0]).reshape(3, 1, 1)
+        >>> spatially_sparse_conv(voxels, weight, 3).features[:3, 0].tolist()
+        [32.0, 21.0, 200.0]
+    """
+    x, w = checked_array(voxels.features, "voxels.features"), checked_array(weight, "weight")
+    dtype = x.dtype
+    check_unsharded(x, "voxels.features")
+    if stride_mode not in STRIDE_MODES:
+        raise ValueError(f"stride_mode={stride_mode!r}: expected one of {', '.join(STRIDE_MODES)}")
+    if stride_reduce not in REDUCTIONS:
+        raise ValueError(
+            f"stride_reduce={stride_reduce!r}: expected one of {', '.join(REDUCTIONS)}"
+        )
+    window = maps.checked_window(kernel_size, stride, kernel_dilation, voxels.ndim)
+    window = window._replace(
+        groups=checked_integer(groups, "groups", least=1), transposed=transposed
+    )
+    w = _checked_weight(w, window, x.shape[1])
+    features = window.groups * w.shape[3]
+    if bias is not None:
+        bias = checked_array(bias, "bias")
+        if bias.shape != (features,):
+            raise ValueError(f"bias: expected shape {(features,)}, got {bias.shape}")
+    checked = checked_precision(precision)
+    x, w = operands(x, w, compute_dtype)
+    if stride_mode == "reduce_and_stride" and set(window.stride) != {1}:
+        if transposed or output_voxels is not None:
+            given = "transposed=True" if transposed else "output_voxels"
+            raise ValueError(
+                f"{given}: stride_mode='reduce_and_stride' pools onto voxels of its own"
+            )
+        voxels = pool(voxels.with_features(x), window.stride, reduce=stride_reduce)
+        x, window = voxels.features, window._replace(stride=(1,) * voxels.ndim)
+    if kernel_map is None:
+        kernel_map, out = maps.kernel_map(
+            voxels,
+            window.kernel_size,
+            window.stride,
+            window.dilation,
+            transposed=transposed,
+            generative=generative,
+            output_voxels=output_voxels,
+            output_rule=output_rule,
+            padding=padding,
+            out_capacity=out_capacity,
+        )
+    else:
+        out = output_voxels or voxels
+        _check_map(kernel_map, window, voxels, out)
+    problem = Problem((voxels.batch_size, *x.shape), x.dtype, features, window)
+    plan = planned(OPERATOR, problem, fwd_algo, bwd_algo, checked)
+    y = vjp.convolution(plan, x, w, kernel_map).astype(dtype)
+    if bias is not None:
+        y = jnp.where(out.valid[:, None], y + bias.astype(y.dtype), 0)
+    return out.with_features(y)
+
+
+def _checked_weight(w: jax.Array, window: Window, channels: int) -> jax.Array:
+    """The weights as `[K, G, C / G, F / G]`."""
+    taps, groups = window.taps, window.groups
+    if channels % groups:
+        raise ValueError(f"groups={groups}: expected a divisor of the {channels} channels")
+    each = channels // groups
+    shape = f"[K, C_in, C_out] = [{taps}, {channels}, C_out]"
+    if groups > 1:
+        shape = f"[K, G, C_in / G, C_out / G] = [{taps}, {groups}, {each}, C_out / G]"
+    grouped = w[:, None] if w.ndim == 3 and groups == 1 else w
+    if grouped.ndim != 4 or grouped.shape[:3] != (taps, groups, each) or grouped.shape[3] == 0:
+        raise ValueError(f"weight: expected {shape}, got shape {w.shape}")
+    return grouped
+
+
+def _check_map(found: maps.KernelMap, window: Window, voxels: Voxels, out: Voxels) -> None:
+    """Raises an error where a map is not that of a call."""
+    asked = window._replace(groups=1)
+    if found.window != asked:
+        raise ValueError(f"kernel_map: is that of {found.window}, expected {asked}")
+    if (found.in_capacity, found.out_capacity) != (voxels.capacity, out.capacity):
+        raise ValueError(
+            f"kernel_map: leads from {found.in_capacity} rows to {found.out_capacity}, expected "
+            f"{voxels.capacity} to {out.capacity}; where the output's voxels are not the input's, "
+            "give output_voxels= too, which kernel_map() returned beside it"
+        )

@@ -1,0 +1,111 @@
+"""What the two operators share of a call: names of algorithms, operands, and the plan."""
+
+from enum import StrEnum
+
+import jax
+from jax.typing import DTypeLike
+
+from pallas_kernels.common.arguments import checked_dtype
+from pallas_kernels.common.measurement import request
+from pallas_kernels.dispatch import Choice, Operator
+from pallas_kernels.sparse import vjp
+from pallas_kernels.sparse.problem import Problem
+
+
+class Implementation(StrEnum):
+    """Implementations of the sparse convolutions."""
+
+    TRITON = "triton"
+    XLA = "xla"
+
+
+class SPARSE_CONV_FWD_ALGO_MODE(StrEnum):
+    """Algorithms of the forward pass of the sparse convolution."""
+
+    EXPLICIT_GEMM = "explicit_gemm"
+    IMPLICIT_GEMM = "implicit_gemm"
+    CUTLASS_IMPLICIT_GEMM = "cutlass_implicit_gemm"
+    AUTO = "auto"
+
+
+class SPARSE_CONV_BWD_ALGO_MODE(StrEnum):
+    """Algorithms of the backward pass of the sparse convolution."""
+
+    EXPLICIT_GEMM = "explicit_gemm"
+    IMPLICIT_GEMM = "implicit_gemm"
+    CUTLASS_IMPLICIT_GEMM = "cutlass_implicit_gemm"
+    AUTO = "auto"
+
+
+class SPARSE_DEPTHWISE_CONV_FWD_ALGO_MODE(StrEnum):
+    """Algorithms of the forward pass of the depthwise sparse convolution."""
+
+    EXPLICIT = "explicit"
+    IMPLICIT = "implicit"
+    AUTO = "auto"
+
+
+class SPARSE_DEPTHWISE_CONV_BWD_ALGO_MODE(StrEnum):
+    """Algorithms of the backward pass of the depthwise sparse convolution."""
+
+    EXPLICIT = "explicit"
+    IMPLICIT = "implicit"
+    AUTO = "auto"
+
+
+_EXPLICIT = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_IMPLICIT = _EXPLICIT | {"gpu": "triton"}
+
+ALIASES = {
+    "explicit_gemm": _EXPLICIT,
+    "explicit": _EXPLICIT,
+    "implicit_gemm": _IMPLICIT,
+    "implicit": _IMPLICIT,
+    "cutlass_implicit_gemm": _IMPLICIT,
+}
+"""Implementations by the names of algorithms: what gathers rows into memory before it multiplies,
+and what gathers as it multiplies, which off GPUs is plain JAX too, one offset after the other."""
+
+
+def operands(
+    x: jax.Array, w: jax.Array, compute_dtype: DTypeLike | None
+) -> tuple[jax.Array, jax.Array]:
+    """Features and weights in the dtype that a call computes in.
+
+    Raises:
+        ValueError: No such dtype, or none is given and the two differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> operands(jnp.ones(2), jnp.ones(2), "bfloat16")[0].dtype
+        dtype(bfloat16)
+    """
+    if compute_dtype is not None:
+        dtype = checked_dtype(compute_dtype, "compute_dtype")
+        return x.astype(dtype), w.astype(dtype)
+    if x.dtype != w.dtype:
+        raise ValueError(
+            f"weight: expected the features' dtype, {x.dtype}, got {w.dtype}; cast one of them, or "
+            "give compute_dtype="
+        )
+    return x, w
+
+
+def planned(
+    operator: Operator,
+    problem: Problem,
+    fwd_algo: Choice,
+    bwd_algo: Choice,
+    precision: jax.lax.Precision | None,
+) -> vjp.Plan:
+    """The plan of a call, whose forward implementation is chosen here.
+
+    Raises:
+        ValueError: An unknown or empty filter.
+        NotImplementedError: No allowed implementation can run here; says why for each.
+    """
+    forward = request(operator, "fwd", fwd_algo)
+    backward = request(operator, "bwd", bwd_algo)
+    chosen = forward.choose(problem, vjp.measurement, operator, "fwd", problem, precision)
+    module = operator.module(chosen.implementation)
+    return vjp.Plan(module, chosen.config, problem, precision, backward)

@@ -1,0 +1,226 @@
+"""The derivatives of sparse convolutions: any forward implementation pairs with any backward one.
+
+A convolution is linear in x and linear in w, so it has two transposes, and the derivatives of all
+three are the other two, of every order. Saved are x and w.
+
+An implementation is a module with
+
+    forward(x, w, rows, *, precision, ...) -> y [M, F]
+    input_grad(dy, w, rows, *, precision, ...) -> dx [N, C]
+    weight_grad(x, dy, rows, *, shape, precision, ...) -> dw [*shape]
+
+for `x [N, C]` and `w [K, G, C / G, F / G]` of one dtype (the depthwise operator: `w [K, C]`), and
+the `maps.RowTable` of what is gathered: `rows.table [K, M]` holds rows of x for `forward` and
+`weight_grad`, and `[K, N]` rows of dy for `input_grad`, which gathers as `forward` does, by weights
+that are transposed. More keywords are those of the implementation's search space. Where a table
+holds -1 nothing is read; a row that reads nothing may hold anything in dy, and is zero in y.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.types import Json, Tree
+from pallas_kernels.common.vmap import vmap_sequential
+from pallas_kernels.dispatch import Operator, Request
+from pallas_kernels.dispatch.backend import Implementation
+from pallas_kernels.dispatch.tuner import TuningParams
+from pallas_kernels.sparse.maps import KernelMap, kernel_map
+from pallas_kernels.sparse.problem import Problem
+from pallas_kernels.sparse.shapes import room
+from pallas_kernels.sparse.voxels import from_coords
+
+
+class Kernels(Protocol):
+    """The functions of an implementation, which the docstring of this module describes."""
+
+    forward: Callable[..., jax.Array]
+    input_grad: Callable[..., jax.Array]
+    weight_grad: Callable[..., jax.Array]
+
+
+class Plan(NamedTuple):
+    """The static choices of one call: what computes it, and what is asked of its backward pass.
+
+    Attributes:
+        module: The implementation that computes the operator.
+        config: Its parameters, none for those that it takes unasked.
+        problem: The call.
+        precision: The precision of products on matrix units.
+        backward: The request by which the backward rule chooses an implementation; None in a
+            plan that is timed, which nobody differentiates.
+    """
+
+    module: Implementation
+    config: TuningParams
+    problem: Problem
+    precision: jax.lax.Precision | None
+    backward: Request | None
+
+    def for_backward(self) -> "Plan":
+        """The plan of the backward pass, whose implementation is chosen here.
+
+        Raises:
+            NotImplementedError: No allowed implementation can run here; says why for each.
+        """
+        assert self.backward is not None
+        operator = self.backward.operator
+        static = operator, "bwd", self.problem, self.precision
+        chosen = self.backward.choose(self.problem, measurement, *static)
+        return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
+
+    def run(self, function: str, *arrays: Tree, **static: object) -> jax.Array:
+        """The result of one of the implementation's functions."""
+        kernels = cast(Kernels, self.module)
+        keywords = {**static, "precision": self.precision, **dict(self.config)}
+        run = partial(getattr(kernels, function), **keywords)
+        return run(*arrays) if self.module.DIFFERENTIABLE else vmap_sequential(run)(*arrays)
+
+
+@partial(jax.jit, static_argnums=0)
+def convolution(plan: Plan, x: jax.Array, w: jax.Array, maps: KernelMap) -> jax.Array:
+    """The convolution of `x [N, C]`: `[M, F]`."""
+    arrays = x, w, maps
+    return _convolution(plan, *vary_like(arrays, arrays))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolution(plan: Plan, x: jax.Array, w: jax.Array, maps: KernelMap) -> jax.Array:
+    return plan.run("forward", x, w, maps.forward)
+
+
+def _convolution_fwd(
+    plan: Plan, x: jax.Array, w: jax.Array, maps: KernelMap
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, KernelMap]]:
+    return _convolution(plan, x, w, maps), (x, w, maps)
+
+
+def _convolution_bwd(
+    plan: Plan, residuals: tuple[jax.Array, jax.Array, KernelMap], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x, w, maps = residuals
+    backward = plan.for_backward()
+    return _input_grad(backward, dy, w, maps), _weight_grad(backward, x, dy, maps), None
+
+
+_convolution.defvjp(_convolution_fwd, _convolution_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _input_grad(plan: Plan, dy: jax.Array, w: jax.Array, maps: KernelMap) -> jax.Array:
+    if maps.backward is None:
+        # The table whose offsets run the other way, without a copy of it.
+        return plan.run("input_grad", dy, w[::-1], maps.forward)
+    return plan.run("input_grad", dy, w, maps.backward)
+
+
+def _input_grad_fwd(
+    plan: Plan, dy: jax.Array, w: jax.Array, maps: KernelMap
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, KernelMap]]:
+    return _input_grad(plan, dy, w, maps), (dy, w, maps)
+
+
+def _input_grad_bwd(
+    plan: Plan, residuals: tuple[jax.Array, jax.Array, KernelMap], x: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    dy, w, maps = residuals
+    return _convolution(plan, x, w, maps), _weight_grad(plan, x, dy, maps), None
+
+
+_input_grad.defvjp(_input_grad_fwd, _input_grad_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weight_grad(plan: Plan, x: jax.Array, dy: jax.Array, maps: KernelMap) -> jax.Array:
+    return plan.run("weight_grad", x, dy, maps.forward, shape=plan.problem.weight_shape)
+
+
+def _weight_grad_fwd(
+    plan: Plan, x: jax.Array, dy: jax.Array, maps: KernelMap
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, KernelMap]]:
+    return _weight_grad(plan, x, dy, maps), (x, dy, maps)
+
+
+def _weight_grad_bwd(
+    plan: Plan, residuals: tuple[jax.Array, jax.Array, KernelMap], w: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x, dy, maps = residuals
+    return _input_grad(plan, dy, w, maps), _convolution(plan, x, w, maps), None
+
+
+_weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
+
+
+def measurement(
+    operator: Operator,
+    direction: str,
+    problem: Problem,
+    precision: jax.lax.Precision | None,
+) -> JaxMeasurement:
+    """The measurement that runs and times an implementation on a scene of a call's size.
+
+    Args:
+        operator: The operator, in JAX.
+        direction: "fwd" or "bwd".
+        problem: The call.
+        precision: The precision of products on matrix units.
+
+    Returns:
+        A measurement of the problem that the call is measured as.
+    """
+    asked = problem.measured_as()
+
+    def run(module: Implementation, config: TuningParams) -> Callable[..., Tree]:
+        return timed_function(Plan(module, config, asked, precision, None), direction)
+
+    _, capacity, channels = asked.shape
+    x = jax.ShapeDtypeStruct((capacity, channels), asked.dtype)
+    w = jax.ShapeDtypeStruct(asked.weight_shape, asked.dtype)
+    # A strided map has as many rows as the input at most.
+    dy = jax.ShapeDtypeStruct((capacity, asked.features), asked.dtype)
+    inputs = (x, w, partial(scene_map, asked)) + ((dy,) if direction == "bwd" else ())
+    static: Json = {"precision": precision and precision.name}
+    return JaxMeasurement(run, inputs, operator.module("xla"), static)
+
+
+def timed_function(plan: Plan, direction: str) -> Callable[..., Tree]:
+    """The function of arrays that a plan's implementation computes in one direction.
+
+    Args:
+        plan: The plan of the call.
+        direction: "fwd", a function of x, w and the map, or "bwd", of x, w, the map and dy.
+
+    Returns:
+        The function: of the output, or of the gradients of x and w.
+    """
+    if direction == "fwd":
+        return partial(_convolution, plan)
+
+    def backward(
+        x: jax.Array, w: jax.Array, maps: KernelMap, dy: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return _input_grad(plan, dy, w, maps), _weight_grad(plan, x, dy, maps)
+
+    return backward
+
+
+def scene_map(problem: Problem) -> KernelMap:
+    """The map of a call like this one over the voxels of a room.
+
+    Example:
+        >>> from pallas_kernels.sparse.problem import Window
+        >>> window = Window((3, 3, 3), (1, 1, 1), (1, 1, 1))
+        >>> scene_map(Problem((1, 64, 4), "float32", 8, window)).table.shape
+        (27, 64)
+    """
+    batch, capacity, _ = problem.shape
+    window = problem.window
+    coords = room(capacity, batch=batch, ndim=len(window.kernel_size))
+    voxels = from_coords(coords, jnp.zeros((capacity, 0)), batch_size=batch, capacity=capacity)
+    maps, _ = kernel_map(voxels, *window[:3])
+    return maps.swapped() if window.transposed else maps
