@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.sharded import over_the_batch
 
 from pallas_kernels import oracle
 from pallas_kernels.common.conformance import bounds, expected, worst
@@ -92,15 +93,7 @@ def assert_igemm(case, implementation):
 def assert_sharded(implementation, check_vma, dtype="float32"):
     """A `shard_map` over the batch, of one device, changes nothing."""
     case = Case(2, 9, 8, 4, 3, 3, 6, padding="reflect", bias=True, activation="gelu", dtype=dtype)
-    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
-    batch, whole = jax.sharding.PartitionSpec("n"), jax.sharding.PartitionSpec()
-    local = jax.shard_map(
-        ours(case, implementation),
-        mesh=mesh,
-        in_specs=(batch, whole, whole),
-        out_specs=batch,
-        check_vma=check_vma,
-    )
+    local = over_the_batch(ours(case, implementation), (True, False, False), check_vma)
     got, want = (value_and_grads(call, case) for call in (local, plain(case)))
     atol = 1e-4 if dtype == "float32" else 0.05
     chex.assert_trees_all_close(got, want, rtol=1e-7, atol=atol)

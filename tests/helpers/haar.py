@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.sharded import over_the_batch
 
 from pallas_kernels import haar, oracle
 from pallas_kernels.common import conformance
@@ -130,15 +131,8 @@ def assert_large(implementation, shape):
 def assert_sharded(implementation, check_vma):
     """A `shard_map` over the batch, of one device, changes nothing."""
     case = Case((9, 10), 4, batch=(2,))
-    batch = jax.sharding.PartitionSpec("n")
     call = partial(WAVEDEC[2], level=4, implementation=implementation)
-    local = jax.shard_map(
-        call,
-        mesh=jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,)),
-        in_specs=batch,
-        out_specs=batch,
-        check_vma=check_vma,
-    )
+    local = over_the_batch(call, (True,), check_vma)
 
     def both(function, x, coeffs):
         y, pullback = jax.vjp(function, x)

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.sharded import over_the_batch
 
 from pallas_kernels.common.conformance import bounds, expected, worst
 from pallas_kernels.wtconv import baseline_jax, wtconv1d, wtconv2d, wtconv3d
@@ -78,16 +79,8 @@ def assert_reproducible(implementation, case):
 def assert_sharded(implementation, check_vma):
     """A `shard_map` over the batch, of one device, changes nothing."""
     case = Case((9, 10), 2, 3, batch=(2,))
-    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
-    batch = jax.sharding.PartitionSpec("n")
-    specs = batch, dict.fromkeys(case.drawn()[1], jax.sharding.PartitionSpec())
-    local = jax.shard_map(
-        partial(wtconv2d, implementation=implementation),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=batch,
-        check_vma=check_vma,
-    )
+    call = partial(wtconv2d, implementation=implementation)
+    local = over_the_batch(call, (True, False), check_vma)
     got, want = (value_and_grads(call, case) for call in (local, wtconv2d))
     chex.assert_trees_all_close(got, want, rtol=1e-7, atol=1e-4)
 
