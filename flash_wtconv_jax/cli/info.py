@@ -38,21 +38,21 @@ def _operators(platform: str) -> Json:
 
 
 def _print(report: Json) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    from flash_wtconv_jax.cli.tables import plain_console
+    from flash_wtconv_jax.cli.tables import plain_console, print_table
 
     console = plain_console()
     device, versions = report["device"], report["versions"]
     console.print(f"device    {device['count']} x {device['platform']}: {device['kind']}")
     console.print(f"versions  {', '.join(f'{name} {v}' for name, v in versions.items())}")
-    table = Table("operator", "implementation", "here")
+    table = Table("operator", "implementation", Column("here", overflow="fold"))
     for operator, status in report["operators"].items():
         for row, (name, reason) in enumerate(status.items()):
             here = Text("available", "green") if reason is None else f"unavailable: {reason}"
             table.add_row("" if row else operator, name, here)
-    console.print(table)
+    print_table(console, table)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.arguments import sharded
 from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype, common_dtype
 from pallas_kernels.conv2d.activations import activate
@@ -66,7 +67,9 @@ def input_grad(
     """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`."""
     common = _computed(common_dtype(dy.dtype, w.dtype))
     run = partial(_conv, w=w.astype(common), window=window, precision=precision)
-    return transposed(run, (dy.shape[0], *shape), dy.astype(common), w).astype(dtype)
+    over_batch = jax.P(jax.typeof(dy).sharding.spec[0])
+    dx = transposed(run, (dy.shape[0], *shape), dy.astype(common), w, spec=over_batch)
+    return dx.astype(dtype)
 
 
 def weight_grad(
@@ -90,6 +93,7 @@ def transposed(
     shape: tuple[int, ...],
     dy: jax.Array,
     *used: jax.Array,
+    spec: jax.P = jax.P(),  # noqa: B008
 ) -> jax.Array:
     """The transpose of a linear function, applied to dy.
 
@@ -101,8 +105,11 @@ def transposed(
         shape: Shape of the function's argument, whose dtype is dy's.
         dy: Array of the shape of the function's value.
         *used: The arrays that the function closes over.
+        spec: The sharding of the function's argument where others are sharded over Explicit axes.
     """
     zeros = vary_like((dy, used), jnp.zeros(shape, dy.dtype))
+    for mesh in {jax.typeof(array).sharding.mesh for array in (dy, *used) if sharded(array)}:
+        zeros = jax.sharding.reshard(zeros, jax.NamedSharding(mesh, spec))
     _, pullback = jax.vjp(linear, zeros)
     return pullback(dy)[0]
 

@@ -10,11 +10,13 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
 import flash_wtconv_jax
 from flash_wtconv_jax import checkpoints, cli, environment, models
+from flash_wtconv_jax.cli import tables
 from flash_wtconv_jax.cli.bench import tell
 from flash_wtconv_jax.cli.messages import say
 from pallas_kernels import dispatch
@@ -130,6 +132,20 @@ class TestInfo:
         assert json.loads(run("info", "--json").output)["operators"] == {
             "sparse": {"triton": "needs a [/GPU], this is cpu", "xla": None}
         }
+
+    def test_cuts_no_reason(self, monkeypatch):
+        class Operator:
+            name = "sparse"
+
+            def status(self, platform):
+                return [("triton", f"No module named {'long_' * 20}name")]
+
+        monkeypatch.setattr(dispatch, "operators", lambda: [Operator()])
+        assert f"unavailable: No module named {'long_' * 20}name" in run("info").output
+        terminal = Console(file=io.StringIO(), width=80, force_terminal=True)
+        monkeypatch.setattr(tables, "plain_console", lambda: terminal)
+        run("info")
+        assert "…" not in terminal.file.getvalue()
 
     def test_without_a_device_says_so(self, monkeypatch):
         def no_device():

@@ -1,5 +1,6 @@
 """The dense convolution against the oracle, the oracle against JAX's, and what is refused."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import chex
@@ -205,6 +206,28 @@ def test_filters_that_are_sharded_over_explicit_axes_have_such_gradients():
     gradient = jax.jit(jax.grad(lambda w: conv2d(x, w, activation="relu").sum()))(w)
     assert gradient.sharding == filters
     np.testing.assert_array_equal(gradient, np.full(w.shape, 9))
+
+
+@pytest.mark.parametrize("of_the_program", [False, True])
+def test_images_that_are_sharded_over_explicit_axes_have_such_gradients(of_the_program):
+    mesh = jax.make_mesh((1, 1), ("n", "c"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    images = jax.NamedSharding(mesh, jax.P("n", None, None, None))
+    x = jax.device_put(np.ones((1, 4, 4, 3), np.float32), images)
+    w = jax.device_put(np.ones((2, 2, 3, 4), np.float32), jax.NamedSharding(mesh, jax.P()))
+    with jax.set_mesh(mesh) if of_the_program else nullcontext():
+        dx, dw = jax.jit(jax.grad(lambda x, w: conv2d(x, w).sum(), (0, 1)))(x, w)
+    assert jax.typeof(dx).sharding.spec == images.spec
+    np.testing.assert_array_equal(dx[0, :, :, 0], 4 * np.outer([1, 2, 2, 1], [1, 2, 2, 1]))
+    np.testing.assert_array_equal(dw, np.full(w.shape, 9))
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_unsharded_arrays_have_gradients_beside_a_mesh(kind):
+    x, w = np.ones((1, 2, 2, 1), np.float32), np.ones((1, 1, 1, 1), np.float32)
+    with jax.set_mesh(jax.make_mesh((1,), ("n",), axis_types=(kind,))):
+        dx, dw = jax.jit(jax.grad(lambda x, w: conv2d(x, w).sum(), (0, 1)))(x, w)
+    np.testing.assert_array_equal(dx, x)
+    np.testing.assert_array_equal(dw, 4 * w)
 
 
 def test_the_fastest_is_chosen_by_measurement():
