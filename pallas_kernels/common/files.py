@@ -78,9 +78,12 @@ def writing(path: Path) -> Iterator[None]:
     """Makes whatever a library raises in the block an OSError of one line that names the path."""
     try:
         yield
-    except (ImportError, OSError):
+    except ImportError:
         raise
     except Exception as error:
+        # What names its file, or is a sentence already, as it is; a full disk names none.
+        if isinstance(error, OSError) and (error.errno is None or error.filename is not None):
+            raise
         # The first that went wrong, where a library stumbled over a full disk and then over itself.
         first = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = str(first).splitlines()[0] if str(first) else type(first).__name__
