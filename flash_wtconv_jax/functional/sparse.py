@@ -292,15 +292,17 @@ def apply_depthwise(
             out_capacity=layer.out_capacity,
         )
     else:
-        out = voxels if output_voxels is None else output_voxels
         window = checked_window(layer.kernel_size, stride, layer.kernel_dilation, voxels.ndim)
         asked = window._replace(transposed=layer.transposed)
-        if kernel_map.window != asked or kernel_map.out_capacity != out.capacity:
+        if kernel_map.window != asked:
+            raise ValueError(f"kernel_map: is that of {kernel_map.window}, expected {asked}")
+        own = layer.generative or layer.transposed or layer.output_rule == "full"
+        if (own or set(stride) != {1}) and output_voxels is None:
             raise ValueError(
-                f"kernel_map: is that of {kernel_map.window} onto {kernel_map.out_capacity} rows, "
-                f"expected {asked} onto {out.capacity}; where the output's voxels are not the "
-                "input's, give output_voxels= too, which kernel_map() returned beside it"
+                "output_voxels=None: with kernel_map= give the voxels too that kernel_map() "
+                "returned beside it, for the output has other voxels than the input"
             )
+        out = voxels if output_voxels is None else output_voxels
     y = spatially_sparse_depthwise_conv(
         voxels.features,
         kernel,

@@ -142,7 +142,7 @@ def test_lines_and_space_and_a_map_that_is_ready(ndim):
     ready = depthwise(voxels, out, found)
     np.testing.assert_array_equal(depthwise(voxels).features, ready.features)
     for layer in (made, depthwise):
-        with pytest.raises(ValueError, match="kernel_map: "):
+        with pytest.raises(ValueError, match="output_voxels=None: with kernel_map="):
             layer(voxels, None, found)
 
 
