@@ -20,7 +20,7 @@ from flash_wtconv_jax.models.convnext import (
     wtconvnext_tiny,
 )
 from flash_wtconv_jax.models.pretrained import load_network, save_network
-from flash_wtconv_jax.models.sparse import SparseResNet, SparseUNet
+from flash_wtconv_jax.models.sparse import SparseResNet, SparseUNet, load_sparse_unet
 from flash_wtconv_jax.models.transformer_net import TransformerNet
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "convnext_small",
     "convnext_tiny",
     "load_network",
+    "load_sparse_unet",
     "save_network",
     "weight_decay_mask",
     "wtconvnext_base",

@@ -5,14 +5,17 @@ Networks", CVPR 2019 (MinkUNet); He et al., "Deep Residual Learning for Image Re
 2016.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from flash_wtconv_jax import checkpoints
 from flash_wtconv_jax.functional.arguments import (
     ImplementationLike,
     PrecisionLike,
@@ -36,8 +39,7 @@ class SparseUNet(nnx.Module):
     convolution of size 1 makes the classes. Every convolution but the last is followed by batch
     norm. All convolutions of one resolution share a kernel map. The defaults are MinkUNet-14.
 
-    Weights of networks that were trained elsewhere are loaded with
-    `checkpoints.sparse_unet_from_torch`.
+    `load_sparse_unet` loads networks that were trained with other libraries.
 
     Args:
         in_channels: Channels of the input.
@@ -51,6 +53,7 @@ class SparseUNet(nnx.Module):
         conv_bias: Whether the convolutions in front of norms have a bias.
         num_spatial_dims: Axes of the voxels, 1, 2 or 3.
         momentum: What stays of the norms' running statistics at each update.
+        epsilon: Is added to the variance in norms.
         axis_name: Axis of a mesh that the norms' statistics are taken over.
         fwd_algo: Algorithms of all convolutions, see `flash_wtconv_jax.nnx.SpatiallySparseConv`.
         bwd_algo: Those of the backward pass.
@@ -84,6 +87,7 @@ class SparseUNet(nnx.Module):
         conv_bias: bool = False,
         num_spatial_dims: int = 3,
         momentum: float = 0.9,
+        epsilon: float = 1e-5,
         axis_name: str | None = None,
         fwd_algo: ImplementationLike = None,
         bwd_algo: ImplementationLike = None,
@@ -109,6 +113,7 @@ class SparseUNet(nnx.Module):
         norm = partial(
             SparseBatchNorm,
             momentum=momentum,
+            epsilon=epsilon,
             axis_name=axis_name,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -175,6 +180,7 @@ class SparseResNet(nnx.Module):
         depths: Residual blocks of each stage.
         num_spatial_dims: Axes of the voxels, 1, 2 or 3.
         momentum: What stays of the norms' running statistics at each update.
+        epsilon: Is added to the variance in norms.
         axis_name: Axis of a mesh that the norms' statistics are taken over.
         fwd_algo: Algorithms of all convolutions, see `flash_wtconv_jax.nnx.SpatiallySparseConv`.
         bwd_algo: Those of the backward pass.
@@ -204,6 +210,7 @@ class SparseResNet(nnx.Module):
         depths: Sequence[int] = (1, 1, 1, 1),
         num_spatial_dims: int = 3,
         momentum: float = 0.9,
+        epsilon: float = 1e-5,
         axis_name: str | None = None,
         fwd_algo: ImplementationLike = None,
         bwd_algo: ImplementationLike = None,
@@ -228,6 +235,7 @@ class SparseResNet(nnx.Module):
         norm = partial(
             SparseBatchNorm,
             momentum=momentum,
+            epsilon=epsilon,
             axis_name=axis_name,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -270,6 +278,30 @@ class SparseResNet(nnx.Module):
                 voxels = _through(blocks, voxels)
         pooled = global_pool(voxels)
         return pooled if self.head is None else self.head(pooled)
+
+
+def load_sparse_unet(
+    path: str | os.PathLike[str], library: str | None = None, **options: Any
+) -> SparseUNet:
+    """A MinkUNet of MinkowskiEngine, spconv or torchsparse, with its weights.
+
+    Args:
+        path: `.safetensors` or `.pth` file with its state dict.
+        library: See `checkpoints.sparse_unet_from_torch`; None recognises it.
+        **options: Arguments of `SparseUNet`, such as `dtype`, that the weights do not tell.
+
+    Returns:
+        The model; `model.eval()` applies its running statistics.
+
+    Raises:
+        FileNotFoundError: There is no file at path.
+        ValueError: It is no state dict of a MinkUNet: everything that does not fit is listed.
+    """
+    weights = checkpoints.sparse_unet_from_torch(checkpoints.read_state_dict(path), library)
+    arguments = weights.options | options
+    model = nnx.eval_shape(lambda: SparseUNet(**arguments, rngs=nnx.Rngs(0)))
+    checkpoints.load_into(model, weights.variables)
+    return model
 
 
 class ConvNorm(nnx.Module):
