@@ -1,5 +1,6 @@
 """Weights of sparse convolutions of other libraries, by a dense one in each one's own order."""
 
+from functools import cache
 from itertools import product
 
 import jax
@@ -200,6 +201,7 @@ NAMES = {"minkowski": MINKOWSKI, "spconv1": SPCONV, "spconv2": SPCONV, "torchspa
 SMALL = {"stem_dim": 2, "dims": (3, 2, 4, 2, 3, 2, 2, 4), "depths": (1, 2, 1, 1, 1, 1, 1, 1)}
 
 
+@cache
 def network(library):
     """Variables of a small SparseUNet, and its state dict as a library names and orders it."""
     options = SMALL | {
@@ -251,7 +253,9 @@ def stored(library, sizes, kernel):
     return result.reshape(places.shape)
 
 
-@pytest.mark.parametrize("library", NAMES)
+@pytest.mark.parametrize(
+    "library", [pytest.param(n, marks=[pytest.mark.wide] * (n == "spconv1")) for n in NAMES]
+)
 def test_whole_minkunets_by_their_names(library):
     variables, state_dict, options = network(library)
     got = checkpoints.sparse_unet_from_torch(state_dict)
