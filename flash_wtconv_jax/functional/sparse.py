@@ -6,7 +6,7 @@ of the other. This module knows JAX and `pallas_kernels`, but no layer library.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from flash_wtconv_jax.functional import arguments
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
-from flash_wtconv_jax.functional.wtconv import Parameter
+from flash_wtconv_jax.functional.wtconv import Parameter, rearranged
 from pallas_kernels.common.arguments import checked_dtype, checked_integer, checked_precision
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.sparse import (
@@ -158,11 +158,14 @@ def parameter_table(
     whole = (_taps(layer), inside // groups, outside)
     shape = (*whole[:1], groups, whole[1], outside // groups) if groups > 1 else whole
 
-    def grouped(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        kernel = kernel_init(key, whole, dtype)
-        return jnp.moveaxis(kernel.reshape(*whole[:2], groups, -1), 2, 1).reshape(shape)
+    def grouped(key: jax.Array, _: Sequence[int], *args: Any, **kwargs: Any) -> jax.Array:
+        def apart(kernel: jax.Array) -> jax.Array:
+            return jnp.moveaxis(kernel.reshape(*whole[:2], groups, -1), 2, 1)
 
-    table = {"kernel": Parameter(shape, grouped)}
+        return rearranged(kernel_init(key, whole, *args, **kwargs), apart)
+
+    init: Initializer = grouped if groups > 1 else kernel_init
+    table = {"kernel": Parameter(shape, init)}
     return table | ({"bias": Parameter((outside,), bias_init)} if bias else {})
 
 
@@ -189,8 +192,9 @@ def depthwise_parameter_table(
     arguments.check_initializers(kernel_init=kernel_init, bias_init=bias_init)
     taps = _taps(layer)
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        return kernel_init(key, (taps, 1, channels), dtype).reshape(shape)
+    def init(key: jax.Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> jax.Array:
+        drawn = kernel_init(key, (taps, 1, channels), *args, **kwargs)
+        return rearranged(drawn, lambda kernel: kernel.reshape(tuple(shape)))
 
     table = {"kernel": Parameter((taps, channels), init)}
     return table | ({"bias": Parameter((channels,), bias_init)} if bias else {})

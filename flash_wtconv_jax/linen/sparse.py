@@ -64,9 +64,9 @@ class SpatiallySparseConv(nn.Module):
         >>> from pallas_kernels.sparse import from_coords
         >>> voxels = from_coords([[0, 1, 1], [0, 4, 2]], jax.numpy.ones((2, 4)))
         >>> layer = SparseConv2d(4, 8, kernel_size=3, stride=2)
-        >>> y, variables = layer.init_with_output(jax.random.key(0), voxels)
-        >>> y.coords.tolist(), variables["params"]["kernel"].shape
-        ([[0, 0, 0], [0, 2, 1]], (9, 4, 8))
+        >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), voxels)
+        >>> y.features.shape, y.tensor_stride, variables["params"]["kernel"].shape
+        ((2, 8), (2, 2), (9, 4, 8))
     """
 
     in_channels: int
@@ -167,7 +167,7 @@ class SparseDepthwiseConv(nn.Module):
         >>> from pallas_kernels.sparse import from_coords
         >>> voxels = from_coords([[0, 1, 1], [0, 4, 2]], jax.numpy.ones((2, 4)))
         >>> layer = SparseDepthwiseConv(4, kernel_size=3, num_spatial_dims=2)
-        >>> y, variables = layer.init_with_output(jax.random.key(0), voxels)
+        >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), voxels)
         >>> y.features.shape, variables["params"]["kernel"].shape
         ((2, 4), (9, 4))
     """

@@ -69,7 +69,8 @@ class SparseUNet(nnx.Module):
         >>> from flax import nnx
         >>> from pallas_kernels.sparse import from_coords
         >>> voxels = from_coords([[0, 1, 1, 1], [0, 9, 2, 3]], jnp.ones((2, 4)))
-        >>> model = nnx.eval_shape(lambda: SparseUNet(4, 20, rngs=nnx.Rngs(0)))
+        >>> small = {"dims": (8, 8), "depths": (1, 1)}
+        >>> model = nnx.eval_shape(lambda: SparseUNet(4, 20, **small, rngs=nnx.Rngs(0)))
         >>> nnx.eval_shape(lambda model, x: model(x), model, voxels).features.shape
         (2, 20)
     """
@@ -120,12 +121,13 @@ class SparseUNet(nnx.Module):
             rngs=rngs,
         )
         biased, half = partial(conv, bias=conv_bias), len(dims) // 2
-        self.stem = nnx.List([])
+        self.stem: nnx.List[ConvNorm] = nnx.List([])
         width = in_channels
         for size in stem_kernel_sizes:
             self.stem.append(ConvNorm(width, stem_dim, size, conv=biased, norm=norm))
             width = stem_dim
-        self.down, self.encoder = nnx.List([]), nnx.List([])
+        self.down: nnx.List[ConvNorm] = nnx.List([])
+        self.encoder: nnx.List[nnx.List[SparseBasicBlock]] = nnx.List([])
         skips = []
         for dim, depth in zip(dims[:half], depths[:half], strict=True):
             skips.append(width)
@@ -133,7 +135,8 @@ class SparseUNet(nnx.Module):
             self.down.append(ConvNorm(width, inner, 2, 2, conv=biased, norm=norm))
             self.encoder.append(_blocks(inner, dim, depth, conv=biased, norm=norm))
             width = dim
-        self.up, self.decoder = nnx.List([]), nnx.List([])
+        self.up: nnx.List[ConvNorm] = nnx.List([])
+        self.decoder: nnx.List[nnx.List[SparseBasicBlock]] = nnx.List([])
         for dim, depth in zip(dims[half:], depths[half:], strict=True):
             opposite = partial(biased, transposed=True)
             self.up.append(ConvNorm(width, dim, 2, 2, conv=opposite, norm=norm))
@@ -196,7 +199,8 @@ class SparseResNet(nnx.Module):
         >>> from flax import nnx
         >>> from pallas_kernels.sparse import from_coords
         >>> voxels = from_coords([[0, 1, 1, 1], [1, 9, 2, 3]], jnp.ones((2, 4)))
-        >>> model = nnx.eval_shape(lambda: SparseResNet(4, 10, rngs=nnx.Rngs(0)))
+        >>> small = {"dims": (8,), "depths": (1,)}
+        >>> model = nnx.eval_shape(lambda: SparseResNet(4, 10, **small, rngs=nnx.Rngs(0)))
         >>> nnx.eval_shape(lambda model, x: model(x), model, voxels).shape
         (2, 10)
     """
@@ -243,7 +247,7 @@ class SparseResNet(nnx.Module):
         )
         width = dims[0]
         self.stem = ConvNorm(in_channels, width, 3, 2, conv=conv, norm=norm)
-        self.stages = nnx.List([])
+        self.stages: nnx.List[nnx.List[SparseBasicBlock]] = nnx.List([])
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             stride = 2 if i else 1
             self.stages.append(_blocks(width, dim, depth, stride, conv=conv, norm=norm))

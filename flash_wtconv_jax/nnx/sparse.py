@@ -58,9 +58,10 @@ class SpatiallySparseConv(_Parameterised):
         >>> from flash_wtconv_jax.nnx import SparseConv2d
         >>> from pallas_kernels.sparse import from_coords
         >>> voxels = from_coords([[0, 1, 1], [0, 4, 2]], jax.numpy.ones((2, 4)))
-        >>> layer = SparseConv2d(4, 8, kernel_size=3, stride=2, rngs=nnx.Rngs(0))
-        >>> layer(voxels).coords.tolist(), layer.kernel.shape
-        ([[0, 0, 0], [0, 2, 1]], (9, 4, 8))
+        >>> layer = nnx.eval_shape(lambda: SparseConv2d(4, 8, 3, stride=2, rngs=nnx.Rngs(0)))
+        >>> y = nnx.eval_shape(lambda layer, voxels: layer(voxels), layer, voxels)
+        >>> y.features.shape, y.tensor_stride, layer.kernel.shape
+        ((2, 8), (2, 2), (9, 4, 8))
     """
 
     def __init__(
@@ -174,14 +175,11 @@ class SparseDepthwiseConv(_Parameterised):
         ValueError: If an argument is out of range.
 
     Example:
-        >>> import jax
         >>> from flax import nnx
         >>> from flash_wtconv_jax.nnx import SparseDepthwiseConv
-        >>> from pallas_kernels.sparse import from_coords
-        >>> voxels = from_coords([[0, 1, 1], [0, 4, 2]], jax.numpy.ones((2, 4)))
-        >>> layer = SparseDepthwiseConv(4, kernel_size=3, num_spatial_dims=2, rngs=nnx.Rngs(0))
-        >>> layer(voxels).features.shape, layer.kernel.shape
-        ((2, 4), (9, 4))
+        >>> layer = nnx.eval_shape(lambda: SparseDepthwiseConv(4, kernel_size=3, rngs=nnx.Rngs(0)))
+        >>> layer.kernel.shape
+        (27, 4)
     """
 
     def __init__(
@@ -277,10 +275,9 @@ class SparseBatchNorm(_Norm):
     Example:
         >>> from flax import nnx
         >>> from flash_wtconv_jax.nnx import SparseBatchNorm
-        >>> from pallas_kernels.sparse import from_coords
-        >>> layer = SparseBatchNorm(1, rngs=nnx.Rngs(0))
-        >>> layer(from_coords([[0, 1], [0, 4]], [[1.0], [3.0]])).features.round(3).tolist()
-        [[-1.0], [1.0]]
+        >>> layer = nnx.eval_shape(lambda: SparseBatchNorm(4, rngs=nnx.Rngs(0)))
+        >>> layer.scale.shape, layer.mean.shape
+        ((4,), (4,))
     """
 
     def __init__(
