@@ -158,7 +158,7 @@ def parameter_table(
     whole = (_taps(layer), inside // groups, outside)
     shape = (*whole[:1], groups, whole[1], outside // groups) if groups > 1 else whole
 
-    def grouped(key: jax.Array, _: Sequence[int], *args: Any, **kwargs: Any) -> jax.Array:
+    def grouped(key: jax.Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> jax.Array:
         def apart(kernel: jax.Array) -> jax.Array:
             return jnp.moveaxis(kernel.reshape(*whole[:2], groups, -1), 2, 1)
 

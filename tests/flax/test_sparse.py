@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from helpers.reference import quick_jit
 from helpers.sparse import drawn_voxels
 
 from flash_wtconv_jax import linen as linen_layers
@@ -68,7 +67,7 @@ def both(layer, twin, voxels, *args):
         with sparse_maps(), tuning("off"):
             return layer.apply({"params": params}, voxels, *args), twin(voxels, *args)
 
-    first, second = quick_jit(call)(params, voxels, *args)
+    first, second = jax.jit(call)(params, voxels, *args)
     np.testing.assert_array_equal(first.features, second.features)
     np.testing.assert_array_equal(first.coords, second.coords)
     assert first.check().tensor_stride == second.tensor_stride
@@ -155,7 +154,7 @@ def test_norms_are_over_the_voxels_that_count():
     def normed(x, axis):
         return (x - x.mean(axis, keepdims=True)) / np.sqrt(x.var(axis, keepdims=True) + 1e-5)
 
-    @quick_jit
+    @jax.jit
     def call(voxels):
         results = {}
         for name, absent in NORMS.items():
@@ -206,7 +205,7 @@ def test_a_batch_norm_weighs_devices_by_their_voxels_and_none_leaves_no_trace():
     def apply(voxels):
         return layer.apply(variables, voxels, mutable="batch_stats")[1]["batch_stats"]
 
-    mapped = quick_jit(jax.vmap(apply, axis_name="devices"))
+    mapped = jax.jit(jax.vmap(apply, axis_name="devices"))
     state = mapped(jax.tree.map(lambda *each: jnp.stack(each), first, second))
     rows = np.asarray(SOME.features[:12], np.float64)
     np.testing.assert_allclose(state["mean"], [1.98 + 0.01 * rows.mean(0)] * 2, atol=1e-6)

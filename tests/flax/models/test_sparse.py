@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.reference import quick_jit
 from helpers.sparse import drawn_voxels
 
 from flash_wtconv_jax.models import SparseResNet, SparseUNet
@@ -43,7 +42,7 @@ def test_a_unet_keeps_its_voxels_trains_and_reads_no_padding():
         y = nnx.merge(graph, params, stats, copy=True)(voxels)
         return (jnp.where(y.valid[:, None], y.features, 0) ** 2).sum(), y
 
-    step = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (value, y), grads = step(params, stats, voxels)
     np.testing.assert_array_equal(y.coords, voxels.coords)
     assert y.features.shape == (voxels.capacity, 2)
@@ -55,11 +54,21 @@ def test_a_unet_keeps_its_voxels_trains_and_reads_no_padding():
 
 
 @pytest.mark.wide
+def test_a_unet_makes_each_map_once():
+    voxels = drawn_voxels((9, 7), 8, 3)
+    model = SparseUNet(3, 2, **SMALL, rngs=nnx.Rngs(0))
+    model.eval()
+    program = str(jax.make_jaxpr(lambda voxels: model(voxels))(voxels))
+    # Of size 5 in the stem, 2 of stride 2 that lead back too, 3 and 1 at three resolutions.
+    assert program.count("name=_made") == 1 + 2 + 3 + 3
+
+
+@pytest.mark.wide
 def test_a_resnet_classifies_samples_each_by_itself():
     voxels = drawn_voxels((9, 0, 7), 8, 3)
     model = SparseResNet(3, 2, dims=(4, 6), depths=(1, 2), num_spatial_dims=2, rngs=nnx.Rngs(0))
     model.eval()
-    call = quick_jit(lambda voxels: model(voxels))
+    call = jax.jit(lambda voxels: model(voxels))
     y = call(voxels)
     assert y.shape == (3, 2)
     zeroed = voxels.features * (voxels.coords[:, :1] != 0)
