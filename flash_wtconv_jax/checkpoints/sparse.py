@@ -216,19 +216,22 @@ _NORM = (
 
 
 class _Spelling(NamedTuple):
-    """The names that a library gives to the parts of a MinkUNet; `{s}` counts stages from 0.
+    """The names that a library gives to the parts of a MinkUNet.
+
+    Numbers in names: `{s}` counts the stages of one side from 0, `{s1}` from 1, `{r}` from the last
+    one to 0; `{m}` counts those of both sides from 0, `{n}` from 1; `{b}` counts the blocks of a
+    stage from 0, `{b1}` from 1; `{p}` is the stride of the voxels that a stage begins with.
 
     Attributes:
-        kernel: Of the tensor of a kernel.
+        kernel: The tensor of a kernel.
         stem: Convolutions and norms of the stem.
-        down: Convolution and norm of a stage of the encoder: `{n}` is `s + 1`, `{p}` `2 ** s`.
-        encoder: A block of it, with `{b}`.
-        up: The same of the decoder: `{m}` is the number of stages plus s, `{n}` is `m + 1`, `{p}`
-            the stride, `{r}` counts stages from the last.
-        decoder: A block of it.
+        down: The convolution of stride 2 of a stage of the encoder, and its norm.
+        encoder: A block of the encoder.
+        up: The transposed convolution of a stage of the decoder, and its norm.
+        decoder: A block of the decoder.
         block: Convolutions and norms of a block: first, second, shortcut.
         head: The last convolution.
-        epsilon: Is added to the variance of its norms.
+        epsilon: Is added to the variance of the norms.
     """
 
     kernel: str
@@ -322,11 +325,11 @@ def _names(arrays: Arrays, library: str | None) -> _Names:
                 f"), expected one of {expected}"
             )
         if library == "spconv1":
-            # Both have the same names; the features of the first stand in front, or at the end.
+            # Both have the same names; spconv 2 has the features of a convolution in front.
             norm = arrays.get(f"{_SPCONV.stem[0][1]}.weight")
-            features = None if norm is None else norm.shape[0]
             weight = arrays[firsts[library]]
-            library = "spconv1" if weight.shape[-1] == features else "spconv2"
+            if norm is None or weight.shape[:1] == norm.shape:
+                library = "spconv2"
     return _Names(library, tuple(_parts(library, arrays)))
 
 
@@ -376,17 +379,17 @@ def _parts(library: str, arrays: Arrays) -> Iterator[_Part]:
     skips = []
     for s in range(2 * stages):
         side, own = ("encoder", s) if s < stages else ("decoder", s - stages)
-        numbers = {"s": own, "n": s + 1, "m": s, "r": stages - 1 - own}
+        numbers = {"s": own, "s1": own + 1, "n": s + 1, "m": s, "r": stages - 1 - own}
         numbers["p"] = 2**own if side == "encoder" else 2 ** (stages - own)
         template, names = spelling.encoder, spelling.down
         if side == "encoder":
             skips.append(inside)
         else:
             template, names = spelling.decoder, spelling.up
-        conv, norm = (name.format(**numbers, s1=own + 1) for name in names)
+        conv, norm = (name.format(**numbers) for name in names)
         yield part(f"{'down' if side == 'encoder' else 'up'}.{own}", (conv, norm), 2, inside)
         inside = (norm,) if side == "encoder" else (norm, *skips.pop())
-        for block in blocks(f"{side}.{own}", template, numbers | {"s1": own + 1}, inside):
+        for block in blocks(f"{side}.{own}", template, numbers, inside):
             yield block
             if block.ours.endswith("second.conv"):
                 inside = (cast(str, block.norm),)
