@@ -333,6 +333,7 @@ def test_offsets_at_once_change_nothing(at_once):
 
 VOXELS = from_coords([[0, 1, 1], [0, 2, 2]], np.ones((2, 4), np.float32))
 W = np.ones((9, 4, 2), np.float32)
+SINGLE, _ = kernel_map(VOXELS, 1)
 WRONG = {
     r"weight: expected \[K, C_in, C_out\] = \[9, 4, C_out\], got shape \(8, 4, 2\)": {
         "weight": W[:8]
@@ -370,7 +371,8 @@ WRONG = {
         "fwd_algo": "cudnn"
     },
     "bwd_algo names \\['cudnn'\\]": {"bwd_algo": ["cudnn"]},
-    "kernel_map: is that of": {"kernel_map": kernel_map(VOXELS, 1)[0]},
+    "kernel_map: is that of": {"kernel_map": SINGLE},
+    "output_voxels=None: with kernel_map= give": {"kernel_map": SINGLE, "generative": True},
 }
 
 
