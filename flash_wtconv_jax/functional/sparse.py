@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from flash_wtconv_jax.functional import arguments
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
+from flash_wtconv_jax.functional.conv2d import PerAxis
 from flash_wtconv_jax.functional.wtconv import Parameter, rearranged
 from pallas_kernels.common.arguments import checked_dtype, checked_integer, checked_precision
 from pallas_kernels.dispatch import Operator
@@ -31,8 +32,6 @@ from pallas_kernels.sparse.api import STRIDE_MODES
 from pallas_kernels.sparse.maps import checked_window
 from pallas_kernels.sparse.pooling import pool
 from pallas_kernels.sparse.voxels import per_axis
-
-PerAxis = int | Sequence[int]
 
 
 class DepthwiseLayer(Protocol):

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from flash_wtconv_jax.functional import sparse
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
-from flash_wtconv_jax.functional.sparse import PerAxis
+from flash_wtconv_jax.functional.conv2d import PerAxis
 from flash_wtconv_jax.functional.wtconv import Parameter
 from flash_wtconv_jax.linen.parameters import parameter
 from pallas_kernels.sparse import KernelMap, Voxels, global_pool, pool, unpool

@@ -22,7 +22,7 @@ from flash_wtconv_jax.functional.arguments import (
     check_constructor,
     checked_rngs,
 )
-from flash_wtconv_jax.functional.sparse import PerAxis
+from flash_wtconv_jax.functional.conv2d import PerAxis
 from flash_wtconv_jax.nnx import SparseBatchNorm, SpatiallySparseConv
 from pallas_kernels.common.arguments import checked_integer
 from pallas_kernels.sparse import Voxels, add, concatenate, global_pool, sparse_maps

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from flash_wtconv_jax.functional import arguments, sparse
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
-from flash_wtconv_jax.functional.sparse import PerAxis
+from flash_wtconv_jax.functional.conv2d import PerAxis
 from flash_wtconv_jax.functional.wtconv import Parameter
 from pallas_kernels.common.arguments import hashable
 from pallas_kernels.sparse import KernelMap, Voxels, global_pool, pool, unpool
