@@ -20,11 +20,17 @@ from flash_wtconv_jax.checkpoints.files import load, read_state_dict, write_stat
 from flash_wtconv_jax.checkpoints.modules import for_bridge, load_into, variables_of
 from flash_wtconv_jax.checkpoints.names import LAYOUTS, Recognised, from_torch, recognise, to_torch
 from flash_wtconv_jax.checkpoints.orbax import restore, save, wavelet_of
+from flash_wtconv_jax.checkpoints.sparse import (
+    SparseUNetWeights,
+    sparse_kernel,
+    sparse_unet_from_torch,
+)
 from flash_wtconv_jax.checkpoints.tensors import to_tensors
 
 __all__ = [
     "LAYOUTS",
     "Recognised",
+    "SparseUNetWeights",
     "for_bridge",
     "from_torch",
     "load",
@@ -33,6 +39,8 @@ __all__ = [
     "recognise",
     "restore",
     "save",
+    "sparse_kernel",
+    "sparse_unet_from_torch",
     "to_tensors",
     "to_torch",
     "variables_of",

@@ -22,8 +22,9 @@ def variables_of(model: "nnx.Module") -> dict[str, Tree]:
             as frozen weights, count as parameters.
 
     Returns:
-        `{"params": nested dict}` of NumPy arrays; the places of a list are named "0", "1", …, and
-        a tied parameter is there once, by its first name, as Flax has it.
+        `{"params": nested dict}` of NumPy arrays, and "batch_stats" of a model that has running
+        statistics; the places of a list are named "0", "1", …, and a tied parameter is there once,
+        by its first name, as Flax has it.
 
     Raises:
         TypeError: The model is no nnx module.
@@ -36,7 +37,10 @@ def variables_of(model: "nnx.Module") -> dict[str, Tree]:
     from flax import nnx
 
     _check_module(model, "holds no variables: init(key, x) returns them")
-    return {"params": _with_text_keys(nnx.to_pure_dict(_parameters(model)))}
+    variables = {"params": _with_text_keys(nnx.to_pure_dict(_parameters(model)))}
+    if stats := nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)):
+        variables["batch_stats"] = _with_text_keys(stats)
+    return variables
 
 
 def load_into(model: "nnx.Module", variables: Mapping[str, Tree]) -> None:
@@ -45,9 +49,10 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Tree]) -> None:
     Args:
         model: An nnx module, or its shapes alone from `nnx.eval_shape`.
         variables: `{"params": ...}` of `from_torch`, `restore` or `variables_of`, or the nested
-            dict alone. Arrays are cast to the dtypes of the model's parameters and placed as they
-            are, with their `NamedSharding`; types, metadata and ties stay. A tied parameter may be
-            named by any of its places, or by several.
+            dict alone; without "batch_stats" running statistics stay. Arrays are cast to the dtypes
+            of the model's parameters and placed as they are, with their `NamedSharding`; types,
+            metadata and ties stay. A tied parameter may be named by any of its places, or by
+            several.
 
     Raises:
         TypeError: The model is no nnx module.
@@ -63,9 +68,14 @@ def load_into(model: "nnx.Module", variables: Mapping[str, Tree]) -> None:
     from flax import nnx
 
     _check_module(model, "takes variables in apply(variables, x)")
-    leaves = nnx.to_flat_state(_parameters(model))
+    check_nested(variables)
+    leaves = [*nnx.to_flat_state(_parameters(model))]
+    arrays = flatten({n: tree for n, tree in variables.items() if n != "batch_stats"})
+    if "batch_stats" in variables:
+        leaves += nnx.to_flat_state(nnx.state(model, nnx.BatchStat))
+        arrays |= flatten({"params": variables["batch_stats"]})
     names = {_joined(path): leaf for path, leaf in leaves}
-    arrays, problems = _untied(flatten(variables), _ties(model), names)
+    arrays, problems = _untied(arrays, _ties(model), names)
     problems += [f"missing: {n} {leaf.shape}" for n, leaf in names.items() if n not in arrays]
     problems += [f"surplus: {n} {array.shape}" for n, array in arrays.items() if n not in names]
     problems += [

@@ -235,16 +235,17 @@ def _depthwise(init: Initializer) -> Initializer:
     def draw(key: jax.Array, shape: Sequence[int], *args: Any, **kwargs: Any) -> jax.Array:
         *window, subbands, channels = shape
         drawn = init(key, (*window, 1, subbands * channels), *args, **kwargs)
-        return drawn if subbands == 1 else _reshape(drawn, tuple(shape))
+        return drawn if subbands == 1 else rearranged(drawn, lambda a: a.reshape(tuple(shape)))
 
     return draw
 
 
-def _reshape(drawn: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def rearranged(drawn: jax.Array, change: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The array, or the box of one with its metadata, that an initialiser returned, changed."""
     # nnx.with_partitioning returns the array in a dataclass that is no pytree; linen's box is one.
     if dataclasses.is_dataclass(drawn) and hasattr(drawn, "raw_value"):
-        return dataclasses.replace(drawn, raw_value=drawn.raw_value.reshape(shape))
-    return jax.tree.map(lambda array: array.reshape(shape), drawn)
+        return dataclasses.replace(drawn, raw_value=change(drawn.raw_value))
+    return jax.tree.map(change, drawn)
 
 
 def _symmetric_uniform(bound: float) -> Callable[..., jax.Array]:

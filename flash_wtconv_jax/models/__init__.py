@@ -1,4 +1,4 @@
-"""WTConvNeXt, ConvNeXt and TransformerNet for flax.nnx.
+"""WTConvNeXt, ConvNeXt, TransformerNet, SparseUNet and SparseResNet for flax.nnx.
 
 Example:
     >>> from flax import nnx
@@ -20,16 +20,20 @@ from flash_wtconv_jax.models.convnext import (
     wtconvnext_tiny,
 )
 from flash_wtconv_jax.models.pretrained import load_network, save_network
+from flash_wtconv_jax.models.sparse import SparseResNet, SparseUNet, load_sparse_unet
 from flash_wtconv_jax.models.transformer_net import TransformerNet
 
 __all__ = [
     "ConvNeXt",
     "ConvNeXtConfig",
+    "SparseResNet",
+    "SparseUNet",
     "TransformerNet",
     "convnext_base",
     "convnext_small",
     "convnext_tiny",
     "load_network",
+    "load_sparse_unet",
     "save_network",
     "weight_decay_mask",
     "wtconvnext_base",

@@ -3,10 +3,40 @@
 from typing import Any
 
 from flash_wtconv_jax.nnx.conv2d import Conv2d
+from flash_wtconv_jax.nnx.sparse import (
+    SparseBatchNorm,
+    SparseConv1d,
+    SparseConv2d,
+    SparseConv3d,
+    SparseDepthwiseConv,
+    SparseGlobalPool,
+    SparseInstanceNorm,
+    SparseLayerNorm,
+    SparsePool,
+    SparseUnpool,
+    SpatiallySparseConv,
+)
 from flash_wtconv_jax.nnx.wtconv import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
 from pallas_kernels.common.deprecation import warn_renamed
 
-__all__ = ["Conv2d", "SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
+__all__ = [
+    "Conv2d",
+    "SeparableWTConv2d",
+    "SparseBatchNorm",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
+    "SparseDepthwiseConv",
+    "SparseGlobalPool",
+    "SparseInstanceNorm",
+    "SparseLayerNorm",
+    "SparsePool",
+    "SparseUnpool",
+    "SpatiallySparseConv",
+    "WTConv1d",
+    "WTConv2d",
+    "WTConv3d",
+]
 
 
 def __getattr__(name: str) -> Any:

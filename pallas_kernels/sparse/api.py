@@ -159,6 +159,12 @@ def spatially_sparse_conv(
             out_capacity=out_capacity,
         )
     else:
+        own = generative or transposed or output_rule == "full" or set(window.stride) != {1}
+        if own and output_voxels is None:
+            raise ValueError(
+                "output_voxels=None: with kernel_map= give the voxels too that kernel_map() "
+                "returned beside it, for the output has other voxels than the input"
+            )
         out = output_voxels or voxels
         _check_map(kernel_map, window, voxels, out)
     problem = Problem((voxels.batch_size, *x.shape), x.dtype, features, window)
