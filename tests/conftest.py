@@ -24,6 +24,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from _pytest.doctest import DoctestModule
 
 # On a CPU most of what the suite compiles runs once, on a few numbers, and LLVM would work on it
 # for longer than it runs. The hard cases of each operator are `optimised`.
@@ -40,6 +41,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Leaves examples to the packages: their collector hides test files that cannot be imported."""
+    return [found for found in (yield) if not isinstance(found, DoctestModule)]
 
 
 def pytest_collection_modifyitems(items):
