@@ -355,6 +355,8 @@ def _chosen(
     best = tuner.fastest(
         *(request.operator.name, request.direction, problem.measured_as(), modules, request.mode),
         measurement(*arguments),
+        # One name that measures by itself takes its own parameters where it cannot.
+        quiet=request.operator.measures_names and len(able) == 1 and request.mode is None,
     )
     return best or Candidate(able[0])
 

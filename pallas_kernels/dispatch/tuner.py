@@ -186,6 +186,7 @@ def fastest(
     modules: Mapping[str, Implementation],
     mode: Mode | None,
     measurement: Measurement,
+    quiet: bool = False,
 ) -> Candidate | None:
     """The fastest candidate of some implementations: as the cache knows, or else measured.
 
@@ -196,6 +197,7 @@ def fastest(
         modules: The implementations that can run, by name.
         mode: The mode that `tuning` sets; `"cached"` measures nothing.
         measurement: How they are run and timed.
+        quiet: Whether nobody asked for times, so that nothing is said where there are none.
 
     Returns:
         The fastest; None, after a warning, where none can be timed; None where the mode is
@@ -212,7 +214,7 @@ def fastest(
     key = cache.key(entry)
 
     def answer() -> str:
-        return json.dumps(_fastest(entry, key, problem, modules, mode, measurement))
+        return json.dumps(_fastest(entry, key, problem, modules, mode, measurement, quiet))
 
     question = f"{mode} {list(modules)} {key}"
     found = json.loads(measurement.from_process_0(question, answer))
@@ -226,6 +228,7 @@ def _fastest(
     modules: Mapping[str, Implementation],
     mode: Mode | None,
     measurement: Measurement,
+    quiet: bool,
 ) -> Candidate | None:
     """Does what `fastest` does, for one process; `entry` says what is asked, under its key."""
     store, kind = cache.user_cache(), measurement.device_kind
@@ -250,8 +253,7 @@ def _fastest(
     if not all(isinstance(size, int) for size in problem.shape):
         reason = f"arrays {problem.shape} of symbolic size have no values"
     if reason is not None:
-        # One name that nobody asked to tune takes its own parameters.
-        if len(modules) > 1 or mode is not None:
+        if not quiet:
             _warn(f"{label} cannot be timed here: {reason}")
         return None
     with _SEARCHING:
