@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.reference import quick_jit
 from helpers.sparse import assert_oracle, drawn_voxels
 
 from pallas_kernels import oracle
@@ -111,8 +110,8 @@ def test_derivatives_of_every_order():
         def moved(by):
             return jax.tree.map(lambda a, s: a + by * s, (x, w, bias), step)
 
-        second = quick_jit(lambda args, step: jax.vjp(slope, args)[1](step)[0])(moved(0), step)
-        up, down = (quick_jit(slope)(moved(by)) for by in (1e-5, -1e-5))
+        second = jax.jit(lambda args, step: jax.vjp(slope, args)[1](step)[0])(moved(0), step)
+        up, down = (jax.jit(slope)(moved(by)) for by in (1e-5, -1e-5))
         want = jax.tree.map(lambda a, b: (a - b) / 2e-5, up, down)
         # The Hessian is symmetric: its rows are its columns.
         for got, numeric in zip(jax.tree.leaves(second), jax.tree.leaves(want), strict=True):
@@ -130,7 +129,7 @@ def test_what_does_not_count_never_leaks(stride):
         features=voxels.features.at[9:].set(jnp.nan),
     )
 
-    @quick_jit
+    @jax.jit
     def run(of):
         def function(x, w):
             out = spatially_sparse_conv(of.with_features(x), w, 3, stride, bias=jnp.ones(3))
