@@ -114,6 +114,7 @@ WITHOUT_JAX = [
     "pallas_kernels.common.deprecation",
     "pallas_kernels.common.files",
     "pallas_kernels.common.refusals",
+    "pallas_kernels.common.tiles",
     "pallas_kernels.common.triton",
     "pallas_kernels.common.versions",
     "pallas_kernels.wtconv",

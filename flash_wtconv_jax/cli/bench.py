@@ -11,6 +11,8 @@ import typer
 from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.types import Json
 from pallas_kernels.conv2d.shapes import SHAPES
+from pallas_kernels.sparse.depthwise.shapes import SHAPES as DEPTHWISE
+from pallas_kernels.sparse.shapes import SHAPES as VOXELS
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM
 
 if TYPE_CHECKING:
@@ -140,6 +142,28 @@ def conv2d(
     tell(report, _conv2d_table(report), {}, out)
     if write_defaults:
         _write_defaults(device_kind, benchmark.defaults(report))
+
+
+@bench.command("sparse")
+def sparse(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A named layer; several are allowed: "
+            f"{', '.join(VOXELS)}; {', '.join(f'depthwise_{name}' for name in DEPTHWISE)}. "
+            "Default: all."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for sparse.json.")] = Path("runs/bench"),
+) -> None:
+    """Time sparse convolutions of a room and their maps beside plain JAX."""
+    from flash_wtconv_jax.bench import sparse as benchmark
+
+    with _measuring(device, out) as progress:
+        report = benchmark.run(shape or list(benchmark.NAMES), progress, dtype)
+    tell(report, _sparse_table(report), {}, out)
 
 
 @bench.command("host")
@@ -351,6 +375,34 @@ def _conv2d_table(report: Json) -> "Table":
                 rate, speed = f"{row['tflops_per_s']:.3g}", f"{row['speedup']:.2f}"
                 table.add_row(row["shape"], row["contender"], _times(row), rate, speed)
         table.add_row("mean", mean["contender"], "", "", f"{mean['speedup']:.2f}")
+    return table
+
+
+def _sparse_table(report: Json) -> "Table":
+    """The table of a report: a section a layer and direction, a row a contender."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"sparse convolution, {report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; TFLOP/s of valid pairs; floor: "
+        "times the larger of arithmetic and every array once; memory: temporaries in sizes of x; "
+        f"x: speed over {report['baseline']}",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("ms", "TFLOP/s", "floor", "memory", "x"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = None
+    for row in report["rows"]:
+        what = f"{row['shape']} {row['direction']}"
+        if what != previous:
+            table.add_section()
+            table.add_row(what, style="bold")
+            previous = what
+        figures = []
+        if row["direction"] != "map":
+            figures = [f"{row['tflops_per_s']:.3g}", f"{row['over_floor']:.1f}"]
+            figures += [f"{row['temporaries']:.2f}", f"{row['speedup']:.2f}"]
+        table.add_row(row["contender"], _times(row), *figures)
     return table
 
 

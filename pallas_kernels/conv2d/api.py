@@ -28,9 +28,10 @@ from pallas_kernels.common.arguments import (
     surely,
 )
 from pallas_kernels.common.measurement import request
+from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.conv2d import vjp
 from pallas_kernels.conv2d.activations import ACTIVATIONS
-from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, TileConfig, Window
+from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, Window
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.oracle.conv2d import Padding
 

@@ -46,10 +46,11 @@ from pallas_kernels.common.mosaic_gpu import (
     unavailable,
 )
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
+from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.conv2d import xla
 from pallas_kernels.conv2d.activations import activate_in_kernel
-from pallas_kernels.conv2d.problem import Pair, Problem, TileConfig, Window
+from pallas_kernels.conv2d.problem import Pair, Problem, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
 
 __all__ = [

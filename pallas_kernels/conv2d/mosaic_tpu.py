@@ -49,9 +49,10 @@ from pallas_kernels.common.mosaic_tpu import (
     unavailable,
 )
 from pallas_kernels.common.refusals import refusal, refuse, unsupported_sizes
+from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Index, Pair, Ref, Slice
 from pallas_kernels.conv2d.activations import activate_in_kernel
-from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
+from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
 __all__ = [

@@ -90,26 +90,6 @@ class Window(NamedTuple):
         return (h, w, c, f) if self.layout == "nhwc_hwcf" else (f, c, h, w)
 
 
-class TileConfig(NamedTuple):
-    """Tiles of a matrix product: each block computes `block_m` pixels of `block_n` features.
-
-    Attributes:
-        block_m: Pixels of the output of all images, a power of two from 16 on.
-        block_n: Features, a multiple of 16; for Triton a power of two.
-        block_k: Products of a tap and a channel that are summed at once, as the others.
-        ratio_m: Warps of a block along M.
-        ratio_n: Warps of a block along N; `ratio_m * ratio_n` is a power of two up to 32.
-        stages: Tiles that are under way from memory at once; 1 multiplies as it loads.
-    """
-
-    block_m: int = 64
-    block_n: int = 128
-    block_k: int = 32
-    ratio_m: int = 2
-    ratio_n: int = 2
-    stages: int = 3
-
-
 class Problem(NamedTuple):
     """A call as implementations see it; shape is `(N, H, W, C)` in any layout."""
 

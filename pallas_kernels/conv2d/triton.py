@@ -9,8 +9,9 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import common_dtype
+from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.triton import launch, unavailable
-from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
+from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
 __all__ = [

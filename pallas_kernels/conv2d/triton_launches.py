@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
+from pallas_kernels.common.tiles import TileConfig, launched, tiles
 from pallas_kernels.common.triton import AnyArray, Launch, cdiv, contiguous
 from pallas_kernels.conv2d import triton_kernels as kernels
-from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
+from pallas_kernels.conv2d.problem import Problem, Window
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROWS = 8
@@ -198,32 +199,10 @@ def weight_grad(
         REFLECT=window.reflect,
         SIZE=hf * wf * each * features,
         PRECISION=precision,
-        **_blocks(config),
+        ROWS=_ROWS,
+        **launched(config),
     )
     return sums
-
-
-def tiles(rows: int, columns: int, channels: int, dtype: object) -> TileConfig:
-    """The default tiles of a product with this number of rows and columns, of arrays of a dtype.
-
-    Where the channels allow it, all of a tile along K belongs to one tap, whose addresses are cheap
-    to compute.
-
-    Example:
-        >>> tiles(32768, 320, 320, "bfloat16")
-        TileConfig(block_m=128, block_n=128, block_k=64, ratio_m=4, ratio_n=2, stages=3)
-    """
-    wide = str(dtype).split(".")[-1] == "float32"
-    block_m = min(64 if wide else 128, _power(rows))
-    block_n = min(64 if wide else 128, _power(columns))
-    warps = 8 if block_m * block_n == 128 * 128 else 4
-    block_k = 32 if wide or channels % 64 and channels % 32 == 0 else 64
-    return TileConfig(block_m, block_n, block_k, warps // 2, 2)
-
-
-def _power(size: int) -> int:
-    """The least power of two that is at least `size`, and at least 16 for the tensor cores."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _convolve(
@@ -257,7 +236,8 @@ def _convolve(
         **which,
         BIAS=bias is not None,
         PRECISION=precision,
-        **_blocks(config),
+        ROWS=_ROWS,
+        **launched(config),
     )
     return y
 
@@ -282,17 +262,3 @@ def _sizes(
     ):
         sizes |= dict(zip(letters, steps, strict=True))
     return sizes | {"DILATION_H": window.dilation[0], "DILATION_W": window.dilation[1]}
-
-
-def _blocks(config: TileConfig) -> dict[str, int]:
-    """The constants and options of a launch that a tile configuration sets."""
-    if config.block_n & (config.block_n - 1):
-        raise ValueError(f"config.block_n={config.block_n}: Triton takes a power of two")
-    return {
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "BK": config.block_k,
-        "ROWS": _ROWS,
-        "num_warps": config.ratio_m * config.ratio_n,
-        "num_stages": config.stages,
-    }

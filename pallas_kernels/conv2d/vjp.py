@@ -28,10 +28,11 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
+from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.conv2d.activations import activate
-from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
+from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import along_features
 from pallas_kernels.dispatch import Candidate, Operator, Request
 from pallas_kernels.dispatch.backend import Implementation

@@ -12,8 +12,9 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.arguments import sharded
 from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype, common_dtype
+from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.conv2d.activations import activate
-from pallas_kernels.conv2d.problem import Problem, TileConfig, Window
+from pallas_kernels.conv2d.problem import Problem, Window
 
 DIFFERENTIABLE = True
 

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels.common._compat import trace_state, vary_like
 from pallas_kernels.common.arguments import checked_integer
-from pallas_kernels.sparse.problem import Window
+from pallas_kernels.sparse.problem import TILE_ROWS, Window
 from pallas_kernels.sparse.voxels import (
     LIMIT,
     Keys,
@@ -33,9 +33,6 @@ from pallas_kernels.sparse.voxels import (
     unique_keys,
     unpack,
 )
-
-TILE_ROWS = 16
-"""Rows whose offsets `RowTable.tile_masks` tells together: the smallest tile of a kernel."""
 
 OUTPUT_RULES = ("floor", "full")
 """Names of the rules that say which voxels the output of a strided convolution has."""
@@ -419,53 +416,6 @@ def row_table(table: jax.Array) -> RowTable:
         _, moved = lax.sort((masks[word][order], rows), num_keys=1, is_stable=True)
         order = order[moved]
     return RowTable(table, order, _united(masks[:, order], TILE_ROWS))
-
-
-def tile_offsets(rows: RowTable, tile: int) -> tuple[jax.Array, jax.Array]:
-    """The offsets that each tile of rows needs.
-
-    Args:
-        rows: The table.
-        tile: Rows of a tile, a multiple of `TILE_ROWS`; taken in `rows.order`.
-
-    Returns:
-        `(offsets int32 [T, K], counts int32 [T])`: for each tile first the offsets that it needs,
-        in ascending order, and how many they are.
-
-    Example:
-        >>> offsets, counts = tile_offsets(row_table(jnp.array([[-1, 4, -1], [0, -1, 2]])), 16)
-        >>> offsets.tolist(), counts.tolist()
-        ([[0, 1]], [2])
-    """
-    needed = _needed(rows, tile)
-    return jnp.argsort(~needed, axis=1, stable=True).astype(jnp.int32), needed.sum(1, jnp.int32)
-
-
-def offset_tiles(rows: RowTable, tile: int) -> tuple[jax.Array, jax.Array]:
-    """The tiles of rows that need each offset: `tile_offsets` the other way round.
-
-    Args:
-        rows: The table.
-        tile: Rows of a tile, a multiple of `TILE_ROWS`; taken in `rows.order`.
-
-    Returns:
-        `(tiles int32 [K, T], counts int32 [K])`: for each offset first the tiles that need it.
-
-    Example:
-        >>> tiles, counts = offset_tiles(row_table(jnp.array([[-1, 4, -1], [-1, -1, -1]])), 16)
-        >>> tiles.tolist(), counts.tolist()
-        ([[0], [0]], [1, 0])
-    """
-    needed = _needed(rows, tile).T
-    return jnp.argsort(~needed, axis=1, stable=True).astype(jnp.int32), needed.sum(1, jnp.int32)
-
-
-def _needed(rows: RowTable, tile: int) -> jax.Array:
-    """Whether a tile needs an offset, `bool [T, K]`."""
-    taps, count = rows.table.shape
-    masks = _united(rows.tile_masks, tile // TILE_ROWS)
-    bits = (masks[:, None] >> lax.iota(jnp.uint32, 32)[:, None]) & 1
-    return bits.astype(bool).reshape(-1, masks.shape[1])[:taps].T
 
 
 def _united(masks: jax.Array, count: int) -> jax.Array:

@@ -8,6 +8,9 @@ from typing import NamedTuple, Self
 from pallas_kernels.common.types import Dtype, Json
 from pallas_kernels.dispatch.backend import size_distance
 
+TILE_ROWS = 16
+"""Rows whose offsets `maps.RowTable.tile_masks` tells together: the smallest tile of a kernel."""
+
 
 class Window(NamedTuple):
     """The voxels that offsets read: output `u` and offset `i` read voxel `stride u + dilation i`.

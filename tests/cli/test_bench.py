@@ -4,19 +4,32 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 from rich.table import Table
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import models
-from flash_wtconv_jax.bench import conv2d, devices, host, roofline, timing, wtconv, wtconvnext
+from flash_wtconv_jax.bench import (
+    conv2d,
+    devices,
+    host,
+    roofline,
+    sparse,
+    timing,
+    wtconv,
+    wtconvnext,
+)
 from flash_wtconv_jax.cli import app
 from flash_wtconv_jax.cli.bench import tell
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
-from pallas_kernels.dispatch import table
+from pallas_kernels.dispatch import table, tuning
+from pallas_kernels.sparse import shapes as voxels
 from pallas_kernels.wtconv import shapes
+
+WIDE = pytest.mark.wide
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +79,37 @@ def test_dense_convolutions(tmp_path, monkeypatch):
     for more in ([], ["--write-defaults"]):
         result = bench("--shape", "huge", *more, "--out", tmp_path, benchmark="conv2d")
         assert "['huge'] is not one of" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("tiny", []), pytest.param("depthwise_tiny", ["im2col"], marks=WIDE)]
+)
+def test_sparse_convolutions(name, missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sparse.SHAPES, "tiny", voxels.Shape(20, 2, 3, 1, 1))
+    monkeypatch.setitem(sparse.DEPTHWISE, "tiny", voxels.Shape(20, 2, 2, 2, 2))
+    monkeypatch.setattr(sparse, "NAMES", (name,))
+    with tuning("off"):
+        result = bench("--shape", name, "--out", tmp_path, benchmark="sparse")
+    assert result.exit_code == 0, result.output
+    assert f"{name} forward+backward" in result.output and "…" not in result.output
+    report = json.loads((tmp_path / "sparse.json").read_text())
+    every = ["gather, dot, scatter-add", "im2col", "flash", "flash xla"]
+    contenders = [one for one in every if one not in missing]
+    assert [(row["direction"], row["contender"]) for row in report["rows"]] == [
+        ("map", "sorted"),
+        ("map", "shuffled"),
+        *((direction, one) for direction in sparse.DIRECTIONS for one in contenders),
+    ]
+    result = bench("--shape", "huge", "--out", tmp_path, benchmark="sparse")
+    assert "['huge'] is not one of" in str(result.exception)
+
+
+@pytest.mark.wide
+def test_plain_sparse_convolutions_are_ours():
+    layer = sparse._Layer.of("room_10000_32_32_s2", "float32")
+    plain, *others = (one(own, layer.x, layer.w) for one, own in layer.contenders().values())
+    for other in others:
+        np.testing.assert_allclose(other, plain, atol=1e-4)
 
 
 @pytest.mark.wide

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import flash_wtconv_jax
 from flash_wtconv_jax import checkpoints, cli, environment, models
+from flash_wtconv_jax.bench import sparse
 from flash_wtconv_jax.cli import tables
 from flash_wtconv_jax.cli.bench import tell
 from flash_wtconv_jax.cli.messages import say
@@ -313,6 +314,7 @@ def test_help_lists_the_names_of_shapes():
     for command, names in (
         (("bench", "wtconv"), [name for group in FOR_PLATFORM.values() for name in group]),
         (("bench", "conv2d"), SHAPES),
+        (("bench", "sparse"), sparse.NAMES),
         (("tpu-report",), FOR_PLATFORM["tpu"]),
     ):
         shown = run(*command, "--help", env={"COLUMNS": "2000"}).output

@@ -24,17 +24,20 @@ INTERPRETED = pytest.mark.skipif(not INTERPRETS, reason=WHY_NOT)
 
 
 def launch(kernel, arguments, outputs, grid, **constants):
-    """Runs a kernel on tensors, over outputs that hold nothing but NaN."""
-    poisoned = [
-        torch.full(shape, float("nan"), dtype=getattr(torch, str(dtype).removeprefix("torch.")))
-        for shape, dtype in outputs
-    ]
+    """Runs a kernel on tensors, over outputs that hold nothing but NaN, or a huge integer."""
+    poisoned = []
+    for shape, dtype in outputs:
+        kind = getattr(torch, str(dtype).removeprefix("torch."))
+        poison = float("nan") if kind.is_floating_point else torch.iinfo(kind).max
+        poisoned.append(torch.full(shape, poison, dtype=kind))
     kernel[grid](*arguments, *poisoned, **constants)
     return poisoned
 
 
 def tensor(array):
     """An array of any dtype in PyTorch."""
+    if np.issubdtype(array.dtype, np.integer):
+        return torch.tensor(np.asarray(array))
     return torch.tensor(np.asarray(array, np.float32)).to(getattr(torch, str(array.dtype)))
 
 
@@ -53,7 +56,8 @@ def interpret(monkeypatch, room):
             given = [tensor(a) if np.ndim(a) else int(a) for a in given]
             named = [(each.shape, str(each.dtype)) for each in types]
             found = launch(kernel, given, named, grid, **constants)
-            return [f.float().numpy().astype(t.dtype) for f, t in zip(found, types, strict=True)]
+            found = [f.float() if f.is_floating_point() else f for f in found]
+            return [f.numpy().astype(t.dtype) for f, t in zip(found, types, strict=True)]
 
         return jax.pure_callback(call, types, *arguments)
 

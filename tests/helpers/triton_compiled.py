@@ -21,6 +21,9 @@ from pallas_kernels.conv2d import triton_launches as conv2d_launches
 from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.haar import triton_launches as haar_launches
+from pallas_kernels.sparse import triton_launches as sparse_launches
+from pallas_kernels.sparse.depthwise import triton_launches as depthwise_launches
+from pallas_kernels.sparse.shapes import SHAPES as VOXELS
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -48,8 +51,9 @@ SIZES = {
     for sizes, constants in variants.items()
 }
 BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
-IMAGES = ("x", "w", "below", "y", "dy", "low", *BANDS)
-TAPS = ("taps", "base", "bias", "sums")
+IMAGES = ("x", "w", "below", "y", "dy", "dw", "low", *BANDS)
+TAPS = ("taps", "base", "bias", "sums", "parts")
+ROWS = ("table", "order", "tiles", "counts")
 
 
 def conv2d(dtype):
@@ -73,12 +77,36 @@ def conv2d(dtype):
     return dict(zip(("conv", "conv transposed", "weights"), found, strict=True))
 
 
+def sparse(dtype):
+    """Constants of the launches of both operators over a room, forward and backward."""
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
+    layer, found = VOXELS["room_1000000_64_128_s1"], {}
+
+    def array(*shape):
+        return SimpleNamespace(shape=shape, dtype=dtype)
+
+    def launch(kernel, arguments, outputs, grid, **constants):
+        found[kernel.fn.__name__] = constants
+        return [array(*shape) for shape, _ in outputs]
+
+    rows = SimpleNamespace(table=array(27, layer.voxels), order=None, tile_masks=None)
+    x, y = array(layer.voxels, layer.channels), array(layer.voxels, layer.features)
+    w = array(27, 1, layer.channels, layer.features)
+    tiles = depthwise_launches.Tiles(stages=3)
+    sparse_launches.weight_grad(x, y, rows, w.shape, "ieee", None, launch)
+    sparse_launches.forward(x, w, rows, "ieee", None, None, True, launch)
+    depthwise_launches.forward(x, array(27, layer.channels), rows, tiles, launch)
+    depthwise_launches.weight_grad(x, x, rows, tiles, launch)
+    order = "tile_lists", "conv", "weights", "depthwise", "depthwise_weights", "sum_parts"
+    return {name: found[name] for name in order}
+
+
 def kernels(operator, dtype):
     """Constants of each kernel of an operator."""
     if operator.startswith("wtconv"):
         return SIZES if operator.endswith("sizes") else WTCONV
-    if operator == "conv2d":
-        return conv2d(dtype)
+    if operator in ("conv2d", "sparse"):
+        return {"conv2d": conv2d, "sparse": sparse}[operator](dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
     steps = [contiguous((128, 56 >> level, 56 >> level, 96)) for level in (0, 3, 1, 2, 3)]
     _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps, 4)
@@ -91,6 +119,7 @@ def compiled(operator, name, target, dtype):
     constants = {"num_warps": 4} | kernels(operator, dtype)[name]
     options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
     types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(TAPS, "*fp32")
+    types |= dict.fromkeys(ROWS, "*i32") | {"masks": "*u32"}
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "i32")
         for argument in kernel.arg_names

@@ -9,7 +9,8 @@ import pytest
 from helpers.sparse import drawn_voxels
 
 from pallas_kernels.sparse import from_coords, from_pairs, kernel_map, maps, sparse_maps
-from pallas_kernels.sparse.maps import TILE_ROWS, offset_tiles, row_table, tile_offsets
+from pallas_kernels.sparse.maps import row_table
+from pallas_kernels.sparse.problem import TILE_ROWS
 from pallas_kernels.sparse.voxels import LIMIT
 
 pytestmark = pytest.mark.core
@@ -124,16 +125,9 @@ def test_rows_that_lack_the_same_offsets_are_neighbours(taps):
     changes = (there[:, 1:] != there[:, :-1]).any(0)
     assert changes.sum() == 4
     assert all((np.diff(piece) > 0).all() for piece in np.split(order, np.flatnonzero(changes) + 1))
-    for tile in (TILE_ROWS, 3 * TILE_ROWS) if taps == 9 else (2 * TILE_ROWS,):
-        padded = np.pad(there, ((0, 0), (0, -100 % tile))).reshape(taps, -1, tile).any(2)
-        offsets, counts = jax.jit(tile_offsets, static_argnums=1)(rows, tile)
-        tiles, needed = jax.jit(offset_tiles, static_argnums=1)(rows, tile)
-        assert counts.tolist() == padded.sum(0).tolist()
-        assert needed.tolist() == padded.sum(1).tolist()
-        for t, count in enumerate(counts.tolist()):
-            assert offsets[t, :count].tolist() == np.flatnonzero(padded[:, t]).tolist()
-        for k, count in enumerate(needed.tolist()):
-            assert tiles[k, :count].tolist() == np.flatnonzero(padded[k]).tolist()
+    padded = np.pad(there, ((0, 0), (0, -100 % TILE_ROWS))).reshape(taps, -1, TILE_ROWS)
+    bits = np.asarray(rows.tile_masks)[:, None] >> np.arange(32, dtype=np.uint32)[:, None] & 1
+    np.testing.assert_array_equal(bits.reshape(-1, bits.shape[2])[:taps], padded.any(2))
 
 
 def test_maps_are_kept_by_the_coordinates_not_by_sizes():

@@ -1,0 +1,332 @@
+"""`flash-wtconv bench sparse`: maps and sparse convolutions beside plain JAX, in one run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flash_wtconv_jax import environment
+from flash_wtconv_jax.bench import clocks, roofline
+from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench.defaults import OURS, able
+from flash_wtconv_jax.bench.wtconv import check_dtype
+from pallas_kernels.common.types import Json, Tree
+from pallas_kernels.dispatch import Operator
+from pallas_kernels.sparse import (
+    KernelMap,
+    Voxels,
+    api,
+    from_coords,
+    kernel_map,
+    spatially_sparse_conv,
+    spatially_sparse_depthwise_conv,
+)
+from pallas_kernels.sparse.depthwise import api as depthwise
+from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
+from pallas_kernels.sparse.depthwise.shapes import SHAPES as DEPTHWISE
+from pallas_kernels.sparse.problem import Problem
+from pallas_kernels.sparse.shapes import SHAPES, Shape, room
+from pallas_kernels.sparse.xla import contracted, take
+
+NAMES = (*SHAPES, *(f"depthwise_{name}" for name in DEPTHWISE))
+"""Names of the layers."""
+
+DIRECTIONS = ("forward", "forward+backward", "gradient of x", "gradient of w")
+"""What is timed of a layer, besides its map."""
+
+_SCATTER, _IM2COL, _PRODUCT = "gather, dot, scatter-add", "im2col", 8192
+
+
+def run(
+    shapes: list[str],
+    progress: Callable[[str, int], Callable[[], None]],
+    dtype: str = "bfloat16",
+) -> Json:
+    """Times the map, plain JAX, and every implementation that can compute a layer here.
+
+    "flash" is what a call takes unasked; "flash triton" is named, so that its parameters are
+    measured before.
+
+    Args:
+        shapes: Names of layers, from `NAMES`.
+        progress: Told a label and a number of steps, returns what to call after each step.
+        dtype: Dtype of x and the weights, one of `wtconv.DTYPES`.
+
+    Returns:
+        A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
+        `wtconv.run`; `roofs`, as `roofline.measure`, and `product_flops_per_s` of a matrix product;
+        for each layer its `pairs`; a row for each layer, direction and contender with its times in
+        milliseconds, `tflops_per_s` of valid pairs, `over_floor`, the time over the larger of two
+        floors (arithmetic at the product's rate, every array read or written once at the copy's),
+        `speedup` over the first plain form, and `temporaries` in sizes of x; and rows of the
+        direction "map", whose voxels are "sorted" or "shuffled".
+
+    Raises:
+        ValueError: An unknown layer or dtype.
+    """
+    unknown = sorted(set(shapes) - set(NAMES))
+    if unknown:
+        raise ValueError(f"shape: {unknown} is not one of {sorted(NAMES)}")
+    check_dtype(dtype)
+    clock, no_device_events = clocks.best()
+    roofs = roofline.measure(clock) | {"product_flops_per_s": _product_rate(clock, dtype)}
+    rows: list[Json] = []
+    maps: set[tuple[int, int, int]] = set()
+    for name in shapes:
+        layer = _Layer.of(name, dtype)
+        head: Json = {"shape": name, "pairs": layer.pairs}
+        if layer.sites not in maps:
+            maps.add(layer.sites)
+            times = _map_times(layer, clock, progress)
+            rows += [{**head, "direction": "map", "contender": who, **ms} for who, ms in times]
+        programs = {who: _compiled(one, layer) for who, one in layer.contenders().items()}
+        for direction in DIRECTIONS:
+            step = progress(f"{name} {direction}", clock.turns(len(programs)))
+            calls = {who: both[direction][0] for who, both in programs.items()}
+            times_of = clock.take_turns(calls, step)
+            flops, moved = layer.work(direction)
+            floor = 1e3 * max(
+                flops / roofs["product_flops_per_s"], moved / roofs["copy_bytes_per_s"]
+            )
+            rows += [
+                {
+                    **head,
+                    "direction": direction,
+                    "contender": who,
+                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                    "tflops_per_s": flops / spread.median / 1e9,
+                    "over_floor": spread.median / floor,
+                    "speedup": times_of[_SCATTER].median / spread.median,
+                    "temporaries": programs[who][direction][1] / layer.x.nbytes,
+                }
+                for who, spread in times_of.items()
+            ]
+    return {
+        "benchmark": "sparse",
+        "date": date.today().isoformat(),
+        "device": environment.device(),
+        "versions": environment.versions(),
+        "dtype": dtype,
+        "baseline": _SCATTER,
+        "clock": clock.name,
+        "no_device_events": no_device_events,
+        "roofs": roofs,
+        "rows": rows,
+    }
+
+
+class _Layer(NamedTuple):
+    """A layer over the room, with its arrays."""
+
+    shape: Shape
+    operator: Operator
+    voxels: Voxels
+    found: KernelMap
+    out: Voxels
+    x: jax.Array
+    w: jax.Array
+    dy: jax.Array
+    pairs: int
+
+    @classmethod
+    def of(cls, name: str, dtype: str) -> "_Layer":
+        """The layer of a name; its output has as many rows as there are voxels in it."""
+        shape = SHAPES.get(name) or DEPTHWISE[name.removeprefix("depthwise_")]
+        coords = room(shape.voxels)
+        voxels = from_coords(coords, jnp.zeros((len(coords), 0), dtype), capacity=len(coords))
+        given = shape.kernel_size, shape.stride
+        found, out = kernel_map(voxels, *given)
+        if shape.stride > 1:
+            found, out = kernel_map(voxels, *given, out_capacity=out.num_valid.item())
+        taps, keys = len(found.table), jax.random.split(jax.random.key(0), 3)
+        sizes = (taps, shape.channels) + ((shape.features,) if name in SHAPES else ())
+        draw = partial(jax.random.normal, dtype=dtype)
+        x = draw(keys[0], (len(coords), shape.channels))
+        w = draw(keys[1], sizes) / np.sqrt(taps * shape.channels).astype(dtype)
+        dy = draw(keys[2], (out.capacity, shape.features))
+        operator = api.OPERATOR if name in SHAPES else depthwise.OPERATOR
+        pairs = int((found.table >= 0).sum())
+        return cls(shape, operator, voxels, found, out, x, w, dy, pairs)
+
+    @property
+    def sites(self) -> tuple[int, int, int]:
+        """What its map depends on."""
+        return self.shape.voxels, self.shape.kernel_size, self.shape.stride
+
+    @property
+    def regular(self) -> bool:
+        """Whether it is no depthwise layer."""
+        return self.w.ndim == 3
+
+    def problem(self) -> Problem:
+        """The operator's description of the call."""
+        sizes = (1, *self.x.shape), self.x.dtype, self.shape.features
+        if self.regular:
+            return Problem(*sizes, self.found.window)
+        window = self.found.window._replace(groups=self.shape.channels)
+        return DepthwiseProblem(*sizes, window)
+
+    def work(self, direction: str) -> tuple[float, float]:
+        """Operations of the valid pairs, and bytes of every array, each once."""
+        flops = 2.0 * self.pairs * self.shape.channels
+        flops *= self.shape.features if self.regular else 1
+        moved = self.x.nbytes + self.w.nbytes + self.dy.nbytes + self.found.table.nbytes
+        return (3 * flops, 3 * moved) if direction == "forward+backward" else (flops, moved)
+
+    def contenders(self) -> "dict[str, _Contender]":
+        """Functions of arrays of the map, x and w, with those arrays, by name."""
+        lists = _padded_pairs(self.found)
+        plain = _scattered if self.regular else _depthwise_scattered
+        found: dict[str, _Contender] = {_SCATTER: (partial(plain, self.out.capacity), lists)}
+        if self.regular:
+            found[_IM2COL] = _im2col, self.found.table
+        sites = self.found, self.voxels, self.out
+        ours = _ours if self.regular else _ours_depthwise
+        found[OURS] = partial(ours, None), sites
+        for name in able(self.operator, self.problem()):
+            found[f"{OURS} {name}"] = partial(ours, name), sites
+        return found
+
+
+_Contender = tuple[Callable[[Any, jax.Array, jax.Array], jax.Array], Tree]
+
+
+def _ours(
+    name: str | None, sites: tuple[KernelMap, Voxels, Voxels], x: jax.Array, w: jax.Array
+) -> jax.Array:
+    found, voxels, out = sites
+    return spatially_sparse_conv(
+        voxels.with_features(x),
+        w,
+        found.window.kernel_size,
+        found.window.stride,
+        kernel_map=found,
+        output_voxels=out,
+        fwd_algo=name,
+        bwd_algo=name,
+    ).features
+
+
+def _ours_depthwise(
+    name: str | None, sites: tuple[KernelMap, Voxels, Voxels], x: jax.Array, w: jax.Array
+) -> jax.Array:
+    found, _, out = sites
+    return spatially_sparse_depthwise_conv(x, w, found, out.capacity, name, name)
+
+
+def _compiled(contender: _Contender, layer: _Layer) -> dict[str, tuple[Call, int]]:
+    """A contender's programs, those of `DIRECTIONS`, each with its temporary bytes."""
+    function, own = contender
+
+    # The map's arrays are arguments: constants would be part of the program.
+    def pulled(own: Tree, x: jax.Array, w: jax.Array, dy: jax.Array) -> Tree:
+        y, pullback = jax.vjp(partial(function, own), x, w)
+        return y, *pullback(dy)
+
+    # What a program does not return it does not compute.
+    returned = slice(0, 1), slice(0, 3), slice(1, 2), slice(2, 3)
+    arrays = own, layer.x, layer.w, layer.dy
+    found: dict[str, tuple[Call, int]] = {}
+    for direction, which in zip(DIRECTIONS, returned, strict=True):
+
+        def some(*given: Tree, which: slice = which) -> Tree:
+            return pulled(*given)[which]
+
+        program = jax.jit(some, keep_unused=True).lower(*arrays).compile()
+        used = program.memory_analysis()
+        assert used is not None
+        found[direction] = partial(program, *arrays), used.temp_size_in_bytes
+    return found
+
+
+def _map_times(
+    layer: _Layer, clock: clocks.Clock, progress: Callable[[str, int], Callable[[], None]]
+) -> list[tuple[str, Json]]:
+    """Times of the map and of what it is made from, of sorted voxels and of shuffled ones."""
+    order = np.random.default_rng(0).permutation(layer.voxels.capacity)
+    shuffled = layer.voxels.coords[order]
+    rest = layer.shape.kernel_size, layer.shape.stride
+
+    def made(coords: jax.Array) -> KernelMap:
+        voxels = replace(layer.voxels, coords=coords)
+        return kernel_map(voxels, *rest, out_capacity=layer.out.capacity)[0]
+
+    compiled = jax.jit(made).lower(shuffled).compile()
+    calls: dict[str, Call] = {
+        "sorted": partial(compiled, layer.voxels.coords),
+        "shuffled": partial(compiled, shuffled),
+    }
+    step = progress(f"{layer.shape.voxels} voxels, stride {rest[1]}, map", clock.turns(len(calls)))
+    times = clock.take_turns(calls, step).items()
+    return [
+        (who, {f"{key}_ms": value for key, value in spread._asdict().items()})
+        for who, spread in times
+    ]
+
+
+def _product_rate(clock: clocks.Clock, dtype: str) -> float:
+    """Operations in a second of a large matrix product of a dtype."""
+    size = 256 if environment.device()["platform"] == "cpu" else _PRODUCT
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(partial(contracted, "ab,bc->ac", precision=None)).lower(matrix, matrix)
+    compiled = product.compile()
+    times = clock.take_turns({"product": lambda: compiled(matrix, matrix)}, lambda: None)
+    return 2e3 * size**3 / times["product"].median
+
+
+def _padded_pairs(found: KernelMap) -> tuple[jax.Array, jax.Array]:
+    """For each offset rows of the input and of the output, as many as the longest list has.
+
+    Behind the end of a list stand -1 and the number of rows. It is kinder than what one could write
+    without knowing the voxels.
+    """
+    table = np.asarray(found.table)
+    longest = max(int((table >= 0).sum(1).max()), 1)
+    rows_in = np.full((len(table), longest), -1, np.int32)
+    rows_out = np.full((len(table), longest), found.out_capacity, np.int32)
+    for k, column in enumerate(table):
+        (there,) = np.nonzero(column >= 0)
+        rows_in[k, : len(there)], rows_out[k, : len(there)] = column[there], there
+    return jnp.asarray(rows_in), jnp.asarray(rows_out)
+
+
+def _scattered(
+    rows: int, lists: tuple[jax.Array, jax.Array], x: jax.Array, w: jax.Array
+) -> jax.Array:
+    """The convolution as one writes it: gather the pairs' rows, multiply, scatter-add."""
+
+    def step(y: jax.Array, tap: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        rows_in, rows_out, weights = tap
+        added = contracted("lc,cf->lf", take(x, rows_in), weights, None)
+        return y.at[rows_out].add(added, mode="drop"), None
+
+    zeros = jnp.zeros((rows, w.shape[2]), jnp.float32)
+    return lax.scan(step, zeros, (*lists, w))[0].astype(x.dtype)
+
+
+def _depthwise_scattered(
+    rows: int, lists: tuple[jax.Array, jax.Array], x: jax.Array, w: jax.Array
+) -> jax.Array:
+    """The depthwise convolution likewise."""
+
+    def step(y: jax.Array, tap: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        rows_in, rows_out, weights = tap
+        added = take(x, rows_in).astype(jnp.float32) * weights
+        return y.at[rows_out].add(added, mode="drop"), None
+
+    zeros = jnp.zeros((rows, x.shape[1]), jnp.float32)
+    return lax.scan(step, zeros, (*lists, w))[0].astype(x.dtype)
+
+
+def _im2col(table: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The convolution as one gather of `[M, K C]`, and one product."""
+    taps, channels, features = w.shape
+    gathered = take(x, table.T.ravel()).reshape(-1, taps * channels)
+    weights = w.reshape(taps * channels, features)
+    return contracted("mc,cf->mf", gathered, weights, None).astype(x.dtype)

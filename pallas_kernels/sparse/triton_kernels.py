@@ -1,0 +1,331 @@
+"""The sparse convolution's Triton kernels: an implicit GEMM over a table of rows.
+
+`table [K, M]` holds for each offset and each row of the result the row of x that is read, or -1.
+Nothing gathered is stored, and nothing is scattered: a program computes a tile of `BM` rows of the
+result by `BN` features over all offsets, in float32 accumulators. With `ORDERED` it takes the rows
+in `order`, where rows that lack the same offsets are neighbours, and skips the offsets that all of
+them lack: `masks [ceil(K / 32), ceil(M / TILE)]` has a bit of each offset for `TILE` rows at a
+time. Offsets are taken in ascending order wherever a row stands, so that permuted rows give
+permuted results, bit by bit.
+
+`G` groups have `C` channels and `F` features each. Rows are addressed in 64 bits, rows, channels
+and features are masked, so that any number of them is correct. Frameworks launch the kernels
+through `triton_launches`. Every sum has a fixed order, so results are bitwise reproducible.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def conv(
+    x,
+    w,
+    table,
+    order,
+    masks,
+    rows,
+    y,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    F: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One program of `y[m] = sum over k of x[table[k, m]] w[k]`, for `w [K, G, C, F]`.
+
+    The grid's axes are tiles, groups, and splits of the offsets, each of which writes its own
+    `y [M, G F]` after that of the split before.
+    """
+    ACROSS: tl.constexpr = (F + BN - 1) // BN
+    STEPS: tl.constexpr = (C + BK - 1) // BK
+    tile, across = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS
+    group, split = tl.program_id(1), tl.program_id(2)
+    row, known = _rows(order, tile, rows, ORDERED, BM)
+    c = tl.arange(0, BK)
+    f = across * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.float32)
+    for word in range((K + 31) // 32):
+        left, count = _offsets(masks, tile, word, split, rows, K, ORDERED, SPLITS, TILE, BM)
+        # One loop over offsets and channels, so that the loads of the next offset are under way.
+        for step in range(count * STEPS):
+            k, rest = _lowest(left)
+            k = (word * 32 + k).to(tl.int64)
+            at = tl.load(table + k * rows + row, mask=known, other=-1)
+            channel = step % STEPS * BK + c
+            patches = tl.load(
+                x + at.to(tl.int64)[:, None] * (G * C) + (group * C + channel)[None, :],
+                mask=(at >= 0)[:, None] & (channel < C)[None, :],
+                other=0.0,
+            )
+            taps = tl.load(
+                w + (k * G + group) * (C * F) + channel[:, None] * F + f[None, :],
+                mask=(channel < C)[:, None] & (f < F)[None, :],
+                other=0.0,
+            )
+            total = tl.dot(patches, taps, total, input_precision=PRECISION)
+            left = tl.where(step % STEPS == STEPS - 1, rest, left)
+    at = y + (split.to(tl.int64) * rows + row)[:, None] * (G * F) + (group * F + f)[None, :]
+    tl.store(at, total.to(y.dtype.element_ty), mask=known[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def tile_lists(masks, count, tiles, counts, BLOCK: tl.constexpr):
+    """One program lists the tiles whose rows read through one offset, the grid's axis.
+
+    `tiles [K, count]` has them first, in ascending order; `counts [K]` says how many they are.
+    """
+    k = tl.program_id(0)
+    total = 0
+    for start in range(0, count, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        word = tl.load(masks + k // 32 * count + tile, mask=tile < count, other=0)
+        some = (word.to(tl.uint32, bitcast=True) >> (k % 32).to(tl.uint32)).to(tl.int32) & 1
+        place = total + tl.cumsum(some, 0) - some
+        tl.store(tiles + k.to(tl.int64) * count + place, tile, mask=some != 0)
+        total += tl.sum(some)
+    tl.store(counts + k, total)
+
+
+@triton.jit
+def weights(
+    x,
+    dy,
+    table,
+    order,
+    tiles,
+    counts,
+    rows,
+    parts,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    F: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One program of the weights' gradient: gathered rows of x, transposed, times rows of dy.
+
+    The grid's axes are parts, each of the tiles of one offset that `tile_lists` lists, with tiles
+    of `BM` channels by `BN` features; and groups. `BK` rows are summed at a time. Part p writes
+    `parts [p, G, C, F]`.
+    """
+    ACROSS: tl.constexpr = (F + BN - 1) // BN
+    BLOCKS: tl.constexpr = (C + BM - 1) // BM * ACROSS
+    part, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    group = tl.program_id(1)
+    c = block // ACROSS * BM + tl.arange(0, BM)
+    f = block % ACROSS * BN + tl.arange(0, BN)
+    tap, count, share, ends = _shares(counts, K, PARTS, BK // TILE)
+    # The offset whose parts these are; none behind the last part that is needed.
+    k = tl.sum((ends <= part).to(tl.int32))
+    mine = tap == k
+    before = tl.sum(tl.where(mine, ends - tl.cdiv(count, share), 0))
+    first = (part - before) * share
+    last = tl.minimum(first + share, tl.sum(tl.where(mine, count, 0)))
+    listed = tiles + k.to(tl.int64) * tl.cdiv(rows, TILE)
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(first, last, BK // TILE):
+        place = start + tl.arange(0, BK) // TILE
+        m = tl.load(listed + place, mask=place < last, other=0) * TILE + tl.arange(0, BK) % TILE
+        known = (place < last) & (m < rows)
+        row = tl.load(order + m, mask=known, other=0)
+        at = tl.load(table + k.to(tl.int64) * rows + row, mask=known, other=-1)
+        patches = tl.load(
+            x + at.to(tl.int64)[:, None] * (G * C) + (group * C + c)[None, :],
+            mask=(at >= 0)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        slopes = tl.load(
+            dy + row.to(tl.int64)[:, None] * (G * F) + (group * F + f)[None, :],
+            mask=(at >= 0)[:, None] & (f < F)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(tl.trans(patches), slopes, total, input_precision=PRECISION)
+    at = parts + (part.to(tl.int64) * G + group) * (C * F) + c[:, None] * F + f[None, :]
+    tl.store(at, total, mask=(c < C)[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def sum_parts(
+    parts,
+    counts,
+    dw,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    PER: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program sums the parts of `weights` for one offset, in their order.
+
+    The grid's axes are offsets, and blocks of an offset's `SIZE` weights. `PER` is the number of
+    tiles that `weights` sums at a time.
+    """
+    k = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tap, count, share, ends = _shares(counts, K, PARTS, PER)
+    last = tl.sum(tl.where(tap == k, ends, 0))
+    first = last - tl.sum(tl.where(tap == k, tl.cdiv(count, share), 0))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, last, AT_ONCE):
+        part = start + tl.arange(0, AT_ONCE)
+        total += tl.sum(
+            tl.load(
+                parts + part.to(tl.int64)[:, None] * SIZE + at[None, :],
+                mask=(part < last)[:, None] & (at < SIZE)[None, :],
+                other=0.0,
+            ),
+            0,
+        )
+    tl.store(dw + k.to(tl.int64) * SIZE + at, total.to(dw.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit
+def depthwise(
+    x,
+    w,
+    table,
+    order,
+    masks,
+    rows,
+    y,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    ORDERED: tl.constexpr,
+    TILE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program of `y[m, c] = sum over k of x[table[k, m], c] w[k, c]`.
+
+    The grid's axes are tiles of `BM` rows, and blocks of `BN` channels.
+    """
+    tile = tl.program_id(0)
+    row, known = _rows(order, tile, rows, ORDERED, BM)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.float32)
+    for word in range((K + 31) // 32):
+        left, count = _offsets(masks, tile, word, 0, rows, K, ORDERED, 1, TILE, BM)
+        for _ in tl.range(0, count, num_stages=STAGES):
+            k, left = _lowest(left)
+            k = (word * 32 + k).to(tl.int64)
+            at = tl.load(table + k * rows + row, mask=known, other=-1)
+            some = (at >= 0)[:, None] & (c < C)[None, :]
+            patches = tl.load(x + at.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
+            taps = tl.load(w + k * C + c, mask=c < C, other=0.0)
+            total += patches.to(tl.float32) * taps.to(tl.float32)[None, :]
+    at = y + row.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(at, total.to(y.dtype.element_ty), mask=known[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def depthwise_weights(
+    x,
+    dy,
+    table,
+    rows,
+    rows_per_split,
+    parts,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program of `dw[k, c] = sum over m of x[table[k, m], c] dy[m, c]`, for a split of rows.
+
+    The grid's axes are offsets, those of the same rows next to each other, so that the rows stay in
+    L2; splits of `rows_per_split` rows, each of which writes its own `parts [s, K, C]`; and blocks
+    of `BN` channels.
+    """
+    k, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c = tl.program_id(2) * BN + tl.arange(0, BN)
+    total = tl.zeros((BM, BN), tl.float32)
+    first = split * rows_per_split
+    last = tl.minimum(first + rows_per_split, rows)
+    for start in tl.range(first, last, BM, num_stages=STAGES):
+        m = start + tl.arange(0, BM)
+        at = tl.load(table + k * rows + m, mask=m < last, other=-1)
+        some = (at >= 0)[:, None] & (c < C)[None, :]
+        patches = tl.load(x + at.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
+        slopes = tl.load(dy + m.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
+        total += patches.to(tl.float32) * slopes.to(tl.float32)
+    tl.store(parts + (split * K + k) * C + c, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit
+def _rows(order, tile, rows, ORDERED: tl.constexpr, BM: tl.constexpr):
+    """The rows of a tile, and which of them there are."""
+    row = tile * BM + tl.arange(0, BM)
+    known = row < rows
+    if ORDERED:
+        row = tl.load(order + row, mask=known, other=0)
+    return row, known
+
+
+@triton.jit
+def _offsets(
+    masks,
+    tile,
+    word,
+    split,
+    rows,
+    K: tl.constexpr,
+    ORDERED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """The offsets among 32 that a tile needs of a split: a bit each, and their number."""
+    bit = tl.arange(0, 32)
+    k = word * 32 + bit
+    # Splits divide the offsets, not what a tile needs of them: a row's sums are then the same
+    # whichever tile it is in.
+    some = ((k >= split * K // SPLITS) & (k < (split + 1) * K // SPLITS)).to(tl.uint32)
+    if ORDERED:
+        at = tile * (BM // TILE) + tl.arange(0, BM // TILE)
+        count = tl.cdiv(rows, TILE)
+        found = tl.load(masks + word * count + at, mask=at < count, other=0)
+        bits = found.to(tl.uint32, bitcast=True)[:, None] >> bit.to(tl.uint32)[None, :]
+        some &= tl.max(bits & 1, 0)
+    return tl.sum(some << bit.to(tl.uint32)), tl.sum(some.to(tl.int32))
+
+
+@triton.jit
+def _lowest(bits):
+    """The place of the lowest bit of a word of 32, and the word without it."""
+    rest = bits & (bits - 1)
+    # A power of two is its exponent in float32.
+    lowest = (bits ^ rest).to(tl.float32).to(tl.int32, bitcast=True)
+    return (lowest >> 23) - 127, rest
+
+
+@triton.jit
+def _shares(counts, K: tl.constexpr, PARTS: tl.constexpr, PER: tl.constexpr):
+    """How the lists of all offsets are divided into `PARTS` parts, more than there are offsets.
+
+    Parts are of equal length, a multiple of `PER` tiles, but for the last of each offset: as one
+    offset has fewer than one part too many, `PARTS - K` full ones of all tiles are as many as fit.
+
+    Returns:
+        The offsets, a power of two of them; tiles of each; tiles of a part; and the parts up to
+        each offset's last.
+    """
+    tap = tl.arange(0, triton.next_power_of_2(K))
+    count = tl.load(counts + tap, mask=tap < K, other=0)
+    share = tl.cdiv(tl.maximum(tl.sum(count), 1), PARTS - K)
+    share = tl.cdiv(share, PER) * PER
+    return tap, count, share, tl.cumsum(tl.cdiv(count, share), 0)

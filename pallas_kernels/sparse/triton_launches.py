@@ -1,0 +1,216 @@
+"""The Triton launches of the sparse convolution, for any framework."""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from pallas_kernels.common.refusals import refuse, unsupported_sizes
+from pallas_kernels.common.tiles import TileConfig, launched, power_of_two, tiles
+from pallas_kernels.common.triton import Launch, cdiv
+from pallas_kernels.common.types import DeviceArray
+from pallas_kernels.sparse import triton_kernels as kernels
+from pallas_kernels.sparse.problem import TILE_ROWS, Problem
+
+AnyArray = TypeVar("AnyArray", bound=DeviceArray)
+Held = TypeVar("Held", bound=DeviceArray, covariant=True)
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""The dtypes that the kernels take."""
+_PROGRAMS = 264
+"""The number of programs up to which sums are split: two for each multiprocessor of a large GPU."""
+_MOST_SPLITS = 8
+
+
+class RowTable(Protocol[Held]):
+    """The rows that are gathered for each row of a result, see `maps.RowTable`."""
+
+    @property
+    def table(self) -> Held:
+        """`int32 [K, M]`, -1 where nothing is read."""
+
+    @property
+    def order(self) -> Held:
+        """`int32 [M]`, the rows sorted by the bitmask of their offsets."""
+
+    @property
+    def tile_masks(self) -> Held:
+        """`uint32 [ceil(K / 32), ceil(M / TILE_ROWS)]`, or the same bits as int32."""
+
+
+def check(problem: Problem) -> None:
+    """Raises `NotImplementedError` where the kernels do not take a problem."""
+    reasons = problem.unsupported(DTYPES) or unsupported_sizes(problem.shape)
+    groups, channels = problem.window.groups, problem.shape[-1]
+    if not reasons:
+        if groups > 65535:
+            reasons.append(f"{groups} groups, up to 65535")
+        if channels * problem.features // groups >= 1 << 30:
+            reasons.append(f"{problem.features} features of {channels} channels, too many")
+    refuse(reasons)
+
+
+def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
+    """The parameters that are worth timing, the default ones first.
+
+    Args:
+        direction: "fwd" or "bwd".
+        problem: The call.
+
+    Returns:
+        The fields of a `TileConfig`; `splits`, see `forward`; `ordered`, 1 where rows are taken in
+        their order.
+
+    Example:
+        >>> from pallas_kernels.sparse.problem import Window
+        >>> window = Window((3,), (1,), (1,))
+        >>> len(search_space("fwd", Problem((1, 100, 8), "float32", 8, window)))
+        8
+    """
+    if problem.dtype == "float32":
+        sizes = [(64, 64, 32, 4, 5), (64, 32, 32, 4, 5), (128, 64, 16, 4, 5), (64, 64, 16, 4, 5)]
+    else:
+        sizes = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 9), (128, 128, 64, 4, 5)]
+        sizes += [(128, 128, 32, 8, 9), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5)]
+        sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
+    tiled = [
+        TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in sizes
+    ]
+    groups, taps = problem.window.groups, problem.window.taps
+    programs = cdiv(problem.shape[1], 64) * cdiv(problem.features // groups, 64) * groups
+    most = _splits(programs, taps)
+    split: list[dict[str, int]] = [{"splits": n} for n in (1, 2, 4, 8) if n <= most > 1]
+    return [{}, *tiled, *split, {"ordered": 0}]
+
+
+def forward(
+    x: AnyArray,
+    w: AnyArray,
+    rows: RowTable[AnyArray],
+    precision: str,
+    config: TileConfig | None,
+    splits: int | None,
+    ordered: bool,
+    launch: Launch[AnyArray],
+) -> AnyArray:
+    """The convolution of contiguous arrays; the gradient of x is that of dy by transposed weights.
+
+    Args:
+        x: `[N, G C]`.
+        w: `[K, G, C, F]`, of x's dtype.
+        rows: The rows of x that each row of the output reads.
+        precision: Triton's name for the precision of float32 products.
+        config: Tiles, or None for the default ones of the shape.
+        splits: The number of programs that share the offsets of a tile; None is one, or as many as
+            fill a device.
+        ordered: Whether tiles take the rows in their order, and skip offsets.
+        launch: The framework's launch function.
+
+    Returns:
+        `[splits, M, G F]`, to be summed over the splits; in float32 where there are several.
+    """
+    taps, groups, channels, features = w.shape
+    _, count = rows.table.shape
+    config = config or tiles(count, features, channels, x.dtype)
+    config = config._replace(
+        block_n=min(config.block_n, power_of_two(features)),
+        block_k=min(config.block_k, power_of_two(channels)),
+    )
+    grid = cdiv(count, config.block_m) * cdiv(features, config.block_n), groups
+    splits = min(splits or _splits(grid[0] * groups, taps), taps)
+    (y,) = launch(
+        kernels.conv,
+        [x, w, rows.table, rows.order, rows.tile_masks, count],
+        [((splits, count, groups * features), "float32" if splits > 1 else x.dtype)],
+        (*grid, splits),
+        **_sizes(w.shape, precision),
+        ORDERED=ordered,
+        SPLITS=splits,
+        **launched(config),
+    )
+    return y
+
+
+def weight_grad(
+    x: AnyArray,
+    dy: AnyArray,
+    rows: RowTable[AnyArray],
+    shape: Sequence[int],
+    precision: str,
+    config: TileConfig | None,
+    launch: Launch[AnyArray],
+) -> AnyArray:
+    """The transpose of the convolution in w, applied to dy.
+
+    The tiles of rows that need an offset are listed first, so that the sums of all offsets are
+    divided into parts of equal length, however many rows read through each.
+
+    Args:
+        x: `[N, G C]`, contiguous.
+        dy: `[M, G F]`, of x's dtype, contiguous.
+        rows: See `forward`.
+        shape: Shape of the weights, `[K, G, C, F]`.
+        precision: See `forward`.
+        config: See `forward`; here `block_m` counts channels, and `block_k` rows.
+        launch: The framework's launch function.
+
+    Returns:
+        The gradient of the weights, of x's dtype.
+    """
+    taps, groups, channels, features = shape
+    _, count = rows.table.shape
+    listed = cdiv(count, TILE_ROWS)
+    found = launch(
+        kernels.tile_lists,
+        [rows.tile_masks, listed],
+        [((taps, listed), "int32"), ((taps,), "int32")],
+        (taps,),
+        BLOCK=min(4096, power_of_two(listed)),
+        num_warps=8,
+    )
+    # Indices of rows are loaded in three steps before the rows are: each is a stage.
+    config = config or tiles(channels, features, 64, x.dtype)._replace(stages=5)
+    config = config._replace(
+        block_m=min(config.block_m, power_of_two(channels)),
+        block_n=min(config.block_n, power_of_two(features)),
+    )
+    blocks = cdiv(channels, config.block_m) * cdiv(features, config.block_n)
+    per = config.block_k // TILE_ROWS
+    full = min(cdiv(taps * listed, 8 * per), cdiv(2 * _PROGRAMS, blocks * groups))
+    parts = taps + full
+    sizes = _sizes(shape, precision)
+    (sums,) = launch(
+        kernels.weights,
+        [x, dy, rows.table, rows.order, *found, count],
+        [((parts, groups, channels, features), "float32")],
+        (parts * blocks, groups),
+        **sizes,
+        PARTS=parts,
+        **launched(config),
+    )
+    size = groups * channels * features
+    block = min(256, power_of_two(size))
+    (dw,) = launch(
+        kernels.sum_parts,
+        [sums, found[1]],
+        [(tuple(shape), x.dtype)],
+        (taps, cdiv(size, block)),
+        K=taps,
+        SIZE=size,
+        PARTS=parts,
+        PER=per,
+        AT_ONCE=8,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return dw
+
+
+def _splits(programs: int, taps: int) -> int:
+    """The number of splits of the offsets with which programs fill a device."""
+    return max(1, min(_MOST_SPLITS, taps, _PROGRAMS // max(1, programs)))
+
+
+def _sizes(weights: Sequence[int], precision: str) -> dict[str, object]:
+    """The constants of a launch of the regular convolution."""
+    taps, groups, channels, features = weights
+    sizes: dict[str, object] = {"K": taps, "G": groups, "C": channels, "F": features}
+    return sizes | {"TILE": TILE_ROWS, "PRECISION": precision}
