@@ -12,7 +12,7 @@ ECCV 2024.
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from types import EllipsisType
 
 import numpy as np
@@ -30,6 +30,7 @@ Branch = Callable[[Tensor], Tensor]
 """The scaled convolution of the signal, or of a level's coefficients `[N, C * 2**d, *half]`."""
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_LOW = (torch.bfloat16, torch.float16)
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d_weight}
 
@@ -131,7 +132,14 @@ def depthwise(
         x, padding = F.pad(x, _padding(kernel, transpose)), 0
     if transpose:
         weight = weight.flip(tuple(range(2, weight.ndim)))
-    return _CONV[len(kernel)](x, weight, bias, padding=padding, groups=x.shape[1])
+    convolve = partial(_CONV[len(kernel)], padding=padding, groups=x.shape[1])
+    if x.ndim == 5 and x.device.type == "cpu" and x.dtype in _LOW:
+        # In 16 bits oneDNN's gradients of volumes with channels last read memory that nobody wrote
+        # (PyTorch 2.13), and sizes of 1 count as channels last.
+        y = convolve(x.clone(memory_format=torch.contiguous_format), weight, bias)
+        last = x.is_contiguous(memory_format=torch.channels_last_3d)
+        return y.contiguous(memory_format=torch.channels_last_3d) if last else y
+    return convolve(x, weight, bias)
 
 
 def _padding(kernel: Sequence[int], transpose: bool = False) -> list[int]:
