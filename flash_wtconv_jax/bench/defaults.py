@@ -52,7 +52,8 @@ def entries(
 ) -> list[Entry]:
     """The fastest implementations of a report, as entries of the table of defaults.
 
-    The time of a backward pass is that of both passes less that of the forward pass.
+    The time of a backward pass is that of both passes less that of the forward pass. Where noise
+    leaves nothing of it, the implementation does not count.
 
     Args:
         operator: The operator that was timed.
@@ -82,14 +83,15 @@ def entries(
     found = []
     for of, ms in measured.values():
         forward = {name: time for (direction, name), time in ms.items() if direction == "forward"}
-        backward = {name: ms["forward+backward", name] - forward[name] for name in forward}
+        both = ((name, ms["forward+backward", name] - forward[name]) for name in forward)
+        backward = {name: time for name, time in both if time > 0}
         found += [
             {
                 "operator": operator.name,
                 "direction": direction,
                 "implementation": min(times, key=times.__getitem__),
                 "problem": of,
-                "ms": {name: round(times[name], 4) for name in sorted(times)},
+                "ms": {name: float(f"{times[name]:.4g}") for name in sorted(times)},
                 **about,
             }
             for direction, times in (("fwd", forward), ("bwd", backward))
