@@ -23,6 +23,10 @@ _Device = torch.device | str | None
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _CONV: dict[int, type[_Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
+_LARGEST = 2**31 - 1
+"""The largest size that PyTorch's convolutions take."""
+_MOST_LEVELS = 63
+"""The most levels, as in JAX: no axis of an array can be halved more often."""
 _WARNED: set[tuple[str, tuple[bool, ...], tuple[str, str]]] = set()
 """The layers that were warned of, once each."""
 _ROUNDING = 2.0**-8
@@ -78,7 +82,7 @@ class _WTConv(nn.Module):
             )
         self.kernel_size = _kernel_size(kernel_size, self.ndim)
         self.stride = _integer("stride", stride, 1)
-        self.wt_levels = wt_levels = _integer("wt_levels", wt_levels, 0)
+        self.wt_levels = wt_levels = _integer("wt_levels", wt_levels, 0, _MOST_LEVELS)
         # PyWavelets takes names in any case.
         self.wt_type = wt_type.lower() if isinstance(wt_type, str) else wt_type
         if dtype not in (None, *_DTYPES):
@@ -375,7 +379,7 @@ LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
 """The layer for each number of spatial axes."""
 
 
-def _integer(name: str, value: object, least: int) -> int:
+def _integer(name: str, value: object, least: int, most: int = _LARGEST) -> int:
     """An int or a NumPy integer, as the layers in JAX take them; never a bool."""
     try:
         number = operator.index(cast(SupportsIndex, value))
@@ -383,6 +387,8 @@ def _integer(name: str, value: object, least: int) -> int:
         number = least - 1
     if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
+    if number > most:
+        raise ValueError(f"{name} is {value!r}, expected an integer <= {most}")
     return number
 
 

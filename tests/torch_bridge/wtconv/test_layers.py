@@ -80,6 +80,8 @@ def test_filters_of_longer_wavelets():
         ({"stride": 0}, "stride is 0"),
         ({"wt_levels": -1}, "wt_levels is -1"),
         ({"wt_levels": 1.0}, "wt_levels is 1.0"),
+        ({"wt_levels": 10**9}, "wt_levels is 1000000000, expected an integer <= 63"),
+        ({"kernel_size": 2**31}, "kernel_size is 2147483648, expected an integer <= 2147483647"),
         ({"stride": True}, "stride is True"),
         ({"wt_type": "morl"}, "wt_type: wavelet='morl' is not a discrete wavelet"),
         ({"dtype": torch.int32}, "dtype is torch.int32, expected None or one of"),
