@@ -38,7 +38,7 @@ NAMES = (*SHAPES, *(f"depthwise_{name}" for name in DEPTHWISE))
 """Names of the layers."""
 
 DIRECTIONS = ("forward", "forward+backward", "gradient of x", "gradient of w")
-"""What is timed of a layer, besides its map."""
+"""The parts of a layer that are timed, besides its map."""
 
 _SCATTER, _IM2COL, _PRODUCT = "gather, dot, scatter-add", "im2col", 8192
 

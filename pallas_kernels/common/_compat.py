@@ -223,7 +223,7 @@ def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) 
 
 
 def trace_state() -> object:
-    """What tells the trace that JAX is in from others; equal outside of any.
+    """A key of the trace that JAX is in, equal outside of any.
 
     JAX 0.12 has it in `jax.extend` alone, which is not imported with `jax`.
     """

@@ -20,7 +20,7 @@ PerAxis = int | Sequence[int]
 def sparse_offsets(
     kernel_size: PerAxis, ndim: int, dilation: PerAxis = 1, padding: PerAxis | None = None
 ) -> Places:
-    """What each offset adds to `stride u`, `[K, D]`.
+    """The coordinates that each offset adds to `stride u`, `[K, D]`.
 
     Args:
         kernel_size: Offsets along each axis.
@@ -253,7 +253,7 @@ def _read(low: Places, grid: Array, places: Places) -> Array:
 def _sources(
     low: Places, grid: Array, wanted: Places, stride: PerAxis, offset: Places, transposed: bool
 ) -> Array:
-    """What outputs read of a grid through one offset."""
+    """The values of a grid that outputs read through one offset."""
     steps = np.array([1, *_each(stride, len(offset))])
     if not transposed:
         return _read(low, grid, wanted * steps + [0, *offset])

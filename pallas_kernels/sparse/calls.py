@@ -1,4 +1,4 @@
-"""What the two operators share of a call: names of algorithms, operands, and the plan."""
+"""The parts of a call that the two operators share: names of algorithms, operands, and the plan."""
 
 from enum import StrEnum
 

@@ -374,7 +374,7 @@ def _kept(
     full: bool,
     rows: int,
 ) -> tuple[KernelMap, _Sites]:
-    """What `_made` returns, from among the maps that `sparse_maps` keeps if it is there."""
+    """The result of `_made`, from among the maps that `sparse_maps` keeps if it is there."""
     known = _MAPS.get()
     trace = None if known is None else trace_state()
 
@@ -458,7 +458,7 @@ def checked_window(
 
 
 def _first_offsets(window: Window, padding: int | Sequence[int] | None) -> tuple[int, ...]:
-    """What offset 0 adds to `stride u`, along each axis."""
+    """The coordinates that offset 0 adds to `stride u`, along each axis."""
     if padding is None:
         return window.offsets()[0]
     each = tuple(padding) if isinstance(padding, Sequence) else (padding,) * len(window.stride)

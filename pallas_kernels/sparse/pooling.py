@@ -1,4 +1,4 @@
-"""What changes the voxels of a batch: pooling and its inverse, pruning, union, arithmetic.
+"""Functions that change the voxels of a batch: pooling and its inverse, pruning, union, arithmetic.
 
 Gradients gather by the reverse map, as those of convolutions do.
 """

@@ -564,7 +564,7 @@ def to_points(voxels: Voxels, rows: jax.Array) -> jax.Array:
 
 
 def _reduced(x: jax.Array, place: jax.Array, rows: int, reduce: str) -> jax.Array:
-    """What is made of the rows of x that share a place, `[rows, C]`."""
+    """The rows of x that share a place as one each, `[rows, C]`."""
     acc = accumulation_dtype(x.dtype)
     if reduce in ("sum", "mean"):
         total = _segment_sum(x.astype(acc), place, rows)
@@ -710,7 +710,7 @@ def _padded(array: jax.Array | np.ndarray, rows: int, fill: int) -> jax.Array:
 
 
 def _faults(coords: jax.Array, valid: jax.Array, samples: int) -> jax.Array:
-    """What is wrong of coordinates, as `Voxels.overflow` says it."""
+    """The faults of coordinates, as `Voxels.overflow` says them."""
     high, low = pack(coords, valid)
     outside = valid & ((high == _MISSING) & (low == _MISSING) | (coords[:, 0] >= samples))
     keys = sort_keys(high, low)
