@@ -197,13 +197,24 @@ def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """
     if not torch.compiler.is_compiling():
         return tuple(x.shape), x.stride()
-    from torch.fx.experimental import symbolic_shapes
-
-    if not hasattr(symbolic_shapes, "optimization_hint"):
+    if not tells_sizes():
         return (1, x.shape[1], *(1,) * (x.ndim - 2)), None
     # A size that depends on data counts as 1.
-    hint = symbolic_shapes.optimization_hint
+    from torch.fx.experimental.symbolic_shapes import optimization_hint as hint
+
     return tuple(hint(n, 1) for n in x.shape), tuple(hint(n, 1) for n in x.stride())
+
+
+def tells_sizes() -> bool:
+    """Whether this PyTorch tells the sizes that a program is traced with: from 2.12 on.
+
+    Example:
+        >>> tells_sizes() in (True, False)
+        True
+    """
+    from torch.fx.experimental import symbolic_shapes
+
+    return hasattr(symbolic_shapes, "optimization_hint")
 
 
 def stays_whole(x: Tensor) -> bool:
@@ -218,13 +229,11 @@ def stays_whole(x: Tensor) -> bool:
     """
     if not torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    from torch.fx.experimental import symbolic_shapes
+    if torch.compiler.is_exporting() or not tells_sizes() or _differentiated_by_func():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
 
-    if torch.compiler.is_exporting() or not hasattr(symbolic_shapes, "optimization_hint"):
-        return False
-    if _differentiated_by_func():
-        return False
-    return not all(symbolic_shapes.has_static_value(n) for n in x.shape)
+    return not all(has_static_value(n) for n in x.shape)
 
 
 def _problem(

@@ -8,8 +8,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch.fx.experimental import symbolic_shapes  # noqa: E402
-
 import torch_bridge  # noqa: E402
 from torch_bridge.wtconv import ops  # noqa: E402
 
@@ -113,7 +111,7 @@ def test_compiles_without_a_graph_break(implementation):
 
 
 tells_sizes = pytest.mark.skipif(
-    not hasattr(symbolic_shapes, "optimization_hint"),
+    not ops.tells_sizes(),
     reason="PyTorch older than 2.12 does not tell the sizes of a traced program",
 )
 
