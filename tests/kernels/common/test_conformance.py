@@ -57,7 +57,8 @@ def test_an_error_in_any_result_is_found(operator):
 
 @pytest.mark.wide
 @pytest.mark.parametrize(
-    "operator", [name for name in ROOMS if "mosaic_tpu" in OPERATORS[name].implementations]
+    "operator",
+    [name for name in ROOMS if "mosaic_tpu" in map(str, OPERATORS[name].implementations)],
 )
 def test_a_kernel_interpreted(operator, tpu_interpreter):
     """The smallest case that the TPU kernels take is computed by them, and is the oracle's."""
