@@ -156,7 +156,7 @@ class _Layer(NamedTuple):
 
     @property
     def sites(self) -> tuple[int, int, int]:
-        """What its map depends on."""
+        """The key of all that its map depends on."""
         return self.shape.voxels, self.shape.kernel_size, self.shape.stride
 
     @property

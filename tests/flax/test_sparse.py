@@ -55,7 +55,7 @@ def wide(kind, name):
 
 
 def both(layer, twin, voxels, *args):
-    """What the layers of both libraries make of voxels, by the same parameters, and these."""
+    """The results of both libraries' layers on voxels, by the same parameters, and these."""
     params = {name: value[...] for name, value in nnx.to_flat_state(nnx.state(twin, nnx.Param))}
     params = {name: value for (name,), value in params.items()}
     shapes = jax.eval_shape(layer.init, jax.random.key(0), voxels, *args)["params"]

@@ -39,7 +39,7 @@ def placed(library, sizes, index, weight):
 
 
 def first_offset(library, size):
-    """What the first index along an axis reads."""
+    """The sample that the first index along an axis reads."""
     if library == "torchsparse":
         return -size // 2 + 1 if size % 2 == 0 else -(size // 2)
     return -(size // 2) if size % 2 else 0

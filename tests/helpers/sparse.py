@@ -10,7 +10,7 @@ from pallas_kernels.sparse import from_coords
 
 
 def results(function, case):
-    """What a function of a case's arrays returns, as one program."""
+    """The result of a function of a case's arrays, as one program."""
     with jax.enable_x64(case.dtype == "float64"), tuning("off"):
         arrays = jax.tree.map(jnp.asarray, case.drawn())
         return jax.tree.map(np.asarray, jax.jit(function)(*arrays))

@@ -82,7 +82,7 @@ def test_gradients_are_every_derivative(stride, transposed):
 
 
 def test_a_transposed_convolution_is_the_transpose():
-    """Of the convolution that leads from its outputs to its inputs."""
+    """The convolution that leads from its outputs to its inputs."""
     rng = np.random.default_rng(4)
     fine, coarse = sites(2, 8, 20), sites(2, 4, 9)
     x, y = rng.normal(size=(20, 3)), rng.normal(size=(9, 5))

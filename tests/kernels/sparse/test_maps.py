@@ -147,7 +147,7 @@ def test_maps_are_kept_by_the_coordinates_not_by_sizes():
 
 
 def test_a_map_of_a_trace_stays_there():
-    """What an inner function made of outer coordinates, an outer one must not use."""
+    """An outer function must not use what an inner one made of outer coordinates."""
     voxels = drawn_voxels((9,), 5, 1)
 
     def run(coords):
