@@ -51,6 +51,18 @@ def small(monkeypatch):
     )
 
 
+@pytest.fixture
+def longer(monkeypatch):
+    """Both passes take longer than the first, else nothing is left for the backward pass."""
+    turns, times = timing.take_turns, count(1.0)
+
+    def take_turns(contenders, step):
+        ms = next(times)
+        return {name: timing.Spread(ms, ms, ms) for name in turns(contenders, step)}
+
+    monkeypatch.setattr(timing, "take_turns", take_turns)
+
+
 def bench(*arguments, benchmark="wtconv"):
     return CliRunner().invoke(app, ["bench", benchmark, *map(str, arguments)])
 
@@ -114,20 +126,12 @@ def test_plain_sparse_convolutions_are_ours():
 
 
 @pytest.mark.wide
-def test_the_fastest_dense_convolutions_are_kept(tmp_path, monkeypatch):
+def test_the_fastest_dense_convolutions_are_kept(tmp_path, monkeypatch, longer):
     ours = conv2d.conv2d
     monkeypatch.setitem(dense.SHAPES, "tiny", dense.Shape(1, 5, 6, 3, 3, 2, 4))
     monkeypatch.setattr(conv2d, "implementations", lambda shape, dtype: ["mosaic_gpu", "xla"])
     monkeypatch.setattr(conv2d, "conv2d", lambda x, w, implementation, **keys: ours(x, w, **keys))
     monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
-    # Both passes take longer than the first.
-    turns, times = timing.take_turns, count(1.0)
-
-    def longer(contenders, step):
-        ms = next(times)
-        return {name: timing.Spread(ms, ms, ms) for name in turns(contenders, step)}
-
-    monkeypatch.setattr(timing, "take_turns", longer)
     arguments = "--shape", "tiny", "--write-defaults", "--out", tmp_path
     result = bench(*arguments, benchmark="conv2d")
     assert result.exit_code == 0, result.output
@@ -264,7 +268,9 @@ def test_a_device_that_is_not_here(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_several_implementations_are_contenders_and_the_fastest_is_kept(monkeypatch, tmp_path):
+def test_several_implementations_are_contenders_and_the_fastest_is_kept(
+    monkeypatch, tmp_path, longer
+):
     ours = wtconv.wtconv2d
     monkeypatch.setattr(wtconv, "_registered", lambda dtype: {})
     monkeypatch.setattr(wtconv, "implementations", lambda shape, dtype: ["mosaic_tpu", "xla"])

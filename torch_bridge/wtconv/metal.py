@@ -17,7 +17,9 @@ from pallas_kernels.wtconv.problem import Problem
 
 DIFFERENTIABLE = False
 
-SOURCE = Path(__file__).with_name("wtconv.metal")
+# Swift's package manager bundles what lies inside a package alone.
+_SWIFT = Path(__file__).parents[1] / "coreml" / "swift"
+SOURCE = _SWIFT / "Sources" / "WTConvCore" / "Resources" / "wtconv.metal"
 
 _DTYPES = ("float32", "float16")
 _MAX_KERNEL = 9

@@ -1,4 +1,4 @@
-"""Runs `torch_bridge/wtconv/wtconv.metal` on the CPU, as the implementation "metal" launches it."""
+"""Runs `wtconv.metal` on the CPU, as the implementation "metal" launches it."""
 
 import ctypes
 import re
