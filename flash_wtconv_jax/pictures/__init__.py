@@ -11,6 +11,7 @@ from flash_wtconv_jax.pictures.still import (
     Picture,
     check_writable,
     read,
+    resized,
     write,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "is_clip",
     "read",
     "read_clip",
+    "resized",
     "write",
     "write_clip",
 ]

@@ -133,7 +133,7 @@ def write(path: Path, picture: Picture, force: bool = False) -> None:
 
 
 def check_writable(path: Path, picture: Picture | None = None) -> None:
-    """Raises ValueError where a name's ending is no format that can be written, or not this picture.
+    """Raises ValueError where a file of this name cannot be written, or not with this picture.
 
     Example:
         >>> check_writable(Path("a.jpg"), Picture(np.zeros((1, 1, 3)), alpha=np.zeros((1, 1))))
@@ -147,6 +147,28 @@ def check_writable(path: Path, picture: Picture | None = None) -> None:
         raise ValueError(f"{path}: the ending is {path.suffix!r}, expected one of {ends}")
     if picture is not None and picture.alpha is not None and form in _OPAQUE:
         raise ValueError(f"{path}: {form} holds no transparency, name a .png, .tiff or .webp file")
+
+
+def resized(picture: Picture, longer: int) -> Picture:
+    """The picture with a longer side of so many pixels, by Lanczos' filter.
+
+    Example:
+        >>> resized(Picture(np.zeros((4, 6, 3), np.uint8)), 3).pixels.shape
+        (2, 3, 3)
+    """
+    height, width = picture.pixels.shape[:2]
+    scale = longer / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+
+    def filtered(plane: np.ndarray) -> np.ndarray:
+        # Pillow filters 16 bits a sample as floating-point numbers alone, which it does not clip.
+        full = np.iinfo(plane.dtype).max
+        image = Image.fromarray(plane.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)
+        return np.rint(np.clip(image, 0, full)).astype(plane.dtype)
+
+    planes = [filtered(picture.pixels[..., channel]) for channel in range(3)]
+    alpha = None if picture.alpha is None else filtered(picture.alpha)
+    return picture._replace(pixels=np.dstack(planes), alpha=alpha)
 
 
 @contextmanager
