@@ -14,6 +14,7 @@ from flash_wtconv_jax.pictures.still import (
     to_pillow,
 )
 from pallas_kernels.common.files import replacing, writing
+from pallas_kernels.common.types import Keywords
 
 _FORMATS = {".gif": "GIF", ".png": "PNG", ".webp": "WEBP"}
 _USUAL_MS = 100.0
@@ -92,7 +93,7 @@ def write_clip(path: Path, clip: Clip, force: bool = False) -> None:
         raise ValueError(f"{path}: the ending is {path.suffix!r}, an animation wants one of {ends}")
     first, *others = map(to_pillow, clip.frames)
     profile = {"icc_profile": clip.frames[0].profile} if clip.frames[0].profile else {}
-    keys = {}
+    keys: Keywords = {}
     if form == "WEBP":
         keys = {"lossless": True}  # Pillow 13 drops the transparency of frames that lose.
     elif form == "GIF" and clip.frames[0].alpha is not None:

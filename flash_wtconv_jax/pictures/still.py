@@ -164,7 +164,7 @@ def resized(picture: Picture, longer: int) -> Picture:
         # Pillow filters 16 bits a sample as floating-point numbers alone, which it does not clip.
         full = np.iinfo(plane.dtype).max
         image = Image.fromarray(plane.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)
-        return np.rint(np.clip(image, 0, full)).astype(plane.dtype)
+        return np.rint(np.asarray(image).clip(0, full)).astype(plane.dtype)
 
     planes = [filtered(picture.pixels[..., channel]) for channel in range(3)]
     alpha = None if picture.alpha is None else filtered(picture.alpha)
@@ -284,7 +284,8 @@ def _deep_tiff(path: Path, max_pixels: int) -> Picture | None:
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         samples = 65535 - samples
     elif page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
-        raise ValueError(f"{page.photometric.name} in 16 bits a sample, expected grey or RGB")
+        kind = tifffile.PHOTOMETRIC(page.photometric).name
+        raise ValueError(f"{kind} in 16 bits a sample, expected grey or RGB")
     return _from_samples(samples, orientation, profile, None)
 
 
@@ -332,7 +333,6 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _write_tiff(path: Path, picture: Picture) -> None:
-    extra = {} if picture.alpha is None else {"extrasamples": ["unassalpha"]}
     tifffile.imwrite(
         path,
         _stacked(picture),
@@ -340,7 +340,7 @@ def _write_tiff(path: Path, picture: Picture) -> None:
         compression="zlib",
         iccprofile=picture.profile,
         metadata=None,
-        **extra,
+        extrasamples=None if picture.alpha is None else ["unassalpha"],
     )
 
 

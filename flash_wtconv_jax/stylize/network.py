@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flash_wtconv_jax.models.transformer_net import TransformerNet
+from flash_wtconv_jax.nnx import Conv2d
 
 
 class Moments(NamedTuple):
@@ -31,8 +32,8 @@ class Stage(NamedTuple):
         doubled: Whether the convolution sees each pixel of the input as four.
     """
 
-    conv: nnx.Module
-    norm: nnx.Module | None
+    conv: Conv2d
+    norm: nnx.InstanceNorm | None
     stride: int = 1
     doubled: bool = False
 
@@ -41,8 +42,10 @@ class Stage(NamedTuple):
         return self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2) if self.doubled else x)
 
     def normalised(self, y: jax.Array, moments: Moments) -> jax.Array:
-        """An output of `raw` by the given statistics, in its dtype."""
+        """An output of `raw` by the given statistics, in its dtype; that of the last as it is."""
         norm = self.norm
+        if norm is None or norm.scale is None or norm.bias is None:
+            return y
         normal = (y - moments.mean) * jax.lax.rsqrt(moments.var + norm.epsilon)
         return (normal * norm.scale[...] + norm.bias[...]).astype(y.dtype)
 

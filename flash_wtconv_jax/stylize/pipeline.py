@@ -96,9 +96,19 @@ def run(
             raise
 
 
-class _Decoded(NamedTuple):
+class _Still(NamedTuple):
     job: Job
-    content: Picture | Clip
+    picture: Picture
+
+
+class _Moving(NamedTuple):
+    job: Job
+    clip: Clip
+
+
+_Decoded = _Still | _Moving
+_Pending = tuple[list[_Still], Callable[[], np.ndarray], float]
+"""Pictures, what waits for their result, and when they were started."""
 
 
 class _Run:
@@ -154,14 +164,14 @@ class _Run:
                 self._failed(job, error)
                 continue
             self.seconds["decoding"] += seconds
-            yield _Decoded(job, content)
+            yield _Moving(job, content) if isinstance(content, Clip) else _Still(job, content)
 
     def _pictures(self, decoded: Iterator[_Decoded]) -> None:
         """Stylises pictures by themselves; a batch computes while the one before is fetched."""
-        under_way: deque[tuple[list[_Decoded], Callable[[], np.ndarray], float]] = deque()
+        under_way: deque[_Pending] = deque()
         for group in _batches(decoded, self.settings.batch):
-            if isinstance(group[0].content, Clip):
-                self._clip(group[0].job, group[0].content)
+            if isinstance(group, _Moving):
+                self._clip(*group)
                 continue
             begin = time.perf_counter()
             try:
@@ -176,7 +186,7 @@ class _Run:
         while under_way:
             self._fetch(*under_way.popleft())
 
-    def _fetch(self, group: list[_Decoded], finish: Callable[[], np.ndarray], begin: float) -> None:
+    def _fetch(self, group: list[_Still], finish: Callable[[], np.ndarray], begin: float) -> None:
         """Waits for a batch and hands it to the writers; where one fails, each is tried alone."""
         try:
             results = finish()
@@ -190,19 +200,19 @@ class _Run:
             return
         self._computed(begin)
         for one, pixels in zip(group, results, strict=True):
-            self._write(one.job, one.content._replace(pixels=pixels))
+            self._write(one.job, one.picture._replace(pixels=pixels))
 
     def _film(self, decoded: Iterator[_Decoded]) -> None:
         """Stylises frames in turn by statistics averaged over them; a clip is a film of its own."""
-        frames: deque[_Decoded] = deque()
+        frames: deque[_Still] = deque()
 
         def pixels() -> Iterator[np.ndarray]:
             for one in decoded:
-                if isinstance(one.content, Clip):
-                    self._clip(one.job, one.content)
+                if isinstance(one, _Moving):
+                    self._clip(*one)
                 else:
                     frames.append(one)
-                    yield one.content.pixels
+                    yield one.picture.pixels
 
         results = self.network.film(pixels())
         while True:
@@ -218,7 +228,7 @@ class _Run:
                 return
             self._computed(begin)
             one = frames.popleft()
-            self._write(one.job, one.content._replace(pixels=result))
+            self._write(one.job, one.picture._replace(pixels=result))
 
     def _clip(self, job: Job, clip: Clip) -> None:
         begin = time.perf_counter()
@@ -267,27 +277,30 @@ class _Run:
 _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, NotImplementedError)
 
 
-def _batches(decoded: Iterator[_Decoded], size: int) -> Iterator[list[_Decoded]]:
+def _batches(decoded: Iterator[_Decoded], size: int) -> Iterator[list[_Still] | _Moving]:
     """Pictures that follow each other and have one size, at most so many; a clip by itself."""
-    group: list[_Decoded] = []
+    group: list[_Still] = []
     for one in decoded:
-        if group and (len(group) == size or _kind(one) != _kind(group[0])):
+        if group and (
+            len(group) == size or isinstance(one, _Moving) or _kind(one) != _kind(group[0])
+        ):
             yield group
             group = []
-        group.append(one)
+        if isinstance(one, _Moving):
+            yield one
+        else:
+            group.append(one)
     if group:
         yield group
 
 
-def _kind(one: _Decoded) -> object:
-    """What pictures of a batch share; a clip shares it with none."""
-    if isinstance(one.content, Clip):
-        return one.job
-    return one.content.pixels.shape, one.content.pixels.dtype
+def _kind(one: _Still) -> tuple[tuple[int, ...], np.dtype]:
+    """What pictures of a batch share."""
+    return one.picture.pixels.shape, one.picture.pixels.dtype
 
 
-def _stack(group: Sequence[_Decoded]) -> np.ndarray:
-    return np.stack([one.content.pixels for one in group])
+def _stack(group: Sequence[_Still]) -> np.ndarray:
+    return np.stack([one.picture.pixels for one in group])
 
 
 def _decode(job: Job, settings: Settings) -> tuple[Picture | Clip, float]:

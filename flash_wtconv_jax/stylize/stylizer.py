@@ -55,7 +55,7 @@ class Stylizer:
         keep_colour: bool = False,
         tile: int | None = None,
     ) -> None:
-        variables = blend_styles([_load(path) for path in styles], weights)
+        variables = blend_styles([_load(path) for path in styles], np.asarray(weights))
         self.tile = tile
         self._effects = {"strength": strength, "keep_colour": keep_colour}
         dtypes = dict.fromkeys([jnp.dtype(dtype), jnp.dtype("float32")])
@@ -73,8 +73,8 @@ class Stylizer:
             return partial(self._by_tiles, pixels, _TILE)
         if self.tile is not None and max(height, width) > self.tile:
             return partial(self._by_tiles, pixels, self.tile)
-        started = self._finished(pixels, _run(self._models[0], pixels))
-        return partial(self._fetched, pixels, *started)
+        x = jnp.asarray(pixels)
+        return partial(self._fetched, x, *self._finished(x, _run(self._models[0], x)))
 
     def film(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The frames `[H, W, 3]` of a film, in turn, normalised by statistics averaged over them.
@@ -84,7 +84,7 @@ class Stylizer:
         """
         moments: list[Moments] | None = None
         for frame in frames:
-            pixels = frame[None]
+            pixels = jnp.asarray(frame[None])
             for model in self._models:
                 images, kept = _run_with_average(model, pixels, moments)
                 result, finite = self._finished(pixels, images)
@@ -95,7 +95,7 @@ class Stylizer:
             moments = kept
             yield np.asarray(result)[0]
 
-    def _fetched(self, pixels: np.ndarray, result: jax.Array, finite: jax.Array) -> np.ndarray:
+    def _fetched(self, pixels: jax.Array, result: jax.Array, finite: jax.Array) -> np.ndarray:
         for model in self._models[1:]:
             if not finite:
                 result, finite = self._finished(pixels, _run(model, pixels))
@@ -110,15 +110,16 @@ class Stylizer:
         for model in self._models:
             whole = tiled(model, picture, tile)
             # Some rows at a time, since float32 of a whole picture is large.
+            rows = [slice(row, row + tile) for row in range(0, len(picture), tile)]
             parts = [
-                self._finished(picture[None, row : row + tile], whole[None, row : row + tile])
-                for row in range(0, len(picture), tile)
+                self._finished(jnp.asarray(picture[None, some]), jnp.asarray(whole[None, some]))
+                for some in rows
             ]
             if all(finite for _, finite in parts):
                 return np.concatenate([np.asarray(part)[0] for part, _ in parts])
         raise ValueError(_NO_NUMBERS)
 
-    def _finished(self, pixels: np.ndarray, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _finished(self, pixels: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _finished(pixels, images, **self._effects)
 
 

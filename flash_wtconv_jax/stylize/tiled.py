@@ -8,7 +8,7 @@ more, over the whole picture; so every tile is normalised as the whole would be.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, product
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from jax import lax
 
 from flash_wtconv_jax.models.transformer_net import TransformerNet
 from flash_wtconv_jax.stylize.network import Moments, Stage, head, in_range, moments_of, tail, trunk
+
+_Whole = jax.Array | np.ndarray
+"""What tiles are put into: on the device, or on the host."""
 
 _SCALE = 4
 _HALO = 2
@@ -68,11 +71,11 @@ def tiled(model: TransformerNet, picture: np.ndarray, tile: int) -> np.ndarray:
             slice(at * _SCALE, (at + length) * _SCALE)
             for at, length in zip((row, column), window, strict=True)
         )
-        return in_range(picture[rows, columns])[None]
+        return in_range(jnp.asarray(picture[None, rows, columns]))
 
-    small = _end(head(model), of_picture, shape, size, _SCALE)
+    small = jnp.asarray(_end(head(model), of_picture, shape, size, _SCALE))
     small = _trunk(*nnx.split(model), small)
-    whole = _end(tail(model), partial(_window, small), shape, size, 1)
+    whole = np.asarray(_end(tail(model), partial(_window, small), shape, size, 1))
     return whole[0, :height, :width]
 
 
@@ -82,7 +85,7 @@ def _end(
     shape: tuple[int, int],
     size: int,
     scale: int,
-) -> jax.Array | np.ndarray:
+) -> _Whole:
     """One end of the network: its last stage's output for the whole picture.
 
     Args:
@@ -98,19 +101,19 @@ def _end(
     # How many output pixels each stage has for one of the trunk's.
     factors = accumulate(stages, _factor, initial=scale)
     next(factors)
-    sides = [min(size, extent) for extent in shape]
-    window = tuple(min(side + 2 * _HALO, extent) for side, extent in zip(sides, shape, strict=True))
+    sides = min(size, shape[0]), min(size, shape[1])
+    window = min(sides[0] + 2 * _HALO, shape[0]), min(sides[1] + 2 * _HALO, shape[1])
     spans = [list(_spans(*axis)) for axis in zip(shape, sides, window, strict=True)]
     graphdef, state = nnx.split(list(stages))
     known: list[Moments] = []
-    whole = None
+    whole: _Whole | None = None
     for depth, (stage, factor) in enumerate(zip(stages, factors, strict=True), 1):
         sums = []
         for row, column in product(*spans):
             x = part(row.window, column.window, window)
             offsets = [(span.begin - span.window) * factor for span in (row, column)]
             fresh = [(span.fresh - span.begin) * factor for span in (row, column)]
-            kept = tuple(side * factor for side in sides)
+            kept = sides[0] * factor, sides[1] * factor
             own, *of_tile = _tile(graphdef, state, x, known, offsets, fresh, kept, factor)
             sums.append(of_tile)
             if depth == len(stages):
@@ -121,7 +124,7 @@ def _end(
                 whole = _placed(whole, own, row.begin * factor, column.begin * factor)
         if stage.norm is not None:
             known.append(_together(sums))
-    if stages[-1].norm is None:
+    if isinstance(whole, np.ndarray):
         return whole
     return _rectified(graphdef, state, whole, known[-1])
 
@@ -179,10 +182,7 @@ def _tile(
     return own, count, mean, squares
 
 
-Whole = TypeVar("Whole", jax.Array, np.ndarray)
-
-
-def _placed(whole: Whole, own: jax.Array, row: int, column: int) -> Whole:
+def _placed(whole: _Whole, own: jax.Array, row: int, column: int) -> _Whole:
     """The whole with a tile in its place; one on the host is written where it stands."""
     if isinstance(whole, jax.Array):
         return _updated(whole, own, row, column)
