@@ -11,7 +11,7 @@ from typing import NamedTuple
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 
 from pallas_kernels.common.files import replacing, writing
 
@@ -172,7 +172,7 @@ def resized(picture: Picture, longer: int) -> Picture:
 
 
 @contextmanager
-def opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """Yields Pillow's image of a file; whatever it raises names the file in one line."""
     with _named(path), path.open("rb") as file:
         with _OPENING:
@@ -254,7 +254,7 @@ def _from_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _deep_png(path: Path, image: Image.Image) -> Picture:
+def _deep_png(path: Path, image: ImageFile.ImageFile) -> Picture:
     """The picture of a PNG file with 16 bits a sample, of which Pillow would keep 8."""
     exif = image.getexif()
     orientation = exif.pop(ExifTags.Base.Orientation, 1)
