@@ -22,6 +22,7 @@ from torch_bridge.exchange import from_jax
 from torch_bridge.runtime.device import best_device
 from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import LAYERS
+from torch_bridge.wtconv.metal import has_bfloat16
 from torch_bridge.wtconv.on_cpu import cuda, metal
 
 IMPLEMENTATIONS = tuple(map(str, ops.Implementation))
@@ -107,6 +108,8 @@ def _refusal(name: str, unavailable: str | None, device: torch.device, case: Cas
         return unavailable
     if device.type == "mps" and case.dtype == "float64":
         return "MPS has no float64"
+    if device.type == "mps" and case.dtype == "bfloat16" and not has_bfloat16():
+        return "MPS has bfloat16 from macOS 14 on"
     shape = (math.prod(case.batch), case.channels, *case.spatial)
     dtype = getattr(torch, case.dtype)
     try:

@@ -1,7 +1,8 @@
 """The wavelet convolution and Haar cascades on Apple GPUs, by `wtconv.metal`.
 
 `torch.mps.compile_shader` compiles the source when it is first used, for each size of kernel.
-Images are read and written with whatever strides they have.
+Images are read and written with whatever strides they have. Those in bfloat16 need Metal 3.1, which
+PyTorch compiles on macOS 14 and newer.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ DIFFERENTIABLE = False
 _SWIFT = Path(__file__).parents[1] / "coreml" / "swift"
 SOURCE = _SWIFT / "Sources" / "WTConvCore" / "Resources" / "wtconv.metal"
 
-_DTYPES = ("float32", "float16")
+_DTYPES = ("float32", "bfloat16", "float16")
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
 _MAX_PLANE = 2**31
@@ -43,6 +44,12 @@ def unavailable(platform: str) -> str | None:
     return None
 
 
+def has_bfloat16() -> bool:
+    """Whether PyTorch's compiler has the type here: it compiles Metal 3.1 from macOS 14 on."""
+    mps = torch.backends.mps
+    return mps.is_available() and mps.is_macos_or_newer(14, 0)
+
+
 def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` for a problem that these kernels do not compute.
 
@@ -51,6 +58,8 @@ def check(direction: str, problem: Problem) -> None:
         problem: `pallas_kernels.wtconv.problem.Problem`, its shape channels-last.
     """
     reasons = problem.unsupported(_DTYPES, _MAX_KERNEL, _MAX_LEVELS)
+    if problem.dtype == "bfloat16" and not has_bfloat16():
+        reasons.append("bfloat16, which needs Metal 3.1 of macOS 14 or newer")
     if not reasons:
         _, *image = problem.shape
         if image[0] * image[1] * image[2] >= _MAX_PLANE:
@@ -124,7 +133,7 @@ def wavedec2(x: Tensor, level: int = 1) -> list[Tensor]:
     It can be differentiated in reverse mode, any number of times.
 
     Args:
-        x: Images `[N, C, H, W]` on an Apple GPU, float32 or float16.
+        x: Images `[N, C, H, W]` on an Apple GPU, float32, bfloat16 or float16.
         level: Number of levels, 1 to 5.
 
     Returns:

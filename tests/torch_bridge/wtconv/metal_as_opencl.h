@@ -4,6 +4,8 @@
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 
 #define device __global
+// It has no bfloat16; another type of two bytes has the same address spaces.
+#define bfloat half
 #define threadgroup __local
 #define int2(...) ((int2)(__VA_ARGS__))
 #define float4(...) ((float4)(__VA_ARGS__))

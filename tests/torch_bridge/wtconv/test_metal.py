@@ -25,12 +25,14 @@ from torch_bridge.wtconv.on_cpu import metal  # noqa: E402
 
 SOURCE = metal_launch.SOURCE.read_text()
 CPU = torch.device("cpu")
+LOW = [torch.bfloat16, torch.float16]
 ORDERS = [0, 1, 2, 3]
 """Forward, backward, and two shuffled ones."""
 LARGE = [
     # Several squares along each axis, of either size; even kernels, and the largest.
     Case((70, 37), 5, 5, batch=(1,), channels=2),
     Case((33, 40), 2, 4, "float16", batch=(1,), channels=2),
+    Case((37, 34), 3, 5, "bfloat16", batch=(1,), channels=2),
     Case((20, 35), 1, 9, batch=(1,), channels=2),
     Case((16, 3), 3, 8, batch=(3,), channels=1),
     Case((18, 17), 1, 1, batch=(1,), channels=1),
@@ -40,9 +42,11 @@ IMAGES = [
         case
         for case in haar_cases.CASES
         if case.ndim == 2 and case.wavelet == "haar" and 1 <= case.level <= 5
-        if case.dtype in ("float32", "float16") and 0 not in case.batch
+        if case.dtype != "float64" and 0 not in case.batch
     ),
     haar_cases.Case((70, 37), 5, batch=(1,)),
+    haar_cases.Case((34, 21), 3, dtype="bfloat16", batch=(1,)),
+    haar_cases.Case((1, 2), 2, dtype="bfloat16", channels=1),
 ]
 
 
@@ -130,10 +134,12 @@ def channels_first(value, case):
 
 def check_cascades(case, device, memory_format=torch.contiguous_format):
     """Both cascades, which are each other's gradients, and a second derivative."""
-    x, low, details = haar_cases.inputs(case)
-    x, low, *details = (value.astype(case.dtype) for value in (x, low, *details))
+    x, coefficients = case.drawn()
+    x, low, *details = (value.astype(np.float64) for value in (x, *coefficients))
     image, *coeffs = (
-        torch.from_numpy(channels_first(value, case).copy()).to(device)
+        torch.from_numpy(channels_first(value, case).copy())
+        .to(getattr(torch, case.dtype))
+        .to(device)
         for value in (x, low, *reversed(details))
     )
     image = image.contiguous(memory_format=memory_format)
@@ -157,11 +163,47 @@ def check_cascades(case, device, memory_format=torch.contiguous_format):
 
 def assert_close(case, found, want):
     # Rounded once, from float32.
-    bound = 1e-5 if case.dtype == "float32" else 4 * 2.0**-11
+    bound = 1e-5 if case.dtype == "float32" else 2 * torch.finfo(getattr(torch, case.dtype)).eps
     for got, value in zip(found, want, strict=True):
         value = channels_first(value, case)
         assert str(got.dtype) == f"torch.{case.dtype}" and tuple(got.shape) == value.shape
-        assert conformance.worst(got.detach().cpu(), value) <= bound
+        assert conformance.worst(got.detach().cpu().double(), value) <= bound
+
+
+def check_rounded_once(dtype, device, compute, *values):
+    """What is computed of images in low precision is what float32 gives, rounded."""
+    values = [value.to(dtype).to(device) for value in values]
+    for got, value in zip(
+        compute(*values), compute(*(value.float() for value in values)), strict=True
+    ):
+        want = value.to(got.dtype)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def cascades(x, *coeffs):
+    """Both cascades, of images of any size and of coefficients of images of 18 by 19."""
+    return [*metal_launch.wavedec2(x, 2), metal_launch.waverec2(coeffs, shape=(18, 19))]
+
+
+def check_cascades_rounded_once(dtype, device):
+    torch.manual_seed(0)
+    coeffs = (torch.randn(1, 2, *shape) for shape in [(5, 5), (3, 5, 5), (3, 9, 10)])
+    check_rounded_once(dtype, device, cascades, torch.randn(1, 2, 18, 19), *coeffs)
+
+
+def check_convolutions_rounded_once(dtype):
+    """On the CPU: a GPU's compiler may round a product and its sum at once, or not."""
+    torch.manual_seed(0)
+    taps, bias = [torch.randn(rows, 1, 3, 3) for rows in (2, 8, 8)], torch.randn(2)
+
+    def compute(x, dy):
+        return [
+            metal_launch.forward(x, taps, bias, wavelet="haar", transpose=False),
+            metal_launch.forward(dy, taps, None, wavelet="haar", transpose=True),
+            *metal_launch.weight_grad(x, dy, kernel_size=3, levels=2, wavelet="haar"),
+        ]
+
+    check_rounded_once(dtype, CPU, compute, *torch.randn(2, 1, 2, 18, 19))
 
 
 @pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.name)
@@ -169,6 +211,23 @@ def test_cascades(emulated, case):
     for order in ORDERS[:3]:
         with metal.emulated(order=order):
             check_cascades(case, CPU)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_low_precision_is_rounded_once(emulated, dtype):
+    with metal.emulated(order=ORDERS[2]):
+        check_cascades_rounded_once(dtype, CPU)
+        check_convolutions_rounded_once(dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_every_number_of_low_precision(emulated, dtype):
+    """Zeros, infinities, NaNs and the smallest numbers among them."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    with metal.emulated():
+        check_rounded_once(
+            dtype, CPU, partial(metal_launch.wavedec2, level=1), numbers.reshape(1, 1, 256, 256)
+        )
 
 
 def test_a_cascade_of_strided_images(emulated):
@@ -185,8 +244,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"dtype": torch.bfloat16}, "bfloat16, float32, float16 alone"),
-            ({"dtype": torch.float64}, "float64, float32, float16 alone"),
+            ({"dtype": torch.float64}, "float64, float32, bfloat16, float16 alone"),
             ({"kernel_size": 11}, "kernels of 11, up to 9"),
             ({"levels": 0}, "0 levels, 1 to 5"),
             ({"levels": 6}, "6 levels, 1 to 5"),
@@ -218,6 +276,44 @@ class TestRefusals:
             metal_launch.waverec2([low])
 
 
+class TestBeforeMetal31:
+    """macOS 13, whose compiler has no bfloat16."""
+
+    @pytest.fixture(autouse=True)
+    def _emulated(self, emulated):
+        with metal.emulated(version=300):
+            yield
+
+    def test_bfloat16_is_refused(self):
+        reason = "does not take bfloat16, which needs Metal 3.1 of macOS 14 or newer"
+        with pytest.raises(NotImplementedError, match=f"{reason}$"):
+            metal_launch.wavedec2(torch.ones(1, 2, 4, 4, dtype=torch.bfloat16))
+        call = (torch.device("mps"), (1, 2, 7, 8), torch.bfloat16, 5, 1, "db1")
+        with pytest.raises(NotImplementedError, match=f"metal: {reason}"):
+            ops.pick("metal", *call)
+        assert ops.pick(None, *call) == ("eager", "eager")
+
+    def test_the_rest_runs(self):
+        library = metal_launch.library(None, 0)
+        assert not hasattr(library, "analysis_bfloat16") and hasattr(library, "analysis_float16")
+        check_cascades(haar_cases.Case((6, 9), 2, dtype="float16"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("available", "newer", "has"), [(False, None, False), (True, False, False), (True, True, True)]
+)
+def test_bfloat16_comes_with_macos_14(monkeypatch, available, newer, has):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available)
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda *version: {(14, 0): newer}[version]
+    )
+    assert metal_launch.has_bfloat16() is has
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M1")
+    case = Case((4, 4), 1, 3, "bfloat16")
+    refused = check._refusal("eager", None, torch.device("mps"), case)
+    assert refused == (None if has else "MPS has bfloat16 from macOS 14 on")
+
+
 def test_pixels_too_far_apart_come_nearer():
     x = torch.empty_strided((1, 1, 2, 2), (1, 1, 2**31, 1), device="meta")
     assert metal_launch._near(x).stride() == (4, 4, 2, 1)
@@ -230,11 +326,18 @@ def test_needs_an_apple_gpu():
         layer(torch.ones(1, 2, 4, 4))
 
 
+def changed(old, new):
+    """The source with a fault at its one place."""
+    assert SOURCE.count(old) == 1
+    return SOURCE.replace(old, new)
+
+
 class TestPlantedFaults:
     """A fault is caught where some order of the threads fails a check."""
 
     SMALL = Case((18, 19), 2, 3, channels=2)
     EVEN = Case((6, 7), 2, 4, channels=1)
+    LOW = SMALL._replace(dtype="bfloat16")
     IMAGE = haar_cases.Case((40, 33), 3, channels=1)
 
     @pytest.fixture(autouse=True)
@@ -249,16 +352,19 @@ class TestPlantedFaults:
                 metal_launch.library(None, 0)
                 metal_launch.library(case.kernel_size, 8)
                 try:
-                    check_cascades(self.IMAGE, CPU)
+                    check_cascades(self.IMAGE._replace(dtype=case.dtype), CPU)
+                    if case == self.LOW and order == 0:
+                        check_cascades_rounded_once(torch.bfloat16, CPU)
+                        check_convolutions_rounded_once(torch.bfloat16)
                     _, failed = failures([case], results)
-                except (AssertionError, RuntimeError):
+                except (AssertionError, RuntimeError, TypeError):
                     return True
                 if failed:
                     return True
         return False
 
     def test_without_one_nothing_is_caught(self):
-        assert not self.caught(self.SMALL) and not self.caught(self.EVEN)
+        assert not any(map(self.caught, (self.SMALL, self.EVEN, self.LOW)))
 
     @pytest.mark.parametrize("which", range(1, SOURCE.count("threadgroup_barrier(") + 1))
     def test_a_removed_barrier(self, which):
@@ -285,9 +391,28 @@ class TestPlantedFaults:
         ],
     )
     def test_a_changed_source(self, old, new):
-        assert SOURCE.count(old) == 1
         case = self.EVEN if "before" in old else self.SMALL
-        assert self.caught(case, source=SOURCE.replace(old, new))
+        assert self.caught(case, source=changed(old, new))
+
+    @pytest.mark.wide
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("first_level_bfloat16, bfloat, true", "first_level_bfloat16, bfloat, false"),
+            ("first_weights_bfloat16, bfloat, true", "first_weights_bfloat16, bfloat, false"),
+            ("low_bands_bfloat16, bfloat, float", "low_bands_bfloat16, bfloat, bfloat"),
+            # Sums that are rounded on their way.
+            ("low[row][column] = bands.x", "low[row][column] = float(T(bands.x))"),
+            (
+                "low[2 * row][2 * column] = values.x",
+                "low[2 * row][2 * column] = float(T(values.x))",
+            ),
+            ("float low = bands[0][r]", "float low = float(T(bands[0][r]))"),
+            ("+ i) * K + j] = found[j]", "+ i) * K + j] = float(T(found[j]))"),
+        ],
+    )
+    def test_a_changed_source_of_bfloat16(self, old, new):
+        assert self.caught(self.LOW, source=changed(old, new))
 
 
 SANITIZED = """
@@ -350,6 +475,7 @@ def address_space_errors(source, defines):
     for option in (f"-cl-ext={extensions}", "-finclude-default-header"):
         command += ["-Xclang", option]
     command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes", "-include", str(HEADER)]
+    defines = {"__METAL_VERSION__": 310, **defines}
     command += [f"-D{name}={value}" for name, value in defines.items()]
     return subprocess.run([*command, "-"], input=source, capture_output=True, text=True).stderr
 
@@ -404,7 +530,17 @@ def test_every_case_on_an_apple_gpu(apple, name):
 @pytest.mark.mps
 @pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.name)
 def test_cascades_on_an_apple_gpu(apple, case):
+    if case.dtype == "bfloat16" and not metal_launch.has_bfloat16():
+        pytest.skip("needs macOS 14")
     check_cascades(case, apple)
+
+
+@pytest.mark.mps
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_low_precision_is_rounded_once_on_an_apple_gpu(apple, dtype):
+    if dtype == torch.bfloat16 and not metal_launch.has_bfloat16():
+        pytest.skip("needs macOS 14")
+    check_cascades_rounded_once(dtype, apple)
 
 
 @pytest.mark.mps

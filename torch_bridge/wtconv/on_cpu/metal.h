@@ -7,7 +7,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -64,6 +66,24 @@ struct half {
   explicit half(float value) : bits(half_bits(value)) {}
   explicit operator float() const { return half_number(bits); }
 };
+
+#if __METAL_VERSION__ >= 310
+// The upper half of a float32, rounded to nearest even.
+struct bfloat {
+  std::uint16_t bits;
+  explicit bfloat(float value) {
+    std::uint32_t whole;
+    std::memcpy(&whole, &value, sizeof whole);
+    bits = std::isnan(value) ? 0x7fc0 : (whole + 0x7fff + (whole >> 16 & 1)) >> 16;
+  }
+  explicit operator float() const {
+    const std::uint32_t whole = std::uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &whole, sizeof value);
+    return value;
+  }
+};
+#endif
 
 namespace metal {
 enum class mem_flags { mem_threadgroup };

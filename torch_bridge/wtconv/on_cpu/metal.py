@@ -23,7 +23,7 @@ _KERNEL = re.compile(
     r"\[\[kernel, max_total_threads_per_threadgroup\(([^)]*)\)\]\] void (\w+)\((.*?)\) \{", re.S
 )
 _BUFFER = re.compile(r"(?:device|constant) (const )?(\w+)([*&]) \w+ \[\[buffer\((\d+)\)\]\]")
-_DTYPES = {"float": torch.float32, "half": torch.float16}
+_DTYPES = {"float": torch.float32, "half": torch.float16, "bfloat": torch.bfloat16}
 _BUILT_IN = {
     "threadgroup_position_in_grid": "metal_on_cpu::group",
     "thread_position_in_threadgroup": "metal_on_cpu::thread_in_group()",
@@ -33,7 +33,11 @@ _BUILT_IN = {
 
 @contextmanager
 def emulated(
-    source: str | None = None, order: int = 0, without: int = 0, flags: Sequence[str] = ()
+    source: str | None = None,
+    order: int = 0,
+    without: int = 0,
+    flags: Sequence[str] = (),
+    version: int = 310,
 ) -> Iterator[None]:
     """Lets the implementation "metal" take tensors of the CPU, and launch there.
 
@@ -43,6 +47,7 @@ def emulated(
             1 in reverse, any other number at random, always the same.
         without: Number of a barrier of the source, from 1 on, that is not there.
         flags: More of the compiler's options.
+        version: Version of the Metal language: 300 is that of macOS 13, without bfloat16.
 
     Raises:
         RuntimeError: From a launch whose source does not compile, or in which not all threads of a
@@ -59,13 +64,14 @@ def emulated(
 
     def compile_shader(text: str) -> Library:
         text = text if source is None else text.replace(own, source)
-        return Library(text, tuple(flags), order, without)
+        return Library(text, (f"-D__METAL_VERSION__={version}", *flags), order, without)
 
     with (
         patch.object(torch.mps, "compile_shader", compile_shader),
         patch.multiple(
             metal_launch,
             unavailable=lambda platform: None,
+            has_bfloat16=lambda: version >= 310,
             # A library of the device stays there.
             library=cache(metal_launch.library.__wrapped__),
         ),
@@ -138,7 +144,7 @@ def _launch(
 def _built(source: str, flags: tuple[str, ...]) -> tuple[ctypes.CDLL, dict[str, list[Buffer]]]:
     """The library for the CPU, and the buffers that each of its kernels takes."""
     # Macros make the kernels; the compiler's header would hide what it cannot read.
-    expanded = _run(["g++", "-E", "-P", "-x", "c++", "-"], source.replace(_INCLUDE, ""))
+    expanded = _run(["g++", *flags, "-E", "-P", "-x", "c++", "-"], source.replace(_INCLUDE, ""))
     code, kernels = "", {}
     for limit, name, parameters in _KERNEL.findall(expanded):
         found = _BUFFER.findall(parameters)

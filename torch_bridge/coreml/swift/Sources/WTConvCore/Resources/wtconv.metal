@@ -2,6 +2,7 @@
 //
 // A threadgroup treats a square of one plane, an image of one channel. Bands come in the order LL,
 // LH, HL, HH, high along no axis, H, W, both. Everything between loads and stores is float32.
+// Kernels of bfloat16 are there from Metal 3.1 on, which has the type.
 //
 // Compiled as it is, this holds the cascades. It is one level of the wavelet convolution if the
 // lines before it define
@@ -196,6 +197,11 @@ ANALYSIS(analysis_float32, float, float, true)
 ANALYSIS(analysis_float16, half, half, true)
 SYNTHESIS(synthesis_float32, float)
 SYNTHESIS(synthesis_float16, half)
+#if __METAL_VERSION__ >= 310
+ANALYSIS(low_bands_bfloat16, bfloat, float, false)
+ANALYSIS(analysis_bfloat16, bfloat, bfloat, true)
+SYNTHESIS(synthesis_bfloat16, bfloat)
+#endif
 
 #else
 
@@ -336,6 +342,9 @@ inline void convolve_level(device const T* x, device const float* below, device 
 
 LEVEL(first_level_float32, float, true)
 LEVEL(first_level_float16, half, true)
+#if __METAL_VERSION__ >= 310
+LEVEL(first_level_bfloat16, bfloat, true)
+#endif
 LEVEL(level_float32, float, false)
 
 constant constexpr int SUMMING = 256;
@@ -427,6 +436,9 @@ inline void correlate(device const T* x, device const T* dy, device float* sums,
 
 WEIGHTS(first_weights_float32, float, true)
 WEIGHTS(first_weights_float16, half, true)
+#if __METAL_VERSION__ >= 310
+WEIGHTS(first_weights_bfloat16, bfloat, true)
+#endif
 WEIGHTS(weights_float32, float, false)
 
 #endif
