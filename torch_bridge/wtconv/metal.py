@@ -59,7 +59,7 @@ def check(direction: str, problem: Problem) -> None:
     """
     reasons = problem.unsupported(_DTYPES, _MAX_KERNEL, _MAX_LEVELS)
     if problem.dtype == "bfloat16" and not has_bfloat16():
-        reasons.append("bfloat16, which needs Metal 3.1 of macOS 14 or newer")
+        reasons.append("bfloat16, which needs Metal 3.1: macOS 14 or newer")
     if not reasons:
         _, *image = problem.shape
         if image[0] * image[1] * image[2] >= _MAX_PLANE:

@@ -22,7 +22,7 @@ inline unsigned short half_bits(float value) {
   const unsigned short sign = std::signbit(value) ? 0x8000 : 0;
   const float size = std::fabs(value);
   if (std::isnan(value)) return 0x7e00;
-  // Its exponent, as the library tells it, is not the least.
+  // std::frexp tells of it the exponent 0, which numbers near 1 have.
   if (size == 0.0f) return sign;
   if (size >= 65520.0f) return sign | 0x7c00;
   int exponent = 0;
