@@ -20,6 +20,7 @@ from flash_wtconv_jax.cli.erf import erf
 from flash_wtconv_jax.cli.info import info
 from flash_wtconv_jax.cli.stylize import stylize
 from flash_wtconv_jax.cli.tpu_report import tpu_report
+from flash_wtconv_jax.cli.train_style import train_style
 
 app = typer.Typer(
     name="flash-wtconv",
@@ -37,6 +38,7 @@ app.command()(erf)
 app.command()(convert)
 app.command()(stylize)
 app.command()(tpu_report)
+app.command()(train_style)
 
 
 def main() -> None:
@@ -60,6 +62,7 @@ def run(app: Callable[[], object]) -> None:
     except ModuleNotFoundError as error:
         extras = {
             "PIL": "stylize",
+            "h5py": "stylize",
             "imagecodecs": "stylize",
             "libtpu": "tpu",
             "matplotlib": "plot",
