@@ -15,7 +15,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.common import device
 from pallas_kernels.common.arguments import (
-    LARGEST,
     Precision,
     checked_array,
     checked_dtype,
@@ -27,6 +26,7 @@ from pallas_kernels.common.arguments import (
     sharded,
     surely,
 )
+from pallas_kernels.common.integers import LARGEST
 from pallas_kernels.common.measurement import request
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.conv2d import vjp
