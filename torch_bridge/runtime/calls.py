@@ -144,10 +144,24 @@ def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         return tuple(x.shape), x.stride()
     if not tells_sizes():
         return (1, x.shape[1], *(1,) * (x.ndim - 2)), None
+    return tuple(map(number, x.shape)), tuple(map(number, x.stride()))
+
+
+def number(size: int) -> int:
+    """A size as a number: of a traced program, that which it is traced with, see `known`.
+
+    Example:
+        >>> number(3)
+        3
+    """
+    if not torch.compiler.is_compiling():
+        return size
+    if not tells_sizes():
+        return int(size)
     # A size that depends on data counts as 1.
     from torch.fx.experimental.symbolic_shapes import optimization_hint as hint
 
-    return tuple(hint(n, 1) for n in x.shape), tuple(hint(n, 1) for n in x.stride())
+    return hint(size, 1)
 
 
 def tells_sizes() -> bool:

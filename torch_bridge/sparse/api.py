@@ -27,7 +27,7 @@ from torch_bridge.sparse.voxels import FLOATING, Voxels, floating
 
 __all__ = ["Implementation", "spatially_sparse_conv", "spatially_sparse_depthwise_conv"]
 
-_PRECISIONS = {None: "ieee", "highest": "ieee", "high": "tf32x3", "default": "tf32"}
+_PRECISIONS = {"highest": "ieee", "high": "tf32x3", "default": "tf32"}
 """Triton's names for precisions of float32 products, by JAX's."""
 
 
@@ -113,7 +113,8 @@ def spatially_sparse_conv(
     x, w = floating(voxels.features, "voxels.features"), floating(weight, "weight")
     check_name(stride_mode, "stride_mode", STRIDE_MODES)
     check_name(stride_reduce, "stride_reduce", POOL_REDUCTIONS)
-    check_name(precision, "precision", _PRECISIONS)
+    precision = "highest" if precision is None else precision
+    check_name(precision, "precision", tuple(_PRECISIONS))
     window = checked_window(kernel_size, stride, kernel_dilation, voxels.ndim)
     window = window._replace(
         groups=checked_integer(groups, "groups", least=1), transposed=bool(transposed)
@@ -153,7 +154,7 @@ def spatially_sparse_conv(
             )
         out = output_voxels or voxels
         check_map(kernel_map, window, voxels, out)
-    rest = features, window, voxels.batch_size, precision
+    rest = features, window, voxels.batch_size, _PRECISIONS[precision]
     y = _convolved(x, w, kernel_map, fwd_algo, bwd_algo, *rest).to(dtype)
     if bias is not None:
         y = torch.where(out.valid[:, None], y + bias.to(y.dtype), 0)
@@ -219,7 +220,7 @@ def spatially_sparse_depthwise_conv(
         )
     x, w, dtype = _operands(x, w, compute_dtype)
     window = kernel_map.window._replace(groups=channels)
-    y = _convolved(x, w, kernel_map, fwd_algo, bwd_algo, channels, window, 1, None)
+    y = _convolved(x, w, kernel_map, fwd_algo, bwd_algo, channels, window, 1, "ieee")
     return y[:rows].to(dtype)
 
 
@@ -260,7 +261,7 @@ def _convolved(
     features: int,
     window: Window,
     batch_size: int,
-    precision: str | None,
+    precision: str,
 ) -> Tensor:
     """The convolution by what is picked for it."""
     (capacity, channels), told = calls.known(x)
@@ -268,13 +269,13 @@ def _convolved(
         fwd_algo,
         bwd_algo,
         x.device,
-        (batch_size, capacity, channels),
+        (calls.number(batch_size), capacity, channels),
         x.dtype,
-        features,
-        tuple(window),
+        calls.number(features),
+        tuple(window._replace(groups=calls.number(window.groups))),
         w.ndim == 2,
-        _PRECISIONS[precision],
+        precision,
         told is not None,
         torch.is_grad_enabled() and (x.requires_grad or w.requires_grad),
     )
-    return ops.convolution(x, w, found, _PRECISIONS[precision], picked)
+    return ops.convolution(x, w, found, precision, picked)
