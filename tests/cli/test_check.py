@@ -158,8 +158,9 @@ class TestTorch:
         assert "skip wtconv triton, 2 cases: needs a GPU, this is cpu" in output
         assert "skip wtconv metal, 2 cases: needs an Apple GPU, this is cpu" in output
         rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-        assert {row["operator"] for row in rows} == {"wtconv", "sparse_conv", "sparse_depthwise_conv"}
-        for name in ("sparse_conv", "sparse_depthwise_conv"):
+        sparse = "sparse_conv", "sparse_depthwise_conv"
+        assert {row["operator"] for row in rows} == {"wtconv", *sparse}
+        for name in sparse:
             own = [(r["backend"], r["status"]) for r in rows if r["operator"] == name]
             assert own == [("triton", "skip"), ("eager", "pass")]
         assert [row["backend"] for row in rows if row["operator"] == "wtconv"] == [

@@ -105,6 +105,8 @@ def kernels(operator, dtype):
     """Constants of each kernel of an operator."""
     if operator.startswith("wtconv"):
         return SIZES if operator.endswith("sizes") else WTCONV
+    if operator == "sparse torch":
+        return {name: sparse(dtype)[name] for name in ("tile_lists", "conv", "depthwise")}
     if operator in ("conv2d", "sparse"):
         return {"conv2d": conv2d, "sparse": sparse}[operator](dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
@@ -119,7 +121,9 @@ def compiled(operator, name, target, dtype):
     constants = {"num_warps": 4} | kernels(operator, dtype)[name]
     options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
     types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(TAPS, "*fp32")
-    types |= dict.fromkeys(ROWS, "*i32") | {"masks": "*u32"}
+    # PyTorch has hardly any operation of numbers without a sign.
+    masks = "*i32" if operator.endswith("torch") else "*u32"
+    types |= dict.fromkeys(ROWS, "*i32") | {"masks": masks}
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "i32")
         for argument in kernel.arg_names

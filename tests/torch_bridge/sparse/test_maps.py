@@ -41,8 +41,8 @@ def both(case):
     return results
 
 
-NARROW = (1, 11, 15, 16)
-"""One case of each rule of the output; the others take the same paths with other numbers."""
+NARROW = (5, 15)
+"""The others take JAX seconds to compile, each."""
 
 
 @pytest.mark.parametrize(
