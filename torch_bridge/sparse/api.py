@@ -157,7 +157,7 @@ def spatially_sparse_conv(
     rest = features, window, voxels.batch_size, _PRECISIONS[precision]
     y = _convolved(x, w, kernel_map, fwd_algo, bwd_algo, *rest).to(dtype)
     if bias is not None:
-        y = torch.where(out.valid[:, None], y + bias.to(y.dtype), 0)
+        y = (y + bias.to(y.dtype)).masked_fill(~out.valid[:, None], 0)
     return out.with_features(y)
 
 

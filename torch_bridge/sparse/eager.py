@@ -81,8 +81,8 @@ def read(dy: Tensor, rows: RowTable) -> Tensor:
 
     A row that reads nothing may hold anything, NaN too.
     """
-    reads = (rows.table >= 0).any(0)
-    return torch.where(reads[:, None], dy, 0).to(accumulation_dtype(dy.dtype))
+    nothing = (rows.table < 0).all(0)
+    return dy.masked_fill(nothing[:, None], 0).to(accumulation_dtype(dy.dtype))
 
 
 def with_zeros(x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def take(padded: Tensor, rows: Tensor) -> Tensor:
         >>> take(with_zeros(torch.tensor([[5.0], [6.0]])), torch.tensor([1, -1])).tolist()
         [[6.0], [0.0]]
     """
-    return padded.index_select(0, torch.where(rows < 0, len(padded) - 1, rows))
+    return padded.index_select(0, rows.masked_fill(rows < 0, len(padded) - 1))
 
 
 def _gathered(x: Tensor, rows: RowTable, groups: int, at_once: int) -> Iterator[tuple[int, Tensor]]:

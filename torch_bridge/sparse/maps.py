@@ -341,12 +341,14 @@ def _unpacked(keys: Tensor, ndim: int, rows: int) -> _Sites:
 
 def _steps(window: Window, first: tuple[int, ...], device: torch.device) -> Tensor:
     """What the offsets add to `stride u`, `int64 [K, D]`."""
-    origin = window.offsets()[0]
-    each = [
-        [f + at - o for f, at, o in zip(first, offset, origin, strict=True)]
-        for offset in window.offsets()
-    ]
-    return torch.tensor(each, device=device)
+    # Reckoned there: a CUDA graph that is captured takes nothing from the host.
+    offset = torch.arange(window.taps, device=device)
+    columns = []
+    sizes = zip(window.kernel_size, window.dilation, first, strict=True)
+    for size, dilation, start in reversed(list(sizes)):
+        columns.append(offset % size * dilation + start)
+        offset = offset // size
+    return torch.stack(columns[::-1], 1)
 
 
 def _expanded(sites: _Sites, window: Window, first: tuple[int, ...], capacity: int) -> _Sites:
@@ -389,7 +391,7 @@ def _searched(read: _Sites, reading: _Sites, window: Window, first: tuple[int, .
         wanted = packed(sample, places, valid)
         at = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
         hit = (keys[at] == wanted) & (wanted != MISSING)
-        parts.append(torch.where(hit, rows[at], -1))
+        parts.append(rows[at].masked_fill(~hit, -1))
     return torch.cat(parts)
 
 
@@ -402,7 +404,7 @@ def _reversed(table: Tensor, capacity: int) -> Tensor:
     parts = []
     for some in table.split(max(1, _QUERIES_AT_ONCE // max(1, table.shape[1]))):
         # What is read by none falls behind the last.
-        places = torch.where(some < 0, capacity, some).long()
+        places = some.masked_fill(some < 0, capacity).long()
         empty = some.new_full((len(some), capacity + 1), -1)
         parts.append(empty.scatter(1, places, rows.expand_as(some))[:, :capacity])
     return torch.cat(parts).contiguous()

@@ -127,8 +127,8 @@ def pick(
 
     Example:
         >>> window = (3,), (1,), (1,), 1, False
-        >>> pick(None, "eager", torch.device("cpu"), (1, 8, 4), torch.float32, 2, window)
-        ('eager else', 'eager')
+        >>> pick(None, None, torch.device("cpu"), (1, 8, 4), torch.float32, 2, window)
+        ('eager else', 'eager else')
     """
     if calls.differentiated_by_func():
         raise NotImplementedError(

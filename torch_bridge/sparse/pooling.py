@@ -84,7 +84,7 @@ class _Greatest(torch.autograd.Function):
         most = x.new_full((table.shape[1], x.shape[1]), -torch.inf)
         for rows in table:
             most = torch.maximum(most, _read(x, rows, -torch.inf))
-        return torch.where((table >= 0).any(0)[:, None], most, 0)
+        return most.masked_fill((table < 0).all(0)[:, None], 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -102,8 +102,8 @@ class _Greatest(torch.autograd.Function):
         share = dy / ties.clamp(min=1)
         dx = torch.zeros_like(x, dtype=share.dtype)
         for rows in reverse:
-            chosen = (rows[:, None] >= 0) & (_read(y, rows, 0) == x)
-            dx = dx + torch.where(chosen, _read(share, rows, 0), 0)
+            others = (rows[:, None] < 0) | (_read(y, rows, 0) != x)
+            dx = dx + _read(share, rows, 0).masked_fill(others, 0)
         return dx.to(x.dtype), None, None
 
 
@@ -111,4 +111,4 @@ def _read(x: Tensor, rows: Tensor, otherwise: float) -> Tensor:
     """The rows of x, another number for those that are -1."""
     # The gradient of an embedding has a fixed order, unlike that of an index.
     found = functional.embedding(rows.clamp(min=0).long(), x)
-    return torch.where(rows[:, None] < 0, otherwise, found)
+    return found.masked_fill(rows[:, None] < 0, otherwise)

@@ -168,15 +168,15 @@ def pack(coords: Tensor, valid: Tensor | None = None) -> Tensor:
 
 def packed(sample: Tensor, axes: Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
     """The keys of samples and axes, int64 of shapes that fit each other; see `pack`."""
-    inside = (sample >= 0) & (sample < MOST_SAMPLES)
+    outside = (sample < 0) | (sample >= MOST_SAMPLES)
     # Of half the samples the keys are negative, so that the greatest number is left for the rest.
     key = (sample - MOST_SAMPLES // 2) << (3 * _BITS)
     for i, axis in enumerate(reversed(axes)):
-        inside = inside & (axis >= -LIMIT) & (axis < LIMIT)
+        outside = outside | (axis < -LIMIT) | (axis >= LIMIT)
         key = key + ((axis + LIMIT) << (i * _BITS))
     if valid is not None:
-        inside = inside & valid
-    return torch.where(inside, key, MISSING)
+        outside = outside | ~valid
+    return key.masked_fill(outside, MISSING)
 
 
 def unpack(keys: Tensor, ndim: int) -> Tensor:
@@ -197,7 +197,7 @@ def unpack(keys: Tensor, ndim: int) -> Tensor:
     for i in reversed(range(ndim)):
         columns.append(((keys >> (i * _BITS)) & (2 * LIMIT - 1)) - LIMIT)
     found = torch.stack(columns, 1).int()
-    return torch.where((keys == MISSING)[:, None], -1, found)
+    return found.masked_fill((keys == MISSING)[:, None], -1)
 
 
 def first_of_equals(keys: Tensor) -> Tensor:
@@ -245,8 +245,8 @@ def unique_keys(keys: Tensor, capacity: int) -> UniqueKeys:
     wanted = torch.arange(1, capacity + 1, device=keys.device)
     at = torch.searchsorted(ranks, wanted).clamp_(max=max(len(ordered) - 1, 0))
     padded = ordered if len(ordered) else ordered.new_full((1,), MISSING)
-    found = torch.where(wanted <= count, padded[at], MISSING)
-    overflow = torch.where(count > capacity, FULL, 0).int()
+    found = padded[at].masked_fill(wanted > count, MISSING)
+    overflow = (count > capacity).int() * FULL
     return UniqueKeys(found, count.clamp(max=capacity).int(), overflow)
 
 
@@ -441,7 +441,7 @@ def to_dense(voxels: Voxels, sizes: Sequence[int]) -> Tensor:
     for size, column in zip(shape, coords.unbind(1), strict=True):
         cell = cell * size + column
     # The rows that are left out share a cell behind the last.
-    cell = torch.where(inside, cell, cells)
+    cell = cell.masked_fill(~inside, cells)
     grid = x.new_zeros((cells + 1, x.shape[1])).index_put((cell,), x)
     return grid[:cells].reshape(*shape, x.shape[1])
 
@@ -512,17 +512,16 @@ def from_points(
     rows = rounded_capacity(at.shape[0])
     if capacity is not None:
         rows = checked_integer(capacity, "capacity", least=1)
-    places = torch.cat([own[:, None], torch.where(fits, cells, 0).long()], 1)
+    places = torch.cat([own[:, None], cells.masked_fill(~fits, 0).long()], 1)
     keys = pack(places, inside)
     found = unique_keys(keys, rows)
     place = torch.searchsorted(found.keys, keys).int()
-    outside = (keys == MISSING) | (place >= rows)
-    place = torch.where(outside, -1, place)
+    place = place.masked_fill((keys == MISSING) | (place >= rows), -1)
     voxels = Voxels(
         unpack(found.keys, at.shape[1]),
         _reduced(x, place, rows, reduce),
         found.total,
-        found.overflow | torch.where(inside.all(), 0, OUTSIDE).int(),
+        found.overflow | (~inside.all()).int() * OUTSIDE,
         batch,
         (1,) * at.shape[1],
     )
@@ -546,7 +545,7 @@ def to_points(voxels: Voxels, rows: Tensor) -> Tensor:
     """
     # The gradient of an embedding has a fixed order, unlike that of an index.
     found = functional.embedding(rows.clamp(min=0).long(), voxels.features)
-    return torch.where((rows >= 0)[:, None], found, 0)
+    return found.masked_fill((rows < 0)[:, None], 0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -608,8 +607,7 @@ def _faults(coords: Tensor, samples: int) -> Tensor:
     outside = (keys == MISSING) | (coords[:, 0] >= samples)
     ordered = keys.sort().values
     twice = (ordered != MISSING) & ~first_of_equals(ordered)
-    found = torch.where(outside.any(), OUTSIDE, 0) + torch.where(twice.any(), TWICE, 0)
-    return found.int()
+    return outside.any().int() * OUTSIDE + twice.any().int() * TWICE
 
 
 def _reduced(x: Tensor, place: Tensor, rows: int, reduce: str) -> Tensor:
@@ -619,10 +617,10 @@ def _reduced(x: Tensor, place: Tensor, rows: int, reduce: str) -> Tensor:
     ordered, order = place.sort(stable=True)
     bounds = torch.arange(rows + 1, device=place.device, dtype=place.dtype)
     starts = torch.searchsorted(ordered, bounds)
-    there = (starts[1:] > starts[:-1])[:, None]
+    empty = (starts[1:] == starts[:-1])[:, None]
     if reduce == "first":
         chosen = order[starts[:-1].clamp(max=len(order) - 1)]
-        return torch.where(there, functional.embedding(chosen, x), 0)
+        return functional.embedding(chosen, x).masked_fill(empty, 0)
     wide = functional.embedding(order, x.to(accumulation_dtype(x.dtype)))
     found = torch.segment_reduce(wide, reduce, offsets=starts, axis=0)
-    return torch.where(there, found, 0).to(x.dtype)
+    return found.masked_fill(empty, 0).to(x.dtype)
