@@ -190,5 +190,10 @@ def examples(values: Sequence[Tensor], in_dims: Sequence[int | None], i: int) ->
 
 
 def example(value: Any, in_dim: int | None, i: int) -> Any:
-    """One example of an argument of `torch.vmap`, or the argument where it has no such axis."""
+    """One example of an argument of `torch.vmap`, or the argument where it has no such axis.
+
+    Example:
+        >>> example(torch.tensor([[1, 2], [3, 4]]), 1, 0).tolist(), example("ieee", None, 0)
+        ([1, 3], 'ieee')
+    """
     return value if in_dim is None else value.select(in_dim, i)

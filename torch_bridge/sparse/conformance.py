@@ -71,7 +71,9 @@ def computed(
         )
         return out.features, out.coords
 
-    def depthwise(coords: Tensor, x: Tensor, w: Tensor, bias: None) -> tuple[Tensor, Tensor]:
+    def depthwise(
+        coords: Tensor, x: Tensor, w: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         given, onto = voxels(case, coords, x)
         sizes = case.kernel_size, case.stride, case.dilation
         found, out = kernel_map(given, *sizes, transposed=case.transposed, output_voxels=onto)

@@ -29,7 +29,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from pallas_kernels.common.types import Tree
+from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.dispatch import Choice, Operator, Request, backend, until_forgotten
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.sparse.algorithms import aliases
@@ -297,9 +297,9 @@ def weight_grad(
     """The gradient of weights of a shape, bilinear in x and dy; other arguments as `apply`'s."""
 
     def compute(module: _Backend, config: Mapping[str, int]) -> Tensor:
-        sizes: dict[str, Any] = {"shape": tuple(shape), "precision": precision}
+        keywords: Keywords = {"shape": tuple(shape), "precision": precision, **config}
         with calls.without_autocast(x):
-            return module.weight_grad(x, dy, RowTable(*rows), **sizes, **config)
+            return module.weight_grad(x, dy, RowTable(*rows), **keywords)
 
     return _computed("bwd", bwd, x, shape, compute)
 

@@ -431,7 +431,7 @@ def _(
     if of_x is not None and of_bias is None and all(dim is None for dim in of_taps):
         x = x.movedim(of_x, 0)
         return apply(x.flatten(0, 1), taps, bias, *rest).reshape(x.shape), 0
-    calls = [
+    found = [
         apply(
             calls.example(x, of_x, i),
             calls.examples(taps, of_taps, i),
@@ -440,7 +440,7 @@ def _(
         )
         for i in range(info.batch_size)
     ]
-    return torch.stack(calls), 0
+    return torch.stack(found), 0
 
 
 @weight_grad.register_vmap
@@ -448,8 +448,8 @@ def _(
     info: Any, in_dims: tuple[Tree, ...], x: Tensor, dy: Tensor, *rest: Any
 ) -> tuple[list[Tensor], list[int]]:
     """It sums over its batch: one call after the other."""
-    calls = [
+    found = [
         weight_grad(*calls.examples((x, dy), in_dims[:2], i), *rest) for i in range(info.batch_size)
     ]
-    stacked = [torch.stack(examples) for examples in zip(*calls, strict=True)]
+    stacked = [torch.stack(examples) for examples in zip(*found, strict=True)]
     return stacked, [0] * len(stacked)
