@@ -84,7 +84,10 @@ LOW = Case((9, 4), 5, 4, 8, 3, 2, groups=2, ndim=2, dtype="float16")
         wide(DEPTHWISE[2], True),
         wide(LOW, False),
         wide(DEPTHWISE[8], False),
-        *(wide(case, False) for case in (CASES[1], CASES[3], CASES[13], CASES[15], CASES[17])),
+        *(wide(case, False) for case in (CASES[1], CASES[15])),
+        wide(Case((5, 3), 9, 4, 6, 3, 3, 2, groups=2, ndim=1, bias=True), False),
+        wide(Case((5,), 9, 4, 4, ndim=1, generative=True), False),
+        wide(Case((5, 3), 9, 4, 4, 3, 2, ndim=1, stride_mode="reduce_and_stride"), False),
     ],
 )
 def test_interpreted_kernels_are_the_oracles(interpreter, case):
@@ -98,8 +101,9 @@ def test_kernels_compile_for_the_masks_of_pytorch(tmp_path):
     pytest.importorskip("triton", reason="Triton is for Linux alone")
     from helpers.triton import compiled_resources
 
-    resources = compiled_resources("sparse torch", "all", tmp_path)
-    assert {"conv sm_90 fp16", "depthwise sm_90 fp16", "tile_lists sm_90 fp16"} < set(resources)
+    resources = compiled_resources("sparse torch", "some", tmp_path)
+    assert {name.split()[0] for name in resources} == {"conv", "depthwise", "tile_lists"}
+    assert "conv sm_90 fp16" in resources
     for kernel, (registers, spilled) in resources.items():
         assert registers <= 255 and spilled <= 16, (kernel, registers, spilled)
 
@@ -188,9 +192,9 @@ def with_gradients(call, voxels, w):
     return out, torch.autograd.grad(out.features.sin().sum(), leaves)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
-    # Inductor would compile C++ for a minute; "aot_eager" traces the same graphs, both ways.
+    """Three maps of unknown sizes, which PyTorch's compiler reckons with for a minute."""
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=True)
     for count in (9, 20):
         given = drawn(count)
@@ -215,13 +219,18 @@ def test_a_program_holds_the_kernels_choice_and_tells_of_overflow(interpreter):
         )
 
     voxels, w = drawn(9)
+    # Inductor would compile C++ for a minute; "aot_eager" traces the same graphs, both ways.
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     with tuning("off"):
-        out = torch.compile(call, fullgraph=True, backend="aot_eager")(voxels, w)
+        out = compiled(voxels, w.requires_grad_())
         with pytest.raises(ValueError, match="more voxels than a capacity, here 2"):
             out.check()
         with pytest.raises(ValueError, match="more voxels than a capacity, here 2"):
             call(voxels, w)
-    assert int(out.num_valid) == 2
+        want = torch_bridge.spatially_sparse_conv(voxels, w, 3, 2, fwd_algo="eager")
+    torch.testing.assert_close(out.features, want.features[:2])
+    got, other = (torch.autograd.grad(each.features[:2].sum(), w) for each in (out, want))
+    torch.testing.assert_close(got, other)
 
 
 @pytest.mark.wide
