@@ -23,6 +23,7 @@ from pallas_kernels.sparse.checks import (
     STRIDE_MODES,
     check_map,
     check_name,
+    check_pools,
     checked_weight,
     checked_window,
 )
@@ -139,11 +140,7 @@ def spatially_sparse_conv(
     checked = checked_precision(precision)
     x, w = operands(x, w, compute_dtype)
     if stride_mode == "reduce_and_stride" and set(window.stride) != {1}:
-        if transposed or output_voxels is not None:
-            given = "transposed=True" if transposed else "output_voxels"
-            raise ValueError(
-                f"{given}: stride_mode='reduce_and_stride' pools onto voxels of its own"
-            )
+        check_pools(transposed, output_voxels)
         voxels = pool(voxels.with_features(x), window.stride, reduce=stride_reduce)
         x, window = voxels.features, window._replace(stride=(1,) * voxels.ndim)
     if kernel_map is None:
@@ -160,14 +157,9 @@ def spatially_sparse_conv(
             out_capacity=out_capacity,
         )
     else:
-        own = generative or transposed or output_rule == "full" or set(window.stride) != {1}
-        if own and output_voxels is None:
-            raise ValueError(
-                "output_voxels=None: with kernel_map= give the voxels too that kernel_map() "
-                "returned beside it, for the output has other voxels than the input"
-            )
+        expands = generative or output_rule == "full"
+        check_map(kernel_map, window, voxels, output_voxels, expands)
         out = output_voxels or voxels
-        check_map(kernel_map, window, voxels, out)
     problem = Problem((voxels.batch_size, *x.shape), x.dtype, features, window)
     plan = planned(OPERATOR, problem, fwd_algo, bwd_algo, checked)
     y = vjp.convolution(plan, x, w, kernel_map).astype(dtype)

@@ -143,6 +143,22 @@ def checked_samples(batch_size: object) -> int:
     return samples
 
 
+def checked_voxel_size(voxel_size: float | Sequence[float], ndim: int) -> np.ndarray:
+    """The size of a voxel, a number or one for each axis, in float64.
+
+    Raises:
+        ValueError: It is neither, or not positive.
+
+    Example:
+        >>> checked_voxel_size(0.5, 3)
+        array(0.5)
+    """
+    size = np.asarray(voxel_size, np.float64)
+    if size.shape not in ((), (ndim,)) or not (np.isfinite(size) & (size > 0)).all():
+        raise ValueError(f"voxel_size={voxel_size!r}: expected a number > 0, or one for each axis")
+    return size
+
+
 def rounded_capacity(count: int) -> int:
     """The power of two from `count` on: few different capacities are few programs to compile.
 
@@ -391,15 +407,40 @@ def checked_weight(
     return taps, groups, each, grouped[3]
 
 
-def check_map(found: KernelMap, window: Window, voxels: Voxels, out: Voxels) -> None:
+def check_pools(transposed: bool, output_voxels: Voxels | None) -> None:
+    """Raises an error where a stride cannot be a pooling.
+
+    Args:
+        transposed: Whether the convolution is.
+        output_voxels: The voxels that its output was given.
+
+    Example:
+        >>> check_pools(False, None)
+    """
+    if transposed or output_voxels is not None:
+        given = "transposed=True" if transposed else "output_voxels"
+        raise ValueError(f"{given}: stride_mode='reduce_and_stride' pools onto voxels of its own")
+
+
+def check_map(
+    found: KernelMap, window: Window, voxels: Voxels, output_voxels: Voxels | None, expands: bool
+) -> None:
     """Raises an error where a map is not that of a call.
 
     Args:
         found: The map.
         window: The offsets of the call.
         voxels: The voxels of the input.
-        out: Those of the output.
+        output_voxels: Those that the output was given.
+        expands: Whether the output has every voxel that reads one of the input.
     """
+    own = expands or window.transposed or set(window.stride) != {1}
+    if own and output_voxels is None:
+        raise ValueError(
+            "output_voxels=None: with kernel_map= give the voxels too that kernel_map() returned "
+            "beside it, for the output has other voxels than the input"
+        )
+    out = output_voxels or voxels
     asked = window._replace(groups=1)
     if found.window != asked:
         raise ValueError(f"kernel_map: is that of {found.window}, expected {asked}")
@@ -409,3 +450,33 @@ def check_map(found: KernelMap, window: Window, voxels: Voxels, out: Voxels) -> 
             f"{voxels.capacity} to {out.capacity}; where the output's voxels are not the input's, "
             "give output_voxels= too, which kernel_map() returned beside it"
         )
+
+
+def checked_depthwise(
+    features: Sequence[int], weight: Sequence[int], found: KernelMap, num_out_coords: object
+) -> int:
+    """The rows of the output of a depthwise convolution.
+
+    Args:
+        features: Shape of the features.
+        weight: Shape of the weights.
+        found: The map.
+        num_out_coords: The rows that were asked for.
+
+    Raises:
+        ValueError: They do not fit each other.
+    """
+    if len(features) != 2 or features[0] != found.in_capacity:
+        raise ValueError(
+            f"in_features: expected [in_capacity, C] of {found.in_capacity} rows, got shape "
+            f"{tuple(features)}"
+        )
+    wanted = found.window.taps, features[1]
+    if tuple(weight) != wanted:
+        raise ValueError(f"weight: expected [K, C] = {wanted}, got shape {tuple(weight)}")
+    rows = checked_integer(num_out_coords, "num_out_coords", least=0)
+    if rows > found.out_capacity:
+        raise ValueError(
+            f"num_out_coords={rows}: expected at most {found.out_capacity}, the map's rows"
+        )
+    return rows

@@ -33,6 +33,7 @@ from pallas_kernels.sparse.checks import (
     check_rows,
     checked_capacity,
     checked_samples,
+    checked_voxel_size,
     per_axis,
     rounded_capacity,
 )
@@ -473,9 +474,7 @@ def from_points(
         raise ValueError(f"points: expected [n, D] of 1 to 3 axes, got shape {at.shape}")
     check_rows(x.shape, at.shape[0])
     check_name(reduce, "reduce", POINT_REDUCTIONS)
-    size = np.asarray(voxel_size, np.float64)
-    if size.shape not in ((), (at.shape[1],)) or not (np.isfinite(size) & (size > 0)).all():
-        raise ValueError(f"voxel_size={voxel_size!r}: expected a number > 0, or one for each axis")
+    size = checked_voxel_size(voxel_size, at.shape[1])
     batch = checked_integer(batch_size, "batch_size", least=1)
     own = jnp.zeros(at.shape[:1], jnp.int32) if samples is None else jnp.asarray(samples, jnp.int32)
     if own.shape != at.shape[:1] or batch > MOST_SAMPLES:

@@ -15,6 +15,8 @@ from pallas_kernels.sparse.checks import (
     STRIDE_MODES,
     check_map,
     check_name,
+    check_pools,
+    checked_depthwise,
     checked_weight,
     checked_window,
 )
@@ -125,11 +127,7 @@ def spatially_sparse_conv(
         raise ValueError(f"bias: expected shape {(features,)}, got {tuple(bias.shape)}")
     x, w, dtype = _operands(x, w.reshape(shape), compute_dtype)
     if stride_mode == "reduce_and_stride" and set(window.stride) != {1}:
-        if transposed or output_voxels is not None:
-            given = "transposed=True" if transposed else "output_voxels"
-            raise ValueError(
-                f"{given}: stride_mode='reduce_and_stride' pools onto voxels of its own"
-            )
+        check_pools(transposed, output_voxels)
         voxels = pool(voxels.with_features(x), window.stride, reduce=stride_reduce)
         x, window = voxels.features, window._replace(stride=(1,) * voxels.ndim)
     if kernel_map is None:
@@ -146,14 +144,9 @@ def spatially_sparse_conv(
             out_capacity=out_capacity,
         )
     else:
-        own = generative or transposed or output_rule == "full" or set(window.stride) != {1}
-        if own and output_voxels is None:
-            raise ValueError(
-                "output_voxels=None: with kernel_map= give the voxels too that kernel_map() "
-                "returned beside it, for the output has other voxels than the input"
-            )
+        expands = generative or output_rule == "full"
+        check_map(kernel_map, window, voxels, output_voxels, expands)
         out = output_voxels or voxels
-        check_map(kernel_map, window, voxels, out)
     rest = features, window, voxels.batch_size, _PRECISIONS[precision]
     y = _convolved(x, w, kernel_map, fwd_algo, bwd_algo, *rest).to(dtype)
     if bias is not None:
@@ -203,21 +196,8 @@ def spatially_sparse_depthwise_conv(
         raise ValueError(
             f"kernel_map: expected a torch_bridge.KernelMap, got {type(kernel_map).__name__}"
         )
-    if x.ndim != 2 or x.shape[0] != kernel_map.in_capacity:
-        raise ValueError(
-            f"in_features: expected [in_capacity, C] of {kernel_map.in_capacity} rows, got shape "
-            f"{tuple(x.shape)}"
-        )
-    taps, channels = kernel_map.window.taps, x.shape[1]
-    if w.shape != (taps, channels):
-        raise ValueError(
-            f"weight: expected [K, C] = {(taps, channels)}, got shape {tuple(w.shape)}"
-        )
-    rows = checked_integer(num_out_coords, "num_out_coords", least=0)
-    if rows > kernel_map.out_capacity:
-        raise ValueError(
-            f"num_out_coords={rows}: expected at most {kernel_map.out_capacity}, the map's rows"
-        )
+    rows = checked_depthwise(x.shape, w.shape, kernel_map, num_out_coords)
+    channels = x.shape[1]
     x, w, dtype = _operands(x, w, compute_dtype)
     window = kernel_map.window._replace(groups=channels)
     y = _convolved(x, w, kernel_map, fwd_algo, bwd_algo, channels, window, 1, "ieee")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -29,6 +28,7 @@ from pallas_kernels.sparse.checks import (
     check_rows,
     checked_capacity,
     checked_samples,
+    checked_voxel_size,
     per_axis,
     rounded_capacity,
 )
@@ -328,8 +328,8 @@ def from_list(
         ValueError: A bad argument: which, what came, and what was expected.
 
     Example:
-        >>> empty = np.zeros((0, 1), int), np.zeros((0, 4))
-        >>> voxels = from_list([([[1], [5]], np.ones((2, 4))), empty])
+        >>> empty = torch.zeros((0, 1), dtype=torch.int32), torch.zeros(0, 4)
+        >>> voxels = from_list([([[1], [5]], torch.ones(2, 4)), empty])
         >>> voxels.coords.tolist(), voxels.batch_size
         ([[0, 1], [0, 5]], 2)
     """
@@ -488,9 +488,7 @@ def from_points(
         raise ValueError(f"points: expected [n, D] of 1 to 3 axes, got shape {tuple(at.shape)}")
     check_rows(x.shape, at.shape[0])
     check_name(reduce, "reduce", POINT_REDUCTIONS)
-    size = np.asarray(voxel_size, np.float64)
-    if size.shape not in ((), (at.shape[1],)) or not (np.isfinite(size) & (size > 0)).all():
-        raise ValueError(f"voxel_size={voxel_size!r}: expected a number > 0, or one for each axis")
+    size = checked_voxel_size(voxel_size, at.shape[1])
     batch = checked_samples(batch_size)
     own = torch.zeros(at.shape[:1], dtype=torch.int64, device=x.device)
     if samples is not None:
