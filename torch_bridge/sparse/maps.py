@@ -191,7 +191,7 @@ def sparse_maps() -> Iterator[None]:
 
     A map is found by the very tensor of coordinates that it was made for, which layers hand on: of
     two sets of voxels of equal size each gets its own. A program that `torch.compile` traces makes
-    its own.
+    its own, each once: it drops what it would compute twice.
 
     Example:
         >>> from torch_bridge.sparse.voxels import from_coords

@@ -204,6 +204,32 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(got[1], want[1])
 
 
+@pytest.mark.wide
+def test_a_program_makes_a_map_once():
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    sorts = []
+
+    def counted(graph, inputs):
+        sorts.append(sum("sort" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    def layers(voxels, w, count):
+        for _ in range(count):
+            voxels = torch_bridge.spatially_sparse_conv(voxels, w, 3)
+        return voxels.features
+
+    # As inductor has it: both passes from one graph, in which nothing is there twice.
+    split = min_cut_rematerialization_partition
+    backend = aot_autograd(fw_compiler=counted, bw_compiler=counted, partition_fn=split)
+    voxels, w = drawn(9, 2, 2)
+    for count in (1, 2):
+        compiled = torch.compile(layers, backend=backend, fullgraph=True)
+        compiled(voxels, w.requires_grad_(), count).sum().backward()
+    assert sorts[0] > 0 and sorts == [sorts[0], 0, sorts[0], 0]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_by_inductor():
