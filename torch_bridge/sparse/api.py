@@ -123,8 +123,10 @@ def spatially_sparse_conv(
     )
     shape = checked_weight(w.shape, window, x.shape[1])
     features = window.groups * shape[3]
-    if bias is not None and floating(bias, "bias").shape != (features,):
-        raise ValueError(f"bias: expected shape {(features,)}, got {tuple(bias.shape)}")
+    if bias is not None:
+        bias = floating(bias, "bias")
+        if bias.shape != (features,):
+            raise ValueError(f"bias: expected shape {(features,)}, got {tuple(bias.shape)}")
     x, w, dtype = _operands(x, w.reshape(shape), compute_dtype)
     if stride_mode == "reduce_and_stride" and set(window.stride) != {1}:
         check_pools(transposed, output_voxels)
@@ -216,7 +218,8 @@ def _operands(
         raise ValueError(f"weight: is on {w.device}, expected {x.device}, where the features are")
     dtype = x.dtype
     if compute_dtype is None:
-        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (dtype, w.dtype):
+        casts = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if casts and torch.float64 not in (dtype, w.dtype):
             dtype = torch.get_autocast_dtype(x.device.type)
             return x.to(dtype), w.to(dtype), dtype
         if dtype != w.dtype:

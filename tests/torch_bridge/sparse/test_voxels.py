@@ -161,7 +161,11 @@ def test_moving_and_replacing():
     voxels = from_coords([[0, 1], [0, 4]], X, device="cpu", tensor_stride=2)
     moved = voxels.to("meta")
     assert moved.coords.is_meta and moved.overflow.is_meta and moved.tensor_stride == (2,)
-    assert torch_bridge.kernel_map(moved, 3)[0].table.shape == (3, 2)
+    w = torch.ones(3, 1, 5, device="meta", requires_grad=True)
+    out = torch_bridge.spatially_sparse_conv(moved, w, 3, 2, out_capacity=4)
+    assert out.features.is_meta and out.features.shape == (4, 5) and out.tensor_stride == (4,)
+    out.features.sum().backward()
+    assert w.grad.shape == w.shape
     with pytest.raises(ValueError, match=r"features: expected \[capacity, C\] of 2 rows"):
         voxels.with_features(torch.ones(3, 1))
     with pytest.raises(AttributeError):
