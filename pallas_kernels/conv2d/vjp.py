@@ -11,7 +11,8 @@ An implementation is a module with
     weight_grad(x, dy, *, shape, dtype, window, precision, config) -> dw [*shape]
 
 for `x [N, H, W, C]`, `w [HF, WF, C / groups, NF]` of one dtype and `bias [NF]` or None, or the
-layout "nchw_fchw" of `problem.Window`. Modules that JAX can look into, and so map with `vmap`, say
+layout "nchw_fchw" of `problem.Window`. Their windows never upsample: `upsampling` calls them for
+smaller convolutions that do the same. Modules that JAX can look into, and so map with `vmap`, say
 so with `DIFFERENTIABLE = True`.
 """
 
@@ -31,6 +32,7 @@ from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.conv2d import upsampling
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import along_features
@@ -85,6 +87,7 @@ class Plan(NamedTuple):
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
         assert self.backward is not None
+        problem = upsampling.implemented(problem)
         backward = moved_here(self.backward)
         operator = backward.operator
         static = problem, False, None, self.precision, self.given
@@ -93,9 +96,9 @@ class Plan(NamedTuple):
             module=operator.module(chosen.implementation), config=tiles(self.given, chosen)
         )
 
-    def static_kwargs(self) -> dict[str, object]:
-        """The keyword arguments of every function of an implementation."""
-        return {"window": self.window, "precision": self.precision, "config": self.config}
+    def static_kwargs(self, window: Window) -> dict[str, object]:
+        """The keyword arguments of every function of an implementation, for a window."""
+        return {"window": window, "precision": self.precision, "config": self.config}
 
 
 def tiles(given: TileConfig | None, chosen: Candidate) -> TileConfig | None:
@@ -291,28 +294,41 @@ def _forward(
     w: jax.Array,
     bias: jax.Array | None,
 ) -> jax.Array:
-    run = partial(
-        cast(Kernels, plan.module).forward,
-        activation=activation,
-        out_dtype=out_dtype,
-        **plan.static_kwargs(),
-    )
-    return run(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(run)(x, w, bias)
+    def run(window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
+        one = partial(
+            cast(Kernels, plan.module).forward,
+            activation=activation,
+            out_dtype=out_dtype,
+            **plan.static_kwargs(window),
+        )
+        return one(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(one)(x, w, bias)
+
+    if plan.window.upsample == 1:
+        return run(plan.window, x, w, bias)
+    return upsampling.forward(run, plan.window, x, w, bias)
 
 
 def _dx(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
-    run = partial(
-        cast(Kernels, plan.module).input_grad, shape=shape, dtype=dtype, **plan.static_kwargs()
-    )
-    return run(dy, w) if plan.module.DIFFERENTIABLE else vmap_folding(run)(dy, w)
+    def run(window: Window, dy: jax.Array, w: jax.Array, **like: object) -> jax.Array:
+        static = plan.static_kwargs(window)
+        one = partial(cast(Kernels, plan.module).input_grad, **like, **static)
+        return one(dy, w) if plan.module.DIFFERENTIABLE else vmap_folding(one)(dy, w)
+
+    if plan.window.upsample == 1:
+        return run(plan.window, dy, w, shape=shape, dtype=dtype)
+    return upsampling.input_grad(run, plan.window, dy, w, shape=shape, dtype=dtype)
 
 
 def _dw(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
-    run = partial(
-        cast(Kernels, plan.module).weight_grad, shape=shape, dtype=dtype, **plan.static_kwargs()
-    )
-    return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
+    def run(window: Window, x: jax.Array, dy: jax.Array, **like: object) -> jax.Array:
+        static = plan.static_kwargs(window)
+        one = partial(cast(Kernels, plan.module).weight_grad, **like, **static)
+        return one(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(one)(x, dy)
+
+    if plan.window.upsample == 1:
+        return run(plan.window, x, dy, shape=shape, dtype=dtype)
+    return upsampling.weight_grad(run, plan.window, x, dy, shape=shape, dtype=dtype)

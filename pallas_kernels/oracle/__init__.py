@@ -10,7 +10,7 @@ ECCV 2024.
 """
 
 from pallas_kernels.oracle.arrays import Array
-from pallas_kernels.oracle.conv2d import conv2d, conv2d_pads, conv2d_vjp
+from pallas_kernels.oracle.conv2d import conv2d, conv2d_pads, conv2d_vjp, reflects
 from pallas_kernels.oracle.haar import HAAR, analysis, synthesis, wavedec, waverec
 from pallas_kernels.oracle.sparse import (
     sparse_conv,
@@ -29,6 +29,7 @@ __all__ = [
     "conv2d_pads",
     "conv2d_vjp",
     "depthwise",
+    "reflects",
     "sparse_conv",
     "sparse_conv_vjp",
     "sparse_offsets",

@@ -151,6 +151,7 @@ def test_the_fastest_dense_convolutions_are_kept(tmp_path, monkeypatch, longer):
             "groups": 1,
             "reflect": True,
             "layout": "nhwc_hwcf",
+            "upsample": 1,
         },
     }
     # None comes twice.

@@ -13,7 +13,7 @@ from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, share
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import TileConfig, conv2d, mosaic_gpu
 from pallas_kernels.conv2d.api import OPERATOR, _checked_config
-from pallas_kernels.conv2d.cases import HARD, TABLE, Case
+from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.shapes import SHAPES, Shape
 from pallas_kernels.dispatch import table
@@ -125,7 +125,7 @@ def interpreted(gpu_interpreter, monkeypatch):
 
 TAKEN = [
     case._replace(dtype="float16" if case.dtype in ("float32", "float64") else case.dtype)
-    for case in HARD
+    for case in HARD + UPSAMPLED
     if case.n and case.groups == 1
 ]
 EXTRA = (

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.conv2d import TileConfig, conv2d, mosaic_tpu
 from pallas_kernels.conv2d.api import OPERATOR
-from pallas_kernels.conv2d.cases import HARD, TABLE, Case
+from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case
 from pallas_kernels.conv2d.problem import Problem, Window
 
 pytestmark = pytest.mark.usefixtures("tpu_interpreter")
@@ -55,9 +55,9 @@ TILED = (
 SMALL = TileConfig(32, 16, 16)
 
 
-# What others have too: mirrored edges, rectangles, two blocks of channels or of features, and
-# tiles across an image.
-WIDE = {HARD[2], HARD[3], *EXTRA[-3:], TILED[1]}
+# What others have too: mirrored edges, rectangles, two blocks of channels or of features, tiles
+# across an image, and upsampling, of which the kernels know nothing.
+WIDE = {HARD[2], HARD[3], *EXTRA[-3:], TILED[1], *HARD[-2:], *UPSAMPLED}
 
 
 def some(cases):
@@ -68,7 +68,7 @@ def some(cases):
     ]
 
 
-@pytest.mark.parametrize("case", some(filter(taken, HARD + EXTRA)))
+@pytest.mark.parametrize("case", some(filter(taken, HARD + EXTRA + UPSAMPLED)))
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
 

@@ -21,7 +21,7 @@ from flash_wtconv_jax import tuning
 from pallas_kernels.conv2d import TileConfig, conv2d
 from pallas_kernels.conv2d import triton as triton_jax
 from pallas_kernels.conv2d.api import OPERATOR, _checked_config
-from pallas_kernels.conv2d.cases import HARD, TABLE, Case
+from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.shapes import SHAPES
 
@@ -32,7 +32,7 @@ EXTRA = (
     # One dtype in, another out.
     *TABLE[:2],
 )
-TAKEN = [case for case in HARD + EXTRA if case.n and case.dtype != "float64"]
+TAKEN = [case for case in HARD + EXTRA + UPSAMPLED if case.n and case.dtype != "float64"]
 # The interpreter multiplies the bits of bfloat16.
 INTERPRETABLE = [case for case in TAKEN if case.dtype != "bfloat16"]
 SMALL = TileConfig(16, 16, 32, 1, 1)
@@ -61,7 +61,13 @@ def ours(case, config=None):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("case", INTERPRETABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case.upsample > 1))
+        for case in INTERPRETABLE
+    ],
+)
 def test_interpreted_kernels_are_the_oracles(interpreted, case):
     assert_close(case, value_and_grads(ours(case, SMALL), case), expected(case))
 
