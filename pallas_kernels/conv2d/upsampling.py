@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.common.arguments import surely
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.conv2d.problem import Pair, Problem, Window
-from pallas_kernels.conv2d.xla import transposed
+from pallas_kernels.conv2d.xla import mirrored, transposed
 
 Run = Callable[..., jax.Array]
 """A function of an implementation, whose first argument is the window."""
@@ -262,10 +262,14 @@ def _prepared(x: jax.Array, window: Window) -> jax.Array:
     """The images that the phases read."""
     if _upsampled(window):
         for axis in _image_axes(window):
-            x = jnp.repeat(x, 2, axis=axis)
-        return jnp.pad(x, window.laid_out((0, 0), *window.pads, (0, 0)), mode="reflect")
+            x = _interleaved([x, x], axis)
+        return mirrored(x, window)
     if window.reflect:
-        return jnp.pad(x, window.laid_out((0, 0), *window.pads, (0, 0)), mode="edge")
+        # Not by "edge" of `jnp.pad`, which does not take what is sharded over Explicit axes.
+        for axis, (before, after) in zip(_image_axes(window), window.pads, strict=True):
+            first = lax.slice_in_dim(x, 0, before, axis=axis)
+            last = lax.slice_in_dim(x, x.shape[axis] - after, None, axis=axis)
+            x = jnp.concatenate([first, x, last], axis)
     return x
 
 

@@ -266,7 +266,9 @@ def test_images_that_are_sharded_over_explicit_axes_have_such_gradients(of_the_p
     w = jax.device_put(np.ones((2, 2, 3, 4), np.float32), jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh) if of_the_program else nullcontext():
         dx, dw = jax.jit(jax.grad(lambda x, w: conv2d(x, w).sum(), (0, 1)))(x, w)
-    assert jax.typeof(dx).sharding.spec == images.spec
+        large = partial(conv2d, padding="reflect", upsample=2)
+        of_large = jax.eval_shape(jax.grad(lambda x, w: large(x, w).sum()), x, w)
+    assert jax.typeof(dx).sharding.spec == images.spec == of_large.sharding.spec
     np.testing.assert_array_equal(dx[0, :, :, 0], 4 * np.outer([1, 2, 2, 1], [1, 2, 2, 1]))
     np.testing.assert_array_equal(dw, np.full(w.shape, 9))
 
