@@ -27,6 +27,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common.arguments import surely
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.types import Tree
+from pallas_kernels.conv2d.moments import WithMoments, together
 from pallas_kernels.conv2d.problem import Pair, Problem, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
@@ -132,15 +134,25 @@ def forward(
         w: The filters.
         bias: `[NF]`, or None.
     """
-    _, *size, _ = window.images(x.shape)
-    taps = window.filters(w.shape)[:2]
-    down, across = _image_axes(window)
-    images = _prepared(x, window)
-    rows = [
-        _interleaved([run(phase.window, images, _folded(w, phase), bias) for phase in row], across)
-        for row in phases(window, size, taps)
-    ]
-    return _interleaved(rows, down)
+    grid = _computed(run, window, x, w, bias)
+    return _assembled(grid, window)
+
+
+def forward_with_moments(
+    run: Run, window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None
+) -> WithMoments:
+    """The same, and its moments: the phases' tiles are the image's.
+
+    Args:
+        run: As `forward` takes it, but the function returns the moments, too.
+        window: See `forward`.
+        x: See `forward`.
+        w: See `forward`.
+        bias: See `forward`.
+    """
+    grid = _computed(run, window, x, w, bias)
+    y = _assembled([[y for y, _ in row] for row in grid], window)
+    return y, together([moments for row in grid for _, moments in row])
 
 
 def input_grad(
@@ -251,6 +263,24 @@ def _phase(window: Window, row: _Along, column: _Along) -> Phase:
     )
     outputs = row.outputs, column.outputs
     return Phase(own, (row.taps, column.taps), outputs, (row.places, column.places))
+
+
+def _computed(
+    run: Callable[..., Tree], window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None
+) -> list[list[Tree]]:
+    """What a function of an implementation returns of each phase."""
+    _, *size, _ = window.images(x.shape)
+    images = _prepared(x, window)
+    return [
+        [run(phase.window, images, _folded(w, phase), bias) for phase in row]
+        for row in phases(window, size, window.filters(w.shape)[:2])
+    ]
+
+
+def _assembled(grid: list[list[jax.Array]], window: Window) -> jax.Array:
+    """The whole output."""
+    down, across = _image_axes(window)
+    return _interleaved([_interleaved(row, across) for row in grid], down)
 
 
 def _image_axes(window: Window) -> Pair:

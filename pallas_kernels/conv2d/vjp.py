@@ -6,14 +6,14 @@ for the activation its output (ReLU) or its input (GELU), in the output's dtype.
 
 An implementation is a module with
 
-    forward(x, w, bias, *, window, activation, out_dtype, precision, config) -> y
+    forward(x, w, bias, *, window, activation, out_dtype, precision, config, moments=False) -> y
     input_grad(dy, w, *, shape, dtype, window, precision, config) -> dx [N, *shape]
     weight_grad(x, dy, *, shape, dtype, window, precision, config) -> dw [*shape]
 
 for `x [N, H, W, C]`, `w [HF, WF, C / groups, NF]` of one dtype and `bias [NF]` or None, or the
 layout "nchw_fchw" of `problem.Window`. Their windows never upsample: `upsampling` calls them for
-smaller convolutions that do the same. Modules that JAX can look into, and so map with `vmap`, say
-so with `DIFFERENTIABLE = True`.
+smaller convolutions that do the same. With `moments` a forward returns `(y, moments)`. Modules
+that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`.
 """
 
 import math
@@ -34,6 +34,7 @@ from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.conv2d import upsampling
 from pallas_kernels.conv2d.activations import activate
+from pallas_kernels.conv2d.moments import WithMoments
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import along_features
 from pallas_kernels.dispatch import Candidate, Operator, Request
@@ -46,7 +47,7 @@ Tangent = jax.Array | SymbolicZero
 class Kernels(Protocol):
     """The functions of an implementation, which the docstring of this module describes."""
 
-    forward: Callable[..., jax.Array]
+    forward: Callable[..., Tree]
     input_grad: Callable[..., jax.Array]
     weight_grad: Callable[..., jax.Array]
 
@@ -122,6 +123,22 @@ def conv2d(
     arrays = x, w, bias
     y = _apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
     return y.reshape(*batch, *y.shape[1:])
+
+
+def conv2d_with_moments(
+    plan: Plan,
+    activation: str | None,
+    out_dtype: jnp.dtype,
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+) -> WithMoments:
+    """The convolution of images `[N, H, W, C]`, and the moments of its tiles, see `moments`.
+
+    For operators that normalise what comes out. They bring its derivatives along: JAX does not
+    differentiate a kernel.
+    """
+    return cast(WithMoments, _forward(plan, activation, out_dtype, x, w, bias, moments=True))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -293,19 +310,22 @@ def _forward(
     x: jax.Array,
     w: jax.Array,
     bias: jax.Array | None,
-) -> jax.Array:
-    def run(window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> jax.Array:
-        one = partial(
-            cast(Kernels, plan.module).forward,
-            activation=activation,
-            out_dtype=out_dtype,
-            **plan.static_kwargs(window),
-        )
+    *,
+    moments: bool = False,
+) -> Tree:
+    """The output of an implementation, and where asked for its moments."""
+    static: dict[str, object] = {"activation": activation, "out_dtype": out_dtype}
+    if moments:
+        static["moments"] = True
+
+    def run(window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> Tree:
+        one = partial(cast(Kernels, plan.module).forward, **static, **plan.static_kwargs(window))
         return one(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(one)(x, w, bias)
 
     if plan.window.upsample == 1:
         return run(plan.window, x, w, bias)
-    return upsampling.forward(run, plan.window, x, w, bias)
+    whole = upsampling.forward_with_moments if moments else upsampling.forward
+    return whole(run, plan.window, x, w, bias)
 
 
 def _dx(

@@ -11,7 +11,7 @@ from helpers.sharded import over_the_batch
 
 from pallas_kernels import oracle
 from pallas_kernels.common.conformance import bounds, expected, worst
-from pallas_kernels.conv2d import baseline_jax, conv2d, get_igemm_conv2d
+from pallas_kernels.conv2d import api, baseline_jax, conv2d, get_igemm_conv2d, moments, vjp
 from pallas_kernels.conv2d.cases import TABLE, Case
 
 # A second each: every shape is compiled.
@@ -97,3 +97,44 @@ def assert_sharded(implementation, check_vma, dtype="float32"):
     got, want = (value_and_grads(call, case) for call in (local, plain(case)))
     atol = 1e-4 if dtype == "float32" else 0.05
     chex.assert_trees_all_close(got, want, rtol=1e-7, atol=atol)
+
+
+MOMENTS = (
+    # Tiles in part, several of an image, features that fill none; an epilogue; upsampled.
+    Case(2, 9, 17, 4, 3, 3, 20, padding=1, dtype="float16"),
+    Case(1, 5, 6, 3, 1, 1, 40, bias=True, activation="relu", dtype="float16"),
+    Case(2, 5, 4, 3, 3, 3, 6, padding="reflect", dtype="float16", upsample=2),
+    Case(3, 1, 1, 4, 1, 1, 5, dtype="float16"),
+)
+"""Cases of which the moments are asked, of pixels of 16 bits."""
+
+
+def assert_moments(case, module, config=None, mean=0.0):
+    """An implementation's moments are those of its output, of each image.
+
+    Args:
+        case: The case.
+        module: The implementation.
+        config: Its tiles.
+        mean: What is added to the output; the deviations are about 1.
+    """
+    x, w, bias, _ = arrays(case)
+    if mean:
+        bias = jnp.full(case.nf, mean, jnp.float32)
+    how = case.stride, case.padding, case.dilation, case.groups, case.upsample, case.layout
+    window = api._window(x.shape, w.shape, *how)
+    plan = vjp.Plan(module, config, window, None, config, None)
+    run = jax.jit(vjp.conv2d_with_moments, static_argnums=(0, 1, 2))
+    y, tiles = run(plan, case.activation, jnp.dtype("float32"), x, w, bias)
+    wide = [None if a is None else np.asarray(a, np.float64) for a in (x, w, bias)]
+    want = oracle.conv2d(*wide[:2], bias=wide[2], **case.arguments)
+    np.testing.assert_allclose(y, want, atol=2e-3 * (1 + mean / 1000))
+    axes = (1, 2) if case.layout == "nhwc_hwcf" else (2, 3)
+    found = moments.combined(tiles)
+    pixels = np.prod([want.shape[axis] for axis in axes])
+    np.testing.assert_array_equal(found.count, np.full(case.n, pixels))
+    of = np.asarray(y, np.float64)
+    np.testing.assert_allclose(found.mean, of.mean(axes), atol=1e-6, rtol=2e-7)
+    # The last bit of a mean is as much of a deviation of about 1 as its size.
+    rtol = max(1e-5, mean * float(jnp.finfo("float32").eps))
+    np.testing.assert_allclose(found.squares, of.var(axes) * pixels, rtol=rtol, atol=1e-9)

@@ -52,7 +52,7 @@ SIZES = {
 }
 BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
 IMAGES = ("x", "w", "below", "y", "dy", "dw", "low", *BANDS)
-TAPS = ("taps", "base", "bias", "sums", "parts")
+TAPS = ("taps", "base", "bias", "sums", "parts", "mean", "squares")
 ROWS = ("table", "order", "tiles", "counts")
 
 
@@ -63,7 +63,7 @@ def conv2d(dtype):
 
     def launch(kernel, arguments, outputs, grid, **constants):
         found.append(constants)
-        return [None]
+        return [None] * len(outputs)
 
     x, w, y = (
         SimpleNamespace(shape=shape, dtype=dtype)
@@ -74,7 +74,9 @@ def conv2d(dtype):
     conv2d_launches.forward(x, w, x, window, "gelu", dtype, *rest)
     conv2d_launches.input_grad(y, w, x.shape, window._replace(stride=(2, 2)), dtype, *rest)
     conv2d_launches.weight_grad(x, y, w.shape, window, *rest)
-    return dict(zip(("conv", "conv transposed", "weights"), found, strict=True))
+    conv2d_launches.forward_with_moments(x, w, x, window, None, dtype, *rest)
+    names = "conv", "conv transposed", "weights", "conv moments"
+    return dict(zip(names, found, strict=True))
 
 
 def sparse(dtype):
@@ -132,7 +134,7 @@ def compiled(operator, name, target, dtype):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, argument in enumerate(kernel.arg_names)
-        if argument in types
+        if argument in types and argument not in constants
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.conv2d import (
+    MOMENTS,
     arrays,
     assert_close,
+    assert_moments,
     assert_oracle,
     assert_sharded,
     expected,
@@ -23,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import oracle
-from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d, xla
+from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d, moments, xla
 from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case, inputs
 from pallas_kernels.dispatch import Operator
 
@@ -175,6 +177,32 @@ def assert_transformed(name, case):
     transform = TRANSFORMS[name]
     got, want = (jax.jit(transform(f))(x, w, bias) for f in (ours(case), plain(case)))
     chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", MOMENTS, ids=lambda case: case.name)
+def test_moments_are_the_outputs(case):
+    assert_moments(case, xla)
+
+
+def test_moments_of_a_large_mean_lose_nothing():
+    assert_moments(MOMENTS[0], xla, mean=1e4)
+    assert_moments(MOMENTS[2]._replace(layout="nchw_fchw"), xla, mean=1e4)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.integers(0, 2**32 - 1))
+def test_moments_of_tiles_are_added(sizes, seed):
+    rng = np.random.default_rng(seed)
+    parts = [rng.normal(100, 1, (size, 3)) for size in sizes]
+    mean, squares = (
+        np.array([[f(part, axis=0) if len(part) else np.zeros(3) for part in parts]])
+        for f in (np.mean, lambda part, axis: ((part - part.mean(axis)) ** 2).sum(axis))
+    )
+    got = moments.combined(moments.of_tiles(sizes, jnp.asarray(mean), jnp.asarray(squares)))
+    whole = np.concatenate(parts)
+    assert got.count[0] == len(whole)
+    if len(whole):
+        np.testing.assert_allclose(got.mean[0], whole.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(got.squares[0], whole.var(0) * len(whole), atol=1e-9)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
