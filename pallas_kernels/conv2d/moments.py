@@ -21,12 +21,12 @@ class Moments(NamedTuple):
     """The moments of each tile of each image, or of each image.
 
     Attributes:
-        count: `[N, tiles]`, or `[N]`: the number of pixels, in the dtype of the mean.
+        counts: `[N, tiles]`, or `[N]`: the numbers of pixels, in the dtype of the mean.
         mean: `[N, tiles, NF]`, or `[N, NF]`, float32 (float64 of float64).
         squares: Likewise: the sum of the squared deviations from that mean.
     """
 
-    count: jax.Array
+    counts: jax.Array
     mean: jax.Array
     squares: jax.Array
 
@@ -62,8 +62,8 @@ def of_rows(y: jax.Array, window: Window) -> Moments:
 
 def of_tiles(counts: Sequence[int], mean: jax.Array, squares: jax.Array) -> Moments:
     """The moments that a kernel has written, of tiles that have so many pixels in every image."""
-    count = jnp.asarray(counts, mean.dtype)
-    return Moments(jnp.broadcast_to(count, mean.shape[:2]), mean, squares)
+    known = jnp.asarray(counts, mean.dtype)
+    return Moments(jnp.broadcast_to(known, mean.shape[:2]), mean, squares)
 
 
 def together(parts: Sequence[Moments]) -> Moments:
@@ -91,10 +91,10 @@ def combined(tiles: Moments) -> Moments:
                 for one in (count, mean, squares)
             )
         first, second = (Moments(count[:, i::2], mean[:, i::2], squares[:, i::2]) for i in range(2))
-        count = first.count + second.count
-        share = (second.count / jnp.maximum(count, 1))[..., None]
+        count = first.counts + second.counts
+        share = (second.counts / jnp.maximum(count, 1))[..., None]
         apart = second.mean - first.mean
         mean = first.mean + apart * share
-        between = apart * apart * (first.count[..., None] * share)
+        between = apart * apart * (first.counts[..., None] * share)
         squares = first.squares + second.squares + between
     return Moments(count[:, 0], mean[:, 0], squares[:, 0])

@@ -121,7 +121,7 @@ def conv(
         tile = (tl.program_id(2) * tiles + down).to(tl.int64) * (tl.num_programs(1) * F)
         at = tile + group * F + f
         tl.store(mean + at, middle + off, mask=f < F)
-        tl.store(squares + at, tl.maximum(spread, 0.0), mask=f < F)
+        tl.store(squares + at, tl.where(spread < 0, 0.0, spread), mask=f < F)
     at = y + (image.to(tl.int64) * Y_N + row * Y_H + column * Y_W)[:, None]
     at += (group * F + f).to(tl.int64) * Y_F
     tl.store(at, total.to(y.dtype.element_ty), mask=known & (f < F))

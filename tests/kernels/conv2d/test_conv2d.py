@@ -167,7 +167,7 @@ def test_transformations(name):
     ],
 )
 def test_transformations_of_upsampled_images(name, padding):
-    case = Case(2, 3, 4, 2, 3, 3, 2, 1, padding, 1, 1, True, "gelu", dtype="float64", upsample=2)
+    case = Case(2, 3, 4, 2, 3, 3, 2, 1, padding, dtype="float64", upsample=2)
     assert_transformed(name, case)
 
 
@@ -189,9 +189,9 @@ def test_moments_of_a_large_mean_lose_nothing():
     assert_moments(MOMENTS[2]._replace(layout="nchw_fchw"), xla, mean=1e4)
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=9), st.integers(0, 2**32 - 1))
-def test_moments_of_tiles_are_added(sizes, seed):
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("sizes", [(4,), (0, 0, 3), (9, 0, 2, 7, 0)], ids=str)
+def test_moments_of_tiles_are_added(sizes):
+    rng = np.random.default_rng(0)
     parts = [rng.normal(100, 1, (size, 3)) for size in sizes]
     mean, squares = (
         np.array([[f(part, axis=0) if len(part) else np.zeros(3) for part in parts]])
@@ -199,10 +199,9 @@ def test_moments_of_tiles_are_added(sizes, seed):
     )
     got = moments.combined(moments.of_tiles(sizes, jnp.asarray(mean), jnp.asarray(squares)))
     whole = np.concatenate(parts)
-    assert got.count[0] == len(whole)
-    if len(whole):
-        np.testing.assert_allclose(got.mean[0], whole.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(got.squares[0], whole.var(0) * len(whole), atol=1e-9)
+    assert got.counts[0] == len(whole)
+    np.testing.assert_allclose(got.mean[0], whole.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(got.squares[0], whole.var(0) * len(whole), atol=1e-9)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])

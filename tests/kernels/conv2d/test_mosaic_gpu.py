@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.conv2d import NAMES, ON_GPU, arrays, assert_igemm, assert_oracle, assert_sharded, plain
+from helpers.conv2d import (
+    MOMENTS,
+    NAMES,
+    ON_GPU,
+    arrays,
+    assert_igemm,
+    assert_moments,
+    assert_oracle,
+    assert_sharded,
+    plain,
+)
 from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, shared_bytes
 
 from pallas_kernels.common import device
@@ -205,6 +215,51 @@ def test_interpreted_kernels_take_several_tiles(interpreted, case):
     assert_like_wider(case)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (MOMENTS[0], TileConfig(64, 32, 16, 4, 1, 2)),
+        *(
+            pytest.param(MOMENTS[0], TileConfig(*size, 2), marks=pytest.mark.wide)
+            for size in ((128, 32, 16, 8, 1), (64, 32, 16, 4, 2))
+        ),
+        *(pytest.param(case, None, marks=pytest.mark.wide) for case in MOMENTS[1:]),
+    ],
+    ids=str,
+)
+def test_interpreted_moments_are_the_outputs(interpreted, case, config):
+    assert_moments(case, mosaic_gpu, config)
+
+
+@pytest.mark.wide
+def test_interpreted_moments_of_a_large_mean_lose_nothing(interpreted):
+    assert_moments(MOMENTS[0], mosaic_gpu, mean=1e4)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param("sd_unet_64_3x3", "bfloat16", marks=pytest.mark.wide),
+        ("ragged", "float16"),
+        pytest.param("pixel", "float16", marks=pytest.mark.wide),
+    ],
+)
+def test_kernels_with_moments_lower_for_cuda_and_fit(name, dtype, monkeypatch):
+    shape = (SHAPES | SMALL)[name]
+    pads = tuple(((k - 1) // 2, k // 2) for k in shape.w[:2])
+    x, w = (jax.ShapeDtypeStruct(size, dtype) for size in (shape.x, shape.w))
+    keys = {"window": Window(pads=pads), "precision": None, "config": None, "moments": True}
+    keys |= {"activation": None, "out_dtype": dtype}
+    assert "mosaic_gpu" in lowered(mosaic_gpu.forward, x, w, None, **keys)
+    launches = recorded_launches(monkeypatch)
+    _, found = shapes(mosaic_gpu.forward, x, w, None, **keys)
+    assert found.mean.shape[0] == shape.batch and found.mean.shape[2] == shape.features
+    ((scratch, _),) = launches
+    assert shared_bytes(scratch) <= SHARED
+
+
 TILES = (
     # Cooperative one above the other, ping-pong, cooperative side by side; one stage, made two.
     TileConfig(128, 32, 16, 8, 1, 3),
@@ -310,6 +365,16 @@ def test_layers_of_a_network_are_xlas(name, tiles):
     for g, w in zip(got, want, strict=True):
         g, w = (np.asarray(a, np.float32) for a in (g, w))
         assert np.abs(g - w).max() <= 0.08 * np.sqrt(np.mean(w**2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiles", mosaic_gpu.search_space("fwd", LAYER), ids=str)
+def test_moments(tiles):
+    config = TileConfig(**tiles) if tiles else None
+    for case in MOMENTS:
+        assert_moments(case, mosaic_gpu, config)
+    layer = Case(2, 65, 96, 64, 3, 3, 136, padding="reflect", dtype="bfloat16")
+    assert_moments(layer, mosaic_gpu, config)
 
 
 @pytest.mark.gpu

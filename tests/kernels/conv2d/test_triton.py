@@ -75,12 +75,19 @@ def test_interpreted_kernels_are_the_oracles(interpreted, case):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("case", MOMENTS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i > 0))
+        for i, case in enumerate(MOMENTS)
+    ],
+)
 def test_interpreted_moments_are_the_outputs(interpreted, case):
     assert_moments(case, triton_jax, SMALL)
 
 
 @INTERPRETED
+@pytest.mark.wide
 def test_interpreted_moments_of_a_large_mean_lose_nothing(interpreted):
     assert_moments(MOMENTS[0]._replace(nf=4, groups=2), triton_jax, SMALL, mean=1e4)
 
@@ -205,6 +212,14 @@ def test_layers_of_a_network_are_xlas(name, dtype):
     for got, want in zip(run("triton"), run("xla"), strict=True):
         got, want = (np.asarray(a, np.float32) for a in (got, want))
         assert np.abs(got - want).max() <= allowed * np.sqrt(np.mean(want**2))
+
+
+@pytest.mark.gpu
+def test_moments():
+    for case in MOMENTS:
+        assert_moments(case, triton_jax)
+    layer = Case(2, 65, 96, 64, 3, 3, 136, padding="reflect", dtype="bfloat16")
+    assert_moments(layer, triton_jax)
 
 
 @pytest.mark.gpu
