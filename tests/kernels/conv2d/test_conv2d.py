@@ -167,7 +167,7 @@ def test_transformations(name):
     ],
 )
 def test_transformations_of_upsampled_images(name, padding):
-    case = Case(2, 3, 4, 2, 3, 3, 2, 1, padding, dtype="float64", upsample=2)
+    case = Case(2, 3, 4, 2, 3, 3, 2, 1, padding, bias=True, dtype="float64", upsample=2)
     assert_transformed(name, case)
 
 
