@@ -162,7 +162,8 @@ def conv2d(
     measured = problem, bias is not None, activation, call.precision, config
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", *measured)
     module, tiles = OPERATOR.module(chosen.implementation), vjp.tiles(config, chosen)
-    plan = vjp.Plan(module, tiles, call.problem.window, call.precision, config, bwd)
+    rows = vjp.takes_whole_rows(chosen)
+    plan = vjp.Plan(module, tiles, call.problem.window, call.precision, config, bwd, rows)
     return vjp.conv2d(plan, activation, problem.out_dtype, x, w, bias)
 
 

@@ -55,6 +55,7 @@ from pallas_kernels.conv2d import xla
 from pallas_kernels.conv2d.activations import activate_in_kernel
 from pallas_kernels.conv2d.moments import Moments, WithMoments, of_tiles
 from pallas_kernels.conv2d.problem import Pair, Problem, Window
+from pallas_kernels.conv2d.whole_rows import offered
 from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
 
 __all__ = [
@@ -127,6 +128,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     pingpong = [(128, 160, 32), (128, 128, 64), (128, 128, 32), (128, 160, 16), (64, 256, 64)]
     return [
         {},
+        *offered(problem),
         *(TileConfig(*size, 8, 1, _STAGES)._asdict() for size in cooperative),
         *(TileConfig(*size, 4, 1, _STAGES)._asdict() for size in pingpong),
     ]

@@ -13,6 +13,7 @@ from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.triton import launch, unavailable
 from pallas_kernels.conv2d.moments import WithMoments, of_tiles
 from pallas_kernels.conv2d.problem import Problem, Window
+from pallas_kernels.conv2d.whole_rows import offered
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
 __all__ = [
@@ -59,7 +60,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     for block_m, block_n, block_k, stages in sizes:
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         tiles.append(TileConfig(block_m, block_n, block_k, warps // 2, 2, stages)._asdict())
-    return [{}, *tiles]
+    return [{}, *offered(problem), *tiles]
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype", "moments"))

@@ -19,7 +19,7 @@ that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = Tr
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
-from pallas_kernels.conv2d import upsampling
+from pallas_kernels.conv2d import upsampling, whole_rows
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.moments import WithMoments
 from pallas_kernels.conv2d.problem import Problem, Window
@@ -63,6 +63,7 @@ class Plan(NamedTuple):
         given: The tiles that the caller gave, for the backward pass too.
         backward: The request by which the backward rule chooses an implementation; None in a
             plan that is timed, which nobody differentiates.
+        whole_rows: Whether a row of taps is multiplied as one, see the module of that name.
     """
 
     module: Implementation
@@ -71,6 +72,7 @@ class Plan(NamedTuple):
     precision: jax.lax.Precision | None
     given: TileConfig | None
     backward: Request | None
+    whole_rows: bool = False
 
     def problem(self, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> Problem:
         """The description of a convolution of these arrays."""
@@ -94,7 +96,9 @@ class Plan(NamedTuple):
         static = problem, False, None, self.precision, self.given
         chosen = backward.choose(problem, measurement, operator, "bwd", *static)
         return self._replace(
-            module=operator.module(chosen.implementation), config=tiles(self.given, chosen)
+            module=operator.module(chosen.implementation),
+            config=tiles(self.given, chosen),
+            whole_rows=takes_whole_rows(chosen),
         )
 
     def static_kwargs(self, window: Window) -> dict[str, object]:
@@ -104,7 +108,13 @@ class Plan(NamedTuple):
 
 def tiles(given: TileConfig | None, chosen: Candidate) -> TileConfig | None:
     """The tiles that the caller gave, else those that were measured; None where neither is."""
-    return given or (TileConfig(**dict(chosen.config)) if chosen.config else None)
+    own = {name: value for name, value in dict(chosen.config).items() if name != whole_rows.NAME}
+    return given or (TileConfig(**own) if own else None)
+
+
+def takes_whole_rows(chosen: Candidate) -> bool:
+    """Whether rows of taps multiplied as one were measured to be the fastest."""
+    return bool(dict(chosen.config).get(whole_rows.NAME))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -269,8 +279,10 @@ def measurement(
         last = jax.ShapeDtypeStruct((problem.features,), acc) if bias else None
 
     def run(module: Implementation, found: TuningParams) -> Callable[..., Tree]:
-        chosen = tiles(config, Candidate("", found))
-        plan = Plan(module, chosen, window, precision, config, backward=None)
+        chosen = Candidate("", found)
+        own = tiles(config, chosen)
+        rows = takes_whole_rows(chosen)
+        plan = Plan(module, own, window, precision, config, backward=None, whole_rows=rows)
         return timed_function(plan, direction, activation, jnp.dtype(problem.out_dtype))
 
     static: Json = {"precision": precision and precision.name, "config": config and list(config)}
@@ -314,28 +326,33 @@ def _forward(
     moments: bool = False,
 ) -> Tree:
     """The output of an implementation, and where asked for its moments."""
-    static: dict[str, object] = {"activation": activation, "out_dtype": out_dtype}
-    if moments:
-        static["moments"] = True
 
-    def run(window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> Tree:
+    def kernel(
+        window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None, **static: object
+    ) -> Tree:
         one = partial(cast(Kernels, plan.module).forward, **static, **plan.static_kwargs(window))
         return one(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(one)(x, w, bias)
 
+    static: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
+    if moments:
+        static["moments"] = True
+    whole = partial(whole_rows.forward, kernel) if plan.whole_rows else kernel
+    run = partial(whole, **static)
     if plan.window.upsample == 1:
         return run(plan.window, x, w, bias)
-    whole = upsampling.forward_with_moments if moments else upsampling.forward
-    return whole(run, plan.window, x, w, bias)
+    upsampled = upsampling.forward_with_moments if moments else upsampling.forward
+    return upsampled(run, plan.window, x, w, bias)
 
 
 def _dx(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
-    def run(window: Window, dy: jax.Array, w: jax.Array, **like: object) -> jax.Array:
+    def kernel(window: Window, dy: jax.Array, w: jax.Array, **like: object) -> jax.Array:
         static = plan.static_kwargs(window)
         one = partial(cast(Kernels, plan.module).input_grad, **like, **static)
         return one(dy, w) if plan.module.DIFFERENTIABLE else vmap_folding(one)(dy, w)
 
+    run = partial(whole_rows.input_grad, kernel) if plan.whole_rows else kernel
     if plan.window.upsample == 1:
         return run(plan.window, dy, w, shape=shape, dtype=dtype)
     return upsampling.input_grad(run, plan.window, dy, w, shape=shape, dtype=dtype)
@@ -344,11 +361,12 @@ def _dx(
 def _dw(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
-    def run(window: Window, x: jax.Array, dy: jax.Array, **like: object) -> jax.Array:
+    def kernel(window: Window, x: jax.Array, dy: jax.Array, **like: object) -> jax.Array:
         static = plan.static_kwargs(window)
         one = partial(cast(Kernels, plan.module).weight_grad, **like, **static)
         return one(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(one)(x, dy)
 
+    run = partial(whole_rows.weight_grad, kernel) if plan.whole_rows else kernel
     if plan.window.upsample == 1:
         return run(plan.window, x, dy, shape=shape, dtype=dtype)
     return upsampling.weight_grad(run, plan.window, x, dy, shape=shape, dtype=dtype)

@@ -99,6 +99,38 @@ def assert_sharded(implementation, check_vma, dtype="float32"):
     chex.assert_trees_all_close(got, want, rtol=1e-7, atol=atol)
 
 
+WHOLE_ROWS = (
+    # The channels are fewer, then the features; strides, dilation, zeros and mirrored edges.
+    Case(2, 6, 9, 3, 5, 5, 8, padding="reflect", bias=True),
+    Case(1, 7, 10, 8, 3, 5, 3, (2, 1), ((1, 0), (3, 1)), (1, 2), layout="nchw_fchw", bias=True),
+    Case(1, 6, 8, 2, 3, 4, 2, (1, 2), "SAME", dtype="float16"),
+    Case(1, 5, 9, 6, 2, 3, 2, (1, 3), ("reflect", (0, 2))),
+    Case(2, 4, 5, 4, 3, 3, 2, padding="reflect", bias=True, upsample=2),
+)
+"""Cases of few channels or features, of which a row of taps may be multiplied as one."""
+
+
+def assert_whole_rows(case, module, monkeypatch, config=None):
+    """Output and gradients are the oracle's where a row of taps is multiplied as one."""
+    *given, dy = arrays(case)
+    how = case.stride, case.padding, case.dilation, case.groups, case.upsample, case.layout
+    window = api._window(given[0].shape, given[1].shape, *how)
+    plan = vjp.Plan(module, config, window, None, config, None, whole_rows=True)
+    widths = []
+    forward = module.forward
+
+    def recorded(x, w, bias, *, window, **rest):
+        widths.append(window.filters(w.shape)[1])
+        return forward(x, w, bias, window=window, **rest)
+
+    monkeypatch.setattr(module, "forward", recorded)
+    got = {"y": jax.jit(vjp.timed_function(plan, "fwd", None, dy.dtype))(*given)}
+    backward = jax.jit(vjp.timed_function(plan, "bwd", None, dy.dtype))
+    got |= dict(zip(("dx", "dw"), backward(*given[:2], dy), strict=True))
+    assert set(widths) == {1}
+    assert_close(case, got, {name: expected(case)[name] for name in got})
+
+
 MOMENTS = (
     # Tiles in part, several of an image, features that fill none; an epilogue; upsampled.
     Case(2, 5, 11, 4, 3, 3, 20, padding=1, dtype="float16"),

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from helpers.conv2d import (
     MOMENTS,
+    WHOLE_ROWS,
     arrays,
     assert_close,
     assert_moments,
     assert_oracle,
     assert_sharded,
+    assert_whole_rows,
     expected,
     ours,
     plain,
@@ -24,9 +26,19 @@ from helpers.conv2d import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flash_wtconv_jax import tuning
 from pallas_kernels import oracle
-from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d, moments, xla
+from pallas_kernels.conv2d import (
+    TileConfig,
+    conv2d,
+    get_igemm_conv2d,
+    moments,
+    vjp,
+    whole_rows,
+    xla,
+)
 from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case, inputs
+from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.dispatch import Operator
 
 
@@ -177,6 +189,33 @@ def assert_transformed(name, case):
     transform = TRANSFORMS[name]
     got, want = (jax.jit(transform(f))(x, w, bias) for f in (ours(case), plain(case)))
     chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i > 1))
+        for i, case in enumerate(WHOLE_ROWS)
+    ],
+)
+def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
+    assert_whole_rows(case, xla, monkeypatch)
+
+
+def test_rows_of_taps_are_multiplied_as_one_where_it_is_faster(monkeypatch):
+    seen, form = [], whole_rows._Form
+    monkeypatch.setattr(whole_rows, "_Form", lambda *args: seen.append(args) or form(*args))
+    monkeypatch.setattr(xla, "search_space", lambda *_: [{"whole_rows": True}], raising=False)
+    case = Case(1, 3, 4, 3, 2, 3, 2, bias=True, activation="relu")
+    with tuning("search"):
+        assert_oracle(case, "xla")
+    assert len(seen) >= 3
+    x, w, _, _ = arrays(case)
+    y, tiles = vjp.conv2d_with_moments(
+        vjp.Plan(xla, None, Window(), None, None, None, whole_rows=True),
+        *(None, x.dtype, x, w[..., :1], None),
+    )
+    np.testing.assert_allclose(tiles.mean[0, :, 0], y[0, :, :, 0].mean(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", MOMENTS, ids=lambda case: case.name)

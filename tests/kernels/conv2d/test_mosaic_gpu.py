@@ -11,11 +11,13 @@ from helpers.conv2d import (
     MOMENTS,
     NAMES,
     ON_GPU,
+    WHOLE_ROWS,
     arrays,
     assert_igemm,
     assert_moments,
     assert_oracle,
     assert_sharded,
+    assert_whole_rows,
     plain,
 )
 from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, shared_bytes
@@ -29,7 +31,7 @@ from pallas_kernels.conv2d.shapes import SHAPES, Shape
 from pallas_kernels.dispatch import table
 
 DTYPES = ("bfloat16", "float16")
-LAYER = Problem((2, 8, 8, 4), np.dtype("float16"), 3, 3, 8, Window(), np.dtype("float32"))
+LAYER = Problem((2, 8, 8, 16), np.dtype("float16"), 3, 3, 16, Window(), np.dtype("float32"))
 SMALL = {
     "pixel": Shape(1, 1, 1, 1, 1, 1, 1),
     "ragged": Shape(3, 17, 31, 7, 1, 5, 9),
@@ -113,6 +115,8 @@ def test_tiles_hold_every_pixel_once(name):
 
 
 def test_the_search_space_has_tiles_that_the_kernel_takes():
+    narrow = mosaic_gpu.search_space("fwd", LAYER._replace(features=3))
+    assert narrow == [{}, {"whole_rows": True}, *mosaic_gpu.search_space("fwd", LAYER)[1:]]
     for name, layer in SHAPES.items():
         first, *others = mosaic_gpu.search_space("fwd", LAYER)
         assert first == {} and others
@@ -230,6 +234,12 @@ def test_interpreted_kernels_take_several_tiles(interpreted, case):
 )
 def test_interpreted_moments_are_the_outputs(interpreted, case, config):
     assert_moments(case, mosaic_gpu, config)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("case", [WHOLE_ROWS[0], WHOLE_ROWS[-1]], ids=lambda case: case.name)
+def test_interpreted_rows_of_taps_are_multiplied_as_one(interpreted, case, monkeypatch):
+    assert_whole_rows(case._replace(dtype="float16"), mosaic_gpu, monkeypatch)
 
 
 @pytest.mark.wide
@@ -365,6 +375,12 @@ def test_layers_of_a_network_are_xlas(name, tiles):
     for g, w in zip(got, want, strict=True):
         g, w = (np.asarray(a, np.float32) for a in (g, w))
         assert np.abs(g - w).max() <= 0.08 * np.sqrt(np.mean(w**2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=lambda case: case.name)
+def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
+    assert_whole_rows(case._replace(dtype="float16"), mosaic_gpu, monkeypatch)
 
 
 @pytest.mark.gpu

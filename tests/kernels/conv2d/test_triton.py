@@ -7,12 +7,14 @@ import pytest
 from helpers.conv2d import (
     MOMENTS,
     ON_GPU,
+    WHOLE_ROWS,
     arrays,
     assert_close,
     assert_igemm,
     assert_moments,
     assert_oracle,
     assert_sharded,
+    assert_whole_rows,
     expected,
     plain,
     value_and_grads,
@@ -88,6 +90,13 @@ def test_interpreted_moments_are_the_outputs(interpreted, case):
 
 @INTERPRETED
 @pytest.mark.wide
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=lambda case: case.name)
+def test_interpreted_rows_of_taps_are_multiplied_as_one(interpreted, case, monkeypatch):
+    assert_whole_rows(case, triton_jax, monkeypatch, SMALL)
+
+
+@INTERPRETED
+@pytest.mark.wide
 def test_interpreted_moments_of_a_large_mean_lose_nothing(interpreted):
     assert_moments(MOMENTS[0]._replace(nf=4, groups=2), triton_jax, SMALL, mean=1e4)
 
@@ -132,10 +141,10 @@ def test_tiles_are_measured(interpreted, monkeypatch):
 def test_the_grid_offers_tiles_that_the_kernels_take():
     for dtype in ("float32", "bfloat16"):
         for direction in ("fwd", "bwd"):
-            first, *others = triton_jax.search_space(
+            first, rows, *others = triton_jax.search_space(
                 direction, LAYER._replace(dtype=np.dtype(dtype))
             )
-            assert first == {} and others
+            assert first == {} and rows == {"whole_rows": True} and others
             assert all(_checked_config(TileConfig(**tiles)) for tiles in others)
 
 
@@ -212,6 +221,12 @@ def test_layers_of_a_network_are_xlas(name, dtype):
     for got, want in zip(run("triton"), run("xla"), strict=True):
         got, want = (np.asarray(a, np.float32) for a in (got, want))
         assert np.abs(got - want).max() <= allowed * np.sqrt(np.mean(want**2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=lambda case: case.name)
+def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
+    assert_whole_rows(case, triton_jax, monkeypatch)
 
 
 @pytest.mark.gpu
