@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.common.dtypes import accumulation_dtype
-from pallas_kernels.common.types import Json, Tree
+from pallas_kernels.common.types import Json, Keywords, Tree
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.moments import of_rows
 from pallas_kernels.conv2d.problem import Problem, Window
@@ -74,7 +74,7 @@ def forward(
         moments: Whether to return its moments, too.
     """
     form = _Form(window, x.shape, w.shape)
-    epilogue = {"activation": activation, "out_dtype": out_dtype}
+    epilogue: Keywords = {"activation": activation, "out_dtype": out_dtype}
     epilogue |= {"moments": True} if moments else {}
     if form.gathers:
         return run(form.window, form.prepared(x), form.folded(w), bias, **epilogue)
