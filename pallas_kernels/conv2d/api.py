@@ -158,7 +158,7 @@ def conv2d(
         # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not:
         # what was measured on one device is no default there.
         fwd, bwd = fwd._replace(device_kind=None), bwd._replace(device_kind=None)
-    problem = upsampling.implemented(call.problem)
+    problem = call.implemented
     measured = problem, bias is not None, activation, call.precision, config
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", *measured)
     module, tiles = OPERATOR.module(chosen.implementation), vjp.tiles(config, chosen)
@@ -284,9 +284,10 @@ def _preferred(problem: Problem) -> str:
 
 
 class _Call(NamedTuple):
-    """The checked arguments of a call."""
+    """The checked arguments of a call, and the problem that implementations get of it."""
 
     problem: Problem
+    implemented: Problem
     precision: jax.lax.Precision | None
 
 
@@ -334,7 +335,7 @@ def _checked_call(
     out = dtype if out_dtype is None else checked_dtype(out_dtype, "out_dtype")
     problem = Problem(window.images(flat), dtype, height, width, features, window, out)
     _checked_config(config)
-    return _Call(problem, checked_precision(precision))
+    return _Call(problem, upsampling.implemented(problem), checked_precision(precision))
 
 
 def _leaves(value: object) -> Iterator[object]:
