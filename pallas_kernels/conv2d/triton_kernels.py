@@ -110,6 +110,9 @@ def conv(
         total = tl.where(total < 0, 0.0, total)
     elif ACTIVATION == "gelu":
         total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
+    at = y + (image.to(tl.int64) * Y_N + row * Y_H + column * Y_W)[:, None]
+    at += (group * F + f).to(tl.int64) * Y_F
+    tl.store(at, total.to(y.dtype.element_ty), mask=known & (f < F))
     if mean is not None:
         tiles = tl.cdiv(HO * WO, BM)
         count = min(HO * WO - down * BM, BM)
@@ -122,9 +125,6 @@ def conv(
         at = tile + group * F + f
         tl.store(mean + at, middle + off, mask=f < F)
         tl.store(squares + at, tl.where(spread < 0, 0.0, spread), mask=f < F)
-    at = y + (image.to(tl.int64) * Y_N + row * Y_H + column * Y_W)[:, None]
-    at += (group * F + f).to(tl.int64) * Y_F
-    tl.store(at, total.to(y.dtype.element_ty), mask=known & (f < F))
 
 
 @triton.jit
