@@ -403,6 +403,10 @@ class _Tiling:
             found.append(max(high, 0) * max(wide, 0))
         return found
 
+    def whole(self, layer: _Layer) -> bool:
+        """Returns whether no tile reaches beyond the rows and columns of an image."""
+        return layer.height % self.height == 0 and layer.width % self.width == 0
+
     def tiles(self, layer: _Layer) -> int:
         """Returns the number of tiles of the whole result."""
         images, height, width, features = self.counts(layer)
@@ -865,14 +869,19 @@ class _Block:
         height, width = self.tiling.box
         high = jnp.clip(self.layer.height - first[0], 0, height)
         wide = jnp.clip(self.layer.width - first[1], 0, width)
-        pixel = plgpu.broadcasted_iota(jnp.int32, done.shape, 0, layout=plgpu.Layout.WGMMA)
-        inside = (lax.div(pixel, width) < high) & (lax.rem(pixel, width) < wide)
+
+        def kept(values: jax.Array) -> jax.Array:
+            if self.tiling.whole(self.layer):
+                return values
+            pixel = plgpu.broadcasted_iota(jnp.int32, done.shape, 0, layout=plgpu.Layout.WGMMA)
+            inside = (lax.div(pixel, width) < high) & (lax.rem(pixel, width) < wide)
+            return jnp.where(inside, values, 0.0)
+
         count = (high * wide).astype(jnp.float32)
         share = 1 / jnp.maximum(count, 1.0)
-        mean = self.summed(warpgroup, jnp.where(inside, done, 0.0)) * share
+        mean = self.summed(warpgroup, kept(done)) * share
         # The mean of large numbers is inexact by some of their last bits; that of the rest is not.
-        rest = done - lax.broadcast_in_dim(mean, done.shape, (1,))
-        rest = jnp.where(inside, rest, 0.0)
+        rest = kept(done - lax.broadcast_in_dim(mean, done.shape, (1,)))
         off = self.summed(warpgroup, rest) * share
         squares = self.summed(warpgroup, rest * rest) - count * off * off
         told = self.told.at[warpgroup]

@@ -225,12 +225,16 @@ def test_interpreted_kernels_take_several_tiles(interpreted, case):
     [
         (MOMENTS[0], TileConfig(64, 32, 16, 4, 1, 2)),
         *(
-            pytest.param(MOMENTS[0], TileConfig(*size, 2), marks=pytest.mark.wide)
-            for size in ((128, 32, 16, 8, 1), (64, 32, 16, 4, 2))
+            pytest.param(case, TileConfig(*size), marks=pytest.mark.wide)
+            for case, size in (
+                (MOMENTS[0], (128, 32, 16, 8, 1, 2)),
+                (MOMENTS[0], (64, 32, 16, 4, 2, 2)),
+                (MOMENTS[1], (64, 32, 16, 4, 1, 2)),
+            )
         ),
         *(pytest.param(case, None, marks=pytest.mark.wide) for case in MOMENTS[1:]),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", None),
 )
 def test_interpreted_moments_are_the_outputs(interpreted, case, config):
     assert_moments(case, mosaic_gpu, config)
