@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.conv2d import (
+    MOMENTS,
     arrays,
     assert_close,
+    assert_moments,
     assert_oracle,
     assert_sharded,
     expected,
@@ -71,6 +73,12 @@ def some(cases):
 @pytest.mark.parametrize("case", some(filter(taken, HARD + EXTRA + UPSAMPLED)))
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("case", [MOMENTS[0], MOMENTS[2]], ids=lambda case: case.name)
+def test_moments_are_the_outputs(case):
+    assert_moments(case._replace(dtype="float32"), mosaic_tpu)
 
 
 def test_two_cores_do_not_race(races):
