@@ -23,7 +23,7 @@ from pallas_kernels.conv2d.api import OPERATOR
 from pallas_kernels.conv2d.cases import HARD, TABLE, Case
 from pallas_kernels.conv2d.problem import Problem, Window
 
-pytestmark = pytest.mark.usefixtures("tpu_interpreter")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("tpu_interpreter")]
 
 
 def taken(case):
