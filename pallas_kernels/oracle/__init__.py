@@ -26,7 +26,6 @@ from pallas_kernels.oracle.stylize import (
     instance_norm_vjp,
     residual_block,
     residual_block_vjp,
-    upsampled,
 )
 from pallas_kernels.oracle.wtconv import depthwise, subsample, wtconv, wtconv_vjp
 
@@ -40,9 +39,9 @@ __all__ = [
     "conv2d_pads",
     "conv2d_vjp",
     "depthwise",
-    "reflects",
     "instance_norm",
     "instance_norm_vjp",
+    "reflects",
     "residual_block",
     "residual_block_vjp",
     "sparse_conv",
@@ -52,7 +51,6 @@ __all__ = [
     "sparse_pool",
     "subsample",
     "synthesis",
-    "upsampled",
     "wavedec",
     "waverec",
     "wtconv",

@@ -105,18 +105,6 @@ def instance_norm_vjp(
     )
 
 
-def upsampled(x: ArrayLike, factor: int) -> Array:
-    """The images `[*batch, H, W, C]` with each pixel repeated `factor` times down and across.
-
-    Example:
-        >>> upsampled([[[1.0], [2.0]]], 2)[..., 0]
-        array([[1., 1., 2., 2.],
-               [1., 1., 2., 2.]])
-    """
-    x = np.asarray(x, np.float64)
-    return x.repeat(factor, axis=-3).repeat(factor, axis=-2)
-
-
 def conv2d_instance_norm(
     x: ArrayLike,
     w: ArrayLike,
@@ -130,7 +118,7 @@ def conv2d_instance_norm(
     activation: str | None = None,
     residual: ArrayLike | None = None,
 ) -> Array:
-    """Instance norm of a convolution of images, which are enlarged to the nearest first.
+    """Instance norm of a convolution of images.
 
     Args:
         x: Images `[*batch, H, W, C]`.
@@ -138,8 +126,8 @@ def conv2d_instance_norm(
         scale: `[NF]` or `[*batch, NF]`, as `instance_norm` takes it.
         bias: The same; one of the convolution would cancel.
         stride: As `conv2d` takes it.
-        padding: As `conv2d` takes it, of the enlarged images.
-        upsample: Factor of enlargement.
+        padding: As `conv2d` takes it.
+        upsample: As `conv2d` takes it.
         eps: Is added to the variance.
         activation: None or "relu".
         residual: Is added before the activation, of the output's shape.
@@ -153,7 +141,7 @@ def conv2d_instance_norm(
         array([[ 1., -1.],
                [-1.,  1.]])
     """
-    z = conv2d(upsampled(x, upsample), w, stride=stride, padding=padding)
+    z = conv2d(x, w, stride=stride, padding=padding, upsample=upsample)
     return instance_norm(z, scale, bias, eps=eps, activation=activation, residual=residual)
 
 
@@ -183,13 +171,9 @@ def conv2d_instance_norm_vjp(
         >>> conv2d_instance_norm_vjp(ones[0], ones, [1.0], [0.0], 3 * ones[0])[3]
         array([3.])
     """
-    enlarged = upsampled(x, upsample)
-    z = conv2d(enlarged, w, stride=stride, padding=padding)
+    z = conv2d(x, w, stride=stride, padding=padding, upsample=upsample)
     found = instance_norm_vjp(z, scale, bias, dy, eps=eps, activation=activation, residual=residual)
-    dx, dw, _ = conv2d_vjp(enlarged, w, found.x, stride=stride, padding=padding)
-    *batch, height, width, channels = dx.shape
-    size = height // upsample, upsample, width // upsample, upsample
-    dx = dx.reshape(*batch, *size, channels).sum((-4, -2))
+    dx, dw, _ = conv2d_vjp(x, w, found.x, stride=stride, padding=padding, upsample=upsample)
     return dx, dw, found.scale, found.bias, found.residual
 
 

@@ -86,12 +86,12 @@ def instance_norm(
         [[[0.0], [3.0]]]
     """
     x = checked_array(x, "x")
-    parameters = [
+    factor, shift = (
         None if value is None else checked_array(value, name)
         for name, value in (("scale", scale), ("bias", bias))
-    ]
+    )
     added = None if residual is None else checked_array(residual, "residual")
-    _check_shapes(x, *parameters, added)
+    _check_shapes(x, factor, shift, added)
     problem = Problem(
         (math.prod(x.shape[:-3]), *x.shape[-3:]),
         x.dtype,
@@ -106,7 +106,7 @@ def instance_norm(
     if not module.DIFFERENTIABLE:
         check_unsharded(x, "x")
     plan = vjp.Plan(module, chosen.config, checked_eps(eps), activation, bwd)
-    return vjp.instance_norm(plan, x, *parameters, added)
+    return vjp.instance_norm(plan, x, factor, shift, added)
 
 
 def checked_activation(value: object) -> str | None:
@@ -124,8 +124,12 @@ def checked_activation(value: object) -> str | None:
     raise ValueError(f"activation={value!r}: expected None or 'relu'")
 
 
-def checked_eps(value: object) -> float:
-    """The argument `eps=` as a float.
+def checked_eps(value: object, name: str = "eps") -> float:
+    """What is added to a variance, as a float.
+
+    Args:
+        value: The argument.
+        name: Its name, for the error.
 
     Raises:
         ValueError: It is no number that float32 holds as one greater than 0.
@@ -138,7 +142,7 @@ def checked_eps(value: object) -> float:
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         number = float(value)
     if not float(np.finfo(np.float32).tiny) <= number <= float(np.finfo(np.float32).max):
-        raise ValueError(f"eps={value!r}: expected a number greater than 0, such as 1e-5")
+        raise ValueError(f"{name}={value!r}: expected a number greater than 0, such as 1e-5")
     return number
 
 

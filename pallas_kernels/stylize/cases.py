@@ -7,9 +7,18 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_kernels.common.conformance import rounded
-from pallas_kernels.oracle import Array, instance_norm, instance_norm_vjp
+from pallas_kernels.common.types import Keywords
+from pallas_kernels.oracle import (
+    Array,
+    conv2d_instance_norm,
+    conv2d_instance_norm_vjp,
+    instance_norm,
+    instance_norm_vjp,
+)
+from pallas_kernels.oracle.conv2d import Padding
 
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]
+ConvDrawn = tuple[np.ndarray, *Drawn]
 
 
 class Case(NamedTuple):
@@ -80,7 +89,7 @@ class Case(NamedTuple):
             ['dbias', 'dscale', 'dx', 'y']
         """
         x, scale, bias, residual, dy = self.drawn()
-        rest = {"activation": self.activation, "residual": residual}
+        rest: Keywords = {"activation": self.activation, "residual": residual}
         found = instance_norm_vjp(x, scale, bias, dy, **rest)
         want = {"y": instance_norm(x, scale, bias, **rest)}
         want |= {"dx": found.x, "dscale": found.scale, "dbias": found.bias}
@@ -136,3 +145,108 @@ HARD: tuple[Case, ...] = (
 """The cases where normalisations go wrong, by name."""
 
 CASES = PAIRWISE + HARD
+
+
+class ConvCase(NamedTuple):
+    """One convolution with its norm: `nf` filters of `k` x `k` taps, images `[*batch, h, w, c]`.
+
+    With `styles` each image has its own scale and bias.
+    """
+
+    h: int
+    w: int
+    c: int
+    k: int
+    nf: int
+    batch: tuple[int, ...] = (2,)
+    stride: int | tuple[int, int] = 1
+    padding: Padding = ("reflect", 1)
+    upsample: int = 1
+    activation: str | None = "relu"
+    residual: bool = False
+    styles: bool = False
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """A short name for test ids: the sizes, then what is not its default.
+
+        Example:
+            >>> ConvCase(6, 5, 3, 3, 4, upsample=2).name
+            '2x6x5x3-3x4-upsample2'
+        """
+        sizes = "x".join(map(str, (*self.batch, self.h, self.w, self.c)))
+        rest = zip(self[6:], self._fields[6:], strict=True)
+        other = [
+            field if value is True else f"{field}{value}"
+            for value, field in rest
+            if value != self._field_defaults[field]
+        ]
+        return "-".join([sizes, f"{self.k}x{self.nf}", *other]).replace(" ", "")
+
+    @property
+    def arguments(self) -> Keywords:
+        """Keywords of the operator and of the oracle, but for the residual."""
+        names = ("stride", "padding", "upsample", "activation")
+        return {name: getattr(self, name) for name in names}
+
+    def drawn(self) -> ConvDrawn:
+        """Returns x, w, scale, bias, the residual and dy, rounded as those of a `Case`.
+
+        Example:
+            >>> x, w, scale, bias, residual, dy = ConvCase(6, 5, 3, 3, 4, stride=2).drawn()
+            >>> w.shape, residual, dy.shape
+            ((3, 3, 3, 4), None, (2, 3, 3, 4))
+        """
+        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+        x = 0.5 + rng.normal(size=(*self.batch, self.h, self.w, self.c))
+        w = rng.normal(size=(self.k, self.k, self.c, self.nf)) / self.k / math.sqrt(self.c)
+        own = (*self.batch, self.nf) if self.styles else (self.nf,)
+        scale, bias = rng.normal(0.7, 0.5, own), rng.normal(0.2, 0.7, own)
+        shape = conv2d_instance_norm(x, w, scale, bias, **self.arguments).shape
+        residual, dy = rng.normal(size=shape), rng.normal(size=shape)
+        wide = "float64" if self.dtype == "float64" else "float32"
+        return (
+            rounded(x, self.dtype),
+            rounded(w, self.dtype),
+            rounded(scale, wide),
+            rounded(bias, wide),
+            rounded(residual, self.dtype) if self.residual else None,
+            rounded(dy, self.dtype),
+        )
+
+    def expected(self) -> dict[str, Array]:
+        """Returns the oracle's "y" and the gradients by the arguments' names.
+
+        Example:
+            >>> sorted(ConvCase(6, 5, 3, 3, 4).expected())
+            ['dbias', 'dscale', 'dw', 'dx', 'y']
+        """
+        x, w, scale, bias, residual, dy = self.drawn()
+        rest: Keywords = {"residual": residual, **self.arguments}
+        slopes = conv2d_instance_norm_vjp(x, w, scale, bias, dy, **rest)
+        names = ("dx", "dw", "dscale", "dbias", "dresidual")[: 5 if self.residual else 4]
+        y = conv2d_instance_norm(x, w, scale, bias, **rest)
+        return {"y": y, **dict(zip(names, slopes, strict=False))}
+
+    def tolerance(self, name: str) -> float:
+        """Returns the error of any result that rounding may cause.
+
+        Example:
+            >>> ConvCase(6, 5, 3, 3, 4).tolerance("y")
+            1e-05
+        """
+        return {"float32": 1e-5, "float64": 1e-12}[self.dtype]
+
+
+CONV_CASES: tuple[ConvCase, ...] = (
+    ConvCase(6, 5, 3, 3, 4, residual=True, styles=True),
+    ConvCase(9, 8, 3, 3, 4, stride=2, activation=None),
+    ConvCase(5, 6, 4, 3, 3, upsample=2),
+    ConvCase(11, 9, 3, 9, 5, (1,), padding="reflect"),
+    ConvCase(6, 7, 2, 2, 3, (), (2, 1), ((0, 1), (1, 0)), activation=None, residual=True),
+    ConvCase(7, 6, 4, 3, 6, padding="SAME", dtype="bfloat16"),
+    ConvCase(7, 6, 4, 3, 6, upsample=2, residual=True, dtype="float16"),
+    ConvCase(6, 5, 3, 3, 4, residual=True, dtype="float64"),
+)
+"""The convolutions of style transfer, every argument once."""

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.types import Tree
+from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.stylize import api, baseline_jax
 from pallas_kernels.stylize.cases import CASES, Case
@@ -39,7 +39,7 @@ def computed(case: Case, implementation: Choice) -> Callable[..., dict[str, Tree
     def function(
         x: jax.Array, scale: jax.Array, bias: jax.Array, residual: jax.Array | None
     ) -> jax.Array:
-        rest = {"activation": case.activation, "implementation": implementation}
+        rest: Keywords = {"activation": case.activation, "implementation": implementation}
         return api.instance_norm(x, scale, bias, residual=residual, **rest)
 
     return partial(_with_gradients, function)

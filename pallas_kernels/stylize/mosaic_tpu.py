@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
 from pallas_kernels.common.mosaic_tpu import LANES, SUBLANES, VMEM_SHARE, round_up, unavailable
 from pallas_kernels.common.refusals import refuse
-from pallas_kernels.common.types import Ref
+from pallas_kernels.common.types import Ref, Slice
 from pallas_kernels.stylize.formulas import Gradients
 from pallas_kernels.stylize.problem import Problem
 
@@ -305,7 +305,7 @@ def _chunks(count: jax.Array) -> jax.Array:
     return pl.cdiv(count, _CHUNK)
 
 
-def _chunk(i: jax.Array) -> pl.Slice:
+def _chunk(i: jax.Array) -> Slice:
     """The pixels of a chunk."""
     return pl.ds(pl.multiple_of(i * _CHUNK, _CHUNK), _CHUNK)
 

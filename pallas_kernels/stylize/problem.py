@@ -53,6 +53,6 @@ class Problem(NamedTuple):
         """
         reasons = [] if self.dtype in dtypes else [f"{self.dtype}, {', '.join(dtypes)} alone"]
         reasons += unsupported_sizes(self.shape)
-        if not reasons and math.prod(self.shape[1:3]) >= 1 << 31:
+        if not reasons and math.prod(self.shape[1:3]) >= 1 << 30:
             reasons.append(f"images of {self.shape[1]}x{self.shape[2]} pixels, which are too many")
         return reasons

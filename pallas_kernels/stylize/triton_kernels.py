@@ -75,7 +75,7 @@ def moments(
         at, known = _tile(group, start + r * PX, HW, c, inside, C, PX, BC)
         v = tl.load(x + at, mask=known, other=0.0).to(tl.float32) - first[None, :]
         d = v - mean
-        mean += tl.where(known, d / (r + 1), 0.0)
+        mean += tl.where(known, d * (1.0 / (r + 1)), 0.0)
         squares += tl.where(known, d * (v - mean), 0.0)
     rows = tl.arange(0, PX)
     left = tl.maximum(HW - start - rows + PX - 1, 0) // PX

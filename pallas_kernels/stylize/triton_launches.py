@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.triton import AnyArray, Launch, cdiv
-from pallas_kernels.common.types import Dtype
+from pallas_kernels.common.types import Dtype, Keywords
 from pallas_kernels.stylize import triton_kernels as kernels
 from pallas_kernels.stylize.problem import Problem
 
@@ -116,14 +116,15 @@ def forward(
     """
     n, *_, c = x.shape
     own, size, rounds, groups = _cut(x, chosen)
-    flags = {"RELU": activation == "relu", "ADD": residual is not None}
-    constants = {**flags, "EPS": eps, "C": c, **_block(own)}
+    flags: Keywords = {"RELU": activation == "relu", "ADD": residual is not None}
+    constants: Keywords = {**flags, "EPS": eps, "C": c, **_block(own)}
     arrays = [x, scale, bias, x if residual is None else residual]
     outputs = [(x.shape, x.dtype), ((n, 3, c), "float32")]
     if own.slices == 1 and rounds == 1:
         y, statistics = launch(kernels.whole, [*arrays, size], outputs, (groups,), **constants)
         return y, statistics
-    (parts,) = _parts(kernels.moments, [x, size, rounds], own, groups, launch, C=c)
+    read: list[AnyArray | int] = [x, size, rounds]
+    (parts,) = _parts(kernels.moments, read, own, groups, launch, C=c)
     y, statistics = launch(
         kernels.apply,
         [*arrays, parts, size, rounds],
@@ -165,7 +166,7 @@ def backward(
     """
     n, *_, c = x.shape
     own, size, rounds, groups = _cut(x, chosen)
-    constants = {"RELU": activation == "relu", "ADD": residual is not None, "C": c}
+    constants: Keywords = {"RELU": activation == "relu", "ADD": residual is not None, "C": c}
     arrays = [x, statistics, scale, bias, x if residual is None else residual, dy]
     last = ((1,) if residual is None else x.shape, x.dtype)
     outputs = [(x.shape, x.dtype), ((n, c), "float32"), ((n, c), "float32"), last]
@@ -174,12 +175,12 @@ def backward(
         kernel, grid = kernels.whole_gradients, (groups,)
         found = launch(kernel, [*arrays, size], outputs, grid, **constants)
     else:
-        sizes = [size, rounds]
+        read: list[AnyArray | int] = [*arrays, size, rounds]
         kernel = kernels.gradient_sums
-        (parts,) = _parts(kernel, [*arrays, *sizes], own, groups, launch, **constants)
+        (parts,) = _parts(kernel, read, own, groups, launch, **constants)
         constants |= _block(own) | _shared(own)
         kernel, grid = kernels.apply_gradients, (groups * own.slices,)
-        found = launch(kernel, [*arrays, parts, *sizes], outputs, grid, **constants)
+        found = launch(kernel, [*arrays, parts, size, rounds], outputs, grid, **constants)
     dx, dscale, dbias, dresidual = found
     return dx, dscale, dbias, None if residual is None else dresidual
 

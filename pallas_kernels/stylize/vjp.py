@@ -30,7 +30,7 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
-from pallas_kernels.common.types import Tree
+from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.common.vmap import vmap_folding
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
@@ -210,14 +210,14 @@ def timed_function(plan: Plan, direction: str) -> Callable[..., Tree]:
 def _forward(
     plan: Plan, x: jax.Array, scale: jax.Array, bias: jax.Array, residual: Residual
 ) -> Output:
-    static = {"eps": plan.eps, "activation": plan.activation, **dict(plan.config)}
-    run = partial(cast(Kernels, plan.module).forward, **static)
+    static: Keywords = {"eps": plan.eps, "activation": plan.activation, **dict(plan.config)}
+    run: Callable[..., Tree] = partial(cast(Kernels, plan.module).forward, **static)
     run = run if plan.module.DIFFERENTIABLE else vmap_folding(run, own=4)
     return run(x, scale, bias, residual)
 
 
 def _backward(plan: Plan, known: Known, dy: jax.Array) -> Gradients:
-    static = {"activation": plan.activation, **dict(plan.config)}
-    run = partial(cast(Kernels, plan.module).backward, **static)
+    static: Keywords = {"activation": plan.activation, **dict(plan.config)}
+    run: Callable[..., Tree] = partial(cast(Kernels, plan.module).backward, **static)
     run = run if plan.module.DIFFERENTIABLE else vmap_folding(run, own=6)
     return Gradients(*run(*known, dy))

@@ -183,33 +183,12 @@ def dense_jobs(chip, cases):
     return [compiling.Job("helpers.tpu_programs:dense", chip, case._asdict()) for case in cases]
 
 
-def assert_dense_compiled(jobs):
+def assert_compiles(jobs):
     results = compiling.run(jobs)
     # Cycles of what XLA does around the kernels are not always known.
     for job, result in zip(jobs, results, strict=True):
         assert result.error is None, job
     return results
-
-
-def test_dense_layers_compile():
-    hard = {"v5e": HARD_DENSE[2], "v6e": HARD_DENSE[1]}
-    cases = {chip: (*SOME_DENSE[chip][:2], hard[chip]) for chip in hard}
-    assert_dense_compiled([job for chip in cases for job in dense_jobs(chip, cases[chip])])
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize(("chip", "hard"), [("v5e", HARD_DENSE[:2]), ("v6e", HARD_DENSE[::2])])
-def test_dense_layers_of_networks_compile_to_few_cycles(chip, hard):
-    cases = (*LAYERS, *SOME_DENSE[chip][2:], *hard)
-    layer, *_ = assert_dense_compiled(dense_jobs(chip, cases))
-    # Three products of 461,000 cycles of a v5e's matrix units; a v6e's are four times as large.
-    assert layer.cycles <= {"v5e": 1_500_000, "v6e": 600_000}[chip]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-def test_every_chip_takes_every_dense_layer(chip):
-    assert_dense_compiled(dense_jobs(chip, TABLE_DENSE + HARD_DENSE + LAYERS))
 
 
 def norm_jobs(chip, shapes):
@@ -228,17 +207,35 @@ def norm_jobs(chip, shapes):
 
 
 # Of one tile, and of several of which the last is in part; a width that fills no registers.
-NORMS = (PICTURES["style_256_trunk"], (2, 300, 1001, 3), (1, 1, 1, 200), (3, 5, 7, 96))
+NORMS = ((2, 300, 1001, 3), PICTURES["style_256_trunk"], (1, 1, 1, 200), (3, 5, 7, 96))
 
 
-def test_norms_compile():
-    assert_dense_compiled(norm_jobs("v5e", NORMS[1:2]))
+def test_dense_layers_and_a_norm_compile():
+    hard = {"v5e": HARD_DENSE[2], "v6e": HARD_DENSE[1]}
+    cases = {chip: (*SOME_DENSE[chip][:2], hard[chip]) for chip in hard}
+    jobs = [job for chip in cases for job in dense_jobs(chip, cases[chip])]
+    assert_compiles(jobs + norm_jobs("v5e", NORMS[:1]))
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("chip", "hard"), [("v5e", HARD_DENSE[:2]), ("v6e", HARD_DENSE[::2])])
+def test_dense_layers_of_networks_compile_to_few_cycles(chip, hard):
+    cases = (*LAYERS, *SOME_DENSE[chip][2:], *hard)
+    layer, *_ = assert_compiles(dense_jobs(chip, cases))
+    # Three products of 461,000 cycles of a v5e's matrix units; a v6e's are four times as large.
+    assert layer.cycles <= {"v5e": 1_500_000, "v6e": 600_000}[chip]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_chip_takes_every_dense_layer(chip):
+    assert_compiles(dense_jobs(chip, TABLE_DENSE + HARD_DENSE + LAYERS))
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_norms_of_networks_compile(chip):
-    assert_dense_compiled(norm_jobs(chip, (*PICTURES.values(), *NORMS)))
+    assert_compiles(norm_jobs(chip, (*PICTURES.values(), *NORMS)))
 
 
 def test_loops_are_counted_as_by_hand():

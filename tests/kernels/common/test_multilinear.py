@@ -51,3 +51,42 @@ def test_transformations(name):
         return tuple(TRANSFORMS[name](curved(function)) for function in (product, plain))
 
     chex.assert_trees_all_close(*both(), rtol=1e-5, atol=1e-5)
+
+
+def scaled(x, w):
+    """`x w / |w|`, linear in x alone."""
+
+    def run(w, x):
+        return x @ w / jnp.linalg.norm(w)
+
+    def transpose(dy, w):
+        return jnp.outer(dy, w) / jnp.linalg.norm(w)
+
+    return multilinear(run, (transpose,), x, known=(w,), plain=run)
+
+
+KNOWN = {
+    "forward": lambda f: jax.jvp(f, (X, W), (X, X[0])),
+    "reverse": lambda f: jax.grad(f, (0, 1))(X, W),
+    "of what is known": lambda f: jax.hessian(f, 1)(X, W),
+    "reverse over reverse": lambda f: jax.grad(lambda x, w: (jax.grad(f)(x, w) ** 2).sum(), (0, 1))(
+        X, W
+    ),
+    "vmap of reverse": lambda f: jax.vmap(jax.grad(f, (0, 1)), (2, None))(XS, W),
+    "reverse of vmap": lambda f: jax.grad(lambda w: jax.vmap(f, (None, 0))(X, w).sum())(X),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_is_known_is_differentiated_in_plain_jax(name):
+    def plain(x, w):
+        return x @ w / jnp.linalg.norm(w)
+
+    @jax.jit
+    def both():
+        return tuple(
+            KNOWN[name](lambda x, w, f=function: jnp.sin(f(x, w)).sum())
+            for function in (scaled, plain)
+        )
+
+    chex.assert_trees_all_close(*both(), rtol=1e-5, atol=1e-5)

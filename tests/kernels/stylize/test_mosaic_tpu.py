@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.stylize import baseline_jax, instance_norm, mosaic_tpu
 from pallas_kernels.stylize.api import OPERATOR
-from pallas_kernels.stylize.cases import CASES, HARD, Case
+from pallas_kernels.stylize.cases import CASES, Case
 from pallas_kernels.stylize.problem import Problem
 from pallas_kernels.stylize.shapes import SHAPES
 
@@ -28,10 +28,7 @@ TILED = (
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case != HARD[1]))
-        for case in TAKEN
-    ],
+    [pytest.param(case, id=case.name, marks=[pytest.mark.wide]) for case in TAKEN],
 )
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
@@ -49,10 +46,12 @@ def test_tiles_are_the_oracles(case, monkeypatch):
     assert_oracle(case, "mosaic_tpu")
 
 
+@pytest.mark.wide
 def test_two_cores_do_not_race(races):
     assert_oracle(Case(1, 3, 4), "mosaic_tpu")
 
 
+@pytest.mark.wide
 def test_vmap_and_derivatives_of_gradients():
     x, scale, bias, _, _ = Case(3, 4, 2).drawn()
 
@@ -67,6 +66,7 @@ def test_vmap_and_derivatives_of_gradients():
         chex.assert_trees_all_close(got, want, rtol=1e-7, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.wide
 def test_sharded_over_the_batch():
     assert_sharded("mosaic_tpu", check_vma=True)
 

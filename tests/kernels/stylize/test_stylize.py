@@ -11,8 +11,8 @@ from helpers.stylize import assert_oracle, assert_sharded
 
 from pallas_kernels import oracle
 from pallas_kernels.common.conformance import worst
-from pallas_kernels.stylize import baseline_jax, instance_norm, xla
-from pallas_kernels.stylize.cases import HARD, PAIRWISE, Case
+from pallas_kernels.stylize import baseline_jax, conformance, instance_norm, xla
+from pallas_kernels.stylize.cases import CASES, HARD, PAIRWISE, Case
 
 pytestmark = pytest.mark.core
 
@@ -23,27 +23,30 @@ def x64():
         yield
 
 
+# A mean of many deviations, one pixel, none that differ; and 16 bits, whose error is measured.
+QUICK = (HARD[0], HARD[2], HARD[3], PAIRWISE[1])
+
+
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("case", HARD + PAIRWISE[:2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case)
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("case", PAIRWISE[2:], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in QUICK], ids=lambda case: case.name
+)
 def test_every_pair_of_arguments_is_the_oracles(case):
     assert_oracle(case)
 
 
-@pytest.mark.parametrize("case", PAIRWISE[4:6] + HARD[2:3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", HARD[1:2], ids=lambda case: case.name)
 def test_the_oracle_is_jaxs_norm(case):
     """By JAX's own derivatives of the baseline, which knows no formula of ours."""
-    case = case._replace(dtype="float64")
-    x, scale, bias, residual, dy = case.drawn()
-    arrays = (x, scale, bias) if residual is None else (x, scale, bias, residual)
-    y, pullback = jax.vjp(partial(baseline_jax.instance_norm, activation=case.activation), *arrays)
-    want = case.expected()
-    chex.assert_trees_all_close([y, *pullback(dy)], list(want.values()), rtol=1e-10, atol=1e-10)
+    case = case._replace(dtype="float64", mean=2.0)
+    got = jax.jit(conformance.baseline(case))(*case.drawn())
+    chex.assert_trees_all_close(got, case.expected(), rtol=1e-10, atol=1e-10)
 
 
 def planted(change):
@@ -127,7 +130,11 @@ TRANSFORMS = {
             x, jnp.stack([s, -s]), jnp.stack([b, 2 * b])
         )
     ),
-    "remat": lambda f: slopes(jax.remat(f, static_argnums=4)),
+    "remat": lambda f: slopes(
+        lambda *args, residual, activation: jax.remat(
+            lambda *args: f(*args[:3], residual=args[3], activation=activation)
+        )(*args, residual)
+    ),
 }
 
 
@@ -139,8 +146,23 @@ class Kernel:
     forward, backward = xla.forward, xla.backward
 
 
-@pytest.mark.parametrize("module", [xla, Kernel])
-@pytest.mark.parametrize("name", list(TRANSFORMS)[:-1])
+# What differs is how `vmap` maps them.
+ONCE = [
+    ("reverse over reverse", xla),
+    ("forward over reverse", xla),
+    ("vmap of styles", xla),
+    ("vmap of gradients", Kernel),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        pytest.param(name, module, marks=[pytest.mark.wide] * ((name, module) not in ONCE))
+        for name in TRANSFORMS
+        for module in (xla, Kernel)
+    ],
+)
 def test_transformations(name, module, monkeypatch):
     from pallas_kernels.dispatch import Operator
 
