@@ -26,12 +26,24 @@ if TYPE_CHECKING:
     from flash_wtconv_jax.autotune import tune, tuning
     from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
     from flash_wtconv_jax.functional.wtconv import deepest_level
-    from flash_wtconv_jax.linen import Conv2d, SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
+    from flash_wtconv_jax.linen import (
+        Conv2d,
+        ConvNormAct,
+        InstanceNorm,
+        ResidualBlock,
+        SeparableWTConv2d,
+        WTConv1d,
+        WTConv2d,
+        WTConv3d,
+    )
 
     __version__: str
 
 __all__ = [
     "Conv2d",
+    "ConvNormAct",
+    "InstanceNorm",
+    "ResidualBlock",
     "SeparableWTConv2d",
     "WTConv1d",
     "WTConv2d",
@@ -46,6 +58,9 @@ __all__ = [
 _SUBMODULES = frozenset({"checkpoints", "linen", "models", "nnx", "surgery"})
 _HOME = {
     "Conv2d": "linen",
+    "ConvNormAct": "linen",
+    "InstanceNorm": "linen",
+    "ResidualBlock": "linen",
     "SeparableWTConv2d": "linen",
     "WTConv1d": "linen",
     "WTConv2d": "linen",

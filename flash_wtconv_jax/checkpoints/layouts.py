@@ -336,31 +336,80 @@ def _conv(theirs: str, ours: str, before: str, after: str, k: str) -> Rules:
     )
 
 
-def _conv_norm(conv: str, norm: str, before: str, after: str, k: str = "k*") -> Rules:
-    """A convolution of TransformerNet and the instance normalisation that follows it."""
-    return (
-        *_conv(f"{conv}.conv2d", conv, before, after, k),
-        *_norm(norm, norm, after),
-        # Saved by PyTorch up to 0.3: averages over the training, which nothing is computed with.
-        Rule(f"{norm}.running_mean", after, group="running", frozen="anything"),
-        Rule(f"{norm}.running_var", after, group="running", frozen="anything"),
-    )
+@dataclass(frozen=True)
+class _Styled:
+    """The names that one code gives to a TransformerNet's convolutions and their norms.
 
+    Attributes:
+        conv: The convolution inside a layer.
+        norm: The norm, of the layer's name and of the one that ours has.
+        names: The scale and the bias of the norm.
+    """
+
+    conv: str
+    norm: str
+    names: Sequence[str] = ("weight", "bias")
+
+    def rules(
+        self, layer: str, conv: str, norm: str, before: str, after: str, k: str = "k*"
+    ) -> Rules:
+        """A layer's convolution, which is `conv` here, and the norm that follows it, `norm`."""
+        theirs = self.norm.format(layer=layer, norm=norm)
+        return (
+            *_conv(f"{layer}.{self.conv}", conv, before, after, k),
+            *_norm(theirs, norm, after, names=self.names),
+            # Averages over the training, which nothing is computed with: PyTorch up to 0.3 saved
+            # them, and others do where a norm keeps track.
+            Rule(f"{theirs}.running_mean", after, group="running", frozen="anything"),
+            Rule(f"{theirs}.running_var", after, group="running", frozen="anything"),
+            Rule(f"{theirs}.num_batches_tracked", "", group="tracked", frozen="anything"),
+        )
+
+    def ends(self) -> Rules:
+        """What stands before the residual blocks and behind them, but the last convolution."""
+        return (
+            *self.rules("conv1", "conv1", "in1", "in", "c1", "m*"),
+            *self.rules("conv2", "conv2", "in2", "c1", "c2"),
+            *self.rules("conv3", "conv3", "in3", "c2", "c3"),
+            *self.rules("deconv1", "deconv1", "in4", "c3", "c4"),
+            *self.rules("deconv2", "deconv2", "in5", "c4", "c5"),
+        )
+
+    def blocks(self, names: Sequence[str]) -> Rules:
+        """The residual blocks, by the names that the code gives them."""
+        return tuple(
+            chain.from_iterable(
+                (
+                    *self._inside(name, f"res{b}", 1, "c3", f"h{b}"),
+                    *self._inside(name, f"res{b}", 2, f"h{b}", "c3"),
+                )
+                for b, name in enumerate(names, 1)
+            )
+        )
+
+    def _inside(self, theirs: str, ours: str, place: int, before: str, after: str) -> Rules:
+        norm = f"{ours}.in{place}"
+        return self.rules(f"{theirs}.conv{place}", f"{ours}.conv{place}", norm, before, after)
+
+
+# PyTorch's example has the norms beside the convolutions, others have both inside of one layer.
+_EXAMPLE = _Styled("conv2d", "{norm}")
+_LAYERS = _Styled("conv", "{layer}.norm")
+_FUSED = replace(_LAYERS, names=("gamma", "beta"))
+_BLOCKS = tuple(f"res{b}" for b in range(1, 6))
+_IN_SEQUENCE = tuple(f"residual_blocks.{b}" for b in range(5))
 
 _TRANSFORMER_NET = (
-    *_conv_norm("conv1", "in1", "in", "c1", "m*"),
-    *_conv_norm("conv2", "in2", "c1", "c2"),
-    *_conv_norm("conv3", "in3", "c2", "c3"),
-    *chain.from_iterable(
-        (
-            *_conv_norm(f"res{b}.conv1", f"res{b}.in1", "c3", f"h{b}"),
-            *_conv_norm(f"res{b}.conv2", f"res{b}.in2", f"h{b}", "c3"),
-        )
-        for b in range(1, 6)
+    tuple(styled.ends() for styled in (_EXAMPLE, _LAYERS, _FUSED)),
+    (
+        _EXAMPLE.blocks(_BLOCKS),
+        *(
+            styled.blocks(names)
+            for styled in (_LAYERS, _FUSED)
+            for names in (_IN_SEQUENCE, _BLOCKS)
+        ),
     ),
-    *_conv_norm("deconv1", "in4", "c3", "c4"),
-    *_conv_norm("deconv2", "in5", "c4", "c5"),
-    *_conv("deconv3.conv2d", "deconv3", "c5", "out", "m*"),
+    tuple(_conv(f"deconv3.{own}", "deconv3", "c5", "out", "m*") for own in ("conv2d", "1", "conv")),
 )
 
 # Where two tables or alternatives fit equally well the first is taken: 2-D before 1-D, published
@@ -373,7 +422,7 @@ TABLES: tuple[Table, ...] = (
     Table("original", 2, _model(_ORIGINAL)),
     Table("mmseg", 2, _model(_MMSEG)),
     Table("features_only", 2, _model(_FEATURES)),
-    Table("transformer_net", 2, ((_TRANSFORMER_NET,),)),
+    Table("transformer_net", 2, _TRANSFORMER_NET),
 )
 
 LAYOUTS: tuple[str, ...] = tuple(dict.fromkeys(table.layout for table in TABLES))

@@ -69,8 +69,9 @@ def from_torch(
             whole WTConvNeXts and ConvNeXts, with any of these layers inside: "wtconvnext" (timm's
             names), "features_only" (those of its `features_only=True`), "original" (ConvNeXt's
             authors', V1 and V2) and "mmseg" (mmsegmentation's and mmpretrain's). Of whole
-            TransformerNets: "transformer_net" (PyTorch's example, whose `running_mean` and
-            `running_var` in old files are dropped).
+            TransformerNets: "transformer_net" (PyTorch's example, or `conv1.conv` and `conv1.norm`
+            in one layer, whose norms may have `gamma` and `beta`; statistics of the training, as
+            in old files, are dropped).
         wavelet: The wavelet that the frozen filters must be: they are no part of the variables,
             so the Flax layer must be given the same one.
 
@@ -319,7 +320,7 @@ def _fit(
             problems["missing"].append(f"{name} {shape}")
         elif str(arrays[name].shape) != shape:
             problems["misshapen"].append(f"{name} is {arrays[name].shape}, expected {shape}")
-        elif not _is_floating(arrays[name]):
+        elif not _is_floating(arrays[name]) and entry.frozen != "anything":
             problems["not floating"].append(f"{name} is {arrays[name].dtype}")
         elif entry.frozen and side == "torch":
             problems["filter"] += _filter_problem(name, arrays[name], entry, table.ndim, wavelet)

@@ -17,11 +17,15 @@ from flash_wtconv_jax.linen.sparse import (
     SparseUnpool,
     SpatiallySparseConv,
 )
+from flash_wtconv_jax.linen.stylize import ConvNormAct, InstanceNorm, ResidualBlock
 from flash_wtconv_jax.linen.wtconv import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
 from pallas_kernels.common.deprecation import warn_renamed
 
 __all__ = [
     "Conv2d",
+    "ConvNormAct",
+    "InstanceNorm",
+    "ResidualBlock",
     "SeparableWTConv2d",
     "SparseBatchNorm",
     "SparseConv1d",

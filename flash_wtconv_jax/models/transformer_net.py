@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from flash_wtconv_jax.functional import stylize
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike, checked_rngs
 from flash_wtconv_jax.functional.wtconv import default_kernel_init
-from flash_wtconv_jax.nnx import Conv2d
+from flash_wtconv_jax.nnx import Conv2d, InstanceNorm
 from pallas_kernels.common.arguments import checked_array
-from pallas_kernels.conv2d.api import OPERATOR
+from pallas_kernels.common.types import Keywords
+from pallas_kernels.conv2d.api import OPERATOR as CONV2D
+from pallas_kernels.stylize.api import OPERATOR as INSTANCE_NORM
 
 # Four pixels mirrored on each side of the 9x9 convolutions need a fifth; the residual blocks then
 # have two, enough for their one.
@@ -32,6 +35,8 @@ class TransformerNet(nnx.Module):
     with a convolution behind, and a 9x9 convolution to the image. Every convolution is a `Conv2d`
     that mirrors `k // 2` pixels on each side, and all but the last are followed by instance
     normalisation. Kernels start as PyTorch's do, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases at 0.
+    A bias before a norm cancels: it is a parameter, as in the published weights, but it is not
+    added, and its gradient is 0.
 
     Weights of the published network are loaded with
     `checkpoints.load_into(model, checkpoints.load("mosaic.pth"))` and given back by
@@ -44,6 +49,8 @@ class TransformerNet(nnx.Module):
         precision: See `jax.lax.Precision`. None is full float32.
         conv_implementation: Implementations of all convolutions, see
             `flash_wtconv_jax.nnx.Conv2d`. Each layer takes the fastest of several names.
+        norm_implementation: Implementations of all instance normalisations, likewise.
+        crop: Whether images have the input's size, where that is no multiple of 4, too.
         rngs: Source of the keys.
 
     Raises:
@@ -65,10 +72,14 @@ class TransformerNet(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         precision: PrecisionLike = None,
         conv_implementation: ImplementationLike = None,
+        norm_implementation: ImplementationLike = None,
+        crop: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        OPERATOR.check_names(conv_implementation, "conv_implementation")
+        CONV2D.check_names(conv_implementation, "conv_implementation")
+        INSTANCE_NORM.check_names(norm_implementation, "norm_implementation")
         checked_rngs(rngs)
+        self.crop = crop
         conv = partial(
             Conv2d,
             padding="REFLECT",
@@ -79,13 +90,12 @@ class TransformerNet(nnx.Module):
             implementation=conv_implementation,
             rngs=rngs,
         )
-        # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large.
         norm = partial(
-            nnx.InstanceNorm,
+            InstanceNorm,
             epsilon=1e-5,
             dtype=dtype,
             param_dtype=param_dtype,
-            use_fast_variance=False,
+            implementation=norm_implementation,
             rngs=rngs,
         )
         self.conv1, self.in1 = conv(3, 32, 9), norm(32)
@@ -108,11 +118,12 @@ class TransformerNet(nnx.Module):
                 trained for: 0 to 255 for the published ones.
 
         Returns:
-            Images `[N, 4 * ceil(H / 4), 4 * ceil(W / 4), 3]` of the same range, not clipped.
+            Images `[N, 4 * ceil(H / 4), 4 * ceil(W / 4), 3]` of the same range, not clipped; with
+            `crop` the first H rows and W columns of them.
 
         Raises:
             ValueError: If `x` is not floating point or its shape does not fit.
-            NotImplementedError: If a named `conv_implementation` cannot run here; it says why.
+            NotImplementedError: If a named implementation cannot run here; it says why.
         """
         x = checked_array(x, "x")
         if x.ndim != 4 or x.shape[-1] != 3:
@@ -122,14 +133,16 @@ class TransformerNet(nnx.Module):
                 f"x must be at least {_LEAST} pixels high and wide, so that there are pixels to "
                 f"mirror, got {x.shape}"
             )
-        x = nnx.relu(self.in1(self.conv1(x)))
-        x = nnx.relu(self.in2(self.conv2(x)))
-        x = nnx.relu(self.in3(self.conv3(x)))
+        _, height, width, _ = x.shape
+        x = _conv_norm(self.conv1, self.in1, x)
+        x = _conv_norm(self.conv2, self.in2, x)
+        x = _conv_norm(self.conv3, self.in3, x)
         for block in (self.res1, self.res2, self.res3, self.res4, self.res5):
             x = block(x)
-        x = nnx.relu(self.in4(self.deconv1(_doubled(x))))
-        x = nnx.relu(self.in5(self.deconv2(_doubled(x))))
-        return self.deconv3(x)
+        x = _conv_norm(self.deconv1, self.in4, x, upsample=2)
+        x = _conv_norm(self.deconv2, self.in5, x, upsample=2)
+        y = self.deconv3(x)
+        return y[:, :height, :width] if self.crop else y
 
 
 class ResidualBlock(nnx.Module):
@@ -142,16 +155,42 @@ class ResidualBlock(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, conv: Callable[..., Conv2d], norm: Callable[..., nnx.InstanceNorm]
+        self, dim: int, conv: Callable[..., Conv2d], norm: Callable[..., InstanceNorm]
     ) -> None:
         self.conv1, self.in1 = conv(dim, dim, 3), norm(dim)
         self.conv2, self.in2 = conv(dim, dim, 3), norm(dim)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, dim]` to the same shape."""
-        return x + self.in2(self.conv2(nnx.relu(self.in1(self.conv1(x)))))
+        first, second = _branch(self.conv1, self.in1), _branch(self.conv2, self.in2)
+        return stylize.residual_block(x, first, second, **_options(self.conv1, self.in1))
 
 
-def _doubled(x: jax.Array) -> jax.Array:
-    """The images `[N, H, W, C]` with each pixel repeated as four."""
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+def _conv_norm(conv: Conv2d, norm: InstanceNorm, x: jax.Array, upsample: int = 1) -> jax.Array:
+    """A convolution of images, perhaps upsampled to the nearest, its norm and a ReLU."""
+    return stylize.conv_norm(
+        x,
+        _branch(conv, norm),
+        strides=conv.strides or 1,
+        upsample=upsample,
+        activation="relu",
+        **_options(conv, norm),
+    )
+
+
+def _branch(conv: Conv2d, norm: InstanceNorm) -> stylize.Branch:
+    """The arrays of a convolution and its norm, without the bias that would cancel."""
+    assert norm.scale is not None and norm.bias is not None
+    return conv.kernel[...], norm.scale[...], norm.bias[...]
+
+
+def _options(conv: Conv2d, norm: InstanceNorm) -> Keywords:
+    """How both compute."""
+    return {
+        "padding": conv.padding,
+        "epsilon": norm.epsilon,
+        "dtype": conv.dtype,
+        "precision": conv.precision,
+        "conv_implementation": conv.implementation,
+        "norm_implementation": norm.implementation,
+    }

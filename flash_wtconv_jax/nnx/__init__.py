@@ -16,11 +16,15 @@ from flash_wtconv_jax.nnx.sparse import (
     SparseUnpool,
     SpatiallySparseConv,
 )
+from flash_wtconv_jax.nnx.stylize import ConvNormAct, InstanceNorm, ResidualBlock
 from flash_wtconv_jax.nnx.wtconv import SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
 from pallas_kernels.common.deprecation import warn_renamed
 
 __all__ = [
     "Conv2d",
+    "ConvNormAct",
+    "InstanceNorm",
+    "ResidualBlock",
     "SeparableWTConv2d",
     "SparseBatchNorm",
     "SparseConv1d",

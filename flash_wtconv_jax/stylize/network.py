@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flash_wtconv_jax.models.transformer_net import TransformerNet
-from flash_wtconv_jax.nnx import Conv2d
+from flash_wtconv_jax.nnx import Conv2d, InstanceNorm
 
 
 class Moments(NamedTuple):
@@ -33,7 +33,7 @@ class Stage(NamedTuple):
     """
 
     conv: Conv2d
-    norm: nnx.InstanceNorm | None
+    norm: InstanceNorm | None
     stride: int = 1
     doubled: bool = False
 

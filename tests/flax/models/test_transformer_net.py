@@ -1,5 +1,7 @@
 """TransformerNet: sizes, names, the function computed beside PyTorch's, how it is computed."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,27 @@ def running_statistics(value=0.5):
     return {
         f"{layer[1]}.{n}": np.full(layer[3], value, np.float32) for layer in layers for n in names
     }
+
+
+PLACES = {"in1": "conv1", "in2": "conv2", "in3": "conv3", "in4": "deconv1", "in5": "deconv2"}
+
+
+def layered(names=("weight", "bias"), blocks="residual_blocks.{}", last="deconv3.1"):
+    """The same state dict in the names of codes that have convolution and norm in one layer."""
+    arrays = {}
+    for name, array in model_state_dict().items():
+        *path, leaf = name.split(".")
+        own = names[leaf == "bias"]
+        if path[0].startswith("res"):
+            block = blocks.format(int(path[0][3:]) - 1)
+            is_norm = path[1].startswith("in")
+            layer = f"{block}.conv{path[1][2:]}.norm" if is_norm else f"{block}.{path[1]}.conv"
+        else:
+            is_norm = path[0] in PLACES
+            layer = f"{PLACES[path[0]]}.norm" if is_norm else f"{path[0]}.conv"
+        layer = last if path[0] == "deconv3" else layer
+        arrays[f"{layer}.{own if is_norm else leaf}"] = array
+    return arrays
 
 
 def abstract(**options):
@@ -162,6 +185,52 @@ def test_running_statistics_of_old_files_are_dropped():
         checkpoints.from_torch(new)
 
 
+LAYERED = {
+    "layers": {},
+    "gamma and beta": {"names": ("gamma", "beta"), "last": "deconv3.conv"},
+    "no sequence": {"blocks": "res{}", "last": "deconv3.conv"},
+}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_names_of_layers_with_a_norm_inside(name):
+    theirs = layered(**LAYERED[name])
+    if name == "no sequence":
+        # Counted from one.
+        theirs = {
+            re.sub(r"^res(\d)", lambda m: f"res{int(m[1]) + 1}", n): a for n, a in theirs.items()
+        }
+    assert checkpoints.recognise(theirs) == ("transformer_net", 2, "haar")
+    variables = checkpoints.from_torch(theirs)
+    want = checkpoints.from_torch(model_state_dict())
+    jax.tree.map(np.testing.assert_array_equal, variables, want)
+    back = checkpoints.to_torch(variables, like=theirs)
+    assert set(back) == set(theirs)
+    jax.tree.map(np.testing.assert_array_equal, back, theirs)
+    kept = {
+        f"{n.rpartition('.')[0]}.{statistic}": np.asarray(3)
+        if statistic == "num_batches_tracked"
+        else a
+        for n, a in theirs.items()
+        if n.endswith(("norm.weight", "norm.gamma"))
+        for statistic in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.from_torch(theirs | kept), want)
+
+
+def test_all_that_is_wrong_with_names_is_one_error():
+    theirs = layered(("gamma", "beta"))
+    del theirs["residual_blocks.2.conv1.norm.gamma"]
+    theirs |= {"conv2.conv.weight": np.ones((64, 31, 3, 3)), "conv9.norm.gamma": np.ones(3)}
+    with pytest.raises(ValueError) as caught:
+        checkpoints.from_torch(theirs)
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing: residual_blocks.2.conv1.norm.gamma (128,)",
+        "  surplus: conv9.norm.gamma (3,)",
+        "  misshapen: conv2.conv.weight is (64, 31, 3, 3), expected (64, 32, 3, 3)",
+    ]
+
+
 def test_initial_values():
     def drawn():
         model = TransformerNet(rngs=nnx.Rngs(0))
@@ -191,6 +260,9 @@ def test_gradients_are_finite_and_reach_every_layer():
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
     assert all(np.any(g["scale"]) for name, g in grads.items() if name.startswith("in"))
     assert all(np.any(g["conv1"]["kernel"]) for n, g in grads.items() if n.startswith("res"))
+    # A bias before a norm cancels; the last convolution has none behind.
+    assert all(not np.any(g["bias"]) for n, g in grads.items() if n in PLACES.values())
+    assert np.any(grads["deconv3"]["bias"])
 
 
 def test_dtypes():
@@ -220,6 +292,24 @@ def test_conv_implementation_reaches_every_convolution():
     assert nnx.eval_shape(lambda m, x: m(x), model, images).shape == (1, 8, 8, 3)
     with pytest.raises(NotImplementedError, match="conv2d .* triton: needs a GPU"):
         nnx.eval_shape(lambda m, x: m(x), abstract(conv_implementation="triton"), images)
+
+
+def test_norm_implementation_reaches_every_norm():
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    model = abstract(norm_implementation=["triton", "xla"])
+    norms = [model.in1, model.res4.in2, model.in5]
+    assert [norm.implementation for norm in norms] == [("triton", "xla")] * 3
+    assert nnx.eval_shape(lambda m, x: m(x), model, images).shape == (1, 8, 8, 3)
+    with pytest.raises(NotImplementedError, match="instance_norm .* triton: needs a GPU"):
+        nnx.eval_shape(lambda m, x: m(x), abstract(norm_implementation="triton"), images)
+
+
+def test_cropped_images_have_the_inputs_size():
+    x = jax.ShapeDtypeStruct((1, 63, 65, 3), jnp.float32)
+    shapes = [
+        nnx.eval_shape(lambda m, x: m(x), abstract(crop=crop), x).shape for crop in (False, True)
+    ]
+    assert shapes == [(1, 64, 68, 3), (1, 63, 65, 3)]
 
 
 @pytest.mark.parametrize("size", [(9, 14), pytest.param((16, 16), marks=pytest.mark.wide)], ids=str)
@@ -260,6 +350,10 @@ def test_linen_bridge():
         (
             {"conv_implementation": "cudnn"},
             r"conv_implementation names \['cudnn'\], but conv2d has",
+        ),
+        (
+            {"norm_implementation": "cudnn"},
+            r"norm_implementation names \['cudnn'\], but instance_norm has",
         ),
         ({"param_dtype": "int32"}, "param_dtype='int32': expected one of float16"),
         ({"rngs": 0}, "rngs: expected an nnx.Rngs"),
