@@ -113,6 +113,10 @@ WITHOUT_JAX = [
     "pallas_kernels.sparse.depthwise.shapes",
     "pallas_kernels.sparse.problem",
     "pallas_kernels.sparse.shapes",
+    "pallas_kernels.stylize",
+    "pallas_kernels.stylize.cases",
+    "pallas_kernels.stylize.problem",
+    "pallas_kernels.stylize.shapes",
     "pallas_kernels.common.deprecation",
     "pallas_kernels.common.files",
     "pallas_kernels.common.integers",
@@ -158,6 +162,7 @@ def test_the_torch_bridge_needs_no_jax():
     pytest.importorskip("torch", reason="torch is not installed")
     rooms = ["runtime.measuring", "wtconv.ops", "wtconv.triton", "wtconv.cuda", "check", "bench"]
     rooms += ["sparse.api", "sparse.triton", "sparse.depthwise.triton", "sparse.pooling"]
+    rooms += ["stylize.layers", "stylize.triton"]
     names = [f"torch_bridge.{name}" for name in rooms]
     code = BLOCKED.format(blocked=["jax", "jaxlib", "flax"], names=names)
     code += "import torch, torch_bridge\n"

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
         spatially_sparse_conv,
         spatially_sparse_depthwise_conv,
     )
+    from torch_bridge.stylize.layers import FusedInstanceNorm2d, replace_instance_norm
     from torch_bridge.wtconv.layers import WTConv1d, WTConv2d, WTConv3d
 
 __all__ = [
+    "FusedInstanceNorm2d",
     "KernelMap",
     "Voxels",
     "WTConv1d",
@@ -32,6 +34,7 @@ __all__ = [
     "WTConv3d",
     "from_jax",
     "kernel_map",
+    "replace_instance_norm",
     "sparse_maps",
     "spatially_sparse_conv",
     "spatially_sparse_depthwise_conv",
@@ -43,6 +46,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         room = "exchange" if name in ("from_jax", "to_jax") else "sparse"
         room = "wtconv" if name.startswith("WTConv") else room
+        room = "stylize" if name in ("FusedInstanceNorm2d", "replace_instance_norm") else room
         return getattr(import_module(f"torch_bridge.{room}"), name)
     raise AttributeError(f"module 'torch_bridge' has no attribute {name!r}")
 

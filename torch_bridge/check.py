@@ -5,7 +5,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ from pallas_kernels.common.conformance import Backend, run
 from pallas_kernels.common.types import Json
 from pallas_kernels.dispatch import Operator, tuning
 from pallas_kernels.sparse.cases import CASES as SPARSE_CASES
-from pallas_kernels.sparse.cases import Case as SparseCase
 from pallas_kernels.sparse.depthwise.cases import CASES as DEPTHWISE_CASES
+from pallas_kernels.stylize.cases import CASES as NORM_CASES
 from pallas_kernels.wtconv.cases import CASES, Case
 from torch_bridge.exchange import from_jax
 from torch_bridge.runtime.device import best_device
 from torch_bridge.sparse import conformance
 from torch_bridge.sparse import ops as sparse
+from torch_bridge.stylize import conformance as norm_conformance
+from torch_bridge.stylize import ops as stylize
 from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import LAYERS
 from torch_bridge.wtconv.metal import has_bfloat16
@@ -32,12 +34,15 @@ from torch_bridge.wtconv.on_cpu import cuda, metal
 
 IMPLEMENTATIONS = tuple(map(str, ops.Implementation))
 """The names that `--implementation` takes; those that run on the CPU too are checked there too."""
-SPARSE: dict[str, tuple[Operator, Sequence[SparseCase]]] = {
-    "sparse_conv": (sparse.OPERATOR, SPARSE_CASES),
-    "sparse_depthwise_conv": (sparse.DEPTHWISE, DEPTHWISE_CASES),
+Room = tuple[Operator, Sequence[Any], Any]
+"""An operator, its cases, and the module `conformance` that computes them."""
+OTHERS: dict[str, Room] = {
+    "instance_norm": (stylize.OPERATOR, NORM_CASES, norm_conformance),
+    "sparse_conv": (sparse.OPERATOR, SPARSE_CASES, conformance),
+    "sparse_depthwise_conv": (sparse.DEPTHWISE, DEPTHWISE_CASES, conformance),
 }
-"""The sparse convolutions, with their cases."""
-OPERATORS = ("wtconv", *SPARSE)
+"""The operators that are functions, which have no layer with a published state dict."""
+OPERATORS = ("wtconv", *OTHERS)
 """The names that `--operator` takes."""
 
 
@@ -65,8 +70,9 @@ def _rows(
             plain = partial(layer_results, "eager", device, torch.contiguous_format)
             found = run(backends(device, implementations), plain)
         else:
-            rows = sparse_backends(SPARSE[name], device, implementations)
-            found = run(rows, partial(conformance.baseline, device=device))
+            _, _, module = OTHERS[name]
+            rows = other_backends(OTHERS[name], device, implementations)
+            found = run(rows, partial(module.baseline, device=device))
         yield from ({"operator": name, **row} for row in found)
 
 
@@ -102,27 +108,27 @@ def backends(
             yield from _both_formats(f"{name} on CPU", name, room.unavailable(), *cpu)
 
 
-def sparse_backends(
-    checked: tuple[Operator, Sequence[SparseCase]],
+def other_backends(
+    room: Room,
     device: torch.device,
     implementations: Sequence[str] = IMPLEMENTATIONS,
 ) -> Iterator[Backend]:
-    """Yields implementations of a sparse convolution on a device.
+    """Yields implementations of an operator on a device.
 
     Args:
-        checked: The operator, and its cases.
+        room: The operator, its cases, and what computes them.
         device: Where they compute.
         implementations: Names of those that are asked for.
     """
-    operator, cases = checked
+    operator, cases, module = room
 
-    def refusal(name: str, reason: str | None, case: SparseCase) -> str | None:
+    def refusal(name: str, reason: str | None, case: Any) -> str | None:
         if reason is None and device.type == "mps" and case.dtype == "float64":
             return "MPS has no float64"
-        return reason or conformance.refusal(case, name, device)
+        return reason or module.refusal(case, name, device)
 
-    def compute(name: str, case: SparseCase) -> dict[str, np.ndarray]:
-        return conformance.computed(case, name, device)
+    def compute(name: str, case: Any) -> dict[str, np.ndarray]:
+        return module.computed(case, name, device)
 
     for name, reason in operator.status(device.type):
         if name in implementations:

@@ -15,6 +15,7 @@ from pallas_kernels.dispatch import tuning
 from pallas_kernels.haar.cases import Case as HaarCase
 from pallas_kernels.sparse.cases import Case as SparseCase
 from pallas_kernels.sparse.depthwise.cases import Case as DepthwiseCase
+from pallas_kernels.stylize.cases import Case as NormCase
 from pallas_kernels.wtconv.cases import Case
 
 CASES = (Case((4, 5), 1, 3), Case((3,), 1, 3, "bfloat16"))
@@ -24,6 +25,7 @@ FEW = {
         Conv2dCase(1, 3, 4, 2, 2, 2, 3, layout="nchw_fchw", dtype="float16", out_dtype="float32"),
     ),
     "haar": (HaarCase((3, 5), 2), HaarCase((7,), 1, "db2", "bfloat16"), HaarCase((1, 3, 2), 1)),
+    "instance_norm": (NormCase(3, 4, 2, activation="relu", residual=True),),
     "sparse_conv": (SparseCase((5,), 6, 2, 3, ndim=1),),
     "sparse_depthwise_conv": (DepthwiseCase((5,), 6, 2, 2, groups=2, ndim=1),),
     "wtconv": CASES,
@@ -46,7 +48,7 @@ def check(*arguments):
 
 def test_every_operator_against_the_oracle(few, tmp_path):
     output = check("--json", tmp_path / "a.json")
-    assert "9 pass, 0 fail" in output
+    assert "10 pass, 0 fail" in output
     for operator in ("conv2d", "haar", "wtconv"):
         assert f"skip {operator} mosaic_tpu, {len(FEW[operator])} cases: needs a TPU" in output
     written = json.loads((tmp_path / "a.json").read_text())
@@ -78,8 +80,8 @@ def test_options_narrow_it(few, tmp_path):
     [
         (
             ["--operator", "wtcon"],
-            r"--operator wtcon: expected one of conv2d, haar, sparse_conv, sparse_depthwise_conv, "
-            "wtconv$",
+            r"--operator wtcon: expected one of conv2d, haar, instance_norm, sparse_conv, "
+            "sparse_depthwise_conv, wtconv$",
         ),
         (
             ["--operator", "haar", "--implementation", "cuda"],
@@ -136,8 +138,8 @@ class TestTorch:
         from torch_bridge import check
 
         monkeypatch.setattr(check, "CASES", CASES)
-        for name, (operator, _) in check.SPARSE.items():
-            monkeypatch.setitem(check.SPARSE, name, (operator, FEW[name]))
+        for name, (operator, _, room) in check.OTHERS.items():
+            monkeypatch.setitem(check.OTHERS, name, (operator, FEW[name], room))
         monkeypatch.setattr(check, "best_device", lambda: torch.device("cpu"))
         # These have tests of their own, with many compilations.
         for module in (check.cuda, check.metal):
@@ -153,14 +155,14 @@ class TestTorch:
     def test_against_the_oracle(self, monkeypatch, capsys, tmp_path):
         assert self.check(monkeypatch, "--json", tmp_path / "a.json") == 0
         output = capsys.readouterr().out
-        assert "5 pass, 0 fail, 17 skip" in output
+        assert "6 pass, 0 fail, 18 skip" in output
         assert "skip wtconv cuda, 2 cases: needs an NVIDIA GPU, this is cpu" in output
         assert "skip wtconv triton, 2 cases: needs a GPU, this is cpu" in output
         assert "skip wtconv metal, 2 cases: needs an Apple GPU, this is cpu" in output
         rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-        sparse = "sparse_conv", "sparse_depthwise_conv"
-        assert {row["operator"] for row in rows} == {"wtconv", *sparse}
-        for name in sparse:
+        others = "instance_norm", "sparse_conv", "sparse_depthwise_conv"
+        assert {row["operator"] for row in rows} == {"wtconv", *others}
+        for name in others:
             own = [(r["backend"], r["status"]) for r in rows if r["operator"] == name]
             assert own == [("triton", "skip"), ("eager", "pass")]
         assert [row["backend"] for row in rows if row["operator"] == "wtconv"] == [
@@ -182,7 +184,8 @@ class TestTorch:
     def test_an_unknown_name_is_one_line(self, monkeypatch, capsys):
         assert self.check(monkeypatch, "--operator", "haar") == 1
         assert capsys.readouterr().err == (
-            "error: --operator haar: expected one of wtconv, sparse_conv, sparse_depthwise_conv\n"
+            "error: --operator haar: expected one of wtconv, instance_norm, sparse_conv, "
+            "sparse_depthwise_conv\n"
         )
         assert self.check(monkeypatch, "--implementation", "xla") == 1
         assert "xla: expected one of cuda, triton, metal, eager" in capsys.readouterr().err

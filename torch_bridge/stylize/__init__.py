@@ -1,0 +1,19 @@
+"""Instance normalisation for PyTorch: the layer, operators, kernels."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch_bridge.stylize.layers import FusedInstanceNorm2d, replace_instance_norm
+
+__all__ = ["FusedInstanceNorm2d", "replace_instance_norm"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module("torch_bridge.stylize.layers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
