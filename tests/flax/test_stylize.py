@@ -72,7 +72,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", some(BLOCKS, "default", "mirrored"))
+@pytest.mark.parametrize("name", some(BLOCKS, "default", "mirrored", "strided"))
 def test_a_convolution_its_norm_and_an_activation_are_flaxs(name):
     options = {"kernel_size": 3} | BLOCKS[name]
     layer = ConvNormAct(6, **options, **DRAWN)

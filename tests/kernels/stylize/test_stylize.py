@@ -23,8 +23,8 @@ def x64():
         yield
 
 
-# A mean of many deviations, one pixel, none that differ; and 16 bits, whose error is measured.
-QUICK = (HARD[0], HARD[2], HARD[3], PAIRWISE[1])
+# A mean of many deviations, one pixel, and 16 bits, whose error is measured.
+QUICK = (HARD[0], HARD[2], PAIRWISE[1])
 
 
 @pytest.mark.usefixtures("optimised")
@@ -214,7 +214,7 @@ def test_images_of_any_size_are_exported():
     chex.assert_trees_all_close(got, gradient(drawn), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.wide)])
 def test_sharded_over_the_batch(check_vma):
     assert_sharded("xla", check_vma)
 

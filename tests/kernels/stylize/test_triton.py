@@ -62,11 +62,18 @@ def test_interpreted_kernels_are_the_oracles(case):
 
 @INTERPRETED
 @pytest.mark.usefixtures("interpreted", "small")
-@pytest.mark.parametrize("case", SLICED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case != SLICED[0]))
+        for case in SLICED
+    ],
+)
 def test_slices_of_several_rounds_are_the_oracles(case):
     assert_oracle(case, "triton")
 
 
+@pytest.mark.wide
 @INTERPRETED
 @pytest.mark.usefixtures("interpreted", "small")
 def test_kernels_are_differentiated_twice_and_mapped():
