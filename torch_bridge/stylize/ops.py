@@ -98,7 +98,7 @@ def instance_norm(
         A tensor of x's shape and dtype and, where x is dense, its memory format.
 
     Raises:
-        ValueError: An unknown name in the environment's variable.
+        ValueError: An unknown activation, or an unknown name in the environment's variable.
         NotImplementedError: No allowed implementation can run here; says why for each.
 
     Example:
@@ -106,6 +106,8 @@ def instance_norm(
         >>> instance_norm(x, torch.full((1,), 2.0), activation="relu").round(decimals=2)
         tensor([[[[0., 2.]]]])
     """
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation={activation!r}: expected None or 'relu'")
     n, c, *_ = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     relu = activation == "relu"
@@ -121,8 +123,8 @@ def instance_norm(
         differentiated=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
     )
     if calls.names((fwd, bwd)) == ["eager"]:
-        with calls.without_autocast(x):
-            y, _ = eager.forward(x, factor, shift, residual, eps=eps, relu=relu)
+        # None of its operations is one that `autocast` casts to less.
+        y, _ = eager.forward(x, factor, shift, residual, eps=eps, relu=relu)
         return y
     y, _ = apply(x, factor, shift, residual, eps, relu, fwd, bwd)
     return y

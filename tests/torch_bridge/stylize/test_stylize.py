@@ -238,11 +238,20 @@ def test_what_is_wrong_says_so(message):
         layer(None)(WRONG[message])
 
 
-def test_unknown_implementations_say_so():
+def test_unknown_names_say_so():
+    with pytest.raises(ValueError, match="activation='gelu': expected None or 'relu'"):
+        ops.instance_norm(images(), activation="gelu")
     with pytest.raises(ValueError, match=r"implementation names \['cudnn'\]"):
         torch_bridge.FusedInstanceNorm2d(6, implementation="cudnn")
     with pytest.raises(ValueError, match=r"implementation names \['cudnn'\]"):
         torch_bridge.replace_instance_norm(nn.InstanceNorm2d(6), implementation="cudnn")
+
+
+def test_autocast_and_the_meta_device():
+    made, x = layer(None), images()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(made(x), made.double()(x.double()).float(), rtol=0, atol=1e-5)
+    assert made.to("meta")(x.to("meta")).shape == x.shape
 
 
 def test_an_image_of_one_pixel_is_the_bias_and_an_empty_batch_is_empty():
