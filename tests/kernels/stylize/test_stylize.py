@@ -148,7 +148,6 @@ class Kernel:
 
 # What differs is how `vmap` maps them.
 ONCE = [
-    ("reverse over reverse", xla),
     ("forward over reverse", xla),
     ("vmap of styles", xla),
     ("vmap of gradients", Kernel),
