@@ -26,21 +26,15 @@ TILED = (
 )
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.wide]) for case in TAKEN],
-)
+# The contract test has the kernels on an image of one tile.
+@pytest.mark.wide
+@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i > 0))
-        for i, case in enumerate(TILED)
-    ],
-)
+@pytest.mark.wide
+@pytest.mark.parametrize("case", TILED, ids=lambda case: case.name)
 def test_tiles_are_the_oracles(case, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "_tile", lambda pixels, itemsize: 64)
     assert_oracle(case, "mosaic_tpu")
