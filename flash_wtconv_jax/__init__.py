@@ -26,13 +26,41 @@ if TYPE_CHECKING:
     from flash_wtconv_jax.autotune import tune, tuning
     from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
     from flash_wtconv_jax.functional.wtconv import deepest_level
-    from flash_wtconv_jax.linen import Conv2d, SeparableWTConv2d, WTConv1d, WTConv2d, WTConv3d
+    from flash_wtconv_jax.linen import (
+        Conv2d,
+        SeparableWTConv2d,
+        SparseBatchNorm,
+        SparseConv1d,
+        SparseConv2d,
+        SparseConv3d,
+        SparseDepthwiseConv,
+        SparseGlobalPool,
+        SparseInstanceNorm,
+        SparseLayerNorm,
+        SparsePool,
+        SparseUnpool,
+        SpatiallySparseConv,
+        WTConv1d,
+        WTConv2d,
+        WTConv3d,
+    )
 
     __version__: str
 
 __all__ = [
     "Conv2d",
     "SeparableWTConv2d",
+    "SparseBatchNorm",
+    "SparseConv1d",
+    "SparseConv2d",
+    "SparseConv3d",
+    "SparseDepthwiseConv",
+    "SparseGlobalPool",
+    "SparseInstanceNorm",
+    "SparseLayerNorm",
+    "SparsePool",
+    "SparseUnpool",
+    "SpatiallySparseConv",
     "WTConv1d",
     "WTConv2d",
     "WTConv3d",
@@ -47,6 +75,17 @@ _SUBMODULES = frozenset({"checkpoints", "linen", "models", "nnx", "surgery"})
 _HOME = {
     "Conv2d": "linen",
     "SeparableWTConv2d": "linen",
+    "SparseBatchNorm": "linen",
+    "SparseConv1d": "linen",
+    "SparseConv2d": "linen",
+    "SparseConv3d": "linen",
+    "SparseDepthwiseConv": "linen",
+    "SparseGlobalPool": "linen",
+    "SparseInstanceNorm": "linen",
+    "SparseLayerNorm": "linen",
+    "SparsePool": "linen",
+    "SparseUnpool": "linen",
+    "SpatiallySparseConv": "linen",
     "WTConv1d": "linen",
     "WTConv2d": "linen",
     "WTConv3d": "linen",

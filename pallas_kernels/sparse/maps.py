@@ -28,6 +28,7 @@ from pallas_kernels.sparse.voxels import (
     Voxels,
     pack,
     sort_keys,
+    stable_order,
     unique_keys,
     unpack,
 )
@@ -391,11 +392,7 @@ def row_table(table: jax.Array) -> RowTable:
     bits = jnp.pad(table >= 0, ((0, 32 * words - taps), (0, 0))).reshape(words, 32, count)
     shifted = bits.astype(jnp.uint32) << lax.iota(jnp.uint32, 32)[:, None]
     masks = shifted.sum(1, dtype=jnp.uint32)
-    order = vary_like(table, lax.iota(jnp.int32, count))
-    rows = order
-    for word in reversed(range(words)):
-        _, moved = lax.sort((masks[word][order], rows), num_keys=1, is_stable=True)
-        order = order[moved]
+    order = stable_order(masks[::-1])
     return RowTable(table, order, _united(masks[:, order], TILE_ROWS))
 
 

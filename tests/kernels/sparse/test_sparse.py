@@ -3,15 +3,18 @@
 import dataclasses
 import re
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.sparse import assert_oracle, drawn_voxels
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import oracle
 from pallas_kernels.dispatch import tuning
+from pallas_kernels.dispatch.operator import Request
 from pallas_kernels.sparse import (
     SPARSE_CONV_BWD_ALGO_MODE,
     SPARSE_CONV_FWD_ALGO_MODE,
@@ -24,10 +27,12 @@ from pallas_kernels.sparse import (
     sparse_maps,
     spatially_sparse_conv,
     spatially_sparse_depthwise_conv,
+    triton,
     vjp,
 )
 from pallas_kernels.sparse.cases import CASES, Case
 from pallas_kernels.sparse.depthwise import conformance as depthwise
+from pallas_kernels.sparse.depthwise import triton as depthwise_triton
 from pallas_kernels.sparse.problem import Problem, Window
 from pallas_kernels.sparse.shapes import room
 
@@ -308,6 +313,64 @@ def test_what_each_form_of_a_choice_measures(form, count, searches, monkeypatch)
         monkeypatch.setenv("FLASH_WTCONV_SPARSE_CONV_FWD", f"[{', '.join(words)}]")
         run()
     assert len(searches) == count
+
+
+def abroad(kind):
+    """A block in which calls are traced for a device that is not here."""
+    device = jax.sharding.AbstractDevice(kind, 1, platform="tpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+@pytest.fixture(params=["off", "TPU interpreter", "Triton's interpreter", "ahead of time"])
+def unmeasured(request, monkeypatch):
+    """The name that a call is given, in each place where one name measures nothing."""
+    if request.param == "Triton's interpreter":
+        from helpers.triton import interpret
+
+        for room in (triton, depthwise_triton):
+            interpret(monkeypatch, room)
+        yield "triton"
+    elif request.param == "off":
+        monkeypatch.setenv("FLASH_WTCONV_TUNING", "off")
+        yield "explicit_gemm"
+    else:
+        interpreter = pltpu.force_tpu_interpret_mode()
+        with interpreter if request.param == "TPU interpreter" else abroad("TPU v5e"):
+            yield "explicit_gemm"
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_one_name_measures_nothing_where_times_say_nothing(
+    unmeasured, by_variable, searches, monkeypatch
+):
+    """It takes the first of its parameters, in both directions and of both operators."""
+    chosen, choose = [], Request.choose
+
+    def seen(request, *rest):
+        chosen.append(choose(request, *rest))
+        return chosen[-1]
+
+    monkeypatch.setattr(Request, "choose", seen)
+    choice = {"fwd_algo": unmeasured, "bwd_algo": unmeasured}
+    if by_variable:
+        for name, way in product(("SPARSE_CONV", "SPARSE_DEPTHWISE_CONV"), ("FWD", "BWD")):
+            monkeypatch.setenv(f"FLASH_WTCONV_{name}_{way}", unmeasured)
+        choice = {}
+    voxels = drawn_voxels((3,), 4, 1, ndim=1)
+
+    def loss(w):
+        regular = spatially_sparse_conv(voxels, w[..., None], 3, **choice)
+        found, _ = kernel_map(voxels, 3)
+        depthwise = spatially_sparse_depthwise_conv(
+            regular.features, w, found, voxels.capacity, **choice
+        )
+        return depthwise.sum()
+
+    # Traced, and not run: nobody has all of these devices.
+    jax.eval_shape(jax.grad(loss), jnp.ones((3, 1)))
+    name = "xla" if unmeasured == "explicit_gemm" else unmeasured
+    assert {(one.implementation, one.config) for one in chosen} == {(name, ())}
+    assert len(chosen) >= 4 and not searches
 
 
 @pytest.mark.parametrize(
