@@ -104,8 +104,10 @@ def train(
         model: nnx.Module, optimizer: nnx.Optimizer, voxels: Voxels, labels: jax.Array
     ) -> jax.Array:
         def loss(model: nnx.Module) -> jax.Array:
-            each = optax.softmax_cross_entropy_with_integer_labels
-            return each(_scores(model, voxels), labels).mean()
+            scores = _scores(model, voxels)
+            # By products, whose gradient scatters nothing.
+            wanted = jax.nn.one_hot(labels, scores.shape[1])
+            return optax.softmax_cross_entropy(scores, wanted).mean()
 
         value, gradients = nnx.value_and_grad(loss)(model)
         optimizer.update(model, gradients)
