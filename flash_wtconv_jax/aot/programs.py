@@ -138,15 +138,15 @@ def sparse(shape: list[int], dtype: str, direction: str) -> Program:
     def array(size: tuple[int, ...], of: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, jnp.dtype(of))
 
-    places, number = array((layer.voxels, 4), "int32"), array((), "int32")
-    voxels = Voxels(places, array((layer.voxels, 0)), number, number, 1, (1, 1, 1))
-
-    def made(voxels: Voxels) -> Tree:
+    def made(coords: jax.Array, count: jax.Array) -> tuple[KernelMap, Voxels]:
+        none = jnp.zeros((layer.voxels, 0), dtype)
+        voxels = Voxels(coords, none, count, jnp.zeros((), jnp.int32), 1, (1, 1, 1))
         return kernel_map(voxels, layer.kernel_size, layer.stride)
 
+    sites = array((layer.voxels, 4), "int32"), array((), "int32")
     if direction == "map":
-        return made, (voxels,)
-    rows, _ = jax.eval_shape(made, voxels)
+        return made, sites
+    rows, _ = jax.eval_shape(made, *sites)
     x, dy = (array((layer.voxels, each)) for each in (layer.channels, layer.features))
     w = array((layer.kernel_size**3, 1, layer.channels, layer.features))
     if direction == "forward":

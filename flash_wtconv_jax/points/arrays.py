@@ -56,7 +56,8 @@ def read_npz(path: Path, columns: Sequence[str] | None = None) -> Columns:
     except _DAMAGED as error:
         raise _unreadable(path, error) from None
     if len(arrays) == 1:
-        return _columns(path, *arrays.values(), columns)
+        (array,) = arrays.values()
+        return _columns(path, array, columns)
     if columns is not None:
         raise ValueError(f"columns={columns!r}: {path} names its arrays itself; leave it out")
     places = [name for name in arrays if name.lower() in COORDINATES]

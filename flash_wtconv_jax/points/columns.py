@@ -121,7 +121,7 @@ def check_names(columns: Sequence[str]) -> None:
 
 def _stacked(columns: Sequence[NDArray], dtype: type, count: int = 0) -> NDArray:
     """Columns side by side, `[n, C]`; n is `count` where there are none."""
-    table = np.empty((len(columns[0]) if columns else count, len(columns)), dtype)
+    table: NDArray = np.empty((len(columns[0]) if columns else count, len(columns)), dtype)
     for i, column in enumerate(columns):
         # What is too large for float32 becomes infinite, as everywhere in NumPy, without a warning.
         with np.errstate(over="ignore"):

@@ -49,7 +49,7 @@ class _Element(NamedTuple):
     """A table of a file."""
 
     name: str
-    count: int
+    rows: int
     properties: list[_Property]
 
     @property
@@ -80,7 +80,7 @@ def read_ply(path: Path) -> Columns:
         columns = rows.columns(elements[at])
         if elements[at + 1 :] == [] and file.read().strip():
             raise ValueError(
-                f"{path}: goes on behind the {elements[at].count} vertices of its header"
+                f"{path}: goes on behind the {elements[at].rows} vertices of its header"
             )
     return columns
 
@@ -135,11 +135,11 @@ class _Rows:
     def skip(self, element: _Element) -> None:
         """Passes over an element."""
         if not self._order:
-            deque(islice(self._file, element.count), maxlen=0)
+            deque(islice(self._file, element.rows), maxlen=0)
         elif element.lists:
             self._one_by_one(element)
         else:
-            self._bytes(element, element.count * sum(map(_size, element.properties)))
+            self._bytes(element, element.rows * sum(map(_size, element.properties)))
 
     def columns(self, element: _Element) -> Columns:
         """The columns of an element, but for lists."""
@@ -153,12 +153,12 @@ class _Rows:
         if element.lists:
             return self._one_by_one(element)
         row = np.dtype([(one.name, self._order + one.type) for one in element.properties])
-        table = np.frombuffer(self._bytes(element, element.count * row.itemsize), row)
+        table = np.frombuffer(self._bytes(element, element.rows * row.itemsize), row)
         return {name: table[name] for name in names}
 
     def _text(self, element: _Element) -> Columns:
-        lines = list(islice(self._file, element.count))
-        if len(lines) < element.count:
+        lines = list(islice(self._file, element.rows))
+        if len(lines) < element.rows:
             raise self._cut_off(element)
         kept = [one.name for one in element.properties if not one.length]
         if not lines:
@@ -168,9 +168,9 @@ class _Rows:
             table = np.loadtxt(rows, ndmin=2, comments=None)
         except ValueError as error:
             raise ValueError(f"{self._path}: {error}") from None
-        if table.shape != (element.count, len(kept)):
+        if table.shape != (element.rows, len(kept)):
             raise ValueError(
-                f"{self._path}: {element.count} vertices of {len(kept)} numbers are in its header, "
+                f"{self._path}: {element.rows} vertices of {len(kept)} numbers are in its header, "
                 f"{table.shape[0]} of {table.shape[1]} behind it"
             )
         return dict(zip(kept, table.T, strict=True))
@@ -178,7 +178,7 @@ class _Rows:
     def _one_by_one(self, element: _Element) -> Columns:
         """The columns of a binary element whose rows differ in length."""
         kept: dict[str, list[bytes]] = {one.name: [] for one in element.properties}
-        for _ in range(element.count):
+        for _ in range(element.rows):
             for one in element.properties:
                 length = 1
                 if one.length:
@@ -201,7 +201,7 @@ class _Rows:
 
     def _cut_off(self, element: _Element) -> ValueError:
         return ValueError(
-            f"{self._path}: ends within the {element.count} rows of its element {element.name}; it "
+            f"{self._path}: ends within the {element.rows} rows of its element {element.name}; it "
             "is cut off, or does not fit its header"
         )
 

@@ -51,8 +51,7 @@ def load_cortex(voxel_size: float = 2.0) -> tuple[Labelled, Labelled]:
     """
     halves = _loaded("left"), _loaded("right").mirrored()
     left, right = (
-        voxelised(*([each] for each in sampled(half, voxel_size / _POINTS_A_VOXEL)), voxel_size)
-        for half in halves
+        voxelised([sampled(half, voxel_size / _POINTS_A_VOXEL)], voxel_size) for half in halves
     )
     return left, right
 

@@ -43,13 +43,10 @@ def load_rooms(voxel_size: float = 0.1) -> tuple[Labelled, Labelled]:
         ValueError: No positive size, or so small a one that voxels lie beyond the grid.
     """
     training, held_out = (
-        [room(seed, voxel_size / _POINTS_A_VOXEL) for seed in seeds]
+        voxelised([room(seed, voxel_size / _POINTS_A_VOXEL) for seed in seeds], voxel_size)
         for seeds in (_TRAINING, _HELD_OUT)
     )
-    return (
-        voxelised(*zip(*training, strict=True), voxel_size),
-        voxelised(*zip(*held_out, strict=True), voxel_size),
-    )
+    return training, held_out
 
 
 def room(seed: int, spacing: float) -> tuple[NDArray[np.float64], NDArray[np.int32]]:

@@ -27,13 +27,12 @@ class Labelled(NamedTuple):
 
 
 def voxelised(
-    samples: Sequence[NDArray[np.float64]], labels: Sequence[NDArray[np.int32]], voxel_size: float
+    samples: Sequence[tuple[NDArray[np.float64], NDArray[np.int32]]], voxel_size: float
 ) -> Labelled:
     """The voxels that points with normals fall into.
 
     Args:
-        samples: For each its points and their normals, `[n, 6]`.
-        labels: For each the classes of its points, `[n]`.
+        samples: For each its points and their normals, `[n, 6]`, and their classes, `[n]`.
         voxel_size: Edge of a voxel, in the unit of the points.
 
     Returns:
@@ -45,14 +44,14 @@ def voxelised(
 
     Example:
         >>> points = np.array([[0.1, 0, 0, 0, 0, 1], [0.9, 0, 0, 0, 0, 1], [1.5, 0, 0, 0, 1, 0]])
-        >>> found = voxelised([points], [np.array([4, 4, 2])], 1.0)
+        >>> found = voxelised([(points, np.array([4, 4, 2]))], 1.0)
         >>> found.voxels.features.tolist(), found.labels.tolist()
         ([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]], [4, 2])
     """
     if not np.isfinite(voxel_size) or voxel_size <= 0:
         raise ValueError(f"voxel_size={voxel_size}: expected a number > 0")
     coords, features, classes = [], [], []
-    for sample, (points, own) in enumerate(zip(samples, labels, strict=True)):
+    for sample, (points, own) in enumerate(samples):
         cells = np.floor(points[:, :3] / voxel_size).astype(np.int64)
         places, row = _unique(cells)
         counts = np.bincount(row)

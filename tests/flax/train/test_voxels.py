@@ -74,15 +74,14 @@ class TestRooms:
 def test_a_size_of_voxels_that_is_none():
     for size in (0, -1, np.nan, np.inf):
         with pytest.raises(ValueError, match="voxel_size=.*expected a number > 0"):
-            voxelised([np.zeros((1, 6))], [np.zeros(1, int)], size)
+            voxelised([(np.zeros((1, 6)), np.zeros(1, int))], size)
 
 
 def small(voxel_size):
     """Two octahedra of a few hundred voxels, in place of the cortex."""
     parts = []
     for radius in (5.0, 4.5):
-        points, labels = cortex.sampled(octahedron(radius), 0.3)
-        parts.append(voxelised([points], [labels], voxel_size))
+        parts.append(voxelised([cortex.sampled(octahedron(radius), 0.3)], voxel_size))
     return parts[0], parts[1]
 
 
