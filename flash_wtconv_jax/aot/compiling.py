@@ -26,12 +26,13 @@ class Job(NamedTuple):
     """One program to compile for one chip.
 
     `program` ("module:function") is called with `arguments`, and returns the function to compile
-    and the shapes of its arguments, as those of `programs` do.
+    and the shapes of its arguments, as those of `programs` do. It is stopped after `limit` seconds.
     """
 
     program: str
     chip: str
     arguments: Json
+    limit: float = SECONDS
 
 
 class Result(NamedTuple):
@@ -41,7 +42,8 @@ class Result(NamedTuple):
     cycles cannot be counted although it compiles. `cycles` is the sum over `computations`, each
     with its name, cycles, VMEM, busy shares by unit, and loops. `estimated_cycles` is the estimate
     of XLA's cost model, which knows nothing of the inside of a Pallas kernel. `vmem_bytes` is the
-    most that one computation takes, `vmem_capacity` the VMEM of the chip.
+    most that one computation takes, `vmem_capacity` the VMEM of the chip, `temporary_bytes` what
+    the program takes of HBM beside its arguments and results.
     """
 
     error: str | None = None
@@ -50,6 +52,7 @@ class Result(NamedTuple):
     estimated_cycles: int | None = None
     vmem_bytes: int | None = None
     vmem_capacity: int | None = None
+    temporary_bytes: int | None = None
     seconds: float = 0.0
     computations: Sequence[Json] = ()
 
@@ -107,7 +110,7 @@ def _session(jobs: Sequence[Job], on_result: Callable[[Result], None]) -> list[R
 def _ask(worker: subprocess.Popen[str], job: Job) -> Json | None:
     """The worker's answer; None if the job ended the worker."""
     assert worker.stdin is not None and worker.stdout is not None
-    start, late = time.monotonic(), threading.Timer(SECONDS, worker.kill)
+    start, late = time.monotonic(), threading.Timer(job.limit, worker.kill)
     late.start()
     try:
         worker.stdin.write(json.dumps(job._asdict()) + "\n")
@@ -117,8 +120,8 @@ def _ask(worker: subprocess.Popen[str], job: Job) -> Json | None:
         return None
     finally:
         late.cancel()
-    if not line and time.monotonic() - start >= SECONDS:
-        return {"error": f"not compiled within {SECONDS} s"}
+    if not line and time.monotonic() - start >= job.limit:
+        return {"error": f"not compiled within {job.limit:g} s"}
     return json.loads(line) if line else None
 
 

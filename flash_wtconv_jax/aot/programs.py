@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.types import Keywords, Taps, Tree
+from pallas_kernels.sparse.maps import KernelMap, kernel_map
+from pallas_kernels.sparse.shapes import Shape as VoxelShape
 from pallas_kernels.wtconv import baseline_jax
 from pallas_kernels.wtconv.shapes import Shape
 
@@ -110,6 +112,54 @@ def plain_haar(shape: list[int], dtype: str, direction: str) -> Program:
     from pallas_kernels.haar import xla
 
     return _cascade(xla, shape, dtype, direction)
+
+
+def sparse(shape: list[int], dtype: str, direction: str) -> Program:
+    """A sparse convolution in plain JAX, or its map.
+
+    Args:
+        shape: The fields of a `pallas_kernels.sparse.shapes.Shape`.
+        dtype: Dtype of features and weights.
+        direction: "map", "forward", or "backward", the gradients of x and of the weights.
+
+    Returns:
+        The function and its arguments' shapes.
+
+    Example:
+        >>> function, (x, w, rows) = sparse([100, 8, 16, 3, 1], "bfloat16", "forward")
+        >>> x.shape, w.shape, rows.table.shape
+        ((100, 8), (27, 1, 8, 16), (27, 100))
+    """
+    from pallas_kernels.sparse import xla
+    from pallas_kernels.sparse.voxels import Voxels
+
+    layer = VoxelShape(*shape)
+
+    def array(size: tuple[int, ...], of: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, jnp.dtype(of))
+
+    def made(coords: jax.Array, count: jax.Array) -> tuple[KernelMap, Voxels]:
+        none = jnp.zeros((layer.voxels, 0), dtype)
+        voxels = Voxels(coords, none, count, jnp.zeros((), jnp.int32), 1, (1, 1, 1))
+        return kernel_map(voxels, layer.kernel_size, layer.stride)
+
+    sites = array((layer.voxels, 4), "int32"), array((), "int32")
+    if direction == "map":
+        return made, sites
+    rows, _ = jax.eval_shape(made, *sites)
+    x, dy = (array((layer.voxels, each)) for each in (layer.channels, layer.features))
+    w = array((layer.kernel_size**3, 1, layer.channels, layer.features))
+    if direction == "forward":
+        return partial(xla.forward, precision=None), (x, w, rows.forward)
+
+    def backward(x: jax.Array, w: jax.Array, dy: jax.Array, rows: KernelMap) -> Tree:
+        reverse = rows.forward if rows.backward is None else rows.backward
+        # The table of stride 1 serves the other direction with its offsets reversed.
+        taps = w[::-1] if rows.backward is None else w
+        dx = xla.input_grad(dy, taps, reverse, precision=None)
+        return dx, xla.weight_grad(x, dy, rows.forward, shape=w.shape, precision=None)
+
+    return backward, (x, w, dy, rows)
 
 
 def _cascade(module: ModuleType, shape: list[int], dtype: str, direction: str) -> Program:

@@ -64,6 +64,7 @@ def compile_job(job: Json, folder: Path) -> Json:
     result: Json = {
         "seconds": time.perf_counter() - start,
         "estimated_cycles": estimated_cycles(compiled.as_text() or ""),
+        "temporary_bytes": getattr(compiled.memory_analysis(), "temp_size_in_bytes", None),
     }
     try:
         return result | read_dump(folder, CHIPS[job["chip"]].delay_slots)

@@ -14,10 +14,11 @@ from jax import lax
 from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
-from flash_wtconv_jax.bench.defaults import OURS, able
+from flash_wtconv_jax.bench.defaults import OURS, able, entries
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch.table import Entry
 from pallas_kernels.sparse import (
     KernelMap,
     Voxels,
@@ -27,6 +28,7 @@ from pallas_kernels.sparse import (
     spatially_sparse_conv,
     spatially_sparse_depthwise_conv,
 )
+from pallas_kernels.sparse.checks import checked_window
 from pallas_kernels.sparse.depthwise import api as depthwise
 from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
 from pallas_kernels.sparse.depthwise.shapes import SHAPES as DEPTHWISE
@@ -121,11 +123,64 @@ def run(
     }
 
 
+def implementations(name: str, dtype: str) -> list[str]:
+    """The names of the implementations that can compute a layer here, in both directions.
+
+    Args:
+        name: One of `NAMES`.
+        dtype: Dtype of x and the weights.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     implementations("room_10000_32_32_s1", "float32")
+        ['xla']
+    """
+    return able(*_problem(name, dtype))
+
+
+def defaults(report: Json) -> list[Entry]:
+    """The fastest implementations of a report, as `defaults.entries` returns them.
+
+    Args:
+        report: A report of `run`.
+
+    Returns:
+        An entry for each direction of each layer that several implementations can compute; its
+        problem has neither size nor dilation of the kernel, which a call need not share, nor the
+        groups of depthwise layers, which are their channels.
+    """
+    found = []
+    for operator in (api.OPERATOR, depthwise.OPERATOR):
+        own = [row for row in report["rows"] if _problem(row["shape"], "")[0] is operator]
+
+        def problem(row: Json) -> Json:
+            _, of = _problem(row["shape"], report["dtype"])
+            window = of.window._asdict()
+            for name in ("kernel_size", "dilation", *["groups"] * (row["shape"] not in SHAPES)):
+                del window[name]
+            return of._asdict() | {"dtype": report["dtype"], "window": window}
+
+        found += entries(operator, report | {"rows": own}, problem)
+    return found
+
+
+def _problem(name: str, dtype: str) -> tuple[Operator, Problem]:
+    """The operator of a layer, and its description of the call."""
+    shape = SHAPES.get(name) or DEPTHWISE[name.removeprefix("depthwise_")]
+    window = checked_window(shape.kernel_size, shape.stride, 1, 3)
+    sizes = (1, shape.voxels, shape.channels), dtype, shape.features
+    if name in SHAPES:
+        return api.OPERATOR, Problem(*sizes, window)
+    grouped = window._replace(groups=shape.channels)
+    return depthwise.OPERATOR, DepthwiseProblem(*sizes, grouped)
+
+
 class _Layer(NamedTuple):
     """A layer over the room, with its arrays."""
 
+    name: str
     shape: Shape
-    operator: Operator
+    dtype: str
     voxels: Voxels
     found: KernelMap
     out: Voxels
@@ -150,9 +205,8 @@ class _Layer(NamedTuple):
         x = draw(keys[0], (len(coords), shape.channels))
         w = draw(keys[1], sizes) / np.sqrt(taps * shape.channels).astype(dtype)
         dy = draw(keys[2], (out.capacity, shape.features))
-        operator = api.OPERATOR if name in SHAPES else depthwise.OPERATOR
         pairs = int((found.table >= 0).sum())
-        return cls(shape, operator, voxels, found, out, x, w, dy, pairs)
+        return cls(name, shape, dtype, voxels, found, out, x, w, dy, pairs)
 
     @property
     def sites(self) -> tuple[int, int, int]:
@@ -163,14 +217,6 @@ class _Layer(NamedTuple):
     def regular(self) -> bool:
         """Whether it is no depthwise layer."""
         return self.w.ndim == 3
-
-    def problem(self) -> Problem:
-        """The operator's description of the call."""
-        sizes = (1, *self.x.shape), self.x.dtype, self.shape.features
-        if self.regular:
-            return Problem(*sizes, self.found.window)
-        window = self.found.window._replace(groups=self.shape.channels)
-        return DepthwiseProblem(*sizes, window)
 
     def work(self, direction: str) -> tuple[float, float]:
         """Operations of the valid pairs, and bytes of every array, each once."""
@@ -189,7 +235,7 @@ class _Layer(NamedTuple):
         sites = self.found, self.voxels, self.out
         ours = _ours if self.regular else _ours_depthwise
         found[OURS] = partial(ours, None), sites
-        for name in able(self.operator, self.problem()):
+        for name in implementations(self.name, self.dtype):
             found[f"{OURS} {name}"] = partial(ours, name), sites
         return found
 

@@ -66,6 +66,7 @@ def run(app: Callable[[], object]) -> None:
             "imagecodecs": "stylize",
             "libtpu": "tpu",
             "matplotlib": "plot",
+            "nilearn": "voxels",
             "tifffile": "stylize",
             "torch": "torch",
         }

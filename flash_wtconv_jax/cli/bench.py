@@ -157,13 +157,22 @@ def sparse(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     device: _Device = None,
     out: Annotated[Path, typer.Option(help="Folder for sparse.json.")] = Path("runs/bench"),
+    write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time sparse convolutions of a room and their maps beside plain JAX."""
     from flash_wtconv_jax.bench import sparse as benchmark
+    from pallas_kernels.common.device import kind
 
     with _measuring(device, out) as progress:
-        report = benchmark.run(shape or list(benchmark.NAMES), progress, dtype)
+        names = shape or list(benchmark.NAMES)
+        if write_defaults:
+            known = (name for name in names if name in benchmark.NAMES)
+            _check_choice(benchmark.implementations(name, dtype) for name in known)
+        report = benchmark.run(names, progress, dtype)
+        device_kind = kind()
     tell(report, _sparse_table(report), {}, out)
+    if write_defaults:
+        _write_defaults(device_kind, benchmark.defaults(report))
 
 
 @bench.command("host")

@@ -1,5 +1,8 @@
-"""`flash-wtconv demo`: train a small network on handwritten digits, write pictures and numbers."""
+"""`flash-wtconv demo`: train a small network, write pictures and numbers."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,18 +13,94 @@ from flash_wtconv_jax.cli.messages import say
 if TYPE_CHECKING:
     from flash_wtconv_jax.train.history import History
 
+_Report = Callable[[str, int, str], None]
+"""Tells of a network how many epochs are done, and what there is to say."""
+
+
+class Task(StrEnum):
+    """Names of what is learned."""
+
+    DIGITS = "digits"
+    VOXELS = "voxels"
+    ROOMS = "rooms"
+
 
 def demo(
+    task: Annotated[
+        Task,
+        typer.Option(
+            help="digits: WTConv reads scikit-learn's handwritten digits, beside its twin without "
+            "wavelets. voxels: sparse convolutions tell gyri from sulci on the human cortex. "
+            "rooms: they label generated scans of rooms. Both beside a linear model."
+        ),
+    ] = Task.DIGITS,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of initial values and training.")] = 0,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 40,
+    voxel_size: Annotated[
+        float | None,
+        typer.Option(help="Edge of a voxel. Default: 2 mm of the cortex, 0.1 m of rooms."),
+    ] = None,
 ) -> None:
-    """Train a small WTConv network on scikit-learn's digits, beside its twin without wavelets."""
+    """Train a small network on data that needs no download, beside a plainer one."""
+    if task is not Task.DIGITS:
+        _voxels(task, out, seed, epochs, voxel_size)
+    elif voxel_size is not None:
+        raise ValueError("--voxel-size belongs to --task voxels and --task rooms")
+    else:
+        _digits(out, seed, epochs)
+
+
+def _digits(out: Path, seed: int, epochs: int) -> None:
     import sklearn  # noqa: F401 - its extra brings matplotlib too, so that is the one to name.
+
+    from flash_wtconv_jax.train import digits
+
+    with _training(out, digits.NETWORKS, epochs) as report:
+
+        def on_epoch(name: str, history: "History") -> None:
+            report(name, len(history.loss), f"held-out accuracy {history.accuracy[-1]:.1%}")
+
+        metrics = digits.run_demo(out, seed=seed, epochs=epochs, on_epoch=on_epoch)
+    wtconv = metrics["networks"]["WTConv"]
+    say(
+        f"WTConv reads {wtconv['accuracy']:.2%} of the held-out digits, with "
+        f"{wtconv['parameters']:,} parameters, after {metrics['seconds']:.0f} s. Written:"
+    )
+    _say_files(out, digits.FILES)
+
+
+def _voxels(task: Task, out: Path, seed: int, epochs: int, voxel_size: float | None) -> None:
+    if task is Task.VOXELS:
+        import nilearn  # noqa: F401 - its extra brings matplotlib too, so that is the one to name.
+
+    from flash_wtconv_jax.train import voxels
+
+    with _training(out, voxels.NETWORKS, epochs) as report:
+
+        def on_epoch(name: str, losses: Sequence[float]) -> None:
+            report(name, len(losses), f"loss {losses[-1]:.3f}")
+
+        metrics = voxels.run_demo(
+            out, task.value, voxel_size=voxel_size, seed=seed, epochs=epochs, on_epoch=on_epoch
+        )
+    for name, network in metrics["networks"].items():
+        each = ", ".join(f"{label} {value:.1%}" for label, value in network["iou"].items())
+        say(f"{name}: mIoU {network['miou']:.1%} of held-out voxels ({each})")
+    count = metrics["voxels"]
+    say(
+        f"{count['training']:,} voxels of {metrics['voxel_size']} to learn from, "
+        f"{count['held_out']:,} held out, {metrics['seconds']:.0f} s. Written:"
+    )
+    _say_files(out, voxels.FILES)
+
+
+@contextmanager
+def _training(out: Path, networks: Mapping[str, object], epochs: int) -> Iterator[_Report]:
+    """Runs a training with a bar a network; an interrupt is one line."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from flash_wtconv_jax import environment
-    from flash_wtconv_jax.train import digits
 
     environment.device()  # Where JAX has none, its reason is all there is to say.
     if out.exists() and not out.is_dir():
@@ -37,7 +116,7 @@ def demo(
         with Progress(*columns) as progress:
             bars = {
                 name: progress.add_task(name, total=epochs, start=False, state="")
-                for name in digits.NETWORKS
+                for name in networks
             }
             waiting = list(bars)
 
@@ -47,23 +126,19 @@ def demo(
                     progress.start_task(bar)
                     progress.update(bar, state="compiling")
 
-            def on_epoch(name: str, history: "History") -> None:
-                done = len(history.loss)
-                state = f"held-out accuracy {history.accuracy[-1]:.1%}"
+            def report(name: str, done: int, state: str) -> None:
                 progress.update(bars[name], completed=done, state=state)
                 if done == epochs:
                     start_next()
 
             start_next()
-            metrics = digits.run_demo(out, seed=seed, epochs=epochs, on_epoch=on_epoch)
+            yield report
     except KeyboardInterrupt:
         typer.echo(f"error: interrupted; {out} is as it was before", err=True)
         raise typer.Exit(130) from None
-    wtconv = metrics["networks"]["WTConv"]
-    say(
-        f"WTConv reads {wtconv['accuracy']:.2%} of the held-out digits, with "
-        f"{wtconv['parameters']:,} parameters, after {metrics['seconds']:.0f} s. Written:"
-    )
-    for name, text in digits.FILES.items():
+
+
+def _say_files(out: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
         if (out / name).exists():
             say(f"  {out / name}  {text}")

@@ -8,6 +8,7 @@ import typer
 
 from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.types import Json
+from pallas_kernels.sparse.shapes import SHAPES as VOXELS
 from pallas_kernels.wtconv.shapes import TPU_SHAPES
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ _NOTE = (
     "bias included), with traffic to HBM; fewer: that over cycles and around. XLA bundles: those "
     "of its program, without traffic. floor: the greater of arithmetic (VALU) and traffic (HBM)."
 )
+_SPARSE_NOTE = (
+    "The compiler's static figures, no measurement. cycles: what XLA's cost model estimates; "
+    "floor: HBM moves every array once; temporary: HBM beside arguments and results."
+)
 
 
 def tpu_report(
@@ -29,12 +34,15 @@ def tpu_report(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A named shape; several are allowed: {', '.join(TPU_SHAPES)}. "
-            f"Default: {_FIRST}, which takes minutes."
+            help=f"A named shape; several are allowed: {', '.join(TPU_SHAPES)}; of sparse "
+            f"convolutions {', '.join(VOXELS)}. Default: {_FIRST}, which takes minutes."
         ),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="All shapes, in a quarter of an hour or more.")
+        bool,
+        typer.Option(
+            "--all", help="All shapes, sparse ones left out, in a quarter of an hour or more."
+        ),
     ] = False,
     as_json: Annotated[
         Path | None,
@@ -48,6 +56,7 @@ def tpu_report(
 
     from flash_wtconv_jax import plots
     from flash_wtconv_jax.aot import report as tpu
+    from flash_wtconv_jax.aot import sparse
     from flash_wtconv_jax.cli.tables import plain_console, print_table
     from pallas_kernels.common.files import check_folder, replacing
 
@@ -57,27 +66,64 @@ def tpu_report(
     if as_json is not None:
         check_folder(as_json)
     console = plain_console()
-    shapes = list(TPU_SHAPES) if every else shape or [_FIRST]
+    names = list(TPU_SHAPES) if every else shape or [_FIRST]
+    voxels = [name for name in names if name in VOXELS]
+    shapes = [name for name in names if name not in VOXELS]
     # A program takes longer than rich looks back for its estimate of the time left.
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(
         *columns, console=console, transient=True, speed_estimate_period=_LOOK_BACK_S
     ) as bar:
         rows = len(tpu.KERNELS) * len(shapes) * len(tpu.DTYPES) * len(tpu.DIRECTIONS)
-        task = bar.add_task(f"compiling for {escape(chip)}", total=rows)
-        report = tpu.run(chip, shapes, lambda: bar.advance(task))
-    print_table(console, _table(report))
-    for row in report["rows"]:
+        task = bar.add_task(
+            f"compiling for {escape(chip)}", total=rows + len(sparse.PARTS) * len(voxels)
+        )
+        report = tpu.run(chip, shapes, lambda: bar.advance(task)) if shapes else {}
+        if voxels:
+            report["sparse"] = sparse.run(chip, voxels, lambda: bar.advance(task))
+    if shapes:
+        print_table(console, _table(report))
+    if voxels:
+        print_table(console, _sparse_table(report["sparse"]))
+    for row in report.get("rows", []):
         for key, whose in (("error", "ours"), ("xla_error", "XLA's")):
             if row[key]:
                 name = f"{row['kernel']} {row['name']} {row['dtype']} {row['direction']}"
                 console.print(f"{name}, {whose}: {row[key]}", highlight=False)
+    for row in report["sparse"]["rows"] if voxels else []:
+        if row["error"]:
+            console.print(f"{row['name']} {row['part']}: {row['error']}", highlight=False)
     if as_json is not None:
         with replacing(as_json, force=True) as path:
             path.write_text(json.dumps(report, indent=2) + "\n")
         say(f"wrote {as_json}")
-    plots.save(plots.static_cycles(report), out)
-    say(f"wrote {out}")
+    if shapes:
+        plots.save(plots.static_cycles(report), out)
+        say(f"wrote {out}")
+
+
+def _sparse_table(report: Json) -> "Table":
+    from rich.table import Table
+
+    table = Table(
+        title=f"TPU {report['chip']}, sparse convolution in plain JAX, {report['dtype']}",
+        caption=_SPARSE_NOTE,
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("cycles", "floor", "temporary", "compiled in"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        if row["part"] == "map":
+            table.add_section()
+            table.add_row(row["name"], style="bold")
+        memory = row["temporary_bytes"]
+        table.add_row(
+            row["part"],
+            *(_number(row[f"{key}_cycles"]) for key in ("estimated", "floor")),
+            "-" if memory is None else f"{memory / 2**20:,.1f} MiB",
+            "-" if row["error"] else f"{row['seconds']:.0f} s",
+        )
+    return table
 
 
 def _table(report: Json) -> "Table":

@@ -3,9 +3,11 @@
 from flash_wtconv_jax.plots.bench import roofline, speedups, static_cycles, throughput
 from flash_wtconv_jax.plots.style import check_path, png, save
 from flash_wtconv_jax.plots.training import predictions, training_curve
+from flash_wtconv_jax.plots.voxels import View, voxel_labels
 from flash_wtconv_jax.plots.wavelets import receptive_fields, wavelet_cascade
 
 __all__ = [
+    "View",
     "check_path",
     "png",
     "predictions",
@@ -16,5 +18,6 @@ __all__ = [
     "static_cycles",
     "throughput",
     "training_curve",
+    "voxel_labels",
     "wavelet_cascade",
 ]

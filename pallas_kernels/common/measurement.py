@@ -2,13 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 import jax
 import numpy as np
 
-from pallas_kernels.common import device, versions
+from pallas_kernels.common import device, triton, versions
 from pallas_kernels.common._compat import (
     from_process_0,
     interpreted_by,
@@ -113,6 +113,10 @@ class JaxMeasurement:
         if isinstance(device.current(), jax.Device):
             return None
         return f"this program is compiled ahead of time for {device.kind()}"
+
+    def interpreting(self, names: Iterable[str]) -> bool:
+        """Whether this is inside of Pallas' interpreter, or Triton's is to run "triton"."""
+        return interpreter() is not None or ("triton" in names and triton.interpreted())
 
     def untraced(self, search: Callable[[], Entry]) -> Callable[[], Entry]:
         """The search in another thread, on this one's device, interpreter and with its 64 bits."""

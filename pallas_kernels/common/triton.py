@@ -1,5 +1,6 @@
 """Launches of Triton kernels for every operator: the protocol of a launch, and jax-triton's."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -53,6 +54,11 @@ def cdiv(size: int, block: int) -> int:
         3
     """
     return -(-size // block)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, as it is told before it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unavailable(platform: str) -> str | None:

@@ -90,6 +90,9 @@ class Measurement(Protocol):
     def untimeable(self) -> str | None:
         """The reason why nothing can be timed here, None where something can."""
 
+    def interpreting(self, names: Iterable[str]) -> bool:
+        """Whether one of these implementations runs in an interpreter, which no device is like."""
+
     def untraced(self, search: Callable[[], Entry]) -> Callable[[], Entry]:
         """The search for another thread to run: on this one's device, where nothing is traced."""
 
@@ -246,8 +249,8 @@ def _fastest(
         return _best(counting, candidates)
     if len(candidates) == 1:
         return candidates[0]
-    if 0 in problem.shape:
-        # Nothing is computed: any will do.
+    if 0 in problem.shape or (quiet and measurement.interpreting(modules)):
+        # Nothing is computed: any will do. An interpreter's times nobody asked for.
         return None
     reason = measurement.untimeable()
     if not all(isinstance(size, int) for size in problem.shape):

@@ -369,6 +369,11 @@ def _out_capacity(
         return checked_integer(given, "out_capacity", least=1)
     if not full:
         return voxels.capacity
+    if not isinstance(voxels.capacity, int):
+        raise ValueError(
+            "out_capacity=None: expected a number, for the input's capacity is symbolic, and the "
+            "output has other voxels"
+        )
     # How many outputs may read one voxel: each offset at most one.
     each = 1
     for k, s, d in zip(window.kernel_size, window.stride, window.dilation, strict=True):

@@ -28,6 +28,7 @@ from pallas_kernels.sparse.voxels import (
     Voxels,
     pack,
     sort_keys,
+    stable_order,
     unique_keys,
     unpack,
 )
@@ -391,11 +392,7 @@ def row_table(table: jax.Array) -> RowTable:
     bits = jnp.pad(table >= 0, ((0, 32 * words - taps), (0, 0))).reshape(words, 32, count)
     shifted = bits.astype(jnp.uint32) << lax.iota(jnp.uint32, 32)[:, None]
     masks = shifted.sum(1, dtype=jnp.uint32)
-    order = vary_like(table, lax.iota(jnp.int32, count))
-    rows = order
-    for word in reversed(range(words)):
-        _, moved = lax.sort((masks[word][order], rows), num_keys=1, is_stable=True)
-        order = order[moved]
+    order = stable_order(masks[::-1])
     return RowTable(table, order, _united(masks[:, order], TILE_ROWS))
 
 
@@ -463,7 +460,7 @@ def _expanded(sites: _Sites, window: Window, first: tuple[int, ...], capacity: i
         )
         return merged._replace(overflow=merged.overflow | known.overflow), None
 
-    at_once = min(len(steps), max(1, _QUERIES_AT_ONCE // len(valid)))
+    at_once = _at_once(valid.shape[0], len(steps))
     # The last turn is filled up by a step that was taken: what is there twice is one.
     turns = np.pad(steps, ((0, -len(steps) % at_once), (0, 0)), mode="edge")
     none = jnp.full((0,), 0, jnp.uint32)
@@ -509,9 +506,19 @@ def _searched(read: _Sites, reading: _Sites, window: Window, first: tuple[int, .
                 at = _advanced(keys, at, target, step)
         return jnp.stack(found)
 
-    at_once = max(1, _QUERIES_AT_ONCE // centres.shape[0])
-    found = lax.map(column, jnp.asarray(steps), batch_size=min(at_once, len(steps)))
+    at_once = _at_once(centres.shape[0], len(steps))
+    found = lax.map(column, jnp.asarray(steps), batch_size=at_once)
     return found.reshape(window.taps, -1)
+
+
+def _at_once(rows: int, steps: int) -> int:
+    """The number of steps that are taken at once, each of so many keys; of a symbolic number one.
+
+    Example:
+        >>> _at_once(1 << 22, 9), _at_once(1 << 25, 9)
+        (4, 1)
+    """
+    return min(steps, max(1, _QUERIES_AT_ONCE // rows)) if isinstance(rows, int) else 1
 
 
 def _counted(sites: _Sites) -> jax.Array:
@@ -546,7 +553,9 @@ def _lower_bound(keys: Keys, high: jax.Array, low: jax.Array) -> jax.Array:
 
     zeros = jnp.zeros(high.shape, jnp.int32)
     ends = vary_like((keys, high, low), (zeros, jnp.full_like(zeros, count)))
-    return lax.fori_loop(0, count.bit_length(), halve, ends)[0]
+    # Of a symbolic number there may be as many as int32 can count.
+    halvings = count.bit_length() if isinstance(count, int) else 31
+    return lax.fori_loop(0, halvings, halve, ends)[0]
 
 
 def _before(keys: Keys, at: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:

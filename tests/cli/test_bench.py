@@ -29,6 +29,8 @@ from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
 from pallas_kernels.dispatch import table, tuning
 from pallas_kernels.sparse import shapes as voxels
+from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
+from pallas_kernels.sparse.problem import Problem, Window
 from pallas_kernels.wtconv import shapes
 
 WIDE = pytest.mark.wide
@@ -346,6 +348,39 @@ def test_the_fastest_of_each_direction():
 def test_defaults_need_a_choice(benchmark, shape, tmp_path):
     result = bench("--shape", shape, "--write-defaults", "--out", tmp_path, benchmark=benchmark)
     assert "several implementations can compute here" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sparse_layers_write_what_was_the_fastest(monkeypatch, tmp_path):
+    """A call of another size and kernel finds it, one of another stride does not."""
+    ms = {"triton": (1.0, 4.0), "xla": (2.0, 3.0)}
+    rows = [
+        {"shape": shape, "direction": direction, "contender": f"flash {name}", "median_ms": time}
+        for shape in ("room_10000_64_128_s2", "depthwise_room_10000_128")
+        for name, times in ms.items()
+        for direction, time in zip(("forward", "forward+backward"), times, strict=True)
+    ]
+    report = {"date": "2026-11-28", "versions": {}, "dtype": "bfloat16", "rows": rows}
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    table.path("cpu").write_text(table.merged("cpu", sparse.defaults(report)))
+    table.fastest.cache_clear()
+    window = Window((2, 2, 2), (2, 2, 2), (1, 1, 1))
+    layer = Problem((4, 5000, 32), "bfloat16", 64, window)
+    grouped = Window((5, 5, 5), (1, 1, 1), (1, 1, 1), groups=16)
+    wanted = {"fwd": "triton", "bwd": "xla"}
+    for direction, name in wanted.items():
+        assert table.fastest("sparse_conv", direction, layer, "cpu") == name
+        other = layer._replace(window=window._replace(stride=(1, 1, 1)))
+        assert table.fastest("sparse_conv", direction, other, "cpu") is None
+        depthwise = DepthwiseProblem((1, 900, 16), "bfloat16", 16, grouped)
+        assert table.fastest("sparse_depthwise_conv", direction, depthwise, "cpu") == name
+    table.fastest.cache_clear()
+
+
+def test_sparse_defaults_need_a_choice(tmp_path):
+    arguments = "--shape", "room_10000_32_32_s1", "--write-defaults", "--out", tmp_path
+    result = bench(*arguments, benchmark="sparse")
+    assert "--write-defaults needs a shape that several implementations" in str(result.exception)
     assert not list(tmp_path.iterdir())
 
 

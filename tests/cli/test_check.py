@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from contextlib import nullcontext
 
 import pytest
 from typer.testing import CliRunner
@@ -94,10 +95,13 @@ def test_an_unknown_name_is_one_line(arguments, error):
     assert isinstance(result.exception, ValueError) and re.match(error, str(result.exception))
 
 
-def test_nothing_is_measured(monkeypatch, searches):
-    monkeypatch.setattr(rooms()["wtconv"][1], "CASES", CASES[:1])
-    with tuning("search"):
-        assert "1 pass" in check("--operator", "wtconv", "--implementation", "xla")
+@pytest.mark.parametrize(("operator", "mode"), [("wtconv", "search"), ("sparse_conv", None)])
+def test_nothing_is_measured(operator, mode, monkeypatch, searches):
+    """Not even of an operator of which one name measures."""
+    room = rooms()[operator][1]
+    monkeypatch.setattr(room, "CASES", room.CASES[:1])
+    with tuning(mode) if mode else nullcontext():
+        assert "1 pass" in check("--operator", operator, "--implementation", "xla")
     assert searches == []
 
 

@@ -287,6 +287,44 @@ class TestDemo:
         monkeypatch.setattr(training, "run_demo", without)
         assert "sklearn is not installed: pip install" in fail("demo", "--out", tmp_path)
 
+    def test_voxels_show_progress_and_what_each_model_says(self, training, monkeypatch, tmp_path):
+        from flash_wtconv_jax.train import voxels
+
+        def run_demo(out, task, *, voxel_size, seed, epochs, on_epoch):
+            assert (task, voxel_size, seed, epochs) == ("rooms", 0.2, 3, 2)
+            for name in voxels.NETWORKS:
+                on_epoch(name, [1.0])
+                on_epoch(name, [1.0, 0.5])
+            (out / "metrics.json").touch()
+            return {
+                "networks": {name: {"miou": 0.75, "iou": {"floor": 0.9}} for name in ("a", "b")},
+                "voxels": {"training": 23587, "held_out": 3},
+                "voxel_size": "0.2 m",
+                "seconds": 12.3,
+            }
+
+        monkeypatch.setattr(voxels, "run_demo", run_demo)
+        options = ("--seed", 3, "--epochs", 2, "--voxel-size", 0.2)
+        result = run("demo", "--task", "rooms", "--out", tmp_path, *options)
+        assert result.exit_code == 0, result.output
+        assert "2/2 epochs" in result.output and "loss 0.500" in result.output
+        assert "a: mIoU 75.0% of held-out voxels (floor 90.0%)" in result.output
+        assert "23,587 voxels of 0.2 m" in result.output
+        assert str(tmp_path / "metrics.json") in result.output
+        assert "predictions.png" not in result.output
+
+    def test_a_missing_nilearn_is_named_with_its_extra(self, monkeypatch, fail, tmp_path):
+        monkeypatch.setitem(sys.modules, "nilearn", None)
+        message = fail("demo", "--task", "voxels", "--out", tmp_path)
+        assert message.endswith(
+            "nilearn is not installed: pip install 'flash-wtconv[voxels]' brings it"
+        )
+
+    def test_options_that_do_not_fit_the_task(self, training, fail, tmp_path):
+        options = ("--voxel-size", "1", "--out", tmp_path / "demo")
+        assert "--voxel-size belongs to --task voxels" in fail("demo", *options)
+        assert "expected at least 0.02 m" in fail("demo", "--task", "rooms", "--voxel-size", "-1")
+
     def test_a_missing_torch_is_named_with_its_extra(self, monkeypatch, fail, tmp_path):
         pytest.importorskip("matplotlib")
         (tmp_path / "a.pth").write_bytes(b"")

@@ -4,11 +4,12 @@ import json
 import re
 from itertools import product
 
+import jax
 import pytest
 from typer.testing import CliRunner
 
 from flash_wtconv_jax import plots
-from flash_wtconv_jax.aot import compiling, report
+from flash_wtconv_jax.aot import compiling, programs, report, sparse
 from flash_wtconv_jax.cli import app
 
 COMPUTATIONS = [
@@ -21,7 +22,7 @@ COMPUTATIONS = [
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch):
     """A compiler that answers at once: ours 1000 cycles, XLA's 5000, one of them never."""
-    ours = compiling.Result(None, None, 1050, 250, 3 << 20, 128 << 20, 1.0, COMPUTATIONS)
+    ours = compiling.Result(None, None, 1050, 250, 3 << 20, 128 << 20, 3 << 20, 1.0, COMPUTATIONS)
     xla = compiling.Result(None, "a branch on data", None, 5000)
 
     def run(jobs, on_result=lambda _: None):
@@ -85,6 +86,32 @@ def test_table_json_and_picture(tmp_path):
     assert first["xla_error"] == "a branch on data" and first["xla_bundle_cycles"] is None
     assert last["kernel"] == "haar"
     assert [last[key] for key in ("cycles", "xla_cycles", "fewer")] == [None] * 3
+
+
+def test_sparse_convolutions_have_rows_of_their_own(tmp_path):
+    names = "room_100000_64_128_s1", "room_100000_64_128_s2"
+    arguments = [part for name in names for part in ("--shape", name)]
+    result = tpu_report(*arguments, "--json", tmp_path / "a.json", "--out", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert "room_100000_64_128_s2 backward: not compiled within 180 s" in result.output
+    assert "3.0 MiB" in result.output and "…" not in result.output
+    # No picture of kernels that were not compiled.
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    rows = json.loads((tmp_path / "a.json").read_text())["sparse"]["rows"]
+    assert [(row["name"], row["part"]) for row in rows] == [*product(names, sparse.PARTS)]
+    assert (rows[0]["estimated_cycles"], rows[0]["temporary_bytes"]) == (250, 3 << 20)
+    assert all(row["floor_cycles"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("part", sparse.PARTS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sparse_programs_trace(part, stride):
+    function, arguments = programs.sparse([64, 8, 16, 3, stride], "bfloat16", part)
+    result = jax.eval_shape(function, *arguments)
+    if part == "forward":
+        assert result.shape == (64, 16)
+    elif part == "backward":
+        assert [each.shape for each in result] == [(64, 8), (27, 1, 8, 16)]
 
 
 def test_floors_are_those_of_the_arithmetic_and_of_the_traffic():

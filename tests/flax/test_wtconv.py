@@ -462,6 +462,8 @@ def test_import_is_cheap_and_lazy():
         from flash_wtconv_jax import deepest_level
         assert "flax" not in sys.modules
         assert flash_wtconv_jax.WTConv2d is flash_wtconv_jax.linen.WTConv2d
+        assert set(flash_wtconv_jax.linen.__all__) <= set(flash_wtconv_jax.__all__)
+        assert flash_wtconv_jax.SparseConv3d is flash_wtconv_jax.linen.SparseConv3d
         assert flash_wtconv_jax.nnx.WTConv2d is not flash_wtconv_jax.WTConv2d
         assert "torch" not in sys.modules
     """

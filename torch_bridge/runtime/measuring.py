@@ -1,5 +1,6 @@
 """The tuner's measurement in PyTorch: implementations run and timed on random tensors."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -76,6 +77,10 @@ class TorchMeasurement:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "a CUDA graph is being captured; call the layer once before"
         return self._why_not
+
+    def interpreting(self, names: Iterable[str]) -> bool:
+        """Whether Triton's interpreter is to run "triton"."""
+        return "triton" in names and os.environ.get("TRITON_INTERPRET") == "1"
 
     def untraced(self, search: Callable[[], Entry]) -> Callable[[], Entry]:
         """The search without gradients, whatever thread runs it."""

@@ -42,6 +42,7 @@ class Measurement:
 
     device_kind = "abacus"
     why_not = None
+    interpreted = None
 
     def __init__(self, **static):
         self.static, self.versions = static, {"abacus": "1"}
@@ -52,6 +53,9 @@ class Measurement:
 
     def untimeable(self):
         return self.why_not
+
+    def interpreting(self, names):
+        return self.interpreted in names
 
     def untraced(self, search):
         return search
@@ -139,6 +143,10 @@ def test_a_name_measures_where_the_operator_says_so(fake, choose, monkeypatch):
     monkeypatch.setattr(choose.measurement, "why_not", "no device")
     assert chosen("uno") == Candidate("one") and not runs
     monkeypatch.setattr(choose.measurement, "why_not", None)
+    operator.forget()
+    monkeypatch.setattr(choose.measurement, "interpreted", "one")
+    assert chosen("uno") == Candidate("one") and not runs
+    monkeypatch.setattr(choose.measurement, "interpreted", "two")
     operator.forget()
     assert chosen("uno") == chosen("one") == BEST
     assert {run.implementation for run in runs} == {"one"}
