@@ -58,6 +58,18 @@ class Package:
         return {one.name: _shape(one.type) for one in self._program.description.output}
 
     @property
+    def images(self) -> frozenset[str]:
+        """The inputs that are images, of numbers from 0 to 255."""
+        described = self._program.description.input
+        return frozenset(one.name for one in described if one.type.HasField("imageType"))
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what it computes: its outputs, of a classifier its logits."""
+        softmax = [one.arguments["x"] for one in self.operations if one.type == "softmax"]
+        return tuple(map(str, softmax)) or self._program.outputs
+
+    @property
     def metadata(self) -> dict[str, str]:
         """What the package tells of itself by its own keys, e.g. "flash_wtconv.kind"."""
         return dict(self._program.description.metadata.userDefined)
@@ -206,4 +218,5 @@ def _problem(shape: Shape, kind: Any) -> str | None:
     known = known or [_shape(kind)]
     if shape in known:
         return None
-    return f"expected {' or '.join(map(str, known))}"
+    others = f" or one of {len(known) - 1} others up to {max(known)}" if len(known) > 1 else ""
+    return f"expected {known[0]}{others}"

@@ -1,6 +1,7 @@
 """The 2-D layer as Core ML packages: its convolutions alone, or the whole of it."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,7 +140,7 @@ def whole(
     others = flexible_shapes(shape, 2**layer.levels) if flexible else ()
 
     def build(x: Any) -> dict[str, Any]:
-        return {"y": wtconv(x, layer, None if flexible else (height, width), name="y")}
+        return {"y": wtconv(x, layer, name="y")}
 
     about = _about(
         "whole", layer, params, height, width, precision, "A complete wavelet convolution."
@@ -219,8 +220,8 @@ def flexible_shapes(
         ValueError: H or W is no multiple of it.
 
     Example:
-        >>> flexible_shapes((1, 3, 4, 2), 2)
-        ((1, 3, 2, 2), (1, 3, 2, 4), (1, 3, 4, 4), (1, 3, 6, 2), (1, 3, 6, 4), (1, 3, 8, 2), (1, 3, 8, 4))
+        >>> flexible_shapes((1, 3, 128, 128), 128)
+        ((1, 3, 128, 256), (1, 3, 256, 128), (1, 3, 256, 256))
     """
     _, channels, height, width = shape
     sides = [_sides(name, n, multiple) for name, n in (("height", height), ("width", width))]
@@ -240,49 +241,47 @@ def _sides(name: str, size: int, multiple: int) -> range:
     return range(step, 2 * size + 1, step)
 
 
-def wtconv(x: Any, layer: Layer, size: tuple[int, int] | None, *, name: str | None = None) -> Any:
+def wtconv(x: Any, layer: Layer, *, name: str | None = None) -> Any:
     """The variable of a layer's output, all of it convolutions of rank 4.
 
     Filtered bands are added to what comes from the level below after the inverse transform, which
     is linear, so that no band is ever taken apart.
 
     Args:
-        x: The variable `[N, C, H, W]` of its input.
+        x: The variable `[N, C, H, W]` of its input; H and W are numbers, or told when the program
+            runs and then multiples of `2**levels`.
         layer: The layer.
-        size: H and W; None where they are told when the program runs, and are multiples of
-            `2**levels`.
         name: The name of the output.
     """
     from coremltools.converters.mil import Builder as mb
 
     if not layer.levels:
         return depthwise(x, layer.base, layer.bias, name=name)
-    channels = layer.channels
-    analysis = np.tile(_HAAR.reshape(4, 1, 2, 2).astype(np.float32), (channels, 1, 1, 1))
-    lowest = analysis[::4]
-    sizes = [size, *level_sizes(*size, layer.levels)] if size else [None] * (layer.levels + 1)
-    low, filtered = x, []
+    analysis = np.tile(_HAAR.astype(np.float32).reshape(4, 1, 2, 2), (layer.channels, 1, 1, 1))
+    shared = {"strides": [2, 2], "groups": layer.channels}
+    halve = partial(mb.conv, **shared, pad_type="custom")
+    double = partial(mb.conv_transpose, **shared, pad_type="valid")
+    low, filtered, above = x, [], []
     for i, taps in enumerate(layer.wavelet):
-        odd = [0, 0] if sizes[i] is None else [n % 2 for n in sizes[i]]
-        halved = {
-            "strides": [2, 2],
-            "groups": channels,
-            "pad_type": "custom",
-            "pad": [0, odd[0], 0, odd[1]],
-        }
-        filtered.append(depthwise(mb.conv(x=low, weight=analysis, **halved), taps))
+        pad = [0, _odd(low.shape[2]), 0, _odd(low.shape[3])]
+        filtered.append(depthwise(halve(x=low, weight=analysis, pad=pad), taps))
+        above.append(low)
         if i + 1 < layer.levels:
-            low = mb.conv(x=low, weight=lowest, **halved)
+            low = halve(x=low, weight=analysis[::4], pad=pad)
     z = None
-    for bands, own in reversed(list(zip(filtered, sizes, strict=False))):
-        doubled = {"strides": [2, 2], "groups": channels, "pad_type": "valid"}
-        up = mb.conv_transpose(x=bands, weight=analysis, **doubled)
+    for bands, low in reversed(list(zip(filtered, above, strict=True))):
+        up = double(x=bands, weight=analysis)
         if z is not None:
-            up = mb.add(x=up, y=mb.conv_transpose(x=z, weight=lowest, **doubled))
-        if own is not None and any(n % 2 for n in own):
-            up = mb.slice_by_size(x=up, begin=[0, 0, 0, 0], size=[-1, -1, *own])
+            up = mb.add(x=up, y=double(x=z, weight=analysis[::4]))
+        if _odd(low.shape[2]) or _odd(low.shape[3]):
+            up = mb.slice_by_size(x=up, begin=[0, 0, 0, 0], size=[-1, -1, *low.shape[2:]])
         z = up
     return mb.add(x=depthwise(x, layer.base, layer.bias), y=z, **_named(name))
+
+
+def _odd(size: Any) -> int:
+    """1 of an odd number, 0 of an even one and of a size that is told when the program runs."""
+    return int(size) % 2 if isinstance(size, (int, np.integer)) else 0
 
 
 def depthwise(

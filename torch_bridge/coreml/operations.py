@@ -140,7 +140,7 @@ def layer_norm(
     beta: Array | None = None,
     epsilon: float = 1e-5,
 ) -> Array:
-    """x less its mean over the axes, over its deviation, times gamma plus beta."""
+    """X less its mean over the axes, over its deviation, times gamma plus beta."""
     axes = tuple(int(axis) % x.ndim for axis in axes)
     shape = [n if axis in axes else 1 for axis, n in enumerate(x.shape)]
     centred = x - x.mean(axis=axes, keepdims=True)
@@ -159,6 +159,22 @@ def instance_norm(
     if gamma is not None:
         y = y * gamma[:, None, None]
     return y if beta is None else y + beta[:, None, None]
+
+
+def batch_norm(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    epsilon: float = 1e-5,
+) -> Array:
+    """`[N, C, H, W]` less a mean, over a deviation; coremltools writes a factor and a term so."""
+    factor = 1 / np.sqrt(variance + epsilon)
+    if gamma is not None:
+        factor = factor * gamma
+    term = -mean * factor if beta is None else beta - mean * factor
+    return x * factor[:, None, None] + term[:, None, None]
 
 
 def gelu(x: Array, mode: Array | str = "EXACT") -> Array:
@@ -196,17 +212,17 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def reshape(x: Array, shape: Sequence[int]) -> Array:
-    """x in another shape: 0 keeps an axis, -1 takes what remains."""
+    """X in another shape: 0 keeps an axis, -1 takes what remains."""
     return x.reshape([x.shape[i] if n == 0 else int(n) for i, n in enumerate(shape)])
 
 
 def squeeze(x: Array, axes: Sequence[int] | None = None) -> Array:
-    """x without axes of size 1."""
+    """X without axes of size 1."""
     return np.squeeze(x, None if axes is None else tuple(map(int, axes)))
 
 
 def cast(x: Array, dtype: Array | str) -> Array:
-    """x itself: the evaluator rounds it to the dtype that is declared."""
+    """X itself: the evaluator rounds it to the dtype that is declared."""
     return x
 
 
@@ -247,6 +263,7 @@ OPERATIONS: dict[str, Callable[..., Array | tuple[Array, ...]]] = {
     "real_div": _binary(np.divide),
     "relu": lambda x: np.maximum(x, 0),
     "const": lambda val: val,
+    "batch_norm": batch_norm,
     "cast": cast,
     "classify": classify,
     "clip": clip,
@@ -255,6 +272,7 @@ OPERATIONS: dict[str, Callable[..., Array | tuple[Array, ...]]] = {
     "conv": conv,
     "conv_transpose": conv_transpose,
     "gelu": gelu,
+    "identity": lambda x: x,
     "instance_norm": instance_norm,
     "layer_norm": layer_norm,
     "linear": linear,

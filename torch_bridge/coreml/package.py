@@ -9,12 +9,29 @@ import numpy as np
 
 from pallas_kernels.common import versions
 from pallas_kernels.common.files import replacing, writing
-
 from torch_bridge.coreml.tools import quiet
 
 PRECISIONS = "fp32", "fp16"
 """What weights are kept in and values computed in; arrays at the interface are float32 in both."""
 LICENCE = "Apache-2.0 for the program; the weights have the licence of where they come from"
+
+_PASSES = (
+    "common::update_output_dtypes",
+    "common::const_elimination",
+    "common::const_deduplication",
+    "common::noop_elimination",
+    "common::dedup_op_and_var_names",
+    "common::add_fp16_cast",
+    "common::update_output_dtypes",
+    "common::const_elimination",
+    "common::cast_optimization",
+    "common::dead_code_elimination",
+)
+"""Of coremltools' passes those that a program needs whose operations are fused already.
+
+The others take several times as long; and `fuse_conv_scale` would push the weights before a layer
+scale below what float16 holds well.
+"""
 
 
 class Input(NamedTuple):
@@ -117,6 +134,7 @@ def converted(
         names = [] if labels else [output.name for output in program.functions["main"].outputs]
         model = ct.convert(
             program,
+            pass_pipeline=ct.PassPipeline(list(_PASSES), "flash_wtconv"),
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS16,
             compute_precision={

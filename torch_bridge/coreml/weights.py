@@ -1,10 +1,12 @@
 """Parameters to export: of a checkpoint of any kind that this package reads, or random ones."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pallas_kernels.common.types import Tree
+from pallas_kernels.haar.filters import IS_HAAR, wavelet_name
 from torch_bridge.coreml.program import Array
 
 Params = dict[str, Array]
@@ -60,6 +62,85 @@ def of_layer(
                 f"{option} is {asked}, but {checkpoint} has {own}: leave the option out"
             )
     return params
+
+
+def of_convnext(name: str, checkpoint: Path | None, seed: int) -> tuple[Params, Any]:
+    """The parameters and the config of a WTConvNeXt or ConvNeXt of Haar wavelets.
+
+    Args:
+        name: The function of `flash_wtconv_jax.models` that makes one of its size.
+        checkpoint: A folder or file that `models.load_network` reads; None draws parameters.
+        seed: What they are drawn by.
+
+    Returns:
+        Parameters by dotted names, and the `ConvNeXtConfig`.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It cannot be read, or is that of another network.
+    """
+    from flax import nnx
+
+    from flash_wtconv_jax import checkpoints, models
+
+    make = getattr(models, name)
+    if checkpoint is None:
+        model = make(rngs=nnx.Rngs(seed))
+    else:
+        model = models.load_network(checkpoint)
+        named = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))).config
+        for field in ("depths", "dims", "levels", "kernel_sizes"):
+            own, expected = getattr(model.config, field), getattr(named, field)
+            if own != expected:
+                raise ValueError(
+                    f"--model is {name}, of {field} {expected}, but those of {checkpoint} are {own}"
+                )
+    wavelet = model.config.wavelet
+    if wavelet_name(wavelet) not in IS_HAAR:
+        raise ValueError(f"{checkpoint} has wavelet {wavelet}, expected haar: packages are of it")
+    return _flat(checkpoints.variables_of(model)), model.config
+
+
+def of_transformer_net(checkpoint: Path | None, seed: int) -> Params:
+    """The parameters of a TransformerNet by dotted names.
+
+    Args:
+        checkpoint: A folder or file that `checkpoints.load` reads; None draws parameters.
+        seed: What they are drawn by.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        ValueError: It cannot be read, or is that of another network.
+    """
+    from flax import nnx
+
+    from flash_wtconv_jax import checkpoints, models
+
+    if checkpoint is None:
+        model = models.TransformerNet(rngs=nnx.Rngs(seed))
+    else:
+        model = nnx.eval_shape(lambda: models.TransformerNet(rngs=nnx.Rngs(0)))
+        checkpoints.load_into(model, {"params": _read(checkpoint)})
+    return _flat(checkpoints.variables_of(model))
+
+
+def below(params: Params, name: str) -> Params:
+    """The parameters whose names begin with a name and a dot, without it; none perhaps.
+
+    Example:
+        >>> below({"fc.bias": np.ones(1), "norm.bias": np.ones(1)}, "fc")
+        {'bias': array([1.])}
+    """
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): value for key, value in params.items() if key.startswith(prefix)
+    }
+
+
+def _flat(variables: Tree) -> Params:
+    from flash_wtconv_jax.checkpoints.names import flatten
+
+    return {name: np.asarray(value, np.float32) for name, value in flatten(variables).items()}
 
 
 def _read(checkpoint: Path) -> dict[str, Tree]:
