@@ -6,6 +6,7 @@ from flash_wtconv_jax.cli import run
 
 
 def _app() -> None:
+    from torch_bridge.coreml.check import check
     from torch_bridge.coreml.evaluate import evaluate
     from torch_bridge.coreml.export import export
 
@@ -18,6 +19,7 @@ def _app() -> None:
     )
     app.command()(export)
     app.command()(evaluate)
+    app.command()(check)
     app()
 
 

@@ -276,7 +276,7 @@ def wtconv(x: Any, layer: Layer, *, name: str | None = None) -> Any:
         if _odd(low.shape[2]) or _odd(low.shape[3]):
             up = mb.slice_by_size(x=up, begin=[0, 0, 0, 0], size=[-1, -1, *low.shape[2:]])
         z = up
-    return mb.add(x=depthwise(x, layer.base, layer.bias), y=z, **_named(name))
+    return mb.add(x=depthwise(x, layer.base, layer.bias), y=z, **named(name))
 
 
 def _odd(size: Any) -> int:
@@ -300,11 +300,12 @@ def depthwise(
         pad_type="custom",
         pad=[before, after, before, after],
         **biased,
-        **_named(name),
+        **named(name),
     )
 
 
-def _named(name: str | None) -> dict[str, str]:
+def named(name: str | None) -> dict[str, str]:
+    """The argument that names what an operation computes; none where coremltools may name it."""
     return {} if name is None else {"name": name}
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torch_bridge.coreml.layer import depthwise, flexible_shapes, folded, wtconv
+from torch_bridge.coreml.layer import depthwise, flexible_shapes, folded, named, wtconv
 from torch_bridge.coreml.package import About, Input, converted, hash_of
 from torch_bridge.coreml.program import Array
 from torch_bridge.coreml.weights import Params, below
@@ -195,10 +195,10 @@ def _block(x: Any, params: Params) -> Any:
     else:
         x = wtconv(x, folded(convolution))
     x = _layer_norm(x, below(params, "norm"))
-    x = mb.gelu(x=_linear(x, below(params, "mlp.fc1")), mode="EXACT")
+    x = mb.gelu(x=linear(x, below(params, "mlp.fc1")), mode="EXACT")
     if grn := below(params, "mlp.grn"):
         x = _response_norm(x, grn)
-    x = _linear(x, below(params, "mlp.fc2"))
+    x = linear(x, below(params, "mlp.fc2"))
     return mb.mul(x=x, y=_per_channel(params["gamma"])) if "gamma" in params else x
 
 
@@ -226,7 +226,7 @@ def _normed(maps: list[Any], params: Params) -> list[Any]:
 
 
 def _head(x: Any, params: Params, softmax: bool) -> dict[str, Any]:
-    """The output of the last map: logits, or what their linear layer would take, or their softmax."""
+    """The output for the last map: logits or their softmax, or what their layer would take."""
     from coremltools.converters.mil import Builder as mb
 
     if norm := below(params, "norm_pre"):
@@ -235,10 +235,10 @@ def _head(x: Any, params: Params, softmax: bool) -> dict[str, Any]:
     if norm := below(params, "head.norm"):
         x = _layer_norm(x, norm)
     if hidden := below(params, "head.pre_logits"):
-        x = mb.gelu(x=_linear(x, hidden), mode="EXACT")
+        x = mb.gelu(x=linear(x, hidden), mode="EXACT")
     name = "embedding"
     if classifier := below(params, "head.fc"):
-        x, name = _linear(x, classifier), "logits"
+        x, name = linear(x, classifier), "logits"
     x = mb.squeeze(x=x, axes=[2, 3], name=name)
     if not softmax:
         return {name: x}
@@ -276,7 +276,7 @@ def _reflected(x: Any, params: Params, stride: int) -> Any:
     return _conv(mb.pad(x=x, pad=around, mode="reflect"), params, stride=stride)
 
 
-def _conv(x: Any, params: Params, *, stride: int, padding: int = 0) -> Any:
+def _conv(x: Any, params: Params, *, stride: int, padding: int = 0, name: str | None = None) -> Any:
     """A dense convolution, with a bias or without."""
     from coremltools.converters.mil import Builder as mb
 
@@ -288,13 +288,13 @@ def _conv(x: Any, params: Params, *, stride: int, padding: int = 0) -> Any:
         pad_type="custom",
         pad=[padding] * 4,
         **biased,
+        **named(name),
     )
 
 
-def _linear(x: Any, params: Params) -> Any:
-    """A linear layer on channels."""
-    kernel = params["kernel"][None, None]
-    return _conv(x, {**params, "kernel": kernel}, stride=1)
+def linear(x: Any, params: Params, *, name: str | None = None) -> Any:
+    """The variable of a linear layer on the channels of `[N, C, H, W]`."""
+    return _conv(x, {**params, "kernel": params["kernel"][None, None]}, stride=1, name=name)
 
 
 def _layer_norm(x: Any, params: Params) -> Any:

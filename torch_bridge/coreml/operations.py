@@ -25,8 +25,7 @@ def conv(
 ) -> Array:
     """Cross-correlation of `[N, C, H, W]` with `[O, C / groups, h, w]`, tap by tap."""
     extent = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilations, strict=True)]
-    before, after = _padding(x.shape[2:], extent, strides, str(pad_type), pad)
-    x = np.pad(x, [(0, 0), (0, 0), *zip(before, after, strict=True)])
+    x = np.pad(x, [(0, 0), (0, 0), *_around(pad_type, pad)])
     size = [(n - e) // s + 1 for n, e, s in zip(x.shape[2:], extent, strides, strict=True)]
     taps = weight.reshape(int(groups), -1, *weight.shape[1:])
     y = np.zeros((len(x), taps.shape[0], taps.shape[1], *size), np.float32)
@@ -49,11 +48,10 @@ def conv_transpose(
     dilations: Sequence[int] = (1, 1),
     groups: int = 1,
     bias: Array | None = None,
-    output_shape: Sequence[int] | None = None,
 ) -> Array:
     """The transpose of `conv`: `[N, C, H, W]` and `[C, O / groups, h, w]`, unpadded."""
-    if pad_type not in ("valid", "custom") or np.any(pad):
-        raise ValueError(f"pad_type {pad_type}, pad {list(pad)}: only unpadded is known here")
+    if np.any(_around(pad_type, pad)):
+        raise NotImplementedError(f"pad {list(pad)} of a transposed convolution is not known")
     taps = weight.reshape(int(groups), -1, *weight.shape[1:]).swapaxes(1, 2)
     size = [
         (n - 1) * s + (k - 1) * d + 1
@@ -67,8 +65,6 @@ def conv_transpose(
         )
         y[..., rows, columns] += _mixed(taps[..., i, j], x)
     y = y.reshape(len(x), -1, *size)
-    if output_shape is not None and list(output_shape) != list(y.shape):
-        raise ValueError(f"output_shape {list(output_shape)} crops, which is not known here")
     return y if bias is None else y + bias[:, None, None]
 
 
@@ -82,27 +78,12 @@ def _mixed(tap: Array, x: Array) -> Array:
     return mixed.reshape(len(x), groups, outside, *x.shape[3:])
 
 
-def _padding(
-    sizes: Sequence[int],
-    extent: Sequence[int],
-    strides: Sequence[int],
-    pad_type: str,
-    pad: Sequence[int],
-) -> tuple[list[int], list[int]]:
+def _around(pad_type: Array | str, pad: Sequence[int]) -> list[tuple[int, int]]:
     """Zeros before and after each spatial axis."""
-    if pad_type == "custom":
-        return list(pad[0::2]), list(pad[1::2])
-    if pad_type == "valid":
-        return [0] * len(sizes), [0] * len(sizes)
-    totals = [
-        max(0, (-(-n // s) - 1) * s + e - n) for n, e, s in zip(sizes, extent, strides, strict=True)
-    ]
-    less, more = [total // 2 for total in totals], [-(-total // 2) for total in totals]
-    if pad_type == "same":
-        return less, more
-    if pad_type == "same_lower":
-        return more, less
-    raise ValueError(f"pad_type {pad_type} is not known here")
+    if pad_type not in ("valid", "custom"):
+        raise NotImplementedError(f"pad_type {pad_type} is not known to the evaluator")
+    pairs = zip(pad[0::2], pad[1::2], strict=True)
+    return [(0, 0), (0, 0)] if pad_type == "valid" else list(pairs)
 
 
 def pad(
@@ -128,7 +109,7 @@ def upsample_nearest_neighbor(
     """`[N, C, H, W]` with each row and column repeated."""
     for axis, factor in ((2, scale_factor_height), (3, scale_factor_width)):
         if factor != int(factor):
-            raise ValueError(f"scale factor {factor}: only whole numbers are known here")
+            raise NotImplementedError(f"scale factor {factor}: whole numbers alone are known")
         x = np.repeat(x, int(factor), axis)
     return x
 
@@ -161,26 +142,10 @@ def instance_norm(
     return y if beta is None else y + beta[:, None, None]
 
 
-def batch_norm(
-    x: Array,
-    mean: Array,
-    variance: Array,
-    gamma: Array | None = None,
-    beta: Array | None = None,
-    epsilon: float = 1e-5,
-) -> Array:
-    """`[N, C, H, W]` less a mean, over a deviation; coremltools writes a factor and a term so."""
-    factor = 1 / np.sqrt(variance + epsilon)
-    if gamma is not None:
-        factor = factor * gamma
-    term = -mean * factor if beta is None else beta - mean * factor
-    return x * factor[:, None, None] + term[:, None, None]
-
-
 def gelu(x: Array, mode: Array | str = "EXACT") -> Array:
     """The product of x and the normal distribution up to x."""
     if mode != "EXACT":
-        raise ValueError(f"gelu of mode {mode} is not known here")
+        raise NotImplementedError(f"gelu of mode {mode} is not known to the evaluator")
     return 0.5 * x * (1 + erf(x / np.float32(np.sqrt(2))))
 
 
@@ -203,17 +168,6 @@ def reduce_l2_norm(x: Array, axes: Sequence[int], keep_dims: bool = False) -> Ar
 def clip(x: Array, alpha: float, beta: float) -> Array:
     """x, but alpha where it is less, and beta where it is more."""
     return np.clip(x, alpha, beta)
-
-
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """`[..., I]` times the transpose of `[O, I]`."""
-    y = x @ weight.T
-    return y if bias is None else y + bias
-
-
-def reshape(x: Array, shape: Sequence[int]) -> Array:
-    """X in another shape: 0 keeps an axis, -1 takes what remains."""
-    return x.reshape([x.shape[i] if n == 0 else int(n) for i, n in enumerate(shape)])
 
 
 def squeeze(x: Array, axes: Sequence[int] | None = None) -> Array:
@@ -263,7 +217,6 @@ OPERATIONS: dict[str, Callable[..., Array | tuple[Array, ...]]] = {
     "real_div": _binary(np.divide),
     "relu": lambda x: np.maximum(x, 0),
     "const": lambda val: val,
-    "batch_norm": batch_norm,
     "cast": cast,
     "classify": classify,
     "clip": clip,
@@ -275,11 +228,9 @@ OPERATIONS: dict[str, Callable[..., Array | tuple[Array, ...]]] = {
     "identity": lambda x: x,
     "instance_norm": instance_norm,
     "layer_norm": layer_norm,
-    "linear": linear,
     "pad": pad,
     "reduce_l2_norm": reduce_l2_norm,
     "reduce_mean": reduce_mean,
-    "reshape": reshape,
     "slice_by_size": slice_by_size,
     "softmax": softmax,
     "squeeze": squeeze,

@@ -98,7 +98,7 @@ def of_convnext(name: str, checkpoint: Path | None, seed: int) -> tuple[Params, 
     wavelet = model.config.wavelet
     if wavelet_name(wavelet) not in IS_HAAR:
         raise ValueError(f"{checkpoint} has wavelet {wavelet}, expected haar: packages are of it")
-    return _flat(checkpoints.variables_of(model)), model.config
+    return flat(checkpoints.variables_of(model)), model.config
 
 
 def of_transformer_net(checkpoint: Path | None, seed: int) -> Params:
@@ -121,7 +121,7 @@ def of_transformer_net(checkpoint: Path | None, seed: int) -> Params:
     else:
         model = nnx.eval_shape(lambda: models.TransformerNet(rngs=nnx.Rngs(0)))
         checkpoints.load_into(model, {"params": _read(checkpoint)})
-    return _flat(checkpoints.variables_of(model))
+    return flat(checkpoints.variables_of(model))
 
 
 def below(params: Params, name: str) -> Params:
@@ -137,7 +137,8 @@ def below(params: Params, name: str) -> Params:
     }
 
 
-def _flat(variables: Tree) -> Params:
+def flat(variables: Tree) -> Params:
+    """The parameters in variables by dotted names, in float32."""
     from flash_wtconv_jax.checkpoints.names import flatten
 
     return {name: np.asarray(value, np.float32) for name, value in flatten(variables).items()}
