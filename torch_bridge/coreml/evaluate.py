@@ -80,6 +80,7 @@ def _write(path: Path, outputs: dict[str, Array], force: bool) -> None:
         )
     with replacing(path, force) as temporary, writing(path):
         if path.suffix == ".npy":
-            np.save(temporary, *outputs.values())
+            (only,) = outputs.values()
+            np.save(temporary, only)
         else:
             np.savez(temporary, **outputs)  # type: ignore[arg-type]

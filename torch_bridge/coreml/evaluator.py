@@ -204,7 +204,7 @@ def _problem(shape: Shape, kind: Any) -> str | None:
     if kind.WhichOneof("Type") == "imageType":
         sizes = kind.imageType.enumeratedSizes.sizes
         channels = _image_channels(kind.imageType)
-        known = [(1, channels, size.height, size.width) for size in sizes]
+        known: list[Shape] = [(1, channels, size.height, size.width) for size in sizes]
         ranges = None
     else:
         known = [tuple(one.shape) for one in array.enumeratedShapes.shapes]

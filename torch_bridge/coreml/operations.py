@@ -48,6 +48,7 @@ def conv_transpose(
     dilations: Sequence[int] = (1, 1),
     groups: int = 1,
     bias: Array | None = None,
+    output_shape: Sequence[int] | None = None,
 ) -> Array:
     """The transpose of `conv`: `[N, C, H, W]` and `[C, O / groups, h, w]`, unpadded."""
     if np.any(_around(pad_type, pad)):
@@ -65,6 +66,8 @@ def conv_transpose(
         )
         y[..., rows, columns] += _mixed(taps[..., i, j], x)
     y = y.reshape(len(x), -1, *size)
+    if output_shape is not None and tuple(output_shape) != y.shape:
+        raise NotImplementedError(f"output_shape {list(output_shape)}, which crops, is not known")
     return y if bias is None else y + bias[:, None, None]
 
 
@@ -89,12 +92,14 @@ def _around(pad_type: Array | str, pad: Sequence[int]) -> list[tuple[int, int]]:
 def pad(
     x: Array, pad: Sequence[int], mode: Array | str = "constant", constant_val: float = 0.0
 ) -> Array:
-    """The last axes with numbers before and after them: constant, mirrored or repeated."""
+    """The last axes with numbers before and after them: constant or mirrored ones."""
     pairs = list(zip(pad[0::2], pad[1::2], strict=True))
     widths = [(0, 0)] * (x.ndim - len(pairs)) + pairs
     if mode == "constant":
         return np.pad(x, widths, constant_values=constant_val)
-    return np.pad(x, widths, {"reflect": "reflect", "replicate": "edge"}[str(mode)])
+    if mode == "reflect":
+        return np.pad(x, widths, "reflect")
+    raise NotImplementedError(f"pad of mode {mode} is not known to the evaluator")
 
 
 def slice_by_size(x: Array, begin: Sequence[int], size: Sequence[int]) -> Array:
@@ -140,6 +145,22 @@ def instance_norm(
     if gamma is not None:
         y = y * gamma[:, None, None]
     return y if beta is None else y + beta[:, None, None]
+
+
+def batch_norm(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    epsilon: float = 1e-5,
+) -> Array:
+    """`[N, C, H, W]` less a mean, over a deviation; compression writes a factor and a term so."""
+    factor = 1 / np.sqrt(variance + epsilon)
+    if gamma is not None:
+        factor = factor * gamma
+    term = -mean * factor if beta is None else beta - mean * factor
+    return x * factor[:, None, None] + term[:, None, None]
 
 
 def gelu(x: Array, mode: Array | str = "EXACT") -> Array:
@@ -217,6 +238,7 @@ OPERATIONS: dict[str, Callable[..., Array | tuple[Array, ...]]] = {
     "real_div": _binary(np.divide),
     "relu": lambda x: np.maximum(x, 0),
     "const": lambda val: val,
+    "batch_norm": batch_norm,
     "cast": cast,
     "classify": classify,
     "clip": clip,
