@@ -1,6 +1,7 @@
 """`python -m torch_bridge.coreml export`: packages of a layer or of a whole network."""
 
 from collections import Counter
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ import typer
 from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.files import making_folder
 from torch_bridge.coreml.compress import Compression, change, compressed, size_of
-from torch_bridge.coreml.networks import FILES, TRANSFORMER_NET, Size, convnext, transformer_net
+from torch_bridge.coreml.networks import Size, convnext, transformer_net
 
 _OF_LAYERS = {"convs": "WTConvConvModules", "whole": "WTConvWhole"}
 """What the packages of a layer are called, by their kind."""
@@ -39,7 +40,18 @@ class Network(StrEnum):
     CONVNEXT_TINY = "convnext_tiny"
     CONVNEXT_SMALL = "convnext_small"
     CONVNEXT_BASE = "convnext_base"
-    TRANSFORMER_NET = TRANSFORMER_NET
+    TRANSFORMER_NET = "transformer_net"
+
+
+_OF_NETWORKS = {
+    Network.WTCONVNEXT_TINY: "WTConvNeXtTiny",
+    Network.WTCONVNEXT_SMALL: "WTConvNeXtSmall",
+    Network.WTCONVNEXT_BASE: "WTConvNeXtBase",
+    Network.CONVNEXT_TINY: "ConvNeXtTiny",
+    Network.CONVNEXT_SMALL: "ConvNeXtSmall",
+    Network.CONVNEXT_BASE: "ConvNeXtBase",
+    Network.TRANSFORMER_NET: "TransformerNet",
+}
 
 
 def export(
@@ -108,9 +120,8 @@ def export(
     paths = {name: out / f"{name}.mlpackage" for name in names}
     _check_free(out, paths.values(), force)
     if model is None:
-        size = _layer_size(height, width)
         models = _of_layer(
-            checkpoint, channels, levels, kernel_size, seed, *size, precision, flexible
+            checkpoint, channels, levels, kernel_size, seed, height, width, precision, flexible
         )
     else:
         models = _of_network(
@@ -122,10 +133,10 @@ def export(
 
 def _file(model: Network, features: bool) -> str:
     """The name of a network's package."""
-    return FILES[model] + ("Features" if features else "")
+    return _OF_NETWORKS[model] + ("Features" if features else "")
 
 
-def _check_free(folder: Path, paths: Any, force: bool) -> None:
+def _check_free(folder: Path, paths: Iterable[Path], force: bool) -> None:
     """Raises before any work is done for a folder that cannot take the packages."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--out {folder} is a file, expected a folder")
@@ -134,25 +145,22 @@ def _check_free(folder: Path, paths: Any, force: bool) -> None:
             raise FileExistsError(f"{path} exists already; give --force to replace it")
 
 
-def _layer_size(height: int | None, width: int | None) -> tuple[int, int]:
-    if height is None or width is None:
-        raise ValueError("--height and --width are needed, the size of the layer's input")
-    return height, width
-
-
 def _of_layer(
     checkpoint: Path | None,
     channels: int | None,
     levels: int | None,
     kernel_size: int | None,
     seed: int,
-    height: int,
-    width: int,
+    height: int | None,
+    width: int | None,
     precision: Precision | None,
     flexible: bool,
 ) -> Models:
+    """The two packages of a layer."""
     from torch_bridge.coreml import layer, weights
 
+    if height is None or width is None:
+        raise ValueError("--height and --width are needed, the size of the layer's input")
     params = weights.of_layer(checkpoint, channels, levels, kernel_size, seed)
     options: Any = {"precision": precision or Precision.FP32, "flexible": flexible}
     # The whole layer first: it takes fewer sizes.
@@ -172,6 +180,7 @@ def _of_network(
     precision: Precision | None,
     flexible: bool,
 ) -> Models:
+    """The package of a network."""
     from torch_bridge.coreml import weights
 
     side = _FLEXIBLE_SIDE if flexible else _SIDE

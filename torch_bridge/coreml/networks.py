@@ -13,18 +13,6 @@ from torch_bridge.coreml.package import About, Input, converted, hash_of
 from torch_bridge.coreml.program import Array
 from torch_bridge.coreml.weights import Params, below
 
-TRANSFORMER_NET = "transformer_net"
-FILES = {
-    "wtconvnext_tiny": "WTConvNeXtTiny",
-    "wtconvnext_small": "WTConvNeXtSmall",
-    "wtconvnext_base": "WTConvNeXtBase",
-    "convnext_tiny": "ConvNeXtTiny",
-    "convnext_small": "ConvNeXtSmall",
-    "convnext_base": "ConvNeXtBase",
-    TRANSFORMER_NET: "TransformerNet",
-}
-"""What the packages of networks are called, by the functions of `flash_wtconv_jax.models`."""
-
 _MEAN, _DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 """Of ImageNet's red, green and blue from 0 to 1: what the published weights were trained with."""
 _CONVNEXT_EPSILON, _INSTANCE_EPSILON = 1e-6, 1e-5
@@ -123,13 +111,13 @@ def transformer_net(params: Params, size: Size, *, precision: str) -> Any:
         return {"stylized": _stylized(image, params)}
 
     about = About(
-        TRANSFORMER_NET,
+        "transformer_net",
         (3, size.height, size.width),
         precision,
         hash_of(params),
         0,
         (9, 3),
-        f"{TRANSFORMER_NET}, an image in the style that it was trained for.",
+        "transformer_net, an image in the style that it was trained for.",
     )
     return converted({"image": shape}, build, about, images=["stylized"])
 
