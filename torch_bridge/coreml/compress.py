@@ -1,8 +1,12 @@
 """Smaller weights by coremltools: palettes of 4, 6 or 8 bits, or integers of 8."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 
@@ -52,7 +56,7 @@ def compressed(model: Any, compression: Compression) -> Any:
     Raises:
         ModuleNotFoundError: scikit-learn is not installed, which makes palettes.
     """
-    with quiet() as ct:
+    with quiet() as ct, _warnings_of_axes():
         optimize = ct.optimize.coreml
         if compression is Compression.INT8:
             int8 = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
@@ -62,6 +66,15 @@ def compressed(model: Any, compression: Compression) -> Any:
         bits = int(compression.removeprefix("palettize"))
         palette = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits)
         return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=palette))
+
+
+@contextmanager
+def _warnings_of_axes() -> Iterator[None]:
+    """Sends what coremltools tells the root logger, of weights used twice, to its own."""
+    from coremltools.optimize import _utils
+
+    with patch.object(_utils, "_logger", logging.getLogger("coremltools")):
+        yield
 
 
 def change(before: Path, after: Path) -> Change:

@@ -141,9 +141,9 @@ def _normalised(image: Any) -> Any:
     """The image as the networks were trained to take it."""
     from coremltools.converters.mil import Builder as mb
 
-    factor, offset = 1 / (255 * _DEVIATION), -_MEAN / _DEVIATION
-    scaled = mb.mul(x=image, y=_per_channel(factor))
-    return mb.add(x=scaled, y=_per_channel(offset))
+    # In this order: coremltools' compression fails where a factor comes before a term.
+    centred = mb.sub(x=image, y=_per_channel(255 * _MEAN))
+    return mb.mul(x=centred, y=_per_channel(1 / (255 * _DEVIATION)))
 
 
 def _maps(x: Any, params: Params, config: Any) -> list[Any]:
@@ -198,7 +198,8 @@ def _response_norm(x: Any, params: Params) -> Any:
     mean = mb.reduce_mean(x=norm, axes=[1], keep_dims=True)
     share = mb.real_div(x=norm, y=mb.add(x=mean, y=np.float32(_CONVNEXT_EPSILON)))
     scaled = mb.mul(x=mb.mul(x=x, y=share), y=_per_channel(params["scale"]))
-    return mb.add(x=x, y=mb.add(x=scaled, y=_per_channel(params["bias"])))
+    # In this order for the same reason as in `_normalised`.
+    return mb.add(x=mb.add(x=x, y=_per_channel(params["bias"])), y=scaled)
 
 
 def _normed(maps: list[Any], params: Params) -> list[Any]:

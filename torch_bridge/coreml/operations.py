@@ -147,22 +147,6 @@ def instance_norm(
     return y if beta is None else y + beta[:, None, None]
 
 
-def batch_norm(
-    x: Array,
-    mean: Array,
-    variance: Array,
-    gamma: Array | None = None,
-    beta: Array | None = None,
-    epsilon: float = 1e-5,
-) -> Array:
-    """`[N, C, H, W]` less a mean, over a deviation; compression writes a factor and a term so."""
-    factor = 1 / np.sqrt(variance + epsilon)
-    if gamma is not None:
-        factor = factor * gamma
-    term = -mean * factor if beta is None else beta - mean * factor
-    return x * factor[:, None, None] + term[:, None, None]
-
-
 def gelu(x: Array, mode: Array | str = "EXACT") -> Array:
     """The product of x and the normal distribution up to x."""
     if mode != "EXACT":
@@ -235,10 +219,10 @@ def _binary(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array
 OPERATIONS: dict[str, Callable[..., Array | tuple[Array, ...]]] = {
     "add": _binary(np.add),
     "mul": _binary(np.multiply),
+    "sub": _binary(np.subtract),
     "real_div": _binary(np.divide),
     "relu": lambda x: np.maximum(x, 0),
     "const": lambda val: val,
-    "batch_norm": batch_norm,
     "cast": cast,
     "classify": classify,
     "clip": clip,
