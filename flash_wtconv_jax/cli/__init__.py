@@ -62,6 +62,7 @@ def run(app: Callable[[], object]) -> None:
     except ModuleNotFoundError as error:
         extras = {
             "PIL": "stylize",
+            "coremltools": "coreml",
             "h5py": "stylize",
             "imagecodecs": "stylize",
             "libtpu": "tpu",
