@@ -185,9 +185,7 @@ def conv2d_instance_norm_vjp(
     """
     enlarged = upsampled(x, upsample)
     z = conv2d(enlarged, w, stride=stride, padding=padding)
-    found = instance_norm_vjp(
-        z, scale, bias, dy, eps=eps, activation=activation, residual=residual
-    )
+    found = instance_norm_vjp(z, scale, bias, dy, eps=eps, activation=activation, residual=residual)
     dx, dw, _ = conv2d_vjp(enlarged, w, found.x, stride=stride, padding=padding)
     *batch, height, width, channels = dx.shape
     size = height // upsample, upsample, width // upsample, upsample

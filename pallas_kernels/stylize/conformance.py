@@ -61,5 +61,7 @@ def _with_gradients(
 ) -> dict[str, Tree]:
     arrays = jax.tree.map(jnp.asarray, (x, scale, bias, residual))
     y, pullback = jax.vjp(function, *arrays)
-    found = dict(zip(("dx", "dscale", "dbias", "dresidual"), pullback(jnp.asarray(dy)), strict=True))
+    found = dict(
+        zip(("dx", "dscale", "dbias", "dresidual"), pullback(jnp.asarray(dy)), strict=True)
+    )
     return {"y": y} | {name: value for name, value in found.items() if value is not None}

@@ -177,9 +177,7 @@ def test_all_tiles_of_a_networks_layers_are_xlas_and_bitwise_reproducible(name, 
     rtol = 0.02 if dtype == "bfloat16" else 1e-4
     for sizes in search_space(Problem(shape, jnp.dtype(dtype))):
         for _ in range(2):
-            y, _ = triton_jax.forward(
-                x, ones, ones, residual, eps=1e-5, activation="relu", **sizes
-            )
+            y, _ = triton_jax.forward(x, ones, ones, residual, eps=1e-5, activation="relu", **sizes)
             chex.assert_trees_all_close(y, want, rtol=rtol, atol=rtol)
             got = triton_jax.backward(*known, activation="relu", **sizes)
             chex.assert_trees_all_close(got, slopes, rtol=rtol, atol=0.05)
