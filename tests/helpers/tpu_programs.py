@@ -1,4 +1,4 @@
-"""Programs for a TPU's compiler: dense layers, norms, loops to count by hand, and 64-bit integers."""
+"""Programs for a TPU's compiler: dense layers, norms, loops to count, and 64-bit integers."""
 
 from functools import partial
 
