@@ -18,6 +18,7 @@ from flash_wtconv_jax.cli.convert import convert
 from flash_wtconv_jax.cli.demo import demo
 from flash_wtconv_jax.cli.erf import erf
 from flash_wtconv_jax.cli.info import info
+from flash_wtconv_jax.cli.stylize import stylize
 from flash_wtconv_jax.cli.tpu_report import tpu_report
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.add_typer(cache, name="cache")
 app.command()(demo)
 app.command()(erf)
 app.command()(convert)
+app.command()(stylize)
 app.command()(tpu_report)
 
 
@@ -56,7 +58,14 @@ def run(app: Callable[[], object]) -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        extras = {"libtpu": "tpu", "torch": "torch", "matplotlib": "plot"}
+        extras = {
+            "PIL": "stylize",
+            "imagecodecs": "stylize",
+            "libtpu": "tpu",
+            "matplotlib": "plot",
+            "tifffile": "stylize",
+            "torch": "torch",
+        }
         name = (error.name or "").partition(".")[0]
         extra = extras.get(name, "demo")
         _fail(f"{name} is not installed: pip install 'flash-wtconv[{extra}]' brings it")

@@ -9,6 +9,7 @@ Example:
 """
 
 from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
+from flash_wtconv_jax.models.blending import blend_styles
 from flash_wtconv_jax.models.convnext import (
     ConvNeXt,
     ConvNeXtConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "SparseResNet",
     "SparseUNet",
     "TransformerNet",
+    "blend_styles",
     "convnext_base",
     "convnext_small",
     "convnext_tiny",

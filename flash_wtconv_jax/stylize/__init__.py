@@ -1,0 +1,1 @@
+"""Fast style transfer of picture files: `flash-wtconv stylize`."""

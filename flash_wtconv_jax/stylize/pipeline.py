@@ -1,0 +1,330 @@
+"""Stylises many files: decoding, the network and encoding go on at the same time."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from flash_wtconv_jax import pictures
+from flash_wtconv_jax.pictures import Clip, Picture
+
+
+class Network(Protocol):
+    """What computes pictures; `stylizer.Stylizer` does."""
+
+    def start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
+        """Starts pictures `[N, H, W, 3]`, and returns what waits for their result."""
+
+    def film(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """The results of frames `[H, W, 3]`, one after the other."""
+
+
+class Job(NamedTuple):
+    """A file to stylise, and the file that the result goes into."""
+
+    source: Path
+    target: Path
+
+
+class Settings(NamedTuple):
+    """How a run treats its files.
+
+    Attributes:
+        size: Longer side that pictures are resized to first; None leaves them.
+        batch: Pictures of one size that are computed together.
+        smooth: Whether the files are the frames of a film, in order.
+        force: Whether files are replaced.
+        max_pixels: Pixels of the largest picture.
+        workers: Threads that decode, and as many that encode.
+    """
+
+    size: int | None = None
+    batch: int = 1
+    smooth: bool = False
+    force: bool = False
+    max_pixels: int = pictures.MAX_PIXELS
+    workers: int = 4
+
+
+class Report(NamedTuple):
+    """What a run has done.
+
+    Attributes:
+        failures: The files that could not be stylised, and why.
+        busy: Seconds that each stage would take alone: "decoding", "network", "encoding".
+    """
+
+    failures: dict[Path, str]
+    busy: dict[str, float]
+
+    @property
+    def limit(self) -> str:
+        """The stage that the others wait for."""
+        return max(self.busy, key=self.busy.__getitem__)
+
+
+def run(
+    jobs: Sequence[Job], network: Network, settings: Settings, on_done: Callable[[], None]
+) -> Report:
+    """Stylises files, each written whole or not at all; what fails stops no other.
+
+    Args:
+        jobs: The files.
+        network: What computes pictures.
+        settings: How.
+        on_done: Called as each file is written or has failed.
+
+    Returns:
+        The failures, and which stage took how long.
+    """
+    with (
+        ThreadPoolExecutor(settings.workers) as decoding,
+        ThreadPoolExecutor(settings.workers) as encoding,
+    ):
+        try:
+            work = _Run(network, settings, decoding, encoding, on_done)
+            return work.all(jobs)
+        except BaseException:
+            # What has begun is finished; nothing else is begun.
+            for pool in (decoding, encoding):
+                pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+class _Still(NamedTuple):
+    job: Job
+    picture: Picture
+
+
+class _Moving(NamedTuple):
+    job: Job
+    clip: Clip
+
+
+_Decoded = _Still | _Moving
+_Pending = tuple[list[_Still], Callable[[], np.ndarray], float]
+"""Pictures, what waits for their result, and when they were started."""
+
+
+class _Run:
+    """One run: its queues, its clocks and its failures."""
+
+    def __init__(
+        self,
+        network: Network,
+        settings: Settings,
+        decoding: ThreadPoolExecutor,
+        encoding: ThreadPoolExecutor,
+        on_done: Callable[[], None],
+    ) -> None:
+        self.network = network
+        self.settings = settings
+        self.decoding = decoding
+        self.encoding = encoding
+        self.on_done = on_done
+        self.failures: dict[Path, str] = {}
+        self.seconds = {"decoding": 0.0, "network": 0.0, "encoding": 0.0}
+        self.idle_since = 0.0
+        self.written: deque[tuple[Job, Future[float]]] = deque()
+
+    def all(self, jobs: Sequence[Job]) -> Report:
+        decoded = self._decoded(jobs)
+        if self.settings.smooth:
+            self._film(decoded)
+        else:
+            self._pictures(decoded)
+        self._wait_for_writers(0)
+        order = {job.source: index for index, job in enumerate(jobs)}
+        failures = dict(sorted(self.failures.items(), key=lambda one: order[one[0]]))
+        busy = {
+            stage: seconds / (1 if stage == "network" else self.settings.workers)
+            for stage, seconds in self.seconds.items()
+        }
+        return Report(failures, busy)
+
+    def _decoded(self, jobs: Sequence[Job]) -> Iterator[_Decoded]:
+        """What is in the files, in order; a few are read ahead."""
+        ahead = self.settings.workers + 2 * self.settings.batch
+        waiting: deque[tuple[Job, Future[tuple[Picture | Clip, float]]]] = deque()
+        coming = iter(jobs)
+        while True:
+            for job in islice(coming, ahead - len(waiting)):
+                waiting.append((job, self.decoding.submit(_decode, job, self.settings)))
+            if not waiting:
+                return
+            job, future = waiting.popleft()
+            try:
+                content, seconds = future.result()
+            except _FAILURES as error:
+                self._failed(job, error)
+                continue
+            self.seconds["decoding"] += seconds
+            yield _Moving(job, content) if isinstance(content, Clip) else _Still(job, content)
+
+    def _pictures(self, decoded: Iterator[_Decoded]) -> None:
+        """Stylises pictures by themselves; a batch computes while the one before is fetched."""
+        under_way: deque[_Pending] = deque()
+        for group in _batches(decoded, self.settings.batch):
+            if isinstance(group, _Moving):
+                self._clip(*group)
+                continue
+            begin = time.perf_counter()
+            try:
+                finish = self.network.start(_stack(group))
+            except _FAILURES as error:
+                for one in group:
+                    self._failed(one.job, error)
+                continue
+            under_way.append((group, finish, begin))
+            if len(under_way) > 1:
+                self._fetch(*under_way.popleft())
+        while under_way:
+            self._fetch(*under_way.popleft())
+
+    def _fetch(self, group: list[_Still], finish: Callable[[], np.ndarray], begin: float) -> None:
+        """Waits for a batch and hands it to the writers; where one fails, each is tried alone."""
+        try:
+            results = finish()
+        except _FAILURES as error:
+            if len(group) == 1:
+                self._failed(group[0].job, error)
+                return
+            for one in group:
+                alone = self.network.start(_stack([one]))
+                self._fetch([one], alone, time.perf_counter())
+            return
+        self._computed(begin)
+        for one, pixels in zip(group, results, strict=True):
+            self._write(one.job, one.picture._replace(pixels=pixels))
+
+    def _film(self, decoded: Iterator[_Decoded]) -> None:
+        """Stylises frames in turn by statistics averaged over them; a clip is a film of its own."""
+        frames: deque[_Still] = deque()
+
+        def pixels() -> Iterator[np.ndarray]:
+            for one in decoded:
+                if isinstance(one, _Moving):
+                    self._clip(*one)
+                else:
+                    frames.append(one)
+                    yield one.picture.pixels
+
+        results = self.network.film(pixels())
+        while True:
+            begin = time.perf_counter()
+            try:
+                result = next(results, None)
+            except _FAILURES as error:
+                # The film cannot go on without this frame's statistics.
+                for one in [*frames, *decoded]:
+                    self._failed(one.job, error)
+                return
+            if result is None:
+                return
+            self._computed(begin)
+            one = frames.popleft()
+            self._write(one.job, one.picture._replace(pixels=result))
+
+    def _clip(self, job: Job, clip: Clip) -> None:
+        begin = time.perf_counter()
+        pixels = [frame.pixels for frame in clip.frames]
+        try:
+            if self.settings.smooth:
+                results = list(self.network.film(pixels))
+            else:
+                results = [self.network.start(one[None])()[0] for one in pixels]
+        except _FAILURES as error:
+            self._failed(job, error)
+            return
+        self._computed(begin)
+        frames = [
+            frame._replace(pixels=result)
+            for frame, result in zip(clip.frames, results, strict=True)
+        ]
+        self._write(job, clip._replace(frames=frames))
+
+    def _computed(self, begin: float) -> None:
+        """Adds the seconds since a computation began, or since the one before ended."""
+        now = time.perf_counter()
+        self.seconds["network"] += now - max(begin, self.idle_since)
+        self.idle_since = now
+
+    def _write(self, job: Job, content: Picture | Clip) -> None:
+        self.written.append((job, self.encoding.submit(_encode, job, content, self.settings.force)))
+        self._wait_for_writers(2 * self.settings.workers)
+
+    def _wait_for_writers(self, most: int) -> None:
+        """Waits until at most so many files are being written."""
+        while len(self.written) > most:
+            job, future = self.written.popleft()
+            try:
+                self.seconds["encoding"] += future.result()
+            except _FAILURES as error:
+                self._failed(job, error)
+            else:
+                self.on_done()
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        self.failures[job.source] = str(error) or type(error).__name__
+        self.on_done()
+
+
+_FAILURES = (ValueError, OSError, RuntimeError, MemoryError, NotImplementedError)
+
+
+def _batches(decoded: Iterator[_Decoded], size: int) -> Iterator[list[_Still] | _Moving]:
+    """Pictures that follow each other and have one size, at most so many; a clip by itself."""
+    group: list[_Still] = []
+    for one in decoded:
+        if group and (
+            len(group) == size or isinstance(one, _Moving) or _kind(one) != _kind(group[0])
+        ):
+            yield group
+            group = []
+        if isinstance(one, _Moving):
+            yield one
+        else:
+            group.append(one)
+    if group:
+        yield group
+
+
+def _kind(one: _Still) -> tuple[tuple[int, ...], np.dtype]:
+    """What pictures of a batch share."""
+    return one.picture.pixels.shape, one.picture.pixels.dtype
+
+
+def _stack(group: Sequence[_Still]) -> np.ndarray:
+    return np.stack([one.picture.pixels for one in group])
+
+
+def _decode(job: Job, settings: Settings) -> tuple[Picture | Clip, float]:
+    """What is in a file, and the seconds that it took."""
+    begin = time.perf_counter()
+    content: Picture | Clip
+    if pictures.is_clip(job.source, settings.max_pixels):
+        content = pictures.read_clip(job.source, settings.max_pixels)
+        if settings.size is not None:
+            frames = [pictures.resized(frame, settings.size) for frame in content.frames]
+            content = content._replace(frames=frames)
+    else:
+        content = pictures.read(job.source, settings.max_pixels)
+        pictures.check_writable(job.target, content)
+        if settings.size is not None:
+            content = pictures.resized(content, settings.size)
+    return content, time.perf_counter() - begin
+
+
+def _encode(job: Job, content: Picture | Clip, force: bool) -> float:
+    """Writes a file and returns the seconds that it took."""
+    begin = time.perf_counter()
+    if isinstance(content, Clip):
+        pictures.write_clip(job.target, content, force)
+    else:
+        pictures.write(job.target, content, force)
+    return time.perf_counter() - begin
