@@ -5,6 +5,9 @@ cannot transpose at all. `jax.custom_vjp` helps both, but takes forward mode awa
 operation of JAX's own kind: its derivative is the sum of itself with one argument after the other
 replaced by its tangent, and its transposes are the given ones. Reverse mode then keeps the
 arguments and nothing else, and every order and mixture of the modes works.
+
+A function may also depend on what it is not linear in, such as the statistics that a derivative was
+taken at. Its derivative by these is that of the same function in plain JAX.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +25,27 @@ from pallas_kernels.common.types import Tree
 Function = Callable[..., Tree]
 
 
-def multilinear(function: Function, transposes: Sequence[Function], *arguments: Tree) -> Tree:
+def multilinear(
+    function: Function,
+    transposes: Sequence[Function],
+    *arguments: Tree,
+    known: Sequence[Tree] = (),
+    plain: Function | None = None,
+) -> Tree:
     """The value of a function that is linear in each of its arguments.
 
     Args:
-        function: Function of the arguments, trees of arrays, to a tree of arrays. `jax.vmap` maps
-            it, and JAX never differentiates it.
-        transposes: For each argument the transpose in it: a function of the cotangent of the value
-            and of the other arguments, in their order, to a tree like the argument. JAX
-            differentiates it for derivatives of higher order.
+        function: Function of what is known and of the arguments, trees of arrays, to a tree of
+            arrays. `jax.vmap` maps it, and JAX never differentiates it.
+        transposes: For each argument the transpose in it: a function of the cotangent of the value,
+            of what is known, and of the other arguments, in their order, to a tree like the
+            argument. JAX differentiates it for derivatives of higher order.
         *arguments: The arguments.
+        known: Trees of arrays that the function is not linear in.
+        plain: The same function, which JAX differentiates by what is known.
 
     Returns:
-        `function(*arguments)`.
+        `function(*known, *arguments)`.
 
     Example:
         >>> def product(x, y):
@@ -44,12 +55,15 @@ def multilinear(function: Function, transposes: Sequence[Function], *arguments: 
         >>> float(value), float(tangent)
         (12.0, 12.0)
     """
-    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    every = (*known, *arguments)
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*every)
     out = _multilinear.bind(
-        *jax.tree.leaves(arguments),
+        *jax.tree.leaves(every),
         function=function,
         transposes=tuple(transposes),
-        trees=tuple(map(jax.tree.structure, arguments)),
+        known=len(known),
+        plain=plain,
+        trees=tuple(map(jax.tree.structure, every)),
         out_tree=jax.tree.structure(shapes),
         jaxpr=jaxpr,
     )
@@ -75,15 +89,35 @@ mlir.register_lowering(_multilinear, mlir.lower_fun(_run, multiple_results=True)
 
 
 def _differentiate(
-    primals: Sequence[Any], tangents: Sequence[Any], *, trees: Sequence[Any], **rest: Any
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    trees: Sequence[Any],
+    known: int,
+    plain: Function | None,
+    **rest: Any,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """The rule of forward mode, from which JAX makes that of reverse mode by `_transpose`."""
 
     def run(*leaves: Any) -> list[jax.Array]:
-        return _multilinear.bind(*leaves, trees=trees, **rest)
+        return _multilinear.bind(*leaves, trees=trees, known=known, plain=plain, **rest)
 
-    terms, start = [], 0
-    for tree in trees:
+    start = sum(tree.num_leaves for tree in trees[:known])
+    terms = []
+    moved = [i for i in range(start) if not isinstance(tangents[i], ad.Zero)]
+    if moved:
+
+        def in_known(*values: jax.Array) -> list[jax.Array]:
+            leaves = list(primals)
+            for i, value in zip(moved, values, strict=True):
+                leaves[i] = value
+            parts = zip(trees, _parted(leaves, trees), strict=True)
+            assert plain is not None
+            return jax.tree.leaves(plain(*(tree.unflatten(part) for tree, part in parts)))
+
+        primal, tangent = ([values[i] for i in moved] for values in (primals, tangents))
+        terms.append(jax.jvp(in_known, primal, tangent)[1])
+    for tree in trees[known:]:
         stop = start + tree.num_leaves
         moving = tangents[start:stop]
         if not all(isinstance(tangent, ad.Zero) for tangent in moving):
@@ -99,6 +133,7 @@ def _transpose(
     transposes: Sequence[Function],
     trees: Sequence[Any],
     out_tree: Any,
+    known: int,
     **_: object,
 ) -> list[Any]:
     """The rule of reverse mode, for the one argument that is not known."""
@@ -106,7 +141,7 @@ def _transpose(
     (i,) = (i for i, part in enumerate(parts) if any(map(ad.is_undefined_primal, part)))
     arguments = [tree.unflatten(part) for tree, part in zip(trees, parts, strict=True)]
     cotangent = out_tree.unflatten(map(ad.instantiate_zeros, cotangents))
-    found = transposes[i](cotangent, *arguments[:i], *arguments[i + 1 :])
+    found = transposes[i - known](cotangent, *arguments[:i], *arguments[i + 1 :])
     # A part of the argument may be known after all: the zeros of what is not differentiated.
     wanted = (
         _placed_like(leaf.aval, value) if ad.is_undefined_primal(leaf) else None
@@ -123,6 +158,8 @@ def _batch(
     function: Function,
     transposes: Sequence[Function],
     trees: Sequence[Any],
+    known: int,
+    plain: Function | None,
     **_: object,
 ) -> tuple[list[jax.Array], list[int]]:
     """The rule of `jax.vmap`: the functions are mapped."""
@@ -137,17 +174,21 @@ def _batch(
     )
 
     def each(i: int) -> Function:
-        transpose = jax.vmap(transposes[i], (0, *places[:i], *places[i + 1 :]))
+        transpose = jax.vmap(transposes[i - known], (0, *places[:i], *places[i + 1 :]))
 
-        def transposed(*known: Tree) -> Tree:
-            found = zip(jax.tree.leaves(transpose(*known)), mapped[i], strict=True)
+        def transposed(*others: Tree) -> Tree:
+            found = zip(jax.tree.leaves(transpose(*others)), mapped[i], strict=True)
             # The examples share what is not mapped.
             return trees[i].unflatten(g.sum(0) if axis is None else g for g, axis in found)
 
         return transposed
 
     mine = multilinear(
-        jax.vmap(function, tuple(places)), [*map(each, range(len(trees)))], *arguments
+        jax.vmap(function, tuple(places)),
+        [*map(each, range(known, len(trees)))],
+        *arguments[known:],
+        known=arguments[:known],
+        plain=plain and jax.vmap(plain, tuple(places)),
     )
     out = jax.tree.leaves(mine)
     return out, [0] * len(out)

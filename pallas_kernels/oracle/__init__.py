@@ -19,6 +19,15 @@ from pallas_kernels.oracle.sparse import (
     sparse_outputs,
     sparse_pool,
 )
+from pallas_kernels.oracle.stylize import (
+    conv2d_instance_norm,
+    conv2d_instance_norm_vjp,
+    instance_norm,
+    instance_norm_vjp,
+    residual_block,
+    residual_block_vjp,
+    upsampled,
+)
 from pallas_kernels.oracle.wtconv import depthwise, subsample, wtconv, wtconv_vjp
 
 __all__ = [
@@ -26,9 +35,15 @@ __all__ = [
     "Array",
     "analysis",
     "conv2d",
+    "conv2d_instance_norm",
+    "conv2d_instance_norm_vjp",
     "conv2d_pads",
     "conv2d_vjp",
     "depthwise",
+    "instance_norm",
+    "instance_norm_vjp",
+    "residual_block",
+    "residual_block_vjp",
     "sparse_conv",
     "sparse_conv_vjp",
     "sparse_offsets",
@@ -36,6 +51,7 @@ __all__ = [
     "sparse_pool",
     "subsample",
     "synthesis",
+    "upsampled",
     "wavedec",
     "waverec",
     "wtconv",

@@ -1,4 +1,4 @@
-"""Programs for a TPU's compiler: dense layers, loops to count by hand, and 64-bit integers."""
+"""Programs for a TPU's compiler: dense layers, norms, loops to count, and 64-bit integers."""
 
 from functools import partial
 
@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from flash_wtconv_jax.aot import programs
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.conv2d.cases import Case
+from pallas_kernels.stylize import instance_norm
 
 X = jax.ShapeDtypeStruct((64, 128), jnp.float32)
 
@@ -76,3 +77,18 @@ def dense(**fields):
         return y, *pullback(dy)
 
     return run, (x, w, bias, jax.eval_shape(partial(layer, implementation="xla"), x, w, bias))
+
+
+def norm(shape, dtype, residual):
+    """An instance norm of ours with a ReLU, and the gradients of its images and parameters."""
+    x, parameter = (jax.ShapeDtypeStruct(size, dtype) for size in (shape, shape[-1:]))
+
+    def layer(x, scale, bias, residual):
+        rest = {"activation": "relu", "residual": residual, "implementation": "mosaic_tpu"}
+        return instance_norm(x, scale, bias, **rest)
+
+    def run(x, scale, bias, residual, dy):
+        y, pullback = jax.vjp(layer, x, scale, bias, residual)
+        return y, *pullback(dy)
+
+    return run, (x, parameter, parameter, x if residual else None, x)

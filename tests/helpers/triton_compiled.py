@@ -24,6 +24,8 @@ from pallas_kernels.haar import triton_launches as haar_launches
 from pallas_kernels.sparse import triton_launches as sparse_launches
 from pallas_kernels.sparse.depthwise import triton_launches as depthwise_launches
 from pallas_kernels.sparse.shapes import SHAPES as VOXELS
+from pallas_kernels.stylize import triton_launches as stylize_launches
+from pallas_kernels.stylize.shapes import SHAPES as PICTURES
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -51,8 +53,8 @@ SIZES = {
     for sizes, constants in variants.items()
 }
 BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
-IMAGES = ("x", "w", "below", "y", "dy", "dw", "low", *BANDS)
-TAPS = ("taps", "base", "bias", "sums", "parts")
+IMAGES = ("x", "w", "below", "y", "dy", "dw", "low", *BANDS, "residual", "dx", "dresidual")
+TAPS = ("taps", "base", "bias", "sums", "parts", "scale", "statistics", "dscale", "dbias")
 ROWS = ("table", "order", "tiles", "counts")
 
 
@@ -101,12 +103,28 @@ def sparse(dtype):
     return {name: found[name] for name in order}
 
 
+def stylize(dtype):
+    """Constants of the launches of a norm whose pixels programs share, and of one that fits."""
+    dtype, found = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype], {}
+
+    def launch(kernel, arguments, outputs, grid, **constants):
+        found[kernel.fn.__name__] = constants
+        return [None for _ in outputs]
+
+    for name in ("style_512_half", "unet_32"):
+        x = SimpleNamespace(shape=PICTURES[name], dtype=dtype)
+        tiles = None if name == "style_512_half" else stylize_launches.Tiles(1024, 16, 1, 16)
+        stylize_launches.forward(x, x, x, x, 1e-5, "relu", tiles, launch)
+        stylize_launches.backward(x, x, x, x, x, x, "relu", tiles, launch)
+    return found
+
+
 def kernels(operator, dtype):
     """Constants of each kernel of an operator."""
     if operator.startswith("wtconv"):
         return SIZES if operator.endswith("sizes") else WTCONV
-    if operator in ("conv2d", "sparse"):
-        return {"conv2d": conv2d, "sparse": sparse}[operator](dtype)
+    if operator in ("conv2d", "sparse", "stylize"):
+        return {"conv2d": conv2d, "sparse": sparse, "stylize": stylize}[operator](dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
     steps = [contiguous((128, 56 >> level, 56 >> level, 96)) for level in (0, 3, 1, 2, 3)]
     _, _, constants = haar_launches._layout(read, (128, 56, 56, 96), steps, 4)

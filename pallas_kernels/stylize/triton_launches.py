@@ -1,0 +1,230 @@
+"""The Triton launches of the instance normalisation, for any framework."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.triton import AnyArray, Launch, cdiv
+from pallas_kernels.common.types import Dtype
+from pallas_kernels.stylize import triton_kernels as kernels
+from pallas_kernels.stylize.problem import Problem
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_TILE = 4096
+"""Elements of a tile that four warps keep in registers, 32 a thread."""
+_HELD = 16384
+"""The most elements of an image's channels that a program holds unasked."""
+_PROGRAMS = 1024
+"""The number of programs up to which an image is cut into slices."""
+_MOST_SLICES = 64
+"""The most slices; each program reads what all of them summed."""
+
+
+class Tiles(NamedTuple):
+    """The tile of a program.
+
+    Attributes:
+        pixels: Pixels of a round, a power of two.
+        channels: Neighbouring channels, a power of two.
+        slices: Programs that share an image's channels; one of one round launches once.
+        warps: Warps of a program.
+    """
+
+    pixels: int
+    channels: int
+    slices: int
+    warps: int
+
+
+def check(problem: Problem) -> None:
+    """Raises `NotImplementedError` where the kernels do not take a problem."""
+    reasons = problem.unsupported(DTYPES)
+    if not reasons:
+        n, *_, channels = problem.shape
+        if n * channels * _MOST_SLICES >= 1 << 31:
+            reasons.append(f"{n} images of {channels} channels, which are too many")
+    refuse(reasons)
+
+
+def search_space(problem: Problem) -> list[dict[str, int]]:
+    """The tiles that are worth timing, nothing for those that are taken unasked first."""
+    shape, dtype = problem.shape, problem.dtype
+    default = tiles(shape, dtype)
+    size = math.prod(shape[1:3])
+    found = []
+    for channels in (16, 32, 64, 128):
+        block = min(_power_of_two(shape[-1]), channels)
+        # An image's channels in the registers of a program of up to 32 warps, of 32 a thread.
+        held = _power_of_two(size) * block
+        if held <= 1024 * 32:
+            found.append(Tiles(_power_of_two(size), block, 1, _warps(held)))
+        for elements, slices in ((_TILE, 64), (_TILE, 32), (2 * _TILE, 64), (2 * _TILE, 16)):
+            pixels = max(elements // block, 1)
+            if pixels < size:
+                found.append(_sliced(size, pixels, block, slices, _warps(elements)))
+    others = [each._asdict() for each in dict.fromkeys(found) if each != default]
+    return [{}, *others]
+
+
+def tiles(shape: Sequence[int], dtype: Dtype) -> Tiles:
+    """The tiles that are taken unasked for images `[N, H, W, C]`.
+
+    Example:
+        >>> tiles((8, 512, 512, 32), "bfloat16")
+        Tiles(pixels=128, channels=32, slices=64, warps=4)
+        >>> tiles((8, 16, 16, 32), "bfloat16")
+        Tiles(pixels=256, channels=32, slices=1, warps=8)
+    """
+    n, *size, c = shape
+    pixels_of_image = math.prod(size)
+    # A row of 128 bytes is one transaction.
+    block = min(_power_of_two(c), 32 if str(dtype).endswith("float32") else 64)
+    held = _power_of_two(pixels_of_image) * block
+    if held <= _HELD:
+        return Tiles(held // block, block, 1, _warps(held))
+    pixels = max(_TILE // block, 1)
+    slices = min(_MOST_SLICES, cdiv(_PROGRAMS, n * cdiv(c, block)))
+    return _sliced(pixels_of_image, pixels, block, slices, _warps(_TILE))
+
+
+def forward(
+    x: AnyArray,
+    scale: AnyArray,
+    bias: AnyArray,
+    residual: AnyArray | None,
+    eps: float,
+    activation: str | None,
+    chosen: Tiles | None,
+    launch: Launch[AnyArray],
+) -> tuple[AnyArray, AnyArray]:
+    """The norm and the statistics of contiguous arrays.
+
+    Args:
+        x: `[N, H, W, C]` in float32, bfloat16 or float16.
+        scale: float32 `[N, C]`.
+        bias: float32 `[N, C]`.
+        residual: Of x's shape and dtype, or None.
+        eps: Is added to the variance.
+        activation: None or "relu".
+        chosen: Tiles; None takes those of `tiles`.
+        launch: The framework's launch function.
+
+    Returns:
+        y of x's shape and dtype, and float32 `[N, 3, C]`.
+    """
+    n, *_, c = x.shape
+    own, size, rounds, groups = _cut(x, chosen)
+    flags = {"RELU": activation == "relu", "ADD": residual is not None}
+    constants = {**flags, "EPS": eps, "C": c, **_block(own)}
+    arrays = [x, scale, bias, x if residual is None else residual]
+    outputs = [(x.shape, x.dtype), ((n, 3, c), "float32")]
+    if own.slices == 1 and rounds == 1:
+        y, statistics = launch(kernels.whole, [*arrays, size], outputs, (groups,), **constants)
+        return y, statistics
+    (parts,) = _parts(kernels.moments, [x, size, rounds], own, groups, launch, C=c)
+    y, statistics = launch(
+        kernels.apply,
+        [*arrays, parts, size, rounds],
+        outputs,
+        (groups * own.slices,),
+        **constants,
+        **_shared(own),
+    )
+    return y, statistics
+
+
+def backward(
+    x: AnyArray,
+    statistics: AnyArray,
+    scale: AnyArray,
+    bias: AnyArray,
+    residual: AnyArray | None,
+    dy: AnyArray,
+    activation: str | None,
+    chosen: Tiles | None,
+    launch: Launch[AnyArray],
+) -> tuple[AnyArray, AnyArray, AnyArray, AnyArray | None]:
+    """The gradients of contiguous arrays.
+
+    Args:
+        x: As `forward` takes it.
+        statistics: As `forward` returns them.
+        scale: As `forward` takes it.
+        bias: As `forward` takes it.
+        residual: As `forward` takes it, where there is an activation alone.
+        dy: Of x's shape and dtype.
+        activation: None or "relu".
+        chosen: Tiles; None takes those of `tiles`.
+        launch: The framework's launch function.
+
+    Returns:
+        dx of x's dtype, dscale and dbias in float32 `[N, C]`, and the residual's gradient where
+        there is a residual.
+    """
+    n, *_, c = x.shape
+    own, size, rounds, groups = _cut(x, chosen)
+    constants = {"RELU": activation == "relu", "ADD": residual is not None, "C": c}
+    arrays = [x, statistics, scale, bias, x if residual is None else residual, dy]
+    last = ((1,) if residual is None else x.shape, x.dtype)
+    outputs = [(x.shape, x.dtype), ((n, c), "float32"), ((n, c), "float32"), last]
+    if own.slices == 1 and rounds == 1:
+        constants |= _block(own)
+        kernel, grid = kernels.whole_gradients, (groups,)
+        found = launch(kernel, [*arrays, size], outputs, grid, **constants)
+    else:
+        sizes = [size, rounds]
+        kernel = kernels.gradient_sums
+        (parts,) = _parts(kernel, [*arrays, *sizes], own, groups, launch, **constants)
+        constants |= _block(own) | _shared(own)
+        kernel, grid = kernels.apply_gradients, (groups * own.slices,)
+        found = launch(kernel, [*arrays, parts, *sizes], outputs, grid, **constants)
+    dx, dscale, dbias, dresidual = found
+    return dx, dscale, dbias, None if residual is None else dresidual
+
+
+def _cut(x: AnyArray, chosen: Tiles | None) -> tuple[Tiles, int, int, int]:
+    """The tiles, pixels of an image, rounds of a slice, and groups of images and channels."""
+    n, h, w, c = x.shape
+    own = chosen or tiles(x.shape, str(x.dtype))
+    rounds = cdiv(cdiv(h * w, own.pixels), own.slices)
+    # As rounds are whole, fewer slices may do.
+    own = own._replace(slices=cdiv(h * w, rounds * own.pixels))
+    return own, h * w, rounds, n * cdiv(c, own.channels)
+
+
+def _parts(
+    kernel: object,
+    arguments: list[AnyArray | int],
+    own: Tiles,
+    groups: int,
+    launch: Launch[AnyArray],
+    **constants: object,
+) -> list[AnyArray]:
+    """What a kernel sums of each slice."""
+    shape = groups, own.slices, 2, own.channels
+    constants |= {"SLICES": own.slices, **_block(own)}
+    return launch(kernel, arguments, [(shape, "float32")], (groups * own.slices,), **constants)
+
+
+def _block(own: Tiles) -> dict[str, int]:
+    return {"PX": own.pixels, "BC": own.channels, "num_warps": own.warps}
+
+
+def _shared(own: Tiles) -> dict[str, int]:
+    return {"SLICES": own.slices, "BS": _power_of_two(own.slices)}
+
+
+def _sliced(size: int, pixels: int, channels: int, slices: int, warps: int) -> Tiles:
+    """Tiles of at most so many slices, each of which has pixels."""
+    return Tiles(pixels, channels, min(slices, cdiv(size, pixels)), warps)
+
+
+def _warps(elements: int) -> int:
+    """The warps that keep so many elements, 32 a thread."""
+    return min(32, max(1, elements // 1024))
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
