@@ -301,15 +301,16 @@ def _batches(decoded: Iterator[_Decoded], size: int) -> Iterator[list[_Still] | 
     """Pictures that follow each other and have one size, at most so many; a clip by itself."""
     group: list[_Still] = []
     for one in decoded:
-        if group and (
-            len(group) == size or isinstance(one, _Moving) or _kind(one) != _kind(group[0])
-        ):
+        if group and (isinstance(one, _Moving) or _kind(one) != _kind(group[0])):
             yield group
             group = []
         if isinstance(one, _Moving):
             yield one
-        else:
-            group.append(one)
+            continue
+        group.append(one)
+        if len(group) == size:  # It does not wait for the next file.
+            yield group
+            group = []
     if group:
         yield group
 

@@ -122,7 +122,7 @@ def train(
     for index in range(done, settings.steps):
         images = _as_images(_crops(photographs, settings, index), settings.dtype)
         state, losses = step(state, layers, target, images)
-        rows.append([float(one) for one in losses])
+        rows.append([float(one) for one in jax.device_get(losses)])
         if not np.isfinite(rows[-1][0]):
             raise ValueError(
                 f"step {index + 1}: the loss is {rows[-1][0]}; a smaller rate than {settings.rate} "
@@ -268,7 +268,15 @@ def _restored(
 ) -> tuple[_State, int, list[list[float]]]:
     """The state of a checkpoint, the steps done, and their losses."""
     arrays: Tree = checkpoints.restore(folder)
-    kept = Settings(**json.loads(bytes(np.asarray(arrays["settings"], np.uint8))))
+    leaves, structure = jax.tree.flatten(like)
+    try:
+        kept = Settings(**json.loads(bytes(np.asarray(arrays["settings"], np.uint8))))
+        rows = np.asarray(arrays["losses"]).reshape(-1, len(Losses._fields)).tolist()
+        found = [arrays["state"][f"{index:04d}"] for index in range(len(leaves))]
+    except (KeyError, TypeError, ValueError):
+        found = []
+    if [np.shape(one) for one in found] != [leaf.shape for leaf in leaves]:
+        raise ValueError(f"{folder} is no checkpoint of train-style; name another folder")
     differ = [
         f"{name} is {new}, was {old}"
         for name, old, new in zip(Settings._fields, kept, settings, strict=True)
@@ -276,12 +284,9 @@ def _restored(
     ]
     if differ:
         raise ValueError(f"{folder} was made with other settings: {'; '.join(differ)}")
-    leaves, structure = jax.tree.flatten(like)
-    found = [arrays["state"][f"{index:04d}"] for index in range(len(leaves))]
     state = structure.unflatten(
         jnp.asarray(array, leaf.dtype) for array, leaf in zip(found, leaves, strict=True)
     )
-    rows = np.asarray(arrays["losses"]).tolist()
     return state, len(rows), rows
 
 
