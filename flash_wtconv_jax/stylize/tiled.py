@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from flash_wtconv_jax.models.transformer_net import TransformerNet
+from flash_wtconv_jax.models.transformer_net import LEAST, TransformerNet
 from flash_wtconv_jax.stylize.network import Moments, Stage, head, in_range, tail, trunk
 
 _Whole = jax.Array | np.ndarray
@@ -59,11 +59,13 @@ def tiled(model: TransformerNet, picture: np.ndarray, tile: int) -> np.ndarray:
         The picture, float32 `[H, W, 3]`, not clipped.
 
     Raises:
-        ValueError: If the tile's side is not such a number.
+        ValueError: If the tile's side is not such a number, or the picture is too small.
     """
     if tile < MIN_TILE or tile % _SCALE:
         raise ValueError(f"tile is {tile}, expected a multiple of 4 from {MIN_TILE} on")
     height, width = picture.shape[:2]
+    if min(height, width) < LEAST:
+        raise ValueError(f"{width} x {height} pixels, expected at least {LEAST} each way")
     size = tile // _SCALE
 
     shape = -(-height // _SCALE), -(-width // _SCALE)

@@ -33,6 +33,15 @@ def test_tiles_equal_the_whole(model, height, width):
     np.testing.assert_allclose(by_tiles / scale, whole[0, :height, :width] / scale, atol=2e-5)
 
 
+def test_what_cannot_be_tiled_is_said(model):
+    for size, tile, message in (
+        ((3, 100), 64, "100 x 3 pixels, expected at least 5 each way"),
+        ((100, 100), 66, "tile is 66, expected a multiple of 4 from 64 on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiled.tiled(model, np.zeros((*size, 3), np.uint8), tile)
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_tiles_of_16_bits_are_as_exact_as_the_whole(model, dtype):
