@@ -87,12 +87,15 @@ def run(
         ThreadPoolExecutor(1) as waiting,
         ThreadPoolExecutor(settings.workers) as encoding,
     ):
+        work = _Run(network, settings, decoding, waiting, encoding, on_done)
         try:
-            return _Run(network, settings, decoding, waiting, encoding, on_done).all(jobs)
+            return work.all(jobs)
         except BaseException:
             # What has begun is finished; nothing else is begun.
             for pool in (decoding, waiting, encoding):
                 pool.shutdown(wait=False, cancel_futures=True)
+            encoding.shutdown()
+            work.tell_written()
             raise
 
 
@@ -287,6 +290,12 @@ class _Run:
             except _FAILURES as error:
                 self._failed(job, error)
             else:
+                self.on_done()
+
+    def tell_written(self) -> None:
+        """Tells of the files that were written though nobody waited for them."""
+        for _, future in self.written:
+            if not future.cancelled() and future.exception() is None:
                 self.on_done()
 
     def _failed(self, job: Job, error: Exception) -> None:

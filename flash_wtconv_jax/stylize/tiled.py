@@ -225,6 +225,6 @@ def _normalised(
     moments: Moments,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """A stage's output by its statistics, with a ReLU behind, or added to what a block was given."""
+    """A stage's output by its statistics: a ReLU behind, or added to what a block was given."""
     y = nnx.merge(graphdef, state).normalised(y, moments)
     return nnx.relu(y) if residual is None else residual + y

@@ -230,13 +230,19 @@ def test_a_disk_that_is_full_is_said_of_each_file(folder, monkeypatch):
 
 
 def test_an_interruption_leaves_whole_files_and_no_threads(folder):
+    told = []
+
     def interrupt():
-        raise KeyboardInterrupt
+        told.append(1)
+        if len(told) == 1:
+            raise KeyboardInterrupt
 
     work = jobs(folder, range(1, 12))
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(work, Negative(), Settings(workers=2), interrupt)
     assert threading.active_count() == len(threading.enumerate())
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
-    for path in (folder / "out").iterdir():
+    written = list((folder / "out").iterdir())
+    assert len(told) == len(written)
+    for path in written:
         assert pictures.read(path).pixels.shape == (3, 4, 3)
