@@ -246,7 +246,8 @@ def load_multi_style(path: str | os.PathLike[str], **options: object) -> MultiSt
 
     def features(part: str, count: int) -> list[int]:
         # What is missing is in the message of load_into.
-        return [len(tensors.get(f"{part}.{i}.w", "?")) for i in range(count)]
+        shapes = [np.shape(tensors.get(f"{part}.{i}.w")) for i in range(count)]
+        return [shape[0] if shape else 1 for shape in shapes]
 
     blocks = len({name.split(".")[1] for name in tensors if name.startswith("res.")})
     shapes = {"contract": features("contract", 3), "expand": features("expand", 2)}
@@ -268,7 +269,7 @@ def _nested(tensors: Mapping[str, np.ndarray]) -> dict:
             r"((?:contract|res|expand)(?:\.\d+)+)\.(w|norm\.gamma|norm\.beta)", name
         )
         keys = (*found[1].split("."), *_NAMES[found[2]]) if found else (name,)
-        if found and found[2] == "w":
+        if found and found[2] == "w" and array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)
         inside = params
         for key in keys[:-1]:

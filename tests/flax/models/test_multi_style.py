@@ -106,3 +106,9 @@ def test_files_of_something_else_are_refused(tmp_path):
     path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
     with pytest.raises(ValueError, match=r"(?s)missing: .*other"):
         models.load_multi_style(path)
+    # A kernel that is none.
+    kernel = onnx.numpy_helper.from_array(np.float32(1), "contract.0.w")
+    graph = onnx.helper.make_graph([], "part", [], [], [gamma, kernel])
+    path.write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    with pytest.raises(ValueError, match=r"contract/0/conv/kernel|contract\.0\.conv\.kernel"):
+        models.load_multi_style(path)
