@@ -105,7 +105,9 @@ WITHOUT_JAX = [
     "pallas_kernels.haar.problem",
     "pallas_kernels.haar.shapes",
     "pallas_kernels.sparse",
+    "pallas_kernels.sparse.algorithms",
     "pallas_kernels.sparse.cases",
+    "pallas_kernels.sparse.checks",
     "pallas_kernels.sparse.depthwise.cases",
     "pallas_kernels.sparse.depthwise.problem",
     "pallas_kernels.sparse.depthwise.shapes",
@@ -113,6 +115,7 @@ WITHOUT_JAX = [
     "pallas_kernels.sparse.shapes",
     "pallas_kernels.common.deprecation",
     "pallas_kernels.common.files",
+    "pallas_kernels.common.integers",
     "pallas_kernels.common.refusals",
     "pallas_kernels.common.tiles",
     "pallas_kernels.common.triton",
@@ -153,7 +156,8 @@ def test_imports_without_jax_and_without_torch():
 
 def test_the_torch_bridge_needs_no_jax():
     pytest.importorskip("torch", reason="torch is not installed")
-    rooms = "runtime.measuring", "wtconv.ops", "wtconv.triton", "wtconv.cuda", "check", "bench"
+    rooms = ["runtime.measuring", "wtconv.ops", "wtconv.triton", "wtconv.cuda", "check", "bench"]
+    rooms += ["sparse.api", "sparse.triton", "sparse.depthwise.triton", "sparse.pooling"]
     names = [f"torch_bridge.{name}" for name in rooms]
     code = BLOCKED.format(blocked=["jax", "jaxlib", "flax"], names=names)
     code += "import torch, torch_bridge\n"
@@ -166,8 +170,11 @@ def test_the_torch_bridge_needs_no_jax():
     code += "sys.modules['torch_bridge.wtconv.cuda'] = eager\n"
     code += "names = ['cuda', 'eager']\n"
     code += "layer = torch_bridge.WTConv2d(2, 2, device='cpu', implementation=names)\n"
-    code += "print(layer(torch.ones(1, 2, 5, 5)).shape, len(store.entries(*store.kinds())))"
-    assert run(code) == "torch.Size([1, 2, 5, 5]) 2\n"
+    code += "print(layer(torch.ones(1, 2, 5, 5)).shape, len(store.entries(*store.kinds())))\n"
+    code += "voxels = torch_bridge.sparse.from_coords([[0, 1], [0, 2]], torch.ones(2, 1))\n"
+    code += "weight = torch.ones(3, 1, 1)\n"
+    code += "print(torch_bridge.spatially_sparse_conv(voxels, weight, 3).features.tolist())"
+    assert run(code) == "torch.Size([1, 2, 5, 5]) 2\n[[2.0], [2.0]]\n"
 
 
 def test_the_jax_side_needs_no_torch():

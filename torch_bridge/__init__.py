@@ -1,4 +1,4 @@
-"""The layers of Flash WTConv for PyTorch, with the state dict of the published layer.
+"""Flash WTConv for PyTorch: layers with the published state dict, and sparse convolution.
 
 Importing this package imports neither jax nor flax, and torch only when a layer is first used.
 
@@ -14,14 +14,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch_bridge.exchange import from_jax, to_jax
+    from torch_bridge.sparse import (
+        KernelMap,
+        Voxels,
+        kernel_map,
+        sparse_maps,
+        spatially_sparse_conv,
+        spatially_sparse_depthwise_conv,
+    )
     from torch_bridge.wtconv.layers import WTConv1d, WTConv2d, WTConv3d
 
-__all__ = ["WTConv1d", "WTConv2d", "WTConv3d", "from_jax", "to_jax"]
+__all__ = [
+    "KernelMap",
+    "Voxels",
+    "WTConv1d",
+    "WTConv2d",
+    "WTConv3d",
+    "from_jax",
+    "kernel_map",
+    "sparse_maps",
+    "spatially_sparse_conv",
+    "spatially_sparse_depthwise_conv",
+    "to_jax",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        room = "wtconv" if name.startswith("WTConv") else "exchange"
+        room = "exchange" if name in ("from_jax", "to_jax") else "sparse"
+        room = "wtconv" if name.startswith("WTConv") else room
         return getattr(import_module(f"torch_bridge.{room}"), name)
     raise AttributeError(f"module 'torch_bridge' has no attribute {name!r}")
 

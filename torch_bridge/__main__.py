@@ -12,7 +12,7 @@ def _app() -> None:
 
     app = typer.Typer(
         name="python -m torch_bridge",
-        help="Wavelet convolutions for PyTorch.",
+        help="Wavelet and sparse convolutions for PyTorch.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_show_locals=False,

@@ -1,4 +1,4 @@
-"""`python -m torch_bridge check`: every implementation of the layers, against the oracle."""
+"""`python -m torch_bridge check`: every implementation in PyTorch, against the oracle."""
 
 import math
 import platform
@@ -16,10 +16,15 @@ from flash_wtconv_jax.checkpoints.tensors import to_array, to_tensors
 from flash_wtconv_jax.cli.check import AsJson, Implementations, Operators, narrowed, show
 from pallas_kernels.common.conformance import Backend, run
 from pallas_kernels.common.types import Json
-from pallas_kernels.dispatch import tuning
+from pallas_kernels.dispatch import Operator, tuning
+from pallas_kernels.sparse.cases import CASES as SPARSE_CASES
+from pallas_kernels.sparse.cases import Case as SparseCase
+from pallas_kernels.sparse.depthwise.cases import CASES as DEPTHWISE_CASES
 from pallas_kernels.wtconv.cases import CASES, Case
 from torch_bridge.exchange import from_jax
 from torch_bridge.runtime.device import best_device
+from torch_bridge.sparse import conformance
+from torch_bridge.sparse import ops as sparse
 from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import LAYERS
 from torch_bridge.wtconv.metal import has_bfloat16
@@ -27,22 +32,42 @@ from torch_bridge.wtconv.on_cpu import cuda, metal
 
 IMPLEMENTATIONS = tuple(map(str, ops.Implementation))
 """The names that `--implementation` takes; those that run on the CPU too are checked there too."""
+SPARSE: dict[str, tuple[Operator, Sequence[SparseCase]]] = {
+    "sparse_conv": (sparse.OPERATOR, SPARSE_CASES),
+    "sparse_depthwise_conv": (sparse.DEPTHWISE, DEPTHWISE_CASES),
+}
+"""The sparse convolutions, with their cases."""
+OPERATORS = ("wtconv", *SPARSE)
+"""The names that `--operator` takes."""
 
 
 def check(
     operator: Operators = None, implementation: Implementations = None, as_json: AsJson = None
 ) -> None:
     """Compute the shared cases with every implementation that this machine has; 1 if one fails."""
-    (name,) = narrowed("--operator", operator, ["wtconv"])
+    names = narrowed("--operator", operator, OPERATORS)
     implementations = narrowed("--implementation", implementation, IMPLEMENTATIONS)
     device = best_device()
-    # As the published layer computes, every array in x's dtype.
-    plain = partial(layer_results, "eager", device, torch.contiguous_format)
-    rows = ({"operator": name, **row} for row in run(backends(device, implementations), plain))
     machine = about(device)
     # A named implementation has parameters, which nobody waits for here to be measured.
     with tuning("off"):
+        rows = _rows(names, device, implementations)
         show(rows, machine, f"PyTorch, {machine['device']['kind']}", as_json)
+
+
+def _rows(
+    names: Sequence[str], device: torch.device, implementations: Sequence[str]
+) -> Iterator[Json]:
+    """The rows of operators."""
+    for name in names:
+        if name == "wtconv":
+            # As the published layer computes, every array in x's dtype.
+            plain = partial(layer_results, "eager", device, torch.contiguous_format)
+            found = run(backends(device, implementations), plain)
+        else:
+            rows = sparse_backends(SPARSE[name], device, implementations)
+            found = run(rows, partial(conformance.baseline, device=device))
+        yield from ({"operator": name, **row} for row in found)
 
 
 def about(device: torch.device) -> Json:
@@ -75,6 +100,33 @@ def backends(
         if name in implementations:
             cpu = torch.device("cpu"), room.emulated
             yield from _both_formats(f"{name} on CPU", name, room.unavailable(), *cpu)
+
+
+def sparse_backends(
+    checked: tuple[Operator, Sequence[SparseCase]],
+    device: torch.device,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
+) -> Iterator[Backend]:
+    """Yields implementations of a sparse convolution on a device.
+
+    Args:
+        checked: The operator, and its cases.
+        device: Where they compute.
+        implementations: Names of those that are asked for.
+    """
+    operator, cases = checked
+
+    def refusal(name: str, reason: str | None, case: SparseCase) -> str | None:
+        if reason is None and device.type == "mps" and case.dtype == "float64":
+            return "MPS has no float64"
+        return reason or conformance.refusal(case, name, device)
+
+    def compute(name: str, case: SparseCase) -> dict[str, np.ndarray]:
+        return conformance.computed(case, name, device)
+
+    for name, reason in operator.status(device.type):
+        if name in implementations:
+            yield Backend(name, cases, partial(refusal, name, reason), partial(compute, name))
 
 
 def _both_formats(

@@ -9,12 +9,12 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from pallas_kernels.common.arguments import (
-    LARGEST,
     MOST_LEVELS,
     checked_dtype,
     checked_integer,
     checked_precision,
 )
+from pallas_kernels.common.integers import LARGEST
 from pallas_kernels.dispatch import Operator
 
 R = TypeVar("R")

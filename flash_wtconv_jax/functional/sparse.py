@@ -28,10 +28,8 @@ from pallas_kernels.sparse import (
     spatially_sparse_depthwise_conv,
 )
 from pallas_kernels.sparse import kernel_map as make_kernel_map
-from pallas_kernels.sparse.api import STRIDE_MODES
-from pallas_kernels.sparse.maps import checked_window
+from pallas_kernels.sparse.checks import STRIDE_MODES, checked_window, per_axis
 from pallas_kernels.sparse.pooling import pool
-from pallas_kernels.sparse.voxels import per_axis
 
 
 class DepthwiseLayer(Protocol):

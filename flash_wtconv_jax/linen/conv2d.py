@@ -24,7 +24,8 @@ class Conv2d(nn.Module):
         kernel_size: Taps along both axes, or along each.
         strides: Strides of the output, likewise; None is 1, as for the dilations.
         padding: "SAME", "VALID", "REFLECT", "CIRCULAR" (periodic), an int, one for each axis, or
-            `((top, bottom), (left, right))`.
+            `((top, bottom), (left, right))`. `("reflect", any of these numbers)` mirrors so many
+            samples about the edges; "REFLECT" mirrors as many as keep the size.
         input_dilation: Distance that neighbouring samples are brought to, zeros between them.
         kernel_dilation: Distance of the samples that neighbouring taps read.
         feature_group_count: Groups that channels and features fall into, each convolved apart.

@@ -28,12 +28,12 @@ from flash_wtconv_jax.functional.conv2d import Padding
 from flash_wtconv_jax.functional.wtconv import Computation, check_computation
 from flash_wtconv_jax.nnx import Conv2d, WTConv2d
 from pallas_kernels.common.arguments import (
-    LARGEST,
     MOST_LEVELS,
     checked_array,
     checked_integer,
 )
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.integers import LARGEST
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR
 

@@ -1,23 +1,21 @@
 """Checks of arguments that every operator shares; each error names the argument."""
 
-import operator
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, wraps
-from typing import ParamSpec, SupportsIndex, TypeVar, cast
+from typing import ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from pallas_kernels.common.integers import checked_integer
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that operators take."""
-
-LARGEST = 2**31 - 1
-"""The largest integer that operators take for anything that is counted or measured in samples."""
 
 MOST_LEVELS = 63
 """Levels of a cascade; by then a sample is left of the longest axis that an array can have."""
@@ -104,27 +102,6 @@ def surely(compare: Callable[[int, int], bool], size: int, other: int) -> bool:
         return compare(size, other)
     except jax.errors.InconclusiveDimensionOperation:
         return False
-
-
-def checked_integer(value: object, name: str, *, least: int, most: int = LARGEST) -> int:
-    """An integer argument as an int; NumPy integers are taken, a bool is not.
-
-    Raises:
-        ValueError: It is no integer, or it is less than `least` or greater than `most`.
-
-    Example:
-        >>> checked_integer(2, "stride", least=1)
-        2
-    """
-    try:
-        number = operator.index(cast(SupportsIndex, value))
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise ValueError(f"{name}={value!r}: expected an integer >= {least}")
-    if number > most:
-        raise ValueError(f"{name}={value!r}: expected an integer <= {most}")
-    return number
 
 
 def checked_seed(value: object) -> int:

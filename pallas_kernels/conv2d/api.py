@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.common import device
 from pallas_kernels.common.arguments import (
-    LARGEST,
     Precision,
     checked_array,
     checked_dtype,
@@ -27,13 +26,14 @@ from pallas_kernels.common.arguments import (
     sharded,
     surely,
 )
+from pallas_kernels.common.integers import LARGEST
 from pallas_kernels.common.measurement import request
 from pallas_kernels.common.tiles import TileConfig
-from pallas_kernels.conv2d import vjp
+from pallas_kernels.conv2d import upsampling, vjp
 from pallas_kernels.conv2d.activations import ACTIVATIONS
 from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, Window
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.oracle.conv2d import Padding
+from pallas_kernels.oracle.conv2d import Padding, Sides, reflects
 
 _MOST_ELEMENTS = 2**47
 """More than any machine has memory for; XLA ends the process where 64 bits cannot count them."""
@@ -72,6 +72,7 @@ def conv2d(
     padding: Padding = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    upsample: int = 1,
     bias: ArrayLike | None = None,
     activation: str | None = None,
     layout: str = "nhwc_hwcf",
@@ -95,8 +96,13 @@ def conv2d(
             right))`, "VALID" (none) or "SAME" (`ceil(size / stride)` samples come out, as of
             `jax.lax`). "reflect" mirrors the image about its edge samples, by as many as a
             convolution of stride 1 needs to keep the size: `k // 2` on each side for odd k.
+            `("reflect", numbers)` mirrors so many samples, given as numbers of zeros are; they
+            must be fewer than the image has.
         dilation: Distance of the samples that neighbouring taps read, as stride.
         groups: Channels and features fall into so many groups, each convolved apart.
+        upsample: 2 repeats each pixel of the images as four before they are padded and convolved.
+            The larger images never exist (but where more than one sample is mirrored): it is as
+            many as four convolutions of the small ones by filters of half the size.
         bias: `[NF]`, any floating dtype.
         activation: None, "relu", or "gelu" (exact, by the error function).
         layout: "nhwc_hwcf" (channels last) or "nchw_fchw".
@@ -112,7 +118,7 @@ def conv2d(
 
     Returns:
         `[*batch, H_out, W_out, NF]`, in "nchw_fchw" `[*batch, NF, H_out, W_out]`, with `H_out =
-        (H + top + bottom - dilation * (HF - 1) - 1) // stride + 1`.
+        (upsample * H + top + bottom - dilation * (HF - 1) - 1) // stride + 1`.
 
     Raises:
         ValueError: A bad argument: which, what came, and what was expected.
@@ -123,6 +129,8 @@ def conv2d(
         >>> x, w = jnp.ones((2, 9, 8, 4)), jnp.ones((3, 3, 4, 16))
         >>> conv2d(x, w, stride=2, padding="reflect", bias=jnp.ones(16), activation="relu").shape
         (2, 5, 4, 16)
+        >>> conv2d(x, w, upsample=2, padding=("reflect", 1)).shape
+        (2, 18, 16, 16)
     """
     x, w = checked_array(x, "x"), checked_array(w, "w")
     bias = None if bias is None else checked_array(bias, "bias")
@@ -138,6 +146,7 @@ def conv2d(
         hashable(padding),
         hashable(dilation),
         groups,
+        upsample,
         activation,
         layout,
         out_dtype,
@@ -149,11 +158,12 @@ def conv2d(
         # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not:
         # what was measured on one device is no default there.
         fwd, bwd = fwd._replace(device_kind=None), bwd._replace(device_kind=None)
-    problem = call.problem
+    problem = call.implemented
     measured = problem, bias is not None, activation, call.precision, config
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", *measured)
     module, tiles = OPERATOR.module(chosen.implementation), vjp.tiles(config, chosen)
-    plan = vjp.Plan(module, tiles, problem.window, call.precision, config, bwd)
+    rows = vjp.takes_whole_rows(chosen)
+    plan = vjp.Plan(module, tiles, call.problem.window, call.precision, config, bwd, rows)
     return vjp.conv2d(plan, activation, problem.out_dtype, x, w, bias)
 
 
@@ -238,7 +248,7 @@ def get_igemm_conv2d(
     images, filters = (n, h, w, c), (hf, wf, c, nf)
     if layout == "nchw_fchw":
         images, filters = (n, c, h, w), (nf, c, hf, wf)
-    window = _window(images, filters, stride, padding, 1, 1, layout)
+    window = _window(images, filters, stride, padding, 1, 1, 1, layout)
     if implementation is None:
         implementation = _preferred(Problem((n, h, w, c), dtype, hf, wf, nf, window, out_dtype))
 
@@ -274,9 +284,10 @@ def _preferred(problem: Problem) -> str:
 
 
 class _Call(NamedTuple):
-    """The checked arguments of a call."""
+    """The checked arguments of a call, and the problem that implementations get of it."""
 
     problem: Problem
+    implemented: Problem
     precision: jax.lax.Precision | None
 
 
@@ -290,6 +301,7 @@ def _checked_call(
     padding: Padding,
     dilation: int | Sequence[int],
     groups: int,
+    upsample: int,
     activation: str | None,
     layout: str,
     out_dtype: DTypeLike | None,
@@ -313,14 +325,17 @@ def _checked_call(
         raise ValueError(f"w: expected x's dtype, {dtype}, got {filters_dtype}; cast one of them")
     flat = (math.prod(images[:-3]), *images[-3:])
     groups = checked_integer(groups, "groups", least=1)
-    window = _window(flat, filters, stride, padding, dilation, groups, layout)
+    upsample = checked_integer(upsample, "upsample", least=1)
+    if upsample > 2:
+        raise ValueError(f"upsample={upsample}: expected 1 or 2")
+    window = _window(flat, filters, stride, padding, dilation, groups, upsample, layout)
     height, width, _, features = window.filters(filters)
     if bias not in (None, (features,)):
         raise ValueError(f"bias: expected shape {(features,)}, one a filter, got {bias}")
     out = dtype if out_dtype is None else checked_dtype(out_dtype, "out_dtype")
     problem = Problem(window.images(flat), dtype, height, width, features, window, out)
     _checked_config(config)
-    return _Call(problem, checked_precision(precision))
+    return _Call(problem, upsampling.implemented(problem), checked_precision(precision))
 
 
 def _leaves(value: object) -> Iterator[object]:
@@ -339,6 +354,7 @@ def _window(
     padding: Padding,
     dilation: int | Sequence[int],
     groups: int,
+    upsample: int,
     layout: str,
 ) -> Window:
     """The window of a call, whose shapes and numbers fit each other."""
@@ -346,8 +362,9 @@ def _window(
         stride=checked_pair(stride, "stride", least=1),
         dilation=checked_pair(dilation, "dilation", least=1),
         groups=groups,
-        reflect=padding == "reflect",
+        reflect=reflects(padding),
         layout=layout,
+        upsample=upsample,
     )
     _, *size, channels = plain.images(images)
     *taps, each, features = plain.filters(filters)
@@ -358,19 +375,20 @@ def _window(
         )
     if features % groups:
         raise ValueError(f"groups={groups}: expected a divisor of the {features} filters")
-    window = plain._replace(pads=_pads(padding, size, taps, plain))
+    large = [upsample * n for n in size]
+    window = plain._replace(pads=_pads(padding, large, taps, plain))
     if any(surely(operator.lt, n, 1) for n in window.output(size, taps)):
         raise ValueError(
             f"w: filters of {taps[0]}x{taps[1]} taps with dilation {window.dilation} do not fit "
-            f"into images of {size[0]}x{size[1]} padded by {window.pads}"
+            f"into images of {large[0]}x{large[1]} padded by {window.pads}"
         )
-    for n, pads, axis in zip(size, window.pads, "HW", strict=True):
+    for n, pads, axis in zip(large, window.pads, "HW", strict=True):
         if window.reflect and surely(operator.ge, max(pads), n):
             raise ValueError(
-                f"padding='reflect': mirroring {max(pads)} samples along {axis} takes an image of "
-                f"more than those, got {n}"
+                f"padding={padding!r}: mirroring {max(pads)} samples along {axis} takes an image "
+                f"of more than those, got {n}"
             )
-    count, padded = images[0], [n + sum(pads) for n, pads in zip(size, window.pads, strict=True)]
+    count, padded = images[0], [n + sum(pads) for n, pads in zip(large, window.pads, strict=True)]
     for shape in ((count, *padded, channels), (count, *window.output(size, taps), features)):
         if all(isinstance(n, int) for n in shape) and math.prod(shape) > _MOST_ELEMENTS:
             raise ValueError(
@@ -396,13 +414,14 @@ def _pads(
             total = total if surely(operator.ge, total, 0) else max(total, 0)
             pads.append((total // 2, total - total // 2))
         return pads[0], pads[1]
-    sides = [padding, padding] if not isinstance(padding, Sequence) else padding
-    if len(sides) == 2:
+    numbers = cast(tuple[str, Sides], padding)[1] if reflects(padding) else padding
+    sides = numbers if isinstance(numbers, Sequence) else [numbers, numbers]
+    if len(sides) == 2 and not isinstance(sides, str):
         above, left = (_checked_side(side, padding) for side in sides)
         return above, left
     raise ValueError(
         f"padding={padding!r}: expected an int, one for H and one for W, ((top, bottom), (left, "
-        "right)), 'SAME', 'VALID' or 'reflect'"
+        "right)), ('reflect', any of these), 'SAME', 'VALID' or 'reflect'"
     )
 
 
@@ -413,7 +432,7 @@ def _checked_side(side: object, padding: object) -> Pair:
     except ValueError:
         raise ValueError(
             f"padding={padding!r}: expected integers >= 0 and <= {LARGEST}: one, one for H and one "
-            "for W, or ((top, bottom), (left, right))"
+            "for W, or ((top, bottom), (left, right)), or ('reflect', any of these)"
         ) from None
 
 

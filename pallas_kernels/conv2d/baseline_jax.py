@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.oracle import conv2d_pads
+from pallas_kernels.oracle import conv2d_pads, reflects
 from pallas_kernels.oracle.conv2d import Padding
 
 
@@ -23,6 +23,7 @@ def conv2d(
     groups: int = 1,
     activation: str | None = None,
     layout: str = "nhwc_hwcf",
+    upsample: int = 1,
     out_dtype: str | None = None,
 ) -> jax.Array:
     """Dense 2-D convolution; arguments as `pallas_kernels.conv2d.conv2d`, one batch axis.
@@ -33,10 +34,13 @@ def conv2d(
         (2, 5, 4, 16)
     """
     last = layout == "nhwc_hwcf"
+    if upsample > 1:
+        for axis in (1, 2) if last else (2, 3):
+            x = jnp.repeat(x, upsample, axis=axis)
     stride, dilation = ((v, v) if isinstance(v, int) else v for v in (stride, dilation))
     size, taps = (x.shape[1:3], w.shape[:2]) if last else (x.shape[2:], w.shape[2:])
     pads = conv2d_pads(padding, size, taps, stride, dilation)
-    if padding == "reflect":
+    if reflects(padding):
         around = [(0, 0), *pads, (0, 0)] if last else [(0, 0), (0, 0), *pads]
         x, pads = jnp.pad(x, around, mode="reflect"), [(0, 0), (0, 0)]
     y = lax.conv_general_dilated(

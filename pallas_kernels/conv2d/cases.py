@@ -13,6 +13,7 @@ import numpy as np
 from pallas_kernels.common.conformance import rounded
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.oracle import Array, conv2d, conv2d_vjp
+from pallas_kernels.oracle.conv2d import Padding
 
 
 class Case(NamedTuple):
@@ -26,7 +27,7 @@ class Case(NamedTuple):
     wf: int
     nf: int
     stride: int | tuple[int, int] = 1
-    padding: int | str | tuple[int | tuple[int, int], ...] = 0
+    padding: Padding = 0
     dilation: int | tuple[int, int] = 1
     groups: int = 1
     bias: bool = False
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     layout: str = "nhwc_hwcf"
     dtype: str = "float32"
     out_dtype: str | None = None
+    upsample: int = 1
 
     @property
     def name(self) -> str:
@@ -58,7 +60,7 @@ class Case(NamedTuple):
     @property
     def arguments(self) -> Keywords:
         """Keywords of the operator and of the oracle, but for the bias."""
-        names = ("stride", "padding", "dilation", "groups", "activation", "layout")
+        names = ("stride", "padding", "dilation", "groups", "activation", "layout", "upsample")
         return {name: getattr(self, name) for name in names}
 
     def drawn(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
@@ -141,8 +143,24 @@ HARD: tuple[Case, ...] = (
     Case(1, 2, 3, 2, 5, 5, 3, padding=4, layout="nchw_fchw", activation="relu"),
     Case(3, 1, 1, 17, 1, 1, 33, bias=True),
     Case(0, 4, 4, 2, 3, 3, 2, padding=1, bias=True),
+    # Less is mirrored than keeps the size, and on the other axis more.
+    Case(1, 8, 6, 2, 9, 3, 3, padding=("reflect", ((1, 1), (4, 5))), activation="relu"),
+    # Upsampled, with edges repeated.
+    Case(2, 4, 5, 3, 3, 3, 4, padding="reflect", bias=True, activation="gelu", upsample=2),
 )
 """The cases that the table lacks: padding, dilation, groups, epilogues, other dtypes, edges."""
+
+UPSAMPLED: tuple[Case, ...] = (
+    # Phases of unequal sizes; a single output, of no second phase; more mirrored than an edge.
+    Case(1, 5, 4, 4, 4, 3, 6, 1, ((2, 0), (1, 3)), 1, 2, True, layout="nchw_fchw", upsample=2),
+    Case(2, 2, 3, 2, 4, 2, 3, padding="VALID", dtype="float16", upsample=2),
+    Case(1, 4, 4, 2, 3, 5, 3, padding="reflect", bias=True, dtype="bfloat16", upsample=2),
+    # One phase, of an even stride; three samples on; taps that are two, then one sample apart.
+    Case(1, 5, 6, 2, 3, 3, 3, 2, "SAME", bias=True, activation="relu", upsample=2),
+    Case(1, 6, 7, 2, 2, 3, 3, (3, 1), ("reflect", ((0, 1), (1, 0))), (1, 3), upsample=2),
+    Case(1, 6, 5, 2, 3, 3, 2, (1, 2), 2, (2, 1), dtype="float64", upsample=2),
+)
+"""More cases of upsampled images, which only widen what `HARD` has."""
 
 CASES = TABLE[: 2 * len(_PUBLISHED)] + HARD
 """The cases of the `check` commands: one of every sort; the rest of the table only widens it."""

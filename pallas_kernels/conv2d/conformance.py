@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.types import Tree
-from pallas_kernels.conv2d import api, baseline_jax
+from pallas_kernels.conv2d import api, baseline_jax, upsampling
 from pallas_kernels.conv2d.cases import CASES, Case
 from pallas_kernels.conv2d.problem import Problem, Window
-from pallas_kernels.oracle import conv2d_pads
+from pallas_kernels.oracle import conv2d_pads, reflects
 
 __all__ = ["CASES", "baseline", "computed", "problem"]
 
@@ -26,12 +26,17 @@ def problem(case: Case) -> Problem:
         (value, value) if isinstance(value, int) else value
         for value in (case.stride, case.dilation)
     )
-    above, left = conv2d_pads(case.padding, (case.h, case.w), (case.hf, case.wf), stride, dilation)
-    reflect = case.padding == "reflect"
-    window = Window(stride, (above, left), dilation, case.groups, reflect, case.layout)
+    size = case.upsample * case.h, case.upsample * case.w
+    above, left = conv2d_pads(case.padding, size, (case.hf, case.wf), stride, dilation)
+    window = Window(
+        *(stride, (above, left), dilation, case.groups),
+        *(reflects(case.padding), case.layout, case.upsample),
+    )
     shape, dtype = (case.n, case.h, case.w, case.c), jnp.dtype(case.dtype)
     out_dtype = jnp.dtype(case.out_dtype or case.dtype)
-    return Problem(shape, dtype, case.hf, case.wf, case.nf, window, out_dtype)
+    return upsampling.implemented(
+        Problem(shape, dtype, case.hf, case.wf, case.nf, window, out_dtype)
+    )
 
 
 def computed(case: Case, implementation: str) -> Callable[..., dict[str, Tree]]:

@@ -16,15 +16,18 @@
 - **mbarriers:** `full` of a stage has one arrival for each TMA load; `empty` has one for each
   consumer that shares the tile. With ping-pong each consumer has mbarriers of its own.
 - **Epilogue:** a consumer adds the bias, applies the activation, and writes its sums by TMA stores
-  from two buffers in turn, which leave out what lies outside the result.
+  from two buffers in turn, which leave out what lies outside the result. Where moments are asked
+  for, it adds up each feature's sums over its pixels, through shared memory, and their squared
+  deviations from the mean in another round.
 - **Registers:** 40 a thread in the producer, 232 in the consumers (`setmaxnreg`).
 
 `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such warp-specialised pipelines.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from itertools import product
 from typing import NamedTuple
 
@@ -47,10 +50,12 @@ from pallas_kernels.common.mosaic_gpu import (
 )
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.tiles import TileConfig
-from pallas_kernels.common.types import Index, Ref
+from pallas_kernels.common.types import Index, Ref, Slice
 from pallas_kernels.conv2d import xla
 from pallas_kernels.conv2d.activations import activate_in_kernel
+from pallas_kernels.conv2d.moments import Moments, WithMoments, of_tiles
 from pallas_kernels.conv2d.problem import Pair, Problem, Window
+from pallas_kernels.conv2d.whole_rows import offered
 from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
 
 __all__ = [
@@ -81,6 +86,8 @@ _STAGES = 8
 """The most stages of the pipeline."""
 _CONSUMERS = 2
 """Consumer warpgroups of a block."""
+_THREADS = 128
+"""Threads of a warpgroup."""
 _REGISTERS = {"producer": 40, "consumer": 232}
 """Registers of a thread by role: three warpgroups use almost all that a multiprocessor has."""
 _PRODUCTS, _ARRIVING, _SHARED = 2048, 40, 128
@@ -121,12 +128,13 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     pingpong = [(128, 160, 32), (128, 128, 64), (128, 128, 32), (128, 160, 16), (64, 256, 64)]
     return [
         {},
+        *offered(problem),
         *(TileConfig(*size, 8, 1, _STAGES)._asdict() for size in cooperative),
         *(TileConfig(*size, 4, 1, _STAGES)._asdict() for size in pingpong),
     ]
 
 
-@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
+@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype", "moments"))
 @in_32_bits
 def forward(
     x: jax.Array,
@@ -138,7 +146,8 @@ def forward(
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
     config: TileConfig | None,
-) -> jax.Array:
+    moments: bool = False,
+) -> jax.Array | WithMoments:
     """Returns the operator's result; see `vjp` for the arguments.
 
     `precision` is ignored: it is about float32, which these kernels do not take.
@@ -149,14 +158,15 @@ def forward(
     if window.reflect:
         x, window = mirrored(x, window), _unpadded(window)
     (above, _), (left, _) = window.pads
-    y = _convolve(
+    y, found = _convolve(
         *(x, w, bias, window, output, (above, left)),
         flip=False,
         activation=activation,
         out_dtype=jnp.dtype(out_dtype),
         config=config,
+        moments=moments,
     )
-    return vary_like(inputs, y)
+    return vary_like(inputs, y if found is None else (y, found))
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))
@@ -203,7 +213,7 @@ def input_grad(
         dy = lax.pad(dy, jnp.zeros((), dy.dtype), window.laid_out(none, down, across, none))
         window = window._replace(stride=(1, 1))
     _, *size, _ = window.images(padded)
-    dx = _convolve(
+    dx, _ = _convolve(
         *(dy, w, None, window, (size[0], size[1]), (above, left)),
         flip=True,
         activation=None,
@@ -231,7 +241,8 @@ def _convolve(
     activation: str | None,
     out_dtype: jnp.dtype,
     config: TileConfig | None,
-) -> jax.Array:
+    moments: bool = False,
+) -> tuple[jax.Array, Moments | None]:
     """Returns the result of one launch, in the window's layout, as are images and filters.
 
     Args:
@@ -245,6 +256,7 @@ def _convolve(
         activation: See `vjp`.
         out_dtype: The dtype of the result.
         config: The size of the tiles, or None for the default for the shape.
+        moments: Whether to return moments beside it, which are None otherwise.
     """
     if window.layout == "nchw_fchw":
         x, w = jnp.moveaxis(x, 1, -1), jnp.transpose(w, (2, 3, 1, 0))
@@ -252,17 +264,24 @@ def _convolve(
     taps = w.shape[0], w.shape[1]
     channels, features = w.shape[:1:-1] if flip else w.shape[2:]
     height, width = output
-    if (*taps, *window.stride, *before, *output) == (1, 1, 1, 1, 0, 0, h, wide):
+    alike = (*taps, *window.stride, *before, *output) == (1, 1, 1, 1, 0, 0, h, wide)
+    if alike and not moments:
         # A 1 x 1 convolution is a product of matrices: a tile is any pixels, of any images.
         x, n, height, width = x.reshape(1, 1, -1, channels), 1, 1, n * h * wide
     layer = _Layer(
         *(n, height, width, channels, features, taps),
         *(window.stride, window.dilation, before, flip, activation, out_dtype.itemsize),
+        moments=moments,
     )
     tiling = _tiling(layer, config)
-    y = _launch(x, w, bias, layer, tiling, out_dtype)
+    y, *found = _launch(x, w, bias, layer, tiling, out_dtype)
     y = y[..., :features].reshape(-1, *output, features)
-    return y if window.layout == "nhwc_hwcf" else jnp.moveaxis(y, -1, 1)
+    if window.layout != "nhwc_hwcf":
+        y = jnp.moveaxis(y, -1, 1)
+    if not moments:
+        return y, None
+    mean, squares = (one[..., :features] for one in found)
+    return y, of_tiles(tiling.pixels(layer), mean, squares)
 
 
 class _Layer(NamedTuple):
@@ -280,6 +299,7 @@ class _Layer(NamedTuple):
     flip: bool
     activation: str | None
     itemsize: int
+    moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -341,8 +361,15 @@ class _Tiling:
         return 2 * rows * self.channels
 
     def written(self, layer: _Layer) -> int:
-        """Returns the size in bytes of the buffers for TMA stores, two for each consumer."""
-        return 2 * _CONSUMERS * self.own[0] * self.stored(layer.itemsize) * layer.itemsize
+        """Returns the size in bytes of the buffers for TMA stores, two for each consumer.
+
+        With moments it includes what these are summed up in.
+        """
+        each = self.stored(layer.itemsize)
+        size = 2 * _CONSUMERS * self.own[0] * each * layer.itemsize
+        if layer.moments:
+            size += _CONSUMERS * 4 * ((_ROWS + 2) * each + _THREADS)
+        return size
 
     def steps(self, layer: _Layer) -> int:
         """Returns the number of pipeline steps of a tile."""
@@ -357,6 +384,28 @@ class _Tiling:
             pl.cdiv(layer.width, self.width),
             pl.cdiv(layer.features, self.features),
         )
+
+    def pixels(self, layer: _Layer) -> list[int]:
+        """Returns the number of pixels of an image in each consumer's part of each tile of it.
+
+        These are the tiles of moments, in the order in which `_Block.tile` counts them.
+        """
+        _, rows, columns, _ = self.counts(layer)
+        height, width = self.box
+        found = []
+        for row, column, part in product(range(rows), range(columns), range(self.down)):
+            first, left = row * self.height, column * self.width
+            if self.height >= self.down:
+                first += part * height
+            else:
+                left += part * width
+            high, wide = min(height, layer.height - first), min(width, layer.width - left)
+            found.append(max(high, 0) * max(wide, 0))
+        return found
+
+    def whole(self, layer: _Layer) -> bool:
+        """Returns whether no tile reaches beyond the rows and columns of an image."""
+        return layer.height % self.height == 0 and layer.width % self.width == 0
 
     def tiles(self, layer: _Layer) -> int:
         """Returns the number of tiles of the whole result."""
@@ -450,8 +499,11 @@ def _launch(
     layer: _Layer,
     tiling: _Tiling,
     dtype: jnp.dtype,
-) -> jax.Array:
-    """Runs the kernel, and returns its result with features filled up to what TMA takes."""
+) -> list[jax.Array]:
+    """Runs the kernel, and returns its results with features filled up to what TMA takes.
+
+    They are the output, and with moments the means and the squared deviations of its tiles.
+    """
     arrays = {"x": _planes(x, layer), "w": _flat(w, tiling)}
     if bias is not None:
         fill = tiling.counts(layer)[3] * tiling.features - layer.features
@@ -459,6 +511,7 @@ def _launch(
         arrays["bias"] = jnp.pad(bias, (0, fill)) if fill else bias
     unit = 16 // dtype.itemsize
     shape = (layer.images, layer.height, layer.width, pl.cdiv(layer.features, unit) * unit)
+    results = {"y": jax.ShapeDtypeStruct(shape, dtype)}
     depth, size = tiling.channels, tiling.stages
     rows = tiling.reading(layer)
     pixels, _ = tiling.own
@@ -473,7 +526,12 @@ def _launch(
         "full": plgpu.Barrier(num_arrivals=1 + tiling.column, num_barriers=tiling.groups * size),
         "empty": plgpu.Barrier(num_arrivals=tiling.shared, num_barriers=tiling.groups * size),
     }
-    names = [*arrays, "y", *scratch]
+    if layer.moments:
+        tiles = (layer.images, len(tiling.pixels(layer)), pl.cdiv(layer.features, 4) * 4)
+        results |= dict.fromkeys(("mean", "squares"), jax.ShapeDtypeStruct(tiles, jnp.float32))
+        for name, rows in (("rows", _ROWS), ("groups", _THREADS // stored), ("told", 2)):
+            scratch[name] = plgpu.SMEM((_CONSUMERS, rows, stored), jnp.float32)
+    names = [*arrays, *results, *scratch]
 
     def body(*refs: Ref) -> None:
         block = dict(zip(names, refs, strict=True))
@@ -481,7 +539,7 @@ def _launch(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        out_type=list(results.values()) if layer.moments else results["y"],
         scratch_types=list(scratch.values()),
         grid=(min(tiling.tiles(layer), MULTIPROCESSORS),),
         grid_names=("block",),
@@ -489,7 +547,8 @@ def _launch(
         thread_name="warpgroup",
         compiler_params=MANUAL_BARRIERS,
     )
-    return kernel(*arrays.values())
+    found = kernel(*arrays.values())
+    return found if layer.moments else [found]
 
 
 def _planes(x: jax.Array, layer: _Layer) -> jax.Array:
@@ -563,6 +622,11 @@ class _Block:
         full: An mbarrier a stage, on which the TMA loads into it arrive.
         empty: An mbarrier a stage, on which its consumers arrive.
         bias: The bias in global memory, or None.
+        mean: The means of the tiles in global memory, or None; what follows serves moments alone.
+        squares: Their sums of squared deviations.
+        rows: Shared memory for sums of pixels of each consumer, one for each row of a `wgmma`.
+        groups: Likewise, for the sums of some of these rows, as many as its threads can add.
+        told: Likewise, for the mean and the squared deviations.
     """
 
     layer: _Layer
@@ -576,6 +640,11 @@ class _Block:
     full: Ref
     empty: Ref
     bias: Ref = None
+    mean: Ref = None
+    squares: Ref = None
+    rows: Ref = None
+    groups: Ref = None
+    told: Ref = None
 
     def run(self) -> None:
         """Runs the role of this warpgroup."""
@@ -749,8 +818,10 @@ class _Block:
         each = rows.shape[-1]
         for number, first in enumerate(range(0, tiling.own[1], each)):
             buffer = warpgroup, number % 2
-            # The first buffer may be the one that the last store of the tile before reads.
-            plgpu.wait_smem_to_gmem(min(number, 1), wait_read_only=True)
+            # The first buffer may be the one that the last store of the tile before reads. With
+            # moments there are other stores between, so none may be left.
+            left = 0 if self.layer.moments else min(number, 1)
+            plgpu.wait_smem_to_gmem(left, wait_read_only=True)
             done = sums[:, first : first + each]
             if self.bias is not None:
                 own = self.bias.at[pl.ds(feature + first, each)]
@@ -768,3 +839,75 @@ class _Block:
                     pl.ds(feature + first, each),
                 ],
             )
+            if self.layer.moments:
+                at = image, self.tile(i, part), pl.ds(feature + first, each)
+                self.tell(warpgroup, done, (row, column), at)
+
+    def tile(self, i: Index, part: Index) -> Index:
+        """Returns the number of a consumer's part of the i-th tile among those of its image."""
+        tiling = self.tiling
+        _, _, width, _ = tiling.counts(self.layer)
+        _, row, column, _ = self.origin(i)
+        number = lax.div(row, tiling.height) * width + lax.div(column, tiling.width)
+        return number * tiling.down + lax.div(part, tiling.across)
+
+    def tell(
+        self,
+        warpgroup: Index,
+        done: jax.Array,
+        first: tuple[Index, Index],
+        at: tuple[Index, Index, Slice],
+    ) -> None:
+        """Stores the moments of some features of a consumer's part of a tile.
+
+        Args:
+            warpgroup: The consumer.
+            done: The pixels by features, finished.
+            first: The first row and column of the pixels.
+            at: The place of the moments: image, tile and features.
+        """
+        height, width = self.tiling.box
+        high = jnp.clip(self.layer.height - first[0], 0, height)
+        wide = jnp.clip(self.layer.width - first[1], 0, width)
+
+        def kept(values: jax.Array) -> jax.Array:
+            if self.tiling.whole(self.layer):
+                return values
+            pixel = plgpu.broadcasted_iota(jnp.int32, done.shape, 0, layout=plgpu.Layout.WGMMA)
+            inside = (lax.div(pixel, width) < high) & (lax.rem(pixel, width) < wide)
+            return jnp.where(inside, values, 0.0)
+
+        count = (high * wide).astype(jnp.float32)
+        share = 1 / jnp.maximum(count, 1.0)
+        mean = self.summed(warpgroup, kept(done)) * share
+        # The mean of large numbers is inexact by some of their last bits; that of the rest is not.
+        rest = kept(done - lax.broadcast_in_dim(mean, done.shape, (1,)))
+        off = self.summed(warpgroup, rest) * share
+        squares = self.summed(warpgroup, rest * rest) - count * off * off
+        told = self.told.at[warpgroup]
+        told.at[0][...] = mean + off
+        told.at[1][...] = jnp.maximum(squares, 0.0)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(told.at[0], self.mean.at[*at])
+        plgpu.copy_smem_to_gmem(told.at[1], self.squares.at[*at])
+
+    def summed(self, warpgroup: Index, values: jax.Array) -> jax.Array:
+        """Returns the sums over a consumer's pixels, as `wgmma` lays out the features of a row.
+
+        Not by a reduction of Pallas' own: all warpgroups would share one piece of memory for it.
+        """
+        pixels, each = values.shape
+        total = values[:_ROWS]
+        for first in range(_ROWS, pixels, _ROWS):
+            total = total + values[first : first + _ROWS]
+        rows, groups = self.rows.at[warpgroup], self.groups.at[warpgroup]
+        rows[...] = total
+        plgpu.commit_smem()
+        # A thread has one feature of every so many rows.
+        count = _THREADS // each
+        strided = plgpu.Layout.WG_STRIDED((count, each), vec_size=1)
+        parts = (gpu_load(rows.at[pl.ds(i, count)], strided) for i in range(0, _ROWS, count))
+        groups[...] = reduce(operator.add, parts)
+        plgpu.commit_smem()
+        columns = plgpu.Layout.WGMMA.reduce(0)
+        return reduce(operator.add, (gpu_load(groups.at[i], columns) for i in range(count)))

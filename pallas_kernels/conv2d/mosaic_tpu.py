@@ -52,6 +52,7 @@ from pallas_kernels.common.refusals import refusal, refuse, unsupported_sizes
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Index, Pair, Ref, Slice
 from pallas_kernels.conv2d.activations import activate_in_kernel
+from pallas_kernels.conv2d.moments import WithMoments, of_rows
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
@@ -148,7 +149,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     return list(found.values())
 
 
-@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
+@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype", "moments"))
 @in_32_bits
 def forward(
     x: jax.Array,
@@ -160,11 +161,12 @@ def forward(
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
     config: TileConfig | None,
-) -> jax.Array:
+    moments: bool = False,
+) -> jax.Array | WithMoments:
     """The operator; see `vjp` for the arguments.
 
     The kernel reads the three blocks of `config` alone, and rounds them to whole rows and whole
-    registers.
+    registers. Moments are read off its output, which is then float32 until they are.
     """
     taps, size = _taps_and_size(x.shape, w.shape, window)
     y = _convolve(
@@ -174,11 +176,12 @@ def forward(
         taps,
         size,
         activation,
-        out_dtype,
+        jnp.float32 if moments else out_dtype,
         precision,
         config,
     )
-    return _from_nhwc(y, window)
+    y = _from_nhwc(y, window)
+    return (y.astype(out_dtype), of_rows(y, window)) if moments else y
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))

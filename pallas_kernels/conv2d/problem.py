@@ -17,6 +17,8 @@ class Window(NamedTuple):
     """The samples that taps read: output `o` and tap `i` sample `stride o + dilation i - pad`.
 
     `reflect` mirrors the image about its edge samples where it is padded; otherwise pads are zero.
+    With `upsample` 2 the image is one whose pixels are repeated twice along H and along W, and the
+    samples, and the pads, are those of the larger image.
     """
 
     stride: Pair = (1, 1)
@@ -25,6 +27,7 @@ class Window(NamedTuple):
     groups: int = 1
     reflect: bool = False
     layout: str = "nhwc_hwcf"
+    upsample: int = 1
 
     def output(self, size: Sequence[int], taps: Sequence[int]) -> Pair:
         """Height and width of the output; less than one where the taps do not fit.
@@ -36,9 +39,11 @@ class Window(NamedTuple):
         Example:
             >>> Window(stride=(2, 1), pads=((1, 1), (0, 0))).output((8, 8), (3, 3))
             (4, 6)
+            >>> Window(pads=((1, 1), (1, 1)), upsample=2).output((8, 8), (3, 3))
+            (16, 16)
         """
         height, width = (
-            (n + before + after - d * (k - 1) - 1) // s + 1
+            (self.upsample * n + before + after - d * (k - 1) - 1) // s + 1
             for n, k, s, (before, after), d in zip(
                 size, taps, self.stride, self.pads, self.dilation, strict=True
             )
@@ -114,7 +119,8 @@ class Problem(NamedTuple):
         """The distance to a measured problem, see `dispatch.backend.Problem`.
 
         Neither the batch nor the output's dtype counts. What a table says of the window (stride,
-        dilation, groups, ...) must be this problem's.
+        dilation, groups, ...) must be this problem's; a table from before there was upsampling
+        says nothing of it, and means 1.
 
         Example:
             >>> problem = Problem((2, 8, 8, 4), "float32", 3, 3, 8, Window(), "float32")
@@ -126,8 +132,9 @@ class Problem(NamedTuple):
         """
         window = self.window._asdict()
         # JSON has lists for tuples.
+        told = {"upsample": 1} | measured.get("window", {})
         comparable = str(self.dtype) == measured["dtype"] and all(
-            _as_json(window[name]) == value for name, value in measured.get("window", {}).items()
+            _as_json(window[name]) == value for name, value in told.items()
         )
         if not comparable or not isinstance(self.features, int):
             return math.inf

@@ -11,7 +11,9 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import common_dtype
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.triton import launch, unavailable
+from pallas_kernels.conv2d.moments import WithMoments, of_tiles
 from pallas_kernels.conv2d.problem import Problem, Window
+from pallas_kernels.conv2d.whole_rows import offered
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
 __all__ = [
@@ -58,10 +60,10 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     for block_m, block_n, block_k, stages in sizes:
         warps = 8 if block_m * block_n >= 128 * 128 else 4
         tiles.append(TileConfig(block_m, block_n, block_k, warps // 2, 2, stages)._asdict())
-    return [{}, *tiles]
+    return [{}, *offered(problem), *tiles]
 
 
-@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype"))
+@partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype", "moments"))
 def forward(
     x: jax.Array,
     w: jax.Array,
@@ -72,16 +74,18 @@ def forward(
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
     config: TileConfig | None,
-) -> jax.Array:
+    moments: bool = False,
+) -> jax.Array | WithMoments:
     """The operator; see `vjp` for the arguments."""
     from pallas_kernels.conv2d import triton_launches
 
     if bias is not None:
         bias = bias.astype(jnp.float32)
-    y = triton_launches.forward(
-        x, w, bias, window, activation, out_dtype, _PRECISIONS[precision], config, launch
-    )
-    return vary_like((x, w, bias), y)
+    how = window, activation, out_dtype, _PRECISIONS[precision], config, launch
+    if not moments:
+        return vary_like((x, w, bias), triton_launches.forward(x, w, bias, *how))
+    y, counts, mean, squares = triton_launches.forward_with_moments(x, w, bias, *how)
+    return vary_like((x, w, bias), (y, of_tiles(counts, mean, squares)))
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))

@@ -14,6 +14,9 @@ group's features. Strides are constants, of any layout: `X_N` of x along images,
 filters along channels, and so on. With `UP` greater than one, `UP - 1` zeros lie between
 neighbouring samples of x, and with `FLIP` the taps are read backwards: together they make the
 transpose in x of a convolution of stride `UP`.
+
+Where `conv` gets `mean` and `squares`, tiles do not cross images, and it writes the mean and the
+sum of squared deviations of each tile and feature, `[images, tiles, features]` in float32.
 """
 
 import triton
@@ -27,6 +30,8 @@ def conv(
     bias,
     images,
     y,
+    mean,
+    squares,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -67,9 +72,11 @@ def conv(
 ):
     """One program of the forward, or of the gradient of x: product, then bias and activation.
 
-    The grid's axes are tiles and groups.
+    The grid's axes are tiles and groups; with moments tiles of an image, groups and images.
     """
     TAPS: tl.constexpr = HF * WF
+    if mean is not None:
+        images = 1
     # A group's filters are consecutive along the axis of w's features.
     GROUP: tl.constexpr = C * W_C if FLIP else F * W_F
     down, across = _tile(images * HO * WO, F, BM, BN, ROWS)
@@ -77,6 +84,8 @@ def conv(
     m = down * BM + tl.arange(0, BM)
     image, row, column = m // (HO * WO), m % (HO * WO) // WO, m % WO
     known = (m < images * HO * WO)[:, None]
+    if mean is not None:
+        image += tl.program_id(2)
     top, left = (row * STRIDE_H - PAD_H)[:, None], (column * STRIDE_W - PAD_W)[:, None]
     x_image = x + (image.to(tl.int64) * X_N)[:, None] + group * (C * X_C)
     f = across * BN + tl.arange(0, BN)[None, :]
@@ -104,6 +113,18 @@ def conv(
     at = y + (image.to(tl.int64) * Y_N + row * Y_H + column * Y_W)[:, None]
     at += (group * F + f).to(tl.int64) * Y_F
     tl.store(at, total.to(y.dtype.element_ty), mask=known & (f < F))
+    if mean is not None:
+        tiles = tl.cdiv(HO * WO, BM)
+        count = min(HO * WO - down * BM, BM)
+        middle = tl.sum(tl.where(known, total, 0.0), axis=0, keep_dims=True) / count
+        # The mean of large numbers is inexact by some of their last bits; that of the rest is not.
+        rest = tl.where(known, total - middle, 0.0)
+        off = tl.sum(rest, axis=0, keep_dims=True) / count
+        spread = tl.sum(rest * rest, axis=0, keep_dims=True) - count * off * off
+        tile = (tl.program_id(2) * tiles + down).to(tl.int64) * (tl.num_programs(1) * F)
+        at = tile + group * F + f
+        tl.store(mean + at, middle + off, mask=f < F)
+        tl.store(squares + at, tl.where(spread < 0, 0.0, spread), mask=f < F)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pallas_kernels.common.refusals import refuse, unsupported_sizes
+from pallas_kernels.common.refusals import refusal, refuse, unsupported_sizes
 from pallas_kernels.common.tiles import TileConfig, launched, tiles
 from pallas_kernels.common.triton import AnyArray, Launch, cdiv, contiguous
 from pallas_kernels.conv2d import triton_kernels as kernels
@@ -11,6 +11,8 @@ from pallas_kernels.conv2d.problem import Problem, Window
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROWS = 8
 """The rows of tiles that consecutive programs work on, so that L2 holds their operands."""
+_MOST_IMAGES = 65535
+"""The most images of a grid, along an axis after the first."""
 _PROGRAMS = 512
 """The number of programs up to which a weight gradient's sums are split (split-K)."""
 
@@ -70,6 +72,68 @@ def forward(
     Returns:
         Contiguous images of NF features.
     """
+    (y,) = _forward(x, w, bias, window, activation, out_dtype, precision, config, launch, False)
+    return y
+
+
+def forward_with_moments(
+    x: AnyArray,
+    w: AnyArray,
+    bias: AnyArray | None,
+    window: Window,
+    activation: str | None,
+    out_dtype: object,
+    precision: str,
+    config: TileConfig | None,
+    launch: Launch[AnyArray],
+) -> tuple[AnyArray, list[int], AnyArray, AnyArray]:
+    """The same, and the moments of its tiles, each of pixels of one image.
+
+    Args:
+        x: See `forward`.
+        w: See `forward`.
+        bias: See `forward`.
+        window: See `forward`.
+        activation: See `forward`.
+        out_dtype: See `forward`.
+        precision: See `forward`.
+        config: See `forward`.
+        launch: See `forward`.
+
+    Returns:
+        The output; the number of pixels of each tile; their means and their sums of squared
+        deviations, float32 `[N, tiles, NF]`.
+
+    Raises:
+        NotImplementedError: There are more images than a grid has blocks along an axis.
+    """
+    n, h, wide, _ = window.images(x.shape)
+    if n > _MOST_IMAGES:
+        raise refusal([f"{n} images with their moments, up to {_MOST_IMAGES}"])
+    hf, wf, each, features = window.filters(w.shape)
+    height, width = window.output((h, wide), (hf, wf))
+    pixels = height * width
+    config = config or tiles(pixels, features // window.groups, each, x.dtype)
+    y, mean, squares = _forward(
+        x, w, bias, window, activation, out_dtype, precision, config, launch, True
+    )
+    counts = [min(config.block_m, pixels - at) for at in range(0, pixels, config.block_m)]
+    return y, counts, mean, squares
+
+
+def _forward(
+    x: AnyArray,
+    w: AnyArray,
+    bias: AnyArray | None,
+    window: Window,
+    activation: str | None,
+    out_dtype: object,
+    precision: str,
+    config: TileConfig | None,
+    launch: Launch[AnyArray],
+    moments: bool,
+) -> list[AnyArray]:
+    """The output, and where asked for the means and the squared deviations of its tiles."""
     n, h, wide, _ = window.images(x.shape)
     hf, wf, each, features = window.filters(w.shape)
     height, width = window.output((h, wide), (hf, wf))
@@ -84,6 +148,7 @@ def forward(
         precision,
         config,
         launch,
+        moments,
         STRIDE_H=window.stride[0],
         STRIDE_W=window.stride[1],
         PAD_H=window.pads[0][0],
@@ -126,7 +191,7 @@ def input_grad(
         d * (k - 1) - pad
         for d, k, (pad, _) in zip(window.dilation, (hf, wf), window.pads, strict=True)
     ]
-    return _convolve(
+    (dx,) = _convolve(
         dy,
         w,
         None,
@@ -136,6 +201,7 @@ def input_grad(
         precision,
         config,
         launch,
+        False,
         STRIDE_H=1,
         STRIDE_W=1,
         PAD_H=before[0],
@@ -146,6 +212,7 @@ def input_grad(
         FLIP=True,
         ACTIVATION=None,
     )
+    return dx
 
 
 def weight_grad(
@@ -215,9 +282,10 @@ def _convolve(
     precision: str,
     config: TileConfig | None,
     launch: Launch[AnyArray],
+    moments: bool,
     **which: object,
-) -> AnyArray:
-    """The output of one launch of `kernels.conv`.
+) -> list[AnyArray]:
+    """The outputs of one launch of `kernels.conv`.
 
     `channels` are the numbers of a group's channels that are read and written.
     """
@@ -227,19 +295,25 @@ def _convolve(
     sizes = _sizes(window, x.shape, channels, w.shape, output[0])
     if which["FLIP"]:
         sizes["W_C"], sizes["W_F"] = sizes["W_F"], sizes["W_C"]
-    (y,) = launch(
+    grid: tuple[int, ...] = cdiv(n * height * width, config.block_m) * across, window.groups
+    outputs, unwritten = [output], {"mean": None, "squares": None}
+    if moments:
+        down = cdiv(height * width, config.block_m)
+        grid, unwritten = (down * across, window.groups, n), {}
+        outputs += [((n, down, channels[1] * window.groups), "float32")] * 2
+    return launch(
         kernels.conv,
         [x, w, w if bias is None else bias, n],
-        [output],
-        (cdiv(n * height * width, config.block_m) * across, window.groups),
+        outputs,
+        grid,
         **sizes,
         **which,
+        **unwritten,
         BIAS=bias is not None,
         PRECISION=precision,
         ROWS=_ROWS,
         **launched(config),
     )
-    return y
 
 
 def _sizes(

@@ -6,19 +6,20 @@ for the activation its output (ReLU) or its input (GELU), in the output's dtype.
 
 An implementation is a module with
 
-    forward(x, w, bias, *, window, activation, out_dtype, precision, config) -> y
+    forward(x, w, bias, *, window, activation, out_dtype, precision, config, moments=False) -> y
     input_grad(dy, w, *, shape, dtype, window, precision, config) -> dx [N, *shape]
     weight_grad(x, dy, *, shape, dtype, window, precision, config) -> dw [*shape]
 
 for `x [N, H, W, C]`, `w [HF, WF, C / groups, NF]` of one dtype and `bias [NF]` or None, or the
-layout "nchw_fchw" of `problem.Window`. Modules that JAX can look into, and so map with `vmap`, say
-so with `DIFFERENTIABLE = True`.
+layout "nchw_fchw" of `problem.Window`. Their windows never upsample: `upsampling` calls them for
+smaller convolutions that do the same. With `moments` a forward returns `(y, moments)`. Modules
+that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,9 @@ from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.conv2d import upsampling, whole_rows
 from pallas_kernels.conv2d.activations import activate
+from pallas_kernels.conv2d.moments import WithMoments
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import along_features
 from pallas_kernels.dispatch import Candidate, Operator, Request
@@ -44,7 +47,7 @@ Tangent = jax.Array | SymbolicZero
 class Kernels(Protocol):
     """The functions of an implementation, which the docstring of this module describes."""
 
-    forward: Callable[..., jax.Array]
+    forward: Callable[..., Tree]
     input_grad: Callable[..., jax.Array]
     weight_grad: Callable[..., jax.Array]
 
@@ -60,6 +63,7 @@ class Plan(NamedTuple):
         given: The tiles that the caller gave, for the backward pass too.
         backward: The request by which the backward rule chooses an implementation; None in a
             plan that is timed, which nobody differentiates.
+        whole_rows: Whether a row of taps is multiplied as one, see the module of that name.
     """
 
     module: Implementation
@@ -68,6 +72,7 @@ class Plan(NamedTuple):
     precision: jax.lax.Precision | None
     given: TileConfig | None
     backward: Request | None
+    whole_rows: bool = False
 
     def problem(self, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> Problem:
         """The description of a convolution of these arrays."""
@@ -85,22 +90,31 @@ class Plan(NamedTuple):
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
         assert self.backward is not None
+        problem = upsampling.implemented(problem)
         backward = moved_here(self.backward)
         operator = backward.operator
         static = problem, False, None, self.precision, self.given
         chosen = backward.choose(problem, measurement, operator, "bwd", *static)
         return self._replace(
-            module=operator.module(chosen.implementation), config=tiles(self.given, chosen)
+            module=operator.module(chosen.implementation),
+            config=tiles(self.given, chosen),
+            whole_rows=takes_whole_rows(chosen),
         )
 
-    def static_kwargs(self) -> dict[str, object]:
-        """The keyword arguments of every function of an implementation."""
-        return {"window": self.window, "precision": self.precision, "config": self.config}
+    def static_kwargs(self, window: Window) -> dict[str, object]:
+        """The keyword arguments of every function of an implementation, for a window."""
+        return {"window": window, "precision": self.precision, "config": self.config}
 
 
 def tiles(given: TileConfig | None, chosen: Candidate) -> TileConfig | None:
     """The tiles that the caller gave, else those that were measured; None where neither is."""
-    return given or (TileConfig(**dict(chosen.config)) if chosen.config else None)
+    own = {name: value for name, value in dict(chosen.config).items() if name != whole_rows.NAME}
+    return given or (TileConfig(**own) if own else None)
+
+
+def takes_whole_rows(chosen: Candidate) -> bool:
+    """Whether rows of taps multiplied as one were measured to be the fastest."""
+    return bool(dict(chosen.config).get(whole_rows.NAME))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -119,6 +133,22 @@ def conv2d(
     arrays = x, w, bias
     y = _apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
     return y.reshape(*batch, *y.shape[1:])
+
+
+def conv2d_with_moments(
+    plan: Plan,
+    activation: str | None,
+    out_dtype: jnp.dtype,
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+) -> WithMoments:
+    """The convolution of images `[N, H, W, C]`, and the moments of its tiles, see `moments`.
+
+    For operators that normalise what comes out. They bring its derivatives along: JAX does not
+    differentiate a kernel.
+    """
+    return cast(WithMoments, _forward(plan, activation, out_dtype, x, w, bias, moments=True))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -249,8 +279,10 @@ def measurement(
         last = jax.ShapeDtypeStruct((problem.features,), acc) if bias else None
 
     def run(module: Implementation, found: TuningParams) -> Callable[..., Tree]:
-        chosen = tiles(config, Candidate("", found))
-        plan = Plan(module, chosen, window, precision, config, backward=None)
+        chosen = Candidate("", found)
+        own = tiles(config, chosen)
+        rows = takes_whole_rows(chosen)
+        plan = Plan(module, own, window, precision, config, backward=None, whole_rows=rows)
         return timed_function(plan, direction, activation, jnp.dtype(problem.out_dtype))
 
     static: Json = {"precision": precision and precision.name, "config": config and list(config)}
@@ -290,29 +322,51 @@ def _forward(
     x: jax.Array,
     w: jax.Array,
     bias: jax.Array | None,
-) -> jax.Array:
-    run = partial(
-        cast(Kernels, plan.module).forward,
-        activation=activation,
-        out_dtype=out_dtype,
-        **plan.static_kwargs(),
-    )
-    return run(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(run)(x, w, bias)
+    *,
+    moments: bool = False,
+) -> Tree:
+    """The output of an implementation, and where asked for its moments."""
+
+    def kernel(
+        window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None, **static: object
+    ) -> Tree:
+        one = partial(cast(Kernels, plan.module).forward, **static, **plan.static_kwargs(window))
+        return one(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(one)(x, w, bias)
+
+    static: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
+    if moments:
+        static["moments"] = True
+    whole = partial(whole_rows.forward, kernel) if plan.whole_rows else kernel
+    run = partial(whole, **static)
+    if plan.window.upsample == 1:
+        return run(plan.window, x, w, bias)
+    upsampled = upsampling.forward_with_moments if moments else upsampling.forward
+    return upsampled(run, plan.window, x, w, bias)
 
 
 def _dx(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
-    run = partial(
-        cast(Kernels, plan.module).input_grad, shape=shape, dtype=dtype, **plan.static_kwargs()
-    )
-    return run(dy, w) if plan.module.DIFFERENTIABLE else vmap_folding(run)(dy, w)
+    def kernel(window: Window, dy: jax.Array, w: jax.Array, **like: object) -> jax.Array:
+        static = plan.static_kwargs(window)
+        one = partial(cast(Kernels, plan.module).input_grad, **like, **static)
+        return one(dy, w) if plan.module.DIFFERENTIABLE else vmap_folding(one)(dy, w)
+
+    run = partial(whole_rows.input_grad, kernel) if plan.whole_rows else kernel
+    if plan.window.upsample == 1:
+        return run(plan.window, dy, w, shape=shape, dtype=dtype)
+    return upsampling.input_grad(run, plan.window, dy, w, shape=shape, dtype=dtype)
 
 
 def _dw(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
-    run = partial(
-        cast(Kernels, plan.module).weight_grad, shape=shape, dtype=dtype, **plan.static_kwargs()
-    )
-    return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
+    def kernel(window: Window, x: jax.Array, dy: jax.Array, **like: object) -> jax.Array:
+        static = plan.static_kwargs(window)
+        one = partial(cast(Kernels, plan.module).weight_grad, **like, **static)
+        return one(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(one)(x, dy)
+
+    run = partial(whole_rows.weight_grad, kernel) if plan.whole_rows else kernel
+    if plan.window.upsample == 1:
+        return run(plan.window, x, dy, shape=shape, dtype=dtype)
+    return upsampling.weight_grad(run, plan.window, x, dy, shape=shape, dtype=dtype)

@@ -14,6 +14,7 @@ from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype, common_dtype
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.conv2d.activations import activate
+from pallas_kernels.conv2d.moments import WithMoments, of_rows
 from pallas_kernels.conv2d.problem import Problem, Window
 
 DIFFERENTIABLE = True
@@ -43,7 +44,8 @@ def forward(
     out_dtype: DTypeLike,
     precision: lax.Precision | None,
     config: TileConfig | None,
-) -> jax.Array:
+    moments: bool = False,
+) -> jax.Array | WithMoments:
     """The operator; see `vjp` for the arguments. XLA picks its own tiles and ignores `config`."""
     acc = accumulation_dtype(x.dtype)
     # XLA widens cuDNN's inputs if the output is wider, which is as slow as float32. So on a GPU
@@ -52,7 +54,8 @@ def forward(
     y = _conv(x, w, window, precision, None if stays else acc).astype(acc)
     if bias is not None:
         y = y + along_features(bias.astype(acc), window)
-    return activate(y, activation).astype(out_dtype)
+    y = activate(y, activation)
+    return (y.astype(out_dtype), of_rows(y, window)) if moments else y.astype(out_dtype)
 
 
 def input_grad(

@@ -10,7 +10,7 @@ ECCV 2024.
 """
 
 from pallas_kernels.oracle.arrays import Array
-from pallas_kernels.oracle.conv2d import conv2d, conv2d_pads, conv2d_vjp
+from pallas_kernels.oracle.conv2d import conv2d, conv2d_pads, conv2d_vjp, reflects
 from pallas_kernels.oracle.haar import HAAR, analysis, synthesis, wavedec, waverec
 from pallas_kernels.oracle.sparse import (
     sparse_conv,
@@ -42,6 +42,7 @@ __all__ = [
     "depthwise",
     "instance_norm",
     "instance_norm_vjp",
+    "reflects",
     "residual_block",
     "residual_block_vjp",
     "sparse_conv",

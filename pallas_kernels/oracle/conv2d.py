@@ -3,14 +3,17 @@
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pallas_kernels.oracle.arrays import Array, slice_axis
 
-Padding = int | str | Sequence[int | Sequence[int]]
+Sides = int | Sequence[int | Sequence[int]]
+"""Samples around images: one number, one for H and one for W, or two for each."""
+Padding = str | Sides | tuple[str, Sides]
+"""A name, numbers of zeros, or "reflect" and the numbers of samples that are mirrored."""
 Pads = list[tuple[int, int]]
 
 
@@ -25,6 +28,7 @@ def conv2d(
     bias: ArrayLike | None = None,
     activation: str | None = None,
     layout: str = "nhwc_hwcf",
+    upsample: int = 1,
 ) -> Array:
     """Dense 2-D convolution (cross-correlation), then the bias, then the activation.
 
@@ -37,22 +41,24 @@ def conv2d(
             `((top, bottom), (left, right))`. "VALID" pads nothing. "SAME" pads so that the output
             has `ceil(size / stride)` samples. "reflect" pads so that a convolution of stride 1
             keeps the size, with the image mirrored about its edge samples. Both pad an odd sample
-            behind.
+            behind. `("reflect", numbers)` mirrors so many samples, given as numbers of zeros are.
         dilation: Distance along H and W between the samples that neighbouring taps read.
         groups: Number of groups of channels; filter `f` reads those of `f // (NF / groups)` alone.
         bias: `[NF]`, or None.
         activation: None, "relu", or "gelu": `x` times the normal distribution function of `x`.
         layout: "nhwc_hwcf" or "nchw_fchw".
+        upsample: How many times each sample is repeated along H and along W, before the padding.
 
     Returns:
         `[*batch, H_out, W_out, NF]`, in "nchw_fchw" `[*batch, NF, H_out, W_out]`, in float64, with
-        `H_out = (H + top + bottom - dilation * (HF - 1) - 1) // stride + 1`.
+        `H_out = (upsample * H + top + bottom - dilation * (HF - 1) - 1) // stride + 1`.
 
     Example:
         >>> conv2d(np.arange(4.0).reshape(1, 4, 1), np.ones((1, 2, 1, 1)))[0, :, 0]
         array([1., 3., 5.])
     """
     x, w = _channels_last(x, w, layout)
+    x = _repeated(x, upsample)
     window = _window(x, w, stride, padding, dilation, groups)
     y = _linear(x, w, bias, window)
     if activation == "relu":
@@ -74,6 +80,7 @@ def conv2d_vjp(
     bias: ArrayLike | None = None,
     activation: str | None = None,
     layout: str = "nhwc_hwcf",
+    upsample: int = 1,
 ) -> tuple[Array, Array, Array]:
     """Gradients of `sum(dy * conv2d(x, w))`, every step of `conv2d` transposed in turn.
 
@@ -88,6 +95,7 @@ def conv2d_vjp(
         bias: As `conv2d` takes it.
         activation: As `conv2d` takes it; the slope of "relu" is 0 where it meets 0.
         layout: As `conv2d` takes it.
+        upsample: As `conv2d` takes it.
 
     Returns:
         `(dx, dw, dbias)`: float64 arrays of the shapes of x, of w, and `[NF]`.
@@ -99,6 +107,7 @@ def conv2d_vjp(
         (array([1., 2., 2., 1.]), array([3., 6.]), array([3.]))
     """
     x, w = _channels_last(x, w, layout)
+    x = _repeated(x, upsample)
     dz = np.asarray(dy, np.float64)
     if layout == "nchw_fchw":
         dz = np.moveaxis(dz, -3, -1)
@@ -119,6 +128,7 @@ def conv2d_vjp(
         dread += own @ w[tap].T
         dw[tap] = np.tensordot(read, own, (everywhere, everywhere))
     dx, dbias = _padded_transposed(dpadded, x.shape, window), dz.sum(axis=everywhere)
+    dx = _repeated_transposed(dx, upsample)
     if layout == "nchw_fchw":
         dx, dw = np.moveaxis(dx, -1, -3), dw.transpose(3, 2, 0, 1)
     return dx, dw, dbias
@@ -161,7 +171,19 @@ def _window(
             x.shape[-3:-1], w.shape[:2], strides, dilations, pads, strict=True
         )
     )
-    return _Window(pads, padding == "reflect", strides, dilations, groups, (height, width))
+    return _Window(pads, reflects(padding), strides, dilations, groups, (height, width))
+
+
+def _repeated(x: Array, times: int) -> Array:
+    """Each sample of images `[*batch, H, W, C]` so many times along H and along W."""
+    return np.repeat(np.repeat(x, times, axis=-3), times, axis=-2)
+
+
+def _repeated_transposed(dx: Array, times: int) -> Array:
+    """The sums over the copies of each sample."""
+    *batch, height, width, channels = dx.shape
+    blocks = dx.reshape(*batch, height // times, times, width // times, times, channels)
+    return blocks.sum(axis=(-4, -2))
 
 
 def _linear(x: Array, w: Array, bias: ArrayLike | None, window: _Window) -> Array:
@@ -209,6 +231,21 @@ def _normal_distribution(z: Array) -> Array:
     return 0.5 * (1.0 + np.vectorize(math.erf, otypes=[np.float64])(z / math.sqrt(2.0)))
 
 
+def reflects(padding: Padding) -> bool:
+    """Whether a convolution mirrors the image where it pads.
+
+    Args:
+        padding: As `conv2d` takes it.
+
+    Example:
+        >>> reflects("reflect"), reflects(("reflect", 1)), reflects((1, 2)), reflects("SAME")
+        (True, True, False, False)
+    """
+    if isinstance(padding, str):
+        return padding == "reflect"
+    return isinstance(padding, Sequence) and len(padding) == 2 and padding[0] == "reflect"
+
+
 def conv2d_pads(
     padding: Padding,
     size: tuple[int, ...],
@@ -220,7 +257,7 @@ def conv2d_pads(
 
     Args:
         padding: As `conv2d` takes it.
-        size: Height and width of the images.
+        size: Height and width of the images, as upsampled.
         taps: Height and width of the filters.
         stride: Along H and W.
         dilation: Along H and W.
@@ -229,10 +266,13 @@ def conv2d_pads(
         >>> conv2d_pads("SAME", (8, 9), (3, 4), (1, 1), (1, 1))
         [(1, 1), (1, 2)]
     """
+    if reflects(padding) and not isinstance(padding, str):
+        padding = cast(tuple[str, Sides], padding)[1]
     if isinstance(padding, int):
         padding = (padding, padding)
     if not isinstance(padding, str):
-        sides = [(side, side) if isinstance(side, int) else side for side in padding]
+        both = cast(Sequence[int | Sequence[int]], padding)
+        sides = [(side, side) if isinstance(side, int) else side for side in both]
         return [(before, after) for before, after in sides]
     pads = []
     for n, k, s, d in zip(size, taps, stride, dilation, strict=True):

@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import Any
 
 _ROOMS = {
-    "api": ("Implementation", "spatially_sparse_conv", "spatially_sparse_depthwise_conv"),
-    "calls": (
+    "algorithms": (
         "SPARSE_CONV_BWD_ALGO_MODE",
         "SPARSE_CONV_FWD_ALGO_MODE",
         "SPARSE_DEPTHWISE_CONV_BWD_ALGO_MODE",
         "SPARSE_DEPTHWISE_CONV_FWD_ALGO_MODE",
     ),
+    "api": ("Implementation", "spatially_sparse_conv", "spatially_sparse_depthwise_conv"),
     "maps": ("KernelMap", "from_pairs", "kernel_map", "sparse_maps"),
     "norm": ("batch_norm", "instance_norm", "layer_norm"),
     "pooling": (

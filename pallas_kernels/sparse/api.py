@@ -5,7 +5,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
@@ -19,15 +18,21 @@ from pallas_kernels.common.arguments import (
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.sparse import maps, vjp
 from pallas_kernels.sparse.calls import ALIASES, Implementation, operands, planned
+from pallas_kernels.sparse.checks import (
+    POOL_REDUCTIONS,
+    STRIDE_MODES,
+    check_map,
+    check_name,
+    check_pools,
+    checked_weight,
+    checked_window,
+)
 from pallas_kernels.sparse.depthwise.api import spatially_sparse_depthwise_conv
-from pallas_kernels.sparse.pooling import REDUCTIONS, pool
-from pallas_kernels.sparse.problem import Problem, Window
+from pallas_kernels.sparse.pooling import pool
+from pallas_kernels.sparse.problem import Problem
 from pallas_kernels.sparse.voxels import Voxels
 
 __all__ = ["OPERATOR", "Implementation", "spatially_sparse_conv", "spatially_sparse_depthwise_conv"]
-
-STRIDE_MODES = ("stride_only", "reduce_and_stride")
-"""Names of what a stride does."""
 
 OPERATOR = Operator(
     name="sparse_conv",
@@ -119,18 +124,15 @@ def spatially_sparse_conv(
     x, w = checked_array(voxels.features, "voxels.features"), checked_array(weight, "weight")
     dtype = x.dtype
     check_unsharded(x, "voxels.features")
-    if stride_mode not in STRIDE_MODES:
-        raise ValueError(f"stride_mode={stride_mode!r}: expected one of {', '.join(STRIDE_MODES)}")
-    if stride_reduce not in REDUCTIONS:
-        raise ValueError(
-            f"stride_reduce={stride_reduce!r}: expected one of {', '.join(REDUCTIONS)}"
-        )
-    window = maps.checked_window(kernel_size, stride, kernel_dilation, voxels.ndim)
+    check_name(stride_mode, "stride_mode", STRIDE_MODES)
+    check_name(stride_reduce, "stride_reduce", POOL_REDUCTIONS)
+    window = checked_window(kernel_size, stride, kernel_dilation, voxels.ndim)
     window = window._replace(
         groups=checked_integer(groups, "groups", least=1), transposed=transposed
     )
-    w = _checked_weight(w, window, x.shape[1])
-    features = window.groups * w.shape[3]
+    shape = checked_weight(w.shape, window, x.shape[1])
+    w = w if w.ndim == 4 else w[:, None]
+    features = window.groups * shape[3]
     if bias is not None:
         bias = checked_array(bias, "bias")
         if bias.shape != (features,):
@@ -138,11 +140,7 @@ def spatially_sparse_conv(
     checked = checked_precision(precision)
     x, w = operands(x, w, compute_dtype)
     if stride_mode == "reduce_and_stride" and set(window.stride) != {1}:
-        if transposed or output_voxels is not None:
-            given = "transposed=True" if transposed else "output_voxels"
-            raise ValueError(
-                f"{given}: stride_mode='reduce_and_stride' pools onto voxels of its own"
-            )
+        check_pools(transposed, output_voxels)
         voxels = pool(voxels.with_features(x), window.stride, reduce=stride_reduce)
         x, window = voxels.features, window._replace(stride=(1,) * voxels.ndim)
     if kernel_map is None:
@@ -159,45 +157,12 @@ def spatially_sparse_conv(
             out_capacity=out_capacity,
         )
     else:
-        own = generative or transposed or output_rule == "full" or set(window.stride) != {1}
-        if own and output_voxels is None:
-            raise ValueError(
-                "output_voxels=None: with kernel_map= give the voxels too that kernel_map() "
-                "returned beside it, for the output has other voxels than the input"
-            )
+        expands = generative or output_rule == "full"
+        check_map(kernel_map, window, voxels, output_voxels, expands)
         out = output_voxels or voxels
-        _check_map(kernel_map, window, voxels, out)
     problem = Problem((voxels.batch_size, *x.shape), x.dtype, features, window)
     plan = planned(OPERATOR, problem, fwd_algo, bwd_algo, checked)
     y = vjp.convolution(plan, x, w, kernel_map).astype(dtype)
     if bias is not None:
         y = jnp.where(out.valid[:, None], y + bias.astype(y.dtype), 0)
     return out.with_features(y)
-
-
-def _checked_weight(w: jax.Array, window: Window, channels: int) -> jax.Array:
-    """The weights as `[K, G, C / G, F / G]`."""
-    taps, groups = window.taps, window.groups
-    if channels % groups:
-        raise ValueError(f"groups={groups}: expected a divisor of the {channels} channels")
-    each = channels // groups
-    shape = f"[K, C_in, C_out] = [{taps}, {channels}, C_out]"
-    if groups > 1:
-        shape = f"[K, G, C_in / G, C_out / G] = [{taps}, {groups}, {each}, C_out / G]"
-    grouped = w[:, None] if w.ndim == 3 and groups == 1 else w
-    if grouped.ndim != 4 or grouped.shape[:3] != (taps, groups, each) or grouped.shape[3] == 0:
-        raise ValueError(f"weight: expected {shape}, got shape {w.shape}")
-    return grouped
-
-
-def _check_map(found: maps.KernelMap, window: Window, voxels: Voxels, out: Voxels) -> None:
-    """Raises an error where a map is not that of a call."""
-    asked = window._replace(groups=1)
-    if found.window != asked:
-        raise ValueError(f"kernel_map: is that of {found.window}, expected {asked}")
-    if (found.in_capacity, found.out_capacity) != (voxels.capacity, out.capacity):
-        raise ValueError(
-            f"kernel_map: leads from {found.in_capacity} rows to {found.out_capacity}, expected "
-            f"{voxels.capacity} to {out.capacity}; where the output's voxels are not the input's, "
-            "give output_voxels= too, which kernel_map() returned beside it"
-        )

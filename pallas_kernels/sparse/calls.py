@@ -9,6 +9,7 @@ from pallas_kernels.common.arguments import checked_dtype
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.sparse import vjp
+from pallas_kernels.sparse.algorithms import aliases
 from pallas_kernels.sparse.problem import Problem
 
 
@@ -19,52 +20,12 @@ class Implementation(StrEnum):
     XLA = "xla"
 
 
-class SPARSE_CONV_FWD_ALGO_MODE(StrEnum):
-    """Algorithms of the forward pass of the sparse convolution."""
-
-    EXPLICIT_GEMM = "explicit_gemm"
-    IMPLICIT_GEMM = "implicit_gemm"
-    CUTLASS_IMPLICIT_GEMM = "cutlass_implicit_gemm"
-    AUTO = "auto"
-
-
-class SPARSE_CONV_BWD_ALGO_MODE(StrEnum):
-    """Algorithms of the backward pass of the sparse convolution."""
-
-    EXPLICIT_GEMM = "explicit_gemm"
-    IMPLICIT_GEMM = "implicit_gemm"
-    CUTLASS_IMPLICIT_GEMM = "cutlass_implicit_gemm"
-    AUTO = "auto"
-
-
-class SPARSE_DEPTHWISE_CONV_FWD_ALGO_MODE(StrEnum):
-    """Algorithms of the forward pass of the depthwise sparse convolution."""
-
-    EXPLICIT = "explicit"
-    IMPLICIT = "implicit"
-    AUTO = "auto"
-
-
-class SPARSE_DEPTHWISE_CONV_BWD_ALGO_MODE(StrEnum):
-    """Algorithms of the backward pass of the depthwise sparse convolution."""
-
-    EXPLICIT = "explicit"
-    IMPLICIT = "implicit"
-    AUTO = "auto"
-
-
 _EXPLICIT = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
 _IMPLICIT = _EXPLICIT | {"gpu": "triton"}
 
-ALIASES = {
-    "explicit_gemm": _EXPLICIT,
-    "explicit": _EXPLICIT,
-    "implicit_gemm": _IMPLICIT,
-    "implicit": _IMPLICIT,
-    "cutlass_implicit_gemm": _IMPLICIT,
-}
-"""Implementations by the names of algorithms: what gathers rows into memory before it multiplies,
-and what gathers as it multiplies, which off GPUs is plain JAX too, one offset after the other."""
+ALIASES = aliases(_EXPLICIT, _IMPLICIT)
+"""Implementations by the names of algorithms; off GPUs what gathers as it multiplies is plain JAX
+too, one offset after the other."""
 
 
 def operands(

@@ -11,9 +11,9 @@ from pallas_kernels.common.types import Tree
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.sparse import api, baseline_jax
 from pallas_kernels.sparse.cases import CASES, Case, PerAxis
-from pallas_kernels.sparse.maps import checked_window
+from pallas_kernels.sparse.checks import checked_window, per_axis
 from pallas_kernels.sparse.problem import Problem
-from pallas_kernels.sparse.voxels import Voxels, per_axis
+from pallas_kernels.sparse.voxels import Voxels
 
 __all__ = ["CASES", "baseline", "computed", "problem"]
 

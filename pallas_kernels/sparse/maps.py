@@ -19,23 +19,18 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.common._compat import trace_state, vary_like
-from pallas_kernels.common.arguments import checked_integer
+from pallas_kernels.common.integers import checked_integer
+from pallas_kernels.sparse.checks import LIMIT, checked_request, checked_window
 from pallas_kernels.sparse.problem import TILE_ROWS, Window
 from pallas_kernels.sparse.voxels import (
-    LIMIT,
     Keys,
     UniqueKeys,
     Voxels,
     pack,
-    per_axis,
-    rounded_capacity,
     sort_keys,
     unique_keys,
     unpack,
 )
-
-OUTPUT_RULES = ("floor", "full")
-"""Names of the rules that say which voxels the output of a strided convolution has."""
 
 _QUERIES_AT_ONCE = 1 << 24
 """Keys that are searched, or sorted, at once; more take turns."""
@@ -262,51 +257,37 @@ def kernel_map(
         >>> found.table[:, :3].tolist(), out.coords[:3].tolist()
         ([[-1, 0, -1], [-1, 1, 2], [0, -1, -1]], [[0, 0], [0, 1], [0, 3]])
     """
-    window = checked_window(kernel_size, stride, dilation, voxels.ndim)
-    window = window._replace(transposed=bool(transposed))
-    if output_rule not in OUTPUT_RULES:
-        raise ValueError(f"output_rule={output_rule!r}: expected one of {', '.join(OUTPUT_RULES)}")
-    if padding is not None and output_rule != "full" and not transposed:
-        raise ValueError(
-            f"padding={padding!r}: belongs to output_rule='full', and to transposed convolutions"
-        )
-    if output_rule == "full" and transposed:
-        raise ValueError(
-            "output_rule='full': belongs to convolutions that are not transposed; generative=True "
-            "makes every output of a transposed one"
-        )
-    if output_voxels is not None and (generative or output_rule == "full"):
-        which = "generative=True" if generative else "output_rule='full'"
-        raise ValueError(f"output_voxels: {which} makes its own; leave one of them out")
-    if transposed and not generative and output_voxels is None:
-        raise ValueError(
-            "output_voxels=None: a transposed convolution needs the voxels of its output, or "
-            "generative=True"
-        )
-    first = _first_offsets(window, padding)
-    tensor_stride = _tensor_stride(voxels, window)
-    if output_voxels is not None:
-        _check_output(voxels, output_voxels, tensor_stride)
-    full = generative or output_rule == "full"
-    rows = _out_capacity(out_capacity, voxels, output_voxels, window, full)
+    asked = checked_request(
+        voxels,
+        kernel_size,
+        stride,
+        dilation,
+        transposed=transposed,
+        generative=generative,
+        output_voxels=output_voxels,
+        output_rule=output_rule,
+        padding=padding,
+        out_capacity=out_capacity,
+    )
+    window, first, rows = asked.window, asked.first, asked.rows
     sites = _sites(voxels)
     given = None if output_voxels is None else _sites(output_voxels)
-    if given is None and _keeps(window, full):
+    if given is None and asked.keeps:
         given = sites
     if transposed and given is not None:
         # The map from the output to the input, which a strided layer before may have made.
         untransposed = window._replace(transposed=False)
-        made, _ = _kept(given, sites, untransposed, first, full, voxels.capacity)
+        made, _ = _kept(given, sites, untransposed, first, asked.full, voxels.capacity)
         made = made.swapped()
     else:
-        made, given = _kept(sites, given, window, first, full, rows)
+        made, given = _kept(sites, given, window, first, asked.full, rows)
     out = Voxels(
         given.coords,
         jnp.zeros((rows, 0), voxels.features.dtype),
         given.num_valid,
         given.overflow | voxels.overflow,
         voxels.batch_size,
-        tensor_stride,
+        asked.tensor_stride,
     )
     if not (
         isinstance(out.overflow, jax.core.Tracer) or given is sites or output_voxels is not None
@@ -425,101 +406,6 @@ def _united(masks: jax.Array, count: int) -> jax.Array:
     padded = jnp.pad(masks, ((0, 0), (0, tiles * count - size)))
     grouped = padded.reshape(words, tiles, count)
     return lax.reduce(grouped, np.uint32(0), lax.bitwise_or, (2,))
-
-
-def checked_window(
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int],
-    dilation: int | Sequence[int],
-    ndim: int,
-) -> Window:
-    """The window of a call.
-
-    Raises:
-        ValueError: A size that is no positive integer, or too large for coordinates of 32 bits.
-
-    Example:
-        >>> checked_window(3, (2, 1), 1, 2).stride
-        (2, 1)
-    """
-    window = Window(
-        per_axis(kernel_size, "kernel_size", ndim),
-        per_axis(stride, "stride", ndim),
-        per_axis(dilation, "kernel_dilation", ndim),
-    )
-    span = max(k * d for k, d in zip(window.kernel_size, window.dilation, strict=True))
-    if max(window.stride) * 16 > LIMIT or span > LIMIT:
-        raise ValueError(
-            f"stride={window.stride}, kernel_size={window.kernel_size}, "
-            f"kernel_dilation={window.dilation}: expected strides up to {LIMIT // 16} and windows "
-            f"of up to {LIMIT} voxels"
-        )
-    return window
-
-
-def _first_offsets(window: Window, padding: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The coordinates that offset 0 adds to `stride u`, along each axis."""
-    if padding is None:
-        return window.offsets()[0]
-    each = tuple(padding) if isinstance(padding, Sequence) else (padding,) * len(window.stride)
-    if len(each) != len(window.stride):
-        raise ValueError(f"padding={padding!r}: expected an integer, or {len(window.stride)}")
-    return tuple(-checked_integer(one, "padding", least=0) for one in each)
-
-
-def _tensor_stride(voxels: Voxels, window: Window) -> tuple[int, ...]:
-    """The tensor stride of the output."""
-    pairs = list(zip(voxels.tensor_stride, window.stride, strict=True))
-    if not window.transposed:
-        return tuple(t * s for t, s in pairs)
-    if any(t % s for t, s in pairs):
-        raise ValueError(
-            f"stride={window.stride}: a transposed convolution divides the voxels' tensor_stride "
-            f"{voxels.tensor_stride} by it"
-        )
-    return tuple(t // s for t, s in pairs)
-
-
-def _check_output(voxels: Voxels, out: Voxels, tensor_stride: tuple[int, ...]) -> None:
-    """Raises an error where voxels cannot be the output of others."""
-    if (out.ndim, out.batch_size) != (voxels.ndim, voxels.batch_size):
-        raise ValueError(
-            f"output_voxels: expected {voxels.ndim} axes and {voxels.batch_size} samples, got "
-            f"{out.ndim} and {out.batch_size}"
-        )
-    if out.tensor_stride != tensor_stride:
-        raise ValueError(
-            f"output_voxels: expected the tensor_stride {tensor_stride} that this stride leads to, "
-            f"got {out.tensor_stride}"
-        )
-
-
-def _out_capacity(
-    given: int | None, voxels: Voxels, out: Voxels | None, window: Window, full: bool
-) -> int:
-    """Rows of the output."""
-    if out is not None:
-        if given not in (None, out.capacity):
-            raise ValueError(f"out_capacity={given}: output_voxels have {out.capacity}")
-        return out.capacity
-    if _keeps(window, full):
-        if given not in (None, voxels.capacity):
-            raise ValueError(f"out_capacity={given}: stride 1 keeps the input's {voxels.capacity}")
-        return voxels.capacity
-    if given is not None:
-        return checked_integer(given, "out_capacity", least=1)
-    if not full:
-        return voxels.capacity
-    # How many outputs may read one voxel: each offset at most one.
-    each = 1
-    for k, s, d in zip(window.kernel_size, window.stride, window.dilation, strict=True):
-        each *= k if window.transposed or d % s == 0 else min(k, -(-(d * (k - 1) + 1) // s))
-    return rounded_capacity(each * voxels.capacity)
-
-
-def _keeps(window: Window, full: bool) -> bool:
-    """Whether the output's voxels are the input's."""
-    return not full and not window.transposed and set(window.stride) == {1}
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))

@@ -15,12 +15,10 @@ from jax import lax
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.arguments import checked_array, checked_integer
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.sparse.checks import FULL, POOL_REDUCTIONS, check_name
 from pallas_kernels.sparse.maps import KernelMap, kernel_map
-from pallas_kernels.sparse.voxels import FULL, Voxels, pack, unique_keys, unpack
+from pallas_kernels.sparse.voxels import Voxels, pack, unique_keys, unpack
 from pallas_kernels.sparse.xla import take
-
-REDUCTIONS = ("max", "mean", "sum")
-"""Names of what a pooling makes of the voxels of a window."""
 
 
 def pool(
@@ -55,8 +53,7 @@ def pool(
         >>> pooled.coords[:2].tolist(), pooled.features[:2, 0].tolist()
         ([[0, 0], [0, 1]], [1.0, 7.0])
     """
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCTIONS)}")
+    check_name(reduce, "reduce", POOL_REDUCTIONS)
     stride = kernel_size if stride is None else stride
     if out_capacity is None and stride == kernel_size:
         out_capacity = voxels.capacity
@@ -138,8 +135,7 @@ def global_pool(voxels: Voxels, *, reduce: str = "mean") -> jax.Array:
         >>> global_pool(voxels).tolist()
         [[3.0], [0.0], [7.0]]
     """
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCTIONS)}")
+    check_name(reduce, "reduce", POOL_REDUCTIONS)
     x = checked_array(voxels.features, "voxels.features")
     wide = x.astype(accumulation_dtype(x.dtype))
 

@@ -17,18 +17,26 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.common._compat import vary_like
-from pallas_kernels.common.arguments import checked_array, checked_integer
+from pallas_kernels.common.arguments import checked_array
 from pallas_kernels.common.dtypes import accumulation_dtype
-
-LIMIT = 1 << 17
-"""Coordinates lie in [-LIMIT, LIMIT)."""
-MOST_SAMPLES = 512
-"""The batch index lies in [0, MOST_SAMPLES)."""
-FULL, OUTSIDE, TWICE = 1, 2, 4
-"""The faults that `Voxels.overflow` adds up."""
-
-REDUCTIONS = ("mean", "max", "first", "sum")
-"""Names of what `from_points` makes of the points of a voxel."""
+from pallas_kernels.common.integers import checked_integer
+from pallas_kernels.sparse.checks import (
+    FULL,
+    LIMIT,
+    MOST_SAMPLES,
+    OUTSIDE,
+    POINT_REDUCTIONS,
+    TWICE,
+    check_faults,
+    check_name,
+    check_places,
+    check_rows,
+    checked_capacity,
+    checked_samples,
+    checked_voxel_size,
+    per_axis,
+    rounded_capacity,
+)
 
 _MISSING = np.uint32(0xFFFFFFFF)
 """Both halves of the key of a row that does not count: behind every key of 63 bits."""
@@ -87,10 +95,7 @@ class Voxels:
             >>> voxels.with_features(voxels.features * 2).features.tolist()
             [[2.0], [4.0]]
         """
-        if features.ndim != 2 or features.shape[0] != self.capacity:
-            raise ValueError(
-                f"features: expected [capacity, C] of {self.capacity} rows, got {features.shape}"
-            )
+        check_rows(features.shape, self.capacity, "capacity")
         return dataclasses.replace(self, features=features)
 
     def check(self) -> "Voxels":
@@ -105,17 +110,7 @@ class Voxels:
             >>> from_coords([[0, 1], [0, 4]], [[1.0], [2.0]]).check().capacity
             2
         """
-        faults = int(self.overflow)
-        messages = {
-            FULL: f"more voxels than a capacity, here {self.capacity}: give a larger capacity= or "
-            "out_capacity=",
-            OUTSIDE: f"a sample beyond [0, {MOST_SAMPLES}), or a coordinate beyond "
-            f"[{-LIMIT}, {LIMIT})",
-            TWICE: "a coordinate that is there twice: from_points merges them",
-        }
-        told = [message for bit, message in messages.items() if faults & bit]
-        if told:
-            raise ValueError(f"voxels: {'; '.join(told)}")
+        check_faults(int(self.overflow), self.capacity)
         return self
 
 
@@ -254,16 +249,6 @@ def unique_keys(high: jax.Array, low: jax.Array, capacity: int) -> UniqueKeys:
     return UniqueKeys(high, low, jnp.minimum(count, capacity), overflow)
 
 
-def rounded_capacity(count: int) -> int:
-    """The power of two from `count` on: few different capacities are few programs to compile.
-
-    Example:
-        >>> rounded_capacity(5), rounded_capacity(0)
-        (8, 1)
-    """
-    return 1 << max(count - 1, 0).bit_length()
-
-
 def from_coords(
     coords: ArrayLike,
     features: ArrayLike,
@@ -298,19 +283,16 @@ def from_coords(
     count, width = places.shape
     if not 2 <= width <= 4:
         raise ValueError(f"coords: expected [n, 1 + D] with 1 to 3 axes, got shape {places.shape}")
-    if features.ndim != 2 or features.shape[0] != count:
-        raise ValueError(f"features: expected [n, C] of {count} rows, got shape {features.shape}")
+    check_rows(features.shape, count)
     concrete = not isinstance(places, jax.core.Tracer)
     if batch_size is None:
         if not concrete:
             raise ValueError("batch_size=None: expected a number where coords have no values")
         batch_size = int(np.asarray(places)[:, 0].max(initial=0)) + 1
-    samples = checked_integer(batch_size, "batch_size", least=1)
-    if samples > MOST_SAMPLES:
-        raise ValueError(f"batch_size={samples}: expected at most {MOST_SAMPLES}")
-    rows = _checked_capacity(capacity, count)
+    samples = checked_samples(batch_size)
+    rows = checked_capacity(capacity, count)
     if concrete:
-        _check_places(np.asarray(places), samples)
+        check_places(np.asarray(places), samples)
     places = _padded(places.astype(jnp.int32), rows, -1)
     valid = lax.iota(jnp.int32, rows) < count
     return Voxels(
@@ -490,13 +472,9 @@ def from_points(
     at, x = checked_array(points, "points"), checked_array(features, "features")
     if at.ndim != 2 or not 1 <= at.shape[1] <= 3:
         raise ValueError(f"points: expected [n, D] of 1 to 3 axes, got shape {at.shape}")
-    if x.ndim != 2 or x.shape[0] != at.shape[0]:
-        raise ValueError(f"features: expected [n, C] of {at.shape[0]} rows, got shape {x.shape}")
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCTIONS)}")
-    size = np.asarray(voxel_size, np.float64)
-    if size.shape not in ((), (at.shape[1],)) or not (np.isfinite(size) & (size > 0)).all():
-        raise ValueError(f"voxel_size={voxel_size!r}: expected a number > 0, or one for each axis")
+    check_rows(x.shape, at.shape[0])
+    check_name(reduce, "reduce", POINT_REDUCTIONS)
+    size = checked_voxel_size(voxel_size, at.shape[1])
     batch = checked_integer(batch_size, "batch_size", least=1)
     own = jnp.zeros(at.shape[:1], jnp.int32) if samples is None else jnp.asarray(samples, jnp.int32)
     if own.shape != at.shape[:1] or batch > MOST_SAMPLES:
@@ -639,25 +617,6 @@ def _scanned(
     return lax.associative_scan(step, (x, starts))[0]
 
 
-def per_axis(value: int | Sequence[int], name: str, ndim: int) -> tuple[int, ...]:
-    """An argument that is one positive integer for all axes or one for each, as one for each.
-
-    Raises:
-        ValueError: It is neither.
-
-    Example:
-        >>> per_axis(3, "kernel_size", 2)
-        (3, 3)
-    """
-    each = tuple(value) if isinstance(value, Sequence) else (value,) * ndim
-    try:
-        if len(each) == ndim and not isinstance(value, str):
-            return tuple(checked_integer(one, name, least=1) for one in each)
-    except ValueError:
-        pass
-    raise ValueError(f"{name}={value!r}: expected an integer >= 1, or {ndim} of them")
-
-
 def _checked_coords(coords: ArrayLike, name: str) -> jax.Array | np.ndarray:
     """Integers `[n, width]`, of NumPy where they have values, so that none is cut to 32 bits."""
     if isinstance(coords, jax.core.Tracer):
@@ -672,35 +631,6 @@ def _checked_coords(coords: ArrayLike, name: str) -> jax.Array | np.ndarray:
     if places.ndim != 2:
         raise ValueError(f"{name}: expected [n, 1 + D], got shape {places.shape}")
     return places
-
-
-def _checked_capacity(capacity: int | None, count: int) -> int:
-    if capacity is None:
-        return rounded_capacity(count)
-    rows = checked_integer(capacity, "capacity", least=1)
-    if rows < count:
-        raise ValueError(f"capacity={rows}: expected at least {count}, the number of voxels")
-    return rows
-
-
-def _check_places(places: np.ndarray, samples: int) -> None:
-    """Raises an error that names the first row of coordinates that nobody can take."""
-    for column, name in enumerate(["sample", *(f"axis {i}" for i in range(places.shape[1] - 1))]):
-        low, high = (0, samples) if column == 0 else (-LIMIT, LIMIT)
-        wrong = (places[:, column] < low) | (places[:, column] >= high)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise ValueError(
-                f"coords: row {row} has {name} {places[row, column]}, expected {low} to {high - 1}"
-            )
-    order = np.lexsort(places.T[::-1])
-    same = (places[order[1:]] == places[order[:-1]]).all(1)
-    if same.any():
-        first, second = sorted(order[int(np.argmax(same)) :][:2].tolist())
-        raise ValueError(
-            f"coords: row {second} is {places[second].tolist()}, as row {first} is; expected each "
-            "once, from_points merges what falls into one voxel"
-        )
 
 
 def _padded(array: jax.Array | np.ndarray, rows: int, fill: int) -> jax.Array:

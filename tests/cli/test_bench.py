@@ -7,10 +7,11 @@ from itertools import count
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.table import Table
 from typer.testing import CliRunner
 
-from flash_wtconv_jax import models
+from flash_wtconv_jax import models, plots
 from flash_wtconv_jax.bench import (
     conv2d,
     devices,
@@ -63,6 +64,16 @@ def longer(monkeypatch):
     monkeypatch.setattr(timing, "take_turns", take_turns)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """The pictures, which a test of its own has, are empty."""
+    for name in ("speedups", "roofline"):
+        monkeypatch.setattr(plots, name, lambda report: Figure(figsize=(1, 1)))
+
+
+UNDRAWN = pytest.mark.usefixtures("undrawn")
+
+
 def bench(*arguments, benchmark="wtconv"):
     return CliRunner().invoke(app, ["bench", benchmark, *map(str, arguments)])
 
@@ -86,9 +97,7 @@ def test_dense_convolutions(tmp_path, monkeypatch):
     assert {mean["speedup"] for mean in report["means"]} == {1.0} and len(report["means"]) == 8
     # What does not take a dtype is no contender.
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
-    bench("--shape", "tiny", "--dtype", "float32", "--out", tmp_path, benchmark="conv2d")
-    report = json.loads((tmp_path / "conv2d.json").read_text())
-    assert {row["contender"] for row in report["rows"]} == {"plain jax", "flash xla"}
+    assert conv2d.implementations(layer, "float32") == ["xla"]
     for more in ([], ["--write-defaults"]):
         result = bench("--shape", "huge", *more, "--out", tmp_path, benchmark="conv2d")
         assert "['huge'] is not one of" in str(result.exception)
@@ -151,6 +160,7 @@ def test_the_fastest_dense_convolutions_are_kept(tmp_path, monkeypatch, longer):
             "groups": 1,
             "reflect": True,
             "layout": "nhwc_hwcf",
+            "upsample": 1,
         },
     }
     # None comes twice.
@@ -214,6 +224,7 @@ def test_unknown_shape_and_baseline_are_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@UNDRAWN
 def test_without_torch_plain_jax_is_the_baseline(monkeypatch, tmp_path):
     monkeypatch.setattr(wtconv, "_registered", lambda dtype: {})
     # The device is the one that JAX takes anyway.
@@ -229,6 +240,7 @@ def test_a_file_in_the_way_is_found_before_anything_is_timed(tmp_path):
     assert isinstance(result.exception, NotADirectoryError)
 
 
+@UNDRAWN
 def test_another_dtype_and_one_that_is_none(tmp_path):
     assert bench("--shape", "pixel", "--dtype", "bfloat16", "--out", tmp_path).exit_code == 0
     report = json.loads((tmp_path / "wtconv.json").read_text())
@@ -238,6 +250,7 @@ def test_another_dtype_and_one_that_is_none(tmp_path):
         assert "dtype: 'int' is not one of ['float32'" in str(result.exception)
 
 
+@UNDRAWN
 def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, tmp_path):
     monkeypatch.setattr(wtconv, "on_cpu", lambda: False)
     monkeypatch.setattr(device, "on_cpu", lambda: False)
@@ -268,6 +281,7 @@ def test_a_device_that_is_not_here(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@UNDRAWN
 def test_several_implementations_are_contenders_and_the_fastest_is_kept(
     monkeypatch, tmp_path, longer
 ):

@@ -136,6 +136,8 @@ class TestTorch:
         from torch_bridge import check
 
         monkeypatch.setattr(check, "CASES", CASES)
+        for name, (operator, _) in check.SPARSE.items():
+            monkeypatch.setitem(check.SPARSE, name, (operator, FEW[name]))
         monkeypatch.setattr(check, "best_device", lambda: torch.device("cpu"))
         # These have tests of their own, with many compilations.
         for module in (check.cuda, check.metal):
@@ -151,13 +153,17 @@ class TestTorch:
     def test_against_the_oracle(self, monkeypatch, capsys, tmp_path):
         assert self.check(monkeypatch, "--json", tmp_path / "a.json") == 0
         output = capsys.readouterr().out
-        assert "3 pass, 0 fail, 15 skip" in output
+        assert "5 pass, 0 fail, 17 skip" in output
         assert "skip wtconv cuda, 2 cases: needs an NVIDIA GPU, this is cpu" in output
         assert "skip wtconv triton, 2 cases: needs a GPU, this is cpu" in output
         assert "skip wtconv metal, 2 cases: needs an Apple GPU, this is cpu" in output
         rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-        assert {row["operator"] for row in rows} == {"wtconv"}
-        assert [row["backend"] for row in rows] == [
+        sparse = "sparse_conv", "sparse_depthwise_conv"
+        assert {row["operator"] for row in rows} == {"wtconv", *sparse}
+        for name in sparse:
+            own = [(r["backend"], r["status"]) for r in rows if r["operator"] == name]
+            assert own == [("triton", "skip"), ("eager", "pass")]
+        assert [row["backend"] for row in rows if row["operator"] == "wtconv"] == [
             *("cuda", "cuda", "cuda channels-last"),
             *("triton", "triton", "triton channels-last"),
             *("metal", "metal", "metal channels-last"),
@@ -175,7 +181,9 @@ class TestTorch:
 
     def test_an_unknown_name_is_one_line(self, monkeypatch, capsys):
         assert self.check(monkeypatch, "--operator", "haar") == 1
-        assert capsys.readouterr().err == "error: --operator haar: expected one of wtconv\n"
+        assert capsys.readouterr().err == (
+            "error: --operator haar: expected one of wtconv, sparse_conv, sparse_depthwise_conv\n"
+        )
         assert self.check(monkeypatch, "--implementation", "xla") == 1
         assert "xla: expected one of cuda, triton, metal, eager" in capsys.readouterr().err
 
@@ -186,7 +194,7 @@ class TestTorch:
         swapped = lambda x, filters: transform(x, filters)[:, :, [0, 2, 1, 3]]  # noqa: E731
         monkeypatch.setattr(eager, "wavelet_transform", swapped)
         monkeypatch.setattr("torch_bridge.check.CASES", CASES[:1])
-        assert self.check(monkeypatch) == 1
+        assert self.check(monkeypatch, "--operator", "wtconv") == 1
         output = capsys.readouterr().out
         assert "0 pass, 2 fail" in output and "is off by" in output
 

@@ -10,8 +10,6 @@ from typer.testing import CliRunner
 from flash_wtconv_jax import checkpoints
 from flash_wtconv_jax.cli.convert import convert
 
-pytestmark = pytest.mark.core
-
 app = typer.Typer()
 app.command()(convert)
 

@@ -8,8 +8,6 @@ from rich.table import Table
 
 from flash_wtconv_jax.cli.tables import print_table
 
-pytestmark = pytest.mark.core
-
 
 def printed(table, **console):
     out = io.StringIO()

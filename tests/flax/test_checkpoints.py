@@ -21,8 +21,6 @@ from flash_wtconv_jax.models import convnext
 from pallas_kernels import oracle
 from pallas_kernels.common.files import replacing
 
-pytestmark = pytest.mark.core
-
 SPATIAL = {1: (5,), 2: (5, 3), 3: (3, 2, 4)}
 
 

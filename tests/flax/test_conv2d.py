@@ -49,6 +49,20 @@ def test_parameters_and_results_are_flaxs(name):
     np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x))(layer, x), got)
 
 
+@pytest.mark.parametrize("padding", [("reflect", 4), ["reflect", ((1, 0), (3, 2))]], ids=str)
+def test_so_many_samples_are_mirrored(padding):
+    x = jax.random.normal(jax.random.key(1), (2, 9, 8, 4))
+    layer = Conv2d(6, 3, padding=padding)
+    got, variables = layer.init_with_output(jax.random.key(0), x)
+    sides = ((4, 4), (4, 4)) if padding[1] == 4 else padding[1]
+    mirrored = np.pad(x, [(0, 0), *sides, (0, 0)], mode="reflect")
+    want = nn.Conv(6, (3, 3), padding="VALID").apply(variables, mirrored)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    twin = nnx_layers.Conv2d(4, 6, 3, padding=padding, rngs=nnx.Rngs(0))
+    twin.kernel[...] = variables["params"]["kernel"]
+    np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x))(twin, x), got)
+
+
 def test_an_activation_in_the_same_kernel():
     x = jax.random.normal(jax.random.key(1), (9, 8, 4))
     layer = Conv2d(6, 3, activation="gelu")
@@ -71,6 +85,8 @@ WRONG = {
     "feature_group_count=4: expected a divisor of the 4 channels": {"feature_group_count": 4},
     "mask: expected the kernel's shape, (3, 3, 4, 6), got (3, 3)": {"mask": np.ones((3, 3))},
     "padding=(-1, 1): expected integers >= 0": {"padding": (-1, 1)},
+    "padding=('reflect', (8, 8)): mirroring 8 samples along W takes an image of more than those, "
+    "got 8": {"padding": ("reflect", (8, 8))},
 }
 
 

@@ -15,8 +15,6 @@ from flash_wtconv_jax.models import SparseUNet, load_sparse_unet
 from flash_wtconv_jax.nnx import SparseConv3d
 from pallas_kernels import oracle
 
-pytestmark = pytest.mark.core
-
 COUNT, INSIDE, OUTSIDE = 12, 2, 3
 VOXELS = drawn_voxels((COUNT,), 4, INSIDE, ndim=3)
 PLACES = np.asarray(VOXELS.coords[:COUNT, 1:])

@@ -11,7 +11,7 @@ from helpers.sharded import over_the_batch
 
 from pallas_kernels import oracle
 from pallas_kernels.common.conformance import bounds, expected, worst
-from pallas_kernels.conv2d import baseline_jax, conv2d, get_igemm_conv2d
+from pallas_kernels.conv2d import api, baseline_jax, conv2d, get_igemm_conv2d, moments, vjp
 from pallas_kernels.conv2d.cases import TABLE, Case
 
 # A second each: every shape is compiled.
@@ -97,3 +97,77 @@ def assert_sharded(implementation, check_vma, dtype="float32"):
     got, want = (value_and_grads(call, case) for call in (local, plain(case)))
     atol = 1e-4 if dtype == "float32" else 0.05
     chex.assert_trees_all_close(got, want, rtol=1e-7, atol=atol)
+
+
+WHOLE_ROWS = (
+    # The channels are fewer, then the features; strides, dilation, zeros and mirrored edges.
+    Case(2, 6, 9, 3, 5, 5, 8, padding="reflect", bias=True),
+    Case(1, 7, 10, 8, 3, 5, 3, (2, 1), ((1, 0), (3, 1)), (1, 2), layout="nchw_fchw", bias=True),
+    Case(1, 6, 8, 2, 3, 4, 2, (1, 2), "SAME", dtype="float16"),
+    Case(1, 5, 9, 6, 2, 3, 2, (1, 3), ("reflect", (0, 2))),
+    Case(2, 4, 5, 4, 3, 3, 2, padding="reflect", bias=True, upsample=2),
+)
+"""Cases of few channels or features, of which a row of taps may be multiplied as one."""
+
+
+def assert_whole_rows(case, module, monkeypatch, config=None):
+    """Output and gradients are the oracle's where a row of taps is multiplied as one."""
+    *given, dy = arrays(case)
+    how = case.stride, case.padding, case.dilation, case.groups, case.upsample, case.layout
+    window = api._window(given[0].shape, given[1].shape, *how)
+    plan = vjp.Plan(module, config, window, None, config, None, whole_rows=True)
+    widths = []
+    forward = module.forward
+
+    def recorded(x, w, bias, *, window, **rest):
+        widths.append(window.filters(w.shape)[1])
+        return forward(x, w, bias, window=window, **rest)
+
+    monkeypatch.setattr(module, "forward", recorded)
+    got = {"y": jax.jit(vjp.timed_function(plan, "fwd", None, dy.dtype))(*given)}
+    backward = jax.jit(vjp.timed_function(plan, "bwd", None, dy.dtype))
+    got |= dict(zip(("dx", "dw"), backward(*given[:2], dy), strict=True))
+    assert set(widths) == {1}
+    assert_close(case, got, {name: expected(case)[name] for name in got})
+
+
+MOMENTS = (
+    # Tiles in part, several of an image, features that fill none; whole ones, and an epilogue;
+    # upsampled; a pixel.
+    Case(2, 5, 11, 4, 3, 3, 20, padding=1, dtype="float16"),
+    Case(1, 8, 8, 3, 1, 1, 40, bias=True, activation="relu", dtype="float16"),
+    Case(2, 5, 4, 3, 3, 3, 6, padding="reflect", dtype="float16", upsample=2),
+    Case(3, 1, 1, 4, 1, 1, 5, dtype="float16"),
+)
+"""Cases of which the moments are asked, of pixels of 16 bits."""
+
+
+def assert_moments(case, module, config=None, mean=0.0):
+    """An implementation's moments are those of its output, of each image.
+
+    Args:
+        case: The case.
+        module: The implementation.
+        config: Its tiles.
+        mean: What is added to the output; the deviations are about 1.
+    """
+    x, w, bias, _ = arrays(case)
+    if mean:
+        bias = jnp.full(case.nf, mean, jnp.float32)
+    how = case.stride, case.padding, case.dilation, case.groups, case.upsample, case.layout
+    window = api._window(x.shape, w.shape, *how)
+    plan = vjp.Plan(module, config, window, None, config, None)
+    run = jax.jit(vjp.conv2d_with_moments, static_argnums=(0, 1, 2))
+    y, tiles = run(plan, case.activation, jnp.dtype("float32"), x, w, bias)
+    wide = [None if a is None else np.asarray(a, np.float64) for a in (x, w, bias)]
+    want = oracle.conv2d(*wide[:2], bias=wide[2], **case.arguments)
+    np.testing.assert_allclose(y, want, atol=2e-3 * (1 + mean / 1000))
+    axes = (1, 2) if case.layout == "nhwc_hwcf" else (2, 3)
+    found = moments.combined(tiles)
+    pixels = np.prod([want.shape[axis] for axis in axes])
+    np.testing.assert_array_equal(found.counts, np.full(case.n, pixels))
+    of = np.asarray(y, np.float64)
+    np.testing.assert_allclose(found.mean, of.mean(axes), atol=1e-6, rtol=2e-7)
+    # The last bit of a mean is as much of a deviation of about 1 as its size.
+    rtol = max(1e-5, mean * float(jnp.finfo("float32").eps))
+    np.testing.assert_allclose(found.squares, of.var(axes) * pixels, rtol=rtol, atol=1e-9)

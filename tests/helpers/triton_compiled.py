@@ -54,7 +54,10 @@ SIZES = {
 }
 BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
 IMAGES = ("x", "w", "below", "y", "dy", "dw", "low", *BANDS, "residual", "dx", "dresidual")
-TAPS = ("taps", "base", "bias", "sums", "parts", "scale", "statistics", "dscale", "dbias")
+TAPS = (
+    *("taps", "base", "bias", "sums", "parts", "scale", "statistics", "dscale", "dbias"),
+    *("mean", "squares"),
+)
 ROWS = ("table", "order", "tiles", "counts")
 
 
@@ -65,7 +68,7 @@ def conv2d(dtype):
 
     def launch(kernel, arguments, outputs, grid, **constants):
         found.append(constants)
-        return [None]
+        return [None] * len(outputs)
 
     x, w, y = (
         SimpleNamespace(shape=shape, dtype=dtype)
@@ -76,7 +79,9 @@ def conv2d(dtype):
     conv2d_launches.forward(x, w, x, window, "gelu", dtype, *rest)
     conv2d_launches.input_grad(y, w, x.shape, window._replace(stride=(2, 2)), dtype, *rest)
     conv2d_launches.weight_grad(x, y, w.shape, window, *rest)
-    return dict(zip(("conv", "conv transposed", "weights"), found, strict=True))
+    conv2d_launches.forward_with_moments(x, w, x, window, None, dtype, *rest)
+    names = "conv", "conv transposed", "weights", "conv moments"
+    return dict(zip(names, found, strict=True))
 
 
 def sparse(dtype):
@@ -123,6 +128,8 @@ def kernels(operator, dtype):
     """Constants of each kernel of an operator."""
     if operator.startswith("wtconv"):
         return SIZES if operator.endswith("sizes") else WTCONV
+    if operator == "sparse torch":
+        return {name: sparse(dtype)[name] for name in ("tile_lists", "conv", "depthwise")}
     if operator in ("conv2d", "sparse", "stylize"):
         return {"conv2d": conv2d, "sparse": sparse, "stylize": stylize}[operator](dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
@@ -137,7 +144,9 @@ def compiled(operator, name, target, dtype):
     constants = {"num_warps": 4} | kernels(operator, dtype)[name]
     options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
     types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(TAPS, "*fp32")
-    types |= dict.fromkeys(ROWS, "*i32") | {"masks": "*u32"}
+    # PyTorch has hardly any operation of numbers without a sign.
+    masks = "*i32" if operator.endswith("torch") else "*u32"
+    types |= dict.fromkeys(ROWS, "*i32") | {"masks": masks}
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "i32")
         for argument in kernel.arg_names
@@ -146,7 +155,7 @@ def compiled(operator, name, target, dtype):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, argument in enumerate(kernel.arg_names)
-        if argument in types
+        if argument in types and argument not in constants
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)

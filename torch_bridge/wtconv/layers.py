@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.dispatch import Choice
+from torch_bridge.runtime import calls
 from torch_bridge.runtime.device import best_device
 from torch_bridge.wtconv import eager, ops
 
@@ -190,7 +191,7 @@ class _WTConv(nn.Module):
         self, x: Tensor, branches: list[tuple[_Conv, _Scale]], plain: tuple[bool, ...]
     ) -> Tensor:
         # A traced program may run with other sizes: there the operators check them.
-        shape, strides = ops.known(x)
+        shape, strides = calls.known(x)
         fwd, bwd = ops.pick(
             self.implementation,
             x.device,
@@ -471,7 +472,7 @@ def _warn_of_eager(layer: str, plain: tuple[bool, ...], picked: tuple[str, str])
     parts = ["base_conv or base_scale"]
     parts += [f"wavelet_convs.{i} or wavelet_scale.{i}" for i in range(len(plain) - 1)]
     found = "; ".join(part for part, bare in zip(parts, plain, strict=True) if not bare)
-    kernels = [name for name in ops.names(picked) if name != "eager"]
+    kernels = [name for name in calls.names(picked) if name != "eager"]
     warnings.warn(
         f"{layer} has hooks, wrappers, parametrizations or other arguments on {found}, which "
         f"{' and '.join(kernels)} would ignore: plain PyTorch computes the layer and calls them. "

@@ -21,22 +21,18 @@ need not care for the strides of what it returns: a copy mends those of y that a
 `torch.empty_like(x)`'s, and of gradients that are not contiguous.
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
 
-from pallas_kernels.common.refusals import KernelError
 from pallas_kernels.common.types import Tree
-from pallas_kernels.dispatch import Operator, Request, backend, forget, until_forgotten
+from pallas_kernels.dispatch import Operator, Request, backend, until_forgotten
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.wtconv.problem import Problem
-from torch_bridge.runtime import measuring
+from torch_bridge.runtime import calls, measuring
 
 
 class Implementation(StrEnum):
@@ -82,15 +78,6 @@ OPERATOR = Operator(
 )
 
 
-Result = TypeVar("Result")
-_ELSE = "else"
-"""The last word of a text as `pick` returns it, where another implementation may compute."""
-_END = 20
-"""Lines of a compiler's log that errors tell."""
-_FAILED: set[str] = set()
-"""The implementations that did not compile or load in this process; rules leave them out."""
-
-
 # What it returns is a constant of a traced program: it asks the environment, imports, and measures.
 @torch.compiler.assume_constant_result
 def pick(
@@ -133,9 +120,9 @@ def pick(
     fwd = OPERATOR.request("fwd", *where)
     bwd = OPERATOR.request("bwd", *where) if differentiated else None
     picked = _picked_by(fwd, bwd, device, shape, dtype, kernel_size, levels, wavelet, bias, strides)
-    if picked != ("eager", "eager") and _differentiated_by_func():
+    if picked != ("eager", "eager") and calls.differentiated_by_func():
         raise NotImplementedError(
-            f"torch.func differentiates what {' and '.join(names(picked))} would compute, "
+            f"torch.func differentiates what {' and '.join(calls.names(picked))} would compute, "
             "and PyTorch has no way yet to tell it of custom operators: use "
             "implementation='eager', or torch.autograd.grad"
         )
@@ -161,60 +148,12 @@ def _picked_by(
     def chosen(request: Request) -> str:
         static = request.direction, problem, device, dtype, bias, strides
         found = request.choose(problem, _measurement, *static)
-        failed = request.names is None and found.implementation in _FAILED
-        return _next(request.direction, device, problem) if failed else str(found)
+        if request.names is None and (OPERATOR.name, found.implementation) in calls.FAILED:
+            return calls.following(OPERATOR, request.direction, device, problem)
+        return str(found)
 
     first = chosen(fwd)
     return first, first if bwd is None else chosen(bwd)
-
-
-def names(picked: Iterable[str]) -> list[str]:
-    """The names of implementations without their parameters, each once.
-
-    Example:
-        >>> names(("triton columns=2", "triton"))
-        ['triton']
-    """
-    return sorted({text.split()[0] for text in picked})
-
-
-@torch.compiler.assume_constant_result
-def _differentiated_by_func() -> bool:
-    """Whether `torch.func` takes derivatives here, of a traced program where it is traced."""
-    levels = get_interpreter_stack() or ()
-    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
-
-
-def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Sizes and strides as numbers: of a traced program, those that it is traced with.
-
-    Asking for them leaves no guard: the program takes other sizes as before. Older versions of
-    PyTorch (2.9) cannot be asked; then there is one sample of each channel, and no strides.
-
-    Example:
-        >>> known(torch.zeros(2, 3, 4))
-        ((2, 3, 4), (12, 4, 1))
-    """
-    if not torch.compiler.is_compiling():
-        return tuple(x.shape), x.stride()
-    if not tells_sizes():
-        return (1, x.shape[1], *(1,) * (x.ndim - 2)), None
-    # A size that depends on data counts as 1.
-    from torch.fx.experimental.symbolic_shapes import optimization_hint as hint
-
-    return tuple(hint(n, 1) for n in x.shape), tuple(hint(n, 1) for n in x.stride())
-
-
-def tells_sizes() -> bool:
-    """Whether this PyTorch tells the sizes that a program is traced with: from 2.12 on.
-
-    Example:
-        >>> tells_sizes() in (True, False)
-        True
-    """
-    from torch.fx.experimental import symbolic_shapes
-
-    return hasattr(symbolic_shapes, "optimization_hint")
 
 
 def stays_whole(x: Tensor) -> bool:
@@ -229,7 +168,7 @@ def stays_whole(x: Tensor) -> bool:
     """
     if not torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    if torch.compiler.is_exporting() or not tells_sizes() or _differentiated_by_func():
+    if torch.compiler.is_exporting() or not calls.tells_sizes() or calls.differentiated_by_func():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -343,7 +282,7 @@ def wtconv(
     taps = [tap.unflatten(1, base_weight.shape[1:]) for tap in folded.split(rows)]
     bias = None if base_bias is None else base_bias.to(dtype) * base_scale.to(dtype).flatten()
     if replaceable:
-        fwd, bwd = f"{fwd} {_ELSE}", f"{bwd} {_ELSE}"
+        fwd, bwd = f"{fwd} {calls.ELSE}", f"{bwd} {calls.ELSE}"
     return apply(x, taps, bias, wavelet, False, fwd, bwd)
 
 
@@ -366,58 +305,10 @@ def apply(
     if x.numel() == 0:
         return torch.empty_like(x)
     problem = _problem(x.shape, x.dtype, taps[0].shape[-1], len(taps) - 1, wavelet)
-    return _computed(
-        *("fwd", fwd, x.device, problem),
+    return calls.computed(
+        *(OPERATOR, "fwd", fwd, x.device, problem),
         lambda module, config: _forward(module, x, taps, bias, wavelet, transpose, config),
     )
-
-
-def _computed(
-    direction: str,
-    text: str,
-    device: torch.device,
-    problem: Problem,
-    compute: Callable[[_Backend, dict[str, int]], Result],
-) -> Result:
-    """The result of what was picked, or of the next implementation where it does not compile.
-
-    Raises:
-        NotImplementedError: It does not take the sizes: a traced program was made for others.
-        KernelError: It does not compile or load, and was named.
-    """
-    name, config, replaceable = _picked(text)
-    if replaceable and name in _FAILED:
-        name, config = _next(direction, device, problem), {}
-    module = cast(_Backend, OPERATOR.module(name))
-    module.check(direction, problem)
-    try:
-        return compute(module, config)
-    except KernelError as error:
-        instead = _next(direction, device, problem, besides=name)
-        # Or the environment named it.
-        if not replaceable or OPERATOR.request(direction, None, device.type).names is not None:
-            raise KernelError(
-                f"implementation={name!r} of {OPERATOR.name} does not compile or load here: name "
-                f"{instead!r} in its place, or None for what does; the log ends with",
-                "\n".join(error.log.splitlines()[-_END:]),
-            ) from error
-        _FAILED.add(name)
-        forget()
-        first = error.log.strip().partition("\n")[0]
-        warnings.warn(
-            f"{name} of {OPERATOR.name} does not compile or load here, {instead} computes in its "
-            f"place: {first}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return _computed(direction, f"{instead} {_ELSE}", device, problem, compute)
-
-
-def _next(direction: str, device: torch.device, problem: Problem, besides: str = "") -> str:
-    """The first of the device's rule that has not failed and can run."""
-    rule = OPERATOR.rule.get(device.type, OPERATOR.rule["cpu"])
-    left = [name for name in rule if name not in (*_FAILED, besides)]
-    return OPERATOR.pick(direction, left, device.type, problem)
 
 
 def _forward(
@@ -429,22 +320,10 @@ def _forward(
     transpose: bool,
     config: Mapping[str, int],
 ) -> Tensor:
-    with _without_autocast(x):
+    with calls.without_autocast(x):
         y = module.forward(x, taps, bias, wavelet=wavelet, transpose=transpose, **config)
     like = torch.empty_like(x, device="meta")
     return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
-
-
-def _picked(text: str) -> tuple[str, dict[str, int], bool]:
-    """The implementation, its parameters, and whether another may replace it.
-
-    Example:
-        >>> _picked("eager"), _picked("triton columns=2 else")
-        (('eager', {}, False), ('triton', {'columns': 2}, True))
-    """
-    name, *parameters = text.split()
-    pairs = (parameter.split("=") for parameter in parameters if parameter != _ELSE)
-    return name, {key: int(value) for key, value in pairs}, _ELSE in parameters
 
 
 @apply.register_fake
@@ -460,8 +339,8 @@ def weight_grad(
     if x.numel() == 0:
         return [taps.zero_() for taps in _empty_taps(x, kernel_size, levels)]
     problem = _problem(x.shape, x.dtype, kernel_size, levels, wavelet)
-    return _computed(
-        *("bwd", bwd, x.device, problem),
+    return calls.computed(
+        *(OPERATOR, "bwd", bwd, x.device, problem),
         lambda module, config: _weight_grad(module, x, dy, kernel_size, levels, wavelet, config),
     )
 
@@ -476,7 +355,7 @@ def _weight_grad(
     config: Mapping[str, int],
 ) -> list[Tensor]:
     sizes = {"kernel_size": kernel_size, "levels": levels}
-    with _without_autocast(x):
+    with calls.without_autocast(x):
         found = module.weight_grad(x, dy, **sizes, wavelet=wavelet, **config)
     return [taps.contiguous() for taps in found]
 
@@ -491,14 +370,6 @@ def _empty_taps(x: Tensor, kernel_size: int, levels: int) -> list[Tensor]:
     rows = [channels] + [2**ndim * channels] * levels
     shapes = [(n, 1, *(kernel_size,) * ndim) for n in rows]
     return [x.new_empty(shape, dtype=_accumulation_dtype(x)) for shape in shapes]
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager:
-    """An implementation chooses its own dtypes, in a backward pass inside `autocast` too."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _keep(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:
@@ -560,11 +431,16 @@ def _(
     if of_x is not None and of_bias is None and all(dim is None for dim in of_taps):
         x = x.movedim(of_x, 0)
         return apply(x.flatten(0, 1), taps, bias, *rest).reshape(x.shape), 0
-    calls = [
-        apply(_example(x, of_x, i), _examples(taps, of_taps, i), _example(bias, of_bias, i), *rest)
+    found = [
+        apply(
+            calls.example(x, of_x, i),
+            calls.examples(taps, of_taps, i),
+            calls.example(bias, of_bias, i),
+            *rest,
+        )
         for i in range(info.batch_size)
     ]
-    return torch.stack(calls), 0
+    return torch.stack(found), 0
 
 
 @weight_grad.register_vmap
@@ -572,16 +448,8 @@ def _(
     info: Any, in_dims: tuple[Tree, ...], x: Tensor, dy: Tensor, *rest: Any
 ) -> tuple[list[Tensor], list[int]]:
     """It sums over its batch: one call after the other."""
-    calls = [
-        weight_grad(*_examples((x, dy), in_dims[:2], i), *rest) for i in range(info.batch_size)
+    found = [
+        weight_grad(*calls.examples((x, dy), in_dims[:2], i), *rest) for i in range(info.batch_size)
     ]
-    stacked = [torch.stack(examples) for examples in zip(*calls, strict=True)]
+    stacked = [torch.stack(examples) for examples in zip(*found, strict=True)]
     return stacked, [0] * len(stacked)
-
-
-def _examples(values: Sequence[Tensor], in_dims: Sequence[int | None], i: int) -> list[Tensor]:
-    return [_example(value, dim, i) for value, dim in zip(values, in_dims, strict=True)]
-
-
-def _example(value: Any, in_dim: int | None, i: int) -> Any:
-    return value if in_dim is None else value.select(in_dim, i)

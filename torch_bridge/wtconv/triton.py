@@ -1,29 +1,17 @@
 """The wavelet convolution on GPUs: the kernels that JAX launches too, on tensors of any strides."""
 
-import os
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pallas_kernels.common.refusals import compiling
-from pallas_kernels.common.types import Output
 from pallas_kernels.wtconv.problem import Problem
+from torch_bridge.runtime.triton import launch, unavailable
+
+__all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
 
 DIFFERENTIABLE = False
-
-
-def unavailable(platform: str) -> str | None:
-    """The reason why these kernels cannot run: they need a GPU, unless interpreted, and Triton."""
-    if platform != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs a GPU, this is {platform}"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"needs Triton (the extra 'triton'): {error}"
-    return None
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -69,7 +57,7 @@ def forward(
     n, c, h, w = torch.empty_like(x, device="meta").stride()
     with torch.cuda.device_of(x):
         y = triton_launches.forward(
-            _channels_last(x), flat, bias, taps[0].shape[-1], _launch, (n, h, w, c), **sizes
+            _channels_last(x), flat, bias, taps[0].shape[-1], launch, (n, h, w, c), **sizes
         )
     return y.permute(0, 3, 1, 2)
 
@@ -85,7 +73,7 @@ def weight_grad(
 
     with torch.cuda.device_of(x):
         found = triton_launches.weight_grad(
-            _channels_last(x), _channels_last(dy), kernel_size, levels, _launch, **sizes
+            _channels_last(x), _channels_last(dy), kernel_size, levels, launch, **sizes
         )
         return [
             torch.cat(parts, 1)
@@ -113,24 +101,3 @@ def _rows(tap: Tensor, channels: int, factor: float, transpose: bool) -> Tensor:
     flat = tap.new_zeros(shape)
     torch.mul(rows, factor, out=flat[: kernel_size**2, :, :channels])
     return flat
-
-
-def _launch(
-    kernel: Any,
-    arguments: list[Tensor | int],
-    outputs: Sequence[Output],
-    grid: tuple[int, ...],
-    **constants: object,
-) -> list[Tensor]:
-    """Launches a kernel, whose arguments are followed by its outputs; returns these."""
-    device = cast(Tensor, arguments[0]).device
-    made = []
-    for shape, dtype, *strides in outputs:
-        dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-        if strides:
-            made.append(torch.empty_strided(shape, *strides, dtype=dtype, device=device))
-        else:
-            made.append(torch.empty(shape, dtype=dtype, device=device))
-    with compiling("a Triton kernel"):
-        kernel[grid](*arguments, *made, **constants)
-    return made

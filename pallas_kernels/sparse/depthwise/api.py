@@ -6,9 +6,10 @@
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.common.arguments import check_unsharded, checked_array, checked_integer
+from pallas_kernels.common.arguments import check_unsharded, checked_array
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.sparse.calls import ALIASES, Implementation, operands, planned
+from pallas_kernels.sparse.checks import checked_depthwise
 from pallas_kernels.sparse.depthwise import vjp
 from pallas_kernels.sparse.depthwise.problem import Problem
 from pallas_kernels.sparse.maps import KernelMap
@@ -67,19 +68,8 @@ def spatially_sparse_depthwise_conv(
     """
     x, w = checked_array(in_features, "in_features"), checked_array(weight, "weight")
     check_unsharded(x, "in_features")
-    if x.ndim != 2 or x.shape[0] != kernel_map.in_capacity:
-        raise ValueError(
-            f"in_features: expected [in_capacity, C] of {kernel_map.in_capacity} rows, got shape "
-            f"{x.shape}"
-        )
-    taps, channels = kernel_map.window.taps, x.shape[1]
-    if w.shape != (taps, channels):
-        raise ValueError(f"weight: expected [K, C] = {(taps, channels)}, got shape {w.shape}")
-    rows = checked_integer(num_out_coords, "num_out_coords", least=0)
-    if rows > kernel_map.out_capacity:
-        raise ValueError(
-            f"num_out_coords={rows}: expected at most {kernel_map.out_capacity}, the map's rows"
-        )
+    rows = checked_depthwise(x.shape, w.shape, kernel_map, num_out_coords)
+    channels = x.shape[1]
     dtype = x.dtype
     x, w = operands(x, w, compute_dtype)
     window = kernel_map.window._replace(groups=channels)

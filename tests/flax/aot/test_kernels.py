@@ -15,6 +15,8 @@ from pallas_kernels.wtconv.shapes import TPU_SHAPES
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is for Linux alone")
 
+pytestmark = pytest.mark.core
+
 WTCONV, HAAR = (
     list(product([kernel], TPU_SHAPES, report.DTYPES, report.DIRECTIONS))
     for kernel in report.KERNELS
@@ -62,26 +64,22 @@ def test_v5e_takes_an_image_in_few_cycles():
     assert_compiled("v5e", ALWAYS)
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("name", TPU_SHAPES)
-def test_v5e_takes_every_shape(name):
-    """In the dtype and direction that the other chips do not take it in; `slow` has the rest."""
-    some = [key for key in WTCONV + HAAR if key not in EVEN or key in FEW_CYCLES]
-    done = LONG + ALWAYS
-    assert_compiled("v5e", [key for key in some if key[1] == name and key not in done])
+# Of each shape four programs, of each kernel one dtype forward and the other backward: one kernel's
+# on a v5e, of the other one on a v6e and one on a v5p. So all pairs of two choices come.
+SOME = [
+    ("v5e" if key not in EVEN else ("v6e", "v5p")[(i + (key[3] == "backward")) % 2], key)
+    for i, name in enumerate(TPU_SHAPES)
+    for key in WTCONV + HAAR
+    if key[1] == name and (key in EVEN) == ((key[0] == "wtconv") == (i % 2 == 0))
+]
+SOME += [("v5e", key) for key in FEW_CYCLES if key not in ALWAYS]
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize(("chip", "odd"), [("v6e", 0), ("v5p", 1)])
-def test_other_chips_take_every_shape(chip, odd):
-    """Each shape on both chips, forward on one and backward on the other; `slow` has the rest."""
-    keys = [
-        key
-        for i, name in enumerate(TPU_SHAPES)
-        for key in EVEN
-        if key[1] == name and (i + (key[3] == "backward")) % 2 == odd and key not in LONG
-    ]
-    assert_compiled(chip, keys)
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "v5p"])
+def test_some_chip_takes_every_shape(chip):
+    """`slow` has every shape on every chip."""
+    assert_compiled(chip, [key for on, key in SOME if on == chip and key not in LONG])
 
 
 @pytest.mark.slow
@@ -102,7 +100,8 @@ ODD = (
 LARGER = ([48, 9, 11, 130, 2, 7], "float32")
 
 
-def odd_jobs(chip, shapes, integers_of_64_bits=False):
+def odd_jobs(chip, shapes, halves=(0, 1), integers_of_64_bits=False):
+    """Both kernels of shapes: in half 0 wtconv forward and haar backward, in half 1 the others."""
     program = f"{programs.__name__}:{{}}"
     if integers_of_64_bits:
         program = "helpers.tpu_programs:{}_in_64_bits"
@@ -110,10 +109,10 @@ def odd_jobs(chip, shapes, integers_of_64_bits=False):
         compiling.Job(
             program.format(kernel), chip, {"shape": shape, "dtype": dtype, "direction": direction}
         )
-        for kernel in report.KERNELS
         for shape, dtype in shapes
-        for direction in report.DIRECTIONS
+        for kernel, direction in product(report.KERNELS, report.DIRECTIONS)
         if (kernel, shape[4]) != ("haar", 0)
+        if ((kernel == "haar") == (direction == "forward")) in halves
     ]
 
 
@@ -122,22 +121,41 @@ def assert_odd_compiled(jobs):
         assert (result.error, result.uncounted) == (None, None), job
 
 
+def odd_jobs_of_chips(half):
+    """An odd shape for each chip, of both kernels and in both directions together."""
+    chips = {"v6e": (ODD[0], half), "v5p": (ODD[2], 1 - half), "v5e": (ODD[4], half)}
+    return [job for chip, (odd, at) in chips.items() for job in odd_jobs(chip, [odd], [at])]
+
+
 def test_every_chip_takes_an_odd_shape():
     """All in one process, whose start takes as long as compilations."""
-    chips = {"v6e": ODD[0], "v5p": ODD[2], "v5e": ODD[4]}
-    assert_odd_compiled([job for chip, odd in chips.items() for job in odd_jobs(chip, [odd])])
+    assert_odd_compiled(odd_jobs_of_chips(0))
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize(
-    ("integers_of_64_bits", "shapes"),
-    [(False, (*ODD[:4], LARGER)), (True, ODD[1::2]), (True, (*ODD[::2], LARGER))],
-)
-def test_odd_shapes_compile_also_with_64_bit_integers(integers_of_64_bits, shapes):
-    assert_odd_compiled(odd_jobs("v5e", shapes, integers_of_64_bits))
+def test_every_chip_takes_an_odd_shape_in_the_other_direction():
+    assert_odd_compiled(odd_jobs_of_chips(1))
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize("first", [0, 1])
+def test_odd_shapes_compile_with_integers_of_32_and_of_64_bits(first):
+    """Every other shape: one half with integers of 32 bits, the other with those of 64."""
+    jobs = []
+    for i, odd in enumerate((*ODD, LARGER)[first::2]):
+        for half in (0, 1):
+            jobs += odd_jobs("v5e", [odd], [half], integers_of_64_bits=(i + half) % 2 == 1)
+    assert_odd_compiled(jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("integers_of_64_bits", [False, True])
+def test_every_odd_shape_compiles_in_both_directions(integers_of_64_bits):
+    shapes = (*ODD, LARGER)
+    assert_odd_compiled(odd_jobs("v5e", shapes, integers_of_64_bits=integers_of_64_bits))
+
+
+@pytest.mark.slow
 def test_other_chips_take_small_shapes():
     assert_odd_compiled([*odd_jobs("v6e", [ODD[2]]), *odd_jobs("v5p", [ODD[0]])])
 

@@ -17,8 +17,6 @@ from flash_wtconv_jax.models.convnext import Block, GlobalResponseNorm, Overlapp
 from flash_wtconv_jax.nnx import WTConv2d
 from pallas_kernels import oracle
 
-pytestmark = pytest.mark.core
-
 TINY = ConvNeXtConfig(
     depths=(1, 1), dims=(4, 6), kernel_size=3, levels=(2, 1), patch_size=2, num_classes=5
 )
@@ -212,6 +210,7 @@ def reference(params, x, levels):
     return maps, pooled, linear(hidden, head["fc"])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "changes", [{}, {"levels": None, "use_grn": True, "layer_scale": None}], ids=["wt", "plain"]
 )
@@ -376,6 +375,7 @@ def test_linen_bridge(images):
     assert shape[0].shape == (1, 7)
 
 
+@pytest.mark.core
 def test_weight_decay_goes_to_kernels_alone():
     model = randomise(abstract(use_grn=True))
     params = nnx.state(model, nnx.Param)
@@ -409,6 +409,7 @@ def test_weight_decay_goes_to_kernels_alone():
     np.testing.assert_array_equal(after["stem"]["norm"]["scale"], before["stem"]["norm"]["scale"])
 
 
+@pytest.mark.core
 def test_response_norm_of_zeros_has_a_gradient():
     norm = GlobalResponseNorm(3)
     norm.scale[...] += 1.0

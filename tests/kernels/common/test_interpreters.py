@@ -12,6 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common._compat import interpreter, interpreting_tpu
 from pallas_kernels.common.measurement import JaxMeasurement
 
+pytestmark = pytest.mark.core
+
 
 def halves(index):
     """A copy of two blocks, one on each core, to the blocks that `index` names."""

@@ -1,5 +1,6 @@
 """The dense convolution against the oracle, the oracle against JAX's, and what is refused."""
 
+import re
 from contextlib import nullcontext
 from functools import partial
 
@@ -9,10 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.conv2d import (
+    MOMENTS,
+    WHOLE_ROWS,
     arrays,
     assert_close,
+    assert_moments,
     assert_oracle,
     assert_sharded,
+    assert_whole_rows,
     expected,
     ours,
     plain,
@@ -21,9 +26,19 @@ from helpers.conv2d import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flash_wtconv_jax import tuning
 from pallas_kernels import oracle
-from pallas_kernels.conv2d import TileConfig, conv2d, get_igemm_conv2d, xla
-from pallas_kernels.conv2d.cases import HARD, TABLE, Case, inputs
+from pallas_kernels.conv2d import (
+    TileConfig,
+    conv2d,
+    get_igemm_conv2d,
+    moments,
+    vjp,
+    whole_rows,
+    xla,
+)
+from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case, inputs
+from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.dispatch import Operator
 
 
@@ -65,7 +80,13 @@ def test_the_oracle_is_jaxs_convolution(case):
 
 @pytest.mark.core
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, id=case.name) for case in HARD),
+        *(pytest.param(case, id=case.name, marks=pytest.mark.wide) for case in UPSAMPLED),
+    ],
+)
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case)
 
@@ -82,8 +103,8 @@ def drawn(draw):
         for d, k, pad in zip(dilation, (hf, wf), pads, strict=True)
     ]
     # Large enough to be mirrored, too.
-    padding = draw(st.sampled_from([pads, "SAME", "reflect", "VALID"]))
-    extra = [6, 6] if isinstance(padding, str) else [0, 0]
+    padding = draw(st.sampled_from([pads, ("reflect", pads), "SAME", "reflect", "VALID"]))
+    extra = [0, 0] if padding == pads else [6, 6]
     h, w = (n + more + draw(st.integers(0, 5)) for n, more in zip(least, extra, strict=True))
     return Case(
         *(number(2), h, w, groups * number(2), hf, wf, groups * number(3)),
@@ -95,6 +116,7 @@ def drawn(draw):
         activation=draw(st.sampled_from([None, "relu", "gelu"])),
         layout=draw(st.sampled_from(["nhwc_hwcf", "nchw_fchw"])),
         dtype="float64",
+        upsample=draw(st.integers(1, 2)),
     )
 
 
@@ -140,11 +162,85 @@ TRANSFORMS = {
     ],
 )
 def test_transformations(name):
-    case = Case(2, 7, 6, 4, 3, 2, 6, 2, "reflect", 1, 2, True, "gelu", dtype="float64")
+    assert_transformed(
+        name, Case(2, 7, 6, 4, 3, 2, 6, 2, "reflect", 1, 2, True, "gelu", dtype="float64")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [
+        ("reverse over reverse", "reflect"),
+        pytest.param("reverse over reverse", "SAME", marks=pytest.mark.wide),
+        pytest.param("forward over reverse", "VALID", marks=pytest.mark.wide),
+        pytest.param("forward over reverse", ("reflect", 2), marks=pytest.mark.wide),
+        pytest.param("vmap of filters", ((1, 0), (2, 0)), marks=pytest.mark.wide),
+        pytest.param("vmap of gradients", "reflect", marks=pytest.mark.wide),
+    ],
+)
+def test_transformations_of_upsampled_images(name, padding):
+    case = Case(2, 3, 4, 2, 3, 3, 2, 1, padding, bias=True, dtype="float64", upsample=2)
+    assert_transformed(name, case)
+
+
+def assert_transformed(name, case):
+    """A transformation of ours is that of the same in plain JAX."""
     x, w, bias, _ = arrays(case)
     transform = TRANSFORMS[name]
     got, want = (jax.jit(transform(f))(x, w, bias) for f in (ours(case), plain(case)))
     chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i > 1))
+        for i, case in enumerate(WHOLE_ROWS)
+    ],
+)
+def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
+    assert_whole_rows(case, xla, monkeypatch)
+
+
+def test_rows_of_taps_are_multiplied_as_one_where_it_is_faster(monkeypatch):
+    seen, form = [], whole_rows._Form
+    monkeypatch.setattr(whole_rows, "_Form", lambda *args: seen.append(args) or form(*args))
+    monkeypatch.setattr(xla, "search_space", lambda *_: [{"whole_rows": True}], raising=False)
+    case = Case(1, 3, 4, 3, 2, 3, 2, bias=True, activation="relu")
+    with tuning("search"):
+        assert_oracle(case, "xla")
+    assert len(seen) >= 3
+    x, w, _, _ = arrays(case)
+    y, tiles = vjp.conv2d_with_moments(
+        vjp.Plan(xla, None, Window(), None, None, None, whole_rows=True),
+        *(None, x.dtype, x, w[..., :1], None),
+    )
+    np.testing.assert_allclose(tiles.mean[0, :, 0], y[0, :, :, 0].mean(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", MOMENTS, ids=lambda case: case.name)
+def test_moments_are_the_outputs(case):
+    assert_moments(case, xla)
+
+
+def test_moments_of_a_large_mean_lose_nothing():
+    assert_moments(MOMENTS[0], xla, mean=1e4)
+    assert_moments(MOMENTS[2]._replace(layout="nchw_fchw"), xla, mean=1e4)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (0, 0, 3), (9, 0, 2, 7, 0)], ids=str)
+def test_moments_of_tiles_are_added(sizes):
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(100, 1, (size, 3)) for size in sizes]
+    mean, squares = (
+        np.array([[f(part, axis=0) if len(part) else np.zeros(3) for part in parts]])
+        for f in (np.mean, lambda part, axis: ((part - part.mean(axis)) ** 2).sum(axis))
+    )
+    got = moments.combined(moments.of_tiles(sizes, jnp.asarray(mean), jnp.asarray(squares)))
+    whole = np.concatenate(parts)
+    assert got.counts[0] == len(whole)
+    np.testing.assert_allclose(got.mean[0], whole.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(got.squares[0], whole.var(0) * len(whole), atol=1e-9)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
@@ -156,6 +252,26 @@ def test_saved_are_x_and_w_and_one_more_for_an_activation(activation):
     want = [x, w] if activation is None else [x, w, y]
     types = [[(a.shape, a.dtype) for a in each] for each in (jax.tree.leaves(saved), want)]
     assert types[0] == types[1]
+
+
+def test_of_upsampled_images_the_small_ones_are_saved_and_multiplied():
+    x, w, _, _ = arrays(Case(1, 5, 4, 3, 3, 3, 2))
+    run = partial(conv2d, upsample=2, padding="reflect")
+    saved = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], x, w))
+    assert [a.shape for a in saved] == [x.shape, w.shape]
+    # Four convolutions of 2 x 2 folded taps, of 5 x 4 pixels each.
+    program = jax.jit(run).lower(x, w).as_text()
+    found = re.findall(r"stablehlo.convolution.*\((.*), (.*)\) -> (.*)", program)
+    wanted = tuple(f"tensor<{s}xf32>" for s in ("1x7x6x3", "2x2x3x2", "1x5x4x2"))
+    assert found == [wanted] * 4
+
+
+def test_more_is_mirrored_than_keeps_the_size_or_less():
+    x = jnp.arange(12.0).reshape(3, 4, 1)
+    for side in (1, 2):
+        got = conv2d(x, jnp.ones((1, 1, 1, 1)), padding=["reflect", [side, [0, 1]]])
+        want = jnp.pad(x, [(side, side), (0, 1), (0, 0)], mode="reflect")
+        np.testing.assert_array_equal(got, want)
 
 
 def test_low_precision_is_differentiated_twice():
@@ -216,7 +332,9 @@ def test_images_that_are_sharded_over_explicit_axes_have_such_gradients(of_the_p
     w = jax.device_put(np.ones((2, 2, 3, 4), np.float32), jax.NamedSharding(mesh, jax.P()))
     with jax.set_mesh(mesh) if of_the_program else nullcontext():
         dx, dw = jax.jit(jax.grad(lambda x, w: conv2d(x, w).sum(), (0, 1)))(x, w)
-    assert jax.typeof(dx).sharding.spec == images.spec
+        large = partial(conv2d, padding="reflect", upsample=2)
+        of_large = jax.eval_shape(jax.grad(lambda x, w: large(x, w).sum()), x, w)
+    assert jax.typeof(dx).sharding.spec == images.spec == of_large.sharding.spec
     np.testing.assert_array_equal(dx[0, :, :, 0], 4 * np.outer([1, 2, 2, 1], [1, 2, 2, 1]))
     np.testing.assert_array_equal(dw, np.full(w.shape, 9))
 
@@ -249,7 +367,8 @@ def test_images_of_any_size_are_exported():
     x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, h, w, 3"), jnp.float32)
     w = np.ones((3, 3, 3, 2), np.float32)
     run = lambda x: conv2d(x, w, padding="SAME", activation="gelu")  # noqa: E731
-    gradient = jax.jit(jax.value_and_grad(lambda x: run(x).sum()))
+    large = lambda x: conv2d(x, w, padding="reflect", upsample=2)  # noqa: E731
+    gradient = jax.jit(jax.value_and_grad(lambda x: run(x).sum() + large(x).sum()))
     ones = np.ones((3, 5, 4, 3), np.float32)
     got = jax.export.export(gradient)(x).call(ones)
     chex.assert_trees_all_close(got, gradient(ones), rtol=1e-5)
@@ -291,6 +410,20 @@ WRONG = {
     r"padding=\(1, 2, 3\): expected an int, one for H": {"padding": (1, 2, 3)},
     r"padding='same': the names are 'SAME', 'VALID' and 'reflect'": {"padding": "same"},
     r"padding='reflect': mirroring 6 samples along W": {"padding": "reflect", "dilation": 6},
+    r"padding=\('reflect', 6\): mirroring 6 samples along W takes .* more than those, got 6": {
+        "padding": ("reflect", 6)
+    },
+    r"padding=\('reflect', 12\): mirroring 12 .* along W .* got 12": {
+        "padding": ("reflect", 12),
+        "upsample": 2,
+    },
+    r"padding=\('reflect', -1\): expected integers >= 0": {"padding": ("reflect", -1)},
+    r"padding=\('reflect', 'SAME'\): expected an int, one for H": {"padding": ("reflect", "SAME")},
+    r"padding=\('mirror', 1\): expected .* or \('reflect', any of these\)": {
+        "padding": ("mirror", 1)
+    },
+    r"upsample=3: expected 1 or 2": {"upsample": 3},
+    r"upsample=True: expected an integer >= 1": {"upsample": True},
     r"bias: expected shape \(2,\), one a filter, got \(4,\)": {"bias": np.ones(4)},
     r"activation='tanh': expected None, 'relu' or 'gelu'": {"activation": "tanh"},
     r"layout='nhwc': expected one of nhwc_hwcf, nchw_fchw": {"layout": "nhwc"},

@@ -7,19 +7,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.conv2d import NAMES, ON_GPU, arrays, assert_igemm, assert_oracle, assert_sharded, plain
+from helpers.conv2d import (
+    MOMENTS,
+    NAMES,
+    ON_GPU,
+    WHOLE_ROWS,
+    arrays,
+    assert_igemm,
+    assert_moments,
+    assert_oracle,
+    assert_sharded,
+    assert_whole_rows,
+    plain,
+)
 from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, shared_bytes
 
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import TileConfig, conv2d, mosaic_gpu
 from pallas_kernels.conv2d.api import OPERATOR, _checked_config
-from pallas_kernels.conv2d.cases import HARD, TABLE, Case
+from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.shapes import SHAPES, Shape
 from pallas_kernels.dispatch import table
 
 DTYPES = ("bfloat16", "float16")
-LAYER = Problem((2, 8, 8, 4), np.dtype("float16"), 3, 3, 8, Window(), np.dtype("float32"))
+LAYER = Problem((2, 8, 8, 16), np.dtype("float16"), 3, 3, 16, Window(), np.dtype("float32"))
 SMALL = {
     "pixel": Shape(1, 1, 1, 1, 1, 1, 1),
     "ragged": Shape(3, 17, 31, 7, 1, 5, 9),
@@ -103,6 +115,8 @@ def test_tiles_hold_every_pixel_once(name):
 
 
 def test_the_search_space_has_tiles_that_the_kernel_takes():
+    narrow = mosaic_gpu.search_space("fwd", LAYER._replace(features=3))
+    assert narrow == [{}, {"whole_rows": True}, *mosaic_gpu.search_space("fwd", LAYER)[1:]]
     for name, layer in SHAPES.items():
         first, *others = mosaic_gpu.search_space("fwd", LAYER)
         assert first == {} and others
@@ -125,7 +139,7 @@ def interpreted(gpu_interpreter, monkeypatch):
 
 TAKEN = [
     case._replace(dtype="float16" if case.dtype in ("float32", "float64") else case.dtype)
-    for case in HARD
+    for case in HARD + UPSAMPLED
     if case.n and case.groups == 1
 ]
 EXTRA = (
@@ -203,6 +217,61 @@ def assert_like_wider(case, config=None):
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_interpreted_kernels_take_several_tiles(interpreted, case):
     assert_like_wider(case)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        (MOMENTS[0], TileConfig(64, 32, 16, 4, 1, 2)),
+        *(
+            pytest.param(case, TileConfig(*size), marks=pytest.mark.wide)
+            for case, size in (
+                (MOMENTS[0], (128, 32, 16, 8, 1, 2)),
+                (MOMENTS[0], (64, 32, 16, 4, 2, 2)),
+                (MOMENTS[1], (64, 32, 16, 4, 1, 2)),
+            )
+        ),
+        *(pytest.param(case, None, marks=pytest.mark.wide) for case in MOMENTS[1:]),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_interpreted_moments_are_the_outputs(interpreted, case, config):
+    assert_moments(case, mosaic_gpu, config)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("case", [WHOLE_ROWS[0], WHOLE_ROWS[-1]], ids=lambda case: case.name)
+def test_interpreted_rows_of_taps_are_multiplied_as_one(interpreted, case, monkeypatch):
+    assert_whole_rows(case._replace(dtype="float16"), mosaic_gpu, monkeypatch)
+
+
+@pytest.mark.wide
+def test_interpreted_moments_of_a_large_mean_lose_nothing(interpreted):
+    assert_moments(MOMENTS[0], mosaic_gpu, mean=1e4)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param("sd_unet_64_3x3", "bfloat16", marks=pytest.mark.wide),
+        ("ragged", "float16"),
+        pytest.param("pixel", "float16", marks=pytest.mark.wide),
+    ],
+)
+def test_kernels_with_moments_lower_for_cuda_and_fit(name, dtype, monkeypatch):
+    shape = (SHAPES | SMALL)[name]
+    pads = tuple(((k - 1) // 2, k // 2) for k in shape.w[:2])
+    x, w = (jax.ShapeDtypeStruct(size, dtype) for size in (shape.x, shape.w))
+    keys = {"window": Window(pads=pads), "precision": None, "config": None, "moments": True}
+    keys |= {"activation": None, "out_dtype": dtype}
+    assert "mosaic_gpu" in lowered(mosaic_gpu.forward, x, w, None, **keys)
+    launches = recorded_launches(monkeypatch)
+    _, found = shapes(mosaic_gpu.forward, x, w, None, **keys)
+    assert found.mean.shape[0] == shape.batch and found.mean.shape[2] == shape.features
+    ((scratch, _),) = launches
+    assert shared_bytes(scratch) <= SHARED
 
 
 TILES = (
@@ -310,6 +379,22 @@ def test_layers_of_a_network_are_xlas(name, tiles):
     for g, w in zip(got, want, strict=True):
         g, w = (np.asarray(a, np.float32) for a in (g, w))
         assert np.abs(g - w).max() <= 0.08 * np.sqrt(np.mean(w**2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=lambda case: case.name)
+def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
+    assert_whole_rows(case._replace(dtype="float16"), mosaic_gpu, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiles", mosaic_gpu.search_space("fwd", LAYER), ids=str)
+def test_moments(tiles):
+    config = TileConfig(**tiles) if tiles else None
+    for case in MOMENTS:
+        assert_moments(case, mosaic_gpu, config)
+    layer = Case(2, 65, 96, 64, 3, 3, 136, padding="reflect", dtype="bfloat16")
+    assert_moments(layer, mosaic_gpu, config)
 
 
 @pytest.mark.gpu

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.conv2d import (
+    MOMENTS,
     arrays,
     assert_close,
+    assert_moments,
     assert_oracle,
     assert_sharded,
     expected,
@@ -20,10 +22,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.conv2d import TileConfig, conv2d, mosaic_tpu
 from pallas_kernels.conv2d.api import OPERATOR
-from pallas_kernels.conv2d.cases import HARD, TABLE, Case
+from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case
 from pallas_kernels.conv2d.problem import Problem, Window
 
-pytestmark = pytest.mark.usefixtures("tpu_interpreter")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("tpu_interpreter")]
 
 
 def taken(case):
@@ -55,9 +57,10 @@ TILED = (
 SMALL = TileConfig(32, 16, 16)
 
 
-# What others have too: mirrored edges, rectangles, two blocks of channels or of features, and
-# tiles across an image.
-WIDE = {HARD[2], HARD[3], *EXTRA[-3:], TILED[1]}
+# What others have too: layers of no edge but a bias (the contract's), mirrored edges, rectangles,
+# two blocks of channels or of features, tiles across an image, and upsampling, of which the kernels
+# know nothing.
+WIDE = {HARD[0], HARD[2], HARD[3], *EXTRA[-3:], TILED[1], *HARD[-2:], *UPSAMPLED}
 
 
 def some(cases):
@@ -68,9 +71,15 @@ def some(cases):
     ]
 
 
-@pytest.mark.parametrize("case", some(filter(taken, HARD + EXTRA)))
+@pytest.mark.parametrize("case", some(filter(taken, HARD + EXTRA + UPSAMPLED)))
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("case", [MOMENTS[0], MOMENTS[2]], ids=lambda case: case.name)
+def test_moments_are_the_outputs(case):
+    assert_moments(case._replace(dtype="float32"), mosaic_tpu)
 
 
 def test_two_cores_do_not_race(races):

@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.conv2d import (
+    MOMENTS,
     ON_GPU,
+    WHOLE_ROWS,
     arrays,
     assert_close,
     assert_igemm,
+    assert_moments,
     assert_oracle,
     assert_sharded,
+    assert_whole_rows,
     expected,
     plain,
     value_and_grads,
@@ -21,7 +25,7 @@ from flash_wtconv_jax import tuning
 from pallas_kernels.conv2d import TileConfig, conv2d
 from pallas_kernels.conv2d import triton as triton_jax
 from pallas_kernels.conv2d.api import OPERATOR, _checked_config
-from pallas_kernels.conv2d.cases import HARD, TABLE, Case
+from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.shapes import SHAPES
 
@@ -32,7 +36,7 @@ EXTRA = (
     # One dtype in, another out.
     *TABLE[:2],
 )
-TAKEN = [case for case in HARD + EXTRA if case.n and case.dtype != "float64"]
+TAKEN = [case for case in HARD + EXTRA + UPSAMPLED if case.n and case.dtype != "float64"]
 # The interpreter multiplies the bits of bfloat16.
 INTERPRETABLE = [case for case in TAKEN if case.dtype != "bfloat16"]
 SMALL = TileConfig(16, 16, 32, 1, 1)
@@ -61,9 +65,40 @@ def ours(case, config=None):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("case", INTERPRETABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case.upsample > 1))
+        for case in INTERPRETABLE
+    ],
+)
 def test_interpreted_kernels_are_the_oracles(interpreted, case):
     assert_close(case, value_and_grads(ours(case, SMALL), case), expected(case))
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i > 0))
+        for i, case in enumerate(MOMENTS)
+    ],
+)
+def test_interpreted_moments_are_the_outputs(interpreted, case):
+    assert_moments(case, triton_jax, SMALL)
+
+
+@INTERPRETED
+@pytest.mark.wide
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=lambda case: case.name)
+def test_interpreted_rows_of_taps_are_multiplied_as_one(interpreted, case, monkeypatch):
+    assert_whole_rows(case, triton_jax, monkeypatch, SMALL)
+
+
+@INTERPRETED
+@pytest.mark.wide
+def test_interpreted_moments_of_a_large_mean_lose_nothing(interpreted):
+    assert_moments(MOMENTS[0]._replace(nf=4, groups=2), triton_jax, SMALL, mean=1e4)
 
 
 @INTERPRETED
@@ -106,10 +141,10 @@ def test_tiles_are_measured(interpreted, monkeypatch):
 def test_the_grid_offers_tiles_that_the_kernels_take():
     for dtype in ("float32", "bfloat16"):
         for direction in ("fwd", "bwd"):
-            first, *others = triton_jax.search_space(
+            first, rows, *others = triton_jax.search_space(
                 direction, LAYER._replace(dtype=np.dtype(dtype))
             )
-            assert first == {} and others
+            assert first == {} and rows == {"whole_rows": True} and others
             assert all(_checked_config(TileConfig(**tiles)) for tiles in others)
 
 
@@ -123,7 +158,7 @@ def test_not_a_number_stays_one(interpreted):
 @PARTS
 def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("conv2d", part, tmp_path)
-    assert len(resources) == {"some": 3, "rest": 9}[part]
+    assert len(resources) == {"some": 4, "rest": 12}[part]
     for name, (registers, spilled) in resources.items():
         assert registers <= 255 and spilled <= 16, (name, registers, spilled)
 
@@ -186,6 +221,20 @@ def test_layers_of_a_network_are_xlas(name, dtype):
     for got, want in zip(run("triton"), run("xla"), strict=True):
         got, want = (np.asarray(a, np.float32) for a in (got, want))
         assert np.abs(got - want).max() <= allowed * np.sqrt(np.mean(want**2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=lambda case: case.name)
+def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
+    assert_whole_rows(case, triton_jax, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_moments():
+    for case in MOMENTS:
+        assert_moments(case, triton_jax)
+    layer = Case(2, 65, 96, 64, 3, 3, 136, padding="reflect", dtype="bfloat16")
+    assert_moments(layer, triton_jax)
 
 
 @pytest.mark.gpu

@@ -79,6 +79,8 @@ def test_only_the_same_operator_direction_and_dtype_compare(write):
     for window in (Window(stride=(2, 1)), Window(groups=2)):
         assert fastest(IMAGE._replace(window=window)) is None
     assert fastest(IMAGE._replace(window=Window(pads=((1, 1), (1, 1))))) == "neat"
+    # An entry from before there was upsampling tells of images as they are.
+    assert fastest(IMAGE._replace(window=Window(upsample=2))) is None
     # The batch and the output's dtype do not count; a symbolic size cannot.
     assert fastest(IMAGE._replace(shape=(0, 64, 64, 32), out_dtype="float16")) == "neat"
     for symbolic in ({"shape": ("n", 64, 64, 32)}, {"features": "n"}):

@@ -17,7 +17,7 @@ from pallas_kernels.haar.api import OPERATOR
 from pallas_kernels.haar.cases import Case, inputs
 from pallas_kernels.haar.problem import Problem
 
-pytestmark = pytest.mark.usefixtures("tpu_interpreter")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("tpu_interpreter")]
 
 CASES = (
     Case((8, 8), 3),
@@ -92,7 +92,9 @@ def test_two_cores_do_not_race(races):
     assert_oracle(Case((2, 2), 1, batch=(1,), channels=130))
 
 
-@pytest.mark.parametrize(("case", "vmem"), TILED, ids=str)
+@pytest.mark.parametrize(
+    ("case", "vmem"), [pytest.param(*TILED[0], marks=pytest.mark.wide), TILED[1]], ids=str
+)
 def test_tiles_are_the_oracles(case, vmem, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "tpu_vmem_bytes", lambda: int(vmem * 2**20))
     shape = (1, *case.spatial, case.channels)

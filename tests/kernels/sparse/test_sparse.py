@@ -64,7 +64,13 @@ OTHER = [
     {"dtype": "bfloat16"},
     {"dtype": "float64"},
 ]
-# Any three of the four options together; the fourth takes turns.
+# Any two of the four options together.
+PAIRS = [
+    Case((9, 0, 5), 7, 4, 2, size, STRIDE[(i + k) % 3], DILATION[(2 * i + k) % 3], ndim=2, **other)
+    for i, size in enumerate(SIZE)
+    for k, other in enumerate(OTHER)
+]
+# Any three; the fourth takes turns.
 TRIPLES = [
     Case((9, 0, 5), 7, 4, 2, size, stride, DILATION[(i + j + k) % 3], ndim=2, **other)
     for i, size in enumerate(SIZE)
@@ -74,6 +80,12 @@ TRIPLES = [
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+def test_every_two_options_together(case):
+    assert_oracle(conformance, case, "xla")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRIPLES, ids=lambda case: case.name)
 def test_every_three_options_together(case):
     assert_oracle(conformance, case, "xla")

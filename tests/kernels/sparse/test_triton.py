@@ -85,7 +85,7 @@ def assert_near(got, want):
 )
 def test_kernels_are_numpys(splits, ordered):
     """More offsets than a word has bits, and parts of everything: tiles, lists, channels."""
-    taps, count, groups, channels, features = 33, 20, 2, 3, 9
+    taps, count, groups, channels, features = 33, 17, 2, 3, 9
     table, x, w, dy = drawn(
         *(taps, count, 12, (12, groups * channels)),
         (taps, groups, channels, features),

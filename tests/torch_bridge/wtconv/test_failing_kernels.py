@@ -10,6 +10,7 @@ import torch_bridge  # noqa: E402
 from pallas_kernels.common.refusals import KernelError  # noqa: E402
 from pallas_kernels.dispatch import forget  # noqa: E402
 from pallas_kernels.wtconv import triton_launches  # noqa: E402
+from torch_bridge.runtime import calls  # noqa: E402
 from torch_bridge.wtconv import cuda, metal, ops, triton  # noqa: E402
 
 
@@ -63,7 +64,7 @@ def planted(request, monkeypatch, tmp_path):
     monkeypatch.setitem(ops.OPERATOR.rule, "cpu", (name, "eager"))
     forget()
     yield name, first, last
-    ops._FAILED.clear()
+    calls.FAILED.clear()
     forget()
 
 

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
+from torch_bridge.runtime import calls  # noqa: E402
 from torch_bridge.wtconv import ops  # noqa: E402
 
 EACH = pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_compiles_without_a_graph_break(implementation):
 
 
 tells_sizes = pytest.mark.skipif(
-    not ops.tells_sizes(),
+    not calls.tells_sizes(),
     reason="PyTorch older than 2.12 does not tell the sizes of a traced program",
 )
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
 from pallas_kernels.dispatch import forget, tuning  # noqa: E402
-from torch_bridge.runtime import measuring  # noqa: E402
+from torch_bridge.runtime import calls, measuring  # noqa: E402
 from torch_bridge.wtconv import eager, ops  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ def test_where_nothing_can_be_timed_the_rule_chooses(monkeypatch, searches):
     with pytest.warns(RuntimeWarning, match="cannot be timed here: tensors on the device 'meta'"):
         assert layer(torch.empty(2, 2, 4, 5, device="meta")).shape == (2, 2, 4, 5)
     # As PyTorch 2.11 has it.
-    monkeypatch.setattr(ops, "tells_sizes", lambda: False)
+    monkeypatch.setattr(calls, "tells_sizes", lambda: False)
     compiled = torch.compile(make_layer(), fullgraph=True, backend="aot_eager")
     with pytest.warns(RuntimeWarning, match="does not tell the sizes of a traced program"):
         compiled(torch.randn(2, 2, 4, 5))

@@ -1,0 +1,365 @@
+"""The convolution of images upsampled by 2 to the nearest, without the upsampled images.
+
+Output `o` and tap `i` read sample `(stride o + dilation i - pad) // 2` of the images as they are.
+Along an axis the outputs of even and of odd `o` are two phases (with an even stride there is one).
+Within a phase a tap moves on by whole samples from one output to the next, and neighbouring taps
+may read the same sample, so their weights add up. The phase is therefore a convolution of the small
+images by a smaller filter: k taps become at most `ceil((k + 1) / 2)`, a 3x3 filter four of 2x2,
+with 4/9 of the products. The outputs of the phases are interleaved.
+
+Zeros around the large images are zeros around the small ones. One mirrored sample is the edge
+repeated. More than one are no upsampling of anything small, so there the images are upsampled.
+
+Any implementation computes the phases, whose windows say nothing of upsampling. What is here is
+plain JAX around it, linear in x and in w.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from pallas_kernels.common.arguments import surely
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.types import Tree
+from pallas_kernels.conv2d.moments import WithMoments, together
+from pallas_kernels.conv2d.problem import Pair, Problem, Window
+from pallas_kernels.conv2d.xla import mirrored, transposed
+
+Run = Callable[..., jax.Array]
+"""A function of an implementation, whose first argument is the window."""
+
+
+class _Along(NamedTuple):
+    """A phase along one axis: a convolution of the small images.
+
+    Attributes:
+        outputs: Their number.
+        stride: The distance of the samples that neighbouring outputs read.
+        pads: Samples before and after the images, less than zero where some are left out.
+        dilation: The distance of the samples that neighbouring folded taps read.
+        places: For each tap the folded one that it is added to.
+    """
+
+    outputs: int
+    stride: int
+    pads: Pair
+    dilation: int
+    places: tuple[int, ...]
+
+    @property
+    def taps(self) -> int:
+        """The number of folded taps."""
+        return max(self.places) + 1
+
+
+class Phase(NamedTuple):
+    """The outputs of one remainder modulo 2 along H, and of one along W.
+
+    Attributes:
+        window: The samples that the folded taps read.
+        taps: Height and width of the folded filters.
+        outputs: The numbers of outputs along H and W.
+        places: For each row, and for each column, of taps the folded one that it is added to.
+    """
+
+    window: Window
+    taps: Pair
+    outputs: Pair
+    places: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def phases(window: Window, size: Sequence[int], taps: Sequence[int]) -> list[list[Phase]]:
+    """The phases of a convolution, by remainders along H, then along W.
+
+    Args:
+        window: The window, with `upsample` 2.
+        size: Height and width of the images.
+        taps: Height and width of the filters.
+
+    Example:
+        >>> window = Window(pads=((1, 1), (1, 1)), upsample=2)
+        >>> [[phase.window.pads for phase in row] for row in phases(window, (8, 8), (3, 3))]
+        [[((1, 0), (1, 0)), ((1, 0), (0, 1))], [((0, 1), (1, 0)), ((0, 1), (0, 1))]]
+    """
+    if _upsampled(window):
+        places = tuple(range(taps[0])), tuple(range(taps[1]))
+        whole = window._replace(upsample=1, pads=((0, 0), (0, 0)), reflect=False)
+        return [[Phase(whole, (taps[0], taps[1]), window.output(size, taps), places)]]
+    rows, columns = (_along(window, axis, size[axis], taps[axis]) for axis in range(2))
+    return [[_phase(window, row, column) for column in columns] for row in rows]
+
+
+def implemented(problem: Problem) -> Problem:
+    """The convolution that implementations compute: itself, or the largest of its phases.
+
+    Example:
+        >>> window = Window(pads=((1, 1), (1, 1)), upsample=2)
+        >>> problem = implemented(Problem((2, 8, 8, 4), "float32", 3, 3, 16, window, "float32"))
+        >>> problem.kernel_height, problem.window.pads, problem.window.upsample
+        (2, ((1, 0), (1, 0)), 1)
+    """
+    window = problem.window
+    if window.upsample == 1:
+        return problem
+    n, *size, channels = problem.shape
+    taps = problem.kernel_height, problem.kernel_width
+    every = [phase for row in phases(window, size, taps) for phase in row]
+    largest = max(every, key=lambda phase: math.prod(phase.taps))
+    image = jax.ShapeDtypeStruct(window.laid_out(n, size[0], size[1], channels), problem.dtype)
+    prepared = jax.eval_shape(partial(_prepared, window=window), image)
+    return problem._replace(
+        shape=window.images(prepared.shape),
+        kernel_height=largest.taps[0],
+        kernel_width=largest.taps[1],
+        window=largest.window,
+    )
+
+
+def forward(
+    run: Run, window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """The convolution of upsampled images.
+
+    Args:
+        run: Function of a window, images, filters and bias: an implementation's `forward`.
+        window: The window, with `upsample` 2.
+        x: The images, not upsampled.
+        w: The filters.
+        bias: `[NF]`, or None.
+    """
+    grid = _computed(run, window, x, w, bias)
+    return _assembled(grid, window)
+
+
+def forward_with_moments(
+    run: Run, window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None
+) -> WithMoments:
+    """The same, and its moments: the phases' tiles are the image's.
+
+    Args:
+        run: As `forward` takes it, but the function returns the moments, too.
+        window: See `forward`.
+        x: See `forward`.
+        w: See `forward`.
+        bias: See `forward`.
+    """
+    grid = _computed(run, window, x, w, bias)
+    y = _assembled([[y for y, _ in row] for row in grid], window)
+    return y, together([moments for row in grid for _, moments in row])
+
+
+def input_grad(
+    run: Run,
+    window: Window,
+    dy: jax.Array,
+    w: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """The transpose of `forward` in x, applied to dy: an array `[N, *shape]`.
+
+    Args:
+        run: Function of a window, dy and filters, with the keywords shape and dtype: an
+            implementation's `input_grad`.
+        window: The window, with `upsample` 2.
+        dy: The gradient of the output.
+        w: The filters.
+        shape: Shape of an image.
+        dtype: Dtype of the gradient; sums over the phases are kept in float32 or better.
+    """
+    image, wide = (dy.shape[0], *shape), accumulation_dtype(dtype)
+    prepare = partial(_prepared, window=window)
+    seen = jax.eval_shape(prepare, jax.ShapeDtypeStruct(image, wide)).shape[1:]
+    found = [
+        run(phase.window, part, _folded(w, phase), shape=seen, dtype=wide)
+        for phase, part in _parts(window, window.images(image)[1:3], w.shape, dy)
+    ]
+    over_batch = jax.P(jax.typeof(dy).sharding.spec[0])
+    total = reduce(operator.add, found)
+    return transposed(prepare, image, total, w, spec=over_batch).astype(dtype)
+
+
+def weight_grad(
+    run: Run,
+    window: Window,
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """The transpose of `forward` in w, applied to dy: an array of the filters' shape.
+
+    Args:
+        run: Function of a window, images and dy, with the keywords shape and dtype: an
+            implementation's `weight_grad`.
+        window: The window, with `upsample` 2.
+        x: The images, not upsampled.
+        dy: The gradient of the output.
+        shape: Shape of the filters.
+        dtype: Dtype of the gradient; sums over the phases are kept in float32 or better.
+    """
+    images, wide = _prepared(x, window), accumulation_dtype(dtype)
+    _, _, *channels = window.filters(shape)
+    found = [
+        transposed(
+            partial(_folded, phase=phase),
+            shape,
+            run(
+                phase.window,
+                images,
+                part,
+                shape=window.filters_laid_out(*phase.taps, *channels),
+                dtype=wide,
+            ),
+        )
+        for phase, part in _parts(window, window.images(x.shape)[1:3], shape, dy)
+    ]
+    return reduce(operator.add, found).astype(dtype)
+
+
+def _upsampled(window: Window) -> bool:
+    """Whether the images are upsampled after all, since more than one sample is mirrored."""
+    return window.reflect and max(map(max, window.pads)) > 1
+
+
+def _along(window: Window, axis: int, n: int, taps: int) -> list[_Along]:
+    """The phases along an axis of so many samples."""
+    stride, dilation, pads = window.stride[axis], window.dilation[axis], window.pads[axis]
+    outputs = window.output((n, n), (taps, taps))[axis]
+    edges = pads if window.reflect else (0, 0)
+    found = []
+    for first in range(1 if stride % 2 == 0 else 2):
+        reads = [(stride * first + dilation * i - pads[0]) // 2 for i in range(taps)]
+        own, count = stride // 2, outputs
+        if stride % 2:
+            # So written, a number of outputs that is symbolic stays a sum.
+            own, count = stride, n + (outputs - 2 * n - first + 1) // 2
+        if surely(operator.lt, count, 1):
+            continue
+        low, high = min(reads), max(reads)
+        step = math.gcd(*(at - low for at in reads)) or 1
+        places = tuple((at - low) // step for at in reads)
+        after = own * (count - 1) + high + 1 - n - edges[1]
+        found.append(_Along(count, own, (-low - edges[0], after), step, places))
+    return found
+
+
+def _phase(window: Window, row: _Along, column: _Along) -> Phase:
+    own = window._replace(
+        stride=(row.stride, column.stride),
+        pads=(row.pads, column.pads),
+        dilation=(row.dilation, column.dilation),
+        reflect=False,
+        upsample=1,
+    )
+    outputs = row.outputs, column.outputs
+    return Phase(own, (row.taps, column.taps), outputs, (row.places, column.places))
+
+
+def _computed(
+    run: Callable[..., Tree], window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None
+) -> list[list[Tree]]:
+    """What a function of an implementation returns of each phase."""
+    _, *size, _ = window.images(x.shape)
+    images = _prepared(x, window)
+    return [
+        [run(phase.window, images, _folded(w, phase), bias) for phase in row]
+        for row in phases(window, size, window.filters(w.shape)[:2])
+    ]
+
+
+def _assembled(grid: list[list[jax.Array]], window: Window) -> jax.Array:
+    """The whole output."""
+    down, across = _image_axes(window)
+    return _interleaved([_interleaved(row, across) for row in grid], down)
+
+
+def _image_axes(window: Window) -> Pair:
+    """The axes H and W of images."""
+    return (1, 2) if window.layout == "nhwc_hwcf" else (2, 3)
+
+
+def _prepared(x: jax.Array, window: Window) -> jax.Array:
+    """The images that the phases read."""
+    if _upsampled(window):
+        for axis in _image_axes(window):
+            x = _interleaved([x, x], axis)
+        return mirrored(x, window)
+    if window.reflect:
+        # Not by "edge" of `jnp.pad`, which does not take what is sharded over Explicit axes.
+        for axis, (before, after) in zip(_image_axes(window), window.pads, strict=True):
+            first = lax.slice_in_dim(x, 0, before, axis=axis)
+            last = lax.slice_in_dim(x, x.shape[axis] - after, None, axis=axis)
+            x = jnp.concatenate([first, x, last], axis)
+    return x
+
+
+def _folded(w: jax.Array, phase: Phase) -> jax.Array:
+    """The filters of a phase; weights are added in float32 or better."""
+    folded = w.astype(accumulation_dtype(w.dtype))
+    axes = (0, 1) if phase.window.layout == "nhwc_hwcf" else (2, 3)
+    for axis, places in zip(axes, phase.places, strict=True):
+        if places == tuple(range(len(places))):
+            continue
+        each = [lax.index_in_dim(folded, i, axis, keepdims=False) for i in range(len(places))]
+        zero = jnp.zeros_like(each[0])
+        sums = [
+            sum((one for one, place in zip(each, places, strict=True) if place == at), zero)
+            for at in range(max(places) + 1)
+        ]
+        folded = jnp.stack(sums, axis)
+    return folded.astype(w.dtype)
+
+
+def _interleaved(parts: list[jax.Array], axis: int) -> jax.Array:
+    """The outputs of one or two phases, in turn along an axis."""
+    if len(parts) == 1:
+        return parts[0]
+    first, second = parts
+    counts = [part.shape[axis] for part in parts]
+    if counts[0] != counts[1]:
+        end = [(0, 0)] * first.ndim
+        end[axis] = (0, 1)
+        second = jnp.pad(second, end)
+    both = jnp.stack([first, second], axis + 1)
+    both = both.reshape(*both.shape[:axis], 2 * counts[0], *both.shape[axis + 2 :])
+    return both if counts[0] == counts[1] else lax.slice_in_dim(both, 0, -1, axis=axis)
+
+
+def _parts(
+    window: Window, size: Sequence[int], filters: tuple[int, ...], dy: jax.Array
+) -> list[tuple[Phase, jax.Array]]:
+    """Each phase, and the part of dy that is the gradient of its outputs."""
+    down, across = _image_axes(window)
+    rows = phases(window, size, window.filters(filters)[:2])
+    parts = _divided(dy, down, [row[0].outputs[0] for row in rows])
+    return [
+        (phase, part)
+        for row, rest in zip(rows, parts, strict=True)
+        for phase, part in zip(
+            row, _divided(rest, across, [phase.outputs[1] for phase in row]), strict=True
+        )
+    ]
+
+
+def _divided(dy: jax.Array, axis: int, counts: list[int]) -> list[jax.Array]:
+    """The parts that `_interleaved` makes one array of, with so many samples each."""
+    if len(counts) == 1:
+        return [dy]
+    odd = counts[0] != counts[1]
+    if odd:
+        end = [(0, 0)] * dy.ndim
+        end[axis] = (0, 1)
+        dy = jnp.pad(dy, end)
+    both = dy.reshape(*dy.shape[:axis], counts[0], 2, *dy.shape[axis + 1 :])
+    first, second = (lax.index_in_dim(both, i, axis + 1, keepdims=False) for i in range(2))
+    return [first, lax.slice_in_dim(second, 0, -1, axis=axis) if odd else second]

@@ -1,0 +1,231 @@
+"""The convolution of few channels, or to few features, with a row of taps as one.
+
+Matrix units multiply blocks of 16 channels or more, and of three they leave most idle. Where the
+channels are the fewer, what a row of taps reads becomes the channels of one tap: 9 taps of 3
+channels are 27 values, and a 9x9 filter is 9x1. Where the features are, a row of taps becomes one
+tap to the features of all: 9x1 to 27 features, of which 9 are added, each at its tap's place.
+
+Any implementation multiplies. What is here is plain JAX around it, linear in x, in w and in what
+is multiplied. Which is the faster, the tuner finds out, see `offered`.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from operator import add
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.types import Json, Keywords, Tree
+from pallas_kernels.conv2d.activations import activate
+from pallas_kernels.conv2d.moments import of_rows
+from pallas_kernels.conv2d.problem import Problem, Window
+from pallas_kernels.conv2d.xla import along_features, mirrored, transposed
+
+Run = Callable[..., Tree]
+"""A function of an implementation, whose first argument is the window."""
+
+NAME = "whole_rows"
+"""The key of a search space by which `vjp` takes this form, beside those of tiles."""
+
+_FEW = 16
+"""The least channels that a matrix unit multiplies at once."""
+
+
+def offered(problem: Problem) -> list[Json]:
+    """What a search space has more where channels or features are few: this form.
+
+    Example:
+        >>> offered(Problem((2, 64, 64, 3), "bfloat16", 9, 9, 32, Window(), "bfloat16"))
+        [{'whole_rows': True}]
+        >>> offered(Problem((2, 64, 64, 32), "bfloat16", 9, 9, 32, Window(), "bfloat16"))
+        []
+    """
+    few = min(problem.shape[-1], problem.features) < _FEW
+    taken = few and problem.kernel_width > 1 and problem.window.groups == 1
+    return [{NAME: True}] if taken else []
+
+
+def forward(
+    run: Run,
+    window: Window,
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: str | None,
+    out_dtype: DTypeLike,
+    moments: bool = False,
+) -> Tree:
+    """The convolution with its epilogue.
+
+    Args:
+        run: Function of a window, images, filters and bias, with the other keywords: an
+            implementation's `forward`.
+        window: The window, of one group.
+        x: The images.
+        w: The filters.
+        bias: `[NF]`, or None.
+        activation: See `vjp`.
+        out_dtype: Dtype of the output.
+        moments: Whether to return its moments, too.
+    """
+    form = _Form(window, x.shape, w.shape)
+    epilogue: Keywords = {"activation": activation, "out_dtype": out_dtype}
+    epilogue |= {"moments": True} if moments else {}
+    if form.gathers:
+        return run(form.window, form.prepared(x), form.folded(w), bias, **epilogue)
+    wide = accumulation_dtype(x.dtype)
+    products = run(
+        form.window, form.prepared(x), form.folded(w), None, activation=None, out_dtype=wide
+    )
+    y = form.added(products)
+    if bias is not None:
+        y = y + along_features(bias.astype(wide), window)
+    y = activate(y, activation)
+    return (y.astype(out_dtype), of_rows(y, window)) if moments else y.astype(out_dtype)
+
+
+def input_grad(
+    run: Run,
+    window: Window,
+    dy: jax.Array,
+    w: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """The transpose of the convolution in x, applied to dy: an array `[N, *shape]`.
+
+    Args:
+        run: Function of a window, dy and filters, with the other keywords: an implementation's
+            `input_grad`.
+        window: The window, of one group.
+        dy: The gradient of the output.
+        w: The filters.
+        shape: Shape of an image.
+        dtype: Dtype of the gradient.
+    """
+    image, wide = (dy.shape[0], *shape), accumulation_dtype(dtype)
+    form = _Form(window, image, w.shape)
+    seen = jax.eval_shape(form.prepared, jax.ShapeDtypeStruct(image, wide)).shape[1:]
+    dx = run(form.window, form.spread(dy), form.folded(w), shape=seen, dtype=wide)
+    over_batch = jax.P(jax.typeof(dy).sharding.spec[0])
+    return transposed(form.prepared, image, dx, w, spec=over_batch).astype(dtype)
+
+
+def weight_grad(
+    run: Run,
+    window: Window,
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """The transpose of the convolution in w, applied to dy: an array of the filters' shape.
+
+    Args:
+        run: Function of a window, images and dy, with the other keywords: an implementation's
+            `weight_grad`.
+        window: The window, of one group.
+        x: The images.
+        dy: The gradient of the output.
+        shape: Shape of the filters.
+        dtype: Dtype of the gradient.
+    """
+    form = _Form(window, x.shape, shape)
+    filters = jax.eval_shape(form.folded, jax.ShapeDtypeStruct(shape, dtype)).shape
+    dw = run(form.window, form.prepared(x), form.spread(dy), shape=filters, dtype=dtype)
+    return transposed(form.folded, shape, dw)
+
+
+class _Form:
+    """The convolution that is computed in the place of a given one, and the way there and back.
+
+    Attributes:
+        gathers: Whether taps are gathered as channels; otherwise they are added as features.
+        window: The window of what is computed, whose filters are one tap wide.
+    """
+
+    def __init__(self, window: Window, images: tuple[int, ...], filters: tuple[int, ...]) -> None:
+        _, _, wide, channels = window.images(images)
+        height, self._taps, _, self._features = window.filters(filters)
+        self.gathers = channels <= self._features
+        self._given = window
+        self._images = images
+        self._rows, self._outputs = window.output(window.images(images)[1:3], (height, self._taps))
+        down = (0, 0) if window.reflect else window.pads[0]
+        self.window = window._replace(
+            stride=(window.stride[0], 1),
+            pads=(down, (0, 0)),
+            dilation=(window.dilation[0], 1),
+            reflect=False,
+        )
+        # Columns of the products to add: those of the images as they are, mirrored ones included.
+        self._columns = wide + (sum(window.pads[1]) if window.reflect else 0)
+
+    @property
+    def _across(self) -> int:
+        """The axis W of images."""
+        return 2 if self._given.layout == "nhwc_hwcf" else 3
+
+    def _read(self, padded: jax.Array) -> list[jax.Array]:
+        """For each tap of a row the columns that it reads, one for each output."""
+        stride, dilation = self._given.stride[1], self._given.dilation[1]
+        span = stride * (self._outputs - 1) + 1
+        return [
+            lax.slice_in_dim(padded, dilation * j, dilation * j + span, stride, self._across)
+            for j in range(self._taps)
+        ]
+
+    def _zero_padded(self, x: jax.Array) -> jax.Array:
+        """Zeros before and after the columns, where nothing is mirrored; pads may be negative."""
+        if self._given.reflect:
+            return x
+        before, after = self._given.pads[1]
+        none = (0, 0, 0)
+        edges = self._given.laid_out(none, none, (before, after, 0), none)
+        return lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+    def prepared(self, x: jax.Array) -> jax.Array:
+        """The images whose channels are those of a row of taps, or the mirrored ones."""
+        if self._given.reflect:
+            x = mirrored(x, self._given)
+        if not self.gathers:
+            return x
+        channels = 3 if self._given.layout == "nhwc_hwcf" else 1
+        return jnp.concatenate(self._read(self._zero_padded(x)), channels)
+
+    def folded(self, w: jax.Array) -> jax.Array:
+        """The filters of one tap a row, with its taps as channels, or as features."""
+        if self._given.layout == "nchw_fchw":
+            w = w.transpose(2, 3, 1, 0)
+        height, taps, channels, features = w.shape
+        if self.gathers:
+            w = w.reshape(height, 1, taps * channels, features)
+        else:
+            w = w.transpose(0, 2, 1, 3).reshape(height, 1, channels, taps * features)
+        return w if self._given.layout == "nhwc_hwcf" else w.transpose(3, 2, 0, 1)
+
+    def added(self, products: jax.Array) -> jax.Array:
+        """The output: of each tap of a row its features, at the columns that it reads."""
+        channels = 3 if self._given.layout == "nhwc_hwcf" else 1
+        reads = self._read(self._zero_padded(products))
+        own = (
+            lax.slice_in_dim(read, j * self._features, (j + 1) * self._features, axis=channels)
+            for j, read in enumerate(reads)
+        )
+        return reduce(add, own)
+
+    def spread(self, dy: jax.Array) -> jax.Array:
+        """The gradient of what is computed: the transpose of `added`, where anything is."""
+        if self.gathers:
+            return dy
+        shape = self._given.laid_out(
+            dy.shape[0], self._rows, self._columns, self._taps * self._features
+        )
+        return transposed(self.added, shape, dy)

@@ -1,0 +1,61 @@
+"""Maps and voxels in PyTorch are JAX's, bit by bit."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pallas_kernels.sparse import conformance as in_jax  # noqa: E402
+from pallas_kernels.sparse import kernel_map as jax_kernel_map  # noqa: E402
+from pallas_kernels.sparse.cases import CASES  # noqa: E402
+from torch_bridge.sparse import conformance, kernel_map  # noqa: E402
+
+
+def same(got, want):
+    """Every bit of a tensor is an array's, whatever the sign of its dtype."""
+    got, want = got.numpy(), np.asarray(want)
+    np.testing.assert_array_equal(got.view(np.int32), want.view(np.int32))
+
+
+def assert_same_map(got, want):
+    assert got.window == want.window
+    assert (got.backward is None) == (want.backward is None)
+    for direction in ("forward", "backward"):
+        ours, theirs = getattr(got, direction), getattr(want, direction)
+        for name in () if ours is None else ours._fields:
+            same(getattr(ours, name), getattr(theirs, name))
+    same(got.reverse, want.reverse)
+
+
+def both(case):
+    """A case's map and output, of PyTorch and of JAX."""
+    coords, x, *_ = case.drawn()
+    arguments = case.arguments
+    names = "generative", "transposed", "output_rule", "padding"
+    rest = {name: arguments[name] for name in names}
+    rest |= {"dilation": case.dilation}
+    results = []
+    for room, make in ((conformance, kernel_map), (in_jax, jax_kernel_map)):
+        voxels, onto = room.voxels(case, coords, x)
+        results.append(make(voxels, case.kernel_size, case.stride, output_voxels=onto, **rest))
+    return results
+
+
+NARROW = (5, 15)
+"""The others take JAX seconds to compile, each."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if i in NARROW else [pytest.mark.wide])
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_maps_are_jaxs_bit_by_bit(case):
+    (got, out), (want, there) = both(case)
+    assert_same_map(got, want)
+    same(out.coords, there.coords)
+    assert int(out.num_valid) == int(there.num_valid)
+    assert int(out.overflow) == int(there.overflow)
+    assert (out.tensor_stride, out.batch_size) == (there.tensor_stride, there.batch_size)

@@ -1,0 +1,199 @@
+"""The parts of an operator's calls that all operators of PyTorch share.
+
+`pick` of an operator tells what computes a call as a text, which a traced program holds: the name
+of an implementation, its parameters, and whether another may compute in its place.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+
+from pallas_kernels.common.refusals import KernelError
+from pallas_kernels.dispatch import Operator, forget
+from pallas_kernels.dispatch.backend import Implementation, Problem
+
+Result = TypeVar("Result")
+
+ELSE = "else"
+"""The last word of such a text where another implementation may compute."""
+FAILED: set[tuple[str, str]] = set()
+"""Operators and their implementations that did not compile or load in this process; rules leave
+them out."""
+
+_END = 20
+"""Lines of a compiler's log that errors tell."""
+
+
+def computed(
+    operator: Operator,
+    direction: str,
+    text: str,
+    device: torch.device,
+    problem: Problem,
+    compute: Callable[[Any, dict[str, int]], Result],
+) -> Result:
+    """The result of what was picked, or of the next implementation where it does not compile.
+
+    Args:
+        operator: The operator.
+        direction: One of its directions.
+        text: What was picked.
+        device: Where it computes.
+        problem: The call.
+        compute: Calls an implementation, with its parameters.
+
+    Raises:
+        NotImplementedError: It does not take the sizes: a traced program was made for others.
+        KernelError: It does not compile or load, and was named.
+    """
+    name, config, replaceable = parsed(text)
+    if replaceable and (operator.name, name) in FAILED:
+        name, config = following(operator, direction, device, problem), {}
+    module: Implementation = operator.module(name)
+    module.check(direction, problem)
+    try:
+        return compute(module, config)
+    except KernelError as error:
+        instead = following(operator, direction, device, problem, besides=name)
+        # Or the environment named it.
+        if not replaceable or operator.request(direction, None, device.type).names is not None:
+            raise KernelError(
+                f"{operator.argument.format(direction=direction)}={name!r} of {operator.name} does "
+                f"not compile or load here: name {instead!r} in its place, or None for what does; "
+                "the log ends with",
+                "\n".join(error.log.splitlines()[-_END:]),
+            ) from error
+        FAILED.add((operator.name, name))
+        forget()
+        first = error.log.strip().partition("\n")[0]
+        warnings.warn(
+            f"{name} of {operator.name} does not compile or load here, {instead} computes in its "
+            f"place: {first}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return computed(operator, direction, f"{instead} {ELSE}", device, problem, compute)
+
+
+def following(
+    operator: Operator,
+    direction: str,
+    device: torch.device,
+    problem: Problem,
+    besides: str = "",
+) -> str:
+    """The first of the device's rule that has not failed and can run.
+
+    Args:
+        operator: The operator.
+        direction: One of its directions.
+        device: Where it computes.
+        problem: The call.
+        besides: One more that is left out.
+    """
+    rule = operator.rule.get(device.type, operator.rule["cpu"])
+    left = [name for name in rule if (operator.name, name) not in FAILED and name != besides]
+    return operator.pick(direction, left, device.type, problem)
+
+
+def parsed(text: str) -> tuple[str, dict[str, int], bool]:
+    """The implementation, its parameters, and whether another may replace it.
+
+    Example:
+        >>> parsed("eager"), parsed("triton columns=2 else")
+        (('eager', {}, False), ('triton', {'columns': 2}, True))
+    """
+    name, *parameters = text.split()
+    pairs = (parameter.split("=") for parameter in parameters if parameter != ELSE)
+    return name, {key: int(value) for key, value in pairs}, ELSE in parameters
+
+
+def names(picked: Iterable[str]) -> list[str]:
+    """The names of implementations without their parameters, each once.
+
+    Example:
+        >>> names(("triton columns=2", "triton"))
+        ['triton']
+    """
+    return sorted({text.split()[0] for text in picked})
+
+
+@torch.compiler.assume_constant_result
+def differentiated_by_func() -> bool:
+    """Whether `torch.func` takes derivatives here, of a traced program where it is traced."""
+    levels = get_interpreter_stack() or ()
+    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
+
+
+def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Sizes and strides as numbers: of a traced program, those that it is traced with.
+
+    Asking for them leaves no guard: the program takes other sizes as before. Older versions of
+    PyTorch (2.9) cannot be asked; then there is one sample of each channel, and no strides.
+
+    Example:
+        >>> known(torch.zeros(2, 3, 4))
+        ((2, 3, 4), (12, 4, 1))
+    """
+    if not torch.compiler.is_compiling():
+        return tuple(x.shape), x.stride()
+    if not tells_sizes():
+        return (1, x.shape[1], *(1,) * (x.ndim - 2)), None
+    return tuple(map(number, x.shape)), tuple(map(number, x.stride()))
+
+
+def number(size: int) -> int:
+    """A size as a number: of a traced program, that which it is traced with, see `known`.
+
+    Example:
+        >>> number(3)
+        3
+    """
+    if not torch.compiler.is_compiling():
+        return size
+    if not tells_sizes():
+        return int(size)
+    # A size that depends on data counts as 1.
+    from torch.fx.experimental.symbolic_shapes import optimization_hint as hint
+
+    return hint(size, 1)
+
+
+def tells_sizes() -> bool:
+    """Whether this PyTorch tells the sizes that a program is traced with: from 2.12 on.
+
+    Example:
+        >>> tells_sizes() in (True, False)
+        True
+    """
+    from torch.fx.experimental import symbolic_shapes
+
+    return hasattr(symbolic_shapes, "optimization_hint")
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """An implementation chooses its own dtypes, in a backward pass inside `autocast` too."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def examples(values: Sequence[Tensor], in_dims: Sequence[int | None], i: int) -> list[Tensor]:
+    """One example of each of some arguments of `torch.vmap`, see `example`."""
+    return [example(value, dim, i) for value, dim in zip(values, in_dims, strict=True)]
+
+
+def example(value: Any, in_dim: int | None, i: int) -> Any:
+    """One example of an argument of `torch.vmap`, or the argument where it has no such axis.
+
+    Example:
+        >>> example(torch.tensor([[1, 2], [3, 4]]), 1, 0).tolist(), example("ieee", None, 0)
+        ([1, 3], 'ieee')
+    """
+    return value if in_dim is None else value.select(in_dim, i)

@@ -1,0 +1,43 @@
+"""Triton kernels in PyTorch: where they run, and their launch."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pallas_kernels.common.refusals import compiling
+from pallas_kernels.common.types import Output
+
+
+def unavailable(platform: str) -> str | None:
+    """The reason why these kernels cannot run: they need a GPU, unless interpreted, and Triton."""
+    if platform != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a GPU, this is {platform}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"needs Triton (the extra 'triton'): {error}"
+    return None
+
+
+def launch(
+    kernel: Any,
+    arguments: list[Tensor | int],
+    outputs: Sequence[Output],
+    grid: tuple[int, ...],
+    **constants: object,
+) -> list[Tensor]:
+    """Launches a kernel, whose arguments are followed by its outputs; returns these."""
+    device = cast(Tensor, arguments[0]).device
+    made = []
+    for shape, dtype, *strides in outputs:
+        dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+        if strides:
+            made.append(torch.empty_strided(shape, *strides, dtype=dtype, device=device))
+        else:
+            made.append(torch.empty(shape, dtype=dtype, device=device))
+    with compiling("a Triton kernel"):
+        kernel[grid](*arguments, *made, **constants)
+    return made

@@ -1,0 +1,1 @@
+"""Depthwise sparse convolution, whose rooms stand beside those of the regular one."""
