@@ -35,7 +35,7 @@ _OPAQUE = ("BMP", "JPEG")
 _SIXTEEN = ("PNG", "TIFF")
 _QUALITY = 95
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_TIFF_COLOURS = {
+_TIFF_COLOURS: dict[int, int] = {
     tifffile.PHOTOMETRIC.MINISWHITE: 1,
     tifffile.PHOTOMETRIC.MINISBLACK: 1,
     tifffile.PHOTOMETRIC.RGB: 3,
@@ -336,11 +336,11 @@ def _deep_tiff(path: Path, max_pixels: int) -> Picture | None:
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         pixels = _FULL - pixels
     # A sample more than the colours is opacity, unless the file says that it is something else.
-    kind = page.extrasamples[0] if page.extrasamples else tifffile.EXTRASAMPLE.UNASSALPHA
+    extra = page.extrasamples[0] if page.extrasamples else tifffile.EXTRASAMPLE.UNASSALPHA
     alpha = None
-    if others.shape[2] and kind != tifffile.EXTRASAMPLE.UNSPECIFIED:
+    if others.shape[2] and extra != tifffile.EXTRASAMPLE.UNSPECIFIED:
         alpha = others[..., 0]
-        if kind == tifffile.EXTRASAMPLE.ASSOCALPHA:  # The colours are multiplied by it.
+        if extra == tifffile.EXTRASAMPLE.ASSOCALPHA:  # The colours are multiplied by it.
             exact = pixels.astype(np.float64) * _FULL / np.maximum(alpha, 1)[..., None]
             pixels = np.rint(exact.clip(0, _FULL)).astype(np.uint16)
     return _from_samples(pixels, alpha, orientation, profile)
