@@ -84,7 +84,7 @@ def tiled(model: TransformerNet, picture: np.ndarray, tile: int) -> np.ndarray:
         raw, moments = _stretch(stages, partial(_window, small), shape, size, 1)
         small = _normalised(*nnx.split(stages[-1]), raw, moments, small)
     whole, _ = _stretch(tail(model), partial(_window, small), shape, size, 1)
-    return whole[0, :height, :width]
+    return np.asarray(whole)[0, :height, :width]
 
 
 def _stretch(

@@ -115,7 +115,8 @@ def train(
     definition, params = nnx.split(model, nnx.Param)
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.rate, settings.steps, 0.05))
     state = (params, optimizer.init(params))
-    done, rows = 0, []
+    done = 0
+    rows: list[list[float]] = []
     inputs = _digest(photographs, style, layers)
     if resume and (out / "checkpoint").exists():
         state, done, rows = _restored(out / "checkpoint", state, settings, inputs)
@@ -207,7 +208,7 @@ def _crops(photographs: Sequence[np.ndarray], settings: Settings, step: int) -> 
     rng = np.random.default_rng([settings.seed, step])
     crops = []
     for _ in range(settings.batch):
-        pixels = photographs[rng.integers(len(photographs))]
+        pixels = photographs[int(rng.integers(len(photographs)))]
         shorter = min(pixels.shape[:2])
         # From half of the photograph on, so that things have many sizes.
         side = int(rng.integers(max(settings.crop, shorter // 2), shorter + 1))
@@ -305,9 +306,8 @@ def _restored(
         raise ValueError(f"{folder} was made with other settings: {'; '.join(differ)}")
     if not np.array_equal(arrays.get("inputs"), inputs):
         raise ValueError(f"{folder} was made with another style, photographs or features")
-    state = structure.unflatten(
-        jnp.asarray(array, leaf.dtype) for array, leaf in zip(found, leaves, strict=True)
-    )
+    state_of = [jnp.asarray(array, leaf.dtype) for array, leaf in zip(found, leaves, strict=True)]
+    state = jax.tree.unflatten(structure, state_of)
     return state, len(rows), rows
 
 
