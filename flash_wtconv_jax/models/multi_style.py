@@ -246,7 +246,7 @@ def load_multi_style(path: str | os.PathLike[str], **options: object) -> MultiSt
 
     def features(part: str, count: int) -> list[int]:
         # What is missing is in the message of load_into.
-        shapes = [np.shape(tensors.get(f"{part}.{i}.w", ())) for i in range(count)]
+        shapes = [np.shape(tensors.get(f"{part}.{i}.w", np.zeros(()))) for i in range(count)]
         return [shape[0] if shape else 1 for shape in shapes]
 
     blocks = len({name.split(".")[1] for name in tensors if name.startswith("res.")})
