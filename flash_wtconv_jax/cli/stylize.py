@@ -1,6 +1,9 @@
 """`flash-wtconv stylize`: pictures, animations and folders of them in the style of a network."""
 
+import logging
+import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,7 +35,9 @@ def stylize(
     ] = None,
     blend: Annotated[
         str | None,
-        typer.Option(metavar="A=W,B=W", help="Several files of weights, and how much of each."),
+        typer.Option(
+            metavar="A=W,B=W", help="Several files of weights, and the share of each in their sum."
+        ),
     ] = None,
     strength: Annotated[
         float, typer.Option(min=0, help="0 leaves the picture, 1 is the style.")
@@ -83,7 +88,14 @@ def stylize(
     from flash_wtconv_jax.stylize import pipeline
     from flash_wtconv_jax.stylize.stylizer import Stylizer
 
+    # Of odd tags in files that can be read all the same.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     styles = _styles(style, blend)
+    if not math.isfinite(strength):
+        raise ValueError(f"--strength is {strength}, expected a number such as 0.5")
+    if smooth and tile is not None:
+        raise ValueError("--tile does not go with --smooth, which computes each frame whole")
     if tile is not None and tile % 4:
         raise ValueError(f"--tile is {tile}, expected a multiple of 4")
     if dtype is None:
@@ -126,27 +138,32 @@ def stylize(
 
 
 def _styles(style: Path | None, blend: str | None) -> dict[Path, float]:
-    """Files of weights, and how much of each."""
+    """Files of weights, and the share of each; shares add up to 1."""
     if (style is None) == (blend is None):
         raise ValueError("give --style FILE, or --blend A=0.5,B=0.5 for several, and not both")
     if style is not None:
         return {style: 1.0}
     weights: dict[Path, float] = {}
     for part in str(blend).split(","):
-        name, _, weight = part.rpartition("=")
+        name, _, text = part.rpartition("=")
         try:
-            weights[Path(name)] = float(weight)
+            weight = float(text)
         except ValueError:
-            name = ""
-        if not name:
+            weight = math.nan
+        if not (name and math.isfinite(weight)):
             raise ValueError(f"--blend has {part!r}, expected FILE=WEIGHT, such as candy.pth=0.5")
-    return weights
+        weights[Path(name)] = weights.get(Path(name), 0.0) + weight
+    total = sum(weights.values())
+    if total <= 0:
+        raise ValueError(f"--blend has weights that add up to {total}, expected more than 0")
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def _jobs(sources: Sequence[Path], out: Path, force: bool) -> "tuple[list[Job], list[Path]]":
-    """The files to stylise with their targets, and those in folders that are no pictures."""
+    """The files to stylise with their targets, and what else the folders hold."""
     from flash_wtconv_jax.pictures import SUFFIXES, check_writable
     from flash_wtconv_jax.stylize.pipeline import Job
+    from pallas_kernels.common.files import check_folder
 
     files: list[Path] = []
     left_out: list[Path] = []
@@ -156,9 +173,10 @@ def _jobs(sources: Sequence[Path], out: Path, force: bool) -> "tuple[list[Job], 
                 raise FileNotFoundError(f"{source} does not exist")
             files.append(source)
             continue
-        inside = sorted(path for path in source.iterdir() if path.is_file())
-        files += [path for path in inside if path.suffix.lower() in SUFFIXES]
-        left_out += [path for path in inside if path.suffix.lower() not in SUFFIXES]
+        for path in sorted(source.iterdir()):
+            # A link that leads nowhere is a file that cannot be read.
+            is_picture = path.suffix.lower() in SUFFIXES and not path.is_dir()
+            (files if is_picture else left_out).append(path)
     if not files:
         raise ValueError(f"no pictures in {', '.join(map(str, sources))}")
     into_folder = out.is_dir() or len(files) > 1 or sources[0].is_dir()
@@ -179,6 +197,8 @@ def _jobs(sources: Sequence[Path], out: Path, force: bool) -> "tuple[list[Job], 
             raise FileExistsError(f"{job.target} exists already; give --force to replace it")
     if into_folder:
         out.mkdir(parents=True, exist_ok=True)
+    else:
+        check_folder(out)
     return jobs, left_out
 
 
@@ -190,7 +210,8 @@ def _tell(report: "Report", jobs: "Sequence[Job]", left_out: Sequence[Path], out
     if len(jobs) > 1:
         say(f"{busy}; the {report.limit} was the limit")
     for path in left_out:
-        say(f"left out, not a picture by its name: {path}")
+        kind = "a folder inside" if path.is_dir() else "not a picture by its name"
+        say(f"left out, {kind}: {path}")
     for source, reason in report.failures.items():
         text = reason if str(source) in reason else f"{source}: {reason}"
         typer.echo(f"error: {text}", err=True)

@@ -58,6 +58,8 @@ def train_style(
     )
     if (out / "checkpoint").exists() and not resume:
         raise FileExistsError(f"{out} holds a run; give --resume to go on, or another folder")
+    if resume and not (out / "checkpoint").exists():
+        raise FileNotFoundError(f"{out} holds no checkpoint to go on from; leave --resume out")
     photographs = _photographs(content, crop)
     wanted = pictures.resized(pictures.read(style), max(crop, 64)).pixels
     if features is None:

@@ -1,4 +1,4 @@
-"""WTConvNeXt, ConvNeXt, TransformerNet, SparseUNet and SparseResNet for flax.nnx.
+"""WTConvNeXt, ConvNeXt, TransformerNet, MultiStyleNet, SparseUNet and SparseResNet for flax.nnx.
 
 Example:
     >>> from flax import nnx
@@ -20,6 +20,7 @@ from flash_wtconv_jax.models.convnext import (
     wtconvnext_small,
     wtconvnext_tiny,
 )
+from flash_wtconv_jax.models.multi_style import MultiStyleNet, load_multi_style
 from flash_wtconv_jax.models.pretrained import load_network, save_network
 from flash_wtconv_jax.models.sparse import SparseResNet, SparseUNet, load_sparse_unet
 from flash_wtconv_jax.models.transformer_net import TransformerNet
@@ -27,6 +28,7 @@ from flash_wtconv_jax.models.transformer_net import TransformerNet
 __all__ = [
     "ConvNeXt",
     "ConvNeXtConfig",
+    "MultiStyleNet",
     "SparseResNet",
     "SparseUNet",
     "TransformerNet",
@@ -34,6 +36,7 @@ __all__ = [
     "convnext_base",
     "convnext_small",
     "convnext_tiny",
+    "load_multi_style",
     "load_network",
     "load_sparse_unet",
     "save_network",

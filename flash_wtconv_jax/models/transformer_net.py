@@ -25,7 +25,8 @@ from pallas_kernels.stylize.api import OPERATOR as INSTANCE_NORM
 
 # Four pixels mirrored on each side of the 9x9 convolutions need a fifth; the residual blocks then
 # have two, enough for their one.
-_LEAST = 5
+LEAST = 5
+"""Rows and columns of the smallest images."""
 
 
 class TransformerNet(nnx.Module):
@@ -128,9 +129,9 @@ class TransformerNet(nnx.Module):
         x = checked_array(x, "x")
         if x.ndim != 4 or x.shape[-1] != 3:
             raise ValueError(f"x must have shape (N, H, W, 3), got {x.shape}")
-        if min(x.shape[1:3]) < _LEAST:
+        if min(x.shape[1:3]) < LEAST:
             raise ValueError(
-                f"x must be at least {_LEAST} pixels high and wide, so that there are pixels to "
+                f"x must be at least {LEAST} pixels high and wide, so that there are pixels to "
                 f"mirror, got {x.shape}"
             )
         _, height, width, _ = x.shape

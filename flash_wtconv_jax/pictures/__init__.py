@@ -4,7 +4,7 @@ It needs the extra `stylize`: Pillow, and imagecodecs and tifffile for 16 bits a
 Pillow reads as 8.
 """
 
-from flash_wtconv_jax.pictures.clip import Clip, is_clip, read_clip, write_clip
+from flash_wtconv_jax.pictures.clip import Clip, check_writable_clip, is_clip, read_clip, write_clip
 from flash_wtconv_jax.pictures.still import (
     MAX_PIXELS,
     SUFFIXES,
@@ -21,6 +21,7 @@ __all__ = [
     "Clip",
     "Picture",
     "check_writable",
+    "check_writable_clip",
     "is_clip",
     "read",
     "read_clip",

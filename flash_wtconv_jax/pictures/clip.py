@@ -8,7 +8,6 @@ from PIL import ImageSequence
 from flash_wtconv_jax.pictures.still import (
     MAX_PIXELS,
     Picture,
-    check_writable,
     from_pillow,
     opened,
     to_pillow,
@@ -17,7 +16,6 @@ from pallas_kernels.common.files import replacing, writing
 from pallas_kernels.common.types import Keywords
 
 _FORMATS = {".gif": "GIF", ".png": "PNG", ".webp": "WEBP"}
-_USUAL_MS = 100.0
 
 
 class Clip(NamedTuple):
@@ -27,7 +25,7 @@ class Clip(NamedTuple):
         frames: Pictures of one size, as they are shown: what a frame leaves of the one before is
             in it.
         durations: Milliseconds for which each is shown.
-        loop: How often it is repeated, 0 for ever.
+        loop: How often it is shown, 0 for ever.
     """
 
     frames: list[Picture]
@@ -46,6 +44,13 @@ def is_clip(path: Path, max_pixels: int = MAX_PIXELS) -> bool:
         return False
     with opened(path, max_pixels) as image:
         return getattr(image, "n_frames", 1) > 1
+
+
+def check_writable_clip(path: Path) -> None:
+    """Raises ValueError where a file of this name cannot hold an animation."""
+    if path.suffix.lower() not in _FORMATS:
+        ends = ", ".join(sorted(_FORMATS))
+        raise ValueError(f"{path}: the ending is {path.suffix!r}, an animation wants one of {ends}")
 
 
 def read_clip(path: Path, max_pixels: int = MAX_PIXELS) -> Clip:
@@ -69,9 +74,13 @@ def read_clip(path: Path, max_pixels: int = MAX_PIXELS) -> Clip:
         frames, durations = [], []
         for frame in ImageSequence.Iterator(image):
             frame.load()  # Before, WebP's durations are not known.
-            durations.append(float(frame.info.get("duration", _USUAL_MS)))
-            frames.append(from_pillow(path, frame))
-        return Clip(frames, durations, image.info.get("loop", 0))
+            durations.append(float(frame.info.get("duration", 0)))
+            frames.append(from_pillow(frame))
+        loop = image.info.get("loop")
+        if image.format == "GIF":
+            # It says how often the animation is repeated, and nothing where it is not.
+            loop = 1 if loop is None else loop and loop + 1
+        return Clip(frames, durations, loop or 0)
 
 
 def write_clip(path: Path, clip: Clip, force: bool = False) -> None:
@@ -86,18 +95,20 @@ def write_clip(path: Path, clip: Clip, force: bool = False) -> None:
         ValueError: If the ending is another.
         OSError: If the file cannot be written, or is there already without `force`.
     """
-    check_writable(path)
-    form = _FORMATS.get(path.suffix.lower())
-    if form is None:
-        ends = ", ".join(sorted(_FORMATS))
-        raise ValueError(f"{path}: the ending is {path.suffix!r}, an animation wants one of {ends}")
-    first, *others = map(to_pillow, clip.frames)
-    profile = {"icc_profile": clip.frames[0].profile} if clip.frames[0].profile else {}
-    keys: Keywords = {}
+    check_writable_clip(path)
+    form = _FORMATS[path.suffix.lower()]
+    frames = [to_pillow(frame) for frame in clip.frames]
+    transparent = any(frame.alpha is not None for frame in clip.frames)
+    first, *others = [frame.convert("RGBA") for frame in frames] if transparent else frames
+    keys: Keywords = {"loop": clip.loop}
+    if clip.frames[0].profile:
+        keys["icc_profile"] = clip.frames[0].profile
     if form == "WEBP":
-        keys = {"lossless": True}  # Pillow 13 drops the transparency of frames that lose.
-    elif form == "GIF" and clip.frames[0].alpha is not None:
-        keys = {"disposal": 2}  # Else the frame before would show through.
+        keys["lossless"] = True  # Pillow 13 drops the transparency of frames that lose.
+    if form == "GIF":
+        keys["loop"] = {0: 0, 1: None}.get(clip.loop, clip.loop - 1)
+        if transparent:
+            keys["disposal"] = 2  # Else the frame before would show through.
     with writing(path), replacing(path, force) as temporary:
         first.save(
             temporary,
@@ -105,7 +116,5 @@ def write_clip(path: Path, clip: Clip, force: bool = False) -> None:
             save_all=True,
             append_images=others,
             duration=[round(one) for one in clip.durations],
-            loop=clip.loop,
             **keys,
-            **profile,
         )

@@ -35,6 +35,24 @@ _OPAQUE = ("BMP", "JPEG")
 _SIXTEEN = ("PNG", "TIFF")
 _QUALITY = 95
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TIFF_COLOURS: dict[int, int] = {
+    tifffile.PHOTOMETRIC.MINISWHITE: 1,
+    tifffile.PHOTOMETRIC.MINISBLACK: 1,
+    tifffile.PHOTOMETRIC.RGB: 3,
+}
+_FULL = 65535
+"""The largest sample of 16 bits."""
+_OTHER_SAMPLES = {"I": "32-bit integers", "F": "floating-point numbers", "LAB": "L*a*b* colours"}
+_DESCRIPTIONS = (
+    ExifTags.Base.ImageDescription,
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.Software,
+    ExifTags.Base.DateTime,
+    ExifTags.Base.Artist,
+    ExifTags.Base.Copyright,
+)
+"""Tags of TIFF files that are EXIF data, not the layout of the file."""
 # Pillow keeps its own limit in a global, and looks at it while it opens a file alone.
 _OPENING = threading.Lock()
 # Exif's number for each way of turning pixels upright: transposed first, then flipped.
@@ -69,8 +87,9 @@ class Picture(NamedTuple):
 def read(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     """The first picture of a file, upright.
 
-    Grey, palette and CMYK become RGB, CMYK by the profile in the file if it has one. A profile is
-    kept where it describes RGB.
+    Grey, palette and CMYK become RGB, CMYK and grey of 8 bits by the profile in the file if it has
+    one. A profile is kept where it describes RGB. EXIF data of TIFF files with 16 bits a sample
+    are not read.
 
     Args:
         path: A file that Pillow knows, of whatever name.
@@ -95,7 +114,8 @@ def read(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     with opened(path, max_pixels) as image:
         if image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile):
             return _deep_png(path, image)
-        return from_pillow(path, ImageOps.exif_transpose(image))
+        picture = from_pillow(ImageOps.exif_transpose(image))
+        return picture._replace(exif=_exif_of(image))
 
 
 def write(path: Path, picture: Picture, force: bool = False) -> None:
@@ -198,8 +218,12 @@ def _named(path: Path) -> Iterator[None]:
         if error.filename is not None:
             raise
         raise OSError(f"{path} cannot be read: {error}") from None
-    except (SyntaxError, ValueError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        # A file that is broken has decoders raise anything, an IndexError without a text too.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -207,21 +231,36 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ValueError(f"{width} x {height} pixels, more than the {max_pixels:,} allowed")
 
 
-def from_pillow(path: Path, image: Image.Image) -> Picture:
-    """The picture of an upright image of 8 bits a sample."""
-    profile, exif = image.info.get("icc_profile"), image.getexif()
-    kept = exif.tobytes() if len(exif) else None
-    if image.mode in ("I", "F", "LAB"):
-        kinds = {"I": "32-bit integers", "F": "floating-point numbers", "LAB": "L*a*b* colours"}
-        raise ValueError(f"{path}: samples are {kinds[image.mode]}, expected 8 or 16 bits of RGB")
-    if image.mode == "CMYK":
-        return Picture(np.asarray(_from_cmyk(image, profile)), exif=kept)
-    if image.mode in ("1", "L", "LA", "La", "I;16"):
+def from_pillow(image: Image.Image) -> Picture:
+    """The picture of an upright image, without EXIF data; 16 bits a sample if they are greys."""
+    profile = image.info.get("icc_profile")
+    if image.mode in _OTHER_SAMPLES:
+        found = _OTHER_SAMPLES[image.mode]
+        raise ValueError(f"samples are {found}, expected 8 or 16 bits of RGB")
+    if image.mode.startswith("I;16"):
+        return _from_samples(np.asarray(image).astype(np.uint16)[..., None])
+    if image.mode == "CMYK" or (image.mode == "L" and not image.has_transparency_data):
+        return Picture(np.asarray(_in_srgb(image, profile)))
+    if image.mode in ("1", "LA", "La", "L"):
         profile = None  # It is one of greys.
     if image.has_transparency_data:
         samples = np.asarray(image.convert("RGBA"))
-        return Picture(samples[..., :3], samples[..., 3], profile, kept)
-    return Picture(np.asarray(image.convert("RGB")), None, profile, kept)
+        return Picture(samples[..., :3], samples[..., 3], profile)
+    return Picture(np.asarray(image.convert("RGB")), None, profile)
+
+
+def _exif_of(image: Image.Image) -> bytes | None:
+    """The EXIF data without the orientation; of a TIFF file what says nothing of its layout."""
+    exif = image.getexif()
+    if image.format == "TIFF":
+        described = Image.Exif()
+        described.update({tag: exif[tag] for tag in _DESCRIPTIONS if tag in exif})
+        for folder in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+            if inside := exif.get_ifd(folder):
+                described.get_ifd(folder).update(inside)
+        exif = described
+    exif.pop(ExifTags.Base.Orientation, None)
+    return exif.tobytes() if len(exif) else None
 
 
 def to_pillow(picture: Picture) -> Image.Image:
@@ -239,13 +278,13 @@ def eight_bits(samples: np.ndarray) -> np.ndarray:
     return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _from_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The image in sRGB, by its profile where it has one that can be used."""
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image of inks or greys in sRGB, by its profile where it has one that can be used."""
     if profile:
         try:
-            inks = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             converted = ImageCms.profileToProfile(
-                image, inks, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                image, own, ImageCms.createProfile("sRGB"), outputMode="RGB"
             )
             if converted is not None:
                 return converted
@@ -256,15 +295,19 @@ def _from_cmyk(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def _deep_png(path: Path, image: ImageFile.ImageFile) -> Picture:
     """The picture of a PNG file with 16 bits a sample, of which Pillow would keep 8."""
-    exif = image.getexif()
-    orientation = exif.pop(ExifTags.Base.Orientation, 1)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     samples = imagecodecs.png_decode(path.read_bytes())
-    kept = exif.tobytes() if len(exif) else None
-    return _from_samples(samples, orientation, image.info.get("icc_profile"), kept)
+    samples = samples.reshape(*samples.shape[:2], -1)
+    colours = samples.shape[2] - (samples.shape[2] in (2, 4))
+    alpha = samples[..., colours] if samples.shape[2] > colours else None
+    profile = image.info.get("icc_profile")
+    return _from_samples(samples[..., :colours], alpha, orientation, profile)._replace(
+        exif=_exif_of(image)
+    )
 
 
 def _deep_tiff(path: Path, max_pixels: int) -> Picture | None:
-    """The first page of a TIFF file with 16 bits a sample, None of any other file."""
+    """The first page of a TIFF file with 9 to 16 bits a sample, None of any other file."""
     with path.open("rb") as file:
         if file.read(4) not in _TIFF:
             return None
@@ -276,34 +319,44 @@ def _deep_tiff(path: Path, max_pixels: int) -> Picture | None:
         if page.dtype != np.uint16:
             return None
         _check_size(page.imagewidth, page.imagelength, max_pixels)
+        colours = _TIFF_COLOURS.get(page.photometric)
+        if colours is None:
+            kind = tifffile.PHOTOMETRIC(page.photometric).name
+            raise ValueError(f"{kind} in 16 bits a sample, expected grey or RGB")
         samples = page.asarray()
         orientation = page.tags.valueof("Orientation", default=1)
         profile = page.tags.valueof("InterColorProfile")
     if page.axes.startswith("S"):
         samples = np.moveaxis(samples, 0, -1)
+    full = 2**page.bitspersample - 1
+    if full < _FULL:
+        samples = ((samples.astype(np.uint32) * _FULL + full // 2) // full).astype(np.uint16)
+    samples = samples.reshape(*samples.shape[:2], -1)
+    pixels, others = samples[..., :colours], samples[..., colours:]
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-        samples = 65535 - samples
-    elif page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
-        kind = tifffile.PHOTOMETRIC(page.photometric).name
-        raise ValueError(f"{kind} in 16 bits a sample, expected grey or RGB")
-    return _from_samples(samples, orientation, profile, None)
+        pixels = _FULL - pixels
+    # A sample more than the colours is opacity, unless the file says that it is something else.
+    extra = page.extrasamples[0] if page.extrasamples else tifffile.EXTRASAMPLE.UNASSALPHA
+    alpha = None
+    if others.shape[2] and extra != tifffile.EXTRASAMPLE.UNSPECIFIED:
+        alpha = others[..., 0]
+        if extra == tifffile.EXTRASAMPLE.ASSOCALPHA:  # The colours are multiplied by it.
+            exact = pixels.astype(np.float64) * _FULL / np.maximum(alpha, 1)[..., None]
+            pixels = np.rint(exact.clip(0, _FULL)).astype(np.uint16)
+    return _from_samples(pixels, alpha, orientation, profile)
 
 
 def _from_samples(
-    samples: np.ndarray, orientation: int, profile: bytes | None, exif: bytes | None
+    pixels: np.ndarray,
+    alpha: np.ndarray | None = None,
+    orientation: int = 1,
+    profile: bytes | None = None,
 ) -> Picture:
-    """The picture of uint16 samples `[H, W]` or `[H, W, 1 to 4]`: grey or RGB, opaque or not."""
-    samples = samples.reshape(*samples.shape[:2], -1)
-    if samples.shape[2] > 4:
-        raise ValueError(f"{samples.shape[2]} samples a pixel, expected at most 4")
-    colours = samples.shape[2] - (samples.shape[2] in (2, 4))
-    pixels = np.broadcast_to(samples[..., :colours], (*samples.shape[:2], 3))
-    alpha = samples[..., colours] if samples.shape[2] > colours else None
+    """The picture of uint16 samples `[H, W, 1]` of greys or `[H, W, 3]`, and opacity `[H, W]`."""
     return Picture(
-        _upright(pixels, orientation),
+        _upright(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), orientation),
         None if alpha is None else _upright(alpha, orientation),
-        profile if colours == 3 else None,  # Of grey pictures it is one of greys.
-        exif,
+        profile if pixels.shape[2] == 3 else None,  # Of grey pictures it is one of greys.
     )
 
 

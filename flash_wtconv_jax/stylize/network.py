@@ -46,8 +46,10 @@ class Stage(NamedTuple):
         norm = self.norm
         if norm is None or norm.scale is None or norm.bias is None:
             return y
-        normal = (y - moments.mean) * jax.lax.rsqrt(moments.var + norm.epsilon)
-        return (normal * norm.scale[...] + norm.bias[...]).astype(y.dtype)
+        # In the order and the dtypes of `nnx.InstanceNorm`, so that 16 bits round alike.
+        scale, bias = norm.scale[...].astype(y.dtype), norm.bias[...].astype(y.dtype)
+        factor = jax.lax.rsqrt(moments.var + norm.epsilon) * scale
+        return ((y - moments.mean) * factor + bias).astype(y.dtype)
 
 
 def head(model: TransformerNet) -> list[Stage]:

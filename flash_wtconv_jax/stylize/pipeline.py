@@ -84,15 +84,18 @@ def run(
     """
     with (
         ThreadPoolExecutor(settings.workers) as decoding,
+        ThreadPoolExecutor(1) as waiting,
         ThreadPoolExecutor(settings.workers) as encoding,
     ):
+        work = _Run(network, settings, decoding, waiting, encoding, on_done)
         try:
-            work = _Run(network, settings, decoding, encoding, on_done)
             return work.all(jobs)
         except BaseException:
             # What has begun is finished; nothing else is begun.
-            for pool in (decoding, encoding):
+            for pool in (decoding, waiting, encoding):
                 pool.shutdown(wait=False, cancel_futures=True)
+            encoding.shutdown()
+            work.tell_written()
             raise
 
 
@@ -107,8 +110,8 @@ class _Moving(NamedTuple):
 
 
 _Decoded = _Still | _Moving
-_Pending = tuple[list[_Still], Callable[[], np.ndarray], float]
-"""Pictures, what waits for their result, and when they were started."""
+_Pending = tuple[list[_Still], Future[tuple[np.ndarray, float]], float]
+"""Pictures, their result and when it was there, and when they were started."""
 
 
 class _Run:
@@ -119,12 +122,14 @@ class _Run:
         network: Network,
         settings: Settings,
         decoding: ThreadPoolExecutor,
+        waiting: ThreadPoolExecutor,
         encoding: ThreadPoolExecutor,
         on_done: Callable[[], None],
     ) -> None:
         self.network = network
         self.settings = settings
         self.decoding = decoding
+        self.waiting = waiting
         self.encoding = encoding
         self.on_done = on_done
         self.failures: dict[Path, str] = {}
@@ -149,7 +154,7 @@ class _Run:
 
     def _decoded(self, jobs: Sequence[Job]) -> Iterator[_Decoded]:
         """What is in the files, in order; a few are read ahead."""
-        ahead = self.settings.workers + 2 * self.settings.batch
+        ahead = self.settings.workers + self.settings.batch
         waiting: deque[tuple[Job, Future[tuple[Picture | Clip, float]]]] = deque()
         coming = iter(jobs)
         while True:
@@ -167,96 +172,114 @@ class _Run:
             yield _Moving(job, content) if isinstance(content, Clip) else _Still(job, content)
 
     def _pictures(self, decoded: Iterator[_Decoded]) -> None:
-        """Stylises pictures by themselves; a batch computes while the one before is fetched."""
+        """Stylises pictures by themselves; a batch is on its way while the one before computes."""
         under_way: deque[_Pending] = deque()
         for group in _batches(decoded, self.settings.batch):
             if isinstance(group, _Moving):
                 self._clip(*group)
-                continue
-            begin = time.perf_counter()
-            try:
-                finish = self.network.start(_stack(group))
-            except _FAILURES as error:
-                for one in group:
-                    self._failed(one.job, error)
-                continue
-            under_way.append((group, finish, begin))
-            if len(under_way) > 1:
+            else:
+                under_way += self._started(group)
+            while len(under_way) > 1:
                 self._fetch(*under_way.popleft())
         while under_way:
             self._fetch(*under_way.popleft())
 
-    def _fetch(self, group: list[_Still], finish: Callable[[], np.ndarray], begin: float) -> None:
-        """Waits for a batch and hands it to the writers; where one fails, each is tried alone."""
+    def _started(self, group: list[_Still]) -> list[_Pending]:
+        """The batch under way, or nothing of it where it failed."""
+        begin = time.perf_counter()
         try:
-            results = finish()
+            finish = self.network.start(_stack(group))
         except _FAILURES as error:
-            if len(group) == 1:
-                self._failed(group[0].job, error)
-                return
-            for one in group:
-                alone = self.network.start(_stack([one]))
-                self._fetch([one], alone, time.perf_counter())
+            self._apart(group, error)
+            return []
+        # In a thread, so that the time of its end is known whatever is waited for here.
+        return [(group, self.waiting.submit(_with_end, finish), begin)]
+
+    def _fetch(
+        self, group: list[_Still], result: Future[tuple[np.ndarray, float]], begin: float
+    ) -> None:
+        """Waits for a batch and hands it to the writers."""
+        try:
+            found, end = result.result()
+        except _FAILURES as error:
+            self._apart(group, error)
             return
-        self._computed(begin)
-        for one, pixels in zip(group, results, strict=True):
+        self._computed(begin, end)
+        for one, pixels in zip(group, found, strict=True):
             self._write(one.job, one.picture._replace(pixels=pixels))
+
+    def _apart(self, group: list[_Still], error: Exception) -> None:
+        """Tries each picture of a batch that failed alone; one alone has failed."""
+        if len(group) == 1:
+            self._failed(group[0].job, error)
+            return
+        for one in group:
+            for alone in self._started([one]):
+                self._fetch(*alone)
 
     def _film(self, decoded: Iterator[_Decoded]) -> None:
         """Stylises frames in turn by statistics averaged over them; a clip is a film of its own."""
-        frames: deque[_Still] = deque()
+        frames: deque[tuple[_Still, float]] = deque()
 
         def pixels() -> Iterator[np.ndarray]:
             for one in decoded:
                 if isinstance(one, _Moving):
                     self._clip(*one)
                 else:
-                    frames.append(one)
+                    frames.append((one, time.perf_counter()))
                     yield one.picture.pixels
 
         results = self.network.film(pixels())
         while True:
-            begin = time.perf_counter()
             try:
                 result = next(results, None)
             except _FAILURES as error:
                 # The film cannot go on without this frame's statistics.
-                for one in [*frames, *decoded]:
+                for one in [*(frame for frame, _ in frames), *decoded]:
                     self._failed(one.job, error)
                 return
             if result is None:
                 return
-            self._computed(begin)
-            one = frames.popleft()
+            one, begin = frames.popleft()
+            self._computed(begin, time.perf_counter())
             self._write(one.job, one.picture._replace(pixels=result))
 
     def _clip(self, job: Job, clip: Clip) -> None:
         begin = time.perf_counter()
         pixels = [frame.pixels for frame in clip.frames]
         try:
-            if self.settings.smooth:
-                results = list(self.network.film(pixels))
-            else:
-                results = [self.network.start(one[None])()[0] for one in pixels]
+            results = list(
+                self.network.film(pixels) if self.settings.smooth else self._frames(pixels)
+            )
         except _FAILURES as error:
             self._failed(job, error)
             return
-        self._computed(begin)
+        self._computed(begin, time.perf_counter())
         frames = [
             frame._replace(pixels=result)
             for frame, result in zip(clip.frames, results, strict=True)
         ]
         self._write(job, clip._replace(frames=frames))
 
-    def _computed(self, begin: float) -> None:
-        """Adds the seconds since a computation began, or since the one before ended."""
-        now = time.perf_counter()
-        self.seconds["network"] += now - max(begin, self.idle_since)
-        self.idle_since = now
+    def _frames(self, frames: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """The results of a clip's frames by batches, each started before the one before is read."""
+        before: Callable[[], np.ndarray] | None = None
+        for index in range(0, len(frames), self.settings.batch):
+            started = self.network.start(np.stack(frames[index : index + self.settings.batch]))
+            if before is not None:
+                yield from before()
+            before = started
+        if before is not None:
+            yield from before()
+
+    def _computed(self, begin: float, end: float) -> None:
+        """Adds the seconds of a computation, from the end of the one before on."""
+        self.seconds["network"] += max(0.0, end - max(begin, self.idle_since))
+        self.idle_since = max(end, self.idle_since)
 
     def _write(self, job: Job, content: Picture | Clip) -> None:
         self.written.append((job, self.encoding.submit(_encode, job, content, self.settings.force)))
-        self._wait_for_writers(2 * self.settings.workers)
+        self._wait_for_writers(self.settings.workers)
 
     def _wait_for_writers(self, most: int) -> None:
         """Waits until at most so many files are being written."""
@@ -269,27 +292,34 @@ class _Run:
             else:
                 self.on_done()
 
+    def tell_written(self) -> None:
+        """Tells of the files that were written though nobody waited for them."""
+        for _, future in self.written:
+            if not future.cancelled() and future.exception() is None:
+                self.on_done()
+
     def _failed(self, job: Job, error: Exception) -> None:
         self.failures[job.source] = str(error) or type(error).__name__
         self.on_done()
 
 
-_FAILURES = (ValueError, OSError, RuntimeError, MemoryError, NotImplementedError)
+_FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 def _batches(decoded: Iterator[_Decoded], size: int) -> Iterator[list[_Still] | _Moving]:
     """Pictures that follow each other and have one size, at most so many; a clip by itself."""
     group: list[_Still] = []
     for one in decoded:
-        if group and (
-            len(group) == size or isinstance(one, _Moving) or _kind(one) != _kind(group[0])
-        ):
+        if group and (isinstance(one, _Moving) or _kind(one) != _kind(group[0])):
             yield group
             group = []
         if isinstance(one, _Moving):
             yield one
-        else:
-            group.append(one)
+            continue
+        group.append(one)
+        if len(group) == size:  # It does not wait for the next file.
+            yield group
+            group = []
     if group:
         yield group
 
@@ -297,6 +327,10 @@ def _batches(decoded: Iterator[_Decoded], size: int) -> Iterator[list[_Still] | 
 def _kind(one: _Still) -> tuple[tuple[int, ...], np.dtype]:
     """What pictures of a batch share."""
     return one.picture.pixels.shape, one.picture.pixels.dtype
+
+
+def _with_end(finish: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
+    return finish(), time.perf_counter()
 
 
 def _stack(group: Sequence[_Still]) -> np.ndarray:
@@ -308,6 +342,7 @@ def _decode(job: Job, settings: Settings) -> tuple[Picture | Clip, float]:
     begin = time.perf_counter()
     content: Picture | Clip
     if pictures.is_clip(job.source, settings.max_pixels):
+        pictures.check_writable_clip(job.target)
         content = pictures.read_clip(job.source, settings.max_pixels)
         if settings.size is not None:
             frames = [pictures.resized(frame, settings.size) for frame in content.frames]

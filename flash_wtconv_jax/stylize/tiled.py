@@ -1,8 +1,10 @@
 """TransformerNet over pictures that are too large for a device's memory, without seams.
 
-Only the two ends of the network are tiled. The trunk, a sixteenth of the pixels, stays whole. An
-end of k layers takes k passes over its tiles, each of which leaves the statistics of one layer
-more, over the whole picture; so every tile is normalised as the whole would be.
+The picture stays on the host. What lies between the ends of the network, a sixteenth of the pixels,
+is whole on the device, and every stretch from one to the next, an end or a residual block, is
+computed by tiles. A stretch of k layers takes k passes over its tiles, each of which leaves the
+statistics of one layer more, over the whole picture; so every tile is normalised as the whole would
+be.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +18,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from flash_wtconv_jax.models.transformer_net import TransformerNet
-from flash_wtconv_jax.stylize.network import Moments, Stage, head, in_range, moments_of, tail, trunk
+from flash_wtconv_jax.models.transformer_net import LEAST, TransformerNet
+from flash_wtconv_jax.stylize.network import Moments, Stage, head, in_range, tail, trunk
 
 _Whole = jax.Array | np.ndarray
 """What tiles are put into: on the device, or on the host."""
@@ -50,17 +52,20 @@ def tiled(model: TransformerNet, picture: np.ndarray, tile: int) -> np.ndarray:
         model: The network.
         picture: Pixels `[H, W, 3]` of uint8 or uint16; they stay on the host.
         tile: Side of the tiles in pixels, at least `MIN_TILE` and a multiple of 4. Memory on the
-            device goes with its square, beside about 64 bytes a pixel of the trunk's in 16 bits.
+            device goes with its square, about 1.5 GB for 1024, beside 32 bytes a pixel of the
+            picture in 16 bits: a residual block's input and its output.
 
     Returns:
         The picture, float32 `[H, W, 3]`, not clipped.
 
     Raises:
-        ValueError: If the tile's side is not such a number.
+        ValueError: If the tile's side is not such a number, or the picture is too small.
     """
     if tile < MIN_TILE or tile % _SCALE:
         raise ValueError(f"tile is {tile}, expected a multiple of 4 from {MIN_TILE} on")
     height, width = picture.shape[:2]
+    if min(height, width) < LEAST:
+        raise ValueError(f"{width} x {height} pixels, expected at least {LEAST} each way")
     size = tile // _SCALE
 
     shape = -(-height // _SCALE), -(-width // _SCALE)
@@ -73,30 +78,34 @@ def tiled(model: TransformerNet, picture: np.ndarray, tile: int) -> np.ndarray:
         )
         return in_range(jnp.asarray(picture[None, rows, columns]))
 
-    small = jnp.asarray(_end(head(model), of_picture, shape, size, _SCALE))
-    small = _trunk(*nnx.split(model), small)
-    whole = np.asarray(_end(tail(model), partial(_window, small), shape, size, 1))
-    return whole[0, :height, :width]
+    small, moments = _stretch(head(model), of_picture, shape, size, _SCALE)
+    small = _normalised(*nnx.split(head(model)[-1]), small, moments)
+    for stages in trunk(model):
+        raw, moments = _stretch(stages, partial(_window, small), shape, size, 1)
+        small = _normalised(*nnx.split(stages[-1]), raw, moments, small)
+    whole, _ = _stretch(tail(model), partial(_window, small), shape, size, 1)
+    return np.asarray(whole)[0, :height, :width]
 
 
-def _end(
+def _stretch(
     stages: Sequence[Stage],
     part: Callable[[int, int, tuple[int, int]], jax.Array],
     shape: tuple[int, int],
     size: int,
     scale: int,
-) -> _Whole:
-    """One end of the network: its last stage's output for the whole picture.
+) -> tuple[_Whole, Moments | None]:
+    """The last stage's output for the whole picture, not normalised, and its statistics.
 
     Args:
-        stages: The end's stages. Behind the last one's normalisation is a ReLU.
+        stages: Stages with a ReLU behind each but the last.
         part: Gives the input of a window by its row, column and size in pixels of the trunk.
         shape: Height and width of the trunk.
         size: Side of a tile in pixels of the trunk.
         scale: Pixels of the input over those of the trunk.
 
     Returns:
-        On the device where the output is normalised, on the host where it is the picture.
+        The output on the device where it is to be normalised; on the host, without statistics,
+        where it is the picture.
     """
     # How many output pixels each stage has for one of the trunk's.
     factors = accumulate(stages, _factor, initial=scale)
@@ -106,7 +115,7 @@ def _end(
     spans = [list(_spans(*axis)) for axis in zip(shape, sides, window, strict=True)]
     graphdef, state = nnx.split(list(stages))
     known: list[Moments] = []
-    whole: _Whole | None = None
+    whole: _Whole = np.empty(0)
     for depth, (stage, factor) in enumerate(zip(stages, factors, strict=True), 1):
         sums = []
         for row, column in product(*spans):
@@ -114,19 +123,19 @@ def _end(
             offsets = [(span.begin - span.window) * factor for span in (row, column)]
             fresh = [(span.fresh - span.begin) * factor for span in (row, column)]
             kept = sides[0] * factor, sides[1] * factor
-            own, *of_tile = _tile(graphdef, state, x, known, offsets, fresh, kept, factor)
+            last = depth == len(stages)
+            own, of_tile = _tile(graphdef, state, x, known, offsets, fresh, kept, factor, last)
             sums.append(of_tile)
-            if depth == len(stages):
-                if whole is None:
+            if last:
+                if not whole.size:
                     full = (1, shape[0] * factor, shape[1] * factor, own.shape[-1])
                     on_host = stage.norm is None
                     whole = np.empty(full, np.float32) if on_host else jnp.zeros(full, own.dtype)
                 whole = _placed(whole, own, row.begin * factor, column.begin * factor)
-        if stage.norm is not None:
-            known.append(_together(sums))
-    if isinstance(whole, np.ndarray):
-        return whole
-    return _rectified(graphdef, state, whole, known[-1])
+        if stage.norm is None:
+            return whole, None
+        known.append(_together(sums))
+    return whole, known[-1]
 
 
 def _factor(before: int, stage: Stage) -> int:
@@ -145,7 +154,7 @@ def _spans(extent: int, size: int, window: int) -> Iterator[_Span]:
         yield _Span(min(max(begin - _HALO, 0), extent - window), begin, fresh)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "kept", "factor"))
+@partial(jax.jit, static_argnames=("graphdef", "kept", "factor", "wanted"))
 def _tile(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -155,12 +164,13 @@ def _tile(
     fresh: Sequence[jax.Array],
     kept: tuple[int, int],
     factor: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    wanted: bool,
+) -> tuple[jax.Array | None, tuple[jax.Array, jax.Array, jax.Array]]:
     """The output of the first stage whose statistics are not known, for one window.
 
     Returns:
-        What is kept of it, from `offsets` on, and count, mean and squared deviations of those of
-        its pixels that are `fresh` and within the picture.
+        What is kept of it, from `offsets` on, if it is `wanted`; and count, mean and squared
+        deviations of those of its pixels that are `fresh` and within the picture.
     """
     stages = nnx.merge(graphdef, state)[: len(known) + 1]
     for stage, moments in zip(stages[:-1], known, strict=True):
@@ -179,7 +189,7 @@ def _tile(
     values = jnp.where(mask, own.astype(jnp.float32), 0)
     mean = values.sum((1, 2), keepdims=True) / count
     squares = jnp.where(mask, jnp.square(values - mean), 0).sum((1, 2), keepdims=True)
-    return own, count, mean, squares
+    return own if wanted else None, (count, mean, squares)
 
 
 def _placed(whole: _Whole, own: jax.Array, row: int, column: int) -> _Whole:
@@ -208,20 +218,13 @@ def _together(sums: Sequence[Sequence[jax.Array]]) -> Moments:
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="y")
-def _rectified(
-    graphdef: nnx.GraphDef, state: nnx.State, y: jax.Array, moments: Moments
+def _normalised(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    y: jax.Array,
+    moments: Moments,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
-    return nnx.relu(nnx.merge(graphdef, state)[-1].normalised(y, moments))
-
-
-@partial(jax.jit, static_argnames="graphdef", donate_argnames="x")
-def _trunk(graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array) -> jax.Array:
-    """The residual blocks, whole, a stage at a time so that few images of it live at once."""
-    for stages in trunk(nnx.merge(graphdef, state)):
-        y = x
-        for index, stage in enumerate(stages):
-            raw = stage.raw(y)
-            y = stage.normalised(raw, moments_of(raw))
-            y = nnx.relu(y) if index == 0 else y
-        x = x + y
-    return x
+    """A stage's output by its statistics: a ReLU behind, or added to what a block was given."""
+    y = nnx.merge(graphdef, state).normalised(y, moments)
+    return nnx.relu(y) if residual is None else residual + y

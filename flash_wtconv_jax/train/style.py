@@ -6,6 +6,7 @@ whatever the features.
 """
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -105,8 +106,8 @@ def train(
         The trained network.
 
     Raises:
-        ValueError: If photographs are too small, settings out of range, or not those of the
-            checkpoint; or if a loss is no longer a number.
+        ValueError: If photographs are too small, settings out of range, or settings or pictures not
+            those of the checkpoint; or if a loss is no longer a number.
         OSError: If the folder cannot be written to.
     """
     _check(photographs, style, settings)
@@ -114,15 +115,17 @@ def train(
     definition, params = nnx.split(model, nnx.Param)
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.rate, settings.steps, 0.05))
     state = (params, optimizer.init(params))
-    done, rows = 0, []
+    done = 0
+    rows: list[list[float]] = []
+    inputs = _digest(photographs, style, layers)
     if resume and (out / "checkpoint").exists():
-        state, done, rows = _restored(out / "checkpoint", state, settings)
+        state, done, rows = _restored(out / "checkpoint", state, settings, inputs)
     target = [_gram(one) for one in vgg.features(layers, _as_images(style[None], settings.dtype))]
     step = jax.jit(partial(_step, definition, optimizer, settings), donate_argnums=0)
     for index in range(done, settings.steps):
         images = _as_images(_crops(photographs, settings, index), settings.dtype)
         state, losses = step(state, layers, target, images)
-        rows.append([float(one) for one in losses])
+        rows.append([float(one) for one in jax.device_get(losses)])
         if not np.isfinite(rows[-1][0]):
             raise ValueError(
                 f"step {index + 1}: the loss is {rows[-1][0]}; a smaller rate than {settings.rate} "
@@ -130,9 +133,9 @@ def train(
             )
         on_step(index + 1, losses)
         if (index + 1) % save_every == 0 and index + 1 < settings.steps:
-            _save(out / "checkpoint", state, settings, rows)
+            _save(out / "checkpoint", state, settings, inputs, rows)
     nnx.update(model, state[0])
-    _save(out / "checkpoint", state, settings, rows)
+    _save(out / "checkpoint", state, settings, inputs, rows)
     _write(out, model, rows, photographs[0], settings)
     return model
 
@@ -205,7 +208,7 @@ def _crops(photographs: Sequence[np.ndarray], settings: Settings, step: int) -> 
     rng = np.random.default_rng([settings.seed, step])
     crops = []
     for _ in range(settings.batch):
-        pixels = photographs[rng.integers(len(photographs))]
+        pixels = photographs[int(rng.integers(len(photographs)))]
         shorter = min(pixels.shape[:2])
         # From half of the photograph on, so that things have many sizes.
         side = int(rng.integers(max(settings.crop, shorter // 2), shorter + 1))
@@ -252,11 +255,28 @@ def _step(
     return (optax.apply_updates(params, updates), memory), losses
 
 
-def _save(folder: Path, state: _State, settings: Settings, rows: Sequence[Sequence[float]]) -> None:
+def _digest(*arrays: Tree) -> np.ndarray:
+    """A number of 256 bits that tells arrays from others, as bytes."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(arrays):
+        array = np.ascontiguousarray(leaf)
+        found.update(repr((array.shape, array.dtype)).encode())
+        found.update(array.data)
+    return np.frombuffer(found.digest(), np.uint8)
+
+
+def _save(
+    folder: Path,
+    state: _State,
+    settings: Settings,
+    inputs: np.ndarray,
+    rows: Sequence[Sequence[float]],
+) -> None:
     """Writes a checkpoint in place of the one before; a kill leaves one of the two."""
     leaves = jax.tree.leaves(state)
     arrays = {
         "settings": np.frombuffer(json.dumps(settings._asdict()).encode(), np.uint8),
+        "inputs": inputs,
         "losses": np.asarray(rows, np.float64),
         "state": {f"{index:04d}": np.asarray(leaf) for index, leaf in enumerate(leaves)},
     }
@@ -264,11 +284,19 @@ def _save(folder: Path, state: _State, settings: Settings, rows: Sequence[Sequen
 
 
 def _restored(
-    folder: Path, like: _State, settings: Settings
+    folder: Path, like: _State, settings: Settings, inputs: np.ndarray
 ) -> tuple[_State, int, list[list[float]]]:
     """The state of a checkpoint, the steps done, and their losses."""
     arrays: Tree = checkpoints.restore(folder)
-    kept = Settings(**json.loads(bytes(np.asarray(arrays["settings"], np.uint8))))
+    leaves, structure = jax.tree.flatten(like)
+    try:
+        kept = Settings(**json.loads(bytes(np.asarray(arrays["settings"], np.uint8))))
+        rows = np.asarray(arrays["losses"]).reshape(-1, len(Losses._fields)).tolist()
+        found = [arrays["state"][f"{index:04d}"] for index in range(len(leaves))]
+    except (KeyError, TypeError, ValueError):
+        found = []
+    if [np.shape(one) for one in found] != [leaf.shape for leaf in leaves]:
+        raise ValueError(f"{folder} is no checkpoint of train-style; name another folder")
     differ = [
         f"{name} is {new}, was {old}"
         for name, old, new in zip(Settings._fields, kept, settings, strict=True)
@@ -276,12 +304,10 @@ def _restored(
     ]
     if differ:
         raise ValueError(f"{folder} was made with other settings: {'; '.join(differ)}")
-    leaves, structure = jax.tree.flatten(like)
-    found = [arrays["state"][f"{index:04d}"] for index in range(len(leaves))]
-    state = structure.unflatten(
-        jnp.asarray(array, leaf.dtype) for array, leaf in zip(found, leaves, strict=True)
-    )
-    rows = np.asarray(arrays["losses"]).tolist()
+    if not np.array_equal(arrays.get("inputs"), inputs):
+        raise ValueError(f"{folder} was made with another style, photographs or features")
+    state_of = [jnp.asarray(array, leaf.dtype) for array, leaf in zip(found, leaves, strict=True)]
+    state = jax.tree.unflatten(structure, state_of)
     return state, len(rows), rows
 
 

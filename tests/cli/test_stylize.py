@@ -1,5 +1,7 @@
 """`flash-wtconv stylize`: what it writes, prints and refuses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -88,6 +90,9 @@ def test_a_blend_of_styles(negative, folder):
     assert result.exit_code == 0, result.output
     styles, weights, _ = negative[0]
     assert list(map(str, styles)) == ["a.pth", "dir/b=c.pth"] and weights == [0.25, 0.75]
+    # Shares of their sum, which one network's weights need; a file may come twice.
+    run(folder / "0.png", "-o", folder / "y.png", "--blend", "a=1,b=2,a=1")
+    assert negative[1][:2] == ([Path("a"), Path("b")], [0.5, 0.5])
     assert np.asarray(Image.open(folder / "x.png")).min() == 255
 
 
@@ -98,6 +103,10 @@ def test_a_blend_of_styles(negative, folder):
         (("--style", "a", "--blend", "b=1"), "and not both"),
         (("--blend", "b=x"), "--blend has 'b=x', expected FILE=WEIGHT"),
         (("--blend", "=1"), "--blend has '=1', expected FILE=WEIGHT"),
+        (("--blend", "a=nan"), "--blend has 'a=nan', expected FILE=WEIGHT"),
+        (("--blend", "a=1,b=-1"), "--blend has weights that add up to 0.0, expected more than 0"),
+        (("--style", "a", "--strength", "inf"), "--strength is inf, expected a number"),
+        (("--style", "a", "--smooth", "--tile", 64), "--tile does not go with --smooth"),
         (("--style", "a", "--tile", 66), "--tile is 66, expected a multiple of 4"),
         (("--style", "a", "--dtype", "int8"), "--dtype is int8, expected one of: float32"),
     ],
@@ -124,6 +133,28 @@ def test_wrong_files(negative, folder):
     result = run(folder / "0.png", "-o", folder / "x.psd", *style)
     assert "the ending is '.psd', expected one of" in str(result.exception)
     assert not (folder / "out").exists()
+    result = run(folder / "0.png", "-o", folder / "none" / "x.png", *style)
+    assert isinstance(result.exception, FileNotFoundError) and "no folder" in str(result.exception)
+
+
+def test_links_and_folders_in_a_folder(negative, folder):
+    (folder / "sub.png").mkdir()
+    (folder / "link.png").symlink_to(folder / "0.png")
+    (folder / "lost.png").symlink_to(folder / "none.png")
+    result = run(folder, "-o", folder / "out", "--style", "a")
+    assert result.exit_code == 1 and "4 of 5 files written" in result.output
+    assert f"left out, a folder inside: {folder / 'sub.png'}" in result.output
+    assert "lost.png" in result.output
+
+
+def test_files_are_replaced_in_their_place(negative, folder):
+    assert run(folder, "-o", folder, "--style", "a", "--force").exit_code == 0
+    assert [np.asarray(Image.open(folder / f"{i}.png"))[0, 0, 0] for i in range(3)] == [
+        255,
+        254,
+        253,
+    ]
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_an_interruption_says_what_is_done(negative, folder, monkeypatch):

@@ -1,6 +1,7 @@
 """Pictures of every mode, orientation and depth: read as RGB, written back with what was beside."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -100,6 +101,39 @@ def test_inks_are_converted_by_their_profile(tmp_path):
     np.testing.assert_array_equal(picture.pixels, np.asarray(image.convert("RGB")))
 
 
+def test_greys_are_converted_by_their_profile(tmp_path):
+    """A gamma of 1 where sRGB has about 2.2 makes them brighter."""
+    image = Image.fromarray(np.full((5, 7), 55, np.uint8))
+    path = saved(tmp_path, image, icc_profile=grey_profile())
+    picture = pictures.read(path)
+    assert picture.profile is None
+    np.testing.assert_allclose(picture.pixels, 128, atol=3)
+
+
+def grey_profile():
+    """A profile of greys with a gamma of 1 (ICC.1:2010): a white point and a curve."""
+    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 0)
+    tags = struct.pack(">I4sII4sII", 2, b"wtpt", 156, 20, b"kTRC", 176, 12)
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s28s3i48s",
+        188,
+        b"",
+        0x02100000,
+        b"mntr",
+        b"GRAY",
+        b"XYZ ",
+        b"",
+        b"acsp",
+        b"",
+        63190,
+        65536,
+        54061,
+        b"",
+    )
+    return head + tags + white + curve
+
+
 @pytest.mark.parametrize("samples", [1, 2, 3, 4])
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
 def test_sixteen_bits_a_sample(tmp_path, samples, suffix):
@@ -126,6 +160,58 @@ def test_sixteen_bits_a_sample(tmp_path, samples, suffix):
     if picture.alpha is None:
         pictures.write(tmp_path / "c.jpg", picture)
         assert pictures.read(tmp_path / "c.jpg").pixels.dtype == np.uint8
+
+
+def test_tiff_files_say_what_their_samples_are(tmp_path):
+    path, keys = tmp_path / "a.tiff", {"photometric": "rgb", "metadata": None}
+    # Colours that are multiplied by the opacity.
+    opacity = DEEP[..., 3:] | 0x4000
+    multiplied = np.rint(DEEP[..., :3] * (opacity / 65535)).astype(np.uint16)
+    tifffile.imwrite(path, np.dstack([multiplied, opacity]), extrasamples=["assocalpha"], **keys)
+    picture = pictures.read(path)
+    np.testing.assert_allclose(picture.pixels.astype(int), DEEP[..., :3], atol=3)
+    np.testing.assert_array_equal(picture.alpha, opacity[..., 0])
+    # Samples that are no opacity, and more than one.
+    tifffile.imwrite(path, DEEP, extrasamples=["unspecified"], **keys)
+    assert pictures.read(path).alpha is None
+    five = np.dstack([DEEP, DEEP[..., 0]])
+    tifffile.imwrite(path, five, extrasamples=["unassalpha", "unspecified"], **keys)
+    np.testing.assert_array_equal(pictures.read(path).alpha, DEEP[..., 3])
+    # Twelve bits a sample fill the range of sixteen.
+    tifffile.imwrite(
+        path, np.full((5, 7), 4095, np.uint16), bitspersample=12, photometric="minisblack"
+    )
+    assert (pictures.read(path).pixels == 65535).all()
+    # Whites at zero, with opacity.
+    grey = {"photometric": "miniswhite", "planarconfig": "contig", "metadata": None}
+    tifffile.imwrite(path, DEEP[..., :2].copy(), extrasamples=["unassalpha"], **grey)
+    picture = pictures.read(path)
+    np.testing.assert_array_equal(picture.pixels[..., 0], 65535 - DEEP[..., 0])
+    np.testing.assert_array_equal(picture.alpha, DEEP[..., 1])
+    # Any order of bytes.
+    tifffile.imwrite(path, DEEP[..., :3].copy(), byteorder=">", **keys)
+    np.testing.assert_array_equal(pictures.read(path).pixels, DEEP[..., :3])
+
+
+def test_descriptions_of_tiff_files_are_kept(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Artist] = 6, "A. Painter"
+    path = saved(tmp_path, Image.fromarray(COLOURS[..., :3]), "a.tiff", exif=exif)
+    for name in ("b.jpg", "b.png", "b.tiff"):
+        pictures.write(tmp_path / name, pictures.read(path))
+        with Image.open(tmp_path / name) as written:
+            kept = written.getexif()
+            assert kept[ExifTags.Base.Artist] == "A. Painter"
+            assert kept.get(ExifTags.Base.Orientation, 1) == 1 and written.size == (5, 7)
+            assert ExifTags.Base.StripOffsets not in kept or name == "b.tiff"
+
+
+def test_greys_of_16_bits_in_other_formats(tmp_path):
+    """Pillow clips their conversion at 255, which makes them white."""
+    frames = [Image.fromarray(DEEP[..., index].copy()) for index in range(2)]
+    path = saved(tmp_path, frames[0], save_all=True, append_images=frames[1:])
+    clip = pictures.read_clip(path)
+    np.testing.assert_array_equal(clip.frames[0].pixels[..., 1], DEEP[..., 0])
 
 
 def test_planes_and_whites_at_zero(tmp_path):
@@ -161,6 +247,25 @@ def test_what_is_no_picture_is_said_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"large\.png .*2000 x 1000 pixels, more than the 1,000 a"):
         pictures.read(large, max_pixels=1000)
     assert Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_whatever_a_decoder_raises_is_said_in_one_line(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.fromarray(COLOURS[..., 0], "L"))
+    for error in (IndexError(), TypeError("Missing\ndimensions"), KeyError(3)):
+
+        def broken(image, error=error):
+            raise error
+
+        monkeypatch.setattr(pictures.still.ImageOps, "exif_transpose", broken)
+        with pytest.raises(ValueError, match=r"a\.png cannot be read: (IndexError|Missing|3)$"):
+            pictures.read(path)
+
+
+def test_a_sample_of_another_kind_names_its_file_once(tmp_path):
+    path = saved(tmp_path, Image.fromarray(COLOURS[..., 0].astype(np.int32)), "i.tiff")
+    with pytest.raises(ValueError, match="32-bit integers") as error:
+        pictures.read(path)
+    assert str(error.value).count("i.tiff") == 1
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
@@ -202,6 +307,31 @@ def test_animations_keep_their_frames(tmp_path, suffix, transparent):
         pictures.read_clip(path, max_pixels=100)
     with pytest.raises(ValueError, match=r"an animation wants one of \.gif, \.png, \.webp"):
         pictures.write_clip(tmp_path / "a.jpg", clip)
+
+
+def test_frames_that_become_transparent(tmp_path):
+    half = np.where(np.arange(8) < 4, 255, 0).astype(np.uint8) * np.ones((6, 1), np.uint8)
+    frames = [
+        Picture(np.full((6, 8, 3), 200, np.uint8)),
+        Picture(np.full((6, 8, 3), 100, np.uint8), half),
+    ]
+    pictures.write_clip(tmp_path / "a.gif", Clip(frames, [40.0] * 2))
+    # Pillow shows the frame before where another decoder shows nothing.
+    shown = imagecodecs.gif_decode((tmp_path / "a.gif").read_bytes())
+    assert shown[1, 0, 0, 0] == 100 and (shown[1, 0, 7] == 0).all()
+
+
+@pytest.mark.parametrize("loop", [0, 1, 4])
+def test_an_animation_is_shown_as_often_as_before(tmp_path, loop):
+    frames = [Picture(np.full((6, 8, 3), value, np.uint8)) for value in (20, 220)]
+    for suffix in ("gif", "png", "webp"):
+        path = tmp_path / f"a.{suffix}"
+        pictures.write_clip(path, Clip(frames, [0.0, 40.0], loop))
+        clip = pictures.read_clip(path)
+        assert clip.loop == loop and clip.durations == [0.0, 40.0]
+    with Image.open(tmp_path / "a.gif") as image:
+        # A GIF file holds repetitions, or nothing.
+        assert image.info.get("loop") == {0: 0, 1: None, 4: 3}[loop]
 
 
 def test_one_frame_is_no_animation(tmp_path):

@@ -149,6 +149,20 @@ def test_a_run_that_was_stopped_goes_on_bitwise(tmp_path):
         )
 
 
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    like = ({"kernel": jnp.zeros((2, 3))}, ())
+    inputs = style._digest(PHOTOGRAPHS, STYLE)
+    style._save(tmp_path / "own", like, SMALL, inputs, [[1.0, 2.0, 3.0, 4.0]])
+    state, done, rows = style._restored(tmp_path / "own", like, SMALL, inputs)
+    assert done == 1 and rows == [[1.0, 2.0, 3.0, 4.0]] and state[0]["kernel"].shape == (2, 3)
+    checkpoints.save(tmp_path / "other", {"params": {"kernel": np.zeros(2)}})
+    for name, wanted in (("other", like), ("own", ({"kernel": jnp.zeros((3, 2))}, ()))):
+        with pytest.raises(ValueError, match=f"{name} is no checkpoint of train-style"):
+            style._restored(tmp_path / name, wanted, SMALL, inputs)
+    with pytest.raises(ValueError, match="made with another style, photographs or features"):
+        style._restored(tmp_path / "own", like, SMALL, style._digest(PHOTOGRAPHS, STYLE + 1))
+
+
 def test_wrong_settings_and_photographs():
     for changes, photographs, message in (
         ({"crop": 8}, PHOTOGRAPHS, "crop is 8, expected at least 32"),
@@ -182,6 +196,7 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch):
     assert "no --features: the losses compare by random filters" in result.output
     ((args, keys),) = called
     assert len(args[1]) == 1 and args[4].steps == 7 and not keys["resume"]
+    assert "holds no checkpoint to go on from" in str(run("--crop", 32, "--resume").exception)
     assert "--dtype is int8, expected float32 or bfloat16" in str(run("--dtype", "int8").exception)
     (tmp_path / "out" / "checkpoint").mkdir(parents=True)
     assert "holds a run; give --resume to go on" in str(run("--crop", 32).exception)
