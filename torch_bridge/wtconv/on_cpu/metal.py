@@ -143,6 +143,29 @@ def _launch(
 @cache
 def _built(source: str, flags: tuple[str, ...]) -> tuple[ctypes.CDLL, dict[str, list[Buffer]]]:
     """The library for the CPU, and the buffers that each of its kernels takes."""
+    with TemporaryDirectory() as folder:
+        library = Path(folder) / "library.so"
+        kernels = build(source, library, flags)
+        return ctypes.CDLL(str(library)), kernels
+
+
+def build(source: str, library: Path, flags: Sequence[str] = ()) -> dict[str, list[Buffer]]:
+    """Builds a library for the CPU.
+
+    Of each kernel it has the functions NAME_launch, NAME_threads (those that a threadgroup may
+    have) and NAME_bytes (of its numbers).
+
+    Args:
+        source: Metal.
+        library: The file to write.
+        flags: More of the compiler's options.
+
+    Returns:
+        The buffers that each kernel takes.
+
+    Raises:
+        RuntimeError: The source does not compile.
+    """
     # Macros make the kernels; the compiler's header would hide what it cannot read.
     expanded = _run(["g++", *flags, "-E", "-P", "-x", "c++", "-"], source.replace(_INCLUDE, ""))
     code, kernels = "", {}
@@ -168,10 +191,9 @@ extern "C" int {name}_bytes() {{ return sizeof({found[-1][1]}); }}
     barriers = [f"metal_on_cpu::barrier({i}, {part}" for i, part in enumerate(rest, start=1)]
     source = first + "".join(barriers) + code
     with TemporaryDirectory() as folder:
-        library = Path(folder) / "library.so"
         (Path(folder) / "metal_stdlib").write_text(f'#include "{_HEADER}"\n')
         _run([*_COMMAND, *flags, f"-I{folder}", "-x", "c++", "-", "-o", str(library)], source)
-        return ctypes.CDLL(str(library)), kernels
+    return kernels
 
 
 def _run(command: list[str], text: str) -> str:
