@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionL
 from flash_wtconv_jax.functional.wtconv import default_kernel_init
 from flash_wtconv_jax.nnx import Conv2d
 from pallas_kernels.common.arguments import checked_array
+from pallas_kernels.common.types import Tree
 from pallas_kernels.conv2d.api import OPERATOR as CONV
 from pallas_kernels.stylize import instance_norm
 from pallas_kernels.stylize.api import OPERATOR as NORM
@@ -107,7 +109,11 @@ class MultiStyleNet(nnx.Module):
             [nnx.List([stage(wide, wide, 3), stage(wide, wide, 3)]) for _ in range(blocks)]
         )
         self.expand = nnx.List(
-            [stage(wide, expand[0], 3), stage(*expand, 3), stage(expand[1], 3, 9)]
+            [
+                stage(wide, expand[0], 3),
+                stage(expand[0], expand[1], 3),
+                stage(expand[1], 3, 9),
+            ]
         )
 
     def __call__(self, x: ArrayLike, weights: ArrayLike) -> jax.Array:
@@ -204,7 +210,7 @@ class _Stage(nnx.Module):
         )
 
 
-def load_multi_style(path: str | os.PathLike[str], **options: object) -> MultiStyleNet:
+def load_multi_style(path: str | os.PathLike[str], **options: Any) -> MultiStyleNet:
     """The network of many styles in an ONNX file, with its parameters.
 
     Read are the weights, by the names `contract.0.w`, `res.0.0.norm.gamma`, `expand.2.norm.beta` of
@@ -250,9 +256,15 @@ def load_multi_style(path: str | os.PathLike[str], **options: object) -> MultiSt
         return [shape[0] if shape else 1 for shape in shapes]
 
     blocks = len({name.split(".")[1] for name in tensors if name.startswith("res.")})
-    shapes = {"contract": features("contract", 3), "expand": features("expand", 2)}
     model = nnx.eval_shape(
-        lambda: MultiStyleNet(len(first), blocks=blocks, **shapes, **options, rngs=nnx.Rngs(0))
+        lambda: MultiStyleNet(
+            len(first),
+            contract=features("contract", 3),
+            blocks=blocks,
+            expand=features("expand", 2),
+            **options,
+            rngs=nnx.Rngs(0),
+        )
     )
     load_into(model, {"params": _nested(tensors)})
     return model
@@ -261,9 +273,9 @@ def load_multi_style(path: str | os.PathLike[str], **options: object) -> MultiSt
 _NAMES = {"w": ("conv", "kernel"), "norm.gamma": ("scale",), "norm.beta": ("bias",)}
 
 
-def _nested(tensors: Mapping[str, np.ndarray]) -> dict:
+def _nested(tensors: Mapping[str, np.ndarray]) -> dict[str, Tree]:
     """The tensors under the names of `MultiStyleNet`; those of other names keep theirs."""
-    params: dict = {}
+    params: dict[str, Tree] = {}
     for name, array in tensors.items():
         found = re.fullmatch(
             r"((?:contract|res|expand)(?:\.\d+)+)\.(w|norm\.gamma|norm\.beta)", name

@@ -238,35 +238,6 @@ def test_norms_of_networks_compile(chip):
     assert_compiles(norm_jobs(chip, (*PICTURES.values(), *NORMS)))
 
 
-def norm_jobs(chip, shapes):
-    return [
-        compiling.Job(
-            "helpers.tpu_programs:norm",
-            chip,
-            {
-                "shape": list(shape),
-                "dtype": ("bfloat16", "float32")[i % 2],
-                "residual": i % 4 > 1,
-            },
-        )
-        for i, shape in enumerate(shapes)
-    ]
-
-
-# Of one tile, and of several of which the last is in part; a width that fills no registers.
-NORMS = (PICTURES["style_256_trunk"], (2, 300, 1001, 3), (1, 1, 1, 200), (3, 5, 7, 96))
-
-
-def test_norms_compile():
-    assert_dense_compiled(norm_jobs("v5e", NORMS[1:2]))
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_norms_of_networks_compile(chip):
-    assert_dense_compiled(norm_jobs(chip, (*PICTURES.values(), *NORMS)))
-
-
 def test_loops_are_counted_as_by_hand():
     nested = [
         compiling.Job("helpers.tpu_programs:nested", chip, {"outer": 6, "inner": inner})
