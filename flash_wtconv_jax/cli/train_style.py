@@ -1,4 +1,4 @@
-"""`flash-wtconv train-style`: teach a TransformerNet the style of a picture."""
+"""`flash-wtconv train-style`: teach a network the style of a picture."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,12 +31,15 @@ def train_style(
     style_weight: Annotated[float, typer.Option(min=0, help="Weight of the style.")] = 3.0,
     smooth_weight: Annotated[float, typer.Option(min=0, help="Weight of smoothness.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of initial values and crops.")] = 0,
+    model: Annotated[
+        str, typer.Option(help="transformer_net, or style_vit with 4 blocks.")
+    ] = "transformer_net",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")
     ] = False,
 ) -> None:
-    """Teach a TransformerNet the style of a picture, on photographs of a folder."""
+    """Teach a network the style of a picture, on photographs of a folder."""
     import imagecodecs  # noqa: F401 - its extra brings all that pictures need.
     from rich.progress import (
         BarColumn,
@@ -53,8 +56,10 @@ def train_style(
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype is {dtype}, expected float32 or bfloat16")
+    if model not in training.MODELS:
+        raise ValueError(f"--model is {model}, expected one of: {', '.join(training.MODELS)}")
     settings = training.Settings(
-        steps, batch, crop, rate, content_weight, style_weight, smooth_weight, seed, dtype
+        steps, batch, crop, rate, content_weight, style_weight, smooth_weight, seed, dtype, model
     )
     if (out / "checkpoint").exists() and not resume:
         raise FileExistsError(f"{out} holds a run; give --resume to go on, or another folder")
@@ -94,7 +99,8 @@ def train_style(
         raise typer.Exit(130) from None
     say(f"{steps} steps. Written:")
     for name, text in training.FILES.items():
-        say(f"  {out / name}  {text}")
+        if (out / name).exists():
+            say(f"  {out / name}  {text}")
 
 
 def _photographs(folder: Path, crop: int) -> "list[np.ndarray]":

@@ -1,4 +1,4 @@
-"""WTConvNeXt, ConvNeXt, TransformerNet, MultiStyleNet, SparseUNet and SparseResNet for flax.nnx.
+"""Networks for flax.nnx: classifiers, style transfer, sparse voxels.
 
 Example:
     >>> from flax import nnx
@@ -23,6 +23,7 @@ from flash_wtconv_jax.models.convnext import (
 from flash_wtconv_jax.models.multi_style import MultiStyleNet, load_multi_style
 from flash_wtconv_jax.models.pretrained import load_network, save_network
 from flash_wtconv_jax.models.sparse import SparseResNet, SparseUNet, load_sparse_unet
+from flash_wtconv_jax.models.style_vit import StyleViT
 from flash_wtconv_jax.models.transformer_net import TransformerNet
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MultiStyleNet",
     "SparseResNet",
     "SparseUNet",
+    "StyleViT",
     "TransformerNet",
     "blend_styles",
     "convnext_base",

@@ -1,4 +1,4 @@
-"""Trains a TransformerNet on one style: perceptual losses over crops of photographs.
+"""Trains a network on one style: perceptual losses over crops of photographs.
 
 Source: Johnson, Alahi and Fei-Fei, "Perceptual Losses for Real-Time Style Transfer and
 Super-Resolution", ECCV 2016. Each loss is relative to its target, so that weights mean the same
@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 from flash_wtconv_jax import checkpoints, pictures
-from flash_wtconv_jax.models import TransformerNet
+from flash_wtconv_jax.models import StyleViT, TransformerNet
 from flash_wtconv_jax.pictures import Picture
 from flash_wtconv_jax.train import vgg
 from pallas_kernels.common.arguments import checked_seed
@@ -46,6 +46,8 @@ class Settings(NamedTuple):
         smooth_weight: Weight of the differences of neighbouring pixels.
         seed: Of initial values, crops and mirroring.
         dtype: Of the computation.
+        model: "transformer_net", or "style_vit" for a StyleViT of 4 blocks, which sees the style's
+            picture too.
     """
 
     steps: int = 2000
@@ -57,6 +59,7 @@ class Settings(NamedTuple):
     smooth_weight: float = 0.05
     seed: int = 0
     dtype: str = "float32"
+    model: str = "transformer_net"
 
 
 class Losses(NamedTuple):
@@ -68,13 +71,19 @@ class Losses(NamedTuple):
     smooth: jax.Array
 
 
+MODELS = ("transformer_net", "style_vit")
+"""Names of the networks."""
+
 FILES = {
-    "style.safetensors": "the network in PyTorch's names, for `flash-wtconv stylize --style`",
+    "style.safetensors": "the TransformerNet in PyTorch's names, for `stylize --style`",
+    "network": "the StyleViT's variables, for `checkpoints.restore` and `load_into`",
     "checkpoint": "what `--resume` goes on from",
     "losses.csv": "the losses of every step",
     "sample.png": "a photograph, and what the network makes of it",
 }
-"""What a run leaves in its folder."""
+"""What a run leaves in its folder; of the networks the one that was trained."""
+
+Network = TransformerNet | StyleViT
 
 
 def train(
@@ -87,7 +96,7 @@ def train(
     resume: bool = False,
     save_every: int = 500,
     on_step: Callable[[int, Losses], None] = lambda step, losses: None,
-) -> TransformerNet:
+) -> Network:
     """Trains a network, and writes it with its losses into a folder.
 
     A run that was stopped goes on from its last checkpoint, and ends bitwise as if it had not been.
@@ -120,11 +129,12 @@ def train(
     inputs = _digest(photographs, style, layers)
     if resume and (out / "checkpoint").exists():
         state, done, rows = _restored(out / "checkpoint", state, settings, inputs)
-    target = [_gram(one) for one in vgg.features(layers, _as_images(style[None], settings.dtype))]
+    picture = _as_images(style[None], settings.dtype)
+    target = [_gram(one) for one in vgg.features(layers, picture)]
     step = jax.jit(partial(_step, definition, optimizer, settings), donate_argnums=0)
     for index in range(done, settings.steps):
         images = _as_images(_crops(photographs, settings, index), settings.dtype)
-        state, losses = step(state, layers, target, images)
+        state, losses = step(state, layers, picture, target, images)
         rows.append([float(one) for one in jax.device_get(losses)])
         if not np.isfinite(rows[-1][0]):
             raise ValueError(
@@ -136,7 +146,7 @@ def train(
             _save(out / "checkpoint", state, settings, inputs, rows)
     nnx.update(model, state[0])
     _save(out / "checkpoint", state, settings, inputs, rows)
-    _write(out, model, rows, photographs[0], settings)
+    _write(out, model, rows, photographs[0], picture, settings)
     return model
 
 
@@ -179,6 +189,8 @@ def losses_of(
 
 def _check(photographs: Sequence[np.ndarray], style: np.ndarray, settings: Settings) -> None:
     checked_seed(settings.seed)
+    if settings.model not in MODELS:
+        raise ValueError(f"model is {settings.model!r}, expected one of {', '.join(MODELS)}")
     for name, least in (("steps", 1), ("batch", 1), ("crop", _LEAST_CROP)):
         if getattr(settings, name) < least:
             raise ValueError(f"{name} is {getattr(settings, name)}, expected at least {least}")
@@ -194,13 +206,19 @@ def _check(photographs: Sequence[np.ndarray], style: np.ndarray, settings: Setti
         raise ValueError(f"the style's picture has shape {style.shape}, expected {_LEAST_CROP} up")
 
 
-def _new_network(settings: Settings) -> TransformerNet:
-    """A network whose first pictures are grey ones, not black."""
+def _new_network(settings: Settings) -> Network:
+    """A network; the first pictures of a TransformerNet are grey ones, not black."""
+    if settings.model == "style_vit":
+        return StyleViT("nano", dtype=settings.dtype, rngs=nnx.Rngs(settings.seed))
     model = TransformerNet(dtype=settings.dtype, rngs=nnx.Rngs(settings.seed))
     model.deconv3.kernel[...] = model.deconv3.kernel[...] * 20
     if model.deconv3.bias is not None:
         model.deconv3.bias[...] = jnp.full_like(model.deconv3.bias[...], 120)
     return model
+
+
+def _styled(model: Network, images: jax.Array, picture: jax.Array) -> jax.Array:
+    return model(images, picture) if isinstance(model, StyleViT) else model(images)
 
 
 def _crops(photographs: Sequence[np.ndarray], settings: Settings, step: int) -> np.ndarray:
@@ -241,13 +259,15 @@ def _step(
     settings: Settings,
     state: _State,
     layers: vgg.Layers,
+    picture: jax.Array,
     target: Sequence[jax.Array],
     images: jax.Array,
 ) -> tuple[_State, Losses]:
     params, memory = state
 
     def loss(params: nnx.State) -> tuple[jax.Array, Losses]:
-        losses = losses_of(layers, target, images, nnx.merge(definition, params)(images), settings)
+        styled = _styled(nnx.merge(definition, params), images, picture)
+        losses = losses_of(layers, target, images, styled, settings)
         return losses.total, losses
 
     gradients, losses = jax.grad(loss, has_aux=True)(params)
@@ -313,14 +333,19 @@ def _restored(
 
 def _write(
     out: Path,
-    model: TransformerNet,
+    model: Network,
     rows: Sequence[Sequence[float]],
     photograph: np.ndarray,
+    picture: jax.Array,
     settings: Settings,
 ) -> None:
     """Writes what a run leaves beside its checkpoint."""
-    tensors = checkpoints.to_torch(checkpoints.variables_of(model), "transformer_net")
-    checkpoints.write_state_dict(out / "style.safetensors", tensors, force=True)
+    variables = checkpoints.variables_of(model)
+    if isinstance(model, TransformerNet):
+        tensors = checkpoints.to_torch(variables, "transformer_net")
+        checkpoints.write_state_dict(out / "style.safetensors", tensors, force=True)
+    else:
+        checkpoints.save(out / "network", variables, force=True)
     with (
         replacing(out / "losses.csv", force=True) as temporary,
         temporary.open("w", newline="") as file,
@@ -330,7 +355,7 @@ def _write(
         writer.writerows([index, *row] for index, row in enumerate(rows, 1))
     longer = 2 * settings.crop
     seen = pictures.resized(Picture(photograph), longer).pixels
-    styled = nnx.jit(lambda model, x: model(x))(model, _as_images(seen[None], settings.dtype))
+    styled = nnx.jit(_styled)(model, _as_images(seen[None], settings.dtype), picture)
     result = np.asarray(styled[0, : len(seen), : seen.shape[1]], np.float32)
     pixels = np.concatenate([seen, np.rint(result.clip(0, 255)).astype(np.uint8)], 1)
     pictures.write(out / "sample.png", Picture(pixels), force=True)

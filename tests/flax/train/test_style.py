@@ -163,11 +163,27 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         style._restored(tmp_path / "own", like, SMALL, style._digest(PHOTOGRAPHS, STYLE + 1))
 
 
+@pytest.mark.wide
+def test_a_transformer_is_trained_too(tmp_path):
+    settings = SMALL._replace(model="style_vit", steps=2)
+    trained = style.train(tmp_path, PHOTOGRAPHS, STYLE, vgg.random_layers(), settings)
+    assert {path.name for path in tmp_path.iterdir()} == {*style.FILES} - {"style.safetensors"}
+    found = checkpoints.restore(tmp_path / "network")
+    trees = (jax.tree.leaves(one) for one in (found, checkpoints.variables_of(trained)))
+    for one, other in zip(*trees, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_wrong_settings_and_photographs():
     for changes, photographs, message in (
         ({"crop": 8}, PHOTOGRAPHS, "crop is 8, expected at least 32"),
         ({"steps": 0}, PHOTOGRAPHS, "steps is 0, expected at least 1"),
         ({"crop": 40}, PHOTOGRAPHS, r"photographs\[1\] has 33 pixels along its shorter side"),
+        (
+            {"model": "vit"},
+            PHOTOGRAPHS,
+            "model is 'vit', expected one of transformer_net",
+        ),
         ({}, [], "there are no photographs"),
     ):
         with pytest.raises(ValueError, match=message):
