@@ -42,6 +42,8 @@ def of_layer(
         if channels is None:
             raise ValueError("--channels is needed, or --checkpoint, which tells the channels")
         return _drawn(channels, 1 if levels is None else levels, kernel_size or 5, seed)
+    from flash_wtconv_jax import checkpoints
+
     params = _read(checkpoint, "layer")
     kernel = params.get("base_kernel")
     if not isinstance(kernel, np.ndarray):
@@ -53,8 +55,6 @@ def of_layer(
             f"{checkpoint} holds a {kernel.ndim - 2}-D layer, expected a 2-D one: packages are of "
             "images"
         )
-    from flash_wtconv_jax import checkpoints
-
     with _misfits_in_one_line(checkpoint, "layer"):
         # A folder may hold anything, and the names of a layout are those that a layer has.
         checkpoints.to_torch({"params": params}, "published")
