@@ -5,8 +5,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-pytest.importorskip("torch", reason="torch is not installed")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 
+import torch_bridge  # noqa: E402
 from pallas_kernels import oracle  # noqa: E402
 from pallas_kernels.common.conformance import worst  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
@@ -26,10 +27,6 @@ def failed(cases):
     return [row for row in check.rows(cases) if row["status"] != "pass"]
 
 
-def nchw(x):
-    return x.transpose(0, 3, 1, 2).astype(np.float32)
-
-
 def test_hard_cases_are_the_oracles():
     assert failed(HARD) == []
 
@@ -45,8 +42,7 @@ def test_the_shared_cases_are_the_oracles():
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
 def test_every_number_of_levels_at_three_sizes(dtype, levels):
-    sizes = SIZES if dtype == "float32" else SIZES[levels % 3 :][:1]
-    assert failed([Case(size, levels, 5, dtype, batch=(1,)) for size in sizes]) == []
+    assert failed([Case(size, levels, 5, dtype, batch=(1,)) for size in SIZES]) == []
 
 
 FLEXIBLE = [
@@ -58,10 +54,19 @@ FLEXIBLE = [
 ]
 
 
+def plain_half(params, x):
+    """What plain PyTorch computes in float16."""
+    module = torch_bridge.from_jax({"params": params}).cpu().half()
+    module.implementation = "eager"
+    y = module(torch.from_numpy(x.transpose(0, 3, 1, 2)).half())
+    return y.detach().numpy().transpose(0, 2, 3, 1)
+
+
 @pytest.mark.parametrize(("levels", "precision"), FLEXIBLE)
 def test_flexible_packages_at_sizes_that_they_were_not_made_at(written, levels, precision):
     side = 2**levels
-    case = Case((side, 2 * side), levels, 5, batch=(1,), channels=2)
+    dtype = "float32" if precision == "fp32" else "float16"
+    case = Case((side, 2 * side), levels, 5, dtype, batch=(1,), channels=2)
     params = case.drawn()[1]
     makers = {"whole": layer.whole, "convs": layer.convs}
     packages = {
@@ -69,12 +74,12 @@ def test_flexible_packages_at_sizes_that_they_were_not_made_at(written, levels, 
         for kind, make in makers.items()
     }
     for spatial in ((2 * side, side), (2 * side, 4 * side), (side, 3 * side)):
-        other = Case(spatial, levels, 5, batch=(1,), channels=2)
-        x = other.drawn()[0]
+        x = Case(spatial, levels, 5, dtype, batch=(1,), channels=2).drawn()[0]
         want = oracle.wtconv(x, params, 2)
+        bound = 1e-5 if precision == "fp32" else 2 * worst(plain_half(params, x), want)
         for kind, evaluate in (("whole", check._alone), ("convs", check._between_transforms)):
-            got = evaluate(packages[kind], x, levels)
-            assert worst(got, want) < (1e-5 if precision == "fp32" else 1e-2), (kind, spatial)
+            got = evaluate(packages[kind], x.astype(np.float32), levels)
+            assert worst(got, want) <= bound, (kind, spatial)
 
 
 def test_a_flexible_package_takes_what_its_levels_halve_evenly(written):
