@@ -191,7 +191,7 @@ def _misfits_in_one_line(checkpoint: Path, kind: str) -> Iterator[None]:
             raise
         _, _, first = misfits[0].partition(": ")
         raise ValueError(
-            f"{checkpoint}: {head}, such as {first}; save the weights of one {kind}, and of it alone"
+            f"{checkpoint}: {head}, such as {first}; save the weights of one {kind} alone"
         ) from error
 
 

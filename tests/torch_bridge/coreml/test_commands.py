@@ -110,7 +110,7 @@ MISUSES = {
     "--channels 3 --height 4 --width 4 -o FILE": "is a file, expected a folder",
     "--checkpoint none.pth --height 4 --width 4": "no file none.pth",
     "--checkpoint DB2 --height 4 --width 4": "has wavelet db2, expected haar",
-    "--checkpoint SURPLUS --height 4 --width 4": "1 surplus, such as foo.bar (2,); save the weights",
+    "--checkpoint SURPLUS --height 4 --width 4": "such as foo.bar (2,); save the weights of one",
     "--checkpoint MISSHAPEN --height 4 --width 4": "such as wavelet_convs.0.weight is (7, 1,",
     "--checkpoint PART --height 4 --width 4": "1 missing, such as base_scale (2,)",
     "--model transformer_net --checkpoint NET": "save the weights of one network",
@@ -125,7 +125,10 @@ MISUSES = {
 def test_misuses_are_one_line(run, tmp_path, arguments):
     (tmp_path / "file").touch()
     (tmp_path / "labels.txt").write_text("crane\nheron\ncrane\n")
-    kind, wavelet = ("1d" if "SIGNAL" in arguments else "2d"), "db2" if "DB2" in arguments else "db1"
+    kind, wavelet = (
+        ("1d" if "SIGNAL" in arguments else "2d"),
+        "db2" if "DB2" in arguments else "db1",
+    )
     module = getattr(torch_bridge, f"WTConv{kind}")(2, 2, 3, wt_type=wavelet, device="cpu")
     state = module.state_dict()
     if "SURPLUS" in arguments:

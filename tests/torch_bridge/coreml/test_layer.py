@@ -12,6 +12,7 @@ from pallas_kernels import oracle  # noqa: E402
 from pallas_kernels.common.conformance import worst  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
 from torch_bridge.coreml import check, layer  # noqa: E402
+from torch_bridge.coreml.package import About, Input, converted  # noqa: E402
 from torch_bridge.coreml.tools import quiet  # noqa: E402
 
 # Odd at the first level and at a deeper one, levels of one pixel, several images, low precision.
@@ -122,12 +123,30 @@ def test_convs_tell_their_interface_and_their_weights(written):
         "kernel_size": "3",
         "precision": "fp16",
     }
-    back = layer.folded(layer.params_of(package))
-    for got, want in zip(back.wavelet, layer.folded(params).wavelet, strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-3)
-    whole = written(layer.whole(params, 7, 12, precision="fp32"), "whole")
-    with pytest.raises(ValueError, match="kind whole, expected convs"):
-        layer.params_of(whole)
+
+
+@pytest.mark.parametrize("levels", [0, 1, 3])
+def test_packages_of_both_kinds_hold_the_weights(written, levels):
+    params = Case((7, 12), levels, 3).drawn()[1]
+    want = layer.folded(params)
+    for make, precision in product((layer.convs, layer.whole), ("fp32", "fp16")):
+        package = written(make(params, 7, 12, precision=precision), f"{make.__name__}{precision}")
+        got = layer.folded(layer.params_of(package))
+        for one, other in zip(
+            (got.base, got.bias, *got.wavelet), (want.base, want.bias, *want.wavelet), strict=True
+        ):
+            np.testing.assert_allclose(
+                one, other, rtol=0 if precision == "fp32" else 1e-3, atol=1e-7
+            )
+
+
+def test_a_network_is_no_layer(written):
+    about = About("wtconvnext_tiny", (2, 4, 4), "fp32", "", 0, 3, "A test.")
+    taps = np.ones((2, 1, 3, 3), np.float32)
+    build = lambda x: {"y": layer.depthwise(x, taps, name="y")}  # noqa: E731
+    package = written(converted({"x": Input((1, 2, 4, 4))}, build, about))
+    with pytest.raises(ValueError, match="kind wtconvnext_tiny, expected one of convs, whole"):
+        layer.params_of(package)
 
 
 def swapped_subbands(monkeypatch):
