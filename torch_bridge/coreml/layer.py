@@ -180,7 +180,7 @@ def params_of(package: Package) -> dict[str, Float32]:
 
 
 def _convolutions(package: Package) -> list[dict[str, Argument]]:
-    """The arguments of the depthwise convolutions, finest level first; those of Haar halve sizes."""
+    """The arguments of the depthwise convolutions, finest level first: Haar's halve sizes."""
     found = [one.arguments for one in package.operations if one.type == "conv"]
     return [one for one in found if np.all(_constant(package, one["strides"]) == 1)]
 
@@ -231,7 +231,7 @@ def _sides(name: str, size: int, multiple: int) -> range:
         raise ValueError(
             f"{name} is {size}, but in a flexible package every size is a multiple of {multiple}, "
             f"which all levels halve evenly: give one, such as {-(-size // multiple) * multiple}, "
-            "fewer levels, or make a package of fixed size"
+            "or make a package of fixed size; of a layer, fewer levels do too"
         )
     steps = (n for n in range(multiple, size + 1, multiple) if size % n == 0)
     step = next(n for n in steps if 2 * size // n <= _MOST_SIDES)
