@@ -43,7 +43,6 @@ app.command()(train_style)
 
 def main() -> None:
     """Runs the command line; an error that a user can mend is one line, not a traceback."""
-    _look_for_no_tpu()
     run(app)
 
 
@@ -53,6 +52,7 @@ def run(app: Callable[[], object]) -> None:
         if isinstance(stream, TextIOWrapper):
             # Of a name that its encoding lacks, which must not fail what is done already.
             stream.reconfigure(errors="backslashreplace")
+    _look_for_no_tpu()
     # Pictures go into files, whatever windows or notebooks the user has set for others.
     os.environ["MPLBACKEND"] = "agg"
     # Orbax logs the traceback of what it raises.

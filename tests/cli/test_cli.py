@@ -81,6 +81,16 @@ def test_what_is_too_large_is_one_line(capsys, error):
     assert (stopped.value.code, capsys.readouterr().err) == (1, "error: MemoryError\n")
 
 
+@pytest.mark.parametrize(("nodes", "platforms"), [((), "cpu"), (("/dev/nvidia0",), None)])
+def test_no_command_line_looks_for_a_tpu_where_no_accelerator_is(monkeypatch, nodes, platforms):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(cli, "find_spec", lambda name: name)
+    monkeypatch.setattr(cli.Path, "glob", lambda *_: iter(nodes))
+    seen = []
+    cli.run(lambda: seen.append(os.environ.get("JAX_PLATFORMS")))
+    assert seen == [platforms]
+
+
 def test_a_name_that_the_encoding_lacks_is_printed_escaped(monkeypatch, tmp_path):
     checkpoints.write_state_dict(
         tmp_path / "a.safetensors",

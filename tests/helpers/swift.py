@@ -108,15 +108,18 @@ def build_fakes(swift: Swift, folder: Path) -> Path:
     return folder
 
 
-def build_metal(folder: Path, faults: Mapping[str, str] | None = None) -> Path:
-    """Builds the library of the fake Metal, with faults in the source that nobody is told of."""
+def build_metal(folder: Path, faults: Mapping[str, str] | None = None, version: int = 310) -> Path:
+    """Builds the library of the fake Metal, with faults in the source that nobody is told of.
+
+    The version of the language is that of macOS 14, or 300 of macOS 13.
+    """
     from torch_bridge.wtconv.metal import SOURCE
     from torch_bridge.wtconv.on_cpu.metal import build
 
     source = SOURCE.read_text(encoding="utf-8")
     library = folder / "metal.so"
     (folder / "metal.so.metal").write_text(source, encoding="utf-8")
-    build(replaced(source, faults or {}), library)
+    build(replaced(source, faults or {}), library, [f"-D__METAL_VERSION__={version}"])
     return library
 
 

@@ -174,6 +174,16 @@ def test_without_an_input_the_formula_fills_it(fake, run, layers, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_kernels_of_older_metal_compute_too(fake, run, layers, tmp_path):
+    """That of macOS 13, which has no bfloat16."""
+    library = tools.build_metal(tmp_path, version=300)
+    found = layers(CAUGHT)
+    settings = {"FAKE_METAL": str(library)}
+    done = run(fake, *found.arguments("metal"), "--output-f32", tmp_path / "y.f32", **settings)
+    assert done.returncode == 0, done.stderr
+    assert found.error(tmp_path / "y.f32") <= TOLERANCE
+
+
 def test_what_was_compiled_is_removed(fake, run, layers, tmp_path):
     run(fake, *layers(CASES[0]).arguments("metal"), TMPDIR=str(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -227,6 +237,21 @@ def test_misuses_are_one_sentence(fake, plain, run, layers, tmp_path):
         (fake, [*sizes, *cpu, "--model", found.packages["whole"]], "is of kind whole"),
         (fake, [*sizes[:-2], *convs], "has 2 levels, asked for 1"),
         (fake, [*sizes[:-4], "--width", "15", *sizes[-2:], *convs], "was made for 3 x 14 x 14"),
+        (
+            fake,
+            [
+                "--height",
+                "9999999",
+                "--width",
+                "9999999",
+                "--channels",
+                "3",
+                "--levels",
+                "2",
+                *convs,
+            ],
+            "was made for 3 x 14 x 14",
+        ),
         (fake, [*sizes, *convs, "--input-f32", short], "has 8 bytes, expected 2352"),
         (fake, [*sizes, *convs, "--input-f32", tmp_path / "x"], "cannot read"),
         (fake, [*sizes, *cpu, *convs, "--output-f32", tmp_path / "a/y"], "cannot write"),

@@ -38,8 +38,11 @@ class Package:
         self._program = read(path)
         self.constants: dict[str, Array] = {}
         steps = []
+        names = set(self.inputs)
         for operation in self._program.operations:
             _check_known(operation)
+            _check_whole(operation, names)
+            names |= {result.name for result in operation.results}
             if operation.type.startswith("const"):
                 self.constants |= _computed(operation, self.constants)
             else:
@@ -127,6 +130,21 @@ def _check_known(operation: Operation) -> None:
         raise NotImplementedError(
             f"operation {operation.type} (which computes {made}) has arguments that the evaluator "
             f"does not know: {', '.join(sorted(surplus))}"
+        )
+
+
+def _check_whole(operation: Operation, names: set[str]) -> None:
+    """Raises where an argument is missing, or names nothing that is computed before."""
+    parameters = inspect.signature(OPERATIONS[operation.type]).parameters.values()
+    needed = {one.name for one in parameters if one.default is one.empty}
+    missing = needed - set(operation.arguments)
+    for argument in operation.arguments.values():
+        several = argument if isinstance(argument, list) else [argument]
+        missing |= {one for one in several if isinstance(one, str)} - names
+    if missing:
+        raise ValueError(
+            f"operation {operation.type} lacks {', '.join(sorted(missing))}: the program is "
+            "damaged, export it again"
         )
 
 

@@ -201,8 +201,11 @@ def _of_network(
 
 def _labels(path: Path) -> list[str]:
     """The labels in a file, each of which names one class."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--labels {path}: there is no such file")
     try:
-        labels = path.read_text(encoding="utf-8").splitlines()
+        # Editors of Windows put a mark before the first one.
+        labels = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--labels {path} is no text in UTF-8") from error
     twice = [label for label, number in Counter(labels).items() if number > 1]

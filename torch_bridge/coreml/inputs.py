@@ -31,7 +31,7 @@ def formula(channels: int, height: int, width: int) -> Float32:
 
     Example:
         >>> formula(1, 1, 3)
-        array([[[[-0.99999714,  0.23606682, -0.5278666 ]]]], dtype=float32)
+        array([[[[-0.9999943 ,  0.23607361, -0.5278584 ]]]], dtype=float32)
     """
     shape = _shape(channels, height, width)
     i = np.arange(np.prod(shape), dtype=np.uint64)

@@ -149,7 +149,7 @@ def whole(
 
 
 def params_of(package: Package) -> dict[str, Float32]:
-    """The parameters of the layer in a package of kind "convs", its scales within its taps.
+    """The parameters of the layer in a package of either kind, its scales within its taps.
 
     Args:
         package: The package.
@@ -158,34 +158,31 @@ def params_of(package: Package) -> dict[str, Float32]:
         Parameters of a Flax `WTConv2d` in float32, every scale 1.
 
     Raises:
-        ValueError: It is of another kind.
+        ValueError: It is that of no layer.
     """
     kind = package.metadata.get("flash_wtconv.kind")
-    if kind != "convs":
-        raise ValueError(f"the package is of kind {kind}, expected convs")
-    names = ["base", *(f"filtered_{i}" for i in range(1, len(package.outputs)))]
-    found = [_convolution_of(package, name) for name in names]
-    kernels = [_constant(package, one["weight"]) for one in found]
-    channels = len(kernels[0])
-    params = {
-        "base_kernel": kernels[0].transpose(2, 3, 1, 0),
-        "base_bias": _constant(package, found[0]["bias"]),
-        "base_scale": np.ones(channels, np.float32),
-    }
-    for i, taps in enumerate(kernels[1:]):
+    if kind not in KINDS:
+        raise ValueError(f"the package is of kind {kind}, expected one of {', '.join(KINDS)}")
+    channels = package.inputs["x"][1]
+    params, wavelet = {"base_scale": np.ones(channels, np.float32)}, []
+    for arguments in _convolutions(package):
+        taps = _constant(package, arguments["weight"])
+        if len(taps) == channels:
+            params["base_kernel"] = taps.transpose(2, 3, 1, 0)
+            params["base_bias"] = _constant(package, arguments["bias"])
+        else:
+            wavelet.append(taps)
+    for i, taps in enumerate(wavelet):
         k = taps.shape[-1]
         params[f"wavelet_kernel_{i}"] = taps.reshape(channels, 4, k, k).transpose(2, 3, 1, 0)
         params[f"wavelet_scale_{i}"] = np.ones((4, channels), np.float32)
     return params
 
 
-def _convolution_of(package: Package, output: str) -> dict[str, Argument]:
-    """The arguments of the convolution that an output is, perhaps rounded to float32."""
-    made = {one.results[0].name: one for one in package.operations}
-    operation = made[output]
-    while operation.type == "cast":
-        operation = made[str(operation.arguments["x"])]
-    return operation.arguments
+def _convolutions(package: Package) -> list[dict[str, Argument]]:
+    """The arguments of the depthwise convolutions, finest level first: Haar's halve sizes."""
+    found = [one.arguments for one in package.operations if one.type == "conv"]
+    return [one for one in found if np.all(_constant(package, one["strides"]) == 1)]
 
 
 def _constant(package: Package, argument: Argument) -> Float32:
@@ -234,7 +231,7 @@ def _sides(name: str, size: int, multiple: int) -> range:
         raise ValueError(
             f"{name} is {size}, but in a flexible package every size is a multiple of {multiple}, "
             f"which all levels halve evenly: give one, such as {-(-size // multiple) * multiple}, "
-            "fewer levels, or make a package of fixed size"
+            "or make a package of fixed size; of a layer, fewer levels do too"
         )
     steps = (n for n in range(multiple, size + 1, multiple) if size % n == 0)
     step = next(n for n in steps if 2 * size // n <= _MOST_SIDES)

@@ -1,5 +1,7 @@
 """Parameters to export: of a checkpoint of any kind that this package reads, or random ones."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,9 @@ def of_layer(
         if channels is None:
             raise ValueError("--channels is needed, or --checkpoint, which tells the channels")
         return _drawn(channels, 1 if levels is None else levels, kernel_size or 5, seed)
-    params = _read(checkpoint)
+    from flash_wtconv_jax import checkpoints
+
+    params = _read(checkpoint, "layer")
     kernel = params.get("base_kernel")
     if not isinstance(kernel, np.ndarray):
         holds = ", ".join(map(str, list(params)[:3]))
@@ -51,6 +55,9 @@ def of_layer(
             f"{checkpoint} holds a {kernel.ndim - 2}-D layer, expected a 2-D one: packages are of "
             "images"
         )
+    with _misfits_in_one_line(checkpoint, "layer"):
+        # A folder may hold anything, and the names of a layout are those that a layer has.
+        checkpoints.to_torch({"params": params}, "published")
     found = {
         "--channels": (channels, kernel.shape[-1]),
         "--levels": (levels, sum(name.startswith("wavelet_kernel_") for name in params)),
@@ -87,7 +94,8 @@ def of_convnext(name: str, checkpoint: Path | None, seed: int) -> tuple[Params, 
     if checkpoint is None:
         model = make(rngs=nnx.Rngs(seed))
     else:
-        model = models.load_network(checkpoint)
+        with _misfits_in_one_line(checkpoint, "network"):
+            model = models.load_network(checkpoint)
         named = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))).config
         for field in ("depths", "dims", "levels", "kernel_sizes"):
             own, expected = getattr(model.config, field), getattr(named, field)
@@ -95,9 +103,8 @@ def of_convnext(name: str, checkpoint: Path | None, seed: int) -> tuple[Params, 
                 raise ValueError(
                     f"--model is {name}, of {field} {expected}, but those of {checkpoint} are {own}"
                 )
-    wavelet = model.config.wavelet
-    if wavelet_name(wavelet) not in IS_HAAR:
-        raise ValueError(f"{checkpoint} has wavelet {wavelet}, expected haar: packages are of it")
+    if checkpoint is not None:
+        _check_haar(checkpoint, model.config.wavelet)
     return flat(checkpoints.variables_of(model)), model.config
 
 
@@ -120,7 +127,9 @@ def of_transformer_net(checkpoint: Path | None, seed: int) -> Params:
         model = models.TransformerNet(rngs=nnx.Rngs(seed))
     else:
         model = nnx.eval_shape(lambda: models.TransformerNet(rngs=nnx.Rngs(0)))
-        checkpoints.load_into(model, {"params": _read(checkpoint)})
+        params = _read(checkpoint, "network")
+        with _misfits_in_one_line(checkpoint, "network"):
+            checkpoints.load_into(model, {"params": params})
     return flat(checkpoints.variables_of(model))
 
 
@@ -144,15 +153,46 @@ def flat(variables: Tree) -> Params:
     return {name: np.asarray(value, np.float32) for name, value in flatten(variables).items()}
 
 
-def _read(checkpoint: Path) -> dict[str, Tree]:
-    """The parameters in a checkpoint, whose layers have Haar wavelets."""
+def _read(checkpoint: Path, kind: str) -> dict[str, Tree]:
+    """The parameters in a checkpoint of a kind, "layer" or "network", with Haar wavelets."""
     from flash_wtconv_jax import checkpoints
 
-    variables = checkpoints.load(checkpoint, wavelet="haar")
+    with _misfits_in_one_line(checkpoint, kind):
+        if checkpoint.is_dir():
+            _check_haar(checkpoint, checkpoints.wavelet_of(checkpoint))
+            variables: Tree = checkpoints.restore(checkpoint)
+        else:
+            state_dict = checkpoints.read_state_dict(checkpoint)
+            _check_haar(checkpoint, checkpoints.recognise(state_dict).wavelet)
+            variables = checkpoints.from_torch(state_dict)
     params: Tree = variables.get("params", variables)
     if not isinstance(params, dict):
         raise ValueError(f"{checkpoint} holds no parameters by name")
     return params
+
+
+def _check_haar(checkpoint: Path, wavelet: str | None) -> None:
+    """Raises for another wavelet; one that a checkpoint does not name is taken for Haar."""
+    if wavelet is not None and wavelet_name(wavelet) not in IS_HAAR:
+        raise ValueError(
+            f"{checkpoint} has wavelet {wavelet}, expected haar, the only one of packages: train "
+            "with it"
+        )
+
+
+@contextmanager
+def _misfits_in_one_line(checkpoint: Path, kind: str) -> Iterator[None]:
+    """Makes the list of all that does not fit a layout one line, which names the file."""
+    try:
+        yield
+    except ValueError as error:
+        head, *misfits = map(str.strip, str(error).splitlines())
+        if not misfits:
+            raise
+        _, _, first = misfits[0].partition(": ")
+        raise ValueError(
+            f"{checkpoint}: {head}, such as {first}; save the weights of one {kind} alone"
+        ) from error
 
 
 def _drawn(channels: int, levels: int, kernel_size: int, seed: int) -> Params:

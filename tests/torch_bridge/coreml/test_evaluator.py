@@ -80,6 +80,14 @@ def test_an_unknown_operation_is_an_error_by_name():
         evaluator._computed(Operation("relu", {"x": np.ones(2)}, result), {})
 
 
+def test_a_damaged_program_is_an_error():
+    result = (Result("y", np.float32, (1,)),)
+    with pytest.raises(ValueError, match="operation relu lacks z: the program is damaged"):
+        evaluator._check_whole(Operation("relu", {"x": "z"}, result), {"x"})
+    with pytest.raises(ValueError, match="operation add lacks y: the program is damaged"):
+        evaluator._check_whole(Operation("add", {"x": "x"}, result), {"x"})
+
+
 def test_values_inside_and_wrong_inputs(written):
     taps = np.ones((2, 1, 3, 3), np.float32)
     about = About("test", (2, 4, 4), "fp32", "", 0, 3, "A test.")

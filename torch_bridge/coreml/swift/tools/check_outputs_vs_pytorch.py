@@ -108,19 +108,19 @@ def _built() -> Path:
 def _exported(
     folder: Path, backend: Backend, sizes: tuple[int, int, int], levels: int, seed: int
 ) -> Path:
-    """The package of random weights that a backend takes; the other kind lies beside it."""
+    """A package of random weights, of the kind that a backend takes."""
     from torch_bridge.coreml import layer, package, weights
 
     channels, height, width = sizes
     params = weights.of_layer(None, channels, levels, None, seed)
-    for kind in layer.KINDS:
-        model = getattr(layer, kind)(params, height, width, precision="fp32")
-        package.save(folder / f"{kind}.mlpackage", model, force=False)
-    return folder / ("whole.mlpackage" if backend == Backend.WHOLE else "convs.mlpackage")
+    make = layer.whole if backend == Backend.WHOLE else layer.convs
+    path = folder / f"{make.__name__}.mlpackage"
+    package.save(path, make(params, height, width, precision="fp32"), force=False)
+    return path
 
 
 def _weights(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The parameters in a package, or in that of its convolutions beside it, and its precision."""
+    """The parameters in a package of a layer, and its precision."""
     from torch_bridge.coreml.evaluator import Package
     from torch_bridge.coreml.layer import params_of
 
@@ -128,19 +128,7 @@ def _weights(path: Path) -> tuple[dict[str, np.ndarray], str]:
     precision = package.metadata.get("flash_wtconv.precision", "")
     if precision not in _TOLERANCES:
         raise ValueError(f"{path} is no package of a layer: it tells no precision")
-    if package.metadata["flash_wtconv.kind"] != "whole":
-        return params_of(package), precision
-    source = package.metadata["flash_wtconv.source_hash"]
-    for other in sorted(path.parent.glob("*.mlpackage")):
-        candidate = Package(other)
-        metadata = candidate.metadata
-        same = metadata.get("flash_wtconv.source_hash") == source
-        if same and metadata["flash_wtconv.kind"] == "convs":
-            return params_of(candidate), precision
-    raise ValueError(
-        f"weights are read from a package of kind convs, and none of the same weights is beside "
-        f"{path}: export them together"
-    )
+    return params_of(package), precision
 
 
 def _run(

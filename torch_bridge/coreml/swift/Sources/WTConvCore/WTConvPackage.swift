@@ -183,9 +183,11 @@ private struct Program {
   /// The name of what casts made a value of.
   private func uncast(_ name: String) throws -> String {
     var name = name
-    while let operation = operations[name], operation.type == "cast",
-      case .name(let source) = operation.arguments["x"]
-    {
+    // A damaged program may lead round in circles.
+    for _ in operations {
+      guard let operation = operations[name], operation.type == "cast",
+        case .name(let source) = operation.arguments["x"]
+      else { break }
       name = source
     }
     return name

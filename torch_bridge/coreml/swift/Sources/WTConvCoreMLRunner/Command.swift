@@ -29,12 +29,13 @@ struct Command {
 
   private static func run(_ options: Options) async throws -> Report {
     let model = options.model ?? options.backend.defaultModel
-    let image = try input(options)
     let url = URL(fileURLWithPath: model)
     let package = try WTConvPackage(contentsOf: url)
     try package.check(
       kind: options.backend.kind, channels: options.channels, height: options.height,
       width: options.width, levels: options.levels)
+    // Sizes that a model has fit into memory.
+    let image = try input(options)
     let layer = try await layer(options, package: package, at: url)
 
     var times: [(total: Duration, stages: [(name: String, time: Duration)])] = []
