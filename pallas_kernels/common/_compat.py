@@ -170,6 +170,20 @@ def gpu_load(ref: Ref, layout: Any) -> jax.Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def gpu_store(ref: Ref, value: jax.Array) -> None:
+    """Stores a value into a Mosaic GPU ref, by stores of any width.
+
+    JAX 0.12 raises an error where those of a layout would meet in one bank of shared memory, unless
+    it is told not to; older versions do not.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if jax.__version_info__ < (0, 12):
+        ref[...] = value
+    else:
+        plgpu.store(ref, value, optimized=False)
+
+
 def import_jax_triton() -> ModuleType:
     """The module jax_triton, imported without what it does to the environment.
 

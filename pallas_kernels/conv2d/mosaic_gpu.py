@@ -38,7 +38,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import gpu_load, in_32_bits, vary_like
+from pallas_kernels.common._compat import gpu_load, gpu_store, in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
@@ -901,7 +901,7 @@ class _Block:
         for first in range(_ROWS, pixels, _ROWS):
             total = total + values[first : first + _ROWS]
         rows, groups = self.rows.at[warpgroup], self.groups.at[warpgroup]
-        rows[...] = total
+        gpu_store(rows, total)
         plgpu.commit_smem()
         # A thread has one feature of every so many rows.
         count = _THREADS // each
