@@ -19,6 +19,8 @@ _OF_LAYERS = {"convs": "WTConvConvModules", "whole": "WTConvWhole"}
 _SIDE, _FLEXIBLE_SIDE = 224, 256
 """The height and width of a network's image: what the published weights were trained with, and what
 the wavelet levels of every stage halve evenly."""
+_MOST_SIDE = 2**30
+"""MIL keeps sizes in 32 bits, and flexible packages go up to twice this."""
 
 Models = dict[str, Any]
 """Models of coremltools by the names of their files."""
@@ -60,10 +62,12 @@ def export(
     ] = None,
     channels: Annotated[int | None, typer.Option(min=1, help="Channels of a layer.")] = None,
     height: Annotated[
-        int | None, typer.Option(min=1, help="Rows of the input; 224 of a network's.")
+        int | None,
+        typer.Option(min=1, max=_MOST_SIDE, help="Rows of the input; 224 of a network's."),
     ] = None,
     width: Annotated[
-        int | None, typer.Option(min=1, help="Columns of the input; 224 of a network's.")
+        int | None,
+        typer.Option(min=1, max=_MOST_SIDE, help="Columns of the input; 224 of a network's."),
     ] = None,
     levels: Annotated[
         int | None, typer.Option(min=0, max=63, help="Wavelet levels of a layer, 1 by default.")

@@ -152,6 +152,13 @@ def test_misuses_are_one_line(run, tmp_path, arguments):
     assert not (tmp_path / "Models").exists()
 
 
+def test_sizes_that_cannot_be_are_told(run, tmp_path):
+    for size in ("0", "9" * 20):
+        size = ["--height", size, "--width", 4]
+        code, _, error = run("export", "--channels", 2, *size, "-o", tmp_path / "Models")
+        assert code == 2 and "Invalid value for '--height'" in error
+
+
 def test_coremltools_missing_is_one_line(run, monkeypatch, tmp_path):
     from torch_bridge.coreml import tools
 
