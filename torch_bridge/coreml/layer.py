@@ -164,7 +164,8 @@ def params_of(package: Package) -> dict[str, Float32]:
     if kind not in KINDS:
         raise ValueError(f"the package is of kind {kind}, expected one of {', '.join(KINDS)}")
     channels = package.inputs["x"][1]
-    params, wavelet = {"base_scale": np.ones(channels, np.float32)}, []
+    params: dict[str, Float32] = {"base_scale": np.ones(channels, np.float32)}
+    wavelet = []
     for arguments in _convolutions(package):
         taps = _constant(package, arguments["weight"])
         if len(taps) == channels:
