@@ -142,7 +142,7 @@ def test_a_flexible_classifier_in_float16(written):
 def test_transformer_net_from_image_to_image(written):
     model = filled(lambda: models.TransformerNet(rngs=nnx.Rngs(0)), 0.05)
     size = networks.Size(24, 36, True)
-    images = [image(*spatial) for spatial in ((24, 36), (48, 60), (16, 12))]
+    images = [image(*spatial) for spatial in ((24, 36), (48, 12))]
     wants = [np.clip(*expected(model, x.transpose(0, 2, 3, 1)), 0, 255) for x in images]
     half = jax.tree.map(lambda leaf: leaf.astype(np.float16), model)
     (plain,) = expected(half, images[0].transpose(0, 2, 3, 1).astype(np.float16))
