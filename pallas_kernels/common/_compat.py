@@ -181,7 +181,7 @@ def gpu_store(ref: Ref, value: jax.Array) -> None:
     if jax.__version_info__ < (0, 12):
         ref[...] = value
     else:
-        plgpu.store(ref, value, optimized=False)
+        plgpu.store(ref, value, optimized=False)  # type: ignore[attr-defined]
 
 
 def import_jax_triton() -> ModuleType:

@@ -25,7 +25,7 @@ from pallas_kernels.conv2d.api import OPERATOR
 from pallas_kernels.conv2d.cases import HARD, TABLE, UPSAMPLED, Case
 from pallas_kernels.conv2d.problem import Problem, Window
 
-pytestmark = [pytest.mark.core, pytest.mark.usefixtures("tpu_interpreter")]
+pytestmark = pytest.mark.usefixtures("tpu_interpreter")
 
 
 def taken(case):

@@ -17,7 +17,7 @@ from pallas_kernels.haar.api import OPERATOR
 from pallas_kernels.haar.cases import Case, inputs
 from pallas_kernels.haar.problem import Problem
 
-pytestmark = [pytest.mark.core, pytest.mark.usefixtures("tpu_interpreter")]
+pytestmark = pytest.mark.usefixtures("tpu_interpreter")
 
 CASES = (
     Case((8, 8), 3),

@@ -9,8 +9,6 @@ import pywt
 from pallas_kernels import oracle
 from pallas_kernels.haar.filters import filter_bank
 
-pytestmark = pytest.mark.core
-
 SIZES = {
     1: [(1,), (2,), (5,), (8,), (14,), (28,)],
     2: [(1, 1), (2, 3), (7, 7), (8, 8), (14, 14), (28, 28), (5, 18)],

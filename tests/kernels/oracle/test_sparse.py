@@ -8,8 +8,6 @@ from jax import lax
 
 from pallas_kernels import oracle
 
-pytestmark = pytest.mark.core
-
 
 def sites(ndim, size, count, samples=2, seed=0):
     rng = np.random.default_rng(seed)

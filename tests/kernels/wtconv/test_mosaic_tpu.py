@@ -21,7 +21,7 @@ from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.problem import Problem
 
-pytestmark = [pytest.mark.core, pytest.mark.usefixtures("tpu_interpreter")]
+pytestmark = pytest.mark.usefixtures("tpu_interpreter")
 
 
 def taken(case):
