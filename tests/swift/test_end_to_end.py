@@ -365,13 +365,31 @@ def test_transposed_weights_are_caught(fake, run, tmp_path, monkeypatch, backend
     assert caught(run, fake, Layer(tmp_path, CAUGHT), tmp_path / "y.f32", backend)
 
 
+SCRIPT = tools.PACKAGE / "tools/check_outputs_vs_pytorch.py"
+
+
+def runner_of(build, path):
+    """A program that calls a build's runner where Swift is."""
+    command = shlex.join([*build.swift.prefix, str(build.runner)])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_the_check_script_reads_the_weights_of_a_whole_layer(
+    fake, evaluator, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("FAKE_COREML", str(evaluator))
+    check = runpy.run_path(str(SCRIPT))["check"]
+    package = Layer(tmp_path, CASES[3], "fp16").packages["whole"]
+    sizes = {"channels": 3, "height": 14, "width": 14, "levels": 2}
+    check(**sizes, model=package, backend="coreml-whole", runner=runner_of(fake, tmp_path / "run"))
+    assert "rtol=0.005) True" in capsys.readouterr().out
+
+
 def test_the_check_script_compares_with_pytorch(plain, tmp_path, capsys):
-    runner = tmp_path / "runner"
-    command = shlex.join([*plain.swift.prefix, str(plain.runner)])
-    runner.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    runner.chmod(0o755)
-    script = tools.PACKAGE / "tools/check_outputs_vs_pytorch.py"
-    check = runpy.run_path(str(script))["check"]
+    runner = runner_of(plain, tmp_path / "runner")
+    check = runpy.run_path(str(SCRIPT))["check"]
     sizes = {"channels": 4, "height": 18, "width": 21, "levels": 2}
     check(**sizes, seed=3, backend="cpu", runner=runner)
     found = capsys.readouterr().out
@@ -385,7 +403,7 @@ def test_the_check_script_compares_with_pytorch(plain, tmp_path, capsys):
         check(3, 14, 14, 3, found, backend="cpu", runner=runner)
     arguments = ["--channels", "4", "--height", "9", "--width", "9", "--model", "none.mlpackage"]
     done = subprocess.run(
-        [sys.executable, script, *arguments],
+        [sys.executable, SCRIPT, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
