@@ -15,7 +15,6 @@ from pallas_kernels.wtconv.shapes import TPU_SHAPES
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is for Linux alone")
 
-pytestmark = pytest.mark.core
 
 WTCONV, HAAR = (
     list(product([kernel], TPU_SHAPES, report.DTYPES, report.DIRECTIONS))
@@ -127,6 +126,7 @@ def odd_jobs_of_chips(half):
     return [job for chip, (odd, at) in chips.items() for job in odd_jobs(chip, [odd], [at])]
 
 
+@pytest.mark.core
 def test_every_chip_takes_an_odd_shape():
     """All in one process, whose start takes as long as compilations."""
     assert_odd_compiled(odd_jobs_of_chips(0))

@@ -43,7 +43,7 @@ def test_what_cannot_be_tiled_is_said(model):
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
 def test_tiles_of_16_bits_are_as_exact_as_the_whole(model, dtype):
     picture = np.random.default_rng(0).integers(0, 256, (101, 131, 3), np.uint8)
     reduced = TransformerNet(dtype=dtype, rngs=nnx.Rngs(0))

@@ -163,7 +163,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         style._restored(tmp_path / "own", like, SMALL, style._digest(PHOTOGRAPHS, STYLE + 1))
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_transformer_is_trained_too(tmp_path):
     settings = SMALL._replace(model="style_vit", steps=2)
     trained = style.train(tmp_path, PHOTOGRAPHS, STYLE, vgg.random_layers(), settings)
