@@ -86,7 +86,7 @@ def floor(chip: Chip, shape: Shape, part: str) -> int:
 
     Example:
         >>> floor(CHIPS["v5e"], SHAPES["room_10000_64_128_s1"], "forward")
-        9413
+        9821
     """
     taps, size = shape.kernel_size**3, jnp.dtype(DTYPE).itemsize
     both = shape.channels + shape.features

@@ -94,6 +94,7 @@ def surely(compare: Callable[[int, int], bool], size: int, other: int) -> bool:
         other: The second.
 
     Example:
+        >>> import operator
         >>> (n,) = jax.export.symbolic_shape("n")
         >>> surely(operator.lt, n, 1), surely(operator.lt, n, 3), surely(operator.lt, n, n + 1)
         (False, False, True)

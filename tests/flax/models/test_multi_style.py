@@ -54,6 +54,7 @@ def test_a_photograph_equals_onnxruntimes(published, photograph, run):
     np.testing.assert_allclose(found, np.concatenate(expected).transpose(0, 2, 3, 1), atol=2e-5)
 
 
+@pytest.mark.wide
 def test_weights_of_an_image_are_its_own(run):
     model = MultiStyleNet(3, contract=(4, 5, 6), blocks=1, expand=(5, 4), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)

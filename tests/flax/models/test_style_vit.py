@@ -42,6 +42,7 @@ def test_a_style_of_one_colour_leaves_the_content(run):
     assert min(shown) > 0.9
 
 
+@pytest.mark.wide
 def test_every_parameter_has_a_gradient(model):
     graphdef, state = nnx.split(model)
     flat = jnp.full(STYLE.shape, 90.0)

@@ -61,6 +61,7 @@ def test_strength_and_colours(styles, expected):
     np.testing.assert_allclose((kept @ luma)[inside], (expected @ luma)[inside], atol=1)
 
 
+@pytest.mark.wide
 def test_what_overflows_float16_is_computed_in_float32(styles):
     path = [styles / "large.safetensors"]
     reduced = Stylizer(path, dtype=jnp.float16)
@@ -88,6 +89,7 @@ def test_no_numbers_are_an_error(styles, tmp_path):
         list(stylizer.film(PIXELS))
 
 
+@pytest.mark.wide
 def test_a_film_flickers_less(styles):
     """What comes into the picture and goes changes the rest of it less."""
     still = np.random.default_rng(1).integers(0, 256, (12, 128, 3), np.uint8)
