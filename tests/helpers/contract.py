@@ -140,8 +140,16 @@ class Forms:
         measures = form in lists and self.several(set(lists[form]) & set(self.able))
         if form in ("name", "fwd", "bwd") and self.operator.measures_names:
             # One name asks for no times of an interpreter.
-            names = {*allowed[form], self.kernel} - {"triton"}
-            measures = any(self.several([name]) for name in names)
+            problem = self.room.problem(self.case)
+            named = {
+                direction: self.kernel if form in ("name", direction) else self.plain
+                for direction in self.operator.directions
+            }
+            measures = any(
+                name != "triton"
+                and len(search_space(self.operator.module(name), direction, problem)) > 1
+                for direction, name in named.items()
+            )
         assert bool(searches) == measures
         left_out = [record for record in caplog.records if "is left out of" in record.getMessage()]
         if form in ("list", "auto") and self.absent:
