@@ -366,7 +366,7 @@ class _Styled:
         )
 
     def ends(self) -> Rules:
-        """What stands before the residual blocks and behind them, but the last convolution."""
+        """The stages before the residual blocks and behind them, but the last convolution."""
         return (
             *self.rules("conv1", "conv1", "in1", "in", "c1", "m*"),
             *self.rules("conv2", "conv2", "in2", "c1", "c2"),

@@ -15,7 +15,7 @@ from flash_wtconv_jax.pictures import Clip, Picture
 
 
 class Network(Protocol):
-    """What computes pictures; `stylizer.Stylizer` does."""
+    """A network that computes pictures, as `stylizer.Stylizer` does."""
 
     def start(self, pixels: np.ndarray) -> Callable[[], np.ndarray]:
         """Starts pictures `[N, H, W, 3]`, and returns what waits for their result."""
@@ -52,7 +52,7 @@ class Settings(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a run has done.
+    """The outcome of a run.
 
     Attributes:
         failures: The files that could not be stylised, and why.
@@ -153,7 +153,7 @@ class _Run:
         return Report(failures, busy)
 
     def _decoded(self, jobs: Sequence[Job]) -> Iterator[_Decoded]:
-        """What is in the files, in order; a few are read ahead."""
+        """The contents of the files, in order; a few are read ahead."""
         ahead = self.settings.workers + self.settings.batch
         waiting: deque[tuple[Job, Future[tuple[Picture | Clip, float]]]] = deque()
         coming = iter(jobs)
@@ -325,7 +325,7 @@ def _batches(decoded: Iterator[_Decoded], size: int) -> Iterator[list[_Still] | 
 
 
 def _kind(one: _Still) -> tuple[tuple[int, ...], np.dtype]:
-    """What pictures of a batch share."""
+    """The shape and dtype that pictures of a batch share."""
     return one.picture.pixels.shape, one.picture.pixels.dtype
 
 
@@ -338,7 +338,7 @@ def _stack(group: Sequence[_Still]) -> np.ndarray:
 
 
 def _decode(job: Job, settings: Settings) -> tuple[Picture | Clip, float]:
-    """What is in a file, and the seconds that it took."""
+    """The content of a file, and the seconds that it took."""
     begin = time.perf_counter()
     content: Picture | Clip
     if pictures.is_clip(job.source, settings.max_pixels):

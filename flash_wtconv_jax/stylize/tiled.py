@@ -22,7 +22,7 @@ from flash_wtconv_jax.models.transformer_net import LEAST, TransformerNet
 from flash_wtconv_jax.stylize.network import Moments, Stage, head, in_range, tail, trunk
 
 _Whole = jax.Array | np.ndarray
-"""What tiles are put into: on the device, or on the host."""
+"""The array that tiles are put into: on the device, or on the host."""
 
 _SCALE = 4
 _HALO = 2

@@ -74,7 +74,7 @@ class Package:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the package tells of itself by its own keys, e.g. "flash_wtconv.kind"."""
+        """The metadata that the package holds under its own keys, e.g. "flash_wtconv.kind"."""
         return dict(self._program.description.metadata.userDefined)
 
     def predict(
@@ -149,7 +149,7 @@ def _check_whole(operation: Operation, names: set[str]) -> None:
 
 
 def _computed(operation: Operation, values: Mapping[str, Array]) -> dict[str, Array]:
-    """What an operation computes, by name."""
+    """The results of an operation, by name."""
     arguments = {name: _taken(one, values) for name, one in operation.arguments.items()}
     # A float16 beyond its largest number is infinite on a device too.
     with np.errstate(over="ignore"):

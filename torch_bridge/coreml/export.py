@@ -15,7 +15,7 @@ from torch_bridge.coreml.compress import Compression, change, compressed, size_o
 from torch_bridge.coreml.networks import Size, convnext, transformer_net
 
 _OF_LAYERS = {"convs": "WTConvConvModules", "whole": "WTConvWhole"}
-"""What the packages of a layer are called, by their kind."""
+"""The names of a layer's packages, by their kind."""
 _SIDE, _FLEXIBLE_SIDE = 224, 256
 """The height and width of a network's image: what the published weights were trained with, and what
 the wavelet levels of every stage halve evenly."""

@@ -19,7 +19,7 @@ KINDS = "convs", "whole"
 _HAAR = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
 """A row a subband LL, LH, HL, HH, a column a pixel of a block of 2 x 2."""
 _MOST_SIDES = 11
-"""Of a flexible package: 11 heights times 11 widths are less than the 128 shapes it may have."""
+"""Sides along an axis of a flexible package: 11 times 11 are fewer than the 128 shapes allowed."""
 
 
 class Layer(NamedTuple):

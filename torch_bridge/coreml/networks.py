@@ -173,7 +173,7 @@ def _maps(x: Any, params: Params, config: Any) -> list[Any]:
 
 
 def _block(x: Any, params: Params) -> Any:
-    """What a residual block adds to its input."""
+    """The branch that a residual block adds to its input."""
     from coremltools.converters.mil import Builder as mb
 
     convolution = below(params, "conv_dw")

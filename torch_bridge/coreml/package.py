@@ -56,7 +56,7 @@ class Input(NamedTuple):
 
 
 class About(NamedTuple):
-    """What a package tells of itself.
+    """The metadata of a package.
 
     Attributes:
         kind: "convs", "whole" or the name of a network.
