@@ -1,5 +1,6 @@
 """Settings of the whole suite: the CPU, fixed seeds, the same hypothesis examples every time."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -78,6 +79,12 @@ def pytest_collection_modifyitems(items):
             text = "".join(example.source + example.want for example in item.dtest.examples)
             if re.search(r"\btorch|\btensor\(", text):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
+
+
+def pytest_collection_finish():
+    """Lets the collector pass over what thousands of tests and their programs leave in memory."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture

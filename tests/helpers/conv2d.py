@@ -24,7 +24,7 @@ NAMES = ("y", "dx", "dw", "dbias")
 
 def arrays(case):
     """x, w, bias and dy of a case in its dtypes."""
-    return jax.tree.map(jnp.asarray, case.drawn())
+    return jax.tree.map(jax.device_put, case.drawn())
 
 
 def value_and_grads(call, case):

@@ -1,7 +1,6 @@
 """One implementation of a sparse convolution on one case against the oracle."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.common.conformance import bounds, expected, worst
@@ -12,7 +11,7 @@ from pallas_kernels.sparse import from_coords
 def results(function, case):
     """The result of a function of a case's arrays, as one program."""
     with jax.enable_x64(case.dtype == "float64"), tuning("off"):
-        arrays = jax.tree.map(jnp.asarray, case.drawn())
+        arrays = jax.tree.map(jax.device_put, case.drawn())
         return jax.tree.map(np.asarray, jax.jit(function)(*arrays))
 
 

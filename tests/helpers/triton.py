@@ -15,7 +15,7 @@ try:
 except ModuleNotFoundError:
     torch = None
 
-PARTS = pytest.mark.parametrize("part", ["some", pytest.param("rest", marks=pytest.mark.wide)])
+PARTS = pytest.mark.parametrize("part", ["some", pytest.param("rest", marks=pytest.mark.slow)])
 """The parts of what is compiled: each kernel for some GPU, and all other pairs of them."""
 TORCH = pytest.mark.skipif(torch is None, reason="needs PyTorch's tensors")
 INTERPRETS = torch is not None and os.environ.get("TRITON_INTERPRET") == "1"

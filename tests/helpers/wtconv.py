@@ -27,7 +27,7 @@ def takes(module, case):
 
 def arrays(case):
     """x, params and dy of a case in its dtype."""
-    return jax.tree.map(jnp.asarray, case.drawn())
+    return jax.tree.map(jax.device_put, case.drawn())
 
 
 def value_and_grads(function, case, jit=jax.jit):

@@ -160,15 +160,23 @@ def forms(request, operator, name, measured, monkeypatch):
 def cells(values, quick, rest=()):
     """Every implementation of every operator with each value; wide unless `quick` has it.
 
+    Of interpreted implementations every other value is slow, of the next operator the others.
+
     Args:
         values: The values.
         quick: Those that `make test` takes, by the implementation's name.
         rest: Those that it takes of other implementations.
     """
+
+    def marks(operator, name, value):
+        if value in quick.get(name, rest):
+            return []
+        turn = list(OPERATORS).index(operator) + list(values).index(value)
+        interpreted = name in ("mosaic_tpu", "triton")
+        return [pytest.mark.slow if interpreted and turn % 2 else pytest.mark.wide]
+
     return [
-        pytest.param(
-            operator, name, value, marks=[pytest.mark.wide] * (value not in quick.get(name, rest))
-        )
+        pytest.param(operator, name, value, marks=marks(operator, name, value))
         for (operator, name), value in product(ROOMS, values)
         # Of some operators one implementation computes both directions.
         if value not in ("fwd", "bwd") or value in OPERATORS[operator].directions

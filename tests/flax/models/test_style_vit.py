@@ -62,6 +62,7 @@ def test_every_parameter_has_a_gradient(model):
         assert np.isfinite(leaf[...]).all(), path
 
 
+@pytest.mark.wide
 def test_sizes_and_dtypes():
     def shape(size, content, dtype=None):
         model = nnx.eval_shape(lambda: StyleViT(size, dtype=dtype, rngs=nnx.Rngs(0)))

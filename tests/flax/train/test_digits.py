@@ -114,7 +114,7 @@ def test_a_tiny_demo_from_start_to_end(monkeypatch, tmp_path):
     assert_demo(tmp_path / "demo", 1, tiny_network)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_the_demo_from_start_to_end(tmp_path):
     # As a user runs it. One test, because it is the suite's dearest by far.

@@ -104,6 +104,7 @@ def test_tiles_are_the_oracles(case, monkeypatch):
     assert max(map(max, steps)) > 1 or case.n == 4
 
 
+@pytest.mark.wide
 def test_vmap_and_derivatives_of_gradients():
     case = Case(2, 5, 4, 2, 3, 2, 3, (2, 1), "SAME", activation="relu")
     x, w, _, _ = arrays(case)

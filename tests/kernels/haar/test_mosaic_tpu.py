@@ -120,6 +120,7 @@ def test_vmap_over_nothing():
     chex.assert_shape(back([low, details]), x.shape)
 
 
+@pytest.mark.wide
 def test_vmap_and_derivatives_of_gradients():
     x = jnp.asarray(inputs(Case((5, 6), 2))[0], "float32")
 

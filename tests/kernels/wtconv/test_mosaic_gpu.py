@@ -44,6 +44,8 @@ SMALL = {
     "three_launches": Shape(1, 66, 66, 4, 3, 3),
     "two_launches": Shape(1, 233, 131, 4, 2, 3),
 }
+# Of the shapes of networks these are in `make test-all`: the fewest and the most pixels.
+WIDE_SHAPES = {"convnext_t_stage4", "large"}
 EXTREME = {
     "large": Shape(1, 4096, 4096, 144, 5),
     "long": Shape(1, 1, 2**20, 32, 1),
@@ -84,7 +86,14 @@ def run(shape, dtype, transformed):
     ("name", "dtype"),
     [
         *((name, DTYPES[i % 3]) for i, name in enumerate(SMALL)),
-        *wide((name, DTYPES[i % 2]) for i, name in enumerate((*GPU_SHAPES, "large"))),
+        *(
+            pytest.param(
+                name,
+                DTYPES[i % 2],
+                marks=pytest.mark.wide if name in WIDE_SHAPES else pytest.mark.slow,
+            )
+            for i, name in enumerate((*GPU_SHAPES, "large"))
+        ),
     ],
 )
 def test_kernels_lower_for_cuda(name, dtype):
@@ -101,7 +110,7 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["padded", *wide([["image_224"], ["large"]])])
+@pytest.mark.parametrize("name", ["padded", *wide([["image_224"]])])
 def test_kernels_are_traced_for_arrays_that_are_sharded(name):
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))

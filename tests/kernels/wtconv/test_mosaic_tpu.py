@@ -45,7 +45,7 @@ EXTRA = (
     # No batch; a kernel larger than the image; many channels.
     Case((2, 3), 1, 5, batch=(), channels=100),
     # More columns than one group of registers; two blocks of channels, the second in part.
-    Case((5, 75), 1, 3, batch=(1,), channels=2),
+    Case((2, 75), 1, 3, batch=(1,), channels=2),
     Case((6, 5), 1, 3, "bfloat16", batch=(2,), channels=130),
 )
 # Tiles with a halo along rows alone and along both axes, overhanging the image; and MiB of VMEM.
@@ -61,21 +61,31 @@ TOGETHER = (
     Case((5, 3), 2, 3, batch=(2, 12), channels=130),
     Case((2, 9), 1, 3, "bfloat16", batch=(16,), channels=130),
 )
-# One case of each edge; the rest is wide.
+# One case of each edge; the rest is wide, and what takes over ten seconds slow.
 SMALLEST = {
     "b2-3x4-c3-l0-k1-bfloat16",
     "b1-3x5-c2-l3-k2-float32-s2-nobias",
     "b-2x3-c100-l1-k5-float32",
-    "b1-5x75-c2-l1-k3-float32",
-    # Images together; the last in two blocks of channels.
-    "b16-3x5-c2-l1-k3-float32",
+    "b1-2x75-c2-l1-k3-float32",
+    # Images together, in two blocks of channels.
     "b2x4-3x6-c130-l1-k2-bfloat16",
+}
+LONG = {
+    "b2-7x7-c3-l2-k5-bfloat16",
+    "b16-7x5-c2-l2-k3-float32",
+    "b16-2x9-c130-l1-k3-bfloat16",
+    "b2x12-5x3-c130-l2-k3-float32",
 }
 
 
 def some(cases):
     """Each of the cases, all but the smallest of each edge for `make test-all`."""
-    marks = lambda case: [pytest.mark.wide] * (case.name not in SMALLEST)  # noqa: E731
+
+    def marks(case):
+        if case.name in LONG:
+            return [pytest.mark.slow]
+        return [pytest.mark.wide] * (case.name not in SMALLEST)
+
     return [pytest.param(case, id=case.name, marks=marks(case)) for case in cases]
 
 
@@ -99,7 +109,7 @@ def test_large_images_are_the_oracles(case):
 
 
 def test_names_of_the_smallest_cases_are_right():
-    assert {case.name for case in (*TAKEN, *TOGETHER)} >= SMALLEST
+    assert {case.name for case in (*TAKEN, *TOGETHER)} >= SMALLEST | LONG
 
 
 def test_two_cores_do_not_race(races):
@@ -107,7 +117,7 @@ def test_two_cores_do_not_race(races):
 
 
 @pytest.mark.parametrize(
-    ("case", "vmem"), [pytest.param(*TILED[0], marks=pytest.mark.wide), TILED[1]], ids=str
+    ("case", "vmem"), [pytest.param(*TILED[0], marks=pytest.mark.slow), TILED[1]], ids=str
 )
 def test_tiles_with_halos_are_the_oracles(case, vmem, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "tpu_vmem_bytes", lambda: int(vmem * 2**20))
@@ -152,6 +162,7 @@ def test_vmap_over_nothing():
     chex.assert_shape(jax.vmap(call)(x[None][:0]), (0, *x.shape))
 
 
+@pytest.mark.wide
 def test_vmap_and_derivatives_of_gradients():
     x, params, _ = arrays(Case((5, 6), 1, 3, batch=(2,), channels=2))
 
@@ -268,7 +279,8 @@ jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want
 """
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.wide)])
+@pytest.mark.wide
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sharded_over_batch_and_channels(check_vma):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

@@ -250,7 +250,12 @@ def test_gradients_are_bitwise_reproducible():
 @pytest.mark.parametrize(
     ("case", "part", "cut"),
     [
-        (Case((9, 8), 2, 3, "float64", (6,), 4), 2 * 9 * 8 * 4 * 8, (3, 1, False)),
+        pytest.param(
+            Case((9, 8), 2, 3, "float64", (6,), 4),
+            2 * 9 * 8 * 4 * 8,
+            (3, 1, False),
+            marks=pytest.mark.wide,
+        ),
         (Case((9, 8), 2, 3, "float64", (2,), 4), 9 * 8 * 2 * 8, (2, 2, False)),
         (Case((21, 5), 2, 4, "float64", (2,), 3), 1, (2, 1, True)),
         (Case((9,), 0, 3, "float64", (2,), 4), 1, (2, 2, True)),

@@ -37,14 +37,18 @@ def interpretable(case, implementation):
     return not low and (implementation == "eager" or 0 not in case.batch)
 
 
+def marks(case):
+    """Of many channels the interpreter takes many programs, channels first, of some ms each."""
+    if case.channels >= 128 and case.dtype != "float32" or case.channels > 128:
+        return [pytest.mark.slow]
+    return [pytest.mark.wide] * (case not in HARD[1:4])
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case not in HARD[1:4]))
-        for case in CASES
-    ],
+    [pytest.param(case, id=case.name, marks=marks(case)) for case in CASES],
 )
 def test_output_and_gradients_are_the_oracles(case, implementation, memory_format):
     if not interpretable(case, implementation):

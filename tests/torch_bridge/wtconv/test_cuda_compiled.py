@@ -50,7 +50,13 @@ OFFERED = cuda_launch.search_space("fwd", None)[1:]
     [
         ("sm_90", 3, False, [{}]),
         *(
-            pytest.param(target, kernel_size, channels_last, [{}], marks=pytest.mark.wide)
+            pytest.param(
+                target,
+                kernel_size,
+                channels_last,
+                [{}],
+                marks=pytest.mark.wide if target != "sm_90" or channels_last else pytest.mark.slow,
+            )
             for target, kernel_size, channels_last in (
                 *((target, 5, False) for target in TARGETS),
                 ("sm_90", 5, True),

@@ -88,7 +88,10 @@ def assert_every_case(name, device, more=()):
 
 @pytest.mark.parametrize(
     "name",
-    ["metal on CPU", pytest.param("metal on CPU channels-last", marks=pytest.mark.wide)],
+    [
+        pytest.param("metal on CPU", marks=pytest.mark.slow),
+        pytest.param("metal on CPU channels-last", marks=pytest.mark.wide),
+    ],
 )
 def test_check_computes_every_case(emulated, name):
     assert_every_case(name, CPU)
@@ -436,7 +439,7 @@ with metal.emulated(source, flags=["-fsanitize=address"]):
     [
         ("nothing", "nothing"),
         ("if (row < size.x && column < size.y) plane", "plane"),
-        ("SIDE = TILE + K - 1", "SIDE = TILE + K - 2"),
+        pytest.param("SIDE = TILE + K - 1", "SIDE = TILE + K - 2", marks=pytest.mark.slow),
     ],
 )
 def test_under_address_sanitizer(emulated, old, new):
