@@ -52,7 +52,16 @@ def build(source: Path, folder: Path, target: str) -> Path:
         subprocess.CalledProcessError: If the build fails; its output was shown.
     """
     environment = {"SOURCE_DATE_EPOCH": EPOCH, **os.environ}
-    command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", folder]
+    command = [
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "--target",
+        target,
+        "--directory",
+        folder,
+    ]
     subprocess.run(command, cwd=source, env=environment, check=True, stdout=subprocess.DEVNULL)
     (built,) = folder.glob("*.tar.gz" if target == "sdist" else "*.whl")
     return built
@@ -78,7 +87,9 @@ def build_both(root: Path, folder: Path) -> tuple[Path, Path, list[str]]:
         }
         for name, (first, second) in again.items():
             if first.read_bytes() != second.read_bytes():
-                problems.append(f"{name} built from the sdist and from {root} are not the same bytes")
+                problems.append(
+                    f"{name} built from the sdist and from {root} are not the same bytes"
+                )
     return sdist, wheel, problems
 
 
@@ -113,7 +124,10 @@ def main() -> int:
         problems.append(f"{folder} is not empty; remove what is in it")
     if not problems:
         sdist, wheel, problems = build_both(ROOT, folder)
-        for command in (["twine", "check", "--strict", sdist, wheel], ["check_wheel_contents", wheel]):
+        for command in (
+            ["twine", "check", "--strict", sdist, wheel],
+            ["check_wheel_contents", wheel],
+        ):
             if subprocess.run([sys.executable, "-m", *command]).returncode:
                 problems.append(f"{command[0]} found what it printed above")
         print(f"{sdist.name}, {wheel.name}")

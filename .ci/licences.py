@@ -22,8 +22,11 @@ NOT_USERS = {"audit", "docs", "release", "test", "test-jax"}
 VENDORS = {"cuda12", "cuda13", "tpu"}
 # Copyleft that a whole program must follow, and copyleft of a library.
 COPYLEFT = re.compile(r"\b(A|L)?GPL|GNU |EUPL|SSPL|CDDL|CeCILL|OSL-", re.I)
-# Licences with an exception, or a choice, that makes them none of ours.
-EXEMPT: dict[str, str] = {}
+# The licences of packages whose metadata state none, as their own files do.
+STATED_ELSEWHERE = {
+    "cuda-toolkit": "LicenseRef-NVIDIA-Proprietary (a list of NVIDIA's packages, without code)",
+    "jax-triton": "Apache-2.0",
+}
 HEADER = """# Licences of dependencies
 
 Flash WTConv is under Apache-2.0, and its wheel holds nobody else's code. These packages are installed
@@ -31,8 +34,8 @@ beside it, by the extras that the last column names ("core" is what every instal
 among them asks more of a program that uses it than to keep its notices: a test fails on one that does
 (GPL, LGPL, AGPL and their like). MPL-2.0 covers the files of that package alone.
 
-The extras `cuda12`, `cuda13` and `tpu` install, through JAX, NVIDIA's and Google's own libraries
-(`nvidia-*`, `libtpu`) under the terms that those packages carry.
+The extras `cuda12`, `cuda13` and `tpu`, and PyTorch for CUDA, install NVIDIA's and Google's own
+libraries (`nvidia-*`, `libtpu`) under the terms that those packages carry.
 
 `python .ci/licences.py` writes this page from the packages' own metadata.
 
@@ -85,6 +88,8 @@ def closure(requirements: Iterable[str], own: dict[str, list[str]]) -> Iterator[
 def licence(name: str) -> str:
     """The licence that an installed package's metadata states, in one line."""
     about = metadata.metadata(name)
+    if name in STATED_ELSEWHERE:
+        return STATED_ELSEWHERE[name]
     if expression := about.get("License-Expression"):
         return expression
     classifiers = [
@@ -119,7 +124,7 @@ def rows_of(text: str) -> dict[str, str]:
 def problems(licences: dict[str, str]) -> Iterator[str]:
     """Yields the packages whose licence asks too much, or is not known."""
     for name, stated in licences.items():
-        if name not in EXEMPT and COPYLEFT.search(stated):
+        if COPYLEFT.search(stated):
             yield f"{name} is under {stated}: a copyleft licence"
         if stated == "not stated":
             yield f"{name} states no licence in its metadata"
