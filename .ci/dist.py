@@ -1,7 +1,7 @@
-"""Builds the sdist and the wheel into dist/ and checks both: `python .ci/dist.py [--tag vX.Y.Z]`.
+"""Builds sdist and wheel into dist/ and checks both: `python .ci/dist.py [--tag vX.Y.Z]`.
 
-The wheel is built from the unpacked sdist, as pip builds it, and once more from the repository: both
-must be the same bytes. It needs the extra `release`, and no network.
+The wheel is built from the unpacked sdist, as pip builds it, and once more from the repository:
+both must be the same bytes. It needs the extra `release`, and no network.
 """
 
 import argparse

@@ -29,10 +29,11 @@ STATED_ELSEWHERE = {
 }
 HEADER = """# Licences of dependencies
 
-Flash WTConv is under Apache-2.0, and its wheel holds nobody else's code. These packages are installed
-beside it, by the extras that the last column names ("core" is what every installation has). No licence
-among them asks more of a program that uses it than to keep its notices: a test fails on one that does
-(GPL, LGPL, AGPL and their like). MPL-2.0 covers the files of that package alone.
+Flash WTConv is under Apache-2.0, and its wheel holds nobody else's code. These packages are
+installed beside it, by the extras that the last column names ("core" is what every installation
+has). No licence among them asks more of a program that uses it than to keep its notices: a test
+fails on one that does (GPL, LGPL, AGPL and their like). MPL-2.0 covers the files of that package
+alone.
 
 The extras `cuda12`, `cuda13` and `tpu`, and PyTorch for CUDA, install NVIDIA's and Google's own
 libraries (`nvidia-*`, `libtpu`) under the terms that those packages carry.
