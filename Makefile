@@ -48,10 +48,10 @@ lint: $(VENV)/.installed-test
 	    && $(BIN)/python .ci/check_files.py pyproject.toml notebooks/*.ipynb
 
 docs: $(VENV)/.installed-docs
-	@$(BIN)/python -m mkdocs build --quiet --strict
+	@$(BIN)/python .ci/reference.py && $(BIN)/python -m mkdocs build --quiet --strict
 
 docs-serve: $(VENV)/.installed-docs
-	@$(BIN)/python -m mkdocs serve --strict
+	@$(BIN)/python .ci/reference.py && $(BIN)/python -m mkdocs serve --strict
 
 # TAG=vX.Y.Z must name the version.
 dist: $(VENV)/.installed-release
