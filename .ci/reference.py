@@ -117,17 +117,29 @@ def pages(root: Path) -> dict[str, str]:
         LookupError: A public name is defined nowhere.
     """
     modules = sources(root)
+    listed = {package: names for package, names in public(modules)}
+    homes = {one: {name: home(modules, one, name) for name in listed[one]} for one in listed}
+    # What several packages hand on is shown by the one whose name is the longest.
+    shown_by = {
+        place: package
+        for package in sorted(homes, key=lambda one: (one.count("."), one))
+        for place in homes[package].values()
+    }
     found, index = {}, []
-    for package, names in public(modules):
+    for package in listed:
         about = ast.get_docstring(modules[package]) or ""
         first = re.split(r"\n\n", about)[0].replace("\n", " ")
-        parts = [f"# {package}\n\n{first}\n"]
-        for name in names:
-            parts.append(
-                f"::: {home(modules, package, name)}\n    options:\n      heading: {name}\n"
-            )
-        found[f"{package}.md"] = "\n".join(parts)
-        index.append(f"| [{package}]({package}.md) | {first} | {len(names)} |\n")
+        parts, elsewhere = [], []
+        for name, place in homes[package].items():
+            shown = shown_by[place]
+            if shown == package:
+                parts.append(f"::: {place}\n    options:\n      heading: {name}\n")
+            else:
+                elsewhere.append(f"| `{name}` | [{shown}]({shown}.md#{place}) |\n")
+        if elsewhere:
+            parts.insert(0, "| name | shown with |\n|---|---|\n" + "".join(elsewhere))
+        found[f"{package}.md"] = "\n".join([f"# {package}\n\n{first}\n", *parts])
+        index.append(f"| [{package}]({package}.md) | {first} | {len(listed[package])} |\n")
     found["index.md"] = (
         "# API reference\n\nEvery public name, from its docstring. [Stability](../stability.md) "
         "says what may change, and how.\n\n| import from | holds | names |\n|---|---|---|\n"
