@@ -11,7 +11,7 @@ CPU_TORCH := https://download.pytorch.org/whl/cpu
 PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
 URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 
-.PHONY: help demo test test-all test-swift lint clean
+.PHONY: help demo test test-all test-swift lint docs docs-serve dist audit clean
 
 help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
@@ -19,6 +19,10 @@ help:
 	@echo "make test-all  run what only widens its tables, and test-swift where it can"
 	@echo "make test-swift  build and test the Swift package, fakes standing in for Apple's frameworks"
 	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
+	@echo "make docs      build the documentation into build/site, warnings being errors"
+	@echo "make docs-serve  show it on this machine, and anew after each change"
+	@echo "make dist      build the sdist and the wheel into dist/ and check them"
+	@echo "make audit     look for known vulnerabilities in what is installed, and in the workflows"
 	@echo "make clean     remove .venv and everything that the commands above wrote"
 
 demo: $(VENV)/.installed-demo
@@ -42,6 +46,19 @@ test-swift: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy \
 	    && $(BIN)/python .ci/check_files.py pyproject.toml notebooks/*.ipynb
+
+docs: $(VENV)/.installed-docs
+	@$(BIN)/python .ci/reference.py && $(BIN)/python -m mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/.installed-docs
+	@$(BIN)/python .ci/reference.py && $(BIN)/python -m mkdocs serve --strict
+
+# TAG=vX.Y.Z must name the version.
+dist: $(VENV)/.installed-release
+	@rm -rf dist && $(BIN)/python .ci/dist.py $(if $(TAG),--tag '$(TAG)')
+
+audit: $(VENV)/.installed-audit
+	@$(BIN)/python -m pip_audit --skip-editable && $(BIN)/zizmor --offline .github
 
 clean:
 	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .jax_cache .hypothesis
