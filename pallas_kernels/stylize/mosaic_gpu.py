@@ -53,12 +53,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import device
 from pallas_kernels.common._compat import gpu_fence, gpu_load, gpu_store, in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
-    ALIGNMENT,
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
     SHARED,
     Scratch,
-    size_in_bytes,
     unavailable,
 )
 from pallas_kernels.common.refusals import refuse
@@ -347,13 +345,15 @@ def _planned(
 
 
 def _plan(call: _Call, sizes: dict[str, int]) -> _Plan:
-    """Returns the plan of sizes of `search_space`, the cheapest for none."""
+    """Returns the plan of sizes of `search_space`, the cheapest for none.
+
+    What was the fastest for another shape may not be possible for this one: that is as none.
+    """
     most = _multiprocessors()
-    if not sizes:
-        return _plans(call, most)[0]
-    plan = _planned(call, most, *(sizes[name] for name in _SIZES[:3]), bool(sizes["ahead"]))
-    assert plan is not None
-    return plan
+    plan = None
+    if sizes:
+        plan = _planned(call, most, *(sizes[name] for name in _SIZES[:3]), bool(sizes["ahead"]))
+    return _plans(call, most)[0] if plan is None else plan
 
 
 def _sizes(plan: _Plan) -> dict[str, int]:
@@ -806,7 +806,7 @@ class _Block:
         """Stores one of the rows of a replicated value, `[channels]`, in global memory."""
         gpu_store(self.spare.at[pl.ds(0, self.plan.thin)], value)
         plgpu.commit_smem()
-        to[...] = gpu_load(self.spare.at[0], plgpu.Layout.WGMMA.reduce(0))
+        gpu_store(to, gpu_load(self.spare.at[0], plgpu.Layout.WGMMA.reduce(0)))
         plgpu.commit_smem()
 
     @property
