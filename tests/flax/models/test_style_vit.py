@@ -73,6 +73,48 @@ def test_sizes_and_dtypes():
     assert shape("small", (1, 64, 9, 3), jnp.bfloat16) == ((1, 64, 9, 3), jnp.bfloat16)
 
 
+IMAGES = [jax.ShapeDtypeStruct((1, *size, 3), "float32") for size in ((16, 24), (8, 16))]
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+
+
+def gradients(dtype):
+    """The function of a nano's state and two images that trains it, and the state's shapes."""
+    model = nnx.eval_shape(lambda: StyleViT("nano", dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+
+    def loss(state, *images):
+        return jnp.square(nnx.merge(graphdef, state)(*images).astype(jnp.float32)).mean()
+
+    return jax.jit(jax.grad(loss)), state
+
+
+def calls(text):
+    """How often cuDNN attends forward and backward: once in each of six blocks, or never."""
+    return text.count(f'{FORWARD}"') + text.count(f"@{FORWARD}("), text.count(BACKWARD)
+
+
+@pytest.mark.parametrize(("dtype", "blocks"), [("bfloat16", 6), ("float32", 0)])
+def test_attention_of_16_bits_is_cudnns_on_a_gpu(dtype, blocks, monkeypatch):
+    """In the program that a GPU's compiler gets; what cuDNN's version is, no machine says here."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    from flash_wtconv_jax.models import style_vit
+
+    monkeypatch.setattr(style_vit, "platform", lambda: "gpu")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    run, state = gradients(dtype)
+    text = run.trace(state, *IMAGES).lower(lowering_platforms=("cuda",)).as_text()
+    assert calls(text) == (blocks, blocks)
+
+
+@pytest.mark.gpu
+def test_attention_of_16_bits_is_cudnns_in_the_compiled_program():
+    run, state = gradients("float16")
+    text = run.lower(state, *IMAGES).compile().as_text()
+    assert FORWARD in text and BACKWARD in text
+
+
 def test_what_does_not_fit_is_said(model):
     with pytest.raises(ValueError, match="size is 'huge', expected one of nano, tiny, small, base"):
         StyleViT("huge", rngs=nnx.Rngs(0))
