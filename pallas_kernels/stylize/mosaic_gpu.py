@@ -2,8 +2,8 @@
 
 An item is one image's pixels in some neighbouring channels. A group of blocks takes an item
 together: each keeps its pixels in shared memory between the pass that sums and the pass that
-writes, so x is read once and y is written once. Items of up to about 25 MB are kept so, since the
-group may be the whole GPU; larger ones are read again, the latest first, as the L2 cache has them.
+writes, so x is read once and y is written once. Items of up to 20 MB are kept so, since the group
+may be the whole GPU; larger ones are read again, the latest first, as the L2 cache has them.
 
 - **Tiles:** a tile is as many pixels as a warpgroup holds at four channels a thread. A chunk is
   some tiles, one TMA copy. Blocks are persistent and at most one for each multiprocessor.
@@ -24,13 +24,15 @@ group may be the whole GPU; larger ones are read again, the latest first, as the
   multiprocessors. Of what distributed shared memory would save, a microsecond, `ahead` hides most.
 - **Registers:** no `setmaxnreg`, since all roles are alike: 128 a thread for four warpgroups.
 
-Bytes, with 225 KiB of shared memory in each of 132 blocks, 16 bits and 8 images: 128² x 128 in
-items of 32 channels are 1 MiB, 128 KiB for each block of a cluster; 256² x 64 are 8 MiB, 128 KiB
-for each of 66 blocks; 512² x 32 are 16 MiB, 131 KiB for each of 128. A multiprocessor loads and
-stores 30 KB a microsecond of its share of the memory's bandwidth, so that a meeting of 3
-microseconds is 90 KB, which `ahead` or the stages beyond an item's have to bring meanwhile. The
-arithmetic of an element is about 15 instructions, half of what the copies take, and goes on during
-them.
+Bytes: of 225 KiB of shared memory a block 160 are stages, in each of 132 blocks. In 16 bits a
+128² x 128 image is 4 MiB, 64 KiB for each of 64 blocks, or 8 blocks of a cluster have 128 KiB each
+of 32 channels; 256² x 64 are 8 MiB, 64 KiB for each of 128; 512² x 32 are 16 MiB, 128 KiB each, or
+64 in halves of 16 channels, whose rows of 32 bytes cost more to copy. With 64 KiB or less two items
+fit, and so `ahead` is possible. A multiprocessor's share of the memory's bandwidth is 30 KB a
+microsecond, so the 128 KB that such an item moves take longer than a meeting, about 3.5. The
+arithmetic is about 15 instructions for each element, half of the time of the copies that it goes on
+during. The estimate of a launch, `_Plan.cost`, is 1.2 to 1.6 copies for these three; what is the
+fastest, `search_space` is there to find.
 
 The sums are those of the Triton kernels: relative to the image's first pixel, which is subtracted
 exactly, by Welford's method in each thread, then combined as Chan, Golub and LeVeque say, in a
@@ -421,8 +423,6 @@ def _launch(
         scratch["met"] = plgpu.ClusterBarrier(
             collective_axes=("member",), num_arrivals=1, num_barriers=2
         )
-    else:
-        scratch["met"] = plgpu.SemaphoreType.REGULAR((plan.items,))
     names = [f"image{i}" for i in range(len(read))] + ["parameters"]
     names += [f"result{i}" for i in range(call.writes)] + ["sums"]
     names += [*(["mailbox"] if not apart else []), *scratch]
@@ -442,6 +442,8 @@ def _launch(
         else:
             block = lax.axis_index("block")
             group, member = lax.div(block, plan.members), lax.rem(block, plan.members)
+            # Those among what a launch reserves would be each block's own.
+            every["met"] = pl.get_global(plgpu.SemaphoreType.REGULAR((plan.items,)))
         warpgroup = lax.axis_index("warpgroup")
         place = {"group": group, "member": member, "warpgroup": warpgroup}
         kind(size=call.size, tiles=tiles, plan=plan, **place, **lists, **every).run()
