@@ -93,7 +93,9 @@ def calls(text):
     return text.count(f'{FORWARD}"') + text.count(f"@{FORWARD}("), text.count(BACKWARD)
 
 
-@pytest.mark.parametrize(("dtype", "blocks"), [("bfloat16", 6), ("float32", 0)])
+@pytest.mark.parametrize(
+    ("dtype", "blocks"), [("bfloat16", 6), pytest.param("float32", 0, marks=pytest.mark.wide)]
+)
 def test_attention_of_16_bits_is_cudnns_on_a_gpu(dtype, blocks, monkeypatch):
     """In the program that a GPU's compiler gets; what cuDNN's version is, no machine says here."""
     from jax._src.cudnn import fused_attention_stablehlo as fused

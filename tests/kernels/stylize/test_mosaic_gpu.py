@@ -1,5 +1,7 @@
 """The Mosaic GPU kernels of the instance normalisation: lowered and interpreted, run on a GPU."""
 
+from itertools import product
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -67,12 +69,15 @@ LOWERED = (
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
-    "call",
+    ("call", "direction"),
     [
-        pytest.param(call, id=str(call[0]), marks=[pytest.mark.wide] * (call is LOWERED[0]))
-        for call in LOWERED
+        pytest.param(
+            *(call, direction),
+            id=f"{call[0]}-{direction}",
+            marks=[pytest.mark.wide] * ((i, direction) not in ((1, "fwd"), (2, "bwd"))),
+        )
+        for (i, call), direction in product(enumerate(LOWERED), DIRECTIONS)
     ],
 )
 def test_kernels_lower_for_cuda(call, direction):
@@ -81,7 +86,7 @@ def test_kernels_lower_for_cuda(call, direction):
     assert "mosaic_gpu" in text
     # A semaphore for each item, the same one for all blocks: more of them would never be reached.
     items = shape[0] * shape[-1] // sizes.get("channels", shape[-1])
-    assert (f"dense<0> : tensor<{items}xi32>" in text) == (sizes.get("members", 1) > 8)
+    assert (f"tensor<{items}xi32>" in text) == (sizes.get("members", 1) > 8)
 
 
 @pytest.mark.wide
@@ -137,7 +142,7 @@ def test_blocks_hold_every_pixel_once(name):
 
 
 def test_what_was_measured_for_another_shape_may_not_be_possible():
-    call = mosaic_gpu._call("fwd", Problem((1, 4, 4, 8), jnp.dtype("float32")))
+    call = mosaic_gpu._call("fwd", Problem((1, 4, 4, 16), jnp.dtype("float32")))
     asked = {"channels": 64, "members": 132, "pixels": 64, "ahead": 1}
     assert mosaic_gpu._plan(call, asked) == mosaic_gpu._plan(call, {})
 
