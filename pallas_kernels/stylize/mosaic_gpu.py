@@ -44,7 +44,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ from pallas_kernels.common.mosaic_gpu import (
     unavailable,
 )
 from pallas_kernels.common.refusals import refuse
-from pallas_kernels.common.types import Index, Ref, Slice
+from pallas_kernels.common.types import Index, Keywords, Ref, Slice
 from pallas_kernels.stylize.formulas import Gradients
 from pallas_kernels.stylize.problem import Problem
 
@@ -90,8 +90,12 @@ _RATE = 30
 """Bytes that a multiprocessor moves in a nanosecond, its share of an H200's memory bandwidth."""
 _MEETING = {"none": 300, "cluster": 2000, "all": 3500}
 """Nanoseconds of a meeting of a single block, of a cluster's and of more; estimates."""
+_LAUNCH = 2000
+"""Nanoseconds of a launch; what takes less need not be told apart."""
 _OFFERED = 9
 """The most divisions that are timed."""
+_ENTRIES = 16
+"""Entries that warpgroup 0 adds up in one go, no fewer than the tiles of a block's sums."""
 _UNROLLED = 4
 """Tiles of a pass of the loops."""
 
@@ -219,6 +223,8 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """
     call = _call(direction, problem)
     default, *others = _plans(call, _multiprocessors())
+    if default.cost(call) < _LAUNCH:
+        return [{}]
     found: dict[object, _Plan] = {}
     for plan in others:
         met = min(plan.members, 2) if plan.members <= _CLUSTER else 3
@@ -354,7 +360,8 @@ def _plan(call: _Call, sizes: dict[str, int]) -> _Plan:
     most = _multiprocessors()
     plan = None
     if sizes:
-        plan = _planned(call, most, *(sizes[name] for name in _SIZES[:3]), bool(sizes["ahead"]))
+        channels, members, pixels, ahead = (sizes[name] for name in _SIZES)
+        plan = _planned(call, most, channels, members, pixels, bool(ahead))
     return _plans(call, most)[0] if plan is None else plan
 
 
@@ -448,6 +455,7 @@ def _launch(
         place = {"group": group, "member": member, "warpgroup": warpgroup}
         kind(size=call.size, tiles=tiles, plan=plan, **place, **lists, **every).run()
 
+    grid: Keywords = {"grid": (plan.groups * plan.members,), "grid_names": ("block",)}
     if together:
         grid = {
             "grid": (plan.groups,),
@@ -455,8 +463,6 @@ def _launch(
             "cluster": (plan.members,),
             "cluster_names": ("member",),
         }
-    else:
-        grid = {"grid": (plan.groups * plan.members,), "grid_names": ("block",)}
     found = plgpu.kernel(
         body,
         out_type=outputs,
@@ -531,12 +537,15 @@ class _Block:
         """Returns what sums of the i-th item need to know, in registers."""
         raise NotImplementedError
 
-    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: Index, known: Ref) -> Pair:
+    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: jax.Array, known: Ref) -> Pair:
         """Returns the sums with the t-th tile's; `known` says which pixels exist, None all."""
         raise NotImplementedError
 
     def combined(
-        self, entries: int, load: Callable[[int, int], jax.Array], weights: Callable[..., jax.Array]
+        self,
+        entries: int,
+        load: Callable[[int, Index], jax.Array],
+        weights: Callable[[Index], jax.Array],
     ) -> Pair:
         """Returns the sums of so many entries, of which a warpgroup holds `thin` at once.
 
@@ -686,7 +695,9 @@ class _Block:
         uneven = self.size % (plan.members * plan.block) != 0
         whole = lax.div(there if self.masked else there + plan.rows - 1, plan.rows)
 
-        def step(q: Index, before: Index, width: int, mask: bool, at: Index, sums: Pair) -> Pair:
+        def step(
+            q: Index, before: jax.Array, width: int, mask: bool, at: Index, sums: Pair
+        ) -> Pair:
             for u in range(width):
                 s = at * width + u
                 known = None
@@ -697,7 +708,7 @@ class _Block:
                 sums = self.add(context, sums, self.tile(q, s), before + s, known)
             return sums
 
-        def chunk(j: Index, sums: Pair) -> Pair:
+        def chunk(j: jax.Array, sums: Pair) -> Pair:
             q = i * plan.loads + j
             self.wait(q)
             before, width = j * steps, self.unrolled
@@ -729,11 +740,11 @@ class _Block:
         plan = self.plan
         each = plan.rows // plan.thin
 
-        def load(which: int, entry: int) -> jax.Array:
+        def load(which: int, entry: Index) -> jax.Array:
             state = self.state.at[entry // each, which, pl.ds(entry % each * plan.thin, plan.thin)]
             return gpu_load(state, self.thin)
 
-        def weights(entry: int) -> jax.Array:
+        def weights(entry: Index) -> jax.Array:
             row = entry % each * plan.thin + self.row
             before = (self.member * _WARPGROUPS + entry // each) * plan.own
             there = jnp.clip(self.size - before, 0, plan.own)
@@ -778,21 +789,35 @@ class _Block:
                 self.met.at[number], plan.members, decrement=False, memory_scope="gpu"
             )
 
-        def load(which: int, entry: int) -> jax.Array:
+        def load(which: int, entry: Index) -> jax.Array:
             rows = pl.ds(entry * plan.thin, plan.thin)
             return gpu_load(self.mailbox.at[number, which, rows], self.thin)
 
-        def weights(entry: int) -> jax.Array:
+        def weights(entry: Index) -> jax.Array:
             member = entry * plan.thin + self.row
             return jnp.clip(self.size - member * plan.block, 0, plan.block)
 
         return self.combined(pl.cdiv(plan.members, plan.thin), load, weights)
 
-    def replicated(self, partial_sums: Sequence[jax.Array]) -> jax.Array:
-        """Returns the sum over all rows of all of these, in every row."""
-        total = partial_sums[0]
-        for one in partial_sums[1:]:
-            total = total + one
+    def added(self, entries: int, term: Callable[[Index], jax.Array]) -> jax.Array:
+        """Returns the sum of the terms of so many entries, in every row; see `combined`."""
+
+        def some(k: Index, total: jax.Array) -> jax.Array:
+            for entry in range(_ENTRIES):
+                total = total + term(k * _ENTRIES + entry)
+            return total
+
+        rows, many = self.plan.thin, entries // _ENTRIES
+        total = plgpu.layout_cast(jnp.zeros((rows, self.plan.channels), jnp.float32), self.thin)
+        # More of them in one go would take more registers than there are.
+        if many > 1:
+            total = lax.fori_loop(0, many, some, total)
+        for entry in range(many * _ENTRIES if many > 1 else 0, entries):
+            total = total + term(entry)
+        return self.replicated(total)
+
+    def replicated(self, total: jax.Array) -> jax.Array:
+        """Returns the sum over all rows, in every row."""
         rows = self.plan.thin
         half = rows // 2
         while half:
@@ -812,12 +837,12 @@ class _Block:
         plgpu.commit_smem()
 
     @property
-    def layout(self) -> plgpu.Layout:
+    def layout(self) -> Any:
         """How a warpgroup holds a tile."""
         return plgpu.Layout.WG_STRIDED((self.plan.rows, self.plan.channels), vec_size=_VECTOR)
 
     @property
-    def thin(self) -> plgpu.Layout:
+    def thin(self) -> Any:
         """How a warpgroup holds a row of values, or several, one of each thread."""
         return plgpu.Layout.WG_STRIDED((self.plan.thin, self.plan.channels), vec_size=1)
 
@@ -924,7 +949,7 @@ class _Forward(_Block):
         """Returns what sums of the i-th item need to know, in registers."""
         return [self.parameter(i, 0)]
 
-    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: Index, known: Ref) -> Pair:
+    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: jax.Array, known: Ref) -> Pair:
         """Returns the sums with the t-th tile's; `known` says which pixels exist, None all."""
         mean, squares = sums
         v = self.wide(tile[0]) - context[0]
@@ -937,24 +962,27 @@ class _Forward(_Block):
         return mean, squares + jnp.where(known, d * (v - mean), 0.0)
 
     def combined(
-        self, entries: int, load: Callable[[int, int], jax.Array], weights: Callable[..., jax.Array]
+        self,
+        entries: int,
+        load: Callable[[int, Index], jax.Array],
+        weights: Callable[[Index], jax.Array],
     ) -> Pair:
         """Returns mean and squared deviations of entries that have their own."""
-        counts = [weights(entry) for entry in range(entries)]
-        pixels = [count.astype(jnp.float32) for count in counts]
-        # The pixels of a block are a number for each, known to all its threads.
-        total = jnp.maximum(self.replicated(pixels), 1.0)
 
-        def kept(entry: int, value: jax.Array) -> jax.Array:
-            return jnp.where(counts[entry] > 0, value, 0.0)
+        def term(entry: Index, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+            """A function of the pixels of an entry, 0 where there are none."""
+            count = weights(entry)
+            return jnp.where(count > 0, function(count.astype(jnp.float32)), 0.0)
 
-        weighted = [kept(e, load(0, e) * pixels[e]) for e in range(entries)]
-        mean = self.replicated(weighted) / total
-        squares = []
-        for entry in range(entries):
+        total = jnp.maximum(self.added(entries, lambda e: term(e, lambda pixels: pixels)), 1.0)
+        weighted = self.added(entries, lambda e: term(e, lambda pixels: pixels * load(0, e)))
+        mean = weighted / total
+
+        def squared(entry: Index) -> jax.Array:
             d = load(0, entry) - mean
-            squares.append(kept(entry, load(1, entry) + pixels[entry] * d * d))
-        return mean, self.replicated(squares)
+            return term(entry, lambda pixels: load(1, entry) + pixels * d * d)
+
+        return mean, self.added(entries, squared)
 
     def describe(self, i: Index, sums: Pair) -> tuple[list[jax.Array], list[jax.Array]]:
         """Returns what is told the others, and what is returned, of the i-th item's sums."""
@@ -999,7 +1027,7 @@ class _Backward(_Block):
         """Returns what sums of the i-th item need to know, in registers."""
         return [self.parameter(i, number) for number in range(5)]
 
-    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: Index, known: Ref) -> Pair:
+    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: jax.Array, known: Ref) -> Pair:
         """Returns the sums with a tile's."""
         n, g = self.gradient(context, tile)
         return sums[0] + g, sums[1] + n * g
@@ -1016,15 +1044,17 @@ class _Backward(_Block):
         return n, g
 
     def combined(
-        self, entries: int, load: Callable[[int, int], jax.Array], weights: Callable[..., jax.Array]
+        self,
+        entries: int,
+        load: Callable[[int, Index], jax.Array],
+        weights: Callable[[Index], jax.Array],
     ) -> Pair:
         """Returns the sums of entries."""
-        one, other = (
-            self.replicated(
-                [jnp.where(weights(entry) > 0, load(which, entry), 0.0) for entry in range(entries)]
-            )
-            for which in range(2)
-        )
+
+        def term(which: int, entry: Index) -> jax.Array:
+            return jnp.where(weights(entry) > 0, load(which, entry), 0.0)
+
+        one, other = (self.added(entries, partial(term, which)) for which in range(2))
         return one, other
 
     def describe(self, i: Index, sums: Pair) -> tuple[list[jax.Array], list[jax.Array]]:

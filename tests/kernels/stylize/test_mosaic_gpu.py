@@ -1,6 +1,11 @@
 """The Mosaic GPU kernels of the instance normalisation: lowered and interpreted, run on a GPU."""
 
+import json
+import os
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import chex
 import jax
@@ -103,6 +108,21 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
         for direction in DIRECTIONS:
             shape, dtype, residual, sizes = LOWERED[1]
             assert "mosaic_gpu" in traced(direction, shape, dtype, residual, lowered, **sizes)
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_a_gpu_and_keep_what_they_hold_in_registers(tmp_path):
+    pytest.importorskip("jax_cuda13_plugin", reason="jax-cuda13-plugin and jax-cuda13-pjrt")
+    command = [sys.executable, "-m", "helpers.mosaic_gpu_compiled", str(tmp_path)]
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[2], *filter(None, sys.path))))
+    environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 5
+    for name, (registers, spilled, shared) in found.items():
+        # Four warpgroups share 65536 registers.
+        assert registers <= 128 and spilled == 0 and shared <= SHARED, name
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
