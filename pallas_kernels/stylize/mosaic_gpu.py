@@ -40,9 +40,10 @@ fixed order. None of this has run on a GPU yet.
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
@@ -537,8 +538,23 @@ class _Block:
         """Returns what sums of the i-th item need to know, in registers."""
         raise NotImplementedError
 
-    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: jax.Array, known: Ref) -> Pair:
-        """Returns the sums with the t-th tile's; `known` says which pixels exist, None all."""
+    def add(
+        self,
+        context: Tile,
+        sums: Pair,
+        tiles: list[list[Ref]],
+        count: jax.Array,
+        known: jax.Array | None,
+    ) -> Pair:
+        """Returns the sums with those of more tiles.
+
+        Args:
+            context: What `begin` returned.
+            sums: The sums of the tiles before.
+            tiles: The tiles, of each image.
+            count: The number of all tiles so far, these included.
+            known: Which pixels of a single tile exist; None is all.
+        """
         raise NotImplementedError
 
     def combined(
@@ -698,15 +714,13 @@ class _Block:
         def step(
             q: Index, before: jax.Array, width: int, mask: bool, at: Index, sums: Pair
         ) -> Pair:
-            for u in range(width):
-                s = at * width + u
-                known = None
-                if mask:
-                    shape = plan.rows, plan.channels
-                    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=self.layout)
-                    known = row < there - (before + s) * plan.rows
-                sums = self.add(context, sums, self.tile(q, s), before + s, known)
-            return sums
+            first, known = at * width, None
+            if mask:
+                shape = plan.rows, plan.channels
+                row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=self.layout)
+                known = row < there - (before + first) * plan.rows
+            tiles = [self.tile(q, first + u) for u in range(width)]
+            return self.add(context, sums, tiles, before + first + width, known)
 
         def chunk(j: jax.Array, sums: Pair) -> Pair:
             q = i * plan.loads + j
@@ -949,17 +963,24 @@ class _Forward(_Block):
         """Returns what sums of the i-th item need to know, in registers."""
         return [self.parameter(i, 0)]
 
-    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: jax.Array, known: Ref) -> Pair:
-        """Returns the sums with the t-th tile's; `known` says which pixels exist, None all."""
+    def add(
+        self,
+        context: Tile,
+        sums: Pair,
+        tiles: list[list[Ref]],
+        count: jax.Array,
+        known: jax.Array | None,
+    ) -> Pair:
+        """Returns the mean and squared deviations with those of more tiles; see `_Block`."""
         mean, squares = sums
-        v = self.wide(tile[0]) - context[0]
-        d = v - mean
-        share = 1.0 / (t + 1).astype(jnp.float32)
-        if known is None:
-            mean = mean + d * share
-            return mean, squares + d * (v - mean)
-        mean = mean + jnp.where(known, d * share, 0.0)
-        return mean, squares + jnp.where(known, d * (v - mean), 0.0)
+        differences = [self.wide(tile[0]) - context[0] - mean for tile in tiles]
+        # Welford's step by several members at once.
+        step = reduce(operator.add, differences) * (1.0 / count.astype(jnp.float32))
+        terms = [d * (d - step) for d in differences]
+        if known is not None:
+            step = jnp.where(known, step, 0.0)
+            terms = [jnp.where(known, term, 0.0) for term in terms]
+        return mean + step, reduce(operator.add, terms, squares)
 
     def combined(
         self,
@@ -1027,10 +1048,20 @@ class _Backward(_Block):
         """Returns what sums of the i-th item need to know, in registers."""
         return [self.parameter(i, number) for number in range(5)]
 
-    def add(self, context: Tile, sums: Pair, tile: list[Ref], t: jax.Array, known: Ref) -> Pair:
-        """Returns the sums with a tile's."""
-        n, g = self.gradient(context, tile)
-        return sums[0] + g, sums[1] + n * g
+    def add(
+        self,
+        context: Tile,
+        sums: Pair,
+        tiles: list[list[Ref]],
+        count: jax.Array,
+        known: jax.Array | None,
+    ) -> Pair:
+        """Returns both sums with those of more tiles; see `_Block`."""
+        summed, correlated = sums
+        for tile in tiles:
+            n, g = self.gradient(context, tile)
+            summed, correlated = summed + g, correlated + n * g
+        return summed, correlated
 
     def gradient(self, context: Tile, tile: list[Ref]) -> Pair:
         """Returns the norm of a tile, and the gradient of what the activation takes."""
