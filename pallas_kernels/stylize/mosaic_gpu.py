@@ -21,8 +21,10 @@ may be the whole GPU; larger ones are read again, the latest first, as the L2 ca
 - **Meeting:** a block's sums go to global memory, `mailbox`. Up to 8 blocks are a cluster, launched
   together, and meet by a cluster's mbarrier between two fences. More of them count on a semaphore
   in global memory, and wait for each other; all of them are resident, as there are no more than
-  multiprocessors. Of what distributed shared memory would save, a microsecond, `ahead` hides most.
-- **Registers:** no `setmaxnreg`, since all roles are alike: 128 a thread for four warpgroups.
+  multiprocessors, and JAX runs no two such launches at once, which might wait for each other's for
+  ever. Of what distributed shared memory would save, a microsecond, `ahead` hides most.
+- **Registers:** no `setmaxnreg`, since all roles are alike: of 128 a thread for four warpgroups
+  `ptxas` takes 64 to 127, and spills none.
 
 Bytes: of 225 KiB of shared memory a block 160 are stages, in each of 132 blocks. In 16 bits a
 128² x 128 image is 4 MiB, 64 KiB for each of 64 blocks, or 8 blocks of a cluster have 128 KiB each
@@ -30,7 +32,7 @@ of 32 channels; 256² x 64 are 8 MiB, 64 KiB for each of 128; 512² x 32 are 16 
 64 in halves of 16 channels, whose rows of 32 bytes cost more to copy. With 64 KiB or less two items
 fit, and so `ahead` is possible. A multiprocessor's share of the memory's bandwidth is 30 KB a
 microsecond, so the 128 KB that such an item moves take longer than a meeting, about 3.5. The
-arithmetic is about 15 instructions for each element, half of the time of the copies that it goes on
+arithmetic is about 12 instructions for each element, half of the time of the copies that it goes on
 during. The estimate of a launch, `_Plan.cost`, is 1.2 to 1.6 copies for these three; what is the
 fastest, `search_space` is there to find.
 
@@ -83,6 +85,8 @@ _STAGES = 8
 """The most stages of a warpgroup: Mosaic takes 32 mbarriers in one array."""
 _BOX = 256
 """The most pixels of a TMA copy."""
+_ROW = 256
+"""The most bytes of a pixel's channels; more of them are several items."""
 _CHUNK = 8192
 """Bytes of a chunk unasked."""
 _CLUSTER = 8
@@ -309,15 +313,12 @@ def _multiprocessors() -> int:
 @cache
 def _plans(call: _Call, most: int) -> list[_Plan]:
     """Returns the plans that memory, TMA and so many multiprocessors allow, the cheapest first."""
-    channels = call.shape[-1]
     wide = {most // groups for groups in (1, 2, 3, 4, 6, 8, 12)} | {16, 32, 64, 128}
     members = (1, 2, 4, 8, *sorted(size for size in wide if _CLUSTER < size <= most))
     found = []
     for own in (8, 16, 32, 64, 128):
         unasked = _CHUNK // (own * call.itemsize)
         pixels = unasked, 2 * unasked, unasked // 2
-        if channels % own or own * call.itemsize > 256:
-            continue
         for sizes in product((own,), members, pixels, (True, False)):
             plan = _planned(call, most, *sizes)
             # Others leave blocks without pixels.
@@ -336,7 +337,7 @@ def _planned(
     share = pl.cdiv(call.size, members * _WARPGROUPS)
     pixels = max(rows, min(pixels, _BOX, 1 << (share - 1).bit_length()))
     items, groups = n * (c // channels), most // members
-    if not groups or pixels > _BOX:
+    if not groups or pixels > _BOX or c % channels or channels * call.itemsize > _ROW:
         return None
     size = call.reads * pixels * channels * call.itemsize
     tile = 4 * _THREADS * _VECTOR
@@ -394,10 +395,10 @@ def _launch(
     """
     x = read[0]
     n, h, w, c = x.shape
-    tiles, rows = c // plan.channels, plan.rows
+    tiles = c // plan.channels
     # In every row of a tile, so that threads read theirs; XLA writes them with what made them.
     spread = jnp.stack([value.reshape(n, tiles, plan.channels) for value in parameters], 2)
-    shape = n, tiles, len(parameters), rows, plan.channels
+    shape = n, tiles, len(parameters), plan.rows, plan.channels
     spread = jnp.broadcast_to(spread[:, :, :, None], shape)
     images = [image.reshape(n, h * w, c) for image in read]
     outputs = [jax.ShapeDtypeStruct((n, h * w, c), x.dtype)] * call.writes
@@ -407,30 +408,7 @@ def _launch(
     together, apart = plan.members <= _CLUSTER, plan.members == 1
     if not apart:
         outputs.append(jax.ShapeDtypeStruct((plan.items, *inbox), jnp.float32))
-    tile = rows, plan.channels
-    stages = _WARPGROUPS, plan.stages
-    scratch: dict[str, Scratch] = {
-        f"stages{i}": plgpu.SMEM((*stages, plan.pixels, plan.channels), x.dtype)
-        for i in range(len(read))
-    }
-    scratch |= {
-        "known": plgpu.SMEM((2, len(parameters), *tile), jnp.float32),
-        "state": plgpu.SMEM((_WARPGROUPS, 2, *tile), jnp.float32),
-        "told": plgpu.SMEM((call.told, *tile), jnp.float32),
-        "spare": plgpu.SMEM((2 * plan.thin, plan.channels), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=len(read), num_barriers=math.prod(stages)),
-        "loaded": plgpu.Barrier(num_arrivals=1, num_barriers=2),
-        "written": plgpu.Barrier(num_arrivals=_WARPGROUPS),
-        "free": plgpu.Barrier(num_arrivals=1),
-        "ready": plgpu.Barrier(num_arrivals=1),
-        "taken": plgpu.Barrier(num_arrivals=_WARPGROUPS),
-    }
-    if apart:
-        scratch["mailbox"] = plgpu.SMEM((2, 2, plan.thin, plan.channels), jnp.float32)
-    elif together:
-        scratch["met"] = plgpu.ClusterBarrier(
-            collective_axes=("member",), num_arrivals=1, num_barriers=2
-        )
+    scratch = _scratch(call, plan, x.dtype)
     names = [f"image{i}" for i in range(len(read))] + ["parameters"]
     names += [f"result{i}" for i in range(call.writes)] + ["sums"]
     names += [*(["mailbox"] if not apart else []), *scratch]
@@ -475,6 +453,35 @@ def _launch(
     )(*images, spread)
     written = [image.reshape(x.shape) for image in found[: call.writes]]
     return [*written, found[call.writes]]
+
+
+def _scratch(call: _Call, plan: _Plan, dtype: jnp.dtype) -> dict[str, Scratch]:
+    """Returns what a block reserves, by the names of `_Block`."""
+    tile = plan.rows, plan.channels
+    stages = _WARPGROUPS, plan.stages
+    found: dict[str, Scratch] = {
+        f"stages{i}": plgpu.SMEM((*stages, plan.pixels, plan.channels), dtype)
+        for i in range(call.reads)
+    }
+    found |= {
+        "known": plgpu.SMEM((2, call.parameters, *tile), jnp.float32),
+        "state": plgpu.SMEM((_WARPGROUPS, 2, *tile), jnp.float32),
+        "told": plgpu.SMEM((call.told, *tile), jnp.float32),
+        "spare": plgpu.SMEM((2 * plan.thin, plan.channels), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=call.reads, num_barriers=math.prod(stages)),
+        "loaded": plgpu.Barrier(num_arrivals=1, num_barriers=2),
+        "written": plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        "free": plgpu.Barrier(num_arrivals=1),
+        "ready": plgpu.Barrier(num_arrivals=1),
+        "taken": plgpu.Barrier(num_arrivals=_WARPGROUPS),
+    }
+    if plan.members == 1:
+        found["mailbox"] = plgpu.SMEM((2, 2, plan.thin, plan.channels), jnp.float32)
+    elif plan.members <= _CLUSTER:
+        found["met"] = plgpu.ClusterBarrier(
+            collective_axes=("member",), num_arrivals=1, num_barriers=2
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

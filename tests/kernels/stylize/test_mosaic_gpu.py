@@ -164,7 +164,8 @@ def test_blocks_hold_every_pixel_once(name):
 def test_what_was_measured_for_another_shape_may_not_be_possible():
     call = mosaic_gpu._call("fwd", Problem((1, 4, 4, 16), jnp.dtype("float32")))
     asked = {"channels": 64, "members": 132, "pixels": 64, "ahead": 1}
-    assert mosaic_gpu._plan(call, asked) == mosaic_gpu._plan(call, {})
+    for changes in ({}, {"channels": 128}, {"channels": 8, "members": 2}):
+        assert mosaic_gpu._plan(call, asked | changes) == mosaic_gpu._plan(call, {})
 
 
 def test_fewer_multiprocessors_have_fewer_blocks(monkeypatch):
