@@ -192,8 +192,8 @@ class _Plan(NamedTuple):
         reads = call.reads * (1 if self.kept else 2)
         row = self.channels * call.itemsize
         moved = self.block * row * (reads + call.writes) / _RATE
-        # A row of less than 128 bytes is part of a line of the cache.
-        moved *= 1 + 16 / row
+        # A row of less than 128 bytes is part of a line of the cache, and 32 are the least of one.
+        moved *= (1 + 16 / row) * max(1, 32 / row)
         kind = "none" if self.members == 1 else "cluster" if self.members <= _CLUSTER else "all"
         meeting = _MEETING[kind]
         rounds = pl.cdiv(self.items, self.groups)
