@@ -32,9 +32,9 @@ of 32 channels; 256² x 64 are 8 MiB, 64 KiB for each of 128; 512² x 32 are 16 
 64 in halves of 16 channels, whose rows of 32 bytes cost more to copy. With 64 KiB or less two items
 fit, and so `ahead` is possible. A multiprocessor's share of the memory's bandwidth is 30 KB a
 microsecond, so the 128 KB that such an item moves take longer than a meeting, about 3.5. The
-arithmetic is about 12 instructions for each element, half of the time of the copies that it goes on
-during. The estimate of a launch, `_Plan.cost`, is 1.2 to 1.6 copies for these three; what is the
-fastest, `search_space` is there to find.
+machine code has 8 instructions for each element in either pass, half of the time of the copies that
+it goes on during. The estimate of a launch, `_Plan.cost`, is 1.2 to 1.6 copies for these three;
+what is the fastest, `search_space` is there to find.
 
 The sums are those of the Triton kernels: relative to the image's first pixel, which is subtracted
 exactly, by Welford's method in each thread, then combined as Chan, Golub and LeVeque say, in a
@@ -1031,7 +1031,7 @@ class _Forward(_Block):
         z = (self.wide(tile[0]) - centre - offset) * factor + bias
         if len(tile) > 1:
             z = z + self.wide(tile[1])
-        z = z if self.activation is None else jnp.where(z < 0, 0.0, z)
+        z = z if self.activation is None else jnp.maximum(z, 0.0)
         gpu_store(tile[0], z.astype(self.results[0].dtype))
 
 
