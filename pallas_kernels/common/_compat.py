@@ -184,6 +184,25 @@ def gpu_store(ref: Ref, value: jax.Array) -> None:
         plgpu.store(ref, value, optimized=False)  # type: ignore[attr-defined]
 
 
+def gpu_fence() -> None:
+    """Makes what this thread wrote to global memory known to the whole GPU, and learns the others'.
+
+    A cluster's mbarrier orders nothing beyond a block: Mosaic GPU (JAX 0.10 to 0.12) writes its
+    arrival without a scope. Pallas offers the instruction in Mosaic's own terms alone.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @plgpu.inline_mgpu()
+    def fence(ctx: Any) -> None:
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        nothing = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(nothing, [], "fence.acq_rel.gpu;", "", has_side_effects=True)
+
+    fence()
+
+
 def import_jax_triton() -> ModuleType:
     """The module jax_triton, imported without what it does to the environment.
 

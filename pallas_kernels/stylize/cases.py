@@ -135,6 +135,8 @@ HARD: tuple[Case, ...] = (
     Case(6, 5, 3, activation="relu", mean=3.0, deviation=0.0),
     # Sums beyond what float16 holds.
     Case(16, 16, 8, mean=500.0, deviation=300.0, dtype="float16"),
+    # As many channels as TMA copies twice.
+    Case(5, 3, 16, (1,), "relu"),
     # One channel, many of them, an empty batch.
     Case(3, 3, 1, (1,)),
     Case(4, 4, 512, (1,), "relu"),

@@ -4,7 +4,8 @@ Arrays are `[N, HW, C]`, channels last. A group is the pixels of one image in `B
 channels; its slices are `rounds * PX` neighbouring pixels each, the last perhaps fewer, and belong
 to a program each. What a slice sums is in `parts [groups, SLICES, 2, BC]`, and each program of the
 next launch adds up all slices of its group, in a fixed order: results are bitwise reproducible.
-Where one program holds a group's pixels at once, one launch does it all, and reads once.
+Where one program holds a group's pixels at once, one launch does it all, and reads once; where one
+has a group to itself, `rolled`, one launch reads twice, the second time what the caches still have.
 
 The mean and the squared deviations of a slice are relative to the image's first pixel, which is
 subtracted exactly. They follow Welford in each row of the tile; rows and slices combine as Chan,
@@ -47,10 +48,7 @@ def whole(
     _store_statistics(statistics, group, c, inside, centre, offset, inverse, C, BC)
     a = tl.load(scale + of_image + c, mask=inside, other=0.0)
     b = tl.load(bias + of_image + c, mask=inside, other=0.0)
-    z = _moved(_normed(v, centre, offset, inverse), a, b, residual, at, known, ADD)
-    if RELU:
-        z = tl.where(z < 0, 0.0, z)
-    tl.store(y + at, z.to(y.dtype.element_ty), mask=known)
+    _store_norm(v, residual, y, at, known, centre, offset, inverse, a, b, RELU, ADD)
 
 
 @triton.jit
@@ -68,21 +66,8 @@ def moments(
     group, s = tl.program_id(0) // SLICES, tl.program_id(0) % SLICES
     _, c, inside = _group(group, C, BC)
     first = _first(x, group, HW, c, inside, C, BC)
-    start = s * rounds * PX
-    mean = tl.zeros((PX, BC), tl.float32)
-    squares = tl.zeros((PX, BC), tl.float32)
-    for r in range(rounds):
-        at, known = _tile(group, start + r * PX, HW, c, inside, C, PX, BC)
-        v = tl.load(x + at, mask=known, other=0.0).to(tl.float32) - first[None, :]
-        d = v - mean
-        mean += tl.where(known, d * (1.0 / (r + 1)), 0.0)
-        squares += tl.where(known, d * (v - mean), 0.0)
-    rows = tl.arange(0, PX)
-    left = tl.maximum(HW - start - rows + PX - 1, 0) // PX
-    count = tl.minimum(left, rounds).to(tl.float32)
-    total = tl.minimum(HW - start, rounds * PX).to(tl.float32)
-    combined, summed = _combined(mean, squares, count, total)
-    _store_parts(parts, group, s, combined, summed, SLICES, BC)
+    mean, squares = _moments(x, group, s * rounds * PX, HW, rounds, first, c, inside, C, PX, BC)
+    _store_parts(parts, group, s, mean, squares, SLICES, BC)
 
 
 @triton.jit
@@ -116,15 +101,44 @@ def apply(
     centre, offset, inverse = _described(first, mean, total / HW, EPS)
     if s == 0:
         _store_statistics(statistics, group, c, inside, centre, offset, inverse, C, BC)
+    start = s * rounds * PX
     a = tl.load(scale + of_image + c, mask=inside, other=0.0)
     b = tl.load(bias + of_image + c, mask=inside, other=0.0)
     for r in range(rounds):
-        at, known = _tile(group, (s * rounds + r) * PX, HW, c, inside, C, PX, BC)
-        v = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
-        z = _moved(_normed(v, centre, offset, inverse), a, b, residual, at, known, ADD)
-        if RELU:
-            z = tl.where(z < 0, 0.0, z)
-        tl.store(y + at, z.to(y.dtype.element_ty), mask=known)
+        at, known = _tile(group, start + r * PX, HW, c, inside, C, PX, BC)
+        _apply(x, residual, y, at, known, centre, offset, inverse, a, b, RELU, ADD)
+
+
+@triton.jit
+def rolled(
+    x,
+    scale,
+    bias,
+    residual,
+    HW,
+    rounds,
+    y,
+    statistics,
+    EPS: tl.constexpr,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+    C: tl.constexpr,
+    PX: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The norm of a group that a program reads twice."""
+    group = tl.program_id(0)
+    of_image, c, inside = _group(group, C, BC)
+    first = _first(x, group, HW, c, inside, C, BC)
+    mean, squares = _moments(x, group, 0, HW, rounds, first, c, inside, C, PX, BC)
+    centre, offset, inverse = _described(first, mean, squares / HW, EPS)
+    _store_statistics(statistics, group, c, inside, centre, offset, inverse, C, BC)
+    a = tl.load(scale + of_image + c, mask=inside, other=0.0)
+    b = tl.load(bias + of_image + c, mask=inside, other=0.0)
+    for r in range(rounds):
+        # Backwards: what was read last is the likeliest to be in the cache.
+        at, known = _tile(group, (rounds - 1 - r) * PX, HW, c, inside, C, PX, BC)
+        _apply(x, residual, y, at, known, centre, offset, inverse, a, b, RELU, ADD)
 
 
 @triton.jit
@@ -157,10 +171,8 @@ def whole_gradients(
     summed, correlated = tl.sum(g, 0), tl.sum(g * n, 0)
     tl.store(dbias + of_image + c, summed, mask=inside)
     tl.store(dscale + of_image + c, correlated, mask=inside)
-    found = (inverse * a)[None, :] * (g - (summed / HW)[None, :] - n * (correlated / HW)[None, :])
-    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=known)
-    if RELU and ADD:
-        tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=known)
+    mean, covariance = summed / HW, correlated / HW
+    _store_gradients(n, g, inverse * a, mean, covariance, at, known, dx, dresidual, RELU, ADD)
 
 
 @triton.jit
@@ -187,14 +199,12 @@ def gradient_sums(
     centre, offset, inverse = _load_statistics(statistics, group, c, inside, C, BC)
     a = tl.load(scale + of_image + c, mask=inside, other=0.0)
     b = tl.load(bias + of_image + c, mask=inside, other=0.0)
-    summed = tl.zeros((PX, BC), tl.float32)
-    correlated = tl.zeros((PX, BC), tl.float32)
-    for r in range(rounds):
-        at, known = _tile(group, (s * rounds + r) * PX, HW, c, inside, C, PX, BC)
-        n, g = _gradient(x, residual, dy, at, known, centre, offset, inverse, a, b, RELU, ADD)
-        summed += g
-        correlated += g * n
-    _store_parts(parts, group, s, tl.sum(summed, 0), tl.sum(correlated, 0), SLICES, BC)
+    start = s * rounds * PX
+    summed, correlated = _sums(
+        x, residual, dy, group, start, HW, rounds, c, inside, centre, offset, inverse, a, b,
+        RELU, ADD, C, PX, BC,
+    )  # fmt: skip
+    _store_parts(parts, group, s, summed, correlated, SLICES, BC)
 
 
 @triton.jit
@@ -232,14 +242,50 @@ def apply_gradients(
     if s == 0:
         tl.store(dbias + of_image + c, summed, mask=inside)
         tl.store(dscale + of_image + c, correlated, mask=inside)
-    mean, covariance = (summed / HW)[None, :], (correlated / HW)[None, :]
+    mean, covariance = summed / HW, correlated / HW
     for r in range(rounds):
         at, known = _tile(group, (s * rounds + r) * PX, HW, c, inside, C, PX, BC)
         n, g = _gradient(x, residual, dy, at, known, centre, offset, inverse, a, b, RELU, ADD)
-        found = (inverse * a)[None, :] * (g - mean - n * covariance)
-        tl.store(dx + at, found.to(dx.dtype.element_ty), mask=known)
-        if RELU and ADD:
-            tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=known)
+        _store_gradients(n, g, inverse * a, mean, covariance, at, known, dx, dresidual, RELU, ADD)
+
+
+@triton.jit
+def rolled_gradients(
+    x,
+    statistics,
+    scale,
+    bias,
+    residual,
+    dy,
+    HW,
+    rounds,
+    dx,
+    dscale,
+    dbias,
+    dresidual,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+    C: tl.constexpr,
+    PX: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The gradients of a group that a program reads twice."""
+    group = tl.program_id(0)
+    of_image, c, inside = _group(group, C, BC)
+    centre, offset, inverse = _load_statistics(statistics, group, c, inside, C, BC)
+    a = tl.load(scale + of_image + c, mask=inside, other=0.0)
+    b = tl.load(bias + of_image + c, mask=inside, other=0.0)
+    summed, correlated = _sums(
+        x, residual, dy, group, 0, HW, rounds, c, inside, centre, offset, inverse, a, b,
+        RELU, ADD, C, PX, BC,
+    )  # fmt: skip
+    tl.store(dbias + of_image + c, summed, mask=inside)
+    tl.store(dscale + of_image + c, correlated, mask=inside)
+    mean, covariance = summed / HW, correlated / HW
+    for r in range(rounds):
+        at, known = _tile(group, (rounds - 1 - r) * PX, HW, c, inside, C, PX, BC)
+        n, g = _gradient(x, residual, dy, at, known, centre, offset, inverse, a, b, RELU, ADD)
+        _store_gradients(n, g, inverse * a, mean, covariance, at, known, dx, dresidual, RELU, ADD)
 
 
 @triton.jit
@@ -265,6 +311,131 @@ def _first(x, group, HW, c, inside, C: tl.constexpr, BC: tl.constexpr):
     tiles: tl.constexpr = (C + BC - 1) // BC
     at = (group // tiles).to(tl.int64) * HW * C + c
     return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _moments(
+    x,
+    group,
+    start,
+    HW,
+    rounds,
+    first,
+    c,
+    inside,
+    C: tl.constexpr,
+    PX: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The mean, relative to the first pixel, and the squared deviations of pixels from `start`."""
+    mean = tl.zeros((PX, BC), tl.float32)
+    squares = tl.zeros((PX, BC), tl.float32)
+    for r in range(rounds):
+        at, known = _tile(group, start + r * PX, HW, c, inside, C, PX, BC)
+        v = tl.load(x + at, mask=known, other=0.0).to(tl.float32) - first[None, :]
+        d = v - mean
+        mean += tl.where(known, d * (1.0 / (r + 1)), 0.0)
+        squares += tl.where(known, d * (v - mean), 0.0)
+    left = tl.maximum(HW - start - tl.arange(0, PX) + PX - 1, 0) // PX
+    count = tl.minimum(left, rounds).to(tl.float32)
+    total = tl.minimum(HW - start, rounds * PX).to(tl.float32)
+    return _combined(mean, squares, count, total)
+
+
+@triton.jit
+def _sums(
+    x,
+    residual,
+    dy,
+    group,
+    start,
+    HW,
+    rounds,
+    c,
+    inside,
+    centre,
+    offset,
+    inverse,
+    a,
+    b,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+    C: tl.constexpr,
+    PX: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The sums over pixels from `start` of the gradient, and of it times the norm."""
+    summed = tl.zeros((PX, BC), tl.float32)
+    correlated = tl.zeros((PX, BC), tl.float32)
+    for r in range(rounds):
+        at, known = _tile(group, start + r * PX, HW, c, inside, C, PX, BC)
+        n, g = _gradient(x, residual, dy, at, known, centre, offset, inverse, a, b, RELU, ADD)
+        summed += g
+        correlated += g * n
+    return tl.sum(summed, 0), tl.sum(correlated, 0)
+
+
+@triton.jit
+def _apply(
+    x,
+    residual,
+    y,
+    at,
+    known,
+    centre,
+    offset,
+    inverse,
+    a,
+    b,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Reads a tile and writes its norm."""
+    v = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
+    _store_norm(v, residual, y, at, known, centre, offset, inverse, a, b, RELU, ADD)
+
+
+@triton.jit
+def _store_norm(
+    v,
+    residual,
+    y,
+    at,
+    known,
+    centre,
+    offset,
+    inverse,
+    a,
+    b,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Writes the norm of a tile."""
+    z = _moved(_normed(v, centre, offset, inverse), a, b, residual, at, known, ADD)
+    if RELU:
+        z = tl.where(z < 0, 0.0, z)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _store_gradients(
+    n,
+    g,
+    factor,
+    mean,
+    covariance,
+    at,
+    known,
+    dx,
+    dresidual,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Writes the gradients of a tile."""
+    found = factor[None, :] * (g - mean[None, :] - n * covariance[None, :])
+    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=known)
+    if RELU and ADD:
+        tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=known)
 
 
 @triton.jit

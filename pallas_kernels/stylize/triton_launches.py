@@ -18,6 +18,10 @@ _HELD = 16384
 """The most elements of an image's channels that a program holds unasked."""
 _PROGRAMS = 1024
 """The number of programs up to which an image is cut into slices."""
+_CACHED = 1 << 17
+"""The most elements of an image's channels that a multiprocessor's cache may have twice."""
+_ALONE = 64
+"""The fewest programs that are worth a launch without slices."""
 _MOST_SLICES = 64
 """The most slices; each program reads what all of them summed."""
 
@@ -28,7 +32,7 @@ class Tiles(NamedTuple):
     Attributes:
         pixels: Pixels of a round, a power of two.
         channels: Neighbouring channels, a power of two.
-        slices: Programs that share an image's channels; one of one round launches once.
+        slices: Programs that share an image's channels; one launches once.
         warps: Warps of a program.
     """
 
@@ -54,12 +58,14 @@ def search_space(problem: Problem) -> list[dict[str, int]]:
     default = tiles(shape, dtype)
     size = math.prod(shape[1:3])
     found = []
-    for channels in (16, 32, 64, 128):
+    for channels in (8, 16, 32, 64, 128):
         block = min(_power_of_two(shape[-1]), channels)
         # An image's channels in the registers of a program of up to 32 warps, of 32 a thread.
         held = _power_of_two(size) * block
         if held <= 1024 * 32:
             found.append(Tiles(_power_of_two(size), block, 1, _warps(held)))
+        elif size * block <= _CACHED and problem.shape[0] * cdiv(shape[-1], block) >= _ALONE:
+            found.append(Tiles(2 * _TILE // block, block, 1, _warps(2 * _TILE)))
         for elements, slices in ((_TILE, 64), (_TILE, 32), (2 * _TILE, 64), (2 * _TILE, 16)):
             pixels = max(elements // block, 1)
             if pixels < size:
@@ -120,8 +126,10 @@ def forward(
     constants: Keywords = {**flags, "EPS": eps, "C": c, **_block(own)}
     arrays = [x, scale, bias, x if residual is None else residual]
     outputs = [(x.shape, x.dtype), ((n, 3, c), "float32")]
-    if own.slices == 1 and rounds == 1:
-        y, statistics = launch(kernels.whole, [*arrays, size], outputs, (groups,), **constants)
+    if own.slices == 1:
+        alone = kernels.whole if rounds == 1 else kernels.rolled
+        sizes = [size] if rounds == 1 else [size, rounds]
+        y, statistics = launch(alone, [*arrays, *sizes], outputs, (groups,), **constants)
         return y, statistics
     read: list[AnyArray | int] = [x, size, rounds]
     (parts,) = _parts(kernels.moments, read, own, groups, launch, C=c)
@@ -170,10 +178,11 @@ def backward(
     arrays = [x, statistics, scale, bias, x if residual is None else residual, dy]
     last = ((1,) if residual is None else x.shape, x.dtype)
     outputs = [(x.shape, x.dtype), ((n, c), "float32"), ((n, c), "float32"), last]
-    if own.slices == 1 and rounds == 1:
+    if own.slices == 1:
         constants |= _block(own)
-        kernel, grid = kernels.whole_gradients, (groups,)
-        found = launch(kernel, [*arrays, size], outputs, grid, **constants)
+        kernel = kernels.whole_gradients if rounds == 1 else kernels.rolled_gradients
+        sizes = [size] if rounds == 1 else [size, rounds]
+        found = launch(kernel, [*arrays, *sizes], outputs, (groups,), **constants)
     else:
         read: list[AnyArray | int] = [*arrays, size, rounds]
         kernel = kernels.gradient_sums

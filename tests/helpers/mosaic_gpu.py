@@ -38,14 +38,15 @@ def recorded_launches(monkeypatch):
 def interpretable(monkeypatch):
     """Replaces what operators' kernels do and Pallas' GPU interpreter does not know.
 
-    It knows views by a stride, as Mosaic does not. It gives both views of a piece of shared memory
-    memory of their own, and tells that nothing should be read that was written through the other:
-    here they share it. It does not look for races of one view with the other, nor of products that
-    are still under way.
+    It knows views by a stride, as Mosaic does not, and no instructions in PTX. It gives both views
+    of a piece of shared memory memory of their own, and tells that nothing should be read that was
+    written through the other: here they share it. It does not look for races of one view with the
+    other, nor of products that are still under way.
     """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     from pallas_kernels.haar import mosaic_gpu as haar
+    from pallas_kernels.stylize import mosaic_gpu as stylize
     from pallas_kernels.wtconv.mosaic_gpu import bands, tiles
 
     def squares(self, buffer, level, at):
@@ -68,6 +69,8 @@ def interpretable(monkeypatch):
         rows._content = boxes._content.reshape(rows._content.shape)
         return token
 
+    # It runs one operation after the other, all of which see what was written before.
+    monkeypatch.setattr(stylize, "gpu_fence", lambda: None)
     monkeypatch.setattr(haar._Block, "view", squares)
     monkeypatch.setattr(tiles.Block, "view", pixels)
     monkeypatch.setattr(bands.BandsBlock, "view", subbands)

@@ -107,16 +107,16 @@ def sparse(dtype):
 
 
 def stylize(dtype):
-    """Constants of the launches of a norm whose pixels programs share, and of one that fits."""
+    """Constants of the launches of a norm whose pixels programs share, and of those that do not."""
     dtype, found = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype], {}
 
     def launch(kernel, arguments, outputs, grid, **constants):
         found[kernel.fn.__name__] = constants
         return [None for _ in outputs]
 
-    for name in ("style_512_half", "unet_32"):
+    alone = stylize_launches.Tiles(1024, 16, 1, 16), stylize_launches.Tiles(512, 16, 1, 8)
+    for name, tiles in (("style_512_half", None), *(("unet_32", each) for each in alone)):
         x = SimpleNamespace(shape=PICTURES[name], dtype=dtype)
-        tiles = None if name == "style_512_half" else stylize_launches.Tiles(1024, 16, 1, 16)
         stylize_launches.forward(x, x, x, x, 1e-5, "relu", tiles, launch)
         stylize_launches.backward(x, x, x, x, x, x, "relu", tiles, launch)
     return found

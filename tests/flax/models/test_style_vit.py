@@ -74,6 +74,66 @@ def test_sizes_and_dtypes():
     assert shape("small", (1, 64, 9, 3), jnp.bfloat16) == ((1, 64, 9, 3), jnp.bfloat16)
 
 
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+
+
+def lowered_for_a_gpu(model, *inputs, **rest):
+    """The gradient of a module's parameters, lowered for a GPU or for that which is here."""
+    graphdef, state = nnx.split(model)
+
+    def loss(state, *inputs):
+        return jnp.square(nnx.merge(graphdef, state)(*inputs).astype(jnp.float32)).mean()
+
+    return jax.jit(jax.grad(loss)).trace(state, *inputs).lower(**rest)
+
+
+def calls(text):
+    """How often cuDNN attends forward and backward."""
+    return text.count(f"@{FORWARD}("), text.count(f"@{BACKWARD}(")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU by name; what cuDNN's version is, no machine says here."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    from flash_wtconv_jax.models import style_vit
+
+    monkeypatch.setattr(style_vit, "platform", lambda: "gpu")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: True)
+    return {"lowering_platforms": ("cuda",)}
+
+
+def images(*sizes):
+    return [jax.ShapeDtypeStruct((1, *size, 3), "float32") for size in sizes]
+
+
+def test_attention_of_16_bits_is_cudnns_on_a_gpu(gpu):
+    """In the program that a GPU's compiler gets, for a block."""
+    from flash_wtconv_jax.models.style_vit import _Block, _Dtypes
+
+    for dtype, count in (("bfloat16", 1), ("float32", 0)):
+        dtypes = _Dtypes(jnp.dtype(dtype), jnp.float32)
+        block = nnx.eval_shape(lambda dtypes=dtypes: _Block(64, 2, dtypes, nnx.Rngs(0)))
+        tokens = jax.ShapeDtypeStruct((1, 12, 64), dtype)
+        assert calls(lowered_for_a_gpu(block, tokens, **gpu).as_text()) == (count, count)
+
+
+@pytest.mark.wide
+def test_all_blocks_attend_by_cudnn_on_a_gpu(gpu):
+    model = nnx.eval_shape(lambda: StyleViT("nano", dtype=jnp.float16, rngs=nnx.Rngs(0)))
+    text = lowered_for_a_gpu(model, *images((16, 24), (8, 16)), **gpu).as_text()
+    assert calls(text) == (6, 6)
+
+
+@pytest.mark.gpu
+def test_attention_of_16_bits_is_cudnns_in_the_compiled_program():
+    model = nnx.eval_shape(lambda: StyleViT("nano", dtype=jnp.float16, rngs=nnx.Rngs(0)))
+    text = lowered_for_a_gpu(model, *images((16, 24), (8, 16))).compile().as_text()
+    assert FORWARD in text and BACKWARD in text
+
+
 def test_what_does_not_fit_is_said(model):
     with pytest.raises(ValueError, match="size is 'huge', expected one of nano, tiny, small, base"):
         StyleViT("huge", rngs=nnx.Rngs(0))

@@ -174,6 +174,26 @@ def test_a_transformer_is_trained_too(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
+def test_a_transformer_halves_its_loss_on_one_photograph(tmp_path):
+    from sklearn.datasets import load_sample_images
+
+    photograph, picture = load_sample_images().images
+    settings = style.Settings(steps=500, batch=1, crop=64, model="style_vit")
+    wanted = pictures.resized(Picture(picture), 64).pixels
+    totals = []
+    style.train(
+        tmp_path,
+        [photograph],
+        wanted,
+        vgg.random_layers(),
+        settings,
+        on_step=lambda step, losses: totals.append(float(losses.total)),
+    )
+    # Crops differ, and so do their losses.
+    assert np.mean(totals[-50:]) <= 0.5 * np.mean(totals[:5])
+
+
 def test_wrong_settings_and_photographs():
     for changes, photographs, message in (
         ({"crop": 8}, PHOTOGRAPHS, "crop is 8, expected at least 32"),
