@@ -3,19 +3,24 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.triton import launch, unavailable
+from pallas_kernels.common.vmap import vmap_sequential
 from pallas_kernels.sparse.maps import RowTable
-from pallas_kernels.sparse.problem import Problem
+from pallas_kernels.sparse.problem import Problem, Window
+from pallas_kernels.sparse.voxels import Keys
 
 __all__ = [
     "DIFFERENTIABLE",
     "check",
     "forward",
     "input_grad",
+    "search",
     "search_space",
     "unavailable",
     "weight_grad",
@@ -49,6 +54,25 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     from pallas_kernels.sparse import triton_launches
 
     return triton_launches.search_space(direction, problem)
+
+
+def search(keys: Keys, sites: Keys, columns: np.ndarray, window: Window) -> jax.Array:
+    """The table of a map, `int32 [K, M]`.
+
+    Args:
+        keys: The sorted keys of what is read.
+        sites: Those of what reads.
+        columns: `[columns, D]`: the first step of each column of offsets along the last axis.
+        window: The offsets.
+    """
+    from pallas_kernels.sparse import triton_launches
+
+    padded = np.pad(columns, ((0, 0), (3 - columns.shape[1], 0)))
+
+    def run(keys: Keys, sites: Keys) -> jax.Array:
+        return triton_launches.search(keys, sites, jnp.asarray(padded), window, launch)
+
+    return vary_like((keys, sites), vmap_sequential(run)(keys, sites))
 
 
 @partial(jax.jit, static_argnames=_STATIC)

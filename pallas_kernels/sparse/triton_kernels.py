@@ -1,4 +1,4 @@
-"""The sparse convolution's Triton kernels: an implicit GEMM over a table of rows.
+"""The sparse convolution's Triton kernels: the search of a table of rows, an implicit GEMM over it.
 
 `table [K, M]` holds for each offset and each row of the result the row of x that is read, or -1.
 Nothing gathered is stored, and nothing is scattered: a program computes a tile of `BM` rows of the
@@ -15,6 +15,78 @@ through `triton_launches`. Every sum has a fixed order, so results are bitwise r
 
 import triton
 import triton.language as tl
+
+from pallas_kernels.sparse.checks import LIMIT
+
+_LIMIT = tl.constexpr(LIMIT)
+_MISSING = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def search(
+    high,
+    low,
+    stood,
+    asked_high,
+    asked_low,
+    places,
+    steps,
+    count,
+    asked,
+    last,
+    near,
+    halvings,
+    near_halvings,
+    stride_x,
+    stride_y,
+    stride_z,
+    table,
+    BLOCK: tl.constexpr,
+):
+    """One program of the table of a map: rows by one column of offsets, for `BLOCK` sites.
+
+    The grid's axes are sites, and columns of `last` offsets along the last axis, `near` apart. Keys
+    are those of `voxels.pack`, in halves: `count` sorted ones, which `stood` in these rows, and
+    those of `asked` sites. Site u, to whose place the row is written, reads the key of
+    `stride u + steps[column]`, `steps [columns, 3]`, and those behind it. Sites that follow each
+    other as keys do search the same places. A first offset takes so many `halvings` of all keys;
+    between two offsets there are no more keys than voxels, which takes `near_halvings`.
+    """
+    site, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    known = site < asked
+    upper = tl.load(asked_high + site, mask=known, other=0).to(tl.uint32, bitcast=True)
+    lower = tl.load(asked_low + site, mask=known, other=0).to(tl.uint32, bitcast=True)
+    place = tl.load(places + site, mask=known, other=0)
+    x = _moved(upper >> 5, stride_x, tl.load(steps + 3 * column))
+    y = _moved((upper << 13) | (lower >> 18), stride_y, tl.load(steps + 3 * column + 1))
+    z = _moved(lower, stride_z, tl.load(steps + 3 * column + 2))
+    # A key has 31 bits in its lower half, a missing one 32.
+    inside = known & ((lower >> 31) == 0) & _within(x) & _within(y)
+    x, y = x.to(tl.uint32), y.to(tl.uint32)
+    wanted = tl.where(inside, (upper >> 23 << 23) | (x << 5) | (y >> 13), _MISSING)
+    left = tl.zeros((BLOCK,), tl.int32)
+    right = left + count
+    turns = halvings
+    for i in range(last):
+        # A place beyond the limit is searched at it: the next column's keys are not its own.
+        end = tl.minimum(tl.maximum(z, 0), 2 * _LIMIT - 1).to(tl.uint32)
+        rest = tl.where(inside, ((y & 0x1FFF) << 18) | end, _MISSING)
+        for _ in range(turns):
+            middle = left + (right - left) // 2
+            some = left < right
+            there, below = _key(high, low, middle, some)
+            before = some & ((there < wanted) | ((there == wanted) & (below < rest)))
+            left = tl.where(before, middle + 1, left)
+            right = tl.where(before, right, middle)
+        some = inside & _within(z) & (left < count)
+        there, below = _key(high, low, left, some)
+        hit = some & (there == wanted) & (below == rest)
+        row = tl.load(stood + left, mask=hit, other=-1)
+        at = (column * last + i).to(tl.int64) * asked + place
+        tl.store(table + at, row, mask=known)
+        z += near
+        right = tl.minimum(left + near, count)
+        turns = near_halvings
 
 
 @triton.jit
@@ -264,6 +336,26 @@ def depthwise_weights(
         slopes = tl.load(dy + m.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
         total += patches.to(tl.float32) * slopes.to(tl.float32)
     tl.store(parts + (split * K + k) * C + c, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit
+def _moved(bits, stride, step):
+    """The place along an axis, from 0 on, that a site whose lowest 18 `bits` tell its own reads."""
+    return ((bits & (2 * _LIMIT - 1)).to(tl.int32) - _LIMIT) * stride + step + _LIMIT
+
+
+@triton.jit
+def _within(place):
+    """Whether a place along an axis has a key."""
+    return (place >= 0) & (place < 2 * _LIMIT)
+
+
+@triton.jit
+def _key(high, low, at, some):
+    """The halves of some of the sorted keys."""
+    upper = tl.load(high + at, mask=some, other=0).to(tl.uint32, bitcast=True)
+    lower = tl.load(low + at, mask=some, other=0).to(tl.uint32, bitcast=True)
+    return upper, lower
 
 
 @triton.jit

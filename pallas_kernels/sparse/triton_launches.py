@@ -8,7 +8,7 @@ from pallas_kernels.common.tiles import TileConfig, launched, power_of_two, tile
 from pallas_kernels.common.triton import Launch, cdiv
 from pallas_kernels.common.types import DeviceArray
 from pallas_kernels.sparse import triton_kernels as kernels
-from pallas_kernels.sparse.problem import TILE_ROWS, Problem
+from pallas_kernels.sparse.problem import TILE_ROWS, Problem, Window
 
 AnyArray = TypeVar("AnyArray", bound=DeviceArray)
 Held = TypeVar("Held", bound=DeviceArray, covariant=True)
@@ -18,6 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _PROGRAMS = 264
 """The number of programs up to which sums are split: two for each multiprocessor of a large GPU."""
 _MOST_SPLITS = 8
+_SITES = 256
+"""Sites that a program searches for."""
 
 
 class RowTable(Protocol[Held]):
@@ -34,6 +36,22 @@ class RowTable(Protocol[Held]):
     @property
     def tile_masks(self) -> Held:
         """`uint32 [ceil(K / 32), ceil(M / TILE_ROWS)]`, or the same bits as int32."""
+
+
+class Keys(Protocol[Held]):
+    """Coordinates as keys, see `voxels.Keys`."""
+
+    @property
+    def high(self) -> Held:
+        """`uint32 [N]`, the upper halves, or the same bits as int32."""
+
+    @property
+    def low(self) -> Held:
+        """The lower halves, likewise."""
+
+    @property
+    def rows(self) -> Held:
+        """`int32 [N]`: the row of each key."""
 
 
 def check(problem: Problem) -> None:
@@ -79,6 +97,43 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     most = _splits(programs, taps)
     split: list[dict[str, int]] = [{"splits": n} for n in (1, 2, 4, 8) if n <= most > 1]
     return [{}, *tiled, *split, {"ordered": 0}]
+
+
+def search(
+    keys: Keys[AnyArray],
+    sites: Keys[AnyArray],
+    steps: AnyArray,
+    window: Window,
+    launch: Launch[AnyArray],
+) -> AnyArray:
+    """The table of a map.
+
+    Args:
+        keys: The sorted keys of what is read.
+        sites: Those of what reads, in any order; it is fastest where neighbours are neighbours.
+        steps: `int32 [columns, 3]`: the first step of each column of offsets along the last axis,
+            zeros for axes that are not there.
+        window: The offsets.
+        launch: The framework's launch function.
+
+    Returns:
+        `int32 [K, M]`: for each row of `sites` the row of `keys` that it reads, or -1.
+    """
+    (count,), (asked,) = keys.high.shape, sites.high.shape
+    last, near = window.kernel_size[-1], window.dilation[-1]
+    (table,) = launch(
+        kernels.search,
+        [
+            *(keys.high, keys.low, keys.rows, sites.high, sites.low, sites.rows, steps),
+            *(count, asked, last, near, count.bit_length(), near.bit_length()),
+            *((1,) * (3 - len(window.stride)) + window.stride),
+        ],
+        [((window.taps, asked), "int32")],
+        (cdiv(asked, _SITES), window.taps // last),
+        BLOCK=_SITES,
+        num_warps=4,
+    )
+    return table
 
 
 def forward(

@@ -16,6 +16,7 @@ from pallas_kernels.sparse import (
     conformance,
     from_coords,
     kernel_map,
+    maps,
     spatially_sparse_conv,
     spatially_sparse_depthwise_conv,
     triton_launches,
@@ -29,6 +30,7 @@ from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
 from pallas_kernels.sparse.maps import RowTable, row_table
 from pallas_kernels.sparse.problem import Problem, Window
 from pallas_kernels.sparse.shapes import room
+from pallas_kernels.sparse.voxels import LIMIT
 
 SMALL = TileConfig(16, 16, 32, 1, 1, 1)
 """Tiles so small that there are several of these small tables."""
@@ -140,6 +142,49 @@ def test_interpreted_kernels_are_the_oracles(interpreted, case):
 @pytest.mark.parametrize("case", interpretable(depthwise.CASES), ids=name)
 def test_interpreted_depthwise_kernels_are_the_oracles(interpreted, case):
     assert_oracle(depthwise, case, "triton")
+
+
+def made(case):
+    """The map of a case, and the voxels of its output."""
+    arguments = case.arguments
+    names = "generative", "transposed", "output_rule", "padding"
+    rest = {each: arguments[each] for each in names} | {"dilation": case.dilation}
+    voxels, onto = conformance.voxels(case, *case.drawn()[:2])
+    return kernel_map(voxels, case.kernel_size, case.stride, output_voxels=onto, **rest)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if i == 15 else [pytest.mark.slow])
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_interpreted_searches_find_what_plain_jax_finds(case, interpreted, monkeypatch):
+    want = made(case)
+    monkeypatch.setattr(maps, "_searches", lambda *_: "triton")
+    jax.tree.map(np.testing.assert_array_equal, made(case), want)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("dilation", [1, pytest.param(6, marks=pytest.mark.wide)])
+def test_searches_at_the_limits_sorted_and_mapped(dilation, interpreted, monkeypatch):
+    """A key beyond the last axis is not that of the next column, and hides nothing before it."""
+    places = [[0, -LIMIT, 5], [0, 0, LIMIT - 1], [0, 1, -LIMIT], [0, 1, 1 - LIMIT], [0, 1, 7]]
+    places += [[3, LIMIT - 1, LIMIT - 1 - dilation], [3, LIMIT - 1, LIMIT - 1], [-1, -1, -1]]
+    shuffled = [places[i] for i in (4, 1, 6, 0, 5, 3, 2, 7)]
+    voxels = from_coords(places[:7], np.ones((7, 1), np.float32), capacity=8)
+
+    @jax.vmap
+    def tables(coords):
+        own = dataclasses.replace(voxels, coords=coords)
+        return kernel_map(own, 3, 1, dilation)[0].forward
+
+    both = jnp.array([places, shuffled], jnp.int32)
+    want = tables(both)
+    monkeypatch.setattr(maps, "_searches", lambda *_: "triton")
+    jax.tree.map(np.testing.assert_array_equal, tables(both), want)
 
 
 @INTERPRETED
