@@ -28,7 +28,7 @@ __all__ = [
 
 DIFFERENTIABLE = False
 
-_STATIC = ("precision", "splits", "ordered", *TileConfig._fields)
+_STATIC = ("precision", "splits", "ordered", "pairs", *TileConfig._fields)
 _PRECISIONS = {
     None: "ieee",
     lax.Precision.HIGHEST: "ieee",
@@ -84,11 +84,12 @@ def forward(
     precision: lax.Precision | None,
     splits: int | None = None,
     ordered: bool = True,
+    pairs: bool = False,
     **tiles: int,
 ) -> jax.Array:
     """The convolution `y [M, F]`; see `vjp` for the arguments.
 
-    The parameters are those of `triton_launches.search_space`.
+    The parameters are those of `triton_launches.search_space`; `pairs` is for the gradient of w.
     """
     from pallas_kernels.sparse import triton_launches
 
@@ -121,6 +122,7 @@ def weight_grad(
     precision: lax.Precision | None,
     splits: int | None = None,
     ordered: bool = True,
+    pairs: bool = False,
     **tiles: int,
 ) -> jax.Array:
     """The transpose of the convolution in w, an array of its shape.
@@ -131,5 +133,5 @@ def weight_grad(
     from pallas_kernels.sparse import triton_launches
 
     config = TileConfig(**tiles) if tiles else None
-    rest = shape, _PRECISIONS[precision], config, launch
+    rest = shape, _PRECISIONS[precision], config, pairs, launch
     return vary_like((x, dy, rows), triton_launches.weight_grad(x, dy, rows, *rest))

@@ -166,12 +166,43 @@ def tile_lists(masks, count, tiles, counts, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def pair_counts(table, rows, counts, BLOCK: tl.constexpr):
+    """One program counts which of `BLOCK` rows read through one offset.
+
+    The grid's axes are blocks of rows, and offsets; `counts [K, blocks]`.
+    """
+    block, blocks, k = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(table + k * rows + row, mask=row < rows, other=-1)
+    tl.store(counts + k * blocks + block, tl.sum((at >= 0).to(tl.int32)))
+
+
+@triton.jit
+def pair_lists(table, counts, rows, pairs, totals, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """One program lists which of `BLOCK` rows read through one offset, behind those before them.
+
+    The grid's axes are those of `pair_counts`, whose `counts` it takes. `pairs [K, rows]` has them
+    first, in ascending order; `totals [K]` says how many they are.
+    """
+    block, blocks, k = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    before = 0
+    for start in range(0, block, AT_ONCE):
+        other = start + tl.arange(0, AT_ONCE)
+        before += tl.sum(tl.load(counts + k * blocks + other, mask=other < block, other=0))
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    some = (tl.load(table + k * rows + row, mask=row < rows, other=-1) >= 0).to(tl.int32)
+    place = before + tl.cumsum(some, 0) - some
+    tl.store(pairs + k * rows + place, row, mask=some != 0)
+    tl.store(totals + k, before + tl.sum(some), mask=block == blocks - 1)
+
+
+@triton.jit
 def weights(
     x,
     dy,
     table,
     order,
-    tiles,
+    listed,
     counts,
     rows,
     parts,
@@ -179,6 +210,7 @@ def weights(
     G: tl.constexpr,
     C: tl.constexpr,
     F: tl.constexpr,
+    ORDERED: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -188,9 +220,11 @@ def weights(
 ):
     """One program of the weights' gradient: gathered rows of x, transposed, times rows of dy.
 
-    The grid's axes are parts, each of the tiles of one offset that `tile_lists` lists, with tiles
-    of `BM` channels by `BN` features; and groups. `BK` rows are summed at a time. Part p writes
-    `parts [p, G, C, F]`.
+    The grid's axes are parts, each of what is listed for one offset, with tiles of `BM` channels by
+    `BN` features; and groups. `ORDERED` lists are those of `tile_lists`, of tiles in `order`; the
+    others are of rows, from `pair_lists`, where `TILE` is 1. `BK` rows are summed at a time, and the
+    parts of an offset take turns: they all pass over the rows together, so that rows which one part
+    has read are in L2 for the others. Part p writes `parts [p, G, C, F]`.
     """
     ACROSS: tl.constexpr = (F + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BM - 1) // BM * ACROSS
@@ -202,16 +236,18 @@ def weights(
     # The offset whose parts these are; none behind the last part that is needed.
     k = tl.sum((ends <= part).to(tl.int32))
     mine = tap == k
-    before = tl.sum(tl.where(mine, ends - tl.cdiv(count, share), 0))
-    first = (part - before) * share
-    last = tl.minimum(first + share, tl.sum(tl.where(mine, count, 0)))
-    listed = tiles + k.to(tl.int64) * tl.cdiv(rows, TILE)
+    last = tl.sum(tl.where(mine, count, 0))
+    # None behind the last part that is needed, which has nothing to sum.
+    turns = tl.maximum(tl.cdiv(last, share), 1)
+    turn = part - tl.sum(tl.where(mine, ends, 0)) + turns
+    listed += k.to(tl.int64) * tl.cdiv(rows, TILE)
     total = tl.zeros((BM, BN), tl.float32)
-    for start in range(first, last, BK // TILE):
+    for start in range(turn * (BK // TILE), last, turns * (BK // TILE)):
         place = start + tl.arange(0, BK) // TILE
-        m = tl.load(listed + place, mask=place < last, other=0) * TILE + tl.arange(0, BK) % TILE
-        known = (place < last) & (m < rows)
-        row = tl.load(order + m, mask=known, other=0)
+        row = tl.load(listed + place, mask=place < last, other=0) * TILE + tl.arange(0, BK) % TILE
+        known = (place < last) & (row < rows)
+        if ORDERED:
+            row = tl.load(order + row, mask=known, other=0)
         at = tl.load(table + k.to(tl.int64) * rows + row, mask=known, other=-1)
         patches = tl.load(
             x + at.to(tl.int64)[:, None] * (G * C) + (group * C + c)[None, :],
@@ -242,8 +278,8 @@ def sum_parts(
 ):
     """One program sums the parts of `weights` for one offset, in their order.
 
-    The grid's axes are offsets, and blocks of an offset's `SIZE` weights. `PER` is the number of
-    tiles that `weights` sums at a time.
+    The grid's axes are offsets, and blocks of an offset's `SIZE` weights. `PER` is how much of a
+    list `weights` sums at a time.
     """
     k = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -409,12 +445,12 @@ def _lowest(bits):
 def _shares(counts, K: tl.constexpr, PARTS: tl.constexpr, PER: tl.constexpr):
     """How the lists of all offsets are divided into `PARTS` parts, more than there are offsets.
 
-    Parts are of equal length, a multiple of `PER` tiles, but for the last of each offset: as one
-    offset has fewer than one part too many, `PARTS - K` full ones of all tiles are as many as fit.
+    Parts are of a share of about equal length, a multiple of `PER`, or of less: as one offset has
+    fewer than one part too many, `PARTS - K` full ones of all that is listed are as many as fit.
 
     Returns:
-        The offsets, a power of two of them; tiles of each; tiles of a part; and the parts up to
-        each offset's last.
+        The offsets, a power of two of them; the length of each one's list; that of a share; and the
+        parts up to each offset's last.
     """
     tap = tl.arange(0, triton.next_power_of_2(K))
     count = tl.load(counts + tap, mask=tap < K, other=0)

@@ -75,7 +75,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
 
     Returns:
         The fields of a `TileConfig`; `splits`, see `forward`; `ordered`, 1 where rows are taken in
-        their order.
+        their order; `pairs`, see `weight_grad`.
 
     Example:
         >>> from pallas_kernels.sparse.problem import Window
@@ -96,7 +96,10 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     programs = cdiv(problem.shape[1], 64) * cdiv(problem.features // groups, 64) * groups
     most = _splits(programs, taps)
     split: list[dict[str, int]] = [{"splits": n} for n in (1, 2, 4, 8) if n <= most > 1]
-    return [{}, *tiled, *split, {"ordered": 0}]
+    listed: list[dict[str, int]] = []
+    if direction == "bwd":
+        listed = [{"pairs": 1}, *({**tile, "pairs": 1} for tile in tiled[:4])]
+    return [{}, *tiled, *split, {"ordered": 0}, *listed]
 
 
 def search(
@@ -191,12 +194,13 @@ def weight_grad(
     shape: Sequence[int],
     precision: str,
     config: TileConfig | None,
+    pairs: bool,
     launch: Launch[AnyArray],
 ) -> AnyArray:
     """The transpose of the convolution in w, applied to dy.
 
-    The tiles of rows that need an offset are listed first, so that the sums of all offsets are
-    divided into parts of equal length, however many rows read through each.
+    What reads through an offset is listed first, so that the sums of all offsets are divided into
+    parts of equal length, however many rows read through each.
 
     Args:
         x: `[N, G C]`, contiguous.
@@ -205,6 +209,9 @@ def weight_grad(
         shape: Shape of the weights, `[K, G, C, F]`.
         precision: See `forward`.
         config: See `forward`; here `block_m` counts channels, and `block_k` rows.
+        pairs: Whether rows are listed as they come, each by itself: nothing is summed that does not
+            read, and the parts of all offsets read the same rows at about the same time, but the
+            lists take as much memory as the table. Else tiles of rows in their order are.
         launch: The framework's launch function.
 
     Returns:
@@ -212,32 +219,25 @@ def weight_grad(
     """
     taps, groups, channels, features = shape
     _, count = rows.table.shape
-    listed = cdiv(count, TILE_ROWS)
-    found = launch(
-        kernels.tile_lists,
-        [rows.tile_masks, listed],
-        [((taps, listed), "int32"), ((taps,), "int32")],
-        (taps,),
-        BLOCK=min(4096, power_of_two(listed)),
-        num_warps=8,
-    )
-    # Indices of rows are loaded in three steps before the rows are: each is a stage.
+    tile = 1 if pairs else TILE_ROWS
+    found = _pairs_of(rows, launch) if pairs else _tiles_of(rows, launch)
+    # Indices of rows are loaded in two or three steps before the rows are: each is a stage.
     config = config or tiles(channels, features, 64, x.dtype)._replace(stages=5)
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),
     )
     blocks = cdiv(channels, config.block_m) * cdiv(features, config.block_n)
-    per = config.block_k // TILE_ROWS
-    full = min(cdiv(taps * listed, 8 * per), cdiv(2 * _PROGRAMS, blocks * groups))
-    parts = taps + full
-    sizes = _sizes(shape, precision)
+    per = config.block_k // tile
+    parts = _parts(taps, blocks * groups, cdiv(taps * count, config.block_k))
+    sizes = _sizes(shape, precision) | {"TILE": tile}
     (sums,) = launch(
         kernels.weights,
         [x, dy, rows.table, rows.order, *found, count],
         [((parts, groups, channels, features), "float32")],
         (parts * blocks, groups),
         **sizes,
+        ORDERED=not pairs,
         PARTS=parts,
         **launched(config),
     )
@@ -257,6 +257,55 @@ def weight_grad(
         num_warps=4,
     )
     return dw
+
+
+def _tiles_of(rows: RowTable[AnyArray], launch: Launch[AnyArray]) -> list[AnyArray]:
+    """For each offset the tiles that need it, `int32 [K, tiles]`, and their number, `[K]`."""
+    taps, count = rows.table.shape
+    listed = cdiv(count, TILE_ROWS)
+    return launch(
+        kernels.tile_lists,
+        [rows.tile_masks, listed],
+        [((taps, listed), "int32"), ((taps,), "int32")],
+        (taps,),
+        BLOCK=min(4096, power_of_two(listed)),
+        num_warps=8,
+    )
+
+
+def _pairs_of(rows: RowTable[AnyArray], launch: Launch[AnyArray]) -> list[AnyArray]:
+    """For each offset the rows that read through it, `int32 [K, M]`, and their number, `[K]`."""
+    taps, count = rows.table.shape
+    block = min(4096, power_of_two(count))
+    grid = cdiv(count, block), taps
+    rest = {"BLOCK": block, "num_warps": 8}
+    outputs = [((taps, grid[0]), "int32")]
+    (counts,) = launch(kernels.pair_counts, [rows.table, count], outputs, grid, **rest)
+    return launch(
+        kernels.pair_lists,
+        [rows.table, counts, count],
+        [((taps, count), "int32"), ((taps,), "int32")],
+        grid,
+        AT_ONCE=512,
+        **rest,
+    )
+
+
+def _parts(taps: int, blocks: int, steps: int) -> int:
+    """The number of parts of the sums of a weight gradient, at least one more than offsets.
+
+    Args:
+        taps: Offsets.
+        blocks: Programs of a part.
+        steps: The most rows of all lists, by as many as a program sums at a time.
+
+    Example:
+        >>> _parts(27, 1, 10**6), _parts(27, 4, 10**6), _parts(27, 1, 100)
+        (264, 132, 40)
+    """
+    # All run at once, or as many times as leaves each offset a few parts of equal length.
+    waves = cdiv(3 * taps * blocks, _PROGRAMS)
+    return taps + max(1, min(waves * _PROGRAMS // blocks - taps, cdiv(steps, 8)))
 
 
 def _splits(programs: int, taps: int) -> int:

@@ -57,7 +57,8 @@ BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl",
 IMAGES = ("x", "w", "below", "y", "dy", "dw", "low", *BANDS, "residual", "dx", "dresidual")
 TAPS = ("taps", "base", "bias", "sums", "parts", "mean", "squares")
 TAPS += ("scale", "statistics", "dscale", "dbias")
-ROWS = ("table", "order", "tiles", "counts", "stood", "places", "steps")
+ROWS = ("table", "order", "tiles", "listed", "counts", "pairs", "totals")
+ROWS += ("stood", "places", "steps")
 UNSIGNED = ("masks", "high", "low", "asked_high", "asked_low")
 
 
@@ -93,7 +94,7 @@ def sparse(dtype):
         return SimpleNamespace(shape=shape, dtype=dtype)
 
     def launch(kernel, arguments, outputs, grid, **constants):
-        found[kernel.fn.__name__] = constants
+        found[kernel.fn.__name__ + " pairs" * (constants.get("TILE") == 1)] = constants
         return [array(*shape) for shape, _ in outputs]
 
     rows = SimpleNamespace(table=array(27, layer.voxels), order=None, tile_masks=None)
@@ -103,11 +104,13 @@ def sparse(dtype):
     offsets = VoxelWindow((3, 3, 3), (2, 2, 2), (1, 1, 1))
     tiles = depthwise_launches.Tiles(stages=3)
     sparse_launches.search(keys, keys, None, offsets, launch)
-    sparse_launches.weight_grad(x, y, rows, w.shape, "ieee", None, launch)
+    for pairs in (True, False):
+        sparse_launches.weight_grad(x, y, rows, w.shape, "ieee", None, pairs, launch)
     sparse_launches.forward(x, w, rows, "ieee", None, None, True, launch)
     depthwise_launches.forward(x, array(27, layer.channels), rows, tiles, launch)
     depthwise_launches.weight_grad(x, x, rows, tiles, launch)
-    order = "tile_lists", "conv", "weights", "depthwise", "depthwise_weights", "sum_parts", "search"
+    order = ["tile_lists", "conv", "weights", "depthwise", "depthwise_weights", "sum_parts"]
+    order += ["search", "pair_counts", "pair_lists", "weights pairs"]
     return {name: found[name] for name in order}
 
 
@@ -132,7 +135,8 @@ def kernels(operator, dtype):
     if operator.startswith("wtconv"):
         return SIZES if operator.endswith("sizes") else WTCONV
     if operator == "sparse torch":
-        return {name: sparse(dtype)[name] for name in ("tile_lists", "conv", "depthwise", "search")}
+        names = "tile_lists", "conv", "depthwise", "search"
+        return {name: sparse(dtype)[name] for name in names}
     if operator in ("conv2d", "sparse", "stylize"):
         return {"conv2d": conv2d, "sparse": sparse, "stylize": stylize}[operator](dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))

@@ -40,11 +40,12 @@ def forward(
     precision: str,
     splits: int | None = None,
     ordered: int = 1,
+    pairs: int = 0,
     **tiles: int,
 ) -> Tensor:
     """The convolution `y [M, F]`; see `ops` for the arguments.
 
-    The parameters are those of `triton_launches.search_space`.
+    The parameters are those of `triton_launches.search_space`; `pairs` is for the gradient of w.
     """
     from pallas_kernels.sparse import triton_launches
 
@@ -64,6 +65,7 @@ def weight_grad(
     precision: str,
     splits: int | None = None,
     ordered: int = 1,
+    pairs: int = 0,
     **tiles: int,
 ) -> Tensor:
     """The transpose of the convolution in w, a tensor of its shape; see `ops` for the arguments.
@@ -74,6 +76,6 @@ def weight_grad(
     from pallas_kernels.sparse import triton_launches
 
     config = TileConfig(**tiles) if tiles else None
-    rest = shape, precision, config, launch
+    rest = shape, precision, config, bool(pairs), launch
     with torch.cuda.device_of(x):
         return triton_launches.weight_grad(x.contiguous(), dy.contiguous(), rows, *rest)

@@ -99,7 +99,7 @@ def test_kernels_are_numpys(splits, ordered):
     assert_near(y.sum(0), np.einsum("kmgc,kgcf->mgf", there, w).reshape(count, -1))
     # A row that reads nothing may hold anything.
     dy[3] = np.nan
-    dw = triton_launches.weight_grad(tensor(x), tensor(dy), rows, w.shape, *rest, launch)
+    dw = triton_launches.weight_grad(tensor(x), tensor(dy), rows, w.shape, *rest, ordered, launch)
     wanted = np.nan_to_num(dy).reshape(count, groups, features)
     assert_near(dw, np.einsum("kmgc,mgf->kgcf", there, wanted))
 
@@ -220,7 +220,7 @@ def test_parameters_are_measured(interpreted, searches, monkeypatch):
 @PARTS
 def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("sparse", part, tmp_path)
-    assert len(resources) == {"some": 4, "rest": 20}[part]
+    assert len(resources) == {"some": 4, "rest": 36}[part]
     for kernel, (registers, spilled) in resources.items():
         assert registers <= 255 and spilled <= 16, (kernel, registers, spilled)
 
