@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from functools import partial
+from time import monotonic
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,9 @@ def run(
     shapes: list[str],
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "bfloat16",
+    minutes: float | None = None,
+    before: Json | None = None,
+    keep: Callable[[Json], None] = lambda report: None,
 ) -> Json:
     """Times the map, plain JAX, and every implementation that can compute a layer here.
 
@@ -59,57 +63,32 @@ def run(
         shapes: Names of layers, from `NAMES`.
         progress: Told a label and a number of steps, returns what to call after each step.
         dtype: Dtype of x and the weights, one of `wtconv.DTYPES`.
+        minutes: After so many no layer is begun; None times them all.
+        before: An earlier report, whose layers are not timed again if it has the same dtype,
+            device and versions.
+        keep: Told the report of the layers so far, after each.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
         `wtconv.run`; `roofs`, as `roofline.measure`, and `product_flops_per_s` of a matrix product;
         for each layer its `pairs`; a row for each layer, direction and contender with its times in
-        milliseconds, `tflops_per_s` of valid pairs, `over_floor`, the time over the larger of two
-        floors (arithmetic at the product's rate, every array read or written once at the copy's),
-        `speedup` over the first plain form, and `temporaries` in sizes of x; and rows of the
-        direction "map", whose voxels are "sorted" or "shuffled".
+        milliseconds, `tflops_per_s` of valid pairs, `over_arithmetic`, the time over that of the
+        arithmetic at the product's rate, `over_memory`, over that of every array read or written
+        once at the copy's, `over_forward` over the contender's own forward pass, `speedup` over the
+        first plain form, and `temporaries` in sizes of x; rows of the direction "map", whose
+        voxels are "sorted" or "shuffled"; and the layers that are `left` to time.
 
     Raises:
         ValueError: An unknown layer or dtype.
     """
+    begun = monotonic()
     unknown = sorted(set(shapes) - set(NAMES))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {sorted(NAMES)}")
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
     roofs = roofline.measure(clock) | {"product_flops_per_s": _product_rate(clock, dtype)}
-    rows: list[Json] = []
-    maps: set[tuple[int, int, int]] = set()
-    for name in shapes:
-        layer = _Layer.of(name, dtype)
-        head: Json = {"shape": name, "pairs": layer.pairs}
-        if layer.sites not in maps:
-            maps.add(layer.sites)
-            times = _map_times(layer, clock, progress)
-            rows += [{**head, "direction": "map", "contender": who, **ms} for who, ms in times]
-        programs = {who: _compiled(one, layer) for who, one in layer.contenders().items()}
-        for direction in DIRECTIONS:
-            step = progress(f"{name} {direction}", clock.turns(len(programs)))
-            calls = {who: both[direction][0] for who, both in programs.items()}
-            times_of = clock.take_turns(calls, step)
-            flops, moved = layer.work(direction)
-            floor = 1e3 * max(
-                flops / roofs["product_flops_per_s"], moved / roofs["copy_bytes_per_s"]
-            )
-            rows += [
-                {
-                    **head,
-                    "direction": direction,
-                    "contender": who,
-                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
-                    "tflops_per_s": flops / spread.median / 1e9,
-                    "over_floor": spread.median / floor,
-                    "speedup": times_of[_SCATTER].median / spread.median,
-                    "temporaries": programs[who][direction][1] / layer.x.nbytes,
-                }
-                for who, spread in times_of.items()
-            ]
-    return {
+    report: Json = {
         "benchmark": "sparse",
         "date": date.today().isoformat(),
         "device": environment.device(),
@@ -119,8 +98,58 @@ def run(
         "clock": clock.name,
         "no_device_events": no_device_events,
         "roofs": roofs,
-        "rows": rows,
+        "rows": [],
+        "left": list(dict.fromkeys(shapes)),
     }
+    alike = "device", "versions", "dtype", "clock"
+    if before is not None and all(before.get(name) == report[name] for name in alike):
+        report["rows"] = [row for row in before["rows"] if row["shape"] in shapes]
+        timed = {row["shape"] for row in report["rows"]}
+        report["left"] = [name for name in report["left"] if name not in timed]
+    while report["left"]:
+        if minutes is not None and monotonic() - begun > 60 * minutes:
+            break
+        report["rows"] += _rows(report, report["left"][0], clock, progress)
+        del report["left"][0]
+        keep(report)
+    return report
+
+
+def _rows(
+    report: Json, name: str, clock: clocks.Clock, progress: Callable[[str, int], Callable[[], None]]
+) -> list[Json]:
+    """The rows of one layer, those of its map if the report has none of the same sites."""
+    layer, roofs = _Layer.of(name, report["dtype"]), report["roofs"]
+    head: Json = {"shape": name, "pairs": layer.pairs}
+    rows: list[Json] = []
+    mapped = {_sites(row["shape"]) for row in report["rows"] if row["direction"] == "map"}
+    if _sites(name) not in mapped:
+        times = _map_times(layer, clock, progress)
+        rows += [{**head, "direction": "map", "contender": who, **ms} for who, ms in times]
+    programs = {who: _compiled(one, layer) for who, one in layer.contenders().items()}
+    forward: dict[str, float] = {}
+    for direction in DIRECTIONS:
+        step = progress(f"{name} {direction}", clock.turns(len(programs)))
+        calls = {who: both[direction][0] for who, both in programs.items()}
+        times_of = clock.take_turns(calls, step)
+        forward = forward or {who: spread.median for who, spread in times_of.items()}
+        flops, moved = layer.work(direction)
+        rows += [
+            {
+                **head,
+                "direction": direction,
+                "contender": who,
+                **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                "tflops_per_s": flops / spread.median / 1e9,
+                "over_arithmetic": spread.median * roofs["product_flops_per_s"] / flops / 1e3,
+                "over_memory": spread.median * roofs["copy_bytes_per_s"] / moved / 1e3,
+                "over_forward": spread.median / forward[who],
+                "speedup": times_of[_SCATTER].median / spread.median,
+                "temporaries": programs[who][direction][1] / layer.x.nbytes,
+            }
+            for who, spread in times_of.items()
+        ]
+    return rows
 
 
 def implementations(name: str, dtype: str) -> list[str]:
@@ -164,9 +193,20 @@ def defaults(report: Json) -> list[Entry]:
     return found
 
 
+def _shape(name: str) -> Shape:
+    """The shape of a layer of a name, one of `NAMES`."""
+    return SHAPES.get(name) or DEPTHWISE[name.removeprefix("depthwise_")]
+
+
+def _sites(name: str) -> tuple[int, int, int]:
+    """The key of all that the map of a layer depends on."""
+    shape = _shape(name)
+    return shape.voxels, shape.kernel_size, shape.stride
+
+
 def _problem(name: str, dtype: str) -> tuple[Operator, Problem]:
     """The operator of a layer, and its description of the call."""
-    shape = SHAPES.get(name) or DEPTHWISE[name.removeprefix("depthwise_")]
+    shape = _shape(name)
     window = checked_window(shape.kernel_size, shape.stride, 1, 3)
     sizes = (1, shape.voxels, shape.channels), dtype, shape.features
     if name in SHAPES:
@@ -192,7 +232,7 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, name: str, dtype: str) -> "_Layer":
         """The layer of a name; its output has as many rows as there are voxels in it."""
-        shape = SHAPES.get(name) or DEPTHWISE[name.removeprefix("depthwise_")]
+        shape = _shape(name)
         coords = room(shape.voxels)
         voxels = from_coords(coords, jnp.zeros((len(coords), 0), dtype), capacity=len(coords))
         given = shape.kernel_size, shape.stride
@@ -207,11 +247,6 @@ class _Layer(NamedTuple):
         dy = draw(keys[2], (out.capacity, shape.features))
         pairs = int((found.table >= 0).sum())
         return cls(name, shape, dtype, voxels, found, out, x, w, dy, pairs)
-
-    @property
-    def sites(self) -> tuple[int, int, int]:
-        """The key of all that its map depends on."""
-        return self.shape.voxels, self.shape.kernel_size, self.shape.stride
 
     @property
     def regular(self) -> bool:

@@ -518,9 +518,7 @@ def _unsorted(sites: _Sites) -> Keys:
     return Keys(*pack(sites.coords, _counted(sites)), vary_like(sites, rows))
 
 
-def _searched(
-    keys: Keys, reading: _Sites, window: Window, first: tuple[int, ...]
-) -> jax.Array:
+def _searched(keys: Keys, reading: _Sites, window: Window, first: tuple[int, ...]) -> jax.Array:
     """For each `u` of `reading` the row of the key at `stride u + first + dilation i`.
 
     The table is `int32 [K, M]`. Along the last axis keys that follow each other are neighbours, so

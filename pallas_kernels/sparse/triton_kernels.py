@@ -222,9 +222,9 @@ def weights(
 
     The grid's axes are parts, each of what is listed for one offset, with tiles of `BM` channels by
     `BN` features; and groups. `ORDERED` lists are those of `tile_lists`, of tiles in `order`; the
-    others are of rows, from `pair_lists`, where `TILE` is 1. `BK` rows are summed at a time, and the
-    parts of an offset take turns: they all pass over the rows together, so that rows which one part
-    has read are in L2 for the others. Part p writes `parts [p, G, C, F]`.
+    others are of rows, from `pair_lists`, where `TILE` is 1. `BK` rows are summed at a time. The
+    parts of an offset take turns: all pass over the rows together, so that rows which one part has
+    read are in L2 for the others. Part p writes `parts [p, G, C, F]`.
     """
     ACROSS: tl.constexpr = (F + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BM - 1) // BM * ACROSS

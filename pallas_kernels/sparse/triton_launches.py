@@ -81,25 +81,28 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         >>> from pallas_kernels.sparse.problem import Window
         >>> window = Window((3,), (1,), (1,))
         >>> len(search_space("fwd", Problem((1, 100, 8), "float32", 8, window)))
-        8
+        9
     """
     if problem.dtype == "float32":
         sizes = [(64, 64, 32, 4, 5), (64, 32, 32, 4, 5), (128, 64, 16, 4, 5), (64, 64, 16, 4, 5)]
+        sizes += [(128, 128, 16, 8, 5)]
+        paired = [(64, 64, 32, 4, 7), (128, 64, 16, 4, 5)]
     else:
         sizes = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 9), (128, 128, 64, 4, 5)]
         sizes += [(128, 128, 32, 8, 9), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5)]
         sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
-    tiled = [
-        TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in sizes
-    ]
+        # An index of a row is loaded in two steps: seven stages have two tiles under way.
+        paired = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 7), (64, 128, 64, 4, 7)]
+    tiled, listed = (
+        [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
+        for each in (sizes, paired)
+    )
     groups, taps = problem.window.groups, problem.window.taps
     programs = cdiv(problem.shape[1], 64) * cdiv(problem.features // groups, 64) * groups
     most = _splits(programs, taps)
     split: list[dict[str, int]] = [{"splits": n} for n in (1, 2, 4, 8) if n <= most > 1]
-    listed: list[dict[str, int]] = []
-    if direction == "bwd":
-        listed = [{"pairs": 1}, *({**tile, "pairs": 1} for tile in tiled[:4])]
-    return [{}, *tiled, *split, {"ordered": 0}, *listed]
+    pairs = [each | {"pairs": 1} for each in [{}, *listed]] if direction == "bwd" else []
+    return [{}, *tiled, *split, {"ordered": 0}, *pairs]
 
 
 def search(

@@ -2,13 +2,22 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pallas_kernels.common.tiles import TileConfig
-from pallas_kernels.sparse.problem import Problem
+from pallas_kernels.sparse.problem import Problem, Window
 from torch_bridge.runtime.triton import launch, unavailable
-from torch_bridge.sparse.maps import RowTable
+from torch_bridge.sparse.maps import Keys, RowTable
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
+__all__ = [
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "search",
+    "search_space",
+    "unavailable",
+    "weight_grad",
+]
 
 DIFFERENTIABLE = False
 
@@ -30,6 +39,22 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     from pallas_kernels.sparse import triton_launches
 
     return triton_launches.search_space(direction, problem)
+
+
+def search(keys: Keys, sites: Keys, columns: Tensor, window: Window) -> Tensor:
+    """The table of a map, `int32 [K, M]`.
+
+    Args:
+        keys: The sorted keys of what is read.
+        sites: Those of what reads.
+        columns: `[columns, D]`: the first step of each column of offsets along the last axis.
+        window: The offsets.
+    """
+    from pallas_kernels.sparse import triton_launches
+
+    steps = functional.pad(columns, (3 - columns.shape[1], 0)).int()
+    with torch.cuda.device_of(columns):
+        return triton_launches.search(keys, sites, steps, window, launch)
 
 
 def forward(

@@ -168,7 +168,9 @@ def test_interpreted_searches_find_what_plain_jax_finds(case, interpreted, monke
 
 
 @INTERPRETED
-@pytest.mark.parametrize("dilation", [1, pytest.param(6, marks=pytest.mark.wide)])
+@pytest.mark.parametrize(
+    "dilation", [pytest.param(1, marks=pytest.mark.wide), pytest.param(6, marks=pytest.mark.slow)]
+)
 def test_searches_at_the_limits_sorted_and_mapped(dilation, interpreted, monkeypatch):
     """A key beyond the last axis is not that of the next column, and hides nothing before it."""
     places = [[0, -LIMIT, 5], [0, 0, LIMIT - 1], [0, 1, -LIMIT], [0, 1, 1 - LIMIT], [0, 1, 7]]
@@ -235,6 +237,7 @@ def test_the_grid_offers_parameters_that_the_kernels_take():
             layer = LAYER._replace(dtype=np.dtype(dtype))
             first, *others = triton_jax.search_space(direction, layer)
             assert first == {} and {"splits": 8} in others
+            assert ({"pairs": 1} in others) == (direction == "bwd")
             first, *others = depthwise_triton.search_space(
                 direction, DepthwiseProblem(*layer._replace(features=8))
             )
@@ -373,20 +376,44 @@ def test_everything_that_is_offered_is_xlas(operator, direction, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_searches_find_what_plain_jax_finds(case, monkeypatch):
+    got = made(case)
+    monkeypatch.setattr(maps, "_searches", lambda *_: "xla")
+    jax.tree.map(np.testing.assert_array_equal, got, made(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stride", [1, 2])
+def test_maps_of_shuffled_rooms_are_plain_jaxs(stride, monkeypatch):
+    """Under `jax.jit`, where the device decides whether keys are sorted."""
+    coords = np.random.default_rng(0).permutation(room(100_000))
+
+    def tables():
+        make = lambda coords: kernel_map(from_coords(coords, none, batch_size=1), 3, stride)  # noqa: E731
+        none = jnp.zeros((len(coords), 0))
+        return [jax.jit(make)(each) for each in (coords, room(100_000))]
+
+    got = tables()
+    monkeypatch.setattr(maps, "_searches", lambda *_: "xla")
+    jax.tree.map(np.testing.assert_array_equal, got, tables())
+
+
+@pytest.mark.gpu
 def test_rows_beyond_32_bits():
     """More elements than 2^31: the last rows are right, in every result."""
-    rows, channels = (1 << 24) + 16, 128
-    table = jnp.arange(rows, dtype=jnp.int32)[None]
-    maps = row_table(table)
-    x = jnp.zeros((rows, channels), jnp.bfloat16).at[-1].set(1)
+    count, channels = (1 << 24) + 16, 128
+    rows = row_table(jnp.arange(count, dtype=jnp.int32)[None])
+    x = jnp.zeros((count, channels), jnp.bfloat16).at[-1].set(1)
     w = jnp.eye(channels, dtype=jnp.bfloat16)[None, None]
-    y = triton_jax.forward(x, w, maps, precision=None)
+    y = triton_jax.forward(x, w, rows, precision=None)
     assert (y[-1] == 1).all() and not y[:-1].any()
-    dw = triton_jax.weight_grad(x, x, maps, shape=w.shape, precision=None)
-    assert (dw == 1).all()
-    y = depthwise_triton.forward(x, w[:, 0, 0] + 1, maps, precision=None)
+    for pairs in (False, True):
+        dw = triton_jax.weight_grad(x, x, rows, shape=w.shape, precision=None, pairs=pairs)
+        assert (dw == 1).all()
+    y = depthwise_triton.forward(x, w[:, 0, 0] + 1, rows, precision=None)
     assert y[-1].sum() == channels + 1 and not y[:-1].any()
-    dw = depthwise_triton.weight_grad(x, x, maps, shape=(1, channels), precision=None)
+    dw = depthwise_triton.weight_grad(x, x, rows, shape=(1, channels), precision=None)
     assert (dw == 1).all()
 
 
