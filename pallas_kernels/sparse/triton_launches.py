@@ -101,7 +101,9 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     programs = cdiv(problem.shape[1], 64) * cdiv(problem.features // groups, 64) * groups
     most = _splits(programs, taps)
     split: list[dict[str, int]] = [{"splits": n} for n in (1, 2, 4, 8) if n <= most > 1]
-    pairs = [each | {"pairs": 1} for each in [{}, *listed]] if direction == "bwd" else []
+    pairs: list[dict[str, int]] = []
+    if direction == "bwd":
+        pairs = [{"pairs": 0}, {"pairs": 1}, *(each | {"pairs": 1} for each in listed)]
     return [{}, *tiled, *split, {"ordered": 0}, *pairs]
 
 
@@ -197,7 +199,7 @@ def weight_grad(
     shape: Sequence[int],
     precision: str,
     config: TileConfig | None,
-    pairs: bool,
+    pairs: bool | None,
     launch: Launch[AnyArray],
 ) -> AnyArray:
     """The transpose of the convolution in w, applied to dy.
@@ -214,7 +216,8 @@ def weight_grad(
         config: See `forward`; here `block_m` counts channels, and `block_k` rows.
         pairs: Whether rows are listed as they come, each by itself: nothing is summed that does not
             read, and the parts of all offsets read the same rows at about the same time, but the
-            lists take as much memory as the table. Else tiles of rows in their order are.
+            lists take as much memory as the table. Else tiles of rows in their order are. None
+            lists rows where that takes no more than half of the memory of x.
         launch: The framework's launch function.
 
     Returns:
@@ -222,6 +225,9 @@ def weight_grad(
     """
     taps, groups, channels, features = shape
     _, count = rows.table.shape
+    if pairs is None:
+        each = 4 if str(x.dtype).endswith("float32") else 2
+        pairs = 2 * 4 * taps * count <= x.shape[0] * x.shape[1] * each
     tile = 1 if pairs else TILE_ROWS
     found = _pairs_of(rows, launch) if pairs else _tiles_of(rows, launch)
     # Indices of rows are loaded in two or three steps before the rows are: each is a stage.

@@ -208,7 +208,7 @@ def keys_in_order(high: jax.Array, low: jax.Array) -> Keys:
     """
     rows = vary_like((high, low), lax.iota(jnp.int32, high.shape[0]))
     falls = (high[1:] < high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] < low[:-1]))
-    return lax.cond(falls.any(), sort_keys, lambda *halves: Keys(*halves, rows), high, low)
+    return lax.cond(falls.any(), sort_keys, lambda high, low: Keys(high, low, rows), high, low)
 
 
 def stable_order(words: jax.Array) -> jax.Array:

@@ -428,8 +428,11 @@ def _halves(keys: Tensor, rows: Tensor | None = None) -> Keys:
     if rows is None:
         rows = torch.arange(len(keys), device=keys.device, dtype=torch.int32)
     positive = keys + (MOST_SAMPLES // 2 << 54)
-    halves = positive >> 31, positive & 0x7FFFFFFF
-    return Keys(*(half.masked_fill(keys == MISSING, -1).int() for half in halves), rows)
+    high, low = (
+        half.masked_fill(keys == MISSING, -1).int()
+        for half in (positive >> 31, positive & 0x7FFFFFFF)
+    )
+    return Keys(high, low, rows)
 
 
 def _found(

@@ -65,7 +65,7 @@ def forward(
     precision: str,
     splits: int | None = None,
     ordered: int = 1,
-    pairs: int = 0,
+    pairs: int | None = None,
     **tiles: int,
 ) -> Tensor:
     """The convolution `y [M, F]`; see `ops` for the arguments.
@@ -90,7 +90,7 @@ def weight_grad(
     precision: str,
     splits: int | None = None,
     ordered: int = 1,
-    pairs: int = 0,
+    pairs: int | None = None,
     **tiles: int,
 ) -> Tensor:
     """The transpose of the convolution in w, a tensor of its shape; see `ops` for the arguments.
@@ -101,6 +101,6 @@ def weight_grad(
     from pallas_kernels.sparse import triton_launches
 
     config = TileConfig(**tiles) if tiles else None
-    rest = shape, precision, config, bool(pairs), launch
+    rest = shape, precision, config, None if pairs is None else bool(pairs), launch
     with torch.cuda.device_of(x):
         return triton_launches.weight_grad(x.contiguous(), dy.contiguous(), rows, *rest)
