@@ -442,7 +442,8 @@ def _sparse_table(report: Json) -> "Table":
             figures = [f"{row['tflops_per_s']:.3g}"]
             overs = "over_arithmetic", "over_memory", "over_forward"
             figures += [f"{row[over]:.1f}" for over in overs]
-            figures += [f"{row['temporaries']:.2f}", f"{row['speedup']:.2f}"]
+            memory = "" if row["temporaries"] is None else f"{row['temporaries']:.2f}"
+            figures += [memory, f"{row['speedup']:.2f}"]
         table.add_row(row["contender"], _times(row), *figures)
     return table
 

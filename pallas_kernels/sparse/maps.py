@@ -23,6 +23,7 @@ from pallas_kernels.common._compat import trace_state, vary_like
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.integers import checked_integer
 from pallas_kernels.sparse.checks import LIMIT, checked_request, checked_window
+from pallas_kernels.sparse.operators import OPERATOR
 from pallas_kernels.sparse.problem import TILE_ROWS, Problem, Window
 from pallas_kernels.sparse.voxels import (
     Keys,
@@ -410,10 +411,7 @@ def _united(masks: jax.Array, count: int) -> jax.Array:
 
 
 def _searches(rows: int, window: Window) -> str:
-    """The implementation that searches for so many rows: the convolution's forward pass has it."""
-    # Here, since the convolution imports maps.
-    from pallas_kernels.sparse.api import OPERATOR
-
+    """The implementation that searches for so many rows: that of a convolution's forward pass."""
     try:
         return OPERATOR.pick("fwd", None, platform(), Problem((1, rows, 1), "float32", 1, window))
     except NotImplementedError:
@@ -448,13 +446,12 @@ def _made(
     # A transposed map is the other one, read the other way round.
     read, reading = (out, sites) if window.transposed else (sites, out)
     keys = keys_in_order(*pack(read.coords, _counted(read)))
-    if by == "triton":
-        from pallas_kernels.sparse import triton
-
-        asked = keys if same else _unsorted(reading)
-        table = triton.search(keys, asked, _columns(window, first), window)
-    else:
+    search = getattr(OPERATOR.module(by), "search", None)
+    if search is None:
         table = _searched(keys, reading, window, first)
+    else:
+        asked = keys if same else _unsorted(reading)
+        table = search(keys, asked, _columns(window, first), window)
     found = KernelMap(row_table(table), None, window._replace(transposed=False))
     if not (same and window.mirrored and first == window.offsets()[0]):
         reverse = _reversed(table, read.coords.shape[0])

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_sparse_convolutions_are_timed_in_parts(tmp_path, monkeypatch):
         monkeypatch.setitem(sparse.SHAPES, name, voxels.Shape(20, 2, 3, 1, 1))
     timed = []
 
-    def rows(report, name, clock, progress):
+    def rows(report, name, *_):
         timed.append(name)
         return [{"shape": name, "direction": "map", "contender": "sorted"} | MS]
 
@@ -164,6 +165,26 @@ def test_sparse_convolutions_are_timed_in_parts(tmp_path, monkeypatch):
     (tmp_path / "sparse.json").write_text("{")
     result = bench("--out", tmp_path, "--minutes", 5, benchmark="sparse")
     assert "sparse.json: no report" in str(result.exception)
+
+
+def test_other_packages_layers_stand_beside_ours(monkeypatch):
+    """Those of stride 1; what fails is told of."""
+    ms = {"forward": [2.0, 1.0, 3.0]}
+    other = SimpleNamespace(NAME="other", times=lambda *sizes: ms if sizes[0] == 20 else fail())
+    layer = SimpleNamespace(name="one", regular=True, dtype="float16")
+
+    def fail():
+        raise RuntimeError("no more memory")
+
+    for shape, want in {
+        voxels.Shape(20, 2, 3): {"forward": timing.Spread(2.0, 1.0, 3.0)},
+        voxels.Shape(20, 2, 3, stride=2): {},
+    }.items():
+        layer.shape = shape
+        assert sparse._times_of(other, layer) == want
+    layer.shape = voxels.Shape(30, 2, 3)
+    with pytest.warns(UserWarning, match="one has no row of other: no more memory"):
+        assert sparse._times_of(other, layer) == {}
 
 
 @pytest.mark.wide

@@ -18,6 +18,7 @@ from torch import Tensor
 from pallas_kernels.sparse.checks import MOST_SAMPLES, checked_request
 from pallas_kernels.sparse.problem import TILE_ROWS, Problem, Window
 from torch_bridge.runtime import calls
+from torch_bridge.sparse.operators import OPERATOR
 from torch_bridge.sparse.voxels import (
     MISSING,
     Voxels,
@@ -408,9 +409,6 @@ def _searched(
         # Keys that follow each other search the same places.
         asked = sorted_keys if same else _halves(pack(reading.coords, valid))
         return cast(Tensor, search(sorted_keys, asked, steps[:: window.kernel_size[-1]], window))
-
-    # Here, since the operators import maps.
-    from torch_bridge.sparse.ops import OPERATOR
 
     # A program that `torch.compile` traces has no launches but those of operators.
     if torch.compiler.is_compiling():
