@@ -28,6 +28,8 @@ _ERROR_LENGTH = 500
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*body=%?([\w.-]+)")
+_BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
+_CASES = re.compile(r" conditional\(.*true_computation=(\S+), false_computation=(\S+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -167,7 +169,8 @@ def estimated_cycles(hlo: str) -> int | None:
         hlo: The text of the compiled module.
 
     Returns:
-        Cycles of the entry computation, loops times their trip counts; None if one is not known.
+        Cycles of the entry computation, loops times their trip counts, of branches the dearest;
+        None if a trip count is not known.
 
     Example:
         >>> estimated_cycles('''
@@ -175,6 +178,18 @@ def estimated_cycles(hlo: str) -> int | None:
         ...   %f = f32[8] fusion(%x), backend_config={"estimated_cycles":"70"}
         ... }''')
         70
+        >>> estimated_cycles('''
+        ... %a (x: f32[8]) -> f32[8] {
+        ...   %f = f32[8] fusion(%x), backend_config={"estimated_cycles":"30"}
+        ... }
+        ... %b (x: f32[8]) -> f32[8] {
+        ...   %c = f32[8] copy(%x), backend_config={"estimated_cycles":"4"}
+        ... }
+        ... ENTRY %main (p: pred[], x: f32[8]) -> f32[8] {
+        ...   %r = f32[8] conditional(%p, %x, %x), true_computation=%a, false_computation=%b
+        ...   %s = f32[8] conditional(%i, %x, %x), branch_computations={%b, %b}, metadata={}
+        ... }''')
+        34
     """
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -198,7 +213,18 @@ def _estimate(name: str, computations: dict[str, list[str]]) -> int | None:
             if trips is None or body is None:
                 return None
             total += int(trips[1]) * body
+        costs = [_estimate(branch, computations) for branch in _branches(line)]
+        if None in costs:
+            return None
+        total += max((cost for cost in costs if cost is not None), default=0)
     return total
+
+
+def _branches(line: str) -> list[str]:
+    """The computations of which a conditional runs one, none of another instruction."""
+    several, two = _BRANCHES.search(line), _CASES.search(line)
+    names = several[1].split(",") if several else two.groups() if two else ()
+    return [name.strip(" %,") for name in names]
 
 
 if __name__ == "__main__":
