@@ -27,10 +27,12 @@ DUMP = "FLASH_WTCONV_TPU_DUMP"
 _ERROR_LENGTH = 500
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_WHILE = re.compile(r" while\(.*body=%?([\w.-]+)")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
 _CASES = re.compile(r" conditional\(.*true_computation=(\S+), false_computation=(\S+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LESS = re.compile(r"ROOT .* compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT")
+_CONSTANT = re.compile(r"%?([\w.-]+) = \S+ constant\((\d+)\)")
 
 
 def main() -> None:
@@ -209,15 +211,31 @@ def _estimate(name: str, computations: dict[str, list[str]]) -> int | None:
         total += sum(map(int, _ESTIMATE.findall(line)))
         loop = _WHILE.search(line)
         if loop:
-            trips, body = _TRIPS.search(line), _estimate(loop[1], computations)
+            known, body = _TRIPS.search(line), _estimate(loop[2], computations)
+            trips = int(known[1]) if known else _counted(computations.get(loop[1], []))
             if trips is None or body is None:
                 return None
-            total += int(trips[1]) * body
+            total += trips * body
         costs = [_estimate(branch, computations) for branch in _branches(line)]
         if None in costs:
             return None
         total += max((cost for cost in costs if cost is not None), default=0)
     return total
+
+
+def _counted(condition: list[str]) -> int | None:
+    """The trips of a loop that counts from 0 to a constant, as JAX's scans do; None of others.
+
+    Of loops over large arrays XLA does not tell them.
+
+    Example:
+        >>> _counted(["%c = s32[]{:T(128)} constant(27)",
+        ...           "ROOT %l = pred[] compare(%i, %c), direction=LT, metadata={}"])
+        27
+    """
+    constants = dict(found.groups() for line in condition if (found := _CONSTANT.search(line)))
+    bounds = [less[1] for line in condition if (less := _LESS.search(line))]
+    return int(constants[bounds[0]]) if bounds and bounds[0] in constants else None
 
 
 def _branches(line: str) -> list[str]:
