@@ -10,11 +10,6 @@ from flash_wtconv_jax.cli.messages import say
 data = typer.Typer(help="Make images ready for training.", no_args_is_help=True)
 
 
-@data.callback()
-def _root() -> None:
-    """Keeps `pack` a command of its own while it is the only one."""
-
-
 @data.command()
 def pack(
     source: Annotated[Path, typer.Argument(help="Folder of train and val, as for training.")],
@@ -53,3 +48,41 @@ def pack(
             for message in packed.broken:
                 say(f"left out, {message}")
             say(f"{out / part}: {packed.images:,} images, {packed.size / 1e6:,.1f} MB")
+
+
+@data.command()
+def speed(
+    folder: Annotated[Path, typer.Argument(help="Folder of train and val, as for training.")],
+    size: Annotated[int, typer.Option(min=1, help="Side of the crops in pixels.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 256,
+    batches: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 40,
+    randaugment: Annotated[float, typer.Option(min=0, help="RandAugment's magnitude.")] = 0.0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read images; 0 reads in threads.")
+    ] = 0,
+) -> None:
+    """Print how many images a second are read and cropped for training, with nothing to learn."""
+    import os
+    import time
+
+    import grain  # noqa: F401 - its extra brings all that reading needs.
+
+    from flash_wtconv_jax.train.images import loading, sources
+    from flash_wtconv_jax.train.images.settings import Data
+
+    source = sources.opened(folder, "train")
+    asked = Data(size=size, randaugment=randaugment, workers=workers)
+    # As many first as may be made already when the clock starts.
+    ahead = 2 * max(1, workers)
+    steps = range(ahead + batches)
+    with loading.iterating(
+        loading.training(source, asked, batch=batch, seed=0, steps=steps)
+    ) as iterator:
+        for step, _ in zip(steps, iterator, strict=True):
+            if step == ahead - 1:
+                started = time.perf_counter()
+        seconds = time.perf_counter() - started
+    say(
+        f"{batches * batch / seconds:,.0f} images/s of {size} pixels: {workers or 'no'} workers, "
+        f"{os.cpu_count()} CPUs, {batches} batches of {batch}"
+    )

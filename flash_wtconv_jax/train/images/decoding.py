@@ -93,8 +93,9 @@ def shrunk(image: Image.Image, shorter: int) -> Image.Image:
         (4, 2)
     """
     scale = min(1.0, shorter / min(image.size))
-    width, height = (max(1, round(extent * scale)) for extent in image.size)
-    return _resized(image, (0.0, 0.0, *map(float, image.size)), (width, height))
+    width, height = image.size
+    small = max(1, round(width * scale)), max(1, round(height * scale))
+    return _resized(image, (0.0, 0.0, float(width), float(height)), small)
 
 
 def pixels_of(image: Image.Image, channels: int) -> NDArray[np.uint8]:

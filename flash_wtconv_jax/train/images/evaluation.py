@@ -238,7 +238,7 @@ class _Files:
         return len(self.files)
 
     def __getitem__(self, index: int) -> sources.Sample:
-        return sources.Sample(index, self.files[index].read_bytes(), 0)
+        return sources.Sample(self.files[index].read_bytes(), 0)
 
     def name(self, index: int) -> str:
         return str(self.files[index])

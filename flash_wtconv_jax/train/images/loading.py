@@ -150,7 +150,7 @@ def _read(
     source: Source, data: Data, index: int, rng: np.random.Generator | None
 ) -> tuple[int, NDArray[np.uint8]]:
     """The class and the pixels of an image: a random crop, or without `rng` the centre's."""
-    _, content, label = source[index]
+    content, label = source[index]
     if not 0 <= label < len(source.classes):
         raise ValueError(f"its class is {label}, expected 0 to {len(source.classes) - 1}")
     image = decoding.decoded(content)

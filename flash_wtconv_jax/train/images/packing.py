@@ -108,7 +108,7 @@ _Shrunk = tuple[bytes, str, int] | str
 def _shrunk(source: sources.Source, size: int, index: int) -> _Shrunk:
     """The file of an image that is no larger than it has to be."""
     try:
-        _, content, label = source[index]
+        content, label = source[index]
         image = decoded(content)
         kept = {"JPEG": ".jpg", "PNG": ".png"}.get(image.format or "")
         if isinstance(content, bytes) and kept and min(image.size) <= size:

@@ -31,12 +31,10 @@ class Sample(NamedTuple):
     """One image as it is stored.
 
     Attributes:
-        index: Its place in the source.
         content: The bytes of its file, or its pixels.
         label: Its class.
     """
 
-    index: int
     content: bytes | NDArray[np.uint8]
     label: int
 
@@ -76,7 +74,7 @@ class ImageFolder:
         >>> (folder / "cat").mkdir()
         >>> _ = (folder / "cat" / "0.png").write_bytes(b"...")
         >>> ImageFolder(folder)[0]
-        Sample(index=0, content=b'...', label=0)
+        Sample(content=b'...', label=0)
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,7 +95,7 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Sample:
         content = (self.folder / self.files[index]).read_bytes()
-        return Sample(index, content, int(self.labels[index]))
+        return Sample(content, int(self.labels[index]))
 
     def name(self, index: int) -> str:
         """The path of the file."""
@@ -146,7 +144,7 @@ class TarShards:
     def __getitem__(self, index: int) -> Sample:
         shard, offset, size, label = self.places[index].tolist()
         # Mapped into memory they have no position, which threads would have to share.
-        return Sample(index, self._shards[shard][offset : offset + size], label)
+        return Sample(self._shards[shard][offset : offset + size], label)
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process opens the shards for itself.
@@ -248,7 +246,7 @@ class ArrayRecords:
 
     def __getitem__(self, index: int) -> Sample:
         content, label = read_example(self._records[index])
-        return Sample(index, content, label)
+        return Sample(content, label)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_records"}
@@ -314,7 +312,7 @@ class Arrays:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(index, self.images[index], int(self.labels[index]))
+        return Sample(self.images[index], int(self.labels[index]))
 
     def name(self, index: int) -> str:
         """The number of the image."""

@@ -48,7 +48,7 @@ def read_all(source):
     """Pixels and class of each image, in an order that all kinds of sources share."""
     found = [
         (decoding.pixels_of(decoding.decoded(content), 3).tobytes(), source.classes[label])
-        for _, content, label in (source[index] for index in range(len(source)))
+        for content, label in (source[index] for index in range(len(source)))
     ]
     return sorted(found)
 
@@ -203,13 +203,21 @@ def test_evaluation_reads_all_images_once_and_fills_up(folder):
     assert np.concatenate([each["label"] for each in found])[-1] == loading.BROKEN
 
 
-def test_a_centre_crop_is_pillows(folder):
+def test_crops_are_pillows_and_centred():
     image = Image.fromarray(PIXELS[0])
-    box = decoding.centre_box(image.size, 1.0)
-    assert box == (1.0, 0.0, 13.0, 12.0)
-    wanted = image.crop((1, 0, 13, 12)).resize((6, 6), Image.Resampling.BICUBIC)
-    found = decoding.cropped(image, box, 6)
-    np.testing.assert_allclose(np.asarray(found, int), np.asarray(wanted, int), atol=1)
+    assert decoding.centre_box(image.size, 1.0) == (1.0, 0.0, 13.0, 12.0)
+    wanted = image.resize((6, 6), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(decoding.cropped(image, (0, 0, 14, 12), 6), wanted)
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
+    smooth = Image.fromarray(PIXELS[0]).resize((640, 480), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    smooth.save(file, "JPEG", quality=95)
+    box = (64.0, 32.0, 480.0, 448.0)
+    found = decoding.cropped(decoding.decoded(file.getvalue()), box, 32)
+    wanted = smooth.resize((32, 32), Image.Resampling.BICUBIC, box)
+    assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).mean() < 2
 
 
 def test_random_boxes_have_the_shares_that_are_asked_for():

@@ -55,5 +55,5 @@ def test_later_layers_come_first_and_a_recipe_last():
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):
     (tmp_path / "a.toml").write_text("run = [")
-    with pytest.raises(ValueError, match=r"a\.toml is no TOML: .*line 1"):
+    with pytest.raises(ValueError, match=r"a\.toml is no TOML: Invalid value"):
         settings.read(tmp_path / "a.toml")
