@@ -76,6 +76,7 @@ def run(app: Callable[[], object]) -> None:
             "libtpu": "tpu",
             "matplotlib": "plot",
             "nilearn": "voxels",
+            "tensorboardX": "train",
             "tifffile": "stylize",
             "torch": "torch",
         }

@@ -1,4 +1,4 @@
-"""What the device does to a batch, from the step's key: mirroring, erasing, mixup and cutmix.
+"""Changes of a batch on the device, from the step's key: mirroring, erasing, mixup and cutmix.
 
 Sources: Zhong et al., "Random Erasing Data Augmentation", AAAI 2020; Zhang et al., "mixup", ICLR
 2018; Yun et al., "CutMix", ICCV 2019. Shares and ranges are timm's.
@@ -82,7 +82,7 @@ def _mixed(
         blend = share * images + (1 - share) * other_images
     if settings.cutmix:
         kept = jax.random.beta(cutmix_key, settings.cutmix, settings.cutmix)
-        inside = _rectangle(place, images.shape[1:3], jnp.sqrt(1 - kept))
+        inside = _rectangle(place, (images.shape[1], images.shape[2]), jnp.sqrt(1 - kept))
         pasted = jnp.where(inside[None, :, :, None], other_images, images)
         kept = 1 - inside.mean()
     if settings.mixup and settings.cutmix:
@@ -107,7 +107,7 @@ def _rectangle(key: jax.Array, shape: tuple[int, int], side: jax.Array) -> jax.A
 
 
 def _inside(start: jax.Array, length: jax.Array, extent: int) -> jax.Array:
-    """Whether the middles of pixels `[N, extent]` lie in intervals of these starts and lengths."""
+    """The mask `[N, extent]` of the pixels whose middles lie in intervals from these starts on."""
     middles = jnp.arange(extent) + 0.5
     start = start[:, None]
     length = jnp.reshape(length, (-1, 1))

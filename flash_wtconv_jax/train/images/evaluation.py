@@ -1,4 +1,4 @@
-"""What a trained network tells of images: scores on held-out ones, and the classes of any."""
+"""The use of a trained network: scores on held-out images, and the classes of any."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from flash_wtconv_jax import models
 from flash_wtconv_jax.train.images import loading, sources, steps
 from flash_wtconv_jax.train.images.settings import Data, Settings
+from pallas_kernels.common.types import Keywords
 
 IMAGES = "images.json"
 """The file beside a network that says what its images and classes are."""
@@ -82,8 +83,11 @@ def load(path: Path) -> Trained:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         classes = [str(name) for name in content["classes"]]
-        known = {name: content[name] for name in _FIELDS}
-        data = Data(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
+        known: Keywords = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in ((name, content[name]) for name in _FIELDS)
+        }
+        data = Data(**known)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is damaged, expected classes, {', '.join(_FIELDS)}") from error
     if len(classes) != count or data.channels != channels:

@@ -143,7 +143,11 @@ def _sample(
         # Pillow raises whatever it stumbles over; the trainer counts, and asks for the reason.
         with suppress(Exception):
             label, pixels = _read(source, data, index, rng)
-    return {"image": pixels, "label": np.int32(label), "index": np.int32(index)}
+    return {
+        "image": pixels,
+        "label": np.asarray(label, np.int32),
+        "index": np.asarray(index, np.int32),
+    }
 
 
 def _read(

@@ -141,7 +141,7 @@ def _scaled(scales: dict[str, float]) -> optax.GradientTransformation:
 
 
 def _place(name: str) -> tuple[int, ...]:
-    """What a parameter is sorted by from the image to the head: stem, stage and block, head."""
+    """The place of a parameter between image and head: stem, stage and block, head."""
     found = re.match(r"stages\.(\d+)\.(?:blocks\.(\d+)|downsample)", name)
     if found:
         # A stage's downsampling belongs to its first block.

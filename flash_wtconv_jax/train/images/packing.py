@@ -23,7 +23,7 @@ _QUALITY = 90
 
 
 class Packed(NamedTuple):
-    """How a part was packed.
+    """The result of packing a part.
 
     Attributes:
         images: Images that were written.

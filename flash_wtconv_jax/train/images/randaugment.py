@@ -18,7 +18,7 @@ _CHANCE = 0.5
 _ROTATION, _SHEAR, _SHIFT, _ENHANCEMENT = 30.0, 0.3, 0.45, 0.9
 
 Operation = Callable[[Image.Image, float, float], Image.Image]
-"""Of a picture, a level from 0 to 1, and a sign."""
+"""Takes a picture, a level from 0 to 1, and a sign."""
 
 
 def randaugment(

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: lines of CSV, TensorBoard's events, curves, a summary."""
+"""Figures of a run while it goes on: lines of CSV, TensorBoard's events, curves, a summary."""
 
 import csv
 import json

@@ -89,7 +89,7 @@ class Saver:
         return self.manager.best_step()
 
     def progress(self, step: int) -> Json:
-        """What `save` was given beside the state.
+        """The progress that `save` was given beside the state.
 
         Raises:
             ValueError: If the checkpoint is damaged.

@@ -1,4 +1,4 @@
-"""What a training is asked for: typed settings, read from TOML and written back as it was resolved.
+"""Settings of a training, each of a type: read from TOML, and written back as they were resolved.
 
 A recipe is a set of defaults by name; what a file says comes before it, and what the command line
 says before both.
@@ -74,7 +74,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """What the device does to the images of a batch, from the step's key.
+    """Random changes of a batch on the device, from the step's key.
 
     Attributes:
         flip: Probability that an image is mirrored.
@@ -118,7 +118,7 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How the training is run.
+    """The length of the training, its batches, devices and files.
 
     Attributes:
         epochs: Passes over the images.

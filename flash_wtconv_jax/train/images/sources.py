@@ -1,4 +1,4 @@
-"""Where images lie: folders of classes, tar shards, ArrayRecord files and arrays, by index.
+"""Images by index: in folders of classes, tar shards, ArrayRecord files and arrays.
 
 Each is a random-access source of grain: `len(source)`, `source[i]`, and `classes`. Reading one
 image reads nothing else, so that any order costs the same.
@@ -53,7 +53,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def name(self, index: int) -> str:
-        """What the image is called in messages: its file."""
+        """The name of an image in messages: its file."""
 
     def counts(self) -> list[int] | None:
         """Images of each class; None where only reading all of them would tell."""

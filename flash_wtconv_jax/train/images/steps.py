@@ -5,9 +5,9 @@ A mesh splits the batch over `data` and `fsdp`, the parameters over `fsdp`, and 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step tells.
+    """The figures of a step.
 
     Attributes:
         loss: Mean over the images of the batch.
@@ -107,12 +107,12 @@ def mesh_of(axes: dict[str, int], batch: int, accumulate: int = 1) -> Mesh:
 
 
 def split_rows(mesh: Mesh) -> NamedSharding:
-    """Where the rows of a batch lie."""
+    """The sharding of the rows of a batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def placed(state: State, mesh: Mesh) -> State:
-    """Where each array of a state lies, as a state of shardings; shapes are enough."""
+    """The shardings of the arrays of a state, of which shapes are enough."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _split(leaf.shape, mesh)), state)
 
 
@@ -166,7 +166,7 @@ def program(
         optimizer: See `optimizers.made`.
         classes: Their number.
     """
-    definition, params, rest = nnx.split(model, nnx.Param, ...)
+    definition, params, *rest = nnx.split(model, nnx.Param, ...)
     forward = partial(_logits, definition, rest)
 
     def start(params: nnx.State) -> State:
@@ -194,7 +194,7 @@ def evaluator(
         data: Mean and deviation of the images.
         mesh: The devices.
     """
-    definition, _, rest = nnx.split(model, nnx.Param, ...)
+    definition, _, *rest = nnx.split(model, nnx.Param, ...)
     whole = NamedSharding(mesh, PartitionSpec())
     forward = partial(_logits, definition, rest)
     return jax.jit(partial(_evaluate, forward, data), out_shardings=whole)
@@ -214,13 +214,13 @@ _Forward = Callable[[nnx.State, jax.Array, jax.Array | None], jax.Array]
 
 def _logits(
     definition: nnx.GraphDef,
-    rest: nnx.State,
+    rest: Sequence[nnx.State],
     params: nnx.State,
     images: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
     # Copied, since `rest` is of the trace outside, whose variables none inside may change.
-    model = nnx.merge(definition, params, rest, copy=True)
+    model = nnx.merge(definition, params, *rest, copy=True)
     if key is None:
         return model(images, deterministic=True).astype(jnp.float32)
     # Of the step's key, so that no state of chance has to be kept.
@@ -289,7 +289,7 @@ def _evaluate(
     before += ((logits == own) & (jnp.arange(logits.shape[1]) < label[:, None])).sum(1)
 
     def total(values: jax.Array) -> jax.Array:
-        return cast(jax.Array, jnp.where(valid, values, 0).sum())
+        return jnp.where(valid, values, 0).sum()
 
     scores = Scores(total(losses), total(before < 1), total(before < 5), valid.sum())
     return scores, logits

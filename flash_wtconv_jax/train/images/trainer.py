@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -47,11 +47,11 @@ FILES = {
     "tensorboard": "the same for TensorBoard",
     "summary.json": "how it ended",
 }
-"""What a run leaves in its folder."""
+"""Names in the folder of a run, and what they are."""
 
 
 class Progress(NamedTuple):
-    """How far a run is.
+    """A run's progress.
 
     Attributes:
         step: Steps done.
@@ -73,7 +73,7 @@ class Progress(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a training is made of, once everything about it is known to fit.
+    """Parts of a training, once everything about it is known to fit.
 
     Attributes:
         settings: What is asked for.
@@ -223,13 +223,13 @@ def train(
             saving.write_network(out, pretrained.description(run.model))
         loop = _Loop(run, out, saver, on_progress, on_message)
         held.enter_context(loop.prepared())
-        stopped = held.enter_context(_stopping())
-        finished = loop.run(stopped)
+        asked_to_stop = held.enter_context(_stopping())
+        stopped = loop.run(asked_to_stop)
         saver.wait()
-        summary = loop.summary(finished)
+        summary = loop.summary(stopped)
         best = saver.best
     if jax.process_index() == 0:
-        if finished:
+        if not stopped:
             _write_best(run, out, best)
         reports.draw_curves(out)
         reports.write_summary(out, summary)
@@ -263,11 +263,11 @@ class _Loop:
             classes=len(run.train.classes),
         )
         self.evaluate = steps.evaluator(run.model, run.settings.data, run.mesh)
-        self.first = self.done = self.begun = 0
+        self.first = self.done = 0
         self.broken = 0
         self.losses: list[float] = []
         self.scores: dict[str, float] = {}
-        self.named: set[int] = set()
+        self.named: set[str] = set()
         self.started = time.perf_counter()
         self.clock = _Clock()
         self.pending: tuple[steps.Metrics, np.ndarray] | None = None
@@ -281,7 +281,7 @@ class _Loop:
         if last is not None:
             self.state = self.saver.restore(last, self.state, self.program.shardings)
             progress = self.saver.progress(last)
-            self.done = self.begun = progress["step"]
+            self.done = progress["step"]
             self.broken, self.losses = progress["broken"], progress["losses"]
             self.scores = progress["scores"]
             # grain's place is that of each of its readers. Others begin at the step's batch.
@@ -303,8 +303,8 @@ class _Loop:
                 self.reporter = held.enter_context(reports.reporting(self.out, self.done))
             yield
 
-    def run(self, stopped: Callable[[int], bool]) -> bool:
-        """Does the steps that are left; returns whether all were done."""
+    def run(self, asked_to_stop: Callable[[int], bool]) -> bool:
+        """Does the steps that are left; returns whether it was stopped before."""
         limit = self.settings.run.max_steps or self.run_.steps
         end = min(self.run_.steps, limit)
         self.clock.start()
@@ -312,7 +312,7 @@ class _Loop:
             self._step()
             ends_epoch = self._ends_epoch(self.done)
             every = self.settings.run.save_every
-            halted = stopped(self.done)
+            halted = asked_to_stop(self.done)
             if ends_epoch or self.done == end:
                 self._settle()
                 scores = self._evaluate()
@@ -321,18 +321,18 @@ class _Loop:
                 self._settle()
                 self._save(None)
             if halted and self.done < end:
-                return False
-        return self.done == self.run_.steps
+                return True
+        return False
 
-    def summary(self, finished: bool) -> Json:
-        """How the run stands."""
+    def summary(self, stopped: bool) -> Json:
+        """The state of the run, as `summary.json` holds it."""
         params = jax.tree.leaves(self.state.params)
         seconds = time.perf_counter() - self.started
         return {
             "steps": self.done,
             "of_steps": self.run_.steps,
             "epochs": round(self.done / self.run_.epoch_steps, 3),
-            "stopped": not finished,
+            "stopped": stopped,
             "images": len(self.run_.train),
             "held_out": len(self.run_.val),
             "classes": len(self.run_.train.classes),
@@ -418,8 +418,9 @@ class _Loop:
         """Tells of each image that could not be read, once."""
         rows = (arrays["label"] == loading.BROKEN) & (arrays["index"] < len(source))
         for index in arrays["index"][rows].tolist():
-            if index not in self.named:
-                self.named.add(index)
+            name = source.name(index)
+            if name not in self.named:
+                self.named.add(name)
                 self.on_message(f"left out, {loading.reason(source, self.settings.data, index)}")
 
     def _ends_epoch(self, step: int) -> bool:
@@ -493,7 +494,7 @@ class _Clock:
         begun = time.perf_counter()
         yield
         # The first batch of all is not waited for, but made.
-        if running is not None and running.is_ready():
+        if running is not None and cast(Any, running).is_ready():
             self.idle += time.perf_counter() - begun
 
     def step(self, images: int) -> None:

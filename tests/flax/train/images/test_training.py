@@ -76,7 +76,7 @@ def whole(data):
 
 
 class Stop(Exception):
-    """What stops a training in the middle."""
+    """Ends a training in the middle."""
 
 
 def stopped_at(step):
