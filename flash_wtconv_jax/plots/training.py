@@ -74,15 +74,15 @@ def run_curves(
         values = [row[name] for row in known]
         if name.endswith("top1"):
             values = [100 * (1 - value) for value in values]
-        if known:
-            axes.plot([row["step"] for row in known], values, linewidth=1.8, **style)
+        axes.plot([row["step"] for row in known], values, linewidth=1.8, **style)
 
     dots: Keywords = {"marker": "o", "markersize": 2.5}
     draw(loss_axes, steps, "loss", color=COLOURS[0], label="training")
     for axes, name in ((loss_axes, "loss"), (error_axes, "top1")):
         draw(axes, evaluations, name, color=COLOURS[1], label="held out", **dots)
-        averaged: Keywords = {"color": COLOURS[2], "linestyle": "--", **dots}
-        draw(axes, evaluations, f"ema_{name}", label="held out, averaged weights", **averaged)
+        if any(f"ema_{name}" in row for row in evaluations):
+            averaged: Keywords = {"color": COLOURS[2], "linestyle": "--", **dots}
+            draw(axes, evaluations, f"ema_{name}", label="held out, averaged weights", **averaged)
     draw(rate_axes, steps, "rate", color=COLOURS[3], label="AdamW")
     label(loss_axes, "Loss", "step", "cross entropy")
     label(error_axes, "Held-out images told wrongly", "step", "error in %")

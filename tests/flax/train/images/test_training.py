@@ -172,6 +172,29 @@ def test_commands_train_evaluate_and_predict(data, whole, tmp_path):
     assert "bad.png: cannot identify image file" in result.output
 
 
+def test_the_command_packs_images(data, tmp_path):
+    result = CliRunner().invoke(app, ["data", "pack", str(data), str(tmp_path / "packed")])
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path / 'packed' / 'train'}: 40 images, 0.0 MB" in result.output
+    packed = sources.opened_pair(tmp_path / "packed")
+    assert [source.counts() for source in packed] == [[14, 13, 13], [4, 4, 4]]
+    again = CliRunner().invoke(app, ["data", "pack", str(data), str(tmp_path / "packed")])
+    assert isinstance(again.exception, FileExistsError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a FILE.toml, or --data and one of --model"),
+        (["--data", "here", "--model", "a", "--mesh", "data"], "--mesh is 'data', expected axes"),
+        (["--data", "nowhere", "--recipe", "plain"], "no folder nowhere, expected one that holds"),
+    ],
+)
+def test_wrong_options_are_told_of(arguments, message):
+    result = CliRunner().invoke(app, ["train", *arguments])
+    assert message in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
