@@ -111,6 +111,7 @@ def assert_same_run(one, other):
             jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
+@pytest.mark.wide
 def test_it_learns_and_leaves_all_that_it_promises(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["steps"] == summary["of_steps"] == 10
@@ -123,6 +124,7 @@ def test_it_learns_and_leaves_all_that_it_promises(whole):
     assert any((whole / "tensorboard").iterdir())
 
 
+@pytest.mark.wide
 def test_a_stopped_training_goes_on_bitwise(data, whole):
     out = data.parent / "stopped"
     with pytest.raises(Stop):
@@ -131,6 +133,7 @@ def test_a_stopped_training_goes_on_bitwise(data, whole):
     assert_same_run(out, whole)
 
 
+@pytest.mark.wide
 def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, whole):
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
         trainer.train(resolved(data), whole)
@@ -139,6 +142,7 @@ def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, whole):
         trainer.train(other, whole, resume=True)
 
 
+@pytest.mark.wide
 def test_checkpoints_are_read_like_any_others(data, whole):
     with saving.saving(whole, 1) as saver:
         best = whole / saving.FOLDER / str(saver.best)
@@ -154,7 +158,8 @@ def test_checkpoints_are_read_like_any_others(data, whole):
     assert scores["top1"] == rows[int(best.name)]["ema_top1"]
 
 
-def test_commands_train_evaluate_and_predict(data, whole, tmp_path):
+@pytest.mark.wide
+def test_commands_evaluate_and_predict(data, whole, tmp_path):
     from PIL import Image
 
     run = CliRunner()
@@ -174,7 +179,7 @@ def test_commands_train_evaluate_and_predict(data, whole, tmp_path):
 def test_the_command_packs_images(data, tmp_path):
     result = CliRunner().invoke(app, ["data", "pack", str(data), str(tmp_path / "packed")])
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'packed' / 'train'}: 40 images, 0.0 MB" in result.output
+    assert f"{tmp_path / 'packed' / 'train'}: 40 images, 0.1 MB" in result.output
     packed = sources.opened_pair(tmp_path / "packed")
     assert [source.counts() for source in packed] == [[14, 13, 13], [4, 4, 4]]
     again = CliRunner().invoke(app, ["data", "pack", str(data), str(tmp_path / "packed")])
@@ -201,8 +206,16 @@ def test_wrong_options_are_told_of(arguments, message):
         ({"run": {"batch": 512, "epochs": 1}}, "more than 1 epochs of 40 images have"),
         ({"model": {"name": "resnet"}}, "model.name is 'resnet', expected one of ConvNeXt"),
         ({"model": {"options": {"dim": 3}}}, "model.options has 'dim', expected fields"),
-        ({"model": {"freeze": ["body"]}}, "'body', but no parameter's name begins so"),
-        ({"data": {"size": 3}}, "data.size is 3, less than the 4 pixels"),
+        pytest.param(
+            {"model": {"freeze": ["body"]}},
+            "'body', but no parameter's name begins so",
+            marks=pytest.mark.wide,
+        ),
+        pytest.param(
+            {"data": {"size": 3}},
+            "data.size is 3, less than the 4 pixels",
+            marks=pytest.mark.wide,
+        ),
     ],
 )
 def test_what_does_not_fit_is_found_before_the_training(data, said, message, tmp_path):
@@ -211,7 +224,7 @@ def test_what_does_not_fit_is_found_before_the_training(data, said, message, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_it(data, tmp_path):
     with pytest.raises(ValueError, match=r"step \d+: the loss is .*checkpoint 3 is the last good"):
         trainer.train(
@@ -221,7 +234,7 @@ def test_a_loss_that_is_no_number_stops_it(data, tmp_path):
     assert len(listed.read_text().splitlines()) == 8
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_fine_tuning_begins_from_a_checkpoint_with_a_new_head(data, whole, tmp_path):
     said = {"model": {"name": "", "options": {}, "checkpoint": str(whole / "network")}}
     model = trainer.network(resolved(data, said), classes=7)
@@ -263,7 +276,7 @@ def signalled(data, out, number, step):
     return process.wait()
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_killed_training_goes_on_bitwise(data, whole):
     out = data.parent / "killed"
     assert signalled(data, out, signal.SIGKILL, 7) == -signal.SIGKILL
