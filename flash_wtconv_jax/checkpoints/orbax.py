@@ -17,6 +17,8 @@ from pallas_kernels.haar.filters import filter_bank
 _MARK = "_CHECKPOINT_METADATA"
 # The file that it writes beside the arrays: of a checkpoint of items, into the folder of each.
 _ITEM_MARK = "_METADATA"
+# Items of a training's checkpoint that are variables, the averaged ones (EMA) first.
+_VARIABLES = ("ema", "params")
 # The file beside it for the wavelet, which variables do not hold and a PyTorch state dict does.
 _NOTE = "flash_wtconv.json"
 
@@ -73,7 +75,8 @@ def restore(folder: str | os.PathLike[str]) -> dict[str, Tree]:
 
     Args:
         folder: The folder that `save`, or another Orbax writer, has written: the folder of one step
-            of a `CheckpointManager`, and of one item where it has several.
+            of a `CheckpointManager`, and of one item where it has several. Of a step of
+            `flash-wtconv train` the averaged parameters are taken if it has them.
 
     Returns:
         The nested dict that was saved, its arrays as NumPy arrays whatever device they lived on. Of
@@ -111,6 +114,11 @@ def _item(folder: Path) -> Path:
     items = sorted(path.parent for path in folder.glob(f"*/{_ITEM_MARK}"))
     if len(items) == 1:
         return items[0]
+    if is_checkpoint(folder):
+        # Of `flash-wtconv train`, which keeps the optimizer's memory beside them.
+        for name in _VARIABLES:
+            if folder / name in items:
+                return folder / name
     if is_checkpoint(folder) and not items:
         return folder  # What is missing is for Orbax to say.
     inside = items or sorted(

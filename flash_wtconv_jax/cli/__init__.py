@@ -15,11 +15,14 @@ from flash_wtconv_jax.cli.bench import bench
 from flash_wtconv_jax.cli.cache import cache
 from flash_wtconv_jax.cli.check import check
 from flash_wtconv_jax.cli.convert import convert
+from flash_wtconv_jax.cli.data import data
 from flash_wtconv_jax.cli.demo import demo
 from flash_wtconv_jax.cli.erf import erf
+from flash_wtconv_jax.cli.evaluate import evaluate, predict
 from flash_wtconv_jax.cli.info import info
 from flash_wtconv_jax.cli.stylize import stylize
 from flash_wtconv_jax.cli.tpu_report import tpu_report
+from flash_wtconv_jax.cli.train import train
 from flash_wtconv_jax.cli.train_style import train_style
 
 app = typer.Typer(
@@ -36,6 +39,10 @@ app.add_typer(cache, name="cache")
 app.command()(demo)
 app.command()(erf)
 app.command()(convert)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(predict)
+app.add_typer(data, name="data")
 app.command()(stylize)
 app.command()(tpu_report)
 app.command()(train_style)
@@ -63,11 +70,13 @@ def run(app: Callable[[], object]) -> None:
         extras = {
             "PIL": "stylize",
             "coremltools": "coreml",
+            "grain": "train",
             "h5py": "stylize",
             "imagecodecs": "stylize",
             "libtpu": "tpu",
             "matplotlib": "plot",
             "nilearn": "voxels",
+            "tensorboardX": "train",
             "tifffile": "stylize",
             "torch": "torch",
         }

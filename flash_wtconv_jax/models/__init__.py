@@ -22,6 +22,7 @@ from flash_wtconv_jax.models.convnext import (
 )
 from flash_wtconv_jax.models.multi_style import MultiStyleNet, load_multi_style
 from flash_wtconv_jax.models.pretrained import load_network, save_network
+from flash_wtconv_jax.models.public import PUBLIC, from_pretrained
 from flash_wtconv_jax.models.sparse import SparseResNet, SparseUNet, load_sparse_unet
 from flash_wtconv_jax.models.style_vit import StyleViT
 from flash_wtconv_jax.models.transformer_net import TransformerNet
@@ -29,6 +30,7 @@ from flash_wtconv_jax.models.transformer_net import TransformerNet
 __all__ = [
     "ConvNeXt",
     "ConvNeXtConfig",
+    "PUBLIC",
     "MultiStyleNet",
     "SparseResNet",
     "SparseUNet",
@@ -38,6 +40,7 @@ __all__ = [
     "convnext_base",
     "convnext_small",
     "convnext_tiny",
+    "from_pretrained",
     "load_multi_style",
     "load_network",
     "load_sparse_unet",

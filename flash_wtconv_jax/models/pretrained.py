@@ -14,7 +14,7 @@ from flax import nnx
 from flash_wtconv_jax import checkpoints
 from flash_wtconv_jax.models import convnext
 from pallas_kernels.common.files import replacing
-from pallas_kernels.common.types import Keywords, Tree
+from pallas_kernels.common.types import Json, Keywords, Tree
 
 CONFIG_NAME = "network.json"
 """The file in an Orbax folder that `load_network` rebuilds the model from."""
@@ -36,8 +36,12 @@ def save_network(folder: str | os.PathLike[str], model: convnext.ConvNeXt) -> No
     with replacing(Path(folder), force=False) as temporary:
         variables = checkpoints.variables_of(model)
         checkpoints.save(temporary, variables, wavelet=model.config.wavelet)
-        config = {"model": "ConvNeXt", "options": _options(model.config)}
-        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / CONFIG_NAME).write_text(json.dumps(description(model), indent=2) + "\n")
+
+
+def description(model: convnext.ConvNeXt) -> Json:
+    """The content of the `network.json` from which `load_network` rebuilds a model."""
+    return {"model": "ConvNeXt", "options": _options(model.config)}
 
 
 def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
@@ -72,8 +76,11 @@ def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
         variables = checkpoints.from_torch(state_dict, wavelet=wavelet)
     if not isinstance(variables, Mapping):
         raise ValueError(f"{path} holds a {type(variables).__name__}, expected arrays by name")
-    if (path / CONFIG_NAME).is_file():
-        maker = _constructor(path / CONFIG_NAME)
+    # One for all steps of a training lies beside them.
+    described = [folder / CONFIG_NAME for folder in (path, path.parent) if path.is_dir()]
+    config_path = next((file for file in described if file.is_file()), None)
+    if config_path is not None:
+        maker = _constructor(config_path)
     else:
         config = _config_of(variables, wavelet or "haar", path)
         maker = lambda: convnext.ConvNeXt(config, rngs=nnx.Rngs(0))  # noqa: E731
@@ -102,8 +109,7 @@ def _constructor(path: Path) -> Callable[[], convnext.ConvNeXt]:
     if not isinstance(config, Mapping) or not isinstance(config.get("options", {}), Mapping):
         raise ValueError(f'{path} must hold {{"model": name, "options": {{…}}}}, got {config!r}')
     name, options = config.get("model"), dict(config.get("options", {}))
-    makers = {n: make for n, make in vars(convnext).items() if "convnext_" in n}
-    makers["ConvNeXt"] = _convnext
+    makers = constructors()
     if not isinstance(name, str) or name not in makers:
         raise ValueError(f"{path} names the model {name!r}, expected one of {sorted(makers)}")
     known = {field.name for field in dataclasses.fields(convnext.ConvNeXtConfig)}
@@ -113,6 +119,17 @@ def _constructor(path: Path) -> Callable[[], convnext.ConvNeXt]:
     if wavelet is not None:
         options["wavelet"] = wavelet
     return lambda: makers[name](rngs=nnx.Rngs(0), **options)
+
+
+def constructors() -> dict[str, Callable[..., convnext.ConvNeXt]]:
+    """What makes networks, by the names that a `network.json` and a training's settings use.
+
+    Example:
+        >>> sorted(constructors())[0]
+        'ConvNeXt'
+    """
+    makers = {n: make for n, make in vars(convnext).items() if "convnext_" in n}
+    return {"ConvNeXt": _convnext, **makers}
 
 
 def _convnext(*, rngs: nnx.Rngs, **options: Any) -> convnext.ConvNeXt:

@@ -2,7 +2,7 @@
 
 from flash_wtconv_jax.plots.bench import roofline, speedups, static_cycles, throughput
 from flash_wtconv_jax.plots.style import check_path, png, save
-from flash_wtconv_jax.plots.training import predictions, training_curve
+from flash_wtconv_jax.plots.training import predictions, run_curves, training_curve
 from flash_wtconv_jax.plots.voxels import View, voxel_labels
 from flash_wtconv_jax.plots.wavelets import receptive_fields, wavelet_cascade
 
@@ -13,6 +13,7 @@ __all__ = [
     "predictions",
     "receptive_fields",
     "roofline",
+    "run_curves",
     "save",
     "speedups",
     "static_cycles",

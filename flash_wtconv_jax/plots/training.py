@@ -1,9 +1,10 @@
 """Pictures of a training: its curve, and what the network reads in images."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
@@ -48,6 +49,44 @@ def training_curve(histories: Mapping[str, Curve]) -> Figure:
     error_axes.set_ylim(0, 100)
     label(loss_axes, "Training loss", "epoch", "cross entropy")
     label(error_axes, "Held-out digits read wrongly", "epoch", "error in %")
+    return figure
+
+
+@drawn
+def run_curves(
+    steps: Sequence[Mapping[str, float]], evaluations: Sequence[Mapping[str, float]]
+) -> Figure:
+    """Loss, held-out error and learning rate of one training over its steps.
+
+    Args:
+        steps: Rows with `step`, `loss` and `rate`.
+        evaluations: Rows with `step`, `loss` and `top1`, the share that was told rightly, and with
+            `ema_loss` and `ema_top1` if weights were averaged.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(13.0, 3.8), dpi=DPI, layout="constrained")
+    loss_axes, error_axes, rate_axes = figure.subplots(1, 3)
+
+    def draw(axes: Axes, rows: Sequence[Mapping[str, float]], name: str, **style: Any) -> None:
+        known = [row for row in rows if name in row]
+        values = [row[name] for row in known]
+        if name.endswith("top1"):
+            values = [100 * (1 - value) for value in values]
+        axes.plot([row["step"] for row in known], values, linewidth=1.8, **style)
+
+    dots: Keywords = {"marker": "o", "markersize": 2.5}
+    draw(loss_axes, steps, "loss", color=COLOURS[0], label="training")
+    for axes, name in ((loss_axes, "loss"), (error_axes, "top1")):
+        draw(axes, evaluations, name, color=COLOURS[1], label="held out", **dots)
+        if any(f"ema_{name}" in row for row in evaluations):
+            averaged: Keywords = {"color": COLOURS[2], "linestyle": "--", **dots}
+            draw(axes, evaluations, f"ema_{name}", label="held out, averaged weights", **averaged)
+    draw(rate_axes, steps, "rate", color=COLOURS[3], label="AdamW")
+    label(loss_axes, "Loss", "step", "cross entropy")
+    label(error_axes, "Held-out images told wrongly", "step", "error in %")
+    label(rate_axes, "Learning rate", "step", "rate")
     return figure
 
 

@@ -1,0 +1,137 @@
+"""Pixels of stored images: decoding, crops and their boxes, by Pillow."""
+
+import io
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+
+Box = tuple[float, float, float, float]
+"""Left, upper, right and lower edge in pixels."""
+
+# From three times the wanted pixels a side on, only every second one is decoded of a JPEG.
+_SPARE = 1.5
+
+
+def decoded(content: bytes | NDArray[np.uint8]) -> Image.Image:
+    """The image of a file's bytes, upright by its EXIF data and not yet read, or of pixels.
+
+    Raises:
+        Exception: Whatever Pillow raises where the bytes are no image.
+
+    Example:
+        >>> decoded(np.zeros((2, 3), np.uint8)).size
+        (3, 2)
+    """
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
+    image = Image.open(io.BytesIO(content))
+    turned = image.getexif().get(0x0112, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def random_box(
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> Box:
+    """A box of a random share and shape within an image, as torchvision's RandomResizedCrop.
+
+    Args:
+        size: Width and height of the image.
+        scale: Least and greatest share of its area.
+        ratio: Least and greatest width by height.
+        rng: What chooses.
+
+    Example:
+        >>> random_box((8, 4), (1.0, 1.0), (2.0, 2.0), np.random.default_rng(0))
+        (0.0, 0.0, 8.0, 4.0)
+    """
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        wide, high = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < wide <= width and 0 < high <= height:
+            left = int(rng.integers(width - wide + 1))
+            upper = int(rng.integers(height - high + 1))
+            return float(left), float(upper), float(left + wide), float(upper + high)
+    # The largest box of a shape that is allowed, from the centre.
+    shape = min(max(width / height, ratio[0]), ratio[1])
+    return _centred(size, min(width, height * shape), min(height, width / shape))
+
+
+def centre_box(size: tuple[int, int], share: float) -> Box:
+    """The square in the centre that has a share of the shorter side.
+
+    Example:
+        >>> centre_box((8, 4), 0.5)
+        (3.0, 1.0, 5.0, 3.0)
+    """
+    side = min(size) * share
+    return _centred(size, side, side)
+
+
+def cropped(image: Image.Image, box: Box, side: int) -> Image.Image:
+    """A box of an image as a square of so many pixels a side, in RGB or grey.
+
+    Example:
+        >>> cropped(decoded(np.zeros((4, 8, 3), np.uint8)), (0, 0, 8, 4), 2).size
+        (2, 2)
+    """
+    return _resized(image, box, (side, side))
+
+
+def shrunk(image: Image.Image, shorter: int) -> Image.Image:
+    """The whole image, with at most so many pixels along its shorter side.
+
+    Example:
+        >>> shrunk(decoded(np.zeros((4, 8, 3), np.uint8)), 2).size
+        (4, 2)
+    """
+    scale = min(1.0, shorter / min(image.size))
+    width, height = image.size
+    small = max(1, round(width * scale)), max(1, round(height * scale))
+    return _resized(image, (0.0, 0.0, float(width), float(height)), small)
+
+
+def pixels_of(image: Image.Image, channels: int) -> NDArray[np.uint8]:
+    """Pixels `[H, W, channels]`, in colours or in grey.
+
+    Example:
+        >>> pixels_of(decoded(np.zeros((2, 2, 3), np.uint8)), 1).shape
+        (2, 2, 1)
+    """
+    array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return array.reshape(*array.shape[:2], channels)
+
+
+def _resized(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    width, height = image.size
+    if isinstance(image, JpegImageFile):
+        wide, high = max(1.0, box[2] - box[0]), max(1.0, box[3] - box[1])
+        wanted = round(_SPARE * size[0] * width / wide), round(_SPARE * size[1] * height / high)
+        image.draft(None, wanted)
+        across, down = image.size[0] / width, image.size[1] / height
+        box = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+    return _plain(image).resize(size, Image.Resampling.BICUBIC, box, reducing_gap=2.0)
+
+
+def _centred(size: tuple[int, int], wide: float, high: float) -> Box:
+    left, upper = (size[0] - wide) / 2, (size[1] - high) / 2
+    return left, upper, left + wide, upper + high
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """The image in RGB or in grey of 8 bits, in which pixels can be averaged."""
+    if image.mode in ("RGB", "L"):
+        return image
+    if image.mode.startswith("I"):
+        # Pillow would cut what is above 255.
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("L" if image.mode in ("1", "LA") else "RGB")

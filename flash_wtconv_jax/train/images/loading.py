@@ -1,0 +1,176 @@
+"""Batches of images by grain: the order, the crops in workers, and the place to go on from.
+
+The images of a step depend on the seed and the step alone: not on the number of workers, devices
+or processes.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+from numpy.typing import NDArray
+
+from flash_wtconv_jax.train.images import decoding, randaugment
+from flash_wtconv_jax.train.images.settings import Data
+from flash_wtconv_jax.train.images.sources import Source
+
+BROKEN = -1
+"""The label of an image that could not be read, and of a row that only fills a batch."""
+_THREADS = 16
+# Images that cross from a worker in one message.
+_CHUNK = 32
+
+Arrays = dict[str, NDArray[Any]]
+"""`image` uint8 `[N, S, S, C]`, and `label` and `index` int32 `[N]`."""
+
+
+class Share(NamedTuple):
+    """The part of each batch that one process reads.
+
+    Attributes:
+        process: Its number.
+        processes: Processes in all.
+    """
+
+    process: int = 0
+    processes: int = 1
+
+
+_WHOLE = Share()
+
+
+def training(
+    source: Source,
+    data: Data,
+    *,
+    batch: int,
+    seed: int,
+    steps: range,
+    share: Share = _WHOLE,
+) -> grain.IterDataset[Arrays]:
+    """The batches of steps: shuffled anew each epoch, cropped, and changed by RandAugment.
+
+    Args:
+        source: The images.
+        data: What is done to them.
+        batch: Images of a step, of all processes together.
+        seed: Of the order and the crops.
+        steps: The steps, counted from 0 over all epochs.
+        share: The process that reads.
+
+    Returns:
+        grain's dataset, whose iterators keep their place: see `iterating`.
+    """
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    crops = order.random_map(partial(_sample, source, data))
+    return _batches(crops, data.workers, batch, steps, share)
+
+
+def evaluation(
+    source: Source, data: Data, *, batch: int, share: Share = _WHOLE
+) -> grain.IterDataset[Arrays]:
+    """All images once, in their order, cropped from the centre; the last batch is filled up.
+
+    Args:
+        source: The images.
+        data: What is done to them.
+        batch: Images of a step, of all processes together.
+        share: The process that reads.
+    """
+    count = len(source)
+    steps = -(-count // batch)
+    crops = grain.MapDataset.range(steps * batch).map(partial(_sample, source, data))
+    return _batches(crops, data.workers, batch, range(steps), share)
+
+
+@contextmanager
+def iterating(dataset: grain.IterDataset[Arrays]) -> Iterator[grain.DatasetIterator[Arrays]]:
+    """Yields an iterator of a dataset, whose workers end when the block does."""
+    if not flags.FLAGS.is_parsed():
+        # Its workers are handed the flags of absl, which nothing here parses.
+        flags.FLAGS.mark_as_parsed()
+    iterator = iter(dataset)
+    try:
+        yield iterator
+    finally:
+        iterator.close()
+
+
+def reason(source: Source, data: Data, index: int) -> str:
+    """The name of an image that could not be read, and why, from a second attempt."""
+    try:
+        _read(source, data, index, None)
+    except Exception as error:  # See `_sample`.
+        return f"{source.name(index)}: {str(error) or type(error).__name__}"
+    return f"{source.name(index)}: it could be read the second time"
+
+
+def _batches(
+    crops: grain.MapDataset[Arrays], workers: int, batch: int, steps: range, share: Share
+) -> grain.IterDataset[Arrays]:
+    local = batch // share.processes
+    chunk = max(size for size in range(1, min(local, _CHUNK) + 1) if local % size == 0)
+    first = steps.start * local
+    rows = grain.MapDataset.range(first, first + len(steps) * local).map(
+        partial(_row, crops, batch, local, share.process)
+    )
+    # Whole chunks go to workers in turn, so that their order is that of one process.
+    chunks = rows.batch(chunk, batch_fn=_stacked)
+    threads = 1 if workers else min(_THREADS, os.cpu_count() or 1)
+    ready = chunks.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
+    if workers:
+        buffered = max(1, 2 * local // (chunk * workers))
+        ready = ready.mp_prefetch(grain.MultiprocessingOptions(workers, buffered))
+    # Joined even where there is one, which copies it out of the memory shared with its worker.
+    return ready.batch(local // chunk, batch_fn=_joined)
+
+
+def _row(crops: grain.MapDataset[Arrays], batch: int, local: int, process: int, row: int) -> Arrays:
+    """The image of a process's row: rows of a batch that follow each other are its own."""
+    return crops[row // local * batch + process * local + row % local]
+
+
+def _sample(
+    source: Source, data: Data, index: int, rng: np.random.Generator | None = None
+) -> Arrays:
+    label, pixels = BROKEN, np.zeros((data.size, data.size, data.channels), np.uint8)
+    if index < len(source):
+        # Pillow raises whatever it stumbles over; the trainer counts, and asks for the reason.
+        with suppress(Exception):
+            label, pixels = _read(source, data, index, rng)
+    return {
+        "image": pixels,
+        "label": np.asarray(label, np.int32),
+        "index": np.asarray(index, np.int32),
+    }
+
+
+def _read(
+    source: Source, data: Data, index: int, rng: np.random.Generator | None
+) -> tuple[int, NDArray[np.uint8]]:
+    """The class and the pixels of an image: a random crop, or without `rng` the centre's."""
+    content, label = source[index]
+    if not 0 <= label < len(source.classes):
+        raise ValueError(f"its class is {label}, expected 0 to {len(source.classes) - 1}")
+    image = decoding.decoded(content)
+    if rng is None:
+        box = decoding.centre_box(image.size, data.eval_crop)
+    else:
+        box = decoding.random_box(image.size, data.scale, data.ratio, rng)
+    image = decoding.cropped(image, box, data.size)
+    if rng is not None and data.randaugment:
+        image = randaugment.randaugment(image, data.randaugment, data.randaugment_ops, rng)
+    return label, decoding.pixels_of(image, data.channels)
+
+
+def _stacked(rows: Sequence[Arrays]) -> Arrays:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _joined(chunks: Sequence[Arrays]) -> Arrays:
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -1,0 +1,128 @@
+"""Augmentation, optimizers and steps: what each does to arrays of a few numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flash_wtconv_jax.train.images import augment, optimizers
+from flash_wtconv_jax.train.images.settings import Augment, Optimizer
+
+PLAIN = Augment(flip=0.0)
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 10, 3)), jnp.float32)
+TARGETS = jax.nn.one_hot(jnp.arange(6) % 3, 3)
+
+
+def changed(seed=0, **settings):
+    key = jax.random.key(seed)
+    return augment.augmented(key, IMAGES, TARGETS, Augment(**{"flip": 0.0, **settings}))
+
+
+def test_nothing_asked_for_is_nothing_done():
+    images, targets = changed()
+    np.testing.assert_array_equal(images, IMAGES)
+    np.testing.assert_array_equal(targets, TARGETS)
+
+
+def test_flips_mirror_some_images():
+    images, _ = changed(flip=0.5)
+    mirrored = [np.array_equal(a, b[:, ::-1]) for a, b in zip(images, IMAGES, strict=True)]
+    kept = [np.array_equal(a, b) for a, b in zip(images, IMAGES, strict=True)]
+    assert 0 < sum(mirrored) < 6 and sum(mirrored) + sum(kept) == 6
+
+
+def test_erasing_puts_noise_into_one_rectangle():
+    images, targets = changed(erasing=1.0)
+    np.testing.assert_array_equal(targets, TARGETS)
+    for one, other in zip(np.asarray(images), np.asarray(IMAGES), strict=True):
+        erased = (one != other).all(-1)
+        rows, columns = np.nonzero(erased)
+        assert 1 <= erased.sum() <= 0.5 * erased.size
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert erased.sum() == height * width
+
+
+def test_mixup_blends_images_and_targets_alike():
+    images, targets = changed(mixup=0.8)
+    share = float((targets[0, 0] - TARGETS[5, 0]) / (TARGETS[0, 0] - TARGETS[5, 0]))
+    assert 0 < share < 1
+    wanted = share * IMAGES + (1 - share) * IMAGES[::-1]
+    np.testing.assert_allclose(images, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
+
+
+def test_cutmix_pastes_one_rectangle_and_counts_it():
+    for seed in range(3):
+        images, targets = changed(seed, cutmix=1.0)
+        pasted = np.asarray((images != IMAGES).all((0, 3)))
+        np.testing.assert_allclose(targets[0, 0], 1 - pasted.mean(), rtol=1e-5)
+        others = np.asarray(IMAGES[::-1])[:, pasted]
+        np.testing.assert_array_equal(np.asarray(images)[:, pasted], others)
+
+
+PARAMS = {
+    "stem": {"conv": {"kernel": jnp.ones((2, 2))}},
+    "stages": [
+        {"blocks": [{"norm": {"scale": jnp.ones(2)}}, {"norm": {"scale": jnp.ones(2)}}]},
+        {"downsample": {"norm": {"bias": jnp.ones(2)}}, "blocks": [{"gamma": jnp.ones(2)}]},
+    ],
+    "head": {"fc": {"kernel": jnp.ones((2, 2))}},
+}
+
+
+def test_rates_decay_from_the_head_to_the_stem():
+    scales = optimizers.layer_scales(PARAMS, 0.5)
+    assert scales == {
+        "head.fc.kernel": 1.0,
+        "stages.1.blocks.0.gamma": 0.5,
+        "stages.1.downsample.norm.bias": 0.5,
+        "stages.0.blocks.1.norm.scale": 0.25,
+        "stages.0.blocks.0.norm.scale": 0.125,
+        "stem.conv.kernel": 0.0625,
+    }
+
+
+def updates(settings, freeze=()):
+    optimizer = optimizers.made(settings, optax.constant_schedule(0.1), PARAMS, freeze)
+    gradients = jax.tree.map(jnp.ones_like, PARAMS)
+    found, _ = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
+    names = jax.tree.leaves(optimizers.names_of(PARAMS))
+    return dict(zip(names, (float(one.mean()) for one in jax.tree.leaves(found)), strict=True))
+
+
+def test_decay_is_of_kernels_and_frozen_parameters_stay():
+    found = updates(Optimizer(weight_decay=0.5, layer_decay=0.5), ["stem", "stages.0.blocks.1"])
+    assert found["stem.conv.kernel"] == found["stages.0.blocks.1.norm.scale"] == 0.0
+    np.testing.assert_allclose(found["head.fc.kernel"], -0.15, rtol=1e-5)
+    np.testing.assert_allclose(found["stages.1.blocks.0.gamma"], -0.05, rtol=1e-5)
+    np.testing.assert_allclose(found["stages.0.blocks.0.norm.scale"], -0.0125, rtol=1e-5)
+
+
+def test_the_backbone_is_all_but_the_head():
+    found = updates(Optimizer(), ["backbone"])
+    assert [name for name, update in found.items() if update] == ["head.fc.kernel"]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (["stage"], "'stage', but no parameter's name begins so; there are head, stages, stem"),
+        (["backbone", "head"], "leaves nothing to train"),
+    ],
+)
+def test_a_wrong_freeze_is_told_of(freeze, message):
+    with pytest.raises(ValueError, match=message):
+        optimizers.made(Optimizer(), optax.constant_schedule(0.1), PARAMS, freeze)
+
+
+def test_averages_begin_with_the_parameters_of_the_first_steps():
+    ema = params = {"a": jnp.zeros(1)}
+    for step in range(3):
+        params = {"a": params["a"] + 1}
+        ema = optimizers.averaged(ema, params, jnp.asarray(step), 0.9999)
+    means = 0.0
+    for step in range(3):
+        kept = (1 + step) / (10 + step)
+        means = kept * means + (1 - kept) * (step + 1)
+    np.testing.assert_allclose(ema["a"], means, rtol=1e-6)
