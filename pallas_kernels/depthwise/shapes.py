@@ -57,11 +57,13 @@ GPU_SHAPES: dict[str, Shape] = {
 """The same at a batch for a GPU, with larger images."""
 
 TPU_SHAPES: dict[str, Shape] = {
-    "image_56_5x5": Shape(32, 56, 56, 96, 5),
+    "image_56": Shape(8, 56, 56, 128, 5),
     "convnext_t_stage1": Shape(32, 56, 56, 96, 7),
+    "convnext_t_stage2": Shape(32, 28, 28, 192, 7),
     "convnext_t_stage3": Shape(32, 14, 14, 384, 7),
+    "convnext_t_stage4": Shape(32, 7, 7, 768, 7),
 }
-"""The same at a batch for a TPU."""
+"""One image that fills a TPU's lanes, by 5x5 taps, and ConvNeXt's at a batch for a TPU."""
 
 FOR_PLATFORM: dict[str, dict[str, Shape]] = {
     "cpu": SHAPES,
