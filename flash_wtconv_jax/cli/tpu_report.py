@@ -75,7 +75,8 @@ def tpu_report(
         *columns, console=console, transient=True, speed_estimate_period=_LOOK_BACK_S
     ) as bar:
         task = bar.add_task(
-            f"compiling for {escape(chip)}", total=len(tpu.rows(shapes)) + len(sparse.PARTS) * len(voxels)
+            f"compiling for {escape(chip)}",
+            total=len(tpu.rows(shapes)) + len(sparse.PARTS) * len(voxels),
         )
         report = tpu.run(chip, shapes, lambda: bar.advance(task)) if shapes else {}
         if voxels:

@@ -1,4 +1,4 @@
-"""Operators that add a bias, made linear in their signal: the bias is multiplied by a one beside it.
+"""Operators that add a bias, made linear in their signal: a one beside it multiplies the bias.
 
 What adds a bias is not linear in its signal, but `common.multilinear` differentiates what is. With
 a one beside the signal it is linear in the two together, and linear in the weights.

@@ -5,7 +5,6 @@ It is the baseline of benchmarks, and of the error of low precision.
 """
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.conv2d.baseline_jax import conv2d
 from pallas_kernels.oracle.conv2d import Padding
@@ -23,6 +22,7 @@ def depthwise_conv2d(
     """Depthwise convolution; arguments as `pallas_kernels.depthwise.depthwise_conv2d`.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> depthwise_conv2d(jnp.ones((2, 9, 8, 4)), jnp.ones((3, 3, 1, 4)), stride=2).shape
         (2, 5, 4, 4)
     """

@@ -30,7 +30,6 @@ from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.types import Pair, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
-from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.depthwise.problem import Problem
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation

@@ -70,4 +70,6 @@ def depthwise_conv2d_vjp(
         (array([1., 2., 2., 1.]), array([3., 6.]))
     """
     groups = np.shape(kernel)[-1]
-    return conv2d_vjp(x, kernel, dy, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    return conv2d_vjp(
+        x, kernel, dy, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
