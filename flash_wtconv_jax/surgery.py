@@ -168,7 +168,9 @@ def use_depthwise(
         if not isinstance(conv, DepthwiseConv2d)
     ]
     _check(sites, _no_image, "DepthwiseConv2d", "give a `where` that is False for them")
-    replacements = {id(conv): _depthwise(conv, implementation) for _, conv in sites}
+    replacements: dict[int, nnx.Module] = {
+        id(conv): _depthwise(conv, implementation) for _, conv in sites
+    }
     _substitute(model, replacements, set())
     return [path for path, _ in sites]
 

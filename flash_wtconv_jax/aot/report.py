@@ -88,7 +88,7 @@ def rows(shapes: Sequence[str]) -> list[tuple[str, str, str, str]]:
         (12, 8)
     """
     every = product(KERNELS, shapes, DTYPES, DIRECTIONS)
-    return [(kernel, name, *rest) for kernel, name, *rest in every if name in SHAPES[kernel]]
+    return [key for key in every if key[1] in SHAPES[key[0]]]
 
 
 def job(

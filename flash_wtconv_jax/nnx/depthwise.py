@@ -1,14 +1,17 @@
 """The depthwise convolution for flax.nnx; `flash_wtconv_jax.linen` has its twin."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import PaddingLike
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from flash_wtconv_jax.functional import arguments, depthwise
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
-from flash_wtconv_jax.functional.conv2d import Padding, PerAxis
+from flash_wtconv_jax.functional.conv2d import Padding, PerAxis, Windowed
 from pallas_kernels.common.arguments import checked_dtype, hashable
 
 
@@ -61,12 +64,12 @@ class DepthwiseConv2d(nnx.Conv):
             features,
             tuple(taps),
             hashable(strides),
-            padding=hashable(padding),
+            padding=cast(PaddingLike, hashable(padding)),
             input_dilation=hashable(input_dilation),
             kernel_dilation=hashable(kernel_dilation),
             feature_group_count=features,
             use_bias=use_bias,
-            mask=mask,
+            mask=cast("jax.Array | None", mask),
             dtype=dtype,
             param_dtype=checked_dtype(param_dtype, "param_dtype"),
             precision=precision,
@@ -75,9 +78,9 @@ class DepthwiseConv2d(nnx.Conv):
             rngs=arguments.checked_rngs(rngs),
         )
         self.implementation = hashable(implementation)
-        depthwise.check_layer(self)
+        depthwise.check_layer(cast(Windowed, self))
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike) -> jax.Array:  # type: ignore[override]
         """Apply the convolution.
 
         Args:
@@ -91,4 +94,4 @@ class DepthwiseConv2d(nnx.Conv):
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
         bias = None if self.bias is None else self.bias[...]
-        return depthwise.apply(self, x, self.kernel[...], bias)
+        return depthwise.apply(cast(Windowed, self), x, self.kernel[...], bias)

@@ -26,5 +26,7 @@ def depthwise_conv2d(
         >>> depthwise_conv2d(jnp.ones((2, 9, 8, 4)), jnp.ones((3, 3, 1, 4)), stride=2).shape
         (2, 5, 4, 4)
     """
-    static = {"stride": stride, "padding": padding, "dilation": dilation}
-    return conv2d(x, kernel, bias, groups=x.shape[-1], **static)
+    groups = x.shape[-1]
+    return conv2d(
+        *(x, kernel, bias), stride=stride, padding=padding, dilation=dilation, groups=groups
+    )

@@ -28,7 +28,7 @@ from pallas_kernels.common.biased import Source, in_one, scaled, summed, with_on
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
-from pallas_kernels.common.types import Pair, Tree
+from pallas_kernels.common.types import Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.depthwise.problem import Problem
 from pallas_kernels.dispatch import Operator, Request
@@ -138,7 +138,7 @@ def _input_grad(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
     return multilinear(partial(_dx, plan), (in_dy, in_kernel), dy, kernel)
 
 
-def _weight_grad(plan: Plan, taps: Pair, x: jax.Array, dy: jax.Array) -> jax.Array:
+def _weight_grad(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> jax.Array:
     """The gradient of the kernel, linear in x and linear in dy."""
 
     def in_x(dkernel: jax.Array, dy: jax.Array) -> jax.Array:
@@ -164,7 +164,7 @@ def _dx(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
     return run(dy, kernel) if plan.module.DIFFERENTIABLE else vmap_folding(run)(dy, kernel)
 
 
-def _dkernel(plan: Plan, taps: Pair, x: jax.Array, dy: jax.Array) -> jax.Array:
+def _dkernel(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> jax.Array:
     """The implementation's `weight_grad`."""
     run = plan.bound("weight_grad", kernel_size=taps)
     return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)

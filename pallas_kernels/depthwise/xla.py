@@ -60,8 +60,9 @@ def forward(
         )
     taps = kernel.shape[:2]
     if _is_plain(x.shape, x.dtype, taps, window):
-        static = {"wavelet": "haar", "transpose": False, "precision": precision}
-        return wtconv.forward(x, (kernel,), bias, **static)
+        return wtconv.forward(
+            *(x, (kernel,), bias), wavelet="haar", transpose=False, precision=precision
+        )
     acc = accumulation_dtype(x.dtype)
     parts = (
         shifted_products(phase.samples(x)[..., None, :], phase.taps(kernel.astype(acc)))
@@ -80,20 +81,20 @@ def input_grad(
     precision: lax.Precision | None,
 ) -> jax.Array:
     """The transpose of the convolution in x, applied to dy: an array `[N, *size, C]`."""
-    shape, taps = (*size, dy.shape[-1]), kernel.shape[:2]
+    shape, taps = (dy.shape[0], *size, dy.shape[-1]), kernel.shape[:2]
     if not on_cpu():
         return dense.input_grad(
             *(dy, kernel.astype(dy.dtype)),
-            shape=shape,
+            shape=shape[1:],
             dtype=dy.dtype,
             window=window,
             precision=precision,
             config=None,
         )
-    shape = dy.shape[0], *shape
     if _is_plain(shape, dy.dtype, taps, window):
-        static = {"wavelet": "haar", "transpose": True, "precision": precision}
-        return wtconv.forward(dy, (kernel,), None, **static)
+        return wtconv.forward(
+            *(dy, (kernel,), None), wavelet="haar", transpose=True, precision=precision
+        )
     acc = accumulation_dtype(dy.dtype)
     wide, kernel = dy.astype(acc), kernel.astype(acc)
 
@@ -119,11 +120,13 @@ def weight_grad(
     """The transpose of the convolution in the kernel, applied to dy: `[*kernel_size, 1, C]`."""
     shape, acc = (*kernel_size, 1, x.shape[-1]), accumulation_dtype(x.dtype)
     if not on_cpu():
-        static = {"window": window, "precision": precision, "config": None}
-        return dense.weight_grad(x, dy, shape=shape, dtype=acc, **static)
+        return dense.weight_grad(
+            *(x, dy), shape=shape, dtype=acc, window=window, precision=precision, config=None
+        )
     if _is_plain(x.shape, x.dtype, kernel_size, window):
-        static = {"kernel_shapes": (shape,), "wavelet": "haar", "precision": precision}
-        return wtconv.weight_grad(x, dy, **static)[0]
+        return wtconv.weight_grad(
+            *(x, dy), kernel_shapes=(shape,), wavelet="haar", precision=precision
+        )[0]
     kernel = jax.ShapeDtypeStruct(shape, acc)
 
     def in_taps(phase: _Phase) -> jax.Array:
@@ -140,13 +143,13 @@ class _Phase(NamedTuple):
 
     Attributes:
         first: The first sample, and tap, along H and W.
-        count: The number of taps along H and W.
+        lengths: The number of taps along H and W.
         size: The height and width of the output.
         window: The window of the call.
     """
 
     first: Pair
-    count: Pair
+    lengths: Pair
     size: Pair
     window: Window
 
@@ -156,7 +159,7 @@ class _Phase(NamedTuple):
             x = dense.mirrored(x, self.window)
         else:
             x = jnp.pad(x, [(0, 0), *self.window.pads, (0, 0)])
-        counts = (n + k - 1 for n, k in zip(self.size, self.count, strict=True))
+        counts = (n + k - 1 for n, k in zip(self.size, self.lengths, strict=True))
         for axis, count in enumerate(counts, 1):
             x = self._every(x, axis, axis - 1, count)
         return x
@@ -165,7 +168,7 @@ class _Phase(NamedTuple):
         """The phase's taps of a kernel, which has zeros between those of a dilated one."""
         between = [(0, 0, d - 1) for d in self.window.dilation]
         kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), [*between, (0, 0, 0), (0, 0, 0)])
-        for axis, count in enumerate(self.count):
+        for axis, count in enumerate(self.lengths):
             kernel = self._every(kernel, axis, axis, count)
         return kernel
 
@@ -175,7 +178,7 @@ class _Phase(NamedTuple):
         return lax.slice_in_dim(array, first, first + (count - 1) * step + 1, step, axis)
 
 
-def _phases(size: Pair, taps: Pair, window: Window) -> Iterator[_Phase]:
+def _phases(size: Sequence[int], taps: Sequence[int], window: Window) -> Iterator[_Phase]:
     """The phases of a convolution of images of some size; those without taps are left out."""
     spans = [d * (k - 1) + 1 for d, k in zip(window.dilation, taps, strict=True)]
     firsts = (range(min(s, span)) for s, span in zip(window.stride, spans, strict=True))
