@@ -17,8 +17,8 @@ from pallas_kernels.depthwise.api import OPERATOR
 from pallas_kernels.depthwise.baseline_jax import depthwise_conv2d as plain
 from pallas_kernels.depthwise.cases import CASES, HARD, PAIRWISE, Case
 
-# Of each sort one: stride 1, 16 bits, a stride, an even kernel, mirrored edges, a dilated one.
-NARROW = (PAIRWISE[0], PAIRWISE[7], PAIRWISE[11], HARD[0], HARD[7], HARD[11])
+# Of each sort one: stride 1, a stride in 16 bits, an even kernel, a large one, dilation.
+NARROW = (PAIRWISE[0], PAIRWISE[7], PAIRWISE[11], HARD[0], HARD[11])
 
 
 @pytest.fixture(autouse=True)
