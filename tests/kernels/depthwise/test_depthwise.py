@@ -56,6 +56,19 @@ def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, None)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_on_a_gpu_every_implementation_computes_what_the_oracle_does(case):
+    problem = conformance.problem(case)
+    for name in map(str, OPERATOR.implementations):
+        try:
+            for direction in OPERATOR.directions:
+                OPERATOR.pick(direction, name, "gpu", problem)
+        except NotImplementedError:
+            continue
+        assert_oracle(case, name)
+
+
 def test_the_table_has_every_kernel_with_and_without_a_stride():
     assert {(case.k, case.stride) for case in PAIRWISE} == {
         (k, stride) for k in range(3, 10) for stride in (1, 2)
