@@ -10,7 +10,7 @@ from flax import nnx
 import flash_wtconv_jax.nnx as nnx_layers
 from flash_wtconv_jax import DepthwiseConv2d
 
-WIDE = pytest.mark.wide
+WIDE, SLOW = pytest.mark.wide, pytest.mark.slow
 OPTIONS = {
     "default": {},
     "stride": {"strides": (2, 2), "kernel_size": (7, 7), "use_bias": False},
@@ -24,7 +24,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[WIDE] * (i > 1)) for i, name in enumerate(OPTIONS)]
+    "name",
+    [
+        # Padding and dilation are those of Conv2d, whose tests have them.
+        pytest.param(name, marks=[(SLOW if name in ("sides", "reflect") else WIDE)] * (i > 1))
+        for i, name in enumerate(OPTIONS)
+    ],
 )
 def test_parameters_and_results_are_flaxs(name):
     options = {"kernel_size": (3, 3), "bias_init": nn.initializers.normal()} | OPTIONS[name]

@@ -19,6 +19,8 @@ from pallas_kernels.depthwise.cases import CASES, HARD, PAIRWISE, Case
 
 # Of each sort one: stride 1, a stride in 16 bits, an even kernel, a large one, dilation.
 NARROW = (PAIRWISE[0], PAIRWISE[7], PAIRWISE[11], HARD[0], HARD[11])
+# Their sorts have other rows: kernels of these sizes, padding in numbers, a stride for each axis.
+SLOW = (*PAIRWISE[5:7], *PAIRWISE[8:11], *PAIRWISE[12:14], HARD[4], HARD[5], HARD[9])
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +32,8 @@ def x64():
 def parameters(cases):
     """Cases by their names; `NARROW` always runs."""
     for case in cases:
-        marks = [pytest.mark.core] if case in NARROW else [pytest.mark.wide]
-        yield pytest.param(case, id=case.name, marks=marks)
+        mark = pytest.mark.slow if case in SLOW else pytest.mark.wide
+        yield pytest.param(case, id=case.name, marks=pytest.mark.core if case in NARROW else mark)
 
 
 def results(function, case):
@@ -138,7 +140,7 @@ def test_saved_are_x_and_the_kernel():
 
 @pytest.mark.wide
 @pytest.mark.parametrize("case", [STRIDED, SAME], ids=str)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sharded_over_the_batch(case, check_vma):
     case = case._replace(n=2, dtype="float32")
     run = partial(depthwise_conv2d, **case.arguments)
@@ -152,7 +154,7 @@ def test_sharded_over_the_batch(case, check_vma):
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_images_of_any_size_are_exported(stride):
     x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, h, w, 3"), jnp.float32)
     kernel = np.ones((3, 3, 1, 3), np.float32)
