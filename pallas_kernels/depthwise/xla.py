@@ -65,7 +65,9 @@ def forward(
         )
     acc = accumulation_dtype(x.dtype)
     parts = (
-        shifted_products(phase.samples(x)[..., None, :], phase.taps(kernel.astype(acc)))
+        shifted_products(
+            *(phase.samples(x)[..., None, :], phase.taps(kernel.astype(acc)), phase.steps)
+        )
         for phase in _phases(x.shape[1:3], taps, window)
     )
     y = cast(jax.Array, sum(parts))[..., 0, :]
@@ -100,9 +102,9 @@ def input_grad(
 
     def in_samples(phase: _Phase) -> jax.Array:
         own = jnp.flip(phase.taps(kernel), (0, 1))
-        around = [(k - 1, k - 1) for k in own.shape[:2]]
+        around = [(reach, reach) for reach in phase.reaches]
         ready = jnp.pad(wide, [(0, 0), *around, (0, 0)])[..., None, :]
-        part = shifted_products(ready, own)[..., 0, :]
+        part = shifted_products(ready, own, phase.steps)[..., 0, :]
         return dense.transposed(phase.samples, shape, part, kernel)
 
     parts = map(in_samples, _phases(size, taps, window))
@@ -131,7 +133,7 @@ def weight_grad(
 
     def in_taps(phase: _Phase) -> jax.Array:
         own = jax.eval_shape(phase.taps, kernel)
-        part = shifted_sums(phase.samples(x)[..., None, :], dy[..., None, :], own)
+        part = shifted_sums(phase.samples(x)[..., None, :], dy[..., None, :], own, phase.steps)
         return dense.transposed(phase.taps, shape, part, x)
 
     parts = map(in_taps, _phases(x.shape[1:3], kernel_size, window))
@@ -140,6 +142,9 @@ def weight_grad(
 
 class _Phase(NamedTuple):
     """Every stride-th sample and every stride-th tap, from some on, and the window of the call.
+
+    Along an axis without a stride a dilated kernel's taps are `steps` apart; along one with a
+    stride, the kernel has zeros between them.
 
     Attributes:
         first: The first sample, and tap, along H and W.
@@ -153,20 +158,36 @@ class _Phase(NamedTuple):
     size: Pair
     window: Window
 
+    @property
+    def steps(self) -> Pair:
+        """The distance of neighbouring taps along H and W, in samples of the phase."""
+        down, across = (
+            d if s == 1 else 1
+            for d, s in zip(self.window.dilation, self.window.stride, strict=True)
+        )
+        return down, across
+
+    @property
+    def reaches(self) -> Pair:
+        """The distance of the last tap from the first along H and W."""
+        down, across = (d * (k - 1) for d, k in zip(self.steps, self.lengths, strict=True))
+        return down, across
+
     def samples(self, x: jax.Array) -> jax.Array:
         """The phase's samples of padded images, as many as its taps read."""
         if self.window.reflect:
             x = dense.mirrored(x, self.window)
         else:
             x = jnp.pad(x, [(0, 0), *self.window.pads, (0, 0)])
-        counts = (n + k - 1 for n, k in zip(self.size, self.lengths, strict=True))
+        counts = (n + reach for n, reach in zip(self.size, self.reaches, strict=True))
         for axis, count in enumerate(counts, 1):
             x = self._every(x, axis, axis - 1, count)
         return x
 
     def taps(self, kernel: jax.Array) -> jax.Array:
-        """The phase's taps of a kernel, which has zeros between those of a dilated one."""
-        between = [(0, 0, d - 1) for d in self.window.dilation]
+        """The phase's taps of a kernel."""
+        pairs = zip(self.window.dilation, self.steps, strict=True)
+        between = [(0, 0, d // step - 1) for d, step in pairs]
         kernel = lax.pad(kernel, jnp.zeros((), kernel.dtype), [*between, (0, 0, 0), (0, 0, 0)])
         for axis, count in enumerate(self.lengths):
             kernel = self._every(kernel, axis, axis, count)
@@ -180,7 +201,11 @@ class _Phase(NamedTuple):
 
 def _phases(size: Sequence[int], taps: Sequence[int], window: Window) -> Iterator[_Phase]:
     """The phases of a convolution of images of some size; those without taps are left out."""
-    spans = [d * (k - 1) + 1 for d, k in zip(window.dilation, taps, strict=True)]
+    # In taps, zeros between them included.
+    spans = [
+        k if s == 1 else d * (k - 1) + 1
+        for s, d, k in zip(window.stride, window.dilation, taps, strict=True)
+    ]
     firsts = (range(min(s, span)) for s, span in zip(window.stride, spans, strict=True))
     for first in product(*firsts):
         down, across = (
