@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flash_wtconv_jax.linen import (
         Conv2d,
         ConvNormAct,
+        DepthwiseConv2d,
         InstanceNorm,
         ResidualBlock,
         SeparableWTConv2d,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Conv2d",
     "ConvNormAct",
+    "DepthwiseConv2d",
     "InstanceNorm",
     "ResidualBlock",
     "SeparableWTConv2d",
@@ -81,6 +83,7 @@ _SUBMODULES = frozenset({"checkpoints", "linen", "models", "nnx", "surgery"})
 _HOME = {
     "Conv2d": "linen",
     "ConvNormAct": "linen",
+    "DepthwiseConv2d": "linen",
     "InstanceNorm": "linen",
     "ResidualBlock": "linen",
     "SeparableWTConv2d": "linen",

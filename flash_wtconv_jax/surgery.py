@@ -1,4 +1,4 @@
-"""Replace the depthwise convolutions of an existing nnx model by WTConv, in place."""
+"""Replace the depthwise convolutions of an existing nnx model, in place: by WTConv, or by ours."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -15,11 +15,13 @@ from flash_wtconv_jax.functional.arguments import (
     PrecisionLike,
     check_constructor,
 )
+from flash_wtconv_jax.functional.conv2d import Padding
 from flash_wtconv_jax.functional.wtconv import default_scale_init
-from flash_wtconv_jax.nnx import WTConv1d, WTConv2d, WTConv3d
+from flash_wtconv_jax.nnx import DepthwiseConv2d, WTConv1d, WTConv2d, WTConv3d
 from pallas_kernels.common.types import Tree
+from pallas_kernels.depthwise.api import OPERATOR as DEPTHWISE
 
-__all__ = ["obstacle", "replace_depthwise"]
+__all__ = ["obstacle", "replace_depthwise", "use_depthwise"]
 
 _LAYERS = {1: WTConv1d, 2: WTConv2d, 3: WTConv3d}
 
@@ -37,6 +39,8 @@ def replace_depthwise(
     implementation: ImplementationLike = None,
 ) -> list[str]:
     """Replace every depthwise `nnx.Conv` of a model by a WTConv of the same channels and stride.
+
+    `flash_wtconv_jax.nnx.DepthwiseConv2d`, which is one, is replaced too.
 
     The model is changed in place, also inside lists, tuples, dicts, `nnx.List`, `nnx.Dict` and
     `nnx.Sequential`. A convolution used in several places becomes one WTConv used in all of them.
@@ -84,13 +88,18 @@ def replace_depthwise(
     check_constructor(depth=depth)
     if kernel_size is not None:
         check_constructor(kernel_size=kernel_size)
-    if not isinstance(model, nnx.Module) or isinstance(model, nnx.Conv):
-        raise ValueError(
-            f"model must be an nnx.Module that contains convolutions, got {type(model).__name__}; "
-            "a convolution of its own cannot be replaced in place: make a WTConv instead"
-        )
     sites = _select(model, where)
-    _check(sites, keep_weights, kernel_size)
+
+    def reason(conv: nnx.Conv) -> str | None:
+        found, k = obstacle(conv, keep_weights=keep_weights), _tuple(conv.kernel_size, 1)[0]
+        if found is None and keep_weights and kernel_size is not None and kernel_size < k:
+            found = (
+                f"its kernel of {k} taps does not fit into kernel_size={kernel_size}; "
+                "give keep_weights=False to start from new weights"
+            )
+        return found
+
+    _check(sites, reason, "WTConv", "give where=lambda path, conv: obstacle(conv) is None")
 
     replacements: dict[int, nnx.Module] = {}
     moved: dict[int, nnx.Param[jax.Array]] = {}
@@ -107,6 +116,61 @@ def replace_depthwise(
                 scale_init=scale_init,
                 implementation=implementation,
             )
+    _substitute(model, replacements, set())
+    return [path for path, _ in sites]
+
+
+def use_depthwise(
+    model: nnx.Module,
+    *,
+    where: Callable[[str, nnx.Conv], bool] | None = None,
+    implementation: ImplementationLike = None,
+) -> list[str]:
+    """Let every depthwise `nnx.Conv` of a model compute on kernels of ours, weights untouched.
+
+    The model is changed in place, as by `replace_depthwise`: each depthwise convolution of images
+    becomes a `flash_wtconv_jax.nnx.DepthwiseConv2d` of the same arguments, with the same variables
+    at the same paths. So checkpoints load as before, an optimizer stays valid, and results are the
+    same but for rounding.
+
+    Nothing is changed unless all can be: a depthwise convolution that `DepthwiseConv2d` cannot
+    stand in for (of signals or volumes, with several features a channel, or of a class, a function
+    or a rule for dtypes of its own) is an error naming it, and `where` leaves it out. Those that
+    are `DepthwiseConv2d` stay as they are.
+
+    Args:
+        model: The model. Its own attributes change, so it cannot be the convolution itself.
+        where: As in `replace_depthwise`.
+        implementation: See `flash_wtconv_jax.DepthwiseConv2d`.
+
+    Returns:
+        The paths at which a convolution was replaced.
+
+    Raises:
+        ValueError: If there is nothing to replace, a convolution cannot be replaced, or an
+            argument is out of range.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from flash_wtconv_jax import surgery
+        >>> conv = nnx.Conv(4, 4, (7, 7), feature_group_count=4, rngs=nnx.Rngs(0))
+        >>> model = nnx.Sequential(conv, jax.nn.relu)
+        >>> surgery.use_depthwise(model)
+        ['layers.0']
+        >>> model.layers[0].kernel is conv.kernel
+        True
+    """
+    DEPTHWISE.check_names(implementation)
+    sites = [
+        (path, conv)
+        for path, conv in _select(model, where)
+        if not isinstance(conv, DepthwiseConv2d)
+    ]
+    _check(sites, _no_image, "DepthwiseConv2d", "give a `where` that is False for them")
+    replacements: dict[int, nnx.Module] = {
+        id(conv): _depthwise(conv, implementation) for _, conv in sites
+    }
     _substitute(model, replacements, set())
     return [path for path, _ in sites]
 
@@ -135,10 +199,9 @@ def obstacle(conv: nnx.Conv, *, keep_weights: bool = True) -> str | None:
     """
     kernel, strides = _tuple(conv.kernel_size, 1), _strides(conv)
     ndim, k, stride = len(kernel), kernel[0], strides[0]
-    if type(conv) is not nnx.Conv:
-        return f"it is a {type(conv).__name__}, which may compute something else than nnx.Conv"
-    if conv.out_features != conv.in_features:
-        return f"it makes {conv.out_features} features of {conv.in_features} channels"
+    foreign = _foreign(conv)
+    if foreign is not None:
+        return foreign
     if ndim not in _LAYERS:
         return f"it has {ndim} spatial axes"
     if len(set(kernel)) > 1:
@@ -147,16 +210,8 @@ def obstacle(conv: nnx.Conv, *, keep_weights: bool = True) -> str | None:
         return "it is dilated"
     if len(set(strides)) > 1:
         return f"its strides {strides} differ"
-    if isinstance(conv.precision, tuple):
-        return f"its precision is {conv.precision}, and WTConv takes one for both"
     if conv.mask is not None:
         return "its kernel is masked"
-    if conv.kernel.shape != (*kernel, 1, conv.in_features):
-        return f"its kernel has shape {conv.kernel.shape}: layers stacked by nnx.vmap or nnx.scan"
-    if conv.conv_general_dilated is not jax.lax.conv_general_dilated:
-        return "it calls a convolution function of its own"
-    if conv.promote_dtype is not promote_dtype or conv.preferred_element_type is not None:
-        return "it has a rule for dtypes of its own"
     if ndim == 1 and stride > 1:
         return f"it has stride {stride}, and a strided WTConv1d averages where this one skips"
     if conv.padding == "SAME":
@@ -171,10 +226,39 @@ def obstacle(conv: nnx.Conv, *, keep_weights: bool = True) -> str | None:
     return None
 
 
+def _foreign(conv: nnx.Conv) -> str | None:
+    """The reason why a layer of ours may compute something else than a depthwise convolution."""
+    if type(conv) not in (nnx.Conv, DepthwiseConv2d):
+        return f"it is a {type(conv).__name__}, which may compute something else than nnx.Conv"
+    if conv.out_features != conv.in_features:
+        return f"it makes {conv.out_features} features of {conv.in_features} channels"
+    if isinstance(conv.precision, tuple):
+        return f"its precision is {conv.precision}, and ours takes one for both"
+    kernel = _tuple(conv.kernel_size, 1)
+    if conv.kernel.shape != (*kernel, 1, conv.in_features):
+        return f"its kernel has shape {conv.kernel.shape}: layers stacked by nnx.vmap or nnx.scan"
+    if conv.conv_general_dilated is not jax.lax.conv_general_dilated:
+        return "it calls a convolution function of its own"
+    if conv.promote_dtype is not promote_dtype or conv.preferred_element_type is not None:
+        return "it has a rule for dtypes of its own"
+    return None
+
+
+def _no_image(conv: nnx.Conv) -> str | None:
+    """The reason why `DepthwiseConv2d` cannot stand in for a depthwise convolution."""
+    ndim = len(_tuple(conv.kernel_size, 1))
+    return _foreign(conv) or (None if ndim == 2 else f"it has {ndim} spatial axes")
+
+
 def _select(
     model: nnx.Module, where: Callable[[str, nnx.Conv], bool] | None
 ) -> list[tuple[str, nnx.Conv]]:
     """Paths and convolutions to be replaced."""
+    if not isinstance(model, nnx.Module) or isinstance(model, nnx.Conv):
+        raise ValueError(
+            f"model must be an nnx.Module that contains convolutions, got {type(model).__name__}; "
+            "a convolution of its own cannot be replaced in place: make a layer of ours instead"
+        )
     found = [(path, conv) for path, conv in _convolutions(model, (), set()) if _is_depthwise(conv)]
     chosen: dict[int, bool] = {}
     for path, conv in found:
@@ -191,24 +275,43 @@ def _select(
     return sites
 
 
-def _check(sites: list[tuple[str, nnx.Conv]], keep_weights: bool, kernel_size: int | None) -> None:
-    problems = []
-    for path, conv in sites:
-        reason = obstacle(conv, keep_weights=keep_weights)
-        k = _tuple(conv.kernel_size, 1)[0]
-        if reason is None and keep_weights and kernel_size is not None and kernel_size < k:
-            reason = (
-                f"its kernel of {k} taps does not fit into kernel_size={kernel_size}; "
-                "give keep_weights=False to start from new weights"
-            )
-        if reason is not None:
-            problems.append(f"  {path}: {reason}")
+def _check(
+    sites: list[tuple[str, nnx.Conv]],
+    reason: Callable[[nnx.Conv], str | None],
+    layer: str,
+    advice: str,
+) -> None:
+    """Raises an error that names every convolution with a reason why a layer cannot replace it."""
+    found = ((path, reason(conv)) for path, conv in sites)
+    problems = [f"  {path}: {why}" for path, why in found if why is not None]
     if problems:
         raise ValueError(
-            "these depthwise convolutions cannot be replaced by WTConv (nothing was changed; to "
-            "leave them as they are, give where=lambda path, conv: obstacle(conv) is None):\n"
-            + "\n".join(problems)
+            f"these depthwise convolutions cannot be replaced by {layer} (nothing was changed; to "
+            f"leave them as they are, {advice}):\n" + "\n".join(problems)
         )
+
+
+def _depthwise(conv: nnx.Conv, implementation: ImplementationLike) -> DepthwiseConv2d:
+    """The same convolution, of the same variables, on kernels of ours."""
+    layer = DepthwiseConv2d(
+        conv.in_features,
+        cast("tuple[int, int]", conv.kernel_size),
+        conv.strides,
+        padding=cast(Padding, conv.padding),
+        input_dilation=conv.input_dilation,
+        kernel_dilation=conv.kernel_dilation,
+        use_bias=conv.bias is not None,
+        mask=conv.mask,
+        dtype=conv.dtype,
+        param_dtype=conv.param_dtype,
+        # _foreign() has refused a precision of two parts.
+        precision=cast(PrecisionLike, conv.precision),
+        kernel_init=nnx.initializers.zeros,
+        implementation=implementation,
+        rngs=nnx.Rngs(0),
+    )
+    layer.kernel, layer.bias = conv.kernel, conv.bias
+    return layer
 
 
 def _wtconv(
@@ -233,7 +336,7 @@ def _wtconv(
         wavelet=wavelet,
         dtype=conv.dtype,
         param_dtype=conv.param_dtype,
-        # obstacle() has refused a precision of two parts.
+        # _foreign() has refused a precision of two parts.
         precision=cast(PrecisionLike, conv.precision),
         scale_init=scale_init,
         implementation=implementation,

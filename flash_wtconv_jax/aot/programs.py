@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.types import Keywords, Taps, Tree
+from pallas_kernels.depthwise.baseline_jax import depthwise_conv2d
 from pallas_kernels.sparse.maps import KernelMap, kernel_map
 from pallas_kernels.sparse.shapes import Shape as VoxelShape
 from pallas_kernels.wtconv import baseline_jax
@@ -78,6 +79,42 @@ def plain_wtconv(shape: list[int], dtype: str, direction: str) -> Program:
     if direction == "backward":
         return backward, (x, params, x)
     return baseline_jax.wtconv, (x, params)
+
+
+def depthwise(shape: list[int], dtype: str, direction: str) -> Program:
+    """Our TPU kernels of the depthwise convolution; as `wtconv`, whose base convolution it is.
+
+    Example:
+        >>> function, (x, (kernel,), bias) = depthwise([1, 8, 8, 128, 0, 7], "float32", "forward")
+        >>> kernel.shape
+        (7, 7, 1, 128)
+    """
+    return wtconv(shape, dtype, direction)
+
+
+def plain_depthwise(shape: list[int], dtype: str, direction: str) -> Program:
+    """The depthwise convolution in plain JAX, which XLA compiles by itself.
+
+    Its gradients are those of x, of the kernel and of the bias.
+
+    Example:
+        >>> function, (x, kernel, bias) = plain_depthwise(
+        ...     [1, 8, 8, 128, 0, 7], "bfloat16", "forward"
+        ... )
+        >>> kernel.shape, bias.shape
+        ((7, 7, 1, 128), (128,))
+    """
+    layer = Shape(*shape)
+    k, c = layer.kernel_size, layer.channels
+    sizes = layer.x, (k, k, 1, c), (c,)
+    x, kernel, bias = (jax.ShapeDtypeStruct(size, jnp.dtype(dtype)) for size in sizes)
+
+    def backward(x: jax.Array, kernel: jax.Array, bias: jax.Array, dy: jax.Array) -> Tree:
+        return jax.vjp(depthwise_conv2d, x, kernel, bias)[1](dy)
+
+    if direction == "backward":
+        return backward, (x, kernel, bias, x)
+    return depthwise_conv2d, (x, kernel, bias)
 
 
 def haar(shape: list[int], dtype: str, direction: str) -> Program:

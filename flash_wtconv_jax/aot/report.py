@@ -20,9 +20,17 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.aot import compiling
 from flash_wtconv_jax.aot.chips import CHIPS, VALU_LANES, Chip
 from pallas_kernels.common.types import Json
+from pallas_kernels.depthwise.shapes import TPU_SHAPES as DEPTHWISE
 from pallas_kernels.wtconv.shapes import TPU_SHAPES, Shape
 
-KERNELS = ("wtconv", "haar")
+SHAPES: dict[str, dict[str, Shape]] = {
+    "wtconv": TPU_SHAPES,
+    # The wavelet convolution of 0 levels.
+    "depthwise": {name: Shape(*shape.x, 0, shape.kernel_size) for name, shape in DEPTHWISE.items()},
+    "haar": TPU_SHAPES,
+}
+"""The shapes of every kernel of the report, by name."""
+KERNELS = tuple(SHAPES)
 DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("forward", "backward")
 
@@ -51,7 +59,7 @@ def run(
     unknown = sorted(set(shapes) - set(TPU_SHAPES))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {list(TPU_SHAPES)}")
-    keys = list(product(KERNELS, shapes, DTYPES, DIRECTIONS))
+    keys = rows(shapes)
     jobs = [job(chip, *key, plain=plain) for key in keys for plain in (False, True)]
     done = 0
 
@@ -72,6 +80,17 @@ def run(
     }
 
 
+def rows(shapes: Sequence[str]) -> list[tuple[str, str, str, str]]:
+    """The kernel, shape, dtype and direction of each row of a report of some shapes.
+
+    Example:
+        >>> len(rows(["image_56"])), len(rows(["image_2048"]))
+        (12, 8)
+    """
+    every = product(KERNELS, shapes, DTYPES, DIRECTIONS)
+    return [key for key in every if key[1] in SHAPES[key[0]]]
+
+
 def job(
     chip: str, kernel: str, name: str, dtype: str, direction: str, *, plain: bool = False
 ) -> compiling.Job:
@@ -79,7 +98,7 @@ def job(
     return compiling.Job(
         f"{__package__}.programs:{'plain_' * plain}{kernel}",
         chip,
-        {"shape": list(TPU_SHAPES[name]), "dtype": dtype, "direction": direction},
+        {"shape": list(SHAPES[kernel][name]), "dtype": dtype, "direction": direction},
     )
 
 
@@ -102,7 +121,7 @@ def row(
         over the sum of ours; `valu_floor_cycles`, `hbm_floor_cycles`, and `floor_cycles`, the
         greater of the two. What is not known is None.
     """
-    shape = TPU_SHAPES[name]
+    shape = SHAPES[kernel][name]
     valu, hbm = floors(chip, kernel, shape, dtype, direction)
     own = [c for c in ours.computations if c["name"].startswith(kernel)]
     cycles = sum(c["cycles"] for c in own) or None

@@ -190,7 +190,7 @@ def defaults(report: Json) -> list[Entry]:
     return entries(OPERATOR, report, problem)
 
 
-class _Contender(NamedTuple):
+class Contender(NamedTuple):
     """One direction of a contender, with its memory in sizes of x where that is known."""
 
     call: Call
@@ -200,9 +200,9 @@ class _Contender(NamedTuple):
 
 def _contenders(
     shape: Shape, dtype: str, each: bool, registered: Mapping[str, RegisteredContender]
-) -> dict[str, dict[str, _Contender]]:
+) -> dict[str, dict[str, Contender]]:
     """Every contender of a shape, by direction."""
-    copies = _copies(shape, dtype)
+    copies = drawn_copies(shape.x, shape.x, dtype)
     params, rival = _params(shape, dtype)
     ours: dict[str, tuple[Callable, Tree]] = {OURS: (wtconv2d, params)}
     others: dict[str, tuple[Callable, Tree]] = {_PLAIN: (baseline_jax.wtconv, params)}
@@ -214,27 +214,40 @@ def _contenders(
         others[_RIVAL] = _depthwise, rival
     with ThreadPoolExecutor() as pool:
         # XLA times convolutions while it compiles them, which must not meet each other.
-        compiling = {name: pool.submit(_compiled, *one, copies) for name, one in ours.items()}
-        compiled = {name: _compiled(*one, copies) for name, one in others.items()}
+        compiling = {name: pool.submit(compiled_calls, *one, copies) for name, one in ours.items()}
+        compiled = {name: compiled_calls(*one, copies) for name, one in others.items()}
         compiled = {name: one.result() for name, one in compiling.items()} | compiled
-    contenders: dict[str, dict[str, _Contender]] = {
+    contenders: dict[str, dict[str, Contender]] = {
         direction: {name: one[direction] for name, one in compiled.items()} for direction in PASSES
     }
     for name, contender in registered.items():
         for direction, call in contender.calls(copies[0][0], params, copies[0][1]).items():
-            contenders[direction][name] = _Contender(call)
+            contenders[direction][name] = Contender(call)
     return contenders
 
 
-def _copies(shape: Shape, dtype: str) -> list[tuple[jax.Array, jax.Array]]:
-    """Pairs of x and dy; on a GPU several, so that no call finds its own in a cache."""
+def drawn_copies(
+    x: tuple[int, ...], dy: tuple[int, ...], dtype: str
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Pairs of x and dy; on a GPU several, so that no call finds its own in a cache.
+
+    Args:
+        x: The shape of x.
+        dy: The shape of dy.
+        dtype: The dtype of both.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     [[array.shape for array in pair] for pair in drawn_copies((4,), (2,), "float32")]
+        [[(4,), (2,)]]
+    """
     count = 1
     if device.platform() == "gpu":
-        enough = _ROTATED_BYTES // (math.prod(shape.x) * jnp.dtype(dtype).itemsize)
+        enough = _ROTATED_BYTES // (math.prod(x) * jnp.dtype(dtype).itemsize)
         count = min(max(2, enough), _MOST_COPIES)
-    draw = jax.jit(partial(jax.random.normal, shape=shape.x, dtype=dtype))
+    draw = jax.jit(partial(jax.random.normal, dtype=dtype), static_argnames="shape")
     keys = jax.random.split(jax.random.key(0), (count, 2))
-    return [(draw(of_x), draw(of_dy)) for of_x, of_dy in keys]
+    return [(draw(of_x, shape=x), draw(of_dy, shape=dy)) for of_x, of_dy in keys]
 
 
 def _params(shape: Shape, dtype: str) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -248,10 +261,19 @@ def _params(shape: Shape, dtype: str) -> tuple[dict[str, jax.Array], jax.Array]:
     return params, jnp.asarray(rng.normal(size=(_RIVAL_SIZE, _RIVAL_SIZE, 1, c)), dtype)
 
 
-def _compiled(
+def compiled_calls(
     function: Callable, params: Tree, copies: list[tuple[jax.Array, jax.Array]]
-) -> dict[str, _Contender]:
-    """A function of x and parameters, and the same with its gradients, compiled."""
+) -> dict[str, Contender]:
+    """A function of x and parameters, and the same with its gradients, compiled.
+
+    Args:
+        function: The function.
+        params: Its parameters.
+        copies: What `drawn_copies` returns, which calls take in turn.
+
+    Returns:
+        A contender for each of `PASSES`.
+    """
 
     def both(x: jax.Array, params: Tree, dy: jax.Array) -> Tree:
         y, pullback = jax.vjp(function, x, params)
@@ -269,7 +291,7 @@ def _compiled(
         used = compiled.memory_analysis()
         assert used is not None
         size = copies[0][0].nbytes
-        contenders[direction] = _Contender(
+        contenders[direction] = Contender(
             partial(_next, compiled, cycle(arguments)),
             used.temp_size_in_bytes / size,
             (used.temp_size_in_bytes + used.output_size_in_bytes) / size,

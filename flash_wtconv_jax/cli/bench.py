@@ -11,6 +11,7 @@ import typer
 from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.types import Json
 from pallas_kernels.conv2d.shapes import SHAPES
+from pallas_kernels.depthwise.shapes import FOR_PLATFORM as IMAGES
 from pallas_kernels.sparse.depthwise.shapes import SHAPES as DEPTHWISE
 from pallas_kernels.sparse.shapes import SHAPES as VOXELS
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM
@@ -39,18 +40,17 @@ _WriteDefaults = Annotated[
 ]
 
 
+def _named(shapes: Mapping[str, Iterable[str]]) -> str:
+    """The help of `--shape` where each platform has shapes of its own."""
+    every = (f"on a {platform.upper()} {', '.join(names)}" for platform, names in shapes.items())
+    return f"A named shape; several are allowed: {'; '.join(every)}. Default: all."
+
+
 @bench.command("wtconv")
 def wtconv(
     shape: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A named shape; several are allowed: "
-            + "; ".join(
-                f"on a {platform.upper()} {', '.join(shapes)}"
-                for platform, shapes in FOR_PLATFORM.items()
-            )
-            + ". Default: all."
-        ),
+        typer.Option(help=_named(FOR_PLATFORM)),
     ] = None,
     baseline: Annotated[
         str | None,
@@ -140,6 +140,34 @@ def conv2d(
         report = benchmark.run(names, progress, dtype)
         device_kind = kind()
     tell(report, _conv2d_table(report), {}, out)
+    if write_defaults:
+        _write_defaults(device_kind, benchmark.defaults(report))
+
+
+@bench.command("depthwise")
+def depthwise(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help=_named(IMAGES)),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for depthwise.json.")] = Path("runs/bench"),
+    write_defaults: _WriteDefaults = False,
+) -> None:
+    """Time the depthwise convolution beside XLA's, in copies of its input."""
+    from flash_wtconv_jax.bench import depthwise as benchmark
+    from pallas_kernels.common.device import kind, platform
+
+    with _measuring(device, out) as progress:
+        known = IMAGES[platform()]
+        names = shape or list(known)
+        if write_defaults:
+            sizes = (known[name] for name in names if name in known)
+            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
+        report = benchmark.run(names, progress, dtype)
+        device_kind = kind()
+    tell(report, _depthwise_table(report), {}, out)
     if write_defaults:
         _write_defaults(device_kind, benchmark.defaults(report))
 
@@ -414,6 +442,35 @@ def _conv2d_table(report: Json) -> "Table":
                 rate, speed = f"{row['tflops_per_s']:.3g}", f"{row['speedup']:.2f}"
                 table.add_row(row["shape"], row["contender"], _times(row), rate, speed)
         table.add_row("mean", mean["contender"], "", "", f"{mean['speedup']:.2f}")
+    return table
+
+
+def _depthwise_table(report: Json) -> "Table":
+    """The table of a report: a section a shape and direction, a row a contender."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"depthwise convolution, {report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; copies: times over that of a "
+        "copy of x (forward+backward in units of 2.5 copies, its five passes); x: speed over "
+        f"{report['baseline']}; memory: temporaries in inputs, and with the results",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("ms", "copies", "x", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = None
+    for row in report["rows"]:
+        k, stride = row["kernel_size"], f" stride {row['stride']}" * (row["stride"] > 1)
+        what = f"{row['shape']} {k}x{k}{stride} {row['direction']}"
+        if what != previous:
+            table.add_section()
+            table.add_row(what, style="bold")
+            previous = what
+        memory = ""
+        if row["temporaries"] is not None:
+            memory = f"{row['temporaries']:.1f}, {row['extra_memory']:.1f}"
+        figures = f"{row['copies']:.2f}", f"{row['speedup']:.2f}"
+        table.add_row(row["contender"], _times(row), *figures, memory)
     return table
 
 

@@ -74,9 +74,9 @@ def tpu_report(
     with Progress(
         *columns, console=console, transient=True, speed_estimate_period=_LOOK_BACK_S
     ) as bar:
-        rows = len(tpu.KERNELS) * len(shapes) * len(tpu.DTYPES) * len(tpu.DIRECTIONS)
         task = bar.add_task(
-            f"compiling for {escape(chip)}", total=rows + len(sparse.PARTS) * len(voxels)
+            f"compiling for {escape(chip)}",
+            total=len(tpu.rows(shapes)) + len(sparse.PARTS) * len(voxels),
         )
         report = tpu.run(chip, shapes, lambda: bar.advance(task)) if shapes else {}
         if voxels:

@@ -13,7 +13,9 @@ from jax.typing import ArrayLike
 
 from flash_wtconv_jax.functional import arguments
 from pallas_kernels.common.arguments import checked_array, checked_integer, checked_pair
+from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR, Padding, conv2d
+from pallas_kernels.dispatch import Operator
 
 PerAxis = int | Sequence[int]
 """One integer for both axes of an image, or one for each."""
@@ -21,16 +23,21 @@ PerAxis = int | Sequence[int]
 _NAMES = ("SAME", "VALID", "REFLECT", "CIRCULAR")
 
 
-class Layer(arguments.Computation, Protocol):
-    """The arguments that a `Conv2d` of any library keeps as attributes."""
+class Windowed(arguments.Computation, Protocol):
+    """The arguments that a dense or depthwise layer of any library keeps as attributes."""
 
     kernel_size: PerAxis
     strides: PerAxis | None
     padding: Padding
     input_dilation: PerAxis | None
     kernel_dilation: PerAxis | None
-    feature_group_count: int
     mask: ArrayLike | None
+
+
+class Layer(Windowed, Protocol):
+    """The arguments that a `Conv2d` of any library keeps as attributes."""
+
+    feature_group_count: int
     activation: str | None
 
 
@@ -51,13 +58,26 @@ def check_layer(layer: Layer) -> None:
         >>> check_layer(Conv2d(features=8, kernel_size=3, strides=(2, 1)))
     """
     arguments.check_constructor(feature_group_count=layer.feature_group_count)
+    check_window(OPERATOR, layer)
+
+
+def check_window(operator: Operator, layer: Windowed) -> None:
+    """Check the arguments of a layer that a dense convolution and a depthwise one share.
+
+    Args:
+        operator: The operator that computes the layer.
+        layer: See `check_layer`.
+
+    Raises:
+        ValueError: naming the first argument that is out of range.
+    """
     checked_pair(layer.kernel_size, "kernel_size", least=1)
     for name in ("strides", "input_dilation", "kernel_dilation"):
         value = getattr(layer, name)
         checked_pair(1 if value is None else value, name, least=1)
     if isinstance(layer.padding, str) and layer.padding not in _NAMES:
         raise ValueError(f"padding={layer.padding!r}: the names are {', '.join(_NAMES)}")
-    arguments.check_computation(OPERATOR, layer)
+    arguments.check_computation(operator, layer)
 
 
 def kernel_shape(
@@ -107,6 +127,29 @@ def apply(layer: Layer, x: ArrayLike, kernel: jax.Array, bias: jax.Array | None)
     Raises:
         ValueError: If `x` is not floating point, a shape does not fit, or the operator refuses.
     """
+    x, kernel, window = prepared(layer, x, kernel, bias)
+    groups, activation = layer.feature_group_count, layer.activation
+    return conv2d(x, kernel, bias=bias, groups=groups, activation=activation, **window)
+
+
+def prepared(
+    layer: Windowed, x: ArrayLike, kernel: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Keywords]:
+    """The input and the kernel of a layer, cast, masked and padded, and the operator's keywords.
+
+    Args:
+        layer: The layer, of which the arguments are read.
+        x: Input `[*batch, H, W, C]`.
+        kernel: The layer's kernel.
+        bias: `[features]`, or None.
+
+    Returns:
+        Both arrays, and the `stride`, `padding`, `dilation`, `precision` and `implementation` of a
+        dense or depthwise convolution.
+
+    Raises:
+        ValueError: If `x` is not floating point, or the mask's shape does not fit.
+    """
     x = checked_array(x, "x")
     if layer.mask is not None:
         if jnp.shape(layer.mask) != kernel.shape:
@@ -130,15 +173,11 @@ def apply(layer: Layer, x: ArrayLike, kernel: jax.Array, bias: jax.Array | None)
         sides = [(n // 2, n - n // 2) for n in halo]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [*sides, (0, 0)], mode="wrap")
         padding = "VALID"
-    return conv2d(
-        x,
-        kernel,
-        stride=layer.strides or 1,
-        padding=padding,
-        dilation=dilation,
-        groups=layer.feature_group_count,
-        bias=bias,
-        activation=layer.activation,
-        precision=layer.precision,
-        implementation=layer.implementation,
-    )
+    window: Keywords = {
+        "stride": layer.strides or 1,
+        "padding": padding,
+        "dilation": dilation,
+        "precision": layer.precision,
+        "implementation": layer.implementation,
+    }
+    return x, kernel, window

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from pallas_kernels.common.arguments import checked_array, checked_dtype
+from pallas_kernels.dispatch import Operator
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv.api import OPERATOR, wtconv1d, wtconv2d, wtconv3d
 
@@ -107,19 +108,19 @@ class Layer(Computation, Protocol):
     stride: int
 
 
-def check_computation(model: Computation) -> None:
-    """Check how a layer or a model computes its WTConv.
+def check_computation(model: Computation, operator: Operator = OPERATOR) -> None:
+    """Check how a layer or a model computes its WTConv, or what it has in its place.
 
     Args:
         model: `wavelet` must be a discrete wavelet of PyWavelets, `implementation` None or names
-            of implementations of `pallas_kernels.wtconv`; see `arguments.check_computation` for
-            the others.
+            of implementations of the operator; see `arguments.check_computation` for the others.
+        operator: The operator that the implementations are of.
 
     Raises:
         ValueError: naming the first argument that is out of range.
     """
     filter_bank(model.wavelet)
-    arguments.check_computation(OPERATOR, model)
+    arguments.check_computation(operator, model)
 
 
 def check_layer(layer: Layer) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from flash_wtconv_jax.linen import conv2d
 from flash_wtconv_jax.linen.conv2d import Conv2d
+from flash_wtconv_jax.linen.depthwise import DepthwiseConv2d
 from flash_wtconv_jax.linen.sparse import (
     SparseBatchNorm,
     SparseConv1d,
@@ -24,6 +25,7 @@ from pallas_kernels.common.deprecation import warn_renamed
 __all__ = [
     "Conv2d",
     "ConvNormAct",
+    "DepthwiseConv2d",
     "InstanceNorm",
     "ResidualBlock",
     "SeparableWTConv2d",

@@ -26,7 +26,7 @@ from flash_wtconv_jax.functional.arguments import (
 )
 from flash_wtconv_jax.functional.conv2d import Padding
 from flash_wtconv_jax.functional.wtconv import Computation, check_computation
-from flash_wtconv_jax.nnx import Conv2d, WTConv2d
+from flash_wtconv_jax.nnx import Conv2d, DepthwiseConv2d, WTConv2d
 from pallas_kernels.common.arguments import (
     MOST_LEVELS,
     checked_array,
@@ -35,7 +35,9 @@ from pallas_kernels.common.arguments import (
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.integers import LARGEST
 from pallas_kernels.common.types import Keywords
-from pallas_kernels.conv2d.api import OPERATOR
+from pallas_kernels.conv2d.api import OPERATOR as CONV2D
+from pallas_kernels.depthwise.api import OPERATOR as DEPTHWISE
+from pallas_kernels.wtconv.api import OPERATOR as WTCONV
 
 _MLP_RATIO = 4
 # The places of the two convolutions in timm's sequence: the second follows an activation, or not.
@@ -78,9 +80,10 @@ class ConvNeXtConfig:
         wavelet: Any discrete PyWavelets name.
         dtype: Dtype of the computation; None promotes the input with the parameters.
         param_dtype: Dtype of the parameters.
-        precision: See `jax.lax.Precision`. None is JAX's default, and full float32 in WTConv, the
-            stem and the downsampling.
-        implementation: Implementations of WTConv, see `flash_wtconv_jax.nnx.WTConv2d`.
+        precision: See `jax.lax.Precision`. None is JAX's default, and full float32 in the
+            depthwise convolutions, the stem and the downsampling.
+        implementation: Implementations of WTConv, see `flash_wtconv_jax.nnx.WTConv2d`; without
+            `levels` of the depthwise convolutions, see `flash_wtconv_jax.nnx.DepthwiseConv2d`.
         conv_implementation: Implementations of the stem's and the downsampling's convolutions, see
             `flash_wtconv_jax.nnx.Conv2d`. The MLPs are matrix products, which XLA computes.
 
@@ -134,8 +137,9 @@ class ConvNeXtConfig:
                 object.__setattr__(self, name, int(value))
         self._check_stem_and_head()
         # A protocol's attributes are settable, those of a frozen dataclass are not.
-        check_computation(cast(Computation, self))
-        OPERATOR.check_names(self.conv_implementation, "conv_implementation")
+        operator = DEPTHWISE if self.levels is None else WTCONV
+        check_computation(cast(Computation, self), operator)
+        CONV2D.check_names(self.conv_implementation, "conv_implementation")
         for name in ("drop_path", "dropout", "layer_scale", "head_init_scale"):
             value = getattr(self, name)
             if name == "layer_scale" and value is None:
@@ -567,8 +571,7 @@ def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nn
         "rngs": rngs,
     }
     if config.levels is None:
-        window = (kernel_size,) * 2
-        return nnx.Conv(dim, dim, window, feature_group_count=dim, **shared)
+        return DepthwiseConv2d(dim, kernel_size, implementation=config.implementation, **shared)
     return WTConv2d(
         dim,
         kernel_size,

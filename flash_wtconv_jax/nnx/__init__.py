@@ -3,6 +3,7 @@
 from typing import Any
 
 from flash_wtconv_jax.nnx.conv2d import Conv2d
+from flash_wtconv_jax.nnx.depthwise import DepthwiseConv2d
 from flash_wtconv_jax.nnx.sparse import (
     SparseBatchNorm,
     SparseConv1d,
@@ -23,6 +24,7 @@ from pallas_kernels.common.deprecation import warn_renamed
 __all__ = [
     "Conv2d",
     "ConvNormAct",
+    "DepthwiseConv2d",
     "InstanceNorm",
     "ResidualBlock",
     "SeparableWTConv2d",

@@ -248,7 +248,7 @@ def get_igemm_conv2d(
     images, filters = (n, h, w, c), (hf, wf, c, nf)
     if layout == "nchw_fchw":
         images, filters = (n, c, h, w), (nf, c, hf, wf)
-    window = _window(images, filters, stride, padding, 1, 1, 1, layout)
+    window = checked_window(images, filters, stride, padding, 1, 1, 1, layout)
     if implementation is None:
         implementation = _preferred(Problem((n, h, w, c), dtype, hf, wf, nf, window, out_dtype))
 
@@ -328,7 +328,7 @@ def _checked_call(
     upsample = checked_integer(upsample, "upsample", least=1)
     if upsample > 2:
         raise ValueError(f"upsample={upsample}: expected 1 or 2")
-    window = _window(flat, filters, stride, padding, dilation, groups, upsample, layout)
+    window = checked_window(flat, filters, stride, padding, dilation, groups, upsample, layout)
     height, width, _, features = window.filters(filters)
     if bias not in (None, (features,)):
         raise ValueError(f"bias: expected shape {(features,)}, one a filter, got {bias}")
@@ -347,17 +347,38 @@ def _leaves(value: object) -> Iterator[object]:
         yield value
 
 
-def _window(
+def checked_window(
     images: tuple[int, ...],
     filters: tuple[int, ...],
     stride: int | Sequence[int],
     padding: Padding,
     dilation: int | Sequence[int],
     groups: int,
-    upsample: int,
-    layout: str,
+    upsample: int = 1,
+    layout: str = "nhwc_hwcf",
+    *,
+    name: str = "w",
 ) -> Window:
-    """The window of a call, whose shapes and numbers fit each other."""
+    """The window of a call, whose shapes and numbers fit each other.
+
+    Args:
+        images: The shape of x, with one batch axis.
+        filters: The shape of the filters.
+        stride: As `conv2d` takes it, like all that follow.
+        padding: Zeros, or mirrored samples, around the images.
+        dilation: Distance of the samples that neighbouring taps read.
+        groups: Number of groups of channels.
+        upsample: How many times pixels are repeated.
+        layout: The layout of images and filters.
+        name: The operator's name for the filters, for errors.
+
+    Raises:
+        ValueError: A bad argument, or what does not fit: which, what came, and what was expected.
+
+    Example:
+        >>> checked_window((2, 9, 8, 4), (3, 3, 1, 4), 2, "SAME", 1, 4).pads
+        ((1, 1), (0, 1))
+    """
     plain = Window(
         stride=checked_pair(stride, "stride", least=1),
         dilation=checked_pair(dilation, "dilation", least=1),
@@ -370,8 +391,8 @@ def _window(
     *taps, each, features = plain.filters(filters)
     if channels != each * groups:
         raise ValueError(
-            f"w: expected filters of C / groups = {channels} / {groups} channels, got {each} "
-            f"(shape {filters}, layout {layout!r})"
+            f"{name}: expected filters of C / groups = {channels} / {groups} channels, got "
+            f"{each} (shape {filters}, layout {layout!r})"
         )
     if features % groups:
         raise ValueError(f"groups={groups}: expected a divisor of the {features} filters")
@@ -379,8 +400,8 @@ def _window(
     window = plain._replace(pads=_pads(padding, large, taps, plain))
     if any(surely(operator.lt, n, 1) for n in window.output(size, taps)):
         raise ValueError(
-            f"w: filters of {taps[0]}x{taps[1]} taps with dilation {window.dilation} do not fit "
-            f"into images of {large[0]}x{large[1]} padded by {window.pads}"
+            f"{name}: filters of {taps[0]}x{taps[1]} taps with dilation {window.dilation} do not "
+            f"fit into images of {large[0]}x{large[1]} padded by {window.pads}"
         )
     for n, pads, axis in zip(large, window.pads, "HW", strict=True):
         if window.reflect and surely(operator.ge, max(pads), n):

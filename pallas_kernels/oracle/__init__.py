@@ -11,6 +11,7 @@ ECCV 2024.
 
 from pallas_kernels.oracle.arrays import Array
 from pallas_kernels.oracle.conv2d import conv2d, conv2d_pads, conv2d_vjp, reflects
+from pallas_kernels.oracle.depthwise import depthwise_conv2d, depthwise_conv2d_vjp
 from pallas_kernels.oracle.haar import HAAR, analysis, synthesis, wavedec, waverec
 from pallas_kernels.oracle.sparse import (
     sparse_conv,
@@ -39,6 +40,8 @@ __all__ = [
     "conv2d_pads",
     "conv2d_vjp",
     "depthwise",
+    "depthwise_conv2d",
+    "depthwise_conv2d_vjp",
     "instance_norm",
     "instance_norm_vjp",
     "reflects",

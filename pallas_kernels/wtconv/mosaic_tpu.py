@@ -168,7 +168,7 @@ def forward(
             ),
         ],
         compiler_params=compiler_params(),
-        name="wtconv_forward",
+        name=_name(levels, "forward"),
     )(
         *[to_hwnc(x, tiling.images_per_register)] * len(windows),
         *flat,
@@ -214,7 +214,7 @@ def weight_grad(
             *(pltpu.VMEM((*s, SUBLANES, lanes), jnp.float32) for s in shapes),
         ],
         compiler_params=compiler_params(),
-        name="wtconv_weight_grad",
+        name=_name(levels, "weight_grad"),
     )(
         *[to_hwnc(x, tiling.images_per_register)] * len(x_windows),
         to_hwnc(dy, tiling.images_per_register),
@@ -223,6 +223,11 @@ def weight_grad(
         jnp.moveaxis(s, 1, 0).reshape(shape) * 4.0**-level
         for level, (s, shape) in enumerate(zip(sums, kernel_shapes, strict=True))
     )
+
+
+def _name(levels: int, kernel: str) -> str:
+    """The name of a kernel in profiles: without levels it is a depthwise convolution."""
+    return f"{'wtconv' if levels else 'depthwise'}_{kernel}"
 
 
 # Tiles

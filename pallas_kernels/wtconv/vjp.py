@@ -29,11 +29,10 @@ from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.arguments import check_unsharded
+from pallas_kernels.common.biased import Source, in_one, scaled, summed, with_one
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
@@ -47,8 +46,6 @@ from pallas_kernels.wtconv.problem import Problem
 Shapes = tuple[tuple[int, ...], ...]
 Weights = tuple[Taps, jax.Array | None]
 """The taps and the bias."""
-Source = tuple[jax.Array, ArrayLike]
-"""A signal, and a one that multiplies the bias: what has a bias is not linear in the signal."""
 
 
 class Kernels(Protocol):
@@ -182,12 +179,12 @@ def _apply(
 
     def run(source: Source, weights: Weights) -> jax.Array:
         (x, one), (taps, bias) = source, weights
-        return _forward(plan, transpose, x, taps, _scaled(bias, one))
+        return _forward(plan, transpose, x, taps, scaled(bias, one))
 
     def in_source(dy: jax.Array, weights: Weights) -> Source:
         taps, bias = weights
         backward = plan.for_backward(dy, shapes, biased)
-        return _apply(backward, not transpose, dy, taps, None), _in_one(bias, dy)
+        return _apply(backward, not transpose, dy, taps, None), in_one(bias, dy)
 
     def in_weights(dy: jax.Array, source: Source) -> Weights:
         x, one = source
@@ -196,9 +193,9 @@ def _apply(
         pair = (dy, x) if transpose else (x, dy)
         found = _weight_grad(backward, shapes, biased, *pair)
         dtaps, dbias = jax.tree.map(lambda gradient, dtype: gradient.astype(dtype), found, dtypes)
-        return dtaps, _scaled(dbias, one)
+        return dtaps, scaled(dbias, one)
 
-    return multilinear(run, (in_source, in_weights), _source(x), (taps, bias))
+    return multilinear(run, (in_source, in_weights), with_one(x), (taps, bias))
 
 
 def _weight_grad(plan: Plan, shapes: Shapes, biased: bool, x: jax.Array, dy: jax.Array) -> Weights:
@@ -210,40 +207,18 @@ def _weight_grad(plan: Plan, shapes: Shapes, biased: bool, x: jax.Array, dy: jax
         if not fused:
             return _correlate(plan, shapes, x, dy), None
         *dtaps, dbias = _correlate(plan, (*shapes, dy.shape[-1:]), x, dy)
-        return tuple(dtaps), _scaled(dbias, one)
+        return tuple(dtaps), scaled(dbias, one)
 
     def in_source(gradients: Weights, dy: jax.Array) -> Source:
         dtaps, dbias = gradients
-        return _apply(plan, True, dy, dtaps, None), _in_one(dbias, dy)
+        return _apply(plan, True, dy, dtaps, None), in_one(dbias, dy)
 
     def in_dy(gradients: Weights, source: Source) -> jax.Array:
         (x, one), (dtaps, dbias) = source, gradients
-        return _apply(plan, False, x, dtaps, _scaled(dbias, one))
+        return _apply(plan, False, x, dtaps, scaled(dbias, one))
 
-    dtaps, dbias = multilinear(run, (in_source, in_dy), _source(x), dy)
-    return dtaps, _summed(dy) if biased and not fused else dbias
-
-
-def _source(x: jax.Array) -> Source:
-    """The signal with a one beside it."""
-    return x, np.ones((), accumulation_dtype(x.dtype))
-
-
-def _scaled(bias: jax.Array | None, one: ArrayLike) -> jax.Array | None:
-    """The bias times the one of a source."""
-    return None if bias is None else bias * jnp.asarray(one, bias.dtype)
-
-
-def _in_one(bias: jax.Array | None, dy: jax.Array) -> jax.Array:
-    """The transpose of adding a bias times one, in the one."""
-    summed = _summed(dy)
-    zero = jnp.zeros((), summed.dtype)
-    return zero if bias is None else jnp.vdot(bias.astype(summed.dtype), summed)
-
-
-def _summed(dy: jax.Array) -> jax.Array:
-    """The gradient of a bias, which is added to every pixel."""
-    return dy.sum(range(dy.ndim - 1), dtype=accumulation_dtype(dy.dtype))
+    dtaps, dbias = multilinear(run, (in_source, in_dy), with_one(x), dy)
+    return dtaps, summed(dy) if biased and not fused else dbias
 
 
 def _forward(

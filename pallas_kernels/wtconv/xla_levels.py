@@ -134,7 +134,7 @@ def convolve(
 @unfused
 def convolve_and_add(stored: jax.Array, taps: jax.Array, low: jax.Array | None) -> jax.Array:
     """The convolution of padded bands on a CPU plus, in the low band, `low [N, *size, C]`."""
-    out = _shifted_products(stored, taps)
+    out = shifted_products(stored, taps)
     return out if low is None else _added_to_low(out, low)
 
 
@@ -162,7 +162,7 @@ def _depthwise(
 ) -> jax.Array:
     """The convolution of coefficients `[N, *size, bands, C]`, which are padded if `shifted`."""
     if shifted:
-        return _shifted_products(stored, taps)
+        return shifted_products(stored, taps)
     ndim = stored.ndim - 3
     *kernel, bands, channels = taps.shape
     out = lax.conv_general_dilated(
@@ -178,14 +178,18 @@ def _depthwise(
     return out.reshape(*out.shape[:-1], bands, channels)
 
 
-def _shifted_products(stored: jax.Array, taps: jax.Array) -> jax.Array:
+def shifted_products(
+    stored: jax.Array, taps: jax.Array, steps: Sequence[int] | int = 1
+) -> jax.Array:
     """The sum of taps `[*kernel, bands, C]` times padded coefficients that are shifted by them.
+
+    Along each axis neighbouring taps are as many samples apart as `steps` says.
 
     LLVM vectorises a loop of up to some eighty products, and makes of more one that is ten times
     slower for each. A large kernel's products are therefore added a few at a time, which is faster
     than many at a time, too: the windows of a few stay in the first cache.
     """
-    shifts = np.array(list(np.ndindex(taps.shape[:-2])))
+    shifts = np.array(list(np.ndindex(taps.shape[:-2]))) * np.array(steps)
     taps = taps.reshape(len(shifts), *(1,) * (stored.ndim - 2), *taps.shape[-2:])
     size = (n - most for n, most in zip(stored.shape[1:-2], shifts[-1], strict=True))
     shape = (stored.shape[0], *size, *stored.shape[-2:])
@@ -224,7 +228,7 @@ def correlate(
         (*(taps.stop - taps.start for taps in reach.taps), *shape[-2:]), acc
     )
     if shifted:
-        gradient = _shifted_sums(stored, dy, taps)
+        gradient = shifted_sums(stored, dy, taps)
     else:
         pullback = jax.linear_transpose(
             lambda t: _depthwise(stored, t, reach.pads, precision, shifted), taps
@@ -235,8 +239,13 @@ def correlate(
     return jnp.pad(gradient, [*around, (0, 0), (0, 0)])
 
 
-def _shifted_sums(stored: jax.Array, dy: jax.Array, taps: jax.ShapeDtypeStruct) -> jax.Array:
-    """The transpose of `_shifted_products` in its taps, one tap at a time.
+def shifted_sums(
+    stored: jax.Array,
+    dy: jax.Array,
+    taps: jax.ShapeDtypeStruct,
+    steps: Sequence[int] | int = 1,
+) -> jax.Array:
+    """The transpose of `shifted_products` in its taps, one tap at a time.
 
     Blocks of rows are added up product by product, in a loop that LLVM vectorises, before XLA
     reduces what is left: that is four times as fast as its reduction of all rows.
@@ -262,5 +271,5 @@ def _shifted_sums(stored: jax.Array, dy: jax.Array, taps: jax.ShapeDtypeStruct) 
         pixels, rest = range(dy.ndim - 2), products(tap, count * rows, height)
         return jnp.sum(blocks(tap), axis=pixels) + jnp.sum(rest, axis=pixels)
 
-    every_tap = np.array(list(np.ndindex(taps.shape[:-2])))
+    every_tap = np.array(list(np.ndindex(taps.shape[:-2]))) * np.array(steps)
     return lax.map(one, every_tap).reshape(taps.shape)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from flash_wtconv_jax import models, plots
 from flash_wtconv_jax.bench import (
     conv2d,
+    depthwise,
     devices,
     host,
     roofline,
@@ -28,6 +29,8 @@ from flash_wtconv_jax.cli.bench import tell
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
+from pallas_kernels.depthwise import mosaic_tpu
+from pallas_kernels.depthwise import shapes as plain
 from pallas_kernels.dispatch import table, tuning
 from pallas_kernels.sparse import shapes as voxels
 from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
@@ -104,6 +107,47 @@ def test_dense_convolutions(tmp_path, monkeypatch):
     for more in ([], ["--write-defaults"]):
         result = bench("--shape", "huge", *more, "--out", tmp_path, benchmark="conv2d")
         assert "['huge'] is not one of" in str(result.exception)
+
+
+@pytest.mark.wide
+def test_depthwise_convolutions(tmp_path, monkeypatch):
+    monkeypatch.setitem(plain.SHAPES, "tiny", plain.Shape(1, 5, 6, 3, 3, 2))
+    result = bench("--shape", "tiny", "--out", tmp_path, benchmark="depthwise")
+    assert result.exit_code == 0, result.output
+    assert "tiny 3x3 stride 2 forward+backward" in result.output and "…" not in result.output
+    report = json.loads((tmp_path / "depthwise.json").read_text())
+    rows = {(row["direction"], row["contender"]): row for row in report["rows"]}
+    contenders = "copy", "plain jax", "flash"
+    assert set(rows) == {(d, c) for d in ("forward", "forward+backward") for c in contenders}
+    assert [rows["forward", name]["copies"] for name in contenders] == [1.0] * 3
+    # Five passes are two and a half copies.
+    assert rows["forward+backward", "flash"]["copies"] == 0.4
+    assert rows["forward", "flash"]["extra_memory"] > 0 and rows["forward", "flash"]["speedup"] == 1
+
+
+def test_depthwise_convolutions_that_are_not_there(tmp_path, monkeypatch):
+    layer = plain.Shape(1, 5, 6, 3, 3)
+    monkeypatch.setattr(mosaic_tpu, "unavailable", lambda platform: None)
+    assert depthwise.implementations(layer, "float32") == ["mosaic_tpu", "xla"]
+    # The kernels have neither a stride nor 16 bits of that kind.
+    assert depthwise.implementations(layer._replace(stride=2), "float32") == ["xla"]
+    assert depthwise.implementations(layer, "float16") == ["xla"]
+    row = {"x": list(layer.x), "kernel_size": 3, "stride": 1}
+    times = {"flash xla": 2.0, "flash mosaic_tpu": 1.0, "copy": 0.5}
+    report = {"date": "2026-11-28", "versions": {"jax": "0.11"}, "dtype": "float32"}
+    report["rows"] = [
+        row | {"direction": direction, "contender": name, "median_ms": ms * passes}
+        for direction, passes in (("forward", 1), ("forward+backward", 3))
+        for name, ms in times.items()
+    ]
+    kept = depthwise.defaults(report)
+    assert [(one["direction"], one["implementation"]) for one in kept] == [
+        ("fwd", "mosaic_tpu"),
+        ("bwd", "mosaic_tpu"),
+    ]
+    assert depthwise._problem(layer, "float32").distance(kept[0]["problem"]) == 0
+    result = bench("--shape", "huge", "--out", tmp_path, benchmark="depthwise")
+    assert "['huge'] is not one of" in str(result.exception)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ COMPUTATIONS = [
     {"name": "copy", "cycles": 50, "vmem_bytes": 5, "busy": {"VALU": 0.0}, "loops": []},
     {"name": "wtconv_forward.1", "cycles": 900, "busy": {"VALU": 0.5}, "loops": []},
     {"name": "wtconv_weight_grad.1", "cycles": 100, "busy": {"VALU": 1.0}, "loops": []},
+    {"name": "depthwise_forward.1", "cycles": 200, "busy": {"VALU": 0.5}, "loops": []},
 ]
 
 
@@ -47,7 +48,7 @@ def test_a_terminal_shows_the_time_left_and_whole_figures(monkeypatch, tmp_path)
     result = tpu_report("--out", tmp_path / "a.png", FORCE_COLOR="1", NO_COLOR="1")
     assert result.exit_code == 0, result.output
     shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", result.output).split())
-    assert re.search(r"compiling for v5e \S* 100% 0:00:00 8/8", shown)
+    assert re.search(r"compiling for v5e \S* 100% 0:00:00 12/12", shown)
     assert "float32 forward: cycles 1,000, around 250, XLA 5,000, fewer 4.0x" in shown
     assert "…" not in shown
 
@@ -84,6 +85,8 @@ def test_table_json_and_picture(tmp_path):
     assert first["busy"] == {"VALU": 0.55}
     assert first["floor_cycles"] == max(first["valu_floor_cycles"], first["hbm_floor_cycles"])
     assert first["xla_error"] == "a branch on data" and first["xla_bundle_cycles"] is None
+    (depthwise, *_) = (row for row in written["rows"] if row["kernel"] == "depthwise")
+    assert (depthwise["levels"], depthwise["kernel_size"], depthwise["cycles"]) == (0, 5, 200)
     assert last["kernel"] == "haar"
     assert [last[key] for key in ("cycles", "xla_cycles", "fewer")] == [None] * 3
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from flash_wtconv_jax import surgery
-from flash_wtconv_jax.nnx import WTConv1d, WTConv2d, WTConv3d
+from flash_wtconv_jax.nnx import DepthwiseConv2d, WTConv1d, WTConv2d, WTConv3d
 
 pytestmark = pytest.mark.core
 
@@ -271,3 +271,55 @@ def test_errors():
         surgery.replace_depthwise(nnx.List([depthwise()]), depth=1, kernel_size=0, rngs=rngs)
     with pytest.raises(ValueError, match="does not fit into kernel_size=2"):
         surgery.replace_depthwise(nnx.List([depthwise()]), depth=1, kernel_size=2, rngs=rngs)
+
+
+def test_depthwise_convolutions_compute_on_our_kernels():
+    model, x = Zoo(), image(2, 6, 7, 3)
+    before, state = model(x), nnx.state(model, nnx.Param)
+    variables = {path: id(variable) for path, variable in nnx.iter_graph(model)}
+    assert surgery.use_depthwise(model, implementation="xla") == PATHS
+    assert isinstance(model.plain, DepthwiseConv2d) and model.plain.implementation == "xla"
+    assert model.first is model.second is model.builtin[1][1]
+    assert type(model.chain.layers[0]) is nnx.Conv
+    after = {path: id(variable) for path, variable in nnx.iter_graph(model)}
+    for path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param):
+            assert after[path] == variables[path]
+    assert jax.tree.structure(nnx.state(model, nnx.Param)) == jax.tree.structure(state)
+    np.testing.assert_allclose(model(x), before, atol=1e-5)
+    # Those that are there stay, and are depthwise convolutions for WTConv too.
+    plain = model.plain
+    assert surgery.use_depthwise(model) == [] and model.plain is plain
+    zeros = {"rngs": nnx.Rngs(0), "scale_init": ZEROS}
+    assert surgery.replace_depthwise(model, depth=0, **zeros) == PATHS
+    np.testing.assert_allclose(model(x), before, atol=1e-5)
+
+
+@pytest.mark.wide
+def test_every_argument_of_a_convolution_is_kept():
+    options = {"kernel_dilation": 2, "padding": "CIRCULAR", "strides": (1, 2), "use_bias": False}
+    mask = jnp.tri(3)[:, :, None, None] * jnp.ones((3, 3, 1, 3))
+    model, x = nnx.List([depthwise(**options), depthwise(mask=mask)]), image(1, 9, 8, 3)
+    before = [conv(x) for conv in model]
+    assert surgery.use_depthwise(model) == ["0", "1"]
+    for conv, want in zip(model, before, strict=True):
+        np.testing.assert_allclose(conv(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (depthwise(kernel=(3,)), "1 spatial axes"),
+        (depthwise(precision=("high", "highest")), "takes one for both"),
+        (Standardised(3, 3, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0)), "a Standardised"),
+    ],
+)
+def test_what_is_no_depthwise_convolution_of_images_is_left(conv, reason):
+    model = nnx.Dict(good=depthwise(), bad=nnx.List([conv]))
+    with pytest.raises(ValueError, match=rf"bad\.0: .*{reason}"):
+        surgery.use_depthwise(model)
+    assert type(model.good) is nnx.Conv
+    assert surgery.use_depthwise(model, where=lambda path, conv: path == "good") == ["good"]
+    assert model.bad[0] is conv
+    with pytest.raises(ValueError, match="implementation names"):
+        surgery.use_depthwise(model, implementation="cudnn")

@@ -114,7 +114,7 @@ def assert_whole_rows(case, module, monkeypatch, config=None):
     """Output and gradients are the oracle's where a row of taps is multiplied as one."""
     *given, dy = arrays(case)
     how = case.stride, case.padding, case.dilation, case.groups, case.upsample, case.layout
-    window = api._window(given[0].shape, given[1].shape, *how)
+    window = api.checked_window(given[0].shape, given[1].shape, *how)
     plan = vjp.Plan(module, config, window, None, config, None, whole_rows=True)
     widths = []
     forward = module.forward
@@ -155,7 +155,7 @@ def assert_moments(case, module, config=None, mean=0.0):
     if mean:
         bias = jnp.full(case.nf, mean, jnp.float32)
     how = case.stride, case.padding, case.dilation, case.groups, case.upsample, case.layout
-    window = api._window(x.shape, w.shape, *how)
+    window = api.checked_window(x.shape, w.shape, *how)
     plan = vjp.Plan(module, config, window, None, config, None)
     run = jax.jit(vjp.conv2d_with_moments, static_argnums=(0, 1, 2))
     y, tiles = run(plan, case.activation, jnp.dtype("float32"), x, w, bias)

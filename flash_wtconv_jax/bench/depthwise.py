@@ -1,0 +1,175 @@
+"""`flash-wtconv bench depthwise`: our depthwise convolution beside XLA's and a copy, in one run."""
+
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from flash_wtconv_jax import environment
+from flash_wtconv_jax.bench import clocks
+from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
+from pallas_kernels.common import device
+from pallas_kernels.common.types import Json, Tree
+from pallas_kernels.conv2d.api import checked_window
+from pallas_kernels.depthwise import baseline_jax, depthwise_conv2d
+from pallas_kernels.depthwise.api import OPERATOR
+from pallas_kernels.depthwise.problem import Problem
+from pallas_kernels.depthwise.shapes import FOR_PLATFORM, Shape
+from pallas_kernels.dispatch.table import Entry
+
+_PLAIN, _COPY = "plain jax", "copy"
+
+
+def run(
+    shapes: list[str],
+    progress: Callable[[str, int], Callable[[], None]],
+    dtype: str = "bfloat16",
+) -> Json:
+    """Times a copy of x, `lax.conv_general_dilated`, our layer, and each of its implementations.
+
+    Args:
+        shapes: Names in `pallas_kernels.depthwise.shapes.FOR_PLATFORM` of the device.
+        progress: Told a label and a number of steps, returns what to call after each step.
+        dtype: Dtype of x, dy and the parameters, one of `wtconv.DTYPES`.
+
+    Returns:
+        A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
+        `wtconv.run`; a row for each shape, direction and contender with its times in milliseconds;
+        `copies`, its median over that of a copy of x, which is two of the `passes` of
+        `wtconv.PASSES` ("forward+backward" counts in 2.5 copies, five passes); `speedup`, the
+        median of plain JAX over its own; and for JAX's programs `temporaries` and `extra_memory`.
+
+    Raises:
+        ValueError: An unknown shape or dtype.
+    """
+    known = FOR_PLATFORM[device.platform()]
+    unknown = sorted(set(shapes) - set(known))
+    if unknown:
+        raise ValueError(f"shape: {unknown} is not one of {sorted(known)}")
+    check_dtype(dtype)
+    clock, no_device_events = clocks.best()
+    rows: list[Json] = []
+    for name in shapes:
+        layer = known[name]
+        copies = drawn_copies(layer.x, layer.y, dtype)
+        programs = {
+            contender: compiled_calls(function, _params(layer, dtype), copies)
+            for contender, function in _contenders(layer, dtype).items()
+        }
+        copy = _copy(copies[0][0])
+        for direction, passes in PASSES.items():
+            here = {contender: each[direction] for contender, each in programs.items()}
+            calls = {_COPY: copy} | {contender: one.call for contender, one in here.items()}
+            step = progress(f"{name} {direction}", clock.turns(len(calls)))
+            times = clock.take_turns(calls, step)
+            rows += [
+                {
+                    "shape": name,
+                    "x": list(layer.x),
+                    "kernel_size": layer.kernel_size,
+                    "stride": layer.stride,
+                    "direction": direction,
+                    "contender": contender,
+                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                    "copies": spread.median
+                    / times[_COPY].median
+                    / (1 if contender == _COPY else passes / 2),
+                    "speedup": times[_PLAIN].median / spread.median,
+                    "temporaries": here[contender].temporaries if contender in here else None,
+                    "extra_memory": here[contender].extra_memory if contender in here else None,
+                }
+                for contender, spread in times.items()
+            ]
+    return {
+        "benchmark": "depthwise",
+        "date": date.today().isoformat(),
+        "device": environment.device(),
+        "versions": environment.versions(),
+        "dtype": dtype,
+        "baseline": _PLAIN,
+        "clock": clock.name,
+        "no_device_events": no_device_events,
+        "rows": rows,
+    }
+
+
+def implementations(shape: Shape, dtype: str) -> list[str]:
+    """Our implementations that can compute a shape here, in both directions.
+
+    Args:
+        shape: The layer.
+        dtype: Dtype of x, dy and the parameters.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: An unknown dtype.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     implementations(Shape(1, 8, 8, 4, 3), "float32")
+        ['xla']
+    """
+    check_dtype(dtype)
+    return able(OPERATOR, _problem(shape, dtype))
+
+
+def defaults(report: Json) -> list[Entry]:
+    """The fastest implementations of a report, as `defaults.entries` returns them.
+
+    Args:
+        report: A report of `run`.
+
+    Returns:
+        An entry for each direction of each shape that several implementations can compute.
+    """
+
+    def problem(row: Json) -> Json:
+        return {
+            "shape": row["x"],
+            "dtype": report["dtype"],
+            "kernel_size": [row["kernel_size"]] * 2,
+            "window": {"stride": [row["stride"]] * 2, "dilation": [1, 1]},
+        }
+
+    return entries(OPERATOR, report, problem)
+
+
+def _contenders(layer: Shape, dtype: str) -> dict[str, Callable[..., jax.Array]]:
+    """The functions of x and parameters that are timed."""
+
+    def applied(
+        convolve: Callable[..., jax.Array], x: jax.Array, params: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        return convolve(x, *params, stride=layer.stride)
+
+    found = {_PLAIN: baseline_jax.depthwise_conv2d, OURS: depthwise_conv2d}
+    names = implementations(layer, dtype)
+    for name in names if len(names) > 1 else []:
+        found[f"{OURS} {name}"] = partial(depthwise_conv2d, implementation=name)
+    return {name: partial(applied, one) for name, one in found.items()}
+
+
+def _params(layer: Shape, dtype: str) -> Tree:
+    """The kernel and the bias of a layer."""
+    k, c = layer.kernel_size, layer.channels
+    of_kernel, of_bias = jax.random.split(jax.random.key(1))
+    kernel = jax.random.normal(of_kernel, (k, k, 1, c), dtype)
+    return kernel, jax.random.normal(of_bias, (c,), dtype)
+
+
+def _copy(x: jax.Array) -> Call:
+    """An elementwise pass over x, compiled."""
+    return partial(jax.jit(jnp.negative).lower(x).compile(), x)
+
+
+def _problem(shape: Shape, dtype: str) -> Problem:
+    taps = shape.kernel_size, shape.kernel_size
+    filters = *taps, 1, shape.channels
+    window = checked_window(shape.x, filters, shape.stride, "SAME", 1, shape.channels)
+    return Problem(shape.x, jnp.dtype(dtype), taps, window)

@@ -1,0 +1,224 @@
+"""The operator's derivatives: any forward implementation pairs with any backward one.
+
+The convolution is linear in x, with a one beside it for the bias (`common.biased`), and linear in
+kernel and bias. So it has two transposes, and the derivatives of all three are the other two, of
+every order, in reverse and in forward mode. Saved are x and the kernel and nothing else.
+
+An implementation is a module with
+
+    forward(x, kernel, bias, *, window, precision) -> y [N, H_out, W_out, C]
+    input_grad(dy, kernel, *, size, window, precision) -> dx [N, *size, C]
+    weight_grad(x, dy, *, kernel_size, window, precision) -> dkernel [*kernel_size, 1, C]
+
+for `x [N, H, W, C]`, `kernel [KH, KW, 1, C]` and `bias [C]` or None, of any floating dtype. Modules
+that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`. The functions
+take the parameters that `search_space` offers.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol, cast
+
+import jax
+
+from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.arguments import check_unsharded
+from pallas_kernels.common.biased import Source, in_one, scaled, summed, with_one
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.measurement import JaxMeasurement, moved_here
+from pallas_kernels.common.multilinear import multilinear
+from pallas_kernels.common.types import Tree
+from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.depthwise.problem import Problem
+from pallas_kernels.dispatch import Operator, Request
+from pallas_kernels.dispatch.backend import Implementation
+from pallas_kernels.dispatch.tuner import TuningParams
+
+Weights = tuple[jax.Array, jax.Array | None]
+"""The kernel and the bias."""
+
+
+class Kernels(Protocol):
+    """The functions of an implementation, which the docstring of this module describes."""
+
+    forward: Callable[..., jax.Array]
+    input_grad: Callable[..., jax.Array]
+    weight_grad: Callable[..., jax.Array]
+
+
+class Plan(NamedTuple):
+    """The static choices of one call: what computes it, and what is asked of its backward pass.
+
+    Attributes:
+        module: The implementation that computes the operator.
+        config: Its parameters.
+        problem: The call, whose window says which samples a tap reads.
+        precision: The precision of products on matrix units.
+        backward: The request by which the backward rule chooses an implementation; None in a
+            plan that is timed, which nobody differentiates.
+    """
+
+    module: Implementation
+    config: TuningParams
+    problem: Problem
+    precision: jax.lax.Precision | None
+    backward: Request | None
+
+    def for_backward(self) -> "Plan":
+        """The plan of the backward pass, whose implementation is chosen here, where it is called.
+
+        Raises:
+            NotImplementedError: No allowed implementation can run here; says why for each.
+        """
+        assert self.backward is not None
+        backward = moved_here(self.backward)
+        operator = backward.operator
+        static = self.problem, False, self.precision
+        chosen = backward.choose(self.problem, measurement, operator, "bwd", *static)
+        return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
+
+    def bound(self, name: str, **static: object) -> Callable[..., jax.Array]:
+        """A function of the implementation, of arrays alone."""
+        return partial(
+            getattr(cast(Kernels, self.module), name),
+            window=self.problem.window,
+            precision=self.precision,
+            **static,
+            **dict(self.config),
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def depthwise_conv2d(
+    plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """The convolution of images `[*batch, H, W, C]`."""
+    # Where it is traced: on every call it would take the host longer than all other checks.
+    check_unsharded(kernel, "kernel")
+    if bias is not None:
+        check_unsharded(bias, "bias")
+    batch = x.shape[:-3]
+    arrays = x.reshape(math.prod(batch), *x.shape[-3:]), kernel, bias
+    y = _apply(plan, *vary_like(arrays, arrays))
+    return y.reshape(*batch, *y.shape[1:])
+
+
+def _apply(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """The operator, linear in its source and linear in its weights."""
+    taps, dtypes = kernel.shape[:2], jax.tree.map(lambda weight: weight.dtype, (kernel, bias))
+
+    def run(source: Source, weights: Weights) -> jax.Array:
+        (x, one), (kernel, bias) = source, weights
+        return _forward(plan, x, kernel, scaled(bias, one))
+
+    def in_source(dy: jax.Array, weights: Weights) -> Source:
+        kernel, bias = weights
+        return _input_grad(plan.for_backward(), dy, kernel), in_one(bias, dy)
+
+    def in_weights(dy: jax.Array, source: Source) -> Weights:
+        x, one = source
+        dbias = None if dtypes[1] is None else scaled(summed(dy), one)
+        found = _weight_grad(plan.for_backward(), taps, x, dy), dbias
+        return jax.tree.map(lambda gradient, dtype: gradient.astype(dtype), found, dtypes)
+
+    return multilinear(run, (in_source, in_weights), with_one(x), (kernel, bias))
+
+
+def _input_grad(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The gradient of x, linear in dy and linear in the kernel."""
+    taps, dtype = kernel.shape[:2], kernel.dtype
+
+    def in_dy(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _apply(plan, x, kernel, None)
+
+    def in_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return _weight_grad(plan, taps, x, dy).astype(dtype)
+
+    return multilinear(partial(_dx, plan), (in_dy, in_kernel), dy, kernel)
+
+
+def _weight_grad(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The gradient of the kernel, linear in x and linear in dy."""
+
+    def in_x(dkernel: jax.Array, dy: jax.Array) -> jax.Array:
+        return _input_grad(plan, dy, dkernel)
+
+    def in_dy(dkernel: jax.Array, x: jax.Array) -> jax.Array:
+        return _apply(plan, x, dkernel, None)
+
+    return multilinear(partial(_dkernel, plan, taps), (in_x, in_dy), x, dy)
+
+
+def _forward(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """The implementation's `forward`."""
+    run = plan.bound("forward")
+    if plan.module.DIFFERENTIABLE:
+        return run(x, kernel, bias)
+    return vmap_folding(run)(x, kernel, bias)
+
+
+def _dx(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The implementation's `input_grad`."""
+    run = plan.bound("input_grad", size=plan.problem.shape[1:3])
+    return run(dy, kernel) if plan.module.DIFFERENTIABLE else vmap_folding(run)(dy, kernel)
+
+
+def _dkernel(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """The implementation's `weight_grad`."""
+    run = plan.bound("weight_grad", kernel_size=taps)
+    return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
+
+
+def measurement(
+    operator: Operator,
+    direction: str,
+    problem: Problem,
+    bias: bool,
+    precision: jax.lax.Precision | None,
+) -> JaxMeasurement:
+    """The measurement that runs and times an implementation on arrays like those of a call.
+
+    Args:
+        operator: The operator, in JAX.
+        direction: "fwd", or "bwd", for which the bias does not count.
+        problem: The call.
+        bias: Whether it has a bias.
+        precision: The precision of products on matrix units.
+
+    Returns:
+        A measurement of the problem.
+    """
+    n, *size, channels = problem.shape
+    acc = accumulation_dtype(problem.dtype)
+    x = jax.ShapeDtypeStruct(problem.shape, problem.dtype)
+    kernel = jax.ShapeDtypeStruct((*problem.kernel_size, 1, channels), acc)
+    output = n, *problem.window.output(size, problem.kernel_size), channels
+    last: jax.ShapeDtypeStruct | None = jax.ShapeDtypeStruct(output, problem.dtype)
+    if direction == "fwd":
+        last = jax.ShapeDtypeStruct((channels,), acc) if bias else None
+
+    def run(module: Implementation, config: TuningParams) -> Callable[..., Tree]:
+        return timed_function(Plan(module, config, problem, precision, backward=None), direction)
+
+    static = {"bias": bias, "precision": precision and precision.name}
+    return JaxMeasurement(run, (x, kernel, last), operator.module("xla"), static)
+
+
+def timed_function(plan: Plan, direction: str) -> Callable[..., Tree]:
+    """The function of arrays that a plan's implementation computes in one direction.
+
+    Args:
+        plan: The plan of the call.
+        direction: "fwd", a function of x, kernel and bias, or "bwd", of x, kernel and dy.
+
+    Returns:
+        The function, of the output, or of the gradients of x and of the kernel.
+    """
+    if direction == "fwd":
+        return partial(_forward, plan)
+
+    def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _dx(plan, dy, kernel), _dkernel(plan, kernel.shape[:2], x, dy)
+
+    return backward
