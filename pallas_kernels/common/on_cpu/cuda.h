@@ -1,4 +1,4 @@
-// What `wtconv.cu` uses of the CUDA language, for a C++ compiler: a block's threads are fibers.
+// What the CUDA sources use of the language, for a C++ compiler: a block's threads are fibers.
 //
 // Shared memory is of exactly the size of the launch and full of NaNs, so that AddressSanitizer
 // finds what lies beyond it, and tests what is not written.
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "fibers.h"
@@ -44,6 +45,22 @@ namespace cuda_on_cpu {
 
 inline Index block_index;
 inline float* shared;
+
+// Calls a kernel with arguments of its own types, each behind a pointer.
+template <typename... Types, std::size_t... I>
+inline void call(void (*kernel)(Types...), void** values, std::index_sequence<I...>) {
+  kernel(*static_cast<Types*>(values[I])...);
+}
+
+template <typename... Types>
+inline void call(void (*kernel)(Types...), void** values) {
+  call(kernel, values, std::index_sequence_for<Types...>());
+}
+
+template <typename... Types>
+constexpr unsigned parameters(void (*)(Types...)) {
+  return sizeof...(Types);
+}
 
 // Runs a grid; returns 0, or 1 where not all threads of a block reached a barrier.
 inline int launch(void (*function)(void**), void** values, unsigned grid, unsigned threads,
