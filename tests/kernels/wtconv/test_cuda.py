@@ -115,7 +115,7 @@ def test_levels_that_do_not_fit_are_launches_of_their_own(launches, monkeypatch)
 def test_sizes_reach_the_launches(launches, monkeypatch):
     gpu_of(monkeypatch, shared_memory_per_block_optin=SMALL.shared, core_count=1)
     for sizes in ({}, *SIZES):
-        traced(jnp.zeros((1, 72, 61, 4)), 2, 3, tuple(sizes.items()), "fwd")
+        traced(jnp.zeros((1, 72, 61, 4)), 1, 3, tuple(sizes.items()), "fwd")
     assert len({str(launch) for launch in launches}) == len(launches) == 1 + len(SIZES)
 
 
