@@ -55,7 +55,7 @@ class Images(NamedTuple):
         aligned: The number of elements, a power of two up to 4, that the address is a multiple of.
     """
 
-    shape: tuple[int, int, int, int]
+    shape: tuple[int, ...]
     dtype: str
     channels_last: bool = True
     aligned: int = 4
@@ -460,9 +460,8 @@ def weight_grad(
         (low, lows), (dlow, _) = (
             low_band(image, images, variant.levels, launch) for image in (x, dy)
         )
-        rest = levels - variant.levels
-        keys = {"base": False, "resident": resident}
-        found += weight_grad(low, dlow, lows, kernel_size, rest, device, launch, **keys)
+        rest = lows, kernel_size, levels - variant.levels, device, launch
+        found += weight_grad(low, dlow, *rest, base=False, resident=resident)
     return found
 
 

@@ -26,7 +26,7 @@ CASES = (
 
 
 def in_jax(implementation):
-    """WTConv, both ways; and what else has it: the Haar cascade, and a dense convolution, likewise."""
+    """WTConv, both ways; and, of what else has it, the Haar cascade and a dense convolution."""
     wtconv = partial(wtconv2d, implementation=implementation)
     for case in CASES:
         x, params, _ = jax.tree.map(partial(jnp.asarray, dtype="float32"), case.drawn())
