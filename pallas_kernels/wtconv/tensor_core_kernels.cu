@@ -272,8 +272,8 @@ depthwise_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ tap
     to[h] = warp * OUT_GROUP + 8 * (block / ACROSS * 2 * WIDTH + column);
   }
 
-  float sums[GROUP][REACHED][4] = {};
-  const float zeros[4] = {};
+  // The last of each channel's stay zero: the pair of the output that a pair is the first for.
+  float sums[GROUP][REACHED + 1][4] = {};
 #pragma unroll 1
   for (int step = 0; step < STAGES - 1; step++)
     load_pair(x, tile, step - REACH, channels, height, width, shared + step * IN_STAGE);
@@ -319,7 +319,7 @@ depthwise_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ tap
       for (int i = 0; i < REACHED; i++) {
         // The pair of the output that waits for i more pairs after this one.
         const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
-        multiply16(sums[c][i], both, b[0], b[1], i + 1 < REACHED ? sums[c][(i + 1) % REACHED] : zeros);
+        multiply16(sums[c][i], both, b[0], b[1], sums[c][i + 1]);
 #if KERNEL_SIZE > 5
         multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
 #endif
