@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -26,7 +27,7 @@ from pallas_kernels.common._compat import TRITON_TARGET, lowered_triton_call, tr
 from pallas_kernels.common.cuda import Device, Kernel
 from pallas_kernels.common.types import Output
 
-SAFE = jax.export.DisabledSafetyCheck.custom_call(TRITON_TARGET)
+SAFE = export.DisabledSafetyCheck.custom_call(TRITON_TARGET)
 """What `jax.export` asks for: a launch depends on nothing but its arguments."""
 
 _SHARED = {75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 120: 101376}
@@ -52,6 +53,10 @@ def unavailable(platform: str) -> str | None:
 
     They need an NVIDIA GPU, JAX's plugin for CUDA, NVRTC, and a launcher that understands the PTX
     which this NVRTC writes; that is tried once on each device.
+
+    Example:
+        >>> unavailable("tpu")
+        'needs a GPU, this is a tpu'
     """
     if platform != "gpu":
         return f"needs a GPU, this is a {platform}"
