@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -263,3 +263,42 @@ def trace_state() -> object:
     from jax.extend.core import get_opaque_trace_state
 
     return get_opaque_trace_state()
+
+
+def triton_launcher() -> ModuleType:
+    """The module of jaxlib by which programs launch kernels from PTX, jax-triton's for instance.
+
+    JAX (0.10 to 0.12) has it in its private library alone.
+
+    Raises:
+        ImportError: jaxlib finds no plugin for CUDA.
+    """
+    from jax._src.lib import gpu_triton
+
+    if not gpu_triton._cuda_triton:
+        version = jax.lib.__version__
+        raise ImportError(f"jaxlib {version} finds no jax-cuda12-plugin and no jax-cuda13-plugin")
+    return gpu_triton
+
+
+TRITON_TARGET = "triton_kernel_call" + "_ffi" * (jax.__version_info__ >= (0, 11))
+"""The custom call that the launcher answers.
+
+From JAX 0.11 on the one with "_ffi" is recorded into CUDA graphs, which take the host less time for
+a launch. In 0.10 jax-triton takes the other.
+"""
+
+
+def lowered_triton_call(context: Any, operands: Sequence[Any], launch: bytes) -> Sequence[Any]:
+    """The results of a launch in a program that is lowered.
+
+    Args:
+        context: The context of a lowering rule.
+        operands: The arrays.
+        launch: The launch as `triton_launcher` serialises it, compressed.
+    """
+    if TRITON_TARGET.endswith("_ffi"):
+        rule = jax.ffi.ffi_lowering(TRITON_TARGET, api_version=4)
+        return rule(context, *operands, opaque=launch)
+    rule = jax.ffi.ffi_lowering(TRITON_TARGET, api_version=2, backend_config=cast(Any, launch))
+    return rule(context, *operands)

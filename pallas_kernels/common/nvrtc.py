@@ -1,7 +1,7 @@
 """CUDA sources compiled at first use through NVRTC, without the CUDA toolkit or a C++ compiler.
 
-Cubins are cached on disk under a hash of everything they were compiled from, so that a later
-process only reads them.
+What is compiled is cached on disk under a hash of everything it was compiled from, so that a later
+process only reads it: a cubin for a GPU ("sm_90"), or PTX for all GPUs from one on ("compute_90").
 """
 
 import hashlib
@@ -16,20 +16,22 @@ _OPTIONS = ("--std=c++17",)
 
 
 def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
-    """The cubin of a CUDA source, read from the disk if it was compiled before.
+    """The cubin or the PTX of a CUDA source, read from the disk if it was compiled before.
 
     Args:
         source: CUDA C++ that includes nothing.
         macros: Preprocessor definitions.
-        arch: Architecture of the GPU, such as "sm_90".
+        arch: Architecture of the GPU, such as "sm_90", or a virtual one, such as "compute_90".
 
     Returns:
-        A cubin.
+        A cubin, or PTX of a virtual architecture.
 
     Raises:
         KernelError: The source does not compile; the error holds the compiler's log.
     """
-    path = cache_folder() / f"{_key(source, macros, arch)}.cubin"
+    path = (
+        cache_folder() / f"{_key(source, macros, arch)}.{'ptx' if _is_virtual(arch) else 'cubin'}"
+    )
     try:
         return path.read_bytes()
     except OSError:
@@ -48,7 +50,7 @@ def compiled(source: str, macros: Mapping[str, object], arch: str) -> bytes:
 
 
 def compile_source(source: str, macros: Mapping[str, object], arch: str) -> bytes:
-    """The cubin of a CUDA source, compiled anew; takes the arguments of `compiled` and no GPU."""
+    """The result of `compiled`, compiled anew; it takes the same arguments, and no GPU."""
     from cuda.bindings import nvrtc
 
     options = [*_OPTIONS, f"--gpu-architecture={arch}"]
@@ -60,13 +62,59 @@ def compile_source(source: str, macros: Mapping[str, object], arch: str) -> byte
         if int(status):
             log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
             _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            text = log.rstrip(b"\0").decode(errors="replace")
-            raise KernelError(f"NVRTC could not compile with {' '.join(options)}", text)
+            reasons = log.rstrip(b"\0").decode(errors="replace")
+            raise KernelError(f"NVRTC could not compile with {' '.join(options)}", reasons)
+        if _is_virtual(arch):
+            text = bytes(_checked(nvrtc.nvrtcGetPTXSize(program)))
+            _checked(nvrtc.nvrtcGetPTX(program, text))
+            return text.rstrip(b"\0")
         code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def version() -> str:
+    """NVRTC's version, such as "13.0".
+
+    Raises:
+        ImportError: cuda-bindings is not installed.
+        RuntimeError: It does not find NVRTC.
+    """
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    _checked((status,))
+    return f"{major}.{minor}"
+
+
+def virtual_arch(capability: int) -> str:
+    """The newest virtual architecture that NVRTC knows and a GPU understands.
+
+    Args:
+        capability: The GPU's compute capability times ten, such as 90.
+
+    Returns:
+        Its name, such as "compute_90".
+
+    Raises:
+        NotImplementedError: NVRTC knows newer GPUs alone.
+    """
+    from cuda.bindings import nvrtc
+
+    known = _checked(nvrtc.nvrtcGetSupportedArchs())
+    able = [number for number in known if number <= capability]
+    if not able:
+        raise NotImplementedError(
+            f"NVRTC {version()} compiles for compute capability {min(known) / 10} and newer, this "
+            f"GPU has {capability / 10}"
+        )
+    return f"compute_{max(able)}"
+
+
+def _is_virtual(arch: str) -> bool:
+    return arch.startswith("compute_")
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
@@ -82,7 +130,7 @@ def _checked(answer: tuple[Any, ...]) -> Any:
 
 
 def cache_folder() -> Path:
-    """The folder where this user's cubins are cached."""
+    """The folder where what was compiled for this user is cached."""
     from platformdirs import user_cache_path
 
     return user_cache_path("flash_wtconv", appauthor=False) / "cuda"

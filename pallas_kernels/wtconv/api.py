@@ -33,6 +33,7 @@ from pallas_kernels.wtconv.problem import Problem
 class Implementation(StrEnum):
     """Implementations of the wavelet convolution."""
 
+    CUDA = "cuda"
     MOSAIC_GPU = "mosaic_gpu"
     MOSAIC_TPU = "mosaic_tpu"
     TRITON = "triton"
@@ -45,7 +46,7 @@ OPERATOR = Operator(
     implementations=Implementation,
     rule={
         "tpu": ("mosaic_tpu", "xla"),
-        "gpu": ("mosaic_gpu", "triton", "xla"),
+        "gpu": ("mosaic_gpu", "triton", "cuda", "xla"),
         "cpu": ("xla",),
     },
     directions={"fwd": ("forward",), "bwd": ("forward", "weight_grad")},

@@ -607,8 +607,8 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
                const float* __restrict__ base, const float* __restrict__ taps1,
                const float* __restrict__ taps2, const float* __restrict__ taps3,
                const float* __restrict__ taps4, const float* __restrict__ taps5,
-               const float* __restrict__ bias, Scalar* __restrict__ y, int images, int channels,
-               int height, int width, int transpose) {
+               const float* __restrict__ bias, int images, int channels, int height, int width,
+               int transpose, Scalar* __restrict__ y) {
   SHARED(shared);
   float* shared_taps = shared + PLANES * PLANE;
   const Image image = image_of(channels, height, width);
@@ -689,8 +689,8 @@ wtconv_forward(const Scalar* __restrict__ x, const float* __restrict__ below,
 
 // The low band of level LEVELS of x in float32, one thread a coefficient.
 extern "C" __global__ void __launch_bounds__(THREADS)
-wtconv_low(const Scalar* __restrict__ x, float* __restrict__ y, int images, int channels, int height,
-           int width) {
+wtconv_low(const Scalar* __restrict__ x, int images, int channels, int height, int width,
+           float* __restrict__ y) {
   constexpr int SIDE = 1 << LEVELS;
   const int rows = (height + SIDE - 1) / SIDE, columns = (width + SIDE - 1) / SIDE;
   const Offset at = Offset(blockIdx.x) * THREADS + threadIdx.x;
@@ -822,8 +822,8 @@ DEVICE constexpr int first_role(int level) {
 // One persistent thread block of the weight gradient. `sums [programs, C, 1 + 4 * LEVELS, K * K]`
 // holds each program's share of the taps' gradients.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-wtconv_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, float* __restrict__ sums,
-               int images, int channels, int height, int width, int programs) {
+wtconv_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int images,
+               int channels, int height, int width, int programs, float* __restrict__ sums) {
   SHARED(shared);
   float* other = shared + PLANES * PLANE;
   const Image image = image_of(channels, height, width);

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.contract import FORMS, MODES, Forms, smallest
+from helpers.cuda import emulate
 
 from pallas_kernels import dispatch
 from pallas_kernels.common import conformance, device
@@ -148,6 +149,8 @@ def forms(request, operator, name, measured, monkeypatch):
         from helpers.triton import interpret
 
         interpret(monkeypatch, module)
+    elif name == "cuda":
+        emulate(monkeypatch, module)
     elif name == "mosaic_gpu":
         request.getfixturevalue("gpu_launches")
         monkeypatch.setattr(module, "unavailable", lambda platform: None)

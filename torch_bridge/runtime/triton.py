@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from pallas_kernels.common.refusals import compiling
 from pallas_kernels.common.types import Output
+from torch_bridge.runtime.outputs import allocated
 
 
 def unavailable(platform: str) -> str | None:
@@ -31,13 +31,7 @@ def launch(
 ) -> list[Tensor]:
     """Launches a kernel, whose arguments are followed by its outputs; returns these."""
     device = cast(Tensor, arguments[0]).device
-    made = []
-    for shape, dtype, *strides in outputs:
-        dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-        if strides:
-            made.append(torch.empty_strided(shape, *strides, dtype=dtype, device=device))
-        else:
-            made.append(torch.empty(shape, dtype=dtype, device=device))
+    made = allocated(outputs, device)
     with compiling("a Triton kernel"):
         kernel[grid](*arguments, *made, **constants)
     return made

@@ -20,7 +20,10 @@ TOOLS = {
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize(
     ("framework", "implementation"),
-    [("jax", "mosaic_gpu"), ("jax", "triton"), ("torch", "cuda"), ("torch", "triton")],
+    [
+        *(("jax", name) for name in ("cuda", "mosaic_gpu", "triton")),
+        *(("torch", name) for name in ("cuda", "triton")),
+    ],
 )
 def test_no_access_outside_of_an_array_and_no_race(framework, implementation, tool):
     places = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"])

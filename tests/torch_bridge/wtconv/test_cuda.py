@@ -12,12 +12,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from pallas_kernels.common import conformance  # noqa: E402
+from pallas_kernels.common.cuda import Device  # noqa: E402
+from pallas_kernels.common.on_cpu.cuda import HOPPER  # noqa: E402
 from pallas_kernels.dispatch import tuning  # noqa: E402
+from pallas_kernels.wtconv import cuda_launches  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
+from pallas_kernels.wtconv.cuda_launches import Images  # noqa: E402
 from torch_bridge import check  # noqa: E402
 from torch_bridge.wtconv import cuda as cuda_launch  # noqa: E402
 from torch_bridge.wtconv import ops  # noqa: E402
-from torch_bridge.wtconv.cuda import Device  # noqa: E402
 from torch_bridge.wtconv.on_cpu import cuda  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -53,7 +56,7 @@ def taken(case):
 
 EMULATED = [
     (device, case)
-    for device, cases in ((cuda.HOPPER, (*filter(taken, CASES), *WHOLE)), (SMALL, TILED))
+    for device, cases in ((HOPPER, (*filter(taken, CASES), *WHOLE)), (SMALL, TILED))
     for case in cases
 ]
 """Every case is run in one memory format, every second one in the other, and in both if wide."""
@@ -103,12 +106,12 @@ def test_other_sizes_of_blocks_are_the_oracles(size, monkeypatch):
     case, device = Case((72, 61), 2, 3, batch=(1,), channels=4), Device(40000, 1)
     with cuda.emulated(device), tuning("search"):
         assert_oracle(check.layer_results("cuda", CPU, torch.channels_last, case), case)
-    x = torch.empty(1, 4, 72, 61, device="meta").contiguous(memory_format=torch.channels_last)
-    plan = partial(cuda_launch.planned, "forward", x, 3, 2, device, True)
+    images = Images((1, 72, 61, 4), "float32")
+    plan = partial(cuda_launches.planned, "forward", images, 3, 2, device)
     assert plan(**size) != plan()
 
 
-SOURCE = cuda_launch.SOURCE.read_text()
+SOURCE = cuda_launches.SOURCE.read_text()
 BARRIER = "__syncthreads();"
 FAULTS = {
     f"barrier {i}": (match.start(), match.end(), "")
@@ -140,7 +143,7 @@ def test_a_planted_fault_is_caught(fault):
     start, end, new = FAULTS[fault]
     faulty = SOURCE[:start] + new + SOURCE[end:]
     runs = [
-        (cuda.HOPPER, Case((9, 7), 3, 3, batch=(3,), channels=2)),
+        (HOPPER, Case((9, 7), 3, 3, batch=(3,), channels=2)),
         (SMALL, Case((50, 34), 2, 5, batch=(2,), channels=9)),
     ]
 
@@ -162,6 +165,8 @@ def test_a_planted_fault_is_caught(fault):
 ADDRESSES = """
 import sys
 import torch
+from pallas_kernels.common.cuda import Device
+from pallas_kernels.wtconv.cuda_launches import SOURCE
 from torch_bridge.wtconv.on_cpu import cuda
 from torch_bridge.wtconv import cuda as cuda_launch
 torch.manual_seed(0)
@@ -169,9 +174,9 @@ old, new = sys.argv[1:]
 flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 x, dy = torch.randn(2, 1, 3, 37, 30)
 taps = [torch.randn(3 * bands, 1, 5, 5) for bands in (1, 4, 4)]
-for text in (None, cuda_launch.SOURCE.read_text().replace(old, new)):
+for text in (None, SOURCE.read_text().replace(old, new)):
     for shared, memory_format in (232448, torch.contiguous_format), (40000, torch.channels_last):
-        with cuda.emulated(cuda_launch.Device(shared, 1), source=text, flags=flags):
+        with cuda.emulated(Device(shared, 1), source=text, flags=flags):
             image, other = (t.contiguous(memory_format=memory_format) for t in (x, dy))
             cuda_launch.forward(image, taps, None, wavelet="haar", transpose=False)
             cuda_launch.weight_grad(image, other, kernel_size=5, levels=2, wavelet="haar")

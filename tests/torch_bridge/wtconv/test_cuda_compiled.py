@@ -10,17 +10,18 @@ torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
 from pallas_kernels.common import nvrtc  # noqa: E402
+from pallas_kernels.common.cuda import Device  # noqa: E402
+from pallas_kernels.wtconv import cuda_launches  # noqa: E402
+from pallas_kernels.wtconv.cuda_launches import Images  # noqa: E402
 from pallas_kernels.wtconv.shapes import GPU_SHAPES  # noqa: E402
-from torch_bridge.wtconv import cuda as cuda_launch  # noqa: E402
-from torch_bridge.wtconv.cuda import Device  # noqa: E402
 
 COMPILER = pytest.mark.skipif(
     sys.platform != "linux", reason="the test extra has NVRTC for Linux alone"
 )
 TARGETS = {
-    "sm_80": (torch.float16, Device(shared=166912, multiprocessors=108)),
-    "sm_90": (torch.float32, Device(shared=232448, multiprocessors=132)),
-    "sm_100": (torch.bfloat16, Device(shared=232448, multiprocessors=148)),
+    "sm_80": ("float16", Device(shared=166912, multiprocessors=108)),
+    "sm_90": ("float32", Device(shared=232448, multiprocessors=132)),
+    "sm_100": ("bfloat16", Device(shared=232448, multiprocessors=148)),
 }
 
 
@@ -31,17 +32,15 @@ def variants(target, kernel_size, channels_last, offered=({},)):
     # A plane a block and tiles are what differs most; the suite need not compile all for each k.
     names = GPU_SHAPES if kernel_size == 5 else ("convnext_t_stage1", "image_224")
     for shape in map(GPU_SHAPES.__getitem__, names):
-        sizes = (shape.batch, shape.channels, shape.height, shape.width)
-        x = torch.empty(sizes, dtype=dtype, device="meta")
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        x = x.contiguous(memory_format=memory_format)
+        sizes = shape.batch, shape.height, shape.width, shape.channels
+        images = Images(sizes, dtype, channels_last)
         for kernel in ("forward", "weights"):
-            what = kernel, x, kernel_size, shape.levels, device, True
-            found += [cuda_launch.planned(*what, **size) for size in offered]
+            what = kernel, images, kernel_size, shape.levels, device
+            found += [cuda_launches.planned(*what, **size) for size in offered]
     return list(dict.fromkeys(found))
 
 
-OFFERED = cuda_launch.search_space("fwd", None)[1:]
+OFFERED = cuda_launches.search_space()[1:]
 
 
 @COMPILER
@@ -75,7 +74,7 @@ def test_what_is_picked_for_the_named_shapes_keeps_to_registers(
 ):
     cubins = pytest.importorskip("helpers.cubins", reason="what reads cubins comes with Triton")
     wanted = variants(target, kernel_size, channels_last, sizes)
-    source, (_, device) = cuda_launch.SOURCE.read_text(), TARGETS[target]
+    source, (_, device) = cuda_launches.SOURCE.read_text(), TARGETS[target]
     # The compiler lets other threads run.
     with ThreadPoolExecutor(2) as pool:
         compiled = pool.map(lambda v: nvrtc.compile_source(source, v.macros(), target), wanted)

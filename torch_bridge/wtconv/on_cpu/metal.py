@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import torch
 
+from pallas_kernels.common.on_cpu.cuda import FOLDER
+from pallas_kernels.common.on_cpu.cuda import unavailable as unavailable
 from torch_bridge.wtconv import metal as metal_launch
-from torch_bridge.wtconv.on_cpu.cuda import unavailable as unavailable
 
 _HEADER = Path(__file__).with_name("metal.h")
 _COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-O1", "-ffp-contract=off")
@@ -192,7 +193,10 @@ extern "C" int {name}_bytes() {{ return sizeof({found[-1][1]}); }}
     source = first + "".join(barriers) + code
     with TemporaryDirectory() as folder:
         (Path(folder) / "metal_stdlib").write_text(f'#include "{_HEADER}"\n')
-        _run([*_COMMAND, *flags, f"-I{folder}", "-x", "c++", "-", "-o", str(library)], source)
+        _run(
+            [*_COMMAND, *flags, f"-I{folder}", f"-I{FOLDER}", "-x", "c++", "-", "-o", str(library)],
+            source,
+        )
     return kernels
 
 

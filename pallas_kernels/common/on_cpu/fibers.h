@@ -1,7 +1,7 @@
 // The threads of a block, or threadgroup, as fibers of one thread of the CPU.
 //
-// A barrier hands over to the next thread, so the order of threads between two barriers can be
-// chosen: forward, backward or shuffled.
+// Where threads meet, each hands over to the next one, so the order of threads between two barriers
+// can be chosen: forward, backward or shuffled.
 
 #pragma once
 
@@ -30,15 +30,40 @@ inline Fiber* current;
 inline void (*kernel)(void**);
 inline void** arguments;
 
-inline void barrier() { swapcontext(&current->context, &scheduler); }
+// A place where a number of threads wait for one another, again and again.
+struct Meeting {
+  unsigned arrived = 0;
+  unsigned long held = 0;
+};
+
+inline unsigned threads;
+inline Meeting everyone;
+inline bool moved;
+
+inline void hand_over() { swapcontext(&current->context, &scheduler); }
+
+inline void meet(Meeting& meeting, unsigned count) {
+  const unsigned long before = meeting.held;
+  if (++meeting.arrived == count) {
+    meeting.arrived = 0;
+    meeting.held++;
+    moved = true;
+    // The others go on in the order of threads, this one too.
+    hand_over();
+  }
+  while (meeting.held == before) hand_over();
+}
+
+inline void barrier() { meet(everyone, threads); }
 
 inline void start() {
   kernel(arguments);
   current->done = true;
-  barrier();
+  moved = true;
+  hand_over();
 }
 
-// Runs one block after the other, between barriers in an order of their threads: 0 as they are
+// Runs one block after the other, where threads meet in an order of their threads: 0 as they are
 // numbered, 1 the other way round, any other one at random, always the same.
 class Threads {
  public:
@@ -48,9 +73,10 @@ class Threads {
     arguments = values;
   }
 
-  // Whether all threads of a block reached the same number of barriers.
+  // Whether all threads of a block reached its end, and none waits for others that do not come.
   bool run() {
-    bool together = true;
+    everyone = {};
+    threads = fibers_.size();
     std::vector<Fiber*> live;
     for (Fiber& fiber : fibers_) {
       fiber.thread = live.size();
@@ -65,17 +91,16 @@ class Threads {
     if (order_ == 1) std::reverse(live.begin(), live.end());
     while (!live.empty()) {
       if (order_ > 1) shuffle(live);
-      unsigned done = 0;
+      moved = false;
       for (Fiber* fiber : live) {
         current = fiber;
         swapcontext(&scheduler, &fiber->context);
-        done += fiber->done;
       }
-      if (done != 0 && done != live.size()) together = false;
+      if (!moved) return false;
       live.erase(std::remove_if(live.begin(), live.end(), [](Fiber* f) { return f->done; }),
                  live.end());
     }
-    return together;
+    return true;
   }
 
  private:

@@ -1,0 +1,51 @@
+"""Launches of CUDA kernels for every operator: what a kernel is, and the protocol of a launch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from pallas_kernels.common.triton import AnyArray
+
+Launch = Callable[..., list[AnyArray]]
+"""The function by which a framework allocates outputs and launches one kernel:
+
+    launch(kernel, arguments, outputs, blocks) -> list of arrays
+
+`kernel` is a `Kernel`. `arguments` are arrays, integers of 32 bits, and None for a null pointer;
+each output is `(shape, dtype)`, which is contiguous, or `(shape, dtype, strides)`; `blocks` is the
+number of blocks. The kernel takes its arguments first, then its outputs.
+"""
+
+
+class Kernel(NamedTuple):
+    """A kernel of a CUDA source, and the blocks that it is launched in.
+
+    Attributes:
+        source: The file, CUDA C++ that includes nothing.
+        name: The kernel's name in it, declared `extern "C"`.
+        macros: The definitions for the preprocessor.
+        threads: Threads of a block, a multiple of 32.
+        shared: Bytes of dynamic shared memory of a block.
+    """
+
+    source: Path
+    name: str
+    macros: tuple[tuple[str, object], ...]
+    threads: int
+    shared: int
+
+
+class Device(NamedTuple):
+    """The properties of a GPU that kernels are chosen by; shared memory is a block's, in bytes."""
+
+    shared: int
+    multiprocessors: int
+
+    def share(self, blocks: int) -> int:
+        """Bytes of shared memory for each of some blocks of a multiprocessor, less 1 KiB each.
+
+        Example:
+            >>> Device(shared=232448, multiprocessors=132).share(2)
+            115712
+        """
+        return (self.shared + 1024) // blocks - 1024

@@ -1,0 +1,192 @@
+"""Launches of CUDA kernels from JAX: NVRTC makes PTX, which jaxlib's launcher of Triton takes.
+
+A launch is a primitive. What is traced is not compiled: NVRTC compiles where a program is lowered
+for CUDA, which needs neither a GPU nor its driver. XLA's program holds the PTX; the launcher
+assembles it in each process before its first launch, a fraction of a second a kernel.
+
+`jax.export` must be told that the launch is known to be safe:
+
+    jax.export.export(f, platforms=["cuda"], disabled_checks=[cuda_call.SAFE])(x)
+"""
+
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from pallas_kernels.common import device, nvrtc
+from pallas_kernels.common._compat import TRITON_TARGET, lowered_triton_call, triton_launcher
+from pallas_kernels.common.cuda import Device, Kernel
+from pallas_kernels.common.types import Output
+
+SAFE = export.DisabledSafetyCheck.custom_call(TRITON_TARGET)
+"""What `jax.export` asks for: a launch depends on nothing but its arguments."""
+
+_SHARED = {75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 120: 101376}
+"""Bytes of shared memory that a block may have, of compute capabilities from each on."""
+_OLDEST = min(_SHARED)
+"""The capability times ten that a launch is made for where no GPU is: newer ones take it too."""
+_MULTIPROCESSORS = 132
+"""Multiprocessors of a GPU that does not tell: an H100's, other numbers work as well."""
+_ALIGNMENT = 16
+"""Bytes that the address of every array is a multiple of, which the launcher checks."""
+
+
+class Null(NamedTuple):
+    """A null pointer among the constants of a launch."""
+
+
+Constant = int | Null | None
+"""An argument that is known when a call is traced; None where an array stands."""
+
+
+def unavailable(platform: str) -> str | None:
+    """The reason why CUDA kernels cannot run on a platform, or None where they can.
+
+    They need an NVIDIA GPU, JAX's plugin for CUDA, NVRTC, and a launcher that understands the PTX
+    which this NVRTC writes; that is tried once on each device.
+
+    Example:
+        >>> unavailable("tpu")
+        'needs a GPU, this is a tpu'
+    """
+    if platform != "gpu":
+        return f"needs a GPU, this is a {platform}"
+    gpu = device.current()
+    capability = _capability(gpu)
+    if capability is None:
+        return f"needs an NVIDIA GPU of known compute capability, this is {gpu.device_kind}"
+    if capability < _OLDEST:
+        return f"needs compute capability {_OLDEST / 10} or newer, this has {capability / 10}"
+    try:
+        triton_launcher()
+        written = nvrtc.version()
+    # Bindings without the library that they bind raise a RuntimeError.
+    except (ImportError, RuntimeError) as error:
+        return f"needs NVRTC and JAX's plugin for CUDA (the extra 'cuda12' or 'cuda13'): {error}"
+    # A program that is compiled ahead of time has no device to try it on.
+    reason = _refusal_of_probe(gpu) if isinstance(gpu, jax.Device) else None
+    return reason and f"needs a launcher that takes what NVRTC {written} writes: {reason}"
+
+
+def device_properties() -> Device:
+    """The properties of the GPU that a call is traced for.
+
+    JAX 0.10 does not tell the shared memory; there and ahead of time the capability does.
+    """
+    gpu = device.current()
+    capability = _capability(gpu) or _OLDEST
+    shared = getattr(gpu, "shared_memory_per_block_optin", None)
+    if shared is None:
+        shared = _SHARED[max(known for known in _SHARED if known <= capability)]
+    return Device(shared, getattr(gpu, "core_count", None) or _MULTIPROCESSORS)
+
+
+def launch(
+    kernel: Kernel,
+    arguments: "Sequence[jax.Array | int | None]",
+    outputs: Sequence[Output],
+    blocks: int,
+) -> list[jax.Array]:
+    """Launches a kernel on contiguous arrays, as `common.cuda.Launch` says."""
+    arrays = [a for a in arguments if not isinstance(a, int) and a is not None]
+    constants = tuple(a if isinstance(a, int) else Null() if a is None else None for a in arguments)
+    types = tuple((tuple(shape), str(dtype)) for shape, dtype in outputs)
+    return _call(
+        *arrays,
+        kernel=kernel,
+        constants=constants,
+        outputs=types,
+        blocks=blocks,
+        capability=_capability(device.current()) or _OLDEST,
+    )
+
+
+@partial(jax.jit, static_argnames=("kernel", "constants", "outputs", "blocks", "capability"))
+def _call(*arrays: jax.Array, **static: Any) -> list[jax.Array]:
+    """The primitive inside a program, since it has no meaning outside of one."""
+    return _launch.bind(*arrays, **static)
+
+
+_launch = Primitive("cuda_launch")
+_launch.multiple_results = True
+
+
+@_launch.def_abstract_eval
+def _types(*arrays: Any, outputs: tuple[Output, ...], **static: Any) -> list[Any]:
+    return [jax.core.ShapedArray(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
+
+
+def _lower(
+    context: mlir.LoweringRuleContext,
+    *operands: Any,
+    kernel: Kernel,
+    constants: tuple[Constant, ...],
+    outputs: tuple[Output, ...],
+    blocks: int,
+    capability: int,
+) -> Sequence[Any]:
+    """The custom call that launches a kernel."""
+    parameters = (*constants, *(None,) * len(outputs))
+    opaque = zlib.compress(_serialized(kernel, parameters, blocks, capability))
+    return lowered_triton_call(context, operands, opaque)
+
+
+mlir.register_lowering(_launch, _lower, platform="cuda")
+
+
+@cache
+def _serialized(
+    kernel: Kernel, parameters: tuple[Constant, ...], blocks: int, capability: int
+) -> bytes:
+    """A launch as jaxlib's launcher reads it."""
+    launcher = triton_launcher()
+    ptx = _ptx(kernel.source, kernel.macros, nvrtc.virtual_arch(capability))
+    made = [
+        launcher.create_array_parameter(0, _ALIGNMENT)
+        if value is None
+        else launcher.create_scalar_parameter(*((0, "i64") if value == Null() else (value, "i32")))
+        for value in parameters
+    ]
+    warps = kernel.threads // 32
+    compiled = launcher.TritonKernel(kernel.name, warps, 1, kernel.shared, ptx, "", capability)
+    return launcher.TritonKernelCall(compiled, blocks, 1, 1, made).to_proto(kernel.name, b"")
+
+
+@cache
+def _ptx(source: Path, macros: tuple[tuple[str, object], ...], arch: str) -> str:
+    return nvrtc.compiled(source.read_text(encoding="utf-8"), dict(macros), arch).decode()
+
+
+def _capability(gpu: object) -> int | None:
+    """A GPU's compute capability times ten; AMD's are words."""
+    major, _, minor = str(getattr(gpu, "compute_capability", "")).partition(".")
+    return int(major) * 10 + int(minor or 0) if major.isdigit() else None
+
+
+@cache
+def _refusal_of_probe(gpu: jax.Device) -> str | None:
+    """The reason why a device does not run a kernel of one line, None if it does."""
+    kernel = Kernel(Path(__file__).with_name("probe.cu"), "probe", (), 32, 0)
+
+    def run() -> float:
+        with jax.default_device(gpu):
+            (y,) = launch(kernel, [jnp.ones(1, "float32")], [((1,), "float32")], 1)
+            return float(y[0])
+
+    try:
+        # In another thread, since this one may be tracing.
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(run).result()
+    # NVRTC, XLA and the launcher fail in their own ways.
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None if found == 2 else f"1 + 1 is {found} there"

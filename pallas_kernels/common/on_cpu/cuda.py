@@ -1,0 +1,113 @@
+"""Runs CUDA kernels on the CPU, launched as `common.cuda.Launch` says."""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pallas_kernels.common.cuda import Device, Kernel
+from pallas_kernels.common.types import Output
+
+HOPPER = Device(shared=232448, multiprocessors=2)
+"""The shared memory of an H100 or H200, and few multiprocessors."""
+
+FOLDER = Path(__file__).parent
+"""The folder of the headers by which a C++ compiler takes kernels of other devices."""
+_COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-O1", "-ffp-contract=off")
+
+
+def unavailable() -> str | None:
+    """The reason why kernels cannot run here: they need g++ and the contexts of Linux."""
+    if sys.platform != "linux":
+        return f"needs Linux, this is {sys.platform}"
+    return None if shutil.which("g++") else "needs the compiler g++"
+
+
+class Launcher:
+    """Builds and launches kernels on the CPU.
+
+    Args:
+        folder: The folder that libraries are built in.
+        source: CUDA C++; None is that of each kernel.
+        order: Order of the threads of a block between two barriers: 0 as they are numbered, 1 in
+            reverse, any other number at random, always the same.
+        flags: More of the compiler's options.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: str | None = None,
+        order: int = 0,
+        flags: Sequence[str] = (),
+    ) -> None:
+        self._folder = folder
+        self._source = source
+        self._flags = flags
+        self.order = order
+
+    def launch(
+        self,
+        kernel: Kernel,
+        arguments: Sequence[np.ndarray | int | None],
+        outputs: Sequence[Output],
+        blocks: int,
+    ) -> list[np.ndarray]:
+        """Launches a kernel on contiguous arrays of NumPy; see `run` for errors.
+
+        Outputs hold NaN before, so that elements which are not written show.
+        """
+        made = [np.full(shape, np.nan, dtype) for shape, dtype in outputs]
+        self.run(
+            kernel, [a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)], blocks
+        )
+        return made
+
+    def run(self, kernel: Kernel, arguments: Sequence[int | ctypes.c_void_p], blocks: int) -> None:
+        """Launches a kernel on addresses of this process, and integers of 32 bits.
+
+        Raises:
+            RuntimeError: The source does not compile, or not all threads of a block reach a
+                barrier.
+            TypeError: The kernel takes another number of arguments.
+        """
+        values = [ctypes.c_int(a) if isinstance(a, int) else a for a in arguments]
+        library = self._built(kernel)
+        if library.parameters() != len(values):
+            count = library.parameters()
+            raise TypeError(f"{kernel.name} takes {count} arguments, got {len(values)}")
+        packed = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        if library.launch(packed, blocks, kernel.threads, kernel.shared, self.order):
+            raise RuntimeError(f"{kernel.name}: not all threads of a block reached a barrier")
+
+    def _built(self, kernel: Kernel) -> ctypes.CDLL:
+        """The library of one kernel, built if it is not there."""
+        macros = "".join(f"#define {name} {value}\n" for name, value in kernel.macros)
+        source = kernel.source.read_text() if self._source is None else self._source
+        text = (
+            f'#include "{FOLDER / "cuda.h"}"\n{macros}{source}\n'
+            f"static void run(void** values) {{ cuda_on_cpu::call({kernel.name}, values); }}\n"
+            'extern "C" int launch(void** values, unsigned blocks, unsigned threads,\n'
+            "                      unsigned bytes, unsigned order) {\n"
+            "  return cuda_on_cpu::launch(run, values, blocks, threads, bytes, order);\n}\n"
+            f'extern "C" int parameters() {{ return cuda_on_cpu::parameters({kernel.name}); }}\n'
+        )
+        name = hashlib.sha256(repr((text, self._flags)).encode()).hexdigest()[:16]
+        library = self._folder / f"{name}.so"
+        if not library.exists():
+            code = library.with_suffix(".cpp")
+            code.write_text(text)
+            command = [*_COMMAND, *self._flags, str(code), "-o", str(library)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+        return ctypes.CDLL(str(library))
+
+
+def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if array is None else array.ctypes.data)

@@ -1,0 +1,61 @@
+"""CUDA kernels of JAX's rooms on the CPU, and the traces of programs for a GPU that is not here."""
+
+import atexit
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.common import device
+from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher, unavailable
+
+EMULATED = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+@cache
+def folder():
+    """What this process has built, which its tests share."""
+    made = TemporaryDirectory()
+    atexit.register(made.cleanup)
+    return Path(made.name)
+
+
+def emulate(monkeypatch, room, properties=HOPPER):
+    """Lets JAX's room "cuda" of an operator launch on the CPU, which it calls back.
+
+    Returns the launcher.
+    """
+    if unavailable() is not None:
+        pytest.skip(unavailable())
+    launcher = Launcher(folder())
+
+    def launch(kernel, arguments, outputs, blocks):
+        types = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
+        arrays = [a for a in arguments if not isinstance(a, int) and a is not None]
+
+        def call(*given):
+            own = iter(map(np.asarray, given))
+            values = [a if isinstance(a, int) or a is None else next(own) for a in arguments]
+            made = [(each.shape, each.dtype) for each in types]
+            return launcher.launch(kernel, values, made, blocks)
+
+        return jax.pure_callback(call, types, *arrays)
+
+    monkeypatch.setattr(room, "launch", launch)
+    monkeypatch.setattr(room, "unavailable", lambda platform: None)
+    monkeypatch.setattr(room, "device_properties", lambda: properties)
+    return launcher
+
+
+def gpu_of(monkeypatch, capability="9.0", **properties):
+    """Lets calls be traced for a GPU that is not here."""
+    gpu = SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA GPU", compute_capability=capability, **properties
+    )
+    monkeypatch.setattr(device, "current", lambda: gpu)
+    return gpu

@@ -1,0 +1,76 @@
+"""The CUDA kernels compiled by NVRTC for every kind of GPU that they are made for; none is needed.
+
+The tables keep the registers of a thread. A newer NVRTC may take a few more or less; what matters
+is that nothing is spilled, and that as many blocks fit into a multiprocessor as were planned.
+"""
+
+import pytest
+from helpers.cuda import gpu_of
+
+from pallas_kernels.common import cuda_call, nvrtc
+from pallas_kernels.wtconv import cuda_launches, tensor_core_launches
+from pallas_kernels.wtconv.cuda_launches import Images
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="the test extra has NVRTC for Linux alone")
+cubins = pytest.importorskip("helpers.cubins", reason="what reads cubins comes with Triton")
+
+REGISTERS = {
+    "sm_75": {"forward": (79, 79), "weights": (124, 124)},
+    "sm_80": {"forward": (72, 80), "weights": (120, 121)},
+    "sm_86": {"forward": (79, 79), "weights": (122, 121)},
+    "sm_89": {"forward": (79, 79), "weights": (122, 121)},
+    "sm_90a": {"forward": (72, 88), "weights": (120, 120)},
+    "sm_100a": {"forward": (71, 95), "weights": (129, 127)},
+    "sm_120": {"forward": (80, 80), "weights": (128, 127)},
+}
+"""Of kernels of 5 and two levels on small channels-last images, in float32 and float16."""
+TENSOR_CORES = {
+    "sm_75": {3: 108, 5: 108, 7: 184},
+    "sm_80": {5: 110},
+    "sm_86": {5: 110},
+    "sm_89": {5: 110},
+    "sm_90a": {3: 112, 5: 112, 7: 184},
+    "sm_100a": {5: 104},
+    "sm_120": {5: 112},
+}
+"""Of the depthwise convolution in 16 bits, by kernel size; Turing has float16 alone."""
+MORE = 16
+"""Registers that another version of NVRTC may take more."""
+
+
+def device_of(arch, monkeypatch):
+    digits = arch.removeprefix("sm_").rstrip("a")
+    gpu_of(monkeypatch, f"{digits[:-1]}.{digits[-1]}")
+    return cuda_call.device_properties()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "weights"])
+@pytest.mark.parametrize("arch", REGISTERS)
+def test_nothing_is_spilled_and_blocks_fit(arch, kernel, monkeypatch):
+    device, source = device_of(arch, monkeypatch), cuda_launches.SOURCE.read_text()
+    for dtype, most in zip(("float32", "float16"), REGISTERS[arch][kernel], strict=True):
+        variant = cuda_launches.planned(kernel, Images((8, 28, 28, 32), dtype), 5, 2, device)
+        registers, spilled = cubins.usage(nvrtc.compile_source(source, variant.macros(), arch))
+        assert spilled == 0 and registers <= most + MORE
+        assert registers * variant.threads * variant.blocks <= 65536
+        assert variant.blocks * (variant.shared() + 1024) <= device.shared + 1024
+
+
+@pytest.mark.parametrize(
+    ("arch", "kernel_size"),
+    [
+        pytest.param(arch, k, marks=[pytest.mark.slow] * ((arch, k) != ("sm_75", 5)))
+        for arch, sizes in TENSOR_CORES.items()
+        for k in sizes
+    ],
+)
+def test_tensor_cores_keep_their_sums_in_registers(arch, kernel_size, monkeypatch):
+    device, source = device_of(arch, monkeypatch), tensor_core_launches.SOURCE.read_text()
+    for dtype in ("float16", "bfloat16")[: 1 + (arch != "sm_75")]:
+        variant = tensor_core_launches.planned((8, 56, 56, 96), dtype, kernel_size)
+        kernel = variant.compiled()
+        code = nvrtc.compile_source(source, dict(kernel.macros), arch)
+        registers, spilled = cubins.usage(code)
+        assert spilled == 0 and registers <= TENSOR_CORES[arch][kernel_size] + MORE
+        assert registers * kernel.threads <= 65536 and kernel.shared <= device.shared
