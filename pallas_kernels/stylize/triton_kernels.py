@@ -4,7 +4,8 @@ Arrays are `[N, HW, C]`, channels last. A group is the pixels of one image in `B
 channels; its slices are `rounds * PX` neighbouring pixels each, the last perhaps fewer, and belong
 to a program each. What a slice sums is in `parts [groups, SLICES, 2, BC]`, and each program of the
 next launch adds up all slices of its group, in a fixed order: results are bitwise reproducible.
-Where one program holds a group's pixels at once, one launch does it all, and reads once.
+Where one program holds a group's pixels at once, one launch does it all, and reads once. Where a
+convolution has left the moments of its tiles, `combine` adds them and `normalise` reads once.
 
 The mean and the squared deviations of a slice are relative to the image's first pixel, which is
 subtracted exactly. They follow Welford in each row of the tile; rows and slices combine as Chan,
@@ -120,11 +121,73 @@ def apply(
     b = tl.load(bias + of_image + c, mask=inside, other=0.0)
     for r in range(rounds):
         at, known = _tile(group, (s * rounds + r) * PX, HW, c, inside, C, PX, BC)
-        v = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
-        z = _moved(_normed(v, centre, offset, inverse), a, b, residual, at, known, ADD)
-        if RELU:
-            z = tl.where(z < 0, 0.0, z)
-        tl.store(y + at, z.to(y.dtype.element_ty), mask=known)
+        _write_norm(x, y, centre, offset, inverse, a, b, residual, at, known, RELU, ADD)
+
+
+@triton.jit
+def combine(
+    counts,
+    means,
+    squares,
+    TILES,
+    statistics,
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The statistics of a group, from the moments `[N, TILES]` and `[N, TILES, C]` of tiles."""
+    group = tl.program_id(0)
+    of_image, c, inside = _group(group, C, BC)
+    # The first tile of the image, and of those before it.
+    tile = of_image // C * TILES
+    first = tl.load(means + tile * C + c, mask=inside, other=0.0)
+    weighted = tl.zeros((BT, BC), tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    for start in range(0, TILES, BT):
+        at, known, n = _tiles(counts, tile, start, TILES, c, inside, C, BT)
+        # Of numbers that are near each other the difference is exact.
+        apart = tl.load(means + at, mask=known, other=0.0) - first[None, :]
+        weighted += tl.where(known, apart, 0.0) * n[:, None]
+        total += n
+    count = tl.sum(total, 0)
+    mean = tl.sum(weighted, 0) / count
+    summed = tl.zeros((BT, BC), tl.float32)
+    for start in range(0, TILES, BT):
+        at, known, n = _tiles(counts, tile, start, TILES, c, inside, C, BT)
+        apart = tl.load(means + at, mask=known, other=0.0) - first[None, :] - mean[None, :]
+        summed += tl.load(squares + at, mask=known, other=0.0)
+        summed += tl.where(known, apart * apart, 0.0) * n[:, None]
+    centre, offset, inverse = _described(first, mean, tl.sum(summed, 0) / count, EPS)
+    _store_statistics(statistics, group, c, inside, centre, offset, inverse, C, BC)
+
+
+@triton.jit
+def normalise(
+    x,
+    statistics,
+    scale,
+    bias,
+    residual,
+    HW,
+    slices,
+    y,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+    C: tl.constexpr,
+    PX: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The norm of a tile of a group whose statistics are known."""
+    # What the convolution wrote last is the likeliest to be in the cache.
+    item = tl.num_programs(0) - 1 - tl.program_id(0)
+    group, s = item // slices, item % slices
+    of_image, c, inside = _group(group, C, BC)
+    centre, offset, inverse = _load_statistics(statistics, group, c, inside, C, BC)
+    a = tl.load(scale + of_image + c, mask=inside, other=0.0)
+    b = tl.load(bias + of_image + c, mask=inside, other=0.0)
+    at, known = _tile(group, s * PX, HW, c, inside, C, PX, BC)
+    _write_norm(x, y, centre, offset, inverse, a, b, residual, at, known, RELU, ADD)
 
 
 @triton.jit
@@ -268,6 +331,15 @@ def _first(x, group, HW, c, inside, C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def _tiles(counts, tile, start, TILES, c, inside, C: tl.constexpr, BT: tl.constexpr):
+    """The offsets of `BT` tiles of an image's convolution, which exist, and their pixels."""
+    t = start + tl.arange(0, BT)
+    row = tile + t
+    n = tl.load(counts + row, mask=t < TILES, other=0.0)
+    return row[:, None] * C + c[None, :], (t < TILES)[:, None] & inside[None, :], n
+
+
+@triton.jit
 def _combined(means, squares, counts, total):
     """The mean and the squared deviations of all rows, which have so many members each."""
     mean = tl.sum(means * counts[:, None], 0) / total
@@ -348,6 +420,29 @@ def _moved(n, a, b, residual, at, known, ADD: tl.constexpr):
     if ADD:
         z += tl.load(residual + at, mask=known, other=0.0).to(tl.float32)
     return z
+
+
+@triton.jit
+def _write_norm(
+    x,
+    y,
+    centre,
+    offset,
+    inverse,
+    a,
+    b,
+    residual,
+    at,
+    known,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Reads a tile and writes its norm."""
+    v = tl.load(x + at, mask=known, other=0.0).to(tl.float32)
+    z = _moved(_normed(v, centre, offset, inverse), a, b, residual, at, known, ADD)
+    if RELU:
+        z = tl.where(z < 0, 0.0, z)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=known)
 
 
 @triton.jit

@@ -147,7 +147,9 @@ def forms(request, operator, name, measured, monkeypatch):
     elif name == "triton":
         from helpers.triton import interpret
 
-        interpret(monkeypatch, module)
+        for part in getattr(module, "PARTS", [module]):
+            interpret(monkeypatch, part)
+        monkeypatch.setattr(module, "unavailable", lambda platform: None)
     elif name == "mosaic_gpu":
         request.getfixturevalue("gpu_launches")
         monkeypatch.setattr(module, "unavailable", lambda platform: None)
