@@ -126,8 +126,8 @@ def apply(
 
 @triton.jit
 def combine(
-    counts,
-    means,
+    pixels,
+    mean,
     squares,
     TILES,
     statistics,
@@ -141,24 +141,24 @@ def combine(
     of_image, c, inside = _group(group, C, BC)
     # The first tile of the image, and of those before it.
     tile = of_image // C * TILES
-    first = tl.load(means + tile * C + c, mask=inside, other=0.0)
+    first = tl.load(mean + tile * C + c, mask=inside, other=0.0)
     weighted = tl.zeros((BT, BC), tl.float32)
     total = tl.zeros((BT,), tl.float32)
     for start in range(0, TILES, BT):
-        at, known, n = _tiles(counts, tile, start, TILES, c, inside, C, BT)
+        at, known, n = _tiles(pixels, tile, start, TILES, c, inside, C, BT)
         # Of numbers that are near each other the difference is exact.
-        apart = tl.load(means + at, mask=known, other=0.0) - first[None, :]
+        apart = tl.load(mean + at, mask=known, other=0.0) - first[None, :]
         weighted += tl.where(known, apart, 0.0) * n[:, None]
         total += n
     count = tl.sum(total, 0)
-    mean = tl.sum(weighted, 0) / count
+    middle = tl.sum(weighted, 0) / count
     summed = tl.zeros((BT, BC), tl.float32)
     for start in range(0, TILES, BT):
-        at, known, n = _tiles(counts, tile, start, TILES, c, inside, C, BT)
-        apart = tl.load(means + at, mask=known, other=0.0) - first[None, :] - mean[None, :]
+        at, known, n = _tiles(pixels, tile, start, TILES, c, inside, C, BT)
+        apart = tl.load(mean + at, mask=known, other=0.0) - first[None, :] - middle[None, :]
         summed += tl.load(squares + at, mask=known, other=0.0)
         summed += tl.where(known, apart * apart, 0.0) * n[:, None]
-    centre, offset, inverse = _described(first, mean, tl.sum(summed, 0) / count, EPS)
+    centre, offset, inverse = _described(first, middle, tl.sum(summed, 0) / count, EPS)
     _store_statistics(statistics, group, c, inside, centre, offset, inverse, C, BC)
 
 
@@ -331,11 +331,11 @@ def _first(x, group, HW, c, inside, C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _tiles(counts, tile, start, TILES, c, inside, C: tl.constexpr, BT: tl.constexpr):
+def _tiles(pixels, tile, start, TILES, c, inside, C: tl.constexpr, BT: tl.constexpr):
     """The offsets of `BT` tiles of an image's convolution, which exist, and their pixels."""
     t = start + tl.arange(0, BT)
     row = tile + t
-    n = tl.load(counts + row, mask=t < TILES, other=0.0)
+    n = tl.load(pixels + row, mask=t < TILES, other=0.0)
     return row[:, None] * C + c[None, :], (t < TILES)[:, None] & inside[None, :], n
 
 

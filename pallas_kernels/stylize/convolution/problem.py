@@ -59,4 +59,6 @@ class Problem(NamedTuple):
             3.0
         """
         reads = self.residual != measured.get("residual", self.residual)
-        return self.convolution.distance(measured) + reads
+        # No table of this operator is from before there was upsampling.
+        window = {"upsample": self.window.upsample} | measured.get("window", {})
+        return self.convolution.distance(measured | {"window": window}) + reads
