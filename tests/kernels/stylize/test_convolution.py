@@ -55,9 +55,13 @@ def assert_oracle(case, implementation):
     ("implementation", "case"),
     [
         # The contract's tests compute the smallest case by each.
-        pytest.param(name, case, id=f"{name}-{case.name}", marks=[*marks, mark])
+        pytest.param(
+            *(name, case),
+            id=f"{name}-{case.name}",
+            marks=[*marks, WIDE if (name, case) == ("xla", CASES[0]) else SLOW],
+        )
         for name, marks in (("xla", []), ("triton", [INTERPRETED]), ("mosaic_tpu", []))
-        for case, mark in zip(CASES, [WIDE, *[SLOW] * 7], strict=True)
+        for case in CASES
         if name == "xla" or case.dtype == "float32" and (name, case) != ("mosaic_tpu", CASES[4])
     ],
 )
@@ -109,7 +113,7 @@ def test_a_mean_of_many_deviations_costs_what_rounding_the_output_does():
     x, w, want = large(1e4)
     run = jax.jit(partial(conv2d_instance_norm, implementation="xla"))
     z = np.asarray(jax.jit(conv2d)(x, w))
-    assert worst(run(x, w), want) <= 1.5 * worst(oracle.instance_norm(z), want) < 4e-3
+    assert worst(run(x, w), want) <= 1.5 * worst(oracle.instance_norm(z), want) < 5e-3
     # A one-pass variance has nothing left.
     naive = (z - z.mean((1, 2), keepdims=True)) / np.sqrt(
         np.maximum((z**2).mean((1, 2)) - z.mean((1, 2)) ** 2, 0) + 1e-5
