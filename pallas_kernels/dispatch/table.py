@@ -1,6 +1,6 @@
 """The fastest implementation by problem: a JSON table a kind of device, kept in the package.
 
-`flash-wtconv bench wtconv --write-defaults`, and `bench conv2d`, make them. A table, of the device
+`flash-wtconv bench wtconv --write-defaults`, and those of other operators, make them. A table, of the device
 in `device_kind`, holds one entry for each operator, direction and problem that was measured:
 
     {"operator": "wtconv", "direction": "fwd", "implementation": "triton",

@@ -66,7 +66,7 @@ def test_times_hold_what_a_device_has_enqueued(monkeypatch, dtype):
 
     calls = bench._calls(SHAPES["small"], torch.device("cpu"), dtype)["forward+backward"]
     calls = {name: enqueuing(call, i) for i, (name, call) in enumerate(calls.items(), 1)}
-    times = bench._take_turns(torch.device("mps"), calls, lambda steps: lambda: None)
+    times = bench.take_turns(torch.device("mps"), calls, lambda steps: lambda: None)
     milliseconds = {name: (spread.least, spread.greatest) for name, spread in times.items()}
     assert milliseconds == {"eager": (1e3, 1e3), "eager channels-last": (2e3, 2e3)}
 

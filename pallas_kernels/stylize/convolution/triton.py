@@ -1,6 +1,5 @@
 """The convolution and the pass behind it on GPUs, by the Triton kernels of both operators."""
 
-from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.types import Json
 from pallas_kernels.conv2d import triton as convolution
 from pallas_kernels.conv2d.upsampling import implemented
@@ -21,9 +20,6 @@ __all__ = [
 PARTS = convolution, norm
 """The modules that launch the kernels."""
 
-_MOST_IMAGES = 65535
-"""The most images of a grid, along an axis after the first."""
-
 
 def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` where one of the kernels does not take a problem.
@@ -32,10 +28,11 @@ def check(direction: str, problem: Problem) -> None:
         direction: "fwd".
         problem: The call.
     """
+    from pallas_kernels.conv2d import triton_launches
+
     convolution.check(direction, implemented(problem.convolution))
     norm.check(direction, problem.norm)
-    if problem.shape[0] > _MOST_IMAGES:
-        refuse([f"{problem.shape[0]} images with their moments, up to {_MOST_IMAGES}"])
+    triton_launches.check_moments(problem.shape[0])
 
 
 def search_space(direction: str, problem: Problem) -> list[Json]:
