@@ -15,6 +15,7 @@ from pallas_kernels.stylize.cases import CONV_CASES  # noqa: E402
 from torch_bridge.stylize.convolution import eager, ops  # noqa: E402
 
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
+WIDE, SLOW = pytest.mark.wide, pytest.mark.slow
 IMPLEMENTATIONS = ["eager", pytest.param("triton", marks=INTERPRETED)]
 CASES = [case for case in CONV_CASES if case.dtype == "float32"]
 conv = torch_bridge.conv2d_instance_norm
@@ -57,13 +58,13 @@ def assert_oracle(case, implementation, memory_format, device="cpu"):
     assert {name: e for name, e in errors.items() if not e <= case.tolerance(name)} == {}
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("memory_format", [pytest.param("first", marks=WIDE), "last"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case != CASES[0]))
-        for case in CASES
+        pytest.param(case, id=case.name, marks=marks)
+        for case, marks in zip(CASES, [[], SLOW, SLOW, WIDE, SLOW], strict=True)
     ],
 )
 def test_output_and_gradients_are_the_oracles(case, implementation, memory_format):
@@ -83,7 +84,9 @@ def test_on_a_gpu_too(case, implementation, memory_format):
         torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation", ["eager", pytest.param("triton", marks=[WIDE, INTERPRETED])]
+)
 def test_a_residual_block_is_the_oracles(implementation):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 5, 4, 3)).astype(np.float32)
@@ -136,7 +139,13 @@ def test_derivatives_of_every_order():
         assert torch.autograd.gradcheck(pulled, (x, w, dz))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param("eager", marks=pytest.mark.slow),
+        pytest.param("triton", marks=[WIDE, INTERPRETED]),
+    ],
+)
 def test_compiled_exported_and_mapped_it_is_the_same(implementation):
     x, w, scale, bias, _, _ = tensors(CASES[1])
 
@@ -163,7 +172,7 @@ def test_compiled_exported_and_mapped_it_is_the_same(implementation):
     )
 
 
-@pytest.mark.wide
+@SLOW
 @INTERPRETED
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_the_operator_keeps_what_pytorch_asks_of_it(memory_format):

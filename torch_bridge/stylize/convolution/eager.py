@@ -71,9 +71,10 @@ def padded(x: Tensor, window: Padded) -> Tensor:
     if not any(window.pads):
         return x
     made = functional.pad(x, window.pads, "reflect" if window.reflect else "constant")
-    # Not every kernel of PyTorch keeps channels last.
-    last = channels_last(x.stride())
-    return made.contiguous(memory_format=torch.channels_last) if last else made
+    if not channels_last(x.stride()):
+        return made
+    # Not every kernel of PyTorch keeps channels last; so said, `torch.vmap` takes it.
+    return made.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def backward(

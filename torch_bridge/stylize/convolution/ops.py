@@ -324,15 +324,11 @@ def _(
     info: Any, in_dims: tuple[Tree, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
     """A batch folds into x's own, where the filters are shared; else it is a call for each."""
-    size = info.batch_size
+    size, tensors, rest = info.batch_size, arguments[:5], arguments[5:]
     if in_dims[1] is None:
-        (x, _, *own), rest = arguments[:5], arguments[5:]
-        dims = in_dims[0], *in_dims[2:5]
-        folded_x, *folded = norm.folded(size, dims, (x, *own))
-        found = apply(folded_x, arguments[1], *folded, *rest)
+        x, w, *own = tensors
+        folded_x, *folded = norm.folded(size, (in_dims[0], *in_dims[2:5]), (x, *own))
+        found = apply(folded_x, w, *folded, *rest)
         return tuple(value.unflatten(0, (size, -1)) for value in found), (0, 0, 0)
-    each = [
-        apply(*(calls.example(a, dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-        for i in range(size)
-    ]
+    each = [apply(*calls.examples(tensors, in_dims[:5], i), *rest) for i in range(size)]
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0)

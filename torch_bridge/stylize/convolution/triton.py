@@ -7,7 +7,7 @@ from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.stylize.convolution.problem import Problem
 from torch_bridge.runtime.triton import launch, unavailable
 from torch_bridge.stylize.convolution.eager import Padded
-from torch_bridge.stylize.triton import channels_last
+from torch_bridge.stylize.triton import channels_last, of_groups, read_images
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable"]
 
@@ -69,13 +69,14 @@ def forward(
         pixels = torch.tensor(counts, dtype=torch.float32, device=x.device)
         if not last:
             # Each channel of each image is an image of one channel.
-            mean, squares = (one.transpose(1, 2).reshape(n * nf, -1, 1) for one in (mean, squares))
+            each = (one.transpose(1, 2).contiguous() for one in (mean, squares))
+            mean, squares = (one.view(n * nf, -1, 1) for one in each)
         y, statistics = norm.normalise(
-            z if last else z.flatten(0, 1).unsqueeze(-1),
+            z if last else z.view(n * nf, *z.shape[2:], 1),
             (pixels.expand(mean.shape[:2]).contiguous(), mean, squares),
-            scale.contiguous() if last else scale.reshape(-1, 1),
-            bias.contiguous() if last else bias.reshape(-1, 1),
-            _as_read(residual, last),
+            of_groups(scale, last),
+            of_groups(bias, last),
+            None if residual is None else read_images(residual, last),
             eps,
             "relu" if relu else None,
             launch,
@@ -94,11 +95,3 @@ def _window(window: Padded, last: bool) -> Window:
         reflect=window.reflect,
         layout="nhwc_hwcf" if last else "nchw_fchw",
     )
-
-
-def _as_read(residual: Tensor | None, last: bool) -> Tensor | None:
-    if residual is None:
-        return None
-    if last:
-        return residual.permute(0, 2, 3, 1).contiguous()
-    return residual.contiguous().flatten(0, 1).unsqueeze(-1)
