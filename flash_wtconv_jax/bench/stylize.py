@@ -401,7 +401,7 @@ def _steps(model: TransformerNet, dtype: str) -> dict[str, Callable[..., jax.Arr
         return _styled(nnx.merge(definition, params, *rest), convolution, both, x)
 
     def whole(params: nnx.State, x: jax.Array) -> jax.Array:
-        return cast(jax.Array, nnx.merge(definition, params, *rest)(x))
+        return nnx.merge(definition, params, *rest)(x)
 
     plain = plain_conv2d.conv2d
     found: dict[str, Callable[..., jax.Array]] = {

@@ -81,9 +81,7 @@ def normalise(
     """The operator and the statistics, from the moments of a convolution's tiles; see `vjp`."""
     from pallas_kernels.stylize import triton_launches
 
-    found = triton_launches.normalise(
-        x, tuple(tiles), scale, bias, residual, eps, activation, launch
-    )
+    found = triton_launches.normalise(x, tiles, scale, bias, residual, eps, activation, launch)
     return vary_like((x, tiles, scale, bias, residual), found)
 
 

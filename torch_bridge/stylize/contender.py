@@ -7,7 +7,7 @@ The benchmark finds this module by its entry point, so that nothing in `flash_wt
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -147,7 +147,7 @@ def _without_tf32() -> Iterator[None]:
     """Products of float32 are full ones, as JAX is asked for; PyTorch's convolutions' are not."""
     import torch
 
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

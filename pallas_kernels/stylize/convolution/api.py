@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from pallas_kernels.common.arguments import Precision, check_unsharded, checked_array, sharded
 from pallas_kernels.common.measurement import request
+from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d import vjp as conv2d_vjp
 from pallas_kernels.conv2d.api import OPERATOR as CONV2D
 from pallas_kernels.conv2d.api import checked_call, conv2d
@@ -127,7 +128,7 @@ def conv2d_instance_norm(
         None if value is None else checked_array(value, name)
         for name, value in (("scale", scale), ("bias", bias), ("residual", residual))
     )
-    of_window = {"stride": stride, "padding": padding, "upsample": upsample}
+    of_window: Keywords = {"stride": stride, "padding": padding, "upsample": upsample}
     call = checked_call(x, w, None, precision=precision, **of_window)
     problem = Problem(*call.problem[:6], activation, added is not None)
     output = jax.ShapeDtypeStruct((*x.shape[:-3], *problem.norm.shape[1:]), x.dtype)
@@ -136,8 +137,13 @@ def conv2d_instance_norm(
     split = sharded(x) or sharded(w)
     if implementation is None and (split or parts != (None, None) or not _decided(fwd, problem)):
         z = conv2d(x, w, precision=precision, implementation=conv_implementation, **of_window)
-        rest = {"activation": activation, "residual": added, "implementation": norm_implementation}
-        return instance_norm(z, factor, shift, eps=eps, **rest)
+        return instance_norm(
+            *(z, factor, shift),
+            eps=eps,
+            activation=activation,
+            residual=added,
+            implementation=norm_implementation,
+        )
     room = OPERATOR.module(str(Implementation.XLA))
     of_parts = (
         request(operator, "bwd", part) for operator, part in zip((CONV2D, NORM), parts, strict=True)

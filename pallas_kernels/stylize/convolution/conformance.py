@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.types import Tree
+from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.conv2d.api import checked_call
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.stylize import baseline_jax
@@ -32,7 +32,7 @@ def problem(case: Case) -> Problem:
             (case.k, case.k, case.c, case.nf),
         )
     )
-    window = {"stride": case.stride, "padding": case.padding, "upsample": case.upsample}
+    window: Keywords = {"stride": case.stride, "padding": case.padding, "upsample": case.upsample}
     call = checked_call(x, w, None, **window)
     return Problem(*call.problem[:6], case.activation, case.residual)
 
@@ -48,7 +48,7 @@ def computed(case: Case, implementation: Choice) -> Callable[..., dict[str, Tree
 
     def function(*arrays: jax.Array) -> jax.Array:
         *required, residual = arrays
-        rest = {"residual": residual, "implementation": implementation, **case.arguments}
+        rest: Keywords = {"residual": residual, "implementation": implementation, **case.arguments}
         return api.conv2d_instance_norm(*required, **rest)
 
     return partial(with_gradients, function)

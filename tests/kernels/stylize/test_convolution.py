@@ -22,8 +22,6 @@ from pallas_kernels.stylize.convolution.cases import CASES
 from pallas_kernels.stylize.convolution.problem import Problem
 from pallas_kernels.stylize.convolution.shapes import SHAPES
 
-pytestmark = pytest.mark.core
-
 SLOW, WIDE = pytest.mark.slow, pytest.mark.wide
 
 

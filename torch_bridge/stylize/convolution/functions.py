@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pallas_kernels.common.types import Keywords
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.oracle import conv2d_pads, reflects
 from pallas_kernels.oracle.conv2d import Padding
@@ -93,7 +94,7 @@ def conv2d_instance_norm(
     if calls.names([fwd]) == ["eager"]:
         z = eager.convolution(x, w, window)
         named = None if chosen is None else "eager"
-        rest = {"eps": eps, "activation": activation, "residual": residual}
+        rest: Keywords = {"eps": eps, "activation": activation, "residual": residual}
         return norm.instance_norm(z, scale, bias, implementation=named, **rest)
     defaults = (x.new_full((nf,), value, dtype=dtype) for value in (1.0, 0.0))
     factor, shift = (
@@ -146,7 +147,7 @@ def residual_block(
             raise ValueError(
                 f"{name}: expected (filters, scale, bias), got {type(branch).__name__}"
             )
-    rest = {"padding": padding, "eps": eps, "implementation": implementation}
+    rest: Keywords = {"padding": padding, "eps": eps, "implementation": implementation}
     inner = conv2d_instance_norm(x, *first, activation="relu", **rest)
     if inner.shape != x.shape:
         raise ValueError(

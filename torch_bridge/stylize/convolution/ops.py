@@ -297,21 +297,21 @@ def _backward(
     ctx: Any, dy: Tensor | None, dz: Tensor | None, dstatistics: Tensor | None
 ) -> tuple[Tree, ...]:
     x, w, z, statistics, scale, bias, residual = ctx.saved_tensors
-    found: list[Tensor | None] = [dz, None, None, None]
+    others: list[Tensor | None] = [None] * 3
+    terms = [] if dz is None else [dz]
     if dy is not None:
         known = z, statistics, scale, bias, residual
         # Without an activation the residual's gradient is the output's, which nobody copies.
-        found = [*norm.gradients(*known, dy, ctx.relu, ctx.bwd), dy][:4]
-        found[0] = found[0] if dz is None else found[0] + dz
+        through, *others = [*norm.gradients(*known, dy, ctx.relu, ctx.bwd), dy][:4]
+        terms.append(through)
     if dstatistics is not None:
-        through = statistics_backward(z, statistics, dstatistics)
-        found[0] = through if found[0] is None else found[0] + through
-    dz, *others = found
+        terms.append(statistics_backward(z, statistics, dstatistics))
     needs = ctx.needs_input_grad[:5]
     slopes: Sequence[Tensor | None] = (None, None)
-    if dz is not None and any(needs[:2]):
+    if terms and any(needs[:2]):
+        total = sum(terms[1:], terms[0])
         with calls.without_autocast(x):
-            slopes = eager.backward(x, w, dz, ctx.window, needs[:2])
+            slopes = eager.backward(x, w, total, ctx.window, needs[:2])
     each = zip([*slopes, *others], needs, strict=True)
     return *(value if need else None for value, need in each), *[None] * 7
 
