@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         spatially_sparse_conv,
         spatially_sparse_depthwise_conv,
     )
+    from torch_bridge.stylize.convolution import conv2d_instance_norm, residual_block
     from torch_bridge.stylize.layers import FusedInstanceNorm2d, replace_instance_norm
     from torch_bridge.wtconv.layers import WTConv1d, WTConv2d, WTConv3d
 
@@ -32,9 +33,11 @@ __all__ = [
     "WTConv1d",
     "WTConv2d",
     "WTConv3d",
+    "conv2d_instance_norm",
     "from_jax",
     "kernel_map",
     "replace_instance_norm",
+    "residual_block",
     "sparse_maps",
     "spatially_sparse_conv",
     "spatially_sparse_depthwise_conv",
@@ -42,11 +45,19 @@ __all__ = [
 ]
 
 
+_STYLIZE = (
+    "FusedInstanceNorm2d",
+    "conv2d_instance_norm",
+    "replace_instance_norm",
+    "residual_block",
+)
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         room = "exchange" if name in ("from_jax", "to_jax") else "sparse"
         room = "wtconv" if name.startswith("WTConv") else room
-        room = "stylize" if name in ("FusedInstanceNorm2d", "replace_instance_norm") else room
+        room = "stylize" if name in _STYLIZE else room
         return getattr(import_module(f"torch_bridge.{room}"), name)
     raise AttributeError(f"module 'torch_bridge' has no attribute {name!r}")
 

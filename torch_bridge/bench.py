@@ -209,6 +209,11 @@ def take_turns(
     By the host's clock each call is waited for. Before each call a GPU copies gigabytes: meanwhile
     the host enqueues the call, so that launching is timed only as far as it takes longer, and
     nothing of the call's tensors stays in a cache.
+
+    Args:
+        device: Where the calls compute.
+        calls: The calls by name.
+        progress: Told a number of steps, returns what to call after each step.
     """
     if device.type != "cuda":
         waited = {name: partial(_waited, device, call) for name, call in calls.items()}

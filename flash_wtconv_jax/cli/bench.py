@@ -14,6 +14,8 @@ from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.depthwise.shapes import FOR_PLATFORM as IMAGES
 from pallas_kernels.sparse.depthwise.shapes import SHAPES as DEPTHWISE
 from pallas_kernels.sparse.shapes import SHAPES as VOXELS
+from pallas_kernels.stylize.convolution.shapes import SHAPES as STYLE_LAYERS
+from pallas_kernels.stylize.shapes import SHAPES as STYLE_NORMS
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM
 
 if TYPE_CHECKING:
@@ -216,6 +218,69 @@ def sparse(
     tell(report, _sparse_table(report), {}, out)
     if report["left"]:
         say(f"not timed yet: {', '.join(report['left'])}")
+    if write_defaults:
+        _write_defaults(device_kind, benchmark.defaults(report))
+
+
+@bench.command("stylize")
+def stylize(
+    work: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="norm, layer, network, ladder, training or style_vit; several are allowed. "
+            "Default: all."
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A named norm or layer; several are allowed: "
+            f"{', '.join(STYLE_NORMS)}; {', '.join(STYLE_LAYERS)}. "
+            "Default: the norms of pictures of 512, and all layers."
+        ),
+    ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Height and width of the networks' images; several are allowed. "
+            "Default: 256, 512 and 1024, on a CPU 64."
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Images a call; several are allowed. Default: 1 and 8, on a CPU 1."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; several are allowed. Default: all, on a TPU "
+            "without float16, on a CPU float32."
+        ),
+    ] = None,
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for stylize.json and stylize.png.")] = Path(
+        "runs/bench"
+    ),
+    write_defaults: _WriteDefaults = False,
+) -> None:
+    """Time style transfer: the norm over a copy, its layers and its networks beside plain JAX."""
+    from flash_wtconv_jax import plots
+    from flash_wtconv_jax.bench import stylize as benchmark
+    from pallas_kernels.common.device import kind
+
+    with _measuring(device, out) as progress:
+        if write_defaults:
+            names = [
+                name for name in shape or benchmark.NAMES if name in (*STYLE_NORMS, *STYLE_LAYERS)
+            ]
+            _check_choice(
+                benchmark.implementations(name, one)
+                for name in names
+                for one in dtype or ("bfloat16", "float32")
+            )
+        report = benchmark.run(progress, work, shape, size, batch, dtype)
+        device_kind = kind()
+    tell(report, _stylize_table(report), {"stylize": plots.ladders}, out)
     if write_defaults:
         _write_defaults(device_kind, benchmark.defaults(report))
 
@@ -502,6 +567,34 @@ def _sparse_table(report: Json) -> "Table":
             memory = "" if row["temporaries"] is None else f"{row['temporaries']:.2f}"
             figures += [memory, f"{row['speedup']:.2f}"]
         table.add_row(row["contender"], _times(row), *figures)
+    return table
+
+
+def _stylize_table(report: Json) -> "Table":
+    """The table of a report: a section a group of contenders, a row a contender."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"style transfer, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; x: speed over the section's "
+        "baseline; memory: temporaries in MB; copy: times that of a copy",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("ms", "x", "memory", "copy"):
+        table.add_column(heading, justify="right", no_wrap=heading != "ms")
+    previous = None
+    for row in report["rows"]:
+        what = ", ".join(row[key] for key in ("work", "name", "dtype", "direction"))
+        if what != previous:
+            table.add_section()
+            table.add_row(f"{what}; over {row['baseline']}", style="bold")
+            previous = what
+        if "why_not" in row:
+            table.add_row(row["contender"], row["why_not"])
+            continue
+        memory = f"{row['temporaries'] / 1e6:,.1f}" if "temporaries" in row else ""
+        speed, copy = (f"{row[key]:.2f}" if key in row else "" for key in ("speedup", "over_copy"))
+        table.add_row(row["contender"], _times(row), speed, memory, copy)
     return table
 
 

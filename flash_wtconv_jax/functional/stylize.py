@@ -24,6 +24,7 @@ from pallas_kernels.conv2d.api import OPERATOR as CONV2D
 from pallas_kernels.stylize import blocks
 from pallas_kernels.stylize.api import OPERATOR, checked_activation, checked_eps
 from pallas_kernels.stylize.api import instance_norm as norm
+from pallas_kernels.stylize.convolution.api import conv2d_instance_norm
 
 Branch = tuple[jax.Array, jax.Array, jax.Array]
 """The kernel `[HF, WF, C, F]` of a convolution, and the scale and bias `[F]` of the norm behind."""
@@ -191,7 +192,7 @@ def conv_norm(
     """
     x, (kernel, scale, bias) = checked_array(x, "x"), branch
     dtype = _computed(dtype, x, *branch)
-    return blocks.conv2d_instance_norm(
+    return conv2d_instance_norm(
         x.astype(dtype),
         kernel.astype(dtype),
         scale,

@@ -1,6 +1,6 @@
 """Every picture of the package: functions from arrays to `matplotlib.figure.Figure`."""
 
-from flash_wtconv_jax.plots.bench import roofline, speedups, static_cycles, throughput
+from flash_wtconv_jax.plots.bench import ladders, roofline, speedups, static_cycles, throughput
 from flash_wtconv_jax.plots.style import check_path, png, save
 from flash_wtconv_jax.plots.training import predictions, run_curves, training_curve
 from flash_wtconv_jax.plots.voxels import View, voxel_labels
@@ -9,6 +9,7 @@ from flash_wtconv_jax.plots.wavelets import receptive_fields, wavelet_cascade
 __all__ = [
     "View",
     "check_path",
+    "ladders",
     "png",
     "predictions",
     "receptive_fields",

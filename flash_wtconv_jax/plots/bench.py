@@ -176,6 +176,43 @@ def throughput(report: Json) -> Figure:
 
 
 @drawn
+def ladders(report: Json) -> Figure:
+    """Bars of times, a panel a group of contenders, with the speed over the group's baseline.
+
+    Args:
+        report: A report of `bench.stylize.run`.
+
+    Returns:
+        The figure.
+    """
+    groups: dict[tuple[str, ...], list[Json]] = {}
+    for row in report["rows"]:
+        if "median_ms" in row:
+            keys = ("work", "name", "dtype", "direction")
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    lines = [len(rows) + 2 for rows in groups.values()]
+    figure = Figure(figsize=(8.0, 1.0 + 0.26 * sum(lines)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=lines)[:, 0]
+    for axes, (what, rows) in zip(panels, groups.items(), strict=True):
+        names = [row["contender"] for row in rows]
+        times = [row["median_ms"] for row in rows]
+        own = [COLOURS[0] if name.startswith("flash") else "0.6" for name in names]
+        bars = axes.barh(names, times, 0.7, color=own)
+        texts = [
+            f"{row['median_ms']:.3g} ms" + (f", {row['speedup']:.2f}x" if "speedup" in row else "")
+            for row in rows
+        ]
+        axes.bar_label(bars, texts, fontsize=7, padding=2)
+        axes.invert_yaxis()
+        axes.margins(x=0.25)
+        axes.tick_params(labelsize=7)
+        axes.set_title(f"{', '.join(what)}; over {rows[0]['baseline']}", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Style transfer, {report['device']['kind']}, {report['date']}")
+    return figure
+
+
+@drawn
 def static_cycles(report: Json) -> Figure:
     """Bars of static cycles: ours, XLA's and the floor, a panel a kernel and direction, log scale.
 

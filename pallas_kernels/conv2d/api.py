@@ -134,24 +134,20 @@ def conv2d(
     """
     x, w = checked_array(x, "x"), checked_array(w, "w")
     bias = None if bias is None else checked_array(bias, "bias")
-    # `remembered` tells True and 2.0 from the integers that they equal, but not inside a tuple.
-    plain = all(type(leaf) in (int, str) for leaf in _leaves((stride, padding, dilation, config)))
-    call = (remembered(_checked_call) if plain else _checked_call)(
-        x.shape,
-        x.dtype,
-        w.shape,
-        w.dtype,
+    call = checked_call(
+        x,
+        w,
         None if bias is None else bias.shape,
-        hashable(stride),
-        hashable(padding),
-        hashable(dilation),
-        groups,
-        upsample,
-        activation,
-        layout,
-        out_dtype,
-        precision,
-        config,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        upsample=upsample,
+        activation=activation,
+        layout=layout,
+        out_dtype=out_dtype,
+        precision=precision,
+        config=config,
     )
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
     if sharded(x) or sharded(w):
@@ -283,12 +279,54 @@ def _preferred(problem: Problem) -> str:
         return "xla"
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The checked arguments of a call, and the problem that implementations get of it."""
 
     problem: Problem
     implemented: Problem
     precision: jax.lax.Precision | None
+
+
+def checked_call(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    w: jax.Array | jax.ShapeDtypeStruct,
+    bias: tuple[int, ...] | None,
+    *,
+    stride: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    upsample: int = 1,
+    activation: str | None = None,
+    layout: str = "nhwc_hwcf",
+    out_dtype: DTypeLike | None = None,
+    precision: Precision = None,
+    config: TileConfig | None = None,
+) -> Call:
+    """The call of `conv2d` with these arguments; a shape stands for the bias.
+
+    Raises:
+        ValueError: A bad argument: which, what came, and what was expected.
+    """
+    # `remembered` tells True and 2.0 from the integers that they equal, but not inside a tuple.
+    plain = all(type(leaf) in (int, str) for leaf in _leaves((stride, padding, dilation, config)))
+    return (remembered(_checked_call) if plain else _checked_call)(
+        x.shape,
+        x.dtype,
+        w.shape,
+        w.dtype,
+        bias,
+        hashable(stride),
+        hashable(padding),
+        hashable(dilation),
+        groups,
+        upsample,
+        activation,
+        layout,
+        out_dtype,
+        precision,
+        config,
+    )
 
 
 def _checked_call(
@@ -307,7 +345,7 @@ def _checked_call(
     out_dtype: DTypeLike | None,
     precision: Precision,
     config: TileConfig | None,
-) -> _Call:
+) -> Call:
     """Checks all that shapes, dtypes and plain arguments tell; raises ValueError."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -335,7 +373,7 @@ def _checked_call(
     out = dtype if out_dtype is None else checked_dtype(out_dtype, "out_dtype")
     problem = Problem(window.images(flat), dtype, height, width, features, window, out)
     _checked_config(config)
-    return _Call(problem, upsampling.implemented(problem), checked_precision(precision))
+    return Call(problem, upsampling.implemented(problem), checked_precision(precision))
 
 
 def _leaves(value: object) -> Iterator[object]:

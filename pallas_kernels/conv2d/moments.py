@@ -5,7 +5,7 @@ float32, after the activation, before it is rounded. A tile is what the implemen
 some pixels of one image. Sums have a fixed order, so results are bitwise reproducible.
 
 Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-Variances", 1979: `combined` adds tiles so, and loses nothing where the mean is large.
+Variances", 1979, for the sum of tiles.
 """
 
 from collections.abc import Sequence
@@ -71,30 +71,27 @@ def together(parts: Sequence[Moments]) -> Moments:
     return jax.tree.map(lambda *same: jnp.concatenate(same, 1), *parts)
 
 
-def combined(tiles: Moments) -> Moments:
-    """The moments of each image: neighbouring tiles are added in pairs, until one is left.
+def combined(tiles: Moments) -> tuple[jax.Array, Moments]:
+    """The moments of each image, from those of its tiles, in two passes over the tiles.
 
     Args:
         tiles: The moments of its tiles; those of a tile without pixels must be 0.
 
+    Returns:
+        A value near the mean of each image, `[N, NF]`, and the moments of the image less that
+        value: so the digits that a mean of many deviations takes are not lost.
+
     Example:
         >>> rows = of_rows(jnp.array([[[[1.0], [3.0]], [[4.0], [4.0]]]]), Window())
-        >>> count, mean, squares = combined(rows)
-        >>> count, mean, squares
+        >>> near, (count, mean, squares) = combined(rows)
+        >>> count, near + mean, squares
         (Array([4.], dtype=float32), Array([[3.]], dtype=float32), Array([[6.]], dtype=float32))
     """
-    count, mean, squares = tiles
-    while count.shape[1] > 1:
-        if count.shape[1] % 2:
-            count, mean, squares = (
-                jnp.pad(one, [(0, 0), (0, 1), *[(0, 0)] * (one.ndim - 2)])
-                for one in (count, mean, squares)
-            )
-        first, second = (Moments(count[:, i::2], mean[:, i::2], squares[:, i::2]) for i in range(2))
-        count = first.counts + second.counts
-        share = (second.counts / jnp.maximum(count, 1))[..., None]
-        apart = second.mean - first.mean
-        mean = first.mean + apart * share
-        between = apart * apart * (first.counts[..., None] * share)
-        squares = first.squares + second.squares + between
-    return Moments(count[:, 0], mean[:, 0], squares[:, 0])
+    counts, means, squares = tiles
+    near = means[:, 0]
+    # Of numbers that are near each other the difference is exact.
+    apart = jnp.where(counts[..., None] > 0, means - near[:, None], 0)
+    total = counts.sum(1)
+    mean = (counts[..., None] * apart).sum(1) / jnp.maximum(total, 1)[:, None]
+    between = counts[..., None] * (apart - mean[:, None]) ** 2
+    return near, Moments(total, mean, (squares + between).sum(1))

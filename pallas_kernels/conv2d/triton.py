@@ -51,16 +51,9 @@ def check(direction: str, problem: Problem) -> None:
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The tiles that are worth timing, the default ones first; see `check` for the arguments."""
-    if problem.dtype == "float32":
-        sizes = [(64, 32, 32, 3), (128, 64, 16, 3)]
-    else:
-        sizes = [(128, 128, 64, 4), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4)]
-        sizes += [(128, 256, 64, 3), (128, 128, 32, 4)]
-    tiles = []
-    for block_m, block_n, block_k, stages in sizes:
-        warps = 8 if block_m * block_n >= 128 * 128 else 4
-        tiles.append(TileConfig(block_m, block_n, block_k, warps // 2, 2, stages)._asdict())
-    return [{}, *offered(problem), *tiles]
+    from pallas_kernels.conv2d import triton_launches
+
+    return [{}, *offered(problem), *triton_launches.search_space(problem)]
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype", "moments"))

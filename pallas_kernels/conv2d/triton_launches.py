@@ -45,6 +45,26 @@ def check(problem: Problem) -> None:
     refuse(reasons)
 
 
+def check_moments(images: int) -> None:
+    """Raises `NotImplementedError` where the kernel leaves no moments of so many images."""
+    if images > _MOST_IMAGES:
+        raise refusal([f"{images} images with their moments, up to {_MOST_IMAGES}"])
+
+
+def search_space(problem: Problem) -> list[dict[str, int]]:
+    """The tiles that are worth timing, beside those that are taken unasked."""
+    if str(problem.dtype) == "float32":
+        sizes = [(64, 32, 32, 3), (128, 64, 16, 3)]
+    else:
+        sizes = [(128, 128, 64, 4), (128, 64, 64, 4), (64, 128, 64, 4), (64, 64, 64, 4)]
+        sizes += [(128, 256, 64, 3), (128, 128, 32, 4)]
+    found = []
+    for block_m, block_n, block_k, stages in sizes:
+        warps = 8 if block_m * block_n >= 128 * 128 else 4
+        found.append(TileConfig(block_m, block_n, block_k, warps // 2, 2, stages)._asdict())
+    return found
+
+
 def forward(
     x: AnyArray,
     w: AnyArray,
@@ -108,8 +128,7 @@ def forward_with_moments(
         NotImplementedError: There are more images than a grid has blocks along an axis.
     """
     n, h, wide, _ = window.images(x.shape)
-    if n > _MOST_IMAGES:
-        raise refusal([f"{n} images with their moments, up to {_MOST_IMAGES}"])
+    check_moments(n)
     hf, wf, each, features = window.filters(w.shape)
     height, width = window.output((h, wide), (hf, wf))
     pixels = height * width

@@ -176,9 +176,9 @@ def _apply_jvp(
     (x, w, _), (dx, dw, dbias) = primals, tangents
     terms = []
     if not isinstance(dx, SymbolicZero):
-        terms.append(_linear(plan, out_dtype, dx, w))
+        terms.append(linear(plan, out_dtype, dx, w))
     if not isinstance(dw, SymbolicZero):
-        terms.append(_linear(plan, out_dtype, x, dw))
+        terms.append(linear(plan, out_dtype, x, dw))
     if not isinstance(dbias, SymbolicZero | None):
         # In the wider dtype, in which the transpose sums.
         wide = along_features(dbias.astype(acc), plan.window)
@@ -196,8 +196,15 @@ def _apply_jvp(
 _apply.defjvp(_apply_jvp, symbolic_zeros=True)
 
 
-def _linear(plan: Plan, out_dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The convolution alone, linear in x and linear in w."""
+def linear(plan: Plan, out_dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The convolution alone of images `[N, H, W, C]`, linear in x and linear in w.
+
+    Args:
+        plan: The plan of the call.
+        out_dtype: The dtype of the output.
+        x: The images.
+        w: The filters.
+    """
     problem = plan.problem(x, w, out_dtype)
     of_x, of_w = (x.shape[1:], x.dtype), (w.shape, w.dtype)
 
@@ -220,7 +227,7 @@ def _input_grad(
     out_dtype, of_w = dy.dtype, (w.shape, w.dtype)
 
     def in_dy(x: jax.Array, w: jax.Array) -> jax.Array:
-        return _linear(plan, out_dtype, x, w)
+        return linear(plan, out_dtype, x, w)
 
     def in_w(x: jax.Array, dy: jax.Array) -> jax.Array:
         return _weight_grad(plan, *of_w, x, dy)
@@ -238,7 +245,7 @@ def _weight_grad(
         return _input_grad(plan, *of_x, dy, w)
 
     def in_dy(w: jax.Array, x: jax.Array) -> jax.Array:
-        return _linear(plan, out_dtype, x, w)
+        return linear(plan, out_dtype, x, w)
 
     return multilinear(partial(_dw, plan, shape, dtype), (in_x, in_dy), x, dy)
 

@@ -372,11 +372,12 @@ def forget() -> None:
 def operators() -> list[Operator]:
     """Every operator of `pallas_kernels`, and those of other packages that were imported, by name.
 
-    An operator is a folder of `pallas_kernels` with a module `api`, which registers it.
+    An operator is a folder in `pallas_kernels`, or in a folder of it, with a module `api`, which
+    registers it.
     """
     import pallas_kernels
 
-    for folder in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
+    for folder in pkgutil.walk_packages(pallas_kernels.__path__, "pallas_kernels."):
         if folder.ispkg and importlib.util.find_spec(f"{folder.name}.api"):
             importlib.import_module(f"{folder.name}.api")
     return [_REGISTRY[name] for name in sorted(_REGISTRY)]

@@ -1,7 +1,8 @@
 """The fastest implementation by problem: a JSON table a kind of device, kept in the package.
 
-`flash-wtconv bench wtconv --write-defaults`, and `bench conv2d`, make them. A table, of the device
-in `device_kind`, holds one entry for each operator, direction and problem that was measured:
+`flash-wtconv bench wtconv --write-defaults`, and those of other operators, make them. A table, of
+the device in `device_kind`, holds one entry for each operator, direction and problem that was
+measured:
 
     {"operator": "wtconv", "direction": "fwd", "implementation": "triton",
      "problem": {"shape": [128, 56, 56, 96], "dtype": "float32", "kernel_size": 5, ...},

@@ -6,7 +6,7 @@ from typing import Any
 _ROOMS = {
     "Implementation": "api",
     "instance_norm": "api",
-    "conv2d_instance_norm": "blocks",
+    "conv2d_instance_norm": "convolution.api",
     "residual_block": "blocks",
 }
 __all__ = ["Implementation", "conv2d_instance_norm", "instance_norm", "residual_block"]

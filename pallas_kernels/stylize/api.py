@@ -92,7 +92,7 @@ def instance_norm(
         for name, value in (("scale", scale), ("bias", bias))
     )
     added = None if residual is None else checked_array(residual, "residual")
-    _check_shapes(x, factor, shift, added)
+    check_shapes(x, factor, shift, added)
     problem = Problem(
         (math.prod(x.shape[:-3]), *x.shape[-3:]),
         x.dtype,
@@ -147,10 +147,25 @@ def checked_eps(value: object, name: str = "eps") -> float:
     return number
 
 
-def _check_shapes(
-    x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, residual: jax.Array | None
+def check_shapes(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    of: str = "x's",
 ) -> None:
-    """Raises ValueError where shapes or dtypes do not fit each other."""
+    """Checks that shapes and dtypes fit each other.
+
+    Args:
+        x: What is normalised.
+        scale: The scale, or None.
+        bias: The bias, or None.
+        residual: The residual, or None.
+        of: Says whose shape the residual's must be, in errors.
+
+    Raises:
+        ValueError: They do not; says which.
+    """
     if x.ndim < 3 or any(size == 0 for size in x.shape[-3:]):
         raise ValueError(
             f"x: expected [*batch, H, W, C] of at least one pixel and channel, got shape {x.shape}"
@@ -164,6 +179,6 @@ def _check_shapes(
             )
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(
-            f"residual: expected x's shape and dtype, {x.shape} {x.dtype}, got {residual.shape} "
+            f"residual: expected {of} shape and dtype, {x.shape} {x.dtype}, got {residual.shape} "
             f"{residual.dtype}"
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.conv2d.moments import Moments, combined
 
 
 class Known(NamedTuple):
@@ -61,6 +62,27 @@ def statistics(x: jax.Array, eps: float) -> jax.Array:
     centred = (wide - on_images(centre)) - on_images(offset)
     deviation = jnp.sqrt((centred**2).mean((1, 2)) + eps)
     return jnp.stack([centre, offset, 1 / deviation], 1)
+
+
+def statistics_of_tiles(tiles: Moments, eps: float) -> jax.Array:
+    """The statistics of images whose tiles' moments are known; the images are not read.
+
+    Args:
+        tiles: The moments of each tile of each image.
+        eps: Is added to the variance.
+
+    Returns:
+        `[N, 3, C]`.
+
+    Example:
+        >>> two = jnp.full((1, 2, 1), 1e6).at[0, 1].add(2.0)
+        >>> statistics_of_tiles(Moments(jnp.ones((1, 2)), two, 0 * two), 0.0)[0, :, 0].tolist()
+        [1000001.0, 0.0, 1.0]
+    """
+    near, (count, offset, squares) = combined(tiles)
+    centre = near + offset
+    deviation = jnp.sqrt(squares / count[:, None] + eps)
+    return jnp.stack([centre, offset - (centre - near), 1 / deviation], 1)
 
 
 def normed(x: jax.Array, statistics: jax.Array) -> jax.Array:

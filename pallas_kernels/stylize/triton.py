@@ -6,10 +6,19 @@ import jax
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.triton import launch, unavailable
+from pallas_kernels.conv2d.moments import Moments
 from pallas_kernels.stylize.formulas import Gradients
 from pallas_kernels.stylize.problem import Problem
 
-__all__ = ["DIFFERENTIABLE", "backward", "check", "forward", "search_space", "unavailable"]
+__all__ = [
+    "DIFFERENTIABLE",
+    "backward",
+    "check",
+    "forward",
+    "normalise",
+    "search_space",
+    "unavailable",
+]
 
 DIFFERENTIABLE = False
 
@@ -56,6 +65,24 @@ def forward(
     tiles = triton_launches.Tiles(**sizes) if sizes else None
     found = triton_launches.forward(x, scale, bias, residual, eps, activation, tiles, launch)
     return vary_like((x, scale, bias, residual), found)
+
+
+@partial(jax.jit, static_argnames=("eps", "activation"))
+def normalise(
+    x: jax.Array,
+    tiles: Moments,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array | None,
+    *,
+    eps: float,
+    activation: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The operator and the statistics, from the moments of a convolution's tiles; see `vjp`."""
+    from pallas_kernels.stylize import triton_launches
+
+    found = triton_launches.normalise(x, tiles, scale, bias, residual, eps, activation, launch)
+    return vary_like((x, tiles, scale, bias, residual), found)
 
 
 @partial(jax.jit, static_argnames=("activation", *_SIZES))

@@ -6,6 +6,7 @@ to a program each. What a slice sums is in `parts [groups, SLICES, 2, BC]`, and 
 next launch adds up all slices of its group, in a fixed order: results are bitwise reproducible.
 Where one program holds a group's pixels at once, one launch does it all, and reads once; where one
 has a group to itself, `rolled`, one launch reads twice, the second time what the caches still have.
+Where a convolution has left the moments of its tiles, `combine` adds them, `normalise` reads once.
 
 The mean and the squared deviations of a slice are relative to the image's first pixel, which is
 subtracted exactly. They follow Welford in each row of the tile; rows and slices combine as Chan,
@@ -139,6 +140,72 @@ def rolled(
         # Backwards: what was read last is the likeliest to be in the cache.
         at, known = _tile(group, (rounds - 1 - r) * PX, HW, c, inside, C, PX, BC)
         _apply(x, residual, y, at, known, centre, offset, inverse, a, b, RELU, ADD)
+
+
+@triton.jit
+def combine(
+    pixels,
+    mean,
+    squares,
+    TILES,
+    statistics,
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The statistics of a group, from the moments `[N, TILES]` and `[N, TILES, C]` of tiles."""
+    group = tl.program_id(0)
+    of_image, c, inside = _group(group, C, BC)
+    # The first tile of the image, and of those before it.
+    tile = of_image // C * TILES
+    first = tl.load(mean + tile * C + c, mask=inside, other=0.0)
+    weighted = tl.zeros((BT, BC), tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    for start in range(0, TILES, BT):
+        at, known, n = _tiles(pixels, tile, start, TILES, c, inside, C, BT)
+        # Of numbers that are near each other the difference is exact.
+        apart = tl.load(mean + at, mask=known, other=0.0) - first[None, :]
+        weighted += tl.where(known, apart, 0.0) * n[:, None]
+        total += n
+    count = tl.sum(total, 0)
+    middle = tl.sum(weighted, 0) / count
+    summed = tl.zeros((BT, BC), tl.float32)
+    for start in range(0, TILES, BT):
+        at, known, n = _tiles(pixels, tile, start, TILES, c, inside, C, BT)
+        apart = tl.load(mean + at, mask=known, other=0.0) - first[None, :] - middle[None, :]
+        summed += tl.load(squares + at, mask=known, other=0.0)
+        summed += tl.where(known, apart * apart, 0.0) * n[:, None]
+    centre, offset, inverse = _described(first, middle, tl.sum(summed, 0) / count, EPS)
+    _store_statistics(statistics, group, c, inside, centre, offset, inverse, C, BC)
+
+
+@triton.jit
+def normalise(
+    x,
+    statistics,
+    scale,
+    bias,
+    residual,
+    HW,
+    slices,
+    y,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+    C: tl.constexpr,
+    PX: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The norm of a tile of a group whose statistics are known."""
+    # What the convolution wrote last is the likeliest to be in the cache.
+    item = tl.num_programs(0) - 1 - tl.program_id(0)
+    group, s = item // slices, item % slices
+    of_image, c, inside = _group(group, C, BC)
+    centre, offset, inverse = _load_statistics(statistics, group, c, inside, C, BC)
+    a = tl.load(scale + of_image + c, mask=inside, other=0.0)
+    b = tl.load(bias + of_image + c, mask=inside, other=0.0)
+    at, known = _tile(group, s * PX, HW, c, inside, C, PX, BC)
+    _apply(x, residual, y, at, known, centre, offset, inverse, a, b, RELU, ADD)
 
 
 @triton.jit
@@ -436,6 +503,15 @@ def _store_gradients(
     tl.store(dx + at, found.to(dx.dtype.element_ty), mask=known)
     if RELU and ADD:
         tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _tiles(pixels, tile, start, TILES, c, inside, C: tl.constexpr, BT: tl.constexpr):
+    """The offsets of `BT` tiles of an image's convolution, which exist, and their pixels."""
+    t = start + tl.arange(0, BT)
+    row = tile + t
+    n = tl.load(pixels + row, mask=t < TILES, other=0.0)
+    return row[:, None] * C + c[None, :], (t < TILES)[:, None] & inside[None, :], n
 
 
 @triton.jit

@@ -22,6 +22,8 @@ _CACHED = 1 << 17
 """The most elements of an image's channels that a multiprocessor's cache may have twice."""
 _ALONE = 64
 """The fewest programs that are worth a launch without slices."""
+_COMBINED = 16
+"""Channels of a program that adds a convolution's tiles: few, so that there are more of them."""
 _MOST_SLICES = 64
 """The most slices; each program reads what all of them summed."""
 
@@ -85,8 +87,7 @@ def tiles(shape: Sequence[int], dtype: Dtype) -> Tiles:
     """
     n, *size, c = shape
     pixels_of_image = math.prod(size)
-    # A row of 128 bytes is one transaction.
-    block = min(_power_of_two(c), 32 if str(dtype).endswith("float32") else 64)
+    block = _channels(c, dtype)
     held = _power_of_two(pixels_of_image) * block
     if held <= _HELD:
         return Tiles(held // block, block, 1, _warps(held))
@@ -140,6 +141,61 @@ def forward(
         (groups * own.slices,),
         **constants,
         **_shared(own),
+    )
+    return y, statistics
+
+
+def normalise(
+    x: AnyArray,
+    moments: tuple[AnyArray, AnyArray, AnyArray],
+    scale: AnyArray,
+    bias: AnyArray,
+    residual: AnyArray | None,
+    eps: float,
+    activation: str | None,
+    launch: Launch[AnyArray],
+) -> tuple[AnyArray, AnyArray]:
+    """The norm and the statistics of a convolution's output, which is read once.
+
+    Args:
+        x: As `forward` takes it.
+        moments: The numbers of pixels `[N, tiles]` of the convolution's tiles, their means and
+            their sums of squared deviations `[N, tiles, C]`, float32.
+        scale: As `forward` takes it, as are the others.
+        bias: float32 `[N, C]`.
+        residual: Of x's shape and dtype, or None.
+        eps: Is added to the variance.
+        activation: None or "relu".
+        launch: The framework's launch function.
+
+    Returns:
+        y of x's shape and dtype, and float32 `[N, 3, C]`.
+    """
+    n, h, w, c = x.shape
+    count = moments[1].shape[1]
+    few = min(_power_of_two(c), _COMBINED)
+    block: Keywords = {"BT": min(_power_of_two(count), _TILE // few), "BC": few, "num_warps": 4}
+    shape: Keywords = {"EPS": eps, "C": c}
+    (statistics,) = launch(
+        kernels.combine,
+        [*moments, count],
+        [((n, 3, c), "float32")],
+        (n * cdiv(c, few),),
+        **shape,
+        **block,
+    )
+    channels = _channels(c, x.dtype)
+    pixels = min(max(_TILE // channels, 1), _power_of_two(h * w))
+    slices = cdiv(h * w, pixels)
+    own = Tiles(pixels, channels, slices, _warps(pixels * channels))
+    flags: Keywords = {"RELU": activation == "relu", "ADD": residual is not None, "C": c}
+    (y,) = launch(
+        kernels.normalise,
+        [x, statistics, scale, bias, x if residual is None else residual, h * w, slices],
+        [(x.shape, x.dtype)],
+        (n * cdiv(c, channels) * slices,),
+        **flags,
+        **_block(own),
     )
     return y, statistics
 
@@ -224,6 +280,11 @@ def _block(own: Tiles) -> dict[str, int]:
 
 def _shared(own: Tiles) -> dict[str, int]:
     return {"SLICES": own.slices, "BS": _power_of_two(own.slices)}
+
+
+def _channels(c: int, dtype: object) -> int:
+    """Channels of a tile: a row of 128 bytes is one transaction."""
+    return min(_power_of_two(c), 32 if str(dtype).endswith("float32") else 64)
 
 
 def _sliced(size: int, pixels: int, channels: int, slices: int, warps: int) -> Tiles:

@@ -14,7 +14,11 @@ An implementation is a module with
 for `x [N, H, W, C]`, statistics `[N, 3, C]` as `formulas` has them, scale and bias `[N, C]`, all in
 the dtype of accumulation, and a residual of x's shape and dtype or None; the backward pass gets it
 where there is an activation alone. Modules that JAX can look into, and so map with `vmap`, say so
-with `DIFFERENTIABLE = True`.
+with `DIFFERENTIABLE = True`. Those that normalise what a convolution has left the moments of have
+
+    normalise(x, tiles, scale, bias, residual, *, eps, activation) -> y, statistics
+
+for `tiles`, the moments of its tiles, see `conv2d.moments`; `convolution` is made of it.
 """
 
 import math
@@ -98,18 +102,38 @@ def instance_norm(
     plan: Plan, x: jax.Array, scale: jax.Array | None, bias: jax.Array | None, residual: Residual
 ) -> jax.Array:
     """The norm of images `[*batch, H, W, C]` by a plan's implementation."""
-    (*batch, _, _, channels), acc = x.shape, accumulation_dtype(x.dtype)
+    batch = x.shape[:-3]
     images = math.prod(batch), *x.shape[-3:]
-
-    def of_images(value: jax.Array | None, default: float) -> jax.Array:
-        """A parameter of each image, `[N, C]`; JAX sums the gradients of what images share."""
-        value = jnp.full(channels, default, acc) if value is None else value.astype(acc)
-        return jnp.broadcast_to(value, (*batch, channels)).reshape(images[0], channels)
-
+    parameters = of_images(batch, images[-1], x.dtype, scale, bias)
     added = None if residual is None else residual.reshape(images)
-    arrays = x.reshape(images), of_images(scale, 1.0), of_images(bias, 0.0), added
+    arrays = x.reshape(images), *parameters, added
     y, _ = _apply(plan, *vary_like(arrays, arrays))
     return y.reshape(x.shape)
+
+
+def of_images(
+    batch: tuple[int, ...],
+    channels: int,
+    dtype: jnp.dtype,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Scale and bias of each image, `[N, C]`; JAX sums the gradients of what images share.
+
+    Args:
+        batch: The batch axes of the images.
+        channels: Their channels.
+        dtype: Their dtype, whose dtype of accumulation the parameters get.
+        scale: `[C]` or `[*batch, C]`; None is 1.
+        bias: The same; None is 0.
+    """
+    acc = accumulation_dtype(dtype)
+
+    def each(value: jax.Array | None, default: float) -> jax.Array:
+        value = jnp.full(channels, default, acc) if value is None else value.astype(acc)
+        return jnp.broadcast_to(value, (*batch, channels)).reshape(math.prod(batch), channels)
+
+    return each(scale, 1.0), each(bias, 0.0)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -126,14 +150,20 @@ def _apply_jvp(
     x, scale, bias, residual = primals
     known = Known(x, statistics, scale, bias, residual if plan.activation else None)
     moved = Gradients(*(None if isinstance(t, SymbolicZero) else t for t in tangents))
-    return (y, statistics), (_pushed(plan, known, moved), statistics_tangent(known, moved.x))
+    return (y, statistics), (output_tangent(plan, known, moved), statistics_tangent(known, moved.x))
 
 
 _apply.defjvp(_apply_jvp, symbolic_zeros=True)
 
 
-def _pushed(plan: Plan, known: Known, tangents: Gradients) -> jax.Array:
-    """The tangent of the output, linear in those of the arguments."""
+def output_tangent(plan: Plan, known: Known, tangents: Gradients) -> jax.Array:
+    """The tangent of the output, linear in those of the arguments.
+
+    Args:
+        plan: The plan of the call.
+        known: The arrays that the derivative is taken at.
+        tangents: The tangents of the arguments.
+    """
     run = partial(pushed, plan.activation)
 
     def pull(dy: jax.Array, known: Known) -> Gradients:
@@ -155,7 +185,7 @@ def _pulled(plan: Plan, residual: bool, dy: jax.Array, known: Known) -> Gradient
         return found._replace(residual=dy if residual else None)
 
     def push(tangents: Gradients, known: Known) -> jax.Array:
-        return _pushed(plan, known, tangents)
+        return output_tangent(plan, known, tangents)
 
     plain = partial(pulled, plan.activation, residual)
     return multilinear(run, (push,), dy, known=(known,), plain=plain)

@@ -2,7 +2,15 @@
 
 import jax
 
-from pallas_kernels.stylize.formulas import Gradients, Known, preactivation, pulled, statistics
+from pallas_kernels.conv2d.moments import Moments
+from pallas_kernels.stylize.formulas import (
+    Gradients,
+    Known,
+    preactivation,
+    pulled,
+    statistics,
+    statistics_of_tiles,
+)
 from pallas_kernels.stylize.problem import Problem
 
 DIFFERENTIABLE = True
@@ -27,9 +35,27 @@ def forward(
     activation: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The operator and the statistics; see `vjp` for the arguments."""
-    known = Known(x, statistics(x, eps), scale, bias, residual)
+    return _output(Known(x, statistics(x, eps), scale, bias, residual), activation)
+
+
+def normalise(
+    x: jax.Array,
+    tiles: Moments,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array | None,
+    *,
+    eps: float,
+    activation: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The operator and the statistics, from the moments of a convolution's tiles; see `vjp`."""
+    return _output(Known(x, statistics_of_tiles(tiles, eps), scale, bias, residual), activation)
+
+
+def _output(known: Known, activation: str | None) -> tuple[jax.Array, jax.Array]:
+    """The output, and the statistics as they are known."""
     z = preactivation(known)
-    return (z if activation is None else jax.nn.relu(z)).astype(x.dtype), known.statistics
+    return (z if activation is None else jax.nn.relu(z)).astype(known.x.dtype), known.statistics
 
 
 def backward(

@@ -20,10 +20,12 @@ from flash_wtconv_jax.bench import (
     host,
     roofline,
     sparse,
+    stylize,
     timing,
     wtconv,
     wtconvnext,
 )
+from flash_wtconv_jax.bench.timing import Spread
 from flash_wtconv_jax.cli import app
 from flash_wtconv_jax.cli.bench import tell
 from pallas_kernels.common import device
@@ -35,6 +37,8 @@ from pallas_kernels.dispatch import table, tuning
 from pallas_kernels.sparse import shapes as voxels
 from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
 from pallas_kernels.sparse.problem import Problem, Window
+from pallas_kernels.stylize import shapes as norms
+from pallas_kernels.stylize.convolution import shapes as layers
 from pallas_kernels.wtconv import shapes
 
 WIDE = pytest.mark.wide
@@ -485,6 +489,119 @@ def test_sparse_defaults_need_a_choice(tmp_path):
     result = bench(*arguments, benchmark="sparse")
     assert "--write-defaults needs a shape that several implementations" in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def styles(monkeypatch):
+    """A norm and a layer that are tiny, and networks that are one product."""
+    monkeypatch.setitem(norms.SHAPES, "tiny", norms.Shape(1, 3, 4, 2))
+    monkeypatch.setitem(layers.SHAPES, "tiny_layer", layers.Shape(1, 4, 5, 2, 3, 3, residual=True))
+    steps = {name: lambda params, x: params * x for name in ("plain jax", "flash", "flash xla")}
+    monkeypatch.setattr(stylize, "_steps", lambda model, dtype: steps)
+
+    def made(size, batch, dtype):
+        return None, np.ones(3, np.float32), np.ones((batch, size, size, 3), np.float32)
+
+    monkeypatch.setattr(stylize, "_made", made)
+    monkeypatch.setattr(stylize, "_VITS", ())
+    monkeypatch.setattr(stylize, "_registered", lambda: [])
+
+
+@pytest.mark.usefixtures("styles")
+@pytest.mark.parametrize("works", [["norm", "ladder"], pytest.param(stylize.WORKS, marks=WIDE)])
+def test_style_transfer(works, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylize, "implementations", lambda name, dtype: [])
+    others = {"torch eager": Spread(8.0, 8.0, 8.0), "torch compiled": "out of memory"}
+    registered = lambda params, images, dtype, training: others  # noqa: E731
+    monkeypatch.setattr(stylize, "_registered_times", registered)
+    arguments = ["--shape", "tiny", "--shape", "tiny_layer", "--size", 8, "--out", tmp_path]
+    arguments += [one for work in works for one in ("--work", work)]
+    result = bench(*arguments, benchmark="stylize")
+    assert result.exit_code == 0, result.output
+    assert "norm, tiny, float32, forward+backward; over plain jax" in result.output
+    assert (tmp_path / "stylize.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "stylize.json").read_text())["rows"]
+    assert {row["work"] for row in rows} == set(works)
+    of = {(row["work"], row["direction"], row["contender"]): row for row in rows}
+    assert of["norm", "forward", "flash"]["over_copy"] == 1.0
+    assert of["ladder", "forward", "flash float32"]["speedup"] == 4.0
+    assert of["ladder", "forward", "flash float32"]["baseline"] == "torch eager float32"
+    assert of["ladder", "forward", "torch compiled float32"]["why_not"] == "out of memory"
+    assert "out of memory" in result.output
+    if "layer" in works:
+        assert of["layer", "forward+backward", "flash parts"]["temporaries"] >= 0
+        assert of["network", "forward", "torch eager"]["speedup"] == 0.25
+        assert of["training", "step", "torch compiled"]["why_not"] == "out of memory"
+        assert ("style_vit", "forward", "TransformerNet") in of
+
+
+def test_the_fastest_layers_are_kept_and_their_parts_too():
+    names = {"style_512_trunk": (3.0, 1.0, 2.0), "style_512_down1": (1.0, 3.0, 2.0)}
+    rows = [
+        {"work": "layer", "name": name, "dtype": "bfloat16", "direction": direction}
+        | {"contender": f"flash {who}", "median_ms": ms * times}
+        for name, each in names.items()
+        for who, ms in zip(("parts", "mosaic_gpu", "triton"), each, strict=True)
+        for direction, times in (("forward", 1), ("forward+backward", 3))
+    ]
+    rows += [row | {"work": "norm", "median_ms": row["median_ms"] / 2} for row in rows[2:6]]
+    report = {"date": "2026-11-28", "versions": {}, "rows": rows}
+    kept = [
+        (entry["operator"], entry["direction"], entry["implementation"], entry["problem"]["shape"])
+        for entry in stylize.defaults(report)
+    ]
+    trunk = (8, 128, 128, 128)
+    assert kept == [
+        ("instance_norm", "fwd", "mosaic_gpu", trunk),
+        ("instance_norm", "bwd", "mosaic_gpu", trunk),
+        ("conv2d_instance_norm", "fwd", "mosaic_gpu", trunk),
+        ("conv2d_instance_norm", "fwd", "parts", (8, 512, 512, 32)),
+    ]
+    window = stylize.defaults(report)[-1]["problem"]["window"]
+    assert window["stride"] == (2, 2) and "pads" not in window
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--work", "sleep"), "work: ['sleep'] is not one of ['norm',"),
+        (("--shape", "huge"), "shape: ['huge'] is not one of"),
+        (("--dtype", "int8"), "dtype: 'int8' is not one of"),
+        (("--size", 4), "size must be at least 8, got 4"),
+        (("--batch", 0), "batch must be at least 1, got 0"),
+        (("--write-defaults",), "several implementations can compute here"),
+    ],
+)
+def test_style_transfer_that_is_none(tmp_path, arguments, message):
+    result = bench(*arguments, "--out", tmp_path, benchmark="stylize")
+    assert message in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_every_step_of_the_network_is_the_network(monkeypatch):
+    """PyTorch's too, whose times are taken."""
+    model, params, images = stylize._made(16, 1, "float32")
+    found = {who: step(params, images) for who, step in stylize._steps(model, "float32").items()}
+    assert set(found) == {"plain jax", "norm alone", "convolution+norm", "flash", "flash xla"}
+    for y in found.values():
+        np.testing.assert_allclose(y, found["flash"], atol=1e-3)
+    torch = pytest.importorskip("torch")
+    from torch_bridge.stylize import contender
+
+    arrays, own = {}, contender.times
+
+    def times(parameters, images, dtype, training):
+        arrays["tensors"] = {name: torch.tensor(value) for name, value in parameters.items()}
+        return own(parameters, images, dtype, training=training)
+
+    monkeypatch.setattr(contender, "times", times)
+    monkeypatch.setattr(stylize, "_registered", lambda: [contender])
+    for training in (False, True):
+        rest = stylize._registered_times(params, images, "float32", training=training)
+        assert list(rest) == ["torch eager"] and rest["torch eager"].median == 2.0
+    y = contender.network(arrays["tensors"], torch.tensor(np.array(images)).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(y.permute(0, 2, 3, 1), found["flash"], atol=1e-3)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from pallas_kernels.haar.cases import Case as HaarCase
 from pallas_kernels.sparse.cases import Case as SparseCase
 from pallas_kernels.sparse.depthwise.cases import Case as DepthwiseCase
 from pallas_kernels.stylize.cases import Case as NormCase
+from pallas_kernels.stylize.convolution.cases import Case as ConvNormCase
 from pallas_kernels.wtconv.cases import Case
 
 CASES = (Case((4, 5), 1, 3), Case((3,), 1, 3, "bfloat16"))
@@ -27,6 +28,7 @@ FEW = {
         Conv2dCase(1, 3, 4, 2, 2, 2, 3, layout="nchw_fchw", dtype="float16", out_dtype="float32"),
     ),
     "depthwise": (PlainCase(1, 4, 5, 2, 3),),
+    "conv2d_instance_norm": (ConvNormCase(4, 3, 2, 3, 2, (1,)),),
     "haar": (HaarCase((3, 5), 2), HaarCase((7,), 1, "db2", "bfloat16"), HaarCase((1, 3, 2), 1)),
     "instance_norm": (NormCase(3, 4, 2, activation="relu", residual=True),),
     "sparse_conv": (SparseCase((5,), 6, 2, 3, ndim=1),),
@@ -83,7 +85,8 @@ def test_options_narrow_it(few, tmp_path):
     [
         (
             ["--operator", "wtcon"],
-            r"--operator wtcon: expected one of conv2d, depthwise, haar, instance_norm, "
+            r"--operator wtcon: expected one of conv2d, conv2d_instance_norm, depthwise, haar, "
+            "instance_norm, "
             "sparse_conv, sparse_depthwise_conv, wtconv$",
         ),
         (

@@ -56,7 +56,7 @@ SIZES = {
 BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl", "hh")]
 IMAGES = ("x", "w", "below", "y", "dy", "dw", "low", *BANDS, "residual", "dx", "dresidual")
 TAPS = ("taps", "base", "bias", "sums", "parts", "mean", "squares")
-TAPS += ("scale", "statistics", "dscale", "dbias")
+TAPS += ("scale", "statistics", "dscale", "dbias", "pixels")
 ROWS = ("table", "order", "tiles", "listed", "counts", "pairs", "totals")
 ROWS += ("stood", "places", "steps")
 UNSIGNED = ("masks", "high", "low", "asked_high", "asked_low")
@@ -115,7 +115,10 @@ def sparse(dtype):
 
 
 def stylize(dtype):
-    """Constants of the launches of a norm whose pixels programs share, and of those that do not."""
+    """Constants of the launches of a norm whose pixels programs share, and of those that do not.
+
+    And of one whose convolution has left its moments.
+    """
     dtype, found = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype], {}
 
     def launch(kernel, arguments, outputs, grid, **constants):
@@ -127,6 +130,8 @@ def stylize(dtype):
         x = SimpleNamespace(shape=PICTURES[name], dtype=dtype)
         stylize_launches.forward(x, x, x, x, 1e-5, "relu", tiles, launch)
         stylize_launches.backward(x, x, x, x, x, x, "relu", tiles, launch)
+        moments = (SimpleNamespace(shape=(8, 512, 64)),) * 3
+        stylize_launches.normalise(x, moments, x, x, x, 1e-5, "relu", launch)
     return found
 
 

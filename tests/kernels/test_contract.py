@@ -148,7 +148,9 @@ def forms(request, operator, name, measured, monkeypatch):
     elif name == "triton":
         from helpers.triton import interpret
 
-        interpret(monkeypatch, module)
+        for part in getattr(module, "PARTS", [module]):
+            interpret(monkeypatch, part)
+        monkeypatch.setattr(module, "unavailable", lambda platform: None)
     elif name == "cuda":
         emulate(monkeypatch, module)
     elif name == "mosaic_gpu":

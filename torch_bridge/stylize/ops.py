@@ -119,7 +119,7 @@ def instance_norm(
     tensors = [value for value in (x, scale, bias, residual) if value is not None]
     shape, strides = calls.known(x)
     fwd, bwd = pick(
-        *(_static(implementation), x.device, shape, x.dtype, strides, relu, residual is not None),
+        *(static(implementation), x.device, shape, x.dtype, strides, relu, residual is not None),
         differentiated=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
     )
     if calls.names((fwd, bwd)) == ["eager"]:
@@ -130,8 +130,13 @@ def instance_norm(
     return y
 
 
-def _static(implementation: Choice) -> Any:
-    """A filter as a constant of a traced program."""
+def static(implementation: Choice) -> Any:
+    """A filter as a constant of a traced program.
+
+    Example:
+        >>> static(["triton", "eager"])
+        ('triton', 'eager')
+    """
     if implementation is None or isinstance(implementation, str):
         return None if implementation is None else str(implementation)
     return tuple(map(str, implementation))
@@ -421,20 +426,26 @@ def _(
     info: Any, in_dims: tuple[Tree, ...], *arguments: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """A batch folds into x's own, so that it stays one call."""
-    y, statistics = apply(*_folded(info.batch_size, in_dims, arguments))
+    y, statistics = apply(*folded(info.batch_size, in_dims, arguments))
     size = info.batch_size
     return (y.unflatten(0, (size, -1)), statistics.unflatten(0, (size, -1))), (0, 0)
 
 
 @gradients.register_vmap
 def _(info: Any, in_dims: tuple[Tree, ...], *arguments: Any) -> tuple[list[Tensor], list[int]]:
-    found = gradients(*_folded(info.batch_size, in_dims, arguments))
+    found = gradients(*folded(info.batch_size, in_dims, arguments))
     unfolded = [value.unflatten(0, (info.batch_size, -1)) for value in found]
     return unfolded, [0] * len(unfolded)
 
 
-def _folded(size: int, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> list[Any]:
-    """The arguments, each image of each example one of a batch."""
+def folded(size: int, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, each image of each example one of a batch.
+
+    Args:
+        size: The number of examples.
+        in_dims: For each argument the axis of the examples, as `torch.vmap` has it.
+        arguments: Tensors of images, and what is none.
+    """
     return [
         value
         if not isinstance(value, Tensor)

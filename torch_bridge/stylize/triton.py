@@ -54,10 +54,10 @@ def forward(
     last = channels_last(x.stride())
     with torch.cuda.device_of(x):
         y, statistics = triton_launches.forward(
-            _images(x, last),
-            _of_groups(scale, last),
-            _of_groups(bias, last),
-            None if residual is None else _images(residual, last),
+            read_images(x, last),
+            of_groups(scale, last),
+            of_groups(bias, last),
+            None if residual is None else read_images(residual, last),
             eps,
             "relu" if relu else None,
             tiles,
@@ -79,12 +79,12 @@ def backward(known: Known, dy: Tensor, *, relu: bool, **sizes: int) -> list[Tens
     rows = statistics if last else statistics.transpose(1, 2).reshape(n * c, 3, 1)
     with torch.cuda.device_of(x):
         dx, dscale, dbias, dresidual = triton_launches.backward(
-            _images(x, last),
+            read_images(x, last),
             rows.contiguous(),
-            _of_groups(scale, last),
-            _of_groups(bias, last),
-            None if residual is None else _images(residual, last),
-            _images(dy, last),
+            of_groups(scale, last),
+            of_groups(bias, last),
+            None if residual is None else read_images(residual, last),
+            read_images(dy, last),
             "relu" if relu else None,
             tiles,
             launch,
@@ -105,8 +105,13 @@ def channels_last(strides: tuple[int, ...]) -> bool:
     return strides[1] < strides[3]
 
 
-def _images(x: Tensor, last: bool) -> Tensor:
-    """`[N, C, H, W]` as the kernels read it: `[N, H, W, C]`, or `[N * C, H, W, 1]`."""
+def read_images(x: Tensor, last: bool) -> Tensor:
+    """`[N, C, H, W]` as the kernels read it: `[N, H, W, C]`, or `[N * C, H, W, 1]`, contiguous.
+
+    Args:
+        x: The images.
+        last: Whether they are read channels last.
+    """
     if last:
         return x.permute(0, 2, 3, 1).contiguous()
     return x.contiguous().flatten(0, 1).unsqueeze(-1)
@@ -117,6 +122,12 @@ def _as_images(y: Tensor, x: Tensor, last: bool) -> Tensor:
     return y.permute(0, 3, 1, 2) if last else y.view(x.shape)
 
 
-def _of_groups(value: Tensor, last: bool) -> Tensor:
-    """Parameters `[N, C]` as the kernels read them."""
-    return value.contiguous() if last else value.reshape(-1, 1)
+def of_groups(value: Tensor, last: bool) -> Tensor:
+    """Parameters `[N, C]` as the kernels read them, contiguous.
+
+    Args:
+        value: The parameters.
+        last: Whether the images are read channels last.
+    """
+    # Of one image `reshape` makes a view, whatever the strides.
+    return (value if last else value.reshape(-1, 1)).contiguous()

@@ -95,6 +95,14 @@ def test_a_layer_is_pytorchs(implementation, memory_format):
     torch.testing.assert_close(plain(x), nn.InstanceNorm2d(6)(x), rtol=0, atol=1e-5)
 
 
+@INTERPRETED
+def test_parameters_of_any_strides():
+    x, scale = images("first", size=(1, 6, 5, 4)), torch.randn(12)[::2]
+    y = ops.instance_norm(x, scale, scale, implementation="triton")
+    want = ops.instance_norm(x, scale, scale, implementation="eager")
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_derivatives_of_every_order(implementation):
     def call(x, scale, bias, residual):

@@ -1,0 +1,607 @@
+"""`flash-wtconv bench stylize`: the norm, its layers and whole networks of style transfer."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import date
+from functools import partial
+from importlib.metadata import entry_points
+from itertools import product
+from typing import Any, NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from flash_wtconv_jax import checkpoints, environment
+from flash_wtconv_jax.bench import clocks
+from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.timing import Spread
+from flash_wtconv_jax.bench.wtconv import check_dtype
+from flash_wtconv_jax.models import StyleViT, TransformerNet
+from pallas_kernels.common import device
+from pallas_kernels.common.types import Json, Keywords, Tree
+from pallas_kernels.conv2d import baseline_jax as plain_conv2d
+from pallas_kernels.conv2d import conv2d
+from pallas_kernels.conv2d.api import checked_call
+from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch.table import Entry
+from pallas_kernels.stylize import baseline_jax, conv2d_instance_norm, instance_norm
+from pallas_kernels.stylize.api import OPERATOR as NORM
+from pallas_kernels.stylize.convolution.api import OPERATOR as LAYER
+from pallas_kernels.stylize.convolution.api import PARTS
+from pallas_kernels.stylize.convolution.problem import Problem as LayerProblem
+from pallas_kernels.stylize.convolution.shapes import SHAPES as LAYERS
+from pallas_kernels.stylize.problem import Problem as NormProblem
+from pallas_kernels.stylize.shapes import SHAPES as NORMS
+
+WORKS = ("norm", "layer", "network", "ladder", "training", "style_vit")
+"""The kinds of what is timed, see `run`."""
+
+GROUP = "flash_wtconv.bench.stylize"
+"""The entry point group of every `RegisteredContender`."""
+
+NAMES = (*tuple(NORMS)[:3], *LAYERS)
+"""Names of the norms and the layers that are timed unasked."""
+
+_PLAIN, _COPY = "plain jax", "copy"
+_BOTH = "forward", "forward+backward"
+_VITS = ("nano", "tiny", "small", "base")
+_STYLE = 256
+"""The side of a StyleViT's style."""
+_SCORES = 2**33
+"""The most bytes of attention's scores: in float32, which no kernel fuses, they exist."""
+_HEADS = {"nano": 3, "tiny": 3, "small": 6, "base": 12}
+
+
+class RegisteredContender(Protocol):
+    """A contender of another package: the module or object that its entry point names."""
+
+    def runs(self, dtype: str, *, on_cpu: bool) -> bool:
+        """Whether it can be timed here, beside JAX on a CPU or on an accelerator."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """The versions of the packages that its times depend on, by name."""
+        ...
+
+    def times(
+        self,
+        parameters: Mapping[str, np.ndarray],
+        images: np.ndarray,
+        dtype: str,
+        *,
+        training: bool,
+    ) -> dict[str, Spread | str]:
+        """Times of TransformerNet by the name of what computes it, or why there are none.
+
+        Args:
+            parameters: The network's, by PyTorch's names.
+            images: `[N, H, W, 3]` in float32.
+            dtype: Dtype of the computation; products of float32 are full ones.
+            training: Whether it takes the steps of training that this module has, or infers.
+        """
+        ...
+
+
+class _Program(NamedTuple):
+    """A compiled call, and the bytes of its temporaries."""
+
+    call: Call
+    temporaries: int
+
+
+class _Group(NamedTuple):
+    """Contenders that are timed in turns, and what their rows share.
+
+    Attributes:
+        head: `work`, `name`, `dtype`, `direction`, and for networks `size` and `batch`.
+        baseline: The contender that `speedup` refers to.
+        programs: Programs by contender.
+        others: Times that contenders of other packages have taken themselves.
+    """
+
+    head: Json
+    baseline: str
+    programs: dict[str, _Program]
+    others: dict[str, Spread | str] = {}
+
+
+def run(
+    progress: Callable[[str, int], Callable[[], None]],
+    works: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    sizes: Sequence[int] | None = None,
+    batches: Sequence[int] | None = None,
+    dtypes: Sequence[str] | None = None,
+) -> Json:
+    """Times what was asked for, each group of contenders in one run.
+
+    - "norm": `instance_norm` beside a copy and plain JAX.
+    - "layer": `conv2d_instance_norm` beside plain JAX, "flash parts" being `conv2d` and
+      `instance_norm` one by one.
+    - "network": TransformerNet in steps: plain JAX, with our norm alone, with our convolution too,
+      whole, and whole by each implementation that computes convolution and norm at once.
+    - "ladder": the steps in float32, behind them the whole in each dtype.
+    - "training": steps with Adam on the mean square that the network's output is off its input.
+    - "style_vit": StyleViT of every size beside TransformerNet.
+
+    Networks of other packages, which register under `GROUP`, stand beside them: PyTorch's.
+
+    Args:
+        progress: Told a label and a number of steps, returns what to call after each step.
+        works: From `WORKS`; None is all.
+        names: Norms and layers, from `pallas_kernels.stylize.shapes` and
+            `pallas_kernels.stylize.convolution.shapes`; None is `NAMES`.
+        sizes: Heights and widths of the networks' images; None is 256, 512 and 1024, on a CPU 64.
+        batches: Numbers of images; None is 1 and 8, on a CPU 1.
+        dtypes: From `wtconv.DTYPES`; None is bfloat16, float16 and float32, on a TPU without
+            float16, on a CPU float32.
+
+    Returns:
+        A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
+        `wtconv.run`, and a row for each group and contender with its times in milliseconds,
+        `speedup`, the baseline's median over its own, of a norm `over_copy`, and the bytes of its
+        `temporaries`. A row without times says `why_not`.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+    here = device.platform()
+    works = list(works or WORKS)
+    names = list(NAMES if names is None else names)
+    sizes = list(sizes or ((64,) if here == "cpu" else (256, 512, 1024)))
+    batches = list(batches or ((1,) if here == "cpu" else (1, 8)))
+    unasked = {"cpu": ("float32",), "tpu": ("bfloat16", "float32")}
+    dtypes = list(dtypes or unasked.get(here, ("bfloat16", "float16", "float32")))
+    for asked, known, what in ((works, WORKS, "work"), (names, (*NORMS, *LAYERS), "shape")):
+        unknown = sorted(set(asked) - set(known))
+        if unknown:
+            raise ValueError(f"{what}: {unknown} is not one of {list(known)}")
+    for dtype in dtypes:
+        check_dtype(dtype)
+    for value, least, what in ((min(sizes), 8, "size"), (min(batches), 1, "batch")):
+        if value < least:
+            raise ValueError(f"{what} must be at least {least}, got {value}")
+    clock, no_device_events = clocks.best()
+    rows: list[Json] = []
+    for group in _groups(works, names, sizes, batches, dtypes):
+        label = " ".join(str(group.head[key]) for key in ("work", "name", "dtype", "direction"))
+        step = progress(label, clock.turns(len(group.programs)))
+        times = clock.take_turns({who: one.call for who, one in group.programs.items()}, step)
+        rows += _rows(group, times)
+    return {
+        "benchmark": "stylize",
+        "date": date.today().isoformat(),
+        "device": environment.device(),
+        "versions": _versions(),
+        "clock": clock.name,
+        "no_device_events": no_device_events,
+        "rows": rows,
+    }
+
+
+def implementations(name: str, dtype: str) -> list[str]:
+    """Our implementations that can compute a norm or a layer here, in every direction.
+
+    Args:
+        name: One of the norms or layers.
+        dtype: Dtype of the images.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     implementations("style_512_trunk", "float32")
+        ['xla']
+    """
+    check_dtype(dtype)
+    return able(*_problem("norm" if name in NORMS else "layer", name, dtype))
+
+
+def defaults(report: Json) -> list[Entry]:
+    """The fastest implementations of a report's norms and layers, as `defaults.entries` has them.
+
+    Args:
+        report: A report of `run`.
+
+    Returns:
+        An entry for each direction of each problem that several implementations can compute; where
+        a layer's parts one by one were the fastest, it names these.
+    """
+    found = []
+    for work, operator in (("norm", NORM), ("layer", LAYER)):
+        own = [row for row in report["rows"] if row["work"] == work]
+
+        def problem(row: Json, work: str = work) -> Json:
+            _, of = _problem(work, row["name"], row["dtype"])
+            fields = of._asdict() | {"dtype": row["dtype"]}
+            if work == "layer":
+                window = of.window._asdict()
+                del window["pads"]
+                fields["window"] = window
+            return fields
+
+        each = entries(operator, report | {"rows": own}, problem)
+        found += [entry for entry in each if entry["direction"] in operator.directions]
+    return found
+
+
+def _rows(group: _Group, times: Mapping[str, Spread]) -> list[Json]:
+    """The rows of a group that was timed."""
+    every: dict[str, Spread | str] = {**group.others, **times}
+    baseline = every.get(group.baseline)
+    copy = times.get(_COPY)
+    rows = []
+    for who, found in every.items():
+        row: Json = {**group.head, "contender": who, "baseline": group.baseline}
+        if isinstance(found, str):
+            rows.append(row | {"why_not": found})
+            continue
+        row |= {f"{key}_ms": value for key, value in found._asdict().items()}
+        if isinstance(baseline, Spread):
+            row["speedup"] = baseline.median / found.median
+        if copy is not None:
+            row["over_copy"] = found.median / copy.median
+        if who in group.programs:
+            row["temporaries"] = group.programs[who].temporaries
+        rows.append(row)
+    return rows
+
+
+def _groups(
+    works: Sequence[str],
+    names: Sequence[str],
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+) -> Iterator[_Group]:
+    """Everything that is timed, each group compiled when it is its turn."""
+    for work, own in (("norm", _norm), ("layer", _layer)):
+        known: Mapping[str, Any] = NORMS if work == "norm" else LAYERS
+        if work in works:
+            for name, dtype in product(names, dtypes):
+                if name in known:
+                    yield from own(name, dtype)
+    networks: dict[str, Callable[[int, int, str], Iterator[_Group]]] = {
+        "network": _network,
+        "training": _training,
+        "style_vit": _style_vit,
+    }
+    for size, batch in product(sizes, batches):
+        if "ladder" in works:
+            yield from _ladder(size, batch, dtypes)
+        for work, make in networks.items():
+            if work in works:
+                for dtype in dtypes:
+                    yield from make(size, batch, dtype)
+
+
+def _norm(name: str, dtype: str) -> Iterator[_Group]:
+    """A norm with a ReLU behind."""
+    x, dy = _drawn(NORMS[name], NORMS[name], dtype=dtype)
+    parameters = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
+    rest: Keywords = {"activation": "relu"}
+    functions: dict[str, Callable[..., jax.Array]] = {
+        _COPY: lambda x, *_: jnp.negative(x),
+        _PLAIN: partial(baseline_jax.instance_norm, **rest),
+        OURS: partial(instance_norm, **rest),
+    }
+    for one in implementations(name, dtype):
+        functions[f"{OURS} {one}"] = partial(instance_norm, implementation=one, **rest)
+    yield from _both_ways("norm", name, dtype, functions, (x, *parameters), dy)
+
+
+def _layer(name: str, dtype: str) -> Iterator[_Group]:
+    """A convolution with its norm and a ReLU behind, or with a residual before none."""
+    layer = LAYERS[name]
+    _, problem = _problem("layer", name, dtype)
+    taps = (layer.kernel, layer.kernel, layer.channels, layer.features)
+    x, w, residual, dy = _drawn(layer[:4], taps, *[problem.norm.shape] * 2, dtype=dtype)
+    w = (w / (layer.kernel * layer.channels**0.5)).astype(w.dtype)
+    given = x, w, jnp.ones(layer.features), jnp.zeros(layer.features)
+    rest: Keywords = {"stride": layer.stride, "padding": layer.padding, "upsample": layer.upsample}
+    rest["activation"] = None if layer.residual else "relu"
+    joined = conv2d_instance_norm
+    named: dict[str, Callable[..., jax.Array]] = {
+        _PLAIN: _precise(_with_residual(baseline_jax.conv2d_instance_norm, **rest)),
+        OURS: _with_residual(joined, **rest),
+        f"{OURS} {PARTS}": _with_residual(_parts, **rest),
+    }
+    for one in implementations(name, dtype):
+        named[f"{OURS} {one}"] = _with_residual(joined, implementation=one, **rest)
+    arrays = (*given, residual) if layer.residual else given
+    yield from _both_ways("layer", name, dtype, named, arrays, dy)
+
+
+def _with_residual(function: Callable[..., jax.Array], **rest: object) -> Callable[..., jax.Array]:
+    """A function whose residual, where it is given, is its fifth array."""
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        residual = {"residual": arrays[4]} if len(arrays) > 4 else {}
+        return function(*arrays[:4], **residual, **rest)
+
+    return call
+
+
+def _both_ways(
+    work: str,
+    name: str,
+    dtype: str,
+    functions: Mapping[str, Callable[..., jax.Array]],
+    arrays: tuple[jax.Array, ...],
+    dy: jax.Array,
+) -> Iterator[_Group]:
+    """The groups of an operator, forward and with its gradients."""
+
+    def both(function: Callable[..., jax.Array], dy: jax.Array, *arrays: jax.Array) -> Tree:
+        y, pullback = jax.vjp(function, *arrays)
+        return y, pullback(dy)
+
+    for direction in _BOTH:
+        programs = {
+            who: _compiled(one, *arrays)
+            if direction == "forward"
+            else _compiled(partial(both, one), dy, *arrays)
+            for who, one in functions.items()
+        }
+        head: Json = {"work": work, "name": name, "dtype": dtype, "direction": direction}
+        yield _Group(head, _PLAIN, programs)
+
+
+ConvNorm = Callable[..., jax.Array]
+"""A convolution of `x` by `w` with its norm, as `conv2d_instance_norm`, by keywords."""
+
+
+def _parts(x: jax.Array, w: jax.Array, *norm: jax.Array, **rest: Any) -> jax.Array:
+    """Our convolution and our norm, one by one."""
+    return _one_by_one(conv2d, x, w, *norm, **rest)
+
+
+def _norm_alone(x: jax.Array, w: jax.Array, *norm: jax.Array, **rest: Any) -> jax.Array:
+    """The convolution as one writes it, and our norm."""
+    return _one_by_one(plain_conv2d.conv2d, x, w, *norm, **rest)
+
+
+def _one_by_one(
+    convolution: Callable[..., jax.Array],
+    x: jax.Array,
+    w: jax.Array,
+    *norm: jax.Array,
+    activation: str | None = None,
+    residual: jax.Array | None = None,
+    **window: Any,
+) -> jax.Array:
+    z = convolution(x, w, **window)
+    return instance_norm(z, *norm, activation=activation, residual=residual)
+
+
+def _at_once(name: str, *arrays: jax.Array, **rest: Any) -> jax.Array:
+    """Both at once by one implementation; the parts where it does not take a layer."""
+    with suppress(NotImplementedError):
+        return conv2d_instance_norm(*arrays, implementation=name, **rest)
+    return _parts(*arrays, **rest)
+
+
+def _precise(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function whose products of float32 are full ones, which JAX does not promise."""
+
+    def call(*arrays: Tree) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return function(*arrays)
+
+    return call
+
+
+def _steps(model: TransformerNet, dtype: str) -> dict[str, Callable[..., jax.Array]]:
+    """TransformerNet, a function of its parameters and images, with more and more of ours."""
+    definition, _, *rest = nnx.split(model, nnx.Param, ...)
+
+    def styled(convolution: Any, both: ConvNorm, params: nnx.State, x: jax.Array) -> jax.Array:
+        return _styled(nnx.merge(definition, params, *rest), convolution, both, x)
+
+    def whole(params: nnx.State, x: jax.Array) -> jax.Array:
+        return nnx.merge(definition, params, *rest)(x)
+
+    plain = plain_conv2d.conv2d
+    found: dict[str, Callable[..., jax.Array]] = {
+        _PLAIN: _precise(partial(styled, plain, baseline_jax.conv2d_instance_norm)),
+        "norm alone": _precise(partial(styled, plain, _norm_alone)),
+        "convolution+norm": partial(styled, conv2d, _parts),
+        OURS: whole,
+    }
+    for name in implementations("style_512_trunk_end", dtype):
+        found[f"{OURS} {name}"] = partial(styled, conv2d, partial(_at_once, name))
+    return found
+
+
+def _styled(
+    model: TransformerNet, convolution: Callable[..., jax.Array], both: ConvNorm, x: jax.Array
+) -> jax.Array:
+    """The network by functions of arrays."""
+
+    def normed(conv: Any, norm: Any, x: jax.Array, **rest: Any) -> jax.Array:
+        kernel = conv.kernel[...].astype(x.dtype)
+        stride, padding = conv.strides or 1, ("reflect", kernel.shape[0] // 2)
+        branch = kernel, norm.scale[...], norm.bias[...]
+        return both(x, *branch, stride=stride, padding=padding, **rest)
+
+    relu: Keywords = {"activation": "relu"}
+    for conv, norm in (
+        (model.conv1, model.in1),
+        (model.conv2, model.in2),
+        (model.conv3, model.in3),
+    ):
+        x = normed(conv, norm, x, **relu)
+    for block in (model.res1, model.res2, model.res3, model.res4, model.res5):
+        inner = normed(block.conv1, block.in1, x, **relu)
+        x = normed(block.conv2, block.in2, inner, residual=x)
+    for conv, norm in ((model.deconv1, model.in4), (model.deconv2, model.in5)):
+        x = normed(conv, norm, x, upsample=2, **relu)
+    last = model.deconv3
+    assert last.bias is not None
+    kernel, bias = (value[...].astype(x.dtype) for value in (last.kernel, last.bias))
+    return convolution(x, kernel, bias=bias, padding=("reflect", kernel.shape[0] // 2))
+
+
+def _network(size: int, batch: int, dtype: str) -> Iterator[_Group]:
+    """Inference."""
+    model, params, images = _made(size, batch, dtype)
+    steps = _steps(model, dtype)
+    programs = {who: _compiled(step, params, images) for who, step in steps.items()}
+    others = _registered_times(params, images, dtype, training=False)
+    yield _Group(_head("network", size, batch, dtype, "forward"), _PLAIN, programs, others)
+
+
+def _ladder(size: int, batch: int, dtypes: Sequence[str]) -> Iterator[_Group]:
+    """Inference in float32, step by step, and the whole in other dtypes."""
+    model, params, images = _made(size, batch, "float32")
+    programs = {
+        f"{who} float32": _compiled(step, params, images)
+        for who, step in _steps(model, "float32").items()
+        if not who.startswith(f"{OURS} ")
+    }
+    for dtype in dtypes:
+        if dtype != "float32":
+            model, params, images = _made(size, batch, dtype)
+            whole = _steps(model, dtype)[OURS]
+            programs[f"{OURS} {dtype}"] = _compiled(whole, params, images)
+    found = _registered_times(params, images, "float32", training=False)
+    others = {f"{who} float32": one for who, one in found.items()}
+    timed = [who for who, one in others.items() if isinstance(one, Spread)]
+    baseline = timed[0] if timed else f"{_PLAIN} float32"
+    head = _head("ladder", size, batch, "float32", "forward")
+    yield _Group(head, baseline, programs, others)
+
+
+def _training(size: int, batch: int, dtype: str) -> Iterator[_Group]:
+    """Steps of training, which are given the memory of the state before them."""
+    model, params, images = _made(size, batch, dtype)
+    optimizer = optax.adam(1e-3)
+    programs = {}
+    for who, styled in _steps(model, dtype).items():
+
+        def loss(params: nnx.State, images: jax.Array, styled: Any = styled) -> jax.Array:
+            off = styled(params, images).astype(jnp.float32) - images.astype(jnp.float32)
+            return (off**2).mean()
+
+        def step(state: Tree, images: jax.Array, loss: Any = loss) -> tuple[Tree, jax.Array]:
+            params, memory = state
+            value, gradients = jax.value_and_grad(loss)(params, images)
+            updates, memory = optimizer.update(gradients, memory, params)
+            return (optax.apply_updates(params, updates), memory), value
+
+        state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
+        compiled = jax.jit(step, donate_argnums=0).lower(state, images).compile()
+        programs[who] = _Program(_Trained(compiled, state, images), _temporaries(compiled))
+    others = _registered_times(params, images, dtype, training=True)
+    yield _Group(_head("training", size, batch, dtype, "step"), _PLAIN, programs, others)
+
+
+class _Trained:
+    """A call that takes one step of training after the other."""
+
+    def __init__(self, compiled: Callable[..., Tree], state: Tree, images: jax.Array) -> None:
+        self._compiled, self._state, self._images = compiled, state, images
+
+    def __call__(self) -> Tree:
+        self._state, value = self._compiled(self._state, self._images)
+        return value
+
+
+def _style_vit(size: int, batch: int, dtype: str) -> Iterator[_Group]:
+    """StyleViT beside TransformerNet; left out is what needs more memory than there may be."""
+    model, params, images = _made(size, batch, dtype)
+    programs = {"TransformerNet": _compiled(_steps(model, dtype)[OURS], params, images)}
+    others: dict[str, Spread | str] = {}
+    style = jnp.full((1, _STYLE, _STYLE, 3), 127.5, dtype)
+    for name in _VITS:
+        scores = 4 * batch * _HEADS[name] * (size // 8) ** 4
+        if dtype == "float32" and scores > _SCORES:
+            others[f"StyleViT {name}"] = f"attention's scores would be {scores / 1e9:.0f} GB"
+            continue
+        vit = nnx.jit(lambda name=name: StyleViT(name, rngs=nnx.Rngs(0), dtype=dtype))()
+        definition, own, *rest = nnx.split(vit, nnx.Param, ...)
+
+        def infer(own: nnx.State, *pair: jax.Array, made: Any = (definition, rest)) -> jax.Array:
+            return cast(jax.Array, nnx.merge(made[0], own, *made[1])(*pair))
+
+        programs[f"StyleViT {name}"] = _compiled(infer, own, images, style)
+    head = _head("style_vit", size, batch, dtype, "forward")
+    yield _Group(head, "TransformerNet", programs, others)
+
+
+def _head(work: str, size: int, batch: int, dtype: str, direction: str) -> Json:
+    """What the rows of a network share."""
+    name = f"{size} x {size}, batch {batch}"
+    head: Json = {"work": work, "name": name, "size": size, "batch": batch}
+    return head | {"dtype": dtype, "direction": direction}
+
+
+def _made(size: int, batch: int, dtype: str) -> tuple[TransformerNet, nnx.State, jax.Array]:
+    """A network, its parameters in float32, and images."""
+    model = nnx.jit(lambda: TransformerNet(rngs=nnx.Rngs(0), dtype=dtype))()
+    images = jax.random.uniform(jax.random.key(0), (batch, size, size, 3), maxval=255.0)
+    return model, nnx.state(model, nnx.Param), images.astype(dtype)
+
+
+def _drawn(*shapes: Sequence[int], dtype: str) -> list[jax.Array]:
+    """Arrays of normal numbers."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    draw = partial(jax.random.normal, dtype=dtype)
+    return [draw(key, tuple(shape)) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def _compiled(function: Callable[..., Tree], *arrays: Tree) -> _Program:
+    program = jax.jit(function).lower(*arrays).compile()
+    return _Program(partial(program, *arrays), _temporaries(program))
+
+
+def _temporaries(compiled: Any) -> int:
+    """The bytes that a program needs beside its arguments and results."""
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def _problem(work: str, name: str, dtype: str) -> tuple[Operator, Any]:
+    """The operator of a norm or a layer, and its description of the call."""
+    if work == "norm":
+        return NORM, NormProblem(tuple(NORMS[name]), jnp.dtype(dtype), "relu")
+    layer = LAYERS[name]
+    x, w = (
+        jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for shape in (layer[:4], (layer.kernel, layer.kernel, layer.channels, layer.features))
+    )
+    window: Keywords = {"stride": layer.stride, "padding": layer.padding}
+    call = checked_call(x, w, None, upsample=layer.upsample, **window)
+    activation = None if layer.residual else "relu"
+    return LAYER, LayerProblem(*call.problem[:6], activation, layer.residual)
+
+
+def _registered_times(
+    params: nnx.State, images: jax.Array, dtype: str, *, training: bool
+) -> dict[str, Spread | str]:
+    """The times of other packages' networks."""
+    on_cpu = device.platform() == "cpu"
+    contenders = [one for one in _registered() if one.runs(dtype, on_cpu=on_cpu)]
+    if not contenders:
+        return {}
+    model = nnx.eval_shape(lambda: TransformerNet(rngs=nnx.Rngs(0)))
+    nnx.update(model, params)
+    state = checkpoints.to_torch(checkpoints.variables_of(model))
+    pixels = np.asarray(images, np.float32)
+    found: dict[str, Spread | str] = {}
+    for contender in contenders:
+        found |= contender.times(state, pixels, dtype, training=training)
+    return found
+
+
+def _registered() -> list[RegisteredContender]:
+    """The contenders of other packages."""
+    return [entry.load() for entry in entry_points(group=GROUP)]
+
+
+def _versions() -> dict[str, str]:
+    versions = environment.versions()
+    for contender in _registered():
+        versions |= contender.versions()
+    return versions

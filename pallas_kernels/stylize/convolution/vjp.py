@@ -1,0 +1,159 @@
+"""The operator's derivatives: those of the convolution and of the norm, each by its own operator.
+
+Saved are x, w, the convolution's output as it was rounded, its statistics, scale and bias, and with
+an activation the residual. The backward pass is the norm's, then the convolution's, and each is
+chosen as that of a convolution or a norm alone; derivatives of higher order are theirs.
+
+An implementation is a module with `convolution`, a room of `pallas_kernels.conv2d`, which leaves
+the moments of its tiles, and
+
+    normalise(x, tiles, scale, bias, residual, *, eps, activation) -> y, statistics
+
+for its output `x [N, H, W, C]`, `tiles`, the `conv2d.moments.Moments` of that, scale and bias
+`[N, C]` in the dtype of accumulation, and a residual of x's shape and dtype or None; statistics are
+`[N, 3, C]` as `stylize.formulas` has them. The parameters of its search space are those of the
+convolution.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.measurement import JaxMeasurement
+from pallas_kernels.common.types import Tree
+from pallas_kernels.common.vmap import vmap_folding
+from pallas_kernels.conv2d import vjp as conv2d
+from pallas_kernels.dispatch import Candidate, Operator
+from pallas_kernels.dispatch.backend import Implementation
+from pallas_kernels.dispatch.tuner import TuningParams
+from pallas_kernels.stylize import vjp as norm
+from pallas_kernels.stylize.convolution.problem import Problem
+from pallas_kernels.stylize.formulas import Gradients, Known, statistics_tangent
+
+Residual = jax.Array | None
+Primals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Residual]
+Output = tuple[jax.Array, jax.Array, jax.Array]
+"""The norm, the convolution's output, and the statistics of that."""
+Tangent = jax.Array | SymbolicZero | None
+
+
+class Kernels(Protocol):
+    """The parts of an implementation, which the docstring of this module describes."""
+
+    convolution: Any
+    normalise: Callable[..., Tree]
+
+
+class Plan(NamedTuple):
+    """The static choices of one call.
+
+    Attributes:
+        module: The implementation that computes the operator.
+        convolution: The convolution's plan, by the room that leaves the moments.
+        norm: The norm's plan, of which epsilon, activation and backward pass count.
+    """
+
+    module: Implementation
+    convolution: conv2d.Plan
+    norm: norm.Plan
+
+    def by(self, module: Implementation, config: TuningParams) -> "Plan":
+        """The same call by an implementation and its parameters."""
+        chosen = Candidate("", config)
+        convolution = self.convolution._replace(
+            module=cast(Kernels, module).convolution,
+            config=conv2d.tiles(None, chosen),
+            whole_rows=conv2d.takes_whole_rows(chosen),
+        )
+        return self._replace(module=module, convolution=convolution)
+
+
+@partial(jax.jit, static_argnums=0)
+def conv2d_instance_norm(
+    plan: Plan,
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    residual: Residual,
+) -> jax.Array:
+    """The norm of a convolution of images `[*batch, H, W, C]` by a plan's implementation."""
+    batch = x.shape[:-3]
+    images = x.reshape(math.prod(batch), *x.shape[-3:])
+    parameters = norm.of_images(batch, w.shape[-1], x.dtype, scale, bias)
+    if residual is not None:
+        residual = residual.reshape(images.shape[0], *residual.shape[-3:])
+    arrays = images, w, *parameters, residual
+    y, _, _ = _apply(plan, *vary_like(arrays, arrays))
+    return y.reshape(*batch, *y.shape[1:])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _apply(
+    plan: Plan,
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: Residual,
+) -> Output:
+    z, tiles = conv2d.conv2d_with_moments(plan.convolution, None, x.dtype, x, w, None)
+    static = {"eps": plan.norm.eps, "activation": plan.norm.activation}
+    run: Callable[..., Tree] = partial(cast(Kernels, plan.module).normalise, **static)
+    run = run if plan.module.DIFFERENTIABLE else vmap_folding(run, own=5)
+    y, statistics = run(z, tiles, scale, bias, residual)
+    return y, z, statistics
+
+
+def _apply_jvp(
+    plan: Plan, primals: Primals, tangents: tuple[Tangent, ...]
+) -> tuple[Output, Output]:
+    y, z, statistics = _apply(plan, *primals)
+    x, w, scale, bias, residual = primals
+    dx, dw, *others = (None if isinstance(t, SymbolicZero) else t for t in tangents)
+    # The room leaves no moments of tangents, so nothing but the convolution is asked of it.
+    terms = [] if dx is None else [conv2d.linear(plan.convolution, z.dtype, dx, w)]
+    terms += [] if dw is None else [conv2d.linear(plan.convolution, z.dtype, x, dw)]
+    dz = sum(terms[1:], terms[0]) if terms else None
+    known = Known(z, statistics, scale, bias, residual if plan.norm.activation else None)
+    dy = norm.output_tangent(plan.norm, known, Gradients(dz, *others))
+    moved = statistics_tangent(known, dz)
+    return (y, z, statistics), (dy, jnp.zeros_like(z) if dz is None else dz, moved)
+
+
+_apply.defjvp(_apply_jvp, symbolic_zeros=True)
+
+
+def measurement(operator: Operator, direction: str, problem: Problem, plan: Plan) -> JaxMeasurement:
+    """The measurement that runs and times an implementation on arrays like those of a call.
+
+    Args:
+        operator: The operator, in JAX.
+        direction: "fwd".
+        problem: The call.
+        plan: Its plan, by any implementation.
+
+    Returns:
+        A measurement of the problem.
+    """
+    n, _, _, channels = problem.shape
+    taps = problem.kernel_height, problem.kernel_width
+    parameters = jax.ShapeDtypeStruct((n, problem.features), accumulation_dtype(problem.dtype))
+    x = jax.ShapeDtypeStruct(problem.shape, problem.dtype)
+    w = jax.ShapeDtypeStruct((*taps, channels, problem.features), problem.dtype)
+    y = jax.ShapeDtypeStruct(problem.norm.shape, problem.dtype)
+
+    def run(module: Implementation, config: TuningParams) -> Callable[..., Tree]:
+        return partial(conv2d_instance_norm, plan.by(module, config))
+
+    inputs = x, w, parameters, parameters, y if problem.residual else None
+    precision = plan.convolution.precision
+    static = {"precision": precision and precision.name}
+    return JaxMeasurement(run, inputs, operator.module("xla"), static)
