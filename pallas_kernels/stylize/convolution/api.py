@@ -133,9 +133,8 @@ def conv2d_instance_norm(
     problem = Problem(*call.problem[:6], activation, added is not None)
     output = jax.ShapeDtypeStruct((*x.shape[:-3], *problem.norm.shape[1:]), x.dtype)
     check_shapes(output, factor, shift, added, "the output's")
-    fwd = request(OPERATOR, "fwd", implementation)
-    split = sharded(x) or sharded(w)
-    if implementation is None and (split or parts != (None, None) or not _decided(fwd, problem)):
+
+    def one_by_one() -> jax.Array:
         z = conv2d(x, w, precision=precision, implementation=conv_implementation, **of_window)
         return instance_norm(
             *(z, factor, shift),
@@ -144,18 +143,26 @@ def conv2d_instance_norm(
             residual=added,
             implementation=norm_implementation,
         )
+
+    fwd = request(OPERATOR, "fwd", implementation)
+    fastest = _fastest(fwd, problem)
+    split = sharded(x) or sharded(w)
+    if implementation is None and (split or parts != (None, None) or fastest == PARTS):
+        return one_by_one()
+    # By any implementation, before one is chosen.
     room = OPERATOR.module(str(Implementation.XLA))
-    of_parts = (
+    of_conv, of_norm = (
         request(operator, "bwd", part) for operator, part in zip((CONV2D, NORM), parts, strict=True)
     )
-    of_conv, of_norm = of_parts
-    window = call.problem.window
     plan = vjp.Plan(
         room,
-        conv2d_vjp.Plan(room, None, window, call.precision, None, of_conv),
+        conv2d_vjp.Plan(room, None, call.problem.window, call.precision, None, of_conv),
         norm_vjp.Plan(room, (), eps, activation, of_norm),
     )
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem, plan)
+    if fastest not in (None, chosen.implementation):
+        # What was measured does not take this call.
+        return one_by_one()
     module = OPERATOR.module(chosen.implementation)
     if not module.DIFFERENTIABLE:
         check_unsharded(x, "x")
@@ -163,10 +170,13 @@ def conv2d_instance_norm(
     return vjp.conv2d_instance_norm(plan.by(module, chosen.config), x, w, factor, shift, added)
 
 
-def _decided(fwd: Request, problem: Problem) -> bool:
-    """Whether the environment, or times, say what computes both at once."""
+def _fastest(fwd: Request, problem: Problem) -> str | None:
+    """What the table says was the fastest, the parts where it says nothing.
+
+    None where a filter, the environment or times of this machine choose.
+    """
     if fwd.names is not None or fwd.epoch is not None:
-        return True
+        return None
     kind = fwd.device_kind
-    fastest = None if kind is None else table.fastest(OPERATOR.name, "fwd", problem, kind)
-    return fastest not in (None, PARTS)
+    found = None if kind is None else table.fastest(OPERATOR.name, "fwd", problem, kind)
+    return found or PARTS
