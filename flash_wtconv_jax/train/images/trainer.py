@@ -194,6 +194,9 @@ def train(
         on_progress: Called after every step.
         on_message: Called with what a person should know: an image that cannot be read.
 
+    Of several processes the first writes. They leave no `network` in the folder, since what writes
+    one is to be alone; checkpoints are read the same.
+
     Returns:
         The summary, which `summary.json` holds; "stopped" in it says whether SIGTERM came first.
 
@@ -228,11 +231,15 @@ def train(
         saver.wait()
         summary = loop.summary(stopped)
         best = saver.best
+    alone = jax.process_count() == 1
+    if alone and not stopped:
+        _write_best(run, out, best)
     if jax.process_index() == 0:
-        if not stopped:
-            _write_best(run, out, best)
         reports.draw_curves(out)
         reports.write_summary(out, summary)
+    if not alone:
+        # The first to end would wait for the others no longer than JAX lets it.
+        multihost_utils.sync_global_devices("written")
     return summary
 
 
