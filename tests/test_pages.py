@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {"adding_an_operator.md"}
 # Compiling what they show takes more than a wide test may.
 DEAR = {
     "checkpoints.md",
+    "coreml.md",
     "guides/from_convnext.md",
     "guides/from_pytorch.md",
     "guides/from_sparse.md",
