@@ -80,7 +80,9 @@ LOWERED = (
         pytest.param(
             *(call, direction),
             id=f"{call[0]}-{direction}",
-            marks=[pytest.mark.wide] * ((i, direction) != (2, "bwd")),
+            marks={(2, "bwd"): [], (1, "fwd"): pytest.mark.wide}.get(
+                (i, direction), pytest.mark.slow
+            ),
         )
         for (i, call), direction in product(enumerate(LOWERED), DIRECTIONS)
     ],
@@ -94,7 +96,7 @@ def test_kernels_lower_for_cuda(call, direction):
     assert (f"tensor<{items}xi32>" in text) == (sizes.get("members", 1) > 8)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_kernels_of_a_networks_layers_lower_for_cuda(name, dtype):
