@@ -104,7 +104,7 @@ def run(
     for name in names:
         layer = known[name]
         for direction, calls in _calls(layer, device, getattr(torch, dtype)).items():
-            times = _take_turns(device, calls, partial(progress, f"{name} {direction}"))
+            times = take_turns(device, calls, partial(progress, f"{name} {direction}"))
             size = math.prod(layer.x) * getattr(torch, dtype).itemsize
             floor_ms = PASSES[direction] * size / bandwidth * 1e3
             for contender, call in calls.items():
@@ -144,7 +144,7 @@ def _copy_bytes_per_s(device: torch.device) -> float:
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
     copy = {"copy": lambda: target.copy_(source)}
-    times = _take_turns(device, copy, lambda steps: lambda: None)
+    times = take_turns(device, copy, lambda steps: lambda: None)
     return 2 * source.nbytes / times["copy"].median * 1e3
 
 
@@ -201,7 +201,7 @@ def _both(layer: WTConv2d, pairs: "cycle[tuple[Tensor, Tensor]]") -> Tree:
     return y, *torch.autograd.grad(y, [leaf, *trained], dy)
 
 
-def _take_turns(
+def take_turns(
     device: torch.device, calls: Mapping[str, Call], progress: Callable[[int], Callable[[], None]]
 ) -> dict[str, Spread]:
     """Times calls in turns, in milliseconds: by a GPU's events, elsewhere by the host's clock.

@@ -24,7 +24,7 @@ from pallas_kernels.wtconv.cases import CASES, Case
 from torch_bridge.exchange import from_jax
 from torch_bridge.runtime.device import best_device
 from torch_bridge.sparse import conformance
-from torch_bridge.sparse import ops as sparse
+from torch_bridge.sparse import operators as sparse
 from torch_bridge.stylize import conformance as norm_conformance
 from torch_bridge.stylize import ops as stylize
 from torch_bridge.wtconv import ops

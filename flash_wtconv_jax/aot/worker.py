@@ -27,8 +27,12 @@ DUMP = "FLASH_WTCONV_TPU_DUMP"
 _ERROR_LENGTH = 500
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_WHILE = re.compile(r" while\(.*body=%?([\w.-]+)")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
+_CASES = re.compile(r" conditional\(.*true_computation=(\S+), false_computation=(\S+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LESS = re.compile(r"ROOT .* compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT")
+_CONSTANT = re.compile(r"%?([\w.-]+) = \S+ constant\((\d+)\)")
 
 
 def main() -> None:
@@ -167,7 +171,8 @@ def estimated_cycles(hlo: str) -> int | None:
         hlo: The text of the compiled module.
 
     Returns:
-        Cycles of the entry computation, loops times their trip counts; None if one is not known.
+        Cycles of the entry computation, loops times their trip counts, of branches the dearest;
+        None if a trip count is not known.
 
     Example:
         >>> estimated_cycles('''
@@ -175,6 +180,18 @@ def estimated_cycles(hlo: str) -> int | None:
         ...   %f = f32[8] fusion(%x), backend_config={"estimated_cycles":"70"}
         ... }''')
         70
+        >>> estimated_cycles('''
+        ... %a (x: f32[8]) -> f32[8] {
+        ...   %f = f32[8] fusion(%x), backend_config={"estimated_cycles":"30"}
+        ... }
+        ... %b (x: f32[8]) -> f32[8] {
+        ...   %c = f32[8] copy(%x), backend_config={"estimated_cycles":"4"}
+        ... }
+        ... ENTRY %main (p: pred[], x: f32[8]) -> f32[8] {
+        ...   %r = f32[8] conditional(%p, %x, %x), true_computation=%a, false_computation=%b
+        ...   %s = f32[8] conditional(%i, %x, %x), branch_computations={%b, %b}, metadata={}
+        ... }''')
+        34
     """
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
@@ -194,11 +211,38 @@ def _estimate(name: str, computations: dict[str, list[str]]) -> int | None:
         total += sum(map(int, _ESTIMATE.findall(line)))
         loop = _WHILE.search(line)
         if loop:
-            trips, body = _TRIPS.search(line), _estimate(loop[1], computations)
+            known, body = _TRIPS.search(line), _estimate(loop[2], computations)
+            trips = int(known[1]) if known else _counted(computations.get(loop[1], []))
             if trips is None or body is None:
                 return None
-            total += int(trips[1]) * body
+            total += trips * body
+        costs = [_estimate(branch, computations) for branch in _branches(line)]
+        if None in costs:
+            return None
+        total += max((cost for cost in costs if cost is not None), default=0)
     return total
+
+
+def _counted(condition: list[str]) -> int | None:
+    """The trips of a loop that counts from 0 to a constant, as JAX's scans do; None of others.
+
+    Of loops over large arrays XLA does not tell them.
+
+    Example:
+        >>> _counted(["%c = s32[]{:T(128)} constant(27)",
+        ...           "ROOT %l = pred[] compare(%i, %c), direction=LT, metadata={}"])
+        27
+    """
+    constants = {found[1]: int(found[2]) for line in condition if (found := _CONSTANT.search(line))}
+    bounds = [less[1] for line in condition if (less := _LESS.search(line))]
+    return constants.get(bounds[0]) if bounds else None
+
+
+def _branches(line: str) -> list[str]:
+    """The computations of which a conditional runs one, none of another instruction."""
+    several, two = _BRANCHES.search(line), _CASES.search(line)
+    names = several[1].split(",") if several else two.groups() if two else ()
+    return [name.strip(" %,") for name in names]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """`flash-wtconv bench sparse`: maps and sparse convolutions beside plain JAX, in one run."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
-from typing import Any, NamedTuple
+from importlib.metadata import entry_points
+from time import monotonic
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,9 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.timing import Spread
 from flash_wtconv_jax.bench.wtconv import check_dtype
+from pallas_kernels.common.device import platform
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.dispatch.table import Entry
@@ -42,85 +47,169 @@ NAMES = (*SHAPES, *(f"depthwise_{name}" for name in DEPTHWISE))
 DIRECTIONS = ("forward", "forward+backward", "gradient of x", "gradient of w")
 """The parts of a layer that are timed, besides its map."""
 
+GROUP = "flash_wtconv.bench.sparse"
+"""The entry points by which other packages register contenders of layers of stride 1."""
+
 _SCATTER, _IM2COL, _PRODUCT = "gather, dot, scatter-add", "im2col", 8192
+
+
+class RegisteredContender(Protocol):
+    """A contender of another package: the module or object that its entry point names."""
+
+    NAME: str
+
+    def runs(self, dtype: str, *, platform: str) -> bool:
+        """Whether it can be timed here."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """The versions of the packages that its times depend on, by name."""
+        ...
+
+    def times(
+        self, voxels: int, channels: int, features: int, kernel_size: int, dtype: str
+    ) -> Mapping[str, Sequence[float]]:
+        """Fields of a `timing.Spread`, by direction; `RuntimeError` where it fails."""
+        ...
 
 
 def run(
     shapes: list[str],
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "bfloat16",
+    minutes: float | None = None,
+    before: Json | None = None,
+    keep: Callable[[Json], None] = lambda report: None,
 ) -> Json:
     """Times the map, plain JAX, and every implementation that can compute a layer here.
 
     "flash" is what a call takes unasked; "flash triton" is named, so that its parameters are
-    measured before.
+    measured before. What other packages register under `GROUP` is timed beside.
 
     Args:
         shapes: Names of layers, from `NAMES`.
         progress: Told a label and a number of steps, returns what to call after each step.
         dtype: Dtype of x and the weights, one of `wtconv.DTYPES`.
+        minutes: After so many no layer is begun; None times them all.
+        before: An earlier report, whose layers are not timed again if it has the same dtype,
+            device and versions.
+        keep: Told the report of the layers so far, after each.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
         `wtconv.run`; `roofs`, as `roofline.measure`, and `product_flops_per_s` of a matrix product;
         for each layer its `pairs`; a row for each layer, direction and contender with its times in
-        milliseconds, `tflops_per_s` of valid pairs, `over_floor`, the time over the larger of two
-        floors (arithmetic at the product's rate, every array read or written once at the copy's),
-        `speedup` over the first plain form, and `temporaries` in sizes of x; and rows of the
-        direction "map", whose voxels are "sorted" or "shuffled".
+        milliseconds, `tflops_per_s` of valid pairs, `over_arithmetic`, the time over that of the
+        arithmetic at the product's rate, `over_memory`, over that of every array read or written
+        once at the copy's, `over_forward` over the contender's own forward pass, `speedup` over the
+        first plain form, and `temporaries` in sizes of x, None of other packages; rows of the
+        direction "map", whose voxels are "sorted" or "shuffled"; and the layers that are `left` to
+        time.
 
     Raises:
         ValueError: An unknown layer or dtype.
     """
+    begun = monotonic()
     unknown = sorted(set(shapes) - set(NAMES))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {sorted(NAMES)}")
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
     roofs = roofline.measure(clock) | {"product_flops_per_s": _product_rate(clock, dtype)}
-    rows: list[Json] = []
-    maps: set[tuple[int, int, int]] = set()
-    for name in shapes:
-        layer = _Layer.of(name, dtype)
-        head: Json = {"shape": name, "pairs": layer.pairs}
-        if layer.sites not in maps:
-            maps.add(layer.sites)
-            times = _map_times(layer, clock, progress)
-            rows += [{**head, "direction": "map", "contender": who, **ms} for who, ms in times]
-        programs = {who: _compiled(one, layer) for who, one in layer.contenders().items()}
-        for direction in DIRECTIONS:
-            step = progress(f"{name} {direction}", clock.turns(len(programs)))
-            calls = {who: both[direction][0] for who, both in programs.items()}
-            times_of = clock.take_turns(calls, step)
-            flops, moved = layer.work(direction)
-            floor = 1e3 * max(
-                flops / roofs["product_flops_per_s"], moved / roofs["copy_bytes_per_s"]
-            )
-            rows += [
-                {
-                    **head,
-                    "direction": direction,
-                    "contender": who,
-                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
-                    "tflops_per_s": flops / spread.median / 1e9,
-                    "over_floor": spread.median / floor,
-                    "speedup": times_of[_SCATTER].median / spread.median,
-                    "temporaries": programs[who][direction][1] / layer.x.nbytes,
-                }
-                for who, spread in times_of.items()
-            ]
-    return {
+    others = _registered(dtype)
+    versions = environment.versions()
+    for other in others:
+        versions |= other.versions()
+    report: Json = {
         "benchmark": "sparse",
         "date": date.today().isoformat(),
         "device": environment.device(),
-        "versions": environment.versions(),
+        "versions": versions,
         "dtype": dtype,
         "baseline": _SCATTER,
         "clock": clock.name,
         "no_device_events": no_device_events,
         "roofs": roofs,
-        "rows": rows,
+        "rows": [],
+        "left": list(dict.fromkeys(shapes)),
     }
+    alike = "device", "versions", "dtype", "clock"
+    if before is not None and all(before.get(name) == report[name] for name in alike):
+        report["rows"] = [row for row in before["rows"] if row["shape"] in shapes]
+        timed = {row["shape"] for row in report["rows"]}
+        report["left"] = [name for name in report["left"] if name not in timed]
+    while report["left"]:
+        if minutes is not None and monotonic() - begun > 60 * minutes:
+            break
+        report["rows"] += _rows(report, report["left"][0], clock, progress, others)
+        del report["left"][0]
+        keep(report)
+    return report
+
+
+def _registered(dtype: str) -> list[RegisteredContender]:
+    """The contenders of other packages that can be timed here."""
+    found: list[RegisteredContender] = [entry.load() for entry in entry_points(group=GROUP)]
+    return [one for one in found if one.runs(dtype, platform=platform())]
+
+
+def _rows(
+    report: Json,
+    name: str,
+    clock: clocks.Clock,
+    progress: Callable[[str, int], Callable[[], None]],
+    others: Sequence[RegisteredContender],
+) -> list[Json]:
+    """The rows of one layer, those of its map if the report has none of the same sites."""
+    layer, roofs = _Layer.of(name, report["dtype"]), report["roofs"]
+    head: Json = {"shape": name, "pairs": layer.pairs}
+    rows: list[Json] = []
+    mapped = {_sites(row["shape"]) for row in report["rows"] if row["direction"] == "map"}
+    if _sites(name) not in mapped:
+        times = _map_times(layer, clock, progress)
+        rows += [{**head, "direction": "map", "contender": who, **ms} for who, ms in times]
+    programs = {who: _compiled(one, layer) for who, one in layer.contenders().items()}
+    theirs = {other.NAME: _times_of(other, layer) for other in others}
+    forward: dict[str, float] = {}
+    for direction in DIRECTIONS:
+        step = progress(f"{name} {direction}", clock.turns(len(programs)))
+        calls = {who: both[direction][0] for who, both in programs.items()}
+        times_of = clock.take_turns(calls, step)
+        times_of |= {who: ms[direction] for who, ms in theirs.items() if direction in ms}
+        forward = forward or {who: spread.median for who, spread in times_of.items()}
+        flops, moved = layer.work(direction)
+        rows += [
+            {
+                **head,
+                "direction": direction,
+                "contender": who,
+                **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                "tflops_per_s": flops / spread.median / 1e9,
+                "over_arithmetic": spread.median * roofs["product_flops_per_s"] / flops / 1e3,
+                "over_memory": spread.median * roofs["copy_bytes_per_s"] / moved / 1e3,
+                "over_forward": spread.median / forward[who],
+                "speedup": times_of[_SCATTER].median / spread.median,
+                "temporaries": (
+                    programs[who][direction][1] / layer.x.nbytes if who in programs else None
+                ),
+            }
+            for who, spread in times_of.items()
+        ]
+    return rows
+
+
+def _times_of(other: RegisteredContender, layer: "_Layer") -> dict[str, Spread]:
+    """Times of another package's contender by direction; none of what it is not made for."""
+    shape = layer.shape
+    if not layer.regular or shape.stride != 1:
+        return {}
+    sizes = shape.voxels, shape.channels, shape.features, shape.kernel_size
+    try:
+        times = other.times(*sizes, layer.dtype)
+    except RuntimeError as error:
+        warnings.warn(f"{layer.name} has no row of {other.NAME}: {error}", stacklevel=2)
+        return {}
+    return {direction: Spread(*spread) for direction, spread in times.items()}
 
 
 def implementations(name: str, dtype: str) -> list[str]:
@@ -164,9 +253,20 @@ def defaults(report: Json) -> list[Entry]:
     return found
 
 
+def _shape(name: str) -> Shape:
+    """The shape of a layer of a name, one of `NAMES`."""
+    return SHAPES.get(name) or DEPTHWISE[name.removeprefix("depthwise_")]
+
+
+def _sites(name: str) -> tuple[int, int, int]:
+    """The key of all that the map of a layer depends on."""
+    shape = _shape(name)
+    return shape.voxels, shape.kernel_size, shape.stride
+
+
 def _problem(name: str, dtype: str) -> tuple[Operator, Problem]:
     """The operator of a layer, and its description of the call."""
-    shape = SHAPES.get(name) or DEPTHWISE[name.removeprefix("depthwise_")]
+    shape = _shape(name)
     window = checked_window(shape.kernel_size, shape.stride, 1, 3)
     sizes = (1, shape.voxels, shape.channels), dtype, shape.features
     if name in SHAPES:
@@ -192,7 +292,7 @@ class _Layer(NamedTuple):
     @classmethod
     def of(cls, name: str, dtype: str) -> "_Layer":
         """The layer of a name; its output has as many rows as there are voxels in it."""
-        shape = SHAPES.get(name) or DEPTHWISE[name.removeprefix("depthwise_")]
+        shape = _shape(name)
         coords = room(shape.voxels)
         voxels = from_coords(coords, jnp.zeros((len(coords), 0), dtype), capacity=len(coords))
         given = shape.kernel_size, shape.stride
@@ -207,11 +307,6 @@ class _Layer(NamedTuple):
         dy = draw(keys[2], (out.capacity, shape.features))
         pairs = int((found.table >= 0).sum())
         return cls(name, shape, dtype, voxels, found, out, x, w, dy, pairs)
-
-    @property
-    def sites(self) -> tuple[int, int, int]:
-        """The key of all that its map depends on."""
-        return self.shape.voxels, self.shape.kernel_size, self.shape.stride
 
     @property
     def regular(self) -> bool:

@@ -158,19 +158,36 @@ def sparse(
     device: _Device = None,
     out: Annotated[Path, typer.Option(help="Folder for sparse.json.")] = Path("runs/bench"),
     write_defaults: _WriteDefaults = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Begin no layer after so many, and none that sparse.json has already: the same "
+            "command goes on where it stopped. Default: time all layers."
+        ),
+    ] = None,
 ) -> None:
     """Time sparse convolutions of a room and their maps beside plain JAX."""
     from flash_wtconv_jax.bench import sparse as benchmark
     from pallas_kernels.common.device import kind
+    from pallas_kernels.common.files import making_folder, replacing
 
     with _measuring(device, out) as progress:
         names = shape or list(benchmark.NAMES)
         if write_defaults:
             known = (name for name in names if name in benchmark.NAMES)
             _check_choice(benchmark.implementations(name, dtype) for name in known)
-        report = benchmark.run(names, progress, dtype)
+        before = None if minutes is None else _earlier(out / "sparse.json")
+
+        def keep(report: Json) -> None:
+            # A run that is stopped from outside loses the layer that it is at.
+            with making_folder(out), replacing(out / "sparse.json", force=True) as temporary:
+                temporary.write_text(json.dumps(report, indent=2))
+
+        report = benchmark.run(names, progress, dtype, minutes, before, keep)
         device_kind = kind()
     tell(report, _sparse_table(report), {}, out)
+    if report["left"]:
+        say(f"not timed yet: {', '.join(report['left'])}")
     if write_defaults:
         _write_defaults(device_kind, benchmark.defaults(report))
 
@@ -262,6 +279,19 @@ def tell(
                 typer.echo(f"warning: {path} could not be drawn: {error}", err=True)
             else:
                 say(f"wrote {path}")
+
+
+def _earlier(path: Path) -> Json | None:
+    """The report that an earlier run wrote, None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: no report ({error}); remove it, or give another --out") from None
+    if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
+        raise ValueError(f"{path}: no report of a benchmark; remove it, or give another --out")
+    return report
 
 
 def _write(path: Path, text: str) -> None:
@@ -393,12 +423,12 @@ def _sparse_table(report: Json) -> "Table":
 
     table = Table(
         title=f"sparse convolution, {report['dtype']}, {report['device']['kind']}",
-        caption=f"median ms (least-greatest) by {_clock(report)}; TFLOP/s of valid pairs; floor: "
-        "times the larger of arithmetic and every array once; memory: temporaries in sizes of x; "
-        f"x: speed over {report['baseline']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; TFLOP/s of valid pairs; times of "
+        "arithmetic (flops), of every array once (bytes) and of the own forward pass; memory: "
+        f"temporaries in sizes of x; x: speed over {report['baseline']}",
     )
     table.add_column("", no_wrap=True)
-    for heading in ("ms", "TFLOP/s", "floor", "memory", "x"):
+    for heading in ("ms", "TFLOP/s", "flops", "bytes", "forward", "memory", "x"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in report["rows"]:
@@ -409,8 +439,11 @@ def _sparse_table(report: Json) -> "Table":
             previous = what
         figures = []
         if row["direction"] != "map":
-            figures = [f"{row['tflops_per_s']:.3g}", f"{row['over_floor']:.1f}"]
-            figures += [f"{row['temporaries']:.2f}", f"{row['speedup']:.2f}"]
+            figures = [f"{row['tflops_per_s']:.3g}"]
+            overs = "over_arithmetic", "over_memory", "over_forward"
+            figures += [f"{row[over]:.1f}" for over in overs]
+            memory = "" if row["temporaries"] is None else f"{row['temporaries']:.2f}"
+            figures += [memory, f"{row['speedup']:.2f}"]
         table.add_row(row["contender"], _times(row), *figures)
     return table
 

@@ -15,9 +15,9 @@ from pallas_kernels.common.arguments import (
     checked_integer,
     checked_precision,
 )
-from pallas_kernels.dispatch import Choice, Operator
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.sparse import maps, vjp
-from pallas_kernels.sparse.calls import ALIASES, Implementation, operands, planned
+from pallas_kernels.sparse.calls import operands, planned
 from pallas_kernels.sparse.checks import (
     POOL_REDUCTIONS,
     STRIDE_MODES,
@@ -28,22 +28,12 @@ from pallas_kernels.sparse.checks import (
     checked_window,
 )
 from pallas_kernels.sparse.depthwise.api import spatially_sparse_depthwise_conv
+from pallas_kernels.sparse.operators import OPERATOR, Implementation
 from pallas_kernels.sparse.pooling import pool
 from pallas_kernels.sparse.problem import Problem
 from pallas_kernels.sparse.voxels import Voxels
 
 __all__ = ["OPERATOR", "Implementation", "spatially_sparse_conv", "spatially_sparse_depthwise_conv"]
-
-OPERATOR = Operator(
-    name="sparse_conv",
-    package="pallas_kernels.sparse",
-    implementations=Implementation,
-    rule={"tpu": ("xla",), "gpu": ("triton", "xla"), "cpu": ("xla",)},
-    directions={"fwd": ("forward",), "bwd": ("input_grad", "weight_grad")},
-    argument="{direction}_algo",
-    aliases=ALIASES,
-    measures_names=True,
-)
 
 
 def spatially_sparse_conv(

@@ -1,6 +1,4 @@
-"""The parts of a call that the two operators share: names of algorithms, operands, and the plan."""
-
-from enum import StrEnum
+"""The parts of a call that the two operators share: operands, and the plan."""
 
 import jax
 from jax.typing import DTypeLike
@@ -9,23 +7,7 @@ from pallas_kernels.common.arguments import checked_dtype
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.sparse import vjp
-from pallas_kernels.sparse.algorithms import aliases
 from pallas_kernels.sparse.problem import Problem
-
-
-class Implementation(StrEnum):
-    """Implementations of the sparse convolutions."""
-
-    TRITON = "triton"
-    XLA = "xla"
-
-
-_EXPLICIT = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
-_IMPLICIT = _EXPLICIT | {"gpu": "triton"}
-
-ALIASES = aliases(_EXPLICIT, _IMPLICIT)
-"""Implementations by the names of algorithms; off GPUs what gathers as it multiplies is plain JAX
-too, one offset after the other."""
 
 
 def operands(

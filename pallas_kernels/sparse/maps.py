@@ -1,7 +1,8 @@
 """Kernel maps: which row of the input each row of the output reads through each offset.
 
 Coordinates are keys of 63 bits, radix-sorted and searched: no hash table, no atomics, and nothing
-that depends on an order in which threads run. All of it is plain JAX and works under `jax.jit`.
+that depends on an order in which threads run. All of it is plain JAX, but for the search where the
+convolution's Triton kernels run, and works under `jax.jit`.
 """
 
 import dataclasses
@@ -19,15 +20,17 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels.common._compat import trace_state, vary_like
+from pallas_kernels.common.device import platform
 from pallas_kernels.common.integers import checked_integer
 from pallas_kernels.sparse.checks import LIMIT, checked_request, checked_window
-from pallas_kernels.sparse.problem import TILE_ROWS, Window
+from pallas_kernels.sparse.operators import OPERATOR
+from pallas_kernels.sparse.problem import TILE_ROWS, Problem, Window
 from pallas_kernels.sparse.voxels import (
     Keys,
     UniqueKeys,
     Voxels,
+    keys_in_order,
     pack,
-    sort_keys,
     stable_order,
     unique_keys,
     unpack,
@@ -369,7 +372,9 @@ def _kept(
         if found is not None and found.trace == trace:
             return found.made, found.out
     same = given is not None and sites.is_of(given)
-    made, out = _made(sites, None if same else given, window, first, full, same, rows)
+    asked = sites.coords.shape[0] if window.transposed else rows
+    static = window, first, full, same, rows, _searches(asked, window)
+    made, out = _made(sites, None if same else given, *static)
     out = given or out
     if known is not None:
         # The map onto what came out is this one too.
@@ -405,7 +410,15 @@ def _united(masks: jax.Array, count: int) -> jax.Array:
     return lax.reduce(grouped, np.uint32(0), lax.bitwise_or, (2,))
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _searches(rows: int, window: Window) -> str:
+    """The implementation that searches for so many rows: that of a convolution's forward pass."""
+    try:
+        return OPERATOR.pick("fwd", None, platform(), Problem((1, rows, 1), "float32", 1, window))
+    except NotImplementedError:
+        return "xla"
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
 def _made(
     sites: _Sites,
     given: _Sites | None,
@@ -414,8 +427,12 @@ def _made(
     full: bool,
     same: bool,
     rows: int,
+    by: str,
 ) -> tuple[KernelMap, _Sites]:
-    """The map, and the coordinates of the output, which are the input's if they are the `same`."""
+    """The map, and the coordinates of the output, which are the input's if they are the `same`.
+
+    What `by` names searches for rows.
+    """
     ndim = sites.coords.shape[1] - 1
     if same:
         out = sites
@@ -428,7 +445,13 @@ def _made(
         out = _unpacked(unique_keys(*pack(sites.coords // steps, _counted(sites)), rows), ndim)
     # A transposed map is the other one, read the other way round.
     read, reading = (out, sites) if window.transposed else (sites, out)
-    table = _searched(read, reading, window, first)
+    keys = keys_in_order(*pack(read.coords, _counted(read)))
+    search = getattr(OPERATOR.module(by), "search", None)
+    if search is None:
+        table = _searched(keys, reading, window, first)
+    else:
+        asked = keys if same else _unsorted(reading)
+        table = search(keys, asked, _columns(window, first), window)
     found = KernelMap(row_table(table), None, window._replace(transposed=False))
     if not (same and window.mirrored and first == window.offsets()[0]):
         reverse = _reversed(table, read.coords.shape[0])
@@ -474,23 +497,34 @@ def _unpacked(found: UniqueKeys, ndim: int) -> _Sites:
     return _Sites(unpack(found.high, found.low, ndim), found.total, found.overflow)
 
 
-def _searched(read: _Sites, reading: _Sites, window: Window, first: tuple[int, ...]) -> jax.Array:
-    """For each `u` of `reading` the rows of `read` at `stride u + first + dilation i`.
+def _columns(window: Window, first: tuple[int, ...]) -> np.ndarray:
+    """What the first offset of each column along the last axis adds to `stride u`, `[columns, D]`.
+
+    Example:
+        >>> _columns(Window((2, 3), (1, 1), (1, 1)), (0, -1)).tolist()
+        [[0, -1], [1, -1]]
+    """
+    firsts = window._replace(kernel_size=(*window.kernel_size[:-1], 1)).offsets()
+    steps = np.array(firsts, np.int32) - np.array(firsts[0], np.int32)
+    return steps + np.array(first, np.int32)
+
+
+def _unsorted(sites: _Sites) -> Keys:
+    """The keys of coordinates as they come."""
+    rows = lax.iota(jnp.int32, sites.coords.shape[0])
+    return Keys(*pack(sites.coords, _counted(sites)), vary_like(sites, rows))
+
+
+def _searched(keys: Keys, reading: _Sites, window: Window, first: tuple[int, ...]) -> jax.Array:
+    """For each `u` of `reading` the row of the key at `stride u + first + dilation i`.
 
     The table is `int32 [K, M]`. Along the last axis keys that follow each other are neighbours, so
     that only the first offset of each column of them is searched.
     """
-    keys = sort_keys(*pack(read.coords, _counted(read)))
     counted, ndim = _counted(reading), reading.coords.shape[1] - 1
     centres = reading.coords * np.array([1, *window.stride], np.int32)
-    *others, last = window.kernel_size
-    columns = Window((*others, 1), window.stride, window.dilation).offsets()
-    origin = np.array(columns[0][:-1])
-    steps = np.array(
-        [[0, *(np.array(column[:-1]) - origin + first[:-1]), first[-1]] for column in columns],
-        np.int32,
-    )
-    step = window.dilation[-1]
+    steps = np.pad(_columns(window, first), ((0, 0), (1, 0)))
+    step, last = window.dilation[-1], window.kernel_size[-1]
 
     def column(start: jax.Array) -> jax.Array:
         target = centres + start

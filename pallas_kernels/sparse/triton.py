@@ -3,19 +3,24 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.triton import launch, unavailable
+from pallas_kernels.common.vmap import vmap_sequential
 from pallas_kernels.sparse.maps import RowTable
-from pallas_kernels.sparse.problem import Problem
+from pallas_kernels.sparse.problem import Problem, Window
+from pallas_kernels.sparse.voxels import Keys
 
 __all__ = [
     "DIFFERENTIABLE",
     "check",
     "forward",
     "input_grad",
+    "search",
     "search_space",
     "unavailable",
     "weight_grad",
@@ -23,7 +28,7 @@ __all__ = [
 
 DIFFERENTIABLE = False
 
-_STATIC = ("precision", "splits", "ordered", *TileConfig._fields)
+_STATIC = ("precision", "splits", "ordered", "pairs", *TileConfig._fields)
 _PRECISIONS = {
     None: "ieee",
     lax.Precision.HIGHEST: "ieee",
@@ -51,6 +56,25 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     return triton_launches.search_space(direction, problem)
 
 
+def search(keys: Keys, sites: Keys, columns: np.ndarray, window: Window) -> jax.Array:
+    """The table of a map, `int32 [K, M]`.
+
+    Args:
+        keys: The sorted keys of what is read.
+        sites: Those of what reads.
+        columns: `[columns, D]`: the first step of each column of offsets along the last axis.
+        window: The offsets.
+    """
+    from pallas_kernels.sparse import triton_launches
+
+    padded = np.pad(columns, ((0, 0), (3 - columns.shape[1], 0)))
+
+    def run(keys: Keys, sites: Keys) -> jax.Array:
+        return triton_launches.search(keys, sites, jnp.asarray(padded), window, launch)
+
+    return vary_like((keys, sites), vmap_sequential(run)(keys, sites))
+
+
 @partial(jax.jit, static_argnames=_STATIC)
 def forward(
     x: jax.Array,
@@ -60,11 +84,12 @@ def forward(
     precision: lax.Precision | None,
     splits: int | None = None,
     ordered: bool = True,
+    pairs: bool | None = None,
     **tiles: int,
 ) -> jax.Array:
     """The convolution `y [M, F]`; see `vjp` for the arguments.
 
-    The parameters are those of `triton_launches.search_space`.
+    The parameters are those of `triton_launches.search_space`; `pairs` is for the gradient of w.
     """
     from pallas_kernels.sparse import triton_launches
 
@@ -97,6 +122,7 @@ def weight_grad(
     precision: lax.Precision | None,
     splits: int | None = None,
     ordered: bool = True,
+    pairs: bool | None = None,
     **tiles: int,
 ) -> jax.Array:
     """The transpose of the convolution in w, an array of its shape.
@@ -107,5 +133,5 @@ def weight_grad(
     from pallas_kernels.sparse import triton_launches
 
     config = TileConfig(**tiles) if tiles else None
-    rest = shape, _PRECISIONS[precision], config, launch
+    rest = shape, _PRECISIONS[precision], config, pairs, launch
     return vary_like((x, dy, rows), triton_launches.weight_grad(x, dy, rows, *rest))

@@ -1,4 +1,4 @@
-"""The sparse convolution's Triton kernels: an implicit GEMM over a table of rows.
+"""The sparse convolution's Triton kernels: the search of a table of rows, an implicit GEMM over it.
 
 `table [K, M]` holds for each offset and each row of the result the row of x that is read, or -1.
 Nothing gathered is stored, and nothing is scattered: a program computes a tile of `BM` rows of the
@@ -15,6 +15,78 @@ through `triton_launches`. Every sum has a fixed order, so results are bitwise r
 
 import triton
 import triton.language as tl
+
+from pallas_kernels.sparse.checks import LIMIT
+
+_LIMIT = tl.constexpr(LIMIT)
+_MISSING = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def search(
+    high,
+    low,
+    stood,
+    asked_high,
+    asked_low,
+    places,
+    steps,
+    count,
+    asked,
+    last,
+    near,
+    halvings,
+    near_halvings,
+    stride_x,
+    stride_y,
+    stride_z,
+    table,
+    BLOCK: tl.constexpr,
+):
+    """One program of the table of a map: rows by one column of offsets, for `BLOCK` sites.
+
+    The grid's axes are sites, and columns of `last` offsets along the last axis, `near` apart. Keys
+    are those of `voxels.pack`, in halves: `count` sorted ones, which `stood` in these rows, and
+    those of `asked` sites. Site u, to whose place the row is written, reads the key of
+    `stride u + steps[column]`, `steps [columns, 3]`, and those behind it. Sites that follow each
+    other as keys do search the same places. A first offset takes so many `halvings` of all keys;
+    between two offsets there are no more keys than voxels, which takes `near_halvings`.
+    """
+    site, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    known = site < asked
+    upper = tl.load(asked_high + site, mask=known, other=0).to(tl.uint32, bitcast=True)
+    lower = tl.load(asked_low + site, mask=known, other=0).to(tl.uint32, bitcast=True)
+    place = tl.load(places + site, mask=known, other=0)
+    x = _moved(upper >> 5, stride_x, tl.load(steps + 3 * column))
+    y = _moved((upper << 13) | (lower >> 18), stride_y, tl.load(steps + 3 * column + 1))
+    z = _moved(lower, stride_z, tl.load(steps + 3 * column + 2))
+    # A key has 31 bits in its lower half, a missing one 32.
+    inside = known & ((lower >> 31) == 0) & _within(x) & _within(y)
+    x, y = x.to(tl.uint32), y.to(tl.uint32)
+    wanted = tl.where(inside, (upper >> 23 << 23) | (x << 5) | (y >> 13), _MISSING)
+    left = tl.zeros((BLOCK,), tl.int32)
+    right = left + count
+    turns = halvings
+    for i in range(last):
+        # A place beyond the limit is searched at it: the next column's keys are not its own.
+        end = tl.minimum(tl.maximum(z, 0), 2 * _LIMIT - 1).to(tl.uint32)
+        rest = tl.where(inside, ((y & 0x1FFF) << 18) | end, _MISSING)
+        for _ in range(turns):
+            middle = left + (right - left) // 2
+            some = left < right
+            there, below = _key(high, low, middle, some)
+            before = some & ((there < wanted) | ((there == wanted) & (below < rest)))
+            left = tl.where(before, middle + 1, left)
+            right = tl.where(before, right, middle)
+        some = inside & _within(z) & (left < count)
+        there, below = _key(high, low, left, some)
+        hit = some & (there == wanted) & (below == rest)
+        row = tl.load(stood + left, mask=hit, other=-1)
+        at = (column * last + i).to(tl.int64) * asked + place
+        tl.store(table + at, row, mask=known)
+        z += near
+        right = tl.minimum(left + near, count)
+        turns = near_halvings
 
 
 @triton.jit
@@ -94,12 +166,43 @@ def tile_lists(masks, count, tiles, counts, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def pair_counts(table, rows, counts, BLOCK: tl.constexpr):
+    """One program counts which of `BLOCK` rows read through one offset.
+
+    The grid's axes are blocks of rows, and offsets; `counts [K, blocks]`.
+    """
+    block, blocks, k = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(table + k * rows + row, mask=row < rows, other=-1)
+    tl.store(counts + k * blocks + block, tl.sum((at >= 0).to(tl.int32)))
+
+
+@triton.jit
+def pair_lists(table, counts, rows, pairs, totals, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """One program lists which of `BLOCK` rows read through one offset, behind those before them.
+
+    The grid's axes are those of `pair_counts`, whose `counts` it takes. `pairs [K, rows]` has them
+    first, in ascending order; `totals [K]` says how many they are.
+    """
+    block, blocks, k = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    before = 0
+    for start in range(0, block, AT_ONCE):
+        other = start + tl.arange(0, AT_ONCE)
+        before += tl.sum(tl.load(counts + k * blocks + other, mask=other < block, other=0))
+    row = block * BLOCK + tl.arange(0, BLOCK)
+    some = (tl.load(table + k * rows + row, mask=row < rows, other=-1) >= 0).to(tl.int32)
+    place = before + tl.cumsum(some, 0) - some
+    tl.store(pairs + k * rows + place, row, mask=some != 0)
+    tl.store(totals + k, before + tl.sum(some), mask=block == blocks - 1)
+
+
+@triton.jit
 def weights(
     x,
     dy,
     table,
     order,
-    tiles,
+    listed,
     counts,
     rows,
     parts,
@@ -107,6 +210,7 @@ def weights(
     G: tl.constexpr,
     C: tl.constexpr,
     F: tl.constexpr,
+    ORDERED: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,9 +220,11 @@ def weights(
 ):
     """One program of the weights' gradient: gathered rows of x, transposed, times rows of dy.
 
-    The grid's axes are parts, each of the tiles of one offset that `tile_lists` lists, with tiles
-    of `BM` channels by `BN` features; and groups. `BK` rows are summed at a time. Part p writes
-    `parts [p, G, C, F]`.
+    The grid's axes are parts, each of what is listed for one offset, with tiles of `BM` channels by
+    `BN` features; and groups. `ORDERED` lists are those of `tile_lists`, of tiles in `order`; the
+    others are of rows, from `pair_lists`, where `TILE` is 1. `BK` rows are summed at a time. The
+    parts of an offset take turns: all pass over the rows together, so that rows which one part has
+    read are in L2 for the others. Part p writes `parts [p, G, C, F]`.
     """
     ACROSS: tl.constexpr = (F + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BM - 1) // BM * ACROSS
@@ -130,16 +236,18 @@ def weights(
     # The offset whose parts these are; none behind the last part that is needed.
     k = tl.sum((ends <= part).to(tl.int32))
     mine = tap == k
-    before = tl.sum(tl.where(mine, ends - tl.cdiv(count, share), 0))
-    first = (part - before) * share
-    last = tl.minimum(first + share, tl.sum(tl.where(mine, count, 0)))
-    listed = tiles + k.to(tl.int64) * tl.cdiv(rows, TILE)
+    last = tl.sum(tl.where(mine, count, 0))
+    # None behind the last part that is needed, which has nothing to sum.
+    turns = tl.maximum(tl.cdiv(last, share), 1)
+    turn = part - tl.sum(tl.where(mine, ends, 0)) + turns
+    listed += k.to(tl.int64) * tl.cdiv(rows, TILE)
     total = tl.zeros((BM, BN), tl.float32)
-    for start in range(first, last, BK // TILE):
+    for start in range(turn * (BK // TILE), last, turns * (BK // TILE)):
         place = start + tl.arange(0, BK) // TILE
-        m = tl.load(listed + place, mask=place < last, other=0) * TILE + tl.arange(0, BK) % TILE
-        known = (place < last) & (m < rows)
-        row = tl.load(order + m, mask=known, other=0)
+        row = tl.load(listed + place, mask=place < last, other=0) * TILE + tl.arange(0, BK) % TILE
+        known = (place < last) & (row < rows)
+        if ORDERED:
+            row = tl.load(order + row, mask=known, other=0)
         at = tl.load(table + k.to(tl.int64) * rows + row, mask=known, other=-1)
         patches = tl.load(
             x + at.to(tl.int64)[:, None] * (G * C) + (group * C + c)[None, :],
@@ -170,8 +278,8 @@ def sum_parts(
 ):
     """One program sums the parts of `weights` for one offset, in their order.
 
-    The grid's axes are offsets, and blocks of an offset's `SIZE` weights. `PER` is the number of
-    tiles that `weights` sums at a time.
+    The grid's axes are offsets, and blocks of an offset's `SIZE` weights. `PER` is how much of a
+    list `weights` sums at a time.
     """
     k = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -267,6 +375,26 @@ def depthwise_weights(
 
 
 @triton.jit
+def _moved(bits, stride, step):
+    """The place along an axis, from 0 on, that a site whose lowest 18 `bits` tell its own reads."""
+    return ((bits & (2 * _LIMIT - 1)).to(tl.int32) - _LIMIT) * stride + step + _LIMIT
+
+
+@triton.jit
+def _within(place):
+    """Whether a place along an axis has a key."""
+    return (place >= 0) & (place < 2 * _LIMIT)
+
+
+@triton.jit
+def _key(high, low, at, some):
+    """The halves of some of the sorted keys."""
+    upper = tl.load(high + at, mask=some, other=0).to(tl.uint32, bitcast=True)
+    lower = tl.load(low + at, mask=some, other=0).to(tl.uint32, bitcast=True)
+    return upper, lower
+
+
+@triton.jit
 def _rows(order, tile, rows, ORDERED: tl.constexpr, BM: tl.constexpr):
     """The rows of a tile, and which of them there are."""
     row = tile * BM + tl.arange(0, BM)
@@ -317,12 +445,12 @@ def _lowest(bits):
 def _shares(counts, K: tl.constexpr, PARTS: tl.constexpr, PER: tl.constexpr):
     """How the lists of all offsets are divided into `PARTS` parts, more than there are offsets.
 
-    Parts are of equal length, a multiple of `PER` tiles, but for the last of each offset: as one
-    offset has fewer than one part too many, `PARTS - K` full ones of all tiles are as many as fit.
+    Parts are of a share of about equal length, a multiple of `PER`, or of less: as one offset has
+    fewer than one part too many, `PARTS - K` full ones of all that is listed are as many as fit.
 
     Returns:
-        The offsets, a power of two of them; tiles of each; tiles of a part; and the parts up to
-        each offset's last.
+        The offsets, a power of two of them; the length of each one's list; that of a share; and the
+        parts up to each offset's last.
     """
     tap = tl.arange(0, triton.next_power_of_2(K))
     count = tl.load(counts + tap, mask=tap < K, other=0)

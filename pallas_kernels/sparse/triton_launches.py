@@ -8,7 +8,7 @@ from pallas_kernels.common.tiles import TileConfig, launched, power_of_two, tile
 from pallas_kernels.common.triton import Launch, cdiv
 from pallas_kernels.common.types import DeviceArray
 from pallas_kernels.sparse import triton_kernels as kernels
-from pallas_kernels.sparse.problem import TILE_ROWS, Problem
+from pallas_kernels.sparse.problem import TILE_ROWS, Problem, Window
 
 AnyArray = TypeVar("AnyArray", bound=DeviceArray)
 Held = TypeVar("Held", bound=DeviceArray, covariant=True)
@@ -18,6 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _PROGRAMS = 264
 """The number of programs up to which sums are split: two for each multiprocessor of a large GPU."""
 _MOST_SPLITS = 8
+_SITES = 256
+"""Sites that a program searches for."""
 
 
 class RowTable(Protocol[Held]):
@@ -34,6 +36,22 @@ class RowTable(Protocol[Held]):
     @property
     def tile_masks(self) -> Held:
         """`uint32 [ceil(K / 32), ceil(M / TILE_ROWS)]`, or the same bits as int32."""
+
+
+class Keys(Protocol[Held]):
+    """Coordinates as keys, see `voxels.Keys`."""
+
+    @property
+    def high(self) -> Held:
+        """`uint32 [N]`, the upper halves, or the same bits as int32."""
+
+    @property
+    def low(self) -> Held:
+        """The lower halves, likewise."""
+
+    @property
+    def rows(self) -> Held:
+        """`int32 [N]`: the row of each key."""
 
 
 def check(problem: Problem) -> None:
@@ -57,28 +75,73 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
 
     Returns:
         The fields of a `TileConfig`; `splits`, see `forward`; `ordered`, 1 where rows are taken in
-        their order.
+        their order; `pairs`, see `weight_grad`.
 
     Example:
         >>> from pallas_kernels.sparse.problem import Window
         >>> window = Window((3,), (1,), (1,))
         >>> len(search_space("fwd", Problem((1, 100, 8), "float32", 8, window)))
-        8
+        9
     """
     if problem.dtype == "float32":
         sizes = [(64, 64, 32, 4, 5), (64, 32, 32, 4, 5), (128, 64, 16, 4, 5), (64, 64, 16, 4, 5)]
+        sizes += [(128, 128, 16, 8, 5)]
+        paired = [(64, 64, 32, 4, 7), (128, 64, 16, 4, 5)]
     else:
         sizes = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 9), (128, 128, 64, 4, 5)]
         sizes += [(128, 128, 32, 8, 9), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5)]
         sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
-    tiled = [
-        TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in sizes
-    ]
+        # An index of a row is loaded in two steps: seven stages have two tiles under way.
+        paired = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 7), (64, 128, 64, 4, 7)]
+    tiled, listed = (
+        [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
+        for each in (sizes, paired)
+    )
     groups, taps = problem.window.groups, problem.window.taps
     programs = cdiv(problem.shape[1], 64) * cdiv(problem.features // groups, 64) * groups
     most = _splits(programs, taps)
     split: list[dict[str, int]] = [{"splits": n} for n in (1, 2, 4, 8) if n <= most > 1]
-    return [{}, *tiled, *split, {"ordered": 0}]
+    pairs: list[dict[str, int]] = []
+    if direction == "bwd":
+        pairs = [{"pairs": 0}, {"pairs": 1}, *(each | {"pairs": 1} for each in listed)]
+    return [{}, *tiled, *split, {"ordered": 0}, *pairs]
+
+
+def search(
+    keys: Keys[AnyArray],
+    sites: Keys[AnyArray],
+    steps: AnyArray,
+    window: Window,
+    launch: Launch[AnyArray],
+) -> AnyArray:
+    """The table of a map.
+
+    Args:
+        keys: The sorted keys of what is read.
+        sites: Those of what reads, in any order; it is fastest where neighbours are neighbours.
+        steps: `int32 [columns, 3]`: the first step of each column of offsets along the last axis,
+            zeros for axes that are not there.
+        window: The offsets.
+        launch: The framework's launch function.
+
+    Returns:
+        `int32 [K, M]`: for each row of `sites` the row of `keys` that it reads, or -1.
+    """
+    (count,), (asked,) = keys.high.shape, sites.high.shape
+    last, near = window.kernel_size[-1], window.dilation[-1]
+    (table,) = launch(
+        kernels.search,
+        [
+            *(keys.high, keys.low, keys.rows, sites.high, sites.low, sites.rows, steps),
+            *(count, asked, last, near, count.bit_length(), near.bit_length()),
+            *((1,) * (3 - len(window.stride)) + window.stride),
+        ],
+        [((window.taps, asked), "int32")],
+        (cdiv(asked, _SITES), window.taps // last),
+        BLOCK=_SITES,
+        num_warps=4,
+    )
+    return table
 
 
 def forward(
@@ -136,12 +199,13 @@ def weight_grad(
     shape: Sequence[int],
     precision: str,
     config: TileConfig | None,
+    pairs: bool | None,
     launch: Launch[AnyArray],
 ) -> AnyArray:
     """The transpose of the convolution in w, applied to dy.
 
-    The tiles of rows that need an offset are listed first, so that the sums of all offsets are
-    divided into parts of equal length, however many rows read through each.
+    What reads through an offset is listed first, so that the sums of all offsets are divided into
+    parts of equal length, however many rows read through each.
 
     Args:
         x: `[N, G C]`, contiguous.
@@ -150,6 +214,10 @@ def weight_grad(
         shape: Shape of the weights, `[K, G, C, F]`.
         precision: See `forward`.
         config: See `forward`; here `block_m` counts channels, and `block_k` rows.
+        pairs: Whether rows are listed as they come, each by itself: nothing is summed that does not
+            read, and the parts of all offsets read the same rows at about the same time, but the
+            lists take as much memory as the table. Else tiles of rows in their order are. None
+            lists rows where that takes no more than half of the memory of x.
         launch: The framework's launch function.
 
     Returns:
@@ -157,32 +225,28 @@ def weight_grad(
     """
     taps, groups, channels, features = shape
     _, count = rows.table.shape
-    listed = cdiv(count, TILE_ROWS)
-    found = launch(
-        kernels.tile_lists,
-        [rows.tile_masks, listed],
-        [((taps, listed), "int32"), ((taps,), "int32")],
-        (taps,),
-        BLOCK=min(4096, power_of_two(listed)),
-        num_warps=8,
-    )
-    # Indices of rows are loaded in three steps before the rows are: each is a stage.
+    if pairs is None:
+        each = 4 if str(x.dtype).endswith("float32") else 2
+        pairs = 2 * 4 * taps * count <= x.shape[0] * x.shape[1] * each
+    tile = 1 if pairs else TILE_ROWS
+    found = _pairs_of(rows, launch) if pairs else _tiles_of(rows, launch)
+    # Indices of rows are loaded in two or three steps before the rows are: each is a stage.
     config = config or tiles(channels, features, 64, x.dtype)._replace(stages=5)
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),
     )
     blocks = cdiv(channels, config.block_m) * cdiv(features, config.block_n)
-    per = config.block_k // TILE_ROWS
-    full = min(cdiv(taps * listed, 8 * per), cdiv(2 * _PROGRAMS, blocks * groups))
-    parts = taps + full
-    sizes = _sizes(shape, precision)
+    per = config.block_k // tile
+    parts = _parts(taps, blocks * groups, cdiv(taps * count, config.block_k))
+    sizes = _sizes(shape, precision) | {"TILE": tile}
     (sums,) = launch(
         kernels.weights,
         [x, dy, rows.table, rows.order, *found, count],
         [((parts, groups, channels, features), "float32")],
         (parts * blocks, groups),
         **sizes,
+        ORDERED=not pairs,
         PARTS=parts,
         **launched(config),
     )
@@ -202,6 +266,55 @@ def weight_grad(
         num_warps=4,
     )
     return dw
+
+
+def _tiles_of(rows: RowTable[AnyArray], launch: Launch[AnyArray]) -> list[AnyArray]:
+    """For each offset the tiles that need it, `int32 [K, tiles]`, and their number, `[K]`."""
+    taps, count = rows.table.shape
+    listed = cdiv(count, TILE_ROWS)
+    return launch(
+        kernels.tile_lists,
+        [rows.tile_masks, listed],
+        [((taps, listed), "int32"), ((taps,), "int32")],
+        (taps,),
+        BLOCK=min(4096, power_of_two(listed)),
+        num_warps=8,
+    )
+
+
+def _pairs_of(rows: RowTable[AnyArray], launch: Launch[AnyArray]) -> list[AnyArray]:
+    """For each offset the rows that read through it, `int32 [K, M]`, and their number, `[K]`."""
+    taps, count = rows.table.shape
+    block = min(4096, power_of_two(count))
+    grid = cdiv(count, block), taps
+    rest = {"BLOCK": block, "num_warps": 8}
+    outputs = [((taps, grid[0]), "int32")]
+    (counts,) = launch(kernels.pair_counts, [rows.table, count], outputs, grid, **rest)
+    return launch(
+        kernels.pair_lists,
+        [rows.table, counts, count],
+        [((taps, count), "int32"), ((taps,), "int32")],
+        grid,
+        AT_ONCE=512,
+        **rest,
+    )
+
+
+def _parts(taps: int, blocks: int, steps: int) -> int:
+    """The number of parts of the sums of a weight gradient, at least one more than offsets.
+
+    Args:
+        taps: Offsets.
+        blocks: Programs of a part.
+        steps: The most rows of all lists, by as many as a program sums at a time.
+
+    Example:
+        >>> _parts(27, 1, 10**6), _parts(27, 4, 10**6), _parts(27, 1, 100)
+        (264, 132, 40)
+    """
+    # All run at once, or as many times as leaves each offset a few parts of equal length.
+    waves = cdiv(3 * taps * blocks, _PROGRAMS)
+    return taps + max(1, min(waves * _PROGRAMS // blocks - taps, cdiv(steps, 8)))
 
 
 def _splits(programs: int, taps: int) -> int:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,8 +125,66 @@ def test_sparse_convolutions(name, missing, tmp_path, monkeypatch):
         ("map", "shuffled"),
         *((direction, one) for direction in sparse.DIRECTIONS for one in contenders),
     ]
+    first = next(row for row in report["rows"] if row["direction"] != "map")
+    ms, flops = first["median_ms"], 2.0 * first["pairs"] * 2 * (1 if missing else 3)
+    product = report["roofs"]["product_flops_per_s"]
+    assert first["over_arithmetic"] == pytest.approx(ms * product / flops / 1e3)
+    assert first["over_forward"] == 1 and report["left"] == []
     result = bench("--shape", "huge", "--out", tmp_path, benchmark="sparse")
     assert "['huge'] is not one of" in str(result.exception)
+
+
+MS = {f"{which}_ms": 1.0 for which in ("median", "least", "greatest")}
+
+
+def test_sparse_convolutions_are_timed_in_parts(tmp_path, monkeypatch):
+    """What is there already is not timed again, but under another dtype."""
+    monkeypatch.setattr(sparse, "NAMES", ("one", "two"))
+    for name in sparse.NAMES:
+        monkeypatch.setitem(sparse.SHAPES, name, voxels.Shape(20, 2, 3, 1, 1))
+    timed = []
+
+    def rows(report, name, *_):
+        timed.append(name)
+        return [{"shape": name, "direction": "map", "contender": "sorted"} | MS]
+
+    monkeypatch.setattr(sparse, "_rows", rows)
+
+    def part(minutes, *more):
+        result = bench("--out", tmp_path, "--minutes", minutes, *more, benchmark="sparse")
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    now = iter([0, 1, 600] + [0] * 9)
+    monkeypatch.setattr(sparse, "monotonic", lambda: next(now))
+    assert "not timed yet: two" in part(5)
+    assert json.loads((tmp_path / "sparse.json").read_text())["left"] == ["two"]
+    assert "not timed yet" not in part(5) and timed == ["one", "two"]
+    part(5, "--dtype", "float32")
+    assert timed == ["one", "two", "one", "two"]
+    (tmp_path / "sparse.json").write_text("{")
+    result = bench("--out", tmp_path, "--minutes", 5, benchmark="sparse")
+    assert "sparse.json: no report" in str(result.exception)
+
+
+def test_other_packages_layers_stand_beside_ours(monkeypatch):
+    """Those of stride 1; what fails is told of."""
+    ms = {"forward": [2.0, 1.0, 3.0]}
+    other = SimpleNamespace(NAME="other", times=lambda *sizes: ms if sizes[0] == 20 else fail())
+    layer = SimpleNamespace(name="one", regular=True, dtype="float16")
+
+    def fail():
+        raise RuntimeError("no more memory")
+
+    for shape, want in {
+        voxels.Shape(20, 2, 3): {"forward": timing.Spread(2.0, 1.0, 3.0)},
+        voxels.Shape(20, 2, 3, stride=2): {},
+    }.items():
+        layer.shape = shape
+        assert sparse._times_of(other, layer) == want
+    layer.shape = voxels.Shape(30, 2, 3)
+    with pytest.warns(UserWarning, match="one has no row of other: no more memory"):
+        assert sparse._times_of(other, layer) == {}
 
 
 @pytest.mark.wide

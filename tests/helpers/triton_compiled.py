@@ -23,6 +23,7 @@ from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.haar import triton_launches as haar_launches
 from pallas_kernels.sparse import triton_launches as sparse_launches
 from pallas_kernels.sparse.depthwise import triton_launches as depthwise_launches
+from pallas_kernels.sparse.problem import Window as VoxelWindow
 from pallas_kernels.sparse.shapes import SHAPES as VOXELS
 from pallas_kernels.stylize import triton_launches as stylize_launches
 from pallas_kernels.stylize.shapes import SHAPES as PICTURES
@@ -56,7 +57,9 @@ BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("low", "lh", "hl",
 IMAGES = ("x", "w", "below", "y", "dy", "dw", "low", *BANDS, "residual", "dx", "dresidual")
 TAPS = ("taps", "base", "bias", "sums", "parts", "mean", "squares")
 TAPS += ("scale", "statistics", "dscale", "dbias")
-ROWS = ("table", "order", "tiles", "counts")
+ROWS = ("table", "order", "tiles", "listed", "counts", "pairs", "totals")
+ROWS += ("stood", "places", "steps")
+UNSIGNED = ("masks", "high", "low", "asked_high", "asked_low")
 
 
 def conv2d(dtype):
@@ -91,18 +94,23 @@ def sparse(dtype):
         return SimpleNamespace(shape=shape, dtype=dtype)
 
     def launch(kernel, arguments, outputs, grid, **constants):
-        found[kernel.fn.__name__] = constants
+        found[kernel.fn.__name__ + " pairs" * (constants.get("TILE") == 1)] = constants
         return [array(*shape) for shape, _ in outputs]
 
     rows = SimpleNamespace(table=array(27, layer.voxels), order=None, tile_masks=None)
     x, y = array(layer.voxels, layer.channels), array(layer.voxels, layer.features)
     w = array(27, 1, layer.channels, layer.features)
+    keys = SimpleNamespace(high=array(layer.voxels), low=None, rows=None)
+    offsets = VoxelWindow((3, 3, 3), (2, 2, 2), (1, 1, 1))
     tiles = depthwise_launches.Tiles(stages=3)
-    sparse_launches.weight_grad(x, y, rows, w.shape, "ieee", None, launch)
+    sparse_launches.search(keys, keys, None, offsets, launch)
+    for pairs in (True, False):
+        sparse_launches.weight_grad(x, y, rows, w.shape, "ieee", None, pairs, launch)
     sparse_launches.forward(x, w, rows, "ieee", None, None, True, launch)
     depthwise_launches.forward(x, array(27, layer.channels), rows, tiles, launch)
     depthwise_launches.weight_grad(x, x, rows, tiles, launch)
-    order = "tile_lists", "conv", "weights", "depthwise", "depthwise_weights", "sum_parts"
+    order = ["tile_lists", "conv", "weights", "depthwise", "depthwise_weights", "sum_parts"]
+    order += ["search", "pair_counts", "pair_lists", "weights pairs"]
     return {name: found[name] for name in order}
 
 
@@ -127,7 +135,8 @@ def kernels(operator, dtype):
     if operator.startswith("wtconv"):
         return SIZES if operator.endswith("sizes") else WTCONV
     if operator == "sparse torch":
-        return {name: sparse(dtype)[name] for name in ("tile_lists", "conv", "depthwise")}
+        names = "tile_lists", "conv", "depthwise", "search"
+        return {name: sparse(dtype)[name] for name in names}
     if operator in ("conv2d", "sparse", "stylize"):
         return {"conv2d": conv2d, "sparse": sparse, "stylize": stylize}[operator](dtype)
     read = SimpleNamespace(dtype=SimpleNamespace(itemsize=4 if dtype == "fp32" else 2))
@@ -143,8 +152,10 @@ def compiled(operator, name, target, dtype):
     options = {n: constants.pop(n) for n in ("num_warps", "num_stages") if n in constants}
     types = dict.fromkeys(IMAGES, f"*{dtype}") | dict.fromkeys(TAPS, "*fp32")
     # PyTorch has hardly any operation of numbers without a sign.
-    masks = "*i32" if operator.endswith("torch") else "*u32"
-    types |= dict.fromkeys(ROWS, "*i32") | {"masks": masks}
+    unsigned = "*i32" if operator.endswith("torch") else "*u32"
+    types |= dict.fromkeys(ROWS, "*i32")
+    if operator.startswith("sparse"):
+        types |= dict.fromkeys(UNSIGNED, unsigned)
     signature = {
         argument: "constexpr" if argument in constants else types.get(argument, "i32")
         for argument in kernel.arg_names

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from flash_wtconv_jax.bench import timing  # noqa: E402
 from pallas_kernels.wtconv.shapes import GPU_SHAPES, Shape  # noqa: E402
-from torch_bridge import bench  # noqa: E402
+from torch_bridge import bench, spconv_contender  # noqa: E402
 
 SHAPES = {"small": Shape(2, 6, 5, 3, 1), "other": Shape(1, 4, 4, 2, 2, 3)}
 
@@ -66,7 +67,7 @@ def test_times_hold_what_a_device_has_enqueued(monkeypatch, dtype):
 
     calls = bench._calls(SHAPES["small"], torch.device("cpu"), dtype)["forward+backward"]
     calls = {name: enqueuing(call, i) for i, (name, call) in enumerate(calls.items(), 1)}
-    times = bench._take_turns(torch.device("mps"), calls, lambda steps: lambda: None)
+    times = bench.take_turns(torch.device("mps"), calls, lambda steps: lambda: None)
     milliseconds = {name: (spread.least, spread.greatest) for name, spread in times.items()}
     assert milliseconds == {"eager": (1e3, 1e3), "eager channels-last": (2e3, 2e3)}
 
@@ -109,3 +110,19 @@ def test_a_step_holds_little_beside_its_results(name, most):
 def test_wrong_arguments_are_one_line(monkeypatch, capsys, arguments, message):
     assert run(monkeypatch, *arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_spconv_is_timed_in_a_process_of_its_own(monkeypatch):
+    """Whose last lines are times, or why there are none; bfloat16 is timed in float16."""
+    layers, codes = [], iter([0, 1])
+
+    def run(command, **_):
+        layers.append(json.loads(command[-1]))
+        out = 'tuned\n{"forward": [2.0, 1.0, 3.0]}\n'
+        return subprocess.CompletedProcess(command, next(codes), out, "Traceback\nno such kernel\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert spconv_contender.times(9, 2, 3, 3, "bfloat16") == {"forward": [2.0, 1.0, 3.0]}
+    with pytest.raises(RuntimeError, match="spconv-triton failed for .*: no such kernel"):
+        spconv_contender.times(9, 2, 3, 3, "float32")
+    assert layers == [[9, 2, 3, 3, "float16"], [9, 2, 3, 3, "float32"]]

@@ -23,7 +23,7 @@ from pallas_kernels.sparse.checks import (
 from pallas_kernels.sparse.problem import Window
 from torch_bridge.runtime import calls
 from torch_bridge.sparse import maps, ops
-from torch_bridge.sparse.ops import Implementation
+from torch_bridge.sparse.operators import Implementation
 from torch_bridge.sparse.pooling import pool
 from torch_bridge.sparse.voxels import FLOATING, Voxels, floating
 

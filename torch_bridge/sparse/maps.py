@@ -1,21 +1,24 @@
 """Kernel maps: which row of the input each row of the output reads through each offset.
 
 They are those of `pallas_kernels.sparse.maps`, bit by bit. Coordinates are keys of 63 bits, sorted
-and searched: no hash table, no atomics, and nothing that depends on an order in which threads run.
+and searched, on a GPU by the Triton kernel that JAX launches too: no hash table, no atomics, and
+nothing that depends on an order in which threads run.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from pallas_kernels.sparse.checks import checked_request
-from pallas_kernels.sparse.problem import TILE_ROWS, Window
+from pallas_kernels.sparse.checks import MOST_SAMPLES, checked_request
+from pallas_kernels.sparse.problem import TILE_ROWS, Problem, Window
+from torch_bridge.runtime import calls
+from torch_bridge.sparse.operators import OPERATOR
 from torch_bridge.sparse.voxels import (
     MISSING,
     Voxels,
@@ -31,6 +34,20 @@ _QUERIES_AT_ONCE = 1 << 24
 """Keys that are searched, or sorted, at once; more take turns."""
 _WORD = 32
 """Offsets of a word of a mask."""
+
+
+class Keys(NamedTuple):
+    """Keys in halves, as those of `pallas_kernels.sparse.voxels`, and the rows that they come from.
+
+    Attributes:
+        high: `int32 [N]`, the upper 32 of 63 bits.
+        low: `int32 [N]`, the lower 31 bits; both are -1 where a row does not count.
+        rows: `int32 [N]`.
+    """
+
+    high: Tensor
+    low: Tensor
+    rows: Tensor
 
 
 class RowTable(NamedTuple):
@@ -325,7 +342,7 @@ def _made(
         out = _unpacked(keys, len(axes), rows)
     # A transposed map is the other one, read the other way round.
     read, reading = (out, sites) if window.transposed else (sites, out)
-    table = _searched(read, reading, window, first)
+    table = _searched(read, reading, window, first, same)
     found = KernelMap(row_table(table), None, window._replace(transposed=False))
     if not (same and window.mirrored and first == window.offsets()[0]):
         reverse = _reversed(table, read.coords.shape[0])
@@ -372,18 +389,57 @@ def _expanded(sites: _Sites, window: Window, first: tuple[int, ...], capacity: i
     return _unpacked(found, len(axes), capacity)
 
 
-def _searched(read: _Sites, reading: _Sites, window: Window, first: tuple[int, ...]) -> Tensor:
+def _searched(
+    read: _Sites, reading: _Sites, window: Window, first: tuple[int, ...], same: bool
+) -> Tensor:
     """For each `u` of `reading` the rows of `read` at `stride u + first + dilation i`.
 
-    The table is `int32 [K, M]`.
+    The table is `int32 [K, M]`. What computes the forward pass of a convolution has the search.
     """
     keys, rows = pack(read.coords, counted(*read[:2])).sort(stable=True)
     rows = rows.int()
     valid = counted(*reading[:2])
-    sample, *axes = reading.coords.long().unbind(1)
+    steps = _steps(window, first, keys.device)
+
+    def compute(module: object, config: Mapping[str, int]) -> Tensor:
+        search = getattr(module, "search", None)
+        if search is None:
+            return _found(keys, rows, reading.coords, valid, steps, window)
+        sorted_keys = _halves(keys, rows)
+        # Keys that follow each other search the same places.
+        asked = sorted_keys if same else _halves(pack(reading.coords, valid))
+        return cast(Tensor, search(sorted_keys, asked, steps[:: window.kernel_size[-1]], window))
+
+    # A program that `torch.compile` traces has no launches but those of operators.
+    if torch.compiler.is_compiling():
+        return _found(keys, rows, reading.coords, valid, steps, window)
+    problem = Problem((1, len(valid), 1), "float32", 1, window)
+    try:
+        text = f"{OPERATOR.pick('fwd', None, keys.device.type, problem)} {calls.ELSE}"
+    except NotImplementedError:
+        return _found(keys, rows, reading.coords, valid, steps, window)
+    return calls.computed(OPERATOR, "fwd", text, keys.device, problem, compute)
+
+
+def _halves(keys: Tensor, rows: Tensor | None = None) -> Keys:
+    """Keys in halves, of rows as they come if None are told."""
+    if rows is None:
+        rows = torch.arange(len(keys), device=keys.device, dtype=torch.int32)
+    positive = keys + (MOST_SAMPLES // 2 << 54)
+    high, low = (
+        half.masked_fill(keys == MISSING, -1).int()
+        for half in (positive >> 31, positive & 0x7FFFFFFF)
+    )
+    return Keys(high, low, rows)
+
+
+def _found(
+    keys: Tensor, rows: Tensor, coords: Tensor, valid: Tensor, steps: Tensor, window: Window
+) -> Tensor:
+    """For each of some coordinates the rows of sorted keys at `stride u` and each of the steps."""
+    sample, *axes = coords.long().unbind(1)
     centres = [axis * s for axis, s in zip(axes, window.stride, strict=True)]
     parts = []
-    steps = _steps(window, first, sample.device)
     for some in steps.split(max(1, _QUERIES_AT_ONCE // max(1, len(sample)))):
         places = [
             centre + step[:, None] for centre, step in zip(centres, some.unbind(1), strict=True)

@@ -22,7 +22,6 @@ zero in y.
 """
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -32,20 +31,13 @@ from torch import Tensor
 from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.dispatch import Choice, Operator, Request, backend, until_forgotten
 from pallas_kernels.dispatch.tuner import TuningParams
-from pallas_kernels.sparse.algorithms import aliases
 from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
 from pallas_kernels.sparse.problem import Problem, Window
 from pallas_kernels.sparse.shapes import room
 from torch_bridge.runtime import calls, measuring
 from torch_bridge.sparse.maps import KernelMap, RowTable, kernel_map
+from torch_bridge.sparse.operators import DEPTHWISE, OPERATOR
 from torch_bridge.sparse.voxels import from_coords
-
-
-class Implementation(StrEnum):
-    """Implementations of the sparse convolutions."""
-
-    TRITON = "triton"
-    EAGER = "eager"
 
 
 class _Backend(backend.Implementation, Protocol):
@@ -67,26 +59,6 @@ class _Backend(backend.Implementation, Protocol):
         **config: int,
     ) -> Tensor:
         """The gradient of the weights."""
-
-
-_EXPLICIT = dict.fromkeys(("cuda", "mps", "cpu", "meta"), "eager")
-
-
-def _operator(name: str, package: str) -> Operator:
-    return Operator(
-        name=name,
-        package=package,
-        implementations=Implementation,
-        rule={"cuda": ("triton", "eager"), "cpu": ("eager",)},
-        directions={"fwd": ("forward",), "bwd": ("forward", "weight_grad")},
-        argument="{direction}_algo",
-        aliases=aliases(_EXPLICIT, _EXPLICIT | {"cuda": "triton"}),
-        measures_names=True,
-    )
-
-
-OPERATOR = _operator("torch_sparse_conv", "torch_bridge.sparse")
-DEPTHWISE = _operator("torch_sparse_depthwise_conv", "torch_bridge.sparse.depthwise")
 
 
 # What it returns is a constant of a traced program: it asks the environment, imports, and measures.

@@ -2,13 +2,22 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pallas_kernels.common.tiles import TileConfig
-from pallas_kernels.sparse.problem import Problem
+from pallas_kernels.sparse.problem import Problem, Window
 from torch_bridge.runtime.triton import launch, unavailable
-from torch_bridge.sparse.maps import RowTable
+from torch_bridge.sparse.maps import Keys, RowTable
 
-__all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable", "weight_grad"]
+__all__ = [
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "search",
+    "search_space",
+    "unavailable",
+    "weight_grad",
+]
 
 DIFFERENTIABLE = False
 
@@ -32,6 +41,22 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     return triton_launches.search_space(direction, problem)
 
 
+def search(keys: Keys, sites: Keys, columns: Tensor, window: Window) -> Tensor:
+    """The table of a map, `int32 [K, M]`.
+
+    Args:
+        keys: The sorted keys of what is read.
+        sites: Those of what reads.
+        columns: `[columns, D]`: the first step of each column of offsets along the last axis.
+        window: The offsets.
+    """
+    from pallas_kernels.sparse import triton_launches
+
+    steps = functional.pad(columns, (3 - columns.shape[1], 0)).int()
+    with torch.cuda.device_of(columns):
+        return triton_launches.search(keys, sites, steps, window, launch)
+
+
 def forward(
     x: Tensor,
     w: Tensor,
@@ -40,11 +65,12 @@ def forward(
     precision: str,
     splits: int | None = None,
     ordered: int = 1,
+    pairs: int | None = None,
     **tiles: int,
 ) -> Tensor:
     """The convolution `y [M, F]`; see `ops` for the arguments.
 
-    The parameters are those of `triton_launches.search_space`.
+    The parameters are those of `triton_launches.search_space`; `pairs` is for the gradient of w.
     """
     from pallas_kernels.sparse import triton_launches
 
@@ -64,6 +90,7 @@ def weight_grad(
     precision: str,
     splits: int | None = None,
     ordered: int = 1,
+    pairs: int | None = None,
     **tiles: int,
 ) -> Tensor:
     """The transpose of the convolution in w, a tensor of its shape; see `ops` for the arguments.
@@ -74,6 +101,6 @@ def weight_grad(
     from pallas_kernels.sparse import triton_launches
 
     config = TileConfig(**tiles) if tiles else None
-    rest = shape, precision, config, launch
+    rest = shape, precision, config, None if pairs is None else bool(pairs), launch
     with torch.cuda.device_of(x):
         return triton_launches.weight_grad(x.contiguous(), dy.contiguous(), rows, *rest)

@@ -8,11 +8,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.common.arguments import check_unsharded, checked_array
 from pallas_kernels.dispatch import Choice, Operator
-from pallas_kernels.sparse.calls import ALIASES, Implementation, operands, planned
+from pallas_kernels.sparse.calls import operands, planned
 from pallas_kernels.sparse.checks import checked_depthwise
 from pallas_kernels.sparse.depthwise import vjp
 from pallas_kernels.sparse.depthwise.problem import Problem
 from pallas_kernels.sparse.maps import KernelMap
+from pallas_kernels.sparse.operators import ALIASES, Implementation
 
 __all__ = ["OPERATOR", "Implementation", "spatially_sparse_depthwise_conv"]
 

@@ -16,6 +16,7 @@ from pallas_kernels.sparse import (
     conformance,
     from_coords,
     kernel_map,
+    maps,
     spatially_sparse_conv,
     spatially_sparse_depthwise_conv,
     triton_launches,
@@ -29,6 +30,7 @@ from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
 from pallas_kernels.sparse.maps import RowTable, row_table
 from pallas_kernels.sparse.problem import Problem, Window
 from pallas_kernels.sparse.shapes import room
+from pallas_kernels.sparse.voxels import LIMIT
 
 SMALL = TileConfig(16, 16, 32, 1, 1, 1)
 """Tiles so small that there are several of these small tables."""
@@ -97,7 +99,7 @@ def test_kernels_are_numpys(splits, ordered):
     assert_near(y.sum(0), np.einsum("kmgc,kgcf->mgf", there, w).reshape(count, -1))
     # A row that reads nothing may hold anything.
     dy[3] = np.nan
-    dw = triton_launches.weight_grad(tensor(x), tensor(dy), rows, w.shape, *rest, launch)
+    dw = triton_launches.weight_grad(tensor(x), tensor(dy), rows, w.shape, *rest, ordered, launch)
     wanted = np.nan_to_num(dy).reshape(count, groups, features)
     assert_near(dw, np.einsum("kmgc,mgf->kgcf", there, wanted))
 
@@ -142,6 +144,51 @@ def test_interpreted_depthwise_kernels_are_the_oracles(interpreted, case):
     assert_oracle(depthwise, case, "triton")
 
 
+def made(case):
+    """The map of a case, and the voxels of its output."""
+    arguments = case.arguments
+    names = "generative", "transposed", "output_rule", "padding"
+    rest = {each: arguments[each] for each in names} | {"dilation": case.dilation}
+    voxels, onto = conformance.voxels(case, *case.drawn()[:2])
+    return kernel_map(voxels, case.kernel_size, case.stride, output_voxels=onto, **rest)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if i == 15 else [pytest.mark.slow])
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_interpreted_searches_find_what_plain_jax_finds(case, interpreted, monkeypatch):
+    want = made(case)
+    monkeypatch.setattr(maps, "_searches", lambda *_: "triton")
+    jax.tree.map(np.testing.assert_array_equal, made(case), want)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    "dilation", [pytest.param(1, marks=pytest.mark.wide), pytest.param(6, marks=pytest.mark.slow)]
+)
+def test_searches_at_the_limits_sorted_and_mapped(dilation, interpreted, monkeypatch):
+    """A key beyond the last axis is not that of the next column, and hides nothing before it."""
+    places = [[0, -LIMIT, 5], [0, 0, LIMIT - 1], [0, 1, -LIMIT], [0, 1, 1 - LIMIT], [0, 1, 7]]
+    places += [[3, LIMIT - 1, LIMIT - 1 - dilation], [3, LIMIT - 1, LIMIT - 1], [-1, -1, -1]]
+    shuffled = [places[i] for i in (4, 1, 6, 0, 5, 3, 2, 7)]
+    voxels = from_coords(places[:7], np.ones((7, 1), np.float32), capacity=8)
+
+    @jax.vmap
+    def tables(coords):
+        own = dataclasses.replace(voxels, coords=coords)
+        return kernel_map(own, 3, 1, dilation)[0].forward
+
+    both = jnp.array([places, shuffled], jnp.int32)
+    want = tables(both)
+    monkeypatch.setattr(maps, "_searches", lambda *_: "triton")
+    jax.tree.map(np.testing.assert_array_equal, tables(both), want)
+
+
 @INTERPRETED
 @pytest.mark.wide
 def test_kernels_are_differentiated_twice_and_mapped(interpreted):
@@ -175,7 +222,7 @@ def test_parameters_are_measured(interpreted, searches, monkeypatch):
 @PARTS
 def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("sparse", part, tmp_path)
-    assert len(resources) == {"some": 4, "rest": 20}[part]
+    assert len(resources) == {"some": 4, "rest": 36}[part]
     for kernel, (registers, spilled) in resources.items():
         assert registers <= 255 and spilled <= 16, (kernel, registers, spilled)
 
@@ -190,6 +237,7 @@ def test_the_grid_offers_parameters_that_the_kernels_take():
             layer = LAYER._replace(dtype=np.dtype(dtype))
             first, *others = triton_jax.search_space(direction, layer)
             assert first == {} and {"splits": 8} in others
+            assert ({"pairs": 1} in others) == (direction == "bwd")
             first, *others = depthwise_triton.search_space(
                 direction, DepthwiseProblem(*layer._replace(features=8))
             )
@@ -328,20 +376,44 @@ def test_everything_that_is_offered_is_xlas(operator, direction, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_searches_find_what_plain_jax_finds(case, monkeypatch):
+    got = made(case)
+    monkeypatch.setattr(maps, "_searches", lambda *_: "xla")
+    jax.tree.map(np.testing.assert_array_equal, got, made(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stride", [1, 2])
+def test_maps_of_shuffled_rooms_are_plain_jaxs(stride, monkeypatch):
+    """Under `jax.jit`, where the device decides whether keys are sorted."""
+    coords = np.random.default_rng(0).permutation(room(100_000))
+
+    def tables():
+        make = lambda coords: kernel_map(from_coords(coords, none, batch_size=1), 3, stride)  # noqa: E731
+        none = jnp.zeros((len(coords), 0))
+        return [jax.jit(make)(each) for each in (coords, room(100_000))]
+
+    got = tables()
+    monkeypatch.setattr(maps, "_searches", lambda *_: "xla")
+    jax.tree.map(np.testing.assert_array_equal, got, tables())
+
+
+@pytest.mark.gpu
 def test_rows_beyond_32_bits():
     """More elements than 2^31: the last rows are right, in every result."""
-    rows, channels = (1 << 24) + 16, 128
-    table = jnp.arange(rows, dtype=jnp.int32)[None]
-    maps = row_table(table)
-    x = jnp.zeros((rows, channels), jnp.bfloat16).at[-1].set(1)
+    count, channels = (1 << 24) + 16, 128
+    rows = row_table(jnp.arange(count, dtype=jnp.int32)[None])
+    x = jnp.zeros((count, channels), jnp.bfloat16).at[-1].set(1)
     w = jnp.eye(channels, dtype=jnp.bfloat16)[None, None]
-    y = triton_jax.forward(x, w, maps, precision=None)
+    y = triton_jax.forward(x, w, rows, precision=None)
     assert (y[-1] == 1).all() and not y[:-1].any()
-    dw = triton_jax.weight_grad(x, x, maps, shape=w.shape, precision=None)
-    assert (dw == 1).all()
-    y = depthwise_triton.forward(x, w[:, 0, 0] + 1, maps, precision=None)
+    for pairs in (False, True):
+        dw = triton_jax.weight_grad(x, x, rows, shape=w.shape, precision=None, pairs=pairs)
+        assert (dw == 1).all()
+    y = depthwise_triton.forward(x, w[:, 0, 0] + 1, rows, precision=None)
     assert y[-1].sum() == channels + 1 and not y[:-1].any()
-    dw = depthwise_triton.weight_grad(x, x, maps, shape=(1, channels), precision=None)
+    dw = depthwise_triton.weight_grad(x, x, rows, shape=(1, channels), precision=None)
     assert (dw == 1).all()
 
 

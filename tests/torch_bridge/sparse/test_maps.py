@@ -1,5 +1,7 @@
 """Maps and voxels in PyTorch are JAX's, bit by bit."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -27,17 +29,20 @@ def assert_same_map(got, want):
     same(got.reverse, want.reverse)
 
 
+def asked(case):
+    """The keywords of a case's map."""
+    names = "generative", "transposed", "output_rule", "padding"
+    return {name: case.arguments[name] for name in names} | {"dilation": case.dilation}
+
+
 def both(case):
     """A case's map and output, of PyTorch and of JAX."""
     coords, x, *_ = case.drawn()
-    arguments = case.arguments
-    names = "generative", "transposed", "output_rule", "padding"
-    rest = {name: arguments[name] for name in names}
-    rest |= {"dilation": case.dilation}
     results = []
     for room, make in ((conformance, kernel_map), (in_jax, jax_kernel_map)):
         voxels, onto = room.voxels(case, coords, x)
-        results.append(make(voxels, case.kernel_size, case.stride, output_voxels=onto, **rest))
+        rest = asked(case) | {"output_voxels": onto}
+        results.append(make(voxels, case.kernel_size, case.stride, **rest))
     return results
 
 
@@ -53,6 +58,41 @@ NARROW = (5, 15)
     ],
 )
 def test_maps_are_jaxs_bit_by_bit(case):
+    assert_jaxs(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if i == 15 else [pytest.mark.slow])
+        for i, case in enumerate(CASES)
+    ],
+)
+def test_searches_in_tritons_interpreter_are_jaxs_bit_by_bit(case, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is for Linux alone")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a process has Triton's interpreter or a GPU")
+    monkeypatch.setenv("FLASH_WTCONV_TORCH_SPARSE_CONV_FWD", "triton")
+    assert_jaxs(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_searches_on_a_gpu_are_the_cpus(case):
+    voxels, onto = conformance.voxels(case, *case.drawn()[:2])
+    results = []
+    for device in ("cuda", "cpu"):
+        onto = None if onto is None else onto.to(device)
+        rest = asked(case) | {"output_voxels": onto}
+        found, out = kernel_map(voxels.to(device), case.kernel_size, case.stride, **rest)
+        tables = [list(found.forward), list(found.backward or ()), [out.coords, out.num_valid]]
+        results.append([tensor.cpu() for each in tables for tensor in each])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def assert_jaxs(case):
+    """A case's map and its voxels are JAX's."""
     (got, out), (want, there) = both(case)
     assert_same_map(got, want)
     same(out.coords, there.coords)
