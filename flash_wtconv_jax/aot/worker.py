@@ -233,9 +233,9 @@ def _counted(condition: list[str]) -> int | None:
         ...           "ROOT %l = pred[] compare(%i, %c), direction=LT, metadata={}"])
         27
     """
-    constants = dict(found.groups() for line in condition if (found := _CONSTANT.search(line)))
+    constants = {found[1]: int(found[2]) for line in condition if (found := _CONSTANT.search(line))}
     bounds = [less[1] for line in condition if (less := _LESS.search(line))]
-    return int(constants[bounds[0]]) if bounds and bounds[0] in constants else None
+    return constants.get(bounds[0]) if bounds else None
 
 
 def _branches(line: str) -> list[str]:
