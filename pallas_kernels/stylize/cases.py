@@ -249,6 +249,7 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ConvCase(6, 7, 2, 2, 3, (), (2, 1), ((0, 1), (1, 0)), activation=None, residual=True),
     ConvCase(7, 6, 4, 3, 6, padding="SAME", dtype="bfloat16"),
     ConvCase(7, 6, 4, 3, 6, upsample=2, residual=True, dtype="float16"),
+    ConvCase(8, 7, 8, 3, 8, stride=2, activation=None, dtype="bfloat16"),
     ConvCase(6, 5, 3, 3, 4, residual=True, dtype="float64"),
 )
 """The convolutions of style transfer, every argument once."""
