@@ -110,13 +110,12 @@ def public(modules: Sources) -> Iterator[tuple[str, list[str]]]:
         yield package, sorted({name for name in names if not name.startswith("__")}, key=str.lower)
 
 
-def pages(root: Path) -> dict[str, str]:
+def pages(modules: Sources) -> dict[str, str]:
     """The text of each page by its file name.
 
     Raises:
         LookupError: A public name is defined nowhere.
     """
-    modules = sources(root)
     listed = {package: names for package, names in public(modules)}
     homes = {one: {name: home(modules, one, name) for name in listed[one]} for one in listed}
     # What several packages hand on is shown by the one whose name is the longest.
@@ -153,7 +152,7 @@ def main() -> int:
     folder = ROOT / "docs" / "reference"
     folder.mkdir(exist_ok=True)
     try:
-        found = pages(ROOT)
+        found = pages(sources(ROOT))
     except LookupError as error:
         print(f"flash-wtconv: {error}", file=sys.stderr)
         return 1
