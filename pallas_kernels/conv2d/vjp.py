@@ -524,9 +524,9 @@ def _dx(
             return dx.astype(dtype)
 
         def problem(_: sharding.Shard, dy: jax.Array, w: jax.Array) -> Problem:
-            _, _, channels, _ = window.filters(w.shape)
-            _, *size, _ = window.images((0, *shape))
-            image = window.laid_out(dy.shape[0], *size, channels * window.groups)
+            channels = window.filters(w.shape)[2] * window.groups
+            height, width = window.images((0, *shape))[1:3]
+            image = window.laid_out(dy.shape[0], height, width, channels)
             return _problem(window, image, w.shape, dtype, dy.dtype)
 
         return sharding.split(

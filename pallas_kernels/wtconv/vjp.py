@@ -257,7 +257,7 @@ def _forward(
         )
         windows = _windows(place, x.shape, shapes[0][0], len(shapes) - 1)
         if _in_strips(windows):
-            return _edges_again(lambda x: run(x, taps, bias), *windows, place, x)
+            return _edges_again(lambda x: run(x, taps, bias), windows[0], place, x)
         for window in windows:
             x = window.extended(x, place)
         y = run(x, taps, bias)
@@ -290,7 +290,7 @@ def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
         )
         windows = _windows(place, x.shape, shapes[0][0], len(taps) - 1)
         if _in_strips(windows):
-            found = _of_edges(run, *windows, place, x, dy)
+            found = _of_edges(run, windows[0], place, x, dy)
         else:
             for window in windows:
                 x, dy = window.extended(x, place), window.padded(dy, place)
