@@ -47,8 +47,8 @@ class Layout(NamedTuple):
             ndim: The number of the moved array's axes.
 
         Example:
-            >>> layout_of((5, 6, 7), "x", (0,)).moved_sharding(jax.P(None, "n"), 3)
-            PartitionSpec('n', None, None)
+            >>> list(layout_of((5, 6, 7), "x", (0,)).moved_sharding(jax.P(None, "n"), 3))
+            ['n', None, None]
         """
         if isinstance(sharding, jax.sharding.NamedSharding):
             return sharding.update(spec=self.moved_sharding(sharding.spec, ndim))

@@ -120,7 +120,7 @@ def _sparse(implementation, depthwise=False):
 
 CASES = {
     "wtconv1d": partial(_wtconv, 1, 1, (8, 7, 4)),
-    "wtconv2d": partial(_wtconv, 2, 2, (8, 7, 6, 4)),
+    "wtconv2d": partial(_wtconv, 2, 1, (8, 7, 6, 4)),
     "wtconv3d": partial(_wtconv, 3, 1, (8, 4, 3, 2, 4)),
     "conv2d": partial(_conv2d, padding=1),
     "conv2d_strided": partial(_conv2d, padding="SAME", stride=2),
