@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from flash_wtconv_jax.functional import arguments
 from pallas_kernels.common.arguments import checked_array, checked_integer, checked_pair
+from pallas_kernels.common.sharding import OutSharding
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR, Padding, conv2d
 from pallas_kernels.dispatch import Operator
@@ -112,7 +113,13 @@ def kernel_shape(
     return (*checked_pair(kernel_size, "kernel_size", least=1), in_features // groups, features)
 
 
-def apply(layer: Layer, x: ArrayLike, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+def apply(
+    layer: Layer,
+    x: ArrayLike,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    out_sharding: OutSharding = None,
+) -> jax.Array:
     """Cast input and kernel as a Flax layer does, then call the operator.
 
     Args:
@@ -120,6 +127,7 @@ def apply(layer: Layer, x: ArrayLike, kernel: jax.Array, bias: jax.Array | None)
         x: Input `[*batch, H, W, C]`.
         kernel: `[HF, WF, C / feature_group_count, features]`.
         bias: `[features]`, or None; it is added in its own dtype.
+        out_sharding: As the operator takes it.
 
     Returns:
         Output `[*batch, H_out, W_out, features]`.
@@ -129,7 +137,8 @@ def apply(layer: Layer, x: ArrayLike, kernel: jax.Array, bias: jax.Array | None)
     """
     x, kernel, window = prepared(layer, x, kernel, bias)
     groups, activation = layer.feature_group_count, layer.activation
-    return conv2d(x, kernel, bias=bias, groups=groups, activation=activation, **window)
+    rest: Keywords = {"groups": groups, "activation": activation, "out_sharding": out_sharding}
+    return conv2d(x, kernel, bias=bias, **rest, **window)
 
 
 def prepared(

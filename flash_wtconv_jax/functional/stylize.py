@@ -19,6 +19,7 @@ from pallas_kernels.common.arguments import (
     checked_precision,
 )
 from pallas_kernels.common.dtypes import common_dtype
+from pallas_kernels.common.sharding import OutSharding
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR as CONV2D
 from pallas_kernels.stylize import blocks
@@ -122,6 +123,7 @@ def instance_norm(
     scale: jax.Array | None,
     bias: jax.Array | None,
     residual: ArrayLike | None = None,
+    out_sharding: OutSharding = None,
 ) -> jax.Array:
     """Cast as a Flax norm does, then call the operator.
 
@@ -131,6 +133,7 @@ def instance_norm(
         scale: `[C]` or None.
         bias: `[C]` or None.
         residual: Is added before the activation, of x's shape, or None.
+        out_sharding: As the operator takes it.
 
     Returns:
         Output of x's shape, rounded to the layer's dtype once.
@@ -149,6 +152,7 @@ def instance_norm(
         activation=layer.activation,
         residual=None if residual is None else checked_array(residual, "residual").astype(wide),
         implementation=layer.implementation,
+        out_sharding=out_sharding,
     )
     return y.astype(dtype)
 

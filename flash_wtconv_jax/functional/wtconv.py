@@ -18,6 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from pallas_kernels.common.arguments import checked_array, checked_dtype
+from pallas_kernels.common.sharding import OutSharding
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.haar.filters import filter_bank
 from pallas_kernels.wtconv.api import OPERATOR, wtconv1d, wtconv2d, wtconv3d
@@ -146,7 +147,13 @@ def check_layer(layer: Layer) -> None:
     check_computation(layer)
 
 
-def apply(layer: Layer, ndim: int, x: ArrayLike, params: Mapping[str, jax.Array]) -> jax.Array:
+def apply(
+    layer: Layer,
+    ndim: int,
+    x: ArrayLike,
+    params: Mapping[str, jax.Array],
+    out_sharding: OutSharding = None,
+) -> jax.Array:
     """Check and cast the input as a Flax layer does, then call the operator.
 
     Only `x` is cast. The parameters stay as they are stored: the operator folds the scales into
@@ -158,6 +165,7 @@ def apply(layer: Layer, ndim: int, x: ArrayLike, params: Mapping[str, jax.Array]
         ndim: Number of spatial axes.
         x: Input `[*batch, *spatial, channels]`.
         params: Parameters as `parameter_table` names them.
+        out_sharding: As the operator takes it.
 
     Returns:
         Output `[*batch, *spatial, channels]`, for `stride=1`.
@@ -180,6 +188,7 @@ def apply(layer: Layer, ndim: int, x: ArrayLike, params: Mapping[str, jax.Array]
         stride=layer.stride,
         implementation=layer.implementation,
         precision=layer.precision,
+        out_sharding=out_sharding,
     )
 
 

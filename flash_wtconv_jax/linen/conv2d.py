@@ -10,6 +10,7 @@ from flash_wtconv_jax.functional import arguments, conv2d
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, PerAxis
 from flash_wtconv_jax.linen.parameters import parameter
+from pallas_kernels.common.sharding import OutSharding
 
 
 class Conv2d(nn.Module):
@@ -76,11 +77,13 @@ class Conv2d(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the convolution.
 
         Args:
             x: Input `[*batch, H, W, C]` with any number of batch axes, none included.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             `[*batch, H_out, W_out, features]`.
@@ -96,7 +99,7 @@ class Conv2d(nn.Module):
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", self.bias_init, (self.features,), self.param_dtype)
-        return conv2d.apply(self, x, kernel, bias)
+        return conv2d.apply(self, x, kernel, bias, out_sharding)
 
 
 class Conv2D(Conv2d):

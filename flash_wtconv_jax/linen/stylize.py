@@ -10,6 +10,7 @@ from flash_wtconv_jax.functional import arguments, stylize
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, PerAxis, kernel_shape
 from flash_wtconv_jax.linen.parameters import parameter
+from pallas_kernels.common.sharding import OutSharding
 
 
 class InstanceNorm(nn.Module):
@@ -58,12 +59,19 @@ class InstanceNorm(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike, residual: ArrayLike | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        residual: ArrayLike | None = None,
+        out_sharding: OutSharding = None,
+    ) -> jax.Array:
         """Normalise each channel of each image.
 
         Args:
             x: Input `[*batch, H, W, C]` with any number of batch axes, none included.
             residual: Is added before the activation, of x's shape.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             An array of x's shape.
@@ -78,7 +86,7 @@ class InstanceNorm(nn.Module):
             scale = parameter(self, "scale", self.scale_init, shape, self.param_dtype)
         if self.use_bias:
             bias = parameter(self, "bias", self.bias_init, shape, self.param_dtype)
-        return stylize.instance_norm(self, x, scale, bias, residual)
+        return stylize.instance_norm(self, x, scale, bias, residual, out_sharding)
 
 
 class ConvNormAct(nn.Module):

@@ -12,6 +12,7 @@ from flash_wtconv_jax.functional import arguments, wtconv
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
 from flash_wtconv_jax.linen.parameters import parameter
+from pallas_kernels.common.sharding import OutSharding
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
@@ -39,11 +40,13 @@ class _WTConv(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the wavelet convolution.
 
         Args:
             x: Input `[*batch, *spatial, channels]` with any number of batch axes, none included.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             `[*batch, *spatial, channels]` for `stride=1`.
@@ -66,7 +69,7 @@ class _WTConv(nn.Module):
             name: parameter(self, name, entry.init, entry.shape, self.param_dtype)
             for name, entry in table.items()
         }
-        return wtconv.apply(self, self.ndim, x, params)
+        return wtconv.apply(self, self.ndim, x, params, out_sharding)
 
 
 class WTConv1d(_WTConv):

@@ -10,6 +10,7 @@ from flash_wtconv_jax.functional import arguments, conv2d
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, PerAxis
 from pallas_kernels.common.arguments import hashable
+from pallas_kernels.common.sharding import OutSharding
 
 
 class Conv2d(nnx.Module):
@@ -85,11 +86,13 @@ class Conv2d(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the convolution.
 
         Args:
             x: Input `[*batch, H, W, in_features]` with any number of batch axes, none included.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             `[*batch, H_out, W_out, out_features]`.
@@ -99,4 +102,4 @@ class Conv2d(nnx.Module):
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
         bias = None if self.bias is None else self.bias[...]
-        return conv2d.apply(self, x, self.kernel[...], bias)
+        return conv2d.apply(self, x, self.kernel[...], bias, out_sharding)

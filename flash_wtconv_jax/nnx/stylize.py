@@ -10,6 +10,7 @@ from flash_wtconv_jax.functional import arguments, stylize
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, PerAxis, kernel_shape
 from pallas_kernels.common.arguments import hashable
+from pallas_kernels.common.sharding import OutSharding
 
 
 class InstanceNorm(nnx.Module):
@@ -69,12 +70,19 @@ class InstanceNorm(nnx.Module):
         if use_bias:
             self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype))
 
-    def __call__(self, x: ArrayLike, residual: ArrayLike | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        residual: ArrayLike | None = None,
+        out_sharding: OutSharding = None,
+    ) -> jax.Array:
         """Normalise each channel of each image.
 
         Args:
             x: Input `[*batch, H, W, num_features]` with any number of batch axes, none included.
             residual: Is added before the activation, of x's shape.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             An array of x's shape.
@@ -84,7 +92,7 @@ class InstanceNorm(nnx.Module):
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
-        return stylize.instance_norm(self, x, scale, bias, residual)
+        return stylize.instance_norm(self, x, scale, bias, residual, out_sharding)
 
 
 class ConvNormAct(nnx.Module):

@@ -12,6 +12,7 @@ from flash_wtconv_jax.functional import arguments, wtconv
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
 from pallas_kernels.common.arguments import hashable
+from pallas_kernels.common.sharding import OutSharding
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
@@ -70,11 +71,13 @@ class _WTConv(nnx.Module):
         for key, (name, parameter) in zip(keys, table.items(), strict=True):
             setattr(self, name, nnx.Param(parameter.init(key, parameter.shape, param_dtype)))
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the wavelet convolution.
 
         Args:
             x: Input `[*batch, *spatial, channels]` with any number of batch axes, none included.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             `[*batch, *spatial, channels]` for `stride=1`.
@@ -84,7 +87,7 @@ class _WTConv(nnx.Module):
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
         params = {name: getattr(self, name)[...] for name in self.parameter_names}
-        return wtconv.apply(self, self.ndim, x, params)
+        return wtconv.apply(self, self.ndim, x, params, out_sharding)
 
 
 class WTConv1d(_WTConv):

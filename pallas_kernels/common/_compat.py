@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from pallas_kernels.common.device import on_cpu
@@ -302,3 +303,27 @@ def lowered_triton_call(context: Any, operands: Sequence[Any], launch: bytes) ->
         return rule(context, *operands, opaque=launch)
     rule = jax.ffi.ffi_lowering(TRITON_TARGET, api_version=2, backend_config=cast(Any, launch))
     return rule(context, *operands)
+
+
+def tiles_over_devices(sharding: Any, ndim: int) -> list[np.ndarray] | None:
+    """For each axis of an array the index of the tile that each device of a program has.
+
+    XLA's own shardings, which `custom_partitioning` is told without `decode_shardings`, are read
+    by private methods alone (JAX 0.10 to 0.12).
+
+    Args:
+        sharding: The sharding, or None.
+        ndim: The number of the array's axes.
+
+    Returns:
+        For each axis an array with an element a device; None where each has the whole array.
+    """
+    if sharding is None:
+        return None
+    tiled = sharding._to_xla_hlo_sharding(ndim)
+    if not tiled.is_tiled():
+        return None
+    sizes, ids = tiled.tile_assignment_dimensions(), np.asarray(tiled.tile_assignment_devices())
+    # A last dimension beyond the array's is that of copies.
+    places = np.unravel_index(np.argsort(ids), sizes)
+    return [np.asarray(place) for place in places[:ndim]]

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.sharding import gathered
 
 Source = tuple[jax.Array, ArrayLike]
 """A signal `[..., C]`, and the one."""
@@ -44,7 +45,10 @@ def in_one(bias: jax.Array | None, dy: jax.Array) -> jax.Array:
     """
     total = summed(dy)
     zero = jnp.zeros((), total.dtype)
-    return zero if bias is None else jnp.vdot(bias.astype(total.dtype), total)
+    if bias is None:
+        return zero
+    bias, total = map(gathered, (bias, total))
+    return jnp.vdot(bias.astype(total.dtype), total)
 
 
 def summed(dy: jax.Array) -> jax.Array:

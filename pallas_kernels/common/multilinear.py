@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from pallas_kernels.common.sharding import placed_like
 from pallas_kernels.common.types import Tree
 
 Function = Callable[..., Tree]
@@ -144,7 +145,7 @@ def _transpose(
     found = transposes[i - known](cotangent, *arguments[:i], *arguments[i + 1 :])
     # A part of the argument may be known after all: the zeros of what is not differentiated.
     wanted = (
-        _placed_like(leaf.aval, value) if ad.is_undefined_primal(leaf) else None
+        placed_like(value, leaf.aval) if ad.is_undefined_primal(leaf) else None
         for leaf, value in zip(parts[i], jax.tree.leaves(found), strict=True)
     )
     nothing = [[None] * len(part) for part in parts]
@@ -197,14 +198,6 @@ def _batch(
 ad.primitive_jvps[_multilinear] = _differentiate
 ad.primitive_transposes[_multilinear] = _transpose
 batching.primitive_batchers[_multilinear] = _batch
-
-
-def _placed_like(type_: Any, value: jax.Array) -> jax.Array:
-    """A cotangent, resharded as its argument is where that is on a mesh of Explicit axes."""
-    wanted = type_.sharding
-    if wanted.mesh.empty or wanted == jax.typeof(value).sharding:
-        return value
-    return jax.sharding.reshard(value, wanted)
 
 
 def _parted(leaves: Sequence[Any], trees: Sequence[Any]) -> list[list[Any]]:

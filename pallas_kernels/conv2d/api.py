@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.common import device
+from pallas_kernels.common import device, sharding
 from pallas_kernels.common.arguments import (
     Precision,
     checked_array,
@@ -23,7 +23,6 @@ from pallas_kernels.common.arguments import (
     checked_precision,
     hashable,
     remembered,
-    sharded,
     surely,
 )
 from pallas_kernels.common.integers import LARGEST
@@ -80,6 +79,7 @@ def conv2d(
     precision: Precision = None,
     implementation: Choice = None,
     config: TileConfig | None = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """Dense convolution (cross-correlation) of images, with bias and activation in one kernel.
 
@@ -111,10 +111,11 @@ def conv2d(
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
             environment's (`FLASH_WTCONV_CONV2D_FWD`, `..._BWD`), the one that was the fastest
-            for such a call on this kind of device, where that was measured and nothing is
-            sharded over Explicit axes of a mesh, or the device's rule.
+            for such a call on this kind of device, where that was measured, or the device's rule.
         config: Tiles of a kernel of ours; None takes those measured or made for the shape. XLA
             picks its own.
+        out_sharding: How the output is split over a mesh, as `wtconv2d` takes it; of x the batch
+            is split alike, of w and the bias the features.
 
     Returns:
         `[*batch, H_out, W_out, NF]`, in "nchw_fchw" `[*batch, NF, H_out, W_out]`, with `H_out =
@@ -150,16 +151,16 @@ def conv2d(
         config=config,
     )
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
-    if sharded(x) or sharded(w):
-        # A kernel gathers what is sharded over Explicit axes, and XLA, the rule's first, does not:
-        # what was measured on one device is no default there.
-        fwd, bwd = fwd._replace(device_kind=None), bwd._replace(device_kind=None)
-    problem = call.implemented
+    rule = vjp.rule_of(call.problem.window, x.shape, w.shape)
+    spread = sharding.spread(rule, [x, w], out_sharding)
+    fwd, bwd = spread.allowed(fwd, bwd)
+    problem = vjp.of_shard(call.implemented, spread.shard)
     measured = problem, bias is not None, activation, call.precision, config
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", *measured)
     module, tiles = OPERATOR.module(chosen.implementation), vjp.tiles(config, chosen)
-    rows = vjp.takes_whole_rows(chosen)
-    plan = vjp.Plan(module, tiles, call.problem.window, call.precision, config, bwd, rows)
+    rows = vjp.takes_whole_rows(chosen, spread.shard)
+    static = call.problem.window, call.precision, config, bwd, rows, fwd, spread.stated
+    plan = vjp.Plan(module, tiles, *static)
     return vjp.conv2d(plan, activation, problem.out_dtype, x, w, bias)
 
 

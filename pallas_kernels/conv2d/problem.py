@@ -85,7 +85,7 @@ class Window(NamedTuple):
         """
         return (n, h, w, c) if self.layout == "nhwc_hwcf" else (n, c, h, w)
 
-    def filters_laid_out(self, h: int, w: int, c: int, f: int) -> tuple[int, int, int, int]:
+    def filters_laid_out(self, h: Each, w: Each, c: Each, f: Each) -> tuple[Each, Each, Each, Each]:
         """The shape of filters of this layout: the inverse of `filters`.
 
         Example:

@@ -279,11 +279,11 @@ def _computed(
 
 def _assembled(grid: list[list[jax.Array]], window: Window) -> jax.Array:
     """The whole output."""
-    down, across = _image_axes(window)
+    down, across = image_axes(window)
     return _interleaved([_interleaved(row, across) for row in grid], down)
 
 
-def _image_axes(window: Window) -> Pair:
+def image_axes(window: Window) -> Pair:
     """The axes H and W of images."""
     return (1, 2) if window.layout == "nhwc_hwcf" else (2, 3)
 
@@ -291,12 +291,12 @@ def _image_axes(window: Window) -> Pair:
 def _prepared(x: jax.Array, window: Window) -> jax.Array:
     """The images that the phases read."""
     if _upsampled(window):
-        for axis in _image_axes(window):
+        for axis in image_axes(window):
             x = _interleaved([x, x], axis)
         return mirrored(x, window)
     if window.reflect:
         # Not by "edge" of `jnp.pad`, which does not take what is sharded over Explicit axes.
-        for axis, (before, after) in zip(_image_axes(window), window.pads, strict=True):
+        for axis, (before, after) in zip(image_axes(window), window.pads, strict=True):
             first = lax.slice_in_dim(x, 0, before, axis=axis)
             last = lax.slice_in_dim(x, x.shape[axis] - after, None, axis=axis)
             x = jnp.concatenate([first, x, last], axis)
@@ -339,7 +339,7 @@ def _parts(
     window: Window, size: Sequence[int], filters: tuple[int, ...], dy: jax.Array
 ) -> list[tuple[Phase, jax.Array]]:
     """Each phase, and the part of dy that is the gradient of its outputs."""
-    down, across = _image_axes(window)
+    down, across = image_axes(window)
     rows = phases(window, size, window.filters(filters)[:2])
     parts = _divided(dy, down, [row[0].outputs[0] for row in rows])
     return [

@@ -16,15 +16,15 @@ smaller convolutions that do the same. With `moments` a forward returns `(y, mom
 that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`.
 """
 
-import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels.common import halos, sharding
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
@@ -36,7 +36,7 @@ from pallas_kernels.conv2d import upsampling, whole_rows
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.moments import WithMoments
 from pallas_kernels.conv2d.problem import Problem, Window
-from pallas_kernels.conv2d.xla import along_features
+from pallas_kernels.conv2d.xla import along_features, epilogue
 from pallas_kernels.dispatch import Candidate, Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
@@ -64,6 +64,8 @@ class Plan(NamedTuple):
         backward: The request by which the backward rule chooses an implementation; None in a
             plan that is timed, which nobody differentiates.
         whole_rows: Whether a row of taps is multiplied as one, see the module of that name.
+        request: The request by which `module` was chosen, None in a plan that is timed.
+        stated: How the caller has stated that the output is split over a mesh.
     """
 
     module: Implementation
@@ -73,24 +75,28 @@ class Plan(NamedTuple):
     given: TileConfig | None
     backward: Request | None
     whole_rows: bool = False
+    request: Request | None = None
+    stated: sharding.Stated | None = None
 
-    def problem(self, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> Problem:
-        """The description of a convolution of these arrays."""
-        height, width, _, features = self.window.filters(w.shape)
-        images = self.window.images(x.shape)
-        return Problem(images, x.dtype, height, width, features, self.window, out_dtype)
+    def by(self, module: Implementation) -> "Plan":
+        """The plan with another implementation, which takes its own parameters."""
+        return self._replace(module=module, config=self.given)
 
-    def for_backward(self, problem: Problem) -> "Plan":
+    def for_backward(self, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> "Plan":
         """The plan of the backward pass, whose implementation is chosen here, where it is called.
 
         Args:
-            problem: The convolution.
+            x: The images, or another array that is split as they are.
+            w: The filters.
+            out_dtype: The dtype of the output.
 
         Raises:
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
         assert self.backward is not None
-        problem = upsampling.implemented(problem)
+        spread = sharding.spread(rule_of(self.window, x.shape, w.shape), [x, w], self.stated)
+        problem = _problem(self.window, x.shape, w.shape, x.dtype, out_dtype)
+        problem = of_shard(upsampling.implemented(problem), spread.shard)
         backward = moved_here(self.backward)
         operator = backward.operator
         static = problem, False, None, self.precision, self.given
@@ -98,7 +104,8 @@ class Plan(NamedTuple):
         return self._replace(
             module=operator.module(chosen.implementation),
             config=tiles(self.given, chosen),
-            whole_rows=takes_whole_rows(chosen),
+            whole_rows=takes_whole_rows(chosen, spread.shard),
+            request=backward,
         )
 
     def static_kwargs(self, window: Window) -> dict[str, object]:
@@ -112,9 +119,108 @@ def tiles(given: TileConfig | None, chosen: Candidate) -> TileConfig | None:
     return given or (TileConfig(**own) if own else None)
 
 
-def takes_whole_rows(chosen: Candidate) -> bool:
-    """Whether rows of taps multiplied as one were measured to be the fastest."""
-    return bool(dict(chosen.config).get(whole_rows.NAME))
+def takes_whole_rows(chosen: Candidate, shard: sharding.Shard = sharding.WHOLE) -> bool:
+    """Whether rows of taps multiplied as one were measured to be the fastest.
+
+    They become channels or features, which then cannot be split over a mesh.
+    """
+    return bool(dict(chosen.config).get(whole_rows.NAME)) and not shard.splits("c", "f", "h", "w")
+
+
+@cache
+def rule(window: Window, size: tuple[int, ...], taps: tuple[int, ...]) -> sharding.Rule:
+    """The axes of images, filters and the output.
+
+    Channels and features may be split where there is one group. Rows and columns may where each
+    shard of the image has the outputs of its own samples: as many as `size / stride` in all.
+
+    Args:
+        window: The window.
+        size: Height and width of the images.
+        taps: Height and width of the filters.
+
+    Example:
+        >>> found = rule(Window(pads=((1, 1), (1, 1))), (8, 8), (3, 3))
+        >>> found.operands, found.results, found.units
+        (('n h w c', '_ _ c f'), ('n h w f',), (('h', 1), ('w', 1)))
+    """
+    known = all(isinstance(n, int) for n in size) and window.upsample == 1 and not window.reflect
+    outputs = window.output(size, taps) if known else (0, 0)
+    ends = zip("hw", size, outputs, window.stride, strict=True)
+    units = tuple((name, step) for name, n, out, step in ends if out and n == out * step)
+    kept = dict(units)
+    rows, columns = ("h" if "h" in kept else "_"), ("w" if "w" in kept else "_")
+    images, output = (" ".join(window.laid_out("n", rows, columns, last)) for last in "cf")
+    filters = " ".join(window.filters_laid_out("_", "_", "c", "f"))
+    free = "ncf" if window.groups == 1 else "n"
+    return sharding.Rule((images, filters), (output,), frozenset(free), units)
+
+
+def rule_of(window: Window, images: tuple[int, ...], filters: tuple[int, ...]) -> sharding.Rule:
+    """The rule for images and filters of these shapes; batches of images may have any rank."""
+    shape = window.images(images[-4:] if len(images) > 3 else (1, *images))
+    return rule(window, shape[1:3], window.filters(filters)[:2])
+
+
+def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
+    """The convolution that a shard computes."""
+    if not shard.counts:
+        return problem
+    n, *size, channels = shard.local(problem.shape, "n h w c")
+    taps = problem.kernel_height, problem.kernel_width
+    shape = n, *_read(problem.window, tuple(size), taps, shard), channels
+    (features,) = shard.local((problem.features,), "f")
+    return problem._replace(shape=shape, features=features)
+
+
+def _around(
+    window: Window, taps: Sequence[int], shard: sharding.Shard
+) -> dict[str, tuple[int, int]]:
+    """Of each axis of an image that is split the samples that a shard reads around its own."""
+    found = {}
+    for i, name in enumerate("hw"):
+        if shard.splits(name):
+            before, reach = window.pads[i][0], window.dilation[i] * (taps[i] - 1)
+            found[name] = before, reach - before - window.stride[i] + 1
+    return found
+
+
+def _read(
+    window: Window, size: tuple[int, ...], taps: Sequence[int], shard: sharding.Shard
+) -> tuple[int, ...]:
+    """Height and width of what a shard of this size reads."""
+    around = _around(window, taps, shard)
+    return tuple(n + sum(around.get(name, (0, 0))) for name, n in zip("hw", size, strict=True))
+
+
+def _surrounded(
+    window: Window, taps: Sequence[int], shard: sharding.Shard, x: jax.Array
+) -> jax.Array:
+    """The images that a shard reads, of which x has its own samples."""
+    for name, (before, after) in _around(window, taps, shard).items():
+        axis = window.laid_out("n", "h", "w", "c").index(name)
+        x = halos.surrounded(x, axis, shard, name, before, after)
+    return x
+
+
+def _inside(window: Window, shard: sharding.Shard) -> Window:
+    """The window of a shard, around which there is nothing where its neighbours' samples are."""
+    rows, columns = (
+        (0, 0) if shard.splits(name) else pads for name, pads in zip("hw", window.pads, strict=True)
+    )
+    return window._replace(pads=(rows, columns))
+
+
+def _problem(
+    window: Window,
+    images: tuple[int, ...],
+    filters: tuple[int, ...],
+    dtype: jnp.dtype,
+    out_dtype: jnp.dtype,
+) -> Problem:
+    """The description of a convolution of images and filters of these shapes."""
+    height, width, _, features = window.filters(filters)
+    return Problem(window.images(images), dtype, height, width, features, window, out_dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -129,10 +235,13 @@ def conv2d(
     """The convolution of images `[*batch, H, W, C]`, in the plan's layout, with its epilogue."""
     batch = x.shape[:-3]
     # Here, since an eager reshape takes the host longer than all checks of the arguments.
-    x = x.reshape(math.prod(batch), *x.shape[-3:])
+    x = sharding.flat(x, len(batch))
+    if plan.window.upsample > 1:
+        for axis in upsampling.image_axes(plan.window):
+            x = sharding.whole(x, axis)
     arrays = x, w, bias
     y = _apply(plan, activation, out_dtype, *vary_like(arrays, arrays))
-    return y.reshape(*batch, *y.shape[1:])
+    return sharding.unflat(y, batch)
 
 
 def conv2d_with_moments(
@@ -182,7 +291,7 @@ def _apply_jvp(
     if not isinstance(dbias, SymbolicZero | None):
         # In the wider dtype, in which the transpose sums.
         wide = along_features(dbias.astype(acc), plan.window)
-        terms.append(jnp.broadcast_to(wide, kept.shape).astype(out_dtype))
+        terms.append(sharding.broadcast_to(wide, kept.shape, kept, range(4)).astype(out_dtype))
 
     def epilogue(kept: jax.Array) -> jax.Array:
         return activate(kept.astype(acc), activation).astype(out_dtype)
@@ -205,17 +314,16 @@ def linear(plan: Plan, out_dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> jax.
         x: The images.
         w: The filters.
     """
-    problem = plan.problem(x, w, out_dtype)
     of_x, of_w = (x.shape[1:], x.dtype), (w.shape, w.dtype)
 
     def run(x: jax.Array, w: jax.Array) -> jax.Array:
         return _forward(plan, None, out_dtype, x, w, None)
 
     def in_x(dy: jax.Array, w: jax.Array) -> jax.Array:
-        return _input_grad(plan.for_backward(problem), *of_x, dy, w)
+        return _input_grad(plan.for_backward(x, w, out_dtype), *of_x, dy, w)
 
     def in_w(dy: jax.Array, x: jax.Array) -> jax.Array:
-        return _weight_grad(plan.for_backward(problem), *of_w, x, dy)
+        return _weight_grad(plan.for_backward(x, w, out_dtype), *of_w, x, dy)
 
     return multilinear(run, (in_x, in_w), x, w)
 
@@ -335,10 +443,27 @@ def _forward(
     """The output of an implementation, and where asked for its moments."""
 
     def kernel(
-        window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None, **static: object
+        window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None, **static: Any
     ) -> Tree:
-        one = partial(cast(Kernels, plan.module).forward, **static, **plan.static_kwargs(window))
-        return one(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(one)(x, w, bias)
+        if moments:
+            # The tiles of a shard are not those of the whole.
+            one = partial(
+                cast(Kernels, plan.module).forward, **static, **plan.static_kwargs(window)
+            )
+            return one(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(one)(x, w, bias)
+        whole = rule_of(window, x.shape, w.shape)
+
+        def problem(_: sharding.Shard, x: jax.Array, w: jax.Array, __: Tree) -> Problem:
+            return _problem(window, x.shape, w.shape, x.dtype, static["out_dtype"])
+
+        return sharding.split(
+            partial(_shard_forward, window=window, **static),
+            whole._replace(operands=(*whole.operands, *["f"] * (bias is not None))),
+            plan,
+            problem,
+            *(x, w, bias),
+            mapped=vmap_folding,
+        )
 
     static: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
     if moments:
@@ -351,13 +476,67 @@ def _forward(
     return upsampled(run, plan.window, x, w, bias)
 
 
+def _shard_forward(
+    plan: Plan,
+    place: sharding.Shard,
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    *,
+    window: Window,
+    activation: str | None,
+    out_dtype: jnp.dtype,
+) -> jax.Array:
+    """The output of a shard: channels that are split are summed before the epilogue."""
+    forward = cast(Kernels, plan.module).forward
+    x = _surrounded(window, window.filters(w.shape)[:2], place, x)
+    window = _inside(window, place)
+    static = plan.static_kwargs(window)
+    if not place.splits("c"):
+        return cast(
+            jax.Array, forward(x, w, bias, activation=activation, out_dtype=out_dtype, **static)
+        )
+    wide = accumulation_dtype(x.dtype)
+    y = place.sum(forward(x, w, None, activation=None, out_dtype=wide, **static), "c")
+    return epilogue(y, bias, window, activation).astype(out_dtype)
+
+
 def _dx(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, dy: jax.Array, w: jax.Array
 ) -> jax.Array:
-    def kernel(window: Window, dy: jax.Array, w: jax.Array, **like: object) -> jax.Array:
-        static = plan.static_kwargs(window)
-        one = partial(cast(Kernels, plan.module).input_grad, **like, **static)
-        return one(dy, w) if plan.module.DIFFERENTIABLE else vmap_folding(one)(dy, w)
+    def kernel(
+        window: Window, dy: jax.Array, w: jax.Array, *, shape: tuple[int, ...], dtype: jnp.dtype
+    ) -> jax.Array:
+        whole = rule_of(window, (1, *shape), w.shape)
+        (images, filters), (output,), free, units = whole
+
+        def shard(plan: Plan, place: sharding.Shard, dy: jax.Array, w: jax.Array) -> jax.Array:
+            own = dy.shape[0], *place.local((0, *shape), images)[1:]
+            wide = accumulation_dtype(dtype) if place.splits("f", "h", "w") else dtype
+            extend = partial(_surrounded, window, window.filters(w.shape)[:2], place)
+            read = jax.eval_shape(extend, jax.ShapeDtypeStruct(own, wide)).shape
+            static = plan.static_kwargs(_inside(window, place))
+            run = cast(Kernels, plan.module).input_grad
+            dx = place.sum(run(dy, w, shape=read[1:], dtype=wide, **static), "f")
+            if place.splits("h", "w"):
+                # What is added to the neighbours' samples goes back to them.
+                (dx,) = jax.linear_transpose(extend, jax.ShapeDtypeStruct(own, wide))(dx)
+            return dx.astype(dtype)
+
+        def problem(_: sharding.Shard, dy: jax.Array, w: jax.Array) -> Problem:
+            channels = window.filters(w.shape)[2] * window.groups
+            height, width = window.images((0, *shape))[1:3]
+            image = window.laid_out(dy.shape[0], height, width, channels)
+            return _problem(window, image, w.shape, dtype, dy.dtype)
+
+        return sharding.split(
+            shard,
+            sharding.Rule((output, filters), (images,), free, tuple((n, 1) for n, _ in units)),
+            plan,
+            problem,
+            *(dy, w),
+            mapped=vmap_folding,
+        )
 
     run = partial(whole_rows.input_grad, kernel) if plan.whole_rows else kernel
     if plan.window.upsample == 1:
@@ -368,10 +547,32 @@ def _dx(
 def _dw(
     plan: Plan, shape: tuple[int, ...], dtype: jnp.dtype, x: jax.Array, dy: jax.Array
 ) -> jax.Array:
-    def kernel(window: Window, x: jax.Array, dy: jax.Array, **like: object) -> jax.Array:
-        static = plan.static_kwargs(window)
-        one = partial(cast(Kernels, plan.module).weight_grad, **like, **static)
-        return one(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(one)(x, dy)
+    def kernel(
+        window: Window, x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], dtype: jnp.dtype
+    ) -> jax.Array:
+        (images, filters), (output,), free, units = rule_of(window, x.shape, shape)
+        taps = window.filters(shape)[:2]
+
+        def shard(plan: Plan, place: sharding.Shard, x: jax.Array, dy: jax.Array) -> jax.Array:
+            x = _surrounded(window, taps, place, x)
+            static = plan.static_kwargs(_inside(window, place))
+            static["shape"] = place.local(shape, filters)
+            run = partial(cast(Kernels, plan.module).weight_grad, x, dy, **static)
+            return place.summed(run, dtype, "n", "h", "w")
+
+        def problem(_: sharding.Shard, x: jax.Array, dy: jax.Array) -> Problem:
+            channels, features = (window.images(each.shape)[3] for each in (x, dy))
+            local = window.filters_laid_out(*taps, channels // window.groups, features)
+            return _problem(window, x.shape, local, x.dtype, dy.dtype)
+
+        return sharding.split(
+            shard,
+            sharding.Rule((images, output), (filters,), free, units),
+            plan,
+            problem,
+            *(x, dy),
+            mapped=vmap_sequential,
+        )
 
     run = partial(whole_rows.weight_grad, kernel) if plan.whole_rows else kernel
     if plan.window.upsample == 1:

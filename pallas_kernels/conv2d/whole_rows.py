@@ -20,10 +20,9 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Json, Keywords, Tree
-from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.moments import of_rows
 from pallas_kernels.conv2d.problem import Problem, Window
-from pallas_kernels.conv2d.xla import along_features, mirrored, transposed
+from pallas_kernels.conv2d.xla import epilogue, mirrored, transposed
 
 Run = Callable[..., Tree]
 """A function of an implementation, whose first argument is the window."""
@@ -74,18 +73,15 @@ def forward(
         moments: Whether to return its moments, too.
     """
     form = _Form(window, x.shape, w.shape)
-    epilogue: Keywords = {"activation": activation, "out_dtype": out_dtype}
-    epilogue |= {"moments": True} if moments else {}
+    rest: Keywords = {"activation": activation, "out_dtype": out_dtype}
+    rest |= {"moments": True} if moments else {}
     if form.gathers:
-        return run(form.window, form.prepared(x), form.folded(w), bias, **epilogue)
+        return run(form.window, form.prepared(x), form.folded(w), bias, **rest)
     wide = accumulation_dtype(x.dtype)
     products = run(
         form.window, form.prepared(x), form.folded(w), None, activation=None, out_dtype=wide
     )
-    y = form.added(products)
-    if bias is not None:
-        y = y + along_features(bias.astype(wide), window)
-    y = activate(y, activation)
+    y = epilogue(form.added(products), bias, window, activation)
     return (y.astype(out_dtype), of_rows(y, window)) if moments else y.astype(out_dtype)
 
 

@@ -52,9 +52,7 @@ def forward(
     # 16-bit outputs stay 16 bits wide until the epilogue.
     stays = platform() == "gpu" and out_dtype == x.dtype
     y = _conv(x, w, window, precision, None if stays else acc).astype(acc)
-    if bias is not None:
-        y = y + along_features(bias.astype(acc), window)
-    y = activate(y, activation)
+    y = epilogue(y, bias, window, activation)
     return (y.astype(out_dtype), of_rows(y, window)) if moments else y.astype(out_dtype)
 
 
@@ -127,6 +125,15 @@ def mirrored(x: jax.Array, window: Window) -> jax.Array:
 def along_features(bias: jax.Array, window: Window) -> jax.Array:
     """A bias `[NF]` as one image of one pixel in the window's layout."""
     return bias.reshape(window.laid_out(1, 1, 1, bias.size))
+
+
+def epilogue(
+    y: jax.Array, bias: jax.Array | None, window: Window, activation: str | None
+) -> jax.Array:
+    """The sums of a convolution with its bias added, through its activation."""
+    if bias is not None:
+        y = y + along_features(bias.astype(y.dtype), window)
+    return activate(y, activation)
 
 
 def _conv(

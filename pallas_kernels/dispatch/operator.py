@@ -257,7 +257,7 @@ class Request(NamedTuple):
         Raises:
             NotImplementedError: No candidate can run; says why for each.
         """
-        return next(self._able(problem))
+        return next(self.able(problem))
 
     def choose(
         self, problem: Problem, measurement: Callable[..., Measurement], *arguments: Hashable
@@ -281,7 +281,7 @@ class Request(NamedTuple):
         """
         return _chosen(self, problem, measurement, *arguments)
 
-    def _able(self, problem: Problem) -> Iterator[str]:
+    def able(self, problem: Problem) -> Iterator[str]:
         """The candidates that can run, best first; raises where there are none."""
         preference = self.operator._preference(
             self.direction, self.platform, problem, self.device_kind
@@ -350,7 +350,7 @@ def _chosen(
     """The result of `Request.choose`, which a block of `tuner.recorded` records once."""
     if request.epoch is None:
         return Candidate(request.pick(problem))
-    able = list(request._able(problem))
+    able = list(request.able(problem))
     modules = {name: request.operator.module(name) for name in able}
     best = tuner.fastest(
         *(request.operator.name, request.direction, problem.measured_as(), modules, request.mode),

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common.arguments import (
     MOST_LEVELS,
-    check_unsharded,
     checked_array,
     checked_integer,
     surely,
@@ -75,6 +75,7 @@ def dwt(
     axis: int = -2,
     *,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One level of 1-D analysis, channels last, as `pywt.dwt`.
 
@@ -85,6 +86,7 @@ def dwt(
             `"zero"`; a name is PyWavelets' mode.
         axis: The axis of the samples.
         implementation: Filter on the implementations.
+        out_sharding: How data, or what it is made of, is split over a mesh, see `wtconv2d`.
 
     Returns:
         `(cA, cD)`, each `[*batch, ceil(L / 2), C]` in data's dtype; with a mode as many as
@@ -101,7 +103,7 @@ def dwt(
         >>> dwt(jnp.ones((2, 9)), "DB2", "symmetric", axis=-1)[0].shape
         (2, 6)
     """
-    low, ((high,),) = _wavedec(data, (axis,), wavelet, 1, mode, implementation)
+    low, ((high,),) = _wavedec(data, (axis,), wavelet, 1, mode, implementation, out_sharding)
     return low, high
 
 
@@ -113,6 +115,7 @@ def idwt(
     axis: int = -2,
     *,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """One level of 1-D synthesis, channels last, as `pywt.idwt`: the inverse of `dwt`.
 
@@ -123,7 +126,7 @@ def idwt(
         >>> idwt(*dwt(jnp.ones((4, 1)))).shape
         (4, 1)
     """
-    return _waverec(cA, [{"cD": cD}], (axis,), wavelet, mode, None, implementation)
+    return _waverec(cA, [{"cD": cD}], (axis,), wavelet, mode, None, implementation, out_sharding)
 
 
 def dwt2(
@@ -133,6 +136,7 @@ def dwt2(
     axes: Sequence[int] = (-3, -2),
     *,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> tuple[jax.Array, Details2]:
     """One level of 2-D analysis, channels last, as `pywt.dwt2`.
 
@@ -142,6 +146,7 @@ def dwt2(
         mode: As `dwt` takes it.
         axes: The axes of the rows and of the columns; `(1, 2)` reads images `[N, H, W]`.
         implementation: Filter on the implementations.
+        out_sharding: How data, or what it is made of, is split over a mesh, see `wtconv2d`.
 
     Returns:
         `(cA, (cH, cV, cD))`, each `[*batch, ceil(H / 2), ceil(W / 2), C]` in data's dtype; cH is
@@ -157,7 +162,7 @@ def dwt2(
         (2, 4, 5, 3)
     """
     axes = checked_axes(axes, 2)
-    low, ((cH, cV, cD),) = _wavedec(data, axes, wavelet, 1, mode, implementation)
+    low, ((cH, cV, cD),) = _wavedec(data, axes, wavelet, 1, mode, implementation, out_sharding)
     return low, (cH, cV, cD)
 
 
@@ -168,6 +173,7 @@ def idwt2(
     axes: Sequence[int] = (-3, -2),
     *,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """One level of 2-D synthesis, channels last, as `pywt.idwt2`: the inverse of `dwt2`.
 
@@ -182,7 +188,9 @@ def idwt2(
         raise ValueError(f"coeffs: expected (cA, (cH, cV, cD)), got {_seen(coeffs)}")
     low, details = coeffs
     axes = checked_axes(axes, 2)
-    return _waverec(low, [_named2(details, "coeffs")], axes, wavelet, mode, None, implementation)
+    return _waverec(
+        low, [_named2(details, "coeffs")], axes, wavelet, mode, None, implementation, out_sharding
+    )
 
 
 def dwt3(
@@ -192,6 +200,7 @@ def dwt3(
     axes: Sequence[int] = (-4, -3, -2),
     *,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> DetailsN:
     """One level of 3-D analysis, channels last, as `pywt.dwtn` over three axes.
 
@@ -201,6 +210,7 @@ def dwt3(
         mode: As `dwt` takes it.
         axes: The three axes; `(1, 2, 3)` reads volumes `[N, D, H, W]`.
         implementation: Filter on the implementations.
+        out_sharding: How data, or what it is made of, is split over a mesh, see `wtconv2d`.
 
     Returns:
         Eight arrays of half the size by name, `"aaa"` to `"ddd"`; `"daa"` is high along D. With a
@@ -215,7 +225,7 @@ def dwt3(
         ['aaa', 'aad', 'ada', 'add', 'daa', 'dad', 'dda', 'ddd']
     """
     axes = checked_axes(axes, 3)
-    return dwtn(data, wavelet, mode, axes, implementation=implementation)
+    return dwtn(data, wavelet, mode, axes, implementation=implementation, out_sharding=out_sharding)
 
 
 def idwt3(
@@ -225,6 +235,7 @@ def idwt3(
     axes: Sequence[int] = (-4, -3, -2),
     *,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """One level of 3-D synthesis, channels last, as `pywt.idwtn`: the inverse of `dwt3`.
 
@@ -236,7 +247,9 @@ def idwt3(
     """
     bands = _named(coeffs, "coeffs", _bands(3))
     axes = checked_axes(axes, 3)
-    return _waverec(bands.pop("aaa"), [bands], axes, wavelet, mode, None, implementation)
+    return _waverec(
+        bands.pop("aaa"), [bands], axes, wavelet, mode, None, implementation, out_sharding
+    )
 
 
 def dwtn(
@@ -246,6 +259,7 @@ def dwtn(
     axes: Sequence[int] | None = None,
     *,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> DetailsN:
     """One level of analysis along some axes, all but the last (channels last), as `pywt.dwtn`.
 
@@ -256,6 +270,7 @@ def dwtn(
         axes: One to three axes. None is all but the last, which holds channels; PyWavelets'
             default transforms the last one too.
         implementation: Filter on the implementations.
+        out_sharding: How data, or what it is made of, is split over a mesh, see `wtconv2d`.
 
     Returns:
         Arrays of half the size by name, `"a"` and `"d"` for each axis in order.
@@ -269,7 +284,7 @@ def dwtn(
         {'a': (3, 6), 'd': (3, 6)}
     """
     axes = all_but_last(checked_array(data, "data")) if axes is None else checked_axes(axes)
-    low, (details,) = _wavedec(data, axes, wavelet, 1, mode, implementation)
+    low, (details,) = _wavedec(data, axes, wavelet, 1, mode, implementation, out_sharding)
     return dict(zip(_bands(len(axes)), (low, *details), strict=True))
 
 
@@ -280,6 +295,7 @@ def idwtn(
     axes: Sequence[int] | None = None,
     *,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """One level of synthesis along some axes, all but the last (channels last), as `pywt.idwtn`.
 
@@ -293,7 +309,9 @@ def idwtn(
     axes = all_but_last(coeffs) if axes is None else checked_axes(axes)
     names = _bands(len(axes))
     bands = _named(_completed(coeffs, names), "coeffs", names)
-    return _waverec(bands.pop(names[0]), [bands], axes, wavelet, mode, None, implementation)
+    return _waverec(
+        bands.pop(names[0]), [bands], axes, wavelet, mode, None, implementation, out_sharding
+    )
 
 
 def wavedec(
@@ -304,6 +322,7 @@ def wavedec(
     mode: Mode | None = None,
     axis: int = -2,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> list[jax.Array]:
     """1-D analysis cascade, channels last, as `pywt.wavedec`: `[cA_n, cD_n, ..., cD_1]`.
 
@@ -315,6 +334,7 @@ def wavedec(
         mode: As `dwt` takes it; PyWavelets has it before `level`.
         axis: The axis of the samples.
         implementation: Filter on the implementations.
+        out_sharding: How data, or what it is made of, is split over a mesh, see `wtconv2d`.
 
     Returns:
         The coarsest approximation, then the details from coarse to fine.
@@ -327,7 +347,7 @@ def wavedec(
         >>> [c.shape for c in wavedec(jnp.ones((10, 1)), level=2)]
         [(3, 1), (3, 1), (5, 1)]
     """
-    low, details = _wavedec(data, (axis,), wavelet, level, mode, implementation)
+    low, details = _wavedec(data, (axis,), wavelet, level, mode, implementation, out_sharding)
     return [low, *(high for (high,) in details)]
 
 
@@ -339,6 +359,7 @@ def wavedec2(
     mode: Mode | None = None,
     axes: Sequence[int] = (-3, -2),
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> list[jax.Array | Details2]:
     """2-D analysis cascade, channels last, as `pywt.wavedec2`: `[cA_n, (cH_n, cV_n, cD_n), ...]`.
 
@@ -352,7 +373,7 @@ def wavedec2(
         5
     """
     axes = checked_axes(axes, 2)
-    low, details = _wavedec(data, axes, wavelet, level, mode, implementation)
+    low, details = _wavedec(data, axes, wavelet, level, mode, implementation, out_sharding)
     return [low, *((cH, cV, cD) for cH, cV, cD in details)]
 
 
@@ -364,6 +385,7 @@ def wavedec3(
     mode: Mode | None = None,
     axes: Sequence[int] = (-4, -3, -2),
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> list[jax.Array | DetailsN]:
     """3-D analysis cascade, channels last, as `pywt.wavedecn`: `[cA_n, {"aad": ..., ...}, ...]`.
 
@@ -374,7 +396,15 @@ def wavedec3(
         7
     """
     axes = checked_axes(axes, 3)
-    return wavedecn(data, wavelet, level, mode=mode, axes=axes, implementation=implementation)
+    return wavedecn(
+        data,
+        wavelet,
+        level,
+        mode=mode,
+        axes=axes,
+        implementation=implementation,
+        out_sharding=out_sharding,
+    )
 
 
 def wavedecn(
@@ -385,6 +415,7 @@ def wavedecn(
     mode: Mode | None = None,
     axes: Sequence[int] | None = None,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> list[jax.Array | DetailsN]:
     """Analysis cascade along some axes, all but the last (channels last), as `pywt.wavedecn`.
 
@@ -397,7 +428,7 @@ def wavedecn(
         ['ad', 'da', 'dd']
     """
     axes = all_but_last(checked_array(data, "data")) if axes is None else checked_axes(axes)
-    low, details = _wavedec(data, axes, wavelet, level, mode, implementation)
+    low, details = _wavedec(data, axes, wavelet, level, mode, implementation, out_sharding)
     names = _bands(len(axes))[1:]
     return [low, *(dict(zip(names, bands, strict=True)) for bands in details)]
 
@@ -410,6 +441,7 @@ def waverec(
     *,
     shape: Sequence[int] | None = None,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """1-D synthesis cascade, channels last, as `pywt.waverec`: the inverse of `wavedec`.
 
@@ -421,6 +453,7 @@ def waverec(
         shape: Spatial size of the signal, `(L,)`, to undo the padding of an odd one; `None`
             returns an even size, as PyWavelets does.
         implementation: Filter on the implementations.
+        out_sharding: How data, or what it is made of, is split over a mesh, see `wtconv2d`.
 
     Returns:
         Signal `[*batch, L, C]`.
@@ -435,7 +468,7 @@ def waverec(
     """
     low, details = _parted(coeffs)
     bands = [{"cD": high} for high in details]
-    return _waverec(low, bands, (axis,), wavelet, mode, shape, implementation)
+    return _waverec(low, bands, (axis,), wavelet, mode, shape, implementation, out_sharding)
 
 
 def waverec2(
@@ -446,6 +479,7 @@ def waverec2(
     *,
     shape: Sequence[int] | None = None,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """2-D synthesis cascade, channels last, as `pywt.waverec2`: the inverse of `wavedec2`.
 
@@ -459,7 +493,7 @@ def waverec2(
     low, details = _parted(coeffs)
     bands = [_named2(high, f"coeffs[{i}]") for i, high in enumerate(details, start=1)]
     axes = checked_axes(axes, 2)
-    return _waverec(low, bands, axes, wavelet, mode, shape, implementation)
+    return _waverec(low, bands, axes, wavelet, mode, shape, implementation, out_sharding)
 
 
 def waverec3(
@@ -470,6 +504,7 @@ def waverec3(
     *,
     shape: Sequence[int] | None = None,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """3-D synthesis cascade, channels last, as `pywt.waverecn`: the inverse of `wavedec3`.
 
@@ -483,7 +518,7 @@ def waverec3(
     names = _bands(3)[1:]
     bands = [_named(high, f"coeffs[{i}]", names) for i, high in enumerate(details, start=1)]
     axes = checked_axes(axes, 3)
-    return _waverec(low, bands, axes, wavelet, mode, shape, implementation)
+    return _waverec(low, bands, axes, wavelet, mode, shape, implementation, out_sharding)
 
 
 def waverecn(
@@ -494,6 +529,7 @@ def waverecn(
     *,
     shape: Sequence[int] | None = None,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """Synthesis cascade along some axes, all but the last (channels last), as `pywt.waverecn`.
 
@@ -510,7 +546,7 @@ def waverecn(
         _named(_completed(high, names), f"coeffs[{i}]", names)
         for i, high in enumerate(details, start=1)
     ]
-    return _waverec(low, bands, axes, wavelet, mode, shape, implementation)
+    return _waverec(low, bands, axes, wavelet, mode, shape, implementation, out_sharding)
 
 
 def dwt_max_level(data_len: int, filter_len: int | str | Wavelet) -> int:
@@ -549,6 +585,7 @@ def _wavedec(
     level: int | None,
     mode: Mode | None,
     implementation: Choice,
+    out_sharding: sharding.OutSharding,
 ) -> vjp.Coefficients:
     """Validates, picks, and analyses: the low band, and the details from coarse to fine."""
     x, layout = _checked(data, "data", axes)
@@ -565,33 +602,48 @@ def _wavedec(
     if levels == 0:
         return layout.restored(x), ()
     if mode is None or is_none(mode, name, sizes, levels):
-        bands = _analysed(x, ndim, levels, name, implementation)
+        stated = _stated(x, vjp.rule(sizes, levels, name), layout, out_sharding)
+        bands = _analysed(x, ndim, levels, name, implementation, stated)
     else:
-        bands = _analysed_by_level(x, ndim, levels, name, mode, implementation)
+        # Where a signal goes on beyond its ends only one device can tell that has all of it.
+        whole = vjp.rule(sizes, levels, name)._replace(units=())
+        stated = _stated(x, whole, layout, out_sharding)
+        bands = _analysed_by_level(x, ndim, levels, name, mode, implementation, stated)
     return jax.tree.map(layout.restored, bands)
 
 
 def _analysed(
-    x: jax.Array, ndim: int, levels: int, wavelet: str, implementation: Choice
+    x: jax.Array,
+    ndim: int,
+    levels: int,
+    wavelet: str,
+    implementation: Choice,
+    stated: sharding.Stated | None,
 ) -> vjp.Coefficients:
-    signal = math.prod(x.shape[: -1 - ndim]), *x.shape[-1 - ndim :]
-    return vjp.wavedec(_plan(signal, x.dtype, levels, wavelet, implementation), x)
+    plan = _plan(x, x.shape[-1 - ndim : -1], x.dtype, levels, wavelet, implementation, stated)
+    return vjp.wavedec(plan, x)
 
 
 def _analysed_by_level(
-    x: jax.Array, ndim: int, levels: int, wavelet: str, mode: Mode, implementation: Choice
+    x: jax.Array,
+    ndim: int,
+    levels: int,
+    wavelet: str,
+    mode: Mode,
+    implementation: Choice,
+    stated: sharding.Stated | None,
 ) -> vjp.Coefficients:
     """The cascade in one of PyWavelets' modes: each level of a signal that was extended."""
     taps, batch = filter_bank(wavelet)[0].shape[1], x.shape[: -1 - ndim]
-    low = x.astype(accumulation_dtype(x.dtype)).reshape(math.prod(batch), *x.shape[-1 - ndim :])
+    low = _whole(sharding.flat(x.astype(accumulation_dtype(x.dtype)), len(batch)))
     details: list[tuple[jax.Array, ...]] = []
     for _ in range(levels):
         kept = partial(modes.kept, sizes=low.shape[1:-1], mode=mode, taps=taps)
-        bands = _analysed(modes.extended(low, mode, taps), ndim, 1, wavelet, implementation)
+        bands = _analysed(modes.extended(low, mode, taps), ndim, 1, wavelet, implementation, stated)
         low, (high,) = jax.tree.map(kept, bands)
         details.append(high)
     return jax.tree.map(
-        lambda band: band.astype(x.dtype).reshape(*batch, *band.shape[1:]),
+        lambda band: sharding.unflat(band.astype(x.dtype), batch),
         (low, tuple(reversed(details))),
     )
 
@@ -604,6 +656,7 @@ def _waverec(
     mode: Mode | None,
     shape: Sequence[int] | None,
     implementation: Choice,
+    out_sharding: sharding.OutSharding,
 ) -> jax.Array:
     """Validates, picks, and synthesises; each level's details by the names of its bands."""
     ndim, name = len(axes), wavelet_name(wavelet)
@@ -636,10 +689,13 @@ def _waverec(
     if size is None:
         size = whole
     _check_crop(whole, f"shape={size}", size)
+    rule = vjp.rule(size, len(levels), name)
+    units = () if mode else tuple((axis, 1) for axis, _ in rule.units)
+    stated = _stated(x, rule._replace(units=units), layout, out_sharding)
     if mode is None:
-        y = _synthesised(x, bands, size, name, implementation)
+        y = _synthesised(x, bands, size, name, implementation, stated)
     else:
-        y = _synthesised_by_level(x, bands, size, name, mode, implementation)
+        y = _synthesised_by_level(x, bands, size, name, mode, implementation, stated)
     return layout.restored(y)
 
 
@@ -649,10 +705,11 @@ def _synthesised(
     size: tuple[int, ...],
     wavelet: str,
     implementation: Choice,
+    stated: sharding.Stated | None,
 ) -> jax.Array:
-    signal = math.prod(low.shape[: -1 - len(size)]), *size, low.shape[-1]
     dtype = jnp.result_type(*jax.tree.leaves((low, details)))
-    return vjp.waverec(_plan(signal, dtype, len(details), wavelet, implementation), low, details)
+    plan = _plan(low, size, dtype, len(details), wavelet, implementation, stated)
+    return vjp.waverec(plan, low, details)
 
 
 def _synthesised_by_level(
@@ -662,12 +719,13 @@ def _synthesised_by_level(
     wavelet: str,
     mode: Mode,
     implementation: Choice,
+    stated: sharding.Stated | None,
 ) -> jax.Array:
     """The inverse cascade in one of PyWavelets' modes."""
     taps, batch = filter_bank(wavelet)[0].shape[1], low.shape[: -1 - len(size)]
     dtype = jnp.result_type(*jax.tree.leaves((low, details)))
     low, details = jax.tree.map(
-        lambda band: band.reshape(math.prod(batch), *band.shape[len(batch) :]), (low, details)
+        lambda band: _whole(sharding.flat(band, len(batch))), (low, details)
     )
     x = low.astype(accumulation_dtype(dtype))
     for high in details:
@@ -675,10 +733,17 @@ def _synthesised_by_level(
         x = x[(slice(None), *map(slice, half))]
         bands = [modes.wrapped(band.astype(x.dtype), mode, taps) for band in (x, *high)]
         whole = tuple(2 * n for n in bands[0].shape[1:-1])
-        full = _synthesised(bands[0], (tuple(bands[1:]),), whole, wavelet, implementation)
+        full = _synthesised(bands[0], (tuple(bands[1:]),), whole, wavelet, implementation, stated)
         x = modes.cropped(full, half, mode, taps)
     x = x[(slice(None), *map(slice, size))].astype(dtype)
-    return x.reshape(*batch, *x.shape[1:])
+    return sharding.unflat(x, batch)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """Signals `[N, *spatial, C]`, of which no Explicit axis splits any."""
+    for axis in range(1, x.ndim - 1):
+        x = sharding.whole(x, axis)
+    return x
 
 
 def _filled(
@@ -728,18 +793,36 @@ def _check_crop(have: tuple[int, ...], source: str, size: tuple[int, ...]) -> No
 
 
 def _plan(
-    shape: tuple[int, ...],
+    x: jax.Array,
+    size: tuple[int, ...],
     dtype: jnp.dtype,
     levels: int,
     wavelet: str,
     implementation: Choice,
+    stated: sharding.Stated | None,
 ) -> vjp.Plan:
-    problem = Problem(shape, dtype, len(shape) - 2, levels, wavelet)
-    chosen = request(OPERATOR, "fwd", implementation).choose(
-        problem, vjp.measurement, OPERATOR, problem
-    )
+    """The plan for x, a signal of this size or its low band."""
+    rule = vjp.rule(size, levels, wavelet)
+    if x.shape[-1 - len(size) : -1] != size:
+        rule = rule._replace(units=tuple((name, 1) for name, _ in rule.units))
+    spread = sharding.spread(rule, [x], stated)
+    (asked,) = spread.allowed(request(OPERATOR, "fwd", implementation))
+    whole = math.prod(x.shape[: -1 - len(size)]), *size, x.shape[-1]
+    shape = spread.shard.local(whole, rule.operands[0])
+    problem = Problem(shape, dtype, len(size), levels, wavelet)
+    chosen = asked.choose(problem, vjp.measurement, OPERATOR, problem)
     module = OPERATOR.module(chosen.implementation)
-    return vjp.Plan(module, shape[1:-1], levels, wavelet, chosen.config)
+    return vjp.Plan(module, size, levels, wavelet, chosen.config, asked, stated)
+
+
+def _stated(
+    x: jax.Array, rule: sharding.Rule, layout: Layout, out_sharding: sharding.OutSharding
+) -> sharding.Stated | None:
+    """The sharding of signals `[*batch, *spatial, C]` that the caller has stated."""
+    if out_sharding is None:
+        return None
+    moved = layout.moved_sharding(out_sharding, x.ndim)
+    return sharding.spread(rule, [x], moved).stated
 
 
 def _parted(coeffs: Sequence[Tree]) -> tuple[Tree, list[Tree]]:
@@ -792,5 +875,4 @@ def _checked(value: ArrayLike, name: str, axes: tuple[int, ...]) -> tuple[jax.Ar
     """An array `[*batch, *spatial, C]`, and how its axes lay before."""
     x = checked_array(value, name)
     layout = layout_of(x.shape, name, axes)
-    check_unsharded(x, name)
     return layout.moved(x), layout

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,25 @@ class Layout(NamedTuple):
         """An array like that which `moved` returns, laid out as before."""
         x = x if self.in_place else jnp.moveaxis(x, self._last, self.places)
         return x[..., 0] if self.lifted else x
+
+    def moved_sharding(self, sharding: Any, ndim: int) -> Any:
+        """A sharding, or a spec, of the array that `moved` returns; anything else as it is.
+
+        Args:
+            sharding: The sharding of the array before.
+            ndim: The number of the moved array's axes.
+
+        Example:
+            >>> list(layout_of((5, 6, 7), "x", (0,)).moved_sharding(jax.P(None, "n"), 3))
+            ['n', None, None]
+        """
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            return sharding.update(spec=self.moved_sharding(sharding.spec, ndim))
+        if self.in_place or not isinstance(sharding, jax.P):
+            return sharding
+        entries = [*sharding, *[None] * (ndim - len(sharding))]
+        others = [i for i in range(len(entries)) if i not in self.places]
+        return jax.P(*(entries[i] for i in [*others[:-1], *self.places, others[-1]]))
 
     @property
     def _last(self) -> range:

@@ -7,23 +7,26 @@ An implementation is a module with `wavedec` and `waverec` as `_analyse` and `_s
 them; both take the parameters that its `search_space`, where there is one, offers.
 """
 
-import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.types import Bands, Tree
 from pallas_kernels.common.vmap import vmap_folding
-from pallas_kernels.dispatch import Operator
+from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
+from pallas_kernels.haar.filters import IS_HAAR
 from pallas_kernels.haar.problem import Problem
 
+_SPATIAL = "dhw"
+"""The rule's names of spatial axes."""
 R = TypeVar("R")
 Details = tuple[Bands, ...]
 Coefficients = tuple[jax.Array, Details]
@@ -51,13 +54,42 @@ class Kernels(Protocol):
 
 
 class Plan(NamedTuple):
-    """The static choices of one call: the implementation's module and static arguments."""
+    """The static choices of one call: the implementation's module and static arguments.
+
+    Attributes:
+        module: The implementation.
+        shape: The sizes of the signal.
+        levels: The levels of the cascade.
+        wavelet: PyWavelets' name of the wavelet.
+        config: The implementation's parameters.
+        request: The request by which `module` was chosen, None in a plan that is timed.
+        stated: How the caller has stated that arrays are split over a mesh.
+    """
 
     module: Implementation
     shape: tuple[int, ...]
     levels: int
     wavelet: str
     config: TuningParams = ()
+    request: Request | None = None
+    stated: sharding.Stated | None = None
+
+    def by(self, module: Implementation) -> "Plan":
+        """The plan with another implementation, which takes its own parameters."""
+        return self._replace(module=module, config=())
+
+    def problem(self, shard: sharding.Shard, x: jax.Array) -> Problem:
+        """The description of a shard's cascade of signals, or of coefficients, of x's batch."""
+        shape = x.shape[0], *self.local(shard), x.shape[-1]
+        return Problem(shape, x.dtype, len(self.shape), self.levels, self.wavelet)
+
+    def local(self, shard: sharding.Shard) -> tuple[int, ...]:
+        """The sizes of a shard of the signal."""
+        return shard.local(self.shape, " ".join(_SPATIAL[-len(self.shape) :]))
+
+    def rule(self) -> sharding.Rule:
+        """The axes of the signal and its coefficients."""
+        return rule(self.shape, self.levels, self.wavelet)
 
 
 def measurement(operator: Operator, problem: Problem) -> JaxMeasurement:
@@ -104,27 +136,44 @@ def _batch(plan: Plan, x: jax.Array) -> tuple[int, ...]:
 
 def _flat(batch: tuple[int, ...], arrays: Tree) -> Tree:
     """Arrays with one axis for their batch, as implementations take them."""
-    return jax.tree.map(lambda a: a.reshape(math.prod(batch), *a.shape[len(batch) :]), arrays)
+    return jax.tree.map(lambda a: sharding.flat(a, len(batch)), arrays)
 
 
 def _batched(batch: tuple[int, ...], arrays: R) -> R:
     """The inverse of `_flat`."""
-    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), arrays)
+    return jax.tree.map(lambda a: sharding.unflat(a, batch), arrays)
 
 
 def _analyse(plan: Plan, x: jax.Array) -> Coefficients:
-    return cast(Kernels, plan.module).wavedec(
-        x,
-        ndim=len(plan.shape),
-        levels=plan.levels,
-        wavelet=plan.wavelet,
-        **dict(plan.config),
-    )
+    def shard(plan: Plan, _: sharding.Shard, x: jax.Array) -> Coefficients:
+        return cast(Kernels, plan.module).wavedec(
+            x,
+            ndim=len(plan.shape),
+            levels=plan.levels,
+            wavelet=plan.wavelet,
+            **dict(plan.config),
+        )
+
+    return sharding.split(shard, plan.rule(), plan, plan.problem, x, mapped=vmap_folding)
 
 
 def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
-    return cast(Kernels, plan.module).waverec(
-        low, details, shape=plan.shape, wavelet=plan.wavelet, **dict(plan.config)
+    def shard(plan: Plan, place: sharding.Shard, low: jax.Array, details: Details) -> jax.Array:
+        return cast(Kernels, plan.module).waverec(
+            low, details, shape=plan.local(place), wavelet=plan.wavelet, **dict(plan.config)
+        )
+
+    signal, bands, free, units = plan.rule()
+    # A coefficient of the deepest level has all samples of its cell.
+    backward = sharding.Rule(bands, signal, free, tuple((name, 1) for name, _ in units))
+    return sharding.split(
+        shard,
+        backward,
+        plan,
+        lambda place, low, _: plan.problem(place, low),
+        low,
+        details,
+        mapped=partial(vmap_folding, own=2),
     )
 
 
@@ -132,12 +181,36 @@ def _opaque_analyse(plan: Plan, x: jax.Array) -> Coefficients:
     def transpose(bands: Coefficients) -> jax.Array:
         return _opaque_synthesise(plan, *bands)
 
-    return multilinear(vmap_folding(partial(_analyse, plan)), (transpose,), x)
+    return multilinear(partial(_analyse, plan), (transpose,), x)
 
 
 def _opaque_synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
     # One argument: the synthesis is linear in all bands together.
     def run(bands: Coefficients) -> jax.Array:
-        return vmap_folding(partial(_synthesise, plan), own=2)(*bands)
+        return _synthesise(plan, *bands)
 
     return multilinear(run, (partial(_opaque_analyse, plan),), (low, details))
+
+
+@cache
+def rule(size: tuple[int, ...], levels: int, wavelet: str) -> sharding.Rule:
+    """The axes of a signal, and of its coefficients: images and channels do not mix.
+
+    Shards of an image have all of their coefficients where they hold whole cells of the deepest
+    level; other filters than Haar's reach further.
+
+    Args:
+        size: The sizes of the signal.
+        levels: The levels of the cascade.
+        wavelet: PyWavelets' name of the wavelet.
+
+    Example:
+        >>> rule((8,), 2, "haar").results
+        ('n w c', 'n w c', 'n w c')
+    """
+    spatial, cell = _SPATIAL[-len(size) :], 2**levels
+    signal = f"n {' '.join(spatial)} c"
+    bands = 1 + levels * (2 ** len(size) - 1)
+    whole = [isinstance(n, int) and n % cell == 0 and wavelet in IS_HAAR for n in size]
+    units = tuple((name, cell) for name, even in zip(spatial, whole, strict=True) if even)
+    return sharding.Rule((signal,), (signal,) * bands, frozenset("nc"), units)

@@ -10,7 +10,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.common.arguments import (
     Precision,
-    check_unsharded,
     checked_array,
     checked_integer,
     checked_precision,
@@ -113,7 +112,6 @@ def spatially_sparse_conv(
     """
     x, w = checked_array(voxels.features, "voxels.features"), checked_array(weight, "weight")
     dtype = x.dtype
-    check_unsharded(x, "voxels.features")
     check_name(stride_mode, "stride_mode", STRIDE_MODES)
     check_name(stride_reduce, "stride_reduce", POOL_REDUCTIONS)
     window = checked_window(kernel_size, stride, kernel_dilation, voxels.ndim)
@@ -151,7 +149,7 @@ def spatially_sparse_conv(
         check_map(kernel_map, window, voxels, output_voxels, expands)
         out = output_voxels or voxels
     problem = Problem((voxels.batch_size, *x.shape), x.dtype, features, window)
-    plan = planned(OPERATOR, problem, fwd_algo, bwd_algo, checked)
+    plan = planned(OPERATOR, problem, (x, w), fwd_algo, bwd_algo, checked)
     y = vjp.convolution(plan, x, w, kernel_map).astype(dtype)
     if bias is not None:
         y = jnp.where(out.valid[:, None], y + bias.astype(y.dtype), 0)

@@ -1,8 +1,11 @@
 """The parts of a call that the two operators share: operands, and the plan."""
 
+from collections.abc import Sequence
+
 import jax
 from jax.typing import DTypeLike
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common.arguments import checked_dtype
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
@@ -37,11 +40,20 @@ def operands(
 def planned(
     operator: Operator,
     problem: Problem,
+    arrays: Sequence[jax.Array],
     fwd_algo: Choice,
     bwd_algo: Choice,
     precision: jax.lax.Precision | None,
 ) -> vjp.Plan:
     """The plan of a call, whose forward implementation is chosen here.
+
+    Args:
+        operator: The operator.
+        problem: The call.
+        arrays: Features and weights.
+        fwd_algo: Filter on the implementations of the forward pass.
+        bwd_algo: Filter on those of the backward pass.
+        precision: The precision of products on matrix units.
 
     Raises:
         ValueError: An unknown or empty filter.
@@ -49,6 +61,8 @@ def planned(
     """
     forward = request(operator, "fwd", fwd_algo)
     backward = request(operator, "bwd", bwd_algo)
-    chosen = forward.choose(problem, vjp.measurement, operator, "fwd", problem, precision)
+    shard = sharding.spread(vjp.rule(problem), arrays).shard
+    own = vjp.of_shard(problem, shard)
+    chosen = forward.choose(own, vjp.measurement, operator, "fwd", own, precision)
     module = operator.module(chosen.implementation)
-    return vjp.Plan(module, chosen.config, problem, precision, backward)
+    return vjp.Plan(module, chosen.config, problem, precision, backward, forward)

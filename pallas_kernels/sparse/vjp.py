@@ -23,7 +23,9 @@ from typing import NamedTuple, Protocol, cast
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_sequential
@@ -54,6 +56,7 @@ class Plan(NamedTuple):
         precision: The precision of products on matrix units.
         backward: The request by which the backward rule chooses an implementation; None in a
             plan that is timed, which nobody differentiates.
+        request: The request by which `module` was chosen, None in a plan that is timed.
     """
 
     module: Implementation
@@ -61,8 +64,17 @@ class Plan(NamedTuple):
     problem: Problem
     precision: jax.lax.Precision | None
     backward: Request | None
+    request: Request | None = None
 
-    def for_backward(self) -> "Plan":
+    @property
+    def stated(self) -> None:
+        """No sharding is stated: on a TPU plain JAX computes it in any case."""
+
+    def by(self, module: Implementation) -> "Plan":
+        """The plan with another implementation, which takes its own parameters."""
+        return self._replace(module=module, config=())
+
+    def for_backward(self, x: jax.Array, w: jax.Array) -> "Plan":
         """The plan of the backward pass, whose implementation is chosen here.
 
         Raises:
@@ -70,16 +82,68 @@ class Plan(NamedTuple):
         """
         assert self.backward is not None
         operator = self.backward.operator
-        static = operator, "bwd", self.problem, self.precision
-        chosen = self.backward.choose(self.problem, measurement, *static)
-        return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
+        problem = of_shard(self.problem, sharding.spread(rule(self.problem), [x, w]).shard)
+        static = operator, "bwd", problem, self.precision
+        chosen = self.backward.choose(problem, measurement, *static)
+        module = operator.module(chosen.implementation)
+        return self._replace(module=module, config=chosen.config, request=self.backward)
 
-    def run(self, function: str, *arrays: Tree, **static: object) -> jax.Array:
-        """The result of one of the implementation's functions."""
-        kernels = cast(Kernels, self.module)
-        keywords = {**static, "precision": self.precision, **dict(self.config)}
-        run = partial(getattr(kernels, function), **keywords)
-        return run(*arrays) if self.module.DIFFERENTIABLE else vmap_sequential(run)(*arrays)
+    def run(self, function: str, *arrays: Tree) -> jax.Array:
+        """The result of one of the implementation's functions, of all shards."""
+        (of_x, of_w), (of_y,), free, _ = rule(self.problem)
+        operands, result, summed = {
+            "forward": ((of_x, of_w), of_y, "c"),
+            "input_grad": ((of_y, of_w), of_x, "f"),
+            # All rows are there, so that nothing is to be summed.
+            "weight_grad": ((of_x, of_y), of_w, ""),
+        }[function]
+
+        def shard(plan: Plan, place: sharding.Shard, *arrays: Tree) -> jax.Array:
+            static = {"precision": plan.precision, **dict(plan.config)}
+            if function == "weight_grad":
+                static["shape"] = place.local(plan.problem.weight_shape, of_w)
+            found = getattr(cast(Kernels, plan.module), function)(*arrays, **static)
+            # A depthwise convolution has its channels in the output, and sums none of them.
+            if summed in result.split() or not place.splits(summed):
+                return found
+            wide = found.astype(accumulation_dtype(found.dtype))
+            return place.sum(wide, summed).astype(found.dtype)
+
+        tables = "_ _", "_", "_ _"
+        return sharding.split(
+            shard,
+            sharding.Rule((*operands, *tables), (result,), free),
+            self,
+            lambda place, *_: of_shard(self.problem, place),
+            *arrays,
+            mapped=vmap_sequential,
+        )
+
+
+def rule(problem: Problem) -> sharding.Rule:
+    """The axes of x, w and y: channels and features may be split, the rows of a map never.
+
+    Example:
+        >>> from pallas_kernels.sparse.problem import Window
+        >>> rule(Problem((1, 64, 4), "float32", 8, Window((3,), (1,), (1,)))).operands
+        ('_ c', '_ _ c f')
+    """
+    if len(problem.weight_shape) == 2:
+        return sharding.Rule(("_ c", "_ c"), ("_ c",), frozenset("c"))
+    free = "cf" if problem.window.groups == 1 else ""
+    return sharding.Rule(("_ c", "_ _ c f"), ("_ f",), frozenset(free))
+
+
+def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
+    """The convolution that a shard computes."""
+    if not shard.counts:
+        return problem
+    shape = shard.local(problem.shape, "_ _ c")
+    if len(problem.weight_shape) == 2:
+        window = problem.window._replace(groups=shape[-1])
+        return problem._replace(shape=shape, features=shape[-1], window=window)
+    (features,) = shard.local((problem.features,), "f")
+    return problem._replace(shape=shape, features=features)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -104,8 +168,12 @@ def _convolution_bwd(
     plan: Plan, residuals: tuple[jax.Array, jax.Array, KernelMap], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x, w, maps = residuals
-    backward = plan.for_backward()
-    return _input_grad(backward, dy, w, maps), _weight_grad(backward, x, dy, maps), None
+    backward = plan.for_backward(x, w)
+    return (
+        _like(_input_grad(backward, dy, w, maps), x),
+        _like(_weight_grad(backward, x, dy, maps), w),
+        None,
+    )
 
 
 _convolution.defvjp(_convolution_fwd, _convolution_bwd)
@@ -129,7 +197,11 @@ def _input_grad_bwd(
     plan: Plan, residuals: tuple[jax.Array, jax.Array, KernelMap], x: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     dy, w, maps = residuals
-    return _convolution(plan, x, w, maps), _weight_grad(plan, x, dy, maps), None
+    return (
+        _like(_convolution(plan, x, w, maps), dy),
+        _like(_weight_grad(plan, x, dy, maps), w),
+        None,
+    )
 
 
 _input_grad.defvjp(_input_grad_fwd, _input_grad_bwd)
@@ -137,7 +209,7 @@ _input_grad.defvjp(_input_grad_fwd, _input_grad_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weight_grad(plan: Plan, x: jax.Array, dy: jax.Array, maps: KernelMap) -> jax.Array:
-    return plan.run("weight_grad", x, dy, maps.forward, shape=plan.problem.weight_shape)
+    return plan.run("weight_grad", x, dy, maps.forward)
 
 
 def _weight_grad_fwd(
@@ -150,10 +222,19 @@ def _weight_grad_bwd(
     plan: Plan, residuals: tuple[jax.Array, jax.Array, KernelMap], w: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x, dy, maps = residuals
-    return _input_grad(plan, dy, w, maps), _convolution(plan, x, w, maps), None
+    return (
+        _like(_input_grad(plan, dy, w, maps), x),
+        _like(_convolution(plan, x, w, maps), dy),
+        None,
+    )
 
 
 _weight_grad.defvjp(_weight_grad_fwd, _weight_grad_bwd)
+
+
+def _like(gradient: jax.Array, argument: jax.Array) -> jax.Array:
+    """A gradient, split over a mesh as its argument is."""
+    return sharding.placed_like(gradient, jax.typeof(argument))
 
 
 def measurement(

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from pallas_kernels.common.arguments import check_unsharded, checked_array, sharded
+from pallas_kernels.common import sharding
+from pallas_kernels.common.arguments import checked_array
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.stylize import vjp
@@ -47,6 +48,7 @@ def instance_norm(
     activation: str | None = None,
     residual: ArrayLike | None = None,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """Instance normalisation of images, with activation and residual in the same pass.
 
@@ -70,8 +72,8 @@ def instance_norm(
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
             environment's (`FLASH_WTCONV_INSTANCE_NORM_FWD`, `..._BWD`), the one that was the
-            fastest for such a call on this kind of device, or the device's rule; for arrays that
-            are sharded over Explicit axes of a mesh None is plain JAX.
+            fastest for such a call on this kind of device, or the device's rule.
+        out_sharding: How the output is split over a mesh, as `wtconv2d` takes it.
 
     Returns:
         An array of x's shape and dtype.
@@ -99,14 +101,14 @@ def instance_norm(
         checked_activation(activation),
         added is not None,
     )
-    if implementation is None and sharded(x):
-        implementation = Implementation.XLA
+    spread = sharding.spread(vjp.RULE, [x], out_sharding)
+    problem = vjp.of_shard(problem, spread.shard)
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
+    fwd, bwd = spread.allowed(fwd, bwd)
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem)
     module = OPERATOR.module(chosen.implementation)
-    if not module.DIFFERENTIABLE:
-        check_unsharded(x, "x")
-    plan = vjp.Plan(module, chosen.config, checked_eps(eps), activation, bwd)
+    static = checked_eps(eps), activation, bwd, fwd, spread.stated
+    plan = vjp.Plan(module, chosen.config, *static)
     return vjp.instance_norm(plan, x, factor, shift, added)
 
 

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
@@ -55,6 +56,12 @@ Output = tuple[jax.Array, jax.Array]
 Tangent = jax.Array | SymbolicZero | None
 
 
+_IMAGES = "n _ _ c"
+_FREE = frozenset("nc")
+RULE = sharding.Rule((_IMAGES,), (_IMAGES,), _FREE)
+"""The axes of x and the output: neither images nor channels mix."""
+
+
 class Kernels(Protocol):
     """The functions of an implementation, which the docstring of this module describes."""
 
@@ -72,6 +79,8 @@ class Plan(NamedTuple):
         activation: None or "relu".
         backward: The request by which the backward rule chooses an implementation; None in a
             plan that is timed, which nobody differentiates.
+        request: The request by which `module` was chosen, None in a plan that is timed.
+        stated: How the caller has stated that arrays are split over a mesh.
     """
 
     module: Implementation
@@ -79,6 +88,16 @@ class Plan(NamedTuple):
     eps: float
     activation: str | None
     backward: Request | None
+    request: Request | None = None
+    stated: sharding.Stated | None = None
+
+    def by(self, module: Implementation) -> "Plan":
+        """The plan with another implementation, which takes its own parameters."""
+        return self._replace(module=module, config=())
+
+    def problem(self, x: jax.Array, residual: Residual) -> Problem:
+        """The description of a norm of these arrays."""
+        return Problem(x.shape, x.dtype, self.activation, residual is not None)
 
     def for_backward(self, known: Known) -> "Plan":
         """The plan of the backward pass, whose implementation is chosen here, where it is called.
@@ -92,9 +111,11 @@ class Plan(NamedTuple):
         assert self.backward is not None
         backward = moved_here(self.backward)
         x, operator = known.x, backward.operator
-        problem = Problem(x.shape, x.dtype, self.activation, known.residual is not None)
+        spread = sharding.spread(RULE, [x], self.stated)
+        problem = of_shard(self.problem(x, known.residual), spread.shard)
         chosen = backward.choose(problem, measurement, operator, "bwd", problem)
-        return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
+        module = operator.module(chosen.implementation)
+        return self._replace(module=module, config=chosen.config, request=backward)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -103,12 +124,11 @@ def instance_norm(
 ) -> jax.Array:
     """The norm of images `[*batch, H, W, C]` by a plan's implementation."""
     batch = x.shape[:-3]
-    images = math.prod(batch), *x.shape[-3:]
-    parameters = of_images(batch, images[-1], x.dtype, scale, bias)
-    added = None if residual is None else residual.reshape(images)
-    arrays = x.reshape(images), *parameters, added
+    parameters = of_images(batch, x.shape[-1], x.dtype, scale, bias, x)
+    added = None if residual is None else sharding.flat(residual, len(batch))
+    arrays = sharding.flat(x, len(batch)), *parameters, added
     y, _ = _apply(plan, *vary_like(arrays, arrays))
-    return y.reshape(x.shape)
+    return sharding.unflat(y, batch)
 
 
 def of_images(
@@ -117,6 +137,7 @@ def of_images(
     dtype: jnp.dtype,
     scale: jax.Array | None,
     bias: jax.Array | None,
+    images: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Scale and bias of each image, `[N, C]`; JAX sums the gradients of what images share.
 
@@ -126,12 +147,17 @@ def of_images(
         dtype: Their dtype, whose dtype of accumulation the parameters get.
         scale: `[C]` or `[*batch, C]`; None is 1.
         bias: The same; None is 0.
+        images: The images, as which the parameters are split over a mesh.
     """
     acc = accumulation_dtype(dtype)
 
     def each(value: jax.Array | None, default: float) -> jax.Array:
         value = jnp.full(channels, default, acc) if value is None else value.astype(acc)
-        return jnp.broadcast_to(value, (*batch, channels)).reshape(math.prod(batch), channels)
+        shape = *batch, channels
+        if images is None:
+            return jnp.broadcast_to(value, shape).reshape(math.prod(batch), channels)
+        axes = *range(len(batch)), images.ndim - 1
+        return sharding.flat(sharding.broadcast_to(value, shape, images, axes), len(batch))
 
     return each(scale, 1.0), each(bias, 0.0)
 
@@ -191,6 +217,13 @@ def _pulled(plan: Plan, residual: bool, dy: jax.Array, known: Known) -> Gradient
     return multilinear(run, (push,), dy, known=(known,), plain=plain)
 
 
+def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
+    """The norm that a shard computes."""
+    if not shard.counts:
+        return problem
+    return problem._replace(shape=shard.local(problem.shape, _IMAGES))
+
+
 def measurement(operator: Operator, direction: str, problem: Problem) -> JaxMeasurement:
     """The measurement that runs and times an implementation on arrays like those of a call.
 
@@ -240,14 +273,40 @@ def timed_function(plan: Plan, direction: str) -> Callable[..., Tree]:
 def _forward(
     plan: Plan, x: jax.Array, scale: jax.Array, bias: jax.Array, residual: Residual
 ) -> Output:
-    static: Keywords = {"eps": plan.eps, "activation": plan.activation, **dict(plan.config)}
-    run: Callable[..., Tree] = partial(cast(Kernels, plan.module).forward, **static)
-    run = run if plan.module.DIFFERENTIABLE else vmap_folding(run, own=4)
-    return run(x, scale, bias, residual)
+    def shard(plan: Plan, _: sharding.Shard, *arrays: Residual) -> Output:
+        static: Keywords = {"eps": plan.eps, "activation": plan.activation, **dict(plan.config)}
+        return cast(Kernels, plan.module).forward(*arrays, **static)
+
+    operands = _IMAGES, "n c", "n c", *[_IMAGES] * (residual is not None)
+    rule = sharding.Rule(operands, (_IMAGES, "n _ c"), _FREE)
+    return sharding.split(
+        shard,
+        rule,
+        plan,
+        lambda _, x, *rest: plan.problem(x, rest[2]),
+        *(x, scale, bias, residual),
+        mapped=partial(vmap_folding, own=4),
+    )
 
 
 def _backward(plan: Plan, known: Known, dy: jax.Array) -> Gradients:
-    static: Keywords = {"activation": plan.activation, **dict(plan.config)}
-    run: Callable[..., Tree] = partial(cast(Kernels, plan.module).backward, **static)
-    run = run if plan.module.DIFFERENTIABLE else vmap_folding(run, own=6)
-    return Gradients(*run(*known, dy))
+    def shard(plan: Plan, _: sharding.Shard, *arrays: Residual) -> Gradients:
+        static: Keywords = {"activation": plan.activation, **dict(plan.config)}
+        return Gradients(*cast(Kernels, plan.module).backward(*arrays, **static))
+
+    added = [_IMAGES] * (known.residual is not None)
+    rule = sharding.Rule(
+        (_IMAGES, "n _ c", "n c", "n c", *added, _IMAGES),
+        (_IMAGES, "n c", "n c", *added),
+        _FREE,
+    )
+    found = sharding.split(
+        shard,
+        rule,
+        plan,
+        lambda _, x, *rest: plan.problem(x, rest[3]),
+        *known,
+        dy,
+        mapped=partial(vmap_folding, own=6),
+    )
+    return cast(Gradients, found)

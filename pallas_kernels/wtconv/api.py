@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common.arguments import (
     Precision,
-    check_unsharded,
     checked_array,
     checked_integer,
     checked_precision,
@@ -61,6 +61,7 @@ def wtconv1d(
     stride: int = 1,
     implementation: Choice = None,
     precision: Precision = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """Wavelet convolution of signals `[*batch, L, C]`; stride averages each `stride` samples.
 
@@ -74,7 +75,7 @@ def wtconv1d(
         >>> wtconv1d(jnp.ones((2, 100, 8)), params, stride=2).shape
         (2, 50, 8)
     """
-    return _wtconv(1, x, params, wavelet, stride, implementation, precision)
+    return _wtconv(1, x, params, wavelet, stride, implementation, precision, out_sharding)
 
 
 def wtconv2d(
@@ -85,6 +86,7 @@ def wtconv2d(
     stride: int = 1,
     implementation: Choice = None,
     precision: Precision = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """Wavelet convolution of images `[*batch, H, W, C]`, any number of batch dimensions.
 
@@ -104,6 +106,9 @@ def wtconv2d(
             for the fastest of them, which is measured once and remembered, or `None` for the
             environment's (`FLASH_WTCONV_WTCONV_FWD`, `..._BWD`) or the device's rule.
         precision: For implementations on matrix units; elementwise ones always use full float32.
+        out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`, and so x;
+            batch and channels can be. None takes x's sharding. On a TPU it is what lets kernels run
+            on Auto axes; see `docs/sharding.md`.
 
     Returns:
         `[*batch, ceil(H / stride), ceil(W / stride), C]` in x's dtype.
@@ -123,7 +128,7 @@ def wtconv2d(
         >>> wtconv2d(jnp.ones((2, 14, 14, 8)), params).shape
         (2, 14, 14, 8)
     """
-    return _wtconv(2, x, params, wavelet, stride, implementation, precision)
+    return _wtconv(2, x, params, wavelet, stride, implementation, precision, out_sharding)
 
 
 def wtconv3d(
@@ -134,6 +139,7 @@ def wtconv3d(
     stride: int = 1,
     implementation: Choice = None,
     precision: Precision = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """Wavelet convolution of volumes `[*batch, D, H, W, C]`.
 
@@ -146,7 +152,7 @@ def wtconv3d(
         >>> wtconv3d(jnp.ones((8, 8, 8, 4)), params, stride=2).shape
         (4, 4, 4, 4)
     """
-    return _wtconv(3, x, params, wavelet, stride, implementation, precision)
+    return _wtconv(3, x, params, wavelet, stride, implementation, precision, out_sharding)
 
 
 def _wtconv(
@@ -157,16 +163,19 @@ def _wtconv(
     stride: int,
     implementation: Choice,
     precision: Precision,
+    out_sharding: sharding.OutSharding,
 ) -> jax.Array:
     x, params = checked_array(x, "x"), _checked_arrays(params)
-    check_unsharded(x, "x")
     signature = tuple((name, value.shape, value.dtype) for name, value in params.items())
     call = remembered(_checked_call)(ndim, x.shape, x.dtype, signature, wavelet, stride, precision)
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
-    problem, bias = call.problem, "base_bias" in params
+    spread = sharding.spread(vjp.rule(ndim, wavelet=call.problem.wavelet), [x], out_sharding)
+    fwd, bwd = spread.allowed(fwd, bwd)
+    problem, bias = vjp.of_shard(call.problem, spread.shard), "base_bias" in params
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem, bias, call.precision)
     module = OPERATOR.module(chosen.implementation)
-    plan = vjp.Plan(module, chosen.config, problem.wavelet, call.precision, bwd)
+    static = problem.wavelet, call.precision, bwd, fwd, spread.stated
+    plan = vjp.Plan(module, chosen.config, *static)
     return vjp.wtconv(plan, call.stride, x, params)
 
 

@@ -22,16 +22,15 @@ bias is asked too: `kernel_shapes` ends with the bias's, and the gradients with 
 functions take the parameters that `search_space` offers.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.common import halos, sharding
 from pallas_kernels.common._compat import vary_like
-from pallas_kernels.common.arguments import check_unsharded
 from pallas_kernels.common.biased import Source, in_one, scaled, summed, with_one
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
@@ -41,8 +40,11 @@ from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
+from pallas_kernels.haar.filters import IS_HAAR
 from pallas_kernels.wtconv.problem import Problem
 
+_SPATIAL = "dhw"
+"""The rule's names of spatial axes."""
 Shapes = tuple[tuple[int, ...], ...]
 Weights = tuple[Taps, jax.Array | None]
 """The taps and the bias."""
@@ -95,6 +97,8 @@ class Plan(NamedTuple):
         precision: The precision of products on matrix units.
         backward: The request by which the backward rule chooses an implementation; None in a
             plan that is timed, which nobody differentiates.
+        request: The request by which `module` was chosen, None in a plan that is timed.
+        stated: How the caller has stated that the output is split over a mesh.
     """
 
     module: Implementation
@@ -102,6 +106,16 @@ class Plan(NamedTuple):
     wavelet: str
     precision: jax.lax.Precision | None
     backward: Request | None
+    request: Request | None = None
+    stated: sharding.Stated | None = None
+
+    def by(self, module: Implementation) -> "Plan":
+        """The plan with another implementation, which takes its own parameters."""
+        return self._replace(module=module, config=())
+
+    def problem(self, x: jax.Array, shapes: Shapes) -> Problem:
+        """The description of a call of these arrays."""
+        return Problem(x.shape, x.dtype, shapes[0][0], len(shapes) - 1, self.wavelet)
 
     def for_backward(self, x: jax.Array, shapes: Shapes, bias: bool) -> "Plan":
         """The plan of the backward pass, whose implementation is chosen here, where it is called.
@@ -116,11 +130,13 @@ class Plan(NamedTuple):
         """
         assert self.backward is not None
         backward = moved_here(self.backward)
-        problem = Problem(x.shape, x.dtype, shapes[0][0], len(shapes) - 1, self.wavelet)
+        spread = sharding.spread(rule(x.ndim - 2, wavelet=self.wavelet), [x], self.stated)
+        problem = of_shard(self.problem(x, shapes), spread.shard)
         operator = backward.operator
         static = problem, bias, self.precision
         chosen = backward.choose(problem, measurement, operator, "bwd", *static)
-        return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
+        module = operator.module(chosen.implementation)
+        return self._replace(module=module, config=chosen.config, request=backward)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -136,9 +152,6 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
     Returns:
         `[*batch, *strided, C]`.
     """
-    # Where it is traced: on every call it would take the host a tenth of its time.
-    for name, value in params.items():
-        check_unsharded(value, f"params[{name!r}]")
     taps = [_folded(params["base_kernel"], params["base_scale"])]
     while f"wavelet_kernel_{len(taps) - 1}" in params:
         i = len(taps) - 1
@@ -148,9 +161,9 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
         bias = _folded(params["base_bias"], params["base_scale"])
     # Here, since an eager reshape takes the host longer than all checks of the arguments.
     batch = x.shape[: 1 - params["base_kernel"].ndim]
-    arrays = x.reshape(math.prod(batch), *x.shape[len(batch) :]), tuple(taps), bias
+    arrays = sharding.flat(x, len(batch)), tuple(taps), bias
     y = _strided(_apply(plan, False, *vary_like(arrays, arrays)), stride)
-    return y.reshape(*batch, *y.shape[1:])
+    return sharding.unflat(y, batch)
 
 
 def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:
@@ -164,10 +177,15 @@ def _strided(y: jax.Array, stride: int) -> jax.Array:
     if stride == 1:
         return y
     if y.ndim == 3:
+        y = sharding.whole(y, 1)
         n, length, c = y.shape
         groups = y[:, : length // stride * stride].reshape(n, length // stride, stride, c)
         return groups.mean(axis=2, dtype=accumulation_dtype(y.dtype)).astype(y.dtype)
-    return y[(slice(None), *(slice(None, None, stride),) * (y.ndim - 2))]
+    steps = [stride] * (y.ndim - 2)
+    for axis in range(1, y.ndim - 1):
+        if sharding.is_split(y, axis):
+            y, steps[axis - 1] = sharding.stepped(y, axis, stride), 1
+    return y[(slice(None), *(slice(None, None, step) for step in steps))]
 
 
 def _apply(
@@ -224,27 +242,177 @@ def _weight_grad(plan: Plan, shapes: Shapes, biased: bool, x: jax.Array, dy: jax
 def _forward(
     plan: Plan, transpose: bool, x: jax.Array, taps: Taps, bias: jax.Array | None
 ) -> jax.Array:
-    """The implementation's `forward`."""
-    run = partial(
-        cast(Kernels, plan.module).forward,
-        wavelet=plan.wavelet,
-        transpose=transpose,
-        precision=plan.precision,
-        **dict(plan.config),
+    """The implementation's `forward`, of each shard."""
+    shapes = tuple(tap.shape for tap in taps)
+
+    def shard(
+        plan: Plan, place: sharding.Shard, x: jax.Array, taps: Taps, bias: jax.Array | None
+    ) -> jax.Array:
+        run = partial(
+            cast(Kernels, plan.module).forward,
+            wavelet=plan.wavelet,
+            transpose=transpose,
+            precision=plan.precision,
+            **dict(plan.config),
+        )
+        windows = _windows(place, x.shape, shapes[0][0], len(shapes) - 1)
+        if _in_strips(windows):
+            return _edges_again(lambda x: run(x, taps, bias), windows[0], place, x)
+        for window in windows:
+            x = window.extended(x, place)
+        y = run(x, taps, bias)
+        for window in windows:
+            y = window.cropped(y, place)
+        return y
+
+    return sharding.split(
+        shard,
+        rule(x.ndim - 2, len(taps), bias is not None, plan.wavelet),
+        plan,
+        lambda _, x, *__: plan.problem(x, shapes),
+        x,
+        taps,
+        bias,
+        mapped=vmap_folding,
     )
-    return run(x, taps, bias) if plan.module.DIFFERENTIABLE else vmap_folding(run)(x, taps, bias)
 
 
 def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
-    """The implementation's `weight_grad`."""
-    run = partial(
-        cast(Kernels, plan.module).weight_grad,
-        kernel_shapes=shapes,
-        wavelet=plan.wavelet,
-        precision=plan.precision,
-        **dict(plan.config),
+    """The implementation's `weight_grad`, the sum of all shards'."""
+
+    def shard(plan: Plan, place: sharding.Shard, x: jax.Array, dy: jax.Array) -> Taps:
+        run = partial(
+            cast(Kernels, plan.module).weight_grad,
+            kernel_shapes=tuple((*shape[:-1], x.shape[-1]) for shape in shapes),
+            wavelet=plan.wavelet,
+            precision=plan.precision,
+            **dict(plan.config),
+        )
+        windows = _windows(place, x.shape, shapes[0][0], len(taps) - 1)
+        if _in_strips(windows):
+            found = _of_edges(run, windows[0], place, x, dy)
+        else:
+            for window in windows:
+                x, dy = window.extended(x, place), window.padded(dy, place)
+            found = tuple(run(x, dy))
+        return place.sum(found, "n", *_SPATIAL)
+
+    taps = tuple(shape for shape in shapes if len(shape) > 1)
+    whole = rule(x.ndim - 2, len(taps), len(shapes) > len(taps), plan.wavelet)
+    image, *weights = whole.operands
+    return sharding.split(
+        shard,
+        whole._replace(operands=(image, image), results=tuple(weights)),
+        plan,
+        lambda _, x, __: plan.problem(x, taps),
+        x,
+        dy,
+        mapped=vmap_sequential,
     )
-    return tuple(run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy))
+
+
+@cache
+def rule(ndim: int, taps: int = 0, bias: bool = False, wavelet: str = "haar") -> sharding.Rule:
+    """The axes of x, taps and bias, and of the output: images and channels do not mix.
+
+    Shards of an image exchange the samples around them. Filters longer than Haar's reach further
+    than a cell, so that their images stay whole.
+
+    Args:
+        ndim: The number of spatial axes.
+        taps: The number of arrays of taps.
+        bias: Whether there is a bias.
+        wavelet: PyWavelets' name of the wavelet.
+
+    Example:
+        >>> rule(2, 1, True).operands
+        ('n h w c', '_ _ _ c', 'c')
+    """
+    spatial = _SPATIAL[-ndim:]
+    image = f"n {' '.join(spatial)} c"
+    kernel = f"{'_ ' * (ndim + 1)}c"
+    operands = image, *[kernel] * taps, *["c"] * bias
+    free = ("n", "c", *(spatial if wavelet in IS_HAAR else ""))
+    return sharding.Rule(operands, (image,), frozenset(free))
+
+
+def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
+    """The convolution that a shard computes, with the samples around it."""
+    if not shard.counts:
+        return problem
+    (image,) = rule(len(problem.shape) - 2).results
+    shape = list(shard.local(problem.shape, image))
+    for window in _windows(shard, tuple(shape), problem.kernel_size, problem.levels):
+        shape[window.axis] = window.size
+    return problem._replace(shape=tuple(shape))
+
+
+def _windows(
+    shard: sharding.Shard, shape: tuple[int, ...], kernel_size: int, levels: int
+) -> list[halos.Window]:
+    """The windows of a shard of this shape, along the spatial axes that are split.
+
+    `kernel_size // 2` taps on either side serve even kernels, whose transpose swaps its sides.
+    """
+    ndim, align = len(shape) - 2, 2**levels
+    return [
+        halos.Window(axis, name, shape[axis], align, kernel_size // 2 * align)
+        for axis, name in enumerate(_SPATIAL[-ndim:], 1)
+        if shard.splits(name)
+    ]
+
+
+def _in_strips(windows: list[halos.Window]) -> bool:
+    """Whether a shard is computed as it is, and its first and last rows again.
+
+    So nothing waits for the neighbours' rows, and no copy of the image with them is made.
+    """
+    if len(windows) != 1:
+        return False
+    (window,) = windows
+    aligned = window.own % window.align == 0 and window.own >= 2 * window.halo > 0
+    return window.axis == 1 and aligned
+
+
+def _edges_again(
+    run: Callable[[jax.Array], jax.Array],
+    window: halos.Window,
+    place: sharding.Shard,
+    x: jax.Array,
+) -> jax.Array:
+    """The output of a shard in strips: the rows that the neighbours reach are computed again."""
+    h = window.halo
+    above, below = window.neighbours(x, place)
+    y = run(x)
+    first = run(jnp.concatenate([above, x[:, : 2 * h]], 1))[:, h : 2 * h]
+    last = run(jnp.concatenate([x[:, -2 * h :], below], 1))[:, h : 2 * h]
+    return y.at[:, :h].set(first).at[:, -h:].set(last)
+
+
+def _of_edges(
+    run: Callable[[jax.Array, jax.Array], Taps],
+    window: halos.Window,
+    place: sharding.Shard,
+    x: jax.Array,
+    dy: jax.Array,
+) -> Taps:
+    """The weight gradients of a shard in strips: what the neighbours' rows add is bilinear too.
+
+    The gradient of a bias, a sum of dy alone, has all of it already.
+    """
+    h = window.halo
+    above, below = window.neighbours(x, place)
+    nothing = jnp.zeros_like(above)
+
+    def pair(*rows: jax.Array) -> jax.Array:
+        return jnp.concatenate(rows, 1)
+
+    found = tuple(run(x, dy))
+    first = run(pair(above, nothing), pair(nothing, dy[:, :h]))
+    last = run(pair(nothing, below), pair(dy[:, -h:], nothing))
+    return tuple(
+        g if g.ndim == 1 else g + a + b for g, a, b in zip(found, first, last, strict=True)
+    )
 
 
 def measurement(

@@ -6,7 +6,7 @@
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.common.arguments import check_unsharded, checked_array
+from pallas_kernels.common.arguments import checked_array
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.sparse.calls import operands, planned
 from pallas_kernels.sparse.checks import checked_depthwise
@@ -68,12 +68,11 @@ def spatially_sparse_depthwise_conv(
         [[32.0], [21.0]]
     """
     x, w = checked_array(in_features, "in_features"), checked_array(weight, "weight")
-    check_unsharded(x, "in_features")
     rows = checked_depthwise(x.shape, w.shape, kernel_map, num_out_coords)
     channels = x.shape[1]
     dtype = x.dtype
     x, w = operands(x, w, compute_dtype)
     window = kernel_map.window._replace(groups=channels)
     problem = Problem((1, *x.shape), x.dtype, channels, window)
-    plan = planned(OPERATOR, problem, fwd_algo, bwd_algo, None)
+    plan = planned(OPERATOR, problem, (x, w), fwd_algo, bwd_algo, None)
     return vjp.convolution(plan, x, w, kernel_map)[:rows].astype(dtype)

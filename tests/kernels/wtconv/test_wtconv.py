@@ -18,7 +18,7 @@ from jax import export
 from jax.ad_checkpoint import print_saved_residuals
 from jax.flatten_util import ravel_pytree
 
-from pallas_kernels import haar, oracle
+from pallas_kernels import oracle
 from pallas_kernels.common.conformance import LOW, expected, worst
 from pallas_kernels.dispatch import Operator
 from pallas_kernels.wtconv import Implementation, wtconv1d, wtconv2d
@@ -549,16 +549,3 @@ def test_sharded_over_batch_and_channels_nothing_is_gathered():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     subprocess.run([sys.executable, "-c", SHARDED], check=True, env=os.environ | flags)
-
-
-def test_sharded_over_explicit_axes_it_says_what_to_do():
-    x, params, _ = arrays(Case((7, 6), 2, 3))
-    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Explicit,))
-    sharded = lambda a: jax.device_put(a, jax.NamedSharding(mesh, jax.P("n")))  # noqa: E731
-    for call in (partial(wtconv2d, params=params), partial(haar.wavedec2, level=1)):
-        with pytest.raises(NotImplementedError, match="is sharded over .* wrap .* jax.shard_map"):
-            jax.jit(call)(sharded(x))
-    for name, value in params.items():
-        split = params | {name: sharded(value)}
-        with pytest.raises(NotImplementedError, match=rf"params\['{name}'\]: is sharded over"):
-            jax.eval_shape(wtconv2d, x, split)

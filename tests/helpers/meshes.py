@@ -1,0 +1,84 @@
+"""A process with 8 host devices, which runs the jobs of a test file: `python -m helpers.meshes`.
+
+How many devices a CPU has JAX learns once, when it starts. So this reads a job a line from its
+standard input, as JSON `[name, arguments]`, calls the function of that name, and answers with a
+line: null, or the traceback of what it raised.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\("
+)
+
+
+class Worker:
+    """The process, as a context."""
+
+    def __enter__(self):
+        environment = os.environ | {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        command = [sys.executable, "-m", "helpers.meshes"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, env=environment, text=True
+        )
+        return self
+
+    def __call__(self, job, *arguments):
+        """Raises AssertionError, with the worker's traceback, where a job fails."""
+        self._process.stdin.write(json.dumps([job, arguments]) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the worker died of {job} {arguments}"
+        error = json.loads(answer)
+        assert error is None, error
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from helpers import mesh_jobs
+
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        try:
+            getattr(mesh_jobs, name)(*arguments)
+            error = None
+        except Exception:
+            error = traceback.format_exc()
+        answers.write(json.dumps(error) + "\n")
+        answers.flush()
+
+
+def collectives(text):
+    """The number of each kind of collective in a compiled program, and its elements."""
+    found = {}
+    for shapes, kind in COLLECTIVE.findall(text):
+        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
+        count, elements = found.get(kind, (0, 0))
+        for size in sizes:
+            product = 1
+            for n in filter(None, size.split(",")):
+                product *= int(n)
+            elements += product
+        found[kind] = count + 1, elements
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""Operators over a mesh, on 8 host devices of one process that all of these tests share."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers.meshes import Worker
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from pallas_kernels.common import sharding
+from pallas_kernels.conv2d import conv2d
+from pallas_kernels.wtconv import wtconv2d
+
+PARAMS = {"base_kernel": jnp.ones((3, 3, 1, 4)), "base_scale": jnp.ones(4)}
+X = jnp.ones((8, 4, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def devices():
+    with Worker() as worker:
+        yield worker
+
+
+def rows(table):
+    return [pytest.param(*row, id="-".join(map(str, row))) for row in table]
+
+
+N, C, NC = {"n": 8}, {"c": 4}, {"n": 4, "c": 2}
+NF = {"n": 4, "f": 2}
+FIRST = [
+    ("wtconv2d", NC, "triton", "Auto"),
+    ("wtconv2d", NC, "triton", "Explicit"),
+    ("conv2d", NF, "triton", "Explicit"),
+]
+H, HW = {"h": 4}, {"h": 4, "w": 2}
+# Every operator, every way in, plain JAX and a kernel; `slow` has each with each.
+PAIRS = [
+    ("wtconv1d", NC, None, "Explicit"),
+    ("conv2d", C, "triton", "Auto"),
+    ("conv2d_upsampled", NF, "triton", "stated"),
+    ("instance_norm", NC, "triton", "Explicit"),
+    ("haar", NC, "triton", "Auto"),
+    ("sparse", {"f": 2}, "triton", "Auto"),
+    ("sparse_depthwise", C, "triton", "Explicit"),
+]
+EVERY = [
+    (name, sizes, implementation, kind)
+    for name, splits in {
+        "wtconv1d": (N, C, NC),
+        "wtconv2d": (N, C, NC),
+        "wtconv3d": (N, C, NC),
+        "conv2d": (N, C, NF, {"f": 8}),
+        "conv2d_strided": (N, NF),
+        "conv2d_upsampled": (N, {"c": 2}, NF),
+        "instance_norm": (N, C, NC),
+        "haar": (N, C, NC),
+        "sparse": (C, {"f": 8}),
+        "sparse_depthwise": (C,),
+    }.items()
+    for sizes, implementation, kind in product(
+        splits, (None, "triton"), ("Auto", "Explicit", "stated")
+    )
+    # Nothing states that channels are split that no output has, and sparse has nothing to state.
+    if kind != "stated" or not (name.startswith("sparse") or (name[:4] == "conv" and "c" in sizes))
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "implementation", "kind"), rows(FIRST))
+def test_a_mesh_changes_nothing(devices, name, sizes, implementation, kind):
+    devices("splits", name, sizes, implementation, kind)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("name", "sizes", "implementation", "kind"), rows(PAIRS))
+def test_no_operator_on_no_axes_changes(devices, name, sizes, implementation, kind):
+    devices("splits", name, sizes, implementation, kind)
+
+
+CUT = [
+    (name, sizes, "triton", kind)
+    for name, kinds in {
+        "wtconv2d_cells": ("Auto", "Explicit", "stated"),
+        "wtconv2d_uneven": ("Auto", "Explicit"),
+        "wtconv2d_far": ("Auto", "Explicit"),
+        "wtconv2d_even_taps": ("Auto", "Explicit"),
+        "conv2d_cut": ("Explicit", "stated"),
+        "conv2d_dilated": ("Explicit",),
+        "conv2d_downsampled": ("Explicit", "stated"),
+        "conv2d_stem": ("Explicit",),
+        "haar_cut": ("Explicit", "stated"),
+    }.items()
+    for sizes, kind in product((H, HW, {"n": 2, "h": 2}), kinds)
+]
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", ["wtconv2d_uneven", "conv2d_downsampled"])
+def test_images_that_are_cut(devices, name):
+    devices("splits", name, HW, "triton", "Explicit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sizes", "implementation", "kind"), rows(CUT))
+def test_images_that_are_cut_every_way(devices, name, sizes, implementation, kind):
+    devices("splits", name, sizes, implementation, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "sizes", "implementation", "kind"), rows(EVERY))
+def test_every_operator_every_way(devices, name, sizes, implementation, kind):
+    devices("splits", name, sizes, implementation, kind)
+
+
+def test_a_kernel_that_refuses_a_shard_is_left_out(devices):
+    devices("refused_shard", "Auto")
+
+
+@pytest.mark.slow
+def test_a_kernel_that_refuses_the_shards_of_explicit_axes_is_left_out(devices):
+    devices("refused_shard", "Explicit")
+
+
+@pytest.mark.wide
+def test_a_kernel_that_raises_on_a_shard_is_left_out(devices):
+    devices("broken_kernel")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["wtconv2d", "conv2d"])
+def test_weights_over_the_batch(devices, name, kind):
+    devices("weights_over_the_batch", name, kind)
+
+
+@pytest.mark.wide
+def test_a_batch_that_does_not_divide(devices):
+    devices("uneven_batch", "Auto")
+
+
+@pytest.mark.slow
+def test_a_batch_that_explicit_axes_do_not_divide(devices):
+    devices("uneven_batch", "Explicit")
+
+
+@pytest.mark.wide
+def test_shardings_that_jit_alone_is_told(devices):
+    devices("in_shardings")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("implementation", [None, "triton"])
+@pytest.mark.parametrize("name", ["wtconv2d", "conv2d", "haar"])
+def test_vmap(devices, name, implementation, kind):
+    devices("mapped", name, implementation, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_remat_in_scan(devices, implementation, kind):
+    devices("remat_in_scan", implementation, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_explicit_and_auto_axes(devices, implementation):
+    devices("mixed_axes", implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_shard_map_over_one_of_two_axes(devices, implementation, kind, check_vma):
+    devices("shard_map_over_one", implementation, kind, check_vma)
+
+
+@pytest.mark.slow
+def test_export_and_layers(devices):
+    devices("exported")
+    devices("layers")
+
+
+def test_without_a_mesh_there_is_none():
+    function = partial(wtconv2d, params=PARAMS)
+    text = str(jax.make_jaxpr(jax.grad(lambda x: function(x).sum()))(X))
+    assert not any(name in text for name in ("shard_map", "custom_partitioning", "reshard"))
+
+
+def on_tpus(kind):
+    chip = AbstractDevice("TPU v5 lite", 1, platform="tpu")
+    mesh = AbstractMesh((4,), ("data",), axis_types=(kind,), abstract_device=chip)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_on_auto_axes_of_tpus_plain_jax_computes_what_is_not_stated(caplog):
+    sharding._SAID.clear()
+    with on_tpus(AxisType.Auto), caplog.at_level(logging.WARNING, "flash_wtconv"):
+        jax.eval_shape(partial(wtconv2d, params=PARAMS), X)
+        jax.eval_shape(partial(wtconv2d, params=PARAMS), X)
+        jax.eval_shape(conv2d, X, jnp.ones((1, 1, 4, 4)))
+        with pytest.raises(NotImplementedError, match=r"mosaic_tpu.*out_sharding=jax\.P"):
+            jax.eval_shape(partial(wtconv2d, params=PARAMS, implementation="mosaic_tpu"), X)
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith("wtconv: plain JAX computes it, since on Auto axes")
+
+
+def test_wrong_shardings_are_named():
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    run = partial(wtconv2d, X, PARAMS)
+    with pytest.raises(ValueError, match=r"out_sharding=P.*: there is no mesh"):
+        run(out_sharding=jax.P("data"))
+    for wrong, message in [
+        ("data", "expected a jax.P"),
+        (jax.P("model"), r"names \['model'\], but the mesh has the axes \['data'\]"),
+        (
+            jax.P(None, "data"),
+            r"splits h of the output's axes \[n, h, w, c\], of which n, c can",
+        ),
+        (jax.P(*[None] * 4, "data"), "has 5 entries, but the output has the axes"),
+    ]:
+        with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
+            run(out_sharding=wrong, wavelet="db2")
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match="an axis of 3 over 2"),
+    ):
+        wtconv2d(X[:3], PARAMS, out_sharding=jax.P("data"))
+
+
+PROCESS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from pallas_kernels.wtconv import wtconv2d
+assert jax.device_count() == 4 and jax.local_device_count() == 2
+mesh = jax.make_mesh((2, 2), ("n", "c"))
+x = np.random.default_rng(0).standard_normal((4, 6, 5, 4)).astype("float32")
+params = {"base_kernel": np.ones((3, 3, 1, 4), "float32"), "base_scale": np.ones(4, "float32"),
+          "wavelet_kernel_0": np.ones((3, 3, 4, 4), "float32"),
+          "wavelet_scale_0": np.ones((4, 4), "float32")}
+place = lambda a, *spec: jax.make_array_from_callback(
+    a.shape, NamedSharding(mesh, jax.P(*spec)), lambda i: a[i])
+args = place(x, "n", None, None, "c"), {k: place(v) for k, v in params.items()}
+def both(x, p):
+    y, pullback = jax.vjp(wtconv2d, x, p)
+    return y, pullback(jnp.sin(y))
+got, want = jax.jit(both)(*args), jax.jit(both)(x, params)
+for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    for shard in g.addressable_shards:
+        np.testing.assert_allclose(shard.data, np.asarray(w)[shard.index], rtol=1e-5, atol=1e-3)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROCESS, address]
+    environment = os.environ | flags
+    both = [subprocess.Popen([*command, str(i)], env=environment) for i in range(2)]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
+
+
+CACHED = """
+import sys
+import jax, numpy as np
+from jax import monitoring
+from jax.sharding import NamedSharding
+from pallas_kernels.wtconv import wtconv2d
+events = []
+monitoring.register_event_listener(lambda name, **_: events.append(name))
+mesh = jax.make_mesh((4,), ("n",))
+x = jax.device_put(np.ones((4, 6, 5, 4), "float32"), NamedSharding(mesh, jax.P("n")))
+params = {"base_kernel": np.ones((3, 3, 1, 4), "float32"), "base_scale": np.ones(4, "float32")}
+jax.block_until_ready(jax.jit(wtconv2d)(x, params))
+hits = [name for name in events if name.endswith("/cache_hits")]
+assert bool(hits) == (sys.argv[1] == "again"), events
+"""
+
+
+@pytest.mark.slow
+def test_the_compilation_cache_hits_in_a_second_process(tmp_path):
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for time in ("first", "again"):
+        subprocess.run([sys.executable, "-c", CACHED, time], check=True, env=os.environ | flags)
+
+
+TPUS = """
+import sys
+import jax, jax.numpy as jnp
+from functools import partial
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from helpers.meshes import collectives
+from pallas_kernels.wtconv import wtconv2d
+
+chip, kind = sys.argv[1:]
+devices = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices
+mesh = Mesh([*devices][:4], ("n",), axis_types=(AxisType[kind],))
+split, whole = (NamedSharding(mesh, jax.P(*spec)) for spec in (["n"], []))
+x = jax.ShapeDtypeStruct((8, 28, 28, 128), "float32", sharding=split)
+shapes = {"base_kernel": (3, 3, 1, 128), "base_scale": (128,),
+          "wavelet_kernel_0": (3, 3, 4, 128), "wavelet_scale_0": (4, 128)}
+params = {k: jax.ShapeDtypeStruct(s, "float32", sharding=whole) for k, s in shapes.items()}
+stated = split if kind == "Auto" else None
+run = partial(wtconv2d, implementation="mosaic_tpu", out_sharding=stated)
+def both(x, p):
+    y, pullback = jax.vjp(run, x, p)
+    return y, pullback(jnp.sin(y))
+device = jax.sharding.AbstractDevice(devices[0].device_kind, 1, platform="tpu")
+with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    compiled = jax.jit(both).lower(x, params).compile()
+text = compiled.as_text()
+assert "tpu_custom_call" in text
+found = collectives(text)
+assert set(found) == {"all-reduce"} and found["all-reduce"][0] == 1, found
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
+def test_tpu_programs_exchange_one_sum(chip, kind):
+    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is for Linux alone")
+    flags = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    flags["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    subprocess.run([sys.executable, "-c", TPUS, chip, kind], check=True, env=os.environ | flags)
