@@ -166,7 +166,7 @@ class TestArchives:
             "pallas_kernels/wtconv/cuda_kernels.cu",
             "torch_bridge/coreml/swift/Sources/WTConvCore/Resources/wtconv.metal",
             "torch_bridge/coreml/swift/Package.swift",
-            "torch_bridge/wtconv/on_cpu/fibers.h",
+            "pallas_kernels/common/on_cpu/fibers.h",
             "torch_bridge/py.typed",
         ):
             assert name in held
