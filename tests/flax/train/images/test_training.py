@@ -124,7 +124,7 @@ def test_it_learns_and_leaves_all_that_it_promises(whole):
     assert any((whole / "tensorboard").iterdir())
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_bitwise(data, whole):
     out = data.parent / "stopped"
     with pytest.raises(Stop):
@@ -133,7 +133,7 @@ def test_a_stopped_training_goes_on_bitwise(data, whole):
     assert_same_run(out, whole)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, whole):
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
         trainer.train(resolved(data), whole)
@@ -142,7 +142,7 @@ def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, whole):
         trainer.train(other, whole, resume=True)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_checkpoints_are_read_like_any_others(data, whole):
     with saving.saving(whole, 1) as saver:
         best = whole / saving.FOLDER / str(saver.best)
@@ -158,7 +158,7 @@ def test_checkpoints_are_read_like_any_others(data, whole):
     assert scores["top1"] == rows[int(best.name)]["ema_top1"]
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_commands_evaluate_and_predict(data, whole, tmp_path):
     from PIL import Image
 
@@ -262,36 +262,40 @@ if __name__ == "__main__":
 """
 
 
-def signalled(data, out, number, step):
-    """Trains in a process of its own, and sends it a signal after a step; returns its status."""
+def in_a_process(data, out, number=None, step=None):
+    """Trains in a process of its own, and sends it a signal after a step; returns its status.
+
+    All runs that are compared are in processes: the suite compiles programs in a way of its own.
+    """
     file = data.parent / "settings.toml"
     file.write_text(settings.as_toml(resolved(data)))
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, file, out], stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if int(line) == step:
-            process.send_signal(number)
-            break
-    process.stdout.read()
-    return process.wait()
+    command = [sys.executable, "-c", RUN, file, out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if number is not None and int(line) == step:
+                process.send_signal(number)
+                break
+        process.stdout.read()
+        return process.wait()
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_bitwise(data, whole):
-    out = data.parent / "killed"
-    assert signalled(data, out, signal.SIGKILL, 7) == -signal.SIGKILL
-    trainer.train(resolved(data), out, resume=True)
+def test_a_killed_training_goes_on_bitwise(data):
+    out, whole = data.parent / "killed", data.parent / "not_killed"
+    assert in_a_process(data, whole) == 0
+    assert in_a_process(data, out, signal.SIGKILL, 7) == -signal.SIGKILL
+    assert in_a_process(data, out) == 0
     assert_same_run(out, whole)
 
 
 @pytest.mark.slow
-def test_five_kills_and_a_request_to_stop_change_nothing(data, whole):
-    out = data.parent / "killed_often"
+def test_five_kills_and_a_request_to_stop_change_nothing(data):
+    out, whole = data.parent / "killed_often", data.parent / "never_killed"
+    assert in_a_process(data, whole) == 0
     for step in (2, 4, 5, 7, 8):
-        assert signalled(data, out, signal.SIGKILL, step) == -signal.SIGKILL
-    assert signalled(data, out, signal.SIGTERM, 9) in (0, 3)
-    trainer.train(resolved(data), out, resume=True)
+        assert in_a_process(data, out, signal.SIGKILL, step) == -signal.SIGKILL
+    assert in_a_process(data, out, signal.SIGTERM, 9) in (0, 3)
+    assert in_a_process(data, out) == 0
     assert_same_run(out, whole)
 
 
