@@ -222,6 +222,7 @@ def norm_jobs(chip, shapes):
 NORMS = ((2, 300, 1001, 3), PICTURES["style_256_trunk"], (1, 1, 1, 200), (3, 5, 7, 96))
 
 
+@pytest.mark.wide
 def test_dense_layers_and_a_norm_compile():
     hard = {"v5e": HARD_DENSE[2], "v6e": HARD_DENSE[1]}
     cases = {chip: (SOME_DENSE[chip][0], hard[chip]) for chip in hard}
@@ -232,7 +233,7 @@ def test_dense_layers_and_a_norm_compile():
 @pytest.mark.parametrize(
     ("chip", "hard"),
     [
-        pytest.param("v5e", HARD_DENSE[:2], marks=pytest.mark.wide),
+        pytest.param("v5e", HARD_DENSE[:2], marks=pytest.mark.slow),
         pytest.param("v6e", HARD_DENSE[::2], marks=pytest.mark.slow),
     ],
 )

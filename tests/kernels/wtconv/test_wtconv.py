@@ -31,11 +31,21 @@ SMALL = Case((7, 6), 2, 3, "float64", channels=2)
 NARROW = PAIRWISE[::3]
 
 
+# Hard cases whose optimised programs take over five seconds.
+LONG = {
+    "b2-14x14-c3-l3-k2-bfloat16",
+    "b2-7x7-c3-l2-k5-bfloat16",
+    "b2-8x11-c3-l3-k2-float32-bior2.2",
+    "b2-2x3-c3-l5-k5-float16",
+    "b2-12x9-c3-l2-k5-float64-db3",
+}
+
+
 def parameters(cases):
     """Cases by their names, those in float16 not core."""
     for case in cases:
         core = [pytest.mark.core] * (case.dtype != "float16")
-        wide = [pytest.mark.wide] * (case in PAIRWISE and case not in NARROW)
+        wide = [pytest.mark.wide] * (case in PAIRWISE and case not in NARROW or case.name in LONG)
         yield pytest.param(case, id=case.name, marks=core + wide)
 
 
