@@ -114,11 +114,9 @@ def _item(folder: Path) -> Path:
     items = sorted(path.parent for path in folder.glob(f"*/{_ITEM_MARK}"))
     if len(items) == 1:
         return items[0]
-    if is_checkpoint(folder):
+    if is_checkpoint(folder) and folder / "params" in items:
         # Of `flash-wtconv train`, which keeps the optimizer's memory beside them.
-        for name in _VARIABLES:
-            if folder / name in items:
-                return folder / name
+        return next(folder / name for name in _VARIABLES if folder / name in items)
     if is_checkpoint(folder) and not items:
         return folder  # What is missing is for Orbax to say.
     inside = items or sorted(

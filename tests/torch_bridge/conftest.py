@@ -1,7 +1,5 @@
 """Fixtures of the PyTorch layers' tests."""
 
-import sys
-
 import pytest
 
 
@@ -22,12 +20,13 @@ def float32_is_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture(autouse=True)
-def not_compiled_before():
+@pytest.fixture
+def many_compilations():
     """Or a ninth test that compiles one function exceeds what PyTorch compiles of it."""
-    yield
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch"].compiler.reset()
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        yield
 
 
 @pytest.fixture

@@ -493,7 +493,7 @@ def test_without_a_gpu_it_says_what_is_missing():
             {"base_kernel": np.ones((3, 3, 1, 1)), "base_scale": np.ones(1)},
             implementation="mosaic_gpu",
         )
-    assert OPERATOR.rule["gpu"] == ("mosaic_gpu", "triton", "xla")
+    assert OPERATOR.rule["gpu"] == ("mosaic_gpu", "triton", "cuda", "xla")
 
 
 @pytest.mark.parametrize(

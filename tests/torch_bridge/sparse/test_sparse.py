@@ -24,6 +24,8 @@ from torch_bridge.runtime import calls  # noqa: E402
 from torch_bridge.sparse import conformance, from_coords, ops  # noqa: E402
 from torch_bridge.sparse import triton as triton_launch  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("many_compilations")
+
 CPU = torch.device("cpu")
 VARIABLE = "FLASH_WTCONV_TORCH_SPARSE_CONV_"
 SMALL = {"block_m": 16, "block_n": 16, "block_k": 32, "ratio_m": 1, "ratio_n": 1, "stages": 1}

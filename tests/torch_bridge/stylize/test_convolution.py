@@ -14,6 +14,8 @@ from pallas_kernels.common.conformance import expected, worst  # noqa: E402
 from pallas_kernels.stylize.cases import CONV_CASES  # noqa: E402
 from torch_bridge.stylize.convolution import eager, ops  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("many_compilations")
+
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
 WIDE, SLOW = pytest.mark.wide, pytest.mark.slow
 IMPLEMENTATIONS = ["eager", pytest.param("triton", marks=INTERPRETED)]

@@ -15,6 +15,8 @@ from pallas_kernels.common.conformance import bounds, expected, worst  # noqa: E
 from pallas_kernels.stylize.cases import CASES, HARD  # noqa: E402
 from torch_bridge.stylize import conformance, layers, ops  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("many_compilations")
+
 FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
 IMPLEMENTATIONS = ["eager", pytest.param("triton", marks=INTERPRETED)]
 
@@ -39,7 +41,7 @@ def interpretable(case, implementation):
 
 def marks(case):
     """Of many channels the interpreter takes many programs, channels first, of some ms each."""
-    if case.channels >= 128 and case.dtype != "float32" or case.channels > 128:
+    if case.c >= 128 and case.dtype != "float32" or case.c > 128:
         return [pytest.mark.slow]
     return [pytest.mark.wide] * (case not in HARD[1:4])
 

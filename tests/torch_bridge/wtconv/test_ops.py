@@ -12,6 +12,8 @@ import torch_bridge  # noqa: E402
 from torch_bridge.runtime import calls  # noqa: E402
 from torch_bridge.wtconv import ops  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("many_compilations")
+
 EACH = pytest.mark.parametrize(
     "implementation",
     [

@@ -13,6 +13,8 @@ from torch.nn.utils import parametrizations, prune  # noqa: E402
 import torch_bridge  # noqa: E402
 from torch_bridge.wtconv import layers, ops  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("many_compilations")
+
 
 class Adapted(nn.Module):
     """A convolution with a low-rank update beside it, as adapters wrap one."""

@@ -14,6 +14,8 @@ from pallas_kernels.dispatch import forget, tuning  # noqa: E402
 from torch_bridge.runtime import calls, measuring  # noqa: E402
 from torch_bridge.wtconv import eager, ops  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("many_compilations")
+
 CPU = torch.device("cpu")
 VARIABLE = "FLASH_WTCONV_TORCH_WTCONV_"
 
