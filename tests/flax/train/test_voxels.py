@@ -140,7 +140,7 @@ def test_a_tiny_demo_from_start_to_end(quick, tmp_path):
     assert_demo(tmp_path)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_a_tiny_demo_with_its_network(few, tmp_path):
     assert_demo(tmp_path)
 

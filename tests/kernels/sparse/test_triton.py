@@ -129,9 +129,15 @@ def test_permuted_rows_are_permuted_results_bit_by_bit():
     np.testing.assert_array_equal(results(table)[:, moved], results(table[:, moved]))
 
 
+def marks(case):
+    """By the time that a case takes in the interpreter: of 343 offsets a quarter of a minute."""
+    return pytest.mark.slow if case.kernel_size == 7 else pytest.mark.wide
+
+
 @INTERPRETED
-@pytest.mark.wide
-@pytest.mark.parametrize("case", interpretable(CASES), ids=name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=marks(case)) for case in interpretable(CASES)]
+)
 def test_interpreted_kernels_are_the_oracles(interpreted, case):
     """Beside the contract's tests, which take the smallest case by every form of a choice."""
     assert_oracle(conformance, case, "triton")

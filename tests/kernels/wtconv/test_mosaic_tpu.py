@@ -283,8 +283,8 @@ jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want
 """
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("check_vma", [True, False])
 def test_sharded_over_batch_and_channels(check_vma):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
