@@ -1,4 +1,4 @@
-"""What a release consists of: one version, files at the top, workflows, licences, two archives."""
+"""The parts of a release: one version, files at the top, workflows, licences, two archives."""
 
 import importlib.util
 import re
@@ -60,7 +60,7 @@ def listed_at_the_top():
 
 
 def held_at_the_top():
-    """What git tracks there, or what is there of an sdist; a developer's own files do not count."""
+    """The files that git tracks, or those of an sdist; a developer's own files do not count."""
     command = ["git", "-C", str(ROOT), "ls-tree", "HEAD"]
     if (ROOT / ".git").exists() and shutil.which("git"):
         lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()

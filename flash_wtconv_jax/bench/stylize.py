@@ -532,7 +532,7 @@ def _style_vit(size: int, batch: int, dtype: str) -> Iterator[_Group]:
 
 
 def _head(work: str, size: int, batch: int, dtype: str, direction: str) -> Json:
-    """What the rows of a network share."""
+    """Returns the columns that the rows of a network share."""
     name = f"{size} x {size}, batch {batch}"
     head: Json = {"work": work, "name": name, "size": size, "batch": batch}
     return head | {"dtype": dtype, "direction": direction}

@@ -122,7 +122,7 @@ def _constructor(path: Path) -> Callable[[], convnext.ConvNeXt]:
 
 
 def constructors() -> dict[str, Callable[..., convnext.ConvNeXt]]:
-    """What makes networks, by the names that a `network.json` and a training's settings use.
+    """Functions that make networks, by the names that `network.json` and a training's settings use.
 
     Example:
         >>> sorted(constructors())[0]

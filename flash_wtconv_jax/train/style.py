@@ -81,7 +81,7 @@ FILES = {
     "losses.csv": "the losses of every step",
     "sample.png": "a photograph, and what the network makes of it",
 }
-"""What a run leaves in its folder; of the networks the one that was trained."""
+"""The files that a run leaves in its folder; of the networks the one that was trained."""
 
 Network = TransformerNet | StyleViT
 

@@ -21,7 +21,7 @@ _BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3))
 _ALL = 13
 """Convolutions of the whole network; files hold those of a fifth block too."""
 _MEAN = (123.68, 116.779, 103.939)
-"""Of ImageNet's red, green and blue, 0 to 255."""
+"""The means of ImageNet's red, green and blue, 0 to 255."""
 _DEVIATION = (58.395, 57.12, 57.375)
 """By which torchvision's weights want them divided; Keras' do not, and want blue first."""
 _SEED = 0

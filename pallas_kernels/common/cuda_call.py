@@ -28,7 +28,7 @@ from pallas_kernels.common.cuda import Device, Kernel
 from pallas_kernels.common.types import Output
 
 SAFE = export.DisabledSafetyCheck.custom_call(TRITON_TARGET)
-"""What `jax.export` asks for: a launch depends on nothing but its arguments."""
+"""The promise that `jax.export` asks for: a launch depends on nothing but its arguments."""
 
 _SHARED = {75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 120: 101376}
 """Bytes of shared memory that a block may have, of compute capabilities from each on."""

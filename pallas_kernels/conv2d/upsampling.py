@@ -268,7 +268,7 @@ def _phase(window: Window, row: _Along, column: _Along) -> Phase:
 def _computed(
     run: Callable[..., Tree], window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None
 ) -> list[list[Tree]]:
-    """What a function of an implementation returns of each phase."""
+    """The results of an implementation's function of each phase."""
     _, *size, _ = window.images(x.shape)
     images = _prepared(x, window)
     return [

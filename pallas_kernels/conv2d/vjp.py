@@ -176,7 +176,7 @@ def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
 def _around(
     window: Window, taps: Sequence[int], shard: sharding.Shard
 ) -> dict[str, tuple[int, int]]:
-    """Of each axis of an image that is split the samples that a shard reads around its own."""
+    """The samples that a shard reads around its own, along each axis of an image that is split."""
     found = {}
     for i, name in enumerate("hw"):
         if shard.splits(name):

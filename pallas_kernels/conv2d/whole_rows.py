@@ -35,7 +35,7 @@ _FEW = 16
 
 
 def offered(problem: Problem) -> list[Json]:
-    """What a search space has more where channels or features are few: this form.
+    """The form that a search space has more where channels or features are few.
 
     Example:
         >>> offered(Problem((2, 64, 64, 3), "bfloat16", 9, 9, 32, Window(), "bfloat16"))

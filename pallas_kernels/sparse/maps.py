@@ -498,7 +498,7 @@ def _unpacked(found: UniqueKeys, ndim: int) -> _Sites:
 
 
 def _columns(window: Window, first: tuple[int, ...]) -> np.ndarray:
-    """What the first offset of each column along the last axis adds to `stride u`, `[columns, D]`.
+    """The first offset of each column along the last axis, added to `stride u`, `[columns, D]`.
 
     Example:
         >>> _columns(Window((2, 3), (1, 1), (1, 1)), (0, -1)).tolist()

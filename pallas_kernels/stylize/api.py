@@ -128,7 +128,7 @@ def checked_activation(value: object) -> str | None:
 
 
 def checked_eps(value: object, name: str = "eps") -> float:
-    """What is added to a variance, as a float.
+    """The number that is added to a variance, as a float.
 
     Args:
         value: The argument.

@@ -144,5 +144,5 @@ def _about_mean(known: Known, n: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def _sloped(activation: str | None, known: Known, g: jax.Array) -> jax.Array:
-    """What passes an activation whose slope is 0 or 1, and 0 at 0; linear in g."""
+    """The gradient behind an activation whose slope is 0 or 1, and 0 at 0; linear in g."""
     return g if activation is None else jnp.where(preactivation(known) > 0, g, 0)

@@ -110,7 +110,7 @@ Tile = list[jax.Array]
 
 
 class _Call(NamedTuple):
-    """What times and sizes of a launch depend on.
+    """The quantities that times and sizes of a launch depend on.
 
     Attributes:
         shape: `(N, H, W, C)`.

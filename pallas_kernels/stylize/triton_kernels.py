@@ -541,7 +541,7 @@ def _slices(
     PX: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """What the slices of a group summed, `[BS, BC]` twice, and their pixels; zeros behind them."""
+    """The sums of a group's slices, `[BS, BC]` twice, and their pixels; zeros behind them."""
     s = tl.arange(0, BS)
     exists = (s < SLICES)[:, None]
     at = parts + (group.to(tl.int64) * SLICES + s)[:, None] * (2 * BC) + tl.arange(0, BC)[None, :]
@@ -590,7 +590,7 @@ def _normed(v, centre, offset, inverse):
 
 @triton.jit
 def _moved(n, a, b, residual, at, known, ADD: tl.constexpr):
-    """What the activation takes."""
+    """The argument of the activation."""
     z = n * a[None, :] + b[None, :]
     if ADD:
         z += tl.load(residual + at, mask=known, other=0.0).to(tl.float32)

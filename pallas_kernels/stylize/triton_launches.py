@@ -268,7 +268,7 @@ def _parts(
     launch: Launch[AnyArray],
     **constants: object,
 ) -> list[AnyArray]:
-    """What a kernel sums of each slice."""
+    """The sums of each slice that a kernel writes."""
     shape = groups, own.slices, 2, own.channels
     constants |= {"SLICES": own.slices, **_block(own)}
     return launch(kernel, arguments, [(shape, "float32")], (groups * own.slices,), **constants)

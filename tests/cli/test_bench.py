@@ -186,7 +186,7 @@ MS = {f"{which}_ms": 1.0 for which in ("median", "least", "greatest")}
 
 
 def test_sparse_convolutions_are_timed_in_parts(tmp_path, monkeypatch):
-    """What is there already is not timed again, but under another dtype."""
+    """Results that are there are not timed again, but under another dtype."""
     monkeypatch.setattr(sparse, "NAMES", ("one", "two"))
     for name in sparse.NAMES:
         monkeypatch.setitem(sparse.SHAPES, name, voxels.Shape(20, 2, 3, 1, 1))

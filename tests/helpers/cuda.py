@@ -19,7 +19,7 @@ EMULATED = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable(
 
 @cache
 def folder():
-    """What this process has built, which its tests share."""
+    """The libraries that this process has built, which its tests share."""
     made = TemporaryDirectory()
     atexit.register(made.cleanup)
     return Path(made.name)

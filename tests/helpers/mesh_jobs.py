@@ -258,7 +258,7 @@ def uneven_batch(kind):
 
 
 def in_shardings():
-    """What `jax.jit(..., in_shardings=)` alone knows."""
+    """Shardings that `jax.jit(..., in_shardings=)` alone knows."""
     function, (x, params), _, _ = _case("wtconv2d", "triton")
     mesh = _mesh({"n": 8}, (AxisType.Auto,))
     split = NamedSharding(mesh, jax.P("n"))

@@ -50,7 +50,7 @@ LAUNCHES = (
 
 
 def taken(folder):
-    """What the compilers say of the kernel whose files are in a folder, which are removed."""
+    """The compilers' report of the kernel whose files are in a folder, which are removed."""
     texts = {file.suffix: file.read_text() for file in folder.iterdir() if file.suffix != ".log"}
     for file in folder.iterdir():
         file.unlink()

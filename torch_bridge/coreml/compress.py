@@ -17,7 +17,7 @@ from torch_bridge.coreml.tools import quiet
 
 
 class Compression(StrEnum):
-    """What takes the place of weights: the nearest of 16, 64 or 256 numbers, or an integer."""
+    """The form of compressed weights: the nearest of 16, 64 or 256 numbers, or an integer."""
 
     PALETTE4 = "palettize4"
     PALETTE6 = "palettize6"
@@ -26,7 +26,7 @@ class Compression(StrEnum):
 
 
 class Change(NamedTuple):
-    """What compression has done.
+    """The outcome of a compression.
 
     Attributes:
         before: Bytes of the package.

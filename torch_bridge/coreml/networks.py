@@ -14,7 +14,7 @@ from torch_bridge.coreml.program import Array
 from torch_bridge.coreml.weights import Params, below
 
 _MEAN, _DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-"""Of ImageNet's red, green and blue from 0 to 1: what the published weights were trained with."""
+"""The statistics of ImageNet's red, green and blue from 0 to 1, which published weights expect."""
 _CONVNEXT_EPSILON, _INSTANCE_EPSILON = 1e-6, 1e-5
 
 

@@ -12,7 +12,7 @@ from pallas_kernels.common.files import replacing, writing
 from torch_bridge.coreml.tools import quiet
 
 PRECISIONS = "fp32", "fp16"
-"""What weights are kept in and values computed in; arrays at the interface are float32 in both."""
+"""The dtype of weights and of computed values; arrays at the interface are float32 in both."""
 LICENCE = "Apache-2.0 for the program; the weights have the licence of where they come from"
 
 _PASSES = (
@@ -27,7 +27,7 @@ _PASSES = (
     "common::cast_optimization",
     "common::dead_code_elimination",
 )
-"""Of coremltools' passes those that a program needs whose operations are fused already.
+"""The passes of coremltools that a program needs whose operations are fused already.
 
 The others take several times as long; and `fuse_conv_scale` would push the weights before a layer
 scale below what float16 holds well.

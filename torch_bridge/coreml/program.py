@@ -38,7 +38,7 @@ _READERS = {
 
 
 class Result(NamedTuple):
-    """What an operation declares of a value that it computes.
+    """The declaration of a value that an operation computes.
 
     Attributes:
         name: Its name.

@@ -357,7 +357,7 @@ def _unpacked(keys: Tensor, ndim: int, rows: int) -> _Sites:
 
 
 def _steps(window: Window, first: tuple[int, ...], device: torch.device) -> Tensor:
-    """What the offsets add to `stride u`, `int64 [K, D]`."""
+    """The offsets that are added to `stride u`, `int64 [K, D]`."""
     # Reckoned there: a CUDA graph that is captured takes nothing from the host.
     offset = torch.arange(window.taps, device=device)
     columns = []

@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _AVERAGES = "running_mean", "running_var", "num_batches_tracked"
 _DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 _DROPPED: set[str] = set()
-"""What was warned of, once in a process."""
+"""The warnings that were given, once in a process."""
 
 
 class FusedInstanceNorm2d(nn.InstanceNorm2d):

@@ -118,7 +118,7 @@ def read_images(x: Tensor, last: bool) -> Tensor:
 
 
 def _as_images(y: Tensor, x: Tensor, last: bool) -> Tensor:
-    """What a kernel wrote for images like x as `[N, C, H, W]`."""
+    """The output of a kernel for images like x as `[N, C, H, W]`."""
     return y.permute(0, 3, 1, 2) if last else y.view(x.shape)
 
 

@@ -171,7 +171,7 @@ def conv2d_instance_norm(
 
 
 def _fastest(fwd: Request, problem: Problem) -> str | None:
-    """What the table says was the fastest, the parts where it says nothing.
+    """The name that the table says was the fastest, the parts where it says nothing.
 
     None where a filter, the environment or times of this machine choose.
     """

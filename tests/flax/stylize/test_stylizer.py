@@ -91,7 +91,7 @@ def test_no_numbers_are_an_error(styles, tmp_path):
 
 @pytest.mark.wide
 def test_a_film_flickers_less(styles):
-    """What comes into the picture and goes changes the rest of it less."""
+    """Things that come into the picture and go change the rest of it less."""
     still = np.random.default_rng(1).integers(0, 256, (12, 128, 3), np.uint8)
     other = still.copy()
     other[:, 96:] = 255

@@ -107,7 +107,7 @@ def call(case, **rest):
 
 @pytest.mark.wide
 def test_derivatives_of_every_order():
-    """Of a sum of sines, in each argument twice, against finite differences of the gradient."""
+    """A sum of sines, in each argument twice, against finite differences of the gradient."""
     case = Case((9, 4), 5, 4, 2, (3, 2), (1, 2), groups=2, ndim=2, dtype="float64", bias=True)
     with jax.enable_x64(True), tuning("off"):
         _, x, w, bias, _ = case.drawn()

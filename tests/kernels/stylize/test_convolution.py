@@ -179,7 +179,7 @@ def test_derivatives_of_every_order_and_mode():
 
 
 class Taken(Exception):
-    """What a spy raises."""
+    """The error that a spy raises."""
 
 
 @pytest.fixture

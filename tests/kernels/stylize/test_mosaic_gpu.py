@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_read_again(interpreted, monkeypatch):
 @pytest.mark.core
 @pytest.mark.slow
 def test_more_blocks_than_a_warpgroup_reads_at_once(interpreted, monkeypatch):
-    """Of one warpgroup each, since the interpreter waits for as many threads as it has alone."""
+    """Blocks of one warpgroup, since the interpreter waits for as many threads as it has alone."""
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 8)
     monkeypatch.setattr(mosaic_gpu, "_WARPGROUPS", 1)
     monkeypatch.setattr(mosaic_gpu, "_ENTRIES", 2)

@@ -23,7 +23,7 @@ REGISTERS = {
     "sm_100a": {"forward": (71, 95), "weights": (129, 127)},
     "sm_120": {"forward": (80, 80), "weights": (128, 127)},
 }
-"""Of kernels of 5 and two levels on small channels-last images, in float32 and float16."""
+"""The registers of kernels of 5, two levels, small channels-last images, float32 and float16."""
 TENSOR_CORES = {
     "sm_75": {3: 108, 5: 108, 7: 184},
     "sm_80": {5: 110},
@@ -33,7 +33,7 @@ TENSOR_CORES = {
     "sm_100a": {5: 104},
     "sm_120": {5: 112},
 }
-"""Of the depthwise convolution in 16 bits, by kernel size; Turing has float16 alone."""
+"""The registers of the 16-bit depthwise convolution by kernel size; Turing has float16 alone."""
 MORE = 16
 """Registers that another version of NVRTC may take more."""
 

@@ -1,4 +1,4 @@
-"""What the tests of Core ML packages share."""
+"""Fixtures that the tests of Core ML packages share."""
 
 import gc
 import importlib.util

@@ -56,7 +56,7 @@ FLEXIBLE = [
 
 
 def plain_half(params, x):
-    """What plain PyTorch computes in float16."""
+    """The result of plain PyTorch in float16."""
     module = torch_bridge.from_jax({"params": params}).cpu().half()
     module.implementation = "eager"
     y = module(torch.from_numpy(x.transpose(0, 3, 1, 2)).half())

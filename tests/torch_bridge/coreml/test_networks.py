@@ -62,7 +62,7 @@ def applied(model, x):
 
 
 def expected(model, x):
-    """What JAX computes, maps with the channels first."""
+    """The result of JAX, maps with the channels first."""
     found = applied(model, x)
     several = found if isinstance(found, list) else [found]
     return [np.moveaxis(np.asarray(one), -1, 1) for one in several]

@@ -99,7 +99,7 @@ def test_interpreted_kernels_are_the_oracles(interpreter, case):
 
 @pytest.mark.wide
 def test_kernels_compile_for_the_masks_of_pytorch(tmp_path):
-    """Of int32; all else that is launched is what JAX launches."""
+    """Their masks are int32; all else that is launched is what JAX launches."""
     pytest.importorskip("triton", reason="Triton is for Linux alone")
     from helpers.triton import compiled_resources
 

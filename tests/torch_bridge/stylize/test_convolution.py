@@ -107,7 +107,7 @@ def test_a_residual_block_is_the_oracles(implementation):
 
 
 def test_derivatives_of_every_order():
-    """Of PyTorch's operations by finite differences, and of the operator beside them."""
+    """PyTorch's derivatives by finite differences, and the operator's beside them."""
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64)
     w, scale = torch.randn(3, 2, 2, 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     leaves = [value.requires_grad_() for value in (x, w, scale)]

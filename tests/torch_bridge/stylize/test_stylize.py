@@ -40,7 +40,7 @@ def interpretable(case, implementation):
 
 
 def marks(case):
-    """Of many channels the interpreter takes many programs, channels first, of some ms each."""
+    """The marks: many channels are many programs of the interpreter, of some ms each."""
     if case.c >= 128 and case.dtype != "float32" or case.c > 128:
         return [pytest.mark.slow]
     return [pytest.mark.wide] * (case not in HARD[1:4])

@@ -174,7 +174,7 @@ def assert_close(case, found, want):
 
 
 def check_rounded_once(dtype, device, compute, *values):
-    """What is computed of images in low precision is what float32 gives, rounded."""
+    """Results of images in low precision are those of float32, rounded."""
     values = [value.to(dtype).to(device) for value in values]
     for got, value in zip(
         compute(*values), compute(*(value.float() for value in values)), strict=True

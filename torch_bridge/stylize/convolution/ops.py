@@ -271,7 +271,7 @@ def output_size(
 
 
 def _empty(x: Tensor, w: Tensor, scale: Tensor, window: Padded) -> tuple[Tensor, Tensor, Tensor]:
-    """What comes out, not computed: images in x's memory format, and statistics."""
+    """The outputs, not computed: images in x's memory format, and statistics."""
     last = channels_last(x.stride())
     form = torch.channels_last if last else torch.contiguous_format
     size = output_size(x.shape, w.shape, window)
@@ -280,7 +280,7 @@ def _empty(x: Tensor, w: Tensor, scale: Tensor, window: Padded) -> tuple[Tensor,
 
 
 def _formatted(found: Tensor, like: Tensor) -> Tensor:
-    """What was computed, in the strides that were told."""
+    """The outputs that were computed, in the strides that were told."""
     return found if found.stride() == like.stride() else like.copy_(found)
 
 

@@ -20,13 +20,13 @@ from flash_wtconv_jax.cli.messages import say
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3}
-"""What errors may be, by the precision of the package."""
+"""The largest error, by the precision of the package."""
 _STAGES = "haar", "convolutions", "inverse", "sum", "whole", "total"
 """In the order in which they run; JSON has none."""
 
 
 class Backend(StrEnum):
-    """What the runner computes with; "cpu" alone needs no Apple machine."""
+    """The backend of the runner; "cpu" alone needs no Apple machine."""
 
     METAL = "metal"
     CPU = "cpu"
