@@ -26,7 +26,7 @@ def test_there_are_notebooks():
 
 
 # Of a notebook that takes minutes, what to write in its place here.
-SHORTER = {"quickstart": ("epochs=15", "epochs=2")}
+SHORTER = {"quickstart": ("epochs=15", "epochs=2"), "tpu_quickstart": ("[2:5]", "[2:3]")}
 
 
 @pytest.mark.wide

@@ -68,7 +68,7 @@ QUICK += [
         SIZED,
         sizes,
         id=f"{SIZED.name} {sizes}",
-        marks=[pytest.mark.wide] * (sizes != {"strips": 8}),
+        marks=[pytest.mark.slow] * (sizes != {"strips": 8}),
     )
     for sizes in SIZES
 ]

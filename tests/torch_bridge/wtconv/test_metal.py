@@ -397,7 +397,7 @@ class TestPlantedFaults:
         case = self.EVEN if "before" in old else self.SMALL
         assert self.caught(case, source=changed(old, new))
 
-    @pytest.mark.wide
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("old", "new"),
         [
