@@ -168,7 +168,7 @@ def _rows(
     if _sites(name) not in mapped:
         times = _map_times(layer, clock, progress)
         rows += [{**head, "direction": "map", "contender": who, **ms} for who, ms in times]
-    programs = {who: _compiled(one, layer) for who, one in layer.contenders().items()}
+    programs = _programs(layer)
     theirs = {other.NAME: _times_of(other, layer) for other in others}
     forward: dict[str, float] = {}
     for direction in DIRECTIONS:
@@ -361,29 +361,40 @@ def _ours_depthwise(
     return spatially_sparse_depthwise_conv(x, w, found, out.capacity, name, name)
 
 
-def _compiled(contender: _Contender, layer: _Layer) -> dict[str, tuple[Call, int]]:
-    """A contender's programs, those of `DIRECTIONS`, each with its temporary bytes."""
-    function, own = contender
-
-    # The map's arrays are arguments: constants would be part of the program.
-    def pulled(own: Tree, x: jax.Array, w: jax.Array, dy: jax.Array) -> Tree:
-        y, pullback = jax.vjp(partial(function, own), x, w)
-        return y, *pullback(dy)
-
+def _programs(layer: _Layer) -> dict[str, dict[str, tuple[Call, int]]]:
+    """The programs of each contender, those of `DIRECTIONS`, each with its temporary bytes."""
+    calls, lowered = {}, {}
     # What a program does not return it does not compute.
     returned = slice(0, 1), slice(0, 3), slice(1, 2), slice(2, 3)
-    arrays = own, layer.x, layer.w, layer.dy
-    found: dict[str, tuple[Call, int]] = {}
-    for direction, which in zip(DIRECTIONS, returned, strict=True):
-
-        def some(*given: Tree, which: slice = which) -> Tree:
-            return pulled(*given)[which]
-
-        program = jax.jit(some, keep_unused=True).lower(*arrays).compile()
+    for who, (function, own) in layer.contenders().items():
+        arrays = own, layer.x, layer.w, layer.dy
+        for direction, which in zip(DIRECTIONS, returned, strict=True):
+            some = partial(_some, function, which)
+            calls[who, direction] = arrays
+            lowered[who, direction] = jax.jit(some, keep_unused=True).lower(*arrays)
+    found: dict[str, dict[str, tuple[Call, int]]] = {}
+    for (who, direction), program in clocks.compiled(lowered).items():
         used = program.memory_analysis()
         assert used is not None
-        found[direction] = partial(program, *arrays), used.temp_size_in_bytes
+        call = partial(program, *calls[who, direction])
+        found.setdefault(who, {})[direction] = call, used.temp_size_in_bytes
     return found
+
+
+def _some(
+    function: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    which: slice,
+    own: Tree,
+    x: jax.Array,
+    w: jax.Array,
+    dy: jax.Array,
+) -> Tree:
+    """Some of a convolution's output and its gradients in x and w.
+
+    The map's arrays are arguments: constants would be part of the program.
+    """
+    y, pullback = jax.vjp(partial(function, own), x, w)
+    return (y, *pullback(dy))[which]
 
 
 def _map_times(

@@ -339,14 +339,12 @@ def _both_ways(
         return y, pullback(dy)
 
     for direction in _BOTH:
-        programs = {
-            who: _compiled(one, *arrays)
-            if direction == "forward"
-            else _compiled(partial(both, one), dy, *arrays)
+        calls: dict[str, _Call] = {
+            who: (one, *arrays) if direction == "forward" else (partial(both, one), dy, *arrays)
             for who, one in functions.items()
         }
         head: Json = {"work": work, "name": name, "dtype": dtype, "direction": direction}
-        yield _Group(head, _PLAIN, programs)
+        yield _Group(head, _PLAIN, _programs(calls))
 
 
 ConvNorm = Callable[..., jax.Array]
@@ -448,7 +446,7 @@ def _network(size: int, batch: int, dtype: str) -> Iterator[_Group]:
     """Inference."""
     model, params, images = _made(size, batch, dtype)
     steps = _steps(model, dtype)
-    programs = {who: _compiled(step, params, images) for who, step in steps.items()}
+    programs = _programs({who: (step, params, images) for who, step in steps.items()})
     others = _registered_times(params, images, dtype, training=False)
     yield _Group(_head("network", size, batch, dtype, "forward"), _PLAIN, programs, others)
 
@@ -456,29 +454,29 @@ def _network(size: int, batch: int, dtype: str) -> Iterator[_Group]:
 def _ladder(size: int, batch: int, dtypes: Sequence[str]) -> Iterator[_Group]:
     """Inference in float32, step by step, and the whole in other dtypes."""
     model, params, images = _made(size, batch, "float32")
-    programs = {
-        f"{who} float32": _compiled(step, params, images)
+    calls: dict[str, _Call] = {
+        f"{who} float32": (step, params, images)
         for who, step in _steps(model, "float32").items()
         if not who.startswith(f"{OURS} ")
     }
     for dtype in dtypes:
         if dtype != "float32":
             model, params, images = _made(size, batch, dtype)
-            whole = _steps(model, dtype)[OURS]
-            programs[f"{OURS} {dtype}"] = _compiled(whole, params, images)
+            calls[f"{OURS} {dtype}"] = _steps(model, dtype)[OURS], params, images
     found = _registered_times(params, images, "float32", training=False)
     others = {f"{who} float32": one for who, one in found.items()}
     timed = [who for who, one in others.items() if isinstance(one, Spread)]
     baseline = timed[0] if timed else f"{_PLAIN} float32"
     head = _head("ladder", size, batch, "float32", "forward")
-    yield _Group(head, baseline, programs, others)
+    yield _Group(head, baseline, _programs(calls), others)
 
 
 def _training(size: int, batch: int, dtype: str) -> Iterator[_Group]:
     """Steps of training, which are given the memory of the state before them."""
     model, params, images = _made(size, batch, dtype)
     optimizer = optax.adam(1e-3)
-    programs = {}
+    state = params, optimizer.init(params)
+    lowered = {}
     for who, styled in _steps(model, dtype).items():
 
         def loss(params: nnx.State, images: jax.Array, styled: Any = styled) -> jax.Array:
@@ -491,9 +489,11 @@ def _training(size: int, batch: int, dtype: str) -> Iterator[_Group]:
             updates, memory = optimizer.update(gradients, memory, params)
             return (optax.apply_updates(params, updates), memory), value
 
-        state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
-        compiled = jax.jit(step, donate_argnums=0).lower(state, images).compile()
-        programs[who] = _Program(_Trained(compiled, state, images), _temporaries(compiled))
+        lowered[who] = jax.jit(step, donate_argnums=0).lower(state, images)
+    programs = {
+        who: _Program(_Trained(step, jax.tree.map(jnp.copy, state), images), _temporaries(step))
+        for who, step in clocks.compiled(lowered).items()
+    }
     others = _registered_times(params, images, dtype, training=True)
     yield _Group(_head("training", size, batch, dtype, "step"), _PLAIN, programs, others)
 
@@ -512,7 +512,7 @@ class _Trained:
 def _style_vit(size: int, batch: int, dtype: str) -> Iterator[_Group]:
     """StyleViT beside TransformerNet; left out is what needs more memory than there may be."""
     model, params, images = _made(size, batch, dtype)
-    programs = {"TransformerNet": _compiled(_steps(model, dtype)[OURS], params, images)}
+    calls: dict[str, _Call] = {"TransformerNet": (_steps(model, dtype)[OURS], params, images)}
     others: dict[str, Spread | str] = {}
     style = jnp.full((1, _STYLE, _STYLE, 3), 127.5, dtype)
     for name in _VITS:
@@ -526,9 +526,9 @@ def _style_vit(size: int, batch: int, dtype: str) -> Iterator[_Group]:
         def infer(own: nnx.State, *pair: jax.Array, made: Any = (definition, rest)) -> jax.Array:
             return cast(jax.Array, nnx.merge(made[0], own, *made[1])(*pair))
 
-        programs[f"StyleViT {name}"] = _compiled(infer, own, images, style)
+        calls[f"StyleViT {name}"] = infer, own, images, style
     head = _head("style_vit", size, batch, dtype, "forward")
-    yield _Group(head, "TransformerNet", programs, others)
+    yield _Group(head, "TransformerNet", _programs(calls), others)
 
 
 def _head(work: str, size: int, batch: int, dtype: str, direction: str) -> Json:
@@ -552,9 +552,17 @@ def _drawn(*shapes: Sequence[int], dtype: str) -> list[jax.Array]:
     return [draw(key, tuple(shape)) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def _compiled(function: Callable[..., Tree], *arrays: Tree) -> _Program:
-    program = jax.jit(function).lower(*arrays).compile()
-    return _Program(partial(program, *arrays), _temporaries(program))
+_Call = tuple[Any, ...]
+"""A function, and its arrays."""
+
+
+def _programs(calls: Mapping[str, _Call]) -> dict[str, _Program]:
+    """The programs of some calls, by the same names."""
+    lowered = {who: jax.jit(function).lower(*arrays) for who, (function, *arrays) in calls.items()}
+    return {
+        who: _Program(partial(program, *calls[who][1:]), _temporaries(program))
+        for who, program in clocks.compiled(lowered).items()
+    }
 
 
 def _temporaries(compiled: Any) -> int:

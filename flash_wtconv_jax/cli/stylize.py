@@ -31,7 +31,10 @@ def stylize(
     ],
     style: Annotated[
         Path | None,
-        typer.Option(help="Weights of a TransformerNet: .pth, .safetensors or an Orbax folder."),
+        typer.Option(
+            help="Weights of a TransformerNet: .pth, .safetensors or an Orbax folder. "
+            "Default: stained glass, which comes with the package."
+        ),
     ] = None,
     blend: Annotated[
         str | None,
@@ -139,12 +142,14 @@ def stylize(
 
 def _styles(style: Path | None, blend: str | None) -> dict[Path, float]:
     """Files of weights, and the share of each; shares add up to 1."""
-    if (style is None) == (blend is None):
-        raise ValueError("give --style FILE, or --blend A=0.5,B=0.5 for several, and not both")
+    from flash_wtconv_jax.stylize.stylizer import STAINED_GLASS
+
+    if blend is None:
+        return {style or STAINED_GLASS: 1.0}
     if style is not None:
-        return {style: 1.0}
+        raise ValueError("give --style FILE, or --blend A=0.5,B=0.5 for several, and not both")
     weights: dict[Path, float] = {}
-    for part in str(blend).split(","):
+    for part in blend.split(","):
         name, _, text = part.rpartition("=")
         try:
             weight = float(text)

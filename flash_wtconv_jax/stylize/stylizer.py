@@ -17,6 +17,8 @@ from flash_wtconv_jax.stylize.network import Moments, in_range, with_average
 from flash_wtconv_jax.stylize.tiled import tiled
 from pallas_kernels.common.types import Tree
 
+STAINED_GLASS = Path(__file__).with_name("stained_glass.safetensors")
+"""The weights of the style that comes with the package, see `stained_glass.drawn`."""
 _LARGE = 2**24
 """Pixels of a picture from which on it is computed by tiles: about 3 GB of memory in 16 bits."""
 _TILE = 1024

@@ -64,6 +64,16 @@ def test_one_picture_by_a_network(style, folder):
     assert result.exit_code == 1 and "x must be at least 5 pixels high" in result.output
 
 
+def test_without_a_style_it_is_the_one_that_comes_with_the_package(folder):
+    """Stained glass has the dark lead and the colours of its drawing, whatever the picture."""
+    Image.new("L", (48, 32), 128).save(folder / "grey.png")
+    result = run(folder / "grey.png", "-o", folder / "glass.png")
+    assert result.exit_code == 0, result.output
+    pixels = np.asarray(Image.open(folder / "glass.png"), float)
+    assert pixels.shape == (32, 48, 3)
+    assert np.ptp(pixels, axis=(0, 1)).min() > 60
+
+
 def test_a_folder_with_a_text_and_a_broken_file(negative, folder):
     (folder / "notes.txt").write_text("a note")
     (folder / "3.jpg").write_text("no picture")
@@ -99,8 +109,7 @@ def test_a_blend_of_styles(negative, folder):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "give --style FILE, or --blend A=0.5,B=0.5 for several, and not both"),
-        (("--style", "a", "--blend", "b=1"), "and not both"),
+        (("--style", "a", "--blend", "b=1"), "for several, and not both"),
         (("--blend", "b=x"), "--blend has 'b=x', expected FILE=WEIGHT"),
         (("--blend", "=1"), "--blend has '=1', expected FILE=WEIGHT"),
         (("--blend", "a=nan"), "--blend has 'a=nan', expected FILE=WEIGHT"),
