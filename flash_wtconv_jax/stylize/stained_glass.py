@@ -47,8 +47,7 @@ def drawn(side: int = 512, seed: int = 0) -> np.ndarray:
     pane = np.where(swapped, nearest[..., 1], nearest[..., 0])
     first, second = np.minimum(first, second), np.maximum(first, second)
     light = 1.15 - 0.45 * first / second
-    ripple = 1 + 0.10 * np.sin(2 * np.pi * (x + 2 * y) / 9 + pane)
-    glass = colours[pane] * (light * ripple)[..., None]
+    glass = colours[pane] * light[..., None]
     edge = np.clip((second - first) / 3 - 0.4, 0, 1)[..., None]
     pixels = edge * glass + (1 - edge) * np.array(_LEAD, np.float32)
     return np.rint(pixels.clip(0, 255)).astype(np.uint8)

@@ -42,7 +42,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The tiles that are worth timing, the default ones first; see `check` for the arguments."""
     from pallas_kernels.stylize import triton_launches
 
-    return triton_launches.search_space(problem)
+    return triton_launches.search_space(direction, problem)
 
 
 @partial(jax.jit, static_argnames=("eps", "activation", *_SIZES))

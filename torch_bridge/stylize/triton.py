@@ -31,7 +31,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The tiles that are worth timing, the default ones first; see `check`."""
     from pallas_kernels.stylize import triton_launches
 
-    return triton_launches.search_space(problem)
+    return triton_launches.search_space(direction, problem)
 
 
 def forward(

@@ -128,8 +128,8 @@ def test_tiles_are_measured(monkeypatch):
 
 def test_the_grid_offers_tiles_that_the_kernels_take():
     for shape in SHAPES.values():
-        for dtype in ("float32", "bfloat16"):
-            first, *others = search_space(Problem(tuple(shape), np.dtype(jnp.dtype(dtype))))
+        for direction in ("fwd", "bwd"):
+            first, *others = search_space(direction, Problem(tuple(shape), np.dtype("float32")))
             assert first == {} and others
             for one in others:
                 tiles = Tiles(**one)
@@ -139,7 +139,7 @@ def test_the_grid_offers_tiles_that_the_kernels_take():
 
 def test_small_images_are_offered_a_single_launch():
     for name in ("style_256_trunk", "unet_32"):
-        offered = search_space(Problem(tuple(SHAPES[name]), np.dtype("float32")))
+        offered = search_space("fwd", Problem(tuple(SHAPES[name]), np.dtype("float32")))
         assert any(one["slices"] == 1 for one in offered[1:]), name
 
 
@@ -205,7 +205,7 @@ def test_all_tiles_of_a_networks_layers_are_xlas_and_bitwise_reproducible(name, 
     known = x, statistics, ones, ones, residual, dy
     slopes = OPERATOR.module("xla").backward(*known, activation="relu")
     rtol = 0.02 if dtype == "bfloat16" else 1e-4
-    for sizes in search_space(Problem(shape, jnp.dtype(dtype))):
+    for sizes in search_space("bwd", Problem(shape, jnp.dtype(dtype))):
         for _ in range(2):
             y, _ = triton_jax.forward(x, ones, ones, residual, eps=1e-5, activation="relu", **sizes)
             chex.assert_trees_all_close(y, want, rtol=rtol, atol=rtol)
