@@ -134,4 +134,5 @@ def weight_grad(
 
     config = TileConfig(**tiles) if tiles else None
     rest = shape, _PRECISIONS[precision], config, pairs, launch
-    return vary_like((x, dy, rows), triton_launches.weight_grad(x, dy, rows, *rest))
+    pieces = triton_launches.weight_grad(x, dy, rows, *rest)
+    return vary_like((x, dy, rows), jnp.concatenate(pieces))

@@ -166,23 +166,26 @@ def tile_lists(masks, count, tiles, counts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def pair_counts(table, rows, counts, BLOCK: tl.constexpr):
+def pair_counts(table, after, first, rows, counts, BLOCK: tl.constexpr):
     """One program counts which of `BLOCK` rows read through one offset.
 
-    The grid's axes are blocks of rows, and offsets; `counts [K, blocks]`.
+    The grid's axes are blocks of rows, and offsets from `first` on; `counts [offsets, blocks]`.
+    Nothing of `after` is read: its kernels are done before, and their memory is free.
     """
     block, blocks, k = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     row = block * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(table + k * rows + row, mask=row < rows, other=-1)
+    at = tl.load(table + (first + k) * rows + row, mask=row < rows, other=-1)
     tl.store(counts + k * blocks + block, tl.sum((at >= 0).to(tl.int32)))
 
 
 @triton.jit
-def pair_lists(table, counts, rows, pairs, totals, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+def pair_lists(
+    table, counts, first, rows, pairs, totals, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):
     """One program lists which of `BLOCK` rows read through one offset, behind those before them.
 
-    The grid's axes are those of `pair_counts`, whose `counts` it takes. `pairs [K, rows]` has them
-    first, in ascending order; `totals [K]` says how many they are.
+    The grid's axes are those of `pair_counts`, whose `counts` it takes. `pairs [offsets, rows]` has
+    them first, in ascending order; `totals [offsets]` says how many they are.
     """
     block, blocks, k = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     before = 0
@@ -190,7 +193,8 @@ def pair_lists(table, counts, rows, pairs, totals, BLOCK: tl.constexpr, AT_ONCE:
         other = start + tl.arange(0, AT_ONCE)
         before += tl.sum(tl.load(counts + k * blocks + other, mask=other < block, other=0))
     row = block * BLOCK + tl.arange(0, BLOCK)
-    some = (tl.load(table + k * rows + row, mask=row < rows, other=-1) >= 0).to(tl.int32)
+    at = tl.load(table + (first + k) * rows + row, mask=row < rows, other=-1)
+    some = (at >= 0).to(tl.int32)
     place = before + tl.cumsum(some, 0) - some
     tl.store(pairs + k * rows + place, row, mask=some != 0)
     tl.store(totals + k, before + tl.sum(some), mask=block == blocks - 1)
@@ -204,6 +208,7 @@ def weights(
     order,
     listed,
     counts,
+    first,
     rows,
     parts,
     K: tl.constexpr,
@@ -220,11 +225,12 @@ def weights(
 ):
     """One program of the weights' gradient: gathered rows of x, transposed, times rows of dy.
 
-    The grid's axes are parts, each of what is listed for one offset, with tiles of `BM` channels by
-    `BN` features; and groups. `ORDERED` lists are those of `tile_lists`, of tiles in `order`; the
-    others are of rows, from `pair_lists`, where `TILE` is 1. `BK` rows are summed at a time. The
-    parts of an offset take turns: all pass over the rows together, so that rows which one part has
-    read are in L2 for the others. Part p writes `parts [p, G, C, F]`.
+    It is that of `K` offsets, from `first` on. The grid's axes are parts, each of what is listed
+    for one offset, with tiles of `BM` channels by `BN` features; and groups. `ORDERED` lists are
+    those of `tile_lists`, of tiles in `order`; the others are of rows, from `pair_lists`, where
+    `TILE` is 1. `BK` rows are summed at a time. The parts of an offset take turns: all pass over
+    the rows together, so that rows which one part has read are in L2 for the others. Part p writes
+    `parts [p, G, C, F]`.
     """
     ACROSS: tl.constexpr = (F + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BM - 1) // BM * ACROSS
@@ -248,7 +254,7 @@ def weights(
         known = (place < last) & (row < rows)
         if ORDERED:
             row = tl.load(order + row, mask=known, other=0)
-        at = tl.load(table + k.to(tl.int64) * rows + row, mask=known, other=-1)
+        at = tl.load(table + (first + k).to(tl.int64) * rows + row, mask=known, other=-1)
         patches = tl.load(
             x + at.to(tl.int64)[:, None] * (G * C) + (group * C + c)[None, :],
             mask=(at >= 0)[:, None] & (c < C)[None, :],

@@ -18,6 +18,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 _PROGRAMS = 264
 """The number of programs up to which sums are split: two for each multiprocessor of a large GPU."""
 _MOST_SPLITS = 8
+_LISTS = 0.4
+"""The share of x's memory that the lists of rows of a weight gradient may take."""
+_TURNS = 3
+"""The most turns in which offsets are listed unasked, each with launches of its own."""
 _SITES = 256
 """Sites that a program searches for."""
 
@@ -86,13 +90,13 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     if problem.dtype == "float32":
         sizes = [(64, 64, 32, 4, 5), (64, 32, 32, 4, 5), (128, 64, 16, 4, 5), (64, 64, 16, 4, 5)]
         sizes += [(128, 128, 16, 8, 5)]
-        paired = [(64, 64, 32, 4, 7), (128, 64, 16, 4, 5)]
+        paired = [(64, 128, 32, 8, 5), (64, 64, 16, 4, 7)]
     else:
         sizes = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 9), (128, 128, 64, 4, 5)]
         sizes += [(128, 128, 32, 8, 9), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5)]
         sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
         # An index of a row is loaded in two steps: seven stages have two tiles under way.
-        paired = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 7), (64, 128, 64, 4, 7)]
+        paired = [(64, 128, 128, 4, 4), (128, 128, 64, 4, 5), (128, 128, 64, 8, 5)]
     tiled, listed = (
         [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
         for each in (sizes, paired)
@@ -172,7 +176,7 @@ def forward(
     """
     taps, groups, channels, features = w.shape
     _, count = rows.table.shape
-    config = config or tiles(count, features, channels, x.dtype)
+    config = config or _tiles(count, features, channels, x.dtype)
     config = config._replace(
         block_n=min(config.block_n, power_of_two(features)),
         block_k=min(config.block_k, power_of_two(channels)),
@@ -201,7 +205,7 @@ def weight_grad(
     config: TileConfig | None,
     pairs: bool | None,
     launch: Launch[AnyArray],
-) -> AnyArray:
+) -> list[AnyArray]:
     """The transpose of the convolution in w, applied to dy.
 
     What reads through an offset is listed first, so that the sums of all offsets are divided into
@@ -216,37 +220,68 @@ def weight_grad(
         config: See `forward`; here `block_m` counts channels, and `block_k` rows.
         pairs: Whether rows are listed as they come, each by itself: nothing is summed that does not
             read, and the parts of all offsets read the same rows at about the same time, but the
-            lists take as much memory as the table. Else tiles of rows in their order are. None
-            lists rows where that takes no more than half of the memory of x.
+            lists take memory: up to `_LISTS` of that of x, so that some offsets are listed, and
+            summed, after others. Else tiles of rows in their order are. None lists rows where the
+            offsets are not divided into more than `_TURNS`.
         launch: The framework's launch function.
 
     Returns:
-        The gradient of the weights, of x's dtype.
+        The gradient of the weights, of x's dtype, in pieces along the offsets.
     """
     taps, groups, channels, features = shape
     _, count = rows.table.shape
-    if pairs is None:
-        each = 4 if str(x.dtype).endswith("float32") else 2
-        pairs = 2 * 4 * taps * count <= x.shape[0] * x.shape[1] * each
-    tile = 1 if pairs else TILE_ROWS
-    found = _pairs_of(rows, launch) if pairs else _tiles_of(rows, launch)
+    wide = str(x.dtype).endswith("float32")
     # Indices of rows are loaded in two or three steps before the rows are: each is a stage.
-    config = config or tiles(channels, features, 64, x.dtype)._replace(stages=5)
+    if config is None and wide:
+        config = TileConfig(64, 128, 32, 4, 2, 5)
+    elif config is None:
+        half = power_of_two(channels) <= 64
+        config = TileConfig(64, 128, 128, 2, 2, 4) if half else TileConfig(128, 128, 64, 2, 2, 5)
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),
     )
+    at_once = max(1, int(_LISTS * x.shape[0] * x.shape[1] * (4 if wide else 2)) // (4 * count))
+    turns = cdiv(taps, at_once)
+    if pairs is None:
+        pairs = turns <= _TURNS
+    step = cdiv(taps, turns) if pairs else taps
+    pieces: list[AnyArray] = []
+    for first in range(0, taps, step):
+        some = min(step, taps - first), groups, channels, features
+        after = pieces[-1] if pieces else rows.table
+        found = _pairs_of(rows, first, some[0], after, launch) if pairs else _tiles_of(rows, launch)
+        given = x, dy, rows, first, found
+        pieces.append(_piece(*given, some, precision, config, 1 if pairs else TILE_ROWS, launch))
+    return pieces
+
+
+def _piece(
+    x: AnyArray,
+    dy: AnyArray,
+    rows: RowTable[AnyArray],
+    first: int,
+    found: list[AnyArray],
+    shape: Sequence[int],
+    precision: str,
+    config: TileConfig,
+    tile: int,
+    launch: Launch[AnyArray],
+) -> AnyArray:
+    """The weights' gradient of some offsets from `first` on, from their lists of rows or tiles."""
+    taps, groups, channels, features = shape
+    _, count = rows.table.shape
     blocks = cdiv(channels, config.block_m) * cdiv(features, config.block_n)
     per = config.block_k // tile
     parts = _parts(taps, blocks * groups, cdiv(taps * count, config.block_k))
     sizes = _sizes(shape, precision) | {"TILE": tile}
     (sums,) = launch(
         kernels.weights,
-        [x, dy, rows.table, rows.order, *found, count],
+        [x, dy, rows.table, rows.order, *found, first, count],
         [((parts, groups, channels, features), "float32")],
         (parts * blocks, groups),
         **sizes,
-        ORDERED=not pairs,
+        ORDERED=tile > 1,
         PARTS=parts,
         **launched(config),
     )
@@ -268,6 +303,18 @@ def weight_grad(
     return dw
 
 
+def _tiles(rows: int, features: int, channels: int, dtype: object) -> TileConfig:
+    """The tiles that are taken unasked, as they measured best on an H200.
+
+    Example:
+        >>> _tiles(10**6, 128, 64, "bfloat16")
+        TileConfig(block_m=128, block_n=128, block_k=64, ratio_m=2, ratio_n=2, stages=5)
+    """
+    found = tiles(rows, features, channels, dtype)
+    # An index of a row is loaded before the row is, a stage each.
+    return found._replace(ratio_m=2, ratio_n=2, stages=5) if found.block_k == 64 else found
+
+
 def _tiles_of(rows: RowTable[AnyArray], launch: Launch[AnyArray]) -> list[AnyArray]:
     """For each offset the tiles that need it, `int32 [K, tiles]`, and their number, `[K]`."""
     taps, count = rows.table.shape
@@ -282,17 +329,32 @@ def _tiles_of(rows: RowTable[AnyArray], launch: Launch[AnyArray]) -> list[AnyArr
     )
 
 
-def _pairs_of(rows: RowTable[AnyArray], launch: Launch[AnyArray]) -> list[AnyArray]:
-    """For each offset the rows that read through it, `int32 [K, M]`, and their number, `[K]`."""
-    taps, count = rows.table.shape
+def _pairs_of(
+    rows: RowTable[AnyArray], first: int, taps: int, after: AnyArray, launch: Launch[AnyArray]
+) -> list[AnyArray]:
+    """For each of some offsets from `first` on the rows that read through it, and their number.
+
+    Args:
+        rows: The rows.
+        first: The first offset.
+        taps: The number of offsets.
+        after: An array that is there before the lists are.
+        launch: The framework's launch function.
+
+    Returns:
+        `int32 [taps, M]` and `[taps]`.
+    """
+    _, count = rows.table.shape
     block = min(4096, power_of_two(count))
     grid = cdiv(count, block), taps
     rest = {"BLOCK": block, "num_warps": 8}
     outputs = [((taps, grid[0]), "int32")]
-    (counts,) = launch(kernels.pair_counts, [rows.table, count], outputs, grid, **rest)
+    (counts,) = launch(
+        kernels.pair_counts, [rows.table, after, first, count], outputs, grid, **rest
+    )
     return launch(
         kernels.pair_lists,
-        [rows.table, counts, count],
+        [rows.table, counts, first, count],
         [((taps, count), "int32"), ((taps,), "int32")],
         grid,
         AT_ONCE=512,

@@ -103,4 +103,5 @@ def weight_grad(
     config = TileConfig(**tiles) if tiles else None
     rest = shape, precision, config, None if pairs is None else bool(pairs), launch
     with torch.cuda.device_of(x):
-        return triton_launches.weight_grad(x.contiguous(), dy.contiguous(), rows, *rest)
+        pieces = triton_launches.weight_grad(x.contiguous(), dy.contiguous(), rows, *rest)
+    return torch.cat(pieces)
