@@ -527,7 +527,9 @@ def _launch(
         "empty": plgpu.Barrier(num_arrivals=tiling.shared, num_barriers=tiling.groups * size),
     }
     if layer.moments:
-        tiles = (layer.images, len(tiling.pixels(layer)), pl.cdiv(layer.features, 4) * 4)
+        # Copies of one axis leave nothing out, so that all features of a tile need room.
+        wide = tiling.counts(layer)[3] * tiling.features
+        tiles = (layer.images, len(tiling.pixels(layer)), wide)
         results |= dict.fromkeys(("mean", "squares"), jax.ShapeDtypeStruct(tiles, jnp.float32))
         for name, rows in (("rows", _ROWS), ("groups", _THREADS // stored), ("told", 2)):
             scratch[name] = plgpu.SMEM((_CONSUMERS, rows, stored), jnp.float32)
