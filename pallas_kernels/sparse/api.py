@@ -14,6 +14,7 @@ from pallas_kernels.common.arguments import (
     checked_integer,
     checked_precision,
 )
+from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.sparse import maps, vjp
 from pallas_kernels.sparse.calls import operands, planned
@@ -152,5 +153,8 @@ def spatially_sparse_conv(
     plan = planned(OPERATOR, problem, (x, w), fwd_algo, bwd_algo, checked)
     y = vjp.convolution(plan, x, w, kernel_map).astype(dtype)
     if bias is not None:
-        y = jnp.where(out.valid[:, None], y + bias.astype(y.dtype), 0)
+        # The bias' gradient is a sum over all rows, which 16 bits are too few for.
+        wide = accumulation_dtype(y.dtype)
+        biased = (y.astype(wide) + bias.astype(wide)).astype(y.dtype)
+        y = jnp.where(out.valid[:, None], biased, 0)
     return out.with_features(y)
