@@ -18,10 +18,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _PROGRAMS = 264
 """The number of programs up to which sums are split: two for each multiprocessor of a large GPU."""
 _MOST_SPLITS = 8
-_LISTS = 0.4
+_LISTS = 0.9
 """The share of x's memory that the lists of rows of a weight gradient may take."""
-_TURNS = 3
-"""The most turns in which offsets are listed unasked, each with launches of its own."""
 _SITES = 256
 """Sites that a program searches for."""
 
@@ -221,8 +219,8 @@ def weight_grad(
         pairs: Whether rows are listed as they come, each by itself: nothing is summed that does not
             read, and the parts of all offsets read the same rows at about the same time, but the
             lists take memory: up to `_LISTS` of that of x, so that some offsets are listed, and
-            summed, after others. Else tiles of rows in their order are. None lists rows where the
-            offsets are not divided into more than `_TURNS`.
+            summed, after others. Else tiles of rows in their order are. None lists rows where there
+            is memory for all offsets at once.
         launch: The framework's launch function.
 
     Returns:
@@ -244,7 +242,7 @@ def weight_grad(
     at_once = max(1, int(_LISTS * x.shape[0] * x.shape[1] * (4 if wide else 2)) // (4 * count))
     turns = cdiv(taps, at_once)
     if pairs is None:
-        pairs = turns <= _TURNS
+        pairs = turns == 1
     step = cdiv(taps, turns) if pairs else taps
     pieces: list[AnyArray] = []
     for first in range(0, taps, step):
