@@ -170,7 +170,7 @@ def _function(kernel: Kernel, device: int) -> Any:
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    code = compiled(kernel.source.read_text(), dict(kernel.macros), f"sm_{major}{minor}")
+    code = compiled(kernel.text(), dict(kernel.macros), f"sm_{major}{minor}")
     library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
     found = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
     attributes = driver.CUfunction_attribute

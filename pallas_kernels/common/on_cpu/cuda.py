@@ -13,7 +13,7 @@ import numpy as np
 from pallas_kernels.common.cuda import Device, Kernel
 from pallas_kernels.common.types import Output
 
-HOPPER = Device(shared=232448, multiprocessors=2)
+HOPPER = Device(shared=232448, multiprocessors=2, boxes=True)
 """The shared memory of an H100 or H200, and few multiprocessors."""
 
 FOLDER = Path(__file__).parent
@@ -63,17 +63,25 @@ class Launcher:
         Outputs hold NaN before, so that elements which are not written show.
         """
         made = [np.full(shape, np.nan, dtype) for shape, dtype in outputs]
-        self.run(
-            kernel, [a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)], blocks
-        )
+        given: list[int | ctypes.c_void_p | ctypes.Structure] = [
+            a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)
+        ]
+        for number, box in kernel.boxes:
+            given[number] = _map([*arguments, *made][number], box)
+        self.run(kernel, given, blocks)
         return made
 
-    def run(self, kernel: Kernel, arguments: Sequence[int | ctypes.c_void_p], blocks: int) -> None:
-        """Launches a kernel on addresses of this process, and integers of 32 bits.
+    def run(
+        self,
+        kernel: Kernel,
+        arguments: Sequence[int | ctypes.c_void_p | ctypes.Structure],
+        blocks: int,
+    ) -> None:
+        """Launches a kernel on addresses of this process, integers of 32 bits, and tensor maps.
 
         Raises:
             RuntimeError: The source does not compile, or not all threads of a block reach a
-                barrier.
+                barrier, or what is copied in boxes is not waited for.
             TypeError: The kernel takes another number of arguments.
         """
         values = [ctypes.c_int(a) if isinstance(a, int) else a for a in arguments]
@@ -88,7 +96,7 @@ class Launcher:
     def _built(self, kernel: Kernel) -> ctypes.CDLL:
         """The library of one kernel, built if it is not there."""
         macros = "".join(f"#define {name} {value}\n" for name, value in kernel.macros)
-        source = kernel.source.read_text() if self._source is None else self._source
+        source = kernel.text() if self._source is None else self._source
         text = (
             f'#include "{FOLDER / "cuda.h"}"\n{macros}{source}\n'
             f"static void run(void** values) {{ cuda_on_cpu::call({kernel.name}, values); }}\n"
@@ -107,6 +115,21 @@ class Launcher:
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
         return ctypes.CDLL(str(library))
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = (
+        ("array", ctypes.c_void_p),
+        ("sizes", ctypes.c_int * 4),
+        ("box", ctypes.c_int * 4),
+    )
+
+
+def _map(array: object, box: tuple[int, ...]) -> _TensorMap:
+    """The tensor map of an array, channels first."""
+    assert isinstance(array, np.ndarray) and array.itemsize == 2
+    sizes = array.shape[::-1]
+    return _TensorMap(array.ctypes.data, (ctypes.c_int * 4)(*sizes), (ctypes.c_int * 4)(*box[::-1]))
 
 
 def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:
