@@ -102,8 +102,13 @@ DEVICE void copy(void* to, const void* from, bool inside) {
                  : "memory");
   }
 #else
-  for (int i = 0; i < BYTES / 4; i++)
-    static_cast<unsigned*>(to)[i] = inside ? static_cast<const unsigned*>(from)[i] : 0;
+  if (BYTES == 16) {
+    *static_cast<Eight*>(to) = inside ? *static_cast<const Eight*>(from) : Eight{};
+  } else if (BYTES == 8) {
+    *static_cast<Four*>(to) = inside ? *static_cast<const Four*>(from) : Four{};
+  } else {
+    *static_cast<unsigned*>(to) = inside ? *static_cast<const unsigned*>(from) : 0;
+  }
 #endif
 }
 

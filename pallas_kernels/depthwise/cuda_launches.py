@@ -1,0 +1,287 @@
+"""The launches of `cuda_kernels.cu`, depthwise convolutions on tensor cores, for any framework."""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.triton import AnyArray, cdiv
+from pallas_kernels.common.types import Output
+from pallas_kernels.depthwise.problem import Problem
+
+SOURCE = Path(__file__).with_name("cuda_kernels.cu")
+
+MAX_KERNEL = 9
+"""The largest kernel: a row of pixels is multiplied for two pairs of rows to each side."""
+CHANNELS = 32
+"""Channels of a thread block."""
+_PIXEL = 2 * CHANNELS
+_THREADS = 256
+_BLOCKS = 16
+"""Blocks of four columns that a product has."""
+_MOST_STAGES = 10
+_RESIDENT = {1: 2, 2: 1}
+"""Thread blocks that a multiprocessor's registers hold, by reach."""
+_DTYPES = "bfloat16", "float16"
+
+
+def check(problem: Problem) -> None:
+    """Raises `NotImplementedError` where the kernels do not take a problem."""
+    reasons = problem.not_plain()
+    if str(problem.dtype) not in _DTYPES:
+        reasons.append(f"{problem.dtype}, tensor cores take {' and '.join(_DTYPES)}")
+    if max(problem.kernel_size) > MAX_KERNEL:
+        reasons.append(f"kernels of {max(problem.kernel_size)}, up to {MAX_KERNEL}")
+    if not all(isinstance(size, int) for size in problem.shape):
+        reasons.append("sizes that are not known")
+    refuse(reasons)
+
+
+def reach(kernel_size: int) -> int:
+    """Pairs of rows that a pair of the output reads to each side.
+
+    Example:
+        >>> [reach(k) for k in (1, 3, 5, 6, 9)]
+        [1, 1, 1, 2, 2]
+    """
+    return max(1, cdiv(kernel_size // 2, 2))
+
+
+class Variant(NamedTuple):
+    """The constants that a kernel is compiled with; see the macros of `cuda_kernels.cu`."""
+
+    weights: bool
+    bfloat16: bool
+    reach: int
+    blocks: int
+    images: int
+    width: int
+    pairs: int
+    stages: int
+    resident: int
+    boxed: bool
+    vector: int
+    taps: int = 0
+    summands: int = 0
+
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        macros = tuple((name.upper(), int(value)) for name, value in self._asdict().items())
+        name = "depthwise_weights" if self.weights else "depthwise_forward"
+        boxes: tuple[tuple[int, tuple[int, ...]], ...] = ()
+        if self.boxed:
+            last = 1 if self.weights else _PARAMETERS - 1
+            boxes = tuple(
+                (number, (self.images, 2, columns, CHANNELS))
+                for number, columns in ((0, self.loaded), (last, self.width))
+            )
+        return Kernel(SOURCE, name, macros, _THREADS, self.shared(), boxes)
+
+    @property
+    def loaded(self) -> int:
+        """Columns in shared memory: with those that a tile reads to its sides, whole swizzles."""
+        return cdiv(4 * self.blocks + 4 * self.reach, 8) * 8
+
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        stage, result = self._stage(), self._result()
+        if self.weights:
+            products = 2 * self.reach + 1 + 3 * (self.reach == 2)
+            read = self.stages * (stage + result) + 16 * self.stages * self.boxed
+            return max(read, CHANNELS // 4 * products * 512)
+        if self.boxed:
+            return self.stages * (stage + result + 16) + result
+        return self.stages * stage + 2 * result
+
+    def fitting(self, bytes_: int) -> "Variant":
+        """The variant with as many stages as fit into some bytes of shared memory."""
+        stages = range(2, _MOST_STAGES + 1)
+        fitting = [n for n in stages if self._replace(stages=n).shared() <= bytes_]
+        return self._replace(stages=max(fitting, default=2))
+
+    def tiles(self, shape: tuple[int, ...]) -> int:
+        """Tiles of images `[N, H, W, C]`, of 32 channels."""
+        n, h, w, _ = shape
+        return cdiv(n, self.images) * cdiv(h, 2 * self.pairs) * cdiv(w, self.width)
+
+    def streams(self, shape: tuple[int, ...], device: Device) -> int:
+        """Thread blocks of each 32 channels, which share the tiles."""
+        most = device.multiprocessors * self.resident // cdiv(shape[-1], CHANNELS)
+        return max(1, min(self.tiles(shape), most))
+
+    def steps(self, shape: tuple[int, ...], device: Device) -> int:
+        """Pairs of rows that the busiest thread block goes through."""
+        tiles = cdiv(self.tiles(shape), self.streams(shape, device))
+        return tiles * (self.pairs + 2 * self.reach)
+
+    def _stage(self) -> int:
+        return 2 * self.loaded * _PIXEL * self.images
+
+    def _result(self) -> int:
+        return cdiv(2 * self.width * _PIXEL * self.images, 1024) * 1024
+
+
+_PARAMETERS = 8
+"""Of `depthwise_forward`."""
+
+
+def planned(
+    shape: tuple[int, ...], dtype: str, reach: int, device: Device, weights: bool = False
+) -> Variant:
+    """The variant for images `[N, H, W, C]` of a dtype, "bfloat16" or "float16"."""
+    n, h, w, c = shape
+    across = cdiv(w, 4 * _BLOCKS)
+    if weights:
+        # All blocks of a product count, and their columns outside of an image are zeros.
+        blocks = min(_BLOCKS, 1 << (cdiv(w, 4) - 1).bit_length())
+        width, images = 4 * blocks, _BLOCKS // blocks
+    else:
+        width = w if across == 1 else cdiv(cdiv(w, across), 4) * 4
+        blocks = cdiv(width, 4)
+        images = min(n, _BLOCKS // blocks) if across == 1 else 1
+    boxed = device.boxes and c % 8 == 0
+    vector = math.gcd(8, c)
+    resident = _RESIDENT[reach]
+    most = cdiv(h, 2)
+    # Strips of about even height; halos are read twice, and the busiest block is waited for.
+    variants = [
+        Variant(
+            *(weights, dtype == "bfloat16", reach, blocks, images, width),
+            *(cdiv(most, strips), 2, resident, boxed, vector),
+        )
+        for strips in range(1, min(most, 16) + 1)
+    ]
+    best = min(variants, key=lambda variant: variant.steps(shape, device))
+    return best.fitting(device.share(resident))
+
+
+@cache
+def toeplitz(kernel_size: int, transpose: bool = False) -> np.ndarray:
+    """The taps that the registers of a product's right-hand side hold.
+
+    Args:
+        kernel_size: Up to `MAX_KERNEL`.
+        transpose: Whether they are those of the adjoint.
+
+    Returns:
+        `[rows of pairs * parts, 32, 2]`: of each register of each lane, and of its two halves, the
+        number `i * k + j` of a tap, or k * k for a zero.
+    """
+    sides = reach(kernel_size)
+    pair, part, lane, half = np.indices((2 * sides + 1, sides + 1, 32, 2))
+    # N counts columns and rows of the output, K those of the input, rows fastest.
+    down = 2 * (pair - sides) + half - lane // 4 % 2
+    right = lane % 4 + 4 * part - 2 * sides - lane // 8
+    if transpose:
+        down, right = -down, -right
+    return _numbers(kernel_size, down, right).reshape(-1, 32, 2)
+
+
+@cache
+def products(kernel_size: int) -> np.ndarray:
+    """The products of pixels of x and dy that the gradient of each tap is a sum of.
+
+    Args:
+        kernel_size: Up to `MAX_KERNEL`.
+
+    Returns:
+        `[k * k, 8]`, the numbers of a warp's sums of products.
+    """
+    sides = reach(kernel_size)
+    pairs = 2 * sides + 1
+    product, m, n = np.indices((pairs + 3 * (sides == 2), 16, 8))
+    pair, row, column = product, m // 8, m % 8
+    if sides == 2:
+        # Columns from the eighth on, of two pairs at once; the last product's second pair is the
+        # one before's first.
+        first = np.array([0] * pairs + [1, 3, 4])[product]
+        more = product >= pairs
+        pair = np.where(more, first - m // 8, pair)
+        row, column = np.where(more, m // 4 % 2, row), np.where(more, 8 + m % 4, column)
+        pair = np.where((product == pairs + 2) & (m >= 8), 99, pair)
+    numbers = _numbers(
+        kernel_size, 2 * (pair - sides) + row - n // 4, column - 2 * sides - n % 4
+    ).ravel()
+    return np.stack([np.flatnonzero(numbers == tap) for tap in range(kernel_size**2)])
+
+
+def _numbers(kernel_size: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The numbers of the taps between pixels so far apart, k * k where there is none."""
+    before = (kernel_size - 1) // 2
+    i, j = down + before, right + before
+    inside = (i >= 0) & (i < kernel_size) & (j >= 0) & (j < kernel_size)
+    return np.where(inside, i * kernel_size + j, kernel_size**2)
+
+
+def forward(
+    x: AnyArray,
+    matrices: AnyArray,
+    bias: AnyArray | None,
+    shape: tuple[int, ...],
+    dtype: str,
+    reach: int,
+    device: Device,
+    launch: Launch[AnyArray],
+) -> AnyArray:
+    """The depthwise convolution, stride 1, zeros outside.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`.
+        matrices: Of each channel the k * k taps and a zero, taken by `toeplitz(k)`:
+            `[C, registers, 32, 2]` in x's dtype.
+        bias: float32 `[C]`, or None.
+        shape: x's.
+        dtype: x's, "bfloat16" or "float16".
+        reach: Pairs of rows that a pair reads to each side, as the matrices have them.
+        device: The GPU.
+        launch: The framework's launch function.
+
+    Returns:
+        y in x's shape and dtype.
+    """
+    n, h, w, c = shape
+    variant = planned(shape, dtype, reach, device)
+    output: Output = (shape, dtype)
+    blocks = variant.streams(shape, device) * cdiv(c, CHANNELS)
+    (y,) = launch(variant.compiled(), [x, matrices, bias, n, h, w, c], [output], blocks)
+    return y
+
+
+def weight_grad(
+    x: AnyArray,
+    dy: AnyArray,
+    table: AnyArray,
+    shape: tuple[int, ...],
+    dtype: str,
+    reach: int,
+    device: Device,
+    launch: Launch[AnyArray],
+) -> AnyArray:
+    """The gradient of the taps: x correlated with dy, in a fixed order of sums.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`.
+        dy: The gradient of the output, likewise.
+        table: `products(k)`, int32 `[taps, summands]`, -1 for nothing.
+        shape: x's.
+        dtype: x's, "bfloat16" or "float16".
+        reach: Pairs of rows that a pair reads to each side.
+        device: The GPU.
+        launch: The framework's launch function.
+
+    Returns:
+        float32 `[C, taps]`.
+    """
+    n, h, w, c = shape
+    taps, summands = table.shape
+    variant = planned(shape, dtype, reach, device, weights=True)
+    variant = variant._replace(taps=taps, summands=summands)
+    streams = variant.streams(shape, device)
+    output: Output = ((streams, c, taps), "float32")
+    blocks = streams * cdiv(c, CHANNELS)
+    (sums,) = launch(variant.compiled(), [x, dy, table, n, h, w, c], [output], blocks)
+    return sums.sum(0)
