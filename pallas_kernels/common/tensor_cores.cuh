@@ -17,8 +17,8 @@ typedef unsigned long long Barrier;
 #define SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
-constexpr int CHANNELS = 32;                 // Of a pixel in shared memory.
-constexpr int PIXEL = sizeof(Scalar) * CHANNELS;
+constexpr int CHUNK = 32;  // Channels of a pixel in shared memory.
+constexpr int PIXEL = sizeof(Scalar) * CHUNK;
 
 struct alignas(8) Four {
   unsigned low, high;  // Channels 0 and 1, 2 and 3.

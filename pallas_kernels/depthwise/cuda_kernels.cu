@@ -24,14 +24,16 @@
 //   BFLOAT16         1 bfloat16, 0 float16
 //   REACH            pairs of rows that a pair of the output reads to each side, 1 or 2; it reads
 //                    twice as many columns to each side
+//   HEIGHT, WIDTH, CHANNELS  of the images
 //   BLOCKS, IMAGES   blocks beside each other, images: their product is at most 16
-//   WIDTH            columns of a tile, at most 4 * BLOCKS
+//   COLUMNS          columns of a tile, at most 4 * BLOCKS
 //   PAIRS            pairs of rows of a tile
 //   STAGES           pairs of rows in shared memory, at least 2
 //   RESIDENT         thread blocks that a multiprocessor shall have
 //   BOXED            1 TMA, 0 no TMA
 //   VECTOR           channels that an access to memory takes without TMA: 8, 4, 2, 1, divides C
-//   WEIGHTS          1 the weight gradient, whose BLOCKS * IMAGES is 16 and WIDTH 4 * BLOCKS
+//   BIASED           1 if there is a bias
+//   WEIGHTS          1 the weight gradient, whose BLOCKS * IMAGES is 16 and COLUMNS 4 * BLOCKS
 //   TAPS, SUMMANDS   of it the sums of a channel, and the most products that make one
 #include "../common/tensor_cores.cuh"
 
@@ -39,14 +41,15 @@ constexpr int REACHED = 2 * REACH + 1;           // Pairs of the output that a p
 constexpr int HALO = 2 * REACH;                  // Columns that a block reads to each side.
 constexpr int PARTS = 1 + REACH;                 // Times four columns that a block reads.
 constexpr int STEPS = PAIRS + 2 * REACH;
+constexpr int CHUNKS = (CHANNELS + CHUNK - 1) / CHUNK;
 constexpr int GROUP = 4;                         // Channels of a warp.
-constexpr int WARPS = CHANNELS / GROUP, THREADS = 32 * WARPS;
+constexpr int WARPS = CHUNK / GROUP, THREADS = 32 * WARPS;
 
 // Columns that are loaded: a multiple of eight pixels, after which swizzles repeat.
 constexpr int LOADED = (4 * BLOCKS + 2 * HALO + 7) / 8 * 8;
 constexpr int ROW = LOADED * PIXEL;
 constexpr int STAGE = 2 * ROW * IMAGES;
-constexpr int RESULT = (2 * WIDTH * PIXEL * IMAGES + 1023) / 1024 * 1024;
+constexpr int RESULT = (2 * COLUMNS * PIXEL * IMAGES + 1023) / 1024 * 1024;
 
 #if !BOXED
 template <int> struct Pieces;
@@ -60,55 +63,42 @@ typedef Pieces<VECTOR>::Type Piece;  // What a thread copies at once.
 // The pairs of rows that a thread block goes through, tile by tile. Neighbouring thread blocks take
 // neighbouring channels of the same tile.
 struct Walk {
-  int across, down, tiles, first, stride;
-  int tile, step;
-  int channel, column, row, image;  // Of the pair that is read, without its halo of columns.
+  static constexpr int ACROSS = (WIDTH + COLUMNS - 1) / COLUMNS;
+  static constexpr int DOWN = (HEIGHT + 2 * PAIRS - 1) / (2 * PAIRS);
 
-  DEVICE Walk(int images, int height, int width, int channels) {
-    const int chunks = (channels + CHANNELS - 1) / CHANNELS;
-    across = (width + WIDTH - 1) / WIDTH;
-    down = (height + 2 * PAIRS - 1) / (2 * PAIRS);
-    tiles = across * down * ((images + IMAGES - 1) / IMAGES);
-    stride = gridDim.x / chunks;
-    channel = blockIdx.x % chunks * CHANNELS;
-    first = tile = blockIdx.x / chunks;
-    step = 0;
-    place();
-  }
+  int tile = blockIdx.x / CHUNKS, step = 0;
 
-  DEVICE void place() {
-    column = tile % across * WIDTH;
-    row = 2 * PAIRS * (tile / across % down) - 2 * REACH;
-    image = tile / across / down * IMAGES;
-  }
+  DEVICE static int tiles(int images) { return ACROSS * DOWN * ((images + IMAGES - 1) / IMAGES); }
+  DEVICE static int channel() { return blockIdx.x % CHUNKS * CHUNK; }
 
-  DEVICE bool over() const { return tile >= tiles; }
+  // The place of the pair that is read, without its halo of columns.
+  DEVICE int column() const { return tile % ACROSS * COLUMNS; }
+  DEVICE int row() const { return 2 * (PAIRS * (tile / ACROSS % DOWN) + step - REACH); }
+  DEVICE int image() const { return tile / ACROSS / DOWN * IMAGES; }
 
   DEVICE void next() {
-    row += 2;
     if (++step < STEPS) return;
     step = 0;
-    tile += stride;
-    place();
+    tile += gridDim.x / CHUNKS;
   }
 };
 
 #if !BOXED
-// Starts to copy COLUMNS of a pair of rows of images to shared memory, zeros outside of them.
-template <int COLUMNS>
+// Starts to copy WIDE columns of a pair of rows of images to shared memory, zeros outside of them.
+template <int WIDE>
 DEVICE void load_rows(const Scalar* __restrict__ x, unsigned char* stage, int channel, int column,
-                      int row, int image, int images, int height, int width, int channels) {
-  constexpr int PIECES = CHANNELS / VECTOR, ITEMS = 2 * IMAGES * COLUMNS * PIECES;
-#pragma unroll(ITEMS <= 4 * THREADS ? 4 : 1)
+                      int row, int image, int images) {
+  constexpr int PIECES = CHUNK / VECTOR, ITEMS = 2 * IMAGES * WIDE * PIECES;
+#pragma unroll 1
   for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
-    const int piece = item % PIECES, pixel = item / PIECES, line = pixel / COLUMNS;
-    const int n = image + line / 2, r = row + line % 2, w = column + pixel % COLUMNS;
+    const int piece = item % PIECES, pixel = item / PIECES, line = pixel / WIDE;
+    const int n = image + line / 2, r = row + line % 2, w = column + pixel % WIDE;
     const int c = channel + piece * VECTOR;
     const bool inside =
-        n < images && r >= 0 && r < height && w >= 0 && w < width && c < channels;
+        n < images && r >= 0 && r < HEIGHT && w >= 0 && w < WIDTH && c < CHANNELS;
     unsigned char* to = stage + swizzled(PIXEL * pixel + int(sizeof(Scalar)) * VECTOR * piece);
     // An address that is not read is x's own.
-    const Scalar* from = inside ? x + ((Offset(n) * height + r) * width + w) * channels + c : x;
+    const Scalar* from = inside ? x + ((Offset(n) * HEIGHT + r) * WIDTH + w) * CHANNELS + c : x;
 #if VECTOR == 1
     *reinterpret_cast<Scalar*>(to) = inside ? *from : Scalar(0);
 #else
@@ -129,16 +119,15 @@ depthwise_weights(
 #else
     const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
 #endif
-    const int* __restrict__ table, int images, int height, int width, int channels,
-    float* __restrict__ sums) {
+    const int* __restrict__ table, int images, float* __restrict__ sums) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   constexpr int BOTH = STAGE + RESULT;
   // Two pairs' columns beyond the first eight are a product: offsets 1 and 0, 3 and 2, and 4.
   constexpr int MORE = REACH == 2 ? 3 : 0, PRODUCTS = REACHED + MORE;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  Walk here(images, height, width, channels);
-  Walk ahead = here;
+  const int tiles = Walk::tiles(images);
+  Walk here, ahead;
 
 #if BOXED
   Barrier* const full = reinterpret_cast<Barrier*>(shared + STAGES * BOTH);
@@ -152,26 +141,25 @@ depthwise_weights(
   }
   __syncthreads();
   auto fill = [&](int slot) {
-    if (ahead.over()) return;
+    if (ahead.tile >= tiles) return;
     unsigned char* stage = shared + slot * BOTH;
     expect(full + slot, ahead.step < PAIRS ? BOTH : STAGE);
-    load_box(stage, x, full + slot, ahead.channel, ahead.column - HALO, ahead.row, ahead.image);
+    load_box(stage, x, full + slot, ahead.channel(), ahead.column() - HALO, ahead.row(), ahead.image());
     if (ahead.step < PAIRS)
-      load_box(stage + STAGE, dy, full + slot, ahead.channel, ahead.column, ahead.row + 2 * REACH,
-               ahead.image);
+      load_box(stage + STAGE, dy, full + slot, ahead.channel(), ahead.column(), ahead.row() + 2 * REACH,
+               ahead.image());
     ahead.next();
   };
   if (threadIdx.x == 0)
     for (int i = 0; i < STAGES; i++) fill(i);
 #else
   auto fill = [&](int slot) {
-    if (!ahead.over()) {
+    if (ahead.tile < tiles) {
       unsigned char* stage = shared + slot * BOTH;
-      load_rows<LOADED>(x, stage, ahead.channel, ahead.column - HALO, ahead.row, ahead.image, images,
-                        height, width, channels);
+      load_rows<LOADED>(x, stage, ahead.channel(), ahead.column() - HALO, ahead.row(), ahead.image(), images);
       if (ahead.step < PAIRS)
-        load_rows<WIDTH>(dy, stage + STAGE, ahead.channel, ahead.column, ahead.row + 2 * REACH,
-                         ahead.image, images, height, width, channels);
+        load_rows<COLUMNS>(dy, stage + STAGE, ahead.channel(), ahead.column(), ahead.row() + 2 * REACH,
+                         ahead.image(), images);
       ahead.next();
     }
     commit();
@@ -190,7 +178,7 @@ depthwise_weights(
       from[e][f] = swizzled(PIXEL * (image * 2 * LOADED + column + g) + group);
       beyond[e][f] =
           swizzled(PIXEL * ((image * 2 + g / 4) * LOADED + column + 8 + g % 4) + group);
-      from_dy[e][f] = swizzled(PIXEL * ((image * 2 + g / 4) * WIDTH + column + g % 4) + group);
+      from_dy[e][f] = swizzled(PIXEL * ((image * 2 + g / 4) * COLUMNS + column + g % 4) + group);
     }
   }
 
@@ -198,8 +186,9 @@ depthwise_weights(
   unsigned late[GROUP][REACHED][2], before[GROUP][2];  // Of dy, of x.
   int slot = 0;
   unsigned phase = 0;
+  bool begun = false;
 #pragma unroll 1
-  for (; !here.over(); here.next()) {
+  for (; here.tile < tiles; here.next()) {
     if (here.step == 0) {
 #pragma unroll
       for (int c = 0; c < GROUP; c++) {
@@ -265,12 +254,13 @@ depthwise_weights(
     __syncwarp();
     if (lane == 0) arrive(done + slot);
     // The slot of the step before, so that nobody waits for this one's.
-    if (threadIdx.x == 0 && (here.step || here.tile != here.first)) {
+    if (threadIdx.x == 0 && begun) {
       const int last = slot ? slot - 1 : STAGES - 1;
       wait_for(done + last, slot ? phase : phase ^ 1);
       fill(last);
     }
 #endif
+    begun = true;
     if (++slot == STAGES) {
       slot = 0;
       phase ^= 1;
@@ -288,15 +278,15 @@ depthwise_weights(
         own[(i * 16 + g + k / 2 * 8) * 8 + 2 * t + k % 2] = products[c][i][k];
     }
     __syncwarp();
-    const int channel = here.channel + GROUP * warp + c;
-    if (channel < channels) {
+    const int channel = here.channel() + GROUP * warp + c;
+    if (channel < CHANNELS) {
       for (int tap = lane; tap < TAPS; tap += 32) {
         float sum = 0.0f;
         for (int i = 0; i < SUMMANDS; i++) {
           const int at = table[tap * SUMMANDS + i];
           if (at >= 0) sum += own[at];
         }
-        sums[(Offset(here.first) * channels + channel) * TAPS + tap] = sum;
+        sums[(Offset(blockIdx.x / CHUNKS) * CHANNELS + channel) * TAPS + tap] = sum;
       }
     }
     __syncwarp();
@@ -305,8 +295,13 @@ depthwise_weights(
 
 #else
 
+// What is added to the channels of a warp.
+struct alignas(16) Offsets {
+  float of[GROUP];
+};
+
 // The convolution. Taps are the matrices as registers, `[C, REACHED * PARTS, 32, 2]`; the bias is
-// `[C]` or null.
+// `[C]`, or null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 depthwise_forward(
 #if BOXED
@@ -314,8 +309,7 @@ depthwise_forward(
 #else
     const Scalar* __restrict__ x,
 #endif
-    const unsigned* __restrict__ taps, const float* __restrict__ bias, int images, int height,
-    int width, int channels,
+    const unsigned* __restrict__ taps, const float* __restrict__ bias, int images,
 #if BOXED
     BOXES y
 #else
@@ -327,12 +321,13 @@ depthwise_forward(
   unsigned char* const results = shared + STAGES * STAGE;
   // A stage that is full says that the results of its last use were read, see `retire`.
   constexpr int BUFFERS = BOXED ? STAGES + 1 : 2;
+  Offsets* const offsets = reinterpret_cast<Offsets*>(results + BUFFERS * RESULT);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Walk here(images, height, width, channels);
-  Walk ahead = here, behind = here;
+  const int tiles = Walk::tiles(images);
+  Walk here, ahead, behind;
 
 #if BOXED
-  Barrier* const full = reinterpret_cast<Barrier*>(results + BUFFERS * RESULT);
+  Barrier* const full = reinterpret_cast<Barrier*>(offsets + WARPS);
   Barrier* const done = full + STAGES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
@@ -343,10 +338,10 @@ depthwise_forward(
   }
   __syncthreads();
   auto fill = [&](int slot) {
-    if (ahead.over()) return;
+    if (ahead.tile >= tiles) return;
     expect(full + slot, STAGE);
-    load_box(shared + slot * STAGE, x, full + slot, ahead.channel, ahead.column - HALO, ahead.row,
-             ahead.image);
+    load_box(shared + slot * STAGE, x, full + slot, ahead.channel(), ahead.column() - HALO, ahead.row(),
+             ahead.image());
     ahead.next();
   };
   // Stores the results of the oldest step that was not, and fills its stage anew: one thread, a step
@@ -356,7 +351,7 @@ depthwise_forward(
   auto retire = [&]() {
     wait_for(done + oldest, oldest_phase);
     if (behind.step >= 2 * REACH) {
-      store_box(y, behind.channel, behind.column, behind.row - 2 * REACH, behind.image,
+      store_box(y, behind.channel(), behind.column(), behind.row() - 2 * REACH, behind.image(),
                 results + stored_buffer * RESULT);
       if (++stored_buffer == BUFFERS) stored_buffer = 0;
     }
@@ -372,9 +367,9 @@ depthwise_forward(
     for (int i = 0; i < STAGES; i++) fill(i);
 #else
   auto fill = [&](int slot) {
-    if (!ahead.over()) {
-      load_rows<LOADED>(x, shared + slot * STAGE, ahead.channel, ahead.column - HALO, ahead.row,
-                        ahead.image, images, height, width, channels);
+    if (ahead.tile < tiles) {
+      load_rows<LOADED>(x, shared + slot * STAGE, ahead.channel(), ahead.column() - HALO, ahead.row(),
+                        ahead.image(), images);
       ahead.next();
     }
     commit();
@@ -382,17 +377,17 @@ depthwise_forward(
   // Stores the results that the step before has left.
   auto retire = [&]() {
     if (behind.step >= 2 * REACH) {
-      constexpr int PIECES = CHANNELS / VECTOR, ITEMS = 2 * IMAGES * WIDTH * PIECES;
+      constexpr int PIECES = CHUNK / VECTOR, ITEMS = 2 * IMAGES * COLUMNS * PIECES;
       const unsigned char* result = results + behind.step % 2 * RESULT;
-#pragma unroll(ITEMS <= 4 * THREADS ? 4 : 1)
+#pragma unroll 1
       for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
-        const int piece = item % PIECES, pixel = item / PIECES, line = pixel / WIDTH;
-        const int n = behind.image + line / 2, r = behind.row - 2 * REACH + line % 2;
-        const int w = behind.column + pixel % WIDTH, c = behind.channel + piece * VECTOR;
-        if (n >= images || r >= height || w >= width || c >= channels) continue;
+        const int piece = item % PIECES, pixel = item / PIECES, line = pixel / COLUMNS;
+        const int n = behind.image() + line / 2, r = behind.row() - 2 * REACH + line % 2;
+        const int w = behind.column() + pixel % COLUMNS, c = behind.channel() + piece * VECTOR;
+        if (n >= images || r >= HEIGHT || w >= WIDTH || c >= CHANNELS) continue;
         const unsigned char* from =
             result + swizzled(PIXEL * pixel + int(sizeof(Scalar)) * VECTOR * piece);
-        Scalar* to = y + ((Offset(n) * height + r) * width + w) * channels + c;
+        Scalar* to = y + ((Offset(n) * HEIGHT + r) * WIDTH + w) * CHANNELS + c;
         *reinterpret_cast<Piece*>(to) = *reinterpret_cast<const Piece*>(from);
       }
     }
@@ -408,21 +403,23 @@ depthwise_forward(
   for (int h = 0; h < 2; h++) {
     const int block = lane / 4 + 8 * h, column = block % BLOCKS * 4 + lane % 4;
     const int image = block / BLOCKS < IMAGES ? block / BLOCKS : 0;
-    kept[h] = block / BLOCKS < IMAGES && column < WIDTH;
+    kept[h] = block / BLOCKS < IMAGES && column < COLUMNS;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       from[h][i] = swizzled(PIXEL * (image * 2 * LOADED + column + 4 * i) + 2 * GROUP * warp);
-      to[h][i] = swizzled(PIXEL * ((image * 2 + i) * WIDTH + column) + 2 * GROUP * warp);
+      to[h][i] = swizzled(PIXEL * ((image * 2 + i) * COLUMNS + column) + 2 * GROUP * warp);
     }
   }
 
-  const int first = here.channel + GROUP * warp;
+  const int first = here.channel() + GROUP * warp;
+  // In shared memory, since registers are few. A warp writes and reads its own.
+  if (BIASED && lane < GROUP)
+    offsets[warp].of[lane] = first + lane < CHANNELS ? bias[first + lane] : 0.0f;
+  __syncwarp();
   unsigned matrix[GROUP][REACHED * PARTS];
-  float start[GROUP];
 #pragma unroll
   for (int c = 0; c < GROUP; c++) {
-    const bool there = first + c < channels;
-    start[c] = there && bias != nullptr ? bias[first + c] : 0.0f;
+    const bool there = first + c < CHANNELS;
 #pragma unroll
     for (int i = 0; i < REACHED * PARTS; i++)
       matrix[c][i] = there ? taps[(Offset(first + c) * REACHED * PARTS + i) * 32 + lane] : 0;
@@ -435,7 +432,7 @@ depthwise_forward(
   unsigned phase = 0;
   bool begun = false;
 #pragma unroll 1
-  for (; !here.over(); here.next()) {
+  for (; here.tile < tiles; here.next()) {
 #if BOXED
     wait_for(full + slot, phase);
 #else
@@ -466,25 +463,32 @@ depthwise_forward(
         for (int h = 0; h < 2; h++)
           a[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
       }
-      const float none[4] = {start[c], start[c], start[c], start[c]};
 #pragma unroll
       for (int i = 0; i < REACHED; i++) {
         const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
-        multiply16(sums[c][i], a[0][0], a[0][1], a[1][0], a[1][1], b[0], b[1],
-                   i + 1 < REACHED ? sums[c][i + 1 < REACHED ? i + 1 : 0] : none);
+        float before[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+          before[k] = i + 1 < REACHED ? sums[c][(i + 1) % REACHED][k] : 0.0f;
+        multiply16(sums[c][i], a[0][0], a[0][1], a[1][0], a[1][1], b[0], b[1], before);
         if (PARTS == 3)
           multiply8(sums[c][i], a[PARTS - 1][0], a[PARTS - 1][1], b[PARTS - 1], sums[c][i]);
       }
     }
     if (here.step >= 2 * REACH) {
+      Offsets added;
+      if (BIASED) added = offsets[warp];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const Four result = {packed(sums[0][0][2 * h + r], sums[1][0][2 * h + r]),
-                               packed(sums[2][0][2 * h + r], sums[3][0][2 * h + r])};
+          float out[GROUP];
+#pragma unroll
+          for (int c = 0; c < GROUP; c++)
+            out[c] = sums[c][0][2 * h + r] + (BIASED ? added.of[c] : 0.0f);
           if (kept[h])
-            *reinterpret_cast<Four*>(results + buffer * RESULT + to[h][r]) = result;
+            *reinterpret_cast<Four*>(results + buffer * RESULT + to[h][r]) =
+                Four{packed(out[0], out[1]), packed(out[2], out[3])};
         }
       }
 #if BOXED

@@ -17,9 +17,9 @@ SOURCE = Path(__file__).with_name("cuda_kernels.cu")
 
 MAX_KERNEL = 9
 """The largest kernel: a row of pixels is multiplied for two pairs of rows to each side."""
-CHANNELS = 32
+CHUNK = 32
 """Channels of a thread block."""
-_PIXEL = 2 * CHANNELS
+_PIXEL = 2 * CHUNK
 _THREADS = 256
 _BLOCKS = 16
 """Blocks of four columns that a product has."""
@@ -57,14 +57,18 @@ class Variant(NamedTuple):
     weights: bool
     bfloat16: bool
     reach: int
+    height: int
+    width: int
+    channels: int
     blocks: int
     images: int
-    width: int
+    columns: int
     pairs: int
     stages: int
     resident: int
     boxed: bool
     vector: int
+    biased: bool = False
     taps: int = 0
     summands: int = 0
 
@@ -76,8 +80,8 @@ class Variant(NamedTuple):
         if self.boxed:
             last = 1 if self.weights else _PARAMETERS - 1
             boxes = tuple(
-                (number, (self.images, 2, columns, CHANNELS))
-                for number, columns in ((0, self.loaded), (last, self.width))
+                (number, (self.images, 2, columns, CHUNK))
+                for number, columns in ((0, self.loaded), (last, self.columns))
             )
         return Kernel(SOURCE, name, macros, _THREADS, self.shared(), boxes)
 
@@ -92,10 +96,10 @@ class Variant(NamedTuple):
         if self.weights:
             products = 2 * self.reach + 1 + 3 * (self.reach == 2)
             read = self.stages * (stage + result) + 16 * self.stages * self.boxed
-            return max(read, CHANNELS // 4 * products * 512)
+            return max(read, CHUNK // 4 * products * 512)
         if self.boxed:
-            return self.stages * (stage + result + 16) + result
-        return self.stages * stage + 2 * result
+            return self.stages * (stage + result + 16) + result + 4 * CHUNK
+        return self.stages * stage + 2 * result + 4 * CHUNK
 
     def fitting(self, bytes_: int) -> "Variant":
         """The variant with as many stages as fit into some bytes of shared memory."""
@@ -103,29 +107,29 @@ class Variant(NamedTuple):
         fitting = [n for n in stages if self._replace(stages=n).shared() <= bytes_]
         return self._replace(stages=max(fitting, default=2))
 
-    def tiles(self, shape: tuple[int, ...]) -> int:
-        """Tiles of images `[N, H, W, C]`, of 32 channels."""
-        n, h, w, _ = shape
-        return cdiv(n, self.images) * cdiv(h, 2 * self.pairs) * cdiv(w, self.width)
+    def tiles(self, n: int) -> int:
+        """Tiles of so many images, of 32 channels."""
+        down, across = cdiv(self.height, 2 * self.pairs), cdiv(self.width, self.columns)
+        return cdiv(n, self.images) * down * across
 
-    def streams(self, shape: tuple[int, ...], device: Device) -> int:
-        """Thread blocks of each 32 channels, which share the tiles."""
-        most = device.multiprocessors * self.resident // cdiv(shape[-1], CHANNELS)
-        return max(1, min(self.tiles(shape), most))
+    def streams(self, n: int, device: Device) -> int:
+        """Thread blocks of each 32 channels, which share the tiles of so many images."""
+        most = device.multiprocessors * self.resident // cdiv(self.channels, CHUNK)
+        return max(1, min(self.tiles(n), most))
 
-    def steps(self, shape: tuple[int, ...], device: Device) -> int:
+    def steps(self, n: int, device: Device) -> int:
         """Pairs of rows that the busiest thread block goes through."""
-        tiles = cdiv(self.tiles(shape), self.streams(shape, device))
+        tiles = cdiv(self.tiles(n), self.streams(n, device))
         return tiles * (self.pairs + 2 * self.reach)
 
     def _stage(self) -> int:
         return 2 * self.loaded * _PIXEL * self.images
 
     def _result(self) -> int:
-        return cdiv(2 * self.width * _PIXEL * self.images, 1024) * 1024
+        return cdiv(2 * self.columns * _PIXEL * self.images, 1024) * 1024
 
 
-_PARAMETERS = 8
+_PARAMETERS = 5
 """Of `depthwise_forward`."""
 
 
@@ -138,10 +142,10 @@ def planned(
     if weights:
         # All blocks of a product count, and their columns outside of an image are zeros.
         blocks = min(_BLOCKS, 1 << (cdiv(w, 4) - 1).bit_length())
-        width, images = 4 * blocks, _BLOCKS // blocks
+        columns, images = 4 * blocks, _BLOCKS // blocks
     else:
-        width = w if across == 1 else cdiv(cdiv(w, across), 4) * 4
-        blocks = cdiv(width, 4)
+        columns = w if across == 1 else cdiv(cdiv(w, across), 4) * 4
+        blocks = cdiv(columns, 4)
         images = min(n, _BLOCKS // blocks) if across == 1 else 1
     boxed = device.boxes and c % 8 == 0
     vector = math.gcd(8, c)
@@ -150,12 +154,12 @@ def planned(
     # Strips of about even height; halos are read twice, and the busiest block is waited for.
     variants = [
         Variant(
-            *(weights, dtype == "bfloat16", reach, blocks, images, width),
+            *(weights, dtype == "bfloat16", reach, h, w, c, blocks, images, columns),
             *(cdiv(most, strips), 2, resident, boxed, vector),
         )
         for strips in range(1, min(most, 16) + 1)
     ]
-    best = min(variants, key=lambda variant: variant.steps(shape, device))
+    best = min(variants, key=lambda variant: variant.steps(n, device))
     return best.fitting(device.share(resident))
 
 
@@ -243,11 +247,11 @@ def forward(
     Returns:
         y in x's shape and dtype.
     """
-    n, h, w, c = shape
-    variant = planned(shape, dtype, reach, device)
+    n, _, _, c = shape
+    variant = planned(shape, dtype, reach, device)._replace(biased=bias is not None)
     output: Output = (shape, dtype)
-    blocks = variant.streams(shape, device) * cdiv(c, CHANNELS)
-    (y,) = launch(variant.compiled(), [x, matrices, bias, n, h, w, c], [output], blocks)
+    blocks = variant.streams(n, device) * cdiv(c, CHUNK)
+    (y,) = launch(variant.compiled(), [x, matrices, bias, n], [output], blocks)
     return y
 
 
@@ -276,12 +280,12 @@ def weight_grad(
     Returns:
         float32 `[C, taps]`.
     """
-    n, h, w, c = shape
+    n, _, _, c = shape
     taps, summands = table.shape
     variant = planned(shape, dtype, reach, device, weights=True)
     variant = variant._replace(taps=taps, summands=summands)
-    streams = variant.streams(shape, device)
+    streams = variant.streams(n, device)
     output: Output = ((streams, c, taps), "float32")
-    blocks = streams * cdiv(c, CHANNELS)
-    (sums,) = launch(variant.compiled(), [x, dy, table, n, h, w, c], [output], blocks)
+    blocks = streams * cdiv(c, CHUNK)
+    (sums,) = launch(variant.compiled(), [x, dy, table, n], [output], blocks)
     return sums.sum(0)
