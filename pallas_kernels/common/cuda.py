@@ -62,11 +62,13 @@ class Device(NamedTuple):
     Attributes:
         shared: Bytes of shared memory that a block may have.
         multiprocessors: How many there are.
+        capability: The compute capability times ten.
         boxes: Whether kernels may have tensor maps, see `Kernel.boxes`.
     """
 
     shared: int
     multiprocessors: int
+    capability: int = 90
     boxes: bool = False
 
     def share(self, blocks: int) -> int:

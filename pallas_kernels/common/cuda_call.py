@@ -108,7 +108,8 @@ def device_properties() -> Device:
     if shared is None:
         shared = _SHARED[max(known for known in _SHARED if known <= capability)]
     boxes = TENSOR_MAPS and capability in _BOXES
-    return Device(shared, getattr(gpu, "core_count", None) or _MULTIPROCESSORS, boxes)
+    multiprocessors = getattr(gpu, "core_count", None) or _MULTIPROCESSORS
+    return Device(shared, multiprocessors, capability, boxes)
 
 
 def launch(

@@ -31,6 +31,7 @@ class Implementation(StrEnum):
     """Implementations of the depthwise convolution."""
 
     MOSAIC_TPU = "mosaic_tpu"
+    CUDA = "cuda"
     XLA = "xla"
 
 

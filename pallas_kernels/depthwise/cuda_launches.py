@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_kernels.common.cuda import Device, Kernel, Launch
-from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
 from pallas_kernels.depthwise.problem import Problem
@@ -27,17 +27,19 @@ _MOST_STAGES = 10
 _RESIDENT = {1: 2, 2: 1}
 """Thread blocks that a multiprocessor's registers hold, by reach."""
 _DTYPES = "bfloat16", "float16"
+_BFLOAT16 = 80
+"""The compute capability times ten from which on tensor cores take bfloat16."""
 
 
-def check(problem: Problem) -> None:
-    """Raises `NotImplementedError` where the kernels do not take a problem."""
-    reasons = problem.not_plain()
+def check(problem: Problem, device: Device) -> None:
+    """Raises `NotImplementedError` where the kernels do not take a problem on a GPU."""
+    reasons = problem.not_plain() + unsupported_sizes(problem.shape)
     if str(problem.dtype) not in _DTYPES:
-        reasons.append(f"{problem.dtype}, tensor cores take {' and '.join(_DTYPES)}")
+        reasons.append(f"{problem.dtype}, 16 bits alone")
+    if str(problem.dtype) == "bfloat16" and device.capability < _BFLOAT16:
+        reasons.append(f"bfloat16 on GPUs older than compute capability {_BFLOAT16 / 10}")
     if max(problem.kernel_size) > MAX_KERNEL:
         reasons.append(f"kernels of {max(problem.kernel_size)}, up to {MAX_KERNEL}")
-    if not all(isinstance(size, int) for size in problem.shape):
-        reasons.append("sizes that are not known")
     refuse(reasons)
 
 

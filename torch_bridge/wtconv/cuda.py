@@ -160,7 +160,8 @@ def device_of(device: torch.device) -> Device:
     """The properties of a device that variants are chosen by."""
     # PyTorch's own stubs do not know all that it tells.
     found = cast(Any, torch.cuda.get_device_properties(device))
-    return Device(found.shared_memory_per_block_optin, found.multi_processor_count)
+    capability = 10 * found.major + found.minor
+    return Device(found.shared_memory_per_block_optin, found.multi_processor_count, capability)
 
 
 @cache

@@ -1,0 +1,98 @@
+"""The depthwise convolution of 16-bit images on the tensor cores of NVIDIA GPUs, in CUDA."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.cuda_call import device_properties, launch, unavailable
+from pallas_kernels.common.types import Pair
+from pallas_kernels.conv2d.problem import Window
+from pallas_kernels.depthwise import cuda_launches
+from pallas_kernels.depthwise.problem import Problem
+
+__all__ = [
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "input_grad",
+    "unavailable",
+    "weight_grad",
+]
+
+DIFFERENTIABLE = False
+
+
+def check(direction: str, problem: Problem) -> None:
+    """Raises `NotImplementedError` where these kernels do not take a problem.
+
+    Args:
+        direction: "fwd" or "bwd".
+        problem: The call.
+    """
+    cuda_launches.check(problem, device_properties())
+
+
+@partial(jax.jit, static_argnames=("window", "precision"))
+def forward(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    *,
+    window: Window,
+    precision: lax.Precision | None,
+) -> jax.Array:
+    """The operator; see `vjp` for the arguments.
+
+    `precision` changes nothing: products of 16-bit numbers are summed in float32.
+    """
+    offsets = None if bias is None else bias.astype(jnp.float32)
+    return vary_like((x, kernel, bias), _convolved(x, kernel, offsets, transpose=False))
+
+
+@partial(jax.jit, static_argnames=("size", "window", "precision"))
+def input_grad(
+    dy: jax.Array,
+    kernel: jax.Array,
+    *,
+    size: Pair,
+    window: Window,
+    precision: lax.Precision | None,
+) -> jax.Array:
+    """The transpose of the convolution in x, applied to dy: an array `[N, *size, C]`."""
+    return vary_like((dy, kernel), _convolved(dy, kernel, None, transpose=True))
+
+
+@partial(jax.jit, static_argnames=("kernel_size", "window", "precision"))
+def weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    kernel_size: Pair,
+    window: Window,
+    precision: lax.Precision | None,
+) -> jax.Array:
+    """The transpose of the convolution in the kernel, applied to dy: `[*kernel_size, 1, C]`.
+
+    Every sum has a fixed order, so results are bitwise reproducible.
+    """
+    images = x.shape, str(x.dtype)
+    k = kernel_size[0]
+    table = jnp.asarray(cuda_launches.products(k), jnp.int32)
+    where = cuda_launches.reach(k), device_properties(), launch
+    sums = cuda_launches.weight_grad(x, dy, table, *images, *where)
+    return vary_like((x, dy), sums.T.reshape(*kernel_size, 1, x.shape[-1]))
+
+
+def _convolved(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, transpose: bool
+) -> jax.Array:
+    """The convolution of images by a kernel, or by its adjoint."""
+    k, channels = kernel.shape[0], x.shape[-1]
+    taps = kernel.astype(x.dtype).reshape(k * k, channels).T
+    numbers = cuda_launches.toeplitz(k, transpose)
+    matrices = jnp.pad(taps, ((0, 0), (0, 1)))[:, numbers]
+    where = cuda_launches.reach(k), device_properties(), launch
+    return cuda_launches.forward(x, matrices, bias, x.shape, str(x.dtype), *where)
