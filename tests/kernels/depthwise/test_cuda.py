@@ -1,101 +1,155 @@
-"""The depthwise convolution on tensor cores: run on the CPU, with faults planted."""
+"""The depthwise convolution on tensor cores: run on the CPU with faults planted, compiled, lowered."""
 
+from functools import partial
+
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.cuda import EMULATED, folder
+from helpers.cuda import EMULATED, emulate, folder, gpu_of
 
-from pallas_kernels.common import cuda_call
-from pallas_kernels.common.on_cpu.cuda import Launcher
-from pallas_kernels.oracle.wtconv import depthwise
-from pallas_kernels.wtconv import tensor_core_launches as launches
+from pallas_kernels.common import cuda_call, nvrtc
+from pallas_kernels.common.conformance import bounds, expected, worst
+from pallas_kernels.common.cuda import Device, source_text
+from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher
+from pallas_kernels.depthwise import conformance, cuda, depthwise_conv2d
+from pallas_kernels.depthwise import cuda_launches as launches
+from pallas_kernels.depthwise.cases import Case
 
-SOURCE = launches.SOURCE.read_text()
+SOURCE = source_text(launches.SOURCE)
+AMPERE = HOPPER._replace(shared=166912, capability=80, boxes=False)
 CASES = {
-    # Channels in part, rows and columns that are no multiples; strips below each other.
-    "odd": ((1, 9, 10, 5), 5, "bfloat16", True),
-    "pairs of channels": ((2, 7, 14, 34), 3, "float16", False),
-    "four channels": ((1, 6, 13, 36), 7, "bfloat16", True),
-    "one pixel": ((3, 1, 1, 1), 3, "bfloat16", True),
-    "a block's width": ((1, 33, 70, 4), 7, "float16", True),
-    "several bands": ((1, 63, 64, 4), 5, "bfloat16", True),
+    # Sizes and channels that are no multiples of anything; boxes need eight channels.
+    "boxes": (Case(3, 9, 10, 8, 5, "bfloat16"), HOPPER),
+    "a large kernel": (Case(5, 9, 9, 40, 9, "float16"), HOPPER),
+    "an even kernel": (Case(2, 11, 13, 16, 4, "bfloat16"), HOPPER),
+    "one pixel": (Case(3, 1, 1, 8, 3, "bfloat16", bias=False), HOPPER),
+    "two tiles beside each other": (Case(1, 33, 70, 8, 7, "float16"), HOPPER),
+    "tiles one after the other": (Case(3, 64, 56, 64, 5, "bfloat16"), HOPPER),
+    "pieces": (Case(2, 7, 14, 40, 3, "float16"), AMPERE),
+    "pieces of four": (Case(1, 6, 13, 36, 7, "bfloat16"), AMPERE),
+    "pieces of two": (Case(2, 9, 5, 34, 6, "float16"), AMPERE),
+    "single channels": (Case(1, 20, 66, 5, 5, "bfloat16"), AMPERE),
+    "tiles of pieces": (Case(3, 64, 56, 64, 8, "bfloat16"), AMPERE),
+    "Turing": (Case(1, 9, 9, 8, 5, "float16"), Device(65536, 2, 75)),
 }
-ALWAYS = ("odd",)
+ALWAYS = "boxes", "single channels"
 
 
-def drawn(shape, kernel_size, dtype, biased):
-    generator = np.random.default_rng(sum(shape))
-    c = shape[-1]
-    x = generator.standard_normal(shape).astype(dtype)
-    taps = generator.standard_normal((kernel_size, kernel_size, 1, c)).astype(dtype)
-    bias = generator.standard_normal(c).astype("float32") if biased else None
-    return x, taps, bias
+def results(function, case):
+    return jax.jit(function(case))(*jax.tree.map(jnp.asarray, case.drawn()))
 
 
-def registers(taps):
-    """Taps `[k, k, 1, C]` as the kernel reads them."""
-    kernel_size, channels = taps.shape[0], taps.shape[-1]
-    flat = np.zeros((channels, kernel_size**2 + 1), taps.dtype)
-    flat[:, :-1] = taps.reshape(-1, channels).T
-    return np.ascontiguousarray(flat[:, launches.toeplitz(kernel_size)])
-
-
-def computed(launcher, x, taps, bias):
-    matrices = registers(taps)
-    about = x.shape, str(x.dtype), taps.shape[0]
-    return launches.forward(x, matrices, bias, *about, launcher.launch)
-
-
-def error(y, x, taps, bias):
-    """The largest error, as a part of what rounding the exact result may cause."""
-    want = depthwise(x.astype(np.float64), taps[:, :, 0].astype(np.float64), 2)
-    want = want if bias is None else want + bias
-    rounding = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[str(x.dtype)]
-    return (np.abs(y.astype(np.float64) - want) / (rounding * np.abs(want) + 1e-5)).max()
+def assert_oracle(case):
+    """Output and gradients, in dtype, shape and value."""
+    got, want = results(partial(conformance.computed, implementation="cuda"), case), expected(case)
+    chex.assert_trees_all_equal_shapes(got, want)
+    allowed = bounds(case, partial(results, conformance.baseline))
+    errors = {name: worst(got[name], want[name]) for name in want}
+    # NaN is not greater than its bound.
+    assert {n: e for n, e in errors.items() if not e <= allowed[n]} == {}
 
 
 @EMULATED
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.wide] * (n not in ALWAYS)) for n in CASES]
 )
-def test_the_convolution_is_exact_but_for_its_rounding_in_every_order_of_threads(name):
-    x, taps, bias = drawn(*CASES[name])
+def test_output_and_gradients_are_the_oracles(name, monkeypatch):
+    case, device = CASES[name]
+    emulate(monkeypatch, cuda, device)
+    assert_oracle(case)
+
+
+def on_the_cpu(launcher, case, device):
+    """Output, gradient of x and gradient of the taps by a launcher of NumPy's arrays."""
+    x, kernel, bias, dy = case.drawn()
+    flat = np.pad(kernel.reshape(case.k**2, case.c).T, ((0, 0), (0, 1)))
+    about = x.shape, case.dtype, launches.reach(case.k), device, launcher.launch
+    offsets = None if bias is None else bias.astype("float32")
+    y = launches.forward(x, flat[:, launches.toeplitz(case.k)], offsets, *about)
+    dx = launches.forward(dy, flat[:, launches.toeplitz(case.k, transpose=True)], None, *about)
+    table = launches.products(case.k).astype("int32")
+    sums = launches.weight_grad(x, dy, table, *about)
+    return {"y": y, "dx": dx, "dkernel": sums.T.reshape(kernel.shape)}
+
+
+def error(found, case):
+    """The largest error, as a part of what rounding the exact result may cause."""
+    rounding = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[case.dtype]
+    return max(
+        (np.abs(array.astype(np.float64) - want) / (rounding * np.abs(want) + 1e-4)).max()
+        for array, want in ((found[name], case.expected()[name]) for name in found)
+    )
+
+
+TILES = {
+    "boxes": (Case(2, 21, 12, 8, 5, "bfloat16"), HOPPER._replace(multiprocessors=1)),
+    "pieces": (Case(2, 21, 12, 8, 5, "bfloat16"), AMPERE._replace(multiprocessors=1)),
+}
+"""Several tiles for a thread block, and more pairs of rows than stages."""
+
+
+def few_stages(monkeypatch):
+    """Small tiles in three stages."""
+    planned = launches.planned
+
+    def small(*given, **named):
+        return planned(*given, **named)._replace(pairs=4, stages=3, resident=1)
+
+    monkeypatch.setattr(launches, "planned", small)
+
+
+@EMULATED
+@pytest.mark.slow
+@pytest.mark.parametrize("way", TILES)
+def test_results_are_exact_but_for_their_rounding_in_every_order_of_threads(way, monkeypatch):
+    few_stages(monkeypatch)
+    case, device = TILES[way]
     launcher = Launcher(folder())
     for launcher.order in (0, 1, 2):
-        assert error(computed(launcher, x, taps, bias), x, taps, bias) <= 1.01
+        assert error(on_the_cpu(launcher, case, device), case) <= 1.01
 
 
 FAULTS = {
-    "a barrier": ("__syncthreads();", ""),
-    "a wait": ("wait<STAGES - 2>();", ""),
-    "a wait for too few": ("wait<STAGES - 2>();", "wait<STAGES - 1>();"),
-    "a bound of the rows": ("row >= 0 && row < height && ", "row < height + 1 && "),
-    "a bound of the columns": ("&& column >= 0 && column < width", "&& column < width"),
-    "the other channel": ("0x7632 : 0x5410", "0x5410 : 0x7632"),
-    "another pair's taps": ("(REACHED - 1 - i) * PARTS", "i * PARTS"),
-    "one buffer of results": ("step % 2 * OUT_STAGE", "0"),
+    "a barrier": ("pieces", "    __syncthreads();\n    if (begun) retire();", "if (begun) retire();"),
+    "a wait": ("pieces", "wait<STAGES - 2>();", ""),
+    "a wait for too few": ("pieces", "wait<STAGES - 2>();", "wait<STAGES - 1>();"),
+    "a bound of the rows": ("pieces", "r >= 0 && r < HEIGHT", "r < HEIGHT + 1"),
+    "a bound of the columns": ("pieces", "w >= 0 && w < WIDTH", "w < WIDTH"),
+    "one buffer of results": ("pieces", "BUFFERS = BOXED ? STAGES + 1 : 2", "BUFFERS = 1"),
+    "the other channel": ("boxes", "0x7632 : 0x5410", "0x5410 : 0x7632"),
+    "another pair's taps": ("boxes", "(REACHED - 1 - i) * PARTS", "i * PARTS"),
+    "a wait for a box": ("boxes", "    wait_for(full + slot, phase);\n", ""),
+    "a wait for the other phase": ("boxes", "wait_for(full + slot, phase)", "wait_for(full + slot, 0)"),
+    "a wait for the warps": ("boxes", "    wait_for(done + oldest, oldest_phase);\n", ""),
+    "a wait for stores": ("boxes", "    stored<1>();\n", "    stored<100>();\n"),
+    "the last stores": ("boxes", "  stored<0>();\n", ""),
+    "a warp that waits for its lanes": (
+        "boxes",
+        "    publish();\n    __syncwarp();\n",
+        "    publish();\n",
+    ),
+    "bytes": ("boxes", "expect(full + slot, STAGE);", "expect(full + slot, STAGE / 2);"),
+    "older gradients": ("boxes", "late[c][i][f] = 0;", ";"),
 }
 
 
 @EMULATED
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(fault):
-    old, new = FAULTS[fault]
+def test_a_planted_fault_is_caught(fault, monkeypatch):
+    few_stages(monkeypatch)
+    way, old, new = FAULTS[fault]
+    case, device = TILES[way]
     assert old in SOURCE
     launcher = Launcher(folder(), source=SOURCE.replace(old, new))
-    x, taps, bias = drawn((1, 13, 9, 8), 5, "bfloat16", True)
-    # A margin of zeros around x, since what is read beyond it must not crash.
-    wide = np.zeros(3 * x.size, x.dtype)
-    wide[x.size : 2 * x.size] = x.ravel()
-    wide[: x.size] = wide[2 * x.size :] = 1
-    inside = wide[x.size : 2 * x.size].reshape(x.shape)
 
     def caught(order):
         launcher.order = order
         try:
             # Not "error > 1.01": NaN is never more.
-            return not error(computed(launcher, inside, taps, bias), x, taps, bias) <= 1.01
+            return not error(on_the_cpu(launcher, case, device), case) <= 1.01
         except RuntimeError:
             return True
 
@@ -106,36 +160,102 @@ def test_a_planted_fault_is_caught(fault):
 @pytest.mark.slow
 def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
     """Four columns and two rows of each side's blocks more than it reaches by itself."""
-    x, taps, _ = drawn((1, 16, 24, 4), 5, "float16", False)
+    case = Case(1, 16, 24, 8, 5, "float16", bias=False)
+    x, kernel, _, _ = case.drawn()
     x[0, 8, 12, 1] = np.inf
-    y = computed(Launcher(folder()), x, taps, None)
+    flat = np.pad(kernel.reshape(25, 8).T, ((0, 0), (0, 1)))[:, launches.toeplitz(5)]
+    y = launches.forward(x, flat, None, x.shape, "float16", 1, HOPPER, Launcher(folder()).launch)
     rows, columns, channels = np.nonzero(~np.isfinite(y.astype(np.float32)))[1:]
     assert set(channels) == {1}
     assert {*range(6, 11)} <= set(rows) <= {*range(6, 12)}
     assert {*range(10, 15)} <= set(columns) <= {*range(8, 16)}
 
 
-@pytest.mark.parametrize("kernel_size", launches.KERNEL_SIZES)
-def test_every_tap_is_in_the_matrices_as_often_as_it_is_used(kernel_size):
-    """Four columns and two rows of the output use each tap once."""
-    numbers = np.bincount(launches.toeplitz(kernel_size).ravel())
-    assert (numbers[:-1] == 8).all() and len(numbers) == kernel_size**2 + 1
+@pytest.mark.parametrize("transpose", [False, True])
+def test_every_tap_is_in_the_matrices_as_often_as_it_is_used(transpose):
+    """Four columns and two rows of the output use each tap once, and so do the gradients."""
+    for k in range(1, launches.MAX_KERNEL + 1):
+        numbers = np.bincount(launches.toeplitz(k, transpose).ravel())
+        assert (numbers[:-1] == 8).all() and len(numbers) == k**2 + 1
+        assert launches.products(k).shape == (k**2, 8)
 
 
-def test_narrow_images_are_cut_into_strips():
-    planned = launches.planned((2, 14, 14, 384), "bfloat16", 5)
-    assert (planned.across, planned.pairs, planned.vector) == (4, 2, 4)
-    assert planned.blocks((2, 14, 14, 384)) == 2 * 12
+def test_narrow_images_share_products():
+    device = Device(232448, 132, boxes=True)
+    forward = launches.planned((8, 14, 14, 384), "bfloat16", 1, device)
+    assert (forward.blocks, forward.images, forward.columns, forward.boxed) == (4, 4, 14, True)
+    weights = launches.planned((8, 14, 14, 35), "bfloat16", 1, device, weights=True)
+    assert (weights.blocks, weights.images, weights.columns) == (4, 4, 16)
+    assert not weights.boxed and weights.vector == 1
+
+
+REFUSED = {
+    "float32, 16 bits alone": (Case(1, 8, 8, 4, 3), {}),
+    "an empty array": (Case(0, 8, 8, 4, 3, "float16"), {}),
+    "strides of 2x2": (Case(1, 8, 8, 4, 3, "float16", stride=2), {}),
+    "kernels of 11, up to 9": (Case(1, 12, 12, 4, 11, "float16"), {}),
+    "bfloat16 on GPUs older than": (Case(1, 8, 8, 4, 3, "bfloat16"), {"capability": "7.5"}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_done_says_so(reason, monkeypatch):
+    case, gpu = REFUSED[reason]
+    gpu_of(monkeypatch, **gpu)
+    with pytest.raises(NotImplementedError, match=f"does not take .*{reason}"):
+        cuda.check("fwd", conformance.problem(case))
+
+
+def test_without_a_gpu_it_says_what_is_missing():
+    x = jnp.ones((4, 4, 1), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="cuda: needs a GPU, this is a cpu"):
+        depthwise_conv2d(x, jnp.ones((3, 3, 1, 1)), implementation="cuda")
+
+
+REGISTERS = {
+    "sm_75": {1: (107, 108), 2: (180, 232)},
+    "sm_80": {1: (110, 110), 2: (181, 232)},
+    "sm_90a": {1: (115, 112), 2: (190, 234)},
+    "sm_120": {1: (110, 110), 2: (181, 232)},
+}
+"""The registers of the convolution with a bias and of the weight gradient, by reach."""
+MORE = 8
+"""Registers that another version of NVRTC may take more."""
+
+
+@pytest.mark.parametrize(
+    ("arch", "reach"),
+    [
+        pytest.param(arch, reach, marks=[pytest.mark.slow] * ((arch, reach) != ("sm_80", 1)))
+        for arch in REGISTERS
+        for reach in (1, 2)
+    ],
+)
+def test_sums_are_kept_in_registers(arch, reach, monkeypatch):
+    pytest.importorskip("cuda.bindings.nvrtc", reason="the test extra has NVRTC for Linux alone")
+    cubins = pytest.importorskip("helpers.cubins", reason="what reads cubins comes with Triton")
+    digits = arch.removeprefix("sm_").rstrip("a")
+    gpu_of(monkeypatch, f"{digits[:-1]}.{digits[-1]}")
+    device = cuda_call.device_properties()
+    # JAX 0.10 alone has no tensor maps.
+    device = device._replace(boxes=arch == "sm_90a")
+    for weights, most in zip((False, True), REGISTERS[arch][reach], strict=True):
+        variant = launches.planned((8, 56, 56, 96), "float16", reach, device, weights)
+        variant = variant._replace(biased=True, taps=25, summands=8)
+        kernel = variant.compiled()
+        code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
+        registers, spilled = cubins.usage(code)
+        assert spilled == 0 and registers <= most + MORE
+        assert registers * kernel.threads * variant.resident <= 65536
+        assert variant.resident * (kernel.shared + 1024) <= device.shared + 1024
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kernel_size", launches.KERNEL_SIZES)
-@pytest.mark.parametrize(
-    "shape", [(2, 56, 57, 96), (3, 7, 7, 40), (1, 130, 223, 5), (2, 14, 1, 34)]
-)
-def test_the_convolution_on_a_gpu(shape, kernel_size, dtype):
-    x, taps, bias = drawn(shape, kernel_size, dtype, True)
-    arrays = map(jnp.asarray, (x, registers(taps), bias))
-    y = launches.forward(*arrays, shape, dtype, kernel_size, cuda_call.launch)
-    assert error(np.asarray(y), x, taps, bias) <= 1.01
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("boxes", [True, False])
+def test_the_convolution_on_a_gpu(name, boxes, monkeypatch):
+    case, _ = CASES[name]
+    own = cuda_call.device_properties()
+    monkeypatch.setattr(cuda, "device_properties", lambda: own._replace(boxes=boxes and own.boxes))
+    jax.clear_caches()
+    assert_oracle(case)

@@ -8,7 +8,7 @@ import pytest
 from helpers.cuda import gpu_of
 
 from pallas_kernels.common import cuda_call, nvrtc
-from pallas_kernels.wtconv import cuda_launches, tensor_core_launches
+from pallas_kernels.wtconv import cuda_launches
 from pallas_kernels.wtconv.cuda_launches import Images
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="the test extra has NVRTC for Linux alone")
@@ -24,16 +24,6 @@ REGISTERS = {
     "sm_120": {"forward": (80, 80), "weights": (128, 127)},
 }
 """The registers of kernels of 5, two levels, small channels-last images, float32 and float16."""
-TENSOR_CORES = {
-    "sm_75": {3: 108, 5: 108, 7: 184},
-    "sm_80": {5: 110},
-    "sm_86": {5: 110},
-    "sm_89": {5: 110},
-    "sm_90a": {3: 112, 5: 112, 7: 184},
-    "sm_100a": {5: 104},
-    "sm_120": {5: 112},
-}
-"""The registers of the 16-bit depthwise convolution by kernel size; Turing has float16 alone."""
 MORE = 16
 """Registers that another version of NVRTC may take more."""
 
@@ -55,22 +45,3 @@ def test_nothing_is_spilled_and_blocks_fit(arch, kernel, monkeypatch):
         assert spilled == 0 and registers <= most + MORE
         assert registers * variant.threads * variant.blocks <= 65536
         assert variant.blocks * (variant.shared() + 1024) <= device.shared + 1024
-
-
-@pytest.mark.parametrize(
-    ("arch", "kernel_size"),
-    [
-        pytest.param(arch, k, marks=[pytest.mark.slow] * ((arch, k) != ("sm_75", 5)))
-        for arch, sizes in TENSOR_CORES.items()
-        for k in sizes
-    ],
-)
-def test_tensor_cores_keep_their_sums_in_registers(arch, kernel_size, monkeypatch):
-    device, source = device_of(arch, monkeypatch), tensor_core_launches.SOURCE.read_text()
-    for dtype in ("float16", "bfloat16")[: 1 + (arch != "sm_75")]:
-        variant = tensor_core_launches.planned((8, 56, 56, 96), dtype, kernel_size)
-        kernel = variant.compiled()
-        code = nvrtc.compile_source(source, dict(kernel.macros), arch)
-        registers, spilled = cubins.usage(code)
-        assert spilled == 0 and registers <= TENSOR_CORES[arch][kernel_size] + MORE
-        assert registers * kernel.threads <= 65536 and kernel.shared <= device.shared
