@@ -23,6 +23,8 @@ _PIXEL = 2 * CHUNK
 _THREADS = 256
 _BLOCKS = 16
 """Blocks of four columns that a product has."""
+_MOST_IMAGES = 8
+"""Images of a tile, of more of which two stages do not fit into a Turing's shared memory."""
 _MOST_STAGES = 10
 _RESIDENT = {1: 2, 2: 1}
 """Thread blocks that a multiprocessor's registers hold, by reach."""
@@ -143,26 +145,27 @@ def planned(
     across = cdiv(w, 4 * _BLOCKS)
     if weights:
         # All blocks of a product count, and their columns outside of an image are zeros.
-        blocks = min(_BLOCKS, 1 << (cdiv(w, 4) - 1).bit_length())
+        blocks = max(_BLOCKS // _MOST_IMAGES, min(_BLOCKS, 1 << (cdiv(w, 4) - 1).bit_length()))
         columns, images = 4 * blocks, _BLOCKS // blocks
     else:
         columns = w if across == 1 else cdiv(cdiv(w, across), 4) * 4
         blocks = cdiv(columns, 4)
-        images = min(n, _BLOCKS // blocks) if across == 1 else 1
+        images = min(n, _BLOCKS // blocks, _MOST_IMAGES) if across == 1 else 1
     boxed = device.boxes and c % 8 == 0
     vector = math.gcd(8, c)
-    resident = _RESIDENT[reach]
     most = cdiv(h, 2)
     # Strips of about even height; halos are read twice, and the busiest block is waited for.
     variants = [
         Variant(
             *(weights, dtype == "bfloat16", reach, h, w, c, blocks, images, columns),
-            *(cdiv(most, strips), 2, resident, boxed, vector),
+            *(cdiv(most, strips), 2, _RESIDENT[reach], boxed, vector),
         )
         for strips in range(1, min(most, 16) + 1)
     ]
     best = min(variants, key=lambda variant: variant.steps(n, device))
-    return best.fitting(device.share(resident))
+    if best.shared() > device.share(best.resident):
+        best = best._replace(resident=1)
+    return best.fitting(device.share(best.resident))
 
 
 @cache
