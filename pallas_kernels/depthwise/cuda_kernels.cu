@@ -183,23 +183,13 @@ depthwise_weights(
   }
 
   float products[GROUP][PRODUCTS][4] = {};
-  unsigned late[GROUP][REACHED][2], before[GROUP][2];  // Of dy, of x.
+  // Pairs of dy, and of x's columns beyond. At the end of a tile those of dy are zeros.
+  unsigned late[GROUP][REACHED][2] = {}, before[GROUP][2] = {};
   int slot = 0;
   unsigned phase = 0;
   bool begun = false;
 #pragma unroll 1
   for (; here.tile < tiles; here.next()) {
-    if (here.step == 0) {
-#pragma unroll
-      for (int c = 0; c < GROUP; c++) {
-#pragma unroll
-        for (int f = 0; f < 2; f++) {
-          before[c][f] = 0;
-#pragma unroll
-          for (int i = 0; i < REACHED; i++) late[c][i][f] = 0;
-        }
-      }
-    }
 #if BOXED
     wait_for(full + slot, phase);
 #else

@@ -1,4 +1,4 @@
-"""The depthwise convolution on tensor cores: run on the CPU with faults planted, compiled, lowered."""
+"""The depthwise convolution on tensor cores: run on the CPU, with faults planted, and compiled."""
 
 from functools import partial
 
@@ -137,16 +137,10 @@ FAULTS = {
         "wait_for(full + slot, phase)",
         "wait_for(full + slot, 0)",
     ),
-    "a wait for the warps": ("boxes", "    wait_for(done + oldest, oldest_phase);\n", ""),
     "a wait for stores": ("boxes", "    stored<1>();\n", "    stored<100>();\n"),
     "the last stores": ("boxes", "  stored<0>();\n", ""),
-    "a warp that waits for its lanes": (
-        "boxes",
-        "    publish();\n    __syncwarp();\n",
-        "    publish();\n",
-    ),
     "bytes": ("boxes", "expect(full + slot, STAGE);", "expect(full + slot, STAGE / 2);"),
-    "older gradients": ("boxes", "late[c][i][f] = 0;", ";"),
+    "older gradients": ("boxes", "late[c][i][f] = late[c][i - 1][f];", ";"),
 }
 
 
