@@ -18,6 +18,12 @@ each output is `(shape, dtype)`, which is contiguous, or `(shape, dtype, strides
 number of blocks. The kernel takes its arguments first, then its outputs.
 """
 
+ELEMENTS = {"float16": 6, "bfloat16": 9}
+SWIZZLE_64 = 2
+"""The driver's numbers in a tensor map (`CUtensorMapDataType`, `CUtensorMapSwizzle`)."""
+BOXED = range(90, 120)
+"""Compute capabilities whose kernels copy boxes; later ones have less shared memory for them."""
+
 
 class Kernel(NamedTuple):
     """A kernel of a CUDA source, and the blocks that it is launched in.

@@ -30,7 +30,14 @@ from pallas_kernels.common._compat import (
     lowered_triton_call,
     triton_launcher,
 )
-from pallas_kernels.common.cuda import Device, Kernel, source_text
+from pallas_kernels.common.cuda import (
+    BOXED,
+    ELEMENTS,
+    SWIZZLE_64,
+    Device,
+    Kernel,
+    source_text,
+)
 from pallas_kernels.common.types import Output
 
 SAFE = export.DisabledSafetyCheck.custom_call(TRITON_TARGET)
@@ -44,11 +51,6 @@ _MULTIPROCESSORS = 132
 """Multiprocessors of a GPU that does not tell: an H100's, other numbers work as well."""
 _ALIGNMENT = 16
 """Bytes that the address of every array is a multiple of, which the launcher checks."""
-_ELEMENTS = {"float16": 6, "bfloat16": 9}
-_SWIZZLE_64 = 2
-"""The driver's numbers (`CUtensorMapDataType`, `CUtensorMapSwizzle`) in a tensor map."""
-_BOXES = range(90, 120)
-"""Compute capabilities whose kernels copy boxes; later ones have less shared memory for them."""
 
 
 class Null(NamedTuple):
@@ -107,7 +109,7 @@ def device_properties() -> Device:
     shared = getattr(gpu, "shared_memory_per_block_optin", None)
     if shared is None:
         shared = _SHARED[max(known for known in _SHARED if known <= capability)]
-    boxes = TENSOR_MAPS and capability in _BOXES
+    boxes = TENSOR_MAPS and capability in BOXED
     multiprocessors = getattr(gpu, "core_count", None) or _MULTIPROCESSORS
     return Device(shared, multiprocessors, capability, boxes)
 
@@ -184,8 +186,8 @@ def _serialized(
         if isinstance(value, Map):
             strides = [math.prod(value.shape[axis:]) for axis in range(1, 5)]
             return launcher.create_tma_descriptor_parameter(
-                elem_type=_ELEMENTS[value.dtype],
-                swizzle=_SWIZZLE_64,
+                elem_type=ELEMENTS[value.dtype],
+                swizzle=SWIZZLE_64,
                 shape=list(value.shape),
                 strides=strides,
                 block_shape=list(value.box),

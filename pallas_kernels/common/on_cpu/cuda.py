@@ -67,7 +67,9 @@ class Launcher:
             a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)
         ]
         for number, box in kernel.boxes:
-            given[number] = _map([*arguments, *made][number], box)
+            array = [*arguments, *made][number]
+            assert isinstance(array, np.ndarray)
+            given[number] = tensor_map(array.ctypes.data, array.shape, box)
         self.run(kernel, given, blocks)
         return made
 
@@ -125,11 +127,16 @@ class _TensorMap(ctypes.Structure):
     )
 
 
-def _map(array: object, box: tuple[int, ...]) -> _TensorMap:
-    """The tensor map of an array, channels first."""
-    assert isinstance(array, np.ndarray) and array.itemsize == 2
-    sizes = array.shape[::-1]
-    return _TensorMap(array.ctypes.data, (ctypes.c_int * 4)(*sizes), (ctypes.c_int * 4)(*box[::-1]))
+def tensor_map(address: int, shape: Sequence[int], box: Sequence[int]) -> ctypes.Structure:
+    """The tensor map that `Launcher.run` takes of a contiguous array of 16 bits.
+
+    Args:
+        address: The array's address in this process.
+        shape: Its shape, of four axes.
+        box: What is copied at once, see `common.cuda.Kernel.boxes`.
+    """
+    four = ctypes.c_int * 4
+    return _TensorMap(address, four(*shape[::-1]), four(*box[::-1]))
 
 
 def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:
