@@ -78,11 +78,10 @@ def weight_grad(
 
     Every sum has a fixed order, so results are bitwise reproducible.
     """
-    images = x.shape, str(x.dtype)
     k = kernel_size[0]
     table = jnp.asarray(cuda_launches.products(k), jnp.int32)
-    where = cuda_launches.reach(k), device_properties(), launch
-    sums = cuda_launches.weight_grad(x, dy, table, *images, *where)
+    about = x.shape, str(x.dtype), cuda_launches.reach(k), device_properties(), launch
+    sums = cuda_launches.weight_grad(x, dy, table, *about)
     return vary_like((x, dy), sums.T.reshape(*kernel_size, 1, x.shape[-1]))
 
 
@@ -94,5 +93,5 @@ def _convolved(
     taps = kernel.astype(x.dtype).reshape(k * k, channels).T
     numbers = cuda_launches.toeplitz(k, transpose)
     matrices = jnp.pad(taps, ((0, 0), (0, 1)))[:, numbers]
-    where = cuda_launches.reach(k), device_properties(), launch
-    return cuda_launches.forward(x, matrices, bias, x.shape, str(x.dtype), *where)
+    about = x.shape, str(x.dtype), cuda_launches.reach(k), device_properties(), launch
+    return cuda_launches.forward(x, matrices, bias, *about)

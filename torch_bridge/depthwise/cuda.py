@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from pallas_kernels.common.cuda import Device
 from pallas_kernels.depthwise import cuda_launches
 from pallas_kernels.depthwise.problem import Problem
 from torch_bridge.runtime.cuda import device_of, launch, unavailable
@@ -34,19 +35,23 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool) 
     taps = torch.nn.functional.pad(weight.to(x.dtype).reshape(channels, k * k), (0, 1))
     matrices = taps[:, _toeplitz(k, transpose, x.device)].contiguous()
     offsets = None if bias is None else bias.float().contiguous()
-    about = tuple(images.shape), str(x.dtype).removeprefix("torch."), cuda_launches.reach(k)
-    y = cuda_launches.forward(images, matrices, offsets, *about, device_of(x.device), launch)
+    y = cuda_launches.forward(images, matrices, offsets, *_about(images, k), launch)
     return y.permute(0, 3, 1, 2)
 
 
 def weight_grad(x: Tensor, dy: Tensor, *, kernel_size: int) -> Tensor:
     """The gradient of the taps; every sum has a fixed order, so it is bitwise reproducible."""
     images, gradients = _pixels(x), _pixels(dy)
-    about = tuple(images.shape), str(x.dtype).removeprefix("torch.")
-    about_taps = cuda_launches.reach(kernel_size), device_of(x.device), launch
-    table = _products(kernel_size, x.device)
-    sums = cuda_launches.weight_grad(images, gradients, table, *about, *about_taps)
+    table, about = _products(kernel_size, x.device), _about(images, kernel_size)
+    sums = cuda_launches.weight_grad(images, gradients, table, *about, launch)
     return sums.reshape(-1, 1, kernel_size, kernel_size)
+
+
+def _about(images: Tensor, kernel_size: int) -> tuple[tuple[int, ...], str, int, Device]:
+    """The shape and dtype of images, the reach of a kernel, and the device."""
+    dtype = str(images.dtype).removeprefix("torch.")
+    device = device_of(images.device)
+    return tuple(images.shape), dtype, cuda_launches.reach(kernel_size), device
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The depthwise convolution layer for PyTorch, drop-in for `torch.nn.Conv2d`."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +65,11 @@ class DepthwiseConv2d(nn.Conv2d):
             `[N, channels, H_out, W_out]`.
         """
         return ops.depthwise_conv2d(
-            *(x, self.weight, self.bias, self.stride, self.padding, self.dilation),
+            x,
+            self.weight,
+            self.bias,
+            cast(Pair, self.stride),
+            cast(str | Pair, self.padding),
+            cast(Pair, self.dilation),
             implementation=self.implementation,
         )
