@@ -78,10 +78,8 @@ def weight_grad(
 
     Every sum has a fixed order, so results are bitwise reproducible.
     """
-    k = kernel_size[0]
-    table = jnp.asarray(cuda_launches.products(k), jnp.int32)
-    about = x.shape, str(x.dtype), cuda_launches.reach(k), device_properties(), launch
-    sums = cuda_launches.weight_grad(x, dy, table, *about)
+    about = x.shape, str(x.dtype), kernel_size[0], device_properties(), launch
+    sums = cuda_launches.weight_grad(x, dy, *about)
     return vary_like((x, dy), sums.T.reshape(*kernel_size, 1, x.shape[-1]))
 
 
@@ -89,9 +87,6 @@ def _convolved(
     x: jax.Array, kernel: jax.Array, bias: jax.Array | None, transpose: bool
 ) -> jax.Array:
     """The convolution of images by a kernel, or by its adjoint."""
-    k, channels = kernel.shape[0], x.shape[-1]
-    taps = kernel.astype(x.dtype).reshape(k * k, channels).T
-    numbers = cuda_launches.toeplitz(k, transpose)
-    matrices = jnp.pad(taps, ((0, 0), (0, 1)))[:, numbers]
-    about = x.shape, str(x.dtype), cuda_launches.reach(k), device_properties(), launch
-    return cuda_launches.forward(x, matrices, bias, *about)
+    taps = kernel.astype(x.dtype).reshape(*kernel.shape[:2], x.shape[-1])
+    about = x.shape, str(x.dtype), kernel.shape[0], transpose, device_properties(), launch
+    return cuda_launches.forward(x, taps, bias, *about)

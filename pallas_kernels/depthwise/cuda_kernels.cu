@@ -2,15 +2,13 @@
 //
 // A channel's convolution is a product of matrices. M: 16 blocks of four columns of one pair of
 // rows. K: a pair of rows of the pixels that such a block reads. N: its four columns of a pair of
-// rows of the output. So the taps are a Toeplitz matrix, which the host makes once, and pairs of
-// rows stream through: each is multiplied for all pairs of the output that it reaches, whose sums
-// wait in registers. Blocks lie beside each other and, where images are narrow, in several images.
-// Any other matrix will do as well: one whose rows and columns of the output have taps of their own
-// computes a convolution that is periodic by two rows and four columns.
+// rows of the output. So the taps are a Toeplitz matrix, and pairs of rows stream through: each is
+// multiplied for all pairs of the output that it reaches, whose sums wait in registers. Blocks lie
+// beside each other and, where images are narrow, in several images.
 //
 // The weight gradient has the pixels that a block reads as M, the pair of rows of dy as N, and the
-// 16 blocks as K: sums of the products of each pixel with each, of which the host's table says which
-// belong to a tap. They are added up in a fixed order.
+// 16 blocks as K: sums of the products of each pixel with each, of which some belong to a tap. They
+// are added up in a fixed order.
 //
 // A thread block takes 32 channels, a warp four of them; it goes through tiles of some images, a
 // strip of rows and at most 64 columns. Hopper copies pairs of rows as boxes by TMA, older GPUs in
@@ -22,8 +20,7 @@
 //
 // The host defines these macros:
 //   BFLOAT16         1 bfloat16, 0 float16
-//   REACH            pairs of rows that a pair of the output reads to each side, 1 or 2; it reads
-//                    twice as many columns to each side
+//   KERNEL_SIZE      1 to 9
 //   HEIGHT, WIDTH, CHANNELS  of the images
 //   BLOCKS, IMAGES   blocks beside each other, images: their product is at most 16
 //   COLUMNS          columns of a tile, at most 4 * BLOCKS
@@ -33,10 +30,13 @@
 //   BOXED            1 TMA, 0 no TMA
 //   VECTOR           channels that an access to memory takes without TMA: 8, 4, 2, 1, divides C
 //   BIASED           1 if there is a bias
+//   AHEAD            1 to read pixels a step ahead, with TMA alone
+//   TRANSPOSED       1 the adjoint's taps
 //   WEIGHTS          1 the weight gradient, whose BLOCKS * IMAGES is 16 and COLUMNS 4 * BLOCKS
-//   TAPS, SUMMANDS   of it the sums of a channel, and the most products that make one
 #include "../common/tensor_cores.cuh"
 
+constexpr int BEFORE = (KERNEL_SIZE - 1) / 2;    // Taps above, and left of, a pixel.
+constexpr int REACH = KERNEL_SIZE > 5 ? 2 : 1;   // Pairs of rows that a pair reads to each side.
 constexpr int REACHED = 2 * REACH + 1;           // Pairs of the output that a pair is multiplied for.
 constexpr int HALO = 2 * REACH;                  // Columns that a block reads to each side.
 constexpr int PARTS = 1 + REACH;                 // Times four columns that a block reads.
@@ -110,8 +110,18 @@ DEVICE void load_rows(const Scalar* __restrict__ x, unsigned char* stage, int ch
 
 #if WEIGHTS
 
-// Sums of products of x and dy, of which `table` [TAPS, SUMMANDS] has the numbers, -1 for none:
-// [thread blocks of a channel, C, TAPS].
+// Products of a pair with all pairs of dy that reach it. Two pairs' columns beyond the first eight
+// are one more: those of dy's offsets 1 and 0, 3 and 2, and 4.
+constexpr int MORE = REACH == 2 ? 3 : 0, PRODUCTS = REACHED + MORE;
+
+// The number, among all rows of all products, of a pixel of x at an offset of pairs.
+DEVICE int place(int offset, int row, int column) {
+  if (column < 8) return 16 * offset + 8 * row + column;
+  const int product = REACHED + offset / 2, second = offset < 4 && offset % 2 == 0;
+  return 16 * product + 8 * second + 4 * row + column - 8;
+}
+
+// The weight gradient: [thread blocks of a channel, C, KERNEL_SIZE, KERNEL_SIZE].
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 depthwise_weights(
 #if BOXED
@@ -119,12 +129,10 @@ depthwise_weights(
 #else
     const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
 #endif
-    const int* __restrict__ table, int images, float* __restrict__ sums) {
+    int images, float* __restrict__ sums) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   constexpr int BOTH = STAGE + RESULT;
-  // Two pairs' columns beyond the first eight are a product: offsets 1 and 0, 3 and 2, and 4.
-  constexpr int MORE = REACH == 2 ? 3 : 0, PRODUCTS = REACHED + MORE;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int tiles = Walk::tiles(images);
   Walk here, ahead;
@@ -270,11 +278,15 @@ depthwise_weights(
     __syncwarp();
     const int channel = here.channel() + GROUP * warp + c;
     if (channel < CHANNELS) {
+      constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
       for (int tap = lane; tap < TAPS; tap += 32) {
+        const int i = tap / KERNEL_SIZE - BEFORE, j = tap % KERNEL_SIZE - BEFORE;
         float sum = 0.0f;
-        for (int i = 0; i < SUMMANDS; i++) {
-          const int at = table[tap * SUMMANDS + i];
-          if (at >= 0) sum += own[at];
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+          // Of a pixel of dy the pixel of x that the tap multiplies.
+          const int row = i + n / 4 + 2 * REACH, column = j + n % 4 + HALO;
+          sum += own[place(row / 2, row % 2, column) * 8 + n];
         }
         sums[(Offset(blockIdx.x / CHUNKS) * CHANNELS + channel) * TAPS + tap] = sum;
       }
@@ -290,8 +302,22 @@ struct alignas(16) Offsets {
   float of[GROUP];
 };
 
-// The convolution. Taps are the matrices as registers, `[C, REACHED * PARTS, 32, 2]`; the bias is
-// `[C]`, or null.
+// The taps of four channels between a pixel of the output and one of x, zeros beyond the kernel.
+DEVICE Four taps_between(const Scalar* __restrict__ taps, int down, int right, int channel) {
+  const int i = BEFORE + (TRANSPOSED ? -down : down), j = BEFORE + (TRANSPOSED ? -right : right);
+  if (i < 0 || i >= KERNEL_SIZE || j < 0 || j >= KERNEL_SIZE) return Four{0, 0};
+  const Scalar* at = taps + (i * KERNEL_SIZE + j) * CHANNELS + channel;
+#if VECTOR >= 4
+  return channel < CHANNELS ? *reinterpret_cast<const Four*>(at) : Four{0, 0};
+#else
+  unsigned each[GROUP];
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) each[c] = channel + c < CHANNELS ? at[c] : 0;
+  return Four{each[0] | each[1] << 16, each[2] | each[3] << 16};
+#endif
+}
+
+// The convolution. Taps are `[KERNEL_SIZE, KERNEL_SIZE, C]`; the bias is `[C]`, or null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 depthwise_forward(
 #if BOXED
@@ -299,7 +325,7 @@ depthwise_forward(
 #else
     const Scalar* __restrict__ x,
 #endif
-    const unsigned* __restrict__ taps, const float* __restrict__ bias, int images,
+    const Scalar* __restrict__ taps, const float* __restrict__ bias, int images,
 #if BOXED
     BOXES y
 #else
@@ -406,13 +432,19 @@ depthwise_forward(
   if (BIASED && lane < GROUP)
     offsets[warp].of[lane] = first + lane < CHANNELS ? bias[first + lane] : 0.0f;
   __syncwarp();
+  // N counts columns and rows of the output, K those of x, rows fastest.
   unsigned matrix[GROUP][REACHED * PARTS];
 #pragma unroll
-  for (int c = 0; c < GROUP; c++) {
-    const bool there = first + c < CHANNELS;
+  for (int pair = 0; pair < REACHED; pair++) {
 #pragma unroll
-    for (int i = 0; i < REACHED * PARTS; i++)
-      matrix[c][i] = there ? taps[(Offset(first + c) * REACHED * PARTS + i) * 32 + lane] : 0;
+    for (int part = 0; part < PARTS; part++) {
+      const int down = 2 * (pair - REACH) - lane / 4 % 2;
+      const int right = lane % 4 + 4 * part - HALO - lane / 8;
+      const Four upper = taps_between(taps, down, right, first);
+      const Four lower = taps_between(taps, down + 1, right, first);
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) matrix[c][pair * PARTS + part] = of_channel(c, upper, lower);
+    }
   }
 
   // The sums of the output's pairs that wait for i more pairs. A tile's first ones, which have not
@@ -421,19 +453,8 @@ depthwise_forward(
   int slot = 0, buffer = 0;
   unsigned phase = 0;
   bool begun = false;
-#pragma unroll 1
-  for (; here.tile < tiles; here.next()) {
-#if BOXED
-    wait_for(full + slot, phase);
-#else
-    wait<STAGES - 2>();
-    // What this step reads is there, and nobody reads what is overwritten from here on.
-    __syncthreads();
-    if (begun) retire();
-    fill(slot ? slot - 1 : STAGES - 1);
-    buffer = here.step % 2;
-#endif
-    Four pixels[2][2][PARTS];
+  Four pixels[2][2][PARTS];
+  auto read = [&](int stage) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
 #pragma unroll
@@ -441,18 +462,50 @@ depthwise_forward(
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
           pixels[h][r][part] = *reinterpret_cast<const Four*>(
-              shared + slot * STAGE + r * ROW + from[h][part % 2] + part / 2 * 8 * PIXEL);
+              shared + stage * STAGE + r * ROW + from[h][part % 2] + part / 2 * 8 * PIXEL);
       }
     }
+  };
+#if AHEAD
+  if (here.tile < tiles) {
+    wait_for(full, 0);
+    read(0);
+  }
+#endif
+#pragma unroll 1
+  for (; here.tile < tiles; here.next()) {
+#if BOXED
+    if (!AHEAD) wait_for(full + slot, phase);
+#else
+    wait<STAGES - 2>();
+    // What this step reads is there, and nobody reads what is overwritten from here on.
+    __syncthreads();
+    fill(slot ? slot - 1 : STAGES - 1);
+    if (begun) retire();
+    buffer = here.step % 2;
+#endif
+    if (!AHEAD) read(slot);
+    unsigned a[GROUP][PARTS][2];
 #pragma unroll
     for (int c = 0; c < GROUP; c++) {
-      unsigned a[PARTS][2];
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          a[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
+          a[c][part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
       }
+    }
+#if AHEAD
+    Walk next = here;
+    next.next();
+    if (next.tile < tiles) {
+      const int following = slot + 1 == STAGES ? 0 : slot + 1;
+      wait_for(full + following, following ? phase : phase ^ 1);
+      read(following);
+    }
+#endif
+#pragma unroll
+    for (int c = 0; c < GROUP; c++) {
 #pragma unroll
       for (int i = 0; i < REACHED; i++) {
         const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
@@ -460,9 +513,9 @@ depthwise_forward(
 #pragma unroll
         for (int k = 0; k < 4; k++)
           before[k] = i + 1 < REACHED ? sums[c][(i + 1) % REACHED][k] : 0.0f;
-        multiply16(sums[c][i], a[0][0], a[0][1], a[1][0], a[1][1], b[0], b[1], before);
+        multiply16(sums[c][i], a[c][0][0], a[c][0][1], a[c][1][0], a[c][1][1], b[0], b[1], before);
         if (PARTS == 3)
-          multiply8(sums[c][i], a[PARTS - 1][0], a[PARTS - 1][1], b[PARTS - 1], sums[c][i]);
+          multiply8(sums[c][i], a[c][PARTS - 1][0], a[c][PARTS - 1][1], b[PARTS - 1], sums[c][i]);
       }
     }
     if (here.step >= 2 * REACH) {

@@ -1,11 +1,8 @@
 """The launches of `cuda_kernels.cu`, depthwise convolutions on tensor cores, for any framework."""
 
 import math
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from pallas_kernels.common.cuda import Device, Kernel, Launch
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
@@ -45,14 +42,8 @@ def check(problem: Problem, device: Device) -> None:
     refuse(reasons)
 
 
-def reach(kernel_size: int) -> int:
-    """Pairs of rows that a pair of the output reads to each side.
-
-    Example:
-        >>> [reach(k) for k in (1, 3, 5, 6, 9)]
-        [1, 1, 1, 2, 2]
-    """
-    return max(1, cdiv(kernel_size // 2, 2))
+def _reach(kernel_size: int) -> int:
+    return 2 if kernel_size > 5 else 1
 
 
 class Variant(NamedTuple):
@@ -60,7 +51,7 @@ class Variant(NamedTuple):
 
     weights: bool
     bfloat16: bool
-    reach: int
+    kernel_size: int
     height: int
     width: int
     channels: int
@@ -72,9 +63,9 @@ class Variant(NamedTuple):
     resident: int
     boxed: bool
     vector: int
+    ahead: bool
     biased: bool = False
-    taps: int = 0
-    summands: int = 0
+    transposed: bool = False
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
@@ -88,6 +79,11 @@ class Variant(NamedTuple):
                 for number, columns in ((0, self.loaded), (last, self.columns))
             )
         return Kernel(SOURCE, name, macros, _THREADS, self.shared(), boxes)
+
+    @property
+    def reach(self) -> int:
+        """Pairs of rows that a pair of the output reads to each side."""
+        return _reach(self.kernel_size)
 
     @property
     def loaded(self) -> int:
@@ -138,7 +134,7 @@ _PARAMETERS = 5
 
 
 def planned(
-    shape: tuple[int, ...], dtype: str, reach: int, device: Device, weights: bool = False
+    shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device, weights: bool = False
 ) -> Variant:
     """The variant for images `[N, H, W, C]` of a dtype, "bfloat16" or "float16"."""
     n, h, w, c = shape
@@ -151,14 +147,16 @@ def planned(
         columns = w if across == 1 else cdiv(cdiv(w, across), 4) * 4
         blocks = cdiv(columns, 4)
         images = min(n, _BLOCKS // blocks, _MOST_IMAGES) if across == 1 else 1
-    boxed = device.boxes and c % 8 == 0
+    boxed, reach = device.boxes and c % 8 == 0, _reach(kernel_size)
+    # With few warps a multiprocessor waits for its shared memory.
+    ahead = boxed and reach == 2 and not weights
     vector = math.gcd(8, c)
     most = cdiv(h, 2)
     # Strips of about even height; halos are read twice, and the busiest block is waited for.
     variants = [
         Variant(
-            *(weights, dtype == "bfloat16", reach, h, w, c, blocks, images, columns),
-            *(cdiv(most, strips), 2, _RESIDENT[reach], boxed, vector),
+            *(weights, dtype == "bfloat16", kernel_size, h, w, c, blocks, images, columns),
+            *(cdiv(most, strips), 2, _RESIDENT[reach], boxed, vector, ahead),
         )
         for strips in range(1, min(most, 16) + 1)
     ]
@@ -168,84 +166,27 @@ def planned(
     return best.fitting(device.share(best.resident))
 
 
-@cache
-def toeplitz(kernel_size: int, transpose: bool = False) -> np.ndarray:
-    """The taps that the registers of a product's right-hand side hold.
-
-    Args:
-        kernel_size: Up to `MAX_KERNEL`.
-        transpose: Whether they are those of the adjoint.
-
-    Returns:
-        `[rows of pairs * parts, 32, 2]`: of each register of each lane, and of its two halves, the
-        number `i * k + j` of a tap, or k * k for a zero.
-    """
-    sides = reach(kernel_size)
-    pair, part, lane, half = np.indices((2 * sides + 1, sides + 1, 32, 2))
-    # N counts columns and rows of the output, K those of the input, rows fastest.
-    down = 2 * (pair - sides) + half - lane // 4 % 2
-    right = lane % 4 + 4 * part - 2 * sides - lane // 8
-    if transpose:
-        down, right = -down, -right
-    return _numbers(kernel_size, down, right).reshape(-1, 32, 2)
-
-
-@cache
-def products(kernel_size: int) -> np.ndarray:
-    """The products of pixels of x and dy that the gradient of each tap is a sum of.
-
-    Args:
-        kernel_size: Up to `MAX_KERNEL`.
-
-    Returns:
-        `[k * k, 8]`, the numbers of a warp's sums of products.
-    """
-    sides = reach(kernel_size)
-    pairs = 2 * sides + 1
-    product, m, n = np.indices((pairs + 3 * (sides == 2), 16, 8))
-    pair, row, column = product, m // 8, m % 8
-    if sides == 2:
-        # Columns from the eighth on, of two pairs at once; the last product's second pair is the
-        # one before's first.
-        first = np.array([0] * pairs + [1, 3, 4])[product]
-        more = product >= pairs
-        pair = np.where(more, first - m // 8, pair)
-        row, column = np.where(more, m // 4 % 2, row), np.where(more, 8 + m % 4, column)
-        pair = np.where((product == pairs + 2) & (m >= 8), 99, pair)
-    numbers = _numbers(
-        kernel_size, 2 * (pair - sides) + row - n // 4, column - 2 * sides - n % 4
-    ).ravel()
-    return np.stack([np.flatnonzero(numbers == tap) for tap in range(kernel_size**2)])
-
-
-def _numbers(kernel_size: int, down: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The numbers of the taps between pixels so far apart, k * k where there is none."""
-    before = (kernel_size - 1) // 2
-    i, j = down + before, right + before
-    inside = (i >= 0) & (i < kernel_size) & (j >= 0) & (j < kernel_size)
-    return np.where(inside, i * kernel_size + j, kernel_size**2)
-
-
 def forward(
     x: AnyArray,
-    matrices: AnyArray,
+    taps: AnyArray,
     bias: AnyArray | None,
     shape: tuple[int, ...],
     dtype: str,
-    reach: int,
+    kernel_size: int,
+    transpose: bool,
     device: Device,
     launch: Launch[AnyArray],
 ) -> AnyArray:
-    """The depthwise convolution, stride 1, zeros outside.
+    """The depthwise convolution, stride 1, zeros outside, or its adjoint.
 
     Args:
         x: Contiguous images `[N, H, W, C]`.
-        matrices: Of each channel the k * k taps and a zero, taken by `toeplitz(k)`:
-            `[C, registers, 32, 2]` in x's dtype.
+        taps: `[k, k, C]` in x's dtype.
         bias: float32 `[C]`, or None.
         shape: x's.
         dtype: x's, "bfloat16" or "float16".
-        reach: Pairs of rows that a pair reads to each side, as the matrices have them.
+        kernel_size: k, up to `MAX_KERNEL`.
+        transpose: Whether it is the adjoint.
         device: The GPU.
         launch: The framework's launch function.
 
@@ -253,20 +194,20 @@ def forward(
         y in x's shape and dtype.
     """
     n, _, _, c = shape
-    variant = planned(shape, dtype, reach, device)._replace(biased=bias is not None)
+    variant = planned(shape, dtype, kernel_size, device)
+    variant = variant._replace(biased=bias is not None, transposed=transpose)
     output: Output = (shape, dtype)
     blocks = variant.streams(n, device) * cdiv(c, CHUNK)
-    (y,) = launch(variant.compiled(), [x, matrices, bias, n], [output], blocks)
+    (y,) = launch(variant.compiled(), [x, taps, bias, n], [output], blocks)
     return y
 
 
 def weight_grad(
     x: AnyArray,
     dy: AnyArray,
-    table: AnyArray,
     shape: tuple[int, ...],
     dtype: str,
-    reach: int,
+    kernel_size: int,
     device: Device,
     launch: Launch[AnyArray],
 ) -> AnyArray:
@@ -275,22 +216,19 @@ def weight_grad(
     Args:
         x: Contiguous images `[N, H, W, C]`.
         dy: The gradient of the output, likewise.
-        table: `products(k)`, int32 `[taps, summands]`, -1 for nothing.
         shape: x's.
         dtype: x's, "bfloat16" or "float16".
-        reach: Pairs of rows that a pair reads to each side.
+        kernel_size: k, up to `MAX_KERNEL`.
         device: The GPU.
         launch: The framework's launch function.
 
     Returns:
-        float32 `[C, taps]`.
+        float32 `[C, k * k]`.
     """
     n, _, _, c = shape
-    taps, summands = table.shape
-    variant = planned(shape, dtype, reach, device, weights=True)
-    variant = variant._replace(taps=taps, summands=summands)
+    variant = planned(shape, dtype, kernel_size, device, weights=True)
     streams = variant.streams(n, device)
-    output: Output = ((streams, c, taps), "float32")
+    output: Output = ((streams, c, kernel_size**2), "float32")
     blocks = streams * cdiv(c, CHUNK)
-    (sums,) = launch(variant.compiled(), [x, dy, table, n], [output], blocks)
+    (sums,) = launch(variant.compiled(), [x, dy, n], [output], blocks)
     return sums.sum(0)
