@@ -67,17 +67,12 @@ def test_output_and_gradients_are_the_oracles(name, monkeypatch):
 def on_the_cpu(launcher, case, device):
     """Output, gradient of x and gradient of the taps by a launcher of NumPy's arrays."""
     x, kernel, bias, dy = case.drawn()
-    flat = np.pad(kernel.reshape(case.k**2, case.c).T, ((0, 0), (0, 1)))
-
-    def matrices(transpose):
-        return np.ascontiguousarray(flat[:, launches.toeplitz(case.k, transpose)])
-
-    about = x.shape, case.dtype, launches.reach(case.k), device, launcher.launch
+    taps = np.ascontiguousarray(kernel[:, :, 0])
+    about, where = (x.shape, case.dtype, case.k), (device, launcher.launch)
     offsets = None if bias is None else bias.astype("float32")
-    y = launches.forward(x, matrices(False), offsets, *about)
-    dx = launches.forward(dy, matrices(True), None, *about)
-    table = launches.products(case.k).astype("int32")
-    sums = launches.weight_grad(x, dy, table, *about)
+    y = launches.forward(x, taps, offsets, *about, False, *where)
+    dx = launches.forward(dy, taps, None, *about, True, *where)
+    sums = launches.weight_grad(x, dy, *about, *where)
     return {"y": y, "dx": dx, "dkernel": sums.T.reshape(kernel.shape)}
 
 
@@ -92,6 +87,7 @@ def error(found, case):
 
 TILES = {
     "boxes": (Case(2, 21, 12, 8, 5, "bfloat16"), HOPPER._replace(multiprocessors=1)),
+    "ahead": (Case(2, 21, 12, 8, 7, "bfloat16"), HOPPER._replace(multiprocessors=1)),
     "pieces": (Case(2, 21, 12, 8, 5, "bfloat16"), AMPERE._replace(multiprocessors=1)),
 }
 """Several tiles for a thread block, and more pairs of rows than stages."""
@@ -119,11 +115,7 @@ def test_results_are_exact_but_for_their_rounding_in_every_order_of_threads(way,
 
 
 FAULTS = {
-    "a barrier": (
-        "pieces",
-        "    __syncthreads();\n    if (begun) retire();",
-        "if (begun) retire();",
-    ),
+    "a barrier": ("pieces", "    __syncthreads();\n    fill(slot", "    fill(slot"),
     "a wait": ("pieces", "wait<STAGES - 2>();", ""),
     "a wait for too few": ("pieces", "wait<STAGES - 2>();", "wait<STAGES - 1>();"),
     "a bound of the rows": ("pieces", "r >= 0 && r < HEIGHT", "r < HEIGHT + 1"),
@@ -131,7 +123,14 @@ FAULTS = {
     "one buffer of results": ("pieces", "BUFFERS = BOXED ? STAGES + 1 : 2", "BUFFERS = 1"),
     "the other channel": ("boxes", "0x7632 : 0x5410", "0x5410 : 0x7632"),
     "another pair's taps": ("boxes", "(REACHED - 1 - i) * PARTS", "i * PARTS"),
-    "a wait for a box": ("boxes", "    wait_for(full + slot, phase);\n", ""),
+    "the taps of the adjoint": ("boxes", "(TRANSPOSED ? -down : down)", "down"),
+    "another sum": ("ahead", "n / 4 + 2 * REACH", "n / 4 + 2"),
+    "a wait for a box": ("boxes", "if (!AHEAD) wait_for(full + slot, phase);\n", ""),
+    "a wait for the next box": (
+        "ahead",
+        "wait_for(full + following, following ? phase : phase ^ 1);",
+        "",
+    ),
     "a wait for the other phase": (
         "boxes",
         "wait_for(full + slot, phase)",
@@ -172,29 +171,19 @@ def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
     case = Case(1, 16, 24, 8, 5, "float16", bias=False)
     x, kernel, _, _ = case.drawn()
     x[0, 8, 12, 1] = np.inf
-    flat = np.pad(kernel.reshape(25, 8).T, ((0, 0), (0, 1)))
-    taps = np.ascontiguousarray(flat[:, launches.toeplitz(5)])
-    y = launches.forward(x, taps, None, x.shape, "float16", 1, HOPPER, Launcher(folder()).launch)
+    taps, where = np.ascontiguousarray(kernel[:, :, 0]), (HOPPER, Launcher(folder()).launch)
+    y = launches.forward(x, taps, None, x.shape, "float16", 5, False, *where)
     rows, columns, channels = np.nonzero(~np.isfinite(y.astype(np.float32)))[1:]
     assert set(channels) == {1}
     assert {*range(6, 11)} <= set(rows) <= {*range(6, 12)}
     assert {*range(10, 15)} <= set(columns) <= {*range(8, 16)}
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-def test_every_tap_is_in_the_matrices_as_often_as_it_is_used(transpose):
-    """Four columns and two rows of the output use each tap once, and so do the gradients."""
-    for k in range(1, launches.MAX_KERNEL + 1):
-        numbers = np.bincount(launches.toeplitz(k, transpose).ravel())
-        assert (numbers[:-1] == 8).all() and len(numbers) == k**2 + 1
-        assert launches.products(k).shape == (k**2, 8)
-
-
 def test_narrow_images_share_products():
     device = Device(232448, 132, boxes=True)
-    forward = launches.planned((8, 14, 14, 384), "bfloat16", 1, device)
+    forward = launches.planned((8, 14, 14, 384), "bfloat16", 5, device)
     assert (forward.blocks, forward.images, forward.columns, forward.boxed) == (4, 4, 14, True)
-    weights = launches.planned((8, 14, 14, 35), "bfloat16", 1, device, weights=True)
+    weights = launches.planned((8, 14, 14, 35), "bfloat16", 5, device, weights=True)
     assert (weights.blocks, weights.images, weights.columns) == (4, 4, 16)
     assert not weights.boxed and weights.vector == 1
 
@@ -223,25 +212,25 @@ def test_without_a_gpu_it_says_what_is_missing():
 
 
 REGISTERS = {
-    "sm_75": {1: (107, 102), 2: (183, 222)},
-    "sm_80": {1: (110, 110), 2: (181, 232)},
-    "sm_90a": {1: (115, 112), 2: (190, 234)},
-    "sm_120": {1: (128, 128), 2: (202, 255)},
+    "sm_75": {5: (107, 102), 7: (183, 222)},
+    "sm_80": {5: (110, 110), 7: (180, 232)},
+    "sm_90a": {5: (117, 112), 7: (209, 229)},
+    "sm_120": {5: (128, 128), 7: (202, 255)},
 }
-"""The registers of the convolution with a bias and of the weight gradient, by reach."""
+"""The registers of the convolution with a bias and of the weight gradient, by kernel size."""
 MORE = 8
 """Registers that another version of NVRTC may take more."""
 
 
 @pytest.mark.parametrize(
-    ("arch", "reach"),
+    ("arch", "kernel_size"),
     [
-        pytest.param(arch, reach, marks=[pytest.mark.slow] * ((arch, reach) != ("sm_80", 1)))
-        for arch in REGISTERS
-        for reach in (1, 2)
+        pytest.param(arch, k, marks=[pytest.mark.slow] * ((arch, k) != ("sm_80", 5)))
+        for arch, sizes in REGISTERS.items()
+        for k in sizes
     ],
 )
-def test_sums_are_kept_in_registers(arch, reach, monkeypatch):
+def test_sums_are_kept_in_registers(arch, kernel_size, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc", reason="the test extra has NVRTC for Linux alone")
     cubins = pytest.importorskip("helpers.cubins", reason="what reads cubins comes with Triton")
     digits = arch.removeprefix("sm_").rstrip("a")
@@ -249,10 +238,9 @@ def test_sums_are_kept_in_registers(arch, reach, monkeypatch):
     device = cuda_call.device_properties()
     # JAX 0.10 alone has no tensor maps.
     device = device._replace(boxes=arch == "sm_90a")
-    for weights, most in zip((False, True), REGISTERS[arch][reach], strict=True):
-        variant = launches.planned((8, 56, 56, 96), "float16", reach, device, weights)
-        variant = variant._replace(biased=True, taps=25, summands=8)
-        kernel = variant.compiled()
+    for weights, most in zip((False, True), REGISTERS[arch][kernel_size], strict=True):
+        variant = launches.planned((8, 56, 56, 96), "float16", kernel_size, device, weights)
+        kernel = variant._replace(biased=True).compiled()
         code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
         registers, spilled = cubins.usage(code)
         assert spilled == 0 and registers <= most + MORE
