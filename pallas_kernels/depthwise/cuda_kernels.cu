@@ -30,7 +30,6 @@
 //   BOXED            1 TMA, 0 no TMA
 //   VECTOR           channels that an access to memory takes without TMA: 8, 4, 2, 1, divides C
 //   BIASED           1 if there is a bias
-//   AHEAD            1 to read pixels a step ahead, with TMA alone
 //   TRANSPOSED       1 the adjoint's taps
 //   WEIGHTS          1 the weight gradient, whose BLOCKS * IMAGES is 16 and COLUMNS 4 * BLOCKS
 #include "../common/tensor_cores.cuh"
@@ -453,29 +452,10 @@ depthwise_forward(
   int slot = 0, buffer = 0;
   unsigned phase = 0;
   bool begun = false;
-  Four pixels[2][2][PARTS];
-  auto read = [&](int stage) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-          pixels[h][r][part] = *reinterpret_cast<const Four*>(
-              shared + stage * STAGE + r * ROW + from[h][part % 2] + part / 2 * 8 * PIXEL);
-      }
-    }
-  };
-#if AHEAD
-  if (here.tile < tiles) {
-    wait_for(full, 0);
-    read(0);
-  }
-#endif
 #pragma unroll 1
   for (; here.tile < tiles; here.next()) {
 #if BOXED
-    if (!AHEAD) wait_for(full + slot, phase);
+    wait_for(full + slot, phase);
 #else
     wait<STAGES - 2>();
     // What this step reads is there, and nobody reads what is overwritten from here on.
@@ -484,28 +464,26 @@ depthwise_forward(
     if (begun) retire();
     buffer = here.step % 2;
 #endif
-    if (!AHEAD) read(slot);
-    unsigned a[GROUP][PARTS][2];
+    Four pixels[2][2][PARTS];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+          pixels[h][r][part] = *reinterpret_cast<const Four*>(
+              shared + slot * STAGE + r * ROW + from[h][part % 2] + part / 2 * 8 * PIXEL);
+      }
+    }
 #pragma unroll
     for (int c = 0; c < GROUP; c++) {
+      unsigned a[PARTS][2];
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
 #pragma unroll
         for (int h = 0; h < 2; h++)
-          a[c][part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
+          a[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
       }
-    }
-#if AHEAD
-    Walk next = here;
-    next.next();
-    if (next.tile < tiles) {
-      const int following = slot + 1 == STAGES ? 0 : slot + 1;
-      wait_for(full + following, following ? phase : phase ^ 1);
-      read(following);
-    }
-#endif
-#pragma unroll
-    for (int c = 0; c < GROUP; c++) {
 #pragma unroll
       for (int i = 0; i < REACHED; i++) {
         const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
@@ -513,9 +491,9 @@ depthwise_forward(
 #pragma unroll
         for (int k = 0; k < 4; k++)
           before[k] = i + 1 < REACHED ? sums[c][(i + 1) % REACHED][k] : 0.0f;
-        multiply16(sums[c][i], a[c][0][0], a[c][0][1], a[c][1][0], a[c][1][1], b[0], b[1], before);
+        multiply16(sums[c][i], a[0][0], a[0][1], a[1][0], a[1][1], b[0], b[1], before);
         if (PARTS == 3)
-          multiply8(sums[c][i], a[c][PARTS - 1][0], a[c][PARTS - 1][1], b[PARTS - 1], sums[c][i]);
+          multiply8(sums[c][i], a[PARTS - 1][0], a[PARTS - 1][1], b[PARTS - 1], sums[c][i]);
       }
     }
     if (here.step >= 2 * REACH) {

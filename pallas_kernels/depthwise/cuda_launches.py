@@ -22,7 +22,9 @@ _BLOCKS = 16
 """Blocks of four columns that a product has."""
 _MOST_IMAGES = 8
 """Images of a tile, of more of which two stages do not fit into a Turing's shared memory."""
-_MOST_STAGES = 10
+_STAGES = {(1, False): 5, (1, True): 6, (2, False): 10, (2, True): 4}
+"""Pairs of rows in shared memory, by reach, of the convolution and of the weight gradient: those
+that measured best on an H200."""
 _RESIDENT = {1: 2, 2: 1}
 """Thread blocks that a multiprocessor's registers hold, by reach."""
 _DTYPES = "bfloat16", "float16"
@@ -63,7 +65,6 @@ class Variant(NamedTuple):
     resident: int
     boxed: bool
     vector: int
-    ahead: bool
     biased: bool = False
     transposed: bool = False
 
@@ -103,7 +104,7 @@ class Variant(NamedTuple):
 
     def fitting(self, bytes_: int) -> "Variant":
         """The variant with as many stages as fit into some bytes of shared memory."""
-        stages = range(2, _MOST_STAGES + 1)
+        stages = range(2, _STAGES[self.reach, self.weights] + 1)
         fitting = [n for n in stages if self._replace(stages=n).shared() <= bytes_]
         return self._replace(stages=max(fitting, default=2))
 
@@ -148,15 +149,13 @@ def planned(
         blocks = cdiv(columns, 4)
         images = min(n, _BLOCKS // blocks, _MOST_IMAGES) if across == 1 else 1
     boxed, reach = device.boxes and c % 8 == 0, _reach(kernel_size)
-    # With few warps a multiprocessor waits for its shared memory.
-    ahead = boxed and reach == 2 and not weights
     vector = math.gcd(8, c)
     most = cdiv(h, 2)
     # Strips of about even height; halos are read twice, and the busiest block is waited for.
     variants = [
         Variant(
             *(weights, dtype == "bfloat16", kernel_size, h, w, c, blocks, images, columns),
-            *(cdiv(most, strips), 2, _RESIDENT[reach], boxed, vector, ahead),
+            *(cdiv(most, strips), 2, _RESIDENT[reach], boxed, vector),
         )
         for strips in range(1, min(most, 16) + 1)
     ]
