@@ -22,9 +22,14 @@ _BLOCKS = 16
 """Blocks of four columns that a product has."""
 _MOST_IMAGES = 8
 """Images of a tile, of more of which two stages do not fit into a Turing's shared memory."""
-_STAGES = {(1, False): 5, (1, True): 6, (2, False): 10, (2, True): 4}
-"""Pairs of rows in shared memory, by reach, of the convolution and of the weight gradient: those
-that measured best on an H200."""
+_STAGES = {
+    (False, 1): {True: 5, False: 4},
+    (False, 2): {True: 10, False: 10},
+    (True, 1): {True: 6, False: 6},
+    (True, 2): {True: 4, False: 10},
+}
+"""Pairs of rows in shared memory of the weight gradient or not, by reach, with and without boxes:
+of those that were tried on an H200 the best."""
 _RESIDENT = {1: 2, 2: 1}
 """Thread blocks that a multiprocessor's registers hold, by reach."""
 _DTYPES = "bfloat16", "float16"
@@ -104,7 +109,7 @@ class Variant(NamedTuple):
 
     def fitting(self, bytes_: int) -> "Variant":
         """The variant with as many stages as fit into some bytes of shared memory."""
-        stages = range(2, _STAGES[self.reach, self.weights] + 1)
+        stages = range(2, _STAGES[self.weights, self.reach][self.boxed] + 1)
         fitting = [n for n in stages if self._replace(stages=n).shared() <= bytes_]
         return self._replace(stages=max(fitting, default=2))
 
