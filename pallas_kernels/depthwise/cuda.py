@@ -14,6 +14,7 @@ from pallas_kernels.depthwise import cuda_launches
 from pallas_kernels.depthwise.problem import Problem
 
 __all__ = [
+    "BIAS_GRADIENT",
     "DIFFERENTIABLE",
     "check",
     "forward",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 DIFFERENTIABLE = False
+BIAS_GRADIENT = True
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -65,22 +67,24 @@ def input_grad(
     return vary_like((dy, kernel), _convolved(dy, kernel, None, transpose=True))
 
 
-@partial(jax.jit, static_argnames=("kernel_size", "window", "precision"))
+@partial(jax.jit, static_argnames=("kernel_size", "bias", "window", "precision"))
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,
     *,
     kernel_size: Pair,
+    bias: bool,
     window: Window,
     precision: lax.Precision | None,
-) -> jax.Array:
-    """The transpose of the convolution in the kernel, applied to dy: `[*kernel_size, 1, C]`.
+) -> tuple[jax.Array, jax.Array | None]:
+    """The transpose of the convolution in kernel and bias, applied to dy; see `vjp`.
 
     Every sum has a fixed order, so results are bitwise reproducible.
     """
-    about = x.shape, str(x.dtype), kernel_size[0], device_properties(), launch
+    about = x.shape, str(x.dtype), kernel_size[0], bias, device_properties(), launch
     sums = cuda_launches.weight_grad(x, dy, *about)
-    return vary_like((x, dy), sums.T.reshape(*kernel_size, 1, x.shape[-1]))
+    taps = sums[:, : kernel_size[0] ** 2].T.reshape(*kernel_size, 1, x.shape[-1])
+    return vary_like((x, dy), (taps, sums[:, -1] if bias else None))
 
 
 def _convolved(

@@ -29,7 +29,7 @@
 //   RESIDENT         thread blocks that a multiprocessor shall have
 //   BOXED            1 TMA, 0 no TMA
 //   VECTOR           channels that an access to memory takes without TMA: 8, 4, 2, 1, divides C
-//   BIASED           1 if there is a bias
+//   BIASED           1 if there is a bias, or its gradient is asked for
 //   TRANSPOSED       1 the adjoint's taps
 //   WEIGHTS          1 the weight gradient, whose BLOCKS * IMAGES is 16 and COLUMNS 4 * BLOCKS
 #include "../common/tensor_cores.cuh"
@@ -120,7 +120,8 @@ DEVICE int place(int offset, int row, int column) {
   return 16 * product + 8 * second + 4 * row + column - 8;
 }
 
-// The weight gradient: [thread blocks of a channel, C, KERNEL_SIZE, KERNEL_SIZE].
+// The weight gradient: [thread blocks of a channel, C, KERNEL_SIZE * KERNEL_SIZE + BIASED], of which
+// the last is the sum of dy.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 depthwise_weights(
 #if BOXED
@@ -189,7 +190,7 @@ depthwise_weights(
     }
   }
 
-  float products[GROUP][PRODUCTS][4] = {};
+  float products[GROUP][PRODUCTS][4] = {}, totals[GROUP] = {};
   // Pairs of dy, and of x's columns beyond. At the end of a tile those of dy are zeros.
   unsigned late[GROUP][REACHED][2] = {}, before[GROUP][2] = {};
   int slot = 0;
@@ -218,6 +219,12 @@ depthwise_weights(
         gradients[e][f] = Four{0, 0};
         if (here.step < PAIRS)
           gradients[e][f] = *reinterpret_cast<const Four*>(stage + STAGE + from_dy[e][f]);
+        if (BIASED) {
+          totals[0] += number(gradients[e][f].low);
+          totals[1] += number(gradients[e][f].low >> 16);
+          totals[2] += number(gradients[e][f].high);
+          totals[3] += number(gradients[e][f].high >> 16);
+        }
       }
     }
 #pragma unroll
@@ -265,7 +272,7 @@ depthwise_weights(
   }
   __syncthreads();
 
-  float* const own = reinterpret_cast<float*>(shared) + warp * PRODUCTS * 128;
+  float* const own = reinterpret_cast<float*>(shared) + warp * (PRODUCTS * 128 + 32);
 #pragma unroll
   for (int c = 0; c < GROUP; c++) {
 #pragma unroll
@@ -274,20 +281,21 @@ depthwise_weights(
       for (int k = 0; k < 4; k++)
         own[(i * 16 + g + k / 2 * 8) * 8 + 2 * t + k % 2] = products[c][i][k];
     }
+    own[PRODUCTS * 128 + lane] = totals[c];
     __syncwarp();
     const int channel = here.channel() + GROUP * warp + c;
     if (channel < CHANNELS) {
       constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
-      for (int tap = lane; tap < TAPS; tap += 32) {
+      for (int tap = lane; tap < TAPS + BIASED; tap += 32) {
         const int i = tap / KERNEL_SIZE - BEFORE, j = tap % KERNEL_SIZE - BEFORE;
         float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
+        for (int n = 0; n < 32 && tap == TAPS; n++) sum += own[PRODUCTS * 128 + n];
+        for (int n = 0; n < 8 && tap < TAPS; n++) {
           // Of a pixel of dy the pixel of x that the tap multiplies.
           const int row = i + n / 4 + 2 * REACH, column = j + n % 4 + HALO;
           sum += own[place(row / 2, row % 2, column) * 8 + n];
         }
-        sums[(Offset(blockIdx.x / CHUNKS) * CHANNELS + channel) * TAPS + tap] = sum;
+        sums[(Offset(blockIdx.x / CHUNKS) * CHANNELS + channel) * (TAPS + BIASED) + tap] = sum;
       }
     }
     __syncwarp();

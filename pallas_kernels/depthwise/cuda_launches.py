@@ -102,7 +102,7 @@ class Variant(NamedTuple):
         if self.weights:
             products = 2 * self.reach + 1 + 3 * (self.reach == 2)
             read = self.stages * (stage + result) + 16 * self.stages * self.boxed
-            return max(read, CHUNK // 4 * products * 512)
+            return max(read, CHUNK // 4 * (products * 512 + 128))
         if self.boxed:
             return self.stages * (stage + result + 16) + result + 4 * CHUNK
         return self.stages * stage + 2 * result + 4 * CHUNK
@@ -212,6 +212,7 @@ def weight_grad(
     shape: tuple[int, ...],
     dtype: str,
     kernel_size: int,
+    bias: bool,
     device: Device,
     launch: Launch[AnyArray],
 ) -> AnyArray:
@@ -223,16 +224,17 @@ def weight_grad(
         shape: x's.
         dtype: x's, "bfloat16" or "float16".
         kernel_size: k, up to `MAX_KERNEL`.
+        bias: Whether the gradient of a bias, the sum of dy, stands behind them.
         device: The GPU.
         launch: The framework's launch function.
 
     Returns:
-        float32 `[C, k * k]`.
+        float32 `[C, k * k]`, or `[C, k * k + 1]`.
     """
     n, _, _, c = shape
-    variant = planned(shape, dtype, kernel_size, device, weights=True)
+    variant = planned(shape, dtype, kernel_size, device, weights=True)._replace(biased=bias)
     streams = variant.streams(n, device)
-    output: Output = ((streams, c, kernel_size**2), "float32")
+    output: Output = ((streams, c, kernel_size**2 + bias), "float32")
     blocks = streams * cdiv(c, CHUNK)
     (sums,) = launch(variant.compiled(), [x, dy, n], [output], blocks)
     return sums.sum(0)

@@ -11,8 +11,10 @@ An implementation is a module with
     weight_grad(x, dy, *, kernel_size, window, precision) -> dkernel [*kernel_size, 1, C]
 
 for `x [N, H, W, C]`, `kernel [KH, KW, 1, C]` and `bias [C]` or None, of any floating dtype. Modules
-that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`. The functions
-take the parameters that `search_space` offers.
+that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`. Of those that
+say `BIAS_GRADIENT = True` the gradient of the bias is asked too: their `weight_grad` takes `bias=`,
+whether it is wanted, and returns `dkernel` and `dbias [C]` or None. The functions take the
+parameters that `search_space` offers.
 """
 
 import math
@@ -40,11 +42,16 @@ Weights = tuple[jax.Array, jax.Array | None]
 
 
 class Kernels(Protocol):
-    """The functions of an implementation, which the docstring of this module describes."""
+    """The functions of an implementation, which the docstring of this module describes.
 
+    Attributes:
+        BIAS_GRADIENT: Whether `weight_grad` sums dy on its way, for the gradient of the bias.
+    """
+
+    BIAS_GRADIENT: bool
     forward: Callable[..., jax.Array]
     input_grad: Callable[..., jax.Array]
-    weight_grad: Callable[..., jax.Array]
+    weight_grad: Callable[..., Tree]
 
 
 class Plan(NamedTuple):
@@ -78,7 +85,7 @@ class Plan(NamedTuple):
         chosen = backward.choose(self.problem, measurement, operator, "bwd", *static)
         return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
 
-    def bound(self, name: str, **static: object) -> Callable[..., jax.Array]:
+    def bound(self, name: str, **static: object) -> Callable[..., Tree]:
         """A function of the implementation, of arrays alone."""
         return partial(
             getattr(cast(Kernels, self.module), name),
@@ -118,8 +125,8 @@ def _apply(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) 
 
     def in_weights(dy: jax.Array, source: Source) -> Weights:
         x, one = source
-        dbias = None if dtypes[1] is None else scaled(summed(dy), one)
-        found = _weight_grad(plan.for_backward(), taps, x, dy), dbias
+        dkernel, dbias = _weight_grad(plan.for_backward(), taps, dtypes[1] is not None, x, dy)
+        found = dkernel, scaled(dbias, one)
         return jax.tree.map(lambda gradient, dtype: gradient.astype(dtype), found, dtypes)
 
     return multilinear(run, (in_source, in_weights), with_one(x), (kernel, bias))
@@ -133,21 +140,32 @@ def _input_grad(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
         return _apply(plan, x, kernel, None)
 
     def in_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return _weight_grad(plan, taps, x, dy).astype(dtype)
+        return _weight_grad(plan, taps, False, x, dy)[0].astype(dtype)
 
     return multilinear(partial(_dx, plan), (in_dy, in_kernel), dy, kernel)
 
 
-def _weight_grad(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The gradient of the kernel, linear in x and linear in dy."""
+def _weight_grad(
+    plan: Plan, taps: tuple[int, ...], biased: bool, x: jax.Array, dy: jax.Array
+) -> Weights:
+    """The gradients of kernel and bias, linear in the source and linear in dy."""
+    fused = biased and cast(Kernels, plan.module).BIAS_GRADIENT
 
-    def in_x(dkernel: jax.Array, dy: jax.Array) -> jax.Array:
-        return _input_grad(plan, dy, dkernel)
+    def run(source: Source, dy: jax.Array) -> Weights:
+        x, one = source
+        dkernel, dbias = _dweights(plan, taps, fused, x, dy)
+        return dkernel, scaled(dbias, one)
 
-    def in_dy(dkernel: jax.Array, x: jax.Array) -> jax.Array:
-        return _apply(plan, x, dkernel, None)
+    def in_source(gradients: Weights, dy: jax.Array) -> Source:
+        dkernel, dbias = gradients
+        return _input_grad(plan, dy, dkernel), in_one(dbias, dy)
 
-    return multilinear(partial(_dkernel, plan, taps), (in_x, in_dy), x, dy)
+    def in_dy(gradients: Weights, source: Source) -> jax.Array:
+        (x, one), (dkernel, dbias) = source, gradients
+        return _apply(plan, x, dkernel, scaled(dbias, one))
+
+    dkernel, dbias = multilinear(run, (in_source, in_dy), with_one(x), dy)
+    return dkernel, summed(dy) if biased and not fused else dbias
 
 
 def _forward(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -164,10 +182,14 @@ def _dx(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
     return run(dy, kernel) if plan.module.DIFFERENTIABLE else vmap_folding(run)(dy, kernel)
 
 
-def _dkernel(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The implementation's `weight_grad`."""
-    run = plan.bound("weight_grad", kernel_size=taps)
-    return run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
+def _dweights(
+    plan: Plan, taps: tuple[int, ...], bias: bool, x: jax.Array, dy: jax.Array
+) -> Weights:
+    """The implementation's `weight_grad`, with the gradient of a bias where it is asked for."""
+    both = cast(Kernels, plan.module).BIAS_GRADIENT
+    run = plan.bound("weight_grad", kernel_size=taps, **({"bias": bias} if both else {}))
+    found = run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
+    return found if both else (found, None)
 
 
 def measurement(
@@ -219,6 +241,6 @@ def timed_function(plan: Plan, direction: str) -> Callable[..., Tree]:
         return partial(_forward, plan)
 
     def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _dx(plan, dy, kernel), _dkernel(plan, kernel.shape[:2], x, dy)
+        return _dx(plan, dy, kernel), _dweights(plan, kernel.shape[:2], False, x, dy)[0]
 
     return backward

@@ -40,7 +40,9 @@ def weight_grad(x: Tensor, dy: Tensor, *, kernel_size: int) -> Tensor:
     """The gradient of the taps; every sum has a fixed order, so it is bitwise reproducible."""
     images, gradients = _pixels(x), _pixels(dy)
     shape, dtype, device = _about(images)
-    sums = cuda_launches.weight_grad(images, gradients, shape, dtype, kernel_size, device, launch)
+    sums = cuda_launches.weight_grad(
+        images, gradients, shape, dtype, kernel_size, False, device, launch
+    )
     return sums.reshape(-1, 1, kernel_size, kernel_size)
 
 

@@ -72,8 +72,9 @@ def on_the_cpu(launcher, case, device):
     offsets = None if bias is None else bias.astype("float32")
     y = launches.forward(x, taps, offsets, *about, False, *where)
     dx = launches.forward(dy, taps, None, *about, True, *where)
-    sums = launches.weight_grad(x, dy, *about, *where)
-    return {"y": y, "dx": dx, "dkernel": sums.T.reshape(kernel.shape)}
+    sums = launches.weight_grad(x, dy, *about, True, *where)
+    dkernel = sums[:, :-1].T.reshape(kernel.shape)
+    return {"y": y, "dx": dx, "dkernel": dkernel, "dbias": sums[:, -1]}
 
 
 def error(found, case):
