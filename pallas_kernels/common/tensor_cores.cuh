@@ -89,7 +89,7 @@ DEVICE unsigned packed(float low, float high) {
 #endif
 
 // The number in half a register.
-DEVICE float number(Scalar bits) {
+DEVICE float number_of(Scalar bits) {
 #if BFLOAT16
   return __uint_as_float(unsigned(bits) << 16);
 #else
@@ -215,7 +215,7 @@ DEVICE void multiply16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, uns
   cuda_on_cpu::multiply<2>(d, {a0, a1, a2, a3}, {b0, b1}, c, BFLOAT16);
 }
 DEVICE unsigned packed(float low, float high) { return cuda_on_cpu::packed(low, high, BFLOAT16); }
-DEVICE float number(Scalar bits) { return cuda_on_cpu::number16(bits, BFLOAT16); }
+DEVICE float number_of(Scalar bits) { return cuda_on_cpu::number16(bits, BFLOAT16); }
 template <int BYTES>
 DEVICE void copy(void* to, const void* from, bool inside) {
   cuda_on_cpu::copy(to, from, BYTES, inside);

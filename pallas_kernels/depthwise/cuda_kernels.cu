@@ -220,10 +220,10 @@ depthwise_weights(
         if (here.step < PAIRS)
           gradients[e][f] = *reinterpret_cast<const Four*>(stage + STAGE + from_dy[e][f]);
         if (BIASED) {
-          totals[0] += number(gradients[e][f].low);
-          totals[1] += number(gradients[e][f].low >> 16);
-          totals[2] += number(gradients[e][f].high);
-          totals[3] += number(gradients[e][f].high >> 16);
+          totals[0] += number_of(gradients[e][f].low);
+          totals[1] += number_of(gradients[e][f].low >> 16);
+          totals[2] += number_of(gradients[e][f].high);
+          totals[3] += number_of(gradients[e][f].high >> 16);
         }
       }
     }
