@@ -1,0 +1,792 @@
+// A level of the wavelet convolution of 16-bit images [N, H, W, C] on tensor cores, for NVRTC.
+//
+// The analysis of one level, the convolution of its four bands, their synthesis, and the base
+// convolution are linear, and repeat every two pixels: together they are one convolution of 2k x 2k
+// taps for each of the four places in a square of two rows and columns. The host folds the taps.
+// Bands are never computed. A deeper level is the same on the means of the squares of the level
+// above, and what it makes is added to all pixels of a square.
+//
+// A channel's convolution is a product of matrices. M: 16 blocks of four columns of one pair of
+// rows. K: a pair of rows of the pixels that such a block reads. N: its four columns of a pair of
+// rows of the output. So the taps are a Toeplitz matrix, and pairs of rows stream through: each is
+// multiplied for all pairs of the output that it reaches, whose sums wait in registers. Of narrow
+// images several lie beside each other. Pairs outside of the image are neither read nor multiplied.
+//
+// Pixels are kept in shared memory as groups of GROUP channels, one group after the other: a warp
+// treats a group, and its loads are neighbours. Thread blocks stay, and take one tile after another
+// of the same channels without a pause of the copies.
+//
+// Arithmetic is that of the tensor cores: products of 16-bit numbers, summed in float32. A pixel
+// that is Inf or NaN is multiplied by zeros of the Toeplitz matrix too: it makes NaN of the block's
+// four columns and pair of rows wherever its matrix reaches.
+//
+// The host defines these macros:
+//   FORWARD, MEANS or WEIGHTS   the kernel to compile
+//   BFLOAT16         1 bfloat16, 0 float16
+//   VECTOR           channels that one access to memory takes, a divisor of C
+// for means:
+//   DEPTH            1 or 2 levels
+// and for the others:
+//   KERNEL_SIZE      3, 5 or 7
+//   ACROSS           blocks of four columns of an image in a tile
+//   IMAGES           images of a tile; with ACROSS a product of 16 at most, of weights exactly
+//   PAIRS            pairs of rows of a tile
+//   STAGES           pairs of rows in shared memory, at least 2
+//   GROUP            channels of a warp, 4 or 2, a multiple of VECTOR
+//   GROUPS           warps of a block
+//   RESIDENT         blocks of a multiprocessor, for which registers are to suffice
+
+typedef unsigned short Scalar;
+typedef long long Offset;
+
+#define DEVICE __device__ __forceinline__
+#ifndef SHARED
+#define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+// ---------------------------------------------------------------------------------------------
+// Instructions, which the CPU's emulation has as functions of the same names
+
+#ifdef __CUDACC__
+
+#if BFLOAT16
+#define MMA_TYPES "f32.bf16.bf16.f32"
+#else
+#define MMA_TYPES "f32.f16.f16.f32"
+#endif
+
+DEVICE void multiply8(float (&d)[4], unsigned a0, unsigned a1, unsigned b, const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k8.row.col." MMA_TYPES " {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+DEVICE void multiply16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                       const float (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
+      " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+#else
+  float half[4];
+  multiply8(half, a[0], a[1], b0, c);
+  multiply8(d, a[2], a[3], b1, half);
+#endif
+}
+
+// Copies BYTES to shared memory, zeros where they are outside of the image.
+template <int BYTES>
+DEVICE void copy(void* to, const void* from, bool inside) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
+                   unsigned(__cvta_generic_to_shared(to))),
+               "l"(from), "n"(BYTES), "r"(inside ? BYTES : 0)
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < BYTES / 4; i++)
+    static_cast<unsigned*>(to)[i] = inside ? static_cast<const unsigned*>(from)[i] : 0;
+#endif
+}
+
+DEVICE void commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups of copies but the last PENDING.
+template <int PENDING>
+DEVICE void wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+#if BFLOAT16
+DEVICE unsigned packed(float low, float high) {
+  unsigned result;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+#error "bfloat16 needs compute capability 8.0"
+#endif
+  return result;
+}
+#else
+DEVICE unsigned packed(float low, float high) {
+  Scalar parts[2];
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(parts[0]) : "f"(low));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(parts[1]) : "f"(high));
+  return parts[0] | unsigned(parts[1]) << 16;
+}
+DEVICE float half_number(Scalar v) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(v));
+  return result;
+}
+#endif
+
+#else
+
+DEVICE void multiply8(float (&d)[4], unsigned a0, unsigned a1, unsigned b, const float (&c)[4]) {
+  cuda_on_cpu::multiply<1>(d, {a0, a1}, {b}, c, BFLOAT16);
+}
+DEVICE void multiply16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                       const float (&c)[4]) {
+  cuda_on_cpu::multiply<2>(d, {a[0], a[1], a[2], a[3]}, {b0, b1}, c, BFLOAT16);
+}
+template <int BYTES>
+DEVICE void copy(void* to, const void* from, bool inside) {
+  cuda_on_cpu::copy(to, from, BYTES, inside);
+}
+DEVICE void commit() { cuda_on_cpu::commit(); }
+template <int PENDING>
+DEVICE void wait() {
+  cuda_on_cpu::wait(PENDING);
+}
+DEVICE unsigned packed(float low, float high) { return cuda_on_cpu::packed(low, high, BFLOAT16); }
+
+#endif
+
+#if BFLOAT16
+DEVICE float number(Scalar v) { return __uint_as_float(unsigned(v) << 16); }
+constexpr unsigned ONES = 0x3f803f80;
+#else
+DEVICE float number(Scalar v) { return half_number(v); }
+constexpr unsigned ONES = 0x3c003c00;
+#endif
+
+// ---------------------------------------------------------------------------------------------
+
+struct Images {
+  int count, height, width, channels;
+};
+
+#if MEANS
+
+template <int COUNT>
+struct alignas(2 * COUNT) Vector {
+  Scalar at[COUNT];
+};
+
+DEVICE Vector<VECTOR> rounded(const float (&values)[VECTOR]) {
+  Vector<VECTOR> result;
+#pragma unroll
+  for (int i = 0; i < VECTOR; i += 2) {
+    const unsigned both = packed(values[i], i + 1 < VECTOR ? values[i + (i + 1 < VECTOR)] : 0.0f);
+    result.at[i] = Scalar(both);
+    if (i + 1 < VECTOR) result.at[i + (i + 1 < VECTOR)] = Scalar(both >> 16);
+  }
+  return result;
+}
+
+// The means of the squares of two rows and columns, with zeros where the image has ended, and of
+// two levels also their means. A thread makes one pixel of the last of these, of VECTOR channels.
+extern "C" __global__ void __launch_bounds__(256)
+folded_means(const Scalar* __restrict__ x, int count, int channels, int height, int width,
+             Scalar* __restrict__ first
+#if DEPTH == 2
+             , Scalar* __restrict__ second
+#endif
+) {
+  constexpr int SIDE = 1 << DEPTH;
+  const int parts = channels / VECTOR;
+  const int across = (width + SIDE - 1) / SIDE, down = (height + SIDE - 1) / SIDE;
+  Offset at = Offset(blockIdx.x) * 256 + threadIdx.x;
+  const int channel = int(at % parts) * VECTOR;
+  at /= parts;
+  const int column = int(at % across);
+  at /= across;
+  const int row = int(at % down), image = int(at / down);
+  if (image >= count) return;
+
+  Vector<VECTOR> pixels[SIDE][SIDE] = {};
+  const Scalar* from = x + channel;
+#pragma unroll
+  for (int i = 0; i < SIDE; i++) {
+#pragma unroll
+    for (int j = 0; j < SIDE; j++) {
+      const int r = SIDE * row + i, c = SIDE * column + j;
+      if (r < height && c < width)
+        pixels[i][j] = *reinterpret_cast<const Vector<VECTOR>*>(
+            from + ((Offset(image) * height + r) * width + c) * channels);
+    }
+  }
+  const int rows = (height + 1) / 2, columns = (width + 1) / 2;
+  float whole[VECTOR] = {};
+#pragma unroll
+  for (int i = 0; i < SIDE; i += 2) {
+#pragma unroll
+    for (int j = 0; j < SIDE; j += 2) {
+      float means[VECTOR];
+#pragma unroll
+      for (int v = 0; v < VECTOR; v++) {
+        means[v] = 0.25f * ((number(pixels[i][j].at[v]) + number(pixels[i][j + 1].at[v])) +
+                            (number(pixels[i + 1][j].at[v]) + number(pixels[i + 1][j + 1].at[v])));
+        whole[v] += 0.25f * means[v];
+      }
+      const int r = (SIDE * row + i) / 2, c = (SIDE * column + j) / 2;
+      if (r < rows && c < columns)
+        *reinterpret_cast<Vector<VECTOR>*>(
+            first + ((Offset(image) * rows + r) * columns + c) * channels + channel) =
+            rounded(means);
+    }
+  }
+#if DEPTH == 2
+  *reinterpret_cast<Vector<VECTOR>*>(
+      second + ((Offset(image) * down + row) * across + column) * channels + channel) =
+      rounded(whole);
+#endif
+}
+
+#else
+
+constexpr int R = KERNEL_SIZE / 2;               // Pairs of rows that a pair reads to each side.
+constexpr int REACHED = KERNEL_SIZE;             // Pairs of the output that a pair is multiplied for.
+constexpr int HALO = 2 * R;                      // Columns that a block reads to each side.
+constexpr int PARTS = 1 + R;                     // Times four columns that a block reads.
+constexpr int BLOCKS = ACROSS * IMAGES;
+constexpr int WIDTH = 4 * ACROSS, LOADED = WIDTH + 2 * HALO;  // Columns of a tile and of its input.
+constexpr int CHANNELS = GROUP * GROUPS;
+constexpr int THREADS = 32 * GROUPS;
+static_assert(BLOCKS <= 16 && GROUP % VECTOR == 0, "");
+
+// Bytes from one group to the next: 16 more than a multiple of 128, so that the groups of a pixel
+// are in different banks.
+DEVICE constexpr int group_bytes(int pixels) { return (2 * GROUP * pixels + 127) / 128 * 128 + 16; }
+
+// The pixels of a pair of rows of all images, of which thread t copies, for group t % GROUPS, the
+// pixels t / GROUPS, 32 more, and so on.
+template <int COLUMNS>
+struct Pixels {
+  static constexpr int COUNT = 2 * IMAGES * COLUMNS;
+  static constexpr int GROUP_BYTES = group_bytes(COUNT), BYTES = GROUPS * GROUP_BYTES;
+  static constexpr int ITEMS = (COUNT + 31) / 32;
+
+  int offsets[ITEMS];  // From the pixel of the tile's first column and this pair's upper row.
+  unsigned there = 0;  // A bit of each item, whether it is in the image, or may be.
+  unsigned lower = 0;  // Whether it is of the lower row.
+
+  DEVICE static int pixel(int item) { return int(threadIdx.x) / GROUPS + 32 * item; }
+  DEVICE static int column(int item) { return pixel(item) % COLUMNS; }
+  DEVICE static int line(int item) { return pixel(item) / COLUMNS; }
+
+  // What is the same of all tiles; `first` is the column of the tile that is copied first.
+  DEVICE void prepare(const Images& images, int first) {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      const int row = line(i) / 2 * images.height + line(i) % 2;
+      offsets[i] = (row * images.width + first + column(i)) * images.channels;
+      lower |= unsigned(line(i) % 2) << i;
+    }
+  }
+
+  // What is the same of all pairs of a tile.
+  DEVICE void enter(const Images& images, int image, int left) {
+    there = 0;
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      const int at = left + column(i);
+      const bool inside = at >= 0 && at < images.width && line(i) < 2 * IMAGES &&
+                          image + line(i) / 2 < images.count;
+      there |= unsigned(inside) << i;
+    }
+  }
+
+  // The items of a pair of rows that are in the image.
+  DEVICE unsigned inside(const Images& images, int pair) const {
+    return 2 * pair + 1 < images.height ? there : 2 * pair < images.height ? there & ~lower : 0;
+  }
+
+  DEVICE static unsigned char* at(unsigned char* stage, int item) {
+    return stage + int(threadIdx.x) % GROUPS * GROUP_BYTES + 2 * GROUP * pixel(item);
+  }
+
+  // Starts the copies of a pair of rows; `left` channels are there of this thread's group.
+  DEVICE void load(const Scalar* x, const Scalar* from, unsigned inside, int left,
+                   unsigned char* stage) const {
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+      if (32 * i + 31 < COUNT || pixel(i) < COUNT)
+        copy_pixel(x, from + offsets[i], inside >> i & 1, left, at(stage, i));
+    }
+  }
+
+  // An address that is not read is x's own.
+  DEVICE static void copy_pixel(const Scalar* x, const Scalar* from, bool inside, int left,
+                                unsigned char* to) {
+#pragma unroll
+    for (int i = 0; i < GROUP; i += VECTOR) {
+      const bool there = inside && i < left;
+#if VECTOR == 1
+      reinterpret_cast<Scalar*>(to)[i] = there ? from[i] : Scalar(0);
+#else
+      copy<2 * VECTOR>(to + 2 * i, there ? from + i : x, there);
+#endif
+    }
+  }
+};
+
+typedef Pixels<LOADED> Inputs;
+typedef Pixels<WIDTH> Outputs;
+
+// The channels of a group of one pixel, two to a word.
+struct alignas(2 * GROUP) Channels {
+  unsigned words[GROUP / 2];
+};
+
+DEVICE Channels channels_at(const unsigned char* from) {
+  return *reinterpret_cast<const Channels*>(from);
+}
+
+// Two pixels' values of one channel, the first one in the lower half.
+DEVICE unsigned of_channel(int channel, const Channels& one, const Channels& other) {
+  return __byte_perm(one.words[channel / 2], other.words[channel / 2],
+                     channel % 2 ? 0x7632 : 0x5410);
+}
+
+// The pairs of rows that a thread block treats, tile after tile.
+struct Walk {
+  int tile;
+  int image, left, top, bottom;  // Of the tile: its first image and column, its pairs of rows.
+  int pair;
+
+  DEVICE static int tiles(const Images& images) {
+    const int pairs = (images.height + 1) / 2;
+    return (images.width + WIDTH - 1) / WIDTH * ((pairs + PAIRS - 1) / PAIRS) *
+           ((images.count + IMAGES - 1) / IMAGES);
+  }
+
+  DEVICE void enter(const Images& images) {
+    const int across = (images.width + WIDTH - 1) / WIDTH, pairs = (images.height + 1) / 2;
+    const int down = (pairs + PAIRS - 1) / PAIRS;
+    left = tile % across * WIDTH;
+    top = tile / across % down * PAIRS;
+    bottom = min(top + PAIRS, pairs);
+    image = tile / across / down * IMAGES;
+    pair = first();
+  }
+
+  // Sums start with the first pair of the image that the tile reaches.
+  DEVICE int first() const {
+#if WEIGHTS
+    return top;
+#else
+    return max(top - R, 0);
+#endif
+  }
+
+  DEVICE Offset pixel(const Images& images, int pair) const {
+    return ((Offset(image) * images.height + 2 * pair) * images.width + left) * images.channels;
+  }
+};
+
+#if FORWARD
+
+// What is added to a square of four pixels, of the row of a pair.
+constexpr int BELOW_PIXELS = 2 * BLOCKS;
+constexpr int BELOW_GROUP = group_bytes(BELOW_PIXELS);
+constexpr int STAGE = Inputs::BYTES + GROUPS * BELOW_GROUP;
+
+// A thread block makes CHANNELS channels of one tile after another. Taps are the Toeplitz matrices
+// as registers, `[levels, C, REACHED * PARTS, 32, 2]`; `below [N, ceil(H / 2), ceil(W / 2), C]` is
+// added to the squares of two rows and columns, `bias [C]` to all pixels; both may be null.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
+               const Scalar* __restrict__ below, const float* __restrict__ bias, int level,
+               int count, int channels, int height, int width, int programs,
+               Scalar* __restrict__ y) {
+  SHARED(shared_memory);
+  unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
+  unsigned char* const results = shared + STAGES * STAGE;
+  const Images images = {count, height, width, channels};
+  const int chunks = (channels + CHANNELS - 1) / CHANNELS, tiles = Walk::tiles(images);
+  const int chunk = int(blockIdx.x) % chunks * CHANNELS, begin = int(blockIdx.x) / chunks;
+  const int pairs = (height + 1) / 2, squares = (width + 1) / 2;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  unsigned matrix[GROUP][REACHED * PARTS];
+  float offsets[GROUP];
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+    const int channel = chunk + GROUP * warp + c;
+    const bool there = channel < channels;
+    offsets[c] = there && bias != nullptr ? bias[channel] : 0.0f;
+    const unsigned* from = taps + (Offset(level) * channels + channel) * REACHED * PARTS * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < REACHED * PARTS; i++) matrix[c][i] = there ? from[32 * i] : 0;
+  }
+
+  // This thread's two blocks, and its column of them.
+  int from[2], to[2], square[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    // A block that there is not is another one, whose results nobody stores.
+    const int block = min(lane / 4 + 8 * h, BLOCKS - 1), image = block / ACROSS;
+    const int column = block % ACROSS * 4 + lane % 4;
+    from[h] = warp * Inputs::GROUP_BYTES + 2 * GROUP * (2 * image * LOADED + column);
+    to[h] = warp * Outputs::GROUP_BYTES + 2 * GROUP * (2 * image * WIDTH + column);
+    square[h] = Inputs::BYTES + warp * BELOW_GROUP + 2 * GROUP * (2 * block + lane % 4 / 2);
+  }
+
+  // This thread's group and pixels of the copies.
+  const int mine = chunk + GROUP * (int(threadIdx.x) % GROUPS), left = channels - mine;
+  Walk loading = {begin};
+  Inputs inputs;
+  inputs.prepare(images, -HALO);
+  const int over = int(threadIdx.x) / GROUPS;  // This thread's square of a row.
+  bool over_there = false;
+  Offset over_at = 0;
+
+  auto load = [&](int slot) {
+    if (loading.tile < tiles) {
+      if (loading.pair == loading.first()) {
+        inputs.enter(images, loading.image, loading.left - HALO);
+        const int image = loading.image + over / (2 * ACROSS);
+        const int column = loading.left / 2 + over % (2 * ACROSS);
+        over_there = below != nullptr && over < BELOW_PIXELS && image < count && column < squares;
+        over_at = (Offset(image) * pairs * squares + column) * channels + mine;
+      }
+      unsigned char* stage = shared + slot * STAGE;
+      const Scalar* at = x + loading.pixel(images, loading.pair) + mine;
+      if (loading.pair < pairs)
+        inputs.load(x, at, inputs.inside(images, loading.pair), left, stage);
+      const int done = loading.pair - R;
+      if (over_there && done >= loading.top)
+        Inputs::copy_pixel(x, below + over_at + Offset(done) * squares * channels, true, left,
+                           stage + Inputs::BYTES + int(threadIdx.x) % GROUPS * BELOW_GROUP +
+                               2 * GROUP * over);
+      if (++loading.pair == loading.bottom + R) {
+        loading.tile += programs;
+        loading.enter(images);
+      }
+    }
+    commit();
+  };
+
+  // Results that another step has left in shared memory, and where they go.
+  Outputs outputs;
+  outputs.prepare(images, 0);
+  unsigned stored = 0;
+  Offset stored_at = 0;
+
+  auto store = [&](int step) {
+#pragma unroll
+    for (int i = 0; i < Outputs::ITEMS; i++) {
+      if (!(stored >> i & 1)) continue;
+      const Channels values = channels_at(Outputs::at(results + step % 2 * Outputs::BYTES, i));
+      Scalar* at = y + stored_at + outputs.offsets[i];
+#if VECTOR == GROUP
+      if (left > 0) *reinterpret_cast<Channels*>(at) = values;
+#elif VECTOR == 2
+#pragma unroll
+      for (int c = 0; c < GROUP; c += 2)
+        if (c < left) *reinterpret_cast<unsigned*>(at + c) = values.words[c / 2];
+#else
+#pragma unroll
+      for (int c = 0; c < GROUP; c++)
+        if (c < left) at[c] = Scalar(values.words[c / 2] >> 16 * (c % 2));
+#endif
+    }
+  };
+
+  // The last of each channel's stay zero: the pair of the output that a pair is the first for.
+  float sums[GROUP][REACHED + 1][4] = {};
+  Walk walk = {begin};
+  if (begin < tiles) {
+    loading.enter(images);
+    walk.enter(images);
+  }
+#pragma unroll 1
+  for (int step = 0; step < STAGES - 1; step++) load(step);
+#pragma unroll 1
+  for (int step = 0, slot = 0;; step++) {
+    wait<STAGES - 2>();
+    // What this step reads is there, and nobody reads what is overwritten from here on.
+    __syncthreads();
+    store(step + 1);
+    if (walk.tile >= tiles) break;
+    load(slot == 0 ? STAGES - 1 : slot - 1);
+    const unsigned char* stage = shared + slot * STAGE;
+
+    if (walk.pair == walk.first()) {
+      outputs.enter(images, walk.image, walk.left);
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+        for (int i = 0; i < REACHED; i++) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) sums[c][i][k] = 0.0f;
+        }
+      }
+    }
+    if (walk.pair < pairs) {
+      Channels pixels[2][2][PARTS];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+          for (int part = 0; part < PARTS; part++)
+            pixels[h][r][part] =
+                channels_at(stage + from[h] + 2 * GROUP * (r * LOADED + 4 * part));
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) {
+        unsigned values[PARTS][2];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++)
+            values[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
+        }
+#pragma unroll
+        for (int i = 0; i < REACHED; i++) {
+          // The pair of the output that waits for i more pairs after this one.
+          const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
+          const unsigned first[4] = {values[0][0], values[0][1], values[1][0], values[1][1]};
+          multiply16(sums[c][i], first, b[0], b[1], sums[c][i + 1]);
+#if KERNEL_SIZE == 5
+          multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
+#elif KERNEL_SIZE == 7
+          const unsigned second[4] = {values[2][0], values[2][1], values[3][0], values[3][1]};
+          multiply16(sums[c][i], second, b[2], b[3], sums[c][i]);
+#endif
+        }
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+        for (int i = 0; i < REACHED; i++) {
+#pragma unroll
+          for (int k = 0; k < 4; k++) sums[c][i][k] = sums[c][i + 1][k];
+        }
+      }
+    }
+    const int done = walk.pair - R;
+    stored = 0;
+    if (done >= walk.top) {
+      unsigned char* result = results + step % 2 * Outputs::BYTES;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float more[GROUP];
+        const Channels under = below == nullptr ? Channels{} : channels_at(stage + square[h]);
+#pragma unroll
+        for (int c = 0; c < GROUP; c++)
+          more[c] = offsets[c] + number(Scalar(under.words[c / 2] >> 16 * (c % 2)));
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          Channels out;
+#pragma unroll
+          for (int c = 0; c < GROUP; c += 2)
+            out.words[c / 2] = packed(sums[c][0][2 * h + r] + more[c],
+                                      sums[c + 1][0][2 * h + r] + more[c + 1]);
+          if (lane / 4 + 8 * h < BLOCKS)
+            *reinterpret_cast<Channels*>(result + to[h] + 2 * GROUP * r * WIDTH) = out;
+        }
+      }
+      stored = outputs.inside(images, done);
+      stored_at = walk.pixel(images, done) + mine;
+    }
+    if (++walk.pair == walk.bottom + R) {
+      walk.tile += programs;
+      walk.enter(images);
+    }
+    if (++slot == STAGES) slot = 0;
+  }
+}
+
+#else
+
+static_assert(BLOCKS == 16, "all blocks are summed");
+constexpr int STAGE = Inputs::BYTES + Outputs::BYTES;
+// Products of a channel: M is a pair of rows of eight columns of x, N a pair of rows of four columns
+// of dy, K are the blocks. Of 5 x 5 the last four columns are those of two pairs of rows at once.
+// The last product has the sums of dy, which a factor of ones makes.
+constexpr bool MIXED = KERNEL_SIZE == 5;
+constexpr int WHOLE = KERNEL_SIZE == 7 ? 2 : 1;
+constexpr int SETS = WHOLE * REACHED + (MIXED ? 3 : 1);
+
+// The weight gradients as the products' results, `[programs, C, SETS, 32, 4]`.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int count, int channels,
+               int height, int width, int programs, float* __restrict__ found) {
+  SHARED(shared_memory);
+  unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
+  const Images images = {count, height, width, channels};
+  const int chunks = (channels + CHANNELS - 1) / CHANNELS, tiles = Walk::tiles(images);
+  const int chunk = int(blockIdx.x) % chunks * CHANNELS, begin = int(blockIdx.x) / chunks;
+  const int pairs = (height + 1) / 2;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  // Lane 4 g + t reads, of blocks t + 4 e + 8 f, column g of x, or the like.
+  int of_x[2][2], of_mixed[2][2], of_dy[2][2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+#pragma unroll
+    for (int f = 0; f < 2; f++) {
+      const int block = lane % 4 + 4 * e + 8 * f, image = block / ACROSS, g = lane / 4;
+      const int column = block % ACROSS * 4, lower = g / 4;
+      const int group = warp * Inputs::GROUP_BYTES, line = 2 * image;
+      of_x[e][f] = group + 2 * GROUP * (line * LOADED + column + g);
+      of_mixed[e][f] = group + 2 * GROUP * ((line + lower) * LOADED + column + 8 + g % 4);
+      of_dy[e][f] = Inputs::BYTES + warp * Outputs::GROUP_BYTES +
+                    2 * GROUP * ((line + lower) * WIDTH + column + g % 4);
+    }
+  }
+
+  const int mine = chunk + GROUP * (int(threadIdx.x) % GROUPS), left = channels - mine;
+  Walk loading = {begin}, walk = {begin};
+  Inputs inputs;
+  Outputs outputs;
+  inputs.prepare(images, -HALO);
+  outputs.prepare(images, 0);
+
+  // A pair of dy is multiplied by the pairs of x from R above to R below it: x comes R steps later.
+  // After the image's last pair there is one that is zero, whose neighbour above is still to do.
+  auto end = [&](const Walk& at) { return min(at.bottom + R, pairs + MIXED) + R; };
+
+  auto load = [&](int slot) {
+    if (loading.tile < tiles) {
+      if (loading.pair == loading.first()) {
+        inputs.enter(images, loading.image, loading.left - HALO);
+        outputs.enter(images, loading.image, loading.left);
+      }
+      unsigned char* stage = shared + slot * STAGE;
+      const int other = loading.pair - R;
+      if (other >= 0)
+        inputs.load(x, x + loading.pixel(images, other) + mine, inputs.inside(images, other), left,
+                    stage);
+      if (loading.pair < loading.bottom)
+        outputs.load(dy, dy + loading.pixel(images, loading.pair) + mine,
+                     outputs.inside(images, loading.pair), left, stage + Inputs::BYTES);
+      if (++loading.pair == end(loading)) {
+        loading.tile += programs;
+        loading.enter(images);
+      }
+    }
+    commit();
+  };
+
+  float sums[GROUP][SETS][4] = {};
+  unsigned ring[GROUP][REACHED][2];  // The last pairs of dy, the newest first.
+  unsigned before[GROUP][2];         // The last columns of the last pair of x.
+  if (begin < tiles) {
+    loading.enter(images);
+    walk.enter(images);
+  }
+#pragma unroll 1
+  for (int step = 0; step < STAGES - 1; step++) load(step);
+#pragma unroll 1
+  for (int slot = 0; walk.tile < tiles;) {
+    wait<STAGES - 2>();
+    __syncthreads();
+    load(slot == 0 ? STAGES - 1 : slot - 1);
+    const unsigned char* stage = shared + slot * STAGE;
+    if (walk.pair == walk.first()) {
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+        for (int f = 0; f < 2; f++) {
+          before[c][f] = 0;
+#pragma unroll
+          for (int i = 0; i < REACHED; i++) ring[c][i][f] = 0;
+        }
+      }
+    }
+    Channels of[2][2];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+#pragma unroll
+      for (int f = 0; f < 2; f++)
+        of[e][f] = walk.pair < walk.bottom ? channels_at(stage + of_dy[e][f]) : Channels{};
+    }
+#pragma unroll
+    for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+      for (int f = 0; f < 2; f++) {
+#pragma unroll
+        for (int i = REACHED - 1; i > 0; i--) ring[c][i][f] = ring[c][i - 1][f];
+        ring[c][0][f] = of_channel(c, of[0][f], of[1][f]);
+      }
+    }
+    if (walk.pair >= R) {
+#pragma unroll
+      for (int part = 0; part < WHOLE; part++) {
+        Channels pixels[2][2][2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+#pragma unroll
+            for (int f = 0; f < 2; f++)
+              pixels[r][e][f] =
+                  channels_at(stage + of_x[e][f] + 2 * GROUP * (r * LOADED + 8 * part));
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < GROUP; c++) {
+          const unsigned a[4] = {of_channel(c, pixels[0][0][0], pixels[0][1][0]),
+                                 of_channel(c, pixels[1][0][0], pixels[1][1][0]),
+                                 of_channel(c, pixels[0][0][1], pixels[0][1][1]),
+                                 of_channel(c, pixels[1][0][1], pixels[1][1][1])};
+#pragma unroll
+          for (int i = 0; i < REACHED; i++) {
+            float(&sum)[4] = sums[c][WHOLE * i + part];
+            multiply16(sum, a, ring[c][i][0], ring[c][i][1], sum);
+          }
+        }
+      }
+      Channels mixed[2][2];
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+#pragma unroll
+        for (int f = 0; f < 2; f++)
+          mixed[e][f] = MIXED ? channels_at(stage + of_mixed[e][f]) : Channels{};
+      }
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) {
+        unsigned now[2] = {ONES, ONES};
+        if (MIXED) {
+          now[0] = of_channel(c, mixed[0][0], mixed[1][0]);
+          now[1] = of_channel(c, mixed[0][1], mixed[1][1]);
+          const unsigned a[4] = {now[0], before[c][0], now[1], before[c][1]};
+          // This pair with pairs 1 and R + 2 of dy, so that the one before is with those above.
+          float(&one)[4] = sums[c][SETS - 3 * MIXED], (&other)[4] = sums[c][SETS - 2 * MIXED];
+          multiply16(one, a, ring[c][1][0], ring[c][1][1], one);
+          multiply16(other, a, ring[c][REACHED - 1][0], ring[c][REACHED - 1][1], other);
+          before[c][0] = now[0];
+          before[c][1] = now[1];
+        }
+        const unsigned a[4] = {now[0], ONES, now[1], ONES};
+        float(&sum)[4] = sums[c][SETS - 1];
+        multiply16(sum, a, ring[c][R][0], ring[c][R][1], sum);
+      }
+    }
+    if (++walk.pair == end(walk)) {
+      walk.tile += programs;
+      walk.enter(images);
+    }
+    if (++slot == STAGES) slot = 0;
+  }
+
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+    const int channel = chunk + GROUP * warp + c;
+    if (channel >= channels) break;
+#pragma unroll
+    for (int i = 0; i < SETS; i++) {
+      float* to = found + (((Offset(begin) * channels + channel) * SETS + i) * 32 + lane) * 4;
+#pragma unroll
+      for (int k = 0; k < 4; k++) to[k] = sums[c][i][k];
+    }
+  }
+}
+
+#endif
+#endif

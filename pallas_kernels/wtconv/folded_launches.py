@@ -1,0 +1,285 @@
+"""The launches of `folded_kernels.cu`, for any framework: 16 bits, odd kernels, on tensor cores.
+
+Means of squares come first, those of two levels in one launch; then each level from the deepest
+one on, which adds what the level below has made.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.triton import AnyArray, cdiv
+from pallas_kernels.common.types import Output
+
+SOURCE = Path(__file__).with_name("folded_kernels.cu")
+
+KERNEL_SIZES = 3, 5, 7
+"""The kernel sizes that there are products for."""
+DTYPES = "bfloat16", "float16"
+_BLOCKS = 16
+"""Blocks of four columns that a product has rows for."""
+_MEANS_THREADS = 256
+_STAGES = 4
+_OFFSETS = 2**31
+"""Elements that the offsets inside a tile can count."""
+
+
+class Variant(NamedTuple):
+    """The constants that a kernel is compiled with; see the macros of `folded_kernels.cu`."""
+
+    kernel: str
+    bfloat16: bool
+    kernel_size: int
+    across: int
+    images: int
+    pairs: int
+    vector: int
+    group: int
+    groups: int
+    resident: int
+    stages: int = _STAGES
+
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        macros = {
+            self.kernel.upper(): 1,
+            "BFLOAT16": int(self.bfloat16),
+            "KERNEL_SIZE": self.kernel_size,
+            "ACROSS": self.across,
+            "IMAGES": self.images,
+            "PAIRS": self.pairs,
+            "STAGES": self.stages,
+            "VECTOR": self.vector,
+            "GROUP": self.group,
+            "GROUPS": self.groups,
+            "RESIDENT": self.resident,
+        }
+        name, threads = f"folded_{self.kernel}", 32 * self.groups
+        return Kernel(SOURCE, name, tuple(macros.items()), threads, self.shared())
+
+    @property
+    def channels(self) -> int:
+        """Channels of a block."""
+        return self.group * self.groups
+
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        width = 4 * self.across
+        inputs = self._pixels(2 * self.images * (width + 4 * (self.kernel_size // 2)))
+        outputs = self._pixels(2 * self.images * width)
+        if self.kernel == "weights":
+            return self.stages * (inputs + outputs)
+        squares = self._pixels(2 * self.images * self.across)
+        return self.stages * (inputs + squares) + 2 * outputs
+
+    def _pixels(self, count: int) -> int:
+        """Bytes of some pixels of all groups."""
+        return self.groups * (cdiv(2 * self.group * count, 128) * 128 + 16)
+
+    def tiles(self, shape: tuple[int, ...]) -> int:
+        """Tiles of a channel of images `[N, H, W, C]`."""
+        n, h, w, _ = shape
+        return cdiv(n, self.images) * cdiv(h, 2 * self.pairs) * cdiv(w, 4 * self.across)
+
+    def chunks(self, shape: tuple[int, ...]) -> int:
+        """Parts of the channels, which blocks treat by themselves."""
+        return cdiv(shape[-1], self.channels)
+
+    def programs(self, shape: tuple[int, ...], device: Device) -> int:
+        """Blocks that share the tiles of a channel."""
+        at_once = self.resident * device.multiprocessors // self.chunks(shape)
+        tiles = self.tiles(shape)
+        most = max(1, min(tiles, at_once))
+        # As few as end at the same time.
+        return cdiv(tiles, cdiv(tiles, most))
+
+    def time(self, shape: tuple[int, ...], device: Device) -> int:
+        """Pairs of rows that the busiest multiprocessor treats."""
+        programs = self.programs(shape, device)
+        waves = cdiv(programs * self.chunks(shape), self.resident * device.multiprocessors)
+        around = 2 * (self.kernel_size // 2)
+        return waves * cdiv(self.tiles(shape), programs) * (self.pairs + around)
+
+
+def unsupported(shape: tuple[int, ...], dtype: str, kernel_size: int) -> str | None:
+    """The reason why these kernels do not take images `[N, H, W, C]`, or None where they do."""
+    if dtype not in DTYPES:
+        return f"{dtype}, 16 bits alone"
+    if kernel_size not in KERNEL_SIZES:
+        return f"kernels of {kernel_size}, 3, 5 or 7 alone"
+    n, h, w, c = shape
+    if (min(n, _BLOCKS) + 1) * h * (w + 64) * c >= _OFFSETS:
+        return f"images of {h} x {w} x {c}, less than {_OFFSETS} pixels alone"
+    return None
+
+
+@cache
+def planned(
+    kernel: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    device: Device,
+    channels: int | None = None,
+) -> Variant:
+    """The variant for images `[N, H, W, C]`.
+
+    Args:
+        kernel: "forward" or "weights".
+        shape: The images'.
+        dtype: "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        device: The GPU.
+        channels: Channels of a block, 16 or 32; None for the rule's.
+    """
+    n, h, w, c = shape
+    group = 2 if kernel_size == 7 else 4
+    groups = (channels or 32) // 4
+    if kernel == "weights":
+        across = min(_BLOCKS, 1 << (cdiv(w, 4) - 1).bit_length())
+        images = _BLOCKS // across
+    else:
+        across = cdiv(cdiv(w, 4), cdiv(w, 4 * _BLOCKS))
+        images = min(n, _BLOCKS // across)
+    one = Variant(
+        *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
+        *(group, groups, 8 // groups),
+    )
+    high = cdiv(h, 2)
+    cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
+    best = min(cuts, key=lambda cut: cut.time(shape, device))
+    share = device.share(best.resident)
+    while best.stages > 2 and best.shared() > share:
+        best = best._replace(stages=best.stages - 1)
+    return best
+
+
+def forward(
+    x: AnyArray,
+    taps: AnyArray,
+    bias: AnyArray | None,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    launch: Launch[AnyArray],
+    *,
+    channels: int | None = None,
+) -> AnyArray:
+    """The wavelet convolution.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`.
+        taps: Folded taps, as `folding.matrices` orders them, `[levels, C, registers, 32, 2]` in x's
+            dtype.
+        bias: float32 `[C]`, or None.
+        shape: x's.
+        dtype: x's, "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        levels: The number of levels, at least one.
+        device: The GPU.
+        launch: The framework's launch function.
+        channels: See `planned`.
+
+    Returns:
+        y in x's shape and dtype.
+    """
+    below = None
+    images = [x, *means(x, shape, dtype, levels - 1, launch)]
+    for level in reversed(range(levels)):
+        size = _means_shape(shape, level)
+        variant = planned("forward", size, dtype, kernel_size, device, channels)
+        n, h, w, c = size
+        programs = variant.programs(size, device)
+        offsets = bias if level == 0 else None
+        arguments = [images[level], taps, below, offsets, level, n, c, h, w, programs]
+        output: Output = (size, dtype)
+        blocks = programs * variant.chunks(size)
+        (below,) = launch(variant.compiled(), arguments, [output], blocks)
+    assert below is not None
+    return below
+
+
+def means(
+    x: AnyArray, shape: tuple[int, ...], dtype: str, levels: int, launch: Launch[AnyArray]
+) -> list[AnyArray]:
+    """The means of the squares of two rows and columns, of their squares, and so on.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`.
+        shape: x's.
+        dtype: x's, "bfloat16" or "float16".
+        levels: How often.
+        launch: The framework's launch function.
+
+    Returns:
+        An array a level, in x's dtype.
+    """
+    found: list[AnyArray] = []
+    while len(found) < levels:
+        depth = min(2, levels - len(found))
+        n, h, w, c = _means_shape(shape, len(found))
+        vector = math.gcd(8, c)
+        sizes = [_means_shape((n, h, w, c), level) for level in range(1, depth + 1)]
+        macros = {"MEANS": 1, "BFLOAT16": int(dtype == "bfloat16")}
+        macros |= {"VECTOR": vector, "DEPTH": depth}
+        kernel = Kernel(SOURCE, "folded_means", tuple(macros.items()), _MEANS_THREADS, 0)
+        blocks = cdiv(math.prod(sizes[-1]) // vector, _MEANS_THREADS)
+        image = found[-1] if found else x
+        outputs: list[Output] = [(size, dtype) for size in sizes]
+        found += launch(kernel, [image, n, c, h, w], outputs, blocks)
+    return found
+
+
+def weight_grad(
+    x: AnyArray,
+    dy: AnyArray,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    launch: Launch[AnyArray],
+    *,
+    channels: int | None = None,
+) -> list[AnyArray]:
+    """The weight gradients of the folded taps, of each level.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`.
+        dy: The gradient of the output, of x's shape and dtype.
+        shape: x's.
+        dtype: x's, "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        levels: The number of levels, at least one.
+        device: The GPU.
+        launch: The framework's launch function.
+        channels: See `planned`.
+
+    Returns:
+        For each level float32 `[programs, C, sets * 32 * 4]`, to be summed over the programs, as
+        `folding.sums` reads them; of level i a 4**i-th of the gradient.
+    """
+    found = []
+    of_x, of_dy = ([a, *means(a, shape, dtype, levels - 1, launch)] for a in (x, dy))
+    sets = {3: 4, 5: 8, 7: 15}[kernel_size]
+    for level in range(levels):
+        size = _means_shape(shape, level)
+        variant = planned("weights", size, dtype, kernel_size, device, channels)
+        n, h, w, c = size
+        programs = variant.programs(size, device)
+        arguments = [of_x[level], of_dy[level], n, c, h, w, programs]
+        output: Output = ((programs, c, sets * 128), "float32")
+        blocks = programs * variant.chunks(size)
+        found += launch(variant.compiled(), arguments, [output], blocks)
+    return found
+
+
+def _means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:
+    """The shape of the means of squares of 2**level rows and columns."""
+    n, h, w, c = shape
+    return n, cdiv(h, 2**level), cdiv(w, 2**level), c
