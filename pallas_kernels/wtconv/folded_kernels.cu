@@ -36,125 +36,19 @@
 //   GROUPS           warps of a block
 //   RESIDENT         blocks of a multiprocessor, for which registers are to suffice
 
-typedef unsigned short Scalar;
-typedef long long Offset;
+#include "../common/tensor_cores.cuh"
 
-#define DEVICE __device__ __forceinline__
-#ifndef SHARED
-#define SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
-
-// ---------------------------------------------------------------------------------------------
-// Instructions, which the CPU's emulation has as functions of the same names
-
+#if BFLOAT16
+DEVICE float number(Scalar v) { return __uint_as_float(unsigned(v) << 16); }
+constexpr unsigned ONES = 0x3f803f80;
+#else
 #ifdef __CUDACC__
-
-#if BFLOAT16
-#define MMA_TYPES "f32.bf16.bf16.f32"
-#else
-#define MMA_TYPES "f32.f16.f16.f32"
-#endif
-
-DEVICE void multiply8(float (&d)[4], unsigned a0, unsigned a1, unsigned b, const float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k8.row.col." MMA_TYPES " {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-
-DEVICE void multiply16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                       const float (&c)[4]) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
-      " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
-        "f"(c[2]), "f"(c[3]));
-#else
-  float half[4];
-  multiply8(half, a[0], a[1], b0, c);
-  multiply8(d, a[2], a[3], b1, half);
-#endif
-}
-
-// Copies BYTES to shared memory, zeros where they are outside of the image.
-template <int BYTES>
-DEVICE void copy(void* to, const void* from, bool inside) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
-                   unsigned(__cvta_generic_to_shared(to))),
-               "l"(from), "n"(BYTES), "r"(inside ? BYTES : 0)
-               : "memory");
-#else
-#pragma unroll
-  for (int i = 0; i < BYTES / 4; i++)
-    static_cast<unsigned*>(to)[i] = inside ? static_cast<const unsigned*>(from)[i] : 0;
-#endif
-}
-
-DEVICE void commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for all groups of copies but the last PENDING.
-template <int PENDING>
-DEVICE void wait() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
-}
-
-#if BFLOAT16
-DEVICE unsigned packed(float low, float high) {
-  unsigned result;
-#if __CUDA_ARCH__ >= 800
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-#else
-#error "bfloat16 needs compute capability 8.0"
-#endif
-  return result;
-}
-#else
-DEVICE unsigned packed(float low, float high) {
-  Scalar parts[2];
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(parts[0]) : "f"(low));
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(parts[1]) : "f"(high));
-  return parts[0] | unsigned(parts[1]) << 16;
-}
 DEVICE float half_number(Scalar v) {
   float result;
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(v));
   return result;
 }
 #endif
-
-#else
-
-DEVICE void multiply8(float (&d)[4], unsigned a0, unsigned a1, unsigned b, const float (&c)[4]) {
-  cuda_on_cpu::multiply<1>(d, {a0, a1}, {b}, c, BFLOAT16);
-}
-DEVICE void multiply16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                       const float (&c)[4]) {
-  cuda_on_cpu::multiply<2>(d, {a[0], a[1], a[2], a[3]}, {b0, b1}, c, BFLOAT16);
-}
-template <int BYTES>
-DEVICE void copy(void* to, const void* from, bool inside) {
-  cuda_on_cpu::copy(to, from, BYTES, inside);
-}
-DEVICE void commit() { cuda_on_cpu::commit(); }
-template <int PENDING>
-DEVICE void wait() {
-  cuda_on_cpu::wait(PENDING);
-}
-DEVICE unsigned packed(float low, float high) { return cuda_on_cpu::packed(low, high, BFLOAT16); }
-
-#endif
-
-#if BFLOAT16
-DEVICE float number(Scalar v) { return __uint_as_float(unsigned(v) << 16); }
-constexpr unsigned ONES = 0x3f803f80;
-#else
 DEVICE float number(Scalar v) { return half_number(v); }
 constexpr unsigned ONES = 0x3c003c00;
 #endif
@@ -250,7 +144,7 @@ constexpr int HALO = 2 * R;                      // Columns that a block reads t
 constexpr int PARTS = 1 + R;                     // Times four columns that a block reads.
 constexpr int BLOCKS = ACROSS * IMAGES;
 constexpr int WIDTH = 4 * ACROSS, LOADED = WIDTH + 2 * HALO;  // Columns of a tile and of its input.
-constexpr int CHANNELS = GROUP * GROUPS;
+constexpr int TOGETHER = GROUP * GROUPS;       // Channels of a thread block.
 constexpr int THREADS = 32 * GROUPS;
 static_assert(BLOCKS <= 16 && GROUP % VECTOR == 0, "");
 
@@ -391,7 +285,7 @@ constexpr int BELOW_PIXELS = 2 * BLOCKS;
 constexpr int BELOW_GROUP = group_bytes(BELOW_PIXELS);
 constexpr int STAGE = Inputs::BYTES + GROUPS * BELOW_GROUP;
 
-// A thread block makes CHANNELS channels of one tile after another. Taps are the Toeplitz matrices
+// A thread block makes TOGETHER channels of one tile after another. Taps are the Toeplitz matrices
 // as registers, `[levels, C, REACHED * PARTS, 32, 2]`; `below [N, ceil(H / 2), ceil(W / 2), C]` is
 // added to the squares of two rows and columns, `bias [C]` to all pixels; both may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -403,8 +297,8 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   unsigned char* const results = shared + STAGES * STAGE;
   const Images images = {count, height, width, channels};
-  const int chunks = (channels + CHANNELS - 1) / CHANNELS, tiles = Walk::tiles(images);
-  const int chunk = int(blockIdx.x) % chunks * CHANNELS, begin = int(blockIdx.x) / chunks;
+  const int chunks = (channels + TOGETHER - 1) / TOGETHER, tiles = Walk::tiles(images);
+  const int chunk = int(blockIdx.x) % chunks * TOGETHER, begin = int(blockIdx.x) / chunks;
   const int pairs = (height + 1) / 2, squares = (width + 1) / 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -548,13 +442,13 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
         for (int i = 0; i < REACHED; i++) {
           // The pair of the output that waits for i more pairs after this one.
           const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
-          const unsigned first[4] = {values[0][0], values[0][1], values[1][0], values[1][1]};
-          multiply16(sums[c][i], first, b[0], b[1], sums[c][i + 1]);
+          multiply16(sums[c][i], values[0][0], values[0][1], values[1][0], values[1][1], b[0], b[1],
+                     sums[c][i + 1]);
 #if KERNEL_SIZE == 5
           multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
 #elif KERNEL_SIZE == 7
-          const unsigned second[4] = {values[2][0], values[2][1], values[3][0], values[3][1]};
-          multiply16(sums[c][i], second, b[2], b[3], sums[c][i]);
+          multiply16(sums[c][i], values[2][0], values[2][1], values[3][0], values[3][1], b[2], b[3],
+                     sums[c][i]);
 #endif
         }
       }
@@ -619,8 +513,8 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int 
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   const Images images = {count, height, width, channels};
-  const int chunks = (channels + CHANNELS - 1) / CHANNELS, tiles = Walk::tiles(images);
-  const int chunk = int(blockIdx.x) % chunks * CHANNELS, begin = int(blockIdx.x) / chunks;
+  const int chunks = (channels + TOGETHER - 1) / TOGETHER, tiles = Walk::tiles(images);
+  const int chunk = int(blockIdx.x) % chunks * TOGETHER, begin = int(blockIdx.x) / chunks;
   const int pairs = (height + 1) / 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
@@ -738,7 +632,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int 
 #pragma unroll
           for (int i = 0; i < REACHED; i++) {
             float(&sum)[4] = sums[c][WHOLE * i + part];
-            multiply16(sum, a, ring[c][i][0], ring[c][i][1], sum);
+            multiply16(sum, a[0], a[1], a[2], a[3], ring[c][i][0], ring[c][i][1], sum);
           }
         }
       }
@@ -755,17 +649,18 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int 
         if (MIXED) {
           now[0] = of_channel(c, mixed[0][0], mixed[1][0]);
           now[1] = of_channel(c, mixed[0][1], mixed[1][1]);
-          const unsigned a[4] = {now[0], before[c][0], now[1], before[c][1]};
           // This pair with pairs 1 and R + 2 of dy, so that the one before is with those above.
+          auto for_both = [&](float(&sum)[4], const unsigned(&b)[2]) {
+            multiply16(sum, now[0], before[c][0], now[1], before[c][1], b[0], b[1], sum);
+          };
           float(&one)[4] = sums[c][SETS - 3 * MIXED], (&other)[4] = sums[c][SETS - 2 * MIXED];
-          multiply16(one, a, ring[c][1][0], ring[c][1][1], one);
-          multiply16(other, a, ring[c][REACHED - 1][0], ring[c][REACHED - 1][1], other);
+          for_both(one, ring[c][1]);
+          for_both(other, ring[c][REACHED - 1]);
           before[c][0] = now[0];
           before[c][1] = now[1];
         }
-        const unsigned a[4] = {now[0], ONES, now[1], ONES};
         float(&sum)[4] = sums[c][SETS - 1];
-        multiply16(sum, a, ring[c][R][0], ring[c][R][1], sum);
+        multiply16(sum, now[0], ONES, now[1], ONES, ring[c][R][0], ring[c][R][1], sum);
       }
     }
     if (++walk.pair == end(walk)) {

@@ -104,6 +104,11 @@ class Variant(NamedTuple):
         return waves * cdiv(self.tiles(shape), programs) * (self.pairs + around)
 
 
+def search_space() -> list[dict[str, int]]:
+    """The numbers of blocks of a multiprocessor that are worth timing; see `planned`."""
+    return [{}, {"resident": 2}]
+
+
 def unsupported(shape: tuple[int, ...], dtype: str, kernel_size: int) -> str | None:
     """The reason why these kernels do not take images `[N, H, W, C]`, or None where they do."""
     if dtype not in DTYPES:
@@ -123,7 +128,7 @@ def planned(
     dtype: str,
     kernel_size: int,
     device: Device,
-    channels: int | None = None,
+    resident: int | None = None,
 ) -> Variant:
     """The variant for images `[N, H, W, C]`.
 
@@ -133,11 +138,11 @@ def planned(
         dtype: "bfloat16" or "float16".
         kernel_size: One of `KERNEL_SIZES`.
         device: The GPU.
-        channels: Channels of a block, 16 or 32; None for the rule's.
+        resident: Blocks of a multiprocessor, 1 of 32 channels or 2 of 16; None for the rule's.
     """
     n, h, w, c = shape
     group = 2 if kernel_size == 7 else 4
-    groups = (channels or 32) // 4
+    groups = 8 // (resident or 1)
     if kernel == "weights":
         across = min(_BLOCKS, 1 << (cdiv(w, 4) - 1).bit_length())
         images = _BLOCKS // across
@@ -146,7 +151,7 @@ def planned(
         images = min(n, _BLOCKS // across)
     one = Variant(
         *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
-        *(group, groups, 8 // groups),
+        *(group, groups, resident or 1),
     )
     high = cdiv(h, 2)
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
@@ -168,7 +173,7 @@ def forward(
     device: Device,
     launch: Launch[AnyArray],
     *,
-    channels: int | None = None,
+    resident: int | None = None,
 ) -> AnyArray:
     """The wavelet convolution.
 
@@ -183,7 +188,7 @@ def forward(
         levels: The number of levels, at least one.
         device: The GPU.
         launch: The framework's launch function.
-        channels: See `planned`.
+        resident: See `planned`.
 
     Returns:
         y in x's shape and dtype.
@@ -192,7 +197,7 @@ def forward(
     images = [x, *means(x, shape, dtype, levels - 1, launch)]
     for level in reversed(range(levels)):
         size = _means_shape(shape, level)
-        variant = planned("forward", size, dtype, kernel_size, device, channels)
+        variant = planned("forward", size, dtype, kernel_size, device, resident)
         n, h, w, c = size
         programs = variant.programs(size, device)
         offsets = bias if level == 0 else None
@@ -245,7 +250,7 @@ def weight_grad(
     device: Device,
     launch: Launch[AnyArray],
     *,
-    channels: int | None = None,
+    resident: int | None = None,
 ) -> list[AnyArray]:
     """The weight gradients of the folded taps, of each level.
 
@@ -258,7 +263,7 @@ def weight_grad(
         levels: The number of levels, at least one.
         device: The GPU.
         launch: The framework's launch function.
-        channels: See `planned`.
+        resident: See `planned`.
 
     Returns:
         For each level float32 `[programs, C, sets * 32 * 4]`, to be summed over the programs, as
@@ -269,7 +274,7 @@ def weight_grad(
     sets = {3: 4, 5: 8, 7: 15}[kernel_size]
     for level in range(levels):
         size = _means_shape(shape, level)
-        variant = planned("weights", size, dtype, kernel_size, device, channels)
+        variant = planned("weights", size, dtype, kernel_size, device, resident)
         n, h, w, c = size
         programs = variant.programs(size, device)
         arguments = [of_x[level], of_dy[level], n, c, h, w, programs]
