@@ -519,20 +519,16 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   // Lane 4 g + t reads, of blocks t + 4 e + 8 f, column g of x, or the like.
-  int of_x[2][2], of_mixed[2][2], of_dy[2][2];
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-#pragma unroll
-    for (int f = 0; f < 2; f++) {
-      const int block = lane % 4 + 4 * e + 8 * f, image = block / ACROSS, g = lane / 4;
-      const int column = block % ACROSS * 4, lower = g / 4;
-      const int group = warp * Inputs::GROUP_BYTES, line = 2 * image;
-      of_x[e][f] = group + 2 * GROUP * (line * LOADED + column + g);
-      of_mixed[e][f] = group + 2 * GROUP * ((line + lower) * LOADED + column + 8 + g % 4);
-      of_dy[e][f] = Inputs::BYTES + warp * Outputs::GROUP_BYTES +
-                    2 * GROUP * ((line + lower) * WIDTH + column + g % 4);
-    }
-  }
+  const int t = lane % 4, g = lane / 4, line = t / ACROSS * 2, column = t % ACROSS * 4;
+  const int of_x = warp * Inputs::GROUP_BYTES + 2 * GROUP * (line * LOADED + column + g);
+  const int of_mixed = warp * Inputs::GROUP_BYTES +
+                       2 * GROUP * ((line + g / 4) * LOADED + column + 8 + g % 4);
+  const int of_dy = Inputs::BYTES + warp * Outputs::GROUP_BYTES +
+                    2 * GROUP * ((line + g / 4) * WIDTH + column + g % 4);
+  constexpr auto later = [](int e, int f, int columns) {
+    const int blocks = 4 * e + 8 * f;
+    return 2 * GROUP * (blocks / ACROSS * 2 * columns + blocks % ACROSS * 4);
+  };
 
   const int mine = chunk + GROUP * (int(threadIdx.x) % GROUPS), left = channels - mine;
   Walk loading = {begin}, walk = {begin};
@@ -598,7 +594,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int 
     for (int e = 0; e < 2; e++) {
 #pragma unroll
       for (int f = 0; f < 2; f++)
-        of[e][f] = walk.pair < walk.bottom ? channels_at(stage + of_dy[e][f]) : Channels{};
+        of[e][f] = walk.pair < walk.bottom ? channels_at(stage + of_dy + later(e, f, WIDTH)) : Channels{};
     }
 #pragma unroll
     for (int c = 0; c < GROUP; c++) {
@@ -620,7 +616,8 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int 
 #pragma unroll
             for (int f = 0; f < 2; f++)
               pixels[r][e][f] =
-                  channels_at(stage + of_x[e][f] + 2 * GROUP * (r * LOADED + 8 * part));
+                  channels_at(stage + of_x + later(e, f, LOADED) +
+                              2 * GROUP * (r * LOADED + 8 * part));
           }
         }
 #pragma unroll
@@ -641,7 +638,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int 
       for (int e = 0; e < 2; e++) {
 #pragma unroll
         for (int f = 0; f < 2; f++)
-          mixed[e][f] = MIXED ? channels_at(stage + of_mixed[e][f]) : Channels{};
+          mixed[e][f] = MIXED ? channels_at(stage + of_mixed + later(e, f, LOADED)) : Channels{};
       }
 #pragma unroll
       for (int c = 0; c < GROUP; c++) {
