@@ -125,17 +125,17 @@ def _folded_forward(
 
 
 def folded(taps: Taps) -> jax.Array:
-    """The taps of each level's one convolution, in the order of the registers that hold them.
+    """The taps of each level's one convolution, in the kernels' order.
 
     Args:
         taps: `[k, k, 1, C]` of the base, then `[k, k, 4, C]` of each level.
 
     Returns:
-        float32 `[levels, C, registers, 32, 2]`, see `folding.matrices`.
+        float32 `[levels, C, k, 2k, 2, 2, 2]`, see `folding.taps`.
     """
     base, *bands = (tap.astype(jnp.float32) for tap in taps)
     kernel_size, channels = base.shape[0], base.shape[-1]
-    sources = folding.matrices(kernel_size)
+    sources = folding.taps(kernel_size)
     # The base as the fifth band, which deeper levels have not.
     bases = [base, *[jnp.zeros_like(base)] * (len(bands) - 1)]
     whole = jnp.stack([jnp.concatenate(pair, 2) for pair in zip(bands, bases, strict=True)])

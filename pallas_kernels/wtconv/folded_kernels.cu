@@ -278,6 +278,111 @@ struct Walk {
   }
 };
 
+#if !WEIGHTS
+
+// The sums of all pairs of the output that wait, those that wait longest first. The last of each
+// channel's stay zero: the pair of the output that a pair is the first for.
+typedef float Sums[GROUP][REACHED + 1][4];
+
+// Each channel's Toeplitz matrices: a register holds rows 2t and 2t + 1 of column g, lane 4g + t.
+typedef unsigned Matrix[GROUP][REACHED * PARTS];
+
+// Taps are `[levels, C, REACHED, 2 * KERNEL_SIZE, 2, 2, 2]`: pair of rows and column of the input,
+// column and row of the output, row of the input. They move with each second column of the output.
+DEVICE void load_taps(const unsigned* __restrict__ taps, int level, int first, int channels,
+                      Matrix& matrix) {
+  constexpr int COLUMNS = 2 * KERNEL_SIZE;
+  const int lane = threadIdx.x % 32, place = lane / 4 % 4, column = lane % 4 - lane / 16 * 2;
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+    const unsigned* from =
+        taps + (Offset(level) * channels + first + c) * REACHED * COLUMNS * 4 + 4 * column + place;
+#pragma unroll
+    for (int i = 0; i < REACHED * PARTS; i++) {
+      const int at = column + 4 * (i % PARTS);
+      const bool there = first + c < channels && at >= 0 && at < COLUMNS;
+      matrix[c][i] = there ? from[4 * (i / PARTS * COLUMNS + 4 * (i % PARTS))] : 0;
+    }
+  }
+}
+
+// Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
+// less. `from` are the places of this thread's column in two blocks, `columns` those of a row.
+DEVICE void add_pair(const unsigned char* rows, const int (&from)[2], int columns,
+                     const Matrix& matrix, Sums& sums) {
+  Channels pixels[2][2][PARTS];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+      for (int part = 0; part < PARTS; part++)
+        pixels[h][r][part] = channels_at(rows + from[h] + 2 * GROUP * (r * columns + 4 * part));
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+    unsigned values[PARTS][2];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        values[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
+    }
+#pragma unroll
+    for (int i = 0; i < REACHED; i++) {
+      // The pair of the output that waits for i more pairs after this one.
+      const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
+      multiply16(sums[c][i], values[0][0], values[0][1], values[1][0], values[1][1], b[0], b[1],
+                 sums[c][i + 1]);
+#if KERNEL_SIZE == 5
+      multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
+#elif KERNEL_SIZE == 7
+      multiply16(sums[c][i], values[2][0], values[2][1], values[3][0], values[3][1], b[2], b[3],
+                 sums[c][i]);
+#endif
+    }
+  }
+}
+
+// The same for a pair below the image.
+DEVICE void add_nothing(Sums& sums) {
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+    for (int i = 0; i < REACHED; i++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) sums[c][i][k] = sums[c][i + 1][k];
+    }
+  }
+}
+
+DEVICE void clear(Sums& sums) {
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+    for (int i = 0; i < REACHED; i++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) sums[c][i][k] = 0.0f;
+    }
+  }
+}
+
+// The pixel of register k of the pair that waits for none, with what is added to it.
+DEVICE Channels finished(const Sums& sums, int k, const float (&offsets)[GROUP],
+                         const Channels& under) {
+  Channels out;
+#pragma unroll
+  for (int c = 0; c < GROUP; c += 2) {
+    const unsigned word = under.words[c / 2];
+    out.words[c / 2] = packed(sums[c][0][k] + (offsets[c] + number(Scalar(word))),
+                              sums[c + 1][0][k] + (offsets[c + 1] + number(Scalar(word >> 16))));
+  }
+  return out;
+}
+
+#endif
+
 #if FORWARD
 
 // What is added to a square of four pixels, of the row of a pair.
@@ -285,8 +390,8 @@ constexpr int BELOW_PIXELS = 2 * BLOCKS;
 constexpr int BELOW_GROUP = group_bytes(BELOW_PIXELS);
 constexpr int STAGE = Inputs::BYTES + GROUPS * BELOW_GROUP;
 
-// A thread block makes TOGETHER channels of one tile after another. Taps are the Toeplitz matrices
-// as registers, `[levels, C, REACHED * PARTS, 32, 2]`; `below [N, ceil(H / 2), ceil(W / 2), C]` is
+// A thread block makes TOGETHER channels of one tile after another. Taps are those of all levels, of
+// which this one is `level`; `below [N, ceil(H / 2), ceil(W / 2), C]` is
 // added to the squares of two rows and columns, `bias [C]` to all pixels; both may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
@@ -302,16 +407,13 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
   const int pairs = (height + 1) / 2, squares = (width + 1) / 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  unsigned matrix[GROUP][REACHED * PARTS];
+  Matrix matrix;
+  load_taps(taps, level, chunk + GROUP * warp, channels, matrix);
   float offsets[GROUP];
 #pragma unroll
   for (int c = 0; c < GROUP; c++) {
     const int channel = chunk + GROUP * warp + c;
-    const bool there = channel < channels;
-    offsets[c] = there && bias != nullptr ? bias[channel] : 0.0f;
-    const unsigned* from = taps + (Offset(level) * channels + channel) * REACHED * PARTS * 32 + lane;
-#pragma unroll
-    for (int i = 0; i < REACHED * PARTS; i++) matrix[c][i] = there ? from[32 * i] : 0;
+    offsets[c] = channel < channels && bias != nullptr ? bias[channel] : 0.0f;
   }
 
   // This thread's two blocks, and its column of them.
@@ -387,8 +489,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
     }
   };
 
-  // The last of each channel's stay zero: the pair of the output that a pair is the first for.
-  float sums[GROUP][REACHED + 1][4] = {};
+  Sums sums = {};
   Walk walk = {begin};
   if (begin < tiles) {
     loading.enter(images);
@@ -408,59 +509,12 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
 
     if (walk.pair == walk.first()) {
       outputs.enter(images, walk.image, walk.left);
-#pragma unroll
-      for (int c = 0; c < GROUP; c++) {
-#pragma unroll
-        for (int i = 0; i < REACHED; i++) {
-#pragma unroll
-          for (int k = 0; k < 4; k++) sums[c][i][k] = 0.0f;
-        }
-      }
+      clear(sums);
     }
     if (walk.pair < pairs) {
-      Channels pixels[2][2][PARTS];
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-#pragma unroll
-          for (int part = 0; part < PARTS; part++)
-            pixels[h][r][part] =
-                channels_at(stage + from[h] + 2 * GROUP * (r * LOADED + 4 * part));
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < GROUP; c++) {
-        unsigned values[PARTS][2];
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-          for (int h = 0; h < 2; h++)
-            values[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
-        }
-#pragma unroll
-        for (int i = 0; i < REACHED; i++) {
-          // The pair of the output that waits for i more pairs after this one.
-          const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
-          multiply16(sums[c][i], values[0][0], values[0][1], values[1][0], values[1][1], b[0], b[1],
-                     sums[c][i + 1]);
-#if KERNEL_SIZE == 5
-          multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
-#elif KERNEL_SIZE == 7
-          multiply16(sums[c][i], values[2][0], values[2][1], values[3][0], values[3][1], b[2], b[3],
-                     sums[c][i]);
-#endif
-        }
-      }
+      add_pair(stage, from, LOADED, matrix, sums);
     } else {
-#pragma unroll
-      for (int c = 0; c < GROUP; c++) {
-#pragma unroll
-        for (int i = 0; i < REACHED; i++) {
-#pragma unroll
-          for (int k = 0; k < 4; k++) sums[c][i][k] = sums[c][i + 1][k];
-        }
-      }
+      add_nothing(sums);
     }
     const int done = walk.pair - R;
     stored = 0;
@@ -468,18 +522,10 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
       unsigned char* result = results + step % 2 * Outputs::BYTES;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float more[GROUP];
         const Channels under = below == nullptr ? Channels{} : channels_at(stage + square[h]);
 #pragma unroll
-        for (int c = 0; c < GROUP; c++)
-          more[c] = offsets[c] + number(Scalar(under.words[c / 2] >> 16 * (c % 2)));
-#pragma unroll
         for (int r = 0; r < 2; r++) {
-          Channels out;
-#pragma unroll
-          for (int c = 0; c < GROUP; c += 2)
-            out.words[c / 2] = packed(sums[c][0][2 * h + r] + more[c],
-                                      sums[c + 1][0][2 * h + r] + more[c + 1]);
+          const Channels out = finished(sums, 2 * h + r, offsets, under);
           if (lane / 4 + 8 * h < BLOCKS)
             *reinterpret_cast<Channels*>(result + to[h] + 2 * GROUP * r * WIDTH) = out;
         }

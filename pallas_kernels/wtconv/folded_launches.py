@@ -179,7 +179,7 @@ def forward(
 
     Args:
         x: Contiguous images `[N, H, W, C]`.
-        taps: Folded taps, as `folding.matrices` orders them, `[levels, C, registers, 32, 2]` in x's
+        taps: Folded taps, as `folding.taps` orders them, `[levels, C, k, 2k, 2, 2, 2]` in x's
             dtype.
         bias: float32 `[C]`, or None.
         shape: x's.

@@ -38,22 +38,18 @@ class Sources(NamedTuple):
 
 
 @cache
-def matrices(kernel_size: int) -> Sources:
-    """The folded taps that the registers of a product's right-hand side hold.
+def taps(kernel_size: int) -> Sources:
+    """The folded taps, in the kernels' order.
 
     Args:
         kernel_size: 3, 5 or 7.
 
     Returns:
-        Arrays `[pairs of rows * parts, 32, 2]`: of each register of each lane, and of its halves.
+        Arrays `[k, 2k, 2, 2, 2]`: pair of rows and column of the input, column and row of the
+        output, row of the input.
     """
-    radius = kernel_size // 2
-    pair, part, lane, half = np.indices((kernel_size, radius + 1, 32, 2))
-    # N counts columns and rows of the output, K those of the input, rows fastest.
-    column, row = lane // 8, lane // 4 % 2
-    i, j = 2 * pair + half, lane % 4 + 4 * part - 2 * (column // 2)
-    found = _sources(kernel_size, row, column % 2, i, j)
-    return Sources(*(each.reshape(-1, 32, 2, *each.shape[4:]) for each in found))
+    pair, j, column, row, half = np.indices((kernel_size, 2 * kernel_size, 2, 2, 2))
+    return _sources(kernel_size, row, column, 2 * pair + half, j)
 
 
 @cache
@@ -83,12 +79,12 @@ def sums(kernel_size: int) -> np.ndarray:
     i, j = 2 * pair + i, j - 2 * (column // 2)
     i = np.where(last & ((m >= 8) | (not mixed)), -1, i)
     found = _sources(kernel_size, row, column % 2, i, j)
-    taps = kernel_size**2
-    result = np.zeros((number.size, 5 * taps + 1), np.float32)
+    count = kernel_size**2
+    result = np.zeros((number.size, 5 * count + 1), np.float32)
     at = np.arange(number.size)
     result[at, found.base.ravel()] = found.based.ravel()
     for band in range(4):
-        result[at, taps + 4 * found.tap.ravel() + band] = found.signs[..., band].ravel()
+        result[at, count + 4 * found.tap.ravel() + band] = found.signs[..., band].ravel()
     result[at, -1] = of_bias.ravel()
     return result
 
