@@ -21,7 +21,7 @@
 // four columns and pair of rows wherever its matrix reaches.
 //
 // The host defines these macros:
-//   FORWARD, MEANS or WEIGHTS   the kernel to compile
+//   FORWARD, LEVELS, MEANS or WEIGHTS   the kernel to compile
 //   BFLOAT16         1 bfloat16, 0 float16
 //   VECTOR           channels that one access to memory takes, a divisor of C
 // for means:
@@ -35,6 +35,7 @@
 //   GROUP            channels of a warp, 4 or 2, a multiple of VECTOR
 //   GROUPS           warps of a block
 //   RESIDENT         blocks of a multiprocessor, for which registers are to suffice
+// LEVELS is the number of levels, of images of HEIGHT x WIDE, which a thread block has as a whole.
 
 #include "../common/tensor_cores.cuh"
 
@@ -142,15 +143,63 @@ constexpr int R = KERNEL_SIZE / 2;               // Pairs of rows that a pair re
 constexpr int REACHED = KERNEL_SIZE;             // Pairs of the output that a pair is multiplied for.
 constexpr int HALO = 2 * R;                      // Columns that a block reads to each side.
 constexpr int PARTS = 1 + R;                     // Times four columns that a block reads.
-constexpr int BLOCKS = ACROSS * IMAGES;
-constexpr int WIDTH = 4 * ACROSS, LOADED = WIDTH + 2 * HALO;  // Columns of a tile and of its input.
 constexpr int TOGETHER = GROUP * GROUPS;       // Channels of a thread block.
 constexpr int THREADS = 32 * GROUPS;
-static_assert(BLOCKS <= 16 && GROUP % VECTOR == 0, "");
+static_assert(GROUP % VECTOR == 0, "");
 
 // Bytes from one group to the next: 16 more than a multiple of 128, so that the groups of a pixel
 // are in different banks.
 DEVICE constexpr int group_bytes(int pixels) { return (2 * GROUP * pixels + 127) / 128 * 128 + 16; }
+
+// The channels of a group of one pixel, two to a word.
+struct alignas(2 * GROUP) Channels {
+  unsigned words[GROUP / 2];
+};
+
+DEVICE Channels channels_at(const unsigned char* from) {
+  return *reinterpret_cast<const Channels*>(from);
+}
+
+// Starts the copy of a group of a pixel, of which `left` channels are there; an address that is not
+// read is x's own.
+DEVICE void copy_pixel(const Scalar* x, const Scalar* from, bool inside, int left,
+                       unsigned char* to) {
+#pragma unroll
+  for (int i = 0; i < GROUP; i += VECTOR) {
+    const bool there = inside && i < left;
+#if VECTOR == 1
+    reinterpret_cast<Scalar*>(to)[i] = there ? from[i] : Scalar(0);
+#else
+    copy<2 * VECTOR>(to + 2 * i, there ? from + i : x, there);
+#endif
+  }
+}
+
+DEVICE void store_pixel(const Channels& values, int left, Scalar* to) {
+#if VECTOR == GROUP
+  if (left > 0) *reinterpret_cast<Channels*>(to) = values;
+#elif VECTOR == 2
+#pragma unroll
+  for (int c = 0; c < GROUP; c += 2)
+    if (c < left) *reinterpret_cast<unsigned*>(to + c) = values.words[c / 2];
+#else
+#pragma unroll
+  for (int c = 0; c < GROUP; c++)
+    if (c < left) to[c] = Scalar(values.words[c / 2] >> 16 * (c % 2));
+#endif
+}
+
+// Two pixels' values of one channel, the first one in the lower half.
+DEVICE unsigned of_channel(int channel, const Channels& one, const Channels& other) {
+  return __byte_perm(one.words[channel / 2], other.words[channel / 2],
+                     channel % 2 ? 0x7632 : 0x5410);
+}
+
+#if !LEVELS
+
+constexpr int BLOCKS = ACROSS * IMAGES;
+constexpr int WIDTH = 4 * ACROSS, LOADED = WIDTH + 2 * HALO;  // Columns of a tile and of its input.
+static_assert(BLOCKS <= 16, "");
 
 // The pixels of a pair of rows of all images, of which thread t copies, for group t % GROUPS, the
 // pixels t / GROUPS, 32 more, and so on.
@@ -208,39 +257,10 @@ struct Pixels {
         copy_pixel(x, from + offsets[i], inside >> i & 1, left, at(stage, i));
     }
   }
-
-  // An address that is not read is x's own.
-  DEVICE static void copy_pixel(const Scalar* x, const Scalar* from, bool inside, int left,
-                                unsigned char* to) {
-#pragma unroll
-    for (int i = 0; i < GROUP; i += VECTOR) {
-      const bool there = inside && i < left;
-#if VECTOR == 1
-      reinterpret_cast<Scalar*>(to)[i] = there ? from[i] : Scalar(0);
-#else
-      copy<2 * VECTOR>(to + 2 * i, there ? from + i : x, there);
-#endif
-    }
-  }
 };
 
 typedef Pixels<LOADED> Inputs;
 typedef Pixels<WIDTH> Outputs;
-
-// The channels of a group of one pixel, two to a word.
-struct alignas(2 * GROUP) Channels {
-  unsigned words[GROUP / 2];
-};
-
-DEVICE Channels channels_at(const unsigned char* from) {
-  return *reinterpret_cast<const Channels*>(from);
-}
-
-// Two pixels' values of one channel, the first one in the lower half.
-DEVICE unsigned of_channel(int channel, const Channels& one, const Channels& other) {
-  return __byte_perm(one.words[channel / 2], other.words[channel / 2],
-                     channel % 2 ? 0x7632 : 0x5410);
-}
 
 // The pairs of rows that a thread block treats, tile after tile.
 struct Walk {
@@ -277,6 +297,8 @@ struct Walk {
     return ((Offset(image) * images.height + 2 * pair) * images.width + left) * images.channels;
   }
 };
+
+#endif
 
 #if !WEIGHTS
 
@@ -452,9 +474,9 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
         inputs.load(x, at, inputs.inside(images, loading.pair), left, stage);
       const int done = loading.pair - R;
       if (over_there && done >= loading.top)
-        Inputs::copy_pixel(x, below + over_at + Offset(done) * squares * channels, true, left,
-                           stage + Inputs::BYTES + int(threadIdx.x) % GROUPS * BELOW_GROUP +
-                               2 * GROUP * over);
+        copy_pixel(x, below + over_at + Offset(done) * squares * channels, true, left,
+                   stage + Inputs::BYTES + int(threadIdx.x) % GROUPS * BELOW_GROUP +
+                       2 * GROUP * over);
       if (++loading.pair == loading.bottom + R) {
         loading.tile += programs;
         loading.enter(images);
@@ -473,19 +495,8 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
 #pragma unroll
     for (int i = 0; i < Outputs::ITEMS; i++) {
       if (!(stored >> i & 1)) continue;
-      const Channels values = channels_at(Outputs::at(results + step % 2 * Outputs::BYTES, i));
-      Scalar* at = y + stored_at + outputs.offsets[i];
-#if VECTOR == GROUP
-      if (left > 0) *reinterpret_cast<Channels*>(at) = values;
-#elif VECTOR == 2
-#pragma unroll
-      for (int c = 0; c < GROUP; c += 2)
-        if (c < left) *reinterpret_cast<unsigned*>(at + c) = values.words[c / 2];
-#else
-#pragma unroll
-      for (int c = 0; c < GROUP; c++)
-        if (c < left) at[c] = Scalar(values.words[c / 2] >> 16 * (c % 2));
-#endif
+      store_pixel(channels_at(Outputs::at(results + step % 2 * Outputs::BYTES, i)), left,
+                  y + stored_at + outputs.offsets[i]);
     }
   };
 
@@ -538,6 +549,159 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
       walk.enter(images);
     }
     if (++slot == STAGES) slot = 0;
+  }
+}
+
+#elif LEVELS
+
+// The images of a level in shared memory, with zeros around them: their means where it is deeper,
+// and in their place what this level and those below it make.
+template <int LEVEL>
+struct Level {
+  static constexpr int ROWS = (HEIGHT + (1 << LEVEL) - 1) >> LEVEL;
+  static constexpr int COLUMNS = (WIDE + (1 << LEVEL) - 1) >> LEVEL;
+  static constexpr int PAIRS = (ROWS + 1) / 2, SIDE = (COLUMNS + 3) / 4;  // SIDE in blocks.
+  static constexpr int LINE = 4 * SIDE + 2 * HALO, IMAGE = 2 * PAIRS * LINE;
+  static constexpr int GROUP_BYTES = group_bytes(IMAGES * IMAGE), BYTES = GROUPS * GROUP_BYTES;
+
+  DEVICE static constexpr int place() {
+    if constexpr (LEVEL == 0) {
+      return 0;
+    } else {
+      return Level<LEVEL - 1>::place() + Level<LEVEL - 1>::BYTES;
+    }
+  }
+
+  // This thread's place of a pixel of a warp's group.
+  DEVICE static unsigned char* at(unsigned char* shared, int group, int image, int row, int column) {
+    return shared + place() + group * GROUP_BYTES +
+           2 * GROUP * (image * IMAGE + row * LINE + HALO + column);
+  }
+};
+
+// Makes the means of the level above.
+template <int LEVEL>
+DEVICE void make_means(unsigned char* shared) {
+  typedef Level<LEVEL> Here;
+  typedef Level<LEVEL - 1> Above;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 1
+  for (int i = lane; i < IMAGES * Here::ROWS * Here::COLUMNS; i += 32) {
+    const int column = i % Here::COLUMNS, row = i / Here::COLUMNS % Here::ROWS;
+    const int image = i / (Here::COLUMNS * Here::ROWS);
+    Channels squares[4], means;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      squares[k] = channels_at(Above::at(shared, warp, image, 2 * row + k / 2, 2 * column + k % 2));
+#pragma unroll
+    for (int c = 0; c < GROUP / 2; c++) {
+      float low = 0.0f, high = 0.0f;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        low += 0.25f * number(Scalar(squares[k].words[c]));
+        high += 0.25f * number(Scalar(squares[k].words[c] >> 16));
+      }
+      means.words[c] = packed(low, high);
+    }
+    *reinterpret_cast<Channels*>(Here::at(shared, warp, image, row, column)) = means;
+  }
+  __syncwarp();
+  if constexpr (LEVEL + 1 < LEVELS) make_means<LEVEL + 1>(shared);
+}
+
+// Makes a level, after all below it; pixels that are not in the image become anything.
+template <int LEVEL>
+DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restrict__ bias, int level,
+                       int first, int channels, unsigned char* shared) {
+  typedef Level<LEVEL> Here;
+  if constexpr (LEVEL + 1 < LEVELS)
+    make_level<LEVEL + 1>(taps, nullptr, level, first, channels, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Matrix matrix;
+  load_taps(taps, level + LEVEL, first, channels, matrix);
+  float offsets[GROUP];
+#pragma unroll
+  for (int c = 0; c < GROUP; c++)
+    offsets[c] = first + c < channels && bias != nullptr ? bias[first + c] : 0.0f;
+
+  constexpr int BLOCKS_HERE = IMAGES * Here::SIDE;
+  int from[2], to[2];
+  const unsigned char* square[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int block = min(lane / 4 + 8 * h, BLOCKS_HERE - 1), image = block / Here::SIDE;
+    const int column = block % Here::SIDE * 4 + lane % 4;
+    to[h] = int(Here::at(shared, warp, image, 0, column) - shared);
+    from[h] = to[h] - 2 * GROUP * HALO;
+    if constexpr (LEVEL + 1 < LEVELS)
+      square[h] = Level<LEVEL + 1>::at(shared, warp, image, 0, column / 2);
+  }
+  Sums sums = {};
+#pragma unroll 1
+  for (int pair = 0; pair < Here::PAIRS + R; pair++) {
+    constexpr int LINES = 2 * GROUP * 2 * Here::LINE;
+    if (pair < Here::PAIRS) {
+      add_pair(shared + pair * LINES, from, Here::LINE, matrix, sums);
+    } else {
+      add_nothing(sums);
+    }
+    const int done = pair - R;
+    if (done < 0) continue;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      Channels under = {};
+      if constexpr (LEVEL + 1 < LEVELS)
+        under = channels_at(square[h] + done * 2 * GROUP * Level<LEVEL + 1>::LINE);
+      if (lane / 4 + 8 * h < BLOCKS_HERE) {
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+          *reinterpret_cast<Channels*>(shared + to[h] + done * LINES + 2 * GROUP * r * Here::LINE) =
+              finished(sums, 2 * h + r, offsets, under);
+      }
+    }
+  }
+  __syncwarp();
+}
+
+// All levels from `level` on of IMAGES images and TOGETHER channels in each block.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
+              const float* __restrict__ bias, int level, int count, int channels,
+              Scalar* __restrict__ y) {
+  typedef Level<0> Here;
+  static_assert(Here::SIDE * IMAGES <= 16, "");
+  SHARED(shared_memory);
+  unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
+  const int chunks = (channels + TOGETHER - 1) / TOGETHER;
+  const int chunk = int(blockIdx.x) % chunks * TOGETHER, image = int(blockIdx.x) / chunks * IMAGES;
+  const int group = threadIdx.x % GROUPS, mine = chunk + GROUP * group, left = channels - mine;
+
+  const Scalar* from = x + mine;
+#pragma unroll 4
+  for (int pixel = threadIdx.x / GROUPS; pixel < IMAGES * Here::IMAGE; pixel += 32) {
+    const int column = pixel % Here::LINE - HALO, row = pixel / Here::LINE % (2 * Here::PAIRS);
+    const int which = image + pixel / Here::IMAGE;
+    const bool inside = column >= 0 && column < WIDE && row < HEIGHT && which < count;
+    copy_pixel(x, from + ((Offset(which) * HEIGHT + row) * WIDE + column) * channels, inside, left,
+               shared + group * Here::GROUP_BYTES + 2 * GROUP * pixel);
+  }
+  commit();
+  constexpr int END = Level<LEVELS - 1>::place() + Level<LEVELS - 1>::BYTES;
+#pragma unroll 1
+  for (int at = Here::BYTES + 16 * int(threadIdx.x); at < END; at += 16 * THREADS)
+    *reinterpret_cast<Eight*>(shared + at) = {};
+  wait<0>();
+  __syncthreads();
+  if constexpr (LEVELS > 1) make_means<1>(shared);
+  make_level<0>(taps, bias, level, chunk + GROUP * (int(threadIdx.x) / 32), channels, shared);
+  __syncthreads();
+
+#pragma unroll 4
+  for (int pixel = threadIdx.x / GROUPS; pixel < IMAGES * HEIGHT * WIDE; pixel += 32) {
+    const int column = pixel % WIDE, row = pixel / WIDE % HEIGHT, which = pixel / (WIDE * HEIGHT);
+    if (image + which < count)
+      store_pixel(channels_at(Here::at(shared, group, which, row, column)), left,
+                  y + (Offset(image) * HEIGHT * WIDE + pixel) * channels + mine);
   }
 }
 

@@ -1,7 +1,8 @@
 """The launches of `folded_kernels.cu`, for any framework: 16 bits, odd kernels, on tensor cores.
 
-Means of squares come first, those of two levels in one launch; then each level from the deepest
-one on, which adds what the level below has made.
+Where images of a level fit into a block's shared memory, one launch does it and all below. Above
+are means of squares first, those of two levels in one launch; then each level from the deepest one
+on, which adds what the level below has made.
 """
 
 import math
@@ -68,16 +69,12 @@ class Variant(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
         width = 4 * self.across
-        inputs = self._pixels(2 * self.images * (width + 4 * (self.kernel_size // 2)))
-        outputs = self._pixels(2 * self.images * width)
+        inputs = _group_bytes(2 * self.images * (width + 4 * (self.kernel_size // 2)), self)
+        outputs = _group_bytes(2 * self.images * width, self)
         if self.kernel == "weights":
             return self.stages * (inputs + outputs)
-        squares = self._pixels(2 * self.images * self.across)
+        squares = _group_bytes(2 * self.images * self.across, self)
         return self.stages * (inputs + squares) + 2 * outputs
-
-    def _pixels(self, count: int) -> int:
-        """Bytes of some pixels of all groups."""
-        return self.groups * (cdiv(2 * self.group * count, 128) * 128 + 16)
 
     def tiles(self, shape: tuple[int, ...]) -> int:
         """Tiles of a channel of images `[N, H, W, C]`."""
@@ -102,6 +99,57 @@ class Variant(NamedTuple):
         waves = cdiv(programs * self.chunks(shape), self.resident * device.multiprocessors)
         around = 2 * (self.kernel_size // 2)
         return waves * cdiv(self.tiles(shape), programs) * (self.pairs + around)
+
+
+class Whole(NamedTuple):
+    """The constants of the kernel that does some levels of whole images, and their launch."""
+
+    bfloat16: bool
+    kernel_size: int
+    levels: int
+    height: int
+    width: int
+    images: int
+    vector: int
+    group: int
+    groups: int
+    resident: int
+
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        macros = {
+            "LEVELS": self.levels,
+            "BFLOAT16": int(self.bfloat16),
+            "KERNEL_SIZE": self.kernel_size,
+            "HEIGHT": self.height,
+            "WIDE": self.width,
+            "IMAGES": self.images,
+            "VECTOR": self.vector,
+            "GROUP": self.group,
+            "GROUPS": self.groups,
+            "RESIDENT": self.resident,
+        }
+        threads = 32 * self.groups
+        return Kernel(SOURCE, "folded_levels", tuple(macros.items()), threads, self.shared())
+
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        halo = 4 * (self.kernel_size // 2)
+        return sum(
+            _group_bytes(self.images * 2 * cdiv(h, 2) * (4 * cdiv(w, 4) + halo), self)
+            for _, h, w, _ in (
+                _means_shape((1, self.height, self.width, 1), level) for level in range(self.levels)
+            )
+        )
+
+    def blocks(self, shape: tuple[int, ...]) -> int:
+        """Thread blocks of images `[N, H, W, C]`."""
+        return cdiv(shape[0], self.images) * cdiv(shape[-1], self.group * self.groups)
+
+
+def _group_bytes(pixels: int, variant: Variant | Whole) -> int:
+    """Bytes of shared memory of some pixels of all groups."""
+    return variant.groups * (cdiv(2 * variant.group * pixels, 128) * 128 + 16)
 
 
 def search_space() -> list[dict[str, int]]:
@@ -162,6 +210,28 @@ def planned(
     return best
 
 
+@cache
+def whole(
+    shape: tuple[int, ...], dtype: str, kernel_size: int, levels: int, device: Device
+) -> Whole | None:
+    """The variant that does some levels of images `[N, H, W, C]`, or None where it has no room.
+
+    Two blocks of a multiprocessor, so that one computes while another waits for memory.
+    """
+    n, h, w, c = shape
+    across = cdiv(w, 4)
+    if across > _BLOCKS:
+        return None
+    group = 2 if kernel_size == 7 else 4
+    found = Whole(
+        *(dtype == "bfloat16", kernel_size, levels, h, w, min(n, _BLOCKS // across)),
+        *(math.gcd(group, c), group, 4, 2),
+    )
+    while found.images > 1 and found.shared() > device.share(found.resident):
+        found = found._replace(images=found.images - 1)
+    return found if found.shared() <= device.share(found.resident) else None
+
+
 def forward(
     x: AnyArray,
     taps: AnyArray,
@@ -193,18 +263,27 @@ def forward(
     Returns:
         y in x's shape and dtype.
     """
+    sizes = [_means_shape(shape, level) for level in range(levels)]
+    together = [
+        whole(size, dtype, kernel_size, levels - level, device) for level, size in enumerate(sizes)
+    ]
+    # The first level that is done with all below it, if one is.
+    above = next((level for level, one in enumerate(together) if one), levels)
+    images = [x, *means(x, shape, dtype, min(above, levels - 1), launch)]
     below = None
-    images = [x, *means(x, shape, dtype, levels - 1, launch)]
-    for level in reversed(range(levels)):
-        size = _means_shape(shape, level)
+    if above < levels and (one := together[above]):
+        n, _, _, c = size = sizes[above]
+        arguments = [images[above], taps, None if above else bias, above, n, c]
+        (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
+    for level in reversed(range(above)):
+        n, h, w, c = size = sizes[level]
         variant = planned("forward", size, dtype, kernel_size, device, resident)
-        n, h, w, c = size
         programs = variant.programs(size, device)
-        offsets = bias if level == 0 else None
-        arguments = [images[level], taps, below, offsets, level, n, c, h, w, programs]
-        output: Output = (size, dtype)
+        arguments = [images[level], taps, below, None if level else bias, level]
         blocks = programs * variant.chunks(size)
-        (below,) = launch(variant.compiled(), arguments, [output], blocks)
+        (below,) = launch(
+            variant.compiled(), [*arguments, n, c, h, w, programs], [(size, dtype)], blocks
+        )
     assert below is not None
     return below
 
