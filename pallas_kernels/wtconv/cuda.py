@@ -106,7 +106,7 @@ def weight_grad(
 
 def _folds(shape: tuple[int, ...], dtype: jnp.dtype, kernel_size: int) -> bool:
     """Whether a call runs on tensor cores."""
-    return folded_launches.unsupported(shape, str(dtype), kernel_size) is None
+    return folded_launches.takes(shape, str(dtype), kernel_size, device_properties())
 
 
 def _folded_forward(

@@ -19,7 +19,8 @@ SOURCE = Path(__file__).with_name("folded_kernels.cu")
 
 KERNEL_SIZES = 3, 5, 7
 """The kernel sizes that there are products for."""
-DTYPES = "bfloat16", "float16"
+_BFLOAT16 = 80
+"""The compute capability times ten from which on tensor cores take bfloat16."""
 _BLOCKS = 16
 """Blocks of four columns that a product has rows for."""
 _MEANS_THREADS = 256
@@ -157,16 +158,12 @@ def search_space() -> list[dict[str, int]]:
     return [{}, {"resident": 2}]
 
 
-def unsupported(shape: tuple[int, ...], dtype: str, kernel_size: int) -> str | None:
-    """The reason why these kernels do not take images `[N, H, W, C]`, or None where they do."""
-    if dtype not in DTYPES:
-        return f"{dtype}, 16 bits alone"
-    if kernel_size not in KERNEL_SIZES:
-        return f"kernels of {kernel_size}, 3, 5 or 7 alone"
+def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
+    """Whether these kernels take images `[N, H, W, C]` on a GPU."""
     n, h, w, c = shape
-    if (min(n, _BLOCKS) + 1) * h * (w + 64) * c >= _OFFSETS:
-        return f"images of {h} x {w} x {c}, less than {_OFFSETS} pixels alone"
-    return None
+    tile = (min(n, _BLOCKS) + 1) * h * (w + 4 * _BLOCKS) * c
+    able = device.capability >= _BFLOAT16 if dtype == "bfloat16" else dtype == "float16"
+    return able and kernel_size in KERNEL_SIZES and tile < _OFFSETS
 
 
 @cache
