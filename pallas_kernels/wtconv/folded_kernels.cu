@@ -21,7 +21,7 @@
 // four columns and pair of rows wherever its matrix reaches.
 //
 // The host defines these macros:
-//   FORWARD, LEVELS, MEANS or WEIGHTS   the kernel to compile
+//   FORWARD, BOXED, LEVELS, MEANS or WEIGHTS   the kernel to compile
 //   BFLOAT16         1 bfloat16, 0 float16
 //   VECTOR           channels that one access to memory takes, a divisor of C
 // for means:
@@ -35,6 +35,7 @@
 //   GROUP            channels of a warp, 4 or 2, a multiple of VECTOR
 //   GROUPS           warps of a block
 //   RESIDENT         blocks of a multiprocessor, for which registers are to suffice
+//   BELOW            of BOXED whether something is added to squares
 // LEVELS is the number of levels, of images of HEIGHT x WIDE, which a thread block has as a whole.
 
 #include "../common/tensor_cores.cuh"
@@ -329,8 +330,9 @@ DEVICE void load_taps(const unsigned* __restrict__ taps, int level, int first, i
 }
 
 // Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
-// less. `from` are the places of this thread's column in two blocks, `columns` those of a row.
-DEVICE void add_pair(const unsigned char* rows, const int (&from)[2], int columns,
+// less. `from` are the places of this thread's column in two blocks, and four columns further; rows
+// and eight columns are so many bytes apart.
+DEVICE void add_pair(const unsigned char* rows, const int (&from)[2][2], int row, int eight,
                      const Matrix& matrix, Sums& sums) {
   Channels pixels[2][2][PARTS];
 #pragma unroll
@@ -339,7 +341,7 @@ DEVICE void add_pair(const unsigned char* rows, const int (&from)[2], int column
     for (int r = 0; r < 2; r++) {
 #pragma unroll
       for (int part = 0; part < PARTS; part++)
-        pixels[h][r][part] = channels_at(rows + from[h] + 2 * GROUP * (r * columns + 4 * part));
+        pixels[h][r][part] = channels_at(rows + from[h][part % 2] + r * row + part / 2 * eight);
     }
   }
 #pragma unroll
@@ -439,13 +441,14 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
   }
 
   // This thread's two blocks, and its column of them.
-  int from[2], to[2], square[2];
+  int from[2][2], to[2], square[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     // A block that there is not is another one, whose results nobody stores.
     const int block = min(lane / 4 + 8 * h, BLOCKS - 1), image = block / ACROSS;
     const int column = block % ACROSS * 4 + lane % 4;
-    from[h] = warp * Inputs::GROUP_BYTES + 2 * GROUP * (2 * image * LOADED + column);
+    from[h][0] = warp * Inputs::GROUP_BYTES + 2 * GROUP * (2 * image * LOADED + column);
+    from[h][1] = from[h][0] + 8 * GROUP;
     to[h] = warp * Outputs::GROUP_BYTES + 2 * GROUP * (2 * image * WIDTH + column);
     square[h] = Inputs::BYTES + warp * BELOW_GROUP + 2 * GROUP * (2 * block + lane % 4 / 2);
   }
@@ -523,7 +526,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
       clear(sums);
     }
     if (walk.pair < pairs) {
-      add_pair(stage, from, LOADED, matrix, sums);
+      add_pair(stage, from, 2 * GROUP * LOADED, 16 * GROUP, matrix, sums);
     } else {
       add_nothing(sums);
     }
@@ -550,6 +553,155 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
     }
     if (++slot == STAGES) slot = 0;
   }
+}
+
+#elif BOXED
+
+static_assert(TOGETHER == CHUNK, "a box has all channels of a thread block");
+// Columns of a box, a multiple of eight pixels, after which swizzles repeat.
+constexpr int BOX = (LOADED + 7) / 8 * 8;
+constexpr int ROW = BOX * PIXEL, ROWS = 2 * ROW * IMAGES;
+constexpr int SQUARES = BELOW ? 2 * BLOCKS * PIXEL : 0;  // What is below a pair of rows.
+constexpr int STAGE = ROWS + (SQUARES + 1023) / 1024 * 1024;
+constexpr int RESULT = (2 * WIDTH * PIXEL * IMAGES + 1023) / 1024 * 1024;
+// A stage that is full says that the results of its last use were read, see `retire`.
+constexpr int BUFFERS = STAGES + 1;
+
+// The same as `folded_forward` with copies of boxes, for which warps do not wait for one another.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+folded_boxed(BOXES x, const unsigned* __restrict__ taps,
+#if BELOW
+             BOXES below,
+#endif
+             const float* __restrict__ bias, int level, int count, int channels, int height,
+             int width, int programs, BOXES y) {
+  SHARED(shared_memory);
+  unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
+  unsigned char* const results = shared + STAGES * STAGE;
+  Barrier* const full = reinterpret_cast<Barrier*>(results + BUFFERS * RESULT);
+  Barrier* const done = full + STAGES;
+  const Images images = {count, height, width, channels};
+  const int chunks = (channels + TOGETHER - 1) / TOGETHER, tiles = Walk::tiles(images);
+  const int chunk = int(blockIdx.x) % chunks * TOGETHER, begin = int(blockIdx.x) / chunks;
+  const int pairs = (height + 1) / 2;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (begin >= tiles) return;
+
+  Walk loading = {begin}, walk = {begin}, storing = {begin};
+  loading.enter(images);
+  walk.enter(images);
+  storing.enter(images);
+  auto advance = [&](Walk& at) {
+    if (++at.pair < at.bottom + R) return;
+    at.tile += programs;
+    at.enter(images);
+  };
+  auto fill = [&](int slot) {
+    if (loading.tile >= tiles) return;
+    unsigned char* stage = shared + slot * STAGE;
+    const int over = loading.pair - R;
+    const bool there = loading.pair < pairs, added = BELOW && over >= loading.top;
+    expect(full + slot, (there ? ROWS : 0) + (added ? SQUARES : 0));
+    if (there)
+      load_box(stage, x, full + slot, chunk, loading.left - HALO, 2 * loading.pair, loading.image);
+#if BELOW
+    if (added)
+      load_box(stage + ROWS, below, full + slot, chunk, loading.left / 2, over, loading.image);
+#endif
+    advance(loading);
+  };
+  // Stores the results of the oldest step that was not, and fills its stage anew: one thread, a step
+  // after all warps did that, so that it seldom waits for them.
+  int oldest = 0, stored_buffer = 0;
+  unsigned oldest_phase = 0;
+  auto retire = [&]() {
+    wait_for(done + oldest, oldest_phase);
+    if (storing.pair - R >= storing.top) {
+      store_box(y, chunk, storing.left, 2 * (storing.pair - R), storing.image,
+                results + stored_buffer * RESULT);
+      if (++stored_buffer == BUFFERS) stored_buffer = 0;
+    }
+    stored<1>();
+    fill(oldest);
+    if (++oldest == STAGES) {
+      oldest = 0;
+      oldest_phase ^= 1;
+    }
+    advance(storing);
+  };
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      make(full + i, 1);
+      make(done + i, GROUPS);
+    }
+    made();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int i = 0; i < STAGES; i++) fill(i);
+
+  Matrix matrix;
+  load_taps(taps, level, chunk + GROUP * warp, channels, matrix);
+  float offsets[GROUP];
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+    const int channel = chunk + GROUP * warp + c;
+    offsets[c] = channel < channels && bias != nullptr ? bias[channel] : 0.0f;
+  }
+  int from[2][2], to[2][2], square[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int block = min(lane / 4 + 8 * h, BLOCKS - 1), image = block / ACROSS;
+    const int column = block % ACROSS * 4 + lane % 4, group = 2 * GROUP * warp;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      from[h][i] = swizzled(PIXEL * (2 * image * BOX + column + 4 * i) + group);
+      to[h][i] = swizzled(PIXEL * ((2 * image + i) * WIDTH + column) + group);
+    }
+    square[h] = swizzled(ROWS + PIXEL * (2 * block + lane % 4 / 2) + group);
+  }
+
+  Sums sums = {};
+  int slot = 0, buffer = 0;
+  unsigned phase = 0;
+  bool begun = false;
+#pragma unroll 1
+  while (walk.tile < tiles) {
+    wait_for(full + slot, phase);
+    const unsigned char* stage = shared + slot * STAGE;
+    if (walk.pair == walk.first()) clear(sums);
+    if (walk.pair < pairs) {
+      add_pair(stage, from, ROW, 8 * PIXEL, matrix, sums);
+    } else {
+      add_nothing(sums);
+    }
+    if (walk.pair - R >= walk.top) {
+      unsigned char* result = results + buffer * RESULT;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const Channels under = BELOW ? channels_at(stage + square[h]) : Channels{};
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const Channels out = finished(sums, 2 * h + r, offsets, under);
+          if (lane / 4 + 8 * h < BLOCKS) *reinterpret_cast<Channels*>(result + to[h][r]) = out;
+        }
+      }
+      if (++buffer == BUFFERS) buffer = 0;
+    }
+    publish();
+    __syncwarp();
+    if (lane == 0) arrive(done + slot);
+    if (threadIdx.x == 0 && begun) retire();
+    begun = true;
+    advance(walk);
+    if (++slot == STAGES) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+  if (threadIdx.x != 0) return;
+  retire();
+  stored<0>();
 }
 
 #elif LEVELS
@@ -625,14 +777,15 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
     offsets[c] = first + c < channels && bias != nullptr ? bias[first + c] : 0.0f;
 
   constexpr int BLOCKS_HERE = IMAGES * Here::SIDE;
-  int from[2], to[2];
+  int from[2][2], to[2];
   const unsigned char* square[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     const int block = min(lane / 4 + 8 * h, BLOCKS_HERE - 1), image = block / Here::SIDE;
     const int column = block % Here::SIDE * 4 + lane % 4;
     to[h] = int(Here::at(shared, warp, image, 0, column) - shared);
-    from[h] = to[h] - 2 * GROUP * HALO;
+    from[h][0] = to[h] - 2 * GROUP * HALO;
+    from[h][1] = from[h][0] + 8 * GROUP;
     if constexpr (LEVEL + 1 < LEVELS)
       square[h] = Level<LEVEL + 1>::at(shared, warp, image, 0, column / 2);
   }
@@ -641,7 +794,7 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
   for (int pair = 0; pair < Here::PAIRS + R; pair++) {
     constexpr int LINES = 2 * GROUP * 2 * Here::LINE;
     if (pair < Here::PAIRS) {
-      add_pair(shared + pair * LINES, from, Here::LINE, matrix, sums);
+      add_pair(shared + pair * LINES, from, LINES / 2, 16 * GROUP, matrix, sums);
     } else {
       add_nothing(sums);
     }

@@ -25,6 +25,7 @@ _BLOCKS = 16
 """Blocks of four columns that a product has rows for."""
 _MEANS_THREADS = 256
 _STAGES = 4
+_BOX_STAGES = 8
 _OFFSETS = 2**31
 """Elements that the offsets inside a tile can count."""
 
@@ -43,6 +44,7 @@ class Variant(NamedTuple):
     groups: int
     resident: int
     stages: int = _STAGES
+    below: bool = False
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
@@ -58,9 +60,24 @@ class Variant(NamedTuple):
             "GROUP": self.group,
             "GROUPS": self.groups,
             "RESIDENT": self.resident,
+            "BELOW": int(self.below),
         }
         name, threads = f"folded_{self.kernel}", 32 * self.groups
-        return Kernel(SOURCE, name, tuple(macros.items()), threads, self.shared())
+        return Kernel(SOURCE, name, tuple(macros.items()), threads, self.shared(), self._boxes())
+
+    def _boxes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The boxes of x, of what is below it, and of y, by the numbers of the parameters."""
+        if self.kernel != "boxed":
+            return ()
+        width, channels = 4 * self.across, self.channels
+        x = self.images, 2, self._box(), channels
+        squares = self.images, 1, width // 2, channels
+        y = self.images, 2, width, channels
+        return ((0, x), (2, squares), (10, y)) if self.below else ((0, x), (9, y))
+
+    def _box(self) -> int:
+        """Columns of a box of x."""
+        return cdiv(4 * self.across + 4 * (self.kernel_size // 2), 8) * 8
 
     @property
     def channels(self) -> int:
@@ -70,6 +87,12 @@ class Variant(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
         width = 4 * self.across
+        if self.kernel == "boxed":
+            rows = 2 * self.images * self._box() * 2 * self.channels
+            squares = self.below * self.images * width // 2 * 2 * self.channels
+            results = cdiv(2 * self.images * width * 2 * self.channels, 1024) * 1024
+            stage = rows + cdiv(squares, 1024) * 1024
+            return self.stages * (stage + results + 16) + results
         inputs = _group_bytes(2 * self.images * (width + 4 * (self.kernel_size // 2)), self)
         outputs = _group_bytes(2 * self.images * width, self)
         if self.kernel == "weights":
@@ -174,16 +197,18 @@ def planned(
     kernel_size: int,
     device: Device,
     resident: int | None = None,
+    below: bool = False,
 ) -> Variant:
     """The variant for images `[N, H, W, C]`.
 
     Args:
-        kernel: "forward" or "weights".
+        kernel: "forward", "boxed" or "weights".
         shape: The images'.
         dtype: "bfloat16" or "float16".
         kernel_size: One of `KERNEL_SIZES`.
         device: The GPU.
         resident: Blocks of a multiprocessor, 1 of 32 channels or 2 of 16; None for the rule's.
+        below: Whether something is added to squares.
     """
     n, h, w, c = shape
     group = 2 if kernel_size == 7 else 4
@@ -202,6 +227,8 @@ def planned(
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
     best = min(cuts, key=lambda cut: cut.time(shape, device))
     share = device.share(best.resident)
+    if kernel == "boxed":
+        best = best._replace(below=below, stages=_BOX_STAGES)
     while best.stages > 2 and best.shared() > share:
         best = best._replace(stages=best.stages - 1)
     return best
@@ -274,9 +301,12 @@ def forward(
         (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
     for level in reversed(range(above)):
         n, h, w, c = size = sizes[level]
-        variant = planned("forward", size, dtype, kernel_size, device, resident)
+        boxed = device.boxes and c % 8 == 0 and kernel_size < 7 and resident != 2
+        kernel, added = "boxed" if boxed else "forward", below is not None
+        variant = planned(kernel, size, dtype, kernel_size, device, resident, added)
         programs = variant.programs(size, device)
-        arguments = [images[level], taps, below, None if level else bias, level]
+        arguments = [images[level], taps, *[below] * (added or not boxed)]
+        arguments += [None if level else bias, level]
         blocks = programs * variant.chunks(size)
         (below,) = launch(
             variant.compiled(), [*arguments, n, c, h, w, programs], [(size, dtype)], blocks
