@@ -12,7 +12,7 @@ from jax import lax
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.biased import summed
 from pallas_kernels.common.cuda_call import device_properties, launch, unavailable
-from pallas_kernels.common.types import Taps
+from pallas_kernels.common.types import Dtype, Taps
 from pallas_kernels.wtconv import cuda_launches, folded_launches, folding
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.problem import Problem
@@ -104,7 +104,7 @@ def weight_grad(
     return vary_like((x, dy), (*sums, summed(dy)) if biased else sums)
 
 
-def _folds(shape: tuple[int, ...], dtype: jnp.dtype, kernel_size: int) -> bool:
+def _folds(shape: tuple[int, ...], dtype: Dtype, kernel_size: int) -> bool:
     """Whether a call runs on tensor cores."""
     return folded_launches.takes(shape, str(dtype), kernel_size, device_properties())
 
@@ -166,16 +166,16 @@ def _folded_weight_grad(
 
 
 def unfolded(sums: jax.Array, kernel_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of the taps from those of each level's products; the transpose of `folded`.
+    """The gradients of the taps from those of the folded ones: the transpose of `folded`.
 
     Args:
-        sums: `[levels, C, sets * 32 * 4]`, see `folding.sums`.
+        sums: `[levels, C, 16 * k * k + 1]`, see `folding.gradients`.
         kernel_size: k.
 
     Returns:
         The base's `[k, k, 1, C]`, the bands' `[levels, k, k, 4, C]`, and the bias's `[C]`.
     """
-    found = jnp.einsum("lcs,st->ltc", sums, folding.sums(kernel_size), precision="highest")
+    found = jnp.einsum("lcs,st->ltc", sums, folding.gradients(kernel_size), precision="highest")
     levels, _, channels = found.shape
     count = kernel_size**2
     base = found[0, :count].reshape(kernel_size, kernel_size, 1, channels)

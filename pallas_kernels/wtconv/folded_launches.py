@@ -6,7 +6,6 @@ on, which adds what the level below has made.
 """
 
 import math
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +22,11 @@ _BFLOAT16 = 80
 """The compute capability times ten from which on tensor cores take bfloat16."""
 _BLOCKS = 16
 """Blocks of four columns that a product has rows for."""
+_SETS = {3: 4, 5: 8, 7: 15}
+"""Products that a weight gradient has of a channel, by kernel size."""
 _MEANS_THREADS = 256
-_STAGES = 4
-_BOX_STAGES = 8
+_STAGES = {False: 4, True: 8}
+"""Pairs of rows in shared memory, copied in pieces and as boxes."""
 _OFFSETS = 2**31
 """Elements that the offsets inside a tile can count."""
 
@@ -43,8 +44,9 @@ class Variant(NamedTuple):
     group: int
     groups: int
     resident: int
-    stages: int = _STAGES
+    boxed: bool
     below: bool = False
+    stages: int = 2
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
@@ -60,19 +62,21 @@ class Variant(NamedTuple):
             "GROUP": self.group,
             "GROUPS": self.groups,
             "RESIDENT": self.resident,
+            "BOXED": int(self.boxed),
             "BELOW": int(self.below),
         }
         name, threads = f"folded_{self.kernel}", 32 * self.groups
         return Kernel(SOURCE, name, tuple(macros.items()), threads, self.shared(), self._boxes())
 
     def _boxes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """The boxes of x, of what is below it, and of y, by the numbers of the parameters."""
-        if self.kernel != "boxed":
+        """The boxes of the images, by the numbers of the parameters."""
+        if not self.boxed:
             return ()
         width, channels = 4 * self.across, self.channels
-        x = self.images, 2, self._box(), channels
+        x, y = ((self.images, 2, columns, channels) for columns in (self._box(), width))
+        if self.kernel == "weights":
+            return ((0, x), (1, y))
         squares = self.images, 1, width // 2, channels
-        y = self.images, 2, width, channels
         return ((0, x), (2, squares), (10, y)) if self.below else ((0, x), (9, y))
 
     def _box(self) -> int:
@@ -87,18 +91,21 @@ class Variant(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
         width = 4 * self.across
-        if self.kernel == "boxed":
-            rows = 2 * self.images * self._box() * 2 * self.channels
-            squares = self.below * self.images * width // 2 * 2 * self.channels
-            results = cdiv(2 * self.images * width * 2 * self.channels, 1024) * 1024
-            stage = rows + cdiv(squares, 1024) * 1024
-            return self.stages * (stage + results + 16) + results
-        inputs = _group_bytes(2 * self.images * (width + 4 * (self.kernel_size // 2)), self)
-        outputs = _group_bytes(2 * self.images * width, self)
+        if self.boxed:
+            pixel = 2 * self.channels
+            rows = 2 * self.images * self._box() * pixel
+            results = cdiv(2 * self.images * width * pixel, 1024) * 1024
+            squares = cdiv(self.below * self.images * width // 2 * pixel, 1024) * 1024
+        else:
+            rows = _group_bytes(2 * self.images * (width + 4 * (self.kernel_size // 2)), self)
+            results = _group_bytes(2 * self.images * width, self)
+            squares = _group_bytes(2 * self.images * self.across, self)
+        barriers = 16 * self.boxed
         if self.kernel == "weights":
-            return self.stages * (inputs + outputs)
-        squares = _group_bytes(2 * self.images * self.across, self)
-        return self.stages * (inputs + squares) + 2 * outputs
+            read = self.stages * (rows + results + barriers)
+            return max(read, 512 * self.groups * _SETS[self.kernel_size])
+        waiting = self.stages + 1 if self.boxed else 2
+        return self.stages * (rows + squares + barriers) + waiting * results
 
     def tiles(self, shape: tuple[int, ...]) -> int:
         """Tiles of a channel of images `[N, H, W, C]`."""
@@ -178,7 +185,7 @@ def _group_bytes(pixels: int, variant: Variant | Whole) -> int:
 
 def search_space() -> list[dict[str, int]]:
     """The numbers of blocks of a multiprocessor that are worth timing; see `planned`."""
-    return [{}, {"resident": 2}]
+    return [{}, {"resident": 1}, {"resident": 2}]
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
@@ -202,17 +209,19 @@ def planned(
     """The variant for images `[N, H, W, C]`.
 
     Args:
-        kernel: "forward", "boxed" or "weights".
+        kernel: "forward" or "weights".
         shape: The images'.
         dtype: "bfloat16" or "float16".
         kernel_size: One of `KERNEL_SIZES`.
         device: The GPU.
-        resident: Blocks of a multiprocessor, 1 of 32 channels or 2 of 16; None for the rule's.
+        resident: Blocks of a multiprocessor that copy in pieces, 1 of 32 channels or 2 of 16; None
+            for the rule's: one, which copies boxes where it can.
         below: Whether something is added to squares.
     """
     n, h, w, c = shape
     group = 2 if kernel_size == 7 else 4
     groups = 8 // (resident or 1)
+    boxed = resident is None and device.boxes and group == 4 and c % 8 == 0
     if kernel == "weights":
         across = min(_BLOCKS, 1 << (cdiv(w, 4) - 1).bit_length())
         images = _BLOCKS // across
@@ -221,14 +230,12 @@ def planned(
         images = min(n, _BLOCKS // across)
     one = Variant(
         *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
-        *(group, groups, resident or 1),
+        *(group, groups, resident or 1, boxed, below, _STAGES[boxed]),
     )
     high = cdiv(h, 2)
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
     best = min(cuts, key=lambda cut: cut.time(shape, device))
     share = device.share(best.resident)
-    if kernel == "boxed":
-        best = best._replace(below=below, stages=_BOX_STAGES)
     while best.stages > 2 and best.shared() > share:
         best = best._replace(stages=best.stages - 1)
     return best
@@ -301,11 +308,10 @@ def forward(
         (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
     for level in reversed(range(above)):
         n, h, w, c = size = sizes[level]
-        boxed = device.boxes and c % 8 == 0 and kernel_size < 7 and resident != 2
-        kernel, added = "boxed" if boxed else "forward", below is not None
-        variant = planned(kernel, size, dtype, kernel_size, device, resident, added)
+        added = below is not None
+        variant = planned("forward", size, dtype, kernel_size, device, resident, added)
         programs = variant.programs(size, device)
-        arguments = [images[level], taps, *[below] * (added or not boxed)]
+        arguments = [images[level], taps, *[below] * (added or not variant.boxed)]
         arguments += [None if level else bias, level]
         blocks = programs * variant.chunks(size)
         (below,) = launch(
@@ -372,19 +378,18 @@ def weight_grad(
         resident: See `planned`.
 
     Returns:
-        For each level float32 `[programs, C, sets * 32 * 4]`, to be summed over the programs, as
-        `folding.sums` reads them; of level i a 4**i-th of the gradient.
+        For each level float32 `[programs, C, 16 * k * k + 1]`, to be summed over the programs: the
+        gradients of the folded taps and of the bias, of level i a 4**i-th of them.
     """
     found = []
     of_x, of_dy = ([a, *means(a, shape, dtype, levels - 1, launch)] for a in (x, dy))
-    sets = {3: 4, 5: 8, 7: 15}[kernel_size]
     for level in range(levels):
         size = _means_shape(shape, level)
         variant = planned("weights", size, dtype, kernel_size, device, resident)
         n, h, w, c = size
         programs = variant.programs(size, device)
         arguments = [of_x[level], of_dy[level], n, c, h, w, programs]
-        output: Output = ((programs, c, sets * 128), "float32")
+        output: Output = ((programs, c, 16 * kernel_size**2 + 1), "float32")
         blocks = programs * variant.chunks(size)
         found += launch(variant.compiled(), arguments, [output], blocks)
     return found

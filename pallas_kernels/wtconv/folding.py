@@ -48,60 +48,37 @@ def taps(kernel_size: int) -> Sources:
         Arrays `[k, 2k, 2, 2, 2]`: pair of rows and column of the input, column and row of the
         output, row of the input.
     """
+    radius = kernel_size // 2
     pair, j, column, row, half = np.indices((kernel_size, 2 * kernel_size, 2, 2, 2))
-    return _sources(kernel_size, row, column, 2 * pair + half, j)
+    i = 2 * pair + half
+    signs = _SIGNS[:, row, column] * _SIGNS[:, half, j % 2] / 4
+    down, across = i - row - radius, j - column - radius
+    based = (0 <= down) & (down < kernel_size) & (0 <= across) & (across < kernel_size)
+    return Sources(
+        pair * kernel_size + j // 2,
+        np.moveaxis(signs, 0, -1),
+        np.where(based, down * kernel_size + across, 0),
+        based.astype(np.float32),
+    )
 
 
 @cache
-def sums(kernel_size: int) -> np.ndarray:
-    """The gradients of the taps as sums of the results of a weight gradient's products.
+def gradients(kernel_size: int) -> np.ndarray:
+    """The transpose of the fold.
 
     Args:
         kernel_size: 3, 5 or 7.
 
     Returns:
-        float32 `[sets * 32 * 4, k * k * 5 + 1]`: of each register the factors with which it is a
-        part of the gradients of the base's taps, of the four bands' `(k, k, 4)`, and of the bias.
+        float32 `[16 * k * k + 1, 5 * k * k + 1]`: the factors with which the gradients of the folded
+        taps, in the kernels' order, and of the bias are parts of those of the base's taps, of the
+        four bands' `(k, k, 4)`, and of the bias.
     """
-    mixed, whole = kernel_size == 5, 2 if kernel_size == 7 else 1
-    sets = whole * kernel_size + (3 if mixed else 1)
-    number, lane, k = np.indices((sets, 32, 4))
-    m, n = lane // 4 + 8 * (k // 2), 2 * (lane % 4) + k % 2
-    row, column = n // 4, n % 4
-    pair, i, j = number // whole, m // 8, m % 8 + 8 * (number % whole)
-    last = number == sets - 1
-    if mixed:
-        # Pairs 1, 4 and 2 with their last columns, and the pairs above the first two of these.
-        extra = number >= kernel_size
-        pair = np.where(extra, np.array([1, 4, 2])[number % 3 - kernel_size % 3] - m // 8, pair)
-        i, j = np.where(extra, m // 4 % 2, i), np.where(extra, 8 + m % 4, j)
-    of_bias = last & (m == 8)
-    i, j = 2 * pair + i, j - 2 * (column // 2)
-    i = np.where(last & ((m >= 8) | (not mixed)), -1, i)
-    found = _sources(kernel_size, row, column % 2, i, j)
-    count = kernel_size**2
-    result = np.zeros((number.size, 5 * count + 1), np.float32)
-    at = np.arange(number.size)
-    result[at, found.base.ravel()] = found.based.ravel()
+    sources, count = taps(kernel_size), kernel_size**2
+    at = np.arange(16 * count)
+    result = np.zeros((at.size + 1, 5 * count + 1), np.float32)
+    result[at, sources.base.ravel()] = sources.based.ravel()
     for band in range(4):
-        result[at, count + 4 * found.tap.ravel() + band] = found.signs[..., band].ravel()
-    result[at, -1] = of_bias.ravel()
+        result[at, count + 4 * sources.tap.ravel() + band] = sources.signs[..., band].ravel()
+    result[-1, -1] = 1
     return result
-
-
-def _sources(
-    kernel_size: int, row: np.ndarray, column: np.ndarray, i: np.ndarray, j: np.ndarray
-) -> Sources:
-    """What the folded taps `(i, j)` of places `(row, column)` are made of, zeros outside."""
-    radius = kernel_size // 2
-    inside = (0 <= i) & (i < 2 * kernel_size) & (0 <= j) & (j < 2 * kernel_size)
-    i, j = np.where(inside, i, 0), np.where(inside, j, 0)
-    signs = _SIGNS[:, row, column] * _SIGNS[:, i % 2, j % 2] / 4 * inside
-    down, across = i - row - radius, j - column - radius
-    based = inside & (0 <= down) & (down < kernel_size) & (0 <= across) & (across < kernel_size)
-    return Sources(
-        i // 2 * kernel_size + j // 2,
-        np.moveaxis(signs, 0, -1),
-        np.where(based, down * kernel_size + across, 0),
-        based.astype(np.float32),
-    )

@@ -151,7 +151,7 @@ def _folded_weight_grad(x: Tensor, dy: Tensor, kernel_size: int, levels: int) ->
     count, parts = kernel_size**2, []
     for level, sums in enumerate(found):
         # In 64 bits, since products of 32 may be of fewer.
-        whole = sums.sum(0).double() @ _sums(kernel_size, x.device)
+        whole = sums.sum(0).double() @ _gradients(kernel_size, x.device)
         whole = (whole * 4.0**level).float()
         if level == 0:
             parts.append(whole[:, :count])
@@ -160,8 +160,8 @@ def _folded_weight_grad(x: Tensor, dy: Tensor, kernel_size: int, levels: int) ->
 
 
 @cache
-def _sums(kernel_size: int, device: torch.device) -> Tensor:
-    return torch.tensor(folding.sums(kernel_size), dtype=torch.float64, device=device)
+def _gradients(kernel_size: int, device: torch.device) -> Tensor:
+    return torch.tensor(folding.gradients(kernel_size), dtype=torch.float64, device=device)
 
 
 def _pixels(x: Tensor) -> Tensor:

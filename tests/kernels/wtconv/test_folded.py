@@ -1,34 +1,35 @@
 """WTConv in 16 bits on tensor cores: the fold of taps, and kernels run on the CPU and on a GPU."""
 
+from itertools import product
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.cuda import EMULATED, emulate, folder
 from helpers.wtconv import assert_oracle, assert_reproducible, takes
 
-from pallas_kernels.common.cuda import Device
+from pallas_kernels.common.cuda import Device, source_text
 from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher
 from pallas_kernels.oracle import wtconv
 from pallas_kernels.wtconv import cuda as cuda_jax
 from pallas_kernels.wtconv import folded_launches as launches
-from pallas_kernels.wtconv import folding
 from pallas_kernels.wtconv.cases import CASES, Case, inputs
 
-SOURCE = launches.SOURCE.read_text()
+SOURCE = source_text(launches.SOURCE)
 TAKEN = [
     case
     for case in CASES
-    if takes(cuda_jax, case)
-    and launches.takes((1, 1, 1, 1), case.dtype, case.kernel_size, HOPPER)
+    if takes(cuda_jax, case) and launches.takes((1, 1, 1, 1), case.dtype, case.kernel_size, HOPPER)
 ]
 SMALL = Device(shared=66000, multiprocessors=2)
 """On which levels are launches of their own, but those of the smallest images."""
 ALWAYS = Case((9, 10), 2, 3, "bfloat16")
 STREAMED = [
     # Strips of rows, columns in tiles; the last rows and columns are odd.
-    Case((29, 69), 2, 5, "bfloat16", batch=(1,), channels=36),
+    Case((29, 69), 2, 5, "bfloat16", batch=(1,), channels=40),
+    Case((31, 33), 3, 3, "float16", batch=(5,), channels=8),
     Case((18, 17), 3, 7, "float16", channels=34),
-    Case((31, 33), 3, 3, "bfloat16", batch=(5,), channels=5),
+    Case((15, 33), 3, 3, "bfloat16", batch=(5,), channels=5),
     Case((21, 30), 2, 5, "float16", batch=(3,), channels=2),
 ]
 
@@ -60,12 +61,16 @@ def test_folded_taps_are_the_oracles_answer_to_one_pixel(kernel_size):
 
 
 @pytest.mark.parametrize("kernel_size", launches.KERNEL_SIZES)
-def test_every_product_of_a_weight_gradient_is_used_once(kernel_size):
-    """Each folded tap is made of two places in four columns: of 16 signs of one band's tap."""
-    factors = np.abs(folding.sums(kernel_size)).sum(0)
-    count = kernel_size**2
-    assert (factors[:count] == 8).all() and (factors[count:-1] == 8).all()
-    assert factors[-1] == 8
+def test_unfolding_is_the_transpose_of_folding(kernel_size):
+    generator = np.random.default_rng(0)
+    taps = [generator.standard_normal((kernel_size, kernel_size, n, 2)) for n in (1, 4, 4)]
+    gradients = generator.standard_normal((2, 2, 16 * kernel_size**2 + 1))
+    folded = np.asarray(cuda_jax.folded(tuple(map(jnp.asarray, taps)))).reshape(2, 2, -1)
+    base, bands, bias = cuda_jax.unfolded(jnp.asarray(gradients, jnp.float32), kernel_size)
+    got = (folded * gradients[..., :-1]).sum()
+    want = sum((a * np.asarray(b)).sum() for a, b in zip(taps, (base, *bands), strict=True))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    np.testing.assert_allclose(bias, gradients[0, :, -1], rtol=1e-6)
 
 
 @EMULATED
@@ -85,12 +90,19 @@ def test_every_case_on_the_cpu(case, order, monkeypatch):
 
 @EMULATED
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=pytest.mark.wide if i == 0 else pytest.mark.slow) for i, c in enumerate(STREAMED)],
-    ids=described,
+    ("case", "boxes"),
+    [
+        pytest.param(
+            *(case, boxes),
+            id=f"{case.name}-{'boxes' if boxes else 'pieces'}",
+            marks=pytest.mark.slow if number else pytest.mark.wide,
+        )
+        for number, (case, boxes) in enumerate([*product(STREAMED, (True, False))])
+        if not boxes or case.channels % 8 == 0
+    ],
 )
-def test_levels_of_their_own_on_the_cpu(case, monkeypatch):
-    launcher = emulate(monkeypatch, cuda_jax, SMALL)
+def test_levels_of_their_own_on_the_cpu(case, boxes, monkeypatch):
+    launcher = emulate(monkeypatch, cuda_jax, SMALL._replace(boxes=boxes))
     for launcher.order in (0, 2):
         assert_oracle(case, "cuda")
 
@@ -105,7 +117,10 @@ FAULTS = {
     "another pair's taps": ("(REACHED - 1 - i) * PARTS", "i * PARTS"),
     "one buffer of results": ("results + step % 2 * Outputs::BYTES;", "results;"),
     "sums of the tile before": ("      clear(sums);\n", ""),
-    "a level below of another pair": ("const int done = loading.pair - R;", "const int done = loading.pair;"),
+    "a level below of another pair": (
+        "const int done = loading.pair - R;",
+        "const int done = loading.pair;",
+    ),
     "pairs of dy": ("ring[c][i][f] = ring[c][i - 1][f];", "ring[c][i][f] = ring[c][0][f];"),
     "the last pair of x": ("min(at.bottom + R, pairs + MIXED)", "min(at.bottom + R, pairs)"),
 }
@@ -117,8 +132,8 @@ FAULTS = {
 def test_a_planted_fault_is_caught(fault, monkeypatch):
     old, new = FAULTS[fault]
     launcher = emulate(monkeypatch, cuda_jax, SMALL)
-    text = launcher_text().replace(old, new)
-    assert text != launcher_text()
+    text = SOURCE.replace(old, new)
+    assert text != SOURCE
     monkeypatch.setattr(launcher, "_source", text)
 
     def caught(order):
@@ -131,12 +146,6 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
         return False
 
     assert any(map(caught, (0, 1, 2)))
-
-
-def launcher_text():
-    from pallas_kernels.common.cuda import source_text
-
-    return source_text(launches.SOURCE)
 
 
 @EMULATED
