@@ -119,6 +119,7 @@ def _folded_forward(
     y = folded_launches.forward(
         *(x, folded(taps).astype(x.dtype), offsets, x.shape, str(x.dtype)),
         *(taps[0].shape[0], len(taps) - 1, device_properties(), launch),
+        alone=not transpose,
         resident=resident,
     )
     return vary_like((x, taps, bias), y)

@@ -37,7 +37,8 @@
 //   RESIDENT         blocks of a multiprocessor, for which registers are to suffice
 //   BOXED            whether images are copied as boxes, by TMA
 //   BELOW            of BOXED whether something is added to squares
-// LEVELS is the number of levels, of images of HEIGHT x WIDE, which a thread block has as a whole.
+// LEVELS is the number of levels, of images of HEIGHT x WIDE, which a thread block has as a whole. With
+// SQUARES they are the means of the squares of x, of X_HEIGHT x X_WIDE.
 
 #include "../common/tensor_cores.cuh"
 
@@ -175,6 +176,18 @@ DEVICE void copy_pixel(const Scalar* x, const Scalar* from, bool inside, int lef
     copy<2 * VECTOR>(to + 2 * i, there ? from + i : x, there);
 #endif
   }
+}
+
+DEVICE Channels pixel_at(const Scalar* __restrict__ from, int left) {
+#if VECTOR == GROUP
+  return left > 0 ? *reinterpret_cast<const Channels*>(from) : Channels{};
+#else
+  Channels result = {};
+#pragma unroll
+  for (int c = 0; c < GROUP; c++)
+    if (c < left) result.words[c / 2] |= unsigned(from[c]) << 16 * (c % 2);
+  return result;
+#endif
 }
 
 DEVICE void store_pixel(const Channels& values, int left, Scalar* to) {
@@ -739,6 +752,21 @@ struct Level {
   }
 };
 
+DEVICE Channels mean(const Channels (&squares)[4]) {
+  Channels result;
+#pragma unroll
+  for (int c = 0; c < GROUP / 2; c++) {
+    float low = 0.0f, high = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      low += 0.25f * number(Scalar(squares[k].words[c]));
+      high += 0.25f * number(Scalar(squares[k].words[c] >> 16));
+    }
+    result.words[c] = packed(low, high);
+  }
+  return result;
+}
+
 // Makes the means of the level above.
 template <int LEVEL>
 DEVICE void make_means(unsigned char* shared) {
@@ -749,21 +777,11 @@ DEVICE void make_means(unsigned char* shared) {
   for (int i = lane; i < IMAGES * Here::ROWS * Here::COLUMNS; i += 32) {
     const int column = i % Here::COLUMNS, row = i / Here::COLUMNS % Here::ROWS;
     const int image = i / (Here::COLUMNS * Here::ROWS);
-    Channels squares[4], means;
+    Channels squares[4];
 #pragma unroll
     for (int k = 0; k < 4; k++)
       squares[k] = channels_at(Above::at(shared, warp, image, 2 * row + k / 2, 2 * column + k % 2));
-#pragma unroll
-    for (int c = 0; c < GROUP / 2; c++) {
-      float low = 0.0f, high = 0.0f;
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        low += 0.25f * number(Scalar(squares[k].words[c]));
-        high += 0.25f * number(Scalar(squares[k].words[c] >> 16));
-      }
-      means.words[c] = packed(low, high);
-    }
-    *reinterpret_cast<Channels*>(Here::at(shared, warp, image, row, column)) = means;
+    *reinterpret_cast<Channels*>(Here::at(shared, warp, image, row, column)) = mean(squares);
   }
   __syncwarp();
   if constexpr (LEVEL + 1 < LEVELS) make_means<LEVEL + 1>(shared);
@@ -824,7 +842,8 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
   __syncwarp();
 }
 
-// All levels from `level` on of IMAGES images and TOGETHER channels in each block.
+// All levels from `level` on of IMAGES images and TOGETHER channels in each block, which are x, or
+// the means of x's squares.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
               const float* __restrict__ bias, int level, int count, int channels,
@@ -843,8 +862,21 @@ folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
     const int column = pixel % Here::LINE - HALO, row = pixel / Here::LINE % (2 * Here::PAIRS);
     const int which = image + pixel / Here::IMAGE;
     const bool inside = column >= 0 && column < WIDE && row < HEIGHT && which < count;
+    unsigned char* to = shared + group * Here::GROUP_BYTES + 2 * GROUP * pixel;
+#if SQUARES
+    Channels squares[4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int r = 2 * row + k / 2, c = 2 * column + k % 2;
+      if (inside && r < X_HEIGHT && c < X_WIDE)
+        squares[k] =
+            pixel_at(from + ((Offset(which) * X_HEIGHT + r) * X_WIDE + c) * channels, left);
+    }
+    *reinterpret_cast<Channels*>(to) = mean(squares);
+#else
     copy_pixel(x, from + ((Offset(which) * HEIGHT + row) * WIDE + column) * channels, inside, left,
-               shared + group * Here::GROUP_BYTES + 2 * GROUP * pixel);
+               to);
+#endif
   }
   commit();
   constexpr int END = Level<LEVELS - 1>::place() + Level<LEVELS - 1>::BYTES;

@@ -133,7 +133,10 @@ class Variant(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The constants of the kernel that does some levels of whole images, and their launch."""
+    """The constants of the kernel that does some levels of whole images.
+
+    With `squares`, the height and width of x, the images are the means of its squares.
+    """
 
     bfloat16: bool
     kernel_size: int
@@ -145,6 +148,7 @@ class Whole(NamedTuple):
     group: int
     groups: int
     resident: int
+    squares: tuple[int, int] | None = None
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
@@ -160,6 +164,8 @@ class Whole(NamedTuple):
             "GROUPS": self.groups,
             "RESIDENT": self.resident,
         }
+        if self.squares:
+            macros |= {"SQUARES": 1, "X_HEIGHT": self.squares[0], "X_WIDE": self.squares[1]}
         threads = 32 * self.groups
         return Kernel(SOURCE, "folded_levels", tuple(macros.items()), threads, self.shared())
 
@@ -274,6 +280,7 @@ def forward(
     device: Device,
     launch: Launch[AnyArray],
     *,
+    alone: bool = True,
     resident: int | None = None,
 ) -> AnyArray:
     """The wavelet convolution.
@@ -289,6 +296,8 @@ def forward(
         levels: The number of levels, at least one.
         device: The GPU.
         launch: The framework's launch function.
+        alone: Whether there is no weight gradient of the same images beside it, whose means of all
+            levels it could take.
         resident: See `planned`.
 
     Returns:
@@ -300,11 +309,15 @@ def forward(
     ]
     # The first level that is done with all below it, if one is.
     above = next((level for level, one in enumerate(together) if one), levels)
-    images = [x, *means(x, shape, dtype, min(above, levels - 1), launch)]
+    squares = alone and 0 < above < levels
+    needed = min(above, levels - 1) - squares if alone or above == 0 else levels - 1
+    images = [x, *means(x, shape, dtype, needed, launch)]
     below = None
     if above < levels and (one := together[above]):
-        n, _, _, c = size = sizes[above]
-        arguments = [images[above], taps, None if above else bias, above, n, c]
+        n, h, w, c = size = sizes[above]
+        if squares:
+            one = one._replace(squares=sizes[above - 1][1:3])
+        arguments = [images[above - squares], taps, None if above else bias, above, n, c]
         (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
     for level in reversed(range(above)):
         n, h, w, c = size = sizes[level]

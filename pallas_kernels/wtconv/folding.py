@@ -70,9 +70,9 @@ def gradients(kernel_size: int) -> np.ndarray:
         kernel_size: 3, 5 or 7.
 
     Returns:
-        float32 `[16 * k * k + 1, 5 * k * k + 1]`: the factors with which the gradients of the folded
-        taps, in the kernels' order, and of the bias are parts of those of the base's taps, of the
-        four bands' `(k, k, 4)`, and of the bias.
+        float32 `[16 * k * k + 1, 5 * k * k + 1]`: the factors with which the gradients of the
+        folded taps, in the kernels' order, and of the bias are parts of those of the base's taps,
+        of the four bands' `(k, k, 4)`, and of the bias.
     """
     sources, count = taps(kernel_size), kernel_size**2
     at = np.arange(16 * count)
