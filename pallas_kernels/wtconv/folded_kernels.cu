@@ -31,7 +31,7 @@
 //   ACROSS           blocks of four columns of an image in a tile
 //   IMAGES           images of a tile; with ACROSS a product of 16 at most, of weights exactly
 //   PAIRS            pairs of rows of a tile
-//   STAGES           pairs of rows in shared memory, at least 2
+//   STAGES           pairs of rows in shared memory, at least 2, of boxes 3
 //   GROUP            channels of a warp, 4 or 2, a multiple of VECTOR
 //   GROUPS           warps of a block
 //   RESIDENT         blocks of a multiprocessor, for which registers are to suffice
@@ -327,6 +327,15 @@ struct Walk {
 
 #if !WEIGHTS
 
+// Whether the next pair is read while one is multiplied.
+#ifndef AHEAD
+#if LEVELS
+#define AHEAD 0
+#else
+#define AHEAD 1
+#endif
+#endif
+
 // The sums of all pairs of the output that wait, those that wait longest first. The last of each
 // channel's stay zero: the pair of the output that a pair is the first for.
 typedef float Sums[GROUP][REACHED + 1][4];
@@ -353,12 +362,13 @@ DEVICE void load_taps(const unsigned* __restrict__ taps, int level, int first, i
   }
 }
 
-// Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
-// less. `from` are the places of this thread's column in two blocks, and four columns further; rows
-// and eight columns are so many bytes apart.
-DEVICE void add_pair(const unsigned char* rows, const int (&from)[2][2], int row, int eight,
-                     const Matrix& matrix, Sums& sums) {
-  Channels pixels[2][2][PARTS];
+// The pixels of a pair of rows that this thread has of two blocks.
+typedef Channels Pixels4[2][2][PARTS];
+
+// `from` are the places of this thread's column in two blocks, and four columns further; rows and
+// eight columns are so many bytes apart.
+DEVICE void read_pair(const unsigned char* rows, const int (&from)[2][2], int row, int eight,
+                      Pixels4& pixels) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
 #pragma unroll
@@ -368,28 +378,44 @@ DEVICE void add_pair(const unsigned char* rows, const int (&from)[2][2], int row
         pixels[h][r][part] = channels_at(rows + from[h][part % 2] + r * row + part / 2 * eight);
     }
   }
+}
+
+// The left-hand sides of a channel's products.
+typedef unsigned Values[PARTS][2];
+
+DEVICE void values_of(int channel, const Pixels4& pixels, Values& values) {
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+      values[part][h] = of_channel(channel, pixels[h][0][part], pixels[h][1][part]);
+  }
+}
+
+// Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
+// less.
+DEVICE void add_values(int c, const Values& values, const Matrix& matrix, Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < REACHED; i++) {
+    // The pair of the output that waits for i more pairs after this one.
+    const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
+    multiply16(sums[c][i], values[0][0], values[0][1], values[1][0], values[1][1], b[0], b[1],
+               sums[c][i + 1]);
+#if KERNEL_SIZE == 5
+    multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
+#elif KERNEL_SIZE == 7
+    multiply16(sums[c][i], values[2][0], values[2][1], values[3][0], values[3][1], b[2], b[3],
+               sums[c][i]);
+#endif
+  }
+}
+
+DEVICE void add_pair(const Pixels4& pixels, const Matrix& matrix, Sums& sums) {
 #pragma unroll
   for (int c = 0; c < GROUP; c++) {
-    unsigned values[PARTS][2];
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-      for (int h = 0; h < 2; h++)
-        values[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
-    }
-#pragma unroll
-    for (int i = 0; i < REACHED; i++) {
-      // The pair of the output that waits for i more pairs after this one.
-      const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
-      multiply16(sums[c][i], values[0][0], values[0][1], values[1][0], values[1][1], b[0], b[1],
-                 sums[c][i + 1]);
-#if KERNEL_SIZE == 5
-      multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
-#elif KERNEL_SIZE == 7
-      multiply16(sums[c][i], values[2][0], values[2][1], values[3][0], values[3][1], b[2], b[3],
-                 sums[c][i]);
-#endif
-    }
+    Values values;
+    values_of(c, pixels, values);
+    add_values(c, values, matrix, sums);
   }
 }
 
@@ -550,7 +576,9 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
       clear(sums);
     }
     if (walk.pair < pairs) {
-      add_pair(stage, from, 2 * GROUP * LOADED, 16 * GROUP, matrix, sums);
+      Pixels4 pixels;
+      read_pair(stage, from, 2 * GROUP * LOADED, 16 * GROUP, pixels);
+      add_pair(pixels, matrix, sums);
     } else {
       add_nothing(sums);
     }
@@ -683,20 +711,41 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
   }
 
   Sums sums = {};
+  Pixels4 pixels = {};
   int slot = 0, buffer = 0;
   unsigned phase = 0;
   bool begun = false;
+#if AHEAD
+  wait_for(full, 0);
+#endif
+  read_pair(shared, from, ROW, 8 * PIXEL, pixels);
 #pragma unroll 1
   while (walk.tile < tiles) {
-    wait_for(full + slot, phase);
+    const bool first = walk.pair == walk.first(), inside = walk.pair < pairs;
+    const bool whole = walk.pair - R >= walk.top;
     const unsigned char* stage = shared + slot * STAGE;
-    if (walk.pair == walk.first()) clear(sums);
-    if (walk.pair < pairs) {
-      add_pair(stage, from, ROW, 8 * PIXEL, matrix, sums);
+#if !AHEAD
+    wait_for(full + slot, phase);
+    read_pair(stage, from, ROW, 8 * PIXEL, pixels);
+#endif
+    Values values[GROUP];
+#pragma unroll
+    for (int c = 0; c < GROUP; c++) values_of(c, pixels, values[c]);
+    const int next = slot + 1 == STAGES ? 0 : slot + 1;
+    const unsigned next_phase = phase ^ unsigned(next == 0);
+    advance(walk);
+    if (AHEAD && walk.tile < tiles) {
+      wait_for(full + next, next_phase);
+      if (walk.pair < pairs) read_pair(shared + next * STAGE, from, ROW, 8 * PIXEL, pixels);
+    }
+    if (first) clear(sums);
+    if (inside) {
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) add_values(c, values[c], matrix, sums);
     } else {
       add_nothing(sums);
     }
-    if (walk.pair - R >= walk.top) {
+    if (whole) {
       unsigned char* result = results + buffer * RESULT;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -714,11 +763,8 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
     if (lane == 0) arrive(done + slot);
     if (threadIdx.x == 0 && begun) retire();
     begun = true;
-    advance(walk);
-    if (++slot == STAGES) {
-      slot = 0;
-      phase ^= 1;
-    }
+    slot = next;
+    phase = next_phase;
   }
   if (threadIdx.x != 0) return;
   retire();
@@ -816,11 +862,24 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
       square[h] = Level<LEVEL + 1>::at(shared, warp, image, 0, column / 2);
   }
   Sums sums = {};
+  constexpr int LINES = 2 * GROUP * 2 * Here::LINE;
+  Pixels4 pixels;
+#if AHEAD
+  read_pair(shared, from, LINES / 2, 16 * GROUP, pixels);
+#endif
 #pragma unroll 1
   for (int pair = 0; pair < Here::PAIRS + R; pair++) {
-    constexpr int LINES = 2 * GROUP * 2 * Here::LINE;
     if (pair < Here::PAIRS) {
-      add_pair(shared + pair * LINES, from, LINES / 2, 16 * GROUP, matrix, sums);
+#if !AHEAD
+      read_pair(shared + pair * LINES, from, LINES / 2, 16 * GROUP, pixels);
+#endif
+      Values values[GROUP];
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) values_of(c, pixels, values[c]);
+      if (AHEAD && pair + 1 < Here::PAIRS)
+        read_pair(shared + (pair + 1) * LINES, from, LINES / 2, 16 * GROUP, pixels);
+#pragma unroll
+      for (int c = 0; c < GROUP; c++) add_values(c, values[c], matrix, sums);
     } else {
       add_nothing(sums);
     }

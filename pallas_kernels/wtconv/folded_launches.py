@@ -242,7 +242,7 @@ def planned(
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
     best = min(cuts, key=lambda cut: cut.time(shape, device))
     share = device.share(best.resident)
-    while best.stages > 2 and best.shared() > share:
+    while best.stages > 2 + boxed and best.shared() > share:
         best = best._replace(stages=best.stages - 1)
     return best
 
