@@ -24,21 +24,18 @@
 //   FORWARD, LEVELS, MEANS or WEIGHTS   the kernel to compile
 //   BFLOAT16         1 bfloat16, 0 float16
 //   VECTOR           channels that one access to memory takes, a divisor of C
-// for means:
-//   DEPTH            1 or 2 levels
-// and for the others:
+// and for all but MEANS:
 //   KERNEL_SIZE      3, 5 or 7
 //   ACROSS           blocks of four columns of an image in a tile
 //   IMAGES           images of a tile; with ACROSS a product of 16 at most, of weights exactly
 //   PAIRS            pairs of rows of a tile
-//   STAGES           pairs of rows in shared memory, at least 2, of boxes 3
+//   STAGES           pairs of rows in shared memory, at least 2
 //   GROUP            channels of a warp, 4 or 2, a multiple of VECTOR
 //   GROUPS           warps of a block
 //   RESIDENT         blocks of a multiprocessor, for which registers are to suffice
 //   BOXED            whether images are copied as boxes, by TMA
 //   BELOW            of BOXED whether something is added to squares
-// LEVELS is the number of levels, of images of HEIGHT x WIDE, which a thread block has as a whole. With
-// SQUARES they are the means of the squares of x, of X_HEIGHT x X_WIDE.
+// LEVELS is the number of levels, of images of HEIGHT x WIDE, which a thread block has as a whole.
 
 #include "../common/tensor_cores.cuh"
 
@@ -81,19 +78,14 @@ DEVICE Vector<VECTOR> rounded(const float (&values)[VECTOR]) {
   return result;
 }
 
-// The means of the squares of two rows and columns, with zeros where the image has ended, and of
-// two levels also their means. A thread makes one pixel of the last of these, of VECTOR channels.
+// The means of the squares of two rows and columns, with zeros where the image has ended. A thread
+// makes VECTOR channels of a pixel.
 extern "C" __global__ void __launch_bounds__(256)
 folded_means(const Scalar* __restrict__ x, int count, int channels, int height, int width,
-             Scalar* __restrict__ first
-#if DEPTH == 2
-             , Scalar* __restrict__ second
-#endif
-) {
-  constexpr int SIDE = 1 << DEPTH;
-  const int parts = channels / VECTOR;
-  const int across = (width + SIDE - 1) / SIDE, down = (height + SIDE - 1) / SIDE;
+             Scalar* __restrict__ y) {
+  const int parts = channels / VECTOR, across = (width + 1) / 2, down = (height + 1) / 2;
   Offset at = Offset(blockIdx.x) * 256 + threadIdx.x;
+  Scalar* to = y + at * VECTOR;
   const int channel = int(at % parts) * VECTOR;
   at /= parts;
   const int column = int(at % across);
@@ -101,43 +93,23 @@ folded_means(const Scalar* __restrict__ x, int count, int channels, int height, 
   const int row = int(at % down), image = int(at / down);
   if (image >= count) return;
 
-  Vector<VECTOR> pixels[SIDE][SIDE] = {};
-  const Scalar* from = x + channel;
+  Vector<VECTOR> pixels[2][2] = {};
 #pragma unroll
-  for (int i = 0; i < SIDE; i++) {
+  for (int i = 0; i < 2; i++) {
 #pragma unroll
-    for (int j = 0; j < SIDE; j++) {
-      const int r = SIDE * row + i, c = SIDE * column + j;
+    for (int j = 0; j < 2; j++) {
+      const int r = 2 * row + i, c = 2 * column + j;
       if (r < height && c < width)
         pixels[i][j] = *reinterpret_cast<const Vector<VECTOR>*>(
-            from + ((Offset(image) * height + r) * width + c) * channels);
+            x + ((Offset(image) * height + r) * width + c) * channels + channel);
     }
   }
-  const int rows = (height + 1) / 2, columns = (width + 1) / 2;
-  float whole[VECTOR] = {};
+  float means[VECTOR];
 #pragma unroll
-  for (int i = 0; i < SIDE; i += 2) {
-#pragma unroll
-    for (int j = 0; j < SIDE; j += 2) {
-      float means[VECTOR];
-#pragma unroll
-      for (int v = 0; v < VECTOR; v++) {
-        means[v] = 0.25f * ((number(pixels[i][j].at[v]) + number(pixels[i][j + 1].at[v])) +
-                            (number(pixels[i + 1][j].at[v]) + number(pixels[i + 1][j + 1].at[v])));
-        whole[v] += 0.25f * means[v];
-      }
-      const int r = (SIDE * row + i) / 2, c = (SIDE * column + j) / 2;
-      if (r < rows && c < columns)
-        *reinterpret_cast<Vector<VECTOR>*>(
-            first + ((Offset(image) * rows + r) * columns + c) * channels + channel) =
-            rounded(means);
-    }
-  }
-#if DEPTH == 2
-  *reinterpret_cast<Vector<VECTOR>*>(
-      second + ((Offset(image) * down + row) * across + column) * channels + channel) =
-      rounded(whole);
-#endif
+  for (int v = 0; v < VECTOR; v++)
+    means[v] = 0.25f * ((number(pixels[0][0].at[v]) + number(pixels[0][1].at[v])) +
+                        (number(pixels[1][0].at[v]) + number(pixels[1][1].at[v])));
+  *reinterpret_cast<Vector<VECTOR>*>(to) = rounded(means);
 }
 
 #else
@@ -176,18 +148,6 @@ DEVICE void copy_pixel(const Scalar* x, const Scalar* from, bool inside, int lef
     copy<2 * VECTOR>(to + 2 * i, there ? from + i : x, there);
 #endif
   }
-}
-
-DEVICE Channels pixel_at(const Scalar* __restrict__ from, int left) {
-#if VECTOR == GROUP
-  return left > 0 ? *reinterpret_cast<const Channels*>(from) : Channels{};
-#else
-  Channels result = {};
-#pragma unroll
-  for (int c = 0; c < GROUP; c++)
-    if (c < left) result.words[c / 2] |= unsigned(from[c]) << 16 * (c % 2);
-  return result;
-#endif
 }
 
 DEVICE void store_pixel(const Channels& values, int left, Scalar* to) {
@@ -327,15 +287,6 @@ struct Walk {
 
 #if !WEIGHTS
 
-// Whether the next pair is read while one is multiplied.
-#ifndef AHEAD
-#if LEVELS
-#define AHEAD 0
-#else
-#define AHEAD 1
-#endif
-#endif
-
 // The sums of all pairs of the output that wait, those that wait longest first. The last of each
 // channel's stay zero: the pair of the output that a pair is the first for.
 typedef float Sums[GROUP][REACHED + 1][4];
@@ -362,13 +313,12 @@ DEVICE void load_taps(const unsigned* __restrict__ taps, int level, int first, i
   }
 }
 
-// The pixels of a pair of rows that this thread has of two blocks.
-typedef Channels Pixels4[2][2][PARTS];
-
-// `from` are the places of this thread's column in two blocks, and four columns further; rows and
-// eight columns are so many bytes apart.
-DEVICE void read_pair(const unsigned char* rows, const int (&from)[2][2], int row, int eight,
-                      Pixels4& pixels) {
+// Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
+// less. `from` are the places of this thread's column in two blocks, and four columns further; rows
+// and eight columns are so many bytes apart.
+DEVICE void add_pair(const unsigned char* rows, const int (&from)[2][2], int row, int eight,
+                     const Matrix& matrix, Sums& sums) {
+  Channels pixels[2][2][PARTS];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
 #pragma unroll
@@ -378,44 +328,28 @@ DEVICE void read_pair(const unsigned char* rows, const int (&from)[2][2], int ro
         pixels[h][r][part] = channels_at(rows + from[h][part % 2] + r * row + part / 2 * eight);
     }
   }
-}
-
-// The left-hand sides of a channel's products.
-typedef unsigned Values[PARTS][2];
-
-DEVICE void values_of(int channel, const Pixels4& pixels, Values& values) {
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-      values[part][h] = of_channel(channel, pixels[h][0][part], pixels[h][1][part]);
-  }
-}
-
-// Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
-// less.
-DEVICE void add_values(int c, const Values& values, const Matrix& matrix, Sums& sums) {
-#pragma unroll
-  for (int i = 0; i < REACHED; i++) {
-    // The pair of the output that waits for i more pairs after this one.
-    const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
-    multiply16(sums[c][i], values[0][0], values[0][1], values[1][0], values[1][1], b[0], b[1],
-               sums[c][i + 1]);
-#if KERNEL_SIZE == 5
-    multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
-#elif KERNEL_SIZE == 7
-    multiply16(sums[c][i], values[2][0], values[2][1], values[3][0], values[3][1], b[2], b[3],
-               sums[c][i]);
-#endif
-  }
-}
-
-DEVICE void add_pair(const Pixels4& pixels, const Matrix& matrix, Sums& sums) {
 #pragma unroll
   for (int c = 0; c < GROUP; c++) {
-    Values values;
-    values_of(c, pixels, values);
-    add_values(c, values, matrix, sums);
+    unsigned values[PARTS][2];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+        values[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
+    }
+#pragma unroll
+    for (int i = 0; i < REACHED; i++) {
+      // The pair of the output that waits for i more pairs after this one.
+      const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
+      multiply16(sums[c][i], values[0][0], values[0][1], values[1][0], values[1][1], b[0], b[1],
+                 sums[c][i + 1]);
+#if KERNEL_SIZE == 5
+      multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
+#elif KERNEL_SIZE == 7
+      multiply16(sums[c][i], values[2][0], values[2][1], values[3][0], values[3][1], b[2], b[3],
+                 sums[c][i]);
+#endif
+    }
   }
 }
 
@@ -576,9 +510,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
       clear(sums);
     }
     if (walk.pair < pairs) {
-      Pixels4 pixels;
-      read_pair(stage, from, 2 * GROUP * LOADED, 16 * GROUP, pixels);
-      add_pair(pixels, matrix, sums);
+      add_pair(stage, from, 2 * GROUP * LOADED, 16 * GROUP, matrix, sums);
     } else {
       add_nothing(sums);
     }
@@ -711,41 +643,20 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
   }
 
   Sums sums = {};
-  Pixels4 pixels = {};
   int slot = 0, buffer = 0;
   unsigned phase = 0;
   bool begun = false;
-#if AHEAD
-  wait_for(full, 0);
-#endif
-  read_pair(shared, from, ROW, 8 * PIXEL, pixels);
 #pragma unroll 1
   while (walk.tile < tiles) {
-    const bool first = walk.pair == walk.first(), inside = walk.pair < pairs;
-    const bool whole = walk.pair - R >= walk.top;
-    const unsigned char* stage = shared + slot * STAGE;
-#if !AHEAD
     wait_for(full + slot, phase);
-    read_pair(stage, from, ROW, 8 * PIXEL, pixels);
-#endif
-    Values values[GROUP];
-#pragma unroll
-    for (int c = 0; c < GROUP; c++) values_of(c, pixels, values[c]);
-    const int next = slot + 1 == STAGES ? 0 : slot + 1;
-    const unsigned next_phase = phase ^ unsigned(next == 0);
-    advance(walk);
-    if (AHEAD && walk.tile < tiles) {
-      wait_for(full + next, next_phase);
-      if (walk.pair < pairs) read_pair(shared + next * STAGE, from, ROW, 8 * PIXEL, pixels);
-    }
-    if (first) clear(sums);
-    if (inside) {
-#pragma unroll
-      for (int c = 0; c < GROUP; c++) add_values(c, values[c], matrix, sums);
+    const unsigned char* stage = shared + slot * STAGE;
+    if (walk.pair == walk.first()) clear(sums);
+    if (walk.pair < pairs) {
+      add_pair(stage, from, ROW, 8 * PIXEL, matrix, sums);
     } else {
       add_nothing(sums);
     }
-    if (whole) {
+    if (walk.pair - R >= walk.top) {
       unsigned char* result = results + buffer * RESULT;
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -763,8 +674,11 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
     if (lane == 0) arrive(done + slot);
     if (threadIdx.x == 0 && begun) retire();
     begun = true;
-    slot = next;
-    phase = next_phase;
+    advance(walk);
+    if (++slot == STAGES) {
+      slot = 0;
+      phase ^= 1;
+    }
   }
   if (threadIdx.x != 0) return;
   retire();
@@ -863,23 +777,10 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
   }
   Sums sums = {};
   constexpr int LINES = 2 * GROUP * 2 * Here::LINE;
-  Pixels4 pixels;
-#if AHEAD
-  read_pair(shared, from, LINES / 2, 16 * GROUP, pixels);
-#endif
 #pragma unroll 1
   for (int pair = 0; pair < Here::PAIRS + R; pair++) {
     if (pair < Here::PAIRS) {
-#if !AHEAD
-      read_pair(shared + pair * LINES, from, LINES / 2, 16 * GROUP, pixels);
-#endif
-      Values values[GROUP];
-#pragma unroll
-      for (int c = 0; c < GROUP; c++) values_of(c, pixels, values[c]);
-      if (AHEAD && pair + 1 < Here::PAIRS)
-        read_pair(shared + (pair + 1) * LINES, from, LINES / 2, 16 * GROUP, pixels);
-#pragma unroll
-      for (int c = 0; c < GROUP; c++) add_values(c, values[c], matrix, sums);
+      add_pair(shared + pair * LINES, from, LINES / 2, 16 * GROUP, matrix, sums);
     } else {
       add_nothing(sums);
     }
@@ -901,8 +802,7 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
   __syncwarp();
 }
 
-// All levels from `level` on of IMAGES images and TOGETHER channels in each block, which are x, or
-// the means of x's squares.
+// All levels from `level` on of IMAGES images and TOGETHER channels in each block.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
               const float* __restrict__ bias, int level, int count, int channels,
@@ -921,21 +821,8 @@ folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
     const int column = pixel % Here::LINE - HALO, row = pixel / Here::LINE % (2 * Here::PAIRS);
     const int which = image + pixel / Here::IMAGE;
     const bool inside = column >= 0 && column < WIDE && row < HEIGHT && which < count;
-    unsigned char* to = shared + group * Here::GROUP_BYTES + 2 * GROUP * pixel;
-#if SQUARES
-    Channels squares[4] = {};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const int r = 2 * row + k / 2, c = 2 * column + k % 2;
-      if (inside && r < X_HEIGHT && c < X_WIDE)
-        squares[k] =
-            pixel_at(from + ((Offset(which) * X_HEIGHT + r) * X_WIDE + c) * channels, left);
-    }
-    *reinterpret_cast<Channels*>(to) = mean(squares);
-#else
     copy_pixel(x, from + ((Offset(which) * HEIGHT + row) * WIDE + column) * channels, inside, left,
-               to);
-#endif
+               shared + group * Here::GROUP_BYTES + 2 * GROUP * pixel);
   }
   commit();
   constexpr int END = Level<LEVELS - 1>::place() + Level<LEVELS - 1>::BYTES;
@@ -1048,27 +935,17 @@ struct Products {
   }
 };
 
-// The place of a product's result in a warp's memory: row m of column n.
-DEVICE int result_at(int set, int m, int n) { return (set * 16 + m) * 8 + n; }
-
-// The same of pair of rows `pair`, row and column of x, and column n of the pair of rows of dy.
-DEVICE int product_at(int pair, int row, int column, int n) {
-  if (column < 8 * WHOLE) return result_at(WHOLE * pair + column / 8, 8 * row + column % 8, n);
-  const int above = pair == 0 || pair == 3 ? 8 : 0;
-  const int set = WHOLE * REACHED + (pair == 2 ? 2 : pair > 2);
-  return result_at(set, above + 4 * row + column % 4, n);
-}
-
 // Weight gradients of the folded taps, in their order, and then the sums of dy:
-// `[programs, C, TAPS + 1]`.
+// `[programs, C, TAPS + 1]`. `table [TAPS]` has of each tap the two places of a warp's results that
+// it is the sum of, in the lower half and in the upper one.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #if BOXED
 folded_weights(BOXES x, BOXES dy,
 #else
 folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
 #endif
-               int count, int channels, int height, int width, int programs,
-               float* __restrict__ found) {
+               const unsigned* __restrict__ table, int count, int channels, int height, int width,
+               int programs, float* __restrict__ found) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   const Images images = {count, height, width, channels};
@@ -1237,8 +1114,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
 #endif
   __syncthreads();
 
-  // Through memory of the warp's own; each sum has two summands, those of columns 0 and 1 of dy and
-  // those of 2 and 3.
+  // Through memory of the warp's own: results [SETS, 16 rows of M, 8 columns of N].
   float* const own = reinterpret_cast<float*>(shared) + warp * SETS * 128;
 #pragma unroll
   for (int c = 0; c < GROUP; c++) {
@@ -1246,23 +1122,19 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
     for (int i = 0; i < SETS; i++) {
 #pragma unroll
       for (int k = 0; k < 4; k++)
-        own[result_at(i, g + k / 2 * 8, 2 * t + k % 2)] = products.sums[c][i][k];
+        own[(16 * i + g + k / 2 * 8) * 8 + 2 * t + k % 2] = products.sums[c][i][k];
     }
     __syncwarp();
     const int channel = chunk + GROUP * warp + c;
     if (channel < channels) {
       float* to = found + (Offset(first) * channels + channel) * (TAPS + 1);
-#pragma unroll 1
-      for (int tap = lane; tap < TAPS; tap += 32) {
-        const int row = tap % 2, n = tap / 2 % 2 * 4 + tap / 4 % 2;
-        const int column = tap / 8 % (2 * KERNEL_SIZE), pair = tap / 8 / (2 * KERNEL_SIZE);
-        to[tap] = own[product_at(pair, row, column, n)] +
-                  own[product_at(pair, row, column + 2, n + 2)];
-      }
+#pragma unroll 4
+      for (int tap = lane; tap < TAPS; tap += 32)
+        to[tap] = own[table[tap] & 0xffff] + own[table[tap] >> 16];
       if (lane == 0) {
         float sum = 0.0f;
 #pragma unroll
-        for (int n = 0; n < 8; n++) sum += own[result_at(SETS - 1, 8, n)];
+        for (int n = 0; n < 8; n++) sum += own[(16 * (SETS - 1) + 8) * 8 + n];
         to[TAPS] = sum;
       }
     }

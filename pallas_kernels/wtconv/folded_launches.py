@@ -22,6 +22,8 @@ _BFLOAT16 = 80
 """The compute capability times ten from which on tensor cores take bfloat16."""
 _BLOCKS = 16
 """Blocks of four columns that a product has rows for."""
+_SMALL = 16
+"""The largest images that one launch does all levels of: larger ones took as long, on an H200."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
 _MEANS_THREADS = 256
@@ -133,10 +135,7 @@ class Variant(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The constants of the kernel that does some levels of whole images.
-
-    With `squares`, the height and width of x, the images are the means of its squares.
-    """
+    """The constants of the kernel that does some levels of whole images."""
 
     bfloat16: bool
     kernel_size: int
@@ -148,7 +147,6 @@ class Whole(NamedTuple):
     group: int
     groups: int
     resident: int
-    squares: tuple[int, int] | None = None
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
@@ -164,8 +162,6 @@ class Whole(NamedTuple):
             "GROUPS": self.groups,
             "RESIDENT": self.resident,
         }
-        if self.squares:
-            macros |= {"SQUARES": 1, "X_HEIGHT": self.squares[0], "X_WIDE": self.squares[1]}
         threads = 32 * self.groups
         return Kernel(SOURCE, "folded_levels", tuple(macros.items()), threads, self.shared())
 
@@ -242,7 +238,7 @@ def planned(
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
     best = min(cuts, key=lambda cut: cut.time(shape, device))
     share = device.share(best.resident)
-    while best.stages > 2 + boxed and best.shared() > share:
+    while best.stages > 2 and best.shared() > share:
         best = best._replace(stages=best.stages - 1)
     return best
 
@@ -257,7 +253,7 @@ def whole(
     """
     n, h, w, c = shape
     across = cdiv(w, 4)
-    if across > _BLOCKS:
+    if max(h, w) > _SMALL:
         return None
     group = 2 if kernel_size == 7 else 4
     found = Whole(
@@ -280,7 +276,6 @@ def forward(
     device: Device,
     launch: Launch[AnyArray],
     *,
-    alone: bool = True,
     resident: int | None = None,
 ) -> AnyArray:
     """The wavelet convolution.
@@ -296,8 +291,6 @@ def forward(
         levels: The number of levels, at least one.
         device: The GPU.
         launch: The framework's launch function.
-        alone: Whether there is no weight gradient of the same images beside it, whose means of all
-            levels it could take.
         resident: See `planned`.
 
     Returns:
@@ -309,15 +302,11 @@ def forward(
     ]
     # The first level that is done with all below it, if one is.
     above = next((level for level, one in enumerate(together) if one), levels)
-    squares = alone and 0 < above < levels
-    needed = min(above, levels - 1) - squares if alone or above == 0 else levels - 1
-    images = [x, *means(x, shape, dtype, needed, launch)]
+    images = [x, *means(x, shape, dtype, min(above, levels - 1), launch)]
     below = None
     if above < levels and (one := together[above]):
-        n, h, w, c = size = sizes[above]
-        if squares:
-            one = one._replace(squares=sizes[above - 1][1:3])
-        arguments = [images[above - squares], taps, None if above else bias, above, n, c]
+        n, _, _, c = size = sizes[above]
+        arguments = [images[above], taps, None if above else bias, above, n, c]
         (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
     for level in reversed(range(above)):
         n, h, w, c = size = sizes[level]
@@ -350,24 +339,21 @@ def means(
         An array a level, in x's dtype.
     """
     found: list[AnyArray] = []
-    while len(found) < levels:
-        depth = min(2, levels - len(found))
-        n, h, w, c = _means_shape(shape, len(found))
-        vector = math.gcd(8, c)
-        sizes = [_means_shape((n, h, w, c), level) for level in range(1, depth + 1)]
-        macros = {"MEANS": 1, "BFLOAT16": int(dtype == "bfloat16")}
-        macros |= {"VECTOR": vector, "DEPTH": depth}
-        kernel = Kernel(SOURCE, "folded_means", tuple(macros.items()), _MEANS_THREADS, 0)
-        blocks = cdiv(math.prod(sizes[-1]) // vector, _MEANS_THREADS)
+    vector = math.gcd(8, shape[-1])
+    macros = {"MEANS": 1, "BFLOAT16": int(dtype == "bfloat16"), "VECTOR": vector}
+    kernel = Kernel(SOURCE, "folded_means", tuple(macros.items()), _MEANS_THREADS, 0)
+    for level in range(levels):
+        (n, h, w, c), size = (_means_shape(shape, level + i) for i in range(2))
+        blocks = cdiv(math.prod(size) // vector, _MEANS_THREADS)
         image = found[-1] if found else x
-        outputs: list[Output] = [(size, dtype) for size in sizes]
-        found += launch(kernel, [image, n, c, h, w], outputs, blocks)
+        found += launch(kernel, [image, n, c, h, w], [(size, dtype)], blocks)
     return found
 
 
 def weight_grad(
     x: AnyArray,
     dy: AnyArray,
+    table: AnyArray,
     shape: tuple[int, ...],
     dtype: str,
     kernel_size: int,
@@ -382,6 +368,7 @@ def weight_grad(
     Args:
         x: Contiguous images `[N, H, W, C]`.
         dy: The gradient of the output, of x's shape and dtype.
+        table: `folding.products(kernel_size)`.
         shape: x's.
         dtype: x's, "bfloat16" or "float16".
         kernel_size: One of `KERNEL_SIZES`.
@@ -401,7 +388,7 @@ def weight_grad(
         variant = planned("weights", size, dtype, kernel_size, device, resident)
         n, h, w, c = size
         programs = variant.programs(size, device)
-        arguments = [of_x[level], of_dy[level], n, c, h, w, programs]
+        arguments = [of_x[level], of_dy[level], table, n, c, h, w, programs]
         output: Output = ((programs, c, 16 * kernel_size**2 + 1), "float32")
         blocks = programs * variant.chunks(size)
         found += launch(variant.compiled(), arguments, [output], blocks)

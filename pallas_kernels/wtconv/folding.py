@@ -82,3 +82,32 @@ def gradients(kernel_size: int) -> np.ndarray:
         result[at, count + 4 * sources.tap.ravel() + band] = sources.signs[..., band].ravel()
     result[-1, -1] = 1
     return result
+
+
+@cache
+def products(kernel_size: int) -> np.ndarray:
+    """The two products of a weight gradient that the gradient of each folded tap is the sum of.
+
+    Args:
+        kernel_size: 3, 5 or 7.
+
+    Returns:
+        int32 `[16 * k * k]`, in the kernels' order: the number of one result of a channel, and
+        65536 times that of the other.
+    """
+    mixed, whole = kernel_size == 5, 2 if kernel_size == 7 else 1
+    pair, j, column, row, half = np.indices((kernel_size, 2 * kernel_size, 2, 2, 2))
+
+    def number(more: int) -> np.ndarray:
+        """Of the results of two columns further of x and of dy."""
+        at, n = j + more, 4 * row + column + more
+        product, m = whole * pair + at // 8, 8 * half + at % 8
+        if mixed:
+            # The last four columns: pairs 1 and 0, 4 and 3, and 2.
+            last = at >= 8
+            product = np.where(last, kernel_size + np.array([0, 0, 2, 1, 1])[pair], product)
+            above = np.array([8, 0, 0, 8, 0])[pair]
+            m = np.where(last, above + 4 * half + at % 4, m)
+        return (product * 16 + m) * 8 + n
+
+    return (number(0) + (number(2) << 16)).ravel().astype(np.int32)

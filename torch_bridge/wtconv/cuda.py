@@ -145,7 +145,15 @@ def _folded_weight_grad(x: Tensor, dy: Tensor, kernel_size: int, levels: int) ->
     """The gradients of the taps in 16 bits."""
     images = _images(x)
     found = folded_launches.weight_grad(
-        *(_pixels(x), _pixels(dy), images.shape, images.dtype, kernel_size, levels),
+        *(
+            _pixels(x),
+            _pixels(dy),
+            _products(kernel_size, x.device),
+            images.shape,
+            images.dtype,
+            kernel_size,
+            levels,
+        ),
         *(device_of(x.device), launch),
     )
     count, parts = kernel_size**2, []
@@ -157,6 +165,11 @@ def _folded_weight_grad(x: Tensor, dy: Tensor, kernel_size: int, levels: int) ->
             parts.append(whole[:, :count])
         parts.append(whole[:, count:-1].reshape(-1, count, 4).transpose(1, 2))
     return [part.reshape(-1, 1, kernel_size, kernel_size).contiguous() for part in parts]
+
+
+@cache
+def _products(kernel_size: int, device: torch.device) -> Tensor:
+    return torch.tensor(folding.products(kernel_size), device=device)
 
 
 @cache
