@@ -250,7 +250,7 @@ typedef Pixels<WIDTH> Outputs;
 // The pairs of rows that a thread block treats, tile after tile.
 struct Walk {
   int tile;
-  int image, left, top, bottom;  // Of the tile: its first image and column, its pairs of rows.
+  int image, left, top;  // Of the tile: its first image and column, its first pair of rows.
   int pair;
 
   DEVICE static int tiles(const Images& images) {
@@ -264,7 +264,6 @@ struct Walk {
     const int down = (pairs + PAIRS - 1) / PAIRS;
     left = tile % across * WIDTH;
     top = tile / across % down * PAIRS;
-    bottom = min(top + PAIRS, pairs);
     image = tile / across / down * IMAGES;
     pair = first();
   }
@@ -276,6 +275,10 @@ struct Walk {
 #else
     return max(top - R, 0);
 #endif
+  }
+
+  DEVICE int bottom(const Images& images) const {
+    return min(top + PAIRS, (images.height + 1) / 2);
   }
 
   DEVICE Offset pixel(const Images& images, int pair) const {
@@ -464,7 +467,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
         copy_pixel(x, below + over_at + Offset(done) * squares * channels, true, left,
                    stage + Inputs::BYTES + int(threadIdx.x) % GROUPS * BELOW_GROUP +
                        2 * GROUP * over);
-      if (++loading.pair == loading.bottom + R) {
+      if (++loading.pair == loading.bottom(images) + R) {
         loading.tile += programs;
         loading.enter(images);
       }
@@ -531,7 +534,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
       stored = outputs.inside(images, done);
       stored_at = walk.pixel(images, done) + mine;
     }
-    if (++walk.pair == walk.bottom + R) {
+    if (++walk.pair == walk.bottom(images) + R) {
       walk.tile += programs;
       walk.enter(images);
     }
@@ -573,7 +576,7 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
   walk.enter(images);
   storing.enter(images);
   auto advance = [&](Walk& at) {
-    if (++at.pair < at.bottom + R) return;
+    if (++at.pair < at.bottom(images) + R) return;
     at.tile += programs;
     at.enter(images);
   };
@@ -977,7 +980,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
   // A pair of dy is multiplied by the pairs of x from R above to R below it: x comes R steps later.
   // After the image's last pair there is one that is zero, whose neighbour above is still to do.
   auto advance = [&](Walk& at) {
-    if (++at.pair < min(at.bottom + R, pairs + MIXED) + R) return;
+    if (++at.pair < min(at.bottom(images) + R, pairs + MIXED) + R) return;
     at.tile += programs;
     at.enter(images);
   };
@@ -994,7 +997,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
     if (loading.tile >= tiles) return;
     unsigned char* stage = shared + slot * STAGE;
     const int other = loading.pair - R;
-    const bool of_dy = loading.pair < loading.bottom;
+    const bool of_dy = loading.pair < loading.bottom(images);
     expect(full + slot, (other >= 0 ? ROWS : 0) + (of_dy ? 2 * WIDTH * PIXEL * IMAGES : 0));
     if (other >= 0)
       load_box(stage, x, full + slot, chunk, loading.left - HALO, 2 * other, loading.image);
@@ -1031,7 +1034,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
       if (other >= 0)
         inputs.load(x, x + loading.pixel(images, other) + mine, inputs.inside(images, other), left,
                     stage);
-      if (loading.pair < loading.bottom)
+      if (loading.pair < loading.bottom(images))
         outputs.load(dy, dy + loading.pixel(images, loading.pair) + mine,
                      outputs.inside(images, loading.pair), left, stage + ROWS);
       advance(loading);
@@ -1059,7 +1062,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
     for (int e = 0; e < 2; e++) {
 #pragma unroll
       for (int f = 0; f < 2; f++)
-        of[e][f] = walk.pair < walk.bottom ? channels_at(stage + of_dy + later(e, f, WIDTH))
+        of[e][f] = walk.pair < walk.bottom(images) ? channels_at(stage + of_dy + later(e, f, WIDTH))
                                            : Channels{};
     }
     products.push(of);

@@ -122,7 +122,7 @@ FAULTS = {
         "const int done = loading.pair;",
     ),
     "pairs of dy": ("ring[c][i][f] = ring[c][i - 1][f];", "ring[c][i][f] = ring[c][0][f];"),
-    "the last pair of x": ("min(at.bottom + R, pairs + MIXED)", "min(at.bottom + R, pairs)"),
+    "the last pair of x": ("bottom(images) + R, pairs + MIXED)", "bottom(images) + R, pairs)"),
 }
 
 
