@@ -33,7 +33,7 @@ FOLDED = {
     "sm_100a": (208, 245, 186),
     "sm_120": (240, 255, 234),
 }
-"""The registers in float16 on tensor cores, kernels of 5: forward, weights, levels in one launch."""
+"""The registers on tensor cores, kernels of 5: forward, weights, levels in one launch."""
 SPILLED = 24
 """Bytes that weight gradients of 5 may spill where there are no boxes: 255 registers are all."""
 MORE = 16
