@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ HOPPER = Device(shared=232448, multiprocessors=2, boxes=True)
 
 FOLDER = Path(__file__).parent
 """The folder of the headers by which a C++ compiler takes kernels of other devices."""
+_ONE = threading.Lock()
+"""Held by a launch: a library has one set of fibers, and JAX calls back from several threads."""
 _COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-O1", "-ffp-contract=off")
 
 
@@ -92,7 +95,9 @@ class Launcher:
             count = library.parameters()
             raise TypeError(f"{kernel.name} takes {count} arguments, got {len(values)}")
         packed = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        if library.launch(packed, blocks, kernel.threads, kernel.shared, self.order):
+        with _ONE:
+            apart = library.launch(packed, blocks, kernel.threads, kernel.shared, self.order)
+        if apart:
             raise RuntimeError(f"{kernel.name}: not all threads of a block reached a barrier")
 
     def _built(self, kernel: Kernel) -> ctypes.CDLL:
