@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flash_wtconv_jax.bench.compiling import LAYERS, NETWORKS
 from pallas_kernels.common.types import Json
 from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GROUP = "flash_wtconv.bench.all"
 """The entry point group of functions that return further `Part`s of other packages."""
@@ -154,7 +157,7 @@ def is_made(out: Path, part: Part) -> bool:
     return path.exists() and not json.loads(path.read_text()).get("left")
 
 
-def merged(out: Path) -> dict[str, tuple[Json, dict[str, Callable[[Json], object]]]]:
+def merged(out: Path) -> "dict[str, tuple[Json, dict[str, Callable[[Json], Figure]]]]":
     """The reports of benchmarks in several parts that are all made, and their pictures.
 
     Args:
@@ -168,7 +171,7 @@ def merged(out: Path) -> dict[str, tuple[Json, dict[str, Callable[[Json], object
     for part in parts("gpu"):
         if part.group:
             groups.setdefault(part.group, []).append(part)
-    found = {}
+    found: dict[str, tuple[Json, dict[str, Callable[[Json], Figure]]]] = {}
     for name, every in groups.items():
         if all(is_made(out, part) for part in every):
             from flash_wtconv_jax import plots

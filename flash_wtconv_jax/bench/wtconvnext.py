@@ -27,11 +27,13 @@ MODELS: dict[str, dict[str, Callable[..., models.ConvNeXt]]] = {
 
 WORK = ("inference", "training")
 
-_NO_GRAPH = 2**30
+_NO_GRAPH = str(2**30)
 """More operations than XLA finds for a CUDA graph."""
 
-PARTS = ("stem", "downsample", "depthwise", "norm", "fold", "fc1", "slope", "fc2")
-PARTS += ("head", "loss", "optimizer")
+PARTS = (
+    *("stem", "downsample", "depthwise", "norm", "fold", "fc1", "slope", "fc2"),
+    *("head", "loss", "optimizer"),
+)
 """The scopes of networks and steps that a profile tells apart."""
 
 
@@ -96,7 +98,7 @@ def run(
                 "work": one,
                 "contender": name,
                 **_figures(times, name, baseline, batch),
-                "users": _figures(*theirs, name, baseline, batch) if theirs else None,
+                "users": _figures(theirs[0], name, baseline, batch) if theirs else None,
             }
             for name in calls
         ]
@@ -179,7 +181,9 @@ class Network:
         *,
         graphs: bool = True,
     ) -> None:
-        self.options = {} if graphs else {"xla_gpu_graph_min_graph_size": _NO_GRAPH}
+        self.options: dict[str, str | bool] = (
+            {} if graphs else {"xla_gpu_graph_min_graph_size": _NO_GRAPH}
+        )
         network = nnx.jit(lambda: make(rngs=nnx.Rngs(0), dtype=dtype))()
         self.definition, self.params, *self.rest = nnx.split(network, nnx.Param, ...)
         self.images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)

@@ -21,7 +21,7 @@ from pallas_kernels.common import sharding
 from pallas_kernels.common.arguments import Precision, checked_array, checked_precision, surely
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.gelu import gelu
-from pallas_kernels.common.types import Keywords
+from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.mlp import mlp
 
@@ -209,19 +209,19 @@ def _check(x: jax.Array, params: MlpParams, residual: jax.Array | None) -> None:
     """Raises a `ValueError` for an array whose shape does not fit the others."""
     channels, hidden = x.shape[-1:], params.kernels[0].shape[-1:]
     features = params.kernels[1].shape[-1:]
-    expected = MlpParams(
-        (channels + hidden, hidden + features),
-        (hidden, features),
-        (channels, channels),
-        params.response and (hidden, hidden),
-        None if params.layer_scale is None else features,
-    )
-    for name in MlpParams._fields:
-        shapes = jax.tree.map(jnp.shape, getattr(params, name))
-        if shapes != getattr(expected, name):
+    expected: dict[str, Tree] = {
+        "kernels": (channels + hidden, hidden + features),
+        "biases": (hidden, features),
+        "norm": (channels, channels),
+        "response": None if params.response is None else (hidden, hidden),
+        "layer_scale": None if params.layer_scale is None else features,
+    }
+    for name, shapes in expected.items():
+        got = jax.tree.map(jnp.shape, getattr(params, name))
+        if got != shapes:
             raise ValueError(
-                f"{name}: expected {getattr(expected, name)} for x {x.shape}, "
-                f"{hidden[0]} hidden channels and {features[0]} features, got {shapes}"
+                f"{name}: expected {shapes} for x {x.shape}, {hidden[0]} hidden channels and "
+                f"{features[0]} features, got {got}"
             )
     if residual is not None and residual.shape != x.shape[:-1] + features:
         raise ValueError(

@@ -484,7 +484,12 @@ class Block(nnx.Module):
         mlp, norm = self.mlp, self.norm
         if type(mlp) is not Mlp or type(norm) is not nnx.LayerNorm:
             return False
-        return type(mlp.fc1) is nnx.Linear and type(mlp.fc2) is nnx.Linear
+        layers = mlp.fc1, mlp.fc2
+        plain = all(
+            type(layer) is nnx.Linear and layer.dot_general is jax.lax.dot_general
+            for layer in layers
+        )
+        return plain and None not in (norm.scale, norm.bias, *(layer.bias for layer in layers))
 
 
 class Mlp(nnx.Module):
@@ -519,14 +524,16 @@ class Mlp(nnx.Module):
         residual: jax.Array | None = None,
     ) -> jax.Array:
         """Map `[N, H, W, dim]` to the same shape: LayerNorm first, layer scale and a sum last."""
+        fc1, fc2 = self.fc1, self.fc2
+        assert fc1.bias is not None and fc2.bias is not None
+        assert norm.scale is not None and norm.bias is not None
         params = functional.MlpParams(
-            (self.fc1.kernel[...], self.fc2.kernel[...]),
-            (self.fc1.bias[...], self.fc2.bias[...]),
+            (fc1.kernel[...], fc2.kernel[...]),
+            (fc1.bias[...], fc2.bias[...]),
             (norm.scale[...], norm.bias[...]),
             None if self.grn is None else (self.grn.scale[...], self.grn.bias[...]),
             gamma,
         )
-        fc1 = self.fc1
         how: Keywords = {"dtype": fc1.dtype, "precision": fc1.precision}
         return functional.norm_mlp(x, params, residual=residual, epsilon=norm.epsilon, **how)
 
