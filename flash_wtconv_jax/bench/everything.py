@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -157,7 +157,7 @@ def is_made(out: Path, part: Part) -> bool:
     return path.exists() and not json.loads(path.read_text()).get("left")
 
 
-def merged(out: Path) -> "dict[str, tuple[Json, dict[str, Callable[[Json], Figure]]]]":
+def merged(out: Path) -> "dict[str, tuple[Json, Mapping[str, Callable[[Json], Figure]]]]":
     """The reports of benchmarks in several parts that are all made, and their pictures.
 
     Args:
@@ -171,7 +171,7 @@ def merged(out: Path) -> "dict[str, tuple[Json, dict[str, Callable[[Json], Figur
     for part in parts("gpu"):
         if part.group:
             groups.setdefault(part.group, []).append(part)
-    found: dict[str, tuple[Json, dict[str, Callable[[Json], Figure]]]] = {}
+    found: dict[str, tuple[Json, Mapping[str, Callable[[Json], Figure]]]] = {}
     for name, every in groups.items():
         if all(is_made(out, part) for part in every):
             from flash_wtconv_jax import plots
