@@ -33,6 +33,8 @@ def emulate(monkeypatch, room, properties=HOPPER):
     if unavailable() is not None:
         pytest.skip(unavailable())
     launcher = Launcher(folder())
+    # What was traced before launches as it did then.
+    jax.clear_caches()
 
     def launch(kernel, arguments, outputs, blocks):
         types = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]

@@ -112,7 +112,7 @@ FAULTS = {
     "a wait": ("wait<STAGES - 2>();", ""),
     "a wait for too few": ("wait<STAGES - 2>();", "wait<STAGES - 1>();"),
     "a bound of the columns": ("at >= 0 && at < images.width", "at < images.width"),
-    "a bound of the rows": ("2 * pair + 1 < images.height ? there", "true ? there"),
+    "a bound of the rows": ("2 * pair + 1 < images.height ?", "2 * pair + 3 < images.height ?"),
     "the other channel": ("0x7632 : 0x5410", "0x5410 : 0x7632"),
     "another pair's taps": ("(REACHED - 1 - i) * PARTS", "i * PARTS"),
     "one buffer of results": ("results + step % 2 * Outputs::BYTES;", "results;"),
