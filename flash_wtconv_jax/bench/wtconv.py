@@ -18,7 +18,7 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
-from flash_wtconv_jax.bench.timing import Spread
+from flash_wtconv_jax.bench.timing import Spread, comparison
 from pallas_kernels.common import device
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
@@ -356,10 +356,9 @@ def _figures(
 
 def _speedups(times: Mapping[str, Spread], contender: str, baseline: str) -> dict[str, float]:
     """The speed of a contender over the baseline's, and over that of plain JAX."""
-    own = times[contender].median
     return {
-        "speedup": times[baseline].median / own,
-        "speedup_over_plain_jax": times[_PLAIN].median / own,
+        **comparison(times[contender], times[baseline]),
+        "speedup_over_plain_jax": times[_PLAIN].median / times[contender].median,
     }
 
 

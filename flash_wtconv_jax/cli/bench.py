@@ -522,9 +522,9 @@ def wtconv_table(report: Json) -> "Table":
             cell
             for row in both
             for cell in (
-                *(_times(row), f"{row['over_floor']:.1f}", f"{row['speedup']:.2f}"),
+                *(_times(row), f"{row['over_floor']:.1f}", _speed(row)),
                 *(
-                    (_ms(row["users"]["median_ms"]), f"{row['users']['speedup']:.2f}")
+                    (_ms(row["users"]["median_ms"]), _speed(row["users"]))
                     if both_clocks
                     else ()
                 ),
@@ -559,7 +559,7 @@ def _wtconvnext_table(report: Json) -> "Table":
         cells = []
         for row in (rows[contender, work] for work in works):
             first = row["users"] or row
-            cells += [f"{first['images_per_s']:,.0f}", f"{first['speedup']:.2f}"]
+            cells += [f"{first['images_per_s']:,.0f}", _speed(first)]
             cells += [_times(one) for one in (row["users"], row) if one]
         table.add_row(contender, *cells)
     return table
@@ -658,9 +658,9 @@ def _conv2d_table(report: Json) -> "Table":
         for row in report["rows"]:
             key = row["expression"], row["direction"], row["contender"]
             if key == (*what, mean["contender"]):
-                rate, speed = f"{row['tflops_per_s']:.3g}", f"{row['speedup']:.2f}"
-                table.add_row(row["shape"], row["contender"], _times(row), rate, speed)
-        table.add_row("mean", mean["contender"], "", "", f"{mean['speedup']:.2f}")
+                rate = f"{row['tflops_per_s']:.3g}"
+                table.add_row(row["shape"], row["contender"], _times(row), rate, _speed(row))
+        table.add_row("mean", mean["contender"], "", "", _speed(mean))
     return table
 
 
@@ -688,7 +688,7 @@ def _depthwise_table(report: Json) -> "Table":
         memory = ""
         if row["temporaries"] is not None:
             memory = f"{row['temporaries']:.1f}, {row['extra_memory']:.1f}"
-        figures = f"{row['copies']:.2f}", f"{row['speedup']:.2f}"
+        figures = f"{row['copies']:.2f}", _speed(row)
         table.add_row(row["contender"], _times(row), *figures, memory)
     return table
 
@@ -743,7 +743,7 @@ def _sparse_table(report: Json) -> "Table":
             overs = "over_arithmetic", "over_memory", "over_forward"
             figures += [f"{row[over]:.1f}" for over in overs]
             memory = "" if row["temporaries"] is None else f"{row['temporaries']:.2f}"
-            figures += [memory, f"{row['speedup']:.2f}"]
+            figures += [memory, _speed(row)]
         table.add_row(row["contender"], _times(row), *figures)
     return table
 
@@ -771,7 +771,8 @@ def _stylize_table(report: Json) -> "Table":
             table.add_row(row["contender"], row["why_not"])
             continue
         memory = f"{row['temporaries'] / 1e6:,.1f}" if "temporaries" in row else ""
-        speed, copy = (f"{row[key]:.2f}" if key in row else "" for key in ("speedup", "over_copy"))
+        speed = _speed(row) if "speedup" in row else ""
+        copy = f"{row['over_copy']:.2f}" if "over_copy" in row else ""
         table.add_row(row["contender"], _times(row), speed, memory, copy)
     return table
 
@@ -788,6 +789,14 @@ def _clock(report: Json) -> str:
 def _times(row: Json) -> str:
     middle, least, greatest = (_ms(row[f"{key}_ms"]) for key in ("median", "least", "greatest"))
     return f"{middle} ({least}-{greatest})"
+
+
+def _speed(row: Json) -> str:
+    """The speed over the baseline, unless times of one of them differ by more than twice.
+
+    Rows of an earlier version's report do not say whether they do.
+    """
+    return "too noisy to compare" if row.get("too_noisy") else f"{row['speedup']:.2f}"
 
 
 def _ms(value: float) -> str:

@@ -1,5 +1,6 @@
 """Pictures of a training: its curve, and what the network reads in images."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -100,20 +101,20 @@ def predictions(
         images: `[N, H, W]` or `[N, H, W, 1]`, background darkest.
         labels: True classes `[N]`.
         probabilities: `[N, K]`.
-        count: Number of pictures at most.
+        count: Number of pictures; more if there are more mistakes.
 
     Returns:
         The figure.
     """
     images, labels, probabilities = map(np.asarray, (images, labels, probabilities))
-    shown = _most_doubtful(labels, probabilities)[:count]
-    columns = min(8, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.25 * columns, 1.55 * rows + 0.6), dpi=DPI, layout="constrained")
     wrong = int((probabilities.argmax(axis=1) != labels).sum())
-    figure.suptitle(
-        f"{wrong} of {len(labels)} held-out digits read wrongly; then the least sure ones"
-    )
+    shown = _most_doubtful(labels, probabilities)[: max(count, wrong)]
+    columns = min(max(8, math.isqrt(len(shown))), len(shown))
+    rows = -(-len(shown) // columns)
+    high = max(1.25 * images.shape[1] / images.shape[2], 0.4) + 0.3
+    figure = Figure(figsize=(1.25 * columns, high * rows + 0.6), dpi=DPI, layout="constrained")
+    title = f"{wrong} of {len(labels)} held-out images read wrongly"
+    figure.suptitle(title + ("; then the least sure ones" if wrong < len(shown) else ""))
     for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
         axes.set_axis_off()
     for axes, index in zip(figure.axes, shown, strict=False):
