@@ -323,6 +323,32 @@ def stylize(
         _write_defaults(device_kind, benchmark.defaults(report))
 
 
+@bench.command("levels")
+def levels(
+    depth: Annotated[
+        int | None, typer.Option(help="The most levels. Default: 5, on a CPU 3.")
+    ] = None,
+    kernel_size: Annotated[int, typer.Option(help="Taps along each axis.")] = 5,
+    batch: Annotated[int | None, typer.Option(help="Images. Default: 128, on a CPU 4.")] = None,
+    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 56,
+    channels: Annotated[int, typer.Option(help="Channels of the images.")] = 96,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for levels.json.")] = Path("runs/bench"),
+) -> None:
+    """Time the layer at each number of levels, with its field and parameters, beside a 7x7."""
+    from flash_wtconv_jax.bench import levels as benchmark
+    from pallas_kernels.common.device import on_cpu
+    from pallas_kernels.wtconv.shapes import Shape
+
+    with _measuring(device, out) as progress:
+        most = (3 if on_cpu() else 5) if depth is None else depth
+        images = batch or (4 if on_cpu() else 128)
+        shape = Shape(images, size, size, channels, most, kernel_size)
+        report = benchmark.run(shape, progress, dtype)
+    tell(report, _levels_table(report), {}, out)
+
+
 @bench.command("host")
 def host(
     out: Annotated[Path, typer.Option(help="Folder for host.json.")] = Path("runs/bench"),
@@ -635,6 +661,29 @@ def _compile_table(report: Json) -> "Table":
     for row in report["rows"]:
         seconds = (f"{row[key]:.2f}" for key in ("all", *STEPS, "speedup"))
         table.add_row(row["program"], row["contender"], *seconds)
+    return table
+
+
+def _levels_table(report: Json) -> "Table":
+    """The table of a report: a row a number of levels."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"WTConv by levels, x {tuple(report['x'])}, kernel {report['kernel_size']}, "
+        f"{report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; field: the side of what an "
+        f"output sees, in pixels; x: speed over {report['baseline']}",
+    )
+    table.add_column("", no_wrap=True)
+    directions = list(dict.fromkeys(row["direction"] for row in report["rows"]))
+    for heading in ("field", "parameters", *(part for one in directions for part in (one, "x"))):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = {(row["contender"], row["direction"]): row for row in report["rows"]}
+    for contender in dict.fromkeys(name for name, _ in rows):
+        both = [rows[contender, direction] for direction in directions]
+        cells = (cell for row in both for cell in (_times(row), _speed(row)))
+        figures = f"{both[0]['field']}", f"{both[0]['parameters']:,}"
+        table.add_row(contender, *figures, *cells)
     return table
 
 

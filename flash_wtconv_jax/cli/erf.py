@@ -27,7 +27,12 @@ def erf(
     """Draw how much each input pixel moves the centre of the last feature map (log scale)."""
     from flash_wtconv_jax import environment, plots
     from flash_wtconv_jax.models import load_network
-    from flash_wtconv_jax.receptive_field import SHARES, contribution_side, network_field, reaches_border
+    from flash_wtconv_jax.receptive_field import (
+        SHARES,
+        contribution_side,
+        network_field,
+        reaches_border,
+    )
 
     environment.device()  # Where JAX has none, its reason is all there is to say.
     plots.check_path(out)

@@ -153,7 +153,9 @@ def _name_bars(
     for bar, row in zip(bars, rows, strict=True):
         if row.get("too_noisy"):
             bar.set_hatch("///")
-    named = ("noisy" if row.get("too_noisy") else text for row, text in zip(rows, texts, strict=True))
+    named = (
+        "noisy" if row.get("too_noisy") else text for row, text in zip(rows, texts, strict=True)
+    )
     axes.bar_label(bars, list(named), **style)
 
 
@@ -268,7 +270,9 @@ def static_cycles(report: Json) -> Figure:
     panels = list(dict.fromkeys((row["kernel"], row["direction"]) for row in rows))
     number = EngFormatter(places=0, sep="")
     figure = Figure(figsize=(12.0, 2.9 * len(panels)), dpi=DPI, layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+    for axes, panel in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
+    ):
         shown = [row for row in rows if (row["kernel"], row["direction"]) == panel]
         places = np.arange(len(shown))
         floors = np.array([row["floor_cycles"] for row in shown])
