@@ -16,7 +16,6 @@ from flash_wtconv_jax.bench.wtconv import (
     drawn_copies,
     drawn_params,
 )
-from flash_wtconv_jax.functional.wtconv import deepest_level
 from pallas_kernels.common.types import Json
 from pallas_kernels.depthwise import depthwise_conv2d
 from pallas_kernels.wtconv import wtconv2d
@@ -45,15 +44,9 @@ def run(
         milliseconds, and `speedup` and `too_noisy` over the convolution.
 
     Raises:
-        ValueError: An unknown dtype, or more levels than halve the image.
+        ValueError: An unknown dtype.
     """
     check_dtype(dtype)
-    deepest = deepest_level(min(shape.height, shape.width), kernel_size=shape.kernel_size)
-    if shape.levels > deepest:
-        raise ValueError(
-            f"depth is {shape.levels}, expected at most {deepest}: more levels halve no image of "
-            f"{shape.height} x {shape.width} pixels"
-        )
     clock, no_device_events = clocks.best()
     copies = drawn_copies(shape.x, shape.x, dtype)
     layers = {

@@ -326,12 +326,14 @@ def stylize(
 @bench.command("levels")
 def levels(
     depth: Annotated[
-        int | None, typer.Option(help="The most levels. Default: 5, on a CPU 3.")
+        int | None, typer.Option(min=0, help="The most levels. Default: 5, on a CPU 3.")
     ] = None,
-    kernel_size: Annotated[int, typer.Option(help="Taps along each axis.")] = 5,
-    batch: Annotated[int | None, typer.Option(help="Images. Default: 128, on a CPU 4.")] = None,
-    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 56,
-    channels: Annotated[int, typer.Option(help="Channels of the images.")] = 96,
+    kernel_size: Annotated[int, typer.Option(min=1, help="Taps along each axis.")] = 5,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images. Default: 128, on a CPU 4.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 56,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 96,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: _Device = None,
     out: Annotated[Path, typer.Option(help="Folder for levels.json.")] = Path("runs/bench"),

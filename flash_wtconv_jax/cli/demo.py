@@ -39,7 +39,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of initial values and training.")] = 0,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Passes over the training data. Default: 20 of digits, else 40."),
+        typer.Option(min=1, help="Passes over the training data. Default: 24 of digits, else 40."),
     ] = None,
     voxel_size: Annotated[
         float | None,

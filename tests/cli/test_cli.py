@@ -376,6 +376,16 @@ def test_help_lists_the_names_of_shapes():
         assert [name for name in names if name not in shown] == []
 
 
+def test_every_mistake_is_drawn():
+    plots = pytest.importorskip("flash_wtconv_jax.plots", exc_type=ImportError)
+    labels = np.arange(60) % 10
+    guesses = np.where(np.arange(60) < 40, (labels + 1) % 10, labels)
+    figure = plots.predictions(np.ones((60, 8, 20)), labels, 0.5 * np.eye(10)[guesses] + 0.05)
+    titles = [axes.get_title() for axes in figure.axes if axes.images]
+    assert len(titles) == 40 and all(", is " in title for title in titles)
+    assert figure.get_suptitle() == "40 of 60 held-out images read wrongly"
+
+
 def test_figures_are_drawn_without_a_display_and_in_matplotlib_s_own_style(tmp_path):
     plots = pytest.importorskip("flash_wtconv_jax.plots", exc_type=ImportError)
     matplotlib = pytest.importorskip("matplotlib")
