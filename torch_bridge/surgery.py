@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -64,11 +64,7 @@ def replace_depthwise(
         True
     """
     ops.OPERATOR.check_names(implementation)
-    found = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, tuple(_CONVS)) and _is_depthwise(module)
-    }
+    found = dict(_depthwise(model))
     if isinstance(model, tuple(_CONVS)):
         raise ValueError(
             f"model is a {type(model).__name__}, expected a model that contains convolutions; "
@@ -102,6 +98,20 @@ def replace_depthwise(
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, made[id(conv)])
     return list(chosen)
+
+
+def _depthwise(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, _Conv]]:
+    """The depthwise convolutions below a module by name, but for those inside of WTConv layers."""
+    # Not named_children, which names a shared module once.
+    for own, child in module._modules.items():
+        name = f"{prefix}{own}"
+        if child is None:
+            continue
+        if isinstance(child, tuple(_CONVS)):
+            if _is_depthwise(child):
+                yield name, child
+        elif not isinstance(child, tuple(LAYERS.values())):
+            yield from _depthwise(child, f"{name}.")
 
 
 def _is_depthwise(conv: _Conv) -> bool:

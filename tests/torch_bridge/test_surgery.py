@@ -60,7 +60,7 @@ def test_where_chooses():
         (nn.Conv2d(4, 4, 3, groups=4), r"its padding is \(0, 0\), not that of 'same'"),
         (nn.Conv2d(4, 4, (3, 5), padding="same", groups=4), r"its kernel \(3, 5\) is not square"),
         (nn.Conv2d(4, 8, 3, padding=1, groups=4), "it makes 8 features of 4 channels"),
-        (nn.Conv1d(4, 4, 3, 2, padding=1, groups=4), "a strided WTConv1d averages"),
+        (nn.Conv1d(4, 4, 3, 2, padding=1, groups=4), "it has stride 2, and a strided WTConv1d"),
         (nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="reflect"), "its padding_mode is"),
         (nn.Conv2d(4, 4, 4, padding=2, groups=4), r"its padding is \(2, 2\)"),
     ],
