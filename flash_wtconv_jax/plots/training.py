@@ -34,7 +34,7 @@ def training_curve(histories: Mapping[str, Sequence[Curve]]) -> Figure:
     loss_axes, error_axes = figure.subplots(1, 2)
     for colour, (name, seeds) in zip(COLOURS, histories.items(), strict=False):
         last = [100 * (1 - history.accuracy[-1]) for history in seeds]
-        text = f"{name}: {np.mean(last):.1f} % at the end"
+        text = f"{name}: {np.mean(last):.1f} %"
         if len(seeds) > 1:
             text += f" ({min(last):.1f} to {max(last):.1f})"
         for i, history in enumerate(seeds):
