@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pallas_kernels.dispatch import Choice
 from torch_bridge.wtconv import ops
@@ -65,7 +66,7 @@ def replace_depthwise(
     """
     ops.OPERATOR.check_names(implementation)
     found = dict(_depthwise(model))
-    if isinstance(model, tuple(_CONVS)):
+    if isinstance(model, _Conv):
         raise ValueError(
             f"model is a {type(model).__name__}, expected a model that contains convolutions; "
             "make a layer of torch_bridge instead"
@@ -107,7 +108,7 @@ def _depthwise(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, _Conv
         name = f"{prefix}{own}"
         if child is None:
             continue
-        if isinstance(child, tuple(_CONVS)):
+        if isinstance(child, _Conv):
             if _is_depthwise(child):
                 yield name, child
         elif not isinstance(child, tuple(LAYERS.values())):
@@ -181,5 +182,6 @@ def _wtconv(
         base.weight.requires_grad_(conv.weight.requires_grad)
     base.bias = conv.bias
     for one in layer.wavelet_scale:
-        nn.init.constant_(one.weight, scale)
-    return layer.train(conv.training)
+        nn.init.constant_(cast(Tensor, one.weight), scale)
+    layer.train(conv.training)
+    return layer
