@@ -51,6 +51,8 @@ def reduced(outputs: list[_Cell]) -> list[_Cell]:
                 found.append(output)
             continue
         data = {kind: value for kind, value in output["data"].items() if kind in _KEPT}
+        if set(data) == {"text/plain"} and " at 0x" in data["text/plain"]:
+            continue  # An address in memory.
         if "image/png" in data:
             data["image/png"] = _smaller(data["image/png"])
             # Its text is an address in memory.

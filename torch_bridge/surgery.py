@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pallas_kernels.dispatch import Choice
 from torch_bridge.wtconv import ops
-from torch_bridge.wtconv.layers import LAYERS, WTConv1d, WTConv2d, WTConv3d
+from torch_bridge.wtconv.layers import LAYERS
 
 _CONVS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -156,7 +156,7 @@ def _wtconv(
     wt_type: str,
     scale: float,
     implementation: Choice,
-) -> WTConv1d | WTConv2d | WTConv3d:
+) -> nn.Module:
     """The layer of ours with the parameters of a convolution in its base."""
     layer = LAYERS[_CONVS[type(conv)]](
         conv.in_channels,
