@@ -763,7 +763,7 @@ def _mlp_table(report: Json) -> "Table":
             table.add_section()
             table.add_row(what, style="bold")
             previous = what
-        figures = f"{row['tflops_per_s']:.3g}", f"{row['speedup']:.2f}"
+        figures = f"{row['tflops_per_s']:.3g}", _speed(row)
         table.add_row(row["contender"], _times(row), *figures)
     return table
 

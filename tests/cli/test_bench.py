@@ -892,6 +892,7 @@ class TestSpread:
         "dtype": "float32",
         "baseline": "plain jax",
         "clock": "host",
+        "users_clock": None,
         "device": {"platform": "cpu", "kind": "cpu"},
         "date": "2026-01-01",
         "roofs": {"copy_bytes_per_s": 1e9, "fma_per_s": 1e10},
@@ -911,6 +912,7 @@ class TestSpread:
                     "temporaries": None,
                     "extra_memory": None,
                     "over_floor": 2.0,
+                    "users": None,
                     **{f"{key}_ms": value for key, value in spread._asdict().items()},
                     **timing.comparison(spread, times["plain jax"]),
                 }
