@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 # Written while pip runs and removed when pip returns: an interrupted installation starts anew.
 UNFINISHED := $(VENV)/.unfinished
+NOTEBOOKS := $(filter-out notebooks/roofline.ipynb notebooks/tpu_quickstart.ipynb,$(wildcard notebooks/*.ipynb))
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
 URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 
-.PHONY: help demo test test-all test-swift lint docs docs-serve dist audit clean
+.PHONY: help demo test test-all test-swift lint notebooks docs docs-serve dist audit clean
 
 help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
@@ -19,6 +20,7 @@ help:
 	@echo "make test-all  run what only widens its tables, and test-swift where it can"
 	@echo "make test-swift  build and test the Swift package, fakes standing in for Apple's frameworks"
 	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
+	@echo "make notebooks run the notebooks and store what they show"
 	@echo "make docs      build the documentation into build/site, warnings being errors"
 	@echo "make docs-serve  show it on this machine, and anew after each change"
 	@echo "make dist      build the sdist and the wheel into dist/ and check them"
@@ -46,6 +48,10 @@ test-swift: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy \
 	    && $(BIN)/python .ci/check_files.py pyproject.toml notebooks/*.ipynb
+
+# NOTEBOOKS=notebooks/quickstart.ipynb runs one.
+notebooks: $(VENV)/.installed-test
+	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python .ci/notebooks.py $(NOTEBOOKS)
 
 docs: $(VENV)/.installed-docs
 	@$(BIN)/python .ci/reference.py && $(BIN)/python -m mkdocs build --quiet --strict

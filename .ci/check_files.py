@@ -1,6 +1,6 @@
 """Checks files that no linter reads: `python .ci/check_files.py FILE...`.
 
-A `.toml` file must parse; a notebook must be valid JSON and stored without outputs.
+A `.toml` file must parse; a notebook must be valid JSON, and its outputs those of its cells.
 """
 
 import json
@@ -8,6 +8,8 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+from notebooks import stale
 
 
 def problems(path: Path) -> Iterator[str]:
@@ -21,9 +23,7 @@ def problems(path: Path) -> Iterator[str]:
     except (ValueError, KeyError) as error:
         yield f"{path} is no valid {path.suffix} file: {error!r}"
         return
-    for number, cell in enumerate(cells, 1):
-        if cell.get("outputs") or cell.get("execution_count") is not None:
-            yield f"{path}: cell {number} is stored with outputs, clear them before you commit"
+    yield from (f"{path}: {problem}" for problem in stale(cells))
 
 
 if __name__ == "__main__":

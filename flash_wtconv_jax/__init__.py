@@ -1,6 +1,7 @@
 """Wavelet convolutions for Flax: layers (linen and nnx), models, checkpoints, tools.
 
 The layers at the top level are linen modules; their nnx twins are in `flash_wtconv_jax.nnx`.
+Beside them are the operators, functions on arrays, that `pallas_kernels` has by room.
 Importing this package is cheap: a submodule, and Flax with it, is imported when one of its names
 is first asked for.
 
@@ -48,6 +49,29 @@ if TYPE_CHECKING:
         WTConv2d,
         WTConv3d,
     )
+    from pallas_kernels.conv2d import conv2d
+    from pallas_kernels.depthwise import depthwise_conv2d
+    from pallas_kernels.haar import (
+        dwt,
+        dwt2,
+        dwt3,
+        dwtn,
+        idwt,
+        idwt2,
+        idwt3,
+        idwtn,
+        wavedec,
+        wavedec2,
+        wavedec3,
+        wavedecn,
+        waverec,
+        waverec2,
+        waverec3,
+        waverecn,
+    )
+    from pallas_kernels.sparse import Voxels, spatially_sparse_conv, spatially_sparse_depthwise_conv
+    from pallas_kernels.stylize import conv2d_instance_norm, instance_norm, residual_block
+    from pallas_kernels.wtconv import wtconv1d, wtconv2d, wtconv3d
 
     __version__: str
 
@@ -69,14 +93,41 @@ __all__ = [
     "SparsePool",
     "SparseUnpool",
     "SpatiallySparseConv",
+    "Voxels",
     "WTConv1d",
     "WTConv2d",
     "WTConv3d",
     "__version__",
+    "conv2d",
+    "conv2d_instance_norm",
     "deepest_level",
+    "depthwise_conv2d",
+    "dwt",
+    "dwt2",
+    "dwt3",
+    "dwtn",
+    "idwt",
+    "idwt2",
+    "idwt3",
+    "idwtn",
+    "instance_norm",
+    "residual_block",
+    "spatially_sparse_conv",
+    "spatially_sparse_depthwise_conv",
     "tune",
     "tuning",
+    "wavedec",
+    "wavedec2",
+    "wavedec3",
+    "wavedecn",
+    "waverec",
+    "waverec2",
+    "waverec3",
+    "waverecn",
     "weight_decay_mask",
+    "wtconv1d",
+    "wtconv2d",
+    "wtconv3d",
 ]
 
 _SUBMODULES = frozenset({"checkpoints", "linen", "models", "nnx", "surgery"})
@@ -106,6 +157,36 @@ _HOME = {
     "tuning": "autotune",
     "weight_decay_mask": "functional.weight_decay",
 }
+_OPERATORS = {
+    "conv2d": "conv2d",
+    "depthwise_conv2d": "depthwise",
+    "dwt": "haar",
+    "dwt2": "haar",
+    "dwt3": "haar",
+    "dwtn": "haar",
+    "idwt": "haar",
+    "idwt2": "haar",
+    "idwt3": "haar",
+    "idwtn": "haar",
+    "wavedec": "haar",
+    "wavedec2": "haar",
+    "wavedec3": "haar",
+    "wavedecn": "haar",
+    "waverec": "haar",
+    "waverec2": "haar",
+    "waverec3": "haar",
+    "waverecn": "haar",
+    "Voxels": "sparse",
+    "spatially_sparse_conv": "sparse",
+    "spatially_sparse_depthwise_conv": "sparse",
+    "conv2d_instance_norm": "stylize",
+    "instance_norm": "stylize",
+    "residual_block": "stylize",
+    "wtconv1d": "wtconv",
+    "wtconv2d": "wtconv",
+    "wtconv3d": "wtconv",
+}
+"""The rooms of `pallas_kernels` that the operators are in."""
 
 
 def __getattr__(name: str) -> Any:
@@ -120,6 +201,9 @@ def __getattr__(name: str) -> Any:
         value: Any = importlib.import_module(f".{name}", __name__)
     elif name in _HOME:
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    elif name in _OPERATORS:
+        room = importlib.import_module(f"pallas_kernels.{_OPERATORS[name]}")
+        value = getattr(room, name)
     elif name == "__version__":
         value = importlib.import_module("pallas_kernels.common.versions").package()
     else:

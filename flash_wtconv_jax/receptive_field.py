@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 SHARES = (0.5, 0.95)
 """Shares of the field whose squares are drawn and reported."""
 
+LEAST = 1e-4
+"""The least share of a field's greatest value that counts, and that pictures show."""
+
 _BATCH = 8
 
 
@@ -122,6 +125,25 @@ def contribution_side(field: ArrayLike, share: float) -> int:
     # A sum over another order of the same numbers: share 1 must not miss its last digit.
     enough = int(np.searchsorted(reached, share * reached[-1] * (1 - 1e-12)))
     return int(2 * distance[order][enough]) + 1
+
+
+def reaches_border(field: ArrayLike) -> bool:
+    """Whether a field goes on where its picture ends, so that its sides are lower bounds.
+
+    Args:
+        field: Field `[H, W]`, not negative.
+
+    Returns:
+        Whether a pixel of the border has `LEAST` of the greatest value or more.
+
+    Example:
+        >>> reaches_border(np.ones((4, 4))), reaches_border(np.pad([[1.0]], 2))
+        (True, False)
+    """
+    values = np.asarray(field, np.float64)
+    inside = np.zeros(values.shape, bool)
+    inside[1:-1, 1:-1] = True
+    return bool(np.any(values[~inside] >= LEAST * values.max()))
 
 
 def _check(shape: Sequence[int], samples: int) -> tuple[int, int, int]:

@@ -1,6 +1,11 @@
-"""Every notebook runs from its first cell to its last, and is stored without outputs."""
+"""Every notebook runs from its first cell to its last, and is stored with what its cells show."""
 
+import copy
 import importlib.util
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +20,19 @@ for name in ("ipykernel", "sklearn"):
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# What they show is a GPU's or a TPU's: whoever has one stores it.
+FOR_ACCELERATORS = {"roofline", "tpu_quickstart"}
+
+
+def stored(name):
+    """The module `.ci/notebooks.py`, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+notebooks = stored("notebooks")
 
 
 def notebook_id(path):
@@ -26,11 +44,21 @@ def test_there_are_notebooks():
 
 
 # Of a notebook that takes minutes, what to write in its place here.
-SHORTER = {"quickstart": ("epochs=15", "epochs=2"), "tpu_quickstart": ("[2:5]", "[2:3]")}
+SHORTER = {
+    "quickstart": ("epochs=EPOCHS", "epochs=2"),
+    "sparse_voxels": ("EPOCHS = 15", "EPOCHS = 1"),
+    "tpu_quickstart": ("[2:5]", "[2:3]"),
+}
+# Those that only a machine at rest shows anything with.
+MEASURING = {"roofline"}
+
+
+def marked(path):
+    return pytest.param(path, marks=pytest.mark.slow if path.stem in MEASURING else ())
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=notebook_id)
+@pytest.mark.parametrize("path", list(map(marked, NOTEBOOKS)), ids=map(notebook_id, NOTEBOOKS))
 def test_runs(path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     if path.stem in SHORTER:
@@ -52,22 +80,86 @@ def test_runs(path, monkeypatch):
     assert pictures, "no cell shows a picture"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=notebook_id)
-@pytest.mark.parametrize(("folder", "source"), [("notebooks", "..["), (".", "git+https://")])
-def test_a_notebook_installs_from_the_clone_that_it_lies_in(monkeypatch, path, folder, source):
-    transform = pytest.importorskip("IPython.core.inputtransformer2").TransformerManager()
-    cell = nbformat.read(path, as_version=4).cells[1]
-    shell = SimpleNamespace(run_line_magic=lambda name, line: lines.append((name, line)))
-    names, lines = {"get_ipython": lambda: shell}, []
-    monkeypatch.chdir(ROOT / folder)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    exec(transform.transform_cell(cell.source), names)
-    assert lines == [("pip", 'install -q "{source}"')]
-    assert source in names["source"]
+class TestTheFirstCell:
+    CELLS = {
+        path: "".join(json.loads(path.read_text())["cells"][1]["source"]) for path in NOTEBOOKS
+    }
+
+    @pytest.fixture
+    def installs(self, monkeypatch, tmp_path):
+        """Runs the cell in a place with some distributions and devices; returns pip's arguments."""
+
+        def run(folder, distributions=(), driver=None, returncode=0):
+            calls = []
+
+            def answer(command, **options):
+                if command[0] == "nvidia-smi":
+                    return SimpleNamespace(stdout=f"{driver}.65.06\n")
+                calls.append(command[4:] + [Path(command[-1]).read_text()])
+                return SimpleNamespace(returncode=returncode)
+
+            have = [SimpleNamespace(name=n, version=v) for n, v in distributions]
+            monkeypatch.chdir(folder)
+            monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+            monkeypatch.setattr("importlib.metadata.distributions", lambda: have)
+            monkeypatch.setattr(shutil, "which", lambda name: driver and name)
+            monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
+            monkeypatch.setattr(subprocess, "run", answer)
+            exec(self.CELLS[ROOT / "notebooks" / "quickstart.ipynb"], {})
+            (call,) = calls
+            return call
+
+        return run
+
+    def test_is_the_same_everywhere_but_for_the_extras(self):
+        def rest(cell):
+            return [line for line in cell.splitlines() if not line.startswith("extras = ")]
+
+        assert len({tuple(rest(cell)) for cell in self.CELLS.values()}) == 1
+
+    def test_takes_the_clone_that_it_lies_in_or_the_index(self, installs, tmp_path):
+        assert installs(ROOT / "notebooks")[:2] == ["-q", "..[demo]"]
+        assert installs(tmp_path)[:2] == ["-q", "flash-wtconv[demo]"]
+
+    @pytest.mark.parametrize(("driver", "extra"), [("580", "cuda13"), ("550", "cuda12")])
+    def test_fits_the_device(self, installs, tmp_path, driver, extra):
+        assert installs(tmp_path, driver=driver)[1] == f"flash-wtconv[demo,{extra}]"
+
+    def test_leaves_what_colab_has(self, installs, tmp_path):
+        have = ("jax", "0.10.2"), ("jax-cuda12-plugin", "0.10.2"), ("torch", "2.9.0+cu126")
+        _, source, _, _, constraints = installs(tmp_path, (*have, ("numpy", "2.0")), driver="580")
+        assert source == "flash-wtconv[demo]"
+        assert constraints.split() == [f"{name}=={version}" for name, version in have]
+
+    def test_says_what_to_do_where_pip_fails(self, installs, tmp_path):
+        with pytest.raises(SystemExit, match="not on PyPI yet\\? Then clone its repository"):
+            installs(tmp_path, returncode=1)
+
+    def test_does_nothing_where_the_package_is(self, monkeypatch):
+        monkeypatch.setattr(subprocess, "run", None)
+        exec(self.CELLS[NOTEBOOKS[0]], {})
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=notebook_id)
-def test_is_stored_without_outputs(path):
-    for cell in nbformat.read(path, as_version=4).cells:
-        assert not cell.get("outputs"), cell["source"]
-        assert cell.get("execution_count") is None
+def test_is_stored_with_what_its_cells_show(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert list(notebooks.stale(cells)) == []
+    if path.stem in FOR_ACCELERATORS:
+        return
+    shown = [one for cell in cells for one in cell.get("outputs", ())]
+    assert any("image/png" in one.get("data", {}) for one in shown)
+    assert str(Path.home()) not in json.dumps(shown) and sys.prefix not in json.dumps(shown)
+
+
+def test_outputs_of_another_source_are_seen():
+    cell = {"cell_type": "code", "source": ["1 + 1"], "metadata": {}, "execution_count": None}
+    cell["outputs"] = [{"output_type": "execute_result", "data": {"text/plain": "2"}}]
+    cell["metadata"]["source_hash"] = notebooks.hash_of(cell)
+    assert list(notebooks.stale([cell])) == []
+    changed, large, counted = (copy.deepcopy(cell) for _ in range(3))
+    changed["source"] = ["1 + 2"]
+    large["outputs"][0]["data"]["image/png"] = "A" * 2_000_000
+    counted["execution_count"] = 3
+    for one, fault in ((changed, "another source"), (large, "1,500,000"), (counted, "count")):
+        (found,) = notebooks.stale([one])
+        assert fault in found

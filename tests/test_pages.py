@@ -31,6 +31,7 @@ DEAR = {
     "guides/from_convnext.md",
     "guides/from_pytorch.md",
     "guides/from_sparse.md",
+    "guides/from_timm.md",
     "guides/linen_to_nnx.md",
     "quickstart.md",
     "sparse.md",

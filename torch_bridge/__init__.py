@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch_bridge import models as models
     from torch_bridge.depthwise import DepthwiseConv2d, depthwise_conv2d
     from torch_bridge.exchange import from_jax, to_jax
     from torch_bridge.sparse import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
     from torch_bridge.stylize.convolution import conv2d_instance_norm, residual_block
     from torch_bridge.stylize.layers import FusedInstanceNorm2d, replace_instance_norm
+    from torch_bridge.surgery import replace_depthwise
     from torch_bridge.wtconv.layers import WTConv1d, WTConv2d, WTConv3d
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "depthwise_conv2d",
     "from_jax",
     "kernel_map",
+    "replace_depthwise",
     "replace_instance_norm",
     "residual_block",
     "sparse_maps",
@@ -58,8 +61,11 @@ _STYLIZE = (
 
 
 def __getattr__(name: str) -> Any:
+    if name == "models":
+        return import_module("torch_bridge.models")
     if name in __all__:
         room = "exchange" if name in ("from_jax", "to_jax") else "sparse"
+        room = "surgery" if name == "replace_depthwise" else room
         room = "wtconv" if name.startswith("WTConv") else room
         room = "stylize" if name in _STYLIZE else room
         room = "depthwise" if name in _DEPTHWISE else room

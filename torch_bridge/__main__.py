@@ -9,6 +9,7 @@ def _app() -> None:
     # Here, so that a missing PyTorch is told in one line too.
     from torch_bridge.bench import bench
     from torch_bridge.check import check
+    from torch_bridge.compare import compare
 
     app = typer.Typer(
         name="python -m torch_bridge",
@@ -19,6 +20,7 @@ def _app() -> None:
     )
     app.command()(check)
     app.command()(bench)
+    app.command()(compare)
     app()
 
 

@@ -120,7 +120,7 @@ def run(
                         **{f"{key}_ms": ms for key, ms in times[contender]._asdict().items()},
                         "floor_ms": floor_ms,
                         "over_floor": times[contender].median / floor_ms,
-                        "speedup": times[_BASELINE].median / times[contender].median,
+                        **timing.comparison(times[contender], times[_BASELINE]),
                         "temporaries": temporaries,
                         "extra_memory": extra_memory,
                         "implementation": None,

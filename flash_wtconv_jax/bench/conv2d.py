@@ -14,6 +14,7 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.types import Json, Keywords, Tree
 from pallas_kernels.conv2d import conv2d
@@ -79,7 +80,7 @@ def run(
                         "contender": name,
                         **{f"{key}_ms": value for key, value in spread._asdict().items()},
                         "tflops_per_s": work * layer.operations / spread.median / 1e9,
-                        "speedup": times[_PLAIN].median / spread.median,
+                        **comparison(spread, times[_PLAIN]),
                     }
                     for name, spread in times.items()
                 ]
@@ -152,15 +153,15 @@ def _means(rows: list[Json]) -> list[Json]:
     """The geometric mean of the speedups of each expression, direction and contender."""
     names = ("expression", "direction", "contender")
     keys = list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
-    return [
-        dict(zip(names, key, strict=True))
-        | {
-            "speedup": geometric_mean(
-                row["speedup"] for row in rows if tuple(row[name] for name in names) == key
-            )
+    means = []
+    for key in keys:
+        own = [row for row in rows if tuple(row[name] for name in names) == key]
+        mean = {
+            "speedup": geometric_mean(row["speedup"] for row in own),
+            "too_noisy": any(row["too_noisy"] for row in own),
         }
-        for key in keys
-    ]
+        means.append(dict(zip(names, key, strict=True)) | mean)
+    return means
 
 
 def _compiled(function: Callable[..., jax.Array], layer: Shape, dtype: str) -> dict[str, Call]:

@@ -11,6 +11,7 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
 from pallas_kernels.common import device
 from pallas_kernels.common.types import Json, Tree
@@ -78,7 +79,7 @@ def run(
                     "copies": spread.median
                     / times[_COPY].median
                     / (1 if contender == _COPY else passes / 2),
-                    "speedup": times[_PLAIN].median / spread.median,
+                    **comparison(spread, times[_PLAIN]),
                     "temporaries": here[contender].temporaries if contender in here else None,
                     "extra_memory": here[contender].extra_memory if contender in here else None,
                 }

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
@@ -72,7 +73,7 @@ def run(
                     "contender": contender,
                     **{f"{key}_ms": value for key, value in spread._asdict().items()},
                     "tflops_per_s": operations / spread.median / 1e9,
-                    "speedup": times[_PLAIN].median / spread.median,
+                    **comparison(spread, times[_PLAIN]),
                 }
                 for contender, spread in times.items()
             ]

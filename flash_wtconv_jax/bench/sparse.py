@@ -18,7 +18,7 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
-from flash_wtconv_jax.bench.timing import Spread
+from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.types import Json, Tree
@@ -188,7 +188,7 @@ def _rows(
                 "over_arithmetic": spread.median * roofs["product_flops_per_s"] / flops / 1e3,
                 "over_memory": spread.median * roofs["copy_bytes_per_s"] / moved / 1e3,
                 "over_forward": spread.median / forward[who],
-                "speedup": times_of[_SCATTER].median / spread.median,
+                **comparison(spread, times_of[_SCATTER]),
                 "temporaries": (
                     programs[who][direction][1] / layer.x.nbytes if who in programs else None
                 ),

@@ -18,7 +18,7 @@ from flash_wtconv_jax import checkpoints, environment
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
-from flash_wtconv_jax.bench.timing import Spread
+from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from flash_wtconv_jax.models import StyleViT, TransformerNet
 from pallas_kernels.common import device
@@ -240,7 +240,7 @@ def _rows(group: _Group, times: Mapping[str, Spread]) -> list[Json]:
             continue
         row |= {f"{key}_ms": value for key, value in found._asdict().items()}
         if isinstance(baseline, Spread):
-            row["speedup"] = baseline.median / found.median
+            row |= comparison(found, baseline)
         if copy is not None:
             row["over_copy"] = found.median / copy.median
         if who in group.programs:

@@ -9,6 +9,7 @@ _ROUNDS = 5
 _CALLS = 2
 _TURN_S = 0.1
 _REST_S = 0.25
+_NOISY = 2
 
 
 class Spread(NamedTuple):
@@ -27,6 +28,25 @@ class Spread(NamedTuple):
             Spread(median=2.0, least=1.0, greatest=5.0)
         """
         return cls(median(times), min(times), max(times))
+
+
+def comparison(times: Spread, baseline: Spread) -> dict[str, float | bool]:
+    """The speed over a baseline, and whether the times allow to speak of one.
+
+    Args:
+        times: Times of what is compared.
+        baseline: Times of what it is compared with.
+
+    Returns:
+        `speedup`, the baseline's median over its own, and `too_noisy`: whether the greatest of
+        either's times is more than twice the least.
+
+    Example:
+        >>> comparison(Spread(2.0, 2.0, 2.0), Spread(3.0, 1.0, 5.0))
+        {'speedup': 1.5, 'too_noisy': True}
+    """
+    noisy = any(one.greatest > _NOISY * one.least for one in (times, baseline))
+    return {"speedup": baseline.median / times.median, "too_noisy": noisy}
 
 
 def take_turns(

@@ -18,7 +18,7 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
-from flash_wtconv_jax.bench.timing import Spread
+from flash_wtconv_jax.bench.timing import Spread, comparison
 from pallas_kernels.common import device
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
@@ -219,7 +219,8 @@ def _contenders(
 ) -> dict[str, dict[str, Contender]]:
     """Every contender of a shape, by direction."""
     copies = drawn_copies(shape.x, shape.x, dtype)
-    params, rival = _params(shape, dtype)
+    params = drawn_params(shape, dtype)
+    rival = drawn_params(shape._replace(levels=0, kernel_size=_RIVAL_SIZE), dtype)["base_kernel"]
     ours: dict[str, tuple[Callable, Tree]] = {OURS: (wtconv2d, params)}
     others: dict[str, tuple[Callable, Tree]] = {_PLAIN: (baseline_jax.wtconv, params)}
     names = implementations(shape, dtype)
@@ -266,15 +267,23 @@ def drawn_copies(
     return [(draw(of_x, shape=x), draw(of_dy, shape=dy)) for of_x, of_dy in keys]
 
 
-def _params(shape: Shape, dtype: str) -> tuple[dict[str, jax.Array], jax.Array]:
-    """The parameters of our layer, and the kernel of its rival."""
+def drawn_params(shape: Shape, dtype: str) -> dict[str, jax.Array]:
+    """The parameters of our layer, by the names that it has for them.
+
+    Args:
+        shape: The layer.
+        dtype: Dtype of all of them.
+
+    Example:
+        >>> drawn_params(Shape(1, 8, 8, 4, 1, 3), "float32")["wavelet_kernel_0"].shape
+        (3, 3, 4, 4)
+    """
     rng = np.random.default_rng(0)
     k, c = shape.kernel_size, shape.channels
     sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
     for i in range(shape.levels):
         sizes |= {f"wavelet_kernel_{i}": (k, k, 4, c), f"wavelet_scale_{i}": (4, c)}
-    params = {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in sizes.items()}
-    return params, jnp.asarray(rng.normal(size=(_RIVAL_SIZE, _RIVAL_SIZE, 1, c)), dtype)
+    return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in sizes.items()}
 
 
 def compiled_calls(
@@ -356,10 +365,9 @@ def _figures(
 
 def _speedups(times: Mapping[str, Spread], contender: str, baseline: str) -> dict[str, float]:
     """The speed of a contender over the baseline's, and over that of plain JAX."""
-    own = times[contender].median
     return {
-        "speedup": times[baseline].median / own,
-        "speedup_over_plain_jax": times[_PLAIN].median / own,
+        **comparison(times[contender], times[baseline]),
+        "speedup_over_plain_jax": times[_PLAIN].median / times[contender].median,
     }
 
 

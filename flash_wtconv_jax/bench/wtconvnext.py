@@ -13,7 +13,7 @@ from flax import nnx
 from flash_wtconv_jax import environment, models
 from flash_wtconv_jax.bench import clocks, profile
 from flash_wtconv_jax.bench.clocks import Call
-from flash_wtconv_jax.bench.timing import Spread
+from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
@@ -150,7 +150,7 @@ def _figures(times: Mapping[str, Spread], name: str, baseline: str, batch: int) 
     return {
         **{f"{key}_ms": value for key, value in times[name]._asdict().items()},
         "images_per_s": batch / median * 1e3,
-        "speedup": times[baseline].median / median,
+        **comparison(times[name], times[baseline]),
     }
 
 

@@ -323,6 +323,34 @@ def stylize(
         _write_defaults(device_kind, benchmark.defaults(report))
 
 
+@bench.command("levels")
+def levels(
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="The most levels. Default: 5, on a CPU 3.")
+    ] = None,
+    kernel_size: Annotated[int, typer.Option(min=1, help="Taps along each axis.")] = 5,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images. Default: 128, on a CPU 4.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 56,
+    channels: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 96,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for levels.json.")] = Path("runs/bench"),
+) -> None:
+    """Time the layer at each number of levels, with its field and parameters, beside a 7x7."""
+    from flash_wtconv_jax.bench import levels as benchmark
+    from pallas_kernels.common.device import on_cpu
+    from pallas_kernels.wtconv.shapes import Shape
+
+    with _measuring(device, out) as progress:
+        most = (3 if on_cpu() else 5) if depth is None else depth
+        images = batch or (4 if on_cpu() else 128)
+        shape = Shape(images, size, size, channels, most, kernel_size)
+        report = benchmark.run(shape, progress, dtype)
+    tell(report, _levels_table(report), {}, out)
+
+
 @bench.command("host")
 def host(
     out: Annotated[Path, typer.Option(help="Folder for host.json.")] = Path("runs/bench"),
@@ -522,9 +550,9 @@ def wtconv_table(report: Json) -> "Table":
             cell
             for row in both
             for cell in (
-                *(_times(row), f"{row['over_floor']:.1f}", f"{row['speedup']:.2f}"),
+                *(_times(row), f"{row['over_floor']:.1f}", _speed(row)),
                 *(
-                    (_ms(row["users"]["median_ms"]), f"{row['users']['speedup']:.2f}")
+                    (_ms(row["users"]["median_ms"]), _speed(row["users"]))
                     if both_clocks
                     else ()
                 ),
@@ -559,7 +587,7 @@ def _wtconvnext_table(report: Json) -> "Table":
         cells = []
         for row in (rows[contender, work] for work in works):
             first = row["users"] or row
-            cells += [f"{first['images_per_s']:,.0f}", f"{first['speedup']:.2f}"]
+            cells += [f"{first['images_per_s']:,.0f}", _speed(first)]
             cells += [_times(one) for one in (row["users"], row) if one]
         table.add_row(contender, *cells)
     return table
@@ -638,6 +666,29 @@ def _compile_table(report: Json) -> "Table":
     return table
 
 
+def _levels_table(report: Json) -> "Table":
+    """The table of a report: a row a number of levels."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"WTConv by levels, x {tuple(report['x'])}, kernel {report['kernel_size']}, "
+        f"{report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; field: the side of what an "
+        f"output sees, in pixels; x: speed over {report['baseline']}",
+    )
+    table.add_column("", no_wrap=True)
+    directions = list(dict.fromkeys(row["direction"] for row in report["rows"]))
+    for heading in ("field", "parameters", *(part for one in directions for part in (one, "x"))):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = {(row["contender"], row["direction"]): row for row in report["rows"]}
+    for contender in dict.fromkeys(name for name, _ in rows):
+        both = [rows[contender, direction] for direction in directions]
+        cells = (cell for row in both for cell in (_times(row), _speed(row)))
+        figures = f"{both[0]['field']}", f"{both[0]['parameters']:,}"
+        table.add_row(contender, *figures, *cells)
+    return table
+
+
 def _conv2d_table(report: Json) -> "Table":
     """The table of a report: a section an expression and direction, a row a shape and contender."""
     from rich.table import Table
@@ -658,9 +709,9 @@ def _conv2d_table(report: Json) -> "Table":
         for row in report["rows"]:
             key = row["expression"], row["direction"], row["contender"]
             if key == (*what, mean["contender"]):
-                rate, speed = f"{row['tflops_per_s']:.3g}", f"{row['speedup']:.2f}"
-                table.add_row(row["shape"], row["contender"], _times(row), rate, speed)
-        table.add_row("mean", mean["contender"], "", "", f"{mean['speedup']:.2f}")
+                rate = f"{row['tflops_per_s']:.3g}"
+                table.add_row(row["shape"], row["contender"], _times(row), rate, _speed(row))
+        table.add_row("mean", mean["contender"], "", "", _speed(mean))
     return table
 
 
@@ -688,7 +739,7 @@ def _depthwise_table(report: Json) -> "Table":
         memory = ""
         if row["temporaries"] is not None:
             memory = f"{row['temporaries']:.1f}, {row['extra_memory']:.1f}"
-        figures = f"{row['copies']:.2f}", f"{row['speedup']:.2f}"
+        figures = f"{row['copies']:.2f}", _speed(row)
         table.add_row(row["contender"], _times(row), *figures, memory)
     return table
 
@@ -712,7 +763,7 @@ def _mlp_table(report: Json) -> "Table":
             table.add_section()
             table.add_row(what, style="bold")
             previous = what
-        figures = f"{row['tflops_per_s']:.3g}", f"{row['speedup']:.2f}"
+        figures = f"{row['tflops_per_s']:.3g}", _speed(row)
         table.add_row(row["contender"], _times(row), *figures)
     return table
 
@@ -743,7 +794,7 @@ def _sparse_table(report: Json) -> "Table":
             overs = "over_arithmetic", "over_memory", "over_forward"
             figures += [f"{row[over]:.1f}" for over in overs]
             memory = "" if row["temporaries"] is None else f"{row['temporaries']:.2f}"
-            figures += [memory, f"{row['speedup']:.2f}"]
+            figures += [memory, _speed(row)]
         table.add_row(row["contender"], _times(row), *figures)
     return table
 
@@ -771,7 +822,8 @@ def _stylize_table(report: Json) -> "Table":
             table.add_row(row["contender"], row["why_not"])
             continue
         memory = f"{row['temporaries'] / 1e6:,.1f}" if "temporaries" in row else ""
-        speed, copy = (f"{row[key]:.2f}" if key in row else "" for key in ("speedup", "over_copy"))
+        speed = _speed(row) if "speedup" in row else ""
+        copy = f"{row['over_copy']:.2f}" if "over_copy" in row else ""
         table.add_row(row["contender"], _times(row), speed, memory, copy)
     return table
 
@@ -788,6 +840,14 @@ def _clock(report: Json) -> str:
 def _times(row: Json) -> str:
     middle, least, greatest = (_ms(row[f"{key}_ms"]) for key in ("median", "least", "greatest"))
     return f"{middle} ({least}-{greatest})"
+
+
+def _speed(row: Json) -> str:
+    """The speed over the baseline, unless times of one of them differ by more than twice.
+
+    Rows of an earlier version's report do not say whether they do.
+    """
+    return "too noisy to compare" if row.get("too_noisy") else f"{row['speedup']:.2f}"
 
 
 def _ms(value: float) -> str:

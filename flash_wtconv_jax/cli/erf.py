@@ -27,7 +27,12 @@ def erf(
     """Draw how much each input pixel moves the centre of the last feature map (log scale)."""
     from flash_wtconv_jax import environment, plots
     from flash_wtconv_jax.models import load_network
-    from flash_wtconv_jax.receptive_field import SHARES, contribution_side, network_field
+    from flash_wtconv_jax.receptive_field import (
+        SHARES,
+        contribution_side,
+        network_field,
+        reaches_border,
+    )
 
     environment.device()  # Where JAX has none, its reason is all there is to say.
     plots.check_path(out)
@@ -40,7 +45,9 @@ def erf(
     fields = {}
     for path, network in zip(paths, networks, strict=True):
         field = network_field(network, (size, size, network.config.in_channels))
-        sides = (f"{share:.0%} in {contribution_side(field, share)} px" for share in SHARES)
+        sides = [f"{share:.0%} in {contribution_side(field, share)} px" for share in SHARES]
+        if reaches_border(field):
+            sides.append(f"it reaches the border: try a --size above {size}")
         say(f"{path}: {', '.join(sides)}")
         fields[str(path)] = field
     # The last part of a path says enough, unless it says the same of both.

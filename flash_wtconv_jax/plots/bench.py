@@ -2,16 +2,21 @@
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
+from numpy.typing import NDArray
 
 from flash_wtconv_jax.plots.style import COLOURS, DPI, drawn
 from pallas_kernels.common.types import Json, Keywords
 
 _MARKERS = "osD^vP"
+_WHISKER: Keywords = {"ecolor": "0.2", "elinewidth": 0.8, "capsize": 1.5}
+_SPREAD = "median; whiskers: slowest and fastest run; noisy: they differ by more than twice"
 _LABEL_SHARE = 0.05
 """The share of its axis that a small label of a roofline is high."""
 
@@ -24,7 +29,9 @@ def speedups(report: Json) -> Figure:
         report: A report of `bench.wtconv.run`.
 
     Returns:
-        The figure: speeds as users have them, where the report has such times.
+        The figure: speeds as users have them, where the report has such times. Whiskers reach from
+        the slowest run to the fastest; a bar that is too noisy to compare is hatched and has no
+        figure.
     """
     # Reports of PyTorch's benchmark have one clock.
     as_users = report.get("users_clock") is not None
@@ -35,17 +42,19 @@ def speedups(report: Json) -> Figure:
     figure = Figure(figsize=(2.0 + 2.0 * len(shapes), 6.4), dpi=DPI, layout="constrained")
     for axes, direction in zip(figure.subplots(len(directions), 1), directions, strict=True):
         for i, contender in enumerate(contenders):
-            speed = [
-                row["speedup"]
+            own = [
+                row
                 for row in rows
                 if (row["direction"], row["contender"]) == (direction, contender)
             ]
+            speed = [row["speedup"] for row in own]
             width = 0.8 / len(contenders)
             places = np.arange(len(shapes)) + (i - (len(contenders) - 1) / 2) * width
             colour = COLOURS[i % len(COLOURS)]
-            bars = axes.bar(places, speed, 0.92 * width, color=colour, label=contender)
+            style: Keywords = {"color": colour, "label": contender, "error_kw": _WHISKER}
+            bars = axes.bar(places, speed, 0.92 * width, yerr=_spread(own, speed), **style)
             texts = [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in speed]
-            axes.bar_label(bars, texts, fontsize=8, padding=1)
+            _name_bars(axes, bars, own, texts, padding=1, fontsize=8)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -58,7 +67,8 @@ def speedups(report: Json) -> Figure:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     device = report["device"]["kind"]
     how = "\none jit, called back to back, caches warm, CUDA graphs on" if as_users else ""
-    figure.suptitle(f"WTConv, {report['dtype']}, {device}, {report['date']}{how}")
+    title = f"WTConv, {report['dtype']}, {device}, {report['date']}{how}\n{_SPREAD}"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -104,6 +114,7 @@ def roofline(report: Json) -> Figure:
                 "markersize": 9 - min(place, 4),
             }
             axes.plot(at, rate, linestyle="", label=row["contender"], **style)
+            axes.errorbar(at, rate, _spread([row], [rate]), **_WHISKER | {"ecolor": style["color"]})
             labels.append((rate, at, f"{100 * rate / min(at * copy, fma):.2g} %", style["color"]))
         _label_right(axes, labels, np.log10(highest / lowest) * _LABEL_SHARE)
         axes.grid(True, color="0.93")
@@ -125,6 +136,27 @@ def roofline(report: Json) -> Figure:
         fontsize=10,
     )
     return figure
+
+
+def _spread(rows: Sequence[Json], rates: Sequence[float]) -> NDArray[np.float64]:
+    """How far the rates of the slowest and the fastest run are from those of the medians."""
+    median, least, greatest = (
+        np.array([row[f"{key}_ms"] for row in rows]) for key in ("median", "least", "greatest")
+    )
+    return np.abs(np.asarray(rates) * (median / np.array([greatest, least]) - 1))
+
+
+def _name_bars(
+    axes: Axes, bars: BarContainer, rows: Sequence[Json], texts: Sequence[str], **style: Any
+) -> None:
+    """Labels each bar with its text; hatches the noisy ones, whose text says that they are."""
+    for bar, row in zip(bars, rows, strict=True):
+        if row.get("too_noisy"):
+            bar.set_hatch("///")
+    named = (
+        "noisy" if row.get("too_noisy") else text for row, text in zip(rows, texts, strict=True)
+    )
+    axes.bar_label(bars, list(named), **style)
 
 
 def _label_right(axes: Axes, labels: Sequence[tuple[float, float, str, str]], apart: float) -> None:
@@ -164,8 +196,9 @@ def throughput(report: Json) -> Figure:
         shown = [row for row in rows if row["work"] == work]
         names = [row["contender"] for row in shown]
         rates = [row["images_per_s"] for row in shown]
-        bars = axes.bar(names, rates, 0.6, color=COLOURS[: len(shown)])
-        axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=2)
+        style: Keywords = {"color": COLOURS[: len(shown)], "error_kw": _WHISKER}
+        bars = axes.bar(names, rates, 0.6, yerr=_spread(shown, rates), **style)
+        _name_bars(axes, bars, shown, [f"{rate:,.0f}" for rate in rates], padding=2)
         axes.margins(y=0.12)
         axes.set_title(work)
         axes.set_ylabel("images a second")
@@ -173,7 +206,7 @@ def throughput(report: Json) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{report['model']}, batch {report['batch']}, {report['size']} x {report['size']}, "
-        f"{report['dtype']}\n{report['device']['kind']}, {report['date']}",
+        f"{report['dtype']}\n{report['device']['kind']}, {report['date']}\n{_SPREAD}",
         fontsize=10,
     )
     return figure
@@ -201,57 +234,80 @@ def ladders(report: Json) -> Figure:
         names = [row["contender"] for row in rows]
         times = [row["median_ms"] for row in rows]
         own = [COLOURS[0] if name.startswith("flash") else "0.6" for name in names]
-        bars = axes.barh(names, times, 0.7, color=own)
+        ends = [[row["median_ms"] - row["least_ms"] for row in rows]]
+        ends += [[row["greatest_ms"] - row["median_ms"] for row in rows]]
+        bars = axes.barh(names, times, 0.7, color=own, xerr=ends, error_kw=_WHISKER)
         texts = [
             f"{row['median_ms']:.3g} ms" + (f", {row['speedup']:.2f}x" if "speedup" in row else "")
             for row in rows
         ]
-        axes.bar_label(bars, texts, fontsize=7, padding=2)
+        _name_bars(axes, bars, rows, texts, padding=2, fontsize=7)
         axes.invert_yaxis()
         axes.margins(x=0.25)
         axes.tick_params(labelsize=7)
         axes.set_title(f"{', '.join(what)}; over {rows[0]['baseline']}", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Style transfer, {report['device']['kind']}, {report['date']}")
+    figure.suptitle(
+        f"Style transfer, {report['device']['kind']}, {report['date']}\n{_SPREAD}", fontsize=10
+    )
     return figure
 
 
 @drawn
 def static_cycles(report: Json) -> Figure:
-    """Bars of static cycles: ours, XLA's and the floor, a panel a kernel and direction, log scale.
+    """A bar for each kernel, of its static cycles, a panel a kernel and direction, log scale.
+
+    A kernel waits for memory longer than its bundles say where the traffic alone takes longer: no
+    bar ends below its floor.
 
     Args:
         report: A report of `aot.report.run`.
 
     Returns:
-        The figure.
+        The figure. Dashes in the bars are the floors, diamonds XLA's estimates of its own programs.
     """
     rows = report["rows"]
     panels = list(dict.fromkeys((row["kernel"], row["direction"]) for row in rows))
-    bars = {
-        "floor_cycles": "floor (arithmetic or traffic)",
-        "cycles": "our kernels (without waiting for memory)",
-        "xla_cycles": "XLA (its cost model)",
-    }
     number = EngFormatter(places=0, sep="")
-    figure = Figure(figsize=(12.0, 3.4 * len(panels)), dpi=DPI, layout="constrained")
-    for axes, panel in zip(figure.subplots(len(panels), 1), panels, strict=True):
+    figure = Figure(figsize=(12.0, 2.9 * len(panels)), dpi=DPI, layout="constrained")
+    for axes, panel in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True
+    ):
         shown = [row for row in rows if (row["kernel"], row["direction"]) == panel]
-        for i, (key, label) in enumerate(bars.items()):
-            places = np.arange(len(shown)) + (i - 1) * 0.27
-            heights = [row[key] or np.nan for row in shown]
-            drawn = axes.bar(places, heights, 0.25, color=COLOURS[i], label=label)
-            texts = [number(height) if height > 0 else "?" for height in heights]
-            axes.bar_label(drawn, texts, fontsize=6, padding=1)
+        places = np.arange(len(shown))
+        floors = np.array([row["floor_cycles"] for row in shown])
+        heights = [max(_own_cycles(row), row["floor_cycles"]) for row in shown]
+        bars = axes.bar(places, heights, 0.6, color=COLOURS[0], label="our kernel")
+        for bar, row in zip(bars, shown, strict=True):
+            if not row["cycles"]:
+                bar.set(facecolor="none", edgecolor="0.6", linestyle=":")
+            elif _own_cycles(row) < row["floor_cycles"]:
+                bar.set_hatch("///")
+        texts = [
+            number(height) if row["cycles"] else "not counted"
+            for row, height in zip(shown, heights, strict=True)
+        ]
+        axes.bar_label(bars, texts, fontsize=6, padding=1)
+        ends = places - 0.3, places + 0.3
+        axes.hlines(floors, *ends, color=COLOURS[3], linewidth=2, label="floor")
+        theirs = [row["xla_cycles"] or np.nan for row in shown]
+        axes.plot(places, theirs, "D", color=COLOURS[1], markersize=4, label="XLA (its cost model)")
         axes.set_yscale("log")
         axes.margins(y=0.12)
         names = [f"{row['name']}\n{row['dtype']}".replace("_t_", "_t\n") for row in shown]
-        axes.set_xticks(np.arange(len(shown)), names, fontsize=6)
+        axes.set_xticks(places, names, fontsize=6)
         axes.set_title(" ".join(panel))
         axes.set_ylabel("static cycles")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(
-        f"TPU {report['chip']}: the compiler's static figures, no measurement ({report['date']})"
+        f"TPU {report['chip']}: the compiler's static figures, no measurement ({report['date']})\n"
+        "hatched: traffic takes longer than the kernel's bundles, the bar is the floor",
+        fontsize=10,
     )
     return figure
+
+
+def _own_cycles(row: Json) -> float:
+    """The cycles of our kernels and of what is around them; 0 where they are not counted."""
+    return (row["cycles"] or 0) + (row["around_cycles"] or 0)

@@ -1,5 +1,6 @@
 """Pictures of a training: its curve, and what the network reads in images."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,35 +21,35 @@ class Curve(Protocol):
 
 
 @drawn
-def training_curve(histories: Mapping[str, Curve]) -> Figure:
-    """Training loss and held-out error over the epochs, one line a network.
+def training_curve(histories: Mapping[str, Sequence[Curve]]) -> Figure:
+    """Training loss and held-out error over the epochs, a line a training, a colour a network.
 
     Args:
-        histories: The curve by the network's name, such as `train.history.History`.
+        histories: The curves by the network's name, such as `train.history.History`, one a seed.
 
     Returns:
         The figure.
     """
     figure = Figure(figsize=(9.0, 3.8), dpi=DPI, layout="constrained")
     loss_axes, error_axes = figure.subplots(1, 2)
-    for colour, (name, history) in zip(COLOURS, histories.items(), strict=False):
-        epochs = np.arange(1, len(history.loss) + 1)
-        errors = 100 * (1 - np.asarray(history.accuracy))
-        style: Keywords = {
-            "color": colour,
-            "linewidth": 1.8,
-            "marker": "o",
-            "markersize": 2.5,
-        }
-        loss_axes.plot(epochs, history.loss, label=name, **style)
-        error_axes.plot(epochs, errors, label=f"{name}: {errors[-1]:.1f} % at the end", **style)
+    for colour, (name, seeds) in zip(COLOURS, histories.items(), strict=False):
+        last = [100 * (1 - history.accuracy[-1]) for history in seeds]
+        text = f"{name}: {np.mean(last):.1f} %"
+        if len(seeds) > 1:
+            text += f" ({min(last):.1f} to {max(last):.1f})"
+        for i, history in enumerate(seeds):
+            epochs = np.arange(1, len(history.loss) + 1)
+            errors = 100 * (1 - np.asarray(history.accuracy))
+            style: Keywords = {"color": colour, "linewidth": 1.4, "marker": "o", "markersize": 2}
+            loss_axes.plot(epochs, history.loss, label=None if i else name, **style)
+            error_axes.plot(epochs, errors, label=None if i else text, **style)
     # Below 1 % a step is one image of the test set, and no error at all must still have a place.
     error_axes.set_yscale("symlog", linthresh=1.0)
     ticks = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)
     error_axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     error_axes.set_ylim(0, 100)
     label(loss_axes, "Training loss", "epoch", "cross entropy")
-    label(error_axes, "Held-out digits read wrongly", "epoch", "error in %")
+    label(error_axes, "Held-out images read wrongly", "epoch", "error in %")
     return figure
 
 
@@ -100,20 +101,20 @@ def predictions(
         images: `[N, H, W]` or `[N, H, W, 1]`, background darkest.
         labels: True classes `[N]`.
         probabilities: `[N, K]`.
-        count: Number of pictures at most.
+        count: Number of pictures; more if there are more mistakes.
 
     Returns:
         The figure.
     """
     images, labels, probabilities = map(np.asarray, (images, labels, probabilities))
-    shown = _most_doubtful(labels, probabilities)[:count]
-    columns = min(8, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.25 * columns, 1.55 * rows + 0.6), dpi=DPI, layout="constrained")
     wrong = int((probabilities.argmax(axis=1) != labels).sum())
-    figure.suptitle(
-        f"{wrong} of {len(labels)} held-out digits read wrongly; then the least sure ones"
-    )
+    shown = _most_doubtful(labels, probabilities)[: max(count, wrong)]
+    columns = min(max(8, math.isqrt(len(shown))), len(shown))
+    rows = -(-len(shown) // columns)
+    high = max(1.25 * images.shape[1] / images.shape[2], 0.4) + 0.3
+    figure = Figure(figsize=(1.25 * columns, high * rows + 0.6), dpi=DPI, layout="constrained")
+    title = f"{wrong} of {len(labels)} held-out images read wrongly"
+    figure.suptitle(title + ("; then the least sure ones" if wrong < len(shown) else ""))
     for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
         axes.set_axis_off()
     for axes, index in zip(figure.axes, shown, strict=False):

@@ -11,10 +11,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from flash_wtconv_jax.plots.style import DPI, SKY, drawn
-from flash_wtconv_jax.receptive_field import SHARES, contribution_side
+from flash_wtconv_jax.receptive_field import LEAST, SHARES, contribution_side, reaches_border
 from pallas_kernels.common.types import Tree
-
-_LEAST = 1e-4
 
 
 @drawn
@@ -25,17 +23,22 @@ def receptive_fields(fields: Mapping[str, np.ndarray]) -> Figure:
         fields: Field `[H, W]` by name.
 
     Returns:
-        The figure; squares mark the shares `receptive_field.SHARES` of each field.
+        The figure; squares mark the shares `receptive_field.SHARES` of each field. Ticks are pixels
+        from the centre. Below a field that goes on where its picture ends stands that it does.
     """
-    figure = Figure(figsize=(4.2 * len(fields) + 0.9, 4.9), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(fields) + 0.9, 5.4), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(fields), squeeze=False)[0]
-    norm = LogNorm(vmin=_LEAST, vmax=1.0, clip=True)
+    norm = LogNorm(vmin=LEAST, vmax=1.0, clip=True)
     for axes, (name, field) in zip(panels, fields.items(), strict=True):
         # Nothing at all is drawn in the colour of the scale's lower end.
-        axes.imshow(np.maximum(field / field.max(), _LEAST), cmap="magma", norm=norm)
-        axes.set_title(name, wrap=True, parse_math=False)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        height, width = field.shape
+        edges = (-width / 2, width / 2, height / 2, -height / 2)
+        shown = np.maximum(field / field.max(), LEAST)
+        axes.imshow(shown, cmap="magma", norm=norm, extent=edges)
+        axes.set_title(f"{name}\n{height} x {width} px", wrap=True, parse_math=False)
+        for axis, size in ((axes.xaxis, width), (axes.yaxis, height)):
+            axis.set_ticks([-size / 2, -size / 4, 0, size / 4, size / 2])
+            axis.set_major_formatter("{x:g}")
         _mark_shares(axes, field)
     scale = ScalarMappable(norm, "magma")
     label = "mean |gradient| of the centre, relative"
@@ -71,16 +74,17 @@ def wavelet_cascade(coefficients: Sequence[Tree], title: str = "") -> Figure:
 
 
 def _mark_shares(axes: Axes, field: np.ndarray) -> None:
-    height, width = field.shape
     texts = []
     for share, (style, word) in zip(SHARES, (("-", "solid"), ("--", "dashed")), strict=True):
         side = contribution_side(field, share)
-        corner = ((width - side) / 2 - 0.5, (height - side) / 2 - 0.5)
+        corner = (-side / 2, -side / 2)
         axes.add_patch(
             Rectangle(corner, side, side, fill=False, edgecolor=SKY, linestyle=style, linewidth=1.5)
         )
         texts.append(f"{share:.0%} in {side} x {side} px ({word})")
-    axes.set_xlabel("\n".join(texts))
+    if reaches_border(field):
+        texts.append("the field reaches the border and is larger")
+    axes.set_xlabel("\n".join(("pixels from the centre", *texts)))
 
 
 def _scaled(band: ArrayLike, *, signed: bool) -> NDArray[np.float64]:

@@ -74,6 +74,8 @@ TASKS = {
 NETWORKS: dict[str, float] = {"SparseUNet": 1e-2, "linear": 1e-1}
 """The learning rates of the two models of a demo."""
 
+EPOCHS = 40
+
 FILES = {
     "metrics.json": "intersection over union by class, losses, versions, device",
     "predictions.png": "held-out voxels: the truth, and what each model says",
@@ -107,7 +109,7 @@ def run_demo(
     *,
     voxel_size: float | None = None,
     seed: int = 0,
-    epochs: int = 40,
+    epochs: int = EPOCHS,
     on_epoch: Callable[[str, Sequence[float]], None] | None = None,
 ) -> Json:
     """Trains both models and writes metrics and a picture into `out`.

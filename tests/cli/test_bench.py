@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from rich.table import Table
 from typer.testing import CliRunner
@@ -36,7 +37,7 @@ from flash_wtconv_jax.bench import (
 )
 from flash_wtconv_jax.bench.timing import Spread
 from flash_wtconv_jax.cli import app
-from flash_wtconv_jax.cli.bench import tell
+from flash_wtconv_jax.cli.bench import tell, wtconv_table
 from flash_wtconv_jax.plots import bench as drawings
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
@@ -64,7 +65,7 @@ def small(monkeypatch):
         for call in contenders.values():
             call()
             step()
-        return {name: timing.Spread(2.0, 1.0, 4.0) for name in contenders}
+        return {name: timing.Spread(2.0, 1.5, 3.0) for name in contenders}
 
     monkeypatch.setattr(timing, "take_turns", once)
     monkeypatch.setattr(
@@ -96,6 +97,23 @@ UNDRAWN = pytest.mark.usefixtures("undrawn")
 
 def bench(*arguments, benchmark="wtconv"):
     return CliRunner().invoke(app, ["bench", benchmark, *map(str, arguments)])
+
+
+@WIDE
+def test_levels_have_a_field_parameters_and_times(tmp_path):
+    options = {"depth": 2, "kernel-size": 3, "batch": 1, "size": 8, "channels": 2, "out": tmp_path}
+    flat = [part for name, value in options.items() for part in (f"--{name}", value)]
+    result = bench(*flat, benchmark="levels")
+    assert result.exit_code == 0, result.output
+    assert "too noisy to compare" not in result.output and "…" not in result.output
+    rows = json.loads((tmp_path / "levels.json").read_text())["rows"]
+    keys = ("contender", "levels", "field", "parameters", "direction", "speedup")
+    assert [tuple(row[key] for key in keys) for row in rows[:4]] == [
+        ("depthwise 7x7", None, 7, 98, "forward", 1.0),
+        ("0 levels", 0, 3, 22, "forward", 1.0),
+        ("1 levels", 1, 6, 102, "forward", 1.0),
+        ("2 levels", 2, 12, 182, "forward", 1.0),
+    ]
 
 
 def test_dense_convolutions(tmp_path, monkeypatch):
@@ -317,7 +335,7 @@ def test_report_table_and_picture(tmp_path):
     pytest.importorskip("torch", reason="the third contender is PyTorch")
     result = bench("--shape", "small", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "small" in result.output and "2.0 (1.0-4.0)" in result.output
+    assert "small" in result.output and "2.0 (1.5-3.0)" in result.output
     for picture in ("wtconv.png", "wtconv_roofline.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "wtconv.json").read_text())
@@ -867,3 +885,56 @@ def test_host_time_of_warm_calls(tmp_path, monkeypatch):
     assert ("torch WTConv2d" in names) == (find_spec("torch") is not None)
     assert all(0 < row["least"] <= row["median"] <= row["greatest"] for row in report["rows"])
     assert all(name in result.output for name in names)
+
+
+class TestSpread:
+    REPORT = {
+        "dtype": "float32",
+        "baseline": "plain jax",
+        "clock": "host",
+        "users_clock": None,
+        "device": {"platform": "cpu", "kind": "cpu"},
+        "date": "2026-01-01",
+        "roofs": {"copy_bytes_per_s": 1e9, "fma_per_s": 1e10},
+    }
+
+    def rows(self):
+        times = {"plain jax": Spread(3.0, 2.5, 3.5), "flash": Spread(1.5, 1.0, 2.5)}
+        for direction in ("forward", "forward+backward"):
+            for who, spread in times.items():
+                yield {
+                    "shape": "small",
+                    "x": [1, 6, 5, 4],
+                    "levels": 2,
+                    "direction": direction,
+                    "contender": who,
+                    "implementation": None,
+                    "temporaries": None,
+                    "extra_memory": None,
+                    "over_floor": 2.0,
+                    "users": None,
+                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                    **timing.comparison(spread, times["plain jax"]),
+                }
+
+    def test_is_told_where_it_is_too_wide_to_compare(self):
+        report = self.REPORT | {"rows": list(self.rows())}
+        cells = {
+            column.header: list(column.cells)
+            for column in wtconv_table(report).columns
+            if column.header != "x"
+        }
+        assert cells["forward"][1:] == ["3.0 (2.5-3.5)", "1.5 (1.0-2.5)"]
+        compared = [list(one.cells) for one in wtconv_table(report).columns if one.header == "x"]
+        assert compared == [["", "1.00", "too noisy to compare"]] * 2
+
+    def test_is_drawn_as_whiskers_and_hatches(self):
+        figure = plots.speedups(self.REPORT | {"rows": list(self.rows())})
+        axes = figure.axes[0]
+        plain, flash = (one for one in axes.containers if isinstance(one, BarContainer))
+        assert [bar.get_hatch() for bar in (*plain, *flash)] == [None, "///"]
+        ((low, high),) = (segment[:, 1] for segment in flash.errorbar.lines[2][0].get_segments())
+        # 1.5 ms are twice the speed of 3 ms; 2.5 ms and 1 ms are 1.2 and 3 times.
+        assert (low, high) == pytest.approx((1.2, 3.0))
+        texts = {text.get_text() for text in axes.texts}
+        assert texts == {"1", "noisy"}

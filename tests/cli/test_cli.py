@@ -257,19 +257,24 @@ class TestDemo:
     def test_shows_progress_and_names_its_files(self, training, monkeypatch, tmp_path):
         def run_demo(out, *, seed, epochs, on_epoch):
             assert (seed, epochs) == (3, 2)
+            done = training.History([1.0] * epochs, [0.5] * epochs)
             for name in training.NETWORKS:
-                for epoch in range(epochs):
-                    on_epoch(name, training.History([1.0] * (epoch + 1), [0.5] * (epoch + 1)))
+                for seeds in range(training.SEEDS):
+                    on_epoch(name, [done] * seeds + [training.History([1.0], [0.5])])
+                    on_epoch(name, [done] * (seeds + 1))
             for name in training.FILES:
                 (out / name).touch()
-            network = {"accuracy": 0.9875, "parameters": 70186}
+            network = {"accuracy": 0.975, "least_accuracy": 0.96, "greatest_accuracy": 0.99}
+            network |= {"parameters": 14386, "seconds": 4.2}
             return {"networks": {"WTConv": network}, "seconds": 12.3}
 
         monkeypatch.setattr(training, "run_demo", run_demo)
         result = run("demo", "--out", tmp_path, "--seed", 3, "--epochs", 2)
         assert result.exit_code == 0, result.output
-        assert "2/2 epochs" in result.output
-        assert "98.75% of the held-out digits" in result.output
+        assert "6/6 epochs" in result.output
+        words = " ".join(result.output.split())
+        assert "WTConv: 97.5% of the held-out strips read rightly (96.0% to 99.0% by seed)" in words
+        assert "14,386 parameters, 4 s a training" in words
         for name in training.FILES:
             assert str(tmp_path / name) in result.output
 
@@ -371,11 +376,21 @@ def test_help_lists_the_names_of_shapes():
         assert [name for name in names if name not in shown] == []
 
 
+def test_every_mistake_is_drawn():
+    plots = pytest.importorskip("flash_wtconv_jax.plots", exc_type=ImportError)
+    labels = np.arange(60) % 10
+    guesses = np.where(np.arange(60) < 40, (labels + 1) % 10, labels)
+    figure = plots.predictions(np.ones((60, 8, 20)), labels, 0.5 * np.eye(10)[guesses] + 0.05)
+    titles = [axes.get_title() for axes in figure.axes if axes.images]
+    assert len(titles) == 40 and all(", is " in title for title in titles)
+    assert figure.get_suptitle() == "40 of 60 held-out images read wrongly"
+
+
 def test_figures_are_drawn_without_a_display_and_in_matplotlib_s_own_style(tmp_path):
     plots = pytest.importorskip("flash_wtconv_jax.plots", exc_type=ImportError)
     matplotlib = pytest.importorskip("matplotlib")
     training = pytest.importorskip("flash_wtconv_jax.train.digits", exc_type=ImportError)
-    histories = {"one": training.History([2.0, 1.0], [0.5, 1.0])}
+    histories = {"one": [training.History([2.0, 1.0], [0.5, 1.0])]}
     probabilities = np.eye(3)[[0, 1, 1]]
     # Odd sizes: 7 x 5 splits into 4 x 3, and that into 2 x 2.
     cascade = [np.ones((2, 2, 1)), (np.ones((2, 2, 1)),) * 3, (np.ones((4, 3, 1)),) * 3]

@@ -91,6 +91,24 @@ def test_table_json_and_picture(tmp_path):
     assert [last[key] for key in ("cycles", "xla_cycles", "fewer")] == [None] * 3
 
 
+def test_a_bar_a_kernel_and_none_below_its_floor():
+    rows = [
+        {"kernel": "wtconv", "direction": "forward", "name": "image_56", "dtype": dtype}
+        | {"cycles": cycles, "around_cycles": around, "floor_cycles": 900, "xla_cycles": 5000}
+        for dtype, cycles, around in (
+            ("float32", 1000, 50),
+            ("bfloat16", 500, 0),
+            ("a", None, None),
+        )
+    ]
+    figure = plots.static_cycles({"rows": rows, "chip": "v5e", "date": "2026-01-01"})
+    (bars,) = figure.axes[0].containers
+    assert [bar.get_height() for bar in bars] == [1050, 900, 900]
+    assert [bar.get_hatch() for bar in bars] == [None, "///", None]
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["1k", "900", "not counted"]
+
+
 def test_sparse_convolutions_have_rows_of_their_own(tmp_path):
     names = "room_100000_64_128_s1", "room_100000_64_128_s2"
     arguments = [part for name in names for part in ("--shape", name)]

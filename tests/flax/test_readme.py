@@ -1,4 +1,4 @@
-"""The README's code runs as it is shown, one block after the other."""
+"""The README's code runs as it is shown, each block by itself."""
 
 import re
 from pathlib import Path
@@ -11,16 +11,22 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.wide
-def test_code_blocks_run_in_order(monkeypatch, tmp_path):
+def test_each_block_of_code_runs_alone(monkeypatch, tmp_path):
     # Smaller networks by the same names: what is tested is the code that readers copy.
     monkeypatch.setattr(convnext, "_TINY", {"depths": (1, 1), "dims": (4, 4)})
     monkeypatch.setattr(convnext, "_WAVELET", {"kernel_size": 3, "levels": (1, 1)})
     monkeypatch.chdir(tmp_path)
     blocks = re.findall("```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) >= 5
-    names = {}
+    found = {}
     for block in blocks:
+        names = {}
         exec(block, names)
-    assert names["y"].shape == (2, 128, 128, 64)
-    assert names["logits"].shape == (1, 1000)
+        for name in ("y", "logits", "losses", "replaced"):
+            if name in names:
+                found.setdefault(name, []).append(names[name])
+    assert [y.shape for y in found["y"]] == [(2, 128, 128, 64)] * 2
+    assert [logits.shape for logits in found["logits"]] == [(1, 1000)]
+    assert found["replaced"] == [["stages.0.blocks.0.conv_dw", "stages.1.blocks.0.conv_dw"]]
+    # Both loops learn.
+    assert [losses[-1] < 0.5 * losses[0] for losses in found["losses"]] == [True, True]
     assert [path.name for path in tmp_path.iterdir()] == ["wtconvnext.safetensors"]

@@ -6,7 +6,11 @@ import pytest
 from flax import nnx
 
 from flash_wtconv_jax.nnx import WTConv2d
-from flash_wtconv_jax.receptive_field import contribution_side, effective_receptive_field
+from flash_wtconv_jax.receptive_field import (
+    contribution_side,
+    effective_receptive_field,
+    reaches_border,
+)
 
 pytestmark = pytest.mark.core
 
@@ -35,6 +39,18 @@ def test_strided_features_are_centred_on_the_input():
     field = effective_receptive_field(features, (12, 12, 1))
     # The middle pair of four units of three pixels each.
     np.testing.assert_array_equal(field > 0, np.pad(np.ones((6, 6), bool), 3))
+
+
+def test_a_field_that_goes_on_beyond_its_picture_is_told():
+    plots = pytest.importorskip("flash_wtconv_jax.plots", exc_type=ImportError)
+    small, large = np.full((9, 9), 1e-5), np.full((9, 9), 1e-3)
+    small[4, 4] = large[4, 4] = 1.0
+    assert not reaches_border(small) and reaches_border(large)
+    figure = plots.receptive_fields({"small": small, "large": large})
+    texts = [axes.get_xlabel() for axes in figure.axes[:2]]
+    assert ["reaches the border" in text for text in texts] == [False, True]
+    assert figure.axes[0].get_title() == "small\n9 x 9 px"
+    assert list(figure.axes[0].get_xticks()) == [-4.5, -2.25, 0, 2.25, 4.5]
 
 
 @pytest.mark.parametrize(("depth", "side"), [(0, 4), (2, 16)])
