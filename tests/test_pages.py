@@ -1,6 +1,7 @@
 """The documentation: links, anchors and pictures, names, messages, and code that runs."""
 
 import ast
+import dataclasses
 import importlib.util
 import re
 import textwrap
@@ -135,6 +136,43 @@ class TestTheReference:
         assert reference.home(modules, "pallas_kernels.haar", names[0]).endswith("api.dwt")
         with pytest.raises(LookupError, match="'gone', which no module defines"):
             reference.home(modules, "pallas_kernels.haar", names[1])
+
+
+class TestTheTablesOfImplementations:
+    PAGE = DOCS / "implementations.md"
+
+    def test_are_what_the_implementations_answer(self):
+        text = self.PAGE.read_text(encoding="utf-8")
+        assert script("implementations").page(text) == text, "run python .ci/implementations.py"
+
+    def test_a_table_that_tells_something_else_is_seen(self):
+        text = self.PAGE.read_text(encoding="utf-8")
+        stale = text.replace("| `mosaic_tpu` | TPU | 10 |", "| `mosaic_tpu` | GPU | 10 |", 1)
+        assert stale != text and script("implementations").page(stale) == text
+
+    def test_an_operator_without_one_is_seen(self):
+        text = self.PAGE.read_text(encoding="utf-8").replace("<!-- haar: made", "<!-- made")
+        with pytest.raises(LookupError, match="haar: made by"):
+            script("implementations").page(text)
+
+
+def unknown_settings(text):
+    """The keys of a training in a page that its settings do not have."""
+    settings = pytest.importorskip("flash_wtconv_jax.train.images.settings")
+    sections = {one.name: one.default for one in dataclasses.fields(settings.Settings)[1:]}
+    for section, key in re.findall(rf"`({'|'.join(sections)})\.(\w+)", text):
+        if not hasattr(sections[section], key):
+            yield f"{section}.{key}"
+
+
+def test_settings_in_the_guide_exist_and_are_all_there():
+    text = (DOCS / "guides" / "from_training_flags.md").read_text(encoding="utf-8")
+    assert not list(unknown_settings(text))
+    assert list(unknown_settings("`run.epochs`, `run.epoch`")) == ["run.epoch"]
+    for section in ("augment", "optimizer"):
+        settings = importlib.import_module("flash_wtconv_jax.train.images.settings")
+        for field in dataclasses.fields(getattr(settings.Settings(), section)):
+            assert f"`{section}.{field.name}`" in text, field.name
 
 
 def unknown_names(text):
