@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import re
 import textwrap
 import tomllib
@@ -136,6 +137,35 @@ class TestTheReference:
         assert reference.home(modules, "pallas_kernels.haar", names[0]).endswith("api.dwt")
         with pytest.raises(LookupError, match="'gone', which no module defines"):
             reference.home(modules, "pallas_kernels.haar", names[1])
+
+
+class TestTheResults:
+    results = script("results")
+
+    def test_are_what_the_reports_say(self):
+        for path, text in self.results.files(DOCS).items():
+            assert path.read_text(encoding="utf-8") == text, "run python .ci/results.py"
+
+    def test_no_chart_is_left_of_a_report_that_is_gone(self):
+        assert set(DOCS.glob("images/results_*.svg")) <= set(self.results.files(DOCS))
+
+    def test_another_figure_shows_in_the_table_and_in_the_chart(self, tmp_path):
+        path = DOCS / "results" / "stylize_h200.json"
+        report = json.loads(path.read_text(encoding="utf-8"))
+        (tmp_path / "results").mkdir()
+        report["rows"][-1]["speedup"] *= 1.5
+        (tmp_path / "results" / path.name).write_text(json.dumps(report))
+        stored = {file.name: text for file, text in self.results.files(DOCS).items()}
+        changed = {file.name: text for file, text in self.results.files(tmp_path).items()}
+        chart = "results_stylize_h200.svg"
+        assert changed[chart] != stored[chart]
+        row = changed["results.md"].splitlines()[-1]
+        assert row.startswith("|  | forward | flash") and row not in stored["results.md"]
+
+    def test_what_is_noisy_is_not_compared(self):
+        row = {"least_ms": 1.0, "median_ms": 1.2, "greatest_ms": 2.1, "speedup": 3.0}
+        assert self.results.ratio(row) == "noisy"
+        assert self.results.ratio(row | {"greatest_ms": 2.0}) == "3.00"
 
 
 class TestTheTablesOfImplementations:
