@@ -24,8 +24,8 @@ Every figure of this page is from a file in
 `flash-wtconv bench` wrote on the device that it names; `.ci/results.py` makes tables and charts.
 Times are medians in milliseconds, with the least and the greatest of a run. A ratio is the speed
 over the baseline, which has 1, in the same run; where the greatest time is over twice the least,
-*noisy* stands in its place. Ours are those whose names begin with *flash*: alone it is what
-`implementation=None` takes, else what is named. In charts they are blue, and whiskers orange.
+*noisy* stands in its place. In charts names that begin with *flash* are blue: alone it is what
+`implementation=None` takes, else the implementation that is named. Whiskers are orange.
 """
 
 
