@@ -150,14 +150,14 @@ class TestTheResults:
         assert set(DOCS.glob("images/results_*.svg")) <= set(self.results.files(DOCS))
 
     def test_another_figure_shows_in_the_table_and_in_the_chart(self, tmp_path):
-        path = DOCS / "results" / "stylize_h200.json"
+        path = DOCS / "results" / "stylize_h200_network.json"
         report = json.loads(path.read_text(encoding="utf-8"))
         (tmp_path / "results").mkdir()
         report["rows"][-1]["speedup"] *= 1.5
         (tmp_path / "results" / path.name).write_text(json.dumps(report))
         stored = {file.name: text for file, text in self.results.files(DOCS).items()}
         changed = {file.name: text for file, text in self.results.files(tmp_path).items()}
-        chart = "results_stylize_h200.svg"
+        chart = "results_stylize_h200_network.svg"
         assert changed[chart] != stored[chart]
         row = changed["results.md"].splitlines()[-1]
         assert row.startswith("|  | forward | flash") and row not in stored["results.md"]
