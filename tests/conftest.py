@@ -13,8 +13,11 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     # What one test, worker or run has compiled, the others load; `make clean` removes it.
     compiled = Path(__file__).parents[1] / ".jax_cache"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # To write down and to find again what is compiled in less takes as long.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    # No program tells of each operation by which lines of which files it came.
+    os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
     # Before anything imports Triton, whose own functions are then interpreted too.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # Before jax starts: its GPU interpreter needs a thread of XLA's for each warpgroup, and more

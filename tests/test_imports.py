@@ -183,7 +183,9 @@ def test_the_torch_bridge_needs_no_jax():
     code += "print(layer(torch.ones(1, 2, 5, 5)).shape, len(store.entries(*store.kinds())))\n"
     code += "voxels = torch_bridge.sparse.from_coords([[0, 1], [0, 2]], torch.ones(2, 1))\n"
     code += "weight = torch.ones(3, 1, 1)\n"
-    code += "print(torch_bridge.spatially_sparse_conv(voxels, weight, 3).features.tolist())"
+    code += "print(torch_bridge.spatially_sparse_conv(voxels, weight, 3).features.tolist())\n"
+    code += "import pallas_kernels.oracle, flash_wtconv_jax.checkpoints as checkpoints\n"
+    code += "checkpoints.from_torch(torch_bridge.WTConv2d(2, 2, device='cpu').state_dict())\n"
     assert run(code) == "torch.Size([1, 2, 5, 5]) 2\n[[2.0], [2.0]]\n"
 
 

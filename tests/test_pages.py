@@ -1,7 +1,9 @@
 """The documentation: links, anchors and pictures, names, messages, and code that runs."""
 
 import ast
+import dataclasses
 import importlib.util
+import json
 import re
 import textwrap
 import tomllib
@@ -136,6 +138,72 @@ class TestTheReference:
         assert reference.home(modules, "pallas_kernels.haar", names[0]).endswith("api.dwt")
         with pytest.raises(LookupError, match="'gone', which no module defines"):
             reference.home(modules, "pallas_kernels.haar", names[1])
+
+
+class TestTheResults:
+    results = script("results")
+
+    def test_are_what_the_reports_say(self):
+        for path, text in self.results.files(DOCS).items():
+            assert path.read_text(encoding="utf-8") == text, "run python .ci/results.py"
+
+    def test_no_chart_is_left_of_a_report_that_is_gone(self):
+        assert set(DOCS.glob("images/results_*.svg")) <= set(self.results.files(DOCS))
+
+    def test_another_figure_shows_in_the_table_and_in_the_chart(self, tmp_path):
+        path = DOCS / "results" / "stylize_h200_network.json"
+        report = json.loads(path.read_text(encoding="utf-8"))
+        (tmp_path / "results").mkdir()
+        report["rows"][-1]["speedup"] *= 1.5
+        (tmp_path / "results" / path.name).write_text(json.dumps(report))
+        stored = {file.name: text for file, text in self.results.files(DOCS).items()}
+        changed = {file.name: text for file, text in self.results.files(tmp_path).items()}
+        chart = "results_stylize_h200_network.svg"
+        assert changed[chart] != stored[chart]
+        row = changed["results.md"].splitlines()[-1]
+        assert row.startswith("|  | forward | flash") and row not in stored["results.md"]
+
+    def test_what_is_noisy_is_not_compared(self):
+        row = {"least_ms": 1.0, "median_ms": 1.2, "greatest_ms": 2.1, "speedup": 3.0}
+        assert self.results.ratio(row) == "noisy"
+        assert self.results.ratio(row | {"greatest_ms": 2.0}) == "3.00"
+
+
+class TestTheTablesOfImplementations:
+    PAGE = DOCS / "implementations.md"
+
+    def test_are_what_the_implementations_answer(self):
+        text = self.PAGE.read_text(encoding="utf-8")
+        assert script("implementations").page(text) == text, "run python .ci/implementations.py"
+
+    def test_a_table_that_tells_something_else_is_seen(self):
+        text = self.PAGE.read_text(encoding="utf-8")
+        stale = text.replace("| `mosaic_tpu` | TPU | 10 |", "| `mosaic_tpu` | GPU | 10 |", 1)
+        assert stale != text and script("implementations").page(stale) == text
+
+    def test_an_operator_without_one_is_seen(self):
+        text = self.PAGE.read_text(encoding="utf-8").replace("<!-- haar: made", "<!-- made")
+        with pytest.raises(LookupError, match="haar: made by"):
+            script("implementations").page(text)
+
+
+def unknown_settings(text):
+    """The keys of a training in a page that its settings do not have."""
+    settings = pytest.importorskip("flash_wtconv_jax.train.images.settings")
+    sections = {one.name: one.default for one in dataclasses.fields(settings.Settings)[1:]}
+    for section, key in re.findall(rf"`({'|'.join(sections)})\.(\w+)", text):
+        if not hasattr(sections[section], key):
+            yield f"{section}.{key}"
+
+
+def test_settings_in_the_guide_exist_and_are_all_there():
+    text = (DOCS / "guides" / "from_training_flags.md").read_text(encoding="utf-8")
+    assert not list(unknown_settings(text))
+    assert list(unknown_settings("`run.epochs`, `run.epoch`")) == ["run.epoch"]
+    for section in ("augment", "optimizer"):
+        settings = importlib.import_module("flash_wtconv_jax.train.images.settings")
+        for field in dataclasses.fields(getattr(settings.Settings(), section)):
+            assert f"`{section}.{field.name}`" in text, field.name
 
 
 def unknown_names(text):

@@ -1,9 +1,6 @@
 """CUDA kernels of JAX's rooms on the CPU, and the traces of programs for a GPU that is not here."""
 
-import atexit
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import jax
@@ -17,12 +14,11 @@ from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher, unavailable
 EMULATED = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 
-@cache
 def folder():
-    """The libraries that this process has built, which its tests share."""
-    made = TemporaryDirectory()
-    atexit.register(made.cleanup)
-    return Path(made.name)
+    """The libraries that any test, worker or run has built; `make clean` removes them."""
+    made = Path(__file__).parents[2] / ".jax_cache" / "on_cpu"
+    made.mkdir(parents=True, exist_ok=True)
+    return made
 
 
 def emulate(monkeypatch, room, properties=HOPPER):

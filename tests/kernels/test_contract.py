@@ -165,7 +165,7 @@ def forms(request, operator, name, measured, monkeypatch):
 def cells(values, quick, rest=()):
     """Every implementation of every operator with each value; wide unless `quick` has it.
 
-    Of interpreted implementations every third value is wide, of the next operator the next; the
+    Of interpreted implementations every fifth value is wide, of the next operator the next; the
     others are slow.
 
     Args:
@@ -179,7 +179,7 @@ def cells(values, quick, rest=()):
             return []
         turn = list(OPERATORS).index(operator) + list(values).index(value)
         interpreted = name in ("mosaic_tpu", "triton")
-        return [pytest.mark.slow if interpreted and turn % 3 else pytest.mark.wide]
+        return [pytest.mark.slow if interpreted and turn % 5 else pytest.mark.wide]
 
     return [
         pytest.param(operator, name, value, marks=marks(operator, name, value))

@@ -1,5 +1,7 @@
 """Fixtures of the PyTorch layers' tests."""
 
+from contextlib import nullcontext
+
 import pytest
 
 
@@ -18,6 +20,17 @@ def float32_is_float32(monkeypatch):
     """Or PyTorch rounds the factors of a convolution to 10 bits on a GPU."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def built_once(monkeypatch):
+    """CUDA's kernels for the CPU are built where all tests find them."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    from helpers.cuda import folder
+
+    from torch_bridge.wtconv.on_cpu import cuda
+
+    monkeypatch.setattr(cuda, "TemporaryDirectory", lambda: nullcontext(folder()))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ FOLDER = Path(__file__).parent
 """The folder of the headers by which a C++ compiler takes kernels of other devices."""
 _ONE = threading.Lock()
 """Held by a launch: a library has one set of fibers, and JAX calls back from several threads."""
+_HEADERS = ("cuda.h", "fibers.h", "half.h")
 _COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-O1", "-ffp-contract=off")
 
 
@@ -112,15 +114,19 @@ class Launcher:
             "  return cuda_on_cpu::launch(run, values, blocks, threads, bytes, order);\n}\n"
             f'extern "C" int parameters() {{ return cuda_on_cpu::parameters({kernel.name}); }}\n'
         )
-        name = hashlib.sha256(repr((text, self._flags)).encode()).hexdigest()[:16]
+        headers = [(FOLDER / header).read_text() for header in _HEADERS]
+        whole = repr((text, headers, tuple(self._flags)))
+        name = hashlib.sha256(whole.encode()).hexdigest()[:16]
         library = self._folder / f"{name}.so"
         if not library.exists():
-            code = library.with_suffix(".cpp")
+            # Another process may build it too: what is there is whole.
+            code, made = (self._folder / f"{name}-{os.getpid()}.{end}" for end in ("cpp", "so"))
             code.write_text(text)
-            command = [*_COMMAND, *self._flags, str(code), "-o", str(library)]
+            command = [*_COMMAND, *self._flags, str(code), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+            os.replace(made, library)
         return ctypes.CDLL(str(library))
 
 

@@ -79,7 +79,6 @@ def test_the_oracle_is_jaxs_convolution(case):
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "case",
     [
@@ -88,6 +87,20 @@ def test_the_oracle_is_jaxs_convolution(case):
     ],
 )
 def test_output_and_gradients_are_the_oracles(case):
+    assert_oracle(case)
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if i in (7, 8) else [pytest.mark.slow])
+        for i, case in enumerate(HARD)
+    ],
+)
+def test_optimised_hard_cases_are_the_oracles(case):
+    """Compiled as a user's programs are; those of low precision at `make test`."""
     assert_oracle(case)
 
 

@@ -58,18 +58,22 @@ SMALL = TileConfig(32, 16, 16)
 
 
 # What others have too: layers of no edge but a bias (the contract's), mirrored edges, rectangles,
-# two blocks of channels or of features, and tiles across an image.
-WIDE = {HARD[0], HARD[2], HARD[3], *EXTRA[-3:], TILED[1], *HARD[-2:]}
+# two blocks of channels or of features, and tiles across an image; strides of planes, more padding
+# than taps reach, one tap.
+WIDE = {HARD[3], EXTRA[-3], EXTRA[-1], TILED[1], HARD[-2], HARD[1], EXTRA[2], HARD[12]}
+SLOW = {HARD[0], HARD[2], EXTRA[-2], HARD[-1]}
 
 
 def some(cases):
-    """Each of the cases, those of `WIDE` for `make test-all`.
+    """Each of the cases, those of `WIDE` for `make test-all` and those of `SLOW` by hand.
 
     Of upsampling the kernels know nothing: it is plain convolutions around them.
     """
 
     def marks(case):
-        return [pytest.mark.slow] * (case in UPSAMPLED) + [pytest.mark.wide] * (case in WIDE)
+        if case in SLOW or case in UPSAMPLED:
+            return [pytest.mark.slow]
+        return [pytest.mark.wide] * (case in WIDE)
 
     return [pytest.param(case, id=case.name, marks=marks(case)) for case in cases]
 

@@ -43,9 +43,22 @@ def test_transforms_are_the_oracles(case):
 
 
 @pytest.mark.core
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
 def test_hard_cases_are_the_oracles(case):
+    assert_oracle(case)
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.wavelet != "sym4"))
+        for case in HARD
+    ],
+)
+def test_optimised_hard_cases_are_the_oracles(case):
+    """Compiled as a user's programs are, long filters at `make test`."""
     assert_oracle(case)
 
 

@@ -28,14 +28,17 @@ CASES = (
     # Two blocks of channels, the second in part.
     Case((5, 6), 2, batch=(1,), channels=130),
 )
-# What one of the others has too, on a smaller image.
+# What one of the others has too, on a smaller image; and five levels, which take longest.
 WIDE = {
+    "b1-13x6-c3-l5-haar-float32",
+    "b16-3x5-c2-l2-haar-float32",
     "b2-8x8-c3-l3-haar-float32",
     "b2x2-3x20-c3-l1-haar-bfloat16",
     "b1-5x6-c130-l2-haar-float32",
     "b16-7x5-c2-l2-haar-float32",
     "b2x12-6x3-c130-l5-haar-float32",
 }
+LONG = {"b16-7x5-c2-l2-haar-float32", "b2x12-6x3-c130-l5-haar-float32"}
 # Tiles along rows alone, and along both axes, overhanging the image; and MiB of VMEM.
 TILED = ((Case((21, 12), 2, batch=(1,)), 0.45), (Case((6, 50), 1, "haar", "bfloat16", (1,)), 0.2))
 # Images side by side in registers: eight a step of sixteen; all of a batch, in bfloat16 too.
@@ -50,7 +53,11 @@ TOGETHER = (
 
 def some(cases):
     """Each of the cases, those of `WIDE` for `make test-all`."""
-    marks = lambda case: [pytest.mark.wide] * (case.name in WIDE)  # noqa: E731
+
+    def marks(case):
+        mark = pytest.mark.slow if case.name in LONG else pytest.mark.wide
+        return [mark] * (case.name in WIDE)
+
     return [pytest.param(case, id=case.name, marks=marks(case)) for case in cases]
 
 

@@ -59,9 +59,26 @@ def launched(case, x, coeffs, **sizes):
     )
 
 
+# What others have too, on smaller images or with other sizes.
+WIDE = {
+    ("b2-28x28-c3-l4-haar-float32", "{}"),
+    ("b1x2-33x1-c1-l5-haar-float32", "{}"),
+    ("b2-5x18-c1-l3-haar-float32", "{}"),
+    ("b2-9x7-c3-l4-haar-float32", "{'warps': 2}"),
+}
+
+
 @INTERPRETED
 @pytest.mark.parametrize(
-    ("case", "sizes"), CHOSEN, ids=lambda value: getattr(value, "name", str(value))
+    ("case", "sizes"),
+    [
+        pytest.param(
+            *(case, sizes),
+            id=f"{case.name}-{sizes}",
+            marks=[pytest.mark.wide] * ((case.name, str(sizes)) in WIDE),
+        )
+        for case, sizes in CHOSEN
+    ],
 )
 def test_interpreted_kernels_are_the_oracles(case, sizes):
     assert_close(case, launched(case, *arrays(case), **sizes), expected(case))
@@ -116,6 +133,7 @@ def test_tensors_of_any_strides():
     np.testing.assert_array_equal(run(*turned), run(low, details))
 
 
+@pytest.mark.wide
 @PARTS
 def test_kernels_compile_for_many_threads(part, tmp_path):
     resources = compiled_resources("haar", part, tmp_path)

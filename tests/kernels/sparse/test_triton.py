@@ -136,8 +136,8 @@ def test_permuted_rows_are_permuted_results_bit_by_bit():
 
 
 def marks(case):
-    """By the time that a case takes in the interpreter: of 343 offsets a quarter of a minute."""
-    return pytest.mark.slow if case.kernel_size == 7 else pytest.mark.wide
+    """By the time that a case takes in the interpreter, which is seconds for 125 offsets."""
+    return pytest.mark.slow if case.kernel_size in (5, 7) else pytest.mark.wide
 
 
 @INTERPRETED
@@ -150,8 +150,13 @@ def test_interpreted_kernels_are_the_oracles(interpreted, case):
 
 
 @INTERPRETED
-@pytest.mark.wide
-@pytest.mark.parametrize("case", interpretable(depthwise.CASES), ids=name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=marks(case))
+        for case in interpretable(depthwise.CASES)
+    ],
+)
 def test_interpreted_depthwise_kernels_are_the_oracles(interpreted, case):
     assert_oracle(depthwise, case, "triton")
 

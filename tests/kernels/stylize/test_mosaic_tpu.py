@@ -26,9 +26,15 @@ TILED = (
 )
 
 
-# The contract test has the kernels on an image of one tile.
-@pytest.mark.wide
-@pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
+# The contract test has the kernels on an image of one tile. Every second case is wide: among them
+# is each dtype, each activation, a residual, styles, a large mean, a pixel and many channels.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.slow if i % 2 else pytest.mark.wide)
+        for i, case in enumerate(TAKEN)
+    ],
+)
 def test_output_and_gradients_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
 

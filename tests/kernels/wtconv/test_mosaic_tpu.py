@@ -43,7 +43,7 @@ EXTRA = (
     # Three levels, of which the second is odd; an even kernel, a stride and no bias.
     Case((3, 5), 3, 2, batch=(1,), channels=2, stride=2, bias=False),
     # No batch; a kernel larger than the image; many channels.
-    Case((2, 3), 1, 5, batch=(), channels=100),
+    Case((2, 1), 1, 3, batch=(), channels=100),
     # More columns than one group of registers; two blocks of channels, the second in part.
     Case((2, 75), 1, 3, batch=(1,), channels=2),
     Case((6, 5), 1, 3, "bfloat16", batch=(2,), channels=130),
@@ -64,7 +64,7 @@ TOGETHER = (
 # One case of each edge; the rest is wide, and what takes over ten seconds slow.
 SMALLEST = {
     "b2-3x4-c3-l0-k1-bfloat16",
-    "b-2x3-c100-l1-k5-float32",
+    "b-2x1-c100-l1-k3-float32",
     "b1-2x75-c2-l1-k3-float32",
     # Images together, in two blocks of channels.
     "b2x4-3x6-c130-l1-k2-bfloat16",

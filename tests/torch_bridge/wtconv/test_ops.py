@@ -14,19 +14,18 @@ from torch_bridge.wtconv import ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("many_compilations")
 
-EACH = pytest.mark.parametrize(
-    "implementation",
-    [
-        "eager",
-        pytest.param(
-            "triton",
-            marks=pytest.mark.skipif(
-                os.environ.get("TRITON_INTERPRET") != "1",
-                reason="a process has Triton's interpreter or a GPU",
-            ),
-        ),
-    ],
+INTERPRETS = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="a process has Triton's interpreter or a GPU"
 )
+
+
+def each(*marks):
+    """Plain operations, and kernels with these marks."""
+    values = ["eager", pytest.param("triton", marks=[INTERPRETS, *marks])]
+    return pytest.mark.parametrize("implementation", values)
+
+
+EACH = each()
 WITH_GPU = pytest.mark.parametrize(
     ("implementation", "device"),
     [("eager", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)],
@@ -100,7 +99,7 @@ def test_second_derivatives(implementation):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@EACH
+@each(pytest.mark.wide)
 def test_compiles_without_a_graph_break(implementation):
     layer = make_layer(implementation)
     # Inductor would compile C++ for a minute; "aot_eager" traces the same graphs, both ways.
@@ -168,7 +167,7 @@ def test_exports(implementation):
     assert implementation == "triton" or not {"aten.to.dtype", "aten.detach.default"} & {*targets}
 
 
-@EACH
+@each(pytest.mark.wide)
 def test_vmap(implementation):
     layer, x = make_layer(implementation), make_input(2, 3, 1, 2, 2)
     want = torch.stack([layer(one) for one in x.unbind(1)])
