@@ -551,11 +551,7 @@ def wtconv_table(report: Json) -> "Table":
             for row in both
             for cell in (
                 *(_times(row), f"{row['over_floor']:.1f}", _speed(row)),
-                *(
-                    (_ms(row["users"]["median_ms"]), _speed(row["users"]))
-                    if both_clocks
-                    else ()
-                ),
+                *((_ms(row["users"]["median_ms"]), _speed(row["users"])) if both_clocks else ()),
             )
         ]
         memory, extra = both[-1]["temporaries"], both[-1]["extra_memory"]
