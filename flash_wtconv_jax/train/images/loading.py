@@ -105,7 +105,7 @@ def speed(
         seconds: Time after which no other step is begun.
     """
     # As many first as may be made already when the clock starts.
-    ahead = 3 + 2 * _THREADS * _CHUNK // batch
+    ahead = min(batches, 3 + 2 * _THREADS * _CHUNK // batch)
     steps = range(ahead + batches)
     with iterating(training(source, data, batch=batch, seed=0, steps=steps)) as iterator:
         for _ in range(ahead):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -12,6 +13,15 @@ import pytest
 from typer.testing import CliRunner
 
 pytest.importorskip("grain")
+
+from helpers.training import (
+    SAID,
+    assert_same_run,
+    figures,
+    in_a_process,
+    steps_in,
+    write_images,
+)
 
 from flash_wtconv_jax import checkpoints, models
 from flash_wtconv_jax.cli import app
@@ -23,37 +33,6 @@ from flash_wtconv_jax.train.images import (
     sources,
     trainer,
 )
-
-SAID = {
-    "model": {
-        "name": "ConvNeXt",
-        "options": {
-            "depths": [1, 1],
-            "dims": [8, 16],
-            "levels": [1, 1],
-            "kernel_size": 3,
-            "patch_size": 2,
-            "drop_path": 0.2,
-            "layer_scale": 1.0,
-        },
-    },
-    "data": {"size": 8, "channels": 1, "mean": [0.5], "std": [0.25], "scale": [0.8, 1.0]},
-    "augment": {"flip": 0.0, "erasing": 0.1, "mixup": 0.1},
-    "optimizer": {"rate": 2e-2, "ema": 0.9, "clip": 1.0, "warmup": 0.5},
-    "run": {"batch": 8, "accumulate": 2, "epochs": 2, "save_every": 3, "log_every": 1, "keep": 1},
-}
-
-
-def write_images(folder):
-    """Forty images to learn from and twelve held out: the class is the bright third."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 40), ("val", 12)):
-        labels = np.arange(count) % 3
-        images = rng.integers(0, 90, (count, 9, 9, 1), np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            image[:, 3 * label : 3 * label + 3] += 120
-        np.savez(folder / part, images=images, labels=labels, classes=["left", "middle", "right"])
 
 
 @pytest.fixture(scope="module")
@@ -87,37 +66,14 @@ def stopped_at(step):
     return on_progress
 
 
-def figures(run):
-    """Losses and scores of a run, without its times."""
-    return [
-        [
-            {key: value for key, value in row.items() if key not in ("images_per_s", "waiting")}
-            for row in rows
-        ]
-        for rows in (reports.rows(run, name) for name in (reports.STEPS, reports.EPOCHS))
-    ]
-
-
-def assert_same_run(one, other):
-    """Losses and all that the last checkpoints hold are the same bits."""
-    assert figures(one) == figures(other)
-    with saving.saving(one, 1) as first, saving.saving(other, 1) as second:
-        assert first.last == second.last
-        for item in ("params", "ema", "memory"):
-            trees = [
-                checkpoints.restore(run / saving.FOLDER / str(first.last) / item)
-                for run in (one, other)
-            ]
-            jax.tree.map(np.testing.assert_array_equal, *trees)
-
-
 @pytest.mark.wide
 def test_it_learns_and_leaves_all_that_it_promises(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["steps"] == summary["of_steps"] == 10
     assert summary["scores"]["ema_top1"] > 0.9
     for name in trainer.FILES:
-        assert (whole / name).exists(), name
+        assert (whole / name).exists() == (name != "predictions.png"), name
+    assert summary["loader_images_per_s"] > 0 and 0 <= summary["waiting"] <= 1
     logged, evaluated = figures(whole)
     assert [row["step"] for row in logged] == list(range(1, 11))
     assert [row["step"] for row in evaluated] == [5, 10]
@@ -247,56 +203,71 @@ def test_fine_tuning_begins_from_a_checkpoint_with_a_new_head(data, whole, tmp_p
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-RUN = """
-import sys
-from pathlib import Path
-from flash_wtconv_jax.train.images import settings, trainer
-said = settings.read(Path(sys.argv[1]))
-def on_progress(progress):
-    print(progress.step, flush=True)
-if __name__ == "__main__":
-    summary = trainer.train(
-        settings.resolved(said), Path(sys.argv[2]), resume=True, on_progress=on_progress
-    )
-    sys.exit(3 if summary["stopped"] else 0)
-"""
+# Enough for a checkpoint to go on from, and an evaluation before the end.
+SMALL = {
+    "model": {"options": {"depths": [1], "dims": [8], "levels": [1]}},
+    "augment": {"erasing": 0.0, "mixup": 0.0},
+    "run": {"accumulate": 1},
+}
 
 
-def in_a_process(data, out, number=None, step=None):
-    """Trains in a process of its own, and sends it a signal after a step; returns its status.
-
-    All runs that are compared are in processes: the suite compiles programs in a way of its own.
-    """
-    file = data.parent / "settings.toml"
-    file.write_text(settings.as_toml(resolved(data)))
-    command = [sys.executable, "-c", RUN, file, out]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if number is not None and int(line) == step:
-                process.send_signal(number)
-                break
-        process.stdout.read()
-        return process.wait()
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No pictures, which are another test's."""
+    monkeypatch.setattr(reports, "draw_curves", lambda run: None)
 
 
-@pytest.mark.slow
-def test_a_killed_training_goes_on_bitwise(data):
-    out, whole = data.parent / "killed", data.parent / "not_killed"
-    assert in_a_process(data, whole) == 0
-    assert in_a_process(data, out, signal.SIGKILL, 7) == -signal.SIGKILL
-    assert in_a_process(data, out) == 0
-    assert_same_run(out, whole)
+@pytest.fixture(scope="module")
+def small(data):
+    """The folder of a small training that nothing stopped."""
+    out = data.parent / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports, "draw_curves", lambda run: None)
+        trainer.train(resolved(data, SMALL), out)
+    return out
 
 
-@pytest.mark.slow
-def test_five_kills_and_a_request_to_stop_change_nothing(data):
-    out, whole = data.parent / "killed_often", data.parent / "never_killed"
-    assert in_a_process(data, whole) == 0
+def test_a_killed_training_goes_on_bitwise(data, small, undrawn):
+    out, said = data.parent / "killed", resolved(data, SMALL)
+    assert in_a_process(said, out, 7) == -signal.SIGKILL
+    assert steps_in(out)
+    trainer.train(said, out, resume=True)
+    assert_same_run(out, small)
+
+
+@pytest.mark.wide
+def test_five_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
+    out, said = data.parent / "killed_often", resolved(data, SMALL)
     for step in (2, 4, 5, 7, 8):
-        assert in_a_process(data, out, signal.SIGKILL, step) == -signal.SIGKILL
-    assert in_a_process(data, out, signal.SIGTERM, 9) in (0, 3)
-    assert in_a_process(data, out) == 0
-    assert_same_run(out, whole)
+        assert in_a_process(said, out, step, delay=0.02 * step) == -signal.SIGKILL
+    assert in_a_process(said, out, 9, signal.SIGTERM) in (0, 3)
+    trainer.train(said, out, resume=True)
+    assert_same_run(out, small)
+
+
+@pytest.mark.wide
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
+    import resource
+
+    out, said = data.parent / "full", resolved(data, SMALL)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(progress):
+        if progress.step == 4:
+            while steps_in(out) != ["3"]:
+                time.sleep(0.01)
+            # Less than a checkpoint's arrays take, more than a line of figures.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match="cannot be written: "):
+            trainer.train(said, out, on_progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps_in(out) == ["3"]
+    trainer.train(said, out, resume=True)
+    assert_same_run(out, small)
 
 
 MESHES = """
