@@ -4,6 +4,7 @@ The images of a step depend on the seed and the step alone: not on the number of
 or processes.
 """
 
+import gc
 import math
 import os
 import time
@@ -128,6 +129,8 @@ def iterating(dataset: grain.IterDataset[Arrays]) -> Iterator[grain.DatasetItera
         yield iterator
     finally:
         iterator.close()
+        # Its last chunks lie in memory shared with its workers, and are held in a circle.
+        gc.collect()
 
 
 def reason(source: Source, data: Data, index: int) -> str:

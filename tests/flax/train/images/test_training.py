@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -54,16 +55,28 @@ def whole(data):
     return out
 
 
-class Stop(Exception):
-    """Ends a training in the middle."""
+# Enough for a checkpoint to go on from, and an evaluation before the end.
+SMALL = {
+    "model": {"options": {"depths": [1], "dims": [8], "levels": [1]}},
+    "augment": {"erasing": 0.0, "mixup": 0.0},
+    "run": {"accumulate": 1},
+}
 
 
-def stopped_at(step):
-    def on_progress(progress):
-        if progress.step == step:
-            raise Stop
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No pictures, which are another test's."""
+    monkeypatch.setattr(reports, "draw_curves", lambda run: None)
 
-    return on_progress
+
+@pytest.fixture(scope="module")
+def small(data):
+    """The folder of a small training that nothing stopped."""
+    out = data.parent / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports, "draw_curves", lambda run: None)
+        trainer.train(resolved(data, SMALL), out)
+    return out
 
 
 @pytest.mark.wide
@@ -80,25 +93,16 @@ def test_it_learns_and_leaves_all_that_it_promises(whole):
     assert any((whole / "tensorboard").iterdir())
 
 
-@pytest.mark.slow
-def test_a_stopped_training_goes_on_bitwise(data, whole):
-    out = data.parent / "stopped"
-    with pytest.raises(Stop):
-        trainer.train(resolved(data), out, on_progress=stopped_at(8))
-    trainer.train(resolved(data), out, resume=True)
-    assert_same_run(out, whole)
-
-
-@pytest.mark.slow
-def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, whole):
+@pytest.mark.wide
+def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, small):
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
-        trainer.train(resolved(data), whole)
-    other = resolved(data, {"optimizer": {"rate": 0.5}})
+        trainer.train(resolved(data, SMALL), small)
+    other = resolved(data, SMALL, {"optimizer": {"rate": 0.5}})
     with pytest.raises(ValueError, match=r"other settings: optimizer\.rate is 0\.5, was 0\.02"):
-        trainer.train(other, whole, resume=True)
+        trainer.train(other, small, resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_checkpoints_are_read_like_any_others(data, whole):
     with saving.saving(whole, 1) as saver:
         best = whole / saving.FOLDER / str(saver.best)
@@ -114,7 +118,7 @@ def test_checkpoints_are_read_like_any_others(data, whole):
     assert scores["top1"] == rows[int(best.name)]["ema_top1"]
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_commands_evaluate_and_predict(data, whole, tmp_path):
     from PIL import Image
 
@@ -180,18 +184,39 @@ def test_what_does_not_fit_is_found_before_the_training(data, said, message, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_a_loss_that_is_no_number_stops_it(data, tmp_path):
     message = r"step \d: the loss is .*; no checkpoint yet\. Its images are listed in"
+    said = resolved(data, SMALL, {"optimizer": {"rate": 1e38, "warmup": 1.0, "clip": 0.0}})
     with pytest.raises(ValueError, match=message):
-        trainer.train(
-            resolved(data, {"optimizer": {"rate": 1e38, "warmup": 1.0, "clip": 0.0}}), tmp_path
-        )
+        trainer.train(said, tmp_path)
     (listed,) = tmp_path.glob("batch_of_step_*.txt")
     assert len(listed.read_text().splitlines()) == 8
 
 
-@pytest.mark.slow
+@pytest.mark.wide
+def test_broken_images_are_named_and_counted_and_too_many_stop_it(data, tmp_path, undrawn):
+    from PIL import Image
+
+    for part in ("train", "val"):
+        with np.load(data / f"{part}.npz") as file:
+            pairs = list(zip(file["images"], file["classes"][file["labels"]], strict=True))
+        for index, (image, name) in enumerate(pairs):
+            folder = tmp_path / "data" / part / str(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(folder / f"{index}.png")
+    (tmp_path / "data" / "train" / "left" / "3.png").write_bytes(b"no picture")
+    told = []
+    said = resolved(tmp_path / "data", SMALL)
+    with pytest.raises(ValueError, match=r"step \d: 1 images could not be read, more than data"):
+        trainer.train(said, tmp_path / "strict", on_message=told.append)
+    assert len(told) == 1 and "3.png: cannot identify image file" in told[0]
+    said = resolved(tmp_path / "data", SMALL, {"data": {"max_broken": 0.1}})
+    summary = trainer.train(said, tmp_path / "lenient", on_message=told.append)
+    assert len(told) == 2 and summary["broken_rows"] == 2
+
+
+@pytest.mark.wide
 def test_fine_tuning_begins_from_a_checkpoint_with_a_new_head(data, whole, tmp_path):
     said = {"model": {"name": "", "options": {}, "checkpoint": str(whole / "network")}}
     model = trainer.network(resolved(data, said), classes=7)
@@ -201,30 +226,6 @@ def test_fine_tuning_begins_from_a_checkpoint_with_a_new_head(data, whole, tmp_p
     for params in (found, wanted):
         params["head"].pop("fc")
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-
-
-# Enough for a checkpoint to go on from, and an evaluation before the end.
-SMALL = {
-    "model": {"options": {"depths": [1], "dims": [8], "levels": [1]}},
-    "augment": {"erasing": 0.0, "mixup": 0.0},
-    "run": {"accumulate": 1},
-}
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """No pictures, which are another test's."""
-    monkeypatch.setattr(reports, "draw_curves", lambda run: None)
-
-
-@pytest.fixture(scope="module")
-def small(data):
-    """The folder of a small training that nothing stopped."""
-    out = data.parent / "small"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reports, "draw_curves", lambda run: None)
-        trainer.train(resolved(data, SMALL), out)
-    return out
 
 
 def test_a_killed_training_goes_on_bitwise(data, small, undrawn):
@@ -308,36 +309,73 @@ def test_eight_devices_compute_what_one_does(data):
     subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=environment)
 
 
+SCENES = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from jax.sharding import AxisType
+from flash_wtconv_jax import models
+from flash_wtconv_jax.train.images import steps
+from pallas_kernels.sparse import from_coords
+def scene(seed):
+    rng = np.random.default_rng(seed)
+    coords = np.unique(rng.integers(0, 6, (60, 3)), axis=0)[:40]
+    features = rng.normal(size=(len(coords), 3)).astype(np.float32)
+    return from_coords(np.insert(coords, 0, 0, axis=1), features, capacity=48)
+scenes = jax.tree.map(lambda *each: jnp.stack(each), *map(scene, range(8)))
+labels = jnp.asarray(np.random.default_rng(0).integers(0, 4, (8, 48)))
+small = dict(stem_dim=16, dims=(16, 16), depths=(1, 1), stem_kernel_sizes=(3,))
+model = models.SparseUNet(3, 4, **small, rngs=nnx.Rngs(0))
+model.eval()
+definition, params, rest = nnx.split(model, nnx.Param, ...)
+def loss(params, scenes, labels):
+    def one(voxels, labels):
+        scores = nnx.merge(definition, params, rest, copy=True)(voxels).features
+        return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+    return jax.vmap(one)(scenes, labels).mean()
+step = jax.value_and_grad(loss)
+wanted = jax.jit(step)(params, scenes, labels)
+for axes in ((8, 1, 1), (2, 2, 2)):
+    mesh = jax.make_mesh(axes, steps.AXES, axis_types=(AxisType.Auto,) * 3)
+    places, rows = steps.placed(params, mesh), steps.split_rows(mesh)
+    split = jax.jit(step, in_shardings=(places, rows, rows))
+    found = split(params, scenes, labels)
+    for one, two in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        scale = np.abs(one).max()
+        assert np.abs(one - np.asarray(two)).max() <= 1e-5 * max(scale, 1e-3)
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(data, whole, tmp_path):
+def test_eight_devices_compute_the_scenes_of_a_sparse_network():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", SCENES], check=True, env=environment)
+
+
+@pytest.mark.wide
+def test_two_processes_train_as_one_and_one_goes_on(data, small, undrawn):
     """Under the variables that `mpirun` sets."""
-    file = tmp_path / "settings.toml"
-    file.write_text(settings.as_toml(resolved(data, {"run": {"accumulate": 1}})))
-    alone = tmp_path / "alone"
-    trainer.train(resolved(data, {"run": {"accumulate": 1}}), alone)
-    command = [
-        sys.executable,
-        "-c",
-        "from flash_wtconv_jax.cli import main; main()",
-        "train",
-        str(file),
-        "--distributed",
-    ]
-    processes = []
-    for rank in (0, 1):
-        environment = {
-            **os.environ,
-            "OMPI_MCA_orte_hnp_uri": "1234567.0;tcp://127.0.0.1:40000",
-            "OMPI_COMM_WORLD_SIZE": "2",
-            "OMPI_COMM_WORLD_RANK": str(rank),
-            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
-        }
-        processes.append(
-            subprocess.Popen([*command, "--out", str(tmp_path / "both")], env=environment)
-        )
-    assert [process.wait() for process in processes] == [0, 0]
-    one, two = (
-        [row["loss"] for row in reports.rows(run, reports.STEPS)]
-        for run in (alone, tmp_path / "both")
-    )
+    out = data.parent / "both"
+    file = data.parent / "both.toml"
+    file.write_text(settings.as_toml(resolved(data, SMALL, {"run": {"max_steps": 6}})))
+    command = [sys.executable, "-c", "from flash_wtconv_jax.cli import main; main()"]
+    command += ["train", str(file), "--distributed", "--out", str(out)]
+    with ExitStack() as held:
+        processes = []
+        for rank in "01":
+            environment = {
+                **os.environ,
+                # The number of the job tells the port.
+                "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:40000",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": rank,
+                "OMPI_COMM_WORLD_LOCAL_RANK": rank,
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            }
+            processes.append(held.enter_context(subprocess.Popen(command, env=environment)))
+            # Neither waits for the other for ever.
+            held.callback(processes[-1].kill)
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    # One goes on alone, with the images in the same order.
+    trainer.train(resolved(data, SMALL), out, resume=True)
+    one, two = ([row["loss"] for row in reports.rows(run, reports.STEPS)] for run in (small, out))
     np.testing.assert_allclose(one, two, rtol=1e-4)
