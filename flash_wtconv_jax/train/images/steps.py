@@ -1,7 +1,8 @@
 """One step of a training, and one of an evaluation, as pure functions of a state.
 
 A mesh splits the batch over `data` and `fsdp`, the parameters over `fsdp`, and channels over
-`model`; XLA adds what the devices have to tell each other.
+`model`; XLA adds what the devices have to tell each other. Parameters are gathered over `fsdp`
+before they are used.
 """
 
 import math
@@ -76,6 +77,20 @@ def placed(state: loop.State, mesh: Mesh) -> loop.State:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _split(leaf.shape, mesh)), state)
 
 
+def _gathered(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """The shardings of parameters where they are used: whole but for their channels.
+
+    Left to itself, XLA splits the sums over a kernel's axes too, and where the bands of a wavelet
+    are split over `fsdp` and channels over `model` its gradients are wrong (JAX 0.10.2).
+    """
+
+    def sharding(leaf: jax.Array) -> NamedSharding:
+        kept = ("model" if axis == "model" else None for axis in _split(leaf.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec(*kept))
+
+    return jax.tree.map(sharding, params)
+
+
 def _split(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Channels, the last axis, over `model`, and over `fsdp` the longest of the others."""
     axes: list[str | None] = [None] * len(shape)
@@ -128,7 +143,7 @@ def program(
         classes: Their number.
     """
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
-    forward = partial(_logits, definition, rest)
+    forward = partial(_logits, definition, rest, mesh)
     start = partial(loop.begun, optimizer, averaging=bool(settings.optimizer.ema))
     shardings = placed(jax.eval_shape(start, params), mesh)
     rows = split_rows(mesh)
@@ -155,7 +170,7 @@ def evaluator(
     """
     definition, _, *rest = nnx.split(model, nnx.Param, ...)
     whole = NamedSharding(mesh, PartitionSpec())
-    forward = partial(_logits, definition, rest)
+    forward = partial(_logits, definition, rest, mesh)
     return jax.jit(partial(_evaluate, forward, data), out_shardings=whole)
 
 
@@ -174,10 +189,12 @@ _Forward = Callable[[nnx.State, jax.Array, jax.Array | None], jax.Array]
 def _logits(
     definition: nnx.GraphDef,
     rest: Sequence[nnx.State],
+    mesh: Mesh,
     params: nnx.State,
     images: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
+    params = jax.lax.with_sharding_constraint(params, _gathered(params, mesh))
     # Copied, since `rest` is of the trace outside, whose variables none inside may change.
     model = nnx.merge(definition, params, *rest, copy=True)
     if key is None:

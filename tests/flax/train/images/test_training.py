@@ -271,12 +271,19 @@ def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
     assert_same_run(out, small)
 
 
+EIGHT = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
 MESHES = """
 import sys
 import jax, numpy as np
 from pathlib import Path
 from flash_wtconv_jax.train.images import loading, settings, steps, trainer
 said = settings.read(Path(sys.argv[1]))
+# Or nothing of so small a network would be split.
+steps._LEAST_SPLIT = 64
 found = []
 for axes in ({"data": 1}, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}):
     count = int(np.prod(list(axes.values())))
@@ -288,6 +295,8 @@ for axes in ({"data": 1}, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}):
         run.model, wanted, run.mesh, optimizer=run.optimizer, classes=len(run.train.classes)
     )
     jax.devices = jax_devices
+    split = {axis for one in jax.tree.leaves(program.shardings) for axis in one.spec if axis}
+    assert split == {axis for axis in ("fsdp", "model") if axes.get(axis)}, split
     state = program.start()
     dataset = loading.training(run.train, wanted.data, batch=8, seed=0, steps=range(2))
     with loading.iterating(dataset) as batches:
@@ -305,8 +314,7 @@ for other in found[1:]:
 def test_eight_devices_compute_what_one_does(data):
     file = data.parent / "meshes.toml"
     file.write_text(settings.as_toml(resolved(data)))
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=EIGHT)
 
 
 SCENES = """
@@ -347,8 +355,7 @@ for axes in ((8, 1, 1), (2, 2, 2)):
 
 @pytest.mark.slow
 def test_eight_devices_compute_the_scenes_of_a_sparse_network():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run([sys.executable, "-c", SCENES], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", SCENES], check=True, env=EIGHT)
 
 
 @pytest.mark.wide
