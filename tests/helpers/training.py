@@ -130,13 +130,13 @@ def main(kills: int) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         write_images(here / "data")
         # Enough steps for all kills, each after a few that its process has done.
-        more = {"run": {"epochs": 2 + kills, "save_every": 2}}
+        more = {"run": {"epochs": 2 + 2 * kills, "save_every": 2}}
         said = settings.resolved(SAID, {"data": {"folder": str(here / "data")}}, more)
         assert in_a_process(said, here / "whole", as_the_suite=False) == 0
         done, begun = [], time.monotonic()
         for _ in range(kills):
             last = max(map(int, steps_in(here / "killed")), default=0)
-            step, delay = last + rng.randint(1, 5), rng.uniform(0, 0.3)
+            step, delay = last + rng.randint(1, 5), rng.uniform(0, 0.1)
             status = in_a_process(said, here / "killed", step, delay=delay, as_the_suite=False)
             assert status == -signal.SIGKILL, f"step {step}: the process ended with {status}"
             done.append(step)
