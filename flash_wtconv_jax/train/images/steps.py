@@ -80,8 +80,8 @@ def placed(state: loop.State, mesh: Mesh) -> loop.State:
 def _gathered(params: nnx.State, mesh: Mesh) -> nnx.State:
     """The shardings of parameters where they are used: whole but for their channels.
 
-    Left to itself, XLA splits the sums over a kernel's axes too, and where the bands of a wavelet
-    are split over `fsdp` and channels over `model` its gradients are wrong (JAX 0.10.2).
+    Left to itself, XLA splits sums inside the network over `fsdp` too, which also splits the batch:
+    on `data=2,fsdp=2,model=2` the gradients of two stages came out wrong (JAX 0.10.2, CPU).
     """
 
     def sharding(leaf: jax.Array) -> NamedSharding:
