@@ -4,11 +4,13 @@
 leaves with one that nothing stopped.
 """
 
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +38,14 @@ SAID = {
     "augment": {"flip": 0.0, "erasing": 0.1, "mixup": 0.1},
     "optimizer": {"rate": 2e-2, "ema": 0.9, "clip": 1.0, "warmup": 0.5},
     "run": {"batch": 8, "accumulate": 2, "epochs": 2, "save_every": 3, "log_every": 1, "keep": 1},
+}
+
+
+# What makes it cheap.
+SMALL = {
+    "model": {"options": {"depths": [1], "dims": [8], "levels": [1]}},
+    "augment": {"erasing": 0.0, "mixup": 0.0},
+    "run": {"accumulate": 1},
 }
 
 
@@ -75,78 +85,80 @@ def assert_same_run(one, other):
             jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
-CHILD = """
-import os, sys, threading, time
-file, out, number, step, delay, tests = sys.argv[1:]
-if tests:
-    # It compiles programs as the suite does, and finds them compiled.
-    sys.path.insert(0, tests)
-    import conftest
+def train_until(said: settings.Settings, out: Path, step: int, number: int, delay: float) -> None:
+    """Trains in this process, and ends it: by a signal so long after a step, if it gets there."""
+    from flash_wtconv_jax.train.images import trainer
+
+    def on_progress(progress: trainer.Progress) -> None:
+        if progress.step == step:
+            threading.Thread(target=kill, daemon=True).start()
+
+    def kill() -> None:
+        time.sleep(delay)
+        os.kill(os.getpid(), number)
+
+    summary = trainer.train(said, out, resume=True, on_progress=on_progress)
+    sys.exit(3 if summary["stopped"] else 0)
+
+
+# The process compiles programs as the suite does, and finds them compiled.
+_AS_THE_SUITE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest
 from pathlib import Path
-from flash_wtconv_jax.train.images import settings, trainer
-
-def kill():
-    time.sleep(float(delay))
-    os.kill(os.getpid(), int(number))
-
-def on_progress(progress):
-    if progress.step >= int(step) > 0 and not begun:
-        begun.append(threading.Thread(target=kill))
-        begun[0].start()
-
-begun = []
-said = settings.resolved(settings.read(Path(file)))
-summary = trainer.train(said, Path(out), resume=True, on_progress=on_progress)
-sys.exit(3 if summary["stopped"] else 0)
+from flash_wtconv_jax.train.images import settings
+from helpers.training import train_until
+said = settings.resolved(settings.read(Path(sys.argv[2])))
+train_until(said, Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6]))
 """
 
 
 def in_a_process(
-    said: settings.Settings,
-    out: Path,
-    step: int = 0,
-    number: int = signal.SIGKILL,
-    *,
-    delay: float = 0.0,
-    as_the_suite: bool = True,
+    said: settings.Settings, out: Path, step: int, number: int = signal.SIGKILL, delay: float = 0.0
 ) -> int:
-    """Trains in a process that sends itself a signal after a step, 0 for none; returns its status.
-
-    What is compared has to be compiled alike: as the suite compiles, or as everybody does.
-    """
+    """Trains in a process that ends by a signal after a step; returns its status."""
     file = out.with_suffix(".toml")
     file.write_text(settings.as_toml(said))
-    tests = str(Path(__file__).parents[1]) if as_the_suite else ""
-    arguments = [str(one) for one in (file, out, int(number), step, delay, tests)]
-    return subprocess.run([sys.executable, "-c", CHILD, *arguments], timeout=600).returncode
+    tests = Path(__file__).parents[1]
+    arguments = [str(one) for one in (tests, file, out, step, int(number), delay)]
+    return subprocess.run([sys.executable, "-c", _AS_THE_SUITE, *arguments]).returncode
 
 
 def main(kills: int) -> None:
     """Kills a training at random, lets it go on, and compares it with one that was not killed."""
     rng = random.Random(0)
+    # Nothing here starts JAX before the comparison, so that its processes can be forked.
+    forked = multiprocessing.get_context("fork")
+
+    def trained(out: Path, step: int = 0, delay: float = 0.0) -> int | None:
+        arguments = said, out, step, signal.SIGKILL, delay
+        process = forked.Process(target=train_until, args=arguments)
+        process.start()
+        process.join()
+        return process.exitcode
+
     with TemporaryDirectory() as folder:
         here = Path(folder)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(here / "compiled")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         write_images(here / "data")
         # Enough steps for all kills, each after a few that its process has done.
-        more = {"run": {"epochs": 2 + 2 * kills, "save_every": 2}}
-        said = settings.resolved(SAID, {"data": {"folder": str(here / "data")}}, more)
-        assert in_a_process(said, here / "whole", as_the_suite=False) == 0
-        done, begun = [], time.monotonic()
+        more = {"run": {"epochs": 2 + kills}}
+        said = settings.resolved(SAID, SMALL, {"data": {"folder": str(here / "data")}}, more)
+        assert trained(here / "whole") == 0
+        begun = time.monotonic()
         for _ in range(kills):
             last = max(map(int, steps_in(here / "killed")), default=0)
-            step, delay = last + rng.randint(1, 5), rng.uniform(0, 0.1)
-            status = in_a_process(said, here / "killed", step, delay=delay, as_the_suite=False)
+            step, delay = last + rng.randint(1, 4), rng.uniform(0, 0.1)
+            status = trained(here / "killed", step, delay)
             assert status == -signal.SIGKILL, f"step {step}: the process ended with {status}"
-            done.append(step)
-            print(f"killed {delay:.2f} s after step {step}", flush=True)
-        assert in_a_process(said, here / "killed", as_the_suite=False) == 0
+            print(f"killed {delay:.3f} s after step {step}", flush=True)
+        assert trained(here / "killed") == 0
         assert_same_run(here / "killed", here / "whole")
         print(
-            f"{kills} kills after the steps {', '.join(map(str, done))}, jax {jax.__version__}: "
-            "losses and all state are bitwise those of a run without "
-            f"({time.monotonic() - begun:.0f} s)"
+            f"{kills} kills, jax {jax.__version__}: losses and all state are bitwise those of a "
+            f"run without ({time.monotonic() - begun:.0f} s)"
         )
 
 

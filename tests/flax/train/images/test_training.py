@@ -17,6 +17,7 @@ pytest.importorskip("grain")
 
 from helpers.training import (
     SAID,
+    SMALL,
     assert_same_run,
     figures,
     in_a_process,
@@ -53,14 +54,6 @@ def whole(data):
     out = data.parent / "whole"
     trainer.train(resolved(data), out)
     return out
-
-
-# Enough for a checkpoint to go on from, and an evaluation before the end.
-SMALL = {
-    "model": {"options": {"depths": [1], "dims": [8], "levels": [1]}},
-    "augment": {"erasing": 0.0, "mixup": 0.0},
-    "run": {"accumulate": 1},
-}
 
 
 @pytest.fixture
