@@ -144,16 +144,16 @@ def main(kills: int) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         write_images(here / "data")
         # Enough steps for all kills, each after a few that its process has done.
-        more = {"run": {"epochs": 2 + kills}}
+        more = {"run": {"epochs": 2 + kills // 2, "batch": 4, "save_every": 2}}
         said = settings.resolved(SAID, SMALL, {"data": {"folder": str(here / "data")}}, more)
         assert trained(here / "whole") == 0
         begun = time.monotonic()
         for _ in range(kills):
             last = max(map(int, steps_in(here / "killed")), default=0)
-            step, delay = last + rng.randint(1, 4), rng.uniform(0, 0.1)
+            step, delay = last + rng.randint(2, 7), rng.uniform(0, 0.1)
             status = trained(here / "killed", step, delay)
             assert status == -signal.SIGKILL, f"step {step}: the process ended with {status}"
-            print(f"killed {delay:.3f} s after step {step}", flush=True)
+            print(f"begun at step {last}, killed {delay:.3f} s after step {step}", flush=True)
         assert trained(here / "killed") == 0
         assert_same_run(here / "killed", here / "whole")
         print(
