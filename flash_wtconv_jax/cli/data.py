@@ -63,7 +63,6 @@ def speed(
 ) -> None:
     """Print how many images a second are read and cropped for training, with nothing to learn."""
     import os
-    import time
 
     import grain  # noqa: F401 - its extra brings all that reading needs.
 
@@ -72,17 +71,8 @@ def speed(
 
     source = sources.opened(folder, "train")
     asked = Data(size=size, randaugment=randaugment, workers=workers)
-    # As many first as may be made already when the clock starts.
-    ahead = 2 * max(1, workers)
-    steps = range(ahead + batches)
-    with loading.iterating(
-        loading.training(source, asked, batch=batch, seed=0, steps=steps)
-    ) as iterator:
-        for step, _ in zip(steps, iterator, strict=True):
-            if step == ahead - 1:
-                started = time.perf_counter()
-        seconds = time.perf_counter() - started
+    found = loading.speed(source, asked, batch=batch, batches=batches)
     say(
-        f"{batches * batch / seconds:,.0f} images/s of {size} pixels: {workers or 'no'} workers, "
+        f"{found:,.0f} images/s of {size} pixels: {workers or 'no'} workers, "
         f"{os.cpu_count()} CPUs, {batches} batches of {batch}"
     )

@@ -1,4 +1,4 @@
-"""`flash-wtconv train`: teach a network to tell images apart."""
+"""`flash-wtconv train`: teach a network to tell images, or their pixels, apart."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +26,9 @@ def train(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of train and val: folders of classes, shards, or .npz files."),
+        typer.Option(
+            help="Folder of train and val: folders of classes, shards, images and masks, or .npz."
+        ),
     ] = None,
     mesh: Annotated[
         str | None,
@@ -53,7 +55,7 @@ def train(
         typer.Option("--distributed", help="One of several processes: Slurm, GKE, mpirun."),
     ] = False,
 ) -> None:
-    """Train an image classifier on folders or shards of images."""
+    """Train a network to tell images apart, or with masks their pixels."""
     import grain  # noqa: F401 - its extra brings all that the trainer needs.
     import jax
 
@@ -105,6 +107,8 @@ def _bar(shown: bool) -> Iterator[tuple[Callable[["Progress"], None], Callable[[
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    from flash_wtconv_jax.train.images import evaluation
+
     columns = (
         TextColumn("train"),
         BarColumn(),
@@ -123,8 +127,7 @@ def _bar(shown: bool) -> Iterator[tuple[Callable[["Progress"], None], Callable[[
                 f"waiting {progress.waiting:.0%}",
             ]
             if progress.scores:
-                top1 = progress.scores.get("ema_top1", progress.scores["top1"])
-                parts.insert(1, f"top-1 {top1:.2%}")
+                parts.insert(1, f"held out {evaluation.leading(progress.scores):.2%}")
             bars.update(bar, total=progress.steps, completed=progress.step, state=", ".join(parts))
 
         def tell(message: str) -> None:
@@ -147,12 +150,14 @@ def _axes(text: str) -> dict[str, int]:
 def _say_summary(summary: dict[str, Any], out: Path) -> None:
     from flash_wtconv_jax.train.images.trainer import FILES
 
-    scores = summary["scores"]
     told = ", ".join(
-        f"{name.replace('_', ' ')} {scores[name]:.2%}"
-        for name in ("top1", "top5", "ema_top1", "ema_top5")
-        if name in scores
+        f"{name.replace('_', ' ')} {score:.2%}"
+        for name, score in summary["scores"].items()
+        if "loss" not in name and "iou " not in name
     )
+    # Several processes do not time it.
+    alone = summary.get("loader_images_per_s")
+    loader = "" if alone is None else f", the loader alone {alone:,.0f} images/s"
     if summary["stopped"]:
         say(
             f"stopped after {summary['steps']} of {summary['of_steps']} steps; --resume goes on. "
@@ -162,7 +167,7 @@ def _say_summary(summary: dict[str, Any], out: Path) -> None:
         say(
             f"{summary['steps']} steps, {summary['parameters']:,} parameters, "
             f"{summary['seconds']:.0f} s, {summary['images_per_s']:,.0f} images/s, waiting "
-            f"{summary['waiting']:.0%}; held out: {told}. Written:"
+            f"{summary['waiting']:.0%}{loader}; held out: {told}. Written:"
         )
     for name, text in FILES.items():
         if (out / name).exists():

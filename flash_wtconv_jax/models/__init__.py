@@ -1,4 +1,4 @@
-"""Networks for flax.nnx: classifiers, style transfer, sparse voxels.
+"""Networks for flax.nnx: classifiers, dense prediction, style transfer, sparse voxels.
 
 Example:
     >>> from flax import nnx
@@ -23,6 +23,7 @@ from flash_wtconv_jax.models.convnext import (
 from flash_wtconv_jax.models.multi_style import MultiStyleNet, load_multi_style
 from flash_wtconv_jax.models.pretrained import load_network, save_network
 from flash_wtconv_jax.models.public import PUBLIC, from_pretrained
+from flash_wtconv_jax.models.segmenter import Segmenter
 from flash_wtconv_jax.models.sparse import SparseResNet, SparseUNet, load_sparse_unet
 from flash_wtconv_jax.models.style_vit import StyleViT
 from flash_wtconv_jax.models.transformer_net import TransformerNet
@@ -32,6 +33,7 @@ __all__ = [
     "ConvNeXtConfig",
     "PUBLIC",
     "MultiStyleNet",
+    "Segmenter",
     "SparseResNet",
     "SparseUNet",
     "StyleViT",

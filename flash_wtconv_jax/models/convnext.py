@@ -9,6 +9,7 @@ and `scale` for PyTorch's `weight`.
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -220,7 +221,8 @@ class ConvNeXt(nnx.Module):
 
     A stem that cuts the image into patches, stages of residual blocks with a 2x2 downsampling
     between them, and a head on the averaged last map. Dropout and drop path follow nnx's idiom:
-    on after construction and `model.train()`, off after `model.eval()`.
+    on after construction and `model.train()`, off after `model.eval()`, and
+    `nnx.reseed(model, dropout=key)` begins their randomness anew.
 
     In linen, through Flax's bridge (give a "dropout" key too if `drop_path` or `dropout` is set):
     see the second example.
@@ -257,11 +259,11 @@ class ConvNeXt(nnx.Module):
         )
         self.norms = nnx.data(None)
         if config.feature_norms:
-            self.norms = nnx.List(_layer_norm(config, dim, rngs=rngs) for dim in config.dims)
+            self.norms = nnx.List(layer_norm(config, dim, rngs=rngs) for dim in config.dims)
         # Here and not in the head, as timm has it.
         self.norm_pre = nnx.data(None)
         if config.head_norm_first and not config.features_only:
-            self.norm_pre = _layer_norm(config, config.dims[-1], rngs=rngs)
+            self.norm_pre = layer_norm(config, config.dims[-1], rngs=rngs)
         self.head = nnx.data(None if config.features_only else Head(config, rngs=rngs))
 
     def __call__(
@@ -341,7 +343,7 @@ class Stem(nnx.Module):
         self.conv = _patch_conv(
             config, config.in_channels, config.dims[0], config.patch_size, rngs=rngs
         )
-        self.norm = _layer_norm(config, config.dims[0], rngs=rngs)
+        self.norm = layer_norm(config, config.dims[0], rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, in_channels]` to `[N, H // patch_size, W // patch_size, dims[0]]`."""
@@ -365,7 +367,7 @@ class OverlappedStem(nnx.Module):
         for name, before, after in zip(self.names, widths, widths[1:], strict=False):
             conv = _patch_conv(config, before, after, 3, rngs=rngs, stride=2, padding=((1, 1),) * 2)
             setattr(self, name, conv)
-        self.norm = _layer_norm(config, dim, rngs=rngs)
+        self.norm = layer_norm(config, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, in_channels]` to `[N, ceil(H / 4), ceil(W / 4), dims[0]]`."""
@@ -394,7 +396,7 @@ class Downsample(nnx.Module):
 
     def __init__(self, config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> None:
         before, after = config.dims[max(stage - 1, 0)], config.dims[stage]
-        self.norm = _layer_norm(config, before, rngs=rngs)
+        self.norm = layer_norm(config, before, rngs=rngs)
         self.conv = _patch_conv(config, before, after, 2, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -453,16 +455,14 @@ class Block(nnx.Module):
     ) -> None:
         dim = config.dims[stage]
         self.conv_dw = _depthwise_conv(config, stage, rngs=rngs)
-        self.norm = _layer_norm(config, dim, rngs=rngs)
+        self.norm = layer_norm(config, dim, rngs=rngs)
         self.mlp = Mlp(config, dim, rngs=rngs)
         if config.layer_scale is None:
             self.gamma = nnx.data(None)
         else:
             self.gamma = nnx.Param(jnp.full((dim,), config.layer_scale, config.param_dtype))
-        # Dropping whole samples is drop path; without a rate no random state is carried along.
-        self.drop_path = nnx.Dropout(
-            drop_path, broadcast_dims=(-3, -2, -1), rngs=rngs if drop_path else None
-        )
+        # Dropping whole samples is drop path.
+        self.drop_path = _dropout(drop_path, broadcast_dims=(-3, -2, -1), rngs=rngs)
 
     def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
         """Map `[N, H, W, dim]` to the same shape."""
@@ -503,11 +503,11 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: ConvNeXtConfig, dim: int, *, rngs: nnx.Rngs) -> None:
         hidden = _MLP_RATIO * dim
-        self.fc1 = _linear(config, dim, hidden, rngs=rngs)
+        self.fc1 = linear(config, dim, hidden, rngs=rngs)
         self.grn = nnx.data(
             GlobalResponseNorm(hidden, config.param_dtype) if config.use_grn else None
         )
-        self.fc2 = _linear(config, hidden, dim, rngs=rngs)
+        self.fc2 = linear(config, hidden, dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, dim]` to the same shape."""
@@ -577,13 +577,13 @@ class Head(nnx.Module):
         # As nnx.data, so that a model without classes can be given a head of one's own later.
         self.norm, self.pre_logits, self.fc = nnx.data(None), nnx.data(None), nnx.data(None)
         if not config.head_norm_first:
-            self.norm = _layer_norm(config, dim, rngs=rngs)
+            self.norm = layer_norm(config, dim, rngs=rngs)
         if config.head_hidden_size is not None:
-            self.pre_logits = _linear(config, dim, config.head_hidden_size, rngs=rngs)
+            self.pre_logits = linear(config, dim, config.head_hidden_size, rngs=rngs)
             dim = config.head_hidden_size
-        self.dropout = nnx.Dropout(config.dropout, rngs=rngs if config.dropout else None)
+        self.dropout = _dropout(config.dropout, rngs=rngs)
         if config.num_classes:
-            self.fc = _linear(config, dim, config.num_classes, rngs=rngs)
+            self.fc = linear(config, dim, config.num_classes, rngs=rngs)
             self.fc.kernel[...] *= config.head_init_scale
 
     def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
@@ -595,6 +595,16 @@ class Head(nnx.Module):
             x = gelu(self.pre_logits(x))
         x = self.dropout(x, deterministic=deterministic)
         return x if self.fc is None else self.fc(x)
+
+
+def _dropout(rate: float, *, broadcast_dims: Sequence[int] = (), rngs: nnx.Rngs) -> nnx.Dropout:
+    """A dropout whose stream is named so: `nnx.reseed(model, dropout=key)` reaches it.
+
+    One forked off `nnx.Rngs(0)` would be named "default", and `reseed` would pass it over.
+    """
+    # Without a rate no random state is carried along.
+    own = nnx.Rngs(dropout=rngs.dropout()) if rate else None
+    return nnx.Dropout(rate, broadcast_dims=broadcast_dims, rngs=own)
 
 
 def _depthwise_conv(config: ConvNeXtConfig, stage: int, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -647,7 +657,8 @@ def _patch_conv(
     )
 
 
-def _linear(config: ConvNeXtConfig, before: int, after: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(config: ConvNeXtConfig, before: int, after: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer as all in the network are."""
     return nnx.Linear(
         before,
         after,
@@ -659,7 +670,8 @@ def _linear(config: ConvNeXtConfig, before: int, after: int, *, rngs: nnx.Rngs) 
     )
 
 
-def _layer_norm(config: ConvNeXtConfig, dim: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: ConvNeXtConfig, dim: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A normalisation of channels as all in the network are."""
     # The fast variance, E[x^2] - E[x]^2, loses digits where the mean is large; PyTorch's does not.
     return nnx.LayerNorm(
         dim,

@@ -13,6 +13,7 @@ from flax import nnx
 
 from flash_wtconv_jax import checkpoints
 from flash_wtconv_jax.models import convnext
+from flash_wtconv_jax.models.segmenter import Segmenter
 from pallas_kernels.common.files import replacing
 from pallas_kernels.common.types import Json, Keywords, Tree
 
@@ -41,16 +42,19 @@ def save_network(folder: str | os.PathLike[str], model: convnext.ConvNeXt) -> No
 
 def description(model: convnext.ConvNeXt) -> Json:
     """The content of the `network.json` from which `load_network` rebuilds a model."""
+    if isinstance(model, Segmenter):
+        options = {**_options(model.config), "decoder_dim": model.decoder_dim}
+        return {"model": "Segmenter", "options": options}
     return {"model": "ConvNeXt", "options": _options(model.config)}
 
 
 def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
     """The model that a checkpoint belongs to, with its parameters.
 
-    An Orbax folder may hold a `network.json`: an object that names the `model`, "ConvNeXt" or a
-    function of `flash_wtconv_jax.models` such as "wtconvnext_tiny", and its `options`, the fields
-    of `ConvNeXtConfig` that differ. Everything else is read off the names and shapes of the
-    parameters; a wavelet that nothing in the folder names is taken for Haar.
+    An Orbax folder may hold a `network.json`: an object that names the `model`, "ConvNeXt",
+    "Segmenter" or a function of `flash_wtconv_jax.models` such as "wtconvnext_tiny", and its
+    `options`, the fields of `ConvNeXtConfig` that differ. Everything else is read off the names and
+    shapes of the parameters; a wavelet that nothing in the folder names is taken for Haar.
 
     Args:
         path: Folder that `save_network`, `flash-wtconv convert` or another Orbax writer has
@@ -109,10 +113,11 @@ def _constructor(path: Path) -> Callable[[], convnext.ConvNeXt]:
     if not isinstance(config, Mapping) or not isinstance(config.get("options", {}), Mapping):
         raise ValueError(f'{path} must hold {{"model": name, "options": {{…}}}}, got {config!r}')
     name, options = config.get("model"), dict(config.get("options", {}))
-    makers = constructors()
+    makers = {**constructors(), "Segmenter": _segmenter}
     if not isinstance(name, str) or name not in makers:
         raise ValueError(f"{path} names the model {name!r}, expected one of {sorted(makers)}")
     known = {field.name for field in dataclasses.fields(convnext.ConvNeXtConfig)}
+    known |= {"decoder_dim"} if name == "Segmenter" else set()
     if not known.issuperset(options):
         raise ValueError(f"{path} has unknown options {sorted(set(options) - known)}")
     wavelet = checkpoints.wavelet_of(path.parent, options.get("wavelet"))
@@ -134,6 +139,10 @@ def constructors() -> dict[str, Callable[..., convnext.ConvNeXt]]:
 
 def _convnext(*, rngs: nnx.Rngs, **options: Any) -> convnext.ConvNeXt:
     return convnext.ConvNeXt(convnext.ConvNeXtConfig(**options), rngs=rngs)
+
+
+def _segmenter(*, rngs: nnx.Rngs, decoder_dim: int, **options: Any) -> Segmenter:
+    return Segmenter(convnext.ConvNeXtConfig(**options), decoder_dim, rngs=rngs)
 
 
 def _config_of(variables: Mapping[str, Tree], wavelet: str, path: Path) -> convnext.ConvNeXtConfig:

@@ -6,11 +6,16 @@ from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
 from flash_wtconv_jax.plots.style import COLOURS, DPI, VERMILION, drawn, label
 from pallas_kernels.common.types import Keywords
+
+_NAMED = 24
+"""Classes that a legend has room for."""
 
 
 class Curve(Protocol):
@@ -61,8 +66,8 @@ def run_curves(
 
     Args:
         steps: Rows with `step`, `loss` and `rate`.
-        evaluations: Rows with `step`, `loss` and `top1`, the share that was told rightly, and with
-            `ema_loss` and `ema_top1` if weights were averaged.
+        evaluations: Rows with `step`, `loss` and `top1`, the share that was told rightly, or of
+            pixels `miou`; and with the same of averaged weights, such as `ema_loss`.
 
     Returns:
         The figure.
@@ -73,22 +78,74 @@ def run_curves(
     def draw(axes: Axes, rows: Sequence[Mapping[str, float]], name: str, **style: Any) -> None:
         known = [row for row in rows if name in row]
         values = [row[name] for row in known]
-        if name.endswith("top1"):
+        if name.endswith(score):
             values = [100 * (1 - value) for value in values]
         axes.plot([row["step"] for row in known], values, linewidth=1.8, **style)
 
+    score = "miou" if any("miou" in row for row in evaluations) else "top1"
     dots: Keywords = {"marker": "o", "markersize": 2.5}
     draw(loss_axes, steps, "loss", color=COLOURS[0], label="training")
-    for axes, name in ((loss_axes, "loss"), (error_axes, "top1")):
+    for axes, name in ((loss_axes, "loss"), (error_axes, score)):
         draw(axes, evaluations, name, color=COLOURS[1], label="held out", **dots)
         if any(f"ema_{name}" in row for row in evaluations):
             averaged: Keywords = {"color": COLOURS[2], "linestyle": "--", **dots}
             draw(axes, evaluations, f"ema_{name}", label="held out, averaged weights", **averaged)
     draw(rate_axes, steps, "rate", color=COLOURS[3], label="AdamW")
     label(loss_axes, "Loss", "step", "cross entropy")
-    label(error_axes, "Held-out images told wrongly", "step", "error in %")
+    missed = {"top1": "Held-out images told wrongly", "miou": "What mIoU lacks of held-out images"}
+    label(error_axes, missed[score], "step", "error in %" if score == "top1" else "100 % - mIoU")
     label(rate_axes, "Learning rate", "step", "rate")
     return figure
+
+
+@drawn
+def masks(
+    images: ArrayLike, truths: ArrayLike, predicted: ArrayLike, classes: Sequence[str]
+) -> Figure:
+    """Images above their true masks and those of a network, in the colours of the classes.
+
+    Args:
+        images: uint8 `[N, H, W, C]` of 1 or 3 channels.
+        truths: Classes of the pixels `[N, H, W]`, below 0 where there is none.
+        predicted: The same of the network.
+        classes: Their names.
+
+    Returns:
+        The figure.
+    """
+    images, truths, predicted = map(np.asarray, (images, truths, predicted))
+    table = class_colours(len(classes))
+    figure = Figure(figsize=(1.9 * len(images) + 0.4, 6.4), dpi=DPI, layout="constrained")
+    grid = figure.subplots(3, len(images), squeeze=False)
+    pictures = np.broadcast_to(images, (*images.shape[:3], 3))
+    # What has no class is black, and nothing is held against the network there.
+    coloured = [np.where((truths >= 0)[..., None], table[one], 0) for one in (truths, predicted)]
+    for row, name, shown in zip(
+        grid, ("image", "truth", "network"), (pictures, *coloured), strict=True
+    ):
+        row[0].set_ylabel(name)
+        for axes, picture in zip(row, shown, strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.imshow(picture.astype(np.uint8), interpolation="nearest")
+    handles = [
+        Patch(color=colour / 255, label=name)
+        for colour, name in zip(table, classes[:_NAMED], strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def class_colours(count: int) -> NDArray[np.uint8]:
+    """Colours of classes, `[count, 3]`: those of all pictures first, then ones around the circle.
+
+    Example:
+        >>> class_colours(2).tolist()
+        [[0, 114, 178], [213, 94, 0]]
+    """
+    more = max(1, count - len(COLOURS))
+    circle = [hsv_to_rgb((place / more, 0.6, 0.9)) for place in range(more)]
+    chosen = [*map(to_rgb, COLOURS), *circle][:count]
+    return (255 * np.array(chosen)).round().astype(np.uint8)
 
 
 @drawn

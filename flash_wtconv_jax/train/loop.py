@@ -1,4 +1,7 @@
-"""The training loop of the demo, and the predictions of the network that it trains."""
+"""A step of a training as a pure function, and the training of digits that lie in memory.
+
+The trainer of image files takes the same step: see `images.steps`.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +19,7 @@ from flash_wtconv_jax import models
 from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
 from flash_wtconv_jax.train.history import History
 from pallas_kernels.common.arguments import checked_seed
+from pallas_kernels.common.types import Tree
 
 _BATCH = 64
 BACKGROUND = -1.0
@@ -31,8 +35,137 @@ class Digits(NamedTuple):
     test_labels: NDArray[np.int32]
 
 
-_TrainState = tuple[nnx.State, optax.OptState]
-_Logits = Callable[[nnx.State, jax.Array], jax.Array]
+class State(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+        step: Steps done.
+        params: The parameters.
+        ema: Their averages; None where there are none.
+        memory: The optimizer's.
+    """
+
+    step: jax.Array
+    params: nnx.State
+    ema: nnx.State | None
+    memory: optax.OptState
+
+
+class Sums(NamedTuple):
+    """A loss over a part of a batch.
+
+    Attributes:
+        loss: The sum of its terms.
+        terms: Their number.
+        images: Images that could be read.
+    """
+
+    loss: jax.Array
+    terms: jax.Array
+    images: jax.Array
+
+
+class Metrics(NamedTuple):
+    """The figures of a step.
+
+    Attributes:
+        loss: Mean over the terms of the batch.
+        norm: Norm of the gradients before they are cut.
+        images: Images that could be read.
+    """
+
+    loss: jax.Array
+    norm: jax.Array
+    images: jax.Array
+
+
+Loss = Callable[[nnx.State, Tree, jax.Array], Sums]
+"""The loss of parameters on a part of a batch, with a key of its own."""
+
+
+def begun(
+    optimizer: optax.GradientTransformation, params: nnx.State, *, averaging: bool = False
+) -> State:
+    """The state before the first step.
+
+    Args:
+        optimizer: What changes the parameters.
+        params: The first ones.
+        averaging: Whether their averages are kept.
+    """
+    ema = jax.tree.map(jnp.copy, params) if averaging else None
+    return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+
+def step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    batch: Tree,
+    key: jax.Array,
+    *,
+    parts: int = 1,
+    ema: float = 0.0,
+) -> tuple[State, Metrics]:
+    """One step: the gradients of a batch, the optimizer, the averages.
+
+    Args:
+        loss: See `Loss`.
+        optimizer: What changes the parameters.
+        state: What was before.
+        batch: Arrays with a row for each image, the same number in all.
+        key: Of everything by chance in the step.
+        parts: Parts that the batch is computed in, one after the other, to save memory.
+        ema: Decay of the averages, if the state has some; see `averaged`.
+
+    Returns:
+        What is after it, and its figures.
+    """
+    # Every part takes rows of every device.
+    split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, parts)
+
+    def add(
+        sums: tuple[nnx.State, Sums], one: tuple[Tree, jax.Array]
+    ) -> tuple[tuple[nnx.State, Sums], None]:
+        def value(params: nnx.State) -> tuple[jax.Array, Sums]:
+            found = loss(params, *one)
+            return found.loss, found
+
+        (_, found), gradients = jax.value_and_grad(value, has_aux=True)(state.params)
+        return jax.tree.map(jnp.add, sums, (gradients, found)), None
+
+    none = jnp.zeros((), jnp.int32)
+    sums = jax.tree.map(jnp.zeros_like, state.params), Sums(jnp.zeros(()), none, none)
+    if parts == 1:
+        sums, _ = add(sums, (jax.tree.map(lambda a: a[0], split), keys[0]))
+    else:
+        sums, _ = jax.lax.scan(add, sums, (split, keys))
+    gradients, found = sums
+    terms = jnp.maximum(found.terms, 1)
+    gradients = jax.tree.map(lambda one: one / terms, gradients)
+    updates, memory = optimizer.update(gradients, state.memory, state.params)
+    params = optax.apply_updates(state.params, updates)
+    means = state.ema
+    if means is not None:
+        means = averaged(means, params, state.step, ema)
+    metrics = Metrics(found.loss / terms, optax.tree.norm(gradients), found.images)
+    return State(state.step + 1, params, means, memory), metrics
+
+
+def averaged(ema: Tree, params: Tree, step: jax.Array, decay: float) -> Tree:
+    """The averaged parameters after a step; the first steps, in which all is new, count less.
+
+    Args:
+        ema: The averages before it.
+        params: The parameters after it.
+        step: Steps done before it.
+        decay: What stays of the averages in the long run.
+    """
+    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(
+        lambda mean, one: (kept * mean + (1 - kept) * one).astype(mean.dtype), ema, params
+    )
 
 
 def train(
@@ -66,22 +199,22 @@ def train(
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
     optimizer = _optimizer(epochs, len(digits.train_images) // _BATCH)
-    state: _TrainState = (params, optimizer.init(params))
+    state = begun(optimizer, params)
 
     def logits(params: nnx.State, images: jax.Array) -> jax.Array:
         return cast(jax.Array, nnx.merge(definition, params, *rest)(images))
 
-    run_epoch = jax.jit(partial(_epoch, logits, optimizer, digits))
+    run_epoch = jax.jit(partial(_epoch, partial(_loss, logits), optimizer, digits))
     evaluate = jax.jit(lambda params: logits(params, jnp.asarray(digits.test_images)).argmax(-1))
     history = History()
     for epoch in range(epochs):
         state, loss = run_epoch(state, jax.random.fold_in(first_key, epoch))
-        predicted = np.asarray(evaluate(state[0]))
+        predicted = np.asarray(evaluate(state.params))
         history.loss.append(float(loss))
         history.accuracy.append(float((predicted == digits.test_labels).mean()))
         if on_epoch is not None:
             on_epoch(history)
-    nnx.update(model, state[0])
+    nnx.update(model, state.params)
     return history
 
 
@@ -113,35 +246,40 @@ def _optimizer(epochs: int, steps: int) -> optax.GradientTransformation:
     )
 
 
+def _loss(
+    logits: Callable[[nnx.State, jax.Array], jax.Array],
+    params: nnx.State,
+    part: tuple[jax.Array, jax.Array],
+    key: jax.Array,
+) -> Sums:
+    images, labels = part
+    # Smoothed labels keep the loss of easy digits from vanishing.
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, 10), 0.1)
+    losses = optax.softmax_cross_entropy(logits(params, _shift(images, key)), targets)
+    count = jnp.asarray(len(labels), jnp.int32)
+    return Sums(losses.sum(), count, count)
+
+
 def _epoch(
-    logits: _Logits,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     digits: Digits,
-    state: _TrainState,
+    state: State,
     key: jax.Array,
-) -> tuple[_TrainState, jax.Array]:
+) -> tuple[State, jax.Array]:
     """One pass over the training images in random order; also returns the mean loss."""
     images, labels = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels)
     order_key, shift_key = jax.random.split(key)
     steps = len(images) // _BATCH
     order = jax.random.permutation(order_key, len(images))[: steps * _BATCH]
 
-    def step(
-        state: _TrainState, batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[_TrainState, jax.Array]:
-        params, memory = state
+    def one(state: State, batch: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
         chosen, key = batch
-        shifted = _shift(images[chosen], key)
-        # Smoothed labels keep the loss of easy digits from vanishing.
-        targets = optax.smooth_labels(jax.nn.one_hot(labels[chosen], 10), 0.1)
-        loss, gradients = jax.value_and_grad(
-            lambda p: optax.softmax_cross_entropy(logits(p, shifted), targets).mean()
-        )(params)
-        updates, memory = optimizer.update(gradients, memory, params)
-        return (optax.apply_updates(params, updates), memory), loss
+        state, metrics = step(loss, optimizer, state, (images[chosen], labels[chosen]), key)
+        return state, metrics.loss
 
     batches = (order.reshape(steps, _BATCH), jax.random.split(shift_key, steps))
-    state, losses = jax.lax.scan(step, state, batches)
+    state, losses = jax.lax.scan(one, state, batches)
     return state, losses.mean()
 
 

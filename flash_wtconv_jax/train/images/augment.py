@@ -37,8 +37,9 @@ def augmented(
     Args:
         key: The step's.
         images: `[N, H, W, C]`, normalised.
-        targets: Shares of the classes `[N, K]`; a row of zeros is no image, and takes part in
-            nothing but the mixing, which leaves it as light as it is.
+        targets: Shares of the classes `[N, K]`, or of each pixel's `[N, H, W, K]`, which are not
+            mixed; a row of zeros is no image, and takes part in nothing but the mixing, which
+            leaves it as light as it is.
         settings: What is done.
 
     Returns:
@@ -48,6 +49,8 @@ def augmented(
     if settings.flip:
         mirrored = jax.random.bernoulli(flip_key, settings.flip, (len(images), 1, 1, 1))
         images = jnp.where(mirrored, images[:, :, ::-1], images)
+        if targets.ndim == images.ndim:
+            targets = jnp.where(mirrored, targets[:, :, ::-1], targets)
     if settings.erasing:
         images = _erased(erase_key, images, settings.erasing)
     if settings.mixup or settings.cutmix:

@@ -85,6 +85,21 @@ def cropped(image: Image.Image, box: Box, side: int) -> Image.Image:
     return _resized(image, box, (side, side))
 
 
+def cropped_mask(mask: Image.Image, box: Box, side: int) -> NDArray[np.uint8]:
+    """The classes `[side, side]` of a box of a mask, each that of the nearest pixel.
+
+    Raises:
+        ValueError: If the mask has several channels, or more than 8 bits.
+
+    Example:
+        >>> cropped_mask(decoded(np.eye(4, dtype=np.uint8)), (0, 0, 4, 2), 2).tolist()
+        [[0, 0], [1, 0]]
+    """
+    if mask.mode not in ("1", "L", "P"):
+        raise ValueError(f"its mask is of mode {mask.mode}, expected 8 bits of one channel")
+    return np.asarray(mask.resize((side, side), Image.Resampling.NEAREST, box)).astype(np.uint8)
+
+
 def shrunk(image: Image.Image, shorter: int) -> Image.Image:
     """The whole image, with at most so many pixels along its shorter side.
 
@@ -94,8 +109,18 @@ def shrunk(image: Image.Image, shorter: int) -> Image.Image:
     """
     scale = min(1.0, shorter / min(image.size))
     width, height = image.size
-    small = max(1, round(width * scale)), max(1, round(height * scale))
-    return _resized(image, (0.0, 0.0, float(width), float(height)), small)
+    return resized(image, (max(1, round(width * scale)), max(1, round(height * scale))))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The whole image with so many pixels across and down, in RGB or grey.
+
+    Example:
+        >>> resized(decoded(np.zeros((4, 8, 3), np.uint8)), (2, 2)).size
+        (2, 2)
+    """
+    width, height = image.size
+    return _resized(image, (0.0, 0.0, float(width), float(height)), size)
 
 
 def pixels_of(image: Image.Image, channels: int) -> NDArray[np.uint8]:

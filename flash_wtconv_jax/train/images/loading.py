@@ -4,7 +4,10 @@ The images of a step depend on the seed and the step alone: not on the number of
 or processes.
 """
 
+import gc
+import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -17,16 +20,18 @@ from numpy.typing import NDArray
 
 from flash_wtconv_jax.train.images import decoding, randaugment
 from flash_wtconv_jax.train.images.settings import Data
-from flash_wtconv_jax.train.images.sources import Source
+from flash_wtconv_jax.train.images.sources import UNLABELLED, Masks, Source
 
-BROKEN = -1
-"""The label of an image that could not be read, and of a row that only fills a batch."""
+NO_CLASS = -1
+"""The label of an image that could not be read, of a row that only fills a batch, and of a pixel
+that is of no class."""
 _THREADS = 16
 # Images that cross from a worker in one message.
 _CHUNK = 32
 
 Arrays = dict[str, NDArray[Any]]
-"""`image` uint8 `[N, S, S, C]`, and `label` and `index` int32 `[N]`."""
+"""`image` uint8 `[N, S, S, C]`, `label` int32 `[N]` or of masks int16 `[N, S, S]`, `index` int32
+`[N]`, and `read` bool `[N]`, which is False of rows without an image."""
 
 
 class Share(NamedTuple):
@@ -88,6 +93,31 @@ def evaluation(
     return _batches(crops, data.workers, batch, range(steps), share)
 
 
+def speed(
+    source: Source, data: Data, *, batch: int, batches: int, seconds: float = math.inf
+) -> float:
+    """Images a second that are read and cropped for training, with nothing to learn.
+
+    Args:
+        source: The images.
+        data: What is done to them.
+        batch: Images of a step.
+        batches: Steps that are timed.
+        seconds: Time after which no other step is begun.
+    """
+    # As many first as may be made already when the clock starts.
+    ahead = min(batches, 3 + 2 * _THREADS * _CHUNK // batch)
+    steps = range(ahead + batches)
+    with iterating(training(source, data, batch=batch, seed=0, steps=steps)) as iterator:
+        for _ in range(ahead):
+            next(iterator)
+        begun, passed, done = time.perf_counter(), 0.0, 0
+        while done < batches and passed < seconds:
+            next(iterator)
+            done, passed = done + 1, time.perf_counter() - begun
+    return done * batch / passed
+
+
 @contextmanager
 def iterating(dataset: grain.IterDataset[Arrays]) -> Iterator[grain.DatasetIterator[Arrays]]:
     """Yields an iterator of a dataset, whose workers end when the block does."""
@@ -99,6 +129,8 @@ def iterating(dataset: grain.IterDataset[Arrays]) -> Iterator[grain.DatasetItera
         yield iterator
     finally:
         iterator.close()
+        # Its last chunks lie in memory shared with its workers, and are held in a circle.
+        gc.collect()
 
 
 def reason(source: Source, data: Data, index: int) -> str:
@@ -138,34 +170,61 @@ def _row(crops: grain.MapDataset[Arrays], batch: int, local: int, process: int, 
 def _sample(
     source: Source, data: Data, index: int, rng: np.random.Generator | None = None
 ) -> Arrays:
-    label, pixels = BROKEN, np.zeros((data.size, data.size, data.channels), np.uint8)
+    pixels = np.zeros((data.size, data.size, data.channels), np.uint8)
+    label = np.asarray(NO_CLASS, np.int32)
+    if isinstance(source, Masks):
+        label = np.full((data.size, data.size), NO_CLASS, np.int16)
+    read = False
     if index < len(source):
         # Pillow raises whatever it stumbles over; the trainer counts, and asks for the reason.
         with suppress(Exception):
             label, pixels = _read(source, data, index, rng)
+            read = True
     return {
         "image": pixels,
-        "label": np.asarray(label, np.int32),
+        "label": label,
         "index": np.asarray(index, np.int32),
+        "read": np.asarray(read),
     }
 
 
 def _read(
     source: Source, data: Data, index: int, rng: np.random.Generator | None
-) -> tuple[int, NDArray[np.uint8]]:
-    """The class and the pixels of an image: a random crop, or without `rng` the centre's."""
+) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """The class or mask and the pixels of a random crop, or without `rng` of the centre's."""
     content, label = source[index]
-    if not 0 <= label < len(source.classes):
-        raise ValueError(f"its class is {label}, expected 0 to {len(source.classes) - 1}")
-    image = decoding.decoded(content)
+    whole = decoding.decoded(content)
     if rng is None:
-        box = decoding.centre_box(image.size, data.eval_crop)
+        box = decoding.centre_box(whole.size, data.eval_crop)
     else:
-        box = decoding.random_box(image.size, data.scale, data.ratio, rng)
-    image = decoding.cropped(image, box, data.size)
+        box = decoding.random_box(whole.size, data.scale, data.ratio, rng)
+    if isinstance(label, bytes):
+        classes = _mask(label, whole.size, box, data.size, len(source.classes))
+    elif 0 <= label < len(source.classes):
+        classes = np.asarray(label, np.int32)
+    else:
+        raise ValueError(f"its class is {label}, expected 0 to {len(source.classes) - 1}")
+    image = decoding.cropped(whole, box, data.size)
     if rng is not None and data.randaugment:
         image = randaugment.randaugment(image, data.randaugment, data.randaugment_ops, rng)
-    return label, decoding.pixels_of(image, data.channels)
+    return classes, decoding.pixels_of(image, data.channels)
+
+
+def _mask(
+    content: bytes, size: tuple[int, int], box: decoding.Box, side: int, classes: int
+) -> NDArray[np.int16]:
+    """The classes of the pixels of a crop."""
+    mask = decoding.decoded(content)
+    if mask.size != size:
+        raise ValueError(f"its mask has {mask.size} pixels, the image {size}")
+    found = decoding.cropped_mask(mask, box, side).astype(np.int16)
+    found[found == UNLABELLED] = NO_CLASS
+    if found.max() >= classes:
+        raise ValueError(
+            f"its mask has the class {found.max()}, expected 0 to {classes - 1}, or {UNLABELLED} "
+            "where there is none"
+        )
+    return found
 
 
 def _stacked(rows: Sequence[Arrays]) -> Arrays:

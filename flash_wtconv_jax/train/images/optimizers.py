@@ -1,10 +1,9 @@
-"""AdamW as the settings say it: schedule, clipping, layer decay, frozen parameters, averages."""
+"""AdamW as the settings say it: schedule, clipping, layer decay, frozen parameters."""
 
 import re
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
@@ -64,21 +63,6 @@ def made(
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
-def averaged(ema: Tree, params: Tree, step: jax.Array, decay: float) -> Tree:
-    """The averaged parameters after a step; the first steps, in which all is new, count less.
-
-    Args:
-        ema: The averages before it.
-        params: The parameters after it.
-        step: Steps done before it.
-        decay: What stays of the averages in the long run.
-    """
-    kept = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(
-        lambda mean, one: (kept * mean + (1 - kept) * one).astype(mean.dtype), ema, params
-    )
-
-
 def names_of(params: Tree) -> Tree:
     """The same tree with the name of each parameter, such as "stages.0.blocks.1.norm.scale".
 
@@ -113,7 +97,7 @@ def _labels(params: Tree, freeze: Sequence[str]) -> Tree:
 
 def _begins(name: str, beginning: str) -> bool:
     if beginning == "backbone":
-        return not name.startswith("head.")
+        return name.partition(".")[0] not in ("head", "decoder")
     return f"{name}.".startswith(f"{beginning}.")
 
 

@@ -64,8 +64,10 @@ def pack(
     Raises:
         FileExistsError: If there is something at `out`.
         OSError: If it cannot be written.
-        ValueError: If an argument is out of range, or no image can be read.
+        ValueError: If an argument is out of range, the images have masks, or none can be read.
     """
+    if isinstance(source, sources.Masks):
+        raise ValueError(f"{source.folder} has masks, which are not packed: train on it as it is")
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     for name, value in (("size", size), ("shard", shard)):
@@ -109,6 +111,7 @@ def _shrunk(source: sources.Source, size: int, index: int) -> _Shrunk:
     """The file of an image that is no larger than it has to be."""
     try:
         content, label = source[index]
+        assert isinstance(label, int)  # Since masks are not packed.
         image = decoded(content)
         kept = {"JPEG": ".jpg", "PNG": ".png"}.get(image.format or "")
         if isinstance(content, bytes) and kept and min(image.size) <= size:

@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,28 +15,33 @@ from pallas_kernels.common.types import Json
 
 STEPS = "steps.csv"
 EPOCHS = "epochs.csv"
-_COLUMNS = {
-    STEPS: ("step", "epoch", "loss", "norm", "rate", "images_per_s", "waiting", "broken"),
-    EPOCHS: ("step", "epoch", "loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5"),
+"""The files of a run: one has a line every so many steps, one a line an evaluation. Figures are
+written so that they read back as the same."""
+SCORES = {
+    False: ("loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5"),
+    True: ("loss", "pixels", "miou", "ema_loss", "ema_pixels", "ema_miou"),
 }
-"""The columns of the files of a run: `steps.csv` has a line every so many steps, `epochs.csv` one
-an evaluation. Figures are written so that they read back as the same."""
+"""The scores in `epochs.csv` by whether they are of pixels."""
+_STEP_COLUMNS = ("step", "epoch", "loss", "norm", "rate", "images_per_s", "waiting", "broken")
 
 
 class Reporter:
     """Writes the figures of a run to files that only grow; see `reporting`.
 
     Args:
-        files: An open file by each name of `_COLUMNS`.
+        files: Open files by name.
+        columns: The columns of each.
         events: TensorBoard's writer.
     """
 
-    def __init__(self, files: Mapping[str, TextIO], events: Any) -> None:
-        self.files, self.events = files, events
+    def __init__(
+        self, files: Mapping[str, TextIO], columns: Mapping[str, Sequence[str]], events: Any
+    ) -> None:
+        self.files, self.columns, self.events = files, columns, events
 
     def add(self, name: str, row: Mapping[str, float]) -> None:
         """Adds a line to a file, and the same figures to TensorBoard's events."""
-        columns = _COLUMNS[name]
+        columns = self.columns[name]
         csv.writer(self.files[name]).writerow([row.get(column, "") for column in columns])
         # A run that is killed has told all that it did.
         self.files[name].flush()
@@ -48,16 +53,18 @@ class Reporter:
 
 
 @contextmanager
-def reporting(run: Path, begun: int) -> Iterator[Reporter]:
+def reporting(run: Path, begun: int, *, of_pixels: bool) -> Iterator[Reporter]:
     """Yields the reporter of a run; lines of steps that are done again are taken out.
 
     Args:
         run: The folder of the run.
         begun: Steps done before: later ones were lost with the process that did them.
+        of_pixels: Whether the network tells pixels apart.
     """
     from tensorboardX import SummaryWriter
 
-    for name, columns in _COLUMNS.items():
+    named = {STEPS: _STEP_COLUMNS, EPOCHS: ("step", "epoch", *SCORES[of_pixels])}
+    for name, columns in named.items():
         kept = [row for row in rows(run, name) if row["step"] <= begun]
         with (
             replacing(run / name, force=True) as temporary,
@@ -67,9 +74,9 @@ def reporting(run: Path, begun: int) -> Iterator[Reporter]:
             writer.writerow(columns)
             writer.writerows([row.get(column, "") for column in columns] for row in kept)
     events = SummaryWriter(str(run / "tensorboard"), purge_step=begun + 1 if begun else None)
-    files = {name: (run / name).open("a", newline="") for name in _COLUMNS}
+    files = {name: (run / name).open("a", newline="") for name in named}
     try:
-        yield Reporter(files, events)
+        yield Reporter(files, named, events)
     finally:
         for file in files.values():
             file.close()

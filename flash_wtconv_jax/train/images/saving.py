@@ -17,7 +17,7 @@ from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flash_wtconv_jax.train.images import optimizers
-from flash_wtconv_jax.train.images.steps import State
+from flash_wtconv_jax.train.loop import State
 from pallas_kernels.common.files import replacing, writing
 from pallas_kernels.common.types import Json, Tree
 
@@ -25,8 +25,7 @@ FOLDER = "checkpoints"
 """The folder of the checkpoints inside that of a run, each named by its step."""
 NETWORK = "network.json"
 """The file in it that `models.load_network` rebuilds the network from."""
-BEST_BY = "top1"
-"""The score by which checkpoints are the best."""
+_SCORE = "score"
 
 
 class Saver:
@@ -44,7 +43,7 @@ class Saver:
         state: State,
         place: grain.DatasetIterator,
         progress: Json,
-        scores: Mapping[str, float] | None,
+        score: float | None,
     ) -> None:
         """Begins to write a checkpoint, once the one before is written.
 
@@ -52,7 +51,7 @@ class Saver:
             state: What steps change; the next may change it at once.
             place: The iterator of the training's batches.
             progress: What else the run goes on from.
-            scores: Of the evaluation after this step, if there was one.
+            score: What networks are judged by, if this one was evaluated.
 
         Raises:
             OSError: If this or the one before cannot be written; the last whole one stands.
@@ -65,7 +64,7 @@ class Saver:
                     place=grain.checkpoint.CheckpointSave(place),
                     progress=ocp.args.JsonSave(progress),
                 ),
-                metrics=None if scores is None else dict(scores),
+                metrics=None if score is None else {_SCORE: score},
                 force=True,
             )
 
@@ -170,7 +169,7 @@ def write_network(run: Path, config: Json) -> None:
 
 
 def _score(scores: Mapping[str, float]) -> float:
-    return scores[BEST_BY]
+    return scores[_SCORE]
 
 
 def _trees(state: State) -> dict[str, Tree]:

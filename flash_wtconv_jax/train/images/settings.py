@@ -29,13 +29,15 @@ class Model:
         checkpoint: What `flash-wtconv convert` reads, to begin from; a head of another number of
             classes is left out. Then `name` may be empty: the network is the checkpoint's.
         freeze: Beginnings of the names of parameters that stay as they are, such as "stem" or
-            "stages.0"; "backbone" is all but the head.
+            "stages.0"; "backbone" is all but head and decoder.
+        decoder: Channels of the decoder, which tells pixels apart where images have masks.
     """
 
     name: str = "wtconvnext_tiny"
     options: Keywords = dataclasses.field(default_factory=dict)
     checkpoint: str = ""
     freeze: tuple[str, ...] = ()
+    decoder: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Data:
     """The images, and what workers do to them.
 
     Attributes:
-        folder: Holds `train` and `val`, each a folder of classes, of tar shards or of ArrayRecord
-            files; or `train.npz` and `val.npz`.
+        folder: Holds `train` and `val`, each a folder of classes, of tar shards, of ArrayRecord
+            files or of images and masks; or `train.npz` and `val.npz`.
         size: Side of the images that the network sees, in pixels.
         channels: 3 for colours, 1 for grey.
         scale: Least and greatest share of an image's area in a random crop.
@@ -129,7 +131,7 @@ class Run:
             "model" the channels. Empty: all devices along "data".
         save_every: Steps from one checkpoint to the next; 0 is an epoch.
         keep: The last checkpoints that are kept, beside the best.
-        log_every: Steps from one line of `metrics.csv` to the next.
+        log_every: Steps from one line of `steps.csv` to the next.
         max_steps: Steps after which to stop; 0 is all of them.
     """
 
@@ -335,6 +337,7 @@ def _value(value: Any) -> str:
 
 
 _AT_LEAST_ONE = (
+    "model.decoder",
     "data.size",
     "data.randaugment_ops",
     "run.epochs",

@@ -1,4 +1,4 @@
-"""Images by index: in folders of classes, tar shards, ArrayRecord files and arrays.
+"""Images by index: in folders of classes or with masks, tar shards, ArrayRecord files and arrays.
 
 Each is a random-access source of grain: `len(source)`, `source[i]`, and `classes`. Reading one
 image reads nothing else, so that any order costs the same.
@@ -24,7 +24,11 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", 
 INDEX = "index.json"
 """The file beside tar shards that says where in them each image lies."""
 CLASSES = "classes.json"
-"""The file beside ArrayRecord files that names their classes."""
+"""The file that names the classes: beside ArrayRecord files, or above images with masks."""
+IMAGES, MASKS = "images", "masks"
+"""The two folders of images with masks."""
+UNLABELLED = 255
+"""The pixel of a mask that is of no class."""
 
 
 class Sample(NamedTuple):
@@ -32,15 +36,15 @@ class Sample(NamedTuple):
 
     Attributes:
         content: The bytes of its file, or its pixels.
-        label: Its class.
+        label: Its class, or the bytes of the mask's file.
     """
 
     content: bytes | NDArray[np.uint8]
-    label: int
+    label: int | bytes
 
 
 class Source(Protocol):
-    """Images with a class each, by index.
+    """Images with a class or a mask of classes each, by index.
 
     Attributes:
         classes: The names of the classes, in the order of their numbers.
@@ -323,6 +327,54 @@ class Arrays:
         return np.bincount(self.labels, minlength=len(self.classes)).tolist()
 
 
+class Masks:
+    """A folder `images` and a folder `masks`, in which a PNG of the same name tells each pixel.
+
+    A mask has one channel of 8 bits: the numbers of the classes, and 255 where there is none.
+
+    Args:
+        folder: Holds the two folders.
+        named: The list of the classes' names, a JSON file.
+
+    Raises:
+        ValueError: If nothing names the classes, or an image has no mask.
+    """
+
+    def __init__(self, folder: Path, named: Path) -> None:
+        self.folder = folder
+        try:
+            self.classes: list[str] = list(map(str, json.loads(named.read_text("utf-8"))))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"nothing names the classes of {folder / MASKS}: write their names, in order, as a "
+                f"list into {named}"
+            ) from error
+        if not 0 < len(self.classes) <= UNLABELLED:
+            raise ValueError(f"{named} names {len(self.classes)} classes, expected 1 to 255")
+        inside = folder / IMAGES
+        self.files = [os.path.relpath(path, inside) for path in sorted(_images_below(inside))]
+        for index in range(len(self.files)):
+            if not self._mask(index).is_file():
+                raise ValueError(f"{self.name(index)} has no mask, expected {self._mask(index)}")
+
+    def _mask(self, index: int) -> Path:
+        return (self.folder / MASKS / self.files[index]).with_suffix(".png")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        content = (self.folder / IMAGES / self.files[index]).read_bytes()
+        return Sample(content, self._mask(index).read_bytes())
+
+    def name(self, index: int) -> str:
+        """The path of the image's file."""
+        return str(self.folder / IMAGES / self.files[index])
+
+    def counts(self) -> None:
+        """None: the classes are inside the masks."""
+
+
 def read_arrays(path: Path) -> Arrays:
     """The images of a `.npz` file with `images`, `labels` and, if it has them, `classes`.
 
@@ -358,12 +410,14 @@ def opened(folder: Path, part: str) -> Source:
     elif not inside.is_dir():
         raise FileNotFoundError(
             f"{folder} has no {part}: expected a folder {inside} of a folder a class, of .tar "
-            f"shards or of .array_record files, or a file {inside}.npz"
+            f"shards, of .array_record files or of images and masks, or a file {inside}.npz"
         )
     elif next(inside.glob("*.tar"), None):
         source = TarShards(inside)
     elif next(inside.glob("*.array_record*"), None):
         source = ArrayRecords(inside)
+    elif all((inside / name).is_dir() for name in (IMAGES, MASKS)):
+        source = Masks(inside, folder / CLASSES)
     else:
         source = ImageFolder(inside)
     if not len(source):
@@ -394,6 +448,8 @@ def opened_pair(folder: Path) -> tuple[Source, Source]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}, expected one that holds train and val")
     train, val = opened(folder, "train"), opened(folder, "val")
+    if isinstance(train, Masks) != isinstance(val, Masks):
+        raise ValueError(f"{folder}: of train and val one has masks and the other has none")
     if train.classes != val.classes:
         only = [
             f"only in {name}: {', '.join(sorted(set(one.classes) - set(other.classes))[:5])}"

@@ -1,11 +1,12 @@
 """One step of a training, and one of an evaluation, as pure functions of a state.
 
 A mesh splits the batch over `data` and `fsdp`, the parameters over `fsdp`, and channels over
-`model`; XLA adds what the devices have to tell each other.
+`model`; XLA adds what the devices have to tell each other. Parameters are gathered over `fsdp`
+before they are used.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,8 +16,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
-from flash_wtconv_jax.train.images import optimizers
+from flash_wtconv_jax.train import loop
 from flash_wtconv_jax.train.images.augment import augmented, normalised
 from flash_wtconv_jax.train.images.settings import AXES, Data, Settings
 
@@ -24,53 +26,12 @@ from flash_wtconv_jax.train.images.settings import AXES, Data, Settings
 _LEAST_SPLIT = 4096
 
 Batch = dict[str, jax.Array]
-"""`image` `[N, H, W, C]` of uint8 and `label` `[N]`, below 0 where there is no image."""
+"""`image` `[N, H, W, C]` of uint8; `label`, the class of each image `[N]` or of each pixel
+`[N, H, W]`, below 0 where there is none; and `read` `[N]`, whether there is an image."""
 
 
-class State(NamedTuple):
-    """All that a step changes.
-
-    Attributes:
-        step: Steps done.
-        params: The parameters.
-        ema: Their averages; None where there are none.
-        memory: The optimizer's.
-    """
-
-    step: jax.Array
-    params: nnx.State
-    ema: nnx.State | None
-    memory: optax.OptState
-
-
-class Metrics(NamedTuple):
-    """The figures of a step.
-
-    Attributes:
-        loss: Mean over the images of the batch.
-        norm: Norm of the gradients before they are cut.
-        images: Images that could be read.
-    """
-
-    loss: jax.Array
-    norm: jax.Array
-    images: jax.Array
-
-
-class Scores(NamedTuple):
-    """Sums over the images of a batch.
-
-    Attributes:
-        loss: Of the cross entropies.
-        top1: Of those whose class has the highest score.
-        top5: Of those whose class is among the five highest.
-        images: Their number.
-    """
-
-    loss: jax.Array
-    top1: jax.Array
-    top5: jax.Array
-    images: jax.Array
+Sums = dict[str, jax.Array]
+"""What `means` makes scores of: sums over the images of one batch or of several."""
 
 
 def mesh_of(axes: dict[str, int], batch: int, accumulate: int = 1) -> Mesh:
@@ -111,9 +72,23 @@ def split_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def placed(state: State, mesh: Mesh) -> State:
+def placed(state: loop.State, mesh: Mesh) -> loop.State:
     """The shardings of the arrays of a state, of which shapes are enough."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _split(leaf.shape, mesh)), state)
+
+
+def _gathered(params: nnx.State, mesh: Mesh) -> nnx.State:
+    """The shardings of parameters where they are used: whole but for their channels.
+
+    Left to itself, XLA splits sums inside the network over `fsdp` too, which also splits the batch:
+    on `data=2,fsdp=2,model=2` the gradients of two stages came out wrong (JAX 0.10.2, CPU).
+    """
+
+    def sharding(leaf: jax.Array) -> NamedSharding:
+        kept = ("model" if axis == "model" else None for axis in _split(leaf.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec(*kept))
+
+    return jax.tree.map(sharding, params)
 
 
 def _split(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -143,9 +118,9 @@ class Program(NamedTuple):
         rows: Where the rows of a batch lie.
     """
 
-    start: Callable[[], State]
-    train: Callable[[State, Batch], tuple[State, Metrics]]
-    shardings: State
+    start: Callable[[], loop.State]
+    train: Callable[[loop.State, Batch], tuple[loop.State, loop.Metrics]]
+    shardings: loop.State
     rows: NamedSharding
 
 
@@ -160,23 +135,20 @@ def program(
     """The functions of a training on a mesh.
 
     Args:
-        model: Maps images `[N, H, W, C]` to logits `[N, classes]`. Its parameters are the first.
+        model: Maps images `[N, H, W, C]` to logits, of the images `[N, classes]` or of the pixels
+            `[N, H, W, classes]`. Its parameters are the first.
         settings: What is asked for.
         mesh: See `mesh_of`.
         optimizer: See `optimizers.made`.
         classes: Their number.
     """
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
-    forward = partial(_logits, definition, rest)
-
-    def start(params: nnx.State) -> State:
-        ema = jax.tree.map(jnp.copy, params) if settings.optimizer.ema else None
-        return State(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
-
+    forward = partial(_logits, definition, rest, mesh)
+    start = partial(loop.begun, optimizer, averaging=bool(settings.optimizer.ema))
     shardings = placed(jax.eval_shape(start, params), mesh)
     rows = split_rows(mesh)
     train = jax.jit(
-        partial(_train, forward, optimizer, settings, classes),
+        partial(_train, partial(_loss, forward, settings, classes), optimizer, settings),
         in_shardings=(shardings, rows),
         out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
@@ -186,8 +158,10 @@ def program(
 
 def evaluator(
     model: nnx.Module, data: Data, mesh: Mesh
-) -> Callable[[nnx.State, Batch], tuple[Scores, jax.Array]]:
-    """The function of parameters and a batch that gives the scores and the logits.
+) -> Callable[[nnx.State, Batch], tuple[Sums, jax.Array]]:
+    """The function of parameters and a batch that gives sums for `means`, and what it says.
+
+    That is the logits of images, and of pixels the likeliest class alone.
 
     Args:
         model: Maps images `[N, H, W, C]` to logits.
@@ -196,7 +170,7 @@ def evaluator(
     """
     definition, _, *rest = nnx.split(model, nnx.Param, ...)
     whole = NamedSharding(mesh, PartitionSpec())
-    forward = partial(_logits, definition, rest)
+    forward = partial(_logits, definition, rest, mesh)
     return jax.jit(partial(_evaluate, forward, data), out_shardings=whole)
 
 
@@ -204,7 +178,7 @@ def on_devices(arrays: dict[str, np.ndarray], rows: NamedSharding) -> Batch:
     """A batch on the devices, from the rows of it that this process has read."""
     return {
         name: jax.make_array_from_process_local_data(rows, arrays[name])
-        for name in ("image", "label")
+        for name in ("image", "label", "read")
     }
 
 
@@ -215,10 +189,12 @@ _Forward = Callable[[nnx.State, jax.Array, jax.Array | None], jax.Array]
 def _logits(
     definition: nnx.GraphDef,
     rest: Sequence[nnx.State],
+    mesh: Mesh,
     params: nnx.State,
     images: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
+    params = jax.lax.with_sharding_constraint(params, _gathered(params, mesh))
     # Copied, since `rest` is of the trace outside, whose variables none inside may change.
     model = nnx.merge(definition, params, *rest, copy=True)
     if key is None:
@@ -228,68 +204,98 @@ def _logits(
     return model(images, deterministic=False).astype(jnp.float32)
 
 
-def _train(
+def _loss(
     forward: _Forward,
-    optimizer: optax.GradientTransformation,
     settings: Settings,
     classes: int,
-    state: State,
+    params: nnx.State,
+    part: Batch,
+    key: jax.Array,
+) -> loop.Sums:
+    augment_key, drop_key = jax.random.split(key)
+    # Where there is no class the target is all zeros, and so is the loss.
+    targets = jax.nn.one_hot(part["label"], classes)
+    images = normalised(part["image"], settings.data)
+    images, targets = augmented(augment_key, images, targets, settings.augment)
+    smoothing = settings.augment.smoothing
+    targets = (1 - smoothing) * targets + smoothing / classes * targets.sum(-1, keepdims=True)
+    losses = optax.softmax_cross_entropy(forward(params, images, drop_key), targets)
+    return loop.Sums(losses.sum(), (part["label"] >= 0).sum(), part["read"].sum())
+
+
+def _train(
+    loss: loop.Loss,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    state: loop.State,
     batch: Batch,
-) -> tuple[State, Metrics]:
+) -> tuple[loop.State, loop.Metrics]:
     key = jax.random.fold_in(jax.random.key(settings.run.seed), state.step)
-    parts = settings.run.accumulate
-    # Every part takes rows of every device.
-    split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
-
-    def loss(params: nnx.State, part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        augment_key, drop_key = jax.random.split(key)
-        valid = part["label"] >= 0
-        targets = jax.nn.one_hot(part["label"], classes)
-        images = normalised(part["image"], settings.data)
-        images, targets = augmented(augment_key, images, targets, settings.augment)
-        smoothing = settings.augment.smoothing
-        targets = (1 - smoothing) * targets + smoothing / classes * targets.sum(-1, keepdims=True)
-        losses = optax.softmax_cross_entropy(forward(params, images, drop_key), targets)
-        return losses.sum(), valid.sum()
-
-    def add(
-        sums: tuple[nnx.State, jax.Array, jax.Array], one: tuple[Batch, jax.Array]
-    ) -> tuple[tuple[nnx.State, jax.Array, jax.Array], None]:
-        (value, count), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, *one)
-        return jax.tree.map(jnp.add, sums, (gradients, value, count)), None
-
-    zero = jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros((), jnp.int32)
-    keys = jax.random.split(key, parts)
-    if parts == 1:
-        sums, _ = add(zero, (jax.tree.map(lambda a: a[0], split), keys[0]))
-    else:
-        sums, _ = jax.lax.scan(add, zero, (split, keys))
-    gradients, value, count = sums
-    images = jnp.maximum(count, 1)
-    gradients = jax.tree.map(lambda one: one / images, gradients)
-    updates, memory = optimizer.update(gradients, state.memory, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        ema = optimizers.averaged(ema, params, state.step, settings.optimizer.ema)
-    metrics = Metrics(value / images, optax.tree.norm(gradients), count)
-    return State(state.step + 1, params, ema, memory), metrics
+    parts, ema = settings.run.accumulate, settings.optimizer.ema
+    return loop.step(loss, optimizer, state, batch, key, parts=parts, ema=ema)
 
 
 def _evaluate(
     forward: _Forward, data: Data, params: nnx.State, batch: Batch
-) -> tuple[Scores, jax.Array]:
+) -> tuple[Sums, jax.Array]:
     valid = batch["label"] >= 0
     label = jnp.maximum(batch["label"], 0)
     logits = forward(params, normalised(batch["image"], data), None)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    sums = {
+        "loss": jnp.where(valid, losses, 0).sum(),
+        "terms": valid.sum(),
+        "images": batch["read"].sum(),
+    }
+    if label.ndim == 1:
+        return sums | _ranks(logits, label, valid), logits
+    said = logits.argmax(-1)
+    return sums | _overlaps(said, label, valid, logits.shape[-1]), said
+
+
+def _ranks(logits: jax.Array, label: jax.Array, valid: jax.Array) -> Sums:
+    """The images whose class has the highest score, or one of the five highest."""
     # As many as stand before the class; the one that comes first wins a tie.
     own = jnp.take_along_axis(logits, label[:, None], 1)
     before = (logits > own).sum(1)
     before += ((logits == own) & (jnp.arange(logits.shape[1]) < label[:, None])).sum(1)
+    return {"top1": (valid & (before < 1)).sum(), "top5": (valid & (before < 5)).sum()}
 
-    def total(values: jax.Array) -> jax.Array:
-        return jnp.where(valid, values, 0).sum()
 
-    scores = Scores(total(losses), total(before < 1), total(before < 5), valid.sum())
-    return scores, logits
+def _overlaps(said: jax.Array, label: jax.Array, valid: jax.Array, classes: int) -> Sums:
+    """The pixels `[classes]` that truth and prediction give to each class, both and either."""
+
+    def counted(chosen: jax.Array, of: jax.Array) -> jax.Array:
+        return jnp.zeros(classes, jnp.int32).at[of.ravel()].add(chosen.ravel().astype(jnp.int32))
+
+    both = counted(valid & (said == label), label)
+    return {"both": both, "either": counted(valid, label) + counted(valid, said) - both}
+
+
+def means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The scores of images that an evaluation has summed up.
+
+    Returns:
+        "loss" and of images "top1" and "top5", the shares whose class is the first or of the first
+        five; of pixels "pixels", the share that is right, and "miou", the mean over the classes
+        that occur of their intersection over union.
+
+    Example:
+        >>> counts = {"terms": 4, "both": np.array([1, 2]), "either": np.array([2, 3])}
+        >>> scores = means({name: np.asarray(one) for name, one in counts.items()} | {"loss": 2.0})
+        >>> {name: round(score, 3) for name, score in scores.items()}
+        {'loss': 0.5, 'pixels': 0.75, 'miou': 0.583}
+    """
+    terms = max(float(sums["terms"]), 1.0)
+    scores = {"loss": float(sums["loss"]) / terms}
+    if "both" not in sums:
+        return scores | {name: float(sums[name]) / terms for name in ("top1", "top5")}
+    found = overlaps(sums)
+    scores["pixels"] = float(sums["both"].sum()) / terms
+    return scores | {"miou": float(np.nanmean(found)) if np.isfinite(found).any() else 0.0}
+
+
+def overlaps(sums: Mapping[str, np.ndarray]) -> NDArray[np.float64]:
+    """The intersection over union of each class; not a number of one that does not occur."""
+    either = np.asarray(sums["either"], np.float64)
+    return np.where(either > 0, sums["both"] / np.maximum(either, 1), np.nan)

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from flash_wtconv_jax import checkpoints, environment, models
 from flash_wtconv_jax.models import pretrained
+from flash_wtconv_jax.train import loop
 from flash_wtconv_jax.train.images import (
     evaluation,
     loading,
@@ -32,9 +33,10 @@ from flash_wtconv_jax.train.images import (
     steps,
 )
 from flash_wtconv_jax.train.images import settings as settings_of
+from flash_wtconv_jax.train.images.augment import normalised
 from flash_wtconv_jax.train.images.settings import Settings
 from pallas_kernels.common.files import replacing
-from pallas_kernels.common.types import Json
+from pallas_kernels.common.types import Json, Keywords
 
 FILES = {
     "network": "the best network, for `eval`, `predict`, `convert` and `models.load_network`",
@@ -44,10 +46,15 @@ FILES = {
     "steps.csv": "loss, norm of the gradients, rate, images a second by the step",
     "epochs.csv": "loss and accuracy on held-out images",
     "curves.png": "the same as pictures",
+    "predictions.png": "masks of held-out images beside the truth, of a network that tells pixels",
     "tensorboard": "the same for TensorBoard",
     "summary.json": "how it ended",
 }
 """Names in the folder of a run, and what they are."""
+_DRAWN = 6
+"""Held-out images whose masks are drawn."""
+_LOADER_SECONDS = 3.0
+"""The time for which the loader alone is timed after a training."""
 
 
 class Progress(NamedTuple):
@@ -116,20 +123,34 @@ def prepared(settings: Settings) -> Run:
         raise ValueError(
             f"run.batch is {run.batch}, more than {run.epochs} epochs of {len(train)} images have"
         )
-    model = network(settings, len(train.classes), mesh.size)
+    of_pixels = isinstance(train, sources.Masks)
+    if of_pixels:
+        _check_for_masks(settings)
+    model = network(settings, len(train.classes), of_pixels=of_pixels)
     rate = optimizers.schedule(settings.optimizer, len(train) / run.batch, total)
     params = nnx.state(model, nnx.Param)
     optimizer = optimizers.made(settings.optimizer, rate, params, settings.model.freeze)
     return Run(settings, train, val, model, mesh, optimizer, rate, total)
 
 
-def network(settings: Settings, classes: int, devices: int = 1) -> models.ConvNeXt:
+def _check_for_masks(settings: Settings) -> None:
+    """Raises ValueError for changes of images that their masks would not follow."""
+    for name, value in (
+        ("data.randaugment", settings.data.randaugment),
+        ("augment.mixup", settings.augment.mixup),
+        ("augment.cutmix", settings.augment.cutmix),
+    ):
+        if value:
+            raise ValueError(f"{name} is {value}, which masks do not follow; set {name} = 0.0")
+
+
+def network(settings: Settings, classes: int, *, of_pixels: bool = False) -> models.ConvNeXt:
     """The network of the settings, with its first parameters.
 
     Args:
         settings: What is asked for.
         classes: Their number.
-        devices: Devices of the mesh.
+        of_pixels: Whether they are the classes of pixels: then it is a `models.Segmenter`.
 
     Raises:
         FileNotFoundError: If there is no checkpoint to begin from.
@@ -137,9 +158,6 @@ def network(settings: Settings, classes: int, devices: int = 1) -> models.ConvNe
     """
     wanted = settings.model
     options = {**wanted.options, "num_classes": classes, "in_channels": settings.data.channels}
-    if devices > 1:
-        # XLA splits what it knows; it cannot split a kernel.
-        options = {"implementation": "xla", "conv_implementation": "xla", **options}
     begun = models.load_network(wanted.checkpoint) if wanted.checkpoint else None
     known = pretrained.constructors()
     if wanted.name not in known and not (begun and not wanted.name):
@@ -147,12 +165,18 @@ def network(settings: Settings, classes: int, devices: int = 1) -> models.ConvNe
     fields = {field.name for field in dataclasses.fields(models.ConvNeXtConfig)}
     if unknown := sorted(set(options) - fields):
         raise ValueError(f"model.options has {unknown[0]!r}, expected fields of ConvNeXtConfig")
+    if begun is not None and not wanted.name:
+        kept: Keywords = {"features_only": False, "feature_norms": False}
+        config = dataclasses.replace(begun.config, **kept, **options)
+    else:
+        # Shapes alone, for what the name stands for.
+        config = nnx.eval_shape(lambda: known[wanted.name](rngs=nnx.Rngs(0), **options)).config
 
     def make() -> models.ConvNeXt:
         rngs = nnx.Rngs(params=settings.run.seed, dropout=settings.run.seed)
-        if begun is not None and not wanted.name:
-            return models.ConvNeXt(dataclasses.replace(begun.config, **options), rngs=rngs)
-        return known[wanted.name](rngs=rngs, **options)
+        if of_pixels:
+            return models.Segmenter(config, wanted.decoder, rngs=rngs)
+        return models.ConvNeXt(config, rngs=rngs)
 
     model: models.ConvNeXt = nnx.jit(make)()
     if model.config.total_stride > settings.data.size:
@@ -166,14 +190,20 @@ def network(settings: Settings, classes: int, devices: int = 1) -> models.ConvNe
 
 
 def _begin_from(model: models.ConvNeXt, begun: models.ConvNeXt) -> None:
-    """Puts the parameters of another network in, its last layer if that has as many classes."""
+    """Puts the parameters of another network in, its last layer if that has as many classes.
+
+    What tells pixels apart begins with its first parameters where the other network has none.
+    """
     fresh, found = (checkpoints.variables_of(one)["params"] for one in (model, begun))
+    last = "decoder" if isinstance(model, models.Segmenter) else "head"
+    if last == "decoder":
+        found = {name: found.get(name, params) for name, params in fresh.items()}
     if begun.config.num_classes != model.config.num_classes:
-        heads = [dict(params.get("head", {})) for params in (fresh, found)]
-        heads[1].pop("fc", None)
-        if "fc" in heads[0]:
-            heads[1]["fc"] = heads[0]["fc"]
-        found = {**found, "head": heads[1]}
+        outer, inner = dict(found.get(last, {})), fresh.get(last, {})
+        outer.pop("fc", None)
+        if "fc" in inner:
+            outer["fc"] = inner["fc"]
+        found = {**found, last: outer}
     checkpoints.load_into(model, {"params": found})
 
 
@@ -224,16 +254,18 @@ def train(
             _write_text(out / "settings.toml", settings_of.as_toml(settings))
             _write_text(out / evaluation.IMAGES, evaluation.described(settings, run.train.classes))
             saving.write_network(out, pretrained.description(run.model))
-        loop = _Loop(run, out, saver, on_progress, on_message)
-        held.enter_context(loop.prepared())
+        steps_of_run = _Steps(run, out, saver, on_progress, on_message)
+        held.enter_context(steps_of_run.prepared())
         asked_to_stop = held.enter_context(_stopping())
-        stopped = loop.run(asked_to_stop)
+        stopped = steps_of_run.run(asked_to_stop)
         saver.wait()
-        summary = loop.summary(stopped)
+        summary = steps_of_run.summary(stopped)
         best = saver.best
     alone = jax.process_count() == 1
     if alone and not stopped:
         _write_best(run, out, best)
+        # Not where something waits for the process to end.
+        summary["loader_images_per_s"] = round(_loader_speed(run), 1)
     if jax.process_index() == 0:
         reports.draw_curves(out)
         reports.write_summary(out, summary)
@@ -243,7 +275,7 @@ def train(
     return summary
 
 
-class _Loop:
+class _Steps:
     """The steps of a training, one after the other.
 
     The host is one step ahead of the devices: it sends a batch before it looks at the figures of
@@ -277,7 +309,7 @@ class _Loop:
         self.named: set[str] = set()
         self.started = time.perf_counter()
         self.clock = _Clock()
-        self.pending: tuple[steps.Metrics, np.ndarray] | None = None
+        self.pending: tuple[loop.Metrics, np.ndarray] | None = None
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -307,7 +339,10 @@ class _Loop:
                 self.saver.restore_place(last, self.batches)
             self.reporter = None
             if self.share.process == 0:
-                self.reporter = held.enter_context(reports.reporting(self.out, self.done))
+                of_pixels = isinstance(self.run_.train, sources.Masks)
+                self.reporter = held.enter_context(
+                    reports.reporting(self.out, self.done, of_pixels=of_pixels)
+                )
             yield
 
     def run(self, asked_to_stop: Callable[[int], bool]) -> bool:
@@ -374,7 +409,7 @@ class _Loop:
             before, self.pending = self.pending, None
             self._look(self.done, *before)
 
-    def _look(self, step: int, metrics: steps.Metrics, indices: np.ndarray) -> None:
+    def _look(self, step: int, metrics: loop.Metrics, indices: np.ndarray) -> None:
         loss, norm, images = (float(one) for one in jax.device_get(metrics))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._fail_of_numbers(step, loss, norm, indices)
@@ -423,7 +458,7 @@ class _Loop:
 
     def _name_broken(self, source: sources.Source, arrays: loading.Arrays) -> None:
         """Tells of each image that could not be read, once."""
-        rows = (arrays["label"] == loading.BROKEN) & (arrays["index"] < len(source))
+        rows = ~arrays["read"] & (arrays["index"] < len(source))
         for index in arrays["index"][rows].tolist():
             name = source.name(index)
             if name not in self.named:
@@ -447,7 +482,7 @@ class _Loop:
         return self.scores
 
     def _scores(self, params: nnx.State) -> dict[str, float]:
-        def name_broken(arrays: loading.Arrays, logits: jax.Array) -> None:
+        def name_broken(arrays: loading.Arrays, said: jax.Array) -> None:
             self._name_broken(self.run_.val, arrays)
 
         return evaluation.scores(
@@ -469,10 +504,8 @@ class _Loop:
             "losses": self.losses,
             "scores": self.scores,
         }
-        best = None
-        if scores is not None:
-            best = {saving.BEST_BY: scores.get("ema_top1", scores["top1"])}
-        self.saver.save(self.state, self.batches, progress, best)
+        score = None if scores is None else evaluation.leading(scores)
+        self.saver.save(self.state, self.batches, progress, score)
 
     def _readers(self) -> list[int]:
         return [self.settings.data.workers, self.share.processes]
@@ -591,6 +624,33 @@ def _write_best(run: Run, out: Path, best: int | None) -> None:
         pretrained.save_network(temporary, model)
         text = evaluation.described(run.settings, run.train.classes)
         (temporary / evaluation.IMAGES).write_text(text)
+    if isinstance(run.val, sources.Masks):
+        _draw_masks(run.val, model, run.settings, out)
+
+
+def _draw_masks(val: sources.Masks, model: models.ConvNeXt, settings: Settings, out: Path) -> None:
+    """Draws the masks of the first held-out images that can be read, beside the truth."""
+    from flash_wtconv_jax import plots
+
+    data = dataclasses.replace(settings.data, workers=0)
+    with loading.iterating(loading.evaluation(val, data, batch=_DRAWN)) as batches:
+        arrays = next(batches)
+    images, truths = (arrays[name][arrays["read"]] for name in ("image", "label"))
+    if not len(images):
+        return
+    logits = nnx.jit(type(model).__call__)(model, normalised(images, data), deterministic=True)
+    said = np.asarray(logits).argmax(-1)
+    picture = plots.png(plots.masks(images, truths, said, val.classes))
+    with replacing(out / "predictions.png", force=True) as temporary:
+        temporary.write_bytes(picture)
+
+
+def _loader_speed(run: Run) -> float:
+    """Images a second that the loader would bring if nothing were learnt."""
+    asked = run.settings
+    return loading.speed(
+        run.train, asked.data, batch=asked.run.batch, batches=run.steps, seconds=_LOADER_SECONDS
+    )
 
 
 def _write_text(path: Path, text: str) -> None:

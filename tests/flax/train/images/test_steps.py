@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from flash_wtconv_jax.train import loop
 from flash_wtconv_jax.train.images import augment, optimizers
 from flash_wtconv_jax.train.images.settings import Augment, Optimizer
 
@@ -120,7 +121,7 @@ def test_averages_begin_with_the_parameters_of_the_first_steps():
     ema = params = {"a": jnp.zeros(1)}
     for step in range(3):
         params = {"a": params["a"] + 1}
-        ema = optimizers.averaged(ema, params, jnp.asarray(step), 0.9999)
+        ema = loop.averaged(ema, params, jnp.asarray(step), 0.9999)
     means = 0.0
     for step in range(3):
         kept = (1 + step) / (10 + step)

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -12,6 +14,16 @@ import pytest
 from typer.testing import CliRunner
 
 pytest.importorskip("grain")
+
+from helpers.training import (
+    SAID,
+    SMALL,
+    assert_same_run,
+    figures,
+    in_a_process,
+    steps_in,
+    write_images,
+)
 
 from flash_wtconv_jax import checkpoints, models
 from flash_wtconv_jax.cli import app
@@ -23,37 +35,6 @@ from flash_wtconv_jax.train.images import (
     sources,
     trainer,
 )
-
-SAID = {
-    "model": {
-        "name": "ConvNeXt",
-        "options": {
-            "depths": [1, 1],
-            "dims": [8, 16],
-            "levels": [1, 1],
-            "kernel_size": 3,
-            "patch_size": 2,
-            "drop_path": 0.2,
-            "layer_scale": 1.0,
-        },
-    },
-    "data": {"size": 8, "channels": 1, "mean": [0.5], "std": [0.25], "scale": [0.8, 1.0]},
-    "augment": {"flip": 0.0, "erasing": 0.1, "mixup": 0.1},
-    "optimizer": {"rate": 2e-2, "ema": 0.9, "clip": 1.0, "warmup": 0.5},
-    "run": {"batch": 8, "accumulate": 2, "epochs": 2, "save_every": 3, "log_every": 1, "keep": 1},
-}
-
-
-def write_images(folder):
-    """Forty images to learn from and twelve held out: the class is the bright third."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 40), ("val", 12)):
-        labels = np.arange(count) % 3
-        images = rng.integers(0, 90, (count, 9, 9, 1), np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            image[:, 3 * label : 3 * label + 3] += 120
-        np.savez(folder / part, images=images, labels=labels, classes=["left", "middle", "right"])
 
 
 @pytest.fixture(scope="module")
@@ -75,40 +56,20 @@ def whole(data):
     return out
 
 
-class Stop(Exception):
-    """Ends a training in the middle."""
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No pictures, which are another test's."""
+    monkeypatch.setattr(reports, "draw_curves", lambda run: None)
 
 
-def stopped_at(step):
-    def on_progress(progress):
-        if progress.step == step:
-            raise Stop
-
-    return on_progress
-
-
-def figures(run):
-    """Losses and scores of a run, without its times."""
-    return [
-        [
-            {key: value for key, value in row.items() if key not in ("images_per_s", "waiting")}
-            for row in rows
-        ]
-        for rows in (reports.rows(run, name) for name in (reports.STEPS, reports.EPOCHS))
-    ]
-
-
-def assert_same_run(one, other):
-    """Losses and all that the last checkpoints hold are the same bits."""
-    assert figures(one) == figures(other)
-    with saving.saving(one, 1) as first, saving.saving(other, 1) as second:
-        assert first.last == second.last
-        for item in ("params", "ema", "memory"):
-            trees = [
-                checkpoints.restore(run / saving.FOLDER / str(first.last) / item)
-                for run in (one, other)
-            ]
-            jax.tree.map(np.testing.assert_array_equal, *trees)
+@pytest.fixture(scope="module")
+def small(data):
+    """The folder of a small training that nothing stopped."""
+    out = data.parent / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports, "draw_curves", lambda run: None)
+        trainer.train(resolved(data, SMALL), out)
+    return out
 
 
 @pytest.mark.wide
@@ -117,32 +78,24 @@ def test_it_learns_and_leaves_all_that_it_promises(whole):
     assert summary["steps"] == summary["of_steps"] == 10
     assert summary["scores"]["ema_top1"] > 0.9
     for name in trainer.FILES:
-        assert (whole / name).exists(), name
+        assert (whole / name).exists() == (name != "predictions.png"), name
+    assert summary["loader_images_per_s"] > 0 and 0 <= summary["waiting"] <= 1
     logged, evaluated = figures(whole)
     assert [row["step"] for row in logged] == list(range(1, 11))
     assert [row["step"] for row in evaluated] == [5, 10]
     assert any((whole / "tensorboard").iterdir())
 
 
-@pytest.mark.slow
-def test_a_stopped_training_goes_on_bitwise(data, whole):
-    out = data.parent / "stopped"
-    with pytest.raises(Stop):
-        trainer.train(resolved(data), out, on_progress=stopped_at(8))
-    trainer.train(resolved(data), out, resume=True)
-    assert_same_run(out, whole)
-
-
-@pytest.mark.slow
-def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, whole):
+@pytest.mark.wide
+def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, small):
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
-        trainer.train(resolved(data), whole)
-    other = resolved(data, {"optimizer": {"rate": 0.5}})
+        trainer.train(resolved(data, SMALL), small)
+    other = resolved(data, SMALL, {"optimizer": {"rate": 0.5}})
     with pytest.raises(ValueError, match=r"other settings: optimizer\.rate is 0\.5, was 0\.02"):
-        trainer.train(other, whole, resume=True)
+        trainer.train(other, small, resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_checkpoints_are_read_like_any_others(data, whole):
     with saving.saving(whole, 1) as saver:
         best = whole / saving.FOLDER / str(saver.best)
@@ -158,7 +111,7 @@ def test_checkpoints_are_read_like_any_others(data, whole):
     assert scores["top1"] == rows[int(best.name)]["ema_top1"]
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_commands_evaluate_and_predict(data, whole, tmp_path):
     from PIL import Image
 
@@ -224,18 +177,39 @@ def test_what_does_not_fit_is_found_before_the_training(data, said, message, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_a_loss_that_is_no_number_stops_it(data, tmp_path):
     message = r"step \d: the loss is .*; no checkpoint yet\. Its images are listed in"
+    said = resolved(data, SMALL, {"optimizer": {"rate": 1e38, "warmup": 1.0, "clip": 0.0}})
     with pytest.raises(ValueError, match=message):
-        trainer.train(
-            resolved(data, {"optimizer": {"rate": 1e38, "warmup": 1.0, "clip": 0.0}}), tmp_path
-        )
+        trainer.train(said, tmp_path)
     (listed,) = tmp_path.glob("batch_of_step_*.txt")
     assert len(listed.read_text().splitlines()) == 8
 
 
-@pytest.mark.slow
+@pytest.mark.wide
+def test_broken_images_are_named_and_counted_and_too_many_stop_it(data, tmp_path, undrawn):
+    from PIL import Image
+
+    for part in ("train", "val"):
+        with np.load(data / f"{part}.npz") as file:
+            pairs = list(zip(file["images"], file["classes"][file["labels"]], strict=True))
+        for index, (image, name) in enumerate(pairs):
+            folder = tmp_path / "data" / part / str(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(folder / f"{index}.png")
+    (tmp_path / "data" / "train" / "left" / "3.png").write_bytes(b"no picture")
+    told = []
+    said = resolved(tmp_path / "data", SMALL)
+    with pytest.raises(ValueError, match=r"step \d: 1 images could not be read, more than data"):
+        trainer.train(said, tmp_path / "strict", on_message=told.append)
+    assert len(told) == 1 and "3.png: cannot identify image file" in told[0]
+    said = resolved(tmp_path / "data", SMALL, {"data": {"max_broken": 0.1}})
+    summary = trainer.train(said, tmp_path / "lenient", on_message=told.append)
+    assert len(told) == 2 and summary["broken_rows"] == 2
+
+
+@pytest.mark.wide
 def test_fine_tuning_begins_from_a_checkpoint_with_a_new_head(data, whole, tmp_path):
     said = {"model": {"name": "", "options": {}, "checkpoint": str(whole / "network")}}
     model = trainer.network(resolved(data, said), classes=7)
@@ -247,64 +221,62 @@ def test_fine_tuning_begins_from_a_checkpoint_with_a_new_head(data, whole, tmp_p
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-RUN = """
-import sys
-from pathlib import Path
-from flash_wtconv_jax.train.images import settings, trainer
-said = settings.read(Path(sys.argv[1]))
-def on_progress(progress):
-    print(progress.step, flush=True)
-if __name__ == "__main__":
-    summary = trainer.train(
-        settings.resolved(said), Path(sys.argv[2]), resume=True, on_progress=on_progress
-    )
-    sys.exit(3 if summary["stopped"] else 0)
-"""
+def test_a_killed_training_goes_on_bitwise(data, small, undrawn):
+    out, said = data.parent / "killed", resolved(data, SMALL)
+    assert in_a_process(said, out, 7) == -signal.SIGKILL
+    assert steps_in(out)
+    trainer.train(said, out, resume=True)
+    assert_same_run(out, small)
 
 
-def in_a_process(data, out, number=None, step=None):
-    """Trains in a process of its own, and sends it a signal after a step; returns its status.
-
-    All runs that are compared are in processes: the suite compiles programs in a way of its own.
-    """
-    file = data.parent / "settings.toml"
-    file.write_text(settings.as_toml(resolved(data)))
-    command = [sys.executable, "-c", RUN, file, out]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if number is not None and int(line) == step:
-                process.send_signal(number)
-                break
-        process.stdout.read()
-        return process.wait()
-
-
-@pytest.mark.slow
-def test_a_killed_training_goes_on_bitwise(data):
-    out, whole = data.parent / "killed", data.parent / "not_killed"
-    assert in_a_process(data, whole) == 0
-    assert in_a_process(data, out, signal.SIGKILL, 7) == -signal.SIGKILL
-    assert in_a_process(data, out) == 0
-    assert_same_run(out, whole)
-
-
-@pytest.mark.slow
-def test_five_kills_and_a_request_to_stop_change_nothing(data):
-    out, whole = data.parent / "killed_often", data.parent / "never_killed"
-    assert in_a_process(data, whole) == 0
+@pytest.mark.wide
+def test_five_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
+    out, said = data.parent / "killed_often", resolved(data, SMALL)
     for step in (2, 4, 5, 7, 8):
-        assert in_a_process(data, out, signal.SIGKILL, step) == -signal.SIGKILL
-    assert in_a_process(data, out, signal.SIGTERM, 9) in (0, 3)
-    assert in_a_process(data, out) == 0
-    assert_same_run(out, whole)
+        assert in_a_process(said, out, step, delay=0.02 * step) == -signal.SIGKILL
+    assert in_a_process(said, out, 9, signal.SIGTERM) in (0, 3)
+    trainer.train(said, out, resume=True)
+    assert_same_run(out, small)
 
 
+@pytest.mark.wide
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
+    import resource
+
+    out, said = data.parent / "full", resolved(data, SMALL)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(progress):
+        if progress.step == 4:
+            while steps_in(out) != ["3"]:
+                time.sleep(0.01)
+            # Less than a checkpoint's arrays take, more than a line of figures.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+
+    try:
+        with pytest.raises(OSError, match="cannot be written: "):
+            trainer.train(said, out, on_progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps_in(out) == ["3"]
+    trainer.train(said, out, resume=True)
+    assert_same_run(out, small)
+
+
+EIGHT = {
+    **os.environ,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
 MESHES = """
 import sys
 import jax, numpy as np
 from pathlib import Path
 from flash_wtconv_jax.train.images import loading, settings, steps, trainer
 said = settings.read(Path(sys.argv[1]))
+# Or nothing of so small a network would be split.
+steps._LEAST_SPLIT = 64
 found = []
 for axes in ({"data": 1}, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}):
     count = int(np.prod(list(axes.values())))
@@ -316,6 +288,8 @@ for axes in ({"data": 1}, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}):
         run.model, wanted, run.mesh, optimizer=run.optimizer, classes=len(run.train.classes)
     )
     jax.devices = jax_devices
+    split = {axis for one in jax.tree.leaves(program.shardings) for axis in one.spec if axis}
+    assert split == {axis for axis in ("fsdp", "model") if axes.get(axis)}, split
     state = program.start()
     dataset = loading.training(run.train, wanted.data, batch=8, seed=0, steps=range(2))
     with loading.iterating(dataset) as batches:
@@ -333,40 +307,75 @@ for other in found[1:]:
 def test_eight_devices_compute_what_one_does(data):
     file = data.parent / "meshes.toml"
     file.write_text(settings.as_toml(resolved(data)))
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=EIGHT)
+
+
+SCENES = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from jax.sharding import AxisType
+from flash_wtconv_jax import models
+from flash_wtconv_jax.train.images import steps
+from pallas_kernels.sparse import from_coords
+def scene(seed):
+    rng = np.random.default_rng(seed)
+    coords = np.unique(rng.integers(0, 6, (60, 3)), axis=0)[:40]
+    features = rng.normal(size=(len(coords), 3)).astype(np.float32)
+    return from_coords(np.insert(coords, 0, 0, axis=1), features, capacity=48)
+scenes = jax.tree.map(lambda *each: jnp.stack(each), *map(scene, range(8)))
+labels = jnp.asarray(np.random.default_rng(0).integers(0, 4, (8, 48)))
+small = dict(stem_dim=16, dims=(16, 16), depths=(1, 1), stem_kernel_sizes=(3,))
+model = models.SparseUNet(3, 4, **small, rngs=nnx.Rngs(0))
+model.eval()
+definition, params, rest = nnx.split(model, nnx.Param, ...)
+def loss(params, scenes, labels):
+    def one(voxels, labels):
+        scores = nnx.merge(definition, params, rest, copy=True)(voxels).features
+        return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+    return jax.vmap(one)(scenes, labels).mean()
+step = jax.value_and_grad(loss)
+wanted = jax.jit(step)(params, scenes, labels)
+for axes in ((8, 1, 1), (2, 2, 2)):
+    mesh = jax.make_mesh(axes, steps.AXES, axis_types=(AxisType.Auto,) * 3)
+    places, rows = steps.placed(params, mesh), steps.split_rows(mesh)
+    split = jax.jit(step, in_shardings=(places, rows, rows))
+    found = split(params, scenes, labels)
+    for one, two in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        scale = np.abs(one).max()
+        assert np.abs(one - np.asarray(two)).max() <= 1e-5 * max(scale, 1e-3)
+"""
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(data, whole, tmp_path):
+def test_eight_devices_compute_the_scenes_of_a_sparse_network():
+    subprocess.run([sys.executable, "-c", SCENES], check=True, env=EIGHT)
+
+
+@pytest.mark.wide
+def test_two_processes_train_as_one_and_one_goes_on(data, small, undrawn):
     """Under the variables that `mpirun` sets."""
-    file = tmp_path / "settings.toml"
-    file.write_text(settings.as_toml(resolved(data, {"run": {"accumulate": 1}})))
-    alone = tmp_path / "alone"
-    trainer.train(resolved(data, {"run": {"accumulate": 1}}), alone)
-    command = [
-        sys.executable,
-        "-c",
-        "from flash_wtconv_jax.cli import main; main()",
-        "train",
-        str(file),
-        "--distributed",
-    ]
-    processes = []
-    for rank in (0, 1):
-        environment = {
-            **os.environ,
-            "OMPI_MCA_orte_hnp_uri": "1234567.0;tcp://127.0.0.1:40000",
-            "OMPI_COMM_WORLD_SIZE": "2",
-            "OMPI_COMM_WORLD_RANK": str(rank),
-            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
-        }
-        processes.append(
-            subprocess.Popen([*command, "--out", str(tmp_path / "both")], env=environment)
-        )
-    assert [process.wait() for process in processes] == [0, 0]
-    one, two = (
-        [row["loss"] for row in reports.rows(run, reports.STEPS)]
-        for run in (alone, tmp_path / "both")
-    )
+    out = data.parent / "both"
+    file = data.parent / "both.toml"
+    file.write_text(settings.as_toml(resolved(data, SMALL, {"run": {"max_steps": 6}})))
+    command = [sys.executable, "-c", "from flash_wtconv_jax.cli import main; main()"]
+    command += ["train", str(file), "--distributed", "--out", str(out)]
+    with ExitStack() as held:
+        processes = []
+        for rank in "01":
+            environment = {
+                **os.environ,
+                # The number of the job tells the port.
+                "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:40000",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": rank,
+                "OMPI_COMM_WORLD_LOCAL_RANK": rank,
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            }
+            processes.append(held.enter_context(subprocess.Popen(command, env=environment)))
+            # Neither waits for the other for ever.
+            held.callback(processes[-1].kill)
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    # One goes on alone, with the images in the same order.
+    trainer.train(resolved(data, SMALL), out, resume=True)
+    one, two = ([row["loss"] for row in reports.rows(run, reports.STEPS)] for run in (small, out))
     np.testing.assert_allclose(one, two, rtol=1e-4)

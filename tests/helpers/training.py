@@ -1,0 +1,172 @@
+"""A training of a few small images, in a process of its own that is killed, and its comparison.
+
+`python tests/helpers/training.py 20` kills a training twenty times at random and compares what it
+leaves with one that nothing stopped.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+import numpy as np
+
+from flash_wtconv_jax import checkpoints
+from flash_wtconv_jax.train.images import reports, saving, settings
+
+SAID = {
+    "model": {
+        "name": "ConvNeXt",
+        "options": {
+            "depths": [1, 1],
+            "dims": [8, 16],
+            "levels": [1, 1],
+            "kernel_size": 3,
+            "patch_size": 2,
+            "drop_path": 0.2,
+            "layer_scale": 1.0,
+        },
+    },
+    "data": {"size": 8, "channels": 1, "mean": [0.5], "std": [0.25], "scale": [0.8, 1.0]},
+    "augment": {"flip": 0.0, "erasing": 0.1, "mixup": 0.1},
+    "optimizer": {"rate": 2e-2, "ema": 0.9, "clip": 1.0, "warmup": 0.5},
+    "run": {"batch": 8, "accumulate": 2, "epochs": 2, "save_every": 3, "log_every": 1, "keep": 1},
+}
+
+
+# What makes it cheap.
+SMALL = {
+    "model": {"options": {"depths": [1], "dims": [8], "levels": [1]}},
+    "augment": {"erasing": 0.0, "mixup": 0.0},
+    "run": {"accumulate": 1},
+}
+
+
+def write_images(folder):
+    """Forty images to learn from and twelve held out: the class is the bright third."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 40), ("val", 12)):
+        labels = np.arange(count) % 3
+        images = rng.integers(0, 90, (count, 9, 9, 1), np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[:, 3 * label : 3 * label + 3] += 120
+        np.savez(folder / part, images=images, labels=labels, classes=["left", "middle", "right"])
+
+
+def figures(run):
+    """Losses and scores of a run, without its times."""
+    return [
+        [
+            {key: value for key, value in row.items() if key not in ("images_per_s", "waiting")}
+            for row in rows
+        ]
+        for rows in (reports.rows(run, name) for name in (reports.STEPS, reports.EPOCHS))
+    ]
+
+
+def assert_same_run(one, other):
+    """Losses and all that the last checkpoints hold are the same bits."""
+    assert figures(one) == figures(other)
+    with saving.saving(one, 1) as first, saving.saving(other, 1) as second:
+        assert first.last == second.last
+        for item in ("params", "ema", "memory"):
+            trees = [
+                checkpoints.restore(run / saving.FOLDER / str(first.last) / item)
+                for run in (one, other)
+            ]
+            jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def train_until(said: settings.Settings, out: Path, step: int, number: int, delay: float) -> None:
+    """Trains in this process, and ends it: by a signal so long after a step, if it gets there."""
+    from flash_wtconv_jax.train.images import trainer
+
+    def on_progress(progress: trainer.Progress) -> None:
+        if progress.step == step:
+            threading.Thread(target=kill, daemon=True).start()
+
+    def kill() -> None:
+        time.sleep(delay)
+        os.kill(os.getpid(), number)
+
+    summary = trainer.train(said, out, resume=True, on_progress=on_progress)
+    sys.exit(3 if summary["stopped"] else 0)
+
+
+# The process compiles programs as the suite does, and finds them compiled.
+_AS_THE_SUITE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest
+from pathlib import Path
+from flash_wtconv_jax.train.images import settings
+from helpers.training import train_until
+said = settings.resolved(settings.read(Path(sys.argv[2])))
+train_until(said, Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6]))
+"""
+
+
+def in_a_process(
+    said: settings.Settings, out: Path, step: int, number: int = signal.SIGKILL, delay: float = 0.0
+) -> int:
+    """Trains in a process that ends by a signal after a step; returns its status."""
+    file = out.with_suffix(".toml")
+    file.write_text(settings.as_toml(said))
+    tests = Path(__file__).parents[1]
+    arguments = [str(one) for one in (tests, file, out, step, int(number), delay)]
+    return subprocess.run([sys.executable, "-c", _AS_THE_SUITE, *arguments]).returncode
+
+
+def main(kills: int) -> None:
+    """Kills a training at random, lets it go on, and compares it with one that was not killed."""
+    rng = random.Random(0)
+    # Nothing here starts JAX before the comparison, so that its processes can be forked.
+    forked = multiprocessing.get_context("fork")
+
+    def trained(out: Path, step: int = 0, delay: float = 0.0) -> int | None:
+        arguments = said, out, step, signal.SIGKILL, delay
+        process = forked.Process(target=train_until, args=arguments)
+        process.start()
+        process.join()
+        return process.exitcode
+
+    with TemporaryDirectory() as folder:
+        here = Path(folder)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(here / "compiled")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        write_images(here / "data")
+        # Enough steps for all kills, each after a few that its process has done.
+        more = {"run": {"epochs": 2 + kills // 2, "batch": 4, "save_every": 2}}
+        said = settings.resolved(SAID, SMALL, {"data": {"folder": str(here / "data")}}, more)
+        assert trained(here / "whole") == 0
+        begun = time.monotonic()
+        for _ in range(kills):
+            last = max(map(int, steps_in(here / "killed")), default=0)
+            step, delay = last + rng.randint(2, 7), rng.uniform(0, 0.1)
+            status = trained(here / "killed", step, delay)
+            assert status == -signal.SIGKILL, f"step {step}: the process ended with {status}"
+            print(f"begun at step {last}, killed {delay:.3f} s after step {step}", flush=True)
+        assert trained(here / "killed") == 0
+        assert_same_run(here / "killed", here / "whole")
+        print(
+            f"{kills} kills, jax {jax.__version__}: losses and all state are bitwise those of a "
+            f"run without ({time.monotonic() - begun:.0f} s)"
+        )
+
+
+def steps_in(run: Path) -> list[str]:
+    """The steps of a run's whole checkpoints."""
+    folder = run / saving.FOLDER
+    return [one.name for one in folder.iterdir() if one.name.isdigit()] if folder.is_dir() else []
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
