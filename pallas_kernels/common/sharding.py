@@ -53,18 +53,31 @@ class Rule(NamedTuple):
             that no other array has.
         results: The same for the results.
         free: The axes that may be split. Where no result has one, shards sum over it.
-        units: More axes that may be, where it is known when a call is traced: of each its name, and
-            the number of samples of the first array that has it of which shards have a multiple.
+        cells: More axes that may be: of each its name, and the number of cells that it has in every
+            array, of which shards have whole ones: groups of channels, or outputs of a stride.
     """
 
     operands: tuple[str, ...]
     results: tuple[str, ...]
     free: frozenset[str]
-    units: tuple[tuple[str, int], ...] = ()
+    cells: tuple[tuple[str, int], ...] = ()
 
-    def unit(self, name: str) -> int:
-        """The number of samples that shards have a multiple of, 0 where an axis is not split."""
-        return 1 if name in self.free else dict(self.units).get(name, 0)
+    def able(self, name: str) -> bool:
+        """Whether an axis may be split."""
+        return name in self.free or name in dict(self.cells)
+
+    def divides(self, name: str, size: int, parts: int) -> bool:
+        """Whether an axis of so many samples may be split into so many shards, all alike.
+
+        A symbolic size that is split has been checked by JAX.
+
+        Example:
+            >>> rule = Rule(("n h c",), ("n h c",), frozenset("n"), (("h", 2),))
+            >>> rule.divides("n", 4, 4), rule.divides("h", 4, 4), rule.divides("c", 4, 2)
+            (True, False, False)
+        """
+        whole = size if name in self.free else dict(self.cells).get(name)
+        return whole is not None and (not isinstance(whole, int) or whole % parts == 0)
 
 
 class Shard(NamedTuple):
@@ -383,7 +396,7 @@ class _Call(NamedTuple):
             specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
             shard = _found(rule, specs, [leaf.shape for leaf in leaves], sizes)
         else:
-            shard = _shard({name: axes for name, axes in stated.axes if rule.unit(name)}, sizes)
+            shard = _shard({name: axes for name, axes in stated.axes if rule.able(name)}, sizes)
         wanted = [_spec(axes, shard) for axes in rule.operands]
         if AxisType.Explicit in mesh.axis_types:
             leaves = [
@@ -412,7 +425,7 @@ class _Call(NamedTuple):
 
     def by_partitioning(self, leaves: Sequence[jax.Array]) -> Tree:
         """The results by a program that XLA asks for when it knows how it splits the arrays."""
-        rule = _numbered(self.rule, [name for name, _ in self.rule.units])
+        rule = self.rule
         trees: list[Any] = []
 
         def run(*leaves: jax.Array) -> tuple[jax.Array, ...]:
@@ -432,24 +445,18 @@ class _Call(NamedTuple):
             # What a function closes over is an argument here.
             more = (f"k{i}" for i in count())
             constants = [" ".join(islice(more, np.ndim(value))) for value in traced.consts]
-            operands = *rule.operands, *constants
-            # In the order in which they come, as Shardy insists.
-            every, seen = _names((*operands, *rule.results)), _names(rule.results)
+            every = rule._replace(operands=(*rule.operands, *constants))
+            shapes = [[a.shape for a in avals] for avals in (traced.in_avals, traced.out_avals)]
+            shapes[0] += map(np.shape, traced.consts)
             call = custom_partitioning(known)
-            call.def_partition(
-                self._partitioned,
-                sharding_rule=f"{', '.join(operands)} -> {', '.join(rule.results)}",
-                decode_shardings=False,
-                need_replication_factors=tuple(n for n in every if n not in rule.free),
-                reduction_factors=tuple(n for n in every if n in rule.free and n not in seen),
-            )
+            call.def_partition(self._partitioned, decode_shardings=False, **_shardy(every, *shapes))
             return trees[0].unflatten(call(*leaves, *traced.consts))
 
         return self.mapped(whole)(*self.tree.unflatten(leaves))
 
     def _partitioned(self, mesh: Mesh, operands: Tree, results: Tree) -> tuple[Any, ...]:
         """The answer to XLA: a mesh, the function of a shard, and all shardings."""
-        rule = _numbered(self.rule, [name for name, _ in self.rule.units])
+        rule = self.rule
         arrays, constants = operands[: len(rule.operands)], operands[len(rule.operands) :]
         own, shard = _own_mesh(rule, [*arrays, *results], mesh)
 
@@ -579,9 +586,9 @@ def _stated(mesh: AbstractMesh | None, out_sharding: object, out: str, rule: Rul
             f"out_sharding={out_sharding!r}: names {unknown}, but the mesh has the axes "
             f"{list(sizes)}"
         )
-    whole = [name for name in axes if not rule.unit(name)]
+    whole = [name for name in axes if not rule.able(name)]
     if whole:
-        able = [name for name in names if rule.unit(name)]
+        able = [name for name in names if rule.able(name)]
         raise ValueError(
             f"out_sharding={out_sharding!r}: splits {', '.join(whole)} of the output's axes "
             f"[{', '.join(names)}], of which {', '.join(able)} can be split"
@@ -595,8 +602,8 @@ def _check_divides(
     """Raises ValueError where a stated sharding splits an argument into unequal shards."""
     for name, size in zip(axes.split(), _flat_shape(shape, axes), strict=True):
         parts = shard.counts.get(name, 1)
-        unit = rule.unit(name) if parts > 1 else 1
-        if not _divides(size, parts * unit):
+        if parts > 1 and not rule.divides(name, size, parts):
+            unit = size // dict(rule.cells).get(name, size)
             even = f" into multiples of {unit}" if unit > 1 else ""
             raise ValueError(
                 f"out_sharding={out_sharding!r}: splits an axis of {size} over {parts} devices, "
@@ -708,15 +715,10 @@ def _found(
             seen.add(name)
             axes = tuple(axis for axis in _axes(entry) if axis in sizes)
             taken = {axis for other in found.values() for axis in other}
-            unit = rule.unit(name) if axes and not taken & set(axes) else 0
-            if unit and _divides(size, unit * math.prod(sizes[axis] for axis in axes)):
+            free = axes and not taken & set(axes)
+            if free and rule.divides(name, size, math.prod(sizes[axis] for axis in axes)):
                 found[name] = axes
     return _shard(found, sizes)
-
-
-def _divides(size: int, count: int) -> bool:
-    """Whether shards are all alike; a symbolic size that is split has been checked by JAX."""
-    return not isinstance(size, int) or size % count == 0
 
 
 def _names(arrays: Iterable[str]) -> dict[str, None]:
@@ -724,19 +726,54 @@ def _names(arrays: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys(name for axes in arrays for name in axes.split())
 
 
-def _numbered(rule: Rule, others: Sequence[str] = ()) -> Rule:
-    """The rule with a name of its own for each `_`, and wherever others stand."""
-    counter, prefix = count(), "v" if others else "u"
+def _numbered(rule: Rule) -> Rule:
+    """The rule with a name of its own for each `_`."""
+    counter = count()
 
     def named(axes: str) -> str:
-        names = axes.split()
-        return " ".join(
-            f"{prefix}{next(counter)}" if name == "_" or name in others else name for name in names
-        )
+        return " ".join(f"u{next(counter)}" if name == "_" else name for name in axes.split())
 
     return rule._replace(
         operands=tuple(map(named, rule.operands)), results=tuple(map(named, rule.results))
     )
+
+
+def _shardy(
+    rule: Rule, operands: Iterable[Iterable[int]], results: Iterable[Iterable[int]]
+) -> dict[str, Any]:
+    """The arguments of `def_partition` that say to Shardy what a rule does, of arrays' shapes.
+
+    An axis of cells is a compound factor, of which Shardy splits the first one: the cells.
+    """
+    cells, alone, sizes = dict(rule.cells), set[str](), dict[str, int]()
+
+    def factors(axes: str, shape: Iterable[int]) -> str:
+        found = []
+        for name, size in zip(axes.split(), shape, strict=True):
+            if size == cells.get(name, size):
+                alone.add(name)
+                found.append(name)
+            else:
+                inner = size // cells[name]
+                sizes.update({name: cells[name], f"{name}x{inner}": inner})
+                found.append(f"({name} {name}x{inner})")
+        return " ".join(found)
+
+    read, written = (
+        [*map(factors, arrays, shapes)]
+        for arrays, shapes in ((rule.operands, operands), (rule.results, results))
+    )
+    # In the order in which they come, as Shardy insists.
+    every, seen = (
+        _names(text.replace("(", "").replace(")", "") for text in texts)
+        for texts in ((*read, *written), written)
+    )
+    return {
+        "sharding_rule": f"{', '.join(read)} -> {', '.join(written)}",
+        "need_replication_factors": tuple(n for n in every if not rule.able(n)),
+        "reduction_factors": tuple(n for n in every if rule.able(n) and n not in seen),
+        **{name: size for name, size in sizes.items() if name not in alone},
+    }
 
 
 def _own_mesh(rule: Rule, arrays: Sequence[Any], mesh: Mesh) -> tuple[Mesh, Shard]:
@@ -755,8 +792,7 @@ def _own_mesh(rule: Rule, arrays: Sequence[Any], mesh: Mesh) -> tuple[Mesh, Shar
         for axis, name in enumerate(names.split()):
             place = tiles[axis]
             parts = int(place.max()) + 1
-            fits = name in rule.free and name not in places and parts > 1
-            if not fits or array.shape[axis] % parts:
+            if name in places or parts == 1 or not rule.divides(name, array.shape[axis], parts):
                 continue
             # All shards of both must exist, each on as many devices.
             both = key * parts + place

@@ -1,7 +1,7 @@
 """The jobs of `helpers.meshes`, which run where there are 8 host devices.
 
 A kernel is stood for by plain JAX that says of itself that nobody can look into it: the module
-`triton` of every operator, which on a CPU could not run.
+`triton` of every operator, or the one that it has, which on a CPU could not run.
 """
 
 import logging
@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from pallas_kernels import haar
 from pallas_kernels.conv2d import conv2d
+from pallas_kernels.depthwise import depthwise_conv2d
 from pallas_kernels.dispatch import forget
 from pallas_kernels.sparse import (
     from_coords,
@@ -25,18 +26,27 @@ from pallas_kernels.sparse import (
     spatially_sparse_conv,
     spatially_sparse_depthwise_conv,
 )
-from pallas_kernels.stylize import instance_norm
+from pallas_kernels.stylize import conv2d_instance_norm, instance_norm
 from pallas_kernels.wtconv import wtconv1d, wtconv2d, wtconv3d
 from pallas_kernels.wtconv.api import OPERATOR
 
-ROOMS = ["wtconv", "haar", "conv2d", "stylize", "sparse", "sparse.depthwise"]
+ROOMS = {
+    "wtconv": "triton",
+    "haar": "triton",
+    "conv2d": "triton",
+    "depthwise": "mosaic_tpu",
+    "stylize": "triton",
+    "stylize.convolution": "triton",
+    "sparse": "triton",
+    "sparse.depthwise": "triton",
+}
 
 
-def _opaque(room):
+def _opaque(room, name):
     """A module like a kernel's, which refuses what `REFUSED` says."""
     package = f"pallas_kernels.{room}"
     plain = import_module(f"{package}.xla")
-    module = ModuleType(f"{package}.triton")
+    module = ModuleType(f"{package}.{name}")
     module.__dict__.update({k: v for k, v in vars(plain).items() if not k.startswith("__")})
     module.DIFFERENTIABLE, module.unavailable = False, lambda platform: None
 
@@ -49,7 +59,7 @@ def _opaque(room):
 
 
 REFUSED = set()
-KERNELS = {f"pallas_kernels.{room}.triton": _opaque(room) for room in ROOMS}
+KERNELS = {f"pallas_kernels.{r}.{name}": _opaque(r, name) for r, name in ROOMS.items()}
 mock.patch.dict("sys.modules", KERNELS).start()
 
 
@@ -76,6 +86,35 @@ def _conv2d(size=(8, 6), **options):
 
     arrays = _drawn((8, *size, 4), 0), _drawn((3, 3, 4, 8), 1), _drawn((8,), 2)
     return function, arrays, ("n h w c", "_ _ c f", "f"), "n h w f"
+
+
+def _grouped(**options):
+    def function(x, w, bias, **rest):
+        return conv2d(x, w, bias=bias, groups=4, padding=1, **options, **rest)
+
+    arrays = _drawn((8, 8, 6, 8), 0), _drawn((3, 3, 2, 16), 1), _drawn((16,), 2)
+    return function, arrays, ("n h w c", "_ _ _ c", "c"), "n h w c"
+
+
+def _depthwise(size=(8, 6), **options):
+    def function(x, kernel, bias, implementation=None, **rest):
+        name = implementation and ROOMS["depthwise"]
+        return depthwise_conv2d(x, kernel, bias, implementation=name, **options, **rest)
+
+    arrays = _drawn((8, *size, 4), 0), _drawn((3, 3, 1, 4), 1), _drawn((4,), 2)
+    return function, arrays, ("n h w c", "_ _ _ c", "c"), "n h w c"
+
+
+def _conv_norm():
+    def function(x, w, scale, bias, implementation=None, **rest):
+        static = {"padding": ("reflect", 1), "upsample": 2, "activation": "relu"}
+        static |= dict.fromkeys(
+            ("implementation", "conv_implementation", "norm_implementation"), implementation
+        )
+        return conv2d_instance_norm(x, w, scale, bias, **static, **rest)
+
+    arrays = _drawn((8, 4, 3, 4), 0), _drawn((3, 3, 4, 8), 1), _drawn((8,), 2), _drawn((8,), 3)
+    return function, arrays, ("n _ _ c", "_ _ c f", "f", "f"), "n _ _ f"
 
 
 def _norm():
@@ -126,6 +165,9 @@ CASES = {
     "conv2d_strided": partial(_conv2d, padding="SAME", stride=2),
     "conv2d_upsampled": partial(_conv2d, padding=("reflect", 1), upsample=2),
     "instance_norm": _norm,
+    "depthwise": _depthwise,
+    "conv2d_grouped": _grouped,
+    "conv2d_norm": _conv_norm,
     "haar": _haar,
     # Images that are cut: shards of whole cells, of parts of them, smaller than a halo, in strips.
     "wtconv2d_cells": partial(_wtconv, 2, 1, (2, 16, 8, 4)),
@@ -133,6 +175,7 @@ CASES = {
     "wtconv2d_far": partial(_wtconv, 2, 2, (2, 16, 8, 4), 5),
     "wtconv2d_even_taps": partial(_wtconv, 2, 1, (2, 16, 8, 4), 4),
     "conv2d_cut": partial(_conv2d, (16, 8), padding=1),
+    "depthwise_cut": partial(_depthwise, (16, 8), stride=2, padding=((1, 0), (1, 0))),
     "conv2d_dilated": partial(_conv2d, (16, 8), padding=2, dilation=2),
     "conv2d_downsampled": partial(_conv2d, (16, 16), padding=((1, 0), (1, 0)), stride=2),
     "conv2d_stem": partial(_conv2d, (16, 16), padding=((0, 1), (0, 1)), stride=2),
