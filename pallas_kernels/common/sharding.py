@@ -261,30 +261,35 @@ def unflat(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 
 def broadcast_to(
-    value: jax.Array, shape: tuple[int, ...], other: jax.Array, axes: Sequence[int]
+    value: jax.Array, shape: tuple[int, ...], others: Sequence[tuple[jax.Array, int]]
 ) -> jax.Array:
-    """A value broadcast to a shape, on a mesh of Explicit axes split as another array is.
+    """A value broadcast to a shape, on a mesh of Explicit axes split as other arrays are.
 
     So its gradient is one sum over the mesh, and nothing that is split is gathered for it.
 
     Args:
         value: The value.
         shape: The shape.
-        other: The other array.
-        axes: For each axis of the shape that of the other array.
+        others: For each axis of the shape the array, and its axis, that it is split as.
     """
-    known = jax.typeof(other).sharding
-    if not _sizes(known.mesh, AxisType.Explicit) or value.shape == shape:
+    meshes = (jax.typeof(other).sharding.mesh for other, _ in others)
+    mesh = next((mesh for mesh in meshes if _sizes(mesh, AxisType.Explicit)), None)
+    if mesh is None or value.shape == shape:
         return jnp.broadcast_to(value, shape)
-    split, first = [known.spec[axis] for axis in axes], len(shape) - value.ndim
+    split: list[_Axes | None] = []
+    for other, axis in others:
+        spec = jax.typeof(other).sharding.spec
+        entry, taken = _axes(spec[axis]) if spec else (), {a for e in split for a in e or ()}
+        split.append(entry if entry and not taken & {*entry} else None)
+    first = len(shape) - value.ndim
     sizes = zip(value.shape, split[first:], strict=True)
     own = jax.P(*(None if size == 1 else entry for size, entry in sizes))
-    value = jax.sharding.reshard(value, NamedSharding(known.mesh, own))
+    value = jax.sharding.reshard(value, NamedSharding(mesh, own))
     return jax.lax.broadcast_in_dim(
         value,
         shape,
         tuple(range(first, len(shape))),
-        out_sharding=NamedSharding(known.mesh, jax.P(*split)),
+        out_sharding=NamedSharding(mesh, jax.P(*split)),
     )
 
 

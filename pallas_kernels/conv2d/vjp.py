@@ -224,7 +224,8 @@ def _apply_jvp(
     if not isinstance(dbias, SymbolicZero | None):
         # In the wider dtype, in which the transpose sums.
         wide = along_features(dbias.astype(acc), plan.window)
-        terms.append(sharding.broadcast_to(wide, kept.shape, kept, range(4)).astype(out_dtype))
+        placed = [(kept, axis) for axis in range(4)]
+        terms.append(sharding.broadcast_to(wide, kept.shape, placed).astype(out_dtype))
 
     def epilogue(kept: jax.Array) -> jax.Array:
         return activate(kept.astype(acc), activation).astype(out_dtype)

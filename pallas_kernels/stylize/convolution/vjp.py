@@ -99,7 +99,7 @@ def conv2d_instance_norm(
 ) -> jax.Array:
     """The norm of a convolution of images `[*batch, H, W, C]` by a plan's implementation."""
     batch = x.shape[:-3]
-    parameters = norm.of_images(batch, w.shape[-1], x.dtype, scale, bias)
+    parameters = norm.of_images(batch, x.dtype, scale, bias, x, w)
     added = None if residual is None else sharding.flat(residual, len(batch))
     arrays = sharding.flat(x, len(batch)), w, *parameters, added
     y, _, _ = _apply(plan, *vary_like(arrays, arrays))
