@@ -24,15 +24,22 @@ from typing import Any, NamedTuple, Protocol, Self, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from pallas_kernels.common import device
-from pallas_kernels.common._compat import interpreter, tiles_over_devices
+from pallas_kernels.common._compat import (
+    interpreter,
+    mapped_axes,
+    outside_of_vmap,
+    tiles_over_devices,
+)
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Tree
+from pallas_kernels.common.vmap import each, example, vmap_sequential
 from pallas_kernels.dispatch import Request
 from pallas_kernels.dispatch.backend import Implementation, Problem
 
@@ -382,6 +389,73 @@ def split(
     return wrapped(partial(compute, plan, WHOLE))(*args)
 
 
+def split_each(
+    compute: Callable[..., Tree],
+    rule: Rule,
+    plan: Any,
+    problem: Callable[..., Problem],
+    *args: Tree,
+    depth: int = 0,
+) -> Tree:
+    """The results of `split`, whose `jax.vmap` is one call after the other on every shard.
+
+    The axis that is mapped may be split itself: scenes that are stacked over the devices.
+
+    Args:
+        compute: As `split` takes it, as are the others.
+        rule: The axes of the arrays of one call.
+        plan: The plan.
+        problem: The description of one call.
+        *args: The arguments.
+        depth: The number of the axes that are mapped already.
+    """
+    whole = partial(split, compute, rule, plan, problem)
+    mesh = _mesh(jax.tree.leaves(args), plan.stated)
+    if plan.module.DIFFERENTIABLE and AxisType.Explicit not in mesh.axis_types:
+        # Plain JAX is mapped, and split, by JAX.
+        return whole(*args, mapped=_itself)
+    call = custom_vmap(partial(whole, mapped=vmap_sequential))
+
+    @call.def_vmap
+    def stacked(_: int, batched: tuple[Tree, ...], *args: Tree) -> tuple[Tree, Tree]:
+        axis = f"s{depth}"
+        flags = jax.tree.leaves(batched)
+        operands = tuple(
+            f"{axis} {axes}" if flag else axes
+            for axes, flag in zip(rule.operands, flags, strict=True)
+        )
+        results = tuple(f"{axis} {axes}" for axes in rule.results)
+        free = rule.free | {axis}
+
+        def one_by_one(plan: Any, place: Shard, *args: Tree) -> Tree:
+            return each(partial(compute, plan, place), batched, args)
+
+        def of_one(place: Shard, *args: Tree) -> Problem:
+            leaves, tree = jax.tree.flatten(args)
+            examples = map(example, leaves, flags)
+            return problem(place, *tree.unflatten(examples))
+
+        with outside_of_vmap(_first_axes(args, flags)):
+            found = split_each(
+                one_by_one,
+                Rule(operands, results, free, rule.cells),
+                plan,
+                of_one,
+                *args,
+                depth=depth + 1,
+            )
+        return found, jax.tree.map(lambda _: True, found)
+
+    return call(*args)
+
+
+def _first_axes(args: Tree, flags: Sequence[bool]) -> set[str]:
+    """The Explicit axes of a mesh that the first axis of batched arrays is split over."""
+    leaves = zip(jax.tree.leaves(args), flags, strict=True)
+    specs = (jax.typeof(leaf).sharding.spec for leaf, flag in leaves if flag)
+    return {axis for spec in specs if spec for axis in _axes(spec[0])}
+
+
 class _Call(NamedTuple):
     """The arguments of `split`."""
 
@@ -645,8 +719,8 @@ def _sizes(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> dict[str, int]:
     """The axes of a mesh that are of some kinds, and their sizes."""
     if mesh.empty:
         return {}
-    every = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name: mesh.shape[name] for name, kind in every if kind in kinds}
+    every, mapped = zip(mesh.axis_names, mesh.axis_types, strict=True), mapped_axes()
+    return {name: mesh.shape[name] for name, kind in every if kind in kinds and name not in mapped}
 
 
 def _splits_later(mesh: Mesh | AbstractMesh) -> bool:
