@@ -134,14 +134,17 @@ def _haar(size=(5, 6)):
     return function, (_drawn((8, *size, 4), 0),), ("n h w c",), "n h w c"
 
 
-def _voxels():
-    coords = [[0, y, x] for y in range(3) for x in range(3) if y * x != 2]
+def _voxels(hole=2):
+    coords = [[0, y, x] for y in range(3) for x in range(3) if y * x != hole]
     return from_coords(coords, _drawn((len(coords), 4), 0), capacity=8)
 
 
+def _algorithms(implementation):
+    return {} if implementation is None else dict.fromkeys(["fwd_algo", "bwd_algo"], "triton")
+
+
 def _sparse(implementation, depthwise=False):
-    voxels = _voxels()
-    names = {} if implementation is None else dict.fromkeys(["fwd_algo", "bwd_algo"], "triton")
+    voxels, names = _voxels(), _algorithms(implementation)
     if depthwise:
         found, out = kernel_map(voxels, 3)
 
@@ -330,6 +333,31 @@ def mapped(name, implementation, kind):
         got, want = jax.jit(run)(*placed), jax.jit(run)(*whole)
         # Twice the images: their sines turn twice as fast as what is rounded.
         _assert_alike(got, want, bitwise=False, tolerance=5e-5)
+
+
+def stacked_scenes(implementation, kind):
+    """`jax.vmap` over scenes that are stacked over the mesh, of each its own map."""
+    scenes = jax.tree.map(lambda *each: np.stack(each), *[_voxels(2), _voxels(4)] * 4)
+    names = _algorithms(implementation)
+
+    def function(x, w, bias):
+        def convolved(features, scene):
+            scene = scene.with_features(features)
+            return spatially_sparse_conv(scene, w, 3, bias=bias, **names).features
+
+        return jax.vmap(convolved)(x, scenes)
+
+    arrays = scenes.features, _drawn((9, 4, 8), 1), _drawn((8,), 2)
+    want = jax.jit(partial(_both, function))(*arrays)
+    mesh = _mesh({"n": 4}, (AxisType[kind],))
+    placed = _placed(arrays, ("n _ _", "_ _ _", "_"), {"n": 4}, mesh)
+    scenes = jax.device_put(scenes, NamedSharding(mesh, jax.P("n")))
+    with jax.set_mesh(mesh):
+        both = jax.jit(partial(_both, function)).lower(*placed).compile()
+    # XLA multiplies matrices of fewer scenes in another order than those of all.
+    _assert_alike(both(*placed), want, bitwise=False)
+    found = collectives(both.as_text())
+    assert found.keys() == {"all-reduce"}, found
 
 
 def remat_in_scan(implementation, kind):

@@ -45,11 +45,15 @@ PAIRS = [
     ("wtconv1d", NC, None, "Explicit"),
     ("conv2d", C, "triton", "Auto"),
     ("conv2d_upsampled", NF, "triton", "stated"),
+    ("conv2d_grouped", NC, "triton", "Auto"),
+    ("conv2d_norm", NF, "triton", "Explicit"),
+    ("depthwise", NC, "triton", "Auto"),
     ("instance_norm", NC, "triton", "Explicit"),
     ("haar", NC, "triton", "Auto"),
     ("sparse", {"f": 2}, "triton", "Auto"),
     ("sparse_depthwise", C, "triton", "Explicit"),
 ]
+DENSE = ("conv2d", "conv2d_upsampled")
 EVERY = [
     (name, sizes, implementation, kind)
     for name, splits in {
@@ -59,6 +63,9 @@ EVERY = [
         "conv2d": (N, C, NF, {"f": 8}),
         "conv2d_strided": (N, NF),
         "conv2d_upsampled": (N, {"c": 2}, NF),
+        "conv2d_grouped": (N, C, NC),
+        "conv2d_norm": (N, {"f": 4}, NF),
+        "depthwise": (N, C, NC),
         "instance_norm": (N, C, NC),
         "haar": (N, C, NC),
         "sparse": (C, {"f": 8}),
@@ -68,7 +75,7 @@ EVERY = [
         splits, (None, "triton"), ("Auto", "Explicit", "stated")
     )
     # Nothing states that channels are split that no output has, and sparse has nothing to state.
-    if kind != "stated" or not (name.startswith("sparse") or (name[:4] == "conv" and "c" in sizes))
+    if kind != "stated" or not (name.startswith("sparse") or (name in DENSE and "c" in sizes))
 ]
 
 
@@ -90,20 +97,30 @@ CUT = [
         "wtconv2d_uneven": ("Auto", "Explicit"),
         "wtconv2d_far": ("Auto", "Explicit"),
         "wtconv2d_even_taps": ("Auto", "Explicit"),
-        "conv2d_cut": ("Explicit", "stated"),
+        "conv2d_cut": ("Auto", "Explicit", "stated"),
         "conv2d_dilated": ("Explicit",),
-        "conv2d_downsampled": ("Explicit", "stated"),
+        "conv2d_downsampled": ("Auto", "Explicit", "stated"),
         "conv2d_stem": ("Explicit",),
-        "haar_cut": ("Explicit", "stated"),
+        "depthwise_cut": ("Auto", "Explicit", "stated"),
+        "haar_cut": ("Auto", "Explicit", "stated"),
     }.items()
     for sizes, kind in product((H, HW, {"n": 2, "h": 2}), kinds)
 ]
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("name", ["wtconv2d_uneven", "conv2d_downsampled"])
-def test_images_that_are_cut(devices, name):
-    devices("splits", name, HW, "triton", "Explicit")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("wtconv2d_uneven", "Explicit"), ("conv2d_downsampled", "Auto"), ("depthwise_cut", "Auto")],
+)
+def test_images_that_are_cut(devices, name, kind):
+    devices("splits", name, HW, "triton", kind)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_scenes_that_are_stacked(devices, kind):
+    devices("stacked_scenes", "triton", kind)
 
 
 @pytest.mark.slow
