@@ -310,8 +310,19 @@ def gathered(x: jax.Array) -> jax.Array:
 
 def is_split(x: jax.Array, axis: int) -> bool:
     """Whether an axis of an array is split over Explicit axes of a mesh."""
+    return parts(x, axis) > 1
+
+
+def parts(x: jax.Array, axis: int) -> int:
+    """The number of shards that Explicit axes of a mesh split an axis of an array into.
+
+    Example:
+        >>> parts(jnp.ones((8, 4)), 0)
+        1
+    """
     known = jax.typeof(x).sharding
-    return bool(_sizes(known.mesh, AxisType.Explicit)) and known.spec[axis] is not None
+    sizes = _sizes(known.mesh, AxisType.Explicit)
+    return math.prod(sizes[name] for name in _axes(known.spec[axis])) if sizes else 1
 
 
 def whole(x: jax.Array, axis: int) -> jax.Array:
@@ -358,6 +369,7 @@ def split(
     problem: Callable[..., Problem],
     *args: Tree,
     mapped: Callable[[Callable[..., Tree]], Callable[..., Tree]],
+    ours: bool = False,
 ) -> Tree:
     """The results of a function of an operator, whose arrays may be split over a mesh.
 
@@ -368,6 +380,7 @@ def split(
         problem: Function of a `Shard` and its arrays: the description of what it computes.
         *args: The arguments, trees of arrays.
         mapped: Makes of a kernel a function that `jax.vmap` maps.
+        ours: Whether plain JAX is not XLA's to split on Auto axes, where it can be asked not to.
 
     Returns:
         The results, split as the arguments are.
@@ -384,8 +397,8 @@ def split(
     lies = kernel or plan.stated is not None or any(map(_lies_on_a_mesh, leaves))
     if sizes and lies:
         return call.by_shard_map(mesh, sizes, leaves)
-    if kernel and _splits_later(mesh):
-        return call.by_partitioning(leaves)
+    if _splits_later(mesh) and (kernel or (ours and _has_auto(mesh))):
+        return call._replace(mapped=mapped).by_partitioning(leaves)
     return wrapped(partial(compute, plan, WHOLE))(*args)
 
 
@@ -731,8 +744,9 @@ def _splits_later(mesh: Mesh | AbstractMesh) -> bool:
     if mesh.empty:
         # What `jax.jit(..., in_shardings=...)` is told nobody else is.
         return jax.device_count() > 1 and device.platform() != "tpu"
-    # It does not split the shards that others have made.
-    return AxisType.Manual not in mesh.axis_types and _has_auto(mesh)
+    # It does not split the shards that others have made, and TPUs' does not ask.
+    whole = AxisType.Manual not in mesh.axis_types and _has_auto(mesh)
+    return whole and device.platform() != "tpu"
 
 
 def _has_auto(mesh: Mesh | AbstractMesh) -> bool:

@@ -105,6 +105,15 @@ def inside(window: Window, shard: sharding.Shard) -> Window:
     return window._replace(pads=(rows, columns), groups=groups)
 
 
+def strided(window: Window) -> bool:
+    """Whether XLA must not split a convolution, since its gradients would be wrong.
+
+    The filters' gradient of a strided convolution is silently wrong where rows are split unevenly
+    (JAX 0.10 to 0.12).
+    """
+    return window.stride != (1, 1)
+
+
 def _around(
     window: Window, taps: Sequence[int], shard: sharding.Shard
 ) -> dict[str, tuple[int, int]]:
