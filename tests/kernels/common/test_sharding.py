@@ -96,6 +96,8 @@ CUT = [
         "wtconv2d_cells": ("Auto", "Explicit", "stated"),
         "wtconv2d_uneven": ("Auto", "Explicit"),
         "wtconv2d_far": ("Auto", "Explicit"),
+        "wtconv2d_deep": ("Auto", "Explicit"),
+        "wtconv2d_deeper": ("Explicit",),
         "wtconv2d_even_taps": ("Auto", "Explicit"),
         "conv2d_cut": ("Auto", "Explicit", "stated"),
         "conv2d_dilated": ("Explicit",),
@@ -111,7 +113,12 @@ CUT = [
 @pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("wtconv2d_uneven", "Explicit"), ("conv2d_downsampled", "Auto"), ("depthwise_cut", "Auto")],
+    [
+        ("wtconv2d_uneven", "Explicit"),
+        ("wtconv2d_deeper", "Explicit"),
+        ("conv2d_downsampled", "Auto"),
+        ("depthwise_cut", "Auto"),
+    ],
 )
 def test_images_that_are_cut(devices, name, kind):
     devices("splits", name, HW, "triton", kind)
