@@ -297,6 +297,59 @@ def test_two_processes():
     assert [process.wait(timeout=600) for process in both] == [0, 0]
 
 
+GPUS = """
+import sys
+from functools import partial
+from pathlib import Path
+import jax, jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from helpers.meshes import collectives
+from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
+
+# There is no GPU to ask for its compute capability.
+mosaic_gpu.unavailable = lambda platform: None
+h200 = AbstractDevice("NVIDIA H200", 132, platform="gpu")
+
+def both(x, p):
+    y, pullback = jax.vjp(partial(wtconv2d, implementation="mosaic_gpu"), x, p)
+    return y, pullback(jnp.sin(y))
+
+for kind, second in (("Explicit", "c"), ("Auto", "c"), ("Auto", "h")):
+    mesh = jax.make_mesh((4, 2), ("n", second), axis_types=(AxisType[kind],) * 2)
+    def array(shape, *axes):
+        spec = jax.P(*(axis if axis in mesh.shape else None for axis in axes))
+        return jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, spec))
+    x = array((8, 32, 32, 128), *"nhwc")
+    shapes = {"base_kernel": (3, 3, 1, 128), "base_scale": (128,),
+              "wavelet_kernel_0": (3, 3, 4, 128), "wavelet_scale_0": (4, 128)}
+    params = {name: array(shape) for name, shape in shapes.items()}
+    folder = Path(sys.argv[1], kind + second)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
+        lowered = jax.jit(both).trace(x, params).lower(lowering_platforms=("cuda",))
+        # A CPU partitions the program, and then has no such kernels.
+        try:
+            lowered.compile(compiler_options={"xla_dump_to": str(folder)})
+        except jax.errors.JaxRuntimeError as error:
+            assert "No FFI handler registered for mosaic_gpu" in str(error), error
+    (text,) = (path.read_text() for path in folder.glob("*cpu_after_optimizations.txt"))
+    assert text.count('custom_call_target="mosaic_gpu') >= 3, text
+    found = collectives(text)
+    halos = {"collective-permute"} if second == "h" else set()
+    # The taps' gradients go to where the taps lie, on every device.
+    gathered = found.pop("all-gather", (0, 0))[1]
+    assert gathered <= sum(p.size for p in params.values()), (kind, second, gathered)
+    assert set(found) == {"all-reduce"} | halos, (kind, second, found)
+"""
+
+
+@pytest.mark.wide
+def test_gpu_programs_gather_no_image(tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-c", GPUS, str(tmp_path)]
+    subprocess.run(command, check=True, env=os.environ | flags)
+
+
 CACHED = """
 import sys
 import jax, numpy as np
@@ -314,7 +367,7 @@ assert bool(hits) == (sys.argv[1] == "again"), events
 """
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_the_compilation_cache_hits_in_a_second_process(tmp_path):
     flags = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
