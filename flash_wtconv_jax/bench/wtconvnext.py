@@ -25,6 +25,8 @@ MODELS: dict[str, dict[str, Callable[..., models.ConvNeXt]]] = {
 """By size, the network with WTConv and its baseline with 7x7 depthwise convolutions."""
 
 WORK = ("inference", "training")
+Step = Callable[[Tree, jax.Array, jax.Array], tuple[Tree, jax.Array]]
+"""A function of a state, images and labels to the next state and the loss."""
 
 
 def run(
@@ -107,24 +109,14 @@ def _calls(
     definition, params, *rest = nnx.split(network, nnx.Param, ...)
     images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)
     labels = jax.random.randint(jax.random.key(1), (batch,), 0, network.config.num_classes)
-    optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=models.weight_decay_mask)
 
     def logits(params: nnx.State, images: jax.Array) -> jax.Array:
         return cast(jax.Array, nnx.merge(definition, params, *rest)(images))
 
-    def loss(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
-        scores = logits(params, images).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
-
-    def step(state: Tree, images: jax.Array, labels: jax.Array) -> tuple[Tree, jax.Array]:
-        params, memory = state
-        value, gradients = jax.value_and_grad(loss)(params, images, labels)
-        updates, memory = optimizer.update(gradients, memory, params)
-        return (optax.apply_updates(params, updates), memory), value
-
     infer = jax.jit(logits).lower(params, images).compile()
+    state, step = training(network)
     # A copy, because a step takes the memory of its state, and inference keeps the parameters.
-    state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
+    state = jax.tree.map(jnp.copy, state)
     train = jax.jit(step, donate_argnums=0).lower(state, images, labels).compile()
 
     def train_on() -> jax.Array:
@@ -133,3 +125,29 @@ def _calls(
         return value
 
     return {"inference": partial(infer, params, images), "training": train_on}
+
+
+def training(network: models.ConvNeXt) -> tuple[Tree, Step]:
+    """A training step with AdamW.
+
+    Args:
+        network: The network, whose parameters are trained from where they are.
+
+    Returns:
+        The state that it begins with, and the step: a function of a state, images and labels to the
+        next state and the loss.
+    """
+    definition, params, *rest = nnx.split(network, nnx.Param, ...)
+    optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=models.weight_decay_mask)
+
+    def loss(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
+        scores = cast(jax.Array, nnx.merge(definition, params, *rest)(images)).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+
+    def step(state: Tree, images: jax.Array, labels: jax.Array) -> tuple[Tree, jax.Array]:
+        params, memory = state
+        value, gradients = jax.value_and_grad(loss)(params, images, labels)
+        updates, memory = optimizer.update(gradients, memory, params)
+        return (optax.apply_updates(params, updates), memory), value
+
+    return (params, optimizer.init(params)), step

@@ -843,13 +843,14 @@ def _shardy(
     def factors(axes: str, shape: Iterable[int]) -> str:
         found = []
         for name, size in zip(axes.split(), shape, strict=True):
-            if size == cells.get(name, size):
-                alone.add(name)
-                found.append(name)
-            else:
-                inner = size // cells[name]
+            inner = size // cells[name] if name in cells else 1
+            if inner > 1 and cells[name] > 1:
                 sizes.update({name: cells[name], f"{name}x{inner}": inner})
                 found.append(f"({name} {name}x{inner})")
+            else:
+                # One cell is not split, and Shardy has no factor of one beside another.
+                found.append(name if inner == 1 else f"{name}x{inner}")
+                alone.add(found[-1])
         return " ".join(found)
 
     read, written = (

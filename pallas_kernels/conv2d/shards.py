@@ -105,13 +105,13 @@ def inside(window: Window, shard: sharding.Shard) -> Window:
     return window._replace(pads=(rows, columns), groups=groups)
 
 
-def strided(window: Window) -> bool:
-    """Whether XLA must not split a convolution, since its gradients would be wrong.
+def ours(window: Window) -> bool:
+    """Whether a convolution is not XLA's to split, whatever computes it.
 
-    The filters' gradient of a strided convolution is silently wrong where rows are split unevenly
-    (JAX 0.10 to 0.12).
+    The filters' gradient of a strided convolution is silently wrong where XLA splits rows unevenly,
+    and for the gradients of groups it gathers images (JAX 0.10 to 0.12).
     """
-    return window.stride != (1, 1)
+    return window.stride != (1, 1) or window.groups > 1
 
 
 def _around(

@@ -398,7 +398,7 @@ def _forward(
             problem,
             *(x, w, bias),
             mapped=vmap_folding,
-            ours=shards.strided(window),
+            ours=shards.ours(window),
         )
 
     static: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
@@ -470,7 +470,7 @@ def _dx(
             problem,
             *(dy, w),
             mapped=vmap_folding,
-            ours=shards.strided(window),
+            ours=shards.ours(window),
         )
 
     run = partial(whole_rows.input_grad, kernel) if plan.whole_rows else kernel
@@ -506,7 +506,7 @@ def _dw(
             problem,
             *(x, dy),
             mapped=vmap_sequential,
-            ours=shards.strided(window),
+            ours=shards.ours(window),
         )
 
     run = partial(whole_rows.weight_grad, kernel) if plan.whole_rows else kernel

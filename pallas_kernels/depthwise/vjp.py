@@ -206,7 +206,7 @@ def _forward(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None
         lambda place, *_: of_shard(plan.problem, place),
         *(x, kernel, bias),
         mapped=vmap_folding,
-        ours=shards.strided(plan.problem.window),
+        ours=shards.ours(plan.problem.window),
     )
 
 
@@ -234,7 +234,7 @@ def _dx(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
         lambda place, *_: of_shard(plan.problem, place),
         *(dy, kernel),
         mapped=vmap_folding,
-        ours=shards.strided(plan.problem.window),
+        ours=shards.ours(plan.problem.window),
     )
 
 
@@ -253,7 +253,7 @@ def _dkernel(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> 
         lambda place, *_: of_shard(plan.problem, place),
         *(x, dy),
         mapped=vmap_sequential,
-        ours=shards.strided(plan.problem.window),
+        ours=shards.ours(plan.problem.window),
     )
 
 

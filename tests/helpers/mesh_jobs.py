@@ -13,9 +13,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers.meshes import collectives
 from jax.sharding import AxisType, NamedSharding
 
+from flash_wtconv_jax.bench.collectives import collectives
 from pallas_kernels import haar
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.depthwise import depthwise_conv2d
@@ -59,6 +59,7 @@ def _opaque(room, name):
 
 
 REFUSED = set()
+HALOS = "collective-permute"
 KERNELS = {f"pallas_kernels.{r}.{name}": _opaque(r, name) for r, name in ROOMS.items()}
 mock.patch.dict("sys.modules", KERNELS).start()
 
@@ -464,6 +465,23 @@ def exported():
     text = jax.export.export(jax.jit(function))(*placed).serialize()
     again = jax.jit(jax.export.deserialize(text).call)
     _assert_alike(again(*placed), jax.jit(function)(*arrays), bitwise=True)
+
+
+def benchmark(operator, splits):
+    """`flash-wtconv bench sharding` on 2 devices: nothing is wrong, whatever is split."""
+    from flash_wtconv_jax.bench import sharding
+
+    silent = lambda *_: lambda: None  # noqa: E731
+    found = sharding.run(silent, devices=[2], operators=[operator], minutes=30)
+    assert not found["left"]
+    rows = {part: [r for r in found["rows"] if r["part"] == part] for part in sharding.PARTS}
+    assert all(row["wrong"] is None for row in found["rows"]), found["rows"]
+    assert {row["split"] for row in rows["operators"]} == set(splits)
+    assert {row["kind"] for row in rows["operators"]} == {*sharding.KINDS, "shard_map"}
+    for part, exchanged in (("training", {"all-reduce"}), ("rows", {"all-reduce", HALOS})):
+        explicit, auto = rows[part]
+        assert explicit["collectives"].keys() == exchanged, explicit
+        assert auto["kind"] == "Auto"
 
 
 def layers():

@@ -207,6 +207,11 @@ def test_shard_map_over_one_of_two_axes(devices, implementation, kind, check_vma
     devices("shard_map_over_one", implementation, kind, check_vma)
 
 
+@pytest.mark.wide
+def test_the_benchmark_finds_nothing_wrong(devices):
+    devices("benchmark", "conv2d groups", "nch")
+
+
 @pytest.mark.slow
 def test_export_and_layers(devices):
     devices("exported")
@@ -303,7 +308,7 @@ from functools import partial
 from pathlib import Path
 import jax, jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
-from helpers.meshes import collectives
+from flash_wtconv_jax.bench.collectives import collectives
 from pallas_kernels.wtconv import mosaic_gpu, wtconv2d
 
 # There is no GPU to ask for its compute capability.
@@ -386,7 +391,7 @@ import jax, jax.numpy as jnp
 from functools import partial
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
-from helpers.meshes import collectives
+from flash_wtconv_jax.bench.collectives import collectives
 from pallas_kernels.wtconv import wtconv2d
 
 chip, kind = sys.argv[1:]
@@ -412,11 +417,48 @@ assert set(found) == {"all-reduce"} and found["all-reduce"][0] == 1, found
 """
 
 
+LARGE = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from pallas_kernels.wtconv import wtconv2d
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4").devices
+mesh = Mesh([*devices], ("rows",), axis_types=(AxisType.Explicit,))
+split, whole = (NamedSharding(mesh, jax.P(*spec)) for spec in ([None, "rows"], []))
+x = jax.ShapeDtypeStruct((1, 16384, 16384, 64), "bfloat16", sharding=split)
+shapes = {"base_kernel": (5, 5, 1, 64), "base_scale": (64,), "base_bias": (64,)}
+for i in range(3):
+    shapes |= {f"wavelet_kernel_{i}": (5, 5, 4, 64), f"wavelet_scale_{i}": (4, 64)}
+params = {k: jax.ShapeDtypeStruct(s, "float32", sharding=whole) for k, s in shapes.items()}
+def both(x, p):
+    y, pullback = jax.vjp(wtconv2d, x, p)
+    return y, pullback(y)
+chip = AbstractDevice(devices[0].device_kind, 1, platform="tpu")
+with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=chip)):
+    compiled = jax.jit(both).lower(x, params).compile()
+text = compiled.as_text()
+assert "tpu_custom_call" in text and "all-gather" not in text
+temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**30
+print(f"{temporaries:.1f} GiB of temporaries a chip")
+assert temporaries <= 17, temporaries
+"""
+
+
+def compile_for_tpus(code, *arguments):
+    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is for Linux alone")
+    flags = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    flags["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=os.environ | flags)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
 def test_tpu_programs_exchange_one_sum(chip, kind):
-    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is for Linux alone")
-    flags = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    flags["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    subprocess.run([sys.executable, "-c", TPUS, chip, kind], check=True, env=os.environ | flags)
+    compile_for_tpus(TPUS, chip, kind)
+
+
+@pytest.mark.slow
+def test_an_image_of_16384_pixels_a_side_fits_on_eight_tpus():
+    compile_for_tpus(LARGE)
