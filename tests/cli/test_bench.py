@@ -19,6 +19,7 @@ from flash_wtconv_jax.bench import (
     devices,
     host,
     roofline,
+    sharding,
     sparse,
     stylize,
     timing,
@@ -27,7 +28,7 @@ from flash_wtconv_jax.bench import (
 )
 from flash_wtconv_jax.bench.timing import Spread
 from flash_wtconv_jax.cli import app
-from flash_wtconv_jax.cli.bench import tell
+from flash_wtconv_jax.cli.bench import _sharding_table, tell
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
@@ -679,3 +680,25 @@ def test_host_time_of_warm_calls(tmp_path, monkeypatch):
     assert ("torch WTConv2d" in names) == (find_spec("torch") is not None)
     assert all(0 < row["least"] <= row["median"] <= row["greatest"] for row in report["rows"])
     assert all(name in result.output for name in names)
+
+
+def test_sharding_refuses_what_it_does_not_have_and_shows_what_it_found(tmp_path):
+    silent = lambda *_: lambda: None  # noqa: E731
+    for wrong, message in (
+        ({"devices": [99]}, "devices: 99, expected 1 to"),
+        ({"parts": ["inference"]}, r"parts: \['inference'\], expected some of operators"),
+        ({"operators": ["wtconv4d"]}, "'wtconv4d' is not one of wtconv1d"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharding.run(silent, **wrong)
+    report = sharding.run(silent, devices=[1], minutes=0)
+    assert not report["rows"]
+    assert "wtconv2d over h, Auto" in " ".join(report["left"])
+    ran = CliRunner().invoke(app, ["bench", "sharding", "--minutes", "0", "--out", str(tmp_path)])
+    assert ran.exit_code == 0, ran.output
+    assert "not run yet: operators: wtconv1d over n, Explicit" in " ".join(ran.output.split())
+    row = {"part": "rows", "label": "2 devices, Auto", "median_ms": 2.0, "efficiency": 0.875}
+    found = report | {"rows": [row | {"collectives": {"all-reduce": (1, 1024)}, "wrong": None}]}
+    cells = [list(column.cells) for column in _sharding_table(found).columns]
+    last = [column[-1] for column in cells]
+    assert last == ["2 devices, Auto", "2.0", "", "0.88", "1 all-reduce (1,024)", ""]

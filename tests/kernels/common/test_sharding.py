@@ -207,7 +207,7 @@ def test_shard_map_over_one_of_two_axes(devices, implementation, kind, check_vma
     devices("shard_map_over_one", implementation, kind, check_vma)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_the_benchmark_finds_nothing_wrong(devices):
     devices("benchmark", "conv2d groups", "nch")
 
