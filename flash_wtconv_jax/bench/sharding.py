@@ -225,7 +225,7 @@ def _trained(count: int, kind: str, small: bool) -> Json:
     labels = jax.device_put(jnp.asarray(labels), split)
     state = jax.device_put(jax.tree.map(np.asarray, state), whole)
     # Where axes are Auto XLA would choose how the new state lies, and compile for that again.
-    pinned = {"out_shardings": (whole, whole)} if kind == "Auto" else {}
+    pinned: Json = {"out_shardings": (whole, whole)} if kind == "Auto" else {}
     compiled = jax.jit(step, donate_argnums=0, **pinned).lower(state, images, labels).compile()
     text = compiled.as_text() or ""
     losses = []

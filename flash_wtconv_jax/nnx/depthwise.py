@@ -81,9 +81,7 @@ class DepthwiseConv2d(nnx.Conv):
         self.implementation = hashable(implementation)
         depthwise.check_layer(cast(Windowed, self))
 
-    def __call__(  # type: ignore[override]
-        self, x: ArrayLike, out_sharding: OutSharding = None
-    ) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the convolution.
 
         Args:

@@ -444,9 +444,8 @@ def split_each(
             return each(partial(compute, plan, place), batched, args)
 
         def of_one(place: Shard, *args: Tree) -> Problem:
-            leaves, tree = jax.tree.flatten(args)
-            examples = map(example, leaves, flags)
-            return problem(place, *tree.unflatten(examples))
+            examples = map(example, jax.tree.leaves(args), flags)
+            return problem(place, *jax.tree.unflatten(jax.tree.structure(args), examples))
 
         with outside_of_vmap(_first_axes(args, flags)):
             found = split_each(
