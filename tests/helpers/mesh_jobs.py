@@ -484,6 +484,35 @@ def benchmark(operator, splits):
         assert auto["kind"] == "Auto"
 
 
+def network(rows, stem, kind):
+    """WTConvNeXt of images whose rows are split; 40 rows over 8 devices split unevenly."""
+    from flax import nnx
+
+    from flash_wtconv_jax import models
+
+    config = models.ConvNeXtConfig(
+        depths=(1, 1), dims=(4, 8), levels=(1, 1), num_classes=2, stem_type=stem, kernel_size=3
+    )
+    definition, params, rest = nnx.split(models.ConvNeXt(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    # Away from layer scales of nothing.
+    drawn = lambda p: p + 0.1 * _drawn(p.shape, p.size)  # noqa: E731
+    params, x = jax.tree.map(drawn, params), _drawn((1, rows, 16, 3), 0)
+
+    def loss(params, x):
+        return jnp.sin(nnx.merge(definition, params, rest)(x)).sum()
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    mesh = _mesh({"h": 8}, (AxisType[kind],))
+    placed = (
+        jax.device_put(params, NamedSharding(mesh, jax.P())),
+        jax.device_put(x, NamedSharding(mesh, jax.P(None, "h"))),
+    )
+    _assert_alike(both(*placed), both(params, x), bitwise=False, tolerance=1e-4)
+    if kind == "Explicit":
+        found = collectives(both.lower(*placed).compile().as_text())
+        assert found.keys() == {"all-reduce", HALOS}, found
+
+
 def layers():
     """`out_sharding=` of the layers, in linen and in nnx."""
     from flax import nnx
