@@ -533,6 +533,6 @@ def test_a_stage_that_does_not_split_evenly_is_named():
         (16, "stage 1 maps 4 samples to 2"),
     ):
         x = jax.ShapeDtypeStruct((1, 8, width, 3), "float32", sharding=split)
-        match = f"x .* is split into 4 shards along W, but .*{place}.*a multiple of 32"
+        match = f"x .* is split into 4 shards along W, but .*{place}.*a multiple of 16"
         with pytest.raises(ValueError, match=match):
             jax.eval_shape(lambda x: model(x), x)
