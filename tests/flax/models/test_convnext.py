@@ -529,8 +529,8 @@ def test_a_stage_that_does_not_split_evenly_is_named():
     mesh = jax.sharding.AbstractMesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
     split = jax.NamedSharding(mesh, jax.P(None, None, "rows"))
     for width, place in (
-        (24, "the stem maps 24 samples to 6"),
-        (16, "stage 1 maps 4 samples to 2"),
+        (12, "the stem maps 12 samples to 6"),
+        (24, "stage 1 maps 12 samples to 6"),
     ):
         x = jax.ShapeDtypeStruct((1, 8, width, 3), "float32", sharding=split)
         match = f"x .* is split into 4 shards along W, but .*{place}.*a multiple of 16"
