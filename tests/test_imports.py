@@ -129,6 +129,7 @@ WITHOUT_JAX = [
     "pallas_kernels.common.versions",
     "pallas_kernels.wtconv",
     "pallas_kernels.wtconv.cases",
+    "pallas_kernels.depthwise.cuda_launches",
     "pallas_kernels.wtconv.cuda_launches",
     "pallas_kernels.common.conformance",
     "pallas_kernels.wtconv.problem",
@@ -166,7 +167,7 @@ def test_the_torch_bridge_needs_no_jax():
     pytest.importorskip("torch", reason="torch is not installed")
     rooms = ["runtime.measuring", "wtconv.ops", "wtconv.triton", "wtconv.cuda", "check", "bench"]
     rooms += ["sparse.api", "sparse.triton", "sparse.depthwise.triton", "sparse.pooling"]
-    rooms += ["stylize.layers", "stylize.triton"]
+    rooms += ["stylize.layers", "stylize.triton", "depthwise.layers", "depthwise.cuda"]
     names = [f"torch_bridge.{name}" for name in rooms]
     code = BLOCKED.format(blocked=["jax", "jaxlib", "flax"], names=names)
     code += "import torch, torch_bridge\n"

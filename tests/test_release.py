@@ -164,6 +164,7 @@ class TestArchives:
         for name in (
             "pallas_kernels/dispatch/defaults/nvidia_h200.json",
             "pallas_kernels/wtconv/cuda_kernels.cu",
+            "pallas_kernels/common/tensor_cores.cuh",
             "torch_bridge/coreml/swift/Sources/WTConvCore/Resources/wtconv.metal",
             "torch_bridge/coreml/swift/Package.swift",
             "pallas_kernels/common/on_cpu/fibers.h",

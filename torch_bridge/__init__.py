@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch_bridge.depthwise import DepthwiseConv2d, depthwise_conv2d
     from torch_bridge.exchange import from_jax, to_jax
     from torch_bridge.sparse import (
         KernelMap,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch_bridge.wtconv.layers import WTConv1d, WTConv2d, WTConv3d
 
 __all__ = [
+    "DepthwiseConv2d",
     "FusedInstanceNorm2d",
     "KernelMap",
     "Voxels",
@@ -34,6 +36,7 @@ __all__ = [
     "WTConv2d",
     "WTConv3d",
     "conv2d_instance_norm",
+    "depthwise_conv2d",
     "from_jax",
     "kernel_map",
     "replace_instance_norm",
@@ -45,6 +48,7 @@ __all__ = [
 ]
 
 
+_DEPTHWISE = "DepthwiseConv2d", "depthwise_conv2d"
 _STYLIZE = (
     "FusedInstanceNorm2d",
     "conv2d_instance_norm",
@@ -58,6 +62,7 @@ def __getattr__(name: str) -> Any:
         room = "exchange" if name in ("from_jax", "to_jax") else "sparse"
         room = "wtconv" if name.startswith("WTConv") else room
         room = "stylize" if name in _STYLIZE else room
+        room = "depthwise" if name in _DEPTHWISE else room
         return getattr(import_module(f"torch_bridge.{room}"), name)
     raise AttributeError(f"module 'torch_bridge' has no attribute {name!r}")
 

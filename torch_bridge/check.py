@@ -16,11 +16,14 @@ from flash_wtconv_jax.checkpoints.tensors import to_array, to_tensors
 from flash_wtconv_jax.cli.check import AsJson, Implementations, Operators, narrowed, show
 from pallas_kernels.common.conformance import Backend, run
 from pallas_kernels.common.types import Json
+from pallas_kernels.depthwise.cases import CASES as CONV_CASES
 from pallas_kernels.dispatch import Operator, tuning
 from pallas_kernels.sparse.cases import CASES as SPARSE_CASES
 from pallas_kernels.sparse.depthwise.cases import CASES as DEPTHWISE_CASES
 from pallas_kernels.stylize.cases import CASES as NORM_CASES
 from pallas_kernels.wtconv.cases import CASES, Case
+from torch_bridge.depthwise import conformance as depthwise_conformance
+from torch_bridge.depthwise import ops as depthwise
 from torch_bridge.exchange import from_jax
 from torch_bridge.runtime.device import best_device
 from torch_bridge.sparse import conformance
@@ -37,6 +40,7 @@ IMPLEMENTATIONS = tuple(map(str, ops.Implementation))
 Room = tuple[Operator, Sequence[Any], Any]
 """An operator, its cases, and the module `conformance` that computes them."""
 OTHERS: dict[str, Room] = {
+    "depthwise": (depthwise.OPERATOR, CONV_CASES, depthwise_conformance),
     "instance_norm": (stylize.OPERATOR, NORM_CASES, norm_conformance),
     "sparse_conv": (sparse.OPERATOR, SPARSE_CASES, conformance),
     "sparse_depthwise_conv": (sparse.DEPTHWISE, DEPTHWISE_CASES, conformance),

@@ -4,6 +4,7 @@ The benchmark finds this module by its entry point, so that nothing in `flash_wt
 `torch_bridge`; `flash_wtconv_jax.bench.wtconv.RegisteredContender` documents what it offers.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -95,3 +96,22 @@ def host_calls() -> dict[str, Callable[[], object]]:
         ops.pick(None, x.device, shape, dtype, 3, 2, "db1", True, x.stride())
 
     return {"torch WTConv2d": forward, "torch WTConv2d, choice alone": choice}
+
+
+def bench_parts() -> list[tuple[str, tuple[str, ...], str]]:
+    """The parts that `flash-wtconv bench all` makes of this package: name, command and report.
+
+    Returns:
+        As `flash_wtconv_jax.bench.everything.Part` has them; none without PyTorch.
+
+    Example:
+        >>> [name for name, _, _ in bench_parts()]
+        ['torch_float32', 'torch_bfloat16']
+    """
+    if find_spec("torch") is None:
+        return []
+    command = sys.executable, "-m", "torch_bridge", "bench", "--dtype"
+    return [
+        (f"torch_{dtype}", (*command, dtype), "torch_wtconv.json")
+        for dtype in ("float32", "bfloat16")
+    ]

@@ -84,6 +84,22 @@ def compiled(programs: Mapping[Name, jax.stages.Lowered]) -> dict[Name, jax.stag
         return dict(zip(programs, found, strict=True))
 
 
+def users(clock: Clock) -> "HostClock | None":
+    """The clock of calls as users make them, if `clock` is another.
+
+    One compiled function, called back to back on the same arrays: caches are warm, XLA launches
+    many small kernels as one CUDA graph, and what the host is too slow for is in the time.
+
+    Args:
+        clock: The clock that `best` returns.
+
+    Example:
+        >>> users(HostClock()) is None
+        True
+    """
+    return None if clock.name == HostClock.name else HostClock()
+
+
 class HostClock:
     """The host's clock around calls that it waits for; on an accelerator, twenty calls at once."""
 
@@ -118,11 +134,20 @@ class HostClock:
 
 
 class Event(NamedTuple):
-    """A kernel or copy of a GPU, with its start and end in nanoseconds."""
+    """A kernel or copy of a GPU.
+
+    Attributes:
+        name: The kernel's name.
+        start: Its start in nanoseconds.
+        end: Its end.
+        operation: The name of the compiled program's operation that launched it, "" where the
+            profiler does not tell.
+    """
 
     name: str
     start: float
     end: float
+    operation: str = ""
 
 
 class DeviceEvents:
@@ -146,7 +171,7 @@ class DeviceEvents:
         compiled = jax.jit(jnp.invert).lower(filler).compile()
         self._pause = lambda: compiled(filler)
         jax.block_until_ready(self._pause())
-        events = _traced(lambda: jax.block_until_ready(self._pause()))
+        events = traced(lambda: jax.block_until_ready(self._pause()))
         if not events:
             raise RuntimeError(
                 "JAX's profiler shows no event of the GPU; it needs CUPTI, which comes with JAX's "
@@ -180,7 +205,7 @@ class DeviceEvents:
                 jax.block_until_ready(contenders[name]())
                 on_turn()
 
-        spans = _spans(_traced(run), self._mark)
+        spans = _spans(traced(run), self._mark)
         if len(spans) != len(order):
             raise RuntimeError(
                 f"the profiler shows {len(spans)} of {len(order)} calls of {list(contenders)}"
@@ -202,8 +227,15 @@ def _pause_bytes() -> int:
     return min(_PAUSE_BYTES, limit // 16)
 
 
-def _traced(run: Callable[[], object]) -> list[Event]:
-    """The events of the GPU while `run` ran, which must wait for its own work."""
+def traced(run: Callable[[], object]) -> list[Event]:
+    """The events of the GPU while a function ran.
+
+    Args:
+        run: The function, which must wait for its own work.
+
+    Returns:
+        Kernels, copies and fills by their start; none where there is no GPU.
+    """
     options = ProfileOptions()
     options.host_tracer_level = 0
     options.python_tracer_level = 0
@@ -221,7 +253,12 @@ def _events(profile: ProfileData) -> list[Event]:
     """Kernels, copies and fills of all GPUs and streams, by their start."""
     return sorted(
         (
-            Event(event.name, event.start_ns, event.start_ns + event.duration_ns)
+            Event(
+                event.name,
+                event.start_ns,
+                event.start_ns + event.duration_ns,
+                str(next((value for key, value in event.stats if key == "hlo_op"), "")),
+            )
             for plane in profile.planes
             if plane.name.startswith("/device:GPU:")
             for line in plane.lines

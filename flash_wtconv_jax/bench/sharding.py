@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flash_wtconv_jax import environment, models
 from flash_wtconv_jax.bench.clocks import HostClock
 from flash_wtconv_jax.bench.collectives import collectives
 from flash_wtconv_jax.bench.sharding_cases import Case, cases
-from flash_wtconv_jax.bench.wtconvnext import training
+from flash_wtconv_jax.bench.wtconvnext import Network
 from pallas_kernels.common import device
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.wtconv import wtconv2d
@@ -210,20 +209,17 @@ def _training(counts: Sequence[int], small: bool) -> Iterator[tuple[str, Callabl
 
 
 def _trained(count: int, kind: str, small: bool) -> Json:
-    each, size, options = 128, 224, dict[str, Any](dtype="bfloat16")
+    each, size, dtype, options = 128, 224, "bfloat16", dict[str, Any]()
     if small:
-        each, size = 4, 32
+        each, size, dtype = 4, 32, "float32"
         options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "levels": (2, 2, 1, 1)}
-    network = nnx.jit(lambda: models.wtconvnext_tiny(rngs=nnx.Rngs(0), **options))()
-    state, step = training(network)
+    make = partial(models.wtconvnext_tiny, **options)
+    step, arguments = Network(make, each * count, size, dtype).function("training")
     mesh = mesh_of(count, "data", kind)
     whole, split = NamedSharding(mesh, jax.P()), NamedSharding(mesh, jax.P("data"))
-    classes = network.config.num_classes
-    images = np.random.default_rng(0).standard_normal((each * count, size, size, 3), np.float32)
-    labels = np.random.default_rng(1).integers(classes, size=each * count)
-    images = jax.device_put(jnp.asarray(images, options.get("dtype")), split)
-    labels = jax.device_put(jnp.asarray(labels), split)
-    state = jax.device_put(jax.tree.map(np.asarray, state), whole)
+    state, images, labels = jax.device_put(
+        jax.tree.map(np.asarray, arguments), (whole, split, split)
+    )
     # Where axes are Auto XLA would choose how the new state lies, and compile for that again.
     pinned: Json = {"out_shardings": (whole, whole)} if kind == "Auto" else {}
     compiled = jax.jit(step, donate_argnums=0, **pinned).lower(state, images, labels).compile()

@@ -88,9 +88,10 @@ def run(
         events are not it), `roofs` (as `roofline.measure`), and a row for each shape, direction and
         contender with its times in milliseconds; `floor_ms`, the time of `PASSES` at the copy's
         bandwidth, and `over_floor`; `speedup`, the baseline's median over its own, and
-        `speedup_over_plain_jax`; `multiply_adds`; for JAX `temporaries`, the peak of temporary
-        memory in inputs, and `extra_memory`, the same with the results; and for "flash" the
-        `implementation` of each direction that is picked.
+        `speedup_over_plain_jax`; `users`, times and speedups by `users_clock` (`clocks.users`),
+        both None where `clock` is no other; `multiply_adds`; for JAX `temporaries`, the peak of
+        temporary memory in inputs, and `extra_memory`, the same with the results; and for "flash"
+        the `implementation` of each direction that is picked.
 
     Raises:
         ValueError: An unknown shape or dtype, or a baseline that this machine does not have.
@@ -110,10 +111,16 @@ def run(
     clock, no_device_events = clocks.best()
     measured = roofline.measure(clock)
     rows = []
+    users = clocks.users(clock)
     for name in shapes:
         for direction, contenders in _contenders(known[name], dtype, each, registered).items():
-            step = progress(f"{name} {direction}", clock.turns(len(contenders)))
+            each_clock = [clock, *([users] if users else [])]
+            turns = sum(one.turns(len(contenders)) for one in each_clock)
+            step = progress(f"{name} {direction}", turns)
             times = clock.take_turns({c: one.call for c, one in contenders.items()}, step)
+            theirs = {}
+            if users:
+                theirs = users.take_turns({c: one.warm for c, one in contenders.items()}, step)
             rows += [
                 {
                     "shape": name,
@@ -123,8 +130,8 @@ def run(
                     "direction": direction,
                     "contender": contender,
                     **_figures(known[name], dtype, direction, contender, times, measured),
-                    "speedup": times[baseline].median / times[contender].median,
-                    "speedup_over_plain_jax": times[_PLAIN].median / times[contender].median,
+                    **_speedups(times, contender, baseline),
+                    "users": _as_users_run(theirs, contender, baseline),
                     "temporaries": one.temporaries,
                     "extra_memory": one.extra_memory,
                     "implementation": _picked(known[name], dtype) if contender == OURS else None,
@@ -139,6 +146,7 @@ def run(
         "dtype": dtype,
         "baseline": baseline,
         "clock": clock.name,
+        "users_clock": users.name if users else None,
         "no_device_events": no_device_events,
         "roofs": measured,
         "rows": rows,
@@ -191,9 +199,17 @@ def defaults(report: Json) -> list[Entry]:
 
 
 class Contender(NamedTuple):
-    """One direction of a contender, with its memory in sizes of x where that is known."""
+    """One direction of a contender.
+
+    Attributes:
+        call: One call, on a GPU of arrays that no call before it has left in a cache.
+        warm: The same on arrays that are the same each time.
+        temporaries: Its temporary memory in sizes of x, None where that is not known.
+        extra_memory: The same with its results.
+    """
 
     call: Call
+    warm: Call
     temporaries: float | None = None
     extra_memory: float | None = None
 
@@ -222,7 +238,7 @@ def _contenders(
     }
     for name, contender in registered.items():
         for direction, call in contender.calls(copies[0][0], params, copies[0][1]).items():
-            contenders[direction][name] = Contender(call)
+            contenders[direction][name] = Contender(call, call)
     return contenders
 
 
@@ -293,6 +309,7 @@ def compiled_calls(
         size = copies[0][0].nbytes
         contenders[direction] = Contender(
             partial(_next, compiled, cycle(arguments)),
+            partial(compiled, *arguments[0]),
             used.temp_size_in_bytes / size,
             (used.temp_size_in_bytes + used.output_size_in_bytes) / size,
         )
@@ -335,6 +352,25 @@ def _figures(
         # The gradients of x and of the kernels are each as many again.
         "multiply_adds": forward if direction == "forward" else 3 * forward,
     }
+
+
+def _speedups(times: Mapping[str, Spread], contender: str, baseline: str) -> dict[str, float]:
+    """The speed of a contender over the baseline's, and over that of plain JAX."""
+    own = times[contender].median
+    return {
+        "speedup": times[baseline].median / own,
+        "speedup_over_plain_jax": times[_PLAIN].median / own,
+    }
+
+
+def _as_users_run(
+    times: Mapping[str, Spread], contender: str, baseline: str
+) -> dict[str, float] | None:
+    """The times and speedups of a contender by the users' clock, None where it was not asked."""
+    if not times:
+        return None
+    spread = {f"{key}_ms": value for key, value in times[contender]._asdict().items()}
+    return spread | _speedups(times, contender, baseline)
 
 
 def _multiply_adds(shape: Shape) -> int:

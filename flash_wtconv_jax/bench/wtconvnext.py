@@ -1,9 +1,9 @@
 """`flash-wtconv bench wtconvnext`: images a second of WTConvNeXt beside ConvNeXt of its size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 
 from flash_wtconv_jax import environment, models
-from flash_wtconv_jax.bench import clocks
+from flash_wtconv_jax.bench import clocks, profile
 from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench.timing import Spread
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
@@ -25,8 +26,15 @@ MODELS: dict[str, dict[str, Callable[..., models.ConvNeXt]]] = {
 """By size, the network with WTConv and its baseline with 7x7 depthwise convolutions."""
 
 WORK = ("inference", "training")
-Step = Callable[[Tree, jax.Array, jax.Array], tuple[Tree, jax.Array]]
-"""A function of a state, images and labels to the next state and the loss."""
+
+_NO_GRAPH = str(2**30)
+"""More operations than XLA finds for a CUDA graph."""
+
+PARTS = (
+    *("stem", "downsample", "depthwise", "norm", "fold", "fc1", "slope", "fc2"),
+    *("head", "loss", "optimizer"),
+)
+"""The scopes of networks and steps that a profile tells apart."""
 
 
 def run(
@@ -35,6 +43,8 @@ def run(
     batch: int | None = None,
     size: int | None = None,
     dtype: str | None = None,
+    work: Sequence[str] | None = None,
+    profiled: bool = False,
 ) -> Json:
     """Times inference, and training steps with AdamW, of a network and of its 7x7 baseline.
 
@@ -47,44 +57,57 @@ def run(
         batch: Images a call; None is 128, on a CPU 4.
         size: Their height and width; None is 224, on a CPU 64.
         dtype: One of `wtconv.DTYPES`; None is bfloat16, on a CPU float32.
+        work: Some of `WORK`; None is all.
+        profiled: Whether to say where the time goes too, which needs a GPU. Programs are then
+            compiled without CUDA graphs, of whose kernels the profiler does not tell the origin.
 
     Returns:
-        A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
+        A JSON-able report: device, versions, date, the clocks and `no_device_events` as in
         `wtconv.run`, and a row for each kind of work and network with its times in milliseconds,
-        `images_per_s`, and `speedup`, the baseline's median over its own.
+        `images_per_s`, `speedup`, the baseline's median over its own, and the three again as
+        `users` have them; and `profile`, None or a row for each part and direction of each.
 
     Raises:
         ValueError: An argument is out of range.
+        RuntimeError: A profile is asked for, and the profiler shows no event of a GPU.
     """
-    batch = (4 if on_cpu() else 128) if batch is None else batch
-    size = (64 if on_cpu() else 224) if size is None else size
-    dtype = dtype or ("float32" if on_cpu() else "bfloat16")
+    batch, size, dtype = sizes(batch, size, dtype)
     if model not in MODELS:
         raise ValueError(f"model: {model!r} is not one of {list(MODELS)}")
     check_dtype(dtype)
     for name, value in (("batch", batch), ("size", size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    works = list(WORK if work is None else work)
+    if unknown := sorted(set(works) - set(WORK)):
+        raise ValueError(f"work: {unknown} is not one of {list(WORK)}")
     clock, no_device_events = clocks.best()
-    calls: dict[str, dict[str, Call]] = {work: {} for work in WORK}
-    for name, make in MODELS[model].items():
-        for work, call in _calls(make, batch, size, dtype).items():
-            calls[work][name] = call
-    *_, baseline = MODELS[model]
-    rows = []
-    for work in WORK:
-        step = progress(work, clock.turns(len(calls[work])))
-        times = clock.take_turns(calls[work], step)
+    users = clocks.users(clock)
+    networks = {name: Network(make, batch, size, dtype) for name, make in MODELS[model].items()}
+    *_, baseline = networks
+    rows, parts = [], []
+    for one in works:
+        programs = {name: network.program(one) for name, network in networks.items()}
+        calls = {name: program.call for name, program in programs.items()}
+        each = clock, *((users,) if users else ())
+        step = progress(one, sum(c.turns(len(calls)) for c in each))
+        # The users' clock goes first: what the profiler leaves behind must not slow a launch.
+        *theirs, times = (c.take_turns(calls, step) for c in reversed(each))
         rows += [
             {
-                "work": work,
+                "work": one,
                 "contender": name,
-                **{f"{key}_ms": value for key, value in spread._asdict().items()},
-                "images_per_s": batch / spread.median * 1e3,
-                "speedup": times[baseline].median / spread.median,
+                **_figures(times, name, baseline, batch),
+                "users": _figures(theirs[0], name, baseline, batch) if theirs else None,
             }
-            for name, spread in times.items()
+            for name in calls
         ]
+        if profiled:
+            parts += [
+                {"work": one, "contender": name, **share._asdict()}
+                for name, program in programs.items()
+                for share in profile.shares(program.text, program.call, PARTS)
+            ]
     return {
         "benchmark": "wtconvnext",
         "date": date.today().isoformat(),
@@ -96,58 +119,125 @@ def run(
         "dtype": dtype,
         "baseline": baseline,
         "clock": clock.name,
+        "users_clock": users.name if users else None,
         "no_device_events": no_device_events,
         "rows": rows,
+        "profile": parts if profiled else None,
     }
 
 
-def _calls(
-    make: Callable[..., models.ConvNeXt], batch: int, size: int, dtype: str
-) -> dict[str, Call]:
-    """Both kinds of work of one network, compiled."""
-    network = nnx.jit(lambda: make(rngs=nnx.Rngs(0), dtype=dtype))()
-    definition, params, *rest = nnx.split(network, nnx.Param, ...)
-    images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)
-    labels = jax.random.randint(jax.random.key(1), (batch,), 0, network.config.num_classes)
+def sizes(
+    batch: int | None = None, size: int | None = None, dtype: str | None = None
+) -> tuple[int, int, str]:
+    """Batch, height and dtype of the images of this device, where they are not given.
 
-    def logits(params: nnx.State, images: jax.Array) -> jax.Array:
-        return cast(jax.Array, nnx.merge(definition, params, *rest)(images))
-
-    infer = jax.jit(logits).lower(params, images).compile()
-    state, step = training(network)
-    # A copy, because a step takes the memory of its state, and inference keeps the parameters.
-    state = jax.tree.map(jnp.copy, state)
-    train = jax.jit(step, donate_argnums=0).lower(state, images, labels).compile()
-
-    def train_on() -> jax.Array:
-        nonlocal state
-        state, value = train(state, images, labels)
-        return value
-
-    return {"inference": partial(infer, params, images), "training": train_on}
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     sizes(batch=8)
+        (8, 64, 'float32')
+    """
+    usual = (4, 64, "float32") if on_cpu() else (128, 224, "bfloat16")
+    return (
+        usual[0] if batch is None else batch,
+        usual[1] if size is None else size,
+        dtype or usual[2],
+    )
 
 
-def training(network: models.ConvNeXt) -> tuple[Tree, Step]:
-    """A training step with AdamW.
+def _figures(times: Mapping[str, Spread], name: str, baseline: str, batch: int) -> dict[str, float]:
+    """The times of a network, its images a second, and its speed over the baseline's."""
+    median = times[name].median
+    return {
+        **{f"{key}_ms": value for key, value in times[name]._asdict().items()},
+        "images_per_s": batch / median * 1e3,
+        "speedup": times[baseline].median / median,
+    }
+
+
+class Program(NamedTuple):
+    """One kind of work of a network, compiled: its text, and one call of it."""
+
+    text: str
+    call: Call
+
+
+class Network:
+    """A network with its images and labels, and what a step does with them.
 
     Args:
-        network: The network, whose parameters are trained from where they are.
-
-    Returns:
-        The state that it begins with, and the step: a function of a state, images and labels to the
-        next state and the loss.
+        make: One of `MODELS`.
+        batch: Images a call.
+        size: Their height and width.
+        dtype: The dtype of images and computation.
+        graphs: Whether XLA may launch kernels as CUDA graphs.
     """
-    definition, params, *rest = nnx.split(network, nnx.Param, ...)
-    optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=models.weight_decay_mask)
 
-    def loss(params: nnx.State, images: jax.Array, labels: jax.Array) -> jax.Array:
-        scores = cast(jax.Array, nnx.merge(definition, params, *rest)(images)).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+    def __init__(
+        self,
+        make: Callable[..., models.ConvNeXt],
+        batch: int,
+        size: int,
+        dtype: str,
+        *,
+        graphs: bool = True,
+    ) -> None:
+        self.options: dict[str, str | bool] = (
+            {} if graphs else {"xla_gpu_graph_min_graph_size": _NO_GRAPH}
+        )
+        network = nnx.jit(lambda: make(rngs=nnx.Rngs(0), dtype=dtype))()
+        self.definition, self.params, *self.rest = nnx.split(network, nnx.Param, ...)
+        self.images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)
+        classes = network.config.num_classes
+        self.labels = jax.random.randint(jax.random.key(1), (batch,), 0, classes)
+        self.optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=models.weight_decay_mask)
 
-    def step(state: Tree, images: jax.Array, labels: jax.Array) -> tuple[Tree, jax.Array]:
+    def function(self, work: str) -> tuple[Callable[..., Tree], tuple[Tree, ...]]:
+        """One of `WORK`, and the arguments of a call; training returns the next state first.
+
+        Args:
+            work: Which.
+        """
+        if work == "inference":
+            return self.logits, (self.params, self.images)
+        # A copy, because a step takes the memory of its state, and inference keeps the parameters.
+        state = jax.tree.map(jnp.copy, (self.params, self.optimizer.init(self.params)))
+        return self.step, (state, self.images, self.labels)
+
+    def program(self, work: str) -> Program:
+        """One of `WORK`, compiled.
+
+        Args:
+            work: Which.
+        """
+        function, arguments = self.function(work)
+        donated = () if work == "inference" else (0,)
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        compiled = lowered.compile(self.options)
+        if work == "inference":
+            return Program(compiled.as_text() or "", partial(compiled, *arguments))
+        state, *others = arguments
+
+        def train_on() -> jax.Array:
+            nonlocal state
+            state, value = compiled(state, *others)
+            return value
+
+        return Program(compiled.as_text() or "", train_on)
+
+    def logits(self, params: nnx.State, images: jax.Array) -> jax.Array:
+        """The network's output."""
+        return cast(jax.Array, nnx.merge(self.definition, params, *self.rest)(images))
+
+    def step(self, state: Tree, images: jax.Array, labels: jax.Array) -> tuple[Tree, jax.Array]:
+        """The state after a step of AdamW, and the loss before it."""
+
+        def loss(params: nnx.State) -> jax.Array:
+            scores = self.logits(params, images).astype(jnp.float32)
+            with jax.named_scope("loss"):
+                return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+
         params, memory = state
-        value, gradients = jax.value_and_grad(loss)(params, images, labels)
-        updates, memory = optimizer.update(gradients, memory, params)
-        return (optax.apply_updates(params, updates), memory), value
-
-    return (params, optimizer.init(params)), step
+        value, gradients = jax.value_and_grad(loss)(params)
+        with jax.named_scope("optimizer"):
+            updates, memory = self.optimizer.update(gradients, memory, params)
+            return (optax.apply_updates(params, updates), memory), value

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flash_wtconv_jax.bench.compiling import CONTENDERS, PROGRAMS, STEPS
 from flash_wtconv_jax.cli.messages import say
 from pallas_kernels.common.types import Json
 from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.depthwise.shapes import FOR_PLATFORM as IMAGES
+from pallas_kernels.mlp.shapes import SHAPES as MLPS
 from pallas_kernels.sparse.depthwise.shapes import SHAPES as DEPTHWISE
 from pallas_kernels.sparse.shapes import SHAPES as VOXELS
 from pallas_kernels.stylize.convolution.shapes import SHAPES as STYLE_LAYERS
@@ -103,6 +105,12 @@ def wtconvnext(
             "Default: bfloat16, on a CPU float32."
         ),
     ] = None,
+    work: Annotated[
+        list[str] | None, typer.Option(help="inference or training. Default: both.")
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print where the time goes too; on a GPU.")
+    ] = False,
     device: _Device = None,
     out: Annotated[Path, typer.Option(help="Folder for wtconvnext.json and .png.")] = Path(
         "runs/bench"
@@ -111,9 +119,12 @@ def wtconvnext(
     """Time WTConvNeXt, inference and training steps, beside ConvNeXt of the same size."""
     from flash_wtconv_jax import plots
     from flash_wtconv_jax.bench import wtconvnext as benchmark
+    from flash_wtconv_jax.cli.tables import plain_console, print_table
 
     with _measuring(device, out) as progress:
-        report = benchmark.run(model, progress, batch, size, dtype)
+        report = benchmark.run(model, progress, batch, size, dtype, work, profiled=profile)
+    if profile:
+        print_table(plain_console(), _profile_table(report))
     tell(report, _wtconvnext_table(report), {"wtconvnext": plots.throughput}, out)
 
 
@@ -170,6 +181,33 @@ def depthwise(
         report = benchmark.run(names, progress, dtype)
         device_kind = kind()
     tell(report, _depthwise_table(report), {}, out)
+    if write_defaults:
+        _write_defaults(device_kind, benchmark.defaults(report))
+
+
+@bench.command("mlp")
+def mlp(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A named shape; several are allowed: {', '.join(MLPS)}. Default: all."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for mlp.json.")] = Path("runs/bench"),
+    write_defaults: _WriteDefaults = False,
+) -> None:
+    """Time the pointwise MLP of ConvNeXt's blocks beside plain JAX."""
+    from flash_wtconv_jax.bench import mlp as benchmark
+    from pallas_kernels.common.device import kind
+
+    with _measuring(device, out) as progress:
+        names = shape or list(MLPS)
+        if write_defaults:
+            sizes = (benchmark.here(name) for name in names if name in MLPS)
+            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
+        report = benchmark.run(names, progress, dtype)
+        device_kind = kind()
+    tell(report, _mlp_table(report), {}, out)
     if write_defaults:
         _write_defaults(device_kind, benchmark.defaults(report))
 
@@ -337,20 +375,64 @@ def host(
     tell(report, _host_table(report), {}, out)
 
 
+@bench.command("compile")
+def compile_(
+    program: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Several are allowed: {'; '.join(PROGRAMS)}. Default: all."),
+    ] = None,
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for compile.json.")] = Path("runs/bench"),
+) -> None:
+    """Time first calls with nothing cached: tracing, lowering, compiling, running."""
+    from flash_wtconv_jax.bench import compiling as benchmark
+
+    with _progress(out) as progress:
+        report = benchmark.run(program or PROGRAMS, progress, device)
+    tell(report, _compile_table(report), {}, out)
+
+
+@bench.command("all")
+def everything(
+    device: Annotated[str, typer.Option(help="gpu; others have no published figures.")] = "gpu",
+    out: Annotated[Path, typer.Option(help="Folder for a folder a part.")] = Path("runs/bench"),
+    minutes: Annotated[
+        float,
+        typer.Option(help="End after so many; the same command goes on where it stopped."),
+    ] = 9.0,
+) -> None:
+    """Make every figure and picture of a GPU, in parts that are made once."""
+    from flash_wtconv_jax.bench import everything as benchmark
+
+    left = benchmark.run(out, minutes, device, say)
+    for name, (report, figures) in benchmark.merged(out).items():
+        table = wtconv_table(report)
+        tell(report | {"benchmark": name}, table, figures, out)
+    say(f"not made yet: {', '.join(left)}" if left else "everything is made")
+
+
 @contextmanager
 def _measuring(device: str | None, out: Path) -> Iterator[_Progress]:
     """Runs a benchmark on a device with a progress bar; wrong options are errors before it."""
     import jax
-    from rich.markup import escape
-    from rich.progress import Progress
 
     from flash_wtconv_jax import environment
     from flash_wtconv_jax.bench import devices
 
     environment.device()  # Where JAX has none, its reason is all there is to say.
+    with _progress(out) as progress, jax.default_device(devices.first(device)):
+        yield progress
+
+
+@contextmanager
+def _progress(out: Path) -> Iterator[_Progress]:
+    """A progress bar, if what is measured can be written into a folder."""
+    from rich.markup import escape
+    from rich.progress import Progress
+
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file, expected a folder")
-    with jax.default_device(devices.first(device)), Progress(transient=True) as bar:
+    with Progress(transient=True) as bar:
 
         def progress(label: str, steps: int) -> Callable[[], None]:
             task = bar.add_task(escape(label), total=steps)
@@ -435,6 +517,12 @@ def _write(path: Path, text: str) -> None:
     say(f"wrote {path}")
 
 
+_USERS = (
+    "; times and x as users have them: one jit, called back to back by the host's clock, caches "
+    "warm, CUDA graphs on (all other times: single calls, caches cold, graphs off)"
+)
+
+
 def wtconv_table(report: Json) -> "Table":
     """The table of a report: a section a shape, a row a contender, its medians and ratios.
 
@@ -447,17 +535,19 @@ def wtconv_table(report: Json) -> "Table":
     from rich.table import Table
 
     roofs = report["roofs"]
+    # PyTorch's has one.
+    both_clocks = report.get("users_clock") is not None
     table = Table(
         title=f"WTConv, {report['dtype']}, {report['device']['kind']}",
         caption=f"median ms (least-greatest) by {_clock(report)}; floor: times over that of 2 and "
         f"5 passes at the {roofs['copy_bytes_per_s'] / 1e9:,.0f} GB/s of a copy; x: speed over "
         f"{report['baseline']}; flash: ours, and what computes it; memory: temporaries of "
-        "forward+backward in inputs, and with its results",
+        "forward+backward in inputs, and with its results" + (_USERS if both_clocks else ""),
     )
     table.add_column("", no_wrap=True)
     directions = list(dict.fromkeys(row["direction"] for row in report["rows"]))
     for direction in directions:
-        for heading in (direction, "floor", "x"):
+        for heading in (direction, "floor", "x", *(("as users", "x") if both_clocks else ())):
             table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
     rows = {(r["shape"], r["contender"], r["direction"]): r for r in report["rows"]}
@@ -471,7 +561,14 @@ def wtconv_table(report: Json) -> "Table":
         cells = [
             cell
             for row in both
-            for cell in (_times(row), f"{row['over_floor']:.1f}", f"{row['speedup']:.2f}")
+            for cell in (
+                *(_times(row), f"{row['over_floor']:.1f}", f"{row['speedup']:.2f}"),
+                *(
+                    (_ms(row["users"]["median_ms"]), f"{row['users']['speedup']:.2f}")
+                    if both_clocks
+                    else ()
+                ),
+            )
         ]
         memory, extra = both[-1]["temporaries"], both[-1]["extra_memory"]
         picked = both[0]["implementation"]
@@ -484,26 +581,65 @@ def _wtconvnext_table(report: Json) -> "Table":
     """The table of a report: a row a network, for each kind of work images a second and times."""
     from rich.table import Table
 
+    both_clocks = report["users_clock"] is not None
     table = Table(
-        title=f"{report['model']}, batch {report['batch']}, {report['size']} x {report['size']}, "
-        f"{report['dtype']}, {report['device']['kind']}",
+        title=_network(report),
         caption=f"median ms (least-greatest) of a batch by {_clock(report)}; "
-        f"x: speed over {report['baseline']}",
+        f"x: speed over {report['baseline']}" + (_USERS if both_clocks else ""),
     )
     table.add_column("", no_wrap=True)
     rows = {(row["contender"], row["work"]): row for row in report["rows"]}
     works = list(dict.fromkeys(work for _, work in rows))
+    # The images a second are the users'.
+    headings = ("images/s", "x", "ms as users", "ms") if both_clocks else ("images/s", "x", "ms")
     for work in works:
-        for heading in (f"{work}, images/s", "ms", "x"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        for heading in headings:
+            table.add_column(f"{work}, {heading}", justify="right", no_wrap=True)
     for contender in dict.fromkeys(name for name, _ in rows):
-        cells = [
-            cell
-            for row in (rows[contender, work] for work in works)
-            for cell in (f"{row['images_per_s']:,.0f}", _times(row), f"{row['speedup']:.2f}")
-        ]
+        cells = []
+        for row in (rows[contender, work] for work in works):
+            first = row["users"] or row
+            cells += [f"{first['images_per_s']:,.0f}", f"{first['speedup']:.2f}"]
+            cells += [_times(one) for one in (row["users"], row) if one]
         table.add_row(contender, *cells)
     return table
+
+
+def _profile_table(report: Json) -> "Table":
+    """The table of a report's profile: a section a kind of work and network, a row a part."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"where the time goes: {_network(report)}",
+        caption="ms a batch of kernels and copies, and how many, by the scope of each one's last "
+        "operation; CUDA graphs off",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("forward", "kernels", "backward", "kernels", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    sections: dict[tuple[str, str], dict[str, dict[str, Json]]] = {}
+    for row in report["profile"]:
+        parts = sections.setdefault((row["work"], row["contender"]), {})
+        parts.setdefault(row["part"], {})[row["direction"]] = row
+    for (work, contender), parts in sections.items():
+        whole = sum(row["ms"] for each in parts.values() for row in each.values())
+        table.add_section()
+        table.add_row(f"{contender}, {work}, {_ms(whole)} ms", style="bold")
+        for part, each in parts.items():
+            cells = []
+            for direction in ("forward", "backward"):
+                row = each.get(direction)
+                cells += [_ms(row["ms"]), f"{row['launches']:.0f}"] if row else ["", ""]
+            share = sum(row["ms"] for row in each.values()) / whole
+            table.add_row(part, *cells, f"{100 * share:.0f} %")
+    return table
+
+
+def _network(report: Json) -> str:
+    """The network and the images of a report, as titles name them."""
+    size, device = report["size"], report["device"]["kind"]
+    what = f"{report['model']}, batch {report['batch']}, {size} x {size}"
+    return f"{what}, {report['dtype']}, {device}"
 
 
 def _host_table(report: Json) -> "Table":
@@ -521,6 +657,24 @@ def _host_table(report: Json) -> "Table":
     for row in report["rows"]:
         figures = (f"{row[key]:.0f}" for key in ("median", "least", "greatest"))
         table.add_row(row["contender"], *figures)
+    return table
+
+
+def _compile_table(report: Json) -> "Table":
+    """The table of a report: a section a program, a row a contender."""
+    from rich.table import Table
+
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    table = Table(
+        title=f"first calls, {report['device']['kind']}",
+        caption="seconds in a new process with no cache, without imports; x: speed over "
+        f"{CONTENDERS[-1]}; {versions}",
+    )
+    for heading in ("", "", "all", *STEPS, "x"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in report["rows"]:
+        seconds = (f"{row[key]:.2f}" for key in ("all", *STEPS, "speedup"))
+        table.add_row(row["program"], row["contender"], *seconds)
     return table
 
 
@@ -576,6 +730,30 @@ def _depthwise_table(report: Json) -> "Table":
             memory = f"{row['temporaries']:.1f}, {row['extra_memory']:.1f}"
         figures = f"{row['copies']:.2f}", f"{row['speedup']:.2f}"
         table.add_row(row["contender"], _times(row), *figures, memory)
+    return table
+
+
+def _mlp_table(report: Json) -> "Table":
+    """The table of a report: a section a shape and direction, a row a contender."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"pointwise MLP, {report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; x: speed over "
+        f"{report['baseline']}",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("ms", "TFLOP/s", "x"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = None
+    for row in report["rows"]:
+        what = f"{row['shape']} {row['direction']}"
+        if what != previous:
+            table.add_section()
+            table.add_row(what, style="bold")
+            previous = what
+        figures = f"{row['tflops_per_s']:.3g}", f"{row['speedup']:.2f}"
+        table.add_row(row["contender"], _times(row), *figures)
     return table
 
 

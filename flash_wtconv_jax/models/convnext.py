@@ -18,6 +18,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
+from flash_wtconv_jax.functional import mlp as functional
 from flash_wtconv_jax.functional.arguments import (
     ImplementationLike,
     PrecisionLike,
@@ -25,6 +26,7 @@ from flash_wtconv_jax.functional.arguments import (
     checked_rngs,
 )
 from flash_wtconv_jax.functional.conv2d import Padding
+from flash_wtconv_jax.functional.mlp import gelu, response_norm
 from flash_wtconv_jax.functional.wtconv import Computation, check_computation
 from flash_wtconv_jax.nnx import Conv2d, DepthwiseConv2d, WTConv2d
 from pallas_kernels.common import sharding
@@ -33,7 +35,6 @@ from pallas_kernels.common.arguments import (
     checked_array,
     checked_integer,
 )
-from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.integers import LARGEST
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR as CONV2D
@@ -287,7 +288,8 @@ class ConvNeXt(nnx.Module):
         if self.head is None:
             return maps
         last = maps[-1] if self.norm_pre is None else self.norm_pre(maps[-1])
-        return self.head(last, deterministic=deterministic)
+        with jax.named_scope("head"):
+            return self.head(last, deterministic=deterministic)
 
     def features(self, x: ArrayLike, *, deterministic: bool | None = None) -> list[jax.Array]:
         """Compute the map that each stage returns, finest first.
@@ -306,7 +308,8 @@ class ConvNeXt(nnx.Module):
         x = checked_array(x, "x")
         self._check_input(x.shape)
         self._check_split(x)
-        x = self.stem(x)
+        with jax.named_scope("stem"):
+            x = self.stem(x)
         maps = []
         for stage in self.stages:
             x = stage(x, deterministic=deterministic)
@@ -391,7 +394,7 @@ class OverlappedStem(nnx.Module):
         first, second = (getattr(self, name) for name in self.names)
         x = first(x)
         if self.activated:
-            x = nnx.gelu(x, approximate=False)
+            x = gelu(x)
         return self.norm(second(x))
 
 
@@ -446,7 +449,8 @@ class Stage(nnx.Module):
             return block(x, deterministic=deterministic)
 
         if self.downsample is not None:
-            x = self.downsample(x)
+            with jax.named_scope("downsample"):
+                x = self.downsample(x)
         if self.remat:
             # Without graph updates only what a block changes, its random state, is written back:
             # a model from outside a jax.jit or jax.grad can be called inside, as without remat.
@@ -484,10 +488,30 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, *, deterministic: bool | None = None) -> jax.Array:
         """Map `[N, H, W, dim]` to the same shape."""
-        y = self.mlp(self.norm(self.conv_dw(x)))
-        if self.gamma is not None:
-            y = y * jnp.expand_dims(self.gamma[...].astype(y.dtype), range(y.ndim - 1))
+        with jax.named_scope("depthwise"):
+            y = self.conv_dw(x)
+        gamma = None if self.gamma is None else self.gamma[...]
+        if self._as_made():
+            still = self.drop_path.deterministic if deterministic is None else deterministic
+            if still or not self.drop_path.rate:
+                return self.mlp.folded(y, self.norm, gamma, residual=x)
+            y = self.mlp.folded(y, self.norm, gamma)
+        else:
+            y = self.mlp(self.norm(y))
+            y = y if gamma is None else y * gamma.astype(y.dtype)
         return x + self.drop_path(y, deterministic=deterministic)
+
+    def _as_made(self) -> bool:
+        """Whether all that `folded` computes is still what it was made as, and nobody's own."""
+        mlp, norm = self.mlp, self.norm
+        if type(mlp) is not Mlp or type(norm) is not nnx.LayerNorm:
+            return False
+        layers = mlp.fc1, mlp.fc2
+        plain = all(
+            type(layer) is nnx.Linear and layer.dot_general is jax.lax.dot_general
+            for layer in layers
+        )
+        return plain and None not in (norm.scale, norm.bias, *(layer.bias for layer in layers))
 
 
 class Mlp(nnx.Module):
@@ -509,10 +533,31 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, dim]` to the same shape."""
-        x = nnx.gelu(self.fc1(x), approximate=False)
+        x = gelu(self.fc1(x))
         if self.grn is not None:
             x = self.grn(x)
         return self.fc2(x)
+
+    def folded(
+        self,
+        x: jax.Array,
+        norm: nnx.LayerNorm,
+        gamma: jax.Array | None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Map `[N, H, W, dim]` to the same shape: LayerNorm first, layer scale and a sum last."""
+        fc1, fc2 = self.fc1, self.fc2
+        assert fc1.bias is not None and fc2.bias is not None
+        assert norm.scale is not None and norm.bias is not None
+        params = functional.MlpParams(
+            (fc1.kernel[...], fc2.kernel[...]),
+            (fc1.bias[...], fc2.bias[...]),
+            (norm.scale[...], norm.bias[...]),
+            None if self.grn is None else (self.grn.scale[...], self.grn.bias[...]),
+            gamma,
+        )
+        how: Keywords = {"dtype": fc1.dtype, "precision": fc1.precision}
+        return functional.norm_mlp(x, params, residual=residual, epsilon=norm.epsilon, **how)
 
 
 class GlobalResponseNorm(nnx.Module):
@@ -538,14 +583,7 @@ class GlobalResponseNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, dim]` to the same shape and dtype."""
-        dtype = accumulation_dtype(x.dtype)
-        wide, scale, bias = (a.astype(dtype) for a in (x, self.scale[...], self.bias[...]))
-        scale, bias = (jnp.expand_dims(a, range(x.ndim - 1)) for a in (scale, bias))
-        square = jnp.sum(wide * wide, axis=(-3, -2), keepdims=True)
-        # The root has no derivative at a channel of zeros; PyTorch takes 0 there, and so do we.
-        norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-        share = norm / (jnp.mean(norm, axis=-1, keepdims=True) + _EPSILON)
-        return (wide + scale * (wide * share) + bias).astype(x.dtype)
+        return response_norm(x, self.scale[...], self.bias[...], _EPSILON)
 
 
 class Head(nnx.Module):
@@ -576,7 +614,7 @@ class Head(nnx.Module):
         if self.norm is not None:
             x = self.norm(x)
         if self.pre_logits is not None:
-            x = nnx.gelu(self.pre_logits(x), approximate=False)
+            x = gelu(self.pre_logits(x))
         x = self.dropout(x, deterministic=deterministic)
         return x if self.fc is None else self.fc(x)
 

@@ -24,9 +24,11 @@ def speedups(report: Json) -> Figure:
         report: A report of `bench.wtconv.run`.
 
     Returns:
-        The figure.
+        The figure: speeds as users have them, where the report has such times.
     """
-    rows = report["rows"]
+    # Reports of PyTorch's benchmark have one clock.
+    as_users = report.get("users_clock") is not None
+    rows = [row | row["users"] for row in report["rows"]] if as_users else report["rows"]
     directions = list(dict.fromkeys(row["direction"] for row in rows))
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
     shapes = {row["shape"]: f"{tuple(row['x'])}\n{row['levels']} levels" for row in rows}
@@ -55,7 +57,8 @@ def speedups(report: Json) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     device = report["device"]["kind"]
-    figure.suptitle(f"WTConv, {report['dtype']}, {device}, {report['date']}")
+    how = "\none jit, called back to back, caches warm, CUDA graphs on" if as_users else ""
+    figure.suptitle(f"WTConv, {report['dtype']}, {device}, {report['date']}{how}")
     return figure
 
 
@@ -151,12 +154,13 @@ def throughput(report: Json) -> Figure:
         report: A report of `bench.wtconvnext.run`.
 
     Returns:
-        The figure.
+        The figure: images as users have them, where the report has such times.
     """
-    rows = report["rows"]
+    rows = [row | (row["users"] or {}) for row in report["rows"]]
     works = list(dict.fromkeys(row["work"] for row in rows))
     figure = Figure(figsize=(3.6 * len(works), 4.0), dpi=DPI, layout="constrained")
-    for axes, work in zip(figure.subplots(1, len(works)), works, strict=True):
+    panels = figure.subplots(1, len(works), squeeze=False)[0]
+    for axes, work in zip(panels, works, strict=True):
         shown = [row for row in rows if row["work"] == work]
         names = [row["contender"] for row in shown]
         rates = [row["images_per_s"] for row in shown]

@@ -290,6 +290,10 @@ a launch. In 0.10 jax-triton takes the other.
 """
 
 
+TENSOR_MAPS = jax.__version_info__ >= (0, 11)
+"""Whether the launcher encodes tensor maps, once it knows the arrays' addresses; 0.10 does not."""
+
+
 def lowered_triton_call(context: Any, operands: Sequence[Any], launch: bytes) -> Sequence[Any]:
     """The results of a launch in a program that is lowered.
 

@@ -1,6 +1,8 @@
 """Launches of CUDA kernels for every operator: what a kernel is, and the protocol of a launch."""
 
+import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +18,25 @@ each output is `(shape, dtype)`, which is contiguous, or `(shape, dtype, strides
 number of blocks. The kernel takes its arguments first, then its outputs.
 """
 
+ELEMENTS = {"float16": 6, "bfloat16": 9}
+SWIZZLE_64 = 2
+"""The driver's numbers in a tensor map (`CUtensorMapDataType`, `CUtensorMapSwizzle`)."""
+BOXED = range(90, 120)
+"""Compute capabilities whose kernels copy boxes; later ones have less shared memory for them."""
+
 
 class Kernel(NamedTuple):
     """A kernel of a CUDA source, and the blocks that it is launched in.
 
     Attributes:
-        source: The file, CUDA C++ that includes nothing.
+        source: The file, CUDA C++ that includes nothing but files beside it: `#include "name"`.
         name: The kernel's name in it, declared `extern "C"`.
         macros: The definitions for the preprocessor.
         threads: Threads of a block, a multiple of 32.
         shared: Bytes of dynamic shared memory of a block.
+        boxes: The parameters that are tensor maps of TMA in place of pointers, by their numbers,
+            each with the box `[images, rows, columns, channels]` that is copied at once of its
+            array, which has 16 bits and four axes. Pixels of 64 bytes are swizzled.
     """
 
     source: Path
@@ -33,13 +44,38 @@ class Kernel(NamedTuple):
     macros: tuple[tuple[str, object], ...]
     threads: int
     shared: int
+    boxes: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def text(self) -> str:
+        """The source, with the files that it includes."""
+        return source_text(self.source)
+
+
+@cache
+def source_text(source: Path) -> str:
+    """A source in which the files that it includes stand in place of their `#include`."""
+
+    def included(found: re.Match[str]) -> str:
+        return source_text(source.parent / found[1])
+
+    text = source.read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"\n', included, text, flags=re.MULTILINE)
 
 
 class Device(NamedTuple):
-    """The properties of a GPU that kernels are chosen by; shared memory is a block's, in bytes."""
+    """The properties of a GPU that kernels are chosen by; shared memory is a block's, in bytes.
+
+    Attributes:
+        shared: Bytes of shared memory that a block may have.
+        multiprocessors: How many there are.
+        capability: The compute capability times ten.
+        boxes: Whether kernels may have tensor maps, see `Kernel.boxes`.
+    """
 
     shared: int
     multiprocessors: int
+    capability: int = 90
+    boxes: bool = False
 
     def share(self, blocks: int) -> int:
         """Bytes of shared memory for each of some blocks of a multiprocessor, less 1 KiB each.

@@ -9,6 +9,7 @@ assembles it in each process before its first launch, a fraction of a second a k
     jax.export.export(f, platforms=["cuda"], disabled_checks=[cuda_call.SAFE])(x)
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,20 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from pallas_kernels.common import device, nvrtc
-from pallas_kernels.common._compat import TRITON_TARGET, lowered_triton_call, triton_launcher
-from pallas_kernels.common.cuda import Device, Kernel
+from pallas_kernels.common._compat import (
+    TENSOR_MAPS,
+    TRITON_TARGET,
+    lowered_triton_call,
+    triton_launcher,
+)
+from pallas_kernels.common.cuda import (
+    BOXED,
+    ELEMENTS,
+    SWIZZLE_64,
+    Device,
+    Kernel,
+    source_text,
+)
 from pallas_kernels.common.types import Output
 
 SAFE = export.DisabledSafetyCheck.custom_call(TRITON_TARGET)
@@ -46,6 +59,14 @@ class Null(NamedTuple):
 
 Constant = int | Null | None
 """An argument that is known when a call is traced; None where an array stands."""
+
+
+class Map(NamedTuple):
+    """A tensor map of an array `[images, rows, columns, channels]`, and of boxes of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    box: tuple[int, ...]
 
 
 def unavailable(platform: str) -> str | None:
@@ -80,14 +101,17 @@ def unavailable(platform: str) -> str | None:
 def device_properties() -> Device:
     """The properties of the GPU that a call is traced for.
 
-    JAX 0.10 does not tell the shared memory; there and ahead of time the capability does.
+    JAX 0.10 does not tell the shared memory; there and ahead of time the capability does. Its
+    launcher has no tensor maps either.
     """
     gpu = device.current()
     capability = _capability(gpu) or _OLDEST
     shared = getattr(gpu, "shared_memory_per_block_optin", None)
     if shared is None:
         shared = _SHARED[max(known for known in _SHARED if known <= capability)]
-    return Device(shared, getattr(gpu, "core_count", None) or _MULTIPROCESSORS)
+    boxes = TENSOR_MAPS and capability in BOXED
+    multiprocessors = getattr(gpu, "core_count", None) or _MULTIPROCESSORS
+    return Device(shared, multiprocessors, capability, boxes)
 
 
 def launch(
@@ -135,7 +159,12 @@ def _lower(
     capability: int,
 ) -> Sequence[Any]:
     """The custom call that launches a kernel."""
-    parameters = (*constants, *(None,) * len(outputs))
+    boxes = dict(kernel.boxes)
+    types = iter((*context.avals_in, *context.avals_out))
+    parameters = tuple(
+        _parameter(next(types), boxes.get(number)) if value is None else value
+        for number, value in enumerate((*constants, *(None,) * len(outputs)))
+    )
     opaque = zlib.compress(_serialized(kernel, parameters, blocks, capability))
     return lowered_triton_call(context, operands, opaque)
 
@@ -145,25 +174,43 @@ mlir.register_lowering(_launch, _lower, platform="cuda")
 
 @cache
 def _serialized(
-    kernel: Kernel, parameters: tuple[Constant, ...], blocks: int, capability: int
+    kernel: Kernel, parameters: tuple[Constant | Map, ...], blocks: int, capability: int
 ) -> bytes:
     """A launch as jaxlib's launcher reads it."""
     launcher = triton_launcher()
     ptx = _ptx(kernel.source, kernel.macros, nvrtc.virtual_arch(capability))
-    made = [
-        launcher.create_array_parameter(0, _ALIGNMENT)
-        if value is None
-        else launcher.create_scalar_parameter(*((0, "i64") if value == Null() else (value, "i32")))
-        for value in parameters
-    ]
+
+    def made_of(value: Constant | Map) -> Any:
+        if value is None:
+            return launcher.create_array_parameter(0, _ALIGNMENT)
+        if isinstance(value, Map):
+            strides = [math.prod(value.shape[axis:]) for axis in range(1, 5)]
+            return launcher.create_tma_descriptor_parameter(
+                elem_type=ELEMENTS[value.dtype],
+                swizzle=SWIZZLE_64,
+                shape=list(value.shape),
+                strides=strides,
+                block_shape=list(value.box),
+                oob_fill=0,
+            )
+        if isinstance(value, Null):
+            return launcher.create_scalar_parameter(0, "i64")
+        return launcher.create_scalar_parameter(value, "i32")
+
+    made = list(map(made_of, parameters))
     warps = kernel.threads // 32
     compiled = launcher.TritonKernel(kernel.name, warps, 1, kernel.shared, ptx, "", capability)
     return launcher.TritonKernelCall(compiled, blocks, 1, 1, made).to_proto(kernel.name, b"")
 
 
+def _parameter(array: Any, box: tuple[int, ...] | None) -> Map | None:
+    """An array's parameter: None for a pointer."""
+    return None if box is None else Map(array.shape, str(array.dtype), box)
+
+
 @cache
 def _ptx(source: Path, macros: tuple[tuple[str, object], ...], arch: str) -> str:
-    return nvrtc.compiled(source.read_text(encoding="utf-8"), dict(macros), arch).decode()
+    return nvrtc.compiled(source_text(source), dict(macros), arch).decode()
 
 
 def _capability(gpu: object) -> int | None:

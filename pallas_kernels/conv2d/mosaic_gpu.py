@@ -19,6 +19,9 @@
   from two buffers in turn, which leave out what lies outside the result. Where moments are asked
   for, it adds up each feature's sums over its pixels, through shared memory, and their squared
   deviations from the mean in another round.
+- **Products of an MLP:** beside the result, `mlp_product` writes what comes before the activation;
+  or it multiplies by the slope of GELU at values that TMA loads two stores ahead, and sums each
+  feature up.
 - **Registers:** 40 a thread in the producer, 232 in the consumers (`setmaxnreg`).
 
 `CUTLASS <https://github.com/NVIDIA/cutlass>`_ describes such warp-specialised pipelines.
@@ -38,6 +41,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels.common import gelu
 from pallas_kernels.common._compat import gpu_load, gpu_store, in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
@@ -60,9 +64,12 @@ from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
 
 __all__ = [
     "DIFFERENTIABLE",
+    "DTYPES",
+    "TILES",
     "check",
     "forward",
     "input_grad",
+    "mlp_product",
     "search_space",
     "unavailable",
     "weight_grad",
@@ -70,7 +77,9 @@ __all__ = [
 
 DIFFERENTIABLE = False
 
-_DTYPES = ("bfloat16", "float16")
+DTYPES = ("bfloat16", "float16")
+"""The dtypes of images and filters."""
+
 _STATIC = ("window", "precision", "config")
 _ROWS, _COLUMNS = 64, 256
 """The pixels (M) of a `wgmma` instruction, and the most features (N) of one."""
@@ -84,6 +93,8 @@ _STORED = 64
 """Bytes of a pixel in one TMA store."""
 _STAGES = 8
 """The most stages of the pipeline."""
+_CHEAP_GELU = "gelu by a formula"
+"""What MLPs have for an activation: the slope in their backward pass is that formula's."""
 _CONSUMERS = 2
 """Consumer warpgroups of a block."""
 _THREADS = 128
@@ -96,6 +107,18 @@ _LATENCY, _STAGE, _TILE = 1000, 40, 1500
 """Cycles of a TMA load's latency, and of a stage and a tile beyond their work; estimates."""
 
 
+_COOPERATIVE = (
+    *((256, 160, 32), (256, 128, 64), (256, 128, 32), (256, 96, 32), (256, 64, 64)),
+    *((128, 256, 64), (128, 192, 64), (128, 160, 32), (128, 128, 64), (128, 160, 16)),
+)
+_PINGPONG = (128, 160, 32), (128, 128, 64), (128, 128, 32), (128, 160, 16), (64, 256, 64)
+TILES = (
+    *(TileConfig(*size, 8, 1, _STAGES) for size in _COOPERATIVE),
+    *(TileConfig(*size, 4, 1, _STAGES) for size in _PINGPONG),
+)
+"""The tiles that are worth timing."""
+
+
 def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` for what these kernels do not do.
 
@@ -104,8 +127,8 @@ def check(direction: str, problem: Problem) -> None:
         problem: The call.
     """
     reasons = []
-    if problem.dtype not in _DTYPES:
-        reasons.append(f"{problem.dtype}, {' and '.join(_DTYPES)} alone")
+    if problem.dtype not in DTYPES:
+        reasons.append(f"{problem.dtype}, {' and '.join(DTYPES)} alone")
     if problem.out_dtype == "float64":
         reasons.append("float64 as what is written")
     if problem.window.groups > 1:
@@ -123,15 +146,7 @@ def check(direction: str, problem: Problem) -> None:
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """Returns the tiles that are worth timing, the default for the shape first; see `check`."""
-    cooperative = [(256, 160, 32), (256, 128, 64), (256, 128, 32), (256, 96, 32), (256, 64, 64)]
-    cooperative += [(128, 256, 64), (128, 192, 64), (128, 160, 32), (128, 128, 64), (128, 160, 16)]
-    pingpong = [(128, 160, 32), (128, 128, 64), (128, 128, 32), (128, 160, 16), (64, 256, 64)]
-    return [
-        {},
-        *offered(problem),
-        *(TileConfig(*size, 8, 1, _STAGES)._asdict() for size in cooperative),
-        *(TileConfig(*size, 4, 1, _STAGES)._asdict() for size in pingpong),
-    ]
+    return [{}, *offered(problem), *(tile._asdict() for tile in TILES)]
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "activation", "out_dtype", "moments"))
@@ -185,7 +200,7 @@ def input_grad(
 
     It is the convolution of dy, spread by the stride, with the taps flipped.
     """
-    if dy.dtype != w.dtype or dy.dtype not in _DTYPES:
+    if dy.dtype != w.dtype or dy.dtype not in DTYPES:
         return xla.input_grad(
             *(dy, w),
             shape=shape,
@@ -284,6 +299,52 @@ def _convolve(
     return y, of_tiles(tiling.pixels(layer), mean, squares)
 
 
+@partial(jax.jit, static_argnames=("transposed", "kept", "config"))
+@in_32_bits
+def mlp_product(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None = None,
+    before: jax.Array | None = None,
+    *,
+    transposed: bool = False,
+    kept: bool = False,
+    config: TileConfig | None = None,
+) -> tuple[jax.Array, ...]:
+    """Returns one of the two products of an MLP that GELU stands beside.
+
+    Args:
+        x: `[rows, C]` of one of this module's dtypes.
+        w: `[C, F]`, or `[F, C]` if it is transposed, of the same dtype.
+        bias: `[F]`, or None.
+        before: `[rows, F]` of x's dtype, or None.
+        transposed: Whether w is transposed.
+        kept: Whether to return what the activation is applied to.
+        config: The size of the tiles, or None for the default for the shape.
+
+    Returns:
+        Without `before` GELU of `x w + bias`, and if it is kept `x w + bias` in x's dtype. With it
+        `x w` times the slope of GELU at `before`, and `[F]`, the sums of that over the rows before
+        they are rounded, float32.
+    """
+    inputs = x, w, bias, before
+    (rows, channels), features = x.shape, w.shape[0 if transposed else 1]
+    sloped = before is not None
+    layer = _Layer(
+        *(1, 1, rows, channels, features, (1, 1), (1, 1), (1, 1), (0, 0), transposed),
+        *(None if sloped else _CHEAP_GELU, x.dtype.itemsize),
+        kept=kept,
+        sloped=sloped,
+    )
+    found = _launch(
+        *(x[None, None], w[None, None], bias, layer, _tiling(layer, config), x.dtype),
+        None if before is None else before[None, None],
+    )
+    y, *others = (one[0, ..., :features] for one in found)
+    others = [one.sum(0) if sloped else one[0] for one in others]
+    return vary_like(inputs, (y[0], *others))
+
+
 class _Layer(NamedTuple):
     """A convolution: the sizes of the result and of the sum, and which samples are read."""
 
@@ -300,6 +361,8 @@ class _Layer(NamedTuple):
     activation: str | None
     itemsize: int
     moments: bool = False
+    kept: bool = False
+    sloped: bool = False
 
 
 @dataclass(frozen=True)
@@ -363,11 +426,12 @@ class _Tiling:
     def written(self, layer: _Layer) -> int:
         """Returns the size in bytes of the buffers for TMA stores, two for each consumer.
 
-        With moments it includes what these are summed up in.
+        It includes those for a second array of the result's shape, and what is summed up in.
         """
         each = self.stored(layer.itemsize)
         size = 2 * _CONSUMERS * self.own[0] * each * layer.itemsize
-        if layer.moments:
+        size *= 1 + (layer.kept or layer.sloped)
+        if layer.moments or layer.sloped:
             size += _CONSUMERS * 4 * ((_ROWS + 2) * each + _THREADS)
         return size
 
@@ -499,12 +563,16 @@ def _launch(
     layer: _Layer,
     tiling: _Tiling,
     dtype: jnp.dtype,
+    before: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Runs the kernel, and returns its results with features filled up to what TMA takes.
 
-    They are the output, and with moments the means and the squared deviations of its tiles.
+    They are the output, and what is kept, or the sums of tiles, or with moments the means and the
+    squared deviations of tiles.
     """
     arrays = {"x": _planes(x, layer), "w": _flat(w, tiling)}
+    if before is not None:
+        arrays["before"] = aligned(before, dtype)
     if bias is not None:
         fill = tiling.counts(layer)[3] * tiling.features - layer.features
         bias = bias if bias.dtype.itemsize <= 4 else bias.astype(jnp.float32)
@@ -526,11 +594,18 @@ def _launch(
         "full": plgpu.Barrier(num_arrivals=1 + tiling.column, num_barriers=tiling.groups * size),
         "empty": plgpu.Barrier(num_arrivals=tiling.shared, num_barriers=tiling.groups * size),
     }
-    if layer.moments:
+    if layer.kept or layer.sloped:
+        scratch["held"] = _seen_twice(buffers, tiling.box, stored, dtype)
+    if layer.kept:
+        results["kept"] = results["y"]
+    if layer.sloped:
+        scratch["arrived"] = plgpu.Barrier(num_barriers=2 * _CONSUMERS)
+    if layer.moments or layer.sloped:
         # Copies of one axis leave nothing out, so that all features of a tile need room.
         wide = tiling.counts(layer)[3] * tiling.features
         tiles = (layer.images, len(tiling.pixels(layer)), wide)
-        results |= dict.fromkeys(("mean", "squares"), jax.ShapeDtypeStruct(tiles, jnp.float32))
+        told = ("mean", "squares") if layer.moments else ("mean",)
+        results |= dict.fromkeys(told, jax.ShapeDtypeStruct(tiles, jnp.float32))
         for name, rows in (("rows", _ROWS), ("groups", _THREADS // stored), ("told", 2)):
             scratch[name] = plgpu.SMEM((_CONSUMERS, rows, stored), jnp.float32)
     names = [*arrays, *results, *scratch]
@@ -541,7 +616,7 @@ def _launch(
 
     kernel = plgpu.kernel(
         body,
-        out_type=list(results.values()) if layer.moments else results["y"],
+        out_type=list(results.values()) if len(results) > 1 else results["y"],
         scratch_types=list(scratch.values()),
         grid=(min(tiling.tiles(layer), MULTIPROCESSORS),),
         grid_names=("block",),
@@ -550,7 +625,7 @@ def _launch(
         compiler_params=MANUAL_BARRIERS,
     )
     found = kernel(*arrays.values())
-    return found if layer.moments else [found]
+    return found if len(results) > 1 else [found]
 
 
 def _planes(x: jax.Array, layer: _Layer) -> jax.Array:
@@ -577,6 +652,11 @@ def _flat(w: jax.Array, tiling: _Tiling) -> jax.Array:
     more = -features % (tiling.channels if features > tiling.channels else 8)
     fill = ((0, 0), (0, -channels % 8), (0, more))
     return jnp.pad(w, fill) if any(map(any, fill)) else w
+
+
+def _activated(y: jax.Array, activation: str | None) -> jax.Array:
+    """Returns the value of an activation, or of GELU by its formula."""
+    return gelu.in_kernel(y) if activation == _CHEAP_GELU else activate_in_kernel(y, activation)
 
 
 def _swizzled(
@@ -624,8 +704,13 @@ class _Block:
         full: An mbarrier a stage, on which the TMA loads into it arrive.
         empty: An mbarrier a stage, on which its consumers arrive.
         bias: The bias in global memory, or None.
-        mean: The means of the tiles in global memory, or None; what follows serves moments alone.
-        squares: Their sums of squared deviations.
+        before: What the slope of GELU is taken at, in global memory, or None.
+        kept: The result before the activation in global memory, or None.
+        held: Two buffers of each consumer, for `before` or `kept`, seen twice.
+        arrived: An mbarrier for each of them, on which the TMA load of `before` arrives.
+        mean: The means of the tiles in global memory, or their sums where there is a slope, or
+            None; what follows serves these alone.
+        squares: Their sums of squared deviations, for moments.
         rows: Shared memory for sums of pixels of each consumer, one for each row of a `wgmma`.
         groups: Likewise, for the sums of some of these rows, as many as its threads can add.
         told: Likewise, for the mean and the squared deviations.
@@ -642,6 +727,10 @@ class _Block:
     full: Ref
     empty: Ref
     bias: Ref = None
+    before: Ref = None
+    kept: Ref = None
+    held: Ref = None
+    arrived: Ref = None
     mean: Ref = None
     squares: Ref = None
     rows: Ref = None
@@ -769,6 +858,9 @@ class _Block:
         def tile(own: Index, carry: tuple[()]) -> tuple[()]:
             # Stages come in the order of tiles, so groups need not wait for each other.
             i = own * tiling.groups + group
+            if self.layer.sloped:
+                for number in range(min(2, len(self.stores))):
+                    self.fetch(i, warpgroup, number)
 
             def summed(sums: Ref) -> None:
                 def step(s: Index, carry: tuple[()]) -> tuple[()]:
@@ -807,6 +899,55 @@ class _Block:
 
     def epilogue(self, i: Index, warpgroup: Index, sums: jax.Array) -> None:
         """Finishes a consumer's part of the i-th tile, and issues its TMA stores."""
+        layer = self.layer
+        boxes, rows = self.out
+        each = rows.shape[-1]
+        part = lax.rem(warpgroup, self.tiling.shared)
+        _, row, column, feature = self.corner(i, warpgroup)
+        for number, first in enumerate(self.stores):
+            buffer = warpgroup, number % 2
+            # The first buffer may be the one that the last store of the tile before reads. With
+            # sums there are other stores between, so none may be left.
+            left = 0 if layer.moments or layer.sloped else min(number, 1)
+            plgpu.wait_smem_to_gmem(left, wait_read_only=True)
+            done = sums[:, first : first + each]
+            if self.bias is not None:
+                own = self.bias.at[pl.ds(feature + first, each)]
+                offset = gpu_load(own, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+                done = done + lax.broadcast_in_dim(offset, done.shape, (1,))
+            if layer.kept:
+                self.held[1].at[*buffer][...] = done.astype(self.y.dtype)
+            if layer.sloped:
+                done = done * self.slope(warpgroup, number)
+            done = _activated(done, layer.activation)
+            rows.at[*buffer][...] = done.astype(self.y.dtype)
+            plgpu.commit_smem()
+            at = self.box(i, warpgroup, number)
+            if layer.kept:
+                # Both stores are one group, for which the next waits.
+                kept = self.held[0].at[*buffer]
+                plgpu.copy_smem_to_gmem(kept, self.kept.at[*at], commit_group=False)
+            plgpu.copy_smem_to_gmem(boxes.at[*buffer], self.y.at[*at])
+            if layer.sloped and number + 2 < len(self.stores):
+                # All threads have read this buffer: they have met since.
+                self.fetch(i, warpgroup, number + 2)
+            features = pl.ds(feature + first, each)
+            if layer.moments:
+                tile = at[0], self.tile(i, part), features
+                self.tell(warpgroup, done, (row, column), tile)
+            if layer.sloped:
+                self.told.at[warpgroup, 0][...] = self.summed(warpgroup, done)
+                plgpu.commit_smem()
+                tile = at[0], self.tile(i, part), features
+                plgpu.copy_smem_to_gmem(self.told.at[warpgroup, 0], self.mean.at[*tile])
+
+    @property
+    def stores(self) -> range:
+        """The first features of each TMA store of a consumer's part of a tile."""
+        return range(0, self.tiling.own[1], self.out[1].shape[-1])
+
+    def corner(self, i: Index, warpgroup: Index) -> tuple[Index, Index, Index, Index]:
+        """Returns the image, first row, column and feature of a consumer's part of a tile."""
         tiling = self.tiling
         image, row, column, feature = self.origin(i)
         height, width = tiling.box
@@ -815,35 +956,30 @@ class _Block:
             row = row + lax.div(part, tiling.across) * height
         else:
             column = column + lax.div(part, tiling.across) * width
-        feature = feature + lax.rem(part, tiling.across) * tiling.own[1]
-        boxes, rows = self.out
-        each = rows.shape[-1]
-        for number, first in enumerate(range(0, tiling.own[1], each)):
-            buffer = warpgroup, number % 2
-            # The first buffer may be the one that the last store of the tile before reads. With
-            # moments there are other stores between, so none may be left.
-            left = 0 if self.layer.moments else min(number, 1)
-            plgpu.wait_smem_to_gmem(left, wait_read_only=True)
-            done = sums[:, first : first + each]
-            if self.bias is not None:
-                own = self.bias.at[pl.ds(feature + first, each)]
-                offset = gpu_load(own, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
-                done = done + lax.broadcast_in_dim(offset, done.shape, (1,))
-            done = activate_in_kernel(done, self.layer.activation)
-            rows.at[*buffer][...] = done.astype(self.y.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                boxes.at[*buffer],
-                self.y.at[
-                    image,
-                    pl.ds(row, height),
-                    pl.ds(column, width),
-                    pl.ds(feature + first, each),
-                ],
-            )
-            if self.layer.moments:
-                at = image, self.tile(i, part), pl.ds(feature + first, each)
-                self.tell(warpgroup, done, (row, column), at)
+        return image, row, column, feature + lax.rem(part, tiling.across) * tiling.own[1]
+
+    def box(self, i: Index, warpgroup: Index, number: int) -> tuple[Index, Slice, Slice, Slice]:
+        """Returns where in the result a TMA store of a consumer's part of a tile goes."""
+        image, row, column, feature = self.corner(i, warpgroup)
+        height, width = self.tiling.box
+        features = pl.ds(feature + self.stores[number], self.out[1].shape[-1])
+        return image, pl.ds(row, height), pl.ds(column, width), features
+
+    def fetch(self, i: Index, warpgroup: Index, number: int) -> None:
+        """Issues the TMA load of what the slope of one store is taken at."""
+        buffer = number % 2
+        plgpu.copy_gmem_to_smem(
+            self.before.at[*self.box(i, warpgroup, number)],
+            self.held[0].at[warpgroup, buffer],
+            self.arrived.at[2 * warpgroup + buffer],
+        )
+
+    def slope(self, warpgroup: Index, number: int) -> jax.Array:
+        """Returns the slopes of GELU at what was loaded for one store."""
+        buffer = number % 2
+        plgpu.barrier_wait(self.arrived.at[2 * warpgroup + buffer])
+        before = gpu_load(self.held[1].at[warpgroup, buffer], plgpu.Layout.WGMMA)
+        return gelu.slope_in_kernel(before.astype(jnp.float32))
 
     def tile(self, i: Index, part: Index) -> Index:
         """Returns the number of a consumer's part of the i-th tile among those of its image."""

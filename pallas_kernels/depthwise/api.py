@@ -31,6 +31,7 @@ class Implementation(StrEnum):
     """Implementations of the depthwise convolution."""
 
     MOSAIC_TPU = "mosaic_tpu"
+    CUDA = "cuda"
     XLA = "xla"
 
 
@@ -38,7 +39,7 @@ OPERATOR = Operator(
     name="depthwise",
     package="pallas_kernels.depthwise",
     implementations=Implementation,
-    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("xla",), "cpu": ("xla",)},
+    rule={"tpu": ("mosaic_tpu", "xla"), "gpu": ("cuda", "xla"), "cpu": ("xla",)},
     directions={"fwd": ("forward",), "bwd": ("input_grad", "weight_grad")},
 )
 

@@ -14,6 +14,7 @@ from pallas_kernels.depthwise.problem import Problem
 from pallas_kernels.wtconv import mosaic_tpu as wtconv
 
 __all__ = [
+    "BIAS_GRADIENT",
     "DIFFERENTIABLE",
     "check",
     "forward",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 DIFFERENTIABLE = False
+BIAS_GRADIENT = False
 
 
 def check(direction: str, problem: Problem) -> None:

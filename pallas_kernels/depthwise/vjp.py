@@ -11,8 +11,10 @@ An implementation is a module with
     weight_grad(x, dy, *, kernel_size, window, precision) -> dkernel [*kernel_size, 1, C]
 
 for `x [N, H, W, C]`, `kernel [KH, KW, 1, C]` and `bias [C]` or None, of any floating dtype. Modules
-that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`. The functions
-take the parameters that `search_space` offers.
+that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`. Of those that
+say `BIAS_GRADIENT = True` the gradient of the bias is asked too: their `weight_grad` takes `bias=`,
+whether it is wanted, and returns `dkernel` and `dbias [C]` or None. The functions take the
+parameters that `search_space` offers.
 """
 
 from collections.abc import Callable
@@ -40,11 +42,16 @@ Weights = tuple[jax.Array, jax.Array | None]
 
 
 class Kernels(Protocol):
-    """The functions of an implementation, which the docstring of this module describes."""
+    """The functions of an implementation, which the docstring of this module describes.
 
+    Attributes:
+        BIAS_GRADIENT: Whether `weight_grad` sums dy on its way, for the gradient of the bias.
+    """
+
+    BIAS_GRADIENT: bool
     forward: Callable[..., jax.Array]
     input_grad: Callable[..., jax.Array]
-    weight_grad: Callable[..., jax.Array]
+    weight_grad: Callable[..., Tree]
 
 
 class Plan(NamedTuple):
@@ -93,7 +100,7 @@ class Plan(NamedTuple):
         module = operator.module(chosen.implementation)
         return self._replace(module=module, config=chosen.config, request=backward)
 
-    def bound(self, name: str, shard: sharding.Shard, **static: object) -> Callable[..., jax.Array]:
+    def bound(self, name: str, shard: sharding.Shard, **static: object) -> Callable[..., Tree]:
         """A function of the implementation, of a shard's arrays alone."""
         return partial(
             getattr(cast(Kernels, self.module), name),
@@ -157,8 +164,8 @@ def _apply(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) 
 
     def in_weights(dy: jax.Array, source: Source) -> Weights:
         x, one = source
-        dbias = None if dtypes[1] is None else scaled(summed(dy), one)
-        found = _weight_grad(plan.for_backward(x), taps, x, dy), dbias
+        dkernel, dbias = _weight_grad(plan.for_backward(x), taps, dtypes[1] is not None, x, dy)
+        found = dkernel, scaled(dbias, one)
         return jax.tree.map(lambda gradient, dtype: gradient.astype(dtype), found, dtypes)
 
     return multilinear(run, (in_source, in_weights), with_one(x), (kernel, bias))
@@ -172,21 +179,32 @@ def _input_grad(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
         return _apply(plan, x, kernel, None)
 
     def in_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return _weight_grad(plan, taps, x, dy).astype(dtype)
+        return _weight_grad(plan, taps, False, x, dy)[0].astype(dtype)
 
     return multilinear(partial(_dx, plan), (in_dy, in_kernel), dy, kernel)
 
 
-def _weight_grad(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The gradient of the kernel, linear in x and linear in dy."""
+def _weight_grad(
+    plan: Plan, taps: tuple[int, ...], biased: bool, x: jax.Array, dy: jax.Array
+) -> Weights:
+    """The gradients of kernel and bias, linear in the source and linear in dy."""
+    fused = biased and cast(Kernels, plan.module).BIAS_GRADIENT
 
-    def in_x(dkernel: jax.Array, dy: jax.Array) -> jax.Array:
-        return _input_grad(plan, dy, dkernel)
+    def run(source: Source, dy: jax.Array) -> Weights:
+        x, one = source
+        dkernel, dbias = _dweights(plan, taps, fused, x, dy)
+        return dkernel, scaled(dbias, one)
 
-    def in_dy(dkernel: jax.Array, x: jax.Array) -> jax.Array:
-        return _apply(plan, x, dkernel, None)
+    def in_source(gradients: Weights, dy: jax.Array) -> Source:
+        dkernel, dbias = gradients
+        return _input_grad(plan, dy, dkernel), in_one(dbias, dy)
 
-    return multilinear(partial(_dkernel, plan, taps), (in_x, in_dy), x, dy)
+    def in_dy(gradients: Weights, source: Source) -> jax.Array:
+        (x, one), (dkernel, dbias) = source, gradients
+        return _apply(plan, x, dkernel, scaled(dbias, one))
+
+    dkernel, dbias = multilinear(run, (in_source, in_dy), with_one(x), dy)
+    return dkernel, summed(dy) if biased and not fused else dbias
 
 
 def _forward(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -238,22 +256,37 @@ def _dx(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def _dkernel(plan: Plan, taps: tuple[int, ...], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The implementation's `weight_grad`, the sum of all shards'."""
+def _dweights(
+    plan: Plan, taps: tuple[int, ...], bias: bool, x: jax.Array, dy: jax.Array
+) -> Weights:
+    """The implementation's `weight_grad`, with the gradient of a bias where it is asked for.
+
+    It is the sum of all shards'.
+    """
     (images, kernel), (output,), free, cells = rule(plan.problem)
 
-    def shard(plan: Plan, place: sharding.Shard, x: jax.Array, dy: jax.Array) -> jax.Array:
-        found = plan.bound("weight_grad", place, kernel_size=taps)(plan.surrounded(x, place), dy)
-        return place.sum(found, "n", "h", "w")
+    def shard(plan: Plan, place: sharding.Shard, x: jax.Array, dy: jax.Array) -> Weights:
+        both = cast(Kernels, plan.module).BIAS_GRADIENT
+        static = {"bias": bias} if both else {}
+        run = plan.bound("weight_grad", place, kernel_size=taps, **static)
+        found = run(plan.surrounded(x, place), dy)
+        dkernel, dbias = found if both else (found, None)
+        # An implementation that stands in for another one may not sum dy.
+        dbias = summed(dy) if bias and dbias is None else dbias
+        return place.sum((dkernel, dbias), "n", "h", "w")
 
-    return sharding.split(
-        shard,
-        sharding.Rule((images, output), (kernel,), free, cells),
-        plan,
-        lambda place, *_: of_shard(plan.problem, place),
-        *(x, dy),
-        mapped=vmap_sequential,
-        ours=shards.ours(plan.problem.window),
+    features = [output.split()[-1]] * bias
+    return cast(
+        Weights,
+        sharding.split(
+            shard,
+            sharding.Rule((images, output), (kernel, *features), free, cells),
+            plan,
+            lambda place, *_: of_shard(plan.problem, place),
+            *(x, dy),
+            mapped=vmap_sequential,
+            ours=shards.ours(plan.problem.window),
+        ),
     )
 
 
@@ -306,6 +339,6 @@ def timed_function(plan: Plan, direction: str) -> Callable[..., Tree]:
         return partial(_forward, plan)
 
     def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _dx(plan, dy, kernel), _dkernel(plan, kernel.shape[:2], x, dy)
+        return _dx(plan, dy, kernel), _dweights(plan, kernel.shape[:2], False, x, dy)[0]
 
     return backward

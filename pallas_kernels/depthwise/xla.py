@@ -26,6 +26,7 @@ from pallas_kernels.wtconv import xla as wtconv
 from pallas_kernels.wtconv.xla_levels import shifted_products, shifted_sums
 
 DIFFERENTIABLE = True
+BIAS_GRADIENT = False
 
 
 def unavailable(platform: str) -> str | None:

@@ -13,6 +13,7 @@ from pallas_kernels.oracle.arrays import Array
 from pallas_kernels.oracle.conv2d import conv2d, conv2d_pads, conv2d_vjp, reflects
 from pallas_kernels.oracle.depthwise import depthwise_conv2d, depthwise_conv2d_vjp
 from pallas_kernels.oracle.haar import HAAR, analysis, synthesis, wavedec, waverec
+from pallas_kernels.oracle.mlp import mlp, mlp_vjp
 from pallas_kernels.oracle.sparse import (
     sparse_conv,
     sparse_conv_vjp,
@@ -44,6 +45,8 @@ __all__ = [
     "depthwise_conv2d_vjp",
     "instance_norm",
     "instance_norm_vjp",
+    "mlp",
+    "mlp_vjp",
     "reflects",
     "residual_block",
     "residual_block_vjp",

@@ -1,15 +1,19 @@
-"""The wavelet convolution on NVIDIA GPUs: the CUDA kernels that PyTorch launches too."""
+"""The wavelet convolution on NVIDIA GPUs: the CUDA kernels that PyTorch launches too.
 
-from functools import partial
+In 16 bits kernels of 3, 5 and 7 run on tensor cores, a level as one convolution of folded taps.
+"""
+
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.biased import summed
 from pallas_kernels.common.cuda_call import device_properties, launch, unavailable
-from pallas_kernels.common.types import Taps
-from pallas_kernels.wtconv import cuda_launches
+from pallas_kernels.common.types import Dtype, Taps
+from pallas_kernels.wtconv import cuda_launches, folded_launches, folding
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.problem import Problem
 
@@ -24,7 +28,7 @@ __all__ = [
 ]
 
 DIFFERENTIABLE = False
-BIAS_GRADIENT = False
+BIAS_GRADIENT = True
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -39,6 +43,8 @@ def check(direction: str, problem: Problem) -> None:
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The numbers of resident blocks that are worth timing; see `check` for the arguments."""
+    if _folds(problem.shape, problem.dtype, problem.kernel_size):
+        return folded_launches.search_space()
     return cuda_launches.search_space()
 
 
@@ -55,9 +61,11 @@ def forward(
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
 
-    `resident` is of `search_space`. `wavelet` is Haar. `precision` changes nothing: the kernels
-    compute in float32 and do not use tensor cores.
+    `resident` is of `search_space`. `wavelet` is Haar. `precision` changes nothing: float32 is
+    computed without tensor cores.
     """
+    if _folds(x.shape, x.dtype, taps[0].shape[0]):
+        return _folded_forward(x, taps, bias, transpose, resident)
     planes = [tap.astype(jnp.float32).transpose(3, 2, 0, 1) for tap in taps]
     offsets = None if bias is None else bias.astype(jnp.float32)
     where = Images(x.shape, str(x.dtype)), device_properties(), launch
@@ -79,7 +87,11 @@ def weight_grad(
 
     Every sum has a fixed order, so results are bitwise reproducible.
     """
-    kernel_size, levels = kernel_shapes[0][0], len(kernel_shapes) - 1
+    if _folds(x.shape, x.dtype, kernel_shapes[0][0]):
+        return _folded_weight_grad(x, dy, kernel_shapes, resident)
+    biased = len(kernel_shapes[-1]) == 1
+    shapes = kernel_shapes[: len(kernel_shapes) - biased]
+    kernel_size, levels = shapes[0][0], len(shapes) - 1
     images = Images(x.shape, str(x.dtype))
     sizes = images, kernel_size, levels, device_properties(), launch
     first, *rest = cuda_launches.weight_grad(x, dy, *sizes, resident=resident)
@@ -87,6 +99,99 @@ def weight_grad(
     starts = (0, *range(1, 4 * levels, 4), 1 + 4 * levels)
     sums = tuple(
         bands[:, start:stop].reshape(shape)
-        for start, stop, shape in zip(starts[:-1], starts[1:], kernel_shapes, strict=True)
+        for start, stop, shape in zip(starts[:-1], starts[1:], shapes, strict=True)
     )
-    return vary_like((x, dy), sums)
+    return vary_like((x, dy), (*sums, summed(dy)) if biased else sums)
+
+
+def _folds(shape: tuple[int, ...], dtype: Dtype, kernel_size: int) -> bool:
+    """Whether a call runs on tensor cores."""
+    return folded_launches.takes(shape, str(dtype), kernel_size, device_properties())
+
+
+def _folded_forward(
+    x: jax.Array, taps: Taps, bias: jax.Array | None, transpose: bool, resident: int | None
+) -> jax.Array:
+    """The operator in 16 bits, or its transpose: the same of flipped taps."""
+    if transpose:
+        taps = tuple(tap[::-1, ::-1] for tap in taps)
+    offsets = None if bias is None else bias.astype(jnp.float32)
+    y = folded_launches.forward(
+        *(x, folded(taps).astype(x.dtype), offsets, x.shape, str(x.dtype)),
+        *(taps[0].shape[0], len(taps) - 1, device_properties(), launch),
+        resident=resident,
+    )
+    return vary_like((x, taps, bias), y)
+
+
+def folded(taps: Taps) -> jax.Array:
+    """The taps of each level's one convolution, in the kernels' order.
+
+    Args:
+        taps: `[k, k, 1, C]` of the base, then `[k, k, 4, C]` of each level.
+
+    Returns:
+        float32 `[levels, C, k, 2k, 2, 2, 2]`, see `folding.taps`.
+    """
+    base, *bands = (tap.astype(jnp.float32) for tap in taps)
+    kernel_size, channels = base.shape[0], base.shape[-1]
+    sources = folding.taps(kernel_size)
+    # The base as the fifth band, which deeper levels have not.
+    bases = [base, *[jnp.zeros_like(base)] * (len(bands) - 1)]
+    whole = jnp.stack([jnp.concatenate(pair, 2) for pair in zip(bands, bases, strict=True)])
+    whole = whole.reshape(len(bands), kernel_size**2, 5, channels).transpose(0, 3, 1, 2)
+    signs = [*jnp.moveaxis(sources.signs, -1, 0), sources.based]
+    numbers = [*[sources.tap] * 4, sources.base]
+    found = (
+        sign * whole[:, :, number, band]
+        for band, (sign, number) in enumerate(zip(signs, numbers, strict=True))
+    )
+    return reduce(jnp.add, found)
+
+
+def _folded_weight_grad(
+    x: jax.Array, dy: jax.Array, kernel_shapes: tuple[tuple[int, ...], ...], resident: int | None
+) -> Taps:
+    """The gradients of the taps in 16 bits, and of the bias where its shape is the last one."""
+    kernel_size = kernel_shapes[0][0]
+    levels = sum(len(shape) > 1 for shape in kernel_shapes) - 1
+    table = jnp.asarray(folding.products(kernel_size))
+    partial_sums = folded_launches.weight_grad(
+        *(x, dy, table, x.shape, str(x.dtype), kernel_size, levels, device_properties(), launch),
+        resident=resident,
+    )
+    sums = jnp.stack([each.sum(0) * 4.0**level for level, each in enumerate(partial_sums)])
+    base, bands, bias = unfolded(sums, kernel_size)
+    found = base, *bands, bias
+    return vary_like((x, dy), found[: len(kernel_shapes)])
+
+
+def unfolded(sums: jax.Array, kernel_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of the taps from those of the folded ones: the transpose of `folded`.
+
+    Args:
+        sums: `[levels, C, 16 * k * k + 1]`, see `folding.gradients`.
+        kernel_size: k.
+
+    Returns:
+        The base's `[k, k, 1, C]`, the bands' `[levels, k, k, 4, C]`, and the bias's `[C]`.
+    """
+    levels, channels, _ = sums.shape
+    sides = kernel_size, kernel_size, 2, 2, 2, 2
+    # Pair of rows and of columns, column of these, column and row of the output, row of the pair.
+    folded = sums[..., :-1].reshape(levels, channels, *sides)
+    # Sums of few products each, which are not worth a product of matrices.
+    signs = folding.taps(kernel_size).signs.reshape(*sides, 4)[0, 0]
+    bands = (folded[..., None] * signs).sum((4, 5, 6, 7))
+    pixels = (
+        folded[0].transpose(0, 1, 6, 2, 3, 5, 4).reshape(channels, *[2 * kernel_size] * 2, 2, 2)
+    )
+    radius = kernel_size // 2
+    base = sum(
+        pixels[
+            :, row : row + kernel_size, column : column + kernel_size, row - radius, column - radius
+        ]
+        for row in (radius, radius + 1)
+        for column in (radius, radius + 1)
+    )
+    return jnp.moveaxis(base, 0, -1)[:, :, None], bands.transpose(0, 2, 3, 4, 1), sums[0, :, -1]

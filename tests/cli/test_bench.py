@@ -1,7 +1,11 @@
 """`flash-wtconv bench`: what it writes and refuses. Nothing is timed here."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from types import SimpleNamespace
@@ -14,10 +18,15 @@ from typer.testing import CliRunner
 
 from flash_wtconv_jax import models, plots
 from flash_wtconv_jax.bench import (
+    clocks,
+    compiling,
     conv2d,
     depthwise,
     devices,
+    everything,
     host,
+    mlp,
+    profile,
     roofline,
     sharding,
     sparse,
@@ -29,6 +38,7 @@ from flash_wtconv_jax.bench import (
 from flash_wtconv_jax.bench.timing import Spread
 from flash_wtconv_jax.cli import app
 from flash_wtconv_jax.cli.bench import _sharding_table, tell
+from flash_wtconv_jax.plots import bench as drawings
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
 from pallas_kernels.conv2d import shapes as dense
@@ -128,6 +138,31 @@ def test_depthwise_convolutions(tmp_path, monkeypatch):
     # Five passes are two and a half copies.
     assert rows["forward+backward", "flash"]["copies"] == 0.4
     assert rows["forward", "flash"]["extra_memory"] > 0 and rows["forward", "flash"]["speedup"] == 1
+
+
+@pytest.mark.wide
+def test_mlps(tmp_path, monkeypatch, longer):
+    """Plain JAX beside two of ours, of which the faster is kept by direction."""
+    ours = mlp.mlp
+    monkeypatch.setitem(mlp.SHAPES, "tiny", mlp.Shape(128, 2))
+    monkeypatch.setattr(mlp, "implementations", lambda shape, dtype: ["mosaic_gpu", "xla"])
+    monkeypatch.setattr(mlp, "mlp", lambda *arrays, implementation=None: ours(*arrays))
+    monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
+    arguments = "--shape", "tiny", "--write-defaults", "--out", tmp_path
+    result = bench(*arguments, benchmark="mlp")
+    assert result.exit_code == 0, result.output
+    assert "tiny forward+backward" in result.output and "…" not in result.output
+    report = json.loads((tmp_path / "mlp.json").read_text())
+    names = ["plain jax", "flash", "flash mosaic_gpu", "flash xla"]
+    assert [row["contender"] for row in report["rows"]] == names * 2
+    assert report["rows"][0]["tflops_per_s"] == pytest.approx(2 * 2 * 4 * 2 * 8 / 1e9)
+    kept = json.loads((tmp_path / "defaults" / "cpu.json").read_text())["entries"]
+    assert [entry["direction"] for entry in kept] == ["bwd", "fwd"]
+    size = {"shape": [4, 2], "dtype": "bfloat16", "hidden": 8, "features": 2}
+    assert kept[0]["problem"] == size
+    table.fastest.cache_clear()
+    result = bench("--shape", "huge", "--out", tmp_path, benchmark="mlp")
+    assert "['huge'] is not one of" in str(result.exception)
 
 
 def test_depthwise_convolutions_that_are_not_there(tmp_path, monkeypatch):
@@ -366,14 +401,38 @@ def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, 
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     result = bench("--shape", "pixel", "--baseline", "depthwise 7x7", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "wtconv.json").read_text())["rows"]
+    report = json.loads((tmp_path / "wtconv.json").read_text())
+    rows = report["rows"]
     assert {row["contender"] for row in rows} == {"flash", "plain jax", "depthwise 7x7"}
     # Twenty calls are waited for together.
     assert {row["median_ms"] for row in rows} == {0.1}
+    # The host's clock is the users' own.
+    assert report["users_clock"] is None and {row["users"] for row in rows} == {None}
     assert {r["multiply_adds"] for r in rows if r["contender"] == "depthwise 7x7"} == {
         49,
         3 * 49,
     }
+
+
+@UNDRAWN
+def test_a_gpu_is_timed_by_two_clocks(monkeypatch, tmp_path):
+    events = SimpleNamespace(
+        name="device events",
+        turns=lambda contenders: contenders,
+        take_turns=lambda contenders, step: {n: Spread(3.0, 2.0, 5.0) for n in contenders},
+    )
+    monkeypatch.setattr(clocks, "best", lambda: (events, None))
+    monkeypatch.setattr(wtconv, "_registered", lambda dtype: {})
+    result = bench("--shape", "pixel", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    for text in ("as users", "one jit, called back to back", "3.0 (2.0-5.0)", "device events"):
+        assert text in " ".join(result.output.split())
+    report = json.loads((tmp_path / "wtconv.json").read_text())
+    assert (report["clock"], report["users_clock"]) == ("device events", "host")
+    for row in report["rows"]:
+        assert row["median_ms"] == 3.0 and row["users"]["median_ms"] == 2.0
+        assert row["users"]["speedup_over_plain_jax"] == 1.0
+    assert "back to back" in drawings.speedups(report).get_suptitle()
 
 
 def test_a_device_that_is_not_here(monkeypatch, tmp_path):
@@ -621,9 +680,21 @@ def networks(monkeypatch):
 
 
 @pytest.mark.wide
-def test_networks(networks, tmp_path):
-    result = bench("--batch", 2, "--size", 8, "--out", tmp_path, benchmark="wtconvnext")
+def test_networks(networks, monkeypatch, tmp_path):
+    arguments = "--batch", 2, "--size", 8, "--profile", "--out", tmp_path
+    result = bench(*arguments, "--work", "inference", benchmark="wtconvnext")
+    assert "a profile needs a GPU" in str(result.exception)
+
+    def summed(program, call, parts):
+        """Each operation of a part of the program takes a millisecond."""
+        of = profile.scopes(program)
+        events = [clocks.Event("", 0.0, 1e6, name) for name in of]
+        return profile.summed(events, of, parts, calls=2)
+
+    monkeypatch.setattr(profile, "shares", summed)
+    result = bench(*arguments, benchmark="wtconvnext")
     assert result.exit_code == 0, result.output
+    assert "where the time goes" in result.output and "…" not in result.output
     assert (tmp_path / "wtconvnext.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "wtconvnext.json").read_text())
     assert (report["batch"], report["size"], report["dtype"]) == (2, 8, "float32")
@@ -632,6 +703,11 @@ def test_networks(networks, tmp_path):
     for row in rows.values():
         assert row["images_per_s"] == 1000.0 and row["speedup"] == 1.0
     assert "1,000" in result.output
+    parts = {(row["work"], row["direction"], row["part"]) for row in report["profile"]}
+    inside = {"stem", "depthwise", "norm", "fold", "fc1", "fc2", "head"}
+    assert {("inference", "forward", part) for part in inside} <= parts
+    backward = {("training", "backward", part) for part in {*inside, "slope"}}
+    assert backward | {("training", "forward", "optimizer")} <= parts
 
 
 @pytest.mark.parametrize(
@@ -641,6 +717,7 @@ def test_networks(networks, tmp_path):
         (("--dtype", "int8"), "dtype: 'int8' is not one of"),
         (("--batch", 0), "batch must be at least 1, got 0"),
         (("--size", 0), "size must be at least 1, got 0"),
+        (("--work", "sleep"), "work: ['sleep'] is not one of ['inference', 'training']"),
     ],
 )
 def test_networks_that_are_none(tmp_path, arguments, message):
@@ -664,10 +741,121 @@ def test_on_a_gpu_each_implementation_is_timed_by_device_events(monkeypatch, net
     (kept,) = (tmp_path / "defaults").glob("*.json")
     assert len(json.loads(kept.read_text())["entries"]) == 2
     table.fastest.cache_clear()
-    result = bench("--batch", 2, "--size", 8, "--out", tmp_path, benchmark="wtconvnext")
+    arguments = "--batch", 2, "--size", 8, "--profile", "--out", tmp_path
+    result = bench(*arguments, benchmark="wtconvnext")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "wtconvnext.json").read_text())
     assert (report["clock"], report["dtype"]) == ("device events", "bfloat16")
+    assert {"depthwise", "fc1", "optimizer"} <= {row["part"] for row in report["profile"]}
+
+
+def test_everything_is_made_in_parts(monkeypatch, tmp_path, undrawn):
+    """A run goes on where the one before it was stopped, and joins what belongs together."""
+    row = {"shape": "one", "direction": "forward", "contender": "flash", "temporaries": None}
+    row |= {"over_floor": 2.0, "speedup": 1.0, "extra_memory": None, "implementation": None} | MS
+    report = {"device": {"kind": "a GPU"}, "dtype": "float32", "baseline": "plain jax"}
+    report |= {"roofs": {"copy_bytes_per_s": 1e12}, "clock": "device events", "rows": [row]}
+    report |= {"no_device_events": None, "users_clock": None}
+    made = []
+
+    def run(command, timeout, check):
+        name = command[command.index("--out") + 1].rpartition("/")[2]
+        if name == "depthwise_float32" and "sparse" not in made:
+            raise subprocess.TimeoutExpired(command, timeout)
+        made.append(name)
+        if name != "compile_0":
+            (tmp_path / name).mkdir()
+            (part,) = (part for part in everything.parts("gpu") if part.name == name)
+            (tmp_path / name / part.report).write_text(json.dumps(report))
+        return SimpleNamespace(returncode=int(name == "compile_0"))
+
+    monkeypatch.setattr(
+        everything, "subprocess", SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+    )
+    first = bench("--out", tmp_path, benchmark="all")
+    assert first.exit_code == 0, first.output
+    assert "depthwise_float32 was stopped after 9.0 minutes" in first.output
+    assert "not made yet: depthwise_float32, depthwise_bfloat16, sparse" in first.output
+    joined = json.loads((tmp_path / "wtconv_float32.json").read_text())
+    assert len(joined["rows"]) == 2 and (tmp_path / "wtconv_bfloat16_roofline.png").exists()
+    before = list(made)
+    made.append("sparse")
+    last = bench("--out", tmp_path, benchmark="all")
+    assert "compile_0 failed, exit code 1" in last.output
+    assert "not made yet: compile_0" in last.output and not set(before) & set(
+        made[len(before) + 1 :]
+    )
+    for arguments, message in (
+        (("--device", "cpu"), "'cpu' has no published figures"),
+        (("--minutes", 0), "minutes must be more than 0"),
+    ):
+        assert message in str(bench(*arguments, "--out", tmp_path, benchmark="all").exception)
+
+
+def test_first_calls_are_timed_in_processes_of_their_own(monkeypatch, tmp_path):
+    seconds = dict.fromkeys((*compiling.STEPS, "all"), 2.0)
+
+    def run(command, env, **_):
+        assert env["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+        if "float32" in command[3]:
+            return SimpleNamespace(returncode=1, stderr="first\nout of memory\n")
+        about = {"device": {"kind": "a GPU"}, "versions": {"jax": "0.11"}}
+        out = json.dumps({"seconds": seconds, "about": about})
+        return SimpleNamespace(returncode=0, stdout=f"a warning\n{out}\n")
+
+    monkeypatch.setattr(compiling, "subprocess", SimpleNamespace(run=run))
+    arguments = "--program", compiling.PROGRAMS[0], "--program", compiling.PROGRAMS[2]
+    result = bench(*arguments, "--out", tmp_path, benchmark="compile")
+    assert result.exit_code == 0, result.output
+    assert "WTConvNeXt-T inference" in result.output and "2.00" in result.output
+    rows = json.loads((tmp_path / "compile.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["flash", "plain jax"] * 2
+    for arguments, message in (
+        (("--program", "x"), "program: ['x'] is not one of"),
+        (("--program", compiling.PROGRAMS[1]), "layer, float32 by flash fails: out of memory"),
+    ):
+        assert message in str(bench(*arguments, "--out", tmp_path, benchmark="compile").exception)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", compiling.PROGRAMS)
+def test_first_calls_on_this_machine(program, tmp_path):
+    result = bench("--program", program, "--out", tmp_path, benchmark="compile")
+    assert result.exit_code == 0, result.output
+    for row in json.loads((tmp_path / "compile.json").read_text())["rows"]:
+        assert (
+            0 < row["compile"] < row["all"] == pytest.approx(sum(row[s] for s in compiling.STEPS))
+        )
+
+
+_TWICE = """
+import json, sys, jax, jax.numpy as jnp
+from flash_wtconv_jax.models import ConvNeXt, ConvNeXtConfig
+from flax import nnx
+seen = {"hits": 0, "misses": 0}
+def listen(event, **_):
+    for name in seen:
+        seen[name] += event == f"/jax/compilation_cache/cache_{name}"
+jax.monitoring.register_event_listener(listen)
+config = ConvNeXtConfig(depths=(1,), dims=(4,), levels=(1,), num_classes=3)
+model = nnx.jit(lambda: ConvNeXt(config, rngs=nnx.Rngs(0)))()
+step = nnx.jit(nnx.value_and_grad(lambda model, x: jnp.sum(model(x) ** 2)))
+jax.block_until_ready(step(model, jnp.ones((1, 32, 32, 3))))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.wide
+def test_a_second_process_compiles_no_program(tmp_path):
+    """As README says: with a folder for JAX's compilation cache."""
+    env = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    run = partial(subprocess.run, [sys.executable, "-c", _TWICE], env=env, capture_output=True)
+    first, second = (json.loads(run(text=True, check=True).stdout.splitlines()[-1]) for _ in "12")
+    assert first["misses"] > 0 and second["misses"] == 0
+    assert second["hits"] >= first["misses"]
 
 
 def test_host_time_of_warm_calls(tmp_path, monkeypatch):

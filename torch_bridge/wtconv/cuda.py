@@ -1,38 +1,32 @@
-"""The wavelet convolution on NVIDIA GPUs: the kernels that JAX launches too, by the driver."""
+"""The wavelet convolution on NVIDIA GPUs: the kernels that JAX launches too, by the driver.
 
-import ctypes
+Channels-last images of 16 bits run on tensor cores where kernels are of 3, 5 or 7, a level as one
+convolution of folded taps.
+"""
+
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pallas_kernels.common.cuda import Device, Kernel
-from pallas_kernels.common.nvrtc import compiled
-from pallas_kernels.common.refusals import compiling
-from pallas_kernels.common.types import Output
-from pallas_kernels.wtconv import cuda_launches
+from pallas_kernels.wtconv import cuda_launches, folded_launches, folding
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.problem import Problem
-from torch_bridge.runtime.outputs import allocated
+from torch_bridge.runtime.cuda import device_of, launch, unavailable
+
+__all__ = [
+    "DIFFERENTIABLE",
+    "check",
+    "forward",
+    "search_space",
+    "unavailable",
+    "weight_grad",
+]
 
 DIFFERENTIABLE = False
-
-
-def unavailable(platform: str) -> str | None:
-    """The reason why these kernels cannot run: they need an NVIDIA GPU and cuda-core's NVRTC."""
-    if platform != "cuda" or torch.version.hip:
-        return f"needs an NVIDIA GPU, this is {torch.version.hip and 'AMD' or platform}"
-    try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
-    # Bindings without the library that they bind raise a RuntimeError.
-    except (ImportError, RuntimeError) as error:
-        return f"needs cuda-core (the extra 'cuda-bridge'): {error}"
-    return None
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -65,6 +59,8 @@ def forward(
     """
     x, taps = _dense(x), [tap.contiguous() for tap in taps]
     bias = None if bias is None else bias.contiguous()
+    if _folds(x, taps[0].shape[-1]):
+        return _folded_forward(x, taps, bias, transpose)
     where = _images(x), device_of(x.device), launch
     y = cuda_launches.forward(x, taps, bias, *where, transpose, resident=resident)
     return y.permute(0, 3, 1, 2)
@@ -83,6 +79,8 @@ def weight_grad(
     x = _dense(x)
     memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
     dy = dy.contiguous(memory_format=memory_format)
+    if _folds(x, kernel_size):
+        return _folded_weight_grad(x, dy, kernel_size, levels)
     images = _images(x)
     images = images._replace(aligned=min(images.aligned, _images(dy).aligned))
     sizes = images, kernel_size, levels, device_of(x.device), launch
@@ -94,6 +92,96 @@ def weight_grad(
     # Of one channel parts are views of one array, which operators may not return.
     copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
     return [copy.view(shape) for copy in copies]
+
+
+def _folds(x: Tensor, kernel_size: int) -> bool:
+    """Whether a call runs on tensor cores."""
+    shape, dtype, *_ = images = _images(x)
+    device = device_of(x.device)
+    return images.channels_last and folded_launches.takes(shape, dtype, kernel_size, device)
+
+
+def _folded_forward(
+    x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, transpose: bool
+) -> Tensor:
+    """The operator in 16 bits, or its transpose: the same of flipped taps."""
+    if transpose:
+        taps = [tap.flip(-2, -1) for tap in taps]
+    kernel_size, images = taps[0].shape[-1], _images(x)
+    folded = _folded(taps).to(x.dtype)
+    y = folded_launches.forward(
+        *(_pixels(x), folded, bias, images.shape, images.dtype),
+        *(kernel_size, len(taps) - 1, device_of(x.device), launch),
+    )
+    return y.permute(0, 3, 1, 2)
+
+
+def _folded(taps: Sequence[Tensor]) -> Tensor:
+    """The taps of each level's one convolution, `[levels, C, *folding.taps(k)]`."""
+    base, *bands = taps
+    kernel_size, channels = base.shape[-1], base.shape[0]
+    base = base.reshape(1, channels, 1, -1)
+    # The base as the fifth band, which deeper levels have not.
+    bases = torch.cat([base, base.new_zeros(len(bands) - 1, *base.shape[1:])])
+    whole = torch.cat([torch.stack(list(bands)).reshape(len(bands), channels, 4, -1), bases], 2)
+    numbers, signs = _sources(kernel_size, base.device)
+    each = torch.arange(5, device=base.device)[:, None]
+    return (whole[:, :, each, numbers] * signs).sum(2)
+
+
+@cache
+def _sources(kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of four bands and the base the number of each folded tap's tap, and its factor."""
+    found = folding.taps(kernel_size)
+    numbers = [*[found.tap.ravel()] * 4, found.base.ravel()]
+    signs = [*found.signs.reshape(-1, 4).T, found.based.ravel()]
+    return (
+        torch.tensor(np.stack(numbers), device=device),
+        torch.tensor(np.stack(signs), dtype=torch.float32, device=device),
+    )
+
+
+def _folded_weight_grad(x: Tensor, dy: Tensor, kernel_size: int, levels: int) -> list[Tensor]:
+    """The gradients of the taps in 16 bits."""
+    images = _images(x)
+    found = folded_launches.weight_grad(
+        *(
+            _pixels(x),
+            _pixels(dy),
+            _products(kernel_size, x.device),
+            images.shape,
+            images.dtype,
+            kernel_size,
+            levels,
+        ),
+        *(device_of(x.device), launch),
+    )
+    count, parts = kernel_size**2, []
+    for level, sums in enumerate(found):
+        # In 64 bits, since products of 32 may be of fewer.
+        whole = sums.sum(0).double() @ _gradients(kernel_size, x.device)
+        whole = (whole * 4.0**level).float()
+        if level == 0:
+            parts.append(whole[:, :count])
+        parts.append(whole[:, count:-1].reshape(-1, count, 4).transpose(1, 2))
+    return [part.reshape(-1, 1, kernel_size, kernel_size).contiguous() for part in parts]
+
+
+@cache
+def _products(kernel_size: int, device: torch.device) -> Tensor:
+    return torch.tensor(folding.products(kernel_size), device=device)
+
+
+@cache
+def _gradients(kernel_size: int, device: torch.device) -> Tensor:
+    return torch.tensor(folding.gradients(kernel_size), dtype=torch.float64, device=device)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Channels-last images as `[N, H, W, C]`, at an address that copies of 16 bytes can have."""
+    if x.data_ptr() % 16:
+        x = x.clone()
+    return x.permute(0, 2, 3, 1)
 
 
 def _images(x: Tensor) -> Images:
@@ -112,80 +200,3 @@ def _dense(x: Tensor) -> Tensor:
     if x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous()
-
-
-def launch(
-    kernel: Kernel,
-    arguments: Sequence[Tensor | int | None],
-    outputs: Sequence[Output],
-    blocks: int,
-) -> list[Tensor]:
-    """Launches a kernel on the current stream of its tensors' device; `common.cuda.Launch`."""
-    from cuda.bindings import driver
-
-    device = cast(Tensor, arguments[0]).device
-    made = allocated(outputs, device)
-    function = _function(kernel, device.index)
-    values: list[int] = []
-    types: list[type] = []
-    for argument in (*arguments, *made):
-        if isinstance(argument, int):
-            values.append(argument)
-            types.append(ctypes.c_int)
-        else:
-            values.append(0 if argument is None else argument.data_ptr())
-            types.append(ctypes.c_void_p)
-    stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
-    grid, block = (blocks, 1, 1), (kernel.threads, 1, 1)
-    packed = (tuple(values), tuple(types))
-    # A thread of PyTorch's backward pass has no context before the first call that needs one.
-    _checked(driver.cuCtxPushCurrent(_context(device.index)))
-    try:
-        _checked(driver.cuLaunchKernel(function, *grid, *block, kernel.shared, stream, packed, 0))
-    finally:
-        _checked(driver.cuCtxPopCurrent())
-    return made
-
-
-@cache
-def _context(device: int) -> Any:
-    """The context of a device that PyTorch uses too."""
-    from cuda.bindings import driver
-
-    return _checked(driver.cuDevicePrimaryCtxRetain(driver.CUdevice(device)))
-
-
-@cache
-def device_of(device: torch.device) -> Device:
-    """The properties of a device that variants are chosen by."""
-    # PyTorch's own stubs do not know all that it tells.
-    found = cast(Any, torch.cuda.get_device_properties(device))
-    return Device(found.shared_memory_per_block_optin, found.multi_processor_count)
-
-
-@cache
-@compiling("a CUDA kernel")
-def _function(kernel: Kernel, device: int) -> Any:
-    """A compiled kernel on one device."""
-    from cuda.bindings import driver
-
-    major, minor = torch.cuda.get_device_capability(device)
-    code = compiled(kernel.source.read_text(), dict(kernel.macros), f"sm_{major}{minor}")
-    library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-    found = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
-    attributes = driver.CUfunction_attribute
-    for attribute, value in (
-        (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared),
-        (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
-    ):
-        _checked(driver.cuKernelSetAttribute(attribute, value, found, driver.CUdevice(device)))
-    # A kernel is launched as a function is.
-    return driver.CUfunction(int(found))
-
-
-def _checked(answer: tuple[Any, ...]) -> Any:
-    """The result of a call of the driver, whose error is raised."""
-    status, *values = answer
-    if int(status):
-        raise RuntimeError(f"the CUDA driver reports {status.name}")
-    return values[0] if values else None

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -52,7 +54,7 @@ struct Index {
 
 namespace cuda_on_cpu {
 
-inline Index block_index;
+inline Index block_index, grid;
 inline float* shared;
 
 // NaN as a number of 32 bits and as two of 16, whichever they are.
@@ -76,7 +78,7 @@ inline unsigned packed(float low, float high, bool bfloat16) {
 // The registers that the lanes of a warp give to a product. Two of each: a lane may give to the next
 // product while another still reads those of this one.
 struct Warp {
-  on_cpu::Meeting meeting;
+  on_cpu::Meeting meeting, together;
   unsigned a[2][32][4], b[2][32][2];
 };
 inline std::vector<Warp> warps;
@@ -136,6 +138,127 @@ inline void wait(unsigned pending) {
   }
 }
 
+// An array [images, rows, columns, channels] of 16 bits, and the boxes that are copied of it.
+struct TensorMap {
+  unsigned short* array;
+  int sizes[4], box[4];  // Channels first.
+};
+
+struct Place {
+  int channel, column, row, image;
+};
+
+// Calls a function of each element of a box: its address in shared memory, and that in the array, or
+// null outside of it. Shared memory is swizzled by 64 bytes.
+template <typename Function>
+inline void each_of_box(const TensorMap& map, const Place& place, unsigned char* at,
+                        Function function) {
+  const int first[4] = {place.channel, place.column, place.row, place.image};
+  const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(at);
+  std::uintptr_t offset = 0;
+  for (int n = 0; n < map.box[3]; n++)
+    for (int row = 0; row < map.box[2]; row++)
+      for (int column = 0; column < map.box[1]; column++)
+        for (int c = 0; c < map.box[0]; c++, offset += 2) {
+          const int i[4] = {c + first[0], column + first[1], row + first[2], n + first[3]};
+          bool inside = true;
+          long long element = 0;
+          for (int axis = 3; axis >= 0; axis--) {
+            inside &= i[axis] >= 0 && i[axis] < map.sizes[axis];
+            element = element * map.sizes[axis] + i[axis];
+          }
+          const std::uintptr_t here = start + offset;
+          function(reinterpret_cast<unsigned short*>(here ^ (here >> 7 & 3) << 4),
+                   inside ? map.array + element : nullptr);
+        }
+}
+
+// Barriers in shared memory; copies of boxes that a barrier was told of arrive when it is waited for.
+struct Load {
+  unsigned char* to;
+  const TensorMap* map;
+  Place place;
+};
+struct Waiting {
+  unsigned needed, arrived = 0;
+  long bytes = 0;
+  unsigned phases = 0;
+  std::vector<Load> loads;
+};
+inline std::map<const void*, Waiting> barriers;
+// A misused instruction; the launch fails.
+inline bool misused;
+
+inline Waiting& barrier_at(const void* place) {
+  const auto found = barriers.find(place);
+  if (found != barriers.end()) return found->second;
+  misused = true;
+  return barriers[place];
+}
+
+inline void make(const void* barrier, unsigned arrivals) { barriers[barrier] = {arrivals}; }
+
+inline void end_phase(Waiting& one) {
+  if (one.arrived != one.needed || one.bytes != 0) return;
+  one.arrived = 0;
+  one.phases++;
+  on_cpu::moved = true;
+}
+
+inline void arrive(const void* barrier) {
+  Waiting& one = barrier_at(barrier);
+  one.arrived++;
+  end_phase(one);
+}
+
+inline void expect(const void* barrier, unsigned bytes) {
+  Waiting& one = barrier_at(barrier);
+  one.arrived++;
+  one.bytes += bytes;
+}
+
+inline void load_box(void* to, const TensorMap& map, const void* barrier, const Place& place) {
+  misused |= reinterpret_cast<std::uintptr_t>(to) % 1024 != 0;
+  barrier_at(barrier).loads.push_back({static_cast<unsigned char*>(to), &map, place});
+}
+
+inline void wait_for(const void* barrier, unsigned phase) {
+  Waiting& one = barrier_at(barrier);
+  while (one.phases % 2 == phase) {
+    for (const Load& load : std::exchange(one.loads, {})) {
+      each_of_box(*load.map, load.place, load.to,
+                  [](unsigned short* to, const unsigned short* from) { *to = from ? *from : 0; });
+      const int* box = load.map->box;
+      one.bytes -= 2L * box[0] * box[1] * box[2] * box[3];
+    }
+    end_phase(one);
+    if (one.phases % 2 == phase) on_cpu::hand_over();
+  }
+}
+
+// Copies of boxes to arrays: they read shared memory no earlier than is waited for.
+struct Store {
+  const TensorMap* map;
+  Place place;
+  unsigned char* from;
+};
+inline std::vector<std::vector<Store>> stores;
+
+inline void store_box(const TensorMap& map, const Place& place, const void* from) {
+  misused |= reinterpret_cast<std::uintptr_t>(from) % 1024 != 0;
+  auto* bytes = const_cast<unsigned char*>(static_cast<const unsigned char*>(from));
+  stores[on_cpu::current->thread].push_back({&map, place, bytes});
+}
+
+inline void stored(unsigned pending) {
+  auto& own = stores[on_cpu::current->thread];
+  for (; own.size() > pending; own.erase(own.begin()))
+    each_of_box(*own.front().map, own.front().place, own.front().from,
+                [](const unsigned short* from, unsigned short* to) {
+                  if (to) *to = *from;
+                });
+}
+
 // Calls a kernel with arguments of its own types, each behind a pointer.
 template <typename... Types, std::size_t... I>
 inline void call(void (*kernel)(Types...), void** values, std::index_sequence<I...>) {
@@ -152,26 +275,37 @@ constexpr unsigned parameters(void (*)(Types...)) {
   return sizeof...(Types);
 }
 
-// Runs a grid; returns 0, or 1 where not all threads of a block reached a barrier.
-inline int launch(void (*function)(void**), void** values, unsigned grid, unsigned threads,
+// Runs a grid; returns 0, or 1 where not all threads of a block reached a barrier, or misused one.
+inline int launch(void (*function)(void**), void** values, unsigned blocks, unsigned threads,
                   unsigned bytes, unsigned order) {
   on_cpu::Threads block(function, values, threads, order);
   bool together = true;
-  for (block_index.x = 0; block_index.x < grid; block_index.x++) {
-    std::vector<float> memory(bytes / sizeof(float) + 4, __uint_as_float(POISON));
-    // As aligned as on a GPU.
-    std::uintptr_t at = reinterpret_cast<std::uintptr_t>(memory.data());
+  misused = false;
+  grid.x = blocks;
+  for (block_index.x = 0; block_index.x < blocks; block_index.x++) {
+    // As aligned as on a GPU, and of exactly the size.
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 1024, bytes + !bytes)) return 1;
+    shared = static_cast<float*>(memory);
+    std::fill_n(shared, bytes / sizeof(float), __uint_as_float(POISON));
     warps.assign(threads / 32, {});
     copies.assign(threads, std::vector<std::vector<Copy>>(1));
-    shared = memory.data() + (16 - at % 16) % 16 / sizeof(float);
+    stores.assign(threads, {});
+    barriers.clear();
     together &= block.run();
+    for (const auto& left : stores) misused |= !left.empty();
+    std::free(memory);
   }
-  return !together;
+  return !together || misused;
 }
 
 }  // namespace cuda_on_cpu
 
 #define threadIdx (Index{on_cpu::current->thread})
 #define blockIdx (cuda_on_cpu::block_index)
+#define gridDim (cuda_on_cpu::grid)
 
 inline void __syncthreads() { on_cpu::barrier(); }
+inline void __syncwarp() {
+  on_cpu::meet(cuda_on_cpu::warps[on_cpu::current->thread / 32].together, 32);
+}

@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import numpy as np
 from pallas_kernels.common.cuda import Device, Kernel
 from pallas_kernels.common.types import Output
 
-HOPPER = Device(shared=232448, multiprocessors=2)
+HOPPER = Device(shared=232448, multiprocessors=2, boxes=True)
 """The shared memory of an H100 or H200, and few multiprocessors."""
 
 FOLDER = Path(__file__).parent
 """The folder of the headers by which a C++ compiler takes kernels of other devices."""
+_ONE = threading.Lock()
+"""Held by a launch: a library has one set of fibers, and JAX calls back from several threads."""
 _COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-O1", "-ffp-contract=off")
 
 
@@ -63,17 +66,27 @@ class Launcher:
         Outputs hold NaN before, so that elements which are not written show.
         """
         made = [np.full(shape, np.nan, dtype) for shape, dtype in outputs]
-        self.run(
-            kernel, [a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)], blocks
-        )
+        given: list[int | ctypes.c_void_p | ctypes.Structure] = [
+            a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)
+        ]
+        for number, box in kernel.boxes:
+            array = [*arguments, *made][number]
+            assert isinstance(array, np.ndarray)
+            given[number] = tensor_map(array.ctypes.data, array.shape, box)
+        self.run(kernel, given, blocks)
         return made
 
-    def run(self, kernel: Kernel, arguments: Sequence[int | ctypes.c_void_p], blocks: int) -> None:
-        """Launches a kernel on addresses of this process, and integers of 32 bits.
+    def run(
+        self,
+        kernel: Kernel,
+        arguments: Sequence[int | ctypes.c_void_p | ctypes.Structure],
+        blocks: int,
+    ) -> None:
+        """Launches a kernel on addresses of this process, integers of 32 bits, and tensor maps.
 
         Raises:
             RuntimeError: The source does not compile, or not all threads of a block reach a
-                barrier.
+                barrier, or what is copied in boxes is not waited for.
             TypeError: The kernel takes another number of arguments.
         """
         values = [ctypes.c_int(a) if isinstance(a, int) else a for a in arguments]
@@ -82,13 +95,15 @@ class Launcher:
             count = library.parameters()
             raise TypeError(f"{kernel.name} takes {count} arguments, got {len(values)}")
         packed = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        if library.launch(packed, blocks, kernel.threads, kernel.shared, self.order):
+        with _ONE:
+            apart = library.launch(packed, blocks, kernel.threads, kernel.shared, self.order)
+        if apart:
             raise RuntimeError(f"{kernel.name}: not all threads of a block reached a barrier")
 
     def _built(self, kernel: Kernel) -> ctypes.CDLL:
         """The library of one kernel, built if it is not there."""
         macros = "".join(f"#define {name} {value}\n" for name, value in kernel.macros)
-        source = kernel.source.read_text() if self._source is None else self._source
+        source = kernel.text() if self._source is None else self._source
         text = (
             f'#include "{FOLDER / "cuda.h"}"\n{macros}{source}\n'
             f"static void run(void** values) {{ cuda_on_cpu::call({kernel.name}, values); }}\n"
@@ -107,6 +122,26 @@ class Launcher:
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
         return ctypes.CDLL(str(library))
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = (
+        ("array", ctypes.c_void_p),
+        ("sizes", ctypes.c_int * 4),
+        ("box", ctypes.c_int * 4),
+    )
+
+
+def tensor_map(address: int, shape: Sequence[int], box: Sequence[int]) -> ctypes.Structure:
+    """The tensor map that `Launcher.run` takes of a contiguous array of 16 bits.
+
+    Args:
+        address: The array's address in this process.
+        shape: Its shape, of four axes.
+        box: What is copied at once, see `common.cuda.Kernel.boxes`.
+    """
+    four = ctypes.c_int * 4
+    return _TensorMap(address, four(*shape[::-1]), four(*box[::-1]))
 
 
 def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:

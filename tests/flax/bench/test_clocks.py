@@ -78,7 +78,7 @@ def gpu(monkeypatch):
         return list(trace) or [Event("mark", 0.0, 1.0), Event("small", 1.0, 1.5)]
 
     monkeypatch.setattr(clocks, "_PAUSE_BYTES", 2**10)
-    monkeypatch.setattr(clocks, "_traced", traced)
+    monkeypatch.setattr(clocks, "traced", traced)
     clock = DeviceEvents()
     monkeypatch.setattr(clock, "_pause", lambda: enqueue("mark", 0.5))
     return clock, enqueue

@@ -330,6 +330,24 @@ def test_drop_path_grows_linearly_and_keeps_the_mean():
     )
 
 
+def test_a_block_calls_what_somebody_has_put_into_it():
+    config = dataclasses.replace(TINY, levels=None)
+    block = randomise(nnx.jit(lambda: Block(config, 0, 0.0, rngs=nnx.Rngs(0)))())
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
+    want = block(x)
+    plain, norm = block.mlp.fc1, block.norm
+
+    class Doubled(nnx.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    block.mlp.fc1 = Doubled(4, 16, rngs=nnx.Rngs(0))
+    nnx.update(block.mlp.fc1, jax.tree.map(lambda v: v / 2, nnx.state(plain)))
+    np.testing.assert_allclose(block(x), want, rtol=1e-4, atol=1e-5)
+    block.mlp.fc1, block.norm = plain, lambda x: norm(x)
+    np.testing.assert_allclose(block(x), want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.wide
 def test_train_and_eval_switch_dropout(images):
     model = randomise(initialised(depths=(2,), dims=(4,), levels=None, dropout=0.5, drop_path=0.3))

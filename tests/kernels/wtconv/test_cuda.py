@@ -22,7 +22,7 @@ from pallas_kernels.wtconv.cases import CASES, Case
 from pallas_kernels.wtconv.problem import Problem
 
 TAKEN = [case for case in CASES if takes(cuda_jax, case)]
-SIZES = cuda_jax.search_space("fwd", None)[1:]
+SIZES = cuda_jax.search_space("fwd", Problem((1, 8, 8, 4), np.dtype("float32"), 3, 1, "haar"))[1:]
 # The image of the tests of transformations, so that its kernels are built once.
 WHOLE = Case((9, 10), 2, 3, batch=(2,))
 SMALL = Device(shared=40000, multiprocessors=1)

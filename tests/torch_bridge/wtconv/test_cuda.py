@@ -35,7 +35,7 @@ TILED = (
     Case((36, 30), 2, 9, batch=(1,), channels=1),
 )
 WHOLE = (
-    Case((13, 12), 5, 7, "float16", batch=(3,), channels=12),
+    Case((13, 12), 5, 9, "float16", batch=(3,), channels=12),
     Case((6, 5), 1, 9, batch=(1,)),
     # Several planes a block, and one of them alone.
     Case((8, 9), 2, 5, batch=(33,), channels=2),

@@ -1,10 +1,11 @@
-"""Runs `cuda_kernels.cu` on the CPU, as the implementation "cuda" launches it."""
+"""Runs CUDA kernels on the CPU, as the implementation "cuda" of an operator launches them."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pallas_kernels.common.cuda import Device, Kernel
-from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher
+from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher, tensor_map
 from pallas_kernels.common.on_cpu.cuda import unavailable as unavailable
 from pallas_kernels.common.types import Output
 from torch_bridge.runtime.outputs import allocated
@@ -20,11 +21,14 @@ from torch_bridge.wtconv import cuda as cuda_launch
 
 
 @contextmanager
-def emulated(device: Device = HOPPER, **options: Any) -> Iterator[Launcher]:
+def emulated(
+    device: Device = HOPPER, room: ModuleType = cuda_launch, **options: Any
+) -> Iterator[Launcher]:
     """Lets the implementation "cuda" take tensors of the CPU, and launch there.
 
     Args:
         device: The properties of a GPU that variants are chosen by.
+        room: The module of the implementation; that of WTConv unless told.
         **options: Arguments of `pallas_kernels.common.on_cpu.cuda.Launcher`.
 
     Yields:
@@ -53,12 +57,16 @@ def emulated(device: Device = HOPPER, **options: Any) -> Iterator[Launcher]:
             made = allocated(outputs, torch.device("cpu"))
             for tensor in made:
                 tensor.fill_(float("nan"))
-            values = [a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)]
+            boxes = dict(kernel.boxes)
+            values = [
+                a if isinstance(a, int) else _pointer(a, boxes.get(number))
+                for number, a in enumerate((*arguments, *made))
+            ]
             launcher.run(kernel, values, blocks)
             return made
 
         with patch.multiple(
-            cuda_launch,
+            room,
             unavailable=lambda platform: None,
             device_of=lambda _: device,
             launch=launch,
@@ -66,5 +74,9 @@ def emulated(device: Device = HOPPER, **options: Any) -> Iterator[Launcher]:
             yield launcher
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+def _pointer(
+    tensor: Tensor | None, box: tuple[int, ...] | None
+) -> ctypes.c_void_p | ctypes.Structure:
+    if tensor is not None and box is not None:
+        return tensor_map(tensor.data_ptr(), tensor.shape, box)
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

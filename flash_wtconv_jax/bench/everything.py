@@ -1,0 +1,185 @@
+"""`flash-wtconv bench all`: every benchmark with published figures, in parts that are made once.
+
+A part is a command of its own, in a process of its own and with a folder of its own, whose report
+says that it is made. So a run can be stopped at any time, and one that ends in time goes on with
+the same command.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from flash_wtconv_jax.bench.compiling import LAYERS, NETWORKS
+from pallas_kernels.common.types import Json
+from pallas_kernels.conv2d.shapes import SHAPES
+from pallas_kernels.wtconv.shapes import FOR_PLATFORM
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GROUP = "flash_wtconv.bench.all"
+"""The entry point group of functions that return further `Part`s of other packages."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+_CLI = "from flash_wtconv_jax.cli import main; main()"
+_TOGETHER = 3
+"""Shapes of a part of the wavelet convolution, which compile for half a minute each."""
+
+
+class Part(NamedTuple):
+    """A part of all benchmarks; what other packages register are such tuples.
+
+    Attributes:
+        name: The name of its folder.
+        command: The command, without the option `--out`.
+        report: The name of the file that says that it is made.
+        group: The benchmark whose figure it is a part of, or "".
+    """
+
+    name: str
+    command: tuple[str, ...]
+    report: str
+    group: str = ""
+
+
+def parts(platform: str) -> list[Part]:
+    """All parts, in the order in which they are made.
+
+    Args:
+        platform: "gpu".
+
+    Raises:
+        ValueError: A platform without published figures.
+
+    Example:
+        >>> [part.name for part in parts("gpu")][:3]
+        ['wtconvnext_inference', 'wtconvnext_training', 'wtconvnext_profile_inference']
+    """
+    if platform != "gpu":
+        raise ValueError(f"device: {platform!r} has no published figures, expected 'gpu'")
+
+    def part(name: str, *arguments: str, report: str = "", group: str = "") -> Part:
+        command = (sys.executable, "-c", _CLI, "bench", *arguments)
+        file = f"{report or arguments[0]}.json"
+        return Part(name, (*command, "--device", platform), file, group)
+
+    def shapes(names: Iterable[str]) -> list[str]:
+        return [word for name in names for word in ("--shape", name)]
+
+    found = []
+    for suffix, more in (("", ()), ("_profile", ("--profile",))):
+        found += [
+            part(f"wtconvnext{suffix}_{work}", "wtconvnext", "--work", work, *more)
+            for work in NETWORKS.values()
+        ]
+    for dtype in DTYPES:
+        found += [
+            part(
+                f"wtconv_{dtype}_{i}",
+                *("wtconv", "--dtype", dtype, *shapes(names)),
+                group=f"wtconv_{dtype}",
+            )
+            for i, names in enumerate(_groups(FOR_PLATFORM[platform], _TOGETHER))
+        ]
+    found += [
+        part(f"conv2d_{i}", "conv2d", *shapes(names)) for i, names in enumerate(_groups(SHAPES, 2))
+    ]
+    found += [part("mlp", "mlp")]
+    found += [part(f"depthwise_{dtype}", "depthwise", "--dtype", dtype) for dtype in DTYPES[:2]]
+    found += [part("sparse", "sparse", "--minutes", "6")]
+    found += [
+        part(f"stylize_{work}", "stylize", "--work", work)
+        for work in ("norm", "layer", "network", "ladder", "training", "style_vit")
+    ]
+    found += [
+        part(f"compile_{i}", "compile", *(w for name in names for w in ("--program", name)))
+        for i, names in enumerate((LAYERS, *((name,) for name in NETWORKS)))
+    ]
+    registered = (entry.load() for entry in entry_points(group=GROUP))
+    return found + [Part(*one) for function in registered for one in function()]
+
+
+def _groups(names: Iterable[str], size: int) -> list[list[str]]:
+    """The names in groups of a size."""
+    every = list(names)
+    return [every[i : i + size] for i in range(0, len(every), size)]
+
+
+def run(out: Path, minutes: float, platform: str, say: Callable[[str], None]) -> list[str]:
+    """Makes the parts that are not made, until the time is over.
+
+    Args:
+        out: The folder of the parts' folders.
+        minutes: After so many no part begins, and one that is at work is stopped.
+        platform: As `parts` takes it.
+        say: Told what is made, and what fails.
+
+    Returns:
+        The names of parts that are not made.
+
+    Raises:
+        ValueError: See `parts`; or minutes that are none.
+    """
+    if not minutes > 0:
+        raise ValueError(f"minutes must be more than 0, got {minutes:g}")
+    every = parts(platform)
+    end = time.monotonic() + 60 * minutes
+    for part in every:
+        left = end - time.monotonic()
+        if is_made(out, part) or left <= 0:
+            continue
+        say(f"{part.name}: {' '.join(part.command[3:])}")
+        try:
+            done = subprocess.run(
+                [*part.command, "--out", str(out / part.name)], timeout=left, check=False
+            )
+        except subprocess.TimeoutExpired:
+            say(f"{part.name} was stopped after {left / 60:.1f} minutes; it begins anew")
+            break
+        if done.returncode:
+            say(f"{part.name} failed, exit code {done.returncode}")
+    return [part.name for part in every if not is_made(out, part)]
+
+
+def is_made(out: Path, part: Part) -> bool:
+    """Whether the report of a part is there, and nothing of it is left to be timed.
+
+    Args:
+        out: As `run` takes it.
+        part: The part.
+    """
+    path = out / part.name / part.report
+    return path.exists() and not json.loads(path.read_text()).get("left")
+
+
+def merged(out: Path) -> "dict[str, tuple[Json, dict[str, Callable[[Json], Figure]]]]":
+    """The reports of benchmarks in several parts that are all made, and their pictures.
+
+    Args:
+        out: As `run` takes it.
+
+    Returns:
+        By the benchmark's name its report, whose roofs are those of the first part, and what draws
+        its pictures, by their names.
+    """
+    groups: dict[str, list[Part]] = {}
+    for part in parts("gpu"):
+        if part.group:
+            groups.setdefault(part.group, []).append(part)
+    found: dict[str, tuple[Json, dict[str, Callable[[Json], Figure]]]] = {}
+    for name, every in groups.items():
+        if all(is_made(out, part) for part in every):
+            from flash_wtconv_jax import plots
+
+            first, *others = (
+                json.loads((out / part.name / part.report).read_text()) for part in every
+            )
+            first["rows"] += [row for report in others for row in report["rows"]]
+            figures = {name: plots.speedups, f"{name}_roofline": plots.roofline}
+            found[name] = first, figures
+    return found

@@ -1,0 +1,168 @@
+"""`flash-wtconv bench mlp`: the pointwise MLP of ConvNeXt's blocks beside plain JAX, in one run."""
+
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from flash_wtconv_jax import environment
+from flash_wtconv_jax.bench import clocks
+from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
+from pallas_kernels.common.device import on_cpu
+from pallas_kernels.common.types import Json, Tree
+from pallas_kernels.dispatch.table import Entry
+from pallas_kernels.mlp import baseline_jax, mlp
+from pallas_kernels.mlp.api import OPERATOR
+from pallas_kernels.mlp.problem import Problem
+from pallas_kernels.mlp.shapes import SHAPES, Shape
+
+_PLAIN = "plain jax"
+
+
+def run(
+    shapes: list[str],
+    progress: Callable[[str, int], Callable[[], None]],
+    dtype: str = "bfloat16",
+) -> Json:
+    """Times plain JAX, our MLP, and each of its implementations, where there are several.
+
+    Args:
+        shapes: Names in `pallas_kernels.mlp.shapes.SHAPES`; on a CPU of 4 images.
+        progress: Told a label and a number of steps, returns what to call after each step.
+        dtype: Dtype of x, dy and the parameters, one of `wtconv.DTYPES`.
+
+    Returns:
+        A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
+        `wtconv.run`; a row for each shape, direction and contender with its times in milliseconds,
+        `tflops_per_s`, and `speedup`, the median of plain JAX over its own.
+
+    Raises:
+        ValueError: An unknown shape or dtype.
+    """
+    unknown = sorted(set(shapes) - set(SHAPES))
+    if unknown:
+        raise ValueError(f"shape: {unknown} is not one of {list(SHAPES)}")
+    check_dtype(dtype)
+    clock, no_device_events = clocks.best()
+    rows: list[Json] = []
+    for name in shapes:
+        shape = here(name)
+        rows_of_x = shape.rows, shape.channels
+        copies = drawn_copies(rows_of_x, rows_of_x, dtype)
+        programs = {
+            contender: compiled_calls(function, _params(shape, dtype), copies)
+            for contender, function in _contenders(shape, dtype).items()
+        }
+        for direction in PASSES:
+            calls = {contender: each[direction].call for contender, each in programs.items()}
+            step = progress(f"{name} {direction}", clock.turns(len(calls)))
+            times = clock.take_turns(calls, step)
+            # Two products forward, and two for each of them backward.
+            products = 2 if direction == "forward" else 6
+            operations = 2 * products * shape.rows * shape.channels * shape.hidden
+            rows += [
+                {
+                    "shape": name,
+                    "x": list(rows_of_x),
+                    "hidden": shape.hidden,
+                    "direction": direction,
+                    "contender": contender,
+                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                    "tflops_per_s": operations / spread.median / 1e9,
+                    "speedup": times[_PLAIN].median / spread.median,
+                }
+                for contender, spread in times.items()
+            ]
+    return {
+        "benchmark": "mlp",
+        "date": date.today().isoformat(),
+        "device": environment.device(),
+        "versions": environment.versions(),
+        "dtype": dtype,
+        "baseline": _PLAIN,
+        "clock": clock.name,
+        "no_device_events": no_device_events,
+        "rows": rows,
+    }
+
+
+def here(name: str) -> Shape:
+    """A named shape as it is timed on this device.
+
+    Args:
+        name: One of `SHAPES`.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     here("convnext_t_stage4").rows
+        196
+    """
+    return SHAPES[name].of(4) if on_cpu() else SHAPES[name]
+
+
+def implementations(shape: Shape, dtype: str) -> list[str]:
+    """Our implementations that can compute a shape here, in both directions.
+
+    Args:
+        shape: The MLP.
+        dtype: Dtype of x, dy and the parameters.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: An unknown dtype.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     implementations(Shape(8, 8), "float32")
+        ['xla']
+    """
+    check_dtype(dtype)
+    sizes = (shape.rows, shape.channels), jnp.dtype(dtype), shape.hidden, shape.channels
+    return able(OPERATOR, Problem(*sizes))
+
+
+def defaults(report: Json) -> list[Entry]:
+    """The fastest implementations of a report, as `defaults.entries` returns them.
+
+    Args:
+        report: A report of `run`.
+
+    Returns:
+        An entry for each direction of each shape that several implementations can compute.
+    """
+
+    def problem(row: Json) -> Json:
+        _, channels = row["x"]
+        sizes = {"hidden": row["hidden"], "features": channels}
+        return {"shape": row["x"], "dtype": report["dtype"], **sizes}
+
+    return entries(OPERATOR, report, problem)
+
+
+def _contenders(shape: Shape, dtype: str) -> dict[str, Callable[..., jax.Array]]:
+    """The functions of x and parameters that are timed."""
+    found = {_PLAIN: baseline_jax.mlp, OURS: mlp}
+    names = implementations(shape, dtype)
+    for name in names if len(names) > 1 else []:
+        found[f"{OURS} {name}"] = partial(mlp, implementation=name)
+
+    def applied(function: Callable[..., jax.Array], x: jax.Array, params: Tree) -> jax.Array:
+        return function(x, *params)
+
+    return {name: partial(applied, one) for name, one in found.items()}
+
+
+def _params(shape: Shape, dtype: str) -> Tree:
+    """Kernels and biases."""
+    channels, hidden = shape.channels, shape.hidden
+    sizes = (channels, hidden), (hidden, channels), (hidden,), (channels,)
+    keys = jax.random.split(jax.random.key(1), len(sizes))
+    arrays = [
+        0.05 * jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True)
+    ]
+    return tuple(arrays[:2]), tuple(arrays[2:])

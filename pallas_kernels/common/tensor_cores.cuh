@@ -1,0 +1,255 @@
+// Instructions for 16-bit images on tensor cores, for NVRTC and for the emulation on a CPU, which has
+// them as functions of the same names: products, copies in groups, copies of boxes, barriers.
+//
+// Rows of pixels are kept in shared memory as TMA lays them with swizzles of 64 bytes: 32 channels a
+// pixel, whose pieces of 16 bytes change places from one pair of pixels to the next, so that a
+// warp's loads of neighbouring pixels are in different banks. It must begin at a multiple of 512
+// bytes, a stage that a box is copied to at a multiple of 1024.
+//
+// The host defines BFLOAT16, 1 or 0 for float16.
+
+typedef unsigned short Scalar;
+typedef long long Offset;
+typedef unsigned long long Barrier;
+
+#define DEVICE __device__ __forceinline__
+#ifndef SHARED
+#define SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+
+constexpr int CHUNK = 32;  // Channels of a pixel in shared memory.
+constexpr int PIXEL = sizeof(Scalar) * CHUNK;
+
+struct alignas(8) Four {
+  unsigned low, high;  // Channels 0 and 1, 2 and 3.
+};
+
+struct alignas(16) Eight {
+  Four low, high;
+};
+
+// Where a byte of rows of pixels lies in shared memory.
+DEVICE constexpr int swizzled(int byte) { return byte ^ (byte >> 7 & 3) << 4; }
+
+#ifdef __CUDACC__
+
+// Numbers of an image's place: what the launcher encodes, and TMA reads.
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+#define BOXES const __grid_constant__ TensorMap
+
+DEVICE unsigned address(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
+
+#if BFLOAT16
+#define MMA_TYPES "f32.bf16.bf16.f32"
+#else
+#define MMA_TYPES "f32.f16.f16.f32"
+#endif
+
+DEVICE void multiply8(float (&d)[4], unsigned a0, unsigned a1, unsigned b, const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k8.row.col." MMA_TYPES " {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+DEVICE void multiply16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                       unsigned b0, unsigned b1, const float (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
+      " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+        "f"(c[3]));
+#else
+  float half[4];
+  multiply8(half, a0, a1, b0, c);
+  multiply8(d, a2, a3, b1, half);
+#endif
+}
+
+#if BFLOAT16
+DEVICE unsigned packed(float low, float high) {
+  unsigned result;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+#error "bfloat16 needs compute capability 8.0"
+#endif
+  return result;
+}
+#else
+DEVICE unsigned packed(float low, float high) {
+  Scalar parts[2];
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(parts[0]) : "f"(low));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(parts[1]) : "f"(high));
+  return parts[0] | unsigned(parts[1]) << 16;
+}
+#endif
+
+// The number in half a register.
+DEVICE float number_of(Scalar bits) {
+#if BFLOAT16
+  return __uint_as_float(unsigned(bits) << 16);
+#else
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+  return result;
+#endif
+}
+
+// Starts to copy 4, 8 or 16 bytes to shared memory, zeros where they are outside of the image.
+template <int BYTES>
+DEVICE void copy(void* to, const void* from, bool inside) {
+#if __CUDA_ARCH__ >= 800
+  if (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
+                 "r"(inside ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address(to)), "l"(from),
+                 "n"(BYTES == 16 ? 8 : BYTES), "r"(inside ? BYTES : 0)
+                 : "memory");
+  }
+#else
+  if (BYTES == 16) {
+    *static_cast<Eight*>(to) = inside ? *static_cast<const Eight*>(from) : Eight{};
+  } else if (BYTES == 8) {
+    *static_cast<Four*>(to) = inside ? *static_cast<const Four*>(from) : Four{};
+  } else {
+    *static_cast<unsigned*>(to) = inside ? *static_cast<const unsigned*>(from) : 0;
+  }
+#endif
+}
+
+// Ends a group of this thread's copies.
+DEVICE void commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups of this thread's copies but the last PENDING.
+template <int PENDING>
+DEVICE void wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+#if __CUDA_ARCH__ >= 900
+
+// A barrier in shared memory: a phase of it ends when so many threads have arrived at it, and all
+// bytes that it expects. One thread makes those of a block, then calls `made`, then all meet.
+DEVICE void make(Barrier* barrier, unsigned arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals)
+               : "memory");
+}
+
+DEVICE void made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
+}
+
+// Arrives, and makes the phase wait for bytes.
+DEVICE void expect(Barrier* barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Waits for the end of the phase, 0 or 1 in turns.
+DEVICE void wait_for(Barrier* barrier, unsigned phase) {
+  asm volatile(
+      "{\n .reg .pred done;\n"
+      "again_%=:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      " @!done bra again_%=;\n}" ::"r"(address(barrier)),
+      "r"(phase)
+      : "memory");
+}
+
+// Starts to copy a box from an array, zeros where it lies outside, and tells the barrier.
+DEVICE void load_box(void* to, const TensorMap& map, Barrier* barrier, int channel, int column,
+                     int row, int image) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(address(to)),
+      "l"(&map), "r"(address(barrier)), "r"(channel), "r"(column), "r"(row), "r"(image)
+      : "memory");
+}
+
+// Starts to copy a box to an array, without what lies outside, as a group of this thread's.
+DEVICE void store_box(const TensorMap& map, int channel, int column, int row, int image,
+                      const void* from) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(&map),
+      "r"(address(from)), "r"(channel), "r"(column), "r"(row), "r"(image)
+      : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Waits until shared memory may change that all of this thread's stores but the last PENDING read.
+template <int PENDING>
+DEVICE void stored() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+
+// Lets copies of boxes read what this thread has written to shared memory.
+DEVICE void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#endif
+
+#else
+
+using cuda_on_cpu::TensorMap;
+#define BOXES const TensorMap
+
+DEVICE void multiply8(float (&d)[4], unsigned a0, unsigned a1, unsigned b, const float (&c)[4]) {
+  cuda_on_cpu::multiply<1>(d, {a0, a1}, {b}, c, BFLOAT16);
+}
+DEVICE void multiply16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                       unsigned b0, unsigned b1, const float (&c)[4]) {
+  cuda_on_cpu::multiply<2>(d, {a0, a1, a2, a3}, {b0, b1}, c, BFLOAT16);
+}
+DEVICE unsigned packed(float low, float high) { return cuda_on_cpu::packed(low, high, BFLOAT16); }
+DEVICE float number_of(Scalar bits) { return cuda_on_cpu::number16(bits, BFLOAT16); }
+template <int BYTES>
+DEVICE void copy(void* to, const void* from, bool inside) {
+  cuda_on_cpu::copy(to, from, BYTES, inside);
+}
+DEVICE void commit() { cuda_on_cpu::commit(); }
+template <int PENDING>
+DEVICE void wait() {
+  cuda_on_cpu::wait(PENDING);
+}
+DEVICE void make(Barrier* barrier, unsigned arrivals) { cuda_on_cpu::make(barrier, arrivals); }
+DEVICE void made() {}
+DEVICE void arrive(Barrier* barrier) { cuda_on_cpu::arrive(barrier); }
+DEVICE void expect(Barrier* barrier, unsigned bytes) { cuda_on_cpu::expect(barrier, bytes); }
+DEVICE void wait_for(Barrier* barrier, unsigned phase) { cuda_on_cpu::wait_for(barrier, phase); }
+DEVICE void load_box(void* to, const TensorMap& map, Barrier* barrier, int channel, int column,
+                     int row, int image) {
+  cuda_on_cpu::load_box(to, map, barrier, {channel, column, row, image});
+}
+DEVICE void store_box(const TensorMap& map, int channel, int column, int row, int image,
+                      const void* from) {
+  cuda_on_cpu::store_box(map, {channel, column, row, image}, from);
+}
+template <int PENDING>
+DEVICE void stored() {
+  cuda_on_cpu::stored(PENDING);
+}
+DEVICE void publish() {}
+
+#endif
+
+// The values of one of four channels of two rows, the upper row's in the lower half: a register of a
+// product's side, whose K counts rows of a pair fastest.
+DEVICE unsigned of_channel(int channel, const Four& upper, const Four& lower) {
+  const unsigned one = channel < 2 ? upper.low : upper.high;
+  const unsigned other = channel < 2 ? lower.low : lower.high;
+  return __byte_perm(one, other, channel % 2 ? 0x7632 : 0x5410);
+}

@@ -1,0 +1,401 @@
+"""The launches of `folded_kernels.cu`, for any framework: 16 bits, odd kernels, on tensor cores.
+
+Where images of a level fit into a block's shared memory, one launch does it and all below. Above
+are means of squares first, those of two levels in one launch; then each level from the deepest one
+on, which adds what the level below has made.
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.triton import AnyArray, cdiv
+from pallas_kernels.common.types import Output
+
+SOURCE = Path(__file__).with_name("folded_kernels.cu")
+
+KERNEL_SIZES = 3, 5, 7
+"""The kernel sizes that there are products for."""
+_BFLOAT16 = 80
+"""The compute capability times ten from which on tensor cores take bfloat16."""
+_BLOCKS = 16
+"""Blocks of four columns that a product has rows for."""
+_SMALL = 16
+"""The largest images that one launch does all levels of: larger ones took as long, on an H200."""
+_SETS = {3: 4, 5: 8, 7: 15}
+"""Products that a weight gradient has of a channel, by kernel size."""
+_MEANS_THREADS = 256
+_STAGES = {False: 4, True: 8}
+"""Pairs of rows in shared memory, copied in pieces and as boxes."""
+_OFFSETS = 2**31
+"""Elements that the offsets inside a tile can count."""
+
+
+class Variant(NamedTuple):
+    """The constants that a kernel is compiled with; see the macros of `folded_kernels.cu`."""
+
+    kernel: str
+    bfloat16: bool
+    kernel_size: int
+    across: int
+    images: int
+    pairs: int
+    vector: int
+    group: int
+    groups: int
+    resident: int
+    boxed: bool
+    below: bool = False
+    stages: int = 2
+
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        macros = {
+            self.kernel.upper(): 1,
+            "BFLOAT16": int(self.bfloat16),
+            "KERNEL_SIZE": self.kernel_size,
+            "ACROSS": self.across,
+            "IMAGES": self.images,
+            "PAIRS": self.pairs,
+            "STAGES": self.stages,
+            "VECTOR": self.vector,
+            "GROUP": self.group,
+            "GROUPS": self.groups,
+            "RESIDENT": self.resident,
+            "BOXED": int(self.boxed),
+            "BELOW": int(self.below),
+        }
+        name, threads = f"folded_{self.kernel}", 32 * self.groups
+        return Kernel(SOURCE, name, tuple(macros.items()), threads, self.shared(), self._boxes())
+
+    def _boxes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The boxes of the images, by the numbers of the parameters."""
+        if not self.boxed:
+            return ()
+        width, channels = 4 * self.across, self.channels
+        x, y = ((self.images, 2, columns, channels) for columns in (self._box(), width))
+        if self.kernel == "weights":
+            return ((0, x), (1, y))
+        squares = self.images, 1, width // 2, channels
+        return ((0, x), (2, squares), (10, y)) if self.below else ((0, x), (9, y))
+
+    def _box(self) -> int:
+        """Columns of a box of x."""
+        return cdiv(4 * self.across + 4 * (self.kernel_size // 2), 8) * 8
+
+    @property
+    def channels(self) -> int:
+        """Channels of a block."""
+        return self.group * self.groups
+
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        width = 4 * self.across
+        if self.boxed:
+            pixel = 2 * self.channels
+            rows = 2 * self.images * self._box() * pixel
+            results = cdiv(2 * self.images * width * pixel, 1024) * 1024
+            squares = cdiv(self.below * self.images * width // 2 * pixel, 1024) * 1024
+        else:
+            rows = _group_bytes(2 * self.images * (width + 4 * (self.kernel_size // 2)), self)
+            results = _group_bytes(2 * self.images * width, self)
+            squares = _group_bytes(2 * self.images * self.across, self)
+        barriers = 16 * self.boxed
+        if self.kernel == "weights":
+            read = self.stages * (rows + results + barriers)
+            return max(read, 512 * self.groups * _SETS[self.kernel_size])
+        waiting = self.stages + 1 if self.boxed else 2
+        return self.stages * (rows + squares + barriers) + waiting * results
+
+    def tiles(self, shape: tuple[int, ...]) -> int:
+        """Tiles of a channel of images `[N, H, W, C]`."""
+        n, h, w, _ = shape
+        return cdiv(n, self.images) * cdiv(h, 2 * self.pairs) * cdiv(w, 4 * self.across)
+
+    def chunks(self, shape: tuple[int, ...]) -> int:
+        """Parts of the channels, which blocks treat by themselves."""
+        return cdiv(shape[-1], self.channels)
+
+    def programs(self, shape: tuple[int, ...], device: Device) -> int:
+        """Blocks that share the tiles of a channel."""
+        at_once = self.resident * device.multiprocessors // self.chunks(shape)
+        tiles = self.tiles(shape)
+        most = max(1, min(tiles, at_once))
+        # As few as end at the same time.
+        return cdiv(tiles, cdiv(tiles, most))
+
+    def time(self, shape: tuple[int, ...], device: Device) -> int:
+        """Pairs of rows that the busiest multiprocessor treats."""
+        programs = self.programs(shape, device)
+        waves = cdiv(programs * self.chunks(shape), self.resident * device.multiprocessors)
+        around = 2 * (self.kernel_size // 2)
+        return waves * cdiv(self.tiles(shape), programs) * (self.pairs + around)
+
+
+class Whole(NamedTuple):
+    """The constants of the kernel that does some levels of whole images."""
+
+    bfloat16: bool
+    kernel_size: int
+    levels: int
+    height: int
+    width: int
+    images: int
+    vector: int
+    group: int
+    groups: int
+    resident: int
+
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        macros = {
+            "LEVELS": self.levels,
+            "BFLOAT16": int(self.bfloat16),
+            "KERNEL_SIZE": self.kernel_size,
+            "HEIGHT": self.height,
+            "WIDE": self.width,
+            "IMAGES": self.images,
+            "VECTOR": self.vector,
+            "GROUP": self.group,
+            "GROUPS": self.groups,
+            "RESIDENT": self.resident,
+        }
+        threads = 32 * self.groups
+        return Kernel(SOURCE, "folded_levels", tuple(macros.items()), threads, self.shared())
+
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        halo = 4 * (self.kernel_size // 2)
+        return sum(
+            _group_bytes(self.images * 2 * cdiv(h, 2) * (4 * cdiv(w, 4) + halo), self)
+            for _, h, w, _ in (
+                _means_shape((1, self.height, self.width, 1), level) for level in range(self.levels)
+            )
+        )
+
+    def blocks(self, shape: tuple[int, ...]) -> int:
+        """Thread blocks of images `[N, H, W, C]`."""
+        return cdiv(shape[0], self.images) * cdiv(shape[-1], self.group * self.groups)
+
+
+def _group_bytes(pixels: int, variant: Variant | Whole) -> int:
+    """Bytes of shared memory of some pixels of all groups."""
+    return variant.groups * (cdiv(2 * variant.group * pixels, 128) * 128 + 16)
+
+
+def search_space() -> list[dict[str, int]]:
+    """The numbers of blocks of a multiprocessor that are worth timing; see `planned`."""
+    return [{}, {"resident": 1}, {"resident": 2}]
+
+
+def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
+    """Whether these kernels take images `[N, H, W, C]` on a GPU."""
+    n, h, w, c = shape
+    tile = (min(n, _BLOCKS) + 1) * h * (w + 4 * _BLOCKS) * c
+    able = device.capability >= _BFLOAT16 if dtype == "bfloat16" else dtype == "float16"
+    return able and kernel_size in KERNEL_SIZES and tile < _OFFSETS
+
+
+@cache
+def planned(
+    kernel: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    device: Device,
+    resident: int | None = None,
+    below: bool = False,
+) -> Variant:
+    """The variant for images `[N, H, W, C]`.
+
+    Args:
+        kernel: "forward" or "weights".
+        shape: The images'.
+        dtype: "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        device: The GPU.
+        resident: Blocks of a multiprocessor that copy in pieces, 1 of 32 channels or 2 of 16; None
+            for the rule's: one, which copies boxes where it can.
+        below: Whether something is added to squares.
+    """
+    n, h, w, c = shape
+    group = 2 if kernel_size == 7 else 4
+    groups = 8 // (resident or 1)
+    boxed = resident is None and device.boxes and group == 4 and c % 8 == 0
+    if kernel == "weights":
+        across = min(_BLOCKS, 1 << (cdiv(w, 4) - 1).bit_length())
+        images = _BLOCKS // across
+    else:
+        across = cdiv(cdiv(w, 4), cdiv(w, 4 * _BLOCKS))
+        images = min(n, _BLOCKS // across)
+    one = Variant(
+        *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
+        *(group, groups, resident or 1, boxed, below, _STAGES[boxed]),
+    )
+    high = cdiv(h, 2)
+    cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
+    best = min(cuts, key=lambda cut: cut.time(shape, device))
+    share = device.share(best.resident)
+    while best.stages > 2 and best.shared() > share:
+        best = best._replace(stages=best.stages - 1)
+    return best
+
+
+@cache
+def whole(
+    shape: tuple[int, ...], dtype: str, kernel_size: int, levels: int, device: Device
+) -> Whole | None:
+    """The variant that does some levels of images `[N, H, W, C]`, or None where it has no room.
+
+    Two blocks of a multiprocessor, so that one computes while another waits for memory.
+    """
+    n, h, w, c = shape
+    across = cdiv(w, 4)
+    if max(h, w) > _SMALL:
+        return None
+    group = 2 if kernel_size == 7 else 4
+    found = Whole(
+        *(dtype == "bfloat16", kernel_size, levels, h, w, min(n, _BLOCKS // across)),
+        *(math.gcd(group, c), group, 4, 2),
+    )
+    while found.images > 1 and found.shared() > device.share(found.resident):
+        found = found._replace(images=found.images - 1)
+    return found if found.shared() <= device.share(found.resident) else None
+
+
+def forward(
+    x: AnyArray,
+    taps: AnyArray,
+    bias: AnyArray | None,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    launch: Launch[AnyArray],
+    *,
+    resident: int | None = None,
+) -> AnyArray:
+    """The wavelet convolution.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`.
+        taps: Folded taps, as `folding.taps` orders them, `[levels, C, k, 2k, 2, 2, 2]` in x's
+            dtype.
+        bias: float32 `[C]`, or None.
+        shape: x's.
+        dtype: x's, "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        levels: The number of levels, at least one.
+        device: The GPU.
+        launch: The framework's launch function.
+        resident: See `planned`.
+
+    Returns:
+        y in x's shape and dtype.
+    """
+    sizes = [_means_shape(shape, level) for level in range(levels)]
+    together = [
+        whole(size, dtype, kernel_size, levels - level, device) for level, size in enumerate(sizes)
+    ]
+    # The first level that is done with all below it, if one is.
+    above = next((level for level, one in enumerate(together) if one), levels)
+    images = [x, *means(x, shape, dtype, min(above, levels - 1), launch)]
+    below = None
+    if above < levels and (one := together[above]):
+        n, _, _, c = size = sizes[above]
+        arguments = [images[above], taps, None if above else bias, above, n, c]
+        (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
+    for level in reversed(range(above)):
+        n, h, w, c = size = sizes[level]
+        added = below is not None
+        variant = planned("forward", size, dtype, kernel_size, device, resident, added)
+        programs = variant.programs(size, device)
+        arguments = [images[level], taps, *[below] * (added or not variant.boxed)]
+        arguments += [None if level else bias, level]
+        blocks = programs * variant.chunks(size)
+        (below,) = launch(
+            variant.compiled(), [*arguments, n, c, h, w, programs], [(size, dtype)], blocks
+        )
+    assert below is not None
+    return below
+
+
+def means(
+    x: AnyArray, shape: tuple[int, ...], dtype: str, levels: int, launch: Launch[AnyArray]
+) -> list[AnyArray]:
+    """The means of the squares of two rows and columns, of their squares, and so on.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`.
+        shape: x's.
+        dtype: x's, "bfloat16" or "float16".
+        levels: How often.
+        launch: The framework's launch function.
+
+    Returns:
+        An array a level, in x's dtype.
+    """
+    found: list[AnyArray] = []
+    vector = math.gcd(8, shape[-1])
+    macros = {"MEANS": 1, "BFLOAT16": int(dtype == "bfloat16"), "VECTOR": vector}
+    kernel = Kernel(SOURCE, "folded_means", tuple(macros.items()), _MEANS_THREADS, 0)
+    for level in range(levels):
+        (n, h, w, c), size = (_means_shape(shape, level + i) for i in range(2))
+        blocks = cdiv(math.prod(size) // vector, _MEANS_THREADS)
+        image = found[-1] if found else x
+        found += launch(kernel, [image, n, c, h, w], [(size, dtype)], blocks)
+    return found
+
+
+def weight_grad(
+    x: AnyArray,
+    dy: AnyArray,
+    table: AnyArray,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    launch: Launch[AnyArray],
+    *,
+    resident: int | None = None,
+) -> list[AnyArray]:
+    """The weight gradients of the folded taps, of each level.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`.
+        dy: The gradient of the output, of x's shape and dtype.
+        table: `folding.products(kernel_size)`.
+        shape: x's.
+        dtype: x's, "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        levels: The number of levels, at least one.
+        device: The GPU.
+        launch: The framework's launch function.
+        resident: See `planned`.
+
+    Returns:
+        For each level float32 `[programs, C, 16 * k * k + 1]`, to be summed over the programs: the
+        gradients of the folded taps and of the bias, of level i a 4**i-th of them.
+    """
+    found = []
+    of_x, of_dy = ([a, *means(a, shape, dtype, levels - 1, launch)] for a in (x, dy))
+    for level in range(levels):
+        size = _means_shape(shape, level)
+        variant = planned("weights", size, dtype, kernel_size, device, resident)
+        n, h, w, c = size
+        programs = variant.programs(size, device)
+        arguments = [of_x[level], of_dy[level], table, n, c, h, w, programs]
+        output: Output = ((programs, c, 16 * kernel_size**2 + 1), "float32")
+        blocks = programs * variant.chunks(size)
+        found += launch(variant.compiled(), arguments, [output], blocks)
+    return found
+
+
+def _means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:
+    """The shape of the means of squares of 2**level rows and columns."""
+    n, h, w, c = shape
+    return n, cdiv(h, 2**level), cdiv(w, 2**level), c

@@ -1,0 +1,190 @@
+"""WTConv in 16 bits on tensor cores: the fold of taps, and kernels run on the CPU and on a GPU."""
+
+from itertools import product
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.cuda import EMULATED, emulate, folder
+from helpers.wtconv import assert_oracle, assert_reproducible, takes
+
+from pallas_kernels.common.cuda import Device, source_text
+from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher
+from pallas_kernels.oracle import wtconv
+from pallas_kernels.wtconv import cuda as cuda_jax
+from pallas_kernels.wtconv import folded_launches as launches
+from pallas_kernels.wtconv.cases import CASES, Case, inputs
+
+SOURCE = source_text(launches.SOURCE)
+TAKEN = [
+    case
+    for case in CASES
+    if takes(cuda_jax, case) and launches.takes((1, 1, 1, 1), case.dtype, case.kernel_size, HOPPER)
+]
+SMALL = Device(shared=66000, multiprocessors=2)
+"""On which levels are launches of their own, but those of the smallest images."""
+ALWAYS = Case((9, 10), 2, 3, "bfloat16")
+STREAMED = [
+    # Strips of rows, columns in tiles; the last rows and columns are odd.
+    Case((29, 69), 2, 5, "bfloat16", batch=(1,), channels=40),
+    Case((31, 33), 3, 3, "float16", batch=(5,), channels=8),
+    Case((18, 17), 3, 7, "float16", channels=34),
+    Case((15, 33), 3, 3, "bfloat16", batch=(5,), channels=5),
+    Case((21, 30), 2, 5, "float16", batch=(3,), channels=2),
+]
+
+
+def described(case):
+    return case.name
+
+
+@pytest.mark.parametrize("kernel_size", launches.KERNEL_SIZES)
+def test_folded_taps_are_the_oracles_answer_to_one_pixel(kernel_size):
+    """A pixel at each place of a square: the base and one level, each scale from 1 away."""
+    _, params, _ = inputs(Case((4, 4), 1, kernel_size, bias=False, channels=2))
+    reach, middle = 2 * (kernel_size // 2), 2 * kernel_size
+    base = params["base_kernel"] * params["base_scale"]
+    bands = params["wavelet_kernel_0"] * params["wavelet_scale_0"]
+    folded = np.asarray(cuda_jax.folded((jnp.asarray(base), jnp.asarray(bands))))[0]
+    for row in range(2):
+        for column in range(2):
+            x = np.zeros((4 * kernel_size, 4 * kernel_size, 2))
+            x[middle + row, middle + column] = 1
+            y = wtconv(x, params, 2)
+            for i in range(row, 2 * kernel_size, 2):
+                for j in range(column, 2 * kernel_size, 2):
+                    # The square whose tap (i, j) is of this pixel.
+                    top, left = middle + row - i + reach, middle + column - j + reach
+                    want = y[top : top + 2, left : left + 2].transpose(2, 1, 0)
+                    got = folded[:, i // 2, j, :, :, i % 2]
+                    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel_size", launches.KERNEL_SIZES)
+def test_unfolding_is_the_transpose_of_folding(kernel_size):
+    generator = np.random.default_rng(0)
+    taps = [generator.standard_normal((kernel_size, kernel_size, n, 2)) for n in (1, 4, 4)]
+    gradients = generator.standard_normal((2, 2, 16 * kernel_size**2 + 1))
+    folded = np.asarray(cuda_jax.folded(tuple(map(jnp.asarray, taps)))).reshape(2, 2, -1)
+    base, bands, bias = cuda_jax.unfolded(jnp.asarray(gradients, jnp.float32), kernel_size)
+    got = (folded * gradients[..., :-1]).sum()
+    want = sum((a * np.asarray(b)).sum() for a, b in zip(taps, (base, *bands), strict=True))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    np.testing.assert_allclose(bias, gradients[0, :, -1], rtol=1e-6)
+
+
+@EMULATED
+def test_16_bits_are_the_oracles_on_the_cpu(monkeypatch):
+    emulate(monkeypatch, cuda_jax)
+    assert_oracle(ALWAYS, "cuda")
+
+
+@EMULATED
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("case", TAKEN, ids=described)
+def test_every_case_on_the_cpu(case, order, monkeypatch):
+    emulate(monkeypatch, cuda_jax).order = order
+    assert_oracle(case, "cuda")
+
+
+@EMULATED
+@pytest.mark.parametrize(
+    ("case", "boxes"),
+    [
+        pytest.param(
+            *(case, boxes),
+            id=f"{case.name}-{'boxes' if boxes else 'pieces'}",
+            marks=pytest.mark.slow if number else pytest.mark.wide,
+        )
+        for number, (case, boxes) in enumerate([*product(STREAMED, (True, False))])
+        if not boxes or case.channels % 8 == 0
+    ],
+)
+def test_levels_of_their_own_on_the_cpu(case, boxes, monkeypatch):
+    launcher = emulate(monkeypatch, cuda_jax, SMALL._replace(boxes=boxes))
+    for launcher.order in (0, 2):
+        assert_oracle(case, "cuda")
+
+
+FAULTS = {
+    "a barrier": ("    __syncthreads();\n    store", "    store"),
+    "a wait": ("wait<STAGES - 2>();", ""),
+    "a wait for too few": ("wait<STAGES - 2>();", "wait<STAGES - 1>();"),
+    "a bound of the columns": ("at >= 0 && at < images.width", "at < images.width"),
+    "a bound of the rows": ("2 * pair + 1 < images.height ? there", "true ? there"),
+    "the other channel": ("0x7632 : 0x5410", "0x5410 : 0x7632"),
+    "another pair's taps": ("(REACHED - 1 - i) * PARTS", "i * PARTS"),
+    "one buffer of results": ("results + step % 2 * Outputs::BYTES;", "results;"),
+    "sums of the tile before": ("      clear(sums);\n", ""),
+    "a level below of another pair": (
+        "const int done = loading.pair - R;",
+        "const int done = loading.pair;",
+    ),
+    "pairs of dy": ("ring[c][i][f] = ring[c][i - 1][f];", "ring[c][i][f] = ring[c][0][f];"),
+    "the last pair of x": ("bottom(images) + R, pairs + MIXED)", "bottom(images) + R, pairs)"),
+}
+
+
+@EMULATED
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault, monkeypatch):
+    old, new = FAULTS[fault]
+    launcher = emulate(monkeypatch, cuda_jax, SMALL)
+    text = SOURCE.replace(old, new)
+    assert text != SOURCE
+    monkeypatch.setattr(launcher, "_source", text)
+
+    def caught(order):
+        launcher.order = order
+        try:
+            assert_oracle(STREAMED[0], "cuda")
+        # The kernel's own errors come through JAX.
+        except (AssertionError, RuntimeError, ValueError):
+            return True
+        return False
+
+    assert any(map(caught, (0, 1, 2)))
+
+
+@EMULATED
+@pytest.mark.slow
+def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
+    """Of the pairs of rows and blocks of columns that it reaches by itself, every pixel at most."""
+    shape = 1, 32, 40, 4
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal(shape).astype("float16")
+    x[0, 16, 20, 1] = np.inf
+    taps = tuple(
+        jnp.asarray(generator.standard_normal((5, 5, bands, 4)), "float32") for bands in (1, 4)
+    )
+    matrices = np.ascontiguousarray(np.asarray(cuda_jax.folded(taps)).astype("float16"))
+    launcher = Launcher(folder())
+    y = launches.forward(x, matrices, None, shape, "float16", 5, 1, SMALL, launcher.launch)
+    rows, columns, channels = np.nonzero(~np.isfinite(y.astype(np.float32)))[1:]
+    assert set(channels) == {1}
+    # Two squares to each side by itself.
+    assert {*range(12, 22)} <= set(rows) <= {*range(12, 22)}
+    assert {*range(16, 26)} <= set(columns) <= {*range(16, 28)}
+
+
+def test_small_images_are_one_launch_and_large_ones_streams():
+    h200 = Device(shared=232448, multiprocessors=132)
+    one = launches.whole((128, 14, 14, 384), "bfloat16", 5, 3, h200)
+    assert (one.images, one.blocks((128, 14, 14, 384))) == (4, 32 * 24)
+    assert launches.whole((128, 56, 56, 96), "bfloat16", 5, 5, h200) is None
+    variant = launches.planned("forward", (128, 56, 56, 96), "bfloat16", 5, h200)
+    assert (variant.across, variant.images, variant.pairs) == (14, 1, 28)
+    assert variant.programs((128, 56, 56, 96), h200) == 43
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*TAKEN, *STREAMED], ids=described)
+def test_16_bits_are_the_oracles_on_a_gpu(case):
+    assert_oracle(case, "cuda")
+
+
+@pytest.mark.gpu
+def test_gradients_in_16_bits_are_bitwise_reproducible():
+    assert_reproducible("cuda", STREAMED[0])

@@ -1,0 +1,394 @@
+"""Depthwise convolution as PyTorch operators, and the choice of what computes them.
+
+`flash_wtconv::depthwise` and `flash_wtconv::depthwise_weight_grad` are custom operators with fake
+kernels and registered derivatives, so `torch.compile` and `torch.export` keep them whole. The
+convolution is linear in x and linear in the weight, so the derivatives of both operators are these
+two again, of every order. Where plain PyTorch computes both directions there is no custom operator.
+
+An implementation is a module of `torch_bridge.depthwise` with `unavailable(platform)` and
+`check(direction, problem)`, as `pallas_kernels.dispatch.Operator` asks for them, and
+
+    forward(x, weight, bias, *, transpose) -> y
+    weight_grad(x, dy, *, kernel_size) -> the gradient of the weight
+
+for x `[N, C, H, W]` of any strides and at least one pixel, weight `[C, 1, k, k]`, bias `[C]` or
+None, stride 1 and padding that keeps the size. It need not care for the strides of images that it
+returns: a copy mends those that are not `torch.empty_like(x)`'s.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pallas_kernels.common.types import Pair, Tree
+from pallas_kernels.conv2d.problem import Window
+from pallas_kernels.depthwise.problem import Problem
+from pallas_kernels.dispatch import Choice, Operator, Request, backend, until_forgotten
+from pallas_kernels.dispatch.tuner import TuningParams
+from torch_bridge.runtime import calls, measuring
+
+
+class Implementation(StrEnum):
+    """Implementations of the depthwise convolution."""
+
+    CUDA = "cuda"
+    EAGER = "eager"
+
+
+class _Backend(backend.Implementation, Protocol):
+    """An implementation of both operators; the module's docstring says what they take."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool) -> Tensor:
+        """The convolution or its transpose."""
+
+    def weight_grad(self, x: Tensor, dy: Tensor, *, kernel_size: int) -> Tensor:
+        """The gradient of the weight."""
+
+
+OPERATOR = Operator(
+    name="torch_depthwise",
+    package="torch_bridge.depthwise",
+    implementations=Implementation,
+    rule={"cuda": ("eager",), "mps": ("eager",), "cpu": ("eager",)},
+    directions={"fwd": ("forward",), "bwd": ("forward", "weight_grad")},
+)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: str | int | Pair = "same",
+    dilation: int | Pair = 1,
+    *,
+    implementation: Choice = None,
+) -> Tensor:
+    """Depthwise convolution of images: `torch.nn.functional.conv2d` with C groups.
+
+    Args:
+        x: `[N, C, H, W]` or `[C, H, W]` of any strides; kernels of ours read channels last.
+        weight: `[C, 1, KH, KW]`.
+        bias: `[C]` or None.
+        stride: As PyTorch's function takes it.
+        padding: Likewise.
+        dilation: Likewise.
+        implementation: Filter on the implementations, "cuda" and "eager": a name, a sequence of
+            names or "auto" for the fastest of them, which is measured once and remembered, or None
+            for the environment's (`FLASH_WTCONV_TORCH_DEPTHWISE_FWD`, `..._BWD`) or the rule.
+
+    Returns:
+        `[N, C, H_out, W_out]` in x's dtype.
+
+    Raises:
+        ValueError: An unknown implementation, or a weight of other than a row a channel.
+        NotImplementedError: No allowed implementation can run here; says why for each.
+
+    Example:
+        >>> x = torch.ones(1, 2, 4, 4)
+        >>> depthwise_conv2d(x, torch.ones(2, 1, 3, 3))[0, 0, 0].tolist()
+        [4.0, 6.0, 6.0, 4.0]
+    """
+    channels = x.shape[-3]
+    if weight.ndim != 4 or tuple(weight.shape[:2]) != (channels, 1):
+        raise ValueError(
+            f"weight: expected [C, 1, KH, KW] for x with C = {channels} channels, got shape "
+            f"{tuple(weight.shape)}"
+        )
+    images = x.unsqueeze(0) if x.ndim == 3 else x
+    samples = window(tuple(weight.shape[2:]), stride, padding, dilation)
+    tensors = [value for value in (x, weight, bias) if value is not None]
+    shape, strides = calls.known(images)
+    fwd, bwd = pick(
+        *(_static(implementation), x.device, shape, x.dtype, tuple(weight.shape[2:]), samples),
+        *(bias is not None, strides),
+        differentiated=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+    )
+    if calls.names((fwd, bwd)) == ["eager"]:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, channels)
+    y = apply(images, weight, bias, False, fwd, bwd)
+    return y.squeeze(0) if x.ndim == 3 else y
+
+
+def _static(implementation: Choice) -> str | tuple[str, ...] | None:
+    """A filter as a constant of a traced program."""
+    if implementation is None or isinstance(implementation, str):
+        return None if implementation is None else str(implementation)
+    return tuple(map(str, implementation))
+
+
+def window(
+    taps: tuple[int, ...],
+    stride: int | Pair,
+    padding: str | int | Pair,
+    dilation: int | Pair,
+) -> Window:
+    """The samples that taps read.
+
+    Args:
+        taps: Height and width of the kernel.
+        stride: As PyTorch's function takes it.
+        padding: Likewise.
+        dilation: Likewise.
+
+    Example:
+        >>> window((3, 4), 1, "same", 1).pads
+        ((1, 1), (1, 2))
+    """
+    steps, gaps = _pair(stride), _pair(dilation)
+    if padding == "same":
+        spans = [gap * (k - 1) for k, gap in zip(taps, gaps, strict=True)]
+        sides = [(span // 2, span - span // 2) for span in spans]
+    else:
+        sides = [(n, n) for n in _pair(0 if isinstance(padding, str) else padding)]
+    return Window(stride=steps, pads=(sides[0], sides[1]), dilation=gaps)
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+# What it returns is a constant of a traced program: it asks the environment, imports, and measures.
+@torch.compiler.assume_constant_result
+def pick(
+    implementation: str | tuple[str, ...] | None,
+    device: torch.device,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    taps: tuple[int, ...],
+    window: Window,
+    bias: bool = False,
+    strides: tuple[int, ...] | None = None,
+    differentiated: bool = True,
+) -> tuple[str, str]:
+    """Picks what computes a call, forward and backward: the implementations' names.
+
+    Args:
+        implementation: Filter on the implementations, see `pallas_kernels.dispatch`.
+        device: Of x.
+        shape: Of x, `[N, C, H, W]`. An empty batch is nobody's problem: nothing is launched.
+        dtype: Of x.
+        taps: Height and width of the kernel.
+        window: The samples that they read.
+        bias: Whether there is one.
+        strides: Of x; None where they are not known, and nothing is measured.
+        differentiated: Whether there is a backward pass. Where there is none nothing is asked for
+            it, and the forward pass's choice is told twice.
+
+    Raises:
+        ValueError: An unknown name in the environment's variable.
+        NotImplementedError: No allowed implementation can run here; says why for each. Or
+            `torch.func` differentiates, and what would run is a custom operator.
+
+    Example:
+        >>> window = Window(pads=((1, 1), (1, 1)))
+        >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32, (3, 3), window)
+        ('eager', 'eager')
+    """
+    where = implementation, device.type, measuring.kind(device)
+    fwd = OPERATOR.request("fwd", *where)
+    bwd = OPERATOR.request("bwd", *where) if differentiated else None
+    n, c, h, w = shape
+    problem = Problem(
+        (max(n, 1), h, w, c), str(dtype).removeprefix("torch."), (taps[0], taps[1]), window
+    )
+    last = strides is not None and strides[1] < strides[3]
+    picked = _picked_by(fwd, bwd, device, problem, dtype, bias, last, strides is not None)
+    if calls.names(picked) != ["eager"] and calls.differentiated_by_func():
+        raise NotImplementedError(
+            f"torch.func differentiates what {' and '.join(calls.names(picked))} would compute, "
+            "and PyTorch has no way yet to tell it of custom operators: use "
+            "implementation='eager', or torch.autograd.grad"
+        )
+    return picked
+
+
+@until_forgotten
+def _picked_by(
+    fwd: Request,
+    bwd: Request | None,
+    device: torch.device,
+    problem: Problem,
+    dtype: torch.dtype,
+    bias: bool,
+    last: bool,
+    measurable: bool,
+) -> tuple[str, str]:
+    """The result of `pick`, by the requests of its directions: a warm call looks it up alone."""
+
+    def chosen(request: Request) -> str:
+        static = request.direction, problem, device, dtype, bias, last, measurable
+        found = request.choose(problem, _measurement, *static)
+        if request.names is not None:
+            return str(found)
+        text = str(found)
+        if (OPERATOR.name, found.implementation) in calls.FAILED:
+            text = calls.following(OPERATOR, request.direction, device, problem)
+        # Nobody named it, so another may compute in its place where it does not compile.
+        return f"{text} {calls.ELSE}"
+
+    first = chosen(fwd)
+    return first, first if bwd is None else chosen(bwd)
+
+
+def _measurement(
+    direction: str,
+    problem: Problem,
+    device: torch.device,
+    dtype: torch.dtype,
+    bias: bool,
+    last: bool,
+    measurable: bool,
+) -> measuring.TorchMeasurement:
+    """Runs and times an implementation on tensors like those of a call."""
+    n, h, w, c = problem.shape
+    k = problem.kernel_size[0]
+
+    def image(draw: measuring.Draw) -> Tensor:
+        x = draw((n, h, w, c), dtype).movedim(-1, 1)
+        return x if last else x.contiguous()
+
+    def inputs(draw: measuring.Draw) -> tuple[Tree, ...]:
+        weight = draw((c, 1, *problem.kernel_size), dtype)
+        return image(draw), image(draw), weight, draw((c,), dtype) if bias else None
+
+    def run(
+        module: backend.Implementation,
+        config: TuningParams,
+        x: Tensor,
+        dy: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> list[Tensor]:
+        timed = cast(_Backend, module)
+        if direction == "fwd":
+            return [timed.forward(x, weight, bias, transpose=False)]
+        dx = timed.forward(dy, weight, None, transpose=True)
+        return [dx, timed.weight_grad(x, dy, kernel_size=k)]
+
+    return measuring.TorchMeasurement(
+        run,
+        inputs,
+        device,
+        OPERATOR.module("eager"),
+        {"bias": bias, "channels_last": last},
+        None if measurable else "this PyTorch does not tell the sizes of a traced program",
+    )
+
+
+@torch.library.custom_op("flash_wtconv::depthwise", mutates_args=())
+def apply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transpose: bool, fwd: str, bwd: str
+) -> Tensor:
+    """The convolution or its transpose; the arguments as the module has them."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+
+    def compute(module: _Backend, config: dict[str, int]) -> Tensor:
+        with calls.without_autocast(x):
+            return module.forward(x, weight, bias, transpose=transpose)
+
+    problem = _problem(x, weight.shape[-1])
+    y = calls.computed(OPERATOR, "fwd", fwd, x.device, problem, compute)
+    like = torch.empty_like(x, device="meta")
+    return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
+
+
+@apply.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("flash_wtconv::depthwise_weight_grad", mutates_args=())
+def weight_grad(x: Tensor, dy: Tensor, kernel_size: int, bwd: str) -> Tensor:
+    """The gradient of the weight, in x's dtype or better; bilinear in x and dy."""
+    if x.numel() == 0:
+        return _empty_weight(x, kernel_size).zero_()
+
+    def compute(module: _Backend, config: dict[str, int]) -> Tensor:
+        with calls.without_autocast(x):
+            return module.weight_grad(x, dy, kernel_size=kernel_size)
+
+    problem = _problem(x, kernel_size)
+    found = calls.computed(OPERATOR, "bwd", bwd, x.device, problem, compute)
+    return found.to(_empty_weight(x, 1).dtype).contiguous()
+
+
+@weight_grad.register_fake
+def _(x: Tensor, dy: Tensor, kernel_size: int, bwd: str) -> Tensor:
+    return _empty_weight(x, kernel_size)
+
+
+def _empty_weight(x: Tensor, kernel_size: int) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size), dtype=dtype)
+
+
+def _problem(x: Tensor, kernel_size: int) -> Problem:
+    """The call of a custom operator, whose padding keeps the size."""
+    n, c, h, w = x.shape
+    sides = (kernel_size - 1) // 2, kernel_size // 2
+    name = str(x.dtype).removeprefix("torch.")
+    return Problem((n, h, w, c), name, (kernel_size, kernel_size), Window(pads=(sides, sides)))
+
+
+def _keep(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.transpose, _, ctx.bwd = inputs
+    ctx.bias = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tree, ...]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    dx = dweight = dbias = None
+    if needs_weight:
+        pair = (dy, x) if ctx.transpose else (x, dy)
+        dweight = weight_grad(*pair, weight.shape[-1], ctx.bwd).to(weight.dtype)
+    if needs_x:
+        dx = apply(dy, weight, None, not ctx.transpose, ctx.bwd, ctx.bwd)
+    if needs_bias:
+        # In two steps: of all at once PyTorch makes a sum that is twice as slow.
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        dbias = dy.sum(-1, dtype=wide).sum((0, -1)).to(ctx.bias)
+    return dx, dweight, dbias, None, None, None
+
+
+apply.register_autograd(_backward, setup_context=_keep)
+
+
+def _keep_pair(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:
+    x, dy, _, ctx.bwd = inputs
+    ctx.save_for_backward(x, dy)
+
+
+def _backward_of_weight(ctx: Any, dweight: Tensor) -> tuple[Tree, ...]:
+    x, dy = ctx.saved_tensors
+    needs_x, needs_dy, *_ = ctx.needs_input_grad
+    dx = apply(dy, dweight, None, True, ctx.bwd, ctx.bwd) if needs_x else None
+    ddy = apply(x, dweight, None, False, ctx.bwd, ctx.bwd) if needs_dy else None
+    return dx, ddy, None, None
+
+
+weight_grad.register_autograd(_backward_of_weight, setup_context=_keep_pair)
+
+
+@apply.register_vmap
+def _(info: Any, in_dims: tuple[Tree, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """Examples of x alone fold into its batch; of the weight they are calls of their own."""
+    of_x, *others = in_dims
+    if of_x is not None and others[:2] == [None, None]:
+        x = arguments[0].movedim(of_x, 0)
+        return apply(x.flatten(0, 1), *arguments[1:]).unflatten(0, x.shape[:2]), 0
+    found = [apply(*calls.examples(arguments, in_dims, i)) for i in range(info.batch_size)]
+    return torch.stack(found), 0
+
+
+@weight_grad.register_vmap
+def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Tensor, int]:
+    found = [weight_grad(*calls.examples(arguments, in_dims, i)) for i in range(info.batch_size)]
+    return torch.stack(found), 0
