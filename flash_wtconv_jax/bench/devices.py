@@ -1,6 +1,7 @@
 """The device that a benchmark runs on."""
 
 import os
+from contextlib import suppress
 
 import jax
 from jax.extend.backend import backends
@@ -35,3 +36,14 @@ def first(platform: str | None) -> jax.Device | None:
         setting = f" (JAX_PLATFORMS={named!r})" if named else ""
         raise ValueError(f"device: JAX finds no {platform} here, only {sorted(here)}{setting}")
     return here[platform]
+
+
+def share_cpu(count: int) -> None:
+    """Makes JAX take a CPU for so many devices, unless it has been told how many, or has started.
+
+    Args:
+        count: The number of devices.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with suppress(RuntimeError):  # It has started.
+            jax.config.update("jax_num_cpu_devices", count)

@@ -351,6 +351,46 @@ def levels(
     tell(report, _levels_table(report), {}, out)
 
 
+@bench.command("sharding")
+def sharding(
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="operators, training or rows; several are allowed. Default: all."),
+    ] = None,
+    devices: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Numbers of devices; several are allowed. Default: 1, 2, 4 and 8 of those here."
+        ),
+    ] = None,
+    operator: Annotated[
+        list[str] | None, typer.Option(help="Names of operators; several are allowed.")
+    ] = None,
+    device: _Device = None,
+    out: Annotated[Path, typer.Option(help="Folder for sharding.json.")] = Path("runs/bench"),
+    minutes: Annotated[
+        float, typer.Option(help="Begin nothing after so many; what is left is named.")
+    ] = 8.0,
+) -> None:
+    """Compare every operator over several devices with one, and time training and a large image.
+
+    On a CPU, of 8 devices that share it, this shows that programs are right, and no times.
+    """
+    from flash_wtconv_jax.bench import devices as platforms
+    from flash_wtconv_jax.bench import sharding as benchmark
+
+    if device == "cpu":
+        platforms.share_cpu(8)
+    with _measuring(device, out) as progress:
+        report = benchmark.run(progress, part, devices, operator, minutes)
+    tell(report, _sharding_table(report), {}, out)
+    if report["left"]:
+        say(f"not run yet: {'; '.join(report['left'])}")
+    wrong = [f"{row['label']}: {row['wrong']}" for row in report["rows"] if row["wrong"]]
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
 @bench.command("host")
 def host(
     out: Annotated[Path, typer.Option(help="Folder for host.json.")] = Path("runs/bench"),
@@ -792,6 +832,37 @@ def _sparse_table(report: Json) -> "Table":
             memory = "" if row["temporaries"] is None else f"{row['temporaries']:.2f}"
             figures += [memory, _speed(row)]
         table.add_row(row["contender"], _times(row), *figures)
+    return table
+
+
+def _sharding_table(report: Json) -> "Table":
+    """The table of a report: a section a part, a row a call over so many devices."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"over {report['device']['count']} x {report['device']['kind']}",
+        caption="median ms by the host's clock; linear: over what so many devices could do; "
+        "exchanged: collectives of the program, and the elements of their results",
+    )
+    table.add_column("", no_wrap=True)
+    for heading in ("ms", "images/s", "linear"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("exchanged")
+    table.add_column("wrong")
+    previous = None
+    for row in report["rows"]:
+        if row["part"] != previous:
+            table.add_section()
+            table.add_row(row["part"], style="bold")
+            previous = row["part"]
+        images = f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ""
+        linear = f"{row['efficiency']:.2f}" if "efficiency" in row else ""
+        exchanged = ", ".join(
+            f"{count} {kind} ({elements:,})"
+            for kind, (count, elements) in row["collectives"].items()
+        )
+        wrong = row["wrong"] or ""
+        table.add_row(row["label"], _ms(row["median_ms"]), images, linear, exchanged, wrong)
     return table
 
 

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from flash_wtconv_jax.functional import conv2d
 from flash_wtconv_jax.functional.conv2d import PerAxis, Windowed
 from pallas_kernels.common.arguments import checked_array, checked_integer, checked_pair
+from pallas_kernels.common.sharding import OutSharding
 from pallas_kernels.depthwise.api import OPERATOR, depthwise_conv2d
 
 
@@ -49,7 +50,13 @@ def kernel_shape(features: int, kernel_size: PerAxis) -> tuple[int, int, int, in
     return (*checked_pair(kernel_size, "kernel_size", least=1), 1, features)
 
 
-def apply(layer: Windowed, x: ArrayLike, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+def apply(
+    layer: Windowed,
+    x: ArrayLike,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    out_sharding: OutSharding = None,
+) -> jax.Array:
     """Cast input and kernel as a Flax layer does, then call the operator.
 
     Args:
@@ -57,6 +64,7 @@ def apply(layer: Windowed, x: ArrayLike, kernel: jax.Array, bias: jax.Array | No
         x: Input `[*batch, H, W, features]`.
         kernel: `[*kernel_size, 1, features]`.
         bias: `[features]`, or None; it is added in its own dtype.
+        out_sharding: As the operator takes it.
 
     Returns:
         Output `[*batch, H_out, W_out, features]`.
@@ -71,4 +79,4 @@ def apply(layer: Windowed, x: ArrayLike, kernel: jax.Array, bias: jax.Array | No
             f"{x.shape}"
         )
     x, kernel, window = conv2d.prepared(layer, x, kernel, bias)
-    return depthwise_conv2d(x, kernel, bias, **window)
+    return depthwise_conv2d(x, kernel, bias, out_sharding=out_sharding, **window)

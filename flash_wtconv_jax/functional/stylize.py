@@ -171,6 +171,7 @@ def conv_norm(
     precision: PrecisionLike = None,
     conv_implementation: ImplementationLike = None,
     norm_implementation: ImplementationLike = None,
+    out_sharding: OutSharding = None,
 ) -> jax.Array:
     """Cast as a Flax layer does, then call `pallas_kernels.stylize.conv2d_instance_norm`.
 
@@ -187,6 +188,7 @@ def conv_norm(
         precision: See `jax.lax.Precision`.
         conv_implementation: Filter on the implementations of the convolution.
         norm_implementation: Filter on those of the norm.
+        out_sharding: As the operator takes it.
 
     Returns:
         `[*batch, H_out, W_out, F]`.
@@ -210,6 +212,7 @@ def conv_norm(
         precision=precision,
         conv_implementation=conv_implementation,
         norm_implementation=norm_implementation,
+        out_sharding=out_sharding,
     )
 
 
@@ -224,6 +227,7 @@ def residual_block(
     precision: PrecisionLike = None,
     conv_implementation: ImplementationLike = None,
     norm_implementation: ImplementationLike = None,
+    out_sharding: OutSharding = None,
 ) -> jax.Array:
     """Cast as a Flax layer does, then call `pallas_kernels.stylize.residual_block`.
 
@@ -237,6 +241,7 @@ def residual_block(
         precision: See `jax.lax.Precision`.
         conv_implementation: Filter on the implementations of the convolutions.
         norm_implementation: Filter on those of the norms.
+        out_sharding: As the operator takes it.
 
     Returns:
         An array of x's shape.
@@ -256,6 +261,7 @@ def residual_block(
         precision=precision,
         conv_implementation=conv_implementation,
         norm_implementation=norm_implementation,
+        out_sharding=out_sharding,
     )
 
 

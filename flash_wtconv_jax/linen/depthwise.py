@@ -10,6 +10,7 @@ from flash_wtconv_jax.functional import arguments, depthwise
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, PerAxis
 from flash_wtconv_jax.linen.parameters import parameter
+from pallas_kernels.common.sharding import OutSharding
 
 
 class DepthwiseConv2d(nn.Module):
@@ -71,11 +72,13 @@ class DepthwiseConv2d(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the convolution.
 
         Args:
             x: Input `[*batch, H, W, features]` with any number of batch axes, none included.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             `[*batch, H_out, W_out, features]`.
@@ -89,4 +92,4 @@ class DepthwiseConv2d(nn.Module):
         bias = None
         if self.use_bias:
             bias = parameter(self, "bias", self.bias_init, (self.features,), self.param_dtype)
-        return depthwise.apply(self, x, kernel, bias)
+        return depthwise.apply(self, x, kernel, bias, out_sharding)

@@ -148,12 +148,19 @@ class ConvNormAct(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike, residual: ArrayLike | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        residual: ArrayLike | None = None,
+        out_sharding: OutSharding = None,
+    ) -> jax.Array:
         """Convolve, normalise, activate.
 
         Args:
             x: Input `[*batch, H, W, C]` with any number of batch axes, none included.
             residual: Is added before the activation, of the output's shape.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             `[*batch, H_out, W_out, features]`.
@@ -169,6 +176,7 @@ class ConvNormAct(nn.Module):
             strides=self.strides,
             upsample=self.upsample,
             activation=self.activation,
+            out_sharding=out_sharding,
             **stylize.options(self),
         )
 
@@ -222,7 +230,7 @@ class ResidualBlock(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Map `[*batch, H, W, C]` to the same shape; errors as of `ConvNormAct`."""
         channels = jnp.shape(x)[-1]
         inits = self.kernel_init, self.scale_init, self.bias_init
@@ -230,7 +238,9 @@ class ResidualBlock(nn.Module):
             _Branch(self.kernel_size, self.param_dtype, *inits, name=name)(channels)
             for name in ("conv1", "conv2")
         )
-        return stylize.residual_block(x, first, second, **stylize.options(self))
+        return stylize.residual_block(
+            x, first, second, out_sharding=out_sharding, **stylize.options(self)
+        )
 
 
 class _Branch(nn.Module):

@@ -30,6 +30,7 @@ from flash_wtconv_jax.functional.conv2d import Padding
 from flash_wtconv_jax.functional.mlp import gelu, response_norm
 from flash_wtconv_jax.functional.wtconv import Computation, check_computation
 from flash_wtconv_jax.nnx import Conv2d, DepthwiseConv2d, WTConv2d
+from pallas_kernels.common import sharding
 from pallas_kernels.common.arguments import (
     MOST_LEVELS,
     checked_array,
@@ -282,7 +283,8 @@ class ConvNeXt(nnx.Module):
             what `features` returns.
 
         Raises:
-            ValueError: If `x` is not floating point or its shape does not fit.
+            ValueError: If `x` is not floating point, its shape does not fit, or Explicit axes of a
+                mesh split its rows or columns so that a stage does not split evenly.
         """
         maps = self.features(x, deterministic=deterministic)
         if self.head is None:
@@ -307,6 +309,7 @@ class ConvNeXt(nnx.Module):
         """
         x = checked_array(x, "x")
         self._check_input(x.shape)
+        self._check_split(x)
         with jax.named_scope("stem"):
             x = self.stem(x)
         maps = []
@@ -329,6 +332,25 @@ class ConvNeXt(nnx.Module):
                 f"x must be at least {least} pixels high and wide, so that the last stage has a "
                 f"pixel left, got {shape}; give a smaller patch_size or fewer stages"
             )
+
+    def _check_split(self, x: jax.Array) -> None:
+        """Raises ValueError where a stage would not split as the image does."""
+        config = self.config
+        stem = (config.patch_size,) if config.stem_type == "patch" else (2, 2)
+        steps = [("the stem", step) for step in stem]
+        later = range(0 if config.first_downsample else 1, len(config.depths))
+        steps += [(f"the downsampling before stage {s}", 2) for s in later]
+        for axis, name in ((1, "H"), (2, "W")):
+            parts, size = sharding.parts(x, axis), x.shape[axis]
+            for place, step in steps if parts > 1 else ():
+                if size % (step * parts):
+                    least = parts * config.total_stride
+                    raise ValueError(
+                        f"x {x.shape} is split into {parts} shards along {name}, but {place} maps "
+                        f"{size} samples to {size // step}, which do not split evenly; make {name} "
+                        f"a multiple of {least}, or split the image into fewer shards"
+                    )
+                size //= step
 
 
 class Stem(nnx.Module):

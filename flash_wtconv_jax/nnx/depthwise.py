@@ -13,6 +13,7 @@ from flash_wtconv_jax.functional import arguments, depthwise
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import Padding, PerAxis, Windowed
 from pallas_kernels.common.arguments import checked_dtype, hashable
+from pallas_kernels.common.sharding import OutSharding
 
 
 class DepthwiseConv2d(nnx.Conv):
@@ -80,11 +81,13 @@ class DepthwiseConv2d(nnx.Conv):
         self.implementation = hashable(implementation)
         depthwise.check_layer(cast(Windowed, self))
 
-    def __call__(self, x: ArrayLike) -> jax.Array:  # type: ignore[override]
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the convolution.
 
         Args:
             x: Input `[*batch, H, W, features]` with any number of batch axes, none included.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             `[*batch, H_out, W_out, features]`.
@@ -94,4 +97,4 @@ class DepthwiseConv2d(nnx.Conv):
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
         bias = None if self.bias is None else self.bias[...]
-        return depthwise.apply(cast(Windowed, self), x, self.kernel[...], bias)
+        return depthwise.apply(cast(Windowed, self), x, self.kernel[...], bias, out_sharding)

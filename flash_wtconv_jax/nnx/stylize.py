@@ -166,12 +166,19 @@ class ConvNormAct(nnx.Module):
         self.scale = nnx.Param(scale_init(rngs.params(), shape[-1:], param_dtype))
         self.bias = nnx.Param(bias_init(rngs.params(), shape[-1:], param_dtype))
 
-    def __call__(self, x: ArrayLike, residual: ArrayLike | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        residual: ArrayLike | None = None,
+        out_sharding: OutSharding = None,
+    ) -> jax.Array:
         """Convolve, normalise, activate.
 
         Args:
             x: Input `[*batch, H, W, in_features]` with any number of batch axes, none included.
             residual: Is added before the activation, of the output's shape.
+            out_sharding: How the output is split over a mesh, a `jax.P` or a `NamedSharding`; None
+                takes x's sharding. See `docs/sharding.md`.
 
         Returns:
             `[*batch, H_out, W_out, out_features]`.
@@ -187,6 +194,7 @@ class ConvNormAct(nnx.Module):
             strides=self.strides,
             upsample=self.upsample,
             activation=self.activation,
+            out_sharding=out_sharding,
             **stylize.options(self),
         )
 
@@ -256,7 +264,9 @@ class ResidualBlock(nnx.Module):
             for activation in ("relu", None)
         )
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Map `[*batch, H, W, features]` to the same shape; errors as of `ConvNormAct`."""
         first, second = self.conv1, self.conv2
-        return stylize.residual_block(x, first.branch(), second.branch(), **stylize.options(first))
+        return stylize.residual_block(
+            x, first.branch(), second.branch(), out_sharding=out_sharding, **stylize.options(first)
+        )

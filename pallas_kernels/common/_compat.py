@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar, cast
@@ -331,3 +331,24 @@ def tiles_over_devices(sharding: Any, ndim: int) -> list[np.ndarray] | None:
     # A last dimension beyond the array's is that of copies.
     places = np.unravel_index(np.argsort(ids), sizes)
     return [np.asarray(place) for place in places[:ndim]]
+
+
+def mapped_axes() -> frozenset[str]:
+    """The Explicit axes of a mesh that `jax.vmap` has taken from the arrays that are traced here.
+
+    `jax.shard_map` refuses them, and JAX tells of them by a private name alone (0.10 to 0.12).
+    """
+    from jax._src import core
+
+    return frozenset(core.get_axis_env().explicit_mesh_axis_names)
+
+
+def outside_of_vmap(axes: Iterable[str]) -> AbstractContextManager[None]:
+    """A context for the rule of a `jax.vmap` along Explicit axes, which JAX runs as if inside.
+
+    Args:
+        axes: The axes of the mesh that the mapped axis is split over.
+    """
+    from jax._src import core
+
+    return core.remove_explicit_mesh_axis_names(frozenset(axes) or None)

@@ -61,30 +61,6 @@ def sharded(x: jax.Array) -> bool:
     return any(axis is not None for axis in jax.typeof(x).sharding.spec)
 
 
-def check_unsharded(x: jax.Array, name: str) -> None:
-    """Raises an error that names the argument if an array is sharded over Explicit axes of a mesh.
-
-    JAX would raise too, but inside an operator and about a layout that the caller never saw.
-
-    Args:
-        x: An array.
-        name: The argument's name, for the error.
-
-    Raises:
-        NotImplementedError: The array is sharded over Explicit axes of a mesh.
-
-    Example:
-        >>> check_unsharded(jnp.ones(3), "x")
-    """
-    if sharded(x):
-        spec = jax.typeof(x).sharding.spec
-        raise NotImplementedError(
-            f"{name}: is sharded over Explicit axes of a mesh, {spec}; wrap the call in "
-            "jax.shard_map over batch and channels, or make the mesh with "
-            "axis_types=(jax.sharding.AxisType.Auto,)"
-        )
-
-
 def surely(compare: Callable[[int, int], bool], size: int, other: int) -> bool:
     """Whether two sizes compare so whatever the symbolic ones among them stand for.
 

@@ -24,15 +24,22 @@ from typing import Any, NamedTuple, Protocol, Self, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from pallas_kernels.common import device
-from pallas_kernels.common._compat import interpreter, tiles_over_devices
+from pallas_kernels.common._compat import (
+    interpreter,
+    mapped_axes,
+    outside_of_vmap,
+    tiles_over_devices,
+)
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Tree
+from pallas_kernels.common.vmap import each, example, vmap_sequential
 from pallas_kernels.dispatch import Request
 from pallas_kernels.dispatch.backend import Implementation, Problem
 
@@ -53,18 +60,31 @@ class Rule(NamedTuple):
             that no other array has.
         results: The same for the results.
         free: The axes that may be split. Where no result has one, shards sum over it.
-        units: More axes that may be, where it is known when a call is traced: of each its name, and
-            the number of samples of the first array that has it of which shards have a multiple.
+        cells: More axes that may be: of each its name, and the number of cells that it has in every
+            array, of which shards have whole ones: groups of channels, or outputs of a stride.
     """
 
     operands: tuple[str, ...]
     results: tuple[str, ...]
     free: frozenset[str]
-    units: tuple[tuple[str, int], ...] = ()
+    cells: tuple[tuple[str, int], ...] = ()
 
-    def unit(self, name: str) -> int:
-        """The number of samples that shards have a multiple of, 0 where an axis is not split."""
-        return 1 if name in self.free else dict(self.units).get(name, 0)
+    def able(self, name: str) -> bool:
+        """Whether an axis may be split."""
+        return name in self.free or name in dict(self.cells)
+
+    def divides(self, name: str, size: int, parts: int) -> bool:
+        """Whether an axis of so many samples may be split into so many shards, all alike.
+
+        A symbolic size that is split has been checked by JAX.
+
+        Example:
+            >>> rule = Rule(("n h c",), ("n h c",), frozenset("n"), (("h", 2),))
+            >>> rule.divides("n", 4, 4), rule.divides("h", 4, 4), rule.divides("c", 4, 2)
+            (True, False, False)
+        """
+        whole = size if name in self.free else dict(self.cells).get(name)
+        return whole is not None and (not isinstance(whole, int) or whole % parts == 0)
 
 
 class Shard(NamedTuple):
@@ -248,30 +268,35 @@ def unflat(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 
 def broadcast_to(
-    value: jax.Array, shape: tuple[int, ...], other: jax.Array, axes: Sequence[int]
+    value: jax.Array, shape: tuple[int, ...], others: Sequence[tuple[jax.Array, int]]
 ) -> jax.Array:
-    """A value broadcast to a shape, on a mesh of Explicit axes split as another array is.
+    """A value broadcast to a shape, on a mesh of Explicit axes split as other arrays are.
 
     So its gradient is one sum over the mesh, and nothing that is split is gathered for it.
 
     Args:
         value: The value.
         shape: The shape.
-        other: The other array.
-        axes: For each axis of the shape that of the other array.
+        others: For each axis of the shape the array, and its axis, that it is split as.
     """
-    known = jax.typeof(other).sharding
-    if not _sizes(known.mesh, AxisType.Explicit) or value.shape == shape:
+    meshes = (jax.typeof(other).sharding.mesh for other, _ in others)
+    mesh = next((mesh for mesh in meshes if _sizes(mesh, AxisType.Explicit)), None)
+    if mesh is None or value.shape == shape:
         return jnp.broadcast_to(value, shape)
-    split, first = [known.spec[axis] for axis in axes], len(shape) - value.ndim
+    split: list[_Axes | None] = []
+    for other, axis in others:
+        spec = jax.typeof(other).sharding.spec
+        entry, taken = _axes(spec[axis]) if spec else (), {a for e in split for a in e or ()}
+        split.append(entry if entry and not taken & {*entry} else None)
+    first = len(shape) - value.ndim
     sizes = zip(value.shape, split[first:], strict=True)
     own = jax.P(*(None if size == 1 else entry for size, entry in sizes))
-    value = jax.sharding.reshard(value, NamedSharding(known.mesh, own))
+    value = jax.sharding.reshard(value, NamedSharding(mesh, own))
     return jax.lax.broadcast_in_dim(
         value,
         shape,
         tuple(range(first, len(shape))),
-        out_sharding=NamedSharding(known.mesh, jax.P(*split)),
+        out_sharding=NamedSharding(mesh, jax.P(*split)),
     )
 
 
@@ -285,8 +310,19 @@ def gathered(x: jax.Array) -> jax.Array:
 
 def is_split(x: jax.Array, axis: int) -> bool:
     """Whether an axis of an array is split over Explicit axes of a mesh."""
+    return parts(x, axis) > 1
+
+
+def parts(x: jax.Array, axis: int) -> int:
+    """The number of shards that Explicit axes of a mesh split an axis of an array into.
+
+    Example:
+        >>> parts(jnp.ones((8, 4)), 0)
+        1
+    """
     known = jax.typeof(x).sharding
-    return bool(_sizes(known.mesh, AxisType.Explicit)) and known.spec[axis] is not None
+    sizes = _sizes(known.mesh, AxisType.Explicit)
+    return math.prod(sizes[name] for name in _axes(known.spec[axis])) if sizes else 1
 
 
 def whole(x: jax.Array, axis: int) -> jax.Array:
@@ -333,6 +369,7 @@ def split(
     problem: Callable[..., Problem],
     *args: Tree,
     mapped: Callable[[Callable[..., Tree]], Callable[..., Tree]],
+    ours: bool = False,
 ) -> Tree:
     """The results of a function of an operator, whose arrays may be split over a mesh.
 
@@ -343,6 +380,7 @@ def split(
         problem: Function of a `Shard` and its arrays: the description of what it computes.
         *args: The arguments, trees of arrays.
         mapped: Makes of a kernel a function that `jax.vmap` maps.
+        ours: Whether plain JAX is not XLA's to split on Auto axes, where it can be asked not to.
 
     Returns:
         The results, split as the arguments are.
@@ -359,9 +397,75 @@ def split(
     lies = kernel or plan.stated is not None or any(map(_lies_on_a_mesh, leaves))
     if sizes and lies:
         return call.by_shard_map(mesh, sizes, leaves)
-    if kernel and _splits_later(mesh):
-        return call.by_partitioning(leaves)
+    if _splits_later(mesh) and (kernel or (ours and _has_auto(mesh))):
+        return call._replace(mapped=mapped).by_partitioning(leaves)
     return wrapped(partial(compute, plan, WHOLE))(*args)
+
+
+def split_each(
+    compute: Callable[..., Tree],
+    rule: Rule,
+    plan: Any,
+    problem: Callable[..., Problem],
+    *args: Tree,
+    depth: int = 0,
+) -> Tree:
+    """The results of `split`, whose `jax.vmap` is one call after the other on every shard.
+
+    The axis that is mapped may be split itself: scenes that are stacked over the devices.
+
+    Args:
+        compute: As `split` takes it, as are the others.
+        rule: The axes of the arrays of one call.
+        plan: The plan.
+        problem: The description of one call.
+        *args: The arguments.
+        depth: The number of the axes that are mapped already.
+    """
+    whole = partial(split, compute, rule, plan, problem)
+    mesh = _mesh(jax.tree.leaves(args), plan.stated)
+    if plan.module.DIFFERENTIABLE and AxisType.Explicit not in mesh.axis_types:
+        # Plain JAX is mapped, and split, by JAX.
+        return whole(*args, mapped=_itself)
+    call = custom_vmap(partial(whole, mapped=vmap_sequential))
+
+    @call.def_vmap
+    def stacked(_: int, batched: tuple[Tree, ...], *args: Tree) -> tuple[Tree, Tree]:
+        axis = f"s{depth}"
+        flags = jax.tree.leaves(batched)
+        operands = tuple(
+            f"{axis} {axes}" if flag else axes
+            for axes, flag in zip(rule.operands, flags, strict=True)
+        )
+        results = tuple(f"{axis} {axes}" for axes in rule.results)
+        free = rule.free | {axis}
+
+        def one_by_one(plan: Any, place: Shard, *args: Tree) -> Tree:
+            return each(partial(compute, plan, place), batched, args)
+
+        def of_one(place: Shard, *args: Tree) -> Problem:
+            examples = map(example, jax.tree.leaves(args), flags)
+            return problem(place, *jax.tree.unflatten(jax.tree.structure(args), examples))
+
+        with outside_of_vmap(_first_axes(args, flags)):
+            found = split_each(
+                one_by_one,
+                Rule(operands, results, free, rule.cells),
+                plan,
+                of_one,
+                *args,
+                depth=depth + 1,
+            )
+        return found, jax.tree.map(lambda _: True, found)
+
+    return call(*args)
+
+
+def _first_axes(args: Tree, flags: Sequence[bool]) -> set[str]:
+    """The Explicit axes of a mesh that the first axis of batched arrays is split over."""
+    leaves = zip(jax.tree.leaves(args), flags, strict=True)
+    specs = (jax.typeof(leaf).sharding.spec for leaf, flag in leaves if flag)
+    return {axis for spec in specs if spec for axis in _axes(spec[0])}
 
 
 class _Call(NamedTuple):
@@ -383,7 +487,7 @@ class _Call(NamedTuple):
             specs = [jax.typeof(leaf).sharding.spec for leaf in leaves]
             shard = _found(rule, specs, [leaf.shape for leaf in leaves], sizes)
         else:
-            shard = _shard({name: axes for name, axes in stated.axes if rule.unit(name)}, sizes)
+            shard = _shard({name: axes for name, axes in stated.axes if rule.able(name)}, sizes)
         wanted = [_spec(axes, shard) for axes in rule.operands]
         if AxisType.Explicit in mesh.axis_types:
             leaves = [
@@ -412,7 +516,7 @@ class _Call(NamedTuple):
 
     def by_partitioning(self, leaves: Sequence[jax.Array]) -> Tree:
         """The results by a program that XLA asks for when it knows how it splits the arrays."""
-        rule = _numbered(self.rule, [name for name, _ in self.rule.units])
+        rule = self.rule
         trees: list[Any] = []
 
         def run(*leaves: jax.Array) -> tuple[jax.Array, ...]:
@@ -432,24 +536,18 @@ class _Call(NamedTuple):
             # What a function closes over is an argument here.
             more = (f"k{i}" for i in count())
             constants = [" ".join(islice(more, np.ndim(value))) for value in traced.consts]
-            operands = *rule.operands, *constants
-            # In the order in which they come, as Shardy insists.
-            every, seen = _names((*operands, *rule.results)), _names(rule.results)
+            every = rule._replace(operands=(*rule.operands, *constants))
+            shapes = [[a.shape for a in avals] for avals in (traced.in_avals, traced.out_avals)]
+            shapes[0] += map(np.shape, traced.consts)
             call = custom_partitioning(known)
-            call.def_partition(
-                self._partitioned,
-                sharding_rule=f"{', '.join(operands)} -> {', '.join(rule.results)}",
-                decode_shardings=False,
-                need_replication_factors=tuple(n for n in every if n not in rule.free),
-                reduction_factors=tuple(n for n in every if n in rule.free and n not in seen),
-            )
+            call.def_partition(self._partitioned, decode_shardings=False, **_shardy(every, *shapes))
             return trees[0].unflatten(call(*leaves, *traced.consts))
 
         return self.mapped(whole)(*self.tree.unflatten(leaves))
 
     def _partitioned(self, mesh: Mesh, operands: Tree, results: Tree) -> tuple[Any, ...]:
         """The answer to XLA: a mesh, the function of a shard, and all shardings."""
-        rule = _numbered(self.rule, [name for name, _ in self.rule.units])
+        rule = self.rule
         arrays, constants = operands[: len(rule.operands)], operands[len(rule.operands) :]
         own, shard = _own_mesh(rule, [*arrays, *results], mesh)
 
@@ -579,9 +677,9 @@ def _stated(mesh: AbstractMesh | None, out_sharding: object, out: str, rule: Rul
             f"out_sharding={out_sharding!r}: names {unknown}, but the mesh has the axes "
             f"{list(sizes)}"
         )
-    whole = [name for name in axes if not rule.unit(name)]
+    whole = [name for name in axes if not rule.able(name)]
     if whole:
-        able = [name for name in names if rule.unit(name)]
+        able = [name for name in names if rule.able(name)]
         raise ValueError(
             f"out_sharding={out_sharding!r}: splits {', '.join(whole)} of the output's axes "
             f"[{', '.join(names)}], of which {', '.join(able)} can be split"
@@ -595,8 +693,8 @@ def _check_divides(
     """Raises ValueError where a stated sharding splits an argument into unequal shards."""
     for name, size in zip(axes.split(), _flat_shape(shape, axes), strict=True):
         parts = shard.counts.get(name, 1)
-        unit = rule.unit(name) if parts > 1 else 1
-        if not _divides(size, parts * unit):
+        if parts > 1 and not rule.divides(name, size, parts):
+            unit = size // dict(rule.cells).get(name, size)
             even = f" into multiples of {unit}" if unit > 1 else ""
             raise ValueError(
                 f"out_sharding={out_sharding!r}: splits an axis of {size} over {parts} devices, "
@@ -633,8 +731,8 @@ def _sizes(mesh: Mesh | AbstractMesh, *kinds: AxisType) -> dict[str, int]:
     """The axes of a mesh that are of some kinds, and their sizes."""
     if mesh.empty:
         return {}
-    every = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name: mesh.shape[name] for name, kind in every if kind in kinds}
+    every, mapped = zip(mesh.axis_names, mesh.axis_types, strict=True), mapped_axes()
+    return {name: mesh.shape[name] for name, kind in every if kind in kinds and name not in mapped}
 
 
 def _splits_later(mesh: Mesh | AbstractMesh) -> bool:
@@ -645,8 +743,9 @@ def _splits_later(mesh: Mesh | AbstractMesh) -> bool:
     if mesh.empty:
         # What `jax.jit(..., in_shardings=...)` is told nobody else is.
         return jax.device_count() > 1 and device.platform() != "tpu"
-    # It does not split the shards that others have made.
-    return AxisType.Manual not in mesh.axis_types and _has_auto(mesh)
+    # It does not split the shards that others have made, and TPUs' does not ask.
+    whole = AxisType.Manual not in mesh.axis_types and _has_auto(mesh)
+    return whole and device.platform() != "tpu"
 
 
 def _has_auto(mesh: Mesh | AbstractMesh) -> bool:
@@ -708,15 +807,10 @@ def _found(
             seen.add(name)
             axes = tuple(axis for axis in _axes(entry) if axis in sizes)
             taken = {axis for other in found.values() for axis in other}
-            unit = rule.unit(name) if axes and not taken & set(axes) else 0
-            if unit and _divides(size, unit * math.prod(sizes[axis] for axis in axes)):
+            free = axes and not taken & set(axes)
+            if free and rule.divides(name, size, math.prod(sizes[axis] for axis in axes)):
                 found[name] = axes
     return _shard(found, sizes)
-
-
-def _divides(size: int, count: int) -> bool:
-    """Whether shards are all alike; a symbolic size that is split has been checked by JAX."""
-    return not isinstance(size, int) or size % count == 0
 
 
 def _names(arrays: Iterable[str]) -> dict[str, None]:
@@ -724,19 +818,55 @@ def _names(arrays: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys(name for axes in arrays for name in axes.split())
 
 
-def _numbered(rule: Rule, others: Sequence[str] = ()) -> Rule:
-    """The rule with a name of its own for each `_`, and wherever others stand."""
-    counter, prefix = count(), "v" if others else "u"
+def _numbered(rule: Rule) -> Rule:
+    """The rule with a name of its own for each `_`."""
+    counter = count()
 
     def named(axes: str) -> str:
-        names = axes.split()
-        return " ".join(
-            f"{prefix}{next(counter)}" if name == "_" or name in others else name for name in names
-        )
+        return " ".join(f"u{next(counter)}" if name == "_" else name for name in axes.split())
 
     return rule._replace(
         operands=tuple(map(named, rule.operands)), results=tuple(map(named, rule.results))
     )
+
+
+def _shardy(
+    rule: Rule, operands: Iterable[Iterable[int]], results: Iterable[Iterable[int]]
+) -> dict[str, Any]:
+    """The arguments of `def_partition` that say to Shardy what a rule does, of arrays' shapes.
+
+    An axis of cells is a compound factor, of which Shardy splits the first one: the cells.
+    """
+    cells, alone, sizes = dict(rule.cells), set[str](), dict[str, int]()
+
+    def factors(axes: str, shape: Iterable[int]) -> str:
+        found = []
+        for name, size in zip(axes.split(), shape, strict=True):
+            inner = size // cells[name] if name in cells else 1
+            if inner > 1 and cells[name] > 1:
+                sizes.update({name: cells[name], f"{name}x{inner}": inner})
+                found.append(f"({name} {name}x{inner})")
+            else:
+                # One cell is not split, and Shardy has no factor of one beside another.
+                found.append(name if inner == 1 else f"{name}x{inner}")
+                alone.add(found[-1])
+        return " ".join(found)
+
+    read, written = (
+        [*map(factors, arrays, shapes)]
+        for arrays, shapes in ((rule.operands, operands), (rule.results, results))
+    )
+    # In the order in which they come, as Shardy insists.
+    every, seen = (
+        _names(text.replace("(", "").replace(")", "") for text in texts)
+        for texts in ((*read, *written), written)
+    )
+    return {
+        "sharding_rule": f"{', '.join(read)} -> {', '.join(written)}",
+        "need_replication_factors": tuple(n for n in every if not rule.able(n)),
+        "reduction_factors": tuple(n for n in every if rule.able(n) and n not in seen),
+        **{name: size for name, size in sizes.items() if name not in alone},
+    }
 
 
 def _own_mesh(rule: Rule, arrays: Sequence[Any], mesh: Mesh) -> tuple[Mesh, Shard]:
@@ -755,8 +885,7 @@ def _own_mesh(rule: Rule, arrays: Sequence[Any], mesh: Mesh) -> tuple[Mesh, Shar
         for axis, name in enumerate(names.split()):
             place = tiles[axis]
             parts = int(place.max()) + 1
-            fits = name in rule.free and name not in places and parts > 1
-            if not fits or array.shape[axis] % parts:
+            if name in places or parts == 1 or not rule.divides(name, array.shape[axis], parts):
                 continue
             # All shards of both must exist, each on as many devices.
             both = key * parts + place

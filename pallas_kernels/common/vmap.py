@@ -32,10 +32,10 @@ def vmap_folding(run: Callable[..., Tree], own: int = 1) -> Callable[..., Tree]:
     @call.def_vmap
     def rule(size: int, batched: tuple[Tree, ...], *args: Tree) -> tuple[Tree, Tree]:
         if any(jax.tree.leaves(batched[own:])):
-            out = _each(call, batched, args)
+            out = each(call, batched, args)
         elif size == 0:
-            example = jax.tree.map(_example, args[:own], tuple(batched[:own]))
-            one = jax.eval_shape(run, *example, *args[own:])
+            first = jax.tree.map(example, args[:own], tuple(batched[:own]))
+            one = jax.eval_shape(run, *first, *args[own:])
             out = jax.tree.map(lambda y: jnp.zeros((0, *y.shape), y.dtype), one)
         else:
             folded = jax.tree.map(partial(_fold, size), args[:own], tuple(batched[:own]))
@@ -63,14 +63,23 @@ def vmap_sequential(run: Callable[..., Tree]) -> Callable[..., Tree]:
 
     @call.def_vmap
     def rule(size: int, batched: tuple[Tree, ...], *args: Tree) -> tuple[Tree, Tree]:
-        out = _each(call, batched, args)
+        out = each(call, batched, args)
         return out, jax.tree.map(lambda _: True, out)
 
     return call
 
 
-def _example(array: jax.Array, batched: bool) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of one example's array."""
+def example(array: jax.Array, batched: bool) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of one example's array.
+
+    Args:
+        array: The array of all examples.
+        batched: Whether each example has its own, along the first axis.
+
+    Example:
+        >>> example(jnp.ones((2, 3)), True).shape
+        (3,)
+    """
     return jax.ShapeDtypeStruct(array.shape[1:] if batched else array.shape, array.dtype)
 
 
@@ -80,8 +89,18 @@ def _fold(size: int, array: jax.Array, batched: bool) -> jax.Array:
     return each.reshape(-1, *each.shape[2:])
 
 
-def _each(function: Callable[..., Tree], batched: Tree, args: Tree) -> Tree:
-    """The results of `function` for each example; arguments that are not batched are shared."""
+def each(function: Callable[..., Tree], batched: Tree, args: Tree) -> Tree:
+    """The results of a function for one example after the other.
+
+    Args:
+        function: The function.
+        batched: A tree like `args`: whether each array is batched, along its first axis.
+        args: The arguments; what is not batched all examples share.
+
+    Example:
+        >>> each(jnp.multiply, (True, False), (jnp.arange(3), 2))
+        Array([0, 2, 4], dtype=int32)
+    """
     leaves, tree = jax.tree.flatten(args)
     flags = jax.tree.leaves(batched)
     moving = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]

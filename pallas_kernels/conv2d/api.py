@@ -28,7 +28,7 @@ from pallas_kernels.common.arguments import (
 from pallas_kernels.common.integers import LARGEST
 from pallas_kernels.common.measurement import request
 from pallas_kernels.common.tiles import TileConfig
-from pallas_kernels.conv2d import upsampling, vjp
+from pallas_kernels.conv2d import shards, upsampling, vjp
 from pallas_kernels.conv2d.activations import ACTIVATIONS
 from pallas_kernels.conv2d.problem import LAYOUTS, Pair, Problem, Window
 from pallas_kernels.dispatch import Choice, Operator
@@ -151,7 +151,7 @@ def conv2d(
         config=config,
     )
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
-    rule = vjp.rule_of(call.problem.window, x.shape, w.shape)
+    rule = shards.rule_of(call.problem.window, x.shape, w.shape)
     spread = sharding.spread(rule, [x, w], out_sharding)
     fwd, bwd = spread.allowed(fwd, bwd)
     problem = vjp.of_shard(call.implemented, spread.shard)

@@ -209,20 +209,13 @@ def weight_grad(
     """
     images, wide = _prepared(x, window), accumulation_dtype(dtype)
     _, _, *channels = window.filters(shape)
-    found = [
-        transposed(
-            partial(_folded, phase=phase),
-            shape,
-            run(
-                phase.window,
-                images,
-                part,
-                shape=window.filters_laid_out(*phase.taps, *channels),
-                dtype=wide,
-            ),
-        )
-        for phase, part in _parts(window, window.images(x.shape)[1:3], shape, dy)
-    ]
+    found = []
+    for phase, part in _parts(window, window.images(x.shape)[1:3], shape, dy):
+        own = window.filters_laid_out(*phase.taps, *channels)
+        of_phase = run(phase.window, images, part, shape=own, dtype=wide)
+        # Taps are never split, features may be.
+        spec = jax.typeof(of_phase).sharding.spec
+        found.append(transposed(partial(_folded, phase=phase), shape, of_phase, spec=spec))
     return reduce(operator.add, found).astype(dtype)
 
 

@@ -16,15 +16,15 @@ smaller convolutions that do the same. With `moments` a forward returns `(y, mom
 that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.common import halos, sharding
+from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
@@ -32,7 +32,7 @@ from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
-from pallas_kernels.conv2d import upsampling, whole_rows
+from pallas_kernels.conv2d import shards, upsampling, whole_rows
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.moments import WithMoments
 from pallas_kernels.conv2d.problem import Problem, Window
@@ -94,8 +94,8 @@ class Plan(NamedTuple):
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
         assert self.backward is not None
-        spread = sharding.spread(rule_of(self.window, x.shape, w.shape), [x, w], self.stated)
-        problem = _problem(self.window, x.shape, w.shape, x.dtype, out_dtype)
+        spread = sharding.spread(shards.rule_of(self.window, x.shape, w.shape), [x, w], self.stated)
+        problem = problem_of(self.window, x.shape, w.shape, x.dtype, out_dtype)
         problem = of_shard(upsampling.implemented(problem), spread.shard)
         backward = moved_here(self.backward)
         operator = backward.operator
@@ -124,103 +124,36 @@ def takes_whole_rows(chosen: Candidate, shard: sharding.Shard = sharding.WHOLE) 
 
     They become channels or features, which then cannot be split over a mesh.
     """
-    return bool(dict(chosen.config).get(whole_rows.NAME)) and not shard.splits("c", "f", "h", "w")
-
-
-@cache
-def rule(window: Window, size: tuple[int, ...], taps: tuple[int, ...]) -> sharding.Rule:
-    """The axes of images, filters and the output.
-
-    Channels and features may be split where there is one group. Rows and columns may where each
-    shard of the image has the outputs of its own samples: as many as `size / stride` in all.
-
-    Args:
-        window: The window.
-        size: Height and width of the images.
-        taps: Height and width of the filters.
-
-    Example:
-        >>> found = rule(Window(pads=((1, 1), (1, 1))), (8, 8), (3, 3))
-        >>> found.operands, found.results, found.units
-        (('n h w c', '_ _ c f'), ('n h w f',), (('h', 1), ('w', 1)))
-    """
-    known = all(isinstance(n, int) for n in size) and window.upsample == 1 and not window.reflect
-    outputs = window.output(size, taps) if known else (0, 0)
-    ends = zip("hw", size, outputs, window.stride, strict=True)
-    units = tuple((name, step) for name, n, out, step in ends if out and n == out * step)
-    kept = dict(units)
-    rows, columns = ("h" if "h" in kept else "_"), ("w" if "w" in kept else "_")
-    images, output = (" ".join(window.laid_out("n", rows, columns, last)) for last in "cf")
-    filters = " ".join(window.filters_laid_out("_", "_", "c", "f"))
-    free = "ncf" if window.groups == 1 else "n"
-    return sharding.Rule((images, filters), (output,), frozenset(free), units)
-
-
-def rule_of(window: Window, images: tuple[int, ...], filters: tuple[int, ...]) -> sharding.Rule:
-    """The rule for images and filters of these shapes; batches of images may have any rank."""
-    shape = window.images(images[-4:] if len(images) > 3 else (1, *images))
-    return rule(window, shape[1:3], window.filters(filters)[:2])
+    return bool(dict(chosen.config).get(whole_rows.NAME)) and not shard.splits(*"cfghw")
 
 
 def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
     """The convolution that a shard computes."""
     if not shard.counts:
         return problem
-    n, *size, channels = shard.local(problem.shape, "n h w c")
-    taps = problem.kernel_height, problem.kernel_width
-    shape = n, *_read(problem.window, tuple(size), taps, shard), channels
-    (features,) = shard.local((problem.features,), "f")
-    return problem._replace(shape=shape, features=features)
-
-
-def _around(
-    window: Window, taps: Sequence[int], shard: sharding.Shard
-) -> dict[str, tuple[int, int]]:
-    """The samples that a shard reads around its own, along each axis of an image that is split."""
-    found = {}
-    for i, name in enumerate("hw"):
-        if shard.splits(name):
-            before, reach = window.pads[i][0], window.dilation[i] * (taps[i] - 1)
-            found[name] = before, reach - before - window.stride[i] + 1
-    return found
-
-
-def _read(
-    window: Window, size: tuple[int, ...], taps: Sequence[int], shard: sharding.Shard
-) -> tuple[int, ...]:
-    """Height and width of what a shard of this size reads."""
-    around = _around(window, taps, shard)
-    return tuple(n + sum(around.get(name, (0, 0))) for name, n in zip("hw", size, strict=True))
-
-
-def _surrounded(
-    window: Window, taps: Sequence[int], shard: sharding.Shard, x: jax.Array
-) -> jax.Array:
-    """The images that a shard reads, of which x has its own samples."""
-    for name, (before, after) in _around(window, taps, shard).items():
-        axis = window.laid_out("n", "h", "w", "c").index(name)
-        x = halos.surrounded(x, axis, shard, name, before, after)
-    return x
-
-
-def _inside(window: Window, shard: sharding.Shard) -> Window:
-    """The window of a shard, around which there is nothing where its neighbours' samples are."""
-    rows, columns = (
-        (0, 0) if shard.splits(name) else pads for name, pads in zip("hw", window.pads, strict=True)
+    window, taps = problem.window, (problem.kernel_height, problem.kernel_width)
+    (features,) = shard.local((problem.features,), "f" if window.groups == 1 else "g")
+    return problem._replace(
+        shape=shards.local_shape(problem.shape, window, taps, shard),
+        features=features,
+        window=shards.inside(window, shard),
     )
-    return window._replace(pads=(rows, columns))
 
 
-def _problem(
+def problem_of(
     window: Window,
     images: tuple[int, ...],
     filters: tuple[int, ...],
     dtype: jnp.dtype,
     out_dtype: jnp.dtype,
+    shard: sharding.Shard = sharding.WHOLE,
 ) -> Problem:
-    """The description of a convolution of images and filters of these shapes."""
+    """The description of a convolution of images and filters of these shapes, a shard's own."""
     height, width, _, features = window.filters(filters)
-    return Problem(window.images(images), dtype, height, width, features, window, out_dtype)
+    n, *size, channels = window.images(images)
+    shape = n, *shards.read(size, window, (height, width), shard), channels
+    own = shards.inside(window, shard)
+    return Problem(shape, dtype, height, width, features, own, out_dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -291,7 +224,8 @@ def _apply_jvp(
     if not isinstance(dbias, SymbolicZero | None):
         # In the wider dtype, in which the transpose sums.
         wide = along_features(dbias.astype(acc), plan.window)
-        terms.append(sharding.broadcast_to(wide, kept.shape, kept, range(4)).astype(out_dtype))
+        placed = [(kept, axis) for axis in range(4)]
+        terms.append(sharding.broadcast_to(wide, kept.shape, placed).astype(out_dtype))
 
     def epilogue(kept: jax.Array) -> jax.Array:
         return activate(kept.astype(acc), activation).astype(out_dtype)
@@ -451,18 +385,20 @@ def _forward(
                 cast(Kernels, plan.module).forward, **static, **plan.static_kwargs(window)
             )
             return one(x, w, bias) if plan.module.DIFFERENTIABLE else vmap_folding(one)(x, w, bias)
-        whole = rule_of(window, x.shape, w.shape)
+        whole = shards.rule_of(window, x.shape, w.shape)
+        features = "f" if window.groups == 1 else "g"
 
-        def problem(_: sharding.Shard, x: jax.Array, w: jax.Array, __: Tree) -> Problem:
-            return _problem(window, x.shape, w.shape, x.dtype, static["out_dtype"])
+        def problem(place: sharding.Shard, x: jax.Array, w: jax.Array, _: Tree) -> Problem:
+            return problem_of(window, x.shape, w.shape, x.dtype, static["out_dtype"], place)
 
         return sharding.split(
             partial(_shard_forward, window=window, **static),
-            whole._replace(operands=(*whole.operands, *["f"] * (bias is not None))),
+            whole._replace(operands=(*whole.operands, *[features] * (bias is not None))),
             plan,
             problem,
             *(x, w, bias),
             mapped=vmap_folding,
+            ours=shards.ours(window),
         )
 
     static: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
@@ -489,8 +425,8 @@ def _shard_forward(
 ) -> jax.Array:
     """The output of a shard: channels that are split are summed before the epilogue."""
     forward = cast(Kernels, plan.module).forward
-    x = _surrounded(window, window.filters(w.shape)[:2], place, x)
-    window = _inside(window, place)
+    x = shards.surrounded(x, window, window.filters(w.shape)[:2], place)
+    window = shards.inside(window, place)
     static = plan.static_kwargs(window)
     if not place.splits("c"):
         return cast(
@@ -507,15 +443,15 @@ def _dx(
     def kernel(
         window: Window, dy: jax.Array, w: jax.Array, *, shape: tuple[int, ...], dtype: jnp.dtype
     ) -> jax.Array:
-        whole = rule_of(window, (1, *shape), w.shape)
-        (images, filters), (output,), free, units = whole
+        (images, filters), (output,), free, cells = shards.rule_of(window, (1, *shape), w.shape)
 
         def shard(plan: Plan, place: sharding.Shard, dy: jax.Array, w: jax.Array) -> jax.Array:
             own = dy.shape[0], *place.local((0, *shape), images)[1:]
             wide = accumulation_dtype(dtype) if place.splits("f", "h", "w") else dtype
-            extend = partial(_surrounded, window, window.filters(w.shape)[:2], place)
+            taps = window.filters(w.shape)[:2]
+            extend = partial(shards.surrounded, window=window, taps=taps, shard=place)
             read = jax.eval_shape(extend, jax.ShapeDtypeStruct(own, wide)).shape
-            static = plan.static_kwargs(_inside(window, place))
+            static = plan.static_kwargs(shards.inside(window, place))
             run = cast(Kernels, plan.module).input_grad
             dx = place.sum(run(dy, w, shape=read[1:], dtype=wide, **static), "f")
             if place.splits("h", "w"):
@@ -523,19 +459,18 @@ def _dx(
                 (dx,) = jax.linear_transpose(extend, jax.ShapeDtypeStruct(own, wide))(dx)
             return dx.astype(dtype)
 
-        def problem(_: sharding.Shard, dy: jax.Array, w: jax.Array) -> Problem:
-            channels = window.filters(w.shape)[2] * window.groups
-            height, width = window.images((0, *shape))[1:3]
-            image = window.laid_out(dy.shape[0], height, width, channels)
-            return _problem(window, image, w.shape, dtype, dy.dtype)
+        def problem(place: sharding.Shard, dy: jax.Array, w: jax.Array) -> Problem:
+            image = dy.shape[0], *place.local((0, *shape), images)[1:]
+            return problem_of(window, image, w.shape, dtype, dy.dtype, place)
 
         return sharding.split(
             shard,
-            sharding.Rule((output, filters), (images,), free, tuple((n, 1) for n, _ in units)),
+            sharding.Rule((output, filters), (images,), free, cells),
             plan,
             problem,
             *(dy, w),
             mapped=vmap_folding,
+            ours=shards.ours(window),
         )
 
     run = partial(whole_rows.input_grad, kernel) if plan.whole_rows else kernel
@@ -550,28 +485,28 @@ def _dw(
     def kernel(
         window: Window, x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], dtype: jnp.dtype
     ) -> jax.Array:
-        (images, filters), (output,), free, units = rule_of(window, x.shape, shape)
+        (images, filters), (output,), free, cells = shards.rule_of(window, x.shape, shape)
         taps = window.filters(shape)[:2]
 
         def shard(plan: Plan, place: sharding.Shard, x: jax.Array, dy: jax.Array) -> jax.Array:
-            x = _surrounded(window, taps, place, x)
-            static = plan.static_kwargs(_inside(window, place))
+            x = shards.surrounded(x, window, taps, place)
+            static = plan.static_kwargs(shards.inside(window, place))
             static["shape"] = place.local(shape, filters)
             run = partial(cast(Kernels, plan.module).weight_grad, x, dy, **static)
             return place.summed(run, dtype, "n", "h", "w")
 
-        def problem(_: sharding.Shard, x: jax.Array, dy: jax.Array) -> Problem:
-            channels, features = (window.images(each.shape)[3] for each in (x, dy))
-            local = window.filters_laid_out(*taps, channels // window.groups, features)
-            return _problem(window, x.shape, local, x.dtype, dy.dtype)
+        def problem(place: sharding.Shard, x: jax.Array, dy: jax.Array) -> Problem:
+            local = place.local(shape, filters)
+            return problem_of(window, x.shape, local, x.dtype, dy.dtype, place)
 
         return sharding.split(
             shard,
-            sharding.Rule((images, output), (filters,), free, units),
+            sharding.Rule((images, output), (filters,), free, cells),
             plan,
             problem,
             *(x, dy),
             mapped=vmap_sequential,
+            ours=shards.ours(window),
         )
 
     run = partial(whole_rows.weight_grad, kernel) if plan.whole_rows else kernel

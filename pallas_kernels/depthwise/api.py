@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common.arguments import (
     Precision,
-    check_unsharded,
     checked_array,
     checked_precision,
     hashable,
@@ -54,6 +54,7 @@ def depthwise_conv2d(
     dilation: int | Sequence[int] = 1,
     precision: Precision = None,
     implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """Depthwise convolution (cross-correlation) of images: each channel by a kernel of its own.
 
@@ -75,6 +76,7 @@ def depthwise_conv2d(
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
             environment's (`FLASH_WTCONV_DEPTHWISE_FWD`, `..._BWD`) or the device's rule.
+        out_sharding: How the output is split over a mesh, as `wtconv2d` takes it.
 
     Returns:
         `[*batch, H_out, W_out, C]` in x's dtype, with `H_out = (H + top + bottom - dilation *
@@ -94,7 +96,6 @@ def depthwise_conv2d(
     """
     x, kernel = checked_array(x, "x"), checked_array(kernel, "kernel")
     bias = None if bias is None else checked_array(bias, "bias")
-    check_unsharded(x, "x")
     window = hashable(stride), hashable(padding), hashable(dilation)
     # `remembered` tells True and 2.0 from the integers that they equal, but not inside a tuple.
     plain = all(type(one) in (int, str) for one in window)
@@ -102,10 +103,12 @@ def depthwise_conv2d(
         x.shape, x.dtype, kernel.shape, None if bias is None else bias.shape, *window, precision
     )
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
-    static = problem, bias is not None, precision
-    chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", *static)
+    spread = sharding.spread(vjp.rule(problem), [x], out_sharding)
+    fwd, bwd = spread.allowed(fwd, bwd)
+    own = vjp.of_shard(problem, spread.shard)
+    chosen = fwd.choose(own, vjp.measurement, OPERATOR, "fwd", own, bias is not None, precision)
     module = OPERATOR.module(chosen.implementation)
-    plan = vjp.Plan(module, chosen.config, problem, precision, bwd)
+    plan = vjp.Plan(module, chosen.config, problem, precision, bwd, fwd, spread.stated)
     return vjp.depthwise_conv2d(plan, x, kernel, bias)
 
 

@@ -17,21 +17,21 @@ whether it is wanted, and returns `dkernel` and `dbias [C]` or None. The functio
 parameters that `search_space` offers.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol, cast
 
 import jax
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
-from pallas_kernels.common.arguments import check_unsharded
 from pallas_kernels.common.biased import Source, in_one, scaled, summed, with_one
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.types import Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
+from pallas_kernels.conv2d import shards
 from pallas_kernels.depthwise.problem import Problem
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
@@ -64,6 +64,8 @@ class Plan(NamedTuple):
         precision: The precision of products on matrix units.
         backward: The request by which the backward rule chooses an implementation; None in a
             plan that is timed, which nobody differentiates.
+        request: The request by which `module` was chosen, None in a plan that is timed.
+        stated: How the caller has stated that the output is split over a mesh.
     """
 
     module: Implementation
@@ -71,9 +73,18 @@ class Plan(NamedTuple):
     problem: Problem
     precision: jax.lax.Precision | None
     backward: Request | None
+    request: Request | None = None
+    stated: sharding.Stated | None = None
 
-    def for_backward(self) -> "Plan":
+    def by(self, module: Implementation) -> "Plan":
+        """The plan with another implementation, which takes its own parameters."""
+        return self._replace(module=module, config=())
+
+    def for_backward(self, x: jax.Array) -> "Plan":
         """The plan of the backward pass, whose implementation is chosen here, where it is called.
+
+        Args:
+            x: The images, or their output, which is split as they are.
 
         Raises:
             NotImplementedError: No allowed implementation can run here; says why for each.
@@ -81,19 +92,50 @@ class Plan(NamedTuple):
         assert self.backward is not None
         backward = moved_here(self.backward)
         operator = backward.operator
-        static = self.problem, False, self.precision
-        chosen = backward.choose(self.problem, measurement, operator, "bwd", *static)
-        return self._replace(module=operator.module(chosen.implementation), config=chosen.config)
+        spread = sharding.spread(rule(self.problem), [x], self.stated)
+        problem = of_shard(self.problem, spread.shard)
+        chosen = backward.choose(
+            problem, measurement, operator, "bwd", problem, False, self.precision
+        )
+        module = operator.module(chosen.implementation)
+        return self._replace(module=module, config=chosen.config, request=backward)
 
-    def bound(self, name: str, **static: object) -> Callable[..., Tree]:
-        """A function of the implementation, of arrays alone."""
+    def bound(self, name: str, shard: sharding.Shard, **static: object) -> Callable[..., Tree]:
+        """A function of the implementation, of a shard's arrays alone."""
         return partial(
             getattr(cast(Kernels, self.module), name),
-            window=self.problem.window,
+            window=shards.inside(self.problem.window, shard),
             precision=self.precision,
             **static,
             **dict(self.config),
         )
+
+    def surrounded(self, x: jax.Array, shard: sharding.Shard) -> jax.Array:
+        """The images that a shard reads, of which x has its own samples."""
+        return shards.surrounded(x, self.problem.window, self.problem.kernel_size, shard)
+
+
+def rule(problem: Problem) -> sharding.Rule:
+    """The axes of x, the kernel and the output: those of a convolution of a group a channel.
+
+    Example:
+        >>> from pallas_kernels.conv2d.problem import Window
+        >>> window = Window(pads=((1, 1), (1, 1)), groups=4)
+        >>> rule(Problem((2, 8, 8, 4), "float32", (3, 3), window)).operands
+        ('n h w g', '_ _ _ g')
+    """
+    return shards.rule(problem.window, problem.shape[1:3], problem.kernel_size)
+
+
+def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
+    """The convolution that a shard computes, with the samples around it."""
+    if not shard.counts:
+        return problem
+    window = problem.window
+    return problem._replace(
+        shape=shards.local_shape(problem.shape, window, problem.kernel_size, shard),
+        window=shards.inside(window, shard),
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -101,14 +143,11 @@ def depthwise_conv2d(
     plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
     """The convolution of images `[*batch, H, W, C]`."""
-    # Where it is traced: on every call it would take the host longer than all other checks.
-    check_unsharded(kernel, "kernel")
-    if bias is not None:
-        check_unsharded(bias, "bias")
     batch = x.shape[:-3]
-    arrays = x.reshape(math.prod(batch), *x.shape[-3:]), kernel, bias
+    # Here, since an eager reshape takes the host longer than all checks of the arguments.
+    arrays = sharding.flat(x, len(batch)), kernel, bias
     y = _apply(plan, *vary_like(arrays, arrays))
-    return y.reshape(*batch, *y.shape[1:])
+    return sharding.unflat(y, batch)
 
 
 def _apply(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -121,11 +160,11 @@ def _apply(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) 
 
     def in_source(dy: jax.Array, weights: Weights) -> Source:
         kernel, bias = weights
-        return _input_grad(plan.for_backward(), dy, kernel), in_one(bias, dy)
+        return _input_grad(plan.for_backward(dy), dy, kernel), in_one(bias, dy)
 
     def in_weights(dy: jax.Array, source: Source) -> Weights:
         x, one = source
-        dkernel, dbias = _weight_grad(plan.for_backward(), taps, dtypes[1] is not None, x, dy)
+        dkernel, dbias = _weight_grad(plan.for_backward(x), taps, dtypes[1] is not None, x, dy)
         found = dkernel, scaled(dbias, one)
         return jax.tree.map(lambda gradient, dtype: gradient.astype(dtype), found, dtypes)
 
@@ -169,27 +208,86 @@ def _weight_grad(
 
 
 def _forward(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The implementation's `forward`."""
-    run = plan.bound("forward")
-    if plan.module.DIFFERENTIABLE:
-        return run(x, kernel, bias)
-    return vmap_folding(run)(x, kernel, bias)
+    """The implementation's `forward`, of each shard."""
+
+    def shard(
+        plan: Plan, place: sharding.Shard, x: jax.Array, kernel: jax.Array, bias: jax.Array | None
+    ) -> jax.Array:
+        return plan.bound("forward", place)(plan.surrounded(x, place), kernel, bias)
+
+    operands, (output,), free, cells = rule(plan.problem)
+    features = [output.split()[-1]] * (bias is not None)
+    return sharding.split(
+        shard,
+        sharding.Rule((*operands, *features), (output,), free, cells),
+        plan,
+        lambda place, *_: of_shard(plan.problem, place),
+        *(x, kernel, bias),
+        mapped=vmap_folding,
+        ours=shards.ours(plan.problem.window),
+    )
 
 
 def _dx(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The implementation's `input_grad`."""
-    run = plan.bound("input_grad", size=plan.problem.shape[1:3])
-    return run(dy, kernel) if plan.module.DIFFERENTIABLE else vmap_folding(run)(dy, kernel)
+    """The implementation's `input_grad`, of each shard."""
+    (images, taps), (output,), free, cells = rule(plan.problem)
+
+    def shard(plan: Plan, place: sharding.Shard, dy: jax.Array, kernel: jax.Array) -> jax.Array:
+        own = dy.shape[0], *place.local(plan.problem.shape, images)[1:]
+        cut = place.splits("h", "w")
+        # What is added to the neighbours' samples goes back to them, in the wider dtype.
+        wide = dy.astype(accumulation_dtype(dy.dtype)) if cut else dy
+        x = jax.ShapeDtypeStruct(own, wide.dtype)
+        extend = partial(plan.surrounded, shard=place)
+        run = plan.bound("input_grad", place, size=jax.eval_shape(extend, x).shape[1:3])
+        dx = run(wide, kernel)
+        if cut:
+            (dx,) = jax.linear_transpose(extend, x)(dx)
+        return dx.astype(dy.dtype)
+
+    return sharding.split(
+        shard,
+        sharding.Rule((output, taps), (images,), free, cells),
+        plan,
+        lambda place, *_: of_shard(plan.problem, place),
+        *(dy, kernel),
+        mapped=vmap_folding,
+        ours=shards.ours(plan.problem.window),
+    )
 
 
 def _dweights(
     plan: Plan, taps: tuple[int, ...], bias: bool, x: jax.Array, dy: jax.Array
 ) -> Weights:
-    """The implementation's `weight_grad`, with the gradient of a bias where it is asked for."""
-    both = cast(Kernels, plan.module).BIAS_GRADIENT
-    run = plan.bound("weight_grad", kernel_size=taps, **({"bias": bias} if both else {}))
-    found = run(x, dy) if plan.module.DIFFERENTIABLE else vmap_sequential(run)(x, dy)
-    return found if both else (found, None)
+    """The implementation's `weight_grad`, with the gradient of a bias where it is asked for.
+
+    It is the sum of all shards'.
+    """
+    (images, kernel), (output,), free, cells = rule(plan.problem)
+
+    def shard(plan: Plan, place: sharding.Shard, x: jax.Array, dy: jax.Array) -> Weights:
+        both = cast(Kernels, plan.module).BIAS_GRADIENT
+        static = {"bias": bias} if both else {}
+        run = plan.bound("weight_grad", place, kernel_size=taps, **static)
+        found = run(plan.surrounded(x, place), dy)
+        dkernel, dbias = found if both else (found, None)
+        # An implementation that stands in for another one may not sum dy.
+        dbias = summed(dy) if bias and dbias is None else dbias
+        return place.sum((dkernel, dbias), "n", "h", "w")
+
+    features = [output.split()[-1]] * bias
+    return cast(
+        Weights,
+        sharding.split(
+            shard,
+            sharding.Rule((images, output), (kernel, *features), free, cells),
+            plan,
+            lambda place, *_: of_shard(plan.problem, place),
+            *(x, dy),
+            mapped=vmap_sequential,
+            ours=shards.ours(plan.problem.window),
+        ),
+    )
 
 
 def measurement(

@@ -606,7 +606,7 @@ def _wavedec(
         bands = _analysed(x, ndim, levels, name, implementation, stated)
     else:
         # Where a signal goes on beyond its ends only one device can tell that has all of it.
-        whole = vjp.rule(sizes, levels, name)._replace(units=())
+        whole = vjp.rule(sizes, levels, name)._replace(cells=())
         stated = _stated(x, whole, layout, out_sharding)
         bands = _analysed_by_level(x, ndim, levels, name, mode, implementation, stated)
     return jax.tree.map(layout.restored, bands)
@@ -690,8 +690,7 @@ def _waverec(
         size = whole
     _check_crop(whole, f"shape={size}", size)
     rule = vjp.rule(size, len(levels), name)
-    units = () if mode else tuple((axis, 1) for axis, _ in rule.units)
-    stated = _stated(x, rule._replace(units=units), layout, out_sharding)
+    stated = _stated(x, rule._replace(cells=()) if mode else rule, layout, out_sharding)
     if mode is None:
         y = _synthesised(x, bands, size, name, implementation, stated)
     else:
@@ -803,8 +802,6 @@ def _plan(
 ) -> vjp.Plan:
     """The plan for x, a signal of this size or its low band."""
     rule = vjp.rule(size, levels, wavelet)
-    if x.shape[-1 - len(size) : -1] != size:
-        rule = rule._replace(units=tuple((name, 1) for name, _ in rule.units))
     spread = sharding.spread(rule, [x], stated)
     (asked,) = spread.allowed(request(OPERATOR, "fwd", implementation))
     whole = math.prod(x.shape[: -1 - len(size)]), *size, x.shape[-1]

@@ -163,12 +163,10 @@ def _synthesise(plan: Plan, low: jax.Array, details: Details) -> jax.Array:
             low, details, shape=plan.local(place), wavelet=plan.wavelet, **dict(plan.config)
         )
 
-    signal, bands, free, units = plan.rule()
-    # A coefficient of the deepest level has all samples of its cell.
-    backward = sharding.Rule(bands, signal, free, tuple((name, 1) for name, _ in units))
+    (signal,), bands, free, cells = plan.rule()
     return sharding.split(
         shard,
-        backward,
+        sharding.Rule(bands, (signal,), free, cells),
         plan,
         lambda place, low, _: plan.problem(place, low),
         low,
@@ -212,5 +210,7 @@ def rule(size: tuple[int, ...], levels: int, wavelet: str) -> sharding.Rule:
     signal = f"n {' '.join(spatial)} c"
     bands = 1 + levels * (2 ** len(size) - 1)
     whole = [isinstance(n, int) and n % cell == 0 and wavelet in IS_HAAR for n in size]
-    units = tuple((name, cell) for name, even in zip(spatial, whole, strict=True) if even)
-    return sharding.Rule((signal,), (signal,) * bands, frozenset("nc"), units)
+    cells = tuple(
+        (name, n // cell) for name, n, even in zip(spatial, size, whole, strict=True) if even
+    )
+    return sharding.Rule((signal,), (signal,) * bands, frozenset("nc"), cells)

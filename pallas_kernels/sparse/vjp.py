@@ -28,7 +28,6 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.types import Json, Tree
-from pallas_kernels.common.vmap import vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
@@ -110,13 +109,12 @@ class Plan(NamedTuple):
             return place.sum(wide, summed).astype(found.dtype)
 
         tables = "_ _", "_", "_ _"
-        return sharding.split(
+        return sharding.split_each(
             shard,
             sharding.Rule((*operands, *tables), (result,), free),
             self,
             lambda place, *_: of_shard(self.problem, place),
             *arrays,
-            mapped=vmap_sequential,
         )
 
 

@@ -9,6 +9,7 @@ import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels.common.arguments import Precision, checked_array
+from pallas_kernels.common.sharding import OutSharding
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.oracle.conv2d import Padding
@@ -29,6 +30,7 @@ def residual_block(
     implementation: Choice = None,
     conv_implementation: Choice = None,
     norm_implementation: Choice = None,
+    out_sharding: OutSharding = None,
 ) -> jax.Array:
     """Convolution, norm, ReLU, convolution, norm, and x added; no ReLU behind.
 
@@ -48,6 +50,7 @@ def residual_block(
         implementation: As `conv2d_instance_norm` takes it.
         conv_implementation: As `conv2d_instance_norm` takes it.
         norm_implementation: As `conv2d_instance_norm` takes it.
+        out_sharding: As `conv2d_instance_norm` takes it.
 
     Returns:
         An array of x's shape and dtype.
@@ -71,6 +74,7 @@ def residual_block(
         "implementation": implementation,
         "conv_implementation": conv_implementation,
         "norm_implementation": norm_implementation,
+        "out_sharding": out_sharding,
     }
     inner = conv2d_instance_norm(x, *of_first, activation="relu", **rest)
     if inner.shape != x.shape:

@@ -21,7 +21,6 @@ with `DIFFERENTIABLE = True`. Those that normalise what a convolution has left t
 for `tiles`, the moments of its tiles, see `conv2d.moments`; `convolution` is made of it.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol, cast
@@ -124,7 +123,7 @@ def instance_norm(
 ) -> jax.Array:
     """The norm of images `[*batch, H, W, C]` by a plan's implementation."""
     batch = x.shape[:-3]
-    parameters = of_images(batch, x.shape[-1], x.dtype, scale, bias, x)
+    parameters = of_images(batch, x.dtype, scale, bias, x, x)
     added = None if residual is None else sharding.flat(residual, len(batch))
     arrays = sharding.flat(x, len(batch)), *parameters, added
     y, _ = _apply(plan, *vary_like(arrays, arrays))
@@ -133,31 +132,29 @@ def instance_norm(
 
 def of_images(
     batch: tuple[int, ...],
-    channels: int,
     dtype: jnp.dtype,
     scale: jax.Array | None,
     bias: jax.Array | None,
-    images: jax.Array | None = None,
+    images: jax.Array,
+    channels: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Scale and bias of each image, `[N, C]`; JAX sums the gradients of what images share.
 
     Args:
         batch: The batch axes of the images.
-        channels: Their channels.
         dtype: Their dtype, whose dtype of accumulation the parameters get.
         scale: `[C]` or `[*batch, C]`; None is 1.
         bias: The same; None is 0.
-        images: The images, as which the parameters are split over a mesh.
+        images: Images, as whose batch the parameters are split over a mesh.
+        channels: An array whose last axis is the channels, as which they are split.
     """
     acc = accumulation_dtype(dtype)
 
     def each(value: jax.Array | None, default: float) -> jax.Array:
-        value = jnp.full(channels, default, acc) if value is None else value.astype(acc)
-        shape = *batch, channels
-        if images is None:
-            return jnp.broadcast_to(value, shape).reshape(math.prod(batch), channels)
-        axes = *range(len(batch)), images.ndim - 1
-        return sharding.flat(sharding.broadcast_to(value, shape, images, axes), len(batch))
+        count = channels.shape[-1]
+        value = jnp.full(count, default, acc) if value is None else value.astype(acc)
+        placed = [*((images, axis) for axis in range(len(batch))), (channels, channels.ndim - 1)]
+        return sharding.flat(sharding.broadcast_to(value, (*batch, count), placed), len(batch))
 
     return each(scale, 1.0), each(bias, 0.0)
 

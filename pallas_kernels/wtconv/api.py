@@ -26,7 +26,7 @@ from pallas_kernels.common.arguments import (
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.haar.filters import wavelet_name
-from pallas_kernels.wtconv import vjp
+from pallas_kernels.wtconv import shards, vjp
 from pallas_kernels.wtconv.problem import Problem
 
 
@@ -169,9 +169,9 @@ def _wtconv(
     signature = tuple((name, value.shape, value.dtype) for name, value in params.items())
     call = remembered(_checked_call)(ndim, x.shape, x.dtype, signature, wavelet, stride, precision)
     fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
-    spread = sharding.spread(vjp.rule(ndim, wavelet=call.problem.wavelet), [x], out_sharding)
+    spread = sharding.spread(shards.rule(ndim, wavelet=call.problem.wavelet), [x], out_sharding)
     fwd, bwd = spread.allowed(fwd, bwd)
-    problem, bias = vjp.of_shard(call.problem, spread.shard), "base_bias" in params
+    problem, bias = shards.of_shard(call.problem, spread.shard), "base_bias" in params
     chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem, bias, call.precision)
     module = OPERATOR.module(chosen.implementation)
     static = problem.wavelet, call.precision, bwd, fwd, spread.stated

@@ -23,13 +23,13 @@ functions take the parameters that `search_space` offers.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
-from typing import NamedTuple, Protocol, cast
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import halos, sharding
+from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.biased import Source, in_one, scaled, summed, with_one
 from pallas_kernels.common.dtypes import accumulation_dtype
@@ -40,12 +40,10 @@ from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
-from pallas_kernels.haar.filters import IS_HAAR
+from pallas_kernels.wtconv import shards
 from pallas_kernels.wtconv.problem import Problem
+from pallas_kernels.wtconv.shards import Shapes
 
-_SPATIAL = "dhw"
-"""The rule's names of spatial axes."""
-Shapes = tuple[tuple[int, ...], ...]
 Weights = tuple[Taps, jax.Array | None]
 """The taps and the bias."""
 
@@ -117,6 +115,20 @@ class Plan(NamedTuple):
         """The description of a call of these arrays."""
         return Problem(x.shape, x.dtype, shapes[0][0], len(shapes) - 1, self.wavelet)
 
+    def static_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of both functions of an implementation."""
+        return {"wavelet": self.wavelet, "precision": self.precision, **dict(self.config)}
+
+    def for_low_band(self, direction: str, low: jax.Array, shapes: Shapes) -> "Plan":
+        """The plan for a shard's low band: by plain JAX, where the implementation refuses it."""
+        module = self.module
+        try:
+            module.check(direction, self.problem(low, shapes))
+        except NotImplementedError:
+            assert self.request is not None
+            module = self.request.operator.module("xla")
+        return self.by(module)
+
     def for_backward(self, x: jax.Array, shapes: Shapes, bias: bool) -> "Plan":
         """The plan of the backward pass, whose implementation is chosen here, where it is called.
 
@@ -130,8 +142,8 @@ class Plan(NamedTuple):
         """
         assert self.backward is not None
         backward = moved_here(self.backward)
-        spread = sharding.spread(rule(x.ndim - 2, wavelet=self.wavelet), [x], self.stated)
-        problem = of_shard(self.problem(x, shapes), spread.shard)
+        spread = sharding.spread(shards.rule(x.ndim - 2, wavelet=self.wavelet), [x], self.stated)
+        problem = shards.of_shard(self.problem(x, shapes), spread.shard)
         operator = backward.operator
         static = problem, bias, self.precision
         chosen = backward.choose(problem, measurement, operator, "bwd", *static)
@@ -248,28 +260,24 @@ def _forward(
     def shard(
         plan: Plan, place: sharding.Shard, x: jax.Array, taps: Taps, bias: jax.Array | None
     ) -> jax.Array:
-        run = partial(
-            cast(Kernels, plan.module).forward,
-            wavelet=plan.wavelet,
-            transpose=transpose,
-            precision=plan.precision,
-            **dict(plan.config),
-        )
-        windows = _windows(place, x.shape, shapes[0][0], len(shapes) - 1)
-        if _in_strips(windows):
-            return _edges_again(lambda x: run(x, taps, bias), windows[0], place, x)
-        for window in windows:
-            x = window.extended(x, place)
-        y = run(x, taps, bias)
-        for window in windows:
-            y = window.cropped(y, place)
-        return y
+        def run(x: jax.Array, taps: Taps, bias: jax.Array | None) -> jax.Array:
+            return cast(Kernels, plan.module).forward(
+                *(x, taps, bias), transpose=transpose, **plan.static_kwargs()
+            )
+
+        def below(x: jax.Array, taps: Taps, bias: jax.Array | None) -> jax.Array:
+            own = plan.for_low_band("fwd", x, tuple(tap.shape for tap in taps))
+            return cast(Kernels, own.module).forward(
+                *(x, taps, bias), transpose=transpose, **own.static_kwargs()
+            )
+
+        return shards.forward(run, below, place, x, taps, bias)
 
     return sharding.split(
         shard,
-        rule(x.ndim - 2, len(taps), bias is not None, plan.wavelet),
+        shards.rule(x.ndim - 2, len(taps), bias is not None, plan.wavelet),
         plan,
-        lambda _, x, *__: plan.problem(x, shapes),
+        lambda place, x, *_: shards.around(plan.problem(x, shapes), place),
         x,
         taps,
         bias,
@@ -281,137 +289,31 @@ def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
     """The implementation's `weight_grad`, the sum of all shards'."""
 
     def shard(plan: Plan, place: sharding.Shard, x: jax.Array, dy: jax.Array) -> Taps:
-        run = partial(
-            cast(Kernels, plan.module).weight_grad,
-            kernel_shapes=tuple((*shape[:-1], x.shape[-1]) for shape in shapes),
-            wavelet=plan.wavelet,
-            precision=plan.precision,
-            **dict(plan.config),
-        )
-        windows = _windows(place, x.shape, shapes[0][0], len(taps) - 1)
-        if _in_strips(windows):
-            found = _of_edges(run, windows[0], place, x, dy)
-        else:
-            for window in windows:
-                x, dy = window.extended(x, place), window.padded(dy, place)
-            found = tuple(run(x, dy))
-        return place.sum(found, "n", *_SPATIAL)
+        def run(x: jax.Array, dy: jax.Array, shapes: Shapes) -> Taps:
+            return cast(Kernels, plan.module).weight_grad(
+                x, dy, kernel_shapes=shapes, **plan.static_kwargs()
+            )
+
+        def below(x: jax.Array, dy: jax.Array, shapes: Shapes) -> Taps:
+            own = plan.for_low_band("bwd", x, shapes)
+            return cast(Kernels, own.module).weight_grad(
+                x, dy, kernel_shapes=shapes, **own.static_kwargs()
+            )
+
+        found = shards.weight_grad(run, below, place, x, dy, shapes)
+        return place.sum(found, "n", "d", "h", "w")
 
     taps = tuple(shape for shape in shapes if len(shape) > 1)
-    whole = rule(x.ndim - 2, len(taps), len(shapes) > len(taps), plan.wavelet)
+    whole = shards.rule(x.ndim - 2, len(taps), len(shapes) > len(taps), plan.wavelet)
     image, *weights = whole.operands
     return sharding.split(
         shard,
         whole._replace(operands=(image, image), results=tuple(weights)),
         plan,
-        lambda _, x, __: plan.problem(x, taps),
+        lambda place, x, _: shards.around(plan.problem(x, taps), place),
         x,
         dy,
         mapped=vmap_sequential,
-    )
-
-
-@cache
-def rule(ndim: int, taps: int = 0, bias: bool = False, wavelet: str = "haar") -> sharding.Rule:
-    """The axes of x, taps and bias, and of the output: images and channels do not mix.
-
-    Shards of an image exchange the samples around them. Filters longer than Haar's reach further
-    than a cell, so that their images stay whole.
-
-    Args:
-        ndim: The number of spatial axes.
-        taps: The number of arrays of taps.
-        bias: Whether there is a bias.
-        wavelet: PyWavelets' name of the wavelet.
-
-    Example:
-        >>> rule(2, 1, True).operands
-        ('n h w c', '_ _ _ c', 'c')
-    """
-    spatial = _SPATIAL[-ndim:]
-    image = f"n {' '.join(spatial)} c"
-    kernel = f"{'_ ' * (ndim + 1)}c"
-    operands = image, *[kernel] * taps, *["c"] * bias
-    free = ("n", "c", *(spatial if wavelet in IS_HAAR else ""))
-    return sharding.Rule(operands, (image,), frozenset(free))
-
-
-def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
-    """The convolution that a shard computes, with the samples around it."""
-    if not shard.counts:
-        return problem
-    (image,) = rule(len(problem.shape) - 2).results
-    shape = list(shard.local(problem.shape, image))
-    for window in _windows(shard, tuple(shape), problem.kernel_size, problem.levels):
-        shape[window.axis] = window.size
-    return problem._replace(shape=tuple(shape))
-
-
-def _windows(
-    shard: sharding.Shard, shape: tuple[int, ...], kernel_size: int, levels: int
-) -> list[halos.Window]:
-    """The windows of a shard of this shape, along the spatial axes that are split.
-
-    `kernel_size // 2` taps on either side serve even kernels, whose transpose swaps its sides.
-    """
-    ndim, align = len(shape) - 2, 2**levels
-    return [
-        halos.Window(axis, name, shape[axis], align, kernel_size // 2 * align)
-        for axis, name in enumerate(_SPATIAL[-ndim:], 1)
-        if shard.splits(name)
-    ]
-
-
-def _in_strips(windows: list[halos.Window]) -> bool:
-    """Whether a shard is computed as it is, and its first and last rows again.
-
-    So nothing waits for the neighbours' rows, and no copy of the image with them is made.
-    """
-    if len(windows) != 1:
-        return False
-    (window,) = windows
-    aligned = window.own % window.align == 0 and window.own >= 2 * window.halo > 0
-    return window.axis == 1 and aligned
-
-
-def _edges_again(
-    run: Callable[[jax.Array], jax.Array],
-    window: halos.Window,
-    place: sharding.Shard,
-    x: jax.Array,
-) -> jax.Array:
-    """The output of a shard in strips: the rows that the neighbours reach are computed again."""
-    h = window.halo
-    above, below = window.neighbours(x, place)
-    y = run(x)
-    first = run(jnp.concatenate([above, x[:, : 2 * h]], 1))[:, h : 2 * h]
-    last = run(jnp.concatenate([x[:, -2 * h :], below], 1))[:, h : 2 * h]
-    return y.at[:, :h].set(first).at[:, -h:].set(last)
-
-
-def _of_edges(
-    run: Callable[[jax.Array, jax.Array], Taps],
-    window: halos.Window,
-    place: sharding.Shard,
-    x: jax.Array,
-    dy: jax.Array,
-) -> Taps:
-    """The weight gradients of a shard in strips: what the neighbours' rows add is bilinear too.
-
-    The gradient of a bias, a sum of dy alone, has all of it already.
-    """
-    h = window.halo
-    above, below = window.neighbours(x, place)
-    nothing = jnp.zeros_like(above)
-
-    def pair(*rows: jax.Array) -> jax.Array:
-        return jnp.concatenate(rows, 1)
-
-    found = tuple(run(x, dy))
-    first = run(pair(above, nothing), pair(nothing, dy[:, :h]))
-    last = run(pair(nothing, below), pair(dy[:, -h:], nothing))
-    return tuple(
-        g if g.ndim == 1 else g + a + b for g, a, b in zip(found, first, last, strict=True)
     )
 
 

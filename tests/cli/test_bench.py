@@ -29,6 +29,7 @@ from flash_wtconv_jax.bench import (
     mlp,
     profile,
     roofline,
+    sharding,
     sparse,
     stylize,
     timing,
@@ -37,7 +38,7 @@ from flash_wtconv_jax.bench import (
 )
 from flash_wtconv_jax.bench.timing import Spread
 from flash_wtconv_jax.cli import app
-from flash_wtconv_jax.cli.bench import tell, wtconv_table
+from flash_wtconv_jax.cli.bench import _sharding_table, tell, wtconv_table
 from flash_wtconv_jax.plots import bench as drawings
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import mosaic_gpu
@@ -938,3 +939,25 @@ class TestSpread:
         assert (low, high) == pytest.approx((1.2, 3.0))
         texts = {text.get_text() for text in axes.texts}
         assert texts == {"1", "noisy"}
+
+
+def test_sharding_refuses_what_it_does_not_have_and_shows_what_it_found(tmp_path):
+    silent = lambda *_: lambda: None  # noqa: E731
+    for wrong, message in (
+        ({"devices": [99]}, "devices: 99, expected 1 to"),
+        ({"parts": ["inference"]}, r"parts: \['inference'\], expected some of operators"),
+        ({"operators": ["wtconv4d"]}, "'wtconv4d' is not one of wtconv1d"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharding.run(silent, **wrong)
+    report = sharding.run(silent, devices=[1], minutes=0)
+    assert not report["rows"]
+    assert "wtconv2d over h, Auto" in " ".join(report["left"])
+    ran = CliRunner().invoke(app, ["bench", "sharding", "--minutes", "0", "--out", str(tmp_path)])
+    assert ran.exit_code == 0, ran.output
+    assert "not run yet: operators: wtconv1d over n, Explicit" in " ".join(ran.output.split())
+    row = {"part": "rows", "label": "2 devices, Auto", "median_ms": 2.0, "efficiency": 0.875}
+    found = report | {"rows": [row | {"collectives": {"all-reduce": (1, 1024)}, "wrong": None}]}
+    cells = [list(column.cells) for column in _sharding_table(found).columns]
+    last = [column[-1] for column in cells]
+    assert last == ["2 devices, Auto", "2.0", "", "0.88", "1 all-reduce (1,024)", ""]

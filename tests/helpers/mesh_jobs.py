@@ -1,7 +1,7 @@
 """The jobs of `helpers.meshes`, which run where there are 8 host devices.
 
 A kernel is stood for by plain JAX that says of itself that nobody can look into it: the module
-`triton` of every operator, which on a CPU could not run.
+`triton` of every operator, or the one that it has, which on a CPU could not run.
 """
 
 import logging
@@ -13,11 +13,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers.meshes import collectives
 from jax.sharding import AxisType, NamedSharding
 
+from flash_wtconv_jax.bench.collectives import collectives
 from pallas_kernels import haar
 from pallas_kernels.conv2d import conv2d
+from pallas_kernels.depthwise import depthwise_conv2d
 from pallas_kernels.dispatch import forget
 from pallas_kernels.sparse import (
     from_coords,
@@ -25,18 +26,27 @@ from pallas_kernels.sparse import (
     spatially_sparse_conv,
     spatially_sparse_depthwise_conv,
 )
-from pallas_kernels.stylize import instance_norm
+from pallas_kernels.stylize import conv2d_instance_norm, instance_norm
 from pallas_kernels.wtconv import wtconv1d, wtconv2d, wtconv3d
 from pallas_kernels.wtconv.api import OPERATOR
 
-ROOMS = ["wtconv", "haar", "conv2d", "stylize", "sparse", "sparse.depthwise"]
+ROOMS = {
+    "wtconv": "triton",
+    "haar": "triton",
+    "conv2d": "triton",
+    "depthwise": "mosaic_tpu",
+    "stylize": "triton",
+    "stylize.convolution": "triton",
+    "sparse": "triton",
+    "sparse.depthwise": "triton",
+}
 
 
-def _opaque(room):
+def _opaque(room, name):
     """A module like a kernel's, which refuses what `REFUSED` says."""
     package = f"pallas_kernels.{room}"
     plain = import_module(f"{package}.xla")
-    module = ModuleType(f"{package}.triton")
+    module = ModuleType(f"{package}.{name}")
     module.__dict__.update({k: v for k, v in vars(plain).items() if not k.startswith("__")})
     module.DIFFERENTIABLE, module.unavailable = False, lambda platform: None
 
@@ -49,7 +59,8 @@ def _opaque(room):
 
 
 REFUSED = set()
-KERNELS = {f"pallas_kernels.{room}.triton": _opaque(room) for room in ROOMS}
+HALOS = "collective-permute"
+KERNELS = {f"pallas_kernels.{r}.{name}": _opaque(r, name) for r, name in ROOMS.items()}
 mock.patch.dict("sys.modules", KERNELS).start()
 
 
@@ -78,6 +89,35 @@ def _conv2d(size=(8, 6), **options):
     return function, arrays, ("n h w c", "_ _ c f", "f"), "n h w f"
 
 
+def _grouped(**options):
+    def function(x, w, bias, **rest):
+        return conv2d(x, w, bias=bias, groups=4, padding=1, **options, **rest)
+
+    arrays = _drawn((8, 8, 6, 8), 0), _drawn((3, 3, 2, 16), 1), _drawn((16,), 2)
+    return function, arrays, ("n h w c", "_ _ _ c", "c"), "n h w c"
+
+
+def _depthwise(size=(8, 6), **options):
+    def function(x, kernel, bias, implementation=None, **rest):
+        name = implementation and ROOMS["depthwise"]
+        return depthwise_conv2d(x, kernel, bias, implementation=name, **options, **rest)
+
+    arrays = _drawn((8, *size, 4), 0), _drawn((3, 3, 1, 4), 1), _drawn((4,), 2)
+    return function, arrays, ("n h w c", "_ _ _ c", "c"), "n h w c"
+
+
+def _conv_norm():
+    def function(x, w, scale, bias, implementation=None, **rest):
+        static = {"padding": ("reflect", 1), "upsample": 2, "activation": "relu"}
+        static |= dict.fromkeys(
+            ("implementation", "conv_implementation", "norm_implementation"), implementation
+        )
+        return conv2d_instance_norm(x, w, scale, bias, **static, **rest)
+
+    arrays = _drawn((8, 4, 3, 4), 0), _drawn((3, 3, 4, 8), 1), _drawn((8,), 2), _drawn((8,), 3)
+    return function, arrays, ("n _ _ c", "_ _ c f", "f", "f"), "n _ _ f"
+
+
 def _norm():
     def function(x, scale, bias, **rest):
         return instance_norm(x, scale, bias, activation="relu", residual=x, **rest)
@@ -95,14 +135,17 @@ def _haar(size=(5, 6)):
     return function, (_drawn((8, *size, 4), 0),), ("n h w c",), "n h w c"
 
 
-def _voxels():
-    coords = [[0, y, x] for y in range(3) for x in range(3) if y * x != 2]
+def _voxels(hole=2):
+    coords = [[0, y, x] for y in range(3) for x in range(3) if y * x != hole]
     return from_coords(coords, _drawn((len(coords), 4), 0), capacity=8)
 
 
+def _algorithms(implementation):
+    return {} if implementation is None else dict.fromkeys(["fwd_algo", "bwd_algo"], "triton")
+
+
 def _sparse(implementation, depthwise=False):
-    voxels = _voxels()
-    names = {} if implementation is None else dict.fromkeys(["fwd_algo", "bwd_algo"], "triton")
+    voxels, names = _voxels(), _algorithms(implementation)
     if depthwise:
         found, out = kernel_map(voxels, 3)
 
@@ -126,13 +169,20 @@ CASES = {
     "conv2d_strided": partial(_conv2d, padding="SAME", stride=2),
     "conv2d_upsampled": partial(_conv2d, padding=("reflect", 1), upsample=2),
     "instance_norm": _norm,
+    "depthwise": _depthwise,
+    "conv2d_grouped": _grouped,
+    "conv2d_norm": _conv_norm,
     "haar": _haar,
     # Images that are cut: shards of whole cells, of parts of them, smaller than a halo, in strips.
     "wtconv2d_cells": partial(_wtconv, 2, 1, (2, 16, 8, 4)),
     "wtconv2d_uneven": partial(_wtconv, 2, 2, (2, 20, 10, 4)),
     "wtconv2d_far": partial(_wtconv, 2, 2, (2, 16, 8, 4), 5),
+    # Deeper levels exchange a low band, along one axis and along two.
+    "wtconv2d_deep": partial(_wtconv, 2, 3, (2, 32, 18, 4)),
+    "wtconv2d_deeper": partial(_wtconv, 2, 4, (2, 32, 16, 4)),
     "wtconv2d_even_taps": partial(_wtconv, 2, 1, (2, 16, 8, 4), 4),
     "conv2d_cut": partial(_conv2d, (16, 8), padding=1),
+    "depthwise_cut": partial(_depthwise, (16, 8), stride=2, padding=((1, 0), (1, 0))),
     "conv2d_dilated": partial(_conv2d, (16, 8), padding=2, dilation=2),
     "conv2d_downsampled": partial(_conv2d, (16, 16), padding=((1, 0), (1, 0)), stride=2),
     "conv2d_stem": partial(_conv2d, (16, 16), padding=((0, 1), (0, 1)), stride=2),
@@ -201,7 +251,8 @@ def splits(name, sizes, implementation, kind):
     both = jax.jit(partial(_both, function)).lower(*placed).compile()
     got, (y, gradients) = forward(*placed), both(*placed)
     summed = "c" in sizes and "f" in out
-    _assert_alike((got, y), (want[0], want[0]), bitwise=not summed)
+    rounded = summed or name in ("wtconv2d_deep", "wtconv2d_deeper")
+    _assert_alike((got, y), (want[0], want[0]), bitwise=not rounded)
     _assert_alike(gradients, want[1], bitwise=False)
     for leaf in jax.tree.leaves(y):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, _spec(out, sizes)), leaf.ndim), (
@@ -287,6 +338,31 @@ def mapped(name, implementation, kind):
         got, want = jax.jit(run)(*placed), jax.jit(run)(*whole)
         # Twice the images: their sines turn twice as fast as what is rounded.
         _assert_alike(got, want, bitwise=False, tolerance=5e-5)
+
+
+def stacked_scenes(implementation, kind):
+    """`jax.vmap` over scenes that are stacked over the mesh, of each its own map."""
+    scenes = jax.tree.map(lambda *each: np.stack(each), *[_voxels(2), _voxels(4)] * 4)
+    names = _algorithms(implementation)
+
+    def function(x, w, bias):
+        def convolved(features, scene):
+            scene = scene.with_features(features)
+            return spatially_sparse_conv(scene, w, 3, bias=bias, **names).features
+
+        return jax.vmap(convolved)(x, scenes)
+
+    arrays = scenes.features, _drawn((9, 4, 8), 1), _drawn((8,), 2)
+    want = jax.jit(partial(_both, function))(*arrays)
+    mesh = _mesh({"n": 4}, (AxisType[kind],))
+    placed = _placed(arrays, ("n _ _", "_ _ _", "_"), {"n": 4}, mesh)
+    scenes = jax.device_put(scenes, NamedSharding(mesh, jax.P("n")))
+    with jax.set_mesh(mesh):
+        both = jax.jit(partial(_both, function)).lower(*placed).compile()
+    # XLA multiplies matrices of fewer scenes in another order than those of all.
+    _assert_alike(both(*placed), want, bitwise=False)
+    found = collectives(both.as_text())
+    assert found.keys() == {"all-reduce"}, found
 
 
 def remat_in_scan(implementation, kind):
@@ -389,6 +465,52 @@ def exported():
     text = jax.export.export(jax.jit(function))(*placed).serialize()
     again = jax.jit(jax.export.deserialize(text).call)
     _assert_alike(again(*placed), jax.jit(function)(*arrays), bitwise=True)
+
+
+def benchmark(operator, splits):
+    """`flash-wtconv bench sharding` on 2 devices: nothing is wrong, whatever is split."""
+    from flash_wtconv_jax.bench import sharding
+
+    silent = lambda *_: lambda: None  # noqa: E731
+    found = sharding.run(silent, devices=[2], operators=[operator], minutes=30)
+    assert not found["left"]
+    rows = {part: [r for r in found["rows"] if r["part"] == part] for part in sharding.PARTS}
+    assert all(row["wrong"] is None for row in found["rows"]), found["rows"]
+    assert {row["split"] for row in rows["operators"]} == set(splits)
+    assert {row["kind"] for row in rows["operators"]} == {*sharding.KINDS, "shard_map"}
+    for part, exchanged in (("training", {"all-reduce"}), ("rows", {"all-reduce", HALOS})):
+        explicit, auto = rows[part]
+        assert explicit["collectives"].keys() == exchanged, explicit
+        assert auto["kind"] == "Auto"
+
+
+def network(rows, stem, kind):
+    """WTConvNeXt of images whose rows are split; 40 rows over 8 devices split unevenly."""
+    from flax import nnx
+
+    from flash_wtconv_jax import models
+
+    config = models.ConvNeXtConfig(
+        depths=(1, 1), dims=(4, 8), levels=(1, 1), num_classes=2, stem_type=stem, kernel_size=3
+    )
+    definition, params, rest = nnx.split(models.ConvNeXt(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    # Away from layer scales of nothing.
+    drawn = lambda p: p + 0.1 * _drawn(p.shape, p.size)  # noqa: E731
+    params, x = jax.tree.map(drawn, params), _drawn((1, rows, 16, 3), 0)
+
+    def loss(params, x):
+        return jnp.sin(nnx.merge(definition, params, rest)(x)).sum()
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    mesh = _mesh({"h": 8}, (AxisType[kind],))
+    placed = (
+        jax.device_put(params, NamedSharding(mesh, jax.P())),
+        jax.device_put(x, NamedSharding(mesh, jax.P(None, "h"))),
+    )
+    _assert_alike(both(*placed), both(params, x), bitwise=False, tolerance=1e-4)
+    if kind == "Explicit":
+        found = collectives(both.lower(*placed).compile().as_text())
+        assert found.keys() == {"all-reduce", HALOS}, found
 
 
 def layers():

@@ -7,14 +7,9 @@ line: null, or the traceback of what it raised.
 
 import json
 import os
-import re
 import subprocess
 import sys
 import traceback
-
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\("
-)
 
 
 class Worker:
@@ -63,21 +58,6 @@ def main():
             error = traceback.format_exc()
         answers.write(json.dumps(error) + "\n")
         answers.flush()
-
-
-def collectives(text):
-    """The number of each kind of collective in a compiled program, and its elements."""
-    found = {}
-    for shapes, kind in COLLECTIVE.findall(text):
-        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
-        count, elements = found.get(kind, (0, 0))
-        for size in sizes:
-            product = 1
-            for n in filter(None, size.split(",")):
-                product *= int(n)
-            elements += product
-        found[kind] = count + 1, elements
-    return found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from enum import StrEnum
 import jax
 from jax.typing import ArrayLike
 
-from pallas_kernels.common.arguments import Precision, check_unsharded, checked_array, sharded
+from pallas_kernels.common import sharding
+from pallas_kernels.common.arguments import Precision, checked_array
 from pallas_kernels.common.measurement import request
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d import vjp as conv2d_vjp
@@ -71,6 +72,7 @@ def conv2d_instance_norm(
     implementation: Choice = None,
     conv_implementation: Choice = None,
     norm_implementation: Choice = None,
+    out_sharding: sharding.OutSharding = None,
 ) -> jax.Array:
     """A dense convolution of images, and the instance norm of its output.
 
@@ -104,6 +106,8 @@ def conv2d_instance_norm(
             in the forward pass where the parts are computed one by one: a filter here, without
             `implementation`, has them computed so.
         norm_implementation: Filter on those of `instance_norm`, likewise.
+        out_sharding: How the output is split over a mesh, as `wtconv2d` takes it: over the batch
+            and the features.
 
     Returns:
         `[*batch, H_out, W_out, NF]` of x's dtype, see `conv2d`.
@@ -134,21 +138,32 @@ def conv2d_instance_norm(
     output = jax.ShapeDtypeStruct((*x.shape[:-3], *problem.norm.shape[1:]), x.dtype)
     check_shapes(output, factor, shift, added, "the output's")
 
+    spread = sharding.spread(vjp.RULE, [x, w], out_sharding)
+
     def one_by_one() -> jax.Array:
-        z = conv2d(x, w, precision=precision, implementation=conv_implementation, **of_window)
+        z = conv2d(
+            *(x, w),
+            precision=precision,
+            implementation=conv_implementation,
+            out_sharding=out_sharding,
+            **of_window,
+        )
         return instance_norm(
             *(z, factor, shift),
             eps=eps,
             activation=activation,
             residual=added,
             implementation=norm_implementation,
+            out_sharding=out_sharding,
         )
 
     fwd = request(OPERATOR, "fwd", implementation)
-    fastest = _fastest(fwd, problem)
-    split = sharded(x) or sharded(w)
-    if implementation is None and (split or parts != (None, None) or fastest == PARTS):
+    own = vjp.of_shard(problem, spread.shard)
+    fastest = _fastest(fwd, own)
+    apart = spread.plain or parts != (None, None) or fastest == PARTS
+    if implementation is None and (apart or sharding.is_split(x, x.ndim - 1)):
         return one_by_one()
+    (fwd,) = spread.allowed(fwd)
     # By any implementation, before one is chosen.
     room = OPERATOR.module(str(Implementation.XLA))
     of_conv, of_norm = (
@@ -156,17 +171,18 @@ def conv2d_instance_norm(
     )
     plan = vjp.Plan(
         room,
-        conv2d_vjp.Plan(room, None, call.problem.window, call.precision, None, of_conv),
-        norm_vjp.Plan(room, (), eps, activation, of_norm),
+        conv2d_vjp.Plan(
+            *(room, None, call.problem.window, call.precision, None, of_conv), stated=spread.stated
+        ),
+        norm_vjp.Plan(room, (), eps, activation, of_norm, stated=vjp.of_norm(spread.stated)),
+        fwd,
+        spread.stated,
     )
-    chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem, plan)
+    chosen = fwd.choose(own, vjp.measurement, OPERATOR, "fwd", own, plan)
     if fastest not in (None, chosen.implementation):
         # What was measured does not take this call.
         return one_by_one()
     module = OPERATOR.module(chosen.implementation)
-    if not module.DIFFERENTIABLE:
-        check_unsharded(x, "x")
-        check_unsharded(w, "w")
     return vjp.conv2d_instance_norm(plan.by(module, chosen.config), x, w, factor, shift, added)
 
 

@@ -15,7 +15,6 @@ for its output `x [N, H, W, C]`, `tiles`, the `conv2d.moments.Moments` of that, 
 convolution.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
@@ -24,13 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement
 from pallas_kernels.common.types import Tree
 from pallas_kernels.common.vmap import vmap_folding
 from pallas_kernels.conv2d import vjp as conv2d
-from pallas_kernels.dispatch import Candidate, Operator
+from pallas_kernels.dispatch import Candidate, Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.stylize import vjp as norm
@@ -42,6 +42,10 @@ Primals = tuple[jax.Array, jax.Array, jax.Array, jax.Array, Residual]
 Output = tuple[jax.Array, jax.Array, jax.Array]
 """The norm, the convolution's output, and the statistics of that."""
 Tangent = jax.Array | SymbolicZero | None
+
+_OUTPUT = "n _ _ f"
+RULE = sharding.Rule(("n _ _ _", "_ _ _ f"), (_OUTPUT,), frozenset("nf"))
+"""The axes of x, w and the output: an image's features are normalised one by one."""
 
 
 class Kernels(Protocol):
@@ -58,13 +62,17 @@ class Plan(NamedTuple):
         module: The implementation that computes the operator.
         convolution: The convolution's plan, by the room that leaves the moments.
         norm: The norm's plan, of which epsilon, activation and backward pass count.
+        request: The request by which `module` was chosen, None in a plan that is timed.
+        stated: How the caller has stated that the output is split over a mesh.
     """
 
     module: Implementation
     convolution: conv2d.Plan
     norm: norm.Plan
+    request: Request | None = None
+    stated: sharding.Stated | None = None
 
-    def by(self, module: Implementation, config: TuningParams) -> "Plan":
+    def by(self, module: Implementation, config: TuningParams = ()) -> "Plan":
         """The same call by an implementation and its parameters."""
         chosen = Candidate("", config)
         convolution = self.convolution._replace(
@@ -73,6 +81,11 @@ class Plan(NamedTuple):
             whole_rows=conv2d.takes_whole_rows(chosen),
         )
         return self._replace(module=module, convolution=convolution)
+
+    def problem(self, x: jax.Array, w: jax.Array, residual: Residual) -> Problem:
+        """The description of a call of these arrays."""
+        found = conv2d.problem_of(self.convolution.window, x.shape, w.shape, x.dtype, x.dtype)
+        return Problem(*found[:6], self.norm.activation, residual is not None)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -86,13 +99,26 @@ def conv2d_instance_norm(
 ) -> jax.Array:
     """The norm of a convolution of images `[*batch, H, W, C]` by a plan's implementation."""
     batch = x.shape[:-3]
-    images = x.reshape(math.prod(batch), *x.shape[-3:])
-    parameters = norm.of_images(batch, w.shape[-1], x.dtype, scale, bias)
-    if residual is not None:
-        residual = residual.reshape(images.shape[0], *residual.shape[-3:])
-    arrays = images, w, *parameters, residual
+    parameters = norm.of_images(batch, x.dtype, scale, bias, x, w)
+    added = None if residual is None else sharding.flat(residual, len(batch))
+    arrays = sharding.flat(x, len(batch)), w, *parameters, added
     y, _, _ = _apply(plan, *vary_like(arrays, arrays))
-    return y.reshape(*batch, *y.shape[1:])
+    return sharding.unflat(y, batch)
+
+
+def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
+    """The convolution and the norm that a shard computes."""
+    if not shard.counts:
+        return problem
+    (features,) = shard.local((problem.features,), "f")
+    return problem._replace(shape=shard.local(problem.shape, "n _ _ _"), features=features)
+
+
+def of_norm(stated: sharding.Stated | None) -> sharding.Stated | None:
+    """The sharding that is stated, of the norm, whose channels are the features."""
+    if stated is None:
+        return None
+    return stated._replace(axes=tuple(("c" if n == "f" else n, axes) for n, axes in stated.axes))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -104,12 +130,35 @@ def _apply(
     bias: jax.Array,
     residual: Residual,
 ) -> Output:
-    z, tiles = conv2d.conv2d_with_moments(plan.convolution, None, x.dtype, x, w, None)
-    static = {"eps": plan.norm.eps, "activation": plan.norm.activation}
-    run: Callable[..., Tree] = partial(cast(Kernels, plan.module).normalise, **static)
-    run = run if plan.module.DIFFERENTIABLE else vmap_folding(run, own=5)
-    y, statistics = run(z, tiles, scale, bias, residual)
-    return y, z, statistics
+    def shard(
+        plan: Plan,
+        _: sharding.Shard,
+        x: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array,
+        residual: Residual,
+        w: jax.Array,
+    ) -> Output:
+        z, tiles = conv2d.conv2d_with_moments(plan.convolution, None, x.dtype, x, w, None)
+        y, statistics = cast(Kernels, plan.module).normalise(
+            z, tiles, scale, bias, residual, eps=plan.norm.eps, activation=plan.norm.activation
+        )
+        return y, z, statistics
+
+    (images, filters), _, free, _ = RULE
+    operands = images, "n f", "n f", *[_OUTPUT] * (residual is not None), filters
+    # The filters come last: they are what images that are mapped share.
+    return cast(
+        Output,
+        sharding.split(
+            shard,
+            sharding.Rule(operands, (_OUTPUT, _OUTPUT, "n _ f"), free),
+            plan,
+            lambda _, x, *rest: plan.problem(x, rest[3], rest[2]),
+            *(x, scale, bias, residual, w),
+            mapped=partial(vmap_folding, own=4),
+        ),
+    )
 
 
 def _apply_jvp(

@@ -540,3 +540,17 @@ def test_integer_images_and_missing_rngs_are_named():
 def test_bad_inputs(shape):
     with pytest.raises(ValueError, match="x must"):
         abstract()(jnp.ones(shape))
+
+
+def test_a_stage_that_does_not_split_evenly_is_named():
+    model = abstract(depths=(1, 1), dims=(4, 8), levels=(1, 1), num_classes=2)
+    mesh = jax.sharding.AbstractMesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    split = jax.NamedSharding(mesh, jax.P(None, None, "rows"))
+    for width, place in (
+        (12, "the stem maps 12 samples to 6"),
+        (24, "stage 1 maps 12 samples to 6"),
+    ):
+        x = jax.ShapeDtypeStruct((1, 8, width, 3), "float32", sharding=split)
+        match = f"x .* is split into 4 shards along W, but .*{place}.*a multiple of 16"
+        with pytest.raises(ValueError, match=match):
+            jax.eval_shape(lambda x: model(x), x)
