@@ -30,8 +30,8 @@ class Segmenter(ConvNeXt):
     Example:
         >>> from flax import nnx
         >>> config = ConvNeXtConfig(depths=(1,), dims=(8,), levels=(1,), num_classes=3)
-        >>> model = nnx.eval_shape(lambda: Segmenter(config, 16, rngs=nnx.Rngs(0)))
-        >>> nnx.eval_shape(model, jax.numpy.ones((2, 30, 32, 3))).shape
+        >>> run = lambda x: Segmenter(config, 16, rngs=nnx.Rngs(0))(x)
+        >>> nnx.eval_shape(run, jax.numpy.ones((2, 30, 32, 3))).shape
         (2, 30, 32, 3)
     """
 
