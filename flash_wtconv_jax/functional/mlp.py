@@ -196,13 +196,14 @@ def _folded(
         inner = inner + jnp.sum(first * shift[:, None], axis=0)
         first = first * factor[:, None]
     if gamma is not None and scale:
-        second, outer = second * gamma, outer * gamma
+        second, outer = second * gamma[None], outer * gamma
     return (first.astype(dtype), second.astype(dtype)), (inner, outer)
 
 
 def _linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, precision: Precision) -> jax.Array:
     """A linear layer in the dtype of x."""
-    return jnp.matmul(x, kernel, precision=precision) + bias.astype(x.dtype)
+    product = jnp.matmul(x, kernel, precision=precision)
+    return product + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
 
 
 def _check(x: jax.Array, params: MlpParams, residual: jax.Array | None) -> None:

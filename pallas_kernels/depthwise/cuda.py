@@ -73,7 +73,7 @@ def weight_grad(
     dy: jax.Array,
     *,
     kernel_size: Pair,
-    bias: bool,
+    bias: bool = False,
     window: Window,
     precision: lax.Precision | None,
 ) -> tuple[jax.Array, jax.Array | None]:

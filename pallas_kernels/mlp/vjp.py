@@ -105,7 +105,7 @@ def mlp(
     arrays = sharding.flat(x, len(batch)), kernels, biases[0]
     y = sharding.unflat(_apply(plan, *vary_like(arrays, arrays)), batch)
     y = y if residual is None else y + residual
-    return y + biases[1].astype(y.dtype)
+    return y + jnp.expand_dims(biases[1].astype(y.dtype), range(y.ndim - 1))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -163,7 +163,7 @@ def _widened_jvp(
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     (x, kernel, _), (dx, dkernel, dbias) = primals, tangents
     after, before = _widened(plan, True, *primals)
-    moved = _product(plan, dx, kernel) + _product(plan, x, dkernel) + dbias.astype(x.dtype)
+    moved = _product(plan, dx, kernel) + _product(plan, x, dkernel) + dbias.astype(x.dtype)[None]
     both = (after, before), (sloped(moved, before), moved)
     return both if kept else (both[0][:1], both[1][:1])
 
@@ -176,7 +176,7 @@ def _narrow(
 
     def run(before: jax.Array, moved: Pair, kernel: jax.Array) -> jax.Array:
         hidden, bias = moved
-        return _product(plan, sloped(hidden + bias.astype(hidden.dtype), before), kernel)
+        return _product(plan, sloped(hidden + bias.astype(hidden.dtype)[None], before), kernel)
 
     def in_moved(dy: jax.Array, before: jax.Array, kernel: jax.Array) -> Pair:
         backward = plan.for_backward(x, kernel.shape[0], features)
@@ -185,7 +185,7 @@ def _narrow(
 
     def in_kernel(dy: jax.Array, before: jax.Array, moved: Pair) -> jax.Array:
         hidden, bias = moved
-        return _product(plan, sloped(hidden + bias.astype(hidden.dtype), before).T, dy)
+        return _product(plan, sloped(hidden + bias.astype(hidden.dtype)[None], before).T, dy)
 
     return cast(
         jax.Array,
@@ -219,7 +219,7 @@ def _narrowed_grad(plan: Plan, dy: jax.Array, before: jax.Array, kernel: jax.Arr
 
     def moved(cotangent: Pair, before: jax.Array) -> jax.Array:
         hidden, bias = cotangent
-        return sloped(hidden + bias.astype(hidden.dtype), before)
+        return sloped(hidden + bias.astype(hidden.dtype)[None], before)
 
     def in_dy(cotangent: Pair, before: jax.Array, kernel: jax.Array) -> jax.Array:
         return _product(plan, moved(cotangent, before), kernel)

@@ -29,7 +29,7 @@ def widened(
     precision: lax.Precision | None,
 ) -> tuple[jax.Array, ...]:
     """GELU of the first layer, and if it is kept the layer itself; see `vjp`."""
-    before = jnp.matmul(x, kernel, precision=precision) + bias.astype(x.dtype)
+    before = jnp.matmul(x, kernel, precision=precision) + bias.astype(x.dtype)[None]
     after = gelu(before)
     return (after, before) if kept else (after,)
 
