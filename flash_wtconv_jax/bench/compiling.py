@@ -94,7 +94,7 @@ def first_call(program: str, contender: str) -> dict[str, float]:
         contender: One of `CONTENDERS`.
 
     Example:
-        >>> sorted(first_call("layer, float32", "plain jax"))
+        >>> sorted(first_call("layer, float32", "flash"))
         ['all', 'compile', 'lower', 'run', 'trace']
     """
     import jax
@@ -147,8 +147,11 @@ def _layer(dtype: str, contender: str) -> tuple[Callable[..., Tree], tuple[Tree,
 
     shape = _SHAPE[platform()]
     channels = shape[-1]
-    sizes = {"base_kernel": (_TAPS, _TAPS, 1, channels), "base_bias": (channels,)}
-    sizes |= {f"wavelet_kernel_{i}": (_TAPS, _TAPS, 4, channels) for i in range(_LEVELS)}
+    sizes = {"base_kernel": (_TAPS, _TAPS, 1, channels)}
+    sizes |= dict.fromkeys(("base_bias", "base_scale"), (channels,))
+    for level in range(_LEVELS):
+        sizes[f"wavelet_kernel_{level}"] = _TAPS, _TAPS, 4, channels
+        sizes[f"wavelet_scale_{level}"] = 4, channels
     keys = jax.random.split(jax.random.key(0), len(sizes) + 2)
     arrays = [
         jax.random.normal(key, size, dtype)

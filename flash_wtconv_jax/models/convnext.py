@@ -511,7 +511,8 @@ class Block(nnx.Module):
             type(layer) is nnx.Linear and layer.dot_general is jax.lax.dot_general
             for layer in layers
         )
-        return plain and None not in (norm.scale, norm.bias, *(layer.bias for layer in layers))
+        own = norm.scale, norm.bias, *(layer.bias for layer in layers)
+        return plain and all(one is not None for one in own)
 
 
 class Mlp(nnx.Module):

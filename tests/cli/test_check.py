@@ -15,6 +15,7 @@ from pallas_kernels.conv2d.cases import Case as Conv2dCase
 from pallas_kernels.depthwise.cases import Case as PlainCase
 from pallas_kernels.dispatch import tuning
 from pallas_kernels.haar.cases import Case as HaarCase
+from pallas_kernels.mlp.cases import Case as MlpCase
 from pallas_kernels.sparse.cases import Case as SparseCase
 from pallas_kernels.sparse.depthwise.cases import Case as DepthwiseCase
 from pallas_kernels.stylize.cases import Case as NormCase
@@ -30,6 +31,7 @@ FEW = {
     "depthwise": (PlainCase(1, 4, 5, 2, 3),),
     "conv2d_instance_norm": (ConvNormCase(4, 3, 2, 3, 2, (1,)),),
     "haar": (HaarCase((3, 5), 2), HaarCase((7,), 1, "db2", "bfloat16"), HaarCase((1, 3, 2), 1)),
+    "mlp": (MlpCase(5, 8, 16, 8),),
     "instance_norm": (NormCase(3, 4, 2, activation="relu", residual=True),),
     "sparse_conv": (SparseCase((5,), 6, 2, 3, ndim=1),),
     "sparse_depthwise_conv": (DepthwiseCase((5,), 6, 2, 2, groups=2, ndim=1),),
@@ -53,7 +55,7 @@ def check(*arguments):
 
 def test_every_operator_against_the_oracle(few, tmp_path):
     output = check("--json", tmp_path / "a.json")
-    assert "12 pass, 0 fail" in output
+    assert "13 pass, 0 fail" in output
     for operator in ("conv2d", "haar", "wtconv"):
         assert f"skip {operator} mosaic_tpu, {len(FEW[operator])} cases: needs a TPU" in output
     written = json.loads((tmp_path / "a.json").read_text())
@@ -86,7 +88,7 @@ def test_options_narrow_it(few, tmp_path):
         (
             ["--operator", "wtcon"],
             r"--operator wtcon: expected one of conv2d, conv2d_instance_norm, depthwise, haar, "
-            "instance_norm, "
+            "instance_norm, mlp, "
             "sparse_conv, sparse_depthwise_conv, wtconv$",
         ),
         (
@@ -164,16 +166,17 @@ class TestTorch:
     def test_against_the_oracle(self, monkeypatch, capsys, tmp_path):
         assert self.check(monkeypatch, "--json", tmp_path / "a.json") == 0
         output = capsys.readouterr().out
-        assert "6 pass, 0 fail, 18 skip" in output
+        assert "7 pass, 0 fail, 19 skip" in output
         assert "skip wtconv cuda, 2 cases: needs an NVIDIA GPU, this is cpu" in output
         assert "skip wtconv triton, 2 cases: needs a GPU, this is cpu" in output
         assert "skip wtconv metal, 2 cases: needs an Apple GPU, this is cpu" in output
         rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-        others = "instance_norm", "sparse_conv", "sparse_depthwise_conv"
+        others = "depthwise", "instance_norm", "sparse_conv", "sparse_depthwise_conv"
         assert {row["operator"] for row in rows} == {"wtconv", *others}
         for name in others:
             own = [(r["backend"], r["status"]) for r in rows if r["operator"] == name]
-            assert own == [("triton", "skip"), ("eager", "pass")]
+            kernels = "cuda" if name == "depthwise" else "triton"
+            assert own == [(kernels, "skip"), ("eager", "pass")]
         assert [row["backend"] for row in rows if row["operator"] == "wtconv"] == [
             *("cuda", "cuda", "cuda channels-last"),
             *("triton", "triton", "triton channels-last"),
@@ -193,8 +196,8 @@ class TestTorch:
     def test_an_unknown_name_is_one_line(self, monkeypatch, capsys):
         assert self.check(monkeypatch, "--operator", "haar") == 1
         assert capsys.readouterr().err == (
-            "error: --operator haar: expected one of wtconv, instance_norm, sparse_conv, "
-            "sparse_depthwise_conv\n"
+            "error: --operator haar: expected one of wtconv, depthwise, instance_norm, "
+            "sparse_conv, sparse_depthwise_conv\n"
         )
         assert self.check(monkeypatch, "--implementation", "xla") == 1
         assert "xla: expected one of cuda, triton, metal, eager" in capsys.readouterr().err
