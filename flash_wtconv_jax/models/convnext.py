@@ -511,8 +511,12 @@ class Block(nnx.Module):
             type(layer) is nnx.Linear and layer.dot_general is jax.lax.dot_general
             for layer in layers
         )
+        alike = all(
+            getattr(mlp.fc1, name) == getattr(mlp.fc2, name) for name in ("dtype", "precision")
+        )
         own = norm.scale, norm.bias, *(layer.bias for layer in layers)
-        return plain and all(one is not None for one in own)
+        known = type(mlp.grn) in (type(None), GlobalResponseNorm)
+        return plain and alike and known and all(one is not None for one in own)
 
 
 class Mlp(nnx.Module):

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
+from flash_wtconv_jax.functional.mlp import gelu
 from flash_wtconv_jax.models.convnext import ConvNeXt, ConvNeXtConfig, layer_norm, linear
 from pallas_kernels.common.arguments import checked_array, checked_integer
 
@@ -80,7 +81,7 @@ class Decoder(nnx.Module):
         *finer, x = (lateral(one) for lateral, one in zip(self.laterals, maps, strict=True))
         for one in reversed(finer):
             x = one + _enlarged(x, one.shape[1:3])
-        return self.fc(nnx.gelu(self.norm(x), approximate=False))
+        return self.fc(gelu(self.norm(x)))
 
 
 def _enlarged(x: jax.Array, size: Any) -> jax.Array:

@@ -263,6 +263,7 @@ depthwise_weights(
       wait_for(done + last, slot ? phase : phase ^ 1);
       fill(last);
     }
+    __syncwarp();
 #endif
     begun = true;
     if (++slot == STAGES) {
@@ -529,6 +530,7 @@ depthwise_forward(
     __syncwarp();
     if (lane == 0) arrive(done + slot);
     if (threadIdx.x == 0 && begun) retire();
+    __syncwarp();
 #endif
     begun = true;
     if (++slot == STAGES) {

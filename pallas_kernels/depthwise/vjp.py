@@ -234,15 +234,14 @@ def _dx(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
 
     def shard(plan: Plan, place: sharding.Shard, dy: jax.Array, kernel: jax.Array) -> jax.Array:
         own = dy.shape[0], *place.local(plan.problem.shape, images)[1:]
-        cut = place.splits("h", "w")
-        # What is added to the neighbours' samples goes back to them, in the wider dtype.
-        wide = dy.astype(accumulation_dtype(dy.dtype)) if cut else dy
-        x = jax.ShapeDtypeStruct(own, wide.dtype)
         extend = partial(plan.surrounded, shard=place)
-        run = plan.bound("input_grad", place, size=jax.eval_shape(extend, x).shape[1:3])
-        dx = run(wide, kernel)
-        if cut:
-            (dx,) = jax.linear_transpose(extend, x)(dx)
+        around = jax.eval_shape(extend, jax.ShapeDtypeStruct(own, dy.dtype)).shape
+        # What is added to the neighbours' samples goes back to them, in the wider dtype. One tap
+        # reads none of them.
+        wide = dy if around == own else dy.astype(accumulation_dtype(dy.dtype))
+        dx = plan.bound("input_grad", place, size=around[1:3])(wide, kernel)
+        if around != own:
+            (dx,) = jax.linear_transpose(extend, jax.ShapeDtypeStruct(own, wide.dtype))(dx)
         return dx.astype(dy.dtype)
 
     return sharding.split(

@@ -104,8 +104,9 @@ def mlp(
     batch = x.shape[:-1]
     arrays = sharding.flat(x, len(batch)), kernels, biases[0]
     y = sharding.unflat(_apply(plan, *vary_like(arrays, arrays)), batch)
-    y = y if residual is None else y + residual
-    return y + jnp.expand_dims(biases[1].astype(y.dtype), range(y.ndim - 1))
+    y = y + jnp.expand_dims(biases[1].astype(y.dtype), range(y.ndim - 1))
+    # Last, as it is the largest: a sum is rounded at its size.
+    return y if residual is None else y + residual
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -239,7 +239,9 @@ def weight_grad(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),
     )
-    at_once = max(1, int(_LISTS * x.shape[0] * x.shape[1] * (4 if wide else 2)) // (4 * count))
+    at_once = max(
+        1, int(_LISTS * x.shape[0] * x.shape[1] * (4 if wide else 2)) // (4 * max(count, 1))
+    )
     turns = cdiv(taps, at_once)
     if pairs is None:
         pairs = turns == 1

@@ -676,6 +676,7 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
     __syncwarp();
     if (lane == 0) arrive(done + slot);
     if (threadIdx.x == 0 && begun) retire();
+    __syncwarp();
     begun = true;
     advance(walk);
     if (++slot == STAGES) {
@@ -1102,6 +1103,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
       wait_for(done + last, slot ? phase : phase ^ 1);
       load(last);
     }
+    __syncwarp();
     begun = true;
 #endif
     advance(walk);

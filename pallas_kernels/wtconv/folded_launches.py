@@ -240,6 +240,9 @@ def planned(
     share = device.share(best.resident)
     while best.stages > 2 and best.shared() > share:
         best = best._replace(stages=best.stages - 1)
+    if resident is None and best.shared() > share:
+        # A Turing's 64 KB are too few for sixteen images of 32 channels.
+        return planned(kernel, shape, dtype, kernel_size, device, 2, below)
     return best
 
 

@@ -30,6 +30,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool) 
     """The convolution or its transpose; see `ops` for the arguments."""
     images, k = _pixels(x), weight.shape[-1]
     taps = weight.to(x.dtype)[:, 0].permute(1, 2, 0).contiguous()
+    # A single tap is not copied, and may lie anywhere.
+    taps = taps.clone() if taps.data_ptr() % 16 else taps
     offsets = None if bias is None else bias.float().contiguous()
     shape, dtype, device = _about(images)
     y = cuda_launches.forward(images, taps, offsets, shape, dtype, k, transpose, device, launch)

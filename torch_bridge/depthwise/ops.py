@@ -99,6 +99,9 @@ def depthwise_conv2d(
             f"weight: expected [C, 1, KH, KW] for x with C = {channels} channels, got shape "
             f"{tuple(weight.shape)}"
         )
+    kind = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
     images = x.unsqueeze(0) if x.ndim == 3 else x
     samples = window(tuple(weight.shape[2:]), stride, padding, dilation)
     tensors = [value for value in (x, weight, bias) if value is not None]
