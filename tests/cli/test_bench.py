@@ -722,7 +722,8 @@ def test_networks(networks, monkeypatch, tmp_path):
         assert row["images_per_s"] == 1000.0 and row["speedup"] == 1.0
     assert "1,000" in result.output
     parts = {(row["work"], row["direction"], row["part"]) for row in report["profile"]}
-    inside = {"stem", "depthwise", "norm", "fold", "fc1", "fc2", "head"}
+    # Of so few pixels nothing is folded.
+    inside = {"stem", "depthwise", "norm", "fc1", "fc2", "head"}
     assert {("inference", "forward", part) for part in inside} <= parts
     backward = {("training", "backward", part) for part in {*inside, "slope"}}
     assert backward | {("training", "forward", "optimizer")} <= parts
