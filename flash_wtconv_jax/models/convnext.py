@@ -493,7 +493,7 @@ class Block(nnx.Module):
         gamma = None if self.gamma is None else self.gamma[...]
         if self._as_made():
             still = self.drop_path.deterministic if deterministic is None else deterministic
-            if still or not self.drop_path.rate:
+            if not self.drop_path.rate or still:
                 return self.mlp.folded(y, self.norm, gamma, residual=x)
             y = self.mlp.folded(y, self.norm, gamma)
         else:

@@ -239,7 +239,7 @@ def test_five_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
     assert_same_run(out, small)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
     import resource
@@ -351,7 +351,7 @@ def test_eight_devices_compute_the_scenes_of_a_sparse_network():
     subprocess.run([sys.executable, "-c", SCENES], check=True, env=EIGHT)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on(data, small, undrawn):
     """Under the variables that `mpirun` sets."""
     out = data.parent / "both"
