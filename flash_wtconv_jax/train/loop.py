@@ -239,7 +239,10 @@ def predict(model: models.ConvNeXt, images: ArrayLike) -> NDArray[np.float32]:
 
 def _optimizer(epochs: int, steps: int) -> optax.GradientTransformation:
     total = epochs * steps
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 8e-3, max(1, total // 8), total)
+    # A single step has none to warm up in.
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, 8e-3, min(max(1, total // 8), total - 1), total
+    )
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, weight_decay=0.05, mask=weight_decay_mask),

@@ -91,7 +91,9 @@ def train(
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, epochs // 8), epochs)
+    # A single epoch has none to warm up in.
+    warmup = min(max(1, epochs // 8), epochs - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, epochs)
     chain = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, weight_decay=0.05, mask=weight_decay_mask),
