@@ -114,7 +114,7 @@ def section(name: str, report: Report) -> Iterator[str]:
 
 
 def files(docs: Path) -> dict[Path, str]:
-    """What is made of the reports in `docs/results`: the page and its charts."""
+    """Returns what is made of the reports in `docs/results`: the page and its charts."""
     found = reports(docs / "results")
     lines = [line for name, report in found.items() for line in section(name, report)]
     made = {docs / "results.md": "\n".join([HEAD, *lines, ""]).replace("\n\n\n", "\n\n")}

@@ -75,7 +75,7 @@ def run(
 
 
 def _in_a_process(program: str, contender: str, platform: str | None) -> Json:
-    """What `first_call` finds in a process that has nothing cached."""
+    """Returns what `first_call` finds in a process that has nothing cached."""
     command = [sys.executable, "-m", __name__, program, contender, platform or ""]
     cacheless = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=cacheless, check=False)

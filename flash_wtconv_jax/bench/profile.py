@@ -21,7 +21,7 @@ _INSTRUCTION = re.compile(
 
 
 class Share(NamedTuple):
-    """What one part of a network takes of a step.
+    """The share of a step that one part of a network takes.
 
     Attributes:
         part: The name of the part, "other" for what is in none.

@@ -29,7 +29,7 @@ KINDS = ("Explicit", "Auto")
 _OWN = "shard_map"
 """The caller's own `jax.shard_map`, over the first axis of a case."""
 _TOLERANCES = 1e-5, 1e-4
-"""Of outputs and of gradients, which are sums in another order: over their RMS."""
+"""Bounds of outputs and of gradients, which are sums in another order: over their RMS."""
 _KERNELS = 'custom_call_target="'
 Progress = Callable[[str, int], Callable[[], None]]
 

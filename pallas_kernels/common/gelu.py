@@ -20,7 +20,7 @@ _ROOT = 0.7071067811865476
 _DENSITY = 0.3989422804014327
 """`sqrt(1 / 2)`, and the density of the normal distribution at 0, `1 / sqrt(2 pi)`."""
 _HALF_LOG2_E = 0.7213475204444817
-"""What turns `exp(-x x / 2)` into a power of two, which is one instruction of a GPU."""
+"""The factor that turns `exp(-x x / 2)` into a power of two, which is one instruction of a GPU."""
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -94,7 +94,7 @@ _STORED = 64
 _STAGES = 8
 """The most stages of the pipeline."""
 _CHEAP_GELU = "gelu by a formula"
-"""What MLPs have for an activation: the slope in their backward pass is that formula's."""
+"""The activation of MLPs: the slope in their backward pass is that formula's."""
 _CONSUMERS = 2
 """Consumer warpgroups of a block."""
 _THREADS = 128

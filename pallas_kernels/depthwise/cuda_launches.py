@@ -136,7 +136,7 @@ class Variant(NamedTuple):
 
 
 _PARAMETERS = 5
-"""Of `depthwise_forward`."""
+"""The number of arguments of `depthwise_forward`."""
 
 
 def planned(

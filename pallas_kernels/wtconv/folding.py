@@ -18,11 +18,11 @@ import numpy as np
 _SIGNS = np.array(
     [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]], np.float32
 )
-"""Of each band at each place of a square."""
+"""The sign of each band at each place of a square."""
 
 
 class Sources(NamedTuple):
-    """What folded taps are made of, each array of one shape, followed by 4 of `signs`.
+    """Returns what folded taps are made of, each array of one shape, followed by 4 of `signs`.
 
     Attributes:
         tap: The number `i * k + j` of the tap of all four bands.
@@ -99,7 +99,7 @@ def products(kernel_size: int) -> np.ndarray:
     pair, j, column, row, half = np.indices((kernel_size, 2 * kernel_size, 2, 2, 2))
 
     def number(more: int) -> np.ndarray:
-        """Of the results of two columns further of x and of dy."""
+        """Returns the results of two columns further of x and of dy."""
         at, n = j + more, 4 * row + column + more
         product, m = whole * pair + at // 8, 8 * half + at % 8
         if mixed:

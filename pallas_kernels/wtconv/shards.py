@@ -111,7 +111,7 @@ def weight_grad(
     dy: jax.Array,
     shapes: Shapes,
 ) -> Taps:
-    """What a shard adds to the gradients of the taps, of x and dy its own samples.
+    """Returns what a shard adds to the gradients of the taps, of x and dy its own samples.
 
     Args:
         run: The gradients.

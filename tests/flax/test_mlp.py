@@ -36,7 +36,7 @@ def stepwise(x, params, residual, dtype=jnp.float32):
 @pytest.mark.parametrize("side", [5, 2], ids=["many", "few"])
 @pytest.mark.parametrize("layer_scale", [True, pytest.param(False, marks=pytest.mark.wide)])
 def test_value_and_gradients(side, layer_scale):
-    """Of more pixels than hidden channels, and of fewer."""
+    """It is that of more pixels than hidden channels, and of fewer."""
     params = drawn() if layer_scale else drawn(layer_scale=None)
     x = 3 + jax.random.normal(jax.random.key(1), (1, side, side, C))
     residual = jnp.sin(x)

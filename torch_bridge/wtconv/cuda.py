@@ -131,7 +131,7 @@ def _folded(taps: Sequence[Tensor]) -> Tensor:
 
 @cache
 def _sources(kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of four bands and the base the number of each folded tap's tap, and its factor."""
+    """Returns of four bands and the base the number of each folded tap's tap, and its factor."""
     found = folding.taps(kernel_size)
     numbers = [*[found.tap.ravel()] * 4, found.base.ravel()]
     signs = [*found.signs.reshape(-1, 4).T, found.based.ravel()]

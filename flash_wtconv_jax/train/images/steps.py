@@ -31,7 +31,7 @@ Batch = dict[str, jax.Array]
 
 
 Sums = dict[str, jax.Array]
-"""What `means` makes scores of: sums over the images of one batch or of several."""
+"""The sums that `means` makes scores of: sums over the images of one batch or of several."""
 
 
 def mesh_of(axes: dict[str, int], batch: int, accumulate: int = 1) -> Mesh:
