@@ -151,7 +151,7 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
 @EMULATED
 @pytest.mark.slow
 def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
-    """The sums are of the pairs of rows and blocks of columns that it reaches by itself, every pixel at most."""
+    """It reaches the pairs of rows and blocks of columns of its own, every pixel at most."""
     shape = 1, 32, 40, 4
     generator = np.random.default_rng(0)
     x = generator.standard_normal(shape).astype("float16")

@@ -150,7 +150,7 @@ FAULTS |= {
 
 
 ALWAYS = ("barrier 0", "taps not transposed")
-"""Faults of what orders threads and what is computed; other faults are planted in the wide suite."""
+"""Faults of order and of what is computed; others are planted in the wide suite."""
 
 
 def planted(name):
