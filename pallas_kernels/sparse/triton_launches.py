@@ -93,7 +93,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         sizes = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 9), (128, 128, 64, 4, 5)]
         sizes += [(128, 128, 32, 8, 9), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5)]
         sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
-        # An index of a row is loaded in two steps: seven stages have two tiles under way.
+        # Over lists of rows long sums pay: an index is loaded in two steps before its row is.
         paired = [(64, 128, 128, 4, 4), (128, 128, 64, 4, 5), (128, 128, 64, 8, 5)]
     tiled, listed = (
         [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
