@@ -147,7 +147,7 @@ def _layer(dtype: str, contender: str) -> tuple[Callable[..., Tree], tuple[Tree,
 
     shape = _SHAPE[platform()]
     channels = shape[-1]
-    sizes = {"base_kernel": (_TAPS, _TAPS, 1, channels)}
+    sizes: dict[str, tuple[int, ...]] = {"base_kernel": (_TAPS, _TAPS, 1, channels)}
     sizes |= dict.fromkeys(("base_bias", "base_scale"), (channels,))
     for level in range(_LEVELS):
         sizes[f"wavelet_kernel_{level}"] = _TAPS, _TAPS, 4, channels
