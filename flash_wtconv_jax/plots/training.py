@@ -168,23 +168,37 @@ def predictions(
     shown = _most_doubtful(labels, probabilities)[: max(count, wrong)]
     columns = min(max(8, math.isqrt(len(shown))), len(shown))
     rows = -(-len(shown) // columns)
-    high = max(1.25 * images.shape[1] / images.shape[2], 0.4) + 0.3
-    figure = Figure(figsize=(1.25 * columns, high * rows + 0.6), dpi=DPI, layout="constrained")
+    # In inches. One Axes for all: one for each of hundreds takes matplotlib half a minute.
+    side, title_high = 1.25, 0.3
+    tall = max(side * images.shape[1] / images.shape[2], 0.4)
+    figure = Figure(
+        figsize=(side * columns, (tall + title_high) * rows + 0.6), dpi=DPI, layout="constrained"
+    )
     title = f"{wrong} of {len(labels)} held-out images read wrongly"
     figure.suptitle(title + ("; then the least sure ones" if wrong < len(shown) else ""))
-    for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
-        axes.set_axis_off()
-    for axes, index in zip(figure.axes, shown, strict=False):
+    axes = figure.subplots()
+    for place, index in enumerate(shown):
+        row, column = divmod(place, columns)
+        left, top = side * column, (tall + title_high) * row + title_high
+        axes.imshow(
+            images[index].reshape(images.shape[1:3]),
+            cmap="gray_r",
+            extent=(left + 0.04, left + side - 0.04, top + tall - 0.08, top),
+        )
         guess = int(probabilities[index].argmax())
         right = guess == labels[index]
-        axes.imshow(images[index].reshape(images.shape[1:3]), cmap="gray_r")
         verdict = f"{guess}" if right else f"{guess}, is {labels[index]}"
-        axes.set_title(
+        axes.text(
+            left + side / 2,
+            top - 0.05,
             f"{verdict} ({probabilities[index, guess]:.0%})",
+            ha="center",
             fontsize=9,
             color="black" if right else VERMILION,
             fontweight="normal" if right else "bold",
         )
+    axes.set(xlim=(0, side * columns), ylim=((tall + title_high) * rows, 0), aspect="equal")
+    axes.set_axis_off()
     return figure
 
 
