@@ -60,6 +60,7 @@ def test_its_files_are_as_ours_are(copy):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.wide
 def test_its_triton_kernel_computes_the_cases(copy):
     pytest.importorskip("triton", reason="Triton is for Linux alone")
     pytest.importorskip("torch", reason="Triton's interpreter takes PyTorch's tensors")

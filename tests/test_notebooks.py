@@ -20,7 +20,7 @@ for name in ("ipykernel", "sklearn"):
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# What they show is a GPU's or a TPU's: whoever has one stores it.
+# What they show is a GPU's or a TPU's: whoever has one runs and stores it.
 FOR_ACCELERATORS = {"roofline", "tpu_quickstart"}
 
 
@@ -49,12 +49,11 @@ SHORTER = {
     "sparse_voxels": ("EPOCHS = 15", "EPOCHS = 1"),
     "tpu_quickstart": ("[2:5]", "[2:3]"),
 }
-# Those that only a machine at rest shows anything with.
-MEASURING = {"roofline"}
 
 
 def marked(path):
-    return pytest.param(path, marks=pytest.mark.slow if path.stem in MEASURING else ())
+    """A notebook; those for accelerators run by hand."""
+    return pytest.param(path, marks=pytest.mark.slow if path.stem in FOR_ACCELERATORS else ())
 
 
 @pytest.mark.wide
@@ -65,9 +64,8 @@ def test_runs(path, monkeypatch):
         long, short = SHORTER[path.stem]
         (cell,) = (cell for cell in notebook.cells if long in cell.source)
         cell.source = cell.source.replace(long, short)
-    if path.stem == "tpu_quickstart":
-        # Interpreted kernels are compiled for longer than they run.
-        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # Most programs are compiled for longer than they run.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # The kernel starts where the packages are, so that a source tree needs no installation.
     resources = {"metadata": {"path": str(ROOT)}}
     nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()

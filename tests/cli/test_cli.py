@@ -220,6 +220,7 @@ def networks(tmp_path_factory):
 
 
 class TestErf:
+    @pytest.mark.wide
     def test_draws_two_checkpoints(self, networks, tmp_path):
         out = tmp_path / "erf.png"
         result = run("erf", networks / "wavelet", networks / "plain", "--out", out, "--size", 24)

@@ -162,24 +162,22 @@ def forms(request, operator, name, measured, monkeypatch):
         yield Forms(OPERATORS[operator], room_of(operator), name, measured, monkeypatch)
 
 
-def cells(values, quick, rest=()):
+def cells(values, quick):
     """Every implementation of every operator with each value; wide unless `quick` has it.
 
-    Of interpreted implementations every fifth value is wide, of the next operator the next; the
-    others are slow.
+    Of implementations that an interpreter plays every fifth value is wide, of the next operator
+    the next; the others are slow.
 
     Args:
         values: The values.
-        quick: Those that `make test` takes, by the implementation's name.
-        rest: Those that it takes of other implementations.
+        quick: Those of plain JAX that `make test` takes.
     """
 
     def marks(operator, name, value):
-        if value in quick.get(name, rest):
-            return []
+        if name == "xla":
+            return [pytest.mark.wide] * (value not in quick)
         turn = list(OPERATORS).index(operator) + list(values).index(value)
-        interpreted = name in ("mosaic_tpu", "triton")
-        return [pytest.mark.slow if interpreted and turn % 5 else pytest.mark.wide]
+        return [pytest.mark.slow if turn % 5 else pytest.mark.wide]
 
     return [
         pytest.param(operator, name, value, marks=marks(operator, name, value))
@@ -191,14 +189,14 @@ def cells(values, quick, rest=()):
 
 @pytest.mark.parametrize(
     ("operator", "name", "form"),
-    cells(FORMS, {"xla": ["None", "name", "auto", "fwd"]}, ["name"]),
+    cells(FORMS, ["None", "name", "auto", "fwd"]),
 )
 def test_every_form_of_a_choice(forms, form, searches, caplog):
     """Each computes what the oracle says, with gradients, and measures where it should."""
     forms.assert_form(form, searches, caplog)
 
 
-@pytest.mark.parametrize(("operator", "name", "mode"), cells(MODES, {"xla": MODES}))
+@pytest.mark.parametrize(("operator", "name", "mode"), cells(MODES, MODES))
 def test_the_environment_says_when_to_measure(forms, mode, searches):
     forms.assert_tuning(mode, searches)
 

@@ -141,6 +141,7 @@ def odd_jobs_of_chips(half):
 
 
 @pytest.mark.core
+@pytest.mark.wide
 def test_every_chip_takes_an_odd_shape():
     """All in one process, whose start takes as long as compilations."""
     assert_odd_compiled(odd_jobs_of_chips(0))

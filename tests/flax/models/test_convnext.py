@@ -272,6 +272,7 @@ def test_tiered_stems_round_their_width_as_timm_does():
         assert stem.conv_0.kernel.shape == (3, 3, 3, half)
 
 
+@pytest.mark.wide
 def test_published_pyramid_has_four_maps():
     model = nnx.eval_shape(lambda: models.wtconvnext_tiny(features_only=True, rngs=nnx.Rngs(0)))
     maps = nnx.eval_shape(lambda m, x: m(x), model, jax.ShapeDtypeStruct((1, 64, 96, 3), "float32"))

@@ -89,6 +89,7 @@ def test_moments_are_the_outputs(case):
     assert_moments(case._replace(dtype="float32"), mosaic_tpu)
 
 
+@pytest.mark.wide
 def test_two_cores_do_not_race(races):
     assert_oracle(Case(1, 1, 2, 130, 1, 1, 130, bias=True), "mosaic_tpu")
 
@@ -123,6 +124,7 @@ def test_vmap_and_derivatives_of_gradients():
         chex.assert_trees_all_close(got, want, rtol=1e-7, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.wide
 def test_sharded_over_the_batch():
     assert_sharded("mosaic_tpu", check_vma=True)
 

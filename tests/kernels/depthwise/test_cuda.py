@@ -38,6 +38,20 @@ CASES = {
     "Turing": (Case(1, 9, 9, 8, 5, "float16"), Device(65536, 2, 75)),
 }
 ALWAYS = "boxes", "single channels"
+WIDE = (
+    "a large kernel",
+    "two tiles beside each other",
+    "pieces of four",
+    "tiles of pieces",
+    "Turing",
+)
+
+
+def marks(name):
+    """Those of a case: by hand alone runs what others have too."""
+    if name in ALWAYS:
+        return []
+    return [pytest.mark.wide if name in WIDE else pytest.mark.slow]
 
 
 def results(function, case):
@@ -55,9 +69,7 @@ def assert_oracle(case):
 
 
 @EMULATED
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.wide] * (n not in ALWAYS)) for n in CASES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in CASES])
 def test_output_and_gradients_are_the_oracles(name, monkeypatch):
     case, device = CASES[name]
     emulate(monkeypatch, cuda, device)

@@ -95,6 +95,7 @@ def test_transforms_and_gradients_are_the_oracles(case):
     assert_oracle(case)
 
 
+@pytest.mark.wide
 def test_two_cores_do_not_race(races):
     assert_oracle(Case((2, 2), 1, batch=(1,), channels=130))
 

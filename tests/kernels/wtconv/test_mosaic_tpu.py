@@ -61,15 +61,18 @@ TOGETHER = (
     Case((5, 3), 2, 3, batch=(2, 12), channels=130),
     Case((2, 9), 1, 3, "bfloat16", batch=(16,), channels=130),
 )
-# One case of each edge; the rest is wide, and what takes over ten seconds slow.
+# One case of each edge; the rest is wide, and slow what is long or has no edge of its own.
 SMALLEST = {
     "b2-3x4-c3-l0-k1-bfloat16",
     "b-2x1-c100-l1-k3-float32",
     "b1-2x75-c2-l1-k3-float32",
-    # Images together, in two blocks of channels.
-    "b2x4-3x6-c130-l1-k2-bfloat16",
 }
 LONG = {
+    "b-9x6-c3-l2-k3-float32",
+    "b1-6x5-c100-l1-k5-float32",
+    "b1-6x7-c2-l1-k4-float32",
+    "b16-3x5-c2-l1-k3-float32",
+    "b2-2x3-c3-l2-k3-float32",
     "b2-7x7-c3-l2-k5-bfloat16",
     "b16-7x5-c2-l2-k3-float32",
     "b16-2x9-c130-l1-k3-bfloat16",

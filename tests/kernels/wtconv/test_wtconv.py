@@ -425,6 +425,7 @@ def test_one_dtype_comes_out_whatever_the_parameters_are():
 
 @OPTIMISED
 @pytest.mark.core
+@pytest.mark.wide
 def test_peak_memory_of_a_large_layer():
     """Six inputs of temporaries are allowed for (8, 112, 112, 64) at three levels."""
     shape = (8, 112, 112, 64)
@@ -571,6 +572,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 """
 
 
+@pytest.mark.wide
 def test_sharded_over_batch_and_channels_nothing_is_gathered():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

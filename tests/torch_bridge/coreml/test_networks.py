@@ -181,7 +181,7 @@ def test_compression_keeps_what_the_network_computes(tmp_path, written, compress
     assert list(example(package)) == ["x"]
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_wtconvnext_on_photographs(written):
     datasets = pytest.importorskip("sklearn.datasets")
     model = filled(lambda: models.wtconvnext_tiny(layer_scale=1.0, rngs=nnx.Rngs(0)), 0.02)

@@ -245,6 +245,7 @@ def test_compiled_by_inductor():
     torch.testing.assert_close(got[1], with_gradients(network, *given)[1])
 
 
+@pytest.mark.wide
 def test_a_program_holds_the_kernels_choice_and_tells_of_overflow(interpreter):
     def call(voxels, w):
         return torch_bridge.spatially_sparse_conv(

@@ -98,7 +98,12 @@ def test_check_computes_every_case(emulated, name):
 
 
 @pytest.mark.parametrize(
-    ("order", "cases"), [(1, HARD[1:9]), pytest.param(2, CASES, marks=pytest.mark.wide)], ids=str
+    ("order", "cases"),
+    [
+        pytest.param(1, HARD[1:9], marks=pytest.mark.wide),
+        pytest.param(2, CASES, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_other_orders(emulated, order, cases):
     with metal.emulated(order=order):

@@ -165,6 +165,7 @@ def test_batches_depend_on_seed_and_step_alone(folder):
         same(step, {name: np.concatenate([part[name] for part in parts]) for name in step})
 
 
+@pytest.mark.wide
 def test_an_iterator_goes_on_from_its_state(folder):
     source = sources.opened(folder, "train")
     dataset = loading.training(source, SMALL, batch=4, seed=3, steps=range(6))
