@@ -249,7 +249,6 @@ def test_on_auto_axes_of_tpus_plain_jax_computes_what_is_not_stated(caplog):
     assert message.startswith("wtconv: plain JAX computes it, since on Auto axes")
 
 
-@pytest.mark.wide
 def test_wrong_shardings_are_named():
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
     run = partial(wtconv2d, X, PARAMS)
