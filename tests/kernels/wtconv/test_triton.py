@@ -53,7 +53,7 @@ def marks(case):
     pixels = math.prod((*case.batch, *case.spatial, case.levels))
     if pixels > 180 or case.kernel_size == 9 or case.channels == 100:
         return [pytest.mark.slow]
-    small = pixels <= 110
+    small = pixels <= 100
     once = case.channels <= 33 and case.kernel_size <= 7 and not case.strided
     small = small and once and case.levels < 5 and case.kernel_size < 7
     return [pytest.mark.wide] * (not (small or case in SMALLEST))
