@@ -25,6 +25,7 @@ from pallas_kernels.wtconv.cases import CASES, Case
 from torch_bridge.depthwise import conformance as depthwise_conformance
 from torch_bridge.depthwise import ops as depthwise
 from torch_bridge.exchange import from_jax
+from torch_bridge.runtime.conformance import refusal as refused
 from torch_bridge.runtime.device import best_device
 from torch_bridge.sparse import conformance
 from torch_bridge.sparse import operators as sparse
@@ -127,8 +128,6 @@ def other_backends(
     operator, cases, module = room
 
     def refusal(name: str, reason: str | None, case: Any) -> str | None:
-        if reason is None and device.type == "mps" and case.dtype == "float64":
-            return "MPS has no float64"
         return reason or module.refusal(case, name, device)
 
     def compute(name: str, case: Any) -> dict[str, np.ndarray]:
@@ -168,19 +167,12 @@ def _refusal(name: str, unavailable: str | None, device: torch.device, case: Cas
     """The reason that `check` gives why an implementation does not take a case."""
     if unavailable is not None:
         return unavailable
-    if device.type == "mps" and case.dtype == "float64":
-        return "MPS has no float64"
     if device.type == "mps" and case.dtype == "bfloat16" and not has_bfloat16():
         return "MPS has bfloat16 from macOS 14 on"
     shape = (math.prod(case.batch), case.channels, *case.spatial)
     dtype = getattr(torch, case.dtype)
-    try:
-        ops.pick(
-            *(name, device, shape, dtype, case.kernel_size, case.levels, case.wavelet),
-        )
-    except NotImplementedError as error:
-        return str(error).split(f"{name}: ", 1)[1]
-    return None
+    call = shape, dtype, case.kernel_size, case.levels, case.wavelet
+    return refused(case, name, device, ops.pick, *call)
 
 
 def layer_results(

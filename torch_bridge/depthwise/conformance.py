@@ -1,20 +1,14 @@
 """PyTorch computes the cases of the depthwise convolution, for the tests and `check`."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from flash_wtconv_jax.checkpoints.tensors import to_array, to_tensors
 from pallas_kernels.depthwise.cases import Case
 from pallas_kernels.dispatch import Choice
 from torch_bridge.depthwise import ops
-
-CPU = torch.device("cpu")
-
-Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A function of images `[N, C, H, W]`, the weight and the bias."""
+from torch_bridge.runtime import conformance
+from torch_bridge.runtime.conformance import CPU
 
 
 def refusal(case: Case, implementation: str, device: torch.device) -> str | None:
@@ -28,12 +22,8 @@ def refusal(case: Case, implementation: str, device: torch.device) -> str | None
     if not isinstance(case.padding, str | int) or case.padding == "reflect":
         return "PyTorch's function pads each axis by one number"
     window = ops.window(case.taps, *_window(case))
-    shape = case.n, case.c, case.h, case.w
-    try:
-        ops.pick(implementation, device, shape, getattr(torch, case.dtype), case.taps, window)
-    except NotImplementedError as error:
-        return str(error).split(f"{implementation}: ", 1)[1]
-    return None
+    call = (case.n, case.c, case.h, case.w), getattr(torch, case.dtype), case.taps, window
+    return conformance.refusal(case, implementation, device, ops.pick, *call)
 
 
 def computed(
@@ -58,31 +48,16 @@ def computed(
         ['dbias', 'dkernel', 'dx', 'y']
     """
 
-    def tensor(value: np.ndarray) -> Tensor:
-        return to_tensors({"": value})[""].to(device)
+    def layer(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        weight = kernel.movedim((3, 2), (0, 1)).contiguous()
+        call = x.movedim(-1, 1), weight, bias, *_window(case)
+        return ops.depthwise_conv2d(*call, implementation=implementation).movedim(1, -1)
 
-    def image(value: np.ndarray) -> Tensor:
-        return tensor(value).movedim(-1, 1).contiguous(memory_format=memory_format)
-
-    x, kernel, drawn_bias, dy = case.drawn()
-    images, weight = image(x), tensor(kernel).movedim((3, 2), (0, 1)).contiguous()
-    bias = None if drawn_bias is None else tensor(drawn_bias)
-    leaves = [value for value in (images, weight, bias) if value is not None]
-    for leaf in leaves:
-        leaf.requires_grad_()
+    *values, dy = case.drawn()
+    arrays = dict(zip(("x", "kernel", "bias"), values, strict=True))
     # Or plain PyTorch rounds the factors of a convolution to 10 bits on a GPU.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        y = ops.depthwise_conv2d(
-            images, weight, bias, *_window(case), implementation=implementation
-        )
-        y.backward(image(dy))
-    found = {"y": y.movedim(1, -1)}
-    for name, leaf in zip(("dx", "dkernel", "dbias"), leaves, strict=False):
-        assert leaf.grad is not None
-        found[name] = leaf.grad
-    found["dx"] = found["dx"].movedim(1, -1)
-    found["dkernel"] = found["dkernel"].movedim((0, 1), (3, 2))
-    return {name: to_array(value.detach().contiguous()) for name, value in found.items()}
+        return conformance.with_gradients(layer, arrays, dy, device, memory_format)
 
 
 def baseline(case: Case, device: torch.device = CPU) -> dict[str, np.ndarray]:

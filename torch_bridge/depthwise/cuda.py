@@ -9,6 +9,7 @@ from torch import Tensor
 from pallas_kernels.common.cuda import Device
 from pallas_kernels.depthwise import cuda_launches
 from pallas_kernels.depthwise.problem import Problem
+from torch_bridge.runtime.calls import dtype_name
 from torch_bridge.runtime.cuda import device_of, launch, unavailable
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "unavailable", "weight_grad"]
@@ -50,8 +51,7 @@ def weight_grad(x: Tensor, dy: Tensor, *, kernel_size: int) -> Tensor:
 
 def _about(images: Tensor) -> tuple[tuple[int, ...], str, Device]:
     """The shape and dtype of images, and their GPU."""
-    dtype = str(images.dtype).removeprefix("torch.")
-    return tuple(images.shape), dtype, device_of(images.device)
+    return tuple(images.shape), dtype_name(images.dtype), device_of(images.device)
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 from pallas_kernels.common.types import Pair, Tree
 from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.depthwise.problem import Problem
-from pallas_kernels.dispatch import Choice, Operator, Request, backend, until_forgotten
+from pallas_kernels.dispatch import Choice, Operator, backend
 from pallas_kernels.dispatch.tuner import TuningParams
 from torch_bridge.runtime import calls, measuring
 
@@ -107,7 +107,7 @@ def depthwise_conv2d(
     tensors = [value for value in (x, weight, bias) if value is not None]
     shape, strides = calls.known(images)
     fwd, bwd = pick(
-        *(_static(implementation), x.device, shape, x.dtype, tuple(weight.shape[2:]), samples),
+        *(calls.static(implementation), x.device, shape, x.dtype, tuple(weight.shape[2:]), samples),
         *(bias is not None, strides),
         differentiated=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
     )
@@ -115,13 +115,6 @@ def depthwise_conv2d(
         return F.conv2d(x, weight, bias, stride, padding, dilation, channels)
     y = apply(images, weight, bias, False, fwd, bwd)
     return y.squeeze(0) if x.ndim == 3 else y
-
-
-def _static(implementation: Choice) -> str | tuple[str, ...] | None:
-    """A filter as a constant of a traced program."""
-    if implementation is None or isinstance(implementation, str):
-        return None if implementation is None else str(implementation)
-    return tuple(map(str, implementation))
 
 
 def window(
@@ -192,50 +185,15 @@ def pick(
         >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32, (3, 3), window)
         ('eager', 'eager')
     """
-    where = implementation, device.type, measuring.kind(device)
-    fwd = OPERATOR.request("fwd", *where)
-    bwd = OPERATOR.request("bwd", *where) if differentiated else None
     n, c, h, w = shape
-    problem = Problem(
-        (max(n, 1), h, w, c), str(dtype).removeprefix("torch."), (taps[0], taps[1]), window
+    sizes = max(n, 1), h, w, c
+    problem = Problem(sizes, calls.dtype_name(dtype), (taps[0], taps[1]), window)
+    last = strides is not None and calls.channels_last(strides)
+    return calls.picked(
+        *(OPERATOR, (implementation, implementation), device, problem, _measurement),
+        *(dtype, bias, last, strides is not None),
+        differentiated=differentiated,
     )
-    last = strides is not None and strides[1] < strides[3]
-    picked = _picked_by(fwd, bwd, device, problem, dtype, bias, last, strides is not None)
-    if calls.names(picked) != ["eager"] and calls.differentiated_by_func():
-        raise NotImplementedError(
-            f"torch.func differentiates what {' and '.join(calls.names(picked))} would compute, "
-            "and PyTorch has no way yet to tell it of custom operators: use "
-            "implementation='eager', or torch.autograd.grad"
-        )
-    return picked
-
-
-@until_forgotten
-def _picked_by(
-    fwd: Request,
-    bwd: Request | None,
-    device: torch.device,
-    problem: Problem,
-    dtype: torch.dtype,
-    bias: bool,
-    last: bool,
-    measurable: bool,
-) -> tuple[str, str]:
-    """The result of `pick`, by the requests of its directions: a warm call looks it up alone."""
-
-    def chosen(request: Request) -> str:
-        static = request.direction, problem, device, dtype, bias, last, measurable
-        found = request.choose(problem, _measurement, *static)
-        if request.names is not None:
-            return str(found)
-        text = str(found)
-        if (OPERATOR.name, found.implementation) in calls.FAILED:
-            text = calls.following(OPERATOR, request.direction, device, problem)
-        # Nobody named it, so another may compute in its place where it does not compile.
-        return f"{text} {calls.ELSE}"
-
-    first = chosen(fwd)
-    return first, first if bwd is None else chosen(bwd)
 
 
 def _measurement(
@@ -279,7 +237,7 @@ def _measurement(
         device,
         OPERATOR.module("eager"),
         {"bias": bias, "channels_last": last},
-        None if measurable else "this PyTorch does not tell the sizes of a traced program",
+        measurable,
     )
 
 
@@ -290,15 +248,11 @@ def apply(
     """The convolution or its transpose; the arguments as the module has them."""
     if x.numel() == 0:
         return torch.empty_like(x)
-
-    def compute(module: _Backend, config: dict[str, int]) -> Tensor:
-        with calls.without_autocast(x):
-            return module.forward(x, weight, bias, transpose=transpose)
-
-    problem = _problem(x, weight.shape[-1])
-    y = calls.computed(OPERATOR, "fwd", fwd, x.device, problem, compute)
-    like = torch.empty_like(x, device="meta")
-    return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
+    y = calls.computed(
+        *(OPERATOR, "fwd", fwd, x.device, _problem(x, weight.shape[-1])),
+        lambda module, config: module.forward(x, weight, bias, transpose=transpose),
+    )
+    return calls.formatted(y, x)
 
 
 @apply.register_fake
@@ -311,13 +265,10 @@ def weight_grad(x: Tensor, dy: Tensor, kernel_size: int, bwd: str) -> Tensor:
     """The gradient of the weight, in x's dtype or better; bilinear in x and dy."""
     if x.numel() == 0:
         return _empty_weight(x, kernel_size).zero_()
-
-    def compute(module: _Backend, config: dict[str, int]) -> Tensor:
-        with calls.without_autocast(x):
-            return module.weight_grad(x, dy, kernel_size=kernel_size)
-
-    problem = _problem(x, kernel_size)
-    found = calls.computed(OPERATOR, "bwd", bwd, x.device, problem, compute)
+    found = calls.computed(
+        *(OPERATOR, "bwd", bwd, x.device, _problem(x, kernel_size)),
+        lambda module, config: module.weight_grad(x, dy, kernel_size=kernel_size),
+    )
     return found.to(_empty_weight(x, 1).dtype).contiguous()
 
 
@@ -335,8 +286,8 @@ def _problem(x: Tensor, kernel_size: int) -> Problem:
     """The call of a custom operator, whose padding keeps the size."""
     n, c, h, w = x.shape
     sides = (kernel_size - 1) // 2, kernel_size // 2
-    name = str(x.dtype).removeprefix("torch.")
-    return Problem((n, h, w, c), name, (kernel_size, kernel_size), Window(pads=(sides, sides)))
+    taps, window = (kernel_size, kernel_size), Window(pads=(sides, sides))
+    return Problem((n, h, w, c), calls.dtype_name(x.dtype), taps, window)
 
 
 def _keep(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:

@@ -5,8 +5,9 @@ of an implementation, its parameters, and whether another may compute in its pla
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 from pallas_kernels.common.refusals import KernelError
-from pallas_kernels.dispatch import Operator, forget
+from pallas_kernels.dispatch import Choice, Operator, Request, forget, until_forgotten
 from pallas_kernels.dispatch.backend import Implementation, Problem
+from pallas_kernels.dispatch.tuner import Measurement
+from torch_bridge.runtime.device import kind
 
 Result = TypeVar("Result")
 
@@ -27,6 +30,108 @@ them out."""
 
 _END = 20
 """Lines of a compiler's log that errors tell."""
+
+
+def static(implementation: Choice) -> str | tuple[str, ...] | None:
+    """A filter as strings and tuples of them, which every program and file can hold.
+
+    Example:
+        >>> static(["triton", "eager"])
+        ('triton', 'eager')
+    """
+    if implementation is None or isinstance(implementation, str):
+        return None if implementation is None else str(implementation)
+    return tuple(map(str, implementation))
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, as NumPy and JAX have it.
+
+    Example:
+        >>> dtype_name(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def picked(
+    operator: Operator,
+    filters: tuple[Choice, Choice],
+    device: torch.device,
+    problem: Problem,
+    measurement: Callable[..., Measurement],
+    *times_depend_on: Hashable,
+    differentiated: bool,
+) -> tuple[str, str]:
+    """Picks what computes a call forward and backward, each as a text.
+
+    Args:
+        operator: The operator.
+        filters: The filters on the implementations of both directions.
+        device: Where it computes.
+        problem: The call.
+        measurement: Makes, of a direction, the problem, the device and the rest, what runs and
+            times a candidate.
+        *times_depend_on: The rest.
+        differentiated: Whether there is a backward pass. Where there is none nothing is asked for
+            it, and the forward pass's choice is told twice.
+
+    Raises:
+        ValueError: An unknown or empty filter, or such a name in the environment's variable.
+        NotImplementedError: No allowed implementation can run here; says why for each. Or
+            `torch.func` differentiates, and what would run is a custom operator.
+    """
+    where = device.type, kind(device)
+    fwd = operator.request("fwd", filters[0], *where)
+    bwd = operator.request("bwd", filters[1], *where) if differentiated else None
+    found = _picked(fwd, bwd, device, problem, measurement, *times_depend_on)
+    check_func(found)
+    return found
+
+
+@until_forgotten
+def _picked(
+    fwd: Request,
+    bwd: Request | None,
+    device: torch.device,
+    problem: Problem,
+    measurement: Callable[..., Measurement],
+    *times_depend_on: Hashable,
+) -> tuple[str, str]:
+    """The result of `picked`, by the requests of its directions: a warm call looks it up alone."""
+    rest = device, problem, measurement, *times_depend_on
+    first = chosen(fwd, *rest)
+    return first, first if bwd is None else chosen(bwd, *rest)
+
+
+def chosen(
+    request: Request,
+    device: torch.device,
+    problem: Problem,
+    measurement: Callable[..., Measurement],
+    *times_depend_on: Hashable,
+) -> str:
+    """Picks what computes one direction of a call, as a text; arguments as `picked` has them."""
+    operator, direction = request.operator, request.direction
+    found = request.choose(problem, measurement, direction, problem, device, *times_depend_on)
+    text = str(found)
+    if request.names is not None:
+        return text
+    if (operator.name, found.implementation) in FAILED:
+        text = following(operator, direction, device, problem)
+    # Nobody named it, so another may compute in its place where it does not compile.
+    return f"{text} {ELSE}"
+
+
+def check_func(picked: Sequence[str]) -> None:
+    """Raises `NotImplementedError` where `torch.func` differentiates what is no plain PyTorch."""
+    if names(picked) != ["eager"] and differentiated_by_func():
+        raise NotImplementedError(
+            f"torch.func differentiates what {' and '.join(names(picked))} would compute, and "
+            "PyTorch has no way yet to tell it of custom operators: use implementation='eager', or "
+            "torch.autograd.grad"
+        )
 
 
 def computed(
@@ -45,7 +150,7 @@ def computed(
         text: What was picked.
         device: Where it computes.
         problem: The call.
-        compute: Calls an implementation, with its parameters.
+        compute: Calls an implementation, with its parameters, outside of `autocast`.
 
     Raises:
         NotImplementedError: It does not take the sizes: a traced program was made for others.
@@ -57,7 +162,8 @@ def computed(
     module: Implementation = operator.module(name)
     module.check(direction, problem)
     try:
-        return compute(module, config)
+        with without_autocast(device):
+            return compute(module, config)
     except KernelError as error:
         instead = following(operator, direction, device, problem, besides=name)
         # Or the environment named it.
@@ -147,6 +253,18 @@ def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     return tuple(map(number, x.shape)), tuple(map(number, x.stride()))
 
 
+def channels_last(strides: tuple[int, ...]) -> bool:
+    """Whether channels are nearer to each other than columns, as strides `(N, C, *spatial)` tell.
+
+    Example:
+        >>> channels_last(torch.zeros(2, 3, 4, 5).stride())
+        False
+        >>> channels_last(torch.zeros(2, 4, 5, 3).movedim(-1, 1).stride())
+        True
+    """
+    return strides[1] < strides[-1]
+
+
 def number(size: int) -> int:
     """A size as a number: of a traced program, that which it is traced with, see `known`.
 
@@ -176,12 +294,17 @@ def tells_sizes() -> bool:
     return hasattr(symbolic_shapes, "optimization_hint")
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """An implementation chooses its own dtypes, in a backward pass inside `autocast` too."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def formatted(y: Tensor, x: Tensor) -> Tensor:
+    """A tensor of x's shape in the memory format that `torch.empty_like(x)` has."""
+    like = torch.empty_like(x, device="meta")
+    return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
 
 
 def examples(values: Sequence[Tensor], in_dims: Sequence[int | None], i: int) -> list[Tensor]:

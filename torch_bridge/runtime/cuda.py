@@ -14,6 +14,7 @@ from pallas_kernels.common.cuda import BOXED, ELEMENTS, SWIZZLE_64, Device, Kern
 from pallas_kernels.common.nvrtc import compiled
 from pallas_kernels.common.refusals import compiling
 from pallas_kernels.common.types import Output
+from torch_bridge.runtime.calls import dtype_name
 from torch_bridge.runtime.outputs import allocated
 
 
@@ -68,8 +69,8 @@ def _value(argument: Tensor | int | None, box: tuple[int, ...] | None) -> Any:
         return ctypes.c_void_p(None)
     if box is None:
         return ctypes.c_void_p(argument.data_ptr())
-    dtype = str(argument.dtype).removeprefix("torch.")
-    return _tensor_map(argument.data_ptr(), tuple(argument.shape), dtype, box)
+    shape, dtype = tuple(argument.shape), dtype_name(argument.dtype)
+    return _tensor_map(argument.data_ptr(), shape, dtype, box)
 
 
 @lru_cache(256)

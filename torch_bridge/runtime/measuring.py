@@ -14,6 +14,7 @@ from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.cache import Entry
 from pallas_kernels.dispatch.tuner import TuningParams
+from torch_bridge.runtime.calls import dtype_name, without_autocast
 from torch_bridge.runtime.device import kind, synchronize
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class TorchMeasurement:
         device: The device of the tensors.
         reference: The implementation that is right, with its own defaults.
         static: The arguments that times depend on besides the problem.
-        why_not: The reason why nothing can be timed, None where it can.
+        measurable: Whether the call's sizes are known.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class TorchMeasurement:
         device: torch.device,
         reference: Implementation,
         static: Json,
-        why_not: str | None = None,
+        measurable: bool,
     ) -> None:
         self._run = run
         self._inputs = inputs
@@ -64,7 +65,7 @@ class TorchMeasurement:
             "flash-wtconv": versions.package(),
             "torch": torch.__version__,
         }
-        self._why_not = why_not
+        self._measurable = measurable
 
     def from_process_0(self, question: str, answer: Callable[[], str]) -> str:
         """This process's own answer."""
@@ -76,18 +77,21 @@ class TorchMeasurement:
             return "tensors on the device 'meta' have no values"
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "a CUDA graph is being captured; call the layer once before"
-        return self._why_not
+        if not self._measurable:
+            return "this PyTorch does not tell the sizes of a traced program"
+        return None
 
     def interpreting(self, names: Iterable[str]) -> bool:
         """Whether Triton's interpreter is to run "triton"."""
         return "triton" in names and os.environ.get("TRITON_INTERPRET") == "1"
 
     def untraced(self, search: Callable[[], Entry]) -> Callable[[], Entry]:
-        """The search without gradients, whatever thread runs it."""
+        """The search without gradients and `autocast`, whatever thread runs it."""
 
         @torch.no_grad()
         def run() -> Entry:
-            return search()
+            with without_autocast(self._device):
+                return search()
 
         return run
 
@@ -127,7 +131,7 @@ class TorchMeasurement:
         """The tensors of a result on the host with their dtypes, since NumPy has no bfloat16."""
         return [
             (
-                str(tensor.dtype).removeprefix("torch."),
+                dtype_name(tensor.dtype),
                 (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy(),
             )
             for tensor in result

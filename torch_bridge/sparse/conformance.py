@@ -1,6 +1,7 @@
 """PyTorch computes the cases of both sparse convolutions, for the tests and `check`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,12 +12,12 @@ from pallas_kernels.dispatch import Choice
 from pallas_kernels.sparse.cases import Case, PerAxis
 from pallas_kernels.sparse.checks import checked_window, per_axis
 from pallas_kernels.sparse.depthwise.cases import Case as DepthwiseCase
+from torch_bridge.runtime.conformance import CPU
+from torch_bridge.runtime.conformance import refusal as refused
 from torch_bridge.sparse import ops
 from torch_bridge.sparse.api import spatially_sparse_conv, spatially_sparse_depthwise_conv
 from torch_bridge.sparse.maps import kernel_map
 from torch_bridge.sparse.voxels import Voxels
-
-CPU = torch.device("cpu")
 
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """A function of coordinates, x, w and the bias: y and its coordinates."""
@@ -31,12 +32,8 @@ def refusal(case: Case, implementation: str, device: torch.device) -> str | None
     window = checked_window(case.kernel_size, case.stride, case.dilation, case.ndim)
     window = window._replace(groups=case.groups, transposed=case.transposed)
     shape, dtype = (len(case.voxels), case.capacity(), case.channels), getattr(torch, case.dtype)
-    call = device, shape, dtype, case.features, tuple(window), isinstance(case, DepthwiseCase)
-    try:
-        ops.pick(implementation, implementation, *call)
-    except NotImplementedError as error:
-        return str(error).split(f"{implementation}: ", 1)[1]
-    return None
+    call = shape, dtype, case.features, tuple(window), isinstance(case, DepthwiseCase)
+    return refused(case, implementation, device, partial(ops.pick, implementation), *call)
 
 
 def computed(

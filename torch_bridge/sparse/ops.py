@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pallas_kernels.common.types import Keywords, Tree
-from pallas_kernels.dispatch import Choice, Operator, Request, backend, until_forgotten
+from pallas_kernels.dispatch import Choice, Operator, backend
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
 from pallas_kernels.sparse.problem import Problem, Window
@@ -107,46 +107,16 @@ def pick(
             "torch.func differentiates a sparse convolution, and PyTorch has no way yet to tell it "
             "of custom operators: use torch.autograd.grad"
         )
-    operator = DEPTHWISE if depthwise else OPERATOR
-    where = device.type, measuring.kind(device)
-    fwd = operator.request("fwd", fwd_algo, *where)
-    bwd = operator.request("bwd", bwd_algo, *where) if differentiated else None
-    problem = (DepthwiseProblem if depthwise else Problem)(
-        shape, _name(dtype), features, Window(*window)
+    kind = DepthwiseProblem if depthwise else Problem
+    problem = kind(shape, calls.dtype_name(dtype), features, Window(*window))
+    return calls.picked(
+        *(_operator(problem), (fwd_algo, bwd_algo), device, problem, _measurement),
+        *(dtype, precision, measurable),
+        differentiated=differentiated,
     )
-    return _picked_by(fwd, bwd, device, problem, dtype, precision, measurable)
-
-
-@until_forgotten
-def _picked_by(
-    fwd: Request,
-    bwd: Request | None,
-    device: torch.device,
-    problem: Problem,
-    dtype: torch.dtype,
-    precision: str,
-    measurable: bool,
-) -> tuple[str, str]:
-    """The result of `pick`, by the requests of its directions: a warm call looks it up alone."""
-
-    def chosen(request: Request) -> str:
-        operator, direction = request.operator, request.direction
-        static = operator, direction, problem, device, dtype, precision, measurable
-        found = request.choose(problem, _measurement, *static)
-        if request.names is not None:
-            return str(found)
-        text = str(found)
-        if (operator.name, found.implementation) in calls.FAILED:
-            text = calls.following(operator, direction, device, problem)
-        # Nobody named it, so another may compute in its place where it does not compile.
-        return f"{text} {calls.ELSE}"
-
-    first = chosen(fwd)
-    return first, first if bwd is None else chosen(bwd)
 
 
 def _measurement(
-    operator: Operator,
     direction: str,
     problem: Problem,
     device: torch.device,
@@ -186,9 +156,9 @@ def _measurement(
         run,
         inputs,
         device,
-        operator.module("eager"),
+        _operator(problem).module("eager"),
         {"precision": precision},
-        None if measurable else "this PyTorch does not tell the sizes of a traced program",
+        measurable,
     )
 
 
@@ -243,8 +213,7 @@ def apply(
     """
 
     def compute(module: _Backend, config: Mapping[str, int]) -> Tensor:
-        with calls.without_autocast(x):
-            return module.forward(x, w, RowTable(*rows), precision=precision, **config)
+        return module.forward(x, w, RowTable(*rows), precision=precision, **config)
 
     text = fwd if direction == "fwd" else bwd
     return _computed(direction, text, x, w.shape, compute)
@@ -270,8 +239,7 @@ def weight_grad(
 
     def compute(module: _Backend, config: Mapping[str, int]) -> Tensor:
         keywords: Keywords = {"shape": tuple(shape), "precision": precision, **config}
-        with calls.without_autocast(x):
-            return module.weight_grad(x, dy, RowTable(*rows), **keywords)
+        return module.weight_grad(x, dy, RowTable(*rows), **keywords)
 
     return _computed("bwd", bwd, x, shape, compute)
 
@@ -295,9 +263,12 @@ def _computed(direction: str, text: str, x: Tensor, weights: Sequence[int], comp
     features = groups * sizes[2] if len(sizes) == 3 else groups
     window = Window((taps,), (1,), (1,), groups)
     kind = Problem if len(sizes) == 3 else DepthwiseProblem
-    problem = kind((1, *x.shape), _name(x.dtype), features, window)
-    operator = OPERATOR if len(sizes) == 3 else DEPTHWISE
-    return calls.computed(operator, direction, text, x.device, problem, compute)
+    problem = kind((1, *x.shape), calls.dtype_name(x.dtype), features, window)
+    return calls.computed(_operator(problem), direction, text, x.device, problem, compute)
+
+
+def _operator(problem: Problem) -> Operator:
+    return DEPTHWISE if isinstance(problem, DepthwiseProblem) else OPERATOR
 
 
 def _transposed(
@@ -307,10 +278,6 @@ def _transposed(
     turned = w.transpose(2, 3) if w.ndim == 4 else w
     # The table whose offsets run the other way, without a copy of it.
     return (turned, reverse, rows) if len(reverse) else (turned.flip(0), rows, reverse)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _keep(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:

@@ -28,13 +28,12 @@ import torch
 from torch import Tensor
 
 from pallas_kernels.common.types import Tree
-from pallas_kernels.dispatch import Choice, Operator, Request, backend, until_forgotten
+from pallas_kernels.dispatch import Choice, Operator, backend
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.stylize.problem import Problem
 from torch_bridge.runtime import calls, measuring
 from torch_bridge.stylize import eager
 from torch_bridge.stylize.eager import Known
-from torch_bridge.stylize.triton import channels_last
 
 
 class Implementation(StrEnum):
@@ -119,7 +118,15 @@ def instance_norm(
     tensors = [value for value in (x, scale, bias, residual) if value is not None]
     shape, strides = calls.known(x)
     fwd, bwd = pick(
-        *(static(implementation), x.device, shape, x.dtype, strides, relu, residual is not None),
+        *(
+            calls.static(implementation),
+            x.device,
+            shape,
+            x.dtype,
+            strides,
+            relu,
+            residual is not None,
+        ),
         differentiated=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
     )
     if calls.names((fwd, bwd)) == ["eager"]:
@@ -128,18 +135,6 @@ def instance_norm(
         return y
     y, _ = apply(x, factor, shift, residual, eps, relu, fwd, bwd)
     return y
-
-
-def static(implementation: Choice) -> Any:
-    """A filter as a constant of a traced program.
-
-    Example:
-        >>> static(["triton", "eager"])
-        ('triton', 'eager')
-    """
-    if implementation is None or isinstance(implementation, str):
-        return None if implementation is None else str(implementation)
-    return tuple(map(str, implementation))
 
 
 # What it returns is a constant of a traced program: it asks the environment, imports, and measures.
@@ -176,46 +171,13 @@ def pick(
         >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32)
         ('eager', 'eager')
     """
-    where = implementation, device.type, measuring.kind(device)
-    fwd = OPERATOR.request("fwd", *where)
-    bwd = OPERATOR.request("bwd", *where) if differentiated else None
-    last = strides is not None and channels_last(strides)
-    problem = _problem(shape, dtype, last, relu, residual)
-    picked = _picked_by(fwd, bwd, device, problem, dtype, last, strides is not None)
-    if calls.names(picked) != ["eager"] and calls.differentiated_by_func():
-        raise NotImplementedError(
-            f"torch.func differentiates what {' and '.join(calls.names(picked))} would compute, "
-            "and PyTorch has no way yet to tell it of custom operators: use "
-            "implementation='eager', or torch.autograd.grad"
-        )
-    return picked
-
-
-@until_forgotten
-def _picked_by(
-    fwd: Request,
-    bwd: Request | None,
-    device: torch.device,
-    problem: Problem,
-    dtype: torch.dtype,
-    last: bool,
-    measurable: bool,
-) -> tuple[str, str]:
-    """The result of `pick`, by the requests of its directions: a warm call looks it up alone."""
-
-    def chosen(request: Request) -> str:
-        static = request.direction, problem, device, dtype, last, measurable
-        found = request.choose(problem, _measurement, *static)
-        if request.names is not None:
-            return str(found)
-        text = str(found)
-        if (OPERATOR.name, found.implementation) in calls.FAILED:
-            text = calls.following(OPERATOR, request.direction, device, problem)
-        # Nobody named it, so another may compute in its place where it does not compile.
-        return f"{text} {calls.ELSE}"
-
-    first = chosen(fwd)
-    return first, first if bwd is None else chosen(bwd)
+    last = strides is not None and calls.channels_last(strides)
+    return calls.picked(
+        *(OPERATOR, (implementation, implementation), device),
+        *(_problem(shape, dtype, last, relu, residual), _measurement),
+        *(dtype, last, strides is not None),
+        differentiated=differentiated,
+    )
 
 
 def _problem(
@@ -224,7 +186,7 @@ def _problem(
     """The call as the kernels compute it; channels first, channels are images."""
     n, c, h, w = shape
     size = (max(n, 1), h, w, c) if last else (max(n, 1) * c, h, w, 1)
-    return Problem(size, str(dtype).removeprefix("torch."), "relu" if relu else None, residual)
+    return Problem(size, calls.dtype_name(dtype), "relu" if relu else None, residual)
 
 
 def _measurement(
@@ -271,7 +233,7 @@ def _measurement(
         device,
         OPERATOR.module("eager"),
         {"channels_last": last},
-        None if measurable else "this PyTorch does not tell the sizes of a traced program",
+        measurable,
     )
 
 
@@ -291,11 +253,10 @@ def apply(
         return torch.empty_like(x), _empty_statistics(x, scale)
 
     def compute(module: _Backend, config: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-        with calls.without_autocast(x):
-            return module.forward(x, scale, bias, residual, eps=eps, relu=relu, **config)
+        return module.forward(x, scale, bias, residual, eps=eps, relu=relu, **config)
 
     y, statistics = _computed("fwd", fwd, x, relu, residual is not None, compute)
-    return _formatted(y, x), statistics.contiguous()
+    return calls.formatted(y, x), statistics.contiguous()
 
 
 @apply.register_fake
@@ -320,12 +281,11 @@ def gradients(
     known = Known(x, statistics, scale, bias, residual)
 
     def compute(module: _Backend, config: Mapping[str, int]) -> list[Tensor]:
-        with calls.without_autocast(x):
-            return module.backward(known, dy, relu=relu, **config)
+        return module.backward(known, dy, relu=relu, **config)
 
     dx, dscale, dbias, *rest = _computed("bwd", bwd, x, relu, residual is not None, compute)
-    found = [_formatted(dx, x), dscale.contiguous(), dbias.contiguous()]
-    return [*found, *(_formatted(value, x) for value in rest)]
+    found = [calls.formatted(dx, x), dscale.contiguous(), dbias.contiguous()]
+    return [*found, *(calls.formatted(value, x) for value in rest)]
 
 
 @gradients.register_fake
@@ -354,14 +314,8 @@ def _computed(
     direction: str, text: str, x: Tensor, relu: bool, residual: bool, compute: Any
 ) -> Any:
     """The result of what was picked."""
-    problem = _problem(x.shape, x.dtype, channels_last(x.stride()), relu, residual)
+    problem = _problem(x.shape, x.dtype, calls.channels_last(x.stride()), relu, residual)
     return calls.computed(OPERATOR, direction, text, x.device, problem, compute)
-
-
-def _formatted(y: Tensor, x: Tensor) -> Tensor:
-    """An image in the memory format that one like x has."""
-    like = torch.empty_like(x, device="meta")
-    return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
 
 
 def _keep(ctx: Any, inputs: tuple[Tree, ...], output: tuple[Tensor, Tensor]) -> None:

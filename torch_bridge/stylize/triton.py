@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pallas_kernels.stylize.problem import Problem
+from torch_bridge.runtime.calls import channels_last
 from torch_bridge.runtime.triton import launch, unavailable
 from torch_bridge.stylize.eager import Known
 
@@ -91,18 +92,6 @@ def backward(known: Known, dy: Tensor, *, relu: bool, **sizes: int) -> list[Tens
         )
     found = [_as_images(dx, x, last), dscale.view(n, c), dbias.view(n, c)]
     return found if dresidual is None else [*found, _as_images(dresidual, x, last)]
-
-
-def channels_last(strides: tuple[int, ...]) -> bool:
-    """Whether channels are nearer to each other than columns, as strides `(N, C, H, W)` tell.
-
-    Example:
-        >>> channels_last(torch.zeros(2, 3, 4, 5).stride())
-        False
-        >>> channels_last(torch.zeros(2, 4, 5, 3).movedim(-1, 1).stride())
-        True
-    """
-    return strides[1] < strides[3]
 
 
 def read_images(x: Tensor, last: bool) -> Tensor:

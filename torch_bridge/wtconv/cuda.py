@@ -15,6 +15,7 @@ from torch import Tensor
 from pallas_kernels.wtconv import cuda_launches, folded_launches, folding
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.problem import Problem
+from torch_bridge.runtime.calls import dtype_name
 from torch_bridge.runtime.cuda import device_of, launch, unavailable
 
 __all__ = [
@@ -188,8 +189,7 @@ def _images(x: Tensor) -> Images:
     """The description of a dense `[N, C, H, W]`."""
     n, c, h, w = x.shape
     aligned = 4 if x.is_meta else math.gcd(4, x.data_ptr() // x.element_size())
-    dtype = str(x.dtype).removeprefix("torch.")
-    return Images((n, h, w, c), dtype, _channels_last(x), aligned)
+    return Images((n, h, w, c), dtype_name(x.dtype), _channels_last(x), aligned)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -89,7 +89,7 @@ class _WTConv(nn.Module):
         if dtype not in (None, *_DTYPES):
             raise ValueError(f"dtype is {dtype!r}, expected None or one of {list(_DTYPES)}")
         ops.OPERATOR.check_names(implementation)
-        self.implementation = _as_strings(implementation)
+        self.implementation = calls.static(implementation)
 
         factory: Keywords = {
             "device": best_device() if device is None else device,
@@ -204,8 +204,7 @@ class _WTConv(nn.Module):
             strides,
             self._differentiated(x),
         )
-        # Dynamo of PyTorch 2.11 compares strings, but no tuples of them.
-        by_kernels = fwd != "eager" or bwd != "eager"
+        by_kernels = calls.names((fwd, bwd)) != ["eager"]
         if all(plain) and (by_kernels or ops.stays_whole(x)):
             (weight, *weights), (scale, *scales) = (
                 [module.weight for module in modules] for modules in zip(*branches, strict=True)
@@ -215,7 +214,6 @@ class _WTConv(nn.Module):
                 wavelet=self.wt_type,
                 fwd=fwd,
                 bwd=bwd,
-                replaceable=self.implementation is None,
             )
         else:
             if by_kernels:
@@ -398,13 +396,6 @@ def _kernel_size(value: object, ndim: int) -> int:
     if isinstance(value, Sequence) and len(value) == ndim and all(n == value[0] for n in value):
         value = value[0]
     return _integer("kernel_size", value, 1)
-
-
-def _as_strings(implementation: Choice) -> str | tuple[str, ...] | None:
-    """A choice as strings and tuples of them, which every program and file can hold."""
-    if implementation is None or isinstance(implementation, str):
-        return implementation and str(implementation)
-    return tuple(map(str, implementation))
 
 
 def _in_autocast(x: Tensor, like: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pallas_kernels.common.refusals import compiling, refuse
 from pallas_kernels.wtconv.problem import Problem
+from torch_bridge.runtime.calls import dtype_name
 
 DIFFERENTIABLE = False
 
@@ -241,7 +242,7 @@ def _check_images(name: str, x: Tensor, size: Sequence[int], levels: int) -> Non
     if reason is not None:
         raise NotImplementedError(reason)
     shape = (x.shape[0], *size, x.shape[1])
-    check("fwd", Problem(shape, str(x.dtype).removeprefix("torch."), 1, levels, "haar"))
+    check("fwd", Problem(shape, dtype_name(x.dtype), 1, levels, "haar"))
 
 
 def _low_bands(x: Tensor, levels: int) -> list[Tensor]:
@@ -272,8 +273,7 @@ def _cascade(name: str, image: Tensor, levels: Sequence[Tensor], low: Tensor) ->
 
 def _kernel(image: Tensor, name: str, kernel_size: int | None = None, tile: int = 0) -> Any:
     """The kernel for images of a dtype, of the cascades or of a level."""
-    dtype = str(image.dtype).removeprefix("torch.")
-    return getattr(library(kernel_size, tile), f"{name}_{dtype}")
+    return getattr(library(kernel_size, tile), f"{name}_{dtype_name(image.dtype)}")
 
 
 @cache

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pallas_kernels.common.types import Tree
-from pallas_kernels.dispatch import Operator, Request, backend, until_forgotten
+from pallas_kernels.dispatch import Operator, backend
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.wtconv.problem import Problem
 from torch_bridge.runtime import calls, measuring
@@ -116,44 +116,12 @@ def pick(
         >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32, 5, 1, "haar")
         ('eager', 'eager')
     """
-    where = implementation, device.type, measuring.kind(device)
-    fwd = OPERATOR.request("fwd", *where)
-    bwd = OPERATOR.request("bwd", *where) if differentiated else None
-    picked = _picked_by(fwd, bwd, device, shape, dtype, kernel_size, levels, wavelet, bias, strides)
-    if picked != ("eager", "eager") and calls.differentiated_by_func():
-        raise NotImplementedError(
-            f"torch.func differentiates what {' and '.join(calls.names(picked))} would compute, "
-            "and PyTorch has no way yet to tell it of custom operators: use "
-            "implementation='eager', or torch.autograd.grad"
-        )
-    return picked
-
-
-@until_forgotten
-def _picked_by(
-    fwd: Request,
-    bwd: Request | None,
-    device: torch.device,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    kernel_size: int,
-    levels: int,
-    wavelet: str,
-    bias: bool,
-    strides: tuple[int, ...] | None,
-) -> tuple[str, str]:
-    """The result of `pick`, by the requests of its directions: a warm call looks it up alone."""
-    problem = _problem(shape, dtype, kernel_size, levels, wavelet)
-
-    def chosen(request: Request) -> str:
-        static = request.direction, problem, device, dtype, bias, strides
-        found = request.choose(problem, _measurement, *static)
-        if request.names is None and (OPERATOR.name, found.implementation) in calls.FAILED:
-            return calls.following(OPERATOR, request.direction, device, problem)
-        return str(found)
-
-    first = chosen(fwd)
-    return first, first if bwd is None else chosen(bwd)
+    return calls.picked(
+        *(OPERATOR, (implementation, implementation), device),
+        *(_problem(shape, dtype, kernel_size, levels, wavelet), _measurement),
+        *(dtype, bias, strides),
+        differentiated=differentiated,
+    )
 
 
 def stays_whole(x: Tensor) -> bool:
@@ -179,8 +147,8 @@ def _problem(
     shape: Sequence[int], dtype: torch.dtype, kernel_size: int, levels: int, wavelet: str
 ) -> Problem:
     n, c, *spatial = shape
-    name = str(dtype).removeprefix("torch.")
-    return Problem((max(n, 1), *spatial, c), name, kernel_size, levels, wavelet)
+    sizes = max(n, 1), *spatial, c
+    return Problem(sizes, calls.dtype_name(dtype), kernel_size, levels, wavelet)
 
 
 def _measurement(
@@ -194,7 +162,7 @@ def _measurement(
     """Runs and times an implementation on tensors like those of a call."""
     problem = problem.measured_as()
     n, *spatial, channels = problem.shape
-    channels_last = strides is not None and strides[1] < strides[-1]
+    channels_last = strides is not None and calls.channels_last(strides)
     kernel_size, wavelet = problem.kernel_size, problem.wavelet
     rows = [channels] + [2 ** len(spatial) * channels] * problem.levels
 
@@ -232,7 +200,7 @@ def _measurement(
         device,
         OPERATOR.module("eager"),
         {"bias": bias, "channels_last": channels_last},
-        None if strides is not None else "this PyTorch does not tell the sizes of a traced program",
+        strides is not None,
     )
 
 
@@ -247,7 +215,6 @@ def wtconv(
     wavelet: str,
     fwd: str,
     bwd: str,
-    replaceable: bool = False,
 ) -> Tensor:
     """Wavelet convolution of 1-D, 2-D or 3-D signals by named implementations.
 
@@ -261,7 +228,6 @@ def wtconv(
         wavelet: PyWavelets' name of the wavelet.
         fwd: What computes the output, as `pick` tells it.
         bwd: What computes the gradients.
-        replaceable: Whether others may compute in their place where they do not compile.
 
     Returns:
         `[N, C, *spatial]` in x's dtype and, where x is dense, its memory format.
@@ -281,8 +247,6 @@ def wtconv(
     rows = [weight.shape[0] for weight in weights]
     taps = [tap.unflatten(1, base_weight.shape[1:]) for tap in folded.split(rows)]
     bias = None if base_bias is None else base_bias.to(dtype) * base_scale.to(dtype).flatten()
-    if replaceable:
-        fwd, bwd = f"{fwd} {calls.ELSE}", f"{bwd} {calls.ELSE}"
     return apply(x, taps, bias, wavelet, False, fwd, bwd)
 
 
@@ -320,10 +284,8 @@ def _forward(
     transpose: bool,
     config: Mapping[str, int],
 ) -> Tensor:
-    with calls.without_autocast(x):
-        y = module.forward(x, taps, bias, wavelet=wavelet, transpose=transpose, **config)
-    like = torch.empty_like(x, device="meta")
-    return y if y.stride() == like.stride() else torch.empty_like(x).copy_(y)
+    y = module.forward(x, taps, bias, wavelet=wavelet, transpose=transpose, **config)
+    return calls.formatted(y, x)
 
 
 @apply.register_fake
@@ -355,8 +317,7 @@ def _weight_grad(
     config: Mapping[str, int],
 ) -> list[Tensor]:
     sizes = {"kernel_size": kernel_size, "levels": levels}
-    with calls.without_autocast(x):
-        found = module.weight_grad(x, dy, **sizes, wavelet=wavelet, **config)
+    found = module.weight_grad(x, dy, **sizes, wavelet=wavelet, **config)
     return [taps.contiguous() for taps in found]
 
 

@@ -10,7 +10,6 @@ from pallas_kernels.stylize.convolution.problem import Problem
 from torch_bridge.runtime import calls
 from torch_bridge.stylize import eager as norm
 from torch_bridge.stylize import ops as norm_ops
-from torch_bridge.stylize.triton import channels_last
 
 DIFFERENTIABLE = False
 
@@ -71,7 +70,7 @@ def padded(x: Tensor, window: Padded) -> Tensor:
     if not any(window.pads):
         return x
     made = functional.pad(x, window.pads, "reflect" if window.reflect else "constant")
-    if not channels_last(x.stride()):
+    if not calls.channels_last(x.stride()):
         return made
     # Not every kernel of PyTorch keeps channels last; so said, `torch.vmap` takes it.
     return made.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

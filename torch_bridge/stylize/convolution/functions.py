@@ -79,7 +79,7 @@ def conv2d_instance_norm(
     relu = activation == "relu"
     shape, strides = calls.known(x)
     filters = tuple(map(calls.number, w.shape))
-    chosen = norm.static(implementation)
+    chosen = calls.static(implementation)
     fwd = ops.pick(
         chosen,
         x.device,

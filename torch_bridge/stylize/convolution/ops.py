@@ -23,17 +23,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pallas_kernels.common.types import Tree
+from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.dispatch import Operator, backend
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.stylize.convolution.problem import Problem
 from torch_bridge.runtime import calls, measuring
+from torch_bridge.runtime.device import kind
 from torch_bridge.stylize import ops as norm
 from torch_bridge.stylize.convolution import eager
 from torch_bridge.stylize.convolution.eager import Padded
 from torch_bridge.stylize.eager import statistics_backward
-from torch_bridge.stylize.triton import channels_last
 
 
 class Implementation(StrEnum):
@@ -110,23 +110,14 @@ def pick(
         >>> pick("eager", torch.device("cpu"), *sizes, torch.float32, window, True, False)
         'eager'
     """
-    request = OPERATOR.request("fwd", implementation, device.type, measuring.kind(device))
+    request = OPERATOR.request("fwd", implementation, device.type, kind(device))
     own = Padded(*window)
     problem = _problem(shape, filters, dtype, own, relu, residual)
-    last = strides is not None and channels_last(strides)
-    static = problem, device, dtype, own, last, strides is not None
-    text = str(request.choose(problem, _measurement, *static))
-    if calls.names([text]) != ["eager"] and calls.differentiated_by_func():
-        raise NotImplementedError(
-            f"torch.func differentiates what {text} would compute, and PyTorch has no way yet to "
-            "tell it of custom operators: use implementation='eager', or torch.autograd.grad"
-        )
-    if request.names is not None:
-        return text
-    if (OPERATOR.name, text.split()[0]) in calls.FAILED:
-        text = calls.following(OPERATOR, "fwd", device, problem)
-    # Nobody named it, so another may compute in its place where it does not compile.
-    return f"{text} {calls.ELSE}"
+    last = strides is not None and calls.channels_last(strides)
+    rest = dtype, own, last, strides is not None
+    text = calls.chosen(request, device, problem, _measurement, *rest)
+    calls.check_func([text])
+    return text
 
 
 def _problem(
@@ -143,7 +134,7 @@ def _problem(
     return Problem(
         # An empty batch is nobody's problem: nothing is launched.
         (max(n, 1), h, w, c),
-        str(dtype).removeprefix("torch."),
+        calls.dtype_name(dtype),
         *(filters[2], filters[3], filters[0]),
         Window(window.stride, ((top, bottom), (left, right)), reflect=window.reflect),
         "relu" if relu else None,
@@ -152,6 +143,7 @@ def _problem(
 
 
 def _measurement(
+    direction: str,
     problem: Problem,
     device: torch.device,
     dtype: torch.dtype,
@@ -186,7 +178,7 @@ def _measurement(
         device,
         OPERATOR.module("eager"),
         {"channels_last": last},
-        None if measurable else "this PyTorch does not tell the sizes of a traced program",
+        measurable,
     )
 
 
@@ -216,10 +208,8 @@ def apply(
     problem = _problem(x.shape, w.shape, x.dtype, window, relu, residual is not None)
 
     def compute(module: _Backend, config: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
-        with calls.without_autocast(x):
-            return module.forward(
-                x, w, scale, bias, residual, window=window, eps=eps, relu=relu, **config
-            )
+        keywords: Keywords = {"window": window, "eps": eps, "relu": relu, **config}
+        return module.forward(x, w, scale, bias, residual, **keywords)
 
     found = calls.computed(OPERATOR, "fwd", fwd, x.device, problem, compute)
     y, z, statistics = (_formatted(one, like) for one, like in zip(found, made, strict=True))
@@ -272,7 +262,7 @@ def output_size(
 
 def _empty(x: Tensor, w: Tensor, scale: Tensor, window: Padded) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs, not computed: images in x's memory format, and statistics."""
-    last = channels_last(x.stride())
+    last = calls.channels_last(x.stride())
     form = torch.channels_last if last else torch.contiguous_format
     size = output_size(x.shape, w.shape, window)
     y, z = (torch.empty(size, dtype=x.dtype, device=x.device, memory_format=form) for _ in "yz")
@@ -310,7 +300,7 @@ def _backward(
     slopes: Sequence[Tensor | None] = (None, None)
     if terms and any(needs[:2]):
         total = sum(terms[1:], terms[0])
-        with calls.without_autocast(x):
+        with calls.without_autocast(x.device):
             slopes = eager.backward(x, w, total, ctx.window, needs[:2])
     each = zip([*slopes, *others], needs, strict=True)
     return *(value if need else None for value, need in each), *[None] * 7

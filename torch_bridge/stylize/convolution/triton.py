@@ -5,9 +5,10 @@ from torch import Tensor
 
 from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.stylize.convolution.problem import Problem
+from torch_bridge.runtime.calls import channels_last
 from torch_bridge.runtime.triton import launch, unavailable
 from torch_bridge.stylize.convolution.eager import Padded
-from torch_bridge.stylize.triton import channels_last, of_groups, read_images
+from torch_bridge.stylize.triton import of_groups, read_images
 
 __all__ = ["DIFFERENTIABLE", "check", "forward", "search_space", "unavailable"]
 
