@@ -1,7 +1,6 @@
 """`flash-wtconv bench conv2d`: TFLOP/s of dense convolutions beside XLA's, in one run."""
 
 from collections.abc import Callable, Sequence
-from datetime import date
 from functools import partial
 from statistics import geometric_mean
 from typing import Any
@@ -10,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.reports import check_shapes, head
 from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.types import Json, Keywords, Tree
@@ -53,9 +52,7 @@ def run(
     Raises:
         ValueError: An unknown shape or dtype.
     """
-    unknown = sorted(set(shapes) - set(SHAPES))
-    if unknown:
-        raise ValueError(f"shape: {unknown} is not one of {sorted(SHAPES)}")
+    check_shapes(shapes, SHAPES)
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
     rows: list[Json] = []
@@ -78,24 +75,24 @@ def run(
                         "w": list(layer.w),
                         "direction": direction,
                         "contender": name,
-                        **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                        **spread.row(),
                         "tflops_per_s": work * layer.operations / spread.median / 1e9,
                         **comparison(spread, times[_PLAIN]),
                     }
                     for name, spread in times.items()
                 ]
     return {
-        "benchmark": "conv2d",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": environment.versions(),
+        **head("conv2d", clock, no_device_events),
         "dtype": dtype,
         "baseline": _PLAIN,
-        "clock": clock.name,
-        "no_device_events": no_device_events,
         "rows": rows,
         "means": _means(rows),
     }
+
+
+def known() -> dict[str, Shape]:
+    """The named shapes, which are the same on every device."""
+    return SHAPES
 
 
 def implementations(shape: Shape, dtype: str) -> list[str]:

@@ -1,7 +1,9 @@
 """Reports of benchmarks as entries of `pallas_kernels.dispatch.table`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from pallas_kernels.common import device
 from pallas_kernels.common.types import Json
@@ -43,6 +45,25 @@ def able(operator: Operator, problem: Problem) -> list[str]:
             continue
         found.append(name)
     return found
+
+
+def each(function: Callable[..., Any], names: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """Our contender and, of several implementations, one for each.
+
+    Args:
+        function: Our function, which takes the filter `implementation`.
+        names: The implementations that can compute what is timed.
+
+    Returns:
+        Functions by the names of contenders.
+
+    Example:
+        >>> list(each(print, ["xla", "cuda"])), list(each(print, ["xla"]))
+        (['flash', 'flash xla', 'flash cuda'], ['flash'])
+    """
+    several = names if len(names) > 1 else []
+    found = {f"{OURS} {name}": partial(function, implementation=name) for name in several}
+    return {OURS: function, **found}
 
 
 def entries(

@@ -1,16 +1,15 @@
 """`flash-wtconv bench depthwise`: our depthwise convolution beside XLA's and a copy, in one run."""
 
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
-from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.defaults import able, each, entries
+from flash_wtconv_jax.bench.reports import check_shapes, head
 from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
 from pallas_kernels.common import device
@@ -47,15 +46,13 @@ def run(
     Raises:
         ValueError: An unknown shape or dtype.
     """
-    known = FOR_PLATFORM[device.platform()]
-    unknown = sorted(set(shapes) - set(known))
-    if unknown:
-        raise ValueError(f"shape: {unknown} is not one of {sorted(known)}")
+    named = known()
+    check_shapes(shapes, named)
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
     rows: list[Json] = []
     for name in shapes:
-        layer = known[name]
+        layer = named[name]
         copies = drawn_copies(layer.x, layer.y, dtype)
         programs = {
             contender: compiled_calls(function, _params(layer, dtype), copies)
@@ -75,7 +72,7 @@ def run(
                     "stride": layer.stride,
                     "direction": direction,
                     "contender": contender,
-                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                    **spread.row(),
                     "copies": spread.median
                     / times[_COPY].median
                     / (1 if contender == _COPY else passes / 2),
@@ -86,16 +83,16 @@ def run(
                 for contender, spread in times.items()
             ]
     return {
-        "benchmark": "depthwise",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": environment.versions(),
+        **head("depthwise", clock, no_device_events),
         "dtype": dtype,
         "baseline": _PLAIN,
-        "clock": clock.name,
-        "no_device_events": no_device_events,
         "rows": rows,
     }
+
+
+def known() -> dict[str, Shape]:
+    """The named shapes of this device."""
+    return FOR_PLATFORM[device.platform()]
 
 
 def implementations(shape: Shape, dtype: str) -> list[str]:
@@ -149,10 +146,8 @@ def _contenders(layer: Shape, dtype: str) -> dict[str, Callable[..., jax.Array]]
     ) -> jax.Array:
         return convolve(x, *params, stride=layer.stride)
 
-    found = {_PLAIN: baseline_jax.depthwise_conv2d, OURS: depthwise_conv2d}
-    names = implementations(layer, dtype)
-    for name in names if len(names) > 1 else []:
-        found[f"{OURS} {name}"] = partial(depthwise_conv2d, implementation=name)
+    ours = each(depthwise_conv2d, implementations(layer, dtype))
+    found = {_PLAIN: baseline_jax.depthwise_conv2d, **ours}
     return {name: partial(applied, one) for name, one in found.items()}
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 
 import jax
 
-from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks
+from flash_wtconv_jax.bench.reports import head
 from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import (
     PASSES,
@@ -76,20 +75,15 @@ def run(
                     "field": 2**layer.levels * layer.kernel_size,
                     "parameters": counts.get(name, kernel.size),
                     "direction": direction,
-                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                    **spread.row(),
                     **comparison(spread, times[_RIVAL]),
                 }
             )
     return {
-        "benchmark": "levels",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": environment.versions(),
+        **head("levels", clock, no_device_events),
         "x": list(shape.x),
         "kernel_size": shape.kernel_size,
         "dtype": dtype,
         "baseline": _RIVAL,
-        "clock": clock.name,
-        "no_device_events": no_device_events,
         "rows": rows,
     }

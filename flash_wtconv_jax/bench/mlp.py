@@ -1,15 +1,14 @@
 """`flash-wtconv bench mlp`: the pointwise MLP of ConvNeXt's blocks beside plain JAX, in one run."""
 
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks
-from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.defaults import able, each, entries
+from flash_wtconv_jax.bench.reports import check_shapes, head
 from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
 from pallas_kernels.common.device import on_cpu
@@ -43,14 +42,13 @@ def run(
     Raises:
         ValueError: An unknown shape or dtype.
     """
-    unknown = sorted(set(shapes) - set(SHAPES))
-    if unknown:
-        raise ValueError(f"shape: {unknown} is not one of {list(SHAPES)}")
+    named = known()
+    check_shapes(shapes, named)
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
     rows: list[Json] = []
     for name in shapes:
-        shape = here(name)
+        shape = named[name]
         rows_of_x = shape.rows, shape.channels
         copies = drawn_copies(rows_of_x, rows_of_x, dtype)
         programs = {
@@ -71,37 +69,29 @@ def run(
                     "hidden": shape.hidden,
                     "direction": direction,
                     "contender": contender,
-                    **{f"{key}_ms": value for key, value in spread._asdict().items()},
+                    **spread.row(),
                     "tflops_per_s": operations / spread.median / 1e9,
                     **comparison(spread, times[_PLAIN]),
                 }
                 for contender, spread in times.items()
             ]
     return {
-        "benchmark": "mlp",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": environment.versions(),
+        **head("mlp", clock, no_device_events),
         "dtype": dtype,
         "baseline": _PLAIN,
-        "clock": clock.name,
-        "no_device_events": no_device_events,
         "rows": rows,
     }
 
 
-def here(name: str) -> Shape:
-    """A named shape as it is timed on this device.
-
-    Args:
-        name: One of `SHAPES`.
+def known() -> dict[str, Shape]:
+    """The named shapes as they are timed on this device.
 
     Example:
         >>> with jax.default_device(jax.devices("cpu")[0]):
-        ...     here("convnext_t_stage4").rows
+        ...     known()["convnext_t_stage4"].rows
         196
     """
-    return SHAPES[name].of(4) if on_cpu() else SHAPES[name]
+    return {name: shape.of(4) if on_cpu() else shape for name, shape in SHAPES.items()}
 
 
 def implementations(shape: Shape, dtype: str) -> list[str]:
@@ -147,10 +137,7 @@ def defaults(report: Json) -> list[Entry]:
 
 def _contenders(shape: Shape, dtype: str) -> dict[str, Callable[..., jax.Array]]:
     """The functions of x and parameters that are timed."""
-    found = {_PLAIN: baseline_jax.mlp, OURS: mlp}
-    names = implementations(shape, dtype)
-    for name in names if len(names) > 1 else []:
-        found[f"{OURS} {name}"] = partial(mlp, implementation=name)
+    found = {_PLAIN: baseline_jax.mlp, **each(mlp, implementations(shape, dtype))}
 
     def applied(function: Callable[..., jax.Array], x: jax.Array, params: Tree) -> jax.Array:
         return function(x, *params)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import date
 from functools import partial
 from importlib.metadata import entry_points
 from itertools import product
@@ -14,8 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from flash_wtconv_jax import checkpoints, environment
-from flash_wtconv_jax.bench import clocks
+from flash_wtconv_jax import checkpoints
+from flash_wtconv_jax.bench import clocks, reports
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
 from flash_wtconv_jax.bench.timing import Spread, comparison
@@ -173,12 +172,7 @@ def run(
         times = clock.take_turns({who: one.call for who, one in group.programs.items()}, step)
         rows += _rows(group, times)
     return {
-        "benchmark": "stylize",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": _versions(),
-        "clock": clock.name,
-        "no_device_events": no_device_events,
+        **reports.head("stylize", clock, no_device_events, _registered()),
         "rows": rows,
     }
 
@@ -238,7 +232,7 @@ def _rows(group: _Group, times: Mapping[str, Spread]) -> list[Json]:
         if isinstance(found, str):
             rows.append(row | {"why_not": found})
             continue
-        row |= {f"{key}_ms": value for key, value in found._asdict().items()}
+        row |= found.row()
         if isinstance(baseline, Spread):
             row |= comparison(found, baseline)
         if copy is not None:
@@ -606,10 +600,3 @@ def _registered_times(
 def _registered() -> list[RegisteredContender]:
     """The contenders of other packages."""
     return [entry.load() for entry in entry_points(group=GROUP)]
-
-
-def _versions() -> dict[str, str]:
-    versions = environment.versions()
-    for contender in _registered():
-        versions |= contender.versions()
-    return versions

@@ -29,6 +29,15 @@ class Spread(NamedTuple):
         """
         return cls(median(times), min(times), max(times))
 
+    def row(self) -> dict[str, float]:
+        """The times as a row of a report holds them.
+
+        Example:
+            >>> Spread(2.0, 1.0, 5.0).row()
+            {'median_ms': 2.0, 'least_ms': 1.0, 'greatest_ms': 5.0}
+        """
+        return {f"{key}_ms": value for key, value in self._asdict().items()}
+
 
 def comparison(times: Spread, baseline: Spread) -> dict[str, float | bool]:
     """The speed over a baseline, and whether the times allow to speak of one.

@@ -1,9 +1,8 @@
 """`flash-wtconv bench wtconv`: our layer beside plain JAX and PyTorch eager, in one run."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from functools import partial
 from importlib.metadata import entry_points
 from itertools import cycle
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.reports import check_shapes, head
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from pallas_kernels.common import device
 from pallas_kernels.common.device import on_cpu
@@ -97,9 +96,7 @@ def run(
         ValueError: An unknown shape or dtype, or a baseline that this machine does not have.
     """
     known = FOR_PLATFORM[device.platform()]
-    unknown = sorted(set(shapes) - set(known))
-    if unknown:
-        raise ValueError(f"shape: {unknown} is not one of {sorted(known)}")
+    check_shapes(shapes, known)
     check_dtype(dtype)
     registered = _registered(dtype)
     here = [OURS, _PLAIN]
@@ -139,15 +136,10 @@ def run(
                 for contender, one in contenders.items()
             ]
     return {
-        "benchmark": "wtconv",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": _versions(registered.values()),
+        **head("wtconv", clock, no_device_events, registered.values()),
         "dtype": dtype,
         "baseline": baseline,
-        "clock": clock.name,
         "users_clock": users.name if users else None,
-        "no_device_events": no_device_events,
         "roofs": measured,
         "rows": rows,
     }
@@ -354,7 +346,7 @@ def _figures(
     rival = _RIVAL_SIZE**2 * math.prod(shape.x)
     forward = rival if contender == _RIVAL else _multiply_adds(shape)
     return {
-        **{f"{key}_ms": value for key, value in times[contender]._asdict().items()},
+        **times[contender].row(),
         "floor_ms": floor_ms,
         "over_floor": times[contender].median / floor_ms,
         "floor_bytes": floor_bytes,
@@ -377,8 +369,7 @@ def _as_users_run(
     """The times and speedups of a contender by the users' clock, None where it was not asked."""
     if not times:
         return None
-    spread = {f"{key}_ms": value for key, value in times[contender]._asdict().items()}
-    return spread | _speedups(times, contender, baseline)
+    return times[contender].row() | _speedups(times, contender, baseline)
 
 
 def _multiply_adds(shape: Shape) -> int:
@@ -408,10 +399,3 @@ def _registered(dtype: str) -> dict[str, RegisteredContender]:
     """The contenders of other packages that can be timed here, by name."""
     found: list[RegisteredContender] = [entry.load() for entry in entry_points(group=GROUP)]
     return {one.NAME: one for one in found if one.runs(dtype, on_cpu=on_cpu())}
-
-
-def _versions(registered: Iterable[RegisteredContender]) -> dict[str, str]:
-    versions = environment.versions()
-    for contender in registered:
-        versions |= contender.versions()
-    return versions

@@ -1,7 +1,6 @@
 """`flash-wtconv bench wtconvnext`: images a second of WTConvNeXt beside ConvNeXt of its size."""
 
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from flash_wtconv_jax import environment, models
+from flash_wtconv_jax import models
 from flash_wtconv_jax.bench import clocks, profile
 from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench.reports import head
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.device import on_cpu
@@ -109,18 +109,13 @@ def run(
                 for share in profile.shares(program.text, program.call, PARTS)
             ]
     return {
-        "benchmark": "wtconvnext",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": environment.versions(),
+        **head("wtconvnext", clock, no_device_events),
         "model": model,
         "batch": batch,
         "size": size,
         "dtype": dtype,
         "baseline": baseline,
-        "clock": clock.name,
         "users_clock": users.name if users else None,
-        "no_device_events": no_device_events,
         "rows": rows,
         "profile": parts if profiled else None,
     }
@@ -148,7 +143,7 @@ def _figures(times: Mapping[str, Spread], name: str, baseline: str, batch: int) 
     """The times of a network, its images a second, and its speed over the baseline's."""
     median = times[name].median
     return {
-        **{f"{key}_ms": value for key, value in times[name]._asdict().items()},
+        **times[name].row(),
         "images_per_s": batch / median * 1e3,
         **comparison(times[name], times[baseline]),
     }

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +31,7 @@ bench = typer.Typer(
 )
 
 _Progress = Callable[[str, int], Callable[[], None]]
+_Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 _Device = Annotated[
     str | None, typer.Option(help="cpu, gpu or tpu. Default: the first that JAX has.")
 ]
@@ -42,20 +43,25 @@ _WriteDefaults = Annotated[
         "table of this kind of device.",
     ),
 ]
+_OUT = Path("runs/bench")
 
 
-def _named(shapes: Mapping[str, Iterable[str]]) -> str:
-    """The help of `--shape` where each platform has shapes of its own."""
-    every = (f"on a {platform.upper()} {', '.join(names)}" for platform, names in shapes.items())
-    return f"A named shape; several are allowed: {'; '.join(every)}. Default: all."
+def _folder(files: str) -> Any:
+    """The option `--out` of a benchmark that writes files into a folder."""
+    return typer.Option(help=f"Folder for {files}.")
+
+
+def _named(shapes: str | Mapping[str, Iterable[str]]) -> Any:
+    """The option `--shape` of named ones, of each platform where each has its own."""
+    if not isinstance(shapes, str):
+        each = (f"on a {kind.upper()} {', '.join(names)}" for kind, names in shapes.items())
+        shapes = "; ".join(each)
+    return typer.Option(help=f"A named shape; several are allowed: {shapes}. Default: all.")
 
 
 @bench.command("wtconv")
 def wtconv(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(help=_named(FOR_PLATFORM)),
-    ] = None,
+    shape: Annotated[list[str] | None, _named(FOR_PLATFORM)] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -63,11 +69,9 @@ def wtconv(
             "Default: the first of them that is here."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: _Dtype = "float32",
     device: _Device = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for wtconv.json, wtconv.png and wtconv_roofline.png.")
-    ] = Path("runs/bench"),
+    out: Annotated[Path, _folder("wtconv.json, wtconv.png and wtconv_roofline.png")] = _OUT,
     write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time the 2-D wavelet convolution, forward and forward+backward."""
@@ -112,9 +116,7 @@ def wtconvnext(
         bool, typer.Option("--profile", help="Print where the time goes too; on a GPU.")
     ] = False,
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for wtconvnext.json and .png.")] = Path(
-        "runs/bench"
-    ),
+    out: Annotated[Path, _folder("wtconvnext.json and .png")] = _OUT,
 ) -> None:
     """Time WTConvNeXt, inference and training steps, beside ConvNeXt of the same size."""
     from flash_wtconv_jax import plots
@@ -130,86 +132,44 @@ def wtconvnext(
 
 @bench.command("conv2d")
 def conv2d(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"A named shape; several are allowed: {', '.join(SHAPES)}. Default: all."
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    shape: Annotated[list[str] | None, _named(", ".join(SHAPES))] = None,
+    dtype: _Dtype = "bfloat16",
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for conv2d.json.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("conv2d.json")] = _OUT,
     write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time the dense 2-D convolution beside XLA's, alone and with padding, bias and activation."""
     from flash_wtconv_jax.bench import conv2d as benchmark
-    from pallas_kernels.common.device import kind
 
-    with _measuring(device, out) as progress:
-        names = shape or list(SHAPES)
-        if write_defaults:
-            sizes = (SHAPES[name] for name in names if name in SHAPES)
-            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
-        report = benchmark.run(names, progress, dtype)
-        device_kind = kind()
-    tell(report, _conv2d_table(report), {}, out)
-    if write_defaults:
-        _write_defaults(device_kind, benchmark.defaults(report))
+    _time(benchmark, _conv2d_table, shape, dtype, device, out, write_defaults)
 
 
 @bench.command("depthwise")
 def depthwise(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(help=_named(IMAGES)),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    shape: Annotated[list[str] | None, _named(IMAGES)] = None,
+    dtype: _Dtype = "bfloat16",
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for depthwise.json.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("depthwise.json")] = _OUT,
     write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time the depthwise convolution beside XLA's, in copies of its input."""
     from flash_wtconv_jax.bench import depthwise as benchmark
-    from pallas_kernels.common.device import kind, platform
 
-    with _measuring(device, out) as progress:
-        known = IMAGES[platform()]
-        names = shape or list(known)
-        if write_defaults:
-            sizes = (known[name] for name in names if name in known)
-            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
-        report = benchmark.run(names, progress, dtype)
-        device_kind = kind()
-    tell(report, _depthwise_table(report), {}, out)
-    if write_defaults:
-        _write_defaults(device_kind, benchmark.defaults(report))
+    _time(benchmark, _depthwise_table, shape, dtype, device, out, write_defaults)
 
 
 @bench.command("mlp")
 def mlp(
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(help=f"A named shape; several are allowed: {', '.join(MLPS)}. Default: all."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    shape: Annotated[list[str] | None, _named(", ".join(MLPS))] = None,
+    dtype: _Dtype = "bfloat16",
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for mlp.json.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("mlp.json")] = _OUT,
     write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time the pointwise MLP of ConvNeXt's blocks beside plain JAX."""
     from flash_wtconv_jax.bench import mlp as benchmark
-    from pallas_kernels.common.device import kind
 
-    with _measuring(device, out) as progress:
-        names = shape or list(MLPS)
-        if write_defaults:
-            sizes = (benchmark.here(name) for name in names if name in MLPS)
-            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
-        report = benchmark.run(names, progress, dtype)
-        device_kind = kind()
-    tell(report, _mlp_table(report), {}, out)
-    if write_defaults:
-        _write_defaults(device_kind, benchmark.defaults(report))
+    _time(benchmark, _mlp_table, shape, dtype, device, out, write_defaults)
 
 
 @bench.command("sparse")
@@ -222,9 +182,9 @@ def sparse(
             "Default: all."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: _Dtype = "bfloat16",
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for sparse.json.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("sparse.json")] = _OUT,
     write_defaults: _WriteDefaults = False,
     minutes: Annotated[
         float | None,
@@ -296,9 +256,7 @@ def stylize(
         ),
     ] = None,
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for stylize.json and stylize.png.")] = Path(
-        "runs/bench"
-    ),
+    out: Annotated[Path, _folder("stylize.json and stylize.png")] = _OUT,
     write_defaults: _WriteDefaults = False,
 ) -> None:
     """Time style transfer: the norm over a copy, its layers and its networks beside plain JAX."""
@@ -334,9 +292,9 @@ def levels(
     ] = None,
     size: Annotated[int, typer.Option(min=1, help="Height and width of the images.")] = 56,
     channels: Annotated[int, typer.Option(min=1, help="Channels of the images.")] = 96,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: _Dtype = "float32",
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for levels.json.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("levels.json")] = _OUT,
 ) -> None:
     """Time the layer at each number of levels, with its field and parameters, beside a 7x7."""
     from flash_wtconv_jax.bench import levels as benchmark
@@ -367,7 +325,7 @@ def sharding(
         list[str] | None, typer.Option(help="Names of operators; several are allowed.")
     ] = None,
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for sharding.json.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("sharding.json")] = _OUT,
     minutes: Annotated[
         float, typer.Option(help="Begin nothing after so many; what is left is named.")
     ] = 8.0,
@@ -393,7 +351,7 @@ def sharding(
 
 @bench.command("host")
 def host(
-    out: Annotated[Path, typer.Option(help="Folder for host.json.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("host.json")] = _OUT,
 ) -> None:
     """Time what Python takes for a warm eager call of layers and functions."""
     from flash_wtconv_jax.bench import host as benchmark
@@ -410,7 +368,7 @@ def compile_(
         typer.Option(help=f"Several are allowed: {'; '.join(PROGRAMS)}. Default: all."),
     ] = None,
     device: _Device = None,
-    out: Annotated[Path, typer.Option(help="Folder for compile.json.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("compile.json")] = _OUT,
 ) -> None:
     """Time first calls with nothing cached: tracing, lowering, compiling, running."""
     from flash_wtconv_jax.bench import compiling as benchmark
@@ -423,7 +381,7 @@ def compile_(
 @bench.command("all")
 def everything(
     device: Annotated[str, typer.Option(help="gpu; others have no published figures.")] = "gpu",
-    out: Annotated[Path, typer.Option(help="Folder for a folder a part.")] = Path("runs/bench"),
+    out: Annotated[Path, _folder("a folder a part")] = _OUT,
     minutes: Annotated[
         float,
         typer.Option(help="End after so many; the same command goes on where it stopped."),
@@ -437,6 +395,31 @@ def everything(
         table = wtconv_table(report)
         tell(report | {"benchmark": name}, table, figures, out)
     say(f"not made yet: {', '.join(left)}" if left else "everything is made")
+
+
+def _time(
+    benchmark: Any,
+    table: "Callable[[Json], Table]",
+    shape: list[str] | None,
+    dtype: str,
+    device: str | None,
+    out: Path,
+    write_defaults: bool,
+) -> None:
+    """Runs the benchmark of an operator, a module of `bench`, and tells of it."""
+    from pallas_kernels.common.device import kind
+
+    with _measuring(device, out) as progress:
+        known = benchmark.known()
+        names = shape or list(known)
+        if write_defaults:
+            sizes = (known[name] for name in names if name in known)
+            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
+        report = benchmark.run(names, progress, dtype)
+        device_kind = kind()
+    tell(report, table(report), {}, out)
+    if write_defaults:
+        _write_defaults(device_kind, benchmark.defaults(report))
 
 
 @contextmanager
@@ -638,9 +621,7 @@ def _profile_table(report: Json) -> "Table":
         caption="ms a batch of kernels and copies, and how many, by the scope of each one's last "
         "operation; CUDA graphs off",
     )
-    table.add_column("", no_wrap=True)
-    for heading in ("forward", "kernels", "backward", "kernels", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    _add_columns(table, ("forward", "kernels", "backward", "kernels", "share"))
     sections: dict[tuple[str, str], dict[str, dict[str, Json]]] = {}
     for row in report["profile"]:
         parts = sections.setdefault((row["work"], row["contender"]), {})
@@ -675,9 +656,7 @@ def _host_table(report: Json) -> "Table":
         title=f"host time, {report['device']['kind']}",
         caption=f"microseconds a warm eager call; {versions}",
     )
-    table.add_column("", no_wrap=True)
-    for heading in ("median", "least", "greatest"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    _add_columns(table, ("median", "least", "greatest"))
     for row in report["rows"]:
         figures = (f"{row[key]:.0f}" for key in ("median", "least", "greatest"))
         table.add_row(row["contender"], *figures)
@@ -761,17 +740,10 @@ def _depthwise_table(report: Json) -> "Table":
         "copy of x (forward+backward in units of 2.5 copies, its five passes); x: speed over "
         f"{report['baseline']}; memory: temporaries in inputs, and with the results",
     )
-    table.add_column("", no_wrap=True)
-    for heading in ("ms", "copies", "x", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = None
-    for row in report["rows"]:
-        k, stride = row["kernel_size"], f" stride {row['stride']}" * (row["stride"] > 1)
-        what = f"{row['shape']} {k}x{k}{stride} {row['direction']}"
-        if what != previous:
-            table.add_section()
-            table.add_row(what, style="bold")
-            previous = what
+    _add_columns(table, ("ms", "copies", "x", "memory"))
+    strided = (r | {"by": f" stride {r['stride']}" * (r["stride"] > 1)} for r in report["rows"])
+    title = "{shape} {kernel_size}x{kernel_size}{by} {direction}"
+    for row in _in_sections(table, strided, title):
         memory = ""
         if row["temporaries"] is not None:
             memory = f"{row['temporaries']:.1f}, {row['extra_memory']:.1f}"
@@ -789,16 +761,8 @@ def _mlp_table(report: Json) -> "Table":
         caption=f"median ms (least-greatest) by {_clock(report)}; x: speed over "
         f"{report['baseline']}",
     )
-    table.add_column("", no_wrap=True)
-    for heading in ("ms", "TFLOP/s", "x"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = None
-    for row in report["rows"]:
-        what = f"{row['shape']} {row['direction']}"
-        if what != previous:
-            table.add_section()
-            table.add_row(what, style="bold")
-            previous = what
+    _add_columns(table, ("ms", "TFLOP/s", "x"))
+    for row in _in_sections(table, report["rows"], "{shape} {direction}"):
         figures = f"{row['tflops_per_s']:.3g}", _speed(row)
         table.add_row(row["contender"], _times(row), *figures)
     return table
@@ -814,16 +778,8 @@ def _sparse_table(report: Json) -> "Table":
         "arithmetic (flops), of every array once (bytes) and of the own forward pass; memory: "
         f"temporaries in sizes of x; x: speed over {report['baseline']}",
     )
-    table.add_column("", no_wrap=True)
-    for heading in ("ms", "TFLOP/s", "flops", "bytes", "forward", "memory", "x"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    previous = None
-    for row in report["rows"]:
-        what = f"{row['shape']} {row['direction']}"
-        if what != previous:
-            table.add_section()
-            table.add_row(what, style="bold")
-            previous = what
+    _add_columns(table, ("ms", "TFLOP/s", "flops", "bytes", "forward", "memory", "x"))
+    for row in _in_sections(table, report["rows"], "{shape} {direction}"):
         figures = []
         if row["direction"] != "map":
             figures = [f"{row['tflops_per_s']:.3g}"]
@@ -844,17 +800,10 @@ def _sharding_table(report: Json) -> "Table":
         caption="median ms by the host's clock; linear: over what so many devices could do; "
         "exchanged: collectives of the program, and the elements of their results",
     )
-    table.add_column("", no_wrap=True)
-    for heading in ("ms", "images/s", "linear"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    _add_columns(table, ("ms", "images/s", "linear"))
     table.add_column("exchanged")
     table.add_column("wrong")
-    previous = None
-    for row in report["rows"]:
-        if row["part"] != previous:
-            table.add_section()
-            table.add_row(row["part"], style="bold")
-            previous = row["part"]
+    for row in _in_sections(table, report["rows"], "{part}"):
         images = f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ""
         linear = f"{row['efficiency']:.2f}" if "efficiency" in row else ""
         exchanged = ", ".join(
@@ -878,13 +827,8 @@ def _stylize_table(report: Json) -> "Table":
     table.add_column("", no_wrap=True)
     for heading in ("ms", "x", "memory", "copy"):
         table.add_column(heading, justify="right", no_wrap=heading != "ms")
-    previous = None
-    for row in report["rows"]:
-        what = ", ".join(row[key] for key in ("work", "name", "dtype", "direction"))
-        if what != previous:
-            table.add_section()
-            table.add_row(f"{what}; over {row['baseline']}", style="bold")
-            previous = what
+    title = "{work}, {name}, {dtype}, {direction}; over {baseline}"
+    for row in _in_sections(table, report["rows"], title):
         if "why_not" in row:
             table.add_row(row["contender"], row["why_not"])
             continue
@@ -893,6 +837,25 @@ def _stylize_table(report: Json) -> "Table":
         copy = f"{row['over_copy']:.2f}" if "over_copy" in row else ""
         table.add_row(row["contender"], _times(row), speed, memory, copy)
     return table
+
+
+def _add_columns(table: "Table", headings: Iterable[str]) -> None:
+    """Adds the column of the rows' names, and those of figures."""
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+
+
+def _in_sections(table: "Table", rows: Iterable[Json], title: str) -> Iterator[Json]:
+    """The rows; before each that begins a section, the section's title made of the row's values."""
+    previous = None
+    for row in rows:
+        what = title.format_map(row)
+        if what != previous:
+            table.add_section()
+            table.add_row(what, style="bold")
+            previous = what
+        yield row
 
 
 def _clock(report: Json) -> str:

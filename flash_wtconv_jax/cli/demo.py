@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flash_wtconv_jax.cli.messages import say
+from flash_wtconv_jax.cli.messages import say, say_files
 
 if TYPE_CHECKING:
     from flash_wtconv_jax.train.history import History
@@ -76,7 +76,7 @@ def _digits(out: Path, seed: int, epochs: int | None) -> None:
             f"{network['seconds']:.0f} s a training"
         )
     say(f"{digits.SEEDS} seeds, {metrics['seconds']:.0f} s. Written:")
-    _say_files(out, digits.FILES)
+    say_files(out, digits.FILES)
 
 
 def _voxels(task: Task, out: Path, seed: int, epochs: int | None, voxel_size: float | None) -> None:
@@ -102,7 +102,7 @@ def _voxels(task: Task, out: Path, seed: int, epochs: int | None, voxel_size: fl
         f"{count['training']:,} voxels of {metrics['voxel_size']} to learn from, "
         f"{count['held_out']:,} held out, {metrics['seconds']:.0f} s. Written:"
     )
-    _say_files(out, voxels.FILES)
+    say_files(out, voxels.FILES)
 
 
 @contextmanager
@@ -146,9 +146,3 @@ def _training(out: Path, networks: Mapping[str, object], epochs: int) -> Iterato
     except KeyboardInterrupt:
         typer.echo(f"error: interrupted; {out} is as it was before", err=True)
         raise typer.Exit(130) from None
-
-
-def _say_files(out: Path, files: Mapping[str, str]) -> None:
-    for name, text in files.items():
-        if (out / name).exists():
-            say(f"  {out / name}  {text}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flash_wtconv_jax.cli.messages import say
+from flash_wtconv_jax.cli.messages import progress, say
 
 if TYPE_CHECKING:
     from flash_wtconv_jax.stylize.pipeline import Job, Report
@@ -79,13 +79,6 @@ def stylize(
 ) -> None:
     """Give pictures the style of a network, at their own size, with all that their files hold."""
     import imagecodecs  # noqa: F401 - its extra brings all that pictures need.
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     from flash_wtconv_jax import environment, pictures
     from flash_wtconv_jax.stylize import pipeline
@@ -122,16 +115,15 @@ def stylize(
         max_pixels=max_pixels or pictures.MAX_PIXELS,
         workers=max(2, min(8, (os.cpu_count() or 2) - 1)),
     )
-    columns = (TextColumn("stylize"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done = 0
     try:
-        with Progress(*columns, transient=True) as progress:
-            bar = progress.add_task("stylize", total=len(jobs))
+        with progress("stylize") as bars:
+            bar = bars.add_task("stylize", total=len(jobs))
 
             def on_done() -> None:
                 nonlocal done
                 done += 1
-                progress.advance(bar)
+                bars.advance(bar)
 
             report = pipeline.run(jobs, stylizer, settings, on_done)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flash_wtconv_jax.cli.messages import say
+from flash_wtconv_jax.cli.messages import progress, say, say_files
 
 if TYPE_CHECKING:
     from flash_wtconv_jax.train.images.trainer import Progress
@@ -104,31 +104,21 @@ def train(
 @contextmanager
 def _bar(shown: bool) -> Iterator[tuple[Callable[["Progress"], None], Callable[[str], None]]]:
     """Yields what tells of progress by a bar, and of messages above it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
     from flash_wtconv_jax.train.images import evaluation
 
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    with Bars(*columns, transient=True, disable=not shown) as bars:
+    with progress("train", "{task.fields[state]}", disable=not shown) as bars:
         bar = bars.add_task("train", total=None, state="compiling")
 
-        def report(progress: "Progress") -> None:
+        def report(now: "Progress") -> None:
             parts = [
-                f"epoch {progress.epoch:.2f}",
-                f"loss {progress.loss:.3f}",
-                f"{progress.images_per_s:,.0f} images/s",
-                f"waiting {progress.waiting:.0%}",
+                f"epoch {now.epoch:.2f}",
+                f"loss {now.loss:.3f}",
+                f"{now.images_per_s:,.0f} images/s",
+                f"waiting {now.waiting:.0%}",
             ]
-            if progress.scores:
-                parts.insert(1, f"held out {evaluation.leading(progress.scores):.2%}")
-            bars.update(bar, total=progress.steps, completed=progress.step, state=", ".join(parts))
+            if now.scores:
+                parts.insert(1, f"held out {evaluation.leading(now.scores):.2%}")
+            bars.update(bar, total=now.steps, completed=now.step, state=", ".join(parts))
 
         def tell(message: str) -> None:
             bars.console.print(message, markup=False, highlight=False, soft_wrap=True)
@@ -169,6 +159,4 @@ def _say_summary(summary: dict[str, Any], out: Path) -> None:
             f"{summary['seconds']:.0f} s, {summary['images_per_s']:,.0f} images/s, waiting "
             f"{summary['waiting']:.0%}{loader}; held out: {told}. Written:"
         )
-    for name, text in FILES.items():
-        if (out / name).exists():
-            say(f"  {out / name}  {text}")
+    say_files(out, FILES)

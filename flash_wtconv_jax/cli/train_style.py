@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flash_wtconv_jax.cli.messages import say
+from flash_wtconv_jax.cli.messages import progress, say, say_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,13 +41,6 @@ def train_style(
 ) -> None:
     """Teach a network the style of a picture, on photographs of a folder."""
     import imagecodecs  # noqa: F401 - its extra brings all that pictures need.
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     from flash_wtconv_jax import pictures
     from flash_wtconv_jax.train import style as training
@@ -70,23 +63,16 @@ def train_style(
     if features is None:
         say("no --features: the losses compare by random filters, which know textures, not things")
     layers = vgg.random_layers() if features is None else vgg.read_layers(features)
-    columns = (
-        TextColumn("train-style"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
     done = 0
     try:
-        with making_folder(out), Progress(*columns, transient=True) as progress:
-            bar = progress.add_task("train-style", total=steps, state="compiling")
+        with making_folder(out), progress("train-style", "{task.fields[state]}") as bars:
+            bar = bars.add_task("train-style", total=steps, state="compiling")
 
             def on_step(step: int, losses: "Losses") -> None:
                 nonlocal done
                 done = step
                 text = f"content {float(losses.content):.3f}, style {float(losses.style):.3f}"
-                progress.update(bar, completed=step, state=text)
+                bars.update(bar, completed=step, state=text)
 
             training.train(
                 out, photographs, wanted, layers, settings, resume=resume, on_step=on_step
@@ -98,9 +84,7 @@ def train_style(
         )
         raise typer.Exit(130) from None
     say(f"{steps} steps. Written:")
-    for name, text in training.FILES.items():
-        if (out / name).exists():
-            say(f"  {out / name}  {text}")
+    say_files(out, training.FILES)
 
 
 def _photographs(folder: Path, crop: int) -> "list[np.ndarray]":

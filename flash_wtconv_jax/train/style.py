@@ -129,11 +129,11 @@ def train(
     inputs = _digest(photographs, style, layers)
     if resume and (out / "checkpoint").exists():
         state, done, rows = _restored(out / "checkpoint", state, settings, inputs)
-    picture = _as_images(style[None], settings.dtype)
+    picture = jnp.asarray(style[None], settings.dtype)
     target = [_gram(one) for one in vgg.features(layers, picture)]
     step = jax.jit(partial(_step, definition, optimizer, settings), donate_argnums=0)
     for index in range(done, settings.steps):
-        images = _as_images(_crops(photographs, settings, index), settings.dtype)
+        images = jnp.asarray(_crops(photographs, settings, index), settings.dtype)
         state, losses = step(state, layers, picture, target, images)
         rows.append([float(one) for one in jax.device_get(losses)])
         if not np.isfinite(rows[-1][0]):
@@ -195,7 +195,7 @@ def _check(photographs: Sequence[np.ndarray], style: np.ndarray, settings: Setti
         if getattr(settings, name) < least:
             raise ValueError(f"{name} is {getattr(settings, name)}, expected at least {least}")
     if not photographs:
-        raise ValueError("there are no photographs")
+        raise ValueError("photographs is empty, expected pixels [H, W, 3] of at least one")
     sizes = [min(one.shape[:2]) for one in photographs]
     if min(sizes) < settings.crop:
         raise ValueError(
@@ -203,7 +203,10 @@ def _check(photographs: Sequence[np.ndarray], style: np.ndarray, settings: Setti
             f"expected at least the crop's {settings.crop}"
         )
     if min(style.shape[:2]) < _LEAST_CROP:
-        raise ValueError(f"the style's picture has shape {style.shape}, expected {_LEAST_CROP} up")
+        raise ValueError(
+            f"style has shape {style.shape}, expected [H, W, 3] with H and W of at least "
+            f"{_LEAST_CROP}: give a larger picture"
+        )
 
 
 def _new_network(settings: Settings) -> Network:
@@ -235,10 +238,6 @@ def _crops(photographs: Sequence[np.ndarray], settings: Settings, step: int) -> 
         resized = pictures.resized(Picture(crop), settings.crop).pixels
         crops.append(resized[:, ::-1] if rng.random() < 0.5 else resized)
     return np.stack(crops)
-
-
-def _as_images(pixels: np.ndarray, dtype: str) -> jax.Array:
-    return jnp.asarray(pixels, dtype)
 
 
 def _gram(features: jax.Array) -> jax.Array:
@@ -355,7 +354,7 @@ def _write(
         writer.writerows([index, *row] for index, row in enumerate(rows, 1))
     longer = 2 * settings.crop
     seen = pictures.resized(Picture(photograph), longer).pixels
-    styled = nnx.jit(_styled)(model, _as_images(seen[None], settings.dtype), picture)
+    styled = nnx.jit(_styled)(model, jnp.asarray(seen[None], settings.dtype), picture)
     result = np.asarray(styled[0, : len(seen), : seen.shape[1]], np.float32)
     pixels = np.concatenate([seen, np.rint(result.clip(0, 255)).astype(np.uint8)], 1)
     pictures.write(out / "sample.png", Picture(pixels), force=True)

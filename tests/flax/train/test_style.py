@@ -204,7 +204,7 @@ def test_wrong_settings_and_photographs():
             PHOTOGRAPHS,
             "model is 'vit', expected one of transformer_net",
         ),
-        ({}, [], "there are no photographs"),
+        ({}, [], "photographs is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             style._check(photographs, STYLE, SMALL._replace(**changes))
