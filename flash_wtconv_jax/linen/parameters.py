@@ -1,10 +1,14 @@
 """Parameters of linen layers, at the cost of a look-up."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
+
+from flash_wtconv_jax.functional.wtconv import Parameter
 
 
 def parameter(
@@ -34,3 +38,11 @@ def parameter(
         if jnp.shape(value) == shape:
             return value
     return module.param(name, init, shape, dtype)
+
+
+def parameters(module: nn.Module, table: Mapping[str, Parameter]) -> dict[str, jax.Array]:
+    """The parameters of a table by name, see `parameter`; of the layer's `param_dtype`."""
+    return {
+        name: parameter(module, name, entry.init, entry.shape, module.param_dtype)
+        for name, entry in table.items()
+    }

@@ -13,7 +13,7 @@ from flash_wtconv_jax.functional import sparse
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import PerAxis
 from flash_wtconv_jax.functional.wtconv import Parameter
-from flash_wtconv_jax.linen.parameters import parameter
+from flash_wtconv_jax.linen.parameters import parameters
 from pallas_kernels.sparse import KernelMap, Voxels, global_pool, pool, unpool
 from pallas_kernels.sparse.api import OPERATOR
 from pallas_kernels.sparse.depthwise.api import OPERATOR as DEPTHWISE
@@ -127,7 +127,7 @@ class SpatiallySparseConv(nn.Module):
             ValueError: If the voxels do not fit, naming what.
             NotImplementedError: If a named algorithm cannot run here; it says why.
         """
-        params = _parameters(self, self._table())
+        params = parameters(self, self._table())
         return sparse.apply(self, voxels, params, output_voxels, kernel_map)
 
 
@@ -214,7 +214,7 @@ class SparseDepthwiseConv(nn.Module):
         kernel_map: KernelMap | None = None,
     ) -> Voxels:
         """Apply the convolution; see `SpatiallySparseConv` for arguments and errors."""
-        params = _parameters(self, self._table())
+        params = parameters(self, self._table())
         return sparse.apply_depthwise(self, voxels, params, output_voxels, kernel_map)
 
 
@@ -276,7 +276,7 @@ class SparseBatchNorm(nn.Module):
         y, stats = sparse.batch_norm(
             self,
             voxels,
-            _parameters(self, table),
+            parameters(self, table),
             sparse.Stats(mean.value, var.value),
             running=running,
             # Outside of the axis, where layers are initialised, it has no name.
@@ -287,29 +287,8 @@ class SparseBatchNorm(nn.Module):
         return y
 
 
-class SparseLayerNorm(nn.Module):
-    """Layer norm of each voxel over its channels; attributes as of `SparseBatchNorm`."""
-
-    num_features: int
-    epsilon: float = 1e-6
-    use_bias: bool = True
-    use_scale: bool = True
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-
-    def __post_init__(self) -> None:
-        sparse.norm_parameter_table(self, scale=self.use_scale, bias=self.use_bias)
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(self, voxels: Voxels) -> Voxels:
-        """Normalise each voxel."""
-        table = sparse.norm_parameter_table(self, scale=self.use_scale, bias=self.use_bias)
-        return sparse.layer_norm(self, voxels, _parameters(self, table))
-
-
-class SparseInstanceNorm(nn.Module):
-    """Batch norm of each sample by itself; attributes as of `SparseBatchNorm`."""
+class _Norm(nn.Module):
+    """A norm without running statistics."""
 
     num_features: int
     epsilon: float = 1e-5
@@ -319,14 +298,31 @@ class SparseInstanceNorm(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        sparse.norm_parameter_table(self, scale=self.use_scale, bias=self.use_bias)
+        self._table()
         super().__post_init__()
+
+    def _table(self) -> dict[str, Parameter]:
+        return sparse.norm_parameter_table(self, scale=self.use_scale, bias=self.use_bias)
+
+
+class SparseLayerNorm(_Norm):
+    """Layer norm of each voxel over its channels; attributes as of `SparseBatchNorm`."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, voxels: Voxels) -> Voxels:
+        """Normalise each voxel."""
+        return sparse.layer_norm(self, voxels, parameters(self, self._table()))
+
+
+class SparseInstanceNorm(_Norm):
+    """Batch norm of each sample by itself; attributes as of `SparseBatchNorm`."""
 
     @nn.compact
     def __call__(self, voxels: Voxels) -> Voxels:
         """Normalise each channel of each sample."""
-        table = sparse.norm_parameter_table(self, scale=self.use_scale, bias=self.use_bias)
-        return sparse.instance_norm(self, voxels, _parameters(self, table))
+        return sparse.instance_norm(self, voxels, parameters(self, self._table()))
 
 
 class SparsePool(nn.Module):
@@ -370,12 +366,3 @@ class SparseGlobalPool(nn.Module):
     def __call__(self, voxels: Voxels) -> jax.Array:
         """Reduce voxels to `[batch_size, C]`."""
         return global_pool(voxels, reduce=self.reduce)
-
-
-def _parameters(module: nn.Module, table: dict[str, Parameter]) -> dict[str, jax.Array]:
-    """The parameters of a layer."""
-    dtype = module.param_dtype
-    return {
-        name: parameter(module, name, entry.init, entry.shape, dtype)
-        for name, entry in table.items()
-    }

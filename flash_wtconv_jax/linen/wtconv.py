@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments, wtconv
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
-from flash_wtconv_jax.linen.parameters import parameter
+from flash_wtconv_jax.linen.parameters import parameters
 from pallas_kernels.common.sharding import OutSharding
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
@@ -65,11 +65,7 @@ class _WTConv(nn.Module):
             bias_init=self.bias_init,
             scale_init=self.scale_init,
         )
-        params = {
-            name: parameter(self, name, entry.init, entry.shape, self.param_dtype)
-            for name, entry in table.items()
-        }
-        return wtconv.apply(self, self.ndim, x, params, out_sharding)
+        return wtconv.apply(self, self.ndim, x, parameters(self, table), out_sharding)
 
 
 class WTConv1d(_WTConv):

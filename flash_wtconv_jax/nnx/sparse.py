@@ -3,7 +3,6 @@
 They map `pallas_kernels.sparse.Voxels` to such.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,34 +11,17 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from flash_wtconv_jax.functional import arguments, sparse
+from flash_wtconv_jax.functional import sparse
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.conv2d import PerAxis
-from flash_wtconv_jax.functional.wtconv import Parameter
+from flash_wtconv_jax.nnx.parameters import Parameterised
 from pallas_kernels.common.arguments import hashable
 from pallas_kernels.sparse import KernelMap, Voxels, global_pool, pool, unpool
 from pallas_kernels.sparse.api import OPERATOR
 from pallas_kernels.sparse.depthwise.api import OPERATOR as DEPTHWISE
 
 
-class _Parameterised(nnx.Module):
-    """A layer with the parameters of a table."""
-
-    param_dtype: DTypeLike
-
-    def _make(self, table: Mapping[str, Parameter], rngs: nnx.Rngs) -> None:
-        """Make the parameters."""
-        self.parameter_names = tuple(table)
-        # One key from the stream for the layer: a stream's count is slow to advance under tracing.
-        keys = jax.random.split(arguments.checked_rngs(rngs).params(), max(len(table), 1))
-        for key, (name, entry) in zip(keys, table.items(), strict=False):
-            setattr(self, name, nnx.Param(entry.init(key, entry.shape, self.param_dtype)))
-
-    def _params(self) -> dict[str, jax.Array]:
-        return {name: getattr(self, name)[...] for name in self.parameter_names}
-
-
-class SpatiallySparseConv(_Parameterised):
+class SpatiallySparseConv(Parameterised):
     """Sparse convolution of voxels.
 
     The computation, the parameters (`kernel`, `bias`) and the arguments are those of
@@ -161,7 +143,7 @@ class SparseConv3d(SpatiallySparseConv):
     """Sparse convolution of voxels in space; arguments as of `SpatiallySparseConv`."""
 
 
-class SparseDepthwiseConv(_Parameterised):
+class SparseDepthwiseConv(Parameterised):
     """Depthwise sparse convolution of voxels: channels never mix.
 
     The computation, the parameters (`kernel`, `bias`) and the arguments are those of
@@ -238,7 +220,7 @@ class SparseDepthwiseConv(_Parameterised):
         return sparse.apply_depthwise(self, voxels, self._params(), output_voxels, kernel_map)
 
 
-class _Norm(_Parameterised):
+class _Norm(Parameterised):
     """A norm, whose parameters are `scale [C]` and `bias [C]`."""
 
     def __init__(

@@ -11,13 +11,14 @@ from jax.typing import ArrayLike, DTypeLike
 from flash_wtconv_jax.functional import arguments, wtconv
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
+from flash_wtconv_jax.nnx.parameters import Parameterised
 from pallas_kernels.common.arguments import hashable
 from pallas_kernels.common.sharding import OutSharding
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
 
-class _WTConv(nnx.Module):
+class _WTConv(Parameterised):
     """The layer of any number of spatial axes; `WTConv2d` documents the arguments."""
 
     ndim: ClassVar[int]
@@ -63,13 +64,9 @@ class _WTConv(nnx.Module):
             bias_init=bias_init,
             scale_init=scale_init,
         )
-        self.parameter_names = tuple(table)
         if not use_bias:
             self.base_bias = nnx.data(None)
-        # One key from the stream for the layer: a stream's count is slow to advance under tracing.
-        keys = jax.random.split(arguments.checked_rngs(rngs).params(), len(table))
-        for key, (name, parameter) in zip(keys, table.items(), strict=True):
-            setattr(self, name, nnx.Param(parameter.init(key, parameter.shape, param_dtype)))
+        self._make(table, rngs)
 
     def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the wavelet convolution.
@@ -86,8 +83,7 @@ class _WTConv(nnx.Module):
             ValueError: If `x` is not floating point or its shape does not fit.
             NotImplementedError: If a named `implementation` cannot run here; it says why.
         """
-        params = {name: getattr(self, name)[...] for name in self.parameter_names}
-        return wtconv.apply(self, self.ndim, x, params, out_sharding)
+        return wtconv.apply(self, self.ndim, x, self._params(), out_sharding)
 
 
 class WTConv1d(_WTConv):

@@ -100,9 +100,12 @@ def _picked(
     *times_depend_on: Hashable,
 ) -> tuple[str, str]:
     """The result of `picked`, by the requests of its directions: a warm call looks it up alone."""
-    rest = device, problem, measurement, *times_depend_on
-    first = chosen(fwd, *rest)
-    return first, first if bwd is None else chosen(bwd, *rest)
+
+    def one(request: Request) -> str:
+        return chosen(request, device, problem, measurement, *times_depend_on)
+
+    first = one(fwd)
+    return first, first if bwd is None else one(bwd)
 
 
 def chosen(
@@ -126,7 +129,7 @@ def chosen(
 
 def check_func(picked: Sequence[str]) -> None:
     """Raises `NotImplementedError` where `torch.func` differentiates what is no plain PyTorch."""
-    if names(picked) != ["eager"] and differentiated_by_func():
+    if differentiated_by_func() and names(picked) != ["eager"]:
         raise NotImplementedError(
             f"torch.func differentiates what {' and '.join(names(picked))} would compute, and "
             "PyTorch has no way yet to tell it of custom operators: use implementation='eager', or "

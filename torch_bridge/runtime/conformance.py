@@ -1,7 +1,7 @@
 """The parts of computing an operator's cases that all operators of PyTorch share."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,5 +70,8 @@ def with_gradients(
     }
     y = layer(*leaves.values())
     y.backward(tensor(dy))
-    found = {"y": y} | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf is not None}
+    found = {"y": y}
+    for name, leaf in leaves.items():
+        if leaf is not None:
+            found[f"d{name}"] = cast(Tensor, leaf.grad)
     return {name: to_array(value.detach().contiguous()) for name, value in found.items()}

@@ -170,6 +170,17 @@ def test_a_warm_choice_is_looked_up_and_follows_all_that_it_depends_on(
     assert picked() == ("eager", "eager")
 
 
+def test_times_are_of_calls_outside_of_autocast():
+    measurement = measuring.TorchMeasurement(
+        lambda module, config, x: [x @ x],
+        lambda draw: (draw((2, 2), torch.float32),),
+        *(CPU, eager, {}, True),
+    )
+    with torch.autocast("cpu"):
+        (found,) = measurement.untraced(measurement.prepared(eager, ()))()
+    assert found.dtype == torch.float32
+
+
 def test_what_is_wrong_is_disqualified(twin, caplog):
     twin.forward = lambda *args, **keys: 2 * eager.forward(*args, **keys)
     with caplog.at_level(logging.WARNING, "flash_wtconv"):
