@@ -159,13 +159,11 @@ def pick(
         strides: Of x; None where they are not known, and nothing is measured.
         relu: Whether there is an activation.
         residual: Whether there is a residual.
-        differentiated: Whether there is a backward pass. Where there is none nothing is asked for
-            it, and the forward pass's choice is told twice.
+        differentiated: Whether there is a backward pass, see `calls.picked`.
 
     Raises:
-        ValueError: An unknown name in the environment's variable.
-        NotImplementedError: No allowed implementation can run here; says why for each. Or
-            `torch.func` differentiates, and what would run is a custom operator.
+        ValueError: As `calls.picked`.
+        NotImplementedError: As `calls.picked`.
 
     Example:
         >>> pick("eager", torch.device("cpu"), (2, 4, 8, 8), torch.float32)
