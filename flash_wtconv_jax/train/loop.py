@@ -22,6 +22,7 @@ from pallas_kernels.common.arguments import checked_seed
 from pallas_kernels.common.types import Tree
 
 _BATCH = 64
+_RATE = 8e-3
 BACKGROUND = -1.0
 """The grey value around a digit."""
 
@@ -198,7 +199,7 @@ def train(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
-    optimizer = _optimizer(epochs, len(digits.train_images) // _BATCH)
+    optimizer = demo_optimizer(_RATE, epochs * (len(digits.train_images) // _BATCH))
     state = begun(optimizer, params)
 
     def logits(params: nnx.State, images: jax.Array) -> jax.Array:
@@ -237,12 +238,16 @@ def predict(model: models.ConvNeXt, images: ArrayLike) -> NDArray[np.float32]:
     return np.asarray(jax.nn.softmax(cast(jax.Array, logits)))
 
 
-def _optimizer(epochs: int, steps: int) -> optax.GradientTransformation:
-    total = epochs * steps
+def demo_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW of the demos: an eighth of warm-up, then a cosine; gradients have norm 1 at most.
+
+    Args:
+        rate: The greatest learning rate.
+        steps: Steps in all.
+    """
     # A single step has none to warm up in.
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, 8e-3, min(max(1, total // 8), total - 1), total
-    )
+    warmup = min(max(1, steps // 8), steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, weight_decay=0.05, mask=weight_decay_mask),

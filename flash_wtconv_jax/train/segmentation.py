@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from numpy.typing import NDArray
 
-from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
+from flash_wtconv_jax.train.loop import demo_optimizer
 from pallas_kernels.sparse import Voxels, from_coords
 
 
@@ -91,14 +91,7 @@ def train(
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    # A single epoch has none to warm up in.
-    warmup = min(max(1, epochs // 8), epochs - 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, epochs)
-    chain = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, weight_decay=0.05, mask=weight_decay_mask),
-    )
-    optimizer = nnx.Optimizer(model, chain, wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, demo_optimizer(learning_rate, epochs), wrt=nnx.Param)
 
     @nnx.jit
     def step(

@@ -402,7 +402,11 @@ def _check(settings: Settings) -> None:
     for name in ("scale", "ratio"):
         low, high = getattr(data, name)
         if not 0 < low <= high or (name == "scale" and high > 1):
-            raise ValueError(f"data.{name} is {low, high}, expected a least and a greatest share")
+            most = " <= 1" if name == "scale" else ""
+            raise ValueError(
+                f"data.{name} is {low, high}, expected a least and a greatest number, "
+                f"0 < least <= greatest{most}"
+            )
     if data.eval_crop == 0:
         raise ValueError("data.eval_crop is 0, expected a share above it")
     if not 0 < settings.optimizer.layer_decay:
