@@ -167,7 +167,8 @@ def evaluate(
             f"and the network {len(trained.classes)}, {', '.join(trained.classes[:3])}, …"
         )
     data = dataclasses.replace(trained.data, workers=workers)
-    mesh = steps.mesh_of({}, -(-batch // jax.device_count()) * jax.device_count())
+    batch = -(-batch // jax.device_count()) * jax.device_count()
+    mesh = steps.mesh_of({}, batch)
     done = 0
 
     def count(arrays: loading.Arrays, said: jax.Array) -> None:
@@ -180,7 +181,7 @@ def evaluate(
         nnx.state(trained.model, nnx.Param),
         source,
         data,
-        batch=-(-batch // mesh.size) * mesh.size,
+        batch=batch,
         rows=steps.split_rows(mesh),
         on_batch=count,
     )

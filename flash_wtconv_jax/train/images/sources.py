@@ -404,9 +404,10 @@ def opened(folder: Path, part: str) -> Source:
         FileNotFoundError: If there is no such part.
         ValueError: If it holds nothing that is known, or no images.
     """
-    inside = folder / part
-    if (folder / f"{part}.npz").is_file():
-        source: Source = read_arrays(folder / f"{part}.npz")
+    file = folder / f"{part}.npz"
+    inside = file if file.is_file() else folder / part
+    if inside == file:
+        source: Source = read_arrays(file)
     elif not inside.is_dir():
         raise FileNotFoundError(
             f"{folder} has no {part}: expected a folder {inside} of a folder a class, of .tar "
@@ -421,9 +422,8 @@ def opened(folder: Path, part: str) -> Source:
     else:
         source = ImageFolder(inside)
     if not len(source):
-        raise ValueError(
-            f"{inside} holds no images: expected files that end in {', '.join(sorted(SUFFIXES))}"
-        )
+        files = f": expected files that end in {', '.join(sorted(SUFFIXES))}"
+        raise ValueError(f"{inside} holds no images{files if inside != file else ''}")
     counts = source.counts() or [1] * len(source.classes)
     empty = [name for name, count in zip(source.classes, counts, strict=True) if not count]
     if empty:

@@ -101,6 +101,11 @@ BAD = {
         ValueError,
         "holds no images: expected files that end in",
     ),
+    "no rows": (
+        lambda f: [f.mkdir(), np.savez(f / "train.npz", images=PIXELS[:0], labels=LABELS[:0])],
+        ValueError,
+        "train.npz holds no images$",
+    ),
     "empty class": (
         lambda f: [write_folder(f / "train"), (f / "train" / "dog").mkdir()],
         ValueError,
