@@ -96,17 +96,7 @@ def known() -> dict[str, Shape]:
 
 
 def implementations(shape: Shape, dtype: str) -> list[str]:
-    """Our implementations that can compute every expression of a shape here, in both directions.
-
-    Args:
-        shape: The layer.
-        dtype: Dtype of x, the filters and the bias.
-
-    Returns:
-        Their names.
-
-    Raises:
-        ValueError: An unknown dtype.
+    """Our implementations that can compute every expression of a shape here, as `wtconv` has them.
 
     Example:
         >>> with jax.default_device(jax.devices("cpu")[0]):

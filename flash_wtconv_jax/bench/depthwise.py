@@ -96,17 +96,7 @@ def known() -> dict[str, Shape]:
 
 
 def implementations(shape: Shape, dtype: str) -> list[str]:
-    """Our implementations that can compute a shape here, in both directions.
-
-    Args:
-        shape: The layer.
-        dtype: Dtype of x, dy and the parameters.
-
-    Returns:
-        Their names.
-
-    Raises:
-        ValueError: An unknown dtype.
+    """Our implementations that can compute a shape here, see `wtconv.implementations`.
 
     Example:
         >>> with jax.default_device(jax.devices("cpu")[0]):
@@ -118,14 +108,7 @@ def implementations(shape: Shape, dtype: str) -> list[str]:
 
 
 def defaults(report: Json) -> list[Entry]:
-    """The fastest implementations of a report, as `defaults.entries` returns them.
-
-    Args:
-        report: A report of `run`.
-
-    Returns:
-        An entry for each direction of each shape that several implementations can compute.
-    """
+    """The fastest implementations of a report, see `wtconv.defaults`."""
 
     def problem(row: Json) -> Json:
         return {
