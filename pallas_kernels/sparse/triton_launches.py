@@ -20,6 +20,8 @@ _PROGRAMS = 264
 _MOST_SPLITS = 8
 _LISTS = 0.9
 """The share of x's memory that the lists of rows of a weight gradient may take."""
+_TOGETHER = 1
+"""Offsets whose rows are listed together unasked where 16 bits are multiplied: 1, or 2."""
 _SITES = 256
 """Sites that a program searches for."""
 
@@ -95,8 +97,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
         # Over lists of rows long sums pay: an index is loaded in two steps before its row is.
         paired = [(64, 128, 128, 4, 4), (128, 128, 64, 4, 5), (128, 128, 64, 8, 5)]
-        twins = [(64, 128, 128, 4, 5), (64, 128, 128, 8, 4), (64, 128, 64, 4, 6)]
-        twins += [(128, 128, 64, 8, 5)]
+        twins = [(64, 128, 128, 8, 4), (64, 128, 64, 4, 6), (128, 128, 64, 8, 5)]
     tiled, listed, mirrored = (
         [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
         for each in (sizes, paired, twins)
@@ -224,7 +225,7 @@ def weight_grad(
             same time, but the lists take memory: up to `_LISTS` of that of x, so that some offsets
             are listed, and summed, after others. 2 lists the rows that read through an offset or
             its mirror image: half as many lists, and dy is read once for the two. 0 lists tiles of
-            rows in their order. None is 1 where there is memory for all offsets at once, else 0.
+            rows in their order. None lists rows where there is memory for all offsets at once.
         launch: The framework's launch function.
 
     Returns:
@@ -233,6 +234,12 @@ def weight_grad(
     taps, groups, channels, features = shape
     _, count = rows.table.shape
     wide = str(x.dtype).endswith("float32")
+    size = x.shape[0] * x.shape[1] * (4 if wide else 2)
+    at_once = max(1, int(_LISTS * size) // (4 * max(count, 1)))
+    if pairs is None:
+        # Where arithmetic is dear, what reads through one offset alone is not multiplied by two.
+        pairs = 1 if wide else _TOGETHER
+        pairs = pairs if cdiv(taps, pairs) <= at_once else 0
     # Indices of rows are loaded in two or three steps before the rows are: each is a stage.
     if config is None and wide:
         config = TileConfig(64, 128, 32, 4, 2, 5)
@@ -245,11 +252,7 @@ def weight_grad(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),
     )
-    size = x.shape[0] * x.shape[1] * (4 if wide else 2)
-    at_once = max(1, int(_LISTS * size) // (4 * max(count, 1)))
-    if pairs is None:
-        pairs = int(taps <= at_once)
-    lists = cdiv(taps, 2) if pairs == 2 else taps
+    lists = cdiv(taps, pairs or 1)
     step = cdiv(lists, cdiv(lists, at_once)) if pairs else lists
     pieces: list[AnyArray] = []
     mirrored: list[AnyArray] = []
