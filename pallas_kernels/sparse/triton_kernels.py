@@ -400,26 +400,37 @@ def depthwise_weights(
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """One program of `dw[k, c] = sum over m of x[table[k, m], c] dy[m, c]`, for a split of rows.
 
-    The grid's axes are offsets, those of the same rows next to each other, so that the rows stay in
-    L2; splits of `rows_per_split` rows, each of which writes its own `parts [s, K, C]`; and blocks
-    of `BN` channels.
+    The grid's axes are each `AT_ONCE` offsets, those of the same rows next to each other, so that
+    the rows stay in L2; splits of `rows_per_split` rows, each of which writes its own
+    `parts [s, K, C]`; and blocks of `BN` channels.
     """
-    k, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split = tl.program_id(1)
+    k = (tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)).to(tl.int64)
     c = tl.program_id(2) * BN + tl.arange(0, BN)
-    total = tl.zeros((BM, BN), tl.float32)
+    there = (k < K)[:, None] & (c < C)[None, :]
+    total = tl.zeros((AT_ONCE, BM, BN), tl.float32)
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, rows)
     for start in tl.range(first, last, BM, num_stages=STAGES):
         m = start + tl.arange(0, BM)
-        at = tl.load(table + k * rows + m, mask=m < last, other=-1)
-        some = (at >= 0)[:, None] & (c < C)[None, :]
-        patches = tl.load(x + at.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
-        slopes = tl.load(dy + m.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
-        total += patches.to(tl.float32) * slopes.to(tl.float32)
-    tl.store(parts + (split * K + k) * C + c, tl.sum(total, 0), mask=c < C)
+        known = (k < K)[:, None] & (m < last)[None, :]
+        at = tl.load(table + k[:, None] * rows + m[None, :], mask=known, other=-1)
+        patches = tl.load(
+            x + at.to(tl.int64)[:, :, None] * C + c[None, None, :],
+            mask=(at >= 0)[:, :, None] & (c < C)[None, None, :],
+            other=0.0,
+        )
+        slopes = tl.load(
+            dy + m.to(tl.int64)[:, None] * C + c[None, :],
+            mask=(tl.max(at, 0) >= 0)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        total += patches.to(tl.float32) * slopes.to(tl.float32)[None, :, :]
+    tl.store(parts + (split * K + k)[:, None] * C + c[None, :], tl.sum(total, 1), mask=there)
 
 
 @triton.jit
