@@ -97,7 +97,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
         # Over lists of rows long sums pay: an index is loaded in two steps before its row is.
         paired = [(64, 128, 128, 4, 4), (128, 128, 64, 4, 5), (128, 128, 64, 8, 5)]
-        twins = [(64, 128, 128, 8, 4), (64, 128, 64, 4, 6), (128, 128, 64, 8, 5)]
+        twins = [(64, 128, 128, 4, 4), (64, 128, 64, 4, 6), (128, 128, 64, 8, 5)]
     tiled, listed, mirrored = (
         [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
         for each in (sizes, paired, twins)
@@ -247,7 +247,7 @@ def weight_grad(
         half = power_of_two(channels) <= 64
         config = TileConfig(64, 128, 128, 2, 2, 4) if half else TileConfig(128, 128, 64, 2, 2, 5)
         # The sums of two offsets take the registers of twice as many warps.
-        config = config._replace(ratio_m=4) if pairs == 2 and not half else config
+        config = config._replace(ratio_m=4) if pairs == 2 else config
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),
