@@ -27,9 +27,7 @@ def covering(options, valid):
             if name not in row:
                 tried = [row | {name: value} for value in range(len(options[name]))]
                 able = [one for one in tried if valid(_named(options, one))]
-                row = max(
-                    able, key=lambda one: sum(key in missing for key in _parts(one))
-                )
+                row = max(able, key=lambda one: sum(key in missing for key in _parts(one)))
         for key in _parts(row):
             missing.pop(key, None)
         rows.append({name: options[name][row[name]] for name in options})
