@@ -46,6 +46,9 @@ class DeviceArray(Protocol):
     def sum(self, axis: int, /) -> Self:
         """The sum along an axis."""
 
+    def __getitem__(self, index: Any, /) -> Self:
+        """Some of it."""
+
 
 Output = tuple[Any, ...]
 """The shape and the dtype of an output, and its strides where it is not contiguous."""

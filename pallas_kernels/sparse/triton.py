@@ -84,7 +84,7 @@ def forward(
     precision: lax.Precision | None,
     splits: int | None = None,
     ordered: bool = True,
-    pairs: bool | None = None,
+    pairs: int | None = None,
     **tiles: int,
 ) -> jax.Array:
     """The convolution `y [M, F]`; see `vjp` for the arguments.
@@ -122,7 +122,7 @@ def weight_grad(
     precision: lax.Precision | None,
     splits: int | None = None,
     ordered: bool = True,
-    pairs: bool | None = None,
+    pairs: int | None = None,
     **tiles: int,
 ) -> jax.Array:
     """The transpose of the convolution in w, an array of its shape.

@@ -166,23 +166,35 @@ def tile_lists(masks, count, tiles, counts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def pair_counts(table, after, first, rows, counts, BLOCK: tl.constexpr):
-    """One program counts which of `BLOCK` rows read through one offset.
+def pair_counts(
+    table, after, first, mirror, rows, counts, BLOCK: tl.constexpr, TWINS: tl.constexpr
+):
+    """One program counts which of `BLOCK` rows read through one offset; with `TWINS` through two.
 
     The grid's axes are blocks of rows, and offsets from `first` on; `counts [offsets, blocks]`.
+    The other of two offsets is `mirror` minus the one.
     Nothing of `after` is read: its kernels are done before, and their memory is free.
     """
     block, blocks, k = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     row = block * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(table + (first + k) * rows + row, mask=row < rows, other=-1)
-    tl.store(counts + k * blocks + block, tl.sum((at >= 0).to(tl.int32)))
+    some = _reads(table, first + k, mirror, rows, row, TWINS)
+    tl.store(counts + k * blocks + block, tl.sum(some))
 
 
 @triton.jit
 def pair_lists(
-    table, counts, first, rows, pairs, totals, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+    table,
+    counts,
+    first,
+    mirror,
+    rows,
+    pairs,
+    totals,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    TWINS: tl.constexpr,
 ):
-    """One program lists which of `BLOCK` rows read through one offset, behind those before them.
+    """One program lists which of `BLOCK` rows `pair_counts` counts, behind those before them.
 
     The grid's axes are those of `pair_counts`, whose `counts` it takes. `pairs [offsets, rows]` has
     them first, in ascending order; `totals [offsets]` says how many they are.
@@ -193,8 +205,7 @@ def pair_lists(
         other = start + tl.arange(0, AT_ONCE)
         before += tl.sum(tl.load(counts + k * blocks + other, mask=other < block, other=0))
     row = block * BLOCK + tl.arange(0, BLOCK)
-    at = tl.load(table + (first + k) * rows + row, mask=row < rows, other=-1)
-    some = (at >= 0).to(tl.int32)
+    some = _reads(table, first + k, mirror, rows, row, TWINS)
     place = before + tl.cumsum(some, 0) - some
     tl.store(pairs + k * rows + place, row, mask=some != 0)
     tl.store(totals + k, before + tl.sum(some), mask=block == blocks - 1)
@@ -209,6 +220,7 @@ def weights(
     listed,
     counts,
     first,
+    mirror,
     rows,
     parts,
     K: tl.constexpr,
@@ -216,6 +228,7 @@ def weights(
     C: tl.constexpr,
     F: tl.constexpr,
     ORDERED: tl.constexpr,
+    TWINS: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -231,6 +244,11 @@ def weights(
     `TILE` is 1. `BK` rows are summed at a time. The parts of an offset take turns: all pass over
     the rows together, so that rows which one part has read are in L2 for the others. Part p writes
     `parts [p, G, C, F]`.
+
+    With `TWINS` a list is of the rows that read through an offset or through its mirror image,
+    `mirror` minus it, and a part is of both, `parts [p, 2, G, C, F]`. On a surface a row mostly
+    reads through both or neither, and its dy is loaded once for the two. The offset in the middle
+    has no other, whose part is zero.
     """
     ACROSS: tl.constexpr = (F + BN - 1) // BN
     BLOCKS: tl.constexpr = (C + BM - 1) // BM * ACROSS
@@ -247,14 +265,24 @@ def weights(
     turns = tl.maximum(tl.cdiv(last, share), 1)
     turn = part - tl.sum(tl.where(mine, ends, 0)) + turns
     listed += k.to(tl.int64) * tl.cdiv(rows, TILE)
+    k += first
     total = tl.zeros((BM, BN), tl.float32)
+    mirrored = tl.zeros((BM, BN), tl.float32)
     for start in range(turn * (BK // TILE), last, turns * (BK // TILE)):
         place = start + tl.arange(0, BK) // TILE
         row = tl.load(listed + place, mask=place < last, other=0) * TILE + tl.arange(0, BK) % TILE
         known = (place < last) & (row < rows)
         if ORDERED:
             row = tl.load(order + row, mask=known, other=0)
-        at = tl.load(table + (first + k).to(tl.int64) * rows + row, mask=known, other=-1)
+        at = tl.load(table + k.to(tl.int64) * rows + row, mask=known, other=-1)
+        some = at >= 0
+        if TWINS:
+            other = tl.load(
+                table + (mirror - k).to(tl.int64) * rows + row,
+                mask=known & (mirror != 2 * k),
+                other=-1,
+            )
+            some |= other >= 0
         patches = tl.load(
             x + at.to(tl.int64)[:, None] * (G * C) + (group * C + c)[None, :],
             mask=(at >= 0)[:, None] & (c < C)[None, :],
@@ -262,12 +290,23 @@ def weights(
         )
         slopes = tl.load(
             dy + row.to(tl.int64)[:, None] * (G * F) + (group * F + f)[None, :],
-            mask=(at >= 0)[:, None] & (f < F)[None, :],
+            mask=some[:, None] & (f < F)[None, :],
             other=0.0,
         )
         total = tl.dot(tl.trans(patches), slopes, total, input_precision=PRECISION)
-    at = parts + (part.to(tl.int64) * G + group) * (C * F) + c[:, None] * F + f[None, :]
-    tl.store(at, total, mask=(c < C)[:, None] & (f < F)[None, :])
+        if TWINS:
+            patches = tl.load(
+                x + other.to(tl.int64)[:, None] * (G * C) + (group * C + c)[None, :],
+                mask=(other >= 0)[:, None] & (c < C)[None, :],
+                other=0.0,
+            )
+            mirrored = tl.dot(tl.trans(patches), slopes, mirrored, input_precision=PRECISION)
+    there = (c < C)[:, None] & (f < F)[None, :]
+    at = parts + group * (C * F) + c[:, None] * F + f[None, :]
+    if TWINS:
+        part *= 2
+        tl.store(at + (part + 1).to(tl.int64) * (G * C * F), mirrored, mask=there)
+    tl.store(at + part.to(tl.int64) * (G * C * F), total, mask=there)
 
 
 @triton.jit
@@ -281,13 +320,15 @@ def sum_parts(
     PER: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TWINS: tl.constexpr,
 ):
     """One program sums the parts of `weights` for one offset, in their order.
 
-    The grid's axes are offsets, and blocks of an offset's `SIZE` weights. `PER` is how much of a
-    list `weights` sums at a time.
+    The grid's axes are offsets; blocks of an offset's `SIZE` weights; and twins, whose weights are
+    `dw [2, K, SIZE]`, those of mirrored offsets in the order of the offsets that they are. `PER` is
+    how much of a list `weights` sums at a time.
     """
-    k = tl.program_id(0)
+    k, twin = tl.program_id(0), tl.program_id(2)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tap, count, share, ends = _shares(counts, K, PARTS, PER)
     last = tl.sum(tl.where(tap == k, ends, 0))
@@ -297,13 +338,14 @@ def sum_parts(
         part = start + tl.arange(0, AT_ONCE)
         total += tl.sum(
             tl.load(
-                parts + part.to(tl.int64)[:, None] * SIZE + at[None, :],
+                parts + (part * (1 + TWINS) + twin).to(tl.int64)[:, None] * SIZE + at[None, :],
                 mask=(part < last)[:, None] & (at < SIZE)[None, :],
                 other=0.0,
             ),
             0,
         )
-    tl.store(dw + k.to(tl.int64) * SIZE + at, total.to(dw.dtype.element_ty), mask=at < SIZE)
+    k = tl.where(twin == 0, k, 2 * K - 1 - k).to(tl.int64)
+    tl.store(dw + k * SIZE + at, total.to(dw.dtype.element_ty), mask=at < SIZE)
 
 
 @triton.jit
@@ -358,26 +400,37 @@ def depthwise_weights(
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """One program of `dw[k, c] = sum over m of x[table[k, m], c] dy[m, c]`, for a split of rows.
 
-    The grid's axes are offsets, those of the same rows next to each other, so that the rows stay in
-    L2; splits of `rows_per_split` rows, each of which writes its own `parts [s, K, C]`; and blocks
-    of `BN` channels.
+    The grid's axes are each `AT_ONCE` offsets, those of the same rows next to each other, so that
+    the rows stay in L2; splits of `rows_per_split` rows, each of which writes its own
+    `parts [s, K, C]`; and blocks of `BN` channels.
     """
-    k, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split = tl.program_id(1)
+    k = (tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)).to(tl.int64)
     c = tl.program_id(2) * BN + tl.arange(0, BN)
-    total = tl.zeros((BM, BN), tl.float32)
+    there = (k < K)[:, None] & (c < C)[None, :]
+    total = tl.zeros((AT_ONCE, BM, BN), tl.float32)
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, rows)
     for start in tl.range(first, last, BM, num_stages=STAGES):
         m = start + tl.arange(0, BM)
-        at = tl.load(table + k * rows + m, mask=m < last, other=-1)
-        some = (at >= 0)[:, None] & (c < C)[None, :]
-        patches = tl.load(x + at.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
-        slopes = tl.load(dy + m.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
-        total += patches.to(tl.float32) * slopes.to(tl.float32)
-    tl.store(parts + (split * K + k) * C + c, tl.sum(total, 0), mask=c < C)
+        known = (k < K)[:, None] & (m < last)[None, :]
+        at = tl.load(table + k[:, None] * rows + m[None, :], mask=known, other=-1)
+        patches = tl.load(
+            x + at.to(tl.int64)[:, :, None] * C + c[None, None, :],
+            mask=(at >= 0)[:, :, None] & (c < C)[None, None, :],
+            other=0.0,
+        )
+        slopes = tl.load(
+            dy + m.to(tl.int64)[:, None] * C + c[None, :],
+            mask=(tl.max(at, 0) >= 0)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        total += patches.to(tl.float32) * slopes.to(tl.float32)[None, :, :]
+    tl.store(parts + (split * K + k)[:, None] * C + c[None, :], tl.sum(total, 1), mask=there)
 
 
 @triton.jit
@@ -445,6 +498,15 @@ def _lowest(bits):
     # A power of two is its exponent in float32.
     lowest = (bits ^ rest).to(tl.float32).to(tl.int32, bitcast=True)
     return (lowest >> 23) - 127, rest
+
+
+@triton.jit
+def _reads(table, k, mirror, rows, row, TWINS: tl.constexpr):
+    """1 for rows that read through an offset, or with `TWINS` through its mirror image, else 0."""
+    at = tl.load(table + k * rows + row, mask=row < rows, other=-1)
+    if TWINS:
+        at = tl.maximum(at, tl.load(table + (mirror - k) * rows + row, mask=row < rows, other=-1))
+    return (at >= 0).to(tl.int32)
 
 
 @triton.jit

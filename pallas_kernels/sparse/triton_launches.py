@@ -20,6 +20,8 @@ _PROGRAMS = 264
 _MOST_SPLITS = 8
 _LISTS = 0.9
 """The share of x's memory that the lists of rows of a weight gradient may take."""
+_TOGETHER = 1
+"""Offsets whose rows are listed together unasked where 16 bits are multiplied: 1, or 2."""
 _SITES = 256
 """Sites that a program searches for."""
 
@@ -88,16 +90,17 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     if problem.dtype == "float32":
         sizes = [(64, 64, 32, 4, 5), (64, 32, 32, 4, 5), (128, 64, 16, 4, 5), (64, 64, 16, 4, 5)]
         sizes += [(128, 128, 16, 8, 5)]
-        paired = [(64, 128, 32, 8, 5), (64, 64, 16, 4, 7)]
+        paired, twins = [(64, 128, 32, 8, 5), (64, 64, 16, 4, 7)], []
     else:
         sizes = [(128, 128, 64, 8, 5), (128, 128, 64, 8, 9), (128, 128, 64, 4, 5)]
         sizes += [(128, 128, 32, 8, 9), (64, 128, 64, 4, 5), (128, 64, 64, 4, 5)]
         sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
         # Over lists of rows long sums pay: an index is loaded in two steps before its row is.
         paired = [(64, 128, 128, 4, 4), (128, 128, 64, 4, 5), (128, 128, 64, 8, 5)]
-    tiled, listed = (
+        twins = [(64, 128, 128, 4, 4), (64, 128, 64, 4, 6), (128, 128, 64, 8, 5)]
+    tiled, listed, mirrored = (
         [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
-        for each in (sizes, paired)
+        for each in (sizes, paired, twins)
     )
     groups, taps = problem.window.groups, problem.window.taps
     programs = cdiv(problem.shape[1], 64) * cdiv(problem.features // groups, 64) * groups
@@ -106,6 +109,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     pairs: list[dict[str, int]] = []
     if direction == "bwd":
         pairs = [{"pairs": 0}, {"pairs": 1}, *(each | {"pairs": 1} for each in listed)]
+        pairs += [{"pairs": 2}, *(each | {"pairs": 2} for each in mirrored)]
     return [{}, *tiled, *split, {"ordered": 0}, *pairs]
 
 
@@ -201,7 +205,7 @@ def weight_grad(
     shape: Sequence[int],
     precision: str,
     config: TileConfig | None,
-    pairs: bool | None,
+    pairs: int | None,
     launch: Launch[AnyArray],
 ) -> list[AnyArray]:
     """The transpose of the convolution in w, applied to dy.
@@ -216,11 +220,12 @@ def weight_grad(
         shape: Shape of the weights, `[K, G, C, F]`.
         precision: See `forward`.
         config: See `forward`; here `block_m` counts channels, and `block_k` rows.
-        pairs: Whether rows are listed as they come, each by itself: nothing is summed that does not
-            read, and the parts of all offsets read the same rows at about the same time, but the
-            lists take memory: up to `_LISTS` of that of x, so that some offsets are listed, and
-            summed, after others. Else tiles of rows in their order are. None lists rows where there
-            is memory for all offsets at once.
+        pairs: 1 lists rows as they come, each by itself, for one offset after the other: nothing is
+            summed that does not read, and the parts of all offsets read the same rows at about the
+            same time, but the lists take memory: up to `_LISTS` of that of x, so that some offsets
+            are listed, and summed, after others. 2 lists the rows that read through an offset or
+            its mirror image: half as many lists, and dy is read once for the two. 0 lists tiles of
+            rows in their order. None lists rows where there is memory for all offsets at once.
         launch: The framework's launch function.
 
     Returns:
@@ -229,31 +234,43 @@ def weight_grad(
     taps, groups, channels, features = shape
     _, count = rows.table.shape
     wide = str(x.dtype).endswith("float32")
+    size = x.shape[0] * x.shape[1] * (4 if wide else 2)
+    at_once = max(1, int(_LISTS * size) // (4 * max(count, 1)))
+    if pairs is None:
+        # Where arithmetic is dear, what reads through one offset alone is not multiplied by two.
+        pairs = 1 if wide else _TOGETHER
+        pairs = pairs if cdiv(taps, pairs) <= at_once else 0
     # Indices of rows are loaded in two or three steps before the rows are: each is a stage.
     if config is None and wide:
         config = TileConfig(64, 128, 32, 4, 2, 5)
     elif config is None:
         half = power_of_two(channels) <= 64
         config = TileConfig(64, 128, 128, 2, 2, 4) if half else TileConfig(128, 128, 64, 2, 2, 5)
+        # The sums of two offsets take the registers of twice as many warps.
+        config = config._replace(ratio_m=4) if pairs == 2 else config
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),
     )
-    at_once = max(
-        1, int(_LISTS * x.shape[0] * x.shape[1] * (4 if wide else 2)) // (4 * max(count, 1))
-    )
-    turns = cdiv(taps, at_once)
-    if pairs is None:
-        pairs = turns == 1
-    step = cdiv(taps, turns) if pairs else taps
+    lists = cdiv(taps, pairs or 1)
+    step = cdiv(lists, cdiv(lists, at_once)) if pairs else lists
     pieces: list[AnyArray] = []
-    for first in range(0, taps, step):
-        some = min(step, taps - first), groups, channels, features
-        after = pieces[-1] if pieces else rows.table
-        found = _pairs_of(rows, first, some[0], after, launch) if pairs else _tiles_of(rows, launch)
-        given = x, dy, rows, first, found
-        pieces.append(_piece(*given, some, precision, config, 1 if pairs else TILE_ROWS, launch))
-    return pieces
+    mirrored: list[AnyArray] = []
+    after = rows.table
+    for first in range(0, lists, step):
+        some = min(step, lists - first), groups, channels, features
+        found = (
+            _pairs_of(rows, first, some[0], pairs == 2, after, launch)
+            if pairs
+            else _tiles_of(rows, launch)
+        )
+        after = _piece(x, dy, rows, first, found, some, precision, config, pairs, launch)
+        pieces.append(after[0])
+        if pairs == 2:
+            # The offset in the middle is its own mirror image.
+            middle = taps % 2 == 1 and first + step >= lists
+            mirrored.append(after[1][1:] if middle else after[1])
+    return pieces + mirrored[::-1]
 
 
 def _piece(
@@ -265,23 +282,29 @@ def _piece(
     shape: Sequence[int],
     precision: str,
     config: TileConfig,
-    tile: int,
+    pairs: int,
     launch: Launch[AnyArray],
 ) -> AnyArray:
-    """The weights' gradient of some offsets from `first` on, from their lists of rows or tiles."""
+    """The weights' gradient of some offsets from `first` on, from their lists of rows or tiles.
+
+    Returns:
+        `[1, *shape]`; where `pairs` is 2 `[2, *shape]`, the others being those of mirrored offsets.
+    """
     taps, groups, channels, features = shape
-    _, count = rows.table.shape
+    every, count = rows.table.shape
+    tile, twins = 1 if pairs else TILE_ROWS, pairs == 2
     blocks = cdiv(channels, config.block_m) * cdiv(features, config.block_n)
     per = config.block_k // tile
     parts = _parts(taps, blocks * groups, cdiv(taps * count, config.block_k))
     sizes = _sizes(shape, precision) | {"TILE": tile}
     (sums,) = launch(
         kernels.weights,
-        [x, dy, rows.table, rows.order, *found, first, count],
-        [((parts, groups, channels, features), "float32")],
+        [x, dy, rows.table, rows.order, *found, first, every - 1, count],
+        [((parts, 1 + twins, groups, channels, features), "float32")],
         (parts * blocks, groups),
         **sizes,
-        ORDERED=tile > 1,
+        ORDERED=not pairs,
+        TWINS=twins,
         PARTS=parts,
         **launched(config),
     )
@@ -290,14 +313,15 @@ def _piece(
     (dw,) = launch(
         kernels.sum_parts,
         [sums, found[1]],
-        [(tuple(shape), x.dtype)],
-        (taps, cdiv(size, block)),
+        [((1 + twins, *shape), x.dtype)],
+        (taps, cdiv(size, block), 1 + twins),
         K=taps,
         SIZE=size,
         PARTS=parts,
         PER=per,
         AT_ONCE=8,
         BLOCK=block,
+        TWINS=twins,
         num_warps=4,
     )
     return dw
@@ -330,7 +354,12 @@ def _tiles_of(rows: RowTable[AnyArray], launch: Launch[AnyArray]) -> list[AnyArr
 
 
 def _pairs_of(
-    rows: RowTable[AnyArray], first: int, taps: int, after: AnyArray, launch: Launch[AnyArray]
+    rows: RowTable[AnyArray],
+    first: int,
+    taps: int,
+    twins: bool,
+    after: AnyArray,
+    launch: Launch[AnyArray],
 ) -> list[AnyArray]:
     """For each of some offsets from `first` on the rows that read through it, and their number.
 
@@ -338,23 +367,28 @@ def _pairs_of(
         rows: The rows.
         first: The first offset.
         taps: The number of offsets.
+        twins: Whether rows that read through its mirror image are listed too.
         after: An array that is there before the lists are.
         launch: The framework's launch function.
 
     Returns:
         `int32 [taps, M]` and `[taps]`.
     """
-    _, count = rows.table.shape
+    every, count = rows.table.shape
     block = min(4096, power_of_two(count))
     grid = cdiv(count, block), taps
-    rest = {"BLOCK": block, "num_warps": 8}
-    outputs = [((taps, grid[0]), "int32")]
+    rest = {"BLOCK": block, "TWINS": twins, "num_warps": 8}
+    which = first, every - 1, count
     (counts,) = launch(
-        kernels.pair_counts, [rows.table, after, first, count], outputs, grid, **rest
+        kernels.pair_counts,
+        [rows.table, after, *which],
+        [((taps, grid[0]), "int32")],
+        grid,
+        **rest,
     )
     return launch(
         kernels.pair_lists,
-        [rows.table, counts, first, count],
+        [rows.table, counts, *which],
         [((taps, count), "int32"), ((taps,), "int32")],
         grid,
         AT_ONCE=512,

@@ -85,16 +85,24 @@ def conv2d(dtype):
     return dict(zip(names, found, strict=True))
 
 
+class Array(SimpleNamespace):
+    """The shape and the dtype of an array; some of it has the same."""
+
+    def __getitem__(self, index):
+        return self
+
+
 def sparse(dtype):
     """Constants of the launches of both operators over a room, forward and backward."""
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
     layer, found = VOXELS["room_1000000_64_128_s1"], {}
 
     def array(*shape):
-        return SimpleNamespace(shape=shape, dtype=dtype)
+        return Array(shape=shape, dtype=dtype)
 
     def launch(kernel, arguments, outputs, grid, **constants):
-        found[kernel.fn.__name__ + " pairs" * (constants.get("TILE") == 1)] = constants
+        listed = "twins" if constants.get("TWINS") else "pairs"
+        found[kernel.fn.__name__ + f" {listed}" * (constants.get("TILE") == 1)] = constants
         return [array(*shape) for shape, _ in outputs]
 
     rows = SimpleNamespace(table=array(27, layer.voxels), order=None, tile_masks=None)
@@ -104,13 +112,13 @@ def sparse(dtype):
     offsets = VoxelWindow((3, 3, 3), (2, 2, 2), (1, 1, 1))
     tiles = depthwise_launches.Tiles(stages=3)
     sparse_launches.search(keys, keys, None, offsets, launch)
-    for pairs in (True, False):
+    for pairs in (2, 1, 0):
         sparse_launches.weight_grad(x, y, rows, w.shape, "ieee", None, pairs, launch)
     sparse_launches.forward(x, w, rows, "ieee", None, None, True, launch)
     depthwise_launches.forward(x, array(27, layer.channels), rows, tiles, launch)
     depthwise_launches.weight_grad(x, x, rows, tiles, launch)
     order = ["tile_lists", "conv", "weights", "depthwise", "depthwise_weights", "sum_parts"]
-    order += ["search", "pair_counts", "pair_lists", "weights pairs"]
+    order += ["search", "pair_counts", "pair_lists", "weights pairs", "weights twins"]
     return {name: found[name] for name in order}
 
 

@@ -101,7 +101,7 @@ def weight_grad(
     from pallas_kernels.sparse import triton_launches
 
     config = TileConfig(**tiles) if tiles else None
-    rest = shape, precision, config, None if pairs is None else bool(pairs), launch
+    rest = shape, precision, config, pairs, launch
     with torch.cuda.device_of(x):
         pieces = triton_launches.weight_grad(x.contiguous(), dy.contiguous(), rows, *rest)
     return torch.cat(pieces)

@@ -24,6 +24,8 @@ class Tiles(NamedTuple):
         stages: Offsets whose rows are under way from memory at once.
         ordered: 1 where tiles take the rows in their order, and skip offsets that all lack; rows as
             they come have their neighbours nearer.
+        at_once: Offsets for which a program of the weights' gradient loads a row of dy once, a
+            power of two.
     """
 
     block_m: int = 32
@@ -31,6 +33,7 @@ class Tiles(NamedTuple):
     warps: int = 4
     stages: int = 1
     ordered: int = 0
+    at_once: int = 1
 
 
 def check(problem: Problem) -> None:
@@ -52,7 +55,11 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     sizes += [(64, 128, 8, 1), (16, 64, 2, 1)]
     found = [Tiles(*size) for size in sizes]
     ordered = [Tiles(ordered=1), found[1]._replace(ordered=1)]
-    return [{}, *(each._asdict() for each in found + ordered)]
+    shared: list[Tiles] = []
+    if direction == "bwd":
+        shared = [Tiles(16, 128, 4, at_once=4), Tiles(16, 128, 8, at_once=8)]
+        shared.append(Tiles(32, 128, 8, at_once=4))
+    return [{}, *(each._asdict() for each in found + ordered + shared)]
 
 
 def forward(
@@ -110,19 +117,21 @@ def weight_grad(
     block_n = min(tiles.block_n, power_of_two(channels))
     across = cdiv(channels, block_n)
     blocks = cdiv(count, tiles.block_m)
-    splits = min(blocks, max(1, _PROGRAMS // (taps * across)), 65535)
+    groups = cdiv(taps, tiles.at_once)
+    splits = min(blocks, max(1, _PROGRAMS // (groups * across)), 65535)
     rows_per_split = cdiv(blocks, splits) * tiles.block_m
     splits = cdiv(count, rows_per_split)
     (parts,) = launch(
         kernels.depthwise_weights,
         [x, dy, rows.table, count, rows_per_split],
         [((splits, taps, channels), "float32")],
-        (taps, splits, across),
+        (groups, splits, across),
         K=taps,
         C=channels,
         BM=tiles.block_m,
         BN=block_n,
         STAGES=tiles.stages,
+        AT_ONCE=tiles.at_once,
         num_warps=tiles.warps,
     )
     return parts

@@ -59,6 +59,8 @@ def test_depthwise_output_and_gradients_are_the_oracles(case):
 
 REDUCED = {"stride_mode": "reduce_and_stride"}
 OPTIONS = {
+    "channels": (4, 2),
+    "features": (2, 6),
     "kernel_size": (1, 2, 3, (5, 1)),
     "stride": (1, 2, 3),
     "dilation": (1, 2, 3),
@@ -69,6 +71,7 @@ OPTIONS = {
     "reduce": ({}, *(REDUCED | {"stride_reduce": name} for name in ("max", "mean", "sum"))),
     "rule": ({}, {"output_rule": "full"}, {"output_rule": "full", "padding": 2}),
     "dtype": ("float32", "bfloat16", "float64"),
+    "algorithms": (["explicit_gemm"], ["implicit_gemm", "xla"]),
 }
 
 
@@ -79,24 +82,20 @@ def may_be(row):
     return not row.get("rule") and not (row.get("reduce") and row.get("stride", 1) > 1)
 
 
-def together(strength):
-    """Cases in which any so many options stand together with any of their values."""
-    return [
-        Case((9, 0, 5), 7, 4, 2, ndim=2, **row.pop("reduce"), **row.pop("rule"), **row)
-        for row in covering(OPTIONS, may_be, strength)
-    ]
+def together():
+    """Cases, and names of algorithms, in which any three options stand together, of any values."""
+    cases = []
+    for row in covering(OPTIONS, may_be):
+        names, rest = row.pop("algorithms"), row.pop("reduce") | row.pop("rule")
+        case = Case((9, 0, 5), 7, row.pop("channels"), row.pop("features"), ndim=2, **rest, **row)
+        cases.append(pytest.param(case, names, id="-".join([case.name, *names])))
+    return cases
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("case", together(2), ids=lambda case: case.name)
-def test_every_two_options_together(case):
-    assert_oracle(conformance, case, "xla")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", together(3), ids=lambda case: case.name)
-def test_every_three_options_together(case):
-    assert_oracle(conformance, case, "xla")
+@pytest.mark.parametrize(("case", "algorithms"), together())
+def test_every_three_options_together(case, algorithms):
+    assert_oracle(conformance, case, algorithms)
 
 
 def call(case, **rest):

@@ -82,12 +82,16 @@ def assert_near(got, want):
 
 @INTERPRETED
 @pytest.mark.parametrize(
-    ("splits", "ordered"),
-    [(3, True), *(pytest.param(*some, marks=pytest.mark.wide) for some in ((1, False), (1, True)))],
+    ("taps", "splits", "pairs"),
+    [
+        (33, 3, 2),
+        *(pytest.param(*some, marks=pytest.mark.wide) for some in ((33, 1, 0), (33, 1, 1))),
+        pytest.param(8, 1, 2, marks=pytest.mark.wide),
+    ],
 )
-def test_kernels_are_numpys(splits, ordered):
+def test_kernels_are_numpys(taps, splits, pairs):
     """More offsets than a word has bits, and parts of everything: tiles, lists, channels."""
-    taps, count, groups, channels, features = 33, 17, 2, 3, 9
+    count, groups, channels, features = 17, 2, 3, 9
     table, x, w, dy = drawn(
         *(taps, count, 12, (12, groups * channels)),
         (taps, groups, channels, features),
@@ -95,18 +99,19 @@ def test_kernels_are_numpys(splits, ordered):
     )
     rows, rest = on_torch(table), ("ieee", SMALL)
     there = gathered(x, table).reshape(taps, count, groups, channels)
-    y = triton_launches.forward(tensor(x), tensor(w), rows, *rest, splits, ordered, launch)
+    y = triton_launches.forward(tensor(x), tensor(w), rows, *rest, splits, pairs > 0, launch)
     assert_near(y.sum(0), np.einsum("kmgc,kgcf->mgf", there, w).reshape(count, -1))
     # A row that reads nothing may hold anything.
     dy[3] = np.nan
     pieces = triton_launches.weight_grad(
-        *(tensor(x), tensor(dy), rows, w.shape), *rest, ordered, launch
+        *(tensor(x), tensor(dy), rows, w.shape), *rest, pairs, launch
     )
     # Rows are listed for three offsets after the other, as more lists would not fit beside x.
-    assert len(pieces) == (11 if ordered else 1)
+    assert len(pieces) == {(33, 0): 1, (33, 1): 11, (33, 2): 12, (8, 2): 4}[taps, pairs]
     wanted = np.nan_to_num(dy).reshape(count, groups, features)
     dw = np.einsum("kmgc,mgf->kgcf", there, wanted)
-    for got, want in zip(pieces, np.split(dw, len(pieces)), strict=True):
+    ends = np.cumsum([len(piece) for piece in pieces])
+    for got, want in zip(pieces, np.split(dw, ends[:-1]), strict=True):
         assert_near(got, want)
 
 
@@ -116,7 +121,7 @@ def test_depthwise_kernels_are_numpys():
     rows, there = on_torch(table), gathered(x, table)
     dy[3] = np.nan
     for ordered in (0, 1):
-        tiles = depthwise_launches.Tiles(16, 16, 1, 2, ordered)
+        tiles = depthwise_launches.Tiles(16, 16, 1, 2, ordered, at_once=4)
         y = depthwise_launches.forward(tensor(x), tensor(w), rows, tiles, launch)
         assert_near(y, np.einsum("kmc,kc->mc", there, w))
     parts = depthwise_launches.weight_grad(tensor(x), tensor(dy), rows, tiles, launch)
@@ -239,7 +244,7 @@ def test_parameters_are_measured(interpreted, searches, monkeypatch):
 @PARTS
 def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("sparse", part, tmp_path)
-    assert len(resources) == {"some": 4, "rest": 36}[part]
+    assert len(resources) == {"some": 4, "rest": 40}[part]
     for kernel, (registers, spilled) in resources.items():
         assert registers <= 255 and spilled <= 16, (kernel, registers, spilled)
 
@@ -425,7 +430,7 @@ def test_rows_beyond_32_bits():
     w = jnp.eye(channels, dtype=jnp.bfloat16)[None, None]
     y = triton_jax.forward(x, w, rows, precision=None)
     assert (y[-1] == 1).all() and not y[:-1].any()
-    for pairs in (False, True):
+    for pairs in (0, 1, 2):
         dw = triton_jax.weight_grad(x, x, rows, shape=w.shape, precision=None, pairs=pairs)
         assert (dw == 1).all()
     y = depthwise_triton.forward(x, w[:, 0, 0] + 1, rows, precision=None)

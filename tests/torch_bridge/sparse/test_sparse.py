@@ -419,7 +419,7 @@ class TestChoice:
         assert {*fwd.split()} == {"triton", *(f"{key}={value}" for key, value in SMALL.items())}
 
     @pytest.mark.wide
-    @pytest.mark.parametrize("parameters", [SMALL, {"splits": 2, "ordered": 0}])
+    @pytest.mark.parametrize("parameters", [SMALL, {"splits": 2, "ordered": 0, "pairs": 2}])
     def test_parameters_change_no_result(self, interpreter, parameters):
         voxels, w = drawn(20, 3, 5)
         found, _ = torch_bridge.kernel_map(voxels, 3)
