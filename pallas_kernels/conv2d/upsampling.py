@@ -11,14 +11,15 @@ Zeros around the large images are zeros around the small ones. One mirrored samp
 repeated. More than one are no upsampling of anything small, so there the images are upsampled.
 
 Any implementation computes the phases, whose windows say nothing of upsampling. What is here is
-plain JAX around it, linear in x and in w.
+plain JAX around it, linear in x and in w. One that writes each phase at its place may compute them
+all at once, as a convolution to the features of four, see `joint`.
 """
 
 import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,14 @@ from pallas_kernels.common.arguments import surely
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Tree
 from pallas_kernels.conv2d.moments import WithMoments, together
-from pallas_kernels.conv2d.problem import Pair, Problem, Window
+from pallas_kernels.conv2d.problem import Joint, Pair, Problem, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
 Run = Callable[..., jax.Array]
 """A function of an implementation, whose first argument is the window."""
+
+_LARGE = 1 << 30
+"""Elements of an output that a kernel no longer counts in 32 bits."""
 
 
 class _Along(NamedTuple):
@@ -94,6 +98,65 @@ def phases(window: Window, size: Sequence[int], taps: Sequence[int]) -> list[lis
         return [[Phase(whole, (taps[0], taps[1]), window.output(size, taps), places)]]
     rows, columns = (_along(window, axis, size[axis], taps[axis]) for axis in range(2))
     return [[_phase(window, row, column) for column in columns] for row in rows]
+
+
+def joint(window: Window, images: tuple[int, ...], filters: tuple[int, ...]) -> Joint | None:
+    """The phases as one convolution; None where they are not alike, or an output is too large.
+
+    Args:
+        window: The window, with `upsample` 2.
+        images: The shape of the images.
+        filters: The shape of the filters.
+
+    Example:
+        >>> window = Window(pads=((1, 1), (1, 1)), upsample=2)
+        >>> joint(window, (1, 8, 8, 4), (3, 3, 4, 2)).windows
+        (9, 9)
+    """
+    _, *size, _ = window.images(images)
+    *taps, _, features = window.filters(filters)
+    if _upsampled(window) or window.groups > 1 or not all(isinstance(n, int) for n in images):
+        return None
+    if 4 * math.prod(size) * features >= _LARGE:
+        return None
+    grid = phases(window, size, taps)
+    first, last = grid[0][0], grid[-1][-1]
+    shifts = [a[0] - b[0] for a, b in zip(first.window.pads, last.window.pads, strict=True)]
+    alike = (
+        len(grid) == len(grid[0]) == 2
+        and first.taps == last.taps
+        and first.window.dilation == last.window.dilation
+        and first.window.stride == (1, 1)
+        and first.outputs == last.outputs == tuple(size)
+        and set(shifts) <= {0, 1}
+    )
+    if not alike:
+        return None
+    edges = window.pads if window.reflect else ((0, 0), (0, 0))
+    # As what lies beyond the edges need not be in memory, nothing is said of what lies behind.
+    pads = tuple((own[0] + edge[0], 0) for own, edge in zip(first.window.pads, edges, strict=True))
+    return Joint(
+        first.window._replace(pads=cast(tuple[Pair, Pair], pads)),
+        (shifts[0], shifts[1]),
+        (size[0] + shifts[0], size[1] + shifts[1]),
+        window.reflect,
+    )
+
+
+def joint_filters(w: jax.Array, window: Window, size: Sequence[int]) -> jax.Array:
+    """The filters of all phases, those of one after those of another along their features.
+
+    Args:
+        w: The filters.
+        window: The window, with `upsample` 2.
+        size: Height and width of the images.
+    """
+    each = [
+        _folded(w, phase)
+        for row in phases(window, size, window.filters(w.shape)[:2])
+        for phase in row
+    ]
+    return jnp.concatenate(each, 3 if window.layout == "nhwc_hwcf" else 0)
 
 
 def implemented(problem: Problem) -> Problem:

@@ -215,6 +215,26 @@ def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
     assert_whole_rows(case, xla, monkeypatch)
 
 
+def test_long_rows_of_taps_are_one_on_a_gpu_unasked(monkeypatch):
+    first, last, short, many = (9, 9, 3, 32), (9, 9, 32, 3), (3, 3, 3, 32), (9, 9, 32, 32)
+    which = [
+        (filters, dtype, ours)
+        for filters in (first, last, short, many)
+        for dtype in ("bfloat16", "float32")
+        for ours in (True, False)
+    ]
+
+    def taken():
+        found = (whole_rows.unasked(Window(), filters, dt, ours=o) for filters, dt, o in which)
+        return {one for one, taken in zip(which, found, strict=True) if taken}
+
+    assert taken() == set()
+    monkeypatch.setattr(whole_rows, "platform", lambda: "gpu")
+    # cuDNN writes 16 bits, which the sums of a row's taps are too many for.
+    ends = {one for one in which if one[0] in (first, last)}
+    assert taken() == ends - {(last, "bfloat16", False)}
+
+
 def test_rows_of_taps_are_multiplied_as_one_where_it_is_faster(monkeypatch):
     seen, form = [], whole_rows._Form
     monkeypatch.setattr(whole_rows, "_Form", lambda *args: seen.append(args) or form(*args))
