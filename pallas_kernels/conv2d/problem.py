@@ -126,9 +126,7 @@ class Joint(NamedTuple):
         """
         n = math.prod(self.windows)
         row, column = np.divmod(np.arange(-(-n // block) * block), self.windows[1])
-        high, wide = (
-            size - shift for size, shift in zip(self.windows, self.shifts, strict=True)
-        )
+        high, wide = (size - shift for size, shift in zip(self.windows, self.shifts, strict=True))
         found = []
         for below, right in itertools.product(range(2), repeat=2):
             v, u = row - below * self.shifts[0], column - right * self.shifts[1]

@@ -113,14 +113,16 @@ def conv(
         taps = filters + (i * W_H + j * W_W + c * W_C)
         taps = tl.load(taps, mask=some & (f < F), other=0.0)
         total = tl.dot(patches, taps, total, input_precision=PRECISION)
-    written, feature, y_row, y_column = known & (f < F), f, row[:, None], column[:, None]
+    written, feature, place = known & (f < F), f, (group * F + f).to(tl.int64) * Y_F
     if PHASES > 1:
         OWN: tl.constexpr = F // (PHASES * PHASES)
         feature, below, right = f % OWN, f // OWN // PHASES, f // OWN % PHASES
-        y_row, y_column = y_row - below * SHIFT_H, y_column - right * SHIFT_W
-        written &= (y_row >= 0) & (y_row < HO - SHIFT_H)
-        written &= (y_column >= 0) & (y_column < WO - SHIFT_W)
-        y_row, y_column = y_row * PHASES + below, y_column * PHASES + right
+        # All integers are those of a row or of a column of the tile, which takes fewer registers.
+        above, under = (row < HO - SHIFT_H)[:, None], (row >= SHIFT_H)[:, None]
+        beside, beyond = (column < WO - SHIFT_W)[:, None], (column >= SHIFT_W)[:, None]
+        written &= ((below == 0) & above) | ((below == 1) & under)
+        written &= ((right == 0) & beside) | ((right == 1) & beyond)
+        place = below * (1 - 2 * SHIFT_H) * Y_H + right * (1 - 2 * SHIFT_W) * Y_W + feature * Y_F
     if BIAS:
         total += tl.load(bias + group * F + feature, mask=f < F, other=0.0)
     if ACTIVATION == "relu":
@@ -128,8 +130,7 @@ def conv(
         total = tl.where(total < 0, 0.0, total)
     elif ACTIVATION == "gelu":
         total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
-    at = y + (image.to(tl.int64) * Y_N)[:, None] + (y_row * Y_H + y_column * Y_W)
-    at += (group * F + feature).to(tl.int64) * Y_F
+    at = y + (image.to(tl.int64) * Y_N + (row * Y_H + column * Y_W) * PHASES)[:, None] + place
     tl.store(at, total.to(y.dtype.element_ty), mask=written)
     if mean is not None:
         tiles = tl.cdiv(HO * WO, BM)

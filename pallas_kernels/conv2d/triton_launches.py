@@ -172,7 +172,11 @@ def upsampled_with_moments(
     check_moments(n)
     _, _, _, features = window.filters(w.shape)
     height, width = joint.windows
-    config = config or tiles(height * width, features, channels, x.dtype)
+    if config is None:
+        config = tiles(height * width, features, channels, x.dtype)
+        if config.block_m == 128:
+            # What is masked takes registers: two blocks of half the size hide each other's waits.
+            config = config._replace(block_m=64, ratio_m=2)
     y, mean, squares = _convolve(
         x,
         w,

@@ -327,9 +327,7 @@ def _plans(call: _Call, most: int) -> list[_Plan]:
     return sorted(dict.fromkeys(found), key=lambda plan: plan.cost(call))
 
 
-def _planned(
-    call: _Call, most: int, channels: int, members: int, pixels: int
-) -> _Plan | None:
+def _planned(call: _Call, most: int, channels: int, members: int, pixels: int) -> _Plan | None:
     """Returns the plan of these sizes on so many multiprocessors, or None where there is none."""
     n, *_, c = call.shape
     rows = _THREADS * _VECTOR // channels
