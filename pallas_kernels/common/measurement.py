@@ -26,8 +26,8 @@ _MOST_AT_ONCE = 20
 """Milliseconds, and the number, of an accelerator's calls that are timed together."""
 _PAUSES = 1, 2, 4, 8
 """Programs that run before them: with the calls fewer than JAX keeps in a device's queue, 32."""
-_PAUSE_SIZE, _PAUSE_STEPS = 2**24, 48
-"""Numbers, and the error functions of each, of a pause of some milliseconds."""
+_PAUSE_SIZE, _PAUSE_STEPS = 2**25, 12
+"""Numbers, and the error functions of each, of a pause: a millisecond of an H200's arithmetic."""
 _AGREEMENT_S = 600
 """Seconds that processes wait for the one that measures."""
 

@@ -33,6 +33,7 @@ from pallas_kernels.conv2d import (
     conv2d,
     get_igemm_conv2d,
     moments,
+    upsampling,
     vjp,
     whole_rows,
     xla,
@@ -194,6 +195,35 @@ def test_transformations(name):
 def test_transformations_of_upsampled_images(name, padding):
     case = Case(2, 3, 4, 2, 3, 3, 2, 1, padding, bias=True, dtype="float64", upsample=2)
     assert_transformed(name, case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 3, 11, 3, 3, 3, 2, padding="reflect", bias=True, activation="relu", upsample=2),
+        pytest.param(
+            Case(1, 3, 13, 2, 5, 3, 3, 1, ((2, 2), (1, 1)), layout="nchw_fchw", upsample=2),
+            marks=pytest.mark.wide,
+        ),
+    ],
+    ids=lambda case: case.name,
+)
+def test_phases_of_upsampled_images_are_one_convolution_on_a_gpu(case, monkeypatch):
+    monkeypatch.setattr(upsampling, "platform", lambda: "gpu")
+    shapes, forward = [], xla.forward
+
+    def recorded(x, w, bias, **how):
+        shapes.append(w.shape)
+        return forward(x, w, bias, **how)
+
+    monkeypatch.setattr(xla, "forward", recorded)
+    x, w, bias, _ = arrays(case)
+    y = ours(case, "xla")(x, w, bias)
+    assert len(set(shapes)) == 1 and 4 * case.nf in shapes[0]
+    wide = (np.asarray(a, np.float64) for a in (x, w, bias) if a is not None)
+    x, w, *bias = wide
+    rest = {"bias": bias[0]} if bias else {}
+    np.testing.assert_allclose(y, oracle.conv2d(x, w, **rest, **case.arguments), atol=1e-5)
 
 
 def assert_transformed(name, case):
