@@ -36,7 +36,7 @@ took 1.5 to 1.9 copies. Summing the next item before this one's sums are awaited
 
 The sums are those of the Triton kernels: relative to the image's first pixel, which is subtracted
 exactly, by Welford's method in each thread, then combined as Chan, Golub and LeVeque say, in a
-fixed order. None of this has run on a GPU yet.
+fixed order.
 """
 
 import math
