@@ -83,7 +83,10 @@ def run(
         raise ValueError(f"work: {unknown} is not one of {list(WORK)}")
     clock, no_device_events = clocks.best()
     users = clocks.users(clock)
-    networks = {name: Network(make, batch, size, dtype) for name, make in MODELS[model].items()}
+    networks = {
+        name: Network(make, batch, size, dtype, graphs=not profiled)
+        for name, make in MODELS[model].items()
+    }
     *_, baseline = networks
     rows, parts = [], []
     for one in works:

@@ -9,7 +9,7 @@ and `scale` for PyTorch's `weight`.
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -317,7 +317,7 @@ class ConvNeXt(nnx.Module):
             x = stage(x, deterministic=deterministic)
             maps.append(x)
         if self.norms is not None:
-            maps = [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
+            maps = [_of_rows(norm, x) for norm, x in zip(self.norms, maps, strict=True)]
         return maps
 
     def _check_input(self, shape: tuple[int, ...]) -> None:
@@ -369,7 +369,7 @@ class Stem(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, in_channels]` to `[N, H // patch_size, W // patch_size, dims[0]]`."""
-        return self.norm(self.conv(x))
+        return _of_rows(self.norm, self.conv(x))
 
 
 class OverlappedStem(nnx.Module):
@@ -397,7 +397,7 @@ class OverlappedStem(nnx.Module):
         x = first(x)
         if self.activated:
             x = gelu(x)
-        return self.norm(second(x))
+        return _of_rows(self.norm, second(x))
 
 
 def _half(dim: int) -> int:
@@ -423,7 +423,7 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[N, H, W, dims[stage - 1]]` to `[N, H // 2, W // 2, dims[stage]]`."""
-        return self.conv(self.norm(x))
+        return self.conv(_of_rows(self.norm, x))
 
 
 class Stage(nnx.Module):
@@ -695,6 +695,17 @@ def linear(config: ConvNeXtConfig, before: int, after: int, *, rngs: nnx.Rngs) -
         kernel_init=_kernel_init,
         rngs=rngs,
     )
+
+
+def _of_rows(norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """A normalisation of the channels of images, computed on their pixels as rows.
+
+    XLA's tiles of several axes of pixels are not contiguous, which costs the backward pass most.
+    """
+    if type(norm) is not nnx.LayerNorm:
+        # Somebody's own may look at more than one pixel.
+        return norm(x)
+    return sharding.unflat(norm(sharding.flat(x, x.ndim - 1)), x.shape[:-1])
 
 
 def layer_norm(config: ConvNeXtConfig, dim: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -14,11 +14,12 @@ from jax import lax
 from pallas_kernels.common import _compat
 
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
-_STEP = 0.3275911
-"""The coefficients of 7.1.26, and that of its argument."""
-_ROOT = 0.7071067811865476
+_HALVES = tuple(coefficient / 2 for coefficient in _ERF)
+"""The coefficients of 7.1.26 of the error function, and of the normal distribution's."""
+_STEP = 0.3275911 * 0.7071067811865476
+"""The coefficient of its argument, which is `|x| sqrt(1 / 2)`."""
 _DENSITY = 0.3989422804014327
-"""`sqrt(1 / 2)`, and the density of the normal distribution at 0, `1 / sqrt(2 pi)`."""
+"""The density of the normal distribution at 0, `1 / sqrt(2 pi)`."""
 _HALF_LOG2_E = 0.7213475204444817
 """The factor that turns `exp(-x x / 2)` into a power of two, which is one instruction of a GPU."""
 
@@ -74,13 +75,13 @@ def slope_in_kernel(x: jax.Array) -> jax.Array:
 
 def _normal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The normal distribution function and its density, for float32."""
-    z = jnp.abs(x) * _ROOT
     # A reciprocal root is one instruction of a GPU, a division is eight.
-    root = lax.rsqrt(1 + _STEP * z)
+    root = lax.rsqrt(1 + _STEP * jnp.abs(x))
     r = root * root
-    sums = _ERF[-1] * r
-    for coefficient in _ERF[-2::-1]:
-        sums = (sums + coefficient) * r
+    # A product before a sum is one instruction, a sum before a product is two.
+    sums = _HALVES[-1] * r + _HALVES[-2]
+    for coefficient in _HALVES[-3::-1]:
+        sums = sums * r + coefficient
     exponential = jnp.exp2(x * x * -_HALF_LOG2_E)
-    tail = 0.5 * sums * exponential
+    tail = sums * r * exponential
     return jnp.where(x < 0, tail, 1 - tail), exponential * _DENSITY

@@ -26,7 +26,8 @@ _MOST_AT_ONCE = 20
 """Milliseconds, and the number, of an accelerator's calls that are timed together."""
 _PAUSES = 1, 2, 4, 8
 """Programs that run before them: with the calls fewer than JAX keeps in a device's queue, 32."""
-_PAUSE_SIZE = 4096
+_PAUSE_SIZE, _PAUSE_STEPS = 2**25, 12
+"""Numbers, and the error functions of each, of a pause: a millisecond of an H200's arithmetic."""
 _AGREEMENT_S = 600
 """Seconds that processes wait for the one that measures."""
 
@@ -148,7 +149,7 @@ class JaxMeasurement:
         times = min(_MOST_AT_ONCE, max(1, round(_AT_ONCE_MS / one)))
         for pauses in _PAUSES:
             for _ in range(pauses):
-                pause = _product(self._matrix, self._matrix)
+                pause = _pause(self._filler)
             for _ in range(times):
                 result = call()
             late = pause.is_ready()
@@ -168,10 +169,9 @@ class JaxMeasurement:
         return self.arrays(self.prepared(self._reference, ())())
 
     @cached_property
-    def _matrix(self) -> jax.Array:
-        """A matrix whose square takes an accelerator some milliseconds."""
-        matrix = jax.numpy.zeros((_PAUSE_SIZE, _PAUSE_SIZE), jax.numpy.float32)
-        return jax.block_until_ready(_product(matrix, matrix))
+    def _filler(self) -> jax.Array:
+        """The numbers that `_pause` takes, which has run once."""
+        return jax.block_until_ready(_pause(jax.numpy.ones(_PAUSE_SIZE, jax.numpy.float32)))
 
     @cached_property
     def _arrays(self) -> tuple[Tree, ...]:
@@ -185,8 +185,11 @@ class JaxMeasurement:
 
 
 @jax.jit
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jax.numpy.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+def _pause(numbers: jax.Array) -> jax.Array:
+    """Work for some milliseconds: no product of matrices, whose tiles XLA times for seconds."""
+    for _ in range(_PAUSE_STEPS):
+        numbers = jax.lax.erf(numbers)
+    return numbers
 
 
 def _waited(call: Callable[[], Tree], times: int) -> float:

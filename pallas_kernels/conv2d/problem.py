@@ -1,8 +1,11 @@
 """The description of a call that implementations, tables and the tuner get."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from pallas_kernels.common.types import Dtype, Json, Pair
 from pallas_kernels.dispatch.backend import size_distance
@@ -93,6 +96,43 @@ class Window(NamedTuple):
             (8, 4, 3, 5)
         """
         return (h, w, c, f) if self.layout == "nhwc_hwcf" else (f, c, h, w)
+
+
+class Joint(NamedTuple):
+    """Four phases whose windows are of one size: a convolution to the features of all of them.
+
+    Phases of odd outputs read windows that begin `shift` samples after those of even ones, so that
+    output `2 p + 1` is of window `p + shift`, and there are `shift` windows more than samples. The
+    filters are those of `joint_filters`.
+
+    Attributes:
+        window: The samples that the windows read; those beyond the edges are 0, or the edge.
+        shifts: The shifts along H and W, 0 or 1 each.
+        windows: The numbers of windows along H and W.
+        repeats: Whether the edge is repeated.
+    """
+
+    window: Window
+    shifts: Pair
+    windows: Pair
+    repeats: bool
+
+    def counts(self, block: int) -> list[int]:
+        """The numbers of outputs of each phase in each block of so many windows, row by row.
+
+        Example:
+            >>> Joint(Window(), shifts=(1, 1), windows=(2, 3), repeats=False).counts(4)
+            [2, 2, 1, 0, 0, 0, 1, 2]
+        """
+        n = math.prod(self.windows)
+        row, column = np.divmod(np.arange(-(-n // block) * block), self.windows[1])
+        high, wide = (size - shift for size, shift in zip(self.windows, self.shifts, strict=True))
+        found = []
+        for below, right in itertools.product(range(2), repeat=2):
+            v, u = row - below * self.shifts[0], column - right * self.shifts[1]
+            own = (v >= 0) & (v < high) & (u >= 0) & (u < wide)
+            found.append(own.reshape(-1, block).sum(1))
+        return [int(count) for count in np.stack(found, 1).ravel()]
 
 
 class Problem(NamedTuple):

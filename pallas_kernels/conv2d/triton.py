@@ -12,7 +12,7 @@ from pallas_kernels.common.dtypes import common_dtype
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.triton import launch, unavailable
 from pallas_kernels.conv2d.moments import WithMoments, of_tiles
-from pallas_kernels.conv2d.problem import Problem, Window
+from pallas_kernels.conv2d.problem import Joint, Problem, Window
 from pallas_kernels.conv2d.whole_rows import offered
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
@@ -23,6 +23,7 @@ __all__ = [
     "input_grad",
     "search_space",
     "unavailable",
+    "upsampled_with_moments",
     "weight_grad",
 ]
 
@@ -79,6 +80,26 @@ def forward(
         return vary_like((x, w, bias), triton_launches.forward(x, w, bias, *how))
     y, counts, mean, squares = triton_launches.forward_with_moments(x, w, bias, *how)
     return vary_like((x, w, bias), (y, of_tiles(counts, mean, squares)))
+
+
+@partial(jax.jit, static_argnames=("joint", "out_dtype", "precision", "config"))
+def upsampled_with_moments(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    joint: Joint,
+    out_dtype: DTypeLike,
+    precision: lax.Precision | None,
+    config: TileConfig | None,
+) -> WithMoments:
+    """The convolution of upsampled images, whose phases are one launch; see `vjp`."""
+    from pallas_kernels.conv2d import triton_launches
+
+    how = joint, out_dtype, _PRECISIONS[precision], config, launch
+    y, counts, *found = triton_launches.upsampled_with_moments(x, w, *how)
+    # Each phase of a tile is a tile of its own.
+    mean, squares = (one.reshape(one.shape[0], len(counts), -1) for one in found)
+    return vary_like((x, w), (y, of_tiles(counts, mean, squares)))
 
 
 @partial(jax.jit, static_argnames=(*_STATIC, "shape", "dtype"))

@@ -17,6 +17,12 @@ transpose in x of a convolution of stride `UP`.
 
 Where `conv` gets `mean` and `squares`, tiles do not cross images, and it writes the mean and the
 sum of squared deviations of each tile and feature, `[images, tiles, features]` in float32.
+
+With `PHASES` 2 it computes a convolution of images that are upsampled by 2: rows m are windows of
+the images as they are, `F` features those of four phases, and each is written at its place in the
+output (`upsampling` has the phases). Those of odd rows read windows that begin `SHIFT_H` further
+down, so what an odd row `2 p + 1` gets is the window `p + SHIFT_H`; `HO` and `WO` are windows.
+`REPEAT` reads the edge outside of x.
 """
 
 import triton
@@ -61,6 +67,10 @@ def conv(
     UP_H: tl.constexpr,
     UP_W: tl.constexpr,
     REFLECT: tl.constexpr,
+    REPEAT: tl.constexpr,
+    PHASES: tl.constexpr,
+    SHIFT_H: tl.constexpr,
+    SHIFT_W: tl.constexpr,
     FLIP: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -93,8 +103,8 @@ def conv(
     total = tl.zeros((BM, BN), tl.float32)
     for step in range(tl.cdiv(TAPS * C, BK)):
         i, j, c, some = _columns(step, tl.arange(0, BK)[None, :], WF, TAPS, C, BK)
-        v, above = _sample(top + i * DILATION_H, H, UP_H, REFLECT)
-        u, beside = _sample(left + j * DILATION_W, W, UP_W, REFLECT)
+        v, above = _sample(top + i * DILATION_H, H, UP_H, REFLECT, REPEAT)
+        u, beside = _sample(left + j * DILATION_W, W, UP_W, REFLECT, REPEAT)
         inside = known & some & above & beside
         patches = tl.load(x_image + (v * X_H + u * X_W + c * X_C), mask=inside, other=0.0)
         i, j, c, some = _columns(step, tl.arange(0, BK)[:, None], WF, TAPS, C, BK)
@@ -103,19 +113,33 @@ def conv(
         taps = filters + (i * W_H + j * W_W + c * W_C)
         taps = tl.load(taps, mask=some & (f < F), other=0.0)
         total = tl.dot(patches, taps, total, input_precision=PRECISION)
+    written, feature, place = known & (f < F), f, (group * F + f).to(tl.int64) * Y_F
+    if PHASES > 1:
+        OWN: tl.constexpr = F // (PHASES * PHASES)
+        feature, below, right = f % OWN, f // OWN // PHASES, f // OWN % PHASES
+        # All integers are those of a row or of a column of the tile, which takes fewer registers.
+        above, under = (row < HO - SHIFT_H)[:, None], (row >= SHIFT_H)[:, None]
+        beside, beyond = (column < WO - SHIFT_W)[:, None], (column >= SHIFT_W)[:, None]
+        written &= ((below == 0) & above) | ((below == 1) & under)
+        written &= ((right == 0) & beside) | ((right == 1) & beyond)
+        place = below * (1 - 2 * SHIFT_H) * Y_H + right * (1 - 2 * SHIFT_W) * Y_W + feature * Y_F
     if BIAS:
-        total += tl.load(bias + group * F + f, mask=f < F, other=0.0)
+        total += tl.load(bias + group * F + feature, mask=f < F, other=0.0)
     if ACTIVATION == "relu":
         # Not a maximum, which would hide NaN.
         total = tl.where(total < 0, 0.0, total)
     elif ACTIVATION == "gelu":
         total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
-    at = y + (image.to(tl.int64) * Y_N + row * Y_H + column * Y_W)[:, None]
-    at += (group * F + f).to(tl.int64) * Y_F
-    tl.store(at, total.to(y.dtype.element_ty), mask=known & (f < F))
+    at = y + (image.to(tl.int64) * Y_N + (row * Y_H + column * Y_W) * PHASES)[:, None] + place
+    tl.store(at, total.to(y.dtype.element_ty), mask=written)
     if mean is not None:
         tiles = tl.cdiv(HO * WO, BM)
-        count = min(HO * WO - down * BM, BM)
+        if PHASES > 1:
+            known = written
+            # Of a phase a tile may have no pixel.
+            count = tl.maximum(tl.sum(known.to(tl.float32), axis=0, keep_dims=True), 1.0)
+        else:
+            count = min(HO * WO - down * BM, BM)
         middle = tl.sum(tl.where(known, total, 0.0), axis=0, keep_dims=True) / count
         # The mean of large numbers is inexact by some of their last bits; that of the rest is not.
         rest = tl.where(known, total - middle, 0.0)
@@ -225,8 +249,12 @@ def _columns(step, k, WF: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr, BK:
 
 
 @triton.jit
-def _sample(at, SIZE: tl.constexpr, UP: tl.constexpr, REFLECT: tl.constexpr):
+def _sample(
+    at, SIZE: tl.constexpr, UP: tl.constexpr, REFLECT: tl.constexpr, REPEAT: tl.constexpr = False
+):
     """The index of the sample of x at a position, and whether there is one."""
+    if REPEAT:
+        at = tl.minimum(tl.maximum(at, 0), SIZE - 1)
     if REFLECT:
         at = SIZE - 1 - tl.abs(SIZE - 1 - tl.abs(at))
     if UP > 1:

@@ -6,7 +6,7 @@ from pallas_kernels.common.refusals import refusal, refuse, unsupported_sizes
 from pallas_kernels.common.tiles import TileConfig, launched, tiles
 from pallas_kernels.common.triton import AnyArray, Launch, cdiv, contiguous
 from pallas_kernels.conv2d import triton_kernels as kernels
-from pallas_kernels.conv2d.problem import Problem, Window
+from pallas_kernels.conv2d.problem import Joint, Problem, Window
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ROWS = 8
@@ -138,6 +138,68 @@ def forward_with_moments(
     )
     counts = [min(config.block_m, pixels - at) for at in range(0, pixels, config.block_m)]
     return y, counts, mean, squares
+
+
+def upsampled_with_moments(
+    x: AnyArray,
+    w: AnyArray,
+    joint: Joint,
+    out_dtype: object,
+    precision: str,
+    config: TileConfig | None,
+    launch: Launch[AnyArray],
+) -> tuple[AnyArray, list[int], AnyArray, AnyArray]:
+    """The same of images upsampled by 2, whose phases are one launch.
+
+    Args:
+        x: The images, not upsampled.
+        w: The filters of all phases, see `upsampling.joint_filters`.
+        joint: The phases.
+        out_dtype: See `forward`.
+        precision: See `forward`.
+        config: See `forward`.
+        launch: See `forward`.
+
+    Returns:
+        The output; the numbers of pixels of each phase of each tile; their means and their sums of
+        squared deviations, float32 `[N, tiles, 4 NF]`, phase by phase.
+
+    Raises:
+        NotImplementedError: There are more images than a grid has blocks along an axis.
+    """
+    window = joint.window
+    n, h, wide, channels = window.images(x.shape)
+    check_moments(n)
+    _, _, _, features = window.filters(w.shape)
+    height, width = joint.windows
+    if config is None:
+        config = tiles(height * width, features, channels, x.dtype)
+        if config.block_m == 128:
+            # What is masked takes registers: two blocks of half the size hide each other's waits.
+            config = config._replace(block_m=64, ratio_m=2)
+    y, mean, squares = _convolve(
+        x,
+        w,
+        None,
+        (channels, features),
+        window,
+        (window.laid_out(n, 2 * h, 2 * wide, features // 4), out_dtype),
+        precision,
+        config,
+        launch,
+        True,
+        joint,
+        STRIDE_H=1,
+        STRIDE_W=1,
+        PAD_H=window.pads[0][0],
+        PAD_W=window.pads[1][0],
+        UP_H=1,
+        UP_W=1,
+        REFLECT=False,
+        FLIP=False,
+        ACTIVATION=None,
+    )
+    return y, joint.counts(config.block_m), mean, squares
 
 
 def _forward(
@@ -302,6 +364,7 @@ def _convolve(
     config: TileConfig | None,
     launch: Launch[AnyArray],
     moments: bool,
+    joint: Joint | None = None,
     **which: object,
 ) -> list[AnyArray]:
     """The outputs of one launch of `kernels.conv`.
@@ -309,9 +372,14 @@ def _convolve(
     `channels` are the numbers of a group's channels that are read and written.
     """
     n, height, width, _ = window.images(output[0])
+    phases: dict[str, object] = {"PHASES": 1, "SHIFT_H": 0, "SHIFT_W": 0, "REPEAT": False}
+    if joint is not None:
+        height, width = joint.windows
+        phases = {"PHASES": 2, "SHIFT_H": joint.shifts[0], "SHIFT_W": joint.shifts[1]}
+        phases |= {"REPEAT": joint.repeats}
     config = config or tiles(n * height * width, channels[1], channels[0], x.dtype)
     across = cdiv(channels[1], config.block_n)
-    sizes = _sizes(window, x.shape, channels, w.shape, output[0])
+    sizes = _sizes(window, x.shape, channels, w.shape, output[0]) | {"HO": height, "WO": width}
     if which["FLIP"]:
         sizes["W_C"], sizes["W_F"] = sizes["W_F"], sizes["W_C"]
     grid: tuple[int, ...] = cdiv(n * height * width, config.block_m) * across, window.groups
@@ -326,6 +394,7 @@ def _convolve(
         outputs,
         grid,
         **sizes,
+        **phases,
         **which,
         **unwritten,
         BIAS=bias is not None,

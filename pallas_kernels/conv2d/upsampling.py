@@ -11,29 +11,34 @@ Zeros around the large images are zeros around the small ones. One mirrored samp
 repeated. More than one are no upsampling of anything small, so there the images are upsampled.
 
 Any implementation computes the phases, whose windows say nothing of upsampling. What is here is
-plain JAX around it, linear in x and in w.
+plain JAX around it, linear in x and in w. On a GPU phases that are alike are one convolution, to
+the features of four, see `joint`; an implementation may write each phase at its place then.
 """
 
 import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common.arguments import surely
+from pallas_kernels.common.arguments import sharded, surely
+from pallas_kernels.common.device import platform
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Tree
 from pallas_kernels.conv2d.moments import WithMoments, together
-from pallas_kernels.conv2d.problem import Pair, Problem, Window
+from pallas_kernels.conv2d.problem import Joint, Pair, Problem, Window
 from pallas_kernels.conv2d.xla import mirrored, transposed
 
 Run = Callable[..., jax.Array]
 """A function of an implementation, whose first argument is the window."""
+
+_LARGE = 1 << 30
+"""Elements of an output that a kernel no longer counts in 32 bits."""
 
 
 class _Along(NamedTuple):
@@ -96,8 +101,67 @@ def phases(window: Window, size: Sequence[int], taps: Sequence[int]) -> list[lis
     return [[_phase(window, row, column) for column in columns] for row in rows]
 
 
+def joint(window: Window, images: tuple[int, ...], filters: tuple[int, ...]) -> Joint | None:
+    """The phases as one convolution; None where they are not alike, or an output is too large.
+
+    Args:
+        window: The window, with `upsample` 2.
+        images: The shape of the images.
+        filters: The shape of the filters.
+
+    Example:
+        >>> window = Window(pads=((1, 1), (1, 1)), upsample=2)
+        >>> joint(window, (1, 8, 8, 4), (3, 3, 4, 2)).windows
+        (9, 9)
+    """
+    _, *size, _ = window.images(images)
+    *taps, _, features = window.filters(filters)
+    if _upsampled(window) or window.groups > 1 or not all(isinstance(n, int) for n in images):
+        return None
+    if 4 * math.prod(size) * features >= _LARGE:
+        return None
+    grid = phases(window, size, taps)
+    first, last = grid[0][0], grid[-1][-1]
+    shifts = [a[0] - b[0] for a, b in zip(first.window.pads, last.window.pads, strict=True)]
+    alike = (
+        len(grid) == len(grid[0]) == 2
+        and first.taps == last.taps
+        and first.window.dilation == last.window.dilation
+        and first.window.stride == (1, 1)
+        and first.outputs == last.outputs == tuple(size)
+        and set(shifts) <= {0, 1}
+    )
+    if not alike:
+        return None
+    edges = window.pads if window.reflect else ((0, 0), (0, 0))
+    # As what lies beyond the edges need not be in memory, nothing is said of what lies behind.
+    pads = tuple((own[0] + edge[0], 0) for own, edge in zip(first.window.pads, edges, strict=True))
+    return Joint(
+        first.window._replace(pads=cast(tuple[Pair, Pair], pads)),
+        (shifts[0], shifts[1]),
+        (size[0] + shifts[0], size[1] + shifts[1]),
+        window.reflect,
+    )
+
+
+def joint_filters(w: jax.Array, window: Window, size: Sequence[int]) -> jax.Array:
+    """The filters of all phases, those of one after those of another along their features.
+
+    Args:
+        w: The filters.
+        window: The window, with `upsample` 2.
+        size: Height and width of the images.
+    """
+    each = [
+        _folded(w, phase)
+        for row in phases(window, size, window.filters(w.shape)[:2])
+        for phase in row
+    ]
+    return jnp.concatenate(each, 3 if window.layout == "nhwc_hwcf" else 0)
+
+
 def implemented(problem: Problem) -> Problem:
-    """The convolution that implementations compute: itself, or the largest of its phases.
+    """The convolution that implementations compute: itself, the largest of its phases, or all.
 
     Example:
         >>> window = Window(pads=((1, 1), (1, 1)), upsample=2)
@@ -114,12 +178,18 @@ def implemented(problem: Problem) -> Problem:
     largest = max(every, key=lambda phase: math.prod(phase.taps))
     image = jax.ShapeDtypeStruct(window.laid_out(n, size[0], size[1], channels), problem.dtype)
     prepared = jax.eval_shape(partial(_prepared, window=window), image)
-    return problem._replace(
+    computed = problem._replace(
         shape=window.images(prepared.shape),
         kernel_height=largest.taps[0],
         kernel_width=largest.taps[1],
         window=largest.window,
     )
+    filters = window.filters_laid_out(*taps, channels // window.groups, problem.features)
+    found = joint(window, image.shape, filters) if platform() == "gpu" else None
+    if found is None:
+        return computed
+    own = _window_at_once(found, window, computed.shape[1:3], largest.taps)
+    return computed._replace(features=4 * problem.features, window=own)
 
 
 def forward(
@@ -134,7 +204,12 @@ def forward(
         w: The filters.
         bias: `[NF]`, or None.
     """
-    grid = _computed(run, window, x, w, bias)
+    found = None if platform() != "gpu" or sharded(w) else joint(window, x.shape, w.shape)
+    if found is None:
+        grid = _computed(run, window, x, w, bias)
+    else:
+        # Of four times the features, which fill a GPU's tiles, and which read the images once.
+        grid = _computed_at_once(run, window, found, x, w, bias)
     return _assembled(grid, window)
 
 
@@ -268,6 +343,40 @@ def _computed(
         [run(phase.window, images, _folded(w, phase), bias) for phase in row]
         for row in phases(window, size, window.filters(w.shape)[:2])
     ]
+
+
+def _computed_at_once(
+    run: Run, window: Window, found: Joint, x: jax.Array, w: jax.Array, bias: jax.Array | None
+) -> list[list[jax.Array]]:
+    """The outputs of each phase, cut out of one convolution."""
+    _, *size, _ = window.images(x.shape)
+    images, filters = _prepared(x, window), joint_filters(w, window, size)
+    seen = window.images(images.shape)[1:3]
+    own = _window_at_once(found, window, seen, window.filters(filters.shape)[:2])
+    y = run(own, images, filters, None if bias is None else jnp.tile(bias, 4))
+    n, *_, features = window.images(y.shape)
+
+    def cut(below: int, right: int) -> jax.Array:
+        v, u = below * found.shifts[0], right * found.shifts[1]
+        first = (2 * below + right) * (features // 4)
+        start = window.laid_out(0, v, u, first)
+        end = window.laid_out(n, v + size[0], u + size[1], first + features // 4)
+        return lax.slice(y, start, end)
+
+    return [[cut(below, right) for right in range(2)] for below in range(2)]
+
+
+def _window_at_once(
+    found: Joint, window: Window, size: Sequence[int], taps: Sequence[int]
+) -> Window:
+    """The window of the phases as one convolution, of prepared images of a size."""
+    pads = []
+    for axis in range(2):
+        edge = window.pads[axis][0] if window.reflect else 0
+        before = found.window.pads[axis][0] - edge
+        read = found.windows[axis] + found.window.dilation[axis] * (taps[axis] - 1)
+        pads.append((before, read - before - size[axis]))
+    return found.window._replace(pads=(pads[0], pads[1]))
 
 
 def _assembled(grid: list[list[jax.Array]], window: Window) -> jax.Array:

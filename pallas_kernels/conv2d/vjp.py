@@ -13,7 +13,12 @@ An implementation is a module with
 for `x [N, H, W, C]`, `w [HF, WF, C / groups, NF]` of one dtype and `bias [NF]` or None, or the
 layout "nchw_fchw" of `problem.Window`. Their windows never upsample: `upsampling` calls them for
 smaller convolutions that do the same. With `moments` a forward returns `(y, moments)`. Modules
-that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`.
+that JAX can look into, and so map with `vmap`, say so with `DIFFERENTIABLE = True`. A module that
+computes all of those smaller convolutions in one launch has
+
+    upsampled_with_moments(x, w, *, joint, out_dtype, precision, config) -> (y, moments)
+
+for the filters that `upsampling.joint_filters` makes.
 """
 
 from collections.abc import Callable
@@ -63,7 +68,8 @@ class Plan(NamedTuple):
         given: The tiles that the caller gave, for the backward pass too.
         backward: The request by which the backward rule chooses an implementation; None in a
             plan that is timed, which nobody differentiates.
-        whole_rows: Whether a row of taps is multiplied as one, see the module of that name.
+        whole_rows: Whether a row of taps is multiplied as one, see the module of that name; None
+            leaves it to that.
         request: The request by which `module` was chosen, None in a plan that is timed.
         stated: How the caller has stated that the output is split over a mesh.
     """
@@ -74,7 +80,7 @@ class Plan(NamedTuple):
     precision: jax.lax.Precision | None
     given: TileConfig | None
     backward: Request | None
-    whole_rows: bool = False
+    whole_rows: bool | None = None
     request: Request | None = None
     stated: sharding.Stated | None = None
 
@@ -108,6 +114,19 @@ class Plan(NamedTuple):
             request=backward,
         )
 
+    def rows_as_one(self, window: Window, filters: tuple[int, ...], dtype: jnp.dtype) -> bool:
+        """Whether a row of taps is multiplied as one.
+
+        Args:
+            window: The window.
+            filters: The shape of the filters in its layout.
+            dtype: The dtype of images and filters.
+        """
+        if self.whole_rows is not None:
+            return self.whole_rows
+        ours = not self.module.DIFFERENTIABLE
+        return whole_rows.unasked(window, window.filters(filters), dtype, ours=ours)
+
     def static_kwargs(self, window: Window) -> dict[str, object]:
         """The keyword arguments of every function of an implementation, for a window."""
         return {"window": window, "precision": self.precision, "config": self.config}
@@ -119,12 +138,15 @@ def tiles(given: TileConfig | None, chosen: Candidate) -> TileConfig | None:
     return given or (TileConfig(**own) if own else None)
 
 
-def takes_whole_rows(chosen: Candidate, shard: sharding.Shard = sharding.WHOLE) -> bool:
-    """Whether rows of taps multiplied as one were measured to be the fastest.
+def takes_whole_rows(chosen: Candidate, shard: sharding.Shard = sharding.WHOLE) -> bool | None:
+    """Whether rows of taps multiplied as one were measured to be the fastest; None: they were not.
 
     They become channels or features, which then cannot be split over a mesh.
     """
-    return bool(dict(chosen.config).get(whole_rows.NAME)) and not shard.splits(*"cfghw")
+    if shard.splits(*"cfghw"):
+        return False
+    found = dict(chosen.config).get(whole_rows.NAME)
+    return None if found is None else bool(found)
 
 
 def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
@@ -404,10 +426,23 @@ def _forward(
     static: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
     if moments:
         static["moments"] = True
-    whole = partial(whole_rows.forward, kernel) if plan.whole_rows else kernel
-    run = partial(whole, **static)
+
+    def run(window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> Tree:
+        rows = plan.rows_as_one(window, w.shape, x.dtype)
+        whole = partial(whole_rows.forward, kernel) if rows else kernel
+        return whole(window, x, w, bias, **static)
+
     if plan.window.upsample == 1:
         return run(plan.window, x, w, bias)
+    at_once = getattr(plan.module, "upsampled_with_moments", None)
+    if moments and at_once is not None and bias is None and activation is None:
+        size = plan.window.images(x.shape)[1:3]
+        joint = upsampling.joint(plan.window, x.shape, w.shape)
+        if joint is not None:
+            filters = upsampling.joint_filters(w, plan.window, size)
+            how = {"precision": plan.precision, "config": plan.config}
+            one = partial(at_once, joint=joint, out_dtype=out_dtype, **how)
+            return vmap_folding(one)(x, filters)
     upsampled = upsampling.forward_with_moments if moments else upsampling.forward
     return upsampled(run, plan.window, x, w, bias)
 
@@ -473,7 +508,11 @@ def _dx(
             ours=shards.ours(window),
         )
 
-    run = partial(whole_rows.input_grad, kernel) if plan.whole_rows else kernel
+    def run(window: Window, dy: jax.Array, w: jax.Array, **of_x: Any) -> jax.Array:
+        rows = plan.rows_as_one(window, w.shape, w.dtype)
+        whole = partial(whole_rows.input_grad, kernel) if rows else kernel
+        return whole(window, dy, w, **of_x)
+
     if plan.window.upsample == 1:
         return run(plan.window, dy, w, shape=shape, dtype=dtype)
     return upsampling.input_grad(run, plan.window, dy, w, shape=shape, dtype=dtype)
@@ -509,7 +548,11 @@ def _dw(
             ours=shards.ours(window),
         )
 
-    run = partial(whole_rows.weight_grad, kernel) if plan.whole_rows else kernel
+    def run(window: Window, x: jax.Array, dy: jax.Array, **of_w: Any) -> jax.Array:
+        rows = plan.rows_as_one(window, of_w["shape"], x.dtype)
+        whole = partial(whole_rows.weight_grad, kernel) if rows else kernel
+        return whole(window, x, dy, **of_w)
+
     if plan.window.upsample == 1:
         return run(plan.window, x, dy, shape=shape, dtype=dtype)
     return upsampling.weight_grad(run, plan.window, x, dy, shape=shape, dtype=dtype)

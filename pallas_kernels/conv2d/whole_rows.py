@@ -3,10 +3,12 @@
 Matrix units multiply blocks of 16 channels or more, and of three they leave most idle. Where the
 channels are the fewer, what a row of taps reads becomes the channels of one tap: 9 taps of 3
 channels are 27 values, and a 9x9 filter is 9x1. Where the features are, a row of taps becomes one
-tap to the features of all: 9x1 to 27 features, of which 9 are added, each at its tap's place.
+tap to the features of all: 9x1 to 27 features, of which 9 are added, each at its tap's place. The
+27 are filled up to 32, so that each pixel's begin where kernels read them 16 bytes at once.
 
 Any implementation multiplies. What is here is plain JAX around it, linear in x, in w and in what
-is multiplied. Which is the faster, the tuner finds out, see `offered`.
+is multiplied. On a GPU it is taken unasked for long rows, see `unasked`; which is the faster, the
+tuner finds out, see `offered`.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from pallas_kernels.common.device import platform
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Json, Keywords, Tree
 from pallas_kernels.conv2d.moments import of_rows
@@ -32,20 +35,57 @@ NAME = "whole_rows"
 
 _FEW = 16
 """The least channels that a matrix unit multiplies at once."""
+_LONG = 7
+"""The fewest taps of a row that is taken as one unasked: 9 were measured to be worth it."""
+_ALIGNED = 8
+"""Channels, or features, are filled up to a multiple of these, 16 bytes of 16 bits each."""
 
 
 def offered(problem: Problem) -> list[Json]:
     """The form that a search space has more where channels or features are few.
 
+    It is the one that a kernel of ours does not take unasked.
+
     Example:
-        >>> offered(Problem((2, 64, 64, 3), "bfloat16", 9, 9, 32, Window(), "bfloat16"))
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     offered(Problem((2, 64, 64, 3), "bfloat16", 9, 9, 32, Window(), "bfloat16"))
         [{'whole_rows': True}]
         >>> offered(Problem((2, 64, 64, 32), "bfloat16", 9, 9, 32, Window(), "bfloat16"))
         []
     """
-    few = min(problem.shape[-1], problem.features) < _FEW
-    taken = few and problem.kernel_width > 1 and problem.window.groups == 1
-    return [{NAME: True}] if taken else []
+    filters = problem.kernel_height, problem.kernel_width, problem.shape[-1], problem.features
+    if not _possible(problem.window, filters):
+        return []
+    return [{NAME: not unasked(problem.window, filters, problem.dtype, ours=True)}]
+
+
+def unasked(
+    window: Window, filters: tuple[int, int, int, int], dtype: DTypeLike, *, ours: bool
+) -> bool:
+    """Whether this form is taken where nothing was measured: for long rows of taps, on a GPU.
+
+    cuDNN writes what it reads in 16 bits, and the sums of a row's taps need more.
+
+    Args:
+        window: The window.
+        filters: `(HF, WF, C / groups, NF)`.
+        dtype: The dtype of images and filters.
+        ours: Whether a kernel of ours multiplies, and not XLA.
+
+    Example:
+        >>> with jax.default_device(jax.devices("cpu")[0]):
+        ...     unasked(Window(), (9, 9, 3, 32), "bfloat16", ours=True)
+        False
+    """
+    _, taps, channels, features = filters
+    narrow = jnp.dtype(dtype).itemsize == 2 and channels > features and not ours
+    return _possible(window, filters) and taps >= _LONG and platform() == "gpu" and not narrow
+
+
+def _possible(window: Window, filters: tuple[int, int, int, int]) -> bool:
+    """Whether channels or features are so few that there is something to win."""
+    _, taps, channels, features = filters
+    return min(channels, features) < _FEW and taps > 1 and window.groups == 1
 
 
 def forward(
@@ -154,15 +194,17 @@ class _Form:
         self._given = window
         self._images = images
         self._rows, self._outputs = window.output(window.images(images)[1:3], (height, self._taps))
-        down = (0, 0) if window.reflect else window.pads[0]
+        # Rows are mirrored by what gathers the taps, or else by what multiplies, which may do so
+        # as it reads.
+        mirrors = window.reflect and self.gathers
         self.window = window._replace(
             stride=(window.stride[0], 1),
-            pads=(down, (0, 0)),
+            pads=((0, 0) if mirrors else window.pads[0], (0, 0)),
             dilation=(window.dilation[0], 1),
-            reflect=False,
+            reflect=window.reflect and not mirrors,
         )
-        # Columns of the products to add: those of the images as they are, mirrored ones included.
-        self._columns = wide + (sum(window.pads[1]) if window.reflect else 0)
+        self._columns = wide
+        self._fill = -self._taps * min(channels, self._features) % _ALIGNED
 
     @property
     def _across(self) -> int:
@@ -178,23 +220,28 @@ class _Form:
             for j in range(self._taps)
         ]
 
-    def _zero_padded(self, x: jax.Array) -> jax.Array:
-        """Zeros before and after the columns, where nothing is mirrored; pads may be negative."""
+    def _padded(self, x: jax.Array) -> jax.Array:
+        """Zeros, or mirrored columns, before and after the columns; pads of zeros may be < 0."""
         if self._given.reflect:
-            return x
+            return mirrored(x, self._given._replace(pads=((0, 0), self._given.pads[1])))
         before, after = self._given.pads[1]
         none = (0, 0, 0)
         edges = self._given.laid_out(none, none, (before, after, 0), none)
         return lax.pad(x, jnp.zeros((), x.dtype), edges)
 
     def prepared(self, x: jax.Array) -> jax.Array:
-        """The images whose channels are those of a row of taps, or the mirrored ones."""
-        if self._given.reflect:
-            x = mirrored(x, self._given)
+        """The images, or those whose channels are those of a row of taps."""
         if not self.gathers:
             return x
+        if self._given.reflect:
+            x = mirrored(x, self._given._replace(pads=(self._given.pads[0], (0, 0))))
         channels = 3 if self._given.layout == "nhwc_hwcf" else 1
-        return jnp.concatenate(self._read(self._zero_padded(x)), channels)
+        reads = self._read(self._padded(x))
+        return self._filled(jnp.concatenate(reads, channels), channels)
+
+    def _filled(self, array: jax.Array, axis: int) -> jax.Array:
+        """The array with as many zeros after an axis as make it aligned."""
+        return jnp.pad(array, [(0, self._fill * (at == axis)) for at in range(4)])
 
     def folded(self, w: jax.Array) -> jax.Array:
         """The filters of one tap a row, with its taps as channels, or as features."""
@@ -202,15 +249,16 @@ class _Form:
             w = w.transpose(2, 3, 1, 0)
         height, taps, channels, features = w.shape
         if self.gathers:
-            w = w.reshape(height, 1, taps * channels, features)
+            w = self._filled(w.reshape(height, 1, taps * channels, features), 2)
         else:
             w = w.transpose(0, 2, 1, 3).reshape(height, 1, channels, taps * features)
+            w = self._filled(w, 3)
         return w if self._given.layout == "nhwc_hwcf" else w.transpose(3, 2, 0, 1)
 
     def added(self, products: jax.Array) -> jax.Array:
         """The output: of each tap of a row its features, at the columns that it reads."""
         channels = 3 if self._given.layout == "nhwc_hwcf" else 1
-        reads = self._read(self._zero_padded(products))
+        reads = self._read(self._padded(products))
         own = (
             lax.slice_in_dim(read, j * self._features, (j + 1) * self._features, axis=channels)
             for j, read in enumerate(reads)
@@ -222,6 +270,6 @@ class _Form:
         if self.gathers:
             return dy
         shape = self._given.laid_out(
-            dy.shape[0], self._rows, self._columns, self._taps * self._features
+            dy.shape[0], self._rows, self._columns, self._taps * self._features + self._fill
         )
         return transposed(self.added, shape, dy)

@@ -41,6 +41,8 @@ def narrowed_grad(
     # With a barrier: else XLA keeps the exponential of the forward pass in float32.
     before = lax.optimization_barrier(before)
     found = sloped(jnp.matmul(dy, kernel.T, precision=precision), before)
+    # With another: else XLA writes it in float32 for the sum, and reads it again to round it.
+    found = lax.optimization_barrier(found)
     return found, jnp.sum(found.astype(accumulation_dtype(dy.dtype)), axis=0)
 
 

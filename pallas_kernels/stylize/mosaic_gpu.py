@@ -11,8 +11,7 @@ may be the whole GPU; larger ones are read again, the latest first, as the L2 ca
   own. Warpgroup 0 also adds up what all have summed, and meets the other blocks of the group.
 - **Pipeline:** up to 8 stages a warpgroup, as many as shared memory holds, of a chunk of each
   input. Stages hold the chunks of an item until they are written, in place. Stages beyond those
-  are filled with the next item's. Where two items fit, the sums of the next are made before this
-  one's are awaited (`ahead`), so the meeting costs nothing but its latency in the first item.
+  are filled with the next item's while blocks meet.
 - **mbarriers:** `full` of a stage, one arrival for each TMA load. `loaded` of the parameters, of
   two items in turn. `written`, four arrivals: all warpgroups have put their sums where warpgroup 0
   reads them, which it tells by `free`. `ready`: it has put there what the others write by, which
@@ -22,23 +21,22 @@ may be the whole GPU; larger ones are read again, the latest first, as the L2 ca
   together, and meet by a cluster's mbarrier between two fences. More of them count on a semaphore
   in global memory, and wait for each other; all of them are resident, as there are no more than
   multiprocessors, and JAX runs no two such launches at once, which might wait for each other's for
-  ever. Of what distributed shared memory would save, a microsecond, `ahead` hides most.
+  ever. Distributed shared memory would save a microsecond of a meeting.
 - **Registers:** no `setmaxnreg`, since all roles are alike: of 128 a thread for four warpgroups
   `ptxas` takes 64 to 127, and spills none.
 
 Bytes: of 225 KiB of shared memory a block 160 are stages, in each of 132 blocks. In 16 bits a
 128² x 128 image is 4 MiB, 64 KiB for each of 64 blocks, or 8 blocks of a cluster have 128 KiB each
 of 32 channels; 256² x 64 are 8 MiB, 64 KiB for each of 128; 512² x 32 are 16 MiB, 128 KiB each, or
-64 in halves of 16 channels, whose rows of 32 bytes cost more to copy. With 64 KiB or less two items
-fit, and so `ahead` is possible. A multiprocessor's share of the memory's bandwidth is 30 KB a
-microsecond, so the 128 KB that such an item moves take longer than a meeting, about 3.5. The
-machine code has 8 instructions for each element in either pass, half of the time of the copies that
-it goes on during. On an H200 the fastest of these three took 1.5 to 1.9 copies, none of them with
-`ahead`, which is in the search space alone.
+64 in halves of 16 channels, whose rows of 32 bytes cost more to copy. A multiprocessor's share of
+the memory's bandwidth is 30 KB a microsecond, so the 128 KB that an item of 64 KiB moves take
+longer than a meeting, about 3.5. The machine code has 8 instructions for each element in either
+pass, half of the time of the copies that it goes on during. On an H200 the fastest of these three
+took 1.5 to 1.9 copies. Summing the next item before this one's sums are awaited was never faster.
 
 The sums are those of the Triton kernels: relative to the image's first pixel, which is subtracted
 exactly, by Welford's method in each thread, then combined as Chan, Golub and LeVeque say, in a
-fixed order. None of this has run on a GPU yet.
+fixed order.
 """
 
 import math
@@ -74,7 +72,7 @@ __all__ = ["DIFFERENTIABLE", "backward", "check", "forward", "search_space", "un
 DIFFERENTIABLE = False
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_SIZES = "channels", "members", "pixels", "ahead"
+_SIZES = "channels", "members", "pixels"
 """The names of the sizes that `search_space` offers."""
 _THREADS = 128
 """Threads of a warpgroup."""
@@ -149,7 +147,6 @@ class _Plan(NamedTuple):
         stages: Stages of a warpgroup's pipeline.
         groups: Groups, which take alternate items.
         items: The number of all items.
-        ahead: Whether the sums of an item are made before those of the item before are met for.
     """
 
     channels: int
@@ -159,7 +156,6 @@ class _Plan(NamedTuple):
     stages: int
     groups: int
     items: int
-    ahead: bool
 
     @property
     def rows(self) -> int:
@@ -200,7 +196,6 @@ class _Plan(NamedTuple):
         # A row of less than 128 bytes is part of a line of the cache, and 32 are the least of one.
         moved *= (1 + 48 / row) * max(1, 32 / row)
         kind = "none" if self.members == 1 else "cluster" if self.members <= _CLUSTER else "all"
-        # Sums made ahead take what they save.
         meeting, rounds = _MEETING[kind], pl.cdiv(self.items, self.groups)
         return rounds * (moved + meeting) + meeting
 
@@ -324,17 +319,15 @@ def _plans(call: _Call, most: int) -> list[_Plan]:
     for own in (8, 16, 32, 64, 128):
         unasked = _CHUNK // (own * call.itemsize)
         pixels = unasked, 2 * unasked, unasked // 2
-        for sizes in product((own,), members, pixels, (False, True)):
-            plan = _planned(call, most, *sizes)
+        for sizes in product(members, pixels):
+            plan = _planned(call, most, own, *sizes)
             # Others leave blocks without pixels.
             if plan is not None and plan.block * (plan.members - 1) < call.size:
                 found.append(plan)
     return sorted(dict.fromkeys(found), key=lambda plan: plan.cost(call))
 
 
-def _planned(
-    call: _Call, most: int, channels: int, members: int, pixels: int, ahead: bool
-) -> _Plan | None:
+def _planned(call: _Call, most: int, channels: int, members: int, pixels: int) -> _Plan | None:
     """Returns the plan of these sizes on so many multiprocessors, or None where there is none."""
     n, *_, c = call.shape
     rows = _THREADS * _VECTOR // channels
@@ -349,12 +342,10 @@ def _planned(
     fixed = (2 * call.parameters + 2 * _WARPGROUPS + call.told + 2) * tile
     stages = min(_STAGES, (SHARED - fixed) // (_WARPGROUPS * size))
     chunks = pl.cdiv(share, pixels)
-    plan = _Plan(channels, members, pixels, chunks, stages, min(items, groups), items, ahead)
+    plan = _Plan(channels, members, pixels, chunks, stages, min(items, groups), items)
     uneven = call.size % (members * plan.block)
     # Mosaic stores what is contiguous in memory without TMA's bounds, so beyond an image's end.
     if stages < (1 if plan.kept else 2) or channels == c and uneven:
-        return None
-    if ahead and (2 * chunks > stages or items <= plan.groups):
         return None
     return plan
 
@@ -367,14 +358,13 @@ def _plan(call: _Call, sizes: dict[str, int]) -> _Plan:
     most = _multiprocessors()
     plan = None
     if sizes:
-        channels, members, pixels, ahead = (sizes[name] for name in _SIZES)
-        plan = _planned(call, most, channels, members, pixels, bool(ahead))
+        plan = _planned(call, most, *(sizes[name] for name in _SIZES))
     return _plans(call, most)[0] if plan is None else plan
 
 
 def _sizes(plan: _Plan) -> dict[str, int]:
     """Returns what `search_space` says of a plan."""
-    return {name: int(getattr(plan, name)) for name in _SIZES}
+    return {name: getattr(plan, name) for name in _SIZES}
 
 
 def _launch(
@@ -621,16 +611,11 @@ class _Block:
             return ()
 
         def item(i: Index, carry: tuple[()]) -> tuple[()]:
-            if self.plan.ahead:
-                pl.when(i + 1 < self.count)(partial(self.tell, i + 1))
-            else:
-                self.tell(i)
+            self.tell(i)
             self.finish(i)
             return ()
 
         lax.fori_loop(0, self.plan.stages, prefill, ())
-        if self.plan.ahead:
-            self.tell(0)
         lax.fori_loop(0, self.count, item, ())
         # Who waits for an mbarrier has to wait for every phase of it.
         plgpu.barrier_wait(self.free)

@@ -699,6 +699,13 @@ def networks(monkeypatch):
 
 @pytest.mark.wide
 def test_networks(networks, monkeypatch, tmp_path):
+    graphs, made = [], wtconvnext.Network
+
+    def recorded(*arguments, **options):
+        graphs.append(options["graphs"])
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(wtconvnext, "Network", recorded)
     arguments = "--batch", 2, "--size", 8, "--profile", "--out", tmp_path
     result = bench(*arguments, "--work", "inference", benchmark="wtconvnext")
     assert "a profile needs a GPU" in str(result.exception)
@@ -712,6 +719,8 @@ def test_networks(networks, monkeypatch, tmp_path):
     monkeypatch.setattr(profile, "shares", summed)
     result = bench(*arguments, benchmark="wtconvnext")
     assert result.exit_code == 0, result.output
+    # Of a kernel of a CUDA graph the profiler tells no operation.
+    assert set(graphs) == {False}
     assert "where the time goes" in result.output and "…" not in result.output
     assert (tmp_path / "wtconvnext.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "wtconvnext.json").read_text())

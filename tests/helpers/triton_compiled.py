@@ -20,6 +20,7 @@ from pallas_kernels.common.triton import contiguous
 from pallas_kernels.conv2d import triton_launches as conv2d_launches
 from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.conv2d.shapes import SHAPES
+from pallas_kernels.conv2d.upsampling import joint
 from pallas_kernels.haar import triton_launches as haar_launches
 from pallas_kernels.sparse import triton_launches as sparse_launches
 from pallas_kernels.sparse.depthwise import triton_launches as depthwise_launches
@@ -81,7 +82,10 @@ def conv2d(dtype):
     conv2d_launches.input_grad(y, w, x.shape, window._replace(stride=(2, 2)), dtype, *rest)
     conv2d_launches.weight_grad(x, y, w.shape, window, *rest)
     conv2d_launches.forward_with_moments(x, w, x, window, None, dtype, *rest)
-    names = "conv", "conv transposed", "weights", "conv moments"
+    up = joint(Window(pads=((1, 1), (1, 1)), reflect=True, upsample=2), layer.x, layer.w)
+    filters = SimpleNamespace(shape=(2, 2, layer.channels, 4 * layer.features), dtype=dtype)
+    conv2d_launches.upsampled_with_moments(x, filters, up, dtype, *rest)
+    names = "conv", "conv transposed", "weights", "conv moments", "conv phases"
     return dict(zip(names, found, strict=True))
 
 

@@ -33,6 +33,7 @@ from pallas_kernels.conv2d import (
     conv2d,
     get_igemm_conv2d,
     moments,
+    upsampling,
     vjp,
     whole_rows,
     xla,
@@ -196,6 +197,35 @@ def test_transformations_of_upsampled_images(name, padding):
     assert_transformed(name, case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 3, 11, 3, 3, 3, 2, padding="reflect", bias=True, activation="relu", upsample=2),
+        pytest.param(
+            Case(1, 3, 13, 2, 5, 3, 3, 1, ((2, 2), (1, 1)), layout="nchw_fchw", upsample=2),
+            marks=pytest.mark.wide,
+        ),
+    ],
+    ids=lambda case: case.name,
+)
+def test_phases_of_upsampled_images_are_one_convolution_on_a_gpu(case, monkeypatch):
+    monkeypatch.setattr(upsampling, "platform", lambda: "gpu")
+    shapes, forward = [], xla.forward
+
+    def recorded(x, w, bias, **how):
+        shapes.append(w.shape)
+        return forward(x, w, bias, **how)
+
+    monkeypatch.setattr(xla, "forward", recorded)
+    x, w, bias, _ = arrays(case)
+    y = ours(case, "xla")(x, w, bias)
+    assert len(set(shapes)) == 1 and 4 * case.nf in shapes[0]
+    wide = (np.asarray(a, np.float64) for a in (x, w, bias) if a is not None)
+    x, w, *bias = wide
+    rest = {"bias": bias[0]} if bias else {}
+    np.testing.assert_allclose(y, oracle.conv2d(x, w, **rest, **case.arguments), atol=1e-5)
+
+
 def assert_transformed(name, case):
     """A transformation of ours is that of the same in plain JAX."""
     x, w, bias, _ = arrays(case)
@@ -213,6 +243,26 @@ def assert_transformed(name, case):
 )
 def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
     assert_whole_rows(case, xla, monkeypatch)
+
+
+def test_long_rows_of_taps_are_one_on_a_gpu_unasked(monkeypatch):
+    first, last, short, many = (9, 9, 3, 32), (9, 9, 32, 3), (3, 3, 3, 32), (9, 9, 32, 32)
+    which = [
+        (filters, dtype, ours)
+        for filters in (first, last, short, many)
+        for dtype in ("bfloat16", "float32")
+        for ours in (True, False)
+    ]
+
+    def taken():
+        found = (whole_rows.unasked(Window(), filters, dt, ours=o) for filters, dt, o in which)
+        return {one for one, taken in zip(which, found, strict=True) if taken}
+
+    assert taken() == set()
+    monkeypatch.setattr(whole_rows, "platform", lambda: "gpu")
+    # cuDNN writes 16 bits, which the sums of a row's taps are too many for.
+    ends = {one for one in which if one[0] in (first, last)}
+    assert taken() == ends - {(last, "bfloat16", False)}
 
 
 def test_rows_of_taps_are_multiplied_as_one_where_it_is_faster(monkeypatch):

@@ -68,8 +68,8 @@ def launched(monkeypatch, direction, shape, dtype, **sizes):
 # A single block, a cluster whose last block is not full, blocks that wait for each other.
 LOWERED = (
     ((2, 7, 5, 16), "float32", True, {}),
-    ((20, 17, 15, 64), "float16", False, dict(channels=16, members=2, pixels=32, ahead=1)),
-    ((3, 33, 32, 64), "bfloat16", True, dict(channels=32, members=33, pixels=16, ahead=0)),
+    ((20, 17, 15, 64), "float16", False, dict(channels=16, members=2, pixels=32)),
+    ((3, 33, 32, 64), "bfloat16", True, dict(channels=32, members=33, pixels=16)),
 )
 
 
@@ -160,13 +160,12 @@ def test_blocks_hold_every_pixel_once(name):
         assert plan.rows * plan.channels == 128 * 4 and plan.pixels % plan.rows == 0
         # What is kept is there until it is written; of what is not, a stage is filled meanwhile.
         assert plan.chunks <= plan.stages if plan.kept else plan.stages >= 2
-        assert not plan.ahead or 2 * plan.chunks <= plan.stages
 
 
 def test_what_was_measured_for_another_shape_may_not_be_possible():
     call = mosaic_gpu._call("fwd", Problem((1, 4, 4, 16), jnp.dtype("float32")))
-    asked = {"channels": 64, "members": 132, "pixels": 64, "ahead": 1}
-    for changes in ({}, {"channels": 128}, {"channels": 8, "members": 2}):
+    asked = {"channels": 64, "members": 132, "pixels": 64}
+    for changes in ({}, {"channels": 128}, {"channels": 8, "members": 200}):
         assert mosaic_gpu._plan(call, asked | changes) == mosaic_gpu._plan(call, {})
 
 
@@ -200,21 +199,21 @@ def planned(monkeypatch, **sizes):
 
 
 INTERPRETED = {
-    # Two blocks of a cluster, the second with three pixels, two items ahead of each other.
+    # Two blocks of a cluster, the second with three pixels; two items.
     "cluster": (
         Case(9, 15, 16, (1,), "relu", residual=True),
-        dict(channels=8, members=2, pixels=64, ahead=1),
+        dict(channels=8, members=2, pixels=64),
     ),
     "far mean": (
         Case(5, 7, 16, (2,), mean=1e4),
-        dict(channels=8, members=1, pixels=64, ahead=0),
+        dict(channels=8, members=1, pixels=64),
     ),
     "bfloat16": (
         Case(16, 8, 64, (1,), "relu", styles=True, dtype="bfloat16"),
-        dict(channels=32, members=2, pixels=16, ahead=1),
+        dict(channels=32, members=2, pixels=16),
     ),
     # Several chunks of a warpgroup, in as many stages.
-    "kept": (Case(19, 33, 16, (1,)), dict(channels=8, members=1, pixels=64, ahead=0)),
+    "kept": (Case(19, 33, 16, (1,)), dict(channels=8, members=1, pixels=64)),
 }
 
 
@@ -236,7 +235,7 @@ def test_interpreted_kernels_are_the_oracles(interpreted, name, monkeypatch):
 @pytest.mark.slow
 def test_what_does_not_fit_is_read_again(interpreted, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "_STAGES", 2)
-    planned(monkeypatch, channels=8, members=1, pixels=64, ahead=0)
+    planned(monkeypatch, channels=8, members=1, pixels=64)
     case = Case(20, 37, 16, (1,), "relu")
     for direction in DIRECTIONS:
         assert not mosaic_gpu._plan(mosaic_gpu._call(direction, problem(case)), {}).kept
@@ -250,7 +249,7 @@ def test_more_blocks_than_a_warpgroup_reads_at_once(interpreted, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 8)
     monkeypatch.setattr(mosaic_gpu, "_WARPGROUPS", 1)
     monkeypatch.setattr(mosaic_gpu, "_ENTRIES", 2)
-    planned(monkeypatch, channels=64, members=8, pixels=16, ahead=0)
+    planned(monkeypatch, channels=64, members=8, pixels=16)
     case = Case(20, 37, 128, (1,), "relu")
     got = mosaic_gpu.forward(*given(case), None, eps=1e-5, activation="relu")
     want = xla.forward(*given(case), None, eps=1e-5, activation="relu")

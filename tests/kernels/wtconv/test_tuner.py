@@ -164,7 +164,7 @@ def test_the_transforms_choose_by_measurement_too(monkeypatch, measured, kind, s
     assert all("ms" in one for one in entry["measured"])
 
 
-@pytest.mark.parametrize("pauses", [(), (1, 2)], ids=["nothing", "products"])
+@pytest.mark.parametrize("pauses", [(), (1, 2)], ids=["nothing", "pauses"])
 def test_calls_of_an_accelerator_are_timed_behind_other_work(monkeypatch, pauses):
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     monkeypatch.setattr(measurement, "_PAUSE_SIZE", 256)
