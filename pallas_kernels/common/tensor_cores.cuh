@@ -197,6 +197,17 @@ DEVICE void stored() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 
+// Gives registers of each thread back, or takes such as others gave: all of four warps, which begin at
+// a multiple of four.
+template <int COUNT>
+DEVICE void registers_less() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+DEVICE void registers_more() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
 // Lets copies of boxes read what this thread has written to shared memory.
 DEVICE void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -243,6 +254,10 @@ DEVICE void stored() {
   cuda_on_cpu::stored(PENDING);
 }
 DEVICE void publish() {}
+template <int COUNT>
+DEVICE void registers_less() {}
+template <int COUNT>
+DEVICE void registers_more() {}
 
 #endif
 

@@ -1,8 +1,8 @@
-"""The launches of `folded_kernels.cu`, for any framework: 16 bits, odd kernels, on tensor cores.
+"""The launches of the `folded_*.cu`, for any framework: 16 bits, odd kernels, on tensor cores.
 
-Where images of a level fit into a block's shared memory, one launch does it and all below. Above
-are means of squares first, those of two levels in one launch; then each level from the deepest one
-on, which adds what the level below has made.
+Where images of a level fit into a block's shared memory, one launch does it and all below, from the
+pixels of the level above. Above are means of squares first, a launch a level; then each level from
+the deepest one on, which adds what the level below has made.
 """
 
 import math
@@ -14,7 +14,7 @@ from pallas_kernels.common.cuda import Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
 
-SOURCE = Path(__file__).with_name("folded_kernels.cu")
+_FOLDER = Path(__file__).parent
 
 KERNEL_SIZES = 3, 5, 7
 """The kernel sizes that there are products for."""
@@ -22,8 +22,16 @@ _BFLOAT16 = 80
 """The compute capability times ten from which on tensor cores take bfloat16."""
 _BLOCKS = 16
 """Blocks of four columns that a product has rows for."""
-_SMALL = 16
-"""The largest images that one launch does all levels of: larger ones took as long, on an H200."""
+_HOPPER = 90
+"""The compute capability times ten of GPUs whose warps give each other registers by the same
+instructions as an H200's."""
+_COPIERS = 4
+"""Warps that give their registers back, of which a thread starts copies."""
+_WARPS = 12
+"""Warps of a multiprocessor that do all levels of small images: registers are enough for them."""
+TOGETHER = 32
+"""The longest side of images that one launch does all levels of, where it has room: by what is read
+and multiplied, see docs/performance.md; see `search_space`."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
 _MEANS_THREADS = 256
@@ -34,7 +42,7 @@ _OFFSETS = 2**31
 
 
 class Variant(NamedTuple):
-    """The constants that a kernel is compiled with; see the macros of `folded_kernels.cu`."""
+    """The constants of a kernel of one level; see the macros of `folded_streams.cuh`."""
 
     kernel: str
     bfloat16: bool
@@ -49,26 +57,14 @@ class Variant(NamedTuple):
     boxed: bool
     below: bool = False
     stages: int = 2
+    apart: bool = False
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
-        macros = {
-            self.kernel.upper(): 1,
-            "BFLOAT16": int(self.bfloat16),
-            "KERNEL_SIZE": self.kernel_size,
-            "ACROSS": self.across,
-            "IMAGES": self.images,
-            "PAIRS": self.pairs,
-            "STAGES": self.stages,
-            "VECTOR": self.vector,
-            "GROUP": self.group,
-            "GROUPS": self.groups,
-            "RESIDENT": self.resident,
-            "BOXED": int(self.boxed),
-            "BELOW": int(self.below),
-        }
-        name, threads = f"folded_{self.kernel}", 32 * self.groups
-        return Kernel(SOURCE, name, tuple(macros.items()), threads, self.shared(), self._boxes())
+        name, threads = f"folded_{self.kernel}", 32 * (self.groups + _COPIERS * self.apart)
+        macros = (*_macros(self), (self.kernel.upper(), 1))
+        shared, boxes = self.shared(), self._boxes()
+        return Kernel(_source(name), name, macros, threads, shared, boxes, self.apart)
 
     def _boxes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """The boxes of the images, by the numbers of the parameters."""
@@ -135,13 +131,16 @@ class Variant(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The constants of the kernel that does some levels of whole images."""
+    """The constants of the kernel of some levels; see the macros of `folded_levels.cu`."""
 
     bfloat16: bool
     kernel_size: int
     levels: int
     height: int
-    width: int
+    wide: int
+    halved: bool
+    high: int
+    broad: int
     images: int
     vector: int
     group: int
@@ -150,34 +149,35 @@ class Whole(NamedTuple):
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
-        macros = {
-            "LEVELS": self.levels,
-            "BFLOAT16": int(self.bfloat16),
-            "KERNEL_SIZE": self.kernel_size,
-            "HEIGHT": self.height,
-            "WIDE": self.width,
-            "IMAGES": self.images,
-            "VECTOR": self.vector,
-            "GROUP": self.group,
-            "GROUPS": self.groups,
-            "RESIDENT": self.resident,
-        }
-        threads = 32 * self.groups
-        return Kernel(SOURCE, "folded_levels", tuple(macros.items()), threads, self.shared())
+        name, threads = "folded_levels", 32 * self.groups
+        return Kernel(_source(name), name, _macros(self), threads, self.shared())
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
-        halo = 4 * (self.kernel_size // 2)
-        return sum(
-            _group_bytes(self.images * 2 * cdiv(h, 2) * (4 * cdiv(w, 4) + halo), self)
-            for _, h, w, _ in (
-                _means_shape((1, self.height, self.width, 1), level) for level in range(self.levels)
-            )
+        halo = 4 * (self.kernel_size // 2) // 2
+        sizes = [
+            _means_shape((1, self.height, self.wide, 1), level)[1:3] for level in range(self.levels)
+        ]
+        lines = [4 * cdiv(w, 4) + halo for _, w in sizes]
+        levels = sum(
+            _group_bytes(halo + self.images * 2 * cdiv(h, 2) * line, self)
+            for (h, _), line in zip(sizes, lines, strict=True)
         )
+        return levels + cdiv(2 * self.group * 2 * lines[0], 16) * 16
 
     def blocks(self, shape: tuple[int, ...]) -> int:
         """Thread blocks of images `[N, H, W, C]`."""
         return cdiv(shape[0], self.images) * cdiv(shape[-1], self.group * self.groups)
+
+
+def _source(name: str) -> Path:
+    return _FOLDER / f"{name}.cu"
+
+
+def _macros(variant: Variant | Whole) -> tuple[tuple[str, int], ...]:
+    """The numbers of a variant, by the names of the macros that they are."""
+    numbers = variant._asdict().items()
+    return tuple((name.upper(), int(value)) for name, value in numbers if name != "kernel")
 
 
 def _group_bytes(pixels: int, variant: Variant | Whole) -> int:
@@ -185,9 +185,14 @@ def _group_bytes(pixels: int, variant: Variant | Whole) -> int:
     return variant.groups * (cdiv(2 * variant.group * pixels, 128) * 128 + 16)
 
 
-def search_space() -> list[dict[str, int]]:
-    """The numbers of blocks of a multiprocessor that are worth timing; see `planned`."""
-    return [{}, {"resident": 1}, {"resident": 2}]
+def search_space(direction: str) -> list[dict[str, int]]:
+    """What is worth timing; see `forward`, by which gradients of x are computed too.
+
+    Args:
+        direction: "fwd" or "bwd".
+    """
+    less = [{}, {"together": 16}, {"together": 8}, {"apart": 0}]
+    return [*less, {"resident": 1}, {"resident": 2}] if direction == "fwd" else less
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
@@ -207,6 +212,7 @@ def planned(
     device: Device,
     resident: int | None = None,
     below: bool = False,
+    apart: bool = True,
 ) -> Variant:
     """The variant for images `[N, H, W, C]`.
 
@@ -219,6 +225,7 @@ def planned(
         resident: Blocks of a multiprocessor that copy in pieces, 1 of 32 channels or 2 of 16; None
             for the rule's: one, which copies boxes where it can.
         below: Whether something is added to squares.
+        apart: Whether a warp of its own starts the copies of boxes, which weights have not.
     """
     n, h, w, c = shape
     group = 2 if kernel_size == 7 else 4
@@ -233,6 +240,7 @@ def planned(
     one = Variant(
         *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
         *(group, groups, resident or 1, boxed, below, _STAGES[boxed]),
+        apart=apart and boxed and kernel == "forward" and device.capability == _HOPPER,
     )
     high = cdiv(h, 2)
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
@@ -242,26 +250,41 @@ def planned(
         best = best._replace(stages=best.stages - 1)
     if resident is None and best.shared() > share:
         # A Turing's 64 KB are too few for sixteen images of 32 channels.
-        return planned(kernel, shape, dtype, kernel_size, device, 2, below)
+        return planned(kernel, shape, dtype, kernel_size, device, 2, below, apart)
     return best
 
 
 @cache
 def whole(
-    shape: tuple[int, ...], dtype: str, kernel_size: int, levels: int, device: Device
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    above: tuple[int, ...] | None = None,
+    together: int = TOGETHER,
 ) -> Whole | None:
-    """The variant that does some levels of images `[N, H, W, C]`, or None where it has no room.
+    """The variant that does some levels of images, or None where it has no room.
 
-    Two blocks of a multiprocessor, so that one computes while another waits for memory.
+    Args:
+        shape: The images', `[N, H, W, C]`.
+        dtype: "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        levels: The number of levels.
+        device: The GPU.
+        above: The shape of the images whose means of squares these are, if they are.
+        together: The longest side of images that are taken.
     """
     n, h, w, c = shape
     across = cdiv(w, 4)
-    if max(h, w) > _SMALL:
+    if max(h, w) > min(together, 4 * _BLOCKS):
         return None
     group = 2 if kernel_size == 7 else 4
+    _, high, broad, _ = above or shape
+    groups = 4 if group == 4 else 6
     found = Whole(
-        *(dtype == "bfloat16", kernel_size, levels, h, w, min(n, _BLOCKS // across)),
-        *(math.gcd(group, c), group, 4, 2),
+        *(dtype == "bfloat16", kernel_size, levels, h, w, above is not None, high, broad),
+        *(min(n, max(1, _BLOCKS // across)), math.gcd(8, c), group, groups, _WARPS // groups),
     )
     while found.images > 1 and found.shared() > device.share(found.resident):
         found = found._replace(images=found.images - 1)
@@ -280,6 +303,8 @@ def forward(
     launch: Launch[AnyArray],
     *,
     resident: int | None = None,
+    together: int = TOGETHER,
+    apart: int = 1,
 ) -> AnyArray:
     """The wavelet convolution.
 
@@ -295,26 +320,30 @@ def forward(
         device: The GPU.
         launch: The framework's launch function.
         resident: See `planned`.
+        together: The longest side of images that one launch does all levels of.
+        apart: See `planned`.
 
     Returns:
         y in x's shape and dtype.
     """
     sizes = [_means_shape(shape, level) for level in range(levels)]
-    together = [
-        whole(size, dtype, kernel_size, levels - level, device) for level, size in enumerate(sizes)
+    fitting = [
+        whole(size, dtype, kernel_size, levels - level, device, above, together)
+        for level, (size, above) in enumerate(zip(sizes, [None, *sizes], strict=False))
     ]
     # The first level that is done with all below it, if one is.
-    above = next((level for level, one in enumerate(together) if one), levels)
-    images = [x, *means(x, shape, dtype, min(above, levels - 1), launch)]
+    first = next((level for level, one in enumerate(fitting) if one), levels)
+    images = [x, *means(x, shape, dtype, max(min(first, levels) - 1, 0), launch)]
     below = None
-    if above < levels and (one := together[above]):
-        n, _, _, c = size = sizes[above]
-        arguments = [images[above], taps, None if above else bias, above, n, c]
+    if first < levels and (one := fitting[first]):
+        n, _, _, c = size = sizes[first]
+        arguments = [images[-1], taps, None if first else bias, first, n, c]
         (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
-    for level in reversed(range(above)):
+    for level in reversed(range(first)):
         n, h, w, c = size = sizes[level]
         added = below is not None
-        variant = planned("forward", size, dtype, kernel_size, device, resident, added)
+        about = size, dtype, kernel_size, device
+        variant = planned("forward", *about, resident, added, bool(apart))
         programs = variant.programs(size, device)
         arguments = [images[level], taps, *[below] * (added or not variant.boxed)]
         arguments += [None if level else bias, level]
@@ -343,8 +372,8 @@ def means(
     """
     found: list[AnyArray] = []
     vector = math.gcd(8, shape[-1])
-    macros = {"MEANS": 1, "BFLOAT16": int(dtype == "bfloat16"), "VECTOR": vector}
-    kernel = Kernel(SOURCE, "folded_means", tuple(macros.items()), _MEANS_THREADS, 0)
+    macros = ("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector)
+    kernel = Kernel(_source("folded_means"), "folded_means", macros, _MEANS_THREADS, 0)
     for level in range(levels):
         (n, h, w, c), size = (_means_shape(shape, level + i) for i in range(2))
         blocks = cdiv(math.prod(size) // vector, _MEANS_THREADS)
