@@ -201,10 +201,12 @@ DEVICE void stored() {
 // a multiple of four.
 template <int COUNT>
 DEVICE void registers_less() {
+  __syncwarp();
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 template <int COUNT>
 DEVICE void registers_more() {
+  __syncwarp();
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 

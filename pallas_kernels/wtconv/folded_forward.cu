@@ -307,20 +307,21 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
     made();
   }
   __syncthreads();
-  if (threadIdx.x == COPIER) {
-#pragma unroll 1
-    for (int i = 0; i < STAGES; i++) fill(i);
-  }
 #if APART
   if (warp >= GROUPS) {
     registers_less<40>();
     if (threadIdx.x != COPIER) return;
+#pragma unroll 1
+    for (int i = 0; i < STAGES; i++) fill(i);
 #pragma unroll 1
     while (storing.tile < tiles) retire();
     stored<0>();
     return;
   }
   registers_more<232>();
+#else
+  if (threadIdx.x == COPIER)
+    for (int i = 0; i < STAGES; i++) fill(i);
 #endif
 
   Matrix matrix;

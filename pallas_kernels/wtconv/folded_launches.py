@@ -6,6 +6,7 @@ the deepest one on, which adds what the level below has made.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,12 @@ _BLOCKS = 16
 _HOPPER = 90
 """The compute capability times ten of GPUs whose warps give each other registers by the same
 instructions as an H200's."""
+APART = 1
+"""Whether a warp of its own starts the copies of boxes, on GPUs that can; see `search_space`."""
 _COPIERS = 4
 """Warps that give their registers back, of which a thread starts copies."""
+_GROUPS = 4
+"""Groups of channels of a block that does all levels of small images."""
 _WARPS = 12
 """Warps of a multiprocessor that do all levels of small images: registers are enough for them."""
 TOGETHER = 32
@@ -147,10 +152,13 @@ class Whole(NamedTuple):
     groups: int
     resident: int
 
-    def compiled(self) -> Kernel:
-        """The kernel to launch."""
-        name, threads = "folded_levels", 32 * self.groups
-        return Kernel(_source(name), name, _macros(self), threads, self.shared())
+    def compiled(self, bands: bool = False) -> Kernel:
+        """The kernel to launch, or that of the means of all levels alone."""
+        name, macros = (
+            "folded_bands" if bands else "folded_levels",
+            (*_macros(self), ("BANDS", int(bands))),
+        )
+        return Kernel(_source("folded_levels"), name, macros, 32 * self.groups, self.shared())
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
@@ -185,14 +193,24 @@ def _group_bytes(pixels: int, variant: Variant | Whole) -> int:
     return variant.groups * (cdiv(2 * variant.group * pixels, 128) * 128 + 16)
 
 
-def search_space(direction: str) -> list[dict[str, int]]:
-    """What is worth timing; see `forward`, by which gradients of x are computed too.
+def search_space(
+    direction: str, shape: tuple[int, ...], levels: int, device: Device
+) -> list[dict[str, int]]:
+    """What is worth timing for images `[N, H, W, C]`; see `forward` and `weight_grad`.
 
     Args:
         direction: "fwd" or "bwd".
+        shape: The images'.
+        levels: The number of levels.
+        device: The GPU.
     """
-    less = [{}, {"together": 16}, {"together": 8}, {"apart": 0}]
-    return [*less, {"resident": 1}, {"resident": 2}] if direction == "fwd" else less
+    sides = [max(_means_shape(shape, level)[1:3]) for level in range(levels)]
+    found: list[dict[str, int]] = [{}]
+    # Whole images of fewer levels, and of none.
+    found += [{"together": side - 1} for side in sides if 4 < side <= TOGETHER]
+    if device.boxes and device.capability == _HOPPER and shape[-1] % 8 == 0:
+        found.append({"apart": 1 - APART})
+    return [*found, {"resident": 1}, {"resident": 2}] if direction == "fwd" else found
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
@@ -212,7 +230,7 @@ def planned(
     device: Device,
     resident: int | None = None,
     below: bool = False,
-    apart: bool = True,
+    apart: int = APART,
 ) -> Variant:
     """The variant for images `[N, H, W, C]`.
 
@@ -225,7 +243,7 @@ def planned(
         resident: Blocks of a multiprocessor that copy in pieces, 1 of 32 channels or 2 of 16; None
             for the rule's: one, which copies boxes where it can.
         below: Whether something is added to squares.
-        apart: Whether a warp of its own starts the copies of boxes, which weights have not.
+        apart: Whether a warp of its own starts the copies of boxes.
     """
     n, h, w, c = shape
     group = 2 if kernel_size == 7 else 4
@@ -240,7 +258,7 @@ def planned(
     one = Variant(
         *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
         *(group, groups, resident or 1, boxed, below, _STAGES[boxed]),
-        apart=apart and boxed and kernel == "forward" and device.capability == _HOPPER,
+        apart=bool(apart) and boxed and device.capability == _HOPPER,
     )
     high = cdiv(h, 2)
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
@@ -281,10 +299,9 @@ def whole(
         return None
     group = 2 if kernel_size == 7 else 4
     _, high, broad, _ = above or shape
-    groups = 4 if group == 4 else 6
     found = Whole(
         *(dtype == "bfloat16", kernel_size, levels, h, w, above is not None, high, broad),
-        *(min(n, max(1, _BLOCKS // across)), math.gcd(8, c), group, groups, _WARPS // groups),
+        *(min(n, max(1, _BLOCKS // across)), math.gcd(8, c), group, _GROUPS, _WARPS // _GROUPS),
     )
     while found.images > 1 and found.shared() > device.share(found.resident):
         found = found._replace(images=found.images - 1)
@@ -304,7 +321,7 @@ def forward(
     *,
     resident: int | None = None,
     together: int = TOGETHER,
-    apart: int = 1,
+    apart: int = APART,
 ) -> AnyArray:
     """The wavelet convolution.
 
@@ -333,7 +350,8 @@ def forward(
     ]
     # The first level that is done with all below it, if one is.
     first = next((level for level, one in enumerate(fitting) if one), levels)
-    images = [x, *means(x, shape, dtype, max(min(first, levels) - 1, 0), launch)]
+    about = dtype, kernel_size, device
+    images = [x, *means(x, sizes[: max(first, 1)], *about, launch, together)]
     below = None
     if first < levels and (one := fitting[first]):
         n, _, _, c = size = sizes[first]
@@ -342,8 +360,7 @@ def forward(
     for level in reversed(range(first)):
         n, h, w, c = size = sizes[level]
         added = below is not None
-        about = size, dtype, kernel_size, device
-        variant = planned("forward", *about, resident, added, bool(apart))
+        variant = planned("forward", size, *about, resident, added, apart)
         programs = variant.programs(size, device)
         arguments = [images[level], taps, *[below] * (added or not variant.boxed)]
         arguments += [None if level else bias, level]
@@ -356,29 +373,43 @@ def forward(
 
 
 def means(
-    x: AnyArray, shape: tuple[int, ...], dtype: str, levels: int, launch: Launch[AnyArray]
+    x: AnyArray,
+    sizes: Sequence[tuple[int, ...]],
+    dtype: str,
+    kernel_size: int,
+    device: Device,
+    launch: Launch[AnyArray],
+    together: int = TOGETHER,
 ) -> list[AnyArray]:
     """The means of the squares of two rows and columns, of their squares, and so on.
 
     Args:
         x: Contiguous images `[N, H, W, C]`.
-        shape: x's.
+        sizes: The shapes of x and of the means of each level.
         dtype: x's, "bfloat16" or "float16".
-        levels: How often.
+        kernel_size: That of the convolution that they are for.
+        device: The GPU.
         launch: The framework's launch function.
+        together: The longest side of images that one launch makes the means of all levels of.
 
     Returns:
         An array a level, in x's dtype.
     """
     found: list[AnyArray] = []
-    vector = math.gcd(8, shape[-1])
+    (n, _, _, c), image = sizes[0], x
+    vector = math.gcd(8, c)
     macros = ("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector)
     kernel = Kernel(_source("folded_means"), "folded_means", macros, _MEANS_THREADS, 0)
-    for level in range(levels):
-        (n, h, w, c), size = (_means_shape(shape, level + i) for i in range(2))
+    for level in range(1, len(sizes)):
+        above, *below = sizes[level - 1 :]
+        size = below[0]
+        if one := whole(size, dtype, kernel_size, len(below), device, above, together):
+            outputs = [(each, dtype) for each in below]
+            return found + launch(one.compiled(True), [image, n, c], outputs, one.blocks(size))
+        _, h, w, _ = above
         blocks = cdiv(math.prod(size) // vector, _MEANS_THREADS)
-        image = found[-1] if found else x
-        found += launch(kernel, [image, n, c, h, w], [(size, dtype)], blocks)
+        (image,) = launch(kernel, [image, n, c, h, w], [(size, dtype)], blocks)
+        found.append(image)
     return found
 
 
@@ -394,6 +425,8 @@ def weight_grad(
     launch: Launch[AnyArray],
     *,
     resident: int | None = None,
+    together: int = TOGETHER,
+    apart: int = APART,
 ) -> list[AnyArray]:
     """The weight gradients of the folded taps, of each level.
 
@@ -408,16 +441,19 @@ def weight_grad(
         device: The GPU.
         launch: The framework's launch function.
         resident: See `planned`.
+        together: See `means`.
+        apart: See `planned`.
 
     Returns:
         For each level float32 `[programs, C, 16 * k * k + 1]`, to be summed over the programs: the
         gradients of the folded taps and of the bias, of level i a 4**i-th of them.
     """
     found = []
-    of_x, of_dy = ([a, *means(a, shape, dtype, levels - 1, launch)] for a in (x, dy))
-    for level in range(levels):
-        size = _means_shape(shape, level)
-        variant = planned("weights", size, dtype, kernel_size, device, resident)
+    sizes = [_means_shape(shape, level) for level in range(levels)]
+    about = dtype, kernel_size, device
+    of_x, of_dy = ([a, *means(a, sizes, *about, launch, together)] for a in (x, dy))
+    for level, size in enumerate(sizes):
+        variant = planned("weights", size, *about, resident, apart=apart)
         n, h, w, c = size
         programs = variant.programs(size, device)
         arguments = [of_x[level], of_dy[level], table, n, c, h, w, programs]

@@ -13,6 +13,7 @@
 //   HALVED           whether these are the means of the squares of x, 0: they are x
 //   HIGH, BROAD      rows and columns of x
 //   IMAGES           images of a thread block
+//   BANDS            1 for the kernel that stores the means of all levels, and does no more
 
 #include "folded.cuh"
 #include "folded_means.cuh"
@@ -80,15 +81,18 @@ DEVICE void load(const Scalar* __restrict__ x, int first, int image, int count, 
   }
 }
 
-// The same the other way.
+// The same the other way, of any level.
+template <int LEVEL>
 DEVICE void store(const unsigned char* shared, int first, int image, int count, int channels,
                   Scalar* __restrict__ y) {
-  typedef Level<0> Here;
-  constexpr int PIECES = TOGETHER / VECTOR, ITEMS = IMAGES * HEIGHT * WIDE * PIECES;
+  typedef Level<LEVEL> Here;
+  constexpr int ROWS = Here::ROWS, COLUMNS = Here::COLUMNS;
+  constexpr int PIECES = TOGETHER / VECTOR, ITEMS = IMAGES * ROWS * COLUMNS * PIECES;
 #pragma unroll 4
   for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
     const int piece = item % PIECES * VECTOR, pixel = item / PIECES;
-    const int column = pixel % WIDE, row = pixel / WIDE % HEIGHT, which = pixel / (WIDE * HEIGHT);
+    const int column = pixel % COLUMNS, row = pixel / COLUMNS % ROWS;
+    const int which = pixel / (COLUMNS * ROWS);
     if (first + piece >= channels || image + which >= count) continue;
     Piece found;
 #pragma unroll
@@ -99,7 +103,7 @@ DEVICE void store(const unsigned char* shared, int first, int image, int count, 
 #pragma unroll
       for (int j = 0; j < MOST; j++) found.at[i + j] = part.at[j];
     }
-    *reinterpret_cast<Piece*>(y + (Offset(image) * HEIGHT * WIDE + pixel) * channels + first +
+    *reinterpret_cast<Piece*>(y + (Offset(image) * ROWS * COLUMNS + pixel) * channels + first +
                               piece) = found;
   }
 }
@@ -230,6 +234,62 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
   }
 }
 
+// The channels and images of a thread block.
+struct Share {
+  int first, image;
+
+  DEVICE static Share mine(int channels) {
+    const int chunks = (channels + TOGETHER - 1) / TOGETHER;
+    return {int(blockIdx.x) % chunks * TOGETHER, int(blockIdx.x) / chunks * IMAGES};
+  }
+};
+
+// Brings a thread block's images into shared memory, and makes the means of all levels.
+DEVICE void begin(const Scalar* __restrict__ x, const Share& share, int count, int channels,
+                  unsigned char* shared) {
+#pragma unroll 1
+  for (int at = 16 * int(threadIdx.x); at < END; at += 16 * THREADS)
+    *reinterpret_cast<Eight*>(shared + at) = {};
+  __syncthreads();
+  load(x, share.first, share.image, count, channels, shared);
+  __syncthreads();
+  if constexpr (LEVELS > 1) make_means<1>(shared);
+}
+
+#if BANDS
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+folded_bands(const Scalar* __restrict__ x, int count, int channels,
+#if LEVELS > 1
+             Scalar* __restrict__ y0,
+#endif
+#if LEVELS > 2
+             Scalar* __restrict__ y1,
+#endif
+#if LEVELS > 3
+             Scalar* __restrict__ y2,
+#endif
+             Scalar* __restrict__ last) {
+  static_assert(LEVELS <= 4, "");
+  SHARED(shared_memory);
+  unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
+  const Share share = Share::mine(channels);
+  begin(x, share, count, channels, shared);
+  __syncthreads();
+#if LEVELS > 1
+  store<0>(shared, share.first, share.image, count, channels, y0);
+#endif
+#if LEVELS > 2
+  store<1>(shared, share.first, share.image, count, channels, y1);
+#endif
+#if LEVELS > 3
+  store<2>(shared, share.first, share.image, count, channels, y2);
+#endif
+  store<LEVELS - 1>(shared, share.first, share.image, count, channels, last);
+}
+
+#else
+
 // All levels from `level` on of IMAGES images and TOGETHER channels in each block. Taps are those of
 // all levels; `bias [C]`, which may be null, is added to all pixels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -238,16 +298,12 @@ folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
               Scalar* __restrict__ y) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
-  const int chunks = (channels + TOGETHER - 1) / TOGETHER;
-  const int first = int(blockIdx.x) % chunks * TOGETHER, image = int(blockIdx.x) / chunks * IMAGES;
-#pragma unroll 1
-  for (int at = 16 * int(threadIdx.x); at < END; at += 16 * THREADS)
-    *reinterpret_cast<Eight*>(shared + at) = {};
+  const Share share = Share::mine(channels);
+  begin(x, share, count, channels, shared);
+  const int own = share.first + GROUP * (int(threadIdx.x) / 32);
+  make_level<0>(taps, bias, level, own, channels, shared);
   __syncthreads();
-  load(x, first, image, count, channels, shared);
-  __syncthreads();
-  if constexpr (LEVELS > 1) make_means<1>(shared);
-  make_level<0>(taps, bias, level, first + GROUP * (int(threadIdx.x) / 32), channels, shared);
-  __syncthreads();
-  store(shared, first, image, count, channels, y);
+  store<0>(shared, share.first, share.image, count, channels, y);
 }
+
+#endif

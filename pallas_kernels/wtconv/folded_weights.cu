@@ -102,7 +102,7 @@ struct Products {
 // Weight gradients of the folded taps, in their order, and then the sums of dy:
 // `[programs, C, TAPS + 1]`. `table [TAPS]` has of each tap the two places of a warp's results that
 // it is the sum of, in the lower half and in the upper one.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS + 128 * APART, RESIDENT)
 #if BOXED
 folded_weights(BOXES x, BOXES dy,
 #else
@@ -140,8 +140,9 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
 
   // A pair of dy is multiplied by the pairs of x from R above to R below it: x comes R steps later.
   // After the image's last pair there is one that is zero, whose neighbour above is still to do.
+  auto end = [&](const Walk& of) { return min(of.bottom(images) + R, pairs + MIXED) + R; };
   auto advance = [&](Walk& at) {
-    if (++at.pair < min(at.bottom(images) + R, pairs + MIXED) + R) return;
+    if (++at.pair < end(at)) return;
     at.tile += programs;
     at.enter(images);
   };
@@ -166,7 +167,8 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
       load_box(stage + ROWS, dy, full + slot, chunk, loading.left, 2 * loading.pair, loading.image);
     advance(loading);
   };
-  if (threadIdx.x == 0) {
+  constexpr int COPIER = APART ? THREADS : 0;
+  if (threadIdx.x == COPIER) {
     for (int i = 0; i < STAGES; i++) {
       make(full + i, 1);
       make(done + i, GROUPS);
@@ -174,10 +176,33 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
     made();
   }
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int i = 0; i < STAGES; i++) load(i);
   unsigned phase = 0;
+#if APART
+  if (warp >= GROUPS) {
+    registers_less<24>();
+    if (threadIdx.x == COPIER) {
+#pragma unroll 1
+      for (int i = 0; i < STAGES; i++) load(i);
+#pragma unroll 1
+      for (int slot = 0; loading.tile < tiles;) {
+        wait_for(done + slot, phase);
+        load(slot);
+        if (++slot == STAGES) {
+          slot = 0;
+          phase ^= 1;
+        }
+      }
+    }
+    // The one behind the loop.
+    __syncthreads();
+    return;
+  }
+  registers_more<240>();
+#else
+  if (threadIdx.x == COPIER)
+    for (int i = 0; i < STAGES; i++) load(i);
   bool begun = false;
+#endif
 #else
   const int mine = chunk + GROUP * (int(threadIdx.x) % GROUPS), left = channels - mine;
   Inputs inputs;
@@ -209,70 +234,78 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
   Products products;
 #pragma unroll 1
   for (int slot = 0; walk.tile < tiles;) {
+    // Not a step's, where it would be a choice for each of its registers.
+    products.begin();
+    const int last = end(walk);
+#pragma unroll 1
+    for (; walk.pair < last; walk.pair++) {
 #if BOXED
-    wait_for(full + slot, phase);
+      wait_for(full + slot, phase);
 #else
-    wait<STAGES - 2>();
-    __syncthreads();
-    load(slot == 0 ? STAGES - 1 : slot - 1);
+      wait<STAGES - 2>();
+      __syncthreads();
+      load(slot == 0 ? STAGES - 1 : slot - 1);
 #endif
-    const unsigned char* stage = shared + slot * STAGE;
-    if (walk.pair == walk.first()) products.begin();
-    Channels of[2][2];
+      const unsigned char* stage = shared + slot * STAGE;
+      Channels of[2][2];
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
+      for (int e = 0; e < 2; e++) {
 #pragma unroll
-      for (int f = 0; f < 2; f++)
-        of[e][f] = walk.pair < walk.bottom(images) ? channels_at(stage + of_dy + later(e, f, WIDTH))
-                                           : Channels{};
-    }
-    products.push(of);
-    if (walk.pair >= R) {
+        for (int f = 0; f < 2; f++)
+          of[e][f] = walk.pair < walk.bottom(images) ? channels_at(stage + of_dy + later(e, f, WIDTH))
+                                             : Channels{};
+      }
+      products.push(of);
+      if (walk.pair >= R) {
 #pragma unroll
-      for (int part = 0; part < WHOLE; part++) {
-        Channels pixels[2][2][2];
+        for (int part = 0; part < WHOLE; part++) {
+          Channels pixels[2][2][2];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+          for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+#pragma unroll
+              for (int f = 0; f < 2; f++)
+                pixels[r][e][f] = channels_at(stage + of_x + later(e, f, IN_LINE) +
+                                              STRIDE * (r * IN_LINE + 8 * part));
+            }
+          }
+          products.multiply(part, pixels);
+        }
+        Channels mixed[2][2] = {};
+        if (MIXED) {
 #pragma unroll
           for (int e = 0; e < 2; e++) {
 #pragma unroll
             for (int f = 0; f < 2; f++)
-              pixels[r][e][f] = channels_at(stage + of_x + later(e, f, IN_LINE) +
-                                            STRIDE * (r * IN_LINE + 8 * part));
+              mixed[e][f] = channels_at(stage + of_mixed + later(e, f, IN_LINE));
           }
         }
-        products.multiply(part, pixels);
+        products.multiply_last(mixed);
       }
-      Channels mixed[2][2] = {};
-      if (MIXED) {
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-#pragma unroll
-          for (int f = 0; f < 2; f++)
-            mixed[e][f] = channels_at(stage + of_mixed + later(e, f, IN_LINE));
-        }
+#if BOXED
+      __syncwarp();
+      if (lane == 0) arrive(done + slot);
+#if !APART
+      // The slot of the step before, so that nobody waits for this one's.
+      if (threadIdx.x == 0 && begun) {
+        const int before = slot ? slot - 1 : STAGES - 1;
+        wait_for(done + before, slot ? phase : phase ^ 1);
+        load(before);
       }
-      products.multiply_last(mixed);
-    }
-#if BOXED
-    __syncwarp();
-    if (lane == 0) arrive(done + slot);
-    // The slot of the step before, so that nobody waits for this one's.
-    if (threadIdx.x == 0 && begun) {
-      const int last = slot ? slot - 1 : STAGES - 1;
-      wait_for(done + last, slot ? phase : phase ^ 1);
-      load(last);
-    }
-    __syncwarp();
-    begun = true;
+      __syncwarp();
+      begun = true;
 #endif
-    advance(walk);
-    if (++slot == STAGES) {
-      slot = 0;
-#if BOXED
-      phase ^= 1;
 #endif
+      if (++slot == STAGES) {
+        slot = 0;
+#if BOXED
+        phase ^= 1;
+#endif
+      }
     }
+    walk.tile += programs;
+    walk.enter(images);
   }
 #if !BOXED
   wait<0>();

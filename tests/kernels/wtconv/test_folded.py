@@ -109,6 +109,9 @@ def test_levels_of_their_own_on_the_cpu(case, boxes, monkeypatch):
 FAULTS = {
     "a barrier": ("    __syncthreads();\n    store", "    store"),
     "a wait": ("wait<STAGES - 2>();", ""),
+    "results before they are read": ("(R + DOWN - 1) / DOWN", "0"),
+    "a pair above the image": ("other >= 0 && other < Here::PAIRS", "other < Here::PAIRS"),
+    "another pair's squares": ("2 * row + k / 2, 2 * column", "2 * row, 2 * column"),
     "a wait for too few": ("wait<STAGES - 2>();", "wait<STAGES - 1>();"),
     "a bound of the columns": ("at >= 0 && at < images.width", "at < images.width"),
     "a bound of the rows": ("2 * pair + 1 < images.height ?", "2 * pair + 3 < images.height ?"),
@@ -176,6 +179,8 @@ def test_small_images_are_one_launch_and_large_ones_streams():
     h200 = Device(shared=232448, multiprocessors=132)
     one = launches.whole((128, 14, 14, 384), "bfloat16", 5, 3, h200)
     assert (one.images, one.blocks((128, 14, 14, 384))) == (4, 32 * 24)
+    below = launches.whole((128, 28, 28, 96), "bfloat16", 5, 4, h200, (128, 56, 56, 96))
+    assert (below.halved, below.images, below.high, below.wide) == (True, 1, 56, 28)
     assert launches.whole((128, 56, 56, 96), "bfloat16", 5, 5, h200) is None
     variant = launches.planned("forward", (128, 56, 56, 96), "bfloat16", 5, h200)
     assert (variant.across, variant.images, variant.pairs) == (14, 1, 28)
