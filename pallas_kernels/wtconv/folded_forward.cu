@@ -41,7 +41,14 @@ DEVICE void add_pair(const unsigned char* rows, const int (&from)[2][2], int row
     for (int i = 0; i < REACHED; i++) {
       // The pair of the output that waits for i more pairs after this one.
       const unsigned* b = matrix[c] + (REACHED - 1 - i) * PARTS;
-      multiply_parts(sums[c][i], values, b, sums[c][i + 1]);
+      multiply16(sums[c][i], values[0][0], values[0][1], values[1][0], values[1][1], b[0], b[1],
+                 sums[c][i + 1]);
+#if KERNEL_SIZE == 5
+      multiply8(sums[c][i], values[2][0], values[2][1], b[2], sums[c][i]);
+#elif KERNEL_SIZE == 7
+      multiply16(sums[c][i], values[2][0], values[2][1], values[3][0], values[3][1], b[2], b[3],
+                 sums[c][i]);
+#endif
     }
   }
 }
@@ -70,12 +77,17 @@ DEVICE void clear(Sums& sums) {
 }
 
 // The pixel of register k of the pair that waits for none, with what is added to it.
-DEVICE Channels first_of(const Sums& sums, int k, const float (&offsets)[GROUP],
+DEVICE Channels finished(const Sums& sums, int k, const float (&offsets)[GROUP],
                          const Channels& under) {
-  float ready[GROUP][4];
+  Channels out;
 #pragma unroll
-  for (int c = 0; c < GROUP; c++) ready[c][k] = sums[c][0][k];
-  return finished(ready, k, offsets, under);
+  for (int c = 0; c < GROUP; c += 2) {
+    const unsigned word = under.words[c / 2];
+    out.words[c / 2] =
+        packed(sums[c][0][k] + (offsets[c] + number_of(Scalar(word))),
+               sums[c + 1][0][k] + (offsets[c + 1] + number_of(Scalar(word >> 16))));
+  }
+  return out;
 }
 
 #if !BOXED
@@ -210,7 +222,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
         const Channels under = below == nullptr ? Channels{} : channels_at(stage + square[h]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const Channels out = first_of(sums, 2 * h + r, offsets, under);
+          const Channels out = finished(sums, 2 * h + r, offsets, under);
           if (lane / 4 + 8 * h < BLOCKS)
             *reinterpret_cast<Channels*>(result + to[h] + 2 * GROUP * r * WIDTH) = out;
         }
@@ -372,7 +384,7 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
           const Channels under = BELOW ? channels_at(stage + square[h]) : Channels{};
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            const Channels out = first_of(sums, 2 * h + r, offsets, under);
+            const Channels out = finished(sums, 2 * h + r, offsets, under);
             if (lane / 4 + 8 * h < BLOCKS) *reinterpret_cast<Channels*>(result + to[h][r]) = out;
           }
         }

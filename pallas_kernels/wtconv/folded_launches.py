@@ -162,16 +162,14 @@ class Whole(NamedTuple):
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
-        halo = 4 * (self.kernel_size // 2) // 2
-        sizes = [
-            _means_shape((1, self.height, self.wide, 1), level)[1:3] for level in range(self.levels)
-        ]
-        lines = [4 * cdiv(w, 4) + halo for _, w in sizes]
-        levels = sum(
-            _group_bytes(halo + self.images * 2 * cdiv(h, 2) * line, self)
-            for (h, _), line in zip(sizes, lines, strict=True)
-        )
-        return levels + cdiv(2 * self.group * 2 * lines[0], 16) * 16
+        radius = self.kernel_size // 2
+        found = 0
+        for level in range(self.levels):
+            _, h, w, _ = _means_shape((1, self.height, self.wide, 1), level)
+            line = 16 * (cdiv(w, 4) + cdiv(2 * radius, 4))
+            words = self.images * cdiv(h, 2) * line + 16 * (1 + radius)
+            found += cdiv(words, 128) * 128 + 16
+        return found * self.group * self.groups
 
     def blocks(self, shape: tuple[int, ...]) -> int:
         """Thread blocks of images `[N, H, W, C]`."""
@@ -188,7 +186,7 @@ def _macros(variant: Variant | Whole) -> tuple[tuple[str, int], ...]:
     return tuple((name.upper(), int(value)) for name, value in numbers if name != "kernel")
 
 
-def _group_bytes(pixels: int, variant: Variant | Whole) -> int:
+def _group_bytes(pixels: int, variant: Variant) -> int:
     """Bytes of shared memory of some pixels of all groups."""
     return variant.groups * (cdiv(2 * variant.group * pixels, 128) * 128 + 16)
 

@@ -5,7 +5,8 @@
 // level above, then from the deepest level on what each adds to the level above, in the place of the
 // means. Sums do not wait in registers: 16 blocks of four columns of any pairs of rows are a product
 // for each pair of rows that they reach. So there are registers for more warps, and products of many
-// rows of M where images are narrow.
+// rows of M where images are narrow. Channels lie one after the other, and the two rows of a pair in
+// the two halves of a word, so that four columns are a row of a product's matrix.
 //
 // The host defines these macros, beside those of `folded.cuh`:
 //   LEVELS           the number of levels
@@ -20,15 +21,19 @@
 
 static_assert(TOGETHER % VECTOR == 0, "");
 
-// The images of a level in shared memory. The columns before a line are those after the line before.
+// The images of a level in shared memory: words of both rows of a pair, the upper row's in its lower
+// half. A line of them begins with HALO zeros, and so where its first block's matrix does.
 template <int LEVEL>
 struct Level {
   static constexpr int ROWS = (HEIGHT + (1 << LEVEL) - 1) >> LEVEL;
   static constexpr int COLUMNS = (WIDE + (1 << LEVEL) - 1) >> LEVEL;
   static constexpr int PAIRS = (ROWS + 1) / 2, SIDE = (COLUMNS + 3) / 4;  // SIDE in blocks.
-  static constexpr int LINE = 4 * SIDE + HALO, IMAGE = 2 * PAIRS * LINE;
-  static constexpr int GROUP_BYTES = group_bytes(HALO + IMAGES * IMAGE);
-  static constexpr int BYTES = GROUPS * GROUP_BYTES;
+  static constexpr int LINE = 4 * (4 * SIDE + (HALO + 3) / 4 * 4), IMAGE = PAIRS * LINE;
+  // Behind the images are zeros in place of a pair of rows that is not there.
+  static constexpr int ZEROS = IMAGES * IMAGE;
+  // 16 more than a multiple of 128, so that channels are in different banks.
+  static constexpr int CHANNEL = (ZEROS + 16 * PARTS + 127) / 128 * 128 + 16;
+  static constexpr int BYTES = TOGETHER * CHANNEL;
 
   DEVICE static constexpr int place() {
     if constexpr (LEVEL == 0) {
@@ -38,73 +43,73 @@ struct Level {
     }
   }
 
-  // The place of a pixel of a group.
-  DEVICE static int at(int group, int image, int row, int column) {
-    return place() + group * GROUP_BYTES +
-           2 * GROUP * (HALO + image * IMAGE + row * LINE + column);
+  // The word of a column of a pair of rows.
+  DEVICE static unsigned* at(unsigned char* shared, int channel, int image, int pair, int column) {
+    return reinterpret_cast<unsigned*>(shared + place() + channel * CHANNEL + image * IMAGE +
+                                       pair * LINE) +
+           HALO + column;
   }
 };
 
-// Zeros in place of a pair of rows that is not in the image, behind all levels.
-constexpr int ZEROS = Level<LEVELS - 1>::place() + Level<LEVELS - 1>::BYTES;
-constexpr int END = ZEROS + (2 * GROUP * 2 * Level<0>::LINE + 15) / 16 * 16;
+constexpr int END = Level<LEVELS - 1>::place() + Level<LEVELS - 1>::BYTES;
 
-// What of a piece is of one group.
-constexpr int MOST = VECTOR < GROUP ? VECTOR : GROUP;
-struct alignas(2 * MOST) Part {
-  Scalar at[MOST];
-};
-
-// Brings a thread's share of the images into shared memory, VECTOR channels of a pixel at once.
+// Brings a thread's share of the images into shared memory, VECTOR channels of a column of a pair of
+// rows at once.
 DEVICE void load(const Scalar* __restrict__ x, int first, int image, int count, int channels,
                  unsigned char* shared) {
   typedef Level<0> Here;
-  constexpr int PIECES = TOGETHER / VECTOR, ITEMS = IMAGES * HEIGHT * WIDE * PIECES;
-#pragma unroll 4
+  constexpr int PIECES = TOGETHER / VECTOR, COLUMNS = PIECES * Here::COLUMNS;
+  constexpr int ITEMS = IMAGES * Here::PAIRS * COLUMNS;
+#pragma unroll 2
   for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
-    const int piece = item % PIECES * VECTOR, pixel = item / PIECES;
-    const int column = pixel % WIDE, row = pixel / WIDE % HEIGHT, which = pixel / (WIDE * HEIGHT);
+    const int piece = item % PIECES * VECTOR, column = item % COLUMNS / PIECES;
+    const int pair = item / COLUMNS % Here::PAIRS, which = item / (COLUMNS * Here::PAIRS);
     if (first + piece >= channels || image + which >= count) continue;
     const Scalar* from = x + Offset(image + which) * HIGH * BROAD * channels + first + piece;
-    const Piece found = HALVED
-                            ? means_at(from, row, column, HIGH, BROAD, channels)
-                            : *reinterpret_cast<const Piece*>(from + (row * WIDE + column) * channels);
+    Piece rows[2] = {};
 #pragma unroll
-    for (int i = 0; i < VECTOR; i += MOST) {
-      Part part;
-#pragma unroll
-      for (int j = 0; j < MOST; j++) part.at[j] = found.at[i + j];
-      const int channel = piece + i;
-      *reinterpret_cast<Part*>(shared + Here::at(channel / GROUP, which, row, column) +
-                               2 * (channel % GROUP)) = part;
+    for (int r = 0; r < 2; r++) {
+      const int row = 2 * pair + r;
+      if (HALVED) {
+        rows[r] = means_at(from, row, column, HIGH, BROAD, channels);
+      } else if (row < HIGH) {
+        rows[r] = *reinterpret_cast<const Piece*>(from + (row * BROAD + column) * channels);
+      }
     }
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++)
+      *Here::at(shared, piece + i, which, pair, column) =
+          rows[0].at[i] | unsigned(rows[1].at[i]) << 16;
   }
 }
 
 // The same the other way, of any level.
 template <int LEVEL>
-DEVICE void store(const unsigned char* shared, int first, int image, int count, int channels,
+DEVICE void store(unsigned char* shared, int first, int image, int count, int channels,
                   Scalar* __restrict__ y) {
   typedef Level<LEVEL> Here;
-  constexpr int ROWS = Here::ROWS, COLUMNS = Here::COLUMNS;
-  constexpr int PIECES = TOGETHER / VECTOR, ITEMS = IMAGES * ROWS * COLUMNS * PIECES;
-#pragma unroll 4
+  constexpr int PIECES = TOGETHER / VECTOR, COLUMNS = PIECES * Here::COLUMNS;
+  constexpr int ITEMS = IMAGES * Here::PAIRS * COLUMNS;
+#pragma unroll 2
   for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
-    const int piece = item % PIECES * VECTOR, pixel = item / PIECES;
-    const int column = pixel % COLUMNS, row = pixel / COLUMNS % ROWS;
-    const int which = pixel / (COLUMNS * ROWS);
+    const int piece = item % PIECES * VECTOR, column = item % COLUMNS / PIECES;
+    const int pair = item / COLUMNS % Here::PAIRS, which = item / (COLUMNS * Here::PAIRS);
     if (first + piece >= channels || image + which >= count) continue;
-    Piece found;
+    Piece rows[2];
 #pragma unroll
-    for (int i = 0; i < VECTOR; i += MOST) {
-      const int channel = piece + i;
-      const Part part = *reinterpret_cast<const Part*>(
-          shared + Here::at(channel / GROUP, which, row, column) + 2 * (channel % GROUP));
-#pragma unroll
-      for (int j = 0; j < MOST; j++) found.at[i + j] = part.at[j];
+    for (int i = 0; i < VECTOR; i++) {
+      const unsigned both = *Here::at(shared, piece + i, which, pair, column);
+      rows[0].at[i] = Scalar(both);
+      rows[1].at[i] = Scalar(both >> 16);
     }
-    *reinterpret_cast<Piece*>(y + (Offset(image) * ROWS * COLUMNS + pixel) * channels + first +
-                              piece) = found;
+    Scalar* to = y + first + piece;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = 2 * pair + r;
+      if (row >= Here::ROWS) continue;
+      const Offset pixel = (Offset(image + which) * Here::ROWS + row) * Here::COLUMNS + column;
+      *reinterpret_cast<Piece*>(to + pixel * channels) = rows[r];
+    }
   }
 }
 
@@ -115,30 +120,29 @@ DEVICE void make_means(unsigned char* shared) {
   typedef Level<LEVEL - 1> Above;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 2
-  for (int i = lane; i < IMAGES * Here::ROWS * Here::COLUMNS; i += 32) {
-    const int column = i % Here::COLUMNS, row = i / Here::COLUMNS % Here::ROWS;
-    const int image = i / (Here::COLUMNS * Here::ROWS);
-    Channels squares[4], means;
+  for (int i = lane; i < IMAGES * Here::PAIRS * Here::COLUMNS; i += 32) {
+    const int column = i % Here::COLUMNS, pair = i / Here::COLUMNS % Here::PAIRS;
+    const int image = i / (Here::COLUMNS * Here::PAIRS);
 #pragma unroll
-    for (int k = 0; k < 4; k++)
-      squares[k] =
-          channels_at(shared + Above::at(warp, image, 2 * row + k / 2, 2 * column + k % 2));
+    for (int c = 0; c < GROUP; c++) {
+      const int channel = GROUP * warp + c;
+      float means[2] = {};
 #pragma unroll
-    for (int c = 0; c < GROUP / 2; c++) {
-      float both[2];
-#pragma unroll
-      for (int j = 0; j < 2; j++)
-        both[j] = mean(squares[0].words[c] >> 16 * j, squares[1].words[c] >> 16 * j,
-                       squares[2].words[c] >> 16 * j, squares[3].words[c] >> 16 * j);
-      means.words[c] = packed(both[0], both[1]);
+      for (int r = 0; r < 2; r++) {
+        if (2 * pair + r >= Above::PAIRS) continue;
+        const unsigned* from = Above::at(shared, channel, image, 2 * pair + r, 2 * column);
+        means[r] = mean(from[0], from[1], from[0] >> 16, from[1] >> 16);
+      }
+      *Here::at(shared, channel, image, pair, column) = packed(means[0], means[1]);
     }
-    *reinterpret_cast<Channels*>(shared + Here::at(warp, image, row, column)) = means;
   }
   __syncwarp();
   if constexpr (LEVEL + 1 < LEVELS) make_means<LEVEL + 1>(shared);
 }
 
-DEVICE constexpr int power_of_two(int least) { return least > 1 ? 2 * power_of_two((least + 1) / 2) : 1; }
+DEVICE constexpr int power_of_two(int least) {
+  return least > 1 ? 2 * power_of_two((least + 1) / 2) : 1;
+}
 
 // Makes what a level adds, after all below it.
 template <int LEVEL>
@@ -163,71 +167,74 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
   constexpr int TIMES = (UNITS + DOWN - 1) / DOWN;
   // Results stay in registers until no later product reads what is in their place.
   constexpr int WAITING = (R + DOWN - 1) / DOWN;
-  constexpr int PAIR = 2 * GROUP * 2 * Here::LINE;
-  const int block = lane / 4 % ACROSS, column = min(block, Here::SIDE - 1) * 4 + lane % 4;
-  const int own = Here::at(warp, 0, 0, column) - 2 * GROUP * HALO;
-  Channels waiting[WAITING + 1][2][2];
+  // Of the pair of rows and block of row `row` of M.
+  auto unit_of = [](int time, int row) { return time * DOWN + row / ACROSS; };
+  auto block_of = [](int row) { return min(row % ACROSS, Here::SIDE - 1); };
+  unsigned char* const own = shared + Here::place() + GROUP * warp * Here::CHANNEL;
+  // The row of M that this lane gives the place of, in the first or second four columns.
+  const int given = lane % 16, part = lane / 16;
+  unsigned waiting[WAITING + 1][2][GROUP];
 #pragma unroll 1
   for (int time = 0; time < TIMES + WAITING; time++) {
     if (time < TIMES) {
-      int pair[2], from[2], below[2];
+      float sums[GROUP][4];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int unit = min(time * DOWN + (lane / 4 + 8 * h) / ACROSS, UNITS - 1);
-        pair[h] = unit % Here::PAIRS;
-        from[h] = own + unit * PAIR;
-        if constexpr (LEVEL + 1 < LEVELS)
-          below[h] = Level<LEVEL + 1>::at(warp, unit / Here::PAIRS, pair[h], column / 2);
-      }
-      float sums[GROUP][4] = {};
-#pragma unroll
-      for (int i = 0; i < REACHED; i++) {
-        Channels pixels[2][2][PARTS];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int other = pair[h] + i - R;
-          const int at = other >= 0 && other < Here::PAIRS ? from[h] + (i - R) * PAIR : ZEROS;
-#pragma unroll
-          for (int r = 0; r < 2; r++) {
-#pragma unroll
-            for (int part = 0; part < PARTS; part++)
-              pixels[h][r][part] =
-                  channels_at(shared + at + r * PAIR / 2 + part * 2 * GROUP * 4);
-          }
-        }
+        const int row = lane / 4 + 8 * h, unit = min(unit_of(time, row), UNITS - 1);
+        const int pair = unit % Here::PAIRS, column = 4 * block_of(row) + lane % 4;
 #pragma unroll
         for (int c = 0; c < GROUP; c++) {
-          unsigned values[PARTS][2];
+          float under = offsets[c];
+          if constexpr (LEVEL + 1 < LEVELS)
+            under += number_of(*Level<LEVEL + 1>::at(shared, GROUP * warp + c, unit / Here::PAIRS,
+                                                     pair / 2, column / 2) >>
+                               pair % 2 * 16);
+          sums[c][2 * h] = sums[c][2 * h + 1] = under;
+        }
+      }
+      const int unit = min(unit_of(time, given), UNITS - 1), pair = unit % Here::PAIRS;
+      const int at = unit * Here::LINE + 16 * (block_of(given) + part);
 #pragma unroll
-          for (int part = 0; part < PARTS; part++) {
+      for (int i = 0; i < REACHED; i++) {
+        const int other = pair + i - R;
+        const unsigned char* from =
+            own + (other >= 0 && other < Here::PAIRS ? at + (i - R) * Here::LINE : Here::ZEROS);
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-              values[part][h] = of_channel(c, pixels[h][0][part], pixels[h][1][part]);
-          }
-          multiply_parts(sums[c], values, matrix[c] + i * PARTS, sums[c]);
+        for (int c = 0; c < GROUP; c++) {
+          const unsigned* b = matrix[c] + i * PARTS;
+          unsigned a[4];
+          matrices(a, from + c * Here::CHANNEL);
+          multiply16(sums[c], a[0], a[1], a[2], a[3], b[0], b[1], sums[c]);
+#if KERNEL_SIZE == 5
+          unsigned last[2];
+          matrices(last, from + c * Here::CHANNEL + 32);
+          multiply8(sums[c], last[0], last[1], b[2], sums[c]);
+#elif KERNEL_SIZE == 7
+          matrices(a, from + c * Here::CHANNEL + 32);
+          multiply16(sums[c], a[0], a[1], a[2], a[3], b[2], b[3], sums[c]);
+#endif
         }
       }
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        Channels under = {};
-        if constexpr (LEVEL + 1 < LEVELS) under = channels_at(shared + below[h]);
 #pragma unroll
-        for (int r = 0; r < 2; r++) waiting[WAITING][h][r] = finished(sums, 2 * h + r, offsets, under);
+        for (int c = 0; c < GROUP; c++)
+          waiting[WAITING][h][c] = packed(sums[c][2 * h], sums[c][2 * h + 1]);
       }
     }
     __syncwarp();
     const int done = time - WAITING;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int unit = done * DOWN + (lane / 4 + 8 * h) / ACROSS;
-      const bool kept = done >= 0 && unit < UNITS && block < Here::SIDE;
+      const int row = lane / 4 + 8 * h, unit = unit_of(done, row);
+      const bool kept = done >= 0 && unit < UNITS && row % ACROSS < Here::SIDE;
 #pragma unroll
-      for (int r = 0; r < 2; r++) {
+      for (int c = 0; c < GROUP; c++) {
         if (kept)
-          *reinterpret_cast<Channels*>(shared + own + 2 * GROUP * HALO + unit * PAIR +
-                                       r * PAIR / 2) = waiting[0][h][r];
+          *Here::at(shared, GROUP * warp + c, 0, unit, 4 * (row % ACROSS) + lane % 4) =
+              waiting[0][h][c];
 #pragma unroll
-        for (int i = 0; i < WAITING; i++) waiting[i][h][r] = waiting[i + 1][h][r];
+        for (int i = 0; i < WAITING; i++) waiting[i][h][c] = waiting[i + 1][h][c];
       }
     }
     __syncwarp();

@@ -16,6 +16,25 @@
 
 static_assert(GROUP % VECTOR == 0, "");
 
+// Bytes from one group to the next: 16 more than a multiple of 128, so that the groups of a pixel
+// are in different banks.
+DEVICE constexpr int group_bytes(int pixels) { return (2 * GROUP * pixels + 127) / 128 * 128 + 16; }
+
+// The channels of a group of one pixel, two to a word.
+struct alignas(2 * GROUP) Channels {
+  unsigned words[GROUP / 2];
+};
+
+DEVICE Channels channels_at(const unsigned char* from) {
+  return *reinterpret_cast<const Channels*>(from);
+}
+
+// Two pixels' values of one channel, the first one in the lower half.
+DEVICE unsigned of_channel(int channel, const Channels& one, const Channels& other) {
+  return __byte_perm(one.words[channel / 2], other.words[channel / 2],
+                     channel % 2 ? 0x7632 : 0x5410);
+}
+
 struct Images {
   int count, height, width, channels;
 };
