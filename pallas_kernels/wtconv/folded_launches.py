@@ -32,8 +32,8 @@ _COPIERS = 4
 """Warps that give their registers back, of which a thread starts copies."""
 _GROUPS = 4
 """Groups of channels of a block that does all levels of small images."""
-_WARPS = 12
-"""Warps of a multiprocessor that do all levels of small images: registers are enough for them."""
+_CROWDED = 4, 3
+"""Such blocks of a multiprocessor, whose registers are enough for four."""
 TOGETHER = 32
 """The longest side of images that one launch does all levels of, where it has room: by what is read
 and multiplied, see docs/performance.md; see `search_space`."""
@@ -299,8 +299,10 @@ def whole(
     _, high, broad, _ = above or shape
     found = Whole(
         *(dtype == "bfloat16", kernel_size, levels, h, w, above is not None, high, broad),
-        *(min(n, max(1, _BLOCKS // across)), math.gcd(8, c), group, _GROUPS, _WARPS // _GROUPS),
+        *(min(n, max(1, _BLOCKS // across)), math.gcd(8, c), group, _GROUPS, _CROWDED[0]),
     )
+    if found.shared() > device.share(found.resident):
+        found = found._replace(resident=_CROWDED[1])
     while found.images > 1 and found.shared() > device.share(found.resident):
         found = found._replace(images=found.images - 1)
     return found if found.shared() <= device.share(found.resident) else None
