@@ -6,6 +6,7 @@
 // The host defines these macros, beside those of `folded_streams.cuh`:
 //   BELOW            of BOXED whether something is added to squares
 //   APART            of BOXED whether a warp of its own starts the copies
+//   AHEAD            of BOXED whether pixels are read a step before they are multiplied
 
 #include "folded_streams.cuh"
 
@@ -13,12 +14,13 @@
 // channel's stay zero: the pair of the output that a pair is the first for.
 typedef float Sums[GROUP][REACHED + 1][4];
 
-// Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
-// less. `from` are the places of this thread's column in two blocks, and four columns further; rows
-// and eight columns are so many bytes apart.
-DEVICE void add_pair(const unsigned char* rows, const int (&from)[2][2], int row, int eight,
-                     const Matrix& matrix, Sums& sums) {
-  Channels pixels[2][2][PARTS];
+// The pixels of a thread: of two blocks, rows, and the columns of the parts.
+typedef Channels Block[2][2][PARTS];
+
+// Reads a pair of rows. `from` are the places of this thread's column in two blocks, and four columns
+// further; rows and eight columns are so many bytes apart.
+DEVICE void read_pair(const unsigned char* rows, const int (&from)[2][2], int row, int eight,
+                      Block& pixels) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
 #pragma unroll
@@ -28,6 +30,11 @@ DEVICE void add_pair(const unsigned char* rows, const int (&from)[2][2], int row
         pixels[h][r][part] = channels_at(rows + from[h][part % 2] + r * row + part / 2 * eight);
     }
   }
+}
+
+// Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
+// less.
+DEVICE void add_pair(const Block& pixels, const Matrix& matrix, Sums& sums) {
 #pragma unroll
   for (int c = 0; c < GROUP; c++) {
     unsigned values[PARTS][2];
@@ -209,7 +216,9 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
       clear(sums);
     }
     if (walk.pair < pairs) {
-      add_pair(stage, from, 2 * GROUP * LOADED, 16 * GROUP, matrix, sums);
+      Block pixels;
+      read_pair(stage, from, 2 * GROUP * LOADED, 16 * GROUP, pixels);
+      add_pair(pixels, matrix, sums);
     } else {
       add_nothing(sums);
     }
@@ -358,8 +367,13 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
   }
 
   Sums sums = {};
+  Block pixels;
   int slot = 0, buffer = 0;
   unsigned phase = 0;
+#if AHEAD
+  wait_for(full, 0);
+  read_pair(shared, from, ROW, 8 * PIXEL, pixels);
+#endif
 #if !APART
   bool begun = false;
 #endif
@@ -370,10 +384,21 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
     const int last = walk.bottom(images) + R;
 #pragma unroll 1
     for (; walk.pair < last; walk.pair++) {
-      wait_for(full + slot, phase);
       const unsigned char* stage = shared + slot * STAGE;
+#if AHEAD
+      Block ahead;
+      const int next = slot + 1 == STAGES ? 0 : slot + 1;
+      // Of a pair that is not in the image it is anything, and not multiplied.
+      if (walk.pair + 1 < last || walk.tile + programs < tiles) {
+        wait_for(full + next, next ? phase : phase ^ 1);
+        read_pair(shared + next * STAGE, from, ROW, 8 * PIXEL, ahead);
+      }
+#else
+      wait_for(full + slot, phase);
+      if (walk.pair < pairs) read_pair(stage, from, ROW, 8 * PIXEL, pixels);
+#endif
       if (walk.pair < pairs) {
-        add_pair(stage, from, ROW, 8 * PIXEL, matrix, sums);
+        add_pair(pixels, matrix, sums);
       } else {
         add_nothing(sums);
       }
@@ -402,6 +427,12 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
         slot = 0;
         phase ^= 1;
       }
+#if AHEAD
+#pragma unroll
+      for (int i = 0; i < 4 * PARTS; i++)
+        pixels[i / 2 / PARTS][i / PARTS % 2][i % PARTS] =
+            ahead[i / 2 / PARTS][i / PARTS % 2][i % PARTS];
+#endif
     }
     walk.tile += programs;
     walk.enter(images);

@@ -26,8 +26,8 @@ _BLOCKS = 16
 _HOPPER = 90
 """The compute capability times ten of GPUs whose warps give each other registers by the same
 instructions as an H200's."""
-APART = 1
-"""Whether a warp of its own starts the copies of boxes, on GPUs that can; see `search_space`."""
+APART, _AHEAD = 1, 2
+"""A warp of its own starts the copies of boxes, on GPUs that can; see `planned`."""
 _COPIERS = 4
 """Warps that give their registers back, of which a thread starts copies."""
 _GROUPS = 4
@@ -63,6 +63,7 @@ class Variant(NamedTuple):
     below: bool = False
     stages: int = 2
     apart: bool = False
+    ahead: bool = False
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
@@ -207,7 +208,7 @@ def search_space(
     # Whole images of fewer levels, and of none.
     found += [{"together": side - 1} for side in sides if 4 < side <= TOGETHER]
     if device.boxes and device.capability == _HOPPER and shape[-1] % 8 == 0:
-        found.append({"apart": 1 - APART})
+        found += [{"apart": who} for who in range(_AHEAD + 1) if who != APART]
     return [*found, {"resident": 1}, {"resident": 2}] if direction == "fwd" else found
 
 
@@ -241,7 +242,8 @@ def planned(
         resident: Blocks of a multiprocessor that copy in pieces, 1 of 32 channels or 2 of 16; None
             for the rule's: one, which copies boxes where it can.
         below: Whether something is added to squares.
-        apart: Whether a warp of its own starts the copies of boxes.
+        apart: Who starts the copies of boxes: 0 a thread of the first warp, 1 a warp of its own, 2
+            likewise, and a level's pixels are read a step before they are multiplied.
     """
     n, h, w, c = shape
     group = 2 if kernel_size == 7 else 4
@@ -257,6 +259,7 @@ def planned(
         *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
         *(group, groups, resident or 1, boxed, below, _STAGES[boxed]),
         apart=bool(apart) and boxed and device.capability == _HOPPER,
+        ahead=apart == _AHEAD and boxed and kernel == "forward",
     )
     high = cdiv(h, 2)
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
