@@ -6,7 +6,7 @@
 // The host defines these macros, beside those of `folded_streams.cuh`:
 //   BELOW            of BOXED whether something is added to squares
 //   APART            of BOXED whether a warp of its own starts the copies
-//   AHEAD            of BOXED whether pixels are read a step before they are multiplied
+//   AHEAD            of APART whether pixels are read a step before they are multiplied
 
 #include "folded_streams.cuh"
 

@@ -255,11 +255,12 @@ def planned(
     else:
         across = cdiv(cdiv(w, 4), cdiv(w, 4 * _BLOCKS))
         images = min(n, _BLOCKS // across)
+    copying = bool(apart) and boxed and device.capability == _HOPPER
     one = Variant(
         *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
         *(group, groups, resident or 1, boxed, below, _STAGES[boxed]),
-        apart=bool(apart) and boxed and device.capability == _HOPPER,
-        ahead=apart == _AHEAD and boxed and kernel == "forward",
+        apart=copying,
+        ahead=copying and apart == _AHEAD and kernel == "forward",
     )
     high = cdiv(h, 2)
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
