@@ -20,12 +20,13 @@ TAKEN = [
     for case in CASES
     if takes(cuda_jax, case) and launches.takes((1, 1, 1, 1), case.dtype, case.kernel_size, HOPPER)
 ]
-SMALL = Device(shared=66000, multiprocessors=2)
+SMALL = Device(shared=66000, multiprocessors=6)
 """On which levels are launches of their own, but those of the smallest images."""
 ALWAYS = Case((9, 10), 2, 3, "bfloat16")
 STREAMED = [
-    # Strips of rows, columns in tiles, the last level of small images; odd rows and columns.
-    Case((29, 69), 3, 5, "bfloat16", batch=(1,), channels=40),
+    # Strips of rows, columns in tiles, a block's next tile another image's first, the last level of
+    # small images; odd rows and columns.
+    Case((29, 69), 3, 5, "bfloat16", channels=40),
     Case((31, 33), 3, 3, "float16", batch=(5,), channels=8),
     Case((18, 37), 3, 7, "float16", channels=18),
     Case((15, 33), 3, 3, "bfloat16", batch=(5,), channels=5),
