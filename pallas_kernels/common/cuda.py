@@ -37,6 +37,7 @@ class Kernel(NamedTuple):
         boxes: The parameters that are tensor maps of TMA in place of pointers, by their numbers,
             each with the box `[images, rows, columns, channels]` that is copied at once of its
             array, which has 16 bits and four axes. Pixels of 64 bytes are swizzled.
+        exact: Whether it has instructions that GPUs of another compute capability have not.
     """
 
     source: Path
@@ -45,6 +46,7 @@ class Kernel(NamedTuple):
     threads: int
     shared: int
     boxes: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    exact: bool = False
 
     def text(self) -> str:
         """The source, with the files that it includes."""

@@ -178,7 +178,7 @@ def _serialized(
 ) -> bytes:
     """A launch as jaxlib's launcher reads it."""
     launcher = triton_launcher()
-    ptx = _ptx(kernel.source, kernel.macros, nvrtc.virtual_arch(capability))
+    ptx = _ptx(kernel.source, kernel.macros, nvrtc.virtual_arch(capability, kernel.exact))
 
     def made_of(value: Constant | Map) -> Any:
         if value is None:

@@ -89,11 +89,12 @@ def version() -> str:
     return f"{major}.{minor}"
 
 
-def virtual_arch(capability: int) -> str:
+def virtual_arch(capability: int, exact: bool = False) -> str:
     """The newest virtual architecture that NVRTC knows and a GPU understands.
 
     Args:
         capability: The GPU's compute capability times ten, such as 90.
+        exact: Whether it is that of GPUs of this capability alone, which has more instructions.
 
     Returns:
         Its name, such as "compute_90".
@@ -103,6 +104,8 @@ def virtual_arch(capability: int) -> str:
     """
     from cuda.bindings import nvrtc
 
+    if exact:
+        return f"compute_{capability}a"
     known = _checked(nvrtc.nvrtcGetSupportedArchs())
     able = [number for number in known if number <= capability]
     if not able:

@@ -69,6 +69,23 @@ DEVICE void multiply16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, uns
 #endif
 }
 
+// A side of a product from shared memory: COUNT matrices of 8 rows of 16 bytes, 2 or 4, of which lane
+// 8i + j gives the place of row j of matrix i.
+template <int COUNT>
+DEVICE void matrices(unsigned (&d)[COUNT], const void* row) {
+  if constexpr (COUNT == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(d[0]), "=r"(d[1])
+                 : "r"(address(row))
+                 : "memory");
+  }
+}
+
 #if BFLOAT16
 DEVICE unsigned packed(float low, float high) {
   unsigned result;
@@ -197,6 +214,19 @@ DEVICE void stored() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
 
+// Gives registers of each thread back, or takes such as others gave: all of four warps, which begin at
+// a multiple of four.
+template <int COUNT>
+DEVICE void registers_less() {
+  __syncwarp();
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+DEVICE void registers_more() {
+  __syncwarp();
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
 // Lets copies of boxes read what this thread has written to shared memory.
 DEVICE void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -213,6 +243,10 @@ DEVICE void multiply8(float (&d)[4], unsigned a0, unsigned a1, unsigned b, const
 DEVICE void multiply16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                        unsigned b0, unsigned b1, const float (&c)[4]) {
   cuda_on_cpu::multiply<2>(d, {a0, a1, a2, a3}, {b0, b1}, c, BFLOAT16);
+}
+template <int COUNT>
+DEVICE void matrices(unsigned (&d)[COUNT], const void* row) {
+  cuda_on_cpu::matrices(d, row);
 }
 DEVICE unsigned packed(float low, float high) { return cuda_on_cpu::packed(low, high, BFLOAT16); }
 DEVICE float number_of(Scalar bits) { return cuda_on_cpu::number16(bits, BFLOAT16); }
@@ -243,6 +277,10 @@ DEVICE void stored() {
   cuda_on_cpu::stored(PENDING);
 }
 DEVICE void publish() {}
+template <int COUNT>
+DEVICE void registers_less() {}
+template <int COUNT>
+DEVICE void registers_more() {}
 
 #endif
 

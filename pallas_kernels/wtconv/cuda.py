@@ -3,7 +3,9 @@
 In 16 bits kernels of 3, 5 and 7 run on tensor cores, a level as one convolution of folded taps.
 """
 
+from collections.abc import Mapping
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,8 @@ __all__ = [
 
 DIFFERENTIABLE = False
 BIAS_GRADIENT = True
+_TILE = "resident", "together", "apart"
+"""The parameters of `search_space`; of float32 the first."""
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -42,13 +46,14 @@ def check(direction: str, problem: Problem) -> None:
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
-    """The numbers of resident blocks that are worth timing; see `check` for the arguments."""
+    """The parameters that are worth timing; see `check` for the arguments."""
     if _folds(problem.shape, problem.dtype, problem.kernel_size):
-        return folded_launches.search_space()
+        about = problem.shape, problem.levels, device_properties()
+        return folded_launches.search_space(direction, *about)
     return cuda_launches.search_space()
 
 
-@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision", "resident"))
+@partial(jax.jit, static_argnames=("wavelet", "transpose", "precision", *_TILE))
 def forward(
     x: jax.Array,
     taps: Taps,
@@ -58,14 +63,17 @@ def forward(
     transpose: bool,
     precision: lax.Precision | None,
     resident: int | None = None,
+    together: int = folded_launches.TOGETHER,
+    apart: int = folded_launches.APART,
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
 
-    `resident` is of `search_space`. `wavelet` is Haar. `precision` changes nothing: float32 is
-    computed without tensor cores.
+    `resident`, `together` and `apart` are of `search_space`. `wavelet` is Haar. `precision` changes
+    nothing: float32 is computed without tensor cores.
     """
     if _folds(x.shape, x.dtype, taps[0].shape[0]):
-        return _folded_forward(x, taps, bias, transpose, resident)
+        tile = {"resident": resident, "together": together, "apart": apart}
+        return _folded_forward(x, taps, bias, transpose, tile)
     planes = [tap.astype(jnp.float32).transpose(3, 2, 0, 1) for tap in taps]
     offsets = None if bias is None else bias.astype(jnp.float32)
     where = Images(x.shape, str(x.dtype)), device_properties(), launch
@@ -73,7 +81,7 @@ def forward(
     return vary_like((x, taps, bias), y)
 
 
-@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision", "resident"))
+@partial(jax.jit, static_argnames=("kernel_shapes", "wavelet", "precision", *_TILE))
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,
@@ -82,13 +90,16 @@ def weight_grad(
     wavelet: str,
     precision: lax.Precision | None,
     resident: int | None = None,
+    together: int = folded_launches.TOGETHER,
+    apart: int = folded_launches.APART,
 ) -> Taps:
     """The gradients of the taps: each level's coefficients of x correlated with those of dy.
 
     Every sum has a fixed order, so results are bitwise reproducible.
     """
     if _folds(x.shape, x.dtype, kernel_shapes[0][0]):
-        return _folded_weight_grad(x, dy, kernel_shapes, resident)
+        tile = {"resident": resident, "together": together, "apart": apart}
+        return _folded_weight_grad(x, dy, kernel_shapes, tile)
     biased = len(kernel_shapes[-1]) == 1
     shapes = kernel_shapes[: len(kernel_shapes) - biased]
     kernel_size, levels = shapes[0][0], len(shapes) - 1
@@ -110,7 +121,7 @@ def _folds(shape: tuple[int, ...], dtype: Dtype, kernel_size: int) -> bool:
 
 
 def _folded_forward(
-    x: jax.Array, taps: Taps, bias: jax.Array | None, transpose: bool, resident: int | None
+    x: jax.Array, taps: Taps, bias: jax.Array | None, transpose: bool, tile: Mapping[str, Any]
 ) -> jax.Array:
     """The operator in 16 bits, or its transpose: the same of flipped taps."""
     if transpose:
@@ -119,7 +130,7 @@ def _folded_forward(
     y = folded_launches.forward(
         *(x, folded(taps).astype(x.dtype), offsets, x.shape, str(x.dtype)),
         *(taps[0].shape[0], len(taps) - 1, device_properties(), launch),
-        resident=resident,
+        **tile,
     )
     return vary_like((x, taps, bias), y)
 
@@ -150,7 +161,7 @@ def folded(taps: Taps) -> jax.Array:
 
 
 def _folded_weight_grad(
-    x: jax.Array, dy: jax.Array, kernel_shapes: tuple[tuple[int, ...], ...], resident: int | None
+    x: jax.Array, dy: jax.Array, kernel_shapes: tuple[tuple[int, ...], ...], tile: Mapping[str, Any]
 ) -> Taps:
     """The gradients of the taps in 16 bits, and of the bias where its shape is the last one."""
     kernel_size = kernel_shapes[0][0]
@@ -158,7 +169,7 @@ def _folded_weight_grad(
     table = jnp.asarray(folding.products(kernel_size))
     partial_sums = folded_launches.weight_grad(
         *(x, dy, table, x.shape, str(x.dtype), kernel_size, levels, device_properties(), launch),
-        resident=resident,
+        **tile,
     )
     sums = jnp.stack([each.sum(0) * 4.0**level for level, each in enumerate(partial_sums)])
     base, bands, bias = unfolded(sums, kernel_size)

@@ -1,11 +1,12 @@
-"""The launches of `folded_kernels.cu`, for any framework: 16 bits, odd kernels, on tensor cores.
+"""The launches of the `folded_*.cu`, for any framework: 16 bits, odd kernels, on tensor cores.
 
-Where images of a level fit into a block's shared memory, one launch does it and all below. Above
-are means of squares first, those of two levels in one launch; then each level from the deepest one
-on, which adds what the level below has made.
+Where images of a level fit into a block's shared memory, one launch does it and all below, from the
+pixels of the level above. Above are means of squares first, a launch a level; then each level from
+the deepest one on, which adds what the level below has made.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from pallas_kernels.common.cuda import Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
 
-SOURCE = Path(__file__).with_name("folded_kernels.cu")
+_FOLDER = Path(__file__).parent
 
 KERNEL_SIZES = 3, 5, 7
 """The kernel sizes that there are products for."""
@@ -22,8 +23,20 @@ _BFLOAT16 = 80
 """The compute capability times ten from which on tensor cores take bfloat16."""
 _BLOCKS = 16
 """Blocks of four columns that a product has rows for."""
-_SMALL = 16
-"""The largest images that one launch does all levels of: larger ones took as long, on an H200."""
+_HOPPER = 90
+"""The compute capability times ten of GPUs whose warps give each other registers by the same
+instructions as an H200's."""
+APART, _AHEAD = 1, 2
+"""A warp of its own starts the copies of boxes, on GPUs that can; see `planned`."""
+_COPIERS = 4
+"""Warps that give their registers back, of which a thread starts copies."""
+_GROUPS = 4
+"""Groups of channels of a block that does all levels of small images."""
+_CROWDED = 4, 3
+"""Such blocks of a multiprocessor, whose registers are enough for four."""
+TOGETHER = 32
+"""The longest side of images that one launch does all levels of, where it has room: by what is read
+and multiplied, see docs/performance.md; see `search_space`."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
 _MEANS_THREADS = 256
@@ -34,7 +47,7 @@ _OFFSETS = 2**31
 
 
 class Variant(NamedTuple):
-    """The constants that a kernel is compiled with; see the macros of `folded_kernels.cu`."""
+    """The constants of a kernel of one level; see the macros of `folded_streams.cuh`."""
 
     kernel: str
     bfloat16: bool
@@ -49,26 +62,15 @@ class Variant(NamedTuple):
     boxed: bool
     below: bool = False
     stages: int = 2
+    apart: bool = False
+    ahead: bool = False
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
-        macros = {
-            self.kernel.upper(): 1,
-            "BFLOAT16": int(self.bfloat16),
-            "KERNEL_SIZE": self.kernel_size,
-            "ACROSS": self.across,
-            "IMAGES": self.images,
-            "PAIRS": self.pairs,
-            "STAGES": self.stages,
-            "VECTOR": self.vector,
-            "GROUP": self.group,
-            "GROUPS": self.groups,
-            "RESIDENT": self.resident,
-            "BOXED": int(self.boxed),
-            "BELOW": int(self.below),
-        }
-        name, threads = f"folded_{self.kernel}", 32 * self.groups
-        return Kernel(SOURCE, name, tuple(macros.items()), threads, self.shared(), self._boxes())
+        name, threads = f"folded_{self.kernel}", 32 * (self.groups + _COPIERS * self.apart)
+        macros = (*_macros(self), (self.kernel.upper(), 1))
+        shared, boxes = self.shared(), self._boxes()
+        return Kernel(_source(name), name, macros, threads, shared, boxes, self.apart)
 
     def _boxes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """The boxes of the images, by the numbers of the parameters."""
@@ -135,59 +137,79 @@ class Variant(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The constants of the kernel that does some levels of whole images."""
+    """The constants of the kernel of some levels; see the macros of `folded_levels.cu`."""
 
     bfloat16: bool
     kernel_size: int
     levels: int
     height: int
-    width: int
+    wide: int
+    halved: bool
+    high: int
+    broad: int
     images: int
     vector: int
     group: int
     groups: int
     resident: int
 
-    def compiled(self) -> Kernel:
-        """The kernel to launch."""
-        macros = {
-            "LEVELS": self.levels,
-            "BFLOAT16": int(self.bfloat16),
-            "KERNEL_SIZE": self.kernel_size,
-            "HEIGHT": self.height,
-            "WIDE": self.width,
-            "IMAGES": self.images,
-            "VECTOR": self.vector,
-            "GROUP": self.group,
-            "GROUPS": self.groups,
-            "RESIDENT": self.resident,
-        }
-        threads = 32 * self.groups
-        return Kernel(SOURCE, "folded_levels", tuple(macros.items()), threads, self.shared())
+    def compiled(self, bands: bool = False) -> Kernel:
+        """The kernel to launch, or that of the means of all levels alone."""
+        name, macros = (
+            "folded_bands" if bands else "folded_levels",
+            (*_macros(self), ("BANDS", int(bands))),
+        )
+        return Kernel(_source("folded_levels"), name, macros, 32 * self.groups, self.shared())
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
-        halo = 4 * (self.kernel_size // 2)
-        return sum(
-            _group_bytes(self.images * 2 * cdiv(h, 2) * (4 * cdiv(w, 4) + halo), self)
-            for _, h, w, _ in (
-                _means_shape((1, self.height, self.width, 1), level) for level in range(self.levels)
-            )
-        )
+        radius = self.kernel_size // 2
+        found = 0
+        for level in range(self.levels):
+            _, h, w, _ = _means_shape((1, self.height, self.wide, 1), level)
+            line = 16 * (cdiv(w, 4) + cdiv(2 * radius, 4))
+            words = self.images * cdiv(h, 2) * line + 16 * (1 + radius)
+            found += cdiv(words, 128) * 128 + 16
+        return found * self.group * self.groups
 
     def blocks(self, shape: tuple[int, ...]) -> int:
         """Thread blocks of images `[N, H, W, C]`."""
         return cdiv(shape[0], self.images) * cdiv(shape[-1], self.group * self.groups)
 
 
-def _group_bytes(pixels: int, variant: Variant | Whole) -> int:
+def _source(name: str) -> Path:
+    return _FOLDER / f"{name}.cu"
+
+
+def _macros(variant: Variant | Whole) -> tuple[tuple[str, int], ...]:
+    """The numbers of a variant, by the names of the macros that they are."""
+    numbers = variant._asdict().items()
+    return tuple((name.upper(), int(value)) for name, value in numbers if name != "kernel")
+
+
+def _group_bytes(pixels: int, variant: Variant) -> int:
     """Bytes of shared memory of some pixels of all groups."""
     return variant.groups * (cdiv(2 * variant.group * pixels, 128) * 128 + 16)
 
 
-def search_space() -> list[dict[str, int]]:
-    """The numbers of blocks of a multiprocessor that are worth timing; see `planned`."""
-    return [{}, {"resident": 1}, {"resident": 2}]
+def search_space(
+    direction: str, shape: tuple[int, ...], levels: int, device: Device
+) -> list[dict[str, int]]:
+    """What is worth timing for images `[N, H, W, C]`; see `forward` and `weight_grad`.
+
+    Args:
+        direction: "fwd" or "bwd".
+        shape: The images'.
+        levels: The number of levels.
+        device: The GPU.
+    """
+    sides = [max(_means_shape(shape, level)[1:3]) for level in range(levels)]
+    found: list[dict[str, int]] = [{}]
+    # Whole images of fewer levels, and of none.
+    found += [{"together": side - 1} for side in sides if 4 < side <= TOGETHER]
+    if device.boxes and device.capability == _HOPPER and shape[-1] % 8 == 0:
+        found += [{"apart": who} for who in range(_AHEAD + 1) if who != APART]
+    return [*found, {"resident": 1}, {"resident": 2}] if direction == "fwd" else found
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
@@ -207,6 +229,7 @@ def planned(
     device: Device,
     resident: int | None = None,
     below: bool = False,
+    apart: int = APART,
 ) -> Variant:
     """The variant for images `[N, H, W, C]`.
 
@@ -219,6 +242,8 @@ def planned(
         resident: Blocks of a multiprocessor that copy in pieces, 1 of 32 channels or 2 of 16; None
             for the rule's: one, which copies boxes where it can.
         below: Whether something is added to squares.
+        apart: Who starts the copies of boxes: 0 a thread of the first warp, 1 a warp of its own, 2
+            likewise, and a level's pixels are read a step before they are multiplied.
     """
     n, h, w, c = shape
     group = 2 if kernel_size == 7 else 4
@@ -230,9 +255,12 @@ def planned(
     else:
         across = cdiv(cdiv(w, 4), cdiv(w, 4 * _BLOCKS))
         images = min(n, _BLOCKS // across)
+    copying = bool(apart) and boxed and device.capability == _HOPPER
     one = Variant(
         *(kernel, dtype == "bfloat16", kernel_size, across, images, 1, math.gcd(group, c)),
         *(group, groups, resident or 1, boxed, below, _STAGES[boxed]),
+        apart=copying,
+        ahead=copying and apart == _AHEAD and kernel == "forward",
     )
     high = cdiv(h, 2)
     cuts = [one._replace(pairs=cdiv(high, parts)) for parts in range(1, cdiv(high, 4) + 1)]
@@ -242,27 +270,43 @@ def planned(
         best = best._replace(stages=best.stages - 1)
     if resident is None and best.shared() > share:
         # A Turing's 64 KB are too few for sixteen images of 32 channels.
-        return planned(kernel, shape, dtype, kernel_size, device, 2, below)
+        return planned(kernel, shape, dtype, kernel_size, device, 2, below, apart)
     return best
 
 
 @cache
 def whole(
-    shape: tuple[int, ...], dtype: str, kernel_size: int, levels: int, device: Device
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    above: tuple[int, ...] | None = None,
+    together: int = TOGETHER,
 ) -> Whole | None:
-    """The variant that does some levels of images `[N, H, W, C]`, or None where it has no room.
+    """The variant that does some levels of images, or None where it has no room.
 
-    Two blocks of a multiprocessor, so that one computes while another waits for memory.
+    Args:
+        shape: The images', `[N, H, W, C]`.
+        dtype: "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        levels: The number of levels.
+        device: The GPU.
+        above: The shape of the images whose means of squares these are, if they are.
+        together: The longest side of images that are taken.
     """
     n, h, w, c = shape
     across = cdiv(w, 4)
-    if max(h, w) > _SMALL:
+    if max(h, w) > min(together, 4 * _BLOCKS):
         return None
     group = 2 if kernel_size == 7 else 4
+    _, high, broad, _ = above or shape
     found = Whole(
-        *(dtype == "bfloat16", kernel_size, levels, h, w, min(n, _BLOCKS // across)),
-        *(math.gcd(group, c), group, 4, 2),
+        *(dtype == "bfloat16", kernel_size, levels, h, w, above is not None, high, broad),
+        *(min(n, max(1, _BLOCKS // across)), math.gcd(8, c), group, _GROUPS, _CROWDED[0]),
     )
+    if found.shared() > device.share(found.resident):
+        found = found._replace(resident=_CROWDED[1])
     while found.images > 1 and found.shared() > device.share(found.resident):
         found = found._replace(images=found.images - 1)
     return found if found.shared() <= device.share(found.resident) else None
@@ -280,6 +324,8 @@ def forward(
     launch: Launch[AnyArray],
     *,
     resident: int | None = None,
+    together: int = TOGETHER,
+    apart: int = APART,
 ) -> AnyArray:
     """The wavelet convolution.
 
@@ -295,26 +341,30 @@ def forward(
         device: The GPU.
         launch: The framework's launch function.
         resident: See `planned`.
+        together: The longest side of images that one launch does all levels of.
+        apart: See `planned`.
 
     Returns:
         y in x's shape and dtype.
     """
     sizes = [_means_shape(shape, level) for level in range(levels)]
-    together = [
-        whole(size, dtype, kernel_size, levels - level, device) for level, size in enumerate(sizes)
+    fitting = [
+        whole(size, dtype, kernel_size, levels - level, device, above, together)
+        for level, (size, above) in enumerate(zip(sizes, [None, *sizes], strict=False))
     ]
     # The first level that is done with all below it, if one is.
-    above = next((level for level, one in enumerate(together) if one), levels)
-    images = [x, *means(x, shape, dtype, min(above, levels - 1), launch)]
+    first = next((level for level, one in enumerate(fitting) if one), levels)
+    about = dtype, kernel_size, device
+    images = [x, *means(x, sizes[: max(first, 1)], *about, launch, together)]
     below = None
-    if above < levels and (one := together[above]):
-        n, _, _, c = size = sizes[above]
-        arguments = [images[above], taps, None if above else bias, above, n, c]
+    if first < levels and (one := fitting[first]):
+        n, _, _, c = size = sizes[first]
+        arguments = [images[-1], taps, None if first else bias, first, n, c]
         (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
-    for level in reversed(range(above)):
+    for level in reversed(range(first)):
         n, h, w, c = size = sizes[level]
         added = below is not None
-        variant = planned("forward", size, dtype, kernel_size, device, resident, added)
+        variant = planned("forward", size, *about, resident, added, apart)
         programs = variant.programs(size, device)
         arguments = [images[level], taps, *[below] * (added or not variant.boxed)]
         arguments += [None if level else bias, level]
@@ -327,29 +377,43 @@ def forward(
 
 
 def means(
-    x: AnyArray, shape: tuple[int, ...], dtype: str, levels: int, launch: Launch[AnyArray]
+    x: AnyArray,
+    sizes: Sequence[tuple[int, ...]],
+    dtype: str,
+    kernel_size: int,
+    device: Device,
+    launch: Launch[AnyArray],
+    together: int = TOGETHER,
 ) -> list[AnyArray]:
     """The means of the squares of two rows and columns, of their squares, and so on.
 
     Args:
         x: Contiguous images `[N, H, W, C]`.
-        shape: x's.
+        sizes: The shapes of x and of the means of each level.
         dtype: x's, "bfloat16" or "float16".
-        levels: How often.
+        kernel_size: That of the convolution that they are for.
+        device: The GPU.
         launch: The framework's launch function.
+        together: The longest side of images that one launch makes the means of all levels of.
 
     Returns:
         An array a level, in x's dtype.
     """
     found: list[AnyArray] = []
-    vector = math.gcd(8, shape[-1])
-    macros = {"MEANS": 1, "BFLOAT16": int(dtype == "bfloat16"), "VECTOR": vector}
-    kernel = Kernel(SOURCE, "folded_means", tuple(macros.items()), _MEANS_THREADS, 0)
-    for level in range(levels):
-        (n, h, w, c), size = (_means_shape(shape, level + i) for i in range(2))
+    (n, _, _, c), image = sizes[0], x
+    vector = math.gcd(8, c)
+    macros = ("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector)
+    kernel = Kernel(_source("folded_means"), "folded_means", macros, _MEANS_THREADS, 0)
+    for level in range(1, len(sizes)):
+        above, *below = sizes[level - 1 :]
+        size = below[0]
+        if one := whole(size, dtype, kernel_size, len(below), device, above, together):
+            outputs = [(each, dtype) for each in below]
+            return found + launch(one.compiled(True), [image, n, c], outputs, one.blocks(size))
+        _, h, w, _ = above
         blocks = cdiv(math.prod(size) // vector, _MEANS_THREADS)
-        image = found[-1] if found else x
-        found += launch(kernel, [image, n, c, h, w], [(size, dtype)], blocks)
+        (image,) = launch(kernel, [image, n, c, h, w], [(size, dtype)], blocks)
+        found.append(image)
     return found
 
 
@@ -365,6 +429,8 @@ def weight_grad(
     launch: Launch[AnyArray],
     *,
     resident: int | None = None,
+    together: int = TOGETHER,
+    apart: int = APART,
 ) -> list[AnyArray]:
     """The weight gradients of the folded taps, of each level.
 
@@ -379,16 +445,19 @@ def weight_grad(
         device: The GPU.
         launch: The framework's launch function.
         resident: See `planned`.
+        together: See `means`.
+        apart: See `planned`.
 
     Returns:
         For each level float32 `[programs, C, 16 * k * k + 1]`, to be summed over the programs: the
         gradients of the folded taps and of the bias, of level i a 4**i-th of them.
     """
     found = []
-    of_x, of_dy = ([a, *means(a, shape, dtype, levels - 1, launch)] for a in (x, dy))
-    for level in range(levels):
-        size = _means_shape(shape, level)
-        variant = planned("weights", size, dtype, kernel_size, device, resident)
+    sizes = [_means_shape(shape, level) for level in range(levels)]
+    about = dtype, kernel_size, device
+    of_x, of_dy = ([a, *means(a, sizes, *about, launch, together)] for a in (x, dy))
+    for level, size in enumerate(sizes):
+        variant = planned("weights", size, *about, resident, apart=apart)
         n, h, w, c = size
         programs = variant.programs(size, device)
         arguments = [of_x[level], of_dy[level], table, n, c, h, w, programs]

@@ -1,4 +1,4 @@
-"""The maps between the taps of a level and the one convolution that `folded_kernels.cu` computes.
+"""The maps between the taps of a level and the one convolution that the `folded_*.cu` compute.
 
 One level with Haar wavelets, and the base convolution, repeat every two pixels. At place `(p, q)`
 of a square of two rows and columns they are a convolution of 2k x 2k taps,

@@ -132,7 +132,8 @@ def _function(kernel: Kernel, device: int) -> Any:
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    code = compiled(kernel.text(), dict(kernel.macros), f"sm_{major}{minor}")
+    arch = f"sm_{major}{minor}{'a' if kernel.exact else ''}"
+    code = compiled(kernel.text(), dict(kernel.macros), arch)
     library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
     found = _checked(driver.cuLibraryGetKernel(library, kernel.name.encode()))
     attributes = driver.CUfunction_attribute

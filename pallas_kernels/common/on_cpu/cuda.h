@@ -57,6 +57,9 @@ namespace cuda_on_cpu {
 inline Index block_index, grid;
 inline float* shared;
 
+// A misused instruction; the launch fails.
+inline bool misused;
+
 // NaN as a number of 32 bits and as two of 16, whichever they are.
 constexpr unsigned POISON = 0x7fff7fff;
 
@@ -80,6 +83,7 @@ inline unsigned packed(float low, float high, bool bfloat16) {
 struct Warp {
   on_cpu::Meeting meeting, together;
   unsigned a[2][32][4], b[2][32][2];
+  const unsigned char* rows[2][32];
 };
 inline std::vector<Warp> warps;
 
@@ -106,6 +110,19 @@ inline void multiply(float (&d)[4], const unsigned (&a)[2 * HALVES], const unsig
     sums[i] = float(sum);
   }
   std::copy_n(sums, 4, d);
+}
+
+// ldmatrix: COUNT matrices of 8 x 8 numbers, each row of which is where another lane says.
+template <int COUNT>
+inline void matrices(unsigned (&d)[COUNT], const void* row) {
+  const unsigned lane = on_cpu::current->thread % 32;
+  Warp& warp = warps[on_cpu::current->thread / 32];
+  const unsigned turn = warp.meeting.held % 2;
+  misused |= reinterpret_cast<std::uintptr_t>(row) % 16 != 0;
+  warp.rows[turn][lane] = static_cast<const unsigned char*>(row);
+  on_cpu::meet(warp.meeting, 32);
+  for (int i = 0; i < COUNT; i++)
+    std::memcpy(d + i, warp.rows[turn][8 * i + lane / 4] + lane % 4 * 4, 4);
 }
 
 // Copies that a thread has started, in groups, the last of which is open. They arrive no earlier
@@ -186,9 +203,6 @@ struct Waiting {
   std::vector<Load> loads;
 };
 inline std::map<const void*, Waiting> barriers;
-// A misused instruction; the launch fails.
-inline bool misused;
-
 inline Waiting& barrier_at(const void* place) {
   const auto found = barriers.find(place);
   if (found != barriers.end()) return found->second;
@@ -215,6 +229,8 @@ inline void expect(const void* barrier, unsigned bytes) {
   Waiting& one = barrier_at(barrier);
   one.arrived++;
   one.bytes += bytes;
+  // Who starts copies alone lets others go on.
+  on_cpu::moved = true;
 }
 
 inline void load_box(void* to, const TensorMap& map, const void* barrier, const Place& place) {

@@ -130,6 +130,7 @@ def test_ptx_is_kept_on_disk(launcher, monkeypatch):
 @COMPILER
 def test_an_older_nvrtc_writes_for_the_newest_gpu_that_it_knows():
     assert nvrtc.virtual_arch(90) == "compute_90"
+    assert nvrtc.virtual_arch(90, exact=True) == "compute_90a"
     assert int(nvrtc.virtual_arch(999).removeprefix("compute_")) >= 121
     with pytest.raises(NotImplementedError, match=r"compute capability 7.5 and newer, .* has 5.2"):
         nvrtc.virtual_arch(52)

@@ -1,0 +1,342 @@
+// Weight gradients of a level of the folded wavelet convolution on tensor cores, for NVRTC.
+//
+// The host defines the macros of `folded_streams.cuh`.
+
+#include "folded_streams.cuh"
+
+#if BFLOAT16
+constexpr unsigned ONES = 0x3f803f80;
+#else
+constexpr unsigned ONES = 0x3c003c00;
+#endif
+
+static_assert(BLOCKS == 16, "all blocks are summed");
+// Products of a channel: M is a pair of rows of eight columns of x, N a pair of rows of four columns
+// of dy, K are the blocks. Of 5 x 5 the last four columns are those of two pairs of rows at once.
+// The last product has the sums of dy, which a factor of ones makes.
+constexpr bool MIXED = KERNEL_SIZE == 5;
+constexpr int WHOLE = KERNEL_SIZE == 7 ? 2 : 1;
+constexpr int SETS = WHOLE * REACHED + (MIXED ? 3 : 1);
+constexpr int TAPS = 16 * KERNEL_SIZE * KERNEL_SIZE;
+
+#if BOXED
+constexpr int ROWS = 2 * BOX * PIXEL * IMAGES;
+constexpr int STAGE = ROWS + (2 * WIDTH * PIXEL * IMAGES + 1023) / 1024 * 1024;
+constexpr int STRIDE = PIXEL, IN_LINE = BOX;
+#else
+constexpr int ROWS = Inputs::BYTES, STAGE = Inputs::BYTES + Outputs::BYTES;
+constexpr int STRIDE = 2 * GROUP, IN_LINE = LOADED;
+#endif
+
+// The sums of the products of a warp's channels, and what they need of the pairs before.
+struct Products {
+  float sums[GROUP][SETS][4] = {};
+  unsigned ring[GROUP][REACHED][2];  // The last pairs of dy, the newest first.
+  unsigned before[GROUP][2];         // The last columns of the last pair of x.
+
+  DEVICE void begin() {
+#pragma unroll
+    for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+      for (int f = 0; f < 2; f++) {
+        before[c][f] = 0;
+#pragma unroll
+        for (int i = 0; i < REACHED; i++) ring[c][i][f] = 0;
+      }
+    }
+  }
+
+  DEVICE void push(const Channels (&of)[2][2]) {
+#pragma unroll
+    for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+      for (int f = 0; f < 2; f++) {
+#pragma unroll
+        for (int i = REACHED - 1; i > 0; i--) ring[c][i][f] = ring[c][i - 1][f];
+        ring[c][0][f] = of_channel(c, of[0][f], of[1][f]);
+      }
+    }
+  }
+
+  DEVICE void multiply(int part, const Channels (&pixels)[2][2][2]) {
+#pragma unroll
+    for (int c = 0; c < GROUP; c++) {
+      unsigned a[2][2];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int f = 0; f < 2; f++) a[r][f] = of_channel(c, pixels[r][0][f], pixels[r][1][f]);
+      }
+#pragma unroll
+      for (int i = 0; i < REACHED; i++) {
+        float(&sum)[4] = sums[c][WHOLE * i + part];
+        multiply16(sum, a[0][0], a[1][0], a[0][1], a[1][1], ring[c][i][0], ring[c][i][1], sum);
+      }
+    }
+  }
+
+  // The last columns: this pair with pairs 1 and R + 2 of dy, so that the one before is with those
+  // above; and with pair R the sums of dy.
+  DEVICE void multiply_last(const Channels (&mixed)[2][2]) {
+#pragma unroll
+    for (int c = 0; c < GROUP; c++) {
+      unsigned now[2] = {ONES, ONES};
+      if (MIXED) {
+#pragma unroll
+        for (int f = 0; f < 2; f++) now[f] = of_channel(c, mixed[0][f], mixed[1][f]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          float(&sum)[4] = sums[c][SETS - 3 * MIXED + i];
+          const unsigned(&b)[2] = ring[c][i == 0 ? 1 : REACHED - 1];
+          multiply16(sum, now[0], before[c][0], now[1], before[c][1], b[0], b[1], sum);
+        }
+        before[c][0] = now[0];
+        before[c][1] = now[1];
+      }
+      float(&sum)[4] = sums[c][SETS - 1];
+      multiply16(sum, now[0], ONES, now[1], ONES, ring[c][R][0], ring[c][R][1], sum);
+    }
+  }
+};
+
+// Weight gradients of the folded taps, in their order, and then the sums of dy:
+// `[programs, C, TAPS + 1]`. `table [TAPS]` has of each tap the two places of a warp's results that
+// it is the sum of, in the lower half and in the upper one.
+extern "C" __global__ void __launch_bounds__(THREADS + 128 * APART, RESIDENT)
+#if BOXED
+folded_weights(BOXES x, BOXES dy,
+#else
+folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
+#endif
+               const unsigned* __restrict__ table, int count, int channels, int height, int width,
+               int programs, float* __restrict__ found) {
+  SHARED(shared_memory);
+  unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
+  const Images images = {count, height, width, channels};
+  const int chunks = (channels + TOGETHER - 1) / TOGETHER, tiles = Walk::tiles(images);
+  const int chunk = int(blockIdx.x) % chunks * TOGETHER, first = int(blockIdx.x) / chunks;
+  const int pairs = (height + 1) / 2;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+
+  // Lane 4 g + t reads, of blocks t + 4 e + 8 f, column g of x, or the like.
+  const int t = lane % 4, g = lane / 4, line = t / ACROSS * 2, column = t % ACROSS * 4;
+  const int pixel = line * IN_LINE + column, mixed_pixel = pixel + g / 4 * IN_LINE + 8 + g % 4;
+  const int dy_pixel = (line + g / 4) * WIDTH + column + g % 4;
+#if BOXED
+  const int group = 2 * GROUP * warp;
+  const int of_x = swizzled(PIXEL * (pixel + g) + group);
+  const int of_mixed = swizzled(PIXEL * mixed_pixel + group);
+  const int of_dy = ROWS + swizzled(PIXEL * dy_pixel + group);
+#else
+  const int of_x = warp * Inputs::GROUP_BYTES + STRIDE * (pixel + g);
+  const int of_mixed = warp * Inputs::GROUP_BYTES + STRIDE * mixed_pixel;
+  const int of_dy = ROWS + warp * Outputs::GROUP_BYTES + STRIDE * dy_pixel;
+#endif
+  // A multiple of eight pixels, after which swizzles repeat.
+  constexpr auto later = [](int e, int f, int columns) {
+    const int blocks = 4 * e + 8 * f;
+    return STRIDE * (blocks / ACROSS * 2 * columns + blocks % ACROSS * 4);
+  };
+
+  // A pair of dy is multiplied by the pairs of x from R above to R below it: x comes R steps later.
+  // After the image's last pair there is one that is zero, whose neighbour above is still to do.
+  auto end = [&](const Walk& of) { return min(of.bottom(images) + R, pairs + MIXED) + R; };
+  auto advance = [&](Walk& at) {
+    if (++at.pair < end(at)) return;
+    at.tile += programs;
+    at.enter(images);
+  };
+  Walk loading = {first}, walk = {first};
+  if (first < tiles) {
+    loading.enter(images);
+    walk.enter(images);
+  }
+
+#if BOXED
+  Barrier* const full = reinterpret_cast<Barrier*>(shared + STAGES * STAGE);
+  Barrier* const done = full + STAGES;
+  auto load = [&](int slot) {
+    if (loading.tile >= tiles) return;
+    unsigned char* stage = shared + slot * STAGE;
+    const int other = loading.pair - R;
+    const bool of_dy = loading.pair < loading.bottom(images);
+    expect(full + slot, (other >= 0 ? ROWS : 0) + (of_dy ? 2 * WIDTH * PIXEL * IMAGES : 0));
+    if (other >= 0)
+      load_box(stage, x, full + slot, chunk, loading.left - HALO, 2 * other, loading.image);
+    if (of_dy)
+      load_box(stage + ROWS, dy, full + slot, chunk, loading.left, 2 * loading.pair, loading.image);
+    advance(loading);
+  };
+  constexpr int COPIER = APART ? THREADS : 0;
+  if (threadIdx.x == COPIER) {
+    for (int i = 0; i < STAGES; i++) {
+      make(full + i, 1);
+      make(done + i, GROUPS);
+    }
+    made();
+  }
+  __syncthreads();
+  unsigned phase = 0;
+#if APART
+  if (warp >= GROUPS) {
+    registers_less<24>();
+    if (threadIdx.x == COPIER) {
+#pragma unroll 1
+      for (int i = 0; i < STAGES; i++) load(i);
+#pragma unroll 1
+      for (int slot = 0; loading.tile < tiles;) {
+        wait_for(done + slot, phase);
+        load(slot);
+        if (++slot == STAGES) {
+          slot = 0;
+          phase ^= 1;
+        }
+      }
+    }
+    // The one behind the loop.
+    __syncthreads();
+    return;
+  }
+  registers_more<240>();
+#else
+  if (threadIdx.x == COPIER)
+    for (int i = 0; i < STAGES; i++) load(i);
+  bool begun = false;
+#endif
+#else
+  const int mine = chunk + GROUP * (int(threadIdx.x) % GROUPS), left = channels - mine;
+  Inputs inputs;
+  Outputs outputs;
+  inputs.prepare(images, -HALO);
+  outputs.prepare(images, 0);
+  auto load = [&](int slot) {
+    if (loading.tile < tiles) {
+      if (loading.pair == loading.first()) {
+        inputs.enter(images, loading.image, loading.left - HALO);
+        outputs.enter(images, loading.image, loading.left);
+      }
+      unsigned char* stage = shared + slot * STAGE;
+      const int other = loading.pair - R;
+      if (other >= 0)
+        inputs.load(x, x + loading.pixel(images, other) + mine, inputs.inside(images, other), left,
+                    stage);
+      if (loading.pair < loading.bottom(images))
+        outputs.load(dy, dy + loading.pixel(images, loading.pair) + mine,
+                     outputs.inside(images, loading.pair), left, stage + ROWS);
+      advance(loading);
+    }
+    commit();
+  };
+#pragma unroll 1
+  for (int step = 0; step < STAGES - 1; step++) load(step);
+#endif
+
+  Products products;
+#pragma unroll 1
+  for (int slot = 0; walk.tile < tiles;) {
+    // Not a step's, where it would be a choice for each of its registers.
+    products.begin();
+    const int last = end(walk);
+#pragma unroll 1
+    for (; walk.pair < last; walk.pair++) {
+#if BOXED
+      wait_for(full + slot, phase);
+#else
+      wait<STAGES - 2>();
+      __syncthreads();
+      load(slot == 0 ? STAGES - 1 : slot - 1);
+#endif
+      const unsigned char* stage = shared + slot * STAGE;
+      Channels of[2][2];
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+#pragma unroll
+        for (int f = 0; f < 2; f++)
+          of[e][f] = walk.pair < walk.bottom(images) ? channels_at(stage + of_dy + later(e, f, WIDTH))
+                                             : Channels{};
+      }
+      products.push(of);
+      if (walk.pair >= R) {
+#pragma unroll
+        for (int part = 0; part < WHOLE; part++) {
+          Channels pixels[2][2][2];
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+#pragma unroll
+              for (int f = 0; f < 2; f++)
+                pixels[r][e][f] = channels_at(stage + of_x + later(e, f, IN_LINE) +
+                                              STRIDE * (r * IN_LINE + 8 * part));
+            }
+          }
+          products.multiply(part, pixels);
+        }
+        Channels mixed[2][2] = {};
+        if (MIXED) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+#pragma unroll
+            for (int f = 0; f < 2; f++)
+              mixed[e][f] = channels_at(stage + of_mixed + later(e, f, IN_LINE));
+          }
+        }
+        products.multiply_last(mixed);
+      }
+#if BOXED
+      __syncwarp();
+      if (lane == 0) arrive(done + slot);
+#if !APART
+      // The slot of the step before, so that nobody waits for this one's.
+      if (threadIdx.x == 0 && begun) {
+        const int before = slot ? slot - 1 : STAGES - 1;
+        wait_for(done + before, slot ? phase : phase ^ 1);
+        load(before);
+      }
+      __syncwarp();
+      begun = true;
+#endif
+#endif
+      if (++slot == STAGES) {
+        slot = 0;
+#if BOXED
+        phase ^= 1;
+#endif
+      }
+    }
+    walk.tile += programs;
+    walk.enter(images);
+  }
+#if !BOXED
+  wait<0>();
+#endif
+  __syncthreads();
+
+  // Through memory of the warp's own: results [SETS, 16 rows of M, 8 columns of N].
+  float* const own = reinterpret_cast<float*>(shared) + warp * SETS * 128;
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+#pragma unroll
+    for (int i = 0; i < SETS; i++) {
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        own[(16 * i + g + k / 2 * 8) * 8 + 2 * t + k % 2] = products.sums[c][i][k];
+    }
+    __syncwarp();
+    const int channel = chunk + GROUP * warp + c;
+    if (channel < channels) {
+      float* to = found + (Offset(first) * channels + channel) * (TAPS + 1);
+#pragma unroll 4
+      for (int tap = lane; tap < TAPS; tap += 32)
+        to[tap] = own[table[tap] & 0xffff] + own[table[tap] >> 16];
+      if (lane == 0) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < 8; n++) sum += own[(16 * (SETS - 1) + 8) * 8 + n];
+        to[TAPS] = sum;
+      }
+    }
+    __syncwarp();
+  }
+}
+
