@@ -195,6 +195,39 @@ class TestTheResults:
         row = changed["results.md"].splitlines()[-1]
         assert row.startswith("|  | forward | flash") and row not in stored["results.md"]
 
+    def test_another_figure_shows_in_the_table_of_another_page(self):
+        found = self.results.reports(DOCS / "results")
+        text = TEXTS[DOCS / "performance.md"]
+        assert text.count("<!-- results: ") == 2 and self.results.filled(text, found) == text
+        found["stylize_h200_network"]["rows"][0]["median_ms"] = 9.87
+        assert "| plain JAX | 9.87 |" in self.results.filled(text, found)
+        assert "| plain JAX | 9.87 |" not in text
+        with pytest.raises(KeyError, match="sparse"):
+            self.results.filled(text, {})
+
+    def test_tables_of_layers_and_levels(self):
+        def rows(contender, forward, both, **more):
+            row = {"x": [8, 56, 56, 96], "levels": 5, "contender": contender} | more
+            yield row | {"direction": "forward", "median_ms": forward}
+            yield row | {"direction": "forward+backward", "median_ms": both}
+
+        layers = [*rows("plain jax", 1.53, 122.4), *rows("flash", 0.2213, 1)]
+        facts = {"levels": 1, "field": 10, "parameters": 12576}
+        levels = [*rows("1 levels", 0.1, 0.34, **facts)]
+        levels += rows("depthwise 7x7", 1, 2, **facts | {"levels": None})
+        found = {
+            "a": {"benchmark": "wtconv", "rows": layers},
+            "b": {"benchmark": "levels", "rows": levels},
+        }
+        made = self.results.filled(
+            "<!-- results: a -->\n<!-- end -->\n<!-- results: b -->\n<!-- end -->", found
+        )
+        assert "| x | ours | plain JAX |\n" in made
+        assert "| (8, 56, 56, 96), 5 levels | 0.22 / 1 | 1.5 / 122 |\n" in made
+        assert "| 1 | 10 | 12,576 | 0.1 | 0.34 |\n" in made
+        assert "| one plain 7×7 depthwise convolution | 10 | 12,576 | 1 | 2 |\n" in made
+        assert self.results.filled(made, found) == made
+
     def test_what_is_noisy_is_not_compared(self):
         row = {"least_ms": 1.0, "median_ms": 1.2, "greatest_ms": 2.1, "speedup": 3.0}
         assert self.results.ratio(row) == "noisy"
@@ -435,9 +468,9 @@ def unknown_words(text):
     app = get_command(importlib.import_module("flash_wtconv_jax.cli").app)
     inside = (" ".join(one.split()) for one in re.findall(r"`([^`]+)`", prose(text)))
     for line in [*(one for one, _ in commands(text)), *inside]:
-        _, program, rest = line.partition("flash-wtconv ")
+        typed = re.search(r"(?:^|&& |=\S+ )flash-wtconv (.+)", line)
         node = app
-        for word in rest.split() if program else ():
+        for word in typed[1].split() if typed else ():
             if word.startswith("-"):
                 options = {one for param in node.params for one in param.opts}
                 if word.partition("=")[0] not in options | {"--help"}:

@@ -99,5 +99,4 @@ class Reader:
 
     def close(self):
         """Ends the interpreter."""
-        self.interpreter.stdin.close()
-        self.interpreter.wait()
+        self.interpreter.communicate()
