@@ -43,7 +43,8 @@ def groups(report: Report) -> dict[tuple[str, str], list[Row]]:
     """The rows of what was computed, in one direction: those that are compared."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in report["rows"]:
-        what = row.get("shape") or f"{row['work']}, {row['name']}"
+        # `bench levels` is of one array.
+        what = row.get("shape") or (f"{row['work']}, {row['name']}" if "work" in row else "x")
         found.setdefault((what, row["direction"]), []).append(row)
     return found
 

@@ -205,28 +205,52 @@ class TestTheResults:
         with pytest.raises(KeyError, match="sparse"):
             self.results.filled(text, {})
 
-    def test_tables_of_layers_and_levels(self):
+    def test_tables_of_layers_and_levels(self, tmp_path):
         def rows(contender, forward, both, **more):
-            row = {"x": [8, 56, 56, 96], "levels": 5, "contender": contender} | more
-            yield row | {"direction": "forward", "median_ms": forward}
-            yield row | {"direction": "forward+backward", "median_ms": both}
+            times = {"forward": forward, "forward+backward": both}
+            for direction, median in times.items():
+                spread = {f"{key}_ms": median for key in ("least", "median", "greatest")}
+                row = {"contender": contender, "direction": direction, "speedup": 1.0}
+                yield row | spread | more
 
-        layers = [*rows("plain jax", 1.53, 122.4), *rows("flash", 0.2213, 1)]
+        layer = {"shape": "a layer", "x": [8, 56, 56, 96], "levels": 5}
         facts = {"levels": 1, "field": 10, "parameters": 12576}
-        levels = [*rows("1 levels", 0.1, 0.34, **facts)]
-        levels += rows("depthwise 7x7", 1, 2, **facts | {"levels": None})
-        found = {
-            "a": {"benchmark": "wtconv", "rows": layers},
-            "b": {"benchmark": "levels", "rows": levels},
+        made = {
+            "wtconv": [*rows("plain jax", 1.53, 122.4, **layer), *rows("flash", 0.22, 1, **layer)],
+            "levels": [
+                *rows("1 levels", 0.1, 0.34, **facts),
+                *rows("depthwise 7x7", 1, 2, **facts | {"levels": None}),
+            ],
         }
-        made = self.results.filled(
-            "<!-- results: a -->\n<!-- end -->\n<!-- results: b -->\n<!-- end -->", found
-        )
-        assert "| x | ours | plain JAX |\n" in made
-        assert "| (8, 56, 56, 96), 5 levels | 0.22 / 1 | 1.5 / 122 |\n" in made
-        assert "| 1 | 10 | 12,576 | 0.1 | 0.34 |\n" in made
-        assert "| one plain 7×7 depthwise convolution | 10 | 12,576 | 1 | 2 |\n" in made
-        assert self.results.filled(made, found) == made
+        docs = tmp_path / "docs"
+        (docs / "results").mkdir(parents=True)
+        report = json.loads((DOCS / "results" / "sparse_h200_bfloat16.json").read_text())
+        for name, these in made.items():
+            text = json.dumps(report | {"benchmark": name, "rows": these})
+            (docs / "results" / f"{name}.json").write_text(text)
+        readme = tmp_path / "README.md"
+        readme.write_text("".join(f"<!-- results: {one} -->\n<!-- end -->\n" for one in made))
+        found = self.results.files(docs)
+        assert found[readme].splitlines() == [
+            "<!-- results: wtconv -->",
+            "",
+            "| x | ours | plain JAX |",
+            "|---|---|---|",
+            "| (8, 56, 56, 96), 5 levels | 0.22 / 1 | 1.5 / 122 |",
+            "",
+            "<!-- end -->",
+            "<!-- results: levels -->",
+            "",
+            "| levels | field, pixels | parameters | forward, ms | forward and backward, ms |",
+            "|---|---|---|---|---|",
+            "| 1 | 10 | 12,576 | 0.1 | 0.34 |",
+            "| one plain 7×7 depthwise convolution | 10 | 12,576 | 1 | 2 |",
+            "",
+            "<!-- end -->",
+        ]
+        assert "results_levels.svg" in {path.name for path in found}
+        readme.write_text(found[readme])
+        assert self.results.files(docs) == found
 
     def test_what_is_noisy_is_not_compared(self):
         row = {"least_ms": 1.0, "median_ms": 1.2, "greatest_ms": 2.1, "speedup": 3.0}
