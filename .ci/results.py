@@ -222,7 +222,7 @@ def filled(text: str, found: dict[str, Report]) -> str:
 
 
 def files(docs: Path) -> dict[Path, str]:
-    """Returns what is made of the reports in `docs/results`: pages, tables of others, and charts."""
+    """Returns what is made of reports in `docs/results`: a page, tables of others, and charts."""
     found = reports(docs / "results")
     lines = [line for name, report in found.items() for line in section(name, report)]
     made = {docs / "results.md": "\n".join([HEAD, *lines, ""]).replace("\n\n\n", "\n\n")}
