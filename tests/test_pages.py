@@ -7,6 +7,7 @@ import json
 import re
 import textwrap
 import tomllib
+import urllib.error
 from collections import Counter
 from pathlib import Path
 
@@ -121,6 +122,22 @@ def test_links_lead_somewhere(path):
 def test_a_dead_link_is_seen(text, fault):
     (found,) = faults(DOCS / "index.md", text)
     assert fault in found
+
+
+def test_links_elsewhere_are_found_and_what_is_gone_is_seen(monkeypatch):
+    links = script("links")
+    text = f"[a](https://a.org/b#c), [b]({FORGE}README.md), [c](limits.md)\n[d]: https://d.org\n"
+    assert links.external(text) == {"https://a.org/b", "https://d.org"}
+    assert "https://arxiv.org/abs/2407.05848" in links.external(TEXTS[README])
+
+    def answer(request, timeout):
+        raise urllib.error.HTTPError(request.full_url, code, "said", {}, None)
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    code = 404
+    assert links.fault("https://a.org") == "https://a.org: HTTP Error 404: said"
+    code = 403  # A page that is refused to programs is there.
+    assert links.fault("https://a.org") is None
 
 
 def test_every_page_is_in_the_navigation_once():
