@@ -7,6 +7,8 @@ LOG := $(VENV)/install.log
 # Written while pip runs and removed when pip returns: an interrupted installation starts anew.
 UNFINISHED := $(VENV)/.unfinished
 NOTEBOOKS := $(filter-out notebooks/roofline.ipynb notebooks/tpu_quickstart.ipynb,$(wildcard notebooks/*.ipynb))
+# The pages that are made from docstrings and from notebooks.
+PAGES := $(BIN)/python .ci/reference.py && $(BIN)/python .ci/notebook_pages.py
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
@@ -54,10 +56,10 @@ notebooks: $(VENV)/.installed-test
 	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python .ci/notebooks.py $(NOTEBOOKS)
 
 docs: $(VENV)/.installed-docs
-	@$(BIN)/python .ci/reference.py && $(BIN)/python -m mkdocs build --quiet --strict
+	@$(PAGES) && $(BIN)/python -m mkdocs build --quiet --strict
 
 docs-serve: $(VENV)/.installed-docs
-	@$(BIN)/python .ci/reference.py && $(BIN)/python -m mkdocs serve --strict
+	@$(PAGES) && $(BIN)/python -m mkdocs serve --strict
 
 # TAG=vX.Y.Z must name the version.
 dist: $(VENV)/.installed-release

@@ -88,7 +88,9 @@ def run(path: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = [nbformat.from_dict(one) for one in reduced(cell.outputs)]
             cell.execution_count = None
-            cell.metadata = {"source_hash": hash_of(cell)} if cell.outputs else {}
+            # What a picture shows in words is written by hand.
+            alt = {"alt": cell.metadata["alt"]} if "alt" in cell.metadata else {}
+            cell.metadata = {"source_hash": hash_of(cell), **alt} if cell.outputs else {}
     nbformat.write(notebook, path)
 
 

@@ -1,10 +1,12 @@
 """Writes docs/results.md and its charts from docs/results/*.json: `python .ci/results.py`.
 
-The files are what `flash-wtconv bench … --out` leaves. Nothing on the page is typed by hand.
+The files are what `flash-wtconv bench … --out` leaves. Nothing on the page is typed by hand, nor
+are tables of other pages that begin with `<!-- results: NAME -->`, NAME being that of a file.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ def groups(report: Report) -> dict[tuple[str, str], list[Row]]:
     """The rows of what was computed, in one direction: those that are compared."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in report["rows"]:
-        what = row.get("shape") or f"{row['work']}, {row['name']}"
+        # `bench levels` is of one array.
+        what = row.get("shape") or (f"{row['work']}, {row['name']}" if "work" in row else "x")
         found.setdefault((what, row["direction"]), []).append(row)
     return found
 
@@ -113,13 +116,120 @@ def section(name: str, report: Report) -> Iterator[str]:
     yield from table(report)
 
 
+def figure(value: float) -> str:
+    """Two digits, or all of a whole number's."""
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+
+
+def _layers(report: Report) -> Iterator[str]:
+    """The lines of a table of WTConv layers: forward / forward and backward of each contender."""
+    names = {
+        "flash": "ours",
+        "plain jax": "plain JAX",
+        "depthwise 7x7": "one plain 7×7 depthwise convolution",
+        "torch eager": "PyTorch eager",
+    }
+    shown = [name for name in names if any(row["contender"] == name for row in report["rows"])]
+    yield f"| x | {' | '.join(names[name] for name in shown)} |"
+    yield "|---" * (1 + len(shown)) + "|"
+    layers = {(tuple(row["x"]), row["levels"]): None for row in report["rows"]}
+    for x, levels in layers:
+        rows = [row for row in report["rows"] if (tuple(row["x"]), row["levels"]) == (x, levels)]
+        cells = (_both(rows, name) for name in shown)
+        yield f"| {x}, {levels} levels | {' | '.join(cells)} |"
+
+
+def _both(rows: list[Row], contender: str) -> str:
+    """Milliseconds of a contender, forward / forward and backward."""
+    times = {row["direction"]: row["median_ms"] for row in rows if row["contender"] == contender}
+    return " / ".join(figure(times[one]) for one in ("forward", "forward+backward"))
+
+
+def _levels(report: Report) -> Iterator[str]:
+    """The lines of a table of levels: what each adds and costs."""
+    yield "| levels | field, pixels | parameters | forward, ms | forward and backward, ms |"
+    yield "|---|---|---|---|---|"
+    for name in dict.fromkeys(row["contender"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["contender"] == name]
+        first, times = rows[0], _both(rows, name).replace(" / ", " | ")
+        levels = first["levels"]
+        title = "one plain 7×7 depthwise convolution" if levels is None else levels
+        yield f"| {title} | {first['field']} | {first['parameters']:,} | {times} |"
+
+
+def _sparse(report: Report) -> Iterator[str]:
+    """The lines of a table of sparse convolutions: ours, and its speed over plain forms."""
+    others = ("gather, dot, scatter-add", "im2col")
+    yield f"| | | ms | TFLOP/s | {' | '.join(f'over {one}' for one in others)} |"
+    yield "|---|---|---|---|---|---|"
+    pairs = {row["shape"]: row["pairs"] for row in report["rows"] if row.get("pairs")}
+    before = None
+    for (shape, direction), rows in groups(report).items():
+        times = {row["contender"]: row["median_ms"] for row in rows}
+        if "flash" in times:
+            channels = re.search(r"_(\d+)_(\d+)_s", shape)
+            assert channels
+            products = 2 * pairs[shape] * int(channels[1]) * int(channels[2])
+            products *= 3 if direction == "forward+backward" else 1
+            ours = times["flash"]
+            cells = [f"{ours:.3f}", f"{products / ours / 1e9:.0f}"]
+            cells += [f"{times[one] / ours:.3g}×" for one in others]
+            title = f"{channels[1]} → {channels[2]}" if shape != before else ""
+            yield f"| {title} | {direction} | {' | '.join(cells)} |"
+            before = shape
+
+
+def _stylize(report: Report) -> Iterator[str]:
+    """The lines of a table of a style transfer network, by what computes it."""
+    names = {
+        "plain jax": "plain JAX",
+        "norm alone": "our norm alone",
+        "convolution+norm": "our convolution and norm, one by one",
+        "flash": "what is taken unasked",
+    }
+    yield "| | ms | over plain JAX | temporaries, MB |"
+    yield "|---|---|---|---|"
+    for row in report["rows"]:
+        by = row["contender"].removeprefix("flash ")
+        title = names.get(row["contender"], f"`conv2d_instance_norm` by `{by}`")
+        megabytes = f"{row['temporaries'] / 1e6:.0f}"
+        yield f"| {title} | {row['median_ms']:.2f} | {row['speedup']:.2f}× | {megabytes} |"
+
+
+TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
+    "levels": _levels,
+    "sparse": _sparse,
+    "stylize": _stylize,
+    "wtconv": _layers,
+}
+"""What makes a page's table of a report, by the benchmark."""
+PAGES = ("README.md", "docs/index.md", "docs/performance.md")
+_TABLE = re.compile(r"(?<=<!-- results: )(\w+)( -->\n).*?(?=<!-- end -->)", re.S)
+
+
+def filled(text: str, found: dict[str, Report]) -> str:
+    """A page with the tables that its reports make.
+
+    Raises:
+        KeyError: A table names a report that is not there.
+    """
+
+    def table_of(match: re.Match[str]) -> str:
+        report = found[match[1]]
+        return "\n".join([match[1] + match[2], *TABLES[report["benchmark"]](report), "", ""])
+
+    return _TABLE.sub(table_of, text)
+
+
 def files(docs: Path) -> dict[Path, str]:
-    """Returns what is made of the reports in `docs/results`: the page and its charts."""
+    """Returns what is made of reports in `docs/results`: a page, tables of others, and charts."""
     found = reports(docs / "results")
     lines = [line for name, report in found.items() for line in section(name, report)]
     made = {docs / "results.md": "\n".join([HEAD, *lines, ""]).replace("\n\n\n", "\n\n")}
     for name, report in found.items():
         made[docs / "images" / f"results_{name}.svg"] = chart(report)
+    for path in filter(Path.exists, (docs.parent / name for name in PAGES)):
+        made[path] = filled(path.read_text(encoding="utf-8"), found)
     return made
 
 

@@ -7,19 +7,24 @@ import json
 import re
 import textwrap
 import tomllib
+import urllib.error
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers.reader import Reader
+from typer.main import get_command
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FORGE = "https://github.com/flash-wtconv/flash-wtconv/blob/main/"
 TREE = FORGE.replace("/blob/", "/tree/")
-# docs/reference is made by .ci/reference.py, and not stored.
-PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "reference")
+# These are made by .ci/reference.py and .ci/notebook_pages.py, and not stored.
+MADE = {DOCS / "reference", DOCS / "notebooks"}
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent not in MADE)
 OTHERS = [
     ROOT / f"{name}.md"
-    for name in ("CODE_OF_CONDUCT", "CONTRIBUTING", "README", "RELEASING", "SECURITY")
+    for name in ("CHANGELOG", "CODE_OF_CONDUCT", "CONTRIBUTING", "README", "RELEASING", "SECURITY")
 ]
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.M | re.S)
 # Code of these pages has tests of its own.
@@ -50,6 +55,8 @@ def script(name):
 
 reference = script("reference")
 MODULES = reference.sources(ROOT)
+notebook_pages = script("notebook_pages")
+NOTEBOOKS = notebook_pages.files(ROOT)
 
 
 def name_of(path):
@@ -84,7 +91,9 @@ def faults(path, text):
         else:
             base = path.parent
         file = (base / place).resolve() if place else path
-        if DOCS / "reference" in file.parents:
+        if MADE & {*file.parents}:
+            if file.parent.name == "notebooks" and file.name not in NOTEBOOKS:
+                yield f"{target} does not exist"
             continue
         if DOCS in path.parents and base != ROOT and DOCS not in file.parents:
             yield f"{target} leads out of docs/, where the site ends: begin it with {FORGE}"
@@ -103,6 +112,7 @@ def test_links_lead_somewhere(path):
     ("text", "fault"),
     [
         ("[a](gone.md)", "does not exist"),
+        ("[a](notebooks/gone.md)", "does not exist"),
         ("[a](limits.md#nowhere)", "names a heading"),
         ("[a](../README.md)", "leads out of docs/"),
         (f"[a]({FORGE}gone.md)", "does not exist"),
@@ -114,10 +124,49 @@ def test_a_dead_link_is_seen(text, fault):
     assert fault in found
 
 
+def test_links_elsewhere_are_found_and_what_is_gone_is_seen(monkeypatch):
+    links = script("links")
+    text = f"[a](https://a.org/b#c), [b]({FORGE}README.md), [c](limits.md)\n[d]: https://d.org\n"
+    assert links.external(text) == {"https://a.org/b", "https://d.org"}
+    assert "https://arxiv.org/abs/2407.05848" in links.external(TEXTS[README])
+
+    def answer(request, timeout):
+        raise urllib.error.HTTPError(request.full_url, code, "said", {}, None)
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    code = 404
+    assert links.fault("https://a.org") == "https://a.org: HTTP Error 404: said"
+    code = 403  # A page that is refused to programs is there.
+    assert links.fault("https://a.org") is None
+
+
 def test_every_page_is_in_the_navigation_once():
     listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
     assert len(listed) == len(set(listed))
-    assert set(listed) - {"reference/index.md"} <= {name_of(path) for path in PAGES}
+    made = {f"notebooks/{name}" for name in NOTEBOOKS if name.endswith(".md")}
+    assert set(listed) - {"reference/index.md"} == {name_of(path) for path in PAGES} | made
+
+
+class TestThePagesOfNotebooks:
+    @pytest.mark.parametrize("name", [one for one in NOTEBOOKS if one.endswith(".md")])
+    def test_links_lead_somewhere(self, name):
+        assert list(faults(DOCS / "notebooks" / name, NOTEBOOKS[name])) == []
+
+    def test_show_what_cells_do(self):
+        text = NOTEBOOKS["sharding.md"]
+        assert "](../sharding.md)" in text and "](sharding_1.png)" in text
+        assert "CPU 7" in text and "\x1b" not in text
+        assert NOTEBOOKS["sharding_1.png"].startswith(b"\x89PNG")
+        # The site opens no other connection.
+        assert not [one for one in NOTEBOOKS.values() if re.search(r"!\[[^]]*\]\(http", str(one))]
+
+    def test_a_picture_without_words_is_seen(self):
+        shown = {"output_type": "display_data", "data": {"image/png": "iVBORw=="}}
+        cell = {"cell_type": "code", "source": "draw()", "metadata": {}, "outputs": [shown]}
+        with pytest.raises(LookupError, match="one: cell 0 shows a picture and has no `alt`"):
+            notebook_pages.page("one", [cell])
+        text, pictures = notebook_pages.page("one", [{**cell, "metadata": {"alt": "A line"}}])
+        assert text.endswith("![A line](one_1.png)\n") and list(pictures) == ["one_1.png"]
 
 
 class TestTheReference:
@@ -162,6 +211,63 @@ class TestTheResults:
         assert changed[chart] != stored[chart]
         row = changed["results.md"].splitlines()[-1]
         assert row.startswith("|  | forward | flash") and row not in stored["results.md"]
+
+    def test_another_figure_shows_in_the_table_of_another_page(self):
+        found = self.results.reports(DOCS / "results")
+        text = TEXTS[DOCS / "performance.md"]
+        assert text.count("<!-- results: ") == 2 and self.results.filled(text, found) == text
+        found["stylize_h200_network"]["rows"][0]["median_ms"] = 9.87
+        assert "| plain JAX | 9.87 |" in self.results.filled(text, found)
+        assert "| plain JAX | 9.87 |" not in text
+        with pytest.raises(KeyError, match="sparse"):
+            self.results.filled(text, {})
+
+    def test_tables_of_layers_and_levels(self, tmp_path):
+        def rows(contender, forward, both, **more):
+            times = {"forward": forward, "forward+backward": both}
+            for direction, median in times.items():
+                spread = {f"{key}_ms": median for key in ("least", "median", "greatest")}
+                row = {"contender": contender, "direction": direction, "speedup": 1.0}
+                yield row | spread | more
+
+        layer = {"shape": "a layer", "x": [8, 56, 56, 96], "levels": 5}
+        facts = {"levels": 1, "field": 10, "parameters": 12576}
+        made = {
+            "wtconv": [*rows("plain jax", 1.53, 122.4, **layer), *rows("flash", 0.22, 1, **layer)],
+            "levels": [
+                *rows("1 levels", 0.1, 0.34, **facts),
+                *rows("depthwise 7x7", 1, 2, **facts | {"levels": None}),
+            ],
+        }
+        docs = tmp_path / "docs"
+        (docs / "results").mkdir(parents=True)
+        report = json.loads((DOCS / "results" / "sparse_h200_bfloat16.json").read_text())
+        for name, these in made.items():
+            text = json.dumps(report | {"benchmark": name, "rows": these})
+            (docs / "results" / f"{name}.json").write_text(text)
+        readme = tmp_path / "README.md"
+        readme.write_text("".join(f"<!-- results: {one} -->\n<!-- end -->\n" for one in made))
+        found = self.results.files(docs)
+        assert found[readme].splitlines() == [
+            "<!-- results: wtconv -->",
+            "",
+            "| x | ours | plain JAX |",
+            "|---|---|---|",
+            "| (8, 56, 56, 96), 5 levels | 0.22 / 1 | 1.5 / 122 |",
+            "",
+            "<!-- end -->",
+            "<!-- results: levels -->",
+            "",
+            "| levels | field, pixels | parameters | forward, ms | forward and backward, ms |",
+            "|---|---|---|---|---|",
+            "| 1 | 10 | 12,576 | 0.1 | 0.34 |",
+            "| one plain 7×7 depthwise convolution | 10 | 12,576 | 1 | 2 |",
+            "",
+            "<!-- end -->",
+        ]
+        assert "results_levels.svg" in {path.name for path in found}
+        readme.write_text(found[readme])
+        assert self.results.files(docs) == found
 
     def test_what_is_noisy_is_not_compared(self):
         row = {"least_ms": 1.0, "median_ms": 1.2, "greatest_ms": 2.1, "speedup": 3.0}
@@ -219,7 +325,10 @@ def unknown_names(text):
                 yield name
 
 
-@pytest.mark.parametrize("path", PAGES + OTHERS, ids=name_of)
+# The changelog tells of names that were renamed.
+@pytest.mark.parametrize(
+    "path", [one for one in PAGES + OTHERS if one.stem != "CHANGELOG"], ids=name_of
+)
 def test_names_in_pages_exist(path):
     text = re.sub(
         r"^    .*$|\S+\.(?:py|json|cu|md)\b", "", path.read_text(encoding="utf-8"), flags=re.M
@@ -238,70 +347,291 @@ def test_extras_in_pages_exist():
         named = re.findall(r"(?:flash-wtconv|\"\.)\[([\w,-]+)\]", path.read_text(encoding="utf-8"))
         extras = {one for group in named for one in group.split(",")}
         assert extras <= set(project["optional-dependencies"]), path
+    # Those of this repository's own work apart, each is told of where one looks for it.
+    own = {"audit", "docs", "release", "test", "test-jax"}
+    told = re.findall(r"^\| (`[\w`, -]+) \|", TEXTS[DOCS / "install.md"], re.M)
+    named = {one for row in told for one in re.findall(r"`([\w-]+)`", row)}
+    assert set(project["optional-dependencies"]) - own == named
+
+
+def entries():
+    """The messages that the troubleshooting page has entries for: headings, and rows of tables."""
+    text = (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^(?:### |\| )(`.+?)(?: \| |$)", text, re.M)
+    return [one for line in lines for one in line.split("`")[1::2]]
+
+
+def literal(node):
+    """The text of a string, as Python joins it; what differs from call to call is "…"."""
+    parts = [node] if isinstance(node, ast.Constant) else getattr(node, "values", ())
+    values = (one.value if isinstance(one, ast.Constant) else "…" for one in parts)
+    return re.sub(r"\{[^{}]*\}", "…", "".join(one for one in values if isinstance(one, str)))
 
 
 def test_messages_of_the_troubleshooting_page_are_ours():
-    text = (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
-    messages = [
-        one for line in re.findall(r"^### (.+)$", text, re.M) for one in line.split("`")[1::2]
-    ]
-    assert len(messages) >= 15
-    # Strings of the sources, joined as Python joins them; what differs from call to call is "…".
-    literal = [
-        re.sub(r"\{[^{}]*\}", "…", "".join(_text(node)))
-        for tree in MODULES.values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant | ast.JoinedStr)
-    ]
-    for message in messages:
-        assert any(message in one for one in literal), message
+    strings = {literal(node) for tree in MODULES.values() for node in ast.walk(tree)}
+    assert len(entries()) >= 60
+    assert [one for one in entries() if not any(one in string for string in strings)] == []
 
 
-def _text(node):
-    """The text of a string, "…" in place of what is formatted."""
-    if isinstance(node, ast.Constant):
-        yield node.value if isinstance(node.value, str) else ""
-    for part in getattr(node, "values", ()):
-        yield part.value if isinstance(part, ast.Constant) else "…"
+# Of a sentence that tells somebody to do something, how it goes on behind its colon, comma, ….
+VERBS = (
+    "cast call choose convert copy fetch give install leave load make measure name pass pip put "
+    "remove rename run save say set try update upgrade use wrap write"
+)
+ORDER = re.compile(rf"(?:[;:,.] |^)(?:{VERBS.replace(' ', '|')})\b(?! ?[.,=…])")
 
 
-def blocks(path):
-    """The Python blocks of a page, those of one tab after the other, without what needs more."""
-    for _, kind, code in FENCE.findall(path.read_text(encoding="utf-8")):
+def orders(tree):
+    """Yields the messages of errors and warnings that tell somebody to do something."""
+    for node in ast.walk(tree):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if not isinstance(call, ast.Call):
+            continue
+        name = ast.unparse(call.func).rpartition(".")[2]
+        if call is not node or name in ("warn", "warning", "error"):
+            yield from filter(ORDER.search, map(literal, call.args))
+
+
+def test_messages_that_tell_what_to_do_have_their_entry():
+    told = {one for tree in MODULES.values() for one in orders(tree)}
+    assert len(told) > 50
+    assert [one for one in sorted(told) if not any(entry in one for entry in entries())] == []
+
+
+def test_a_message_without_an_entry_is_seen():
+    code = """
+raise ValueError(f"{name} is gone; give "
+                 "--other")
+warnings.warn("slow: use a faster one")
+raise ValueError(f"run.batch is {batch}, run.parts is {parts}")
+"""
+    assert list(orders(ast.parse(code))) == ["… is gone; give --other", "slow: use a faster one"]
+
+
+LISTING = re.compile(
+    r"(?:^<!-- needs: (?P<need>[^\n]+) -->\n+)?"
+    r"(?:^(?P<indent> *)```(?P<kind>[^\n]*)\n(?P<fenced>.*?)^(?P=indent)```$"
+    r"|(?<=\n\n)(?P<indented>(?:^ {4}[^\n]*\n|^\n(?= {4}))+))",
+    re.M | re.S,
+)
+PROGRAMS = "flash-wtconv export git make mpirun pip python srun swift .venv/bin/python".split()
+
+
+def listings(text):
+    """Yields the language and the code of each block of a page, and what it needs.
+
+    A block of Python says so in a comment inside, others in one before them that nobody sees.
+    """
+    for found in LISTING.finditer(text):
+        kind, code = found["kind"] or "", textwrap.dedent(found["fenced"] or found["indented"])
+        said = re.search(r"# needs: ([^;\n]+)", code) if kind == "python" else None
+        yield kind, code, said[1] if said else found["need"]
+
+
+def blocks(text):
+    """Yields the Python blocks of a page, those of one tab after the other, and what they need."""
+    for kind, code, need in listings(text):
         if kind == "python":
-            yield textwrap.dedent(code)
+            yield code, need
 
 
-RUN = [path for path in PAGES if name_of(path) not in TESTED_ELSEWHERE and list(blocks(path))]
+def commands(text):
+    """Yields the lines of a page that are to be typed into a shell, and what they need."""
+    for kind, code, need in listings(text):
+        for line in re.sub(r"\\\n\s*", "", code).splitlines() if kind == "" else ():
+            command = re.sub(r"  +#.*", "", line).strip()
+            if re.sub(r"^(?:[A-Z_]+=\S+ )+", "", command).partition(" ")[0] in PROGRAMS:
+                yield command, need
 
 
-def test_blocks_that_need_more_than_a_cpu_are_few_and_say_so():
-    needing = [name_of(path) for path in RUN for code in blocks(path) if "# needs: " in code]
-    assert sorted(needing) == ["choosing.md", "coreml.md", "guides/from_convnext.md"]
-    for path in RUN:
-        for code in blocks(path):
-            ast.parse(code)
+README = ROOT / "README.md"
+SWIFT = ROOT / "torch_bridge" / "coreml" / "swift" / "README.md"
+TEXTS = {
+    path: path.read_text(encoding="utf-8")
+    for path in [*PAGES, *OTHERS, SWIFT]
+    if name_of(path) not in TESTED_ELSEWHERE
+}
+RUN = [path for path, text in TEXTS.items() if list(blocks(text))]
+COMMANDS = [(path, one) for path, text in TEXTS.items() for one, need in commands(text) if not need]
+# Commands that start in seconds; the others compute for minutes.
+SHORT = re.compile(r"export |flash-wtconv (info|--help)|python -c ")
 
 
-def run(path, monkeypatch, folder):
+def test_code_that_not_everybody_can_run_says_what_it_needs():
+    needs = Counter()
+    for text in TEXTS.values():
+        needs.update(need for _, need in [*blocks(text), *commands(text)] if need)
+    assert needs == {
+        "files of yours": 29,
+        "a clone": 10,
+        "a GPU": 2,
+        "several processes": 2,
+        "Swift": 2,
+        "the network": 1,
+    }
+    assert len(COMMANDS) == 10
+
+
+def test_what_a_listing_needs_is_read():
+    text = """
+A line.
+
+<!-- needs: a clone -->
+
+    make test     # minutes
+    FLASH=1 python -m pytest \\
+        -q
+
+    make demo
+
+```python
+# needs: a GPU; minutes
+tune()
+```
+
+```
+flash-wtconv info
+not a command
+```
+"""
+    assert list(commands(text)) == [
+        ("make test", "a clone"),
+        ("FLASH=1 python -m pytest -q", "a clone"),
+        ("make demo", "a clone"),
+        ("flash-wtconv info", None),
+    ]
+    assert [need for _, need in blocks(text)] == ["a GPU"]
+
+
+def unknown_words(text):
+    """Yields the commands of a page, inside of sentences too, that `flash-wtconv` does not know."""
+    app = get_command(importlib.import_module("flash_wtconv_jax.cli").app)
+    inside = (" ".join(one.split()) for one in re.findall(r"`([^`]+)`", prose(text)))
+    for line in [*(one for one, _ in commands(text)), *inside]:
+        typed = re.search(r"(?:^|&& |=\S+ )flash-wtconv (.+)", line)
+        node = app
+        for word in typed[1].split() if typed else ():
+            if word.startswith("-"):
+                options = {one for param in node.params for one in param.opts}
+                if word.partition("=")[0] not in options | {"--help"}:
+                    yield line
+            elif hasattr(node, "commands") and word != "…":
+                node = node.commands.get(word)
+                if node is None:
+                    yield line
+                    break
+
+
+@pytest.mark.parametrize("path", list(TEXTS), ids=name_of)
+def test_commands_of_pages_exist(path):
+    assert not list(unknown_words(TEXTS[path]))
+
+
+def test_a_command_that_is_gone_is_seen():
+    known = (
+        "`flash-wtconv bench levels --device gpu`, `flash-wtconv --help`, `flash-wtconv bench …`"
+    )
+    gone = ["flash-wtconv gone", "flash-wtconv bench gone", "flash-wtconv info --gone=3"]
+    assert list(unknown_words(known + "".join(f", `{one}`" for one in gone))) == gone
+
+
+@pytest.fixture(scope="session")
+def reader(tmp_path_factory):
+    for name in ("hatchling", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(name, reason=f"{name}, of the extra release, is not installed")
+    folder = tmp_path_factory.mktemp("reader")
+    found = Reader(lambda place: script("dist").build(ROOT, place, "wheel"), folder)
+    yield found
+    found.close()
+
+
+# Of the README each block runs alone, on networks that are smaller under the same names.
+SMALLER = """
+from flash_wtconv_jax.models import convnext
+whole = convnext._TINY, convnext._WAVELET
+convnext._TINY = {"depths": (1, 1), "dims": (4, 4)}
+convnext._WAVELET = {"kernel_size": 3, "levels": (1, 1)}
+"""
+WHOLE = "convnext._TINY, convnext._WAVELET = whole"
+EXPECTED = {
+    "y": "y.shape == (2, 128, 128, 64)",
+    "logits": "logits.shape == (1, 1000)",
+    "replaced": "'stages.0.blocks.0.conv_dw' in replaced",
+    "losses": "losses[-1] < 0.5 * losses[0]",
+}
+
+
+def checks(code):
+    """What is to hold behind a block of the README, by the names that it makes."""
+    made = [name for name in EXPECTED if re.search(rf"^{name} = ", code, re.M)]
+    return "\n".join(f"assert {EXPECTED[name]}" for name in made)
+
+
+def fault(reader, path, folder, around=("", "")):
+    """What fails of the Python of a page, and of the README each block by itself; or None."""
     if package := PACKAGE_OF.get(name_of(path)):
         pytest.importorskip(package, reason=f"{package}, whose data the page takes, is missing")
-    monkeypatch.chdir(folder)
-    names = {}
-    for code in blocks(path):
-        if "# needs: " not in code:
-            exec(code, names)
+    if "torch" in TEXTS[path]:
+        pytest.importorskip("torch", reason="PyTorch is not installed")
+    run = [code for code, need in blocks(TEXTS[path]) if not need]
+    if path != README:
+        return reader.run(run, folder)
+    before, after = around
+    alone = (reader.run([before, one, checks(one), after], folder) for one in run)
+    return next(filter(None, alone), None)
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("path", [one for one in RUN if name_of(one) not in DEAR], ids=name_of)
-def test_code_of_pages_runs(path, monkeypatch, tmp_path):
-    if "torch" in path.read_text(encoding="utf-8"):
-        pytest.importorskip("torch", reason="PyTorch is not installed")
-    run(path, monkeypatch, tmp_path)
+def test_code_of_pages_runs_from_the_wheel(path, reader, tmp_path):
+    failed = fault(reader, path, tmp_path, around=(SMALLER, WHOLE))
+    assert not failed, failed
+    if path == README:
+        assert [one.name for one in tmp_path.iterdir()] == ["wtconvnext.safetensors"]
+
+
+@pytest.mark.wide
+def test_a_reader_has_the_wheel_and_nowhere_to_write(reader, tmp_path):
+    code = f"""
+import os, pathlib, sys
+import flash_wtconv_jax, pallas_kernels, torch_bridge
+for package in (flash_wtconv_jax, pallas_kernels, torch_bridge):
+    assert package.__file__.startswith({str(reader.prefix)!r}), package
+assert not os.listdir()
+assert not [one for one in sys.path if pathlib.Path(one).resolve() == pathlib.Path({str(ROOT)!r})]
+"""
+    assert reader.run([code], tmp_path) is None
+    write = "import pathlib; (pathlib.Path.home() / '.cache').mkdir()"
+    assert "PermissionError" in reader.run([write], tmp_path)
+    assert "No module named 'helpers'" in reader.run(["import helpers.reader"], tmp_path)
+    assert "UserWarning: old" in reader.run(["import warnings; warnings.warn('old')"], tmp_path)
+    assert "No such command 'gone'" in reader.call("flash-wtconv gone", tmp_path)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("command", [one for _, one in COMMANDS if SHORT.match(one)])
+def test_commands_of_pages_run_from_the_wheel(command, reader, tmp_path):
+    assert reader.call(command, tmp_path) is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [one for one in RUN if name_of(one) in DEAR], ids=name_of)
-def test_code_of_pages_that_compiles_long_runs(path, monkeypatch, tmp_path):
-    run(path, monkeypatch, tmp_path)
+@pytest.mark.parametrize(
+    "path", [one for one in RUN if one == README or name_of(one) in DEAR], ids=name_of
+)
+def test_code_of_pages_that_compiles_long_runs_from_the_wheel(path, reader, tmp_path):
+    failed = fault(reader, path, tmp_path)
+    assert not failed, failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [(path, one) for path, one in COMMANDS if not SHORT.match(one)],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_commands_of_pages_that_take_minutes_run_from_the_wheel(path, command, reader, tmp_path):
+    if path in RUN:  # What the page has made is there.
+        failed = fault(reader, path, tmp_path)
+        assert not failed, failed
+    assert reader.call(command, tmp_path) is None
