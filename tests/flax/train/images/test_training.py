@@ -1,12 +1,10 @@
 """A whole training on a few small images: it learns, is stopped, goes on bitwise, and is used."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -18,9 +16,14 @@ pytest.importorskip("grain")
 from helpers.training import (
     SAID,
     SMALL,
+    WIDE,
+    assert_same_images,
     assert_same_run,
     figures,
     in_a_process,
+    in_two_processes,
+    killed_and_gone_on_with,
+    seeing,
     steps_in,
     write_images,
 )
@@ -264,11 +267,6 @@ def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
     assert_same_run(out, small)
 
 
-EIGHT = {
-    **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-}
 MESHES = """
 import sys
 import jax, numpy as np
@@ -307,7 +305,7 @@ for other in found[1:]:
 def test_eight_devices_compute_what_one_does(data):
     file = data.parent / "meshes.toml"
     file.write_text(settings.as_toml(resolved(data)))
-    subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=EIGHT)
+    subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=seeing(8))
 
 
 SCENES = """
@@ -348,34 +346,29 @@ for axes in ((8, 1, 1), (2, 2, 2)):
 
 @pytest.mark.slow
 def test_eight_devices_compute_the_scenes_of_a_sparse_network():
-    subprocess.run([sys.executable, "-c", SCENES], check=True, env=EIGHT)
+    subprocess.run([sys.executable, "-c", SCENES], check=True, env=seeing(8))
+
+
+@pytest.fixture(scope="module")
+def wide(data):
+    """The folder of a training, of parameters to split, that nothing stopped."""
+    out = data.parent / "wide"
+    assert in_a_process(resolved(data, SMALL, WIDE), out, environment=seeing(1)) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data", "fsdp", "model"])
+def test_killed_on_two_devices_it_goes_on_with_one(data, wide, axis):
+    out = data.parent / axis
+    killed_and_gone_on_with(resolved(data, SMALL, WIDE), out, {axis: 2}, 7)
+    assert_same_images(wide, out, rounding=1e-4)
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on(data, small, undrawn):
-    """Under the variables that `mpirun` sets."""
     out = data.parent / "both"
-    file = data.parent / "both.toml"
-    file.write_text(settings.as_toml(resolved(data, SMALL, {"run": {"max_steps": 6}})))
-    command = [sys.executable, "-c", "from flash_wtconv_jax.cli import main; main()"]
-    command += ["train", str(file), "--distributed", "--out", str(out)]
-    with ExitStack() as held:
-        processes = []
-        for rank in "01":
-            environment = {
-                **os.environ,
-                # The number of the job tells the port.
-                "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:40000",
-                "OMPI_COMM_WORLD_SIZE": "2",
-                "OMPI_COMM_WORLD_RANK": rank,
-                "OMPI_COMM_WORLD_LOCAL_RANK": rank,
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            }
-            processes.append(held.enter_context(subprocess.Popen(command, env=environment)))
-            # Neither waits for the other for ever.
-            held.callback(processes[-1].kill)
-        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert in_two_processes(resolved(data, SMALL, {"run": {"max_steps": 6}}), out) == [0, 0]
     # One goes on alone, with the images in the same order.
     trainer.train(resolved(data, SMALL), out, resume=True)
-    one, two = ([row["loss"] for row in reports.rows(run, reports.STEPS)] for run in (small, out))
-    np.testing.assert_allclose(one, two, rtol=1e-4)
+    assert_same_images(small, out, rounding=1e-4)
