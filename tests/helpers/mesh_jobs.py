@@ -182,6 +182,7 @@ CASES = {
     "wtconv2d_deeper": partial(_wtconv, 2, 4, (2, 32, 16, 4)),
     "wtconv2d_even_taps": partial(_wtconv, 2, 1, (2, 16, 8, 4), 4),
     "conv2d_cut": partial(_conv2d, (16, 8), padding=1),
+    "depthwise_plain": partial(_depthwise, padding=1),
     "depthwise_cut": partial(_depthwise, (16, 8), stride=2, padding=((1, 0), (1, 0))),
     "conv2d_dilated": partial(_conv2d, (16, 8), padding=2, dilation=2),
     "conv2d_downsampled": partial(_conv2d, (16, 16), padding=((1, 0), (1, 0)), stride=2),
@@ -288,6 +289,21 @@ def weights_over_the_batch(name, kind):
     found = collectives(both.as_text())
     # Once forward and once backward at the most.
     assert found["all-gather"][1] <= 2 * elements, (found, elements)
+
+
+def as_on(platform, name):
+    """Plain JAX as another platform has it, images over one Auto axis and filters over another."""
+    # A TPU takes it unasked.
+    function, arrays, axes, _ = _case(name, "xla" if platform == "gpu" else None)
+    want = jax.jit(partial(_both, function))(*arrays)
+    mesh = _mesh({"n": 2, "c": 2}, (AxisType.Auto,) * 2)
+    image, *weights = axes
+    placed = _placed(arrays, (image.replace("c", "_"), *weights), mesh.shape, mesh)
+    chip = jax.sharding.AbstractDevice("any", 1, platform=platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=chip)):
+        traced = jax.jit(partial(_both, function)).trace(*placed)
+    got = traced.lower(lowering_platforms=("cpu",)).compile()(*placed)
+    _assert_alike(got, want, bitwise=False)
 
 
 def anyhow(name, implementation, kind, draws):

