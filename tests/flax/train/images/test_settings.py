@@ -71,3 +71,5 @@ def test_a_file_that_is_no_toml_is_named(tmp_path):
     (tmp_path / "a.toml").write_text("run = [")
     with pytest.raises(ValueError, match=r"a\.toml is no TOML: Invalid value"):
         settings.read(tmp_path / "a.toml")
+    with pytest.raises(FileNotFoundError, match=r"no file .*b\.toml, expected settings in TOML"):
+        settings.read(tmp_path / "b.toml")
