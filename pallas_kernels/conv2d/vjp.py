@@ -506,7 +506,8 @@ def _dw(
             problem,
             *(x, dy),
             mapped=vmap_sequential,
-            ours=shards.ours(window),
+            # XLA gets it wrong where rows and features are split, too.
+            ours=True,
         )
 
     run = partial(whole_rows.weight_grad, kernel) if plan.whole_rows else kernel
