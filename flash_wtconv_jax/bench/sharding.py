@@ -53,7 +53,7 @@ def run(
 
     Returns:
         A JSON-able report: device, versions, date, `rows` by part, each with what it found `wrong`,
-        and what is `left`.
+        what `failed` with its error, and what is `left`.
 
     Raises:
         ValueError: An argument is out of range; says what was expected.
@@ -77,15 +77,19 @@ def run(
         "training": _training(counts, small),
         "rows": _rows(counts, small),
     }
-    rows, left = [], []
+    rows, failed, left = [], [], []
     for part in parts or PARTS:
         todo = [*jobs[part]]
         step = progress(part, len(todo))
         for label, job in todo:
-            if time.monotonic() < end:
-                rows.append({"part": part, "label": label, **job()})
-            else:
+            if time.monotonic() >= end:
                 left.append(f"{part}: {label}")
+            else:
+                try:
+                    rows.append({"part": part, "label": label, **job()})
+                # Whatever one call dies of, the others are still told of.
+                except Exception as error:
+                    failed.append(f"{part}: {label}: {type(error).__name__}: {error}")
             step()
     _compare(rows)
     return {
@@ -96,6 +100,7 @@ def run(
         "clock": HostClock.name,
         "no_device_events": None,
         "rows": rows,
+        "failed": failed,
         "left": left,
     }
 

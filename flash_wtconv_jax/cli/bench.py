@@ -345,8 +345,8 @@ def sharding(
     if report["left"]:
         say(f"not run yet: {'; '.join(report['left'])}")
     wrong = [f"{row['label']}: {row['wrong']}" for row in report["rows"] if row["wrong"]]
-    if wrong:
-        raise RuntimeError("; ".join(wrong))
+    if wrong or report["failed"]:
+        raise RuntimeError("; ".join(wrong + report["failed"]))
 
 
 @bench.command("host")

@@ -130,10 +130,10 @@ def _axes(text: str) -> dict[str, int]:
     """The axes of "data=2,model=1"."""
     axes = {}
     for part in text.split(","):
-        name, _, count = part.partition("=")
-        if not count.strip().isdigit():
+        name, _, count = (piece.strip() for piece in part.partition("="))
+        if not count.isdecimal() or name in axes:
             raise ValueError(f"--mesh is {text!r}, expected axes such as data=2,model=1")
-        axes[name.strip()] = int(count)
+        axes[name] = int(count)
     return axes
 
 

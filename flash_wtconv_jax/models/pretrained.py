@@ -71,6 +71,8 @@ def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
             parameters do not fit the model.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file or folder {path}")
     wavelet = None
     if path.is_dir():
         variables, wavelet = checkpoints.restore(path), checkpoints.wavelet_of(path)

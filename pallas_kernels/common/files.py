@@ -92,7 +92,13 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def making_folder(path: Path) -> Iterator[None]:
-    """Makes a folder and those above it; those still empty when the block ends are removed."""
+    """Makes a folder and those above it; those still empty when the block ends are removed.
+
+    Raises:
+        NotADirectoryError: There is a file in its place.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, expected a folder")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -241,6 +241,20 @@ def spread(rule: Rule, arrays: Sequence[jax.Array], out_sharding: object = None)
     return Spread(plain=True) if plain else _NOWHERE
 
 
+def left_to_xla(x: jax.Array) -> bool:
+    """Whether XLA splits what is computed of an array, on the Auto axes of its mesh.
+
+    Then the gradient of the filters of a convolution with groups is silently wrong where images are
+    split over one axis and filters over another (JAX 0.10 and 0.12).
+
+    Example:
+        >>> left_to_xla(jnp.ones((8, 4)))
+        False
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.empty and _has_auto(mesh)
+
+
 def flat(x: jax.Array, batch: int) -> jax.Array:
     """An array with one axis in place of its first ones, split as the first of these is."""
     shape = math.prod(x.shape[:batch]), *x.shape[batch:]

@@ -545,7 +545,8 @@ def _dw(
             problem,
             *(x, dy),
             mapped=vmap_sequential,
-            ours=shards.ours(window),
+            # XLA gets it wrong where rows and features are split, too.
+            ours=True,
         )
 
     def run(window: Window, x: jax.Array, dy: jax.Array, **of_w: Any) -> jax.Array:

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common.device import on_cpu
+from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.sharding import left_to_xla
 from pallas_kernels.common.types import Pair
 from pallas_kernels.conv2d import xla as dense
 from pallas_kernels.conv2d.problem import Window
@@ -122,7 +123,8 @@ def weight_grad(
 ) -> jax.Array:
     """The transpose of the convolution in the kernel, applied to dy: `[*kernel_size, 1, C]`."""
     shape, acc = (*kernel_size, 1, x.shape[-1]), accumulation_dtype(x.dtype)
-    if not on_cpu():
+    # A TPU's compiler splits it, and gets the gradient of groups wrong.
+    if not on_cpu() and not (platform() == "tpu" and left_to_xla(x)):
         return dense.weight_grad(
             *(x, dy), shape=shape, dtype=acc, window=window, precision=precision, config=None
         )

@@ -173,7 +173,12 @@ def _apply_jvp(
     x, scale, bias, residual = primals
     known = Known(x, statistics, scale, bias, residual if plan.activation else None)
     moved = Gradients(*(None if isinstance(t, SymbolicZero) else t for t in tangents))
-    return (y, statistics), (output_tangent(plan, known, moved), statistics_tangent(known, moved.x))
+    dy, moved_statistics = output_tangent(plan, known, moved), statistics_tangent(known, moved.x)
+    # Tangents lie as those of the arguments do, of which y is whole along rows that were split.
+    return (y, statistics), (
+        sharding.placed_like(dy, jax.typeof(y)),
+        sharding.placed_like(moved_statistics, jax.typeof(statistics)),
+    )
 
 
 _apply.defjvp(_apply_jvp, symbolic_zeros=True)

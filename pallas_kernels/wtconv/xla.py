@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.common._compat import unfused, vary_like
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.sharding import left_to_xla
 from pallas_kernels.common.types import Taps
 from pallas_kernels.haar.filters import IS_HAAR
 from pallas_kernels.wtconv import xla_strips
@@ -154,9 +155,10 @@ def weight_grad(
 ) -> Taps:
     """The gradients of the taps: each level's coefficients of x correlated with those of dy.
 
-    `shifted` and `chunked` are as in `forward`.
+    `shifted` and `chunked` are as in `forward`, but what XLA splits is shifted everywhere: it gets
+    the other form's wrong.
     """
-    form = on_cpu() if shifted is None else shifted
+    form = on_cpu() or left_to_xla(x) if shifted is None else shifted
     cut = _cut(x.shape, x.dtype, wavelet) if chunked else Cut()
 
     def add(totals: Taps, i: jax.Array) -> tuple[Taps, None]:

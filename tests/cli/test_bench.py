@@ -951,6 +951,18 @@ class TestSpread:
         assert texts == {"1", "noisy"}
 
 
+def test_a_call_over_devices_that_fails_leaves_the_others(monkeypatch):
+    def cut(count, kind, small):
+        if kind == "Auto":
+            raise RuntimeError("no room")
+        return {"kind": kind, "devices": count, "median_ms": 1.0, "wrong": None}
+
+    monkeypatch.setattr(sharding, "_cut", cut)
+    report = sharding.run(lambda *_: lambda: None, ["rows"], [1])
+    assert [row["kind"] for row in report["rows"]] == ["Explicit"]
+    assert report["failed"] == ["rows: 1 devices, Auto: RuntimeError: no room"]
+
+
 def test_sharding_refuses_what_it_does_not_have_and_shows_what_it_found(tmp_path):
     silent = lambda *_: lambda: None  # noqa: E731
     for wrong, message in (

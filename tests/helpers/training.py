@@ -12,6 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,6 +50,8 @@ SMALL = {
     "augment": {"erasing": 0.0, "mixup": 0.0},
     "run": {"accumulate": 1},
 }
+# Wide enough for its parameters to be split.
+WIDE = {"model": {"options": {"dims": [64]}}}
 
 
 def write_images(folder):
@@ -101,6 +106,22 @@ def train_until(said: settings.Settings, out: Path, step: int, number: int, dela
     sys.exit(3 if summary["stopped"] else 0)
 
 
+def seeing(devices: int) -> dict[str, str]:
+    """The environment of a process that has so many devices: GPUs, or parts of a CPU."""
+    if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+        return os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+    return os.environ | {
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices))),
+        # Whoever starts the process may hold most of their memory.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # Or losses differ by the rounding of products to TF32.
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
+
+
 # The process compiles programs as the suite does, and finds them compiled.
 _AS_THE_SUITE = """
 import sys
@@ -115,14 +136,59 @@ train_until(said, Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), float(s
 
 
 def in_a_process(
-    said: settings.Settings, out: Path, step: int, number: int = signal.SIGKILL, delay: float = 0.0
+    said: settings.Settings,
+    out: Path,
+    step: int = 0,
+    number: int = signal.SIGKILL,
+    delay: float = 0.0,
+    environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Trains in a process that ends by a signal after a step; returns its status."""
+    """Trains in a process that ends by a signal after a step, if any; returns its status."""
     file = out.with_suffix(".toml")
     file.write_text(settings.as_toml(said))
     tests = Path(__file__).parents[1]
     arguments = [str(one) for one in (tests, file, out, step, int(number), delay)]
-    return subprocess.run([sys.executable, "-c", _AS_THE_SUITE, *arguments]).returncode
+    command = [sys.executable, "-c", _AS_THE_SUITE, *arguments]
+    return subprocess.run(command, env=environment).returncode
+
+
+def in_two_processes(said: settings.Settings, out: Path) -> list[int]:
+    """Trains by the command in two processes, as `mpirun` starts them; returns their statuses."""
+    file = out.with_suffix(".toml")
+    file.write_text(settings.as_toml(said))
+    command = [sys.executable, "-c", "from flash_wtconv_jax.cli import main; main()"]
+    command += ["train", str(file), "--distributed", "--out", str(out)]
+    with ExitStack() as held:
+        processes = []
+        for rank in "01":
+            environment = seeing(2) | {
+                # The number of the job tells the port.
+                "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:40000",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": rank,
+                # Of several GPUs a process takes the one of its number.
+                "OMPI_COMM_WORLD_LOCAL_RANK": rank,
+            }
+            processes.append(held.enter_context(subprocess.Popen(command, env=environment)))
+            # Neither waits for the other for ever.
+            held.callback(processes[-1].kill)
+        return [process.wait(timeout=300) for process in processes]
+
+
+def killed_and_gone_on_with(
+    said: settings.Settings, out: Path, mesh: Mapping[str, int], steps: int
+) -> None:
+    """Trains on a mesh of two devices, is killed after so many steps, and goes on with one."""
+    spread = replace(said, run=replace(said.run, mesh=dict(mesh)))
+    assert in_a_process(spread, out, steps, environment=seeing(2)) == -signal.SIGKILL
+    assert steps_in(out), "no checkpoint was left to go on from"
+    assert in_a_process(said, out, environment=seeing(1)) == 0
+
+
+def assert_same_images(one: Path, other: Path, rounding: float) -> None:
+    """Two runs have seen the same images in the same order: each loss is the other's, rounded."""
+    losses = [[row["loss"] for row in reports.rows(run, reports.STEPS)] for run in (one, other)]
+    np.testing.assert_allclose(*losses, rtol=rounding)
 
 
 def main(kills: int) -> None:
@@ -140,8 +206,10 @@ def main(kills: int) -> None:
 
     with TemporaryDirectory() as folder:
         here = Path(folder)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(here / "compiled")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        # Variables of the environment JAX has read already.
+        jax.config.update("jax_compilation_cache_dir", str(here / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
         write_images(here / "data")
         # Enough steps for all kills, each after a few that its process has done.
         more = {"run": {"epochs": 2 + kills // 2, "batch": 4, "save_every": 2}}

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 Box = tuple[float, float, float, float]
@@ -27,7 +27,11 @@ def decoded(content: bytes | NDArray[np.uint8]) -> Image.Image:
     """
     if isinstance(content, np.ndarray):
         return Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
-    image = Image.open(io.BytesIO(content))
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        # Pillow's own message names an object in memory.
+        raise UnidentifiedImageError("cannot identify image file by its content") from None
     turned = image.getexif().get(0x0112, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image
 

@@ -199,9 +199,12 @@ def read(path: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        OSError: If there is none, or it cannot be read.
+        FileNotFoundError: If there is none.
+        OSError: If it cannot be read.
         ValueError: If it is no TOML; the message names file and line.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}, expected settings in TOML")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

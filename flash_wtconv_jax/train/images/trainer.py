@@ -53,6 +53,8 @@ FILES = {
 """Names in the folder of a run, and what they are."""
 _DRAWN = 6
 """Held-out images whose masks are drawn."""
+_RECENT_SECONDS = 5.0
+"""The time over which images a second are told, at the least, once a training takes so long."""
 _LOADER_SECONDS = 3.0
 """The time for which the loader alone is timed after a training."""
 
@@ -233,21 +235,23 @@ def train(
     Raises:
         FileExistsError: If the folder holds a run and `resume` is False.
         FileNotFoundError: If images or the checkpoint to begin from are missing.
+        NotADirectoryError: If there is a file in the place of the folder.
         OSError: If the folder cannot be written to; the last whole checkpoint stands.
         ValueError: If what is asked for does not fit, before the training; or if too many images
             are broken or the loss is no longer a number, during it.
     """
-    run = prepared(settings)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file, expected the folder of a run")
     begun = (out / saving.FOLDER).is_dir()
-    if jax.process_count() > 1:
-        # Before the first of them makes the folder.
-        multihost_utils.sync_global_devices("begun")
     if begun and not resume:
         raise FileExistsError(f"{out} holds a run; resume it, or name another folder")
     if begun:
         _check_same(settings, out)
-    else:
-        out.mkdir(parents=True, exist_ok=True)
+    run = prepared(settings)
+    if jax.process_count() > 1:
+        # All have looked before the first of them makes the folder.
+        multihost_utils.sync_global_devices("begun")
+    out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         saver = held.enter_context(saving.saving(out, settings.run.keep))
         if jax.process_index() == 0:
@@ -518,7 +522,8 @@ class _Clock:
         self.seconds = self.idle = 0.0
         self.images = 0
         self.compiled = False
-        self.last = (0.0, 0.0, 0)
+        # Seconds, idle ones and images some seconds ago, and some seconds before that.
+        self.last = self.before = (0.0, 0.0, 0)
         self.start()
 
     def start(self) -> None:
@@ -546,16 +551,12 @@ class _Clock:
         self.then, self.compiled = now, True
 
     def recent(self) -> tuple[float, float]:
-        """Images a second and the share of waiting, over a while."""
-        seconds, idle, images = self.last
-        passed = self.seconds - seconds
-        result = (
-            (self.images - images) / max(passed, 1e-9),
-            min(1.0, (self.idle - idle) / max(passed, 1e-9)),
-        )
-        if passed > 5:
-            self.last = (self.seconds, self.idle, self.images)
-        return result
+        """Images a second and the share of waiting, over the last seconds."""
+        if self.seconds - self.last[0] > _RECENT_SECONDS:
+            self.before, self.last = self.last, (self.seconds, self.idle, self.images)
+        seconds, idle, images = self.before
+        passed = max(self.seconds - seconds, 1e-9)
+        return (self.images - images) / passed, min(1.0, (self.idle - idle) / passed)
 
     def rate(self) -> float:
         """Images a second, over all."""

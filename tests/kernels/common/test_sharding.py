@@ -163,6 +163,26 @@ def test_weights_over_the_batch(devices, name, kind):
     devices("weights_over_the_batch", name, kind)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("platform", "name"), [("gpu", "wtconv2d"), ("tpu", "wtconv2d"), ("tpu", "depthwise_plain")]
+)
+def test_filters_that_lie_over_another_axis_than_the_batch(devices, platform, name):
+    # XLA's own gradient of a grouped convolution's filters is wrong here, by all of it.
+    devices("as_on", platform, name)
+
+
+ANYHOW = "wtconv2d_uneven", "wtconv2d_deeper", "conv2d_cut", "conv2d_downsampled", "depthwise_cut"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("implementation", [None, "triton"])
+@pytest.mark.parametrize("name", [*ANYHOW, "conv2d_grouped", "haar_cut", "instance_norm"])
+def test_arrays_that_lie_anyhow(devices, name, implementation, kind):
+    devices("anyhow", name, implementation, kind, 6)
+
+
 @pytest.mark.wide
 def test_a_batch_that_does_not_divide(devices):
     devices("uneven_batch", "Auto")

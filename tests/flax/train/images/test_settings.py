@@ -1,9 +1,14 @@
 """Settings: what a TOML file may say, what is resolved, and what is refused."""
 
+import math
 import tomllib
+from pathlib import Path
 
+import jax
 import pytest
+from flax import nnx
 
+from flash_wtconv_jax import models
 from flash_wtconv_jax.train.images import settings
 
 BAD = {
@@ -53,7 +58,18 @@ def test_later_layers_come_first_and_a_recipe_last():
     assert resolved.model.options == {"drop_path": 0.1, "dtype": "bfloat16"}
 
 
+def test_the_settings_of_the_docs_are_of_the_network_they_tell_of():
+    path = Path(__file__).parents[4] / "docs" / "mnist.toml"
+    said = settings.resolved(settings.read(path), {"data": {"folder": "mnist"}})
+    config = models.ConvNeXtConfig(**said.model.options, num_classes=10, in_channels=1)
+    model = nnx.eval_shape(lambda: models.ConvNeXt(config, rngs=nnx.Rngs(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert f"The network has {count:,} parameters." in path.read_text()
+
+
 def test_a_file_that_is_no_toml_is_named(tmp_path):
     (tmp_path / "a.toml").write_text("run = [")
     with pytest.raises(ValueError, match=r"a\.toml is no TOML: Invalid value"):
         settings.read(tmp_path / "a.toml")
+    with pytest.raises(FileNotFoundError, match=r"no file .*b\.toml, expected settings in TOML"):
+        settings.read(tmp_path / "b.toml")

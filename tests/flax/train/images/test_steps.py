@@ -117,6 +117,25 @@ def test_a_wrong_freeze_is_told_of(freeze, message):
         optimizers.made(Optimizer(), optax.constant_schedule(0.1), PARAMS, freeze)
 
 
+def test_a_batch_in_parts_is_one_step():
+    def loss(params, part, key):
+        images, labels = part
+        errors = jnp.square(images @ params["w"] - labels)
+        return loop.Sums(errors.sum(), jnp.asarray(len(labels)), jnp.asarray(len(labels)))
+
+    rng = np.random.default_rng(0)
+    batch = rng.normal(size=(8, 3)).astype("float32"), rng.normal(size=8).astype("float32")
+    optimizer = optax.sgd(0.1)
+    state = loop.begun(optimizer, {"w": jnp.ones(3)}, averaging=True)
+    found = [
+        loop.step(loss, optimizer, state, batch, jax.random.key(0), parts=parts, ema=0.9)
+        for parts in (1, 4)
+    ]
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert int(found[1][1].images) == 8
+
+
 def test_averages_begin_with_the_parameters_of_the_first_steps():
     ema = params = {"a": jnp.zeros(1)}
     for step in range(3):

