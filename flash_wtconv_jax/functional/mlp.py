@@ -161,8 +161,7 @@ def norm_mlp(
     # Scopes are what profiles call the parts of a network.
     with jax.named_scope("norm"):
         # Rows, because XLA's tiles of several axes of pixels are not contiguous.
-        y = sharding.flat(x.astype(dtype), x.ndim - 1)
-        y = sharding.unflat(normalized(y, epsilon), x.shape[:-1])
+        y = sharding.on_rows(partial(normalized, epsilon=epsilon), x.astype(dtype))
         if few:
             scale, shift = (
                 jnp.expand_dims(one.astype(dtype), range(x.ndim - 1)) for one in params.norm

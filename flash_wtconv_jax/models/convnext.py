@@ -705,7 +705,7 @@ def _of_rows(norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     if type(norm) is not nnx.LayerNorm:
         # Somebody's own may look at more than one pixel.
         return norm(x)
-    return sharding.unflat(norm(sharding.flat(x, x.ndim - 1)), x.shape[:-1])
+    return sharding.on_rows(norm, x)
 
 
 def layer_norm(config: ConvNeXtConfig, dim: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -281,6 +281,55 @@ def unflat(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     return jax.lax.reshape(x, shape, out_sharding=split)
 
 
+def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """What a function of rows `[rows, C]` makes of the pixels of images `[..., C]`.
+
+    On Explicit axes the rows of a device are its own pixels, so images that are split along several
+    axes are not gathered.
+
+    Args:
+        function: The function, whose rows have nothing to do with each other.
+        x: The images.
+
+    Example:
+        >>> on_rows(lambda rows: rows.sum(1, keepdims=True), jnp.ones((2, 3, 4))).shape
+        (2, 3, 1)
+    """
+    batch, (mesh, spec) = x.shape[:-1], _split_axes(x)
+    if not any(spec[1:-1]):
+        return unflat(function(flat(x, len(batch))), batch)
+    *pixels, channels = spec
+    rows = tuple(axis for axes in pixels for axis in axes)
+    sizes = _sizes(mesh, AxisType.Explicit)
+    own = tuple(
+        size // math.prod(sizes[axis] for axis in axes)
+        for size, axes in zip(batch, pixels, strict=True)
+    )
+
+    def moved(x: jax.Array, shape: tuple[int, ...], before: jax.P, after: jax.P) -> jax.Array:
+        run = jax.shard_map(
+            lambda x: x.reshape(*shape, x.shape[-1]),
+            mesh=mesh,
+            in_specs=before,
+            out_specs=after,
+            axis_names=set(sizes),
+        )
+        return run(x)
+
+    x = moved(x, (math.prod(own),), jax.P(*pixels, channels), jax.P(rows, channels))
+    y = function(x)
+    _, (_, channels) = _split_axes(y)
+    return moved(y, own, jax.P(rows, channels), jax.P(*pixels, channels))
+
+
+def _split_axes(x: jax.Array) -> tuple[AbstractMesh, list[_Axes]]:
+    """The mesh of an array, and for each of its axes the Explicit ones that split it."""
+    known = jax.typeof(x).sharding
+    if not _sizes(known.mesh, AxisType.Explicit):
+        return known.mesh, [()] * x.ndim
+    return known.mesh, [_axes(entry) for entry in known.spec]
+
+
 def broadcast_to(
     value: jax.Array, shape: tuple[int, ...], others: Sequence[tuple[jax.Array, int]]
 ) -> jax.Array:

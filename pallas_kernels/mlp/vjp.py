@@ -101,9 +101,12 @@ def mlp(
     plan: Plan, x: jax.Array, kernels: Pair, biases: Pair, residual: jax.Array | None
 ) -> jax.Array:
     """The operator for rows `[*batch, C]`."""
-    batch = x.shape[:-1]
-    arrays = sharding.flat(x, len(batch)), kernels, biases[0]
-    y = sharding.unflat(_apply(plan, *vary_like(arrays, arrays)), batch)
+
+    def rows(x: jax.Array) -> jax.Array:
+        arrays = x, kernels, biases[0]
+        return _apply(plan, *vary_like(arrays, arrays))
+
+    y = sharding.on_rows(rows, x)
     y = y + jnp.expand_dims(biases[1].astype(y.dtype), range(y.ndim - 1))
     # Last, as it is the largest: a sum is rounded at its size.
     return y if residual is None else y + residual

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from flash_wtconv_jax.bench.collectives import collectives
+from flash_wtconv_jax.functional.mlp import MlpParams, norm_mlp
 from pallas_kernels import haar
 from pallas_kernels.conv2d import conv2d
 from pallas_kernels.depthwise import depthwise_conv2d
@@ -126,6 +127,17 @@ def _norm():
     return function, arrays, ("n _ _ c", "c", "c"), "n _ _ c"
 
 
+def _mlp():
+    def function(x, kernels, biases, norm, **rest):
+        params = MlpParams(kernels, biases, norm)
+        return norm_mlp(x, params, residual=x, **rest)
+
+    arrays = (_drawn((4, 4), 1), _drawn((4, 4), 2)), (_drawn((4,), 3), _drawn((4,), 4))
+    norm = _drawn((4,), 5), _drawn((4,), 6)
+    axes = ("_ _", "_ _"), ("_", "_"), ("_", "_")
+    return function, (_drawn((8, 8, 6, 4), 0), *arrays, norm), ("n h w _", *axes), "n h w _"
+
+
 def _haar(size=(5, 6)):
     def function(x, **rest):
         bands = haar.wavedec2(x, level=2, **rest)
@@ -188,6 +200,7 @@ CASES = {
     "conv2d_downsampled": partial(_conv2d, (16, 16), padding=((1, 0), (1, 0)), stride=2),
     "conv2d_stem": partial(_conv2d, (16, 16), padding=((0, 1), (0, 1)), stride=2),
     "haar_cut": partial(_haar, (16, 8)),
+    "mlp": _mlp,
 }
 SPARSE = {"sparse": False, "sparse_depthwise": True}
 

@@ -299,7 +299,8 @@ def tells_sizes() -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """An implementation chooses its own dtypes, in a backward pass inside `autocast` too."""
-    if torch.is_autocast_enabled(device.type):
+    # PyTorch knows no autocast of tensors without data.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

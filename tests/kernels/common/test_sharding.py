@@ -125,6 +125,11 @@ def test_images_that_are_cut(devices, name, kind):
 
 
 @pytest.mark.wide
+def test_rows_of_images_that_are_cut(devices):
+    devices("splits", "mlp", {"n": 2, "h": 2, "w": 2}, None, "Explicit")
+
+
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_scenes_that_are_stacked(devices, kind):
     devices("stacked_scenes", "triton", kind)
