@@ -135,9 +135,10 @@ def faults(sdist: Path, wheel: Path) -> Iterator[str]:
         ("pyroma", "--min", "10", "--skip-tests", "AuthorEmail", sdist),
     ):
         command = [sys.executable, "-m", name, *map(str, arguments)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # Where check-wheel-contents finds its settings.
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            yield f"{name} says:\n{done.stdout.strip()}"
+            yield f"{name} says:\n{(done.stdout + done.stderr).strip()}"
 
 
 def blocks(page: str) -> list[str]:
