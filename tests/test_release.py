@@ -250,13 +250,12 @@ class TestBuiltArchives:
                 elif name.endswith(".dist-info/RECORD"):
                     archive.writestr(name, whole.read(name) + b"surplus.py,,\n")
             archive.writestr("surplus.py", "")
-        with tarfile.open(sdist) as archive:
-            archive.extractall(tmp_path, filter="data")
-        (folder,) = tmp_path.glob("flash_wtconv-*/")
-        about = (folder / "pyproject.toml").read_text(encoding="utf-8")
+        inside = sdist.name.removesuffix(".tar.gz")
+        about = read("pyproject.toml")
         about = re.sub(r"^(description|keywords|requires-python) = .*\n", "", about, flags=re.M)
-        (folder / "pyproject.toml").write_text(about, encoding="utf-8")
         with tarfile.open(tmp_path / sdist.name, "w:gz") as archive:
-            archive.add(folder, folder.name)
+            for name, text in (("pyproject.toml", about), ("README.md", ""), ("LICENSE", "")):
+                (tmp_path / name).write_text(text, encoding="utf-8")
+                archive.add(tmp_path / name, f"{inside}/{name}")
         found = [one.partition(" says")[0] for one in dist.faults(tmp_path / sdist.name, spoiled)]
         assert found == ["twine", "check_wheel_contents", "pyroma"]
