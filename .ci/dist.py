@@ -120,7 +120,8 @@ def differences(root: Path, wheel: Path) -> Iterator[str]:
 
 def left_out(root: Path, unpacked: Path) -> Iterator[str]:
     """Yields the files that git tracks in `root` and that the unpacked sdist lacks."""
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
+    command = ["git", "ls-files", "-z"]
+    tracked = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     for name in filter(None, tracked.stdout.split("\0")):
         if (root / name).is_file() and not (unpacked / name).is_file():
             yield f"{name} is not in the sdist: add it to [tool.hatch.build.targets.sdist]"
@@ -148,7 +149,7 @@ def blocks(page: str) -> list[str]:
 
 
 def called(prefix: Path, program: str, *arguments: str) -> str:
-    """What a program of the environment `prefix` prints, in an empty folder.
+    """Returns what a program of the environment `prefix` prints, in an empty folder.
 
     Raises:
         RuntimeError: If it fails; with the last lines of what it said.

@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,14 +25,14 @@ def external(text: str) -> set[str]:
 
 
 def fault(address: str) -> str | None:
-    """What is wrong with an address, None where a page is there, or is refused to programs."""
+    """The reason why an address is wrong, None where a page is there or is refused to programs."""
     request = urllib.request.Request(address, headers={"User-Agent": "Mozilla/5.0 (links.py)"})
     try:
         with urllib.request.urlopen(request, timeout=30):
             return None
     except urllib.error.HTTPError as error:
         return None if error.code in (401, 403, 405, 429) else f"{address}: {error}"
-    except OSError as error:
+    except (OSError, HTTPException, UnicodeError) as error:
         return f"{address}: {error}"
 
 

@@ -118,7 +118,7 @@ def section(name: str, report: Report) -> Iterator[str]:
 
 def figure(value: float) -> str:
     """Two digits, or all of a whole number's."""
-    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
 
 
 def _layers(report: Report) -> Iterator[str]:
@@ -202,7 +202,7 @@ TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
     "stylize": _stylize,
     "wtconv": _layers,
 }
-"""What makes a page's table of a report, by the benchmark."""
+"""The makers of a page's table of a report, by the benchmark."""
 PAGES = ("README.md", "docs/index.md", "docs/performance.md")
 _TABLE = re.compile(r"(?<=<!-- results: )(\w+)( -->\n).*?(?=<!-- end -->)", re.S)
 

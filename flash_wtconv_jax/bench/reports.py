@@ -1,4 +1,4 @@
-"""The parts of reports that all benchmarks share."""
+"""The parts of reports that several benchmarks share."""
 
 from collections.abc import Collection, Iterable
 from datetime import date

@@ -59,7 +59,8 @@ def run(
         dtype: One of `wtconv.DTYPES`; None is bfloat16, on a CPU float32.
         work: Some of `WORK`; None is all.
         profiled: Whether to say where the time goes too, which needs a GPU. Programs are then
-            compiled without CUDA graphs, of whose kernels the profiler does not tell the origin.
+            compiled without CUDA graphs, of whose kernels the profiler does not tell the origin,
+            so that there are no times as users have them.
 
     Returns:
         A JSON-able report: device, versions, date, the clocks and `no_device_events` as in
@@ -82,7 +83,7 @@ def run(
     if unknown := sorted(set(works) - set(WORK)):
         raise ValueError(f"work: {unknown} is not one of {list(WORK)}")
     clock, no_device_events = clocks.best()
-    users = clocks.users(clock)
+    users = None if profiled else clocks.users(clock)
     networks = {
         name: Network(make, batch, size, dtype, graphs=not profiled)
         for name, make in MODELS[model].items()

@@ -113,7 +113,11 @@ def wtconvnext(
         list[str] | None, typer.Option(help="inference or training. Default: both.")
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Print where the time goes too; on a GPU.")
+        bool,
+        typer.Option(
+            "--profile",
+            help="Print where the time goes, of programs without CUDA graphs; on a GPU.",
+        ),
     ] = False,
     device: _Device = None,
     out: Annotated[Path, _folder("wtconvnext.json and .png")] = _OUT,

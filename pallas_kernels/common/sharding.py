@@ -282,7 +282,7 @@ def unflat(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
 
 
 def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """What a function of rows `[rows, C]` makes of the pixels of images `[..., C]`.
+    """Images `[..., C]` of which a function of rows `[rows, C]` maps the pixels.
 
     On Explicit axes the rows of a device are its own pixels, so images that are split along several
     axes are not gathered.

@@ -195,7 +195,7 @@ def _group_bytes(pixels: int, variant: Variant) -> int:
 def search_space(
     direction: str, shape: tuple[int, ...], levels: int, device: Device
 ) -> list[dict[str, int]]:
-    """What is worth timing for images `[N, H, W, C]`; see `forward` and `weight_grad`.
+    """The choices worth timing for images `[N, H, W, C]`; see `forward` and `weight_grad`.
 
     Args:
         direction: "fwd" or "bwd".

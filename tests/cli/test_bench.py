@@ -721,9 +721,10 @@ def test_networks(networks, monkeypatch, tmp_path):
     assert result.exit_code == 0, result.output
     # Of a kernel of a CUDA graph the profiler tells no operation.
     assert set(graphs) == {False}
+    report = json.loads((tmp_path / "wtconvnext.json").read_text())
+    assert report["users_clock"] is None and not any(row["users"] for row in report["rows"])
     assert "where the time goes" in result.output and "…" not in result.output
     assert (tmp_path / "wtconvnext.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads((tmp_path / "wtconvnext.json").read_text())
     assert (report["batch"], report["size"], report["dtype"]) == (2, 8, "float32")
     rows = {(row["work"], row["contender"]): row for row in report["rows"]}
     assert set(rows) == {(work, name) for work in wtconvnext.WORK for name in networks}

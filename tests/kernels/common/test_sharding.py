@@ -168,9 +168,13 @@ def test_weights_over_the_batch(devices, name, kind):
     devices("weights_over_the_batch", name, kind)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("platform", "name"), [("gpu", "wtconv2d"), ("tpu", "wtconv2d"), ("tpu", "depthwise_plain")]
+    ("platform", "name"),
+    [
+        pytest.param("gpu", "wtconv2d", marks=pytest.mark.wide),
+        pytest.param("tpu", "wtconv2d", marks=pytest.mark.slow),
+        pytest.param("tpu", "depthwise_plain", marks=pytest.mark.slow),
+    ],
 )
 def test_filters_that_lie_over_another_axis_than_the_batch(devices, platform, name):
     # XLA's own gradient of a grouped convolution's filters is wrong here, by all of it.
