@@ -230,9 +230,12 @@ class TestErf:
     def test_what_is_wrong_is_said_in_a_line(self, fail, networks, tmp_path):
         pytest.importorskip("matplotlib")
         out = tmp_path / "erf.png"
+        assert "no file or folder" in fail("erf", tmp_path / "missing", "--out", out)
+        (tmp_path / "notes.txt").touch()
         assert "expected .safetensors, .pth, .pt or .pth.tar" in fail(
-            "erf", tmp_path / "missing", "--out", out
+            "erf", tmp_path / "notes.txt", "--out", out
         )
+        (tmp_path / "notes.txt").unlink()
         assert "no Orbax checkpoint" in fail("erf", tmp_path, "--out", out)
         assert "no folder" in fail("erf", networks / "plain", "--out", tmp_path / "a" / "b.png")
         assert "extension '.doc'" in fail("erf", networks / "plain", "--out", tmp_path / "b.doc")

@@ -22,6 +22,8 @@ for line in sys.stdin:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            # Packages are compiled when they are first imported.
+            warnings.filterwarnings("ignore", "invalid escape sequence")
             for block in job["blocks"]:
                 exec(block, names)
     except BaseException:
