@@ -161,7 +161,10 @@ def norm_mlp(
     # Scopes are what profiles call the parts of a network.
     with jax.named_scope("norm"):
         # Rows, because XLA's tiles of several axes of pixels are not contiguous.
-        y = sharding.on_rows(partial(normalized, epsilon=epsilon), x.astype(dtype))
+        norm = partial(normalized, epsilon=epsilon)
+        y = x.astype(dtype)
+        # Where XLA splits images it would gather their rows.
+        y = norm(y) if sharding.left_to_xla(y) else sharding.on_rows(norm, y)
         if few:
             scale, shift = (
                 jnp.expand_dims(one.astype(dtype), range(x.ndim - 1)) for one in params.norm

@@ -702,8 +702,8 @@ def _of_rows(norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
 
     XLA's tiles of several axes of pixels are not contiguous, which costs the backward pass most.
     """
-    if type(norm) is not nnx.LayerNorm:
-        # Somebody's own may look at more than one pixel.
+    if type(norm) is not nnx.LayerNorm or norm.reduction_axes != -1 or sharding.left_to_xla(x):
+        # Somebody's own may look at more than one pixel, and XLA would gather rows that it splits.
         return norm(x)
     return sharding.on_rows(norm, x)
 

@@ -27,7 +27,7 @@ _MOST_AT_ONCE = 20
 _PAUSES = 1, 2, 4, 8
 """Programs that run before them: with the calls fewer than JAX keeps in a device's queue, 32."""
 _PAUSE_SIZE, _PAUSE_STEPS = 2**25, 12
-"""Numbers, and the error functions of each, of a pause: a millisecond of an H200's arithmetic."""
+"""Numbers, 128 MB of them, and the error functions of each, of a pause of about a millisecond."""
 _AGREEMENT_S = 600
 """Seconds that processes wait for the one that measures."""
 
@@ -186,7 +186,7 @@ class JaxMeasurement:
 
 @jax.jit
 def _pause(numbers: jax.Array) -> jax.Array:
-    """Work for some milliseconds: no product of matrices, whose tiles XLA times for seconds."""
+    """Work for about a millisecond, not by a product, whose tiles XLA would time for seconds."""
     for _ in range(_PAUSE_STEPS):
         numbers = jax.lax.erf(numbers)
     return numbers

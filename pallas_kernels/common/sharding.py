@@ -443,7 +443,8 @@ def split(
         problem: Function of a `Shard` and its arrays: the description of what it computes.
         *args: The arguments, trees of arrays.
         mapped: Makes of a kernel a function that `jax.vmap` maps.
-        ours: Whether plain JAX is not XLA's to split on Auto axes, where it can be asked not to.
+        ours: Whether plain JAX is not XLA's to split on Auto axes, where it can be asked not to. It
+            gets convolutions wrong: see docs/sharding.md.
 
     Returns:
         The results, split as the arguments are.
@@ -457,7 +458,7 @@ def split(
     sizes = _sizes(mesh, *kinds)
     call = _Call(compute, rule, plan, problem, tree, wrapped)
     # Plain JAX beside a mesh of Explicit axes, on which none of its arrays lies, stays as it is.
-    lies = kernel or plan.stated is not None or any(map(_lies_on_a_mesh, leaves))
+    lies = kernel or plan.stated is not None or any(map(lies_on_a_mesh, leaves))
     if sizes and lies:
         return call.by_shard_map(mesh, sizes, leaves)
     if _splits_later(mesh) and (kernel or (ours and _has_auto(mesh))):
@@ -786,7 +787,13 @@ def _mesh(leaves: Sequence[jax.Array], stated: Stated | None) -> Mesh | Abstract
     return found or jax.sharding.get_abstract_mesh()
 
 
-def _lies_on_a_mesh(x: jax.Array) -> bool:
+def lies_on_a_mesh(x: jax.Array) -> bool:
+    """Whether the type of an array has a mesh, of axes of any kind.
+
+    Example:
+        >>> lies_on_a_mesh(jnp.ones(4))
+        False
+    """
     return not jax.typeof(x).sharding.mesh.empty
 
 

@@ -105,15 +105,6 @@ def inside(window: Window, shard: sharding.Shard) -> Window:
     return window._replace(pads=(rows, columns), groups=groups)
 
 
-def ours(window: Window) -> bool:
-    """Whether a convolution is not XLA's to split, whatever computes it.
-
-    The filters' gradient of a strided convolution is silently wrong where XLA splits rows unevenly
-    (JAX 0.10 and 0.11), and for the gradients of groups it gathers images (0.10).
-    """
-    return window.stride != (1, 1) or window.groups > 1
-
-
 def _around(
     window: Window, taps: Sequence[int], shard: sharding.Shard
 ) -> dict[str, tuple[int, int]]:

@@ -160,8 +160,10 @@ def joint_filters(w: jax.Array, window: Window, size: Sequence[int]) -> jax.Arra
     return jnp.concatenate(each, 3 if window.layout == "nhwc_hwcf" else 0)
 
 
-def implemented(problem: Problem) -> Problem:
+def implemented(problem: Problem, direction: str = "fwd") -> Problem:
     """The convolution that implementations compute: itself, the largest of its phases, or all.
+
+    All are one convolution on a GPU, forward.
 
     Example:
         >>> window = Window(pads=((1, 1), (1, 1)), upsample=2)
@@ -185,7 +187,8 @@ def implemented(problem: Problem) -> Problem:
         window=largest.window,
     )
     filters = window.filters_laid_out(*taps, channels // window.groups, problem.features)
-    found = joint(window, image.shape, filters) if platform() == "gpu" else None
+    at_once = platform() == "gpu" and direction == "fwd"
+    found = joint(window, image.shape, filters) if at_once else None
     if found is None:
         return computed
     own = _window_at_once(found, window, computed.shape[1:3], largest.taps)

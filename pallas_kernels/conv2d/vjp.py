@@ -102,7 +102,7 @@ class Plan(NamedTuple):
         assert self.backward is not None
         spread = sharding.spread(shards.rule_of(self.window, x.shape, w.shape), [x, w], self.stated)
         problem = problem_of(self.window, x.shape, w.shape, x.dtype, out_dtype)
-        problem = of_shard(upsampling.implemented(problem), spread.shard)
+        problem = of_shard(upsampling.implemented(problem, "bwd"), spread.shard)
         backward = moved_here(self.backward)
         operator = backward.operator
         static = problem, False, None, self.precision, self.given
@@ -114,16 +114,22 @@ class Plan(NamedTuple):
             request=backward,
         )
 
-    def rows_as_one(self, window: Window, filters: tuple[int, ...], dtype: jnp.dtype) -> bool:
+    def rows_as_one(
+        self, window: Window, filters: tuple[int, ...], dtype: jnp.dtype, *arrays: jax.Array
+    ) -> bool:
         """Whether a row of taps is multiplied as one.
 
         Args:
             window: The window.
             filters: The shape of the filters in its layout.
             dtype: The dtype of images and filters.
+            *arrays: What is multiplied. Unasked, nothing that lies on a mesh of Explicit axes is:
+                what becomes channels or features may be split there.
         """
         if self.whole_rows is not None:
             return self.whole_rows
+        if any(map(sharding.lies_on_a_mesh, arrays)):
+            return False
         ours = not self.module.DIFFERENTIABLE
         return whole_rows.unasked(window, window.filters(filters), dtype, ours=ours)
 
@@ -420,7 +426,7 @@ def _forward(
             problem,
             *(x, w, bias),
             mapped=vmap_folding,
-            ours=shards.ours(window),
+            ours=True,
         )
 
     static: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
@@ -428,7 +434,7 @@ def _forward(
         static["moments"] = True
 
     def run(window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> Tree:
-        rows = plan.rows_as_one(window, w.shape, x.dtype)
+        rows = plan.rows_as_one(window, w.shape, x.dtype, x, w)
         whole = partial(whole_rows.forward, kernel) if rows else kernel
         return whole(window, x, w, bias, **static)
 
@@ -505,11 +511,11 @@ def _dx(
             problem,
             *(dy, w),
             mapped=vmap_folding,
-            ours=shards.ours(window),
+            ours=True,
         )
 
     def run(window: Window, dy: jax.Array, w: jax.Array, **of_x: Any) -> jax.Array:
-        rows = plan.rows_as_one(window, w.shape, w.dtype)
+        rows = plan.rows_as_one(window, w.shape, w.dtype, dy, w)
         whole = partial(whole_rows.input_grad, kernel) if rows else kernel
         return whole(window, dy, w, **of_x)
 
@@ -545,12 +551,11 @@ def _dw(
             problem,
             *(x, dy),
             mapped=vmap_sequential,
-            # XLA gets it wrong where rows and features are split, too.
             ours=True,
         )
 
     def run(window: Window, x: jax.Array, dy: jax.Array, **of_w: Any) -> jax.Array:
-        rows = plan.rows_as_one(window, of_w["shape"], x.dtype)
+        rows = plan.rows_as_one(window, of_w["shape"], x.dtype, x, dy)
         whole = partial(whole_rows.weight_grad, kernel) if rows else kernel
         return whole(window, x, dy, **of_w)
 

@@ -224,7 +224,7 @@ def _forward(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array | None
         lambda place, *_: of_shard(plan.problem, place),
         *(x, kernel, bias),
         mapped=vmap_folding,
-        ours=shards.ours(plan.problem.window),
+        ours=True,
     )
 
 
@@ -251,7 +251,7 @@ def _dx(plan: Plan, dy: jax.Array, kernel: jax.Array) -> jax.Array:
         lambda place, *_: of_shard(plan.problem, place),
         *(dy, kernel),
         mapped=vmap_folding,
-        ours=shards.ours(plan.problem.window),
+        ours=True,
     )
 
 
@@ -284,7 +284,7 @@ def _dweights(
             lambda place, *_: of_shard(plan.problem, place),
             *(x, dy),
             mapped=vmap_sequential,
-            ours=shards.ours(plan.problem.window),
+            ours=True,
         ),
     )
 

@@ -99,7 +99,7 @@ DEVICE Channels finished(const Sums& sums, int k, const float (&offsets)[GROUP],
 
 #if !BOXED
 
-// What is added to a square of four pixels, of the row of a pair.
+// The sums that are added to a square of four pixels, of the row of a pair.
 constexpr int BELOW_PIXELS = 2 * BLOCKS;
 constexpr int BELOW_GROUP = group_bytes(BELOW_PIXELS);
 constexpr int STAGE = Inputs::BYTES + GROUPS * BELOW_GROUP;

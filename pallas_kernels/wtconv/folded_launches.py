@@ -217,7 +217,9 @@ def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) 
     n, h, w, c = shape
     tile = (min(n, _BLOCKS) + 1) * h * (w + 4 * _BLOCKS) * c
     able = device.capability >= _BFLOAT16 if dtype == "bfloat16" else dtype == "float16"
-    return able and kernel_size in KERNEL_SIZES and tile < _OFFSETS
+    # The kernel of means counts in 32 bits.
+    means = n * cdiv(h, 2) * cdiv(w, 2) * c < 2**32
+    return able and kernel_size in KERNEL_SIZES and tile < _OFFSETS and means
 
 
 @cache

@@ -167,7 +167,7 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
   constexpr int TIMES = (UNITS + DOWN - 1) / DOWN;
   // Results stay in registers until no later product reads what is in their place.
   constexpr int WAITING = (R + DOWN - 1) / DOWN;
-  // Of the pair of rows and block of row `row` of M.
+  // The pair of rows, and the block in it, that row `row` of M belongs to.
   auto unit_of = [](int time, int row) { return time * DOWN + row / ACROSS; };
   auto block_of = [](int row) { return min(row % ACROSS, Here::SIDE - 1); };
   unsigned char* const own = shared + Here::place() + GROUP * warp * Here::CHANNEL;

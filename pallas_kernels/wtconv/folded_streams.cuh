@@ -96,7 +96,7 @@ struct Pixels {
   DEVICE static int column(int item) { return pixel(item) % COLUMNS; }
   DEVICE static int line(int item) { return pixel(item) / COLUMNS; }
 
-  // What is the same of all tiles; `first` is the column of the tile that is copied first.
+  // The part of an address that all tiles share; `first` is the column of the tile that is copied first.
   DEVICE void prepare(const Images& images, int first) {
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
@@ -106,7 +106,7 @@ struct Pixels {
     }
   }
 
-  // What is the same of all pairs of a tile.
+  // The part that all pairs of a tile share.
   DEVICE void enter(const Images& images, int image, int left) {
     there = 0;
 #pragma unroll

@@ -159,11 +159,11 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
     if (loading.tile >= tiles) return;
     unsigned char* stage = shared + slot * STAGE;
     const int other = loading.pair - R;
-    const bool of_dy = loading.pair < loading.bottom(images);
-    expect(full + slot, (other >= 0 ? ROWS : 0) + (of_dy ? 2 * WIDTH * PIXEL * IMAGES : 0));
+    const bool inside = loading.pair < loading.bottom(images);
+    expect(full + slot, (other >= 0 ? ROWS : 0) + (inside ? 2 * WIDTH * PIXEL * IMAGES : 0));
     if (other >= 0)
       load_box(stage, x, full + slot, chunk, loading.left - HALO, 2 * other, loading.image);
-    if (of_dy)
+    if (inside)
       load_box(stage + ROWS, dy, full + slot, chunk, loading.left, 2 * loading.pair, loading.image);
     advance(loading);
   };

@@ -90,6 +90,12 @@ def _conv2d(size=(8, 6), **options):
     return function, arrays, ("n h w c", "_ _ c f", "f"), "n h w f"
 
 
+def _conv2d_rows():
+    """Rows over the axis "n", and features over "c"."""
+    function, arrays, _, _ = _conv2d(padding=1)
+    return function, arrays, ("_ n _ _", "_ _ _ c", "c"), "_ n _ c"
+
+
 def _grouped(**options):
     def function(x, w, bias, **rest):
         return conv2d(x, w, bias=bias, groups=4, padding=1, **options, **rest)
@@ -200,6 +206,7 @@ CASES = {
     "conv2d_downsampled": partial(_conv2d, (16, 16), padding=((1, 0), (1, 0)), stride=2),
     "conv2d_stem": partial(_conv2d, (16, 16), padding=((0, 1), (0, 1)), stride=2),
     "haar_cut": partial(_haar, (16, 8)),
+    "conv2d_rows": _conv2d_rows,
     "mlp": _mlp,
 }
 SPARSE = {"sparse": False, "sparse_depthwise": True}

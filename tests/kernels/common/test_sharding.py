@@ -172,12 +172,14 @@ def test_weights_over_the_batch(devices, name, kind):
     ("platform", "name"),
     [
         pytest.param("gpu", "wtconv2d", marks=pytest.mark.wide),
+        pytest.param("gpu", "conv2d_rows", marks=pytest.mark.wide),
         pytest.param("tpu", "wtconv2d", marks=pytest.mark.slow),
         pytest.param("tpu", "depthwise_plain", marks=pytest.mark.slow),
     ],
 )
 def test_filters_that_lie_over_another_axis_than_the_batch(devices, platform, name):
-    # XLA's own gradient of a grouped convolution's filters is wrong here, by all of it.
+    # XLA's own gradient of a grouped convolution's filters is wrong here, by all of it, and so is
+    # any convolution whose rows are split over another axis than its filters.
     devices("as_on", platform, name)
 
 
