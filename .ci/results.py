@@ -135,14 +135,14 @@ def _layers(report: Report) -> Iterator[str]:
     layers = {(tuple(row["x"]), row["levels"]): None for row in report["rows"]}
     for x, levels in layers:
         rows = [row for row in report["rows"] if (tuple(row["x"]), row["levels"]) == (x, levels)]
-        cells = (_both(rows, name) for name in shown)
+        cells = (" / ".join(_times(rows, name)) for name in shown)
         yield f"| {x}, {levels} levels | {' | '.join(cells)} |"
 
 
-def _both(rows: list[Row], contender: str) -> str:
-    """Milliseconds of a contender, forward / forward and backward."""
+def _times(rows: list[Row], contender: str) -> list[str]:
+    """Milliseconds of a contender, forward, and forward and backward."""
     times = {row["direction"]: row["median_ms"] for row in rows if row["contender"] == contender}
-    return " / ".join(figure(times[one]) for one in ("forward", "forward+backward"))
+    return [figure(times[one]) for one in ("forward", "forward+backward")]
 
 
 def _levels(report: Report) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _levels(report: Report) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for name in dict.fromkeys(row["contender"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["contender"] == name]
-        first, times = rows[0], _both(rows, name).replace(" / ", " | ")
+        first, times = rows[0], " | ".join(_times(rows, name))
         levels = first["levels"]
         title = "one plain 7×7 depthwise convolution" if levels is None else levels
         yield f"| {title} | {first['field']} | {first['parameters']:,} | {times} |"

@@ -160,11 +160,7 @@ def norm_mlp(
     last = None if scaled or residual is None or residual.dtype != dtype else residual
     # Scopes are what profiles call the parts of a network.
     with jax.named_scope("norm"):
-        # Rows, because XLA's tiles of several axes of pixels are not contiguous.
-        norm = partial(normalized, epsilon=epsilon)
-        y = x.astype(dtype)
-        # Where XLA splits images it would gather their rows.
-        y = norm(y) if sharding.left_to_xla(y) else sharding.on_rows(norm, y)
+        y = sharding.by_pixel(partial(normalized, epsilon=epsilon), x.astype(dtype))
         if few:
             scale, shift = (
                 jnp.expand_dims(one.astype(dtype), range(x.ndim - 1)) for one in params.norm

@@ -698,14 +698,11 @@ def linear(config: ConvNeXtConfig, before: int, after: int, *, rngs: nnx.Rngs) -
 
 
 def _of_rows(norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """A normalisation of the channels of images, computed on their pixels as rows.
-
-    XLA's tiles of several axes of pixels are not contiguous, which costs the backward pass most.
-    """
-    if type(norm) is not nnx.LayerNorm or norm.reduction_axes != -1 or sharding.left_to_xla(x):
-        # Somebody's own may look at more than one pixel, and XLA would gather rows that it splits.
+    """A normalisation of the channels of images, by their pixels as rows where that is the same."""
+    if type(norm) is not nnx.LayerNorm or norm.reduction_axes != -1:
+        # Somebody's own may look at more than one pixel.
         return norm(x)
-    return sharding.on_rows(norm, x)
+    return sharding.by_pixel(norm, x)
 
 
 def layer_norm(config: ConvNeXtConfig, dim: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
