@@ -284,6 +284,23 @@ DEVICE void registers_more() {}
 
 #endif
 
+#if !defined(__CUDACC__) || __CUDA_ARCH__ >= 900
+
+// Makes the barriers of so many stages: one thread fills each, which so many arrivals empty.
+template <int COUNT>
+DEVICE void make_stages(Barrier* full, Barrier* empty, unsigned arrivals, unsigned thread) {
+  if (threadIdx.x == thread) {
+    for (int i = 0; i < COUNT; i++) {
+      make(full + i, 1);
+      make(empty + i, arrivals);
+    }
+    made();
+  }
+  __syncthreads();
+}
+
+#endif
+
 // The values of one of four channels of two rows, the upper row's in the lower half: a register of a
 // product's side, whose K counts rows of a pair fastest.
 DEVICE unsigned of_channel(int channel, const Four& upper, const Four& lower) {

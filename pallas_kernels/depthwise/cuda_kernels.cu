@@ -140,14 +140,7 @@ depthwise_weights(
 #if BOXED
   Barrier* const full = reinterpret_cast<Barrier*>(shared + STAGES * BOTH);
   Barrier* const done = full + STAGES;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      make(full + i, 1);
-      make(done + i, WARPS);
-    }
-    made();
-  }
-  __syncthreads();
+  make_stages<STAGES>(full, done, WARPS, 0);
   auto fill = [&](int slot) {
     if (ahead.tile >= tiles) return;
     unsigned char* stage = shared + slot * BOTH;
@@ -353,14 +346,7 @@ depthwise_forward(
 #if BOXED
   Barrier* const full = reinterpret_cast<Barrier*>(offsets + WARPS);
   Barrier* const done = full + STAGES;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      make(full + i, 1);
-      make(done + i, WARPS);
-    }
-    made();
-  }
-  __syncthreads();
+  make_stages<STAGES>(full, done, WARPS, 0);
   auto fill = [&](int slot) {
     if (ahead.tile >= tiles) return;
     expect(full + slot, STAGE);

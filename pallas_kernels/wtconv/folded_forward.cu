@@ -32,6 +32,16 @@ DEVICE void read_pair(const unsigned char* rows, const int (&from)[2][2], int ro
   }
 }
 
+// The biases of a warp's channels, 0 where there is none.
+DEVICE void load_offsets(const float* __restrict__ bias, int first, int channels,
+                         float (&offsets)[GROUP]) {
+#pragma unroll
+  for (int c = 0; c < GROUP; c++) {
+    const int channel = first + c;
+    offsets[c] = channel < channels && bias != nullptr ? bias[channel] : 0.0f;
+  }
+}
+
 // Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
 // less.
 DEVICE void add_pair(const Block& pixels, const Matrix& matrix, Sums& sums) {
@@ -124,11 +134,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
   Matrix matrix;
   load_taps(taps, level, chunk + GROUP * warp, channels, matrix);
   float offsets[GROUP];
-#pragma unroll
-  for (int c = 0; c < GROUP; c++) {
-    const int channel = chunk + GROUP * warp + c;
-    offsets[c] = channel < channels && bias != nullptr ? bias[channel] : 0.0f;
-  }
+  load_offsets(bias, chunk + GROUP * warp, channels, offsets);
 
   // This thread's two blocks, and its column of them.
   int from[2][2], to[2], square[2];
@@ -320,14 +326,7 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
     advance(storing);
   };
   constexpr int COPIER = APART ? THREADS : 0;
-  if (threadIdx.x == COPIER) {
-    for (int i = 0; i < STAGES; i++) {
-      make(full + i, 1);
-      make(done + i, GROUPS);
-    }
-    made();
-  }
-  __syncthreads();
+  make_stages<STAGES>(full, done, GROUPS, COPIER);
 #if APART
   if (warp >= GROUPS) {
     registers_less<40>();
@@ -348,11 +347,7 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
   Matrix matrix;
   load_taps(taps, level, chunk + GROUP * warp, channels, matrix);
   float offsets[GROUP];
-#pragma unroll
-  for (int c = 0; c < GROUP; c++) {
-    const int channel = chunk + GROUP * warp + c;
-    offsets[c] = channel < channels && bias != nullptr ? bias[channel] : 0.0f;
-  }
+  load_offsets(bias, chunk + GROUP * warp, channels, offsets);
   int from[2][2], to[2][2], square[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {

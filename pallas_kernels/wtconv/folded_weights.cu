@@ -168,14 +168,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
     advance(loading);
   };
   constexpr int COPIER = APART ? THREADS : 0;
-  if (threadIdx.x == COPIER) {
-    for (int i = 0; i < STAGES; i++) {
-      make(full + i, 1);
-      make(done + i, GROUPS);
-    }
-    made();
-  }
-  __syncthreads();
+  make_stages<STAGES>(full, done, GROUPS, COPIER);
   unsigned phase = 0;
 #if APART
   if (warp >= GROUPS) {
