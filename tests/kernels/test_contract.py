@@ -165,7 +165,7 @@ def forms(request, operator, name, measured, monkeypatch):
 def cells(values, quick):
     """Every implementation of every operator with each value; wide unless `quick` has it.
 
-    Of implementations that an interpreter plays every fifth value is wide, of the next operator
+    Of implementations that an interpreter plays every seventh value is wide, of the next operator
     the next; the others are slow.
 
     Args:
@@ -177,7 +177,7 @@ def cells(values, quick):
         if name == "xla":
             return [pytest.mark.wide] * (value not in quick)
         turn = list(OPERATORS).index(operator) + list(values).index(value)
-        return [pytest.mark.slow if turn % 5 else pytest.mark.wide]
+        return [pytest.mark.slow if turn % 7 else pytest.mark.wide]
 
     return [
         pytest.param(operator, name, value, marks=marks(operator, name, value))

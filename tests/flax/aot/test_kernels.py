@@ -82,14 +82,8 @@ SOME = [
 SOME += [("v5e", key) for key in FEW_CYCLES if key not in (*ALWAYS, *THEN)]
 
 
-@pytest.mark.parametrize(
-    "chip",
-    [
-        pytest.param("v5e", marks=pytest.mark.slow),
-        pytest.param("v6e", marks=pytest.mark.wide),
-        pytest.param("v5p", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "v5p"])
 def test_some_chip_takes_every_shape(chip):
     """Below it has every shape on every chip."""
     assert_compiled(chip, [key for on, key in SOME if on == chip and key not in LONG])

@@ -418,6 +418,7 @@ def test_the_compilation_cache_hits_in_a_second_process(tmp_path):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     for time in ("first", "again"):
         subprocess.run([sys.executable, "-c", CACHED, time], check=True, env=os.environ | flags)

@@ -140,28 +140,27 @@ def test_permuted_rows_are_permuted_results_bit_by_bit():
     np.testing.assert_array_equal(results(table)[:, moved], results(table[:, moved]))
 
 
-def marks(case):
-    """By the time that a case takes in the interpreter, which is seconds for 125 offsets."""
-    return pytest.mark.slow if case.kernel_size in (5, 7) else pytest.mark.wide
+def some(cases):
+    """Every other case for `make test-all`, without those of seconds for their 125 offsets."""
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=pytest.mark.slow if i % 2 or case.kernel_size in (5, 7) else pytest.mark.wide,
+        )
+        for i, case in enumerate(interpretable(cases))
+    ]
 
 
 @INTERPRETED
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=case.name, marks=marks(case)) for case in interpretable(CASES)]
-)
+@pytest.mark.parametrize("case", some(CASES))
 def test_interpreted_kernels_are_the_oracles(interpreted, case):
     """Beside the contract's tests, which take the smallest case by every form of a choice."""
     assert_oracle(conformance, case, "triton")
 
 
 @INTERPRETED
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=marks(case))
-        for case in interpretable(depthwise.CASES)
-    ],
-)
+@pytest.mark.parametrize("case", some(depthwise.CASES))
 def test_interpreted_depthwise_kernels_are_the_oracles(interpreted, case):
     assert_oracle(depthwise, case, "triton")
 

@@ -71,6 +71,8 @@ LONG = {
     "b-9x6-c3-l2-k3-float32",
     "b1-6x5-c100-l1-k5-float32",
     "b1-6x7-c2-l1-k4-float32",
+    "b2-6x7-c3-l2-k3-float32-strided",
+    "b2-10x7-c3-l1-k2-bfloat16-s3",
     "b16-3x5-c2-l1-k3-float32",
     "b2-2x3-c3-l2-k3-float32",
     "b2-7x7-c3-l2-k5-bfloat16",

@@ -62,16 +62,18 @@ EMULATED = [
 """Every case is run in one memory format, those in tiles in both; the others in both if slow."""
 # What others have too, but for their numbers of taps and levels.
 WIDE = {
+    "b-9x6-c3-l2-k3-float32",
+    "b2-33x36-c9-l1-k1-bfloat16",
     "b2-2x3-c3-l5-k5-float16",
-    "b2-14x14-c3-l2-k5-float32",
-    "b2x3-6x9-c4-l1-k5-float32",
     "b1-36x30-c1-l2-k9-float32",
     "b1-6x5-c100-l1-k5-float32",
-    "b1-6x5-c3-l1-k9-float32",
     "b2-17x6-c3-l3-k5-float32-nobias",
 }
 # What the wide ones have too.
 SLOW = {
+    "b2x3-6x9-c4-l1-k5-float32",
+    "b1-6x5-c3-l1-k9-float32",
+    "b2-14x14-c3-l2-k5-float32",
     "b2-7x7-c3-l1-k1-bfloat16",
     "b2-28x28-c3-l3-k3-float32",
     "b2-28x28-c3-l4-k5-float32",
