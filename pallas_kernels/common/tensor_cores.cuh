@@ -12,21 +12,14 @@ typedef unsigned short Scalar;
 typedef long long Offset;
 typedef unsigned long long Barrier;
 
-#define DEVICE __device__ __forceinline__
+#include "copies.cuh"
+
 #ifndef SHARED
 #define SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
 constexpr int CHUNK = 32;  // Channels of a pixel in shared memory.
 constexpr int PIXEL = sizeof(Scalar) * CHUNK;
-
-struct alignas(8) Four {
-  unsigned low, high;  // Channels 0 and 1, 2 and 3.
-};
-
-struct alignas(16) Eight {
-  Four low, high;
-};
 
 // Where a byte of rows of pixels lies in shared memory.
 DEVICE constexpr int swizzled(int byte) { return byte ^ (byte >> 7 & 3) << 4; }
@@ -39,8 +32,6 @@ struct alignas(64) TensorMap {
 };
 
 #define BOXES const __grid_constant__ TensorMap
-
-DEVICE unsigned address(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 
 #if BFLOAT16
 #define MMA_TYPES "f32.bf16.bf16.f32"
@@ -113,45 +104,6 @@ DEVICE float number_of(Scalar bits) {
   float result;
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
   return result;
-#endif
-}
-
-// Starts to copy 4, 8 or 16 bytes to shared memory, zeros where they are outside of the image.
-template <int BYTES>
-DEVICE void copy(void* to, const void* from, bool inside) {
-#if __CUDA_ARCH__ >= 800
-  if (BYTES == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
-                 "r"(inside ? 16 : 0)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address(to)), "l"(from),
-                 "n"(BYTES == 16 ? 8 : BYTES), "r"(inside ? BYTES : 0)
-                 : "memory");
-  }
-#else
-  if (BYTES == 16) {
-    *static_cast<Eight*>(to) = inside ? *static_cast<const Eight*>(from) : Eight{};
-  } else if (BYTES == 8) {
-    *static_cast<Four*>(to) = inside ? *static_cast<const Four*>(from) : Four{};
-  } else {
-    *static_cast<unsigned*>(to) = inside ? *static_cast<const unsigned*>(from) : 0;
-  }
-#endif
-}
-
-// Ends a group of this thread's copies.
-DEVICE void commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for all groups of this thread's copies but the last PENDING.
-template <int PENDING>
-DEVICE void wait() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }
 
@@ -250,15 +202,6 @@ DEVICE void matrices(unsigned (&d)[COUNT], const void* row) {
 }
 DEVICE unsigned packed(float low, float high) { return cuda_on_cpu::packed(low, high, BFLOAT16); }
 DEVICE float number_of(Scalar bits) { return cuda_on_cpu::number16(bits, BFLOAT16); }
-template <int BYTES>
-DEVICE void copy(void* to, const void* from, bool inside) {
-  cuda_on_cpu::copy(to, from, BYTES, inside);
-}
-DEVICE void commit() { cuda_on_cpu::commit(); }
-template <int PENDING>
-DEVICE void wait() {
-  cuda_on_cpu::wait(PENDING);
-}
 DEVICE void make(Barrier* barrier, unsigned arrivals) { cuda_on_cpu::make(barrier, arrivals); }
 DEVICE void made() {}
 DEVICE void arrive(Barrier* barrier) { cuda_on_cpu::arrive(barrier); }

@@ -71,14 +71,17 @@ def filter_bank(wavelet: str | Wavelet) -> tuple[Array, Array]:
     return (HAAR, HAAR) if name in IS_HAAR else _from_pywavelets(name)
 
 
-def unsupported(ndim: int, dtype: Dtype, wavelet: str, dtypes: Sequence[str]) -> list[str]:
-    """The reasons why kernels for images and the Haar wavelet do not take a signal.
+def unsupported(
+    ndim: int, dtype: Dtype, wavelet: str, dtypes: Sequence[str], taken: int = 2
+) -> list[str]:
+    """The reasons why kernels for the Haar wavelet do not take a signal.
 
     Args:
         ndim: Number of the signal's spatial axes.
         dtype: The signal's dtype, or its name.
         wavelet: Name of the wavelet.
         dtypes: Names of the dtypes that the kernels take.
+        taken: Number of spatial axes that they take.
 
     Returns:
         A phrase for each reason; an empty list if the kernels take the signal.
@@ -88,8 +91,8 @@ def unsupported(ndim: int, dtype: Dtype, wavelet: str, dtypes: Sequence[str]) ->
         ['1-D signals, 2-D alone', 'float64, float32 alone']
     """
     reasons = []
-    if ndim != 2:
-        reasons.append(f"{ndim}-D signals, 2-D alone")
+    if ndim != taken:
+        reasons.append(f"{ndim}-D signals, {taken}-D alone")
     if dtype not in dtypes:
         reasons.append(f"{dtype}, {', '.join(dtypes)} alone")
     if wavelet not in IS_HAAR:

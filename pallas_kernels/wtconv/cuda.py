@@ -1,6 +1,7 @@
 """The wavelet convolution on NVIDIA GPUs: the CUDA kernels that PyTorch launches too.
 
 In 16 bits kernels of 3, 5 and 7 run on tensor cores, a level as one convolution of folded taps.
+Signals, of one axis, have a kernel of their own, in all dtypes.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.biased import summed
 from pallas_kernels.common.cuda_call import device_properties, launch, unavailable
 from pallas_kernels.common.types import Dtype, Taps
-from pallas_kernels.wtconv import cuda_launches, folded_launches, folding
+from pallas_kernels.wtconv import cuda_launches, folded_launches, folding, line_launches
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.problem import Problem
 
@@ -32,7 +33,9 @@ __all__ = [
 DIFFERENTIABLE = False
 BIAS_GRADIENT = True
 _TILE = "resident", "together", "apart"
-"""The parameters of `search_space`; of float32 the first."""
+"""The parameters of `search_space`; of float32 and of signals the first."""
+_LINE = 3
+"""Axes of signals `[N, L, C]`."""
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -42,11 +45,14 @@ def check(direction: str, problem: Problem) -> None:
         direction: "fwd" or "bwd".
         problem: The call.
     """
-    cuda_launches.check(problem)
+    launches = line_launches if len(problem.shape) == _LINE else cuda_launches
+    launches.check(problem)
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The parameters that are worth timing; see `check` for the arguments."""
+    if len(problem.shape) == _LINE:
+        return line_launches.search_space()
     if _folds(problem.shape, problem.dtype, problem.kernel_size):
         about = problem.shape, problem.levels, device_properties()
         return folded_launches.search_space(direction, *about)
@@ -66,11 +72,13 @@ def forward(
     together: int = folded_launches.TOGETHER,
     apart: int = folded_launches.APART,
 ) -> jax.Array:
-    """The operator on `x [N, H, W, C]`, or its transpose; see `vjp` for the arguments.
+    """The operator on `x [N, H, W, C]` or `[N, L, C]`, or its transpose; see `vjp`.
 
     `resident`, `together` and `apart` are of `search_space`. `wavelet` is Haar. `precision` changes
     nothing: float32 is computed without tensor cores.
     """
+    if x.ndim == _LINE:
+        return _line_forward(x, taps, bias, transpose, resident)
     if _folds(x.shape, x.dtype, taps[0].shape[0]):
         tile = {"resident": resident, "together": together, "apart": apart}
         return _folded_forward(x, taps, bias, transpose, tile)
@@ -97,6 +105,8 @@ def weight_grad(
 
     Every sum has a fixed order, so results are bitwise reproducible.
     """
+    if x.ndim == _LINE:
+        return _line_weight_grad(x, dy, kernel_shapes, resident)
     if _folds(x.shape, x.dtype, kernel_shapes[0][0]):
         tile = {"resident": resident, "together": together, "apart": apart}
         return _folded_weight_grad(x, dy, kernel_shapes, tile)
@@ -113,6 +123,35 @@ def weight_grad(
         for start, stop, shape in zip(starts[:-1], starts[1:], shapes, strict=True)
     )
     return vary_like((x, dy), (*sums, summed(dy)) if biased else sums)
+
+
+def _line_forward(
+    x: jax.Array, taps: Taps, bias: jax.Array | None, transpose: bool, resident: int | None
+) -> jax.Array:
+    """The operator on signals, or its transpose: the same of flipped taps."""
+    whole = jnp.concatenate([tap.astype(jnp.float32) for tap in taps], 1)
+    offsets = None if bias is None else bias.astype(jnp.float32)
+    where = x.shape, str(x.dtype), device_properties(), launch
+    y = line_launches.forward(
+        x, whole[::-1] if transpose else whole, offsets, *where, resident=resident
+    )
+    return vary_like((x, taps, bias), y)
+
+
+def _line_weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    kernel_shapes: tuple[tuple[int, ...], ...],
+    resident: int | None,
+) -> Taps:
+    """The gradients of the taps of signals, and of the bias where its shape is the last one."""
+    shapes = [shape for shape in kernel_shapes if len(shape) > 1]
+    kernel_size, levels = shapes[0][0], len(shapes) - 1
+    about = x.shape, str(x.dtype), kernel_size, levels, device_properties(), launch
+    sums = line_launches.weight_grad(x, dy, *about, resident=resident)
+    whole = sums[:-1].reshape(kernel_size, 1 + 2 * levels, -1)
+    found = *jnp.split(whole, range(1, 2 * levels + 1, 2), 1), sums[-1]
+    return vary_like((x, dy), found[: len(kernel_shapes)])
 
 
 def _folds(shape: tuple[int, ...], dtype: Dtype, kernel_size: int) -> bool:

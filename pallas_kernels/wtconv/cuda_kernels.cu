@@ -33,15 +33,8 @@
 //   PLANE            elements between planes
 //   SEGMENT, BASE_SEGMENT      rows of coefficients that a thread sums for a weight gradient
 
-#if DTYPE == 0
-typedef float Scalar;
-#else
-typedef unsigned short Scalar;
-#endif
+#include "../common/scalars.cuh"
 
-typedef long long Offset;
-
-#define DEVICE __device__ __forceinline__
 #ifndef SHARED
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 #endif
@@ -126,32 +119,6 @@ DEVICE constexpr Level level_at(int l) {
 
 // ---------------------------------------------------------------------------------------------
 // Pixels
-
-#if DTYPE == 0
-DEVICE float number(Scalar v) { return v; }
-DEVICE Scalar scalar(float v) { return v; }
-#elif DTYPE == 1
-DEVICE float number(Scalar v) { return __uint_as_float(unsigned(v) << 16); }
-DEVICE Scalar scalar(float v) {
-  const unsigned bits = __float_as_uint(v);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-  return Scalar((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
-#elif defined(__CUDACC__)
-DEVICE float number(Scalar v) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(v));
-  return result;
-}
-DEVICE Scalar scalar(float v) {
-  Scalar result;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(v));
-  return result;
-}
-#else
-DEVICE float number(Scalar v) { return half_number(v); }
-DEVICE Scalar scalar(float v) { return half_bits(v); }
-#endif
 
 template <typename T, int COUNT>
 struct alignas(sizeof(T) * COUNT) Vector {

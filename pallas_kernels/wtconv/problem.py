@@ -61,16 +61,18 @@ class Problem(NamedTuple):
         self,
         dtypes: Sequence[str],
         max_kernel: int,
-        max_levels: int | None = None,
+        levels: range | None = None,
         odd: bool = False,
+        ndim: int = 2,
     ) -> list[str]:
-        """The reasons why kernels for images and the Haar wavelet refuse this problem.
+        """The reasons why kernels for the Haar wavelet refuse this problem.
 
         Args:
             dtypes: The dtypes that the kernels take.
             max_kernel: The largest kernel size that they take.
-            max_levels: The most levels that they take, of at least one; None if any number, or 0.
+            levels: The numbers of levels that they take; None if any.
             odd: Whether they take odd kernel sizes alone.
+            ndim: The number of spatial axes that they take.
 
         Returns:
             A phrase for each reason, none where they take the problem.
@@ -79,11 +81,11 @@ class Problem(NamedTuple):
             >>> Problem((2, 8, 4), "float32", 5, 1, "haar").unsupported(["float32"], 3)
             ['1-D signals, 2-D alone', 'kernels of 5, up to 3']
         """
-        reasons = unsupported(len(self.shape) - 2, self.dtype, self.wavelet, dtypes)
+        reasons = unsupported(len(self.shape) - 2, self.dtype, self.wavelet, dtypes, ndim)
         if self.kernel_size > max_kernel:
             reasons.append(f"kernels of {self.kernel_size}, up to {max_kernel}")
         if odd and self.kernel_size % 2 == 0:
             reasons.append(f"kernels of {self.kernel_size}, odd ones alone")
-        if max_levels is not None and not 1 <= self.levels <= max_levels:
-            reasons.append(f"{self.levels} levels, 1 to {max_levels}")
+        if levels is not None and self.levels not in levels:
+            reasons.append(f"{self.levels} levels, {levels[0]} to {levels[-1]}")
         return reasons + unsupported_sizes(self.shape)

@@ -24,7 +24,7 @@ _MAX_CHANNELS = 65535 * _CHANNELS
 def check(problem: Problem) -> None:
     """Raises `NotImplementedError` where the kernels do not take a problem."""
     dtypes = ("float32", "bfloat16", "float16")
-    reasons = problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
+    reasons = problem.unsupported(dtypes, _MAX_KERNEL, range(1, _MAX_LEVELS + 1), odd=True)
     if not reasons:
         *_, width, channels = problem.shape
         if channels > _MAX_CHANNELS or width * channels >= MAX_ROW:

@@ -47,7 +47,7 @@ def check(direction: str, problem: Problem) -> None:
         problem: The call.
     """
     dtypes = ("float32", "bfloat16", "float16")
-    reasons = problem.unsupported(dtypes, _MAX_KERNEL, _MAX_LEVELS, odd=True)
+    reasons = problem.unsupported(dtypes, _MAX_KERNEL, range(1, _MAX_LEVELS + 1), odd=True)
     refuse(reasons)
 
 

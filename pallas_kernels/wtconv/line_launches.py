@@ -1,0 +1,198 @@
+"""The launches of `line.cu`, the wavelet convolution of signals in one pass, for any framework.
+
+A block is a warp, which takes 32 channels of a part of one signal. Nothing is shared between parts
+but the samples around them, which each reads for itself.
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.refusals import refuse
+from pallas_kernels.common.triton import AnyArray, cdiv
+from pallas_kernels.wtconv.problem import Problem
+
+SOURCE = Path(__file__).with_name("line.cu")
+
+_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_MAX_KERNEL = 9
+_MAX_LEVELS = 5
+_MAX_LENGTH = 2**30
+"""Samples that numbers of 32 bits count, a segment more included."""
+_WARP = 32
+_BLOCK = 32
+"""Samples that a warp treats at once."""
+_PIECE = 16
+"""Bytes that one access to memory takes at most."""
+_RESIDENT = {"forward": 12, "weights": 10}
+"""Warps of a multiprocessor for which registers are enough, of kernels up to 5."""
+_LARGE = 5, 8
+"""The kernel size above which there are so many at most."""
+_WAVES = 8
+"""The most times that parts of signals fill a GPU."""
+
+
+def check(problem: Problem) -> None:
+    """Raises `NotImplementedError` where the kernels do not take a problem."""
+    dtypes, levels = tuple(_DTYPES), range(_MAX_LEVELS + 1)
+    reasons = problem.unsupported(dtypes, _MAX_KERNEL, levels, odd=True, ndim=1)
+    if not reasons and problem.shape[1] > _MAX_LENGTH:
+        reasons.append(f"signals of {problem.shape[1]} samples, up to {_MAX_LENGTH}")
+    refuse(reasons)
+
+
+def search_space() -> list[dict[str, int]]:
+    """The numbers of resident warps of a multiprocessor that are worth timing; see `planned`."""
+    return [{}, {"resident": 8}]
+
+
+class Variant(NamedTuple):
+    """The constants of a kernel, see the macros of `line.cu`, and the blocks of a segment."""
+
+    kernel: str
+    dtype: int
+    kernel_size: int
+    levels: int
+    vector: int
+    resident: int
+    span: int = 1
+
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        names = "dtype", "kernel_size", "levels", "vector", "resident"
+        macros = (self.kernel.upper(), 1), *((n.upper(), getattr(self, n)) for n in names)
+        return Kernel(SOURCE, f"line_{self.kernel}", macros, _WARP, self.shared())
+
+    def around(self) -> int:
+        """Blocks that a segment reads before it, and behind it."""
+        return cdiv(self.kernel_size // 2 << self.levels, _BLOCK)
+
+    def shared(self) -> int:
+        """Bytes of shared memory of a warp."""
+        slots = self.around() + 2 + 2 * (self.kernel == "weights")
+        return slots * _BLOCK * _WARP * (2 if self.dtype else 4)
+
+    def at_once(self, device: Device) -> int:
+        """Warps that a GPU runs at once."""
+        fitting = (device.shared + 1024) // (self.shared() + 1024)
+        return min(fitting, self.resident) * device.multiprocessors
+
+    def segments(self, shape: tuple[int, ...]) -> int:
+        """Segments of signals `[N, L, C]`, for each group of channels."""
+        return shape[0] * cdiv(cdiv(shape[1], _BLOCK), self.span)
+
+
+@cache
+def planned(
+    kernel: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    resident: int | None = None,
+) -> Variant:
+    """The variant for signals `[N, L, C]`, whose segments end earliest.
+
+    Args:
+        kernel: "forward" or "weights".
+        shape: The signals'.
+        dtype: Their dtype.
+        kernel_size: k.
+        levels: The number of levels, none included.
+        device: The GPU.
+        resident: Warps of a multiprocessor that registers are to suffice for; None for the rule's.
+    """
+    size, most = _LARGE
+    allowed = _RESIDENT[kernel] if kernel_size <= size else most
+    vector = math.gcd(shape[2], _PIECE // (4 if dtype == "float32" else 2))
+    one = Variant(
+        *(kernel, _DTYPES[dtype], kernel_size, levels, vector, min(resident or allowed, allowed))
+    )
+    at_once, groups, blocks = one.at_once(device), cdiv(shape[2], _WARP), cdiv(shape[1], _BLOCK)
+    parts = range(1, 1 + min(blocks, cdiv(_WAVES * at_once, shape[0] * groups)))
+    cuts = [one._replace(span=cdiv(blocks, count)) for count in parts]
+
+    def time(cut: Variant) -> int:
+        return cdiv(groups * cut.segments(shape), at_once) * (cut.span + cut.around())
+
+    return min(cuts, key=time)
+
+
+def forward(
+    x: AnyArray,
+    taps: AnyArray,
+    bias: AnyArray | None,
+    shape: tuple[int, ...],
+    dtype: str,
+    device: Device,
+    launch: Launch[AnyArray],
+    *,
+    resident: int | None = None,
+) -> AnyArray:
+    """The wavelet convolution.
+
+    Args:
+        x: Contiguous signals `[N, L, C]`.
+        taps: float32 `[k, 1 + 2 * levels, C]`: the base's, then each level's low and high band's.
+        bias: float32 `[C]`, or None.
+        shape: x's.
+        dtype: x's.
+        device: The GPU.
+        launch: The framework's launch function.
+        resident: See `planned`.
+
+    Returns:
+        y in x's shape and dtype.
+    """
+    kernel_size, bands, _ = taps.shape
+    about = shape, dtype, kernel_size, bands // 2, device
+    variant = planned("forward", *about, resident)
+    _, length, channels = shape
+    blocks = cdiv(channels, _WARP) * variant.segments(shape)
+    arguments = [x, taps, bias, length, channels, variant.span]
+    (y,) = launch(variant.compiled(), arguments, [(shape, dtype)], blocks)
+    return y
+
+
+def weight_grad(
+    x: AnyArray,
+    dy: AnyArray,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    launch: Launch[AnyArray],
+    *,
+    resident: int | None = None,
+) -> AnyArray:
+    """The gradients of the taps and of the bias; every sum has a fixed order.
+
+    Args:
+        x: Contiguous signals `[N, L, C]`.
+        dy: The gradient of the output, of x's shape and dtype.
+        shape: x's.
+        dtype: x's.
+        kernel_size: k.
+        levels: The number of levels.
+        device: The GPU.
+        launch: The framework's launch function.
+        resident: See `planned`.
+
+    Returns:
+        float32 `[k * (1 + 2 * levels) + 1, C]`: the taps' in the order that `forward` has them in,
+        then the bias's.
+    """
+    variant = planned("weights", shape, dtype, kernel_size, levels, device, resident)
+    signals, length, channels = shape
+    groups, segments = cdiv(channels, _WARP), variant.segments(shape)
+    # As few as end at the same time.
+    most = max(1, variant.at_once(device) // groups)
+    programs = cdiv(segments, cdiv(segments, most))
+    output = (programs, kernel_size * (1 + 2 * levels) + 1, channels), "float32"
+    arguments = [x, dy, signals, length, channels, variant.span, programs]
+    (sums,) = launch(variant.compiled(), arguments, [output], groups * programs)
+    return sums.sum(0)
