@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_wtconv_jax.bench import timing
 from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common.types import Json, Tree
-from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
+from pallas_kernels.wtconv.shapes import GPU_SHAPES, SHAPES, Shape
 from torch_bridge.check import about
 from torch_bridge.runtime.device import best_device, synchronize
 from torch_bridge.wtconv import ops
@@ -24,6 +24,8 @@ from torch_bridge.wtconv.layers import WTConv2d
 PASSES = {"forward": 2, "forward+backward": 5}
 """The least number of tensors of x's size that are read or written, by direction."""
 
+KNOWN = {"cpu": SHAPES, "gpu": GPU_SHAPES}
+"""The images that each device is measured with."""
 _BASELINE = "eager"
 _FORMATS = {"": torch.contiguous_format, " channels-last": torch.channels_last}
 _SETS = 4
@@ -41,7 +43,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="A named shape; several are allowed: "
-            f"{', '.join(dict.fromkeys(chain(FOR_PLATFORM['gpu'], FOR_PLATFORM['cpu'])))}. "
+            f"{', '.join(dict.fromkeys(chain(KNOWN['gpu'], KNOWN['cpu'])))}. "
             "Default: all."
         ),
     ] = None,
@@ -75,7 +77,7 @@ def run(
     """Times every implementation that this machine has, in both memory formats.
 
     Args:
-        shapes: Names in `pallas_kernels.wtconv.shapes.FOR_PLATFORM` of the device; None is all.
+        shapes: Names in `KNOWN` of the device; None is all.
         dtype: Dtype of x, dy and the parameters: "float32", "bfloat16" or "float16".
         progress: Told a label and a number of steps, returns what to call after each step.
 
@@ -91,7 +93,7 @@ def run(
         ValueError: An unknown shape or dtype.
     """
     device = best_device()
-    known = FOR_PLATFORM["gpu" if device.type == "cuda" else "cpu"]
+    known = KNOWN["gpu" if device.type == "cuda" else "cpu"]
     names = shapes or list(known)
     unknown = sorted(set(names) - set(known))
     if unknown:

@@ -22,10 +22,10 @@ from pallas_kernels.common import device
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch.table import Entry
-from pallas_kernels.wtconv import baseline_jax, wtconv2d
+from pallas_kernels.wtconv import baseline_jax, wtconv1d, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.problem import Problem
-from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Shape
+from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Layer, Shape
 
 DTYPES = ("float32", "bfloat16", "float16")
 PASSES = {"forward": 2, "forward+backward": 5}
@@ -34,6 +34,7 @@ PASSES = {"forward": 2, "forward+backward": 5}
 GROUP = "flash_wtconv.bench.wtconv"
 """The entry point group of every `RegisteredContender`."""
 
+_WTCONV = {1: wtconv1d, 2: wtconv2d}
 _PLAIN, _RIVAL = "plain jax", "depthwise 7x7"
 _RIVAL_SIZE = 7
 _ROTATED_BYTES = 2**28
@@ -71,8 +72,8 @@ def run(
     """Times every contender that this machine has.
 
     They are our layer as the device's rule picks it; plain JAX; on an accelerator a plain 7 x 7
-    depthwise convolution, the layer's rival at its cost; and what other packages register under
-    `GROUP`, which is PyTorch on a CPU.
+    depthwise convolution, of signals of 7 taps, the layer's rival at its cost; and what other
+    packages register under `GROUP`, which is PyTorch on a CPU.
 
     Args:
         shapes: Names in `pallas_kernels.wtconv.shapes.FOR_PLATFORM` of the device.
@@ -151,7 +152,7 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype: {dtype!r} is not one of {list(DTYPES)}")
 
 
-def implementations(shape: Shape, dtype: str) -> list[str]:
+def implementations(shape: Layer, dtype: str) -> list[str]:
     """Our implementations that can compute a shape here, in both directions.
 
     Args:
@@ -207,18 +208,22 @@ class Contender(NamedTuple):
 
 
 def _contenders(
-    shape: Shape, dtype: str, each: bool, registered: Mapping[str, RegisteredContender]
+    shape: Layer, dtype: str, each: bool, registered: Mapping[str, RegisteredContender]
 ) -> dict[str, dict[str, Contender]]:
     """Every contender of a shape, by direction."""
     copies = drawn_copies(shape.x, shape.x, dtype)
     params = drawn_params(shape, dtype)
     rival = drawn_params(shape._replace(levels=0, kernel_size=_RIVAL_SIZE), dtype)["base_kernel"]
-    ours: dict[str, tuple[Callable, Tree]] = {OURS: (wtconv2d, params)}
-    others: dict[str, tuple[Callable, Tree]] = {_PLAIN: (baseline_jax.wtconv, params)}
+    ndim = len(shape.x) - 2
+    layer = _WTCONV[ndim]
+    ours: dict[str, tuple[Callable, Tree]] = {OURS: (layer, params)}
+    others: dict[str, tuple[Callable, Tree]] = {
+        _PLAIN: (partial(baseline_jax.wtconv, ndim=ndim), params)
+    }
     names = implementations(shape, dtype)
     for name in names if each and len(names) > 1 else []:
         own = others if OPERATOR.module(name).DIFFERENTIABLE else ours
-        own[f"{OURS} {name}"] = partial(wtconv2d, implementation=name), params
+        own[f"{OURS} {name}"] = partial(layer, implementation=name), params
     if not on_cpu():
         others[_RIVAL] = _depthwise, rival
     with ThreadPoolExecutor() as pool:
@@ -259,7 +264,7 @@ def drawn_copies(
     return [(draw(of_x, shape=x), draw(of_dy, shape=dy)) for of_x, of_dy in keys]
 
 
-def drawn_params(shape: Shape, dtype: str) -> dict[str, jax.Array]:
+def drawn_params(shape: Layer, dtype: str) -> dict[str, jax.Array]:
     """The parameters of our layer, by the names that it has for them.
 
     Args:
@@ -271,10 +276,11 @@ def drawn_params(shape: Shape, dtype: str) -> dict[str, jax.Array]:
         (3, 3, 4, 4)
     """
     rng = np.random.default_rng(0)
-    k, c = shape.kernel_size, shape.channels
-    sizes = {"base_kernel": (k, k, 1, c), "base_bias": (c,), "base_scale": (c,)}
+    ndim, c = len(shape.x) - 2, shape.channels
+    taps, bands = (shape.kernel_size,) * ndim, 2**ndim
+    sizes = {"base_kernel": (*taps, 1, c), "base_bias": (c,), "base_scale": (c,)}
     for i in range(shape.levels):
-        sizes |= {f"wavelet_kernel_{i}": (k, k, 4, c), f"wavelet_scale_{i}": (4, c)}
+        sizes |= {f"wavelet_kernel_{i}": (*taps, bands, c), f"wavelet_scale_{i}": (bands, c)}
     return {name: jnp.asarray(rng.normal(size=s), dtype) for name, s in sizes.items()}
 
 
@@ -322,18 +328,19 @@ def _next(compiled: Callable, arguments: Iterator[tuple[Tree, ...]]) -> Tree:
 
 
 def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    axes = "HW"[: x.ndim - 2]
     return lax.conv_general_dilated(
         x,
         kernel,
-        window_strides=(1, 1),
+        window_strides=(1,) * len(axes),
         padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         feature_group_count=x.shape[-1],
     )
 
 
 def _figures(
-    shape: Shape,
+    shape: Layer,
     dtype: str,
     direction: str,
     contender: str,
@@ -343,7 +350,7 @@ def _figures(
     """The times of a contender beside the floor, its multiply-adds, and its least traffic."""
     floor_bytes = PASSES[direction] * math.prod(shape.x) * jnp.dtype(dtype).itemsize
     floor_ms = floor_bytes / measured["copy_bytes_per_s"] * 1e3
-    rival = _RIVAL_SIZE**2 * math.prod(shape.x)
+    rival = _RIVAL_SIZE ** (len(shape.x) - 2) * math.prod(shape.x)
     forward = rival if contender == _RIVAL else _multiply_adds(shape)
     return {
         **times[contender].row(),
@@ -372,17 +379,17 @@ def _as_users_run(
     return times[contender].row() | _speedups(times, contender, baseline)
 
 
-def _multiply_adds(shape: Shape) -> int:
+def _multiply_adds(shape: Layer) -> int:
     """The multiply-adds of our layer's convolutions; its transforms only add."""
-    height, width = shape.height, shape.width
-    values = height * width
+    batch, *sides, channels = shape.x
+    values = math.prod(sides)
     for _ in range(shape.levels):
-        height, width = -(-height // 2), -(-width // 2)
-        values += 4 * height * width
-    return shape.kernel_size**2 * shape.batch * shape.channels * values
+        sides = [-(-side // 2) for side in sides]
+        values += 2 ** len(sides) * math.prod(sides)
+    return shape.kernel_size ** len(sides) * batch * channels * values
 
 
-def _picked(shape: Shape, dtype: str) -> dict[str, str]:
+def _picked(shape: Layer, dtype: str) -> dict[str, str]:
     """The implementation that computes our layer here, by direction."""
     here, kind = device.platform(), device.kind()
     return {
@@ -391,7 +398,7 @@ def _picked(shape: Shape, dtype: str) -> dict[str, str]:
     }
 
 
-def _problem(shape: Shape, dtype: str) -> Problem:
+def _problem(shape: Layer, dtype: str) -> Problem:
     return Problem(shape.x, jnp.dtype(dtype), shape.kernel_size, shape.levels, "haar")
 
 

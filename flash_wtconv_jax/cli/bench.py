@@ -74,7 +74,7 @@ def wtconv(
     out: Annotated[Path, _folder("wtconv.json, wtconv.png and wtconv_roofline.png")] = _OUT,
     write_defaults: _WriteDefaults = False,
 ) -> None:
-    """Time the 2-D wavelet convolution, forward and forward+backward."""
+    """Time the wavelet convolution, forward and forward+backward."""
     from flash_wtconv_jax import plots
     from flash_wtconv_jax.bench import wtconv as benchmark
     from pallas_kernels.common.device import kind, platform

@@ -150,7 +150,7 @@ def _line_weight_grad(
     about = x.shape, str(x.dtype), kernel_size, levels, device_properties(), launch
     sums = line_launches.weight_grad(x, dy, *about, resident=resident)
     whole = sums[:-1].reshape(kernel_size, 1 + 2 * levels, -1)
-    found = *jnp.split(whole, range(1, 2 * levels + 1, 2), 1), sums[-1]
+    found = *jnp.split(whole, [*range(1, 2 * levels + 1, 2)], 1), sums[-1]
     return vary_like((x, dy), found[: len(kernel_shapes)])
 
 

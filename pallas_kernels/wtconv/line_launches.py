@@ -26,10 +26,8 @@ _BLOCK = 32
 """Samples that a warp treats at once."""
 _PIECE = 16
 """Bytes that one access to memory takes at most."""
-_RESIDENT = {"forward": 12, "weights": 10}
-"""Warps of a multiprocessor for which registers are enough, of kernels up to 5."""
-_LARGE = 5, 8
-"""The kernel size above which there are so many at most."""
+_RESIDENT = {1: 12, 3: 12, 5: 12, 7: 8, 9: 8}
+"""Warps of a multiprocessor for which registers are enough, by kernel size."""
 _WAVES = 8
 """The most times that parts of signals fill a GPU."""
 
@@ -105,11 +103,9 @@ def planned(
         device: The GPU.
         resident: Warps of a multiprocessor that registers are to suffice for; None for the rule's.
     """
-    size, most = _LARGE
-    allowed = _RESIDENT[kernel] if kernel_size <= size else most
     vector = math.gcd(shape[2], _PIECE // (4 if dtype == "float32" else 2))
     one = Variant(
-        *(kernel, _DTYPES[dtype], kernel_size, levels, vector, min(resident or allowed, allowed))
+        *(kernel, _DTYPES[dtype], kernel_size, levels, vector, resident or _RESIDENT[kernel_size])
     )
     at_once, groups, blocks = one.at_once(device), cdiv(shape[2], _WARP), cdiv(shape[1], _BLOCK)
     parts = range(1, 1 + min(blocks, cdiv(_WAVES * at_once, shape[0] * groups)))

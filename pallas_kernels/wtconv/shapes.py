@@ -24,6 +24,29 @@ class Shape(NamedTuple):
         return self.batch, self.height, self.width, self.channels
 
 
+class Line(NamedTuple):
+    """One 1-D layer: x is `[batch, length, channels]`."""
+
+    batch: int
+    length: int
+    channels: int
+    levels: int
+    kernel_size: int = 5
+
+    @property
+    def x(self) -> tuple[int, int, int]:
+        """The shape of x.
+
+        Example:
+            >>> GPU_LINES["audio"].x
+            (32, 16384, 256)
+        """
+        return self.batch, self.length, self.channels
+
+
+Layer = Shape | Line
+"""A layer of any of the shapes."""
+
 SHAPES: dict[str, Shape] = {
     "convnext_t_stage1": Shape(8, 56, 56, 96, 5),
     "convnext_t_stage2": Shape(8, 28, 28, 192, 4),
@@ -43,6 +66,9 @@ GPU_SHAPES: dict[str, Shape] = {
 }
 """The stages at a batch for a GPU, and two larger images."""
 
+GPU_LINES: dict[str, Line] = {"audio": Line(32, 16384, 256, 5)}
+"""Seconds of audio at 16 kHz in the channels of a network, at a batch for a GPU."""
+
 TPU_SHAPES: dict[str, Shape] = {
     "image_56": Shape(8, 56, 56, 128, 3),
     "convnext_t_stage1": Shape(32, 56, 56, 96, 5),
@@ -53,9 +79,9 @@ TPU_SHAPES: dict[str, Shape] = {
 }
 """One image that fills a TPU's lanes, the stages at a batch for a TPU, one larger than its VMEM."""
 
-FOR_PLATFORM: dict[str, dict[str, Shape]] = {
-    "cpu": SHAPES,
-    "gpu": GPU_SHAPES,
-    "tpu": TPU_SHAPES,
+FOR_PLATFORM: dict[str, dict[str, Layer]] = {
+    "cpu": {**SHAPES},
+    "gpu": {**GPU_SHAPES, **GPU_LINES},
+    "tpu": {**TPU_SHAPES},
 }
 """The shapes that each platform is measured with."""

@@ -14,6 +14,8 @@ from pallas_kernels.wtconv.cases import Case
 from pallas_kernels.wtconv.conformance import problem
 
 WTCONV = {1: wtconv1d, 2: wtconv2d, 3: wtconv3d}
+WHOLE = Case((9, 10), 2, 3, batch=(2,))
+"""The image of the tests of transformations."""
 
 
 def takes(module, case):
@@ -71,27 +73,28 @@ def assert_oracle(case, implementation=None):
 
 def assert_reproducible(implementation, case):
     """Output and gradients are bitwise equal from run to run."""
-    call = partial(wtconv2d, implementation=implementation)
+    call = partial(WTCONV[case.ndim], implementation=implementation)
     first, again = (jax.tree.leaves(value_and_grads(call, case)) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def assert_sharded(implementation, check_vma):
     """A `shard_map` over the batch, of one device, changes nothing."""
-    case = Case((9, 10), 2, 3, batch=(2,))
+    case = WHOLE
     call = partial(wtconv2d, implementation=implementation)
     local = over_the_batch(call, (True, False), check_vma)
     got, want = (value_and_grads(call, case) for call in (local, wtconv2d))
     chex.assert_trees_all_close(got, want, rtol=1e-7, atol=1e-4)
 
 
-def assert_transformed(implementation):
+def assert_transformed(implementation, case=WHOLE):
     """Second derivatives, `vmap`, `remat` and `jit` of them are those of plain JAX."""
-    x, params, _ = arrays(Case((9, 10), 2, 3, batch=(2,)))
+    x, params, _ = arrays(case)
+    function = WTCONV[case.ndim]
 
     def second(implementation):
         def curved(x, params):
-            y = jax.remat(partial(wtconv2d, implementation=implementation))(x, params)
+            y = jax.remat(partial(function, implementation=implementation))(x, params)
             return jnp.sin(y).sum()
 
         squared = lambda x, params: (jax.grad(curved)(x, params) ** 2).sum()  # noqa: E731

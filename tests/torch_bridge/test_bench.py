@@ -20,7 +20,7 @@ SHAPES = {"small": Shape(2, 6, 5, 3, 1), "other": Shape(1, 4, 4, 2, 2, 3)}
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(bench, "FOR_PLATFORM", {"cpu": SHAPES, "gpu": SHAPES})
+    monkeypatch.setattr(bench, "KNOWN", {"cpu": SHAPES, "gpu": SHAPES})
     monkeypatch.setattr(timing, "_REST_S", 0.0)
     monkeypatch.setattr(timing, "_TURN_S", 0.0)
 

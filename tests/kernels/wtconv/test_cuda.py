@@ -120,7 +120,7 @@ def test_sizes_reach_the_launches(launches, monkeypatch):
 
 
 REFUSED = {
-    "1-D signals": {"shape": (2, 8, 4)},
+    "3-D signals": {"shape": (2, 8, 8, 8, 4)},
     "float64": {"dtype": np.dtype("float64")},
     "'db2'": {"wavelet": "db2"},
     "kernels of 4": {"kernel_size": 4},

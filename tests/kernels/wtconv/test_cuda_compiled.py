@@ -8,6 +8,7 @@ import pytest
 from helpers.cuda import gpu_of
 
 from pallas_kernels.common import cuda_call, nvrtc
+from pallas_kernels.common.cuda import source_text
 from pallas_kernels.wtconv import cuda_launches, folded_launches
 from pallas_kernels.wtconv.cuda_launches import Images
 
@@ -50,7 +51,7 @@ def device_of(arch, monkeypatch):
 @pytest.mark.parametrize("kernel", ["forward", "weights"])
 @pytest.mark.parametrize("arch", REGISTERS)
 def test_nothing_is_spilled_and_blocks_fit(arch, kernel, monkeypatch):
-    device, source = device_of(arch, monkeypatch), cuda_launches.SOURCE.read_text()
+    device, source = device_of(arch, monkeypatch), source_text(cuda_launches.SOURCE)
     for dtype, most in zip(("float32", "float16"), REGISTERS[arch][kernel], strict=True):
         variant = cuda_launches.planned(kernel, Images((8, 28, 28, 32), dtype), 5, 2, device)
         registers, spilled = cubins.usage(nvrtc.compile_source(source, variant.macros(), arch))

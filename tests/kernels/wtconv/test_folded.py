@@ -18,7 +18,9 @@ from pallas_kernels.wtconv.cases import CASES, Case, inputs
 TAKEN = [
     case
     for case in CASES
-    if takes(cuda_jax, case) and launches.takes((1, 1, 1, 1), case.dtype, case.kernel_size, HOPPER)
+    if case.ndim == 2
+    and takes(cuda_jax, case)
+    and launches.takes((1, 1, 1, 1), case.dtype, case.kernel_size, HOPPER)
 ]
 SMALL = Device(shared=66000, multiprocessors=6)
 """On which levels are launches of their own, but those of the smallest images."""

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from pallas_kernels.common import conformance  # noqa: E402
-from pallas_kernels.common.cuda import Device  # noqa: E402
+from pallas_kernels.common.cuda import Device, source_text  # noqa: E402
 from pallas_kernels.common.on_cpu.cuda import HOPPER  # noqa: E402
 from pallas_kernels.dispatch import tuning  # noqa: E402
 from pallas_kernels.wtconv import cuda_launches  # noqa: E402
@@ -137,7 +137,7 @@ def test_other_sizes_of_blocks_are_the_oracles(size, monkeypatch):
     assert plan(**size) != plan()
 
 
-SOURCE = cuda_launches.SOURCE.read_text()
+SOURCE = source_text(cuda_launches.SOURCE)
 BARRIER = "__syncthreads();"
 FAULTS = {
     f"barrier {i}": (match.start(), match.end(), "")
@@ -198,7 +198,7 @@ def test_a_planted_fault_is_caught(fault):
 ADDRESSES = """
 import sys
 import torch
-from pallas_kernels.common.cuda import Device
+from pallas_kernels.common.cuda import Device, source_text
 from pallas_kernels.wtconv.cuda_launches import SOURCE
 from torch_bridge.wtconv.on_cpu import cuda
 from torch_bridge.wtconv import cuda as cuda_launch
@@ -208,7 +208,7 @@ flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
 x, dy = torch.randn(2, 1, 3, 37, 30)
 taps = [torch.randn(3 * bands, 1, 5, 5) for bands in (1, 4, 4)]
 whole = (232448, torch.contiguous_format), (40000, torch.channels_last)
-for text, runs in (None, whole), (SOURCE.read_text().replace(old, new), whole[:1]):
+for text, runs in (None, whole), (source_text(SOURCE).replace(old, new), whole[:1]):
     for shared, memory_format in runs:
         with cuda.emulated(Device(shared, 1), source=text, flags=flags):
             image, other = (t.contiguous(memory_format=memory_format) for t in (x, dy))

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
 from pallas_kernels.common import nvrtc  # noqa: E402
-from pallas_kernels.common.cuda import Device  # noqa: E402
+from pallas_kernels.common.cuda import Device, source_text  # noqa: E402
 from pallas_kernels.wtconv import cuda_launches  # noqa: E402
 from pallas_kernels.wtconv.cuda_launches import Images  # noqa: E402
 from pallas_kernels.wtconv.shapes import GPU_SHAPES  # noqa: E402
@@ -74,7 +74,7 @@ def test_what_is_picked_for_the_named_shapes_keeps_to_registers(
 ):
     cubins = pytest.importorskip("helpers.cubins", reason="what reads cubins comes with Triton")
     wanted = variants(target, kernel_size, channels_last, sizes)
-    source, (_, device) = cuda_launches.SOURCE.read_text(), TARGETS[target]
+    source, (_, device) = source_text(cuda_launches.SOURCE), TARGETS[target]
     # The compiler lets other threads run.
     with ThreadPoolExecutor(2) as pool:
         compiled = pool.map(lambda v: nvrtc.compile_source(source, v.macros(), target), wanted)

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
-from pallas_kernels.common.cuda import Device  # noqa: E402
+from pallas_kernels.common.cuda import Device, source_text  # noqa: E402
 from pallas_kernels.common.refusals import KernelError  # noqa: E402
 from pallas_kernels.dispatch import forget  # noqa: E402
 from pallas_kernels.wtconv import cuda_launches, triton_launches  # noqa: E402
@@ -28,7 +28,7 @@ class Broken:
 def plant_in_cuda(monkeypatch, tmp_path):
     pytest.importorskip("cuda.bindings.nvrtc", reason="the test extra has NVRTC for Linux alone")
     source = tmp_path / "kernels.cu"
-    source.write_text(cuda_launches.SOURCE.read_text().replace("{", "{ planted", 1))
+    source.write_text(source_text(cuda_launches.SOURCE).replace("{", "{ planted", 1))
     monkeypatch.setattr(cuda_launches, "SOURCE", source)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(cuda, "device_of", lambda device: Device(166912, 108))
