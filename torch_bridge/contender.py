@@ -40,7 +40,7 @@ def calls(
     """The layer's forward pass, and its forward and backward pass, on copies of the arrays.
 
     Args:
-        x: `[N, H, W, C]`.
+        x: `[N, *spatial, C]`.
         params: Parameters by name, as `pallas_kernels.wtconv.wtconv2d` takes them.
         dy: Gradient of the output, of x's shape.
 
@@ -52,14 +52,14 @@ def calls(
     from torch_bridge.exchange import from_jax
 
     layer = from_jax({"params": params})
-    image, gradient = (
-        torch.tensor(np.asarray(array)).permute(0, 3, 1, 2).contiguous() for array in (x, dy)
+    signal, gradient = (
+        torch.tensor(np.asarray(array)).movedim(-1, 1).contiguous() for array in (x, dy)
     )
-    leaf = image.clone().requires_grad_()
+    leaf = signal.clone().requires_grad_()
 
     def forward() -> None:
         with torch.no_grad():
-            layer(image)
+            layer(signal)
 
     def both() -> None:
         layer.zero_grad()

@@ -1,5 +1,6 @@
 """Named real-world shapes, shared by tests, benchmarks and the tuner. Imports NumPy alone."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -79,9 +80,9 @@ TPU_SHAPES: dict[str, Shape] = {
 }
 """One image that fills a TPU's lanes, the stages at a batch for a TPU, one larger than its VMEM."""
 
-FOR_PLATFORM: dict[str, dict[str, Layer]] = {
-    "cpu": {**SHAPES},
+FOR_PLATFORM: dict[str, Mapping[str, Layer]] = {
+    "cpu": SHAPES,
     "gpu": {**GPU_SHAPES, **GPU_LINES},
-    "tpu": {**TPU_SHAPES},
+    "tpu": TPU_SHAPES,
 }
 """The shapes that each platform is measured with."""

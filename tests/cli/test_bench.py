@@ -364,6 +364,19 @@ def test_report_table_and_picture(tmp_path):
     assert forward["extra_memory"] == pytest.approx(forward["temporaries"] + 1.0)
 
 
+@WIDE
+@UNDRAWN
+def test_signals_are_timed_too(tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="the third contender is PyTorch")
+    monkeypatch.setitem(shapes.SHAPES, "signal", shapes.Line(1, 30, 4, 2, kernel_size=3))
+    result = bench("--shape", "signal", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "wtconv.json").read_text())["rows"]
+    assert len(rows) == 6 and all(row["x"] == [1, 30, 4] for row in rows)
+    # Taps of x, and of 2 subbands of 15 and of 8 values.
+    assert rows[0]["multiply_adds"] == 3 * 4 * (30 + 2 * 15 + 2 * 8)
+
+
 def test_a_failed_picture_loses_no_measurement(capsys, tmp_path):
     def fail(report):
         raise RuntimeError("latex could not be found")
@@ -758,7 +771,8 @@ def test_networks_that_are_none(tmp_path, arguments, message):
 @pytest.mark.gpu
 def test_on_a_gpu_each_implementation_is_timed_by_device_events(monkeypatch, networks, tmp_path):
     pytest.importorskip("jax_triton", reason="the second implementation is Triton's")
-    monkeypatch.setitem(shapes.GPU_SHAPES, "small", shapes.Shape(2, 16, 16, 32, 2, kernel_size=3))
+    layer = shapes.Shape(2, 16, 16, 32, 2, kernel_size=3)
+    monkeypatch.setitem(shapes.FOR_PLATFORM["gpu"], "small", layer)
     monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
     result = bench("--shape", "small", "--write-defaults", "--out", tmp_path)
     assert result.exit_code == 0, result.output

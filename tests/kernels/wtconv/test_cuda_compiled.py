@@ -9,7 +9,7 @@ from helpers.cuda import gpu_of
 
 from pallas_kernels.common import cuda_call, nvrtc
 from pallas_kernels.common.cuda import source_text
-from pallas_kernels.wtconv import cuda_launches, folded_launches
+from pallas_kernels.wtconv import cuda_launches, folded_launches, line_launches
 from pallas_kernels.wtconv.cuda_launches import Images
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="the test extra has NVRTC for Linux alone")
@@ -35,6 +35,17 @@ FOLDED = {
     "sm_120": (240, 255, 168),
 }
 """The registers on tensor cores, kernels of 5: forward, weights, levels in one launch."""
+LINE = {
+    "sm_75": ((168, 32), (168, 16)),
+    "sm_80": ((168, 8), (168, 16)),
+    "sm_86": ((168, 0), (168, 16)),
+    "sm_89": ((168, 0), (168, 16)),
+    "sm_90a": ((168, 0), (168, 16)),
+    "sm_100a": ((168, 0), (168, 0)),
+    "sm_120": ((168, 0), (168, 0)),
+}
+"""The registers of signals' kernels of 5, five levels, bfloat16, and the bytes that they spill:
+forward, weights. Other dtypes spill less."""
 SPILLED = 24
 """Bytes that weight gradients of 5 may spill where there are no boxes: 255 registers are all."""
 MORE = 16
@@ -78,3 +89,16 @@ def test_tensor_cores_have_registers_enough(arch, monkeypatch):
         assert registers <= most + MORE and spilled <= SPILLED * (most == 255)
         assert registers * kernel.threads * variant.resident <= 65536
         assert variant.resident * (kernel.shared + 1024) <= device.shared + 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", LINE)
+def test_a_signals_levels_have_registers_enough(arch, monkeypatch):
+    device = device_of(arch, monkeypatch)
+    for kernel, (most, spills) in zip(("forward", "weights"), LINE[arch], strict=True):
+        variant = line_launches.planned(kernel, (32, 16384, 256), "bfloat16", 5, 5, device)
+        kernel = variant.compiled()
+        code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
+        registers, spilled = cubins.usage(code)
+        assert registers <= most and spilled <= spills + MORE
+        assert registers * kernel.threads * variant.resident <= 65536

@@ -16,12 +16,12 @@ from pallas_kernels.wtconv.problem import Problem
 
 SMALL = Device(shared=232448, multiprocessors=1)
 """On which segments have several blocks, and weight gradients several segments a warp."""
-ALWAYS = Case((130,), 2, 3, "bfloat16", channels=36)
+ALWAYS = Case((130,), 2, 3, "bfloat16", batch=(7,), channels=36)
 LONG = [
     # Several blocks and segments, channels of two warps; copies of each size, single channels.
     Case((777,), 5, 5, "float16", batch=(1,), channels=34),
     Case((300,), 5, 5, batch=(), channels=8),
-    Case((200,), 5, 9, "bfloat16", channels=5),
+    Case((200,), 5, 9, "bfloat16", batch=(9,), channels=5),
     Case((95,), 4, 7, batch=(2, 2), channels=12),
     Case((161,), 0, 9, "float16", channels=16),
     Case((66,), 3, 1, "bfloat16", channels=33),
