@@ -18,6 +18,7 @@ from pallas_kernels.common.cuda_call import device_properties, launch, unavailab
 from pallas_kernels.common.types import Dtype, Taps
 from pallas_kernels.wtconv import cuda_launches, folded_launches, folding, line_launches
 from pallas_kernels.wtconv.cuda_launches import Images
+from pallas_kernels.wtconv.line_launches import Signals
 from pallas_kernels.wtconv.problem import Problem
 
 __all__ = [
@@ -131,7 +132,7 @@ def _line_forward(
     """The operator on signals, or its transpose: the same of flipped taps."""
     whole = jnp.concatenate([tap.astype(jnp.float32) for tap in taps], 1)
     offsets = None if bias is None else bias.astype(jnp.float32)
-    where = x.shape, str(x.dtype), device_properties(), launch
+    where = Signals(x.shape, str(x.dtype)), device_properties(), launch
     y = line_launches.forward(
         x, whole[::-1] if transpose else whole, offsets, *where, resident=resident
     )
@@ -147,7 +148,7 @@ def _line_weight_grad(
     """The gradients of the taps of signals, and of the bias where its shape is the last one."""
     shapes = [shape for shape in kernel_shapes if len(shape) > 1]
     kernel_size, levels = shapes[0][0], len(shapes) - 1
-    about = x.shape, str(x.dtype), kernel_size, levels, device_properties(), launch
+    about = Signals(x.shape, str(x.dtype)), kernel_size, levels, device_properties(), launch
     sums = line_launches.weight_grad(x, dy, *about, resident=resident)
     whole = sums[:-1].reshape(kernel_size, 1 + 2 * levels, -1)
     found = *jnp.split(whole, [*range(1, 2 * levels + 1, 2)], 1), sums[-1]

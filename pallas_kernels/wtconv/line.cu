@@ -1,4 +1,5 @@
-// The wavelet convolution of signals [N, L, C] with Haar wavelets, for NVRTC.
+// The wavelet convolution of signals of either memory format, [N, L, C] or [N, C, L], with Haar
+// wavelets, for NVRTC.
 //
 // A thread goes along a segment of one channel, a block of 32 samples after the other; a warp has 32
 // channels beside each other, and threads that neither wait for other warps nor share sums. What a
@@ -15,7 +16,9 @@
 //   DTYPE        0 float32, 1 bfloat16, 2 float16
 //   KERNEL_SIZE  odd
 //   LEVELS       0 to 5
-//   VECTOR       channels that one access to memory takes, a divisor of C: at most 16 bytes
+//   CHANNELS_LAST  whether the channels of a sample are contiguous, else the samples of a channel
+//   VECTOR       contiguous numbers that one access to memory takes, at most 16 bytes, a divisor of C
+//                or of L
 //   RESIDENT     warps of a multiprocessor, for which registers are to suffice
 
 #include "../common/scalars.cuh"
@@ -32,11 +35,16 @@ constexpr int BLOCK = 32;                 // Samples.
 constexpr int AHEAD = R << LEVELS;        // Samples beside a block that the deepest level reads.
 constexpr int AROUND = (AHEAD + BLOCK - 1) / BLOCK;  // The same in blocks.
 constexpr int SLOTS = AROUND + 2;         // Blocks of x in shared memory: a block, those ahead, the next.
-constexpr int SLOT = BLOCK * WARP;
-constexpr int ACROSS = WARP / VECTOR;     // Pieces of a sample.
+constexpr int ACROSS = 32 / VECTOR;       // Pieces of the channels of a sample, or the other way round.
+constexpr int SIXTEEN = 16 / sizeof(Scalar);
+// Elements from a sample of 32 channels, or from a channel of 32 samples, to the next one: threads
+// read the latter 16 bytes at a time, eight of them from different banks.
+constexpr int PITCH = CHANNELS_LAST ? WARP : BLOCK + SIXTEEN;
+constexpr int SLOT = 32 * PITCH;
 
-struct alignas(VECTOR * sizeof(Scalar)) Piece {
-  Scalar at[VECTOR];
+template <int COUNT>
+struct alignas(COUNT * sizeof(Scalar)) Piece {
+  Scalar at[COUNT];
 };
 
 DEVICE constexpr int count_at(int level) { return BLOCK >> level; }
@@ -74,44 +82,100 @@ struct Window {
 struct Signal {
   const Scalar* from;
   int length, channels;  // Channels from here on.
-  Offset stride;         // Elements from a sample to the next.
+  Offset row;            // Elements from a sample to the next, or from a channel.
 };
 
-// Starts to copy a block to shared memory, [BLOCK, WARP], zeros outside of the signal.
+DEVICE Signal signal_of(const Scalar* all, Offset signal, int first, int length, int channels) {
+  const Offset place = CHANNELS_LAST ? first : Offset(first) * length;
+  return {all + signal * length * channels + place, length, channels - first,
+          CHANNELS_LAST ? channels : length};
+}
+
+// The piece of a block that a thread copies: its row, and its place across.
+struct Place {
+  int row, across;
+  bool inside;
+  Offset at;  // In memory, from the signal's first channel.
+};
+
+DEVICE Place place_of(int piece, const Signal& signal, int block) {
+  const int row = threadIdx.x / ACROSS + piece * VECTOR, across = threadIdx.x % ACROSS * VECTOR;
+  const int first = BLOCK * block;
+#if CHANNELS_LAST
+  const int sample = first + row, channel = across;
+  const Offset at = sample * signal.row + channel;
+#else
+  const int sample = first + across, channel = row;
+  const Offset at = channel * signal.row + sample;
+#endif
+  return {row, across, unsigned(sample) < unsigned(signal.length) && channel < signal.channels, at};
+}
+
+// Starts to copy a block to shared memory, zeros outside of the signal.
 DEVICE void load(Scalar* to, const Signal& signal, int block) {
-  const int lane = threadIdx.x, channel = lane % ACROSS * VECTOR;
-  const int first = BLOCK * block + lane / ACROSS;
 #pragma unroll
   for (int i = 0; i < ACROSS; i++) {
-    const int at = first + i * VECTOR;
-    const bool inside = unsigned(at) < unsigned(signal.length) && channel < signal.channels;
-    const Scalar* from = inside ? signal.from + at * signal.stride + channel : signal.from;
-    Scalar* place = to + (lane / ACROSS + i * VECTOR) * WARP + channel;
+    const Place place = place_of(i, signal, block);
+    const Scalar* from = place.inside ? signal.from + place.at : signal.from;
+    Scalar* there = to + place.row * PITCH + place.across;
     constexpr int BYTES = VECTOR * sizeof(Scalar);
     if constexpr (BYTES < 4) {
-      *place = inside ? *from : Scalar(0);
+      *there = place.inside ? *from : Scalar(0);
     } else {
-      copy<BYTES>(place, from, inside);
+      copy<BYTES>(there, from, place.inside);
     }
   }
+}
+
+// Stores a block's results, of which those of other lanes are in shared memory too.
+DEVICE void store(const Scalar* from, const Signal& signal, int block, Scalar* to) {
+#pragma unroll
+  for (int i = 0; i < ACROSS; i++) {
+    const Place place = place_of(i, signal, block);
+    if (place.inside)
+      *reinterpret_cast<Piece<VECTOR>*>(to + place.at) =
+          *reinterpret_cast<const Piece<VECTOR>*>(from + place.row * PITCH + place.across);
+  }
+}
+
+// The first samples of a block of this thread's channel.
+template <int COUNT>
+DEVICE void samples_of(const Scalar* slot, float* to) {
+#if CHANNELS_LAST
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) to[i] = number(slot[i * PITCH + threadIdx.x]);
+#else
+#pragma unroll
+  for (int first = 0; first < COUNT; first += SIXTEEN) {
+    const auto piece =
+        *reinterpret_cast<const Piece<SIXTEEN>*>(slot + threadIdx.x * PITCH + first);
+#pragma unroll
+    for (int i = 0; i < SIXTEEN; i++)
+      if (first + i < COUNT) to[first + i] = number(piece.at[i]);
+  }
+#endif
+}
+
+// The other way round, a whole block.
+DEVICE void put_samples(const float (&from)[BLOCK], Scalar* slot) {
+#if CHANNELS_LAST
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++) slot[i * PITCH + threadIdx.x] = scalar(from[i]);
+#else
+#pragma unroll
+  for (int first = 0; first < BLOCK; first += SIXTEEN) {
+    Piece<SIXTEEN> piece;
+#pragma unroll
+    for (int i = 0; i < SIXTEEN; i++) piece.at[i] = scalar(from[first + i]);
+    *reinterpret_cast<Piece<SIXTEEN>*>(slot + threadIdx.x * PITCH + first) = piece;
+  }
+#endif
 }
 
 // Starts to copy the first block of a segment, and those around it.
 DEVICE void load_first(Scalar* slots, const Signal& signal, const Segment& part) {
 #pragma unroll 1
   for (int i = 0; i <= AROUND; i++) load(slots + i * SLOT, signal, part.begin - AROUND + i);
-}
-
-// Stores a block's results, of which those of other lanes are in shared memory too.
-DEVICE void store(const Scalar* from, const Signal& signal, int block, Scalar* to) {
-  const int lane = threadIdx.x, channel = lane % ACROSS * VECTOR, row = lane / ACROSS;
-  const int left = channel < signal.channels ? signal.length - BLOCK * block : 0;
-  to += Offset(BLOCK * block + row) * signal.stride + channel;
-#pragma unroll
-  for (int i = 0; i < BLOCK; i += VECTOR)
-    if (row + i < left)
-      *reinterpret_cast<Piece*>(to + i * signal.stride) =
-          *reinterpret_cast<const Piece*>(from + (row + i) * WARP + channel);
 }
 
 // The coefficients of a level and those below it, from the low band of the level above.
@@ -129,9 +193,8 @@ DEVICE void analyse(Window& window) {
 }
 
 // A block of each level, from its samples in shared memory.
-DEVICE void read(const Scalar* from, Window& window) {
-#pragma unroll
-  for (int i = 0; i < BLOCK; i++) window.low[0][R + i] = number(from[i * WARP]);
+DEVICE void read(const Scalar* slot, Window& window) {
+  samples_of<BLOCK>(slot, window.low[0] + R);
   analyse<1>(window);
 }
 
@@ -155,15 +218,14 @@ DEVICE void behind(const float (&numbers)[COUNT], Window& window) {
 // The same from the samples that follow it, in the slots after that of the block.
 DEVICE void read_behind(const Scalar* slots, int slot, Window& window) {
 #if KERNEL_SIZE > 1
+  constexpr int LAST = AHEAD - BLOCK * (AROUND - 1);
   float numbers[AHEAD];
 #pragma unroll
-  for (int next = 0; next < AROUND; next++) {
+  for (int next = 0; next < AROUND - 1; next++) {
     slot = after(slot);
-    const Scalar* from = slots + slot * SLOT + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < BLOCK; i++)
-      if (BLOCK * next + i < AHEAD) numbers[BLOCK * next + i] = number(from[i * WARP]);
+    samples_of<BLOCK>(slots + slot * SLOT, numbers + BLOCK * next);
   }
+  samples_of<LAST>(slots + after(slot) * SLOT, numbers + AHEAD - LAST);
   behind<0>(numbers, window);
 #endif
 }
@@ -225,8 +287,7 @@ line_forward(const Scalar* __restrict__ x, const float* __restrict__ taps,
   Scalar* slots = reinterpret_cast<Scalar*>(shared);
   const int groups = groups_of(channels), first = blockIdx.x % groups * WARP;
   const Segment part = segment_at(blockIdx.x / groups, length, span);
-  const Offset start = part.signal * length * channels + first;
-  const Signal signal = {x + start, length, channels - first, channels};
+  const Signal signal = signal_of(x, part.signal, first, length, channels);
   const int channel = threadIdx.x;
   const bool there = channel < signal.channels;
 
@@ -253,7 +314,7 @@ line_forward(const Scalar* __restrict__ x, const float* __restrict__ taps,
     if (block + 1 < part.end) load(slots + before(slot) * SLOT, signal, block + AROUND + 1);
     commit();
     Scalar* samples = slots + slot * SLOT;
-    read(samples + channel, window);
+    read(samples, window);
     if (block >= part.begin) {
       read_behind(slots, slot, window);
       float sums[BLOCK];
@@ -267,10 +328,10 @@ line_forward(const Scalar* __restrict__ x, const float* __restrict__ taps,
       for (int i = 0; i < BLOCK; i++) {
 #pragma unroll
         for (int e = 0; e < K; e++) sums[i] += window.low[0][i + e] * own.at[0][e];
-        samples[i * WARP + channel] = scalar(sums[i]);
       }
+      put_samples(sums, samples);
       __syncwarp();
-      store(samples, signal, block, y + start);
+      store(samples, signal, block, y + (signal.from - x));
     }
     advance<0>(window);
     slot = after(slot);
@@ -318,9 +379,8 @@ line_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int si
 #pragma unroll 1
   for (int segment = program; segment < segments; segment += programs) {
     const Segment part = segment_at(segment, length, span);
-    const Offset start = part.signal * length * channels + first;
-    const Signal signal = {x + start, length, channels - first, channels};
-    const Signal other = {dy + start, length, channels - first, channels};
+    const Signal signal = signal_of(x, part.signal, first, length, channels);
+    const Signal other = signal_of(dy, part.signal, first, length, channels);
     Window window = {};
     int slot = 0;
     // The last blocks of another segment have been read.
@@ -336,14 +396,13 @@ line_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int si
       if (block >= part.begin && block + 1 < part.end)
         load(others + (block + 1) % 2 * SLOT, other, block + 1);
       commit();
-      read(slots + slot * SLOT + channel, window);
+      read(slots + slot * SLOT, window);
       if (block >= part.begin) {
         read_behind(slots, slot, window);
-        const Scalar* from = others + block % 2 * SLOT + channel;
         float numbers[BLOCK];
+        samples_of<BLOCK>(others + block % 2 * SLOT, numbers);
 #pragma unroll
         for (int i = 0; i < BLOCK; i++) {
-          numbers[i] = number(from[i * WARP]);
           found.bias += numbers[i];
 #pragma unroll
           for (int e = 0; e < K; e++) found.at[0][e] += window.low[0][i + e] * numbers[i];

@@ -46,6 +46,26 @@ def search_space() -> list[dict[str, int]]:
     return [{}, {"resident": 8}]
 
 
+class Signals(NamedTuple):
+    """Contiguous signals as launches see them, whichever framework has them.
+
+    Attributes:
+        shape: `(N, L, C)`.
+        dtype: The name of the dtype.
+        channels_last: Whether the channels of a sample are neighbours in memory; else the samples
+            of a channel are.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    channels_last: bool = True
+
+    def contiguous(self) -> tuple[int, ...]:
+        """The shape of the contiguous array."""
+        n, length, c = self.shape
+        return self.shape if self.channels_last else (n, c, length)
+
+
 class Variant(NamedTuple):
     """The constants of a kernel, see the macros of `line.cu`, and the blocks of a segment."""
 
@@ -53,14 +73,16 @@ class Variant(NamedTuple):
     dtype: int
     kernel_size: int
     levels: int
+    channels_last: bool
     vector: int
     resident: int
     span: int = 1
 
     def compiled(self) -> Kernel:
         """The kernel to launch."""
-        names = "dtype", "kernel_size", "levels", "vector", "resident"
-        macros = (self.kernel.upper(), 1), *((n.upper(), getattr(self, n)) for n in names)
+        numbers = self._asdict()
+        kernel, _ = numbers.pop("kernel"), numbers.pop("span")
+        macros = (kernel.upper(), 1), *((name.upper(), int(n)) for name, n in numbers.items())
         return Kernel(SOURCE, f"line_{self.kernel}", macros, _WARP, self.shared())
 
     def around(self) -> int:
@@ -70,7 +92,8 @@ class Variant(NamedTuple):
     def shared(self) -> int:
         """Bytes of shared memory of a warp."""
         slots = self.around() + 2 + 2 * (self.kernel == "weights")
-        return slots * _BLOCK * _WARP * (2 if self.dtype else 4)
+        size = 2 if self.dtype else 4
+        return slots * _WARP * (size * _BLOCK + (0 if self.channels_last else _PIECE))
 
     def at_once(self, device: Device) -> int:
         """Warps that a GPU runs at once."""
@@ -85,27 +108,27 @@ class Variant(NamedTuple):
 @cache
 def planned(
     kernel: str,
-    shape: tuple[int, ...],
-    dtype: str,
+    signals: Signals,
     kernel_size: int,
     levels: int,
     device: Device,
     resident: int | None = None,
 ) -> Variant:
-    """The variant for signals `[N, L, C]`, whose segments end earliest.
+    """The variant for signals, whose segments end earliest.
 
     Args:
         kernel: "forward" or "weights".
-        shape: The signals'.
-        dtype: Their dtype.
+        signals: Their description.
         kernel_size: k.
         levels: The number of levels, none included.
         device: The GPU.
         resident: Warps of a multiprocessor that registers are to suffice for; None for the rule's.
     """
-    vector = math.gcd(shape[2], _PIECE // (4 if dtype == "float32" else 2))
+    shape, dtype, channels_last = signals
+    vector = math.gcd(signals.contiguous()[-1], _PIECE // (4 if dtype == "float32" else 2))
     one = Variant(
-        *(kernel, _DTYPES[dtype], kernel_size, levels, vector, resident or _RESIDENT[kernel_size])
+        *(kernel, _DTYPES[dtype], kernel_size, levels, channels_last, vector),
+        resident or _RESIDENT[kernel_size],
     )
     at_once, groups, blocks = one.at_once(device), cdiv(shape[2], _WARP), cdiv(shape[1], _BLOCK)
     parts = range(1, 1 + min(blocks, cdiv(_WAVES * at_once, shape[0] * groups)))
@@ -121,8 +144,7 @@ def forward(
     x: AnyArray,
     taps: AnyArray,
     bias: AnyArray | None,
-    shape: tuple[int, ...],
-    dtype: str,
+    signals: Signals,
     device: Device,
     launch: Launch[AnyArray],
     *,
@@ -131,33 +153,31 @@ def forward(
     """The wavelet convolution.
 
     Args:
-        x: Contiguous signals `[N, L, C]`.
+        x: Contiguous signals.
         taps: float32 `[k, 1 + 2 * levels, C]`: the base's, then each level's low and high band's.
         bias: float32 `[C]`, or None.
-        shape: x's.
-        dtype: x's.
+        signals: The description of x.
         device: The GPU.
         launch: The framework's launch function.
         resident: See `planned`.
 
     Returns:
-        y in x's shape and dtype.
+        y, contiguous in x's memory format and dtype.
     """
     kernel_size, bands, _ = taps.shape
-    about = shape, dtype, kernel_size, bands // 2, device
-    variant = planned("forward", *about, resident)
-    _, length, channels = shape
-    blocks = cdiv(channels, _WARP) * variant.segments(shape)
+    variant = planned("forward", signals, kernel_size, bands // 2, device, resident)
+    _, length, channels = signals.shape
+    blocks = cdiv(channels, _WARP) * variant.segments(signals.shape)
     arguments = [x, taps, bias, length, channels, variant.span]
-    (y,) = launch(variant.compiled(), arguments, [(shape, dtype)], blocks)
+    output = signals.contiguous(), signals.dtype
+    (y,) = launch(variant.compiled(), arguments, [output], blocks)
     return y
 
 
 def weight_grad(
     x: AnyArray,
     dy: AnyArray,
-    shape: tuple[int, ...],
-    dtype: str,
+    signals: Signals,
     kernel_size: int,
     levels: int,
     device: Device,
@@ -168,10 +188,9 @@ def weight_grad(
     """The gradients of the taps and of the bias; every sum has a fixed order.
 
     Args:
-        x: Contiguous signals `[N, L, C]`.
-        dy: The gradient of the output, of x's shape and dtype.
-        shape: x's.
-        dtype: x's.
+        x: Contiguous signals.
+        dy: The gradient of the output, likewise.
+        signals: The description of both.
         kernel_size: k.
         levels: The number of levels.
         device: The GPU.
@@ -182,13 +201,13 @@ def weight_grad(
         float32 `[k * (1 + 2 * levels) + 1, C]`: the taps' in the order that `forward` has them in,
         then the bias's.
     """
-    variant = planned("weights", shape, dtype, kernel_size, levels, device, resident)
-    signals, length, channels = shape
-    groups, segments = cdiv(channels, _WARP), variant.segments(shape)
+    variant = planned("weights", signals, kernel_size, levels, device, resident)
+    count, length, channels = signals.shape
+    groups, segments = cdiv(channels, _WARP), variant.segments(signals.shape)
     # As few as end at the same time.
     most = max(1, variant.at_once(device) // groups)
     programs = cdiv(segments, cdiv(segments, most))
     output = (programs, kernel_size * (1 + 2 * levels) + 1, channels), "float32"
-    arguments = [x, dy, signals, length, channels, variant.span, programs]
+    arguments = [x, dy, count, length, channels, variant.span, programs]
     (sums,) = launch(variant.compiled(), arguments, [output], groups * programs)
     return sums.sum(0)

@@ -12,6 +12,7 @@ from pallas_kernels.wtconv import cuda as cuda_jax
 from pallas_kernels.wtconv import line_launches as launches
 from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.cases import Case
+from pallas_kernels.wtconv.line_launches import Signals
 from pallas_kernels.wtconv.problem import Problem
 
 SMALL = Device(shared=232448, multiprocessors=1)
@@ -66,17 +67,17 @@ FAULTS = {
     "a wait": ("wait<0>();", ""),
     "a slot too few": ("AROUND + 2;", "AROUND + 1;"),
     "a block that is read": ("before(slot) * SLOT", "slot * SLOT"),
-    "a sample beyond the signal": ("< unsigned(signal.length)", "<= unsigned(signal.length)"),
+    "zeros outside of the signal": ("(there, from, place.inside)", "(there, from, true)"),
     "another sign": ("one - other", "other - one"),
     "another end of the block": (
         "window.low[LEVEL][i] = window.low[LEVEL][count_at(LEVEL) + i]",
         "window.low[LEVEL][i] = window.low[LEVEL][i]",
     ),
     "a high band behind": ("if (i < R)\n", "if (i < R - 1)\n"),
-    "another slot behind": ("slot = after(slot);\n    const", "const"),
+    "another slot behind": ("slots + after(slot) * SLOT", "slots + slot * SLOT"),
     "dy of another block": ("others + (block + 1) % 2", "others + block % 2"),
     "the factor of a level": ("(band + 1) / 2)", "band / 2)"),
-    "a segment of another signal": ("part.signal * length", "0 * length"),
+    "a segment of another signal": ("signal * length * channels", "0 * length * channels"),
 }
 
 
@@ -118,18 +119,19 @@ def test_signals_reach_the_launches(monkeypatch):
     names, macros, numbers, blocks = zip(*found, strict=True)
     assert names == ("line_forward", "line_forward")
     assert macros[0] == macros[1]
-    asked = {"DTYPE": 2, "KERNEL_SIZE": 5, "LEVELS": 4, "VECTOR": 8, "RESIDENT": 12}
-    assert macros[0] == {"FORWARD": 1, **asked}
+    asked = {"DTYPE": 2, "KERNEL_SIZE": 5, "LEVELS": 4, "CHANNELS_LAST": 1, "VECTOR": 8}
+    assert macros[0] == {"FORWARD": 1, **asked, "RESIDENT": 12}
     # The length, the channels and the blocks of a segment: one each, since that is one wave.
     assert numbers[0] == [1000, 48, 1] and blocks[0] == 2 * 2 * 32
 
 
 def test_segments_end_at_the_same_time():
     h200 = Device(shared=232448, multiprocessors=132)
-    about = (32, 16384, 256), "bfloat16", 5, 5, h200
+    shape = 32, 16384, 256
+    about = Signals(shape, "bfloat16"), 5, 5, h200
     forward, weights = (launches.planned(kernel, *about) for kernel in ("forward", "weights"))
     # Six segments of a signal are 1536 warps, of 1584 at once.
-    assert (forward.span, forward.segments(about[0]), forward.at_once(h200)) == (86, 192, 1584)
+    assert (forward.span, forward.segments(shape), forward.at_once(h200)) == (86, 192, 1584)
     assert forward.shared() == 4 * 32 * 32 * 2 and weights.shared() == 6 * 32 * 32 * 2
 
 
