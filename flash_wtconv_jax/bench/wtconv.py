@@ -25,7 +25,7 @@ from pallas_kernels.dispatch.table import Entry
 from pallas_kernels.wtconv import baseline_jax, wtconv1d, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.problem import Problem
-from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Layer, Shape
+from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Layer
 
 DTYPES = ("float32", "bfloat16", "float16")
 PASSES = {"forward": 2, "forward+backward": 5}
@@ -167,7 +167,7 @@ def implementations(shape: Layer, dtype: str) -> list[str]:
 
     Example:
         >>> with jax.default_device(jax.devices("cpu")[0]):
-        ...     implementations(Shape(1, 8, 8, 4, 1), "float32")
+        ...     implementations(FOR_PLATFORM["cpu"]["image_112"], "float32")
         ['xla']
     """
     check_dtype(dtype)
@@ -272,8 +272,9 @@ def drawn_params(shape: Layer, dtype: str) -> dict[str, jax.Array]:
         dtype: Dtype of all of them.
 
     Example:
-        >>> drawn_params(Shape(1, 8, 8, 4, 1, 3), "float32")["wavelet_kernel_0"].shape
-        (3, 3, 4, 4)
+        >>> layer = FOR_PLATFORM["gpu"]["audio"]
+        >>> drawn_params(layer, "float32")["wavelet_kernel_0"].shape
+        (5, 2, 256)
     """
     rng = np.random.default_rng(0)
     ndim, c = len(shape.x) - 2, shape.channels

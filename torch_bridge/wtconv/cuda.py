@@ -1,19 +1,21 @@
 """The wavelet convolution on NVIDIA GPUs: the kernels that JAX launches too, by the driver.
 
 Channels-last images of 16 bits run on tensor cores where kernels are of 3, 5 or 7, a level as one
-convolution of folded taps.
+convolution of folded taps. Signals, of one axis, have a kernel of their own, in all dtypes.
 """
 
 import math
 from collections.abc import Sequence
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pallas_kernels.wtconv import cuda_launches, folded_launches, folding
+from pallas_kernels.wtconv import cuda_launches, folded_launches, folding, line_launches
 from pallas_kernels.wtconv.cuda_launches import Images
+from pallas_kernels.wtconv.line_launches import Signals
 from pallas_kernels.wtconv.problem import Problem
 from torch_bridge.runtime.calls import dtype_name
 from torch_bridge.runtime.cuda import device_of, launch, unavailable
@@ -28,6 +30,8 @@ __all__ = [
 ]
 
 DIFFERENTIABLE = False
+_LINE = 3
+"""Axes of signals `[N, C, L]`."""
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -37,12 +41,16 @@ def check(direction: str, problem: Problem) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.problem.Problem`, its shape channels-last.
     """
-    cuda_launches.check(problem)
+    _launches(problem).check(problem)
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The numbers of resident blocks of a multiprocessor that are worth timing; see `check`."""
-    return cuda_launches.search_space()
+    return _launches(problem).search_space()
+
+
+def _launches(problem: Problem) -> ModuleType:
+    return line_launches if len(problem.shape) == _LINE else cuda_launches
 
 
 def forward(
@@ -54,10 +62,12 @@ def forward(
     transpose: bool,
     resident: int | None = None,
 ) -> Tensor:
-    """The operator on `x [N, C, H, W]`, or its transpose; see `ops` for the arguments.
+    """The operator on `x [N, C, H, W]` or `[N, C, L]`, or its transpose; see `ops`.
 
     `wavelet` is Haar; for `resident` see `search_space`.
     """
+    if x.ndim == _LINE:
+        return _line_forward(x, taps, bias, transpose, resident)
     x, taps = _dense(x), [tap.contiguous() for tap in taps]
     bias = None if bias is None else bias.contiguous()
     if _folds(x, taps[0].shape[-1]):
@@ -77,6 +87,8 @@ def weight_grad(
     resident: int | None = None,
 ) -> list[Tensor]:
     """Gradients of the taps; every sum runs in a fixed order, so they are bitwise reproducible."""
+    if x.ndim == _LINE:
+        return _line_weight_grad(x, dy, kernel_size, levels, resident)
     x = _dense(x)
     memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
     dy = dy.contiguous(memory_format=memory_format)
@@ -93,6 +105,48 @@ def weight_grad(
     # Of one channel parts are views of one array, which operators may not return.
     copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
     return [copy.view(shape) for copy in copies]
+
+
+def _line_forward(
+    x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, transpose: bool, resident: int | None
+) -> Tensor:
+    """The operator on signals, or its transpose: the same of flipped taps."""
+    channels, kernel_size = x.shape[1], taps[0].shape[-1]
+    whole = torch.cat([tap.reshape(channels, -1, kernel_size) for tap in taps], 1)
+    whole = (whole.flip(-1) if transpose else whole).permute(2, 1, 0).contiguous()
+    signals = _signals(x)
+    bias = None if bias is None else bias.contiguous()
+    where = signals, device_of(x.device), launch
+    y = line_launches.forward(_row(x, signals), whole, bias, *where, resident=resident)
+    return y.transpose(1, 2) if signals.channels_last else y
+
+
+def _line_weight_grad(
+    x: Tensor, dy: Tensor, kernel_size: int, levels: int, resident: int | None
+) -> list[Tensor]:
+    """The gradients of the taps of signals."""
+    signals = _signals(x)
+    rows = [_row(each, signals) for each in (x, dy)]
+    where = signals, kernel_size, levels, device_of(x.device), launch
+    sums = line_launches.weight_grad(*rows, *where, resident=resident)[:-1]
+    whole = sums.reshape(kernel_size, 1 + 2 * levels, -1).permute(2, 1, 0)
+    parts = whole.split([1] + [2] * levels, 1)
+    # See `weight_grad`.
+    copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return [copy.view(-1, 1, kernel_size) for copy in copies]
+
+
+def _signals(x: Tensor) -> Signals:
+    """The description of `[N, C, L]`, which is copied where neither of its axes is contiguous."""
+    n, channels, length = x.shape
+    last = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    return Signals((n, length, channels), dtype_name(x.dtype), last)
+
+
+def _row(x: Tensor, signals: Signals) -> Tensor:
+    """Signals contiguous in a memory format, at an address that copies of 16 bytes can have."""
+    x = (x.transpose(1, 2) if signals.channels_last else x).contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def _folds(x: Tensor, kernel_size: int) -> bool:

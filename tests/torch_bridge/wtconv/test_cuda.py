@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch_bridge  # noqa: E402
 from pallas_kernels.common import conformance  # noqa: E402
 from pallas_kernels.common.cuda import Device, source_text  # noqa: E402
 from pallas_kernels.common.on_cpu.cuda import HOPPER  # noqa: E402
@@ -123,7 +124,7 @@ def test_the_kernels_are_the_oracles_in_every_order_of_threads(device, case, mem
     "size",
     [
         pytest.param(size, marks=pytest.mark.slow if size == {"resident": 1} else pytest.mark.wide)
-        for size in cuda_launch.search_space("fwd", None)[1:]
+        for size in cuda_launches.search_space()[1:]
     ],
     ids=str,
 )
@@ -239,8 +240,33 @@ def test_no_address_is_out_of_bounds_and_a_removed_bound_is_found():
     assert "heap-buffer-overflow" in done.stderr and "wtconv_forward" in done.stderr
 
 
+@ON_CPU
+@pytest.mark.wide
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_signals_of_either_memory_format(channels_last):
+    torch.manual_seed(0)
+    layers = {
+        name: torch_bridge.WTConv1d(4, 4, 5, wt_levels=3, implementation=name)
+        for name in ("eager", "cuda")
+    }
+    layers["cuda"].load_state_dict(layers["eager"].state_dict())
+    x, dy = torch.randn(2, 2, 4, 85)
+    if channels_last:
+        x, dy = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (x, dy))
+    found = []
+    with cuda.emulated():
+        for layer in layers.values():
+            leaf = x.clone().requires_grad_()
+            y = layer(leaf)
+            y.backward(dy)
+            found.append([y.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
+    assert y.stride() == x.stride()
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
 REFUSED = {
-    "1-D signals": ((2, 4, 8), torch.float32, 3, 1, "haar"),
+    "3-D signals": ((2, 4, 8, 8, 8), torch.float32, 3, 1, "haar"),
     "float64": ((2, 4, 8, 8), torch.float64, 3, 1, "haar"),
     "'db2'": ((2, 4, 8, 8), torch.float32, 3, 1, "db2"),
     "kernels of 4": ((2, 4, 8, 8), torch.float32, 4, 1, "haar"),
