@@ -126,10 +126,9 @@ def _line_weight_grad(
 ) -> list[Tensor]:
     """The gradients of the taps of signals."""
     signals = _signals(x)
-    rows = [_row(each, signals) for each in (x, dy)]
     where = signals, kernel_size, levels, device_of(x.device), launch
-    sums = line_launches.weight_grad(*rows, *where, resident=resident)[:-1]
-    whole = sums.reshape(kernel_size, 1 + 2 * levels, -1).permute(2, 1, 0)
+    sums = line_launches.weight_grad(_row(x, signals), _row(dy, signals), *where, resident=resident)
+    whole = sums[:-1].reshape(kernel_size, 1 + 2 * levels, -1).permute(2, 1, 0)
     parts = whole.split([1] + [2] * levels, 1)
     # See `weight_grad`.
     copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]

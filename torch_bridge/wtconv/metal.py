@@ -58,7 +58,7 @@ def check(direction: str, problem: Problem) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.problem.Problem`, its shape channels-last.
     """
-    reasons = problem.unsupported(_DTYPES, _MAX_KERNEL, _MAX_LEVELS)
+    reasons = problem.unsupported(_DTYPES, _MAX_KERNEL, range(1, _MAX_LEVELS + 1))
     if problem.dtype == "bfloat16" and not has_bfloat16():
         reasons.append("bfloat16, which needs Metal 3.1: macOS 14 or newer")
     if not reasons:
