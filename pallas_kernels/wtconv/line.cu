@@ -1,11 +1,11 @@
 // The wavelet convolution of signals of either memory format, [N, L, C] or [N, C, L], with Haar
 // wavelets, for NVRTC.
 //
-// A thread goes along a segment of one channel, a block of 32 samples after the other; a warp has 32
-// channels beside each other, and threads that neither wait for other warps nor share sums. What a
-// level needs of the blocks before it keeps in registers; what it needs of those that follow it makes
-// of their pixels in shared memory, where copies arrive a block ahead. So all levels are one pass
-// over memory, and no coefficient is written to it.
+// A thread goes along a segment of one channel, a block of 32 samples after the other. A warp has 32
+// channels beside each other, is a thread block, and waits for no other. What a level needs of the
+// blocks before it keeps in registers; what it needs of those that follow it makes of their samples in
+// shared memory, where copies arrive a block ahead. So all levels are one pass over memory, and no
+// coefficient is written to it.
 //
 // Coefficients are unnormalised sums: level l holds 2^(l/2) times those of the transform. That factor,
 // and the same one of the synthesis, are folded into the taps, exactly, as they are powers of two.

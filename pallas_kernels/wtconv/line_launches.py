@@ -132,7 +132,8 @@ def planned(
     )
     at_once, groups, blocks = one.at_once(device), cdiv(shape[2], _WARP), cdiv(shape[1], _BLOCK)
     parts = range(1, 1 + min(blocks, cdiv(_WAVES * at_once, shape[0] * groups)))
-    cuts = [one._replace(span=cdiv(blocks, count)) for count in parts]
+    # Fewest segments first, which is what counts of equal ones.
+    cuts = [one._replace(span=span) for span in dict.fromkeys(cdiv(blocks, n) for n in parts)]
 
     def time(cut: Variant) -> int:
         return cdiv(groups * cut.segments(shape), at_once) * (cut.span + cut.around())
