@@ -19,7 +19,9 @@ __all__ = [
     "Scratch",
     "aligned",
     "next_stage",
+    "seen_twice",
     "size_in_bytes",
+    "swizzled",
     "unavailable",
 ]
 
@@ -98,3 +100,29 @@ def size_in_bytes(shape: Sequence[int], dtype: jnp.dtype) -> int:
         512
     """
     return math.prod(shape) * dtype.itemsize
+
+
+def swizzled(
+    columns: int, dtype: jnp.dtype
+) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Returns the transforms of `wgmma` operands: tiles of 8 rows, with swizzled columns."""
+    # JAX 0.11 inherits a method of both that it declares to be abstract.
+    swizzle = plgpu.SwizzleTransform(  # type: ignore[abstract,unused-ignore]
+        size_in_bytes((columns,), dtype)
+    )
+    tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract,unused-ignore]
+    return tiling, swizzle
+
+
+def seen_twice(
+    outer: tuple[int, ...], box: tuple[int, ...], columns: int, dtype: jnp.dtype
+) -> plgpu.RefUnion:
+    """Returns shared memory as TMA sees it, `[rows, width, C]`, and as `wgmma` does, `[M, C]`.
+
+    Both are the same bytes: tiles of 8 pixels, each as wide as all channels, lie one after the
+    other. Tiles of the image itself could not begin at any pixel.
+    """
+    tiles, swizzle = swizzled(columns, dtype)
+    seen = plgpu.SMEM((*outer, *box, columns), dtype, transforms=(swizzle,))
+    rows = (*outer, math.prod(box), columns)
+    return plgpu.RefUnion(seen, plgpu.SMEM(rows, dtype, transforms=(tiles, swizzle)))

@@ -49,7 +49,8 @@ from pallas_kernels.common.mosaic_gpu import (
     SHARED,
     Scratch,
     aligned,
-    size_in_bytes,
+    seen_twice,
+    swizzled,
     unavailable,
 )
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
@@ -586,16 +587,16 @@ def _launch(
     filters = (tiling.features, depth) if layer.flip else (depth, tiling.features)
     buffers, stored = (_CONSUMERS, 2), tiling.stored(dtype.itemsize)
     scratch: dict[str, Scratch] = {
-        "pixels": _seen_twice((size,), (rows, tiling.width), depth, x.dtype),
+        "pixels": seen_twice((size,), (rows, tiling.width), depth, x.dtype),
         "filters": plgpu.SMEM(
-            (size, tiling.column, *filters), w.dtype, transforms=_swizzled(depth, w.dtype)
+            (size, tiling.column, *filters), w.dtype, transforms=swizzled(depth, w.dtype)
         ),
-        "out": _seen_twice(buffers, tiling.box, stored, dtype),
+        "out": seen_twice(buffers, tiling.box, stored, dtype),
         "full": plgpu.Barrier(num_arrivals=1 + tiling.column, num_barriers=tiling.groups * size),
         "empty": plgpu.Barrier(num_arrivals=tiling.shared, num_barriers=tiling.groups * size),
     }
     if layer.kept or layer.sloped:
-        scratch["held"] = _seen_twice(buffers, tiling.box, stored, dtype)
+        scratch["held"] = seen_twice(buffers, tiling.box, stored, dtype)
     if layer.kept:
         results["kept"] = results["y"]
     if layer.sloped:
@@ -657,32 +658,6 @@ def _flat(w: jax.Array, tiling: _Tiling) -> jax.Array:
 def _activated(y: jax.Array, activation: str | None) -> jax.Array:
     """Returns the value of an activation, or of GELU by its formula."""
     return gelu.in_kernel(y) if activation == _CHEAP_GELU else activate_in_kernel(y, activation)
-
-
-def _swizzled(
-    columns: int, dtype: jnp.dtype
-) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Returns the transforms of `wgmma` operands: tiles of 8 rows, with swizzled columns."""
-    # JAX 0.11 inherits a method of both that it declares to be abstract.
-    swizzle = plgpu.SwizzleTransform(  # type: ignore[abstract,unused-ignore]
-        size_in_bytes((columns,), dtype)
-    )
-    tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract,unused-ignore]
-    return tiling, swizzle
-
-
-def _seen_twice(
-    outer: tuple[int, ...], box: Pair, columns: int, dtype: jnp.dtype
-) -> plgpu.RefUnion:
-    """Returns shared memory as TMA sees it, `[rows, width, C]`, and as `wgmma` does, `[M, C]`.
-
-    Both are the same bytes: tiles of 8 pixels, each as wide as all channels, lie one after the
-    other. Tiles of the image itself could not begin at any pixel.
-    """
-    tiles, swizzle = _swizzled(columns, dtype)
-    seen = plgpu.SMEM((*outer, *box, columns), dtype, transforms=(swizzle,))
-    rows = (*outer, box[0] * box[1], columns)
-    return plgpu.RefUnion(seen, plgpu.SMEM(rows, dtype, transforms=(tiles, swizzle)))
 
 
 @dataclass(frozen=True, kw_only=True)

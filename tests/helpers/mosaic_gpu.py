@@ -1,7 +1,7 @@
 """Helpers for every operator's Mosaic GPU tests: lowering, and launches that are not run."""
 
 import math
-from functools import partial
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,8 @@ def interpretable(monkeypatch):
     It knows views by a stride, as Mosaic does not, and no instructions in PTX. It gives both views
     of a piece of shared memory memory of their own, and tells that nothing should be read that was
     written through the other: here they share it. It does not look for races of one view with the
-    other, nor of products that are still under way.
+    other, nor of products that are still under way. It multiplies what is in memory alone, not what
+    is in registers.
     """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
@@ -69,12 +70,33 @@ def interpretable(monkeypatch):
         rows._content = boxes._content.reshape(rows._content.shape)
         return token
 
+    multiply = gpu_callbacks.wgmma
+
+    @wraps(multiply)
+    def wgmma(*, a_allocation_key_as_array, **keys):
+        left = np.asarray(a_allocation_key_as_array)
+        if np.issubdtype(left.dtype, np.integer):
+            return multiply(a_allocation_key_as_array=left, **keys)
+        memory, thread = gpu_callbacks._get_shared_memory(), keys["thread"]
+
+        def place(name):
+            key = gpu_callbacks.HostAllocationKey.from_array(keys[f"{name}_allocation_key_as_array"])
+            at = gpu_callbacks._remove_noop_transforms(keys[f"{name}_transforms"])
+            return key, memory.access(key, jax.tree.map(int, at))
+
+        right, _, _ = memory.get_buffer_content(*place("b"), thread)
+        sums, _, _ = memory.get_buffer_content(*place("acc"), thread)
+        sums = sums + np.matmul(left, right, dtype=sums.dtype)
+        memory.store_buffer_content(*place("acc"), sums, thread)
+        return keys["token"]
+
     # It runs one operation after the other, all of which see what was written before.
     monkeypatch.setattr(stylize, "gpu_fence", lambda: None)
     monkeypatch.setattr(haar._Block, "view", squares)
     monkeypatch.setattr(tiles.Block, "view", pixels)
     monkeypatch.setattr(bands.BandsBlock, "view", subbands)
     monkeypatch.setattr(gpu_callbacks, "_tag_ref_union", share)
+    monkeypatch.setattr(gpu_callbacks, "wgmma", wgmma)
 
 
 def shared_bytes(scratch):
