@@ -1,4 +1,7 @@
-"""`flash-wtconv bench mlp`: the pointwise MLP of ConvNeXt's blocks beside plain JAX, in one run."""
+"""`flash-wtconv bench mlp`: the pointwise MLP of ConvNeXt's blocks beside plain JAX, in one run.
+
+With the residual, as in a block.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -123,17 +126,18 @@ def _contenders(shape: Shape, dtype: str) -> dict[str, Callable[..., jax.Array]]
     found = {_PLAIN: baseline_jax.mlp, **each(mlp, implementations(shape, dtype))}
 
     def applied(function: Callable[..., jax.Array], x: jax.Array, params: Tree) -> jax.Array:
-        return function(x, *params)
+        kernels, biases, residual = params
+        return function(x, kernels, biases, residual=residual)
 
     return {name: partial(applied, one) for name, one in found.items()}
 
 
 def _params(shape: Shape, dtype: str) -> Tree:
-    """Kernels and biases."""
+    """Kernels, biases and the residual."""
     channels, hidden = shape.channels, shape.hidden
-    sizes = (channels, hidden), (hidden, channels), (hidden,), (channels,)
+    sizes = (channels, hidden), (hidden, channels), (hidden,), (channels,), (shape.rows, channels)
     keys = jax.random.split(jax.random.key(1), len(sizes))
     arrays = [
         0.05 * jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True)
     ]
-    return tuple(arrays[:2]), tuple(arrays[2:])
+    return tuple(arrays[:2]), tuple(arrays[2:4]), arrays[4]

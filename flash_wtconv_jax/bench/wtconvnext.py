@@ -31,7 +31,7 @@ _NO_GRAPH = str(2**30)
 """More operations than XLA finds for a CUDA graph."""
 
 PARTS = (
-    *("stem", "downsample", "depthwise", "norm", "fold", "fc1", "slope", "fc2"),
+    *("stem", "downsample", "depthwise", "norm", "fold", "fc1", "slope", "fc2", "fc1_fc2"),
     *("head", "loss", "optimizer"),
 )
 """The scopes of networks and steps that a profile tells apart."""

@@ -280,7 +280,7 @@ def unflat(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     return jax.lax.reshape(x, shape, out_sharding=split)
 
 
-def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+def on_rows(function: Callable[..., jax.Array], x: jax.Array, *others: jax.Array) -> jax.Array:
     """Images `[..., C]` of which a function of rows `[rows, C]` maps the pixels.
 
     On Explicit axes the rows of a device are its own pixels, so images that are split along several
@@ -289,6 +289,7 @@ def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
     Args:
         function: The function, whose rows have nothing to do with each other.
         x: The images.
+        *others: More images of the same pixels, which the function takes too; they are split as x.
 
     Example:
         >>> on_rows(lambda rows: rows.sum(1, keepdims=True), jnp.ones((2, 3, 4))).shape
@@ -296,7 +297,7 @@ def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
     """
     batch, (mesh, spec) = x.shape[:-1], _split_axes(x)
     if not any(spec[1:-1]):
-        return unflat(function(flat(x, len(batch))), batch)
+        return unflat(function(*(flat(one, len(batch)) for one in (x, *others))), batch)
     *pixels, channels = spec
     rows = tuple(axis for axes in pixels for axis in axes)
     sizes = _sizes(mesh, AxisType.Explicit)
@@ -315,8 +316,12 @@ def on_rows(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Arr
         )
         return run(x)
 
-    x = moved(x, (math.prod(own),), jax.P(*pixels, channels), jax.P(rows, channels))
-    y = function(x)
+    def flattened(x: jax.Array, channels: _Axes) -> jax.Array:
+        return moved(x, (math.prod(own),), jax.P(*pixels, channels), jax.P(rows, channels))
+
+    split = NamedSharding(mesh, jax.P(*pixels, None))
+    rest = (flattened(jax.sharding.reshard(one, split), ()) for one in others)
+    y = function(flattened(x, channels), *rest)
     _, (_, channels) = _split_axes(y)
     return moved(y, own, jax.P(rows, channels), jax.P(*pixels, channels))
 

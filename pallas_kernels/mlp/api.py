@@ -31,7 +31,8 @@ OPERATOR = Operator(
     implementations=Implementation,
     # Where our kernels were measured to be faster, the table of that kind of GPU goes before this.
     rule={"tpu": ("xla",), "gpu": ("xla", "mosaic_gpu"), "cpu": ("xla",)},
-    directions={"fwd": ("widened",), "bwd": ("narrowed_grad",)},
+    # What is not differentiated is chosen for itself: derivatives need the hidden rows, it does not.
+    directions={"fwd": ("widened",), "bwd": ("narrowed_grad",), "whole": ("whole",)},
 )
 
 
@@ -59,8 +60,9 @@ def mlp(
         precision: The precision of products of float32, as `jax.lax.dot_general` takes it.
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
-            environment's (`FLASH_WTCONV_MLP_FWD`, `..._BWD`), the one that was the fastest
-            for such a call on this kind of device, where that was measured, or the device's rule.
+            environment's (`FLASH_WTCONV_MLP_WHOLE` for a call that nothing differentiates, else
+            `FLASH_WTCONV_MLP_FWD` and `..._BWD`), the one that was the fastest for such a call on
+            this kind of device, where that was measured, or the device's rule.
         out_sharding: How the output is split over a mesh, by its first axis; None takes x's.
 
     Returns:
@@ -89,15 +91,15 @@ def mlp(
                 f"{residual.shape} and {residual.dtype}"
             )
     precision = checked_precision(precision)
-    fwd, bwd = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
+    requests = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
     rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
     spread = sharding.spread(vjp.RULE, [x], out_sharding)
-    fwd, bwd = spread.allowed(fwd, bwd)
+    fwd, bwd, whole = spread.allowed(*requests)
     shape = spread.shard.local(rows.shape, vjp.RULE.operands[0])
     problem = Problem(shape, x.dtype, *second.shape)
-    chosen = fwd.choose(problem, vjp.measurement, OPERATOR, "fwd", problem, precision)
+    chosen = whole.choose(problem, vjp.measurement, OPERATOR, "whole", problem, precision)
     module = OPERATOR.module(chosen.implementation)
-    plan = vjp.Plan(module, chosen.config, precision, bwd, fwd, spread.stated)
+    plan = vjp.Plan(module, chosen.config, precision, fwd, bwd, whole, spread.stated)
     return vjp.mlp(plan, x, (first, second), (inner, outer), residual)
 
 

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import jax
 
 
-def mlp(x: jax.Array, kernels: Sequence[jax.Array], biases: Sequence[jax.Array]) -> jax.Array:
+def mlp(
+    x: jax.Array,
+    kernels: Sequence[jax.Array],
+    biases: Sequence[jax.Array],
+    residual: jax.Array | None = None,
+) -> jax.Array:
     """The MLP; arguments as `pallas_kernels.mlp.mlp`.
 
     Example:
@@ -15,4 +20,5 @@ def mlp(x: jax.Array, kernels: Sequence[jax.Array], biases: Sequence[jax.Array])
         (2, 4)
     """
     (first, second), (inner, outer) = kernels, biases
-    return jax.nn.gelu(x @ first + inner, approximate=False) @ second + outer
+    y = jax.nn.gelu(x @ first + inner, approximate=False) @ second + outer
+    return y if residual is None else y + residual

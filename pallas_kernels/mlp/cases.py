@@ -52,13 +52,16 @@ class Case(NamedTuple):
     def expected(self) -> dict[str, Array]:
         """Returns the oracle's "y" and the gradients of x, both kernels and both biases.
 
+        "y_alone" is of a call that nothing differentiates, with dy as its residual.
+
         Example:
             >>> sorted(Case(5, 8, 32, 4).expected())
-            ['dbias1', 'dbias2', 'dkernel1', 'dkernel2', 'dx', 'y']
+            ['dbias1', 'dbias2', 'dkernel1', 'dkernel2', 'dx', 'y', 'y_alone']
         """
         x, first, second, inner, outer, dy = (one.astype(np.float64) for one in self.drawn())
         arguments = x, (first, second), (inner, outer)
-        return {"y": mlp(*arguments)} | mlp_vjp(*arguments, dy)
+        y = mlp(*arguments)
+        return {"y": y, "y_alone": y + dy} | mlp_vjp(*arguments, dy)
 
     def tolerance(self, name: str) -> float:
         """Returns the error that rounding may cause.

@@ -1,6 +1,6 @@
 """JAX computes the cases of the pointwise MLP; see `common.conformance.Room`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -30,7 +30,7 @@ def computed(case: Case, implementation: str) -> Callable[..., dict[str, Tree]]:
     Example:
         >>> case = Case(5, 8, 32, 4)
         >>> sorted(computed(case, "xla")(*case.drawn()))
-        ['dbias1', 'dbias2', 'dkernel1', 'dkernel2', 'dx', 'y']
+        ['dbias1', 'dbias2', 'dkernel1', 'dkernel2', 'dx', 'y', 'y_alone']
     """
     return partial(_with_gradients, partial(api.mlp, implementation=implementation))
 
@@ -41,7 +41,7 @@ def baseline(case: Case) -> Callable[..., dict[str, Tree]]:
 
 
 def _with_gradients(
-    function: Callable[[jax.Array, Sequence[jax.Array], Sequence[jax.Array]], jax.Array],
+    function: Callable[..., jax.Array],
     x: jax.Array,
     first: jax.Array,
     second: jax.Array,
@@ -49,7 +49,9 @@ def _with_gradients(
     outer: jax.Array,
     dy: jax.Array,
 ) -> dict[str, Tree]:
-    arrays = map(jnp.asarray, (x, first, second, inner, outer))
+    *arrays, dy = map(jnp.asarray, (x, first, second, inner, outer, dy))
     y, pullback = jax.vjp(lambda x, a, b, c, d: function(x, (a, b), (c, d)), *arrays)
     names = "dx", "dkernel1", "dkernel2", "dbias1", "dbias2"
-    return {"y": y} | dict(zip(names, pullback(jnp.asarray(dy)), strict=True))
+    x, first, second, *biases = arrays
+    alone = function(x, (first, second), biases, residual=dy)
+    return {"y": y, "y_alone": alone} | dict(zip(names, pullback(dy), strict=True))

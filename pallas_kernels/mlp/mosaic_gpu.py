@@ -1,4 +1,7 @@
-"""The MLP's two products beside GELU on Hopper GPUs: those of the dense convolution's kernel."""
+"""The MLP on Hopper GPUs: whole in one launch, or by the dense convolution's kernel.
+
+That computes the two products beside GELU, for derivatives, and where a whole MLP is too wide.
+"""
 
 import jax
 from jax import lax
@@ -7,7 +10,9 @@ from pallas_kernels.common.mosaic_gpu import unavailable
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.conv2d.mosaic_gpu import DTYPES, TILES, mlp_product
+from pallas_kernels.mlp import mosaic_gpu_whole
 from pallas_kernels.mlp.problem import Problem
+from pallas_kernels.mlp.xla import composed
 
 __all__ = [
     "DIFFERENTIABLE",
@@ -15,6 +20,7 @@ __all__ = [
     "narrowed_grad",
     "search_space",
     "unavailable",
+    "whole",
     "widened",
 ]
 
@@ -25,7 +31,7 @@ def check(direction: str, problem: Problem) -> None:
     """Raises `NotImplementedError` for what these kernels do not do.
 
     Args:
-        direction: "fwd" or "bwd".
+        direction: "fwd", "bwd" or "whole".
         problem: The call.
     """
     reasons = []
@@ -40,7 +46,33 @@ def check(direction: str, problem: Problem) -> None:
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The tiles that are worth timing, the default for the shape first; see `check`."""
-    return [{}, *(tile._asdict() for tile in TILES)]
+    if direction != "whole":
+        return [{}, *(tile._asdict() for tile in TILES)]
+    offered = (tile._asdict() for tile in mosaic_gpu_whole.TILES)
+    others = [one for one in offered if mosaic_gpu_whole.tiling(problem, **one) is not None]
+    # The first of them is the default.
+    return [{}, *others[1:]]
+
+
+def whole(
+    x: jax.Array,
+    kernels: tuple[jax.Array, jax.Array],
+    biases: tuple[jax.Array, jax.Array],
+    residual: jax.Array | None,
+    *,
+    precision: lax.Precision | None,
+    **tile: int,
+) -> jax.Array:
+    """The MLP of rows, in one launch where its sums fit in registers; see `vjp`.
+
+    `precision` is ignored: it is about float32, which these kernels do not take.
+    """
+    problem = Problem(x.shape, x.dtype, *kernels[1].shape)
+    cut = mosaic_gpu_whole.tiling(problem, **tile)
+    if cut is None:
+        return composed(widened, x, kernels, biases, residual, precision)
+    with jax.named_scope("fc1_fc2"):
+        return mosaic_gpu_whole.whole(x, kernels, biases, residual, cut=cut)
 
 
 def widened(

@@ -87,7 +87,6 @@ class _Tiling:
         channels: Channels of x.
         hidden: Channels between the layers.
         features: Channels of y.
-        residual: Whether a residual is added.
         consumers: Consumer warpgroups of a block, each of which takes 64 rows at a time.
         chunk: Hidden channels of a chunk.
         stages: Chunks that there is shared memory for.
@@ -97,7 +96,6 @@ class _Tiling:
     channels: int
     hidden: int
     features: int
-    residual: bool
     consumers: int
     chunk: int
     stages: int = 0
@@ -151,19 +149,16 @@ class _Tiling:
         )
 
 
-def tiling(problem: Problem, residual: bool, **tile: int) -> _Tiling | None:
-    """The tiling of a size, or the first of `TILES` that is possible; None where none is.
+def tiling(problem: Problem, **tile: int) -> _Tiling | None:
+    """Returns the tiling of a size, or the first of `TILES` that is possible; None where none is.
 
     Args:
         problem: The call.
-        residual: Whether a residual is added.
         **tile: The fields of a `Tile`, or nothing.
     """
     (rows, channels), _, hidden, features = problem
-    sizes = rows, channels, hidden, features, residual
-    found = (
-        _Tiling(*sizes, *size).with_stages() for size in ([Tile(**tile)] if tile else TILES)
-    )
+    sizes = rows, channels, hidden, features
+    found = (_Tiling(*sizes, *size).with_stages() for size in ([Tile(**tile)] if tile else TILES))
     return next((one for one in found if one.possible()), None)
 
 

@@ -1,20 +1,23 @@
 """The operator's derivatives: any forward implementation pairs with any backward one.
 
-GELU stands between two products. Forward it ends the first, which writes what comes before it too
-if the call is differentiated. Backward its slope ends the product of the second layer's gradient,
-which sums up the first bias's gradient as well. So the hidden rows are written and read once each
-way but for the kernels' gradients. Saved are x, the kernels, and the hidden rows before and after
-GELU. Both products are linear but for GELU, and bring their transposes along (`multilinear`).
+A call that nothing differentiates is `whole`, whose hidden rows need not be in memory. Derivatives
+need them: GELU stands between two products. Forward it ends the first, which writes what comes
+before it too. Backward its slope ends the product of the second layer's gradient, which sums up the
+first bias's gradient as well. So the hidden rows are written and read once each way but for the
+kernels' gradients. Saved are x, the kernels, and the hidden rows before and after GELU. Both
+products are linear but for GELU, and bring their transposes along (`multilinear`).
 
 An implementation is a module with
 
+    whole(x, kernels, biases, residual, *, precision) -> y
     widened(x, kernel, bias, *, kept, precision) -> (gelu(z),), or (gelu(z), z) if it is kept
     narrowed_grad(dy, kernel, before, *, precision) -> (dz, its sum over the rows)
 
-for `z = x kernel + bias` of `x [rows, C]`, `kernel [C, hidden]`, `bias [hidden]`; and `dz = (dy
-kernel^T) gelu'(before)` of `dy [rows, features]`, `kernel [hidden, features]`, `before [rows,
-hidden]`, whose sum is in float32 or better. All arrays but the bias are of one dtype. The functions
-take the parameters that `search_space` offers.
+for `y = gelu(z) kernels[1] + biases[1] + residual`, of `residual [rows, features]` or None; `z = x
+kernel + bias` of `x [rows, C]`, `kernel [C, hidden]`, `bias [hidden]`, which are the first of
+`kernels` and `biases`; and `dz = (dy kernel^T) gelu'(before)` of `dy [rows, features]`, `kernel
+[hidden, features]`, `before [rows, hidden]`, whose sum is in float32 or better. All arrays but the
+biases are of one dtype. The functions take the parameters that `search_space` offers.
 """
 
 from collections.abc import Callable
@@ -40,13 +43,16 @@ from pallas_kernels.mlp.xla import sloped
 
 Pair = tuple[jax.Array, jax.Array]
 
-RULE = sharding.Rule(("n c", "_ h", "h"), ("n h",), frozenset("n"))
+RULE = sharding.Rule(("n c", "_ h", "h"), ("n h", "n h"), frozenset("n"))
 """The axes of x, the first kernel and bias, and of the hidden rows, of which shards split rows."""
+_WHOLE = sharding.Rule(("n c", "n f", "_ h", "h f", "h", "f"), ("n f",), frozenset("n"))
+"""Those of x, the residual, both kernels and both biases, and of the output."""
 
 
 class Kernels(Protocol):
     """The functions of an implementation, which the docstring of this module describes."""
 
+    whole: Callable[..., jax.Array]
     widened: Callable[..., tuple[jax.Array, ...]]
     narrowed_grad: Callable[..., Pair]
 
@@ -58,8 +64,9 @@ class Plan(NamedTuple):
         module: The implementation.
         config: Its parameters.
         precision: The precision of products on matrix units.
-        backward: The request by which the backward rule chooses an implementation; None in a
-            plan that is timed, which nobody differentiates.
+        forward: The request by which derivatives choose an implementation of what they need of the
+            forward pass; None in a plan that is timed, which nobody differentiates.
+        backward: Likewise for the backward pass.
         request: The request by which `module` was chosen, None in a plan that is timed.
         stated: How the caller has stated that the output is split over a mesh.
     """
@@ -67,6 +74,7 @@ class Plan(NamedTuple):
     module: Implementation
     config: TuningParams
     precision: lax.Precision | None
+    forward: Request | None
     backward: Request | None
     request: Request | None = None
     stated: sharding.Stated | None = None
@@ -75,10 +83,11 @@ class Plan(NamedTuple):
         """The plan with another implementation, which takes its own parameters."""
         return self._replace(module=module, config=())
 
-    def for_backward(self, x: jax.Array, hidden: int, features: int) -> "Plan":
-        """The plan of the backward pass, whose implementation is chosen here, where it is called.
+    def chosen(self, asked: Request | None, x: jax.Array, hidden: int, features: int) -> "Plan":
+        """The plan of a pass, whose implementation is chosen here, where it is called.
 
         Args:
+            asked: `forward` or `backward`.
             x: The rows that the call was given, or others that are split as they are.
             hidden: Channels between the layers.
             features: Channels of the output.
@@ -86,12 +95,12 @@ class Plan(NamedTuple):
         Raises:
             NotImplementedError: No allowed implementation can run here; says why for each.
         """
-        assert self.backward is not None
+        assert asked is not None
         shard = sharding.spread(RULE, [x], self.stated).shard
         problem = Problem(shard.local(x.shape, RULE.operands[0]), x.dtype, hidden, features)
-        asked = moved_here(self.backward)
-        operator = asked.operator
-        chosen = asked.choose(problem, measurement, operator, "bwd", problem, self.precision)
+        asked = moved_here(asked)
+        operator, direction = asked.operator, asked.direction
+        chosen = asked.choose(problem, measurement, operator, direction, problem, self.precision)
         module = operator.module(chosen.implementation)
         return self._replace(module=module, config=chosen.config, request=asked)
 
@@ -102,74 +111,84 @@ def mlp(
 ) -> jax.Array:
     """The operator for rows `[*batch, C]`."""
 
-    def rows(x: jax.Array) -> jax.Array:
-        arrays = x, kernels, biases[0]
+    def rows(x: jax.Array, *residual: jax.Array) -> jax.Array:
+        arrays = (x, *residual), kernels, biases
         return _apply(plan, *vary_like(arrays, arrays))
 
-    y = sharding.on_rows(rows, x)
-    y = y + jnp.expand_dims(biases[1].astype(y.dtype), range(y.ndim - 1))
-    # Last, as it is the largest: a sum is rounded at its size.
-    return y if residual is None else y + residual
+    return sharding.on_rows(rows, x, *([] if residual is None else [residual]))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _apply(plan: Plan, x: jax.Array, kernels: Pair, bias: jax.Array) -> jax.Array:
-    """The operator without its last bias."""
-    # Scopes are what profiles call the parts of a network.
-    with jax.named_scope("fc1"):
-        (after,) = _widened(plan, False, x, kernels[0], bias)
-    with jax.named_scope("fc2"):
-        return _product(plan, after, kernels[1])
+def _apply(plan: Plan, rows: tuple[jax.Array, ...], kernels: Pair, biases: Pair) -> jax.Array:
+    """The operator for x, and the residual if there is one."""
+
+    def shard(
+        plan: Plan, _: sharding.Shard, rows: tuple[jax.Array, ...], kernels: Pair, biases: Pair
+    ) -> jax.Array:
+        x, residual = rows if len(rows) > 1 else (*rows, None)
+        run = cast(Kernels, plan.module).whole
+        return run(x, kernels, biases, residual, precision=plan.precision, **dict(plan.config))
+
+    def problem(_: sharding.Shard, rows: tuple[jax.Array, ...], kernels: Pair, __: Pair) -> Problem:
+        return Problem(rows[0].shape, rows[0].dtype, *kernels[1].shape)
+
+    read = _WHOLE.operands
+    rule = _WHOLE._replace(operands=read if len(rows) > 1 else (read[0], *read[2:]))
+    return cast(
+        jax.Array,
+        sharding.split(shard, rule, plan, problem, rows, kernels, biases, mapped=vmap_folding),
+    )
 
 
 @_apply.defjvp
 def _apply_jvp(
     plan: Plan,
-    primals: tuple[jax.Array, Pair, jax.Array],
-    tangents: tuple[jax.Array, Pair, jax.Array],
+    primals: tuple[tuple[jax.Array, ...], Pair, Pair],
+    tangents: tuple[tuple[jax.Array, ...], Pair, Pair],
 ) -> Pair:
-    (x, (first, second), bias), (dx, dkernels, dbias) = primals, tangents
+    (x, *residual), (first, second), (inner, outer) = primals
+    (dx, *dresidual), dkernels, (dinner, douter) = tangents
+    # Scopes are what profiles call the parts of a network.
     with jax.named_scope("fc1"):
-        after, before = _widened(plan, True, x, first, bias)
-        moved = _product(plan, dx, first) + _product(plan, x, dkernels[0]), dbias
+        after, before = _widened(plan.chosen(plan.forward, x, *second.shape), x, first, inner)
+        moved = _product(plan, dx, first) + _product(plan, x, dkernels[0]), dinner
     with jax.named_scope("slope"):
         narrow = _narrow(plan, x, before, moved, second)
     with jax.named_scope("fc2"):
-        return _product(plan, after, second), narrow + _product(plan, after, dkernels[1])
+        y, dy = _product(plan, after, second), narrow + _product(plan, after, dkernels[1])
+    # The residual is last, as it is the largest: a sum is rounded at its size.
+    added = zip((outer[None], *residual), (douter[None], *dresidual), strict=True)
+    for value, tangent in added:
+        y, dy = y + value.astype(y.dtype), dy + tangent.astype(dy.dtype)
+    return y, dy
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _widened(
-    plan: Plan, kept: bool, x: jax.Array, kernel: jax.Array, bias: jax.Array
-) -> tuple[jax.Array, ...]:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _widened(plan: Plan, x: jax.Array, kernel: jax.Array, bias: jax.Array) -> Pair:
     """The implementation's `widened`, which JAX differentiates by plain JAX."""
 
-    def shard(plan: Plan, _: sharding.Shard, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    def shard(plan: Plan, _: sharding.Shard, *arrays: jax.Array) -> Pair:
         run = cast(Kernels, plan.module).widened
-        return run(*arrays, kept=kept, precision=plan.precision, **dict(plan.config))
+        return cast(Pair, run(*arrays, kept=True, precision=plan.precision, **dict(plan.config)))
 
     def problem(_: sharding.Shard, x: jax.Array, kernel: jax.Array, __: jax.Array) -> Problem:
         return Problem(x.shape, x.dtype, kernel.shape[1], x.shape[1])
 
-    rule = RULE._replace(results=RULE.results * (1 + kept))
     return cast(
-        tuple[jax.Array, ...],
-        sharding.split(shard, rule, plan, problem, x, kernel, bias, mapped=vmap_folding),
+        Pair, sharding.split(shard, RULE, plan, problem, x, kernel, bias, mapped=vmap_folding)
     )
 
 
 @_widened.defjvp
 def _widened_jvp(
     plan: Plan,
-    kept: bool,
     primals: tuple[jax.Array, jax.Array, jax.Array],
     tangents: tuple[jax.Array, jax.Array, jax.Array],
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[Pair, Pair]:
     (x, kernel, _), (dx, dkernel, dbias) = primals, tangents
-    after, before = _widened(plan, True, *primals)
+    after, before = _widened(plan, *primals)
     moved = _product(plan, dx, kernel) + _product(plan, x, dkernel) + dbias.astype(x.dtype)[None]
-    both = (after, before), (sloped(moved, before), moved)
-    return both if kept else (both[0][:1], both[1][:1])
+    return (after, before), (sloped(moved, before), moved)
 
 
 def _narrow(
@@ -183,7 +202,7 @@ def _narrow(
         return _product(plan, sloped(hidden + bias.astype(hidden.dtype)[None], before), kernel)
 
     def in_moved(dy: jax.Array, before: jax.Array, kernel: jax.Array) -> Pair:
-        backward = plan.for_backward(x, kernel.shape[0], features)
+        backward = plan.chosen(plan.backward, x, kernel.shape[0], features)
         found, total = _narrowed_grad(backward, dy, before, kernel)
         return found, total.astype(dtypes[1])
 
@@ -247,7 +266,7 @@ def measurement(
 
     Args:
         operator: The operator, in JAX.
-        direction: "fwd" or "bwd".
+        direction: "fwd", "bwd" or "whole".
         problem: The call.
         precision: The precision of products on matrix units.
 
@@ -256,16 +275,26 @@ def measurement(
     """
     rows, channels = problem.shape
     hidden, features, dtype = problem.hidden, problem.features, problem.dtype
-    shapes = [(rows, channels), (channels, hidden), (hidden,)]
-    if direction == "bwd":
-        shapes = [(rows, features), (hidden, features), (rows, hidden)]
-    arrays = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+    kernels = (channels, hidden), (hidden, features)
+    biases = (hidden,), (features,)
+    shapes: dict[str, Tree] = {
+        "fwd": ((rows, channels), kernels[0], biases[0]),
+        "bwd": ((rows, features), kernels[1], (rows, hidden)),
+        "whole": ((rows, channels), kernels, biases, (rows, features)),
+    }
+    arrays = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+        shapes[direction],
+        is_leaf=lambda leaf: isinstance(leaf[0], int),
+    )
 
     def run(module: Implementation, config: TuningParams) -> Callable[..., Tree]:
-        kernels, keys = cast(Kernels, module), {"precision": precision, **dict(config)}
-        if direction == "fwd":
-            return partial(kernels.widened, kept=False, **keys)
-        return partial(kernels.narrowed_grad, **keys)
+        functions, keys = cast(Kernels, module), {"precision": precision, **dict(config)}
+        return {
+            "fwd": partial(functions.widened, kept=True, **keys),
+            "bwd": partial(functions.narrowed_grad, **keys),
+            "whole": partial(functions.whole, **keys),
+        }[direction]
 
     static = {"precision": precision and precision.name}
     return JaxMeasurement(run, arrays, operator.module("xla"), static)

@@ -1,4 +1,6 @@
-"""The MLP's two products beside GELU in plain JAX: runs on every platform."""
+"""The MLP and its two products beside GELU in plain JAX: runs on every platform."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,37 @@ def unavailable(platform: str) -> str | None:
 
 def check(direction: str, problem: Problem) -> None:
     """Does nothing: plain JAX takes every problem."""
+
+
+def whole(
+    x: jax.Array,
+    kernels: tuple[jax.Array, jax.Array],
+    biases: tuple[jax.Array, jax.Array],
+    residual: jax.Array | None,
+    *,
+    precision: lax.Precision | None,
+) -> jax.Array:
+    """The MLP of rows; see `vjp`."""
+    return composed(widened, x, kernels, biases, residual, precision)
+
+
+def composed(
+    first: Callable[..., tuple[jax.Array, ...]],
+    x: jax.Array,
+    kernels: tuple[jax.Array, jax.Array],
+    biases: tuple[jax.Array, jax.Array],
+    residual: jax.Array | None,
+    precision: lax.Precision | None,
+) -> jax.Array:
+    """The MLP of rows by `widened` of any implementation, with hidden rows in memory."""
+    # Scopes are what profiles call the parts of a network.
+    with jax.named_scope("fc1"):
+        (after,) = first(x, kernels[0], biases[0], kept=False, precision=precision)
+    with jax.named_scope("fc2"):
+        y = jnp.matmul(after, kernels[1], precision=precision)
+    y = y + biases[1].astype(y.dtype)[None]
+    # Last, as it is the largest: a sum is rounded at its size.
+    return y if residual is None else y + residual
 
 
 def widened(

@@ -164,7 +164,9 @@ def test_mlps(tmp_path, monkeypatch, longer):
     ours = mlp.mlp
     monkeypatch.setitem(mlp.SHAPES, "tiny", mlp.Shape(128, 2))
     monkeypatch.setattr(mlp, "implementations", lambda shape, dtype: ["mosaic_gpu", "xla"])
-    monkeypatch.setattr(mlp, "mlp", lambda *arrays, implementation=None: ours(*arrays))
+    monkeypatch.setattr(
+        mlp, "mlp", lambda *arrays, implementation=None, **keys: ours(*arrays, **keys)
+    )
     monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
     arguments = "--shape", "tiny", "--write-defaults", "--out", tmp_path
     result = bench(*arguments, benchmark="mlp")
@@ -175,7 +177,8 @@ def test_mlps(tmp_path, monkeypatch, longer):
     assert [row["contender"] for row in report["rows"]] == names * 2
     assert report["rows"][0]["tflops_per_s"] == pytest.approx(2 * 2 * 4 * 2 * 8 / 1e9)
     kept = json.loads((tmp_path / "defaults" / "cpu.json").read_text())["entries"]
-    assert [entry["direction"] for entry in kept] == ["bwd", "fwd"]
+    assert [entry["direction"] for entry in kept] == ["bwd", "fwd", "whole"]
+    assert kept[0]["ms"] == kept[1]["ms"]
     size = {"shape": [4, 2], "dtype": "bfloat16", "hidden": 8, "features": 2}
     assert kept[0]["problem"] == size
     table.fastest.cache_clear()

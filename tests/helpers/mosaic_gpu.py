@@ -80,7 +80,9 @@ def interpretable(monkeypatch):
         memory, thread = gpu_callbacks._get_shared_memory(), keys["thread"]
 
         def place(name):
-            key = gpu_callbacks.HostAllocationKey.from_array(keys[f"{name}_allocation_key_as_array"])
+            key = gpu_callbacks.HostAllocationKey.from_array(
+                keys[f"{name}_allocation_key_as_array"]
+            )
             at = gpu_callbacks._remove_noop_transforms(keys[f"{name}_transforms"])
             return key, memory.access(key, jax.tree.map(int, at))
 

@@ -1,5 +1,7 @@
 """The MLP's Mosaic GPU kernels: lowered and interpreted without a GPU, run on one."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ from pallas_kernels.common import conformance, device
 from pallas_kernels.conv2d import TileConfig
 from pallas_kernels.conv2d import mosaic_gpu as kernels
 from pallas_kernels.mlp import conformance as room
-from pallas_kernels.mlp import mosaic_gpu, xla
+from pallas_kernels.mlp import mlp, mosaic_gpu, mosaic_gpu_whole, xla
+from pallas_kernels.mlp.api import OPERATOR
 from pallas_kernels.mlp.cases import CASES
+from pallas_kernels.mlp.problem import Problem
 from pallas_kernels.mlp.shapes import SHAPES, Shape
 
 TAKEN = [case for case in CASES if case.dtype in kernels.DTYPES]
@@ -61,6 +65,7 @@ def test_launches_fit_on_a_multiprocessor(name, monkeypatch):
 def interpreted(gpu_interpreter, monkeypatch):
     """The implementation in Pallas' GPU interpreter, with few blocks."""
     monkeypatch.setattr(kernels, "MULTIPROCESSORS", 2)
+    monkeypatch.setattr(mosaic_gpu_whole, "MULTIPROCESSORS", 2)
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
 
 
@@ -96,6 +101,152 @@ def test_interpreted_tiles_against_plain_jax(tiles, interpreted):
     want += xla.narrowed_grad(dy, **back)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-2)
+
+
+WIDE = {"wide": Shape(100, 200), "widest": Shape(100, 256)}
+
+
+def whole_arrays(shape, dtype="bfloat16", hidden=None, features=None, scale=1.0):
+    """x, kernels, biases and a residual of a whole MLP."""
+    rows, channels = shape
+    hidden, features = hidden or shape.hidden, features or channels
+    rng = np.random.default_rng(0)
+
+    def drawn(*size, scale=1.0):
+        return jnp.asarray(scale * rng.normal(size=size), dtype)
+
+    kernels = drawn(channels, hidden, scale=scale * channels**-0.5), drawn(hidden, features)
+    biases = drawn(hidden, scale=scale), drawn(features)
+    return drawn(*shape), (kernels[0], kernels[1] / hidden**0.5), biases, drawn(rows, features)
+
+
+def whole_shapes(shape):
+    """The shapes of x, kernels, biases and a residual of a whole MLP in bfloat16."""
+    rows, channels, hidden = *shape, shape.hidden
+    sizes = (channels, hidden), (hidden, channels), (hidden,), (channels,), (rows, channels)
+    x, *rest = (jax.ShapeDtypeStruct(size, "bfloat16") for size in (tuple(shape), *sizes))
+    return x, tuple(rest[:2]), tuple(rest[2:4]), rest[4]
+
+
+def cut_of(shape, **tile):
+    """The tiling of a whole MLP of a named shape in bfloat16."""
+    return mosaic_gpu_whole.tiling(
+        Problem(tuple(shape), np.dtype("bfloat16"), shape.hidden, shape.channels), **tile
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.wide] * (name not in ("convnext_t_stage2", "pixel")))
+        for name in [*list(SHAPES)[:2], *RAGGED, *WIDE]
+    ],
+)
+def test_a_whole_mlp_lowers_for_cuda(name):
+    shape = (SHAPES | RAGGED | WIDE)[name]
+    assert "mosaic_gpu" in lowered(mosaic_gpu_whole.whole, *whole_shapes(shape), cut=cut_of(shape))
+
+
+def test_tiles_of_a_whole_mlp_fit_on_a_multiprocessor(monkeypatch):
+    """They cover all rows and channels; what has too many sums for registers has none."""
+    made = recorded_launches(monkeypatch)
+    for shape in (SHAPES | RAGGED | WIDE).values():
+        problem = Problem(tuple(shape), np.dtype("bfloat16"), shape.hidden, shape.channels)
+        space = mosaic_gpu.search_space("whole", problem)
+        assert space[0] == {}
+        for tile in space:
+            cut = cut_of(shape, **tile)
+            if shape.channels > 256:
+                assert cut is None and space == [{}]
+                continue
+            for parts, size in (cut.read, cut.written):
+                assert 0 <= parts * size - shape.channels < 16
+            assert cut.resident == (cut.stages >= math.ceil(shape.hidden / cut.chunk))
+            assert (cut.tiles - 1) * 64 * cut.consumers < shape.rows
+            y = shapes(mosaic_gpu_whole.whole, *whole_shapes(shape), cut=cut)
+            assert y.shape == (shape.rows, shape.channels)
+            (scratch, _) = made[-1]
+            assert shared_bytes(scratch) <= SHARED
+    # ConvNeXt-T's first kernels stay in shared memory, those of its second stage go round.
+    first, second, *_ = map(cut_of, SHAPES.values())
+    assert first.resident and first.consumers == 3 and not second.resident
+
+
+WHOLE = (
+    # Chunks that go round through two stages, several tiles; large arguments of GELU.
+    (Shape(450, 72), "float16", 300, 40, {"consumers": 3, "chunk": 64}, 96, 4.0),
+    (Shape(300, 24), "bfloat16", 72, 24, {}, None, 1.0),
+    (Shape(67, 7), "float16", 20, 9, {"consumers": 2, "chunk": 32}, None, 30.0),
+    (Shape(1, 1), "bfloat16", 1, 1, {}, None, 1.0),
+    (Shape(200, 64), "bfloat16", 256, 64, {"consumers": 2, "chunk": 128}, None, 1.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "hidden", "features", "tile", "memory", "scale"),
+    [pytest.param(*one, marks=[pytest.mark.wide] * (i > 0)) for i, one in enumerate(WHOLE)],
+)
+def test_interpreted_whole_mlps_are_float32s(
+    shape, dtype, hidden, features, tile, memory, scale, interpreted, monkeypatch
+):
+    """With a residual and without one, to the rounding of the hidden rows and of the output."""
+    if memory is not None:
+        monkeypatch.setattr(mosaic_gpu_whole, "SHARED", memory * 1024)
+    arrays = whole_arrays(shape, dtype, hidden, features, scale)
+    problem = Problem(tuple(shape), np.dtype(jnp.dtype(dtype)), hidden, features)
+    cut = mosaic_gpu_whole.tiling(problem, **tile)
+    assert cut.resident == (memory is None)
+    *given, residual = jax.tree.map(lambda a: a.astype(jnp.float32), arrays)
+    want = xla.whole(*given, None, precision="highest")
+    eps = float(jnp.finfo(dtype).eps)
+    for added in (None, residual)[memory is not None :]:
+        got = mosaic_gpu_whole.whole(
+            *arrays[:3], None if added is None else arrays[3], cut=cut
+        ).astype(jnp.float32)
+        wanted = want if added is None else want + added
+        assert float(jnp.abs(got - wanted).max()) <= 2 * eps * float(jnp.abs(wanted).max())
+
+
+def test_a_call_is_whole_unless_it_is_differentiated(monkeypatch):
+    """And by what its own variable names; too wide a one is what the other kernels compute."""
+    made = []
+
+    def found(name):
+        def run(x, *arrays, **keys):
+            made.append(name)
+            return getattr(xla, name)(x, *arrays, **keys)
+
+        return run
+
+    for name in ("whole", "widened", "narrowed_grad"):
+        monkeypatch.setattr(mosaic_gpu, name, found(name))
+    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
+    x, kernels, biases, residual = whole_arrays(Shape(8, 16))
+
+    def call(x, **keys):
+        return mlp(x, kernels, biases, residual=residual, **keys).astype(jnp.float32).sum()
+
+    call(x, implementation="mosaic_gpu")
+    assert made == ["whole"]
+    made.clear()
+    jax.grad(call)(x, implementation="mosaic_gpu")
+    assert made[-2:] == ["widened", "narrowed_grad"]
+    made.clear()
+    monkeypatch.setenv("FLASH_WTCONV_MLP_WHOLE", "mosaic_gpu")
+    call(x)
+    assert made == ["whole"]
+    made.clear()
+    jax.grad(call)(x)
+    assert "widened" not in made and "narrowed_grad" not in made
+    assert OPERATOR.directions["whole"] == ("whole",)
+
+
+def test_a_whole_mlp_that_is_too_wide_has_its_hidden_rows_in_memory(monkeypatch):
+    made = recorded_launches(monkeypatch)
+    y = jax.eval_shape(
+        lambda *arrays: mosaic_gpu.whole(*arrays, precision=None), *whole_shapes(Shape(64, 384))
+    )
+    assert y.shape == (64, 384) and len(made) == 1
 
 
 @pytest.mark.gpu
