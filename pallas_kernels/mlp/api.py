@@ -31,7 +31,7 @@ OPERATOR = Operator(
     implementations=Implementation,
     # Where our kernels were measured to be faster, the table of that kind of GPU goes before this.
     rule={"tpu": ("xla",), "gpu": ("xla", "mosaic_gpu"), "cpu": ("xla",)},
-    # What is not differentiated is chosen for itself: derivatives need the hidden rows, it does not.
+    # A call that nothing differentiates is chosen for itself: it needs no hidden rows in memory.
     directions={"fwd": ("widened",), "bwd": ("narrowed_grad",), "whole": ("whole",)},
 )
 

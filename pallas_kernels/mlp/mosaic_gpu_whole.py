@@ -23,7 +23,6 @@ Two products that follow each other, as in FlashAttention-3, with GELU in the pl
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 import jax
@@ -429,10 +428,10 @@ class _Block:
 
     def epilogue(self, i: Index, warpgroup: Index, sums: jax.Array) -> None:
         """Finishes a consumer's part of the i-th tile, and issues its TMA stores."""
-        _, wide = self.cut.written
+        parts, wide = self.cut.written
         if self.residual is not None:
             plgpu.barrier_wait(self.added.at[warpgroup])
-        for number, at in enumerate(self.places(i, warpgroup)):
+        for number in range(parts):
             own = self.out[1].at[warpgroup, number]
             first = number * wide
             done = sums[:, first : first + wide]
