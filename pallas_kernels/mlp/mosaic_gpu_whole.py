@@ -42,7 +42,7 @@ from pallas_kernels.common.mosaic_gpu import (
     seen_twice,
     swizzled,
 )
-from pallas_kernels.common.types import Index, Ref
+from pallas_kernels.common.types import Index, Ref, Slice
 from pallas_kernels.mlp.problem import Problem
 
 __all__ = ["TILES", "tiling", "whole"]
@@ -444,7 +444,7 @@ class _Block:
         for number, at in enumerate(self.places(i, warpgroup)):
             plgpu.copy_smem_to_gmem(self.out[0].at[warpgroup, number], self.y.at[*at])
 
-    def places(self, i: Index, warpgroup: Index) -> Iterator[tuple[Index, Index]]:
+    def places(self, i: Index, warpgroup: Index) -> Iterator[tuple[Slice, Slice]]:
         """Yields where in the result each part of a consumer's rows of the i-th tile is."""
         parts, wide = self.cut.written
         for number in range(parts):

@@ -275,12 +275,11 @@ def measurement(
     """
     rows, channels = problem.shape
     hidden, features, dtype = problem.hidden, problem.features, problem.dtype
-    kernels = (channels, hidden), (hidden, features)
-    biases = (hidden,), (features,)
+    first, second = (channels, hidden), (hidden, features)
     shapes: dict[str, Tree] = {
-        "fwd": ((rows, channels), kernels[0], biases[0]),
-        "bwd": ((rows, features), kernels[1], (rows, hidden)),
-        "whole": ((rows, channels), kernels, biases, (rows, features)),
+        "fwd": ((rows, channels), first, (hidden,)),
+        "bwd": ((rows, features), second, (rows, hidden)),
+        "whole": ((rows, channels), (first, second), ((hidden,), (features,)), (rows, features)),
     }
     arrays = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, dtype),
@@ -289,12 +288,10 @@ def measurement(
     )
 
     def run(module: Implementation, config: TuningParams) -> Callable[..., Tree]:
-        functions, keys = cast(Kernels, module), {"precision": precision, **dict(config)}
-        return {
-            "fwd": partial(functions.widened, kept=True, **keys),
-            "bwd": partial(functions.narrowed_grad, **keys),
-            "whole": partial(functions.whole, **keys),
-        }[direction]
+        kernels, keys = cast(Kernels, module), {"precision": precision, **dict(config)}
+        if direction == "fwd":
+            return partial(kernels.widened, kept=True, **keys)
+        return partial(kernels.whole if direction == "whole" else kernels.narrowed_grad, **keys)
 
     static = {"precision": precision and precision.name}
     return JaxMeasurement(run, arrays, operator.module("xla"), static)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import conformance
-from pallas_kernels.common.gelu import gelu
+from pallas_kernels.common.gelu import gelu, in_kernel
 from pallas_kernels.mlp import conformance as room
 from pallas_kernels.mlp import mlp
 from pallas_kernels.mlp.baseline_jax import mlp as plain
@@ -90,12 +90,14 @@ def test_gelu_in_16_bits(dtype):
     density = np.exp(-wide * wide / 2) / math.sqrt(2 * math.pi)
     y, slope = jax.jit(lambda x: jax.jvp(gelu, (x,), (jnp.ones_like(x),)))(x)
     half = float(jnp.finfo(dtype).eps) / 2
-    for got, want in ((y, wide * share), (slope, share + wide * density)):
+    kernels = in_kernel(x.astype(jnp.float32)).astype(dtype)
+    for got, want in ((y, wide * share), (slope, share + wide * density), (kernels, wide * share)):
         error = np.abs(np.asarray(got, np.float64) - want)
         assert np.all(error <= half * np.abs(want) + 1.5e-7 * np.abs(wide) + 1e-7)
     ends = jnp.array([jnp.inf, -60000.0, 60000.0, jnp.nan], dtype)
-    np.testing.assert_array_equal(np.isnan(gelu(ends)), [False, False, False, True])
-    assert gelu(ends)[:3].tolist() == [np.inf, 0.0, float(ends[2])]
+    for got in (gelu(ends), in_kernel(ends.astype(jnp.float32)).astype(dtype)):
+        np.testing.assert_array_equal(np.isnan(got), [False, False, False, True])
+        assert got[:3].tolist() == [np.inf, 0.0, float(ends[2])]
     # Nothing but x is kept for the backward pass.
     kept = jax.tree.leaves(jax.vjp(gelu, x)[1])
     assert {one.dtype for one in kept} == {x.dtype}
