@@ -1,7 +1,7 @@
-"""Compiles the norm's Mosaic GPU kernels for an H200, without one, and prints what each takes.
+"""Compiles operators' Mosaic GPU kernels for an H200, without one, and prints what each takes.
 
-`python -m helpers.mosaic_gpu_compiled FOLDER`, a process of its own: Mosaic writes what its
-compilers say into the folder, where the environment names it before JAX is imported. It needs
+`python -m helpers.mosaic_gpu_compiled FOLDER OPERATOR`, a process of its own: Mosaic writes what
+its compilers say into the folder, where the environment names it before JAX is imported. It needs
 jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version (JAX 0.11 has it; 400 MB, which no extra
 brings), and `ptxas`. Printed are registers of a thread, bytes that do not fit in them, and bytes of
 shared memory of a block, as JSON.
@@ -10,8 +10,11 @@ shared memory of a block, as JSON.
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 H200 = """
 gpu_device_info {
@@ -39,7 +42,8 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
 
-# Shape, dtype, direction and sizes: clusters, all blocks, images of odd sizes, larger than memory.
+# The norm's shape, dtype, direction and sizes: clusters, all blocks, images of odd sizes, larger
+# than memory.
 LAUNCHES = (
     ((8, 128, 128, 128), "bfloat16", "fwd", dict(channels=32, members=8, pixels=128)),
     ((8, 128, 128, 128), "bfloat16", "fwd", {}),
@@ -60,18 +64,12 @@ def taken(folder):
     return [int(re.search(r"Used (\d+) registers", report)[1]), sum(map(int, spilled)), int(shared)]
 
 
-def main(folder):
+def stylize(sharding):
+    """The traced launches of the norm, by name."""
     import jax
-    from jax._src import xla_bridge
-    from jax.experimental import topologies
 
     from pallas_kernels.stylize import mosaic_gpu
 
-    xla_bridge.discover_pjrt_plugins()
-    rest = {"target_config": H200, "topology": "1x1x1"}
-    topology = topologies.get_topology_desc("1x1x1", "cuda", **rest)
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    found = {}
     for shape, dtype, direction, sizes in LAUNCHES:
         n, *_, c = shape
         x, each, known = (
@@ -84,11 +82,62 @@ def main(folder):
             )
         else:
             run = mosaic_gpu.backward.trace(x, known, each, each, x, x, activation="relu", **sizes)
-        run.lower(lowering_platforms=("cuda",)).compile()
-        found[f"{shape} {dtype} {direction} {sizes}"] = taken(folder)
+        yield f"{shape} {dtype} {direction} {sizes}", run
+
+
+def mlp(sharding):
+    """The traced launches of whole MLPs, by name: of every width, every tile of the first."""
+    import jax
+    import numpy as np
+
+    from pallas_kernels.mlp import mosaic_gpu_whole
+    from pallas_kernels.mlp.problem import Problem
+
+    for channels in (96, 128, 192):
+        problem = Problem((100352, channels), np.dtype("float16"), 4 * channels, channels)
+        x, first, second, inner, outer = (
+            jax.ShapeDtypeStruct(size, problem.dtype, sharding=sharding)
+            for size in (
+                *(problem.shape, (channels, problem.hidden), (problem.hidden, channels)),
+                *((problem.hidden,), (channels,)),
+            )
+        )
+        for tile in mosaic_gpu_whole.TILES if channels == 96 else [None]:
+            cut = mosaic_gpu_whole.tiling(problem, **(tile._asdict() if tile else {}))
+            if cut is not None:
+                given = x, (first, second), (inner, outer), x
+                yield f"{channels} {cut}", mosaic_gpu_whole.whole.trace(*given, cut=cut)
+
+
+def main(folder, operator):
+    import jax
+    from jax._src import xla_bridge
+    from jax.experimental import topologies
+
+    xla_bridge.discover_pjrt_plugins()
+    rest = {"target_config": H200, "topology": "1x1x1"}
+    topology = topologies.get_topology_desc("1x1x1", "cuda", **rest)
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    found = {}
+    for name, traced in {"stylize": stylize, "mlp": mlp}[operator](sharding):
+        traced.lower(lowering_platforms=("cuda",)).compile()
+        found[name] = taken(folder)
     json.dump(found, sys.stdout)
+
+
+def report(operator, folder):
+    """What each launch of an operator takes, of a process of its own."""
+    pytest.importorskip("jax_cuda13_plugin", reason="jax-cuda13-plugin and jax-cuda13-pjrt")
+    command = [sys.executable, "-m", "helpers.mosaic_gpu_compiled", str(folder), operator]
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[1], *filter(None, sys.path))))
+    # There is no cuDNN, of which nothing is needed.
+    rest = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    environment = os.environ | {"PYTHONPATH": paths} | rest
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
     os.environ |= {"MOSAIC_GPU_DUMP_TO": sys.argv[1], "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

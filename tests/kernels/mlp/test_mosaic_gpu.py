@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mosaic_gpu_compiled
 from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, shared_bytes
 
 from pallas_kernels.common import conformance, device
@@ -170,6 +171,15 @@ def test_tiles_of_a_whole_mlp_fit_on_a_multiprocessor(monkeypatch):
     # ConvNeXt-T's first kernels stay in shared memory, those of its second stage go round.
     first, second, *_ = map(cut_of, SHAPES.values())
     assert first.resident and first.consumers == 3 and not second.resident
+
+
+@pytest.mark.slow
+def test_whole_mlps_compile_without_a_gpu_and_keep_their_sums_in_registers(tmp_path):
+    found = mosaic_gpu_compiled.report("mlp", tmp_path)
+    assert len(found) >= 5
+    for name, (registers, spilled, shared) in found.items():
+        threads = 512 if "consumers=3" in name else 384
+        assert registers * threads <= 65536 and spilled == 0 and shared <= SHARED, name
 
 
 WHOLE = (

@@ -1,17 +1,13 @@
 """The Mosaic GPU kernels of the instance normalisation: lowered and interpreted, run on a GPU."""
 
-import json
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import mosaic_gpu_compiled
 from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, shared_bytes
 from helpers.stylize import assert_oracle, assert_sharded
 
@@ -114,13 +110,7 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 
 @pytest.mark.slow
 def test_kernels_compile_without_a_gpu_and_keep_what_they_hold_in_registers(tmp_path):
-    pytest.importorskip("jax_cuda13_plugin", reason="jax-cuda13-plugin and jax-cuda13-pjrt")
-    command = [sys.executable, "-m", "helpers.mosaic_gpu_compiled", str(tmp_path)]
-    paths = os.pathsep.join(map(str, (Path(__file__).parents[2], *filter(None, sys.path))))
-    environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = mosaic_gpu_compiled.report("stylize", tmp_path)
     assert len(found) == 5
     for name, (registers, spilled, shared) in found.items():
         # Four warpgroups share 65536 registers.
