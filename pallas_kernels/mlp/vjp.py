@@ -115,7 +115,12 @@ def mlp(
         arrays = (x, *residual), kernels, biases
         return _apply(plan, *vary_like(arrays, arrays))
 
-    return sharding.on_rows(rows, x, *([] if residual is None else [residual]))
+    if residual is None:
+        return sharding.on_rows(rows, x)
+    if plan.module.DIFFERENTIABLE and sharding.left_to_xla(x):
+        # Where XLA splits images along several axes it would gather the rows of the residual too.
+        return sharding.on_rows(rows, x) + residual
+    return sharding.on_rows(rows, x, residual)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -239,6 +239,15 @@ def test_a_call_is_whole_unless_it_is_differentiated(monkeypatch):
     call(x, implementation="mosaic_gpu")
     assert made == ["whole"]
     made.clear()
+
+    def one(x, residual):
+        return mlp(x, kernels, biases, residual=residual, implementation="mosaic_gpu")
+
+    mapped = jax.vmap(one, (0, None))(jnp.stack([x, 2 * x]), residual)
+    np.testing.assert_array_equal(mapped[1], one(2 * x, residual))
+    # All examples are one call.
+    assert made == ["whole"] * 2
+    made.clear()
     jax.grad(call)(x, implementation="mosaic_gpu")
     assert made[-2:] == ["widened", "narrowed_grad"]
     made.clear()
