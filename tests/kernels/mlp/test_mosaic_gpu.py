@@ -245,8 +245,7 @@ def test_a_call_is_whole_unless_it_is_differentiated(monkeypatch):
 
     mapped = jax.vmap(one, (0, None))(jnp.stack([x, 2 * x]), residual)
     np.testing.assert_array_equal(mapped[1], one(2 * x, residual))
-    # All examples are one call.
-    assert made == ["whole"] * 2
+    assert {*made} == {"whole"}
     made.clear()
     jax.grad(call)(x, implementation="mosaic_gpu")
     assert made[-2:] == ["widened", "narrowed_grad"]
