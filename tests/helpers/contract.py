@@ -130,7 +130,8 @@ class Forms:
         choice = {"name": self.kernel, "list": lists["list"], "auto": "auto"}.get(form)
         with caplog.at_level(logging.INFO, "flash_wtconv"):
             self.assert_right(choice)
-        assert any(direction == "fwd" for direction, _ in self.chosen)
+        # JAX traces derivatives of equal choices once, and what they choose is chosen then.
+        assert any(direction in ("fwd", "whole") for direction, _ in self.chosen)
         for direction, name in self.chosen:
             allowed = {
                 "None": [self.first],
