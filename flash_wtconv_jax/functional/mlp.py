@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.common import sharding
@@ -24,39 +23,9 @@ from pallas_kernels.common.gelu import gelu
 from pallas_kernels.common.types import Keywords, Tree
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.mlp import mlp
+from pallas_kernels.mlp.norm import normalized
 
 __all__ = ["MlpParams", "gelu", "mlp", "norm_mlp", "normalized", "response_norm"]
-
-
-@partial(jax.jit, static_argnames="epsilon")
-def normalized(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """Each pixel with mean 0 and variance 1 over its channels: LayerNorm without scale and bias.
-
-    The variance is that of what is left without the mean, in float32 or better: the difference of
-    two squares loses digits where the mean is large.
-
-    Args:
-        x: `[..., C]`, floating point.
-        epsilon: What is added to the variance.
-
-    Returns:
-        An array of the shape and dtype of x.
-
-    Example:
-        >>> normalized(jnp.array([[1.0, 3.0]]), epsilon=0.0).tolist()
-        [[-1.0, 1.0]]
-    """
-    run = partial(_normalized, epsilon)
-    # The backward pass reads x anyhow, so mean and variance cost it next to nothing; kept, XLA
-    # computes them in a pass of their own. In 16 bits that counts.
-    return (jax.checkpoint(run) if x.dtype.itemsize == 2 else run)(x)
-
-
-def _normalized(epsilon: float, x: jax.Array) -> jax.Array:
-    wide = x.astype(accumulation_dtype(x.dtype))
-    rest = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(rest * rest, axis=-1, keepdims=True)
-    return (rest * lax.rsqrt(variance + epsilon)).astype(x.dtype)
 
 
 def response_norm(
@@ -158,19 +127,22 @@ def norm_mlp(
     scaled = params.layer_scale is not None and (few or dtype == jnp.float16)
     # What is scaled, or widened, has its residual afterwards.
     last = None if scaled or residual is None or residual.dtype != dtype else residual
-    # Scopes are what profiles call the parts of a network.
-    with jax.named_scope("norm"):
-        y = sharding.by_pixel(partial(normalized, epsilon=epsilon), x.astype(dtype))
-        if few:
-            scale, shift = (
-                jnp.expand_dims(one.astype(dtype), range(x.ndim - 1)) for one in params.norm
-            )
-            y = y * scale + shift
+    y, before = x.astype(dtype), epsilon
+    # What is scaled, or has another norm inside, is normalised on its own.
+    if few or params.response is not None:
+        # Scopes are what profiles call the parts of a network.
+        with jax.named_scope("norm"):
+            y, before = sharding.by_pixel(partial(normalized, epsilon=epsilon), y), None
+            if few:
+                scale, shift = (
+                    jnp.expand_dims(one.astype(dtype), range(x.ndim - 1)) for one in params.norm
+                )
+                y = y * scale + shift
     with jax.named_scope("fold"):
         kernels, biases = _folded(params, dtype, norm=not few, scale=not scaled)
     if params.response is None:
         how: Keywords = {"precision": precision, "implementation": implementation}
-        y = mlp(y, kernels, biases, residual=last, **how)
+        y = mlp(y, kernels, biases, residual=last, epsilon=before, **how)
     else:
         y = gelu(_linear(y, kernels[0], biases[0], precision))
         y = response_norm(y, *params.response)

@@ -42,6 +42,7 @@ def mlp(
     biases: Sequence[ArrayLike],
     *,
     residual: ArrayLike | None = None,
+    epsilon: float | None = None,
     precision: Precision = None,
     implementation: Choice = None,
     out_sharding: sharding.OutSharding = None,
@@ -57,6 +58,8 @@ def mlp(
         kernels: `[C, hidden]` and `[hidden, features]`, of x's dtype.
         biases: `[hidden]` and `[features]`, any floating dtype; they are added in x's.
         residual: `[*batch, features]` of x's dtype, which is added to the output, or None.
+        epsilon: What is added to the variance of each row of x, over its channels, by which it is
+            divided once it has no mean: LayerNorm without scale and bias. None takes x as it is.
         precision: The precision of products of float32, as `jax.lax.dot_general` takes it.
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
@@ -97,9 +100,11 @@ def mlp(
     fwd, bwd, whole = spread.allowed(*requests)
     shape = spread.shard.local(rows.shape, vjp.RULE.operands[0])
     problem = Problem(shape, x.dtype, *second.shape)
-    chosen = whole.choose(problem, vjp.measurement, OPERATOR, "whole", problem, precision)
+    keys = OPERATOR, "whole", problem, precision, epsilon
+    chosen = whole.choose(problem, vjp.measurement, *keys)
     module = OPERATOR.module(chosen.implementation)
-    plan = vjp.Plan(module, chosen.config, precision, fwd, bwd, whole, spread.stated)
+    passes = fwd, bwd, whole
+    plan = vjp.Plan(module, chosen.config, precision, epsilon, *passes, spread.stated)
     return vjp.mlp(plan, x, (first, second), (inner, outer), residual)
 
 

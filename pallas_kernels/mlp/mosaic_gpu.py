@@ -60,6 +60,7 @@ def whole(
     biases: tuple[jax.Array, jax.Array],
     residual: jax.Array | None,
     *,
+    epsilon: float | None,
     precision: lax.Precision | None,
     **tile: int,
 ) -> jax.Array:
@@ -70,9 +71,9 @@ def whole(
     problem = Problem(x.shape, x.dtype, *kernels[1].shape)
     cut = mosaic_gpu_whole.tiling(problem, **tile)
     if cut is None:
-        return composed(widened, x, kernels, biases, residual, precision)
+        return composed(widened, x, kernels, biases, residual, epsilon, precision)
     with jax.named_scope("fc1_fc2"):
-        return mosaic_gpu_whole.whole(x, kernels, biases, residual, cut=cut)
+        return mosaic_gpu_whole.whole(x, kernels, biases, residual, epsilon=epsilon, cut=cut)
 
 
 def widened(

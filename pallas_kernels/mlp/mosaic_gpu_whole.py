@@ -16,13 +16,15 @@ Two products that follow each other, as in FlashAttention-3, with GELU in the pl
   is done, and the residual into the buffer that y is stored from, once the store before is.
 - **mbarriers:** a stage has one of each kernel for "full", on which its TMA load arrives, and one
   for "empty", on which all consumers do. Each consumer has one for x, and one for the residual.
+- **Norm:** where x is to be normalised, a consumer does so with its rows in shared memory.
 - **Epilogue:** bias and residual are added in float32, and y leaves by TMA stores, which leave out
   what lies outside the result. What TMA reads outside of an array is zero.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -161,7 +163,7 @@ def tiling(problem: Problem, **tile: int) -> _Tiling | None:
     return next((one for one in found if one.possible()), None)
 
 
-@partial(jax.jit, static_argnames=("cut",))
+@partial(jax.jit, static_argnames=("epsilon", "cut"))
 @in_32_bits
 def whole(
     x: jax.Array,
@@ -169,6 +171,7 @@ def whole(
     biases: tuple[jax.Array, jax.Array],
     residual: jax.Array | None,
     *,
+    epsilon: float | None,
     cut: _Tiling,
 ) -> jax.Array:
     """Returns the MLP of rows; see `vjp` for the arguments.
@@ -178,6 +181,7 @@ def whole(
         kernels: `[C, hidden]` and `[hidden, features]`.
         biases: `[hidden]` and `[features]`.
         residual: `[rows, features]`, or None.
+        epsilon: What the norm of x adds to the variance, or None.
         cut: What `tiling` returns.
     """
     inputs = x, kernels, biases, residual
@@ -198,7 +202,7 @@ def whole(
     names = [*arrays, "y", *scratch]
 
     def body(*refs: Ref) -> None:
-        _Block(cut=cut, **dict(zip(names, refs, strict=True))).run()
+        _Block(cut=cut, epsilon=epsilon, **dict(zip(names, refs, strict=True))).run()
 
     kernel = plgpu.kernel(
         body,
@@ -248,6 +252,7 @@ class _Block:
 
     Attributes:
         cut: How blocks share the result.
+        epsilon: What the norm of x adds to the variance, or None.
         x: The rows in global memory.
         first: The first kernel in global memory.
         second: The second one.
@@ -268,6 +273,7 @@ class _Block:
     """
 
     cut: _Tiling
+    epsilon: float | None
     x: Ref
     first: Ref
     second: Ref
@@ -350,6 +356,8 @@ class _Block:
 
         def tile(i: Index, stage: Index) -> Index:
             plgpu.barrier_wait(self.arrived.at[warpgroup])
+            if self.epsilon is not None:
+                self.normalize(warpgroup, self.epsilon)
 
             def summed(sums: Ref) -> Index:
                 def chunk(j: Index, stage: Index) -> Index:
@@ -407,6 +415,32 @@ class _Block:
             return sums[...]
 
         return pl.run_scoped(multiplied, plgpu.ACC((_ROWS, chunk), jnp.float32)) + bias
+
+    def normalize(self, warpgroup: Index, epsilon: float) -> None:
+        """Brings each of a consumer's rows, where they are, to mean 0 and variance 1."""
+        (depth, deep), channels = self.cut.read, self.cut.channels
+        rows, shape = self.images[1], (_ROWS, deep)
+
+        def mean(parts: Sequence[jax.Array]) -> jax.Array:
+            return reduce(operator.add, (part.sum(axis=1) for part in parts)) * (1 / channels)
+
+        def inside(k: int, values: jax.Array) -> jax.Array:
+            if (k + 1) * deep <= channels:
+                return values
+            column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+            return jnp.where(column < channels - k * deep, values, 0.0)
+
+        parts = [
+            gpu_load(rows.at[warpgroup, k], plgpu.Layout.WGMMA).astype(jnp.float32)
+            for k in range(depth)
+        ]
+        middle = lax.broadcast_in_dim(mean(parts), shape, (0,))
+        parts = [inside(k, part - middle) for k, part in enumerate(parts)]
+        factor = lax.rsqrt(mean([part * part for part in parts]) + epsilon)
+        for k, part in enumerate(parts):
+            done = part * lax.broadcast_in_dim(factor, shape, (0,))
+            rows.at[warpgroup, k][...] = done.astype(self.y.dtype)
+        plgpu.commit_smem()
 
     def load(self, i: Index, warpgroup: Index) -> None:
         """Issues the TMA loads of a consumer's rows of the i-th tile."""

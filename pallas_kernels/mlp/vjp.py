@@ -9,11 +9,12 @@ products are linear but for GELU, and bring their transposes along (`multilinear
 
 An implementation is a module with
 
-    whole(x, kernels, biases, residual, *, precision) -> y
+    whole(x, kernels, biases, residual, *, epsilon, precision) -> y
     widened(x, kernel, bias, *, kept, precision) -> (gelu(z),), or (gelu(z), z) if it is kept
     narrowed_grad(dy, kernel, before, *, precision) -> (dz, its sum over the rows)
 
-for `y = gelu(z) kernels[1] + biases[1] + residual`, of `residual [rows, features]` or None; `z = x
+for `y = gelu(z) kernels[1] + biases[1] + residual`, of `residual [rows, features]` or None, and of
+x as `norm.normalized` makes it with this epsilon, or of x itself if that is None; `z = x
 kernel + bias` of `x [rows, C]`, `kernel [C, hidden]`, `bias [hidden]`, which are the first of
 `kernels` and `biases`; and `dz = (dy kernel^T) gelu'(before)` of `dy [rows, features]`, `kernel
 [hidden, features]`, `before [rows, hidden]`, whose sum is in float32 or better. All arrays but the
@@ -33,11 +34,12 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
-from pallas_kernels.common.types import Tree
+from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
+from pallas_kernels.mlp.norm import normalized
 from pallas_kernels.mlp.problem import Problem
 from pallas_kernels.mlp.xla import sloped
 
@@ -64,6 +66,7 @@ class Plan(NamedTuple):
         module: The implementation.
         config: Its parameters.
         precision: The precision of products on matrix units.
+        epsilon: What LayerNorm adds to the variance, None without a norm.
         forward: The request by which derivatives choose an implementation of what they need of the
             forward pass; None in a plan that is timed, which nobody differentiates.
         backward: Likewise for the backward pass.
@@ -74,6 +77,7 @@ class Plan(NamedTuple):
     module: Implementation
     config: TuningParams
     precision: lax.Precision | None
+    epsilon: float | None
     forward: Request | None
     backward: Request | None
     request: Request | None = None
@@ -110,6 +114,11 @@ def mlp(
     plan: Plan, x: jax.Array, kernels: Pair, biases: Pair, residual: jax.Array | None
 ) -> jax.Array:
     """The operator for rows `[*batch, C]`."""
+    if plan.epsilon is not None and plan.module.DIFFERENTIABLE:
+        # Scopes are what profiles call the parts of a network.
+        with jax.named_scope("norm"):
+            x = sharding.by_pixel(partial(normalized, epsilon=plan.epsilon), x)
+        plan = plan._replace(epsilon=None)
 
     def rows(x: jax.Array, *residual: jax.Array) -> jax.Array:
         arrays = (x, *residual), kernels, biases
@@ -132,7 +141,8 @@ def _apply(plan: Plan, rows: tuple[jax.Array, ...], kernels: Pair, biases: Pair)
     ) -> jax.Array:
         x, residual = rows if len(rows) > 1 else (*rows, None)
         run = cast(Kernels, plan.module).whole
-        return run(x, kernels, biases, residual, precision=plan.precision, **dict(plan.config))
+        keys = {"epsilon": plan.epsilon, "precision": plan.precision, **dict(plan.config)}
+        return run(x, kernels, biases, residual, **keys)
 
     def problem(_: sharding.Shard, rows: tuple[jax.Array, ...], kernels: Pair, __: Pair) -> Problem:
         return Problem(rows[0].shape, rows[0].dtype, *kernels[1].shape)
@@ -153,7 +163,9 @@ def _apply_jvp(
 ) -> Pair:
     (x, *residual), (first, second), (inner, outer) = primals
     (dx, *dresidual), dkernels, (dinner, douter) = tangents
-    # Scopes are what profiles call the parts of a network.
+    if plan.epsilon is not None:
+        with jax.named_scope("norm"):
+            x, dx = jax.jvp(partial(normalized, epsilon=plan.epsilon), (x,), (dx,))
     with jax.named_scope("fc1"):
         after, before = _widened(plan.chosen(plan.forward, x, *second.shape), x, first, inner)
         moved = _product(plan, dx, first) + _product(plan, x, dkernels[0]), dinner
@@ -265,7 +277,11 @@ def _product(plan: Plan, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def measurement(
-    operator: Operator, direction: str, problem: Problem, precision: lax.Precision | None
+    operator: Operator,
+    direction: str,
+    problem: Problem,
+    precision: lax.Precision | None,
+    epsilon: float | None = None,
 ) -> JaxMeasurement:
     """The measurement that runs and times an implementation on arrays like those of a call.
 
@@ -274,6 +290,7 @@ def measurement(
         direction: "fwd", "bwd" or "whole".
         problem: The call.
         precision: The precision of products on matrix units.
+        epsilon: What the norm of "whole" adds to the variance, None without a norm.
 
     Returns:
         A measurement of the problem.
@@ -296,7 +313,11 @@ def measurement(
         kernels, keys = cast(Kernels, module), {"precision": precision, **dict(config)}
         if direction == "fwd":
             return partial(kernels.widened, kept=True, **keys)
-        return partial(kernels.whole if direction == "whole" else kernels.narrowed_grad, **keys)
+        if direction == "bwd":
+            return partial(kernels.narrowed_grad, **keys)
+        return partial(kernels.whole, epsilon=epsilon, **keys)
 
-    static = {"precision": precision and precision.name}
+    static: Json = {"precision": precision and precision.name}
+    if epsilon is not None:
+        static["norm"] = True
     return JaxMeasurement(run, arrays, operator.module("xla"), static)

@@ -8,6 +8,7 @@ from jax import lax
 
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.gelu import gelu
+from pallas_kernels.mlp.norm import normalized
 from pallas_kernels.mlp.problem import Problem
 
 DIFFERENTIABLE = True
@@ -28,10 +29,11 @@ def whole(
     biases: tuple[jax.Array, jax.Array],
     residual: jax.Array | None,
     *,
+    epsilon: float | None,
     precision: lax.Precision | None,
 ) -> jax.Array:
     """The MLP of rows; see `vjp`."""
-    return composed(widened, x, kernels, biases, residual, precision)
+    return composed(widened, x, kernels, biases, residual, epsilon, precision)
 
 
 def composed(
@@ -40,9 +42,13 @@ def composed(
     kernels: tuple[jax.Array, jax.Array],
     biases: tuple[jax.Array, jax.Array],
     residual: jax.Array | None,
+    epsilon: float | None,
     precision: lax.Precision | None,
 ) -> jax.Array:
     """The MLP of rows by `widened` of any implementation, with hidden rows in memory."""
+    if epsilon is not None:
+        with jax.named_scope("norm"):
+            x = normalized(x, epsilon)
     # Scopes are what profiles call the parts of a network.
     with jax.named_scope("fc1"):
         (after,) = first(x, kernels[0], biases[0], kept=False, precision=precision)

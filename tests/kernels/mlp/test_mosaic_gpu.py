@@ -145,7 +145,9 @@ def cut_of(shape, **tile):
 )
 def test_a_whole_mlp_lowers_for_cuda(name):
     shape = (SHAPES | RAGGED | WIDE)[name]
-    assert "mosaic_gpu" in lowered(mosaic_gpu_whole.whole, *whole_shapes(shape), cut=cut_of(shape))
+    assert "mosaic_gpu" in lowered(
+        mosaic_gpu_whole.whole, *whole_shapes(shape), epsilon=1e-6, cut=cut_of(shape)
+    )
 
 
 def test_tiles_of_a_whole_mlp_fit_on_a_multiprocessor(monkeypatch):
@@ -164,7 +166,7 @@ def test_tiles_of_a_whole_mlp_fit_on_a_multiprocessor(monkeypatch):
                 assert 0 <= parts * size - shape.channels < 16
             assert cut.resident == (cut.stages >= math.ceil(shape.hidden / cut.chunk))
             assert (cut.tiles - 1) * 64 * cut.consumers < shape.rows
-            y = shapes(mosaic_gpu_whole.whole, *whole_shapes(shape), cut=cut)
+            y = shapes(mosaic_gpu_whole.whole, *whole_shapes(shape), epsilon=None, cut=cut)
             assert y.shape == (shape.rows, shape.channels)
             (scratch, _) = made[-1]
             assert shared_bytes(scratch) <= SHARED
@@ -199,7 +201,7 @@ WHOLE = (
 def test_interpreted_whole_mlps_are_float32s(
     shape, dtype, hidden, features, tile, memory, scale, interpreted, monkeypatch
 ):
-    """With a residual and without one, to the rounding of the hidden rows and of the output."""
+    """With a residual and without one, a norm and none, to the rounding of rows and output."""
     if memory is not None:
         monkeypatch.setattr(mosaic_gpu_whole, "SHARED", memory * 1024)
     arrays = whole_arrays(shape, dtype, hidden, features, scale)
@@ -207,14 +209,14 @@ def test_interpreted_whole_mlps_are_float32s(
     cut = mosaic_gpu_whole.tiling(problem, **tile)
     assert cut.resident == (memory is None)
     *given, residual = jax.tree.map(lambda a: a.astype(jnp.float32), arrays)
-    want = xla.whole(*given, None, precision="highest")
     eps = float(jnp.finfo(dtype).eps)
-    for added in (None, residual)[memory is not None :]:
-        got = mosaic_gpu_whole.whole(
-            *arrays[:3], None if added is None else arrays[3], cut=cut
-        ).astype(jnp.float32)
-        wanted = want if added is None else want + added
-        assert float(jnp.abs(got - wanted).max()) <= 2 * eps * float(jnp.abs(wanted).max())
+    for epsilon in (1e-6, None)[: 1 + (memory is None)]:
+        added = None if epsilon is None else residual
+        want = xla.whole(*given, added, epsilon=epsilon, precision="highest")
+        own = None if added is None else arrays[3]
+        got = mosaic_gpu_whole.whole(*arrays[:3], own, epsilon=epsilon, cut=cut)
+        error = float(jnp.abs(got.astype(jnp.float32) - want).max())
+        assert error <= 2 * eps * float(jnp.abs(want).max())
 
 
 def test_a_call_is_whole_unless_it_is_differentiated(monkeypatch):
@@ -262,7 +264,8 @@ def test_a_call_is_whole_unless_it_is_differentiated(monkeypatch):
 def test_a_whole_mlp_that_is_too_wide_has_its_hidden_rows_in_memory(monkeypatch):
     made = recorded_launches(monkeypatch)
     y = jax.eval_shape(
-        lambda *arrays: mosaic_gpu.whole(*arrays, precision=None), *whole_shapes(Shape(64, 384))
+        lambda *arrays: mosaic_gpu.whole(*arrays, epsilon=1e-6, precision=None),
+        *whole_shapes(Shape(64, 384)),
     )
     assert y.shape == (64, 384) and len(made) == 1
 
