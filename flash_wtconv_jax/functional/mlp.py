@@ -127,12 +127,13 @@ def norm_mlp(
     scaled = params.layer_scale is not None and (few or dtype == jnp.float16)
     # What is scaled, or widened, has its residual afterwards.
     last = None if scaled or residual is None or residual.dtype != dtype else residual
-    y, before = x.astype(dtype), epsilon
+    y = x.astype(dtype)
+    inside: float | None = epsilon
     # What is scaled, or has another norm inside, is normalised on its own.
     if few or params.response is not None:
         # Scopes are what profiles call the parts of a network.
         with jax.named_scope("norm"):
-            y, before = sharding.by_pixel(partial(normalized, epsilon=epsilon), y), None
+            y, inside = sharding.by_pixel(partial(normalized, epsilon=epsilon), y), None
             if few:
                 scale, shift = (
                     jnp.expand_dims(one.astype(dtype), range(x.ndim - 1)) for one in params.norm
@@ -142,7 +143,7 @@ def norm_mlp(
         kernels, biases = _folded(params, dtype, norm=not few, scale=not scaled)
     if params.response is None:
         how: Keywords = {"precision": precision, "implementation": implementation}
-        y = mlp(y, kernels, biases, residual=last, epsilon=before, **how)
+        y = mlp(y, kernels, biases, residual=last, epsilon=inside, **how)
     else:
         y = gelu(_linear(y, kernels[0], biases[0], precision))
         y = response_norm(y, *params.response)

@@ -106,7 +106,8 @@ def mlp(sharding):
             cut = mosaic_gpu_whole.tiling(problem, **(tile._asdict() if tile else {}))
             if cut is not None:
                 given = x, (first, second), (inner, outer), x
-                yield f"{channels} {cut}", mosaic_gpu_whole.whole.trace(*given, epsilon=1e-6, cut=cut)
+                keys = {"epsilon": 1e-6, "cut": cut}
+                yield f"{channels} {cut}", mosaic_gpu_whole.whole.trace(*given, **keys)
 
 
 def main(folder, operator):
