@@ -626,6 +626,26 @@ def test_style_transfer(works, tmp_path, monkeypatch):
         assert ("style_vit", "forward", "TransformerNet") in of
 
 
+@pytest.mark.usefixtures("styles")
+def test_a_run_that_is_stopped_leaves_what_it_has_timed(tmp_path, monkeypatch):
+    """The report that is there says what is not, so that no part of `bench all` counts as made."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stylize, "_network", stopped)
+    arguments = "--work", "ladder", "--work", "network", "--size", 8, "--out", tmp_path / "part"
+    assert bench(*arguments, benchmark="stylize").exit_code == 130
+    report = json.loads((tmp_path / "part" / "stylize.json").read_text())
+    assert {row["work"] for row in report["rows"]} == {"ladder"}
+    assert report["left"] == ["network 8 x 8, batch 1, float32"]
+    part = everything.Part("part", (), "stylize.json")
+    assert not everything.is_made(tmp_path, part)
+    monkeypatch.setattr(stylize, "_network", stylize._training)
+    assert bench(*arguments, benchmark="stylize").exit_code == 0
+    assert everything.is_made(tmp_path, part)
+
+
 def test_the_fastest_layers_are_kept_and_their_parts_too():
     names = {"style_512_trunk": (3.0, 1.0, 2.0), "style_512_down1": (1.0, 3.0, 2.0)}
     rows = [
