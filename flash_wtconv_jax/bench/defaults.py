@@ -104,7 +104,9 @@ def entries(
     found = []
     for of, ms in measured.values():
         forward = {name: time for (direction, name), time in ms.items() if direction == "forward"}
-        both = ((name, ms["forward+backward", name] - forward[name]) for name in forward)
+        # A report may not be whole.
+        timed = [name for name in forward if ("forward+backward", name) in ms]
+        both = ((name, ms["forward+backward", name] - forward[name]) for name in timed)
         backward = {name: time for name, time in both if time > 0}
         found += [
             {

@@ -536,6 +536,8 @@ def test_the_fastest_of_each_direction():
         "levels": 2,
         "wavelet": "haar",
     }
+    del report["rows"][-2:]
+    assert wtconv.defaults(report) == [forward]
     report["rows"] = [row("forward", "flash", 0.5), row("forward+backward", "flash", 0.5)]
     assert wtconv.defaults(report) == []
 
