@@ -245,7 +245,9 @@ class Network:
         def loss(params: nnx.State) -> jax.Array:
             scores = self.logits(params, images).astype(jnp.float32)
             with jax.named_scope("loss"):
-                return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+                # Picking a number of each row has no transpose on Explicit axes (JAX 0.11).
+                wanted = jax.nn.one_hot(labels, scores.shape[-1])
+                return optax.softmax_cross_entropy(scores, wanted).mean()
 
         params, memory = state
         value, gradients = jax.value_and_grad(loss)(params)
