@@ -485,10 +485,11 @@ def test_a_device_that_is_not_here(monkeypatch, tmp_path):
 def test_several_implementations_are_contenders_and_the_fastest_is_kept(
     monkeypatch, tmp_path, longer
 ):
-    ours = wtconv.wtconv2d
+    ours = wtconv._WTCONV[2]
     monkeypatch.setattr(wtconv, "_registered", lambda dtype: {})
     monkeypatch.setattr(wtconv, "implementations", lambda shape, dtype: ["mosaic_tpu", "xla"])
-    monkeypatch.setattr(wtconv, "wtconv2d", lambda x, params, implementation=None: ours(x, params))
+    named = lambda x, params, implementation=None: ours(x, params)  # noqa: E731
+    monkeypatch.setitem(wtconv._WTCONV, 2, named)
     monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
     result = bench("--shape", "pixel", "--write-defaults", "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -842,7 +843,7 @@ def test_everything_is_made_in_parts(monkeypatch, tmp_path, undrawn):
     assert "depthwise_float32 was stopped after 9.0 minutes" in first.output
     assert "not made yet: depthwise_float32, depthwise_bfloat16, sparse" in first.output
     joined = json.loads((tmp_path / "wtconv_float32.json").read_text())
-    assert len(joined["rows"]) == 2 and (tmp_path / "wtconv_bfloat16_roofline.png").exists()
+    assert len(joined["rows"]) == 3 and (tmp_path / "wtconv_bfloat16_roofline.png").exists()
     before = list(made)
     made.append("sparse")
     last = bench("--out", tmp_path, benchmark="all")
