@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from statistics import geometric_mean
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax import lax
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
-from flash_wtconv_jax.bench.reports import check_shapes, head
+from flash_wtconv_jax.bench.reports import Keep, check_shapes, head, unkept
 from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.types import Json, Keywords, Tree
@@ -35,6 +36,7 @@ def run(
     shapes: list[str],
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "bfloat16",
+    keep: Keep = unkept,
 ) -> Json:
     """Times `lax.conv_general_dilated` and every implementation that can compute a shape here.
 
@@ -42,12 +44,13 @@ def run(
         shapes: Names in `pallas_kernels.conv2d.shapes.SHAPES`.
         progress: Told a label and a number of steps, returns what to call after each step.
         dtype: Dtype of x, the filters and the bias, one of `wtconv.DTYPES`.
+        keep: Told the report so far whenever rows are added, `left` naming what is to come.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
         `wtconv.run`; a row for each expression, shape, direction and contender with its times in
-        milliseconds, `tflops_per_s`, and `speedup`, the median of plain JAX over its own; and the
-        `means` of the speedups over the shapes.
+        milliseconds, `tflops_per_s`, and `speedup`, the median of plain JAX over its own; the
+        `means` of the speedups over the shapes; and what is `left`, nothing in the end.
 
     Raises:
         ValueError: An unknown shape or dtype.
@@ -55,39 +58,43 @@ def run(
     check_shapes(shapes, SHAPES)
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
-    rows: list[Json] = []
-    for expression, arguments in EXPRESSIONS.items():
-        for shape in shapes:
-            contenders: dict[str, Callable[..., jax.Array]] = {_PLAIN: partial(_plain, **arguments)}
-            layer = SHAPES[shape]
-            for name in implementations(layer, dtype):
-                contenders[f"{OURS} {name}"] = partial(_ours, implementation=name, **arguments)
-            compiled = {name: _compiled(one, layer, dtype) for name, one in contenders.items()}
-            for direction, work in (("forward", 1), ("forward+backward", 3)):
-                step = progress(f"{shape} {expression} {direction}", clock.turns(len(compiled)))
-                calls = {name: both[direction] for name, both in compiled.items()}
-                times = clock.take_turns(calls, step)
-                rows += [
-                    {
-                        "expression": expression,
-                        "shape": shape,
-                        "x": list(layer.x),
-                        "w": list(layer.w),
-                        "direction": direction,
-                        "contender": name,
-                        **spread.row(),
-                        "tflops_per_s": work * layer.operations / spread.median / 1e9,
-                        **comparison(spread, times[_PLAIN]),
-                    }
-                    for name, spread in times.items()
-                ]
-    return {
+    report: Json = {
         **head("conv2d", clock, no_device_events),
         "dtype": dtype,
         "baseline": _PLAIN,
-        "rows": rows,
-        "means": _means(rows),
+        "rows": [],
+        "means": [],
+        "left": [" ".join(one) for one in product(EXPRESSIONS, dict.fromkeys(shapes))],
     }
+    for label in [*report["left"]]:
+        expression, shape = label.split()
+        arguments, layer = EXPRESSIONS[expression], SHAPES[shape]
+        contenders: dict[str, Callable[..., jax.Array]] = {_PLAIN: partial(_plain, **arguments)}
+        for name in implementations(layer, dtype):
+            contenders[f"{OURS} {name}"] = partial(_ours, implementation=name, **arguments)
+        compiled = {name: _compiled(one, layer, dtype) for name, one in contenders.items()}
+        for direction, work in (("forward", 1), ("forward+backward", 3)):
+            step = progress(f"{label} {direction}", clock.turns(len(compiled)))
+            calls = {name: both[direction] for name, both in compiled.items()}
+            times = clock.take_turns(calls, step)
+            report["rows"] += [
+                {
+                    "expression": expression,
+                    "shape": shape,
+                    "x": list(layer.x),
+                    "w": list(layer.w),
+                    "direction": direction,
+                    "contender": name,
+                    **spread.row(),
+                    "tflops_per_s": work * layer.operations / spread.median / 1e9,
+                    **comparison(spread, times[_PLAIN]),
+                }
+                for name, spread in times.items()
+            ]
+        report["left"].remove(label)
+        report["means"] = _means(report["rows"])
+        keep(report)
+    return report
 
 
 def known() -> dict[str, Shape]:

@@ -106,7 +106,9 @@ def entries(
     found = []
     for of, ms in measured.values():
         forward = {name: time for (direction, name), time in ms.items() if direction == "forward"}
-        both = {name: ms["forward+backward", name] for name in forward}
+        # A report may not be whole.
+        timed_both = [name for name in forward if ("forward+backward", name) in ms]
+        both = {name: ms["forward+backward", name] for name in timed_both}
         rest = {name: time - forward[name] for name, time in both.items()}
         backward = {name: time for name, time in rest.items() if time > 0}
         timed = {"fwd": forward, "bwd": backward}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import able, each, entries
-from flash_wtconv_jax.bench.reports import check_shapes, head
+from flash_wtconv_jax.bench.reports import Keep, check_shapes, head, unkept
 from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
 from pallas_kernels.common import device
@@ -28,6 +28,7 @@ def run(
     shapes: list[str],
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "bfloat16",
+    keep: Keep = unkept,
 ) -> Json:
     """Times a copy of x, `lax.conv_general_dilated`, our layer, and each of its implementations.
 
@@ -35,13 +36,15 @@ def run(
         shapes: Names in `pallas_kernels.depthwise.shapes.FOR_PLATFORM` of the device.
         progress: Told a label and a number of steps, returns what to call after each step.
         dtype: Dtype of x, dy and the parameters, one of `wtconv.DTYPES`.
+        keep: Told the report so far whenever rows are added, `left` naming what is to come.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
         `wtconv.run`; a row for each shape, direction and contender with its times in milliseconds;
         `copies`, its median over that of a copy of x, which is two of the `passes` of
         `wtconv.PASSES` ("forward+backward" counts in 2.5 copies, five passes); `speedup`, the
-        median of plain JAX over its own; and for JAX's programs `temporaries` and `extra_memory`.
+        median of plain JAX over its own; for JAX's programs `temporaries` and `extra_memory`; and
+        the shapes that are `left`, none in the end.
 
     Raises:
         ValueError: An unknown shape or dtype.
@@ -50,8 +53,14 @@ def run(
     check_shapes(shapes, named)
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
-    rows: list[Json] = []
-    for name in shapes:
+    report: Json = {
+        **head("depthwise", clock, no_device_events),
+        "dtype": dtype,
+        "baseline": _PLAIN,
+        "rows": [],
+        "left": list(dict.fromkeys(shapes)),
+    }
+    for name in [*report["left"]]:
         layer = named[name]
         copies = drawn_copies(layer.x, layer.y, dtype)
         programs = {
@@ -64,7 +73,7 @@ def run(
             calls = {_COPY: copy} | {contender: one.call for contender, one in here.items()}
             step = progress(f"{name} {direction}", clock.turns(len(calls)))
             times = clock.take_turns(calls, step)
-            rows += [
+            report["rows"] += [
                 {
                     "shape": name,
                     "x": list(layer.x),
@@ -82,12 +91,9 @@ def run(
                 }
                 for contender, spread in times.items()
             ]
-    return {
-        **head("depthwise", clock, no_device_events),
-        "dtype": dtype,
-        "baseline": _PLAIN,
-        "rows": rows,
-    }
+        report["left"].remove(name)
+        keep(report)
+    return report
 
 
 def known() -> dict[str, Shape]:

@@ -4,6 +4,7 @@ With the residual, as in a block.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.defaults import able, each, entries
-from flash_wtconv_jax.bench.reports import check_shapes, head
+from flash_wtconv_jax.bench.reports import Keep, check_shapes, head, unkept
 from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
 from pallas_kernels.common.device import on_cpu
@@ -29,6 +30,7 @@ def run(
     shapes: list[str],
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "bfloat16",
+    keep: Keep = unkept,
 ) -> Json:
     """Times plain JAX, our MLP, and each of its implementations, where there are several.
 
@@ -36,11 +38,13 @@ def run(
         shapes: Names in `pallas_kernels.mlp.shapes.SHAPES`; on a CPU of 4 images.
         progress: Told a label and a number of steps, returns what to call after each step.
         dtype: Dtype of x, dy and the parameters, one of `wtconv.DTYPES`.
+        keep: Told the report so far whenever rows are added, `left` naming what is to come.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
         `wtconv.run`; a row for each shape, direction and contender with its times in milliseconds,
-        `tflops_per_s`, and `speedup`, the median of plain JAX over its own.
+        `tflops_per_s`, and `speedup`, the median of plain JAX over its own; and the shapes that are
+        `left`, none in the end.
 
     Raises:
         ValueError: An unknown shape or dtype.
@@ -49,15 +53,24 @@ def run(
     check_shapes(shapes, named)
     check_dtype(dtype)
     clock, no_device_events = clocks.best()
-    rows: list[Json] = []
-    for name in shapes:
+    report: Json = {
+        **head("mlp", clock, no_device_events),
+        "dtype": dtype,
+        "baseline": _PLAIN,
+        "rows": [],
+        "left": list(dict.fromkeys(shapes)),
+    }
+    for name in [*report["left"]]:
         shape = named[name]
         rows_of_x = shape.rows, shape.channels
         copies = drawn_copies(rows_of_x, rows_of_x, dtype)
-        programs = {
-            contender: compiled_calls(function, _params(shape, dtype), copies)
-            for contender, function in _contenders(shape, dtype).items()
-        }
+        params, contenders = _params(shape, dtype), _contenders(shape, dtype)
+        with ThreadPoolExecutor() as pool:
+            jobs = {
+                contender: pool.submit(compiled_calls, function, params, copies)
+                for contender, function in contenders.items()
+            }
+            programs = {contender: job.result() for contender, job in jobs.items()}
         for direction in PASSES:
             calls = {contender: each[direction].call for contender, each in programs.items()}
             step = progress(f"{name} {direction}", clock.turns(len(calls)))
@@ -65,7 +78,7 @@ def run(
             # Two products forward, and two for each of them backward.
             products = 2 if direction == "forward" else 6
             operations = 2 * products * shape.rows * shape.channels * shape.hidden
-            rows += [
+            report["rows"] += [
                 {
                     "shape": name,
                     "x": list(rows_of_x),
@@ -78,12 +91,9 @@ def run(
                 }
                 for contender, spread in times.items()
             ]
-    return {
-        **head("mlp", clock, no_device_events),
-        "dtype": dtype,
-        "baseline": _PLAIN,
-        "rows": rows,
-    }
+        report["left"].remove(name)
+        keep(report)
+    return report
 
 
 def known() -> dict[str, Shape]:

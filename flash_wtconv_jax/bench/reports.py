@@ -1,12 +1,19 @@
 """The parts of reports that several benchmarks share."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import date
 from typing import Any
 
 from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench.clocks import Clock
 from pallas_kernels.common.types import Json
+
+Keep = Callable[[Json], None]
+"""What keeps a report that is not whole yet: a run that is stopped loses what it is at alone."""
+
+
+def unkept(report: Json) -> None:
+    """Keeps nothing."""
 
 
 def head(

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from flash_wtconv_jax import environment, models
 from flash_wtconv_jax.bench.clocks import HostClock
 from flash_wtconv_jax.bench.collectives import collectives
+from flash_wtconv_jax.bench.reports import Keep, unkept
 from flash_wtconv_jax.bench.sharding_cases import Case, cases
 from flash_wtconv_jax.bench.wtconvnext import Network
 from pallas_kernels.common import device
@@ -40,6 +41,7 @@ def run(
     devices: Sequence[int] | None = None,
     operators: Sequence[str] | None = None,
     minutes: float = 8.0,
+    keep: Keep = unkept,
 ) -> Json:
     """Compares operators over several devices with one, and times training and a large image.
 
@@ -50,6 +52,7 @@ def run(
             the most of these.
         operators: Names of cases of `sharding_cases.cases`; None is all.
         minutes: Nothing is begun after so many; the report names what is left.
+        keep: Told the report so far after each call, `left` naming what is to come.
 
     Returns:
         A JSON-able report: device, versions, date, `rows` by part, each with what it found `wrong`,
@@ -77,32 +80,33 @@ def run(
         "training": _training(counts, small),
         "rows": _rows(counts, small),
     }
-    rows, failed, left = [], [], []
-    for part in parts or PARTS:
-        todo = [*jobs[part]]
-        step = progress(part, len(todo))
-        for label, job in todo:
-            if time.monotonic() >= end:
-                left.append(f"{part}: {label}")
-            else:
-                try:
-                    rows.append({"part": part, "label": label, **job()})
-                # Whatever one call dies of, the others are still told of.
-                except Exception as error:
-                    failed.append(f"{part}: {label}: {type(error).__name__}: {error}")
-            step()
-    _compare(rows)
-    return {
+    chosen = {part: [*jobs[part]] for part in parts or PARTS}
+    report: Json = {
         "benchmark": "sharding",
         "date": date.today().isoformat(),
         "device": environment.device(),
         "versions": environment.versions(),
         "clock": HostClock.name,
         "no_device_events": None,
-        "rows": rows,
-        "failed": failed,
-        "left": left,
+        "rows": [],
+        "failed": [],
+        "left": [f"{part}: {label}" for part, todo in chosen.items() for label, _ in todo],
     }
+    for part, todo in chosen.items():
+        step = progress(part, len(todo))
+        for label, job in todo:
+            if time.monotonic() < end:
+                try:
+                    report["rows"].append({"part": part, "label": label, **job()})
+                # Whatever one call dies of, the others are still told of.
+                except Exception as error:
+                    failed = f"{part}: {label}: {type(error).__name__}: {error}"
+                    report["failed"].append(failed)
+                report["left"].remove(f"{part}: {label}")
+                _compare(report["rows"])
+                keep(report)
+            step()
+    return report
 
 
 def mesh_of(count: int, name: str, kind: str) -> Mesh:

@@ -18,6 +18,7 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.reports import Keep, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.device import platform
@@ -79,7 +80,7 @@ def run(
     dtype: str = "bfloat16",
     minutes: float | None = None,
     before: Json | None = None,
-    keep: Callable[[Json], None] = lambda report: None,
+    keep: Keep = unkept,
 ) -> Json:
     """Times the map, plain JAX, and every implementation that can compute a layer here.
 

@@ -14,9 +14,11 @@ import optax
 from flax import nnx
 
 from flash_wtconv_jax import checkpoints
-from flash_wtconv_jax.bench import clocks, reports
+from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
+from flash_wtconv_jax.bench.networks import drawn
+from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from flash_wtconv_jax.models import StyleViT, TransformerNet
@@ -115,6 +117,7 @@ def run(
     sizes: Sequence[int] | None = None,
     batches: Sequence[int] | None = None,
     dtypes: Sequence[str] | None = None,
+    keep: Keep = unkept,
 ) -> Json:
     """Times what was asked for, each group of contenders in one run.
 
@@ -138,12 +141,13 @@ def run(
         batches: Numbers of images; None is 1 and 8, on a CPU 1.
         dtypes: From `wtconv.DTYPES`; None is bfloat16, float16 and float32, on a TPU without
             float16, on a CPU float32.
+        keep: Told the report so far whenever rows are added, `left` naming what is to come.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` and `no_device_events` as in
         `wtconv.run`, and a row for each group and contender with its times in milliseconds,
         `speedup`, the baseline's median over its own, of a norm `over_copy`, and the bytes of its
-        `temporaries`. A row without times says `why_not`.
+        `temporaries`. A row without times says `why_not`. `left` is empty in the end.
 
     Raises:
         ValueError: An argument is unknown or out of range.
@@ -165,16 +169,21 @@ def run(
         if value < least:
             raise ValueError(f"{what} must be at least {least}, got {value}")
     clock, no_device_events = clocks.best()
-    rows: list[Json] = []
-    for group in _groups(works, names, sizes, batches, dtypes):
-        label = " ".join(str(group.head[key]) for key in ("work", "name", "dtype", "direction"))
-        step = progress(label, clock.turns(len(group.programs)))
-        times = clock.take_turns({who: one.call for who, one in group.programs.items()}, step)
-        rows += _rows(group, times)
-    return {
-        **reports.head("stylize", clock, no_device_events, _registered()),
-        "rows": rows,
+    jobs = _jobs(works, names, sizes, batches, dtypes)
+    report: Json = {
+        **head("stylize", clock, no_device_events, _registered()),
+        "rows": [],
+        "left": [*jobs],
     }
+    for job, groups in jobs.items():
+        for group in groups():
+            label = " ".join(str(group.head[key]) for key in ("work", "name", "dtype", "direction"))
+            step = progress(label, clock.turns(len(group.programs)))
+            times = clock.take_turns({who: one.call for who, one in group.programs.items()}, step)
+            report["rows"] += _rows(group, times)
+        report["left"].remove(job)
+        keep(report)
+    return report
 
 
 def implementations(name: str, dtype: str) -> list[str]:
@@ -243,32 +252,35 @@ def _rows(group: _Group, times: Mapping[str, Spread]) -> list[Json]:
     return rows
 
 
-def _groups(
+def _jobs(
     works: Sequence[str],
     names: Sequence[str],
     sizes: Sequence[int],
     batches: Sequence[int],
     dtypes: Sequence[str],
-) -> Iterator[_Group]:
-    """Everything that is timed, each group compiled when it is its turn."""
+) -> dict[str, Callable[[], Iterator[_Group]]]:
+    """Everything that is timed, by its name; each group is compiled when it is its turn."""
+    found: dict[str, Callable[[], Iterator[_Group]]] = {}
     for work, own in (("norm", _norm), ("layer", _layer)):
         known: Mapping[str, Any] = NORMS if work == "norm" else LAYERS
         if work in works:
             for name, dtype in product(names, dtypes):
                 if name in known:
-                    yield from own(name, dtype)
+                    found[f"{work} {name} {dtype}"] = partial(own, name, dtype)
     networks: dict[str, Callable[[int, int, str], Iterator[_Group]]] = {
         "network": _network,
         "training": _training,
         "style_vit": _style_vit,
     }
     for size, batch in product(sizes, batches):
+        pictures = f"{size} x {size}, batch {batch}"
         if "ladder" in works:
-            yield from _ladder(size, batch, dtypes)
+            found[f"ladder {pictures}"] = partial(_ladder, size, batch, dtypes)
         for work, make in networks.items():
             if work in works:
                 for dtype in dtypes:
-                    yield from make(size, batch, dtype)
+                    found[f"{work} {pictures}, {dtype}"] = partial(make, size, batch, dtype)
+    return found
 
 
 def _norm(name: str, dtype: str) -> Iterator[_Group]:
@@ -514,7 +526,11 @@ def _style_vit(size: int, batch: int, dtype: str) -> Iterator[_Group]:
         if dtype == "float32" and scores > _SCORES:
             others[f"StyleViT {name}"] = f"attention's scores would be {scores / 1e9:.0f} GB"
             continue
-        vit = nnx.jit(lambda name=name: StyleViT(name, rngs=nnx.Rngs(0), dtype=dtype))()
+
+        def make(name: str = name) -> StyleViT:
+            return StyleViT(name, rngs=nnx.Rngs(0), dtype=dtype)
+
+        vit = drawn(make)
         definition, own, *rest = nnx.split(vit, nnx.Param, ...)
 
         def infer(own: nnx.State, *pair: jax.Array, made: Any = (definition, rest)) -> jax.Array:
@@ -534,7 +550,7 @@ def _head(work: str, size: int, batch: int, dtype: str, direction: str) -> Json:
 
 def _made(size: int, batch: int, dtype: str) -> tuple[TransformerNet, nnx.State, jax.Array]:
     """A network, its parameters in float32, and images."""
-    model = nnx.jit(lambda: TransformerNet(rngs=nnx.Rngs(0), dtype=dtype))()
+    model = drawn(lambda: TransformerNet(rngs=nnx.Rngs(0), dtype=dtype))
     images = jax.random.uniform(jax.random.key(0), (batch, size, size, 3), maxval=255.0)
     return model, nnx.state(model, nnx.Param), images.astype(dtype)
 

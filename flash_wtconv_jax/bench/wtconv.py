@@ -16,7 +16,7 @@ from jax import lax
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
-from flash_wtconv_jax.bench.reports import check_shapes, head
+from flash_wtconv_jax.bench.reports import Keep, check_shapes, head, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from pallas_kernels.common import device
 from pallas_kernels.common.device import on_cpu
@@ -68,6 +68,7 @@ def run(
     progress: Callable[[str, int], Callable[[], None]],
     dtype: str = "float32",
     each: bool = False,
+    keep: Keep = unkept,
 ) -> Json:
     """Times every contender that this machine has.
 
@@ -82,6 +83,7 @@ def run(
         progress: Told a label and a number of steps, returns what to call after each step.
         dtype: Dtype of x, dy and the parameters, one of `DTYPES`.
         each: Also every implementation that can compute a shape, where several can ("flash xla").
+        keep: Told the report so far whenever rows are added, `left` naming what is to come.
 
     Returns:
         A JSON-able report: device, versions, date, `clock` (and `no_device_events`, why a GPU's
@@ -90,8 +92,9 @@ def run(
         bandwidth, and `over_floor`; `speedup`, the baseline's median over its own, and
         `speedup_over_plain_jax`; `users`, times and speedups by `users_clock` (`clocks.users`),
         both None where `clock` is no other; `multiply_adds`; for JAX `temporaries`, the peak of
-        temporary memory in inputs, and `extra_memory`, the same with the results; and for "flash"
-        the `implementation` of each direction that is picked.
+        temporary memory in inputs, and `extra_memory`, the same with the results; for "flash" the
+        `implementation` of each direction that is picked; and the shapes that are `left`, none in
+        the end.
 
     Raises:
         ValueError: An unknown shape or dtype, or a baseline that this machine does not have.
@@ -108,9 +111,17 @@ def run(
         raise ValueError(f"baseline: {baseline!r} is not here, expected one of {here}")
     clock, no_device_events = clocks.best()
     measured = roofline.measure(clock)
-    rows = []
     users = clocks.users(clock)
-    for name in shapes:
+    report: Json = {
+        **head("wtconv", clock, no_device_events, registered.values()),
+        "dtype": dtype,
+        "baseline": baseline,
+        "users_clock": users.name if users else None,
+        "roofs": measured,
+        "rows": [],
+        "left": list(dict.fromkeys(shapes)),
+    }
+    for name in [*report["left"]]:
         for direction, contenders in _contenders(known[name], dtype, each, registered).items():
             each_clock = [clock, *([users] if users else [])]
             turns = sum(one.turns(len(contenders)) for one in each_clock)
@@ -119,7 +130,7 @@ def run(
             theirs = {}
             if users:
                 theirs = users.take_turns({c: one.warm for c, one in contenders.items()}, step)
-            rows += [
+            report["rows"] += [
                 {
                     "shape": name,
                     "x": list(known[name].x),
@@ -136,14 +147,9 @@ def run(
                 }
                 for contender, one in contenders.items()
             ]
-    return {
-        **head("wtconv", clock, no_device_events, registered.values()),
-        "dtype": dtype,
-        "baseline": baseline,
-        "users_clock": users.name if users else None,
-        "roofs": measured,
-        "rows": rows,
-    }
+        report["left"].remove(name)
+        keep(report)
+    return report
 
 
 def check_dtype(dtype: str) -> None:

@@ -1,6 +1,7 @@
 """`flash-wtconv bench wtconvnext`: images a second of WTConvNeXt beside ConvNeXt of its size."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -12,7 +13,8 @@ from flax import nnx
 from flash_wtconv_jax import models
 from flash_wtconv_jax.bench import clocks, profile
 from flash_wtconv_jax.bench.clocks import Call
-from flash_wtconv_jax.bench.reports import head
+from flash_wtconv_jax.bench.networks import drawn
+from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.device import on_cpu
@@ -45,6 +47,7 @@ def run(
     dtype: str | None = None,
     work: Sequence[str] | None = None,
     profiled: bool = False,
+    keep: Keep = unkept,
 ) -> Json:
     """Times inference, and training steps with AdamW, of a network and of its 7x7 baseline.
 
@@ -61,12 +64,14 @@ def run(
         profiled: Whether to say where the time goes too, which needs a GPU. Programs are then
             compiled without CUDA graphs, of whose kernels the profiler does not tell the origin,
             so that there are no times as users have them.
+        keep: Told the report so far whenever rows are added, `left` naming what is to come.
 
     Returns:
         A JSON-able report: device, versions, date, the clocks and `no_device_events` as in
         `wtconv.run`, and a row for each kind of work and network with its times in milliseconds,
         `images_per_s`, `speedup`, the baseline's median over its own, and the three again as
-        `users` have them; and `profile`, None or a row for each part and direction of each.
+        `users` have them; `profile`, None or a row for each part and direction of each; and the
+        kinds of work that are `left`, none in the end.
 
     Raises:
         ValueError: An argument is out of range.
@@ -79,7 +84,7 @@ def run(
     for name, value in (("batch", batch), ("size", size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    works = list(WORK if work is None else work)
+    works = list(dict.fromkeys(WORK if work is None else work))
     if unknown := sorted(set(works) - set(WORK)):
         raise ValueError(f"work: {unknown} is not one of {list(WORK)}")
     clock, no_device_events = clocks.best()
@@ -89,15 +94,28 @@ def run(
         for name, make in MODELS[model].items()
     }
     *_, baseline = networks
-    rows, parts = [], []
-    for one in works:
-        programs = {name: network.program(one) for name, network in networks.items()}
+    report: Json = {
+        **head("wtconvnext", clock, no_device_events),
+        "model": model,
+        "batch": batch,
+        "size": size,
+        "dtype": dtype,
+        "baseline": baseline,
+        "users_clock": users.name if users else None,
+        "rows": [],
+        "profile": [] if profiled else None,
+        "left": works,
+    }
+    for one in [*works]:
+        with ThreadPoolExecutor() as pool:  # A network is traced while another is compiled.
+            jobs = {name: pool.submit(network.program, one) for name, network in networks.items()}
+            programs = {name: job.result() for name, job in jobs.items()}
         calls = {name: program.call for name, program in programs.items()}
         each = clock, *((users,) if users else ())
         step = progress(one, sum(c.turns(len(calls)) for c in each))
         # The users' clock goes first: what the profiler leaves behind must not slow a launch.
         *theirs, times = (c.take_turns(calls, step) for c in reversed(each))
-        rows += [
+        report["rows"] += [
             {
                 "work": one,
                 "contender": name,
@@ -107,22 +125,14 @@ def run(
             for name in calls
         ]
         if profiled:
-            parts += [
+            report["profile"] += [
                 {"work": one, "contender": name, **share._asdict()}
                 for name, program in programs.items()
                 for share in profile.shares(program.text, program.call, PARTS)
             ]
-    return {
-        **head("wtconvnext", clock, no_device_events),
-        "model": model,
-        "batch": batch,
-        "size": size,
-        "dtype": dtype,
-        "baseline": baseline,
-        "users_clock": users.name if users else None,
-        "rows": rows,
-        "profile": parts if profiled else None,
-    }
+        works.remove(one)
+        keep(report)
+    return report
 
 
 def sizes(
@@ -183,7 +193,7 @@ class Network:
         self.options: dict[str, str | bool] = (
             {} if graphs else {"xla_gpu_graph_min_graph_size": _NO_GRAPH}
         )
-        network = nnx.jit(lambda: make(rngs=nnx.Rngs(0), dtype=dtype))()
+        network = drawn(lambda: make(rngs=nnx.Rngs(0), dtype=dtype))
         self.definition, self.params, *self.rest = nnx.split(network, nnx.Param, ...)
         self.images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)
         classes = network.config.num_classes
@@ -208,10 +218,12 @@ class Network:
         Args:
             work: Which.
         """
-        function, arguments = self.function(work)
-        donated = () if work == "inference" else (0,)
-        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-        compiled = lowered.compile(self.options)
+        (chosen,) = self.images.devices()
+        with jax.default_device(chosen):  # A thread has a default of its own.
+            function, arguments = self.function(work)
+            donated = () if work == "inference" else (0,)
+            lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+            compiled = lowered.compile(self.options)
         if work == "inference":
             return Program(compiled.as_text() or "", partial(compiled, *arguments))
         state, *others = arguments
@@ -233,7 +245,9 @@ class Network:
         def loss(params: nnx.State) -> jax.Array:
             scores = self.logits(params, images).astype(jnp.float32)
             with jax.named_scope("loss"):
-                return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+                # Picking a number of each row has no transpose on Explicit axes (JAX 0.11).
+                wanted = jax.nn.one_hot(labels, scores.shape[-1])
+                return optax.softmax_cross_entropy(scores, wanted).mean()
 
         params, memory = state
         value, gradients = jax.value_and_grad(loss)(params)

@@ -85,7 +85,8 @@ def wtconv(
         if write_defaults:
             sizes = (known[name] for name in names if name in known)
             _check_choice(benchmark.implementations(size, dtype) for size in sizes)
-        report = benchmark.run(names, baseline, progress, dtype, each=write_defaults)
+        keep = _keeping(out)
+        report = benchmark.run(names, baseline, progress, dtype, write_defaults, keep)
         device_kind = kind()
     figures = {"wtconv": plots.speedups, "wtconv_roofline": plots.roofline}
     tell(report, wtconv_table(report), figures, out)
@@ -128,7 +129,8 @@ def wtconvnext(
     from flash_wtconv_jax.cli.tables import plain_console, print_table
 
     with _measuring(device, out) as progress:
-        report = benchmark.run(model, progress, batch, size, dtype, work, profiled=profile)
+        sizes = batch, size, dtype
+        report = benchmark.run(model, progress, *sizes, work, profile, _keeping(out))
     if profile:
         print_table(plain_console(), _profile_table(report))
     tell(report, _wtconvnext_table(report), {"wtconvnext": plots.throughput}, out)
@@ -201,7 +203,6 @@ def sparse(
     """Time sparse convolutions of a room and their maps beside plain JAX."""
     from flash_wtconv_jax.bench import sparse as benchmark
     from pallas_kernels.common.device import kind
-    from pallas_kernels.common.files import making_folder, replacing
 
     with _measuring(device, out) as progress:
         names = shape or list(benchmark.NAMES)
@@ -209,13 +210,7 @@ def sparse(
             known = (name for name in names if name in benchmark.NAMES)
             _check_choice(benchmark.implementations(name, dtype) for name in known)
         before = None if minutes is None else _earlier(out / "sparse.json")
-
-        def keep(report: Json) -> None:
-            # A run that is stopped from outside loses the layer that it is at.
-            with making_folder(out), replacing(out / "sparse.json", force=True) as temporary:
-                temporary.write_text(json.dumps(report, indent=2))
-
-        report = benchmark.run(names, progress, dtype, minutes, before, keep)
+        report = benchmark.run(names, progress, dtype, minutes, before, _keeping(out))
         device_kind = kind()
     tell(report, _sparse_table(report), {}, out)
     if report["left"]:
@@ -278,7 +273,7 @@ def stylize(
                 for name in names
                 for one in dtype or ("bfloat16", "float32")
             )
-        report = benchmark.run(progress, work, shape, size, batch, dtype)
+        report = benchmark.run(progress, work, shape, size, batch, dtype, _keeping(out))
         device_kind = kind()
     tell(report, _stylize_table(report), {"stylize": plots.ladders}, out)
     if write_defaults:
@@ -344,7 +339,7 @@ def sharding(
     if device == "cpu":
         platforms.share_cpu(8)
     with _measuring(device, out) as progress:
-        report = benchmark.run(progress, part, devices, operator, minutes)
+        report = benchmark.run(progress, part, devices, operator, minutes, _keeping(out))
     tell(report, _sharding_table(report), {}, out)
     if report["left"]:
         say(f"not run yet: {'; '.join(report['left'])}")
@@ -419,7 +414,7 @@ def _time(
         if write_defaults:
             sizes = (known[name] for name in names if name in known)
             _check_choice(benchmark.implementations(size, dtype) for size in sizes)
-        report = benchmark.run(names, progress, dtype)
+        report = benchmark.run(names, progress, dtype, _keeping(out))
         device_kind = kind()
     tell(report, table(report), {}, out)
     if write_defaults:
@@ -509,6 +504,18 @@ def tell(
                 typer.echo(f"warning: {path} could not be drawn: {error}", err=True)
             else:
                 say(f"wrote {path}")
+
+
+def _keeping(out: Path) -> Callable[[Json], None]:
+    """Writes the reports that it is told into a folder, for runs that are stopped from outside."""
+    from pallas_kernels.common.files import making_folder, replacing
+
+    def keep(report: Json) -> None:
+        path = out / f"{report['benchmark']}.json"
+        with making_folder(out), replacing(path, force=True) as temporary:
+            temporary.write_text(json.dumps(report, indent=2))
+
+    return keep
 
 
 def _earlier(path: Path) -> Json | None:

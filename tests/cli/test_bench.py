@@ -488,10 +488,11 @@ def test_a_device_that_is_not_here(monkeypatch, tmp_path):
 def test_several_implementations_are_contenders_and_the_fastest_is_kept(
     monkeypatch, tmp_path, longer
 ):
-    ours = wtconv.wtconv2d
+    ours = wtconv._WTCONV[2]
     monkeypatch.setattr(wtconv, "_registered", lambda dtype: {})
     monkeypatch.setattr(wtconv, "implementations", lambda shape, dtype: ["mosaic_tpu", "xla"])
-    monkeypatch.setattr(wtconv, "wtconv2d", lambda x, params, implementation=None: ours(x, params))
+    named = lambda x, params, implementation=None: ours(x, params)  # noqa: E731
+    monkeypatch.setitem(wtconv._WTCONV, 2, named)
     monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
     result = bench("--shape", "pixel", "--write-defaults", "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -539,6 +540,8 @@ def test_the_fastest_of_each_direction():
         "levels": 2,
         "wavelet": "haar",
     }
+    del report["rows"][-2:]
+    assert wtconv.defaults(report) == [forward]
     report["rows"] = [row("forward", "flash", 0.5), row("forward+backward", "flash", 0.5)]
     assert wtconv.defaults(report) == []
 
@@ -627,6 +630,26 @@ def test_style_transfer(works, tmp_path, monkeypatch):
         assert of["network", "forward", "torch eager"]["speedup"] == 0.25
         assert of["training", "step", "torch compiled"]["why_not"] == "out of memory"
         assert ("style_vit", "forward", "TransformerNet") in of
+
+
+@pytest.mark.usefixtures("styles")
+def test_a_run_that_is_stopped_leaves_what_it_has_timed(tmp_path, monkeypatch):
+    """The report that is there says what is not, so that no part of `bench all` counts as made."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stylize, "_network", stopped)
+    arguments = "--work", "ladder", "--work", "network", "--size", 8, "--out", tmp_path / "part"
+    assert bench(*arguments, benchmark="stylize").exit_code == 130
+    report = json.loads((tmp_path / "part" / "stylize.json").read_text())
+    assert {row["work"] for row in report["rows"]} == {"ladder"}
+    assert report["left"] == ["network 8 x 8, batch 1, float32"]
+    part = everything.Part("part", (), "stylize.json")
+    assert not everything.is_made(tmp_path, part)
+    monkeypatch.setattr(stylize, "_network", stylize._training)
+    assert bench(*arguments, benchmark="stylize").exit_code == 0
+    assert everything.is_made(tmp_path, part)
 
 
 def test_the_fastest_layers_are_kept_and_their_parts_too():
@@ -823,7 +846,7 @@ def test_everything_is_made_in_parts(monkeypatch, tmp_path, undrawn):
     assert "depthwise_float32 was stopped after 9.0 minutes" in first.output
     assert "not made yet: depthwise_float32, depthwise_bfloat16, sparse" in first.output
     joined = json.loads((tmp_path / "wtconv_float32.json").read_text())
-    assert len(joined["rows"]) == 2 and (tmp_path / "wtconv_bfloat16_roofline.png").exists()
+    assert len(joined["rows"]) == 3 and (tmp_path / "wtconv_bfloat16_roofline.png").exists()
     before = list(made)
     made.append("sparse")
     last = bench("--out", tmp_path, benchmark="all")
