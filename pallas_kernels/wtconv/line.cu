@@ -346,21 +346,31 @@ struct Sums {
   float at[BANDS][K], bias;
 };
 
+// Adds the products of a block, summed apart: a sum of all of a long signal's would lose digits.
+template <int COUNT, int AROUND_IT>
+DEVICE void accumulate(const float (&window)[AROUND_IT], const float (&numbers)[COUNT],
+                       float (&sums)[K]) {
+#pragma unroll
+  for (int e = 0; e < K; e++) {
+    float sum = window[e] * numbers[0];
+#pragma unroll
+    for (int i = 1; i < COUNT; i++) sum += window[i + e] * numbers[i];
+    sums[e] += sum;
+  }
+}
+
 // Adds the products of a level and those below it, of dy's low band of the level above.
 template <int LEVEL>
 DEVICE void correlate(const Window& window, const float (&numbers)[2 * count_at(LEVEL)],
                       Sums& sums) {
-  float low[count_at(LEVEL)];
+  float low[count_at(LEVEL)], high[count_at(LEVEL)];
 #pragma unroll
   for (int i = 0; i < count_at(LEVEL); i++) {
     low[i] = numbers[2 * i] + numbers[2 * i + 1];
-    const float high = numbers[2 * i] - numbers[2 * i + 1];
-#pragma unroll
-    for (int e = 0; e < K; e++) {
-      sums.at[2 * LEVEL - 1][e] += window.low[LEVEL][i + e] * low[i];
-      sums.at[2 * LEVEL][e] += window.high[LEVEL][i + e] * high;
-    }
+    high[i] = numbers[2 * i] - numbers[2 * i + 1];
   }
+  accumulate(window.low[LEVEL], low, sums.at[2 * LEVEL - 1]);
+  accumulate(window.high[LEVEL], high, sums.at[2 * LEVEL]);
   if constexpr (LEVEL < LEVELS) correlate<LEVEL + 1>(window, low, sums);
 }
 
@@ -401,12 +411,11 @@ line_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int si
         read_behind(slots, slot, window);
         float numbers[BLOCK];
         samples_of<BLOCK>(others + block % 2 * SLOT, numbers);
+        float sum = numbers[0];
 #pragma unroll
-        for (int i = 0; i < BLOCK; i++) {
-          found.bias += numbers[i];
-#pragma unroll
-          for (int e = 0; e < K; e++) found.at[0][e] += window.low[0][i + e] * numbers[i];
-        }
+        for (int i = 1; i < BLOCK; i++) sum += numbers[i];
+        found.bias += sum;
+        accumulate(window.low[0], numbers, found.at[0]);
         if constexpr (LEVELS > 0) correlate<1>(window, numbers, found);
       }
       advance<0>(window);
