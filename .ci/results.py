@@ -127,6 +127,7 @@ def _layers(report: Report) -> Iterator[str]:
         "flash": "ours",
         "plain jax": "plain JAX",
         "depthwise 7x7": "one plain 7×7 depthwise convolution",
+        "depthwise 7": "one plain depthwise convolution of 7 taps",
         "torch eager": "PyTorch eager",
     }
     shown = [name for name in names if any(row["contender"] == name for row in report["rows"])]

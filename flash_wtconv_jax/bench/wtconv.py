@@ -35,7 +35,7 @@ GROUP = "flash_wtconv.bench.wtconv"
 """The entry point group of every `RegisteredContender`."""
 
 _WTCONV = {1: wtconv1d, 2: wtconv2d}
-_PLAIN, _RIVAL = "plain jax", "depthwise 7x7"
+_PLAIN = "plain jax"
 _RIVAL_SIZE = 7
 _ROTATED_BYTES = 2**28
 """Bytes of the copies of x that a GPU's calls take in turn: more than its caches hold."""
@@ -79,7 +79,8 @@ def run(
     Args:
         shapes: Names in `pallas_kernels.wtconv.shapes.FOR_PLATFORM` of the device.
         baseline: The contender that ratios refer to: "torch eager", "plain jax", "depthwise 7x7"
-            or "flash"; None is PyTorch where it can be measured beside us, else plain JAX.
+            (of signals alone "depthwise 7") or "flash"; None is PyTorch where it can be measured
+            beside us, else plain JAX.
         progress: Told a label and a number of steps, returns what to call after each step.
         dtype: Dtype of x, dy and the parameters, one of `DTYPES`.
         each: Also every implementation that can compute a shape, where several can ("flash xla").
@@ -104,7 +105,8 @@ def run(
     check_dtype(dtype)
     registered = _registered(dtype)
     here = [OURS, _PLAIN]
-    here += [] if on_cpu() else [_RIVAL]
+    rivals = {_rival(known[name]) for name in shapes}
+    here += [] if on_cpu() or len(rivals) > 1 else list(rivals)
     here += registered
     baseline = baseline or next(iter(registered), _PLAIN)
     if baseline not in here:
@@ -231,7 +233,7 @@ def _contenders(
         own = others if OPERATOR.module(name).DIFFERENTIABLE else ours
         own[f"{OURS} {name}"] = partial(layer, implementation=name), params
     if not on_cpu():
-        others[_RIVAL] = _depthwise, rival
+        others[_rival(shape)] = _depthwise, rival
     with ThreadPoolExecutor() as pool:
         # XLA times convolutions while it compiles them, which must not meet each other.
         compiling = {name: pool.submit(compiled_calls, *one, copies) for name, one in ours.items()}
@@ -334,6 +336,11 @@ def _next(compiled: Callable, arguments: Iterator[tuple[Tree, ...]]) -> Tree:
     return compiled(*next(arguments))
 
 
+def _rival(shape: Layer) -> str:
+    """The name of the depthwise convolution beside a layer."""
+    return f"depthwise {'x'.join([str(_RIVAL_SIZE)] * (len(shape.x) - 2))}"
+
+
 def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     axes = "HW"[: x.ndim - 2]
     return lax.conv_general_dilated(
@@ -358,7 +365,7 @@ def _figures(
     floor_bytes = PASSES[direction] * math.prod(shape.x) * jnp.dtype(dtype).itemsize
     floor_ms = floor_bytes / measured["copy_bytes_per_s"] * 1e3
     rival = _RIVAL_SIZE ** (len(shape.x) - 2) * math.prod(shape.x)
-    forward = rival if contender == _RIVAL else _multiply_adds(shape)
+    forward = rival if contender == _rival(shape) else _multiply_adds(shape)
     return {
         **times[contender].row(),
         "floor_ms": floor_ms,

@@ -72,7 +72,7 @@ def filter_bank(wavelet: str | Wavelet) -> tuple[Array, Array]:
 
 
 def unsupported(
-    ndim: int, dtype: Dtype, wavelet: str, dtypes: Sequence[str], taken: int = 2
+    ndim: int, dtype: Dtype, wavelet: str, dtypes: Sequence[str], axes: Sequence[int] = (2,)
 ) -> list[str]:
     """The reasons why kernels for the Haar wavelet do not take a signal.
 
@@ -81,7 +81,7 @@ def unsupported(
         dtype: The signal's dtype, or its name.
         wavelet: Name of the wavelet.
         dtypes: Names of the dtypes that the kernels take.
-        taken: Number of spatial axes that they take.
+        axes: Numbers of spatial axes that they take.
 
     Returns:
         A phrase for each reason; an empty list if the kernels take the signal.
@@ -91,8 +91,8 @@ def unsupported(
         ['1-D signals, 2-D alone', 'float64, float32 alone']
     """
     reasons = []
-    if ndim != taken:
-        reasons.append(f"{ndim}-D signals, {taken}-D alone")
+    if ndim not in axes:
+        reasons.append(f"{ndim}-D signals, {' and '.join(f'{n}-D' for n in axes)} alone")
     if dtype not in dtypes:
         reasons.append(f"{dtype}, {', '.join(dtypes)} alone")
     if wavelet not in IS_HAAR:

@@ -53,7 +53,7 @@ def check(direction: str, problem: Problem) -> None:
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The parameters that are worth timing; see `check` for the arguments."""
     if len(problem.shape) == _LINE:
-        return line_launches.search_space()
+        return line_launches.search_space(problem.kernel_size)
     if _folds(problem.shape, problem.dtype, problem.kernel_size):
         about = problem.shape, problem.levels, device_properties()
         return folded_launches.search_space(direction, *about)

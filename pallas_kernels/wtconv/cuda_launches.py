@@ -36,7 +36,9 @@ _SUMMING = {1: 128, 3: 128, 5: 168, 7: 255, 9: 255}
 
 def check(problem: Problem) -> None:
     """Raises `NotImplementedError` where the kernels do not take a problem."""
-    refuse(problem.unsupported(tuple(_DTYPES), _MAX_KERNEL, range(1, _MAX_LEVELS + 1), odd=True))
+    levels = range(1, _MAX_LEVELS + 1)
+    # Signals come to `line_launches`, so that they are no reason here.
+    refuse(problem.unsupported(tuple(_DTYPES), _MAX_KERNEL, levels, odd=True, axes=(1, 2)))
 
 
 def search_space() -> list[dict[str, int]]:

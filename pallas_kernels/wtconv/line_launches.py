@@ -21,13 +21,16 @@ _MAX_KERNEL = 9
 _MAX_LEVELS = 5
 _MAX_LENGTH = 2**30
 """Samples that numbers of 32 bits count, a segment more included."""
+_MAX_BLOCKS = 2**31 - 1
+"""Thread blocks that a launch has at most, of which one may have no more than a block of samples."""
 _WARP = 32
 _BLOCK = 32
 """Samples that a warp treats at once."""
 _PIECE = 16
 """Bytes that one access to memory takes at most."""
 _RESIDENT = {1: 12, 3: 12, 5: 12, 7: 8, 9: 8}
-"""Warps of a multiprocessor for which registers are enough, by kernel size."""
+"""Warps of a multiprocessor for which registers are enough, by kernel size, where they fit into
+its shared memory."""
 _WAVES = 8
 """The most times that parts of signals fill a GPU."""
 
@@ -35,15 +38,21 @@ _WAVES = 8
 def check(problem: Problem) -> None:
     """Raises `NotImplementedError` where the kernels do not take a problem."""
     dtypes, levels = tuple(_DTYPES), range(_MAX_LEVELS + 1)
-    reasons = problem.unsupported(dtypes, _MAX_KERNEL, levels, odd=True, ndim=1)
-    if not reasons and problem.shape[1] > _MAX_LENGTH:
-        reasons.append(f"signals of {problem.shape[1]} samples, up to {_MAX_LENGTH}")
+    reasons = problem.unsupported(dtypes, _MAX_KERNEL, levels, odd=True, axes=(1,))
+    if not reasons:
+        n, length, channels = problem.shape
+        blocks = n * cdiv(length, _BLOCK) * cdiv(channels, _WARP)
+        if length > _MAX_LENGTH:
+            reasons.append(f"signals of {length} samples, up to {_MAX_LENGTH}")
+        if blocks > _MAX_BLOCKS:
+            size = f"{_BLOCK} samples of {_WARP} channels"
+            reasons.append(f"{blocks} blocks of {size}, up to {_MAX_BLOCKS}")
     refuse(reasons)
 
 
-def search_space() -> list[dict[str, int]]:
+def search_space(kernel_size: int) -> list[dict[str, int]]:
     """The numbers of resident warps of a multiprocessor that are worth timing; see `planned`."""
-    return [{}, {"resident": 8}]
+    return [{}, *({"resident": n} for n in (8, 12) if n != _RESIDENT[kernel_size])]
 
 
 class Signals(NamedTuple):
@@ -95,10 +104,13 @@ class Variant(NamedTuple):
         size = 2 if self.dtype else 4
         return slots * _WARP * (size * _BLOCK + (0 if self.channels_last else _PIECE))
 
+    def fitting(self, device: Device) -> int:
+        """Warps that the shared memory of a multiprocessor is enough for."""
+        return (device.shared + 1024) // (self.shared() + 1024)
+
     def at_once(self, device: Device) -> int:
         """Warps that a GPU runs at once."""
-        fitting = (device.shared + 1024) // (self.shared() + 1024)
-        return min(fitting, self.resident) * device.multiprocessors
+        return self.resident * device.multiprocessors
 
     def segments(self, shape: tuple[int, ...]) -> int:
         """Segments of signals `[N, L, C]`, for each group of channels."""
@@ -130,6 +142,8 @@ def planned(
         *(kernel, _DTYPES[dtype], kernel_size, levels, channels_last, vector),
         resident or _RESIDENT[kernel_size],
     )
+    # What does not fit need not have registers.
+    one = one._replace(resident=min(one.resident, one.fitting(device)))
     at_once, groups, blocks = one.at_once(device), cdiv(shape[2], _WARP), cdiv(shape[1], _BLOCK)
     parts = range(1, 1 + min(blocks, cdiv(_WAVES * at_once, shape[0] * groups)))
     # Fewest segments first, which is what counts of equal ones.

@@ -63,7 +63,7 @@ class Problem(NamedTuple):
         max_kernel: int,
         levels: range | None = None,
         odd: bool = False,
-        ndim: int = 2,
+        axes: Sequence[int] = (2,),
     ) -> list[str]:
         """The reasons why kernels for the Haar wavelet refuse this problem.
 
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
             max_kernel: The largest kernel size that they take.
             levels: The numbers of levels that they take; None if any.
             odd: Whether they take odd kernel sizes alone.
-            ndim: The number of spatial axes that they take.
+            axes: The numbers of spatial axes that they take.
 
         Returns:
             A phrase for each reason, none where they take the problem.
@@ -81,7 +81,7 @@ class Problem(NamedTuple):
             >>> Problem((2, 8, 4), "float32", 5, 1, "haar").unsupported(["float32"], 3)
             ['1-D signals, 2-D alone', 'kernels of 5, up to 3']
         """
-        reasons = unsupported(len(self.shape) - 2, self.dtype, self.wavelet, dtypes, ndim)
+        reasons = unsupported(len(self.shape) - 2, self.dtype, self.wavelet, dtypes, axes)
         if self.kernel_size > max_kernel:
             reasons.append(f"kernels of {self.kernel_size}, up to {max_kernel}")
         if odd and self.kernel_size % 2 == 0:

@@ -7,7 +7,6 @@ convolution of folded taps. Signals, of one axis, have a kernel of their own, in
 import math
 from collections.abc import Sequence
 from functools import cache
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -41,16 +40,15 @@ def check(direction: str, problem: Problem) -> None:
         direction: "fwd" or "bwd".
         problem: `pallas_kernels.wtconv.problem.Problem`, its shape channels-last.
     """
-    _launches(problem).check(problem)
+    launches = line_launches if len(problem.shape) == _LINE else cuda_launches
+    launches.check(problem)
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The numbers of resident blocks of a multiprocessor that are worth timing; see `check`."""
-    return _launches(problem).search_space()
-
-
-def _launches(problem: Problem) -> ModuleType:
-    return line_launches if len(problem.shape) == _LINE else cuda_launches
+    if len(problem.shape) == _LINE:
+        return line_launches.search_space(problem.kernel_size)
+    return cuda_launches.search_space()
 
 
 def forward(
@@ -136,10 +134,9 @@ def _line_weight_grad(
 
 
 def _signals(x: Tensor) -> Signals:
-    """The description of `[N, C, L]`, which is copied where neither of its axes is contiguous."""
+    """The description of `[N, C, L]`, in the memory format that is nearer to its own."""
     n, channels, length = x.shape
-    last = not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
-    return Signals((n, length, channels), dtype_name(x.dtype), last)
+    return Signals((n, length, channels), dtype_name(x.dtype), x.stride(1) < x.stride(2))
 
 
 def _row(x: Tensor, signals: Signals) -> Tensor:

@@ -21,7 +21,8 @@ HOPPER = Device(shared=232448, multiprocessors=2, boxes=True)
 FOLDER = Path(__file__).parent
 """The folder of the headers by which a C++ compiler takes kernels of other devices."""
 _ONE = threading.Lock()
-"""Held by a launch: a library has one set of fibers, and JAX calls back from several threads."""
+"""Held by a build and a launch, as JAX calls back from several threads: a library has one set of
+fibers, and one temporary file."""
 _HEADERS = ("cuda.h", "fibers.h", "half.h")
 _COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-O1", "-ffp-contract=off")
 
@@ -92,7 +93,8 @@ class Launcher:
             TypeError: The kernel takes another number of arguments.
         """
         values = [ctypes.c_int(a) if isinstance(a, int) else a for a in arguments]
-        library = self._built(kernel)
+        with _ONE:
+            library = self._built(kernel)
         if library.parameters() != len(values):
             count = library.parameters()
             raise TypeError(f"{kernel.name} takes {count} arguments, got {len(values)}")

@@ -61,6 +61,40 @@ def test_transformations_on_the_cpu(monkeypatch):
     assert_transformed("cuda", WHOLE)
 
 
+@EMULATED
+def test_constants_of_a_long_signal_sum_to_their_product(monkeypatch):
+    emulate(monkeypatch, cuda_jax, SMALL)
+    case = Case((16384,), 1, 3, batch=(1,), channels=1)
+    x, dy = (jnp.full((1, *case.spatial, 1), number) for number in (0.1, 0.3))
+    shapes = (3, 1, 1), (3, 2, 1), (1,)
+    # All of it by one warp.
+    about = {"kernel_shapes": shapes, "wavelet": "haar", "precision": None, "resident": 1}
+    base, bands, bias = (np.asarray(sums, float) for sums in cuda_jax.weight_grad(x, dy, **about))
+    length, product = case.spatial[0], float(x[0, 0, 0]) * float(dy[0, 0, 0])
+    apart = np.array([1, 0, 1])
+    low = 2 * product * (length // 2 - apart)
+    assert np.allclose(base.ravel(), product * (length - apart), case.tolerance("base_kernel"), 0)
+    assert np.allclose(bands[:, 0, 0], low, case.tolerance("wavelet_kernel_0"), 0)
+    assert not bands[:, 1].any()
+    assert np.allclose(bias, length * float(dy[0, 0, 0]), case.tolerance("base_bias"), 0)
+
+
+@EMULATED
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_what_it_does_of_plain_jax(number, monkeypatch):
+    emulate(monkeypatch, cuda_jax, SMALL)
+    x, params, _ = ALWAYS.drawn()
+    x = np.array(x)
+    x[2, 61, 33] = number
+    reached = [
+        ~np.isfinite(np.asarray(WTCONV[1](x, params, implementation=name), float))
+        for name in ("cuda", "xla")
+    ]
+    assert np.array_equal(*reached)
+    others = np.delete(reached[0], 33, -1)
+    assert reached[0][2, 61, 33] and not reached[0].all(1).any() and not others.any()
+
+
 FAULTS = {
     "results of other lanes": ("__syncwarp();\n      store", "store"),
     "samples of other lanes": ("__syncwarp();\n    if (block", "if (block"),
@@ -120,7 +154,8 @@ def test_signals_reach_the_launches(monkeypatch):
     assert names == ("line_forward", "line_forward")
     assert macros[0] == macros[1]
     asked = {"DTYPE": 2, "KERNEL_SIZE": 5, "LEVELS": 4, "CHANNELS_LAST": 1, "VECTOR": 8}
-    assert macros[0] == {"FORWARD": 1, **asked, "RESIDENT": 12}
+    # A Turing GPU's shared memory holds the blocks of nine warps.
+    assert macros[0] == {"FORWARD": 1, **asked, "RESIDENT": 9}
     # The length, the channels and the blocks of a segment: one each, since that is one wave.
     assert numbers[0] == [1000, 48, 1] and blocks[0] == 2 * 2 * 32
 
@@ -135,6 +170,17 @@ def test_segments_end_at_the_same_time():
     assert forward.shared() == 4 * 32 * 32 * 2 and weights.shared() == 6 * 32 * 32 * 2
 
 
+def test_registers_are_of_the_warps_that_fit():
+    h200 = Device(shared=232448, multiprocessors=132)
+    signals = Signals((32, 16384, 256), "float32")
+    weights = launches.planned("weights", signals, 5, 5, h200)
+    assert (weights.resident, weights.at_once(h200)) == (9, 9 * 132)
+    for kernel_size in (1, 3, 5, 7, 9):
+        sizes = launches.search_space(kernel_size)
+        about = "forward", signals, kernel_size, 5, h200
+        assert len({launches.planned(*about, **size) for size in sizes}) == 2
+
+
 REFUSED = {
     "float64": {"dtype": np.dtype("float64")},
     "'db2'": {"wavelet": "db2"},
@@ -144,6 +190,8 @@ REFUSED = {
     "an empty array": {"shape": (0, 8, 4)},
     "symbolic size": {"shape": (*jax.export.symbolic_shape("b"), 8, 4)},
     "signals of 2000000000 samples": {"shape": (1, 2_000_000_000, 1)},
+    "2147483648 blocks of 32 samples of 32 channels": {"shape": (2**25, 1024, 33)},
+    "3-D signals, 1-D and 2-D alone": {"shape": (2, 8, 8, 8, 4)},
 }
 
 

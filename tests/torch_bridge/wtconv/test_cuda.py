@@ -29,6 +29,8 @@ FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 ON_CPU = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
 SMALL = Device(shared=50000, multiprocessors=1)
 """On which images are cut into tiles."""
+ONE = Device(shared=232448, multiprocessors=1)
+"""On which segments of signals have several blocks."""
 TILED = (
     Case((72, 61), 3, 5, batch=(1,), channels=2),
     Case((40, 75), 5, 3, batch=(1,), channels=4),
@@ -242,19 +244,28 @@ def test_no_address_is_out_of_bounds_and_a_removed_bound_is_found():
 
 @ON_CPU
 @pytest.mark.wide
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_signals_of_either_memory_format(channels_last):
+@pytest.mark.parametrize(
+    ("device", "channels", "length", "channels_last"),
+    [
+        (HOPPER, 4, 85, False),
+        (HOPPER, 4, 85, True),
+        # Several segments, and more channels than a warp has.
+        (ONE, 36, 777, False),
+        (ONE, 36, 840, False),
+    ],
+)
+def test_signals_of_either_memory_format(device, channels, length, channels_last):
     torch.manual_seed(0)
     layers = {
-        name: torch_bridge.WTConv1d(4, 4, 5, wt_levels=3, implementation=name)
+        name: torch_bridge.WTConv1d(channels, channels, 5, wt_levels=3, implementation=name)
         for name in ("eager", "cuda")
     }
     layers["cuda"].load_state_dict(layers["eager"].state_dict())
-    x, dy = torch.randn(2, 2, 4, 85)
+    x, dy = torch.randn(2, 2, channels, length)
     if channels_last:
         x, dy = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (x, dy))
     found = []
-    with cuda.emulated():
+    with cuda.emulated(device):
         for layer in layers.values():
             leaf = x.clone().requires_grad_()
             y = layer(leaf)
@@ -265,8 +276,15 @@ def test_signals_of_either_memory_format(channels_last):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
+def test_a_slice_of_a_signal_keeps_its_memory_format():
+    x = torch.zeros(2, 4, 9)
+    last = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert cuda_launch._signals(last[:, :, 1:]).channels_last
+    assert not cuda_launch._signals(x[:, :, 1:]).channels_last
+
+
 REFUSED = {
-    "3-D signals": ((2, 4, 8, 8, 8), torch.float32, 3, 1, "haar"),
+    "3-D signals, 1-D and 2-D alone": ((2, 4, 8, 8, 8), torch.float32, 3, 1, "haar"),
     "float64": ((2, 4, 8, 8), torch.float64, 3, 1, "haar"),
     "'db2'": ((2, 4, 8, 8), torch.float32, 3, 1, "db2"),
     "kernels of 4": ((2, 4, 8, 8), torch.float32, 4, 1, "haar"),
