@@ -231,9 +231,15 @@ class TestTheResults:
                 yield row | spread | more
 
         layer = {"shape": "a layer", "x": [8, 56, 56, 96], "levels": 5}
+        line = {"shape": "a line", "x": [32, 16384, 256], "levels": 4}
         facts = {"levels": 1, "field": 10, "parameters": 12576}
         made = {
-            "wtconv": [*rows("plain jax", 1.53, 122.4, **layer), *rows("flash", 0.22, 1, **layer)],
+            "wtconv": [
+                *rows("plain jax", 1.53, 122.4, **layer),
+                *rows("flash", 0.22, 1, **layer),
+                *rows("flash", 2, 3, **line),
+                *rows("depthwise 7", 4, 5, **line),
+            ],
             "levels": [
                 *rows("1 levels", 0.1, 0.34, **facts),
                 *rows("depthwise 7x7", 1, 2, **facts | {"levels": None}),
@@ -251,9 +257,10 @@ class TestTheResults:
         assert found[readme].splitlines() == [
             "<!-- results: wtconv -->",
             "",
-            "| x | ours | plain JAX |",
-            "|---|---|---|",
-            "| (8, 56, 56, 96), 5 levels | 0.22 / 1 | 1.5 / 122 |",
+            "| x | ours | plain JAX | one plain depthwise convolution of 7 taps |",
+            "|---|---|---|---|",
+            "| (8, 56, 56, 96), 5 levels | 0.22 / 1 | 1.5 / 122 |  |",
+            "| (32, 16384, 256), 4 levels | 2 / 3 |  | 4 / 5 |",
             "",
             "<!-- end -->",
             "<!-- results: levels -->",

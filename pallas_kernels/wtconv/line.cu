@@ -36,6 +36,8 @@ constexpr int AHEAD = R << LEVELS;        // Samples beside a block that the dee
 constexpr int AROUND = (AHEAD + BLOCK - 1) / BLOCK;  // The same in blocks.
 constexpr int SLOTS = AROUND + 2;         // Blocks of x in shared memory: a block, those ahead, the next.
 constexpr int ACROSS = 32 / VECTOR;       // Pieces of the channels of a sample, or the other way round.
+// Pieces that a thread copies without a branch: more are more addresses than there are registers for.
+constexpr int UNROLLED = CHANNELS_LAST ? 8 : 2;
 constexpr int SIXTEEN = 16 / sizeof(Scalar);
 // Elements from a sample of 32 channels, or from a channel of 32 samples, to the next one: threads
 // read the latter 16 bytes at a time, eight of them from different banks.
@@ -113,7 +115,7 @@ DEVICE Place place_of(int piece, const Signal& signal, int block) {
 
 // Starts to copy a block to shared memory, zeros outside of the signal.
 DEVICE void load(Scalar* to, const Signal& signal, int block) {
-#pragma unroll
+#pragma unroll UNROLLED
   for (int i = 0; i < ACROSS; i++) {
     const Place place = place_of(i, signal, block);
     const Scalar* from = place.inside ? signal.from + place.at : signal.from;
@@ -129,7 +131,7 @@ DEVICE void load(Scalar* to, const Signal& signal, int block) {
 
 // Stores a block's results, of which those of other lanes are in shared memory too.
 DEVICE void store(const Scalar* from, const Signal& signal, int block, Scalar* to) {
-#pragma unroll
+#pragma unroll UNROLLED
   for (int i = 0; i < ACROSS; i++) {
     const Place place = place_of(i, signal, block);
     if (place.inside)
@@ -346,9 +348,17 @@ struct Sums {
   float at[BANDS][K], bias;
 };
 
+template <int COUNT>
+DEVICE float total(const float (&numbers)[COUNT]) {
+  float sum = numbers[0];
+#pragma unroll
+  for (int i = 1; i < COUNT; i++) sum += numbers[i];
+  return sum;
+}
+
 // Adds the products of a block, summed apart: a sum of all of a long signal's would lose digits.
-template <int COUNT, int AROUND_IT>
-DEVICE void accumulate(const float (&window)[AROUND_IT], const float (&numbers)[COUNT],
+template <int WHOLE, int COUNT>
+DEVICE void accumulate(const float (&window)[WHOLE], const float (&numbers)[COUNT],
                        float (&sums)[K]) {
 #pragma unroll
   for (int e = 0; e < K; e++) {
@@ -371,7 +381,11 @@ DEVICE void correlate(const Window& window, const float (&numbers)[2 * count_at(
   }
   accumulate(window.low[LEVEL], low, sums.at[2 * LEVEL - 1]);
   accumulate(window.high[LEVEL], high, sums.at[2 * LEVEL]);
-  if constexpr (LEVEL < LEVELS) correlate<LEVEL + 1>(window, low, sums);
+  if constexpr (LEVEL < LEVELS) {
+    correlate<LEVEL + 1>(window, low, sums);
+  } else {
+    sums.bias += total(low);  // Low bands are sums.
+  }
 }
 
 // `sums [programs, SUMS, C]` holds each program's share, of each `programs`-th of the segments.
@@ -411,12 +425,12 @@ line_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy, int si
         read_behind(slots, slot, window);
         float numbers[BLOCK];
         samples_of<BLOCK>(others + block % 2 * SLOT, numbers);
-        float sum = numbers[0];
-#pragma unroll
-        for (int i = 1; i < BLOCK; i++) sum += numbers[i];
-        found.bias += sum;
         accumulate(window.low[0], numbers, found.at[0]);
-        if constexpr (LEVELS > 0) correlate<1>(window, numbers, found);
+        if constexpr (LEVELS > 0) {
+          correlate<1>(window, numbers, found);
+        } else {
+          found.bias += total(numbers);
+        }
       }
       advance<0>(window);
       slot = after(slot);

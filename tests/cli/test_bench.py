@@ -438,6 +438,7 @@ def test_an_accelerator_is_measured_beside_a_depthwise_convolution(monkeypatch, 
     report = json.loads((tmp_path / "wtconv.json").read_text())
     rows = report["rows"]
     assert {row["contender"] for row in rows} == {"flash", "plain jax", "depthwise 7x7"}
+    assert wtconv._rival(shapes.GPU_LINES["audio"]) == "depthwise 7"
     # Twenty calls are waited for together.
     assert {row["median_ms"] for row in rows} == {0.1}
     # The host's clock is the users' own.

@@ -37,17 +37,31 @@ FOLDED = {
 }
 """The registers on tensor cores, kernels of 5: forward, weights, levels in one launch."""
 LINE = {
-    "sm_75": ((168, 24), (168, 8)),
-    "sm_80": ((168, 16), (168, 0)),
-    "sm_86": ((168, 16), (168, 0)),
-    "sm_89": ((168, 16), (168, 0)),
-    "sm_90a": ((168, 8), (168, 0)),
+    "sm_75": ((229, 0), (202, 0)),
+    "sm_80": ((168, 16), (168, 16)),
+    "sm_86": ((168, 8), (206, 0)),
+    "sm_89": ((168, 8), (206, 0)),
+    "sm_90a": ((168, 8), (168, 16)),
     "sm_100a": ((168, 0), (168, 0)),
-    "sm_120": ((168, 0), (168, 0)),
+    "sm_120": ((168, 0), (202, 0)),
 }
-"""The registers of signals' kernels of 5, five levels, bfloat16, and the bytes that they spill:
-forward, weights. Other dtypes spill less."""
-AUDIO = Signals((32, 16384, 256), "bfloat16")
+"""The registers of signals' kernels of 5, five levels, channels-last, bfloat16, and the bytes that
+they spill: forward, weights. Where shared memory lets fewer than twelve warps fit they may be more."""
+LINE_FIRST = {
+    "sm_75": ((213, 0), (212, 0)),
+    "sm_80": ((168, 0), (168, 0)),
+    "sm_86": ((168, 0), (216, 0)),
+    "sm_89": ((168, 0), (216, 0)),
+    "sm_90a": ((168, 0), (168, 0)),
+    "sm_100a": ((168, 0), (168, 0)),
+    "sm_120": ((168, 0), (206, 0)),
+}
+"""The same channels-first, the more of even and odd lengths."""
+SIGNALS = {
+    "channels-last": Signals((32, 16384, 256), "bfloat16"),
+    "channels-first": Signals((32, 16384, 256), "bfloat16", channels_last=False),
+    "channels-first odd": Signals((32, 16383, 256), "bfloat16", channels_last=False),
+}
 SPILLED = 24
 """Bytes that weight gradients of 5 may spill where there are no boxes: 255 registers are all."""
 MORE = 16
@@ -94,13 +108,15 @@ def test_tensor_cores_have_registers_enough(arch, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("signals", SIGNALS.values(), ids=SIGNALS)
 @pytest.mark.parametrize("arch", LINE)
-def test_a_signals_levels_have_registers_enough(arch, monkeypatch):
+def test_a_signals_levels_have_registers_enough(arch, signals, monkeypatch):
     device = device_of(arch, monkeypatch)
-    for kernel, (most, spills) in zip(("forward", "weights"), LINE[arch], strict=True):
-        variant = line_launches.planned(kernel, AUDIO, 5, 5, device)
+    table = LINE if signals.channels_last else LINE_FIRST
+    for name, (most, spills) in zip(("forward", "weights"), table[arch], strict=True):
+        variant = line_launches.planned(name, signals, 5, 5, device)
         kernel = variant.compiled()
         code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
         registers, spilled = cubins.usage(code)
-        assert registers <= most and spilled <= spills + MORE
+        assert registers <= most + MORE and spilled <= spills + MORE
         assert registers * kernel.threads * variant.resident <= 65536
