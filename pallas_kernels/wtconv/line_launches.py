@@ -22,7 +22,7 @@ _MAX_LEVELS = 5
 _MAX_LENGTH = 2**30
 """Samples that numbers of 32 bits count, a segment more included."""
 _MAX_BLOCKS = 2**31 - 1
-"""Thread blocks that a launch has at most, of which one may have no more than a block of samples."""
+"""Thread blocks of a launch, each of which may have no more than a block of samples."""
 _WARP = 32
 _BLOCK = 32
 """Samples that a warp treats at once."""

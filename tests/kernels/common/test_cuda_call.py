@@ -1,8 +1,10 @@
 """Launches of CUDA kernels from JAX: what is lowered, and where they cannot run."""
 
 import re
+import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.cuda import gpu_of
+from helpers.cuda import EMULATED, gpu_of
 
 from pallas_kernels.common import _compat, cuda_call, nvrtc
 from pallas_kernels.common.cuda import Kernel
+from pallas_kernels.common.on_cpu import cuda as on_cpu
 
 COMPILER = pytest.mark.skipif(
     sys.platform != "linux", reason="the test extra has NVRTC for Linux alone"
@@ -226,3 +229,25 @@ def test_ptx_of_a_newer_nvrtc_is_a_reason_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(nvrtc, "compile_source", newer)
     assert "needs a launcher that takes what NVRTC" in cuda_call.unavailable("gpu")
+
+
+@EMULATED
+def test_threads_build_a_kernel_for_the_cpu_once(monkeypatch, tmp_path):
+    run, built = subprocess.run, []
+
+    def counted(*arguments, **options):
+        built.append(arguments)
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    parameters = "const float* x, float* y"
+    body = "y[threadIdx.x] = FACTOR * x[threadIdx.x];"
+    source = f'extern "C" __global__ void scale({parameters}) {{ {body} }}'
+    launcher, x = on_cpu.Launcher(tmp_path, source), np.ones(64, "float32")
+
+    def doubled(_):
+        return launcher.launch(SCALE, [x], [((64,), "float32")], 1)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(doubled, range(2)))
+    assert len(built) == 1 and np.array_equal(found, np.full((2, 64), 2.0))

@@ -46,7 +46,7 @@ LINE = {
     "sm_120": ((168, 0), (202, 0)),
 }
 """The registers of signals' kernels of 5, five levels, channels-last, bfloat16, and the bytes that
-they spill: forward, weights. Where shared memory lets fewer than twelve warps fit they may be more."""
+they spill: forward, weights. Where fewer than twelve warps fit into shared memory they are more."""
 LINE_FIRST = {
     "sm_75": ((213, 0), (212, 0)),
     "sm_80": ((168, 0), (168, 0)),
