@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.cuda import EMULATED, emulate, gpu_of
+from helpers.cuda import EMULATED, emulate, gpu_of, recorded
 from helpers.wtconv import (
     assert_oracle,
     assert_reproducible,
@@ -69,17 +69,7 @@ def test_sharded_over_the_batch_on_the_cpu(check_vma, monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The kernels and the numbers that launches are given, whose outputs are zeros."""
-    found = []
-
-    def launch(kernel, arguments, outputs, blocks):
-        numbers = [a for a in arguments if isinstance(a, int)]
-        found.append((kernel.name, dict(kernel.macros), numbers, blocks))
-        return [jnp.zeros(shape, dtype) for shape, dtype in outputs]
-
-    monkeypatch.setattr(cuda_jax, "launch", launch)
-    monkeypatch.setattr(cuda_jax, "unavailable", lambda platform: None)
-    return found
+    return recorded(monkeypatch, cuda_jax)
 
 
 def traced(x, levels, kernel_size, config=(), direction="bwd"):

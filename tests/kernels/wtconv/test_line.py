@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.cuda import EMULATED, emulate, gpu_of
+from helpers.cuda import EMULATED, emulate, gpu_of, recorded
 from helpers.wtconv import WTCONV, assert_oracle, assert_reproducible, assert_transformed
 
 from pallas_kernels.common.cuda import Device, Kernel, source_text
@@ -137,15 +137,7 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
 
 
 def test_signals_reach_the_launches(monkeypatch):
-    found = []
-
-    def launch(kernel, arguments, outputs, blocks):
-        numbers = [a for a in arguments if isinstance(a, int)]
-        found.append((kernel.name, dict(kernel.macros), numbers, blocks))
-        return [jnp.zeros(shape, dtype) for shape, dtype in outputs]
-
-    monkeypatch.setattr(cuda_jax, "launch", launch)
-    monkeypatch.setattr(cuda_jax, "unavailable", lambda platform: None)
+    found = recorded(monkeypatch, cuda_jax)
     gpu_of(monkeypatch, "7.5", core_count=40)
     x, params, _ = Case((1000,), 4, 5, "float16", channels=48).drawn()
     run = lambda x: WTCONV[1](x, params, implementation="cuda")  # noqa: E731
