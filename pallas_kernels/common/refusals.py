@@ -54,7 +54,7 @@ def refuse(reasons: Sequence[str]) -> None:
 _NOTE = (
     "Where a kernel does not compile, plain JAX computes: say implementation='xla', or in the "
     "environment FLASH_WTCONV_{OPERATOR}_FWD=xla and FLASH_WTCONV_{OPERATOR}_BWD=xla, such as "
-    "FLASH_WTCONV_WTCONV_FWD=xla"
+    "FLASH_WTCONV_WTCONV_FWD=xla; an MLP that nothing differentiates has FLASH_WTCONV_MLP_WHOLE=xla"
 )
 
 

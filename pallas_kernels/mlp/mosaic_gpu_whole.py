@@ -59,6 +59,8 @@ _SWIZZLED = (64, 32, 16)
 """Channels of a row of a swizzled tile of memory, of 128, 64 or 32 bytes."""
 _STAGES = 8
 """The most stages of the pipeline."""
+_RESIDENT = 32
+"""The most chunks that stay: Mosaic has no more mbarriers of one name."""
 _REGISTERS = {2: (40, 232), 3: (32, 160)}
 """Registers of a thread of the producer, and of a consumer, by the number of consumers."""
 _OTHERS = 48
@@ -137,7 +139,8 @@ class _Tiling:
         wide = sum(count * size for count, size in (self.read, self.written))
         left = SHARED - 2 * self.consumers * _ROWS * wide
         stages = left // (2 * self.chunk * wide)
-        return replace(self, stages=self.chunks if stages >= self.chunks else min(stages, _STAGES))
+        stay = self.chunks <= min(stages, _RESIDENT)
+        return replace(self, stages=self.chunks if stay else min(stages, _STAGES))
 
     def possible(self) -> bool:
         """Whether `wgmma` instructions, registers and shared memory can be of these sizes."""
@@ -344,9 +347,8 @@ class _Block:
         none = jnp.int32(0)
         _, stage = lax.fori_loop(0, steps, load, (none, none))
         if not self.cut.resident:
-            left = jnp.minimum(steps, stages)
-            stage = jnp.where(steps >= stages, stage, 0)
-            lax.fori_loop(0, left, drain, stage)
+            # There are fewer stages than chunks, so all are in use.
+            lax.fori_loop(0, stages, drain, stage)
 
     def consume(self, warpgroup: Index) -> None:
         """Computes a consumer's part of each tile of the block."""

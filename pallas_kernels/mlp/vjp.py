@@ -126,8 +126,8 @@ def mlp(
 
     if residual is None:
         return sharding.on_rows(rows, x)
-    if plan.module.DIFFERENTIABLE and sharding.left_to_xla(x):
-        # Where XLA splits images along several axes it would gather the rows of the residual too.
+    if plan.module.DIFFERENTIABLE:
+        # Plain JAX gains nothing by rows of it, which are gathered where it is not split as x.
         return sharding.on_rows(rows, x) + residual
     return sharding.on_rows(rows, x, residual)
 
@@ -173,10 +173,12 @@ def _apply_jvp(
         narrow = _narrow(plan, x, before, moved, second)
     with jax.named_scope("fc2"):
         y, dy = _product(plan, after, second), narrow + _product(plan, after, dkernels[1])
+    y, dy = y + outer.astype(y.dtype)[None], dy + douter.astype(dy.dtype)[None]
     # The residual is last, as it is the largest: a sum is rounded at its size.
-    added = zip((outer[None], *residual), (douter[None], *dresidual), strict=True)
-    for value, tangent in added:
-        y, dy = y + value.astype(y.dtype), dy + tangent.astype(dy.dtype)
+    for value, tangent in zip(residual, dresidual, strict=True):
+        # The caller's may be split in another way than x.
+        own, moved_by = (sharding.placed_like(one, jax.typeof(y)) for one in (value, tangent))
+        y, dy = y + own, dy + moved_by
     return y, dy
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import mosaic_gpu_compiled
 from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, shared_bytes
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from pallas_kernels.common import conformance, device
 from pallas_kernels.conv2d import TileConfig
@@ -173,6 +174,9 @@ def test_tiles_of_a_whole_mlp_fit_on_a_multiprocessor(monkeypatch):
     # ConvNeXt-T's first kernels stay in shared memory, those of its second stage go round.
     first, second, *_ = map(cut_of, SHAPES.values())
     assert first.resident and first.consumers == 3 and not second.resident
+    # Mosaic has 32 mbarriers of one name.
+    narrow = mosaic_gpu_whole.tiling(Problem((64, 16), np.dtype("bfloat16"), 4096, 16))
+    assert narrow.chunks > 32 and not narrow.resident
 
 
 @pytest.mark.slow
@@ -261,6 +265,33 @@ def test_a_call_is_whole_unless_it_is_differentiated(monkeypatch):
     jax.grad(call)(x)
     assert "widened" not in made and "narrowed_grad" not in made
     assert OPERATOR.directions["whole"] == ("whole",)
+
+
+@pytest.mark.parametrize("name", ["xla", "mosaic_gpu"])
+def test_a_residual_may_be_split_in_another_way_than_x(name, monkeypatch):
+    """On Explicit axes; its gradient is split as it is."""
+    for function in ("whole", "widened", "narrowed_grad"):
+        monkeypatch.setattr(mosaic_gpu, function, getattr(xla, function))
+    monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
+    mesh = AbstractMesh((2, 2), ("n", "c"), axis_types=(AxisType.Explicit,) * 2)
+
+    def loss(x, residual):
+        kernels = jnp.ones((4, 8), x.dtype), jnp.ones((8, 4), x.dtype)
+        biases = jnp.ones(8), jnp.ones(4)
+        y = mlp(x, kernels, biases, residual=residual, epsilon=1e-6, implementation=name)
+        return y.astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        for specs in (
+            (jax.P(None, None, None), jax.P("n", None, None)),
+            (jax.P("n", None, "c"),) * 2,
+        ):
+            images = [
+                jax.ShapeDtypeStruct((4, 4, 4), "float16", sharding=NamedSharding(mesh, spec))
+                for spec in specs
+            ]
+            found = jax.eval_shape(jax.grad(loss, (0, 1)), *images)
+            assert [one.sharding for one in found] == [one.sharding for one in images]
 
 
 def test_a_whole_mlp_that_is_too_wide_has_its_hidden_rows_in_memory(monkeypatch):
