@@ -198,20 +198,16 @@ WHOLE = (
 )
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "hidden", "features", "tile", "memory", "scale"),
-    [pytest.param(*one, marks=[pytest.mark.wide] * (i > 0)) for i, one in enumerate(WHOLE)],
-)
-def test_interpreted_whole_mlps_are_float32s(
-    shape, dtype, hidden, features, tile, memory, scale, interpreted, monkeypatch
-):
+WHOLE_ARGUMENTS = "shape", "dtype", "hidden", "features", "tile", "memory", "scale"
+
+
+def assert_whole(shape, dtype, hidden, features, tile, memory, scale, monkeypatch):
     """With a residual and without one, a norm and none, to the rounding of rows and output."""
     if memory is not None:
         monkeypatch.setattr(mosaic_gpu_whole, "SHARED", memory * 1024)
     arrays = whole_arrays(shape, dtype, hidden, features, scale)
     problem = Problem(tuple(shape), np.dtype(jnp.dtype(dtype)), hidden, features)
     cut = mosaic_gpu_whole.tiling(problem, **tile)
-    assert cut.resident == (memory is None)
     *given, residual = jax.tree.map(lambda a: a.astype(jnp.float32), arrays)
     eps = float(jnp.finfo(dtype).eps)
     for epsilon in (1e-6, None)[: 1 + (memory is None)]:
@@ -221,6 +217,18 @@ def test_interpreted_whole_mlps_are_float32s(
         got = mosaic_gpu_whole.whole(*arrays[:3], own, epsilon=epsilon, cut=cut)
         error = float(jnp.abs(got.astype(jnp.float32) - want).max())
         assert error <= 2 * eps * float(jnp.abs(want).max())
+    return cut
+
+
+@pytest.mark.parametrize(
+    WHOLE_ARGUMENTS,
+    [pytest.param(*one, marks=[pytest.mark.wide] * (i > 0)) for i, one in enumerate(WHOLE)],
+)
+def test_interpreted_whole_mlps_are_float32s(
+    shape, dtype, hidden, features, tile, memory, scale, interpreted, monkeypatch
+):
+    cut = assert_whole(shape, dtype, hidden, features, tile, memory, scale, monkeypatch)
+    assert cut.resident == (memory is None)
 
 
 def test_a_call_is_whole_unless_it_is_differentiated(monkeypatch):
@@ -311,3 +319,22 @@ def test_kernels_on_a_gpu(case):
     if reason:
         pytest.skip(reason)
     assert_oracle(case, jax.jit)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(device.platform() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    WHOLE_ARGUMENTS,
+    [
+        *WHOLE,
+        # Many tiles a block, the last one not whole: chunks that stay, and chunks that go round.
+        (Shape(100001, 96), "bfloat16", 384, 96, {}, None, 1.0),
+        (Shape(100001, 192), "float16", 768, 192, {}, None, 1.0),
+    ],
+)
+def test_whole_mlps_on_a_gpu(shape, dtype, hidden, features, tile, memory, scale, monkeypatch):
+    """The oracle's cases have no norm inside the launch."""
+    reason = mosaic_gpu.unavailable("gpu")
+    if reason:
+        pytest.skip(reason)
+    assert_whole(shape, dtype, hidden, features, tile, memory, scale, monkeypatch)
