@@ -135,6 +135,13 @@ def mlp(
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _apply(plan: Plan, rows: tuple[jax.Array, ...], kernels: Pair, biases: Pair) -> jax.Array:
     """The operator for x, and the residual if there is one."""
+    if plan.module.DIFFERENTIABLE:
+        # The features of plain JAX may be split, as the second layer is.
+        with jax.named_scope("fc1"):
+            after, _ = _widened(plan, *rows, kernels[0], biases[0])
+        with jax.named_scope("fc2"):
+            y = _product(plan, after, kernels[1])
+        return y + biases[1].astype(y.dtype)[None]
 
     def shard(
         plan: Plan, _: sharding.Shard, rows: tuple[jax.Array, ...], kernels: Pair, biases: Pair
@@ -163,6 +170,11 @@ def _apply_jvp(
 ) -> Pair:
     (x, *residual), (first, second), (inner, outer) = primals
     (dx, *dresidual), dkernels, (dinner, douter) = tangents
+    if not plan.module.DIFFERENTIABLE:
+        # On Explicit axes the launches of shards have all features.
+        second, outer, dkernels, dinner, douter = jax.tree.map(
+            sharding.gathered, (second, outer, dkernels, dinner, douter)
+        )
     if plan.epsilon is not None:
         with jax.named_scope("norm"):
             x, dx = jax.jvp(partial(normalized, epsilon=plan.epsilon), (x,), (dx,))

@@ -276,30 +276,29 @@ def test_a_call_is_whole_unless_it_is_differentiated(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["xla", "mosaic_gpu"])
-def test_a_residual_may_be_split_in_another_way_than_x(name, monkeypatch):
-    """On Explicit axes; its gradient is split as it is."""
+def test_arrays_may_be_split_in_other_ways_than_x(name, monkeypatch):
+    """On Explicit axes: the residual, and the second layer by features; so are their gradients."""
     for function in ("whole", "widened", "narrowed_grad"):
         monkeypatch.setattr(mosaic_gpu, function, getattr(xla, function))
     monkeypatch.setattr(mosaic_gpu, "unavailable", lambda platform: None)
     mesh = AbstractMesh((2, 2), ("n", "c"), axis_types=(AxisType.Explicit,) * 2)
 
-    def loss(x, residual):
-        kernels = jnp.ones((4, 8), x.dtype), jnp.ones((8, 4), x.dtype)
-        biases = jnp.ones(8), jnp.ones(4)
+    def loss(x, second, outer, residual):
+        kernels, biases = (jnp.ones((4, 8), x.dtype), second), (jnp.ones(8), outer)
         y = mlp(x, kernels, biases, residual=residual, epsilon=1e-6, implementation=name)
         return y.astype(jnp.float32).sum()
 
-    with jax.sharding.use_abstract_mesh(mesh):
-        for specs in (
-            (jax.P(None, None, None), jax.P("n", None, None)),
-            (jax.P("n", None, "c"),) * 2,
-        ):
-            images = [
-                jax.ShapeDtypeStruct((4, 4, 4), "float16", sharding=NamedSharding(mesh, spec))
-                for spec in specs
-            ]
-            found = jax.eval_shape(jax.grad(loss, (0, 1)), *images)
-            assert [one.sharding for one in found] == [one.sharding for one in images]
+    whole, rows, channels = jax.P(None, None, None), jax.P("n", None, None), jax.P("n", None, "c")
+    cases = (whole, None, rows), (channels, None, channels), (rows, "c", rows)
+    for x, features, residual in cases:
+        specs = x, jax.P(None, features), jax.P(features), residual
+        arrays = [
+            jax.ShapeDtypeStruct(shape, "float16", sharding=NamedSharding(mesh, spec))
+            for shape, spec in zip(((4, 4, 4), (8, 4), (4,), (4, 4, 4)), specs, strict=True)
+        ]
+        with jax.sharding.use_abstract_mesh(mesh):
+            found = jax.eval_shape(jax.grad(loss, range(4)), *arrays)
+        assert [one.sharding for one in found] == [one.sharding for one in arrays]
 
 
 def test_a_whole_mlp_that_is_too_wide_has_its_hidden_rows_in_memory(monkeypatch):
