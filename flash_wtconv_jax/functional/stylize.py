@@ -14,6 +14,7 @@ from flash_wtconv_jax.functional.conv2d import Padding, PerAxis
 from pallas_kernels.common.arguments import (
     checked_array,
     checked_dtype,
+    checked_eps,
     checked_integer,
     checked_pair,
     checked_precision,
@@ -23,7 +24,7 @@ from pallas_kernels.common.sharding import OutSharding
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR as CONV2D
 from pallas_kernels.stylize import blocks
-from pallas_kernels.stylize.api import OPERATOR, checked_activation, checked_eps
+from pallas_kernels.stylize.api import OPERATOR, checked_activation
 from pallas_kernels.stylize.api import instance_norm as norm
 from pallas_kernels.stylize.convolution.api import conv2d_instance_norm
 

@@ -1,5 +1,6 @@
 """Checks of arguments that every operator shares; each error names the argument."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, wraps
 from typing import ParamSpec, TypeVar, cast
@@ -22,6 +23,28 @@ MOST_LEVELS = 63
 
 Precision = str | jax.lax.Precision | None
 """The type of the argument `precision=`."""
+
+
+def checked_eps(value: object, name: str = "eps") -> float:
+    """The number that is added to a variance, as a float.
+
+    Args:
+        value: The argument.
+        name: Its name, for the error.
+
+    Raises:
+        ValueError: It is no number that float32 holds as one greater than 0.
+
+    Example:
+        >>> checked_eps(1e-5)
+        1e-05
+    """
+    number = math.nan
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+        number = float(value)
+    if not float(np.finfo(np.float32).tiny) <= number <= float(np.finfo(np.float32).max):
+        raise ValueError(f"{name}={value!r}: expected a number greater than 0, such as 1e-5")
+    return number
 
 
 def checked_array(value: ArrayLike, name: str) -> jax.Array:

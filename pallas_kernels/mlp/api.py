@@ -11,7 +11,12 @@ import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels.common import sharding
-from pallas_kernels.common.arguments import Precision, checked_array, checked_precision
+from pallas_kernels.common.arguments import (
+    Precision,
+    checked_array,
+    checked_eps,
+    checked_precision,
+)
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.mlp import vjp
@@ -58,8 +63,9 @@ def mlp(
         kernels: `[C, hidden]` and `[hidden, features]`, of x's dtype.
         biases: `[hidden]` and `[features]`, any floating dtype; they are added in x's.
         residual: `[*batch, features]` of x's dtype, which is added to the output, or None.
-        epsilon: What is added to the variance of each row of x, over its channels, by which it is
-            divided once it has no mean: LayerNorm without scale and bias. None takes x as it is.
+        epsilon: Greater than 0, what is added to the variance of each row of x, over its channels,
+            by which it is divided once it has no mean: LayerNorm without scale and bias. None takes
+            x as it is.
         precision: The precision of products of float32, as `jax.lax.dot_general` takes it.
         implementation: Filter on the implementations: a name, a sequence of names or `"auto"`
             for the fastest of them, which is measured once and remembered, or `None` for the
@@ -93,6 +99,8 @@ def mlp(
                 f"residual: expected shape {shape} and x's dtype, {x.dtype}, got "
                 f"{residual.shape} and {residual.dtype}"
             )
+    if epsilon is not None:
+        epsilon = checked_eps(epsilon, "epsilon")
     precision = checked_precision(precision)
     requests = (request(OPERATOR, direction, implementation) for direction in OPERATOR.directions)
     rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype)
@@ -100,11 +108,9 @@ def mlp(
     fwd, bwd, whole = spread.allowed(*requests)
     shape = spread.shard.local(rows.shape, vjp.RULE.operands[0])
     problem = Problem(shape, x.dtype, *second.shape)
-    keys = OPERATOR, "whole", problem, precision, epsilon
-    chosen = whole.choose(problem, vjp.measurement, *keys)
+    chosen = whole.choose(problem, vjp.measurement, OPERATOR, "whole", problem, precision, epsilon)
     module = OPERATOR.module(chosen.implementation)
-    passes = fwd, bwd, whole
-    plan = vjp.Plan(module, chosen.config, precision, epsilon, *passes, spread.stated)
+    plan = vjp.Plan(module, chosen.config, precision, epsilon, fwd, bwd, whole, spread.stated)
     return vjp.mlp(plan, x, (first, second), (inner, outer), residual)
 
 

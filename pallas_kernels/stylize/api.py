@@ -7,11 +7,10 @@ import math
 from enum import StrEnum
 
 import jax
-import numpy as np
 from jax.typing import ArrayLike
 
 from pallas_kernels.common import sharding
-from pallas_kernels.common.arguments import checked_array
+from pallas_kernels.common.arguments import checked_array, checked_eps
 from pallas_kernels.common.measurement import request
 from pallas_kernels.dispatch import Choice, Operator
 from pallas_kernels.stylize import vjp
@@ -125,28 +124,6 @@ def checked_activation(value: object) -> str | None:
     if value is None or isinstance(value, str) and value in ACTIVATIONS:
         return value
     raise ValueError(f"activation={value!r}: expected None or 'relu'")
-
-
-def checked_eps(value: object, name: str = "eps") -> float:
-    """The number that is added to a variance, as a float.
-
-    Args:
-        value: The argument.
-        name: Its name, for the error.
-
-    Raises:
-        ValueError: It is no number that float32 holds as one greater than 0.
-
-    Example:
-        >>> checked_eps(1e-5)
-        1e-05
-    """
-    number = math.nan
-    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
-        number = float(value)
-    if not float(np.finfo(np.float32).tiny) <= number <= float(np.finfo(np.float32).max):
-        raise ValueError(f"{name}={value!r}: expected a number greater than 0, such as 1e-5")
-    return number
 
 
 def check_shapes(

@@ -10,7 +10,7 @@ import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels.common import sharding
-from pallas_kernels.common.arguments import Precision, checked_array
+from pallas_kernels.common.arguments import Precision, checked_array, checked_eps
 from pallas_kernels.common.measurement import request
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d import vjp as conv2d_vjp
@@ -23,7 +23,6 @@ from pallas_kernels.stylize.api import OPERATOR as NORM
 from pallas_kernels.stylize.api import (
     check_shapes,
     checked_activation,
-    checked_eps,
     instance_norm,
 )
 from pallas_kernels.stylize.convolution import vjp

@@ -111,6 +111,7 @@ def test_gelu_in_16_bits(dtype):
         ({"kernels": (jnp.ones((2, 4)), jnp.ones((4, 3), "float16"))}, "x's dtype, float32"),
         ({"biases": (jnp.ones(4), jnp.ones(4))}, r"biases: expected shapes \(\(4,\), \(3,\)\)"),
         ({"residual": jnp.ones((3, 4))}, r"residual: expected shape \(3, 3\)"),
+        ({"epsilon": -1.0}, r"epsilon=-1\.0: expected a number greater than 0"),
         ({"x": jnp.ones((3, 2), int)}, "x: expected a floating-point array"),
     ],
 )
