@@ -9,7 +9,7 @@ from flash_wtconv_jax.bench.clocks import Clock
 from pallas_kernels.common.types import Json
 
 Keep = Callable[[Json], None]
-"""What keeps a report that is not whole yet: a run that is stopped loses what it is at alone."""
+"""Keeps a report that is not whole yet: a run that is stopped loses what it is at alone."""
 
 
 def unkept(report: Json) -> None:

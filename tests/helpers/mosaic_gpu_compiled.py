@@ -127,7 +127,7 @@ def main(folder, operator):
 
 
 def report(operator, folder):
-    """What each launch of an operator takes, of a process of its own."""
+    """The registers and spills of each launch of an operator, by a process of its own."""
     pytest.importorskip("jax_cuda13_plugin", reason="jax-cuda13-plugin and jax-cuda13-pjrt")
     command = [sys.executable, "-m", "helpers.mosaic_gpu_compiled", str(folder), operator]
     paths = os.pathsep.join(map(str, (Path(__file__).parents[1], *filter(None, sys.path))))
