@@ -1,7 +1,7 @@
 """`flash-wtconv bench levels`: what each wavelet level adds and costs, in one run."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 
@@ -10,6 +10,7 @@ from flash_wtconv_jax.bench.reports import head
 from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import (
     PASSES,
+    beside_each_other,
     check_dtype,
     compiled_calls,
     drawn_copies,
@@ -54,12 +55,9 @@ def run(
     rival = shape._replace(levels=0, kernel_size=_RIVAL_SIZE)
     kernel = drawn_params(rival, dtype)["base_kernel"]
     params = {name: drawn_params(layer, dtype) for name, layer in layers.items()}
-    with ThreadPoolExecutor() as pool:  # Kernels of GPUs compile for long.
-        jobs = {_RIVAL: pool.submit(compiled_calls, depthwise_conv2d, kernel, copies)}
-        jobs |= {
-            name: pool.submit(compiled_calls, wtconv2d, params[name], copies) for name in layers
-        }
-        programs = {name: job.result() for name, job in jobs.items()}
+    jobs = {_RIVAL: partial(compiled_calls, depthwise_conv2d, kernel, copies)}
+    jobs |= {name: partial(compiled_calls, wtconv2d, params[name], copies) for name in layers}
+    programs = beside_each_other(jobs)
     counts = {name: sum(one.size for one in jax.tree.leaves(params[name])) for name in layers}
     rows = []
     for direction in PASSES:

@@ -4,7 +4,6 @@ With the residual, as in a block.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -14,7 +13,13 @@ from flash_wtconv_jax.bench import clocks
 from flash_wtconv_jax.bench.defaults import able, each, entries
 from flash_wtconv_jax.bench.reports import Keep, check_shapes, head, unkept
 from flash_wtconv_jax.bench.timing import comparison
-from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
+from flash_wtconv_jax.bench.wtconv import (
+    PASSES,
+    beside_each_other,
+    check_dtype,
+    compiled_calls,
+    drawn_copies,
+)
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.dispatch.table import Entry
@@ -65,12 +70,12 @@ def run(
         rows_of_x = shape.rows, shape.channels
         copies = drawn_copies(rows_of_x, rows_of_x, dtype)
         params, contenders = _params(shape, dtype), _contenders(shape, dtype)
-        with ThreadPoolExecutor() as pool:
-            jobs = {
-                contender: pool.submit(compiled_calls, function, params, copies)
+        programs = beside_each_other(
+            {
+                contender: partial(compiled_calls, function, params, copies)
                 for contender, function in contenders.items()
             }
-            programs = {contender: job.result() for contender, job in jobs.items()}
+        )
         for direction in PASSES:
             calls = {contender: each[direction].call for contender, each in programs.items()}
             step = progress(f"{name} {direction}", clock.turns(len(calls)))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import entry_points
 from itertools import cycle
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from pallas_kernels.wtconv import baseline_jax, wtconv1d, wtconv2d
 from pallas_kernels.wtconv.api import OPERATOR
 from pallas_kernels.wtconv.problem import Problem
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM, Layer
+
+Result = TypeVar("Result")
 
 DTYPES = ("float32", "bfloat16", "float16")
 PASSES = {"forward": 2, "forward+backward": 5}
@@ -330,6 +332,18 @@ def compiled_calls(
             (used.temp_size_in_bytes + used.output_size_in_bytes) / size,
         )
     return contenders
+
+
+def beside_each_other(jobs: Mapping[str, Callable[[], Result]]) -> dict[str, Result]:
+    """The results of jobs that compile, each in a thread: a GPU's kernels take long.
+
+    Example:
+        >>> beside_each_other({"one": lambda: 1, "two": lambda: 2})
+        {'one': 1, 'two': 2}
+    """
+    with ThreadPoolExecutor() as pool:
+        begun = {name: pool.submit(job) for name, job in jobs.items()}
+        return {name: job.result() for name, job in begun.items()}
 
 
 def _next(compiled: Callable, arguments: Iterator[tuple[Tree, ...]]) -> Tree:

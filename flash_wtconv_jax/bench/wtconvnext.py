@@ -1,7 +1,6 @@
 """`flash-wtconv bench wtconvnext`: images a second of WTConvNeXt beside ConvNeXt of its size."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -16,7 +15,7 @@ from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.networks import drawn
 from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
-from flash_wtconv_jax.bench.wtconv import check_dtype
+from flash_wtconv_jax.bench.wtconv import beside_each_other, check_dtype
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
 
@@ -107,9 +106,9 @@ def run(
         "left": works,
     }
     for one in [*works]:
-        with ThreadPoolExecutor() as pool:  # A network is traced while another is compiled.
-            jobs = {name: pool.submit(network.program, one) for name, network in networks.items()}
-            programs = {name: job.result() for name, job in jobs.items()}
+        programs = beside_each_other(
+            {name: partial(network.program, one) for name, network in networks.items()}
+        )
         calls = {name: program.call for name, program in programs.items()}
         each = clock, *((users,) if users else ())
         step = progress(one, sum(c.turns(len(calls)) for c in each))

@@ -3,6 +3,8 @@
 That computes the two products beside GELU, for derivatives, and where a whole MLP is too wide.
 """
 
+from functools import partial
+
 import jax
 from jax import lax
 
@@ -71,7 +73,8 @@ def whole(
     problem = Problem(x.shape, x.dtype, *kernels[1].shape)
     cut = mosaic_gpu_whole.tiling(problem, **tile)
     if cut is None:
-        return composed(widened, x, kernels, biases, residual, epsilon, precision)
+        first = partial(widened, kept=False, precision=precision)
+        return composed(first, x, kernels, biases, residual, epsilon, precision)
     with jax.named_scope("fc1_fc2"):
         return mosaic_gpu_whole.whole(x, kernels, biases, residual, epsilon=epsilon, cut=cut)
 

@@ -41,7 +41,7 @@ from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
 from pallas_kernels.mlp.norm import normalized
 from pallas_kernels.mlp.problem import Problem
-from pallas_kernels.mlp.xla import sloped
+from pallas_kernels.mlp.xla import composed, sloped
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -137,11 +137,8 @@ def _apply(plan: Plan, rows: tuple[jax.Array, ...], kernels: Pair, biases: Pair)
     """The operator for x, and the residual if there is one."""
     if plan.module.DIFFERENTIABLE:
         # The features of plain JAX may be split, as the second layer is.
-        with jax.named_scope("fc1"):
-            after, _ = _widened(plan, *rows, kernels[0], biases[0])
-        with jax.named_scope("fc2"):
-            y = _product(plan, after, kernels[1])
-        return y + biases[1].astype(y.dtype)[None]
+        first = partial(_widened, plan)
+        return composed(first, rows[0], kernels, biases, None, None, plan.precision)
 
     def shard(
         plan: Plan, _: sharding.Shard, rows: tuple[jax.Array, ...], kernels: Pair, biases: Pair

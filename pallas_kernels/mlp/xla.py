@@ -1,6 +1,7 @@
 """The MLP and its two products beside GELU in plain JAX: runs on every platform."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ def whole(
     precision: lax.Precision | None,
 ) -> jax.Array:
     """The MLP of rows; see `vjp`."""
-    return composed(widened, x, kernels, biases, residual, epsilon, precision)
+    first = partial(widened, kept=False, precision=precision)
+    return composed(first, x, kernels, biases, residual, epsilon, precision)
 
 
 def composed(
@@ -45,13 +47,13 @@ def composed(
     epsilon: float | None,
     precision: lax.Precision | None,
 ) -> jax.Array:
-    """The MLP of rows by `widened` of any implementation, with hidden rows in memory."""
+    """The MLP of rows by any first layer, whose hidden rows lie in memory."""
     if epsilon is not None:
         with jax.named_scope("norm"):
             x = normalized(x, epsilon)
     # Scopes are what profiles call the parts of a network.
     with jax.named_scope("fc1"):
-        (after,) = first(x, kernels[0], biases[0], kept=False, precision=precision)
+        after, *_ = first(x, kernels[0], biases[0])
     with jax.named_scope("fc2"):
         y = jnp.matmul(after, kernels[1], precision=precision)
     y = y + biases[1].astype(y.dtype)[None]
