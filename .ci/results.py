@@ -1,7 +1,8 @@
 """Writes docs/results.md and its charts from docs/results/*.json: `python .ci/results.py`.
 
 The files are what `flash-wtconv bench … --out` leaves. Nothing on the page is typed by hand, nor
-are tables of other pages that begin with `<!-- results: NAME -->`, NAME being that of a file.
+are tables of other pages that begin with `<!-- results: NAME -->`, NAME being that of a file, or
+those of several of one benchmark.
 """
 
 import json
@@ -26,8 +27,9 @@ Every figure of this page is from a file in
 `flash-wtconv bench` wrote on the device that it names; `.ci/results.py` makes tables and charts.
 Times are medians in milliseconds, with the least and the greatest of a run. A ratio is the speed
 over the baseline, which has 1, in the same run; where the greatest time is over twice the least,
-*noisy* stands in its place. In charts names that begin with *flash* are blue: alone it is what
-`implementation=None` takes, else the implementation that is named. Whiskers are orange.
+*noisy* stands in its place. A second clock is the users': calls back to back, caches warm, CUDA
+graphs on. In charts names that begin with *flash* are blue: alone it is what `implementation=None`
+took, else the implementation that is named. Whiskers are orange.
 """
 
 
@@ -43,9 +45,14 @@ def groups(report: Report) -> dict[tuple[str, str], list[Row]]:
     """The rows of what was computed, in one direction: those that are compared."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in report["rows"]:
-        # `bench levels` is of one array.
-        what = row.get("shape") or (f"{row['work']}, {row['name']}" if "work" in row else "x")
-        found.setdefault((what, row["direction"]), []).append(row)
+        if "images_per_s" in row:
+            size = report["size"]
+            key = f"{report['model']}, batch {report['batch']}, {size} x {size}", row["work"]
+        else:
+            # `bench levels` is of one array.
+            what = row.get("shape") or (f"{row['work']}, {row['name']}" if "work" in row else "x")
+            key = what, row["direction"]
+        found.setdefault(key, []).append(row)
     return found
 
 
@@ -58,16 +65,32 @@ def ratio(row: Row) -> str:
 
 def table(report: Report) -> Iterator[str]:
     """The lines of a report's table."""
-    yield "| | direction | by | ms | least – greatest | ratio |"
-    yield "|---|---|---|---|---|---|"
+    users = any(row.get("users") for row in report["rows"])
+    more = " users' ms | ratio |" if users else ""
+    yield f"| | direction | by | ms | least – greatest | ratio |{more}"
+    yield "|---|---|---|---|---|---|" + "---|---|" * users
     before = None
     for (what, direction), rows in groups(report).items():
         for row in rows:
             first = what if what != before else ""
             times = " – ".join(f"{row[key]:.4g}" for key in ("least_ms", "greatest_ms"))
-            cells = first, direction, row["contender"], f"{row['median_ms']:.4g}", times, ratio(row)
+            cells = [
+                first,
+                direction,
+                row["contender"],
+                f"{row['median_ms']:.4g}",
+                times,
+                ratio(row),
+            ]
+            if users:
+                cells += [f"{row['users']['median_ms']:.4g}", ratio(row["users"])]
             yield f"| {' | '.join(cells)} |"
             before = what
+
+
+def charted(report: Report) -> bool:
+    """Whether there is a chart of a report; of two networks, both ours, there is none."""
+    return "images_per_s" not in report["rows"][0]
 
 
 def chart(report: Report) -> str:
@@ -105,15 +128,23 @@ def section(name: str, report: Report) -> Iterator[str]:
     """The lines of one report."""
     dtype = report.get("dtype") or report["rows"][0]["dtype"]
     versions = report["versions"]
-    title = f"{report['benchmark'].capitalize()}, {dtype}, {report['device']['kind']}"
+    # The name of a file is that of the benchmark, of the device, and what tells it from others.
+    special = " ".join(word for word in name.split("_")[2:] if word != dtype)
+    words = report["benchmark"].capitalize(), special, dtype, report["device"]["kind"]
+    title = ", ".join(word for word in words if word)
+    flags = f" with `XLA_FLAGS={report['xla_flags']}`" if report.get("xla_flags") else ""
     yield f"\n## {title}\n"
     yield (
-        f"`flash-wtconv bench {report['benchmark']}`, {report['date']}, JAX {versions['jax']}, "
-        f"by {report['clock']}: [{name}.json](https://github.com/flash-wtconv/flash-wtconv/blob/main/"
-        f"docs/results/{name}.json).\n"
+        f"`flash-wtconv bench {report['benchmark']}`{flags}, {report['date']}, JAX "
+        f"{versions['jax']}, by {report['clock']}: [{name}.json]"
+        f"(https://github.com/flash-wtconv/flash-wtconv/blob/main/docs/results/{name}.json).\n"
     )
-    yield f"![Bars: speed of {title} over the baseline's](images/results_{name}.svg)\n"
+    if charted(report):
+        yield f"![Bars: speed of {title} over the baseline's](images/results_{name}.svg)\n"
     yield from table(report)
+    if report.get("profile"):
+        yield "\nWhere the time goes, ms:\n"
+        yield from _profile(report)
 
 
 def figure(value: float) -> str:
@@ -133,13 +164,16 @@ def _layers(report: Report) -> Iterator[str]:
     shown = [name for name in names if any(row["contender"] == name for row in report["rows"])]
     yield f"| x | {' | '.join(names[name] for name in shown)} |"
     yield "|---" * (1 + len(shown)) + "|"
-    layers = {(tuple(row["x"]), row["levels"]): None for row in report["rows"]}
-    for x, levels in layers:
-        rows = [row for row in report["rows"] if (tuple(row["x"]), row["levels"]) == (x, levels)]
+    layers: dict[tuple[Any, ...], list[Row]] = {}
+    for row in report["rows"]:
+        layers.setdefault((tuple(row["x"]), row["levels"], row["dtype"]), []).append(row)
+    several = len({dtype for _, _, dtype in layers}) > 1
+    for (x, levels, dtype), rows in layers.items():
         # Of signals another plain convolution is timed than of images.
         here = {row["contender"] for row in rows}
         cells = (" / ".join(_times(rows, name)) if name in here else "" for name in shown)
-        yield f"| {x}, {levels} levels | {' | '.join(cells)} |"
+        title = f"{x}, {levels} levels" + f", {dtype}" * several
+        yield f"| {title} | {' | '.join(cells)} |"
 
 
 def _times(rows: list[Row], contender: str) -> list[str]:
@@ -161,29 +195,107 @@ def _levels(report: Report) -> Iterator[str]:
 
 
 def _sparse(report: Report) -> Iterator[str]:
-    """The lines of a table of sparse convolutions: ours, and its speed over plain forms."""
-    others = ("gather, dot, scatter-add", "im2col")
-    yield f"| | | ms | TFLOP/s | {' | '.join(f'over {one}' for one in others)} |"
-    yield "|---|---|---|---|---|---|"
-    pairs = {row["shape"]: row["pairs"] for row in report["rows"] if row.get("pairs")}
+    """The lines of a table of sparse convolutions: ours, and its speed over other forms."""
+    every = ("gather, dot, scatter-add", "im2col", "spconv-triton")
+    there = {row["contender"] for row in report["rows"]}
+    others = [one for one in every if one in there]
+    heads = ["ms", "TFLOP/s", "times forward", "temporaries, x", *(f"over {one}" for one in others)]
+    yield f"| | | {' | '.join(heads)} |"
+    yield "|---" * (2 + len(heads)) + "|"
     before = None
     for (shape, direction), rows in groups(report).items():
-        times = {row["contender"]: row["median_ms"] for row in rows}
-        if "flash" in times:
-            channels = re.search(r"_(\d+)_(\d+)_s", shape)
-            assert channels
-            products = 2 * pairs[shape] * int(channels[1]) * int(channels[2])
-            products *= 3 if direction == "forward+backward" else 1
-            ours = times["flash"]
-            cells = [f"{ours:.3f}", f"{products / ours / 1e9:.0f}"]
-            cells += [f"{times[one] / ours:.3g}×" for one in others]
-            title = f"{channels[1]} → {channels[2]}" if shape != before else ""
-            yield f"| {title} | {direction} | {' | '.join(cells)} |"
-            before = shape
+        by = {row["contender"]: row for row in rows}
+        title = _sparse_title(shape) if shape != before else ""
+        before = shape
+        if direction == "map":
+            for voxels, row in by.items():
+                cells = [f"{row['median_ms']:.3f}", *[""] * (len(heads) - 1)]
+                yield f"| {title} | map, {voxels} voxels | {' | '.join(cells)} |"
+                title = ""
+            continue
+        ours = by["flash"]
+        cells = [f"{ours['median_ms']:.3f}", figure(ours["tflops_per_s"])]
+        cells += [f"{ours['over_forward']:.1f}", f"{ours['temporaries']:.2f}"]
+        times = [by[one]["median_ms"] if one in by else None for one in others]
+        cells += [f"{one / ours['median_ms']:.3g}×" if one else "" for one in times]
+        yield f"| {title} | {direction} | {' | '.join(cells)} |"
+
+
+def _sparse_title(shape: str) -> str:
+    """A layer's channels and features by its name, and what it has beside a million voxels."""
+    match = re.fullmatch(r"(?:depthwise_)?room_(\d+)_(\d+)(?:_(\d+)_s(\d))?", shape)
+    assert match, shape
+    voxels, channels, features, stride = match.groups()
+    words = [f"{channels} → {features}" if features else f"depthwise, {channels}"]
+    if stride not in (None, "1"):
+        words.append(f"stride {stride}")
+    if voxels != "1000000":
+        words.append(f"{int(voxels):,} voxels")
+    return ", ".join(words)
+
+
+def _by_implementation(report: Report) -> Iterator[str]:
+    """The lines of a table of what implementations take: times, and speeds over plain JAX.
+
+    What was taken unasked is left out: such reports are made to decide that.
+    """
+    names = dict.fromkeys(row["contender"] for row in report["rows"])
+    shown = [name for name in names if name != "flash"]
+    heads = [f"`{name[6:]}`" if name.startswith("flash") else "plain JAX" for name in shown]
+    yield f"| | | {' | '.join(heads)} |"
+    yield "|---" * (2 + len(shown)) + "|"
+    before = None
+    for (what, direction), rows in groups(report).items():
+        by = {row["contender"]: row for row in rows}
+        times = [f"{by[name]['median_ms']:.3f} ms" for name in shown]
+        speeds = [ratio(by[name]) for name in shown]
+        cells = [
+            time if speed == "1.00" else f"{time}, {speed}" + "×" * (speed != "noisy")
+            for time, speed in zip(times, speeds, strict=True)
+        ]
+        title = what.removeprefix("layer, ") if what != before else ""
+        yield f"| {title} | {direction} | {' | '.join(cells)} |"
+        before = what
+
+
+def _networks(report: Report) -> Iterator[str]:
+    """The lines of a table of networks: images a second as users have them, and a batch's time."""
+    if report["profile"]:
+        yield from _profile(report)
+        return
+    shown = dict.fromkeys(row["contender"] for row in report["rows"])
+    yield f"| images a second | {' | '.join(shown)} |"
+    yield "|---" * (1 + len(shown)) + "|"
+    for (_, work), rows in groups(report).items():
+        users = {row["contender"]: row["users"] for row in rows}
+        cells = (
+            f"{users[name]['images_per_s']:,.0f} ({users[name]['median_ms']:.2f} ms)"
+            for name in shown
+        )
+        yield f"| {work} | {' | '.join(cells)} |"
+
+
+def _profile(report: Report) -> Iterator[str]:
+    """The lines of a table of where a network's time goes, a line a part."""
+    times: dict[str, dict[tuple[str, ...], float]] = {}
+    for row in report["profile"]:
+        column = row["contender"], row["work"], row["direction"]
+        times.setdefault(row["part"], {})[column] = row["ms"]
+    columns = dict.fromkeys(column for part in times.values() for column in part)
+    yield f"| ms a batch | {' | '.join(', '.join(column) for column in columns)} |"
+    yield "|---" * (1 + len(columns)) + "|"
+    for part, found in times.items():
+        cells = (f"{found[one]:.2f}" if one in found else "" for one in columns)
+        yield f"| {part} | {' | '.join(cells)} |"
+    sums = (sum(part.get(one, 0) for part in times.values()) for one in columns)
+    yield f"| all | {' | '.join(f'{one:.2f}' for one in sums)} |"
 
 
 def _stylize(report: Report) -> Iterator[str]:
-    """The lines of a table of a style transfer network, by what computes it."""
+    """The lines of a table of a style transfer network, or its layers, by what computes it."""
+    if report["rows"][0]["work"] == "layer":
+        yield from _by_implementation(report)
+        return
     names = {
         "plain jax": "plain JAX",
         "norm alone": "our norm alone",
@@ -201,13 +313,15 @@ def _stylize(report: Report) -> Iterator[str]:
 
 TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
     "levels": _levels,
+    "mlp": _by_implementation,
     "sparse": _sparse,
     "stylize": _stylize,
     "wtconv": _layers,
+    "wtconvnext": _networks,
 }
-"""The makers of a page's table of a report, by the benchmark."""
+"""The makers of a page's table of a report, or of several as one, by the benchmark."""
 PAGES = ("README.md", "docs/index.md", "docs/performance.md")
-_TABLE = re.compile(r"(?<=<!-- results: )(\w+)( -->\n).*?(?=<!-- end -->)", re.S)
+_TABLE = re.compile(r"(?<=<!-- results: )([\w ]+?)( -->\n).*?(?=<!-- end -->)", re.S)
 
 
 def filled(text: str, found: dict[str, Report]) -> str:
@@ -218,7 +332,9 @@ def filled(text: str, found: dict[str, Report]) -> str:
     """
 
     def table_of(match: re.Match[str]) -> str:
-        report = found[match[1]]
+        every = [found[name] for name in match[1].split()]
+        rows = [{"dtype": one.get("dtype")} | row for one in every for row in one["rows"]]
+        report = every[0] | {"rows": rows}
         return "\n".join([match[1] + match[2], *TABLES[report["benchmark"]](report), "", ""])
 
     return _TABLE.sub(table_of, text)
@@ -230,7 +346,8 @@ def files(docs: Path) -> dict[Path, str]:
     lines = [line for name, report in found.items() for line in section(name, report)]
     made = {docs / "results.md": "\n".join([HEAD, *lines, ""]).replace("\n\n\n", "\n\n")}
     for name, report in found.items():
-        made[docs / "images" / f"results_{name}.svg"] = chart(report)
+        if charted(report):
+            made[docs / "images" / f"results_{name}.svg"] = chart(report)
     for path in filter(Path.exists, (docs.parent / name for name in PAGES)):
         made[path] = filled(path.read_text(encoding="utf-8"), found)
     return made

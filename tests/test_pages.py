@@ -215,11 +215,37 @@ class TestTheResults:
     def test_another_figure_shows_in_the_table_of_another_page(self):
         found = self.results.reports(DOCS / "results")
         text = TEXTS[DOCS / "performance.md"]
-        assert text.count("<!-- results: ") == 2 and self.results.filled(text, found) == text
+        assert text.count("<!-- results: ") == 10 and self.results.filled(text, found) == text
+
+        def row(name, **fields):
+            return next(
+                row for row in found[name]["rows"] if all(row[key] == fields[key] for key in fields)
+            )
+
         found["stylize_h200_network"]["rows"][0]["median_ms"] = 9.87
-        assert "| plain JAX | 9.87 |" in self.results.filled(text, found)
-        assert "| plain JAX | 9.87 |" not in text
-        with pytest.raises(KeyError, match="sparse"):
+        found["stylize_h200_layers"]["rows"][0]["median_ms"] = 9.876
+        found["wtconvnext_h200_training"]["rows"][1]["users"] |= {
+            "images_per_s": 98765.4,
+            "median_ms": 1.296,
+        }
+        found["wtconvnext_h200_profile_training"]["profile"][0]["ms"] = 98.765
+        found["wtconv_h200_audio_float32"]["rows"][0]["median_ms"] = 987
+        row("mlp_h200_bfloat16", contender="flash xla", direction="forward")["greatest_ms"] = 9.87
+        deep = row("sparse_h200_depthwise", contender="flash", direction="gradient of w")
+        deep |= {"median_ms": 9.87, "tflops_per_s": 0.98, "over_forward": 8.7, "temporaries": 0.76}
+        changed = self.results.filled(text, found).splitlines()
+        for start, end in (
+            ("| plain JAX | 9.87 |", " |"),
+            ("| style_512_trunk | forward | 9.876 ms |", "× |"),
+            ("| training | ", " ms) | 98,765 (1.30 ms) |"),
+            ("| stem | 98.77 |", " |"),
+            ("| (32, 16384, 256), 5 levels, float32 | 987 / ", " |"),
+            ("| convnext_t_stage1 | forward | ", ", noisy |"),
+            ("|  | gradient of w | 9.870 | 0.98 | 8.7 | 0.76 | ", "× |  |"),
+        ):
+            told = [line for line in changed if line.startswith(start) and line.endswith(end)]
+            assert len(told) == 1 and told[0] not in text
+        with pytest.raises(KeyError, match="h200"):
             self.results.filled(text, {})
 
     def test_tables_of_layers_and_levels(self, tmp_path):

@@ -1,5 +1,6 @@
 """The parts of reports that several benchmarks share."""
 
+import os
 from collections.abc import Callable, Collection, Iterable
 from datetime import date
 from typing import Any
@@ -31,7 +32,8 @@ def head(
         others: Contenders of other packages, which tell their `versions()`.
 
     Returns:
-        `benchmark`, `date`, `device`, `versions`, `clock` and `no_device_events`.
+        `benchmark`, `date`, `device`, `versions`, `xla_flags` (the variable, None without),
+        `clock` and `no_device_events`.
 
     Example:
         >>> from flash_wtconv_jax.bench.clocks import HostClock
@@ -46,6 +48,7 @@ def head(
         "date": date.today().isoformat(),
         "device": environment.device(),
         "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS") or None,
         "clock": clock.name,
         "no_device_events": no_device_events,
     }

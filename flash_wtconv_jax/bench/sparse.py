@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from importlib.metadata import entry_points
 from time import monotonic
@@ -18,7 +17,7 @@ from flash_wtconv_jax import environment
 from flash_wtconv_jax.bench import clocks, roofline
 from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.defaults import OURS, able, entries
-from flash_wtconv_jax.bench.reports import Keep, unkept
+from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from pallas_kernels.common.device import platform
@@ -93,7 +92,7 @@ def run(
         dtype: Dtype of x and the weights, one of `wtconv.DTYPES`.
         minutes: After so many no layer is begun; None times them all.
         before: An earlier report, whose layers are not timed again if it has the same dtype,
-            device and versions.
+            device, versions and XLA's flags.
         keep: Told the report of the layers so far, after each.
 
     Returns:
@@ -118,23 +117,15 @@ def run(
     clock, no_device_events = clocks.best()
     roofs = roofline.measure(clock) | {"product_flops_per_s": _product_rate(clock, dtype)}
     others = _registered(dtype)
-    versions = environment.versions()
-    for other in others:
-        versions |= other.versions()
     report: Json = {
-        "benchmark": "sparse",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": versions,
+        **head("sparse", clock, no_device_events, others),
         "dtype": dtype,
         "baseline": _SCATTER,
-        "clock": clock.name,
-        "no_device_events": no_device_events,
         "roofs": roofs,
         "rows": [],
         "left": list(dict.fromkeys(shapes)),
     }
-    alike = "device", "versions", "dtype", "clock"
+    alike = "device", "versions", "xla_flags", "dtype", "clock"
     if before is not None and all(before.get(name) == report[name] for name in alike):
         report["rows"] = [row for row in before["rows"] if row["shape"] in shapes]
         timed = {row["shape"] for row in report["rows"]}

@@ -335,8 +335,9 @@ def test_the_fastest_dense_convolutions_are_kept(tmp_path, monkeypatch, longer):
     table.fastest.cache_clear()
 
 
-def test_report_table_and_picture(tmp_path):
+def test_report_table_and_picture(tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="the third contender is PyTorch")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
     result = bench("--shape", "small", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "small" in result.output and "2.0 (1.5-3.0)" in result.output
@@ -345,6 +346,7 @@ def test_report_table_and_picture(tmp_path):
     report = json.loads((tmp_path / "wtconv.json").read_text())
     assert report["device"]["platform"] == "cpu" and "torch" in report["versions"]
     assert report["clock"] == "host" and report["no_device_events"] is None
+    assert report["xla_flags"] == "--xla_gpu_autotune_level=4"
     rows = {(row["direction"], row["contender"]): row for row in report["rows"]}
     assert set(rows) == {
         (direction, contender)
