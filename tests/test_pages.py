@@ -215,7 +215,7 @@ class TestTheResults:
     def test_another_figure_shows_in_the_table_of_another_page(self):
         found = self.results.reports(DOCS / "results")
         text = TEXTS[DOCS / "performance.md"]
-        assert text.count("<!-- results: ") == 10 and self.results.filled(text, found) == text
+        assert text.count("<!-- results: ") > 9 and self.results.filled(text, found) == text
 
         def row(name, **fields):
             return next(
