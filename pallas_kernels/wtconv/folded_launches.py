@@ -413,7 +413,8 @@ def means(
             outputs = [(each, dtype) for each in below]
             return found + launch(one.compiled(True), [image, n, c], outputs, one.blocks(size))
         _, h, w, _ = above
-        blocks = cdiv(math.prod(size) // vector, _MEANS_THREADS)
+        _, down, across, _ = size
+        blocks = cdiv(n * cdiv(down, 2) * across * (c // vector), _MEANS_THREADS)
         (image,) = launch(kernel, [image, n, c, h, w], [(size, dtype)], blocks)
         found.append(image)
     return found

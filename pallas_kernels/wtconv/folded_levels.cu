@@ -53,33 +53,62 @@ struct Level {
 
 constexpr int END = Level<LEVELS - 1>::place() + Level<LEVELS - 1>::BYTES;
 
+// VECTOR channels of a pair of rows of a column of the images, zeros where they have ended. All
+// loads are on their way before one is waited for.
+struct Pair {
+  Piece rows[2];
+
+  Pair() = default;
+
+  // A channel of both rows, as a word of shared memory has it.
+  DEVICE unsigned both(int channel) const {
+    return rows[0].at[channel] | unsigned(rows[1].at[channel]) << 16;
+  }
+
+#if HALVED
+  DEVICE Pair(const Scalar* __restrict__ x, int pair, int column, int channels) {
+    const Square above(x, 2 * pair, column, HIGH, BROAD, channels);
+    const Square below(x, 2 * pair + 1, column, HIGH, BROAD, channels);
+    rows[0] = above.means();
+    rows[1] = below.means();
+  }
+#else
+  DEVICE Pair(const Scalar* __restrict__ x, int pair, int column, int channels) {
+    const int next = min(2 * pair + 1, HIGH - 1);
+    rows[0] = *reinterpret_cast<const Piece*>(x + (2 * pair * BROAD + column) * channels);
+    rows[1] = *reinterpret_cast<const Piece*>(x + (next * BROAD + column) * channels);
+    if (2 * pair + 1 >= HIGH) rows[1] = {};
+  }
+#endif
+};
+
 // Brings a thread's share of the images into shared memory, VECTOR channels of a column of a pair of
-// rows at once.
+// rows at once, AT_ONCE of which are on their way. Channels and images that are not there are others
+// again: nobody keeps what becomes of them. So are items behind the last.
 DEVICE void load(const Scalar* __restrict__ x, int first, int image, int count, int channels,
                  unsigned char* shared) {
   typedef Level<0> Here;
   constexpr int PIECES = TOGETHER / VECTOR, COLUMNS = PIECES * Here::COLUMNS;
-  constexpr int ITEMS = IMAGES * Here::PAIRS * COLUMNS;
-#pragma unroll 2
-  for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
-    const int piece = item % PIECES * VECTOR, column = item % COLUMNS / PIECES;
-    const int pair = item / COLUMNS % Here::PAIRS, which = item / (COLUMNS * Here::PAIRS);
-    if (first + piece >= channels || image + which >= count) continue;
-    const Scalar* from = x + Offset(image + which) * HIGH * BROAD * channels + first + piece;
-    Piece rows[2] = {};
+  constexpr int ITEMS = IMAGES * Here::PAIRS * COLUMNS, AT_ONCE = HALVED ? 1 : 4;
+#pragma unroll 1
+  for (int start = threadIdx.x; start < ITEMS; start += AT_ONCE * THREADS) {
+    Pair pairs[AT_ONCE];
+    unsigned* to[AT_ONCE];
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int row = 2 * pair + r;
-      if (HALVED) {
-        rows[r] = means_at(from, row, column, HIGH, BROAD, channels);
-      } else if (row < HIGH) {
-        rows[r] = *reinterpret_cast<const Piece*>(from + (row * BROAD + column) * channels);
-      }
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int item = min(start + i * THREADS, ITEMS - 1);
+      const int piece = item % PIECES * VECTOR, column = item % COLUMNS / PIECES;
+      const int pair = item / COLUMNS % Here::PAIRS, which = item / (COLUMNS * Here::PAIRS);
+      const int channel = min(first + piece, channels - VECTOR);
+      const Offset from = Offset(min(image + which, count - 1)) * HIGH * BROAD * channels;
+      pairs[i] = Pair(x + from + channel, pair, column, channels);
+      to[i] = Here::at(shared, piece, which, pair, column);
     }
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++)
-      *Here::at(shared, piece + i, which, pair, column) =
-          rows[0].at[i] | unsigned(rows[1].at[i]) << 16;
+    for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+      for (int j = 0; j < VECTOR; j++)
+        to[i][j * (Here::CHANNEL / 4)] = pairs[i].both(j);
   }
 }
 
