@@ -190,14 +190,15 @@ def folded(taps: Taps) -> jax.Array:
     # The base as the fifth band, which deeper levels have not.
     bases = [base, *[jnp.zeros_like(base)] * (len(bands) - 1)]
     whole = jnp.stack([jnp.concatenate(pair, 2) for pair in zip(bands, bases, strict=True)])
-    whole = whole.reshape(len(bands), kernel_size**2, 5, channels).transpose(0, 3, 1, 2)
+    whole = whole.reshape(len(bands), kernel_size**2, 5, channels)
     signs = [*jnp.moveaxis(sources.signs, -1, 0), sources.based]
     numbers = [*[sources.tap] * 4, sources.base]
+    # Channels last until the sum is made: so neighbouring threads read neighbouring taps.
     found = (
-        sign * whole[:, :, number, band]
+        sign[..., None] * whole[:, :, band][:, number]
         for band, (sign, number) in enumerate(zip(signs, numbers, strict=True))
     )
-    return reduce(jnp.add, found)
+    return jnp.moveaxis(reduce(jnp.add, found), -1, 1)
 
 
 def _folded_weight_grad(

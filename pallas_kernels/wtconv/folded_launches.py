@@ -34,9 +34,12 @@ _GROUPS = 4
 """Groups of channels of a block that does all levels of small images."""
 _CROWDED = 4, 3
 """Such blocks of a multiprocessor, whose registers are enough for four."""
-TOGETHER = 32
-"""The longest side of images that one launch does all levels of, where it has room: by what is read
-and multiplied, see docs/performance.md; see `search_space`."""
+TOGETHER = 13
+"""The longest side of images that one launch does all levels of, where it has room; see
+`search_space`. A launch a level streams through images of 14 pixels a side and more in less time,
+see docs/performance.md."""
+_MOST_TOGETHER = 32
+"""The longest side of such images that is worth timing."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
 _MEANS_THREADS = 256
@@ -205,8 +208,9 @@ def search_space(
     """
     sides = [max(_means_shape(shape, level)[1:3]) for level in range(levels)]
     found: list[dict[str, int]] = [{}]
-    # Whole images of fewer levels, and of none.
-    found += [{"together": side - 1} for side in sides if 4 < side <= TOGETHER]
+    # Whole images of more levels, and of fewer.
+    default = next((side for side in sides if side <= TOGETHER), None)
+    found += [{"together": s} for s in sides if 4 < s <= _MOST_TOGETHER and s != default]
     if device.boxes and device.capability == _HOPPER and shape[-1] % 8 == 0:
         found += [{"apart": who} for who in range(_AHEAD + 1) if who != APART]
     return [*found, {"resident": 1}, {"resident": 2}] if direction == "fwd" else found

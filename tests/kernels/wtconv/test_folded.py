@@ -36,6 +36,9 @@ STREAMED = [
 ]
 
 
+KERNELS = "base_kernel", "wavelet_kernel_0", "wavelet_kernel_1", "wavelet_kernel_2"
+
+
 def described(case):
     return case.name
 
@@ -179,11 +182,13 @@ def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
 
 def test_small_images_are_one_launch_and_large_ones_streams():
     h200 = Device(shared=232448, multiprocessors=132)
-    one = launches.whole((128, 14, 14, 384), "bfloat16", 5, 3, h200)
-    assert (one.images, one.blocks((128, 14, 14, 384))) == (4, 32 * 24)
-    below = launches.whole((128, 28, 28, 96), "bfloat16", 5, 4, h200, (128, 56, 56, 96))
+    one = launches.whole((128, 13, 13, 384), "bfloat16", 5, 3, h200)
+    assert (one.images, one.blocks((128, 13, 13, 384))) == (4, 32 * 24)
+    assert launches.whole((128, 14, 14, 384), "bfloat16", 5, 3, h200) is None
+    halves = (128, 28, 28, 96), "bfloat16", 5, 4, h200, (128, 56, 56, 96)
+    below = launches.whole(*halves, together=28)
     assert (below.halved, below.images, below.high, below.wide) == (True, 1, 56, 28)
-    assert launches.whole((128, 56, 56, 96), "bfloat16", 5, 5, h200) is None
+    assert launches.whole((128, 56, 56, 96), "bfloat16", 5, 5, h200, together=64) is None
     variant = launches.planned("forward", (128, 56, 56, 96), "bfloat16", 5, h200)
     assert (variant.across, variant.images, variant.pairs) == (14, 1, 28)
     assert variant.programs((128, 56, 56, 96), h200) == 43
@@ -193,6 +198,37 @@ def test_small_images_are_one_launch_and_large_ones_streams():
 @pytest.mark.parametrize("case", [*TAKEN, *STREAMED], ids=described)
 def test_16_bits_are_the_oracles_on_a_gpu(case):
     assert_oracle(case, "cuda")
+
+
+def assert_whole_images_are_their_levels():
+    """Whole images in one launch, x and halves of it, differ from a launch a level by roundings."""
+    case = Case((31, 29), 3, 5, "bfloat16", batch=(3,), channels=20)
+    x, params, dy = case.drawn()
+    taps = tuple(jnp.asarray(params[name], jnp.float32) for name in KERNELS)
+    rest = {"wavelet": "haar", "precision": None}
+    shapes = tuple(tap.shape for tap in taps)
+
+    def computed(together):
+        y = cuda_jax.forward(x, taps, None, transpose=False, together=together, **rest)
+        gradients = cuda_jax.weight_grad(x, dy, kernel_shapes=shapes, together=together, **rest)
+        return [np.asarray(each, np.float64) for each in (y, *gradients)]
+
+    streamed, *whole = (computed(together) for together in (3, 31, 16))
+    for got in whole:
+        for one, want in zip(got, streamed, strict=True):
+            assert np.abs(one - want).max() <= 0.02 * np.abs(want).max()
+
+
+@EMULATED
+@pytest.mark.wide
+def test_whole_images_are_their_levels_on_the_cpu(monkeypatch):
+    emulate(monkeypatch, cuda_jax)
+    assert_whole_images_are_their_levels()
+
+
+@pytest.mark.gpu
+def test_whole_images_are_their_levels_on_a_gpu():
+    assert_whole_images_are_their_levels()
 
 
 @pytest.mark.gpu
