@@ -208,42 +208,9 @@ def _folded_weight_grad(
     kernel_size = kernel_shapes[0][0]
     levels = sum(len(shape) > 1 for shape in kernel_shapes) - 1
     table = jnp.asarray(folding.products(kernel_size))
-    partial_sums = folded_launches.weight_grad(
+    found = folded_launches.weight_grad(
         *(x, dy, table, x.shape, str(x.dtype), kernel_size, levels, device_properties(), launch),
+        channels_last=True,
         **tile,
     )
-    sums = jnp.stack([each.sum(0) * 4.0**level for level, each in enumerate(partial_sums)])
-    base, bands, bias = unfolded(sums, kernel_size)
-    found = base, *bands, bias
-    return vary_like((x, dy), found[: len(kernel_shapes)])
-
-
-def unfolded(sums: jax.Array, kernel_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of the taps from those of the folded ones: the transpose of `folded`.
-
-    Args:
-        sums: `[levels, C, 16 * k * k + 1]`, see `folding.gradients`.
-        kernel_size: k.
-
-    Returns:
-        The base's `[k, k, 1, C]`, the bands' `[levels, k, k, 4, C]`, and the bias's `[C]`.
-    """
-    levels, channels, _ = sums.shape
-    sides = kernel_size, kernel_size, 2, 2, 2, 2
-    # Pair of rows and of columns, column of these, column and row of the output, row of the pair.
-    folded = sums[..., :-1].reshape(levels, channels, *sides)
-    # Sums of few products each, which are not worth a product of matrices.
-    signs = folding.taps(kernel_size).signs.reshape(*sides, 4)[0, 0]
-    bands = (folded[..., None] * signs).sum((4, 5, 6, 7))
-    pixels = (
-        folded[0].transpose(0, 1, 6, 2, 3, 5, 4).reshape(channels, *[2 * kernel_size] * 2, 2, 2)
-    )
-    radius = kernel_size // 2
-    base = sum(
-        pixels[
-            :, row : row + kernel_size, column : column + kernel_size, row - radius, column - radius
-        ]
-        for row in (radius, radius + 1)
-        for column in (radius, radius + 1)
-    )
-    return jnp.moveaxis(base, 0, -1)[:, :, None], bands.transpose(0, 2, 3, 4, 1), sums[0, :, -1]
+    return vary_like((x, dy), tuple(found[: len(kernel_shapes)]))

@@ -435,11 +435,12 @@ def weight_grad(
     device: Device,
     launch: Launch[AnyArray],
     *,
+    channels_last: bool,
     resident: int | None = None,
     together: int = TOGETHER,
     apart: int = APART,
 ) -> list[AnyArray]:
-    """The weight gradients of the folded taps, of each level.
+    """The weight gradients.
 
     Args:
         x: Contiguous images `[N, H, W, C]`.
@@ -451,15 +452,16 @@ def weight_grad(
         levels: The number of levels, at least one.
         device: The GPU.
         launch: The framework's launch function.
+        channels_last: Whether the taps' gradients are `[k, k, bands, C]`, else `[C, bands, k, k]`.
         resident: See `planned`.
         together: See `means`.
         apart: See `planned`.
 
     Returns:
-        For each level float32 `[programs, C, 16 * k * k + 1]`, to be summed over the programs: the
-        gradients of the folded taps and of the bias, of level i a 4**i-th of them.
+        The gradients of the base's taps, of each level's four bands and of the bias, `[C]`, in
+        float32.
     """
-    found = []
+    found: list[tuple[AnyArray, int]] = []
     sizes = [_means_shape(shape, level) for level in range(levels)]
     about = dtype, kernel_size, device
     of_x, of_dy = ([a, *means(a, sizes, *about, launch, together)] for a in (x, dy))
@@ -470,8 +472,45 @@ def weight_grad(
         arguments = [of_x[level], of_dy[level], table, n, c, h, w, programs]
         output: Output = ((programs, c, 16 * kernel_size**2 + 1), "float32")
         blocks = programs * variant.chunks(size)
-        found += launch(variant.compiled(), arguments, [output], blocks)
-    return found
+        (sums,) = launch(variant.compiled(), arguments, [output], blocks)
+        found.append((sums, programs))
+    base, bias, *bands = gradients(found, shape[-1], kernel_size, launch, channels_last)
+    return [base, *bands, bias]
+
+
+def gradients(
+    found: Sequence[tuple[AnyArray, int]],
+    channels: int,
+    kernel_size: int,
+    launch: Launch[AnyArray],
+    channels_last: bool,
+) -> list[AnyArray]:
+    """The gradients of the taps from those of the folded ones: the transpose of the fold.
+
+    Args:
+        found: For each level float32 `[programs, C, 16 * k * k + 1]`, the gradients of the folded
+            taps and of the bias, of level i a 4**i-th of them, to be summed over the programs; and
+            how many these are.
+        channels: C.
+        kernel_size: k, one of `KERNEL_SIZES`.
+        launch: The framework's launch function.
+        channels_last: See `weight_grad`.
+
+    Returns:
+        The gradients of the base's taps, of the bias, and of each level's four bands.
+    """
+    levels, folded = len(found), 16 * kernel_size**2 + 1
+    macros = ("KERNEL_SIZE", kernel_size), ("LEVELS", levels), ("CHANNELS_LAST", int(channels_last))
+    kernel = Kernel(
+        *(_source("folded_gradients"), "folded_gradients", macros),
+        *(cdiv(folded, 32) * 32, 4 * folded),
+    )
+    side = kernel_size, kernel_size
+    shapes = [(*side, n, channels) if channels_last else (channels, n, *side) for n in (1, 4)]
+    outputs: list[Output] = [(shapes[0], "float32"), ((channels,), "float32")]
+    outputs += [(shapes[1], "float32")] * levels
+    arguments = [channels, *(each for pair in found for each in pair)]
+    return launch(kernel, arguments, outputs, levels * channels)
 
 
 def _means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:

@@ -63,28 +63,6 @@ def taps(kernel_size: int) -> Sources:
 
 
 @cache
-def gradients(kernel_size: int) -> np.ndarray:
-    """The transpose of the fold.
-
-    Args:
-        kernel_size: 3, 5 or 7.
-
-    Returns:
-        float32 `[16 * k * k + 1, 5 * k * k + 1]`: the factors with which the gradients of the
-        folded taps, in the kernels' order, and of the bias are parts of those of the base's taps,
-        of the four bands' `(k, k, 4)`, and of the bias.
-    """
-    sources, count = taps(kernel_size), kernel_size**2
-    at = np.arange(16 * count)
-    result = np.zeros((at.size + 1, 5 * count + 1), np.float32)
-    result[at, sources.base.ravel()] = sources.based.ravel()
-    for band in range(4):
-        result[at, count + 4 * sources.tap.ravel() + band] = sources.signs[..., band].ravel()
-    result[-1, -1] = 1
-    return result
-
-
-@cache
 def products(kernel_size: int) -> np.ndarray:
     """The two products of a weight gradient that the gradient of each folded tap is the sum of.
 

@@ -206,26 +206,15 @@ def _folded_weight_grad(x: Tensor, dy: Tensor, kernel_size: int, levels: int) ->
             levels,
         ),
         *(device_of(x.device), launch),
+        channels_last=False,
     )
-    count, parts = kernel_size**2, []
-    for level, sums in enumerate(found):
-        # In 64 bits, since products of 32 may be of fewer.
-        whole = sums.sum(0).double() @ _gradients(kernel_size, x.device)
-        whole = (whole * 4.0**level).float()
-        if level == 0:
-            parts.append(whole[:, :count])
-        parts.append(whole[:, count:-1].reshape(-1, count, 4).transpose(1, 2))
-    return [part.reshape(-1, 1, kernel_size, kernel_size).contiguous() for part in parts]
+    *parts, _ = found
+    return [part.view(-1, 1, kernel_size, kernel_size) for part in parts]
 
 
 @cache
 def _products(kernel_size: int, device: torch.device) -> Tensor:
     return torch.tensor(folding.products(kernel_size), device=device)
-
-
-@cache
-def _gradients(kernel_size: int, device: torch.device) -> Tensor:
-    return torch.tensor(folding.gradients(kernel_size), dtype=torch.float64, device=device)
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ def test_tensor_cores_have_registers_enough(arch, monkeypatch):
     variants = [
         folded_launches.planned("forward", *about, below=True),
         folded_launches.planned("weights", *about),
-        folded_launches.whole((8, 28, 28, 96), "float16", 5, 4, device, (8, 56, 56, 96))
-        or folded_launches.whole((8, 14, 14, 96), "float16", 5, 3, device, (8, 28, 28, 96)),
+        folded_launches.whole((8, 28, 28, 96), "float16", 5, 4, device, (8, 56, 56, 96), 28)
+        or folded_launches.whole((8, 14, 14, 96), "float16", 5, 3, device, (8, 28, 28, 96), 14),
     ]
     for variant, most in zip(variants, FOLDED[arch], strict=True):
         kernel = variant.compiled()

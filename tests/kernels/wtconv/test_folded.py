@@ -65,17 +65,27 @@ def test_folded_taps_are_the_oracles_answer_to_one_pixel(kernel_size):
                     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+@EMULATED
+@pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("kernel_size", launches.KERNEL_SIZES)
-def test_unfolding_is_the_transpose_of_folding(kernel_size):
+def test_gradients_of_taps_are_the_transpose_of_folding(kernel_size, channels_last):
     generator = np.random.default_rng(0)
     taps = [generator.standard_normal((kernel_size, kernel_size, n, 2)) for n in (1, 4, 4)]
-    gradients = generator.standard_normal((2, 2, 16 * kernel_size**2 + 1))
     folded = np.asarray(cuda_jax.folded(tuple(map(jnp.asarray, taps)))).reshape(2, 2, -1)
-    base, bands, bias = cuda_jax.unfolded(jnp.asarray(gradients, jnp.float32), kernel_size)
-    got = (folded * gradients[..., :-1]).sum()
-    want = sum((a * np.asarray(b)).sum() for a, b in zip(taps, (base, *bands), strict=True))
-    np.testing.assert_allclose(got, want, rtol=1e-4)
-    np.testing.assert_allclose(bias, gradients[0, :, -1], rtol=1e-6)
+    sums = [
+        generator.standard_normal((programs, 2, 16 * kernel_size**2 + 1)).astype("float32")
+        for programs in (3, 1)
+    ]
+    launch = Launcher(folder()).launch
+    found = [(each, len(each)) for each in sums]
+    base, bias, *bands = launches.gradients(found, 2, kernel_size, launch, channels_last)
+    scaled = np.stack([4**level * each.sum(0) for level, each in enumerate(sums)])
+    got = [np.asarray(each) for each in (base, *bands)]
+    if not channels_last:
+        got = [each.transpose(2, 3, 1, 0) for each in got]
+    products = sum((a * b).sum() for a, b in zip(taps, got, strict=True))
+    np.testing.assert_allclose(products, (folded * scaled[..., :-1]).sum(), rtol=1e-4)
+    np.testing.assert_allclose(bias, scaled[0, :, -1], rtol=1e-6)
 
 
 @EMULATED
