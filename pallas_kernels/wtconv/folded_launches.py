@@ -34,6 +34,8 @@ _GROUPS = 4
 """Groups of channels of a block that does all levels of small images."""
 _CROWDED = 4, 3
 """Such blocks of a multiprocessor, whose registers are enough for four."""
+_ALONE = 15
+"""Steps in whose time such a block has read its images, and stored them."""
 TOGETHER = 13
 """The longest side of images that one launch does all levels of, where it has room; see
 `search_space`. A launch a level streams through images of 14 pixels a side and more in less time,
@@ -179,6 +181,22 @@ class Whole(NamedTuple):
         """Thread blocks of images `[N, H, W, C]`."""
         return cdiv(shape[0], self.images) * cdiv(shape[-1], self.group * self.groups)
 
+    def steps(self) -> int:
+        """Products of 16 blocks of four columns that a warp makes of a channel, in turns."""
+        found = 0
+        for level in range(self.levels):
+            _, h, w, _ = _means_shape((1, self.height, self.wide, 1), level)
+            down = _BLOCKS // (1 << (cdiv(w, 4) - 1).bit_length())
+            found += cdiv(self.images * cdiv(h, 2), down) + cdiv(self.kernel_size // 2, down)
+        return found
+
+    def time(self, shape: tuple[int, ...], device: Device) -> int:
+        """Steps that the busiest multiprocessor takes, whose blocks share its shared memory."""
+        at_once, blocks = self.resident * device.multiprocessors, self.blocks(shape)
+        waves, rest = divmod(blocks, at_once)
+        crowd = waves * self.resident + cdiv(rest, device.multiprocessors)
+        return crowd * self.steps() + cdiv(blocks, at_once) * _ALONE
+
 
 def _source(name: str) -> Path:
     return _FOLDER / f"{name}.cu"
@@ -307,15 +325,17 @@ def whole(
         return None
     group = 2 if kernel_size == 7 else 4
     _, high, broad, _ = above or shape
-    found = Whole(
+    one = Whole(
         *(dtype == "bfloat16", kernel_size, levels, h, w, above is not None, high, broad),
-        *(min(n, max(1, _BLOCKS // across)), math.gcd(8, c), group, _GROUPS, _CROWDED[0]),
+        *(1, math.gcd(8, c), group, _GROUPS, 1),
     )
-    if found.shared() > device.share(found.resident):
-        found = found._replace(resident=_CROWDED[1])
-    while found.images > 1 and found.shared() > device.share(found.resident):
-        found = found._replace(images=found.images - 1)
-    return found if found.shared() <= device.share(found.resident) else None
+    variants = [
+        one._replace(images=images, resident=resident)
+        for resident in _CROWDED
+        for images in range(1, min(n, 2 * _BLOCKS // across) + 1)
+    ]
+    fitting = [each for each in variants if each.shared() <= device.share(each.resident)]
+    return min(fitting, key=lambda each: each.time(shape, device), default=None)
 
 
 def forward(

@@ -192,8 +192,9 @@ def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
 
 def test_small_images_are_one_launch_and_large_ones_streams():
     h200 = Device(shared=232448, multiprocessors=132)
-    one = launches.whole((128, 13, 13, 384), "bfloat16", 5, 3, h200)
-    assert (one.images, one.blocks((128, 13, 13, 384))) == (4, 32 * 24)
+    # All blocks at once, three of a multiprocessor, where more would take two turns.
+    one = launches.whole((128, 7, 7, 768), "bfloat16", 5, 2, h200)
+    assert (one.images, one.resident, one.blocks((128, 7, 7, 768))) == (16, 3, 8 * 48)
     assert launches.whole((128, 14, 14, 384), "bfloat16", 5, 3, h200) is None
     halves = (128, 28, 28, 96), "bfloat16", 5, 4, h200, (128, 56, 56, 96)
     below = launches.whole(*halves, together=28)
