@@ -1,6 +1,6 @@
 """WTConv in 16 bits on tensor cores: the fold of taps, and kernels run on the CPU and on a GPU."""
 
-from itertools import product
+from itertools import product, starmap
 
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +121,8 @@ def test_levels_of_their_own_on_the_cpu(case, boxes, monkeypatch):
     assert_oracle(case, "cuda")
 
 
+HALVES = Case((26, 25), 3, 5, "bfloat16", channels=8)
+"""Its halves, and all below, are one launch."""
 FAULTS = {
     "a barrier": ("    __syncthreads();\n    store", "    store"),
     "a wait": ("wait<STAGES - 2>();", ""),
@@ -157,16 +159,16 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
 
     monkeypatch.setattr(Kernel, "text", planted)
 
-    def caught(order):
+    def caught(case, order):
         launcher.order = order
         try:
-            assert_oracle(STREAMED[0], "cuda")
+            assert_oracle(case, "cuda")
         # The kernel's own errors come through JAX.
         except (AssertionError, RuntimeError, ValueError):
             return True
         return False
 
-    assert any(map(caught, (0, 1, 2))) and any(found)
+    assert any(starmap(caught, product((STREAMED[0], HALVES), (0, 1, 2)))) and any(found)
 
 
 @EMULATED
