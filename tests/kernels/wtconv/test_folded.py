@@ -130,7 +130,7 @@ FAULTS = {
     "a pair below the image": ("other >= 0 && other < Here::PAIRS", "other >= 0"),
     "another pair's squares": ("r = 2 * row + k / 2", "r = 2 * row"),
     "a wait for too few": ("wait<STAGES - 2>();", "wait<STAGES - 1>();"),
-    "a bound of the columns": ("at >= 0 && at < images.width", "at < images.width"),
+    "a bound of the columns": ("at >= 0 && at < images.width", "at > 0 && at < images.width"),
     "a bound of the rows": ("2 * pair + 1 < images.height ?", "2 * pair + 3 < images.height ?"),
     "the other channel": ("0x7632 : 0x5410", "0x5410 : 0x7632"),
     "another pair's taps": ("(REACHED - 1 - i) * PARTS", "i * PARTS"),
