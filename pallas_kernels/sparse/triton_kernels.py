@@ -363,7 +363,6 @@ def depthwise(
     TILE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """One program of `y[m, c] = sum over k of x[table[k, m], c] w[k, c]`.
 
@@ -375,14 +374,17 @@ def depthwise(
     total = tl.zeros((BM, BN), tl.float32)
     for word in range((K + 31) // 32):
         left, count = _offsets(masks, tile, word, 0, rows, K, ORDERED, 1, TILE, BM)
-        for _ in tl.range(0, count, num_stages=STAGES):
-            k, left = _lowest(left)
-            k = (word * 32 + k).to(tl.int64)
-            at = tl.load(table + k * rows + row, mask=known, other=-1)
+        k, left = _next(left, word)
+        at = tl.load(table + k * rows + row, mask=known & (count > 0), other=-1)
+        for i in range(count):
             some = (at >= 0)[:, None] & (c < C)[None, :]
             patches = tl.load(x + at.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
+            # While they come: the rows of the next offset, which otherwise would be waited for too.
+            after, left = _next(left, word)
+            at = tl.load(table + after * rows + row, mask=known & (i + 1 < count), other=-1)
             taps = tl.load(w + k * C + c, mask=c < C, other=0.0)
             total += patches.to(tl.float32) * taps.to(tl.float32)[None, :]
+            k = after
     at = y + row.to(tl.int64)[:, None] * C + c[None, :]
     tl.store(at, total.to(y.dtype.element_ty), mask=known[:, None] & (c < C)[None, :])
 
@@ -399,7 +401,6 @@ def depthwise_weights(
     C: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    STAGES: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """One program of `dw[k, c] = sum over m of x[table[k, m], c] dy[m, c]`, for a split of rows.
@@ -415,7 +416,7 @@ def depthwise_weights(
     total = tl.zeros((AT_ONCE, BM, BN), tl.float32)
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, rows)
-    for start in tl.range(first, last, BM, num_stages=STAGES):
+    for start in range(first, last, BM):
         m = start + tl.arange(0, BM)
         known = (k < K)[:, None] & (m < last)[None, :]
         at = tl.load(table + k[:, None] * rows + m[None, :], mask=known, other=-1)
@@ -498,6 +499,13 @@ def _lowest(bits):
     # A power of two is its exponent in float32.
     lowest = (bits ^ rest).to(tl.float32).to(tl.int32, bitcast=True)
     return (lowest >> 23) - 127, rest
+
+
+@triton.jit
+def _next(bits, word):
+    """The lowest offset, in 64 bits, among those of a word of 32; and the word without it."""
+    k, rest = _lowest(bits)
+    return (word * 32 + k).to(tl.int64), rest
 
 
 @triton.jit

@@ -114,7 +114,7 @@ def sparse(dtype):
     w = array(27, 1, layer.channels, layer.features)
     keys = SimpleNamespace(high=array(layer.voxels), low=None, rows=None)
     offsets = VoxelWindow((3, 3, 3), (2, 2, 2), (1, 1, 1))
-    tiles = depthwise_launches.Tiles(stages=3)
+    tiles = depthwise_launches.Tiles()
     sparse_launches.search(keys, keys, None, offsets, launch)
     for pairs in (2, 1, 0):
         sparse_launches.weight_grad(x, y, rows, w.shape, "ieee", None, pairs, launch)

@@ -22,7 +22,7 @@ __all__ = [
 
 DIFFERENTIABLE = False
 
-_STATIC = ("precision", "block_m", "block_n", "warps", "stages", "ordered", "at_once")
+_STATIC = ("precision", "block_m", "block_n", "warps", "ordered", "at_once")
 
 
 def check(direction: str, problem: Problem) -> None:

@@ -21,7 +21,6 @@ class Tiles(NamedTuple):
         block_m: Rows of a tile, a power of two from 16 on.
         block_n: Channels of a tile, a power of two from 16 on.
         warps: Warps of a program.
-        stages: Offsets whose rows are under way from memory at once.
         ordered: 1 where tiles take the rows in their order, and skip offsets that all lack; rows as
             they come have their neighbours nearer.
         at_once: Offsets for which a program of the weights' gradient loads a row of dy once, a
@@ -31,8 +30,7 @@ class Tiles(NamedTuple):
     block_m: int = 32
     block_n: int = 128
     warps: int = 4
-    stages: int = 1
-    ordered: int = 0
+    ordered: int = 1
     at_once: int = 1
 
 
@@ -91,7 +89,6 @@ def forward(
         TILE=TILE_ROWS,
         BM=tiles.block_m,
         BN=block_n,
-        STAGES=tiles.stages,
         num_warps=tiles.warps,
     )
     return y
@@ -130,7 +127,6 @@ def weight_grad(
         C=channels,
         BM=tiles.block_m,
         BN=block_n,
-        STAGES=tiles.stages,
         AT_ONCE=tiles.at_once,
         num_warps=tiles.warps,
     )
