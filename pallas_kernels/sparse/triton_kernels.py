@@ -254,7 +254,6 @@ def weights(
     BLOCKS: tl.constexpr = (C + BM - 1) // BM * ACROSS
     part, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     group = tl.program_id(1)
-    c = block // ACROSS * BM + tl.arange(0, BM)
     f = block % ACROSS * BN + tl.arange(0, BN)
     tap, count, share, ends = _shares(counts, K, PARTS, BK // TILE)
     # The offset whose parts these are; none behind the last part that is needed.
@@ -266,47 +265,43 @@ def weights(
     turn = part - tl.sum(tl.where(mine, ends, 0)) + turns
     listed += k.to(tl.int64) * tl.cdiv(rows, TILE)
     k += first
-    total = tl.zeros((BM, BN), tl.float32)
-    mirrored = tl.zeros((BM, BN), tl.float32)
+    # Of the channels of an offset, and behind them those of its mirror image.
+    both = tl.arange(0, (1 + TWINS) * BM)
+    second = both >= BM
+    c = block // ACROSS * BM + both % BM
+    total = tl.zeros(((1 + TWINS) * BM, BN), tl.float32)
     for start in range(turn * (BK // TILE), last, turns * (BK // TILE)):
         place = start + tl.arange(0, BK) // TILE
         row = tl.load(listed + place, mask=place < last, other=0) * TILE + tl.arange(0, BK) % TILE
-        known = (place < last) & (row < rows)
+        known = place < last
         if ORDERED:
+            known &= row < rows
             row = tl.load(order + row, mask=known, other=0)
-        at = tl.load(table + k.to(tl.int64) * rows + row, mask=known, other=-1)
-        some = at >= 0
+        at = tl.load(table + k.to(tl.int64) * rows + row, mask=known, other=-1)[:, None]
+        # What is listed by itself reads.
+        some = (at >= 0) if ORDERED else known[:, None]
         if TWINS:
             other = tl.load(
                 table + (mirror - k).to(tl.int64) * rows + row,
                 mask=known & (mirror != 2 * k),
                 other=-1,
-            )
-            some |= other >= 0
+            )[:, None]
+            at = tl.where(second[None, :], other, at)
         patches = tl.load(
-            x + at.to(tl.int64)[:, None] * (G * C) + (group * C + c)[None, :],
-            mask=(at >= 0)[:, None] & (c < C)[None, :],
+            x + at.to(tl.int64) * (G * C) + (group * C + c)[None, :],
+            mask=(at >= 0) & (c < C)[None, :],
             other=0.0,
         )
         slopes = tl.load(
             dy + row.to(tl.int64)[:, None] * (G * F) + (group * F + f)[None, :],
-            mask=some[:, None] & (f < F)[None, :],
+            mask=some & (f < F)[None, :],
             other=0.0,
         )
         total = tl.dot(tl.trans(patches), slopes, total, input_precision=PRECISION)
-        if TWINS:
-            patches = tl.load(
-                x + other.to(tl.int64)[:, None] * (G * C) + (group * C + c)[None, :],
-                mask=(other >= 0)[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
-            mirrored = tl.dot(tl.trans(patches), slopes, mirrored, input_precision=PRECISION)
-    there = (c < C)[:, None] & (f < F)[None, :]
-    at = parts + group * (C * F) + c[:, None] * F + f[None, :]
-    if TWINS:
-        part *= 2
-        tl.store(at + (part + 1).to(tl.int64) * (G * C * F), mirrored, mask=there)
-    tl.store(at + part.to(tl.int64) * (G * C * F), total, mask=there)
+    which = part * (1 + TWINS) + second.to(tl.int32)
+    at = parts + which.to(tl.int64)[:, None] * (G * C * F)
+    at += group * (C * F) + c[:, None] * F + f[None, :]
+    tl.store(at, total, mask=(c < C)[:, None] & (f < F)[None, :])
 
 
 @triton.jit
@@ -375,13 +370,15 @@ def depthwise(
     for word in range((K + 31) // 32):
         left, count = _offsets(masks, tile, word, 0, rows, K, ORDERED, 1, TILE, BM)
         k, left = _next(left, word)
-        at = tl.load(table + k * rows + row, mask=known & (count > 0), other=-1)
+        at = _read(table, k, rows, row, known & (count > 0))
         for i in range(count):
-            some = (at >= 0)[:, None] & (c < C)[None, :]
-            patches = tl.load(x + at.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
-            # While they come: the rows of the next offset, which otherwise would be waited for too.
+            patches = _gathered(x, at, c, C)
+            # While they come: the indices of the next offset, which would be waited for too.
             after, left = _next(left, word)
-            at = tl.load(table + after * rows + row, mask=known & (i + 1 < count), other=-1)
+            at = _read(table, after, rows, row, known & (i + 1 < count))
+            # Nothing is multiplied before all is under way: to save registers the compiler would
+            # load and wait for one row after the other.
+            tl.debug_barrier()
             taps = tl.load(w + k * C + c, mask=c < C, other=0.0)
             total += patches.to(tl.float32) * taps.to(tl.float32)[None, :]
             k = after
@@ -394,44 +391,58 @@ def depthwise_weights(
     x,
     dy,
     table,
+    order,
+    masks,
     rows,
-    rows_per_split,
     parts,
     K: tl.constexpr,
     C: tl.constexpr,
+    TILE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    AT_ONCE: tl.constexpr,
 ):
-    """One program of `dw[k, c] = sum over m of x[table[k, m], c] dy[m, c]`, for a split of rows.
+    """One program of `dw[k, c] = sum over m of x[table[k, m], c] dy[m, c]`, for some of the rows.
 
-    The grid's axes are each `AT_ONCE` offsets, those of the same rows next to each other, so that
-    the rows stay in L2; splits of `rows_per_split` rows, each of which writes its own
-    `parts [s, K, C]`; and blocks of `BN` channels.
+    The grid's axes are parts, and blocks of `BN` channels. The parts take turns at tiles of `BM`
+    rows in their order: all pass over the rows together, so that these are in L2 for each other.
+    Part p adds up its own `parts [p, K, C]`, which nobody else reads or writes; rows of dy are
+    loaded once for all offsets.
     """
-    split = tl.program_id(1)
-    k = (tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)).to(tl.int64)
-    c = tl.program_id(2) * BN + tl.arange(0, BN)
-    there = (k < K)[:, None] & (c < C)[None, :]
-    total = tl.zeros((AT_ONCE, BM, BN), tl.float32)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, rows)
-    for start in range(first, last, BM):
-        m = start + tl.arange(0, BM)
-        known = (k < K)[:, None] & (m < last)[None, :]
-        at = tl.load(table + k[:, None] * rows + m[None, :], mask=known, other=-1)
-        patches = tl.load(
-            x + at.to(tl.int64)[:, :, None] * C + c[None, None, :],
-            mask=(at >= 0)[:, :, None] & (c < C)[None, None, :],
-            other=0.0,
-        )
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    own = parts + tl.program_id(0).to(tl.int64) * (K * C) + c
+    for tap in range(K):
+        tl.store(own + tap * C, tl.zeros((BN,), tl.float32), mask=c < C)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BM), tl.num_programs(0)):
+        row, known = _rows(order, tile, rows, True, BM)
+        reads = known
+        if _is_first(masks, tile * (BM // TILE), tl.cdiv(rows, TILE), K):
+            # Rows that read nothing are the first ones, and dy may hold anything there.
+            reads = row < 0
+            for tap in range(K):
+                reads |= _read(table, tap, rows, row, known) >= 0
         slopes = tl.load(
-            dy + m.to(tl.int64)[:, None] * C + c[None, :],
-            mask=(tl.max(at, 0) >= 0)[:, None] & (c < C)[None, :],
+            dy + row.to(tl.int64)[:, None] * C + c[None, :],
+            mask=reads[:, None] & (c < C)[None, :],
             other=0.0,
-        )
-        total += patches.to(tl.float32) * slopes.to(tl.float32)[None, :, :]
-    tl.store(parts + (split * K + k)[:, None] * C + c[None, :], tl.sum(total, 1), mask=there)
+        ).to(tl.float32)
+        for word in range((K + 31) // 32):
+            left, count = _offsets(masks, tile, word, 0, rows, K, True, 1, TILE, BM)
+            k, left = _next(left, word)
+            at = _read(table, k, rows, row, known & (count > 0))
+            patches = _gathered(x, at, c, C)
+            after, left = _next(left, word)
+            at = _read(table, after, rows, row, known & (count > 1))
+            for i in range(count):
+                # The rows of the next offset, and the indices of the one behind it, are under way.
+                coming = _gathered(x, at, c, C)
+                then, left = _next(left, word)
+                at = _read(table, then, rows, row, known & (i + 2 < count))
+                # Who reads what others of the program have stored waits for them.
+                tl.debug_barrier()
+                total = tl.load(own + k * C, mask=c < C, other=0.0)
+                total += tl.sum(patches.to(tl.float32) * slopes, 0)
+                tl.store(own + k * C, total, mask=c < C)
+                patches, k, after = coming, after, then
 
 
 @triton.jit
@@ -462,6 +473,16 @@ def _rows(order, tile, rows, ORDERED: tl.constexpr, BM: tl.constexpr):
     if ORDERED:
         row = tl.load(order + row, mask=known, other=0)
     return row, known
+
+
+@triton.jit
+def _is_first(masks, tile, tiles, K: tl.constexpr):
+    """Whether no tile before one of `tiles` needs any offset."""
+    found = tl.zeros((), tl.int32)
+    for word in range((K + 31) // 32):
+        before = tl.load(masks + word * tiles + tile - 1, mask=tile > 0, other=0)
+        found |= before.to(tl.int32, bitcast=True)
+    return found == 0
 
 
 @triton.jit
@@ -506,6 +527,19 @@ def _next(bits, word):
     """The lowest offset, in 64 bits, among those of a word of 32; and the word without it."""
     k, rest = _lowest(bits)
     return (word * 32 + k).to(tl.int64), rest
+
+
+@triton.jit
+def _read(table, k, rows, row, some):
+    """The rows of x that some rows read through an offset, -1 for the others."""
+    return tl.load(table + tl.cast(k, tl.int64) * rows + row, mask=some, other=-1)
+
+
+@triton.jit
+def _gathered(x, at, c, C: tl.constexpr):
+    """Channels c of rows of x `[N, C]`, zeros where there is none."""
+    some = (at >= 0)[:, None] & (c < C)[None, :]
+    return tl.load(x + at.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
 
 
 @triton.jit

@@ -97,7 +97,8 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         sizes += [(64, 64, 64, 4, 5), (256, 128, 64, 8, 5)]
         # Over lists of rows long sums pay: an index is loaded in two steps before its row is.
         paired = [(64, 128, 128, 4, 4), (128, 128, 64, 4, 5), (128, 128, 64, 8, 5)]
-        twins = [(64, 128, 128, 4, 4), (64, 128, 64, 4, 6), (128, 128, 64, 8, 5)]
+        paired += [(64, 128, 64, 4, 7)]
+        twins = [(64, 128, 64, 4, 5), (64, 128, 64, 8, 7)]
     tiled, listed, mirrored = (
         [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
         for each in (sizes, paired, twins)
@@ -219,7 +220,7 @@ def weight_grad(
         rows: See `forward`.
         shape: Shape of the weights, `[K, G, C, F]`.
         precision: See `forward`.
-        config: See `forward`; here `block_m` counts channels, and `block_k` rows.
+        config: See `forward`; here `block_m` counts channels of an offset, and `block_k` rows.
         pairs: 1 lists rows as they come, each by itself, for one offset after the other: nothing is
             summed that does not read, and the parts of all offsets read the same rows at about the
             same time, but the lists take memory: up to `_LISTS` of that of x, so that some offsets
@@ -246,8 +247,8 @@ def weight_grad(
     elif config is None:
         half = power_of_two(channels) <= 64
         config = TileConfig(64, 128, 128, 2, 2, 4) if half else TileConfig(128, 128, 64, 2, 2, 5)
-        # The sums of two offsets take the registers of twice as many warps.
-        config = config._replace(ratio_m=4) if pairs == 2 else config
+        # Channels of two offsets are as many again.
+        config = TileConfig(64, 128, 64, 2, 2, 7) if pairs == 2 else config
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),

@@ -114,13 +114,12 @@ def sparse(dtype):
     w = array(27, 1, layer.channels, layer.features)
     keys = SimpleNamespace(high=array(layer.voxels), low=None, rows=None)
     offsets = VoxelWindow((3, 3, 3), (2, 2, 2), (1, 1, 1))
-    tiles = depthwise_launches.Tiles()
     sparse_launches.search(keys, keys, None, offsets, launch)
     for pairs in (2, 1, 0):
         sparse_launches.weight_grad(x, y, rows, w.shape, "ieee", None, pairs, launch)
     sparse_launches.forward(x, w, rows, "ieee", None, None, True, launch)
-    depthwise_launches.forward(x, array(27, layer.channels), rows, tiles, launch)
-    depthwise_launches.weight_grad(x, x, rows, tiles, launch)
+    depthwise_launches.forward(x, array(27, layer.channels), rows, None, launch)
+    depthwise_launches.weight_grad(x, x, rows, None, launch)
     order = ["tile_lists", "conv", "weights", "depthwise", "depthwise_weights", "sum_parts"]
     order += ["search", "pair_counts", "pair_lists", "weights pairs", "weights twins"]
     return {name: found[name] for name in order}

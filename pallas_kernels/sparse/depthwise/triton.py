@@ -22,7 +22,7 @@ __all__ = [
 
 DIFFERENTIABLE = False
 
-_STATIC = ("precision", "block_m", "block_n", "warps", "ordered", "at_once")
+_STATIC = ("precision", "block_m", "block_n", "warps", "ordered")
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -54,7 +54,7 @@ def forward(
     """
     from pallas_kernels.sparse.depthwise import triton_launches
 
-    own = triton_launches.Tiles(**tiles)
+    own = triton_launches.Tiles(**tiles) if tiles else None
     return vary_like((x, w, rows), triton_launches.forward(x, w, rows, own, launch))
 
 
@@ -81,6 +81,6 @@ def weight_grad(
     """
     from pallas_kernels.sparse.depthwise import triton_launches
 
-    own = triton_launches.Tiles(**tiles)
+    own = triton_launches.Tiles(**tiles) if tiles else None
     parts = triton_launches.weight_grad(x, dy, rows, own, launch)
     return vary_like((x, dy, rows), parts.sum(0)).astype(x.dtype)

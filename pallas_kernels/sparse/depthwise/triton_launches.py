@@ -10,8 +10,10 @@ from pallas_kernels.sparse.depthwise.problem import Problem
 from pallas_kernels.sparse.problem import TILE_ROWS
 from pallas_kernels.sparse.triton_launches import DTYPES, AnyArray, RowTable
 
-_PROGRAMS = 4096
-"""The number of programs up to which a weight gradient's sums are split."""
+_PROGRAMS = 1188
+"""The number of parts of a weight gradient's sums: nine for each multiprocessor of a large GPU."""
+_PARTS = 1 << 22
+"""The number of sums that may lie in these parts, or an eighth of x's numbers where that is more."""
 
 
 class Tiles(NamedTuple):
@@ -22,16 +24,13 @@ class Tiles(NamedTuple):
         block_n: Channels of a tile, a power of two from 16 on.
         warps: Warps of a program.
         ordered: 1 where tiles take the rows in their order, and skip offsets that all lack; rows as
-            they come have their neighbours nearer.
-        at_once: Offsets for which a program of the weights' gradient loads a row of dy once, a
-            power of two.
+            they come have their neighbours nearer. Weights' gradients always take the order.
     """
 
     block_m: int = 32
     block_n: int = 128
     warps: int = 4
     ordered: int = 1
-    at_once: int = 1
 
 
 def check(problem: Problem) -> None:
@@ -49,19 +48,18 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         direction: "fwd" or "bwd".
         problem: The call.
     """
-    sizes = [(32, 128, 4, 3), (16, 128, 4, 1), (16, 128, 4, 3), (64, 64, 4, 1), (32, 64, 4, 1)]
-    sizes += [(64, 128, 8, 1), (16, 64, 2, 1)]
-    found = [Tiles(*size) for size in sizes]
-    ordered = [Tiles(ordered=1), found[1]._replace(ordered=1)]
-    shared: list[Tiles] = []
-    if direction == "bwd":
-        shared = [Tiles(16, 128, 4, at_once=4), Tiles(16, 128, 8, at_once=8)]
-        shared.append(Tiles(32, 128, 8, at_once=4))
-    return [{}, *(each._asdict() for each in found + ordered + shared)]
+    sizes = [(64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 128, 2), (16, 128, 2), (16, 128, 1)]
+    sizes += [(16, 64, 1)]
+    found = [Tiles(*size) for size in sizes] + [Tiles(ordered=0)]
+    return [{}, *(each._asdict() for each in found)]
 
 
 def forward(
-    x: AnyArray, w: AnyArray, rows: RowTable[AnyArray], tiles: Tiles, launch: Launch[AnyArray]
+    x: AnyArray,
+    w: AnyArray,
+    rows: RowTable[AnyArray],
+    tiles: Tiles | None,
+    launch: Launch[AnyArray],
 ) -> AnyArray:
     """The convolution of contiguous arrays of one dtype; the gradient of x is that of dy.
 
@@ -69,12 +67,13 @@ def forward(
         x: `[N, C]`.
         w: `[K, C]`.
         rows: The rows of x that each row of the output reads.
-        tiles: Tiles.
+        tiles: Tiles, or None for those of `Tiles()`.
         launch: The framework's launch function.
 
     Returns:
         `[M, C]`.
     """
+    tiles = tiles or Tiles()
     taps, channels = w.shape
     _, count = rows.table.shape
     block_n = min(tiles.block_n, power_of_two(channels))
@@ -95,7 +94,11 @@ def forward(
 
 
 def weight_grad(
-    x: AnyArray, dy: AnyArray, rows: RowTable[AnyArray], tiles: Tiles, launch: Launch[AnyArray]
+    x: AnyArray,
+    dy: AnyArray,
+    rows: RowTable[AnyArray],
+    tiles: Tiles | None,
+    launch: Launch[AnyArray],
 ) -> AnyArray:
     """The transpose of the convolution in w, applied to dy.
 
@@ -103,7 +106,7 @@ def weight_grad(
         x: `[N, C]`, contiguous.
         dy: `[M, C]`, of x's dtype, contiguous.
         rows: See `forward`.
-        tiles: Tiles; rows are taken as they come.
+        tiles: Tiles, or None for the default ones of the dtype.
         launch: The framework's launch function.
 
     Returns:
@@ -111,23 +114,22 @@ def weight_grad(
     """
     taps, count = rows.table.shape
     _, channels = x.shape
+    # One warp sums its rows without waiting for others, and has registers for so many channels.
+    tiles = tiles or Tiles(16, 64 if str(x.dtype).endswith("float32") else 128, 1)
     block_n = min(tiles.block_n, power_of_two(channels))
     across = cdiv(channels, block_n)
-    blocks = cdiv(count, tiles.block_m)
-    groups = cdiv(taps, tiles.at_once)
-    splits = min(blocks, max(1, _PROGRAMS // (groups * across)), 65535)
-    rows_per_split = cdiv(blocks, splits) * tiles.block_m
-    splits = cdiv(count, rows_per_split)
+    room = max(_PARTS, x.shape[0] * channels // 8) // (taps * channels)
+    splits = max(1, min(cdiv(count, tiles.block_m), _PROGRAMS // across, room))
     (parts,) = launch(
         kernels.depthwise_weights,
-        [x, dy, rows.table, count, rows_per_split],
+        [x, dy, rows.table, rows.order, rows.tile_masks, count],
         [((splits, taps, channels), "float32")],
-        (groups, splits, across),
+        (splits, across),
         K=taps,
         C=channels,
+        TILE=TILE_ROWS,
         BM=tiles.block_m,
         BN=block_n,
-        AT_ONCE=tiles.at_once,
         num_warps=tiles.warps,
     )
     return parts

@@ -121,7 +121,7 @@ def test_depthwise_kernels_are_numpys():
     rows, there = on_torch(table), gathered(x, table)
     dy[3] = np.nan
     for ordered in (0, 1):
-        tiles = depthwise_launches.Tiles(16, 16, 1, ordered, at_once=4)
+        tiles = depthwise_launches.Tiles(16, 16, 1, ordered)
         y = depthwise_launches.forward(tensor(x), tensor(w), rows, tiles, launch)
         assert_near(y, np.einsum("kmc,kc->mc", there, w))
     parts = depthwise_launches.weight_grad(tensor(x), tensor(dy), rows, tiles, launch)

@@ -38,7 +38,7 @@ def forward(x: Tensor, w: Tensor, rows: RowTable, *, precision: str, **tiles: in
     """
     from pallas_kernels.sparse.depthwise import triton_launches
 
-    own = triton_launches.Tiles(**tiles)
+    own = triton_launches.Tiles(**tiles) if tiles else None
     with torch.cuda.device_of(x):
         return triton_launches.forward(x.contiguous(), w.contiguous(), rows, own, launch)
 
@@ -58,7 +58,7 @@ def weight_grad(
     """
     from pallas_kernels.sparse.depthwise import triton_launches
 
-    own = triton_launches.Tiles(**tiles)
+    own = triton_launches.Tiles(**tiles) if tiles else None
     with torch.cuda.device_of(x):
         parts = triton_launches.weight_grad(x.contiguous(), dy.contiguous(), rows, own, launch)
         return parts.sum(0).to(x.dtype)
