@@ -380,7 +380,7 @@ def depthwise(
             # load and wait for one row after the other.
             tl.debug_barrier()
             taps = tl.load(w + k * C + c, mask=c < C, other=0.0)
-            total += patches.to(tl.float32) * taps.to(tl.float32)[None, :]
+            total += _float32(patches) * _float32(taps)[None, :]
             k = after
     at = y + row.to(tl.int64)[:, None] * C + c[None, :]
     tl.store(at, total.to(y.dtype.element_ty), mask=known[:, None] & (c < C)[None, :])
@@ -420,11 +420,7 @@ def depthwise_weights(
             reads = row < 0
             for tap in range(K):
                 reads |= _read(table, tap, rows, row, known) >= 0
-        slopes = tl.load(
-            dy + row.to(tl.int64)[:, None] * C + c[None, :],
-            mask=reads[:, None] & (c < C)[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        slopes = _float32(_gathered(dy, tl.where(reads, row, -1), c, C))
         for word in range((K + 31) // 32):
             left, count = _offsets(masks, tile, word, 0, rows, K, True, 1, TILE, BM)
             k, left = _next(left, word)
@@ -440,7 +436,7 @@ def depthwise_weights(
                 # Who reads what others of the program have stored waits for them.
                 tl.debug_barrier()
                 total = tl.load(own + k * C, mask=c < C, other=0.0)
-                total += tl.sum(patches.to(tl.float32) * slopes, 0)
+                total += tl.sum(_float32(patches) * slopes, 0)
                 tl.store(own + k * C, total, mask=c < C)
                 patches, k, after = coming, after, then
 
@@ -540,6 +536,15 @@ def _gathered(x, at, c, C: tl.constexpr):
     """Channels c of rows of x `[N, C]`, zeros where there is none."""
     some = (at >= 0)[:, None] & (c < C)[None, :]
     return tl.load(x + at.to(tl.int64)[:, None] * C + c[None, :], mask=some, other=0.0)
+
+
+@triton.jit
+def _float32(a):
+    """Numbers in float32."""
+    if a.dtype == tl.bfloat16:
+        # Two of a register take an instruction each; the conversion takes three for both.
+        return (a.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return a.to(tl.float32)
 
 
 @triton.jit
