@@ -13,7 +13,7 @@ from pallas_kernels.sparse.triton_launches import DTYPES, AnyArray, RowTable
 _PROGRAMS = 1188
 """The number of parts of a weight gradient's sums: nine for each multiprocessor of a large GPU."""
 _PARTS = 1 << 22
-"""The number of sums that may lie in these parts, or an eighth of x's numbers where that is more."""
+"""The most numbers of these parts, or an eighth of those in x where that is more."""
 
 
 class Tiles(NamedTuple):
