@@ -272,14 +272,17 @@ def weights(
     total = tl.zeros(((1 + TWINS) * BM, BN), tl.float32)
     for start in range(turn * (BK // TILE), last, turns * (BK // TILE)):
         place = start + tl.arange(0, BK) // TILE
-        row = tl.load(listed + place, mask=place < last, other=0) * TILE + tl.arange(0, BK) % TILE
         known = place < last
+        # Behind the last one it is taken again, times zeros.
+        row = tl.load(listed + tl.minimum(place, last - 1)) * TILE + tl.arange(0, BK) % TILE
         if ORDERED:
             known &= row < rows
             row = tl.load(order + row, mask=known, other=0)
         at = tl.load(table + k.to(tl.int64) * rows + row, mask=known, other=-1)[:, None]
-        # What is listed by itself reads.
-        some = (at >= 0) if ORDERED else known[:, None]
+        needed = (f < F)[None, :]
+        if ORDERED:
+            # Of a tile, other than of listed rows, some may read nothing and hold anything.
+            needed &= at >= 0
         if TWINS:
             other = tl.load(
                 table + (mirror - k).to(tl.int64) * rows + row,
@@ -294,7 +297,7 @@ def weights(
         )
         slopes = tl.load(
             dy + row.to(tl.int64)[:, None] * (G * F) + (group * F + f)[None, :],
-            mask=some & (f < F)[None, :],
+            mask=needed,
             other=0.0,
         )
         total = tl.dot(tl.trans(patches), slopes, total, input_precision=PRECISION)
