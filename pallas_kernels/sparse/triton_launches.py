@@ -98,7 +98,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         # Over lists of rows long sums pay: an index is loaded in two steps before its row is.
         paired = [(64, 128, 128, 4, 4), (128, 128, 64, 4, 5), (128, 128, 64, 8, 5)]
         paired += [(64, 128, 64, 4, 7)]
-        twins = [(64, 128, 64, 4, 5), (64, 128, 64, 8, 7)]
+        twins = [(64, 128, 64, 4, 7), (64, 128, 128, 4, 7)]
     tiled, listed, mirrored = (
         [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
         for each in (sizes, paired, twins)
@@ -247,8 +247,8 @@ def weight_grad(
     elif config is None:
         half = power_of_two(channels) <= 64
         config = TileConfig(64, 128, 128, 2, 2, 4) if half else TileConfig(128, 128, 64, 2, 2, 5)
-        # Channels of two offsets are as many again.
-        config = TileConfig(64, 128, 64, 2, 2, 7) if pairs == 2 else config
+        # The sums of two offsets take the registers of twice as many warps.
+        config = TileConfig(64, 128, 64, 4, 2, 7) if pairs == 2 else config
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),
