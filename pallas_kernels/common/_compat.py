@@ -225,15 +225,23 @@ def import_jax_triton() -> ModuleType:
 
 
 def triton_call(
-    *arguments: jax.Array | int, out_type: list[jax.ShapeDtypeStruct], **rest: object
+    *arguments: jax.Array | int,
+    out_type: list[jax.ShapeDtypeStruct],
+    written_over: dict[int, int] | None = None,
+    **rest: object,
 ) -> list[jax.Array]:
     """Launches a Triton kernel: `jax_triton.triton_call` of version 0.4.
 
     0.3, the last that takes JAX 0.10 and Python 3.11, calls the types of the outputs `out_shape`.
+    0.4 takes an output out of the kernel's parameters where it is written over an argument, so
+    there it gets memory of its own.
     """
     jax_triton = import_jax_triton()
-    name = "out_type" if jax_triton.__version_info__ >= (0, 4) else "out_shape"
-    return jax_triton.triton_call(*arguments, **{name: out_type}, **rest)
+    if jax_triton.__version_info__ >= (0, 4):
+        return jax_triton.triton_call(*arguments, out_type=out_type, **rest)
+    return jax_triton.triton_call(
+        *arguments, out_shape=out_type, input_output_aliases=written_over, **rest
+    )
 
 
 def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:

@@ -17,7 +17,8 @@ Launch = Callable[..., list[AnyArray]]
 
 `arguments` are arrays and integers; each output is `(shape, dtype)`, which is contiguous, or
 `(shape, dtype, strides)`; `num_warps` is among the constants. The kernel takes its arguments first,
-then its outputs.
+then its outputs. JAX's alone takes `written_over` among the constants: for places of arguments
+those of the outputs that may be written over them.
 """
 MAX_ROW = 1 << 28
 """The least number of elements of an image row that overflows the kernels' 32-bit offsets."""

@@ -67,7 +67,7 @@ def forward(
     return vary_like((x, scale, bias, residual), found)
 
 
-@partial(jax.jit, static_argnames=("eps", "activation"))
+@partial(jax.jit, static_argnames=("eps", "activation", "in_place"))
 def normalise(
     x: jax.Array,
     tiles: Moments,
@@ -77,11 +77,14 @@ def normalise(
     *,
     eps: float,
     activation: str | None,
+    in_place: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The operator and the statistics, from the moments of a convolution's tiles; see `vjp`."""
     from pallas_kernels.stylize import triton_launches
 
-    found = triton_launches.normalise(x, tiles, scale, bias, residual, eps, activation, launch)
+    found = triton_launches.normalise(
+        *(x, tiles, scale, bias, residual, eps, activation, launch), in_place=in_place
+    )
     return vary_like((x, tiles, scale, bias, residual), found)
 
 

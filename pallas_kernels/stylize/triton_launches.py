@@ -162,6 +162,8 @@ def normalise(
     eps: float,
     activation: str | None,
     launch: Launch[AnyArray],
+    *,
+    in_place: bool = False,
 ) -> tuple[AnyArray, AnyArray]:
     """The norm and the statistics of a convolution's output, which is read once.
 
@@ -175,6 +177,7 @@ def normalise(
         eps: Is added to the variance.
         activation: None or "relu".
         launch: The framework's launch function.
+        in_place: Whether y may be written over x; of JAX's launch alone.
 
     Returns:
         y of x's shape and dtype, and float32 `[N, 3, C]`.
@@ -197,13 +200,16 @@ def normalise(
     slices = cdiv(h * w, pixels)
     own = Tiles(pixels, channels, slices, _warps(pixels * channels))
     flags: Keywords = {"RELU": activation == "relu", "ADD": residual is not None, "C": c}
+    over: Keywords = {"written_over": {0: 0}} if in_place else {}
     (y,) = launch(
         kernels.normalise,
-        [x, statistics, scale, bias, x if residual is None else residual, h * w, slices],
+        # Not x for what is not read: an argument that is given twice cannot be written over.
+        [x, statistics, scale, bias, scale if residual is None else residual, h * w, slices],
         [(x.shape, x.dtype)],
         (n * cdiv(c, channels) * slices,),
         **flags,
         **_block(own),
+        **over,
     )
     return y, statistics
 

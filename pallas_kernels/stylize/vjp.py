@@ -16,9 +16,10 @@ the dtype of accumulation, and a residual of x's shape and dtype or None; the ba
 where there is an activation alone. Modules that JAX can look into, and so map with `vmap`, say so
 with `DIFFERENTIABLE = True`. Those that normalise what a convolution has left the moments of have
 
-    normalise(x, tiles, scale, bias, residual, *, eps, activation) -> y, statistics
+    normalise(x, tiles, scale, bias, residual, *, eps, activation, in_place) -> y, statistics
 
-for `tiles`, the moments of its tiles, see `conv2d.moments`; `convolution` is made of it.
+for `tiles`, the moments of its tiles, see `conv2d.moments`; `convolution` is made of it. `in_place`
+says that nobody reads x again, so that y may be written over it.
 """
 
 from collections.abc import Callable

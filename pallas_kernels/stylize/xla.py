@@ -47,8 +47,12 @@ def normalise(
     *,
     eps: float,
     activation: str | None,
+    in_place: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The operator and the statistics, from the moments of a convolution's tiles; see `vjp`."""
+    """The operator and the statistics, from the moments of a convolution's tiles; see `vjp`.
+
+    XLA writes over what is not read again without being told.
+    """
     return _output(Known(x, statistics_of_tiles(tiles, eps), scale, bias, residual), activation)
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.common import device
-from pallas_kernels.common.types import Json
+from pallas_kernels.common.types import Json, Keywords
 from pallas_kernels.conv2d import mosaic_gpu as convolution
 from pallas_kernels.conv2d.moments import Moments
 from pallas_kernels.conv2d.mosaic_gpu import unavailable
@@ -48,11 +48,13 @@ def normalise(
     *,
     eps: float,
     activation: str | None,
+    in_place: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """The pass of `stylize.vjp`; XLA makes one of plain JAX, too, where Triton is not here."""
     problem = Norm(x.shape, x.dtype, activation, residual is not None)
     room = triton if _launches(problem) else xla
-    return room.normalise(x, tiles, scale, bias, residual, eps=eps, activation=activation)
+    how: Keywords = {"eps": eps, "activation": activation, "in_place": in_place}
+    return room.normalise(x, tiles, scale, bias, residual, **how)
 
 
 def _launches(problem: Norm) -> bool:

@@ -2,12 +2,13 @@
 
 Saved are x, w, the convolution's output as it was rounded, its statistics, scale and bias, and with
 an activation the residual. The backward pass is the norm's, then the convolution's, and each is
-chosen as that of a convolution or a norm alone; derivatives of higher order are theirs.
+chosen as that of a convolution or a norm alone; derivatives of higher order are theirs. Where
+nothing is differentiated nothing is saved, and the norm is written over the convolution's output.
 
 An implementation is a module with `convolution`, a room of `pallas_kernels.conv2d`, which leaves
 the moments of its tiles, and
 
-    normalise(x, tiles, scale, bias, residual, *, eps, activation) -> y, statistics
+    normalise(x, tiles, scale, bias, residual, *, eps, activation, in_place) -> y, statistics
 
 for its output `x [N, H, W, C]`, `tiles`, the `conv2d.moments.Moments` of that, scale and bias
 `[N, C]` in the dtype of accumulation, and a residual of x's shape and dtype or None; statistics are
@@ -102,8 +103,7 @@ def conv2d_instance_norm(
     parameters = norm.of_images(batch, x.dtype, scale, bias, x, w)
     added = None if residual is None else sharding.flat(residual, len(batch))
     arrays = sharding.flat(x, len(batch)), w, *parameters, added
-    y, _, _ = _apply(plan, *vary_like(arrays, arrays))
-    return sharding.unflat(y, batch)
+    return sharding.unflat(_apply(plan, *vary_like(arrays, arrays)), batch)
 
 
 def of_shard(problem: Problem, shard: sharding.Shard) -> Problem:
@@ -122,49 +122,31 @@ def of_norm(stated: sharding.Stated | None) -> sharding.Stated | None:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _apply(
-    plan: Plan,
-    x: jax.Array,
-    w: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    residual: Residual,
-) -> Output:
-    def shard(
-        plan: Plan,
-        _: sharding.Shard,
-        x: jax.Array,
-        scale: jax.Array,
-        bias: jax.Array,
-        residual: Residual,
-        w: jax.Array,
-    ) -> Output:
-        z, tiles = conv2d.conv2d_with_moments(plan.convolution, None, x.dtype, x, w, None)
-        y, statistics = cast(Kernels, plan.module).normalise(
-            z, tiles, scale, bias, residual, eps=plan.norm.eps, activation=plan.norm.activation
-        )
-        return y, z, statistics
-
-    (images, filters), _, free, _ = RULE
-    operands = images, "n f", "n f", *[_OUTPUT] * (residual is not None), filters
-    # The filters come last: they are what images that are mapped share.
-    return cast(
-        Output,
-        sharding.split(
-            shard,
-            sharding.Rule(operands, (_OUTPUT, _OUTPUT, "n _ f"), free),
-            plan,
-            lambda _, x, *rest: plan.problem(x, rest[3], rest[2]),
-            *(x, scale, bias, residual, w),
-            mapped=partial(vmap_folding, own=4),
-        ),
-    )
+def _apply(plan: Plan, *arrays: Residual) -> jax.Array:
+    """The norm, of x, w, scale, bias and a residual."""
+    return cast(jax.Array, _forward(plan, *arrays, in_place=True))
 
 
 def _apply_jvp(
     plan: Plan, primals: Primals, tangents: tuple[Tangent, ...]
+) -> tuple[jax.Array, jax.Array]:
+    (y, _, _), (dy, _, _) = _with_saved_jvp(plan, primals, tangents)
+    return y, dy
+
+
+_apply.defjvp(_apply_jvp, symbolic_zeros=True)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_saved(plan: Plan, *arrays: Residual) -> Output:
+    """The norm with all that its derivatives read."""
+    return cast(Output, _forward(plan, *arrays, in_place=False))
+
+
+def _with_saved_jvp(
+    plan: Plan, primals: Primals, tangents: tuple[Tangent, ...]
 ) -> tuple[Output, Output]:
-    y, z, statistics = _apply(plan, *primals)
+    y, z, statistics = _with_saved(plan, *primals)
     x, w, scale, bias, residual = primals
     dx, dw, *others = (None if isinstance(t, SymbolicZero) else t for t in tangents)
     # The room leaves no moments of tangents, so nothing but the convolution is asked of it.
@@ -177,7 +159,52 @@ def _apply_jvp(
     return (y, z, statistics), (dy, jnp.zeros_like(z) if dz is None else dz, moved)
 
 
-_apply.defjvp(_apply_jvp, symbolic_zeros=True)
+_with_saved.defjvp(_with_saved_jvp, symbolic_zeros=True)
+
+
+def _forward(
+    plan: Plan,
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: Residual,
+    *,
+    in_place: bool,
+) -> jax.Array | Output:
+    """The norm, which with `in_place` is written over what the others would be, or all three."""
+
+    def shard(
+        plan: Plan,
+        _: sharding.Shard,
+        x: jax.Array,
+        scale: jax.Array,
+        bias: jax.Array,
+        residual: Residual,
+        w: jax.Array,
+    ) -> jax.Array | Output:
+        z, tiles = conv2d.conv2d_with_moments(plan.convolution, None, x.dtype, x, w, None)
+        y, statistics = cast(Kernels, plan.module).normalise(
+            *(z, tiles, scale, bias, residual),
+            eps=plan.norm.eps,
+            activation=plan.norm.activation,
+            in_place=in_place,
+        )
+        return y if in_place else (y, z, statistics)
+
+    (images, filters), _, free, _ = RULE
+    operands = images, "n f", "n f", *[_OUTPUT] * (residual is not None), filters
+    # The filters come last: they are what images that are mapped share.
+    outputs = (_OUTPUT,) if in_place else (_OUTPUT, _OUTPUT, "n _ f")
+    found = sharding.split(
+        shard,
+        sharding.Rule(operands, outputs, free),
+        plan,
+        lambda _, x, *rest: plan.problem(x, rest[3], rest[2]),
+        *(x, scale, bias, residual, w),
+        mapped=partial(vmap_folding, own=4),
+    )
+    return cast(jax.Array | Output, found)
 
 
 def measurement(operator: Operator, direction: str, problem: Problem, plan: Plan) -> JaxMeasurement:
