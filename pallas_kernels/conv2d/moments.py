@@ -71,6 +71,24 @@ def together(parts: Sequence[Moments]) -> Moments:
     return jax.tree.map(lambda *same: jnp.concatenate(same, 1), *parts)
 
 
+def each_apart(tiles: Moments, pixels: int) -> Moments:
+    """The moments of tiles whose features are those of several neighbouring pixels.
+
+    Args:
+        tiles: The moments of tiles of `pixels NF` features, those of one pixel after the other.
+        pixels: The number of pixels.
+
+    Example:
+        >>> one = Moments(jnp.ones((1, 1)), jnp.array([[[1.0, 2.0, 3.0, 4.0]]]), jnp.zeros((1, 1, 4)))
+        >>> each_apart(one, 2).mean.tolist()
+        [[[1.0, 2.0], [3.0, 4.0]]]
+    """
+    n, count, features = tiles.mean.shape
+    shape = n, count * pixels, features // pixels
+    counts = jnp.repeat(tiles.counts, pixels, 1)
+    return Moments(counts, tiles.mean.reshape(shape), tiles.squares.reshape(shape))
+
+
 def combined(tiles: Moments) -> tuple[jax.Array, Moments]:
     """The moments of each image, from those of its tiles, in two passes over the tiles.
 

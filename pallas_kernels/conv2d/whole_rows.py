@@ -6,13 +6,20 @@ channels are 27 values, and a 9x9 filter is 9x1. Where the features are, a row o
 tap to the features of all: 9x1 to 27 features, of which 9 are added, each at its tap's place. The
 27 are filled up to 32, so that each pixel's begin where kernels read them 16 bytes at once.
 
+What is gathered, or added, is larger than the images. Two neighbouring outputs read 10 columns of 3
+channels, 30 values: as one pixel of twice the features they take half of the values for as many
+products. And where the features of all taps exceed what caches hold, rows are computed strip by
+strip.
+
 Any implementation multiplies. What is here is plain JAX around it, linear in x, in w and in what
 is multiplied. On a GPU it is taken unasked for long rows, see `unasked`; which is the faster, the
 tuner finds out, see `offered`.
 """
 
+import math
 from collections.abc import Callable
 from functools import reduce
+from itertools import pairwise
 from operator import add
 
 import jax
@@ -23,7 +30,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Json, Keywords, Tree
-from pallas_kernels.conv2d.moments import of_rows
+from pallas_kernels.conv2d.moments import Moments, each_apart, of_rows, together
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import epilogue, mirrored, transposed
 
@@ -39,6 +46,10 @@ _LONG = 7
 """The fewest taps of a row that is taken as one unasked: 9 were measured to be worth it."""
 _ALIGNED = 8
 """Channels, or features, are filled up to a multiple of these, 16 bytes of 16 bits each."""
+_CACHED = 1 << 25
+"""The bytes that the features of all taps may take; a GPU's cache holds so many."""
+_STRIPS = 8
+"""The most strips that a convolution is cut into."""
 
 
 def offered(problem: Problem) -> list[Json]:
@@ -116,13 +127,25 @@ def forward(
     rest: Keywords = {"activation": activation, "out_dtype": out_dtype}
     rest |= {"moments": True} if moments else {}
     if form.gathers:
-        return run(form.window, form.prepared(x), form.folded(w), bias, **rest)
+        bias = None if bias is None else jnp.tile(bias, form.joined)
+        found = run(form.window, form.prepared(x), form.folded(w), bias, **rest)
+        if not moments:
+            return form.apart(found)
+        y, tiles = found
+        return form.apart(y), each_apart(tiles, form.joined)
     wide = accumulation_dtype(x.dtype)
-    products = run(
-        form.window, form.prepared(x), form.folded(w), None, activation=None, out_dtype=wide
-    )
-    y = epilogue(form.added(products), bias, window, activation)
-    return (y.astype(out_dtype), of_rows(y, window)) if moments else y.astype(out_dtype)
+    each, tiles = [], []
+    for own, first, end in form.strips(jnp.dtype(wide).itemsize):
+        if each:
+            # The features of a strip are added before those of the next one are computed.
+            x, each[-1] = lax.optimization_barrier((x, each[-1]))
+        rows = lax.slice_in_dim(x, first, end, axis=form.down)
+        products = run(own, rows, form.folded(w), None, activation=None, out_dtype=wide)
+        y = epilogue(form.added(products), bias, window, activation)
+        each.append(y.astype(out_dtype))
+        tiles += [of_rows(y, window)] if moments else []
+    y = jnp.concatenate(each, form.down)
+    return (y, together(tiles)) if moments else y
 
 
 def input_grad(
@@ -184,16 +207,18 @@ class _Form:
 
     Attributes:
         gathers: Whether taps are gathered as channels; otherwise they are added as features.
+        joined: The number of neighbouring outputs that are computed as one, to the features of
+            all of them, from the columns that any of them reads.
         window: The window of what is computed, whose filters are one tap wide.
     """
 
     def __init__(self, window: Window, images: tuple[int, ...], filters: tuple[int, ...]) -> None:
         _, _, wide, channels = window.images(images)
-        height, self._taps, _, self._features = window.filters(filters)
+        self._height, self._taps, _, self._features = window.filters(filters)
         self.gathers = channels <= self._features
         self._given = window
         self._images = images
-        self._rows, self._outputs = window.output(window.images(images)[1:3], (height, self._taps))
+        self._rows, self._outputs = window.output(window.images(images)[1:3], (self._height, self._taps))
         # Rows are mirrored by what gathers the taps, or else by what multiplies, which may do so
         # as it reads.
         mirrors = window.reflect and self.gathers
@@ -204,20 +229,39 @@ class _Form:
             reflect=window.reflect and not mirrors,
         )
         self._columns = wide
-        self._fill = -self._taps * min(channels, self._features) % _ALIGNED
+        few = min(channels, self._features)
+        self.joined = 2 if self._pairs(channels) else 1
+        self._fill = -(self._taps + self.joined - 1) * few % _ALIGNED
+
+    def _pairs(self, channels: int) -> bool:
+        """Whether two outputs read no more than one does when that is filled up."""
+        filled = [-(-taps * channels // _ALIGNED) for taps in (self._taps, self._taps + 1)]
+        return (
+            self.gathers
+            and self._given.layout == "nhwc_hwcf"
+            and self._given.stride[1] == self._given.dilation[1] == 1
+            and isinstance(self._outputs, int)
+            and self._outputs % 2 == 0
+            and filled[0] == filled[1]
+        )
 
     @property
     def _across(self) -> int:
         """The axis W of images."""
         return 2 if self._given.layout == "nhwc_hwcf" else 3
 
+    @property
+    def down(self) -> int:
+        """The axis H of images."""
+        return self._across - 1
+
     def _read(self, padded: jax.Array) -> list[jax.Array]:
-        """For each tap of a row the columns that it reads, one for each output."""
-        stride, dilation = self._given.stride[1], self._given.dilation[1]
-        span = stride * (self._outputs - 1) + 1
+        """For each tap of a row, of all that are joined, the columns that it reads."""
+        stride, dilation = self.joined * self._given.stride[1], self._given.dilation[1]
+        span = stride * (self._outputs // self.joined - 1) + 1
         return [
             lax.slice_in_dim(padded, dilation * j, dilation * j + span, stride, self._across)
-            for j in range(self._taps)
+            for j in range(self._taps + self.joined - 1)
         ]
 
     def _padded(self, x: jax.Array) -> jax.Array:
@@ -249,11 +293,49 @@ class _Form:
             w = w.transpose(2, 3, 1, 0)
         height, taps, channels, features = w.shape
         if self.gathers:
-            w = self._filled(w.reshape(height, 1, taps * channels, features), 2)
+            last = self.joined - 1
+            moved = [
+                jnp.pad(w, ((0, 0), (i, last - i), (0, 0), (0, 0))) for i in range(self.joined)
+            ]
+            w = jnp.concatenate(moved, 3)
+            w = self._filled(w.reshape(height, 1, (taps + last) * channels, -1), 2)
         else:
             w = w.transpose(0, 2, 1, 3).reshape(height, 1, channels, taps * features)
             w = self._filled(w, 3)
         return w if self._given.layout == "nhwc_hwcf" else w.transpose(3, 2, 0, 1)
+
+    def apart(self, y: jax.Array) -> jax.Array:
+        """The output, of which neighbouring pixels were computed as one."""
+        if self.joined == 1:
+            return y
+        n, height, width, features = y.shape
+        return y.reshape(n, height, width * self.joined, features // self.joined)
+
+    def strips(self, itemsize: int) -> list[tuple[Window, int, int]]:
+        """The windows of one convolution after another, and the first and the last row of each.
+
+        Their outputs are the rows of the whole, in order. The last row is that behind them.
+
+        Args:
+            itemsize: The bytes of a feature of a tap.
+        """
+        n, height, columns, _ = self._given.images(self._images)
+        sizes = n, self._rows, columns, self._taps * self._features + self._fill
+        if not all(isinstance(size, int) for size in (height, *sizes)):
+            return [(self.window, 0, height)]
+        above, below = self.window.pads[0]
+        # What is mirrored has to be in the same strip.
+        most = min(_STRIPS, self._rows // (2 * max(0, above, below) + 1))
+        count = max(1, min(most, -(-math.prod(sizes) * itemsize // _CACHED)))
+        found = []
+        for first, end in pairwise(self._rows * i // count for i in range(count + 1)):
+            top = self.window.stride[0] * first - above
+            bottom = self.window.stride[0] * (end - 1) - above
+            bottom += self.window.dilation[0] * (self._height - 1) + 1
+            pads = max(0, -top), max(0, bottom - height)
+            own = self.window._replace(pads=(pads, self.window.pads[1]))
+            found.append((own, max(0, top), min(height, bottom)))
+        return found
 
     def added(self, products: jax.Array) -> jax.Array:
         """The output: of each tap of a row its features, at the columns that it reads."""
@@ -266,9 +348,10 @@ class _Form:
         return reduce(add, own)
 
     def spread(self, dy: jax.Array) -> jax.Array:
-        """The gradient of what is computed: the transpose of `added`, where anything is."""
+        """The gradient of what is computed: the transpose of `apart` or of `added`."""
         if self.gathers:
-            return dy
+            n, height, *_ = dy.shape
+            return dy if self.joined == 1 else dy.reshape(n, height, self._outputs // self.joined, -1)
         shape = self._given.laid_out(
             dy.shape[0], self._rows, self._columns, self._taps * self._features + self._fill
         )
