@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -23,14 +24,24 @@ WHY_NOT = "Triton's interpreter takes PyTorch's tensors, and a process has it or
 INTERPRETED = pytest.mark.skipif(not INTERPRETS, reason=WHY_NOT)
 
 
-def launch(kernel, arguments, outputs, grid, **constants):
-    """Runs a kernel on tensors, over outputs that hold nothing but NaN, or a huge integer."""
+_ONE = Lock()
+"""Triton's interpreter runs one kernel at a time, XLA calls back from several threads."""
+
+
+def launch(kernel, arguments, outputs, grid, written_over=None, **constants):
+    """Runs a kernel on tensors, over outputs that hold nothing but NaN, or a huge integer.
+
+    Or over arguments, of which those are told that may be written over.
+    """
     poisoned = []
     for shape, dtype in outputs:
         kind = getattr(torch, str(dtype).removeprefix("torch."))
         poison = float("nan") if kind.is_floating_point else torch.iinfo(kind).max
         poisoned.append(torch.full(shape, poison, dtype=kind))
-    kernel[grid](*arguments, *poisoned, **constants)
+    for argument, output in (written_over or {}).items():
+        poisoned[output] = arguments[argument]
+    with _ONE:
+        kernel[grid](*arguments, *poisoned, **constants)
     return poisoned
 
 

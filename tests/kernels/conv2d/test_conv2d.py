@@ -30,6 +30,7 @@ from flash_wtconv_jax import tuning
 from pallas_kernels import oracle
 from pallas_kernels.conv2d import (
     TileConfig,
+    api,
     conv2d,
     get_igemm_conv2d,
     moments,
@@ -275,12 +276,21 @@ def test_rows_of_taps_are_multiplied_as_one_where_it_is_faster(monkeypatch):
     with tuning("search"):
         assert_oracle(case, "xla")
     assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("case", [WHOLE_ROWS[0], WHOLE_ROWS[3]], ids=["gathered", "added"])
+def test_moments_of_rows_of_taps_are_the_outputs(case, monkeypatch):
+    """Of neighbouring outputs that are one, and of strips."""
+    monkeypatch.setattr(whole_rows, "_CACHED", 1)
     x, w, _, _ = arrays(case)
-    y, tiles = vjp.conv2d_with_moments(
-        vjp.Plan(xla, None, Window(), None, None, None, whole_rows=True),
-        *(None, x.dtype, x, w[..., :1], None),
-    )
-    np.testing.assert_allclose(tiles.mean[0, :, 0], y[0, :, :, 0].mean(1), rtol=1e-6)
+    how = case.stride, case.padding, case.dilation, case.groups, case.upsample, case.layout
+    window = api.checked_window(x.shape, w.shape, *how)
+    plan = vjp.Plan(xla, None, window, None, None, None, whole_rows=True)
+    y, tiles = jax.jit(partial(vjp.conv2d_with_moments, plan, None, x.dtype))(x, w, None)
+    near, (count, mean, squares) = moments.combined(tiles)
+    assert set(count.tolist()) == {y.shape[1] * y.shape[2]}
+    np.testing.assert_allclose(near + mean, y.mean((1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(squares / count[:, None], y.var((1, 2)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", MOMENTS, ids=lambda case: case.name)
