@@ -18,7 +18,7 @@ tuner finds out, see `offered`.
 
 import math
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from operator import add
 
@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.dtypes import accumulation_dtype
-from pallas_kernels.common.types import Json, Keywords, Tree
+from pallas_kernels.common.types import Json, Keywords, Pair, Tree
 from pallas_kernels.conv2d.moments import Moments, each_apart, of_rows, together
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import epilogue, mirrored, transposed
@@ -134,13 +134,13 @@ def forward(
         y, tiles = found
         return form.apart(y), each_apart(tiles, form.joined)
     wide = accumulation_dtype(x.dtype)
+    own, cuts = form.strips(jnp.dtype(wide).itemsize)
     each, tiles = [], []
-    for own, first, end in form.strips(jnp.dtype(wide).itemsize):
+    for cut in cuts:
         if each:
             # The features of a strip are added before those of the next one are computed.
             x, each[-1] = lax.optimization_barrier((x, each[-1]))
-        rows = lax.slice_in_dim(x, first, end, axis=form.down)
-        products = run(own, rows, form.folded(w), None, activation=None, out_dtype=wide)
+        products = run(own, cut(x), form.folded(w), None, activation=None, out_dtype=wide)
         y = epilogue(form.added(products), bias, window, activation)
         each.append(y.astype(out_dtype))
         tiles += [of_rows(y, window)] if moments else []
@@ -264,23 +264,23 @@ class _Form:
             for j in range(self._taps + self.joined - 1)
         ]
 
-    def _padded(self, x: jax.Array) -> jax.Array:
-        """Zeros, or mirrored columns, before and after the columns; pads of zeros may be < 0."""
+    def _padded(self, x: jax.Array, pads: tuple[Pair, Pair]) -> jax.Array:
+        """Zeros, or what is mirrored, around the rows and the columns; zeros may be < 0."""
         if self._given.reflect:
-            return mirrored(x, self._given._replace(pads=((0, 0), self._given.pads[1])))
-        before, after = self._given.pads[1]
+            return mirrored(x, self._given._replace(pads=pads))
+        rows, columns = ((*edge, 0) for edge in pads)
         none = (0, 0, 0)
-        edges = self._given.laid_out(none, none, (before, after, 0), none)
+        edges = self._given.laid_out(none, rows, columns, none)
         return lax.pad(x, jnp.zeros((), x.dtype), edges)
 
     def prepared(self, x: jax.Array) -> jax.Array:
         """The images, or those whose channels are those of a row of taps."""
         if not self.gathers:
             return x
-        if self._given.reflect:
-            x = mirrored(x, self._given._replace(pads=(self._given.pads[0], (0, 0))))
+        # Zeros above and below are left to what multiplies.
+        rows = self._given.pads[0] if self._given.reflect else (0, 0)
         channels = 3 if self._given.layout == "nhwc_hwcf" else 1
-        reads = self._read(self._padded(x))
+        reads = self._read(self._padded(x, (rows, self._given.pads[1])))
         return self._filled(jnp.concatenate(reads, channels), channels)
 
     def _filled(self, array: jax.Array, axis: int) -> jax.Array:
@@ -311,36 +311,40 @@ class _Form:
         n, height, width, features = y.shape
         return y.reshape(n, height, width * self.joined, features // self.joined)
 
-    def strips(self, itemsize: int) -> list[tuple[Window, int, int]]:
-        """The windows of one convolution after another, and the first and the last row of each.
+    def strips(self, itemsize: int) -> tuple[Window, list[Callable[[jax.Array], jax.Array]]]:
+        """The window of all strips, and for each the function that cuts it out of the images.
 
-        Their outputs are the rows of the whole, in order. The last row is that behind them.
+        Their outputs are the rows of the whole, in order. Those of one height are one kernel.
 
         Args:
             itemsize: The bytes of a feature of a tap.
         """
         n, height, columns, _ = self._given.images(self._images)
         sizes = n, self._rows, columns, self._taps * self._features + self._fill
-        if not all(isinstance(size, int) for size in (height, *sizes)):
-            return [(self.window, 0, height)]
-        above, below = self.window.pads[0]
-        # What is mirrored has to be in the same strip.
-        most = min(_STRIPS, self._rows // (2 * max(0, above, below) + 1))
-        count = max(1, min(most, -(-math.prod(sizes) * itemsize // _CACHED)))
-        found = []
+        count, (above, below) = 1, self.window.pads[0]
+        if all(isinstance(size, int) for size in (height, *sizes)):
+            # What is mirrored has to be in the same strip.
+            most = min(_STRIPS, self._rows // (2 * max(0, above, below) + 1))
+            count = min(most, -(-math.prod(sizes) * itemsize // _CACHED))
+        if count <= 1:
+            return self.window, [lambda x: x]
+        cuts = []
         for first, end in pairwise(self._rows * i // count for i in range(count + 1)):
             top = self.window.stride[0] * first - above
             bottom = self.window.stride[0] * (end - 1) - above
             bottom += self.window.dilation[0] * (self._height - 1) + 1
             pads = max(0, -top), max(0, bottom - height)
-            own = self.window._replace(pads=(pads, self.window.pads[1]))
-            found.append((own, max(0, top), min(height, bottom)))
-        return found
+            cuts.append(partial(self._cut, max(0, top), min(height, bottom), pads))
+        return self.window._replace(pads=((0, 0), (0, 0)), reflect=False), cuts
+
+    def _cut(self, first: int, end: int, pads: Pair, x: jax.Array) -> jax.Array:
+        """Rows of the images, padded as the images are."""
+        return self._padded(lax.slice_in_dim(x, first, end, axis=self.down), (pads, (0, 0)))
 
     def added(self, products: jax.Array) -> jax.Array:
         """The output: of each tap of a row its features, at the columns that it reads."""
         channels = 3 if self._given.layout == "nhwc_hwcf" else 1
-        reads = self._read(self._padded(products))
+        reads = self._read(self._padded(products, ((0, 0), self._given.pads[1])))
         own = (
             lax.slice_in_dim(read, j * self._features, (j + 1) * self._features, axis=channels)
             for j, read in enumerate(reads)
