@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pallas_kernels.common.types import DeviceArray, Output
 
@@ -84,7 +84,8 @@ def launch(
     arguments: "list[jax.Array | int]",
     outputs: Sequence[Output],
     grid: tuple[int, ...],
-    **constants: object,
+    written_over: dict[int, int] | None = None,
+    **constants: Any,
 ) -> "list[jax.Array]":
     """Launches a kernel through jax-triton, as `Launch` says."""
     import jax
@@ -93,4 +94,5 @@ def launch(
     from pallas_kernels.common._compat import triton_call
 
     types = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in outputs]
-    return triton_call(*arguments, kernel=kernel, out_type=types, grid=grid, **constants)
+    constants |= {"grid": grid, "written_over": written_over}
+    return triton_call(*arguments, kernel=kernel, out_type=types, **constants)

@@ -79,8 +79,8 @@ def each_apart(tiles: Moments, pixels: int) -> Moments:
         pixels: The number of pixels.
 
     Example:
-        >>> one = Moments(jnp.ones((1, 1)), jnp.array([[[1.0, 2.0, 3.0, 4.0]]]), jnp.zeros((1, 1, 4)))
-        >>> each_apart(one, 2).mean.tolist()
+        >>> mean = jnp.array([[[1.0, 2.0, 3.0, 4.0]]])
+        >>> each_apart(Moments(jnp.ones((1, 1)), mean, 0 * mean), 2).mean.tolist()
         [[[1.0, 2.0], [3.0, 4.0]]]
     """
     n, count, features = tiles.mean.shape

@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Json, Keywords, Pair, Tree
-from pallas_kernels.conv2d.moments import Moments, each_apart, of_rows, together
+from pallas_kernels.conv2d.moments import each_apart, of_rows, together
 from pallas_kernels.conv2d.problem import Problem, Window
 from pallas_kernels.conv2d.xla import epilogue, mirrored, transposed
 
@@ -135,7 +135,8 @@ def forward(
         return form.apart(y), each_apart(tiles, form.joined)
     wide = accumulation_dtype(x.dtype)
     own, cuts = form.strips(jnp.dtype(wide).itemsize)
-    each, tiles = [], []
+    each: list[jax.Array] = []
+    tiles = []
     for cut in cuts:
         if each:
             # The features of a strip are added before those of the next one are computed.
@@ -213,12 +214,12 @@ class _Form:
     """
 
     def __init__(self, window: Window, images: tuple[int, ...], filters: tuple[int, ...]) -> None:
-        _, _, wide, channels = window.images(images)
+        _, *size, channels = window.images(images)
         self._height, self._taps, _, self._features = window.filters(filters)
         self.gathers = channels <= self._features
         self._given = window
         self._images = images
-        self._rows, self._outputs = window.output(window.images(images)[1:3], (self._height, self._taps))
+        self._rows, self._outputs = window.output(size, (self._height, self._taps))
         # Rows are mirrored by what gathers the taps, or else by what multiplies, which may do so
         # as it reads.
         mirrors = window.reflect and self.gathers
@@ -228,7 +229,7 @@ class _Form:
             dilation=(window.dilation[0], 1),
             reflect=window.reflect and not mirrors,
         )
-        self._columns = wide
+        self._columns = size[1]
         few = min(channels, self._features)
         self.joined = 2 if self._pairs(channels) else 1
         self._fill = -(self._taps + self.joined - 1) * few % _ALIGNED
@@ -328,7 +329,7 @@ class _Form:
             count = min(most, -(-math.prod(sizes) * itemsize // _CACHED))
         if count <= 1:
             return self.window, [lambda x: x]
-        cuts = []
+        cuts: list[Callable[[jax.Array], jax.Array]] = []
         for first, end in pairwise(self._rows * i // count for i in range(count + 1)):
             top = self.window.stride[0] * first - above
             bottom = self.window.stride[0] * (end - 1) - above
@@ -354,8 +355,9 @@ class _Form:
     def spread(self, dy: jax.Array) -> jax.Array:
         """The gradient of what is computed: the transpose of `apart` or of `added`."""
         if self.gathers:
-            n, height, *_ = dy.shape
-            return dy if self.joined == 1 else dy.reshape(n, height, self._outputs // self.joined, -1)
+            n, height, width, features = dy.shape
+            two = n, height, width // self.joined, features * self.joined
+            return dy if self.joined == 1 else dy.reshape(two)
         shape = self._given.laid_out(
             dy.shape[0], self._rows, self._columns, self._taps * self._features + self._fill
         )

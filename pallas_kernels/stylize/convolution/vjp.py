@@ -122,7 +122,7 @@ def of_norm(stated: sharding.Stated | None) -> sharding.Stated | None:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _apply(plan: Plan, *arrays: Residual) -> jax.Array:
+def _apply(plan: Plan, *arrays: Any) -> jax.Array:
     """The norm, of x, w, scale, bias and a residual."""
     return cast(jax.Array, _forward(plan, *arrays, in_place=True))
 
@@ -138,7 +138,7 @@ _apply.defjvp(_apply_jvp, symbolic_zeros=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _with_saved(plan: Plan, *arrays: Residual) -> Output:
+def _with_saved(plan: Plan, *arrays: Any) -> Output:
     """The norm with all that its derivatives read."""
     return cast(Output, _forward(plan, *arrays, in_place=False))
 

@@ -16,7 +16,7 @@ from pallas_kernels.conv2d.moments import Moments, of_tiles
 from pallas_kernels.conv2d.problem import Window
 from pallas_kernels.dispatch import table
 from pallas_kernels.stylize import baseline_jax, formulas, triton_launches
-from pallas_kernels.stylize.convolution import api, conformance, conv2d_instance_norm, vjp
+from pallas_kernels.stylize.convolution import api, conformance, conv2d_instance_norm, vjp, xla
 from pallas_kernels.stylize.convolution import triton as room
 from pallas_kernels.stylize.convolution.cases import CASES
 from pallas_kernels.stylize.convolution.problem import Problem
@@ -131,8 +131,8 @@ def of_tiles_of(x, sizes):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("mean", [0.5, 1e4])
-def test_the_pass_of_given_statistics_is_the_oracles(mean, monkeypatch):
+@pytest.mark.parametrize(("mean", "in_place"), [(0.5, True), (1e4, False)])
+def test_the_pass_of_given_statistics_is_the_oracles(mean, in_place, monkeypatch):
     """Several tiles, the last in part; two blocks of channels and of pixels."""
     monkeypatch.setattr(triton_launches, "_TILE", 64)
     monkeypatch.setattr(triton_launches, "_COMBINED", 4)
@@ -143,8 +143,9 @@ def test_the_pass_of_given_statistics_is_the_oracles(mean, monkeypatch):
     moments = of_tiles_of(x, [2] * 17 + [1])
     given = [tensor(np.array(a)) for a in (x, *moments, scale, bias, residual)]
     y, statistics = triton_launches.normalise(
-        given[0], given[1:4], *given[4:], 1e-5, "relu", launch
+        *(given[0], given[1:4], *given[4:], 1e-5, "relu", launch), in_place=in_place
     )
+    assert (y is given[0]) == in_place
     want = oracle.instance_norm(x, scale, bias, activation="relu", residual=residual)
     # The means of the tiles are rounded to float32.
     assert worst(y, want) < max(1e-5, mean * 4e-8)
@@ -152,6 +153,18 @@ def test_the_pass_of_given_statistics_is_the_oracles(mean, monkeypatch):
     np.testing.assert_allclose(statistics[:, 2], known[:, 2], rtol=1e-6)
     middle = [np.float64(s[:, 0]) + np.float64(s[:, 1]) for s in (statistics, known)]
     np.testing.assert_allclose(*middle, rtol=1e-9, atol=1e-6)
+
+
+def test_the_norm_is_written_over_what_no_derivative_reads(monkeypatch):
+    def told(x, *arrays, in_place, **rest):
+        return jnp.full_like(x, in_place), jnp.zeros((len(x), 3, x.shape[-1]))
+
+    monkeypatch.setattr(xla, "normalise", told)
+    # An epsilon of its own, since JAX remembers what it has traced.
+    run = partial(conv2d_instance_norm, implementation="xla", eps=0.123)
+    assert run(X, W).all()
+    y, _ = jax.vjp(run, X, W)
+    assert not y.any()
 
 
 @WIDE
