@@ -16,6 +16,9 @@ from pallas_kernels.common.triton import launch, unavailable
 def test_outputs_are_declared_as_the_version_expects(version, name, monkeypatch):
     def triton_call(*arguments, kernel, grid, num_warps, **outputs):
         assert (arguments, kernel, grid, num_warps) == (("x", 3), "kernel", (2, 1), 4)
+        over = outputs.pop("input_output_aliases", None)
+        # 0.4 would take the output from the kernel.
+        assert over == ({0: 1} if version < (0, 4) else None)
         ((called, types),) = outputs.items()
         assert called == name
         return [(each.shape, each.dtype) for each in types]
@@ -23,7 +26,7 @@ def test_outputs_are_declared_as_the_version_expects(version, name, monkeypatch)
     module = SimpleNamespace(__version_info__=version, triton_call=triton_call)
     monkeypatch.setitem(sys.modules, "jax_triton", module)
     outputs = [((2, 3), "bfloat16"), ((4,), "float32")]
-    assert launch("kernel", ["x", 3], outputs, (2, 1), num_warps=4) == [
+    assert launch("kernel", ["x", 3], outputs, (2, 1), num_warps=4, written_over={0: 1}) == [
         ((2, 3), jnp.bfloat16),
         ((4,), jnp.float32),
     ]
