@@ -20,8 +20,9 @@ _PROGRAMS = 264
 _MOST_SPLITS = 8
 _LISTS = 0.9
 """The share of x's memory that the lists of rows of a weight gradient may take."""
-_TOGETHER = 1
-"""Offsets whose rows are listed together unasked where 16 bits are multiplied: 1, or 2."""
+_IN_TWOS = 64
+"""The channels, as a power of two, whose 16-bit sums of two mirrored offsets take less time than one
+after the other: with more, registers are scarce."""
 _SITES = 256
 """Sites that a program searches for."""
 
@@ -239,16 +240,22 @@ def weight_grad(
     at_once = max(1, int(_LISTS * size) // (4 * max(count, 1)))
     if pairs is None:
         # Where arithmetic is dear, what reads through one offset alone is not multiplied by two.
-        pairs = 1 if wide else _TOGETHER
+        pairs = 2 if power_of_two(channels) == _IN_TWOS and not wide else 1
         pairs = pairs if cdiv(taps, pairs) <= at_once else 0
     # Indices of rows are loaded in two or three steps before the rows are: each is a stage.
     if config is None and wide:
         config = TileConfig(64, 128, 32, 4, 2, 5)
     elif config is None:
         half = power_of_two(channels) <= 64
-        config = TileConfig(64, 128, 128, 2, 2, 4) if half else TileConfig(128, 128, 64, 2, 2, 5)
-        # The sums of two offsets take the registers of twice as many warps.
-        config = TileConfig(64, 128, 64, 4, 2, 7) if pairs == 2 else config
+        if pairs == 2 and half:
+            config = TileConfig(64, 128, 128, 2, 2, 7)
+        elif pairs == 2:
+            # The sums of two offsets take the registers of twice as many warps.
+            config = TileConfig(64, 128, 64, 4, 2, 7)
+        elif half:
+            config = TileConfig(64, 128, 128, 2, 2, 4)
+        else:
+            config = TileConfig(128, 128, 64, 2, 2, 5)
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),

@@ -28,8 +28,8 @@ class Tiles(NamedTuple):
     """
 
     block_m: int = 32
-    block_n: int = 128
-    warps: int = 4
+    block_n: int = 64
+    warps: int = 1
     ordered: int = 1
 
 
@@ -48,8 +48,8 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         direction: "fwd" or "bwd".
         problem: The call.
     """
-    sizes = [(64, 128, 8), (64, 64, 4), (32, 128, 8), (32, 128, 2), (16, 128, 2), (16, 128, 1)]
-    sizes += [(16, 64, 1)]
+    sizes = [(64, 64, 2), (16, 128, 2), (16, 128, 1), (32, 128, 2), (32, 128, 4), (16, 64, 1)]
+    sizes += [(64, 128, 8)]
     found = [Tiles(*size) for size in sizes] + [Tiles(ordered=0)]
     return [{}, *(each._asdict() for each in found)]
 
@@ -114,8 +114,8 @@ def weight_grad(
     """
     taps, count = rows.table.shape
     _, channels = x.shape
-    # One warp sums its rows without waiting for others, and has registers for so many channels.
-    tiles = tiles or Tiles(16, 64 if str(x.dtype).endswith("float32") else 128, 1)
+    # One warp sums its rows without waiting for others, and has registers for so many.
+    tiles = tiles or Tiles(16 if str(x.dtype).endswith("float32") else 32)
     block_n = min(tiles.block_n, power_of_two(channels))
     across = cdiv(channels, block_n)
     room = max(_PARTS, x.shape[0] * channels // 8) // (taps * channels)
