@@ -245,7 +245,9 @@ def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("sparse", part, tmp_path)
     assert len(resources) == {"some": 4, "rest": 40}[part]
     for kernel, (registers, spilled) in resources.items():
-        assert registers <= 255 and spilled <= 16, (kernel, registers, spilled)
+        # One warp of 32 rows was the fastest on an H200 for all that it spills.
+        most = 64 if kernel.startswith("depthwise_weights") else 16
+        assert registers <= 255 and spilled <= most, (kernel, registers, spilled)
 
 
 WINDOW = Window((3, 3, 3), (1, 1, 1), (1, 1, 1))
