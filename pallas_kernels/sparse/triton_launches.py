@@ -21,8 +21,8 @@ _MOST_SPLITS = 8
 _LISTS = 0.9
 """The share of x's memory that the lists of rows of a weight gradient may take."""
 _IN_TWOS = 64
-"""The channels, as a power of two, whose 16-bit sums of two mirrored offsets take less time than one
-after the other: with more, registers are scarce."""
+"""The channels, as a power of two, whose 16-bit sums of two mirrored offsets are made at once in
+less time than one by one: with more, registers are scarce."""
 _SITES = 256
 """Sites that a program searches for."""
 

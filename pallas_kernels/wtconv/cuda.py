@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.common._compat import vary_like
@@ -168,7 +169,7 @@ def _folded_forward(
         taps = tuple(tap[::-1, ::-1] for tap in taps)
     offsets = None if bias is None else bias.astype(jnp.float32)
     y = folded_launches.forward(
-        *(x, folded(taps).astype(x.dtype), offsets, x.shape, str(x.dtype)),
+        *(x, packed(folded(taps), x.dtype), offsets, x.shape, str(x.dtype)),
         *(taps[0].shape[0], len(taps) - 1, device_properties(), launch),
         **tile,
     )
@@ -182,7 +183,7 @@ def folded(taps: Taps) -> jax.Array:
         taps: `[k, k, 1, C]` of the base, then `[k, k, 4, C]` of each level.
 
     Returns:
-        float32 `[levels, C, k, 2k, 2, 2, 2]`, see `folding.taps`.
+        float32 `[levels, 2, k, 2k, 2, 2, C]`: see `folding.taps`, its last axis first.
     """
     base, *bands = (tap.astype(jnp.float32) for tap in taps)
     kernel_size, channels = base.shape[0], base.shape[-1]
@@ -191,14 +192,31 @@ def folded(taps: Taps) -> jax.Array:
     bases = [base, *[jnp.zeros_like(base)] * (len(bands) - 1)]
     whole = jnp.stack([jnp.concatenate(pair, 2) for pair in zip(bands, bases, strict=True)])
     whole = whole.reshape(len(bands), kernel_size**2, 5, channels)
-    signs = [*jnp.moveaxis(sources.signs, -1, 0), sources.based]
+    signs = [*np.moveaxis(sources.signs, -1, 0), sources.based]
     numbers = [*[sources.tap] * 4, sources.base]
-    # Channels last until the sum is made: so neighbouring threads read neighbouring taps.
+    # Channels are last, and nothing is transposed: XLA makes one launch of it.
     found = (
-        sign[..., None] * whole[:, :, band][:, number]
+        np.moveaxis(sign, -1, 0)[..., None] * whole[:, :, band][:, np.moveaxis(number, -1, 0)]
         for band, (sign, number) in enumerate(zip(signs, numbers, strict=True))
     )
-    return jnp.moveaxis(reduce(jnp.add, found), -1, 1)
+    return reduce(jnp.add, found)
+
+
+def packed(folded: jax.Array, dtype: Dtype) -> jax.Array:
+    """The taps of two rows in one word, as the kernels read them.
+
+    Args:
+        folded: `[levels, 2, k, 2k, 2, 2, C]`, see `folded`.
+        dtype: bfloat16 or float16.
+
+    Returns:
+        int32 `[levels, k, 2k, 2, 2, C]`, the taps of the upper row in the lower half.
+    """
+    upper, lower = (
+        lax.bitcast_convert_type(folded[:, row].astype(dtype), jnp.uint16).astype(jnp.uint32)
+        for row in range(2)
+    )
+    return lax.bitcast_convert_type(upper | lower << 16, jnp.int32)
 
 
 def _folded_weight_grad(

@@ -36,21 +36,32 @@ constexpr int THREADS = 32 * GROUPS;
 // Each channel's Toeplitz matrices: a register holds rows 2t and 2t + 1 of column g, lane 4g + t.
 typedef unsigned Matrix[GROUP][REACHED * PARTS];
 
-// Taps are `[levels, C, REACHED, 2 * KERNEL_SIZE, 2, 2, 2]`: pair of rows and column of the input,
+// The words of a warp's channels, as one access to memory.
+struct alignas(4 * GROUP) Words {
+  unsigned at[GROUP];
+};
+
+// Taps are `[levels, REACHED, 2 * KERNEL_SIZE, 2, 2, C, 2]`: pair of rows and column of the input,
 // column and row of the output, row of the input. They move with each second column of the output.
 DEVICE void load_taps(const unsigned* __restrict__ taps, int level, int first, int channels,
                       Matrix& matrix) {
   constexpr int COLUMNS = 2 * KERNEL_SIZE;
   const int lane = threadIdx.x % 32, place = lane / 4 % 4, column = lane % 4 - lane / 16 * 2;
 #pragma unroll
-  for (int c = 0; c < GROUP; c++) {
-    const unsigned* from =
-        taps + (Offset(level) * channels + first + c) * REACHED * COLUMNS * 4 + 4 * column + place;
+  for (int i = 0; i < REACHED * PARTS; i++) {
+    const int at = column + 4 * (i % PARTS);
+    const int square = ((level * REACHED + i / PARTS) * COLUMNS + at) * 4 + place;
+    const unsigned* from = taps + Offset(square) * channels + first;
+    const bool there = at >= 0 && at < COLUMNS;
+    Words found = {};
+    if (VECTOR % GROUP == 0) {
+      if (there && first < channels) found = *reinterpret_cast<const Words*>(from);
+    } else {
 #pragma unroll
-    for (int i = 0; i < REACHED * PARTS; i++) {
-      const int at = column + 4 * (i % PARTS);
-      const bool there = first + c < channels && at >= 0 && at < COLUMNS;
-      matrix[c][i] = there ? from[4 * (i / PARTS * COLUMNS + 4 * (i % PARTS))] : 0;
+      for (int c = 0; c < GROUP; c++)
+        if (there && first + c < channels) found.at[c] = from[c];
     }
+#pragma unroll
+    for (int c = 0; c < GROUP; c++) matrix[c][i] = found.at[c];
   }
 }

@@ -357,8 +357,8 @@ def forward(
 
     Args:
         x: Contiguous images `[N, H, W, C]`.
-        taps: Folded taps, as `folding.taps` orders them, `[levels, C, k, 2k, 2, 2, 2]` in x's
-            dtype.
+        taps: Folded taps, as `folding.taps` orders them but with channels before the last axis,
+            `[levels, k, 2k, 2, 2, C, 2]` in x's dtype, or words of the two rows of the input.
         bias: float32 `[C]`, or None.
         shape: x's.
         dtype: x's, "bfloat16" or "float16".

@@ -168,7 +168,7 @@ def _folded_forward(
 
 
 def _folded(taps: Sequence[Tensor]) -> Tensor:
-    """The taps of each level's one convolution, `[levels, C, *folding.taps(k)]`."""
+    """The taps of each level's one convolution, `[levels, k, 2k, 2, 2, C, 2]`: `folding.taps`."""
     base, *bands = taps
     kernel_size, channels = base.shape[-1], base.shape[0]
     base = base.reshape(1, channels, 1, -1)
@@ -177,7 +177,9 @@ def _folded(taps: Sequence[Tensor]) -> Tensor:
     whole = torch.cat([torch.stack(list(bands)).reshape(len(bands), channels, 4, -1), bases], 2)
     numbers, signs = _sources(kernel_size, base.device)
     each = torch.arange(5, device=base.device)[:, None]
-    return (whole[:, :, each, numbers] * signs).sum(2)
+    found = (whole[:, :, each, numbers] * signs).sum(2)
+    # Channels before the two rows of the input.
+    return found.unflatten(-1, (-1, 2)).transpose(1, 2).contiguous()
 
 
 @cache

@@ -61,7 +61,7 @@ def test_folded_taps_are_the_oracles_answer_to_one_pixel(kernel_size):
                     # The square whose tap (i, j) is of this pixel.
                     top, left = middle + row - i + reach, middle + column - j + reach
                     want = y[top : top + 2, left : left + 2].transpose(2, 1, 0)
-                    got = folded[:, i // 2, j, :, :, i % 2]
+                    got = np.moveaxis(folded[i % 2, i // 2, j], -1, 0)
                     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -71,7 +71,8 @@ def test_folded_taps_are_the_oracles_answer_to_one_pixel(kernel_size):
 def test_gradients_of_taps_are_the_transpose_of_folding(kernel_size, channels_last):
     generator = np.random.default_rng(0)
     taps = [generator.standard_normal((kernel_size, kernel_size, n, 2)) for n in (1, 4, 4)]
-    folded = np.asarray(cuda_jax.folded(tuple(map(jnp.asarray, taps)))).reshape(2, 2, -1)
+    folded = np.asarray(cuda_jax.folded(tuple(map(jnp.asarray, taps))))
+    folded = folded.transpose(0, 6, 2, 3, 4, 5, 1).reshape(2, 2, -1)
     sums = [
         generator.standard_normal((programs, 2, 16 * kernel_size**2 + 1)).astype("float32")
         for programs in (3, 1)
@@ -182,7 +183,7 @@ def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
     taps = tuple(
         jnp.asarray(generator.standard_normal((5, 5, bands, 4)), "float32") for bands in (1, 4)
     )
-    matrices = np.ascontiguousarray(np.asarray(cuda_jax.folded(taps)).astype("float16"))
+    matrices = np.asarray(cuda_jax.packed(cuda_jax.folded(taps), jnp.float16))
     launcher = Launcher(folder())
     y = launches.forward(x, matrices, None, shape, "float16", 5, 1, SMALL, launcher.launch)
     rows, columns, channels = np.nonzero(~np.isfinite(y.astype(np.float32)))[1:]
