@@ -241,21 +241,29 @@ def _by_implementation(report: Report) -> Iterator[str]:
     """
     names = dict.fromkeys(row["contender"] for row in report["rows"])
     shown = [name for name in names if name != "flash"]
-    heads = [f"`{name[6:]}`" if name.startswith("flash") else "plain JAX" for name in shown]
+    heads = [
+        f"`{name[6:]}`" if name.startswith("flash") else name.replace("jax", "JAX")
+        for name in shown
+    ]
     yield f"| | | {' | '.join(heads)} |"
     yield "|---" * (2 + len(shown)) + "|"
     before = None
     for (what, direction), rows in groups(report).items():
         by = {row["contender"]: row for row in rows}
-        times = [f"{by[name]['median_ms']:.3f} ms" for name in shown]
-        speeds = [ratio(by[name]) for name in shown]
-        cells = [
-            time if speed == "1.00" else f"{time}, {speed}" + "×" * (speed != "noisy")
-            for time, speed in zip(times, speeds, strict=True)
-        ]
+        cells = [_time_and_speed(by.get(name)) for name in shown]
         title = what.removeprefix("layer, ") if what != before else ""
         yield f"| {title} | {direction} | {' | '.join(cells)} |"
         before = what
+
+
+def _time_and_speed(row: Report | None) -> str:
+    """A cell: nothing of what was not timed, and of the baseline its time alone."""
+    if row is None:
+        return ""
+    time, speed = f"{row['median_ms']:.3f} ms", ratio(row)
+    if not speed or row["contender"] == row.get("baseline", "plain jax"):
+        return time
+    return f"{time}, {speed}" + "×" * (speed != "noisy")
 
 
 def _networks(report: Report) -> Iterator[str]:
@@ -333,6 +341,7 @@ def filled(text: str, found: dict[str, Report]) -> str:
 
     def table_of(match: re.Match[str]) -> str:
         every = [found[name] for name in match[1].split()]
+        assert len({(one["benchmark"], str(one["device"])) for one in every}) == 1, match[1]
         rows = [{"dtype": one.get("dtype")} | row for one in every for row in one["rows"]]
         report = every[0] | {"rows": rows}
         return "\n".join([match[1] + match[2], *TABLES[report["benchmark"]](report), "", ""])

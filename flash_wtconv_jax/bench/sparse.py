@@ -154,12 +154,12 @@ def _rows(
 ) -> list[Json]:
     """The rows of one layer, those of its map if the report has none of the same sites."""
     layer, roofs = _Layer.of(name, report["dtype"]), report["roofs"]
-    head: Json = {"shape": name, "pairs": layer.pairs}
+    about: Json = {"shape": name, "pairs": layer.pairs}
     rows: list[Json] = []
     mapped = {_sites(row["shape"]) for row in report["rows"] if row["direction"] == "map"}
     if _sites(name) not in mapped:
         times = _map_times(layer, clock, progress)
-        rows += [{**head, "direction": "map", "contender": who, **ms} for who, ms in times]
+        rows += [{**about, "direction": "map", "contender": who, **ms} for who, ms in times]
     programs = _programs(layer)
     theirs = {other.NAME: _times_of(other, layer) for other in others}
     forward: dict[str, float] = {}
@@ -172,7 +172,7 @@ def _rows(
         flops, moved = layer.work(direction)
         rows += [
             {
-                **head,
+                **about,
                 "direction": direction,
                 "contender": who,
                 **{f"{key}_ms": value for key, value in spread._asdict().items()},

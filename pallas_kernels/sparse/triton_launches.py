@@ -20,9 +20,6 @@ _PROGRAMS = 264
 _MOST_SPLITS = 8
 _LISTS = 0.9
 """The share of x's memory that the lists of rows of a weight gradient may take."""
-_IN_TWOS = 64
-"""The channels, as a power of two, whose 16-bit sums of two mirrored offsets are made at once in
-less time than one by one: with more, registers are scarce."""
 _SITES = 256
 """Sites that a program searches for."""
 
@@ -99,7 +96,8 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
         # Over lists of rows long sums pay: an index is loaded in two steps before its row is.
         paired = [(64, 128, 128, 4, 4), (128, 128, 64, 4, 5), (128, 128, 64, 8, 5)]
         paired += [(64, 128, 64, 4, 7)]
-        twins = [(64, 128, 64, 4, 7), (64, 128, 128, 4, 7)]
+        # The first is an H200's at 64 channels; elsewhere registers or shared memory are too few.
+        twins = [(64, 128, 128, 4, 7), (64, 128, 64, 4, 7)]
     tiled, listed, mirrored = (
         [TileConfig(m, n, k, warps // 2, 2, stages)._asdict() for m, n, k, warps, stages in each]
         for each in (sizes, paired, twins)
@@ -239,23 +237,15 @@ def weight_grad(
     size = x.shape[0] * x.shape[1] * (4 if wide else 2)
     at_once = max(1, int(_LISTS * size) // (4 * max(count, 1)))
     if pairs is None:
-        # Where arithmetic is dear, what reads through one offset alone is not multiplied by two.
-        pairs = 2 if power_of_two(channels) == _IN_TWOS and not wide else 1
-        pairs = pairs if cdiv(taps, pairs) <= at_once else 0
+        pairs = 1 if taps <= at_once else 0
     # Indices of rows are loaded in two or three steps before the rows are: each is a stage.
     if config is None and wide:
         config = TileConfig(64, 128, 32, 4, 2, 5)
     elif config is None:
         half = power_of_two(channels) <= 64
-        if pairs == 2 and half:
-            config = TileConfig(64, 128, 128, 2, 2, 7)
-        elif pairs == 2:
-            # The sums of two offsets take the registers of twice as many warps.
-            config = TileConfig(64, 128, 64, 4, 2, 7)
-        elif half:
-            config = TileConfig(64, 128, 128, 2, 2, 4)
-        else:
-            config = TileConfig(128, 128, 64, 2, 2, 5)
+        config = TileConfig(64, 128, 128, 2, 2, 4) if half else TileConfig(128, 128, 64, 2, 2, 5)
+        # The sums of two offsets take the registers of twice as many warps.
+        config = TileConfig(64, 128, 64, 4, 2, 7) if pairs == 2 else config
     config = config._replace(
         block_m=min(config.block_m, power_of_two(channels)),
         block_n=min(config.block_n, power_of_two(features)),

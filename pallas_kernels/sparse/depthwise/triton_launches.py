@@ -11,7 +11,7 @@ from pallas_kernels.sparse.problem import TILE_ROWS
 from pallas_kernels.sparse.triton_launches import DTYPES, AnyArray, RowTable
 
 _PROGRAMS = 1188
-"""The number of parts of a weight gradient's sums: nine for each multiprocessor of a large GPU."""
+"""The number of programs of a weight gradient: nine for each multiprocessor of a large GPU."""
 _PARTS = 1 << 22
 """The most numbers of these parts, or an eighth of those in x where that is more."""
 
@@ -50,7 +50,9 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """
     sizes = [(64, 64, 2), (16, 128, 2), (16, 128, 1), (32, 128, 2), (32, 128, 4), (16, 64, 1)]
     sizes += [(64, 128, 8)]
-    found = [Tiles(*size) for size in sizes] + [Tiles(ordered=0)]
+    found = [Tiles(*size) for size in sizes]
+    # Weights' gradients always take the order.
+    found += [Tiles(ordered=0)] if direction == "fwd" else []
     return [{}, *(each._asdict() for each in found)]
 
 
@@ -110,7 +112,7 @@ def weight_grad(
         launch: The framework's launch function.
 
     Returns:
-        float32 `[splits, K, C]`, to be summed over the splits.
+        float32 `[parts, K, C]`, to be summed over the parts.
     """
     taps, count = rows.table.shape
     _, channels = x.shape
@@ -119,12 +121,12 @@ def weight_grad(
     block_n = min(tiles.block_n, power_of_two(channels))
     across = cdiv(channels, block_n)
     room = max(_PARTS, x.shape[0] * channels // 8) // (taps * channels)
-    splits = max(1, min(cdiv(count, tiles.block_m), _PROGRAMS // across, room))
-    (parts,) = launch(
+    parts = max(1, min(cdiv(count, tiles.block_m), _PROGRAMS // across, room))
+    (sums,) = launch(
         kernels.depthwise_weights,
         [x, dy, rows.table, rows.order, rows.tile_masks, count],
-        [((splits, taps, channels), "float32")],
-        (splits, across),
+        [((parts, taps, channels), "float32")],
+        (parts, across),
         K=taps,
         C=channels,
         TILE=TILE_ROWS,
@@ -132,4 +134,4 @@ def weight_grad(
         BN=block_n,
         num_warps=tiles.warps,
     )
-    return parts
+    return sums

@@ -98,13 +98,15 @@ def test_tensor_cores_have_registers_enough(arch, monkeypatch):
         folded_launches.whole((8, 28, 28, 96), "float16", 5, 4, device, (8, 56, 56, 96), 28)
         or folded_launches.whole((8, 14, 14, 96), "float16", 5, 3, device, (8, 28, 28, 96), 14),
     ]
-    for variant, most in zip(variants, FOLDED[arch], strict=True):
+    # Four blocks of a multiprocessor, whose registers barely suffice.
+    variants.append(variants[-1]._replace(resident=4))
+    for variant, most in zip(variants, (*FOLDED[arch], 128), strict=True):
         kernel = variant.compiled()
         code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
         registers, spilled = cubins.usage(code)
-        assert registers <= most + MORE and spilled <= SPILLED * (most == 255)
+        assert registers <= most + MORE and spilled <= {255: SPILLED, 128: 8}.get(most, 0)
         assert registers * kernel.threads * variant.resident <= 65536
-        assert variant.resident * (kernel.shared + 1024) <= device.shared + 1024
+        assert most == 128 or variant.resident * (kernel.shared + 1024) <= device.shared + 1024
 
 
 @pytest.mark.slow
