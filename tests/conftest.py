@@ -30,6 +30,7 @@ import numpy as np
 import pytest
 from _pytest.doctest import DoctestModule
 from jax._src import compiler
+from jax._src.interpreters import partial_eval
 
 # On a CPU most of what the suite compiles runs once, on a few numbers, and LLVM would work on it
 # for longer than it runs. The hard cases of each operator are `optimised`.
@@ -54,6 +55,10 @@ def optimise(optimised):
 
 
 optimise(not CPU)
+
+# Flax asks tracers for what they lack, and each time JAX prints the operations that they came of
+# into an error that nobody sees: half of what it takes to make a network without numbers.
+partial_eval.DynamicJaxprTracer._origin_msg = lambda tracer: ""
 
 hypothesis.settings.register_profile(
     "fixed",
@@ -88,6 +93,12 @@ def pytest_collection_finish():
     """Lets the collector pass over what thousands of tests and their programs leave in memory."""
     gc.freeze()
     gc.set_threshold(100_000, 20, 100)
+
+
+def pytest_sessionfinish():
+    """Lets pytest, which collects five times, look through nothing that is still in use."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

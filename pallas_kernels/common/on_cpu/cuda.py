@@ -109,27 +109,42 @@ class Launcher:
         macros = "".join(f"#define {name} {value}\n" for name, value in kernel.macros)
         source = kernel.text() if self._source is None else self._source
         text = (
-            f'#include "{FOLDER / "cuda.h"}"\n{macros}{source}\n'
+            f'#include "{self._header()}"\n{macros}{source}\n'
             f"static void run(void** values) {{ cuda_on_cpu::call({kernel.name}, values); }}\n"
             'extern "C" int launch(void** values, unsigned blocks, unsigned threads,\n'
             "                      unsigned bytes, unsigned order) {\n"
             "  return cuda_on_cpu::launch(run, values, blocks, threads, bytes, order);\n}\n"
             f'extern "C" int parameters() {{ return cuda_on_cpu::parameters({kernel.name}); }}\n'
         )
+        library = self._folder / f"{self._hashed(text)}.so"
+        if not library.exists():
+            self._compile(text, library)
+        return ctypes.CDLL(str(library))
+
+    def _header(self) -> Path:
+        """A header with all that kernels include, which takes long to read and is read once."""
+        text = f'#include "{FOLDER / "cuda.h"}"\n'
+        header = self._folder / f"{self._hashed(text)}.h"
+        read = header.with_suffix(".h.gch")
+        if not read.exists():
+            header.write_text(text)
+            self._compile(text, read, "-x", "c++-header")
+        return header
+
+    def _hashed(self, text: str) -> str:
         headers = [(FOLDER / header).read_text() for header in _HEADERS]
         whole = repr((text, headers, tuple(self._flags)))
-        name = hashlib.sha256(whole.encode()).hexdigest()[:16]
-        library = self._folder / f"{name}.so"
-        if not library.exists():
-            # Another process may build it too: what is there is whole.
-            code, made = (self._folder / f"{name}-{os.getpid()}.{end}" for end in ("cpp", "so"))
-            code.write_text(text)
-            command = [*_COMMAND, *self._flags, str(code), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-            os.replace(made, library)
-        return ctypes.CDLL(str(library))
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+    def _compile(self, text: str, to: Path, *flags: str) -> None:
+        # Another process may do it too: what is there is whole.
+        code, made = (to.with_name(f"{to.stem}-{os.getpid()}.{end}") for end in ("cpp", "made"))
+        code.write_text(text)
+        command = [*_COMMAND, *self._flags, *flags, str(code), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+        os.replace(made, to)
 
 
 class _TensorMap(ctypes.Structure):
