@@ -22,13 +22,14 @@ from jax.typing import ArrayLike
 from pallas_kernels.common._compat import trace_state, vary_like
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.integers import checked_integer
-from pallas_kernels.sparse.checks import LIMIT, checked_request, checked_window
+from pallas_kernels.sparse.checks import LIMIT, OUTSIDE, checked_request, checked_window
 from pallas_kernels.sparse.operators import OPERATOR
 from pallas_kernels.sparse.problem import TILE_ROWS, Problem, Window
 from pallas_kernels.sparse.voxels import (
     Keys,
     UniqueKeys,
     Voxels,
+    is_missing,
     keys_in_order,
     pack,
     stable_order,
@@ -466,22 +467,25 @@ def _expanded(sites: _Sites, window: Window, first: tuple[int, ...], capacity: i
     steps = np.array([np.array(offset) - origin + first for offset in window.offsets()], np.int32)
     stride = np.array(window.stride, np.int32)
 
-    def candidates(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def candidates(step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         sample, places = sites.coords[:, :1], sites.coords[:, 1:]
         if window.transposed:
-            return pack(jnp.concatenate([sample, places * stride + step], 1), valid)
-        read = places - step
-        whole = (read % stride == 0).all(1)
-        return pack(jnp.concatenate([sample, read // stride], 1), valid & whole)
+            found, wanted = places * stride + step, valid
+        else:
+            read = places - step
+            found, wanted = read // stride, valid & (read % stride == 0).all(1)
+        high, low = pack(jnp.concatenate([sample, found], 1), wanted)
+        return high, low, is_missing(high, low) & wanted
 
     def merge(known: UniqueKeys, steps: jax.Array) -> tuple[UniqueKeys, None]:
-        high, low = jax.vmap(candidates)(steps)
+        high, low, outside = jax.vmap(candidates)(steps)
         merged = unique_keys(
             jnp.concatenate([known.high, high.ravel()]),
             jnp.concatenate([known.low, low.ravel()]),
             capacity,
         )
-        return merged._replace(overflow=merged.overflow | known.overflow), None
+        overflow = merged.overflow | known.overflow | jnp.where(outside.any(), OUTSIDE, 0)
+        return merged._replace(overflow=overflow), None
 
     at_once = _at_once(valid.shape[0], len(steps))
     # The last turn is filled up by a step that was taken: what is there twice is one.

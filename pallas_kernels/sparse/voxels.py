@@ -129,6 +129,16 @@ class Keys(NamedTuple):
     rows: jax.Array
 
 
+def is_missing(high: jax.Array, low: jax.Array) -> jax.Array:
+    """Whether keys are those of no voxel: all ones.
+
+    Example:
+        >>> is_missing(*pack(jnp.array([[0, 1], [0, 131072]]))).tolist()
+        [False, True]
+    """
+    return (high & low) == _MISSING
+
+
 def pack(coords: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The keys of coordinates: 9 bits of the sample and 18 of each of three axes, in that order.
 
@@ -179,7 +189,7 @@ def unpack(high: jax.Array, low: jax.Array, ndim: int) -> jax.Array:
     y = ((high & 0x1F) << 13) | (low >> 18)
     axes = [axis.astype(jnp.int32) - LIMIT for axis in (x, y, z)]
     columns = [(high >> 23).astype(jnp.int32), *axes[3 - ndim :]]
-    missing = (high == _MISSING) & (low == _MISSING)
+    missing = is_missing(high, low)
     return jnp.where(missing[:, None], -1, jnp.stack(columns, 1))
 
 
@@ -331,7 +341,8 @@ def from_coords(
     if batch_size is None:
         if not concrete:
             raise ValueError("batch_size=None: expected a number where coords have no values")
-        batch_size = int(np.asarray(places)[:, 0].max(initial=0)) + 1
+        # One beyond the limit is told below, with its row.
+        batch_size = min(int(np.asarray(places)[:, 0].max(initial=0)) + 1, MOST_SAMPLES)
     samples = checked_samples(batch_size)
     rows = checked_capacity(capacity, count)
     if concrete:
@@ -519,7 +530,7 @@ def from_points(
     check_name(reduce, "reduce", POINT_REDUCTIONS)
     size = checked_voxel_size(voxel_size, at.shape[1])
     batch = checked_integer(batch_size, "batch_size", least=1)
-    own = jnp.zeros(at.shape[:1], jnp.int32) if samples is None else jnp.asarray(samples, jnp.int32)
+    own = _checked_samples(samples, at.shape[0])
     if own.shape != at.shape[:1] or batch > MOST_SAMPLES:
         raise ValueError(
             f"samples: expected [n] of {at.shape[0]} rows and up to {MOST_SAMPLES} samples, got "
@@ -660,20 +671,36 @@ def _scanned(
     return lax.associative_scan(step, (x, starts))[0]
 
 
-def _checked_coords(coords: ArrayLike, name: str) -> jax.Array | np.ndarray:
-    """Integers `[n, width]`, of NumPy where they have values, so that none is cut to 32 bits."""
-    if isinstance(coords, jax.core.Tracer):
-        places: jax.Array | np.ndarray = coords
+def _checked_integers(array: ArrayLike, name: str, hint: str = "") -> jax.Array | np.ndarray:
+    """Integers, of NumPy where they have values, so that none is cut to 32 bits."""
+    if isinstance(array, jax.core.Tracer):
+        found: jax.Array | np.ndarray = array
     else:
         try:
-            places = np.asarray(coords)
+            found = np.asarray(array)
         except ValueError:
-            raise ValueError(f"{name}: expected an array, got {type(coords).__name__}") from None
-    if not jnp.issubdtype(places.dtype, jnp.integer) and places.size:
-        raise ValueError(f"{name}: expected integers, got {places.dtype}; from_points takes floats")
+            raise ValueError(f"{name}: expected an array, got {type(array).__name__}") from None
+    if not jnp.issubdtype(found.dtype, jnp.integer) and found.size:
+        raise ValueError(f"{name}: expected integers, got {found.dtype}{hint}")
+    return found
+
+
+def _checked_coords(coords: ArrayLike, name: str) -> jax.Array | np.ndarray:
+    """Integers `[n, width]`; see `_checked_integers`."""
+    places = _checked_integers(coords, name, "; from_points takes floats")
     if places.ndim != 2:
         raise ValueError(f"{name}: expected [n, 1 + D], got shape {places.shape}")
     return places
+
+
+def _checked_samples(samples: ArrayLike | None, count: int) -> jax.Array:
+    """The sample of each point, `int32 [n]`; one that has no room there is beyond every limit."""
+    if samples is None:
+        return jnp.zeros((count,), jnp.int32)
+    own = _checked_integers(samples, "samples")
+    if isinstance(own, np.ndarray):
+        own = np.clip(own.astype(np.int64), -1, np.iinfo(np.int32).max)
+    return jnp.asarray(own, jnp.int32)
 
 
 def _padded(array: jax.Array | np.ndarray, rows: int, fill: int) -> jax.Array:
@@ -685,7 +712,7 @@ def _padded(array: jax.Array | np.ndarray, rows: int, fill: int) -> jax.Array:
 def _faults(coords: jax.Array, valid: jax.Array, samples: int) -> jax.Array:
     """The faults of coordinates, as `Voxels.overflow` says them."""
     high, low = pack(coords, valid)
-    outside = valid & ((high == _MISSING) & (low == _MISSING) | (coords[:, 0] >= samples))
+    outside = valid & (is_missing(high, low) | (coords[:, 0] >= samples))
     keys = sort_keys(high, low)
     known = (keys.high != _MISSING) | (keys.low != _MISSING)
     twice = known & ~first_of_equals(keys)

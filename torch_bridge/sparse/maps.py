@@ -15,7 +15,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pallas_kernels.sparse.checks import MOST_SAMPLES, checked_request
+from pallas_kernels.sparse.checks import MOST_SAMPLES, OUTSIDE, checked_request
 from pallas_kernels.sparse.problem import TILE_ROWS, Problem, Window
 from torch_bridge.runtime import calls
 from torch_bridge.sparse.operators import OPERATOR
@@ -197,8 +197,9 @@ def kernel_map(
         voxels.batch_size,
         asked.tensor_stride,
     )
-    # Other capacities are enough, and to look would have the host wait for the device.
-    may_overflow = out_capacity is not None and output_voxels is None and not asked.keeps
+    # Else all outputs have room and a place, and to look would have the host wait for the device.
+    made_here = output_voxels is None and not asked.keeps
+    may_overflow = made_here and (out_capacity is not None or asked.full)
     return made, out.check() if may_overflow and known(out.overflow) else out
 
 
@@ -373,7 +374,7 @@ def _expanded(sites: _Sites, window: Window, first: tuple[int, ...], capacity: i
     valid = counted(*sites[:2])
     sample, *axes = sites.coords.long().unbind(1)
     steps = _steps(window, first, sample.device)
-    found = sample.new_empty((0,))
+    found, outside = sample.new_empty((0,)), sites.overflow.new_zeros(())
     for some in steps.split(max(1, _QUERIES_AT_ONCE // max(1, len(sample)))):
         wanted, places = valid, []
         for axis, step, s in zip(axes, some.unbind(1), window.stride, strict=True):
@@ -384,9 +385,11 @@ def _expanded(sites: _Sites, window: Window, first: tuple[int, ...], capacity: i
                 wanted = wanted & (read % s == 0)
                 places.append(read.div(s, rounding_mode="floor"))
         keys = packed(sample, places, wanted)
+        outside = outside | (wanted & (keys == MISSING)).any().int() * OUTSIDE
         # One more than there is room for, so that the last turn tells.
         found = unique_keys(torch.cat([found, keys.flatten()]), capacity + 1).keys
-    return _unpacked(found, len(axes), capacity)
+    made = _unpacked(found, len(axes), capacity)
+    return made._replace(overflow=made.overflow | outside)
 
 
 def _searched(

@@ -282,7 +282,7 @@ def from_coords(
         (4, 3, 2)
     """
     x = floating(features, "features", device)
-    places = _integers(coords, "coords", x.device)
+    places = _coords(coords, "coords", x.device)
     count, width = places.shape
     if not 2 <= width <= 4:
         shape = tuple(places.shape)
@@ -292,7 +292,8 @@ def from_coords(
     if batch_size is None:
         if not concrete:
             raise ValueError("batch_size=None: expected a number where coords have no values")
-        batch_size = int(places[:, 0].clamp(0).max()) + 1 if count else 1
+        # One beyond the limit is told below, with its row.
+        batch_size = min(int(places[:, 0].clamp(0).max()) + 1, MOST_SAMPLES) if count else 1
     samples = checked_samples(batch_size)
     rows = checked_capacity(capacity, count)
     faults = _faults(places, samples)
@@ -337,7 +338,7 @@ def from_list(
         raise ValueError("samples: expected at least one, got none")
     values = [floating(x, f"samples[{i}]", device) for i, (_, x) in enumerate(samples)]
     places = [
-        _integers(coords, f"samples[{i}]", x.device)
+        _coords(coords, f"samples[{i}]", x.device)
         for i, ((coords, _), x) in enumerate(zip(samples, values, strict=True))
     ]
     ndim, dtype = places[0].shape[1], values[0].dtype
@@ -492,7 +493,7 @@ def from_points(
     batch = checked_samples(batch_size)
     own = torch.zeros(at.shape[:1], dtype=torch.int64, device=x.device)
     if samples is not None:
-        own = torch.as_tensor(samples, device=x.device).long()
+        own = _integers(samples, "samples", x.device)
     if own.shape != at.shape[:1]:
         raise ValueError(
             f"samples: expected [n] of {at.shape[0]} rows, got shape {tuple(own.shape)}"
@@ -580,18 +581,24 @@ def floating(
     return x
 
 
-def _integers(coords: ArrayLike | Tensor, name: str, device: torch.device) -> Tensor:
-    """Coordinates as `int64 [n, width]`, so that none is cut to 32 bits."""
+def _integers(array: ArrayLike | Tensor, name: str, device: torch.device, hint: str = "") -> Tensor:
+    """Integers of 64 bits, so that none is cut to 32."""
     try:
-        places = torch.as_tensor(coords, device=device)
+        found = torch.as_tensor(array, device=device)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}: expected a tensor, got {type(coords).__name__}") from None
-    integers = not (places.is_floating_point() or places.is_complex() or places.dtype == torch.bool)
-    if not integers and places.numel():
-        raise ValueError(f"{name}: expected integers, got {places.dtype}; from_points takes floats")
+        raise ValueError(f"{name}: expected a tensor, got {type(array).__name__}") from None
+    integers = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if not integers and found.numel():
+        raise ValueError(f"{name}: expected integers, got {found.dtype}{hint}")
+    return found.long()
+
+
+def _coords(coords: ArrayLike | Tensor, name: str, device: torch.device) -> Tensor:
+    """Coordinates as `int64 [n, width]`."""
+    places = _integers(coords, name, device, "; from_points takes floats")
     if places.ndim != 2:
         raise ValueError(f"{name}: expected [n, 1 + D], got shape {tuple(places.shape)}")
-    return places.long()
+    return places
 
 
 def _padded(value: Tensor, rows: int, fill: int) -> Tensor:

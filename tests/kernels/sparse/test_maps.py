@@ -173,3 +173,14 @@ def test_overflow_is_carried():
     _, later = jax.jit(lambda voxels: kernel_map(voxels, 3, 2))(out)
     with pytest.raises(ValueError, match="more voxels than a capacity"):
         later.check()
+
+
+@pytest.mark.parametrize("options", [{"generative": True}, {"output_rule": "full", "padding": 2}])
+def test_outputs_beyond_the_limit_are_told(options):
+    """None is left out in silence."""
+    voxels = from_coords([[0, LIMIT - 1]], [[1.0]])
+    with pytest.raises(ValueError, match="a coordinate beyond"):
+        kernel_map(voxels, 3, **options)
+    _, out = jax.jit(lambda voxels: kernel_map(voxels, 3, **options))(voxels)
+    with pytest.raises(ValueError, match="a coordinate beyond"):
+        out.check()

@@ -76,6 +76,10 @@ def test_points_that_cannot_be_taken():
         from_points(wrong, FEATURES, 1)
     with pytest.raises(ValueError, match="points: row 4 is .* of sample 1; .* samples 0 to 0"):
         from_points(POINTS, FEATURES, 1, samples=[0, 0, 0, 0, 1])
+    with pytest.raises(ValueError, match="samples: expected integers, got float64"):
+        from_points(POINTS, FEATURES, 1, samples=[0, 0, 0.7, 0, 0])
+    with pytest.raises(ValueError, match="points: row 2 is .* of sample"):
+        from_points(POINTS, FEATURES, 1, samples=[0, 0, 2**32, 0, 0])
     with pytest.raises(ValueError, match="more voxels than a capacity"):
         from_points(POINTS, FEATURES, 1, capacity=2)
     for message, rest in (
@@ -108,7 +112,7 @@ def test_points_that_cannot_be_taken_under_jit():
     ("coords", "message"),
     [
         ([[0, 1], [0, 3], [0, 1]], r"coords: row 2 is \[0, 1\], as row 0 is; expected each once"),
-        ([[0, 1], [512, 3]], r"batch_size=513: expected at most 512"),
+        ([[0, 1], [512, 3]], r"coords: row 1 has sample 512, expected 0 to 511"),
         ([[0, 1], [-1, 3]], r"coords: row 1 has sample -1, expected 0 to 0"),
         ([[0, 1], [0, LIMIT]], r"coords: row 1 has axis 0 131072, expected -131072 to 131071"),
         ([[0, 2**40]], r"coords: row 0 has axis 0 1099511627776"),

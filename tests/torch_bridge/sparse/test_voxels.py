@@ -14,6 +14,7 @@ from torch_bridge.sparse import (  # noqa: E402
     from_dense,
     from_list,
     from_points,
+    kernel_map,
     to_dense,
     to_list,
     to_points,
@@ -127,10 +128,11 @@ def test_keys_order_coordinates_at_their_limits(ndim):
 
 
 X = torch.ones(2, 1)
+FAR = from_coords([[0, LIMIT - 1]], X[:1])
 WRONG = [
     (lambda: from_coords([[0, 1], [0, 1]], X), "coords: row 1 is [0, 1], as row 0 is"),
     (lambda: from_coords([[0, 1], [0, LIMIT]], X), "coords: row 1 has axis 0 131072, expected"),
-    (lambda: from_coords([[0, 1], [512, 1]], X), "batch_size=513: expected at most 512"),
+    (lambda: from_coords([[0, 1], [512, 1]], X), "coords: row 1 has sample 512, expected 0 to 511"),
     (lambda: from_coords([[0, 1], [2, 1]], X, batch_size=2), "coords: row 1 has sample 2"),
     (lambda: from_coords([[0, 1], [-1, 1]], X), "coords: row 1 has sample -1"),
     (lambda: from_coords([[0, 1], [0, 2**40]], X), "coords: row 1 has axis 0 1099511627776"),
@@ -141,6 +143,8 @@ WRONG = [
     (lambda: from_coords("voxels", X), "coords: expected a tensor, got str"),
     (lambda: from_coords([[0, 1], [0, 2]], X, capacity=1), "capacity=1: expected at least 2"),
     (lambda: from_points([[0.0], [np.inf]], X, 1.0), "points: row 1 is [inf] of sample 0"),
+    (lambda: kernel_map(FAR, 3, generative=True), "a coordinate beyond"),
+    (lambda: from_points(X, X, 1.0, samples=[0, 0.7]), "samples: expected integers, got torch"),
     (lambda: from_points([[0.0], [1.0]], X, 0.0), "voxel_size=0.0: expected a number > 0"),
     (lambda: from_points([[0.0], [1.0]], X, 1.0, reduce="min"), "reduce='min': expected one of"),
     (lambda: from_points([[0.0], [1.0]], X, 1.0, capacity=1), "more voxels than a capacity"),
