@@ -256,7 +256,7 @@ def _by_implementation(report: Report) -> Iterator[str]:
         before = what
 
 
-def _time_and_speed(row: Report | None) -> str:
+def _time_and_speed(row: Row | None) -> str:
     """A cell: nothing of what was not timed, and of the baseline its time alone."""
     if row is None:
         return ""

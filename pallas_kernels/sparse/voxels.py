@@ -258,8 +258,7 @@ def first_of_equals(keys: Keys) -> jax.Array:
     """
     high, low, _ = keys
     differs = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
-    known = (high != _MISSING) | (low != _MISSING)
-    return jnp.pad(differs, (1, 0), constant_values=True) & known
+    return jnp.pad(differs, (1, 0), constant_values=True) & ~is_missing(high, low)
 
 
 class UniqueKeys(NamedTuple):
@@ -564,7 +563,7 @@ def _merged(
     keys = sort_keys(*pack(places, inside))
     found = unique_keys(keys.high, keys.low, rows)
     ranks = jnp.cumsum(first_of_equals(keys), dtype=jnp.int32) - 1
-    known = ((keys.high & keys.low) != _MISSING) & (ranks < rows)
+    known = ~is_missing(keys.high, keys.low) & (ranks < rows)
     place = jnp.zeros_like(keys.rows).at[keys.rows].set(jnp.where(known, ranks, -1))
     voxels = Voxels(
         unpack(found.high, found.low, ndim),
@@ -714,7 +713,7 @@ def _faults(coords: jax.Array, valid: jax.Array, samples: int) -> jax.Array:
     high, low = pack(coords, valid)
     outside = valid & (is_missing(high, low) | (coords[:, 0] >= samples))
     keys = sort_keys(high, low)
-    known = (keys.high != _MISSING) | (keys.low != _MISSING)
+    known = ~is_missing(keys.high, keys.low)
     twice = known & ~first_of_equals(keys)
     return (jnp.where(outside.any(), OUTSIDE, 0) + jnp.where(twice.any(), TWICE, 0)).astype(
         jnp.int32

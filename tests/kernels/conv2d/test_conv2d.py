@@ -280,7 +280,7 @@ def test_rows_of_taps_are_multiplied_as_one_where_it_is_faster(monkeypatch):
 
 @pytest.mark.parametrize("case", [WHOLE_ROWS[0], WHOLE_ROWS[3]], ids=["gathered", "added"])
 def test_moments_of_rows_of_taps_are_the_outputs(case, monkeypatch):
-    """Of neighbouring outputs that are one, and of strips."""
+    """Moments of outputs that are computed two as one, and strip by strip, are the whole's."""
     monkeypatch.setattr(whole_rows, "_CACHED", 1)
     x, w, _, _ = arrays(case)
     how = case.stride, case.padding, case.dilation, case.groups, case.upsample, case.layout
