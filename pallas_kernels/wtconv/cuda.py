@@ -56,8 +56,8 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     if len(problem.shape) == _LINE:
         return line_launches.search_space(problem.kernel_size)
     if _folds(problem.shape, problem.dtype, problem.kernel_size):
-        about = problem.shape, problem.levels, device_properties()
-        return folded_launches.search_space(direction, *about)
+        about = problem.shape, problem.dtype, problem.kernel_size, problem.levels
+        return folded_launches.search_space(direction, *about, device_properties())
     return cuda_launches.search_space()
 
 
@@ -71,7 +71,7 @@ def forward(
     transpose: bool,
     precision: lax.Precision | None,
     resident: int | None = None,
-    together: int = folded_launches.TOGETHER,
+    together: int | None = None,
     apart: int = folded_launches.APART,
 ) -> jax.Array:
     """The operator on `x [N, H, W, C]` or `[N, L, C]`, or its transpose; see `vjp`.
@@ -100,7 +100,7 @@ def weight_grad(
     wavelet: str,
     precision: lax.Precision | None,
     resident: int | None = None,
-    together: int = folded_launches.TOGETHER,
+    together: int | None = None,
     apart: int = folded_launches.APART,
 ) -> Taps:
     """The gradients of the taps: each level's coefficients of x correlated with those of dy.

@@ -1,8 +1,8 @@
 """The launches of the `folded_*.cu`, for any framework: 16 bits, odd kernels, on tensor cores.
 
 Where images of a level fit into a block's shared memory, one launch does it and all below, from the
-pixels of the level above. Above are means of squares first, a launch a level; then each level from
-the deepest one on, which adds what the level below has made.
+pixels of the level above. Above are means of squares first, a launch two levels; then each level
+from the deepest one on, which adds what the level below has made.
 """
 
 import math
@@ -36,12 +36,12 @@ _CROWDED = 4, 3
 """Such blocks of a multiprocessor, whose registers are enough for four."""
 _ALONE = 15
 """Steps in whose time such a block has read its images, and stored them."""
-TOGETHER = 13
-"""The longest side of images that one launch does all levels of, where it has room; see
-`search_space`. A launch a level streams through images of 14 pixels a side and more in less time,
-see docs/performance.md."""
-_MOST_TOGETHER = 32
-"""The longest side of such images that is worth timing."""
+_TOGETHER = 13
+"""The longest side of images that one launch does all levels of, where it has a multiprocessor for
+each block. A launch a level streams through images of 14 pixels a side and more in less time, and
+so where blocks share multiprocessors; see docs/performance.md."""
+_WORTH_TIMING = range(3, 33)
+"""Such sides that are worth timing."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
 _MEANS_THREADS = 256
@@ -214,21 +214,30 @@ def _group_bytes(pixels: int, variant: Variant) -> int:
 
 
 def search_space(
-    direction: str, shape: tuple[int, ...], levels: int, device: Device
+    direction: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    kernel_size: int,
+    levels: int,
+    device: Device,
 ) -> list[dict[str, int]]:
     """The choices worth timing for images `[N, H, W, C]`; see `forward` and `weight_grad`.
 
     Args:
         direction: "fwd" or "bwd".
         shape: The images'.
+        dtype: "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
         levels: The number of levels.
         device: The GPU.
     """
-    sides = [max(_means_shape(shape, level)[1:3]) for level in range(levels)]
+    sizes = [_means_shape(shape, level) for level in range(levels)]
+    sides = [max(size[1:3]) for size in sizes]
     found: list[dict[str, int]] = [{}]
     # Whole images of more levels, and of fewer.
-    default = next((side for side in sides if side <= TOGETHER), None)
-    found += [{"together": s} for s in sides if 4 < s <= _MOST_TOGETHER and s != default]
+    ruled = _wholes(sizes, dtype, kernel_size, device, None)
+    default = next((side for side, one in zip(sides, ruled, strict=True) if one), None)
+    found += [{"together": side} for side in sides if side in _WORTH_TIMING and side != default]
     if device.boxes and device.capability == _HOPPER and shape[-1] % 8 == 0:
         found += [{"apart": who} for who in range(_AHEAD + 1) if who != APART]
     return [*found, {"resident": 1}, {"resident": 2}] if direction == "fwd" else found
@@ -306,7 +315,7 @@ def whole(
     levels: int,
     device: Device,
     above: tuple[int, ...] | None = None,
-    together: int = TOGETHER,
+    together: int | None = None,
 ) -> Whole | None:
     """The variant that does some levels of images, or None where it has no room.
 
@@ -317,11 +326,12 @@ def whole(
         levels: The number of levels.
         device: The GPU.
         above: The shape of the images whose means of squares these are, if they are.
-        together: The longest side of images that are taken.
+        together: The longest side of images that are taken; None for `_TOGETHER`, and only where
+            each block has a multiprocessor of its own.
     """
     n, h, w, c = shape
     across = cdiv(w, 4)
-    if max(h, w) > min(together, 4 * _BLOCKS):
+    if max(h, w) > min(together or _TOGETHER, 4 * _BLOCKS):
         return None
     group = 2 if kernel_size == 7 else 4
     _, high, broad, _ = above or shape
@@ -335,7 +345,23 @@ def whole(
         for images in range(1, min(n, 2 * _BLOCKS // across) + 1)
     ]
     fitting = [each for each in variants if each.shared() <= device.share(each.resident)]
-    return min(fitting, key=lambda each: each.time(shape, device), default=None)
+    best = min(fitting, key=lambda each: each.time(shape, device), default=None)
+    alone = best is not None and best.blocks(shape) <= device.multiprocessors
+    return best if together or alone else None
+
+
+def _wholes(
+    sizes: Sequence[tuple[int, ...]],
+    dtype: str,
+    kernel_size: int,
+    device: Device,
+    together: int | None,
+) -> list[Whole | None]:
+    """`whole` of each level and all below it."""
+    return [
+        whole(size, dtype, kernel_size, len(sizes) - level, device, above, together)
+        for level, (size, above) in enumerate(zip(sizes, [None, *sizes], strict=False))
+    ]
 
 
 def forward(
@@ -350,7 +376,7 @@ def forward(
     launch: Launch[AnyArray],
     *,
     resident: int | None = None,
-    together: int = TOGETHER,
+    together: int | None = None,
     apart: int = APART,
 ) -> AnyArray:
     """The wavelet convolution.
@@ -367,20 +393,17 @@ def forward(
         device: The GPU.
         launch: The framework's launch function.
         resident: See `planned`.
-        together: The longest side of images that one launch does all levels of.
+        together: The longest side of images that one launch does all levels of, see `whole`.
         apart: See `planned`.
 
     Returns:
         y in x's shape and dtype.
     """
     sizes = [_means_shape(shape, level) for level in range(levels)]
-    fitting = [
-        whole(size, dtype, kernel_size, levels - level, device, above, together)
-        for level, (size, above) in enumerate(zip(sizes, [None, *sizes], strict=False))
-    ]
+    about = dtype, kernel_size, device
+    fitting = _wholes(sizes, *about, together)
     # The first level that is done with all below it, if one is.
     first = next((level for level, one in enumerate(fitting) if one), levels)
-    about = dtype, kernel_size, device
     images = [x, *means(x, sizes[: max(first, 1)], *about, launch, together)]
     below = None
     if first < levels and (one := fitting[first]):
@@ -409,7 +432,7 @@ def means(
     kernel_size: int,
     device: Device,
     launch: Launch[AnyArray],
-    together: int = TOGETHER,
+    together: int | None = None,
 ) -> list[AnyArray]:
     """The means of the squares of two rows and columns, of their squares, and so on.
 
@@ -420,7 +443,8 @@ def means(
         kernel_size: That of the convolution that they are for.
         device: The GPU.
         launch: The framework's launch function.
-        together: The longest side of images that one launch makes the means of all levels of.
+        together: The longest side of images that one launch makes the means of all levels of, see
+            `whole`.
 
     Returns:
         An array a level, in x's dtype.
@@ -428,19 +452,20 @@ def means(
     found: list[AnyArray] = []
     (n, _, _, c), image = sizes[0], x
     vector = math.gcd(8, c)
-    macros = ("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector)
-    kernel = Kernel(_source("folded_means"), "folded_means", macros, _MEANS_THREADS, 0)
-    for level in range(1, len(sizes)):
-        above, *below = sizes[level - 1 :]
-        size = below[0]
-        if one := whole(size, dtype, kernel_size, len(below), device, above, together):
-            outputs = [(each, dtype) for each in below]
-            return found + launch(one.compiled(True), [image, n, c], outputs, one.blocks(size))
-        _, h, w, _ = above
-        _, down, across, _ = size
-        blocks = cdiv(n * cdiv(down, 2) * across * (c // vector), _MEANS_THREADS)
-        (image,) = launch(kernel, [image, n, c, h, w], [(size, dtype)], blocks)
-        found.append(image)
+    wholes = _wholes(sizes, dtype, kernel_size, device, together)
+    while (level := len(found) + 1) < len(sizes):
+        if one := wholes[level]:
+            outputs = [(size, dtype) for size in sizes[level:]]
+            blocks = one.blocks(sizes[level])
+            return found + launch(one.compiled(True), [image, n, c], outputs, blocks)
+        twice = level + 1 < len(sizes) and not wholes[level + 1]
+        macros = ("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector), ("TWICE", int(twice))
+        kernel = Kernel(_source("folded_means"), "folded_means", macros, _MEANS_THREADS, 0)
+        outputs = [(size, dtype) for size in sizes[level : level + 1 + twice]]
+        _, h, w, _ = sizes[level - 1]
+        threads = n * cdiv(h, 4) * cdiv(w, 2 + 2 * twice) * (c // vector)
+        found += launch(kernel, [image, n, c, h, w], outputs, cdiv(threads, _MEANS_THREADS))
+        image = found[-1]
     return found
 
 
@@ -457,7 +482,7 @@ def weight_grad(
     *,
     channels_last: bool,
     resident: int | None = None,
-    together: int = TOGETHER,
+    together: int | None = None,
     apart: int = APART,
 ) -> list[AnyArray]:
     """The weight gradients.

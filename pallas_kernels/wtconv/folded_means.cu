@@ -1,28 +1,54 @@
 // The means of the squares of two rows and columns of 16-bit images [N, H, W, C], for NVRTC.
 //
-// The host defines BFLOAT16, 1 or 0 for float16, and the macros of `folded_means.cuh`.
+// The host defines these macros, beside that of `folded_means.cuh`:
+//   BFLOAT16         1, or 0 for float16
+//   TWICE            whether the means of the squares of the means are made too
 
 #include "../common/tensor_cores.cuh"
 #include "folded_means.cuh"
 
-// A thread makes VECTOR channels of a pixel and of the one below, whose number is one of 32 bits:
-// division of 64 takes longer than all else.
+// A thread makes VECTOR channels of two columns, TWICE, or one, of a pair of rows, whose number is
+// one of 32 bits: division of 64 takes longer than all else.
 extern "C" __global__ void __launch_bounds__(256)
 folded_means(const Scalar* __restrict__ x, int count, int channels, int height, int width,
-             Scalar* __restrict__ y) {
+             Scalar* __restrict__ y
+#if TWICE
+             ,
+             Scalar* __restrict__ of_means
+#endif
+) {
+  constexpr int COLUMNS = 1 + TWICE;
   const unsigned parts = channels / VECTOR, across = (width + 1) / 2, down = (height + 1) / 2;
   const unsigned at = blockIdx.x * 256u + threadIdx.x, pairs = (down + 1) / 2;
-  const unsigned pixel = at / parts, line = pixel / across;
-  const int channel = int(at - pixel * parts) * VECTOR, column = int(pixel - line * across);
-  const int row = 2 * int(line % pairs), image = int(line / pairs);
+  const unsigned sides = (across + COLUMNS - 1) / COLUMNS;
+  const unsigned pixel = at / parts, line = pixel / sides;
+  const int channel = int(at - pixel * parts) * VECTOR, side = int(pixel - line * sides);
+  const int pair = int(line % pairs), image = int(line / pairs);
   if (image >= count) return;
+  const int row = 2 * pair, column = COLUMNS * side;
   const Scalar* from = x + Offset(image) * height * width * channels + channel;
   const Square upper(from, row, column, height, width, channels);
   const Square lower(from, row + 1, column, height, width, channels);
+#if TWICE
+  const Square upper_right(from, row, column + 1, height, width, channels);
+  const Square lower_right(from, row + 1, column + 1, height, width, channels);
+#endif
   Scalar* to = y + ((Offset(image) * down + row) * across + column) * channels + channel;
-  // Below the last pixel is none: then the upper one is written over the lower one. A branch would
-  // take the loads of the lower one with it, behind those of the upper one.
+  // Below the last pixel is none: then the upper one is written over the lower one, and so right of
+  // it. A branch would take the loads of the lower one with it, behind those of the upper one.
   const Offset next = row + 1 < int(down) ? Offset(across) * channels : 0;
-  *reinterpret_cast<Piece*>(to + next) = lower.means();
-  *reinterpret_cast<Piece*>(to) = upper.means();
+  const Piece above = upper.means(), below = lower.means();
+#if TWICE
+  const int right = column + 1 < int(across) ? channels : 0;
+  const Piece above_right = upper_right.means(), below_right = lower_right.means();
+  *reinterpret_cast<Piece*>(to + next + right) = below_right;
+  *reinterpret_cast<Piece*>(to + next) = below;
+  *reinterpret_cast<Piece*>(to + right) = above_right;
+  *reinterpret_cast<Piece*>(to) = above;
+  to = of_means + ((Offset(image) * pairs + pair) * sides + side) * channels + channel;
+  *reinterpret_cast<Piece*>(to) = Square(above, above_right, below, below_right).means();
+#else
+  *reinterpret_cast<Piece*>(to + next) = below;
+  *reinterpret_cast<Piece*>(to) = above;
+#endif
 }

@@ -21,6 +21,10 @@ struct Square {
   Piece pixels[4];
   bool there[4];
 
+  // Pixels that are at hand, zeros where they are not in the image.
+  DEVICE Square(const Piece& a, const Piece& b, const Piece& c, const Piece& d)
+      : pixels{a, b, c, d}, there{true, true, true, true} {}
+
   // Reads them. `image` is the first channel that they are of. Pixels outside are read from where
   // the image ends, so that no load waits for a branch: many are on their way at once.
   DEVICE Square(const Scalar* __restrict__ image, int row, int column, int height, int width,

@@ -90,6 +90,25 @@ def test_gradients_of_taps_are_the_transpose_of_folding(kernel_size, channels_la
 
 
 @EMULATED
+@pytest.mark.parametrize("shape", [(3, 13, 9, 6), (2, 8, 16, 8), (1, 5, 2, 1)])
+def test_means_of_two_levels_are_one_launch(shape):
+    x = np.random.default_rng(0).integers(-64, 64, shape).astype("float16")
+    sizes = [(shape[0], -(-shape[1] // 2**i), -(-shape[2] // 2**i), shape[3]) for i in range(4)]
+    launched = []
+
+    def launch(kernel, arguments, outputs, blocks):
+        launched.append(len(outputs))
+        return Launcher(folder()).launch(kernel, arguments, outputs, blocks)
+
+    means = launches.means(x, sizes, "float16", 3, SMALL, launch, together=1)
+    assert launched == [2, 1]
+    for got in means:
+        x = np.pad(x, [(0, 0), *((0, side % 2) for side in x.shape[1:3]), (0, 0)])
+        x = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+        np.testing.assert_array_equal(got, x)
+
+
+@EMULATED
 def test_16_bits_are_the_oracles_on_the_cpu(monkeypatch):
     emulate(monkeypatch, cuda_jax)
     assert_oracle(ALWAYS, "cuda")
@@ -195,10 +214,16 @@ def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
 
 def test_small_images_are_one_launch_and_large_ones_streams():
     h200 = Device(shared=232448, multiprocessors=132)
+    small = (128, 7, 7, 192), "bfloat16", 5, 2, h200
+    one = launches.whole(*small)
+    assert (one.images, one.resident, one.blocks(small[0])) == (12, 4, h200.multiprocessors)
+    # More blocks than multiprocessors are not alone on one.
+    small = (128, 7, 7, 768), *small[1:]
+    assert launches.whole(*small) is None
     # All blocks at once, three of a multiprocessor, where more would take two turns.
-    one = launches.whole((128, 7, 7, 768), "bfloat16", 5, 2, h200)
-    assert (one.images, one.resident, one.blocks((128, 7, 7, 768))) == (16, 3, 8 * 48)
-    assert launches.whole((128, 14, 14, 384), "bfloat16", 5, 3, h200) is None
+    one = launches.whole(*small, together=7)
+    assert (one.images, one.resident, one.blocks(small[0])) == (16, 3, 8 * 48)
+    assert launches.whole((128, 14, 14, 192), "bfloat16", 5, 3, h200) is None
     halves = (128, 28, 28, 96), "bfloat16", 5, 4, h200, (128, 56, 56, 96)
     below = launches.whole(*halves, together=28)
     assert (below.halved, below.images, below.high, below.wide) == (True, 1, 56, 28)
