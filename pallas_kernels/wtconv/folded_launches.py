@@ -45,6 +45,9 @@ _WORTH_TIMING = range(3, 33)
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
 _MEANS_THREADS = 256
+_MEANS_VECTOR = {False: 8, True: 4}
+"""Channels of a thread that makes the means of one level, and of two: of more, the compiler lets
+loads wait for each other, for want of registers."""
 _STAGES = {False: 4, True: 8}
 """Pairs of rows in shared memory, copied in pieces and as boxes."""
 _OFFSETS = 2**31
@@ -451,7 +454,6 @@ def means(
     """
     found: list[AnyArray] = []
     (n, _, _, c), image = sizes[0], x
-    vector = math.gcd(8, c)
     wholes = _wholes(sizes, dtype, kernel_size, device, together)
     while (level := len(found) + 1) < len(sizes):
         if one := wholes[level]:
@@ -459,6 +461,7 @@ def means(
             blocks = one.blocks(sizes[level])
             return found + launch(one.compiled(True), [image, n, c], outputs, blocks)
         twice = level + 1 < len(sizes) and not wholes[level + 1]
+        vector = math.gcd(_MEANS_VECTOR[twice], c)
         macros = ("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector), ("TWICE", int(twice))
         kernel = Kernel(_source("folded_means"), "folded_means", macros, _MEANS_THREADS, 0)
         outputs = [(size, dtype) for size in sizes[level : level + 1 + twice]]
