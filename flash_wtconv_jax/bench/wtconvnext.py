@@ -202,14 +202,30 @@ class Network:
     def function(self, work: str) -> tuple[Callable[..., Tree], tuple[Tree, ...]]:
         """One of `WORK`, and the arguments of a call; training returns the next state first.
 
+        States are lists of their arrays: to take those of nnx apart and to put them together again,
+        a thousand arrays a step of training, can take Python as long as a GPU takes for the step.
+
         Args:
             work: Which.
         """
-        if work == "inference":
-            return self.logits, (self.params, self.images)
+        training = work == "training"
+        leaves, tree = jax.tree.flatten(
+            (self.params, self.optimizer.init(self.params)) if training else self.params
+        )
+
+        def logits(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
+            return self.logits(jax.tree.unflatten(tree, leaves), images)
+
+        def step(
+            leaves: list[jax.Array], images: jax.Array, labels: jax.Array
+        ) -> tuple[list[jax.Array], jax.Array]:
+            state, value = self.step(jax.tree.unflatten(tree, leaves), images, labels)
+            return jax.tree.leaves(state), value
+
+        if not training:
+            return logits, (leaves, self.images)
         # A copy, because a step takes the memory of its state, and inference keeps the parameters.
-        state = jax.tree.map(jnp.copy, (self.params, self.optimizer.init(self.params)))
-        return self.step, (state, self.images, self.labels)
+        return step, ([*map(jnp.copy, leaves)], self.images, self.labels)
 
     def program(self, work: str) -> Program:
         """One of `WORK`, compiled.

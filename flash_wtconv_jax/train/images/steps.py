@@ -108,18 +108,28 @@ def _split(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
+Leaves = list[jax.Array]
+"""The arrays of a state, in the order of `jax.tree.leaves`.
+
+Between steps a state is no more than that: to take a thousand parameters of nnx apart and to put
+them together again can take Python as long as a GPU takes for a step.
+"""
+
+
 class Program(NamedTuple):
     """The compiled functions of a training.
 
     Attributes:
-        start: Makes the first state.
-        train: The state and the metrics after a batch.
+        start: Makes the arrays of the first state.
+        train: The arrays of the state, and the metrics, after a batch; those given are used up.
+        state: The state of some arrays.
         shardings: Where the arrays of a state lie.
         rows: Where the rows of a batch lie.
     """
 
-    start: Callable[[], loop.State]
-    train: Callable[[loop.State, Batch], tuple[loop.State, loop.Metrics]]
+    start: Callable[[], Leaves]
+    train: Callable[[Leaves, Batch], tuple[Leaves, loop.Metrics]]
+    state: Callable[[Leaves], loop.State]
     shardings: loop.State
     rows: NamedSharding
 
@@ -147,13 +157,17 @@ def program(
     start = partial(loop.begun, optimizer, averaging=bool(settings.optimizer.ema))
     shardings = placed(jax.eval_shape(start, params), mesh)
     rows = split_rows(mesh)
+    loss = partial(_loss, forward, settings, classes)
+    places, structure = jax.tree.flatten(shardings)
+    state = partial(jax.tree.unflatten, structure)
     train = jax.jit(
-        partial(_train, partial(_loss, forward, settings, classes), optimizer, settings),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        partial(_train, loss, optimizer, settings, state),
+        in_shardings=(places, rows),
+        out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    return Program(partial(jax.jit(start, out_shardings=shardings), params), train, shardings, rows)
+    first = jax.jit(lambda params: jax.tree.leaves(start(params)), out_shardings=places)
+    return Program(partial(first, params), train, state, shardings, rows)
 
 
 def evaluator(
@@ -227,12 +241,15 @@ def _train(
     loss: loop.Loss,
     optimizer: optax.GradientTransformation,
     settings: Settings,
-    state: loop.State,
+    state_of: Callable[[Leaves], loop.State],
+    arrays: Leaves,
     batch: Batch,
-) -> tuple[loop.State, loop.Metrics]:
+) -> tuple[Leaves, loop.Metrics]:
+    state = state_of(arrays)
     key = jax.random.fold_in(jax.random.key(settings.run.seed), state.step)
     parts, ema = settings.run.accumulate, settings.optimizer.ema
-    return loop.step(loss, optimizer, state, batch, key, parts=parts, ema=ema)
+    state, metrics = loop.step(loss, optimizer, state, batch, key, parts=parts, ema=ema)
+    return jax.tree.leaves(state), metrics
 
 
 def _evaluate(

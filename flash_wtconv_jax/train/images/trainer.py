@@ -315,14 +315,20 @@ class _Steps:
         self.clock = _Clock()
         self.pending: tuple[loop.Metrics, np.ndarray] | None = None
 
+    @property
+    def state(self) -> loop.State:
+        """The state after the last step."""
+        return self.program.state(self.leaves)
+
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Makes or restores the state; the iterator and the files of figures live in the block."""
-        self.state = self.program.start()
+        self.leaves = self.program.start()
         last = self.saver.last
         same_readers = True
         if last is not None:
-            self.state = self.saver.restore(last, self.state, self.program.shardings)
+            restored = self.saver.restore(last, self.state, self.program.shardings)
+            self.leaves = jax.tree.leaves(restored)
             progress = self.saver.progress(last)
             self.done = progress["step"]
             self.broken, self.losses = progress["broken"], progress["losses"]
@@ -400,7 +406,7 @@ class _Steps:
         with self.clock.reading(self.pending and self.pending[0].loss):
             arrays = next(self.batches)
         batch = steps.on_devices(arrays, self.program.rows)
-        self.state, metrics = self.program.train(self.state, batch)
+        self.leaves, metrics = self.program.train(self.leaves, batch)
         before, self.pending = self.pending, (metrics, arrays["index"])
         self._name_broken(self.run_.train, arrays)
         self.done += 1
@@ -475,9 +481,10 @@ class _Steps:
     def _evaluate(self) -> dict[str, float]:
         """The scores of the parameters and of their averages on all held-out images."""
         row: dict[str, float] = {"step": self.done, "epoch": self.done / self.run_.epoch_steps}
-        row |= self._scores(self.state.params)
-        if self.state.ema is not None:
-            averaged = self._scores(self.state.ema)
+        state = self.state
+        row |= self._scores(state.params)
+        if state.ema is not None:
+            averaged = self._scores(state.ema)
             row |= {f"ema_{name}": value for name, value in averaged.items()}
         if self.reporter is not None:
             self.reporter.add(reports.EPOCHS, row)

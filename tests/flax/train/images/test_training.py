@@ -334,7 +334,7 @@ for sizes in ((1, 1, 1), *meshes):
     with loading.iterating(dataset) as batches:
         for arrays in batches:
             state, metrics = program.train(state, steps.on_devices(arrays, program.rows))
-    found.append(jax.device_get((metrics, state.memory)))
+    found.append(jax.device_get((metrics, program.state(state).memory)))
 for sizes, other in zip(meshes, found[1:], strict=True):
     for one, two in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True):
         scale = np.abs(one).max() or 1.0
