@@ -7,7 +7,7 @@
 //
 // A deeper level is the same, without a base, on the means of the squares of the level above; what it
 // makes is added to all pixels of a square. Coefficients are unnormalised sums, whose factor is
-// folded into the taps.
+// folded into the taps. The second level makes the means of x itself, HALVED, and leaves its own.
 //
 // The host defines these macros:
 //   KERNEL_SIZE      3 or 5
@@ -15,7 +15,9 @@
 //   IMAGES           images of a tile; with ACROSS the warps that add
 //   STAGES           pairs of rows in shared memory, at least 2
 //   BASE             whether there is a base convolution, and a bias
-//   BELOW            whether something is added to squares
+//   BELOW            1 if something is added to squares, 2 if to squares of squares too
+//   HALVED           whether x is the image whose means of squares are treated
+//   LOWS             whether the means of the squares of what is treated are made too
 //   VECTOR           channels that one copy to shared memory takes, a divisor of C
 //   BOXED            whether four more warps copy boxes, by TMA, and give their registers to the others
 
@@ -34,11 +36,16 @@ constexpr int WARPS = ACROSS * IMAGES;
 constexpr int THREADS = BOXED ? (WARPS + 3) / 4 * 128 : 32 * WARPS;
 constexpr int COPIERS = BOXED ? 128 : 0;
 constexpr int CHUNK = 32;                          // Channels of a warp.
-constexpr int WIDTH = COLUMNS * ACROSS, LOADED = WIDTH + 2 * HALO;  // Columns of a tile, of its input.
+constexpr int SCALE = 1 + HALVED;                  // Rows and columns of x of a pixel that is treated.
+constexpr int LINES = 2 * SCALE;                   // Rows of x of a pair.
+constexpr int WIDTH = COLUMNS * ACROSS;            // Columns of a tile.
+constexpr int LOADED = SCALE * (WIDTH + 2 * HALO);  // Columns of x that it reads.
 constexpr int ROW = CHUNK * LOADED;                // Elements of a row in shared memory.
-constexpr int BYTES = 4 * 2 * IMAGES * ROW;
+constexpr int BYTES = 4 * LINES * IMAGES * ROW;
+constexpr float FACTOR = 0.25f / (SCALE * SCALE);  // Of a coefficient.
 constexpr int STAGE = (BYTES + 1023) / 1024 * 1024;
 
+// The sizes of what is treated.
 struct Images {
   int count, height, width, channels;
 };
@@ -84,7 +91,7 @@ struct Taps {
       if (BASE) base[i] = there ? of_base[from * channels + channel] : 0.0f;
 #pragma unroll
       for (int b = 0; b < 4; b++)
-        bands[b][i] = there ? 0.25f * of_bands[(4 * from + b) * channels + channel] : 0.0f;
+        bands[b][i] = there ? FACTOR * of_bands[(4 * from + b) * channels + channel] : 0.0f;
     }
   }
 };
@@ -134,20 +141,26 @@ struct Sums {
     }
   }
 
-  // Adds a pair of rows, of which `rows` is this thread's first pixel that a strip reads.
-  DEVICE void add(const float* rows, const Taps& taps) {
+  // Adds a pair of rows, of which `rows` is this thread's first pixel that a strip reads. `lows` are
+  // the sums of the strip's squares.
+  DEVICE void add(const float* rows, const Taps& taps, float (&lows)[SQUARES]) {
 #pragma unroll
     for (int j = 0; j < SQUARES + 2 * R; j++) {
       float pixels[2][2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
 #pragma unroll
-        for (int c = 0; c < 2; c++) pixels[r][c] = rows[r * ROW + (2 * j + c) * CHUNK];
+        for (int c = 0; c < 2; c++) {
+          const float* from = rows + SCALE * (r * ROW + (2 * j + c) * CHUNK);
+          pixels[r][c] = *from;
+          if (HALVED) pixels[r][c] += from[CHUNK] + (from[ROW] + from[ROW + CHUNK]);
+        }
       }
       if (BASE) add_base(pixels, 2 * j - HALO, taps);
       const float sum0 = pixels[0][0] + pixels[0][1], sum1 = pixels[1][0] + pixels[1][1];
       const float other0 = pixels[0][0] - pixels[0][1], other1 = pixels[1][0] - pixels[1][1];
       const float square[] = {sum0 + sum1, sum0 - sum1, other0 + other1, other0 - other1};
+      if (j >= R && j < R + SQUARES) lows[j - R] = square[0];
 #pragma unroll
       for (int s = 0; s < SQUARES; s++) {
         const int e = j - s;
@@ -180,11 +193,12 @@ struct Sums {
     }
   }
 
-  // The pixels of the pair that waits for none, with what is added to its squares.
-  DEVICE void finished(const float (&under)[SQUARES], float (&pixels)[2][COLUMNS]) const {
+  // The pixels of the pair that waits for none, with what is added to its squares and to all of them.
+  DEVICE void finished(const float (&under)[SQUARES], float far_under,
+                       float (&pixels)[2][COLUMNS]) const {
 #pragma unroll
     for (int s = 0; s < SQUARES; s++) {
-      const float low = bands[0][0][s] + under[s], vertical = bands[0][1][s];
+      const float low = bands[0][0][s] + (under[s] + far_under), vertical = bands[0][1][s];
       const float horizontal = bands[0][2][s], diagonal = bands[0][3][s];
       const float upper = low + vertical, lower = low - vertical;
       const float beside0 = horizontal + diagonal, beside1 = horizontal - diagonal;
@@ -206,7 +220,7 @@ struct Sums {
 
 // The pieces of a pair of rows that a thread copies: channels VECTOR * (t % PIECES) on of the pixels
 // t / PIECES, and of those that all threads' pixels are further.
-constexpr int PIECES = CHUNK / VECTOR, PIXELS = 2 * IMAGES * LOADED, STEP = THREADS / PIECES;
+constexpr int PIECES = CHUNK / VECTOR, PIXELS = LINES * IMAGES * LOADED, STEP = THREADS / PIECES;
 constexpr int ITEMS = (PIXELS + STEP - 1) / STEP;
 static_assert(THREADS % PIECES == 0, "");
 
@@ -214,14 +228,14 @@ struct Copies {
   const float* from;  // The first channel of the thread, or where there is none x.
   int left;           // The channels from there on.
 
-  // Starts the copies of a pair of rows of a tile.
+  // Starts the copies of a pair of rows of a tile, of images of such sizes.
   DEVICE void start(const Images& images, const Walk& walk, float* to) const {
 #pragma unroll 4
     for (int i = 0; i < ITEMS; i++) {
       const int pixel = int(threadIdx.x) / PIECES + STEP * i, line = pixel / LOADED;
       if (PIXELS % STEP && pixel >= PIXELS) break;
-      const int image = walk.image + line / 2, row = 2 * walk.pair + line % 2;
-      const int column = walk.left - HALO + pixel % LOADED;
+      const int image = walk.image + line / LINES, row = LINES * walk.pair + line % LINES;
+      const int column = SCALE * (walk.left - HALO) + pixel % LOADED;
       const bool inside = left > 0 && image < images.count && row < images.height && column >= 0 &&
                           column < images.width;
       const Offset at = (Offset(image) * images.height + row) * images.width + column;
@@ -240,8 +254,9 @@ struct Copies {
 #endif
 
 // Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
-// with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below
-// [N, ceil(H / 2), ceil(W / 2), C]` is what is added to squares, and `bias [C]` may be null.
+// with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below` and
+// `deeper` are what is added to squares and to squares of squares; `bias [C]` may be null. Sizes are
+// x's, and `lows` are means of squares, of which `y` is the sum that they are added to.
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, 1)
 bands_forward(INPUT x,
 #if BASE
@@ -251,16 +266,25 @@ bands_forward(INPUT x,
 #if BELOW
               const float* __restrict__ below,
 #endif
+#if BELOW == 2
+              const float* __restrict__ deeper,
+#endif
 #if BASE
               const float* __restrict__ bias,
 #endif
-              int count, int channels, int height, int width, int programs, int transpose,
-              float* __restrict__ y) {
+              int count, int channels, int high, int wide, int programs, int transpose,
+              float* __restrict__ y
+#if LOWS
+              ,
+              float* __restrict__ lows
+#endif
+) {
 #if !BASE
   const float *bases = nullptr, *bias = nullptr;
 #endif
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
+  const int height = (high + SCALE - 1) / SCALE, width = (wide + SCALE - 1) / SCALE;
   const Images images = {count, height, width, channels};
   const int chunks = (channels + CHUNK - 1) / CHUNK, pairs = (height + 1) / 2;
   const int chunk = int(blockIdx.x) % chunks * CHUNK, number = int(blockIdx.x) / chunks;
@@ -287,8 +311,8 @@ bands_forward(INPUT x,
       for (const int last = min(walk.last(), pairs); walk.pair < last; walk.pair++) {
         wait_for(empty + slot, phase);
         expect(full + slot, BYTES);
-        load_box(shared + slot * STAGE, x, full + slot, chunk, walk.left - HALO, 2 * walk.pair,
-                 walk.image);
+        load_box(shared + slot * STAGE, x, full + slot, chunk, SCALE * (walk.left - HALO),
+                 LINES * walk.pair, walk.image);
         if (++slot == STAGES) {
           slot = 0;
           phase ^= 1;
@@ -305,7 +329,7 @@ bands_forward(INPUT x,
   Walk loading = walk;
   auto load = [&](int slot) {
     if (loading.more()) {
-      copies.start(images, loading, reinterpret_cast<float*>(shared + slot * STAGE));
+      copies.start({count, high, wide, channels}, loading, reinterpret_cast<float*>(shared + slot * STAGE));
       if (++loading.pair == min(loading.last(), pairs)) loading.leave(images);
     }
     commit();
@@ -317,7 +341,7 @@ bands_forward(INPUT x,
   const Taps taps(bases, bands, channel, channels, transpose);
   const float offset = BASE && bias != nullptr && channel < channels ? bias[channel] : 0.0f;
   const int strip = warp % ACROSS * COLUMNS, of_image = warp / ACROSS;
-  const int from = 2 * of_image * ROW + strip * CHUNK + lane;
+  const int from = LINES * of_image * ROW + SCALE * strip * CHUNK + lane;
   const int squares = (width + 1) / 2;
   Sums sums;
   int slot = 0;
@@ -334,8 +358,17 @@ bands_forward(INPUT x,
     const Offset pair = Offset(image) * pairs + walk.top;
     const float* over = below + (pair * squares + column / 2) * channels + channel;
 #endif
+#if BELOW == 2
+    const int fours = (squares + 1) / 2;
+    const Offset four = Offset(image) * ((pairs + 1) / 2) + walk.top / 2;
+    const float* far_over = deeper + (four * fours + column / 4) * channels + channel;
+#endif
+#if LOWS
+    const Offset own = Offset(image) * pairs + walk.pair;
+    float* low = lows + (own * squares + column / 2) * channels + channel;
+#endif
     // What is added to the squares of the pair R above a step's, on its way while the step adds.
-    float under[SQUARES] = {};
+    float under[SQUARES] = {}, far_under = 0.0f;
     auto fetch = [&]() {
 #if BELOW
       if (walk.pair - R < walk.top) return;
@@ -344,12 +377,17 @@ bands_forward(INPUT x,
         if (2 * s < there) under[s] = over[s * channels];
       over += squares * channels;
 #endif
+#if BELOW == 2
+      // Added where it is needed, as it would be waited for here.
+      if (there > 0) far_under = *far_over;
+      if ((walk.pair - R) % 2) far_over += fours * channels;
+#endif
     };
     auto finish = [&]() {
       const int done = walk.pair - R;
       if (done < walk.top) return;
       float pixels[2][COLUMNS];
-      sums.finished(under, pixels);
+      sums.finished(under, far_under, pixels);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
 #pragma unroll
@@ -371,7 +409,16 @@ bands_forward(INPUT x,
       load(slot == 0 ? STAGES - 1 : slot - 1);
 #endif
       sums.shift(offset);
-      sums.add(reinterpret_cast<const float*>(shared + slot * STAGE) + from, taps);
+      float squares_of[SQUARES];
+      sums.add(reinterpret_cast<const float*>(shared + slot * STAGE) + from, taps, squares_of);
+#if LOWS
+      if (walk.pair >= walk.top && walk.pair < walk.bottom) {
+#pragma unroll
+        for (int s = 0; s < SQUARES; s++)
+          if (2 * s < there) low[s * channels] = FACTOR * squares_of[s];
+      }
+      low += squares * channels;
+#endif
 #if BOXED
       __syncwarp();
       if (lane == 0) arrive(empty + slot);

@@ -1,7 +1,8 @@
 """The launches of the `bands_*.cu`, for any framework: float32, kernels of 3 and 5, by multiply-adds.
 
-Means of squares first, two levels a launch; then each level from the deepest one on, which adds what
-the level below has made. A level streams through shared memory once, and writes nothing but y.
+The second level first, straight from x, which also leaves its means of squares; of these the means
+of deeper levels, two a launch; then each level from the deepest one on, which adds what the level
+below has made. A level streams through shared memory once, and no band is written to memory.
 """
 
 import math
@@ -34,6 +35,10 @@ _AMPERE = 80
 _FEWEST = 4
 """Pairs of rows for which a block is worth its start."""
 _MEANS_THREADS = 256
+_INSTRUCTIONS = {(True, False): 570, (False, False): 350, (False, True): 500}
+"""Instructions of a step of a warp with a base or without, and of halved images; of kernels of 5."""
+_CLOCK = 22
+"""Bytes that a multiprocessor reads of the second cache in a clock."""
 
 
 class Variant(NamedTuple):
@@ -44,7 +49,9 @@ class Variant(NamedTuple):
     images: int
     stages: int
     base: bool
-    below: bool
+    below: int
+    halved: bool
+    lows: bool
     vector: int
     boxed: bool
 
@@ -52,7 +59,7 @@ class Variant(NamedTuple):
         """The kernel to launch."""
         macros = tuple((name.upper(), int(value)) for name, value in self._asdict().items())
         warps = cdiv(self.warps, 4) * 4 + _COPIERS if self.boxed else self.warps
-        box = self.images, 2, self._loaded(), _CHUNK
+        box = self.images, 2 * (1 + self.halved), self._loaded(), _CHUNK
         return Kernel(
             *(_FOLDER / "bands_forward.cu", "bands_forward", macros, 32 * warps, self.shared()),
             *(((0, box),) if self.boxed else (), self.boxed),
@@ -64,16 +71,19 @@ class Variant(NamedTuple):
         return self.across * self.images
 
     def _loaded(self) -> int:
-        """Columns of a tile's input."""
-        return _STRIP * self.across + 4 * (self.kernel_size // 2)
+        """Columns of x that a tile reads."""
+        return (1 + self.halved) * (_STRIP * self.across + 4 * (self.kernel_size // 2))
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
-        stage = cdiv(4 * 2 * self.images * self._loaded() * _CHUNK, 1024) * 1024
-        return self.stages * (stage + 16 * self.boxed)
+        return self.stages * (cdiv(self._bytes(), 1024) * 1024 + 16 * self.boxed)
+
+    def _bytes(self) -> int:
+        """Bytes of a pair of rows."""
+        return 4 * 2 * (1 + self.halved) * self.images * self._loaded() * _CHUNK
 
     def pairs(self, shape: tuple[int, ...]) -> int:
-        """Pairs of rows of all tiles of a channel of images `[N, H, W, C]`."""
+        """Pairs of rows of all tiles of a channel of the images `[N, H, W, C]` that are treated."""
         n, h, w, _ = shape
         return cdiv(n, self.images) * cdiv(w, _STRIP * self.across) * cdiv(h, 2)
 
@@ -83,13 +93,13 @@ class Variant(NamedTuple):
         return max(1, min(most, self.pairs(shape) // _FEWEST))
 
     def time(self, shape: tuple[int, ...], device: Device) -> tuple[float, int]:
-        """Steps of the busiest warp scheduler, about, and what a block reads for them."""
+        """The clocks of the busiest multiprocessor, about, and the bytes of a step."""
         programs = self.programs(shape, device)
         waves = cdiv(programs * cdiv(shape[-1], _CHUNK), device.multiprocessors)
         steps = cdiv(self.pairs(shape), programs) + self.kernel_size // 2
         # A warp alone waits for itself.
-        busy = cdiv(self.warps, 4) + 0.3
-        return waves * steps * busy, self.images * self._loaded()
+        issue = (cdiv(self.warps, 4) + 0.3) * _INSTRUCTIONS[self.base, self.halved]
+        return waves * steps * max(issue, self._bytes() / _CLOCK), self._bytes()
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
@@ -107,25 +117,30 @@ def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) 
 def planned(
     shape: tuple[int, ...],
     kernel_size: int,
-    base: bool,
-    below: bool,
     device: Device,
-    boxed: bool = True,
+    *,
+    base: bool = False,
+    below: int = 0,
+    halved: bool = False,
+    lows: bool = False,
 ) -> Variant:
     """The variant for images `[N, H, W, C]`.
 
     Args:
-        shape: The images'.
+        shape: That of the images that are treated.
         kernel_size: One of `KERNEL_SIZES`.
-        base: Whether there is a base convolution.
-        below: Whether something is added to squares.
         device: The GPU.
-        boxed: Whether warps of their own copy boxes, where the GPU can.
+        base: Whether there is a base convolution.
+        below: How many are added to squares, and to squares of squares.
+        halved: Whether the images are means of squares, which the kernel makes itself.
+        lows: Whether their own means of squares are made too.
     """
     n, _, w, c = shape
-    boxed = boxed and device.boxes and device.capability == _HOPPER and c % 4 == 0
+    boxed = device.boxes and device.capability == _HOPPER and c % 4 == 0
     variants = [
-        Variant(kernel_size, across, images, 2, base, below, math.gcd(4, c), boxed)
+        Variant(
+            *(kernel_size, across, images, 2, base, below, halved, lows, math.gcd(4, c), boxed)
+        )
         for across in range(1, min(_WARPS, cdiv(w, _STRIP)) + 1)
         for images in range(1, min(_WARPS // across, n) + 1)
     ]
@@ -143,8 +158,6 @@ def forward(
     device: Device,
     launch: Launch[AnyArray],
     transpose: bool,
-    *,
-    boxed: bool = True,
 ) -> AnyArray:
     """The wavelet convolution, or its transpose.
 
@@ -156,7 +169,6 @@ def forward(
         device: The GPU.
         launch: The framework's launch function.
         transpose: Whether the taps are flipped.
-        boxed: See `planned`.
 
     Returns:
         y in x's shape.
@@ -164,18 +176,30 @@ def forward(
     kernel_size = taps[0].shape[0]
     base, *bands = taps
     sizes = [_means_shape(shape, level) for level in range(len(bands))]
-    images = [x, *means(x, sizes, launch)]
-    y = None
-    for level in reversed(range(len(bands))):
-        n, h, w, c = size = sizes[level]
-        variant = planned(size, kernel_size, level == 0, y is not None, device, boxed)
+
+    def level(number: int, image: AnyArray, below: Sequence[AnyArray]) -> list[AnyArray]:
+        # The second level's image is x itself.
+        halved = number == 1
+        lows = halved and len(sizes) > 2
+        about = {"base": number == 0, "below": len(below), "halved": halved, "lows": lows}
+        n, h, w, c = size = sizes[number]
+        variant = planned(size, kernel_size, device, **about)
         programs = variant.programs(size, device)
-        arguments = [images[level], *[base] * (level == 0), bands[level], *[y] * (y is not None)]
-        arguments += [*[bias] * (level == 0), n, c, h, w, programs, int(transpose)]
-        blocks = programs * cdiv(c, _CHUNK)
-        (y,) = launch(variant.compiled(), arguments, [(size, "float32")], blocks)
-    assert y is not None
-    return y
+        arguments = [image, *[base] * (number == 0), bands[number], *below]
+        arguments += [*[bias] * (number == 0), n, c, *(shape[1:3] if halved else (h, w))]
+        arguments += [programs, int(transpose)]
+        outputs = [(each, "float32") for each in (size, *sizes[2:3] * lows)]
+        return launch(variant.compiled(), arguments, outputs, programs * cdiv(c, _CHUNK))
+
+    below: list[AnyArray] = []
+    if len(sizes) > 1:
+        second, *lows = level(1, x, [])
+        images = [*lows, *(means(lows[0], sizes[2:], launch) if lows else [])]
+        deeper: list[AnyArray] = []
+        for number in reversed(range(2, len(sizes))):
+            deeper = level(number, images[number - 2], deeper)
+        below = [second, *deeper]
+    return level(0, x, below)[0]
 
 
 def means(
@@ -185,7 +209,7 @@ def means(
 
     Args:
         x: Contiguous images `[N, H, W, C]`, float32.
-        sizes: The shapes of x and of the means of each level.
+        sizes: Their shape, and those of the means of each level.
         launch: The framework's launch function.
 
     Returns:
