@@ -35,6 +35,7 @@ constexpr int HALO = 2 * R;                        // Columns that a strip reads
 constexpr int WARPS = ACROSS * IMAGES;
 constexpr int THREADS = BOXED ? (WARPS + 3) / 4 * 128 : 32 * WARPS;
 constexpr int COPIERS = BOXED ? 128 : 0;
+constexpr bool SHARED_OUT = THREADS > 128;         // Whether there are too few registers for all.
 constexpr int CHUNK = 32;                          // Channels of a warp.
 constexpr int SCALE = 1 + HALVED;                  // Rows and columns of x of a pixel that is treated.
 constexpr int LINES = 2 * SCALE;                   // Rows of x of a pair.
@@ -230,7 +231,7 @@ struct Copies {
 
   // Starts the copies of a pair of rows of a tile, of images of such sizes.
   DEVICE void start(const Images& images, const Walk& walk, float* to) const {
-#pragma unroll 4
+#pragma unroll 2
     for (int i = 0; i < ITEMS; i++) {
       const int pixel = int(threadIdx.x) / PIECES + STEP * i, line = pixel / LOADED;
       if (PIXELS % STEP && pixel >= PIXELS) break;
@@ -301,7 +302,7 @@ bands_forward(INPUT x,
   Barrier* const empty = full + STAGES;
   make_stages<STAGES>(full, empty, WARPS, THREADS);
   if (warp >= THREADS / 32) {
-    registers_less<24>();
+    if (SHARED_OUT) registers_less<24>();
     if (threadIdx.x != THREADS) return;
     int slot = 0;
     unsigned phase = 1;  // Stages begin as empty ones.
@@ -321,7 +322,7 @@ bands_forward(INPUT x,
     }
     return;
   }
-  registers_more<240>();
+  if (SHARED_OUT) registers_more<240>();
   if (warp >= WARPS) return;
 #else
   const int mine = int(threadIdx.x) % PIECES * VECTOR, left = channels - chunk - mine;
