@@ -18,9 +18,9 @@ each output is `(shape, dtype)`, which is contiguous, or `(shape, dtype, strides
 number of blocks. The kernel takes its arguments first, then its outputs.
 """
 
-ELEMENTS = {"float16": 6, "bfloat16": 9}
-SWIZZLE_64 = 2
-"""The driver's numbers in a tensor map (`CUtensorMapDataType`, `CUtensorMapSwizzle`)."""
+ELEMENTS = {"float16": 6, "float32": 7, "bfloat16": 9}
+SWIZZLES = {"float16": 2, "float32": 0, "bfloat16": 2}
+"""The driver's numbers in a tensor map (`CUtensorMapDataType`, `CUtensorMapSwizzle`), by dtype."""
 BOXED = range(90, 120)
 """Compute capabilities whose kernels copy boxes; later ones have less shared memory for them."""
 
@@ -36,7 +36,7 @@ class Kernel(NamedTuple):
         shared: Bytes of dynamic shared memory of a block.
         boxes: The parameters that are tensor maps of TMA in place of pointers, by their numbers,
             each with the box `[images, rows, columns, channels]` that is copied at once of its
-            array, which has 16 bits and four axes. Pixels of 64 bytes are swizzled.
+            array, which has four axes. Pixels of 64 bytes of 16 bits are swizzled.
         exact: Whether it has instructions that GPUs of another compute capability have not.
     """
 

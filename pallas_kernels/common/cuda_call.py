@@ -33,7 +33,7 @@ from pallas_kernels.common._compat import (
 from pallas_kernels.common.cuda import (
     BOXED,
     ELEMENTS,
-    SWIZZLE_64,
+    SWIZZLES,
     Device,
     Kernel,
     source_text,
@@ -187,7 +187,7 @@ def _serialized(
             strides = [math.prod(value.shape[axis:]) for axis in range(1, 5)]
             return launcher.create_tma_descriptor_parameter(
                 elem_type=ELEMENTS[value.dtype],
-                swizzle=SWIZZLE_64,
+                swizzle=SWIZZLES[value.dtype],
                 shape=list(value.shape),
                 strides=strides,
                 block_shape=list(value.box),

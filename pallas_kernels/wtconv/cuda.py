@@ -1,6 +1,7 @@
 """The wavelet convolution on NVIDIA GPUs: the CUDA kernels that PyTorch launches too.
 
-In 16 bits kernels of 3, 5 and 7 run on tensor cores, a level as one convolution of folded taps.
+In 16 bits kernels of 3, 5 and 7 run on tensor cores, a level as one convolution of folded taps. In
+float32 the forward of kernels of 3 and 5 goes level by level, and no band is written to memory.
 Signals, of one axis, have a kernel of their own, in all dtypes.
 """
 
@@ -17,7 +18,13 @@ from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.biased import summed
 from pallas_kernels.common.cuda_call import device_properties, launch, unavailable
 from pallas_kernels.common.types import Dtype, Taps
-from pallas_kernels.wtconv import cuda_launches, folded_launches, folding, line_launches
+from pallas_kernels.wtconv import (
+    bands_launches,
+    cuda_launches,
+    folded_launches,
+    folding,
+    line_launches,
+)
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.line_launches import Signals
 from pallas_kernels.wtconv.problem import Problem
@@ -84,8 +91,12 @@ def forward(
     if _folds(x.shape, x.dtype, taps[0].shape[0]):
         tile = {"resident": resident, "together": together, "apart": apart}
         return _folded_forward(x, taps, bias, transpose, tile)
-    planes = [tap.astype(jnp.float32).transpose(3, 2, 0, 1) for tap in taps]
     offsets = None if bias is None else bias.astype(jnp.float32)
+    if _streams(x.shape, x.dtype, taps[0].shape[0]):
+        numbers = [tap.astype(jnp.float32) for tap in taps]
+        about = x.shape, device_properties(), launch, transpose
+        return vary_like((x, taps, bias), bands_launches.forward(x, numbers, offsets, *about))
+    planes = [tap.astype(jnp.float32).transpose(3, 2, 0, 1) for tap in taps]
     where = Images(x.shape, str(x.dtype)), device_properties(), launch
     y = cuda_launches.forward(x, planes, offsets, *where, transpose, resident=resident)
     return vary_like((x, taps, bias), y)
@@ -159,6 +170,11 @@ def _line_weight_grad(
 def _folds(shape: tuple[int, ...], dtype: Dtype, kernel_size: int) -> bool:
     """Whether a call runs on tensor cores."""
     return folded_launches.takes(shape, str(dtype), kernel_size, device_properties())
+
+
+def _streams(shape: tuple[int, ...], dtype: Dtype, kernel_size: int) -> bool:
+    """Whether the forward of a call goes level by level in float32."""
+    return bands_launches.takes(shape, str(dtype), kernel_size, device_properties())
 
 
 def _folded_forward(

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pallas_kernels.common.cuda import BOXED, ELEMENTS, SWIZZLE_64, Device, Kernel
+from pallas_kernels.common.cuda import BOXED, ELEMENTS, SWIZZLES, Device, Kernel
 from pallas_kernels.common.nvrtc import compiled
 from pallas_kernels.common.refusals import compiling
 from pallas_kernels.common.types import Output
@@ -75,19 +75,20 @@ def _value(argument: Tensor | int | None, box: tuple[int, ...] | None) -> Any:
 
 @lru_cache(256)
 def _tensor_map(address: int, shape: tuple[int, ...], dtype: str, box: tuple[int, ...]) -> Any:
-    """The tensor map of a contiguous array of 16 bits, see `common.cuda.Kernel.boxes`.
+    """The tensor map of a contiguous array, see `common.cuda.Kernel.boxes`.
 
     By the driver's own function, since it asks for an address that cuda-bindings do not promise.
     """
     sizes = shape[::-1]
-    bytes_ = [2 * math.prod(sizes[: axis + 1]) for axis in range(len(sizes) - 1)]
+    size = 4 if dtype == "float32" else 2
+    bytes_ = [size * math.prod(sizes[: axis + 1]) for axis in range(len(sizes) - 1)]
     found = _TensorMap()
     place = -(-ctypes.addressof(found) // 64) * 64
     wide, narrow = ctypes.c_uint64 * 4, ctypes.c_uint32 * 4
     status = _driver().cuTensorMapEncodeTiled(
         *(ctypes.c_void_p(place), ELEMENTS[dtype], 4, ctypes.c_void_p(address)),
         *(wide(*sizes), wide(*bytes_), narrow(*box[::-1]), narrow(1, 1, 1, 1)),
-        *(0, SWIZZLE_64, _L2_128, 0),
+        *(0, SWIZZLES[dtype], _L2_128, 0),
     )
     if status:
         raise RuntimeError(f"the CUDA driver reports {status} for a tensor map of {shape}, {box}")

@@ -155,10 +155,11 @@ inline void wait(unsigned pending) {
   }
 }
 
-// An array [images, rows, columns, channels] of 16 bits, and the boxes that are copied of it.
+// An array [images, rows, columns, channels], and the boxes that are copied of it.
 struct TensorMap {
-  unsigned short* array;
+  unsigned char* array;
   int sizes[4], box[4];  // Channels first.
+  int bytes;             // Of an element.
 };
 
 struct Place {
@@ -166,7 +167,7 @@ struct Place {
 };
 
 // Calls a function of each element of a box: its address in shared memory, and that in the array, or
-// null outside of it. Shared memory is swizzled by 64 bytes.
+// null outside of it. Shared memory is swizzled by 64 bytes, of elements of 16 bits.
 template <typename Function>
 inline void each_of_box(const TensorMap& map, const Place& place, unsigned char* at,
                         Function function) {
@@ -176,7 +177,7 @@ inline void each_of_box(const TensorMap& map, const Place& place, unsigned char*
   for (int n = 0; n < map.box[3]; n++)
     for (int row = 0; row < map.box[2]; row++)
       for (int column = 0; column < map.box[1]; column++)
-        for (int c = 0; c < map.box[0]; c++, offset += 2) {
+        for (int c = 0; c < map.box[0]; c++, offset += map.bytes) {
           const int i[4] = {c + first[0], column + first[1], row + first[2], n + first[3]};
           bool inside = true;
           long long element = 0;
@@ -185,8 +186,9 @@ inline void each_of_box(const TensorMap& map, const Place& place, unsigned char*
             element = element * map.sizes[axis] + i[axis];
           }
           const std::uintptr_t here = start + offset;
-          function(reinterpret_cast<unsigned short*>(here ^ (here >> 7 & 3) << 4),
-                   inside ? map.array + element : nullptr);
+          const std::uintptr_t swizzle = map.bytes == 2 ? (here >> 7 & 3) << 4 : 0;
+          function(reinterpret_cast<unsigned char*>(here ^ swizzle),
+                   inside ? map.array + element * map.bytes : nullptr);
         }
 }
 
@@ -242,10 +244,16 @@ inline void wait_for(const void* barrier, unsigned phase) {
   Waiting& one = barrier_at(barrier);
   while (one.phases % 2 == phase) {
     for (const Load& load : std::exchange(one.loads, {})) {
-      each_of_box(*load.map, load.place, load.to,
-                  [](unsigned short* to, const unsigned short* from) { *to = from ? *from : 0; });
+      const int bytes = load.map->bytes;
+      each_of_box(*load.map, load.place, load.to, [=](unsigned char* to, const unsigned char* from) {
+        if (from) {
+          std::memcpy(to, from, bytes);
+        } else {
+          std::memset(to, 0, bytes);
+        }
+      });
       const int* box = load.map->box;
-      one.bytes -= 2L * box[0] * box[1] * box[2] * box[3];
+      one.bytes -= long(bytes) * box[0] * box[1] * box[2] * box[3];
     }
     end_phase(one);
     if (one.phases % 2 == phase) on_cpu::hand_over();
@@ -270,8 +278,8 @@ inline void stored(unsigned pending) {
   auto& own = stores[on_cpu::current->thread];
   for (; own.size() > pending; own.erase(own.begin()))
     each_of_box(*own.front().map, own.front().place, own.front().from,
-                [](const unsigned short* from, unsigned short* to) {
-                  if (to) *to = *from;
+                [&](const unsigned char* from, unsigned char* to) {
+                  if (to) std::memcpy(to, from, own.front().map->bytes);
                 });
 }
 

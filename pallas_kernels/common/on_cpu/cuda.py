@@ -75,7 +75,7 @@ class Launcher:
         for number, box in kernel.boxes:
             array = [*arguments, *made][number]
             assert isinstance(array, np.ndarray)
-            given[number] = tensor_map(array.ctypes.data, array.shape, box)
+            given[number] = tensor_map(array.ctypes.data, array.shape, box, array.itemsize)
         self.run(kernel, given, blocks)
         return made
 
@@ -152,19 +152,23 @@ class _TensorMap(ctypes.Structure):
         ("array", ctypes.c_void_p),
         ("sizes", ctypes.c_int * 4),
         ("box", ctypes.c_int * 4),
+        ("bytes", ctypes.c_int),
     )
 
 
-def tensor_map(address: int, shape: Sequence[int], box: Sequence[int]) -> ctypes.Structure:
-    """The tensor map that `Launcher.run` takes of a contiguous array of 16 bits.
+def tensor_map(
+    address: int, shape: Sequence[int], box: Sequence[int], size: int
+) -> ctypes.Structure:
+    """The tensor map that `Launcher.run` takes of a contiguous array.
 
     Args:
         address: The array's address in this process.
         shape: Its shape, of four axes.
         box: What is copied at once, see `common.cuda.Kernel.boxes`.
+        size: Bytes of an element.
     """
     four = ctypes.c_int * 4
-    return _TensorMap(address, four(*shape[::-1]), four(*box[::-1]))
+    return _TensorMap(address, four(*shape[::-1]), four(*box[::-1]), size)
 
 
 def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:

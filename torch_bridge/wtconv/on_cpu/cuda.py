@@ -78,5 +78,5 @@ def _pointer(
     tensor: Tensor | None, box: tuple[int, ...] | None
 ) -> ctypes.c_void_p | ctypes.Structure:
     if tensor is not None and box is not None:
-        return tensor_map(tensor.data_ptr(), tensor.shape, box)
+        return tensor_map(tensor.data_ptr(), tensor.shape, box, tensor.itemsize)
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

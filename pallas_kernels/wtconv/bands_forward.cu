@@ -1,0 +1,441 @@
+// A level of the wavelet convolution of float32 images [N, H, W, C] with Haar wavelets, for NVRTC.
+//
+// A thread makes a strip of four columns of one channel, a warp 32 channels that lie beside each
+// other. Pairs of rows stream through shared memory. Each is added to the sums of all pairs of the
+// output that it reaches, which wait in registers beside all taps: no band is written anywhere. A
+// square of two rows and columns is read once for the base convolution and for its four coefficients.
+//
+// A deeper level is the same, without a base, on the means of the squares of the level above; what it
+// makes is added to all pixels of a square. Coefficients are unnormalised sums, whose factor is
+// folded into the taps. The second level makes the means of x itself, HALVED, and leaves its own.
+//
+// The host defines these macros:
+//   KERNEL_SIZE      3 or 5
+//   ACROSS           strips of an image in a tile
+//   IMAGES           images of a tile; with ACROSS the warps that add
+//   STAGES           pairs of rows in shared memory, at least 2
+//   BASE             whether there is a base convolution, and a bias
+//   BELOW            1 if something is added to squares, 2 if to squares of squares too
+//   HALVED           whether x is the image whose means of squares are treated
+//   LOWS             whether the means of the squares of what is treated are made too
+//   VECTOR           channels that one copy to shared memory takes, a divisor of C
+//   BOXED            whether four more warps copy boxes, by TMA, and give their registers to the others
+
+#include "../common/boxes.cuh"
+
+#ifndef SHARED
+#define SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+
+typedef long long Offset;
+
+constexpr int K = KERNEL_SIZE, R = K / 2;
+constexpr int COLUMNS = 4, SQUARES = COLUMNS / 2;  // Of a strip.
+constexpr int HALO = 2 * R;                        // Columns that a strip reads to each side.
+constexpr int WARPS = ACROSS * IMAGES;
+constexpr int THREADS = BOXED ? (WARPS + 3) / 4 * 128 : 32 * WARPS;
+constexpr int COPIERS = BOXED ? 128 : 0;
+constexpr bool SHARED_OUT = THREADS > 128;         // Whether there are too few registers for all.
+constexpr int CHUNK = 32;                          // Channels of a warp.
+constexpr int SCALE = 1 + HALVED;                  // Rows and columns of x of a pixel that is treated.
+constexpr int LINES = 2 * SCALE;                   // Rows of x of a pair.
+constexpr int WIDTH = COLUMNS * ACROSS;            // Columns of a tile.
+constexpr int LOADED = SCALE * (WIDTH + 2 * HALO);  // Columns of x that it reads.
+constexpr int ROW = CHUNK * LOADED;                // Elements of a row in shared memory.
+constexpr int BYTES = 4 * LINES * IMAGES * ROW;
+constexpr float FACTOR = 0.25f / (SCALE * SCALE);  // Of a coefficient.
+constexpr int STAGE = (BYTES + 1023) / 1024 * 1024;
+
+// The sizes of what is treated.
+struct Images {
+  int count, height, width, channels;
+};
+
+// The pairs of rows that a thread block treats, tile after tile: a tile has all rows, of which the
+// first and the last tile of a block may have a part.
+struct Walk {
+  int at, end;  // Pairs of the output, of all tiles.
+  int image = 0, left = 0, top = 0, bottom = 0;
+  int pair = 0;  // Of the input.
+
+  DEVICE bool more() const { return at < end; }
+
+  DEVICE void enter(const Images& images) {
+    const int across = (images.width + WIDTH - 1) / WIDTH, pairs = (images.height + 1) / 2;
+    const int tile = at / pairs;
+    left = tile % across * WIDTH;
+    image = tile / across * IMAGES;
+    top = at - tile * pairs;
+    bottom = min(pairs, top + end - at);
+    pair = max(top - R, 0);
+  }
+
+  DEVICE int last() const { return bottom + R; }
+
+  DEVICE void leave(const Images& images) {
+    at += bottom - top;
+    if (more()) enter(images);
+  }
+};
+
+// The taps of a thread's channel.
+struct Taps {
+  float base[BASE ? K * K : 1], bands[4][K * K];
+
+  // They are `[k, k, 1, C]` and `[k, k, 4, C]`, and turned around for the adjoint.
+  DEVICE Taps(const float* __restrict__ of_base, const float* __restrict__ of_bands, int channel,
+              int channels, int transpose) {
+    const bool there = channel < channels;
+#pragma unroll
+    for (int i = 0; i < K * K; i++) {
+      const int from = transpose ? K * K - 1 - i : i;
+      if (BASE) base[i] = there ? of_base[from * channels + channel] : 0.0f;
+#pragma unroll
+      for (int b = 0; b < 4; b++)
+        bands[b][i] = there ? FACTOR * of_bands[(4 * from + b) * channels + channel] : 0.0f;
+    }
+  }
+};
+
+constexpr int REACHED = K;           // Pairs of the output that a pair of coefficients is added to.
+constexpr int ROWS = 2 * (R + 2);    // Rows of the output whose base waits.
+
+// What waits, from the pair R before the last one that was added on.
+struct Sums {
+  float bands[REACHED][4][SQUARES];
+  float base[BASE ? ROWS : 1][COLUMNS];
+
+  DEVICE void clear(float offset) {
+#pragma unroll
+    for (int i = 0; i < REACHED; i++) {
+#pragma unroll
+      for (int b = 0; b < 4; b++) {
+#pragma unroll
+        for (int s = 0; s < SQUARES; s++) bands[i][b][s] = 0.0f;
+      }
+    }
+    if (!BASE) return;
+#pragma unroll
+    for (int m = 0; m < ROWS; m++) {
+#pragma unroll
+      for (int o = 0; o < COLUMNS; o++) base[m][o] = offset;
+    }
+  }
+
+  // Lets all wait for one pair less. The compiler lets the next additions write another register.
+  DEVICE void shift(float offset) {
+#pragma unroll
+    for (int i = 0; i < REACHED; i++) {
+#pragma unroll
+      for (int b = 0; b < 4; b++) {
+#pragma unroll
+        for (int s = 0; s < SQUARES; s++)
+          bands[i][b][s] = i + 1 < REACHED ? bands[i + 1 < REACHED ? i + 1 : 0][b][s] : 0.0f;
+      }
+    }
+    if (!BASE) return;
+#pragma unroll
+    for (int m = 0; m < ROWS; m++) {
+#pragma unroll
+      for (int o = 0; o < COLUMNS; o++)
+        base[m][o] = m + 2 < ROWS ? base[m + 2 < ROWS ? m + 2 : 0][o] : offset;
+    }
+  }
+
+  // Adds a pair of rows, of which `rows` is this thread's first pixel that a strip reads. `lows` are
+  // the sums of the strip's squares.
+  DEVICE void add(const float* rows, const Taps& taps, float (&lows)[SQUARES]) {
+#pragma unroll
+    for (int j = 0; j < SQUARES + 2 * R; j++) {
+      float pixels[2][2];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const float* from = rows + SCALE * (r * ROW + (2 * j + c) * CHUNK);
+          pixels[r][c] = *from;
+          if (HALVED) pixels[r][c] += from[CHUNK] + (from[ROW] + from[ROW + CHUNK]);
+        }
+      }
+      if (BASE) add_base(pixels, 2 * j - HALO, taps);
+      const float sum0 = pixels[0][0] + pixels[0][1], sum1 = pixels[1][0] + pixels[1][1];
+      const float other0 = pixels[0][0] - pixels[0][1], other1 = pixels[1][0] - pixels[1][1];
+      const float square[] = {sum0 + sum1, sum0 - sum1, other0 + other1, other0 - other1};
+      if (j >= R && j < R + SQUARES) lows[j - R] = square[0];
+#pragma unroll
+      for (int s = 0; s < SQUARES; s++) {
+        const int e = j - s;
+        if (e < 0 || e >= K) continue;
+#pragma unroll
+        for (int i = 0; i < REACHED; i++) {
+#pragma unroll
+          for (int b = 0; b < 4; b++)
+            bands[i][b][s] += square[b] * taps.bands[b][(K - 1 - i) * K + e];
+        }
+      }
+    }
+  }
+
+  // The same of two columns for the base, the first of which is so far right of the strip's.
+  DEVICE void add_base(const float (&pixels)[2][2], int column, const Taps& taps) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+#pragma unroll
+        for (int o = 0; o < COLUMNS; o++) {
+          const int e = column + c - o + R;
+          if (e < 0 || e >= K) continue;
+#pragma unroll
+          for (int t = 0; t < K; t++)
+            base[r + 3 * R - t][o] += pixels[r][c] * taps.base[t * K + e];
+        }
+      }
+    }
+  }
+
+  // The pixels of the pair that waits for none, with what is added to its squares and to all of them.
+  DEVICE void finished(const float (&under)[SQUARES], float far_under,
+                       float (&pixels)[2][COLUMNS]) const {
+#pragma unroll
+    for (int s = 0; s < SQUARES; s++) {
+      const float low = bands[0][0][s] + (under[s] + far_under), vertical = bands[0][1][s];
+      const float horizontal = bands[0][2][s], diagonal = bands[0][3][s];
+      const float upper = low + vertical, lower = low - vertical;
+      const float beside0 = horizontal + diagonal, beside1 = horizontal - diagonal;
+      pixels[0][2 * s] = upper + beside0;
+      pixels[0][2 * s + 1] = upper - beside0;
+      pixels[1][2 * s] = lower + beside1;
+      pixels[1][2 * s + 1] = lower - beside1;
+    }
+    if (!BASE) return;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+#pragma unroll
+      for (int o = 0; o < COLUMNS; o++) pixels[r][o] += base[r][o];
+    }
+  }
+};
+
+#if !BOXED
+
+// The pieces of a pair of rows that a thread copies: channels VECTOR * (t % PIECES) on of the pixels
+// t / PIECES, and of those that all threads' pixels are further.
+constexpr int PIECES = CHUNK / VECTOR, PIXELS = LINES * IMAGES * LOADED, STEP = THREADS / PIECES;
+constexpr int ITEMS = (PIXELS + STEP - 1) / STEP;
+static_assert(THREADS % PIECES == 0, "");
+
+struct Copies {
+  const float* from;  // The first channel of the thread, or where there is none x.
+  int left;           // The channels from there on.
+
+  // Starts the copies of a pair of rows of a tile, of images of such sizes.
+  DEVICE void start(const Images& images, const Walk& walk, float* to) const {
+#pragma unroll 2
+    for (int i = 0; i < ITEMS; i++) {
+      const int pixel = int(threadIdx.x) / PIECES + STEP * i, line = pixel / LOADED;
+      if (PIXELS % STEP && pixel >= PIXELS) break;
+      const int image = walk.image + line / LINES, row = LINES * walk.pair + line % LINES;
+      const int column = SCALE * (walk.left - HALO) + pixel % LOADED;
+      const bool inside = left > 0 && image < images.count && row < images.height && column >= 0 &&
+                          column < images.width;
+      const Offset at = (Offset(image) * images.height + row) * images.width + column;
+      copy<4 * VECTOR>(to + pixel * CHUNK + int(threadIdx.x) % PIECES * VECTOR,
+                       inside ? from + at * images.channels : from, inside);
+    }
+  }
+};
+
+#endif
+
+#if BOXED
+#define INPUT BOXES
+#else
+#define INPUT const float* __restrict__
+#endif
+
+// Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
+// with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below` and
+// `deeper` are what is added to squares and to squares of squares; `bias [C]` may be null. Sizes are
+// x's, and `lows` are means of squares, of which `y` is the sum that they are added to.
+extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, 1)
+bands_forward(INPUT x,
+#if BASE
+              const float* __restrict__ bases,
+#endif
+              const float* __restrict__ bands,
+#if BELOW
+              const float* __restrict__ below,
+#endif
+#if BELOW == 2
+              const float* __restrict__ deeper,
+#endif
+#if BASE
+              const float* __restrict__ bias,
+#endif
+              int count, int channels, int high, int wide, int programs, int transpose,
+              float* __restrict__ y
+#if LOWS
+              ,
+              float* __restrict__ lows
+#endif
+) {
+#if !BASE
+  const float *bases = nullptr, *bias = nullptr;
+#endif
+  SHARED(shared_memory);
+  unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
+  const int height = (high + SCALE - 1) / SCALE, width = (wide + SCALE - 1) / SCALE;
+  const Images images = {count, height, width, channels};
+  const int chunks = (channels + CHUNK - 1) / CHUNK, pairs = (height + 1) / 2;
+  const int chunk = int(blockIdx.x) % chunks * CHUNK, number = int(blockIdx.x) / chunks;
+  const int tiles = (width + WIDTH - 1) / WIDTH * ((count + IMAGES - 1) / IMAGES);
+  const Offset all = Offset(tiles) * pairs;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = chunk + lane;
+
+  Walk walk = {int(all * number / programs), int(all * (number + 1) / programs)};
+  if (!walk.more()) return;
+  walk.enter(images);
+
+#if BOXED
+  Barrier* const full = reinterpret_cast<Barrier*>(shared + STAGES * STAGE);
+  Barrier* const empty = full + STAGES;
+  make_stages<STAGES>(full, empty, WARPS, THREADS);
+  if (warp >= THREADS / 32) {
+    if (SHARED_OUT) registers_less<24>();
+    if (threadIdx.x != THREADS) return;
+    int slot = 0;
+    unsigned phase = 1;  // Stages begin as empty ones.
+#pragma unroll 1
+    for (; walk.more(); walk.leave(images)) {
+#pragma unroll 1
+      for (const int last = min(walk.last(), pairs); walk.pair < last; walk.pair++) {
+        wait_for(empty + slot, phase);
+        expect(full + slot, BYTES);
+        load_box(shared + slot * STAGE, x, full + slot, chunk, SCALE * (walk.left - HALO),
+                 LINES * walk.pair, walk.image);
+        if (++slot == STAGES) {
+          slot = 0;
+          phase ^= 1;
+        }
+      }
+    }
+    return;
+  }
+  if (SHARED_OUT) registers_more<240>();
+  if (warp >= WARPS) return;
+#else
+  const int mine = int(threadIdx.x) % PIECES * VECTOR, left = channels - chunk - mine;
+  const Copies copies = {left > 0 ? x + chunk + mine : x, left};
+  Walk loading = walk;
+  auto load = [&](int slot) {
+    if (loading.more()) {
+      copies.start({count, high, wide, channels}, loading, reinterpret_cast<float*>(shared + slot * STAGE));
+      if (++loading.pair == min(loading.last(), pairs)) loading.leave(images);
+    }
+    commit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; i++) load(i);
+#endif
+
+  const Taps taps(bases, bands, channel, channels, transpose);
+  const float offset = BASE && bias != nullptr && channel < channels ? bias[channel] : 0.0f;
+  const int strip = warp % ACROSS * COLUMNS, of_image = warp / ACROSS;
+  const int from = LINES * of_image * ROW + SCALE * strip * CHUNK + lane;
+  const int squares = (width + 1) / 2;
+  Sums sums;
+  int slot = 0;
+  unsigned phase = 0;
+#pragma unroll 1
+  for (; walk.more(); walk.leave(images)) {
+    // Not a step's, where it would be a choice for each of the sums.
+    sums.clear(offset);
+    const int image = walk.image + of_image, column = walk.left + strip, last = walk.last();
+    const int there = image < count && channel < channels ? width - column : 0;
+    const Offset line = Offset(image) * height + 2 * walk.top;
+    float* to = y + (line * width + column) * channels + channel;
+#if BELOW
+    const Offset pair = Offset(image) * pairs + walk.top;
+    const float* over = below + (pair * squares + column / 2) * channels + channel;
+#endif
+#if BELOW == 2
+    const int fours = (squares + 1) / 2;
+    const Offset four = Offset(image) * ((pairs + 1) / 2) + walk.top / 2;
+    const float* far_over = deeper + (four * fours + column / 4) * channels + channel;
+#endif
+#if LOWS
+    const Offset own = Offset(image) * pairs + walk.pair;
+    float* low = lows + (own * squares + column / 2) * channels + channel;
+#endif
+    // What is added to the squares of the pair R above a step's, on its way while the step adds.
+    float under[SQUARES] = {}, far_under = 0.0f;
+    auto fetch = [&]() {
+#if BELOW
+      if (walk.pair - R < walk.top) return;
+#pragma unroll
+      for (int s = 0; s < SQUARES; s++)
+        if (2 * s < there) under[s] = over[s * channels];
+      over += squares * channels;
+#endif
+#if BELOW == 2
+      // Added where it is needed, as it would be waited for here.
+      if (there > 0) far_under = *far_over;
+      if ((walk.pair - R) % 2) far_over += fours * channels;
+#endif
+    };
+    auto finish = [&]() {
+      const int done = walk.pair - R;
+      if (done < walk.top) return;
+      float pixels[2][COLUMNS];
+      sums.finished(under, far_under, pixels);
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+#pragma unroll
+        for (int o = 0; o < COLUMNS; o++)
+          if (o < there && 2 * done + r < height) to[(r * width + o) * channels] = pixels[r][o];
+      }
+      to += 2 * width * channels;
+    };
+    const int inside = min(last, pairs);
+#pragma unroll 1
+    for (; walk.pair < inside; walk.pair++) {
+      fetch();
+#if BOXED
+      wait_for(full + slot, phase);
+#else
+      wait<STAGES - 2>();
+      // What this step reads is there, and nobody reads what is overwritten from here on.
+      __syncthreads();
+      load(slot == 0 ? STAGES - 1 : slot - 1);
+#endif
+      sums.shift(offset);
+      float squares_of[SQUARES];
+      sums.add(reinterpret_cast<const float*>(shared + slot * STAGE) + from, taps, squares_of);
+#if LOWS
+      if (walk.pair >= walk.top && walk.pair < walk.bottom) {
+#pragma unroll
+        for (int s = 0; s < SQUARES; s++)
+          if (2 * s < there) low[s * channels] = FACTOR * squares_of[s];
+      }
+      low += squares * channels;
+#endif
+#if BOXED
+      __syncwarp();
+      if (lane == 0) arrive(empty + slot);
+#endif
+      if (++slot == STAGES) {
+        slot = 0;
+        phase ^= 1;
+      }
+      finish();
+    }
+    // Pairs below the image add nothing.
+#pragma unroll 1
+    for (; walk.pair < last; walk.pair++) {
+      fetch();
+      sums.shift(offset);
+      finish();
+    }
+  }
+}

@@ -1,0 +1,236 @@
+"""The launches of the `bands_*.cu`, for any framework: float32, kernels of 3 and 5, by multiply-adds.
+
+The second level first, straight from x, which also leaves its means of squares; of these the means
+of deeper levels, two a launch; then each level from the deepest one on, which adds what the level
+below has made. A level streams through shared memory once, and no band is written to memory.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.triton import AnyArray, cdiv
+
+_FOLDER = Path(__file__).parent
+
+KERNEL_SIZES = 3, 5
+"""The kernel sizes whose taps and sums fit into a thread's registers."""
+_CHUNK = 32
+"""Channels of a warp."""
+_STRIP = 4
+"""Columns of a thread."""
+_WARPS = 8
+"""Warps that add, of a block and of a multiprocessor: their registers are all that there are."""
+_COPIERS = 4
+"""Warps that give their registers back, of which a thread starts copies."""
+_HOPPER = 90
+"""The compute capability times ten of GPUs whose warps give each other registers."""
+_STAGES = 8
+"""Pairs of rows in shared memory at most."""
+_AMPERE = 80
+"""The compute capability times ten from which on copies to shared memory wait for nobody."""
+_FEWEST = 4
+"""Pairs of rows for which a block is worth its start."""
+_MEANS_THREADS = 256
+_INSTRUCTIONS = {(True, False): 570, (False, False): 350, (False, True): 500}
+"""Instructions of a step of a warp with a base or without, and of halved images; of kernels of 5."""
+_CLOCK = 22
+"""Bytes that a multiprocessor reads of the second cache in a clock."""
+
+
+class Variant(NamedTuple):
+    """The constants of a kernel of one level; see the macros of `bands_forward.cu`."""
+
+    kernel_size: int
+    across: int
+    images: int
+    stages: int
+    base: bool
+    below: int
+    halved: bool
+    lows: bool
+    vector: int
+    boxed: bool
+
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        macros = tuple((name.upper(), int(value)) for name, value in self._asdict().items())
+        warps = cdiv(self.warps, 4) * 4 + _COPIERS if self.boxed else self.warps
+        box = self.images, 2 * (1 + self.halved), self._loaded(), _CHUNK
+        return Kernel(
+            *(_FOLDER / "bands_forward.cu", "bands_forward", macros, 32 * warps, self.shared()),
+            *(((0, box),) if self.boxed else (), self.boxed),
+        )
+
+    @property
+    def warps(self) -> int:
+        """Warps that add."""
+        return self.across * self.images
+
+    def _loaded(self) -> int:
+        """Columns of x that a tile reads."""
+        return (1 + self.halved) * (_STRIP * self.across + 4 * (self.kernel_size // 2))
+
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        return self.stages * (cdiv(self._bytes(), 1024) * 1024 + 16 * self.boxed)
+
+    def _bytes(self) -> int:
+        """Bytes of a pair of rows."""
+        return 4 * 2 * (1 + self.halved) * self.images * self._loaded() * _CHUNK
+
+    def pairs(self, shape: tuple[int, ...]) -> int:
+        """Pairs of rows of all tiles of a channel of the images `[N, H, W, C]` that are treated."""
+        n, h, w, _ = shape
+        return cdiv(n, self.images) * cdiv(w, _STRIP * self.across) * cdiv(h, 2)
+
+    def programs(self, shape: tuple[int, ...], device: Device) -> int:
+        """Blocks that share the pairs of a channel."""
+        most = device.multiprocessors // cdiv(shape[-1], _CHUNK)
+        return max(1, min(most, self.pairs(shape) // _FEWEST))
+
+    def time(self, shape: tuple[int, ...], device: Device) -> tuple[float, int]:
+        """The clocks of the busiest multiprocessor, about, and the bytes of a step."""
+        programs = self.programs(shape, device)
+        waves = cdiv(programs * cdiv(shape[-1], _CHUNK), device.multiprocessors)
+        steps = cdiv(self.pairs(shape), programs) + self.kernel_size // 2
+        # A warp alone waits for itself.
+        issue = (cdiv(self.warps, 4) + 0.3) * _INSTRUCTIONS[self.base, self.halved]
+        return waves * steps * max(issue, self._bytes() / _CLOCK), self._bytes()
+
+
+def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
+    """Whether these kernels take images `[N, H, W, C]` on a GPU, and are the best for them."""
+    n, h, w, c = shape
+    # Pairs of tiles, and the threads of means, are counted in 32 bits.
+    countable = n * cdiv(h, 2) * cdiv(w, 2) * c < 2**31 and h * w < 2**31
+    # Half of the lanes have a channel at least.
+    full = 2 * c >= cdiv(c, _CHUNK) * _CHUNK
+    able = device.capability >= _AMPERE and dtype == "float32" and kernel_size in KERNEL_SIZES
+    return able and countable and full
+
+
+@cache
+def planned(
+    shape: tuple[int, ...],
+    kernel_size: int,
+    device: Device,
+    *,
+    base: bool = False,
+    below: int = 0,
+    halved: bool = False,
+    lows: bool = False,
+) -> Variant:
+    """The variant for images `[N, H, W, C]`.
+
+    Args:
+        shape: That of the images that are treated.
+        kernel_size: One of `KERNEL_SIZES`.
+        device: The GPU.
+        base: Whether there is a base convolution.
+        below: How many are added to squares, and to squares of squares.
+        halved: Whether the images are means of squares, which the kernel makes itself.
+        lows: Whether their own means of squares are made too.
+    """
+    n, _, w, c = shape
+    boxed = device.boxes and device.capability == _HOPPER and c % 4 == 0
+    variants = [
+        Variant(
+            *(kernel_size, across, images, 2, base, below, halved, lows, math.gcd(4, c), boxed)
+        )
+        for across in range(1, min(_WARPS, cdiv(w, _STRIP)) + 1)
+        for images in range(1, min(_WARPS // across, n) + 1)
+    ]
+    fitting = [one for one in variants if one.shared() <= device.shared]
+    best = min(fitting, key=lambda one: one.time(shape, device))
+    stages = min(_STAGES, 2 * device.shared // best.shared())
+    return best._replace(stages=stages)
+
+
+def forward(
+    x: AnyArray,
+    taps: Sequence[AnyArray],
+    bias: AnyArray | None,
+    shape: tuple[int, ...],
+    device: Device,
+    launch: Launch[AnyArray],
+    transpose: bool,
+) -> AnyArray:
+    """The wavelet convolution, or its transpose.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`, float32.
+        taps: float32 `[k, k, 1, C]` of the base, then `[k, k, 4, C]` of each level.
+        bias: float32 `[C]`, or None.
+        shape: x's.
+        device: The GPU.
+        launch: The framework's launch function.
+        transpose: Whether the taps are flipped.
+
+    Returns:
+        y in x's shape.
+    """
+    kernel_size = taps[0].shape[0]
+    base, *bands = taps
+    sizes = [_means_shape(shape, level) for level in range(len(bands))]
+
+    def level(number: int, image: AnyArray, below: Sequence[AnyArray]) -> list[AnyArray]:
+        # The second level's image is x itself.
+        halved = number == 1
+        lows = halved and len(sizes) > 2
+        about = {"base": number == 0, "below": len(below), "halved": halved, "lows": lows}
+        n, h, w, c = size = sizes[number]
+        variant = planned(size, kernel_size, device, **about)
+        programs = variant.programs(size, device)
+        arguments = [image, *[base] * (number == 0), bands[number], *below]
+        arguments += [*[bias] * (number == 0), n, c, *(shape[1:3] if halved else (h, w))]
+        arguments += [programs, int(transpose)]
+        outputs = [(each, "float32") for each in (size, *sizes[2:3] * lows)]
+        return launch(variant.compiled(), arguments, outputs, programs * cdiv(c, _CHUNK))
+
+    below: list[AnyArray] = []
+    if len(sizes) > 1:
+        second, *lows = level(1, x, [])
+        images = [*lows, *(means(lows[0], sizes[2:], launch) if lows else [])]
+        deeper: list[AnyArray] = []
+        for number in reversed(range(2, len(sizes))):
+            deeper = level(number, images[number - 2], deeper)
+        below = [second, *deeper]
+    return level(0, x, below)[0]
+
+
+def means(
+    x: AnyArray, sizes: Sequence[tuple[int, ...]], launch: Launch[AnyArray]
+) -> list[AnyArray]:
+    """The means of the squares of two rows and columns, of their squares, and so on.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`, float32.
+        sizes: Their shape, and those of the means of each level.
+        launch: The framework's launch function.
+
+    Returns:
+        An array a level.
+    """
+    found, image = [], x
+    for level in range(0, len(sizes) - 1, 2):
+        n, h, w, c = sizes[level]
+        below = sizes[level + 1 : level + 3]
+        vector, side = math.gcd(4, c), len(below)
+        macros = ("VECTOR", vector), ("TWICE", side - 1)
+        kernel = Kernel(_FOLDER / "bands_means.cu", "bands_means", macros, _MEANS_THREADS, 0)
+        places = n * cdiv(h, 2 * side) * cdiv(w, 2 * side)
+        blocks = cdiv(places * (c // vector), _MEANS_THREADS)
+        outputs = [(size, "float32") for size in below]
+        found += launch(kernel, [image, n, c, h, w], outputs, blocks)
+        image = found[-1]
+    return found
+
+
+def _means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:
+    """The shape of the means of squares of 2**level rows and columns."""
+    n, h, w, c = shape
+    return n, cdiv(h, 2**level), cdiv(w, 2**level), c
