@@ -20,6 +20,7 @@ _ROOMS = {
         "multiply",
         "pool",
         "prune",
+        "subtract",
         "union",
         "unpool",
     ),

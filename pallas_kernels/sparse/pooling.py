@@ -245,6 +245,21 @@ def add(first: Voxels, second: Voxels) -> Voxels:
     return _combined(operator.add, first, second)
 
 
+def subtract(first: Voxels, second: Voxels) -> Voxels:
+    """The difference of features of the same voxels in the same order.
+
+    Raises:
+        ValueError: As `add`.
+
+    Example:
+        >>> from pallas_kernels.sparse.voxels import from_coords
+        >>> one, other = (from_coords([[0, 1]], [[value]]) for value in (3.0, 1.0))
+        >>> subtract(one, other).features.tolist()
+        [[2.0]]
+    """
+    return _combined(operator.sub, first, second)
+
+
 def multiply(first: Voxels, second: Voxels) -> Voxels:
     """The product of features of the same voxels in the same order.
 

@@ -20,6 +20,7 @@ from pallas_kernels.sparse import (
     multiply,
     pool,
     prune,
+    subtract,
     union,
     unpool,
 )
@@ -139,7 +140,7 @@ def test_union():
 
 
 def test_arithmetic():
-    for function, want in ((add, 3), (multiply, 2)):
+    for function, want in ((add, 3), (subtract, -1), (multiply, 2)):
         one = from_coords([[0, 1], [0, 5]], [[1.0], [1.0]])
         other = from_coords([[0, 1], [0, 5]], [[2.0], [2.0]])
         assert function(one, other).features.tolist() == [[want], [want]]
