@@ -8,12 +8,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+from scipy.special import betaincinv
 
 from flash_wtconv_jax.train.images.settings import Augment, Data
 
 _ERASED_AREA = (0.02, 1 / 3)
 _ERASED_RATIO = (0.3, 1 / 0.3)
+_QUANTILES = 4096
+"""Intervals between the quantiles of a distribution that are in a table."""
 
 
 def normalised(images: ArrayLike, data: Data) -> jax.Array:
@@ -81,10 +85,10 @@ def _mixed(
     which, mixup_key, cutmix_key, place = jax.random.split(key, 4)
     other_images, other_targets = images[::-1], targets[::-1]
     if settings.mixup:
-        share = jax.random.beta(mixup_key, settings.mixup, settings.mixup)
+        share = _beta(mixup_key, settings.mixup)
         blend = share * images + (1 - share) * other_images
     if settings.cutmix:
-        kept = jax.random.beta(cutmix_key, settings.cutmix, settings.cutmix)
+        kept = _beta(cutmix_key, settings.cutmix)
         inside = _rectangle(place, (images.shape[1], images.shape[2]), jnp.sqrt(1 - kept))
         pasted = jnp.where(inside[None, :, :, None], other_images, images)
         kept = 1 - inside.mean()
@@ -97,6 +101,21 @@ def _mixed(
     else:
         images, share = pasted, kept
     return images, share * targets + (1 - share) * other_targets
+
+
+def _beta(key: jax.Array, parameter: float) -> jax.Array:
+    """A number between 0 and 1 of the distribution Beta(parameter, parameter).
+
+    It is looked up: `jax.random.beta` draws until it may keep a number, and after each draw a GPU
+    waits for the host.
+    """
+    table = jnp.asarray(
+        betaincinv(parameter, parameter, np.linspace(0, 1, _QUANTILES + 1)), jnp.float32
+    )
+    at = jax.random.uniform(key) * _QUANTILES
+    below = jnp.minimum(at.astype(jnp.int32), _QUANTILES - 1)
+    lower, upper = table[below], table[below + 1]
+    return lower + (at - below) * (upper - lower)
 
 
 def _rectangle(key: jax.Array, shape: tuple[int, int], side: jax.Array) -> jax.Array:

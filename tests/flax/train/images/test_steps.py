@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from flash_wtconv_jax.train import loop
 from flash_wtconv_jax.train.images import augment, optimizers
@@ -60,6 +61,23 @@ def test_cutmix_pastes_one_rectangle_and_counts_it():
         np.testing.assert_allclose(targets[0, 0], 1 - pasted.mean(), rtol=1e-5)
         others = np.asarray(IMAGES[::-1])[:, pasted]
         np.testing.assert_array_equal(np.asarray(images)[:, pasted], others)
+
+
+@pytest.mark.parametrize("parameter", [0.2, 0.8, 1.0, 4.0])
+def test_shares_are_of_the_beta_distribution(parameter):
+    keys = jax.random.split(jax.random.key(0), 20000)
+    shares = np.asarray(jax.vmap(lambda key: augment._beta(key, parameter))(keys))
+    assert shares.min() >= 0 and shares.max() <= 1
+    np.testing.assert_allclose(shares.mean(), 0.5, atol=0.01)
+    np.testing.assert_allclose(shares.var(), 1 / (8 * parameter + 4), rtol=0.03)
+    below = scipy.stats.beta(parameter, parameter).cdf(0.1)
+    np.testing.assert_allclose((shares < 0.1).mean(), below, atol=0.01)
+
+
+def test_no_loop_of_augmentation_waits_for_the_host():
+    every = Augment(flip=0.5, erasing=0.25, mixup=0.8, cutmix=1.0)
+    program = jax.make_jaxpr(lambda key: augment.augmented(key, IMAGES, TARGETS, every))
+    assert "while" not in str(program(jax.random.key(0)))
 
 
 PARAMS = {
