@@ -576,7 +576,7 @@ def _large(dtype: str) -> Iterator[_Group]:
 
 def _glass(width: int, height: int) -> np.ndarray:
     """A picture `[1, H, W, 3]`, of panes that repeat."""
-    glass = drawn_glass()
+    glass = drawn_glass(128)
     times = (-(-side // len(glass)) for side in (height, width))
     return np.tile(glass, (*times, 1))[None, :height, :width]
 
