@@ -94,7 +94,7 @@ def parts(platform: str) -> list[Part]:
     found += [part("sparse", "sparse", "--minutes", "6")]
     found += [
         part(f"stylize_{work}", "stylize", "--work", work)
-        for work in ("norm", "layer", "network", "ladder", "training", "style_vit")
+        for work in ("norm", "layer", "network", "ladder", "training", "style_vit", "large")
     ]
     found += [
         part(f"compile_{i}", "compile", *(w for name in names for w in ("--program", name)))

@@ -1,5 +1,6 @@
 """`flash-wtconv bench stylize`: the norm, its layers and whole networks of style transfer."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,6 +23,8 @@ from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import check_dtype
 from flash_wtconv_jax.models import StyleViT, TransformerNet
+from flash_wtconv_jax.stylize.stained_glass import drawn as drawn_glass
+from flash_wtconv_jax.stylize.stylizer import STAINED_GLASS, Stylizer
 from pallas_kernels.common import device
 from pallas_kernels.common.types import Json, Keywords, Tree
 from pallas_kernels.conv2d import baseline_jax as plain_conv2d
@@ -38,7 +41,7 @@ from pallas_kernels.stylize.convolution.shapes import SHAPES as LAYERS
 from pallas_kernels.stylize.problem import Problem as NormProblem
 from pallas_kernels.stylize.shapes import SHAPES as NORMS
 
-WORKS = ("norm", "layer", "network", "ladder", "training", "style_vit")
+WORKS = ("norm", "layer", "network", "ladder", "training", "style_vit", "large")
 """The kinds of what is timed, see `run`."""
 
 GROUP = "flash_wtconv.bench.stylize"
@@ -55,6 +58,9 @@ _STYLE = 256
 _SCORES = 2**33
 """The most bytes of attention's scores: in float32, which no kernel fuses, they exist."""
 _HEADS = {"nano": 3, "tiny": 3, "small": 6, "base": 12}
+_LARGE = (12_000, 9_000), (3_072, 2_304), 1024
+"""Width and height of a picture by tiles, and of one that is computed whole too; a tile's side."""
+_LARGE_ON_A_CPU = (96, 72), (72, 64), 64
 
 
 class RegisteredContender(Protocol):
@@ -129,6 +135,9 @@ def run(
     - "ladder": the steps in float32, behind them the whole in each dtype.
     - "training": steps with Adam on the mean square that the network's output is off its input.
     - "style_vit": StyleViT of every size beside TransformerNet.
+    - "large": a picture of 12,000 x 9,000 pixels by tiles, from the host's memory to the host's.
+      `peak` is the most bytes in use on the device, if no work before had more, and `off` the most
+      that a smaller picture by tiles is off the same computed whole, of 255.
 
     Networks of other packages, which register under `GROUP`, stand beside them: PyTorch's.
 
@@ -179,7 +188,8 @@ def run(
         for group in groups():
             label = " ".join(str(group.head[key]) for key in ("work", "name", "dtype", "direction"))
             step = progress(label, clock.turns(len(group.programs)))
-            times = clock.take_turns({who: one.call for who, one in group.programs.items()}, step)
+            calls = {who: one.call for who, one in group.programs.items()}
+            times = clock.take_turns(calls, step) if calls else {}
             report["rows"] += _rows(group, times)
         report["left"].remove(job)
         keep(report)
@@ -261,6 +271,8 @@ def _jobs(
 ) -> dict[str, Callable[[], Iterator[_Group]]]:
     """Everything that is timed, by its name; each group is compiled when it is its turn."""
     found: dict[str, Callable[[], Iterator[_Group]]] = {}
+    if "large" in works:  # Before what takes more memory.
+        found |= {f"large {dtype}": partial(_large, dtype) for dtype in dtypes}
     for work, own in (("norm", _norm), ("layer", _layer)):
         known: Mapping[str, Any] = NORMS if work == "norm" else LAYERS
         if work in works:
@@ -539,6 +551,39 @@ def _style_vit(size: int, batch: int, dtype: str) -> Iterator[_Group]:
         calls[f"StyleViT {name}"] = infer, own, images, style
     head = _head("style_vit", size, batch, dtype, "forward")
     yield _Group(head, "TransformerNet", _programs(calls), others)
+
+
+def _large(dtype: str) -> Iterator[_Group]:
+    """A large picture by tiles, timed by the host, the second time that it is computed."""
+    large, smaller, tile = _LARGE_ON_A_CPU if device.on_cpu() else _LARGE
+    by_tiles = Stylizer([STAINED_GLASS], dtype=dtype, tile=tile)
+    pixels = _glass(*large)
+    before = _most_in_use()
+    for _ in range(2):
+        begin = time.perf_counter()
+        by_tiles.start(pixels)()
+        seconds = time.perf_counter() - begin
+    peak = _most_in_use()
+    pixels = _glass(*smaller)
+    whole = Stylizer([STAINED_GLASS], dtype=dtype).start(pixels)()
+    off = int(np.abs(by_tiles.start(pixels)().astype(int) - whole).max())
+    head: Json = {"work": "large", "name": f"{large[0]} x {large[1]}", "dtype": dtype}
+    head |= {"direction": "forward", "off": off}
+    if peak > before:
+        head["peak"] = peak
+    yield _Group(head, "tiles", {}, {"tiles": Spread(*[1e3 * seconds] * 3)})
+
+
+def _glass(width: int, height: int) -> np.ndarray:
+    """A picture `[1, H, W, 3]`, of panes that repeat."""
+    glass = drawn_glass(128)
+    times = (-(-side // len(glass)) for side in (height, width))
+    return np.tile(glass, (*times, 1))[None, :height, :width]
+
+
+def _most_in_use() -> int:
+    """The most bytes that have been in use on the device; 0 where it does not tell."""
+    return int((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0))
 
 
 def _head(work: str, size: int, batch: int, dtype: str, direction: str) -> Json:

@@ -224,8 +224,8 @@ def stylize(
     work: Annotated[
         list[str] | None,
         typer.Option(
-            help="norm, layer, network, ladder, training or style_vit; several are allowed. "
-            "Default: all."
+            help="norm, layer, network, ladder, training, style_vit or large; several are "
+            "allowed. Default: all."
         ),
     ] = None,
     shape: Annotated[
@@ -833,20 +833,23 @@ def _stylize_table(report: Json) -> "Table":
     table = Table(
         title=f"style transfer, {report['device']['kind']}",
         caption=f"median ms (least-greatest) by {_clock(report)}; x: speed over the section's "
-        "baseline; memory: temporaries in MB; copy: times that of a copy",
+        "baseline; memory: temporaries in MB, of large pictures all; copy: times that of a copy; "
+        "off: of tiles, of 255",
     )
     table.add_column("", no_wrap=True)
-    for heading in ("ms", "x", "memory", "copy"):
+    for heading in ("ms", "x", "memory", "copy", "off"):
         table.add_column(heading, justify="right", no_wrap=heading != "ms")
     title = "{work}, {name}, {dtype}, {direction}; over {baseline}"
     for row in _in_sections(table, report["rows"], title):
         if "why_not" in row:
             table.add_row(row["contender"], row["why_not"])
             continue
-        memory = f"{row['temporaries'] / 1e6:,.1f}" if "temporaries" in row else ""
+        used = row.get("temporaries", row.get("peak"))
+        memory = "" if used is None else f"{used / 1e6:,.1f}"
         speed = _speed(row) if "speedup" in row else ""
         copy = f"{row['over_copy']:.2f}" if "over_copy" in row else ""
-        table.add_row(row["contender"], _times(row), speed, memory, copy)
+        off = str(row.get("off", ""))
+        table.add_row(row["contender"], _times(row), speed, memory, copy, off)
     return table
 
 

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flash_wtconv_jax.functional.conv2d import prepared
 from flash_wtconv_jax.models.transformer_net import TransformerNet
 from flash_wtconv_jax.nnx import Conv2d, InstanceNorm
+from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.conv2d import conv2d
 
 
 class Moments(NamedTuple):
@@ -38,18 +41,26 @@ class Stage(NamedTuple):
     doubled: bool = False
 
     def raw(self, x: jax.Array) -> jax.Array:
-        """The convolution's output, not normalised."""
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2) if self.doubled else x)
+        """The convolution's output, not normalised, without the bias that a norm would cancel."""
+        if self.norm is None:
+            return self.conv(x)
+        x, kernel, window = prepared(self.conv, x, self.conv.kernel[...], None)
+        return conv2d(x, kernel, upsample=2 if self.doubled else 1, **window)
 
-    def normalised(self, y: jax.Array, moments: Moments) -> jax.Array:
-        """An output of `raw` by the given statistics, in its dtype; that of the last as it is."""
+    def normalised(
+        self, y: jax.Array, moments: Moments, residual: jax.Array | None = None
+    ) -> jax.Array:
+        """An output of `raw` by the given statistics: a ReLU behind, or a residual added.
+
+        It is rounded once, to y's dtype, as the operators round theirs.
+        """
         norm = self.norm
-        if norm is None or norm.scale is None or norm.bias is None:
-            return y
-        # In the order and the dtypes of `nnx.InstanceNorm`, so that 16 bits round alike.
-        scale, bias = norm.scale[...].astype(y.dtype), norm.bias[...].astype(y.dtype)
-        factor = jax.lax.rsqrt(moments.var + norm.epsilon) * scale
-        return ((y - moments.mean) * factor + bias).astype(y.dtype)
+        assert norm is not None and norm.scale is not None and norm.bias is not None
+        wide = accumulation_dtype(y.dtype)
+        factor = jax.lax.rsqrt(moments.var + norm.epsilon) * norm.scale[...]
+        z = (y.astype(wide) - moments.mean) * factor + norm.bias[...]
+        z = nnx.relu(z) if residual is None else z + residual.astype(wide)
+        return z.astype(y.dtype)
 
 
 def head(model: TransformerNet) -> list[Stage]:
@@ -105,20 +116,20 @@ def with_average(
     averages = iter(before or ())
     kept: list[Moments] = []
 
-    def normalised(stage: Stage, x: jax.Array) -> jax.Array:
+    def normalised(stage: Stage, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
         y = stage.raw(x)
         own = moments_of(y)
         if before is not None:
             old = next(averages)
             own = Moments(*(a + weight * (b - a) for a, b in zip(old, own, strict=True)))
         kept.append(own)
-        return stage.normalised(y, own)
+        return stage.normalised(y, own, residual)
 
     for stage in head(model):
-        x = nnx.relu(normalised(stage, x))
+        x = normalised(stage, x)
     for first, second in trunk(model):
-        x = x + normalised(second, nnx.relu(normalised(first, x)))
+        x = normalised(second, normalised(first, x), x)
     *stages, last = tail(model)
     for stage in stages:
-        x = nnx.relu(normalised(stage, x))
+        x = normalised(stage, x)
     return last.raw(x), kept

@@ -174,7 +174,7 @@ def _tile(
     """
     stages = nnx.merge(graphdef, state)[: len(known) + 1]
     for stage, moments in zip(stages[:-1], known, strict=True):
-        x = nnx.relu(stage.normalised(stage.raw(x), moments))
+        x = stage.normalised(stage.raw(x), moments)
     y = stages[-1].raw(x)
     # A window that ends with the picture may lack pixels that a multiple of 4 would have.
     beyond = [-length % factor for length in y.shape[1:3]]
@@ -225,6 +225,5 @@ def _normalised(
     moments: Moments,
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """A stage's output by its statistics: a ReLU behind, or added to what a block was given."""
-    y = nnx.merge(graphdef, state).normalised(y, moments)
-    return nnx.relu(y) if residual is None else residual + y
+    """A stage's output by its statistics, perhaps added to what a block was given."""
+    return nnx.merge(graphdef, state).normalised(y, moments, residual)

@@ -58,6 +58,8 @@ def read_layers(path: Path) -> Layers:
         OSError: If it cannot be read.
     """
     keras = path.suffix in (".h5", ".hdf5")
+    if not keras and path.suffix not in (".pth", ".pt", ".safetensors", ".tar"):
+        raise ValueError(f"{path}: expected torchvision's .pth, .safetensors, or Keras' .h5")
     found = _of_keras(path) if keras else _of_torchvision(path)
     shapes = [kernel.shape for kernel, _ in found]
     expected = [(3, 3, *sizes) for sizes in _sizes()]

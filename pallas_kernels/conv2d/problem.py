@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from pallas_kernels.common.types import Dtype, Json, Pair
-from pallas_kernels.dispatch.backend import size_distance
+from pallas_kernels.dispatch.backend import dtype_distance, size_distance
 
 Each = TypeVar("Each")
 
@@ -173,13 +173,12 @@ class Problem(NamedTuple):
         window = self.window._asdict()
         # JSON has lists for tuples.
         told = {"upsample": 1} | measured.get("window", {})
-        comparable = str(self.dtype) == measured["dtype"] and all(
-            _as_json(window[name]) == value for name, value in told.items()
-        )
+        comparable = all(_as_json(window[name]) == value for name, value in told.items())
         if not comparable or not isinstance(self.features, int):
             return math.inf
         return (
             size_distance(self.shape, measured["shape"])
+            + dtype_distance(self.dtype, measured["dtype"])
             + abs(math.log2(self.features) - math.log2(measured.get("features", self.features)))
             + abs(self.kernel_height - measured.get("kernel_height", self.kernel_height))
             + abs(self.kernel_width - measured.get("kernel_width", self.kernel_width))

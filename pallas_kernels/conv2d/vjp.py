@@ -115,7 +115,12 @@ class Plan(NamedTuple):
         )
 
     def rows_as_one(
-        self, window: Window, filters: tuple[int, ...], dtype: jnp.dtype, *arrays: jax.Array
+        self,
+        window: Window,
+        filters: tuple[int, ...],
+        dtype: jnp.dtype,
+        *arrays: jax.Array,
+        forward: bool = False,
     ) -> bool:
         """Whether a row of taps is multiplied as one.
 
@@ -125,13 +130,14 @@ class Plan(NamedTuple):
             dtype: The dtype of images and filters.
             *arrays: What is multiplied. Unasked, nothing that lies on a mesh of Explicit axes is:
                 what becomes channels or features may be split there.
+            forward: Whether the output is computed, and not a gradient.
         """
         if self.whole_rows is not None:
             return self.whole_rows
         if any(map(sharding.lies_on_a_mesh, arrays)):
             return False
-        ours = not self.module.DIFFERENTIABLE
-        return whole_rows.unasked(window, window.filters(filters), dtype, ours=ours)
+        rounds = forward and self.module.DIFFERENTIABLE
+        return whole_rows.unasked(window, window.filters(filters), dtype, rounds=rounds)
 
     def static_kwargs(self, window: Window) -> dict[str, object]:
         """The keyword arguments of every function of an implementation, for a window."""
@@ -434,7 +440,7 @@ def _forward(
         static["moments"] = True
 
     def run(window: Window, x: jax.Array, w: jax.Array, bias: jax.Array | None) -> Tree:
-        rows = plan.rows_as_one(window, w.shape, x.dtype, x, w)
+        rows = plan.rows_as_one(window, w.shape, x.dtype, x, w, forward=True)
         whole = partial(whole_rows.forward, kernel) if rows else kernel
         return whole(window, x, w, bias, **static)
 

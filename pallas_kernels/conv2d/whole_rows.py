@@ -67,29 +67,30 @@ def offered(problem: Problem) -> list[Json]:
     filters = problem.kernel_height, problem.kernel_width, problem.shape[-1], problem.features
     if not _possible(problem.window, filters):
         return []
-    return [{NAME: not unasked(problem.window, filters, problem.dtype, ours=True)}]
+    return [{NAME: not unasked(problem.window, filters, problem.dtype, rounds=False)}]
 
 
 def unasked(
-    window: Window, filters: tuple[int, int, int, int], dtype: DTypeLike, *, ours: bool
+    window: Window, filters: tuple[int, int, int, int], dtype: DTypeLike, *, rounds: bool
 ) -> bool:
     """Whether this form is taken where nothing was measured: for long rows of taps, on a GPU.
 
-    cuDNN writes what it reads in 16 bits, and the sums of a row's taps need more.
+    cuDNN writes what it reads in 16 bits, and the sums of a row's taps need more. No gradient sums
+    what was written.
 
     Args:
         window: The window.
         filters: `(HF, WF, C / groups, NF)`.
         dtype: The dtype of images and filters.
-        ours: Whether a kernel of ours multiplies, and not XLA.
+        rounds: Whether XLA computes an output, and so rounds what is multiplied to the dtype.
 
     Example:
         >>> with jax.default_device(jax.devices("cpu")[0]):
-        ...     unasked(Window(), (9, 9, 3, 32), "bfloat16", ours=True)
+        ...     unasked(Window(), (9, 9, 3, 32), "bfloat16", rounds=False)
         False
     """
     _, taps, channels, features = filters
-    narrow = jnp.dtype(dtype).itemsize == 2 and channels > features and not ours
+    narrow = jnp.dtype(dtype).itemsize == 2 and channels > features and rounds
     return _possible(window, filters) and taps >= _LONG and platform() == "gpu" and not narrow
 
 

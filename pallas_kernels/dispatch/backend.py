@@ -124,3 +124,22 @@ def size_distance(shape: Sequence[int], measured: Sequence[int]) -> float:
             (shape[-1], measured[-1]),
         )
     )
+
+
+def dtype_distance(dtype: Dtype, measured: str) -> float:
+    """The distance of two dtypes for kernels that take float16 and bfloat16 alike.
+
+    Both are as many bytes and as many products a second, so that what was measured of one says who
+    is the fastest for the other, unless that was measured too.
+
+    Args:
+        dtype: The dtype of a call.
+        measured: The name of the measured dtype.
+
+    Example:
+        >>> [dtype_distance("float16", name) for name in ("float16", "bfloat16", "float32")]
+        [0.0, 0.5, inf]
+    """
+    if str(dtype) == measured:
+        return 0.0
+    return 0.5 if {str(dtype), measured} == {"float16", "bfloat16"} else math.inf

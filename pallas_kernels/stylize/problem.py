@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pallas_kernels.common.refusals import unsupported_sizes
 from pallas_kernels.common.types import Dtype, Json
-from pallas_kernels.dispatch.backend import size_distance
+from pallas_kernels.dispatch.backend import dtype_distance, size_distance
 
 
 class Problem(NamedTuple):
@@ -36,10 +36,12 @@ class Problem(NamedTuple):
             >>> problem.distance({"shape": [1, 64, 64, 64], "dtype": "bfloat16", "residual": True})
             2.0
         """
-        if str(self.dtype) != measured["dtype"]:
-            return math.inf
         reads = self.residual != measured.get("residual", self.residual)
-        return size_distance(self.shape, measured["shape"]) + reads
+        return (
+            size_distance(self.shape, measured["shape"])
+            + dtype_distance(self.dtype, measured["dtype"])
+            + reads
+        )
 
     def unsupported(self, dtypes: Sequence[str]) -> list[str]:
         """The reasons why kernels of ours refuse this problem, a phrase each.

@@ -106,7 +106,8 @@ def apply(
     a = tl.load(scale + of_image + c, mask=inside, other=0.0)
     b = tl.load(bias + of_image + c, mask=inside, other=0.0)
     for r in range(rounds):
-        at, known = _tile(group, start + r * PX, HW, c, inside, C, PX, BC)
+        # All programs run at once, so that the last rounds of each are the likeliest.
+        at, known = _tile(group, start + (rounds - 1 - r) * PX, HW, c, inside, C, PX, BC)
         _apply(x, residual, y, at, known, centre, offset, inverse, a, b, RELU, ADD)
 
 
@@ -311,7 +312,8 @@ def apply_gradients(
         tl.store(dscale + of_image + c, correlated, mask=inside)
     mean, covariance = summed / HW, correlated / HW
     for r in range(rounds):
-        at, known = _tile(group, (s * rounds + r) * PX, HW, c, inside, C, PX, BC)
+        # Backwards, as `apply` does.
+        at, known = _tile(group, (s * rounds + rounds - 1 - r) * PX, HW, c, inside, C, PX, BC)
         n, g = _gradient(x, residual, dy, at, known, centre, offset, inverse, a, b, RELU, ADD)
         _store_gradients(n, g, inverse * a, mean, covariance, at, known, dx, dresidual, RELU, ADD)
 

@@ -606,9 +606,24 @@ def styles(monkeypatch):
     monkeypatch.setattr(stylize, "_VITS", ())
     monkeypatch.setattr(stylize, "_registered", lambda: [])
 
+    class Stylizer:
+        """Tiles of which are one off."""
+
+        def __init__(self, styles, dtype, tile=None):
+            self.off = tile is not None
+
+        def start(self, pixels):
+            return lambda: pixels // 2 + self.off
+
+    monkeypatch.setattr(stylize, "Stylizer", Stylizer)
+    used = iter((5, 3_600_000))
+    monkeypatch.setattr(stylize, "_most_in_use", lambda: next(used))
+
 
 @pytest.mark.usefixtures("styles")
-@pytest.mark.parametrize("works", [["norm", "ladder"], pytest.param(stylize.WORKS, marks=WIDE)])
+@pytest.mark.parametrize(
+    "works", [["norm", "ladder", "large"], pytest.param(stylize.WORKS, marks=WIDE)]
+)
 def test_style_transfer(works, tmp_path, monkeypatch):
     monkeypatch.setattr(stylize, "implementations", lambda name, dtype: [])
     others = {"torch eager": Spread(8.0, 8.0, 8.0), "torch compiled": "out of memory"}
@@ -624,6 +639,8 @@ def test_style_transfer(works, tmp_path, monkeypatch):
     assert {row["work"] for row in rows} == set(works)
     of = {(row["work"], row["direction"], row["contender"]): row for row in rows}
     assert of["norm", "forward", "flash"]["over_copy"] == 1.0
+    large = of["large", "forward", "tiles"]
+    assert (large["name"], large["off"], large["peak"]) == ("96 x 72", 1, 3_600_000)
     assert of["ladder", "forward", "flash float32"]["speedup"] == 4.0
     assert of["ladder", "forward", "flash float32"]["baseline"] == "torch eager float32"
     assert of["ladder", "forward", "torch compiled float32"]["why_not"] == "out of memory"

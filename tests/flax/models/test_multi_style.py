@@ -55,6 +55,17 @@ def test_a_photograph_equals_onnxruntimes(published, photograph, run):
 
 
 @pytest.mark.wide
+def test_float16_is_near_float32_on_a_photograph(published, photograph, run):
+    weights = np.stack([one_hot(3), one_hot(19)])
+    exact, half = (
+        run(models.load_multi_style(published, dtype=dtype), np.stack([photograph] * 2), weights)
+        for dtype in ("float32", "float16")
+    )
+    off = 255 * np.abs(exact - half.astype(np.float32))
+    assert off.mean() < 0.1 and (off > 1).mean() < 2e-3
+
+
+@pytest.mark.wide
 def test_weights_of_an_image_are_its_own(run):
     model = MultiStyleNet(3, contract=(4, 5, 6), blocks=1, expand=(5, 4), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)

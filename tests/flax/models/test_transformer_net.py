@@ -138,8 +138,11 @@ def torch_network(torch):
         pytest.param((16, 24), (16, 24), marks=pytest.mark.wide),
         ((17, 22), (20, 24)),
         ((5, 7), (8, 8)),
+        pytest.param((64, 64), (64, 64), marks=pytest.mark.slow),
+        pytest.param((63, 65), (64, 68), marks=pytest.mark.slow),
+        pytest.param((256, 384), (256, 384), marks=pytest.mark.slow),
     ],
-    ids=["multiples of 4", "others", "smallest"],
+    ids=str,
 )
 def test_computes_what_pytorch_computes(size, output):
     torch = pytest.importorskip("torch")

@@ -9,6 +9,8 @@ from flax import nnx
 from flash_wtconv_jax.models import TransformerNet
 from flash_wtconv_jax.stylize import tiled
 from flash_wtconv_jax.stylize.network import Moments, tail, trunk
+from flash_wtconv_jax.stylize.stained_glass import drawn
+from flash_wtconv_jax.stylize.stylizer import STAINED_GLASS, Stylizer
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +43,16 @@ def test_what_cannot_be_tiled_is_said(model):
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float16"])
-def test_tiles_of_16_bits_are_as_exact_as_the_whole(model, dtype):
-    picture = np.random.default_rng(0).integers(0, 256, (101, 131, 3), np.uint8)
-    reduced = TransformerNet(dtype=dtype, rngs=nnx.Rngs(0))
-    nnx.update(reduced, nnx.state(model))
-    x = jnp.asarray(picture, jnp.float32)[None]
-    exact, whole = (
-        np.asarray(nnx.jit(lambda m, x: m(x))(m, x), np.float32)[0, :101, :131]
-        for m in (model, reduced)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_tiles_of_16_bits_are_the_whole_but_for_one_of_255(dtype):
+    """They round where the whole does; in bfloat16 that is ten off float32 in places."""
+    picture = drawn(128)[None, :101]
+    whole, by_tiles = (
+        Stylizer([STAINED_GLASS], dtype=dtype, tile=tile).start(picture)().astype(int)
+        for tile in (None, 64)
     )
-    by_tiles = tiled.tiled(reduced, picture, 64)
-    errors = [np.sqrt(np.square(one - exact).mean()) for one in (by_tiles, whole)]
-    # Three drawn networks gave 1.09 to 1.10: XLA fuses less across tiles, and rounds between.
-    assert errors[0] <= 1.2 * errors[1]
-    if dtype == "float16":
-        assert np.abs(by_tiles - whole).max() <= np.ptp(exact) / 255
+    assert np.ptp(whole) > 200
+    assert np.abs(by_tiles - whole).max() <= 1
 
 
 @pytest.mark.wide

@@ -82,6 +82,8 @@ def test_files_of_something_else_are_refused(tmp_path):
     (tmp_path / "text.h5").write_text("text")
     with pytest.raises(OSError, match=r"text\.h5 cannot be read"):
         vgg.read_layers(tmp_path / "text.h5")
+    with pytest.raises(ValueError, match=r"text\.txt: expected torchvision's \.pth"):
+        vgg.read_layers(tmp_path / "text.txt")
     with pytest.raises(FileNotFoundError, match=r"none\.h5 does not exist"):
         vgg.read_layers(tmp_path / "none.h5")
     tensors = {"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)}

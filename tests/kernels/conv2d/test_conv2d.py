@@ -251,21 +251,36 @@ def test_rows_of_taps_are_multiplied_as_one(case, monkeypatch):
 def test_long_rows_of_taps_are_one_on_a_gpu_unasked(monkeypatch):
     first, last, short, many = (9, 9, 3, 32), (9, 9, 32, 3), (3, 3, 3, 32), (9, 9, 32, 32)
     which = [
-        (filters, dtype, ours)
+        (filters, dtype, rounds)
         for filters in (first, last, short, many)
         for dtype in ("bfloat16", "float32")
-        for ours in (True, False)
+        for rounds in (True, False)
     ]
 
     def taken():
-        found = (whole_rows.unasked(Window(), filters, dt, ours=o) for filters, dt, o in which)
+        found = (whole_rows.unasked(Window(), filters, dt, rounds=r) for filters, dt, r in which)
         return {one for one, taken in zip(which, found, strict=True) if taken}
 
     assert taken() == set()
     monkeypatch.setattr(whole_rows, "platform", lambda: "gpu")
     # cuDNN writes 16 bits, which the sums of a row's taps are too many for.
     ends = {one for one in which if one[0] in (first, last)}
-    assert taken() == ends - {(last, "bfloat16", False)}
+    assert taken() == ends - {(last, "bfloat16", True)}
+
+
+def test_gradients_of_the_last_layer_take_rows_as_one_on_a_gpu(monkeypatch):
+    """In 16 bits, too, where XLA's output does not."""
+    monkeypatch.setattr(whole_rows, "platform", lambda: "gpu")
+    x, w = jnp.ones((1, 9, 9, 32), "bfloat16"), jnp.ones((9, 9, 32, 3), "bfloat16")
+    run = partial(conv2d, padding="reflect", implementation="xla")
+
+    def taps(function):
+        text = jax.jit(function).lower(x, w).as_text()
+        return [name for name in ("9x9x", "9x1x") if f"tensor<{name}" in text]
+
+    assert taps(run) == ["9x9x"]
+    gradients = jax.jit(lambda x, w: jax.vjp(run, x, w)[1](jnp.ones((1, 9, 9, 3), "bfloat16")))
+    assert taps(gradients)[-1] == "9x1x"
 
 
 def test_rows_of_taps_are_multiplied_as_one_where_it_is_faster(monkeypatch):

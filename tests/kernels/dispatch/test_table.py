@@ -86,6 +86,14 @@ def test_only_the_same_operator_direction_and_dtype_compare(write):
         assert fastest(IMAGE._replace(**symbolic)) is None
 
 
+def test_either_dtype_of_16_bits_says_who_is_fast_in_the_other(write):
+    half = IMAGE._replace(dtype="float16")
+    write(entry("wide"), entry("brain", IMAGE._replace(dtype="bfloat16")))
+    assert (fastest(IMAGE), fastest(half)) == ("wide", "brain")
+    write(entry("brain", IMAGE._replace(dtype="bfloat16")), entry("half", half))
+    assert fastest(half) == "half"
+
+
 @pytest.mark.parametrize(
     ("call", "want"),
     [
@@ -260,13 +268,13 @@ DEEP = {"x": (2, 32, 32, 1280), "w": (3, 3, 1280, 1280)}
         (DEEP, ("mosaic_gpu", "xla")),
         (DEEP | {"x": (7, 30, 40, 1280)}, ("mosaic_gpu", "xla")),
         (NARROW | {"padding": "reflect"}, ("mosaic_gpu", "xla")),
+        (NARROW | {"dtype": "float16"}, ("mosaic_gpu", "mosaic_gpu")),
         # What nothing like it was measured of goes by the rule.
         (NARROW | {"stride": 2}, ("xla", "xla")),
         (NARROW | {"stride": (1, 2)}, ("xla", "xla")),
         (NARROW | {"dilation": 2}, ("xla", "xla")),
         (NARROW | {"w": (3, 3, 8, 320), "groups": 2}, ("xla", "xla")),
         (NARROW | {"dtype": "float32"}, ("xla", "xla")),
-        (NARROW | {"dtype": "float16"}, ("xla", "xla")),
         (
             {"x": (2, 16, 128, 128), "w": (320, 16, 3, 3), "layout": "nchw_fchw"},
             ("xla", "xla"),
