@@ -110,7 +110,7 @@ def load(path: Path) -> Trained:
     if without or not model.config.num_classes:
         raise ValueError(f"{path} is a network without a head, which tells no classes")
     count, channels = model.config.num_classes, model.config.in_channels
-    near = [folder / IMAGES for folder in (path, *list(path.absolute().parents)[:2])]
+    near = [folder / IMAGES for folder in (path, *list(path.absolute().parents)[:3])]
     file = next((one for one in near if path.is_dir() and one.is_file()), None)
     if file is None:
         data = Data() if channels == 3 else Data(channels=channels, mean=(0.5,), std=(0.5,))
