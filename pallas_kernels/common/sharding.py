@@ -245,8 +245,8 @@ def without_channels(out_sharding: OutSharding, ndim: int) -> OutSharding:
     """A stated sharding of an array of so many axes, but with its last axis whole.
 
     Example:
-        >>> without_channels(jax.P("data", None, None, "model"), 4)
-        PartitionSpec('data', None, None)
+        >>> tuple(without_channels(jax.P("data", None, None, "model"), 4))
+        ('data', None, None)
     """
     if isinstance(out_sharding, NamedSharding):
         return NamedSharding(out_sharding.mesh, jax.P(*out_sharding.spec[: ndim - 1]))
@@ -262,9 +262,11 @@ def placed(x: jax.Array, out_sharding: OutSharding) -> jax.Array:
     """
     if out_sharding is None:
         return x
-    named = isinstance(out_sharding, NamedSharding)
-    mesh = out_sharding.mesh if named else jax.sharding.get_abstract_mesh()
-    stated = out_sharding if named else NamedSharding(mesh, out_sharding)
+    if isinstance(out_sharding, NamedSharding):
+        stated = out_sharding
+    else:
+        stated = NamedSharding(jax.sharding.get_abstract_mesh(), out_sharding)
+    mesh = stated.mesh
     if _sizes(mesh, AxisType.Explicit):
         x = jax.sharding.reshard(x, _on(mesh, stated.spec))
     return jax.lax.with_sharding_constraint(x, stated) if _sizes(mesh, AxisType.Auto) else x

@@ -269,7 +269,7 @@ def predict_masks(
             pixels = decoding.resized(image, (small[0] * stride, small[1] * stride))
             array = decoding.pixels_of(pixels, trained.data.channels)
         except Exception as error:  # Pillow raises whatever it stumbles over.
-            on_broken(f"{path}: {error}")
+            on_broken(f"{path}: {decoding.reason(error)}")
             continue
         classes = Image.fromarray(np.asarray(said(array[None])[0], np.uint8))
         yield Mask(path, np.asarray(classes.resize(size, Image.Resampling.NEAREST)))
