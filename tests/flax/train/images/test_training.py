@@ -410,7 +410,7 @@ def test_killed_on_two_devices_it_goes_on_with_one(data, wide, axis):
     assert_same_images(wide, out, rounding=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_two_processes_train_as_one_and_one_goes_on(data, small, undrawn):
     out = data.parent / "both"
     assert in_two_processes(resolved(data, SMALL, {"run": {"max_steps": 6}}), out) == [0, 0]
