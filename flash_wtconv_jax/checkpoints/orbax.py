@@ -67,7 +67,12 @@ def save(
         with writing(folder), ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(temporary, tree)
         if wavelet is not None:
-            (temporary / _NOTE).write_text(json.dumps({"wavelet": wavelet}) + "\n")
+            note_wavelet(temporary, wavelet)
+
+
+def note_wavelet(folder: Path, wavelet: str) -> None:
+    """Writes the file that keeps the wavelet of a checkpoint, or of all that lie in a folder."""
+    (folder / _NOTE).write_text(json.dumps({"wavelet": wavelet}) + "\n")
 
 
 def restore(folder: str | os.PathLike[str]) -> dict[str, Tree]:
@@ -171,7 +176,7 @@ def wavelet_of(folder: str | os.PathLike[str], named: str | None = None) -> str 
     """The wavelet of the layers whose variables a folder holds.
 
     Args:
-        folder: An Orbax checkpoint.
+        folder: An Orbax checkpoint, or the folder of a training or of one of its steps.
         named: What the caller takes it for, which must agree with what `save` was given.
 
     Returns:
@@ -180,8 +185,8 @@ def wavelet_of(folder: str | os.PathLike[str], named: str | None = None) -> str 
     Raises:
         ValueError: The file that keeps it is damaged, or names another wavelet than `named`.
     """
-    note = Path(folder) / _NOTE
-    if not note.is_file():
+    note = next((path / _NOTE for path in _near(Path(folder)) if (path / _NOTE).is_file()), None)
+    if note is None:
         return named
     try:
         wavelet = str(json.loads(note.read_text())["wavelet"])
@@ -193,6 +198,16 @@ def wavelet_of(folder: str | os.PathLike[str], named: str | None = None) -> str 
             "that one"
         )
     return wavelet
+
+
+def _near(folder: Path) -> list[Path]:
+    """The folders whose note is of the variables that `restore` finds in a folder."""
+    items = [path.parent for path in folder.glob(f"*/{_ITEM_MARK}")]
+    if len(items) == 1:
+        return [folder, *items]
+    # One note for all steps of a training lies beside them.
+    inside = is_checkpoint(folder) or (folder / _ITEM_MARK).is_file()
+    return [folder, *(list(folder.absolute().parents)[:2] if inside else [])]
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from flash_wtconv_jax.functional import arguments, wtconv
 from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionLike
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
 from flash_wtconv_jax.linen.parameters import parameters
-from pallas_kernels.common.sharding import OutSharding
+from pallas_kernels.common.sharding import OutSharding, placed, without_channels
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
@@ -225,11 +225,12 @@ class SeparableWTConv2d(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the wavelet convolution, then the projection.
 
         Args:
             x: Input `[*batch, H, W, channels]`.
+            out_sharding: How the output is split over a mesh, as `WTConv2d` takes it.
 
         Returns:
             `[*batch, H, W, features]` for `stride=1`.
@@ -252,8 +253,8 @@ class SeparableWTConv2d(nn.Module):
             scale_init=self.scale_init,
             implementation=self.implementation,
             name="depthwise",
-        )(x)
-        return nn.Conv(
+        )(x, without_channels(out_sharding, jnp.ndim(x)))
+        y = nn.Conv(
             self.features,
             (1, 1),
             use_bias=self.use_bias,
@@ -263,3 +264,4 @@ class SeparableWTConv2d(nn.Module):
             kernel_init=self.pointwise_init,
             name="pointwise",
         )(x)
+        return placed(y, out_sharding)

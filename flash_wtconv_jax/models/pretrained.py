@@ -83,7 +83,8 @@ def load_network(path: str | os.PathLike[str]) -> convnext.ConvNeXt:
     if not isinstance(variables, Mapping):
         raise ValueError(f"{path} holds a {type(variables).__name__}, expected arrays by name")
     # One for all steps of a training lies beside them.
-    described = [folder / CONFIG_NAME for folder in (path, path.parent) if path.is_dir()]
+    near = [path, *list(path.absolute().parents)[:2]] if path.is_dir() else []
+    described = [folder / CONFIG_NAME for folder in near]
     config_path = next((file for file in described if file.is_file()), None)
     if config_path is not None:
         maker = _constructor(config_path)

@@ -13,7 +13,7 @@ from flash_wtconv_jax.functional.arguments import ImplementationLike, PrecisionL
 from flash_wtconv_jax.functional.wtconv import default_kernel_init, default_scale_init
 from flash_wtconv_jax.nnx.parameters import Parameterised
 from pallas_kernels.common.arguments import hashable
-from pallas_kernels.common.sharding import OutSharding
+from pallas_kernels.common.sharding import OutSharding, placed, without_channels
 
 __all__ = ["SeparableWTConv2d", "WTConv1d", "WTConv2d", "WTConv3d"]
 
@@ -222,11 +222,12 @@ class SeparableWTConv2d(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, x: ArrayLike, out_sharding: OutSharding = None) -> jax.Array:
         """Apply the wavelet convolution, then the projection.
 
         Args:
             x: Input `[*batch, H, W, channels]`.
+            out_sharding: How the output is split over a mesh, as `WTConv2d` takes it.
 
         Returns:
             `[*batch, H, W, features]` for `stride=1`.
@@ -234,4 +235,5 @@ class SeparableWTConv2d(nnx.Module):
         Raises:
             ValueError: As `WTConv2d`.
         """
-        return self.pointwise(self.depthwise(x))
+        y = self.depthwise(x, without_channels(out_sharding, jnp.ndim(x)))
+        return placed(self.pointwise(y), out_sharding)

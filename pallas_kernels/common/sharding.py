@@ -241,6 +241,37 @@ def spread(rule: Rule, arrays: Sequence[jax.Array], out_sharding: object = None)
     return Spread(plain=True) if plain else _NOWHERE
 
 
+def without_channels(out_sharding: OutSharding, ndim: int) -> OutSharding:
+    """A stated sharding of an array of so many axes, but with its last axis whole.
+
+    Example:
+        >>> tuple(without_channels(jax.P("data", None, None, "model"), 4))
+        ('data', None, None)
+    """
+    if isinstance(out_sharding, NamedSharding):
+        return NamedSharding(out_sharding.mesh, jax.P(*out_sharding.spec[: ndim - 1]))
+    return jax.P(*out_sharding[: ndim - 1]) if isinstance(out_sharding, jax.P) else out_sharding
+
+
+def placed(x: jax.Array, out_sharding: OutSharding) -> jax.Array:
+    """An array that plain JAX has computed, split over a mesh as it is stated; None: as it is.
+
+    Example:
+        >>> placed(jnp.ones((8, 4)), None).shape
+        (8, 4)
+    """
+    if out_sharding is None:
+        return x
+    if isinstance(out_sharding, NamedSharding):
+        stated = out_sharding
+    else:
+        stated = NamedSharding(jax.sharding.get_abstract_mesh(), out_sharding)
+    mesh = stated.mesh
+    if _sizes(mesh, AxisType.Explicit):
+        x = jax.sharding.reshard(x, _on(mesh, stated.spec))
+    return jax.lax.with_sharding_constraint(x, stated) if _sizes(mesh, AxisType.Auto) else x
+
+
 def left_to_xla(x: jax.Array) -> bool:
     """Whether XLA splits what is computed of an array, on the Auto axes of its mesh.
 

@@ -605,7 +605,25 @@ def layers():
         y = layer(x, out_sharding=stated)
         assert y.sharding.is_equivalent_to(stated, 4)
         _assert_alike(y, layer(x), bitwise=False)
-    for layer in (linen.WTConv2d(4, kernel_size=3), linen.Conv2d(8, 3), linen.InstanceNorm()):
+    separable = ours.SeparableWTConv2d(4, 6, 3, rngs=rngs)
+    want = separable(x)
+    definition, params = nnx.split(separable)
+
+    def run(params, over):
+        return nnx.merge(definition, params)(x, over)
+
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        over = NamedSharding(_mesh({"n": 2, "f": 2}, (kind,) * 2), jax.P("n", None, None, "f"))
+        for each in (run, jax.jit(run, static_argnums=1)):
+            y = each(params, over)
+            assert y.sharding.is_equivalent_to(over, 4), y.sharding
+            _assert_alike(y, want, bitwise=False)
+    for layer in (
+        linen.WTConv2d(4, kernel_size=3),
+        linen.Conv2d(8, 3),
+        linen.InstanceNorm(),
+        linen.SeparableWTConv2d(4, 6, 3),
+    ):
         y, variables = layer.init_with_output(jax.random.key(0), x, out_sharding=stated)
         assert y.sharding.is_equivalent_to(stated, 4)
         _assert_alike(y, layer.apply(variables, x), bitwise=False)

@@ -36,6 +36,17 @@ def decoded(content: bytes | NDArray[np.uint8]) -> Image.Image:
     return ImageOps.exif_transpose(image) if turned else image
 
 
+def reason(error: Exception) -> str:
+    """The words of an error in reading an image, whose name is told beside it.
+
+    Example:
+        >>> reason(FileNotFoundError(2, "No such file or directory", "a.png"))
+        'No such file or directory'
+    """
+    told = error.strerror if isinstance(error, OSError) else None
+    return told or str(error) or type(error).__name__
+
+
 def random_box(
     size: tuple[int, int],
     scale: tuple[float, float],

@@ -110,7 +110,7 @@ def load(path: Path) -> Trained:
     if without or not model.config.num_classes:
         raise ValueError(f"{path} is a network without a head, which tells no classes")
     count, channels = model.config.num_classes, model.config.in_channels
-    near = [folder / IMAGES for folder in (path, *list(path.absolute().parents)[:2])]
+    near = [folder / IMAGES for folder in (path, *list(path.absolute().parents)[:3])]
     file = next((one for one in near if path.is_dir() and one.is_file()), None)
     if file is None:
         data = Data() if channels == 3 else Data(channels=channels, mean=(0.5,), std=(0.5,))
@@ -269,7 +269,7 @@ def predict_masks(
             pixels = decoding.resized(image, (small[0] * stride, small[1] * stride))
             array = decoding.pixels_of(pixels, trained.data.channels)
         except Exception as error:  # Pillow raises whatever it stumbles over.
-            on_broken(f"{path}: {error}")
+            on_broken(f"{path}: {decoding.reason(error)}")
             continue
         classes = Image.fromarray(np.asarray(said(array[None])[0], np.uint8))
         yield Mask(path, np.asarray(classes.resize(size, Image.Resampling.NEAREST)))

@@ -138,7 +138,7 @@ def reason(source: Source, data: Data, index: int) -> str:
     try:
         _read(source, data, index, None)
     except Exception as error:  # See `_sample`.
-        return f"{source.name(index)}: {str(error) or type(error).__name__}"
+        return f"{source.name(index)}: {decoding.reason(error)}"
     return f"{source.name(index)}: it could be read the second time"
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flash_wtconv_jax.train.images import sources
-from flash_wtconv_jax.train.images.decoding import decoded, shrunk
+from flash_wtconv_jax.train.images.decoding import decoded, reason, shrunk
 from pallas_kernels.common.files import replacing, writing
 
 KINDS = ("tar", "array_record")
@@ -119,7 +119,7 @@ def _shrunk(source: sources.Source, size: int, index: int) -> _Shrunk:
             return content, kept, label
         whole = shrunk(image, size)
     except Exception as error:  # Pillow raises whatever it stumbles over in a damaged file.
-        return str(error) or type(error).__name__
+        return reason(error)
     file = io.BytesIO()
     if isinstance(content, np.ndarray):
         whole.save(file, "PNG")

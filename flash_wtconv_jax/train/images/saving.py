@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from flash_wtconv_jax.checkpoints.orbax import note_wavelet
 from flash_wtconv_jax.train.images import optimizers
 from flash_wtconv_jax.train.loop import State
 from pallas_kernels.common.files import replacing, writing
@@ -162,10 +163,17 @@ def saving(run: Path, keep: int) -> Iterator[Saver]:
             manager.close()
 
 
-def write_network(run: Path, config: Json) -> None:
-    """Writes what `models.load_network` rebuilds the network of every checkpoint from."""
+def write_network(run: Path, config: Json, wavelet: str) -> None:
+    """Writes what `models.load_network` rebuilds the network of every checkpoint from.
+
+    Args:
+        run: The folder of the run.
+        config: See `pretrained.description`.
+        wavelet: Of its layers, which `convert` writes into the files of PyTorch.
+    """
     with replacing(run / FOLDER / NETWORK, force=True) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
+    note_wavelet(run / FOLDER, wavelet)
 
 
 def _score(scores: Mapping[str, float]) -> float:

@@ -257,7 +257,8 @@ def train(
         if jax.process_index() == 0:
             _write_text(out / "settings.toml", settings_of.as_toml(settings))
             _write_text(out / evaluation.IMAGES, evaluation.described(settings, run.train.classes))
-            saving.write_network(out, pretrained.description(run.model))
+            config = pretrained.description(run.model)
+            saving.write_network(out, config, run.model.config.wavelet)
         steps_of_run = _Steps(run, out, saver, on_progress, on_message)
         held.enter_context(steps_of_run.prepared())
         asked_to_stop = held.enter_context(_stopping())

@@ -121,7 +121,11 @@ def test_checkpoints_are_read_like_any_others(data, whole):
     for path in (best, best / "ema"):
         found = checkpoints.restore(path)["params"]
         jax.tree.map(np.testing.assert_array_equal, found, params)
-    assert models.load_network(best).config == network.config
+    for path in (whole, best, best / "ema", best / "params"):
+        assert checkpoints.wavelet_of(path) == "haar", path
+        trained = evaluation.load(path)
+        assert trained.model.config == network.config
+        assert trained.data == evaluation.load(whole / "network").data, path
     trained = evaluation.load(whole)
     scores = evaluation.evaluate(trained, sources.opened(data, "val"), batch=5)
     rows = {row["step"]: row for row in reports.rows(whole, reports.EPOCHS)}
@@ -406,7 +410,7 @@ def test_killed_on_two_devices_it_goes_on_with_one(data, wide, axis):
     assert_same_images(wide, out, rounding=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_two_processes_train_as_one_and_one_goes_on(data, small, undrawn):
     out = data.parent / "both"
     assert in_two_processes(resolved(data, SMALL, {"run": {"max_steps": 6}}), out) == [0, 0]
