@@ -29,7 +29,7 @@ Every figure of this page is from a file in
 Times are medians in milliseconds, with the least and the greatest of a run. A ratio is the speed
 over the baseline, which has 1, in the same run; where the greatest time is over twice the least,
 *noisy* stands in its place. A second clock is the users': calls back to back, caches warm, CUDA
-graphs on. In charts what is ours is blue: *flash* alone is what `implementation=None` took, else the
+graphs on. In charts ours are blue: *flash* alone is what `implementation=None` took, else the
 implementation that is named. Whiskers are orange.
 """
 
