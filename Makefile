@@ -20,7 +20,7 @@ URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
 	@echo "make test      run the test suite, each operator, implementation and compiler once"
-	@echo "make test-all  run what only widens its tables, and test-swift where it can"
+	@echo "make test-all  run what only widens its tables, build the site, and test-swift where it can"
 	@echo "make test-swift  build and test the Swift package, fakes standing in for Apple's frameworks"
 	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
 	@echo "make notebooks run the notebooks and store what they show"
@@ -41,6 +41,7 @@ test-all: $(VENV)/.installed-test
 	@status=0; \
 	if reason=$$(tests/swift/run --status); then tests/swift/run $(BIN)/python || status=1; \
 	else echo "Swift: not run, $$reason"; fi; \
+	$(MAKE) --no-print-directory docs || status=1; \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal \
 	    -m "wide and not gpu and not mps and not swift and not tpu and not slow" || status=1; \
 	exit $$status
@@ -57,10 +58,10 @@ notebooks: $(VENV)/.installed-test
 	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python .ci/notebooks.py $(NOTEBOOKS)
 
 docs: $(VENV)/.installed-docs
-	@$(PAGES) && $(BIN)/python -m mkdocs build --quiet --strict
+	@$(PAGES) && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 docs-serve: $(VENV)/.installed-docs
-	@$(PAGES) && $(BIN)/python -m mkdocs serve --strict
+	@$(PAGES) && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --strict
 
 # TAG=vX.Y.Z must name the version.
 dist: $(VENV)/.installed-release
