@@ -159,7 +159,7 @@ def section(name: str, report: Report) -> Iterator[str]:
 
 def figure(value: float) -> str:
     """Two digits, or all of a whole number's."""
-    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
+    return f"{value:#.2g}".rstrip(".") if value < 99.5 else f"{value:,.0f}"
 
 
 NAMES = {
