@@ -363,7 +363,7 @@ TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
     "wtconvnext": _networks,
 }
 """The makers of a page's table of a report, or of several as one, by the benchmark."""
-PAGES = ("README.md", "docs/index.md", "docs/performance.md")
+PAGES = ("README.md", "docs/index.md", "docs/operators/wtconv.md", "docs/performance.md")
 _TABLE = re.compile(r"<!-- (results|passes): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)
 
 
