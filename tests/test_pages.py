@@ -141,7 +141,10 @@ def test_links_elsewhere_are_found_and_what_is_gone_is_seen(monkeypatch):
 
 
 def test_every_page_is_in_the_navigation_once():
-    listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    # With either the theme would ask other hosts, for fonts and for stars.
+    assert "\n  font: false\n" in settings and "\nrepo_url" not in settings
+    listed = re.findall(r"(\S+\.md)$", settings, re.M)
     assert len(listed) == len(set(listed))
     made = {f"notebooks/{name}" for name in NOTEBOOKS if name.endswith(".md")}
     assert set(listed) - {"reference/index.md"} == {name_of(path) for path in PAGES} | made
@@ -254,7 +257,8 @@ class TestTheResults:
             for direction, median in times.items():
                 spread = {f"{key}_ms": median for key in ("least", "median", "greatest")}
                 row = {"contender": contender, "direction": direction, "speedup": 1.0}
-                yield row | spread | more
+                memory = {"over_floor": 10 * median, "temporaries": both}
+                yield row | spread | memory | more
 
         layer = {"shape": "a layer", "x": [8, 56, 56, 96], "levels": 5}
         line = {"shape": "a line", "x": [32, 16384, 256], "levels": 4}
@@ -266,6 +270,11 @@ class TestTheResults:
                 *rows("flash", 2, 3, **line),
                 *rows("depthwise 7", 4, 5, **line),
             ],
+            "torch_wtconv": [
+                *rows("eager", 17, 26, **layer),
+                *rows("cuda", 0.26, 0.99, **layer),
+                *rows("triton channels-last", 0.46, 1.8, **layer),
+            ],
             "levels": [
                 *rows("1 levels", 0.1, 0.34, **facts),
                 *rows("depthwise 7x7", 1, 2, **facts | {"levels": None}),
@@ -275,30 +284,52 @@ class TestTheResults:
         (docs / "results").mkdir(parents=True)
         report = json.loads((DOCS / "results" / "sparse_h200_bfloat16.json").read_text())
         for name, these in made.items():
-            text = json.dumps(report | {"benchmark": name, "rows": these})
+            torch = {"baseline": "eager", "versions": {"torch": "2.11"}} if "torch" in name else {}
+            text = json.dumps(report | {"benchmark": name, "rows": these} | torch)
             (docs / "results" / f"{name}.json").write_text(text)
         readme = tmp_path / "README.md"
-        readme.write_text("".join(f"<!-- results: {one} -->\n<!-- end -->\n" for one in made))
+        asked = [*(f"results: {one}" for one in made), "passes: torch_wtconv"]
+        readme.write_text("".join(f"<!-- {one} -->\n<!-- end -->\n" for one in asked))
         found = self.results.files(docs)
         assert found[readme].splitlines() == [
             "<!-- results: wtconv -->",
             "",
             "| x | ours | plain JAX | one plain depthwise convolution of 7 taps |",
             "|---|---|---|---|",
-            "| (8, 56, 56, 96), 5 levels | 0.22 / 1 | 1.5 / 122 |  |",
-            "| (32, 16384, 256), 4 levels | 2 / 3 |  | 4 / 5 |",
+            "| (8, 56, 56, 96), 5 levels | 0.22 / 1.0 | 1.5 / 122 |  |",
+            "| (32, 16384, 256), 4 levels | 2.0 / 3.0 |  | 4.0 / 5.0 |",
+            "",
+            "<!-- end -->",
+            "<!-- results: torch_wtconv -->",
+            "",
+            "| x | ours | ours by Triton, channels last | PyTorch eager |",
+            "|---|---|---|---|",
+            "| (8, 56, 56, 96), 5 levels | 0.26 / 0.99 | 0.46 / 1.8 | 17 / 26 |",
             "",
             "<!-- end -->",
             "<!-- results: levels -->",
             "",
             "| levels | field, pixels | parameters | forward, ms | forward and backward, ms |",
             "|---|---|---|---|---|",
-            "| 1 | 10 | 12,576 | 0.1 | 0.34 |",
-            "| one plain 7×7 depthwise convolution | 10 | 12,576 | 1 | 2 |",
+            "| 1 | 10 | 12,576 | 0.10 | 0.34 |",
+            "| one plain 7×7 depthwise convolution | 10 | 12,576 | 1.0 | 2.0 |",
+            "",
+            "<!-- end -->",
+            "<!-- passes: torch_wtconv -->",
+            "",
+            "| x | ours | over the passes | temporaries, x (PyTorch eager) "
+            "| ours by Triton, channels last | PyTorch eager |",
+            "|---|---|---|---|---|---|",
+            "| (8, 56, 56, 96), 5 levels | 0.26 / 0.99 | 2.6× / 9.9× | 1.0 (26.0) "
+            "| 0.46 / 1.8 | 17 / 26 |",
             "",
             "<!-- end -->",
         ]
-        assert "results_levels.svg" in {path.name for path in found}
+        charts = {path.name: text for path, text in found.items()}
+        assert "results_levels.svg" in charts
+        drawn = charts["results_torch_wtconv.svg"]
+        assert drawn.count("#0072b2") == 4 and drawn.count("#999999") == 2
+        assert "`python -m torch_bridge bench`, 2026-11-29, PyTorch 2.11" in charts["results.md"]
         readme.write_text(found[readme])
         assert self.results.files(docs) == found
 
