@@ -20,7 +20,7 @@ URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
 	@echo "make test      run the test suite, each operator, implementation and compiler once"
-	@echo "make test-all  run what only widens its tables, and test-swift where it can"
+	@echo "make test-all  run it with what only widens its tables, and test-swift where it can"
 	@echo "make test-swift  build and test the Swift package, fakes standing in for Apple's frameworks"
 	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
 	@echo "make notebooks run the notebooks and store what they show"
@@ -36,13 +36,13 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# The output ends with the summary of what only widens.
+# In one process a worker, which collects once. The output ends with pytest's summary.
 test-all: $(VENV)/.installed-test
 	@status=0; \
 	if reason=$$(tests/swift/run --status); then tests/swift/run $(BIN)/python || status=1; \
 	else echo "Swift: not run, $$reason"; fi; \
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal \
-	    -m "wide and not gpu and not mps and not swift and not tpu and not slow" || status=1; \
+	    -m "not gpu and not mps and not swift and not tpu and not slow" || status=1; \
 	exit $$status
 
 test-swift: $(VENV)/.installed-test

@@ -82,10 +82,10 @@ def may_be(row):
     return not row.get("rule") and not (row.get("reduce") and row.get("stride", 1) > 1)
 
 
-def together():
-    """Cases, and names of algorithms, in which any three options stand together, of any values."""
+def together(count):
+    """Cases, and names of algorithms, in which so many options stand together, of any values."""
     cases = []
-    for row in covering(OPTIONS, may_be):
+    for row in covering(OPTIONS, may_be, count):
         names, rest = row.pop("algorithms"), row.pop("reduce") | row.pop("rule")
         case = Case((9, 0, 5), 7, row.pop("channels"), row.pop("features"), ndim=2, **rest, **row)
         cases.append(pytest.param(case, names, id="-".join([case.name, *names])))
@@ -93,7 +93,13 @@ def together():
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize(("case", "algorithms"), together())
+@pytest.mark.parametrize(("case", "algorithms"), together(2))
+def test_every_two_options_together(case, algorithms):
+    assert_oracle(conformance, case, algorithms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "algorithms"), together(3))
 def test_every_three_options_together(case, algorithms):
     assert_oracle(conformance, case, algorithms)
 
