@@ -28,7 +28,9 @@ def covering(options, valid, together):
             if name not in row:
                 tried = [row | {name: value} for value in range(len(options[name]))]
                 able = [one for one in tried if valid(_named(options, one))]
-                row = max(able, key=lambda one: sum(key in missing for key in _parts(one, together)))
+                row = max(
+                    able, key=lambda one: sum(key in missing for key in _parts(one, together))
+                )
         for key in _parts(row, together):
             missing.pop(key, None)
         rows.append({name: options[name][row[name]] for name in options})

@@ -54,7 +54,7 @@ def images():
     [
         ("wtconvnext_tiny", 30_383_656),
         pytest.param("wtconvnext_small", 54_015_784, marks=pytest.mark.slow),
-        pytest.param("wtconvnext_base", 93_647_592, marks=pytest.mark.wide),
+        pytest.param("wtconvnext_base", 93_647_592, marks=pytest.mark.slow),
         ("convnext_tiny", 28_589_128),
         pytest.param("convnext_small", 50_223_688, marks=pytest.mark.slow),
         pytest.param("convnext_base", 88_591_464, marks=pytest.mark.slow),

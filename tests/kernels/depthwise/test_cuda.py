@@ -38,7 +38,7 @@ CASES = {
     "Turing": (Case(1, 9, 9, 8, 5, "float16"), Device(65536, 2, 75)),
 }
 ALWAYS = "boxes", "single channels"
-WIDE = "two tiles beside each other", "pieces of four", "Turing"
+WIDE = "two tiles beside each other", "Turing"
 
 
 def marks(name):

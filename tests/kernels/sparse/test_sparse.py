@@ -366,7 +366,11 @@ FORMS = [
 
 # The contract test has the forms that every operator knows.
 @pytest.mark.wide
-@pytest.mark.parametrize(("form", "count"), FORMS)
+@pytest.mark.parametrize(
+    ("form", "count"),
+    # Names of this operator's own, of each direction, and several; by hand those that are alike.
+    [pytest.param(*row, marks=[pytest.mark.slow] * (i % 3 != 2)) for i, row in enumerate(FORMS)],
+)
 def test_what_each_form_of_a_choice_measures(form, count, searches, monkeypatch):
     """Both directions, once; nothing without a name, and nothing where tuning is off."""
     monkeypatch.setattr(

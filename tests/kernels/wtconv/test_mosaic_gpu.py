@@ -88,7 +88,7 @@ def run(shape, dtype, transformed):
     ("name", "dtype"),
     [
         *(
-            pytest.param(name, DTYPES[i % 3], marks=[pytest.mark.wide] * (name in COVERED))
+            pytest.param(name, DTYPES[i % 3], marks=[pytest.mark.slow] * (name in COVERED))
             for i, name in enumerate(SMALL)
         ),
         *(
@@ -115,7 +115,7 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["padded", *wide([["image_224"]])])
+@pytest.mark.parametrize("name", ["padded", pytest.param("image_224", marks=pytest.mark.slow)])
 def test_kernels_are_traced_for_arrays_that_are_sharded(name):
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))

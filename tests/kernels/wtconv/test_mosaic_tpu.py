@@ -76,6 +76,9 @@ LONG = {
     "b16-3x5-c2-l1-k3-float32",
     "b2-2x3-c3-l2-k3-float32",
     "b2-7x7-c3-l2-k5-bfloat16",
+    # One tap is among the smallest, many channels in bfloat16 are side by side in registers below.
+    "b2-7x7-c3-l1-k1-bfloat16",
+    "b2-6x5-c130-l1-k3-bfloat16",
     "b16-7x5-c2-l2-k3-float32",
     "b16-2x9-c130-l1-k3-bfloat16",
     "b2x12-5x3-c130-l2-k3-float32",
@@ -148,7 +151,7 @@ def test_images_together_are_the_oracles(case):
     assert_oracle(case, "mosaic_tpu")
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_gradients_are_bitwise_reproducible():
     x, params, dy = arrays(Case((5, 6), 1, 3, batch=(3,), channels=2))
 

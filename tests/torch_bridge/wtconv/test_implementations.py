@@ -59,7 +59,7 @@ def test_gradients_of_volumes_read_no_memory_that_nobody_wrote():
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        pytest.param("triton", Case((6, 7), 2, 3, strided=True), marks=pytest.mark.wide),
+        pytest.param("triton", Case((6, 7), 2, 3, strided=True), marks=pytest.mark.slow),
         ("triton", Case((4, 4), 1, 3, batch=(0,))),
         ("triton", Case((2, 3), 1, 3, "bfloat16")),
         pytest.param("triton channels-last", Case((9, 6), 2, 3, batch=()), marks=pytest.mark.wide),
