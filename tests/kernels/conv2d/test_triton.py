@@ -44,6 +44,8 @@ PHASES = (
     Case(1, 3, 4, 3, 5, 3, 2, padding=((2, 2), (1, 1)), upsample=2),
     Case(2, 2, 5, 4, 3, 3, 6, padding="reflect", layout="nchw_fchw", upsample=2),
 )
+# What others have too: relu, another layout, mirrored edges, groups; and upsampling.
+WIDE = {HARD[0], HARD[1], HARD[3], HARD[5], *UPSAMPLED}
 SMALL = TileConfig(16, 16, 32, 1, 1)
 """Tiles so small that there are several of these small cases."""
 
@@ -73,7 +75,7 @@ def ours(case, config=None):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case.upsample > 1))
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case in WIDE))
         for case in INTERPRETABLE
     ],
 )

@@ -44,8 +44,8 @@ SMALL = {
     "three_launches": Shape(1, 66, 66, 4, 3, 3),
     "two_launches": Shape(1, 233, 131, 4, 2, 3),
 }
-# The next test has "padded"; "narrow" is "flat" on its side.
-COVERED = {"padded", "narrow"}
+# The next test has "padded"; "narrow" is "flat" on its side, and "odd" has blocks of channels too.
+COVERED = {"padded", "narrow", "one_channel_block"}
 # Of the shapes of networks these are in `make test-all`: the fewest and the most pixels.
 WIDE_SHAPES = {"convnext_t_stage4"}
 EXTREME = {
