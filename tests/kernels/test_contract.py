@@ -190,14 +190,14 @@ def cells(values, quick):
 
 @pytest.mark.parametrize(
     ("operator", "name", "form"),
-    cells(FORMS, ["None", "name", "auto", "fwd"]),
+    cells(FORMS, ["None", "auto"]),
 )
 def test_every_form_of_a_choice(forms, form, searches, caplog):
     """Each computes what the oracle says, with gradients, and measures where it should."""
     forms.assert_form(form, searches, caplog)
 
 
-@pytest.mark.parametrize(("operator", "name", "mode"), cells(MODES, MODES))
+@pytest.mark.parametrize(("operator", "name", "mode"), cells(MODES, ["search"]))
 def test_the_environment_says_when_to_measure(forms, mode, searches):
     forms.assert_tuning(mode, searches)
 

@@ -137,7 +137,7 @@ def torch_network(torch):
     [
         pytest.param((16, 24), (16, 24), marks=pytest.mark.wide),
         ((17, 22), (20, 24)),
-        ((5, 7), (8, 8)),
+        pytest.param((5, 7), (8, 8), marks=pytest.mark.wide),
     ],
     ids=["multiples of 4", "others", "smallest"],
 )

@@ -170,6 +170,7 @@ def test_not_a_number_stays_one(interpreted):
     assert jnp.isnan(y).all()
 
 
+@pytest.mark.wide
 @PARTS
 def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("conv2d", part, tmp_path)

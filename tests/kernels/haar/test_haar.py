@@ -43,7 +43,14 @@ def test_transforms_are_the_oracles(case):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Compiled as a user's it is computed below.
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.wavelet == "sym4"))
+        for case in HARD
+    ],
+)
 def test_hard_cases_are_the_oracles(case):
     assert_oracle(case)
 

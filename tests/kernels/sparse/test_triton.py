@@ -244,6 +244,7 @@ def test_parameters_are_measured(interpreted, searches, monkeypatch):
         assert_oracle(conformance, CASES[1], "triton")
 
 
+@pytest.mark.wide
 @PARTS
 def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("sparse", part, tmp_path)

@@ -87,9 +87,7 @@ def cells(values, quick):
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "form"), cells(FORMS, {"eager": FORMS, "triton": ["name", "fwd"]})
-)
+@pytest.mark.parametrize(("name", "form"), cells(FORMS, {"eager": FORMS, "triton": ["fwd"]}))
 def test_every_form_of_a_choice(forms, form, searches, caplog):
     forms.assert_form(form, searches, caplog)
 

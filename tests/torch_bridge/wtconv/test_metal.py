@@ -116,7 +116,7 @@ def test_other_orders(emulated, order, cases):
     [
         pytest.param(torch.contiguous_format, 512, LARGE, marks=pytest.mark.wide),
         # Not the largest, nor what only has other numbers of taps.
-        (torch.channels_last, 1, LARGE[1:3]),
+        pytest.param(torch.channels_last, 1, LARGE[1:3], marks=pytest.mark.wide),
     ],
     ids=["contiguous", "channels last"],
 )
@@ -127,6 +127,7 @@ def test_large_images(emulated, monkeypatch, memory_format, sums, cases):
     assert failed == [] and ran == len(cases)
 
 
+@pytest.mark.wide
 def test_weight_gradients_are_the_same_in_every_order(emulated):
     x, dy = torch.randn(2, 3, 2, 18, 21)
     found = []
@@ -385,19 +386,19 @@ class TestPlantedFaults:
         ("old", "new"),
         [
             ("above - below, left + right", "left + right, above - below"),
-            ("int(sizes.before)", "(K - 1) / 2"),
             *(
                 pytest.param(*fault, marks=pytest.mark.wide)
                 for fault in (
+                    ("int(sizes.before)", "(K - 1) / 2"),
                     ("row >= 0 && ", ""),
-                    ("column >= 0 && column < size.y", "column >= 0"),
-                    ("(size + 1) / 2", "size / 2"),
                     ("if (sizes.below)", "if (false)"),
                 )
             ),
             *(
                 pytest.param(*fault, marks=pytest.mark.slow)
                 for fault in (
+                    ("column >= 0 && column < size.y", "column >= 0"),
+                    ("(size + 1) / 2", "size / 2"),
                     ("row < size.x && column >= 0", "column >= 0"),
                     ("column >= 0 && ", ""),
                     ("BASE && sizes.bias", "false"),
