@@ -115,7 +115,6 @@ CUT = [
     ("name", "kind"),
     [
         ("wtconv2d_uneven", "Explicit"),
-        ("wtconv2d_deeper", "Explicit"),
         ("conv2d_downsampled", "Auto"),
         ("depthwise_cut", "Auto"),
     ],

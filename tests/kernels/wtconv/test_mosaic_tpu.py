@@ -79,6 +79,8 @@ LONG = {
     # One tap is among the smallest, many channels in bfloat16 are side by side in registers below.
     "b2-7x7-c3-l1-k1-bfloat16",
     "b2-6x5-c130-l1-k3-bfloat16",
+    # No level is among the smallest.
+    "b2-9x10-c3-l0-k3-float32",
     "b16-7x5-c2-l2-k3-float32",
     "b16-2x9-c130-l1-k3-bfloat16",
     "b2x12-5x3-c130-l2-k3-float32",
@@ -174,7 +176,8 @@ def test_vmap_over_nothing():
     chex.assert_shape(jax.vmap(call)(x[None][:0]), (0, *x.shape))
 
 
-@pytest.mark.wide
+# What differentiates and maps kernels is one for all operators: conv2d's and the norm's are wide.
+@pytest.mark.slow
 def test_vmap_and_derivatives_of_gradients():
     x, params, _ = arrays(Case((5, 6), 1, 3, batch=(2,), channels=2))
 

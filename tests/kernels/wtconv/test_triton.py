@@ -51,11 +51,13 @@ SIZES = triton_jax.search_space("fwd", PROBLEM)[1:]
 def marks(case):
     """By the time that a case takes in the interpreter, which is milliseconds a program."""
     pixels = math.prod((*case.batch, *case.spatial, case.levels))
-    if pixels > 180 or case.kernel_size == 9 or case.channels == 100:
+    # Below there are five levels in float16, which do not overflow.
+    long = pixels > 180 or case.levels == 5 or case.kernel_size == 9 or case.channels == 100
+    if long:
         return [pytest.mark.slow]
     small = pixels <= 100
     once = case.channels <= 33 and case.kernel_size <= 7 and not case.strided
-    small = small and once and case.levels < 5 and case.kernel_size < 7
+    small = small and once and case.kernel_size < 7
     return [pytest.mark.wide] * (not (small or case in SMALLEST))
 
 

@@ -62,7 +62,7 @@ EMULATED = [
     for device, cases in ((HOPPER, (*filter(taken, CASES), *WHOLE)), (SMALL, TILED))
     for case in cases
 ]
-"""Every case is run in one memory format, those in tiles in both; the others in both if slow."""
+"""Every case is run in one memory format, every other one in the other; in both if slow."""
 # What others have too, but for their numbers of taps and levels.
 WIDE = {
     "b-9x6-c3-l2-k3-float32",
@@ -87,9 +87,9 @@ SLOW = {
 
 def marks(case, other):
     """Those of a case in one memory format, and in the other."""
-    if case.name in SLOW or other and case not in TILED:
+    if case.name in SLOW or other:
         return [pytest.mark.slow]
-    return [pytest.mark.wide] * (other or case.name in WIDE)
+    return [pytest.mark.wide] * (case.name in WIDE)
 
 
 def assert_oracle(got, case):

@@ -72,14 +72,13 @@ def forms(name, measured, monkeypatch):
 def cells(values, quick):
     """Every implementation with each value; wide unless `quick` has it for the implementation.
 
-    Of Triton, whose interpreter takes seconds, only `auto` is wide: JAX's contract has the others.
+    Of Triton, whose interpreter takes seconds, the others are slow: JAX's contract has them.
     """
 
     def marks(name, value):
         if value in quick.get(name, ()):
             return []
-        slow = name == "triton" and value != "auto"
-        return [pytest.mark.slow if slow else pytest.mark.wide]
+        return [pytest.mark.slow if name == "triton" else pytest.mark.wide]
 
     return [
         pytest.param(str(name), value, marks=marks(name, value))

@@ -62,7 +62,7 @@ def test_gradients_of_volumes_read_no_memory_that_nobody_wrote():
         pytest.param("triton", Case((6, 7), 2, 3, strided=True), marks=pytest.mark.slow),
         ("triton", Case((4, 4), 1, 3, batch=(0,))),
         ("triton", Case((2, 3), 1, 3, "bfloat16")),
-        pytest.param("triton channels-last", Case((9, 6), 2, 3, batch=()), marks=pytest.mark.wide),
+        pytest.param("triton channels-last", Case((9, 6), 2, 3, batch=()), marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

@@ -167,7 +167,7 @@ def test_exports(implementation):
     assert implementation == "triton" or not {"aten.to.dtype", "aten.detach.default"} & {*targets}
 
 
-@each(pytest.mark.wide)
+@each(pytest.mark.slow)
 def test_vmap(implementation):
     layer, x = make_layer(implementation), make_input(2, 3, 1, 2, 2)
     want = torch.stack([layer(one) for one in x.unbind(1)])
