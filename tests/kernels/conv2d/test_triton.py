@@ -116,6 +116,7 @@ def test_interpreted_moments_of_a_large_mean_lose_nothing(interpreted):
     assert_moments(MOMENTS[0]._replace(nf=4, groups=2), triton_jax, SMALL, mean=1e4)
 
 
+@pytest.mark.wide
 @INTERPRETED
 def test_kernels_are_differentiated_twice_and_mapped(interpreted):
     case = Case(2, 4, 4, 2, 3, 2, 2, (2, 1), "reflect", groups=2, bias=True, activation="relu")

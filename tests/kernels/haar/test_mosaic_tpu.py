@@ -36,6 +36,7 @@ WIDE = {
     "b2x2-3x20-c3-l1-haar-bfloat16",
     "b1-5x6-c130-l2-haar-float32",
     "b16-7x5-c2-l2-haar-float32",
+    "b2x12-2x3-c130-l1-haar-float32",
     "b2x12-6x3-c130-l5-haar-float32",
 }
 # What the wide ones have too; and five levels, which take longest and which `xla` has.

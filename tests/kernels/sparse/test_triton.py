@@ -116,6 +116,7 @@ def test_kernels_are_numpys(taps, splits, pairs):
         assert_near(got, want)
 
 
+@pytest.mark.wide
 @INTERPRETED
 def test_depthwise_kernels_are_numpys(monkeypatch):
     """A part of a gradient sums several tiles, one of rows that read nothing."""

@@ -58,7 +58,7 @@ def marks(case):
     small = pixels <= 100
     once = case.channels <= 33 and case.kernel_size <= 7 and not case.strided
     small = small and once and case.kernel_size < 7
-    return [pytest.mark.wide] * (not (small or case in SMALLEST))
+    return [pytest.mark.wide] * (not (small or case in SMALLEST) or case == SMALLEST[1])
 
 
 QUICK = [
@@ -71,7 +71,7 @@ QUICK += [
         SIZED,
         sizes,
         id=f"{SIZED.name} {sizes}",
-        marks=[pytest.mark.slow] * (sizes != {"strips": 8}),
+        marks=pytest.mark.wide if sizes == {"strips": 8} else pytest.mark.slow,
     )
     for sizes in SIZES
 ]
@@ -132,6 +132,7 @@ def test_low_bands_do_not_overflow_float16():
     )
 
 
+@pytest.mark.wide
 @INTERPRETED
 def test_tensors_of_any_strides():
     case = Case((3, 6), 2, 3, batch=(2,), channels=3)
