@@ -99,7 +99,7 @@ def test_second_derivatives(implementation):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@each(pytest.mark.wide)
+@each(pytest.mark.slow)
 def test_compiles_without_a_graph_break(implementation):
     layer = make_layer(implementation)
     # Inductor would compile C++ for a minute; "aot_eager" traces the same graphs, both ways.
