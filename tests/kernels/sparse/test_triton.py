@@ -147,13 +147,14 @@ def test_permuted_rows_are_permuted_results_bit_by_bit():
 
 
 def some(cases):
-    """Every fifth case for `make test-all`, without those of seconds for their 125 offsets."""
+    """Every fifth case and float16's are wide, but for those of seconds for their 125 offsets."""
+
+    def mark(number, case):
+        few = number % 5 == 0 or case.dtype == "float16"
+        return pytest.mark.wide if few and case.kernel_size not in (5, 7) else pytest.mark.slow
+
     return [
-        pytest.param(
-            case,
-            id=case.name,
-            marks=pytest.mark.slow if i % 5 or case.kernel_size in (5, 7) else pytest.mark.wide,
-        )
+        pytest.param(case, id=case.name, marks=mark(i, case))
         for i, case in enumerate(interpretable(cases))
     ]
 

@@ -39,8 +39,8 @@ EXTRA = (
 SMALLEST = (
     Case((3, 2), 1, 3, batch=(1,), channels=33),
     Case((3, 34), 1, 3, batch=(1,), channels=1),
-    # No bias.
-    Case((3, 2), 1, 3, batch=(1,), channels=1, bias=False),
+    # No bias, and the third dtype.
+    Case((3, 2), 1, 3, "float16", batch=(1,), channels=1, bias=False),
 )
 TAKEN = [case for case in CASES + EXTRA if takes(triton_jax, case)]
 SIZED = Case((5, 14), 2, 3, batch=(1,), channels=2)
