@@ -47,6 +47,7 @@ def test_there_are_notebooks():
 SHORTER = {
     "quickstart": {
         "epochs=EPOCHS": "epochs=1",
+        "in NETWORKS.items()": "in [*NETWORKS.items()][:1]",
         "(2, 128, 128, 64)": "(2, 32, 32, 64)",
         "strips = load_strips()": "strips = type(load_strips())(*(a[::6] for a in load_strips()))",
         "(64, 64, 1)": "(24, 24, 1)",

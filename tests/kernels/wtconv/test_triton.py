@@ -71,7 +71,7 @@ QUICK += [
         SIZED,
         sizes,
         id=f"{SIZED.name} {sizes}",
-        marks=pytest.mark.wide if sizes == {"strips": 8} else pytest.mark.slow,
+        marks=pytest.mark.slow,
     )
     for sizes in SIZES
 ]
