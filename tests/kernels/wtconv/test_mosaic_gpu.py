@@ -58,11 +58,6 @@ EXTREME = {
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def wide(parameters):
-    """Parameters of what only `make test-all` runs."""
-    return [pytest.param(*values, marks=pytest.mark.wide) for values in parameters]
-
-
 def some(cases, kept):
     """Each of the cases; those that are not at the places `kept` are for `make test-all`."""
     return [
