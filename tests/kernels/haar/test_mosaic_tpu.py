@@ -41,6 +41,7 @@ WIDE = {
 }
 # What the wide ones have too; and five levels, which take longest and which `xla` has.
 LONG = {
+    "b16-3x5-c2-l2-haar-float32",
     "b2-8x8-c3-l3-haar-float32",
     "b1-13x6-c3-l5-haar-float32",
     "b1-5x6-c130-l2-haar-float32",

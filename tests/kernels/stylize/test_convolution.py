@@ -85,7 +85,7 @@ formulas_of_tiles = formulas.combined
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(first_tile, marks=pytest.mark.wide), unbiased],
+    [pytest.param(first_tile, marks=pytest.mark.slow), unbiased],
     ids=lambda fault: fault.__name__,
 )
 def test_planted_faults_are_found(fault, monkeypatch):

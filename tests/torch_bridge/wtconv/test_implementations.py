@@ -70,7 +70,7 @@ def test_triton_interpreted(interpreter, name, case):
     assert statuses(name, CPU, [case]) == {case.name: "pass"}
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_triton_interpreted_with_other_sizes(interpreter, monkeypatch):
     sizes = {"columns": 2, "strips": 2}
     monkeypatch.setattr(triton_launch, "search_space", lambda direction, problem: [sizes])
