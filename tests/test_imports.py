@@ -230,7 +230,7 @@ def test_the_torch_bridge_needs_no_jax():
     assert run(code) == "torch.Size([1, 2, 5, 5]) 2\n[[2.0], [2.0]]\n"
 
 
-def test_the_jax_side_needs_no_torch():
+def test_the_jax_side_needs_no_torch_and_starts_no_backend():
     names = ["flash_wtconv_jax.nnx", "flash_wtconv_jax.linen", "flash_wtconv_jax.models"]
     names += [
         "flash_wtconv_jax.checkpoints",
@@ -238,7 +238,15 @@ def test_the_jax_side_needs_no_torch():
         "pallas_kernels.wtconv.api",
     ]
     code = BLOCKED.format(blocked=["torch", "matplotlib", "sklearn"], names=names)
-    assert run(code + "print('matplotlib.pyplot' in sys.modules)") == "False\n"
+    code += "print('matplotlib.pyplot' in sys.modules)\n"
+    # Nor does a layer start a backend, which claims a GPU's memory and forbids
+    # `jax.distributed.initialize` afterwards.
+    code += "from flash_wtconv_jax import WTConv2d\n"
+    code += "from pallas_kernels import haar, wtconv\n"
+    code += "haar.dwt2, wtconv.wtconv2d\n"
+    code += "from jax._src import xla_bridge\n"
+    code += "print(xla_bridge.backends_are_initialized())\n"
+    assert run(code) == "False\nFalse\n"
 
 
 HEAVY = {"flax", "jax", "jaxlib", "matplotlib", "optax", "orbax", "sklearn", "torch"}
@@ -278,15 +286,3 @@ def test_what_is_cheap_loads_little_and_nothing_heavy():
         assert HEAVY.isdisjoint(name.partition(".")[0] for name in names), code
     assert "flash_wtconv_jax" in found[1] and "flash_wtconv_jax.cli" in found[3]
     assert "sqlite3.dbapi2" in planted
-
-
-def test_importing_a_layer_does_not_start_a_backend():
-    """A backend claims a GPU's memory, and forbids `jax.distributed.initialize` afterwards."""
-    code = """
-from flash_wtconv_jax import WTConv2d, nnx, models, surgery, checkpoints
-from pallas_kernels import haar, wtconv
-haar.dwt2, wtconv.wtconv2d
-from jax._src import xla_bridge
-print(xla_bridge.backends_are_initialized())
-"""
-    assert run(code) == "False\n"

@@ -9,6 +9,7 @@ import textwrap
 import tomllib
 import urllib.error
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,14 @@ def script(name):
 
 
 reference = script("reference")
-MODULES = reference.sources(ROOT)
 notebook_pages = script("notebook_pages")
 NOTEBOOKS = notebook_pages.files(ROOT)
+
+
+@cache
+def modules():
+    """The syntax trees of all modules, which take seconds: by whoever runs a test of them."""
+    return reference.sources(ROOT)
 
 
 def name_of(path):
@@ -174,22 +180,22 @@ class TestThePagesOfNotebooks:
 
 class TestTheReference:
     def test_has_a_page_for_each_public_package(self):
-        pages = reference.pages(MODULES)
-        assert set(pages) - {"index.md"} == {f"{one}.md" for one, _ in reference.public(MODULES)}
+        pages = reference.pages(modules())
+        assert set(pages) - {"index.md"} == {f"{one}.md" for one, _ in reference.public(modules())}
         for name in ("flash_wtconv_jax.linen", "pallas_kernels.wtconv", "torch_bridge"):
             assert f"({name}.md)" in pages["index.md"]
 
     @pytest.mark.parametrize("name", ["pallas_kernels.sparse", "flash_wtconv_jax", "torch_bridge"])
     def test_reads_the_names_that_python_sees(self, name):
         seen = {one for one in importlib.import_module(name).__all__ if one != "__version__"}
-        assert set(dict(reference.public(MODULES))[name]) == seen
+        assert set(dict(reference.public(modules()))[name]) == seen
 
     def test_a_name_that_is_gone_is_seen(self):
-        modules = {**MODULES, "pallas_kernels.haar": ast.parse('__all__ = ["dwt", "gone"]')}
-        names = dict(reference.public(modules))["pallas_kernels.haar"]
-        assert reference.home(modules, "pallas_kernels.haar", names[0]).endswith("api.dwt")
+        changed = {**modules(), "pallas_kernels.haar": ast.parse('__all__ = ["dwt", "gone"]')}
+        names = dict(reference.public(changed))["pallas_kernels.haar"]
+        assert reference.home(changed, "pallas_kernels.haar", names[0]).endswith("api.dwt")
         with pytest.raises(LookupError, match="'gone', which no module defines"):
-            reference.home(modules, "pallas_kernels.haar", names[1])
+            reference.home(changed, "pallas_kernels.haar", names[1])
 
 
 class TestTheResults:
@@ -381,10 +387,10 @@ def unknown_names(text):
     packages = "|".join(reference.PACKAGES)
     for name in set(re.findall(rf"`((?:{packages})\.[\w.]*\w)", text)):
         parts = name.split(".")
-        inside = max(i for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in MODULES)
+        inside = max(i for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in modules())
         if inside < len(parts):
             try:
-                reference.home(MODULES, ".".join(parts[:inside]), parts[inside])
+                reference.home(modules(), ".".join(parts[:inside]), parts[inside])
             except LookupError:
                 yield name
 
@@ -433,7 +439,7 @@ def literal(node):
 
 
 def test_messages_of_the_troubleshooting_page_are_ours():
-    strings = {literal(node) for tree in MODULES.values() for node in ast.walk(tree)}
+    strings = {literal(node) for tree in modules().values() for node in ast.walk(tree)}
     assert len(entries()) >= 60
     assert [one for one in entries() if not any(one in string for string in strings)] == []
 
@@ -458,7 +464,7 @@ def orders(tree):
 
 
 def test_messages_that_tell_what_to_do_have_their_entry():
-    told = {one for tree in MODULES.values() for one in orders(tree)}
+    told = {one for tree in modules().values() for one in orders(tree)}
     assert len(told) > 50
     assert [one for one in sorted(told) if not any(entry in one for entry in entries())] == []
 

@@ -64,6 +64,7 @@ def test_one_picture_by_a_network(style, folder):
     assert result.exit_code == 1 and "x must be at least 5 pixels high" in result.output
 
 
+@pytest.mark.wide
 def test_without_a_style_it_is_the_one_that_comes_with_the_package(folder):
     ramp = np.linspace(0, 255, 48 * 64).reshape(48, 64).astype(np.uint8)
     Image.fromarray(ramp).save(folder / "grey.png")

@@ -69,7 +69,9 @@ def test_published_snippet():
     assert set(names["variables"]) == {"params"}
 
 
-@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize(
+    "ndim", [pytest.param(1, marks=pytest.mark.wide), 2, pytest.param(3, marks=pytest.mark.wide)]
+)
 def test_linen_nnx_and_oracle_agree(ndim):
     shape, options = SHAPES[ndim], OPTIONS[ndim]
     channels = shape[-1]

@@ -4,6 +4,7 @@
 leaves with one that nothing stopped.
 """
 
+import json
 import multiprocessing
 import os
 import random
@@ -12,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -122,34 +124,47 @@ def seeing(devices: int) -> dict[str, str]:
     }
 
 
-# The process compiles programs as the suite does, and finds them compiled.
+# The process compiles programs as the suite does, and finds them compiled. It is forked before JAX
+# starts in it, so that what takes longest, to import everything, is done once.
 _AS_THE_SUITE = """
-import sys
+import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import conftest
 from pathlib import Path
-from flash_wtconv_jax.train.images import settings
+from flash_wtconv_jax.train.images import settings, trainer
 from helpers.training import train_until
 said = settings.resolved(settings.read(Path(sys.argv[2])))
-train_until(said, Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6]))
+statuses = []
+for end in json.loads(sys.argv[4]):
+    child = os.fork()
+    if not child:
+        train_until(said, Path(sys.argv[3]), *end)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
 """
 
 
-def in_a_process(
+class End(NamedTuple):
+    """What ends a training: a signal, so many seconds after a step; step 0 never comes."""
+
+    step: int = 0
+    number: int = signal.SIGKILL
+    delay: float = 0.0
+
+
+def in_processes(
     said: settings.Settings,
     out: Path,
-    step: int = 0,
-    number: int = signal.SIGKILL,
-    delay: float = 0.0,
+    ends: Sequence[End],
     environment: Mapping[str, str] | None = None,
-) -> int:
-    """Trains in a process that ends by a signal after a step, if any; returns its status."""
+) -> list[int]:
+    """Trains in a process for each end, one after the other; returns their statuses."""
     file = out.with_suffix(".toml")
     file.write_text(settings.as_toml(said))
-    tests = Path(__file__).parents[1]
-    arguments = [str(one) for one in (tests, file, out, step, int(number), delay)]
+    arguments = [str(Path(__file__).parents[1]), str(file), str(out), json.dumps(ends)]
     command = [sys.executable, "-c", _AS_THE_SUITE, *arguments]
-    return subprocess.run(command, env=environment).returncode
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def in_two_processes(said: settings.Settings, out: Path) -> list[int]:
@@ -180,9 +195,9 @@ def killed_and_gone_on_with(
 ) -> None:
     """Trains on a mesh of two devices, is killed after so many steps, and goes on with one."""
     spread = replace(said, run=replace(said.run, mesh=dict(mesh)))
-    assert in_a_process(spread, out, steps, environment=seeing(2)) == -signal.SIGKILL
+    assert in_processes(spread, out, [End(steps)], seeing(2)) == [-signal.SIGKILL]
     assert steps_in(out), "no checkpoint was left to go on from"
-    assert in_a_process(said, out, environment=seeing(1)) == 0
+    assert in_processes(said, out, [End()], seeing(1)) == [0]
 
 
 def assert_same_images(one: Path, other: Path, rounding: float) -> None:

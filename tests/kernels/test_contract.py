@@ -166,7 +166,8 @@ def cells(values, quick):
     """Every implementation of every operator with each value; wide unless `quick` has it.
 
     Of implementations that an interpreter plays every seventh value is wide, of the next operator
-    the next; the others are slow.
+    the next; the others are slow, and all of wtconv, whose kernels take interpreters longest: what
+    a form chooses does not depend on the operator, and plain JAX has each form of it.
 
     Args:
         values: The values.
@@ -177,7 +178,7 @@ def cells(values, quick):
         if name == "xla":
             return [pytest.mark.wide] * (value not in quick)
         turn = list(OPERATORS).index(operator) + list(values).index(value)
-        return [pytest.mark.slow if turn % 7 else pytest.mark.wide]
+        return [pytest.mark.slow if turn % 7 or operator == "wtconv" else pytest.mark.wide]
 
     return [
         pytest.param(operator, name, value, marks=marks(operator, name, value))
@@ -189,14 +190,14 @@ def cells(values, quick):
 
 @pytest.mark.parametrize(
     ("operator", "name", "form"),
-    cells(FORMS, ["None", "name", "auto", "fwd"]),
+    cells(FORMS, ["None", "auto"]),
 )
 def test_every_form_of_a_choice(forms, form, searches, caplog):
     """Each computes what the oracle says, with gradients, and measures where it should."""
     forms.assert_form(form, searches, caplog)
 
 
-@pytest.mark.parametrize(("operator", "name", "mode"), cells(MODES, MODES))
+@pytest.mark.parametrize(("operator", "name", "mode"), cells(MODES, ["search"]))
 def test_the_environment_says_when_to_measure(forms, mode, searches):
     forms.assert_tuning(mode, searches)
 

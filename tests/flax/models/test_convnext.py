@@ -54,8 +54,8 @@ def images():
     [
         ("wtconvnext_tiny", 30_383_656),
         pytest.param("wtconvnext_small", 54_015_784, marks=pytest.mark.slow),
-        pytest.param("wtconvnext_base", 93_647_592, marks=pytest.mark.wide),
-        ("convnext_tiny", 28_589_128),
+        pytest.param("wtconvnext_base", 93_647_592, marks=pytest.mark.slow),
+        pytest.param("convnext_tiny", 28_589_128, marks=pytest.mark.wide),
         pytest.param("convnext_small", 50_223_688, marks=pytest.mark.slow),
         pytest.param("convnext_base", 88_591_464, marks=pytest.mark.slow),
     ],
@@ -212,7 +212,14 @@ def reference(params, x, levels):
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    "changes", [{}, {"levels": None, "use_grn": True, "layer_scale": None}], ids=["wt", "plain"]
+    "changes",
+    [
+        {},
+        pytest.param(
+            {"levels": None, "use_grn": True, "layer_scale": None}, marks=pytest.mark.wide
+        ),
+    ],
+    ids=["wt", "plain"],
 )
 def test_function_head_options_and_pyramid_against_numpy(changes, images):
     # The odd 5x4 map after the stem also loses a row to the downsampling.
@@ -312,6 +319,7 @@ def test_remat_computes_the_same_gradients(images):
     assert "remat" in text or "checkpoint" in text
 
 
+@pytest.mark.wide
 def test_drop_path_grows_linearly_and_keeps_the_mean():
     model = abstract(depths=(2, 3), drop_path=0.4)
     rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]

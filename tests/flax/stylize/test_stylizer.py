@@ -47,6 +47,7 @@ def test_pixels_keep_their_size_and_depth(styles, expected):
     np.testing.assert_allclose(deep, expected * 257, atol=2)
 
 
+@pytest.mark.wide
 def test_strength_and_colours(styles, expected):
     path = [styles / "a.safetensors"]
     half = Stylizer(path, strength=0.5).start(PIXELS)()
@@ -106,6 +107,7 @@ def test_a_film_flickers_less(styles):
     assert changes[0] < 0.5 * changes[1]
 
 
+@pytest.mark.wide
 def test_styles_blend(styles):
     both = [styles / "a.safetensors", styles / "b.safetensors"]
     one = Stylizer(both, (1.0, 0.0)).start(PIXELS)()

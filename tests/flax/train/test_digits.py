@@ -165,6 +165,7 @@ def quick(few_strips, monkeypatch):
     monkeypatch.setattr(digits, "network_field", lambda *args: np.ones((8, 8)))
 
 
+@pytest.mark.wide
 def test_a_second_run_replaces_its_files_and_no_others(quick, tmp_path):
     models.save_network(tmp_path / "checkpoint", tiny_network(levels=0))
     for name in ("metrics.json", "predictions.png", "notes.txt"):
@@ -187,6 +188,7 @@ def test_an_interrupt_leaves_nothing_behind(quick, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.wide
 def test_a_failed_picture_loses_no_training(quick, monkeypatch, tmp_path):
     def fail(*args):
         raise RuntimeError("latex could not be found\nand a long story")
@@ -198,6 +200,7 @@ def test_a_failed_picture_loses_no_training(quick, monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(digits.FILES) - {"predictions.png"}
 
 
+@pytest.mark.wide
 def test_a_failed_write_leaves_what_was_there(quick, monkeypatch, tmp_path):
     (tmp_path / "metrics.json").write_text("old")
 

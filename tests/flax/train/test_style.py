@@ -47,6 +47,7 @@ def reference(arrays, images):
     return found
 
 
+@pytest.mark.wide
 def test_both_kinds_of_weights_take_the_same_pixels(tmp_path, arrays):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "keras.h5", "w") as file:

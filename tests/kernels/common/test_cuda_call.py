@@ -231,6 +231,7 @@ def test_ptx_of_a_newer_nvrtc_is_a_reason_on_a_gpu(monkeypatch):
     assert "needs a launcher that takes what NVRTC" in cuda_call.unavailable("gpu")
 
 
+@pytest.mark.wide
 @EMULATED
 def test_threads_build_a_kernel_for_the_cpu_once(monkeypatch, tmp_path):
     run, built = subprocess.run, []

@@ -86,7 +86,11 @@ def test_the_oracle_is_jaxs_convolution(case):
 @pytest.mark.parametrize(
     "case",
     [
-        *(pytest.param(case, id=case.name) for case in HARD),
+        # Those of low precision are computed below, compiled as a user's are.
+        *(
+            pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (i in (7, 8)))
+            for i, case in enumerate(HARD)
+        ),
         *(pytest.param(case, id=case.name, marks=pytest.mark.wide) for case in UPSAMPLED),
     ],
 )
@@ -174,7 +178,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.wide] * (name in ("gradients", "forward")))
+        pytest.param(name, marks=[pytest.mark.wide] * (name in ("gradients", "forward", "remat")))
         for name in TRANSFORMS
     ],
 )
@@ -308,7 +312,13 @@ def test_moments_of_rows_of_taps_are_the_outputs(case, monkeypatch):
     np.testing.assert_allclose(squares / count[:, None], y.var((1, 2)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", MOMENTS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i % 2))
+        for i, case in enumerate(MOMENTS)
+    ],
+)
 def test_moments_are_the_outputs(case):
     assert_moments(case, xla)
 
@@ -382,7 +392,8 @@ class Kernel:
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    ("dtype", "module"), [("float32", xla), ("bfloat16", xla), ("float32", Kernel)]
+    ("dtype", "module"),
+    [("float32", xla), pytest.param("bfloat16", xla, marks=pytest.mark.wide), ("float32", Kernel)],
 )
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_slopes_at_kinks_are_those_of_jax(activation, dtype, module, monkeypatch):

@@ -61,6 +61,8 @@ SMALL = TileConfig(32, 16, 16)
 # two blocks of channels or of features, and tiles across an image; strides of planes, more padding
 # than taps reach, one tap.
 WIDE = {HARD[3], EXTRA[-3], EXTRA[-1], TILED[1], HARD[-2], HARD[1], EXTRA[2], HARD[12]}
+# Another dtype of the output, another stride of one axis, four taps by a stride of four.
+WIDE |= {HARD[9], *(case for case in EXTRA if case.stride in ((2, 3), 4)), *TILED[2:]}
 SLOW = {HARD[0], HARD[2], EXTRA[-2], HARD[-1]}
 
 

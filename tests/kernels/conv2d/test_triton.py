@@ -44,6 +44,8 @@ PHASES = (
     Case(1, 3, 4, 3, 5, 3, 2, padding=((2, 2), (1, 1)), upsample=2),
     Case(2, 2, 5, 4, 3, 3, 6, padding="reflect", layout="nchw_fchw", upsample=2),
 )
+# What others have too: relu, another layout, mirrored edges, groups; and upsampling.
+WIDE = {HARD[0], HARD[1], HARD[3], HARD[5], *UPSAMPLED}
 SMALL = TileConfig(16, 16, 32, 1, 1)
 """Tiles so small that there are several of these small cases."""
 
@@ -73,7 +75,7 @@ def ours(case, config=None):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case.upsample > 1))
+        pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (case in WIDE))
         for case in INTERPRETABLE
     ],
 )
@@ -114,6 +116,7 @@ def test_interpreted_moments_of_a_large_mean_lose_nothing(interpreted):
     assert_moments(MOMENTS[0]._replace(nf=4, groups=2), triton_jax, SMALL, mean=1e4)
 
 
+@pytest.mark.wide
 @INTERPRETED
 def test_kernels_are_differentiated_twice_and_mapped(interpreted):
     case = Case(2, 4, 4, 2, 3, 2, 2, (2, 1), "reflect", groups=2, bias=True, activation="relu")
@@ -168,6 +171,7 @@ def test_not_a_number_stays_one(interpreted):
     assert jnp.isnan(y).all()
 
 
+@pytest.mark.wide
 @PARTS
 def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("conv2d", part, tmp_path)

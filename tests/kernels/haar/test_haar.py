@@ -43,7 +43,14 @@ def test_transforms_are_the_oracles(case):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Compiled as a user's it is computed below.
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.wavelet == "sym4"))
+        for case in HARD
+    ],
+)
 def test_hard_cases_are_the_oracles(case):
     assert_oracle(case)
 
@@ -176,10 +183,18 @@ def test_modes_are_those_of_pywavelets(spatial, wavelet):
         np.testing.assert_allclose(back[tuple(map(slice, spatial))], x, atol=1e-12)
 
 
+WAVELETS = ("haar", "db2", "db3", "sym4", "coif2", "rbio3.1")
+# Each mode with the shortest filters, with the longest and with one of those between.
+MODES_AND_WAVELETS = [
+    pytest.param(mode, wavelet, marks=[pytest.mark.slow] * (j not in (0, 4, (1, 2, 3, 5)[i % 4])))
+    for i, mode in enumerate(MODES)
+    for j, wavelet in enumerate(WAVELETS)
+]
+
+
 @pytest.mark.wide
 @pytest.mark.core
-@pytest.mark.parametrize("wavelet", ["haar", "db2", "db3", "sym4", "coif2", "rbio3.1"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "wavelet"), MODES_AND_WAVELETS)
 def test_modes_of_any_size_are_those_of_pywavelets(mode, wavelet):
     for size in (1, 2, 5, 10)["reflect" in mode :]:
         x = np.random.default_rng(0).normal(size=(size, 1))

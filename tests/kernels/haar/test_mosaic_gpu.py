@@ -97,7 +97,7 @@ def test_tasks_hold_every_square_once(image, levels):
 INTERPRETED = (
     Case((9, 18), 3, batch=(2,), channels=3),
     Case((13, 5), 5, dtype="float16", batch=(5,), channels=20),
-    Case((6, 70), 1, dtype="bfloat16", batch=(1,), channels=40),
+    Case((3, 70), 1, dtype="bfloat16", batch=(1,), channels=40),
     # Contiguous windows, were they not of another number of channels.
     Case((8, 7), 2, batch=(3,), channels=32),
     Case((16, 4), 2, batch=(3,), channels=4),

@@ -65,6 +65,8 @@ WIDE = {
     ("b1x2-33x1-c1-l5-haar-float32", "{}"),
     ("b2-5x18-c1-l3-haar-float32", "{}"),
     ("b2-9x7-c3-l4-haar-float32", "{'warps': 2}"),
+    ("b2-9x7-c3-l4-haar-float32", "{'warps': 8}"),
+    ("b2-9x18-c48-l2-haar-float32", "{}"),
 }
 
 

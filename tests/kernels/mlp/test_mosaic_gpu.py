@@ -40,7 +40,16 @@ def launches(shape, transformed, config=None):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.wide] * (name in SHAPES)) for name in SHAPES | RAGGED],
+    [
+        *RAGGED,
+        # The fewest channels, and the most.
+        *(
+            pytest.param(
+                name, marks=pytest.mark.slow if 0 < i < len(SHAPES) - 1 else pytest.mark.wide
+            )
+            for i, name in enumerate(SHAPES)
+        ),
+    ],
 )
 def test_kernels_lower_for_cuda(name):
     for text in launches((SHAPES | RAGGED)[name], lowered):

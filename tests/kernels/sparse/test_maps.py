@@ -175,7 +175,13 @@ def test_overflow_is_carried():
         later.check()
 
 
-@pytest.mark.parametrize("options", [{"generative": True}, {"output_rule": "full", "padding": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"generative": True}, marks=pytest.mark.wide),
+        {"output_rule": "full", "padding": 2},
+    ],
+)
 def test_outputs_beyond_the_limit_are_told(options):
     """None is left out in silence."""
     voxels = from_coords([[0, LIMIT - 1]], [[1.0]])

@@ -43,7 +43,9 @@ NARROW = (3, 8, 14)
 
 
 def wide(value, narrow):
-    return pytest.param(value, id=value.name, marks=[] if narrow else [pytest.mark.wide])
+    # Options in two dimensions stand together below.
+    mark = pytest.mark.slow if value.ndim == 2 else pytest.mark.wide
+    return pytest.param(value, id=value.name, marks=[] if narrow else [mark])
 
 
 @pytest.mark.core

@@ -85,7 +85,8 @@ def assert_near(got, want):
     ("taps", "splits", "pairs"),
     [
         (33, 3, 2),
-        *(pytest.param(*some, marks=pytest.mark.wide) for some in ((33, 1, 0), (33, 1, 1))),
+        pytest.param(33, 1, 0, marks=pytest.mark.wide),
+        pytest.param(33, 1, 1, marks=pytest.mark.slow),
         pytest.param(8, 1, 2, marks=pytest.mark.wide),
     ],
 )
@@ -115,6 +116,7 @@ def test_kernels_are_numpys(taps, splits, pairs):
         assert_near(got, want)
 
 
+@pytest.mark.wide
 @INTERPRETED
 def test_depthwise_kernels_are_numpys(monkeypatch):
     """A part of a gradient sums several tiles, one of rows that read nothing."""
@@ -145,13 +147,14 @@ def test_permuted_rows_are_permuted_results_bit_by_bit():
 
 
 def some(cases):
-    """Every other case for `make test-all`, without those of seconds for their 125 offsets."""
+    """Every fifth case and float16's are wide, but for those of seconds for their 125 offsets."""
+
+    def mark(number, case):
+        few = number % 5 == 0 or case.dtype == "float16"
+        return pytest.mark.wide if few and case.kernel_size not in (5, 7) else pytest.mark.slow
+
     return [
-        pytest.param(
-            case,
-            id=case.name,
-            marks=pytest.mark.slow if i % 2 or case.kernel_size in (5, 7) else pytest.mark.wide,
-        )
+        pytest.param(case, id=case.name, marks=mark(i, case))
         for i, case in enumerate(interpretable(cases))
     ]
 
@@ -244,6 +247,7 @@ def test_parameters_are_measured(interpreted, searches, monkeypatch):
         assert_oracle(conformance, CASES[1], "triton")
 
 
+@pytest.mark.wide
 @PARTS
 def test_kernels_compile_and_keep_their_sums_in_registers(part, tmp_path):
     resources = compiled_resources("sparse", part, tmp_path)

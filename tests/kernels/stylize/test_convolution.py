@@ -83,7 +83,11 @@ def unbiased(tiles):
 formulas_of_tiles = formulas.combined
 
 
-@pytest.mark.parametrize("fault", [first_tile, unbiased], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(first_tile, marks=pytest.mark.slow), unbiased],
+    ids=lambda fault: fault.__name__,
+)
 def test_planted_faults_are_found(fault, monkeypatch):
     case = CASES[1]
     x, w, scale, bias, _, _ = case.drawn()

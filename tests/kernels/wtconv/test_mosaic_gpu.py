@@ -44,8 +44,8 @@ SMALL = {
     "three_launches": Shape(1, 66, 66, 4, 3, 3),
     "two_launches": Shape(1, 233, 131, 4, 2, 3),
 }
-# The next test has "padded"; "narrow" is "flat" on its side.
-COVERED = {"padded", "narrow"}
+# The next test has "padded"; "narrow" is "flat" on its side, and "odd" has blocks of channels too.
+COVERED = {"padded", "narrow", "one_channel_block"}
 # Of the shapes of networks these are in `make test-all`: the fewest and the most pixels.
 WIDE_SHAPES = {"convnext_t_stage4"}
 EXTREME = {
@@ -56,11 +56,6 @@ EXTREME = {
     "many": Shape(2**20, 2, 2, 4, 1, 1),
 }
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def wide(parameters):
-    """Parameters of what only `make test-all` runs."""
-    return [pytest.param(*values, marks=pytest.mark.wide) for values in parameters]
 
 
 def some(cases, kept):
@@ -88,7 +83,7 @@ def run(shape, dtype, transformed):
     ("name", "dtype"),
     [
         *(
-            pytest.param(name, DTYPES[i % 3], marks=[pytest.mark.wide] * (name in COVERED))
+            pytest.param(name, DTYPES[i % 3], marks=[pytest.mark.slow] * (name in COVERED))
             for i, name in enumerate(SMALL)
         ),
         *(
@@ -115,7 +110,7 @@ def test_kernels_lower_where_jax_counts_in_64_bits():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", ["padded", *wide([["image_224"]])])
+@pytest.mark.parametrize("name", ["padded", pytest.param("image_224", marks=pytest.mark.slow)])
 def test_kernels_are_traced_for_arrays_that_are_sharded(name):
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -277,7 +272,7 @@ INTERPRETED = (
     Case((4, 5), 2, 3, "bfloat16", batch=(8,), channels=40),
     Case((1, 1), 1, 1, batch=(9,)),
     Case((11, 2), 1, 5, "float16", batch=(1,), channels=2, bias=False),
-    Case((3, 18), 1, 3, batch=(1,), channels=4),
+    Case((3, 12), 1, 3, batch=(1,), channels=4),
     # Weight gradients of two levels at their least.
     Case((3, 2), 2, 1, batch=(2,), channels=2),
 )
@@ -423,7 +418,7 @@ def assert_level2_oracle(case):
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
 def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
     monkeypatch.setattr(fused_levels, "fits", lambda *args: False)
-    case = Case((10, 13), 4, 3, batch=(1,), channels=4)
+    case = Case((6, 9), 4, 3, batch=(1,), channels=4)
     x, params, _ = case.drawn()
     taps, _ = taps_of(params, case.levels, 0)
     keys = {"wavelet": "haar", "transpose": False, "precision": None}

@@ -42,14 +42,23 @@ LONG = {
 # Compiled as a user's are, too: rounding, three axes with long filters, a kernel over the image.
 AS_A_USER = ("b2-10x7-c3-l1-k2-bfloat16-s3", "b1-5x4x6-c2-l1-k3-float32-sym4")
 AS_A_USER_WIDE = ("b2-2x3-c3-l2-k3-float32", "b2-28x28-c3-l4-k5-float32")
+# What others have too, but for their numbers of taps and levels.
+NUMBERS = {
+    "b2-28x28-c3-l4-k5-float32",
+    "b2-17x6-c3-l3-k5-float32-nobias",
+    "b2-14x14-c3-l2-k5-float32",
+}
 
 
 def parameters(cases):
     """Cases by their names, those in float16 not core."""
     for case in cases:
         core = [pytest.mark.core] * (case.dtype != "float16")
-        wide = [pytest.mark.wide] * (case in PAIRWISE and case not in NARROW or case.name in LONG)
-        yield pytest.param(case, id=case.name, marks=core + wide)
+        wide = case in PAIRWISE and case not in NARROW or case.name in LONG | NUMBERS
+        # Compiled as a user's they are computed below.
+        slow = case.name in AS_A_USER
+        marks = [pytest.mark.slow] * slow + [pytest.mark.wide] * (wide and not slow)
+        yield pytest.param(case, id=case.name, marks=core + marks)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +124,11 @@ def test_drawn_cases_are_the_oracles(spatial, levels, kernel_size, stride, chann
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("case", [SMALL, Case((9,), 2, 2, "float64", stride=2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [SMALL, pytest.param(Case((9,), 2, 2, "float64", stride=2), marks=pytest.mark.wide)],
+    ids=str,
+)
 def test_gradients_are_finite_differences(case):
     x, params, dy = arrays(case)
     loss = jax.jit(lambda x, p: jnp.vdot(WTCONV[case.ndim](x, p, stride=case.stride), dy))
@@ -264,6 +277,7 @@ def test_residuals_are_x_and_the_taps(capsys):
     assert set(big) == {"f32[4,16,16,8]"}
 
 
+@pytest.mark.wide
 @OPTIMISED
 @pytest.mark.core
 def test_gradients_are_bitwise_reproducible():
@@ -283,7 +297,9 @@ def test_gradients_are_bitwise_reproducible():
             marks=pytest.mark.wide,
         ),
         (Case((9, 8), 2, 3, "float64", (2,), 4), 9 * 8 * 2 * 8, (2, 2, False)),
-        (Case((21, 5), 2, 4, "float64", (2,), 3), 1, (2, 1, True)),
+        pytest.param(
+            Case((21, 5), 2, 4, "float64", (2,), 3), 1, (2, 1, True), marks=pytest.mark.wide
+        ),
         (Case((9,), 0, 3, "float64", (2,), 4), 1, (2, 2, True)),
     ],
     ids=["images", "channels", "strips", "strips of channels, no levels"],
@@ -380,7 +396,7 @@ def test_export_with_a_symbolic_batch():
     ("shape", "levels"),
     [
         ("b, h, w, 2", 2),
-        ("1, 2*h, 2*w, 2", 1),
+        pytest.param("1, 2*h, 2*w, 2", 1, marks=pytest.mark.wide),
         *(pytest.param("b, h, w, 2", levels, marks=pytest.mark.wide) for levels in (0, 1, 3)),
         *(pytest.param("1, 2*h, 2*w, 2", levels, marks=pytest.mark.wide) for levels in (0, 2, 3)),
     ],

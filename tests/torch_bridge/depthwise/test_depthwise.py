@@ -46,7 +46,7 @@ def test_plain_pytorch_is_the_oracle(case):
 
 
 @ON_CPU
-@pytest.mark.parametrize("way", ["boxes", pytest.param("pieces", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("way", ["boxes", pytest.param("pieces", marks=pytest.mark.slow)])
 def test_the_kernels_on_the_cpu(way):
     case, device, memory_format = KERNELS[way]
     with emulated(device, cuda):

@@ -50,12 +50,16 @@ NARROW = (5, 15)
 """The others take JAX seconds to compile, each."""
 
 
+def marks(number):
+    """Those of a case: every third is for `make test-all`, and the others by hand."""
+    if number in NARROW:
+        return []
+    return [pytest.mark.slow if number % 3 else pytest.mark.wide]
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name, marks=[] if i in NARROW else [pytest.mark.wide])
-        for i, case in enumerate(CASES)
-    ],
+    [pytest.param(case, id=case.name, marks=marks(i)) for i, case in enumerate(CASES)],
 )
 def test_maps_are_jaxs_bit_by_bit(case):
     assert_jaxs(case)

@@ -54,7 +54,7 @@ OFFERED = cuda_launches.search_space()[1:]
                 kernel_size,
                 channels_last,
                 [{}],
-                marks=pytest.mark.wide if target == "sm_80" else pytest.mark.slow,
+                marks=pytest.mark.slow,
             )
             for target, kernel_size, channels_last in (
                 *((target, 5, False) for target in TARGETS),

@@ -59,10 +59,10 @@ def test_gradients_of_volumes_read_no_memory_that_nobody_wrote():
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        pytest.param("triton", Case((6, 7), 2, 3, strided=True), marks=pytest.mark.wide),
+        pytest.param("triton", Case((6, 7), 2, 3, strided=True), marks=pytest.mark.slow),
         ("triton", Case((4, 4), 1, 3, batch=(0,))),
         ("triton", Case((2, 3), 1, 3, "bfloat16")),
-        pytest.param("triton channels-last", Case((9, 6), 2, 3, batch=()), marks=pytest.mark.wide),
+        pytest.param("triton channels-last", Case((9, 6), 2, 3, batch=()), marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -70,7 +70,7 @@ def test_triton_interpreted(interpreter, name, case):
     assert statuses(name, CPU, [case]) == {case.name: "pass"}
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_triton_interpreted_with_other_sizes(interpreter, monkeypatch):
     sizes = {"columns": 2, "strips": 2}
     monkeypatch.setattr(triton_launch, "search_space", lambda direction, problem: [sizes])

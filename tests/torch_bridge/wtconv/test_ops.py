@@ -85,7 +85,7 @@ def test_the_operators_are_declared_as_they_are():
     torch.library.opcheck(ops.weight_grad, (x, x.detach(), 3, 1, "haar", "eager"))
 
 
-@EACH
+@each(pytest.mark.wide)
 def test_second_derivatives(implementation):
     layer, plain = make_layer(implementation), make_layer("eager")
 
@@ -99,7 +99,7 @@ def test_second_derivatives(implementation):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@each(pytest.mark.wide)
+@each(pytest.mark.slow)
 def test_compiles_without_a_graph_break(implementation):
     layer = make_layer(implementation)
     # Inductor would compile C++ for a minute; "aot_eager" traces the same graphs, both ways.
@@ -167,7 +167,7 @@ def test_exports(implementation):
     assert implementation == "triton" or not {"aten.to.dtype", "aten.detach.default"} & {*targets}
 
 
-@each(pytest.mark.wide)
+@each(pytest.mark.slow)
 def test_vmap(implementation):
     layer, x = make_layer(implementation), make_input(2, 3, 1, 2, 2)
     want = torch.stack([layer(one) for one in x.unbind(1)])
@@ -214,7 +214,7 @@ def test_kernels_tell_torch_func_that_they_cannot(implementation, transform):
             torch.vmap(call)(x[None])
 
 
-@EACH
+@each(pytest.mark.wide)
 def test_autocast_computes_in_its_dtype(implementation):
     layer, x = make_layer(implementation), make_input(1, 1, 3, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -245,7 +245,7 @@ def test_distributed_data_parallel(implementation, device, process_group):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-@EACH
+@each(pytest.mark.wide)
 def test_y_is_laid_out_as_x_is(implementation):
     layer, x = make_layer(implementation), make_input(3, 1, 4, 2)
     assert layer(x).is_contiguous()

@@ -147,7 +147,9 @@ def test_hooks_of_a_backward_pass_fire():
 
 
 @pytest.mark.parametrize(
-    "way", [with_parametrized_scale, with_pre_hook], ids=lambda way: way.__name__
+    "way",
+    [pytest.param(with_parametrized_scale, marks=pytest.mark.wide), with_pre_hook],
+    ids=lambda way: way.__name__,
 )
 def test_it_acts_in_a_compiled_program_and_in_autocast(way):
     layer, x = made(way).float(), torch.ones(1, 2, 4, 6)

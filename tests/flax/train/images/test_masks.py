@@ -23,9 +23,9 @@ SAID = {
     "model": {
         "name": "ConvNeXt",
         "options": {
-            "depths": [1, 1],
-            "dims": [8, 16],
-            "levels": [1, 1],
+            "depths": [1],
+            "dims": [12],
+            "levels": [1],
             "kernel_size": 3,
             "patch_size": 2,
             "layer_scale": 1.0,

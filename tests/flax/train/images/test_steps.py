@@ -34,6 +34,7 @@ def test_flips_mirror_some_images():
     assert 0 < sum(mirrored) < 6 and sum(mirrored) + sum(kept) == 6
 
 
+@pytest.mark.wide
 def test_erasing_puts_noise_into_one_rectangle():
     images, targets = changed(erasing=1.0)
     np.testing.assert_array_equal(targets, TARGETS)

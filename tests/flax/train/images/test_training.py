@@ -20,10 +20,11 @@ from helpers.training import (
     SAID,
     SMALL,
     WIDE,
+    End,
     assert_same_images,
     assert_same_run,
     figures,
-    in_a_process,
+    in_processes,
     in_two_processes,
     killed_and_gone_on_with,
     seeing,
@@ -254,18 +255,19 @@ def test_fine_tuning_begins_from_a_checkpoint_with_a_new_head(data, whole, tmp_p
 
 def test_a_killed_training_goes_on_bitwise(data, small, undrawn):
     out, said = data.parent / "killed", resolved(data, SMALL)
-    assert in_a_process(said, out, 7) == -signal.SIGKILL
+    assert in_processes(said, out, [End(7)]) == [-signal.SIGKILL]
     assert steps_in(out)
     trainer.train(said, out, resume=True)
     assert_same_run(out, small)
 
 
 @pytest.mark.wide
-def test_five_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
+def test_four_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
+    """The fifth of `make test-all` is the one of `make test`, above."""
     out, said = data.parent / "killed_often", resolved(data, SMALL)
-    for step in (2, 4, 5, 7, 8):
-        assert in_a_process(said, out, step, delay=0.02 * step) == -signal.SIGKILL
-    assert in_a_process(said, out, 9, signal.SIGTERM) in (0, 3)
+    kills = [End(step, delay=0.02 * step) for step in (2, 4, 5, 8)]
+    *killed, stopped = in_processes(said, out, [*kills, End(9, signal.SIGTERM)])
+    assert killed == [-signal.SIGKILL] * 4 and stopped in (0, 3)
     trainer.train(said, out, resume=True)
     assert_same_run(out, small)
 
@@ -398,7 +400,7 @@ def test_eight_devices_compute_the_scenes_of_a_sparse_network():
 def wide(data):
     """The folder of a training, of parameters to split, that nothing stopped."""
     out = data.parent / "wide"
-    assert in_a_process(resolved(data, SMALL, WIDE), out, environment=seeing(1)) == 0
+    assert in_processes(resolved(data, SMALL, WIDE), out, [End()], seeing(1)) == [0]
     return out
 
 

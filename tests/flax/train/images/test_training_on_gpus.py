@@ -9,8 +9,9 @@ from helpers.training import (
     SAID,
     SMALL,
     WIDE,
+    End,
     assert_same_images,
-    in_a_process,
+    in_processes,
     in_two_processes,
     killed_and_gone_on_with,
     seeing,
@@ -39,7 +40,7 @@ def said(tmp_path_factory):
 def whole(said, tmp_path_factory):
     """The folder of a training on one GPU that nothing stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert in_a_process(said, out, environment=seeing(1)) == 0
+    assert in_processes(said, out, [End()], seeing(1)) == [0]
     return out
 
 
