@@ -256,8 +256,8 @@ struct Copies {
 
 // Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
 // with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below` and
-// `deeper` are what is added to squares and to squares of squares; `bias [C]` may be null. Sizes are
-// x's, and `lows` are means of squares, of which `y` is the sum that they are added to.
+// `deeper` are what is added to squares and to squares of squares; `below` and `bias [C]` may be null.
+// Sizes are x's, and `lows` are means of squares, of which `y` is the sum that they are added to.
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, 1)
 bands_forward(INPUT x,
 #if BASE
@@ -356,6 +356,7 @@ bands_forward(INPUT x,
     const Offset line = Offset(image) * height + 2 * walk.top;
     float* to = y + (line * width + column) * channels + channel;
 #if BELOW
+    const int covered = below == nullptr ? 0 : there;
     const Offset pair = Offset(image) * pairs + walk.top;
     const float* over = below + (pair * squares + column / 2) * channels + channel;
 #endif
@@ -375,7 +376,7 @@ bands_forward(INPUT x,
       if (walk.pair - R < walk.top) return;
 #pragma unroll
       for (int s = 0; s < SQUARES; s++)
-        if (2 * s < there) under[s] = over[s * channels];
+        if (2 * s < covered) under[s] = over[s * channels];
       over += squares * channels;
 #endif
 #if BELOW == 2

@@ -76,9 +76,9 @@ class Variant(NamedTuple):
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
-        return self.stages * (cdiv(self._bytes(), 1024) * 1024 + 16 * self.boxed)
+        return self.stages * (cdiv(self.bytes(), 1024) * 1024 + 16 * self.boxed)
 
-    def _bytes(self) -> int:
+    def bytes(self) -> int:
         """Bytes of a pair of rows."""
         return 4 * 2 * (1 + self.halved) * self.images * self._loaded() * _CHUNK
 
@@ -92,14 +92,14 @@ class Variant(NamedTuple):
         most = device.multiprocessors // cdiv(shape[-1], _CHUNK)
         return max(1, min(most, self.pairs(shape) // _FEWEST))
 
-    def time(self, shape: tuple[int, ...], device: Device) -> tuple[float, int]:
-        """The clocks of the busiest multiprocessor, about, and the bytes of a step."""
+    def time(self, shape: tuple[int, ...], device: Device) -> float:
+        """The clocks of the busiest multiprocessor, about."""
         programs = self.programs(shape, device)
         waves = cdiv(programs * cdiv(shape[-1], _CHUNK), device.multiprocessors)
         steps = cdiv(self.pairs(shape), programs) + self.kernel_size // 2
         # A warp alone waits for itself.
         issue = (cdiv(self.warps, 4) + 0.3) * _INSTRUCTIONS[self.base, self.halved]
-        return waves * steps * max(issue, self._bytes() / _CLOCK), self._bytes()
+        return waves * steps * max(issue, self.bytes() / _CLOCK)
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
@@ -115,7 +115,7 @@ def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) 
 
 @cache
 def planned(
-    shape: tuple[int, ...],
+    shapes: tuple[tuple[int, ...], ...],
     kernel_size: int,
     device: Device,
     *,
@@ -124,10 +124,10 @@ def planned(
     halved: bool = False,
     lows: bool = False,
 ) -> Variant:
-    """The variant for images `[N, H, W, C]`.
+    """The variant for images of some levels, which is compiled once.
 
     Args:
-        shape: That of the images that are treated.
+        shapes: Those of the images that are treated, `[N, H, W, C]`.
         kernel_size: One of `KERNEL_SIZES`.
         device: The GPU.
         base: Whether there is a base convolution.
@@ -135,7 +135,7 @@ def planned(
         halved: Whether the images are means of squares, which the kernel makes itself.
         lows: Whether their own means of squares are made too.
     """
-    n, _, w, c = shape
+    n, _, w, c = shapes[0]
     boxed = device.boxes and device.capability == _HOPPER and c % 4 == 0
     variants = [
         Variant(
@@ -144,8 +144,11 @@ def planned(
         for across in range(1, min(_WARPS, cdiv(w, _STRIP)) + 1)
         for images in range(1, min(_WARPS // across, n) + 1)
     ]
-    fitting = [one for one in variants if one.shared() <= device.shared]
-    best = min(fitting, key=lambda one: one.time(shape, device))
+
+    def time(variant: Variant) -> tuple[float, int]:
+        return sum(variant.time(shape, device) for shape in shapes), variant.bytes()
+
+    best = min((one for one in variants if one.shared() <= device.shared), key=time)
     stages = min(_STAGES, 2 * device.shared // best.shared())
     return best._replace(stages=stages)
 
@@ -177,29 +180,31 @@ def forward(
     base, *bands = taps
     sizes = [_means_shape(shape, level) for level in range(len(bands))]
 
-    def level(number: int, image: AnyArray, below: Sequence[AnyArray]) -> list[AnyArray]:
-        # The second level's image is x itself.
-        halved = number == 1
-        lows = halved and len(sizes) > 2
-        about = {"base": number == 0, "below": len(below), "halved": halved, "lows": lows}
+    def level(
+        number: int, shapes: tuple[tuple[int, ...], ...], image: AnyArray, *below: AnyArray | None
+    ) -> list[AnyArray]:
         n, h, w, c = size = sizes[number]
-        variant = planned(size, kernel_size, device, **about)
+        first, second = number == 0, number == 1
+        lows = sizes[2:3] * second
+        about = {"base": first, "below": len(below), "halved": second, "lows": bool(lows)}
+        variant = planned(shapes, kernel_size, device, **about)
         programs = variant.programs(size, device)
-        arguments = [image, *[base] * (number == 0), bands[number], *below]
-        arguments += [*[bias] * (number == 0), n, c, *(shape[1:3] if halved else (h, w))]
-        arguments += [programs, int(transpose)]
-        outputs = [(each, "float32") for each in (size, *sizes[2:3] * lows)]
+        # The second level's image is x itself.
+        h, w = shape[1:3] if second else (h, w)
+        arguments = [image, *[base] * first, bands[number], *below, *[bias] * first]
+        arguments += [n, c, h, w, programs, int(transpose)]
+        outputs = [(each, "float32") for each in (size, *lows)]
         return launch(variant.compiled(), arguments, outputs, programs * cdiv(c, _CHUNK))
 
     below: list[AnyArray] = []
     if len(sizes) > 1:
-        second, *lows = level(1, x, [])
+        below, lows = (found := level(1, (sizes[1],), x))[:1], found[1:]
         images = [*lows, *(means(lows[0], sizes[2:], launch) if lows else [])]
-        deeper: list[AnyArray] = []
+        deeper: AnyArray | None = None
         for number in reversed(range(2, len(sizes))):
-            deeper = level(number, images[number - 2], deeper)
-        below = [second, *deeper]
-    return level(0, x, below)[0]
+            (deeper,) = level(number, tuple(sizes[2:]), images[number - 2], deeper)
+        below += [] if deeper is None else [deeper]
+    return level(0, (shape,), x, *below)[0]
 
 
 def means(
