@@ -12,8 +12,11 @@ from pallas_kernels.wtconv import bands_launches as launches
 from pallas_kernels.wtconv import cuda as cuda_jax
 from pallas_kernels.wtconv.cases import Case
 
-DEVICES = {"boxes": HOPPER, "pieces": Device(shared=66000, multiprocessors=6)}
-"""GPUs whose blocks share tiles, and that copy to shared memory in either way."""
+DEVICES = {
+    "boxes": HOPPER._replace(multiprocessors=11),
+    "pieces": Device(shared=66000, multiprocessors=14),
+}
+"""GPUs whose blocks begin and end within tiles, and that copy to shared memory in either way."""
 ALWAYS = Case((9, 10), 2, 3, channels=20)
 CASES = [
     # Three launches and more, columns in tiles; rows, columns and their halves are odd.
@@ -64,7 +67,7 @@ FAULTS = {
     "the first pair of a tile": ("pair = max(top - R, 0)", "pair = max(top - R + 1, 0)"),
     "a level below of another pair": ("pairs + walk.top;\n    const float* over", "pairs + walk.pair;\n    const float* over"),
     "a level far below": ("if ((walk.pair - R) % 2) far_over", "if (walk.pair % 2 == 0) far_over"),
-    "means of another pair": ("pairs + walk.pair;\n    float* low", "pairs + walk.top;\n    float* low"),
+    "means of another pair": ("      low += squares * channels;\n", ""),
     "a bound of the columns": ("column >= 0 &&", "column > 0 &&"),
     "another row of the base": ("base[r + 3 * R - t]", "base[r + R + t]"),
     "taps turned around": ("transpose ? K * K - 1 - i : i", "i"),
