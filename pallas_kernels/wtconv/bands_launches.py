@@ -59,10 +59,17 @@ class Variant(NamedTuple):
         """The kernel to launch."""
         macros = tuple((name.upper(), int(value)) for name, value in self._asdict().items())
         warps = cdiv(self.warps, 4) * 4 + _COPIERS if self.boxed else self.warps
-        box = self.images, 2 * (1 + self.halved), self._loaded(), _CHUNK
+        rows, columns = 2 * (1 + self.halved), self._loaded()
+        # Of x, and of what is added, which follows the taps.
+        sizes = (rows, columns), (1, 2 * self.across), (1, self.across)
+        numbers = 0, 2 + self.base, 3 + self.base
+        boxes = tuple(
+            (number, (self.images, *size, _CHUNK))
+            for number, size in zip(numbers[: 1 + self.below], sizes, strict=False)
+        )
         return Kernel(
             *(_FOLDER / "bands_forward.cu", "bands_forward", macros, 32 * warps, self.shared()),
-            *(((0, box),) if self.boxed else (), self.boxed),
+            *(boxes if self.boxed else (), self.boxed),
         )
 
     @property
@@ -79,8 +86,10 @@ class Variant(NamedTuple):
         return self.stages * (cdiv(self.bytes(), 1024) * 1024 + 16 * self.boxed)
 
     def bytes(self) -> int:
-        """Bytes of a pair of rows."""
-        return 4 * 2 * (1 + self.halved) * self.images * self._loaded() * _CHUNK
+        """Bytes of a stage: a pair of rows, and what is added."""
+        x = 2 * (1 + self.halved) * self._loaded()
+        added = (0, 2, 3)[self.below] * self.across
+        return 4 * self.images * (x + added) * _CHUNK
 
     def pairs(self, shape: tuple[int, ...]) -> int:
         """Pairs of rows of all tiles of a channel of the images `[N, H, W, C]` that are treated."""
@@ -181,7 +190,7 @@ def forward(
     sizes = [_means_shape(shape, level) for level in range(len(bands))]
 
     def level(
-        number: int, shapes: tuple[tuple[int, ...], ...], image: AnyArray, *below: AnyArray | None
+        number: int, shapes: tuple[tuple[int, ...], ...], image: AnyArray, *below: AnyArray
     ) -> list[AnyArray]:
         n, h, w, c = size = sizes[number]
         first, second = number == 0, number == 1
@@ -200,10 +209,12 @@ def forward(
     if len(sizes) > 1:
         below, lows = (found := level(1, (sizes[1],), x))[:1], found[1:]
         images = [*lows, *(means(lows[0], sizes[2:], launch) if lows else [])]
-        deeper: AnyArray | None = None
+        deeper: list[AnyArray] = []
         for number in reversed(range(2, len(sizes))):
-            (deeper,) = level(number, tuple(sizes[2:]), images[number - 2], deeper)
-        below += [] if deeper is None else [deeper]
+            # All that have a level below are compiled once.
+            shapes = tuple(sizes[2:-1]) if deeper else (sizes[number],)
+            deeper = level(number, shapes, images[number - 2], *deeper)
+        below += deeper
     return level(0, (shape,), x, *below)[0]
 
 
