@@ -235,11 +235,10 @@ def means(
     for level in range(0, len(sizes) - 1, 2):
         n, h, w, c = sizes[level]
         below = sizes[level + 1 : level + 3]
-        vector, side = math.gcd(4, c), len(below)
-        macros = ("VECTOR", vector), ("TWICE", side - 1)
+        side = len(below)
+        macros = (("TWICE", side - 1),)
         kernel = Kernel(_FOLDER / "bands_means.cu", "bands_means", macros, _MEANS_THREADS, 0)
-        places = n * cdiv(h, 2 * side) * cdiv(w, 2 * side)
-        blocks = cdiv(places * (c // vector), _MEANS_THREADS)
+        blocks = cdiv(n * cdiv(h, 2 * side) * cdiv(w, 2 * side) * c, _MEANS_THREADS)
         outputs = [(size, "float32") for size in below]
         found += launch(kernel, [image, n, c, h, w], outputs, blocks)
         image = found[-1]
