@@ -7,7 +7,8 @@
 //
 // A deeper level is the same, without a base, on the means of the squares of the level above; what it
 // makes is added to all pixels of a square. Coefficients are unnormalised sums, whose factor is
-// folded into the taps. The second level makes the means of x itself, HALVED, and leaves its own.
+// folded into the taps. The second level, HALVED, makes the means of x itself, and leaves those that
+// deeper levels take.
 //
 // The host defines these macros:
 //   KERNEL_SIZE      3 or 5
@@ -17,7 +18,8 @@
 //   BASE             whether there is a base convolution, and a bias
 //   BELOW            1 if something is added to squares, 2 if to squares of squares too
 //   HALVED           whether x is the image whose means of squares are treated
-//   LOWS             whether the means of the squares of what is treated are made too
+//   LOWS             1 if the means of the squares of what is treated are made too, 2 if those of their
+//                    squares are as well
 //   VECTOR           channels that one copy to shared memory takes, a divisor of C
 //   BOXED            whether four more warps copy boxes, by TMA, and give their registers to the others
 
@@ -270,7 +272,7 @@ struct Copies {
 // Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
 // with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below` and
 // `deeper` are what is added to squares and to squares of squares; `bias [C]` may be null. Sizes are
-// x's, and `lows` are means of squares, of which `y` is the sum that they are added to.
+// x's; `lows` and `far_lows` are the means of squares, and of squares of squares, of what is treated.
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, 1)
 bands_forward(INPUT x,
 #if BASE
@@ -291,6 +293,10 @@ bands_forward(INPUT x,
 #if LOWS
               ,
               float* __restrict__ lows
+#endif
+#if LOWS == 2
+              ,
+              float* __restrict__ far_lows
 #endif
 ) {
 #if !BASE
@@ -396,6 +402,12 @@ bands_forward(INPUT x,
     const Offset own = Offset(image) * pairs + walk.pair;
     float* low = lows + (own * squares + column / 2) * channels + channel;
 #endif
+#if LOWS == 2
+    const int fours = (squares + 1) / 2;
+    const Offset far = Offset(image) * ((pairs + 1) / 2);
+    float* far_low = far_lows + (far * fours + column / 4) * channels + channel;
+    float upper = 0.0f;  // The squares of the pair above.
+#endif
     auto enter = [&]() -> const float* {
 #if BOXED
       wait_for(full + slot, phase);
@@ -451,6 +463,15 @@ bands_forward(INPUT x,
           if (2 * s < there) low[s * channels] = FACTOR * squares_of[s];
       }
       low += squares * channels;
+#endif
+#if LOWS == 2
+      const int odd = walk.pair % 2;
+      const float lower = squares_of[0] + squares_of[1];
+      if ((odd || walk.pair == pairs - 1) && walk.pair >= walk.top && walk.pair < walk.bottom &&
+          there > 0)
+        far_low[Offset(walk.pair / 2) * fours * channels] =
+            0.25f * FACTOR * (odd ? upper + lower : lower);
+      upper = lower;
 #endif
       finish();
     }

@@ -1,8 +1,8 @@
 """The launches of the `bands_*.cu`, for any framework: float32, kernels of 3 and 5, by multiply-adds.
 
-The second level first, straight from x, which also leaves its means of squares; of these the means
-of deeper levels, two a launch; then each level from the deepest one on, which adds what the level
-below has made. A level streams through shared memory once, and no band is written to memory.
+The second level first, straight from x, which also leaves the means of squares that deeper levels are
+made of; then each level from the deepest one on, which adds what the level below has made. A level
+streams through shared memory once, and no band is written to memory.
 """
 
 import math
@@ -30,11 +30,12 @@ _HOPPER = 90
 """The compute capability times ten of GPUs whose warps give each other registers."""
 _STAGES = 8
 """Pairs of rows in shared memory at most."""
+_FARTHEST = 4
+"""The last level that there may be."""
 _AMPERE = 80
 """The compute capability times ten from which on copies to shared memory wait for nobody."""
 _FEWEST = 4
 """Pairs of rows for which a block is worth its start."""
-_MEANS_THREADS = 256
 _INSTRUCTIONS = {(True, False): 570, (False, False): 350, (False, True): 500}
 """Instructions of a step of a warp with a base or without, and of halved images; of kernels of 5."""
 _CLOCK = 22
@@ -51,7 +52,7 @@ class Variant(NamedTuple):
     base: bool
     below: int
     halved: bool
-    lows: bool
+    lows: int
     vector: int
     boxed: bool
 
@@ -114,8 +115,8 @@ class Variant(NamedTuple):
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
     """Whether these kernels take images `[N, H, W, C]` on a GPU, and are the best for them."""
     n, h, w, c = shape
-    # Pairs of tiles, and the threads of means, are counted in 32 bits.
-    countable = n * cdiv(h, 2) * cdiv(w, 2) * c < 2**31 and h * w < 2**31
+    # Pairs of tiles, and elements from a pair of rows to the next, are counted in 32 bits.
+    countable = n * h * cdiv(w, _STRIP) < 2**31 and w * c < 2**30
     # Half of the lanes have a channel at least.
     full = 2 * c >= cdiv(c, _CHUNK) * _CHUNK
     able = device.capability >= _AMPERE and dtype == "float32" and kernel_size in KERNEL_SIZES
@@ -131,7 +132,7 @@ def planned(
     base: bool = False,
     below: int = 0,
     halved: bool = False,
-    lows: bool = False,
+    lows: int = 0,
 ) -> Variant:
     """The variant for images of some levels, which is compiled once.
 
@@ -142,7 +143,7 @@ def planned(
         base: Whether there is a base convolution.
         below: How many are added to squares, and to squares of squares.
         halved: Whether the images are means of squares, which the kernel makes itself.
-        lows: Whether their own means of squares are made too.
+        lows: How many are made of their means of squares, and of the squares of these.
     """
     n, _, w, c = shapes[0]
     boxed = device.boxes and device.capability == _HOPPER and c % 4 == 0
@@ -192,57 +193,29 @@ def forward(
     def level(
         number: int, shapes: tuple[tuple[int, ...], ...], image: AnyArray, *below: AnyArray
     ) -> list[AnyArray]:
-        n, h, w, c = size = sizes[number]
         first, second = number == 0, number == 1
-        lows = sizes[2:3] * second
-        about = {"base": first, "below": len(below), "halved": second, "lows": bool(lows)}
+        lows = sizes[2:4] if second else []
+        # There are no means of the squares of these: the kernel makes them of the level above.
+        halved = second or number == _FARTHEST
+        about = {"base": first, "below": len(below), "halved": halved, "lows": len(lows)}
         variant = planned(shapes, kernel_size, device, **about)
-        programs = variant.programs(size, device)
-        # The second level's image is x itself.
-        h, w = shape[1:3] if second else (h, w)
+        n, h, w, c = sizes[number - halved]
+        programs = variant.programs(sizes[number], device)
         arguments = [image, *[base] * first, bands[number], *below, *[bias] * first]
         arguments += [n, c, h, w, programs, int(transpose)]
-        outputs = [(each, "float32") for each in (size, *lows)]
+        outputs = [(each, "float32") for each in (sizes[number], *lows)]
         return launch(variant.compiled(), arguments, outputs, programs * cdiv(c, _CHUNK))
 
     below: list[AnyArray] = []
     if len(sizes) > 1:
-        below, lows = (found := level(1, (sizes[1],), x))[:1], found[1:]
-        images = [*lows, *(means(lows[0], sizes[2:], launch) if lows else [])]
+        second, *lows = level(1, (sizes[1],), x)
         deeper: list[AnyArray] = []
         for number in reversed(range(2, len(sizes))):
             # All that have a level below are compiled once.
             shapes = tuple(sizes[2:-1]) if deeper else (sizes[number],)
-            deeper = level(number, shapes, images[number - 2], *deeper)
-        below += deeper
+            deeper = level(number, shapes, lows[min(number - 2, 1)], *deeper)
+        below = [second, *deeper]
     return level(0, (shape,), x, *below)[0]
-
-
-def means(
-    x: AnyArray, sizes: Sequence[tuple[int, ...]], launch: Launch[AnyArray]
-) -> list[AnyArray]:
-    """The means of the squares of two rows and columns, of their squares, and so on.
-
-    Args:
-        x: Contiguous images `[N, H, W, C]`, float32.
-        sizes: Their shape, and those of the means of each level.
-        launch: The framework's launch function.
-
-    Returns:
-        An array a level.
-    """
-    found, image = [], x
-    for level in range(0, len(sizes) - 1, 2):
-        n, h, w, c = sizes[level]
-        below = sizes[level + 1 : level + 3]
-        side = len(below)
-        macros = (("TWICE", side - 1),)
-        kernel = Kernel(_FOLDER / "bands_means.cu", "bands_means", macros, _MEANS_THREADS, 0)
-        blocks = cdiv(n * cdiv(h, 2 * side) * cdiv(w, 2 * side) * c, _MEANS_THREADS)
-        outputs = [(size, "float32") for size in below]
-        found += launch(kernel, [image, n, c, h, w], outputs, blocks)
-        image = found[-1]
-    return found
 
 
 def _means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:

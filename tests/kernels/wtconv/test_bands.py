@@ -21,7 +21,7 @@ ALWAYS = Case((9, 10), 2, 3, channels=20)
 CASES = [
     # Three launches and more, columns in tiles; rows, columns and their halves are odd.
     Case((29, 69), 3, 5, channels=40),
-    # Two levels of means at once, several images of a tile, single channels, many blocks.
+    # The last level there may be, several images of a tile, single channels, many blocks.
     Case((57, 61), 5, 5, batch=(1,), channels=33),
     Case((7, 7), 2, 5, batch=(9,), channels=18),
     Case((13, 8), 1, 3, batch=(3,), channels=36, bias=False),
@@ -60,13 +60,14 @@ def test_every_case_on_the_cpu(case, way, monkeypatch):
 
 FAULTS = {
     "a wait for a box": ("      wait_for(full + slot, phase);\n", ""),
-    "a wait for a stage": ("        wait_for(empty + slot, phase);\n", ""),
+    "a wait for a stage": ("      wait_for(empty + slot, phase);\n", ""),
     "a wait for pieces": ("wait<STAGES - 2>();", "wait<STAGES - 1>();"),
     "a barrier": ("      __syncthreads();\n      load", "      load"),
     "sums of the tile before": ("    sums.clear(offset);\n", ""),
     "the first pair of a tile": ("pair = max(top - R, 0)", "pair = max(top - R + 1, 0)"),
-    "a level below of another pair": ("pairs + walk.top;\n    const float* over", "pairs + walk.pair;\n    const float* over"),
-    "a level far below": ("if ((walk.pair - R) % 2) far_over", "if (walk.pair % 2 == 0) far_over"),
+    "a level below of another pair": ("loading.pair - R, loading.left / 2", "loading.pair, loading.left / 2"),
+    "a box of another pair": ("walk.left / 2, over, walk.image", "walk.left / 2, walk.pair, walk.image"),
+    "a level far below": ("walk.left / 4, over / 2, walk", "walk.left / 4, (over + 1) / 2, walk"),
     "means of another pair": ("      low += squares * channels;\n", ""),
     "a bound of the columns": ("column >= 0 &&", "column > 0 &&"),
     "another row of the base": ("base[r + 3 * R - t]", "base[r + R + t]"),
@@ -108,7 +109,7 @@ def test_tiles_are_shared_evenly_and_waste_no_columns():
     assert (first.across, first.images, first.boxed) == (2, 4, True)
     assert first.programs(shape, h200) == 44
     halves = 128, 28, 28, 96
-    second = launches.planned((halves,), 5, h200, halved=True, lows=True)
+    second = launches.planned((halves,), 5, h200, halved=True, lows=2)
     assert (second.across, second.images) == (7, 1) and second.shared() <= h200.shared
     assert launches.planned((shape,), 5, h200._replace(capability=80)).boxed is False
 
