@@ -37,12 +37,12 @@ FOLDED = {
 }
 """The registers on tensor cores, kernels of 5: forward, weights, levels in one launch."""
 BANDS = {
-    "sm_80": (254, 225, 201),
-    "sm_86": (255, 232, 205),
-    "sm_89": (255, 232, 205),
-    "sm_90a": (168, 225, 197),
-    "sm_100a": (250, 223, 210),
-    "sm_120": (250, 222, 210),
+    "sm_80": (254, 235, 196),
+    "sm_86": (255, 235, 195),
+    "sm_89": (255, 235, 195),
+    "sm_90a": (168, 230, 194),
+    "sm_100a": (244, 230, 208),
+    "sm_120": (246, 230, 211),
 }
 """The registers in float32 level by level, kernels of 5: the first level, the second, deeper ones."""
 LINE = {
