@@ -1,8 +1,8 @@
-"""The launches of the `bands_*.cu`, for any framework: float32, kernels of 3 and 5, by multiply-adds.
+"""The launches of `bands_forward.cu`, for any framework: float32, by multiply-adds.
 
-The second level first, straight from x, which also leaves the means of squares that deeper levels are
-made of; then each level from the deepest one on, which adds what the level below has made. A level
-streams through shared memory once, and no band is written to memory.
+The second level first, straight from x, which also leaves the means of squares that deeper levels
+are made of; then each level from the deepest one on, which adds what the level below has made. A
+level streams through shared memory once, and no band is written to memory.
 """
 
 import math
@@ -37,7 +37,7 @@ _AMPERE = 80
 _FEWEST = 4
 """Pairs of rows for which a block is worth its start."""
 _INSTRUCTIONS = {(True, False): 570, (False, False): 350, (False, True): 500}
-"""Instructions of a step of a warp with a base or without, and of halved images; of kernels of 5."""
+"""Instructions of a step of a warp, by whether there is a base, and whether images are halved."""
 _CLOCK = 15
 """Bytes that a multiprocessor of an H200 copies in a clock, where all do nothing else."""
 
@@ -150,9 +150,7 @@ def planned(
     n, _, w, c = shapes[0]
     boxed = device.boxes and device.capability == _HOPPER and c % 4 == 0
     variants = [
-        Variant(
-            *(kernel_size, across, images, 2, base, below, halved, lows, math.gcd(4, c), boxed)
-        )
+        Variant(*(kernel_size, across, images, 2, base, below, halved, lows, math.gcd(4, c), boxed))
         for across in range(1, min(_WARPS, cdiv(w, _STRIP)) + 1)
         for images in range(1, min(_WARPS // across, n) + 1)
     ]
@@ -203,7 +201,8 @@ def forward(
         variant = planned(shapes, kernel_size, device, **about)
         n, h, w, c = sizes[number - halved]
         programs = variant.programs(sizes[number], device)
-        arguments = [image, *[base] * first, bands[number], *below, *[bias] * first]
+        arguments: list[AnyArray | int | None] = [image, *[base] * first, bands[number], *below]
+        arguments += [bias] * first
         arguments += [n, c, h, w, programs, int(transpose)]
         outputs = [(each, "float32") for each in (sizes[number], *lows)]
         return launch(variant.compiled(), arguments, outputs, programs * cdiv(c, _CHUNK))

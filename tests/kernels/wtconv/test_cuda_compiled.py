@@ -44,7 +44,7 @@ BANDS = {
     "sm_100a": (244, 230, 208),
     "sm_120": (246, 230, 211),
 }
-"""The registers in float32 level by level, kernels of 5: the first level, the second, deeper ones."""
+"""The registers in float32, kernels of 5: the first level, the second, deeper ones."""
 LINE = {
     "sm_75": ((229, 0), (202, 0)),
     "sm_80": ((168, 16), (168, 16)),
