@@ -7,7 +7,8 @@
 //
 // A deeper level is the same, without a base, on the means of the squares of the level above; what it
 // makes is added to all pixels of a square. Coefficients are unnormalised sums, whose factor is
-// folded into the taps. The second level makes the means of x itself, HALVED, and leaves its own.
+// folded into the taps. The second level, HALVED, makes the means of x itself, and leaves those that
+// deeper levels take.
 //
 // The host defines these macros:
 //   KERNEL_SIZE      3 or 5
@@ -17,7 +18,8 @@
 //   BASE             whether there is a base convolution, and a bias
 //   BELOW            1 if something is added to squares, 2 if to squares of squares too
 //   HALVED           whether x is the image whose means of squares are treated
-//   LOWS             whether the means of the squares of what is treated are made too
+//   LOWS             1 if the means of the squares of what is treated are made too, 2 if those of their
+//                    squares are as well
 //   VECTOR           channels that one copy to shared memory takes, a divisor of C
 //   BOXED            whether four more warps copy boxes, by TMA, and give their registers to the others
 
@@ -42,9 +44,12 @@ constexpr int LINES = 2 * SCALE;                   // Rows of x of a pair.
 constexpr int WIDTH = COLUMNS * ACROSS;            // Columns of a tile.
 constexpr int LOADED = SCALE * (WIDTH + 2 * HALO);  // Columns of x that it reads.
 constexpr int ROW = CHUNK * LOADED;                // Elements of a row in shared memory.
+// A stage: a pair of rows, what is added to the squares of the pair R above, and to their squares.
 constexpr int BYTES = 4 * LINES * IMAGES * ROW;
+constexpr int OVER = BELOW ? 4 * IMAGES * WIDTH / 2 * CHUNK : 0;
+constexpr int FAR_OVER = BELOW == 2 ? 4 * IMAGES * ACROSS * CHUNK : 0;
 constexpr float FACTOR = 0.25f / (SCALE * SCALE);  // Of a coefficient.
-constexpr int STAGE = (BYTES + 1023) / 1024 * 1024;
+constexpr int STAGE = (BYTES + OVER + FAR_OVER + 1023) / 1024 * 1024;
 
 // The sizes of what is treated.
 struct Images {
@@ -71,6 +76,15 @@ struct Walk {
   }
 
   DEVICE int last() const { return bottom + R; }
+
+  // Whether something is added to the pair that a step finishes.
+  DEVICE bool covered() const { return BELOW && pair - R >= top; }
+
+  // Goes on to the next pair that takes a stage: below the image are those that something is added to.
+  DEVICE void advance(const Images& images) {
+    const int pairs = (images.height + 1) / 2;
+    if (++pair == (BELOW ? last() : min(last(), pairs))) leave(images);
+  }
 
   DEVICE void leave(const Images& images) {
     at += bottom - top;
@@ -219,29 +233,30 @@ struct Sums {
 
 #if !BOXED
 
-// The pieces of a pair of rows that a thread copies: channels VECTOR * (t % PIECES) on of the pixels
-// t / PIECES, and of those that all threads' pixels are further.
-constexpr int PIECES = CHUNK / VECTOR, PIXELS = LINES * IMAGES * LOADED, STEP = THREADS / PIECES;
-constexpr int ITEMS = (PIXELS + STEP - 1) / STEP;
+// Each thread copies channels VECTOR * (t % PIECES) on of the pixels t / PIECES, and of those that all
+// threads' pixels are further.
+constexpr int PIECES = CHUNK / VECTOR, STEP = THREADS / PIECES;
 static_assert(THREADS % PIECES == 0, "");
 
 struct Copies {
-  const float* from;  // The first channel of the thread, or where there is none x.
-  int left;           // The channels from there on.
+  int channel, left;  // The thread's first channel, and how many there are from it on.
 
-  // Starts the copies of a pair of rows of a tile, of images of such sizes.
-  DEVICE void start(const Images& images, const Walk& walk, float* to) const {
+  // Starts the copies of ROWS rows of COLUMNS columns of all images of a tile; sizes are the array's.
+  template <int ROWS, int COLUMNS>
+  DEVICE void start(const float* from, const Images& sizes, int first_image, int first_row,
+                    int first_column, unsigned char* to) const {
+    constexpr int PIXELS = IMAGES * ROWS * COLUMNS;
 #pragma unroll 2
-    for (int i = 0; i < ITEMS; i++) {
-      const int pixel = int(threadIdx.x) / PIECES + STEP * i, line = pixel / LOADED;
+    for (int i = 0; i < (PIXELS + STEP - 1) / STEP; i++) {
+      const int pixel = int(threadIdx.x) / PIECES + STEP * i, line = pixel / COLUMNS;
       if (PIXELS % STEP && pixel >= PIXELS) break;
-      const int image = walk.image + line / LINES, row = LINES * walk.pair + line % LINES;
-      const int column = SCALE * (walk.left - HALO) + pixel % LOADED;
-      const bool inside = left > 0 && image < images.count && row < images.height && column >= 0 &&
-                          column < images.width;
-      const Offset at = (Offset(image) * images.height + row) * images.width + column;
-      copy<4 * VECTOR>(to + pixel * CHUNK + int(threadIdx.x) % PIECES * VECTOR,
-                       inside ? from + at * images.channels : from, inside);
+      const int image = first_image + line / ROWS, row = first_row + line % ROWS;
+      const int column = first_column + pixel % COLUMNS;
+      const bool inside = left > 0 && image < sizes.count && row < sizes.height && column >= 0 &&
+                          column < sizes.width;
+      const Offset at = (Offset(image) * sizes.height + row) * sizes.width + column;
+      copy<4 * VECTOR>(reinterpret_cast<float*>(to) + pixel * CHUNK + int(threadIdx.x) % PIECES * VECTOR,
+                       inside ? from + at * sizes.channels + channel : from, inside);
     }
   }
 };
@@ -257,7 +272,7 @@ struct Copies {
 // Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
 // with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below` and
 // `deeper` are what is added to squares and to squares of squares; `bias [C]` may be null. Sizes are
-// x's, and `lows` are means of squares, of which `y` is the sum that they are added to.
+// x's; `lows` and `far_lows` are the means of squares, and of squares of squares, of what is treated.
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, 1)
 bands_forward(INPUT x,
 #if BASE
@@ -265,10 +280,10 @@ bands_forward(INPUT x,
 #endif
               const float* __restrict__ bands,
 #if BELOW
-              const float* __restrict__ below,
+              INPUT below,
 #endif
 #if BELOW == 2
-              const float* __restrict__ deeper,
+              INPUT deeper,
 #endif
 #if BASE
               const float* __restrict__ bias,
@@ -279,6 +294,10 @@ bands_forward(INPUT x,
               ,
               float* __restrict__ lows
 #endif
+#if LOWS == 2
+              ,
+              float* __restrict__ far_lows
+#endif
 ) {
 #if !BASE
   const float *bases = nullptr, *bias = nullptr;
@@ -287,7 +306,8 @@ bands_forward(INPUT x,
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   const int height = (high + SCALE - 1) / SCALE, width = (wide + SCALE - 1) / SCALE;
   const Images images = {count, height, width, channels};
-  const int chunks = (channels + CHUNK - 1) / CHUNK, pairs = (height + 1) / 2;
+  const int chunks = (channels + CHUNK - 1) / CHUNK;
+  const int pairs = (height + 1) / 2, squares = (width + 1) / 2;
   const int chunk = int(blockIdx.x) % chunks * CHUNK, number = int(blockIdx.x) / chunks;
   const int tiles = (width + WIDTH - 1) / WIDTH * ((count + IMAGES - 1) / IMAGES);
   const Offset all = Offset(tiles) * pairs;
@@ -307,17 +327,25 @@ bands_forward(INPUT x,
     int slot = 0;
     unsigned phase = 1;  // Stages begin as empty ones.
 #pragma unroll 1
-    for (; walk.more(); walk.leave(images)) {
-#pragma unroll 1
-      for (const int last = min(walk.last(), pairs); walk.pair < last; walk.pair++) {
-        wait_for(empty + slot, phase);
-        expect(full + slot, BYTES);
-        load_box(shared + slot * STAGE, x, full + slot, chunk, SCALE * (walk.left - HALO),
-                 LINES * walk.pair, walk.image);
-        if (++slot == STAGES) {
-          slot = 0;
-          phase ^= 1;
-        }
+    for (; walk.more(); walk.advance(images)) {
+      const int over = walk.pair - R;
+      const bool there = walk.pair < pairs, covered = walk.covered();
+      unsigned char* stage = shared + slot * STAGE;
+      wait_for(empty + slot, phase);
+      expect(full + slot, (there ? BYTES : 0) + (covered ? OVER + FAR_OVER : 0));
+      if (there)
+        load_box(stage, x, full + slot, chunk, SCALE * (walk.left - HALO), LINES * walk.pair,
+                 walk.image);
+#if BELOW
+      if (covered) load_box(stage + BYTES, below, full + slot, chunk, walk.left / 2, over, walk.image);
+#endif
+#if BELOW == 2
+      if (covered)
+        load_box(stage + BYTES + OVER, deeper, full + slot, chunk, walk.left / 4, over / 2, walk.image);
+#endif
+      if (++slot == STAGES) {
+        slot = 0;
+        phase ^= 1;
       }
     }
     return;
@@ -325,13 +353,27 @@ bands_forward(INPUT x,
   if (SHARED_OUT) registers_more<240>();
   if (warp >= WARPS) return;
 #else
-  const int mine = int(threadIdx.x) % PIECES * VECTOR, left = channels - chunk - mine;
-  const Copies copies = {left > 0 ? x + chunk + mine : x, left};
+  const int mine = chunk + int(threadIdx.x) % PIECES * VECTOR;
+  const Copies copies = {mine, channels - mine};
   Walk loading = walk;
   auto load = [&](int slot) {
     if (loading.more()) {
-      copies.start({count, high, wide, channels}, loading, reinterpret_cast<float*>(shared + slot * STAGE));
-      if (++loading.pair == min(loading.last(), pairs)) loading.leave(images);
+      unsigned char* stage = shared + slot * STAGE;
+      if (loading.pair < pairs)
+        copies.start<LINES, LOADED>(x, {count, high, wide, channels}, loading.image,
+                                    LINES * loading.pair, SCALE * (loading.left - HALO), stage);
+#if BELOW
+      if (loading.covered())
+        copies.start<1, WIDTH / 2>(below, {count, pairs, squares, channels}, loading.image,
+                                   loading.pair - R, loading.left / 2, stage + BYTES);
+#endif
+#if BELOW == 2
+      if (loading.covered())
+        copies.start<1, ACROSS>(deeper, {count, (pairs + 1) / 2, (squares + 1) / 2, channels},
+                                loading.image, (loading.pair - R) / 2, loading.left / 4,
+                                stage + BYTES + OVER);
+#endif
+      loading.advance(images);
     }
     commit();
   };
@@ -343,7 +385,8 @@ bands_forward(INPUT x,
   const float offset = BASE && bias != nullptr && channel < channels ? bias[channel] : 0.0f;
   const int strip = warp % ACROSS * COLUMNS, of_image = warp / ACROSS;
   const int from = LINES * of_image * ROW + SCALE * strip * CHUNK + lane;
-  const int squares = (width + 1) / 2;
+  const int over = (BYTES / 4 + (of_image * WIDTH / 2 + strip / 2) * CHUNK) + lane;
+  const int far_over = (BYTES + OVER) / 4 + warp * CHUNK + lane;
   Sums sums;
   int slot = 0;
   unsigned phase = 0;
@@ -355,34 +398,42 @@ bands_forward(INPUT x,
     const int there = image < count && channel < channels ? width - column : 0;
     const Offset line = Offset(image) * height + 2 * walk.top;
     float* to = y + (line * width + column) * channels + channel;
-#if BELOW
-    const Offset pair = Offset(image) * pairs + walk.top;
-    const float* over = below + (pair * squares + column / 2) * channels + channel;
-#endif
-#if BELOW == 2
-    const int fours = (squares + 1) / 2;
-    const Offset four = Offset(image) * ((pairs + 1) / 2) + walk.top / 2;
-    const float* far_over = deeper + (four * fours + column / 4) * channels + channel;
-#endif
 #if LOWS
     const Offset own = Offset(image) * pairs + walk.pair;
     float* low = lows + (own * squares + column / 2) * channels + channel;
 #endif
-    // What is added to the squares of the pair R above a step's, on its way while the step adds.
+#if LOWS == 2
+    const int fours = (squares + 1) / 2;
+    const Offset far = Offset(image) * ((pairs + 1) / 2);
+    float* far_low = far_lows + (far * fours + column / 4) * channels + channel;
+    float upper = 0.0f;  // The squares of the pair above.
+#endif
+    auto enter = [&]() -> const float* {
+#if BOXED
+      wait_for(full + slot, phase);
+#else
+      wait<STAGES - 2>();
+      // What this step reads is there, and nobody reads what is overwritten from here on.
+      __syncthreads();
+      load(slot == 0 ? STAGES - 1 : slot - 1);
+#endif
+      return reinterpret_cast<const float*>(shared + slot * STAGE);
+    };
     float under[SQUARES] = {}, far_under = 0.0f;
-    auto fetch = [&]() {
-#if BELOW
-      if (walk.pair - R < walk.top) return;
+    auto leave = [&](const float* stage) {
+      if (walk.covered()) {
 #pragma unroll
-      for (int s = 0; s < SQUARES; s++)
-        if (2 * s < there) under[s] = over[s * channels];
-      over += squares * channels;
+        for (int s = 0; s < SQUARES; s++) under[s] = stage[over + s * CHUNK];
+        if (BELOW == 2) far_under = stage[far_over];
+      }
+#if BOXED
+      __syncwarp();
+      if (lane == 0) arrive(empty + slot);
 #endif
-#if BELOW == 2
-      // Added where it is needed, as it would be waited for here.
-      if (there > 0) far_under = *far_over;
-      if ((walk.pair - R) % 2) far_over += fours * channels;
-#endif
+      if (++slot == STAGES) {
+        slot = 0;
+        phase ^= 1;
+      }
     };
     auto finish = [&]() {
       const int done = walk.pair - R;
@@ -400,18 +451,11 @@ bands_forward(INPUT x,
     const int inside = min(last, pairs);
 #pragma unroll 1
     for (; walk.pair < inside; walk.pair++) {
-      fetch();
-#if BOXED
-      wait_for(full + slot, phase);
-#else
-      wait<STAGES - 2>();
-      // What this step reads is there, and nobody reads what is overwritten from here on.
-      __syncthreads();
-      load(slot == 0 ? STAGES - 1 : slot - 1);
-#endif
-      sums.shift(offset);
+      const float* stage = enter();
       float squares_of[SQUARES];
-      sums.add(reinterpret_cast<const float*>(shared + slot * STAGE) + from, taps, squares_of);
+      sums.shift(offset);
+      sums.add(stage + from, taps, squares_of);
+      leave(stage);
 #if LOWS
       if (walk.pair >= walk.top && walk.pair < walk.bottom) {
 #pragma unroll
@@ -420,21 +464,22 @@ bands_forward(INPUT x,
       }
       low += squares * channels;
 #endif
-#if BOXED
-      __syncwarp();
-      if (lane == 0) arrive(empty + slot);
+#if LOWS == 2
+      const int odd = walk.pair % 2;
+      const float lower = squares_of[0] + squares_of[1];
+      if ((odd || walk.pair == pairs - 1) && walk.pair >= walk.top && walk.pair < walk.bottom &&
+          there > 0)
+        far_low[Offset(walk.pair / 2) * fours * channels] =
+            0.25f * FACTOR * (odd ? upper + lower : lower);
+      upper = lower;
 #endif
-      if (++slot == STAGES) {
-        slot = 0;
-        phase ^= 1;
-      }
       finish();
     }
     // Pairs below the image add nothing.
 #pragma unroll 1
     for (; walk.pair < last; walk.pair++) {
-      fetch();
       sums.shift(offset);
+      if (BELOW) leave(enter());
       finish();
     }
   }

@@ -1,8 +1,8 @@
-"""The launches of the `bands_*.cu`, for any framework: float32, kernels of 3 and 5, by multiply-adds.
+"""The launches of `bands_forward.cu`, for any framework: float32, by multiply-adds.
 
-The second level first, straight from x, which also leaves its means of squares; of these the means
-of deeper levels, two a launch; then each level from the deepest one on, which adds what the level
-below has made. A level streams through shared memory once, and no band is written to memory.
+The second level first, straight from x, which also leaves the means of squares that deeper levels
+are made of; then each level from the deepest one on, which adds what the level below has made. A
+level streams through shared memory once, and no band is written to memory.
 """
 
 import math
@@ -30,15 +30,16 @@ _HOPPER = 90
 """The compute capability times ten of GPUs whose warps give each other registers."""
 _STAGES = 8
 """Pairs of rows in shared memory at most."""
+_FARTHEST = 4
+"""The last level that there may be."""
 _AMPERE = 80
 """The compute capability times ten from which on copies to shared memory wait for nobody."""
 _FEWEST = 4
 """Pairs of rows for which a block is worth its start."""
-_MEANS_THREADS = 256
 _INSTRUCTIONS = {(True, False): 570, (False, False): 350, (False, True): 500}
-"""Instructions of a step of a warp with a base or without, and of halved images; of kernels of 5."""
-_CLOCK = 22
-"""Bytes that a multiprocessor reads of the second cache in a clock."""
+"""Instructions of a step of a warp, by whether there is a base, and whether images are halved."""
+_CLOCK = 15
+"""Bytes that a multiprocessor of an H200 copies in a clock, where all do nothing else."""
 
 
 class Variant(NamedTuple):
@@ -51,7 +52,7 @@ class Variant(NamedTuple):
     base: bool
     below: int
     halved: bool
-    lows: bool
+    lows: int
     vector: int
     boxed: bool
 
@@ -59,10 +60,17 @@ class Variant(NamedTuple):
         """The kernel to launch."""
         macros = tuple((name.upper(), int(value)) for name, value in self._asdict().items())
         warps = cdiv(self.warps, 4) * 4 + _COPIERS if self.boxed else self.warps
-        box = self.images, 2 * (1 + self.halved), self._loaded(), _CHUNK
+        rows, columns = 2 * (1 + self.halved), self._loaded()
+        # Of x, and of what is added, which follows the taps.
+        sizes = (rows, columns), (1, 2 * self.across), (1, self.across)
+        numbers = 0, 2 + self.base, 3 + self.base
+        boxes = tuple(
+            (number, (self.images, *size, _CHUNK))
+            for number, size in zip(numbers[: 1 + self.below], sizes, strict=False)
+        )
         return Kernel(
             *(_FOLDER / "bands_forward.cu", "bands_forward", macros, 32 * warps, self.shared()),
-            *(((0, box),) if self.boxed else (), self.boxed),
+            *(boxes if self.boxed else (), self.boxed),
         )
 
     @property
@@ -76,11 +84,13 @@ class Variant(NamedTuple):
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
-        return self.stages * (cdiv(self._bytes(), 1024) * 1024 + 16 * self.boxed)
+        return self.stages * (cdiv(self.bytes(), 1024) * 1024 + 16 * self.boxed)
 
-    def _bytes(self) -> int:
-        """Bytes of a pair of rows."""
-        return 4 * 2 * (1 + self.halved) * self.images * self._loaded() * _CHUNK
+    def bytes(self, columns: int | None = None) -> int:
+        """Bytes of a stage: a pair of rows, and what is added; of so many columns of x."""
+        x = 2 * (1 + self.halved) * (self._loaded() if columns is None else columns)
+        added = (0, 2, 3)[self.below] * self.across
+        return 4 * self.images * (x + added) * _CHUNK
 
     def pairs(self, shape: tuple[int, ...]) -> int:
         """Pairs of rows of all tiles of a channel of the images `[N, H, W, C]` that are treated."""
@@ -92,21 +102,23 @@ class Variant(NamedTuple):
         most = device.multiprocessors // cdiv(shape[-1], _CHUNK)
         return max(1, min(most, self.pairs(shape) // _FEWEST))
 
-    def time(self, shape: tuple[int, ...], device: Device) -> tuple[float, int]:
-        """The clocks of the busiest multiprocessor, about, and the bytes of a step."""
+    def time(self, shape: tuple[int, ...], device: Device) -> float:
+        """The clocks of the busiest multiprocessor, about."""
         programs = self.programs(shape, device)
         waves = cdiv(programs * cdiv(shape[-1], _CHUNK), device.multiprocessors)
         steps = cdiv(self.pairs(shape), programs) + self.kernel_size // 2
         # A warp alone waits for itself.
         issue = (cdiv(self.warps, 4) + 0.3) * _INSTRUCTIONS[self.base, self.halved]
-        return waves * steps * max(issue, self._bytes() / _CLOCK), self._bytes()
+        # Zeros outside of small images are not copied.
+        copied = self.bytes(min(self._loaded(), (1 + self.halved) * shape[2]))
+        return waves * steps * max(issue, copied / _CLOCK)
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
     """Whether these kernels take images `[N, H, W, C]` on a GPU, and are the best for them."""
     n, h, w, c = shape
-    # Pairs of tiles, and the threads of means, are counted in 32 bits.
-    countable = n * cdiv(h, 2) * cdiv(w, 2) * c < 2**31 and h * w < 2**31
+    # Pairs of tiles, and elements from a pair of rows to the next, are counted in 32 bits.
+    countable = n * h * cdiv(w, _STRIP) < 2**31 and w * c < 2**30
     # Half of the lanes have a channel at least.
     full = 2 * c >= cdiv(c, _CHUNK) * _CHUNK
     able = device.capability >= _AMPERE and dtype == "float32" and kernel_size in KERNEL_SIZES
@@ -115,37 +127,38 @@ def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) 
 
 @cache
 def planned(
-    shape: tuple[int, ...],
+    shapes: tuple[tuple[int, ...], ...],
     kernel_size: int,
     device: Device,
     *,
     base: bool = False,
     below: int = 0,
     halved: bool = False,
-    lows: bool = False,
+    lows: int = 0,
 ) -> Variant:
-    """The variant for images `[N, H, W, C]`.
+    """The variant for images of some levels, which is compiled once.
 
     Args:
-        shape: That of the images that are treated.
+        shapes: Those of the images that are treated, `[N, H, W, C]`.
         kernel_size: One of `KERNEL_SIZES`.
         device: The GPU.
         base: Whether there is a base convolution.
         below: How many are added to squares, and to squares of squares.
         halved: Whether the images are means of squares, which the kernel makes itself.
-        lows: Whether their own means of squares are made too.
+        lows: How many are made of their means of squares, and of the squares of these.
     """
-    n, _, w, c = shape
+    n, _, w, c = shapes[0]
     boxed = device.boxes and device.capability == _HOPPER and c % 4 == 0
     variants = [
-        Variant(
-            *(kernel_size, across, images, 2, base, below, halved, lows, math.gcd(4, c), boxed)
-        )
+        Variant(*(kernel_size, across, images, 2, base, below, halved, lows, math.gcd(4, c), boxed))
         for across in range(1, min(_WARPS, cdiv(w, _STRIP)) + 1)
         for images in range(1, min(_WARPS // across, n) + 1)
     ]
-    fitting = [one for one in variants if one.shared() <= device.shared]
-    best = min(fitting, key=lambda one: one.time(shape, device))
+
+    def time(variant: Variant) -> tuple[float, int]:
+        return sum(variant.time(shape, device) for shape in shapes), variant.bytes()
+
+    best = min((one for one in variants if one.shared() <= device.shared), key=time)
     stages = min(_STAGES, 2 * device.shared // best.shared())
     return best._replace(stages=stages)
 
@@ -177,57 +190,33 @@ def forward(
     base, *bands = taps
     sizes = [_means_shape(shape, level) for level in range(len(bands))]
 
-    def level(number: int, image: AnyArray, below: Sequence[AnyArray]) -> list[AnyArray]:
-        # The second level's image is x itself.
-        halved = number == 1
-        lows = halved and len(sizes) > 2
-        about = {"base": number == 0, "below": len(below), "halved": halved, "lows": lows}
-        n, h, w, c = size = sizes[number]
-        variant = planned(size, kernel_size, device, **about)
-        programs = variant.programs(size, device)
-        arguments = [image, *[base] * (number == 0), bands[number], *below]
-        arguments += [*[bias] * (number == 0), n, c, *(shape[1:3] if halved else (h, w))]
-        arguments += [programs, int(transpose)]
-        outputs = [(each, "float32") for each in (size, *sizes[2:3] * lows)]
+    def level(
+        number: int, shapes: tuple[tuple[int, ...], ...], image: AnyArray, *below: AnyArray
+    ) -> list[AnyArray]:
+        first, second = number == 0, number == 1
+        lows = sizes[2:4] if second else []
+        # There are no means of the squares of these: the kernel makes them of the level above.
+        halved = second or number == _FARTHEST
+        about = {"base": first, "below": len(below), "halved": halved, "lows": len(lows)}
+        variant = planned(shapes, kernel_size, device, **about)
+        n, h, w, c = sizes[number - halved]
+        programs = variant.programs(sizes[number], device)
+        arguments: list[AnyArray | int | None] = [image, *[base] * first, bands[number], *below]
+        arguments += [bias] * first
+        arguments += [n, c, h, w, programs, int(transpose)]
+        outputs = [(each, "float32") for each in (sizes[number], *lows)]
         return launch(variant.compiled(), arguments, outputs, programs * cdiv(c, _CHUNK))
 
     below: list[AnyArray] = []
     if len(sizes) > 1:
-        second, *lows = level(1, x, [])
-        images = [*lows, *(means(lows[0], sizes[2:], launch) if lows else [])]
+        second, *lows = level(1, (sizes[1],), x)
         deeper: list[AnyArray] = []
         for number in reversed(range(2, len(sizes))):
-            deeper = level(number, images[number - 2], deeper)
+            # All that have a level below are compiled once.
+            shapes = tuple(sizes[2:-1]) if deeper else (sizes[number],)
+            deeper = level(number, shapes, lows[min(number - 2, 1)], *deeper)
         below = [second, *deeper]
-    return level(0, x, below)[0]
-
-
-def means(
-    x: AnyArray, sizes: Sequence[tuple[int, ...]], launch: Launch[AnyArray]
-) -> list[AnyArray]:
-    """The means of the squares of two rows and columns, of their squares, and so on.
-
-    Args:
-        x: Contiguous images `[N, H, W, C]`, float32.
-        sizes: Their shape, and those of the means of each level.
-        launch: The framework's launch function.
-
-    Returns:
-        An array a level.
-    """
-    found, image = [], x
-    for level in range(0, len(sizes) - 1, 2):
-        n, h, w, c = sizes[level]
-        below = sizes[level + 1 : level + 3]
-        vector, side = math.gcd(4, c), len(below)
-        macros = ("VECTOR", vector), ("TWICE", side - 1)
-        kernel = Kernel(_FOLDER / "bands_means.cu", "bands_means", macros, _MEANS_THREADS, 0)
-        places = n * cdiv(h, 2 * side) * cdiv(w, 2 * side)
-        blocks = cdiv(places * (c // vector), _MEANS_THREADS)
-        outputs = [(size, "float32") for size in below]
-        found += launch(kernel, [image, n, c, h, w], outputs, blocks)
-        image = found[-1]
-    return found
+    return level(0, (shape,), x, *below)[0]
 
 
 def _means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:

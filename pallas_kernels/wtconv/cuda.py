@@ -63,8 +63,10 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     if len(problem.shape) == _LINE:
         return line_launches.search_space(problem.kernel_size)
     if _folds(problem.shape, problem.dtype, problem.kernel_size):
-        about = problem.shape, problem.dtype, problem.kernel_size, problem.levels
+        about = problem.shape, str(problem.dtype), problem.kernel_size, problem.levels
         return folded_launches.search_space(direction, *about, device_properties())
+    if direction == "fwd" and _streams(problem.shape, problem.dtype, problem.kernel_size):
+        return [{}]
     return cuda_launches.search_space()
 
 

@@ -236,7 +236,8 @@ inline void expect(const void* barrier, unsigned bytes) {
 }
 
 inline void load_box(void* to, const TensorMap& map, const void* barrier, const Place& place) {
-  misused |= reinterpret_cast<std::uintptr_t>(to) % 1024 != 0;
+  // Swizzles repeat after so many bytes.
+  misused |= reinterpret_cast<std::uintptr_t>(to) % (map.bytes == 2 ? 1024 : 128) != 0;
   barrier_at(barrier).loads.push_back({static_cast<unsigned char*>(to), &map, place});
 }
 

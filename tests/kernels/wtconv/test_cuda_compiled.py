@@ -9,7 +9,7 @@ from helpers.cuda import gpu_of
 
 from pallas_kernels.common import cuda_call, nvrtc
 from pallas_kernels.common.cuda import source_text
-from pallas_kernels.wtconv import cuda_launches, folded_launches, line_launches
+from pallas_kernels.wtconv import bands_launches, cuda_launches, folded_launches, line_launches
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.line_launches import Signals
 
@@ -36,6 +36,15 @@ FOLDED = {
     "sm_120": (240, 255, 168),
 }
 """The registers on tensor cores, kernels of 5: forward, weights, levels in one launch."""
+BANDS = {
+    "sm_80": (254, 235, 196),
+    "sm_86": (255, 235, 195),
+    "sm_89": (255, 235, 195),
+    "sm_90a": (168, 230, 194),
+    "sm_100a": (244, 230, 208),
+    "sm_120": (246, 230, 211),
+}
+"""The registers in float32, kernels of 5: the first level, the second, deeper ones."""
 LINE = {
     "sm_75": ((229, 0), (202, 0)),
     "sm_80": ((168, 16), (168, 16)),
@@ -107,6 +116,20 @@ def test_tensor_cores_have_registers_enough(arch, monkeypatch):
         assert registers <= most + MORE and spilled <= {255: SPILLED, 128: 8}.get(most, 0)
         assert registers * kernel.threads * variant.resident <= 65536
         assert most == 128 or variant.resident * (kernel.shared + 1024) <= device.shared + 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", BANDS)
+def test_taps_and_sums_of_a_level_are_registers(arch, monkeypatch):
+    device = device_of(arch, monkeypatch)._replace(boxes=arch == "sm_90a")
+    shapes = [(8, side, side, 96) for side in (56, 28, 14)]
+    levels = {"base": True, "below": 2}, {"halved": True, "lows": 2}, {"below": 1}
+    for shape, about, most in zip(shapes, levels, BANDS[arch], strict=True):
+        kernel = bands_launches.planned((shape,), 5, device, **about).compiled()
+        code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
+        registers, spilled = cubins.usage(code)
+        assert spilled == 0 and registers <= min(255, most + MORE)
+        assert registers * kernel.threads <= 65536 and kernel.shared <= device.shared
 
 
 @pytest.mark.slow

@@ -1,0 +1,141 @@
+"""WTConv's forward in float32, level by level: run on the CPU, planned, and run on a GPU."""
+
+from itertools import product, starmap
+
+import pytest
+from helpers.cuda import EMULATED, emulate
+from helpers.wtconv import assert_oracle, assert_reproducible
+
+from pallas_kernels.common.cuda import Device, Kernel, source_text
+from pallas_kernels.common.on_cpu.cuda import HOPPER
+from pallas_kernels.wtconv import bands_launches as launches
+from pallas_kernels.wtconv import cuda as cuda_jax
+from pallas_kernels.wtconv.cases import Case
+
+DEVICES = {
+    "boxes": HOPPER._replace(multiprocessors=11),
+    "pieces": Device(shared=66000, multiprocessors=14),
+}
+"""GPUs whose blocks begin and end within tiles, and that copy to shared memory in either way."""
+ALWAYS = Case((9, 10), 2, 3, channels=20)
+CASES = [
+    # Three launches and more, columns in tiles; rows, columns and their halves are odd.
+    Case((29, 69), 3, 5, channels=40),
+    # The last level there may be, several images of a tile, single channels, many blocks.
+    Case((57, 61), 5, 5, batch=(1,), channels=33),
+    Case((7, 7), 2, 5, batch=(9,), channels=18),
+    Case((13, 8), 1, 3, batch=(3,), channels=36, bias=False),
+    # Smaller than the kernel.
+    Case((2, 3), 5, 5, channels=16),
+    Case((5, 18), 4, 3, batch=(2, 3), channels=24),
+]
+
+
+def described(case):
+    return case.name
+
+
+@EMULATED
+def test_float32_is_the_oracles_on_the_cpu(monkeypatch):
+    emulate(monkeypatch, cuda_jax)
+    assert_oracle(ALWAYS, "cuda")
+
+
+@EMULATED
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [
+        pytest.param(
+            *(case, way),
+            id=f"{case.name}-{way}",
+            marks=pytest.mark.slow if number else pytest.mark.wide,
+        )
+        for number, (case, way) in enumerate(product(CASES, DEVICES))
+    ],
+)
+def test_every_case_on_the_cpu(case, way, monkeypatch):
+    emulate(monkeypatch, cuda_jax, DEVICES[way]).order = 2
+    assert_oracle(case, "cuda")
+
+
+FAULTS = {
+    "a wait for a box": ("      wait_for(full + slot, phase);\n", ""),
+    "a wait for a stage": ("      wait_for(empty + slot, phase);\n", ""),
+    "a wait for pieces": ("wait<STAGES - 2>();", "wait<STAGES - 1>();"),
+    "a barrier": ("      __syncthreads();\n      load", "      load"),
+    "sums of the tile before": ("    sums.clear(offset);\n", ""),
+    "the first pair of a tile": ("pair = max(top - R, 0)", "pair = max(top - R + 1, 0)"),
+    "pieces of another pair": ("loading.pair - R, loading.left", "loading.pair, loading.left"),
+    "a box of another pair": ("walk.left / 2, over, walk", "walk.left / 2, over + 1, walk"),
+    "a level far below": ("walk.left / 4, over / 2, walk", "walk.left / 4, (over + 1) / 2, walk"),
+    "means of another pair": ("      low += squares * channels;\n", ""),
+    "a bound of the columns": ("column >= 0 &&", "column > 0 &&"),
+    "another row of the base": ("base[r + 3 * R - t]", "base[r + R + t]"),
+    "taps turned around": ("transpose ? K * K - 1 - i : i", "i"),
+}  # fmt: skip
+
+
+@EMULATED
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(fault, monkeypatch):
+    old, new = FAULTS[fault]
+    found = []
+
+    def planted(kernel):
+        text = source_text(kernel.source)
+        found.append(old in text)
+        return text.replace(old, new)
+
+    monkeypatch.setattr(Kernel, "text", planted)
+
+    def caught(way, order):
+        emulate(monkeypatch, cuda_jax, DEVICES[way]).order = order
+        try:
+            assert_oracle(CASES[0], "cuda")
+        # The kernel's own errors come through JAX.
+        except (AssertionError, RuntimeError, ValueError):
+            return True
+        return False
+
+    assert any(starmap(caught, product(DEVICES, (0, 2)))) and any(found)
+
+
+def test_tiles_are_shared_evenly_and_waste_no_columns():
+    h200 = Device(shared=232448, multiprocessors=132, boxes=True)
+    shape = 128, 56, 56, 96
+    first = launches.planned((shape,), 5, h200, base=True, below=2)
+    # 14 strips are two of each of four images, for eight warps.
+    assert (first.across, first.images, first.boxed) == (2, 4, True)
+    assert first.programs(shape, h200) == 44
+    halves = 128, 28, 28, 96
+    second = launches.planned((halves,), 5, h200, halved=True, lows=2)
+    assert (second.across, second.images) == (7, 1) and second.shared() <= h200.shared
+    assert launches.planned((shape,), 5, h200._replace(capability=80)).boxed is False
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kernel_size", "capability", "taken"),
+    [
+        ((2, 9, 9, 16), "float32", 5, 90, True),
+        ((2, 9, 9, 33), "float32", 3, 80, True),
+        ((2, 9, 9, 15), "float32", 5, 90, False),
+        ((2, 9, 9, 32), "float32", 7, 90, False),
+        ((2, 9, 9, 32), "float16", 5, 90, False),
+        ((2, 9, 9, 32), "float32", 5, 75, False),
+    ],
+)
+def test_what_is_not_taken_other_kernels_do(shape, dtype, kernel_size, capability, taken):
+    device = HOPPER._replace(capability=capability)
+    assert launches.takes(shape, dtype, kernel_size, device) is taken
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [ALWAYS, *CASES], ids=described)
+def test_float32_is_the_oracles_on_a_gpu(case):
+    assert_oracle(case, "cuda")
+
+
+@pytest.mark.gpu
+def test_float32_is_bitwise_reproducible():
+    assert_reproducible("cuda", CASES[0])
