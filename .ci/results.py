@@ -25,7 +25,8 @@ HEAD = """# Results
 
 Every figure of this page is from a file in
 [docs/results](https://github.com/flash-wtconv/flash-wtconv/tree/main/docs/results), which
-`flash-wtconv bench` wrote on the device that it names; `.ci/results.py` makes tables and charts.
+`flash-wtconv bench` or `python -m torch_bridge bench` wrote on the device that it names;
+`.ci/results.py` makes tables and charts.
 Times are medians in milliseconds, with the least and the greatest of a run. A ratio is the speed
 over the baseline, which has 1, in the same run; where the greatest time is over twice the least,
 *noisy* stands in its place. A second clock is the users': calls back to back, caches warm, CUDA
@@ -173,7 +174,7 @@ NAMES = {
     "torch eager": "PyTorch eager",
     "eager": "PyTorch eager",
 }
-"""What is shown of a table of layers, in its order, by what reports call it."""
+"""Names of contenders in a table of layers, in its order, by those in reports."""
 
 
 def _layers(report: Report, passes: bool = False) -> Iterator[str]:

@@ -72,7 +72,8 @@ def save(
 
 def note_wavelet(folder: Path, wavelet: str) -> None:
     """Writes the file that keeps the wavelet of a checkpoint, or of all that lie in a folder."""
-    (folder / _NOTE).write_text(json.dumps({"wavelet": wavelet}) + "\n")
+    with replacing(folder / _NOTE, force=True) as temporary:
+        temporary.write_text(json.dumps({"wavelet": wavelet}) + "\n")
 
 
 def restore(folder: str | os.PathLike[str]) -> dict[str, Tree]:

@@ -75,8 +75,8 @@ def unasked(
 ) -> bool:
     """Whether this form is taken where nothing was measured: for long rows of taps, on a GPU.
 
-    cuDNN writes what it reads in 16 bits, and the sums of a row's taps need more. No gradient sums
-    what was written.
+    cuDNN writes what it reads in 16 bits, and where features are fewer than channels an output is a
+    sum of what was written, a number for each tap of a row, which needs more.
 
     Args:
         window: The window.

@@ -130,7 +130,7 @@ def dtype_distance(dtype: Dtype, measured: str) -> float:
     """The distance of two dtypes for kernels that take float16 and bfloat16 alike.
 
     Both are as many bytes and as many products a second, so that what was measured of one says who
-    is the fastest for the other, unless that was measured too.
+    is the fastest for the other, unless that was measured too at the same size.
 
     Args:
         dtype: The dtype of a call.

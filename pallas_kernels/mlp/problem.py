@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from pallas_kernels.common.types import Dtype, Json
-from pallas_kernels.dispatch.backend import size_distance
+from pallas_kernels.dispatch.backend import dtype_distance, size_distance
 
 
 class Problem(NamedTuple):
@@ -32,9 +32,9 @@ class Problem(NamedTuple):
             ... )
             2.0
         """
-        if str(self.dtype) != measured["dtype"]:
-            return math.inf
         sizes = (self.hidden, measured.get("hidden")), (self.features, measured.get("features"))
-        return size_distance(self.shape, measured["shape"]) + sum(
-            abs(math.log2(own) - math.log2(other)) for own, other in sizes if other
+        return (
+            size_distance(self.shape, measured["shape"])
+            + dtype_distance(self.dtype, measured["dtype"])
+            + sum(abs(math.log2(own) - math.log2(other)) for own, other in sizes if other)
         )

@@ -115,7 +115,7 @@ class Variant(NamedTuple):
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
-    """Whether these kernels take images `[N, H, W, C]` on a GPU, and are the best for them."""
+    """Whether these kernels take images `[N, H, W, C]` on a GPU, faster than `cuda_launches`."""
     n, h, w, c = shape
     # Pairs of tiles, and elements from a pair of rows to the next, are counted in 32 bits.
     countable = n * h * cdiv(w, _STRIP) < 2**31 and w * c < 2**30

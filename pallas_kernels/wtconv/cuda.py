@@ -42,7 +42,8 @@ __all__ = [
 DIFFERENTIABLE = False
 BIAS_GRADIENT = True
 _TILE = "resident", "together", "apart"
-"""The parameters of `search_space`; of float32 and of signals the first."""
+"""The parameters of `search_space`; of signals and of float32, where it is not computed level by
+level, the first."""
 _LINE = 3
 """Axes of signals `[N, L, C]`."""
 

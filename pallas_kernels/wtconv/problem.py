@@ -1,12 +1,11 @@
 """The description of a call that implementations, tables and the tuner get, in either framework."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pallas_kernels.common.refusals import unsupported_sizes
 from pallas_kernels.common.types import Dtype, Json
-from pallas_kernels.dispatch.backend import size_distance
+from pallas_kernels.dispatch.backend import dtype_distance, size_distance
 from pallas_kernels.haar.filters import unsupported
 
 
@@ -49,10 +48,9 @@ class Problem(NamedTuple):
             >>> Problem((2, 16, 16, 8), "float32", 5, 2, "haar").distance(measured)
             2.0
         """
-        if str(self.dtype) != measured["dtype"]:
-            return math.inf
         return (
             size_distance(self.shape, measured["shape"])
+            + dtype_distance(self.dtype, measured["dtype"])
             + abs(self.kernel_size - measured.get("kernel_size", self.kernel_size))
             + abs(self.levels - measured.get("levels", self.levels))
         )

@@ -145,7 +145,7 @@ print(json.dumps(statuses))
 
 
 class End(NamedTuple):
-    """What ends a training: a signal, so many seconds after a step; step 0 never comes."""
+    """A signal that ends a training, so many seconds after a step; step 0 never comes."""
 
     step: int = 0
     number: int = signal.SIGKILL

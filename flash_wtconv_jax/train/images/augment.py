@@ -109,9 +109,9 @@ def _beta(key: jax.Array, parameter: float) -> jax.Array:
     It is looked up: `jax.random.beta` draws until it may keep a number, and after each draw a GPU
     waits for the host.
     """
-    table = jnp.asarray(
-        betaincinv(parameter, parameter, np.linspace(0, 1, _QUANTILES + 1)), jnp.float32
-    )
+    # The ends are the quantiles in the middle of the outer intervals: 0 and 1 may be far off.
+    shares = np.linspace(0, 1, _QUANTILES + 1).clip(0.5 / _QUANTILES, 1 - 0.5 / _QUANTILES)
+    table = jnp.asarray(betaincinv(parameter, parameter, shares), jnp.float32)
     at = jax.random.uniform(key) * _QUANTILES
     below = jnp.minimum(at.astype(jnp.int32), _QUANTILES - 1)
     lower, upper = table[below], table[below + 1]

@@ -67,7 +67,7 @@ SLOW = {HARD[0], HARD[2], EXTRA[-2], HARD[-1]}
 
 
 def some(cases):
-    """Each of the cases, those of `WIDE` for `make test-all` and those of `SLOW` by hand.
+    """Each of the cases, those of `WIDE` for `make test-wide` and those of `SLOW` by hand.
 
     Of upsampling the kernels know nothing: it is plain convolutions around them.
     """

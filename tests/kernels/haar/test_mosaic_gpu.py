@@ -29,7 +29,7 @@ IMAGES = (
 
 
 def some(cases, kept, name):
-    """Each of the cases; those that are not at the places `kept` are for `make test-all`."""
+    """Each of the cases; those that are not at the places `kept` are for `make test-wide`."""
     return [
         pytest.param(case, id=name(case), marks=[pytest.mark.wide] * (i not in kept))
         for i, case in enumerate(cases)

@@ -61,7 +61,7 @@ TOGETHER = (
 
 
 def some(cases):
-    """Each of the cases, those of `WIDE` for `make test-all`."""
+    """Each of the cases, those of `WIDE` for `make test-wide`."""
 
     def marks(case):
         mark = pytest.mark.slow if case.name in LONG else pytest.mark.wide

@@ -118,8 +118,13 @@ def test_tensor_cores_have_registers_enough(arch, monkeypatch):
         assert most == 128 or variant.resident * (kernel.shared + 1024) <= device.shared + 1024
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", BANDS)
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=pytest.mark.wide if arch == "sm_90a" else pytest.mark.slow)
+        for arch in BANDS
+    ],
+)
 def test_taps_and_sums_of_a_level_are_registers(arch, monkeypatch):
     device = device_of(arch, monkeypatch)._replace(boxes=arch == "sm_90a")
     shapes = [(8, side, side, 96) for side in (56, 28, 14)]

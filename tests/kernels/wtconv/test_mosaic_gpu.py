@@ -46,7 +46,7 @@ SMALL = {
 }
 # The next test has "padded"; "narrow" is "flat" on its side, and "odd" has blocks of channels too.
 COVERED = {"padded", "narrow", "one_channel_block"}
-# Of the shapes of networks these are in `make test-all`: the fewest and the most pixels.
+# Of the shapes of networks these are in `make test-wide`: the fewest and the most pixels.
 WIDE_SHAPES = {"convnext_t_stage4"}
 EXTREME = {
     "large": Shape(1, 4096, 4096, 144, 5),
@@ -59,7 +59,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def some(cases, kept):
-    """Each of the cases; those that are not at the places `kept` are for `make test-all`."""
+    """Each of the cases; those that are not at the places `kept` are for `make test-wide`."""
     return [
         pytest.param(case, id=case.name, marks=[pytest.mark.wide] * (i not in kept))
         for i, case in enumerate(cases)

@@ -87,7 +87,7 @@ LONG = {
 
 
 def some(cases):
-    """Each of the cases, all but the smallest of each edge for `make test-all`."""
+    """Each of the cases, all but the smallest of each edge for `make test-wide`."""
 
     def marks(case):
         if case.name in LONG:

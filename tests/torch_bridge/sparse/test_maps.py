@@ -51,7 +51,7 @@ NARROW = (5, 15)
 
 
 def marks(number):
-    """Those of a case: every third is for `make test-all`, and the others by hand."""
+    """Those of a case: every third is for `make test-wide`, and the others by hand."""
     if number in NARROW:
         return []
     return [pytest.mark.slow if number % 3 else pytest.mark.wide]

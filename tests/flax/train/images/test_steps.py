@@ -64,15 +64,15 @@ def test_cutmix_pastes_one_rectangle_and_counts_it():
         np.testing.assert_array_equal(np.asarray(images)[:, pasted], others)
 
 
-@pytest.mark.parametrize("parameter", [0.2, 0.8, 1.0, 4.0])
+@pytest.mark.parametrize("parameter", [0.2, 0.8, 1.0, 100.0])
 def test_shares_are_of_the_beta_distribution(parameter):
     keys = jax.random.split(jax.random.key(0), 20000)
     shares = np.asarray(jax.vmap(lambda key: augment._beta(key, parameter))(keys))
     assert shares.min() >= 0 and shares.max() <= 1
     np.testing.assert_allclose(shares.mean(), 0.5, atol=0.01)
     np.testing.assert_allclose(shares.var(), 1 / (8 * parameter + 4), rtol=0.03)
-    below = scipy.stats.beta(parameter, parameter).cdf(0.1)
-    np.testing.assert_allclose((shares < 0.1).mean(), below, atol=0.01)
+    below = scipy.stats.beta(parameter, parameter).cdf(0.45)
+    np.testing.assert_allclose((shares < 0.45).mean(), below, atol=0.01)
 
 
 def test_no_loop_of_augmentation_waits_for_the_host():
