@@ -13,7 +13,7 @@ PAGES := $(BIN)/python .ci/reference.py && $(BIN)/python .ci/notebook_pages.py
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 BUILD_SITE := $(PAGES) && $(MKDOCS) build --quiet --strict
 WIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal \
-    -m "not gpu and not mps and not swift and not tpu and not slow"
+    -m "wide and not gpu and not mps and not swift and not tpu and not slow"
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 PYTHON_CHECK = import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))
@@ -24,7 +24,7 @@ URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
 	@echo "make test      run the test suite, each operator, implementation and compiler once"
-	@echo "make test-wide run it with what only widens its tables"
+	@echo "make test-wide run what only widens its tables"
 	@echo "make test-all  run test-wide, build the site, and run test-swift where it can"
 	@echo "make test-swift  build and test the Swift package, fakes standing in for Apple's frameworks"
 	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
@@ -44,7 +44,7 @@ test: $(VENV)/.installed-test
 test-wide: $(VENV)/.installed-test
 	@$(WIDE)
 
-# The output ends with the summary of the suite.
+# The output ends with the summary of what only widens.
 test-all: $(VENV)/.installed-test $(VENV)/.installed-docs
 	@status=0; \
 	if reason=$$(tests/swift/run --status); then tests/swift/run $(BIN)/python || status=1; \
