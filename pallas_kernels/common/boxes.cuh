@@ -3,6 +3,10 @@
 
 #include "copies.cuh"
 
+#ifndef SHARED
+#define SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+
 typedef unsigned long long Barrier;
 
 #ifdef __CUDACC__

@@ -3,6 +3,8 @@
 
 #define DEVICE __device__ __forceinline__
 
+typedef long long Offset;
+
 struct alignas(8) Four {
   unsigned low, high;  // Channels 0 and 1, 2 and 3.
 };

@@ -9,13 +9,8 @@
 // The host defines BFLOAT16, 1 or 0 for float16.
 
 typedef unsigned short Scalar;
-typedef long long Offset;
 
 #include "boxes.cuh"
-
-#ifndef SHARED
-#define SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
-#endif
 
 constexpr int CHUNK = 32;  // Channels of a pixel in shared memory.
 constexpr int PIXEL = sizeof(Scalar) * CHUNK;

@@ -25,12 +25,6 @@
 
 #include "../common/boxes.cuh"
 
-#ifndef SHARED
-#define SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
-#endif
-
-typedef long long Offset;
-
 constexpr int K = KERNEL_SIZE, R = K / 2;
 constexpr int COLUMNS = 4, SQUARES = COLUMNS / 2;  // Of a strip.
 constexpr int HALO = 2 * R;                        // Columns that a strip reads to each side.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pallas_kernels.common.cuda import Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
+from pallas_kernels.wtconv.folded_launches import means_shape
 
 _FOLDER = Path(__file__).parent
 
@@ -188,7 +189,7 @@ def forward(
     """
     kernel_size = taps[0].shape[0]
     base, *bands = taps
-    sizes = [_means_shape(shape, level) for level in range(len(bands))]
+    sizes = [means_shape(shape, level) for level in range(len(bands))]
 
     def level(
         number: int, shapes: tuple[tuple[int, ...], ...], image: AnyArray, *below: AnyArray
@@ -217,9 +218,3 @@ def forward(
             deeper = level(number, shapes, lows[min(number - 2, 1)], *deeper)
         below = [second, *deeper]
     return level(0, (shape,), x, *below)[0]
-
-
-def _means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:
-    """The shape of the means of squares of 2**level rows and columns."""
-    n, h, w, c = shape
-    return n, cdiv(h, 2**level), cdiv(w, 2**level), c

@@ -15,8 +15,6 @@
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 #endif
 
-typedef long long Offset;
-
 constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE, COLUMNS = 2 * KERNEL_SIZE, R = KERNEL_SIZE / 2;
 constexpr int FOLDED = 16 * TAPS;  // Of a channel; behind them is the bias.
 constexpr int THREADS = (FOLDED + 32) / 32 * 32;

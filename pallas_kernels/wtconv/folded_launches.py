@@ -174,7 +174,7 @@ class Whole(NamedTuple):
         radius = self.kernel_size // 2
         found = 0
         for level in range(self.levels):
-            _, h, w, _ = _means_shape((1, self.height, self.wide, 1), level)
+            _, h, w, _ = means_shape((1, self.height, self.wide, 1), level)
             line = 16 * (cdiv(w, 4) + cdiv(2 * radius, 4))
             words = self.images * cdiv(h, 2) * line + 16 * (1 + radius)
             found += cdiv(words, 128) * 128 + 16
@@ -188,7 +188,7 @@ class Whole(NamedTuple):
         """Products of 16 blocks of four columns that a warp makes of a channel, in turns."""
         found = 0
         for level in range(self.levels):
-            _, h, w, _ = _means_shape((1, self.height, self.wide, 1), level)
+            _, h, w, _ = means_shape((1, self.height, self.wide, 1), level)
             down = _BLOCKS // (1 << (cdiv(w, 4) - 1).bit_length())
             found += cdiv(self.images * cdiv(h, 2), down) + cdiv(self.kernel_size // 2, down)
         return found
@@ -234,7 +234,7 @@ def search_space(
         levels: The number of levels.
         device: The GPU.
     """
-    sizes = [_means_shape(shape, level) for level in range(levels)]
+    sizes = [means_shape(shape, level) for level in range(levels)]
     sides = [max(size[1:3]) for size in sizes]
     found: list[dict[str, int]] = [{}]
     # Whole images of more levels, and of fewer.
@@ -402,7 +402,7 @@ def forward(
     Returns:
         y in x's shape and dtype.
     """
-    sizes = [_means_shape(shape, level) for level in range(levels)]
+    sizes = [means_shape(shape, level) for level in range(levels)]
     about = dtype, kernel_size, device
     fitting = _wholes(sizes, *about, together)
     # The first level that is done with all below it, if one is.
@@ -510,7 +510,7 @@ def weight_grad(
         float32.
     """
     found: list[tuple[AnyArray, int]] = []
-    sizes = [_means_shape(shape, level) for level in range(levels)]
+    sizes = [means_shape(shape, level) for level in range(levels)]
     about = dtype, kernel_size, device
     of_x, of_dy = ([a, *means(a, sizes, *about, launch, together)] for a in (x, dy))
     for level, size in enumerate(sizes):
@@ -561,7 +561,7 @@ def gradients(
     return launch(kernel, arguments, outputs, levels * channels)
 
 
-def _means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:
+def means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:
     """The shape of the means of squares of 2**level rows and columns."""
     n, h, w, c = shape
     return n, cdiv(h, 2**level), cdiv(w, 2**level), c
