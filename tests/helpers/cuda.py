@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.common import device
+from pallas_kernels.common.cuda import Kernel, source_text
 from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher, unavailable
 
 EMULATED = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -48,6 +49,22 @@ def emulate(monkeypatch, room, properties=HOPPER):
     monkeypatch.setattr(room, "unavailable", lambda platform: None)
     monkeypatch.setattr(room, "device_properties", lambda: properties)
     return launcher
+
+
+def plant(monkeypatch, old, new):
+    """Changes the text of each kernel from here on.
+
+    Returns a list that grows by whether a kernel had the old text.
+    """
+    found = []
+
+    def text(kernel):
+        own = source_text(kernel.source)
+        found.append(old in own)
+        return own.replace(old, new)
+
+    monkeypatch.setattr(Kernel, "text", text)
+    return found
 
 
 def recorded(monkeypatch, room):

@@ -71,6 +71,15 @@ def assert_oracle(case, implementation=None):
     assert {n: e for n, e in errors.items() if not e <= allowed[n]} == {}
 
 
+def misses_oracle(case, implementation):
+    """Whether `assert_oracle` fails, by a kernel's own error too, as JAX tells it."""
+    try:
+        assert_oracle(case, implementation)
+    except (AssertionError, RuntimeError, ValueError):
+        return True
+    return False
+
+
 def assert_reproducible(implementation, case):
     """Output and gradients are bitwise equal from run to run."""
     call = partial(WTCONV[case.ndim], implementation=implementation)
