@@ -9,6 +9,7 @@ begins one with passes over memory and temporaries beside the times.
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -381,9 +382,8 @@ def filled(text: str, found: dict[str, Report]) -> str:
         assert len({(one["benchmark"], str(one["device"])) for one in every}) == 1, names
         rows = [{"dtype": one.get("dtype")} | row for one in every for row in one["rows"]]
         report = every[0] | {"rows": rows}
-        passes = kind == "passes"
-        lines = _layers(report, passes) if passes else TABLES[report["benchmark"]](report)
-        return "\n".join([f"<!-- {kind}: {names} -->\n", *lines, "", ""])
+        maker = partial(_layers, passes=True) if kind == "passes" else TABLES[report["benchmark"]]
+        return "\n".join([f"<!-- {kind}: {names} -->\n", *maker(report), "", ""])
 
     return _TABLE.sub(table_of, text)
 

@@ -834,8 +834,7 @@ def _stylize_table(report: Json) -> "Table":
         title=f"style transfer, {report['device']['kind']}",
         caption=f"median ms (least-greatest) by {_clock(report)}, of large pictures by the host's "
         "clock; x: speed over the section's baseline; memory: temporaries in MB, of large pictures "
-        "all; copy: times that of a copy; "
-        "off: of tiles, of 255",
+        "all; copy: times that of a copy; off: of tiles, of 255",
     )
     table.add_column("", no_wrap=True)
     for heading in ("ms", "x", "memory", "copy", "off"):

@@ -80,7 +80,7 @@ def _tensor_map(address: int, shape: tuple[int, ...], dtype: str, box: tuple[int
     By the driver's own function, since it asks for an address that cuda-bindings do not promise.
     """
     sizes = shape[::-1]
-    size = 4 if dtype == "float32" else 2
+    size = getattr(torch, dtype).itemsize
     bytes_ = [size * math.prod(sizes[: axis + 1]) for axis in range(len(sizes) - 1)]
     found = _TensorMap()
     place = -(-ctypes.addressof(found) // 64) * 64
