@@ -1,7 +1,8 @@
 """The wavelet convolution on NVIDIA GPUs: the kernels that JAX launches too, by the driver.
 
 Channels-last images of 16 bits run on tensor cores where kernels are of 3, 5 or 7, a level as one
-convolution of folded taps. Signals, of one axis, have a kernel of their own, in all dtypes.
+convolution of folded taps; in float32 the forward of kernels of 3 and 5 goes level by level.
+Signals, of one axis, have a kernel of their own, in all dtypes.
 """
 
 import math
@@ -12,7 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pallas_kernels.wtconv import cuda_launches, folded_launches, folding, line_launches
+from pallas_kernels.wtconv import (
+    bands_launches,
+    cuda_launches,
+    folded_launches,
+    folding,
+    line_launches,
+)
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.line_launches import Signals
 from pallas_kernels.wtconv.problem import Problem
@@ -70,6 +77,8 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     if _folds(x, taps[0].shape[-1]):
         return _folded_forward(x, taps, bias, transpose)
+    if _streams(x, taps[0].shape[-1]):
+        return _streamed_forward(x, taps, bias, transpose)
     where = _images(x), device_of(x.device), launch
     y = cuda_launches.forward(x, taps, bias, *where, transpose, resident=resident)
     return y.permute(0, 3, 1, 2)
@@ -150,6 +159,25 @@ def _folds(x: Tensor, kernel_size: int) -> bool:
     shape, dtype, *_ = images = _images(x)
     device = device_of(x.device)
     return images.channels_last and folded_launches.takes(shape, dtype, kernel_size, device)
+
+
+def _streams(x: Tensor, kernel_size: int) -> bool:
+    """Whether the forward of a call goes level by level in float32."""
+    shape, dtype, *_ = images = _images(x)
+    device = device_of(x.device)
+    return images.channels_last and bands_launches.takes(shape, dtype, kernel_size, device)
+
+
+def _streamed_forward(
+    x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, transpose: bool
+) -> Tensor:
+    """The operator in float32, or its transpose, level by level."""
+    kernel_size, channels = taps[0].shape[-1], x.shape[1]
+    sizes = channels, -1, kernel_size, kernel_size
+    numbers = [tap.reshape(sizes).permute(2, 3, 1, 0).contiguous() for tap in taps]
+    where = _images(x).shape, device_of(x.device), launch
+    y = bands_launches.forward(_pixels(x), numbers, bias, *where, transpose)
+    return y.permute(0, 3, 1, 2)
 
 
 def _folded_forward(

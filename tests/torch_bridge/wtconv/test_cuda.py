@@ -57,6 +57,8 @@ def taken(case):
     )
 
 
+STREAMED = Case((9, 10), 2, 3, channels=20)
+"""Level by level where channels are last, in float32."""
 EMULATED = [
     (device, case)
     for device, cases in ((HOPPER, (*filter(taken, CASES), *WHOLE)), (SMALL, TILED))
@@ -120,6 +122,15 @@ def test_the_kernels_are_the_oracles_in_every_order_of_threads(device, case, mem
         for launcher.order in (1, 2):
             again = check.layer_results("cuda", CPU, memory_format, case)
             assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+@ON_CPU
+@pytest.mark.parametrize("boxes", [True, pytest.param(False, marks=pytest.mark.wide)])
+def test_float32_goes_level_by_level_where_channels_are_last(boxes, monkeypatch):
+    monkeypatch.setattr(cuda_launches, "forward", None)
+    with cuda.emulated(HOPPER._replace(multiprocessors=3, boxes=boxes)):
+        got = check.layer_results("cuda", CPU, torch.channels_last, STREAMED)
+    assert_oracle(got, STREAMED)
 
 
 @ON_CPU
