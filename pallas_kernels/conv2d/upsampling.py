@@ -12,7 +12,8 @@ repeated. More than one are no upsampling of anything small, so there the images
 
 Any implementation computes the phases, whose windows say nothing of upsampling. What is here is
 plain JAX around it, linear in x and in w. On a GPU phases that are alike are one convolution, to
-the features of four, see `joint`; an implementation may write each phase at its place then.
+the features of four, see `joint`; an implementation may write each phase at its place then. The
+gradients are those of that one, too.
 """
 
 import math
@@ -160,10 +161,10 @@ def joint_filters(w: jax.Array, window: Window, size: Sequence[int]) -> jax.Arra
     return jnp.concatenate(each, 3 if window.layout == "nhwc_hwcf" else 0)
 
 
-def implemented(problem: Problem, direction: str = "fwd") -> Problem:
+def implemented(problem: Problem) -> Problem:
     """The convolution that implementations compute: itself, the largest of its phases, or all.
 
-    All are one convolution on a GPU, forward.
+    All are one convolution on a GPU.
 
     Example:
         >>> window = Window(pads=((1, 1), (1, 1)), upsample=2)
@@ -187,8 +188,7 @@ def implemented(problem: Problem, direction: str = "fwd") -> Problem:
         window=largest.window,
     )
     filters = window.filters_laid_out(*taps, channels // window.groups, problem.features)
-    at_once = platform() == "gpu" and direction == "fwd"
-    found = joint(window, image.shape, filters) if at_once else None
+    found = _at_once(window, image.shape, filters)
     if found is None:
         return computed
     own = _window_at_once(found, window, computed.shape[1:3], largest.taps)
@@ -207,7 +207,7 @@ def forward(
         w: The filters.
         bias: `[NF]`, or None.
     """
-    found = None if platform() != "gpu" or sharded(w) else joint(window, x.shape, w.shape)
+    found = _at_once(window, x.shape, w.shape, w)
     if found is None:
         grid = _computed(run, window, x, w, bias)
     else:
@@ -256,12 +256,21 @@ def input_grad(
     image, wide = (dy.shape[0], *shape), accumulation_dtype(dtype)
     prepare = partial(_prepared, window=window)
     seen = jax.eval_shape(prepare, jax.ShapeDtypeStruct(image, wide)).shape[1:]
-    found = [
-        run(phase.window, part, _folded(w, phase), shape=seen, dtype=wide)
-        for phase, part in _parts(window, window.images(image)[1:3], w.shape, dy)
-    ]
+    size = window.images(image)[1:3]
+    found = _at_once(window, image, w.shape, w, dy)
+    if found is None:
+        parts = [
+            run(phase.window, part, _folded(w, phase), shape=seen, dtype=wide)
+            for phase, part in _parts(window, size, w.shape, dy)
+        ]
+        total = reduce(operator.add, parts)
+    else:
+        filters = joint_filters(w, window, size)
+        taps = window.filters(filters.shape)[:2]
+        own = _window_at_once(found, window, window.images((0, *seen))[1:3], taps)
+        spread = _spread(dy, window, found, size)
+        total = run(own, spread, filters, shape=seen, dtype=wide)
     over_batch = jax.P(jax.typeof(dy).sharding.spec[0])
-    total = reduce(operator.add, found)
     return transposed(prepare, image, total, w, spec=over_batch).astype(dtype)
 
 
@@ -286,11 +295,20 @@ def weight_grad(
         dtype: Dtype of the gradient; sums over the phases are kept in float32 or better.
     """
     images, wide = _prepared(x, window), accumulation_dtype(dtype)
+    size = window.images(x.shape)[1:3]
+    joined = _at_once(window, x.shape, shape, x, dy)
+    if joined is not None:
+        together = partial(joint_filters, window=window, size=size)
+        filters = jax.eval_shape(together, jax.ShapeDtypeStruct(shape, wide)).shape
+        taps = window.filters(filters)[:2]
+        own = _window_at_once(joined, window, window.images(images.shape)[1:3], taps)
+        dw = run(own, images, _spread(dy, window, joined, size), shape=filters, dtype=wide)
+        return transposed(together, shape, dw).astype(dtype)
     _, _, *channels = window.filters(shape)
     found = []
-    for phase, part in _parts(window, window.images(x.shape)[1:3], shape, dy):
-        own = window.filters_laid_out(*phase.taps, *channels)
-        of_phase = run(phase.window, images, part, shape=own, dtype=wide)
+    for phase, part in _parts(window, size, shape, dy):
+        folded = window.filters_laid_out(*phase.taps, *channels)
+        of_phase = run(phase.window, images, part, shape=folded, dtype=wide)
         # Taps are never split, features may be.
         spec = jax.typeof(of_phase).sharding.spec
         found.append(transposed(partial(_folded, phase=phase), shape, of_phase, spec=spec))
@@ -300,6 +318,15 @@ def weight_grad(
 def _upsampled(window: Window) -> bool:
     """Whether the images are upsampled after all, since more than one sample is mirrored."""
     return window.reflect and max(map(max, window.pads)) > 1
+
+
+def _at_once(
+    window: Window, images: tuple[int, ...], filters: tuple[int, ...], *arrays: jax.Array
+) -> Joint | None:
+    """What `joint` finds on a GPU, where none of the arrays is sharded over Explicit axes."""
+    if platform() != "gpu" or any(map(sharded, arrays)):
+        return None
+    return joint(window, images, filters)
 
 
 def _along(window: Window, axis: int, n: int, taps: int) -> list[_Along]:
@@ -351,12 +378,17 @@ def _computed(
 def _computed_at_once(
     run: Run, window: Window, found: Joint, x: jax.Array, w: jax.Array, bias: jax.Array | None
 ) -> list[list[jax.Array]]:
-    """The outputs of each phase, cut out of one convolution."""
+    """The outputs of each phase, computed by one convolution."""
     _, *size, _ = window.images(x.shape)
     images, filters = _prepared(x, window), joint_filters(w, window, size)
     seen = window.images(images.shape)[1:3]
     own = _window_at_once(found, window, seen, window.filters(filters.shape)[:2])
     y = run(own, images, filters, None if bias is None else jnp.tile(bias, 4))
+    return _cut(y, window, found, size)
+
+
+def _cut(y: jax.Array, window: Window, found: Joint, size: Sequence[int]) -> list[list[jax.Array]]:
+    """The outputs of each phase, cut out of those of one convolution."""
     n, *_, features = window.images(y.shape)
 
     def cut(below: int, right: int) -> jax.Array:
@@ -367,6 +399,13 @@ def _computed_at_once(
         return lax.slice(y, start, end)
 
     return [[cut(below, right) for right in range(2)] for below in range(2)]
+
+
+def _spread(dy: jax.Array, window: Window, found: Joint, size: Sequence[int]) -> jax.Array:
+    """The gradient of what the phases as one convolution are, of which dy is the output's."""
+    n, *_, features = window.images(dy.shape)
+    outputs = window.laid_out(n, *found.windows, 4 * features)
+    return transposed(lambda y: _assembled(_cut(y, window, found, size), window), outputs, dy)
 
 
 def _window_at_once(

@@ -102,7 +102,7 @@ class Plan(NamedTuple):
         assert self.backward is not None
         spread = sharding.spread(shards.rule_of(self.window, x.shape, w.shape), [x, w], self.stated)
         problem = problem_of(self.window, x.shape, w.shape, x.dtype, out_dtype)
-        problem = of_shard(upsampling.implemented(problem, "bwd"), spread.shard)
+        problem = of_shard(upsampling.implemented(problem), spread.shard)
         backward = moved_here(self.backward)
         operator = backward.operator
         static = problem, False, None, self.precision, self.given

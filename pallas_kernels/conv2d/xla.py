@@ -15,7 +15,7 @@ from pallas_kernels.common.dtypes import accumulation_dtype, common_dtype
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.moments import WithMoments, of_rows
-from pallas_kernels.conv2d.problem import Problem, Window
+from pallas_kernels.conv2d.problem import Pair, Problem, Window
 
 DIFFERENTIABLE = True
 
@@ -147,6 +147,8 @@ def _conv(
     pads = window.pads
     if window.reflect:
         x, pads = mirrored(x, window), ((0, 0), (0, 0))
+    if platform() == "gpu" and min(map(min, pads)) < 0:
+        x, pads = _cropped(x, window)
     computed = _computed(x.dtype)
     if precision is None and x.dtype == jnp.float32:
         # None would mean less than float32 on GPUs and TPUs.
@@ -162,6 +164,18 @@ def _conv(
         precision=precision,
         preferred_element_type=out_dtype,
     )
+
+
+def _cropped(x: jax.Array, window: Window) -> tuple[jax.Array, tuple[Pair, Pair]]:
+    """The images without the samples that pads of less than zero leave out, and the other pads.
+
+    cuDNN has no gradients with such pads. XLA takes convolutions by filters as large as the images
+    for them, which are many times as slow.
+    """
+    rows, columns = ((min(before, 0), min(after, 0), 0) for before, after in window.pads)
+    x = lax.pad(x, jnp.zeros((), x.dtype), window.laid_out((0, 0, 0), rows, columns, (0, 0, 0)))
+    above, left = ((max(before, 0), max(after, 0)) for before, after in window.pads)
+    return x, (above, left)
 
 
 def _computed(dtype: DTypeLike) -> DTypeLike:

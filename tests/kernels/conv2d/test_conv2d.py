@@ -233,6 +233,32 @@ def test_phases_of_upsampled_images_are_one_convolution_on_a_gpu(case, monkeypat
     np.testing.assert_allclose(y, oracle.conv2d(x, w, **rest, **case.arguments), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 3, 11, 3, 3, 3, 2, padding="reflect", upsample=2),
+        pytest.param(
+            Case(1, 6, 7, 2, 2, 3, 3, (3, 1), ("reflect", ((0, 1), (1, 0))), (1, 3), upsample=2),
+            marks=pytest.mark.wide,
+        ),
+    ],
+    ids=lambda case: case.name,
+)
+def test_gradients_of_upsampled_images_on_a_gpu(case, monkeypatch):
+    # cuDNN has none for convolutions that leave samples out by pads of less than zero.
+    for module in (upsampling, xla):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    x, w, _, dy = arrays(case)
+
+    def gradients(convolve, dy):
+        return jax.vjp(partial(convolve, bias=None), x, w)[1](dy)
+
+    found = partial(gradients, ours(case, "xla"))
+    pads = re.findall(r"padding=(\(\(.*?\)\))", str(jax.make_jaxpr(found)(dy)))
+    assert pads and "-" not in "".join(pads)
+    chex.assert_trees_all_close(found(dy), gradients(plain(case), dy), rtol=1e-5, atol=1e-5)
+
+
 def assert_transformed(name, case):
     """A transformation of ours is that of the same in plain JAX."""
     x, w, bias, _ = arrays(case)
