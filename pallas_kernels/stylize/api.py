@@ -33,7 +33,7 @@ OPERATOR = Operator(
     package="pallas_kernels.stylize",
     implementations=Implementation,
     # On a TPU nothing of ours has run, and XLA fuses the norm into what stands around it.
-    rule={"tpu": ("xla", "mosaic_tpu"), "gpu": ("triton", "mosaic_gpu", "xla"), "cpu": ("xla",)},
+    rule={"tpu": ("xla", "mosaic_tpu"), "gpu": ("mosaic_gpu", "triton", "xla"), "cpu": ("xla",)},
     directions={"fwd": ("forward",), "bwd": ("backward",)},
 )
 

@@ -3,7 +3,8 @@
 An item is one image's pixels in some neighbouring channels. A group of blocks takes an item
 together: each keeps its pixels in shared memory between the pass that sums and the pass that
 writes, so x is read once and y is written once. Items of up to 20 MB are kept so, since the group
-may be the whole GPU; larger ones are read again, the latest first, as the L2 cache has them.
+may be the whole GPU. Of larger ones each block keeps the last chunks and reads the rest again, the
+latest first, as the L2 cache has them.
 
 - **Tiles:** a tile is as many pixels as a warpgroup holds at four channels a thread. A chunk is
   some tiles, one TMA copy. Blocks are persistent and at most one for each multiprocessor.
@@ -89,13 +90,12 @@ _CHUNK = 8192
 """Bytes of a chunk unasked."""
 _CLUSTER = 8
 """The most blocks of a cluster; larger groups wait for each other."""
-_RATE = 30
-"""Bytes that a multiprocessor moves in a nanosecond, its share of an H200's memory bandwidth."""
-_MEETING = {"none": 150, "cluster": 1000, "all": 1750}
+_RATE = 25
+"""Bytes that a multiprocessor moves in a nanosecond."""
+_MEETING = {"none": 2000, "cluster": 5000, "all": 2300}
 """Nanoseconds of a meeting of a single block, of a cluster's and of more.
 
-They and the rest of `_Plan.cost` fit what launches took on an H200 (2026-11-29): the cheapest by it
-are at most 13 % slower than the fastest.
+They and the rest of `_Plan.cost` fit what launches took on an H200 (2026-11-29).
 """
 _LAUNCH = 2000
 """Nanoseconds of a launch; what takes less need not be told apart."""
@@ -173,9 +173,9 @@ class _Plan(NamedTuple):
         return self.chunks <= self.stages
 
     @property
-    def loads(self) -> int:
-        """The loads of an item of a warpgroup."""
-        return self.chunks if self.kept else 2 * self.chunks
+    def rounds(self) -> int:
+        """The items of the busiest group."""
+        return pl.cdiv(self.items, self.groups)
 
     @property
     def own(self) -> int:
@@ -189,15 +189,14 @@ class _Plan(NamedTuple):
 
     def cost(self, call: _Call) -> float:
         """Returns the estimated nanoseconds of the busiest block."""
-        # A second read comes from the L2 cache.
-        reads = call.reads * (1 if self.kept else 1.5)
         row = self.channels * call.itemsize
-        moved = self.block * row * (reads + call.writes) / _RATE
-        # A row of less than 128 bytes is part of a line of the cache, and 32 are the least of one.
-        moved *= (1 + 48 / row) * max(1, 32 / row)
+        # What is read again comes in part from the L2 cache.
+        again = call.reads * (1 - min(1, self.stages / self.chunks))
+        moved = self.block * row * (call.reads + call.writes + again / 2) / _RATE
+        # Rows are parts of lines of the cache.
+        moved *= 1 + (24 / row) ** 2
         kind = "none" if self.members == 1 else "cluster" if self.members <= _CLUSTER else "all"
-        meeting, rounds = _MEETING[kind], pl.cdiv(self.items, self.groups)
-        return rounds * (moved + meeting) + meeting
+        return self.rounds * (moved + _MEETING[kind])
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -223,8 +222,8 @@ def check(direction: str, problem: Problem) -> None:
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     """The divisions that are worth timing, none for the one that is taken unasked first.
 
-    They are the cheapest by the estimate for each number of channels and each way to meet, and the
-    cheapest of all with other chunks.
+    They are the cheapest by the estimate for each number of channels and of items of a group, and
+    each way to meet, and the cheapest of all with other chunks.
     """
     call = _call(direction, problem)
     default, *others = _plans(call, _multiprocessors())
@@ -234,7 +233,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     for plan in others:
         met = min(plan.members, 2) if plan.members <= _CLUSTER else 3
         alike = (plan.channels, plan.members) == (default.channels, default.members)
-        found.setdefault((plan.channels, met, plan.pixels * alike), plan)
+        found.setdefault((plan.channels, plan.rounds, met, plan.pixels * alike), plan)
     most = 2 * default.cost(call)
     return [{}, *(_sizes(plan) for plan in found.values() if plan.cost(call) < most)][:_OFFERED]
 
@@ -599,7 +598,6 @@ class _Block:
 
     def run(self) -> None:
         """Runs both passes over all items."""
-        total = self.count * self.plan.loads
 
         @pl.when(self.warpgroup == 0)
         def _() -> None:
@@ -607,7 +605,8 @@ class _Block:
             pl.when(self.count > 1)(partial(self.load_parameters, 1))
 
         def prefill(q: Index, carry: tuple[()]) -> tuple[()]:
-            pl.when(q < total)(partial(self.load, q))
+            i, j = lax.div(q, self.plan.chunks), lax.rem(q, self.plan.chunks)
+            pl.when(i < self.count)(partial(self.load, i, j))
             return ()
 
         def item(i: Index, carry: tuple[()]) -> tuple[()]:
@@ -662,16 +661,17 @@ class _Block:
         plgpu.barrier_wait(self.ready)
         context = self.recall(i)
         plgpu.barrier_arrive(self.taken)
-        first = i * plan.loads + plan.loads - plan.chunks
+        # What does not fit is read again, the latest first, as stages and the cache have it.
+        last, back = (plan.chunks - 1, -1) if plan.kept else (0, 1)
 
-        def chunk(j: Index, carry: tuple[()]) -> tuple[()]:
-            q = first + j
+        def chunk(number: Index, carry: tuple[()]) -> tuple[()]:
+            j = number if plan.kept else plan.chunks - 1 - number
             if not plan.kept:
-                self.wait(q)
+                pl.when(j + plan.stages < plan.chunks)(partial(self.wait, i, j))
 
             def tiles(s: Index, carry: tuple[()]) -> tuple[()]:
                 for u in range(self.unrolled):
-                    self.apply(context, self.tile(q, s * self.unrolled + u))
+                    self.apply(context, self.tile(i, j, s * self.unrolled + u))
                 return ()
 
             lax.fori_loop(0, plan.pixels // plan.rows // self.unrolled, tiles, ())
@@ -679,19 +679,19 @@ class _Block:
             plgpu.commit_smem()
             for result, stages in zip(self.results, self.stages, strict=False):
                 plgpu.copy_smem_to_gmem(
-                    stages.at[self.warpgroup, lax.rem(q, plan.stages)],
-                    result.at[self.window(q)],
+                    stages.at[self.warpgroup, self.stage(i, j)],
+                    result.at[self.window(i, j)],
                     commit_group=False,
                 )
             plgpu.commit_smem_to_gmem_group()
             # After this, the store of the chunk before has read its stage.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            pl.when(j > 0)(partial(self.refill, q - 1))
+            pl.when(number > 0)(partial(self.refill, i, j + back))
             return ()
 
         lax.fori_loop(0, plan.chunks, chunk, ())
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.refill(first + plan.chunks - 1)
+        self.refill(i, last)
 
         @pl.when(self.warpgroup == 0)
         def _() -> None:
@@ -709,38 +709,41 @@ class _Block:
         whole = lax.div(there if self.masked else there + plan.rows - 1, plan.rows)
 
         def step(
-            q: Index, before: jax.Array, width: int, mask: bool, at: Index, sums: Pair
+            j: Index, before: jax.Array, width: int, mask: bool, at: Index, sums: Pair
         ) -> Pair:
             first, known = at * width, None
             if mask:
                 shape = plan.rows, plan.channels
                 row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=self.layout)
                 known = row < there - (before + first) * plan.rows
-            tiles = [self.tile(q, first + u) for u in range(width)]
+            tiles = [self.tile(i, j, first + u) for u in range(width)]
             return self.add(context, sums, tiles, before + first + width, known)
 
         def chunk(j: jax.Array, sums: Pair) -> Pair:
-            q = i * plan.loads + j
-            self.wait(q)
+            self.wait(i, j)
             before, width = j * steps, self.unrolled
             if not uneven:
                 sums = lax.fori_loop(
-                    0, steps // width, partial(step, q, before, width, False), sums
+                    0, steps // width, partial(step, j, before, width, False), sums
                 )
             else:
                 here = jnp.clip(whole - before, 0, steps)
                 many = lax.div(here, width)
-                sums = lax.fori_loop(0, many, partial(step, q, before, width, False), sums)
-                single = partial(step, q, before, 1)
+                sums = lax.fori_loop(0, many, partial(step, j, before, width, False), sums)
+                single = partial(step, j, before, 1)
                 sums = lax.fori_loop(many * width, here, partial(single, False), sums)
                 if self.masked:
                     part = jnp.where(here * plan.rows < there - before * plan.rows, 1, 0)
                     part = jnp.where(here < steps, part, 0)
                     sums = lax.fori_loop(here, here + part, partial(single, True), sums)
             if not plan.kept:
-                # After this fence, all threads have read, and TMA may write.
-                plgpu.commit_smem()
-                self.refill(q)
+
+                @pl.when(j + plan.stages < plan.chunks)
+                def _() -> None:
+                    # After this fence, all threads have read, and TMA may write.
+                    plgpu.commit_smem()
+                    self.load(i, j + plan.stages)
+
             return sums
 
         zeros = plgpu.layout_cast(jnp.zeros((plan.rows, plan.channels), jnp.float32), self.layout)
@@ -878,43 +881,56 @@ class _Block:
         image, tile = lax.div(number, self.tiles), lax.rem(number, self.tiles)
         return image, tile, pl.ds(tile * self.plan.channels, self.plan.channels)
 
-    def window(self, q: Index) -> tuple[Index, Slice, Slice]:
-        """Returns what the q-th load of this warpgroup reads of the images."""
-        plan = self.plan
-        image, _, channels = self.place(lax.div(q, plan.loads))
-        j = lax.rem(q, plan.loads)
-        if not plan.kept:
-            # The second time backwards: the latest are in the cache.
-            j = jnp.where(j < plan.chunks, j, 2 * plan.chunks - 1 - j)
-        return image, pl.ds(self.start + j * plan.pixels, plan.pixels), channels
+    def window(self, i: Index, j: Index) -> tuple[Index, Slice, Slice]:
+        """Returns the pixels of this warpgroup's j-th chunk of the i-th item."""
+        image, _, channels = self.place(i)
+        return image, pl.ds(self.start + j * self.plan.pixels, self.plan.pixels), channels
 
-    def tile(self, q: Index, s: Index) -> list[Ref]:
-        """Returns the s-th tile of the q-th load in shared memory, of each image."""
+    def stage(self, i: Index, j: Index) -> Index:
+        """Returns the stage of the j-th chunk of the i-th item.
+
+        Where an item does not fit, its last chunks stay, and are written first. So stages get free
+        backwards, in which order the next item fills them.
+        """
         plan = self.plan
-        rows = pl.ds(s * plan.rows, plan.rows)
-        stage = lax.rem(q, plan.stages)
+        if plan.kept:
+            return lax.rem(i * plan.chunks + j, plan.stages)
+        forward = lax.rem(j, plan.stages)
+        return jnp.where(lax.rem(i, 2) == 0, forward, plan.stages - 1 - forward)
+
+    def tile(self, i: Index, j: Index, s: Index) -> list[Ref]:
+        """Returns the s-th tile of the j-th chunk of the i-th item, of each image."""
+        rows = pl.ds(s * self.plan.rows, self.plan.rows)
+        stage = self.stage(i, j)
         return [stages.at[self.warpgroup, stage, rows] for stages in self.stages]
 
-    def barrier(self, q: Index) -> Ref:
-        """Returns the `full` mbarrier of the stage of the q-th load."""
-        return self.full.at[self.warpgroup * self.plan.stages + lax.rem(q, self.plan.stages)]
+    def barrier(self, i: Index, j: Index) -> Ref:
+        """Returns the `full` mbarrier of the stage of the j-th chunk of the i-th item."""
+        return self.full.at[self.warpgroup * self.plan.stages + self.stage(i, j)]
 
-    def wait(self, q: Index) -> None:
-        """Waits for the q-th load."""
-        plgpu.barrier_wait(self.barrier(q))
+    def wait(self, i: Index, j: Index) -> None:
+        """Waits for the j-th chunk of the i-th item."""
+        plgpu.barrier_wait(self.barrier(i, j))
 
-    def load(self, q: Index) -> None:
-        """Issues the TMA loads of the q-th load, one for each image."""
-        window, stage = self.window(q), lax.rem(q, self.plan.stages)
+    def load(self, i: Index, j: Index) -> None:
+        """Issues the TMA loads of the j-th chunk of the i-th item, one for each image."""
+        window, stage = self.window(i, j), self.stage(i, j)
         for image, stages in zip(self.images, self.stages, strict=True):
             plgpu.copy_gmem_to_smem(
-                image.at[window], stages.at[self.warpgroup, stage], self.barrier(q)
+                image.at[window], stages.at[self.warpgroup, stage], self.barrier(i, j)
             )
 
-    def refill(self, q: Index) -> None:
-        """Issues the next load into the stage of the q-th, which nobody needs any more."""
-        following = q + self.plan.stages
-        pl.when(following < self.count * self.plan.loads)(partial(self.load, following))
+    def refill(self, i: Index, j: Index) -> None:
+        """Issues the next load into the stage of a chunk that is written, if there is one."""
+        plan = self.plan
+        if plan.kept:
+            following = i * plan.chunks + j + plan.stages
+            image, chunk = lax.div(following, plan.chunks), lax.rem(following, plan.chunks)
+        else:
+            again = j >= plan.stages
+            image = jnp.where(again, i, i + 1)
+            chunk = jnp.where(again, j - plan.stages, plan.stages - 1 - j)
+        pl.when(image < self.count)(partial(self.load, image, chunk))
 
     def load_parameters(self, i: Index) -> None:
         """Issues the TMA load of the i-th item's parameters."""
