@@ -145,7 +145,9 @@ def pixels_of(image: Image.Image, channels: int) -> NDArray[np.uint8]:
         >>> pixels_of(decoded(np.zeros((2, 2, 3), np.uint8)), 1).shape
         (2, 2, 1)
     """
-    array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    mode = "L" if channels == 1 else "RGB"
+    # Pillow would copy an image that is of this mode already.
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
     return array.reshape(*array.shape[:2], channels)
 
 

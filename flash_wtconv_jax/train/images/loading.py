@@ -8,14 +8,15 @@ import gc
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 from numpy.typing import NDArray
 
 from flash_wtconv_jax.train.images import decoding, randaugment
@@ -28,10 +29,16 @@ that is of no class."""
 _THREADS = 16
 # Images that cross from a worker in one message.
 _CHUNK = 32
+# Bytes from which on memory is shared with a worker: to copy fewer costs less.
+_SHARED = 1 << 16
+# What the scheduler takes from workers where something else wants a core.
+_NICENESS = 5
 
 Arrays = dict[str, NDArray[Any]]
 """`image` uint8 `[N, S, S, C]`, `label` int32 `[N]` or of masks int16 `[N, S, S]`, `index` int32
 `[N]`, and `read` bool `[N]`, which is False of rows without an image."""
+
+_Ready = TypeVar("_Ready")
 
 
 class Share(NamedTuple):
@@ -93,6 +100,21 @@ def evaluation(
     return _batches(crops, data.workers, batch, range(steps), share)
 
 
+def ahead(
+    batches: grain.IterDataset[Arrays], make: Callable[[Arrays], _Ready]
+) -> grain.IterDataset[_Ready]:
+    """What is made of batches, by a thread that has two of them ready before they are asked for.
+
+    Its iterators' place is that of the batch that was taken last.
+
+    Args:
+        batches: The batches.
+        make: What the thread does with each: sends it to the devices, for one.
+    """
+    # One waits in the buffer, and the other to get into it.
+    return grain.experimental.ThreadPrefetchIterDataset(batches.map(make), prefetch_buffer_size=1)
+
+
 def speed(
     source: Source, data: Data, *, batch: int, batches: int, seconds: float = math.inf
 ) -> float:
@@ -152,14 +174,26 @@ def _batches(
         partial(_row, crops, batch, local, share.process)
     )
     # Whole chunks go to workers in turn, so that their order is that of one process.
-    chunks = rows.batch(chunk, batch_fn=_stacked)
-    threads = 1 if workers else min(_THREADS, os.cpu_count() or 1)
-    ready = chunks.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
     if workers:
+        # Stacked by the worker's main thread: memory that is shared is only given back when it has
+        # been sent, and its other thread may be ahead when it ends.
+        images = rows.batch(chunk, batch_fn=list).to_iter_dataset(grain.ReadOptions(1, 2))
+        options = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
+        chunks = grain.experimental.WithOptionsIterDataset(images.map(_shared), options)
         buffered = max(1, 2 * local // (chunk * workers))
-        ready = ready.mp_prefetch(grain.MultiprocessingOptions(workers, buffered))
+        ready = chunks.mp_prefetch(grain.MultiprocessingOptions(workers, buffered), _give_way)
+    else:
+        threads = min(_THREADS, os.cpu_count() or 1)
+        stacked = rows.batch(chunk, batch_fn=_stacked)
+        ready = stacked.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
     # Joined even where there is one, which copies it out of the memory shared with its worker.
     return ready.batch(local // chunk, batch_fn=_joined)
+
+
+def _give_way(worker: int, workers: int) -> None:
+    """Lets the process that keeps the devices busy go before its workers, which take every core."""
+    if hasattr(os, "nice"):
+        os.nice(_NICENESS)
 
 
 def _row(crops: grain.MapDataset[Arrays], batch: int, local: int, process: int, row: int) -> Arrays:
@@ -229,6 +263,17 @@ def _mask(
 
 def _stacked(rows: Sequence[Arrays]) -> Arrays:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _shared(rows: Sequence[Arrays]) -> Arrays:
+    """The rows as one array each, large ones in memory that the trainer's process sees too."""
+
+    def stacked(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        shape, dtype = (len(parts), *parts[0].shape), parts[0].dtype
+        large = math.prod(shape) * dtype.itemsize >= _SHARED
+        return np.stack(parts, out=SharedMemoryArray(shape, dtype) if large else None)
+
+    return {name: stacked([row[name] for row in rows]) for name in rows[0]}
 
 
 def _joined(chunks: Sequence[Arrays]) -> Arrays:

@@ -5,9 +5,11 @@ space", NeurIPS 2020; operations, ranges and noise as in timm's `rand-m9-mstd0.5
 greater magnitude never means a weaker change.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 _MOST = 10.0
@@ -46,16 +48,56 @@ def randaugment(
 
 
 def _moved(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    """The picture under an affine map of coordinates; what comes from outside is grey."""
-    grey = 128 if image.mode == "L" else (128, 128, 128)
-    return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=grey
+    """The picture under an affine map of coordinates; what comes from outside is grey.
+
+    A pixel is interpolated between the four that are nearest. Pillow fetches each of the four in a
+    tenth of the time that it takes to interpolate.
+    """
+    of_x, of_y = matrix[:3], matrix[3:]
+    right, below = _shares(image.size, *of_x), _shares(image.size, *of_y)
+
+    def fetched(across: int, down: int) -> Image.Image:
+        moved = (*of_x[:2], of_x[2] + across - 0.5, *of_y[:2], of_y[2] + down - 0.5)
+        grey = 128 if image.mode == "L" else (128, 128, 128)
+        how = Image.Transform.AFFINE, moved, Image.Resampling.NEAREST
+        return image.transform(image.size, *how, fillcolor=grey)
+
+    def row(down: int) -> Image.Image:
+        return _between(right, lambda: fetched(0, down), lambda: fetched(1, down))
+
+    return _between(below, lambda: row(0), lambda: row(1))
+
+
+def _shares(size: tuple[int, int], by_x: float, by_y: float, start: float) -> NDArray[np.uint8]:
+    """The shares `[H, W]`, of 255, that pixels have of the later one of two between which they lie.
+
+    They are the fractions of coordinates of 16.16 bits, in which Pillow finds the earlier one.
+    """
+    first, across, down = (
+        math.floor(value * 65536 + 0.5) for value in (start - 0.5 + (by_x + by_y) / 2, by_x, by_y)
     )
+    # Whole pixels, which overflow, are of no interest.
+    columns = (first + across * np.arange(size[0])).astype(np.uint16)
+    rows = (down * np.arange(size[1])).astype(np.uint16)
+    return ((rows[:, None] + columns) >> 8).astype(np.uint8)
+
+
+def _between(
+    shares: NDArray[np.uint8], one: Callable[[], Image.Image], other: Callable[[], Image.Image]
+) -> Image.Image:
+    """Two pictures mixed; `shares` are the second one's."""
+    image = one()
+    if shares.any():
+        image.paste(other(), mask=Image.fromarray(shares))
+    return image
 
 
 def _rotated(image: Image.Image, level: float, sign: float) -> Image.Image:
-    grey = 128 if image.mode == "L" else (128, 128, 128)
-    return image.rotate(sign * level * _ROTATION, Image.Resampling.BILINEAR, fillcolor=grey)
+    """The picture turned about its middle, to the left where the sign is positive."""
+    angle = math.radians(sign * level * _ROTATION)
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = image.size[0] / 2, image.size[1] / 2
+    return _moved(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
 
 
 def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:

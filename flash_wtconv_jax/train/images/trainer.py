@@ -10,10 +10,12 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -68,7 +70,7 @@ class Progress(NamedTuple):
         epoch: Passes over the images, a fraction.
         loss: Of the last step.
         images_per_s: Over the last steps.
-        waiting: Share of the time in which the devices waited for images.
+        waiting: Share of the time in which the devices had nothing to do.
         scores: Of the last evaluation, empty before the first.
     """
 
@@ -280,11 +282,27 @@ def train(
     return summary
 
 
+class _Sent(NamedTuple):
+    """A step that was sent to the devices.
+
+    Attributes:
+        metrics: Its figures, once it is done.
+        rate: Its learning rate. Made before the step: devices do what they are sent in turn.
+        indices: Its images.
+        ended: The time when it was done.
+    """
+
+    metrics: loop.Metrics
+    rate: jax.Array
+    indices: np.ndarray
+    ended: Future[float]
+
+
 class _Steps:
     """The steps of a training, one after the other.
 
-    The host is one step ahead of the devices: it sends a batch before it looks at the figures of
-    the one before.
+    The host is one step ahead of the devices: it sends a step before it looks at the figures of
+    the one before. Batches are sent by a thread of their own, before their steps.
     """
 
     def __init__(
@@ -306,6 +324,7 @@ class _Steps:
             optimizer=run.optimizer,
             classes=len(run.train.classes),
         )
+        self.rate = jax.jit(run.rate)
         self.evaluate = steps.evaluator(run.model, run.settings.data, run.mesh)
         self.first = self.done = 0
         self.broken = 0
@@ -314,7 +333,7 @@ class _Steps:
         self.named: set[str] = set()
         self.started = time.perf_counter()
         self.clock = _Clock()
-        self.pending: tuple[loop.Metrics, np.ndarray] | None = None
+        self.pending: _Sent | None = None
 
     @property
     def state(self) -> loop.State:
@@ -345,7 +364,9 @@ class _Steps:
             steps=range(self.first, self.run_.steps),
             share=self.share,
         )
-        with loading.iterating(dataset) as self.batches, ExitStack() as held:
+        sent = loading.ahead(dataset, partial(_sent, self.program.rows))
+        with loading.iterating(sent) as self.batches, ExitStack() as held:
+            self.watcher = held.enter_context(ThreadPoolExecutor(1))
             if last is not None and same_readers:
                 self.saver.restore_place(last, self.batches)
             self.reporter = None
@@ -403,27 +424,30 @@ class _Steps:
         }
 
     def _step(self) -> None:
-        """Sends one batch to the devices, and looks at the figures of the one before."""
-        with self.clock.reading(self.pending and self.pending[0].loss):
-            arrays = next(self.batches)
-        batch = steps.on_devices(arrays, self.program.rows)
+        """Sends one step to the devices, and looks at the figures of the one before."""
+        batch, read = next(self.batches)
+        rate = self.rate(self.done)
         self.leaves, metrics = self.program.train(self.leaves, batch)
-        before, self.pending = self.pending, (metrics, arrays["index"])
-        self._name_broken(self.run_.train, arrays)
+        before = self.pending
+        if before is not None:
+            self.clock.sent(before.ended)
+        ended = self.watcher.submit(_end_of, metrics.loss)
+        self.pending = _Sent(metrics, rate, read["index"], ended)
+        self._name_broken(self.run_.train, read)
         self.done += 1
         if before is not None:
-            self._look(self.done - 1, *before)
+            self._look(self.done - 1, before)
 
     def _settle(self) -> None:
         """Looks at the figures of the last step."""
         if self.pending is not None:
             before, self.pending = self.pending, None
-            self._look(self.done, *before)
+            self._look(self.done, before)
 
-    def _look(self, step: int, metrics: loop.Metrics, indices: np.ndarray) -> None:
-        loss, norm, images = (float(one) for one in jax.device_get(metrics))
+    def _look(self, step: int, sent: _Sent) -> None:
+        loss, norm, images = (float(one) for one in jax.device_get(sent.metrics))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._fail_of_numbers(step, loss, norm, indices)
+            self._fail_of_numbers(step, loss, norm, sent.indices)
         batch = self.settings.run.batch
         self.broken += batch - int(images)
         seen = max(step * batch, len(self.run_.train))
@@ -443,7 +467,7 @@ class _Steps:
                     "epoch": epoch,
                     "loss": math.fsum(self.losses) / len(self.losses),
                     "norm": norm,
-                    "rate": float(self.run_.rate(step - 1)),
+                    "rate": float(sent.rate),
                     "images_per_s": round(rate, 1),
                     "waiting": round(waiting, 4),
                     "broken": self.broken,
@@ -523,8 +547,21 @@ class _Steps:
         return [self.settings.data.workers, self.share.processes]
 
 
+def _sent(
+    rows: jax.sharding.NamedSharding, arrays: loading.Arrays
+) -> tuple[steps.Batch, loading.Arrays]:
+    """A batch on the devices, and what the host keeps of it."""
+    return steps.on_devices(arrays, rows), {name: arrays[name] for name in ("index", "read")}
+
+
+def _end_of(figure: jax.Array) -> float:
+    """The time when devices have computed a figure."""
+    figure.block_until_ready()
+    return time.perf_counter()
+
+
 class _Clock:
-    """Images a second, and how long devices waited for them."""
+    """Images a second, and how long devices had nothing to do."""
 
     def __init__(self) -> None:
         self.seconds = self.idle = 0.0
@@ -538,17 +575,10 @@ class _Clock:
         """Begins to count; what went on before, an evaluation perhaps, is left out."""
         self.then = time.perf_counter()
 
-    @contextmanager
-    def reading(self, running: jax.Array | None) -> Iterator[None]:
-        """Times the block, in which a batch is read while the devices compute `running`.
-
-        Where they are not done when it ends, nothing was waited for.
-        """
-        begun = time.perf_counter()
-        yield
-        # The first batch of all is not waited for, but made.
-        if running is not None and cast(Any, running).is_ready():
-            self.idle += time.perf_counter() - begun
+    def sent(self, before: Future[float]) -> None:
+        """Counts the time since the step before was done, if it was when the next had been sent."""
+        if before.done():
+            self.idle += time.perf_counter() - before.result()
 
     def step(self, images: int) -> None:
         """Counts a step that is done."""
@@ -571,7 +601,7 @@ class _Clock:
         return self.images / max(self.seconds, 1e-9)
 
     def waiting(self) -> float:
-        """The share of the time in which devices waited for images."""
+        """The share of the time in which devices had nothing to do."""
         return min(1.0, self.idle / max(self.seconds, 1e-9))
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import queue
 import tarfile
 from dataclasses import replace
 from itertools import islice
@@ -181,6 +182,30 @@ def test_an_iterator_goes_on_from_its_state(folder):
         same(one, other)
 
 
+def test_batches_are_made_ready_ahead_and_the_place_is_of_the_last_taken(folder):
+    source = sources.opened(folder, "train")
+    dataset = loading.training(source, SMALL, batch=4, seed=3, steps=range(6))
+    made: queue.Queue[int] = queue.Queue()
+
+    def make(arrays):
+        made.put(len(arrays))
+        return arrays["index"]
+
+    with loading.iterating(loading.ahead(dataset, make)) as iterator:
+        first = next(iterator)
+        # The one that was taken, and two more that nobody has asked for.
+        for _ in range(3):
+            made.get(timeout=60)
+        state = json.loads(json.dumps(iterator.get_state()))
+    whole = batches(source)
+    np.testing.assert_array_equal(first, whole[0]["index"])
+    with loading.iterating(loading.ahead(dataset, make)) as iterator:
+        iterator.set_state(state)
+        indices = list(iterator)
+    for one, other in zip(whole[1:], indices, strict=True):
+        np.testing.assert_array_equal(one["index"], other)
+
+
 @pytest.mark.slow
 def test_workers_read_the_same_batches(folder):
     source = sources.opened(folder, "train")
@@ -247,6 +272,26 @@ def test_operations_of_randaugment_change_a_picture(mode):
         assert (changed.mode, changed.size) == (mode, (32, 32)), name
         if name != "color" or mode == "RGB":
             assert changed.tobytes() != image.tobytes() or name == "auto_contrast", name
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pictures_are_moved_as_pillow_moves_them(mode):
+    image = Image.fromarray(PIXELS[0]).resize((40, 30), Image.Resampling.BICUBIC).convert(mode)
+    grey = 128 if mode == "L" else (128, 128, 128)
+    how = {"resample": Image.Resampling.BILINEAR, "fillcolor": grey}
+    affine = Image.Transform.AFFINE
+    wanted = {
+        "rotate": image.rotate(0.7 * 30, **how),
+        "shear_x": image.transform(image.size, affine, (1, 0.7 * 0.3, 0, 0, 1, 0), **how),
+        "shear_y": image.transform(image.size, affine, (1, 0, 0, 0.7 * 0.3, 1, 0), **how),
+        "translate_x": image.transform(image.size, affine, (1, 0, 0.7 * 18, 0, 1, 0), **how),
+        "translate_y": image.transform(image.size, affine, (1, 0, 0, 0, 1, 0.7 * 13.5), **how),
+    }
+    for name, expected in wanted.items():
+        moved = np.asarray(randaugment.OPERATIONS[name](image, 0.7, 1.0), int)
+        differences = abs(moved - np.asarray(expected, int))
+        # But for the outermost half pixel, which is mixed with the grey outside.
+        assert np.quantile(differences, 0.9) <= 2 and differences.max() < 128, name
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "I;16", "CMYK"])

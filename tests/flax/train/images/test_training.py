@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,17 @@ def test_a_step_that_took_no_time_is_told_of_with_those_before(monkeypatch):
         rate, waiting = clock.recent()
     assert rate == pytest.approx(8, rel=0.2) and waiting == 0.0
     assert clock.rate() == pytest.approx(8, rel=0.1)
+
+
+def test_devices_wait_from_the_end_of_a_step_until_the_next_is_sent(monkeypatch):
+    host = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: host.seconds))
+    clock, running, done = trainer._Clock(), Future(), Future()
+    done.set_result(3.0)
+    for host.seconds, ended in ((0.0, running), (4.0, done), (8.0, running)):
+        clock.sent(ended)
+        clock.step(8)
+    assert clock.waiting() == pytest.approx(1 / 8)
 
 
 @pytest.mark.wide
@@ -315,6 +327,7 @@ def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
 MESHES = """
 import sys
 import jax, numpy as np
+from concurrent.futures import Future
 from pathlib import Path
 from flash_wtconv_jax.train.images import loading, settings, steps, trainer
 said = settings.read(Path(sys.argv[1]))
