@@ -32,8 +32,8 @@ of 32 channels; 256² x 64 are 8 MiB, 64 KiB for each of 128; 512² x 32 are 16 
 64 in halves of 16 channels, whose rows of 32 bytes cost more to copy. A multiprocessor's share of
 the memory's bandwidth is 30 KB a microsecond, so the 128 KB that an item of 64 KiB moves take
 longer than a meeting, about 3.5. The machine code has 8 instructions for each element in either
-pass, half of the time of the copies that it goes on during. On an H200 these three took 1.41 to
-1.43 copies, in float32 1.62 to 1.79, when larger items were read again as a whole (2026-11-29).
+pass, half of the time of the copies that it goes on during. On an H200 these three take 1.34 to
+1.40 copies, in float32 1.58 to 1.60 (2026-11-29), where larger items keep their last chunks.
 Summing the next item before this one's sums are awaited was never faster.
 
 The sums are those of the Triton kernels: relative to the image's first pixel, which is subtracted
