@@ -11,17 +11,17 @@ import subprocess
 import sys
 import traceback
 
+from helpers.processes import with_devices
+
 
 class Worker:
     """The process, as a context."""
 
     def __enter__(self):
-        environment = os.environ | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
+        paths = os.pathsep.join(filter(None, sys.path))
+        environment = with_devices(8) | {"PYTHONPATH": paths}
+        # Or a program of a shard may fuse a product into a sum where that of the whole does not.
+        environment["XLA_FLAGS"] += " --xla_cpu_max_isa=AVX"
         command = [sys.executable, "-m", "helpers.meshes"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(

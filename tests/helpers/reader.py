@@ -7,8 +7,6 @@ import sys
 import sysconfig
 import venv
 
-import jax
-
 # Folders of Linux's kernel, in which root too can make nothing.
 HOME = "/sys"
 # Runs the blocks of each job in its folder, warnings being errors, and answers with what failed.
@@ -75,8 +73,6 @@ class Reader:
         kept |= {"HOME": HOME, "PATH": f"{self.prefix / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         if os.environ["JAX_PLATFORMS"] == "cpu":
             kept["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-            if jax.__version_info__ < (0, 11):
-                kept["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
         return kept
 
     def run(self, blocks, folder):

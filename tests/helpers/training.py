@@ -111,10 +111,10 @@ def train_until(said: settings.Settings, out: Path, step: int, number: int, dela
 def seeing(devices: int) -> dict[str, str]:
     """The environment of a process that has so many devices: GPUs, or parts of a CPU."""
     if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
-        return os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
+        # Not found where this file is what Python runs.
+        from helpers.processes import with_devices
+
+        return with_devices(devices)
     return os.environ | {
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices))),
         # Whoever starts the process may hold most of their memory.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers.meshes import Worker
+from helpers.processes import with_devices
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels.common import sharding
@@ -332,10 +333,8 @@ def test_two_processes():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROCESS, address]
-    environment = os.environ | flags
-    both = [subprocess.Popen([*command, str(i)], env=environment) for i in range(2)]
+    both = [subprocess.Popen([*command, str(i)], env=with_devices(2)) for i in range(2)]
     assert [process.wait(timeout=600) for process in both] == [0, 0]
 
 
@@ -386,10 +385,9 @@ for kind, second in (("Explicit", "c"), ("Auto", "h")):
 
 @pytest.mark.wide
 def test_gpu_programs_gather_no_image(tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    flags["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    paths = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-c", GPUS, str(tmp_path)]
-    subprocess.run(command, check=True, env=os.environ | flags)
+    subprocess.run(command, check=True, env=with_devices(8) | {"PYTHONPATH": paths})
 
 
 CACHED = """
@@ -411,16 +409,13 @@ assert bool(hits) == (sys.argv[1] == "again"), events
 
 @pytest.mark.wide
 def test_the_compilation_cache_hits_in_a_second_process(tmp_path):
-    flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
+    environment = with_devices(4) | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     for time in ("first", "again"):
-        subprocess.run([sys.executable, "-c", CACHED, time], check=True, env=os.environ | flags)
+        subprocess.run([sys.executable, "-c", CACHED, time], check=True, env=environment)
 
 
 TPUS = """

@@ -1,7 +1,6 @@
 """The TPU kernels of WTConv in Pallas' TPU interpreter, which checks races, bounds and poison."""
 
 import math
-import os
 import subprocess
 import sys
 from functools import partial
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.processes import with_devices
 from helpers.wtconv import arrays, assert_oracle
 from jax import export
 from jax.experimental.pallas import tpu as pltpu
@@ -297,7 +297,5 @@ jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4), got, want
 @pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_sharded_over_batch_and_channels(check_vma):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     program = SHARDED.replace("{check_vma}", str(check_vma))
-    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | flags)
+    subprocess.run([sys.executable, "-c", program], check=True, env=with_devices(4))

@@ -1,6 +1,5 @@
 """Compiled WTConv against the oracle, and what JAX's transformations must do with it."""
 
-import os
 import subprocess
 import sys
 from functools import partial
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.processes import with_devices
 from helpers.wtconv import WTCONV, arrays, assert_oracle, results, value_and_grads
 from hypothesis import given
 from hypothesis import strategies as st
@@ -590,6 +590,4 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 
 @pytest.mark.wide
 def test_sharded_over_batch_and_channels_nothing_is_gathered():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    flags["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=os.environ | flags)
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=with_devices(4))
