@@ -125,15 +125,18 @@ def seeing(devices: int) -> dict[str, str]:
 
 
 # The process compiles programs as the suite does, and finds them compiled. It is forked before JAX
-# starts in it, so that what takes longest, to import everything, is done once.
+# starts in it, so that what takes longest, to import everything, is done once, and the collector
+# of no process goes through it.
 _AS_THE_SUITE = """
-import json, os, sys
+import gc, json, os, sys
 sys.path.insert(0, sys.argv[1])
 import conftest
 from pathlib import Path
+import matplotlib.pyplot, tensorboardX
 from flash_wtconv_jax.train.images import settings, trainer
 from helpers.training import train_until
 said = settings.resolved(settings.read(Path(sys.argv[2])))
+gc.freeze()
 statuses = []
 for end in json.loads(sys.argv[4]):
     child = os.fork()
