@@ -47,10 +47,13 @@ FORMS = {
     "bfloat16": {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "precision": "highest"},
 }
 NARROW = {("dense", "groups"), ("depthwise", "reduced")}
+# Of a depthwise convolution the others reach the operator as those of a dense one do.
+DEPTHWISE = ("strided", "transposed", "auto", "bfloat16")
 
 
 def wide(kind, name):
-    marks = [] if (kind, name) in NARROW else [pytest.mark.wide]
+    few = kind == "dense" or name in DEPTHWISE
+    marks = [] if (kind, name) in NARROW else [pytest.mark.wide if few else pytest.mark.slow]
     return pytest.param(kind, name, marks=marks)
 
 

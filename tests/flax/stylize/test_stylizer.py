@@ -38,6 +38,7 @@ def expected():
     return np.clip(np.asarray(images)[:, :21, :18], 0, 255)
 
 
+@pytest.mark.wide
 def test_pixels_keep_their_size_and_depth(styles, expected):
     result = Stylizer([styles / "a.safetensors"]).start(PIXELS)()
     assert result.dtype == np.uint8

@@ -85,6 +85,7 @@ def small(voxel_size):
     return parts[0], parts[1]
 
 
+@pytest.mark.wide
 def test_training_learns_and_a_seed_fixes_what():
     data, _ = small(1.0)
     predictions = []

@@ -45,7 +45,7 @@ PHASES = (
     Case(2, 2, 5, 4, 3, 3, 6, padding="reflect", layout="nchw_fchw", upsample=2),
 )
 # What others have too: relu, another layout, mirrored edges, groups; and upsampling.
-WIDE = {HARD[0], HARD[1], HARD[3], HARD[5], *UPSAMPLED}
+WIDE = {HARD[0], HARD[1], HARD[3], HARD[5], HARD[14], HARD[15], *UPSAMPLED}
 SMALL = TileConfig(16, 16, 32, 1, 1)
 """Tiles so small that there are several of these small cases."""
 

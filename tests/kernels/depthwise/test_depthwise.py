@@ -108,7 +108,14 @@ STRIDED = Case(1, 5, 4, 2, 3, "float64", stride=2)
 SAME = Case(1, 4, 3, 2, 2, "float64")
 
 
-@pytest.mark.parametrize("case", [STRIDED, pytest.param(SAME, marks=pytest.mark.wide)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(STRIDED, marks=pytest.mark.wide),
+        pytest.param(SAME, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_derivatives_of_every_order_are_those_of_plain_jax(case, monkeypatch):
     """Behind a wall that JAX cannot differentiate through, as a kernel is; mapped, too."""
     monkeypatch.setattr(xla, "DIFFERENTIABLE", False)

@@ -38,6 +38,8 @@ WIDE = {
     "b16-7x5-c2-l2-haar-float32",
     "b2x12-2x3-c130-l1-haar-float32",
     "b2x12-6x3-c130-l5-haar-float32",
+    "b8-5x6-c130-l1-haar-bfloat16",
+    "b-1x1-c3-l2-haar-float32",
 }
 # What the wide ones have too; and five levels, which take longest and which `xla` has.
 LONG = {
@@ -46,6 +48,7 @@ LONG = {
     "b1-13x6-c3-l5-haar-float32",
     "b1-5x6-c130-l2-haar-float32",
     "b16-7x5-c2-l2-haar-float32",
+    "b2x12-2x3-c130-l1-haar-float32",
     "b2x12-6x3-c130-l5-haar-float32",
 }
 # Tiles along rows alone, and along both axes, overhanging the image; and MiB of VMEM.
@@ -110,7 +113,13 @@ def test_two_cores_do_not_race(races):
 
 
 @pytest.mark.parametrize(
-    ("case", "vmem"), [pytest.param(*TILED[0], marks=pytest.mark.wide), TILED[1]], ids=str
+    ("case", "vmem"),
+    # Along both axes there are tiles along rows, too.
+    [
+        pytest.param(*TILED[0], marks=pytest.mark.slow),
+        pytest.param(*TILED[1], marks=pytest.mark.wide),
+    ],
+    ids=str,
 )
 def test_tiles_are_the_oracles(case, vmem, monkeypatch):
     monkeypatch.setattr(mosaic_tpu, "tpu_vmem_bytes", lambda: int(vmem * 2**20))

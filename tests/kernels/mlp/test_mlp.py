@@ -27,7 +27,7 @@ def arrays(dtype="float64"):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[pytest.mark.wide] * (case.dtype == "bfloat16" and i > 0))
+        pytest.param(case, marks=[pytest.mark.wide] * (case.dtype.endswith("16") and i > 0))
         for i, case in enumerate(CASES)
     ],
     ids=lambda case: case.name,

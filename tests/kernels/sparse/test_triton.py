@@ -84,10 +84,10 @@ def assert_near(got, want):
 @pytest.mark.parametrize(
     ("taps", "splits", "pairs"),
     [
-        (33, 3, 2),
-        pytest.param(33, 1, 0, marks=pytest.mark.wide),
+        (8, 1, 2),
+        pytest.param(33, 3, 2, marks=pytest.mark.wide),
+        pytest.param(33, 1, 0, marks=pytest.mark.slow),
         pytest.param(33, 1, 1, marks=pytest.mark.slow),
-        pytest.param(8, 1, 2, marks=pytest.mark.wide),
     ],
 )
 def test_kernels_are_numpys(taps, splits, pairs):

@@ -67,6 +67,7 @@ SMALLEST = {
     "b-2x1-c100-l1-k3-float32",
 }
 LONG = {
+    "b1-2x75-c2-l1-k3-float32",
     "b-9x6-c3-l2-k3-float32",
     "b1-6x5-c100-l1-k5-float32",
     "b1-6x7-c2-l1-k4-float32",

@@ -27,8 +27,9 @@ from pallas_kernels.wtconv.cases import HARD, PAIRWISE, Case, inputs
 OPTIMISED = pytest.mark.usefixtures("optimised")
 
 SMALL = Case((7, 6), 2, 3, "float64", channels=2)
-# Every third row of the pairs has each value of each column; the others widen that.
-NARROW = PAIRWISE[::3]
+# Every third row of the pairs has each value of each column; the others widen that, half of them
+# by hand.
+NARROW, BY_HAND = PAIRWISE[::3], PAIRWISE[2::3]
 
 
 # Hard cases whose programs take longest.
@@ -56,7 +57,7 @@ def parameters(cases):
         core = [pytest.mark.core] * (case.dtype != "float16")
         wide = case in PAIRWISE and case not in NARROW or case.name in LONG | NUMBERS
         # Compiled as a user's they are computed below.
-        slow = case.name in AS_A_USER
+        slow = case.name in AS_A_USER or case in BY_HAND
         marks = [pytest.mark.slow] * slow + [pytest.mark.wide] * (wide and not slow)
         yield pytest.param(case, id=case.name, marks=core + marks)
 

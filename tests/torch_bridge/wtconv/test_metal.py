@@ -438,7 +438,7 @@ from torch_bridge.wtconv.on_cpu import metal
 from torch_bridge.wtconv import metal as metal_launch
 source = metal_launch.SOURCE.read_text()
 for text in source, source.replace(*sys.argv[1:]):
-    with metal.emulated(text, flags=["-fsanitize=address"]):
+    with metal.emulated(text, flags=["-O0", "-fsanitize=address"]):
         x, dy = torch.randn(2, 2, 1, 9, 7)
         metal_launch.waverec2(metal_launch.wavedec2(x, 2), shape=(9, 7))
         taps = [torch.randn(1, 1, 4, 4), torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4, 4)]
