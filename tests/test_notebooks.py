@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+jupyter_client = pytest.importorskip("jupyter_client")
 for name in ("ipykernel", "sklearn"):
     # Not imported here, where every worker would wait for it.
     if importlib.util.find_spec(name) is None:
@@ -57,7 +59,20 @@ SHORTER = {
     "sparse_voxels": {"EPOCHS = 15": "EPOCHS = 1", 'network("SparseUNet"': 'network("linear"'},
     "style_transfer": {'"china.jpg")), 160)': '"china.jpg")), 64)'},
     "tpu_quickstart": {"[2:5]": "[2:3]"},
+    # Beside the suite's own flags.
+    "sharding": {"device_count=8": f"device_count=8 {os.environ.get('XLA_FLAGS', '')}"},
 }
+# It says how many devices there are before JAX starts.
+ALONE = {"sharding"}
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """A kernel that notebooks share, as each would import JAX, Flax and matplotlib anew."""
+    manager = jupyter_client.AsyncKernelManager()
+    yield manager
+    if manager.has_kernel:
+        jupyter_client.utils.run_sync(manager.shutdown_kernel)(now=True)
 
 
 def marked(path):
@@ -67,16 +82,21 @@ def marked(path):
 
 @pytest.mark.wide
 @pytest.mark.parametrize("path", list(map(marked, NOTEBOOKS)), ids=map(notebook_id, NOTEBOOKS))
-def test_runs(path, monkeypatch):
+def test_runs(path, monkeypatch, kernel):
     notebook = nbformat.read(path, as_version=4)
     for long, short in SHORTER.get(path.stem, {}).items():
         (cell,) = (cell for cell in notebook.cells if long in cell.source)
         cell.source = cell.source.replace(long, short)
     # Most programs are compiled for longer than they run.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
     # The kernel starts where the packages are, so that a source tree needs no installation.
     resources = {"metadata": {"path": str(ROOT)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    shared = None if path.stem in ALONE else kernel
+    client = nbclient.NotebookClient(notebook, timeout=300, resources=resources, km=shared)
+    client.execute()
+    if shared:
+        client.kc.stop_channels()
     pictures = [
         output
         for cell in notebook.cells

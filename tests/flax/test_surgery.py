@@ -193,39 +193,40 @@ class Standardised(nnx.Conv):
 
 
 @pytest.mark.parametrize(
-    ("conv", "reason"),
+    ("make", "reason"),
     [
-        (depthwise(kernel=(3, 5)), r"kernel \(3, 5\) is not square"),
-        (depthwise(padding="VALID"), "padding is 'VALID'"),
-        (depthwise(padding="CIRCULAR"), "padding is 'CIRCULAR'"),
-        (depthwise(padding=0), "padding is 0"),
-        (depthwise(kernel_dilation=2), "dilated"),
-        (depthwise(input_dilation=(2, 2)), "dilated"),
-        (depthwise(strides=(1, 2)), r"strides \(1, 2\) differ"),
-        (depthwise(strides=2), "stride 2 with SAME padding"),
-        (depthwise(kernel=(3,), strides=2, padding=1), "strided WTConv1d averages"),
-        (depthwise(mask=jnp.ones((3, 3, 1, 3))), "masked"),
-        (depthwise(conv_general_dilated=lambda *a, **k: None), "function of its own"),
-        (depthwise(precision=("high", "highest")), "takes one for both"),
-        (depthwise(preferred_element_type=jnp.float32), "rule for dtypes"),
+        (lambda: depthwise(kernel=(3, 5)), r"kernel \(3, 5\) is not square"),
+        (lambda: depthwise(padding="VALID"), "padding is 'VALID'"),
+        (lambda: depthwise(padding="CIRCULAR"), "padding is 'CIRCULAR'"),
+        (lambda: depthwise(padding=0), "padding is 0"),
+        (lambda: depthwise(kernel_dilation=2), "dilated"),
+        (lambda: depthwise(input_dilation=(2, 2)), "dilated"),
+        (lambda: depthwise(strides=(1, 2)), r"strides \(1, 2\) differ"),
+        (lambda: depthwise(strides=2), "stride 2 with SAME padding"),
+        (lambda: depthwise(kernel=(3,), strides=2, padding=1), "strided WTConv1d averages"),
+        (lambda: depthwise(mask=jnp.ones((3, 3, 1, 3))), "masked"),
+        (lambda: depthwise(conv_general_dilated=lambda *a, **k: None), "function of its own"),
+        (lambda: depthwise(precision=("high", "highest")), "takes one for both"),
+        (lambda: depthwise(preferred_element_type=jnp.float32), "rule for dtypes"),
         (
-            nnx.vmap(lambda rngs: nnx.Conv(3, 3, (3, 3), feature_group_count=3, rngs=rngs))(
+            lambda: nnx.vmap(lambda rngs: nnx.Conv(3, 3, (3, 3), feature_group_count=3, rngs=rngs))(
                 nnx.Rngs(0).split(2)
             ),
             "stacked by",
         ),
-        (depthwise(kernel=(1, 1, 1, 1)), "4 spatial axes"),
+        (lambda: depthwise(kernel=(1, 1, 1, 1)), "4 spatial axes"),
         (
-            nnx.Conv(3, 6, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0)),
+            lambda: nnx.Conv(3, 6, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0)),
             "makes 6 features of 3 channels",
         ),
         (
-            Standardised(3, 3, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0)),
+            lambda: Standardised(3, 3, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0)),
             "it is a Standardised",
         ),
     ],
 )
-def test_obstacles_are_reported_and_nothing_is_changed(conv, reason):
+def test_obstacles_are_reported_and_nothing_is_changed(make, reason):
+    conv = make()
     model = nnx.Dict(good=depthwise(), bad=nnx.List([conv]))
     with pytest.raises(ValueError, match=rf"bad\.0: .*{reason}"):
         surgery.replace_depthwise(model, depth=1, rngs=nnx.Rngs(0))
@@ -304,14 +305,15 @@ def test_every_argument_of_a_convolution_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("conv", "reason"),
+    ("make", "reason"),
     [
-        (depthwise(kernel=(3,)), "1 spatial axes"),
-        (depthwise(precision=("high", "highest")), "takes one for both"),
+        (lambda: depthwise(kernel=(3,)), "1 spatial axes"),
+        (lambda: depthwise(precision=("high", "highest")), "takes one for both"),
         (Standardised(3, 3, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0)), "a Standardised"),
     ],
 )
-def test_what_is_no_depthwise_convolution_of_images_is_left(conv, reason):
+def test_what_is_no_depthwise_convolution_of_images_is_left(make, reason):
+    conv = make()
     model = nnx.Dict(good=depthwise(), bad=nnx.List([conv]))
     with pytest.raises(ValueError, match=rf"bad\.0: .*{reason}"):
         surgery.use_depthwise(model)
