@@ -309,7 +309,7 @@ def test_every_argument_of_a_convolution_is_kept():
     [
         (lambda: depthwise(kernel=(3,)), "1 spatial axes"),
         (lambda: depthwise(precision=("high", "highest")), "takes one for both"),
-        (Standardised(3, 3, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0)), "a Standardised"),
+        (lambda: Standardised(3, 3, (3, 3), feature_group_count=3, rngs=nnx.Rngs(0)), "a Standard"),
     ],
 )
 def test_what_is_no_depthwise_convolution_of_images_is_left(make, reason):
