@@ -23,7 +23,8 @@ def model():
     return model
 
 
-@pytest.mark.parametrize("height, width", [(61, 75), pytest.param(160, 96, marks=pytest.mark.wide)])
+@pytest.mark.wide
+@pytest.mark.parametrize("height, width", [(61, 75), pytest.param(160, 96, marks=pytest.mark.slow)])
 def test_tiles_equal_the_whole(model, height, width):
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     whole = np.asarray(nnx.jit(lambda m, x: m(x))(model, jnp.asarray(picture, jnp.float32)[None]))

@@ -57,7 +57,7 @@ def marks(case):
         return [pytest.mark.slow]
     small = pixels <= 100
     small = small and case.channels <= 33 and not case.strided
-    return [pytest.mark.wide] * (not (small or case in SMALLEST) or case == SMALLEST[1])
+    return [pytest.mark.wide] * (not small or case in SMALLEST)
 
 
 QUICK = [

@@ -146,9 +146,10 @@ def test_hooks_of_a_backward_pass_fire():
     assert seen == ["before", "backward"]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "way",
-    [pytest.param(with_parametrized_scale, marks=pytest.mark.wide), with_pre_hook],
+    [pytest.param(with_parametrized_scale, marks=pytest.mark.slow), with_pre_hook],
     ids=lambda way: way.__name__,
 )
 def test_it_acts_in_a_compiled_program_and_in_autocast(way):
