@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -170,27 +170,48 @@ def in_processes(
     return json.loads(run.stdout.splitlines()[-1])
 
 
+# They are forked before JAX starts in them, too.
+_TOGETHER = """
+import gc, json, os, sys
+import matplotlib.pyplot, tensorboardX
+import flash_wtconv_jax.train.images.trainer
+from flash_wtconv_jax.cli import main
+gc.freeze()
+children = []
+for rank in "01":
+    children.append(os.fork())
+    if not children[-1]:
+        # Of several GPUs a process takes the one of its number.
+        os.environ |= {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
+        main()
+print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+"""
+
+
 def in_two_processes(said: settings.Settings, out: Path) -> list[int]:
     """Trains by the command in two processes, as `mpirun` starts them; returns their statuses."""
     file = out.with_suffix(".toml")
     file.write_text(settings.as_toml(said))
-    command = [sys.executable, "-c", "from flash_wtconv_jax.cli import main; main()"]
-    command += ["train", str(file), "--distributed", "--out", str(out)]
-    with ExitStack() as held:
-        processes = []
-        for rank in "01":
-            environment = seeing(2) | {
-                # The number of the job tells the port.
-                "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:40000",
-                "OMPI_COMM_WORLD_SIZE": "2",
-                "OMPI_COMM_WORLD_RANK": rank,
-                # Of several GPUs a process takes the one of its number.
-                "OMPI_COMM_WORLD_LOCAL_RANK": rank,
-            }
-            processes.append(held.enter_context(subprocess.Popen(command, env=environment)))
-            # Neither waits for the other for ever.
-            held.callback(processes[-1].kill)
-        return [process.wait(timeout=300) for process in processes]
+    command = [sys.executable, "-c", _TOGETHER, "train", str(file), "--distributed"]
+    environment = seeing(2) | {
+        # The number of the job tells the port.
+        "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:40000",
+        "OMPI_COMM_WORLD_SIZE": "2",
+    }
+    started = subprocess.Popen(
+        [*command, "--out", str(out)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said_last = started.communicate(timeout=300)[0].splitlines()[-1]
+    finally:
+        # Neither waits for the other for ever.
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+    return json.loads(said_last)
 
 
 def killed_and_gone_on_with(

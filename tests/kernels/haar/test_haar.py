@@ -189,9 +189,9 @@ def test_modes_are_those_of_pywavelets(spatial, wavelet):
 
 
 WAVELETS = ("haar", "db2", "db3", "sym4", "coif2", "rbio3.1")
-# Each mode with the shortest filters, with the longest and with one of those between.
+# Each mode with the longest filters and with one of those between; with Haar's above.
 MODES_AND_WAVELETS = [
-    pytest.param(mode, wavelet, marks=[pytest.mark.slow] * (j not in (0, 4, (1, 2, 3, 5)[i % 4])))
+    pytest.param(mode, wavelet, marks=[pytest.mark.slow] * (j not in (4, (1, 2, 3, 5)[i % 4])))
     for i, mode in enumerate(MODES)
     for j, wavelet in enumerate(WAVELETS)
 ]

@@ -68,12 +68,12 @@ EMULATED = [
 # What others have too, but for their numbers of taps and levels.
 WIDE = {
     "b33-8x9-c2-l2-k5-float32",
-    "b2-33x36-c9-l1-k1-bfloat16",
     "b2-17x6-c3-l3-k5-float32-nobias",
     "b2-2x3-c3-l2-k3-float32",
 }
 # What the wide ones have too.
 SLOW = {
+    "b2-33x36-c9-l1-k1-bfloat16",
     "b-9x6-c3-l2-k3-float32",
     "b2-2x3-c3-l5-k5-float16",
     "b1-36x30-c1-l2-k9-float32",
