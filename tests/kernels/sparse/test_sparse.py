@@ -354,18 +354,19 @@ def test_rows_times_channels_may_be_beyond_32_bits():
 
 FORMS = [
     (None, 0),
+    ("explicit", 2),
+    (SPARSE_CONV_FWD_ALGO_MODE.CUTLASS_IMPLICIT_GEMM, 2),
+    (["explicit_gemm", SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM, "xla"], 2),
+    ("auto", 2),
+    # Their names are among those above, or the contract's.
     *(
-        (form, 2)
+        pytest.param(form, 2, marks=pytest.mark.slow)
         for form in (
             "xla",
             "explicit_gemm",
-            "explicit",
             "implicit",
-            SPARSE_CONV_FWD_ALGO_MODE.CUTLASS_IMPLICIT_GEMM,
             SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM,
             SPARSE_CONV_FWD_ALGO_MODE.AUTO,
-            ["explicit_gemm", SPARSE_CONV_BWD_ALGO_MODE.IMPLICIT_GEMM, "xla"],
-            "auto",
         )
     ),
 ]

@@ -147,10 +147,10 @@ def test_permuted_rows_are_permuted_results_bit_by_bit():
 
 
 def some(cases):
-    """Every fifth case and float16's are wide, but for those of seconds for their 125 offsets."""
+    """Every fifth case after the first and float16's are wide, but for those of 125 offsets."""
 
     def mark(number, case):
-        few = number % 5 == 0 or case.dtype == "float16"
+        few = number and number % 5 == 0 or case.dtype == "float16"
         return pytest.mark.wide if few and case.kernel_size not in (5, 7) else pytest.mark.slow
 
     return [
