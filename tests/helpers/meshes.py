@@ -7,6 +7,7 @@ line: null, or the traceback of what it raised.
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import traceback
@@ -20,8 +21,12 @@ class Worker:
     def __enter__(self):
         paths = os.pathsep.join(filter(None, sys.path))
         environment = with_devices(8) | {"PYTHONPATH": paths}
-        # Or a program of a shard may fuse a product into a sum where that of the whole does not.
-        environment["XLA_FLAGS"] += " --xla_cpu_max_isa=AVX"
+        # By older emitters a shard's program may fuse a product into a sum where the whole's does
+        # not: without such instructions neither does, and newer emitters fuse alike.
+        if platform.machine() in ("x86_64", "AMD64"):
+            environment["XLA_FLAGS"] += " --xla_cpu_max_isa=AVX"
+        else:
+            environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
         command = [sys.executable, "-m", "helpers.meshes"]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
