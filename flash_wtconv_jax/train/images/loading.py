@@ -105,14 +105,17 @@ def ahead(
 ) -> grain.IterDataset[_Ready]:
     """What is made of batches, by a thread that has two of them ready before they are asked for.
 
-    Its iterators' place is that of the batch that was taken last.
+    Another thread has the batches themselves ready for it. The place of the iterators is that of
+    the batch that was taken last.
 
     Args:
         batches: The batches.
         make: What the thread does with each: sends it to the devices, for one.
     """
+    prefetched = grain.experimental.ThreadPrefetchIterDataset
     # One waits in the buffer, and the other to get into it.
-    return grain.experimental.ThreadPrefetchIterDataset(batches.map(make), prefetch_buffer_size=1)
+    read = prefetched(batches, prefetch_buffer_size=1)
+    return prefetched(read.map(make), prefetch_buffer_size=1)
 
 
 def speed(
