@@ -32,7 +32,7 @@ _CHUNK = 32
 # Bytes from which on memory is shared with a worker: to copy fewer costs less.
 _SHARED = 1 << 16
 # What the scheduler takes from workers where something else wants a core.
-_NICENESS = 5
+_NICENESS = 10
 
 Arrays = dict[str, NDArray[Any]]
 """`image` uint8 `[N, S, S, C]`, `label` int32 `[N]` or of masks int16 `[N, S, S]`, `index` int32
