@@ -17,6 +17,9 @@ def pack(
     size: Annotated[int, typer.Option(min=1, help="Pixels of the shorter side at most.")] = 256,
     kind: Annotated[str, typer.Option(help="tar, or array_record.")] = "tar",
     shard: Annotated[int, typer.Option(min=1, help="Images a file.")] = 2048,
+    uncompressed: Annotated[
+        bool, typer.Option("--uncompressed", help="Eight times the space, and no decoding.")
+    ] = False,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that scale images; 0 does it in this one.")
     ] = 0,
@@ -42,6 +45,7 @@ def pack(
                     kind=kind,
                     size=size,
                     shard=shard,
+                    compressed=not uncompressed,
                     workers=workers,
                     on_image=lambda done, bar=bar, to=progress: to.update(bar, completed=done),  # type: ignore[misc]
                 )

@@ -32,7 +32,7 @@ _CHUNK = 32
 # Bytes from which on memory is shared with a worker: to copy fewer costs less.
 _SHARED = 1 << 16
 # What the scheduler takes from workers where something else wants a core.
-_NICENESS = 5
+_NICENESS = 10
 
 Arrays = dict[str, NDArray[Any]]
 """`image` uint8 `[N, S, S, C]`, `label` int32 `[N]` or of masks int16 `[N, S, S]`, `index` int32
@@ -105,14 +105,17 @@ def ahead(
 ) -> grain.IterDataset[_Ready]:
     """What is made of batches, by a thread that has two of them ready before they are asked for.
 
-    Its iterators' place is that of the batch that was taken last.
+    Another thread has the batches themselves ready for it. The place of the iterators is that of
+    the batch that was taken last.
 
     Args:
         batches: The batches.
         make: What the thread does with each: sends it to the devices, for one.
     """
+    prefetched = grain.experimental.ThreadPrefetchIterDataset
     # One waits in the buffer, and the other to get into it.
-    return grain.experimental.ThreadPrefetchIterDataset(batches.map(make), prefetch_buffer_size=1)
+    read = prefetched(batches, prefetch_buffer_size=1)
+    return prefetched(read.map(make), prefetch_buffer_size=1)
 
 
 def speed(

@@ -43,6 +43,7 @@ def pack(
     kind: str = "tar",
     size: int = 256,
     shard: int = 2048,
+    compressed: bool = True,
     workers: int = 0,
     on_image: Callable[[int], None] = lambda done: None,
 ) -> Packed:
@@ -53,8 +54,10 @@ def pack(
         out: The folder to make.
         kind: "tar" or "array_record".
         size: Pixels of the shorter side. Smaller JPEG and PNG files stay as they are, arrays become
-            PNG, and the rest JPEG.
+            PNG, and the rest JPEG, if they are compressed.
         shard: Images a file.
+        compressed: Whether they are JPEG or PNG. Otherwise they are BMP, which takes eight times
+            the space and no decoding.
         workers: Processes that scale images; 0 does it in this one.
         on_image: Called with the number of images done.
 
@@ -74,7 +77,7 @@ def pack(
         if value < 1:
             raise ValueError(f"{name} is {value}, expected 1 or more")
     broken: list[str] = []
-    work = partial(_shrunk, source, size)
+    work = partial(_shrunk, source, size, compressed)
     with writing(out), replacing(out, force=False) as temporary:
         temporary.mkdir()
         writer = _Tars(temporary, shard) if kind == "tar" else _Records(temporary, shard)
@@ -107,20 +110,23 @@ _Shrunk = tuple[bytes, str, int] | str
 """An image's file, its ending and its class; or the reason why there is none."""
 
 
-def _shrunk(source: sources.Source, size: int, index: int) -> _Shrunk:
+def _shrunk(source: sources.Source, size: int, compressed: bool, index: int) -> _Shrunk:
     """The file of an image that is no larger than it has to be."""
     try:
         content, label = source[index]
         assert isinstance(label, int)  # Since masks are not packed.
         image = decoded(content)
         kept = {"JPEG": ".jpg", "PNG": ".png"}.get(image.format or "")
-        if isinstance(content, bytes) and kept and min(image.size) <= size:
+        if compressed and isinstance(content, bytes) and kept and min(image.size) <= size:
             image.load()  # Or its reason would only be found in training.
             return content, kept, label
         whole = shrunk(image, size)
     except Exception as error:  # Pillow raises whatever it stumbles over in a damaged file.
         return reason(error)
     file = io.BytesIO()
+    if not compressed:
+        whole.save(file, "BMP")
+        return file.getvalue(), ".bmp", label
     if isinstance(content, np.ndarray):
         whole.save(file, "PNG")
         return file.getvalue(), ".png", label

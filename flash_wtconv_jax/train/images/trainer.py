@@ -426,11 +426,11 @@ class _Steps:
     def _step(self) -> None:
         """Sends one step to the devices, and looks at the figures of the one before."""
         batch, read = next(self.batches)
-        rate = self.rate(self.done)
-        self.leaves, metrics = self.program.train(self.leaves, batch)
         before = self.pending
         if before is not None:
-            self.clock.sent(before.ended)
+            self.clock.sending(before.ended)
+        rate = self.rate(self.done)
+        self.leaves, metrics = self.program.train(self.leaves, batch)
         ended = self.watcher.submit(_end_of, metrics.loss)
         self.pending = _Sent(metrics, rate, read["index"], ended)
         self._name_broken(self.run_.train, read)
@@ -575,8 +575,11 @@ class _Clock:
         """Begins to count; what went on before, an evaluation perhaps, is left out."""
         self.then = time.perf_counter()
 
-    def sent(self, before: Future[float]) -> None:
-        """Counts the time since the step before was done, if it was when the next had been sent."""
+    def sending(self, before: Future[float]) -> None:
+        """Counts the time since the step before was done, if it was when the next could be sent.
+
+        A GPU begins while the rest is being sent to it.
+        """
         if before.done():
             self.idle += time.perf_counter() - before.result()
 

@@ -94,6 +94,17 @@ def test_large_images_are_packed_small(tmp_path):
     assert decoding.decoded(packed[1].content).size == (19, 16)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_that_are_packed_uncompressed_are_the_same(channels, tmp_path):
+    images = sources.Arrays(PIXELS[..., :channels], LABELS)
+    packing.pack(images, tmp_path / "train", size=14, compressed=False)
+    packed = sources.opened(tmp_path, "train")
+    for index in range(len(images)):
+        whole = decoding.decoded(packed[index].content)
+        assert whole.format == "BMP"
+        np.testing.assert_array_equal(decoding.pixels_of(whole, channels), images[index].content)
+
+
 BAD = {
     "no folder": (lambda f: None, FileNotFoundError, "no folder"),
     "no val": (lambda f: write_folder(f / "train"), FileNotFoundError, "has no val: expected"),

@@ -111,7 +111,7 @@ def test_devices_wait_from_the_end_of_a_step_until_the_next_is_sent(monkeypatch)
     clock, running, done = trainer._Clock(), Future(), Future()
     done.set_result(3.0)
     for host.seconds, ended in ((0.0, running), (4.0, done), (8.0, running)):
-        clock.sent(ended)
+        clock.sending(ended)
         clock.step(8)
     assert clock.waiting() == pytest.approx(1 / 8)
 
