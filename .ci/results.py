@@ -1,10 +1,9 @@
 """Writes docs/results.md and its charts from docs/results/*.json: `python .ci/results.py`.
 
-The files are what `flash-wtconv bench … --out`, `python -m torch_bridge bench` and `flash-wtconv
-tpu-report --json` leave. Nothing on the page is typed by hand, nor are tables of other pages that
-begin with `<!-- results: NAME -->`, NAME being that of a file, or those of several of one
-benchmark; of layers `<!-- passes: NAME -->` begins one with passes over memory and temporaries
-beside the times, and of a TPU `<!-- depthwise: NAME -->` that of the depthwise convolution.
+The files are what `flash-wtconv bench … --out` and `python -m torch_bridge bench` leave. Nothing on
+the page is typed by hand, nor are tables of other pages that begin with `<!-- results: NAME -->`,
+NAME being that of a file, or those of several of one benchmark; of layers `<!-- passes: NAME -->`
+begins one with passes over memory and temporaries beside the times.
 """
 
 import json
@@ -27,8 +26,8 @@ HEAD = """# Results
 
 Every figure of this page is from a file in
 [docs/results](https://github.com/flash-wtconv/flash-wtconv/tree/main/docs/results), which
-`flash-wtconv bench` or `python -m torch_bridge bench` wrote on the device that it names, or
-`flash-wtconv tpu-report` without one; `.ci/results.py` makes tables and charts.
+`flash-wtconv bench` or `python -m torch_bridge bench` wrote on the device that it names;
+`.ci/results.py` makes tables and charts.
 Times are medians in milliseconds, with the least and the greatest of a run. A ratio is the speed
 over the baseline, which has 1, in the same run; where the greatest time is over twice the least,
 *noisy* stands in its place. A second clock is the users': calls back to back, caches warm, CUDA
@@ -94,8 +93,8 @@ def table(report: Report) -> Iterator[str]:
 
 
 def charted(report: Report) -> bool:
-    """Whether there is a chart of a report: not of two networks, both ours, nor of a compiler."""
-    return "benchmark" in report and "images_per_s" not in report["rows"][0]
+    """Whether there is a chart of a report; of two networks, both ours, there is none."""
+    return "images_per_s" not in report["rows"][0]
 
 
 def is_ours(report: Report, contender: str) -> bool:
@@ -138,15 +137,16 @@ def chart(report: Report) -> str:
 
 def section(name: str, report: Report) -> Iterator[str]:
     """The lines of one report."""
-    if "chip" in report:
-        yield from _static_section(name, report)
-        return
-    dtypes = {report.get("dtype") or row["dtype"] for row in report["rows"]}
-    dtype = dtypes.pop() if len(dtypes) == 1 else ""
+    dtypes = dict.fromkeys(report.get("dtype") or row["dtype"] for row in report["rows"])
     versions = report["versions"]
     # The name of a file is that of the benchmark, of the device, and what tells it from others.
-    special = " ".join(word for word in name.split("_")[2:] if word != dtype)
-    words = report["benchmark"].capitalize(), special, dtype, report["device"]["kind"]
+    special = " ".join(word for word in name.split("_")[2:] if word not in dtypes)
+    words = (
+        report["benchmark"].capitalize(),
+        special,
+        " and ".join(dtypes),
+        report["device"]["kind"],
+    )
     title = ", ".join(word for word in words if word)
     flags = f" with `XLA_FLAGS={report['xla_flags']}`" if report.get("xla_flags") else ""
     yield f"\n## {title}\n"
@@ -163,35 +163,6 @@ def section(name: str, report: Report) -> Iterator[str]:
     if report.get("profile"):
         yield "\nWhere the time goes, ms:\n"
         yield from _profile(report)
-
-
-def _static_section(name: str, report: Report) -> Iterator[str]:
-    """The lines of a report of what a TPU's compiler counts."""
-    versions = report["versions"]
-    yield f"\n## TPU {report['chip']}, static cycles\n"
-    yield (
-        f"`flash-wtconv tpu-report --chip {report['chip']}`, {report['date']}, JAX "
-        f"{versions['jax']}, libtpu {versions['libtpu']}: [{name}.json]"
-        f"(https://github.com/flash-wtconv/flash-wtconv/blob/main/docs/results/{name}.json). The "
-        "compiler's static figures, no measurement: cycles of our kernels, without waiting for "
-        "memory, and of what XLA does around them; what XLA's cost model says of its own program, "
-        "traffic included, and that program's bundles, without; the greater of the floors of "
-        "arithmetic and traffic.\n"
-    )
-    yield "| | | ours | around | XLA | XLA's bundles | floor |"
-    yield "|---|---|---|---|---|---|---|"
-    before = None
-    for row in report["rows"]:
-        what = f"{row['kernel']}, {tuple(row['x'])}, {row['levels']} levels"
-        cells = [what if what != before else "", f"{row['dtype']}, {row['direction']}"]
-        names = ("cycles", "around_cycles", "xla_cycles", "xla_bundle_cycles", "floor_cycles")
-        cells += [_cycles(row[one]) for one in names]
-        yield f"| {' | '.join(cells)} |"
-        before = what
-
-
-def _cycles(value: int | None) -> str:
-    return "not known" if value is None else f"{value:,}"
 
 
 def figure(value: float) -> str:
@@ -393,39 +364,6 @@ def _stylize(report: Report) -> Iterator[str]:
         yield f"| {title} | {row['median_ms']:.2f} | {row['speedup']:.2f}× | {megabytes} |"
 
 
-def _static(report: Report) -> Iterator[str]:
-    """The lines of a table of what a TPU's compiler counts of WTConv layers, in thousands."""
-    layers: dict[str, dict[tuple[str, str], Row]] = {}
-    for row in report["rows"]:
-        if row["kernel"] == "wtconv":
-            title = f"{tuple(row['x'])}, {row['levels']} levels"
-            layers.setdefault(title, {})[row["dtype"], row["direction"]] = row
-    yield "| x | float32 | XLA | bfloat16 | XLA | floor |"
-    yield "|---|---|---|---|---|---|"
-
-    def thousands(rows: list[Row], name: str) -> str:
-        values = [row[name] for row in rows]
-        known = ("not known" if one is None else f"{one / 1e3:,.0f}" for one in values)
-        return " / ".join(known)
-
-    for title, by in layers.items():
-        cells = [title]
-        for dtype in ("float32", "bfloat16"):
-            rows = [by[dtype, direction] for direction in ("forward", "backward")]
-            cells += [thousands(rows, name) for name in ("cycles", "xla_cycles")]
-        yield f"| {' | '.join((*cells, thousands(rows, 'floor_cycles')))} |"
-
-
-def _static_depthwise(report: Report) -> Iterator[str]:
-    """The lines of a table of what a TPU's compiler counts of the depthwise convolution."""
-    yield "| | our cycles | floor | what XLA estimates for its own program |"
-    yield "|---|---|---|---|"
-    for row in report["rows"]:
-        if row["kernel"] == "depthwise":
-            cells = (_cycles(row[one]) for one in ("cycles", "floor_cycles", "xla_cycles"))
-            yield f"| {row['dtype']}, {row['direction']} | {' | '.join(cells)} |"
-
-
 def _stylize_networks(report: Report) -> Iterator[str]:
     """The lines of a table of several networks and training steps: plain JAX, and ours unasked."""
     yield "| | plain JAX, ms | ours, ms | over plain JAX | temporaries, MB (plain JAX) |"
@@ -450,22 +388,10 @@ TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
     "torch_wtconv": _layers,
     "wtconv": _layers,
     "wtconvnext": _networks,
-    "tpu": _static,
 }
 """The makers of a page's table of a report, or of several as one, by the benchmark."""
-KINDS: dict[str, Callable[[Report], Iterator[str]]] = {
-    "passes": partial(_layers, passes=True),
-    "depthwise": _static_depthwise,
-}
-"""The makers of other tables of a report, by the word that begins them."""
-PAGES = (
-    "README.md",
-    "docs/depthwise.md",
-    "docs/index.md",
-    "docs/operators/wtconv.md",
-    "docs/performance.md",
-)
-_TABLE = re.compile(r"<!-- (results|passes|depthwise): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)
+PAGES = ("README.md", "docs/index.md", "docs/operators/wtconv.md", "docs/performance.md")
+_TABLE = re.compile(r"<!-- (results|passes): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)
 
 
 def filled(text: str, found: dict[str, Report]) -> str:
@@ -478,17 +404,13 @@ def filled(text: str, found: dict[str, Report]) -> str:
     def table_of(match: re.Match[str]) -> str:
         kind, names = match.groups()
         every = [found[name] for name in names.split()]
-        assert len({(_benchmark(one), str(one.get("device"))) for one in every}) == 1, names
+        assert len({(one["benchmark"], str(one["device"])) for one in every}) == 1, names
         rows = [{"dtype": one.get("dtype")} | row for one in every for row in one["rows"]]
         report = every[0] | {"rows": rows}
-        maker = KINDS.get(kind) or TABLES[_benchmark(report)]
+        maker = partial(_layers, passes=True) if kind == "passes" else TABLES[report["benchmark"]]
         return "\n".join([f"<!-- {kind}: {names} -->\n", *maker(report), "", ""])
 
     return _TABLE.sub(table_of, text)
-
-
-def _benchmark(report: Report) -> str:
-    return report.get("benchmark") or report["report"]
 
 
 def files(docs: Path) -> dict[Path, str]:

@@ -13,7 +13,7 @@ repeated. More than one are no upsampling of anything small, so there the images
 Any implementation computes the phases, whose windows say nothing of upsampling. What is here is
 plain JAX around it, linear in x and in w. On a GPU phases that are alike are one convolution, to
 the features of four, see `joint`; an implementation may write each phase at its place then. The
-gradients are those of that one, too.
+gradients are those of that one, too, but where arrays lie on Explicit axes.
 """
 
 import math
@@ -323,7 +323,7 @@ def _upsampled(window: Window) -> bool:
 def _at_once(
     window: Window, images: tuple[int, ...], filters: tuple[int, ...], *arrays: jax.Array
 ) -> Joint | None:
-    """What `joint` finds on a GPU, where none of the arrays is sharded over Explicit axes."""
+    """The phases as one convolution, on a GPU where no array is sharded over Explicit axes."""
     if platform() != "gpu" or any(map(sharded, arrays)):
         return None
     return joint(window, images, filters)

@@ -1,5 +1,6 @@
 """Dense convolution by `lax.conv_general_dilated`: runs on every platform."""
 
+import operator
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import vary_like
-from pallas_kernels.common.arguments import sharded
+from pallas_kernels.common.arguments import sharded, surely
 from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype, common_dtype
 from pallas_kernels.common.tiles import TileConfig
@@ -172,9 +173,17 @@ def _cropped(x: jax.Array, window: Window) -> tuple[jax.Array, tuple[Pair, Pair]
     cuDNN has no gradients with such pads. XLA takes convolutions by filters as large as the images
     for them, which are many times as slow.
     """
-    rows, columns = ((min(before, 0), min(after, 0), 0) for before, after in window.pads)
+    cut, kept = [], []
+    for n, (before, after) in zip(window.images(x.shape)[1:3], window.pads, strict=True):
+        # More than all samples: the other pad is shorter by the rest.
+        if surely(operator.lt, n + before, 0):
+            before, after = -n, n + before + after
+        elif surely(operator.lt, n + after, 0):
+            before, after = n + before + after, -n
+        cut.append((min(before, 0), min(after, 0), 0))
+        kept.append((max(before, 0), max(after, 0)))
+    (rows, columns), (above, left) = cut, kept
     x = lax.pad(x, jnp.zeros((), x.dtype), window.laid_out((0, 0, 0), rows, columns, (0, 0, 0)))
-    above, left = ((max(before, 0), max(after, 0)) for before, after in window.pads)
     return x, (above, left)
 
 

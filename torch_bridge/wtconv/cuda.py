@@ -6,7 +6,7 @@ Signals, of one axis, have a kernel of their own, in all dtypes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
@@ -38,6 +38,8 @@ __all__ = [
 DIFFERENTIABLE = False
 _LINE = 3
 """Axes of signals `[N, C, L]`."""
+_WORTH_LAUNCHES = 1 << 22
+"""Elements of images for which a launch a level, and a copy of its taps, take less than one."""
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -156,16 +158,20 @@ def _row(x: Tensor, signals: Signals) -> Tensor:
 
 def _folds(x: Tensor, kernel_size: int) -> bool:
     """Whether a call runs on tensor cores."""
-    shape, dtype, *_ = images = _images(x)
-    device = device_of(x.device)
-    return images.channels_last and folded_launches.takes(shape, dtype, kernel_size, device)
+    return _taken(folded_launches.takes, x, kernel_size)
 
 
 def _streams(x: Tensor, kernel_size: int) -> bool:
     """Whether the forward of a call goes level by level in float32."""
-    shape, dtype, *_ = images = _images(x)
-    device = device_of(x.device)
-    return images.channels_last and bands_launches.takes(shape, dtype, kernel_size, device)
+    return x.numel() >= _WORTH_LAUNCHES and _taken(bands_launches.takes, x, kernel_size)
+
+
+def _taken(takes: Callable[..., bool], x: Tensor, kernel_size: int) -> bool:
+    """Whether kernels of channels-last images take a call."""
+    images = _images(x)
+    return images.channels_last and takes(
+        images.shape, images.dtype, kernel_size, device_of(x.device)
+    )
 
 
 def _streamed_forward(

@@ -103,7 +103,7 @@ def evaluation(
 def ahead(
     batches: grain.IterDataset[Arrays], make: Callable[[Arrays], _Ready]
 ) -> grain.IterDataset[_Ready]:
-    """What is made of batches, by a thread that has two of them ready before they are asked for.
+    """Makes something of each batch, in a thread that has two ready before they are asked for.
 
     Another thread has the batches themselves ready for it. The place of the iterators is that of
     the batch that was taken last.
@@ -116,6 +116,18 @@ def ahead(
     # One waits in the buffer, and the other to get into it.
     read = prefetched(batches, prefetch_buffer_size=1)
     return prefetched(read.map(make), prefetch_buffer_size=1)
+
+
+def begin(iterator: grain.DatasetIterator[Any]) -> None:
+    """Starts all readers of an iterator; grain would start each when its first chunk is due.
+
+    Args:
+        iterator: One that nothing has started yet, as grain does where it restores a place: two
+            threads would fill one buffer.
+    """
+    for parent in iterator._parents:
+        begin(parent)
+    iterator.start_prefetch()
 
 
 def speed(

@@ -364,11 +364,13 @@ class _Steps:
             steps=range(self.first, self.run_.steps),
             share=self.share,
         )
-        sent = loading.ahead(dataset, partial(_sent, self.program.rows))
+        sent = loading.ahead(dataset, partial(_batch_on_devices, self.program.rows))
         with loading.iterating(sent) as self.batches, ExitStack() as held:
             self.watcher = held.enter_context(ThreadPoolExecutor(1))
             if last is not None and same_readers:
                 self.saver.restore_place(last, self.batches)
+            else:
+                loading.begin(self.batches)
             self.reporter = None
             if self.share.process == 0:
                 of_pixels = isinstance(self.run_.train, sources.Masks)
@@ -547,7 +549,7 @@ class _Steps:
         return [self.settings.data.workers, self.share.processes]
 
 
-def _sent(
+def _batch_on_devices(
     rows: jax.sharding.NamedSharding, arrays: loading.Arrays
 ) -> tuple[steps.Batch, loading.Arrays]:
     """A batch on the devices, and what the host keeps of it."""
@@ -580,7 +582,7 @@ class _Clock:
 
         A GPU begins while the rest is being sent to it.
         """
-        if before.done():
+        if self.compiled and before.done():
             self.idle += time.perf_counter() - before.result()
 
     def step(self, images: int) -> None:

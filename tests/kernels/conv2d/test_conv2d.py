@@ -259,6 +259,16 @@ def test_gradients_of_upsampled_images_on_a_gpu(case, monkeypatch):
     chex.assert_trees_all_close(found(dy), gradients(plain(case), dy), rtol=1e-5, atol=1e-5)
 
 
+def test_phases_may_leave_out_more_samples_than_there_are_on_a_gpu(monkeypatch):
+    case = Case(1, 1, 1, 2, 3, 3, 2, 5, ((0, 8), (0, 8)), upsample=2)
+    x, w, _, dy = arrays(case)
+    want = jax.vjp(partial(plain(case), bias=None), x, w)
+    for module in (upsampling, xla):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    y, pullback = jax.vjp(partial(ours(case, "xla"), bias=None), x, w)
+    chex.assert_trees_all_close((y, pullback(dy)), (want[0], want[1](dy)), rtol=1e-5, atol=1e-5)
+
+
 def assert_transformed(name, case):
     """A transformation of ours is that of the same in plain JAX."""
     x, w, bias, _ = arrays(case)

@@ -177,7 +177,10 @@ def test_norms_are_those_of_the_valid_rows():
     with pytest.raises(ValueError, match="mean, var: expected both or none"):
         batch_norm(VOXELS, mean=jnp.ones(3))
     for norm in (lambda v: batch_norm(v)[0], layer_norm, instance_norm):
-        loss = lambda x, norm=norm: jnp.sin(norm(VOXELS.with_features(x)).features).sum()  # noqa: E731
+
+        def loss(x, norm=norm):
+            return jnp.sin(norm(VOXELS.with_features(x)).features).sum()
+
         dx = jax.jit(jax.grad(loss))
         assert np.isfinite(dx(VOXELS.features)).all() and not dx(VOXELS.features)[19:].any()
 

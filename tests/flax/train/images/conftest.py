@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def frozen():
-    """Or each loader, which collects when it ends, goes through all that the suite holds."""
+    """Keeps the collector, which each loader runs when it ends, from all that the suite holds."""
     gc.freeze()

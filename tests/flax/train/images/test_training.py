@@ -327,7 +327,6 @@ def test_on_a_full_disk_the_last_checkpoint_stands(data, small, undrawn):
 MESHES = """
 import sys
 import jax, numpy as np
-from concurrent.futures import Future
 from pathlib import Path
 from flash_wtconv_jax.train.images import loading, settings, steps, trainer
 said = settings.read(Path(sys.argv[1]))
