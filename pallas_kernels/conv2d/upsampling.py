@@ -191,8 +191,10 @@ def implemented(problem: Problem) -> Problem:
     found = _at_once(window, image.shape, filters)
     if found is None:
         return computed
-    own = _window_at_once(found, window, computed.shape[1:3], largest.taps)
-    return computed._replace(features=4 * problem.features, window=own)
+    features = 4 * problem.features
+    folded = window.filters_laid_out(*largest.taps, channels // window.groups, features)
+    own = _window_at_once(found, window, prepared.shape, folded)
+    return computed._replace(features=features, window=own)
 
 
 def forward(
@@ -266,8 +268,7 @@ def input_grad(
         total = reduce(operator.add, parts)
     else:
         filters = joint_filters(w, window, size)
-        taps = window.filters(filters.shape)[:2]
-        own = _window_at_once(found, window, window.images((0, *seen))[1:3], taps)
+        own = _window_at_once(found, window, (image[0], *seen), filters.shape)
         spread = _spread(dy, window, found, size)
         total = run(own, spread, filters, shape=seen, dtype=wide)
     over_batch = jax.P(jax.typeof(dy).sharding.spec[0])
@@ -300,8 +301,7 @@ def weight_grad(
     if joined is not None:
         together = partial(joint_filters, window=window, size=size)
         filters = jax.eval_shape(together, jax.ShapeDtypeStruct(shape, wide)).shape
-        taps = window.filters(filters)[:2]
-        own = _window_at_once(joined, window, window.images(images.shape)[1:3], taps)
+        own = _window_at_once(joined, window, images.shape, filters)
         dw = run(own, images, _spread(dy, window, joined, size), shape=filters, dtype=wide)
         return transposed(together, shape, dw).astype(dtype)
     _, _, *channels = window.filters(shape)
@@ -381,8 +381,7 @@ def _computed_at_once(
     """The outputs of each phase, computed by one convolution."""
     _, *size, _ = window.images(x.shape)
     images, filters = _prepared(x, window), joint_filters(w, window, size)
-    seen = window.images(images.shape)[1:3]
-    own = _window_at_once(found, window, seen, window.filters(filters.shape)[:2])
+    own = _window_at_once(found, window, images.shape, filters.shape)
     y = run(own, images, filters, None if bias is None else jnp.tile(bias, 4))
     return _cut(y, window, found, size)
 
@@ -409,9 +408,11 @@ def _spread(dy: jax.Array, window: Window, found: Joint, size: Sequence[int]) ->
 
 
 def _window_at_once(
-    found: Joint, window: Window, size: Sequence[int], taps: Sequence[int]
+    found: Joint, window: Window, images: tuple[int, ...], filters: tuple[int, ...]
 ) -> Window:
-    """The window of the phases as one convolution, of prepared images of a size."""
+    """The window of the phases as one convolution, of the shapes of prepared images and filters."""
+    _, *size, _ = window.images(images)
+    *taps, _, _ = window.filters(filters)
     pads = []
     for axis in range(2):
         edge = window.pads[axis][0] if window.reflect else 0
