@@ -6,13 +6,14 @@ Signals, of one axis, have a kernel of their own, in all dtypes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pallas_kernels.common.cuda import Device
 from pallas_kernels.wtconv import (
     bands_launches,
     cuda_launches,
@@ -77,12 +78,14 @@ def forward(
         return _line_forward(x, taps, bias, transpose, resident)
     x, taps = _dense(x), [tap.contiguous() for tap in taps]
     bias = None if bias is None else bias.contiguous()
-    if _folds(x, taps[0].shape[-1]):
-        return _folded_forward(x, taps, bias, transpose)
-    if _streams(x, taps[0].shape[-1]):
-        return _streamed_forward(x, taps, bias, transpose)
-    where = _images(x), device_of(x.device), launch
-    y = cuda_launches.forward(x, taps, bias, *where, transpose, resident=resident)
+    images, device, kernel_size = _images(x), device_of(x.device), taps[0].shape[-1]
+    if _folds(images, kernel_size, device):
+        y = _folded_forward(x, taps, bias, images, device, transpose)
+    elif _streams(images, kernel_size, device):
+        y = _streamed_forward(x, taps, bias, images, device, transpose)
+    else:
+        where = images, device, launch
+        y = cuda_launches.forward(x, taps, bias, *where, transpose, resident=resident)
     return y.permute(0, 3, 1, 2)
 
 
@@ -101,11 +104,11 @@ def weight_grad(
     x = _dense(x)
     memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
     dy = dy.contiguous(memory_format=memory_format)
-    if _folds(x, kernel_size):
-        return _folded_weight_grad(x, dy, kernel_size, levels)
-    images = _images(x)
+    images, device = _images(x), device_of(x.device)
+    if _folds(images, kernel_size, device):
+        return _folded_weight_grad(x, dy, images, kernel_size, levels, device)
     images = images._replace(aligned=min(images.aligned, _images(dy).aligned))
-    sizes = images, kernel_size, levels, device_of(x.device), launch
+    sizes = images, kernel_size, levels, device, launch
     first, *rest = cuda_launches.weight_grad(x, dy, *sizes, resident=resident)
     parts = [first[:, :1]]
     for sums in (first, *rest):
@@ -156,49 +159,52 @@ def _row(x: Tensor, signals: Signals) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _folds(x: Tensor, kernel_size: int) -> bool:
+def _folds(images: Images, kernel_size: int, device: Device) -> bool:
     """Whether a call runs on tensor cores."""
-    return _taken(folded_launches.takes, x, kernel_size)
+    shape, dtype, channels_last, _ = images
+    return channels_last and folded_launches.takes(shape, dtype, kernel_size, device)
 
 
-def _streams(x: Tensor, kernel_size: int) -> bool:
+def _streams(images: Images, kernel_size: int, device: Device) -> bool:
     """Whether the forward of a call goes level by level in float32."""
-    return x.numel() >= _WORTH_LAUNCHES and _taken(bands_launches.takes, x, kernel_size)
-
-
-def _taken(takes: Callable[..., bool], x: Tensor, kernel_size: int) -> bool:
-    """Whether kernels of channels-last images take a call."""
-    images = _images(x)
-    return images.channels_last and takes(
-        images.shape, images.dtype, kernel_size, device_of(x.device)
-    )
+    shape, dtype, channels_last, _ = images
+    large = channels_last and math.prod(shape) >= _WORTH_LAUNCHES
+    return large and bands_launches.takes(shape, dtype, kernel_size, device)
 
 
 def _streamed_forward(
-    x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, transpose: bool
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    images: Images,
+    device: Device,
+    transpose: bool,
 ) -> Tensor:
-    """The operator in float32, or its transpose, level by level."""
+    """The operator in float32, or its transpose, level by level: `[N, H, W, C]`."""
     kernel_size, channels = taps[0].shape[-1], x.shape[1]
     sizes = channels, -1, kernel_size, kernel_size
     numbers = [tap.reshape(sizes).permute(2, 3, 1, 0).contiguous() for tap in taps]
-    where = _images(x).shape, device_of(x.device), launch
-    y = bands_launches.forward(_pixels(x), numbers, bias, *where, transpose)
-    return y.permute(0, 3, 1, 2)
+    return bands_launches.forward(
+        _pixels(x), numbers, bias, images.shape, device, launch, transpose
+    )
 
 
 def _folded_forward(
-    x: Tensor, taps: Sequence[Tensor], bias: Tensor | None, transpose: bool
+    x: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    images: Images,
+    device: Device,
+    transpose: bool,
 ) -> Tensor:
-    """The operator in 16 bits, or its transpose: the same of flipped taps."""
+    """The operator in 16 bits, or its transpose, the same of flipped taps: `[N, H, W, C]`."""
     if transpose:
         taps = [tap.flip(-2, -1) for tap in taps]
-    kernel_size, images = taps[0].shape[-1], _images(x)
     folded = _folded(taps).to(x.dtype)
-    y = folded_launches.forward(
+    return folded_launches.forward(
         *(_pixels(x), folded, bias, images.shape, images.dtype),
-        *(kernel_size, len(taps) - 1, device_of(x.device), launch),
+        *(taps[0].shape[-1], len(taps) - 1, device, launch),
     )
-    return y.permute(0, 3, 1, 2)
 
 
 def _folded(taps: Sequence[Tensor]) -> Tensor:
@@ -228,9 +234,10 @@ def _sources(kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-def _folded_weight_grad(x: Tensor, dy: Tensor, kernel_size: int, levels: int) -> list[Tensor]:
+def _folded_weight_grad(
+    x: Tensor, dy: Tensor, images: Images, kernel_size: int, levels: int, device: Device
+) -> list[Tensor]:
     """The gradients of the taps in 16 bits."""
-    images = _images(x)
     found = folded_launches.weight_grad(
         *(
             _pixels(x),
@@ -241,7 +248,7 @@ def _folded_weight_grad(x: Tensor, dy: Tensor, kernel_size: int, levels: int) ->
             kernel_size,
             levels,
         ),
-        *(device_of(x.device), launch),
+        *(device, launch),
         channels_last=False,
     )
     *parts, _ = found
