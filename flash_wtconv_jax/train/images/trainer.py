@@ -287,13 +287,14 @@ class _Sent(NamedTuple):
 
     Attributes:
         metrics: Its figures, once it is done.
-        rate: Its learning rate. Made before the step: devices do what they are sent in turn.
+        rate: Its learning rate, of a step that is told of. Made before the step: devices do what
+            they are sent in turn.
         indices: Its images.
         ended: The time when it was done.
     """
 
     metrics: loop.Metrics
-    rate: jax.Array
+    rate: jax.Array | None
     indices: np.ndarray
     ended: Future[float]
 
@@ -431,7 +432,8 @@ class _Steps:
         before = self.pending
         if before is not None:
             self.clock.sending(before.ended)
-        rate = self.rate(self.done)
+        told = (self.done + 1) % self.settings.run.log_every == 0
+        rate = self.rate(self.done) if told else None
         self.leaves, metrics = self.program.train(self.leaves, batch)
         ended = self.watcher.submit(_end_of, metrics.loss)
         self.pending = _Sent(metrics, rate, read["index"], ended)
@@ -462,7 +464,7 @@ class _Steps:
         self.losses.append(loss)
         epoch = step / self.run_.epoch_steps
         rate, waiting = self.clock.recent()
-        if step % self.settings.run.log_every == 0:
+        if sent.rate is not None:
             if self.reporter is not None:
                 row = {
                     "step": step,
