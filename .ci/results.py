@@ -341,27 +341,60 @@ def _profile(report: Report) -> Iterator[str]:
     yield f"| all | {' | '.join(f'{one:.2f}' for one in sums)} |"
 
 
+_STEPS = {
+    "torch eager": "PyTorch eager",
+    "torch compiled": "PyTorch compiled",
+    "plain jax": "plain JAX",
+    "norm alone": "our norm alone",
+    "convolution+norm": "our convolution and norm, one by one",
+    "flash": "what is taken unasked",
+}
+"""Titles of the steps from another network of style transfer to ours, by contenders' names."""
+
+
 def _stylize(report: Report) -> Iterator[str]:
-    """The lines of a table of a style transfer network, or its layers, by what computes it."""
-    if report["rows"][0]["work"] == "layer":
-        yield from _by_implementation(report)
+    """The lines of a table of a network of style transfer, its layers or its norms."""
+    special = {"ladder": _ladder, "layer": _by_implementation, "norm": _norms}
+    work = report["rows"][0]["work"]
+    if work in special:
+        yield from special[work](report)
         return
     if len({(row["work"], row["name"], row["dtype"]) for row in report["rows"]}) > 1:
         yield from _stylize_networks(report)
         return
-    names = {
-        "plain jax": "plain JAX",
-        "norm alone": "our norm alone",
-        "convolution+norm": "our convolution and norm, one by one",
-        "flash": "what is taken unasked",
-    }
     yield "| | ms | over plain JAX | temporaries, MB |"
     yield "|---|---|---|---|"
     for row in report["rows"]:
         by = row["contender"].removeprefix("flash ")
-        title = names.get(row["contender"], f"`conv2d_instance_norm` by `{by}`")
+        title = _STEPS.get(row["contender"], f"`conv2d_instance_norm` by `{by}`")
         megabytes = f"{row['temporaries'] / 1e6:.0f}"
         yield f"| {title} | {row['median_ms']:.2f} | {row['speedup']:.2f}× | {megabytes} |"
+
+
+def _norms(report: Report) -> Iterator[str]:
+    """The lines of a table of norms: what a copy takes, and the others in such copies."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in report["rows"]:
+        key = row["name"], row["dtype"], row["direction"]
+        found.setdefault(key, {})[row["contender"]] = row
+    names = dict.fromkeys(row["contender"] for row in report["rows"])
+    shown = [name for name in names if name not in ("copy", "flash")]
+    heads = [f"`{name[6:]}`" if name.startswith("flash") else "plain JAX" for name in shown]
+    yield f"| | | a copy, ms | ours unasked, copies | {' | '.join(heads)} |"
+    yield "|---" * (4 + len(shown)) + "|"
+    for (name, dtype, direction), by in found.items():
+        cells = " | ".join(f"{by[one]['over_copy']:.2f}" for one in ("flash", *shown))
+        yield f"| {name}, {dtype} | {direction} | {by['copy']['median_ms']:.4f} | {cells} |"
+
+
+def _ladder(report: Report) -> Iterator[str]:
+    """The lines of a table of one network step by step, from PyTorch's in float32 on."""
+    yield "| | ms | over PyTorch eager |"
+    yield "|---|---|---|"
+    for row in report["rows"]:
+        name, _, dtype = row["contender"].rpartition(" ")
+        times = f"{row['median_ms']:.2f} | {row['speedup']:.2f}×"
+        yield f"| {_STEPS[name]}, {dtype} | {times} |"
 
 
 def _stylize_networks(report: Report) -> Iterator[str]:
