@@ -31,7 +31,9 @@ from pallas_kernels.sparse import (
 )
 from pallas_kernels.sparse.voxels import is_missing, unpack
 from pallas_kernels.stylize import conv2d_instance_norm, instance_norm
+from pallas_kernels.wtconv import vjp as calls
 from pallas_kernels.wtconv import wtconv1d, wtconv2d, wtconv3d
+from pallas_kernels.wtconv import xla as plain
 from pallas_kernels.wtconv.api import OPERATOR
 
 ROOMS = {
@@ -431,6 +433,13 @@ def mapped(name, implementation, kind):
         got, want = jax.jit(run)(*placed), jax.jit(run)(*whole)
         # Twice the images: their sines turn twice as fast as what is rounded.
         _assert_alike(got, want, bitwise=False, tolerance=5e-5)
+
+
+def plain_on_a_gpu(name, sizes):
+    """Plain JAX of a wavelet convolution as a GPU has it: one of as many groups as channels."""
+    no = lambda: False  # noqa: E731
+    with mock.patch.object(plain, "on_cpu", no), mock.patch.object(calls, "on_cpu", no):
+        splits(name, sizes, None, "Auto")
 
 
 def stacked_scenes(implementation, kind):

@@ -130,6 +130,12 @@ def test_rows_of_images_that_are_cut(devices):
 
 
 @pytest.mark.wide
+def test_plain_jax_of_a_gpu_on_auto_axes(devices):
+    # XLA itself would gather the bands of all channels.
+    devices("plain_on_a_gpu", "wtconv3d", NC)
+
+
+@pytest.mark.wide
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_scenes_that_are_stacked(devices, kind):
     devices("stacked_scenes", "triton", kind)
