@@ -5,7 +5,6 @@ Nothing is wrapped: arrays are put on a mesh, of Explicit or of Auto axes, and f
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from flash_wtconv_jax import environment, models
+from flash_wtconv_jax import models
 from flash_wtconv_jax.bench.clocks import HostClock
 from flash_wtconv_jax.bench.collectives import collectives
-from flash_wtconv_jax.bench.reports import Keep, unkept
+from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.sharding_cases import Case, cases
 from flash_wtconv_jax.bench.wtconvnext import Network
 from pallas_kernels.common import device
@@ -84,12 +83,7 @@ def run(
     }
     chosen = {part: [*jobs[part]] for part in parts or PARTS}
     report: Json = {
-        "benchmark": "sharding",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": environment.versions(),
-        "clock": HostClock.name,
-        "no_device_events": None,
+        **head("sharding", HostClock(), None),
         "rows": [],
         "failed": [],
         "left": [f"{part}: {label}" for part, todo in chosen.items() for label, _ in todo],
