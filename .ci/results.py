@@ -93,8 +93,8 @@ def table(report: Report) -> Iterator[str]:
 
 
 def charted(report: Report) -> bool:
-    """Whether there is a chart of a report; of two networks, both ours, there is none."""
-    return "images_per_s" not in report["rows"][0]
+    """Whether there is a chart of a report; of networks and numbers of devices, ours, is none."""
+    return report["benchmark"] not in ("sharding", "wtconvnext")
 
 
 def is_ours(report: Report, contender: str) -> bool:
@@ -137,7 +137,8 @@ def chart(report: Report) -> str:
 
 def section(name: str, report: Report) -> Iterator[str]:
     """The lines of one report."""
-    dtypes = dict.fromkeys(report.get("dtype") or row["dtype"] for row in report["rows"])
+    every = (report.get("dtype") or row.get("dtype") for row in report["rows"])
+    dtypes = dict.fromkeys(filter(None, every))
     versions = report["versions"]
     # The name of a file is that of the benchmark, of the device, and what tells it from others.
     special = " ".join(word for word in name.split("_")[2:] if word not in dtypes)
@@ -159,7 +160,7 @@ def section(name: str, report: Report) -> Iterator[str]:
     )
     if charted(report):
         yield f"![Bars: speed of {title} over the baseline's](images/results_{name}.svg)\n"
-    yield from table(report)
+    yield from _sharding(report) if report["benchmark"] == "sharding" else table(report)
     if report.get("profile"):
         yield "\nWhere the time goes, ms:\n"
         yield from _profile(report)
@@ -413,9 +414,68 @@ def _stylize_networks(report: Report) -> Iterator[str]:
         yield f"| {title} | {times} | {ours['speedup']:.2f}× | {memory} ({other}) |"
 
 
+AXES = {"n": "batch", "c": "channels", "f": "features", "h": "rows", "s": "scenes"}
+
+
+def _sharding(report: Report) -> Iterator[str]:
+    """The lines of tables of several devices: operators beside one device's, and times."""
+    operators = [row for row in report["rows"] if row["part"] == "operators"]
+    timed = [row for row in report["rows"] if row["part"] != "operators"]
+    if operators:
+        yield from _split_operators(operators)
+    if operators and timed:
+        yield ""
+    if timed:
+        yield "| | devices | ms | images a second | of linear | exchanged |"
+        yield "|---|---|---|---|---|---|"
+    before = None
+    for row in timed:
+        title = f"rows of {tuple(row['shape'])}" if "shape" in row else "training"
+        count = row["devices"]
+        cells = [
+            title if title != before else "",
+            f"{count}, {row['kind']} axes" if count > 1 else "1",
+            f"{row['median_ms']:.2f}",
+            f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "",
+            f"{row['efficiency']:.3f}" if count > 1 and "efficiency" in row else "",
+            _exchanged([row]),
+        ]
+        yield f"| {' | '.join(cells)} |"
+        before = title
+
+
+def _split_operators(rows: list[Row]) -> Iterator[str]:
+    """The lines of a table of operators: a line an axis, the worst of the ways in."""
+    yield "| operator | split | output off | gradients off | exchanged |"
+    yield "|---|---|---|---|---|"
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row["operator"], row["split"]), []).append(row)
+    before = None
+    for (operator, split), found in cases.items():
+        worst = [f"{max(errors):.0e}" for errors in zip(*(r["errors"] for r in found), strict=True)]
+        if all(row["bitwise"] for row in found):
+            worst[0] = "bitwise alike"
+        wrong = [row["wrong"] for row in found if row["wrong"]]
+        name = operator if operator != before else ""
+        exchanged = "; ".join([_exchanged(found), *wrong])
+        yield f"| {' | '.join([name, AXES[split], *worst, exchanged])} |"
+        before = operator
+
+
+def _exchanged(rows: list[Row]) -> str:
+    """The collectives of programs, of each kind the most, with the elements of their results."""
+    most: dict[str, list[int]] = {}
+    for row in rows:
+        for kind, numbers in row["collectives"].items():
+            most[kind] = max(most.get(kind, [0, 0]), numbers)
+    return ", ".join(f"{n} {kind} ({size:,})" for kind, (n, size) in most.items()) or "nothing"
+
+
 TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
     "levels": _levels,
     "mlp": _by_implementation,
+    "sharding": _sharding,
     "sparse": _sparse,
     "stylize": _stylize,
     "torch_wtconv": _layers,
@@ -423,7 +483,10 @@ TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
     "wtconvnext": _networks,
 }
 """The makers of a page's table of a report, or of several as one, by the benchmark."""
-PAGES = ("README.md", "docs/index.md", "docs/operators/wtconv.md", "docs/performance.md")
+PAGES = (
+    *("README.md", "docs/index.md", "docs/operators/wtconv.md", "docs/performance.md"),
+    "docs/sharding.md",
+)
 _TABLE = re.compile(r"<!-- (results|passes): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)
 
 

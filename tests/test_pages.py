@@ -257,6 +257,44 @@ class TestTheResults:
         with pytest.raises(KeyError, match="h200"):
             self.results.filled(text, {})
 
+    def test_tables_of_several_devices(self):
+        def row(part, devices, kind, **more):
+            return {"part": part, "devices": devices, "kind": kind, "wrong": None, **more}
+
+        summed = {"collectives": {"all-reduce": [1, 20800]}}
+        halos = {"collectives": {"collective-permute": [4, 64], "all-reduce": [2, 8]}}
+        norm = {"operator": "instance_norm", "bitwise": True, "errors": [0.0, 3e-7], **summed}
+        rows = [
+            row("operators", 2, "Explicit", split="n", **norm),
+            row("operators", 2, "Auto", split="n", **norm | {"errors": [0.0, 2e-6]}),
+            row("operators", 2, "Auto", split="c", **norm | {"collectives": {}, "wrong": "no"}),
+        ]
+        images = {"images_per_s": 13953.4, "efficiency": 0.9841}
+        large = {"shape": [1, 4096, 2048, 64], "efficiency": 0.8612}
+        timed = [
+            row("training", 1, "Explicit", median_ms=18.3, collectives={}, **images),
+            row("training", 2, "Auto", median_ms=18.35, **images, **summed),
+            row("rows", 2, "Explicit", median_ms=1.234, **large, **halos),
+        ]
+        found = {
+            name: {"benchmark": "sharding", "device": {"count": 2}, "rows": every}
+            for name, every in {"of_operators": rows, "of_times": timed}.items()
+        }
+        text = "<!-- results: of_operators of_times -->\n<!-- end -->\n"
+        assert self.results.filled(text, found).splitlines()[2:-2] == [
+            "| operator | split | output off | gradients off | exchanged |",
+            "|---|---|---|---|---|",
+            "| instance_norm | batch | bitwise alike | 2e-06 | 1 all-reduce (20,800) |",
+            "|  | channels | bitwise alike | 3e-07 | nothing; no |",
+            "",
+            "| | devices | ms | images a second | of linear | exchanged |",
+            "|---|---|---|---|---|---|",
+            "| training | 1 | 18.30 | 13,953 |  | nothing |",
+            "|  | 2, Auto axes | 18.35 | 13,953 | 0.984 | 1 all-reduce (20,800) |",
+            "| rows of (1, 4096, 2048, 64) | 2, Explicit axes | 1.23 |  | 0.861 "
+            "| 4 collective-permute (64), 2 all-reduce (8) |",
+        ]
+
     def test_tables_of_layers_and_levels(self, tmp_path):
         def rows(contender, forward, both, **more):
             times = {"forward": forward, "forward+backward": both}

@@ -4,7 +4,8 @@ import math
 import re
 
 _COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\("
+    # Of one that other work goes on beside it is its end that has the results alone.
+    r"= (.*?) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-done)?\("
 )
 
 
@@ -17,6 +18,9 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     Example:
         >>> collectives("%y = f32[4,8]{1,0} all-reduce(%x), channel_id=1")
         {'all-reduce': (1, 32)}
+        >>> start = "%a = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=1"
+        >>> collectives(f"{start} %y = f32[8]{{0}} all-gather-done(%a)")
+        {'all-gather': (1, 8)}
     """
     found: dict[str, tuple[int, int]] = {}
     for shapes, kind in _COLLECTIVE.findall(text):

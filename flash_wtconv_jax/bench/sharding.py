@@ -5,7 +5,6 @@ Nothing is wrapped: arrays are put on a mesh, of Explicit or of Auto axes, and f
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from flash_wtconv_jax import environment, models
+from flash_wtconv_jax import models
 from flash_wtconv_jax.bench.clocks import HostClock
 from flash_wtconv_jax.bench.collectives import collectives
-from flash_wtconv_jax.bench.reports import Keep, unkept
+from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.sharding_cases import Case, cases
 from flash_wtconv_jax.bench.wtconvnext import Network
 from pallas_kernels.common import device
@@ -44,6 +43,8 @@ def run(
     keep: Keep = unkept,
 ) -> Json:
     """Compares operators over several devices with one, and times training and a large image.
+
+    Operators are not timed: processes of which each compares some may run beside each other.
 
     Args:
         progress: Told a label and a number of steps, returns what to call after each step.
@@ -82,12 +83,7 @@ def run(
     }
     chosen = {part: [*jobs[part]] for part in parts or PARTS}
     report: Json = {
-        "benchmark": "sharding",
-        "date": date.today().isoformat(),
-        "device": environment.device(),
-        "versions": environment.versions(),
-        "clock": HostClock.name,
-        "no_device_events": None,
+        **head("sharding", HostClock(), None),
         "rows": [],
         "failed": [],
         "left": [f"{part}: {label}" for part, todo in chosen.items() for label, _ in todo],
@@ -126,22 +122,22 @@ def mesh_of(count: int, name: str, kind: str) -> Mesh:
 
 
 class Alone(NamedTuple):
-    """A case on one device.
+    """A case on one device, which several are compared with.
 
     Attributes:
-        run: The call, compiled.
         results: The output and the gradients.
+        kernels: The custom calls of its program by their names, and how many there are.
     """
 
-    run: Callable[[], Tree]
     results: tuple[Tree, Tree]
+    kernels: dict[str, int]
 
 
 def alone(case: Case, one: jax.Device) -> Alone:
-    """A case on one device, and its results, which several devices' are compared with."""
+    """A case on one device."""
     arrays = jax.device_put((case.arrays, case.given), one)
-    run = partial(jax.jit(partial(_both, case.function)).lower(*arrays).compile(), *arrays)
-    return Alone(run, run())
+    compiled = jax.jit(partial(_both, case.function)).lower(*arrays).compile()
+    return Alone(jax.device_get(compiled(*arrays)), _kernels(compiled.as_text() or ""))
 
 
 def compared(case: Case, one: Callable[[], Alone], split: str, kind: str, count: int) -> Json:
@@ -156,7 +152,7 @@ def compared(case: Case, one: Callable[[], Alone], split: str, kind: str, count:
 
     Returns:
         Whether outputs are bitwise alike, the worst errors of outputs and gradients over their
-        RMS, the collectives of the program, its kernels, times, and what is wrong: None, or text.
+        RMS, the collectives of the program, its kernels, and what is wrong: None, or text.
     """
     mesh = mesh_of(count, split, "Explicit" if kind == _OWN else kind)
     arrays, given = _placed(case, split, mesh)
@@ -165,7 +161,7 @@ def compared(case: Case, one: Callable[[], Alone], split: str, kind: str, count:
         over = jax.jit(partial(_both, function)).lower(arrays, given).compile()
     got, text = over(arrays, given), over.as_text() or ""
     found = collectives(text)
-    want = one().results
+    want, kernels_of_one = one()
     errors = [_worst(g, w) for g, w in zip(got, want, strict=True)]
     image = max(leaf.size for leaf in jax.tree.leaves(case.arrays))
     wrong = [
@@ -174,11 +170,13 @@ def compared(case: Case, one: Callable[[], Alone], split: str, kind: str, count:
         if not error <= most
     ]
     kernels = _kernels(text)
+    # Libraries' names tell what XLA has fused into a call, of which a shard may have less.
+    lost = {name for name in kernels_of_one if not name.startswith("__cu")} - kernels.keys()
+    if lost:
+        wrong.append(f"{', '.join(sorted(lost))} not called, as one device does")
     # On Auto axes plain JAX is XLA's to split, which gathers where rows are split.
     if found.get("all-gather", (0, 0))[1] >= image and (kernels or kind != "Auto"):
         wrong.append("an image is gathered")
-    clock = HostClock()
-    times = clock.take_turns({"one": one().run, "over": partial(over, arrays, given)}, lambda: None)
     return {
         "operator": case.name,
         "split": split,
@@ -188,9 +186,6 @@ def compared(case: Case, one: Callable[[], Alone], split: str, kind: str, count:
         "errors": errors,
         "collectives": found,
         "kernels": kernels,
-        "median_ms": times["over"].median,
-        "one_device_ms": times["one"].median,
-        "efficiency": times["one"].median / (count * times["over"].median),
         "wrong": "; ".join(wrong) or None,
     }
 
@@ -212,9 +207,8 @@ def _operators(
 
 def _training(counts: Sequence[int], small: bool) -> Iterator[tuple[str, Callable[[], Json]]]:
     """Training steps of WTConvNeXt-T, as many images a device whatever their number."""
-    for kind in KINDS:
-        for count in counts:
-            yield f"{count} devices, {kind}", partial(_trained, count, kind, small)
+    for kind, count in _spreads(counts):
+        yield f"{count} devices, {kind}", partial(_trained, count, kind, small)
 
 
 def _trained(count: int, kind: str, small: bool) -> Json:
@@ -261,9 +255,14 @@ def _trained(count: int, kind: str, small: bool) -> Json:
 
 def _rows(counts: Sequence[int], small: bool) -> Iterator[tuple[str, Callable[[], Json]]]:
     """A wavelet convolution of one large image, whose rows are split, and its gradients."""
-    for kind in KINDS:
-        for count in counts:
-            yield f"{count} devices, {kind}", partial(_cut, count, kind, small)
+    for kind, count in _spreads(counts):
+        yield f"{count} devices, {kind}", partial(_cut, count, kind, small)
+
+
+def _spreads(counts: Sequence[int]) -> list[tuple[str, int]]:
+    """Kinds of axes and numbers of devices; of one device axes of either kind split nothing."""
+    first, *rest = KINDS
+    return [*((first, n) for n in counts), *((kind, n) for kind in rest for n in counts if n > 1)]
 
 
 def _cut(count: int, kind: str, small: bool) -> Json:
@@ -300,9 +299,9 @@ def _cut(count: int, kind: str, small: bool) -> Json:
 
 def _compare(rows: Sequence[dict[str, Any]]) -> None:
     """Adds to rows of training and of large images how near they are to linear in the devices."""
-    ones = {(row["part"], row["kind"]): row for row in rows if row["devices"] == 1}
+    ones = {row["part"]: row for row in rows if row["devices"] == 1}
     for row in rows:
-        one = ones.get((row["part"], row["kind"]))
+        one = ones.get(row["part"])
         if one is None or row["part"] == "operators":
             continue
         ratio = one["median_ms"] / row["median_ms"]

@@ -1,5 +1,6 @@
 """Every operator over every axis that it can be split along, for `flash-wtconv bench sharding`."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,12 +56,12 @@ def cases(small: bool, devices: int) -> Iterator[Case]:
         yield _wtconv(ndim, n, tuple([side if small else large] * ndim), c, 1 if small else 2)
     side = 8 * devices if small else 128
     x = _drawn((n, side, 16 if small else 128, c), 0)
-    of_x, taps = "n h w c", _drawn((3, 3, c, c), 1)
+    of_x, taps = "n h w c", _filters((3, 3, c, c), 1)
     vectors = [_drawn((c,), seed) for seed in (2, 3)]
     yield Case(
         "depthwise",
         depthwise_conv2d,
-        (x, _drawn((7, 7, 1, c), 1), vectors[0]),
+        (x, _filters((7, 7, 1, c), 1), vectors[0]),
         (of_x, "_ _ _ c", "c"),
         "nch",
     )
@@ -69,7 +70,7 @@ def cases(small: bool, devices: int) -> Iterator[Case]:
     strided = partial(_conv2d, stride=2, padding=((1, 0), (1, 0)))
     yield Case("conv2d stride 2", strided, (x, taps, vectors[0]), (of_x, "_ _ c f", "f"), "nfh")
     groups = partial(_conv2d, padding=1, groups=devices)
-    of_group = _drawn((3, 3, c // devices, c), 1)
+    of_group = _filters((3, 3, c // devices, c), 1)
     yield Case("conv2d groups", groups, (x, of_group, vectors[0]), (of_x, "_ _ _ c", "c"), "nch")
     yield Case("haar", _haar, (x,), (of_x,), "nch")
     yield Case("instance_norm", instance_norm, (x, *vectors), (of_x, "c", "c"), "nc")
@@ -84,13 +85,21 @@ def _drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def _filters(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Taps that keep the RMS of an image: sines of large numbers turn rounding into errors."""
+    return _drawn(shape, seed) / np.float32(math.sqrt(math.prod(shape[:-1])))
+
+
 def _wtconv(ndim: int, n: int, size: tuple[int, ...], c: int, levels: int) -> Case:
     k = (3,) * ndim
     shapes = {"base_kernel": (*k, 1, c), "base_scale": (c,), "base_bias": (c,)}
     for i in range(levels):
         shapes[f"wavelet_kernel_{i}"] = (*k, 2**ndim, c)
         shapes[f"wavelet_scale_{i}"] = (2**ndim, c)
-    params = {name: _drawn(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    params = {
+        name: _filters(shape, seed) if "kernel" in name else _drawn(shape, seed)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
     axes = {name: " ".join([*"_" * (len(shape) - 1), "c"]) for name, shape in shapes.items()}
     spatial = ("h", "h w", "h w _")[ndim - 1]
     function = (wtconv1d, wtconv2d, wtconv3d)[ndim - 1]
@@ -122,6 +131,6 @@ def _scenes(devices: int, capacity: int, c: int) -> Case:
 
         return jax.vmap(one)(features, scenes)
 
-    arrays = np.asarray(stacked.features), _drawn((27, c, c), 7), _drawn((c,), 8)
+    arrays = np.asarray(stacked.features), _filters((27, c, c), 7), _drawn((c,), 8)
     axes = "s _ c", "_ c f", "f"
     return Case("sparse scenes", function, arrays, axes, "scf", (stacked,))

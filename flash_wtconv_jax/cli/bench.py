@@ -331,6 +331,7 @@ def sharding(
 ) -> None:
     """Compare every operator over several devices with one, and time training and a large image.
 
+    Operators are not timed: several processes may compare some each, beside each other.
     On a CPU, of 8 devices that share it, this shows that programs are right, and no times.
     """
     from flash_wtconv_jax.bench import devices as platforms
@@ -808,21 +809,24 @@ def _sharding_table(report: Json) -> "Table":
 
     table = Table(
         title=f"over {report['device']['count']} x {report['device']['kind']}",
-        caption="median ms by the host's clock; linear: over what so many devices could do; "
-        "exchanged: collectives of the program, and the elements of their results",
+        caption="median ms by the host's clock; linear: over what so many devices could do; off: "
+        "the worst error of output and gradients, over their RMS; exchanged: collectives of the "
+        "program, and the elements of their results",
     )
-    _add_columns(table, ("ms", "images/s", "linear"))
+    _add_columns(table, ("ms", "images/s", "linear", "off"))
     table.add_column("exchanged")
     table.add_column("wrong")
     for row in _in_sections(table, report["rows"], "{part}"):
         images = f"{row['images_per_s']:,.0f}" if "images_per_s" in row else ""
         linear = f"{row['efficiency']:.2f}" if "efficiency" in row else ""
+        ms = _ms(row["median_ms"]) if "median_ms" in row else ""
+        off = f"{max(row['errors']):.1e}" if "errors" in row else ""
         exchanged = ", ".join(
             f"{count} {kind} ({elements:,})"
             for kind, (count, elements) in row["collectives"].items()
         )
         wrong = row["wrong"] or ""
-        table.add_row(row["label"], _ms(row["median_ms"]), images, linear, exchanged, wrong)
+        table.add_row(row["label"], ms, images, linear, off, exchanged, wrong)
     return table
 
 

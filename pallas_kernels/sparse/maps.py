@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import trace_state, vary_like
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.integers import checked_integer
@@ -447,12 +448,12 @@ def _made(
     # A transposed map is the other one, read the other way round.
     read, reading = (out, sites) if window.transposed else (sites, out)
     keys = keys_in_order(*pack(read.coords, _counted(read)))
-    search = getattr(OPERATOR.module(by), "search", None)
-    if search is None:
-        table = _searched(keys, reading, window, first)
-    else:
+    module = OPERATOR.module(by)
+    if hasattr(module, "search"):
         asked = keys if same else _unsorted(reading)
-        table = search(keys, asked, _columns(window, first), window)
+        table = _by_kernel(module, keys, asked, _columns(window, first), window)
+    else:
+        table = _searched(keys, reading, window, first)
     found = KernelMap(row_table(table), None, window._replace(transposed=False))
     if not (same and window.mirrored and first == window.offsets()[0]):
         reverse = _reversed(table, read.coords.shape[0])
@@ -517,6 +518,31 @@ def _unsorted(sites: _Sites) -> Keys:
     """The keys of coordinates as they come."""
     rows = lax.iota(jnp.int32, sites.coords.shape[0])
     return Keys(*pack(sites.coords, _counted(sites)), vary_like(sites, rows))
+
+
+class _Search(NamedTuple):
+    """The plan of a search, see `sharding.Plan`: no other implementation takes its place."""
+
+    module: Any
+    request: None = None
+    stated: None = None
+
+
+def _by_kernel(
+    module: Any, keys: Keys, sites: Keys, columns: np.ndarray, window: Window
+) -> jax.Array:
+    """The table of `_searched` by an implementation; of scenes that are stacked each device's."""
+
+    def shard(plan: _Search, _: sharding.Shard, keys: Keys, sites: Keys) -> jax.Array:
+        return cast(jax.Array, plan.module.search(keys, sites, columns, window))
+
+    halves = ("_",) * len(keys)
+    rule = sharding.Rule((*halves, *halves), ("_ _",), frozenset())
+    unasked = Problem((1, *keys.high.shape, 1), "float32", 1, window)
+    return cast(
+        jax.Array,
+        sharding.split_each(shard, rule, _Search(module), lambda *_: unasked, keys, sites),
+    )
 
 
 def _searched(keys: Keys, reading: _Sites, window: Window, first: tuple[int, ...]) -> jax.Array:

@@ -10,7 +10,6 @@ from jax import lax
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.triton import launch, unavailable
-from pallas_kernels.common.vmap import vmap_sequential
 from pallas_kernels.sparse.maps import RowTable
 from pallas_kernels.sparse.problem import Problem, Window
 from pallas_kernels.sparse.voxels import Keys
@@ -69,10 +68,8 @@ def search(keys: Keys, sites: Keys, columns: np.ndarray, window: Window) -> jax.
 
     padded = np.pad(columns, ((0, 0), (3 - columns.shape[1], 0)))
 
-    def run(keys: Keys, sites: Keys) -> jax.Array:
-        return triton_launches.search(keys, sites, jnp.asarray(padded), window, launch)
-
-    return vary_like((keys, sites), vmap_sequential(run)(keys, sites))
+    found = triton_launches.search(keys, sites, jnp.asarray(padded), window, launch)
+    return vary_like((keys, sites), found)
 
 
 @partial(jax.jit, static_argnames=_STATIC)

@@ -232,12 +232,15 @@ def _edges_again(
     shard: sharding.Shard,
     x: jax.Array,
 ) -> jax.Array:
-    """The output of a shard in strips: the rows that the neighbours reach are computed again."""
+    """The output of a shard in strips: the rows that the neighbours reach are computed again.
+
+    Both at once, as twice the images: launches of a few rows cost more than what they compute.
+    """
     h = window.halo
     above, below = window.neighbours(x, shard)
     y = run(x)
-    first = run(jnp.concatenate([above, x[:, : 2 * h]], 1))[:, h : 2 * h]
-    last = run(jnp.concatenate([x[:, -2 * h :], below], 1))[:, h : 2 * h]
+    edges = _both_ends((above, x[:, : 2 * h]), (x[:, -2 * h :], below))
+    first, last = jnp.split(run(edges)[:, h : 2 * h], 2)
     return y.at[:, :h].set(first).at[:, -h:].set(last)
 
 
@@ -256,13 +259,13 @@ def _of_edges(
     h = window.halo
     above, below = window.neighbours(x, shard)
     nothing = jnp.zeros_like(above)
-
-    def pair(*rows: jax.Array) -> jax.Array:
-        return jnp.concatenate(rows, 1)
-
     found = tuple(run(x, dy, shapes))
-    first = run(pair(above, nothing), pair(nothing, dy[:, :h]), shapes)
-    last = run(pair(nothing, below), pair(dy[:, -h:], nothing), shapes)
-    return tuple(
-        g if g.ndim == 1 else g + a + b for g, a, b in zip(found, first, last, strict=True)
-    )
+    read = _both_ends((above, nothing), (nothing, below))
+    written = _both_ends((nothing, dy[:, :h]), (dy[:, -h:], nothing))
+    more = run(read, written, shapes)
+    return tuple(g if g.ndim == 1 else g + a for g, a in zip(found, more, strict=True))
+
+
+def _both_ends(first: tuple[jax.Array, ...], last: tuple[jax.Array, ...]) -> jax.Array:
+    """Images of the rows at the beginning of a shard, and behind them those at its end."""
+    return jnp.concatenate([jnp.concatenate(first, 1), jnp.concatenate(last, 1)], 0)

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.biased import Source, in_one, scaled, summed, with_one
+from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
@@ -282,6 +283,8 @@ def _forward(
         taps,
         bias,
         mapped=vmap_folding,
+        # As many groups as channels XLA splits for a GPU by gathering images.
+        ours=not on_cpu(),
     )
 
 
@@ -314,6 +317,7 @@ def _correlate(plan: Plan, shapes: Shapes, x: jax.Array, dy: jax.Array) -> Taps:
         x,
         dy,
         mapped=vmap_sequential,
+        ours=not on_cpu(),
     )
 
 

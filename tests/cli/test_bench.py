@@ -1013,15 +1013,18 @@ class TestSpread:
 
 
 def test_a_call_over_devices_that_fails_leaves_the_others(monkeypatch):
+    def trained(count, kind, small):
+        raise RuntimeError("no room")
+
     def cut(count, kind, small):
-        if kind == "Auto":
-            raise RuntimeError("no room")
         return {"kind": kind, "devices": count, "median_ms": 1.0, "wrong": None}
 
+    monkeypatch.setattr(sharding, "_trained", trained)
     monkeypatch.setattr(sharding, "_cut", cut)
-    report = sharding.run(lambda *_: lambda: None, ["rows"], [1])
-    assert [row["kind"] for row in report["rows"]] == ["Explicit"]
-    assert report["failed"] == ["rows: 1 devices, Auto: RuntimeError: no room"]
+    report = sharding.run(lambda *_: lambda: None, ["training", "rows"], [1])
+    # One device is told of once: nothing is split there.
+    assert [(row["part"], row["kind"]) for row in report["rows"]] == [("rows", "Explicit")]
+    assert report["failed"] == ["training: 1 devices, Explicit: RuntimeError: no room"]
 
 
 def test_sharding_refuses_what_it_does_not_have_and_shows_what_it_found(tmp_path):
@@ -1040,7 +1043,11 @@ def test_sharding_refuses_what_it_does_not_have_and_shows_what_it_found(tmp_path
     assert ran.exit_code == 0, ran.output
     assert "not run yet: operators: wtconv1d over n, Explicit" in " ".join(ran.output.split())
     row = {"part": "rows", "label": "2 devices, Auto", "median_ms": 2.0, "efficiency": 0.875}
-    found = report | {"rows": [row | {"collectives": {"all-reduce": (1, 1024)}, "wrong": None}]}
+    rest = {"collectives": {"all-reduce": (1, 1024)}, "wrong": None}
+    operator = {"part": "operators", "label": "haar over n, Auto", "errors": [0.0, 2e-7]}
+    found = report | {"rows": [operator | rest, row | rest]}
     cells = [list(column.cells) for column in _sharding_table(found).columns]
+    summed = "1 all-reduce (1,024)"
     last = [column[-1] for column in cells]
-    assert last == ["2 devices, Auto", "2.0", "", "0.88", "1 all-reduce (1,024)", ""]
+    assert last == ["2 devices, Auto", "2.0", "", "0.88", "", summed, ""]
+    assert [column[1] for column in cells][1:] == ["", "", "", "2.0e-07", summed, ""]

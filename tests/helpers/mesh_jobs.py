@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, NamedSharding
 
 from flash_wtconv_jax.bench.collectives import collectives
@@ -24,11 +25,15 @@ from pallas_kernels.dispatch import forget
 from pallas_kernels.sparse import (
     from_coords,
     kernel_map,
+    maps,
     spatially_sparse_conv,
     spatially_sparse_depthwise_conv,
 )
+from pallas_kernels.sparse.voxels import is_missing, unpack
 from pallas_kernels.stylize import conv2d_instance_norm, instance_norm
+from pallas_kernels.wtconv import vjp as calls
 from pallas_kernels.wtconv import wtconv1d, wtconv2d, wtconv3d
+from pallas_kernels.wtconv import xla as plain
 from pallas_kernels.wtconv.api import OPERATOR
 
 ROOMS = {
@@ -59,9 +64,26 @@ def _opaque(room, name):
     return module
 
 
+def _search(keys, sites, columns, window):
+    """As a kernel searches, of keys alone, and with no rule for `jax.vmap`."""
+
+    @custom_vmap
+    def table(keys, sites):
+        coords = unpack(sites.high, sites.low, columns.shape[1])
+        count = (~is_missing(sites.high, sites.low)).sum()
+        return maps._searched(keys, maps._Sites(coords, count, None), window, tuple(columns[0]))
+
+    @table.def_vmap
+    def refused(*_):
+        raise AssertionError("jax.vmap has met a kernel")
+
+    return table(keys, sites)
+
+
 REFUSED = set()
 HALOS = "collective-permute"
 KERNELS = {f"pallas_kernels.{r}.{name}": _opaque(r, name) for r, name in ROOMS.items()}
+KERNELS["pallas_kernels.sparse.triton"].search = _search
 mock.patch.dict("sys.modules", KERNELS).start()
 
 
@@ -413,6 +435,13 @@ def mapped(name, implementation, kind):
         _assert_alike(got, want, bitwise=False, tolerance=5e-5)
 
 
+def plain_on_a_gpu(name, sizes):
+    """Plain JAX of a wavelet convolution as a GPU has it: one of as many groups as channels."""
+    no = lambda: False  # noqa: E731
+    with mock.patch.object(plain, "on_cpu", no), mock.patch.object(calls, "on_cpu", no):
+        splits(name, sizes, None, "Auto")
+
+
 def stacked_scenes(implementation, kind):
     """`jax.vmap` over scenes that are stacked over the mesh, of each its own map."""
     scenes = jax.tree.map(lambda *each: np.stack(each), *[_voxels(2), _voxels(4)] * 4)
@@ -430,7 +459,8 @@ def stacked_scenes(implementation, kind):
     mesh = _mesh({"n": 4}, (AxisType[kind],))
     placed = _placed(arrays, ("n _ _", "_ _ _", "_"), {"n": 4}, mesh)
     scenes = jax.device_put(scenes, NamedSharding(mesh, jax.P("n")))
-    with jax.set_mesh(mesh):
+    searches = mock.patch.object(maps, "_searches", lambda *_: implementation or "xla")
+    with jax.set_mesh(mesh), searches:
         both = jax.jit(partial(_both, function)).lower(*placed).compile()
     # XLA multiplies matrices of fewer scenes in another order than those of all.
     _assert_alike(both(*placed), want, bitwise=False)

@@ -1,5 +1,6 @@
 """Operators over a mesh, on 8 host devices of one process that all of these tests share."""
 
+import json
 import logging
 import os
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +129,12 @@ def test_images_that_are_cut(devices, name, kind):
 @pytest.mark.wide
 def test_rows_of_images_that_are_cut(devices):
     devices("splits", "mlp", {"n": 2, "h": 2, "w": 2}, None, "Explicit")
+
+
+@pytest.mark.wide
+def test_plain_jax_of_a_gpu_on_auto_axes(devices):
+    # XLA itself would gather the bands of all channels.
+    devices("plain_on_a_gpu", "wtconv3d", NC)
 
 
 @pytest.mark.wide
@@ -388,6 +396,24 @@ def test_gpu_programs_gather_no_image(tmp_path):
     paths = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-c", GPUS, str(tmp_path)]
     subprocess.run(command, check=True, env=with_devices(8) | {"PYTHONPATH": paths})
+
+
+@pytest.mark.slow
+def test_programs_for_two_h200s_take_the_kernels_of_one():
+    pytest.importorskip("jax_cuda13_plugin", reason="jax-cuda13-plugin and jax-cuda13-pjrt")
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[2], *filter(None, sys.path))))
+    # There is no cuDNN, of which nothing is needed.
+    rest = {"PYTHONPATH": paths, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    rest["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
+    command = [sys.executable, "-m", "helpers.sharding_compiled", "wtconv1d", "wtconv3d"]
+    ran = subprocess.run(
+        command, check=True, env=with_devices(2) | rest, stdout=subprocess.PIPE, text=True
+    )
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(rows) == 14
+    for label, found, kernels, one, image in rows:
+        assert found.get("all-gather", (0, 0))[1] < image, (label, found)
+        assert one.keys() <= kernels.keys(), (label, one, kernels)
 
 
 CACHED = """
