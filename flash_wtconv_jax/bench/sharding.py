@@ -28,8 +28,8 @@ KINDS = ("Explicit", "Auto")
 """The kinds of a mesh's axes."""
 _OWN = "shard_map"
 """The caller's own `jax.shard_map`, over the first axis of a case."""
-_TOLERANCES = 1e-5, 1e-4
-"""Bounds of outputs and of gradients, which are sums in another order: over their RMS."""
+_OUTPUTS_ROUNDING = 1e-5
+"""The most that outputs may be off over their RMS."""
 _KERNELS = 'custom_call_target="'
 Progress = Callable[[str, int], Callable[[], None]]
 
@@ -164,9 +164,10 @@ def compared(case: Case, one: Callable[[], Alone], split: str, kind: str, count:
     want, kernels_of_one = one()
     errors = [_worst(g, w) for g, w in zip(got, want, strict=True)]
     image = max(leaf.size for leaf in jax.tree.leaves(case.arrays))
+    bounds = {"output": _OUTPUTS_ROUNDING, "gradients": case.rounding}
     wrong = [
         f"{name} off by {error:.1e}"
-        for name, error, most in zip(("output", "gradients"), errors, _TOLERANCES, strict=True)
+        for (name, most), error in zip(bounds.items(), errors, strict=True)
         if not error <= most
     ]
     kernels = _kernels(text)

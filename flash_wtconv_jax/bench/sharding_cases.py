@@ -28,6 +28,7 @@ class Case(NamedTuple):
         axes: Their axes, by names of letters, as trees of the same form.
         splits: The axes that are split, one after the other.
         given: What it is not differentiated by, whose first axis is `s`.
+        rounding: The most that gradients, sums in another order, may be off over their RMS.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     axes: tuple[Tree, ...]
     splits: str
     given: tuple[Tree, ...] = ()
+    rounding: float = 1e-4
 
 
 def cases(small: bool, devices: int) -> Iterator[Case]:
@@ -75,8 +77,14 @@ def cases(small: bool, devices: int) -> Iterator[Case]:
     yield Case("haar", _haar, (x,), (of_x,), "nch")
     yield Case("instance_norm", instance_norm, (x, *vectors), (of_x, "c", "c"), "nc")
     normed = partial(conv2d_instance_norm, padding=1)
+    # A norm takes nearly all that its filters' gradient would be; a CPU's is 1e-4 off float64's.
     yield Case(
-        "conv2d_instance_norm", normed, (x, taps, *vectors), (of_x, "_ _ c f", "f", "f"), "nf"
+        "conv2d_instance_norm",
+        normed,
+        (x, taps, *vectors),
+        (of_x, "_ _ c f", "f", "f"),
+        "nf",
+        rounding=2e-3,
     )
     yield _scenes(devices, 32 if small else 4096, c)
 

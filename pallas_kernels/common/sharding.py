@@ -36,6 +36,7 @@ from pallas_kernels.common._compat import (
     mapped_axes,
     outside_of_vmap,
     tiles_over_devices,
+    vary_like,
 )
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Tree
@@ -627,7 +628,8 @@ class _Call(NamedTuple):
             axis_names=set(sizes),
             check_vma=False,
         )
-        parts = run(*leaves)
+        # What varies over an axis of the caller's own map loses that in one that does not check it.
+        parts = vary_like(leaves, run(*leaves))
         return trees[0].unflatten(parts)
 
     def by_partitioning(self, leaves: Sequence[jax.Array]) -> Tree:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.common._compat import unfused
+from pallas_kernels.common._compat import unfused, vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Pair
 from pallas_kernels.haar.xla import analysis, synthesis
@@ -230,8 +230,10 @@ def correlate(
     if shifted:
         gradient = shifted_sums(stored, dy, taps)
     else:
-        pullback = jax.linear_transpose(
-            lambda t: _depthwise(stored, t, reach.pads, precision, shifted), taps
+        # The transpose of taps that do not vary over a mesh's axis would be their sum over it.
+        zeros = vary_like((stored, dy), jnp.zeros(taps.shape, acc))
+        _, pullback = jax.vjp(
+            lambda t: _depthwise(stored, t, reach.pads, precision, shifted), zeros
         )
         (gradient,) = pullback(dy.astype(acc))
     # Taps that meet no image have no gradient.

@@ -5,6 +5,7 @@ A kernel is stood for by plain JAX that says of itself that nobody can look into
 """
 
 import logging
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -435,11 +436,32 @@ def mapped(name, implementation, kind):
         _assert_alike(got, want, bitwise=False, tolerance=5e-5)
 
 
-def plain_on_a_gpu(name, sizes):
+@contextmanager
+def _as_on_a_gpu():
     """Plain JAX of a wavelet convolution as a GPU has it: one of as many groups as channels."""
     no = lambda: False  # noqa: E731
     with mock.patch.object(plain, "on_cpu", no), mock.patch.object(calls, "on_cpu", no):
+        yield
+
+
+def plain_on_a_gpu(name, sizes):
+    """Plain JAX of a GPU, over Auto axes."""
+    with _as_on_a_gpu():
         splits(name, sizes, None, "Auto")
+
+
+def gradients_in_ones_own_map(sizes):
+    """Gradients through the caller's own `jax.shard_map` over the batch, of plain JAX of a GPU."""
+    function, arrays, axes, _ = _case("wtconv1d", None)
+    mesh = _mesh(sizes, (AxisType.Explicit,) * len(sizes))
+    placed = _placed(arrays, axes, sizes, mesh)
+    specs = jax.P("n"), jax.tree.map(lambda _: jax.P(), arrays[1])
+    rest = {"in_specs": specs, "out_specs": jax.P("n"), "axis_names": {"n"}}
+    with _as_on_a_gpu():
+        run = jax.shard_map(function, mesh=mesh, **rest)
+        got = jax.jit(partial(_both, run))(*placed)
+        want = jax.jit(partial(_both, function))(*arrays)
+    _assert_alike(got, want, bitwise=False)
 
 
 def stacked_scenes(implementation, kind):

@@ -137,6 +137,12 @@ def test_plain_jax_of_a_gpu_on_auto_axes(devices):
     devices("plain_on_a_gpu", "wtconv3d", NC)
 
 
+@pytest.mark.parametrize("sizes", [{"n": 2}, {"n": 2, "c": 2}])
+def test_gradients_of_a_map_of_ones_own(devices, sizes):
+    # The transpose of taps that all devices share would be summed over them, and then once more.
+    devices("gradients_in_ones_own_map", sizes)
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_scenes_that_are_stacked(devices, kind):
