@@ -167,20 +167,18 @@ def _resized(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image
     if isinstance(image, JpegImageFile):
         extents = box[2] - box[0], box[3] - box[1]
         wide, high = (
-            round(_SPARE * wanted * all_of_it / extent)
-            for wanted, all_of_it, extent in zip(size, whole, extents, strict=True)
+            round(_SPARE * wanted * pixels / extent)
+            for wanted, pixels, extent in zip(size, whole, extents, strict=True)
         )
         image.draft(None, (wide, high))
+    edges = None
     if image.size == whole:
         # Cut out first, as Pillow takes time along an axis of a box that needs no scaling, too.
-        part, edges = _plain(image.crop(box)), None
+        image = image.crop(box)
     else:
         across, down = image.size[0] / whole[0], image.size[1] / whole[1]
-        part, edges = (
-            _plain(image),
-            (box[0] * across, box[1] * down, box[2] * across, box[3] * down),
-        )
-    return part.resize(size, Image.Resampling.BICUBIC, edges, reducing_gap=_GAP)
+        edges = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+    return _plain(image).resize(size, Image.Resampling.BICUBIC, edges, reducing_gap=_GAP)
 
 
 def _centred(size: tuple[int, int], wide: float, high: float) -> Box:

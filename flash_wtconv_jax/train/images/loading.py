@@ -105,12 +105,12 @@ def evaluation(
 
 
 def most(size: int) -> int:
-    """Pixels a side up to which crops are handed on as they are, for the device to scale.
+    """Pixels a side up to which crops stay as they are, for the device to scale.
 
-    As many as `data pack` leaves an image of 224.
+    For 224 they are the 256 that `data pack` leaves of an image's shorter side.
 
     Args:
-        size: Side of the images that the network sees.
+        size: Pixels a side of the images that the network sees.
 
     Example:
         >>> most(224)

@@ -180,7 +180,7 @@ def evaluator(
 
     Args:
         model: Maps images `[N, H, W, C]` to logits.
-        data: Mean and deviation of the images.
+        data: Size, mean and deviation of the images.
         mesh: The devices.
     """
     definition, _, *rest = nnx.split(model, nnx.Param, ...)
