@@ -302,6 +302,8 @@ def _mask(
 def _stacked(new: _New, rows: Sequence[Arrays]) -> Arrays:
     """The rows as one array each; of crops, which differ in size, all pixels one after the other.
 
+    No memory is shared, nor any page of it made, for what is not there.
+
     Args:
         new: Makes the arrays.
         rows: The rows.

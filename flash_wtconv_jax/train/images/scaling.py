@@ -26,15 +26,16 @@ def scaled(crops: ArrayLike, extents: ArrayLike, size: int) -> jax.Array:
     Example:
         >>> crops = jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1)
         >>> scaled(crops, jnp.asarray([[2, 4]]), 2)[0, :, :, 0].tolist()
-        [[0.0, 3.0], [4.0, 7.0]]
+        [[1.0, 2.0], [5.0, 6.0]]
     """
     crops, extents = jnp.asarray(crops), jnp.asarray(extents)
     count, side, _, channels = crops.shape
     across, down = (_weights(extents[:, axis], size, side) for axis in (1, 0))
-    # A product is one of plain matrices for each image where the channels lie between rows and
-    # columns: bytes are put so, and the result back, each in passing. Levels of 8 bits are exact
-    # in TF32 and in bfloat16, which GPUs and TPUs multiply in; the weights are rounded, to a share
-    # of 2^-11 or 2^-9, by which a level is off by less than it is by rounding itself.
+    # Either product is of plain matrices where the channels lie between rows and columns: bytes
+    # are put so, and the result back, each in passing. Whole levels are exact in TF32 and in
+    # bfloat16, which GPUs and TPUs multiply in by default. The weights are rounded, by a share of
+    # 2^-11 in TF32: a level is then off by 0.16 at most, less than by rounding it. In bfloat16 it
+    # is eight times as much, at most.
     planes = crops.swapaxes(2, 3).astype(jnp.float32).reshape(count, side * channels, side)
     narrow = _levels(planes @ across.swapaxes(1, 2)).reshape(count, side, channels * size)
     return _levels(down @ narrow).reshape(count, size, channels, size).swapaxes(2, 3)

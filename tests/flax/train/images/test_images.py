@@ -322,6 +322,8 @@ def test_operations_of_randaugment_change_a_picture(mode):
     for name, operation in randaugment.OPERATIONS.items():
         changed = operation(image, 0.9, 1.0)
         assert (changed.mode, changed.size) == (mode, (32, 32)), name
+        # A crop may be as small as can be.
+        assert operation(image.crop((0, 0, 1, 2)), 0.9, 1.0).size == (1, 2), name
         if name != "color" or mode == "RGB":
             assert changed.tobytes() != image.tobytes() or name == "auto_contrast", name
 
