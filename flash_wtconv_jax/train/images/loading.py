@@ -239,16 +239,17 @@ def _row(crops: grain.MapDataset[Arrays], batch: int, local: int, process: int, 
 def _sample(
     source: Source, data: Data, index: int, rng: np.random.Generator | None = None
 ) -> Arrays:
-    pixels = np.zeros((data.size, data.size, data.channels), np.uint8)
-    label = np.asarray(NO_CLASS, np.int32)
-    if isinstance(source, Masks):
-        label = np.full((data.size, data.size), NO_CLASS, np.int16)
     read = False
     if index < len(source):
         # Pillow raises whatever it stumbles over; the trainer counts, and asks for the reason.
         with suppress(Exception):
             label, pixels = _read(source, data, index, rng)
             read = True
+    if not read:
+        pixels = np.zeros((data.size, data.size, data.channels), np.uint8)
+        label = np.asarray(NO_CLASS, np.int32)
+        if isinstance(source, Masks):
+            label = np.full((data.size, data.size), NO_CLASS, np.int16)
     return {
         "image": pixels,
         "label": label,
