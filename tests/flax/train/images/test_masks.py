@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def test_masks_are_cropped_and_mirrored_with_their_images(folder):
     assert len(np.unique(arrays["extent"], axis=0)) > 4
     assert arrays["read"].all() and (arrays["label"] == loading.NO_CLASS).any()
     targets = jax.nn.one_hot(arrays["label"], 3)
-    seen = scaling.scaled(arrays["image"], arrays["extent"], 16)
+    seen = jax.jit(scaling.scaled, static_argnums=2)(arrays["image"], arrays["extent"], 16)
     images, targets = augment.augmented(jax.random.key(0), seen, targets, Augment(flip=0.5))
     assert not np.array_equal(images, seen)
     levels = np.digitize(np.asarray(images).mean(-1), [70, 155])
@@ -129,7 +130,8 @@ def test_scores_of_pixels_are_those_of_each_class():
     label = rng.integers(-1, 3, (2, 4, 5)).astype(np.int16)
     batch = {"image": np.zeros((2, 4, 4, 3), np.uint8), "extent": np.full((2, 2), 4)}
     batch |= {"label": label, "read": np.ones(2, bool)}
-    sums, said = steps._evaluate(lambda *_: jnp.asarray(logits), Data(size=4), None, batch)
+    evaluate = partial(steps._evaluate, lambda *_: jnp.asarray(logits), Data(size=4), None)
+    sums, said = jax.jit(evaluate)(batch)
     np.testing.assert_array_equal(said, logits.argmax(-1))
     known = label >= 0
     wanted = []

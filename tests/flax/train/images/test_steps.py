@@ -28,7 +28,7 @@ def test_crops_are_scaled_as_pillow_scales_them(size, most, channels):
     extents = np.array([(high, wide) for high in range(1, most + 1) for wide in (1, 5, size, most)])
     # What is outside a crop is not to be seen.
     crops = rng.integers(0, 256, (len(extents), most, most, channels), np.uint8)
-    found = np.asarray(scaling.scaled(crops, extents, size))
+    found = np.asarray(jax.jit(scaling.scaled, static_argnums=2)(crops, extents, size))
     for crop, (high, wide), one in zip(crops, extents, found, strict=True):
         image = decoding.decoded(crop[:high, :wide])
         for shape in ((size, high), (size, size)):
