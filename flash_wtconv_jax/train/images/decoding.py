@@ -8,11 +8,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-Box = tuple[float, float, float, float]
+Box = tuple[int, int, int, int]
 """Left, upper, right and lower edge in pixels."""
 
 # From three times the wanted pixels a side on, only every second one is decoded of a JPEG.
 _SPARE = 1.5
+# From twice as many on, and this factor more, Pillow first takes the means of blocks.
+_GAP = 2.0
 
 
 def decoded(content: bytes | NDArray[np.uint8]) -> Image.Image:
@@ -63,7 +65,7 @@ def random_box(
 
     Example:
         >>> random_box((8, 4), (1.0, 1.0), (2.0, 2.0), np.random.default_rng(0))
-        (0.0, 0.0, 8.0, 4.0)
+        (0, 0, 8, 4)
     """
     width, height = size
     for _ in range(10):
@@ -73,31 +75,41 @@ def random_box(
         if 0 < wide <= width and 0 < high <= height:
             left = int(rng.integers(width - wide + 1))
             upper = int(rng.integers(height - high + 1))
-            return float(left), float(upper), float(left + wide), float(upper + high)
+            return left, upper, left + wide, upper + high
     # The largest box of a shape that is allowed, from the centre.
     shape = min(max(width / height, ratio[0]), ratio[1])
     return _centred(size, min(width, height * shape), min(height, width / shape))
 
 
 def centre_box(size: tuple[int, int], share: float) -> Box:
-    """The square in the centre that has a share of the shorter side.
+    """The square in the centre that has a share of the shorter side, in whole pixels.
 
     Example:
         >>> centre_box((8, 4), 0.5)
-        (3.0, 1.0, 5.0, 3.0)
+        (3, 1, 5, 3)
     """
     side = min(size) * share
     return _centred(size, side, side)
 
 
-def cropped(image: Image.Image, box: Box, side: int) -> Image.Image:
-    """A box of an image as a square of so many pixels a side, in RGB or grey.
+def cropped(image: Image.Image, box: Box, side: int, most: int) -> Image.Image:
+    """A box of an image, in RGB or grey, as it is or scaled where it is large.
+
+    Args:
+        image: The image.
+        box: The box.
+        side: Pixels that an axis of the crop is scaled to if it has more than `most`.
+        most: Pixels up to which it is kept.
 
     Example:
-        >>> cropped(decoded(np.zeros((4, 8, 3), np.uint8)), (0, 0, 8, 4), 2).size
-        (2, 2)
+        >>> cropped(decoded(np.zeros((4, 8, 3), np.uint8)), (0, 0, 8, 3), 4, 5).size
+        (4, 3)
     """
-    return _resized(image, box, (side, side))
+    extents = box[2] - box[0], box[3] - box[1]
+    wide, high = (extent if extent <= most else side for extent in extents)
+    if (wide, high) == extents:
+        return _plain(image.crop(box))
+    return _resized(image, box, (wide, high))
 
 
 def cropped_mask(mask: Image.Image, box: Box, side: int) -> NDArray[np.uint8]:
@@ -134,8 +146,7 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         >>> resized(decoded(np.zeros((4, 8, 3), np.uint8)), (2, 2)).size
         (2, 2)
     """
-    width, height = image.size
-    return _resized(image, (0.0, 0.0, float(width), float(height)), size)
+    return _resized(image, (0, 0, *image.size), size)
 
 
 def pixels_of(image: Image.Image, channels: int) -> NDArray[np.uint8]:
@@ -152,19 +163,28 @@ def pixels_of(image: Image.Image, channels: int) -> NDArray[np.uint8]:
 
 
 def _resized(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    width, height = image.size
+    whole = image.size
     if isinstance(image, JpegImageFile):
-        wide, high = max(1.0, box[2] - box[0]), max(1.0, box[3] - box[1])
-        wanted = round(_SPARE * size[0] * width / wide), round(_SPARE * size[1] * height / high)
-        image.draft(None, wanted)
-        across, down = image.size[0] / width, image.size[1] / height
-        box = box[0] * across, box[1] * down, box[2] * across, box[3] * down
-    return _plain(image).resize(size, Image.Resampling.BICUBIC, box, reducing_gap=2.0)
+        extents = box[2] - box[0], box[3] - box[1]
+        wide, high = (
+            round(_SPARE * wanted * pixels / extent)
+            for wanted, pixels, extent in zip(size, whole, extents, strict=True)
+        )
+        image.draft(None, (wide, high))
+    edges = None
+    if image.size == whole:
+        # Cut out first, as Pillow takes time along an axis of a box that needs no scaling, too.
+        image = image.crop(box)
+    else:
+        across, down = image.size[0] / whole[0], image.size[1] / whole[1]
+        edges = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+    return _plain(image).resize(size, Image.Resampling.BICUBIC, edges, reducing_gap=_GAP)
 
 
 def _centred(size: tuple[int, int], wide: float, high: float) -> Box:
-    left, upper = (size[0] - wide) / 2, (size[1] - high) / 2
-    return left, upper, left + wide, upper + high
+    whole = max(1, round(wide)), max(1, round(high))
+    left, upper = (size[0] - whole[0]) // 2, (size[1] - whole[1]) // 2
+    return left, upper, left + whole[0], upper + whole[1]
 
 
 def _plain(image: Image.Image) -> Image.Image:

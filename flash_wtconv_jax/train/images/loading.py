@@ -35,10 +35,14 @@ _SHARED = 1 << 16
 _NICENESS = 10
 
 Arrays = dict[str, NDArray[Any]]
-"""`image` uint8 `[N, S, S, C]`, `label` int32 `[N]` or of masks int16 `[N, S, S]`, `index` int32
-`[N]`, and `read` bool `[N]`, which is False of rows without an image."""
+"""`image` uint8 `[N, B, B, C]`, where B is `most`, of each of which a crop fills the upper left
+corner; `extent` int32 `[N, 2]`, the crop's height and width; `label` int32 `[N]` or of masks int16
+`[N, S, S]`; `index` int32 `[N]`; and `read` bool `[N]`, which is False of rows without an image."""
 
 _Ready = TypeVar("_Ready")
+
+_New = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+"""Makes an array of a shape and a dtype."""
 
 
 class Share(NamedTuple):
@@ -80,7 +84,7 @@ def training(
     """
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     crops = order.random_map(partial(_sample, source, data))
-    return _batches(crops, data.workers, batch, steps, share)
+    return _batches(crops, data, batch, steps, share)
 
 
 def evaluation(
@@ -97,7 +101,22 @@ def evaluation(
     count = len(source)
     steps = -(-count // batch)
     crops = grain.MapDataset.range(steps * batch).map(partial(_sample, source, data))
-    return _batches(crops, data.workers, batch, range(steps), share)
+    return _batches(crops, data, batch, range(steps), share)
+
+
+def most(size: int) -> int:
+    """Pixels a side up to which crops stay as they are, for the device to scale.
+
+    For 224 they are the 256 that `data pack` leaves of an image's shorter side.
+
+    Args:
+        size: Pixels a side of the images that the network sees.
+
+    Example:
+        >>> most(224)
+        256
+    """
+    return size + size // 7
 
 
 def ahead(
@@ -180,8 +199,9 @@ def reason(source: Source, data: Data, index: int) -> str:
 
 
 def _batches(
-    crops: grain.MapDataset[Arrays], workers: int, batch: int, steps: range, share: Share
+    crops: grain.MapDataset[Arrays], data: Data, batch: int, steps: range, share: Share
 ) -> grain.IterDataset[Arrays]:
+    workers = data.workers
     local = batch // share.processes
     chunk = max(size for size in range(1, min(local, _CHUNK) + 1) if local % size == 0)
     first = steps.start * local
@@ -194,15 +214,15 @@ def _batches(
         # been sent, and its other thread may be ahead when it ends.
         images = rows.batch(chunk, batch_fn=list).to_iter_dataset(grain.ReadOptions(1, 2))
         options = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
-        chunks = grain.experimental.WithOptionsIterDataset(images.map(_shared), options)
+        stacked = images.map(partial(_stacked, _shared))
+        chunks = grain.experimental.WithOptionsIterDataset(stacked, options)
         buffered = max(1, 2 * local // (chunk * workers))
         ready = chunks.mp_prefetch(grain.MultiprocessingOptions(workers, buffered), _give_way)
     else:
         threads = min(_THREADS, os.cpu_count() or 1)
-        stacked = rows.batch(chunk, batch_fn=_stacked)
-        ready = stacked.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
-    # Joined even where there is one, which copies it out of the memory shared with its worker.
-    return ready.batch(local // chunk, batch_fn=_joined)
+        chunks = rows.batch(chunk, batch_fn=partial(_stacked, np.empty))
+        ready = chunks.to_iter_dataset(grain.ReadOptions(threads, 2 * threads))
+    return ready.batch(local // chunk, batch_fn=partial(_joined, data))
 
 
 def _give_way(worker: int, workers: int) -> None:
@@ -219,16 +239,17 @@ def _row(crops: grain.MapDataset[Arrays], batch: int, local: int, process: int, 
 def _sample(
     source: Source, data: Data, index: int, rng: np.random.Generator | None = None
 ) -> Arrays:
-    pixels = np.zeros((data.size, data.size, data.channels), np.uint8)
-    label = np.asarray(NO_CLASS, np.int32)
-    if isinstance(source, Masks):
-        label = np.full((data.size, data.size), NO_CLASS, np.int16)
     read = False
     if index < len(source):
         # Pillow raises whatever it stumbles over; the trainer counts, and asks for the reason.
         with suppress(Exception):
             label, pixels = _read(source, data, index, rng)
             read = True
+    if not read:
+        pixels = np.zeros((data.size, data.size, data.channels), np.uint8)
+        label = np.asarray(NO_CLASS, np.int32)
+        if isinstance(source, Masks):
+            label = np.full((data.size, data.size), NO_CLASS, np.int16)
     return {
         "image": pixels,
         "label": label,
@@ -240,7 +261,10 @@ def _sample(
 def _read(
     source: Source, data: Data, index: int, rng: np.random.Generator | None
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """The class or mask and the pixels of a random crop, or without `rng` of the centre's."""
+    """The class or mask and the pixels of a random crop, or without `rng` of the centre's.
+
+    A mask is scaled here, by its nearest pixels; the pixels may be left to the device.
+    """
     content, label = source[index]
     whole = decoding.decoded(content)
     if rng is None:
@@ -253,7 +277,7 @@ def _read(
         classes = np.asarray(label, np.int32)
     else:
         raise ValueError(f"its class is {label}, expected 0 to {len(source.classes) - 1}")
-    image = decoding.cropped(whole, box, data.size)
+    image = decoding.cropped(whole, box, data.size, most(data.size))
     if rng is not None and data.randaugment:
         image = randaugment.randaugment(image, data.randaugment, data.randaugment_ops, rng)
     return classes, decoding.pixels_of(image, data.channels)
@@ -276,20 +300,44 @@ def _mask(
     return found
 
 
-def _stacked(rows: Sequence[Arrays]) -> Arrays:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+def _stacked(new: _New, rows: Sequence[Arrays]) -> Arrays:
+    """The rows as one array each; of crops, which differ in size, all pixels one after the other.
 
+    No memory is shared, nor any page of it made, for what is not there.
 
-def _shared(rows: Sequence[Arrays]) -> Arrays:
-    """The rows as one array each, large ones in memory that the trainer's process sees too."""
+    Args:
+        new: Makes the arrays.
+        rows: The rows.
+    """
 
     def stacked(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        shape, dtype = (len(parts), *parts[0].shape), parts[0].dtype
-        large = math.prod(shape) * dtype.itemsize >= _SHARED
-        return np.stack(parts, out=SharedMemoryArray(shape, dtype) if large else None)
+        return np.stack(parts, out=new((len(parts), *parts[0].shape), parts[0].dtype))
 
-    return {name: stacked([row[name] for row in rows]) for name in rows[0]}
+    chunk = {name: stacked([row[name] for row in rows]) for name in rows[0] if name != "image"}
+    crops = [row["image"] for row in rows]
+    chunk["extent"] = stacked([np.asarray(crop.shape[:2], np.int32) for crop in crops])
+    pixels = new((sum(crop.size for crop in crops),), crops[0].dtype)
+    chunk["image"] = np.concatenate([crop.ravel() for crop in crops], out=pixels)
+    return chunk
 
 
-def _joined(chunks: Sequence[Arrays]) -> Arrays:
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+def _shared(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A new array, a large one in memory that the trainer's process sees too."""
+    large = math.prod(shape) * dtype.itemsize >= _SHARED
+    return SharedMemoryArray(shape, dtype) if large else np.empty(shape, dtype)
+
+
+def _joined(data: Data, chunks: Sequence[Arrays]) -> Arrays:
+    """A batch of chunks, copied out of the memory that is shared with their workers."""
+    names = chunks[0].keys() - {"image"}
+    batch = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in names}
+    side, channels = most(data.size), data.channels
+    batch["image"] = np.zeros((len(batch["index"]), side, side, channels), np.uint8)
+    rows = iter(batch["image"])
+    for chunk in chunks:
+        pixels, start = np.asarray(chunk["image"]), 0
+        for height, width in chunk["extent"].tolist():
+            end = start + height * width * channels
+            next(rows)[:height, :width] = pixels[start:end].reshape(height, width, channels)
+            start = end
+    return batch

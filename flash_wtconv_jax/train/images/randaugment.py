@@ -9,8 +9,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 _MOST = 10.0
 _NOISE = 0.5
@@ -47,63 +46,62 @@ def randaugment(
     return image
 
 
+def _sheared(image: Image.Image, slope: float, *, down: bool) -> Image.Image:
+    """The picture with its rows moved across, or its columns down, the more the later they are.
+
+    A pixel is interpolated between the two that are nearest. Pillow fetches both in a fifth of the
+    time that it takes to interpolate.
+    """
+
+    def fetched(later: int) -> Image.Image:
+        place = later - 0.5
+        return _moved(image, (1, 0, 0, slope, 1, place) if down else (1, slope, place, 0, 1, 0))
+
+    # The later pixel's share is the fraction of a coordinate of 16.16 bits, in which Pillow finds
+    # the earlier one. Whole pixels, which overflow, are of no interest.
+    lines = np.arange(image.size[0 if down else 1])
+    first, step = (math.floor(value * 65536 + 0.5) for value in (slope / 2, slope))
+    shares = ((first + step * lines).astype(np.uint16) >> 8).astype(np.uint8)
+    shares = np.broadcast_to(shares if down else shares[:, None], image.size[::-1])
+    sheared = fetched(0)
+    sheared.paste(fetched(1), mask=Image.fromarray(shares))
+    return sheared
+
+
 def _moved(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
-    """The picture under an affine map of coordinates; what comes from outside is grey.
-
-    A pixel is interpolated between the four that are nearest. Pillow fetches each of the four in a
-    tenth of the time that it takes to interpolate.
-    """
-    of_x, of_y = matrix[:3], matrix[3:]
-    right, below = _shares(image.size, *of_x), _shares(image.size, *of_y)
-
-    def fetched(across: int, down: int) -> Image.Image:
-        moved = (*of_x[:2], of_x[2] + across - 0.5, *of_y[:2], of_y[2] + down - 0.5)
-        grey = 128 if image.mode == "L" else (128, 128, 128)
-        how = Image.Transform.AFFINE, moved, Image.Resampling.NEAREST
-        return image.transform(image.size, *how, fillcolor=grey)
-
-    def row(down: int) -> Image.Image:
-        return _between(right, lambda: fetched(0, down), lambda: fetched(1, down))
-
-    return _between(below, lambda: row(0), lambda: row(1))
-
-
-def _shares(size: tuple[int, int], by_x: float, by_y: float, start: float) -> NDArray[np.uint8]:
-    """The shares `[H, W]`, of 255, that pixels have of the later one of two between which they lie.
-
-    They are the fractions of coordinates of 16.16 bits, in which Pillow finds the earlier one.
-    """
-    first, across, down = (
-        math.floor(value * 65536 + 0.5) for value in (start - 0.5 + (by_x + by_y) / 2, by_x, by_y)
-    )
-    # Whole pixels, which overflow, are of no interest.
-    columns = (first + across * np.arange(size[0])).astype(np.uint16)
-    rows = (down * np.arange(size[1])).astype(np.uint16)
-    return ((rows[:, None] + columns) >> 8).astype(np.uint8)
-
-
-def _between(
-    shares: NDArray[np.uint8], one: Callable[[], Image.Image], other: Callable[[], Image.Image]
-) -> Image.Image:
-    """Two pictures mixed; `shares` are the second one's."""
-    image = one()
-    if shares.any():
-        image.paste(other(), mask=Image.fromarray(shares))
-    return image
+    """The picture under an affine map of coordinates, each pixel the one that is nearest."""
+    how = Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST
+    return image.transform(image.size, *how, fillcolor=_grey(image))
 
 
 def _rotated(image: Image.Image, level: float, sign: float) -> Image.Image:
     """The picture turned about its middle, to the left where the sign is positive."""
-    angle = math.radians(sign * level * _ROTATION)
-    cos, sin = math.cos(angle), math.sin(angle)
-    x, y = image.size[0] / 2, image.size[1] / 2
-    return _moved(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
+    angle = sign * level * _ROTATION
+    return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=_grey(image))
+
+
+def _grey(image: Image.Image) -> int | tuple[int, int, int]:
+    """The colour of what comes from outside."""
+    return 128 if image.mode == "L" else (128, 128, 128)
+
+
+def _sharpened(image: Image.Image, level: float, sign: float) -> Image.Image:
+    """The picture mixed with itself smoothed, as Pillow's `ImageEnhance.Sharpness` has it.
+
+    Its `SMOOTH` is 4/13 of a pixel and 9/13 of the mean of 3 x 3, which takes Pillow less time; and
+    it leaves the outermost pixels as they are.
+    """
+    means = image.filter(ImageFilter.BoxBlur(1))
+    return Image.blend(means, image, 1.0 - 9 / 13 * (1.0 - _factor(level, sign)))
+
+
+def _factor(level: float, sign: float) -> float:
+    """What an enhancement multiplies by; 1 changes nothing."""
+    return max(0.1, 1.0 + sign * level * _ENHANCEMENT)
 
 
 def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    return lambda image, level, sign: kind(image).enhance(
-        max(0.1, 1.0 + sign * level * _ENHANCEMENT)
-    )
+    return lambda image, level, sign: kind(image).enhance(_factor(level, sign))
 
 
 def _solarised_dark(image: Image.Image, level: float, sign: float) -> Image.Image:
@@ -125,14 +123,15 @@ OPERATIONS: dict[str, Operation] = {
     "color": _enhanced(ImageEnhance.Color),
     "contrast": _enhanced(ImageEnhance.Contrast),
     "brightness": _enhanced(ImageEnhance.Brightness),
-    "sharpness": _enhanced(ImageEnhance.Sharpness),
-    "shear_x": lambda image, level, sign: _moved(image, (1, sign * level * _SHEAR, 0, 0, 1, 0)),
-    "shear_y": lambda image, level, sign: _moved(image, (1, 0, 0, sign * level * _SHEAR, 1, 0)),
+    "sharpness": _sharpened,
+    "shear_x": lambda image, level, sign: _sheared(image, sign * level * _SHEAR, down=False),
+    "shear_y": lambda image, level, sign: _sheared(image, sign * level * _SHEAR, down=True),
+    # By whole pixels, which need no interpolation.
     "translate_x": lambda image, level, sign: _moved(
-        image, (1, 0, sign * level * _SHIFT * image.size[0], 0, 1, 0)
+        image, (1, 0, round(sign * level * _SHIFT * image.size[0]), 0, 1, 0)
     ),
     "translate_y": lambda image, level, sign: _moved(
-        image, (1, 0, 0, 0, 1, sign * level * _SHIFT * image.size[1])
+        image, (1, 0, 0, 0, 1, round(sign * level * _SHIFT * image.size[1]))
     ),
 }
 """The operations by name."""

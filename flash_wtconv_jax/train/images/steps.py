@@ -20,15 +20,16 @@ from numpy.typing import NDArray
 
 from flash_wtconv_jax.train import loop
 from flash_wtconv_jax.train.images.augment import augmented, normalised
+from flash_wtconv_jax.train.images.scaling import scaled
 from flash_wtconv_jax.train.images.settings import AXES, Data, Settings
 
 # Smaller arrays are kept whole: to gather them costs more than they take.
 _LEAST_SPLIT = 4096
 
 Batch = dict[str, jax.Array]
-"""`image` `[N, H, W, C]` of uint8; `label`, the class of each image `[N]` or of each pixel
-`[N, H, W]`, below 0 where there is none; and `read` `[N]`, whether there is an image."""
-
+"""`image` `[N, B, B, C]` of uint8 and `extent` `[N, 2]`, crops and their sizes: see `scaled`;
+`label`, the class of each image `[N]` or of each pixel `[N, H, W]`, below 0 where there is none;
+and `read` `[N]`, whether there is an image."""
 
 Sums = dict[str, jax.Array]
 """The sums that `means` makes scores of: sums over the images of one batch or of several."""
@@ -179,7 +180,7 @@ def evaluator(
 
     Args:
         model: Maps images `[N, H, W, C]` to logits.
-        data: Mean and deviation of the images.
+        data: Size, mean and deviation of the images.
         mesh: The devices.
     """
     definition, _, *rest = nnx.split(model, nnx.Param, ...)
@@ -192,7 +193,7 @@ def on_devices(arrays: dict[str, np.ndarray], rows: NamedSharding) -> Batch:
     """A batch on the devices, from the rows of it that this process has read."""
     return {
         name: jax.make_array_from_process_local_data(rows, arrays[name])
-        for name in ("image", "label", "read")
+        for name in ("image", "extent", "label", "read")
     }
 
 
@@ -218,6 +219,11 @@ def _logits(
     return model(images, deterministic=False).astype(jnp.float32)
 
 
+def _seen(batch: Batch, data: Data) -> jax.Array:
+    """The images of a batch as a network sees them."""
+    return normalised(scaled(batch["image"], batch["extent"], data.size), data)
+
+
 def _loss(
     forward: _Forward,
     settings: Settings,
@@ -229,7 +235,7 @@ def _loss(
     augment_key, drop_key = jax.random.split(key)
     # Where there is no class the target is all zeros, and so is the loss.
     targets = jax.nn.one_hot(part["label"], classes)
-    images = normalised(part["image"], settings.data)
+    images = _seen(part, settings.data)
     images, targets = augmented(augment_key, images, targets, settings.augment)
     smoothing = settings.augment.smoothing
     targets = (1 - smoothing) * targets + smoothing / classes * targets.sum(-1, keepdims=True)
@@ -257,7 +263,7 @@ def _evaluate(
 ) -> tuple[Sums, jax.Array]:
     valid = batch["label"] >= 0
     label = jnp.maximum(batch["label"], 0)
-    logits = forward(params, normalised(batch["image"], data), None)
+    logits = forward(params, _seen(batch, data), None)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     sums = {
         "loss": jnp.where(valid, losses, 0).sum(),

@@ -36,6 +36,7 @@ from flash_wtconv_jax.train.images import (
 )
 from flash_wtconv_jax.train.images import settings as settings_of
 from flash_wtconv_jax.train.images.augment import normalised
+from flash_wtconv_jax.train.images.scaling import scaled
 from flash_wtconv_jax.train.images.settings import Settings
 from pallas_kernels.common.files import replacing
 from pallas_kernels.common.types import Json, Keywords
@@ -681,12 +682,13 @@ def _draw_masks(val: sources.Masks, model: models.ConvNeXt, settings: Settings, 
     data = dataclasses.replace(settings.data, workers=0)
     with loading.iterating(loading.evaluation(val, data, batch=_DRAWN)) as batches:
         arrays = next(batches)
-    images, truths = (arrays[name][arrays["read"]] for name in ("image", "label"))
-    if not len(images):
+    crops, extents, truths = (arrays[name][arrays["read"]] for name in ("image", "extent", "label"))
+    if not len(crops):
         return
+    images = scaled(crops, extents, data.size)
     logits = nnx.jit(type(model).__call__)(model, normalised(images, data), deterministic=True)
     said = np.asarray(logits).argmax(-1)
-    picture = plots.png(plots.masks(images, truths, said, val.classes))
+    picture = plots.png(plots.masks(np.asarray(images, np.uint8), truths, said, val.classes))
     with replacing(out / "predictions.png", force=True) as temporary:
         temporary.write_bytes(picture)
 

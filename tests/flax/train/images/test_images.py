@@ -1,16 +1,16 @@
 """Images of every kind of source, their batches, and the errors that come before a training."""
 
 import io
+import itertools
 import json
 import pickle
 import queue
 import tarfile
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 pytest.importorskip("grain")
 
@@ -164,14 +164,14 @@ def batches(source, data=SMALL, steps=range(6), batch=4, share=loading.Share(), 
 
 
 def same(one, other):
-    for name in ("image", "label", "index"):
+    for name in ("image", "extent", "label", "index"):
         np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_batches_depend_on_seed_and_step_alone(folder):
     source = sources.opened(folder, "train")
     whole = batches(source, replace(SMALL, randaugment=9.0))
-    assert whole[0]["image"].shape == (4, 8, 8, 3)
+    assert whole[0]["image"].shape == (4, 9, 9, 3)
     # Two epochs of eleven images, in an order of their own.
     order = np.concatenate([each["index"] for each in whole])
     assert sorted(order[:11]) == sorted(order[11:22]) == list(range(11))
@@ -189,7 +189,7 @@ def test_an_iterator_goes_on_from_its_state(folder):
     source = sources.opened(folder, "train")
     dataset = loading.training(source, SMALL, batch=4, seed=3, steps=range(6))
     with loading.iterating(dataset) as iterator:
-        list(islice(iterator, 2))
+        list(itertools.islice(iterator, 2))
         state = json.loads(json.dumps(iterator.get_state()))
     for one, other in zip(batches(source)[2:], batches(source, skip=state), strict=True):
         same(one, other)
@@ -259,19 +259,45 @@ def test_evaluation_reads_all_images_once_and_fills_up(folder):
     assert np.concatenate([each["read"] for each in found]).tolist() == 11 * [True] + [False]
 
 
-def test_crops_are_pillows_and_centred():
+def test_boxes_in_the_centre_are_of_whole_pixels():
+    assert decoding.centre_box((14, 12), 1.0) == (1, 0, 13, 12)
+    assert decoding.centre_box((341, 256), 0.875) == (58, 16, 282, 240)
+    assert decoding.centre_box((3, 9), 0.1) == (1, 4, 2, 5)
+
+
+def test_crops_are_scaled_where_they_are_large_and_only_there():
     image = Image.fromarray(PIXELS[0])
-    assert decoding.centre_box(image.size, 1.0) == (1.0, 0.0, 13.0, 12.0)
-    wanted = image.resize((6, 6), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(decoding.cropped(image, (0, 0, 14, 12), 6), wanted)
+    for box, size in (
+        ((2, 1, 9, 8), (7, 7)),
+        ((2, 1, 9, 11), (7, 6)),
+        ((0, 5, 14, 12), (6, 7)),
+        ((0, 0, 14, 12), (6, 6)),
+    ):
+        found = decoding.cropped(image, box, 6, 7)
+        wanted = image.crop(box).resize(size, Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_batches_hold_crops_of_every_size(folder):
+    source = sources.opened(folder, "train")
+    (batch,) = batches(source, replace(SMALL, scale=(0.1, 0.7)), range(1), batch=11)
+    extents = batch["extent"]
+    assert len(np.unique(extents, axis=0)) > 4 and extents.max() == 9
+    for crop, (height, width), index in zip(batch["image"], extents, batch["index"], strict=True):
+        assert not crop[height:].any() and not crop[:, width:].any()
+        if 8 in (height, width):
+            continue
+        whole = decoding.pixels_of(decoding.decoded(source[index].content), 3)
+        parts = np.lib.stride_tricks.sliding_window_view(whole, (height, width, 3))
+        assert (parts[:, :, 0] == crop[:height, :width]).all((2, 3, 4)).any()
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     smooth = Image.fromarray(PIXELS[0]).resize((640, 480), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     smooth.save(file, "JPEG", quality=95)
-    box = (64.0, 32.0, 480.0, 448.0)
-    found = decoding.cropped(decoding.decoded(file.getvalue()), box, 32)
+    box = (64, 32, 480, 448)
+    found = decoding.cropped(decoding.decoded(file.getvalue()), box, 32, 36)
     wanted = smooth.resize((32, 32), Image.Resampling.BICUBIC, box)
     assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).mean() < 2
 
@@ -287,7 +313,7 @@ def test_random_boxes_have_the_shares_that_are_asked_for():
     assert 0.18 < shares.min() < 0.22 and 0.48 < shares.max() < 0.52
     assert 0.45 < shapes.min() < 0.6 and 1.7 < shapes.max() < 2.2
     # None of a shape that is allowed fits in: the largest from the centre.
-    assert decoding.random_box((100, 2), (0.9, 1.0), (0.5, 2.0), rng) == (48.0, 0.0, 52.0, 2.0)
+    assert decoding.random_box((100, 2), (0.9, 1.0), (0.5, 2.0), rng) == (48, 0, 52, 2)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -296,6 +322,8 @@ def test_operations_of_randaugment_change_a_picture(mode):
     for name, operation in randaugment.OPERATIONS.items():
         changed = operation(image, 0.9, 1.0)
         assert (changed.mode, changed.size) == (mode, (32, 32)), name
+        # A crop may be as small as can be.
+        assert operation(image.crop((0, 0, 1, 2)), 0.9, 1.0).size == (1, 2), name
         if name != "color" or mode == "RGB":
             assert changed.tobytes() != image.tobytes() or name == "auto_contrast", name
 
@@ -310,8 +338,9 @@ def test_pictures_are_moved_as_pillow_moves_them(mode):
         "rotate": image.rotate(0.7 * 30, **how),
         "shear_x": image.transform(image.size, affine, (1, 0.7 * 0.3, 0, 0, 1, 0), **how),
         "shear_y": image.transform(image.size, affine, (1, 0, 0, 0.7 * 0.3, 1, 0), **how),
-        "translate_x": image.transform(image.size, affine, (1, 0, 0.7 * 18, 0, 1, 0), **how),
-        "translate_y": image.transform(image.size, affine, (1, 0, 0, 0, 1, 0.7 * 13.5), **how),
+        # Of 12.6 and 9.45 pixels.
+        "translate_x": image.transform(image.size, affine, (1, 0, 13, 0, 1, 0), **how),
+        "translate_y": image.transform(image.size, affine, (1, 0, 0, 0, 1, 9), **how),
     }
     white = Image.new(mode, image.size, "white")
     for name, expected in wanted.items():
@@ -322,6 +351,16 @@ def test_pictures_are_moved_as_pillow_moves_them(mode):
         assert pure.mean() > 0.85 and differences[pure].max() <= 2, name
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_pictures_are_sharpened_as_pillow_sharpens_them(sign):
+    image = Image.fromarray(PIXELS[0])
+    found = randaugment.OPERATIONS["sharpness"](image, 0.7, sign)
+    wanted = ImageEnhance.Sharpness(image).enhance(1 + sign * 0.7 * 0.9)
+    # But for the outermost pixels, which Pillow leaves as they are.
+    inner = (slice(1, -1),) * 2
+    assert abs(np.asarray(found, int) - np.asarray(wanted, int))[inner].max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "I;16", "CMYK"])
 def test_images_of_every_mode_become_colours_and_greys(mode):
     image = Image.fromarray(PIXELS[0])
@@ -330,9 +369,9 @@ def test_images_of_every_mode_become_colours_and_greys(mode):
         if mode == "I;16"
         else image.convert(mode)
     )
-    plain = decoding.cropped(image, (0, 0, 14, 12), 6)
-    for channels in (1, 3):
+    for channels, side in itertools.product((1, 3), (6, 12)):
+        plain = decoding.cropped(image, (0, 0, 12, 12), side, side)
         pixels = decoding.pixels_of(plain, channels)
-        assert pixels.shape == (6, 6, channels)
+        assert pixels.shape == (side, side, channels)
     if mode == "I;16":
         assert np.unique(pixels).tolist() == [200]

@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,15 @@ from typer.testing import CliRunner
 pytest.importorskip("grain")
 
 from flash_wtconv_jax.cli import app
-from flash_wtconv_jax.train.images import augment, loading, packing, sources, steps, trainer
+from flash_wtconv_jax.train.images import (
+    augment,
+    loading,
+    packing,
+    scaling,
+    sources,
+    steps,
+    trainer,
+)
 from flash_wtconv_jax.train.images import settings as settings_of
 from flash_wtconv_jax.train.images.settings import Augment, Data
 
@@ -76,13 +85,13 @@ def test_masks_are_cropped_and_mirrored_with_their_images(folder):
     source = sources.opened(folder, "train")
     assert (len(source), source.classes) == (32, CLASSES)
     arrays = first_batch(source, SMALL)
-    assert arrays["image"].shape == (8, 16, 16, 3) and arrays["label"].shape == (8, 16, 16)
+    assert arrays["image"].shape == (8, 18, 18, 3) and arrays["label"].shape == (8, 16, 16)
+    assert len(np.unique(arrays["extent"], axis=0)) > 4
     assert arrays["read"].all() and (arrays["label"] == loading.NO_CLASS).any()
     targets = jax.nn.one_hot(arrays["label"], 3)
-    images, targets = augment.augmented(
-        jax.random.key(0), jnp.asarray(arrays["image"], jnp.float32), targets, Augment(flip=0.5)
-    )
-    assert not np.array_equal(images, arrays["image"])
+    seen = jax.jit(scaling.scaled, static_argnums=2)(arrays["image"], arrays["extent"], 16)
+    images, targets = augment.augmented(jax.random.key(0), seen, targets, Augment(flip=0.5))
+    assert not np.array_equal(images, seen)
     levels = np.digitize(np.asarray(images).mean(-1), [70, 155])
     known = np.asarray(targets).any(-1)
     # Brightness tells the class, but for the edges that cropping smoothes.
@@ -119,8 +128,10 @@ def test_scores_of_pixels_are_those_of_each_class():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 4, 5, 4)).astype(np.float32)
     label = rng.integers(-1, 3, (2, 4, 5)).astype(np.int16)
-    batch = {"image": np.zeros((2, 4, 5, 3), np.uint8), "label": label, "read": np.ones(2, bool)}
-    sums, said = steps._evaluate(lambda *_: jnp.asarray(logits), Data(), None, batch)
+    batch = {"image": np.zeros((2, 4, 4, 3), np.uint8), "extent": np.full((2, 2), 4)}
+    batch |= {"label": label, "read": np.ones(2, bool)}
+    evaluate = partial(steps._evaluate, lambda *_: jnp.asarray(logits), Data(size=4), None)
+    sums, said = jax.jit(evaluate)(batch)
     np.testing.assert_array_equal(said, logits.argmax(-1))
     known = label >= 0
     wanted = []

@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from PIL import Image
 
 from flash_wtconv_jax.train import loop
-from flash_wtconv_jax.train.images import augment, optimizers
+from flash_wtconv_jax.train.images import augment, decoding, optimizers, scaling
 from flash_wtconv_jax.train.images.settings import Augment, Optimizer
 
-PLAIN = Augment(flip=0.0)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 10, 3)), jnp.float32)
 TARGETS = jax.nn.one_hot(jnp.arange(6) % 3, 3)
 
@@ -19,6 +19,22 @@ TARGETS = jax.nn.one_hot(jnp.arange(6) % 3, 3)
 def changed(seed=0, **settings):
     key = jax.random.key(seed)
     return augment.augmented(key, IMAGES, TARGETS, Augment(**{"flip": 0.0, **settings}))
+
+
+@pytest.mark.parametrize(("size", "most", "channels"), [(6, 12, 3), (12, 12, 1)])
+def test_crops_are_scaled_as_pillow_scales_them(size, most, channels):
+    rng = np.random.default_rng(0)
+    # Of every height and width, so that some shrink, some grow, and some have a single pixel.
+    extents = np.array([(high, wide) for high in range(1, most + 1) for wide in (1, 5, size, most)])
+    # What is outside a crop is not to be seen.
+    crops = rng.integers(0, 256, (len(extents), most, most, channels), np.uint8)
+    found = np.asarray(jax.jit(scaling.scaled, static_argnums=2)(crops, extents, size))
+    for crop, (high, wide), one in zip(crops, extents, found, strict=True):
+        image = decoding.decoded(crop[:high, :wide])
+        for shape in ((size, high), (size, size)):
+            image = image.resize(shape, Image.Resampling.BICUBIC)
+        wanted = np.asarray(image, np.float32).reshape(one.shape)
+        assert abs(one - wanted).max() <= ((high, wide) != (size, size)), (high, wide)
 
 
 def test_nothing_asked_for_is_nothing_done():
@@ -44,6 +60,11 @@ def test_erasing_puts_noise_into_one_rectangle():
         assert 1 <= erased.sum() <= 0.5 * erased.size
         height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
         assert erased.sum() == height * width
+    # All are windows into the same noise.
+    erased = np.asarray(images != IMAGES)
+    noise = np.where(erased, images, -np.inf).max(0)
+    assert (erased.sum(0) > 1).any()
+    np.testing.assert_array_equal(images, np.where(erased, noise, IMAGES))
 
 
 def test_mixup_blends_images_and_targets_alike():

@@ -328,6 +328,7 @@ MESHES = """
 import sys
 import jax, numpy as np
 from pathlib import Path
+from flash_wtconv_jax.bench.collectives import collectives
 from flash_wtconv_jax.train.images import loading, settings, steps, trainer
 said = settings.read(Path(sys.argv[1]))
 # Or nothing of so small a network would be split.
@@ -351,7 +352,11 @@ for sizes in ((1, 1, 1), *meshes):
     dataset = loading.training(run.train, wanted.data, batch=8, seed=0, steps=range(2))
     with loading.iterating(dataset) as batches:
         for arrays in batches:
-            state, metrics = program.train(state, steps.on_devices(arrays, program.rows))
+            batch = steps.on_devices(arrays, program.rows)
+            state, metrics = program.train(state, batch)
+    # Each device scales the crops of its own.
+    seen = jax.jit(steps._seen, static_argnums=1, out_shardings=program.rows)
+    assert not collectives(seen.lower(batch, wanted.data).compile().as_text())
     found.append(jax.device_get((metrics, program.state(state).memory)))
 for sizes, other in zip(meshes, found[1:], strict=True):
     for one, two in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True):
