@@ -97,13 +97,22 @@ class Window(NamedTuple):
     def neighbours(self, x: jax.Array, shard: Shard) -> tuple[jax.Array, jax.Array]:
         """The halo's samples before the shard's own, and those after, zeros beyond the image.
 
-        They are the next neighbours', which must have as many.
+        They are the next neighbours', which must have as many. Two shards have one neighbour each,
+        whose samples are given for both, and are exchanged at once.
         """
         axes, count = shard.axes[self.name], shard.counts[self.name]
         first = lax.slice_in_dim(x, 0, self.halo, axis=self.axis)
         last = lax.slice_in_dim(x, self.own - self.halo, self.own, axis=self.axis)
+        if count == 2:
+            ours = jnp.where(self.is_second(shard), first, last)
+            theirs = lax.ppermute(ours, axes, [(0, 1), (1, 0)])
+            return theirs, theirs
         before = lax.ppermute(last, axes, [(i, i + 1) for i in range(count - 1)])
         return before, lax.ppermute(first, axes, [(i, i - 1) for i in range(1, count)])
+
+    def is_second(self, shard: Shard) -> jax.Array:
+        """Whether a shard, one of two, is the one that comes after the other."""
+        return lax.axis_index(shard.axes[self.name]) == 1
 
     def padded(self, dy: jax.Array, shard: Shard) -> jax.Array:
         """The window with the shard's own samples, and zeros in place of the neighbours'."""

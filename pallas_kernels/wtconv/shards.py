@@ -239,8 +239,12 @@ def _edges_again(
     h = window.halo
     above, below = window.neighbours(x, shard)
     y = run(x)
-    edges = _both_ends((above, x[:, : 2 * h]), (x[:, -2 * h :], below))
-    first, last = jnp.split(run(edges)[:, h : 2 * h], 2)
+    edges = _edges(window, shard, (above, x[:, : 2 * h]), (x[:, -2 * h :], below))
+    again = run(edges)[:, h : 2 * h]
+    if shard.counts[window.name] == 2:
+        start = jnp.where(window.is_second(shard), 0, window.own - h)
+        return jax.lax.dynamic_update_slice_in_dim(y, again, start, 1)
+    first, last = jnp.split(again, 2)
     return y.at[:, :h].set(first).at[:, -h:].set(last)
 
 
@@ -260,12 +264,23 @@ def _of_edges(
     above, below = window.neighbours(x, shard)
     nothing = jnp.zeros_like(above)
     found = tuple(run(x, dy, shapes))
-    read = _both_ends((above, nothing), (nothing, below))
-    written = _both_ends((nothing, dy[:, :h]), (dy[:, -h:], nothing))
+    read = _edges(window, shard, (above, nothing), (nothing, below))
+    written = _edges(window, shard, (nothing, dy[:, :h]), (dy[:, -h:], nothing))
     more = run(read, written, shapes)
     return tuple(g if g.ndim == 1 else g + a for g, a in zip(found, more, strict=True))
 
 
-def _both_ends(first: tuple[jax.Array, ...], last: tuple[jax.Array, ...]) -> jax.Array:
-    """Images of the rows at the beginning of a shard, and behind them those at its end."""
-    return jnp.concatenate([jnp.concatenate(first, 1), jnp.concatenate(last, 1)], 0)
+def _edges(
+    window: halos.Window,
+    shard: sharding.Shard,
+    first: tuple[jax.Array, ...],
+    last: tuple[jax.Array, ...],
+) -> jax.Array:
+    """Images of the rows at the beginning of a shard, and behind them those at its end.
+
+    Two shards meet at the end of one and at the beginning of the other alone.
+    """
+    ends = jnp.concatenate(first, 1), jnp.concatenate(last, 1)
+    if shard.counts[window.name] == 2:
+        return jnp.where(window.is_second(shard), *ends)
+    return jnp.concatenate(ends)
