@@ -93,7 +93,7 @@ def table(report: Report) -> Iterator[str]:
 
 
 def charted(report: Report) -> bool:
-    """Whether there is a chart of a report; of networks and numbers of devices, ours, is none."""
+    """Whether there is a chart of a report; networks and numbers of devices have a table alone."""
     return report["benchmark"] not in ("sharding", "wtconvnext")
 
 
@@ -380,7 +380,10 @@ def _norms(report: Report) -> Iterator[str]:
         found.setdefault(key, {})[row["contender"]] = row
     names = dict.fromkeys(row["contender"] for row in report["rows"])
     shown = [name for name in names if name not in ("copy", "flash")]
-    heads = [f"`{name[6:]}`" if name.startswith("flash") else "plain JAX" for name in shown]
+    heads = [
+        f"`{name.removeprefix('flash ')}`" if name.startswith("flash") else "plain JAX"
+        for name in shown
+    ]
     yield f"| | | a copy, ms | ours unasked, copies | {' | '.join(heads)} |"
     yield "|---" * (4 + len(shown)) + "|"
     for (name, dtype, direction), by in found.items():
@@ -456,7 +459,7 @@ def _split_operators(rows: list[Row]) -> Iterator[str]:
         worst = [f"{max(errors):.0e}" for errors in zip(*(r["errors"] for r in found), strict=True)]
         if all(row["bitwise"] for row in found):
             worst[0] = "bitwise alike"
-        wrong = [row["wrong"] for row in found if row["wrong"]]
+        wrong = dict.fromkeys(row["wrong"] for row in found if row["wrong"])
         name = operator if operator != before else ""
         exchanged = "; ".join([_exchanged(found), *wrong])
         yield f"| {' | '.join([name, AXES[split], *worst, exchanged])} |"

@@ -240,6 +240,9 @@ class TestTheResults:
         found["wtconvnext_h200_profile_training"]["profile"][0]["ms"] = 98.765
         found["wtconv_h200_audio_float32"]["rows"][0]["median_ms"] = 987
         row("mlp_h200_bfloat16", contender="flash xla", direction="forward")["greatest_ms"] = 9.87
+        row("stylize_h200_ladder", contender="flash bfloat16")["median_ms"] = 98.765
+        norm = row("stylize_h200_norm", contender="flash", direction="forward")
+        norm["over_copy"] = 9.87
         deep = row("sparse_h200_depthwise", contender="flash", direction="gradient of w")
         deep |= {"median_ms": 9.87, "tflops_per_s": 0.98, "over_forward": 8.7, "temporaries": 0.76}
         changed = self.results.filled(text, found).splitlines()
@@ -248,6 +251,8 @@ class TestTheResults:
             ("| style_512_trunk | forward | 9.876 ms |", "× |"),
             ("| training | ", " ms) | 98,765 (1.30 ms) |"),
             ("| stem | 98.77 |", " |"),
+            ("| what is taken unasked, bfloat16 | 98.77 | ", "× |"),
+            ("| style_512_trunk, bfloat16 | forward | 0.0213 | 9.87 | ", " |"),
             ("| (32, 16384, 256), 5 levels, float32 | 987 / ", " |"),
             ("| convnext_t_stage1 | forward | ", ", noisy |"),
             ("|  | gradient of w | 9.870 | 0.98 | 8.7 | 0.76 | ", "× |  |"),

@@ -29,6 +29,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 _CLI = "from flash_wtconv_jax.cli import main; main()"
 _TOGETHER = 3
 """Shapes of a part of the wavelet convolution, which compile for half a minute each."""
+_PICTURES = "--size", "512", "--batch", "8"
+"""Of a network of style transfer, whose programs in one size compile for minutes."""
 
 
 class Part(NamedTuple):
@@ -92,10 +94,19 @@ def parts(platform: str) -> list[Part]:
     found += [part("mlp", "mlp")]
     found += [part(f"depthwise_{dtype}", "depthwise", "--dtype", dtype) for dtype in DTYPES[:2]]
     found += [part("sparse", "sparse", "--minutes", "6")]
-    found += [
-        part(f"stylize_{work}", "stylize", "--work", work)
-        for work in ("norm", "layer", "network", "ladder", "training", "style_vit", "large")
-    ]
+    found += [part(f"stylize_{work}", "stylize", "--work", work) for work in ("norm", "large")]
+    found.append(part("stylize_ladder", "stylize", "--work", "ladder", *_PICTURES))
+    for dtype in DTYPES:
+        of_dtype = "stylize", "--dtype", dtype, "--work"
+        found.append(part(f"stylize_layer_{dtype}", *of_dtype, "layer"))
+        found += [
+            part(f"stylize_network_{dtype}_{size}", *of_dtype, "network", "--size", size)
+            for size in ("256", "512", "1024")
+        ]
+        found += [
+            part(f"stylize_{work}_{dtype}", *of_dtype, work, *_PICTURES)
+            for work in ("training", "style_vit")
+        ]
     found += [
         part(f"compile_{i}", "compile", *(w for name in names for w in ("--program", name)))
         for i, names in enumerate((LAYERS, *((name,) for name in NETWORKS)))

@@ -175,7 +175,7 @@ def compared(case: Case, one: Callable[[], Alone], split: str, kind: str, count:
     lost = {name for name in kernels_of_one if not name.startswith("__cu")} - kernels.keys()
     if lost:
         wrong.append(f"{', '.join(sorted(lost))} not called, as one device does")
-    # On Auto axes plain JAX is XLA's to split, which gathers where rows are split.
+    # On Auto axes plain JAX but for convolutions is XLA's to split, which gathers split rows.
     if found.get("all-gather", (0, 0))[1] >= image and (kernels or kind != "Auto"):
         wrong.append("an image is gathered")
     return {

@@ -77,14 +77,14 @@ def cases(small: bool, devices: int) -> Iterator[Case]:
     yield Case("haar", _haar, (x,), (of_x,), "nch")
     yield Case("instance_norm", instance_norm, (x, *vectors), (of_x, "c", "c"), "nc")
     normed = partial(conv2d_instance_norm, padding=1)
-    # A norm takes nearly all that its filters' gradient would be; a CPU's is 1e-4 off float64's.
+    # Of sums 20 times as large a norm leaves the filters' gradient: two GPUs are 6.5e-4 off one.
     yield Case(
         "conv2d_instance_norm",
         normed,
         (x, taps, *vectors),
         (of_x, "_ _ c f", "f", "f"),
         "nf",
-        rounding=2e-3,
+        rounding=1e-3,
     )
     yield _scenes(devices, 32 if small else 4096, c)
 

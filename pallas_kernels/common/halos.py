@@ -97,8 +97,8 @@ class Window(NamedTuple):
     def neighbours(self, x: jax.Array, shard: Shard) -> tuple[jax.Array, jax.Array]:
         """The halo's samples before the shard's own, and those after, zeros beyond the image.
 
-        They are the next neighbours', which must have as many. Two shards have one neighbour each,
-        whose samples are given for both, and are exchanged at once.
+        They are the next neighbours', which must have as many. Two shards exchange theirs at once:
+        only those of the side where they meet may be read, the other repeats them.
         """
         axes, count = shard.axes[self.name], shard.counts[self.name]
         first = lax.slice_in_dim(x, 0, self.halo, axis=self.axis)

@@ -43,6 +43,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common import gelu
 from pallas_kernels.common._compat import gpu_load, gpu_store, in_32_bits, vary_like
+from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
@@ -61,7 +62,7 @@ from pallas_kernels.conv2d.activations import activate_in_kernel
 from pallas_kernels.conv2d.moments import Moments, WithMoments, of_tiles
 from pallas_kernels.conv2d.problem import Pair, Problem, Window
 from pallas_kernels.conv2d.whole_rows import offered
-from pallas_kernels.conv2d.xla import mirrored, transposed, weight_grad
+from pallas_kernels.conv2d.xla import mirrored, weight_grad
 
 __all__ = [
     "DIFFERENTIABLE",

@@ -39,6 +39,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import in_32_bits, pallas_output, tpu_vmem_bytes
 from pallas_kernels.common.dtypes import common_dtype
+from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.mosaic_tpu import (
     LANES,
     SUBLANES,
@@ -54,7 +55,7 @@ from pallas_kernels.common.types import Index, Pair, Ref, Slice
 from pallas_kernels.conv2d.activations import activate_in_kernel
 from pallas_kernels.conv2d.moments import WithMoments, of_rows
 from pallas_kernels.conv2d.problem import Problem, Window
-from pallas_kernels.conv2d.xla import mirrored, transposed
+from pallas_kernels.conv2d.xla import mirrored
 
 __all__ = [
     "DIFFERENTIABLE",

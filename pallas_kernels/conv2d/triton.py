@@ -9,12 +9,13 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import common_dtype
+from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.triton import launch, unavailable
 from pallas_kernels.conv2d.moments import WithMoments, of_tiles
 from pallas_kernels.conv2d.problem import Joint, Problem, Window
 from pallas_kernels.conv2d.whole_rows import offered
-from pallas_kernels.conv2d.xla import mirrored, transposed
+from pallas_kernels.conv2d.xla import mirrored
 
 __all__ = [
     "DIFFERENTIABLE",

@@ -30,10 +30,11 @@ from jax.typing import DTypeLike
 from pallas_kernels.common.arguments import sharded, surely
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.types import Tree
 from pallas_kernels.conv2d.moments import WithMoments, together
 from pallas_kernels.conv2d.problem import Joint, Pair, Problem, Window
-from pallas_kernels.conv2d.xla import mirrored, transposed
+from pallas_kernels.conv2d.xla import mirrored
 
 Run = Callable[..., jax.Array]
 """A function of an implementation, whose first argument is the window."""

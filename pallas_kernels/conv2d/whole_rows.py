@@ -29,10 +29,11 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.common.device import platform
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.types import Json, Keywords, Pair, Tree
 from pallas_kernels.conv2d.moments import each_apart, of_rows, together
 from pallas_kernels.conv2d.problem import Problem, Window
-from pallas_kernels.conv2d.xla import epilogue, mirrored, transposed
+from pallas_kernels.conv2d.xla import epilogue, mirrored
 
 Run = Callable[..., Tree]
 """A function of an implementation, whose first argument is the window."""

@@ -1,7 +1,6 @@
 """Dense convolution by `lax.conv_general_dilated`: runs on every platform."""
 
 import operator
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.common._compat import vary_like
-from pallas_kernels.common.arguments import sharded, surely
+from pallas_kernels.common.arguments import surely
 from pallas_kernels.common.device import on_cpu, platform
 from pallas_kernels.common.dtypes import accumulation_dtype, common_dtype
+from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.moments import WithMoments, of_rows
@@ -89,32 +88,6 @@ def weight_grad(
     common = _computed(common_dtype(dy.dtype, x.dtype))
     run = partial(_conv, x.astype(common), window=window, precision=precision)
     return transposed(run, shape, dy.astype(common), x).astype(dtype)
-
-
-def transposed(
-    linear: Callable[[jax.Array], jax.Array],
-    shape: tuple[int, ...],
-    dy: jax.Array,
-    *used: jax.Array,
-    spec: jax.P = jax.P(),  # noqa: B008
-) -> jax.Array:
-    """The transpose of a linear function, applied to dy.
-
-    It is not `jax.linear_transpose`, which refuses arrays that vary over the axes of a mesh. Under
-    `jax.jit` XLA removes the function's own value, which nothing reads.
-
-    Args:
-        linear: Function of one array.
-        shape: Shape of the function's argument, whose dtype is dy's.
-        dy: Array of the shape of the function's value.
-        *used: The arrays that the function closes over.
-        spec: The sharding of the function's argument where others are sharded over Explicit axes.
-    """
-    zeros = vary_like((dy, used), jnp.zeros(shape, dy.dtype))
-    for mesh in {jax.typeof(array).sharding.mesh for array in (dy, *used) if sharded(array)}:
-        zeros = jax.sharding.reshard(zeros, jax.NamedSharding(mesh, spec))
-    _, pullback = jax.vjp(linear, zeros)
-    return pullback(dy)[0]
 
 
 def mirrored(x: jax.Array, window: Window) -> jax.Array:

@@ -234,7 +234,7 @@ def _edges_again(
 ) -> jax.Array:
     """The output of a shard in strips: the rows that the neighbours reach are computed again.
 
-    Both at once, as twice the images: launches of a few rows cost more than what they compute.
+    Both ends at once, as twice the images: launches of a few rows cost more than what they compute.
     """
     h = window.halo
     above, below = window.neighbours(x, shard)

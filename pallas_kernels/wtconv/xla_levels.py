@@ -15,8 +15,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from pallas_kernels.common._compat import unfused, vary_like
+from pallas_kernels.common._compat import unfused
 from pallas_kernels.common.dtypes import accumulation_dtype
+from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.types import Pair
 from pallas_kernels.haar.xla import analysis, synthesis
 
@@ -230,12 +231,8 @@ def correlate(
     if shifted:
         gradient = shifted_sums(stored, dy, taps)
     else:
-        # The transpose of taps that do not vary over a mesh's axis would be their sum over it.
-        zeros = vary_like((stored, dy), jnp.zeros(taps.shape, acc))
-        _, pullback = jax.vjp(
-            lambda t: _depthwise(stored, t, reach.pads, precision, shifted), zeros
-        )
-        (gradient,) = pullback(dy.astype(acc))
+        convolved = partial(_depthwise, stored, pads=reach.pads, precision=precision, shifted=False)
+        gradient = transposed(convolved, taps.shape, dy.astype(acc), stored)
     # Taps that meet no image have no gradient.
     around = [(taps.start, n - taps.stop) for taps, n in zip(reach.taps, shape, strict=False)]
     return jnp.pad(gradient, [*around, (0, 0), (0, 0)])

@@ -13,7 +13,7 @@ Box = tuple[int, int, int, int]
 
 # From three times the wanted pixels a side on, only every second one is decoded of a JPEG.
 _SPARE = 1.5
-# From twice as many on, and this factor more, Pillow first takes the means of blocks.
+# Pillow takes means of blocks where many pixels become one, but leaves this factor to bicubic.
 _GAP = 2.0
 
 
@@ -92,21 +92,21 @@ def centre_box(size: tuple[int, int], share: float) -> Box:
     return _centred(size, side, side)
 
 
-def cropped(image: Image.Image, box: Box, side: int, most: int) -> Image.Image:
+def cropped(image: Image.Image, box: Box, side: int, largest: int) -> Image.Image:
     """A box of an image, in RGB or grey, as it is or scaled where it is large.
 
     Args:
         image: The image.
         box: The box.
-        side: Pixels that an axis of the crop is scaled to if it has more than `most`.
-        most: Pixels up to which it is kept.
+        side: Pixels that an axis of the crop is scaled to if it has more than `largest`.
+        largest: Pixels up to which it is kept.
 
     Example:
         >>> cropped(decoded(np.zeros((4, 8, 3), np.uint8)), (0, 0, 8, 3), 4, 5).size
         (4, 3)
     """
     extents = box[2] - box[0], box[3] - box[1]
-    wide, high = (extent if extent <= most else side for extent in extents)
+    wide, high = (extent if extent <= largest else side for extent in extents)
     if (wide, high) == extents:
         return _plain(image.crop(box))
     return _resized(image, box, (wide, high))

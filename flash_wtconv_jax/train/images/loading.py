@@ -35,13 +35,14 @@ _SHARED = 1 << 16
 _NICENESS = 10
 
 Arrays = dict[str, NDArray[Any]]
-"""`image` uint8 `[N, B, B, C]`, where B is `most`, of each of which a crop fills the upper left
-corner; `extent` int32 `[N, 2]`, the crop's height and width; `label` int32 `[N]` or of masks int16
-`[N, S, S]`; `index` int32 `[N]`; and `read` bool `[N]`, which is False of rows without an image."""
+"""`image` uint8 `[N, B, B, C]`, where B is `largest_crop`, of each of which a crop fills the upper
+left corner; `extent` int32 `[N, 2]`, the crop's height and width; `label` int32 `[N]` or of masks
+int16 `[N, S, S]`; `index` int32 `[N]`; and `read` bool `[N]`, which is False of rows without an
+image."""
 
 _Ready = TypeVar("_Ready")
 
-_New = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+_MakeArray = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """Makes an array of a shape and a dtype."""
 
 
@@ -104,7 +105,7 @@ def evaluation(
     return _batches(crops, data, batch, range(steps), share)
 
 
-def most(size: int) -> int:
+def largest_crop(size: int) -> int:
     """Pixels a side up to which crops stay as they are, for the device to scale.
 
     For 224 they are the 256 that `data pack` leaves of an image's shorter side.
@@ -113,7 +114,7 @@ def most(size: int) -> int:
         size: Pixels a side of the images that the network sees.
 
     Example:
-        >>> most(224)
+        >>> largest_crop(224)
         256
     """
     return size + size // 7
@@ -277,7 +278,7 @@ def _read(
         classes = np.asarray(label, np.int32)
     else:
         raise ValueError(f"its class is {label}, expected 0 to {len(source.classes) - 1}")
-    image = decoding.cropped(whole, box, data.size, most(data.size))
+    image = decoding.cropped(whole, box, data.size, largest_crop(data.size))
     if rng is not None and data.randaugment:
         image = randaugment.randaugment(image, data.randaugment, data.randaugment_ops, rng)
     return classes, decoding.pixels_of(image, data.channels)
@@ -300,7 +301,7 @@ def _mask(
     return found
 
 
-def _stacked(new: _New, rows: Sequence[Arrays]) -> Arrays:
+def _stacked(new: _MakeArray, rows: Sequence[Arrays]) -> Arrays:
     """The rows as one array each; of crops, which differ in size, all pixels one after the other.
 
     No memory is shared, nor any page of it made, for what is not there.
@@ -331,7 +332,7 @@ def _joined(data: Data, chunks: Sequence[Arrays]) -> Arrays:
     """A batch of chunks, copied out of the memory that is shared with their workers."""
     names = chunks[0].keys() - {"image"}
     batch = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in names}
-    side, channels = most(data.size), data.channels
+    side, channels = largest_crop(data.size), data.channels
     batch["image"] = np.zeros((len(batch["index"]), side, side, channels), np.uint8)
     rows = iter(batch["image"])
     for chunk in chunks:

@@ -88,8 +88,8 @@ def _grey(image: Image.Image) -> int | tuple[int, int, int]:
 def _sharpened(image: Image.Image, level: float, sign: float) -> Image.Image:
     """The picture mixed with itself smoothed, as Pillow's `ImageEnhance.Sharpness` has it.
 
-    Its `SMOOTH` is 4/13 of a pixel and 9/13 of the mean of 3 x 3, which takes Pillow less time; and
-    it leaves the outermost pixels as they are.
+    Its `SMOOTH` is 4/13 of a pixel and 9/13 of the mean of 3 x 3, which takes Pillow less time;
+    `SMOOTH` alone leaves the outermost pixels as they are.
     """
     means = image.filter(ImageFilter.BoxBlur(1))
     return Image.blend(means, image, 1.0 - 9 / 13 * (1.0 - _factor(level, sign)))

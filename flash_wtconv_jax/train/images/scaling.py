@@ -4,6 +4,8 @@ The filter is Keys', "Cubic convolution interpolation for digital image processi
 ASSP 1981, with a = -1/2.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -13,7 +15,8 @@ def scaled(crops: ArrayLike, extents: ArrayLike, size: int) -> jax.Array:
     """Crops as squares of one size, scaled across, then down.
 
     They are within one level of what Pillow's `resize` makes of each crop, taken one axis after the
-    other in the same order. A crop that has this size already stays as it is.
+    other in the same order; within two where products are TF32, as on GPUs. A crop that has this
+    size already stays as it is.
 
     Args:
         crops: `[N, B, B, C]` of uint8, each in its upper left corner.
@@ -32,29 +35,29 @@ def scaled(crops: ArrayLike, extents: ArrayLike, size: int) -> jax.Array:
     count, side, _, channels = crops.shape
     across, down = (_weights(extents[:, axis], size, side) for axis in (1, 0))
     # Either product is of plain matrices where the channels lie between rows and columns: bytes
-    # are put so, and the result back, each in passing. Whole levels are exact in TF32 and in
-    # bfloat16, which GPUs and TPUs multiply in by default. The weights are rounded, by a share of
-    # 2^-11 in TF32: a level is then off by 0.16 at most, less than by rounding it. In bfloat16 it
-    # is eight times as much, at most.
+    # are put so, and the result back, each in passing. A GPU rounds the weights to TF32, by a share
+    # of 2^-11, by which a level is off by 0.16 at most before it is rounded; a TPU takes three
+    # products of bfloat16, since one would move whole areas by a level.
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGH)
     planes = crops.swapaxes(2, 3).astype(jnp.float32).reshape(count, side * channels, side)
-    narrow = _levels(planes @ across.swapaxes(1, 2)).reshape(count, side, channels * size)
-    return _levels(down @ narrow).reshape(count, size, channels, size).swapaxes(2, 3)
+    narrow = _levels(product(planes, across.swapaxes(1, 2))).reshape(count, side, channels * size)
+    return _levels(product(down, narrow)).reshape(count, size, channels, size).swapaxes(2, 3)
 
 
-def _weights(extents: jax.Array, size: int, most: int) -> jax.Array:
-    """The shares `[N, size, most]` that the pixels of an axis have in those that it is scaled to.
+def _weights(extents: jax.Array, size: int, length: int) -> jax.Array:
+    """The shares `[N, size, length]` that the pixels of an axis have in those that it is scaled to.
 
     Args:
         extents: Pixels that are there `[N]`.
         size: Pixels that it is scaled to.
-        most: Pixels that there could be.
+        length: Pixels that there could be.
     """
     extents = extents[:, None, None]
     # Distances between middles, in whole numbers as long as can be.
     middles = (2 * jnp.arange(size)[:, None] + 1) * extents
-    distances = (2 * jnp.arange(most) + 1) * size - middles
+    distances = (2 * jnp.arange(length) + 1) * size - middles
     weights = _cubic(jnp.abs(distances) / (2 * jnp.maximum(extents, size)))
-    weights = jnp.where(jnp.arange(most) < extents, weights, 0)
+    weights = jnp.where(jnp.arange(length) < extents, weights, 0)
     return weights / weights.sum(-1, keepdims=True)
 
 

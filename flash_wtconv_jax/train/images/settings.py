@@ -42,7 +42,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The images, and what workers do to them.
+    """The images, and what is done to them before they are augmented.
 
     Attributes:
         folder: Holds `train` and `val`, each a folder of classes, of tar shards, of ArrayRecord

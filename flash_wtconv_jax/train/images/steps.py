@@ -28,7 +28,7 @@ _LEAST_SPLIT = 4096
 
 Batch = dict[str, jax.Array]
 """`image` `[N, B, B, C]` of uint8 and `extent` `[N, 2]`, crops and their sizes: see `scaled`;
-`label`, the class of each image `[N]` or of each pixel `[N, H, W]`, below 0 where there is none;
+`label`, the class of each image `[N]` or of each pixel `[N, S, S]`, below 0 where there is none;
 and `read` `[N]`, whether there is an image."""
 
 Sums = dict[str, jax.Array]
