@@ -10,7 +10,7 @@ _COLLECTIVE = re.compile(
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """The number of each kind of collective in a compiled program, and its elements.
+    r"""The number of each kind of collective in a compiled program, and its elements.
 
     Args:
         text: The program, as XLA writes it.
@@ -19,7 +19,7 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
         >>> collectives("%y = f32[4,8]{1,0} all-reduce(%x), channel_id=1")
         {'all-reduce': (1, 32)}
         >>> start = "%a = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=1"
-        >>> collectives(f"{start} %y = f32[8]{{0}} all-gather-done(%a)")
+        >>> collectives(f"{start}\n%y = f32[8]{{0}} all-gather-done(%a)")
         {'all-gather': (1, 8)}
     """
     found: dict[str, tuple[int, int]] = {}
