@@ -30,7 +30,7 @@ _CLI = "from flash_wtconv_jax.cli import main; main()"
 _TOGETHER = 3
 """Shapes of a part of the wavelet convolution, which compile for half a minute each."""
 _PICTURES = "--size", "512", "--batch", "8"
-"""Of a network of style transfer, whose programs in one size compile for minutes."""
+"""Pictures of networks of style transfer, whose programs of one size compile for minutes."""
 
 
 class Part(NamedTuple):

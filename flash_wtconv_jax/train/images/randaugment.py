@@ -96,7 +96,7 @@ def _sharpened(image: Image.Image, level: float, sign: float) -> Image.Image:
 
 
 def _factor(level: float, sign: float) -> float:
-    """What an enhancement multiplies by; 1 changes nothing."""
+    """The factor of an enhancement; 1 changes nothing."""
     return max(0.1, 1.0 + sign * level * _ENHANCEMENT)
 
 
