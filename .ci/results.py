@@ -487,7 +487,10 @@ TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
 }
 """The makers of a page's table of a report, or of several as one, by the benchmark."""
 PAGES = (
-    *("README.md", "docs/index.md", "docs/operators/wtconv.md", "docs/performance.md"),
+    "README.md",
+    "docs/index.md",
+    "docs/operators/wtconv.md",
+    "docs/performance.md",
     "docs/sharding.md",
 )
 _TABLE = re.compile(r"<!-- (results|passes): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)

@@ -103,12 +103,16 @@ class Window(NamedTuple):
         axes, count = shard.axes[self.name], shard.counts[self.name]
         first = lax.slice_in_dim(x, 0, self.halo, axis=self.axis)
         last = lax.slice_in_dim(x, self.own - self.halo, self.own, axis=self.axis)
-        if count == 2:
+        if self.is_of_two(shard):
             ours = jnp.where(self.is_second(shard), first, last)
             theirs = lax.ppermute(ours, axes, [(0, 1), (1, 0)])
             return theirs, theirs
         before = lax.ppermute(last, axes, [(i, i + 1) for i in range(count - 1)])
         return before, lax.ppermute(first, axes, [(i, i - 1) for i in range(1, count)])
+
+    def is_of_two(self, shard: Shard) -> bool:
+        """Whether a shard is one of two, which meet at one edge."""
+        return shard.counts[self.name] == 2
 
     def is_second(self, shard: Shard) -> jax.Array:
         """Whether a shard, one of two, is the one that comes after the other."""

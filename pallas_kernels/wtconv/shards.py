@@ -241,7 +241,7 @@ def _edges_again(
     y = run(x)
     edges = _edges(window, shard, (above, x[:, : 2 * h]), (x[:, -2 * h :], below))
     again = run(edges)[:, h : 2 * h]
-    if shard.counts[window.name] == 2:
+    if window.is_of_two(shard):
         start = jnp.where(window.is_second(shard), 0, window.own - h)
         return jax.lax.dynamic_update_slice_in_dim(y, again, start, 1)
     first, last = jnp.split(again, 2)
@@ -281,6 +281,6 @@ def _edges(
     Two shards meet at the end of one and at the beginning of the other alone.
     """
     ends = jnp.concatenate(first, 1), jnp.concatenate(last, 1)
-    if shard.counts[window.name] == 2:
+    if window.is_of_two(shard):
         return jnp.where(window.is_second(shard), *ends)
     return jnp.concatenate(ends)
