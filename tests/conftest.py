@@ -38,6 +38,9 @@ from _pytest.doctest import DoctestModule
 from jax._src import compiler
 from jax._src.interpreters import partial_eval
 
+# What helpers assert tells its numbers too.
+pytest.register_assert_rewrite("helpers")
+
 # On a CPU most of what the suite compiles runs once, on a few numbers, and LLVM would work on it
 # for longer than it runs. The hard cases of each operator are `optimised`.
 CPU = os.environ["JAX_PLATFORMS"] == "cpu"

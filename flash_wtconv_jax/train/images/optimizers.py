@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import optax
@@ -9,6 +11,20 @@ import optax
 from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
 from flash_wtconv_jax.train.images.settings import Optimizer
 from pallas_kernels.common.types import Tree
+
+
+class Kind(NamedTuple):
+    """All that an optimizer tells a parameter by.
+
+    Attributes:
+        decays: Whether its weights decay.
+        scale: The factor on its rate.
+        label: "trained" or "frozen".
+    """
+
+    decays: bool
+    scale: float
+    label: str
 
 
 def schedule(settings: Optimizer, epoch: float, steps: int) -> optax.Schedule:
@@ -59,8 +75,31 @@ def made(
     optimizer = optax.chain(*parts)
     if not freeze:
         return optimizer
-    labels = _labels(params, freeze)
+    _check_frozen(params, freeze)
+    # By the names of what it is given: vectors are named after one of their parameters.
+    labels = partial(_labels, freeze)
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def kinds(settings: Optimizer, params: Tree, freeze: Sequence[str] = ()) -> list[Kind]:
+    """For each parameter, in the order of `jax.tree.leaves`, all that the optimizer tells it by.
+
+    Args:
+        settings: As `made` takes them.
+        params: The parameters; only their names count.
+        freeze: As `made` takes it.
+
+    Example:
+        >>> kinds(Optimizer(), {"fc": {"bias": 0.0, "kernel": 0.0}}, ["fc.bias"])
+        [Kind(decays=False, scale=1.0, label='frozen'), Kind(decays=True, scale=1.0, label='trained')]
+    """
+    scales = layer_scales(params, settings.layer_decay)
+    names = jax.tree.leaves(names_of(params))
+    decay, labels = (jax.tree.leaves(of) for of in (weight_decay_mask(params), _labels(freeze, params)))
+    return [
+        Kind(decays, scales[name], label)
+        for decays, name, label in zip(decay, names, labels, strict=True)
+    ]
 
 
 def names_of(params: Tree) -> Tree:
@@ -79,20 +118,25 @@ def _joined(path: Sequence[object]) -> str:
     return ".".join(str(key) for key in keys if key not in (None, "value"))
 
 
-def _labels(params: Tree, freeze: Sequence[str]) -> Tree:
+def _check_frozen(params: Tree, freeze: Sequence[str]) -> None:
+    """Raises ValueError where one is the beginning of no name, or all would be frozen."""
     names = jax.tree.leaves(names_of(params))
-    begun = {one: [name for name in names if _begins(name, one)] for one in freeze}
-    for one, found in begun.items():
-        if not found:
+    for one in freeze:
+        if not any(_begins(name, one) for name in names):
             parts = sorted({name.partition(".")[0] for name in names})
             raise ValueError(
                 f"model.freeze has {one!r}, but no parameter's name begins so; there are "
                 f"{', '.join(parts)}, and parts of them such as {names[0]}"
             )
-    frozen = {name for found in begun.values() for name in found}
-    if len(frozen) == len(names):
+    if "trained" not in jax.tree.leaves(_labels(freeze, params)):
         raise ValueError(f"model.freeze is {list(freeze)}, which leaves nothing to train")
-    return jax.tree.map(lambda name: "frozen" if name in frozen else "trained", names_of(params))
+
+
+def _labels(freeze: Sequence[str], params: Tree) -> Tree:
+    def label(name: str) -> str:
+        return "frozen" if any(_begins(name, one) for one in freeze) else "trained"
+
+    return jax.tree.map(label, names_of(params))
 
 
 def _begins(name: str, beginning: str) -> bool:

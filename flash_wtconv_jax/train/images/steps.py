@@ -19,9 +19,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from flash_wtconv_jax.train import loop
+from flash_wtconv_jax.train.images import optimizers
 from flash_wtconv_jax.train.images.augment import augmented, normalised
 from flash_wtconv_jax.train.images.scaling import scaled
 from flash_wtconv_jax.train.images.settings import AXES, Data, Settings
+from flash_wtconv_jax.train.images.vectors import Vectors
 
 # Smaller arrays are kept whole: to gather them costs more than they take.
 _LEAST_SPLIT = 4096
@@ -110,7 +112,7 @@ def _split(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 Leaves = list[jax.Array]
-"""The arrays of a state, in the order of `jax.tree.leaves`.
+"""The arrays of a state of `Vectors`, in the order of `jax.tree.leaves`.
 
 Between steps a state is no more than that: to take a thousand parameters of nnx apart and to put
 them together again can take Python as long as a GPU takes for a step.
@@ -123,14 +125,16 @@ class Program(NamedTuple):
     Attributes:
         start: Makes the arrays of the first state.
         train: The arrays of the state, and the metrics, after a batch; those given are used up.
-        state: The state of some arrays.
-        shardings: Where the arrays of a state lie.
+        state: The state of some arrays, each parameter by itself.
+        leaves: The arrays of such a state.
+        shardings: Where the arrays of such a state lie.
         rows: Where the rows of a batch lie.
     """
 
     start: Callable[[], Leaves]
     train: Callable[[Leaves, Batch], tuple[Leaves, loop.Metrics]]
     state: Callable[[Leaves], loop.State]
+    leaves: Callable[[loop.State], Leaves]
     shardings: loop.State
     rows: NamedSharding
 
@@ -155,11 +159,14 @@ def program(
     """
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
     forward = partial(_logits, definition, rest, mesh)
+    vectors = _vectors(params, settings, mesh)
     start = partial(loop.begun, optimizer, averaging=bool(settings.optimizer.ema))
-    shardings = placed(jax.eval_shape(start, params), mesh)
+    joined = jax.eval_shape(vectors.joined, params)
+    shapes = jax.eval_shape(start, joined)
+    places, structure = jax.tree.flatten(placed(shapes, mesh))
+    shardings = placed(jax.eval_shape(vectors.cut, shapes), mesh)
     rows = split_rows(mesh)
-    loss = partial(_loss, forward, settings, classes)
-    places, structure = jax.tree.flatten(shardings)
+    loss = partial(_loss, forward, vectors, settings, classes)
     state = partial(jax.tree.unflatten, structure)
     train = jax.jit(
         partial(_train, loss, optimizer, settings, state),
@@ -167,8 +174,20 @@ def program(
         out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
-    first = jax.jit(lambda params: jax.tree.leaves(start(params)), out_shardings=places)
-    return Program(partial(first, params), train, state, shardings, rows)
+    first = jax.jit(
+        lambda params: jax.tree.leaves(start(vectors.joined(params))), out_shardings=places
+    )
+    cut = jax.jit(lambda leaves: vectors.cut(state(leaves)), out_shardings=shardings)
+    leaves = jax.jit(lambda state: jax.tree.leaves(vectors.joined(state)), out_shardings=places)
+    return Program(partial(first, params), train, cut, leaves, shardings, rows)
+
+
+def _vectors(params: nnx.State, settings: Settings, mesh: Mesh) -> Vectors:
+    """The vectors of parameters on a mesh; where it splits these, each stays by itself."""
+    if mesh.shape["fsdp"] * mesh.shape["model"] > 1:
+        return Vectors(params, range(len(jax.tree.leaves(params))))
+    kinds = optimizers.kinds(settings.optimizer, params, settings.model.freeze)
+    return Vectors(params, kinds)
 
 
 def evaluator(
@@ -226,9 +245,10 @@ def _seen(batch: Batch, data: Data) -> jax.Array:
 
 def _loss(
     forward: _Forward,
+    vectors: Vectors,
     settings: Settings,
     classes: int,
-    params: nnx.State,
+    joined: nnx.State,
     part: Batch,
     key: jax.Array,
 ) -> loop.Sums:
@@ -239,7 +259,8 @@ def _loss(
     images, targets = augmented(augment_key, images, targets, settings.augment)
     smoothing = settings.augment.smoothing
     targets = (1 - smoothing) * targets + smoothing / classes * targets.sum(-1, keepdims=True)
-    losses = optax.softmax_cross_entropy(forward(params, images, drop_key), targets)
+    logits = forward(vectors.parameters(joined), images, drop_key)
+    losses = optax.softmax_cross_entropy(logits, targets)
     return loop.Sums(losses.sum(), (part["label"] >= 0).sum(), part["read"].sum())
 
 

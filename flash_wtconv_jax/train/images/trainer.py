@@ -350,7 +350,7 @@ class _Steps:
         same_readers = True
         if last is not None:
             restored = self.saver.restore(last, self.state, self.program.shardings)
-            self.leaves = jax.tree.leaves(restored)
+            self.leaves = self.program.leaves(restored)
             progress = self.saver.progress(last)
             self.done = progress["step"]
             self.broken, self.losses = progress["broken"], progress["losses"]
@@ -404,7 +404,7 @@ class _Steps:
 
     def summary(self, stopped: bool) -> Json:
         """The state of the run, as `summary.json` holds it."""
-        params = jax.tree.leaves(self.state.params)
+        params = jax.tree.leaves(nnx.state(self.run_.model, nnx.Param))
         seconds = time.perf_counter() - self.started
         return {
             "steps": self.done,

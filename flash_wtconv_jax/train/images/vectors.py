@@ -1,0 +1,121 @@
+"""Parameters that an optimizer treats alike, as one vector.
+
+A network has hundreds of parameters, AdamW and averages three more arrays for each. Handing them
+from step to step takes Python and XLA milliseconds, updating them a GPU as many kernels; vectors
+take next to nothing, and are cut where the network needs its parameters.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+_Tree = TypeVar("_Tree")
+
+
+class Vectors:
+    """Joins the parameters of each kind, and what an optimizer keeps of them.
+
+    A kind's vector bears the name of its first parameter; what is alone keeps its shape.
+
+    Args:
+        params: The parameters; shapes are enough.
+        kinds: The kind of each, in the order of `jax.tree.leaves`.
+
+    Example:
+        >>> params = nnx.State({"a": jnp.ones((2, 2)), "b": jnp.zeros(3), "c": jnp.ones(1)})
+        >>> vectors = Vectors(params, ["kernel", "bias", "kernel"])
+        >>> joined = vectors.joined(params)
+        >>> jax.tree.map(jnp.shape, dict(joined))
+        {'a': (5,), 'b': (3,)}
+        >>> jax.tree.map(jnp.shape, dict(vectors.cut(joined)))
+        {'a': (2, 2), 'b': (3,), 'c': (1,)}
+    """
+
+    def __init__(self, params: nnx.State, kinds: Sequence[Hashable]) -> None:
+        leaves, self._whole = jax.tree.flatten(params)
+        groups: dict[Hashable, list[int]] = {}
+        for index, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
+            groups.setdefault((kind, jnp.dtype(leaf.dtype)), []).append(index)
+        self._groups = list(groups.values())
+        self._shapes = [leaf.shape for leaf in leaves]
+        named = list(nnx.to_flat_state(params))
+        firsts = nnx.from_flat_state([named[group[0]] for group in self._groups])
+        self._joined = jax.tree.structure(firsts)
+
+    def joined(self, tree: _Tree) -> _Tree:
+        """The same tree with the vectors of each `nnx.State` in it in place of its parameters."""
+
+        def join(arrays: list[Any]) -> Any:
+            return jnp.concatenate([a.ravel() for a in arrays]) if len(arrays) > 1 else arrays[0]
+
+        def join_all(leaves: list[Any]) -> list[Any]:
+            groups = [[leaves[index] for index in group] for group in self._groups]
+            # An optimizer keeps nothing of what it leaves as it is.
+            return [of[0] if _is_nothing(of[0]) else join(of) for of in groups]
+
+        return _mapped(tree, join_all, self._joined)
+
+    def cut(self, tree: _Tree) -> _Tree:
+        """The same tree with parameters in place of vectors."""
+
+        def cut_all(vectors: list[Any]) -> list[Any]:
+            leaves: dict[int, Any] = {}
+            for group, vector in zip(self._groups, vectors, strict=True):
+                end = 0
+                for index in group:
+                    if len(group) == 1 or _is_nothing(vector):
+                        leaves[index] = vector
+                    else:
+                        shape = self._shapes[index]
+                        begin, end = end, end + math.prod(shape)
+                        leaves[index] = vector[begin:end].reshape(shape)
+            return [leaves[index] for index in range(len(leaves))]
+
+        return _mapped(tree, cut_all, self._whole)
+
+    def parameters(self, vectors: nnx.State) -> nnx.State:
+        """Parameters that are cut from their vectors; their gradients are joined.
+
+        By itself JAX would pad each gradient to the length of its vector, and add them all up.
+        """
+        return _parameters(self, vectors)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _parameters(of: Vectors, vectors: nnx.State) -> nnx.State:
+    return of.cut(vectors)
+
+
+def _parameters_forward(of: Vectors, vectors: nnx.State) -> tuple[nnx.State, None]:
+    return of.cut(vectors), None
+
+
+def _parameters_backward(of: Vectors, kept: None, gradients: nnx.State) -> tuple[nnx.State]:
+    return (of.joined(gradients),)
+
+
+_parameters.defvjp(_parameters_forward, _parameters_backward)
+
+
+def _mapped(
+    tree: _Tree, change: Callable[[list[Any]], list[Any]], structure: jax.tree_util.PyTreeDef
+) -> _Tree:
+    """The tree with the leaves of each `nnx.State` in it changed, in another structure."""
+
+    def changed(node: Any) -> Any:
+        if not isinstance(node, nnx.State):
+            return node
+        return jax.tree.unflatten(structure, change(jax.tree.leaves(node, is_leaf=_is_nothing)))
+
+    return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, nnx.State))
+
+
+def _is_nothing(node: Any) -> bool:
+    """Whether it stands for what an optimizer does not keep."""
+    return isinstance(node, optax.MaskedNode)
