@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 
 _MOST = 10.0
 _NOISE = 0.5
@@ -114,7 +114,7 @@ def _solarised_dark(image: Image.Image, level: float, sign: float) -> Image.Imag
 OPERATIONS: dict[str, Operation] = {
     "auto_contrast": lambda image, level, sign: ImageOps.autocontrast(image),
     "equalize": lambda image, level, sign: ImageOps.equalize(image),
-    "invert": lambda image, level, sign: ImageOps.invert(image),
+    "invert": lambda image, level, sign: ImageChops.invert(image),
     "rotate": _rotated,
     # At the full level no bit is left; timm draws it so, and one bit is what can be seen.
     "posterize": lambda image, level, sign: ImageOps.posterize(image, max(1, 4 - round(level * 4))),

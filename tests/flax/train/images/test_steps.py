@@ -1,16 +1,20 @@
 """Augmentation, optimizers and steps: what each does to arrays of a few numbers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy.stats
+from flax import nnx
 from PIL import Image
 
 from flash_wtconv_jax.train import loop
+from flash_wtconv_jax.train.digits import digits_network
 from flash_wtconv_jax.train.images import augment, decoding, optimizers, scaling
 from flash_wtconv_jax.train.images.settings import Augment, Optimizer
+from flash_wtconv_jax.train.images.vectors import Vectors
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 10, 3)), jnp.float32)
 TARGETS = jax.nn.one_hot(jnp.arange(6) % 3, 3)
@@ -155,6 +159,36 @@ def test_the_backbone_is_all_but_the_head():
 def test_a_wrong_freeze_is_told_of(freeze, message):
     with pytest.raises(ValueError, match=message):
         optimizers.made(Optimizer(), optax.constant_schedule(0.1), PARAMS, freeze)
+
+
+@pytest.mark.parametrize("freeze", [(), ("stem", "stages.0.blocks.1")])
+def test_vectors_are_updated_as_their_parameters(freeze):
+    settings = Optimizer(weight_decay=0.5, layer_decay=0.5, clip=1.0)
+    params = nnx.state(digits_network(), nnx.Param)
+    vectors = Vectors(params, optimizers.kinds(settings, params, freeze))
+    optimizer = optimizers.made(settings, optax.constant_schedule(0.1), params, freeze)
+    gradients = jax.tree.map(lambda leaf: jnp.arange(leaf.size) / 9.0 * leaf.ravel()[0], params)
+    gradients = jax.tree.map(lambda one, like: one.reshape(like.shape), gradients, params)
+    joined = vectors.joined(params)
+    assert 1 < len(jax.tree.leaves(joined)) < len(jax.tree.leaves(params)) / 2
+    wanted = optimizer.update(gradients, optimizer.init(params), params)
+    memory = optimizer.init(joined)
+    found = vectors.cut(optimizer.update(vectors.joined(gradients), memory, joined))
+    chex.assert_trees_all_equal_structs(found, wanted)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5)
+    chex.assert_trees_all_equal(vectors.cut(vectors.joined(wanted)), wanted)
+
+
+def test_gradients_of_vectors_are_those_of_their_parameters():
+    params = nnx.State({"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2), "c": jnp.ones(1)})
+    vectors = Vectors(params, ["one", "other", "one"])
+
+    def loss(params):
+        return (params["a"] ** 2).sum() * params["b"][1] + params["c"][0] ** 3
+
+    found = jax.grad(lambda joined: loss(vectors.parameters(joined)))(vectors.joined(params))
+    np.testing.assert_array_equal(found["a"], [0, 2, 4, 6, 8, 10, 3])
+    np.testing.assert_array_equal(found["b"], [0, 55])
 
 
 def test_a_batch_in_parts_is_one_step():
