@@ -36,9 +36,9 @@ _NICENESS = 10
 
 Arrays = dict[str, NDArray[Any]]
 """`image` uint8 `[N, B, B, C]`, where B is `largest_crop`, of each of which a crop fills the upper
-left corner, and the rest is any; `extent` int32 `[N, 2]`, the crop's height and width; `label` int32 `[N]` or of masks
-int16 `[N, S, S]`; `index` int32 `[N]`; and `read` bool `[N]`, which is False of rows without an
-image."""
+left corner, and the rest is any; `extent` int32 `[N, 2]`, the crop's height and width; `label`
+int32 `[N]` or of masks int16 `[N, S, S]`; `index` int32 `[N]`; and `read` bool `[N]`, which is
+False of rows without an image."""
 
 _Ready = TypeVar("_Ready")
 

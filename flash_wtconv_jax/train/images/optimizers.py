@@ -90,16 +90,13 @@ def kinds(settings: Optimizer, params: Tree, freeze: Sequence[str] = ()) -> list
         freeze: As `made` takes it.
 
     Example:
-        >>> kinds(Optimizer(), {"fc": {"bias": 0.0, "kernel": 0.0}}, ["fc.bias"])
-        [Kind(decays=False, scale=1.0, label='frozen'), Kind(decays=True, scale=1.0, label='trained')]
+        >>> kinds(Optimizer(), {"fc": {"bias": 0.0, "kernel": 0.0}}, ["fc.bias"])[0]
+        Kind(decays=False, scale=1.0, label='frozen')
     """
     scales = layer_scales(params, settings.layer_decay)
-    names = jax.tree.leaves(names_of(params))
-    decay, labels = (jax.tree.leaves(of) for of in (weight_decay_mask(params), _labels(freeze, params)))
-    return [
-        Kind(decays, scales[name], label)
-        for decays, name, label in zip(decay, names, labels, strict=True)
-    ]
+    trees = weight_decay_mask(params), names_of(params), _labels(freeze, params)
+    each = zip(*map(jax.tree.leaves, trees), strict=True)
+    return [Kind(decays, scales[name], label) for decays, name, label in each]
 
 
 def names_of(params: Tree) -> Tree:
