@@ -38,7 +38,7 @@ from _pytest.doctest import DoctestModule
 from jax._src import compiler
 from jax._src.interpreters import partial_eval
 
-# What helpers assert tells its numbers too.
+# So that failed assertions of helpers show their values.
 pytest.register_assert_rewrite("helpers")
 
 # On a CPU most of what the suite compiles runs once, on a few numbers, and LLVM would work on it

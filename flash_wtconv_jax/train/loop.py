@@ -71,7 +71,7 @@ class Metrics(NamedTuple):
 
     Attributes:
         loss: Mean over the terms of the batch.
-        norm: Norm of the gradients before they are cut.
+        norm: Norm of the gradients before they are clipped.
         images: Images that could be read.
     """
 
@@ -124,37 +124,37 @@ def step(
     """
     keys = jax.random.split(key, parts)
 
-    def differentiated(part: Tree, key: jax.Array, *, mean: bool) -> tuple[nnx.State, Sums]:
+    def differentiated(part: Tree, key: jax.Array) -> tuple[nnx.State, Sums]:
         def value(params: nnx.State) -> tuple[jax.Array, Sums]:
             found = loss(params, part, key)
-            return found.loss / jnp.maximum(found.terms, 1) if mean else found.loss, found
+            return found.loss, found
 
         (_, found), gradients = jax.value_and_grad(value, has_aux=True)(state.params)
         return gradients, found
 
     if parts == 1:
-        # To divide the gradients would be a pass over them.
-        gradients, found = differentiated(batch, keys[0], mean=True)
+        gradients, found = differentiated(batch, keys[0])
     else:
 
         def add(
             sums: tuple[nnx.State, Sums], one: tuple[Tree, jax.Array]
         ) -> tuple[tuple[nnx.State, Sums], None]:
-            return jax.tree.map(jnp.add, sums, differentiated(*one, mean=False)), None
+            return jax.tree.map(jnp.add, sums, differentiated(*one)), None
 
         # Every part takes rows of every device.
         split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
         none = jnp.zeros((), jnp.int32)
         sums = jax.tree.map(jnp.zeros_like, state.params), Sums(jnp.zeros(()), none, none)
         (gradients, found), _ = jax.lax.scan(add, sums, (split, keys))
-        gradients = jax.tree.map(lambda one: one / jnp.maximum(found.terms, 1), gradients)
+    # Not before: in float16 the gradients of a mean over many terms would vanish.
+    terms = jnp.maximum(found.terms, 1)
+    gradients = jax.tree.map(lambda one: one / terms, gradients)
     updates, memory = optimizer.update(gradients, state.memory, state.params)
     params = optax.apply_updates(state.params, updates)
     means = state.ema
     if means is not None:
         means = averaged(means, params, state.step, ema)
-    mean_loss = found.loss / jnp.maximum(found.terms, 1)
-    metrics = Metrics(mean_loss, optax.tree.norm(gradients), found.images)
+    metrics = Metrics(found.loss / terms, optax.tree.norm(gradients), found.images)
     return State(state.step + 1, params, means, memory), metrics
 
 

@@ -36,9 +36,9 @@ _NICENESS = 10
 
 Arrays = dict[str, NDArray[Any]]
 """`image` uint8 `[N, B, B, C]`, where B is `largest_crop`, of each of which a crop fills the upper
-left corner, and the rest is any; `extent` int32 `[N, 2]`, the crop's height and width; `label`
-int32 `[N]` or of masks int16 `[N, S, S]`; `index` int32 `[N]`; and `read` bool `[N]`, which is
-False of rows without an image."""
+left corner, and the rest is undefined; `extent` int32 `[N, 2]`, the crop's height and width;
+`label` int32 `[N]` or of masks int16 `[N, S, S]`; `index` int32 `[N]`; and `read` bool `[N]`, which
+is False of rows without an image."""
 
 _Ready = TypeVar("_Ready")
 
@@ -333,7 +333,7 @@ def _joined(data: Data, chunks: Sequence[Arrays]) -> Arrays:
     names = chunks[0].keys() - {"image"}
     batch = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in names}
     side, channels = largest_crop(data.size), data.channels
-    # Zeros beside the crops, which no weight lets in, would take as long as these.
+    # To clear it would take as long as the copies, and `scaled` gives no weight to the rest.
     batch["image"] = np.empty((len(batch["index"]), side, side, channels), np.uint8)
     rows = iter(batch["image"])
     for chunk in chunks:

@@ -14,10 +14,10 @@ from pallas_kernels.common.types import Tree
 
 
 class Kind(NamedTuple):
-    """All that an optimizer tells a parameter by.
+    """The properties by which an optimizer distinguishes parameters.
 
     Attributes:
-        decays: Whether its weights decay.
+        decays: Whether it takes weight decay.
         scale: The factor on its rate.
         label: "trained" or "frozen".
     """
@@ -82,7 +82,7 @@ def made(
 
 
 def kinds(settings: Optimizer, params: Tree, freeze: Sequence[str] = ()) -> list[Kind]:
-    """For each parameter, in the order of `jax.tree.leaves`, all that the optimizer tells it by.
+    """The kinds of parameters, in the order of `jax.tree.leaves`.
 
     Args:
         settings: As `made` takes them.

@@ -19,7 +19,7 @@ def scaled(crops: ArrayLike, extents: ArrayLike, size: int) -> jax.Array:
     size already stays as it is.
 
     Args:
-        crops: `[N, B, B, C]` of uint8, each in its upper left corner.
+        crops: `[N, B, B, C]` of uint8, each in its upper left corner; the rest may be anything.
         extents: Height and width of each, `[N, 2]`.
         size: Pixels a side.
 

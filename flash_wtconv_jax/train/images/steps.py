@@ -126,6 +126,7 @@ class Program(NamedTuple):
         start: Makes the arrays of the first state.
         train: The arrays of the state, and the metrics, after a batch; those given are used up.
         state: The state of some arrays, each parameter by itself.
+        weights: The parameters of such a state and their averages alone.
         leaves: The arrays of such a state.
         shardings: Where the arrays of such a state lie.
         rows: Where the rows of a batch lie.
@@ -134,6 +135,7 @@ class Program(NamedTuple):
     start: Callable[[], Leaves]
     train: Callable[[Leaves, Batch], tuple[Leaves, loop.Metrics]]
     state: Callable[[Leaves], loop.State]
+    weights: Callable[[Leaves], tuple[nnx.State, nnx.State | None]]
     leaves: Callable[[loop.State], Leaves]
     shardings: loop.State
     rows: NamedSharding
@@ -160,26 +162,36 @@ def program(
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
     forward = partial(_logits, definition, rest, mesh)
     vectors = _vectors(params, settings, mesh)
-    start = partial(loop.begun, optimizer, averaging=bool(settings.optimizer.ema))
-    joined = jax.eval_shape(vectors.joined, params)
-    shapes = jax.eval_shape(start, joined)
+    begun = partial(loop.begun, optimizer, averaging=bool(settings.optimizer.ema))
+    shapes = jax.eval_shape(lambda: begun(vectors.joined(params)))
     places, structure = jax.tree.flatten(placed(shapes, mesh))
+    of_vectors = partial(jax.tree.unflatten, structure)
     shardings = placed(jax.eval_shape(vectors.cut, shapes), mesh)
     rows = split_rows(mesh)
     loss = partial(_loss, forward, vectors, settings, classes)
-    state = partial(jax.tree.unflatten, structure)
     train = jax.jit(
-        partial(_train, loss, optimizer, settings, state),
+        partial(_train, loss, optimizer, settings, of_vectors),
         in_shardings=(places, rows),
         out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
+
+    def weights(leaves: Leaves) -> tuple[nnx.State, nnx.State | None]:
+        state = of_vectors(leaves)
+        return vectors.cut((state.params, state.ema))
+
     first = jax.jit(
-        lambda params: jax.tree.leaves(start(vectors.joined(params))), out_shardings=places
+        lambda params: jax.tree.leaves(begun(vectors.joined(params))), out_shardings=places
     )
-    cut = jax.jit(lambda leaves: vectors.cut(state(leaves)), out_shardings=shardings)
-    leaves = jax.jit(lambda state: jax.tree.leaves(vectors.joined(state)), out_shardings=places)
-    return Program(partial(first, params), train, cut, leaves, shardings, rows)
+    return Program(
+        partial(first, params),
+        train,
+        jax.jit(lambda leaves: vectors.cut(of_vectors(leaves)), out_shardings=shardings),
+        jax.jit(weights, out_shardings=(shardings.params, shardings.ema)),
+        jax.jit(lambda state: jax.tree.leaves(vectors.joined(state)), out_shardings=places),
+        shardings,
+        rows,
+    )
 
 
 def _vectors(params: nnx.State, settings: Settings, mesh: Mesh) -> Vectors:

@@ -337,20 +337,19 @@ class _Steps:
         self.clock = _Clock()
         self.pending: _Sent | None = None
 
-    @property
-    def state(self) -> loop.State:
-        """The state after the last step."""
-        return self.program.state(self.leaves)
-
     @contextmanager
     def prepared(self) -> Iterator[None]:
         """Makes or restores the state; the iterator and the files of figures live in the block."""
-        self.leaves = self.program.start()
         last = self.saver.last
         same_readers = True
-        if last is not None:
-            restored = self.saver.restore(last, self.state, self.program.shardings)
-            self.leaves = self.program.leaves(restored)
+        if last is None:
+            self.leaves = self.program.start()
+        else:
+            like = jax.eval_shape(lambda: self.program.state(self.program.start()))
+            # Held by no name, or it would live as long as the block.
+            self.leaves = self.program.leaves(
+                self.saver.restore(last, like, self.program.shardings)
+            )
             progress = self.saver.progress(last)
             self.done = progress["step"]
             self.broken, self.losses = progress["broken"], progress["losses"]
@@ -511,10 +510,10 @@ class _Steps:
     def _evaluate(self) -> dict[str, float]:
         """The scores of the parameters and of their averages on all held-out images."""
         row: dict[str, float] = {"step": self.done, "epoch": self.done / self.run_.epoch_steps}
-        state = self.state
-        row |= self._scores(state.params)
-        if state.ema is not None:
-            averaged = self._scores(state.ema)
+        params, ema = self.program.weights(self.leaves)
+        row |= self._scores(params)
+        if ema is not None:
+            averaged = self._scores(ema)
             row |= {f"ema_{name}": value for name, value in averaged.items()}
         if self.reporter is not None:
             self.reporter.add(reports.EPOCHS, row)
@@ -546,7 +545,7 @@ class _Steps:
             "scores": self.scores,
         }
         score = None if scores is None else evaluation.leading(scores)
-        self.saver.save(self.state, self.batches, progress, score)
+        self.saver.save(self.program.state(self.leaves), self.batches, progress, score)
 
     def _readers(self) -> list[int]:
         return [self.settings.data.workers, self.share.processes]

@@ -1,8 +1,8 @@
 """Parameters that an optimizer treats alike, as one vector.
 
-A network has hundreds of parameters, AdamW and averages three more arrays for each. Handing them
-from step to step takes Python and XLA milliseconds, updating them a GPU as many kernels; vectors
-take next to nothing, and are cut where the network needs its parameters.
+A network has hundreds of parameters, AdamW and averages three more arrays for each. To hand them
+from step to step takes Python and XLA milliseconds, and a GPU updates them by as many kernels.
+Vectors take next to nothing of either; they are cut where the network needs its parameters.
 """
 
 import math
@@ -21,7 +21,8 @@ _Tree = TypeVar("_Tree")
 class Vectors:
     """Joins the parameters of each kind, and what an optimizer keeps of them.
 
-    A kind's vector bears the name of its first parameter; what is alone keeps its shape.
+    A kind's vector bears the name of its first parameter. A parameter that is alone in its kind
+    keeps its shape.
 
     Args:
         params: The parameters; shapes are enough.
@@ -38,7 +39,7 @@ class Vectors:
     """
 
     def __init__(self, params: nnx.State, kinds: Sequence[Hashable]) -> None:
-        leaves, self._whole = jax.tree.flatten(params)
+        leaves, self._structure = jax.tree.flatten(params)
         groups: dict[Hashable, list[int]] = {}
         for index, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
             groups.setdefault((kind, jnp.dtype(leaf.dtype)), []).append(index)
@@ -46,7 +47,7 @@ class Vectors:
         self._shapes = [leaf.shape for leaf in leaves]
         named = list(nnx.to_flat_state(params))
         firsts = nnx.from_flat_state([named[group[0]] for group in self._groups])
-        self._joined = jax.tree.structure(firsts)
+        self._structure_of_vectors = jax.tree.structure(firsts)
 
     def joined(self, tree: _Tree) -> _Tree:
         """The same tree with the vectors of each `nnx.State` in it in place of its parameters."""
@@ -59,7 +60,7 @@ class Vectors:
             # An optimizer keeps nothing of what it leaves as it is.
             return [of[0] if _is_nothing(of[0]) else join(of) for of in groups]
 
-        return _mapped(tree, join_all, self._joined)
+        return _mapped(tree, join_all, self._structure_of_vectors)
 
     def cut(self, tree: _Tree) -> _Tree:
         """The same tree with parameters in place of vectors."""
@@ -77,7 +78,7 @@ class Vectors:
                         leaves[index] = vector[begin:end].reshape(shape)
             return [leaves[index] for index in range(len(leaves))]
 
-        return _mapped(tree, cut_all, self._whole)
+        return _mapped(tree, cut_all, self._structure)
 
     def parameters(self, vectors: nnx.State) -> nnx.State:
         """Parameters that are cut from their vectors; their gradients are joined.
@@ -96,7 +97,7 @@ def _parameters_forward(of: Vectors, vectors: nnx.State) -> tuple[nnx.State, Non
     return of.cut(vectors), None
 
 
-def _parameters_backward(of: Vectors, kept: None, gradients: nnx.State) -> tuple[nnx.State]:
+def _parameters_backward(of: Vectors, _: None, gradients: nnx.State) -> tuple[nnx.State]:
     return (of.joined(gradients),)
 
 

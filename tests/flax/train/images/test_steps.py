@@ -210,6 +210,21 @@ def test_a_batch_in_parts_is_one_step():
     assert int(found[1][1].images) == 8
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gradients_of_float16_survive_a_mean_over_many_terms(parts):
+    terms = 10**8
+
+    def loss(params, part, key):
+        products = (part * params["w"]).astype("float16") * jnp.float16(2)
+        count = jnp.asarray(terms // parts)
+        return loop.Sums(products.astype("float32").sum(), count, count)
+
+    state = loop.begun(optax.sgd(1.0), {"w": jnp.ones(3)})
+    batch = jnp.ones((8, 3))
+    _, metrics = loop.step(loss, optax.sgd(1.0), state, batch, jax.random.key(0), parts=parts)
+    np.testing.assert_allclose(metrics.norm, 16 * 3**0.5 / terms, rtol=1e-3)
+
+
 def test_averages_begin_with_the_parameters_of_the_first_steps():
     ema = params = {"a": jnp.zeros(1)}
     for step in range(3):
