@@ -162,8 +162,12 @@ def program(
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
     forward = partial(_logits, definition, rest, mesh)
     vectors = _vectors(params, settings, mesh)
-    begun = partial(loop.begun, optimizer, averaging=bool(settings.optimizer.ema))
-    shapes = jax.eval_shape(lambda: begun(vectors.joined(params)))
+
+    def begun(params: nnx.State) -> loop.State:
+        averaging = bool(settings.optimizer.ema)
+        return loop.begun(optimizer, vectors.joined(params), averaging=averaging)
+
+    shapes = jax.eval_shape(begun, params)
     places, structure = jax.tree.flatten(placed(shapes, mesh))
     of_vectors = partial(jax.tree.unflatten, structure)
     shardings = placed(jax.eval_shape(vectors.cut, shapes), mesh)
@@ -180,9 +184,7 @@ def program(
         state = of_vectors(leaves)
         return vectors.cut((state.params, state.ema))
 
-    first = jax.jit(
-        lambda params: jax.tree.leaves(begun(vectors.joined(params))), out_shardings=places
-    )
+    first = jax.jit(lambda params: jax.tree.leaves(begun(params)), out_shardings=places)
     return Program(
         partial(first, params),
         train,
