@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import optax
@@ -11,20 +10,6 @@ import optax
 from flash_wtconv_jax.functional.weight_decay import weight_decay_mask
 from flash_wtconv_jax.train.images.settings import Optimizer
 from pallas_kernels.common.types import Tree
-
-
-class Kind(NamedTuple):
-    """The properties by which an optimizer distinguishes parameters.
-
-    Attributes:
-        decays: Whether it takes weight decay.
-        scale: The factor on its rate.
-        label: "trained" or "frozen".
-    """
-
-    decays: bool
-    scale: float
-    label: str
 
 
 def schedule(settings: Optimizer, epoch: float, steps: int) -> optax.Schedule:
@@ -81,22 +66,28 @@ def made(
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
-def kinds(settings: Optimizer, params: Tree, freeze: Sequence[str] = ()) -> list[Kind]:
-    """The kinds of parameters, in the order of `jax.tree.leaves`.
+def kinds(
+    settings: Optimizer, params: Tree, freeze: Sequence[str] = ()
+) -> list[tuple[bool, float, str]]:
+    """The properties by which the optimizer of `made` distinguishes parameters.
 
     Args:
         settings: As `made` takes them.
         params: The parameters; only their names count.
         freeze: As `made` takes it.
 
+    Returns:
+        For each, in the order of `jax.tree.leaves`, whether it takes weight decay, the factor on
+        its rate, and "trained" or "frozen".
+
     Example:
-        >>> kinds(Optimizer(), {"fc": {"bias": 0.0, "kernel": 0.0}}, ["fc.bias"])[0]
-        Kind(decays=False, scale=1.0, label='frozen')
+        >>> kinds(Optimizer(), {"fc": {"bias": 0.0, "kernel": 0.0}}, ["fc.bias"])
+        [(False, 1.0, 'frozen'), (True, 1.0, 'trained')]
     """
     scales = layer_scales(params, settings.layer_decay)
-    trees = weight_decay_mask(params), names_of(params), _labels(freeze, params)
-    each = zip(*map(jax.tree.leaves, trees), strict=True)
-    return [Kind(decays, scales[name], label) for decays, name, label in each]
+    factors = jax.tree.map(scales.__getitem__, names_of(params))
+    trees = weight_decay_mask(params), factors, _labels(freeze, params)
+    return [*zip(*map(jax.tree.leaves, trees), strict=True)]
 
 
 def names_of(params: Tree) -> Tree:

@@ -5,6 +5,7 @@ from step to step takes Python and XLA milliseconds, and a GPU updates them by a
 Vectors take next to nothing of either; they are cut where the network needs its parameters.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
@@ -52,33 +53,22 @@ class Vectors:
     def joined(self, tree: _Tree) -> _Tree:
         """The same tree with the vectors of each `nnx.State` in it in place of its parameters."""
 
-        def join(arrays: list[Any]) -> Any:
-            return jnp.concatenate([a.ravel() for a in arrays]) if len(arrays) > 1 else arrays[0]
+        def join(leaves: list[Any]) -> list[Any]:
+            return [_vector([leaves[index] for index in group]) for group in self._groups]
 
-        def join_all(leaves: list[Any]) -> list[Any]:
-            groups = [[leaves[index] for index in group] for group in self._groups]
-            # An optimizer keeps nothing of what it leaves as it is.
-            return [of[0] if _is_nothing(of[0]) else join(of) for of in groups]
-
-        return _mapped(tree, join_all, self._structure_of_vectors)
+        return _mapped(tree, join, self._structure_of_vectors)
 
     def cut(self, tree: _Tree) -> _Tree:
         """The same tree with parameters in place of vectors."""
 
-        def cut_all(vectors: list[Any]) -> list[Any]:
+        def cut(vectors: list[Any]) -> list[Any]:
             leaves: dict[int, Any] = {}
             for group, vector in zip(self._groups, vectors, strict=True):
-                end = 0
-                for index in group:
-                    if len(group) == 1 or _is_nothing(vector):
-                        leaves[index] = vector
-                    else:
-                        shape = self._shapes[index]
-                        begin, end = end, end + math.prod(shape)
-                        leaves[index] = vector[begin:end].reshape(shape)
+                pieces = _pieces(vector, [self._shapes[index] for index in group])
+                leaves.update(zip(group, pieces, strict=True))
             return [leaves[index] for index in range(len(leaves))]
 
-        return _mapped(tree, cut_all, self._structure)
+        return _mapped(tree, cut, self._structure)
 
     def parameters(self, vectors: nnx.State) -> nnx.State:
         """Parameters that are cut from their vectors; their gradients are joined.
@@ -102,6 +92,24 @@ def _parameters_backward(of: Vectors, _: None, gradients: nnx.State) -> tuple[nn
 
 
 _parameters.defvjp(_parameters_forward, _parameters_backward)
+
+
+def _vector(leaves: list[Any]) -> Any:
+    if len(leaves) == 1 or _is_nothing(leaves[0]):
+        return leaves[0]
+    return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+
+def _pieces(vector: Any, shapes: list[tuple[int, ...]]) -> list[Any]:
+    """The leaves of which `_vector` makes this."""
+    if len(shapes) == 1 or _is_nothing(vector):
+        return [vector] * len(shapes)
+    ends = [*itertools.accumulate(map(math.prod, shapes))]
+    begins = [0, *ends[:-1]]
+    return [
+        vector[begin:end].reshape(shape)
+        for begin, end, shape in zip(begins, ends, shapes, strict=True)
+    ]
 
 
 def _mapped(
