@@ -1,8 +1,9 @@
 """Launches of CUDA kernels from JAX: NVRTC makes PTX, which jaxlib's launcher of Triton takes.
 
-A launch is a primitive. What is traced is not compiled: NVRTC compiles where a program is lowered
-for CUDA, which needs neither a GPU nor its driver. XLA's program holds the PTX; the launcher
-assembles it in each process before its first launch, a fraction of a second a kernel.
+A launch is a primitive. NVRTC begins to compile its kernel where the launch is traced, all kernels
+beside each other, and is waited for where the program is lowered for CUDA; that needs neither a GPU
+nor its driver. XLA's program holds the PTX; the launcher assembles it in each process before its
+first launch, a fraction of a second a kernel.
 
 `jax.export` must be told that the launch is known to be safe:
 
@@ -12,7 +13,7 @@ assembles it in each process before its first launch, a fraction of a second a k
 import math
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,8 @@ _MULTIPROCESSORS = 132
 """Multiprocessors of a GPU that does not tell: an H100's, other numbers work as well."""
 _ALIGNMENT = 16
 """Bytes that the address of every array is a multiple of, which the launcher checks."""
+_COMPILERS = ThreadPoolExecutor(thread_name_prefix="nvrtc")
+"""The threads in which NVRTC compiles, which leaves them to each other."""
 
 
 class Null(NamedTuple):
@@ -124,13 +127,15 @@ def launch(
     arrays = [a for a in arguments if not isinstance(a, int) and a is not None]
     constants = tuple(a if isinstance(a, int) else Null() if a is None else None for a in arguments)
     types = tuple((tuple(shape), str(dtype)) for shape, dtype in outputs)
+    capability = _capability(device.current()) or _OLDEST
+    _ptx(kernel, capability)
     return _call(
         *arrays,
         kernel=kernel,
         constants=constants,
         outputs=types,
         blocks=blocks,
-        capability=_capability(device.current()) or _OLDEST,
+        capability=capability,
     )
 
 
@@ -178,7 +183,7 @@ def _serialized(
 ) -> bytes:
     """A launch as jaxlib's launcher reads it."""
     launcher = triton_launcher()
-    ptx = _ptx(kernel.source, kernel.macros, nvrtc.virtual_arch(capability, kernel.exact))
+    ptx = _ptx(kernel, capability).result().decode()
 
     def made_of(value: Constant | Map) -> Any:
         if value is None:
@@ -208,9 +213,20 @@ def _parameter(array: Any, box: tuple[int, ...] | None) -> Map | None:
     return None if box is None else Map(array.shape, str(array.dtype), box)
 
 
+def _ptx(kernel: Kernel, capability: int) -> Future[bytes]:
+    """A kernel's PTX, which a thread makes; kernels that differ by their launch share it."""
+    return _compiling(kernel.source, kernel.macros, capability, kernel.exact)
+
+
 @cache
-def _ptx(source: Path, macros: tuple[tuple[str, object], ...], arch: str) -> str:
-    return nvrtc.compiled(source_text(source), dict(macros), arch).decode()
+def _compiling(
+    source: Path, macros: tuple[tuple[str, object], ...], capability: int, exact: bool
+) -> Future[bytes]:
+    def run() -> bytes:
+        arch = nvrtc.virtual_arch(capability, exact)
+        return nvrtc.compiled(source_text(source), dict(macros), arch)
+
+    return _COMPILERS.submit(run)
 
 
 def _capability(gpu: object) -> int | None:

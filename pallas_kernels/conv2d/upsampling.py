@@ -306,6 +306,9 @@ def weight_grad(
         dw = run(own, images, _spread(dy, window, joined, size), shape=filters, dtype=wide)
         return transposed(together, shape, dw).astype(dtype)
     _, _, *channels = window.filters(shape)
+    if _whole_on_gpu(x, dy):
+        # Phases that are not alike, which no network has: XLA would round the gradient of each.
+        images, dy = images.astype(wide), dy.astype(wide)
     found = []
     for phase, part in _parts(window, size, shape, dy):
         folded = window.filters_laid_out(*phase.taps, *channels)
@@ -325,9 +328,12 @@ def _at_once(
     window: Window, images: tuple[int, ...], filters: tuple[int, ...], *arrays: jax.Array
 ) -> Joint | None:
     """The phases as one convolution, on a GPU where no array is sharded over Explicit axes."""
-    if platform() != "gpu" or any(map(sharded, arrays)):
-        return None
-    return joint(window, images, filters)
+    return joint(window, images, filters) if _whole_on_gpu(*arrays) else None
+
+
+def _whole_on_gpu(*arrays: jax.Array) -> bool:
+    """Whether this is a GPU, and no array is sharded over Explicit axes."""
+    return platform() == "gpu" and not any(map(sharded, arrays))
 
 
 def _along(window: Window, axis: int, n: int, taps: int) -> list[_Along]:

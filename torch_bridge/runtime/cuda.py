@@ -41,8 +41,8 @@ def launch(
     """Launches a kernel on the current stream of its tensors' device; `common.cuda.Launch`."""
     from cuda.bindings import driver
 
-    device = cast(Tensor, arguments[0]).device
-    made = allocated(outputs, device)
+    made = allocated(outputs, arguments)
+    device = made[0].device
     function = _function(kernel, device.index)
     boxes = dict(kernel.boxes)
     values = [

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -30,8 +30,7 @@ def launch(
     **constants: object,
 ) -> list[Tensor]:
     """Launches a kernel, whose arguments are followed by its outputs; returns these."""
-    device = cast(Tensor, arguments[0]).device
-    made = allocated(outputs, device)
+    made = allocated(outputs, arguments)
     with compiling("a Triton kernel"):
         kernel[grid](*arguments, *made, **constants)
     return made

@@ -7,6 +7,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Barrier, Event
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +19,7 @@ from helpers.cuda import EMULATED, gpu_of
 from pallas_kernels.common import _compat, cuda_call, nvrtc
 from pallas_kernels.common.cuda import Kernel
 from pallas_kernels.common.on_cpu import cuda as on_cpu
+from pallas_kernels.common.refusals import KernelError
 
 COMPILER = pytest.mark.skipif(
     sys.platform != "linux", reason="the test extra has NVRTC for Linux alone"
@@ -29,7 +31,7 @@ SCALE = Kernel(Path(__file__).with_name("scale.cu"), "scale", (("FACTOR", "2.0f"
 def anew(monkeypatch, tmp_path):
     """Nothing that another test compiled, and nothing on the user's disk."""
     monkeypatch.setattr(nvrtc, "cache_folder", lambda: tmp_path / "ptx")
-    for function in (cuda_call._serialized, cuda_call._ptx, cuda_call._refusal_of_probe):
+    for function in (cuda_call._serialized, cuda_call._compiling, cuda_call._refusal_of_probe):
         function.cache_clear()
     cuda_call._call.clear_cache()
 
@@ -81,10 +83,7 @@ def launcher(monkeypatch):
 def test_a_launch_in_a_lowered_program(capability, arch, launcher, monkeypatch):
     gpu_of(monkeypatch, capability)
     offset = jnp.ones(100)
-    with monkeypatch.context() as traced:
-        # What is traced is not compiled.
-        traced.setattr(nvrtc, "compile_source", None)
-        program = jax.jit(lambda x: scaled(scaled(x), offset)).trace(jnp.ones(100))
+    program = jax.jit(lambda x: scaled(scaled(x), offset)).trace(jnp.ones(100))
     text = program.lower(lowering_platforms=("cuda",)).as_text()
     assert re.findall(r"custom_call @(\w+)", text) == [_compat.TRITON_TARGET] * 2
     without, with_offset = launcher.seen
@@ -95,6 +94,45 @@ def test_a_launch_in_a_lowered_program(capability, arch, launcher, monkeypatch):
     assert launched == (2, 1, 1, [arrays, "i64 0", "i32 100", arrays])
     assert with_offset[0][1] == (2, 1, 1, [arrays, arrays, "i32 100", arrays])
     assert without[1:] == ("scale", b"")
+
+
+def test_tracing_begins_to_compile_every_kernel_and_waits_for_none(launcher, monkeypatch):
+    gpu_of(monkeypatch)
+    monkeypatch.setattr(nvrtc, "virtual_arch", lambda capability, exact: f"compute_{capability}")
+    # Each is compiled while the other one is.
+    both, traced = Barrier(2, timeout=60), Event()
+
+    def compile_source(source, macros, arch):
+        traced.wait(60)
+        both.wait()
+        return f"{macros}".encode()
+
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    thrice = SCALE._replace(macros=(("FACTOR", "3.0f"),))
+    kernels = SCALE, thrice, thrice._replace(threads=32)
+
+    @jax.jit
+    def run(x):
+        return [cuda_call.launch(kernel, [x], [((4,), "float32")], 1) for kernel in kernels]
+
+    program = run.trace(jnp.ones(4))
+    traced.set()
+    program.lower(lowering_platforms=("cuda",))
+    assert [told[0][4] for told, *_ in launcher.seen] == [
+        "{'FACTOR': '2.0f'}", *["{'FACTOR': '3.0f'}"] * 2
+    ]  # fmt: skip
+
+
+def test_a_kernel_that_does_not_compile_fails_where_it_is_lowered(launcher, monkeypatch):
+    def compile_source(*_):
+        raise KernelError("NVRTC could not compile", "no reason")
+
+    gpu_of(monkeypatch)
+    monkeypatch.setattr(nvrtc, "virtual_arch", lambda capability, exact: f"compute_{capability}")
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    program = jax.jit(scaled).trace(jnp.ones(4))
+    with pytest.raises(KernelError, match="NVRTC could not compile"):
+        program.lower(lowering_platforms=("cuda",))
 
 
 @COMPILER
@@ -126,7 +164,7 @@ def test_ptx_is_kept_on_disk(launcher, monkeypatch):
     assert file.suffix == ".ptx" and b".entry scale(" in file.read_bytes()
     monkeypatch.setattr(nvrtc, "compile_source", None)
     cuda_call._serialized.cache_clear()
-    cuda_call._ptx.cache_clear()
+    cuda_call._compiling.cache_clear()
     lower()
 
 

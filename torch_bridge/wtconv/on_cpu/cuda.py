@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 
 from pallas_kernels.common.cuda import Device, Kernel
@@ -54,7 +53,7 @@ def emulated(
             outputs: Sequence[Output],
             blocks: int,
         ) -> list[Tensor]:
-            made = allocated(outputs, torch.device("cpu"))
+            made = allocated(outputs, arguments)
             for tensor in made:
                 tensor.fill_(float("nan"))
             boxes = dict(kernel.boxes)
