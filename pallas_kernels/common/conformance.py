@@ -136,7 +136,7 @@ def bounds(case: C, plain: Callable[[C], Results]) -> dict[str, float]:
     Args:
         case: The case that is computed.
         plain: Computes it in plain operations in its dtype: in low precision twice their error is
-            allowed.
+            allowed, and twice what the greatest number may lose where it is rounded.
 
     Returns:
         Fractions of the root mean square, by name.
@@ -145,8 +145,9 @@ def bounds(case: C, plain: Callable[[C], Results]) -> dict[str, float]:
     if case.dtype not in LOW:
         return {name: case.tolerance(name) for name in want}
     dtype = ml_dtypes.bfloat16 if case.dtype == "bfloat16" else np.float16
-    got, rounding = plain(case), float(ml_dtypes.finfo(dtype).eps)
-    return {name: max(2 * worst(got[name], want[name]), rounding) for name in want}
+    got, eps = plain(case), float(ml_dtypes.finfo(dtype).eps)
+    rounding = {name: eps * max(1.0, worst(0.0, value)) for name, value in want.items()}
+    return {name: max(2 * worst(got[name], want[name]), rounding[name]) for name in want}
 
 
 def run(backends: Iterable[Backend[C]], plain: Callable[[C], Results]) -> Iterator[Json]:

@@ -23,19 +23,10 @@
 //   VECTOR           channels that one copy to shared memory takes, a divisor of C
 //   BOXED            whether four more warps copy boxes, by TMA, and give their registers to the others
 
-#include "../common/boxes.cuh"
+#include "bands.cuh"
 
-constexpr int K = KERNEL_SIZE, R = K / 2;
-constexpr int COLUMNS = 4, SQUARES = COLUMNS / 2;  // Of a strip.
-constexpr int HALO = 2 * R;                        // Columns that a strip reads to each side.
-constexpr int WARPS = ACROSS * IMAGES;
-constexpr int THREADS = BOXED ? (WARPS + 3) / 4 * 128 : 32 * WARPS;
-constexpr int COPIERS = BOXED ? 128 : 0;
-constexpr bool SHARED_OUT = THREADS > 128;         // Whether there are too few registers for all.
-constexpr int CHUNK = 32;                          // Channels of a warp.
 constexpr int SCALE = 1 + HALVED;                  // Rows and columns of x of a pixel that is treated.
 constexpr int LINES = 2 * SCALE;                   // Rows of x of a pair.
-constexpr int WIDTH = COLUMNS * ACROSS;            // Columns of a tile.
 constexpr int LOADED = SCALE * (WIDTH + 2 * HALO);  // Columns of x that it reads.
 constexpr int ROW = CHUNK * LOADED;                // Elements of a row in shared memory.
 // A stage: a pair of rows, what is added to the squares of the pair R above, and to their squares.
@@ -44,11 +35,6 @@ constexpr int OVER = BELOW ? 4 * IMAGES * WIDTH / 2 * CHUNK : 0;
 constexpr int FAR_OVER = BELOW == 2 ? 4 * IMAGES * ACROSS * CHUNK : 0;
 constexpr float FACTOR = 0.25f / (SCALE * SCALE);  // Of a coefficient.
 constexpr int STAGE = (BYTES + OVER + FAR_OVER + 1023) / 1024 * 1024;
-
-// The sizes of what is treated.
-struct Images {
-  int count, height, width, channels;
-};
 
 // The pairs of rows that a thread block treats, tile after tile: a tile has all rows, of which the
 // first and the last tile of a block may have a part.
@@ -166,9 +152,8 @@ struct Sums {
         }
       }
       if (BASE) add_base(pixels, 2 * j - HALO, taps);
-      const float sum0 = pixels[0][0] + pixels[0][1], sum1 = pixels[1][0] + pixels[1][1];
-      const float other0 = pixels[0][0] - pixels[0][1], other1 = pixels[1][0] - pixels[1][1];
-      const float square[] = {sum0 + sum1, sum0 - sum1, other0 + other1, other0 - other1};
+      float square[4];
+      analyse(pixels, square);
       if (j >= R && j < R + SQUARES) lows[j - R] = square[0];
 #pragma unroll
       for (int s = 0; s < SQUARES; s++) {
@@ -224,44 +209,6 @@ struct Sums {
     }
   }
 };
-
-#if !BOXED
-
-// Each thread copies channels VECTOR * (t % PIECES) on of the pixels t / PIECES, and of those that all
-// threads' pixels are further.
-constexpr int PIECES = CHUNK / VECTOR, STEP = THREADS / PIECES;
-static_assert(THREADS % PIECES == 0, "");
-
-struct Copies {
-  int channel, left;  // The thread's first channel, and how many there are from it on.
-
-  // Starts the copies of ROWS rows of COLUMNS columns of all images of a tile; sizes are the array's.
-  template <int ROWS, int COLUMNS>
-  DEVICE void start(const float* from, const Images& sizes, int first_image, int first_row,
-                    int first_column, unsigned char* to) const {
-    constexpr int PIXELS = IMAGES * ROWS * COLUMNS;
-#pragma unroll 2
-    for (int i = 0; i < (PIXELS + STEP - 1) / STEP; i++) {
-      const int pixel = int(threadIdx.x) / PIECES + STEP * i, line = pixel / COLUMNS;
-      if (PIXELS % STEP && pixel >= PIXELS) break;
-      const int image = first_image + line / ROWS, row = first_row + line % ROWS;
-      const int column = first_column + pixel % COLUMNS;
-      const bool inside = left > 0 && image < sizes.count && row < sizes.height && column >= 0 &&
-                          column < sizes.width;
-      const Offset at = (Offset(image) * sizes.height + row) * sizes.width + column;
-      copy<4 * VECTOR>(reinterpret_cast<float*>(to) + pixel * CHUNK + int(threadIdx.x) % PIECES * VECTOR,
-                       inside ? from + at * sizes.channels + channel : from, inside);
-    }
-  }
-};
-
-#endif
-
-#if BOXED
-#define INPUT BOXES
-#else
-#define INPUT const float* __restrict__
-#endif
 
 // Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
 // with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below` and

@@ -1,18 +1,21 @@
-"""The launches of `bands_forward.cu`, for any framework: float32, by multiply-adds.
+"""The launches of `bands_forward.cu` and `bands_weights.cu`, for any framework: float32.
 
-The second level first, straight from x, which also leaves the means of squares that deeper levels
-are made of; then each level from the deepest one on, which adds what the level below has made. A
-level streams through shared memory once, and no band is written to memory.
+Forward the second level comes first, straight from x, which also leaves the means of squares that
+deeper levels are made of; then each level from the deepest one on, which adds what the level below
+has made. Gradients of taps begin with the first level, which leaves the means of squares of x and
+dy for the next one. A level streams through shared memory once, by multiply-adds, and no band is
+written to memory.
 """
 
 import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pallas_kernels.common.cuda import Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
+from pallas_kernels.common.types import Output
 from pallas_kernels.wtconv.folded_launches import means_shape
 
 _FOLDER = Path(__file__).parent
@@ -41,6 +44,10 @@ _INSTRUCTIONS = {(True, False): 570, (False, False): 350, (False, True): 500}
 """Instructions of a step of a warp, by whether there is a base, and whether images are halved."""
 _CLOCK = 15
 """Bytes that a multiprocessor of an H200 copies in a clock, where all do nothing else."""
+_GRADIENTS_INSTRUCTIONS = {True: 660, False: 420}
+"""The same instructions of a step of gradients."""
+_GRADIENTS_CLOCK = 23
+"""The same bytes, of which those beside a tile come from nearer memory."""
 
 
 class Variant(NamedTuple):
@@ -93,26 +100,94 @@ class Variant(NamedTuple):
         added = (0, 2, 3)[self.below] * self.across
         return 4 * self.images * (x + added) * _CHUNK
 
-    def pairs(self, shape: tuple[int, ...]) -> int:
-        """Pairs of rows of all tiles of a channel of the images `[N, H, W, C]` that are treated."""
-        n, h, w, _ = shape
-        return cdiv(n, self.images) * cdiv(w, _STRIP * self.across) * cdiv(h, 2)
-
     def programs(self, shape: tuple[int, ...], device: Device) -> int:
         """Blocks that share the pairs of a channel."""
-        most = device.multiprocessors // cdiv(shape[-1], _CHUNK)
-        return max(1, min(most, self.pairs(shape) // _FEWEST))
+        return _programs(self.across, self.images, shape, device)
 
     def time(self, shape: tuple[int, ...], device: Device) -> float:
         """The clocks of the busiest multiprocessor, about."""
-        programs = self.programs(shape, device)
-        waves = cdiv(programs * cdiv(shape[-1], _CHUNK), device.multiprocessors)
-        steps = cdiv(self.pairs(shape), programs) + self.kernel_size // 2
+        # Zeros outside of small images are not copied.
+        copies = self.bytes(min(self._loaded(), (1 + self.halved) * shape[2])) / _CLOCK
         # A warp alone waits for itself.
         issue = (cdiv(self.warps, 4) + 0.3) * _INSTRUCTIONS[self.base, self.halved]
-        # Zeros outside of small images are not copied.
-        copied = self.bytes(min(self._loaded(), (1 + self.halved) * shape[2]))
-        return waves * steps * max(issue, copied / _CLOCK)
+        return _steps(self.across, self.images, shape, device) * max(issue, copies)
+
+
+class Gradients(NamedTuple):
+    """The constants of a kernel of a level's gradients; see the macros of `bands_weights.cu`."""
+
+    kernel_size: int
+    across: int
+    images: int
+    stages: int
+    base: bool
+    lows: bool
+    vector: int
+    boxed: bool
+
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        macros = tuple((name.upper(), int(value)) for name, value in self._asdict().items())
+        warps = self.across * self.images
+        warps = cdiv(warps, 4) * 4 + _COPIERS if self.boxed else warps
+        columns = self._loaded(), _STRIP * self.across
+        boxes = tuple(
+            (number, (self.images, 2, each, _CHUNK)) for number, each in enumerate(columns)
+        )
+        return Kernel(
+            *(_FOLDER / "bands_weights.cu", "bands_weights", macros, 32 * warps, self.shared()),
+            *(boxes if self.boxed else (), self.boxed),
+        )
+
+    @property
+    def sums(self) -> int:
+        """The gradients of a channel, with that of the bias."""
+        return (5 if self.base else 4) * self.kernel_size**2 + self.base
+
+    def _loaded(self) -> int:
+        """Columns of x that a tile reads."""
+        return _STRIP * self.across + 4 * (self.kernel_size // 2)
+
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        return self.stages * (cdiv(self.bytes(), 1024) * 1024 + 16 * self.boxed)
+
+    def bytes(self, columns: int | None = None) -> int:
+        """Bytes of a stage: a pair of rows of x, of so many columns, and one of dy."""
+        x = self._loaded() if columns is None else columns
+        return 4 * 2 * self.images * (x + _STRIP * self.across) * _CHUNK
+
+    def programs(self, shape: tuple[int, ...], device: Device) -> int:
+        """Blocks that share the pairs of a channel."""
+        return _programs(self.across, self.images, shape, device)
+
+    def time(self, shape: tuple[int, ...], device: Device) -> float:
+        """The clocks of the busiest multiprocessor, about."""
+        copies = self.bytes(min(self._loaded(), shape[2])) / _GRADIENTS_CLOCK
+        # Warps wait for their sums and shared memory most of the time of one of them.
+        issue = (cdiv(self.across * self.images, 4) + 0.9) * _GRADIENTS_INSTRUCTIONS[self.base]
+        return _steps(self.across, self.images, shape, device) * max(issue, copies)
+
+
+AnyVariant = TypeVar("AnyVariant", Variant, Gradients)
+
+
+def _pairs(across: int, images: int, shape: tuple[int, ...]) -> int:
+    """Pairs of rows of all tiles of a channel of the images `[N, H, W, C]` that are treated."""
+    n, h, w, _ = shape
+    return cdiv(n, images) * cdiv(w, _STRIP * across) * cdiv(h, 2)
+
+
+def _programs(across: int, images: int, shape: tuple[int, ...], device: Device) -> int:
+    most = device.multiprocessors // cdiv(shape[-1], _CHUNK)
+    return max(1, min(most, _pairs(across, images, shape) // _FEWEST))
+
+
+def _steps(across: int, images: int, shape: tuple[int, ...], device: Device) -> int:
+    """Pairs of rows that the busiest multiprocessor treats one after the other, about."""
+    programs = _programs(across, images, shape, device)
+    waves = cdiv(programs * cdiv(shape[-1], _CHUNK), device.multiprocessors)
+    return waves * (cdiv(_pairs(across, images, shape), programs) + 2)
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
@@ -148,20 +223,63 @@ def planned(
         halved: Whether the images are means of squares, which the kernel makes itself.
         lows: How many are made of their means of squares, and of the squares of these.
     """
-    n, _, w, c = shapes[0]
-    boxed = device.boxes and device.capability == _HOPPER and c % 4 == 0
+    vector, boxed = math.gcd(4, shapes[0][-1]), _boxed(shapes, device)
     variants = [
-        Variant(*(kernel_size, across, images, 2, base, below, halved, lows, math.gcd(4, c), boxed))
+        Variant(kernel_size, *tile, 2, base, below, halved, lows, vector, boxed)
+        for tile in _tiles(shapes[0])
+    ]
+    return _best(variants, shapes, device)
+
+
+@cache
+def planned_gradients(
+    shapes: tuple[tuple[int, ...], ...],
+    kernel_size: int,
+    device: Device,
+    *,
+    base: bool = False,
+    lows: bool = False,
+) -> Gradients:
+    """The variant for the gradients of some levels, which is compiled once.
+
+    Args:
+        shapes: Those of the images of x and of dy, `[N, H, W, C]`.
+        kernel_size: One of `KERNEL_SIZES`.
+        device: The GPU.
+        base: Whether there is a base convolution.
+        lows: Whether the means of squares are made.
+    """
+    vector, boxed = math.gcd(4, shapes[0][-1]), _boxed(shapes, device)
+    variants = [
+        Gradients(kernel_size, *tile, 2, base, lows, vector, boxed) for tile in _tiles(shapes[0])
+    ]
+    return _best(variants, shapes, device)
+
+
+def _boxed(shapes: tuple[tuple[int, ...], ...], device: Device) -> bool:
+    return device.boxes and device.capability == _HOPPER and shapes[0][-1] % 4 == 0
+
+
+def _tiles(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Strips of an image, and images, that a tile may have."""
+    n, _, w, _ = shape
+    return [
+        (across, images)
         for across in range(1, min(_WARPS, cdiv(w, _STRIP)) + 1)
         for images in range(1, min(_WARPS // across, n) + 1)
     ]
 
-    def time(variant: Variant) -> tuple[float, int]:
+
+def _best(
+    variants: list[AnyVariant], shapes: tuple[tuple[int, ...], ...], device: Device
+) -> AnyVariant:
+    """The fastest variant, with as many stages as there is room for."""
+
+    def time(variant: AnyVariant) -> tuple[float, int]:
         return sum(variant.time(shape, device) for shape in shapes), variant.bytes()
 
     best = min((one for one in variants if one.shared() <= device.shared), key=time)
-    stages = min(_STAGES, 2 * device.shared // best.shared())
-    return best._replace(stages=stages)
+    return best._replace(stages=min(_STAGES, 2 * device.shared // best.shared()))
 
 
 def forward(
@@ -218,3 +336,59 @@ def forward(
             deeper = level(number, shapes, lows[min(number - 2, 1)], *deeper)
         below = [second, *deeper]
     return level(0, (shape,), x, *below)[0]
+
+
+def weight_grad(
+    x: AnyArray,
+    dy: AnyArray,
+    shape: tuple[int, ...],
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    launch: Launch[AnyArray],
+    channels_last: bool,
+) -> list[AnyArray]:
+    """The gradients of the taps; every sum has a fixed order, so they are bitwise reproducible.
+
+    Args:
+        x: Contiguous images `[N, H, W, C]`, float32.
+        dy: The gradient of the output, in the same form.
+        shape: That of both.
+        kernel_size: k, one of `KERNEL_SIZES`.
+        levels: Number of levels, at least one.
+        device: The GPU.
+        launch: The framework's launch function.
+        channels_last: Whether they are `[k, k, 1, C]` and `[k, k, 4, C]`, else `[C, 1, k, k]` and
+            `[C, 4, k, k]`.
+
+    Returns:
+        float32 gradients of the base's taps, of each level's, and of the bias.
+    """
+    sizes = [means_shape(shape, level) for level in range(levels + 1)]
+    channels = shape[-1]
+    chunks = cdiv(channels, _CHUNK)
+    lows = levels > 1
+    found: list[AnyArray | int] = []
+    for level in range(levels):
+        first = level == 0
+        # All but the first are compiled once, so the last one makes means that nobody reads.
+        shapes = (sizes[0],) if first else tuple(sizes[1:levels])
+        variant = planned_gradients(shapes, kernel_size, device, base=first, lows=lows)
+        n, h, w, c = sizes[level]
+        programs = variant.programs(sizes[level], device)
+        outputs: list[Output] = [((programs, variant.sums, c), "float32")]
+        outputs += [(sizes[level + 1], "float32")] * (2 * lows)
+        arguments = [x, dy, n, c, h, w, programs]
+        sums, *means = launch(variant.compiled(), arguments, outputs, programs * chunks)
+        found += [sums, programs]
+        x, dy = means or (x, dy)
+    macros = ("KERNEL_SIZE", kernel_size), ("LEVELS", levels), ("CHANNELS_LAST", int(channels_last))
+    kernel = Kernel(_FOLDER / "bands_gradients.cu", "bands_gradients", macros, 32 * _WARPS, 0)
+    side = kernel_size, kernel_size
+    of_base, of_bands = (
+        (*side, n, channels) if channels_last else (channels, n, *side) for n in (1, 4)
+    )
+    outputs = [(of_base, "float32"), ((channels,), "float32"), *[(of_bands, "float32")] * levels]
+    blocks = levels * cdiv(5 * kernel_size**2 + 1, _WARPS) * chunks
+    base, bias, *bands = launch(kernel, [channels, *found], outputs, blocks)
+    return [base, *bands, bias]

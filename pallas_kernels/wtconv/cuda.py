@@ -66,7 +66,7 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     if _folds(problem.shape, problem.dtype, problem.kernel_size):
         about = problem.shape, str(problem.dtype), problem.kernel_size, problem.levels
         return folded_launches.search_space(direction, *about, device_properties())
-    if direction == "fwd" and _streams(problem.shape, problem.dtype, problem.kernel_size):
+    if _streams(problem.shape, problem.dtype, problem.kernel_size):
         return [{}]
     return cuda_launches.search_space()
 
@@ -126,6 +126,8 @@ def weight_grad(
     if _folds(x.shape, x.dtype, kernel_shapes[0][0]):
         tile = {"resident": resident, "together": together, "apart": apart}
         return _folded_weight_grad(x, dy, kernel_shapes, tile)
+    if _streams(x.shape, x.dtype, kernel_shapes[0][0]):
+        return _streamed_weight_grad(x, dy, kernel_shapes)
     biased = len(kernel_shapes[-1]) == 1
     shapes = kernel_shapes[: len(kernel_shapes) - biased]
     kernel_size, levels = shapes[0][0], len(shapes) - 1
@@ -176,8 +178,19 @@ def _folds(shape: tuple[int, ...], dtype: Dtype, kernel_size: int) -> bool:
 
 
 def _streams(shape: tuple[int, ...], dtype: Dtype, kernel_size: int) -> bool:
-    """Whether the forward of a call goes level by level in float32."""
+    """Whether a call goes level by level in float32."""
     return bands_launches.takes(shape, str(dtype), kernel_size, device_properties())
+
+
+def _streamed_weight_grad(
+    x: jax.Array, dy: jax.Array, kernel_shapes: tuple[tuple[int, ...], ...]
+) -> Taps:
+    """The gradients of the taps in float32, and of the bias where its shape is the last one."""
+    kernel_size = kernel_shapes[0][0]
+    levels = sum(len(shape) > 1 for shape in kernel_shapes) - 1
+    about = x.shape, kernel_size, levels, device_properties(), launch
+    found = bands_launches.weight_grad(x, dy, *about, channels_last=True)
+    return vary_like((x, dy), tuple(found[: len(kernel_shapes)]))
 
 
 def _folded_forward(

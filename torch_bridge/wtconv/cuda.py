@@ -107,6 +107,8 @@ def weight_grad(
     images, device = _images(x), device_of(x.device)
     if _folds(images, kernel_size, device):
         return _folded_weight_grad(x, dy, images, kernel_size, levels, device)
+    if _streams(images, kernel_size, device):
+        return _streamed_weight_grad(x, dy, images, kernel_size, levels, device)
     images = images._replace(aligned=min(images.aligned, _images(dy).aligned))
     sizes = images, kernel_size, levels, device, launch
     first, *rest = cuda_launches.weight_grad(x, dy, *sizes, resident=resident)
@@ -166,7 +168,7 @@ def _folds(images: Images, kernel_size: int, device: Device) -> bool:
 
 
 def _streams(images: Images, kernel_size: int, device: Device) -> bool:
-    """Whether the forward of a call goes level by level in float32."""
+    """Whether a call goes level by level in float32."""
     shape, dtype, channels_last, _ = images
     large = channels_last and math.prod(shape) >= _WORTH_LAUNCHES
     return large and bands_launches.takes(shape, dtype, kernel_size, device)
@@ -187,6 +189,15 @@ def _streamed_forward(
     return bands_launches.forward(
         _pixels(x), numbers, bias, images.shape, device, launch, transpose
     )
+
+
+def _streamed_weight_grad(
+    x: Tensor, dy: Tensor, images: Images, kernel_size: int, levels: int, device: Device
+) -> list[Tensor]:
+    """The gradients of the taps in float32, level by level."""
+    about = images.shape, kernel_size, levels, device, launch
+    *parts, _ = bands_launches.weight_grad(_pixels(x), _pixels(dy), *about, channels_last=False)
+    return [part.view(-1, 1, kernel_size, kernel_size) for part in parts]
 
 
 def _folded_forward(

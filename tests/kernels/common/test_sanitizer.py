@@ -34,7 +34,8 @@ def test_no_access_outside_of_an_array_and_no_race(framework, implementation, to
         pytest.importorskip("torch", reason="torch is not installed")
     command = [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", "99"]
     run = subprocess.run(
-        [*command, sys.executable, SCRIPT, framework, implementation],
+        # Not beside the script, where a module has the name of NVIDIA's package.
+        [*command, sys.executable, "-P", SCRIPT, framework, implementation],
         capture_output=True,
         text=True,
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},

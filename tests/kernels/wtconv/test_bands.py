@@ -1,4 +1,4 @@
-"""WTConv's forward in float32, level by level: run on the CPU, planned, and run on a GPU."""
+"""WTConv in float32, level by level: run on the CPU, planned, and run on a GPU."""
 
 from itertools import product, starmap
 
@@ -75,6 +75,16 @@ FAULTS = {
     "a bound of the columns": ("column >= 0 &&", "column > 0 &&"),
     "another row of the base": ("base[r + 3 * R - t]", "base[r + R + t]"),
     "taps turned around": ("transpose ? K * K - 1 - i : i", "i"),
+    "gradients: a wait for a stage": ("    wait_for(empty + slot, phase);\n        ", "    "),
+    "gradients: a barrier": ("    __syncthreads();\n#pragma unroll 1\n", "#pragma unroll 1\n"),
+    "gradients: what waits of the tile before": ("    gradients.clear();\n", ""),
+    "gradients: pairs of another block": ("walk.pair < walk.bottom ? stage", "true ? stage"),
+    "gradients: the last pairs of a tile": ("min(bottom + 2 * R, pairs + R)", "bottom + R"),
+    "gradients: another pair of x": ("2 * (walk.pair - R), walk", "2 * walk.pair, walk"),
+    "gradients: another row of the base": ("base[r + 2 * R - t]", "base[r + t]"),
+    "gradients: means that are sums": ("0.25f * squares_of[s]", "squares_of[s]"),
+    "gradients: a warp": ("w < WARPS", "w < WARPS - 1"),
+    "gradients: the factor of a level": ("float(1 << 2 * level)", "float(1 << level)"),
 }  # fmt: skip
 
 
@@ -102,6 +112,18 @@ def test_tiles_are_shared_evenly_and_waste_no_columns():
     second = launches.planned((halves,), 5, h200, halved=True, lows=2)
     assert (second.across, second.images) == (7, 1) and second.shared() <= h200.shared
     assert launches.planned((shape,), 5, h200._replace(capability=80)).boxed is False
+
+
+def test_tiles_of_gradients_are_those_that_a_gpu_is_fastest_with():
+    h200 = Device(shared=232448, multiprocessors=132, boxes=True)
+    shapes = [(128, side, side, 96) for side in (56, 28, 14, 7, 4)]
+    first = launches.planned_gradients(tuple(shapes[:1]), 5, h200, base=True, lows=True)
+    deeper = launches.planned_gradients(tuple(shapes[1:]), 5, h200, lows=True)
+    assert (first.across, first.images) == (deeper.across, deeper.images) == (2, 4)
+    # An edge is copied twice less where a tile is as wide as can be.
+    large = launches.planned_gradients(((8, 512, 512, 64),), 5, h200, base=True, lows=True)
+    assert (large.across, large.images, large.boxed) == (8, 1, True)
+    assert large.programs((8, 512, 512, 64), h200) == 66 and large.shared() <= h200.shared
 
 
 @pytest.mark.parametrize(

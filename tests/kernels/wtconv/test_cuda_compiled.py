@@ -37,14 +37,14 @@ FOLDED = {
 }
 """The registers on tensor cores, kernels of 5: forward, weights, levels in one launch."""
 BANDS = {
-    "sm_80": (254, 235, 196),
-    "sm_86": (255, 235, 195),
-    "sm_89": (255, 235, 195),
-    "sm_90a": (168, 230, 194),
-    "sm_100a": (244, 230, 208),
-    "sm_120": (246, 230, 211),
+    "sm_80": (254, 235, 196, 255, 202),
+    "sm_86": (255, 235, 195, 255, 205),
+    "sm_89": (255, 235, 195, 255, 205),
+    "sm_90a": (168, 230, 194, 168, 198),
+    "sm_100a": (244, 230, 208, 255, 205),
+    "sm_120": (246, 230, 211, 255, 201),
 }
-"""The registers in float32, kernels of 5: the first level, the second, deeper ones."""
+"""The registers in float32, kernels of 5: levels 1, 2, deeper; gradients of level 1, of deeper."""
 LINE = {
     "sm_75": ((229, 0), (202, 0)),
     "sm_80": ((168, 16), (168, 16)),
@@ -129,11 +129,20 @@ def test_taps_and_sums_of_a_level_are_registers(arch, monkeypatch):
     device = device_of(arch, monkeypatch)._replace(boxes=arch == "sm_90a")
     shapes = [(8, side, side, 96) for side in (56, 28, 14)]
     levels = {"base": True, "below": 2}, {"halved": True, "lows": 2}, {"below": 1}
-    for shape, about, most in zip(shapes, levels, BANDS[arch], strict=True):
-        kernel = bands_launches.planned((shape,), 5, device, **about).compiled()
+    planned = [
+        bands_launches.planned((shape,), 5, device, **about)
+        for shape, about in zip(shapes, levels, strict=True)
+    ]
+    planned += [
+        bands_launches.planned_gradients((shape,), 5, device, base=base, lows=True)
+        for shape, base in zip(shapes, (True, False), strict=False)
+    ]
+    for variant, most in zip(planned, BANDS[arch], strict=True):
+        kernel = variant.compiled()
         code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
         registers, spilled = cubins.usage(code)
-        assert spilled == 0 and registers <= min(255, most + MORE)
+        # A word or two around the loop, where a thread has no register more.
+        assert spilled <= (8 if most == 255 else 0) and registers <= min(255, most + MORE)
         assert registers * kernel.threads <= 65536 and kernel.shared <= device.shared
 
 

@@ -128,7 +128,8 @@ def test_the_kernels_are_the_oracles_in_every_order_of_threads(device, case, mem
 @ON_CPU
 @pytest.mark.parametrize("boxes", [True, pytest.param(False, marks=pytest.mark.wide)])
 def test_float32_goes_level_by_level_where_channels_are_last(boxes, monkeypatch):
-    monkeypatch.setattr(cuda_launches, "forward", None)
+    for name in ("forward", "weight_grad"):
+        monkeypatch.setattr(cuda_launches, name, None)
     monkeypatch.setattr(cuda_launch, "_WORTH_LAUNCHES", 1)
     with cuda.emulated(HOPPER._replace(multiprocessors=3, boxes=boxes)):
         got = check.layer_results("cuda", CPU, torch.channels_last, STREAMED)

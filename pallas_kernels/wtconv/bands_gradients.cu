@@ -1,0 +1,87 @@
+// The gradients of the taps of all levels from the partial sums that `bands_weights` leaves, for NVRTC.
+//
+// A warp has a tap of 32 channels of a level. Its partial sums are added in their order, so results
+// are bitwise reproducible.
+//
+// The host defines these macros:
+//   KERNEL_SIZE      3 or 5
+//   LEVELS           the number of levels, at most 5
+//   CHANNELS_LAST    whether taps are [k, k, bands, C], 0: they are [C, bands, k, k]
+
+#include "../common/copies.cuh"
+
+constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE, WARPS = 8;
+// Blocks of a level and of 32 channels.
+constexpr int BLOCKS = (5 * TAPS + 1 + WARPS - 1) / WARPS;
+
+// The place of a tap of one of COUNT bands.
+template <int COUNT>
+DEVICE Offset place(int tap, int band, int channel, int channels) {
+  return CHANNELS_LAST ? Offset(tap * COUNT + band) * channels + channel
+                       : Offset(channel * COUNT + band) * TAPS + tap;
+}
+
+// Sums of the first level are `[programs, 5 * TAPS + 1, C]`, of others `[programs, 4 * TAPS, C]`.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+bands_gradients(int channels, const float* __restrict__ sums0, int programs0,
+#if LEVELS > 1
+                const float* __restrict__ sums1, int programs1,
+#endif
+#if LEVELS > 2
+                const float* __restrict__ sums2, int programs2,
+#endif
+#if LEVELS > 3
+                const float* __restrict__ sums3, int programs3,
+#endif
+#if LEVELS > 4
+                const float* __restrict__ sums4, int programs4,
+#endif
+                float* __restrict__ base, float* __restrict__ bias,
+                float* __restrict__ bands0
+#if LEVELS > 1
+                , float* __restrict__ bands1
+#endif
+#if LEVELS > 2
+                , float* __restrict__ bands2
+#endif
+#if LEVELS > 3
+                , float* __restrict__ bands3
+#endif
+#if LEVELS > 4
+                , float* __restrict__ bands4
+#endif
+) {
+  const int chunks = (channels + 31) / 32;
+  const int level = int(blockIdx.x) / (BLOCKS * chunks);
+  const int channel = int(blockIdx.x) % chunks * 32 + int(threadIdx.x) % 32;
+  const int number = int(blockIdx.x) / chunks % BLOCKS * WARPS + int(threadIdx.x) / 32;
+  const float* sums = sums0;
+  float* bands = bands0;
+  int programs = programs0;
+#if LEVELS > 1
+  if (level == 1) sums = sums1, programs = programs1, bands = bands1;
+#endif
+#if LEVELS > 2
+  if (level == 2) sums = sums2, programs = programs2, bands = bands2;
+#endif
+#if LEVELS > 3
+  if (level == 3) sums = sums3, programs = programs3, bands = bands3;
+#endif
+#if LEVELS > 4
+  if (level == 4) sums = sums4, programs = programs4, bands = bands4;
+#endif
+  const int count = level ? 4 * TAPS : 5 * TAPS + 1;
+  if (channel >= channels || number >= count) return;
+  const float* from = sums + Offset(number) * channels + channel;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int i = 0; i < programs; i++) sum += from[Offset(i) * count * channels];
+  if (number < 4 * TAPS) {
+    // Coefficients are half their sums of pixels, and means of four stand in for sums a level.
+    bands[place<4>(number / 4, number % 4, channel, channels)] = 0.25f * float(1 << 2 * level) * sum;
+  } else if (number < 5 * TAPS) {
+    base[place<1>(number - 4 * TAPS, 0, channel, channels)] = sum;
+  } else {
+    bias[channel] = sum;
+  }
+}
