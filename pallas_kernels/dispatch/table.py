@@ -26,6 +26,9 @@ from pallas_kernels.dispatch.backend import Problem
 
 FOLDER = Path(__file__).parent / "defaults"
 """The folder of the tables; a device without one goes by the operators' rules."""
+ALIKE = {"NVIDIA H100": "NVIDIA H200", "NVIDIA GH200": "NVIDIA H200"}
+"""Devices of one chip with another memory: the table that stands in where a kind has none, by the
+beginning of its name."""
 
 Entry = Json
 
@@ -81,7 +84,7 @@ def is_time(value: object) -> bool:
 
 
 def entries(device_kind: str) -> tuple[Entry, ...]:
-    """The entries measured on a kind of device: none where there is no table of it.
+    """The entries measured on a kind of device, else on one of `ALIKE`, else none.
 
     Args:
         device_kind: As JAX names it, e.g. "NVIDIA H200".
@@ -92,7 +95,17 @@ def entries(device_kind: str) -> tuple[Entry, ...]:
     Example:
         >>> entries("an abacus")
         ()
+        >>> entries("NVIDIA H100 PCIe") == entries("NVIDIA H200")
+        True
     """
+    if path(device_kind).exists():
+        return _own_entries(device_kind)
+    alike = (name for start, name in ALIKE.items() if device_kind.startswith(start))
+    return _own_entries(next(alike, device_kind))
+
+
+def _own_entries(device_kind: str) -> tuple[Entry, ...]:
+    """The entries of the table of a kind, none where it has none."""
     file = path(device_kind)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -163,7 +176,7 @@ def merged(device_kind: str, new: Iterable[Entry]) -> str:
         }
         <BLANKLINE>
     """
-    by_problem = {_key(entry): entry for entry in (*entries(device_kind), *new)}
+    by_problem = {_key(entry): entry for entry in (*_own_entries(device_kind), *new)}
     lines = ",\n".join("    " + json.dumps(by_problem[key]) for key in sorted(by_problem))
     return f'{{\n  "device_kind": {json.dumps(device_kind)},\n  "entries": [\n{lines}\n  ]\n}}\n'
 
