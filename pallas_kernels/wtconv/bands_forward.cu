@@ -76,7 +76,7 @@ struct Walk {
 struct Taps {
   float base[BASE ? K * K : 1], bands[4][K * K];
 
-  // They are `[k, k, C]` and `[k, k, 4, C]`, and turned around for the adjoint.
+  // They are `[k, k, 1, C]` and `[k, k, 4, C]`, and turned around for the adjoint.
   DEVICE Taps(const float* __restrict__ of_base, const float* __restrict__ of_bands, int channel,
               int channels, int transpose) {
     const bool there = channel < channels;
@@ -211,20 +211,26 @@ struct Sums {
 };
 
 // Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
-// with the other `programs`. `taps` are `[k, k, C]` of the base, then `[k, k, 4, C]` of each level;
-// where `biased`, `[C]` of the bias lie behind those of so many levels. `below` and `deeper` are what
-// is added to squares and to squares of squares. Sizes are x's; `lows` and `far_lows` are the means of
-// squares, and of squares of squares, of what is treated.
+// with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below` and
+// `deeper` are what is added to squares and to squares of squares; `bias [C]` may be null. Sizes are
+// x's; `lows` and `far_lows` are the means of squares, and of squares of squares, of what is treated.
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, 1)
-bands_forward(INPUT x, const float* __restrict__ taps,
+bands_forward(INPUT x,
+#if BASE
+              const float* __restrict__ bases,
+#endif
+              const float* __restrict__ bands,
 #if BELOW
               INPUT below,
 #endif
 #if BELOW == 2
               INPUT deeper,
 #endif
-              int level, int biased, int count, int channels, int high, int wide, int programs,
-              int transpose, float* __restrict__ y
+#if BASE
+              const float* __restrict__ bias,
+#endif
+              int count, int channels, int high, int wide, int programs, int transpose,
+              float* __restrict__ y
 #if LOWS
               ,
               float* __restrict__ lows
@@ -234,6 +240,9 @@ bands_forward(INPUT x, const float* __restrict__ taps,
               float* __restrict__ far_lows
 #endif
 ) {
+#if !BASE
+  const float *bases = nullptr, *bias = nullptr;
+#endif
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   const int height = (high + SCALE - 1) / SCALE, width = (wide + SCALE - 1) / SCALE;
@@ -313,11 +322,8 @@ bands_forward(INPUT x, const float* __restrict__ taps,
   for (int i = 0; i < STAGES - 1; i++) load(i);
 #endif
 
-  const Offset of_level = Offset((1 + 4 * level) * K * K) * channels;
-  const Taps level_taps(taps, taps + of_level, channel, channels, transpose);
-  float offset = 0.0f;
-  if (BASE && biased && channel < channels)
-    offset = taps[Offset((1 + 4 * biased) * K * K) * channels + channel];
+  const Taps taps(bases, bands, channel, channels, transpose);
+  const float offset = BASE && bias != nullptr && channel < channels ? bias[channel] : 0.0f;
   const int strip = warp % ACROSS * COLUMNS, of_image = warp / ACROSS;
   const int from = LINES * of_image * ROW + SCALE * strip * CHUNK + lane;
   const int over = (BYTES / 4 + (of_image * WIDTH / 2 + strip / 2) * CHUNK) + lane;
@@ -389,7 +395,7 @@ bands_forward(INPUT x, const float* __restrict__ taps,
       const float* stage = enter();
       float squares_of[SQUARES];
       sums.shift(offset);
-      sums.add(stage + from, level_taps, squares_of);
+      sums.add(stage + from, taps, squares_of);
       leave(stage);
 #if LOWS
       if (walk.pair >= walk.top && walk.pair < walk.bottom) {

@@ -8,6 +8,7 @@ written to memory.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -70,7 +71,7 @@ class Variant(NamedTuple):
         rows, columns = 2 * (1 + self.halved), self._loaded()
         # Of x, and of what is added, which follows the taps.
         sizes = (rows, columns), (1, 2 * self.across), (1, self.across)
-        numbers = 0, 2, 3
+        numbers = 0, 2 + self.base, 3 + self.base
         boxes = tuple(
             (number, (self.images, *size, _CHUNK))
             for number, size in zip(numbers[: 1 + self.below], sizes, strict=False)
@@ -283,34 +284,30 @@ def _best(
 
 def forward(
     x: AnyArray,
-    taps: AnyArray,
+    taps: Sequence[AnyArray],
+    bias: AnyArray | None,
     shape: tuple[int, ...],
-    kernel_size: int,
-    levels: int,
     device: Device,
     launch: Launch[AnyArray],
-    *,
-    biased: bool,
     transpose: bool,
 ) -> AnyArray:
     """The wavelet convolution, or its transpose.
 
     Args:
         x: Contiguous images `[N, H, W, C]`, float32.
-        taps: One float32 array, so that a framework makes it in one launch: `[k, k, C]` of the
-            base, then `[k, k, 4, C]` of each level, then `[C]` of the bias.
+        taps: float32 `[k, k, 1, C]` of the base, then `[k, k, 4, C]` of each level.
+        bias: float32 `[C]`, or None.
         shape: x's.
-        kernel_size: k, one of `KERNEL_SIZES`.
-        levels: Number of levels, at least one.
         device: The GPU.
         launch: The framework's launch function.
-        biased: Whether there is a bias.
         transpose: Whether the taps are flipped.
 
     Returns:
         y in x's shape.
     """
-    sizes = [means_shape(shape, level) for level in range(levels)]
+    kernel_size = taps[0].shape[0]
+    base, *bands = taps
+    sizes = [means_shape(shape, level) for level in range(len(bands))]
 
     def level(
         number: int, shapes: tuple[tuple[int, ...], ...], image: AnyArray, *below: AnyArray
@@ -323,8 +320,9 @@ def forward(
         variant = planned(shapes, kernel_size, device, **about)
         n, h, w, c = sizes[number - halved]
         programs = variant.programs(sizes[number], device)
-        arguments: list[AnyArray | int | None] = [image, taps, *below]
-        arguments += [number, levels * biased, n, c, h, w, programs, int(transpose)]
+        arguments: list[AnyArray | int | None] = [image, *[base] * first, bands[number], *below]
+        arguments += [bias] * first
+        arguments += [n, c, h, w, programs, int(transpose)]
         outputs = [(each, "float32") for each in (sizes[number], *lows)]
         return launch(variant.compiled(), arguments, outputs, programs * cdiv(c, _CHUNK))
 

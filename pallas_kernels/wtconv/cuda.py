@@ -96,11 +96,9 @@ def forward(
         return _folded_forward(x, taps, bias, transpose, tile)
     offsets = None if bias is None else bias.astype(jnp.float32)
     if _streams(x.shape, x.dtype, taps[0].shape[0]):
-        given = [*taps, *([] if offsets is None else [offsets])]
-        whole = jnp.concatenate([tap.astype(jnp.float32).ravel() for tap in given])
-        about = x.shape, taps[0].shape[0], len(taps) - 1, device_properties(), launch
-        y = bands_launches.forward(x, whole, *about, biased=bias is not None, transpose=transpose)
-        return vary_like((x, taps, bias), y)
+        numbers = [tap.astype(jnp.float32) for tap in taps]
+        about = x.shape, device_properties(), launch, transpose
+        return vary_like((x, taps, bias), bands_launches.forward(x, numbers, offsets, *about))
     planes = [tap.astype(jnp.float32).transpose(3, 2, 0, 1) for tap in taps]
     where = Images(x.shape, str(x.dtype)), device_properties(), launch
     y = cuda_launches.forward(x, planes, offsets, *where, transpose, resident=resident)

@@ -185,11 +185,9 @@ def _streamed_forward(
     """The operator in float32, or its transpose, level by level: `[N, H, W, C]`."""
     kernel_size, channels = taps[0].shape[-1], x.shape[1]
     sizes = channels, -1, kernel_size, kernel_size
-    given = [tap.reshape(sizes).permute(2, 3, 1, 0).reshape(-1, channels) for tap in taps]
-    whole = torch.cat([*given, *([] if bias is None else [bias[None]])])
-    about = images.shape, kernel_size, len(taps) - 1, device, launch
+    numbers = [tap.reshape(sizes).permute(2, 3, 1, 0).contiguous() for tap in taps]
     return bands_launches.forward(
-        _pixels(x), whole, *about, biased=bias is not None, transpose=transpose
+        _pixels(x), numbers, bias, images.shape, device, launch, transpose
     )
 
 

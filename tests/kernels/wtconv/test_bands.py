@@ -75,7 +75,6 @@ FAULTS = {
     "a bound of the columns": ("column >= 0 &&", "column > 0 &&"),
     "another row of the base": ("base[r + 3 * R - t]", "base[r + R + t]"),
     "taps turned around": ("transpose ? K * K - 1 - i : i", "i"),
-    "taps of another level": ("(1 + 4 * level) * K", "(1 + 4 * level + 4) * K"),
     "gradients: a wait for a stage": ("    wait_for(empty + slot, phase);\n        ", "    "),
     "gradients: a barrier": ("    __syncthreads();\n#pragma unroll 1\n", "#pragma unroll 1\n"),
     "gradients: what waits of the tile before": ("    gradients.clear();\n", ""),

@@ -37,12 +37,12 @@ FOLDED = {
 }
 """The registers on tensor cores, kernels of 5: forward, weights, levels in one launch."""
 BANDS = {
-    "sm_80": (255, 237, 239, 255, 202),
-    "sm_86": (254, 236, 238, 255, 205),
-    "sm_89": (254, 236, 238, 255, 205),
-    "sm_90a": (168, 168, 238, 168, 198),
-    "sm_100a": (247, 235, 230, 255, 205),
-    "sm_120": (249, 234, 254, 255, 201),
+    "sm_80": (254, 235, 196, 255, 202),
+    "sm_86": (255, 235, 195, 255, 205),
+    "sm_89": (255, 235, 195, 255, 205),
+    "sm_90a": (168, 230, 194, 168, 198),
+    "sm_100a": (244, 230, 208, 255, 205),
+    "sm_120": (246, 230, 211, 255, 201),
 }
 """The registers in float32, kernels of 5: levels 1, 2, deeper; gradients of level 1, of deeper."""
 LINE = {
@@ -142,7 +142,7 @@ def test_taps_and_sums_of_a_level_are_registers(arch, monkeypatch):
         code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
         registers, spilled = cubins.usage(code)
         # A word or two around the loop, where a thread has no register more.
-        assert spilled <= (8 if most >= 254 else 0) and registers <= min(255, most + MORE)
+        assert spilled <= (8 if most == 255 else 0) and registers <= min(255, most + MORE)
         assert registers * kernel.threads <= 65536 and kernel.shared <= device.shared
 
 
