@@ -52,6 +52,9 @@ class Problem(Protocol):
 class Implementation(Protocol):
     """The module of an implementation, beside the functions that compute.
 
+    One whose kernels for some problems are others than those that tables of defaults are measured
+    with has `as_measured(direction, problem) -> bool`, which tells them apart.
+
     Attributes:
         DIFFERENTIABLE: Whether JAX can look into its functions, to map and to differentiate them;
             those of other frameworks say False.

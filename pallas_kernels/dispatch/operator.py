@@ -147,8 +147,13 @@ class Operator:
             return rule
         fastest = table.fastest(self.name, direction, problem, device_kind)
         # A table may name an implementation that is no more.
-        known = fastest in [str(name) for name in self.implementations]
-        return [str(fastest), *(name for name in rule if name != fastest)] if known else rule
+        if fastest is None or fastest not in [str(name) for name in self.implementations]:
+            return rule
+        # It may compute what is unlike all that was measured, by other kernels.
+        as_measured = getattr(self.module(fastest), "as_measured", None)
+        if as_measured is not None and not as_measured(direction, problem):
+            return rule
+        return [fastest, *(name for name in rule if name != fastest)]
 
     def _wanted(
         self, direction: str, implementation: Choice, platform: str

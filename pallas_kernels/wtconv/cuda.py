@@ -32,6 +32,7 @@ from pallas_kernels.wtconv.problem import Problem
 __all__ = [
     "BIAS_GRADIENT",
     "DIFFERENTIABLE",
+    "as_measured",
     "check",
     "forward",
     "search_space",
@@ -57,6 +58,15 @@ def check(direction: str, problem: Problem) -> None:
     """
     launches = line_launches if len(problem.shape) == _LINE else cuda_launches
     launches.check(problem)
+
+
+def as_measured(direction: str, problem: Problem) -> bool:
+    """Whether a problem goes level by level, as the measured ones do; see `check`.
+
+    The kernel of all levels, which other kernel sizes and few channels take, is slower.
+    """
+    about = problem.shape, problem.dtype, problem.kernel_size
+    return len(problem.shape) == _LINE or _folds(*about) or _streams(*about)
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:

@@ -207,6 +207,31 @@ def test_what_was_measured_goes_before_the_rule(write, fake):
     assert pick("fwd", ["fast", "slow"]) == "slow"
 
 
+def test_a_problem_that_other_kernels_compute_goes_by_the_rule(write, fake):
+    write(entry("slow"))
+    told = []
+
+    def as_measured(direction, problem):
+        told.append((direction, problem))
+        return problem == IMAGE
+
+    sys.modules["fake_op.slow"].as_measured = as_measured
+    other = IMAGE._replace(kernel_height=3)
+    assert fake.pick("fwd", None, "cpu", IMAGE, ABACUS) == "slow"
+    assert fake.pick("fwd", None, "cpu", other, ABACUS) == "fast"
+    assert told == [("fwd", IMAGE), ("fwd", other)]
+
+
+def test_a_device_of_the_same_chip_goes_by_its_table_until_it_has_one(write, monkeypatch):
+    write(entry("slow"))
+    monkeypatch.setattr(table, "ALIKE", {"Abacus 3": ABACUS})
+    assert table.entries("Abacus 300") == table.entries(ABACUS) != ()
+    assert table.entries("Abacus 2") == ()
+    assert json.loads(table.merged("Abacus 300", []))["entries"] == []
+    table.path("Abacus 300").write_text(table.merged("Abacus 300", [entry("neat")]))
+    assert [kept["implementation"] for kept in table.entries("Abacus 300")] == ["neat"]
+
+
 def test_the_environment_goes_before_the_table(write, fake, monkeypatch):
     write(entry("slow"))
     monkeypatch.setenv("FLASH_WTCONV_FAKE_FWD", "neat")
@@ -230,7 +255,9 @@ def test_the_tables_kept_here_are_of_today():
             assert {"shape", "dtype"} <= set(problem) <= set(problem_type._fields)
             for name in (name for name, value in problem.items() if isinstance(value, dict)):
                 assert set(problem[name]) <= set(problem_type.__annotations__[name]._fields)
-            assert entry["ms"][entry["implementation"]] == min(entry["ms"].values())
+            # What compiles in a second may take a little longer.
+            times, name = entry["ms"], entry["implementation"]
+            assert times[name] <= (1.06 if name == "cuda" else 1.0) * min(times.values())
             assert set(entry["ms"]) <= {*map(str, own.implementations), PARTS}
 
 

@@ -11,6 +11,7 @@ from pallas_kernels.common.on_cpu.cuda import HOPPER
 from pallas_kernels.wtconv import bands_launches as launches
 from pallas_kernels.wtconv import cuda as cuda_jax
 from pallas_kernels.wtconv.cases import Case
+from pallas_kernels.wtconv.problem import Problem
 
 DEVICES = {
     "boxes": HOPPER._replace(multiprocessors=11),
@@ -140,6 +141,16 @@ def test_tiles_of_gradients_are_those_that_a_gpu_is_fastest_with():
 def test_what_is_not_taken_other_kernels_do(shape, dtype, kernel_size, capability, taken):
     device = HOPPER._replace(capability=capability)
     assert launches.takes(shape, dtype, kernel_size, device) is taken
+
+
+def test_other_kernels_in_float32_are_not_what_tables_measured(monkeypatch):
+    monkeypatch.setattr(cuda_jax, "device_properties", lambda: HOPPER)
+    images = Problem((2, 56, 56, 96), "float32", 5, 3, "haar")
+    assert cuda_jax.as_measured("bwd", images)
+    for other in ({"kernel_size": 7}, {"shape": (2, 56, 56, 8)}, {"dtype": "float64"}):
+        assert not cuda_jax.as_measured("bwd", images._replace(**other))
+    assert cuda_jax.as_measured("fwd", images._replace(dtype="bfloat16", kernel_size=7))
+    assert cuda_jax.as_measured("fwd", images._replace(shape=(2, 4096, 8)))
 
 
 @pytest.mark.gpu
