@@ -3,7 +3,8 @@
 The files are what `flash-wtconv bench … --out` and `python -m torch_bridge bench` leave. Nothing on
 the page is typed by hand, nor are tables of other pages that begin with `<!-- results: NAME -->`,
 NAME being that of a file, or those of several of one benchmark; of layers `<!-- passes: NAME -->`
-begins one with passes over memory and temporaries beside the times.
+begins one with passes over memory and temporaries beside the times, `<!-- implementations: NAME -->`
+one with a column for each implementation.
 """
 
 import json
@@ -391,6 +392,22 @@ def _norms(report: Report) -> Iterator[str]:
         yield f"| {name}, {dtype} | {direction} | {by['copy']['median_ms']:.4f} | {cells} |"
 
 
+def _depthwise(report: Report) -> Iterator[str]:
+    """The lines of a table of depthwise convolutions, in copies of x, and beside plain JAX."""
+    yield "| x | kernel | | a copy, ms | ours, copies | plain JAX | ours over plain JAX |"
+    yield "|---" * 7 + "|"
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in report["rows"]:
+        stride = f", stride {row['stride']}" if row["stride"] > 1 else ""
+        kernel = f"{row['kernel_size']}×{row['kernel_size']}{stride}"
+        key = str(tuple(row["x"])), kernel, row["direction"]
+        found.setdefault(key, {})[row["contender"]] = row
+    for key, by in found.items():
+        copies = " | ".join(f"{by[one]['copies']:.2f}" for one in ("flash", "plain jax"))
+        times = f"{by['copy']['median_ms']:.4f} | {copies} | {by['flash']['speedup']:.2f}×"
+        yield f"| {' | '.join(key)} | {times} |"
+
+
 def _ladder(report: Report) -> Iterator[str]:
     """The lines of a table of one network step by step, from PyTorch's in float32 on."""
     yield "| | ms | over PyTorch eager |"
@@ -476,6 +493,7 @@ def _exchanged(rows: list[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
+    "depthwise": _depthwise,
     "levels": _levels,
     "mlp": _by_implementation,
     "sharding": _sharding,
@@ -488,12 +506,14 @@ TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
 """The makers of a page's table of a report, or of several as one, by the benchmark."""
 PAGES = (
     "README.md",
+    "docs/depthwise.md",
     "docs/index.md",
     "docs/operators/wtconv.md",
     "docs/performance.md",
     "docs/sharding.md",
 )
-_TABLE = re.compile(r"<!-- (results|passes): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)
+_KINDS = "results|passes|implementations"
+_TABLE = re.compile(rf"<!-- ({_KINDS}): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)
 
 
 def filled(text: str, found: dict[str, Report]) -> str:
@@ -509,7 +529,8 @@ def filled(text: str, found: dict[str, Report]) -> str:
         assert len({(one["benchmark"], str(one["device"])) for one in every}) == 1, names
         rows = [{"dtype": one.get("dtype")} | row for one in every for row in one["rows"]]
         report = every[0] | {"rows": rows}
-        maker = partial(_layers, passes=True) if kind == "passes" else TABLES[report["benchmark"]]
+        own = {"passes": partial(_layers, passes=True), "implementations": _by_implementation}
+        maker = own.get(kind, TABLES[report["benchmark"]])
         return "\n".join([f"<!-- {kind}: {names} -->\n", *maker(report), "", ""])
 
     return _TABLE.sub(table_of, text)

@@ -1,6 +1,7 @@
 """Clocks for benchmarks: a GPU's own events where JAX's profiler shows them, else the host's."""
 
 import os
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -251,8 +252,10 @@ def traced(run: Callable[[], object]) -> list[Event]:
 
 def _events(profile: ProfileData) -> list[Event]:
     """Kernels, copies and fills of all GPUs and streams, by their start."""
-    return sorted(
-        (
+    with warnings.catch_warnings():
+        # From Python 3.12 on JAX's own type draws a warning, which as an error ends the process.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        events = [
             Event(
                 event.name,
                 event.start_ns,
@@ -265,9 +268,8 @@ def _events(profile: ProfileData) -> list[Event]:
             # Other lines are overheads, and sums that the profiler derives.
             if line.name.startswith("Stream #")
             for event in line.events
-        ),
-        key=lambda event: event.start,
-    )
+        ]
+    return sorted(events, key=lambda event: event.start)
 
 
 def _spans(events: list[Event], mark: str) -> list[float]:

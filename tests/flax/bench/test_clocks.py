@@ -35,6 +35,7 @@ def profile(**planes):
     return ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(text))
 
 
+@pytest.mark.core
 def test_calls_are_told_apart_by_the_marks():
     gpu = lines(
         **{
