@@ -3,8 +3,8 @@
 The files are what `flash-wtconv bench … --out` and `python -m torch_bridge bench` leave. Nothing on
 the page is typed by hand, nor are tables of other pages that begin with `<!-- results: NAME -->`,
 NAME being that of a file, or those of several of one benchmark; of layers `<!-- passes: NAME -->`
-begins one with passes over memory and temporaries beside the times, `<!-- implementations: NAME -->`
-one with a column for each implementation.
+begins one with passes over memory and temporaries beside the times, and
+`<!-- implementations: NAME -->` one with a column for each implementation.
 """
 
 import json
