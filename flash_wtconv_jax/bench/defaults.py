@@ -15,7 +15,7 @@ from pallas_kernels.dispatch.table import Entry
 OURS = "flash"
 """The name of our contender, alone where the rule picks, else before an implementation's name."""
 
-_QUICK, _NEARLY = "cuda", 1.07
+QUICK, NEARLY = "cuda", 1.07
 """The implementation that compiles in a second, where others take five to twenty, and how many
 times the fastest one's time it may take and still be taken."""
 _VERSIONS = ("flash-wtconv", "jax", "jaxlib", "jax-triton", "triton")
@@ -138,5 +138,5 @@ def entries(
 def _taken(times: Mapping[str, float]) -> str:
     """The implementation to take of those whose times are known."""
     fastest = min(times, key=times.__getitem__)
-    quick = times.get(_QUICK, math.inf) <= _NEARLY * times[fastest]
-    return _QUICK if quick else fastest
+    quick = times.get(QUICK, math.inf) <= NEARLY * times[fastest]
+    return QUICK if quick else fastest

@@ -11,6 +11,7 @@ first launch, a fraction of a second a kernel.
 """
 
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,8 +53,9 @@ _MULTIPROCESSORS = 132
 """Multiprocessors of a GPU that does not tell: an H100's, other numbers work as well."""
 _ALIGNMENT = 16
 """Bytes that the address of every array is a multiple of, which the launcher checks."""
-_COMPILERS = ThreadPoolExecutor(thread_name_prefix="nvrtc")
-"""The threads in which NVRTC compiles, which leaves them to each other."""
+_AT_ONCE = 16
+"""The most kernels that NVRTC compiles at a time."""
+_COMPILERS = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="nvrtc")
 
 
 class Null(NamedTuple):
@@ -183,7 +185,12 @@ def _serialized(
 ) -> bytes:
     """A launch as jaxlib's launcher reads it."""
     launcher = triton_launcher()
-    ptx = _ptx(kernel, capability).result().decode()
+    try:
+        ptx = _ptx(kernel, capability).result().decode()
+    except BaseException:
+        # Another call tries again.
+        _compiling.cache_clear()
+        raise
 
     def made_of(value: Constant | Map) -> Any:
         if value is None:
@@ -226,7 +233,24 @@ def _compiling(
         arch = nvrtc.virtual_arch(capability, exact)
         return nvrtc.compiled(source_text(source), dict(macros), arch)
 
-    return _COMPILERS.submit(run)
+    try:
+        return _COMPILERS.submit(run)
+    except RuntimeError:
+        # The interpreter ends, and takes no more work from a thread that has not.
+        done: Future[bytes] = Future()
+        done.set_result(run())
+        return done
+
+
+def _without_threads() -> None:
+    """Makes a forked process compile with threads of its own, since it has none of its parent's."""
+    global _COMPILERS
+    _COMPILERS = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="nvrtc")
+    _compiling.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_without_threads)
 
 
 def _capability(gpu: object) -> int | None:

@@ -284,6 +284,7 @@ def weight_grad(
     *,
     shape: tuple[int, ...],
     dtype: DTypeLike,
+    rounds: bool,
 ) -> jax.Array:
     """The transpose of `forward` in w, applied to dy: an array of the filters' shape.
 
@@ -295,6 +296,7 @@ def weight_grad(
         dy: The gradient of the output.
         shape: Shape of the filters.
         dtype: Dtype of the gradient; sums over the phases are kept in float32 or better.
+        rounds: Whether `run` rounds what it returns to the dtype of its arrays, as XLA on a GPU.
     """
     images, wide = _prepared(x, window), accumulation_dtype(dtype)
     size = window.images(x.shape)[1:3]
@@ -306,11 +308,13 @@ def weight_grad(
         dw = run(own, images, _spread(dy, window, joined, size), shape=filters, dtype=wide)
         return transposed(together, shape, dw).astype(dtype)
     _, _, *channels = window.filters(shape)
-    if _whole_on_gpu(x, dy):
-        # Phases that are not alike, which no network has: XLA would round the gradient of each.
-        images, dy = images.astype(wide), dy.astype(wide)
+    parts = list(_parts(window, size, shape, dy))
+    # Of phases that are not alike, which no network has, the gradients are added. Those of arrays
+    # on Explicit axes go phase by phase whatever they are, too slowly if all were computed wide.
+    if rounds and len(parts) > 1 and _whole_on_gpu(x, dy):
+        images, parts = images.astype(wide), [(phase, part.astype(wide)) for phase, part in parts]
     found = []
-    for phase, part in _parts(window, size, shape, dy):
+    for phase, part in parts:
         folded = window.filters_laid_out(*phase.taps, *channels)
         of_phase = run(phase.window, images, part, shape=folded, dtype=wide)
         # Taps are never split, features may be.

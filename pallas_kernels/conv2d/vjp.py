@@ -37,7 +37,7 @@ from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.tiles import TileConfig
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
-from pallas_kernels.conv2d import shards, upsampling, whole_rows
+from pallas_kernels.conv2d import shards, upsampling, whole_rows, xla
 from pallas_kernels.conv2d.activations import activate
 from pallas_kernels.conv2d.moments import WithMoments
 from pallas_kernels.conv2d.problem import Problem, Window
@@ -567,4 +567,5 @@ def _dw(
 
     if plan.window.upsample == 1:
         return run(plan.window, x, dy, shape=shape, dtype=dtype)
-    return upsampling.weight_grad(run, plan.window, x, dy, shape=shape, dtype=dtype)
+    rounds = cast(Kernels, plan.module).weight_grad is xla.weight_grad
+    return upsampling.weight_grad(run, plan.window, x, dy, shape=shape, dtype=dtype, rounds=rounds)

@@ -52,8 +52,8 @@ class Problem(Protocol):
 class Implementation(Protocol):
     """The module of an implementation, beside the functions that compute.
 
-    One whose kernels for some problems are others than those that tables of defaults are measured
-    with has `as_measured(direction, problem) -> bool`, which tells them apart.
+    It may have `as_measured(direction, problem) -> bool`. Where that is False, tables of defaults
+    say nothing of it: it computes the problem by other kernels than those that were measured.
 
     Attributes:
         DIFFERENTIABLE: Whether JAX can look into its functions, to map and to differentiate them;

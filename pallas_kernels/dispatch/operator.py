@@ -149,8 +149,11 @@ class Operator:
         # A table may name an implementation that is no more.
         if fastest is None or fastest not in [str(name) for name in self.implementations]:
             return rule
-        # It may compute what is unlike all that was measured, by other kernels.
-        as_measured = getattr(self.module(fastest), "as_measured", None)
+        try:
+            as_measured = getattr(self.module(fastest), "as_measured", None)
+        except ImportError:
+            # Whether it can run at all is asked later.
+            as_measured = None
         if as_measured is not None and not as_measured(direction, problem):
             return rule
         return [fastest, *(name for name in rule if name != fastest)]

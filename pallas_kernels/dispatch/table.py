@@ -26,7 +26,7 @@ from pallas_kernels.dispatch.backend import Problem
 
 FOLDER = Path(__file__).parent / "defaults"
 """The folder of the tables; a device without one goes by the operators' rules."""
-ALIKE = {"NVIDIA H100": "NVIDIA H200", "NVIDIA GH200": "NVIDIA H200"}
+ALIKE = dict.fromkeys(("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200"), "NVIDIA H200")
 """Devices of one chip with another memory: the table that stands in where a kind has none, by the
 beginning of its name."""
 

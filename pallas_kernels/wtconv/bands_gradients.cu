@@ -77,7 +77,8 @@ bands_gradients(int channels, const float* __restrict__ sums0, int programs0,
 #pragma unroll 8
   for (int i = 0; i < programs; i++) sum += from[Offset(i) * count * channels];
   if (number < 4 * TAPS) {
-    // Coefficients are half their sums of pixels, and means of four stand in for sums a level.
+    // A coefficient is half its sum of pixels, of x and of dy; a level below it, its pixels are means,
+    // half of what they stand for.
     bands[place<4>(number / 4, number % 4, channel, channels)] = 0.25f * float(1 << 2 * level) * sum;
   } else if (number < 5 * TAPS) {
     base[place<1>(number - 4 * TAPS, 0, channel, channels)] = sum;

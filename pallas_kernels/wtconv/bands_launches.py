@@ -110,7 +110,8 @@ class Variant(NamedTuple):
         copies = self.bytes(min(self._loaded(), (1 + self.halved) * shape[2])) / _CLOCK
         # A warp alone waits for itself.
         issue = (cdiv(self.warps, 4) + 0.3) * _INSTRUCTIONS[self.base, self.halved]
-        return _steps(self.across, self.images, shape, device) * max(issue, copies)
+        rest = self.kernel_size // 2
+        return _steps(self.across, self.images, rest, shape, device) * max(issue, copies)
 
 
 class Gradients(NamedTuple):
@@ -128,8 +129,7 @@ class Gradients(NamedTuple):
     def compiled(self) -> Kernel:
         """The kernel to launch."""
         macros = tuple((name.upper(), int(value)) for name, value in self._asdict().items())
-        warps = self.across * self.images
-        warps = cdiv(warps, 4) * 4 + _COPIERS if self.boxed else warps
+        warps = cdiv(self.warps, 4) * 4 + _COPIERS if self.boxed else self.warps
         columns = self._loaded(), _STRIP * self.across
         boxes = tuple(
             (number, (self.images, 2, each, _CHUNK)) for number, each in enumerate(columns)
@@ -138,6 +138,11 @@ class Gradients(NamedTuple):
             *(_FOLDER / "bands_weights.cu", "bands_weights", macros, 32 * warps, self.shared()),
             *(boxes if self.boxed else (), self.boxed),
         )
+
+    @property
+    def warps(self) -> int:
+        """Warps that add."""
+        return self.across * self.images
 
     @property
     def sums(self) -> int:
@@ -165,8 +170,9 @@ class Gradients(NamedTuple):
         """The clocks of the busiest multiprocessor, about."""
         copies = self.bytes(min(self._loaded(), shape[2])) / _GRADIENTS_CLOCK
         # Warps wait for their sums and shared memory most of the time of one of them.
-        issue = (cdiv(self.across * self.images, 4) + 0.9) * _GRADIENTS_INSTRUCTIONS[self.base]
-        return _steps(self.across, self.images, shape, device) * max(issue, copies)
+        issue = (cdiv(self.warps, 4) + 0.9) * _GRADIENTS_INSTRUCTIONS[self.base]
+        rest = self.kernel_size // 2
+        return _steps(self.across, self.images, rest, shape, device) * max(issue, copies)
 
 
 AnyVariant = TypeVar("AnyVariant", Variant, Gradients)
@@ -183,11 +189,19 @@ def _programs(across: int, images: int, shape: tuple[int, ...], device: Device) 
     return max(1, min(most, _pairs(across, images, shape) // _FEWEST))
 
 
-def _steps(across: int, images: int, shape: tuple[int, ...], device: Device) -> int:
-    """Pairs of rows that the busiest multiprocessor treats one after the other, about."""
+def _steps(across: int, images: int, rest: int, shape: tuple[int, ...], device: Device) -> int:
+    """Pairs of rows that the busiest multiprocessor treats one after the other, about.
+
+    Args:
+        across: Strips of an image in a tile.
+        images: Images of a tile.
+        rest: Pairs that a block takes beyond its own.
+        shape: Those of all images.
+        device: The GPU.
+    """
     programs = _programs(across, images, shape, device)
     waves = cdiv(programs * cdiv(shape[-1], _CHUNK), device.multiprocessors)
-    return waves * (cdiv(_pairs(across, images, shape), programs) + 2)
+    return waves * (cdiv(_pairs(across, images, shape), programs) + rest)
 
 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
@@ -367,12 +381,12 @@ def weight_grad(
     sizes = [means_shape(shape, level) for level in range(levels + 1)]
     channels = shape[-1]
     chunks = cdiv(channels, _CHUNK)
-    lows = levels > 1
     found: list[AnyArray | int] = []
     for level in range(levels):
         first = level == 0
-        # All but the first are compiled once, so the last one makes means that nobody reads.
+        # All but the first are compiled once, so the last of several makes means that nobody reads.
         shapes = (sizes[0],) if first else tuple(sizes[1:levels])
+        lows = levels > (1 if first else 2)
         variant = planned_gradients(shapes, kernel_size, device, base=first, lows=lows)
         n, h, w, c = sizes[level]
         programs = variant.programs(sizes[level], device)

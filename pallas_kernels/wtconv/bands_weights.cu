@@ -335,7 +335,7 @@ bands_weights(INPUT x, INPUT dy, int count, int channels, int height, int width,
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) sum += own[(w * PART + i) * CHUNK];
-      if (channel < channels) to[(round * PART + i) * channels] = sum;
+      if (channel < channels) to[Offset(round * PART + i) * channels] = sum;
     }
   }
 }

@@ -1,10 +1,11 @@
 """The wavelet convolution on NVIDIA GPUs: the CUDA kernels that PyTorch launches too.
 
 In 16 bits kernels of 3, 5 and 7 run on tensor cores, a level as one convolution of folded taps. In
-float32 the forward of kernels of 3 and 5 goes level by level, and no band is written to memory.
-Signals, of one axis, have a kernel of their own, in all dtypes.
+float32 kernels of 3 and 5 go level by level, and no band is written to memory. Signals, of one
+axis, have a kernel of their own, in all dtypes.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial, reduce
 from typing import Any
@@ -47,6 +48,10 @@ _TILE = "resident", "together", "apart"
 level, the first."""
 _LINE = 3
 """Axes of signals `[N, L, C]`."""
+_WORTH_LAUNCHES = 1 << 22
+"""Elements of the smallest images that were measured level by level in float32."""
+_WARP = 32
+"""Channels of a warp, level by level."""
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -61,12 +66,16 @@ def check(direction: str, problem: Problem) -> None:
 
 
 def as_measured(direction: str, problem: Problem) -> bool:
-    """Whether a problem goes level by level, as the measured ones do; see `check`.
+    """Whether a problem runs on the kernels that were measured; see `check`.
 
-    The kernel of all levels, which other kernel sizes and few channels take, is slower.
+    In float32 those go level by level, through as many elements as are worth that many launches,
+    and full warps. The kernel of all levels, which other kernel sizes take, is slower.
     """
-    about = problem.shape, problem.dtype, problem.kernel_size
-    return len(problem.shape) == _LINE or _folds(*about) or _streams(*about)
+    shape, dtype, kernel_size = problem.shape, problem.dtype, problem.kernel_size
+    if len(shape) == _LINE or _folds(shape, dtype, kernel_size):
+        return True
+    large = math.prod(shape) >= _WORTH_LAUNCHES and shape[-1] >= _WARP
+    return large and _streams(shape, dtype, kernel_size)
 
 
 def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:

@@ -1,8 +1,8 @@
 """The wavelet convolution on NVIDIA GPUs: the kernels that JAX launches too, by the driver.
 
 Channels-last images of 16 bits run on tensor cores where kernels are of 3, 5 or 7, a level as one
-convolution of folded taps; in float32 the forward of kernels of 3 and 5 goes level by level.
-Signals, of one axis, have a kernel of their own, in all dtypes.
+convolution of folded taps; in float32 kernels of 3 and 5 go level by level. Signals, of one axis,
+have a kernel of their own, in all dtypes.
 """
 
 import math

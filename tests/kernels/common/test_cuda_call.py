@@ -1,5 +1,6 @@
 """Launches of CUDA kernels from JAX: what is lowered, and where they cannot run."""
 
+import os
 import re
 import subprocess
 import sys
@@ -123,9 +124,14 @@ def test_tracing_begins_to_compile_every_kernel_and_waits_for_none(launcher, mon
     ]  # fmt: skip
 
 
-def test_a_kernel_that_does_not_compile_fails_where_it_is_lowered(launcher, monkeypatch):
+def test_what_fails_to_compile_fails_where_it_is_lowered_and_is_tried_again(launcher, monkeypatch):
+    answers = [KernelError("NVRTC could not compile", "no reason"), b"ptx"]
+
     def compile_source(*_):
-        raise KernelError("NVRTC could not compile", "no reason")
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     gpu_of(monkeypatch)
     monkeypatch.setattr(nvrtc, "virtual_arch", lambda capability, exact: f"compute_{capability}")
@@ -133,6 +139,29 @@ def test_a_kernel_that_does_not_compile_fails_where_it_is_lowered(launcher, monk
     program = jax.jit(scaled).trace(jnp.ones(4))
     with pytest.raises(KernelError, match="NVRTC could not compile"):
         program.lower(lowering_platforms=("cuda",))
+    program.lower(lowering_platforms=("cuda",))
+    ((name, *_, ptx, _, _), _), *_ = launcher.seen[0]
+    assert (name, ptx) == ("scale", "ptx")
+
+
+def test_a_thread_that_outlives_the_interpreters_end_compiles_itself(monkeypatch):
+    monkeypatch.setattr(cuda_call, "_COMPILERS", ThreadPoolExecutor(1))
+    cuda_call._COMPILERS.shutdown()
+    monkeypatch.setattr(nvrtc, "virtual_arch", lambda capability, exact: f"compute_{capability}")
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *_: b"ptx")
+    assert cuda_call._ptx(SCALE, 90).result() == b"ptx"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform has no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:os.fork:RuntimeWarning")
+def test_a_forked_process_compiles_with_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(nvrtc, "virtual_arch", lambda capability, exact: f"compute_{capability}")
+    monkeypatch.setattr(nvrtc, "compile_source", lambda *_: b"ptx")
+    cuda_call._ptx(SCALE, 90).result()
+    child = os.fork()
+    if child == 0:
+        os._exit(cuda_call._ptx(SCALE, 80).result(30) != b"ptx")
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @COMPILER

@@ -259,6 +259,30 @@ def test_gradients_of_upsampled_images_on_a_gpu(case, monkeypatch):
     chex.assert_trees_all_close(found(dy), gradients(plain(case), dy), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        # Three phases that differ, one phase alone, and four that are one convolution.
+        (Case(1, 6, 7, 2, 2, 3, 3, (3, 1), 1, (1, 3), dtype="float16", upsample=2), "float32"),
+        (Case(1, 5, 6, 2, 3, 3, 3, 2, "SAME", dtype="float16", upsample=2), "float16"),
+        (Case(1, 5, 6, 2, 3, 3, 3, padding="reflect", dtype="float16", upsample=2), "float16"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_gradients_that_are_added_are_not_rounded_one_by_one_on_a_gpu(case, dtype, monkeypatch):
+    monkeypatch.setattr(upsampling, "platform", lambda: "gpu")
+    seen, weight_grad = set(), xla.weight_grad
+
+    def recorded(x, dy, **how):
+        seen.add((str(x.dtype), str(dy.dtype)))
+        return weight_grad(x, dy, **how)
+
+    monkeypatch.setattr(xla, "weight_grad", recorded)
+    x, w, _, dy = arrays(case)
+    dw = jax.vjp(lambda w: ours(case, "xla")(x, w, None), w)[1](dy)[0]
+    assert seen == {(dtype, dtype)} and dw.dtype == "float16"
+
+
 def test_phases_may_leave_out_more_samples_than_there_are_on_a_gpu(monkeypatch):
     case = Case(1, 1, 1, 2, 3, 3, 2, 5, ((0, 8), (0, 8)), upsample=2)
     x, w, _, dy = arrays(case)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flash_wtconv_jax.bench.defaults import NEARLY, QUICK
 from pallas_kernels.common import device
 from pallas_kernels.conv2d import api as conv2d
 from pallas_kernels.conv2d.problem import Problem, Window
@@ -222,6 +223,12 @@ def test_a_problem_that_other_kernels_compute_goes_by_the_rule(write, fake):
     assert told == [("fwd", IMAGE), ("fwd", other)]
 
 
+def test_a_module_that_cannot_be_imported_is_refused_and_no_error(write, fake, monkeypatch):
+    write(entry("slow"))
+    monkeypatch.setitem(sys.modules, "fake_op.slow", None)
+    assert fake.pick("fwd", None, "cpu", IMAGE, ABACUS) == "fast"
+
+
 def test_a_device_of_the_same_chip_goes_by_its_table_until_it_has_one(write, monkeypatch):
     write(entry("slow"))
     monkeypatch.setattr(table, "ALIKE", {"Abacus 3": ABACUS})
@@ -257,7 +264,7 @@ def test_the_tables_kept_here_are_of_today():
                 assert set(problem[name]) <= set(problem_type.__annotations__[name]._fields)
             # What compiles in a second may take a little longer.
             times, name = entry["ms"], entry["implementation"]
-            assert times[name] <= (1.07 if name == "cuda" else 1.0) * min(times.values())
+            assert times[name] <= (NEARLY if name == QUICK else 1.0) * min(times.values())
             assert set(entry["ms"]) <= {*map(str, own.implementations), PARTS}
 
 

@@ -78,6 +78,7 @@ FAULTS = {
     "taps turned around": ("transpose ? K * K - 1 - i : i", "i"),
     "gradients: a wait for a stage": ("    wait_for(empty + slot, phase);\n        ", "    "),
     "gradients: a barrier": ("    __syncthreads();\n#pragma unroll 1\n", "#pragma unroll 1\n"),
+    "gradients: a barrier before": ("    __syncthreads();\n#pragma unroll\n", "#pragma unroll\n"),
     "gradients: what waits of the tile before": ("    gradients.clear();\n", ""),
     "gradients: pairs of another block": ("walk.pair < walk.bottom ? stage", "true ? stage"),
     "gradients: the last pairs of a tile": ("min(bottom + 2 * R, pairs + R)", "bottom + R"),
@@ -145,9 +146,10 @@ def test_what_is_not_taken_other_kernels_do(shape, dtype, kernel_size, capabilit
 
 def test_other_kernels_in_float32_are_not_what_tables_measured(monkeypatch):
     monkeypatch.setattr(cuda_jax, "device_properties", lambda: HOPPER)
-    images = Problem((2, 56, 56, 96), "float32", 5, 3, "haar")
+    images = Problem((128, 28, 28, 192), "float32", 5, 3, "haar")
     assert cuda_jax.as_measured("bwd", images)
-    for other in ({"kernel_size": 7}, {"shape": (2, 56, 56, 8)}, {"dtype": "float64"}):
+    shapes = ({"shape": shape} for shape in ((1, 28, 28, 192), (128, 224, 224, 16)))
+    for other in ({"kernel_size": 7}, {"dtype": "float64"}, *shapes):
         assert not cuda_jax.as_measured("bwd", images._replace(**other))
     assert cuda_jax.as_measured("fwd", images._replace(dtype="bfloat16", kernel_size=7))
     assert cuda_jax.as_measured("fwd", images._replace(shape=(2, 4096, 8)))
