@@ -37,9 +37,9 @@ CASES = {
     "tiles of pieces": (Case(20, 10, 12, 8, 8, "bfloat16"), AMPERE._replace(multiprocessors=1)),
     "Turing": (Case(1, 9, 9, 8, 5, "float16"), Device(65536, 2, 75)),
 }
-# PyTorch's tests always launch the kernels that read boxes, as two tiles beside each other do.
+# PyTorch's tests always launch the kernels that read boxes.
 ALWAYS = ("single channels",)
-WIDE = "two tiles beside each other", "Turing"
+WIDE = ("Turing",)
 
 
 def marks(name):

@@ -135,7 +135,7 @@ def test_tensors_of_any_strides():
     np.testing.assert_array_equal(run(*turned), run(low, details))
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 @PARTS
 def test_kernels_compile_for_many_threads(part, tmp_path):
     resources = compiled_resources("haar", part, tmp_path)

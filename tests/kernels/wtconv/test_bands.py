@@ -31,8 +31,8 @@ CASES = [
     Case((5, 18), 4, 3, batch=(2, 3), channels=24),
 ]
 
-WIDE = (CASES[0], "boxes"), (CASES[1], "pieces")
-"""Between them each way, five levels, and the means that one level leaves for two others."""
+WIDE = ((CASES[1], "pieces"),)
+"""The way that `ALWAYS` has not, five levels, and the means that one level leaves for two others."""
 
 
 def described(case):

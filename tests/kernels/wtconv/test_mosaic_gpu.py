@@ -415,6 +415,7 @@ def assert_level2_oracle(case):
 
 
 @pytest.mark.core
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu_interpreter", "few_blocks")
 def test_interpreted_levels_of_large_images_are_the_oracles(monkeypatch):
     monkeypatch.setattr(fused_levels, "fits", lambda *args: False)

@@ -86,13 +86,8 @@ def assert_every_case(name, device, more=()):
     assert sum(row["status"] == "pass" for row in rows) >= 15 + len(more)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("metal on CPU", marks=pytest.mark.slow),
-        pytest.param("metal on CPU channels-last", marks=pytest.mark.wide),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["metal on CPU", "metal on CPU channels-last"])
 def test_check_computes_every_case(emulated, name):
     assert_every_case(name, CPU)
 
@@ -449,12 +444,12 @@ for text in source, source.replace(*sys.argv[1:]):
 """
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         ("if (row < size.x && column < size.y) plane", "plane"),
-        pytest.param("SIDE = TILE + K - 1", "SIDE = TILE + K - 2", marks=pytest.mark.slow),
+        ("SIDE = TILE + K - 1", "SIDE = TILE + K - 2"),
     ],
 )
 def test_under_address_sanitizer(emulated, old, new):

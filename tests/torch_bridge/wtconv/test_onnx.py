@@ -28,7 +28,7 @@ def quiet():
 
 
 @pytest.mark.parametrize(
-    ("levels", "dynamic"), [(1, False), pytest.param(2, True, marks=pytest.mark.wide)]
+    ("levels", "dynamic"), [(1, False), pytest.param(2, True, marks=pytest.mark.slow)]
 )
 def test_onnxruntime_computes_what_the_layer_does(levels, dynamic):
     torch.manual_seed(0)

@@ -273,9 +273,9 @@ def test_a_killed_training_goes_on_bitwise(data, small, undrawn):
     assert_same_run(out, small)
 
 
-@pytest.mark.wide
+@pytest.mark.slow
 def test_four_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
-    """The fifth of `make test-all` is the one of `make test`, above."""
+    """A fifth is the one of `make test`, above."""
     out, said = data.parent / "killed_often", resolved(data, SMALL)
     kills = [End(step, delay=0.02 * step) for step in (2, 4, 5, 8)]
     *killed, stopped = in_processes(said, out, [*kills, End(9, signal.SIGTERM)])
