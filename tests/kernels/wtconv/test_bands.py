@@ -32,7 +32,7 @@ CASES = [
 ]
 
 WIDE = ((CASES[1], "pieces"),)
-"""The way that `ALWAYS` has not, five levels, and the means that one level leaves for two others."""
+"""The way that `ALWAYS` has not, five levels, and means that one level leaves for two others."""
 
 
 def described(case):
