@@ -13,6 +13,7 @@ import typer
 from torch import Tensor
 
 from flash_wtconv_jax.bench import timing
+from flash_wtconv_jax.bench.reports import Keep, unkept
 from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.wtconv.shapes import GPU_SHAPES, SHAPES, Shape
@@ -57,7 +58,7 @@ def bench(
     from rich.progress import Progress
 
     from flash_wtconv_jax import plots
-    from flash_wtconv_jax.cli.bench import tell, wtconv_table
+    from flash_wtconv_jax.cli.bench import keeping, tell, wtconv_table
 
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file, expected a folder")
@@ -67,12 +68,15 @@ def bench(
             task = bar.add_task(escape(label), total=steps)
             return lambda: bar.advance(task)
 
-        report = run(shape, dtype, progress)
+        report = run(shape, dtype, progress, keeping(out))
     tell(report, wtconv_table(report), {"torch_wtconv": plots.speedups}, out)
 
 
 def run(
-    shapes: list[str] | None, dtype: str, progress: Callable[[str, int], Callable[[], None]]
+    shapes: list[str] | None,
+    dtype: str,
+    progress: Callable[[str, int], Callable[[], None]],
+    keep: Keep = unkept,
 ) -> Json:
     """Times every implementation that this machine has, in both memory formats.
 
@@ -80,6 +84,7 @@ def run(
         shapes: Names in `KNOWN` of the device; None is all.
         dtype: Dtype of x, dy and the parameters: "float32", "bfloat16" or "float16".
         progress: Told a label and a number of steps, returns what to call after each step.
+        keep: Told the report so far after each shape, `left` naming what is to come.
 
     Returns:
         A JSON-able report: device, versions, date, `clock`, `roofs` with the `copy_bytes_per_s` of
@@ -87,7 +92,7 @@ def run(
         its times in milliseconds; `floor_ms`, the time of `PASSES` at the copy's bandwidth, and
         `over_floor`; `speedup`, the median of plain PyTorch on contiguous images over its own; and
         on a GPU `temporaries`, the peak of memory beyond the results in inputs, and
-        `extra_memory`, the same with the results.
+        `extra_memory`, the same with the results; and the shapes that are `left`, none in the end.
 
     Raises:
         ValueError: An unknown shape or dtype.
@@ -102,33 +107,7 @@ def run(
     if dtype not in dtypes:
         raise ValueError(f"dtype: {dtype!r} is not one of {list(dtypes)}")
     bandwidth = _copy_bytes_per_s(device)
-    rows = []
-    for name in names:
-        layer = known[name]
-        for direction, calls in _calls(layer, device, getattr(torch, dtype)).items():
-            times = take_turns(device, calls, partial(progress, f"{name} {direction}"))
-            size = math.prod(layer.x) * getattr(torch, dtype).itemsize
-            floor_ms = PASSES[direction] * size / bandwidth * 1e3
-            for contender, call in calls.items():
-                temporaries, extra_memory = _memory(device, call, size)
-                rows.append(
-                    {
-                        "shape": name,
-                        "x": list(layer.x),
-                        "levels": layer.levels,
-                        "kernel_size": layer.kernel_size,
-                        "direction": direction,
-                        "contender": contender,
-                        **{f"{key}_ms": ms for key, ms in times[contender]._asdict().items()},
-                        "floor_ms": floor_ms,
-                        "over_floor": times[contender].median / floor_ms,
-                        **timing.comparison(times[contender], times[_BASELINE]),
-                        "temporaries": temporaries,
-                        "extra_memory": extra_memory,
-                        "implementation": None,
-                    }
-                )
-    return {
+    report: Json = {
         "benchmark": "torch_wtconv",
         "date": date.today().isoformat(),
         **about(device),
@@ -137,8 +116,37 @@ def run(
         "clock": "device events" if device.type == "cuda" else "host",
         "no_device_events": None,
         "roofs": {"copy_bytes_per_s": bandwidth},
-        "rows": rows,
+        "rows": [],
+        "left": list(dict.fromkeys(names)),
     }
+    for name in [*report["left"]]:
+        layer = known[name]
+        for direction, calls in _calls(layer, device, getattr(torch, dtype)).items():
+            times = take_turns(device, calls, partial(progress, f"{name} {direction}"))
+            size = math.prod(layer.x) * getattr(torch, dtype).itemsize
+            floor_ms = PASSES[direction] * size / bandwidth * 1e3
+            for contender, call in calls.items():
+                temporaries, extra_memory = _memory(device, call, size)
+                report["rows"].append(
+                    {
+                        "shape": name,
+                        "x": list(layer.x),
+                        "levels": layer.levels,
+                        "kernel_size": layer.kernel_size,
+                        "direction": direction,
+                        "contender": contender,
+                        **times[contender].row(),
+                        "floor_ms": floor_ms,
+                        "over_floor": times[contender].median / floor_ms,
+                        **timing.comparison(times[contender], times[_BASELINE]),
+                        "temporaries": temporaries,
+                        "extra_memory": extra_memory,
+                        "implementation": None,
+                    }
+                )
+        report["left"].remove(name)
+        keep(report)
+    return report
 
 
 def _copy_bytes_per_s(device: torch.device) -> float:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pallas_kernels.wtconv.shapes import GPU_SHAPES
+
 if TYPE_CHECKING:
     import jax
 
@@ -98,20 +100,26 @@ def host_calls() -> dict[str, Callable[[], object]]:
     return {"torch WTConv2d": forward, "torch WTConv2d, choice alone": choice}
 
 
-def bench_parts() -> list[tuple[str, tuple[str, ...], str]]:
-    """The parts that `flash-wtconv bench all` makes of this package: name, command and report.
+def bench_parts() -> list[tuple[str, tuple[str, ...], str, str]]:
+    """The parts that `flash-wtconv bench all` makes of this package, a shape and dtype each.
 
     Returns:
         As `flash_wtconv_jax.bench.everything.Part` has them; none without PyTorch.
 
     Example:
-        >>> [name for name, _, _ in bench_parts()]
-        ['torch_float32', 'torch_bfloat16']
+        >>> [(name, group) for name, _, _, group in bench_parts()][:1]
+        [('torch_float32_convnext_t_stage1', 'torch_float32')]
     """
     if find_spec("torch") is None:
         return []
     command = sys.executable, "-m", "torch_bridge", "bench", "--dtype"
     return [
-        (f"torch_{dtype}", (*command, dtype), "torch_wtconv.json")
-        for dtype in ("float32", "bfloat16")
+        (
+            f"torch_{dtype}_{name}",
+            (*command, dtype, "--shape", name),
+            "torch_wtconv.json",
+            f"torch_{dtype}",
+        )
+        for dtype in ("float32", "bfloat16", "float16")
+        for name in GPU_SHAPES
     ]

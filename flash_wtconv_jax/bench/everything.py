@@ -191,6 +191,9 @@ def merged(out: Path) -> "dict[str, tuple[Json, Mapping[str, Callable[[Json], Fi
                 json.loads((out / part.name / part.report).read_text()) for part in every
             )
             first["rows"] += [row for report in others for row in report["rows"]]
-            figures = {name: plots.speedups, f"{name}_roofline": plots.roofline}
+            figures = {name: plots.speedups}
+            # PyTorch's has no roof of arithmetic.
+            if "fma_per_s" in first["roofs"]:
+                figures[f"{name}_roofline"] = plots.roofline
             found[name] = first, figures
     return found

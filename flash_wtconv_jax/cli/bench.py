@@ -85,7 +85,7 @@ def wtconv(
         if write_defaults:
             sizes = (known[name] for name in names if name in known)
             _check_choice(benchmark.implementations(size, dtype) for size in sizes)
-        keep = _keeping(out)
+        keep = keeping(out)
         report = benchmark.run(names, baseline, progress, dtype, write_defaults, keep)
         device_kind = kind()
     figures = {"wtconv": plots.speedups, "wtconv_roofline": plots.roofline}
@@ -130,7 +130,7 @@ def wtconvnext(
 
     with _measuring(device, out) as progress:
         sizes = batch, size, dtype
-        report = benchmark.run(model, progress, *sizes, work, profile, _keeping(out))
+        report = benchmark.run(model, progress, *sizes, work, profile, keeping(out))
     if profile:
         print_table(plain_console(), _profile_table(report))
     tell(report, _wtconvnext_table(report), {"wtconvnext": plots.throughput}, out)
@@ -210,7 +210,7 @@ def sparse(
             known = (name for name in names if name in benchmark.NAMES)
             _check_choice(benchmark.implementations(name, dtype) for name in known)
         before = None if minutes is None else _earlier(out / "sparse.json")
-        report = benchmark.run(names, progress, dtype, minutes, before, _keeping(out))
+        report = benchmark.run(names, progress, dtype, minutes, before, keeping(out))
         device_kind = kind()
     tell(report, _sparse_table(report), {}, out)
     if report["left"]:
@@ -273,7 +273,7 @@ def stylize(
                 for name in names
                 for one in dtype or ("bfloat16", "float32")
             )
-        report = benchmark.run(progress, work, shape, size, batch, dtype, _keeping(out))
+        report = benchmark.run(progress, work, shape, size, batch, dtype, keeping(out))
         device_kind = kind()
     tell(report, _stylize_table(report), {"stylize": plots.ladders}, out)
     if write_defaults:
@@ -340,7 +340,7 @@ def sharding(
     if device == "cpu":
         platforms.share_cpu(8)
     with _measuring(device, out) as progress:
-        report = benchmark.run(progress, part, devices, operator, minutes, _keeping(out))
+        report = benchmark.run(progress, part, devices, operator, minutes, keeping(out))
     tell(report, _sharding_table(report), {}, out)
     if report["left"]:
         say(f"not run yet: {'; '.join(report['left'])}")
@@ -415,7 +415,7 @@ def _time(
         if write_defaults:
             sizes = (known[name] for name in names if name in known)
             _check_choice(benchmark.implementations(size, dtype) for size in sizes)
-        report = benchmark.run(names, progress, dtype, _keeping(out))
+        report = benchmark.run(names, progress, dtype, keeping(out))
         device_kind = kind()
     tell(report, table(report), {}, out)
     if write_defaults:
@@ -507,8 +507,12 @@ def tell(
                 say(f"wrote {path}")
 
 
-def _keeping(out: Path) -> Callable[[Json], None]:
-    """Writes the reports that it is told into a folder, for runs that are stopped from outside."""
+def keeping(out: Path) -> Callable[[Json], None]:
+    """A function that writes the reports it is told into a folder, for runs that are stopped.
+
+    Args:
+        out: The folder, made if it is not there.
+    """
     from pallas_kernels.common.files import making_folder, replacing
 
     def keep(report: Json) -> None:

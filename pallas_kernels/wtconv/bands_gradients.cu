@@ -6,11 +6,12 @@
 // The host defines these macros:
 //   KERNEL_SIZE      3 or 5
 //   LEVELS           the number of levels, at most 5
+//   WARPS            warps of a block
 //   CHANNELS_LAST    whether taps are [k, k, bands, C], 0: they are [C, bands, k, k]
 
 #include "../common/copies.cuh"
 
-constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE, WARPS = 8;
+constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
 // Blocks of a level and of 32 channels.
 constexpr int BLOCKS = (5 * TAPS + 1 + WARPS - 1) / WARPS;
 

@@ -396,7 +396,10 @@ def weight_grad(
         sums, *means = launch(variant.compiled(), arguments, outputs, programs * chunks)
         found += [sums, programs]
         x, dy = means or (x, dy)
-    macros = ("KERNEL_SIZE", kernel_size), ("LEVELS", levels), ("CHANNELS_LAST", int(channels_last))
+    macros = (
+        *(("KERNEL_SIZE", kernel_size), ("LEVELS", levels)),
+        *(("WARPS", _WARPS), ("CHANNELS_LAST", int(channels_last))),
+    )
     kernel = Kernel(_FOLDER / "bands_gradients.cu", "bands_gradients", macros, 32 * _WARPS, 0)
     side = kernel_size, kernel_size
     of_base, of_bands = (

@@ -848,7 +848,8 @@ def test_everything_is_made_in_parts(monkeypatch, tmp_path, undrawn):
     row = {"shape": "one", "direction": "forward", "contender": "flash", "temporaries": None}
     row |= {"over_floor": 2.0, "speedup": 1.0, "extra_memory": None, "implementation": None} | MS
     report = {"device": {"kind": "a GPU"}, "dtype": "float32", "baseline": "plain jax"}
-    report |= {"roofs": {"copy_bytes_per_s": 1e12}, "clock": "device events", "rows": [row]}
+    roofs = {"copy_bytes_per_s": 1e12, "fma_per_s": 1e13}
+    report |= {"roofs": roofs, "clock": "device events", "rows": [row]}
     report |= {"no_device_events": None, "users_clock": None}
     made = []
 

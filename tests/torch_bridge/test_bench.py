@@ -99,6 +99,22 @@ def test_a_step_holds_little_beside_its_results(name, most):
             assert 2.0 < extra_memory <= most, contender
 
 
+def test_a_run_that_is_stopped_keeps_the_shapes_that_it_has_timed(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(bench, "best_device", lambda: torch.device("cpu"))
+    calls = bench._calls
+
+    def stopped(shape, *rest):
+        if shape == bench.KNOWN["cpu"]["other"]:
+            raise KeyboardInterrupt
+        return calls(shape, *rest)
+
+    monkeypatch.setattr(bench, "_calls", stopped)
+    run(monkeypatch, "--shape", "small", "--shape", "other", "--out", tmp_path)
+    kept = json.loads((tmp_path / "torch_wtconv.json").read_text())
+    assert {row["shape"] for row in kept["rows"]} == {"small"} and kept["left"] == ["other"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
