@@ -13,7 +13,6 @@ import typer
 from torch import Tensor
 
 from flash_wtconv_jax.bench import timing
-from flash_wtconv_jax.bench.reports import Keep, unkept
 from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.wtconv.shapes import GPU_SHAPES, SHAPES, Shape
@@ -76,7 +75,7 @@ def run(
     shapes: list[str] | None,
     dtype: str,
     progress: Callable[[str, int], Callable[[], None]],
-    keep: Keep = unkept,
+    keep: Callable[[Json], None] = lambda report: None,
 ) -> Json:
     """Times every implementation that this machine has, in both memory formats.
 
