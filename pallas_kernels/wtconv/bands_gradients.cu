@@ -9,68 +9,20 @@
 //   WARPS            warps of a block
 //   CHANNELS_LAST    whether taps are [k, k, bands, C], 0: they are [C, bands, k, k]
 
-#include "../common/copies.cuh"
+#include "gradients.cuh"
 
-constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
 // Blocks of a level and of 32 channels.
 constexpr int BLOCKS = (5 * TAPS + 1 + WARPS - 1) / WARPS;
 
-// The place of a tap of one of COUNT bands.
-template <int COUNT>
-DEVICE Offset place(int tap, int band, int channel, int channels) {
-  return CHANNELS_LAST ? Offset(tap * COUNT + band) * channels + channel
-                       : Offset(channel * COUNT + band) * TAPS + tap;
-}
-
 // Sums of the first level are `[programs, 5 * TAPS + 1, C]`, of others `[programs, 4 * TAPS, C]`.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-bands_gradients(int channels, const float* __restrict__ sums0, int programs0,
-#if LEVELS > 1
-                const float* __restrict__ sums1, int programs1,
-#endif
-#if LEVELS > 2
-                const float* __restrict__ sums2, int programs2,
-#endif
-#if LEVELS > 3
-                const float* __restrict__ sums3, int programs3,
-#endif
-#if LEVELS > 4
-                const float* __restrict__ sums4, int programs4,
-#endif
-                float* __restrict__ base, float* __restrict__ bias,
-                float* __restrict__ bands0
-#if LEVELS > 1
-                , float* __restrict__ bands1
-#endif
-#if LEVELS > 2
-                , float* __restrict__ bands2
-#endif
-#if LEVELS > 3
-                , float* __restrict__ bands3
-#endif
-#if LEVELS > 4
-                , float* __restrict__ bands4
-#endif
-) {
+bands_gradients(int channels, EACH(SUMS), float* __restrict__ base, float* __restrict__ bias,
+                EACH(BANDS)) {
   const int chunks = (channels + 31) / 32;
   const int level = int(blockIdx.x) / (BLOCKS * chunks);
   const int channel = int(blockIdx.x) % chunks * 32 + int(threadIdx.x) % 32;
   const int number = int(blockIdx.x) / chunks % BLOCKS * WARPS + int(threadIdx.x) / 32;
-  const float* sums = sums0;
-  float* bands = bands0;
-  int programs = programs0;
-#if LEVELS > 1
-  if (level == 1) sums = sums1, programs = programs1, bands = bands1;
-#endif
-#if LEVELS > 2
-  if (level == 2) sums = sums2, programs = programs2, bands = bands2;
-#endif
-#if LEVELS > 3
-  if (level == 3) sums = sums3, programs = programs3, bands = bands3;
-#endif
-#if LEVELS > 4
-  if (level == 4) sums = sums4, programs = programs4, bands = bands4;
-#endif
+  OF_LEVEL
   const int count = level ? 4 * TAPS : 5 * TAPS + 1;
   if (channel >= channels || number >= count) return;
   const float* from = sums + Offset(number) * channels + channel;

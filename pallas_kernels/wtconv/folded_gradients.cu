@@ -9,22 +9,15 @@
 //   LEVELS           the number of levels, at most 5
 //   CHANNELS_LAST    whether taps are [k, k, bands, C], 0: they are [C, bands, k, k]
 
-#include "../common/copies.cuh"
+#include "gradients.cuh"
 
 #ifndef SHARED
 #define SHARED(name) extern __shared__ __align__(16) float name[]
 #endif
 
-constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE, COLUMNS = 2 * KERNEL_SIZE, R = KERNEL_SIZE / 2;
+constexpr int COLUMNS = 2 * KERNEL_SIZE, R = KERNEL_SIZE / 2;
 constexpr int FOLDED = 16 * TAPS;  // Of a channel; behind them is the bias.
 constexpr int THREADS = (FOLDED + 32) / 32 * 32;
-
-// The place of a tap of one of COUNT bands.
-template <int COUNT>
-DEVICE Offset place(int tap, int band, int channel, int channels) {
-  return CHANNELS_LAST ? Offset(tap * COUNT + band) * channels + channel
-                       : Offset(channel * COUNT + band) * TAPS + tap;
-}
 
 // The sum of a folded tap's pixels with the signs of a band: `square` has those of its two columns
 // of the input, column and row of the output, row of the input. The first bit of a band is the sign
@@ -41,53 +34,13 @@ DEVICE float banded(const float* square, int band) {
 
 // Sums of a level are `[programs, C, FOLDED + 1]`.
 extern "C" __global__ void __launch_bounds__(THREADS)
-folded_gradients(int channels, const float* __restrict__ sums0, int programs0,
-#if LEVELS > 1
-                 const float* __restrict__ sums1, int programs1,
-#endif
-#if LEVELS > 2
-                 const float* __restrict__ sums2, int programs2,
-#endif
-#if LEVELS > 3
-                 const float* __restrict__ sums3, int programs3,
-#endif
-#if LEVELS > 4
-                 const float* __restrict__ sums4, int programs4,
-#endif
-                 float* __restrict__ base, float* __restrict__ bias,
-                 float* __restrict__ bands0
-#if LEVELS > 1
-                 , float* __restrict__ bands1
-#endif
-#if LEVELS > 2
-                 , float* __restrict__ bands2
-#endif
-#if LEVELS > 3
-                 , float* __restrict__ bands3
-#endif
-#if LEVELS > 4
-                 , float* __restrict__ bands4
-#endif
-) {
+folded_gradients(int channels, EACH(SUMS), float* __restrict__ base, float* __restrict__ bias,
+                 EACH(BANDS)) {
   SHARED(shared);
   float* const whole = reinterpret_cast<float*>(shared);
   const int thread = threadIdx.x;
   const int level = int(blockIdx.x) / channels, channel = int(blockIdx.x) % channels;
-  const float* sums = sums0;
-  float* bands = bands0;
-  int programs = programs0;
-#if LEVELS > 1
-  if (level == 1) sums = sums1, programs = programs1, bands = bands1;
-#endif
-#if LEVELS > 2
-  if (level == 2) sums = sums2, programs = programs2, bands = bands2;
-#endif
-#if LEVELS > 3
-  if (level == 3) sums = sums3, programs = programs3, bands = bands3;
-#endif
-#if LEVELS > 4
-  if (level == 4) sums = sums4, programs = programs4, bands = bands4;
-#endif
+  OF_LEVEL
   if (thread <= FOLDED) {
     const float* from = sums + Offset(channel) * (FOLDED + 1) + thread;
     float sum = 0.0f;
