@@ -6,11 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from flash_wtconv_jax.bench import clocks
-from flash_wtconv_jax.bench.clocks import Call
+from flash_wtconv_jax.bench import clocks, copies_of_x
+from flash_wtconv_jax.bench.copies_of_x import COPY, PLAIN
 from flash_wtconv_jax.bench.defaults import able, each, entries
 from flash_wtconv_jax.bench.reports import Keep, check_shapes, head, unkept
-from flash_wtconv_jax.bench.timing import comparison
 from flash_wtconv_jax.bench.wtconv import PASSES, check_dtype, compiled_calls, drawn_copies
 from pallas_kernels.common import device
 from pallas_kernels.common.types import Json, Tree
@@ -20,8 +19,6 @@ from pallas_kernels.depthwise.api import OPERATOR
 from pallas_kernels.depthwise.problem import Problem
 from pallas_kernels.depthwise.shapes import FOR_PLATFORM, Shape
 from pallas_kernels.dispatch.table import Entry
-
-_PLAIN, _COPY = "plain jax", "copy"
 
 
 def run(
@@ -56,7 +53,7 @@ def run(
     report: Json = {
         **head("depthwise", clock, no_device_events),
         "dtype": dtype,
-        "baseline": _PLAIN,
+        "baseline": PLAIN,
         "rows": [],
         "left": list(dict.fromkeys(shapes)),
     }
@@ -67,12 +64,13 @@ def run(
             contender: compiled_calls(function, _params(layer, dtype), copies)
             for contender, function in _contenders(layer, dtype).items()
         }
-        copy = _copy(copies[0][0])
+        copy = copies_of_x.copy(copies[0][0])
         for direction, passes in PASSES.items():
-            here = {contender: each[direction] for contender, each in programs.items()}
-            calls = {_COPY: copy} | {contender: one.call for contender, one in here.items()}
-            step = progress(f"{name} {direction}", clock.turns(len(calls)))
-            times = clock.take_turns(calls, step)
+            here = {COPY: copy} | {
+                contender: each[direction] for contender, each in programs.items()
+            }
+            step = progress(f"{name} {direction}", clock.turns(len(here)))
+            times = clock.take_turns({contender: one.call for contender, one in here.items()}, step)
             report["rows"] += [
                 {
                     "shape": name,
@@ -81,15 +79,11 @@ def run(
                     "stride": layer.stride,
                     "direction": direction,
                     "contender": contender,
-                    **spread.row(),
-                    "copies": spread.median
-                    / times[_COPY].median
-                    / (1 if contender == _COPY else passes / 2),
-                    **comparison(spread, times[_PLAIN]),
-                    "temporaries": here[contender].temporaries if contender in here else None,
-                    "extra_memory": here[contender].extra_memory if contender in here else None,
+                    **copies_of_x.figures(times, contender, passes),
+                    "temporaries": one.temporaries,
+                    "extra_memory": one.extra_memory,
                 }
-                for contender, spread in times.items()
+                for contender, one in here.items()
             ]
         report["left"].remove(name)
         keep(report)
@@ -136,7 +130,7 @@ def _contenders(layer: Shape, dtype: str) -> dict[str, Callable[..., jax.Array]]
         return convolve(x, *params, stride=layer.stride)
 
     ours = each(depthwise_conv2d, implementations(layer, dtype))
-    found = {_PLAIN: baseline_jax.depthwise_conv2d, **ours}
+    found = {PLAIN: baseline_jax.depthwise_conv2d, **ours}
     return {name: partial(applied, one) for name, one in found.items()}
 
 
@@ -146,11 +140,6 @@ def _params(layer: Shape, dtype: str) -> Tree:
     of_kernel, of_bias = jax.random.split(jax.random.key(1))
     kernel = jax.random.normal(of_kernel, (k, k, 1, c), dtype)
     return kernel, jax.random.normal(of_bias, (c,), dtype)
-
-
-def _copy(x: jax.Array) -> Call:
-    """An elementwise pass over x, compiled."""
-    return partial(jax.jit(jnp.negative).lower(x).compile(), x)
 
 
 def _problem(shape: Shape, dtype: str) -> Problem:

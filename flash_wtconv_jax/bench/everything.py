@@ -93,6 +93,7 @@ def parts(platform: str) -> list[Part]:
     ]
     found += [part("mlp", "mlp")]
     found += [part(f"depthwise_{dtype}", "depthwise", "--dtype", dtype) for dtype in DTYPES[:2]]
+    found += [part(f"haar_{dtype}", "haar", "--dtype", dtype) for dtype in DTYPES]
     found += [part("sparse", "sparse", "--minutes", "6")]
     found += [part(f"stylize_{work}", "stylize", "--work", work) for work in ("norm", "large")]
     found.append(part("stylize_ladder", "stylize", "--work", "ladder", *_PICTURES))

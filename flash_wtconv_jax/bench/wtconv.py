@@ -1,7 +1,7 @@
 """`flash-wtconv bench wtconv`: our layer beside plain JAX and PyTorch eager, in one run."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import entry_points
@@ -317,21 +317,42 @@ def compiled_calls(
         "forward": (function, [(x, params) for x, _ in copies]),
         "forward+backward": (both, [(x, params, dy) for x, dy in copies]),
     }
-    contenders = {}
-    (chosen,) = copies[0][0].devices()
-    for direction, (compute, arguments) in programs.items():
-        with jax.default_device(chosen):  # A thread has a default of its own.
-            compiled = jax.jit(compute).lower(*arguments[0]).compile()
-        used = compiled.memory_analysis()
-        assert used is not None
-        size = copies[0][0].nbytes
-        contenders[direction] = Contender(
-            partial(_next, compiled, cycle(arguments)),
-            partial(compiled, *arguments[0]),
-            used.temp_size_in_bytes / size,
-            (used.temp_size_in_bytes + used.output_size_in_bytes) / size,
-        )
-    return contenders
+    size = copies[0][0].nbytes
+    return {
+        direction: compiled_call(compute, arguments, size)
+        for direction, (compute, arguments) in programs.items()
+    }
+
+
+def compiled_call(
+    function: Callable, arguments: Sequence[tuple[Tree, ...]], size: int
+) -> Contender:
+    """A function, compiled.
+
+    Args:
+        function: The function.
+        arguments: Its arguments on one device, several of one kind, which calls take in turn.
+        size: The bytes in which its memory is told, those of x.
+
+    Returns:
+        A contender.
+
+    Example:
+        >>> call = compiled_call(jnp.negative, [(jnp.ones(2),), (jnp.zeros(2),)], 8)
+        >>> call.call().tolist(), call.call().tolist(), call.extra_memory
+        ([-1.0, -1.0], [-0.0, -0.0], 1.0)
+    """
+    (chosen,) = jax.tree.leaves(arguments[0])[0].devices()
+    with jax.default_device(chosen):  # A thread has a default of its own.
+        compiled = jax.jit(function).lower(*arguments[0]).compile()
+    used = compiled.memory_analysis()
+    assert used is not None
+    return Contender(
+        partial(_next, compiled, cycle(arguments)),
+        partial(compiled, *arguments[0]),
+        used.temp_size_in_bytes / size,
+        (used.temp_size_in_bytes + used.output_size_in_bytes) / size,
+    )
 
 
 def beside_each_other(jobs: Mapping[str, Callable[[], Result]]) -> dict[str, Result]:

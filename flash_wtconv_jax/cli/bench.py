@@ -19,6 +19,7 @@ from pallas_kernels.sparse.shapes import SHAPES as VOXELS
 from pallas_kernels.stylize.convolution.shapes import SHAPES as STYLE_LAYERS
 from pallas_kernels.stylize.shapes import SHAPES as STYLE_NORMS
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM
+from pallas_kernels.wtconv.shapes import IMAGES as LAYERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,6 +163,19 @@ def depthwise(
     from flash_wtconv_jax.bench import depthwise as benchmark
 
     _time(benchmark, _depthwise_table, shape, dtype, device, out, write_defaults)
+
+
+@bench.command("haar")
+def haar(
+    shape: Annotated[list[str] | None, _named(LAYERS)] = None,
+    dtype: _Dtype = "float32",
+    device: _Device = None,
+    out: Annotated[Path, _folder("haar.json")] = _OUT,
+) -> None:
+    """Time the Haar cascade of images, by each implementation, in copies of its input."""
+    from flash_wtconv_jax.bench import haar as benchmark
+
+    _time(benchmark, _haar_table, shape, dtype, device, out)
 
 
 @bench.command("mlp")
@@ -392,8 +406,7 @@ def everything(
 
     left = benchmark.run(out, minutes, device, say)
     for name, (report, figures) in benchmark.merged(out).items():
-        table = wtconv_table(report)
-        tell(report | {"benchmark": name}, table, figures, out)
+        tell(report, wtconv_table(report), figures, out, name)
     say(f"not made yet: {', '.join(left)}" if left else "everything is made")
 
 
@@ -404,7 +417,7 @@ def _time(
     dtype: str,
     device: str | None,
     out: Path,
-    write_defaults: bool,
+    write_defaults: bool = False,
 ) -> None:
     """Runs the benchmark of an operator, a module of `bench`, and tells of it."""
     from pallas_kernels.common.device import kind
@@ -472,9 +485,13 @@ def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
 
 
 def tell(
-    report: Json, table: "Table", figures: "Mapping[str, Callable[[Json], Figure]]", out: Path
+    report: Json,
+    table: "Table",
+    figures: "Mapping[str, Callable[[Json], Figure]]",
+    out: Path,
+    name: str = "",
 ) -> None:
-    """Prints the table; writes the report, named after its benchmark, and the pictures.
+    """Prints the table; writes the report and the pictures.
 
     A picture that cannot be drawn is told of, and is no error: the report is there.
 
@@ -484,6 +501,7 @@ def tell(
         table: A table of rich.
         figures: What draws pictures of the report, by the names of their files.
         out: The folder, made if it is not there.
+        name: The name of the report's file, "" for that of its benchmark.
     """
     from flash_wtconv_jax.cli.tables import plain_console, print_table
     from pallas_kernels.common.files import making_folder
@@ -493,12 +511,12 @@ def tell(
     if report["no_device_events"]:
         console.print(f"by the host's clock: {report['no_device_events']}", soft_wrap=True)
     with making_folder(out):
-        _write(out / f"{report['benchmark']}.json", json.dumps(report, indent=2))
-        for name, draw in figures.items():
+        _write(out / f"{name or report['benchmark']}.json", json.dumps(report, indent=2))
+        for figure, draw in figures.items():
             # Here, since a benchmark without pictures needs no matplotlib.
             from flash_wtconv_jax import plots
 
-            path = out / f"{name}.png"
+            path = out / f"{figure}.png"
             try:
                 plots.save(draw(report), path)
             except Exception as error:  # Matplotlib fails in its own ways.
@@ -748,23 +766,41 @@ def _conv2d_table(report: Json) -> "Table":
 
 def _depthwise_table(report: Json) -> "Table":
     """The table of a report: a section a shape and direction, a row a contender."""
-    from rich.table import Table
-
-    table = Table(
-        title=f"depthwise convolution, {report['dtype']}, {report['device']['kind']}",
-        caption=f"median ms (least-greatest) by {_clock(report)}; copies: times over that of a "
-        "copy of x (forward+backward in units of 2.5 copies, its five passes); x: speed over "
-        f"{report['baseline']}; memory: temporaries in inputs, and with the results",
-    )
-    _add_columns(table, ("ms", "copies", "x", "memory"))
     strided = (r | {"by": f" stride {r['stride']}" * (r["stride"] > 1)} for r in report["rows"])
     title = "{shape} {kernel_size}x{kernel_size}{by} {direction}"
-    for row in _in_sections(table, strided, title):
+    both = " (forward+backward in units of 2.5 copies, its five passes)"
+    return _copies_table(report, "depthwise convolution", strided, title, both)
+
+
+def _haar_table(report: Json) -> "Table":
+    """The table of a report: a section a shape and direction, a row a contender."""
+    title = "{shape} {levels} levels {direction}"
+    return _copies_table(report, "Haar cascade", report["rows"], title)
+
+
+def _copies_table(
+    report: Json, what: str, rows: Iterable[Json], title: str, both: str = ""
+) -> "Table":
+    """The table of a report whose times are told in copies of x; `both` says of what copies."""
+    from rich.table import Table
+
+    both_clocks = report.get("users_clock") is not None
+    table = Table(
+        title=f"{what}, {report['dtype']}, {report['device']['kind']}",
+        caption=f"median ms (least-greatest) by {_clock(report)}; copies: times over that of a "
+        f"copy of x{both}; x: speed over {report['baseline']}; memory: temporaries in inputs, and "
+        "with the results" + (_USERS if both_clocks else ""),
+    )
+    users = ("ms as users", "copies", "x") if both_clocks else ()
+    _add_columns(table, ("ms", "copies", "x", *users, "memory"))
+    for row in _in_sections(table, rows, title):
+        cells = []
+        for times in (row, row["users"]) if both_clocks else (row,):
+            cells += [_times(times), f"{times['copies']:.2f}", _speed(times)]
         memory = ""
         if row["temporaries"] is not None:
             memory = f"{row['temporaries']:.1f}, {row['extra_memory']:.1f}"
-        figures = f"{row['copies']:.2f}", _speed(row)
-        table.add_row(row["contender"], _times(row), *figures, memory)
+        table.add_row(row["contender"], *cells, memory)
     return table
 
 

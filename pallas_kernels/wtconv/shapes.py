@@ -80,9 +80,8 @@ TPU_SHAPES: dict[str, Shape] = {
 }
 """One image that fills a TPU's lanes, the stages at a batch for a TPU, one larger than its VMEM."""
 
-FOR_PLATFORM: dict[str, Mapping[str, Layer]] = {
-    "cpu": SHAPES,
-    "gpu": {**GPU_SHAPES, **GPU_LINES},
-    "tpu": TPU_SHAPES,
-}
-"""The shapes that each platform is measured with."""
+IMAGES: dict[str, dict[str, Shape]] = {"cpu": SHAPES, "gpu": GPU_SHAPES, "tpu": TPU_SHAPES}
+"""The images that each platform is measured with."""
+
+FOR_PLATFORM: dict[str, Mapping[str, Layer]] = {**IMAGES, "gpu": {**GPU_SHAPES, **GPU_LINES}}
+"""The shapes that each platform is measured with: the images, and signals."""

@@ -25,6 +25,7 @@ from flash_wtconv_jax.bench import (
     depthwise,
     devices,
     everything,
+    haar,
     host,
     mlp,
     profile,
@@ -46,6 +47,7 @@ from pallas_kernels.conv2d import shapes as dense
 from pallas_kernels.depthwise import mosaic_tpu
 from pallas_kernels.depthwise import shapes as plain
 from pallas_kernels.dispatch import table, tuning
+from pallas_kernels.haar import triton as cascades
 from pallas_kernels.sparse import shapes as voxels
 from pallas_kernels.sparse.depthwise.problem import Problem as DepthwiseProblem
 from pallas_kernels.sparse.problem import Problem, Window
@@ -156,6 +158,40 @@ def test_depthwise_convolutions(tmp_path, monkeypatch):
     # Five passes are two and a half copies.
     assert rows["forward+backward", "flash"]["copies"] == 0.4
     assert rows["forward", "flash"]["extra_memory"] > 0 and rows["forward", "flash"]["speedup"] == 1
+
+
+@pytest.mark.wide
+def test_haar_cascades(tmp_path, monkeypatch):
+    """By two clocks, as on a GPU."""
+    monkeypatch.setattr(clocks, "users", lambda clock: clock)
+    result = bench("--shape", "small", "--out", tmp_path, benchmark="haar")
+    assert result.exit_code == 0, result.output
+    assert "small 2 levels synthesis" in result.output and "…" not in result.output
+    assert "ms as users" in result.output
+    report = json.loads((tmp_path / "haar.json").read_text())
+    rows = {(row["direction"], row["contender"]): row for row in report["rows"]}
+    contenders = "copy", "plain jax", "flash"
+    assert set(rows) == {(d, c) for d in ("analysis", "synthesis") for c in contenders}
+    assert {row["copies"] for row in report["rows"]} == {1.0}
+    assert rows["analysis", "flash"]["users"]["copies"] == 1
+    assert rows["synthesis", "flash"]["extra_memory"] >= 1
+
+
+def test_haar_cascades_are_kept_shape_by_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(haar, "_contenders", lambda layer, dtype: {"analysis": {}})
+    left = []
+    report = haar.run(
+        ["small", "pixel"],
+        lambda label, steps: lambda: None,
+        keep=lambda report: left.append([*report["left"]]),
+    )
+    assert left == [["pixel"], []] and report["rows"] == []
+    # The kernels take two dimensions, and 16 bits of either kind.
+    monkeypatch.setattr(cascades, "unavailable", lambda platform: None)
+    for dtype in wtconv.DTYPES:
+        assert haar.implementations(shapes.SHAPES["small"], dtype) == ["triton", "xla"]
+    result = bench("--shape", "huge", "--out", tmp_path, benchmark="haar")
+    assert "['huge'] is not one of" in str(result.exception)
 
 
 @pytest.mark.wide
@@ -849,6 +885,7 @@ def test_everything_is_made_in_parts(monkeypatch, tmp_path, undrawn):
     row |= {"over_floor": 2.0, "speedup": 1.0, "extra_memory": None, "implementation": None} | MS
     report = {"device": {"kind": "a GPU"}, "dtype": "float32", "baseline": "plain jax"}
     roofs = {"copy_bytes_per_s": 1e12, "fma_per_s": 1e13}
+    report |= {"benchmark": "wtconv"}
     report |= {"roofs": roofs, "clock": "device events", "rows": [row]}
     report |= {"no_device_events": None, "users_clock": None}
     made = []
@@ -870,9 +907,10 @@ def test_everything_is_made_in_parts(monkeypatch, tmp_path, undrawn):
     first = bench("--out", tmp_path, benchmark="all")
     assert first.exit_code == 0, first.output
     assert "depthwise_float32 was stopped after 9.0 minutes" in first.output
-    assert "not made yet: depthwise_float32, depthwise_bfloat16, sparse" in first.output
+    assert "not made yet: depthwise_float32, depthwise_bfloat16, haar_float32" in first.output
     joined = json.loads((tmp_path / "wtconv_float32.json").read_text())
-    assert len(joined["rows"]) == 3 and (tmp_path / "wtconv_bfloat16_roofline.png").exists()
+    assert joined["benchmark"] == "wtconv" and len(joined["rows"]) == 3
+    assert (tmp_path / "wtconv_bfloat16_roofline.png").exists()
     before = list(made)
     made.append("sparse")
     last = bench("--out", tmp_path, benchmark="all")

@@ -24,6 +24,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.conv2d.shapes import SHAPES
 from pallas_kernels.depthwise.shapes import FOR_PLATFORM as IMAGES
 from pallas_kernels.wtconv.shapes import FOR_PLATFORM
+from pallas_kernels.wtconv.shapes import IMAGES as LAYERS
 
 runner = CliRunner()
 
@@ -362,6 +363,7 @@ def test_help_lists_the_names_of_shapes():
         (("bench", "wtconv"), [name for group in FOR_PLATFORM.values() for name in group]),
         (("bench", "conv2d"), SHAPES),
         (("bench", "depthwise"), [name for group in IMAGES.values() for name in group]),
+        (("bench", "haar"), [name for group in LAYERS.values() for name in group]),
         (("bench", "sparse"), sparse.NAMES),
         (("tpu-report",), FOR_PLATFORM["tpu"]),
     ):
