@@ -9,10 +9,11 @@ begins one with passes over memory and temporaries beside the times, and
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -56,6 +57,8 @@ def groups(report: Report) -> dict[tuple[str, str], list[Row]]:
         else:
             # `bench levels` is of one array.
             what = row.get("shape") or (f"{row['work']}, {row['name']}" if "work" in row else "x")
+            # `bench conv2d` times two expressions of each shape.
+            what += f", {row['expression']}" if "expression" in row else ""
             key = f"{what}, {row['dtype']}" if several else what, row["direction"]
         found.setdefault(key, []).append(row)
     return found
@@ -142,9 +145,10 @@ def section(name: str, report: Report) -> Iterator[str]:
     dtypes = dict.fromkeys(filter(None, every))
     versions = report["versions"]
     # The name of a file is that of the benchmark, of the device, and what tells it from others.
-    special = " ".join(word for word in name.split("_")[2:] if word not in dtypes)
+    after = name.removeprefix(report["benchmark"]).split("_")[2:]
+    special = " ".join(word for word in after if word not in dtypes)
     words = (
-        report["benchmark"].capitalize(),
+        "PyTorch" if report["benchmark"] == "torch_wtconv" else report["benchmark"].capitalize(),
         special,
         " and ".join(dtypes),
         report["device"]["kind"],
@@ -174,14 +178,10 @@ def figure(value: float) -> str:
 
 NAMES = {
     "flash": "ours",
-    "cuda": "ours",
-    "cuda channels-last": "ours, channels last",
-    "triton channels-last": "ours by Triton, channels last",
     "plain jax": "plain JAX",
     "depthwise 7x7": "one plain 7×7 depthwise convolution",
     "depthwise 7": "one plain depthwise convolution of 7 taps",
     "torch eager": "PyTorch eager",
-    "eager": "PyTorch eager",
 }
 """Names of contenders in a table of layers, in its order, by those in reports."""
 
@@ -224,6 +224,124 @@ def _times(rows: list[Row], contender: str) -> list[str]:
     """Milliseconds of a contender, forward, and forward and backward."""
     times = {row["direction"]: row["median_ms"] for row in rows if row["contender"] == contender}
     return [figure(times[one]) for one in ("forward", "forward+backward")]
+
+
+LAST = " channels-last"
+"""The end of the names of PyTorch's contenders whose images have channels last."""
+BOTH = ("forward", "forward+backward")
+Lines = dict[tuple[Any, ...], dict[tuple[Any, ...], Row]]
+
+
+def _lines(report: Report, line: Sequence[str], cell: Sequence[str]) -> Lines:
+    """The rows by what a line of a table is of, and there by what a cell is of."""
+
+    def key(row: Row, names: Sequence[str]) -> tuple[Any, ...]:
+        values = (row[name] for name in names)
+        return tuple(tuple(one) if isinstance(one, list) else one for one in values)
+
+    found: Lines = {}
+    for row in report["rows"]:
+        found.setdefault(key(row, line), {})[key(row, cell)] = row
+    return found
+
+
+def _named(report: Report) -> list[str]:
+    """Our contenders that name an implementation; if there is none, what was taken unasked."""
+    names = dict.fromkeys(row["contender"] for row in report["rows"])
+    ours = [name for name in names if is_ours(report, name)]
+    return [name for name in ours if name != "flash"] or ours
+
+
+def _heading(contender: str) -> str:
+    """The head of a contender's column."""
+    if contender == "flash":
+        return "ours"
+    ours = contender.startswith("flash ")
+    return f"`{contender[6:]}`" if ours else contender.replace("jax", "JAX")
+
+
+def _torch(report: Report) -> Iterator[str]:
+    """The lines of a table of PyTorch's layers: forward / forward and backward of each.
+
+    One implementation is told of contiguous images, every one of those with channels last.
+    """
+    baseline = report["baseline"]
+    ours = _named(report) or [baseline]
+    first = "cuda" if "cuda" in ours else ours[0]
+    last = [name.removesuffix(LAST) for name in ours if name.endswith(LAST)]
+    heads = [f"`{first}`, ms", "over the passes", f"faster than {baseline}", "memory in inputs"]
+    heads += [f"`{name}`{LAST}, ms" for name in last]
+    yield f"| x | {' | '.join(heads)} |"
+    yield "|---" * (1 + len(heads)) + "|"
+    lines = _lines(report, ("x", "levels", "dtype"), ("contender", "direction"))
+    several = len({dtype for _, _, dtype in lines}) > 1
+    for ((n, h, w, c), levels, dtype), by in lines.items():
+        title = f"{n, c, h, w}, {levels} levels" + f", {dtype}" * several
+        ways = [by[first, direction] for direction in BOTH]
+        memory = ways[-1]["extra_memory"]
+        cells = [
+            _milliseconds(by, first),
+            " / ".join(f"{figure(row['over_floor'])}×" for row in ways),
+            " / ".join(_over(row, figure) for row in ways),
+            "" if memory is None else f"{memory:.1f}",
+            *(_milliseconds(by, f"{name}{LAST}") for name in last),
+        ]
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+def _milliseconds(by: dict[tuple[Any, ...], Row], contender: str) -> str:
+    """Three digits of a contender's times, forward / forward and backward; "" of none."""
+    rows = [by[contender, one] for one in BOTH if (contender, one) in by]
+    return " / ".join(f"{row['median_ms']:#.3g}".rstrip(".") for row in rows)
+
+
+def _haar(report: Report) -> Iterator[str]:
+    """The lines of a table of Haar cascades: analysis / synthesis of each, in copies of x."""
+    dtypes = dict.fromkeys(row["dtype"] for row in report["rows"])
+    columns = [(dtype, name) for dtype in dtypes for name in _named(report)]
+    yield f"| x | {' | '.join(f'{_heading(name)}, {dtype}' for dtype, name in columns)} |"
+    yield "|---" * (1 + len(columns)) + "|"
+    lines = _lines(report, ("x", "levels"), ("dtype", "contender", "direction"))
+    for (x, levels), by in lines.items():
+        ways = [[by.get((*one, way)) for way in ("analysis", "synthesis")] for one in columns]
+        cells = (" / ".join(f"{row['copies']:.2f}" for row in both if row) for both in ways)
+        yield f"| {x}, {levels} levels | {' | '.join(cells)} |"
+
+
+def _conv2d(report: Report) -> Iterator[str]:
+    """The lines of a table of dense convolutions: times of two, and speeds over XLA's."""
+    baseline, named = report["baseline"], _named(report)
+    first = "flash mosaic_gpu" if "flash mosaic_gpu" in named else named[0]
+    plain, *fused = dict.fromkeys(row["expression"] for row in report["rows"])
+    columns = [(first, expression, way) for expression in (plain, *fused) for way in BOTH]
+    # Ours in plain JAX is what it is compared with.
+    columns += [(n, plain, BOTH[0]) for n in named if n not in (first, "flash xla")]
+    heads = [f"{one}, ms and TFLOP/s" for one in (_heading(first), "XLA")]
+    for name, expression, way in columns:
+        by = "" if name == first else f"{_heading(name)}, "
+        what = "" if expression == plain else f"with {', '.join(expression.split('+'))}, "
+        heads.append(f"{by}{what}{way}")
+    yield f"| x, filters | {' | '.join(heads)} |"
+    yield "|---" * (1 + len(heads)) + "|"
+    lines = _lines(report, ("x", "w", "dtype"), ("contender", "expression", "direction"))
+    several = len({dtype for _, _, dtype in lines}) > 1
+    for (x, (height, width, _, features), dtype), by in lines.items():
+        rates = (by.get((one, plain, BOTH[0])) for one in (first, baseline))
+        cells = [
+            f"{row['median_ms']:.3f}, {figure(row['tflops_per_s'])}" if row else "" for row in rates
+        ]
+        cells += [_over(by.get(column)) for column in columns]
+        title = f"{x}, {height} × {width} × {features}" + f", {dtype}" * several
+        yield f"| {title} | {' | '.join(cells)} |"
+    means = (_mean([by[column] for by in lines.values() if column in by]) for column in columns)
+    yield f"| geometric mean | | | {' | '.join(means)} |"
+
+
+def _mean(rows: list[Row]) -> str:
+    """The geometric mean of speeds over the baseline."""
+    if any(ratio(row) == "noisy" for row in rows):
+        return "noisy"
+    return f"{geometric_mean(row['speedup'] for row in rows):.2f}×"
 
 
 def _levels(report: Report) -> Iterator[str]:
@@ -285,11 +403,7 @@ def _by_implementation(report: Report) -> Iterator[str]:
     """
     names = dict.fromkeys(row["contender"] for row in report["rows"])
     shown = [name for name in names if name != "flash"]
-    heads = [
-        f"`{name[6:]}`" if name.startswith("flash") else name.replace("jax", "JAX")
-        for name in shown
-    ]
-    yield f"| | | {' | '.join(heads)} |"
+    yield f"| | | {' | '.join(map(_heading, shown))} |"
     yield "|---" * (2 + len(shown)) + "|"
     before = None
     for (what, direction), rows in groups(report).items():
@@ -304,10 +418,16 @@ def _time_and_speed(row: Row | None) -> str:
     """A cell: nothing of what was not timed, and of the baseline its time alone."""
     if row is None:
         return ""
-    time, speed = f"{row['median_ms']:.3f} ms", ratio(row)
+    time, speed = f"{row['median_ms']:.3f} ms", _over(row)
     if not speed or row["contender"] == row.get("baseline", "plain jax"):
         return time
-    return f"{time}, {speed}" + "×" * (speed != "noisy")
+    return f"{time}, {speed}"
+
+
+def _over(row: Row | None, told: Callable[[float], str] = "{:.2f}".format) -> str:
+    """The speed over the baseline in a cell: nothing of what was not timed."""
+    speed = "" if row is None else ratio(row)
+    return speed if row is None or speed in ("", "noisy") else f"{told(row['speedup'])}×"
 
 
 def _networks(report: Report) -> Iterator[str]:
@@ -381,11 +501,8 @@ def _norms(report: Report) -> Iterator[str]:
         found.setdefault(key, {})[row["contender"]] = row
     names = dict.fromkeys(row["contender"] for row in report["rows"])
     shown = [name for name in names if name not in ("copy", "flash")]
-    heads = [
-        f"`{name.removeprefix('flash ')}`" if name.startswith("flash") else "plain JAX"
-        for name in shown
-    ]
-    yield f"| | | a copy, ms | ours unasked, copies | {' | '.join(heads)} |"
+    heads = " | ".join(map(_heading, shown))
+    yield f"| | | a copy, ms | ours unasked, copies | {heads} |"
     yield "|---" * (4 + len(shown)) + "|"
     for (name, dtype, direction), by in found.items():
         cells = " | ".join(f"{by[one]['over_copy']:.2f}" for one in ("flash", *shown))
@@ -493,13 +610,15 @@ def _exchanged(rows: list[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
+    "conv2d": _conv2d,
     "depthwise": _depthwise,
+    "haar": _haar,
     "levels": _levels,
     "mlp": _by_implementation,
     "sharding": _sharding,
     "sparse": _sparse,
     "stylize": _stylize,
-    "torch_wtconv": _layers,
+    "torch_wtconv": _torch,
     "wtconv": _layers,
     "wtconvnext": _networks,
 }

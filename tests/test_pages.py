@@ -10,6 +10,7 @@ import tomllib
 import urllib.error
 from collections import Counter
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -306,7 +307,7 @@ class TestTheResults:
             for direction, median in times.items():
                 spread = {f"{key}_ms": median for key in ("least", "median", "greatest")}
                 row = {"contender": contender, "direction": direction, "speedup": 1.0}
-                memory = {"over_floor": 10 * median, "temporaries": both}
+                memory = {"over_floor": 10 * median, "temporaries": both, "extra_memory": 2.04}
                 yield row | spread | memory | more
 
         layer = {"shape": "a layer", "x": [8, 56, 56, 96], "levels": 5}
@@ -321,8 +322,8 @@ class TestTheResults:
             ],
             "torch_wtconv": [
                 *rows("eager", 17, 26, **layer),
-                *rows("cuda", 0.26, 0.99, **layer),
-                *rows("triton channels-last", 0.46, 1.8, **layer),
+                *rows("cuda", 0.26, 0.99, **layer | {"speedup": 65.2}),
+                *rows("triton channels-last", 0.457, 1.8, **layer),
             ],
             "levels": [
                 *rows("1 levels", 0.1, 0.34, **facts),
@@ -337,8 +338,7 @@ class TestTheResults:
             text = json.dumps(report | {"benchmark": name, "rows": these} | torch)
             (docs / "results" / f"{name}.json").write_text(text)
         readme = tmp_path / "README.md"
-        asked = [*(f"results: {one}" for one in made), "passes: torch_wtconv"]
-        readme.write_text("".join(f"<!-- {one} -->\n<!-- end -->\n" for one in asked))
+        readme.write_text("".join(f"<!-- results: {one} -->\n<!-- end -->\n" for one in made))
         found = self.results.files(docs)
         assert found[readme].splitlines() == [
             "<!-- results: wtconv -->",
@@ -351,9 +351,11 @@ class TestTheResults:
             "<!-- end -->",
             "<!-- results: torch_wtconv -->",
             "",
-            "| x | ours | ours by Triton, channels last | PyTorch eager |",
-            "|---|---|---|---|",
-            "| (8, 56, 56, 96), 5 levels | 0.26 / 0.99 | 0.46 / 1.8 | 17 / 26 |",
+            "| x | `cuda`, ms | over the passes | faster than eager | memory in inputs "
+            "| `triton` channels-last, ms |",
+            "|---|---|---|---|---|---|",
+            "| (8, 96, 56, 56), 5 levels | 0.260 / 0.990 | 2.6× / 9.9× | 65× / 65× | 2.0 "
+            "| 0.457 / 1.80 |",
             "",
             "<!-- end -->",
             "<!-- results: levels -->",
@@ -364,15 +366,6 @@ class TestTheResults:
             "| one plain 7×7 depthwise convolution | 10 | 12,576 | 1.0 | 2.0 |",
             "",
             "<!-- end -->",
-            "<!-- passes: torch_wtconv -->",
-            "",
-            "| x | ours | over the passes | temporaries, x (PyTorch eager) "
-            "| ours by Triton, channels last | PyTorch eager |",
-            "|---|---|---|---|---|---|",
-            "| (8, 56, 56, 96), 5 levels | 0.26 / 0.99 | 2.6× / 9.9× | 1.0 (26.0) "
-            "| 0.46 / 1.8 | 17 / 26 |",
-            "",
-            "<!-- end -->",
         ]
         charts = {path.name: text for path, text in found.items()}
         assert "results_levels.svg" in charts
@@ -381,6 +374,85 @@ class TestTheResults:
         assert "`python -m torch_bridge bench`, 2026-11-29, PyTorch 2.11" in charts["results.md"]
         readme.write_text(found[readme])
         assert self.results.files(docs) == found
+
+    def test_tables_of_cascades(self):
+        """Reports of a dtype each, of whose implementations one takes a single shape."""
+
+        def report(dtype, *rows):
+            keys = "x", "levels", "contender", "direction", "copies"
+            every = [dict(zip(keys, row, strict=True)) for row in rows]
+            return {"benchmark": "haar", "device": {}, "dtype": dtype, "rows": every}
+
+        def both(x, levels, contender, copies):
+            yield x, levels, contender, "analysis", copies
+            yield x, levels, contender, "synthesis", copies + 0.25
+
+        large, small = ([16, 224, 224, 64], 3), ([128, 7, 7, 768], 2)
+        ours = [*both(*large, "copy", 1.0), *both(*large, "flash", 1.1)]
+        found = {
+            "float": report(
+                "float32",
+                *ours,
+                *both(*large, "flash triton", 1.09),
+                *both(*large, "flash mosaic_gpu", 1.27),
+                *both(*small, "flash triton", 1.17),
+            ),
+            "bfloat": report("bfloat16", *both(*large, "flash triton", 0.82)),
+            "alone": report("float32", *ours),
+        }
+        text = "<!-- results: float bfloat -->\n<!-- end --><!-- results: alone -->\n<!-- end -->"
+        made = self.results.filled(text, found).splitlines()
+        assert made[2:6] == [
+            "| x | `triton`, float32 | `mosaic_gpu`, float32 | `triton`, bfloat16 "
+            "| `mosaic_gpu`, bfloat16 |",
+            "|---|---|---|---|---|",
+            "| (16, 224, 224, 64), 3 levels | 1.09 / 1.34 | 1.27 / 1.52 | 0.82 / 1.07 |  |",
+            "| (128, 7, 7, 768), 2 levels | 1.17 / 1.42 |  |  |  |",
+        ]
+        assert made[-5:-2] == [
+            "| x | ours, float32 |",
+            "|---|---|",
+            "| (16, 224, 224, 64), 3 levels | 1.10 / 1.35 |",
+        ]
+
+    @pytest.mark.parametrize("several", [True, False])
+    def test_tables_of_dense_convolutions(self, several):
+        """Of every implementation, or of what was taken unasked alone; a mean over the layers."""
+
+        def rows(layer, contender, *speeds):
+            cells = product(("convolution", "reflect+gelu"), ("forward", "forward+backward"))
+            for (expression, direction), speed in zip(cells, speeds, strict=True):
+                about = {"expression": expression, "direction": direction, "contender": contender}
+                times = {"median_ms": 1 / speed, "least_ms": 0.9, "greatest_ms": 1.1}
+                yield layer | about | times | {"tflops_per_s": 500 * speed, "speedup": speed}
+
+        names = ["mosaic_gpu", "triton", "xla"] if several else []
+        made = []
+        for features, speed in ((320, 2), (640, 8)):
+            layer = {"x": [2, 64, 64, 16], "w": [3, 3, 16, features], "shape": f"to {features}"}
+            made += rows(layer, "plain jax", 1, 1, 1, 1)
+            for name in ("flash", *(f"flash {name}" for name in names)):
+                made += rows(layer, name, speed, 1, 3, 1)
+        made[-1] |= {"greatest_ms": 3.0}
+        about = {"benchmark": "conv2d", "baseline": "plain jax", "dtype": "bfloat16", "device": {}}
+        report = about | {"rows": made}
+        text = self.results.filled("<!-- results: a -->\n<!-- end -->", {"a": report}).splitlines()
+        ours, other = ("`mosaic_gpu`", " `triton`, forward |") if several else ("ours", "")
+        noisy = "1.00×" if several else "noisy"
+        two, eight, four = (f" {mean}.00× |" if several else "" for mean in (2, 8, 4))
+        more = "with reflect, gelu, "
+        assert text[2:-2] == [
+            f"| x, filters | {ours}, ms and TFLOP/s | XLA, ms and TFLOP/s | forward "
+            f"| forward+backward | {more}forward | {more}forward+backward |{other}",
+            "|---" * (7 + several) + "|",
+            "| (2, 64, 64, 16), 3 × 3 × 320 | 0.500, 1,000 | 1.000, 500 | 2.00× | 1.00× | 3.00× "
+            f"| 1.00× |{two}",
+            "| (2, 64, 64, 16), 3 × 3 × 640 | 0.125, 4,000 | 1.000, 500 | 8.00× | 1.00× | 3.00× "
+            f"| {noisy} |{eight}",
+            f"| geometric mean | | | 4.00× | 1.00× | 3.00× | {noisy} |{four}",
+        ]
+        # In tables and charts each expression is a group.
+        assert list(self.results.groups(report))[2] == ("to 320, reflect+gelu", "forward")
 
     def test_what_is_noisy_is_not_compared(self):
         row = {"least_ms": 1.0, "median_ms": 1.2, "greatest_ms": 2.1, "speedup": 3.0}
