@@ -17,6 +17,7 @@ from pallas_kernels.common.cuda import Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
 from pallas_kernels.wtconv.folded_launches import means_shape
+from pallas_kernels.wtconv.gradients_launches import gradients, numbers
 
 _FOLDER = Path(__file__).parent
 
@@ -147,7 +148,7 @@ class Gradients(NamedTuple):
     @property
     def sums(self) -> int:
         """The gradients of a channel, with that of the bias."""
-        return (5 if self.base else 4) * self.kernel_size**2 + self.base
+        return numbers(self.kernel_size, self.base)
 
     def _loaded(self) -> int:
         """Columns of x that a tile reads."""
@@ -381,7 +382,7 @@ def weight_grad(
     sizes = [means_shape(shape, level) for level in range(levels + 1)]
     channels = shape[-1]
     chunks = cdiv(channels, _CHUNK)
-    found: list[AnyArray | int] = []
+    found: list[tuple[AnyArray, int]] = []
     for level in range(levels):
         first = level == 0
         # All but the first are compiled once, so the last of several makes means that nobody reads.
@@ -394,18 +395,6 @@ def weight_grad(
         outputs += [(sizes[level + 1], "float32")] * (2 * lows)
         arguments = [x, dy, n, c, h, w, programs]
         sums, *means = launch(variant.compiled(), arguments, outputs, programs * chunks)
-        found += [sums, programs]
+        found.append((sums, programs))
         x, dy = means or (x, dy)
-    macros = (
-        *(("KERNEL_SIZE", kernel_size), ("LEVELS", levels)),
-        *(("WARPS", _WARPS), ("CHANNELS_LAST", int(channels_last))),
-    )
-    kernel = Kernel(_FOLDER / "bands_gradients.cu", "bands_gradients", macros, 32 * _WARPS, 0)
-    side = kernel_size, kernel_size
-    of_base, of_bands = (
-        (*side, n, channels) if channels_last else (channels, n, *side) for n in (1, 4)
-    )
-    outputs = [(of_base, "float32"), ((channels,), "float32"), *[(of_bands, "float32")] * levels]
-    blocks = levels * cdiv(5 * kernel_size**2 + 1, _WARPS) * chunks
-    base, bias, *bands = launch(kernel, [channels, *found], outputs, blocks)
-    return [base, *bands, bias]
+    return gradients(found, channels, kernel_size, launch, channels_last)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pallas_kernels.common.cuda import Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
+from pallas_kernels.wtconv.gradients_launches import gradients, numbers
 
 _FOLDER = Path(__file__).parent
 
@@ -517,48 +518,13 @@ def weight_grad(
         variant = planned("weights", size, *about, resident, apart=apart)
         n, h, w, c = size
         programs = variant.programs(size, device)
-        arguments = [of_x[level], of_dy[level], table, n, c, h, w, programs]
-        output: Output = ((programs, c, 16 * kernel_size**2 + 1), "float32")
+        count = numbers(kernel_size, base=level == 0)
+        arguments = [of_x[level], of_dy[level], table, n, c, h, w, programs, count]
+        output: Output = ((programs, count, c), "float32")
         blocks = programs * variant.chunks(size)
         (sums,) = launch(variant.compiled(), arguments, [output], blocks)
         found.append((sums, programs))
-    base, bias, *bands = gradients(found, shape[-1], kernel_size, launch, channels_last)
-    return [base, *bands, bias]
-
-
-def gradients(
-    found: Sequence[tuple[AnyArray, int]],
-    channels: int,
-    kernel_size: int,
-    launch: Launch[AnyArray],
-    channels_last: bool,
-) -> list[AnyArray]:
-    """The gradients of the taps from those of the folded ones: the transpose of the fold.
-
-    Args:
-        found: For each level float32 `[programs, C, 16 * k * k + 1]`, the gradients of the folded
-            taps and of the bias, of level i a 4**i-th of them, to be summed over the programs; and
-            how many these are.
-        channels: C.
-        kernel_size: k, one of `KERNEL_SIZES`.
-        launch: The framework's launch function.
-        channels_last: See `weight_grad`.
-
-    Returns:
-        The gradients of the base's taps, of the bias, and of each level's four bands.
-    """
-    levels, folded = len(found), 16 * kernel_size**2 + 1
-    macros = ("KERNEL_SIZE", kernel_size), ("LEVELS", levels), ("CHANNELS_LAST", int(channels_last))
-    kernel = Kernel(
-        *(_source("folded_gradients"), "folded_gradients", macros),
-        *(cdiv(folded, 32) * 32, 4 * folded),
-    )
-    side = kernel_size, kernel_size
-    shapes = [(*side, n, channels) if channels_last else (channels, n, *side) for n in (1, 4)]
-    outputs: list[Output] = [(shapes[0], "float32"), ((channels,), "float32")]
-    outputs += [(shapes[1], "float32")] * levels
-    arguments = [channels, *(each for pair in found for each in pair)]
-    return launch(kernel, arguments, outputs, levels * channels)
+    return gradients(found, shape[-1], kernel_size, launch, channels_last)
 
 
 def means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:

@@ -17,7 +17,10 @@ static_assert(BLOCKS == 16, "all blocks are summed");
 constexpr bool MIXED = KERNEL_SIZE == 5;
 constexpr int WHOLE = KERNEL_SIZE == 7 ? 2 : 1;
 constexpr int SETS = WHOLE * REACHED + (MIXED ? 3 : 1);
-constexpr int TAPS = 16 * KERNEL_SIZE * KERNEL_SIZE;
+constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE, FOLDED = 16 * TAPS;
+// Floats from one square of 16 folded taps to the next, of which eight are in different banks.
+constexpr int SQUARE = 20;
+static_assert(SQUARE * TAPS <= 128 * SETS, "folded taps take the place of products");
 
 #if BOXED
 constexpr int ROWS = 2 * BOX * PIXEL * IMAGES;
@@ -99,9 +102,88 @@ struct Products {
   }
 };
 
-// Weight gradients of the folded taps, in their order, and then the sums of dy:
-// `[programs, C, TAPS + 1]`. `table [TAPS]` has of each tap the two places of a warp's results that
-// it is the sum of, in the lower half and in the upper one.
+// Numbers that one access to memory takes.
+template <int COUNT>
+struct alignas(4 * COUNT) Numbers {
+  float at[COUNT];
+};
+
+// The gradients of a warp's channels from their products: the transpose of the fold. Lane l has those
+// of taps l, l + 32, ...: of their bands, the first bit of which is the sign of rows, the second that
+// of columns, and of the base.
+struct Gradients {
+  static constexpr int EACH = (TAPS + 31) / 32;
+  float bands[EACH][4][GROUP], base[EACH][GROUP], bias[GROUP];
+
+  // Those of channel c: `own` is memory of the warp's own, with results [SETS, 16 rows of M, 8 columns of N], and then
+  // with the folded taps. `table [FOLDED]` has of each of these the two results that it is the sum
+  // of, in the lower half and in the upper one.
+  DEVICE void unfold(int c, float* own, const unsigned* __restrict__ table) {
+    const int lane = threadIdx.x % 32;
+    constexpr int FOLDS = (FOLDED + 31) / 32;
+    float folded[FOLDS];
+#pragma unroll
+    for (int i = 0; i < FOLDS; i++) {
+      const unsigned places = table[min(32 * i + lane, FOLDED - 1)];
+      folded[i] = own[places & 0xffff] + own[places >> 16];
+    }
+    bias[c] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < 8; n++) bias[c] += own[(16 * (SETS - 1) + 8) * 8 + n];
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < FOLDS; i++) {
+      const int at = 32 * i + lane;
+      if (at < FOLDED) own[place(at)] = folded[i];
+    }
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+      const int tap = min(32 * e + lane, TAPS - 1);
+      const Numbers<4>* square = reinterpret_cast<const Numbers<4>*>(own + SQUARE * tap);
+      // Sums where rows of input and output are the same or not, and columns: the first two bits of
+      // a number are its rows, the others its columns.
+      float sums[2][2] = {};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const Numbers<4> four = square[i];
+        float(&of)[2] = sums[(i ^ i >> 1) & 1];
+        of[0] += four.at[0] + four.at[3];
+        of[1] += four.at[1] + four.at[2];
+      }
+#pragma unroll
+      for (int band = 0; band < 4; band++) {
+        const float same = band & 1 ? sums[0][0] - sums[0][1] : sums[0][0] + sums[0][1];
+        const float other = band & 1 ? sums[1][0] - sums[1][1] : sums[1][0] + sums[1][1];
+        bands[e][band][c] = band & 2 ? same - other : same + other;
+      }
+      base[e][c] = 0.0f;
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const int i = tap / KERNEL_SIZE + k / 2 + R, j = tap % KERNEL_SIZE + k % 2 + R;
+        base[e][c] += own[place((i / 2 * 2 * KERNEL_SIZE + j) * 8 + k % 2 * 4 + k / 2 * 2 + i % 2)];
+      }
+    }
+    __syncwarp();
+  }
+
+  static DEVICE int place(int folded) { return folded / 16 * SQUARE + folded % 16; }
+};
+
+// Stores a number of each channel of a group, of which `left` are there.
+DEVICE void store_group(float* to, int left, const float (&numbers)[GROUP]) {
+#pragma unroll
+  for (int c = 0; c < GROUP; c += VECTOR) {
+    Numbers<VECTOR> some;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) some.at[i] = numbers[c + i];
+    if (c < left) *reinterpret_cast<Numbers<VECTOR>*>(to + c) = some;
+  }
+}
+
+// Weight gradients of a level, `[programs, numbers, C]`: of bands as their tap and band have it, and
+// where there are more numbers than these of the base, and of the bias. Those of bands are four
+// times as large, where x and dy are means by what these stand for.
 extern "C" __global__ void __launch_bounds__(THREADS + 128 * APART, RESIDENT)
 #if BOXED
 folded_weights(BOXES x, BOXES dy,
@@ -109,7 +191,7 @@ folded_weights(BOXES x, BOXES dy,
 folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
 #endif
                const unsigned* __restrict__ table, int count, int channels, int height, int width,
-               int programs, float* __restrict__ found) {
+               int programs, int numbers, float* __restrict__ found) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   const Images images = {count, height, width, channels};
@@ -305,8 +387,8 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
 #endif
   __syncthreads();
 
-  // Through memory of the warp's own: results [SETS, 16 rows of M, 8 columns of N].
   float* const own = reinterpret_cast<float*>(shared) + warp * SETS * 128;
+  Gradients gradients;
 #pragma unroll
   for (int c = 0; c < GROUP; c++) {
 #pragma unroll
@@ -316,20 +398,20 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
         own[(16 * i + g + k / 2 * 8) * 8 + 2 * t + k % 2] = products.sums[c][i][k];
     }
     __syncwarp();
-    const int channel = chunk + GROUP * warp + c;
-    if (channel < channels) {
-      float* to = found + (Offset(first) * channels + channel) * (TAPS + 1);
-#pragma unroll 4
-      for (int tap = lane; tap < TAPS; tap += 32)
-        to[tap] = own[table[tap] & 0xffff] + own[table[tap] >> 16];
-      if (lane == 0) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < 8; n++) sum += own[(16 * (SETS - 1) + 8) * 8 + n];
-        to[TAPS] = sum;
-      }
-    }
-    __syncwarp();
+    gradients.unfold(c, own, table);
   }
+  const int channel = chunk + GROUP * warp, there = channels - channel;
+  float* to = found + Offset(first) * numbers * channels + channel;
+#pragma unroll
+  for (int e = 0; e < Gradients::EACH; e++) {
+    const int tap = 32 * e + lane;
+    if (tap >= TAPS) break;
+#pragma unroll
+    for (int band = 0; band < 4; band++)
+      store_group(to + Offset(4 * tap + band) * channels, there, gradients.bands[e][band]);
+    if (numbers > 4 * TAPS)
+      store_group(to + Offset(4 * TAPS + tap) * channels, there, gradients.base[e]);
+  }
+  if (numbers > 4 * TAPS && lane == 0)
+    store_group(to + Offset(5 * TAPS) * channels, there, gradients.bias);
 }
-

@@ -1,23 +1,56 @@
-// The gradients of the taps of all levels from the partial sums that `bands_weights` leaves, for NVRTC.
+// The gradients of the taps of all levels from the partial sums that `bands_weights` and
+// `folded_weights` leave, for NVRTC.
 //
 // A warp has a tap of 32 channels of a level. Its partial sums are added in their order, so results
 // are bitwise reproducible.
 //
 // The host defines these macros:
-//   KERNEL_SIZE      3 or 5
+//   KERNEL_SIZE      3, 5 or 7
 //   LEVELS           the number of levels, at most 5
 //   WARPS            warps of a block
 //   CHANNELS_LAST    whether taps are [k, k, bands, C], 0: they are [C, bands, k, k]
 
-#include "gradients.cuh"
+#include "../common/copies.cuh"
+
+constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
+
+// The parameters of each level: partial sums and how many programs left some, and gradients of bands.
+#define SUMS(i) const float *__restrict__ sums##i, int programs##i
+#define BANDS(i) float* __restrict__ bands##i
+#if LEVELS == 1
+#define EACH(of) of(0)
+#elif LEVELS == 2
+#define EACH(of) of(0), of(1)
+#elif LEVELS == 3
+#define EACH(of) of(0), of(1), of(2)
+#elif LEVELS == 4
+#define EACH(of) of(0), of(1), of(2), of(3)
+#else
+#define EACH(of) of(0), of(1), of(2), of(3), of(4)
+#endif
+
+// Declares `sums`, `bands` and `programs`, those of a level.
+#define CHOOSE(i) (level == i ? (sums = sums##i, programs = programs##i, bands = bands##i) : nullptr)
+#define OF_LEVEL                 \
+  const float* sums = sums0;     \
+  float* bands = bands0;         \
+  int programs = programs0;      \
+  EACH(CHOOSE);
+
+// The place of a tap of one of COUNT bands.
+template <int COUNT>
+DEVICE Offset place(int tap, int band, int channel, int channels) {
+  return CHANNELS_LAST ? Offset(tap * COUNT + band) * channels + channel
+                       : Offset(channel * COUNT + band) * TAPS + tap;
+}
 
 // Blocks of a level and of 32 channels.
 constexpr int BLOCKS = (5 * TAPS + 1 + WARPS - 1) / WARPS;
 
 // Sums of the first level are `[programs, 5 * TAPS + 1, C]`, of others `[programs, 4 * TAPS, C]`.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
-bands_gradients(int channels, EACH(SUMS), float* __restrict__ base, float* __restrict__ bias,
-                EACH(BANDS)) {
+gradients(int channels, EACH(SUMS), float* __restrict__ base, float* __restrict__ bias,
+          EACH(BANDS)) {
   const int chunks = (channels + 31) / 32;
   const int level = int(blockIdx.x) / (BLOCKS * chunks);
   const int channel = int(blockIdx.x) % chunks * 32 + int(threadIdx.x) % 32;
