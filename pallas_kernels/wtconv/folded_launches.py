@@ -45,7 +45,7 @@ _WORTH_TIMING = range(3, 33)
 """Such sides that are worth timing."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
-_MEANS_THREADS = 256
+_THREADS = 256
 _MEANS_VECTOR = {False: 8, True: 4}
 """Channels of a thread that makes the means of one level, and of two: of more, the compiler lets
 loads wait for each other, for want of registers."""
@@ -429,6 +429,40 @@ def forward(
     return below
 
 
+def folded(
+    taps: Sequence[AnyArray],
+    channels: int,
+    dtype: str,
+    kernel_size: int,
+    launch: Launch[AnyArray],
+    transpose: bool,
+) -> AnyArray:
+    """The taps of each level's one convolution, as `forward` takes them.
+
+    Args:
+        taps: float32 `[C, 1, k, k]` of the base, then `[C, 4, k, k]` of each level, contiguous.
+        channels: C.
+        dtype: "bfloat16" or "float16".
+        kernel_size: k, one of `KERNEL_SIZES`.
+        launch: The framework's launch function.
+        transpose: Whether they are flipped, for the transpose of the convolution.
+
+    Returns:
+        int32 `[levels, k, 2k, 2, 2, C]`, words of the two rows of the input.
+    """
+    levels = len(taps) - 1
+    macros = (
+        ("BFLOAT16", int(dtype == "bfloat16")),
+        ("KERNEL_SIZE", kernel_size),
+        ("LEVELS", levels),
+    )
+    kernel = Kernel(_source("folded_taps"), "folded_taps", macros, _THREADS, 0)
+    shape = levels, kernel_size, 2 * kernel_size, 2, 2, channels
+    blocks = cdiv(math.prod(shape) // 4, _THREADS)
+    (words,) = launch(kernel, [*taps, channels, int(transpose)], [(shape, "int32")], blocks)
+    return words
+
+
 def means(
     x: AnyArray,
     sizes: Sequence[tuple[int, ...]],
@@ -464,11 +498,11 @@ def means(
         twice = level + 1 < len(sizes) and not wholes[level + 1]
         vector = math.gcd(_MEANS_VECTOR[twice], c)
         macros = ("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector), ("TWICE", int(twice))
-        kernel = Kernel(_source("folded_means"), "folded_means", macros, _MEANS_THREADS, 0)
+        kernel = Kernel(_source("folded_means"), "folded_means", macros, _THREADS, 0)
         outputs = [(size, dtype) for size in sizes[level : level + 1 + twice]]
         _, h, w, _ = sizes[level - 1]
         threads = n * cdiv(h, 4) * cdiv(w, 2 + 2 * twice) * (c // vector)
-        found += launch(kernel, [image, n, c, h, w], outputs, cdiv(threads, _MEANS_THREADS))
+        found += launch(kernel, [image, n, c, h, w], outputs, cdiv(threads, _THREADS))
         image = found[-1]
     return found
 

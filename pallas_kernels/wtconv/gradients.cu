@@ -4,30 +4,19 @@
 // A warp has a tap of 32 channels of a level. Its partial sums are added in their order, so results
 // are bitwise reproducible.
 //
-// The host defines these macros:
+// The host defines these macros, beside that of `levels.cuh`:
 //   KERNEL_SIZE      3, 5 or 7
-//   LEVELS           the number of levels, at most 5
 //   WARPS            warps of a block
 //   CHANNELS_LAST    whether taps are [k, k, bands, C], 0: they are [C, bands, k, k]
 
 #include "../common/copies.cuh"
+#include "levels.cuh"
 
 constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
 
 // The parameters of each level: partial sums and how many programs left some, and gradients of bands.
 #define SUMS(i) const float *__restrict__ sums##i, int programs##i
 #define BANDS(i) float* __restrict__ bands##i
-#if LEVELS == 1
-#define EACH(of) of(0)
-#elif LEVELS == 2
-#define EACH(of) of(0), of(1)
-#elif LEVELS == 3
-#define EACH(of) of(0), of(1), of(2)
-#elif LEVELS == 4
-#define EACH(of) of(0), of(1), of(2), of(3)
-#else
-#define EACH(of) of(0), of(1), of(2), of(3), of(4)
-#endif
 
 // Declares `sums`, `bands` and `programs`, those of a level.
 #define CHOOSE(i) (level == i ? (sums = sums##i, programs = programs##i, bands = bands##i) : nullptr)

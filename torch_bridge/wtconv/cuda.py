@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -208,40 +207,12 @@ def _folded_forward(
     device: Device,
     transpose: bool,
 ) -> Tensor:
-    """The operator in 16 bits, or its transpose, the same of flipped taps: `[N, H, W, C]`."""
-    if transpose:
-        taps = [tap.flip(-2, -1) for tap in taps]
-    folded = _folded(taps).to(x.dtype)
+    """The operator in 16 bits, or its transpose: `[N, H, W, C]`."""
+    kernel_size, channels = taps[0].shape[-1], x.shape[1]
+    words = folded_launches.folded(taps, channels, images.dtype, kernel_size, launch, transpose)
     return folded_launches.forward(
-        *(_pixels(x), folded, bias, images.shape, images.dtype),
-        *(taps[0].shape[-1], len(taps) - 1, device, launch),
-    )
-
-
-def _folded(taps: Sequence[Tensor]) -> Tensor:
-    """The taps of each level's one convolution, `[levels, k, 2k, 2, 2, C, 2]`: `folding.taps`."""
-    base, *bands = taps
-    kernel_size, channels = base.shape[-1], base.shape[0]
-    base = base.reshape(1, channels, 1, -1)
-    # The base as the fifth band, which deeper levels have not.
-    bases = torch.cat([base, base.new_zeros(len(bands) - 1, *base.shape[1:])])
-    whole = torch.cat([torch.stack(list(bands)).reshape(len(bands), channels, 4, -1), bases], 2)
-    numbers, signs = _sources(kernel_size, base.device)
-    each = torch.arange(5, device=base.device)[:, None]
-    found = (whole[:, :, each, numbers] * signs).sum(2)
-    # Channels before the two rows of the input.
-    return found.unflatten(-1, (-1, 2)).transpose(1, 2).contiguous()
-
-
-@cache
-def _sources(kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns of four bands and the base the number of each folded tap's tap, and its factor."""
-    found = folding.taps(kernel_size)
-    numbers = [*[found.tap.ravel()] * 4, found.base.ravel()]
-    signs = [*found.signs.reshape(-1, 4).T, found.based.ravel()]
-    return (
-        torch.tensor(np.stack(numbers), device=device),
-        torch.tensor(np.stack(signs), dtype=torch.float32, device=device),
+        *(_pixels(x), words, bias, images.shape, images.dtype),
+        *(kernel_size, len(taps) - 1, device, launch),
     )
 
 

@@ -68,7 +68,7 @@ class Launcher:
 
         Outputs hold NaN before, so that elements which are not written show.
         """
-        made = [np.full(shape, np.nan, dtype) for shape, dtype in outputs]
+        made = [np.full(shape, -1 if dtype == "int32" else np.nan, dtype) for shape, dtype in outputs]
         given: list[int | ctypes.c_void_p | ctypes.Structure] = [
             a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)
         ]

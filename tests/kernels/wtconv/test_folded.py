@@ -70,6 +70,26 @@ def test_folded_taps_are_the_oracles_answer_to_one_pixel(kernel_size):
 
 @EMULATED
 @pytest.mark.parametrize(
+    ("kernel_size", "dtype", "transpose"),
+    [
+        (5, "bfloat16", True),
+        pytest.param(3, "float16", False, marks=pytest.mark.wide),
+        pytest.param(7, "bfloat16", False, marks=pytest.mark.wide),
+    ],
+)
+def test_taps_are_folded_as_jax_does(kernel_size, dtype, transpose):
+    generator = np.random.default_rng(0)
+    size = kernel_size, kernel_size
+    taps = [generator.standard_normal((5, n, *size)).astype("float32") for n in (1, 4, 4)]
+    launch = Launcher(folder()).launch
+    got = launches.folded(taps, 5, dtype, kernel_size, launch, transpose)
+    own = [tap[..., ::-1, ::-1] if transpose else tap for tap in taps]
+    folded = cuda_jax.folded(tuple(jnp.asarray(tap.transpose(2, 3, 1, 0)) for tap in own))
+    np.testing.assert_array_equal(got, cuda_jax.packed(folded, jnp.dtype(dtype)))
+
+
+@EMULATED
+@pytest.mark.parametrize(
     ("kernel_size", "channels_last"),
     [
         pytest.param(*row, marks=[pytest.mark.wide] * (row != (5, True)))

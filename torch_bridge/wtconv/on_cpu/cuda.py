@@ -55,7 +55,7 @@ def emulated(
         ) -> list[Tensor]:
             made = allocated(outputs, arguments)
             for tensor in made:
-                tensor.fill_(float("nan"))
+                tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
             boxes = dict(kernel.boxes)
             values = [
                 a if isinstance(a, int) else _pointer(a, boxes.get(number))
