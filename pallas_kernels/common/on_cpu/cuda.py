@@ -68,7 +68,8 @@ class Launcher:
 
         Outputs hold NaN before, so that elements which are not written show.
         """
-        made = [np.full(shape, -1 if dtype == "int32" else np.nan, dtype) for shape, dtype in outputs]
+        poison = {"int32": -1}
+        made = [np.full(shape, poison.get(dtype, np.nan), dtype) for shape, dtype in outputs]
         given: list[int | ctypes.c_void_p | ctypes.Structure] = [
             a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)
         ]
