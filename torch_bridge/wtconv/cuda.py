@@ -97,7 +97,10 @@ def weight_grad(
     wavelet: str,
     resident: int | None = None,
 ) -> list[Tensor]:
-    """Gradients of the taps; every sum runs in a fixed order, so they are bitwise reproducible."""
+    """Gradients of the taps, level by level of the bias too: see `ops`.
+
+    Every sum runs in a fixed order, so they are bitwise reproducible.
+    """
     if x.ndim == _LINE:
         return _line_weight_grad(x, dy, kernel_size, levels, resident)
     x = _dense(x)
@@ -193,10 +196,16 @@ def _streamed_forward(
 def _streamed_weight_grad(
     x: Tensor, dy: Tensor, images: Images, kernel_size: int, levels: int, device: Device
 ) -> list[Tensor]:
-    """The gradients of the taps in float32, level by level."""
+    """The gradients of the taps and the bias in float32, level by level."""
     about = images.shape, kernel_size, levels, device, launch
-    *parts, _ = bands_launches.weight_grad(_pixels(x), _pixels(dy), *about, channels_last=False)
-    return [part.view(-1, 1, kernel_size, kernel_size) for part in parts]
+    found = bands_launches.weight_grad(_pixels(x), _pixels(dy), *about, channels_last=False)
+    return _with_bias(found, kernel_size)
+
+
+def _with_bias(found: list[Tensor], kernel_size: int) -> list[Tensor]:
+    """Gradients of taps `[C, bands, k, k]` as weights of PyTorch's, and of the bias."""
+    *parts, bias = found
+    return [*(part.view(-1, 1, kernel_size, kernel_size) for part in parts), bias]
 
 
 def _folded_forward(
@@ -219,7 +228,7 @@ def _folded_forward(
 def _folded_weight_grad(
     x: Tensor, dy: Tensor, images: Images, kernel_size: int, levels: int, device: Device
 ) -> list[Tensor]:
-    """The gradients of the taps in 16 bits."""
+    """The gradients of the taps and the bias in 16 bits."""
     found = folded_launches.weight_grad(
         *(
             _pixels(x),
@@ -233,8 +242,7 @@ def _folded_weight_grad(
         *(device, launch),
         channels_last=False,
     )
-    *parts, _ = found
-    return [part.view(-1, 1, kernel_size, kernel_size) for part in parts]
+    return _with_bias(found, kernel_size)
 
 
 @cache

@@ -11,7 +11,8 @@ An implementation is a module of `torch_bridge.wtconv` with `unavailable(platfor
 `check(direction, problem)`, as `pallas_kernels.dispatch.Operator` asks for them, and
 
     forward(x, taps, bias, *, wavelet, transpose) -> y
-    weight_grad(x, dy, *, kernel_size, levels, wavelet) -> gradients of the taps
+    weight_grad(x, dy, *, kernel_size, levels, wavelet) -> gradients of the taps, and of the bias
+        where dy is summed on the way
 
 both with the parameters, integers, that its `search_space(direction, problem)` offers, where it has
 one, for x `[N, C, *spatial]` of any strides and at least one image,
@@ -62,7 +63,7 @@ class _Backend(backend.Implementation, Protocol):
     def weight_grad(
         self, x: Tensor, dy: Tensor, *, kernel_size: int, levels: int, wavelet: str, **config: int
     ) -> Sequence[Tensor]:
-        """The gradients of the taps."""
+        """The gradients of the taps, and of the bias where dy is summed on the way."""
 
 
 OPERATOR = Operator(
@@ -189,7 +190,9 @@ def _measurement(
             return [_forward(timed, x, taps, bias, wavelet, False, params)]
         return [
             _forward(timed, dy, taps, None, wavelet, True, params),
-            *_weight_grad(timed, x, dy, kernel_size, problem.levels, wavelet, params),
+            *_weight_grad(
+                timed, x, dy, kernel_size, problem.levels, wavelet, bias is not None, params
+            ),
         ]
 
     return measuring.TorchMeasurement(
@@ -293,15 +296,19 @@ def _(x: Tensor, *_: object) -> Tensor:
 
 @torch.library.custom_op("flash_wtconv::wtconv_weight_grad", mutates_args=())
 def weight_grad(
-    x: Tensor, dy: Tensor, kernel_size: int, levels: int, wavelet: str, bwd: str
+    x: Tensor, dy: Tensor, kernel_size: int, levels: int, wavelet: str, biased: bool, bwd: str
 ) -> list[Tensor]:
-    """Gradients of the folded taps, in float32 or better; bilinear in x and dy."""
+    """Gradients of the folded taps, and of a bias if there is one, in float32 or better.
+
+    Bilinear in x and dy, but for the bias's, which is linear in dy.
+    """
     if x.numel() == 0:
-        return [taps.zero_() for taps in _empty_taps(x, kernel_size, levels)]
+        return [taps.zero_() for taps in _empty_gradients(x, kernel_size, levels, biased)]
     problem = _problem(x.shape, x.dtype, kernel_size, levels, wavelet)
+    about = kernel_size, levels, wavelet, biased
     return calls.computed(
         *(OPERATOR, "bwd", bwd, x.device, problem),
-        lambda module, config: _weight_grad(module, x, dy, kernel_size, levels, wavelet, config),
+        lambda module, config: _weight_grad(module, x, dy, *about, config),
     )
 
 
@@ -312,28 +319,43 @@ def _weight_grad(
     kernel_size: int,
     levels: int,
     wavelet: str,
+    biased: bool,
     config: Mapping[str, int],
 ) -> list[Tensor]:
     sizes = {"kernel_size": kernel_size, "levels": levels}
     found = module.weight_grad(x, dy, **sizes, wavelet=wavelet, **config)
-    return [taps.contiguous() for taps in found]
+    gradients = [taps.contiguous() for taps in found[: levels + 1 + biased]]
+    return gradients + [_summed(dy)] * (levels + 1 + biased - len(gradients))
+
+
+def _summed(dy: Tensor) -> Tensor:
+    """The gradient of the bias, in two steps.
+
+    Of all at once PyTorch makes a sum that is twice as slow, and of the many rows of a
+    channels-last image one that takes up to an input's memory.
+    """
+    first = tuple(range(2, dy.ndim)) if dy.is_contiguous() else (-1,)
+    rows = dy.sum(first, dtype=_accumulation_dtype(dy))
+    return rows.sum((0, *range(2, rows.ndim)))
 
 
 @weight_grad.register_fake
-def _(x: Tensor, dy: Tensor, kernel_size: int, levels: int, wavelet: str, bwd: str) -> list[Tensor]:
-    return _empty_taps(x, kernel_size, levels)
+def _(
+    x: Tensor, dy: Tensor, kernel_size: int, levels: int, wavelet: str, biased: bool, bwd: str
+) -> list[Tensor]:
+    return _empty_gradients(x, kernel_size, levels, biased)
 
 
-def _empty_taps(x: Tensor, kernel_size: int, levels: int) -> list[Tensor]:
+def _empty_gradients(x: Tensor, kernel_size: int, levels: int, biased: bool) -> list[Tensor]:
     ndim, channels = x.ndim - 2, x.shape[1]
     rows = [channels] + [2**ndim * channels] * levels
-    shapes = [(n, 1, *(kernel_size,) * ndim) for n in rows]
+    shapes: list[tuple[int, ...]] = [(n, 1, *(kernel_size,) * ndim) for n in rows]
+    shapes += [(channels,)] * biased
     return [x.new_empty(shape, dtype=_accumulation_dtype(x)) for shape in shapes]
 
 
 def _keep(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:
-    x, taps, bias, ctx.wavelet, ctx.transpose, _, ctx.bwd = inputs
-    ctx.bias = None if bias is None else bias.dtype
+    x, taps, _, ctx.wavelet, ctx.transpose, _, ctx.bwd = inputs
     ctx.save_for_backward(x, *taps)
 
 
@@ -344,15 +366,16 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tree, ...]:
     # First, so that what it needs of memory is free again before there is a dx.
     if any(needs_taps):
         pair = (dy, x) if ctx.transpose else (x, dy)
-        dtaps = weight_grad(*pair, taps[0].shape[-1], len(taps) - 1, ctx.wavelet, ctx.bwd)
+        # Transposed, the sum on the way is that of x.
+        biased = needs_bias and not ctx.transpose
+        about = taps[0].shape[-1], len(taps) - 1, ctx.wavelet, biased, ctx.bwd
+        dtaps = weight_grad(*pair, *about)
+        if biased:
+            dbias = dtaps.pop()
     if needs_x:
         dx = apply(dy, taps, None, ctx.wavelet, not ctx.transpose, ctx.bwd, ctx.bwd)
-    if needs_bias:
-        # In two steps: of all at once PyTorch makes a sum that is twice as slow, and of the many
-        # rows of a channels-last image one that takes up to an input's memory.
-        first = tuple(range(2, dy.ndim)) if dy.is_contiguous() else (-1,)
-        rows = dy.sum(first, dtype=ctx.bias)
-        dbias = rows.sum((0, *range(2, rows.ndim)))
+    if needs_bias and dbias is None:
+        dbias = _summed(dy)
     return dx, dtaps, dbias, None, None, None, None
 
 
@@ -360,17 +383,18 @@ apply.register_autograd(_backward, setup_context=_keep)
 
 
 def _keep_pair(ctx: Any, inputs: tuple[Tree, ...], output: list[Tensor]) -> None:
-    x, dy, _, _, ctx.wavelet, ctx.bwd = inputs
+    x, dy, _, ctx.levels, ctx.wavelet, _, ctx.bwd = inputs
     ctx.save_for_backward(x, dy)
 
 
-def _backward_of_pair(ctx: Any, dtaps: list[Tensor]) -> tuple[Tree, ...]:
+def _backward_of_pair(ctx: Any, gradients: list[Tensor]) -> tuple[Tree, ...]:
     x, dy = ctx.saved_tensors
     needs_x, needs_dy, *_ = ctx.needs_input_grad
     names = ctx.wavelet, ctx.bwd, ctx.bwd
+    dtaps, bias = gradients[: ctx.levels + 1], next(iter(gradients[ctx.levels + 1 :]), None)
     dx = apply(dy, dtaps, None, names[0], True, *names[1:]) if needs_x else None
-    ddy = apply(x, dtaps, None, names[0], False, *names[1:]) if needs_dy else None
-    return dx, ddy, None, None, None, None
+    ddy = apply(x, dtaps, bias, names[0], False, *names[1:]) if needs_dy else None
+    return dx, ddy, None, None, None, None, None
 
 
 weight_grad.register_autograd(_backward_of_pair, setup_context=_keep_pair)

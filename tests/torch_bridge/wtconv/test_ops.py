@@ -82,7 +82,8 @@ def test_the_operators_are_declared_as_they_are():
     base, level, bias = taps_and_bias(3)
     x = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(ops.apply, (x, [base, level], bias, "haar", False, "eager", "eager"))
-    torch.library.opcheck(ops.weight_grad, (x, x.detach(), 3, 1, "haar", "eager"))
+    for biased in (True, False):
+        torch.library.opcheck(ops.weight_grad, (x, x.detach(), 3, 1, "haar", biased, "eager"))
 
 
 @each(pytest.mark.wide)
@@ -185,7 +186,7 @@ def test_vmap(implementation):
 
 def test_vmap_of_the_weight_gradient():
     x, dy = (torch.randn(3, 1, 2, 4, 3, dtype=torch.float64) for _ in range(2))
-    names = 3, 1, "haar", "eager"
+    names = 3, 1, "haar", True, "eager"
     got = torch.vmap(lambda x: ops.weight_grad(x, dy[0], *names))(x)
     for i in range(3):
         for many, one in zip(got, ops.weight_grad(x[i], dy[0], *names), strict=True):
