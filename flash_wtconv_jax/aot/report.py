@@ -39,6 +39,7 @@ def run(
     chip: str,
     shapes: Sequence[str],
     on_row: Callable[[], None] = lambda: None,
+    kernels: Sequence[str] = KERNELS,
 ) -> Json:
     """Compiles our kernels and plain JAX for a chip, and counts both.
 
@@ -46,20 +47,26 @@ def run(
         chip: Name in `CHIPS`.
         shapes: Names in `pallas_kernels.wtconv.shapes.TPU_SHAPES`.
         on_row: Called after each row, for a progress bar.
+        kernels: Names in `KERNELS`.
 
     Returns:
         A JSON-able report: `chip`, `versions`, `date`, and `rows`, see `row`.
 
     Raises:
         ModuleNotFoundError: libtpu, the compiler, is not installed.
-        ValueError: An unknown chip or shape.
+        ValueError: An unknown chip, kernel or shape, or none of the kernels has one of the shapes.
     """
     if chip not in CHIPS:
         raise ValueError(f"chip: {chip!r} is not one of {list(CHIPS)}")
     unknown = sorted(set(shapes) - set(TPU_SHAPES))
     if unknown:
         raise ValueError(f"shape: {unknown} is not one of {list(TPU_SHAPES)}")
-    keys = rows(shapes)
+    strange = sorted(set(kernels) - set(KERNELS))
+    if strange:
+        raise ValueError(f"kernel: {strange} is not one of {list(KERNELS)}")
+    keys = rows(shapes, kernels)
+    if not keys:
+        raise ValueError(f"shape: {list(shapes)} are none of the kernel's, {list(kernels)}")
     jobs = [job(chip, *key, plain=plain) for key in keys for plain in (False, True)]
     done = 0
 
@@ -80,15 +87,17 @@ def run(
     }
 
 
-def rows(shapes: Sequence[str]) -> list[tuple[str, str, str, str]]:
-    """The kernel, shape, dtype and direction of each row of a report of some shapes.
+def rows(
+    shapes: Sequence[str], kernels: Sequence[str] = KERNELS
+) -> list[tuple[str, str, str, str]]:
+    """The kernel, shape, dtype and direction of each row of a report of some shapes and kernels.
 
     Example:
         >>> len(rows(["image_56"])), len(rows(["image_2048"]))
         (12, 8)
     """
     every = product(KERNELS, shapes, DTYPES, DIRECTIONS)
-    return [key for key in every if key[1] in SHAPES[key[0]]]
+    return [key for key in every if key[0] in kernels and key[1] in SHAPES[key[0]]]
 
 
 def job(

@@ -38,6 +38,13 @@ def tpu_report(
             f"convolutions {', '.join(VOXELS)}. Default: {_FIRST}, which takes minutes."
         ),
     ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="wtconv, depthwise or haar; several are allowed. Default: all. One is counted in "
+            "less time; of sparse convolutions there is no choice."
+        ),
+    ] = None,
     every: Annotated[
         bool,
         typer.Option(
@@ -69,6 +76,9 @@ def tpu_report(
     names = list(TPU_SHAPES) if every else shape or [_FIRST]
     voxels = [name for name in names if name in VOXELS]
     shapes = [name for name in names if name not in VOXELS]
+    kernels = kernel or tpu.KERNELS
+    if kernel and not shapes:
+        raise ValueError(f"--kernel is of no sparse convolution, got {kernel} and {names}")
     # A program takes longer than rich looks back for its estimate of the time left.
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(
@@ -76,9 +86,9 @@ def tpu_report(
     ) as bar:
         task = bar.add_task(
             f"compiling for {escape(chip)}",
-            total=len(tpu.rows(shapes)) + len(sparse.PARTS) * len(voxels),
+            total=len(tpu.rows(shapes, kernels)) + len(sparse.PARTS) * len(voxels),
         )
-        report = tpu.run(chip, shapes, lambda: bar.advance(task)) if shapes else {}
+        report = tpu.run(chip, shapes, lambda: bar.advance(task), kernels) if shapes else {}
         if voxels:
             report["sparse"] = sparse.run(chip, voxels, lambda: bar.advance(task))
     if shapes:

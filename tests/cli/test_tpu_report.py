@@ -55,7 +55,7 @@ def test_a_terminal_shows_the_time_left_and_whole_figures(monkeypatch, tmp_path)
 
 def test_one_shape_or_all_of_them(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr(report, "run", lambda chip, shapes, step: made.append(shapes) or 1 / 0)
+    monkeypatch.setattr(report, "run", lambda chip, shapes, *_: made.append(shapes) or 1 / 0)
     for arguments in ((), ("--all",), ("--shape", "image_2048"), ("--all", "--shape", "image_56")):
         result = tpu_report("--out", tmp_path / "a.png", *arguments)
     assert made == [["image_56"], list(report.TPU_SHAPES), ["image_2048"]]
@@ -89,6 +89,15 @@ def test_table_json_and_picture(tmp_path):
     assert (depthwise["levels"], depthwise["kernel_size"], depthwise["cycles"]) == (0, 5, 200)
     assert last["kernel"] == "haar"
     assert [last[key] for key in ("cycles", "xla_cycles", "fewer")] == [None] * 3
+
+
+def test_one_kernel_alone_is_counted(tmp_path):
+    kernels = ("--kernel", "haar", "--kernel", "depthwise")
+    result = tpu_report(*kernels, "--json", tmp_path / "a.json", "--out", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert list(dict.fromkeys(row["kernel"] for row in rows)) == ["depthwise", "haar"]
+    assert len(rows) == 8
 
 
 def test_a_bar_a_kernel_and_none_below_its_floor():
@@ -153,6 +162,9 @@ def test_what_is_wrong_is_named_before_anything_is_compiled(tmp_path):
     cases = {
         ("--chip", "v9", *out): "chip: 'v9' is not one of ['v5e'",
         ("--chip", "v9[/b]", *out): "chip: 'v9[/b]' is not one of ['v5e'",
+        ("--kernel", "no", *out): "kernel: ['no'] is not one of ['wtconv'",
+        ("--kernel", "haar", "--shape", "room_10000_32_32_s1", *out): "is of no sparse",
+        ("--kernel", "depthwise", "--shape", "image_2048", *out): "none of the kernel's",
         ("--shape", "no", *out): "shape: ['no'] is not one of ['image_56'",
         ("--out", tmp_path / "no" / "a.png"): "no folder",
         ("--json", tmp_path / "no" / "a.json", *out): "no folder",
