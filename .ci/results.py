@@ -1,15 +1,15 @@
 """Writes docs/results.md and its charts from docs/results/*.json: `python .ci/results.py`.
 
-The files are what `flash-wtconv bench … --out` and `python -m torch_bridge bench` leave. Nothing on
-the page is typed by hand, nor are tables of other pages that begin with `<!-- results: NAME -->`,
-NAME being that of a file, or those of several of one benchmark; of layers `<!-- passes: NAME -->`
-begins one with passes over memory and temporaries beside the times, and
-`<!-- implementations: NAME -->` one with a column for each implementation.
+The files are what `flash-wtconv bench … --out`, `python -m torch_bridge bench` and `flash-wtconv
+tpu-report --json …` leave. Nothing on the page is typed by hand, nor are tables of other pages that
+begin with `<!-- results: NAME -->`, NAME being that of a file, or those of several of one
+benchmark; of layers `<!-- passes: NAME -->` begins one with passes over memory and temporaries
+beside the times, and `<!-- implementations: NAME -->` one with a column for each implementation.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -28,22 +28,38 @@ HEAD = """# Results
 
 Every figure of this page is from a file in
 [docs/results](https://github.com/flash-wtconv/flash-wtconv/tree/main/docs/results), which
-`flash-wtconv bench` or `python -m torch_bridge bench` wrote on the device that it names;
-`.ci/results.py` makes tables and charts.
+`flash-wtconv bench` or `python -m torch_bridge bench` wrote on the device that it names, or
+`flash-wtconv tpu-report` without a device; `.ci/results.py` makes tables and charts.
 Times are medians in milliseconds, with the least and the greatest of a run. A ratio is the speed
 over the baseline, which has 1, in the same run; where the greatest time is over twice the least,
 *noisy* stands in its place. A second clock is the users': calls back to back, caches warm, CUDA
 graphs on. In charts ours are blue: *flash* alone is what `implementation=None` took, else the
 implementation that is named. Whiskers are orange.
+
+Cycles are static figures of a TPU's compiler, no measurement: thousands, forward / backward.
+Backward is the gradients of x and of the taps; of `haar` forward is the analysis, backward the
+synthesis. *Ours* are the bundles of our kernels, without waiting for memory. *Around* is what XLA's
+cost model estimates for the instructions around them, *XLA* for its own program of the same
+function, both with traffic; *XLA's bundles* are those of that program, without it. The floor is the
+greater of arithmetic and traffic.
 """
 
 
 def reports(folder: Path) -> dict[str, Report]:
     """The reports of a folder by the names of their files."""
     return {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        path.stem: _as_benchmark(json.loads(path.read_text(encoding="utf-8")))
         for path in sorted(folder.glob("*.json"))
     }
+
+
+def _as_benchmark(report: Report) -> Report:
+    """A report of `tpu-report` with the fields that those of benchmarks have; others unchanged."""
+    if report.get("report") != "tpu":
+        return report
+    device = {"kind": f"TPU {report['chip']}"}
+    clock = "the compiler's static figures"
+    return report | {"benchmark": "cycles", "device": device, "clock": clock}
 
 
 def groups(report: Report) -> dict[tuple[str, str], list[Row]]:
@@ -97,8 +113,8 @@ def table(report: Report) -> Iterator[str]:
 
 
 def charted(report: Report) -> bool:
-    """Whether there is a chart of a report; networks and numbers of devices have a table alone."""
-    return report["benchmark"] not in ("sharding", "wtconvnext")
+    """Whether there is a chart of a report; several benchmarks have a table alone."""
+    return report["benchmark"] not in ("cycles", "sharding", "wtconvnext")
 
 
 def is_ours(report: Report, contender: str) -> bool:
@@ -159,13 +175,20 @@ def section(name: str, report: Report) -> Iterator[str]:
     command, version = f"flash-wtconv bench {report['benchmark']}", f"JAX {versions.get('jax')}"
     if report["benchmark"] == "torch_wtconv":
         command, version = "python -m torch_bridge bench", f"PyTorch {versions['torch']}"
+    if report["benchmark"] == "cycles":
+        kernels = (f"--kernel {row['kernel']}" for row in report["rows"])
+        shapes = (f"--shape {row['name']}" for row in report["rows"])
+        asked = dict.fromkeys([*kernels, *shapes])
+        command = " ".join([f"flash-wtconv tpu-report --chip {report['chip']}", *asked])
+        version += f", libtpu {versions['libtpu']}"
     yield (
         f"`{command}`{flags}, {report['date']}, {version}, by {report['clock']}: [{name}.json]"
         f"(https://github.com/flash-wtconv/flash-wtconv/blob/main/docs/results/{name}.json).\n"
     )
     if charted(report):
         yield f"![Bars: speed of {title} over the baseline's](images/results_{name}.svg)\n"
-    yield from _sharding(report) if report["benchmark"] == "sharding" else table(report)
+    of_its_own = report["benchmark"] in ("cycles", "sharding")
+    yield from TABLES[report["benchmark"]](report) if of_its_own else table(report)
     if report.get("profile"):
         yield "\nWhere the time goes, ms:\n"
         yield from _profile(report)
@@ -609,8 +632,39 @@ def _exchanged(rows: list[Row]) -> str:
     return ", ".join(f"{n} {kind} ({size:,})" for kind, (n, size) in most.items()) or "nothing"
 
 
+def _cycles(report: Report) -> Iterator[str]:
+    """The lines of a table of static cycles: a line a kernel, shape and dtype."""
+    several = len({row["kernel"] for row in report["rows"]}) > 1
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in report["rows"]:
+        title = f"{row['kernel']}, " * several + _cycles_title(row)
+        found.setdefault((title, row["dtype"]), {})[row["direction"]] = row
+    yield "| x | | ours | around | XLA | XLA's bundles | floor |"
+    yield "|---" * 7 + "|"
+    before = None
+    for (title, dtype), by in found.items():
+        cells = [
+            _thousands(by[direction][f"{which}cycles"] for direction in ("forward", "backward"))
+            for which in ("", "around_", "xla_", "xla_bundle_", "floor_")
+        ]
+        yield f"| {' | '.join([title if title != before else '', dtype, *cells])} |"
+        before = title
+
+
+def _cycles_title(row: Row) -> str:
+    """An array with the levels of its layer, or the taps of a convolution that has none."""
+    k = row["kernel_size"]
+    return f"{tuple(row['x'])}, " + (f"{row['levels']} levels" if row["levels"] else f"{k}×{k}")
+
+
+def _thousands(numbers: Iterable[int | None]) -> str:
+    """A cell: thousands, of what is known."""
+    return " / ".join("not known" if one is None else f"{one / 1e3:,.0f}" for one in numbers)
+
+
 TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
     "conv2d": _conv2d,
+    "cycles": _cycles,
     "depthwise": _depthwise,
     "haar": _haar,
     "levels": _levels,

@@ -454,6 +454,83 @@ class TestTheResults:
         # In tables and charts each expression is a group.
         assert list(self.results.groups(report))[2] == ("to 320, reflect+gelu", "forward")
 
+    def test_another_count_of_cycles_shows_in_every_table_of_it(self):
+        found = self.results.reports(DOCS / "results")
+        pages = {"wtconv": "performance.md", "depthwise": "depthwise.md"}
+        for kernel, page in pages.items():
+            report, text = found[f"cycles_v5e_{kernel}"], TEXTS[DOCS / page]
+            for row in report["rows"]:
+                if (row["name"], row["dtype"]) == ("image_56", "float32"):
+                    row["cycles"] = 9_876_543
+            changed = self.results.filled(text, found).splitlines()
+            (told,) = (line for line in changed if line not in text)
+            assert told.startswith("| (8, 56, 56, 128), ") and "| 9,877 / 9,877 |" in told
+            assert told in self.results.section(f"cycles_v5e_{kernel}", report)
+
+    def test_tables_of_cycles(self, tmp_path):
+        keys = ("cycles", "around", "xla", "xla_bundle", "floor")
+
+        def row(kernel, dtype, direction, *figures, levels=0):
+            layer = {"name": "image_56", "x": [8, 56, 56, 128], "levels": levels, "kernel_size": 5}
+            names = (name if name == "cycles" else f"{name}_cycles" for name in keys)
+            counts = dict(zip(names, figures, strict=True))
+            return layer | {"kernel": kernel, "dtype": dtype, "direction": direction} | counts
+
+        rows = [
+            row("wtconv", "float32", "forward", 138_501, 7000, 768_000, None, 95_023, levels=3),
+            row("wtconv", "float32", "backward", None, 14_000, None, 3e6, 190_400, levels=3),
+            row("depthwise", "float32", "forward", 53_024, 0, 203_144, 51_486, 47_051),
+            row("depthwise", "float32", "backward", 109_258, 10, 375_469, 99, 78_400),
+            row("depthwise", "bfloat16", "forward", 53_464, 0, 217_772, 51_722, 39_200),
+            row("depthwise", "bfloat16", "backward", 111_490, 10, 378_179, 99, 78_400),
+        ]
+        versions = {"jax": "0.10.2", "libtpu": "0.0.42"}
+        report = {"report": "tpu", "date": "2026-11-30", "chip": "v5e", "versions": versions}
+        docs = tmp_path / "docs"
+        (docs / "results").mkdir(parents=True)
+        for name, these in {"wtconv": rows[:2], "depthwise": rows[2:]}.items():
+            text = json.dumps(report | {"rows": these})
+            (docs / "results" / f"cycles_v5e_{name}.json").write_text(text)
+        readme = tmp_path / "README.md"
+        asked = "cycles_v5e_wtconv cycles_v5e_depthwise", "cycles_v5e_depthwise"
+        readme.write_text("".join(f"<!-- results: {one} -->\n<!-- end -->\n" for one in asked))
+        found = self.results.files(docs)
+        assert set(found) == {readme, docs / "results.md"}
+        head = [
+            "| x | | ours | around | XLA | XLA's bundles | floor |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        shape = "(8, 56, 56, 128)"
+        layer = (
+            "float32 | 139 / not known | 7 / 14 | 768 / not known | not known / 3,000 | 95 / 190 |"
+        )
+        depthwise = [
+            f"{shape}, 5×5 | float32 | 53 / 109 | 0 / 0 | 203 / 375 | 51 / 0 | 47 / 78 |",
+            "|  | bfloat16 | 53 / 111 | 0 / 0 | 218 / 378 | 52 / 0 | 39 / 78 |",
+        ]
+        assert found[readme].splitlines() == [
+            f"<!-- results: {asked[0]} -->",
+            "",
+            *head,
+            f"| wtconv, {shape}, 3 levels | {layer}",
+            f"| depthwise, {depthwise[0]}",
+            depthwise[1],
+            "",
+            "<!-- end -->",
+            f"<!-- results: {asked[1]} -->",
+            "",
+            *head,
+            f"| {depthwise[0]}",
+            depthwise[1],
+            "",
+            "<!-- end -->",
+        ]
+        made = found[docs / "results.md"]
+        assert "\n## Cycles, depthwise, float32 and bfloat16, TPU v5e\n" in made
+        command = "flash-wtconv tpu-report --chip v5e --kernel depthwise --shape image_56"
+        assert f"`{command}`, 2026-11-30, JAX 0.10.2, libtpu 0.0.42, by the compiler's" in made
+        assert made.splitlines()[-2:] == [head[1], f"| {shape}, 3 levels | {layer}"]
+
     def test_what_is_noisy_is_not_compared(self):
         row = {"least_ms": 1.0, "median_ms": 1.2, "greatest_ms": 2.1, "speedup": 3.0}
         assert self.results.ratio(row) == "noisy"
