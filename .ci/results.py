@@ -4,7 +4,8 @@ The files are what `flash-wtconv bench … --out`, `python -m torch_bridge bench
 tpu-report --json …` leave. Nothing on the page is typed by hand, nor are tables of other pages that
 begin with `<!-- results: NAME -->`, NAME being that of a file, or those of several of one
 benchmark; of layers `<!-- passes: NAME -->` begins one with passes over memory and temporaries
-beside the times, and `<!-- implementations: NAME -->` one with a column for each implementation.
+beside the times, `<!-- users: NAME -->` one by the users' clock, and
+`<!-- implementations: NAME -->` one with a column for each implementation.
 """
 
 import json
@@ -209,10 +210,11 @@ NAMES = {
 """Names of contenders in a table of layers, in its order, by those in reports."""
 
 
-def _layers(report: Report, passes: bool = False) -> Iterator[str]:
+def _layers(report: Report, passes: bool = False, users: bool = False) -> Iterator[str]:
     """The lines of a table of WTConv layers: forward / forward and backward of each contender.
 
-    With `passes` ours is also told in what its least traffic takes, and with its temporaries.
+    With `passes` ours is also told in what its least traffic takes, and with its temporaries; with
+    `users` times are those of the users' clock.
     """
     there = {row["contender"] for row in report["rows"]}
     shown = [name for name in NAMES if name in there]
@@ -228,7 +230,8 @@ def _layers(report: Report, passes: bool = False) -> Iterator[str]:
     for (x, levels, dtype), rows in layers.items():
         # Of signals another plain convolution is timed than of images.
         here = {row["contender"] for row in rows}
-        cells = [" / ".join(_times(rows, name)) if name in here else "" for name in shown]
+        timed = [row | row["users"] for row in rows] if users else rows
+        cells = [" / ".join(_times(timed, name)) if name in here else "" for name in shown]
         if passes:
             cells[1:1] = _memory(rows, shown[0], report["baseline"])
         title = f"{x}, {levels} levels" + f", {dtype}" * several
@@ -489,6 +492,7 @@ def _profile(report: Report) -> Iterator[str]:
 _STEPS = {
     "torch eager": "PyTorch eager",
     "torch compiled": "PyTorch compiled",
+    "torch compiled channels-last": "PyTorch compiled, channels-last",
     "plain jax": "plain JAX",
     "norm alone": "our norm alone",
     "convolution+norm": "our convolution and norm, one by one",
@@ -559,9 +563,18 @@ def _ladder(report: Report) -> Iterator[str]:
 
 
 def _stylize_networks(report: Report) -> Iterator[str]:
-    """The lines of a table of several networks and training steps: plain JAX, and ours unasked."""
-    yield "| | plain JAX, ms | ours, ms | over plain JAX | temporaries, MB (plain JAX) |"
-    yield "|---|---|---|---|---|"
+    """The lines of a table of several networks and training steps: others', and ours unasked."""
+    others = {
+        "plain jax": "plain JAX",
+        "torch eager": "PyTorch",
+        "torch compiled": "compiled",
+        "torch compiled channels-last": "channels-last",
+    }
+    there = {row["contender"] for row in report["rows"]}
+    shown = [name for name in others if name in there]
+    heads = [f"{others[name]}, ms" for name in shown]
+    yield f"| | {' | '.join(heads)} | ours, ms | over plain JAX | temporaries, MB (plain JAX) |"
+    yield "|---" * (4 + len(shown)) + "|"
     found: dict[str, dict[str, Row]] = {}
     for row in report["rows"]:
         step = ", training step" if row["direction"] == "step" else ""
@@ -570,7 +583,7 @@ def _stylize_networks(report: Report) -> Iterator[str]:
     for title, by in found.items():
         plain, ours = by["plain jax"], by["flash"]
         memory, other = (f"{row['temporaries'] / 1e6:,.0f}" for row in (ours, plain))
-        times = " | ".join(f"{row['median_ms']:.2f}" for row in (plain, ours))
+        times = " | ".join(f"{by[name]['median_ms']:.2f}" for name in (*shown, "flash"))
         yield f"| {title} | {times} | {ours['speedup']:.2f}× | {memory} ({other}) |"
 
 
@@ -685,7 +698,7 @@ PAGES = (
     "docs/performance.md",
     "docs/sharding.md",
 )
-_KINDS = "results|passes|implementations"
+_KINDS = "results|passes|users|implementations"
 _TABLE = re.compile(rf"<!-- ({_KINDS}): ([\w ]+?) -->\n.*?(?=<!-- end -->)", re.S)
 
 
@@ -702,7 +715,11 @@ def filled(text: str, found: dict[str, Report]) -> str:
         assert len({(one["benchmark"], str(one["device"])) for one in every}) == 1, names
         rows = [{"dtype": one.get("dtype")} | row for one in every for row in one["rows"]]
         report = every[0] | {"rows": rows}
-        own = {"passes": partial(_layers, passes=True), "implementations": _by_implementation}
+        own = {
+            "implementations": _by_implementation,
+            "passes": partial(_layers, passes=True),
+            "users": partial(_layers, users=True),
+        }
         maker = own.get(kind, TABLES[report["benchmark"]])
         return "\n".join([f"<!-- {kind}: {names} -->\n", *maker(report), "", ""])
 
