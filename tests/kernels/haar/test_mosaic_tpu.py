@@ -146,7 +146,7 @@ def test_vmap_over_nothing():
     chex.assert_shape(back([low, details]), x.shape)
 
 
-# What differentiates and maps kernels is one for all operators: conv2d's and the norm's are wide.
+# What differentiates and maps kernels is one for all operators: the norm's is wide.
 @pytest.mark.slow
 def test_vmap_and_derivatives_of_gradients():
     x = jnp.asarray(inputs(Case((5, 6), 2))[0], "float32")

@@ -177,7 +177,7 @@ def test_vmap_over_nothing():
     chex.assert_shape(jax.vmap(call)(x[None][:0]), (0, *x.shape))
 
 
-# What differentiates and maps kernels is one for all operators: conv2d's and the norm's are wide.
+# What differentiates and maps kernels is one for all operators: the norm's is wide.
 @pytest.mark.slow
 def test_vmap_and_derivatives_of_gradients():
     x, params, _ = arrays(Case((5, 6), 1, 3, batch=(2,), channels=2))
