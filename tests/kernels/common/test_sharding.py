@@ -422,34 +422,6 @@ def test_programs_for_two_h200s_take_the_kernels_of_one():
         assert one.keys() <= kernels.keys(), (label, one, kernels)
 
 
-CACHED = """
-import sys
-import jax, numpy as np
-from jax import monitoring
-from jax.sharding import NamedSharding
-from pallas_kernels.wtconv import wtconv2d
-events = []
-monitoring.register_event_listener(lambda name, **_: events.append(name))
-mesh = jax.make_mesh((4,), ("n",))
-x = jax.device_put(np.ones((4, 6, 5, 4), "float32"), NamedSharding(mesh, jax.P("n")))
-params = {"base_kernel": np.ones((3, 3, 1, 4), "float32"), "base_scale": np.ones(4, "float32")}
-jax.block_until_ready(jax.jit(wtconv2d)(x, params))
-hits = [name for name in events if name.endswith("/cache_hits")]
-assert bool(hits) == (sys.argv[1] == "again"), events
-"""
-
-
-@pytest.mark.wide
-def test_the_compilation_cache_hits_in_a_second_process(tmp_path):
-    environment = with_devices(4) | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    for time in ("first", "again"):
-        subprocess.run([sys.executable, "-c", CACHED, time], check=True, env=environment)
-
-
 TPUS = """
 import sys
 import jax, jax.numpy as jnp
