@@ -61,8 +61,7 @@ def test_gradients_of_points(reduce, shares):
 
     dx = jax.grad(lambda x: made(x)[0].features[:, 0].sum())(FEATURES)
     assert dx[:, 0].tolist() == [shares[0], 1, shares[1], 1, 1]
-    rows = made(FEATURES)[1]
-    voxels, _ = made(FEATURES)
+    voxels, rows = made(FEATURES)
     dy = jax.grad(lambda x: (to_points(voxels.with_features(x), rows) * FEATURES).sum())(
         voxels.features
     )
