@@ -315,7 +315,7 @@ def test_cropped_images_have_the_inputs_size():
     assert shapes == [(1, 64, 68, 3), (1, 63, 65, 3)]
 
 
-# Sizes that fill every window choose no other launch than those that do not.
+# Even sizes, which need no padding, are lowered by the tests of the convolution too.
 @pytest.mark.parametrize("size", [(9, 14), pytest.param((16, 16), marks=pytest.mark.slow)], ids=str)
 def test_every_convolution_is_a_kernel_where_one_is_named(size, monkeypatch):
     # With 3 channels and with 3 features too, and with a stride: none is left to XLA.

@@ -41,6 +41,16 @@ SMALL = {
 }
 
 
+# One of 3 x 3 taps and the one of 1 x 1; the others differ from these in sizes alone.
+WIDE_SHAPES = {"sd_unet_128_3x3", "sd_unet_64_1x1"}
+
+
+def lowering_marks(name):
+    if name in SMALL:
+        return []
+    return [pytest.mark.wide if name in WIDE_SHAPES else pytest.mark.slow]
+
+
 def run(shape, dtype, transformed, window=None):
     """`transformed`, such as `lowered`, of the forward and of the gradient of x."""
     if window is None:
@@ -60,7 +70,7 @@ def run(shape, dtype, transformed, window=None):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        pytest.param(name, DTYPES[i % 2], marks=[pytest.mark.wide] * (name in SHAPES))
+        pytest.param(name, DTYPES[i % 2], marks=lowering_marks(name))
         for i, name in enumerate(SHAPES | SMALL)
     ],
 )
