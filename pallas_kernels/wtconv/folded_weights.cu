@@ -115,9 +115,9 @@ struct Gradients {
   static constexpr int EACH = (TAPS + 31) / 32;
   float bands[EACH][4][GROUP], base[EACH][GROUP], bias[GROUP];
 
-  // Those of channel c: `own` is memory of the warp's own, with results [SETS, 16 rows of M, 8 columns of N], and then
-  // with the folded taps. `table [FOLDED]` has of each of these the two results that it is the sum
-  // of, in the lower half and in the upper one.
+  // Makes those of channel c. `own` is memory of the warp's own, with results [SETS, 16 rows of M,
+  // 8 columns of N], and then with the folded taps. `table [FOLDED]` has of each of these the two
+  // results that it is the sum of, in the lower half and in the upper one.
   DEVICE void unfold(int c, float* own, const unsigned* __restrict__ table) {
     const int lane = threadIdx.x % 32;
     constexpr int FOLDS = (FOLDED + 31) / 32;

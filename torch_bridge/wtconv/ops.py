@@ -324,8 +324,10 @@ def _weight_grad(
 ) -> list[Tensor]:
     sizes = {"kernel_size": kernel_size, "levels": levels}
     found = module.weight_grad(x, dy, **sizes, wavelet=wavelet, **config)
-    gradients = [taps.contiguous() for taps in found[: levels + 1 + biased]]
-    return gradients + [_summed(dy)] * (levels + 1 + biased - len(gradients))
+    gradients = [gradient.contiguous() for gradient in found[: levels + 1 + biased]]
+    if len(gradients) < levels + 1 + biased:
+        gradients.append(_summed(dy))
+    return gradients
 
 
 def _summed(dy: Tensor) -> Tensor:

@@ -344,3 +344,26 @@ def test_tensors_that_are_not_dense_or_not_aligned():
         want = call(x)
         for other in (shifted, x.transpose(2, 3).contiguous().transpose(2, 3), x.expand_as(x)):
             torch.testing.assert_close(call(other), want)
+
+
+@ON_CPU
+def test_the_biass_gradient_comes_with_those_of_the_taps(monkeypatch):
+    """On tensor cores dy is summed on the way, so that PyTorch does not read it once more."""
+    x = torch.randn(1, 8, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    x, dy = (each.contiguous(memory_format=torch.channels_last) for each in (x, x.cos()))
+
+    def gradient(implementation):
+        torch.manual_seed(0)
+        options = {"device": CPU, "dtype": x.dtype, "implementation": implementation}
+        layer = torch_bridge.WTConv2d(8, 8, 3, **options)
+        layer(x).backward(dy)
+        return layer.base_conv.bias.grad
+
+    want = gradient("eager")
+    monkeypatch.setattr(ops, "_summed", None)
+    with cuda.emulated():
+        got = gradient("cuda")
+    torch.testing.assert_close(got, want)
+    with cuda.emulated(), pytest.raises(TypeError, match="NoneType"):
+        x = x.contiguous()
+        gradient("cuda")
