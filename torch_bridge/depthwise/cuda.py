@@ -39,14 +39,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool) 
     return y.permute(0, 3, 1, 2)
 
 
-def weight_grad(x: Tensor, dy: Tensor, *, kernel_size: int) -> Tensor:
-    """The gradient of the taps; every sum has a fixed order, so it is bitwise reproducible."""
+def weight_grad(x: Tensor, dy: Tensor, *, kernel_size: int, biased: bool) -> list[Tensor]:
+    """Gradients of the taps, and of the bias if there is one; see `ops`.
+
+    Every sum has a fixed order, so they are bitwise reproducible.
+    """
     images, gradients = _pixels(x), _pixels(dy)
     shape, dtype, device = _about(images)
     sums = cuda_launches.weight_grad(
-        images, gradients, shape, dtype, kernel_size, False, device, launch
+        images, gradients, shape, dtype, kernel_size, biased, device, launch
     )
-    return sums.reshape(-1, 1, kernel_size, kernel_size)
+    parts = sums.split([kernel_size**2, 1] if biased else [kernel_size**2], 1)
+    # Of one channel parts are views of one array, which operators may not return.
+    taps, *bias = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return [taps.view(-1, 1, kernel_size, kernel_size), *(each[:, 0] for each in bias)]
 
 
 def _about(images: Tensor) -> tuple[tuple[int, ...], str, Device]:

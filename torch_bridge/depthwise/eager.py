@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import grad
 
 from pallas_kernels.depthwise.problem import Problem
+from torch_bridge.runtime.calls import summed
 
 DIFFERENTIABLE = False
 
@@ -30,9 +31,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool) 
     return F.conv2d(padded, weight, bias, groups=x.shape[1])
 
 
-def weight_grad(x: Tensor, dy: Tensor, *, kernel_size: int) -> Tensor:
-    """The gradient of the taps; see `ops` for the arguments."""
+def weight_grad(x: Tensor, dy: Tensor, *, kernel_size: int, biased: bool) -> list[Tensor]:
+    """Gradients of the taps, and of the bias if there is one; see `ops` for the arguments."""
     before, after = (kernel_size - 1) // 2, kernel_size // 2
     padded = F.pad(x, (before, after, before, after))
     shape = torch.Size((x.shape[1], 1, kernel_size, kernel_size))
-    return grad.conv2d_weight(padded, shape, dy, groups=x.shape[1])
+    taps = grad.conv2d_weight(padded, shape, dy, groups=x.shape[1])
+    return [taps, summed(dy)] if biased else [taps]

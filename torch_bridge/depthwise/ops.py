@@ -9,7 +9,7 @@ An implementation is a module of `torch_bridge.depthwise` with `unavailable(plat
 `check(direction, problem)`, as `pallas_kernels.dispatch.Operator` asks for them, and
 
     forward(x, weight, bias, *, transpose) -> y
-    weight_grad(x, dy, *, kernel_size) -> the gradient of the weight
+    weight_grad(x, dy, *, kernel_size, biased) -> gradients of the weight, and if biased of the bias
 
 for x `[N, C, H, W]` of any strides and at least one pixel, weight `[C, 1, k, k]`, bias `[C]` or
 None, stride 1 and padding that keeps the size. It need not care for the strides of images that it
@@ -45,8 +45,10 @@ class _Backend(backend.Implementation, Protocol):
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, transpose: bool) -> Tensor:
         """The convolution or its transpose."""
 
-    def weight_grad(self, x: Tensor, dy: Tensor, *, kernel_size: int) -> Tensor:
-        """The gradient of the weight."""
+    def weight_grad(
+        self, x: Tensor, dy: Tensor, *, kernel_size: int, biased: bool
+    ) -> Sequence[Tensor]:
+        """The gradient of the weight, and if it is `biased` that of the bias."""
 
 
 OPERATOR = Operator(
@@ -227,7 +229,7 @@ def _measurement(
         if direction == "fwd":
             return [timed.forward(x, weight, bias, transpose=False)]
         dx = timed.forward(dy, weight, None, transpose=True)
-        return [dx, timed.weight_grad(x, dy, kernel_size=k)]
+        return [dx, *timed.weight_grad(x, dy, kernel_size=k, biased=bias is not None)]
 
     return measuring.TorchMeasurement(
         run,
@@ -259,25 +261,28 @@ def _(x: Tensor, *_: object) -> Tensor:
 
 
 @torch.library.custom_op("flash_wtconv::depthwise_weight_grad", mutates_args=())
-def weight_grad(x: Tensor, dy: Tensor, kernel_size: int, bwd: str) -> Tensor:
-    """The gradient of the weight, in x's dtype or better; bilinear in x and dy."""
+def weight_grad(x: Tensor, dy: Tensor, kernel_size: int, biased: bool, bwd: str) -> list[Tensor]:
+    """Gradients of the weight, and of a bias if there is one, in float32 or better.
+
+    Bilinear in x and dy, but for the bias's, which is linear in dy.
+    """
     if x.numel() == 0:
-        return _empty_weight(x, kernel_size).zero_()
+        return [each.zero_() for each in _empty_gradients(x, kernel_size, biased)]
     found = calls.computed(
         *(OPERATOR, "bwd", bwd, x.device, _problem(x, kernel_size)),
-        lambda module, config: module.weight_grad(x, dy, kernel_size=kernel_size),
+        lambda module, config: module.weight_grad(x, dy, kernel_size=kernel_size, biased=biased),
     )
-    return found.to(_empty_weight(x, 1).dtype).contiguous()
+    return [each.to(calls.accumulation_dtype(x)).contiguous() for each in found]
 
 
 @weight_grad.register_fake
-def _(x: Tensor, dy: Tensor, kernel_size: int, bwd: str) -> Tensor:
-    return _empty_weight(x, kernel_size)
+def _(x: Tensor, dy: Tensor, kernel_size: int, biased: bool, bwd: str) -> list[Tensor]:
+    return _empty_gradients(x, kernel_size, biased)
 
 
-def _empty_weight(x: Tensor, kernel_size: int) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty((x.shape[1], 1, kernel_size, kernel_size), dtype=dtype)
+def _empty_gradients(x: Tensor, kernel_size: int, biased: bool) -> list[Tensor]:
+    shapes = [(x.shape[1], 1, kernel_size, kernel_size), (x.shape[1],)][: 1 + biased]
+    return [x.new_empty(shape, dtype=calls.accumulation_dtype(x)) for shape in shapes]
 
 
 def _problem(x: Tensor, kernel_size: int) -> Problem:
@@ -300,13 +305,14 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tree, ...]:
     dx = dweight = dbias = None
     if needs_weight:
         pair = (dy, x) if ctx.transpose else (x, dy)
-        dweight = weight_grad(*pair, weight.shape[-1], ctx.bwd).to(weight.dtype)
+        # Transposed, the sum on the way is that of x.
+        biased = needs_bias and not ctx.transpose
+        dweight, *sums = weight_grad(*pair, weight.shape[-1], biased, ctx.bwd)
+        dweight, dbias = dweight.to(weight.dtype), next(iter(sums), None)
     if needs_x:
         dx = apply(dy, weight, None, not ctx.transpose, ctx.bwd, ctx.bwd)
     if needs_bias:
-        # In two steps: of all at once PyTorch makes a sum that is twice as slow.
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        dbias = dy.sum(-1, dtype=wide).sum((0, -1)).to(ctx.bias)
+        dbias = (calls.summed(dy) if dbias is None else dbias).to(ctx.bias)
     return dx, dweight, dbias, None, None, None
 
 
@@ -314,16 +320,18 @@ apply.register_autograd(_backward, setup_context=_keep)
 
 
 def _keep_pair(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:
-    x, dy, _, ctx.bwd = inputs
+    x, dy, _, _, ctx.bwd = inputs
     ctx.save_for_backward(x, dy)
 
 
-def _backward_of_weight(ctx: Any, dweight: Tensor) -> tuple[Tree, ...]:
+def _backward_of_weight(ctx: Any, gradients: list[Tensor]) -> tuple[Tree, ...]:
     x, dy = ctx.saved_tensors
     needs_x, needs_dy, *_ = ctx.needs_input_grad
+    dweight, *biases = gradients
     dx = apply(dy, dweight, None, True, ctx.bwd, ctx.bwd) if needs_x else None
-    ddy = apply(x, dweight, None, False, ctx.bwd, ctx.bwd) if needs_dy else None
-    return dx, ddy, None, None
+    bias = next(iter(biases), None)
+    ddy = apply(x, dweight, bias, False, ctx.bwd, ctx.bwd) if needs_dy else None
+    return dx, ddy, None, None, None
 
 
 weight_grad.register_autograd(_backward_of_weight, setup_context=_keep_pair)
@@ -341,6 +349,7 @@ def _(info: Any, in_dims: tuple[Tree, ...], *arguments: Any) -> tuple[Tensor, in
 
 
 @weight_grad.register_vmap
-def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[list[Tensor], list[int]]:
     found = [weight_grad(*calls.examples(arguments, in_dims, i)) for i in range(info.batch_size)]
-    return torch.stack(found), 0
+    stacked = [torch.stack(examples) for examples in zip(*found, strict=True)]
+    return stacked, [0] * len(stacked)

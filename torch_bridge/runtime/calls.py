@@ -305,6 +305,32 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over x, and of folded taps: float64 of its own kind, else float32.
+
+    Example:
+        >>> accumulation_dtype(torch.zeros(1, dtype=torch.float16))
+        torch.float32
+    """
+    # Not `torch.promote_types`, which would become a node of an exported program.
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def summed(dy: Tensor) -> Tensor:
+    """The gradient of a bias `[C]`, for dy `[N, C, *spatial]`, in `accumulation_dtype`.
+
+    It is summed in two steps: of all at once PyTorch makes a sum that is twice as slow, and of the
+    many rows of a channels-last image one that takes up to an input's memory.
+
+    Example:
+        >>> summed(torch.ones(2, 3, 4, 5))
+        tensor([40., 40., 40.])
+    """
+    first = tuple(range(2, dy.ndim)) if dy.is_contiguous() else (-1,)
+    rows = dy.sum(first, dtype=accumulation_dtype(dy))
+    return rows.sum((0, *range(2, rows.ndim)))
+
+
 def formatted(y: Tensor, x: Tensor) -> Tensor:
     """A tensor of x's shape in the memory format that `torch.empty_like(x)` has."""
     like = torch.empty_like(x, device="meta")

@@ -173,7 +173,7 @@ def _measurement(
     def inputs(draw: measuring.Draw) -> tuple[Tree, ...]:
         x = signal(draw)
         dy = signal(draw) if direction == "bwd" else x
-        acc = _accumulation_dtype(x)
+        acc = calls.accumulation_dtype(x)
         taps = [draw((row, 1, *(kernel_size,) * len(spatial)), acc) for row in rows]
         return x, dy, taps, draw((channels,), acc) if bias else None
 
@@ -239,7 +239,7 @@ def wtconv(
         >>> float(wtconv(torch.ones(1, 3, 4, 4), weight, None, scale, [], [], **keys).mean())
         2.0
     """
-    dtype = _accumulation_dtype(x)
+    dtype = calls.accumulation_dtype(x)
     # All at once, here and in the backward pass: a small operation takes the host longer than a
     # large kernel the GPU.
     weights, scales = [base_weight, *wavelet_weights], [base_scale, *wavelet_scales]
@@ -249,11 +249,6 @@ def wtconv(
     taps = [tap.unflatten(1, base_weight.shape[1:]) for tap in folded.split(rows)]
     bias = None if base_bias is None else base_bias.to(dtype) * base_scale.to(dtype).flatten()
     return apply(x, taps, bias, wavelet, False, fwd, bwd)
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    # Not `torch.promote_types`, which would become a node of an exported program.
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("flash_wtconv::wtconv", mutates_args=())
@@ -326,19 +321,8 @@ def _weight_grad(
     found = module.weight_grad(x, dy, **sizes, wavelet=wavelet, **config)
     gradients = [gradient.contiguous() for gradient in found[: levels + 1 + biased]]
     if len(gradients) < levels + 1 + biased:
-        gradients.append(_summed(dy))
+        gradients.append(calls.summed(dy))
     return gradients
-
-
-def _summed(dy: Tensor) -> Tensor:
-    """The gradient of the bias, in two steps.
-
-    Of all at once PyTorch makes a sum that is twice as slow, and of the many rows of a
-    channels-last image one that takes up to an input's memory.
-    """
-    first = tuple(range(2, dy.ndim)) if dy.is_contiguous() else (-1,)
-    rows = dy.sum(first, dtype=_accumulation_dtype(dy))
-    return rows.sum((0, *range(2, rows.ndim)))
 
 
 @weight_grad.register_fake
@@ -353,7 +337,7 @@ def _empty_gradients(x: Tensor, kernel_size: int, levels: int, biased: bool) -> 
     rows = [channels] + [2**ndim * channels] * levels
     shapes: list[tuple[int, ...]] = [(n, 1, *(kernel_size,) * ndim) for n in rows]
     shapes += [(channels,)] * biased
-    return [x.new_empty(shape, dtype=_accumulation_dtype(x)) for shape in shapes]
+    return [x.new_empty(shape, dtype=calls.accumulation_dtype(x)) for shape in shapes]
 
 
 def _keep(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:
@@ -377,7 +361,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tree, ...]:
     if needs_x:
         dx = apply(dy, taps, None, ctx.wavelet, not ctx.transpose, ctx.bwd, ctx.bwd)
     if needs_bias and dbias is None:
-        dbias = _summed(dy)
+        dbias = calls.summed(dy)
     return dx, dtaps, dbias, None, None, None, None
 
 

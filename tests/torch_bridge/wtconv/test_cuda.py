@@ -20,6 +20,7 @@ from pallas_kernels.wtconv import cuda_launches  # noqa: E402
 from pallas_kernels.wtconv.cases import CASES, Case  # noqa: E402
 from pallas_kernels.wtconv.cuda_launches import Images  # noqa: E402
 from torch_bridge import check  # noqa: E402
+from torch_bridge.runtime import calls  # noqa: E402
 from torch_bridge.wtconv import cuda as cuda_launch  # noqa: E402
 from torch_bridge.wtconv import ops  # noqa: E402
 from torch_bridge.wtconv.on_cpu import cuda  # noqa: E402
@@ -360,7 +361,7 @@ def test_the_biass_gradient_comes_with_those_of_the_taps(monkeypatch):
         return layer.base_conv.bias.grad
 
     want = gradient("eager")
-    monkeypatch.setattr(ops, "_summed", None)
+    monkeypatch.setattr(calls, "summed", None)
     with cuda.emulated():
         got = gradient("cuda")
     torch.testing.assert_close(got, want)
