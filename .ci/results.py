@@ -583,7 +583,9 @@ def _stylize_networks(report: Report) -> Iterator[str]:
     for title, by in found.items():
         plain, ours = by["plain jax"], by["flash"]
         memory, other = (f"{row['temporaries'] / 1e6:,.0f}" for row in (ours, plain))
-        times = " | ".join(f"{by[name]['median_ms']:.2f}" for name in (*shown, "flash"))
+        # A network may not fit beside another's.
+        medians = (by.get(name, {}).get("median_ms") for name in (*shown, "flash"))
+        times = " | ".join("" if ms is None else f"{ms:.2f}" for ms in medians)
         yield f"| {title} | {times} | {ours['speedup']:.2f}× | {memory} ({other}) |"
 
 

@@ -72,10 +72,10 @@ class Variant(NamedTuple):
         rows, columns = 2 * (1 + self.halved), self._loaded()
         # Of x, and of what is added, which follows the taps.
         sizes = (rows, columns), (1, 2 * self.across), (1, self.across)
-        numbers = 0, 2 + self.base, 3 + self.base
+        parameters = 0, 2 + self.base, 3 + self.base
         boxes = tuple(
             (number, (self.images, *size, _CHUNK))
-            for number, size in zip(numbers[: 1 + self.below], sizes, strict=False)
+            for number, size in zip(parameters[: 1 + self.below], sizes, strict=False)
         )
         return Kernel(
             *(_FOLDER / "bands_forward.cu", "bands_forward", macros, 32 * warps, self.shared()),

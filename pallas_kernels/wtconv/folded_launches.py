@@ -208,8 +208,8 @@ def _source(name: str) -> Path:
 
 def _macros(variant: Variant | Whole) -> tuple[tuple[str, int], ...]:
     """The numbers of a variant, by the names of the macros that they are."""
-    numbers = variant._asdict().items()
-    return tuple((name.upper(), int(value)) for name, value in numbers if name != "kernel")
+    constants = variant._asdict().items()
+    return tuple((name.upper(), int(value)) for name, value in constants if name != "kernel")
 
 
 def _group_bytes(pixels: int, variant: Variant) -> int:

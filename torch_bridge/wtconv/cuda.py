@@ -97,7 +97,7 @@ def weight_grad(
     wavelet: str,
     resident: int | None = None,
 ) -> list[Tensor]:
-    """Gradients of the taps, level by level of the bias too: see `ops`.
+    """Gradients of the taps, and of the bias but for images in one launch: see `ops`.
 
     Every sum runs in a fixed order, so they are bitwise reproducible.
     """
@@ -140,7 +140,7 @@ def _line_forward(
 def _line_weight_grad(
     x: Tensor, dy: Tensor, kernel_size: int, levels: int, resident: int | None
 ) -> list[Tensor]:
-    """The gradients of the taps of signals."""
+    """The gradients of the taps and the bias of signals."""
     signals = _signals(x)
     where = signals, kernel_size, levels, device_of(x.device), launch
     sums = line_launches.weight_grad(_row(x, signals), _row(dy, signals), *where, resident=resident)
@@ -148,7 +148,7 @@ def _line_weight_grad(
     parts = whole.split([1] + [2] * levels, 1)
     # See `weight_grad`.
     copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
-    return [copy.view(-1, 1, kernel_size) for copy in copies]
+    return [*(copy.view(-1, 1, kernel_size) for copy in copies), sums[-1].clone()]
 
 
 def _signals(x: Tensor) -> Signals:

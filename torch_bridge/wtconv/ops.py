@@ -348,7 +348,8 @@ def _keep(ctx: Any, inputs: tuple[Tree, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tree, ...]:
     x, *taps = ctx.saved_tensors
     needs_x, needs_taps, needs_bias, *_ = ctx.needs_input_grad
-    dx = dtaps = dbias = None
+    dx = dbias = None
+    dtaps: list[Tensor] | list[None] = [None] * len(taps)
     # First, so that what it needs of memory is free again before there is a dx.
     if any(needs_taps):
         pair = (dy, x) if ctx.transpose else (x, dy)
@@ -356,8 +357,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tree, ...]:
         biased = needs_bias and not ctx.transpose
         about = taps[0].shape[-1], len(taps) - 1, ctx.wavelet, biased, ctx.bwd
         dtaps = weight_grad(*pair, *about)
-        if biased:
-            dbias = dtaps.pop()
+        dbias = dtaps.pop() if biased else None
     if needs_x:
         dx = apply(dy, taps, None, ctx.wavelet, not ctx.transpose, ctx.bwd, ctx.bwd)
     if needs_bias and dbias is None:

@@ -78,6 +78,29 @@ def test_the_operators_derivatives_of_both_orders(wavelet, kernel_size, transpos
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("trained", ["x", "bias", "x bias", "x base", "level bias"])
+def test_frozen_arguments_have_no_gradient(trained, transpose):
+    names = dict(zip(("base", "level", "bias"), taps_and_bias(3), strict=True))
+    names["x"] = torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def gradients(leaves):
+        x, base, level, bias = (leaves[name] for name in ("x", "base", "level", "bias"))
+        y = ops.apply(x, [base, level], bias, "haar", transpose, "eager", "eager")
+        (y * y).sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    want = gradients(names)
+    leaves = {
+        name: leaf.detach().requires_grad_(name in trained.split()) for name, leaf in names.items()
+    }
+    for name, got in gradients(leaves).items():
+        if name in trained.split():
+            torch.testing.assert_close(got, want[name])
+        else:
+            assert got is None
+
+
 def test_the_operators_are_declared_as_they_are():
     base, level, bias = taps_and_bias(3)
     x = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
