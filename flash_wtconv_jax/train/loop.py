@@ -183,8 +183,8 @@ def train(
 ) -> History:
     """Trains a model in place: AdamW, cosine schedule, images shifted by up to one pixel.
 
-    An epoch is one compiled call, so that Python costs nothing beside the arithmetic. The same
-    seed on the same machine gives the same parameters.
+    An epoch is one compiled call, so that Python costs nothing beside the arithmetic; models of one
+    architecture share it. The same seed on the same machine gives the same parameters.
 
     Args:
         model: Maps `[N, 8, 8, 1]` to logits `[N, 10]`.
@@ -203,18 +203,13 @@ def train(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     definition, params, *rest = nnx.split(model, nnx.Param, ...)
-    optimizer = demo_optimizer(_RATE, epochs * (len(digits.train_images) // _BATCH))
-    state = begun(optimizer, params)
-
-    def logits(params: nnx.State, images: jax.Array) -> jax.Array:
-        return cast(jax.Array, nnx.merge(definition, params, *rest)(images))
-
-    run_epoch = jax.jit(partial(_epoch, partial(_loss, logits), optimizer, digits))
-    evaluate = jax.jit(lambda params: logits(params, jnp.asarray(digits.test_images)).argmax(-1))
+    steps = epochs * (len(digits.train_images) // _BATCH)
+    state = begun(demo_optimizer(_RATE, steps), params)
     history = History()
     for epoch in range(epochs):
-        state, loss = run_epoch(state, jax.random.fold_in(first_key, epoch))
-        predicted = np.asarray(evaluate(state.params))
+        key = jax.random.fold_in(first_key, epoch)
+        state, loss = _epoch(definition, steps, rest, digits, state, key)
+        predicted = np.asarray(_read(definition, rest, state.params, digits.test_images))
         history.loss.append(float(loss))
         history.accuracy.append(float((predicted == digits.test_labels).mean()))
         if on_epoch is not None:
@@ -272,26 +267,50 @@ def _loss(
     return Sums(losses.sum(), count, count)
 
 
+def _logits(
+    definition: nnx.GraphDef[models.ConvNeXt],
+    rest: list[nnx.State],
+    params: nnx.State,
+    images: jax.Array,
+) -> jax.Array:
+    return cast(jax.Array, nnx.merge(definition, params, *rest)(images))
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(
+    definition: nnx.GraphDef[models.ConvNeXt],
+    rest: list[nnx.State],
+    params: nnx.State,
+    images: jax.Array,
+) -> jax.Array:
+    """The digits that images are read as."""
+    return _logits(definition, rest, params, images).argmax(-1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def _epoch(
-    loss: Loss,
-    optimizer: optax.GradientTransformation,
+    definition: nnx.GraphDef[models.ConvNeXt],
+    steps: int,
+    rest: list[nnx.State],
     digits: Digits,
     state: State,
     key: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """One pass over the training images in random order; also returns the mean loss."""
-    images, labels = jnp.asarray(digits.train_images), jnp.asarray(digits.train_labels)
+    """One pass over the training images in random order, of `steps` in all; and the mean loss."""
+    images, labels = digits.train_images, digits.train_labels
+    loss = partial(_loss, partial(_logits, definition, rest))
+    optimizer = demo_optimizer(_RATE, steps)
     order_key, shift_key = jax.random.split(key)
-    steps = len(images) // _BATCH
-    order = jax.random.permutation(order_key, len(images))[: steps * _BATCH]
+    batches = len(images) // _BATCH
+    order = jax.random.permutation(order_key, len(images))[: batches * _BATCH]
 
     def one(state: State, batch: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
         chosen, key = batch
         state, metrics = step(loss, optimizer, state, (images[chosen], labels[chosen]), key)
         return state, metrics.loss
 
-    batches = (order.reshape(steps, _BATCH), jax.random.split(shift_key, steps))
-    state, losses = jax.lax.scan(one, state, batches)
+    drawn = order.reshape(batches, _BATCH), jax.random.split(shift_key, batches)
+    state, losses = jax.lax.scan(one, state, drawn)
     return state, losses.mean()
 
 
