@@ -417,7 +417,7 @@ class TestTheResults:
 
     @pytest.mark.parametrize("several", [True, False])
     def test_tables_of_dense_convolutions(self, several):
-        """Of every implementation, or of what was taken unasked alone; a mean over the layers."""
+        """Columns are of every implementation, or of what was taken unasked; a mean ends them."""
 
         def rows(layer, contender, *speeds):
             cells = product(("convolution", "reflect+gelu"), ("forward", "forward+backward"))

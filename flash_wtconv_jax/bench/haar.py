@@ -14,6 +14,7 @@ from flash_wtconv_jax.bench.reports import Keep, check_shapes, head, unkept
 from flash_wtconv_jax.bench.wtconv import (
     Contender,
     beside_each_other,
+    by_both_clocks,
     check_dtype,
     compiled_call,
     drawn_copies,
@@ -74,13 +75,8 @@ def run(
     for name in [*report["left"]]:
         layer = named[name]
         for direction, here in _contenders(layer, dtype).items():
-            turns = sum(one.turns(len(here)) for one in (clock, users) if one)
-            step = progress(f"{name} {direction}", turns)
-            times = clock.take_turns({contender: one.call for contender, one in here.items()}, step)
-            theirs = {}
-            if users:
-                calls = {contender: one.warm for contender, one in here.items()}
-                theirs = users.take_turns(calls, step)
+            told = partial(progress, f"{name} {direction}")
+            times, theirs = by_both_clocks(clock, users, here, told)
             report["rows"] += [
                 {
                     "shape": name,

@@ -127,13 +127,8 @@ def run(
     }
     for name in [*report["left"]]:
         for direction, contenders in _contenders(known[name], dtype, each, registered).items():
-            each_clock = [clock, *([users] if users else [])]
-            turns = sum(one.turns(len(contenders)) for one in each_clock)
-            step = progress(f"{name} {direction}", turns)
-            times = clock.take_turns({c: one.call for c, one in contenders.items()}, step)
-            theirs = {}
-            if users:
-                theirs = users.take_turns({c: one.warm for c, one in contenders.items()}, step)
+            told = partial(progress, f"{name} {direction}")
+            times, theirs = by_both_clocks(clock, users, contenders, told)
             report["rows"] += [
                 {
                     "shape": name,
@@ -215,6 +210,37 @@ class Contender(NamedTuple):
     warm: Call
     temporaries: float | None = None
     extra_memory: float | None = None
+
+
+def by_both_clocks(
+    clock: clocks.Clock,
+    users: clocks.HostClock | None,
+    contenders: Mapping[str, Contender],
+    progress: Callable[[int], Callable[[], None]],
+) -> tuple[dict[str, Spread], dict[str, Spread]]:
+    """Times of contenders, and those by the users' clock.
+
+    Args:
+        clock: What `clocks.best` returns.
+        users: What `clocks.users` returns of it; None where there is no such clock.
+        contenders: The contenders by name.
+        progress: Told a number of steps, returns what to call after each step.
+
+    Returns:
+        Both by name, the second empty without a users' clock.
+
+    Example:
+        >>> nothing = Contender(lambda: None, lambda: None)
+        >>> silent = lambda steps: lambda: None
+        >>> times, theirs = by_both_clocks(clocks.HostClock(), None, {"nothing": nothing}, silent)
+        >>> sorted(times), theirs
+        (['nothing'], {})
+    """
+    step = progress(sum(one.turns(len(contenders)) for one in (clock, users) if one))
+    times = clock.take_turns({name: one.call for name, one in contenders.items()}, step)
+    if users is None:
+        return times, {}
+    return times, users.take_turns({name: one.warm for name, one in contenders.items()}, step)
 
 
 def _contenders(

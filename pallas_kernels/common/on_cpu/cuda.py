@@ -66,10 +66,12 @@ class Launcher:
     ) -> list[np.ndarray]:
         """Launches a kernel on contiguous arrays of NumPy; see `run` for errors.
 
-        Outputs hold NaN before, so that elements which are not written show.
+        Outputs hold NaN before, integers -1, so that elements which are not written show.
         """
-        poison = {"int32": -1}
-        made = [np.full(shape, poison.get(dtype, np.nan), dtype) for shape, dtype in outputs]
+        made = [
+            np.full(shape, -1 if np.dtype(dtype).kind == "i" else np.nan, dtype)
+            for shape, dtype in outputs
+        ]
         given: list[int | ctypes.c_void_p | ctypes.Structure] = [
             a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)
         ]
