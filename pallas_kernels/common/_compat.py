@@ -302,18 +302,23 @@ TENSOR_MAPS = jax.__version_info__ >= (0, 11)
 """Whether the launcher encodes tensor maps, once it knows the arrays' addresses; 0.10 does not."""
 
 
-def lowered_triton_call(context: Any, operands: Sequence[Any], launch: bytes) -> Sequence[Any]:
+def lowered_triton_call(
+    context: Any, operands: Sequence[Any], launch: bytes, aliases: dict[int, int]
+) -> Sequence[Any]:
     """The results of a launch in a program that is lowered.
 
     Args:
         context: The context of a lowering rule.
         operands: The arrays.
         launch: The launch as `triton_launcher` serialises it, compressed.
+        aliases: The outputs that take the memory of operands, by the numbers of both.
     """
+    shared: Any = {"operand_output_aliases": aliases}
     if TRITON_TARGET.endswith("_ffi"):
-        rule = jax.ffi.ffi_lowering(TRITON_TARGET, api_version=4)
+        rule = jax.ffi.ffi_lowering(TRITON_TARGET, api_version=4, **shared)
         return rule(context, *operands, opaque=launch)
-    rule = jax.ffi.ffi_lowering(TRITON_TARGET, api_version=2, backend_config=cast(Any, launch))
+    config = cast(Any, launch)
+    rule = jax.ffi.ffi_lowering(TRITON_TARGET, api_version=2, backend_config=config, **shared)
     return rule(context, *operands)
 
 

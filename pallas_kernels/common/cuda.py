@@ -1,7 +1,7 @@
 """Launches of CUDA kernels for every operator: what a kernel is, and the protocol of a launch."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,32 @@ BOXED = range(90, 120)
 """Compute capabilities whose kernels copy boxes; later ones have less shared memory for them."""
 
 
+class Box(NamedTuple):
+    """A parameter that is a tensor map of TMA in place of a pointer, and what is copied at once.
+
+    Attributes:
+        parameter: The number of the parameter, whose array has four axes.
+        size: Images, rows, columns and channels of the box. Pixels of 64 bytes of 16 bits are
+            swizzled.
+        step: The map is of each so many-th row and column.
+    """
+
+    parameter: int
+    size: tuple[int, ...]
+    step: int = 1
+
+    def mapped(self, shape: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The sizes of the map of a contiguous array, and elements from one to the next.
+
+        Example:
+            >>> Box(0, (1, 2, 4, 8), step=2).mapped((3, 5, 6, 8))
+            ([3, 3, 3, 8], [240, 96, 16, 1])
+        """
+        n, h, w, c = shape
+        sizes = [n, -(-h // self.step), -(-w // self.step), c]
+        return sizes, [h * w * c, self.step * w * c, self.step * c, 1]
+
+
 class Kernel(NamedTuple):
     """A kernel of a CUDA source, and the blocks that it is launched in.
 
@@ -34,10 +60,10 @@ class Kernel(NamedTuple):
         macros: The definitions for the preprocessor.
         threads: Threads of a block, a multiple of 32.
         shared: Bytes of dynamic shared memory of a block.
-        boxes: The parameters that are tensor maps of TMA in place of pointers, by their numbers,
-            each with the box `[images, rows, columns, channels]` that is copied at once of its
-            array, which has four axes. Pixels of 64 bytes of 16 bits are swizzled.
+        boxes: The parameters that are tensor maps.
         exact: Whether it has instructions that GPUs of another compute capability have not.
+        in_place: The number of the argument whose memory its only output takes, None if it has its
+            own. What the kernel does not write stays.
     """
 
     source: Path
@@ -45,8 +71,9 @@ class Kernel(NamedTuple):
     macros: tuple[tuple[str, object], ...]
     threads: int
     shared: int
-    boxes: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    boxes: tuple[Box, ...] = ()
     exact: bool = False
+    in_place: int | None = None
 
     def text(self) -> str:
         """The source, with the files that it includes."""

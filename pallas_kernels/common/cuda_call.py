@@ -10,7 +10,6 @@ first launch, a fraction of a second a kernel.
     jax.export.export(f, platforms=["cuda"], disabled_checks=[cuda_call.SAFE])(x)
 """
 
-import math
 import os
 import zlib
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from pallas_kernels.common.cuda import (
     BOXED,
     ELEMENTS,
     SWIZZLES,
+    Box,
     Device,
     Kernel,
     source_text,
@@ -67,11 +67,11 @@ Constant = int | Null | None
 
 
 class Map(NamedTuple):
-    """A tensor map of an array `[images, rows, columns, channels]`, and of boxes of it."""
+    """A tensor map of an array `[images, rows, columns, channels]`."""
 
     shape: tuple[int, ...]
     dtype: str
-    box: tuple[int, ...]
+    box: Box
 
 
 def unavailable(platform: str) -> str | None:
@@ -166,14 +166,17 @@ def _lower(
     capability: int,
 ) -> Sequence[Any]:
     """The custom call that launches a kernel."""
-    boxes = dict(kernel.boxes)
+    boxes = {box.parameter: box for box in kernel.boxes}
     types = iter((*context.avals_in, *context.avals_out))
     parameters = tuple(
         _parameter(next(types), boxes.get(number)) if value is None else value
         for number, value in enumerate((*constants, *(None,) * len(outputs)))
     )
     opaque = zlib.compress(_serialized(kernel, parameters, blocks, capability))
-    return lowered_triton_call(context, operands, opaque)
+    aliases = {}
+    if kernel.in_place is not None:
+        aliases[constants[: kernel.in_place].count(None)] = 0
+    return lowered_triton_call(context, operands, opaque, aliases)
 
 
 mlir.register_lowering(_launch, _lower, platform="cuda")
@@ -196,13 +199,13 @@ def _serialized(
         if value is None:
             return launcher.create_array_parameter(0, _ALIGNMENT)
         if isinstance(value, Map):
-            strides = [math.prod(value.shape[axis:]) for axis in range(1, 5)]
+            sizes, strides = value.box.mapped(value.shape)
             return launcher.create_tma_descriptor_parameter(
                 elem_type=ELEMENTS[value.dtype],
                 swizzle=SWIZZLES[value.dtype],
-                shape=list(value.shape),
+                shape=sizes,
                 strides=strides,
-                block_shape=list(value.box),
+                block_shape=list(value.box.size),
                 oob_fill=0,
             )
         if isinstance(value, Null):
@@ -215,7 +218,7 @@ def _serialized(
     return launcher.TritonKernelCall(compiled, blocks, 1, 1, made).to_proto(kernel.name, b"")
 
 
-def _parameter(array: Any, box: tuple[int, ...] | None) -> Map | None:
+def _parameter(array: Any, box: Box | None) -> Map | None:
     """An array's parameter: None for a pointer."""
     return None if box is None else Map(array.shape, str(array.dtype), box)
 

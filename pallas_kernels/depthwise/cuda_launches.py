@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.cuda import Box, Device, Kernel, Launch
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
@@ -77,11 +77,11 @@ class Variant(NamedTuple):
         """The kernel to launch."""
         macros = tuple((name.upper(), int(value)) for name, value in self._asdict().items())
         name = "depthwise_weights" if self.weights else "depthwise_forward"
-        boxes: tuple[tuple[int, tuple[int, ...]], ...] = ()
+        boxes: tuple[Box, ...] = ()
         if self.boxed:
             last = 1 if self.weights else _PARAMETERS - 1
             boxes = tuple(
-                (number, (self.images, 2, columns, CHUNK))
+                Box(number, (self.images, 2, columns, CHUNK))
                 for number, columns in ((0, self.loaded), (last, self.columns))
             )
         return Kernel(SOURCE, name, macros, _THREADS, self.shared(), boxes)

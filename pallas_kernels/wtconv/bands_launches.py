@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.cuda import Box, Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
 from pallas_kernels.wtconv.folded_launches import means_shape
@@ -74,7 +74,7 @@ class Variant(NamedTuple):
         sizes = (rows, columns), (1, 2 * self.across), (1, self.across)
         parameters = 0, 2 + self.base, 3 + self.base
         boxes = tuple(
-            (number, (self.images, *size, _CHUNK))
+            Box(number, (self.images, *size, _CHUNK))
             for number, size in zip(parameters[: 1 + self.below], sizes, strict=False)
         )
         return Kernel(
@@ -133,7 +133,7 @@ class Gradients(NamedTuple):
         warps = cdiv(self.warps, 4) * 4 + _COPIERS if self.boxed else self.warps
         columns = self._loaded(), _STRIP * self.across
         boxes = tuple(
-            (number, (self.images, 2, each, _CHUNK)) for number, each in enumerate(columns)
+            Box(number, (self.images, 2, each, _CHUNK)) for number, each in enumerate(columns)
         )
         return Kernel(
             *(_FOLDER / "bands_weights.cu", "bands_weights", macros, 32 * warps, self.shared()),

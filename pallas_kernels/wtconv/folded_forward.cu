@@ -115,20 +115,21 @@ constexpr int BELOW_GROUP = group_bytes(BELOW_PIXELS);
 constexpr int STAGE = Inputs::BYTES + GROUPS * BELOW_GROUP;
 
 // A thread block makes TOGETHER channels of one tile after another. Taps are those of all levels, of
-// which this one is `level`; `below [N, ceil(H / 2), ceil(W / 2), C]` is
-// added to the squares of two rows and columns, `bias [C]` to all pixels; both may be null.
+// which this one is `level`: its pixels are every `stride`-th row and column of y. Of those of
+// `below`, which is y, the first of each square is what deeper levels add to the square: it is read
+// before that square is written, by the same block. `bias [C]` is added to all pixels. `below` and
+// `bias` may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
-               const Scalar* __restrict__ below, const float* __restrict__ bias, int level,
-               int count, int channels, int height, int width, int programs,
-               Scalar* __restrict__ y) {
+               const Scalar* below, const float* __restrict__ bias, int level, int count,
+               int channels, int height, int width, int programs, int high, int broad, Scalar* y) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   unsigned char* const results = shared + STAGES * STAGE;
-  const Images images = {count, height, width, channels};
+  const Images images = {count, height, width, channels}, whole = {count, high, broad, channels};
   const int chunks = (channels + TOGETHER - 1) / TOGETHER, tiles = Walk::tiles(images);
   const int chunk = int(blockIdx.x) % chunks * TOGETHER, begin = int(blockIdx.x) / chunks;
-  const int pairs = (height + 1) / 2, squares = (width + 1) / 2;
+  const int pairs = (height + 1) / 2, squares = (width + 1) / 2, stride = 1 << level;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   Matrix matrix;
@@ -153,7 +154,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
   const int mine = chunk + GROUP * (int(threadIdx.x) % GROUPS), left = channels - mine;
   Walk loading = {begin};
   Inputs inputs;
-  inputs.prepare(images, -HALO);
+  inputs.prepare(images, -HALO, 1);
   const int over = int(threadIdx.x) / GROUPS;  // This thread's square of a row.
   bool over_there = false;
   Offset over_at = 0;
@@ -165,15 +166,15 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
         const int image = loading.image + over / (2 * ACROSS);
         const int column = loading.left / 2 + over % (2 * ACROSS);
         over_there = below != nullptr && over < BELOW_PIXELS && image < count && column < squares;
-        over_at = (Offset(image) * pairs * squares + column) * channels + mine;
+        over_at = whole.pixel(image, 0, 2 * column, stride) + mine;
       }
       unsigned char* stage = shared + slot * STAGE;
-      const Scalar* at = x + loading.pixel(images, loading.pair) + mine;
+      const Scalar* at = x + loading.pixel(images, loading.pair, 1) + mine;
       if (loading.pair < pairs)
         inputs.load(x, at, inputs.inside(images, loading.pair), left, stage);
       const int done = loading.pair - R;
       if (over_there && done >= loading.top)
-        copy_pixel(x, below + over_at + Offset(done) * squares * channels, true, left,
+        copy_pixel(x, below + over_at + whole.pixel(0, 2 * done, 0, stride), true, left,
                    stage + Inputs::BYTES + int(threadIdx.x) % GROUPS * BELOW_GROUP +
                        2 * GROUP * over);
       if (++loading.pair == loading.bottom(images) + R) {
@@ -186,7 +187,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
 
   // Results that another step has left in shared memory, and where they go.
   Outputs outputs;
-  outputs.prepare(images, 0);
+  outputs.prepare(whole, 0, stride);
   unsigned stored = 0;
   Offset stored_at = 0;
 
@@ -243,7 +244,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
         }
       }
       stored = outputs.inside(images, done);
-      stored_at = walk.pixel(images, done) + mine;
+      stored_at = walk.pixel(whole, done, stride) + mine;
     }
     if (++walk.pair == walk.bottom(images) + R) {
       walk.tile += programs;

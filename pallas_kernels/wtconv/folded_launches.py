@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.cuda import Box, Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
 from pallas_kernels.wtconv.gradients_launches import gradients, numbers
@@ -43,6 +43,8 @@ each block. A launch a level streams through images of 14 pixels a side and more
 so where blocks share multiprocessors; see docs/performance.md."""
 _WORTH_TIMING = range(3, 33)
 """Such sides that are worth timing."""
+_BELOW, _PARAMETERS = 2, 9
+"""The number of the parameter that has what deeper levels add, and that of y where none has."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
 _THREADS = 256
@@ -74,23 +76,23 @@ class Variant(NamedTuple):
     apart: bool = False
     ahead: bool = False
 
-    def compiled(self) -> Kernel:
-        """The kernel to launch."""
+    def compiled(self, level: int = 0) -> Kernel:
+        """The kernel to launch for the images of a level."""
         name, threads = f"folded_{self.kernel}", 32 * (self.groups + _COPIERS * self.apart)
         macros = (*_macros(self), (self.kernel.upper(), 1))
-        shared, boxes = self.shared(), self._boxes()
-        return Kernel(_source(name), name, macros, threads, shared, boxes, self.apart)
+        boxes = self._boxes(level) if self.boxed else ()
+        place = _BELOW if self.below else None
+        return Kernel(_source(name), name, macros, threads, self.shared(), boxes, self.apart, place)
 
-    def _boxes(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """The boxes of the images, by the numbers of the parameters."""
-        if not self.boxed:
-            return ()
+    def _boxes(self, level: int) -> tuple[Box, ...]:
+        """The boxes of the images; those of results are of the pixels that a level writes."""
         width, channels = 4 * self.across, self.channels
         x, y = ((self.images, 2, columns, channels) for columns in (self._box(), width))
         if self.kernel == "weights":
-            return ((0, x), (1, y))
-        squares = self.images, 1, width // 2, channels
-        return ((0, x), (2, squares), (10, y)) if self.below else ((0, x), (9, y))
+            return Box(0, x), Box(1, y)
+        squares = Box(_BELOW, (self.images, 1, width // 2, channels), 2 << level)
+        last = _PARAMETERS + self.below
+        return Box(0, x), *[squares] * self.below, Box(last, y, 1 << level)
 
     def _box(self) -> int:
         """Columns of a box of x."""
@@ -278,7 +280,7 @@ def planned(
         device: The GPU.
         resident: Blocks of a multiprocessor that copy in pieces, 1 of 32 channels or 2 of 16; None
             for the rule's: one, which copies boxes where it can.
-        below: Whether something is added to squares.
+        below: Whether deeper levels add something.
         apart: Who starts the copies of boxes: 0 a thread of the first warp, 1 a warp of its own, 2
             likewise, and a level's pixels are read a step before they are multiplied.
     """
@@ -409,24 +411,25 @@ def forward(
     # The first level that is done with all below it, if one is.
     first = next((level for level, one in enumerate(fitting) if one), levels)
     images = [x, *means(x, sizes[: max(first, 1)], *about, launch, together)]
-    below = None
+    _, high, broad, _ = shape
+    # Each level writes the first pixel of the squares that it is added to.
+    y, output = None, [(shape, dtype)]
     if first < levels and (one := fitting[first]):
         n, _, _, c = size = sizes[first]
-        arguments = [images[-1], taps, None if first else bias, first, n, c]
-        (below,) = launch(one.compiled(), arguments, [(size, dtype)], one.blocks(size))
+        arguments = [images[-1], taps, None if first else bias, first, n, c, high, broad]
+        (y,) = launch(one.compiled(), arguments, output, one.blocks(size))
     for level in reversed(range(first)):
         n, h, w, c = size = sizes[level]
-        added = below is not None
+        added = y is not None
         variant = planned("forward", size, *about, resident, added, apart)
         programs = variant.programs(size, device)
-        arguments = [images[level], taps, *[below] * (added or not variant.boxed)]
-        arguments += [None if level else bias, level]
+        arguments = [images[level], taps, *[y] * (added or not variant.boxed)]
+        arguments += [None if level else bias, level, n, c, h, w, programs]
+        arguments += [high, broad] * (not variant.boxed)
         blocks = programs * variant.chunks(size)
-        (below,) = launch(
-            variant.compiled(), [*arguments, n, c, h, w, programs], [(size, dtype)], blocks
-        )
-    assert below is not None
-    return below
+        (y,) = launch(variant.compiled(level), arguments, output, blocks)
+    assert y is not None
+    return y
 
 
 def folded(

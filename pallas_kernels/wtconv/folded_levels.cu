@@ -82,10 +82,20 @@ struct Pair {
 #endif
 };
 
+// The channels and images of a thread block.
+struct Share {
+  int first, image;
+
+  DEVICE static Share mine(int channels) {
+    const int chunks = (channels + TOGETHER - 1) / TOGETHER;
+    return {int(blockIdx.x) % chunks * TOGETHER, int(blockIdx.x) / chunks * IMAGES};
+  }
+};
+
 // Brings a thread's share of the images into shared memory, VECTOR channels of a column of a pair of
 // rows at once, AT_ONCE of which are on their way. Channels and images that are not there are others
 // again: nobody keeps what becomes of them. So are items behind the last.
-DEVICE void load(const Scalar* __restrict__ x, int first, int image, int count, int channels,
+DEVICE void load(const Scalar* __restrict__ x, const Share& share, int count, int channels,
                  unsigned char* shared) {
   typedef Level<0> Here;
   constexpr int PIECES = TOGETHER / VECTOR, COLUMNS = PIECES * Here::COLUMNS;
@@ -99,8 +109,8 @@ DEVICE void load(const Scalar* __restrict__ x, int first, int image, int count, 
       const int item = min(start + i * THREADS, ITEMS - 1);
       const int piece = item % PIECES * VECTOR, column = item % COLUMNS / PIECES;
       const int pair = item / COLUMNS % Here::PAIRS, which = item / (COLUMNS * Here::PAIRS);
-      const int channel = min(first + piece, channels - VECTOR);
-      const Offset from = Offset(min(image + which, count - 1)) * HIGH * BROAD * channels;
+      const int channel = min(share.first + piece, channels - VECTOR);
+      const Offset from = Offset(min(share.image + which, count - 1)) * HIGH * BROAD * channels;
       pairs[i] = Pair(x + from + channel, pair, column, channels);
       to[i] = Here::at(shared, piece, which, pair, column);
     }
@@ -112,10 +122,10 @@ DEVICE void load(const Scalar* __restrict__ x, int first, int image, int count, 
   }
 }
 
-// The same the other way, of any level.
+// The same the other way, of any level, to each `step`-th row and column of images of so many.
 template <int LEVEL>
-DEVICE void store(unsigned char* shared, int first, int image, int count, int channels,
-                  Scalar* __restrict__ y) {
+DEVICE void store(unsigned char* shared, const Share& share, int count, int channels,
+                  Scalar* __restrict__ y, int high, int broad, int step) {
   typedef Level<LEVEL> Here;
   constexpr int PIECES = TOGETHER / VECTOR, COLUMNS = PIECES * Here::COLUMNS;
   constexpr int ITEMS = IMAGES * Here::PAIRS * COLUMNS;
@@ -123,7 +133,7 @@ DEVICE void store(unsigned char* shared, int first, int image, int count, int ch
   for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
     const int piece = item % PIECES * VECTOR, column = item % COLUMNS / PIECES;
     const int pair = item / COLUMNS % Here::PAIRS, which = item / (COLUMNS * Here::PAIRS);
-    if (first + piece >= channels || image + which >= count) continue;
+    if (share.first + piece >= channels || share.image + which >= count) continue;
     Piece rows[2];
 #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
@@ -131,12 +141,13 @@ DEVICE void store(unsigned char* shared, int first, int image, int count, int ch
       rows[0].at[i] = Scalar(both);
       rows[1].at[i] = Scalar(both >> 16);
     }
-    Scalar* to = y + first + piece;
+    Scalar* to = y + share.first + piece;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int row = 2 * pair + r;
       if (row >= Here::ROWS) continue;
-      const Offset pixel = (Offset(image + which) * Here::ROWS + row) * Here::COLUMNS + column;
+      const Offset pixel =
+          (Offset(share.image + which) * high + row * step) * broad + column * step;
       *reinterpret_cast<Piece*>(to + pixel * channels) = rows[r];
     }
   }
@@ -270,16 +281,6 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
   }
 }
 
-// The channels and images of a thread block.
-struct Share {
-  int first, image;
-
-  DEVICE static Share mine(int channels) {
-    const int chunks = (channels + TOGETHER - 1) / TOGETHER;
-    return {int(blockIdx.x) % chunks * TOGETHER, int(blockIdx.x) / chunks * IMAGES};
-  }
-};
-
 // Brings a thread block's images into shared memory, and makes the means of all levels.
 DEVICE void begin(const Scalar* __restrict__ x, const Share& share, int count, int channels,
                   unsigned char* shared) {
@@ -287,12 +288,19 @@ DEVICE void begin(const Scalar* __restrict__ x, const Share& share, int count, i
   for (int at = 16 * int(threadIdx.x); at < END; at += 16 * THREADS)
     *reinterpret_cast<Eight*>(shared + at) = {};
   __syncthreads();
-  load(x, share.first, share.image, count, channels, shared);
+  load(x, share, count, channels, shared);
   __syncthreads();
   if constexpr (LEVELS > 1) make_means<1>(shared);
 }
 
 #if BANDS
+
+template <int LEVEL>
+DEVICE void store_means(unsigned char* shared, const Share& share, int count, int channels,
+                        Scalar* __restrict__ y) {
+  typedef Level<LEVEL> Here;
+  store<LEVEL>(shared, share, count, channels, y, Here::ROWS, Here::COLUMNS, 1);
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 folded_bands(const Scalar* __restrict__ x, int count, int channels,
@@ -313,25 +321,26 @@ folded_bands(const Scalar* __restrict__ x, int count, int channels,
   begin(x, share, count, channels, shared);
   __syncthreads();
 #if LEVELS > 1
-  store<0>(shared, share.first, share.image, count, channels, y0);
+  store_means<0>(shared, share, count, channels, y0);
 #endif
 #if LEVELS > 2
-  store<1>(shared, share.first, share.image, count, channels, y1);
+  store_means<1>(shared, share, count, channels, y1);
 #endif
 #if LEVELS > 3
-  store<2>(shared, share.first, share.image, count, channels, y2);
+  store_means<2>(shared, share, count, channels, y2);
 #endif
-  store<LEVELS - 1>(shared, share.first, share.image, count, channels, last);
+  store_means<LEVELS - 1>(shared, share, count, channels, last);
 }
 
 #else
 
-// All levels from `level` on of IMAGES images and TOGETHER channels in each block. Taps are those of
-// all levels; `bias [C]`, which may be null, is added to all pixels.
+// All levels from `level` on of IMAGES images and TOGETHER channels in each block. Their pixels are
+// each `1 << level`-th row and column of `y [N, high, broad, C]`. Taps are those of all levels;
+// `bias [C]`, which may be null, is added to all pixels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
-              const float* __restrict__ bias, int level, int count, int channels,
-              Scalar* __restrict__ y) {
+              const float* __restrict__ bias, int level, int count, int channels, int high,
+              int broad, Scalar* __restrict__ y) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   const Share share = Share::mine(channels);
@@ -339,7 +348,7 @@ folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
   const int own = share.first + GROUP * (int(threadIdx.x) / 32);
   make_level<0>(taps, bias, level, own, channels, shared);
   __syncthreads();
-  store<0>(shared, share.first, share.image, count, channels, y);
+  store<0>(shared, share, count, channels, y, high, broad, 1 << level);
 }
 
 #endif

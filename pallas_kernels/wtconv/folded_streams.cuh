@@ -37,6 +37,11 @@ DEVICE unsigned of_channel(int channel, const Channels& one, const Channels& oth
 
 struct Images {
   int count, height, width, channels;
+
+  // The place of a pixel's first channel, where pixels are of each `step`-th row and column.
+  DEVICE Offset pixel(int image, int row, int column, int step) const {
+    return ((Offset(image) * height + row * step) * width + column * step) * channels;
+  }
 };
 
 // Starts the copy of a group of a pixel, of which `left` channels are there; an address that is not
@@ -97,11 +102,10 @@ struct Pixels {
   DEVICE static int line(int item) { return pixel(item) / COLUMNS; }
 
   // The part of an address that all tiles share; `first` is the column of the tile that is copied first.
-  DEVICE void prepare(const Images& images, int first) {
+  DEVICE void prepare(const Images& images, int first, int step) {
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
-      const int row = line(i) / 2 * images.height + line(i) % 2;
-      offsets[i] = (row * images.width + first + column(i)) * images.channels;
+      offsets[i] = int(images.pixel(line(i) / 2, line(i) % 2, first + column(i), step));
       lower |= unsigned(line(i) % 2) << i;
     }
   }
@@ -177,7 +181,7 @@ struct Walk {
     return min(top + PAIRS, (images.height + 1) / 2);
   }
 
-  DEVICE Offset pixel(const Images& images, int pair) const {
-    return ((Offset(image) * images.height + 2 * pair) * images.width + left) * images.channels;
+  DEVICE Offset pixel(const Images& images, int pair, int step) const {
+    return images.pixel(image, 2 * pair, left, step);
   }
 };

@@ -282,8 +282,8 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
   const int mine = chunk + GROUP * (int(threadIdx.x) % GROUPS), left = channels - mine;
   Inputs inputs;
   Outputs outputs;
-  inputs.prepare(images, -HALO);
-  outputs.prepare(images, 0);
+  inputs.prepare(images, -HALO, 1);
+  outputs.prepare(images, 0, 1);
   auto load = [&](int slot) {
     if (loading.tile < tiles) {
       if (loading.pair == loading.first()) {
@@ -293,10 +293,10 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
       unsigned char* stage = shared + slot * STAGE;
       const int other = loading.pair - R;
       if (other >= 0)
-        inputs.load(x, x + loading.pixel(images, other) + mine, inputs.inside(images, other), left,
+        inputs.load(x, x + loading.pixel(images, other, 1) + mine, inputs.inside(images, other), left,
                     stage);
       if (loading.pair < loading.bottom(images))
-        outputs.load(dy, dy + loading.pixel(images, loading.pair) + mine,
+        outputs.load(dy, dy + loading.pixel(images, loading.pair, 1) + mine,
                      outputs.inside(images, loading.pair), left, stage + ROWS);
       advance(loading);
     }

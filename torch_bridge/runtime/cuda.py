@@ -1,7 +1,6 @@
 """Launches of CUDA kernels on PyTorch's tensors, by the driver, and where they can run."""
 
 import ctypes
-import math
 import sys
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -10,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pallas_kernels.common.cuda import BOXED, ELEMENTS, SWIZZLES, Device, Kernel
+from pallas_kernels.common.cuda import BOXED, ELEMENTS, SWIZZLES, Box, Device, Kernel
 from pallas_kernels.common.nvrtc import compiled
 from pallas_kernels.common.refusals import compiling
 from pallas_kernels.common.types import Output
@@ -41,10 +40,10 @@ def launch(
     """Launches a kernel on the current stream of its tensors' device; `common.cuda.Launch`."""
     from cuda.bindings import driver
 
-    made = allocated(outputs, arguments)
+    made = outputs_of(kernel, arguments, outputs)
     device = made[0].device
-    function = _function(kernel, device.index)
-    boxes = dict(kernel.boxes)
+    function = _function(kernel._replace(boxes=()), device.index)
+    boxes = {box.parameter: box for box in kernel.boxes}
     values = [
         _value(argument, boxes.get(number)) for number, argument in enumerate((*arguments, *made))
     ]
@@ -61,7 +60,16 @@ def launch(
     return made
 
 
-def _value(argument: Tensor | int | None, box: tuple[int, ...] | None) -> Any:
+def outputs_of(
+    kernel: Kernel, arguments: Sequence[Tensor | int | None], outputs: Sequence[Output]
+) -> list[Tensor]:
+    """The tensors that a launch writes: new ones, or the one that it does in place."""
+    if kernel.in_place is None:
+        return allocated(outputs, arguments)
+    return [cast(Tensor, arguments[kernel.in_place])]
+
+
+def _value(argument: Tensor | int | None, box: Box | None) -> Any:
     """An argument as the driver reads it, which must live until the launch."""
     if isinstance(argument, int):
         return ctypes.c_int(argument)
@@ -74,20 +82,20 @@ def _value(argument: Tensor | int | None, box: tuple[int, ...] | None) -> Any:
 
 
 @lru_cache(256)
-def _tensor_map(address: int, shape: tuple[int, ...], dtype: str, box: tuple[int, ...]) -> Any:
-    """The tensor map of a contiguous array, see `common.cuda.Kernel.boxes`.
+def _tensor_map(address: int, shape: tuple[int, ...], dtype: str, box: Box) -> Any:
+    """The tensor map of a contiguous array.
 
     By the driver's own function, since it asks for an address that cuda-bindings do not promise.
     """
-    sizes = shape[::-1]
     size = getattr(torch, dtype).itemsize
-    bytes_ = [size * math.prod(sizes[: axis + 1]) for axis in range(len(sizes) - 1)]
+    sizes, strides = (numbers[::-1] for numbers in box.mapped(shape))
+    bytes_ = [size * stride for stride in strides[1:]]
     found = _TensorMap()
     place = -(-ctypes.addressof(found) // 64) * 64
     wide, narrow = ctypes.c_uint64 * 4, ctypes.c_uint32 * 4
     status = _driver().cuTensorMapEncodeTiled(
         *(ctypes.c_void_p(place), ELEMENTS[dtype], 4, ctypes.c_void_p(address)),
-        *(wide(*sizes), wide(*bytes_), narrow(*box[::-1]), narrow(1, 1, 1, 1)),
+        *(wide(*sizes), wide(*bytes_), narrow(*box.size[::-1]), narrow(1, 1, 1, 1)),
         *(0, SWIZZLES[dtype], _L2_128, 0),
     )
     if status:

@@ -158,7 +158,8 @@ inline void wait(unsigned pending) {
 // An array [images, rows, columns, channels], and the boxes that are copied of it.
 struct TensorMap {
   unsigned char* array;
-  int sizes[4], box[4];  // Channels first.
+  long long strides[4];  // Channels first.
+  int sizes[4], box[4];
   int bytes;             // Of an element.
 };
 
@@ -183,7 +184,7 @@ inline void each_of_box(const TensorMap& map, const Place& place, unsigned char*
           long long element = 0;
           for (int axis = 3; axis >= 0; axis--) {
             inside &= i[axis] >= 0 && i[axis] < map.sizes[axis];
-            element = element * map.sizes[axis] + i[axis];
+            element += map.strides[axis] * i[axis];
           }
           const std::uintptr_t here = start + offset;
           const std::uintptr_t swizzle = map.bytes == 2 ? (here >> 7 & 3) << 4 : 0;

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pallas_kernels.common.cuda import Device, Kernel
+from pallas_kernels.common.cuda import Box, Device, Kernel
 from pallas_kernels.common.types import Output
 
 HOPPER = Device(shared=232448, multiprocessors=2, boxes=True)
@@ -66,19 +66,24 @@ class Launcher:
     ) -> list[np.ndarray]:
         """Launches a kernel on contiguous arrays of NumPy; see `run` for errors.
 
-        Outputs hold NaN before, integers -1, so that elements which are not written show.
+        Outputs hold NaN before, integers -1, so that elements which are not written show; one that
+        is written in place is a copy.
         """
         made = [
             np.full(shape, -1 if np.dtype(dtype).kind == "i" else np.nan, dtype)
             for shape, dtype in outputs
         ]
+        if kernel.in_place is not None:
+            arguments = [*arguments]
+            arguments[kernel.in_place] = made[0] = np.array(arguments[kernel.in_place])
         given: list[int | ctypes.c_void_p | ctypes.Structure] = [
             a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)
         ]
-        for number, box in kernel.boxes:
-            array = [*arguments, *made][number]
+        for box in kernel.boxes:
+            array = [*arguments, *made][box.parameter]
             assert isinstance(array, np.ndarray)
-            given[number] = tensor_map(array.ctypes.data, array.shape, box, array.itemsize)
+            found = tensor_map(array.ctypes.data, array.shape, box, array.itemsize)
+            given[box.parameter] = found
         self.run(kernel, given, blocks)
         return made
 
@@ -153,25 +158,25 @@ class Launcher:
 class _TensorMap(ctypes.Structure):
     _fields_ = (
         ("array", ctypes.c_void_p),
+        ("strides", ctypes.c_longlong * 4),
         ("sizes", ctypes.c_int * 4),
         ("box", ctypes.c_int * 4),
         ("bytes", ctypes.c_int),
     )
 
 
-def tensor_map(
-    address: int, shape: Sequence[int], box: Sequence[int], size: int
-) -> ctypes.Structure:
+def tensor_map(address: int, shape: Sequence[int], box: Box, size: int) -> ctypes.Structure:
     """The tensor map that `Launcher.run` takes of a contiguous array.
 
     Args:
         address: The array's address in this process.
         shape: Its shape, of four axes.
-        box: What is copied at once, see `common.cuda.Kernel.boxes`.
+        box: What is copied at once.
         size: Bytes of an element.
     """
-    four = ctypes.c_int * 4
-    return _TensorMap(address, four(*shape[::-1]), four(*box[::-1]), size)
+    four, long = ctypes.c_int * 4, ctypes.c_longlong * 4
+    sizes, strides = (numbers[::-1] for numbers in box.mapped(shape))
+    return _TensorMap(address, long(*strides), four(*sizes), four(*box.size[::-1]), size)
 
 
 def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:

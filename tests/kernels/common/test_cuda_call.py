@@ -18,7 +18,7 @@ import pytest
 from helpers.cuda import EMULATED, gpu_of
 
 from pallas_kernels.common import _compat, cuda_call, nvrtc
-from pallas_kernels.common.cuda import Kernel
+from pallas_kernels.common.cuda import Box, Kernel
 from pallas_kernels.common.on_cpu import cuda as on_cpu
 from pallas_kernels.common.refusals import KernelError
 
@@ -168,7 +168,7 @@ def test_a_forked_process_compiles_with_threads_of_its_own(monkeypatch):
 def test_a_tensor_map_is_told_of_the_array_that_it_is_of(launcher, monkeypatch):
     gpu_of(monkeypatch)
     box = (1, 2, 16, 32)
-    boxed = SCALE._replace(boxes=((0, box), (3, box)))
+    boxed = SCALE._replace(boxes=(Box(0, box), Box(3, box)))
     x = jnp.ones((2, 6, 5, 40), jnp.bfloat16)
     run = jax.jit(lambda x: cuda_call.launch(boxed, [x, None, 4], [(x.shape, "bfloat16")], 1))
     run.trace(x).lower(lowering_platforms=("cuda",))

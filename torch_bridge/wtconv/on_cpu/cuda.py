@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from pallas_kernels.common.cuda import Device, Kernel
+from pallas_kernels.common.cuda import Box, Device, Kernel
 from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher, tensor_map
 from pallas_kernels.common.on_cpu.cuda import unavailable as unavailable
 from pallas_kernels.common.types import Output
-from torch_bridge.runtime.outputs import allocated
+from torch_bridge.runtime.cuda import outputs_of
 from torch_bridge.wtconv import cuda as cuda_launch
 
 
@@ -53,10 +53,11 @@ def emulated(
             outputs: Sequence[Output],
             blocks: int,
         ) -> list[Tensor]:
-            made = allocated(outputs, arguments)
-            for tensor in made:
-                tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-            boxes = dict(kernel.boxes)
+            made = outputs_of(kernel, arguments, outputs)
+            if kernel.in_place is None:
+                for tensor in made:
+                    tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+            boxes = {box.parameter: box for box in kernel.boxes}
             values = [
                 a if isinstance(a, int) else _pointer(a, boxes.get(number))
                 for number, a in enumerate((*arguments, *made))
@@ -73,9 +74,7 @@ def emulated(
             yield launcher
 
 
-def _pointer(
-    tensor: Tensor | None, box: tuple[int, ...] | None
-) -> ctypes.c_void_p | ctypes.Structure:
+def _pointer(tensor: Tensor | None, box: Box | None) -> ctypes.c_void_p | ctypes.Structure:
     if tensor is not None and box is not None:
         return tensor_map(tensor.data_ptr(), tensor.shape, box, tensor.itemsize)
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
