@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.common._compat import vary_like
@@ -218,9 +217,8 @@ def _folded_forward(
     """The operator in 16 bits, or its transpose: the same of flipped taps."""
     if transpose:
         taps = tuple(tap[::-1, ::-1] for tap in taps)
-    offsets = None if bias is None else bias.astype(jnp.float32)
     y = folded_launches.forward(
-        *(x, packed(folded(taps), x.dtype), offsets, x.shape, str(x.dtype)),
+        *(x, packed(folded(taps), bias, x.dtype), x.shape, str(x.dtype)),
         *(taps[0].shape[0], len(taps) - 1, device_properties(), launch),
         **tile,
     )
@@ -234,40 +232,55 @@ def folded(taps: Taps) -> jax.Array:
         taps: `[k, k, 1, C]` of the base, then `[k, k, 4, C]` of each level.
 
     Returns:
-        float32 `[levels, 2, k, 2k, 2, 2, C]`: see `folding.taps`, its last axis first.
+        float32 `[levels, 2, k, 2k, 2, 2, C]`: pair of rows' half, pair and column of the
+        input, column and row of the output.
     """
     base, *bands = (tap.astype(jnp.float32) for tap in taps)
     kernel_size, channels = base.shape[0], base.shape[-1]
-    sources = folding.taps(kernel_size)
-    # The base as the fifth band, which deeper levels have not.
-    bases = [base, *[jnp.zeros_like(base)] * (len(bands) - 1)]
-    whole = jnp.stack([jnp.concatenate(pair, 2) for pair in zip(bands, bases, strict=True)])
-    whole = whole.reshape(len(bands), kernel_size**2, 5, channels)
-    signs = [*np.moveaxis(sources.signs, -1, 0), sources.based]
-    numbers = [*[sources.tap] * 4, sources.base]
-    # Channels are last, and nothing is transposed: XLA makes one launch of it.
-    found = (
-        np.moveaxis(sign, -1, 0)[..., None] * whole[:, :, band][:, np.moveaxis(number, -1, 0)]
-        for band, (sign, number) in enumerate(zip(signs, numbers, strict=True))
-    )
-    return reduce(jnp.add, found)
+    # Nothing is indexed by an array, so that XLA makes one launch of all, and of the scales before.
+    whole, factors = jnp.stack(bands), folding.factors()
+    terms = (factors[band] * whole[:, None, :, :, None, None, None, band] for band in range(4))
+    found = reduce(jnp.add, terms)
+    found = found.reshape(len(bands), 2, kernel_size, 2 * kernel_size, 2, 2, channels)
+    return found.at[0].add(_placed(base[:, :, 0]))
 
 
-def packed(folded: jax.Array, dtype: Dtype) -> jax.Array:
-    """The taps of two rows in one word, as the kernels read them.
+def _placed(base: jax.Array) -> jax.Array:
+    """The base's taps `[k, k, C]` where they are among those of the first level."""
+    kernel_size, _, channels = base.shape
+    radius, span = kernel_size // 2, 2 * kernel_size
+    around = radius + 1, kernel_size - radius
+    padded = jnp.pad(base, [around, around, (0, 0)])
+    moved = [
+        [padded[1 - row : 1 - row + span, 1 - column : 1 - column + span] for row in range(2)]
+        for column in range(2)
+    ]
+    whole = jnp.stack([jnp.stack(rows, 2) for rows in moved], 2)
+    return jnp.moveaxis(whole.reshape(kernel_size, 2, span, 2, 2, channels), 1, 0)
+
+
+def packed(folded: jax.Array, bias: jax.Array | None, dtype: Dtype) -> jax.Array:
+    """The bias, and the taps of two rows in one word, as the kernels read them.
 
     Args:
         folded: `[levels, 2, k, 2k, 2, 2, C]`, see `folded`.
+        bias: `[C]`, or None.
         dtype: bfloat16 or float16.
 
     Returns:
-        int32 `[levels, k, 2k, 2, 2, C]`, the taps of the upper row in the lower half.
+        int32 `[1 + levels * k * 2k * 2 * 2, C]`: the bits of the bias in float32, then words with
+        the taps of the upper row in the lower half.
     """
+    channels = folded.shape[-1]
+    bias = jnp.zeros(channels) if bias is None else bias
     upper, lower = (
         lax.bitcast_convert_type(folded[:, row].astype(dtype), jnp.uint16).astype(jnp.uint32)
         for row in range(2)
     )
-    return lax.bitcast_convert_type(upper | lower << 16, jnp.int32)
+    words = (upper | lower << 16).reshape(-1, channels)
+    first = lax.bitcast_convert_type(bias.astype(jnp.float32), jnp.uint32)
+    # The bias is one of these, so that XLA makes no launch of its scale.
+    return lax.bitcast_convert_type(jnp.concatenate([first[None], words]), jnp.int32)
 
 
 def _folded_weight_grad(

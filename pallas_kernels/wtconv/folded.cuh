@@ -41,8 +41,9 @@ struct alignas(4 * GROUP) Words {
   unsigned at[GROUP];
 };
 
-// Taps are `[levels, REACHED, 2 * KERNEL_SIZE, 2, 2, C, 2]`: pair of rows and column of the input,
-// column and row of the output, row of the input. They move with each second column of the output.
+// Taps are C biases, in float32, then `[levels, REACHED, 2 * KERNEL_SIZE, 2, 2, C, 2]`: pair of rows
+// and column of the input, column and row of the output, row of the input. They move with each second
+// column of the output.
 DEVICE void load_taps(const unsigned* __restrict__ taps, int level, int first, int channels,
                       Matrix& matrix) {
   constexpr int COLUMNS = 2 * KERNEL_SIZE;
@@ -51,7 +52,7 @@ DEVICE void load_taps(const unsigned* __restrict__ taps, int level, int first, i
   for (int i = 0; i < REACHED * PARTS; i++) {
     const int at = column + 4 * (i % PARTS);
     const int square = ((level * REACHED + i / PARTS) * COLUMNS + at) * 4 + place;
-    const unsigned* from = taps + Offset(square) * channels + first;
+    const unsigned* from = taps + Offset(1 + square) * channels + first;
     const bool there = at >= 0 && at < COLUMNS;
     Words found = {};
     if (VECTOR % GROUP == 0) {
@@ -64,4 +65,12 @@ DEVICE void load_taps(const unsigned* __restrict__ taps, int level, int first, i
 #pragma unroll
     for (int c = 0; c < GROUP; c++) matrix[c][i] = found.at[c];
   }
+}
+
+// The biases of a warp's channels, which the first level adds.
+DEVICE void load_biases(const unsigned* __restrict__ taps, int level, int first, int channels,
+                        float (&biases)[GROUP]) {
+#pragma unroll
+  for (int c = 0; c < GROUP; c++)
+    biases[c] = level == 0 && first + c < channels ? __uint_as_float(taps[first + c]) : 0.0f;
 }

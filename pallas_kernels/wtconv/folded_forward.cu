@@ -32,16 +32,6 @@ DEVICE void read_pair(const unsigned char* rows, const int (&from)[2][2], int ro
   }
 }
 
-// The biases of a warp's channels, 0 where there is none.
-DEVICE void load_offsets(const float* __restrict__ bias, int first, int channels,
-                         float (&offsets)[GROUP]) {
-#pragma unroll
-  for (int c = 0; c < GROUP; c++) {
-    const int channel = first + c;
-    offsets[c] = channel < channels && bias != nullptr ? bias[channel] : 0.0f;
-  }
-}
-
 // Multiplies a pair of rows for all pairs of the output that it reaches, which then wait for one
 // less.
 DEVICE void add_pair(const Block& pixels, const Matrix& matrix, Sums& sums) {
@@ -94,15 +84,15 @@ DEVICE void clear(Sums& sums) {
 }
 
 // The pixel of register k of the pair that waits for none, with what is added to it.
-DEVICE Channels finished(const Sums& sums, int k, const float (&offsets)[GROUP],
+DEVICE Channels finished(const Sums& sums, int k, const float (&biases)[GROUP],
                          const Channels& under) {
   Channels out;
 #pragma unroll
   for (int c = 0; c < GROUP; c += 2) {
     const unsigned word = under.words[c / 2];
     out.words[c / 2] =
-        packed(sums[c][0][k] + (offsets[c] + number_of(Scalar(word))),
-               sums[c + 1][0][k] + (offsets[c + 1] + number_of(Scalar(word >> 16))));
+        packed(sums[c][0][k] + (biases[c] + number_of(Scalar(word))),
+               sums[c + 1][0][k] + (biases[c + 1] + number_of(Scalar(word >> 16))));
   }
   return out;
 }
@@ -117,12 +107,11 @@ constexpr int STAGE = Inputs::BYTES + GROUPS * BELOW_GROUP;
 // A thread block makes TOGETHER channels of one tile after another. Taps are those of all levels, of
 // which this one is `level`: its pixels are every `stride`-th row and column of y. Of those of
 // `below`, which is y, the first of each square is what deeper levels add to the square: it is read
-// before that square is written, by the same block. `bias [C]` is added to all pixels. `below` and
-// `bias` may be null.
+// before that square is written, by the same block. It may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
-               const Scalar* below, const float* __restrict__ bias, int level, int count,
-               int channels, int height, int width, int programs, int high, int broad, Scalar* y) {
+               const Scalar* below, int level, int count, int channels, int height, int width,
+               int programs, int high, int broad, Scalar* y) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   unsigned char* const results = shared + STAGES * STAGE;
@@ -134,8 +123,8 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
 
   Matrix matrix;
   load_taps(taps, level, chunk + GROUP * warp, channels, matrix);
-  float offsets[GROUP];
-  load_offsets(bias, chunk + GROUP * warp, channels, offsets);
+  float biases[GROUP];
+  load_biases(taps, level, chunk + GROUP * warp, channels, biases);
 
   // This thread's two blocks, and its column of them.
   int from[2][2], to[2], square[2];
@@ -238,7 +227,7 @@ folded_forward(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
         const Channels under = below == nullptr ? Channels{} : channels_at(stage + square[h]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const Channels out = finished(sums, 2 * h + r, offsets, under);
+          const Channels out = finished(sums, 2 * h + r, biases, under);
           if (lane / 4 + 8 * h < BLOCKS)
             *reinterpret_cast<Channels*>(result + to[h] + 2 * GROUP * r * WIDTH) = out;
         }
@@ -270,8 +259,7 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
 #if BELOW
              BOXES below,
 #endif
-             const float* __restrict__ bias, int level, int count, int channels, int height,
-             int width, int programs, BOXES y) {
+             int level, int count, int channels, int height, int width, int programs, BOXES y) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   unsigned char* const results = shared + STAGES * STAGE;
@@ -347,8 +335,8 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
 
   Matrix matrix;
   load_taps(taps, level, chunk + GROUP * warp, channels, matrix);
-  float offsets[GROUP];
-  load_offsets(bias, chunk + GROUP * warp, channels, offsets);
+  float biases[GROUP];
+  load_biases(taps, level, chunk + GROUP * warp, channels, biases);
   int from[2][2], to[2][2], square[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
@@ -405,7 +393,7 @@ folded_forward(BOXES x, const unsigned* __restrict__ taps,
           const Channels under = BELOW ? channels_at(stage + square[h]) : Channels{};
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            const Channels out = finished(sums, 2 * h + r, offsets, under);
+            const Channels out = finished(sums, 2 * h + r, biases, under);
             if (lane / 4 + 8 * h < BLOCKS) *reinterpret_cast<Channels*>(result + to[h][r]) = out;
           }
         }

@@ -43,7 +43,7 @@ each block. A launch a level streams through images of 14 pixels a side and more
 so where blocks share multiprocessors; see docs/performance.md."""
 _WORTH_TIMING = range(3, 33)
 """Such sides that are worth timing."""
-_BELOW, _PARAMETERS = 2, 9
+_BELOW, _PARAMETERS = 2, 8
 """The number of the parameter that has what deeper levels add, and that of y where none has."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
@@ -163,6 +163,9 @@ class Whole(NamedTuple):
     group: int
     groups: int
     resident: int
+    first: int = 0
+    y_rows: int = 0
+    y_columns: int = 0
 
     def compiled(self, bands: bool = False) -> Kernel:
         """The kernel to launch, or that of the means of all levels alone."""
@@ -373,7 +376,6 @@ def _wholes(
 def forward(
     x: AnyArray,
     taps: AnyArray,
-    bias: AnyArray | None,
     shape: tuple[int, ...],
     dtype: str,
     kernel_size: int,
@@ -389,9 +391,7 @@ def forward(
 
     Args:
         x: Contiguous images `[N, H, W, C]`.
-        taps: Folded taps, as `folding.taps` orders them but with channels before the last axis,
-            `[levels, k, 2k, 2, 2, C, 2]` in x's dtype, or words of the two rows of the input.
-        bias: float32 `[C]`, or None.
+        taps: The bias and the folded taps, int32 `[1 + levels * k * 2k * 2 * 2, C]`: see `folded`.
         shape: x's.
         dtype: x's, "bfloat16" or "float16".
         kernel_size: One of `KERNEL_SIZES`.
@@ -416,34 +416,35 @@ def forward(
     y, output = None, [(shape, dtype)]
     if first < levels and (one := fitting[first]):
         n, _, _, c = size = sizes[first]
-        arguments = [images[-1], taps, None if first else bias, first, n, c, high, broad]
-        (y,) = launch(one.compiled(), arguments, output, one.blocks(size))
+        one = one._replace(first=first, y_rows=high, y_columns=broad)
+        (y,) = launch(one.compiled(), [images[-1], taps, n, c], output, one.blocks(size))
     for level in reversed(range(first)):
         n, h, w, c = size = sizes[level]
         added = y is not None
         variant = planned("forward", size, *about, resident, added, apart)
         programs = variant.programs(size, device)
-        arguments = [images[level], taps, *[y] * (added or not variant.boxed)]
-        arguments += [None if level else bias, level, n, c, h, w, programs]
-        arguments += [high, broad] * (not variant.boxed)
+        arrays = [images[level], taps, *[y] * (added or not variant.boxed)]
+        numbers = [level, n, c, h, w, programs, *[high, broad] * (not variant.boxed)]
         blocks = programs * variant.chunks(size)
-        (y,) = launch(variant.compiled(level), arguments, output, blocks)
+        (y,) = launch(variant.compiled(level), [*arrays, *numbers], output, blocks)
     assert y is not None
     return y
 
 
 def folded(
     taps: Sequence[AnyArray],
+    bias: AnyArray | None,
     channels: int,
     dtype: str,
     kernel_size: int,
     launch: Launch[AnyArray],
     transpose: bool,
 ) -> AnyArray:
-    """The taps of each level's one convolution, as `forward` takes them.
+    """The bias and the taps of each level's one convolution, as `forward` takes them.
 
     Args:
         taps: float32 `[C, 1, k, k]` of the base, then `[C, 4, k, k]` of each level, contiguous.
+        bias: float32 `[C]`, or None.
         channels: C.
         dtype: "bfloat16" or "float16".
         kernel_size: k, one of `KERNEL_SIZES`.
@@ -451,7 +452,8 @@ def folded(
         transpose: Whether they are flipped, for the transpose of the convolution.
 
     Returns:
-        int32 `[levels, k, 2k, 2, 2, C]`, words of the two rows of the input.
+        int32 `[1 + levels * k * 2k * 2 * 2, C]`: the bias as it is, then words of the two rows of
+        the input, by pair of rows and column of the input, column and row of the output.
     """
     levels = len(taps) - 1
     macros = (
@@ -460,9 +462,10 @@ def folded(
         ("LEVELS", levels),
     )
     kernel = Kernel(_source("folded_taps"), "folded_taps", macros, _THREADS, 0)
-    shape = levels, kernel_size, 2 * kernel_size, 2, 2, channels
-    blocks = cdiv(math.prod(shape) // 4, _THREADS)
-    (words,) = launch(kernel, [*taps, channels, int(transpose)], [(shape, "int32")], blocks)
+    squares = levels * kernel_size * 2 * kernel_size
+    output: Output = ((1 + 4 * squares, channels), "int32")
+    arguments = [*taps, bias, channels, int(transpose)]
+    (words,) = launch(kernel, arguments, [output], cdiv(squares * channels, _THREADS))
     return words
 
 

@@ -13,6 +13,8 @@
 //   HEIGHT, WIDE     of the images of the first of them
 //   HALVED           whether these are the means of the squares of x, 0: they are x
 //   HIGH, BROAD      rows and columns of x
+//   FIRST            the number of the first of them among all levels
+//   Y_ROWS, Y_COLUMNS  of y, where images are its each `1 << FIRST`-th row and column
 //   IMAGES           images of a thread block
 //   BANDS            1 for the kernel that stores the means of all levels, and does no more
 
@@ -186,18 +188,16 @@ DEVICE constexpr int power_of_two(int least) {
 
 // Makes what a level adds, after all below it.
 template <int LEVEL>
-DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restrict__ bias, int level,
-                       int first, int channels, unsigned char* shared) {
+DEVICE void make_level(const unsigned* __restrict__ taps, int first, int channels,
+                       unsigned char* shared) {
   typedef Level<LEVEL> Here;
   if constexpr (LEVEL + 1 < LEVELS)
-    make_level<LEVEL + 1>(taps, nullptr, level, first, channels, shared);
+    make_level<LEVEL + 1>(taps, first, channels, shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Matrix matrix;
-  load_taps(taps, level + LEVEL, first, channels, matrix);
-  float offsets[GROUP];
-#pragma unroll
-  for (int c = 0; c < GROUP; c++)
-    offsets[c] = first + c < channels && bias != nullptr ? bias[first + c] : 0.0f;
+  load_taps(taps, FIRST + LEVEL, first, channels, matrix);
+  float biases[GROUP];
+  load_biases(taps, FIRST + LEVEL, first, channels, biases);
 
   // A pair of rows has ACROSS of the 16 blocks, the last of which may not be in the image. Then
   // lanes read another one, and their results are not kept.
@@ -224,7 +224,7 @@ DEVICE void make_level(const unsigned* __restrict__ taps, const float* __restric
         const int pair = unit % Here::PAIRS, column = 4 * block_of(row) + lane % 4;
 #pragma unroll
         for (int c = 0; c < GROUP; c++) {
-          float under = offsets[c];
+          float under = biases[c];
           if constexpr (LEVEL + 1 < LEVELS)
             under += number_of(*Level<LEVEL + 1>::at(shared, GROUP * warp + c, unit / Here::PAIRS,
                                                      pair / 2, column / 2) >>
@@ -334,21 +334,19 @@ folded_bands(const Scalar* __restrict__ x, int count, int channels,
 
 #else
 
-// All levels from `level` on of IMAGES images and TOGETHER channels in each block. Their pixels are
-// each `1 << level`-th row and column of `y [N, high, broad, C]`. Taps are those of all levels;
-// `bias [C]`, which may be null, is added to all pixels.
+// All levels from the first on of IMAGES images and TOGETHER channels in each block. Taps are those of
+// all levels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
-              const float* __restrict__ bias, int level, int count, int channels, int high,
-              int broad, Scalar* __restrict__ y) {
+              int count, int channels, Scalar* __restrict__ y) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   const Share share = Share::mine(channels);
   begin(x, share, count, channels, shared);
   const int own = share.first + GROUP * (int(threadIdx.x) / 32);
-  make_level<0>(taps, bias, level, own, channels, shared);
+  make_level<0>(taps, own, channels, shared);
   __syncthreads();
-  store<0>(shared, share, count, channels, y, high, broad, 1 << level);
+  store<0>(shared, share, count, channels, y, Y_ROWS, Y_COLUMNS, 1 << FIRST);
 }
 
 #endif

@@ -14,15 +14,17 @@ constexpr int K = KERNEL_SIZE, TAPS = K * K, COLUMNS = 2 * K, R = K / 2;
 #define CHOOSE(i) (level == i ? (bands = bands##i) : nullptr)
 
 // A thread has a channel, a pair of rows and a column of the input, and makes the words of a square of
-// the output: `[levels, K, 2 * K, 2, 2, C]`, the upper row of the input in the lower half. Taps are
-// `[C, 1, K, K]` of the base and `[C, 4, K, K]` of each level.
+// the output: `[levels, K, 2 * K, 2, 2, C]`, the upper row of the input in the lower half. Before them
+// are the biases, zeros where `bias` is null. Taps are `[C, 1, K, K]` of the base and `[C, 4, K, K]` of
+// each level.
 extern "C" __global__ void __launch_bounds__(256)
-folded_taps(const float* __restrict__ base, EACH(BANDS), int channels, int flipped,
-            unsigned* __restrict__ folded) {
+folded_taps(const float* __restrict__ base, EACH(BANDS), const float* __restrict__ bias,
+            int channels, int flipped, unsigned* __restrict__ folded) {
   const int at = int(blockIdx.x) * 256 + int(threadIdx.x), channel = at % channels;
   const int j = at / channels % COLUMNS, pair = at / channels / COLUMNS % K;
   const int level = at / channels / (COLUMNS * K);
   if (level >= LEVELS) return;
+  if (at < channels) folded[at] = bias == nullptr ? 0 : __float_as_uint(bias[at]);
   const float* bands = bands0;
   EACH(CHOOSE);
   const auto place = [flipped](int tap) { return flipped ? TAPS - 1 - tap : tap; };
@@ -30,7 +32,7 @@ folded_taps(const float* __restrict__ base, EACH(BANDS), int channels, int flipp
 #pragma unroll
   for (int band = 0; band < 4; band++)
     values[band] = 0.25f * bands[(Offset(channel) * 4 + band) * TAPS + place(pair * K + j / 2)];
-  unsigned* to = folded + Offset(at / channels) * 4 * channels + channel;
+  unsigned* to = folded + (1 + Offset(at / channels) * 4) * channels + channel;
 #pragma unroll
   for (int word = 0; word < 4; word++) {
     const int column = word / 2, row = word % 2;

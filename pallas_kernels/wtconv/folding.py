@@ -11,7 +11,6 @@ level above, of which low bands are a power of two, that is all that a deeper le
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,45 +20,16 @@ _SIGNS = np.array(
 """The sign of each band at each place of a square."""
 
 
-class Sources(NamedTuple):
-    """Returns what folded taps are made of, each array of one shape, followed by 4 of `signs`.
-
-    Attributes:
-        tap: The number `i * k + j` of the tap of all four bands.
-        signs: The factors of the four bands' taps.
-        base: The number of the base's tap.
-        based: The factor of the base's tap.
-    """
-
-    tap: np.ndarray
-    signs: np.ndarray
-    base: np.ndarray
-    based: np.ndarray
-
-
 @cache
-def taps(kernel_size: int) -> Sources:
-    """The folded taps, in the kernels' order.
-
-    Args:
-        kernel_size: 3, 5 or 7.
+def factors() -> np.ndarray:
+    """The factor that each band's tap has in each folded tap that it is part of.
 
     Returns:
-        Arrays `[k, 2k, 2, 2, 2]`: pair of rows and column of the input, column and row of the
-        output, row of the input.
+        float32 `[4, 2, 1, 1, 2, 2, 2, 1]`: band, half of a pair of rows of the input, pairs, pairs
+        of columns, half of such a pair, column and row of the output, channels.
     """
-    radius = kernel_size // 2
-    pair, j, column, row, half = np.indices((kernel_size, 2 * kernel_size, 2, 2, 2))
-    i = 2 * pair + half
-    signs = _SIGNS[:, row, column] * _SIGNS[:, half, j % 2] / 4
-    down, across = i - row - radius, j - column - radius
-    based = (0 <= down) & (down < kernel_size) & (0 <= across) & (across < kernel_size)
-    return Sources(
-        pair * kernel_size + j // 2,
-        np.moveaxis(signs, 0, -1),
-        np.where(based, down * kernel_size + across, 0),
-        based.astype(np.float32),
-    )
+    found = np.einsum("sij,spq->sijqp", _SIGNS, _SIGNS) / 4
+    return found[:, :, None, None, :, :, :, None]
 
 
 @cache

@@ -218,9 +218,9 @@ def _folded_forward(
 ) -> Tensor:
     """The operator in 16 bits, or its transpose: `[N, H, W, C]`."""
     kernel_size, channels = taps[0].shape[-1], x.shape[1]
-    words = folded_launches.folded(taps, channels, images.dtype, kernel_size, launch, transpose)
+    about = channels, images.dtype, kernel_size, launch, transpose
     return folded_launches.forward(
-        *(_pixels(x), words, bias, images.shape, images.dtype),
+        *(_pixels(x), folded_launches.folded(taps, bias, *about), images.shape, images.dtype),
         *(kernel_size, len(taps) - 1, device, launch),
     )
 

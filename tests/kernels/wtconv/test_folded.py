@@ -82,10 +82,11 @@ def test_taps_are_folded_as_jax_does(kernel_size, dtype, transpose):
     size = kernel_size, kernel_size
     taps = [generator.standard_normal((5, n, *size)).astype("float32") for n in (1, 4, 4)]
     launch = Launcher(folder()).launch
-    got = launches.folded(taps, 5, dtype, kernel_size, launch, transpose)
+    bias = None if transpose else generator.standard_normal(5).astype("float32")
+    got = launches.folded(taps, bias, 5, dtype, kernel_size, launch, transpose)
     own = [tap[..., ::-1, ::-1] if transpose else tap for tap in taps]
     folded = cuda_jax.folded(tuple(jnp.asarray(tap.transpose(2, 3, 1, 0)) for tap in own))
-    np.testing.assert_array_equal(got, cuda_jax.packed(folded, jnp.dtype(dtype)))
+    np.testing.assert_array_equal(got, cuda_jax.packed(folded, bias, jnp.dtype(dtype)))
 
 
 @EMULATED
@@ -217,9 +218,9 @@ def test_an_infinite_pixel_reaches_no_further_than_its_blocks():
     taps = tuple(
         jnp.asarray(generator.standard_normal((5, 5, bands, 4)), "float32") for bands in (1, 4)
     )
-    matrices = np.asarray(cuda_jax.packed(cuda_jax.folded(taps), jnp.float16))
+    matrices = np.asarray(cuda_jax.packed(cuda_jax.folded(taps), None, jnp.float16))
     launcher = Launcher(folder())
-    y = launches.forward(x, matrices, None, shape, "float16", 5, 1, SMALL, launcher.launch)
+    y = launches.forward(x, matrices, shape, "float16", 5, 1, SMALL, launcher.launch)
     rows, columns, channels = np.nonzero(~np.isfinite(y.astype(np.float32)))[1:]
     assert set(channels) == {1}
     # Two squares to each side by itself.
