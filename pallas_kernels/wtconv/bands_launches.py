@@ -382,7 +382,7 @@ def weight_grad(
     sizes = [means_shape(shape, level) for level in range(levels + 1)]
     channels = shape[-1]
     chunks = cdiv(channels, _CHUNK)
-    found: list[tuple[AnyArray, int]] = []
+    found: list[tuple[AnyArray, int, int]] = []
     for level in range(levels):
         first = level == 0
         # All but the first are compiled once, so the last of several makes means that nobody reads.
@@ -395,6 +395,6 @@ def weight_grad(
         outputs += [(sizes[level + 1], "float32")] * (2 * lows)
         arguments = [x, dy, n, c, h, w, programs]
         sums, *means = launch(variant.compiled(), arguments, outputs, programs * chunks)
-        found.append((sums, programs))
+        found.append((sums, 0, programs))
         x, dy = means or (x, dy)
     return gradients(found, channels, kernel_size, launch, channels_last)

@@ -272,15 +272,17 @@ def packed(folded: jax.Array, bias: jax.Array | None, dtype: Dtype) -> jax.Array
         the taps of the upper row in the lower half.
     """
     channels = folded.shape[-1]
-    bias = jnp.zeros(channels) if bias is None else bias
     upper, lower = (
         lax.bitcast_convert_type(folded[:, row].astype(dtype), jnp.uint16).astype(jnp.uint32)
         for row in range(2)
     )
-    words = (upper | lower << 16).reshape(-1, channels)
-    first = lax.bitcast_convert_type(bias.astype(jnp.float32), jnp.uint32)
-    # The bias is one of these, so that XLA makes no launch of its scale.
-    return lax.bitcast_convert_type(jnp.concatenate([first[None], words]), jnp.int32)
+    words = jnp.pad((upper | lower << 16).reshape(-1, channels), [(1, 0), (0, 0)])
+    if bias is not None:
+        # In their array, so that XLA makes no launch of its scale. It would make a launch of its
+        # own of a concatenation.
+        first = lax.bitcast_convert_type(bias.astype(jnp.float32), jnp.uint32)
+        words = jnp.where(jnp.arange(len(words))[:, None] == 0, first, words)
+    return lax.bitcast_convert_type(words, jnp.int32)
 
 
 def _folded_weight_grad(

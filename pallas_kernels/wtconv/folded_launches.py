@@ -6,8 +6,10 @@ from the deepest one on, which adds what the level below has made.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +47,8 @@ _WORTH_TIMING = range(3, 33)
 """Such sides that are worth timing."""
 _BELOW, _PARAMETERS = 2, 8
 """The number of the parameter that has what deeper levels add, and that of y where none has."""
+_SUMS = 3
+"""The number of the parameter that has the weight gradients of deeper levels."""
 _SETS = {3: 4, 5: 8, 7: 15}
 """Products that a weight gradient has of a channel, by kernel size."""
 _THREADS = 256
@@ -550,20 +554,26 @@ def weight_grad(
         The gradients of the base's taps, of each level's four bands and of the bias, `[C]`, in
         float32.
     """
-    found: list[tuple[AnyArray, int]] = []
     sizes = [means_shape(shape, level) for level in range(levels)]
     about = dtype, kernel_size, device
     of_x, of_dy = ([a, *means(a, sizes, *about, launch, together)] for a in (x, dy))
-    for level, size in enumerate(sizes):
-        variant = planned("weights", size, *about, resident, apart=apart)
-        n, h, w, c = size
-        programs = variant.programs(size, device)
-        count = numbers(kernel_size, base=level == 0)
-        arguments = [of_x[level], of_dy[level], table, n, c, h, w, programs, count]
-        output: Output = ((programs, count, c), "float32")
-        blocks = programs * variant.chunks(size)
-        (sums,) = launch(variant.compiled(), arguments, [output], blocks)
-        found.append((sums, programs))
+    variants = [planned("weights", size, *about, resident, apart=apart) for size in sizes]
+    programs = [one.programs(size, device) for one, size in zip(variants, sizes, strict=True)]
+    counts = [numbers(kernel_size, base=level == 0) for level in range(levels)]
+    rows = [0, *accumulate(map(operator.mul, programs, counts))]
+    output: Output = ((rows.pop(), shape[-1]), "float32")
+    sums: AnyArray | None = None
+    # The deepest level first, all in one array: so its means are needed no more when others begin.
+    for level in reversed(range(levels)):
+        n, h, w, c = sizes[level]
+        variant = variants[level]
+        kernel = variant.compiled()._replace(in_place=None if sums is None else _SUMS)
+        arrays = [of_x[level], of_dy[level], table, sums]
+        integers = [n, c, h, w, programs[level], counts[level], rows[level]]
+        blocks = programs[level] * variant.chunks(sizes[level])
+        (sums,) = launch(kernel, [*arrays, *integers], [output], blocks)
+    assert sums is not None
+    found = [(sums, row, many) for row, many in zip(rows, programs, strict=True)]
     return gradients(found, shape[-1], kernel_size, launch, channels_last)
 
 

@@ -181,17 +181,18 @@ DEVICE void store_group(float* to, int left, const float (&numbers)[GROUP]) {
   }
 }
 
-// Weight gradients of a level, `[programs, numbers, C]`: of bands as their tap and band have it, and
-// where there are more numbers than these of the base, and of the bias. Those of bands are four
-// times as large, where x and dy are means by what these stand for.
+// Weight gradients of a level, `[programs, numbers, C]` from a row of `found [rows, C]` on, which other
+// levels share: of bands as their tap and band have it, and where there are more numbers than these of
+// the base, and of the bias. Those of bands are four times as large, where x and dy are means by what
+// these stand for. Not read is what deeper levels have left: the same array.
 extern "C" __global__ void __launch_bounds__(THREADS + 128 * APART, RESIDENT)
 #if BOXED
 folded_weights(BOXES x, BOXES dy,
 #else
 folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
 #endif
-               const unsigned* __restrict__ table, int count, int channels, int height, int width,
-               int programs, int numbers, float* __restrict__ found) {
+               const unsigned* __restrict__ table, const float*, int count, int channels, int height,
+               int width, int programs, int numbers, int row, float* __restrict__ found) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
   const Images images = {count, height, width, channels};
@@ -401,7 +402,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
     gradients.unfold(c, own, table);
   }
   const int channel = chunk + GROUP * warp, there = channels - channel;
-  float* to = found + Offset(first) * numbers * channels + channel;
+  float* to = found + (Offset(first) * numbers + row) * channels + channel;
 #pragma unroll
   for (int e = 0; e < Gradients::EACH; e++) {
     const int tap = 32 * e + lane;

@@ -14,16 +14,18 @@
 
 constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
 
-// The parameters of each level: partial sums and how many programs left some, and gradients of bands.
-#define SUMS(i) const float *__restrict__ sums##i, int programs##i
+// The parameters of each level: partial sums, the row of an array that they begin in, and how many
+// programs left some; and gradients of bands.
+#define SUMS(i) const float *__restrict__ sums##i, int row##i, int programs##i
 #define BANDS(i) float* __restrict__ bands##i
 
-// Declares `sums`, `bands` and `programs`, those of a level.
-#define CHOOSE(i) (level == i ? (sums = sums##i, programs = programs##i, bands = bands##i) : nullptr)
-#define OF_LEVEL                 \
-  const float* sums = sums0;     \
-  float* bands = bands0;         \
-  int programs = programs0;      \
+// Declares `sums`, `row`, `bands` and `programs`, those of a level.
+#define CHOOSE(i) \
+  (level == i ? (sums = sums##i, row = row##i, programs = programs##i, bands = bands##i) : nullptr)
+#define OF_LEVEL                       \
+  const float* sums = sums0;           \
+  float* bands = bands0;               \
+  int row = row0, programs = programs0; \
   EACH(CHOOSE);
 
 // The place of a tap of one of COUNT bands.
@@ -47,7 +49,7 @@ gradients(int channels, EACH(SUMS), float* __restrict__ base, float* __restrict_
   OF_LEVEL
   const int count = level ? 4 * TAPS : 5 * TAPS + 1;
   if (channel >= channels || number >= count) return;
-  const float* from = sums + Offset(number) * channels + channel;
+  const float* from = sums + (Offset(row) + number) * channels + channel;
   float sum = 0.0f;
 #pragma unroll 8
   for (int i = 0; i < programs; i++) sum += from[Offset(i) * count * channels];

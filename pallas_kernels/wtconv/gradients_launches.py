@@ -26,7 +26,7 @@ def numbers(kernel_size: int, base: bool) -> int:
 
 
 def gradients(
-    found: Sequence[tuple[AnyArray, int]],
+    found: Sequence[tuple[AnyArray, int, int]],
     channels: int,
     kernel_size: int,
     launch: Launch[AnyArray],
@@ -36,7 +36,8 @@ def gradients(
 
     Args:
         found: For each level float32 `[programs, numbers, C]`, of the first level with those of the
-            base and the bias, and how many programs left them.
+            base and the bias, as rows of C numbers of an array; which row is the first, and how
+            many programs left them.
         channels: C.
         kernel_size: k.
         launch: The framework's launch function.
@@ -59,6 +60,6 @@ def gradients(
     outputs: list[Output] = [(of_base, "float32"), ((channels,), "float32")]
     outputs += [(of_bands, "float32")] * levels
     blocks = levels * cdiv(numbers(kernel_size, base=True), _WARPS) * cdiv(channels, _CHUNK)
-    arguments = [channels, *(each for pair in found for each in pair)]
+    arguments = [channels, *(each for level in found for each in level)]
     base, bias, *bands = launch(kernel, arguments, outputs, blocks)
     return [base, *bands, bias]

@@ -42,7 +42,7 @@ def launch(
 
     made = outputs_of(kernel, arguments, outputs)
     device = made[0].device
-    function = _function(kernel._replace(boxes=()), device.index)
+    function = _function(kernel._replace(boxes=(), in_place=None), device.index)
     boxes = {box.parameter: box for box in kernel.boxes}
     values = [
         _value(argument, boxes.get(number)) for number, argument in enumerate((*arguments, *made))
