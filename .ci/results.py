@@ -55,7 +55,9 @@ def reports(folder: Path) -> dict[str, Report]:
 
 
 def _as_benchmark(report: Report) -> Report:
-    """A report of `tpu-report` with the fields that those of benchmarks have; others unchanged."""
+    """A report of `tpu-report` or of first calls with the fields that others have."""
+    if report.get("benchmark") == "compile":
+        return report | {"clock": "host"}
     if report.get("report") != "tpu":
         return report
     device = {"kind": f"TPU {report['chip']}"}
@@ -115,7 +117,7 @@ def table(report: Report) -> Iterator[str]:
 
 def charted(report: Report) -> bool:
     """Whether there is a chart of a report; several benchmarks have a table alone."""
-    return report["benchmark"] not in ("cycles", "sharding", "wtconvnext")
+    return report["benchmark"] not in ("compile", "cycles", "sharding", "wtconvnext")
 
 
 def is_ours(report: Report, contender: str) -> bool:
@@ -188,7 +190,7 @@ def section(name: str, report: Report) -> Iterator[str]:
     )
     if charted(report):
         yield f"![Bars: speed of {title} over the baseline's](images/results_{name}.svg)\n"
-    of_its_own = report["benchmark"] in ("cycles", "sharding")
+    of_its_own = report["benchmark"] in ("compile", "cycles", "sharding")
     yield from TABLES[report["benchmark"]](report) if of_its_own else table(report)
     if report.get("profile"):
         yield "\nWhere the time goes, ms:\n"
@@ -380,6 +382,18 @@ def _levels(report: Report) -> Iterator[str]:
         levels = first["levels"]
         title = "one plain 7×7 depthwise convolution" if levels is None else levels
         yield f"| {title} | {first['field']} | {first['parameters']:,} | {times} |"
+
+
+def _compile(report: Report) -> Iterator[str]:
+    """The lines of a table of first calls: seconds of all, and of XLA's part of ours."""
+    yield "| | ours | of which XLA | plain JAX | over plain JAX |"
+    yield "|---|---|---|---|---|"
+    by = {(row["program"], row["contender"]): row for row in report["rows"]}
+    for program in dict.fromkeys(program for program, _ in by):
+        ours, plain = (by[program, contender] for contender in ("flash", "plain jax"))
+        cells = [f"{ours[part]:.1f}" for part in ("all", "compile")]
+        cells += [f"{plain['all']:.1f}", f"{ours['speedup']:.1f}×"]
+        yield f"| {program} | {' | '.join(cells)} |"
 
 
 def _sparse(report: Report) -> Iterator[str]:
@@ -678,6 +692,7 @@ def _thousands(numbers: Iterable[int | None]) -> str:
 
 
 TABLES: dict[str, Callable[[Report], Iterator[str]]] = {
+    "compile": _compile,
     "conv2d": _conv2d,
     "cycles": _cycles,
     "depthwise": _depthwise,
