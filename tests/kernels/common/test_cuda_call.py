@@ -168,7 +168,7 @@ def test_a_forked_process_compiles_with_threads_of_its_own(monkeypatch):
 def test_a_tensor_map_is_told_of_the_array_that_it_is_of(launcher, monkeypatch):
     gpu_of(monkeypatch)
     box = (1, 2, 16, 32)
-    boxed = SCALE._replace(boxes=(Box(0, box), Box(3, box)))
+    boxed = SCALE._replace(boxes=(Box(0, box), Box(3, box, step=4)))
     x = jnp.ones((2, 6, 5, 40), jnp.bfloat16)
     run = jax.jit(lambda x: cuda_call.launch(boxed, [x, None, 4], [(x.shape, "bfloat16")], 1))
     run.trace(x).lower(lowering_platforms=("cuda",))
@@ -181,7 +181,19 @@ def test_a_tensor_map_is_told_of_the_array_that_it_is_of(launcher, monkeypatch):
         "block_shape": list(box),
         "oob_fill": 0,
     }
-    assert parameters == [found, "i64 0", "i32 4", found]
+    fourth = {"shape": [2, 2, 2, 40], "strides": [1200, 800, 160, 1]}
+    assert parameters == [found, "i64 0", "i32 4", found | fourth]
+
+
+@COMPILER
+def test_an_output_takes_the_memory_of_an_argument(launcher, monkeypatch):
+    """The second array of the launch is its second operand, though the third argument."""
+    gpu_of(monkeypatch)
+    kernel = SCALE._replace(in_place=2)
+    run = jax.jit(lambda x, y: cuda_call.launch(kernel, [x, 4, y], [(y.shape, "float32")], 1))
+    text = run.trace(jnp.ones(9), jnp.ones(9)).lower(lowering_platforms=("cuda",)).as_text()
+    alias = "output_operand_alias<output_tuple_indices = [], operand_index = 1, "
+    assert alias in text
 
 
 @COMPILER

@@ -8,7 +8,7 @@ import pytest
 from helpers.cuda import EMULATED, emulate, folder, plant
 from helpers.wtconv import assert_oracle, assert_reproducible, misses_oracle, takes
 
-from pallas_kernels.common.cuda import Device
+from pallas_kernels.common.cuda import Box, Device
 from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher
 from pallas_kernels.oracle import wtconv
 from pallas_kernels.wtconv import cuda as cuda_jax
@@ -188,6 +188,12 @@ FAULTS = {
         "const int done = loading.pair - R;",
         "const int done = loading.pair;",
     ),
+    "another pixel of a square below": (
+        "whole.pixel(image, 0, 2 * column, stride)",
+        "whole.pixel(image, 0, 2 * column + 1, stride)",
+    ),
+    "a level's pixels beside each other": ("stride = 1 << level", "stride = 1"),
+    "sums over another level's": ("numbers + row) * channels", "numbers) * channels"),
     "pairs of dy": ("ring[c][i][f] = ring[c][i - 1][f];", "ring[c][i][f] = ring[c][0][f];"),
     "the last pair of x": ("bottom(images) + R, pairs + MIXED)", "bottom(images) + R, pairs)"),
 }
@@ -205,6 +211,15 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
         return misses_oracle(case, "cuda")
 
     assert any(starmap(caught, product((STREAMED[0], HALVES), (0, 1, 2)))) and any(found)
+
+
+@EMULATED
+@pytest.mark.slow
+def test_maps_of_neighbouring_pixels_are_caught(monkeypatch):
+    emulate(monkeypatch, cuda_jax, SMALL._replace(boxes=True))
+    mapped = Box.mapped
+    monkeypatch.setattr(Box, "mapped", lambda box, shape: mapped(box._replace(step=1), shape))
+    assert misses_oracle(STREAMED[-1], "cuda")
 
 
 @EMULATED
