@@ -16,7 +16,13 @@ PACKAGES = ("flash_wtconv_jax", "pallas_kernels", "torch_bridge")
 # Packages whose `__all__` is for the other rooms of this repository.
 PRIVATE = {"pallas_kernels.wtconv.mosaic_gpu"}
 # Modules that are public without being a package.
-MODULES = ("flash_wtconv_jax.surgery", "torch_bridge.models")
+MODULES = (
+    "flash_wtconv_jax.functional.mlp",
+    "flash_wtconv_jax.surgery",
+    "torch_bridge.coreml.evaluator",
+    "torch_bridge.coreml.inputs",
+    "torch_bridge.models",
+)
 Sources = dict[str, ast.Module]
 
 

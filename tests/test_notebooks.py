@@ -170,8 +170,8 @@ class TestTheFirstCell:
 def test_is_stored_with_what_its_cells_show(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     assert list(notebooks.stale(cells)) == []
-    if path.stem in FOR_ACCELERATORS:
-        return
+    if path.stem == "tpu_quickstart":
+        return  # No TPU has run it yet.
     shown = [one for cell in cells for one in cell.get("outputs", ())]
     assert any("image/png" in one.get("data", {}) for one in shown)
     assert str(Path.home()) not in json.dumps(shown) and sys.prefix not in json.dumps(shown)

@@ -14,6 +14,8 @@ import numpy as np
 from torch_bridge.coreml.operations import OPERATIONS
 from torch_bridge.coreml.program import Argument, Array, Operation, Result, read
 
+__all__ = ["Package"]
+
 Shape = tuple[int, ...]
 
 

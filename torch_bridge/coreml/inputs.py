@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from pallas_kernels.common.files import replacing, writing
 
+__all__ = ["formula"]
+
 Float32 = NDArray[np.float32]
 
 _FACTOR, _OFFSET = 2654435761, 12345
