@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 import numpy as np
 import pytest
 from helpers.mosaic_gpu import interpretable
@@ -67,14 +68,16 @@ def gpu_launches(monkeypatch):
     what it reads before its start: here it does that too. Its race detector knows no strides:
     here it does. And it wants a fence between loads from shared memory and a copy over what they
     read, where the barrier that orders both is enough (as in CUTLASS' pipelines): here it is.
+    What the interpreter is called back with it gets in NumPy, not put on a device of JAX first.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("JAX 0.10 cannot interpret copies from beyond an array's end")
+    from jax._src import callback
     from jax._src.pallas.mosaic.interpret import race_detection_state
     from jax._src.pallas.mosaic.interpret.utils import Access
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
     from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import AsyncCopyGmemToSmemTask
     from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
@@ -116,6 +119,14 @@ def gpu_launches(monkeypatch):
         self.clock.commit_smem()
         check_write(self, *args)
 
+    def call_back(*args, callback, **_):
+        return jax.tree.map(np.asarray, callback(*map(np.array, args)))
+
+    number_of = shared_memory._to_int
+
+    def number(x):
+        return x.item() if isinstance(x, np.ndarray) else number_of(x)
+
     # JAX keeps the state of the last launch alone.
     detectors = []
     make = gpu_callbacks.GPURaceDetectionState
@@ -124,6 +135,8 @@ def gpu_launches(monkeypatch):
         detectors.append(make(*args, **kwargs))
         return detectors[-1]
 
+    monkeypatch.setattr(callback, "io_callback_impl", call_back)
+    monkeypatch.setattr(shared_memory, "_to_int", number)
     monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", kept)
     monkeypatch.setattr(AsyncCopyGmemToSmemTask, "post_read", fenced)
     monkeypatch.setattr(GPUSharedMemory, "get_buffer_content", read)
