@@ -2,9 +2,9 @@
 
 import contextlib
 
-import jax
 import numpy as np
 import pytest
+from helpers.interpreters import called_back_in_numpy
 from helpers.mosaic_gpu import interpretable
 
 
@@ -15,7 +15,7 @@ def _interpreted_tpu(**rest):
     params = pltpu.InterpretParams(
         out_of_bounds_reads="uninitialized", uninitialized_memory="nan", **rest
     )
-    with pltpu.force_tpu_interpret_mode(params):
+    with pltpu.force_tpu_interpret_mode(params), called_back_in_numpy():
         yield
     pltpu.reset_tpu_interpret_mode_state()
 
@@ -68,13 +68,11 @@ def gpu_launches(monkeypatch):
     what it reads before its start: here it does that too. Its race detector knows no strides:
     here it does. And it wants a fence between loads from shared memory and a copy over what they
     read, where the barrier that orders both is enough (as in CUTLASS' pipelines): here it is.
-    What the interpreter is called back with it gets in NumPy, not put on a device of JAX first.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("JAX 0.10 cannot interpret copies from beyond an array's end")
-    from jax._src import callback
     from jax._src.pallas.mosaic.interpret import race_detection_state
     from jax._src.pallas.mosaic.interpret.utils import Access
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
@@ -119,9 +117,6 @@ def gpu_launches(monkeypatch):
         self.clock.commit_smem()
         check_write(self, *args)
 
-    def call_back(*args, callback, **_):
-        return jax.tree.map(np.asarray, callback(*map(np.array, args)))
-
     number_of = shared_memory._to_int
 
     def number(x):
@@ -135,14 +130,14 @@ def gpu_launches(monkeypatch):
         detectors.append(make(*args, **kwargs))
         return detectors[-1]
 
-    monkeypatch.setattr(callback, "io_callback_impl", call_back)
     monkeypatch.setattr(shared_memory, "_to_int", number)
     monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", kept)
     monkeypatch.setattr(AsyncCopyGmemToSmemTask, "post_read", fenced)
     monkeypatch.setattr(GPUSharedMemory, "get_buffer_content", read)
     monkeypatch.setattr(race_detection_state, "_slices_overlap", strided_overlap)
     interpretable(monkeypatch)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    with plgpu.force_gpu_interpret_mode(params), called_back_in_numpy():
         yield detectors
     interpreter.reset_gpu_interpret_mode_state()
     assert not any(detector.races_found for detector in detectors)
