@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.processes import with_devices
 from helpers.wtconv import WTCONV, arrays, assert_oracle, results, value_and_grads
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 from jax.ad_checkpoint import print_saved_residuals
@@ -107,6 +107,7 @@ def test_the_table_covers_every_pair():
 
 
 @pytest.mark.wide
+@settings(max_examples=10)
 @given(
     st.lists(st.integers(1, 11), min_size=1, max_size=3),
     st.integers(0, 6),
