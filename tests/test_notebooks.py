@@ -45,22 +45,33 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-# Of notebooks that take long, what to write in its place here: fewer steps, smaller images.
+# Of notebooks that take long, what to write in its place here: fewer steps, taps and levels, and
+# smaller images.
 SHORTER = {
+    "equivalence": {"LEVELS = 8, 5, 3": "LEVELS = 8, 3, 1"},
     "quickstart": {
+        "model = WTConv2d(channels=64, kernel_size=5": "model = WTConv2d(64, kernel_size=3",
+        "wt.WTConv2d(channels=64, kernel_size=5": "wt.WTConv2d(64, kernel_size=3",
         "epochs=EPOCHS": "epochs=1",
         "in NETWORKS.items()": "in [*NETWORKS.items()][:1]",
         "(2, 128, 128, 64)": "(2, 32, 32, 64)",
         "strips = load_strips()": "strips = type(load_strips())(*(a[::6] for a in load_strips()))",
         "(64, 64, 1)": "(24, 24, 1)",
     },
-    "receptive_fields": {"SIDE = 64": "SIDE = 32", "samples=16": "samples=2"},
+    "receptive_fields": {
+        "SIDE = 64": "SIDE = 32",
+        "samples=16": "samples=2",
+        "levels=(3,)": "levels=(1,)",
+    },
     # To compile the U-Net's training takes longest, which `flax/models/test_sparse.py` does.
     "sparse_voxels": {"EPOCHS = 15": "EPOCHS = 1", 'network("SparseUNet"': 'network("linear"'},
     "style_transfer": {'"china.jpg")), 160)': '"china.jpg")), 64)'},
     "tpu_quickstart": {"[2:5]": "[2:3]"},
     # Beside the suite's own flags.
-    "sharding": {"device_count=8": f"device_count=8 {os.environ.get('XLA_FLAGS', '')}"},
+    "sharding": {
+        "device_count=8": f"device_count=8 {os.environ.get('XLA_FLAGS', '')}",
+        "depth=2": "depth=1",
+    },
 }
 # It says how many devices there are before JAX starts.
 ALONE = {"sharding"}

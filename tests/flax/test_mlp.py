@@ -76,11 +76,17 @@ def test_16_bits_are_as_near_as_every_step_in_16_bits(dtype, size):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm": (jnp.ones(C), jnp.ones(4))}, r"norm: expected \(\(3,\), \(3,\)\) for x"),
-        ({"kernels": (jnp.ones((4, HIDDEN)), jnp.ones((HIDDEN, 3)))}, "kernels: expected"),
-        ({"layer_scale": jnp.ones(4)}, r"layer_scale: expected \(3,\)"),
-        ({"x": jnp.ones((2, C), int)}, "x: expected a floating-point array"),
-        ({"residual": jnp.ones((2, 4))}, r"residual: expected shape \(2, 3\), got \(2, 4\)"),
+        (
+            {"norm": (np.ones(C, "f4"), np.ones(4, "f4"))},
+            r"norm: expected \(\(3,\), \(3,\)\) for x",
+        ),
+        (
+            {"kernels": (np.ones((4, HIDDEN), "f4"), np.ones((HIDDEN, 3), "f4"))},
+            "kernels: expected",
+        ),
+        ({"layer_scale": np.ones(4, "f4")}, r"layer_scale: expected \(3,\)"),
+        ({"x": np.ones((2, C), int)}, "x: expected a floating-point array"),
+        ({"residual": np.ones((2, 4), "f4")}, r"residual: expected shape \(2, 3\), got \(2, 4\)"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):

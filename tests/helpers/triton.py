@@ -28,6 +28,28 @@ _ONE = Lock()
 """Triton's interpreter runs one kernel at a time, XLA calls back from several threads."""
 
 
+def _speak_once_a_launch():
+    """A module's language is made the interpreter's once a launch, not at each function's call."""
+    from triton.runtime import interpreter
+
+    patch, run, modules = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def once(function):
+        if id(function.__globals__) not in modules:
+            modules.add(id(function.__globals__))
+            return patch(function)
+
+    def launched(self, *args, **keys):
+        modules.clear()
+        return run(self, *args, **keys)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, launched
+
+
+if INTERPRETS:
+    _speak_once_a_launch()
+
+
 def launch(kernel, arguments, outputs, grid, written_over=None, **constants):
     """Runs a kernel on tensors, over outputs that hold nothing but NaN, or a huge integer.
 

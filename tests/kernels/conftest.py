@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
+from helpers.interpreters import called_back_in_numpy
 from helpers.mosaic_gpu import interpretable
 
 
@@ -14,7 +15,7 @@ def _interpreted_tpu(**rest):
     params = pltpu.InterpretParams(
         out_of_bounds_reads="uninitialized", uninitialized_memory="nan", **rest
     )
-    with pltpu.force_tpu_interpret_mode(params):
+    with pltpu.force_tpu_interpret_mode(params), called_back_in_numpy():
         yield
     pltpu.reset_tpu_interpret_mode_state()
 
@@ -74,7 +75,7 @@ def gpu_launches(monkeypatch):
         pytest.skip("JAX 0.10 cannot interpret copies from beyond an array's end")
     from jax._src.pallas.mosaic.interpret import race_detection_state
     from jax._src.pallas.mosaic.interpret.utils import Access
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
     from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import AsyncCopyGmemToSmemTask
     from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
@@ -116,6 +117,11 @@ def gpu_launches(monkeypatch):
         self.clock.commit_smem()
         check_write(self, *args)
 
+    number_of = shared_memory._to_int
+
+    def number(x):
+        return x.item() if isinstance(x, np.ndarray) else number_of(x)
+
     # JAX keeps the state of the last launch alone.
     detectors = []
     make = gpu_callbacks.GPURaceDetectionState
@@ -124,12 +130,14 @@ def gpu_launches(monkeypatch):
         detectors.append(make(*args, **kwargs))
         return detectors[-1]
 
+    monkeypatch.setattr(shared_memory, "_to_int", number)
     monkeypatch.setattr(gpu_callbacks, "GPURaceDetectionState", kept)
     monkeypatch.setattr(AsyncCopyGmemToSmemTask, "post_read", fenced)
     monkeypatch.setattr(GPUSharedMemory, "get_buffer_content", read)
     monkeypatch.setattr(race_detection_state, "_slices_overlap", strided_overlap)
     interpretable(monkeypatch)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    with plgpu.force_gpu_interpret_mode(params), called_back_in_numpy():
         yield detectors
     interpreter.reset_gpu_interpret_mode_state()
     assert not any(detector.races_found for detector in detectors)

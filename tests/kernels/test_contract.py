@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers.contract import FORMS, MODES, Forms, smallest
 from helpers.cuda import emulate
+from helpers.interpreters import called_back_in_numpy
 
 from pallas_kernels import dispatch
 from pallas_kernels.common import conformance, device
@@ -135,7 +136,7 @@ def test_problems_are_keys_and_say_how_unlike_they_are(operator):
 def interpreted_tpu():
     from jax.experimental.pallas import tpu as pltpu
 
-    with pltpu.force_tpu_interpret_mode():
+    with pltpu.force_tpu_interpret_mode(), called_back_in_numpy():
         yield
 
 

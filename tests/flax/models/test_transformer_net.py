@@ -372,10 +372,10 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (jnp.ones((8, 8, 3)), r"x must have shape \(N, H, W, 3\), got \(8, 8, 3\)"),
-        (jnp.ones((1, 8, 8, 4)), r"x must have shape .*got \(1, 8, 8, 4\)"),
-        (jnp.ones((1, 8, 4, 3)), "x must be at least 5 pixels high and wide"),
-        (jnp.ones((1, 8, 8, 3), jnp.uint8), "x: expected a floating-point array .*got uint8"),
+        (np.ones((8, 8, 3), np.float32), r"x must have shape \(N, H, W, 3\), got \(8, 8, 3\)"),
+        (np.ones((1, 8, 8, 4), np.float32), r"x must have shape .*got \(1, 8, 8, 4\)"),
+        (np.ones((1, 8, 4, 3), np.float32), "x must be at least 5 pixels high and wide"),
+        (np.ones((1, 8, 8, 3), np.uint8), "x: expected a floating-point array .*got uint8"),
     ],
     ids=["no batch", "channels", "too small", "integers"],
 )

@@ -23,7 +23,7 @@ from helpers.conv2d import (
     plain,
     value_and_grads,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_wtconv_jax import tuning
@@ -142,6 +142,7 @@ def drawn(draw):
 
 
 @pytest.mark.wide
+@settings(max_examples=10)
 @given(drawn())
 def test_drawn_cases_are_the_oracles(case):
     got, want = value_and_grads(ours(case), case), expected(case)

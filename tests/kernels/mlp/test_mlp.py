@@ -106,13 +106,16 @@ def test_gelu_in_16_bits(dtype):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": jnp.ones((3, 5))}, "kernels: expected .C, hidden. and .* C = 5"),
-        ({"kernels": (jnp.ones((2, 4)), jnp.ones((5, 3)))}, "got shapes"),
-        ({"kernels": (jnp.ones((2, 4)), jnp.ones((4, 3), "float16"))}, "x's dtype, float32"),
-        ({"biases": (jnp.ones(4), jnp.ones(4))}, r"biases: expected shapes \(\(4,\), \(3,\)\)"),
-        ({"residual": jnp.ones((3, 4))}, r"residual: expected shape \(3, 3\)"),
+        ({"x": np.ones((3, 5), "f4")}, "kernels: expected .C, hidden. and .* C = 5"),
+        ({"kernels": (np.ones((2, 4), "f4"), np.ones((5, 3), "f4"))}, "got shapes"),
+        ({"kernels": (np.ones((2, 4), "f4"), np.ones((4, 3), "float16"))}, "x's dtype, float32"),
+        (
+            {"biases": (np.ones(4, "f4"), np.ones(4, "f4"))},
+            r"biases: expected shapes \(\(4,\), \(3,\)\)",
+        ),
+        ({"residual": np.ones((3, 4), "f4")}, r"residual: expected shape \(3, 3\)"),
         ({"epsilon": -1.0}, r"epsilon=-1\.0: expected a number greater than 0"),
-        ({"x": jnp.ones((3, 2), int)}, "x: expected a floating-point array"),
+        ({"x": np.ones((3, 2), int)}, "x: expected a floating-point array"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):

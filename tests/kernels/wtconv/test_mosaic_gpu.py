@@ -35,7 +35,7 @@ from pallas_kernels.wtconv.shapes import GPU_SHAPES, Shape
 
 SMALL = {
     "tiny": Shape(1, 1, 1, 1, 1, 1),
-    "odd": Shape(3, 9, 11, 33, 5, 3),
+    "odd": Shape(3, 9, 11, 33, 3, 3),
     "padded": Shape(1, 9, 9, 3, 2),
     "one_channel_block": Shape(2, 7, 61, 32, 1),
     "flat": Shape(9, 1, 40, 32, 1, 3),
