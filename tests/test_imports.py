@@ -212,6 +212,8 @@ def test_the_torch_bridge_needs_no_jax():
     names = [f"torch_bridge.{name}" for name in rooms]
     code = BLOCKED.format(blocked=["jax", "jaxlib", "flax"], names=names)
     code += "import torch, torch_bridge\n"
+    # PyTorch's compiler takes a second, and is for who compiles.
+    code += "print('torch._dynamo' in sys.modules)\n"
     # Measuring needs none either: a stand-in for `cuda` makes it a choice. That it is slow is said.
     code += "import logging\nlogging.disable(logging.WARNING)\n"
     code += "from pallas_kernels.dispatch import cache\n"
@@ -227,7 +229,15 @@ def test_the_torch_bridge_needs_no_jax():
     code += "print(torch_bridge.spatially_sparse_conv(voxels, weight, 3).features.tolist())\n"
     code += "import pallas_kernels.oracle, flash_wtconv_jax.checkpoints as checkpoints\n"
     code += "checkpoints.from_torch(torch_bridge.WTConv2d(2, 2, device='cpu').state_dict())\n"
-    assert run(code) == "torch.Size([1, 2, 5, 5]) 2\n[[2.0], [2.0]]\n"
+    assert run(code) == "False\ntorch.Size([1, 2, 5, 5]) 2\n[[2.0], [2.0]]\n"
+
+
+def test_constants_are_marked_as_pytorch_does():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from torch_bridge.runtime.calls import constant
+
+    ours, theirs = constant(lambda: 1), torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(ours) == vars(theirs) != {}
 
 
 def test_the_jax_side_needs_no_torch_and_starts_no_backend():

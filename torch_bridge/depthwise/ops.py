@@ -151,7 +151,7 @@ def _pair(value: int | Pair) -> Pair:
 
 
 # What it returns is a constant of a traced program: it asks the environment, imports, and measures.
-@torch.compiler.assume_constant_result
+@calls.constant
 def pick(
     implementation: str | tuple[str, ...] | None,
     device: torch.device,

@@ -21,6 +21,7 @@ from pallas_kernels.dispatch.tuner import Measurement
 from torch_bridge.runtime.device import kind
 
 Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 ELSE = "else"
 """The last word of such a text where another implementation may compute."""
@@ -30,6 +31,16 @@ them out."""
 
 _END = 20
 """Lines of a compiler's log that errors tell."""
+
+
+def constant(function: Function) -> Function:
+    """Marks a function whose result is a constant of a traced program.
+
+    `torch.compiler.assume_constant_result` does the same, but imports the compiler to do it, which
+    takes a second that who compiles nothing need not wait for.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def static(implementation: Choice) -> str | tuple[str, ...] | None:
@@ -232,7 +243,7 @@ def names(picked: Iterable[str]) -> list[str]:
     return sorted({text.split()[0] for text in picked})
 
 
-@torch.compiler.assume_constant_result
+@constant
 def differentiated_by_func() -> bool:
     """Whether `torch.func` takes derivatives here, of a traced program where it is traced."""
     levels = get_interpreter_stack() or ()

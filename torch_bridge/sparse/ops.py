@@ -62,7 +62,7 @@ class _Backend(backend.Implementation, Protocol):
 
 
 # What it returns is a constant of a traced program: it asks the environment, imports, and measures.
-@torch.compiler.assume_constant_result
+@calls.constant
 def pick(
     fwd_algo: Choice,
     bwd_algo: Choice,

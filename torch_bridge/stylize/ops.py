@@ -138,7 +138,7 @@ def instance_norm(
 
 
 # What it returns is a constant of a traced program: it asks the environment, imports, and measures.
-@torch.compiler.assume_constant_result
+@calls.constant
 def pick(
     implementation: str | tuple[str, ...] | None,
     device: torch.device,

@@ -454,7 +454,7 @@ def _called(conv: nn.Module, scale: nn.Module) -> eager.Branch:
 
 
 # PyTorch's compiler, which traces no warnings, calls it as it is.
-@torch.compiler.assume_constant_result
+@calls.constant
 def _warn_of_eager(layer: str, plain: tuple[bool, ...], picked: tuple[str, str]) -> None:
     """Warns once that plain PyTorch computes a layer that kernels would compute."""
     if (layer, plain, picked) in _WARNED:

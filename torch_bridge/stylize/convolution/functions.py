@@ -87,7 +87,7 @@ def conv2d_instance_norm(
         strides,
         filters,
         x.dtype,
-        tuple(window),
+        (window.stride, window.pads, window.reflect),
         relu,
         residual is not None,
     )
