@@ -22,6 +22,8 @@ NOISY = 2.0
 """The greatest time over the least from which on times are not compared."""
 COLOURS = {"ours": "#0072b2", "others": "#999999"}
 """Two that the colour-blind tell apart, on white and on black."""
+OF_THEIR_OWN = "compile", "cycles", "sharding"
+"""Benchmarks whose rows fit no table of times."""
 Report = dict[str, Any]
 Row = dict[str, Any]
 
@@ -55,9 +57,7 @@ def reports(folder: Path) -> dict[str, Report]:
 
 
 def _as_benchmark(report: Report) -> Report:
-    """A report of `tpu-report` or of first calls with the fields that others have."""
-    if report.get("benchmark") == "compile":
-        return report | {"clock": "host"}
+    """A report of `tpu-report` with the fields that those of benchmarks have; others unchanged."""
     if report.get("report") != "tpu":
         return report
     device = {"kind": f"TPU {report['chip']}"}
@@ -117,7 +117,7 @@ def table(report: Report) -> Iterator[str]:
 
 def charted(report: Report) -> bool:
     """Whether there is a chart of a report; several benchmarks have a table alone."""
-    return report["benchmark"] not in ("compile", "cycles", "sharding", "wtconvnext")
+    return report["benchmark"] not in (*OF_THEIR_OWN, "wtconvnext")
 
 
 def is_ours(report: Report, contender: str) -> bool:
@@ -190,7 +190,7 @@ def section(name: str, report: Report) -> Iterator[str]:
     )
     if charted(report):
         yield f"![Bars: speed of {title} over the baseline's](images/results_{name}.svg)\n"
-    of_its_own = report["benchmark"] in ("compile", "cycles", "sharding")
+    of_its_own = report["benchmark"] in OF_THEIR_OWN
     yield from TABLES[report["benchmark"]](report) if of_its_own else table(report)
     if report.get("profile"):
         yield "\nWhere the time goes, ms:\n"
@@ -386,7 +386,7 @@ def _levels(report: Report) -> Iterator[str]:
 
 def _compile(report: Report) -> Iterator[str]:
     """The lines of a table of first calls: seconds of all, and of XLA's part of ours."""
-    yield "| | ours | of which XLA | plain JAX | over plain JAX |"
+    yield "| | ours, s | of which XLA, s | plain JAX, s | over plain JAX |"
     yield "|---|---|---|---|---|"
     by = {(row["program"], row["contender"]): row for row in report["rows"]}
     for program in dict.fromkeys(program for program, _ in by):

@@ -68,6 +68,7 @@ def run(
     return {
         "benchmark": "compile",
         "date": date.today().isoformat(),
+        "clock": "host",
         "no_device_events": None,
         "rows": rows,
         **about,

@@ -311,7 +311,7 @@ def lowered_triton_call(
         context: The context of a lowering rule.
         operands: The arrays.
         launch: The launch as `triton_launcher` serialises it, compressed.
-        aliases: The outputs that take the memory of operands, by the numbers of both.
+        aliases: By an operand's number that of the output that takes its memory.
     """
     shared: Any = {"operand_output_aliases": aliases}
     if TRITON_TARGET.endswith("_ffi"):

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from pallas_kernels.common.triton import AnyArray
+from pallas_kernels.common.triton import AnyArray, cdiv
 
 Launch = Callable[..., list[AnyArray]]
 """The function by which a framework allocates outputs and launches one kernel:
@@ -15,7 +15,8 @@ Launch = Callable[..., list[AnyArray]]
 
 `kernel` is a `Kernel`. `arguments` are arrays, integers of 32 bits, and None for a null pointer;
 each output is `(shape, dtype)`, which is contiguous, or `(shape, dtype, strides)`; `blocks` is the
-number of blocks. The kernel takes its arguments first, then its outputs.
+number of blocks. The kernel takes its arguments first, then its outputs; of one that is in place
+see `Kernel.in_place`.
 """
 
 ELEMENTS = {"float16": 6, "float32": 7, "bfloat16": 9}
@@ -47,7 +48,7 @@ class Box(NamedTuple):
             ([3, 3, 3, 8], [240, 96, 16, 1])
         """
         n, h, w, c = shape
-        sizes = [n, -(-h // self.step), -(-w // self.step), c]
+        sizes = [n, cdiv(h, self.step), cdiv(w, self.step), c]
         return sizes, [h * w * c, self.step * w * c, self.step * c, 1]
 
 
@@ -62,8 +63,9 @@ class Kernel(NamedTuple):
         shared: Bytes of dynamic shared memory of a block.
         boxes: The parameters that are tensor maps.
         exact: Whether it has instructions that GPUs of another compute capability have not.
-        in_place: The number of the argument whose memory its only output takes, None if it has its
-            own. What the kernel does not write stays.
+        in_place: The number of the argument whose memory its only output takes, of the same shape
+            and dtype, None if it has its own. The kernel takes it twice, as both. What it does not
+            write stays.
     """
 
     source: Path

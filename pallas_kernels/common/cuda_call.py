@@ -175,6 +175,7 @@ def _lower(
     opaque = zlib.compress(_serialized(kernel, parameters, blocks, capability))
     aliases = {}
     if kernel.in_place is not None:
+        assert constants[kernel.in_place] is None and len(outputs) == 1
         aliases[constants[: kernel.in_place].count(None)] = 0
     return lowered_triton_call(context, operands, opaque, aliases)
 

@@ -232,8 +232,8 @@ def folded(taps: Taps) -> jax.Array:
         taps: `[k, k, 1, C]` of the base, then `[k, k, 4, C]` of each level.
 
     Returns:
-        float32 `[levels, 2, k, 2k, 2, 2, C]`: pair of rows' half, pair and column of the
-        input, column and row of the output.
+        float32 `[levels, 2, k, 2k, 2, 2, C]`: level, half of a pair of rows, pair and column of the
+        input, column and row of the output, channel.
     """
     base, *bands = (tap.astype(jnp.float32) for tap in taps)
     kernel_size, channels = base.shape[0], base.shape[-1]
@@ -242,7 +242,7 @@ def folded(taps: Taps) -> jax.Array:
     terms = (factors[band] * whole[:, None, :, :, None, None, None, band] for band in range(4))
     found = reduce(jnp.add, terms)
     found = found.reshape(len(bands), 2, kernel_size, 2 * kernel_size, 2, 2, channels)
-    return found.at[0].add(_placed(base[:, :, 0]))
+    return found + jnp.pad(_placed(base[:, :, 0])[None], [(0, len(bands) - 1), *[(0, 0)] * 6])
 
 
 def _placed(base: jax.Array) -> jax.Array:

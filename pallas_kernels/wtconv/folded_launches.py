@@ -563,7 +563,8 @@ def weight_grad(
     rows = [0, *accumulate(map(operator.mul, programs, counts))]
     output: Output = ((rows.pop(), shape[-1]), "float32")
     sums: AnyArray | None = None
-    # The deepest level first, all in one array: so its means are needed no more when others begin.
+    # The deepest level first, all in one array: so XLA knows that its means are needed no more when
+    # others begin.
     for level in reversed(range(levels)):
         n, h, w, c = sizes[level]
         variant = variants[level]

@@ -14,7 +14,8 @@
 //   HALVED           whether these are the means of the squares of x, 0: they are x
 //   HIGH, BROAD      rows and columns of x
 //   FIRST            the number of the first of them among all levels
-//   Y_ROWS, Y_COLUMNS  of y, where images are its each `1 << FIRST`-th row and column
+//   Y_ROWS, Y_COLUMNS  of y, of which images are each `1 << FIRST`-th row and column; as parameters
+//                    of the kernel they, and FIRST, would be registers that it has not
 //   IMAGES           images of a thread block
 //   BANDS            1 for the kernel that stores the means of all levels, and does no more
 

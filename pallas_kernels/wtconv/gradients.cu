@@ -22,9 +22,9 @@ constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
 // Declares `sums`, `row`, `bands` and `programs`, those of a level.
 #define CHOOSE(i) \
   (level == i ? (sums = sums##i, row = row##i, programs = programs##i, bands = bands##i) : nullptr)
-#define OF_LEVEL                       \
-  const float* sums = sums0;           \
-  float* bands = bands0;               \
+#define OF_LEVEL                        \
+  const float* sums = sums0;            \
+  float* bands = bands0;                \
   int row = row0, programs = programs0; \
   EACH(CHOOSE);
 

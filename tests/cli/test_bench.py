@@ -102,6 +102,22 @@ def bench(*arguments, benchmark="wtconv"):
     return CliRunner().invoke(app, ["bench", benchmark, *map(str, arguments)])
 
 
+def test_the_users_clock_goes_before_the_profiler():
+    order = []
+
+    def clock(name):
+        def take_turns(calls, step):
+            order.append((name, {who: call() for who, call in calls.items()}))
+            return {who: Spread(1.0, 1.0, 1.0) for who in calls}
+
+        return SimpleNamespace(take_turns=take_turns, turns=lambda contenders: contenders)
+
+    one = wtconv.Contender(call=lambda: "cold", warm=lambda: "warm")
+    steps = []
+    wtconv.by_both_clocks(clock("events"), clock("host"), {"one": one}, steps.append)
+    assert order == [("host", {"one": "warm"}), ("events", {"one": "cold"})] and steps == [2]
+
+
 @WIDE
 def test_levels_have_a_field_parameters_and_times(tmp_path):
     options = {"depth": 2, "kernel-size": 3, "batch": 1, "size": 8, "channels": 2, "out": tmp_path}

@@ -32,6 +32,10 @@ def in_jax(implementation):
         x, params, _ = jax.tree.map(partial(jnp.asarray, dtype="float32"), case.drawn())
         gradients = jax.grad(lambda x, params: (wtconv(x, params) ** 2).sum(), (0, 1))
         jax.block_until_ready(jax.jit(gradients)(x, params))
+        if implementation == "cuda":
+            # Levels share memory on tensor cores.
+            x, params = jax.tree.map(lambda a: a.astype("bfloat16"), (x, params))
+            jax.block_until_ready(jax.jit(gradients)(x, params))
     if implementation == "cuda":
         return
     bands = haar.wavedec2(x, level=3, implementation=implementation)

@@ -63,10 +63,13 @@ def launch(
 def outputs_of(
     kernel: Kernel, arguments: Sequence[Tensor | int | None], outputs: Sequence[Output]
 ) -> list[Tensor]:
-    """The tensors that a launch writes: new ones, or the one that it does in place."""
+    """The tensors that a launch writes: new ones, or the one that it writes in place."""
     if kernel.in_place is None:
         return allocated(outputs, arguments)
-    return [cast(Tensor, arguments[kernel.in_place])]
+    ((shape, dtype),), place = outputs, arguments[kernel.in_place]
+    assert isinstance(place, Tensor)
+    assert (tuple(place.shape), dtype_name(place.dtype)) == (tuple(shape), dtype)
+    return [place]
 
 
 def _value(argument: Tensor | int | None, box: Box | None) -> Any:

@@ -308,7 +308,8 @@ inline int launch(void (*function)(void**), void** values, unsigned blocks, unsi
   bool together = true;
   misused = false;
   grid.x = blocks;
-  for (block_index.x = 0; block_index.x < blocks; block_index.x++) {
+  for (unsigned i = 0; i < blocks; i++) {
+    block_index.x = order == 1 ? blocks - 1 - i : i;
     // As aligned as on a GPU, and of exactly the size.
     void* memory = nullptr;
     if (posix_memalign(&memory, 1024, bytes + !bytes)) return 1;

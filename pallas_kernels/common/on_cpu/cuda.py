@@ -41,7 +41,7 @@ class Launcher:
         folder: The folder that libraries are built in.
         source: CUDA C++; None is that of each kernel.
         order: Order of the threads of a block between two barriers: 0 as they are numbered, 1 in
-            reverse, any other number at random, always the same.
+            reverse, as the blocks are then, any other number at random, always the same.
         flags: More of the compiler's options.
     """
 
@@ -67,15 +67,17 @@ class Launcher:
         """Launches a kernel on contiguous arrays of NumPy; see `run` for errors.
 
         Outputs hold NaN before, integers -1, so that elements which are not written show; one that
-        is written in place is a copy.
+        is in place begins as a copy of its argument.
         """
         made = [
             np.full(shape, -1 if np.dtype(dtype).kind == "i" else np.nan, dtype)
             for shape, dtype in outputs
         ]
         if kernel.in_place is not None:
-            arguments = [*arguments]
-            arguments[kernel.in_place] = made[0] = np.array(arguments[kernel.in_place])
+            arguments, (fresh,) = [*arguments], made
+            made = [np.array(arguments[kernel.in_place])]
+            assert (made[0].shape, made[0].dtype) == (fresh.shape, fresh.dtype)
+            arguments[kernel.in_place] = made[0]
         given: list[int | ctypes.c_void_p | ctypes.Structure] = [
             a if isinstance(a, int) else _pointer(a) for a in (*arguments, *made)
         ]

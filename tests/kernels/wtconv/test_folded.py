@@ -143,6 +143,30 @@ def test_16_bits_are_the_oracles_on_the_cpu(monkeypatch):
 
 
 @EMULATED
+@pytest.mark.parametrize("boxes", [False, pytest.param(True, marks=pytest.mark.wide)])
+def test_a_launch_a_level_on_the_cpu(boxes, monkeypatch):
+    """More blocks than multiprocessors; in reverse, so that none reads what another has written."""
+    emulate(monkeypatch, cuda_jax, SMALL._replace(multiprocessors=1, boxes=boxes)).order = 1
+    assert_oracle(ALWAYS._replace(channels=40), "cuda")
+
+
+@pytest.mark.parametrize("boxes", [True, False])
+def test_levels_write_in_the_memory_of_deeper_ones(boxes):
+    launched = []
+
+    def launch(kernel, arguments, outputs, blocks):
+        place = kernel.in_place
+        launched.append((kernel.name, place))
+        return [object() for _ in outputs] if place is None else [arguments[place]]
+
+    about = (1, 29, 69, 40), "bfloat16", 5, 3, SMALL._replace(boxes=boxes), launch
+    launches.forward("x", "taps", *about, together=1)
+    launches.weight_grad("x", "dy", "table", *about, channels_last=True)
+    assert [place for name, place in launched if name == "folded_forward"] == [None, 2, 2]
+    assert [place for name, place in launched if name == "folded_weights"] == [None, 3, 3]
+
+
+@EMULATED
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("case", TAKEN, ids=described)
@@ -193,6 +217,7 @@ FAULTS = {
         "whole.pixel(image, 0, 2 * column + 1, stride)",
     ),
     "a level's pixels beside each other": ("stride = 1 << level", "stride = 1"),
+    "whole images beside each other": ("Y_COLUMNS, 1 << FIRST", "Y_COLUMNS, 1"),
     "sums over another level's": ("numbers + row) * channels", "numbers) * channels"),
     "pairs of dy": ("ring[c][i][f] = ring[c][i - 1][f];", "ring[c][i][f] = ring[c][0][f];"),
     "the last pair of x": ("bottom(images) + R, pairs + MIXED)", "bottom(images) + R, pairs)"),
@@ -255,6 +280,7 @@ def test_small_images_are_one_launch_and_large_ones_streams():
     one = launches.whole(*small, together=7)
     assert (one.images, one.resident, one.blocks(small[0])) == (16, 3, 8 * 48)
     assert launches.whole((128, 14, 14, 192), "bfloat16", 5, 3, h200) is None
+    assert launches.whole((8192, 3, 5, 32), "bfloat16", 3, 5, h200) is None
     halves = (128, 28, 28, 96), "bfloat16", 5, 4, h200, (128, 56, 56, 96)
     below = launches.whole(*halves, together=28)
     assert (below.halved, below.images, below.high, below.wide) == (True, 1, 56, 28)
@@ -264,8 +290,12 @@ def test_small_images_are_one_launch_and_large_ones_streams():
     assert variant.programs((128, 56, 56, 96), h200) == 43
 
 
+# A launch a level, whose steps are longer than the image is high.
+STEPS = Case((3, 5), 5, 3, "bfloat16", batch=(8192,), channels=32)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*TAKEN, *STREAMED], ids=described)
+@pytest.mark.parametrize("case", [*TAKEN, *STREAMED, STEPS], ids=described)
 def test_16_bits_are_the_oracles_on_a_gpu(case):
     assert_oracle(case, "cuda")
 

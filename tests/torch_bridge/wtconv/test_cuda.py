@@ -127,6 +127,13 @@ def test_the_kernels_are_the_oracles_in_every_order_of_threads(device, case, mem
 
 
 @ON_CPU
+def test_levels_of_16_bits_share_the_memory_of_the_output():
+    case = Case((9, 10), 2, 3, "bfloat16", channels=40)
+    with cuda.emulated(Device(shared=66000, multiprocessors=1), order=1):
+        assert_oracle(check.layer_results("cuda", CPU, torch.channels_last, case), case)
+
+
+@ON_CPU
 @pytest.mark.parametrize("boxes", [True, pytest.param(False, marks=pytest.mark.wide)])
 def test_float32_goes_level_by_level_where_channels_are_last(boxes, monkeypatch):
     for name in ("forward", "weight_grad"):
