@@ -244,19 +244,29 @@ def triton_call(
     )
 
 
-def unfused(function: Callable[P, R], *, static_argnames: tuple[str, ...] = ()) -> Callable[P, R]:
+def unfused(
+    function: Callable[P, R],
+    *,
+    static_argnames: tuple[str, ...] = (),
+    unless: Callable[..., bool] | None = None,
+) -> Callable[P, R]:
     """Makes a function one unit of a CPU program that XLA fuses with nothing around it.
 
     XLA's CPU compiler (jaxlib 0.10 to 0.12) removes `lax.optimization_barrier` before it fuses,
     then fuses a depthwise convolution into the synthesis that reads it and computes it once for
     every reader: 50 times slower on a whole layer. A call that must not be inlined is a border
     that fusion respects. GPUs fuse well by themselves, and lose a factor of 3 at such borders.
+
+    Args:
+        function: The function.
+        static_argnames: Those of its arguments that are not arrays.
+        unless: Whether a call of these arguments may be fused: every border costs compile time.
     """
     jitted = jax.jit(function, static_argnames=static_argnames)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not on_cpu():
+        if not on_cpu() or (unless is not None and unless(*args, **kwargs)):
             return function(*args, **kwargs)
         # On the results, not as a context: that would mark every call inside as well.
         return set_xla_metadata(jitted(*args, **kwargs), inlineable="false")

@@ -65,6 +65,8 @@ def analysis(x: jax.Array, ndim: int, wavelet: str = "haar", transpose: bool = F
     reads the other half of a biorthogonal filter bank.
     """
     sizes = x.shape[1:-1]
+    if wavelet in IS_HAAR and one_pixel(sizes):
+        return _of_one_pixel(x, ndim)
     # Of symbolic sizes JAX knows that no such pad is negative, and that it fills whole pairs.
     x = jnp.pad(x, [(0, 0), *((0, -(-n // 2) * 2 - n) for n in sizes), (0, 0)])
     if wavelet in IS_HAAR:
@@ -86,6 +88,8 @@ def synthesis(
     transpose: bool = False,
 ) -> jax.Array:
     """One level of synthesis `[N, *half, 2**ndim, C] -> [N, *shape, C]`, cropped to `shape`."""
+    if wavelet in IS_HAAR and one_pixel(shape):
+        return _one_pixel_of(coefficients, ndim)
     if wavelet in IS_HAAR:
         x = _haar_synthesis(coefficients, ndim)
     else:
@@ -96,6 +100,26 @@ def synthesis(
             bands = [up(low, high) for low, high in zip(bands[::2], bands[1::2], strict=True)]
         x = bands[0]
     return x[(slice(None), *(slice(n) for n in shape))]
+
+
+def one_pixel(sizes: Sequence[int]) -> bool:
+    """Whether a map of these sizes is a single pixel, which no symbolic size is known to be."""
+    return all(isinstance(size, int) and size == 1 for size in sizes)
+
+
+def _of_one_pixel(x: jax.Array, ndim: int) -> jax.Array:
+    """The Haar analysis of a single pixel: its neighbours are zeros, so all bands are the same."""
+    n, *sizes, c = x.shape
+    bands = jnp.broadcast_to(x[..., None, :], (n, *sizes, 2**ndim, c))
+    return bands * np.asarray(2 ** (-ndim / 2), x.dtype)
+
+
+def _one_pixel_of(coefficients: jax.Array, ndim: int) -> jax.Array:
+    """The Haar synthesis of a single pixel, added up as `_haar_synthesis` does."""
+    bands = [coefficients[..., s, :] for s in range(2**ndim)]
+    for _ in range(ndim):
+        bands = [low + high for low, high in zip(bands[::2], bands[1::2], strict=True)]
+    return bands[0] * np.asarray(2 ** (-ndim / 2), coefficients.dtype)
 
 
 def _haar_analysis(x: jax.Array, ndim: int) -> jax.Array:

@@ -160,6 +160,9 @@ def weight_grad(
     """
     form = on_cpu() or left_to_xla(x) if shifted is None else shifted
     cut = _cut(x.shape, x.dtype, wavelet) if chunked else Cut()
+    if cut.parts == 1:
+        # Not as a loop of one step, which XLA unrolls, but only after a while.
+        return _weight_grad(x, dy, kernel_shapes, wavelet, precision, form, cut.strips and form)
 
     def add(totals: Taps, i: jax.Array) -> tuple[Taps, None]:
         olds = [cut.read(total, i, batch=False) for total in totals]

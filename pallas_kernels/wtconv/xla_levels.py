@@ -1,11 +1,13 @@
 """The stages of a wavelet convolution in plain JAX: padding, analysis, convolution, synthesis.
 
 `unfused` keeps them apart: where XLA's CPU compiler fuses across levels, it computes each
-convolution once for every pixel of the synthesis that reads it. Taps that meet nothing but the
-zeros around an image, as most of a large kernel's do at a deep level, are left out.
+convolution once for every pixel of the synthesis that reads it. A single pixel, of which a small
+image has several levels, has few readers, and is not kept apart: borders take XLA long to compile.
+Taps that meet nothing but the zeros around an image, as most of a large kernel's do at a deep
+level, are left out.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -13,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from pallas_kernels.common._compat import unfused
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.types import Pair
-from pallas_kernels.haar.xla import analysis, synthesis
+from pallas_kernels.haar.xla import analysis, one_pixel, synthesis
 
 _LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
@@ -79,7 +81,12 @@ def cascade(
     return coefficients
 
 
-@partial(unfused, static_argnames=("inner", "pads", "wavelet", "transpose"))
+def _of_one_pixel(bands: jax.Array, *_: object, **__: object) -> bool:
+    """Whether the first argument of a stage, `[N, *size, bands, C]`, is a single pixel."""
+    return one_pixel(bands.shape[1:-2])
+
+
+@partial(unfused, static_argnames=("inner", "pads", "wavelet", "transpose"), unless=_of_one_pixel)
 def analyse(
     source: jax.Array,
     *,
@@ -96,6 +103,8 @@ def analyse(
 
 
 def _surrounded(bands: jax.Array, pads: Pads) -> jax.Array:
+    if not any(map(any, pads)):
+        return bands
     return jnp.pad(bands, [(0, 0), *pads, (0, 0), (0, 0)])
 
 
@@ -103,7 +112,11 @@ surrounded = unfused(_surrounded, static_argnames=("pads",))
 """Bands `[N, *size, bands, C]` with zeros around them."""
 
 
-@partial(unfused, static_argnames=("pads", "wavelet", "transpose", "precision", "shifted", "dtype"))
+@partial(
+    unfused,
+    static_argnames=("pads", "wavelet", "transpose", "precision", "shifted", "dtype"),
+    unless=_of_one_pixel,
+)
 def convolve(
     stored: jax.Array,
     taps: jax.Array,
@@ -150,7 +163,9 @@ def low_band(x: jax.Array) -> jax.Array:
     return analysis(x.astype(accumulation_dtype(x.dtype)), x.ndim - 2)[..., 0, :]
 
 
-synthesise = unfused(synthesis, static_argnames=("ndim", "shape", "wavelet", "transpose"))
+synthesise = unfused(
+    synthesis, static_argnames=("ndim", "shape", "wavelet", "transpose"), unless=_of_one_pixel
+)
 """The synthesis of bands, see `haar.xla.synthesis`."""
 
 
@@ -195,8 +210,16 @@ def shifted_products(
     size = (n - most for n, most in zip(stored.shape[1:-2], shifts[-1], strict=True))
     shape = (stored.shape[0], *size, *stored.shape[-2:])
 
-    def products(shifts: Iterable[Iterable[ArrayLike]], taps: jax.Array) -> jax.Array:
-        windows = (lax.dynamic_slice(stored, (0, *shift, 0, 0), shape) for shift in shifts)
+    def window(shift: np.ndarray | jax.Array) -> jax.Array:
+        if isinstance(shift, jax.Array):
+            at = 0, *shift, 0, 0
+            return lax.dynamic_slice(stored, at, shape, allow_negative_indices=False)
+        # One operation to compile, where a dynamic slice has one more for each index.
+        start = 0, *map(int, shift), 0, 0
+        return lax.slice(stored, start, [at + n for at, n in zip(start, shape, strict=True)])
+
+    def products(shifts: np.ndarray | jax.Array, taps: jax.Array) -> jax.Array:
+        windows = map(window, shifts)
         every = (window.astype(taps.dtype) * tap for window, tap in zip(windows, taps, strict=True))
         return cast(jax.Array, sum(every))
 
@@ -249,6 +272,9 @@ def shifted_sums(
     Blocks of rows are added up product by product, in a loop that LLVM vectorises, before XLA
     reduces what is left: that is four times as fast as its reduction of all rows.
     """
+    if one_pixel(dy.shape[1:-2]) and one_pixel(taps.shape[:-2]):
+        every = stored.astype(taps.dtype) * dy.astype(taps.dtype)
+        return jnp.sum(every, axis=0).reshape(taps.shape)
     height = dy.shape[1]
     rows, count = height, 1
     # A symbolic height stays one block.
@@ -259,7 +285,8 @@ def shifted_sums(
     def products(tap: jax.Array, first: int, end: int) -> jax.Array:
         some = lax.slice_in_dim(dy, first, end, axis=1).astype(taps.dtype)
         at = (0, tap[0] + first, *tap[1:], 0, 0)
-        return lax.dynamic_slice(stored, at, some.shape).astype(taps.dtype) * some
+        window = lax.dynamic_slice(stored, at, some.shape, allow_negative_indices=False)
+        return window.astype(taps.dtype) * some
 
     @unfused
     def blocks(tap: jax.Array) -> jax.Array:

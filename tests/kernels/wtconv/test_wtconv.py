@@ -428,6 +428,22 @@ def test_a_stride_of_a_symbolic_size():
     np.testing.assert_allclose(export.export(run)(image).call(x), want, rtol=0, atol=1e-12)
 
 
+def _lowered_gradients(size, levels):
+    """The program of the gradients of a square image, before XLA has it."""
+    x, params, _ = arrays(Case((size, size), levels, 5, "float32", channels=2))
+    return jax.jit(jax.grad(lambda *both: wtconv2d(*both).sum(), (0, 1))).lower(x, params).as_text()
+
+
+@pytest.mark.core
+def test_levels_of_a_single_pixel_cost_no_borders_and_no_loops():
+    border = 'inlineable = "false"'
+    # The maps of the levels are 2x2, and pixels from then on.
+    few, many = (_lowered_gradients(4, levels).count(border) for levels in (3, 5))
+    assert few == many
+    assert few < _lowered_gradients(16, 3).count(border)
+    assert "stablehlo.while" not in _lowered_gradients(1, 3)
+
+
 @pytest.mark.core
 def test_one_dtype_comes_out_whatever_the_parameters_are():
     case = Case((6, 6), 1, 3)
