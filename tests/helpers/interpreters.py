@@ -1,4 +1,4 @@
-"""What Pallas' interpreters have in common."""
+"""A part that Pallas' interpreters have in common: by what arrays they are called back."""
 
 import contextlib
 
