@@ -15,7 +15,12 @@ from flash_wtconv_jax.bench.clocks import Call
 from flash_wtconv_jax.bench.networks import drawn
 from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
-from flash_wtconv_jax.bench.wtconv import beside_each_other, check_dtype
+from flash_wtconv_jax.bench.wtconv import (
+    Contender,
+    beside_each_other,
+    by_both_clocks,
+    check_dtype,
+)
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
 
@@ -109,17 +114,14 @@ def run(
         programs = beside_each_other(
             {name: partial(network.program, one) for name, network in networks.items()}
         )
-        calls = {name: program.call for name, program in programs.items()}
-        each = clock, *((users,) if users else ())
-        step = progress(one, sum(c.turns(len(calls)) for c in each))
-        # The users' clock goes first: what the profiler leaves behind must not slow a launch.
-        *theirs, times = (c.take_turns(calls, step) for c in reversed(each))
+        calls = {name: Contender(program.call, program.call) for name, program in programs.items()}
+        times, theirs = by_both_clocks(clock, users, calls, partial(progress, one))
         report["rows"] += [
             {
                 "work": one,
                 "contender": name,
                 **_figures(times, name, baseline, batch),
-                "users": _figures(theirs[0], name, baseline, batch) if theirs else None,
+                "users": _figures(theirs, name, baseline, batch) if theirs else None,
             }
             for name in calls
         ]

@@ -77,6 +77,16 @@ class Kernel(NamedTuple):
     exact: bool = False
     in_place: int | None = None
 
+    def box(self, parameter: int) -> Box | None:
+        """The box of a parameter that is a tensor map, None of another.
+
+        Example:
+            >>> kernel = Kernel(Path("a.cu"), "a", (), 32, 0, (Box(1, (1, 2, 4, 8)),))
+            >>> kernel.box(0), kernel.box(1).size
+            (None, (1, 2, 4, 8))
+        """
+        return next((box for box in self.boxes if box.parameter == parameter), None)
+
     def text(self) -> str:
         """The source, with the files that it includes."""
         return source_text(self.source)

@@ -166,10 +166,9 @@ def _lower(
     capability: int,
 ) -> Sequence[Any]:
     """The custom call that launches a kernel."""
-    boxes = {box.parameter: box for box in kernel.boxes}
     types = iter((*context.avals_in, *context.avals_out))
     parameters = tuple(
-        _parameter(next(types), boxes.get(number)) if value is None else value
+        _parameter(next(types), kernel.box(number)) if value is None else value
         for number, value in enumerate((*constants, *(None,) * len(outputs)))
     )
     opaque = zlib.compress(_serialized(kernel, parameters, blocks, capability))

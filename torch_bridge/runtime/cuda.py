@@ -42,10 +42,9 @@ def launch(
 
     made = outputs_of(kernel, arguments, outputs)
     device = made[0].device
-    function = _function(kernel._replace(boxes=(), in_place=None), device.index)
-    boxes = {box.parameter: box for box in kernel.boxes}
+    function = _function(kernel, device.index)
     values = [
-        _value(argument, boxes.get(number)) for number, argument in enumerate((*arguments, *made))
+        _value(argument, kernel.box(number)) for number, argument in enumerate((*arguments, *made))
     ]
     stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
     grid, block = (blocks, 1, 1), (kernel.threads, 1, 1)
@@ -138,9 +137,15 @@ def device_of(device: torch.device) -> Device:
 
 
 @cache
-@compiling("a CUDA kernel")
 def _function(kernel: Kernel, device: int) -> Any:
-    """A compiled kernel on one device."""
+    """A compiled kernel on one device, which kernels that differ by their launch share."""
+    return _loaded(kernel._replace(boxes=(), in_place=None), device)
+
+
+@cache
+@compiling("a CUDA kernel")
+def _loaded(kernel: Kernel, device: int) -> Any:
+    """The same, compiled and loaded."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)

@@ -57,9 +57,8 @@ def emulated(
             if kernel.in_place is None:
                 for tensor in made:
                     tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-            boxes = {box.parameter: box for box in kernel.boxes}
             values = [
-                a if isinstance(a, int) else _pointer(a, boxes.get(number))
+                a if isinstance(a, int) else _pointer(a, kernel.box(number))
                 for number, a in enumerate((*arguments, *made))
             ]
             launcher.run(kernel, values, blocks)
