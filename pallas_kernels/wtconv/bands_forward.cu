@@ -33,6 +33,9 @@ constexpr int ROW = CHUNK * LOADED;                // Elements of a row in share
 constexpr int BYTES = 4 * LINES * IMAGES * ROW;
 constexpr int OVER = BELOW ? 4 * IMAGES * WIDTH / 2 * CHUNK : 0;
 constexpr int FAR_OVER = BELOW == 2 ? 4 * IMAGES * ACROSS * CHUNK : 0;
+// Level 2 goes through its tiles from the last to the first: what made x, and level 1 of a call
+// before, left the end of it in L2, and level 1 begins with the first.
+constexpr bool BACKWARDS = HALVED;
 constexpr float FACTOR = 0.25f / (SCALE * SCALE);  // Of a coefficient.
 constexpr int STAGE = (BYTES + OVER + FAR_OVER + 1023) / 1024 * 1024;
 
@@ -47,11 +50,11 @@ struct Walk {
 
   DEVICE void enter(const Images& images) {
     const int across = (images.width + WIDTH - 1) / WIDTH, pairs = (images.height + 1) / 2;
-    const int tile = at / pairs;
+    const int tile = BACKWARDS ? (end - 1) / pairs : at / pairs;
     left = tile % across * WIDTH;
     image = tile / across * IMAGES;
-    top = at - tile * pairs;
-    bottom = min(pairs, top + end - at);
+    top = max(at - tile * pairs, 0);
+    bottom = min(end - tile * pairs, pairs);
     pair = max(top - R, 0);
   }
 
@@ -67,7 +70,9 @@ struct Walk {
   }
 
   DEVICE void leave(const Images& images) {
-    at += bottom - top;
+    const int treated = bottom - top;
+    if (BACKWARDS) end -= treated;
+    else at += treated;
     if (more()) enter(images);
   }
 };

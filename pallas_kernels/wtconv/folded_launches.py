@@ -55,6 +55,10 @@ _THREADS = 256
 _MEANS_VECTOR = {False: 8, True: 4}
 """Channels of a thread that makes the means of one level, and of two: of more, the compiler lets
 loads wait for each other, for want of registers."""
+_PASSING = 4
+"""Channels of the smallest access to memory that can say that it is the last one."""
+_KEPT = 40_000_000
+"""Bytes of the largest means that stay in L2 until the launch that reads them."""
 _STAGES = {False: 4, True: 8}
 """Pairs of rows in shared memory, copied in pieces and as boxes."""
 _OFFSETS = 2**31
@@ -507,9 +511,15 @@ def means(
             return found + launch(one.compiled(True), [image, n, c], outputs, blocks)
         twice = level + 1 < len(sizes) and not wholes[level + 1]
         vector = math.gcd(_MEANS_VECTOR[twice], c)
-        macros = ("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector), ("TWICE", int(twice))
-        kernel = Kernel(_source("folded_means"), "folded_means", macros, _THREADS, 0)
         outputs = [(size, dtype) for size in sizes[level : level + 1 + twice]]
+        kept = 2 * sum(math.prod(size) for size, _ in outputs) <= _KEPT
+        # The means of means are read again before long.
+        passing = level == 1 and kept and vector >= _PASSING
+        macros = (
+            *(("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector)),
+            *(("TWICE", int(twice)), ("PASSING", int(passing))),
+        )
+        kernel = Kernel(_source("folded_means"), "folded_means", macros, _THREADS, 0)
         _, h, w, _ = sizes[level - 1]
         threads = n * cdiv(h, 4) * cdiv(w, 2 + 2 * twice) * (c // vector)
         found += launch(kernel, [image, n, c, h, w], outputs, cdiv(threads, _THREADS))

@@ -1,6 +1,6 @@
 // The means of the squares of two rows and columns of 16-bit images [N, H, W, C], for NVRTC.
 //
-// The host defines these macros, beside that of `folded_means.cuh`:
+// The host defines these macros, beside those of `folded_means.cuh`:
 //   BFLOAT16         1, or 0 for float16
 //   TWICE            whether the means of the squares of the means are made too
 
@@ -19,7 +19,9 @@ folded_means(const Scalar* __restrict__ x, int count, int channels, int height, 
 ) {
   constexpr int COLUMNS = 1 + TWICE;
   const unsigned parts = channels / VECTOR, across = (width + 1) / 2, down = (height + 1) / 2;
-  const unsigned at = blockIdx.x * 256u + threadIdx.x, pairs = (down + 1) / 2;
+  // From the last image to the first, as what made x has left its end in L2.
+  const unsigned block = gridDim.x - 1 - blockIdx.x;
+  const unsigned at = block * 256u + threadIdx.x, pairs = (down + 1) / 2;
   const unsigned sides = (across + COLUMNS - 1) / COLUMNS;
   const unsigned pixel = at / parts, line = pixel / sides;
   const int channel = int(at - pixel * parts) * VECTOR, side = int(pixel - line * sides);

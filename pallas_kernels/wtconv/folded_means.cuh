@@ -1,7 +1,16 @@
 // Means of the squares of two rows and columns, for NVRTC, after `../common/tensor_cores.cuh`.
 //
-// The host defines this macro:
+// The host defines these macros:
 //   VECTOR           channels that one access to memory takes, a divisor of C
+//   PASSING          with VECTOR 4 or 8, whether the pixels leave L2 before others; else it may be missing
+
+#if PASSING
+#if VECTOR == 8
+typedef uint4 Passing;
+#else
+typedef uint2 Passing;
+#endif
+#endif
 
 struct alignas(2 * VECTOR) Piece {
   Scalar at[VECTOR];
@@ -33,7 +42,13 @@ struct Square {
     for (int k = 0; k < 4; k++) {
       const int r = 2 * row + k / 2, c = 2 * column + k % 2;
       const int pixel = min(r, height - 1) * width + min(c, width - 1);
-      pixels[k] = *reinterpret_cast<const Piece*>(image + Offset(pixel) * channels);
+      const Scalar* from = image + Offset(pixel) * channels;
+#if PASSING
+      const Passing piece = __ldcs(reinterpret_cast<const Passing*>(from));
+      pixels[k] = reinterpret_cast<const Piece&>(piece);
+#else
+      pixels[k] = *reinterpret_cast<const Piece*>(from);
+#endif
       there[k] = r < height && c < width;
     }
   }

@@ -332,6 +332,19 @@ inline int launch(void (*function)(void**), void** values, unsigned blocks, unsi
 #define blockIdx (cuda_on_cpu::block_index)
 #define gridDim (cuda_on_cpu::grid)
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+// Reads what nobody is to read again soon.
+template <typename Type>
+inline Type __ldcs(const Type* from) {
+  return *from;
+}
+
 inline void __syncthreads() { on_cpu::barrier(); }
 inline void __syncwarp() {
   on_cpu::meet(cuda_on_cpu::warps[on_cpu::current->thread / 32].together, 32);
