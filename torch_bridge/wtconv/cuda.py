@@ -41,6 +41,8 @@ __all__ = [
 DIFFERENTIABLE = False
 _LINE = 3
 """Axes of signals `[N, C, L]`."""
+_FIRST, _LAST = (3, 2, 1, 0), (1, 3, 2, 0)
+"""Axes of images `[N, C, H, W]` of both memory formats, the nearest in memory first."""
 _WORTH_LAUNCHES = 1 << 22
 """Elements of images for which a launch a level, and a copy of its taps, take less than one."""
 
@@ -81,9 +83,10 @@ def multiplies(
     """
     if len(shape) == _LINE:
         return False
-    # Without data, as of a traced program.
-    images = _images(_dense(torch.empty_strided(shape, strides, dtype=dtype, device="meta")))
-    return _folds(images, kernel_size, device_of(device))
+    n, c, h, w = shape
+    # `_folds` of what has no data, as in a traced program.
+    able = folded_launches.takes((n, h, w, c), dtype_name(dtype), kernel_size, device_of(device))
+    return able and _are_dense(shape, strides, _LAST) and not _are_dense(shape, strides, _FIRST)
 
 
 def forward(
@@ -336,6 +339,16 @@ def _images(x: Tensor) -> Images:
     n, c, h, w = x.shape
     aligned = 4 if x.is_meta else math.gcd(4, x.data_ptr() // x.element_size())
     return Images((n, h, w, c), dtype_name(x.dtype), _channels_last(x), aligned)
+
+
+def _are_dense(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether axes, the nearest in memory first, follow each other without gaps."""
+    step = 1
+    for axis in order:
+        if shape[axis] > 1 and strides[axis] != step:
+            return False
+        step *= shape[axis]
+    return True
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -378,6 +378,21 @@ def test_the_biass_gradient_comes_with_those_of_the_taps(monkeypatch):
         gradient("cuda")
 
 
+def test_scales_are_left_to_the_kernels_of_what_they_fold():
+    """Of every kind of strides, as told without data."""
+    image = torch.zeros(2, 4, 6, 5, dtype=torch.float16)
+    last = image.contiguous(memory_format=torch.channels_last)
+    expanded = last[:1].expand(3, -1, -1, -1)
+    found = []
+    for x in (last, image, last[..., 1:], expanded, last[:, :1], last[:, :, :1, :1], last.float()):
+        with cuda.emulated():
+            images = cuda_launch._images(cuda_launch._dense(x))
+            found.append(cuda_launch._folds(images, 3, HOPPER))
+            asked = tuple(x.shape), x.stride(), x.dtype, 3, x.device
+            assert cuda_launch.multiplies(*asked) == found[-1]
+    assert found == [True, *[False] * 6]
+
+
 LAYERS = {
     "of 16 bits": torch.bfloat16,
     "of two dtypes": torch.bfloat16,
