@@ -313,7 +313,7 @@ def apply(
 
     Without scales they are in the taps and the bias. With scales a transpose has no bias.
     """
-    assert bias is None or not (scales and transpose), "its gradient would be another's sum"
+    assert bias is None or not (scales and transpose), "a transpose with scales has no bias"
     if x.numel() == 0:
         return torch.empty_like(x)
     problem = _problem(x.shape, x.dtype, taps[0].shape[-1], len(taps) - 1, wavelet)
