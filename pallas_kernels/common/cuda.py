@@ -22,6 +22,8 @@ see `Kernel.in_place`.
 ELEMENTS = {"float16": 6, "float32": 7, "bfloat16": 9}
 SWIZZLES = {"float16": 2, "float32": 0, "bfloat16": 2}
 """The driver's numbers in a tensor map (`CUtensorMapDataType`, `CUtensorMapSwizzle`), by dtype."""
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+"""The numbers of dtypes in `scalars.cuh`."""
 BOXED = range(90, 120)
 """Compute capabilities whose kernels copy boxes; later ones have less shared memory for them."""
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.cuda import DTYPES, Device, Kernel, Launch
 from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
@@ -19,7 +19,6 @@ from pallas_kernels.wtconv.problem import Problem
 
 SOURCE = Path(__file__).with_name("cuda_kernels.cu")
 
-_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
 _TILES = ((64, 128), (32, 128), (32, 64), (32, 32), (16, 32), (16, 16))
@@ -38,7 +37,7 @@ def check(problem: Problem) -> None:
     """Raises `NotImplementedError` where the kernels do not take a problem."""
     levels = range(1, _MAX_LEVELS + 1)
     # Signals come to `line_launches`, so that they are no reason here.
-    refuse(problem.unsupported(tuple(_DTYPES), _MAX_KERNEL, levels, odd=True, axes=(1, 2)))
+    refuse(problem.unsupported(tuple(DTYPES), _MAX_KERNEL, levels, odd=True, axes=(1, 2)))
 
 
 def search_space() -> list[dict[str, int]]:
@@ -312,7 +311,7 @@ def planned(
     channels_last, forward = images.channels_last, kernel == "forward"
     share = device.share(resident or (3 if forward and not channels_last else 2))
     variant = Variant(
-        *(kernel, _DTYPES[images.dtype], kernel_size, levels),
+        *(kernel, DTYPES[images.dtype], kernel_size, levels),
         height=_round_up(height, 2),
         width=_round_up(width, 4),
         channels_last=channels_last,
@@ -412,7 +411,7 @@ def low_band(
     low = images.low(levels)
     vector = 1 if images.channels_last else min(2**levels, images.vector(1))
     variant = Variant(
-        *("low", _DTYPES[images.dtype], 1, levels),
+        *("low", DTYPES[images.dtype], 1, levels),
         channels_last=images.channels_last,
         vector=vector,
     )

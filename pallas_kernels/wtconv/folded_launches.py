@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pallas_kernels.common.cuda import Box, Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
-from pallas_kernels.wtconv.gradients_launches import gradients, numbers
+from pallas_kernels.wtconv.gradients_launches import Parameters, gradients, numbers
 
 _FOLDER = Path(__file__).parent
 
@@ -440,8 +440,7 @@ def forward(
 
 
 def folded(
-    taps: Sequence[AnyArray],
-    bias: AnyArray | None,
+    parameters: Parameters[AnyArray],
     channels: int,
     dtype: str,
     kernel_size: int,
@@ -451,28 +450,29 @@ def folded(
     """The bias and the taps of each level's one convolution, as `forward` takes them.
 
     Args:
-        taps: float32 `[C, 1, k, k]` of the base, then `[C, 4, k, k]` of each level, contiguous.
-        bias: float32 `[C]`, or None.
+        parameters: Weights, scales and bias, in float32 or in `dtype`.
         channels: C.
-        dtype: "bfloat16" or "float16".
+        dtype: The taps', "bfloat16" or "float16".
         kernel_size: k, one of `KERNEL_SIZES`.
         launch: The framework's launch function.
         transpose: Whether they are flipped, for the transpose of the convolution.
 
     Returns:
-        int32 `[1 + levels * k * 2k * 2 * 2, C]`: the bias as it is, then words of the two rows of
-        the input, by pair of rows and column of the input, column and row of the output.
+        int32 `[1 + levels * k * 2k * 2 * 2, C]`: the scaled bias in float32, then words of the two
+        rows of the input, by pair of rows and column of the input, column and row of the output.
     """
-    levels = len(taps) - 1
+    weights, scales, bias, own = parameters
+    levels = len(weights) - 1
     macros = (
-        ("BFLOAT16", int(dtype == "bfloat16")),
-        ("KERNEL_SIZE", kernel_size),
-        ("LEVELS", levels),
+        *(("BFLOAT16", int(dtype == "bfloat16")), ("WIDE", int(own == "float32"))),
+        *(("KERNEL_SIZE", kernel_size), ("LEVELS", levels)),
     )
     kernel = Kernel(_source("folded_taps"), "folded_taps", macros, _THREADS, 0)
     squares = levels * kernel_size * 2 * kernel_size
     output: Output = ((1 + 4 * squares, channels), "int32")
-    arguments = [*taps, bias, channels, int(transpose)]
+    factors: Sequence[AnyArray | None] = scales or [None] * len(weights)
+    pairs = zip(weights, factors, strict=True)
+    arguments = [*(each for pair in pairs for each in pair), bias, channels, int(transpose)]
     (words,) = launch(kernel, arguments, [output], cdiv(squares * channels, _THREADS))
     return words
 
@@ -539,6 +539,7 @@ def weight_grad(
     launch: Launch[AnyArray],
     *,
     channels_last: bool,
+    parameters: Parameters[AnyArray] | None = None,
     resident: int | None = None,
     together: int | None = None,
     apart: int = APART,
@@ -556,13 +557,14 @@ def weight_grad(
         device: The GPU.
         launch: The framework's launch function.
         channels_last: Whether the taps' gradients are `[k, k, bands, C]`, else `[C, bands, k, k]`.
+        parameters: See `gradients_launches.gradients`, which ends them.
         resident: See `planned`.
         together: See `means`.
         apart: See `planned`.
 
     Returns:
         The gradients of the base's taps, of each level's four bands and of the bias, `[C]`, in
-        float32.
+        float32; or of the parameters.
     """
     sizes = [means_shape(shape, level) for level in range(levels)]
     about = dtype, kernel_size, device
@@ -585,7 +587,7 @@ def weight_grad(
         (sums,) = launch(kernel, [*arrays, *integers], [output], blocks)
     assert sums is not None
     found = [(sums, row, many) for row, many in zip(rows, programs, strict=True)]
-    return gradients(found, shape[-1], kernel_size, launch, channels_last)
+    return gradients(found, shape[-1], kernel_size, launch, channels_last, parameters)
 
 
 def means_shape(shape: tuple[int, ...], level: int) -> tuple[int, ...]:

@@ -9,14 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from pallas_kernels.common.cuda import Device, Kernel, Launch
+from pallas_kernels.common.cuda import DTYPES, Device, Kernel, Launch
 from pallas_kernels.common.refusals import refuse
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.wtconv.problem import Problem
 
 SOURCE = Path(__file__).with_name("line.cu")
 
-_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _MAX_KERNEL = 9
 _MAX_LEVELS = 5
 _MAX_LENGTH = 2**30
@@ -37,7 +36,7 @@ _WAVES = 8
 
 def check(problem: Problem) -> None:
     """Raises `NotImplementedError` where the kernels do not take a problem."""
-    dtypes, levels = tuple(_DTYPES), range(_MAX_LEVELS + 1)
+    dtypes, levels = tuple(DTYPES), range(_MAX_LEVELS + 1)
     reasons = problem.unsupported(dtypes, _MAX_KERNEL, levels, odd=True, axes=(1,))
     if not reasons:
         n, length, channels = problem.shape
@@ -139,7 +138,7 @@ def planned(
     shape, dtype, channels_last = signals
     vector = math.gcd(signals.contiguous()[-1], _PIECE // (4 if dtype == "float32" else 2))
     one = Variant(
-        *(kernel, _DTYPES[dtype], kernel_size, levels, channels_last, vector),
+        *(kernel, DTYPES[dtype], kernel_size, levels, channels_last, vector),
         resident or _RESIDENT[kernel_size],
     )
     # What does not fit need not have registers.

@@ -21,6 +21,7 @@ from pallas_kernels.wtconv import (
     line_launches,
 )
 from pallas_kernels.wtconv.cuda_launches import Images
+from pallas_kernels.wtconv.gradients_launches import Parameters
 from pallas_kernels.wtconv.line_launches import Signals
 from pallas_kernels.wtconv.problem import Problem
 from torch_bridge.runtime.calls import dtype_name
@@ -30,6 +31,8 @@ __all__ = [
     "DIFFERENTIABLE",
     "check",
     "forward",
+    "gradients",
+    "multiplies",
     "search_space",
     "unavailable",
     "weight_grad",
@@ -38,6 +41,8 @@ __all__ = [
 DIFFERENTIABLE = False
 _LINE = 3
 """Axes of signals `[N, C, L]`."""
+_FIRST, _LAST = (3, 2, 1, 0), (1, 3, 2, 0)
+"""Axes of images `[N, C, H, W]` of both memory formats, the nearest in memory first."""
 _WORTH_LAUNCHES = 1 << 22
 """Elements of images for which a launch a level, and a copy of its taps, take less than one."""
 
@@ -60,6 +65,30 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, int]]:
     return cuda_launches.search_space()
 
 
+def multiplies(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    kernel_size: int,
+    device: torch.device,
+) -> bool:
+    """Whether these kernels multiply by the scales themselves: on tensor cores.
+
+    Args:
+        shape: Of x, `[N, C, H, W]` or `[N, C, L]`.
+        strides: Of x.
+        dtype: Of x.
+        kernel_size: k.
+        device: Of x.
+    """
+    if len(shape) == _LINE:
+        return False
+    n, c, h, w = shape
+    # `_folds` of what has no data, as in a traced program.
+    able = folded_launches.takes((n, h, w, c), dtype_name(dtype), kernel_size, device_of(device))
+    return able and _are_dense(shape, strides, _LAST) and not _are_dense(shape, strides, _FIRST)
+
+
 def forward(
     x: Tensor,
     taps: Sequence[Tensor],
@@ -67,20 +96,24 @@ def forward(
     *,
     wavelet: str,
     transpose: bool,
+    scales: Sequence[Tensor] = (),
     resident: int | None = None,
 ) -> Tensor:
     """The operator on `x [N, C, H, W]` or `[N, C, L]`, or its transpose; see `ops`.
 
-    `wavelet` is Haar; for `resident` see `search_space`.
+    `wavelet` is Haar; for `resident` see `search_space`. Scales are where x `multiplies`.
     """
     if x.ndim == _LINE:
         return _line_forward(x, taps, bias, transpose, resident)
-    x, taps = _dense(x), [tap.contiguous() for tap in taps]
-    bias = None if bias is None else bias.contiguous()
-    images, device, kernel_size = _images(x), device_of(x.device), taps[0].shape[-1]
+    x, kernel_size = _dense(x), taps[0].shape[-1]
+    images, device = _images(x), device_of(x.device)
     if _folds(images, kernel_size, device):
-        y = _folded_forward(x, taps, bias, images, device, transpose)
-    elif _streams(images, kernel_size, device):
+        parameters = _parameters(taps, bias, scales, x.dtype)
+        y = _folded_forward(x, parameters, images, kernel_size, device, transpose)
+        return y.permute(0, 3, 1, 2)
+    taps = [tap.contiguous() for tap in taps]
+    bias = None if bias is None else bias.contiguous()
+    if _streams(images, kernel_size, device):
         y = _streamed_forward(x, taps, bias, images, device, transpose)
     else:
         where = images, device, launch
@@ -108,7 +141,8 @@ def weight_grad(
     dy = dy.contiguous(memory_format=memory_format)
     images, device = _images(x), device_of(x.device)
     if _folds(images, kernel_size, device):
-        return _folded_weight_grad(x, dy, images, kernel_size, levels, device)
+        found = _folded_weight_grad(x, dy, images, kernel_size, levels, device)
+        return _with_bias(found, kernel_size)
     if _streams(images, kernel_size, device):
         return _streamed_weight_grad(x, dy, images, kernel_size, levels, device)
     images = images._replace(aligned=min(images.aligned, _images(dy).aligned))
@@ -121,6 +155,44 @@ def weight_grad(
     # Of one channel parts are views of one array, which operators may not return.
     copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
     return [copy.view(shape) for copy in copies]
+
+
+def gradients(
+    x: Tensor,
+    dy: Tensor,
+    taps: Sequence[Tensor],
+    bias: Tensor | None,
+    scales: Sequence[Tensor],
+    *,
+    wavelet: str,
+    resident: int | None = None,
+) -> list[Tensor]:
+    """The gradients of kernels, scales and bias, in their dtypes, where x `multiplies`; see `ops`.
+
+    Every sum runs in a fixed order, so they are bitwise reproducible.
+    """
+    images, parameters = _images(x), _parameters(taps, bias, scales, x.dtype)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    sizes = taps[0].shape[-1], len(taps) - 1, device_of(x.device)
+    found = _folded_weight_grad(x, dy, images, *sizes, parameters)
+    like = [*taps, *scales, *([] if bias is None else [bias])]
+    # Without a bias the last is nobody's.
+    pairs = zip(found, like, strict=False)
+    return [gradient.view(own.shape).to(own.dtype) for gradient, own in pairs]
+
+
+def _parameters(
+    taps: Sequence[Tensor], bias: Tensor | None, scales: Sequence[Tensor], dtype: torch.dtype
+) -> Parameters[Tensor]:
+    """Parameters as launches take them: of images' dtype where all are, else in float32."""
+    own = {each.dtype for each in (*taps, *scales, *([] if bias is None else [bias]))}
+    read = dtype if own == {dtype} else torch.float32
+
+    def one(each: Tensor) -> Tensor:
+        return each.to(read).contiguous()
+
+    offset = None if bias is None else one(bias)
+    return Parameters([*map(one, taps)], [*map(one, scales)], offset, dtype_name(read))
 
 
 def _line_forward(
@@ -210,26 +282,31 @@ def _with_bias(found: list[Tensor], kernel_size: int) -> list[Tensor]:
 
 def _folded_forward(
     x: Tensor,
-    taps: Sequence[Tensor],
-    bias: Tensor | None,
+    parameters: Parameters[Tensor],
     images: Images,
+    kernel_size: int,
     device: Device,
     transpose: bool,
 ) -> Tensor:
     """The operator in 16 bits, or its transpose: `[N, H, W, C]`."""
-    kernel_size, channels = taps[0].shape[-1], x.shape[1]
-    about = channels, images.dtype, kernel_size, launch, transpose
+    about = x.shape[1], images.dtype, kernel_size, launch, transpose
     return folded_launches.forward(
-        *(_pixels(x), folded_launches.folded(taps, bias, *about), images.shape, images.dtype),
-        *(kernel_size, len(taps) - 1, device, launch),
+        *(_pixels(x), folded_launches.folded(parameters, *about), images.shape, images.dtype),
+        *(kernel_size, len(parameters.weights) - 1, device, launch),
     )
 
 
 def _folded_weight_grad(
-    x: Tensor, dy: Tensor, images: Images, kernel_size: int, levels: int, device: Device
+    x: Tensor,
+    dy: Tensor,
+    images: Images,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    parameters: Parameters[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The gradients of the taps and the bias in 16 bits."""
-    found = folded_launches.weight_grad(
+    """The gradients of the taps and the bias in 16 bits, or those of the parameters."""
+    return folded_launches.weight_grad(
         *(
             _pixels(x),
             _pixels(dy),
@@ -241,8 +318,8 @@ def _folded_weight_grad(
         ),
         *(device, launch),
         channels_last=False,
+        parameters=parameters,
     )
-    return _with_bias(found, kernel_size)
 
 
 @cache
@@ -262,6 +339,16 @@ def _images(x: Tensor) -> Images:
     n, c, h, w = x.shape
     aligned = 4 if x.is_meta else math.gcd(4, x.data_ptr() // x.element_size())
     return Images((n, h, w, c), dtype_name(x.dtype), _channels_last(x), aligned)
+
+
+def _are_dense(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
+    """Whether axes, the nearest in memory first, follow each other without gaps."""
+    step = 1
+    for axis in order:
+        if shape[axis] > 1 and strides[axis] != step:
+            return False
+        step *= shape[axis]
+    return True
 
 
 def _channels_last(x: Tensor) -> bool:

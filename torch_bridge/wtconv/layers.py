@@ -313,7 +313,7 @@ class WTConv2d(_WTConv):
     names of its fast variant load too. A `stride_filter`, which published layers with a stride > 1
     save beside it, is dropped on loading: it is constant.
 
-    On a GPU the kernels save x and the taps alone for the backward pass, and can be differentiated
+    On a GPU the kernels save x and taps or weights for the backward pass, and can be differentiated
     again in reverse mode. `grad`, `vjp` and `jacrev` of `torch.func`, and forward mode, need
     `implementation="eager"`: PyTorch has no way yet to tell them of custom operators.
 

@@ -11,6 +11,7 @@ from pallas_kernels.common import cuda_call, nvrtc
 from pallas_kernels.common.cuda import source_text
 from pallas_kernels.wtconv import bands_launches, cuda_launches, folded_launches, line_launches
 from pallas_kernels.wtconv.cuda_launches import Images
+from pallas_kernels.wtconv.gradients_launches import Parameters, gradients
 from pallas_kernels.wtconv.line_launches import Signals
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="the test extra has NVRTC for Linux alone")
@@ -160,3 +161,30 @@ def test_a_signals_levels_have_registers_enough(arch, signals, monkeypatch):
         registers, spilled = cubins.usage(code)
         assert registers <= most + MORE and spilled <= spills + MORE
         assert registers * kernel.threads * variant.resident <= 65536
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(arch, marks=pytest.mark.wide if arch == "sm_90a" else pytest.mark.slow)
+        for arch in FOLDED
+    ],
+)
+def test_what_reads_and_ends_parameters_compiles_for_every_gpu(arch):
+    """The fold of 16-bit taps, and the gradients of parameters in 16 bits and in float32."""
+    kernels = []
+
+    def launch(kernel, arguments, outputs, blocks):
+        kernels.append(kernel)
+        return [None] * len(outputs)
+
+    found = [(None, 0, 1)] * 5
+    for dtype in ("float16", "float32"):
+        parameters = Parameters([None] * 6, [None] * 6, None, dtype)
+        folded_launches.folded(parameters, 96, "float16", 7, launch, False)
+        gradients(found, 96, 7, launch, False, parameters)
+    gradients(found, 96, 7, launch, True)
+    for kernel in kernels:
+        code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
+        registers, spilled = cubins.usage(code)
+        assert spilled == 0 and registers <= 48 + MORE

@@ -15,6 +15,7 @@ from pallas_kernels.wtconv import cuda as cuda_jax
 from pallas_kernels.wtconv import folded_launches as launches
 from pallas_kernels.wtconv import folding
 from pallas_kernels.wtconv.cases import CASES, Case, inputs
+from pallas_kernels.wtconv.gradients_launches import Parameters, gradients, numbers
 
 TAKEN = [
     case
@@ -68,25 +69,78 @@ def test_folded_taps_are_the_oracles_answer_to_one_pixel(kernel_size):
                     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+def parameters(kernel_size, dtype, biased, scaled=True):
+    """Those of two levels of five channels, and their taps and scaled bias in float32."""
+    generator = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return generator.standard_normal(shape).astype(dtype)
+
+    weights = [drawn(5, n, kernel_size, kernel_size) for n in (1, 4, 4)]
+    scales = [drawn(1, 5 * n, 1, 1) for n in (1, 4, 4)]
+    bias = drawn(5) if biased else None
+    given = Parameters(weights, scales if scaled else [], bias, dtype)
+    factors = [
+        scale.astype("float32").reshape(5, -1, 1, 1) if scaled else np.float32(1)
+        for scale in scales
+    ]
+    taps = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+    return given, taps, None if bias is None else bias * np.ravel(factors[0])
+
+
 @EMULATED
 @pytest.mark.parametrize(
-    ("kernel_size", "dtype", "transpose"),
+    ("kernel_size", "dtype", "own", "transpose"),
     [
-        (5, "bfloat16", True),
-        pytest.param(3, "float16", False, marks=pytest.mark.slow),
-        pytest.param(7, "bfloat16", False, marks=pytest.mark.wide),
+        (5, "bfloat16", "bfloat16", True),
+        pytest.param(3, "float16", "float32", False, marks=pytest.mark.wide),
+        pytest.param(7, "bfloat16", "float32", False, marks=pytest.mark.slow),
     ],
 )
-def test_taps_are_folded_as_jax_does(kernel_size, dtype, transpose):
-    generator = np.random.default_rng(0)
-    size = kernel_size, kernel_size
-    taps = [generator.standard_normal((5, n, *size)).astype("float32") for n in (1, 4, 4)]
+def test_taps_are_scaled_and_folded_as_jax_does(kernel_size, dtype, own, transpose):
     launch = Launcher(folder()).launch
-    bias = None if transpose else generator.standard_normal(5).astype("float32")
-    got = launches.folded(taps, bias, 5, dtype, kernel_size, launch, transpose)
-    own = [tap[..., ::-1, ::-1] if transpose else tap for tap in taps]
-    folded = cuda_jax.folded(tuple(jnp.asarray(tap.transpose(2, 3, 1, 0)) for tap in own))
-    np.testing.assert_array_equal(got, cuda_jax.packed(folded, bias, jnp.dtype(dtype)))
+    for scaled in (True, False):
+        given, taps, bias = parameters(kernel_size, jnp.dtype(own), not transpose, scaled)
+        given = given._replace(dtype=own)
+        got = launches.folded(given, 5, dtype, kernel_size, launch, transpose)
+        own_taps = [tap[..., ::-1, ::-1] if transpose else tap for tap in taps]
+        folded = cuda_jax.folded(tuple(jnp.asarray(tap.transpose(2, 3, 1, 0)) for tap in own_taps))
+        np.testing.assert_array_equal(got, cuda_jax.packed(folded, bias, jnp.dtype(dtype)))
+
+
+@EMULATED
+@pytest.mark.parametrize(
+    ("kernel_size", "dtype", "biased"),
+    [
+        (3, "bfloat16", True),
+        pytest.param(5, "float32", False, marks=pytest.mark.wide),
+        pytest.param(7, "float16", True, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_of_kernels_and_scales_follow_from_those_of_taps(kernel_size, dtype, biased):
+    """Partial sums of 11 channels, a block and a part of one, of two levels in one array."""
+    generator = np.random.default_rng(0)
+    channels, programs, side = 11, (3, 2), (kernel_size, kernel_size)
+    counts = [numbers(kernel_size, base=level == 0) for level in range(2)]
+    sums = generator.standard_normal((3 * counts[0] + 2 * counts[1], channels)).astype("float32")
+    found = [(sums, 0, programs[0]), (sums, 3 * counts[0], programs[1])]
+    launch, own = Launcher(folder()).launch, jnp.dtype(dtype)
+    *taps, offset = gradients(found, channels, kernel_size, launch, False)
+    weights = [generator.standard_normal((channels, n, *side)).astype(own) for n in (1, 4, 4)]
+    scales = [generator.standard_normal((channels, n)).astype(own) for n in (1, 4, 4)]
+    bias = generator.standard_normal(channels).astype(own) if biased else None
+    given = Parameters(weights, scales, bias, dtype)
+    got = gradients(found, channels, kernel_size, launch, False, given)
+    assert {each.dtype for each in got} == {own}
+    want = [tap * scale[..., None, None] for tap, scale in zip(taps, scales, strict=True)]
+    want += [(tap * weight).sum((2, 3)) for tap, weight in zip(taps, weights, strict=True)]
+    want[3][:, 0] += 0 if bias is None else offset * bias
+    want.append(offset * scales[0][:, 0])
+    for one, other in zip(got, want, strict=True):
+        rounding = max(float(jnp.finfo(own).eps), 1e-6)
+        np.testing.assert_allclose(
+            one.astype("float64").ravel(), other.astype("float64").ravel(), rounding, 1e-5
+        )
 
 
 @EMULATED

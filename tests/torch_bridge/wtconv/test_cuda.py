@@ -1,5 +1,6 @@
 """The CUDA kernels: run on the CPU by fibers, in several orders of threads, with faults planted."""
 
+import copy
 import os
 import re
 import subprocess
@@ -22,7 +23,7 @@ from pallas_kernels.wtconv.cuda_launches import Images  # noqa: E402
 from torch_bridge import check  # noqa: E402
 from torch_bridge.runtime import calls  # noqa: E402
 from torch_bridge.wtconv import cuda as cuda_launch  # noqa: E402
-from torch_bridge.wtconv import ops  # noqa: E402
+from torch_bridge.wtconv import ops, scaling  # noqa: E402
 from torch_bridge.wtconv.on_cpu import cuda  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -375,3 +376,113 @@ def test_the_biass_gradient_comes_with_those_of_the_taps(monkeypatch):
     with cuda.emulated(), pytest.raises(TypeError, match="NoneType"):
         x = x.contiguous()
         gradient("cuda")
+
+
+def test_scales_are_left_to_the_kernels_of_what_they_fold():
+    """Of every kind of strides, as told without data."""
+    image = torch.zeros(2, 4, 6, 5, dtype=torch.float16)
+    last = image.contiguous(memory_format=torch.channels_last)
+    expanded = last[:1].expand(3, -1, -1, -1)
+    found = []
+    for x in (last, image, last[..., 1:], expanded, last[:, :1], last[:, :, :1, :1], last.float()):
+        with cuda.emulated():
+            images = cuda_launch._images(cuda_launch._dense(x))
+            found.append(cuda_launch._folds(images, 3, HOPPER))
+            asked = tuple(x.shape), x.stride(), x.dtype, 3, x.device
+            assert cuda_launch.multiplies(*asked) == found[-1]
+    assert found == [True, *[False] * 6]
+
+
+LAYERS = {
+    "of 16 bits": torch.bfloat16,
+    "of two dtypes": torch.bfloat16,
+    "in autocast": torch.float32,
+}
+"""Layers whose images are of 16 bits, and the dtype of their kernels."""
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    "which",
+    ["of 16 bits", *(pytest.param(name, marks=pytest.mark.wide) for name in list(LAYERS)[1:])],
+)
+def test_kernels_multiply_by_the_scales_of_a_layer(which, monkeypatch):
+    """PyTorch has no launch of its own for them, forward and backward, where channels are last."""
+    torch.manual_seed(0)
+    options = {"device": CPU, "dtype": LAYERS[which], "implementation": "cuda"}
+    layer = torch_bridge.WTConv2d(8, 8, 3, **options)
+    if which == "of two dtypes":
+        layer.base_scale.float()
+        layer.wavelet_scale.float()
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    exact = copy.deepcopy(layer).double()
+    exact.implementation = "eager"
+    x, dy = torch.randn(2, 1, 8, 6, 5, dtype=torch.bfloat16)
+    x, dy = (each.contiguous(memory_format=torch.channels_last) for each in (x, dy))
+
+    def computed(layer, x):
+        leaf = x.clone().requires_grad_()
+        inputs = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=which == "in autocast"):
+            y = layer(leaf)
+        found = torch.autograd.grad(y, inputs, dy.to(y.dtype))
+        assert [each.dtype for each in found] == [each.dtype for each in inputs]
+        return [y, *found]
+
+    want = computed(exact, x.double())
+    for name in ("folded", "gradients"):
+        monkeypatch.setattr(scaling, name, None)
+    with cuda.emulated():
+        got = computed(layer, x)
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).abs().max() <= 0.02 * other.abs().max()
+
+
+@ON_CPU
+@pytest.mark.wide
+def test_second_derivatives_where_kernels_multiply_by_the_scales():
+    torch.manual_seed(0)
+    layer = torch_bridge.WTConv2d(4, 4, 3, device=CPU, implementation="cuda")
+    exact = copy.deepcopy(layer)
+    exact.implementation = "eager"
+    x = torch.randn(1, 4, 6, 5).contiguous(memory_format=torch.channels_last)
+
+    def second(layer, **autocast):
+        leaf = x.clone().requires_grad_()
+        inputs = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
+        with torch.autocast("cpu", torch.bfloat16, **autocast):
+            y = layer(leaf)
+        first = torch.autograd.grad(y.float().square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(each.square().sum() for each in first), inputs)
+
+    want = second(exact, enabled=False)
+    with cuda.emulated():
+        got = second(layer)
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).abs().max() <= 0.03 * other.abs().max()
+
+
+@ON_CPU
+@pytest.mark.slow
+def test_a_program_leaves_scales_to_the_kernels():
+    torch.manual_seed(0)
+    layer = torch_bridge.WTConv2d(4, 4, 3, device=CPU, implementation="cuda", dtype=torch.float16)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float16)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    with cuda.emulated():
+        for one, multiplied in (
+            (x.contiguous(memory_format=torch.channels_last), False),
+            (x, True),
+        ):
+            torch.compiler.reset()
+            got = torch.compile(layer, backend=backend, fullgraph=True)(one)
+            torch.testing.assert_close(got, layer(one))
+            # What PyTorch multiplies is in the program.
+            assert any("mul" in target for target in graphs[-1]) == multiplied

@@ -174,7 +174,7 @@ class TestChoice:
         taps = [torch.ones(1, 1, 3, 3), torch.ones(4, 1, 3, 3)]
         x = torch.ones(1, 1, 1, 1).expand(1, 1, 2, 2**28)
         with pytest.raises(NotImplementedError, match="too long"):
-            ops.apply(x, taps, None, "haar", False, "triton", "triton")
+            ops.apply(x, taps, None, [], "haar", False, "triton", "triton")
 
     @pytest.mark.parametrize("pair", [("triton", "eager"), ("eager", "triton")], ids=str)
     def test_directions_pair_freely(self, interpreter, pair, monkeypatch):

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import torch_bridge  # noqa: E402
 from torch_bridge.runtime import calls  # noqa: E402
-from torch_bridge.wtconv import ops  # noqa: E402
+from torch_bridge.wtconv import ops, scaling  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("many_compilations")
 
@@ -71,9 +71,39 @@ def test_the_operators_derivatives_of_both_orders(wavelet, kernel_size, transpos
 
     def call(x, base, level, bias):
         names = wavelet, transpose, "eager", "eager"
-        return ops.apply(x, [base, level], bias, *names)
+        return ops.apply(x, [base, level], bias, [], *names)
 
     inputs = (x, *taps_and_bias(kernel_size))
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+def scaled_parameters(kernel_size=2):
+    """Kernels, a bias and scales of one level of two channels."""
+    base, level, bias = taps_and_bias(kernel_size)
+    scales = (
+        torch.randn(1, n, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+        for n in (2, 8)
+    )
+    return base, level, bias, *(scale.requires_grad_() for scale in scales)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_scaled_derivatives_of_both_orders(transpose):
+    x = torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    base, level, bias, *scales = scaled_parameters()
+
+    def call(x, base, level, bias, *scales):
+        # A transpose has no bias where there are scales.
+        offset = None if transpose else bias
+        return ops.apply(x, [base, level], offset, scales, "haar", transpose, "eager", "eager")
+
+    inputs = (x, base, level, None if transpose else bias, *scales)
+    want = ops.apply(
+        *(x, *scaling.folded([base, level], inputs[3], scales, x.dtype), []),
+        *("haar", transpose, "eager", "eager"),
+    )
+    torch.testing.assert_close(call(*inputs), want)
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
@@ -86,7 +116,7 @@ def test_frozen_arguments_have_no_gradient(trained, transpose):
 
     def gradients(leaves):
         x, base, level, bias = (leaves[name] for name in ("x", "base", "level", "bias"))
-        y = ops.apply(x, [base, level], bias, "haar", transpose, "eager", "eager")
+        y = ops.apply(x, [base, level], bias, [], "haar", transpose, "eager", "eager")
         (y * y).sum().backward()
         return {name: leaf.grad for name, leaf in leaves.items()}
 
@@ -104,9 +134,40 @@ def test_frozen_arguments_have_no_gradient(trained, transpose):
 def test_the_operators_are_declared_as_they_are():
     base, level, bias = taps_and_bias(3)
     x = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(ops.apply, (x, [base, level], bias, "haar", False, "eager", "eager"))
+    torch.library.opcheck(ops.apply, (x, [base, level], bias, [], "haar", False, "eager", "eager"))
     for biased in (True, False):
         torch.library.opcheck(ops.weight_grad, (x, x.detach(), 3, 1, "haar", biased, "eager"))
+
+
+@pytest.mark.parametrize("name", ["x", "bias", "base", "level scale"])
+def test_frozen_arguments_beside_scales_have_no_gradient(name):
+    names = "base", "level", "bias", "base scale", "level scale"
+    leaves = dict(zip(names, scaled_parameters(), strict=True))
+    leaves["x"] = torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def gradients(leaves):
+        base, level, bias, *scales, x = leaves.values()
+        y = ops.apply(x, [base, level], bias, scales, "haar", False, "eager", "eager")
+        (y * y).sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    want = gradients(leaves)
+    frozen = {key: leaf.detach().requires_grad_(key == name) for key, leaf in leaves.items()}
+    got = gradients(frozen)
+    torch.testing.assert_close(got.pop(name), want[name])
+    assert set(got.values()) == {None}
+
+
+def test_operators_with_scales_are_declared_as_they_are():
+    base, level, bias, *scales = scaled_parameters(3)
+    x = torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    names = "haar", False, "eager", "eager"
+    torch.library.opcheck(ops.apply, (x, [base, level], bias, scales, *names))
+    dy = torch.randn_like(x)
+    torch.library.opcheck(ops.scaled_grad, (x, dy, [base, level], bias, scales, "haar", "eager"))
+    empty = ops.scaled_grad(x[:0], dy[:0], [base, level], None, scales, "haar", "eager")
+    for got, own in zip(empty, (base, level, *scales), strict=True):
+        assert torch.equal(got, torch.zeros_like(own))
 
 
 @each(pytest.mark.wide)
@@ -214,6 +275,29 @@ def test_vmap_of_the_weight_gradient():
     for i in range(3):
         for many, one in zip(got, ops.weight_grad(x[i], dy[0], *names), strict=True):
             torch.testing.assert_close(many[i], one)
+
+
+def test_vmap_of_what_has_scales():
+    base, level, bias, *scales = (each.detach() for each in scaled_parameters(3))
+    x, dy = (torch.randn(3, 1, 2, 4, 3, dtype=torch.float64) for _ in range(2))
+    many = torch.stack([scales[0], 2 * scales[0], 3 * scales[0]])
+
+    def forward(x, scale):
+        own = [scale, scales[1]]
+        return ops.apply(x, [base, level], bias, own, "haar", False, "eager", "eager")
+
+    def gradients(x, scale):
+        return ops.scaled_grad(x, dy[0], [base, level], bias, [scale, scales[1]], "haar", "eager")
+
+    for call in (forward, gradients):
+        got = torch.vmap(call)(x, many)
+        want = [call(*pair) for pair in zip(x, many, strict=True)]
+        if call is forward:
+            torch.testing.assert_close(got, torch.stack(want))
+        else:
+            torch.testing.assert_close(got, [torch.stack(each) for each in zip(*want, strict=True)])
+    shared = torch.vmap(lambda x: forward(x, scales[0]))(x)
+    torch.testing.assert_close(shared[1], forward(x[1], scales[0]))
 
 
 def test_gradients_of_each_sample():
