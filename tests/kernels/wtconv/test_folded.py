@@ -175,7 +175,7 @@ def test_gradients_of_taps_are_the_transpose_of_folding(kernel_size, channels_la
 
 
 @EMULATED
-@pytest.mark.parametrize("shape", [(3, 13, 9, 6), (1, 5, 2, 2)])
+@pytest.mark.parametrize("shape", [(3, 13, 9, 6), (1, 5, 2, 2), (2, 6, 9, 8)])
 def test_means_of_two_levels_are_one_launch(shape):
     x = np.random.default_rng(0).integers(-64, 64, shape).astype("float16")
     sizes = [(shape[0], -(-shape[1] // 2**i), -(-shape[2] // 2**i), shape[3]) for i in range(4)]
