@@ -57,10 +57,13 @@ def in_torch(implementation):
         c = case.channels
         keys = {"wt_levels": case.levels, "device": "cuda", "implementation": implementation}
         layer = WTConv2d(c, c, case.kernel_size, **keys)
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(*case.batch, c, *case.spatial, device="cuda")
-            x = x.contiguous(memory_format=memory_format).requires_grad_()
-            layer(x).square().sum().backward()
+        # Channels last, 16 bits are on tensor cores.
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = layer.to(dtype)
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(*case.batch, c, *case.spatial, device="cuda", dtype=dtype)
+                x = x.contiguous(memory_format=memory_format).requires_grad_()
+                layer(x).square().sum().backward()
     torch.cuda.synchronize()
 
 
