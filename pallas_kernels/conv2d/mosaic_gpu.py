@@ -41,7 +41,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.common import gelu
+from pallas_kernels.common import gelu, mosaic_gpu_call
 from pallas_kernels.common._compat import gpu_load, gpu_store, in_32_bits, vary_like
 from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.mosaic_gpu import (
@@ -616,7 +616,7 @@ def _launch(
         block = dict(zip(names, refs, strict=True))
         _Block(layer=layer, tiling=tiling, **block).run()
 
-    kernel = plgpu.kernel(
+    kernel = mosaic_gpu_call.kernel(
         body,
         out_type=list(results.values()) if len(results) > 1 else results["y"],
         scratch_types=list(scratch.values()),

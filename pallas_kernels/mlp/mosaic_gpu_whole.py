@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common import gelu
+from pallas_kernels.common import gelu, mosaic_gpu_call
 from pallas_kernels.common._compat import gpu_load, in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
@@ -207,7 +207,7 @@ def whole(
     def body(*refs: Ref) -> None:
         _Block(cut=cut, epsilon=epsilon, **dict(zip(names, refs, strict=True))).run()
 
-    kernel = plgpu.kernel(
+    kernel = mosaic_gpu_call.kernel(
         body,
         out_type=y,
         scratch_types=list(scratch.values()),
