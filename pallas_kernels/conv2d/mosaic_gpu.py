@@ -50,9 +50,11 @@ from pallas_kernels.common.mosaic_gpu import (
     SHARED,
     Scratch,
     aligned,
+    choose,
     seen_twice,
     swizzled,
     unavailable,
+    when,
 )
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.tiles import TileConfig
@@ -718,7 +720,7 @@ class _Block:
         warpgroup = lax.axis_index("warpgroup")
         # It is one branch, so that registers can go from one role to the other.
         consumes = warpgroup < _CONSUMERS
-        lax.cond(consumes, partial(self.consume, warpgroup), self.produce)
+        choose(consumes, partial(self.consume, warpgroup), self.produce)
 
     @property
     def count(self) -> jax.Array:
@@ -760,7 +762,7 @@ class _Block:
         stages, total_steps = self.tiling.stages, self.count * self.steps
 
         def load(step: Index, carry: tuple[()]) -> tuple[()]:
-            @pl.when(step >= stages)
+            @when(step >= stages)
             def _() -> None:
                 plgpu.barrier_wait(self.empty.at[self.barrier(step - stages)])
 
@@ -854,7 +856,7 @@ class _Block:
                     # This step's `wgmma` may go on while the next are issued; older ones are done.
                     plgpu.wgmma_wait(tiling.column)
 
-                    @pl.when(s > 0)
+                    @when(s > 0)
                     def _() -> None:
                         before = group * stages + lax.rem(at - 1, stages)
                         plgpu.barrier_arrive(self.empty.at[before])
