@@ -1,11 +1,12 @@
 """Constants and helpers that the Mosaic GPU kernels of all operators share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import device
@@ -18,11 +19,13 @@ __all__ = [
     "SHARED",
     "Scratch",
     "aligned",
+    "choose",
     "next_stage",
     "seen_twice",
     "size_in_bytes",
     "swizzled",
     "unavailable",
+    "when",
 ]
 
 ALIGNMENT = 16
@@ -79,6 +82,22 @@ def next_stage(stage: Index, stages: int) -> jax.Array:
         [1, 2, 0]
     """
     return jnp.where(stage == stages - 1, 0, stage + 1)
+
+
+def choose(
+    condition: bool | jax.Array, true: Callable[[], None], false: Callable[[], None]
+) -> None:
+    """Runs one of two parts of a kernel, as `jax.lax.cond` does, which takes longer to lower.
+
+    That makes a boolean a number, for which Mosaic (JAX 0.10 to 0.12) starts `ptxas` to ask it for
+    its version, each time. By a select it is the same code.
+    """
+    lax.switch(jnp.where(condition, 1, 0), (false, true))
+
+
+def when(condition: bool | jax.Array) -> Callable[[Callable[[], None]], None]:
+    """Runs the decorated part of a kernel where a condition is met: `pl.when` by `choose`."""
+    return lambda part: choose(condition, part, lambda: None)
 
 
 def aligned(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -41,7 +41,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.common import gelu
+from pallas_kernels.common import gelu, mosaic_gpu_call
 from pallas_kernels.common._compat import gpu_load, gpu_store, in_32_bits, vary_like
 from pallas_kernels.common.linear import transposed
 from pallas_kernels.common.mosaic_gpu import (
@@ -50,9 +50,11 @@ from pallas_kernels.common.mosaic_gpu import (
     SHARED,
     Scratch,
     aligned,
+    choose,
     seen_twice,
     swizzled,
     unavailable,
+    when,
 )
 from pallas_kernels.common.refusals import refuse, unsupported_sizes
 from pallas_kernels.common.tiles import TileConfig
@@ -616,7 +618,7 @@ def _launch(
         block = dict(zip(names, refs, strict=True))
         _Block(layer=layer, tiling=tiling, **block).run()
 
-    kernel = plgpu.kernel(
+    kernel = mosaic_gpu_call.kernel(
         body,
         out_type=list(results.values()) if len(results) > 1 else results["y"],
         scratch_types=list(scratch.values()),
@@ -718,7 +720,7 @@ class _Block:
         warpgroup = lax.axis_index("warpgroup")
         # It is one branch, so that registers can go from one role to the other.
         consumes = warpgroup < _CONSUMERS
-        lax.cond(consumes, partial(self.consume, warpgroup), self.produce)
+        choose(consumes, partial(self.consume, warpgroup), self.produce)
 
     @property
     def count(self) -> jax.Array:
@@ -760,7 +762,7 @@ class _Block:
         stages, total_steps = self.tiling.stages, self.count * self.steps
 
         def load(step: Index, carry: tuple[()]) -> tuple[()]:
-            @pl.when(step >= stages)
+            @when(step >= stages)
             def _() -> None:
                 plgpu.barrier_wait(self.empty.at[self.barrier(step - stages)])
 
@@ -854,7 +856,7 @@ class _Block:
                     # This step's `wgmma` may go on while the next are issued; older ones are done.
                     plgpu.wgmma_wait(tiling.column)
 
-                    @pl.when(s > 0)
+                    @when(s > 0)
                     def _() -> None:
                         before = group * stages + lax.rem(at - 1, stages)
                         plgpu.barrier_arrive(self.empty.at[before])

@@ -27,6 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import mosaic_gpu_call
 from pallas_kernels.common._compat import in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
@@ -246,7 +247,7 @@ def _launch(
     scratch += [buffer(array, level, ()) for array, level in zip(outputs, written, strict=True)]
     # A warpgroup waits for its own loads alone.
     full = plgpu.Barrier(num_arrivals=len(inputs), num_barriers=warpgroups * stages)
-    return plgpu.kernel(
+    return mosaic_gpu_call.kernel(
         body,
         out_type=outputs,
         scratch_types=[*scratch, full],

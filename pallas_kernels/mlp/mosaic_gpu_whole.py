@@ -33,16 +33,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common import gelu
+from pallas_kernels.common import gelu, mosaic_gpu_call
 from pallas_kernels.common._compat import gpu_load, in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
     SHARED,
     Scratch,
+    choose,
     next_stage,
     seen_twice,
     swizzled,
+    when,
 )
 from pallas_kernels.common.types import Index, Ref, Slice
 from pallas_kernels.mlp.problem import Problem
@@ -207,7 +209,7 @@ def whole(
     def body(*refs: Ref) -> None:
         _Block(cut=cut, epsilon=epsilon, **dict(zip(names, refs, strict=True))).run()
 
-    kernel = plgpu.kernel(
+    kernel = mosaic_gpu_call.kernel(
         body,
         out_type=y,
         scratch_types=list(scratch.values()),
@@ -300,7 +302,7 @@ class _Block:
         warpgroup = lax.axis_index("warpgroup")
         # It is one branch, so that registers can go from one role to the other.
         consumes = warpgroup < self.cut.consumers
-        lax.cond(consumes, partial(self.consume, warpgroup), self.produce)
+        choose(consumes, partial(self.consume, warpgroup), self.produce)
 
     @property
     def count(self) -> jax.Array:
@@ -325,7 +327,7 @@ class _Block:
             def each(source: Ref, stages_of: Ref, full: Ref, empty: Ref) -> None:
                 if not self.cut.resident:
 
-                    @pl.when(step >= stages)
+                    @when(step >= stages)
                     def _() -> None:
                         plgpu.barrier_wait(empty.at[stage])
 
@@ -364,7 +366,7 @@ class _Block:
             def summed(sums: Ref) -> Index:
                 def chunk(j: Index, stage: Index) -> Index:
                     # Chunks that stay are waited for once.
-                    pl.when((i == 0) | (not self.cut.resident))(
+                    when((i == 0) | (not self.cut.resident))(
                         lambda: plgpu.barrier_wait(self.one_full.at[stage])
                     )
                     hidden = self.widened(j, stage, warpgroup)
@@ -372,17 +374,15 @@ class _Block:
                     if not self.cut.resident:
                         plgpu.barrier_arrive(self.one_empty.at[stage])
 
-                        @pl.when(j > 0)
+                        @when(j > 0)
                         def _() -> None:
                             before = jnp.where(stage == 0, stages, stage) - 1
                             plgpu.barrier_arrive(self.two_empty.at[before])
 
-                    pl.when(j == 0)(lambda: self.make_room(i, warpgroup))
-                    pl.when((j == chunks - 1) & (i + 1 < count))(
-                        lambda: self.load(i + 1, warpgroup)
-                    )
+                    when(j == 0)(lambda: self.make_room(i, warpgroup))
+                    when((j == chunks - 1) & (i + 1 < count))(lambda: self.load(i + 1, warpgroup))
                     after = gelu.in_kernel(hidden).astype(self.y.dtype)
-                    pl.when((i == 0) | (not self.cut.resident))(
+                    when((i == 0) | (not self.cut.resident))(
                         lambda: plgpu.barrier_wait(self.two_full.at[stage])
                     )
                     # It goes on while the next chunk's first product is issued.

@@ -55,7 +55,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common import device
+from pallas_kernels.common import device, mosaic_gpu_call
 from pallas_kernels.common._compat import gpu_fence, gpu_load, gpu_store, in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
@@ -437,7 +437,7 @@ def _launch(
             "cluster": (plan.members,),
             "cluster_names": ("member",),
         }
-    found = plgpu.kernel(
+    found = mosaic_gpu_call.kernel(
         body,
         out_type=outputs,
         scratch_types=list(scratch.values()),

@@ -4,7 +4,8 @@
 its compilers say into the folder, where the environment names it before JAX is imported. It needs
 jax-cuda13-plugin and jax-cuda13-pjrt of JAX's version (JAX 0.11 has it; 400 MB, which no extra
 brings), and `ptxas`. Printed are registers of a thread, bytes that do not fit in them, and bytes of
-shared memory of a block, as JSON.
+shared memory of a block, as JSON. With `ahead` in the place of an operator it prints what `ahead`
+returns.
 """
 
 import json
@@ -110,6 +111,27 @@ def mlp(sharding):
                 yield f"{channels} {cut}", mosaic_gpu_whole.whole.trace(*given, **keys)
 
 
+def ahead(folder, sharding, traced):
+    """How often a kernel is compiled while its program is lowered, and how often later."""
+    from pallas_kernels.common import device, mosaic_gpu_call
+
+    def compiled():
+        files = list(folder.iterdir())
+        for file in files:
+            # A second one would be written under the same name.
+            file.unlink()
+        return sum(file.suffix == ".ptxas" for file in files)
+
+    (gpu,) = sharding.device_set
+    device.current = lambda: gpu
+    _, run = next(traced)
+    program = run.lower(lowering_platforms=("cuda",))
+    mosaic_gpu_call._COMPILERS.shutdown()
+    by_thread = compiled()
+    program.compile()
+    return {"by the thread": by_thread, "again": compiled()}
+
+
 def main(folder, operator):
     import jax
     from jax._src import xla_bridge
@@ -119,6 +141,9 @@ def main(folder, operator):
     rest = {"target_config": H200, "topology": "1x1x1"}
     topology = topologies.get_topology_desc("1x1x1", "cuda", **rest)
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    if operator == "ahead":
+        print(json.dumps(ahead(folder, sharding, mlp(sharding))))
+        return
     found = {}
     for name, traced in {"stylize": stylize, "mlp": mlp}[operator](sharding):
         traced.lower(lowering_platforms=("cuda",)).compile()

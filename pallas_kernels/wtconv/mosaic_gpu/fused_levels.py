@@ -36,6 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import mosaic_gpu_call
 from pallas_kernels.common.mosaic_gpu import (
     MANUAL_BARRIERS,
     MULTIPROCESSORS,
@@ -281,7 +282,7 @@ def fused_levels(
         block = dict(zip(names, refs, strict=False))
         _Block(tiling=tiling, bands=refs[len(names) :], **block).run()
 
-    found = plgpu.kernel(
+    found = mosaic_gpu_call.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(out, dtype),
         scratch_types=scratch,

@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import mosaic_gpu_call
 from pallas_kernels.common.mosaic_gpu import SHARED, Scratch, next_stage, size_in_bytes
 from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.wtconv.mosaic_gpu.tiles import (
@@ -116,7 +117,7 @@ def level1(
             tiling=tiling, stages=stages, level=level, biased=biased, below=pairs, **block
         ).run()
 
-    y = plgpu.kernel(
+    y = mosaic_gpu_call.kernel(
         body,
         # Copies of a column lie side by side, as if they were more channels.
         out_type=jax.ShapeDtypeStruct((n, h, w, copies * c), dtype),

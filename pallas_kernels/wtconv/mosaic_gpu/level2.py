@@ -34,6 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import mosaic_gpu_call
 from pallas_kernels.common.mosaic_gpu import SHARED, next_stage, size_in_bytes
 from pallas_kernels.common.types import Index, Ref
 from pallas_kernels.haar.butterfly import merge, split
@@ -147,7 +148,7 @@ def level2(
     def body(*refs: Ref) -> None:
         _Block(tiling=tiling, stages=stages, **dict(zip(names, refs, strict=True))).run()
 
-    y, low = plgpu.kernel(
+    y, low = mosaic_gpu_call.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in (y, low)],
         scratch_types=[

@@ -30,6 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import mosaic_gpu_call
 from pallas_kernels.common._compat import in_32_bits, vary_like
 from pallas_kernels.common.mosaic_gpu import (
     MULTIPROCESSORS,
@@ -180,7 +181,7 @@ def _level_weights(
         block = dict(zip(names, refs, strict=True))
         _WeightsBlock(tiling=tiling, stages=stages, start=images.start, **block).run()
 
-    found = plgpu.kernel(
+    found = mosaic_gpu_call.kernel(
         body,
         out_type=list(outputs.values()),
         scratch_types=list(scratch.values()),
