@@ -21,6 +21,10 @@ from flash_wtconv_jax.bench.wtconv import (
     by_both_clocks,
     check_dtype,
 )
+from flash_wtconv_jax.train import loop
+from flash_wtconv_jax.train.images import optimizers
+from flash_wtconv_jax.train.images.settings import Optimizer
+from flash_wtconv_jax.train.images.vectors import Vectors
 from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.types import Json, Tree
 
@@ -55,6 +59,7 @@ def run(
 ) -> Json:
     """Times inference, and training steps with AdamW, of a network and of its 7x7 baseline.
 
+    A step is that of `flash-wtconv train` without augmentation, drop path and averaged weights.
     Images and state stay on the device, and a step is given the memory of the state before it.
     Parameters are float32, and dtype is that of the images and the computation.
 
@@ -199,20 +204,25 @@ class Network:
         self.images = jax.random.normal(jax.random.key(0), (batch, size, size, 3), dtype)
         classes = network.config.num_classes
         self.labels = jax.random.randint(jax.random.key(1), (batch,), 0, classes)
-        self.optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=models.weight_decay_mask)
+        settings = Optimizer()
+        rate = optax.constant_schedule(settings.rate)
+        self.optimizer = optimizers.made(settings, rate, self.params)
+        self.vectors = Vectors(self.params, optimizers.kinds(settings, self.params))
 
     def function(self, work: str) -> tuple[Callable[..., Tree], tuple[Tree, ...]]:
         """One of `WORK`, and the arguments of a call; training returns the next state first.
 
-        States are lists of their arrays: to take those of nnx apart and to put them together again,
-        a thousand arrays a step of training, can take Python as long as a GPU takes for the step.
+        States are lists of their arrays: to take those of nnx apart and to put them together again
+        can take Python as long as a GPU takes for the step.
 
         Args:
             work: Which.
         """
         training = work == "training"
         leaves, tree = jax.tree.flatten(
-            (self.params, self.optimizer.init(self.params)) if training else self.params
+            loop.begun(self.optimizer, self.vectors.joined(self.params))
+            if training
+            else self.params
         )
 
         def logits(leaves: list[jax.Array], images: jax.Array) -> jax.Array:
@@ -256,18 +266,23 @@ class Network:
         """The network's output."""
         return cast(jax.Array, nnx.merge(self.definition, params, *self.rest)(images))
 
-    def step(self, state: Tree, images: jax.Array, labels: jax.Array) -> tuple[Tree, jax.Array]:
+    def step(
+        self, state: loop.State, images: jax.Array, labels: jax.Array
+    ) -> tuple[loop.State, jax.Array]:
         """The state after a step of AdamW, and the loss before it."""
 
-        def loss(params: nnx.State) -> jax.Array:
+        def loss(joined: nnx.State, batch: tuple[jax.Array, jax.Array], _: jax.Array) -> loop.Sums:
+            images, labels = batch
+            params = self.vectors.parameters(joined)
             scores = self.logits(params, images).astype(jnp.float32)
             with jax.named_scope("loss"):
                 # Picking a number of each row has no transpose on Explicit axes (JAX 0.11).
                 wanted = jax.nn.one_hot(labels, scores.shape[-1])
-                return optax.softmax_cross_entropy(scores, wanted).mean()
+                losses = optax.softmax_cross_entropy(scores, wanted)
+                count = jnp.asarray(len(losses), jnp.int32)
+                return loop.Sums(losses.sum(), count, count)
 
-        params, memory = state
-        value, gradients = jax.value_and_grad(loss)(params)
-        with jax.named_scope("optimizer"):
-            updates, memory = self.optimizer.update(gradients, memory, params)
-            return (optax.apply_updates(params, updates), memory), value
+        # Nothing is by chance, so that any key will do.
+        key = jax.random.key(0)
+        state, metrics = loop.step(loss, self.optimizer, state, (images, labels), key)
+        return state, metrics.loss

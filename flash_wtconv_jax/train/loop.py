@@ -149,8 +149,9 @@ def step(
     # Not before: in float16 the gradients of a mean over many terms would vanish.
     terms = jnp.maximum(found.terms, 1)
     gradients = jax.tree.map(lambda one: one / terms, gradients)
-    updates, memory = optimizer.update(gradients, state.memory, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, memory = optimizer.update(gradients, state.memory, state.params)
+        params = optax.apply_updates(state.params, updates)
     means = state.ema
     if means is not None:
         means = averaged(means, params, state.step, ema)

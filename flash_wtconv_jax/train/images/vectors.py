@@ -3,6 +3,11 @@
 A network has hundreds of parameters, AdamW and averages three more arrays for each. To hand them
 from step to step takes Python and XLA milliseconds, and a GPU updates them by as many kernels.
 Vectors take next to nothing of either; they are cut where the network needs its parameters.
+
+On a CPU they save the compiler operations: AdamW of each parameter is three loops. There large
+parameters stay by themselves, since their bytes are copied when they are joined and cut, and cuts
+are kept apart from what reads them: together they would be compiled once for each parameter, where
+parameters of a shape share what is compiled.
 """
 
 import itertools
@@ -15,15 +20,22 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
+
+from pallas_kernels.common._compat import unfused
+from pallas_kernels.common.device import on_cpu
 
 _Tree = TypeVar("_Tree")
+
+_LARGE = 1 << 17
+"""The fewest numbers of a parameter that a CPU keeps by itself."""
 
 
 class Vectors:
     """Joins the parameters of each kind, and what an optimizer keeps of them.
 
     A kind's vector bears the name of its first parameter. A parameter that is alone in its kind
-    keeps its shape.
+    keeps its shape, and so does a large one on a CPU.
 
     Args:
         params: The parameters; shapes are enough.
@@ -42,8 +54,10 @@ class Vectors:
     def __init__(self, params: nnx.State, kinds: Sequence[Hashable]) -> None:
         leaves, self._structure = jax.tree.flatten(params)
         groups: dict[Hashable, list[int]] = {}
+        least = _LARGE if on_cpu() else math.inf
         for index, (leaf, kind) in enumerate(zip(leaves, kinds, strict=True)):
-            groups.setdefault((kind, jnp.dtype(leaf.dtype)), []).append(index)
+            alone = index if math.prod(leaf.shape) >= least else None
+            groups.setdefault((kind, jnp.dtype(leaf.dtype), alone), []).append(index)
         self._groups = list(groups.values())
         self._shapes = [leaf.shape for leaf in leaves]
         named = list(nnx.to_flat_state(params))
@@ -106,10 +120,26 @@ def _pieces(vector: Any, shapes: list[tuple[int, ...]]) -> list[Any]:
         return [vector] * len(shapes)
     ends = [*itertools.accumulate(map(math.prod, shapes))]
     begins = [0, *ends[:-1]]
-    return [
-        vector[begin:end].reshape(shape)
-        for begin, end, shape in zip(begins, ends, shapes, strict=True)
-    ]
+    if not on_cpu():
+        return [
+            vector[begin:end].reshape(shape)
+            for begin, end, shape in zip(begins, ends, shapes, strict=True)
+        ]
+    # Barred, since XLA moves constants into calls, and pieces of a shape would differ again.
+    return _cut(vector, lax.optimization_barrier([*map(jnp.int32, begins)]), shapes=tuple(shapes))
+
+
+@partial(unfused, static_argnames=("shapes",))
+def _cut(
+    vector: jax.Array, begins: list[jax.Array], *, shapes: tuple[tuple[int, ...], ...]
+) -> list[jax.Array]:
+    """The parameters that begin at some numbers of a vector."""
+
+    def piece(begin: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        size = [math.prod(shape)]
+        return lax.dynamic_slice(vector, [begin], size, allow_negative_indices=False).reshape(shape)
+
+    return [piece(begin, shape) for begin, shape in zip(begins, shapes, strict=True)]
 
 
 def _mapped(

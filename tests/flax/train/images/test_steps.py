@@ -181,7 +181,9 @@ def test_vectors_are_updated_as_their_parameters(freeze):
     chex.assert_trees_all_equal(vectors.cut(vectors.joined(wanted)), wanted)
 
 
-def test_gradients_of_vectors_are_those_of_their_parameters():
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_gradients_of_vectors_are_those_of_their_parameters(monkeypatch, on_cpu):
+    monkeypatch.setattr("flash_wtconv_jax.train.images.vectors.on_cpu", lambda: on_cpu)
     params = nnx.State({"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(2), "c": jnp.ones(1)})
     vectors = Vectors(params, ["one", "other", "one"])
 
@@ -237,3 +239,24 @@ def test_averages_begin_with_the_parameters_of_the_first_steps():
         kept = (1 + step) / (10 + step)
         means = kept * means + (1 - kept) * (step + 1)
     np.testing.assert_allclose(ema["a"], means, rtol=1e-6)
+
+
+def test_a_cpu_keeps_large_parameters_by_themselves(monkeypatch):
+    params = nnx.State(
+        {"a": jnp.ones((2, 3)), "b": jnp.ones(2), "c": jnp.ones(6), "d": jnp.ones(3)}
+    )
+    monkeypatch.setattr("flash_wtconv_jax.train.images.vectors._LARGE", 6)
+    vectors = Vectors(params, ["one"] * 4)
+    joined = vectors.joined(params)
+    assert jax.tree.map(jnp.shape, dict(joined)) == {"a": (2, 3), "b": (5,), "c": (6,)}
+    chex.assert_trees_all_equal(vectors.cut(joined), params)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_a_cpu_compiles_the_cut_of_a_shape_once():
+    """Where a cut knows its begin, those of a shape are as many kernels."""
+    params = nnx.State({name: jnp.ones((2, 3)) for name in "abc"})
+    vectors = Vectors(params, ["one"] * 3)
+    compiled = jax.jit(lambda joined: jax.tree.map(jnp.sin, vectors.cut(joined)))
+    text = compiled.lower(vectors.joined(params)).compile().as_text()
+    assert " slice(" not in text and text.count(" dynamic-slice(") == 3
