@@ -30,8 +30,14 @@ SCALE = Kernel(Path(__file__).with_name("scale.cu"), "scale", (("FACTOR", "2.0f"
 
 @pytest.fixture(autouse=True)
 def anew(monkeypatch, tmp_path):
-    """Nothing that another test compiled, and nothing on the user's disk."""
+    """Nothing that another test compiled, nothing left for others, nothing on the user's disk."""
     monkeypatch.setattr(nvrtc, "cache_folder", lambda: tmp_path / "ptx")
+    forget()
+    yield
+    forget()
+
+
+def forget():
     for function in (cuda_call._serialized, cuda_call._compiling, cuda_call._refusal_of_probe):
         function.cache_clear()
     cuda_call._call.clear_cache()
