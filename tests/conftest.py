@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import re
+import threading
 from pathlib import Path
 
 # Before anything imports jax. Tests marked gpu or tpu run with JAX_PLATFORMS=cuda or tpu.
@@ -36,7 +37,7 @@ import numpy as np
 import pytest
 from _pytest.doctest import DoctestModule
 from jax._src import compiler
-from jax._src.interpreters import partial_eval
+from jax._src.interpreters import mlir, partial_eval
 
 # So that failed assertions of helpers show their values.
 pytest.register_assert_rewrite("helpers")
@@ -68,6 +69,24 @@ optimise(not CPU)
 # Flax asks tracers for what they lack, and each time JAX prints the operations that they came of
 # into an error that nobody sees: half of what it takes to make a network without numbers.
 partial_eval.DynamicJaxprTracer._origin_msg = lambda tracer: ""
+
+make_ir_context = mlir.make_ir_context
+lowering = threading.local()
+
+
+def shared_ir_context():
+    """The context that a thread's programs are lowered in, a few of them in each."""
+    context, count = getattr(lowering, "context", (None, 10))
+    if count == 10:
+        context, count = make_ir_context(), 0
+    lowering.context = context, count + 1
+    return context
+
+
+# As JAX 0.12 does it: to make one takes longer than to lower a small program, and what is lowered
+# keeps it.
+if jax.__version_info__ < (0, 12):
+    mlir.make_ir_context = shared_ir_context
 
 hypothesis.settings.register_profile(
     "fixed",
