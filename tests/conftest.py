@@ -36,6 +36,7 @@ import jax
 import numpy as np
 import pytest
 from _pytest.doctest import DoctestModule
+from hypothesis.internal.conjecture import providers
 from jax._src import compiler
 from jax._src.interpreters import mlir, partial_eval
 
@@ -98,6 +99,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fixed")
+
+# It draws what modules that happen to be loaded are written with, and reads them all for that.
+providers._get_local_constants = lambda: providers._local_constants
 
 
 @pytest.hookimpl(wrapper=True)
