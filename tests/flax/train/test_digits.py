@@ -135,6 +135,7 @@ def few_strips(monkeypatch):
     monkeypatch.setattr(digits, "load_strips", lambda: strips)
 
 
+@pytest.mark.wide
 def test_a_tiny_demo_from_start_to_end(few_strips, monkeypatch, tmp_path):
     # Every training compiles anew.
     monkeypatch.setattr(digits, "SEEDS", 2)

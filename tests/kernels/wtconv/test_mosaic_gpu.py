@@ -46,8 +46,15 @@ SMALL = {
 }
 # The next test has "padded"; "narrow" is "flat" on its side, and "odd" has blocks of channels too.
 COVERED = {"padded", "narrow", "one_channel_block"}
-# Of the shapes of networks these are in `make test-wide`: the fewest and the most pixels.
-WIDE_SHAPES = {"convnext_t_stage4"}
+# In `make test-wide`: of the shapes of networks the one of the fewest pixels, and launches of which
+# "three_launches" has each.
+WIDE_SHAPES = {"convnext_t_stage4", "two_launches"}
+
+
+def marks(name):
+    return [pytest.mark.slow] * (name in COVERED) + [pytest.mark.wide] * (name in WIDE_SHAPES)
+
+
 EXTREME = {
     "large": Shape(1, 4096, 4096, 144, 5),
     "long": Shape(1, 1, 2**20, 32, 1),
@@ -82,16 +89,9 @@ def run(shape, dtype, transformed):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
+        *(pytest.param(name, DTYPES[i % 3], marks=marks(name)) for i, name in enumerate(SMALL)),
         *(
-            pytest.param(name, DTYPES[i % 3], marks=[pytest.mark.slow] * (name in COVERED))
-            for i, name in enumerate(SMALL)
-        ),
-        *(
-            pytest.param(
-                name,
-                DTYPES[i % 2],
-                marks=pytest.mark.wide if name in WIDE_SHAPES else pytest.mark.slow,
-            )
+            pytest.param(name, DTYPES[i % 2], marks=marks(name) or pytest.mark.slow)
             for i, name in enumerate((*GPU_SHAPES, "large"))
         ),
     ],
@@ -243,7 +243,7 @@ def test_fused_levels_are_one_launch_where_they_fit():
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
-        (Shape(128, 14, 14, 96, 5), "float32"),
+        pytest.param(Shape(128, 14, 14, 96, 5), "float32", marks=pytest.mark.wide),
         # The next has the dtype, the one before the shape.
         pytest.param(Shape(128, 14, 14, 96, 5), "bfloat16", marks=pytest.mark.slow),
         (Shape(3, 5, 9, 40, 4, 3), "bfloat16"),

@@ -116,7 +116,6 @@ def test_devices_wait_from_the_end_of_a_step_until_the_next_is_sent(monkeypatch)
     assert clock.waiting() == pytest.approx(1 / 8)
 
 
-@pytest.mark.wide
 def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, small):
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
         trainer.train(resolved(data, SMALL), small)
@@ -265,6 +264,7 @@ def test_fine_tuning_begins_from_a_checkpoint_with_a_new_head(data, whole, tmp_p
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+@pytest.mark.wide
 def test_a_killed_training_goes_on_bitwise(data, small, undrawn):
     out, said = data.parent / "killed", resolved(data, SMALL)
     assert in_processes(said, out, [End(7)]) == [-signal.SIGKILL]
@@ -275,7 +275,7 @@ def test_a_killed_training_goes_on_bitwise(data, small, undrawn):
 
 @pytest.mark.slow
 def test_four_kills_and_a_request_to_stop_change_nothing(data, small, undrawn):
-    """A fifth is the one of `make test`, above."""
+    """A fifth is the one of `make test-wide`, above."""
     out, said = data.parent / "killed_often", resolved(data, SMALL)
     kills = [End(step, delay=0.02 * step) for step in (2, 4, 5, 8)]
     *killed, stopped = in_processes(said, out, [*kills, End(9, signal.SIGTERM)])
