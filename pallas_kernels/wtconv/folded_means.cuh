@@ -45,7 +45,7 @@ struct Square {
       const Scalar* from = image + Offset(pixel) * channels;
 #if PASSING
       const Passing piece = __ldcs(reinterpret_cast<const Passing*>(from));
-      pixels[k] = reinterpret_cast<const Piece&>(piece);
+      memcpy(&pixels[k], &piece, sizeof(piece));
 #else
       pixels[k] = *reinterpret_cast<const Piece*>(from);
 #endif

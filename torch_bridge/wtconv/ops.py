@@ -78,6 +78,10 @@ class _Backend(backend.Implementation, Protocol):
         """The gradients of the taps, and of the bias where dy is summed on the way."""
 
 
+_Asked = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, int, torch.device]
+"""The arguments of an implementation's `multiplies`: x's shape, strides, dtype; k; the device."""
+
+
 class _Multiplying(_Backend, Protocol):
     """An implementation that multiplies by the scales itself."""
 
@@ -288,11 +292,12 @@ def _left_to_kernels(
 ) -> bool:
     """Whether scales are not folded into taps before the operator."""
     name, *_ = calls.parsed(fwd)
-    asked = shape, strides, dtype, kernel_size, device
-    return strides is not None and _multiplies(OPERATOR.module(name), *asked)
+    if strides is None:
+        return False
+    return _multiplies(OPERATOR.module(name), (shape, strides, dtype, kernel_size, device))
 
 
-def _multiplies(module: backend.Implementation, *asked: Any) -> bool:
+def _multiplies(module: backend.Implementation, asked: _Asked) -> bool:
     """The answer of an implementation's `multiplies`, False where it has none."""
     answer = getattr(module, "multiplies", None)
     return answer is not None and answer(*asked)
@@ -334,14 +339,14 @@ def _forward(
     config: Mapping[str, int],
 ) -> Tensor:
     about: Keywords = {"wavelet": wavelet, "transpose": transpose, **config}
-    if scales and _multiplies(module, *_asked(x, taps)):
+    if scales and _multiplies(module, _asked(x, taps)):
         about["scales"] = scales
     elif scales:
         taps, bias = scaling.folded(taps, bias, scales, calls.accumulation_dtype(x))
     return calls.formatted(module.forward(x, taps, bias, **about), x)
 
 
-def _asked(x: Tensor, taps: Sequence[Tensor]) -> tuple[Any, ...]:
+def _asked(x: Tensor, taps: Sequence[Tensor]) -> _Asked:
     """The arguments of an implementation's `multiplies`."""
     return tuple(x.shape), x.stride(), x.dtype, taps[0].shape[-1], x.device
 
@@ -417,12 +422,12 @@ def scaled_grad(
     They are those of folded taps and the scaled bias, times what these are made of.
     """
     if x.numel() == 0:
-        return [torch.zeros_like(one) for one in _parameters(taps, bias, scales)]
+        return [one.new_zeros(one.shape) for one in _parameters(taps, bias, scales)]
     kernel_size, levels = taps[0].shape[-1], len(taps) - 1
     problem = _problem(x.shape, x.dtype, kernel_size, levels, wavelet)
 
     def compute(module: _Backend, config: Mapping[str, int]) -> list[Tensor]:
-        if _multiplies(module, *_asked(x, taps)):
+        if _multiplies(module, _asked(x, taps)):
             kernels = cast(_Multiplying, module)
             return list(kernels.gradients(x, dy, taps, bias, scales, wavelet=wavelet, **config))
         about = kernel_size, levels, wavelet, bias is not None
