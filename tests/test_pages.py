@@ -244,13 +244,14 @@ class TestTheResults:
         row("stylize_h200_ladder", contender="flash bfloat16")["median_ms"] = 98.765
         norm = row("stylize_h200_norm", contender="flash", direction="forward")
         norm["over_copy"] = 9.87
-        row("compile_h200", program="layer, 16 bits", contender="flash")["all"] = 98.76
+        first = row("compile_h200", program="layer, 16 bits", contender="flash")
+        first |= {"all": 98.76, "compile": 87.64}
         deep = row("sparse_h200_depthwise", contender="flash", direction="gradient of w")
         deep |= {"median_ms": 9.87, "tflops_per_s": 0.98, "over_forward": 8.7, "temporaries": 0.76}
         changed = self.results.filled(text, found).splitlines()
         for start, end in (
             ("| plain JAX | 9.87 |", " |"),
-            ("| layer, 16 bits | 98.8 | 1.0 | ", "× |"),
+            ("| layer, 16 bits | 98.8 | 87.6 | ", "× |"),
             ("| style_512_trunk | forward | 9.876 ms |", "× |"),
             ("| training | ", " ms) | 98,765 (1.30 ms) |"),
             ("| stem | 98.77 |", " |"),
