@@ -167,7 +167,7 @@ def test_operators_with_scales_are_declared_as_they_are():
     torch.library.opcheck(ops.scaled_grad, (x, dy, [base, level], bias, scales, "haar", "eager"))
     # Gradients are contiguous where parameters are not.
     base = base.detach().transpose(2, 3).requires_grad_()
-    nothing = x[:0], dy[:0], [base, level], None, scales, "haar", "eager"
+    nothing = x.detach()[:0], dy.detach()[:0], [base, level], None, scales, "haar", "eager"
     torch.library.opcheck(ops.scaled_grad, nothing)
     empty = ops.scaled_grad(*nothing)
     for got, own in zip(empty, (base, level, *scales), strict=True):
