@@ -48,10 +48,10 @@ def _speak_once_a_launch():
 
 
 def _ask_once():
-    """Of each operation the interpreter asks nothing whose answer it has, or drops.
+    """Spares the interpreter what it asks again of each dtype, and what it computes and drops.
 
-    It computes integers once more, in 64 bits, to tell of those that overflow, which it does
-    where kernels are debugged alone.
+    It computes integers once more, in 64 bits, to tell of those that overflow, but tells of them
+    only where kernels are debugged.
     """
     from triton.runtime import interpreter
 

@@ -523,7 +523,7 @@ def _second(
     needs_x: bool,
     needs_dy: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What gradients of gradients of folded taps and bias are for x and dy."""
+    """The gradients of x and dy from those of the gradients of folded taps and bias."""
     names = ctx.bwd, ctx.bwd
     dx = apply(dy, taps, None, [], ctx.wavelet, True, *names) if needs_x else None
     return dx, apply(x, taps, bias, [], ctx.wavelet, False, *names) if needs_dy else None

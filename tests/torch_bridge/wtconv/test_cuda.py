@@ -379,7 +379,7 @@ def test_the_biass_gradient_comes_with_those_of_the_taps(monkeypatch):
 
 
 def test_scales_are_left_to_the_kernels_of_what_they_fold():
-    """Of every kind of strides, as told without data."""
+    """For every kind of strides, by what is known without data."""
     image = torch.zeros(2, 4, 6, 5, dtype=torch.float16)
     last = image.contiguous(memory_format=torch.channels_last)
     expanded = last[:1].expand(3, -1, -1, -1)
