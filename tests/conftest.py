@@ -116,11 +116,12 @@ def pytest_collection_modifyitems(items):
 
     Those that use PyTorch are skipped where it is not installed.
     """
+    torch = importlib.util.find_spec("torch")
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.wide)
             text = "".join(example.source + example.want for example in item.dtest.examples)
-            if not importlib.util.find_spec("torch") and re.search(r"\btorch|\btensor\(", text):
+            if not torch and re.search(r"\btorch|\btensor\(", text):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
 
 

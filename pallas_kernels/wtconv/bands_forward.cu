@@ -33,8 +33,9 @@ constexpr int ROW = CHUNK * LOADED;                // Elements of a row in share
 constexpr int BYTES = 4 * LINES * IMAGES * ROW;
 constexpr int OVER = BELOW ? 4 * IMAGES * WIDTH / 2 * CHUNK : 0;
 constexpr int FAR_OVER = BELOW == 2 ? 4 * IMAGES * ACROSS * CHUNK : 0;
-// Level 2 goes through its tiles from the last to the first: what made x, and level 1 of a call
-// before, left the end of it in L2, and level 1 begins with the first.
+// What reads the image above, as level 2 reads x, goes through its tiles from the last to the first:
+// what made x, and level 1 of a call before, left the end of it in L2, and level 1 begins with the
+// first.
 constexpr bool BACKWARDS = HALVED;
 constexpr float FACTOR = 0.25f / (SCALE * SCALE);  // Of a coefficient.
 constexpr int STAGE = (BYTES + OVER + FAR_OVER + 1023) / 1024 * 1024;

@@ -1,11 +1,12 @@
 // The gradients of the taps of all levels from the partial sums that `bands_weights` and
 // `folded_weights` leave, or of the kernels and scales whose products the taps are, for NVRTC.
 //
-// A block has all taps of a band of eight channels, a thread one of them. Its partial sums are added
+// A block has all taps of a band of some channels, a thread one of them. Its partial sums are added
 // in their order, and products over the taps likewise, so results are bitwise reproducible.
 //
 // The host defines these macros, beside that of `levels.cuh`:
 //   KERNEL_SIZE      3, 5 or 7
+//   WIDTH            channels of a block; of 8 a row of sums has 32 bytes
 //   CHANNELS_LAST    whether taps are [k, k, bands, C], 0: they are [C, bands, k, k]
 //   SCALED           whether the gradients are those of kernels, scales and bias, which are arguments
 //   DTYPE            of these and their gradients; 0 where there are none
@@ -18,7 +19,6 @@
 #endif
 
 constexpr int TAPS = KERNEL_SIZE * KERNEL_SIZE;
-constexpr int WIDTH = 8;  // Channels of a block, 32 bytes of a row of sums.
 constexpr int THREADS = (WIDTH * (TAPS + 1) + 31) / 32 * 32;
 
 // The parameters of each level: partial sums, the row of an array that they begin in, and how many

@@ -74,6 +74,7 @@ def gradients(
     macros = (
         *(("KERNEL_SIZE", kernel_size), ("LEVELS", levels), ("DTYPE", DTYPES[dtype])),
         *(("CHANNELS_LAST", int(channels_last)), ("SCALED", int(parameters is not None))),
+        ("WIDTH", _WIDTH),
     )
     threads = _WIDTH * (kernel_size**2 + 1)
     shared = 0 if parameters is None else 4 * threads
