@@ -216,7 +216,7 @@ def check(direction: str, problem: Problem) -> None:
         elif n * c * _THREADS >= 1 << 31:
             reasons.append(f"{n} images of {c} channels, which are too many")
         elif not _plans(_call(direction, problem), _multiprocessors()):
-            reasons.append(f"{problem}, of which nothing fits in shared memory")
+            reasons.append(f"{problem}, of which no division fits shared memory and TMA's boxes")
     refuse(reasons)
 
 

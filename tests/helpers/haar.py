@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.sharded import over_the_batch
 
 from pallas_kernels import haar, oracle
@@ -110,6 +111,13 @@ def assert_close(case, got, want):
 def assert_oracle(case, implementation=None):
     """Analysis, its transpose and synthesis of a case are the oracle's."""
     assert_close(case, ours(case, *arrays(case), implementation), expected(case))
+
+
+LARGE = [
+    (2, 4096, 4096, 3),
+    # More than 2**31 elements, for which tests beside it leave a GPU too little memory.
+    pytest.param((1, 4096, 4096, 144), marks=pytest.mark.slow),
+]
 
 
 def assert_large(implementation, shape):

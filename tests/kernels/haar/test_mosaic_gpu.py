@@ -7,7 +7,14 @@ import chex
 import jax
 import numpy as np
 import pytest
-from helpers.haar import assert_large, assert_oracle, assert_sharded, assert_transformed, takes
+from helpers.haar import (
+    LARGE,
+    assert_large,
+    assert_oracle,
+    assert_sharded,
+    assert_transformed,
+    takes,
+)
 from helpers.mosaic_gpu import SHARED, lowered, recorded_launches, shapes, shared_bytes
 
 from pallas_kernels import haar
@@ -162,9 +169,8 @@ def test_transforms_are_the_oracles(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 4096, 4096, 3), (1, 4096, 4096, 144)], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_images_are_those_of_plain_jax(shape):
-    """The second has more than 2**31 elements."""
     assert_large("mosaic_gpu", shape)
 
 

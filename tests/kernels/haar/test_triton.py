@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.haar import (
+    LARGE,
     arrays,
     assert_close,
     assert_large,
@@ -186,9 +187,8 @@ def test_every_size_on_a_gpu(sizes, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(2, 4096, 4096, 3), (1, 4096, 4096, 144)], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_images_are_those_of_plain_jax(shape):
-    """The second has more than 2**31 elements."""
     assert_large("triton", shape)
 
 

@@ -270,7 +270,7 @@ REFUSED = {
     "float64, float32, bfloat16, float16 alone": {"dtype": np.dtype("float64")},
     "an empty array": {"shape": (0, 8, 8, 16)},
     "12 channels, multiples of 8 alone": {"shape": (2, 8, 8, 12)},
-    "x .*, of which nothing fits in shared memory": {"shape": (2, 1023, 1023, 8)},
+    "x .*, of which no division fits shared memory and TMA's boxes": {"shape": (2, 1023, 1023, 8)},
     "images of 65536x65536 pixels, which are too many": {"shape": (1, 2**16, 2**16, 8)},
     "1073741824 images of 8 channels, which are too many": {"shape": (2**30, 8, 8, 8)},
     "arrays of symbolic size": {"shape": (*jax.export.symbolic_shape("b"), 8, 8, 8)},
