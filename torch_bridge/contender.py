@@ -120,6 +120,6 @@ def bench_parts() -> list[tuple[str, tuple[str, ...], str, str]]:
             "torch_wtconv.json",
             f"torch_{dtype}",
         )
-        for dtype in ("float32", "bfloat16", "float16")
+        for dtype in ("float32", "bfloat16")
         for name in GPU_SHAPES
     ]

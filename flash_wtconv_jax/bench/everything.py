@@ -2,7 +2,8 @@
 
 A part is a command of its own, in a process of its own and with a folder of its own, whose report
 says that it is made. So a run can be stopped at any time, and one that ends in time goes on with
-the same command.
+the same command. Parts that time several implementations write the fastest into the package's table
+of defaults.
 """
 
 import json
@@ -31,6 +32,21 @@ _TOGETHER = 3
 """Shapes of a part of the wavelet convolution, which compile for half a minute each."""
 _PICTURES = "--size", "512", "--batch", "8"
 """Pictures of networks of style transfer, whose programs of one size compile for minutes."""
+_DEFAULTS, _STYLIZE = "--write-defaults", ("stylize", "--dtype")
+_NETWORKS = [
+    *(("bfloat16", size, ("--size", size)) for size in ("256", "512", "1024")),
+    *(("float16", size, ("--size", size)) for size in ("512", "1024")),
+    ("float32", "512", _PICTURES),
+]
+"""Networks of style transfer: dtype, size, and the options of both."""
+_ROOMS = {
+    "bfloat16": (
+        ("room_1000000_64_128_s1", "room_1000000_128_128_s1"),
+        ("room_1000000_64_128_s2", "room_10000_64_128_s1", "depthwise_room_1000000_128"),
+    ),
+    "float32": (("room_1000000_64_128_s1",),),
+}
+"""Layers on voxels, by dtype, in groups of a part."""
 
 
 class Part(NamedTuple):
@@ -79,35 +95,41 @@ def parts(platform: str) -> list[Part]:
             part(f"wtconvnext{suffix}_{work}", "wtconvnext", "--work", work, *more)
             for work in NETWORKS.values()
         ]
+    found.append(part("levels", "levels"))
     for dtype in DTYPES:
         found += [
             part(
                 f"wtconv_{dtype}_{i}",
-                *("wtconv", "--dtype", dtype, *shapes(names)),
+                *("wtconv", "--dtype", dtype, *shapes(names), _DEFAULTS),
                 group=f"wtconv_{dtype}",
             )
             for i, names in enumerate(_groups(FOR_PLATFORM[platform], _TOGETHER))
         ]
     found += [
-        part(f"conv2d_{i}", "conv2d", *shapes(names)) for i, names in enumerate(_groups(SHAPES, 2))
+        part(f"conv2d_{i}", "conv2d", *shapes(names), _DEFAULTS)
+        for i, names in enumerate(_groups(SHAPES, 2))
     ]
-    found += [part("mlp", "mlp")]
-    found += [part(f"depthwise_{dtype}", "depthwise", "--dtype", dtype) for dtype in DTYPES[:2]]
-    found += [part(f"haar_{dtype}", "haar", "--dtype", dtype) for dtype in DTYPES]
-    found += [part("sparse", "sparse", "--minutes", "6")]
-    found += [part(f"stylize_{work}", "stylize", "--work", work) for work in ("norm", "large")]
-    found.append(part("stylize_ladder", "stylize", "--work", "ladder", *_PICTURES))
-    for dtype in DTYPES:
-        of_dtype = "stylize", "--dtype", dtype, "--work"
-        found.append(part(f"stylize_layer_{dtype}", *of_dtype, "layer"))
-        found += [
-            part(f"stylize_network_{dtype}_{size}", *of_dtype, "network", "--size", size)
-            for size in ("256", "512", "1024")
-        ]
-        found += [
-            part(f"stylize_{work}_{dtype}", *of_dtype, work, *_PICTURES)
-            for work in ("training", "style_vit")
-        ]
+    found += [part(name, name, _DEFAULTS) for name in ("mlp", "depthwise")]
+    found += [part(f"haar_{dtype}", "haar", "--dtype", dtype) for dtype in DTYPES[:2]]
+    found += [
+        part(f"sparse_{dtype}_{i}", "sparse", "--dtype", dtype, *shapes(names), _DEFAULTS)
+        for dtype, groups in _ROOMS.items()
+        for i, names in enumerate(groups)
+    ]
+    found += [
+        part("stylize_norm", "stylize", "--work", "norm", _DEFAULTS),
+        part("stylize_layer", *_STYLIZE, "bfloat16", "--work", "layer", _DEFAULTS),
+        part("stylize_large", "stylize", "--work", "large"),
+        part("stylize_ladder", "stylize", "--work", "ladder", *_PICTURES),
+    ]
+    found += [
+        part(f"stylize_network_{dtype}_{size}", *_STYLIZE, dtype, "--work", "network", *pictures)
+        for dtype, size, pictures in _NETWORKS
+    ]
+    found += [
+        part(f"stylize_training_{dtype}", *_STYLIZE, dtype, "--work", "training", *_PICTURES)
+        for dtype in DTYPES[1:]
+    ]
     found += [
         part(f"compile_{i}", "compile", *(w for name in names for w in ("--program", name)))
         for i, names in enumerate((LAYERS, *((name,) for name in NETWORKS)))
