@@ -28,6 +28,8 @@ GROUP = "flash_wtconv.bench.all"
 
 DTYPES = ("float32", "bfloat16", "float16")
 _CLI = "from flash_wtconv_jax.cli import main; main()"
+_SEEN = "import sys; from flash_wtconv_jax.bench.devices import first; first(sys.argv[1])"
+"""A program that fails where there is no device of a platform."""
 _TOGETHER = 3
 """Shapes of a part of the wavelet convolution, which compile for half a minute each."""
 _PICTURES = "--size", "512", "--batch", "8"
@@ -157,11 +159,18 @@ def run(out: Path, minutes: float, platform: str, say: Callable[[str], None]) ->
         The names of parts that are not made.
 
     Raises:
-        ValueError: See `parts`; or minutes that are none.
+        ValueError: See `parts`; minutes that are none; or no device of this platform is here.
     """
     if not minutes > 0:
         raise ValueError(f"minutes must be more than 0, got {minutes:g}")
     every = parts(platform)
+    # In a process of its own, since JAX would keep the device's memory from the parts in this one.
+    seen = subprocess.run(
+        [sys.executable, "-c", _SEEN, platform], stderr=subprocess.PIPE, text=True, check=False
+    )
+    if seen.returncode:
+        _, _, reason = seen.stderr.strip().rpartition("\n")
+        raise ValueError(reason.removeprefix("ValueError: "))
     end = time.monotonic() + 60 * minutes
     for part in every:
         left = end - time.monotonic()

@@ -85,7 +85,7 @@ def wtconv(
         names = shape or list(known)
         if write_defaults:
             sizes = (known[name] for name in names if name in known)
-            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
+            _tell_of_no_choice(benchmark.implementations(size, dtype) for size in sizes)
         keep = keeping(out)
         report = benchmark.run(names, baseline, progress, dtype, write_defaults, keep)
         device_kind = kind()
@@ -222,7 +222,7 @@ def sparse(
         names = shape or list(benchmark.NAMES)
         if write_defaults:
             known = (name for name in names if name in benchmark.NAMES)
-            _check_choice(benchmark.implementations(name, dtype) for name in known)
+            _tell_of_no_choice(benchmark.implementations(name, dtype) for name in known)
         before = None if minutes is None else _earlier(out / "sparse.json")
         report = benchmark.run(names, progress, dtype, minutes, before, keeping(out))
         device_kind = kind()
@@ -282,7 +282,7 @@ def stylize(
             names = [
                 name for name in shape or benchmark.NAMES if name in (*STYLE_NORMS, *STYLE_LAYERS)
             ]
-            _check_choice(
+            _tell_of_no_choice(
                 benchmark.implementations(name, one)
                 for name in names
                 for one in dtype or ("bfloat16", "float32")
@@ -427,7 +427,7 @@ def _time(
         names = shape or list(known)
         if write_defaults:
             sizes = (known[name] for name in names if name in known)
-            _check_choice(benchmark.implementations(size, dtype) for size in sizes)
+            _tell_of_no_choice(benchmark.implementations(size, dtype) for size in sizes)
         report = benchmark.run(names, progress, dtype, keeping(out))
         device_kind = kind()
     tell(report, table(report), {}, out)
@@ -465,22 +465,24 @@ def _progress(out: Path) -> Iterator[_Progress]:
         yield progress
 
 
-def _check_choice(able: Iterable[Sequence[str]]) -> None:
-    """Raises where no shape has a choice of implementations; `run` tells of unknown shapes."""
+def _tell_of_no_choice(able: Iterable[Sequence[str]]) -> None:
+    """Says before minutes of timing that no shape has a choice; `run` tells of unknown shapes."""
     if max(map(len, able), default=2) < 2:
-        raise ValueError(
-            "--write-defaults needs a shape that several implementations can compute here; "
-            "'flash-wtconv info' tells which can run"
+        say(
+            "--write-defaults will write nothing: no shape has several implementations that can "
+            "compute it here; 'flash-wtconv info' tells which can run"
         )
 
 
 def _write_defaults(kind: str, entries: "Iterable[Entry]") -> None:
-    """Writes entries into the package's table of a kind of device."""
+    """Writes entries, if there are any, into the package's table of a kind of device."""
     from pallas_kernels.dispatch import forget, table
 
+    if not (found := list(entries)):
+        return
     path = table.path(kind)
     path.parent.mkdir(exist_ok=True)
-    _write(path, table.merged(kind, entries))
+    _write(path, table.merged(kind, found))
     forget()
 
 
