@@ -17,7 +17,7 @@ from flash_wtconv_jax.bench.timing import Spread
 from pallas_kernels.common.types import Json, Tree
 from pallas_kernels.wtconv.shapes import GPU_SHAPES, SHAPES, Shape
 from torch_bridge.check import about
-from torch_bridge.runtime.device import best_device, synchronize
+from torch_bridge.runtime.device import named, synchronize
 from torch_bridge.wtconv import ops
 from torch_bridge.wtconv.layers import WTConv2d
 
@@ -48,6 +48,10 @@ def bench(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda or mps. Default: the first that PyTorch has, cpu last."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for torch_wtconv.json and torch_wtconv.png.")
     ] = Path("runs/bench"),
@@ -67,7 +71,7 @@ def bench(
             task = bar.add_task(escape(label), total=steps)
             return lambda: bar.advance(task)
 
-        report = run(shape, dtype, progress, keeping(out))
+        report = run(shape, dtype, progress, keeping(out), device)
     tell(report, wtconv_table(report), {"torch_wtconv": plots.speedups}, out)
 
 
@@ -76,6 +80,7 @@ def run(
     dtype: str,
     progress: Callable[[str, int], Callable[[], None]],
     keep: Callable[[Json], None] = lambda report: None,
+    platform: str | None = None,
 ) -> Json:
     """Times every implementation that this machine has, in both memory formats.
 
@@ -84,6 +89,7 @@ def run(
         dtype: Dtype of x, dy and the parameters: "float32", "bfloat16" or "float16".
         progress: Told a label and a number of steps, returns what to call after each step.
         keep: Told the report so far after each shape, `left` naming what is to come.
+        platform: "cpu", "cuda" or "mps"; None is `runtime.device.best_device`'s.
 
     Returns:
         A JSON-able report: device, versions, date, `clock`, `roofs` with the `copy_bytes_per_s` of
@@ -94,9 +100,9 @@ def run(
         `extra_memory`, the same with the results; and the shapes that are `left`, none in the end.
 
     Raises:
-        ValueError: An unknown shape or dtype.
+        ValueError: An unknown shape or dtype, or a device that is not here.
     """
-    device = best_device()
+    device = named(platform)
     known = KNOWN["gpu" if device.type == "cuda" else "cpu"]
     names = shapes or list(known)
     unknown = sorted(set(names) - set(known))

@@ -112,7 +112,7 @@ def bench_parts() -> list[tuple[str, tuple[str, ...], str, str]]:
     """
     if find_spec("torch") is None:
         return []
-    command = sys.executable, "-m", "torch_bridge", "bench", "--dtype"
+    command = sys.executable, "-m", "torch_bridge", "bench", "--device", "cuda", "--dtype"
     return [
         (
             f"torch_{dtype}_{name}",

@@ -34,8 +34,7 @@ def run(monkeypatch, *arguments):
 
 def test_times_beside_plain_pytorch(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(bench, "best_device", lambda: torch.device("cpu"))
-    assert run(monkeypatch, "--dtype", "bfloat16", "--out", tmp_path) == 0
+    assert run(monkeypatch, *["--device", "cpu", "--dtype", "bfloat16"], "--out", tmp_path) == 0
     output = capsys.readouterr().out
     assert "WTConv, bfloat16" in output and "eager channels-last" in output
     assert (tmp_path / "torch_wtconv.png").stat().st_size > 10_000
@@ -101,7 +100,6 @@ def test_a_step_holds_little_beside_its_results(name, most):
 
 def test_a_run_that_is_stopped_keeps_the_shapes_that_it_has_timed(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(bench, "best_device", lambda: torch.device("cpu"))
     calls = bench._calls
 
     def stopped(shape, *rest):
@@ -110,7 +108,9 @@ def test_a_run_that_is_stopped_keeps_the_shapes_that_it_has_timed(monkeypatch, t
         return calls(shape, *rest)
 
     monkeypatch.setattr(bench, "_calls", stopped)
-    run(monkeypatch, "--shape", "small", "--shape", "other", "--out", tmp_path)
+    run(
+        monkeypatch, *["--device", "cpu", "--shape", "small", "--shape", "other"], "--out", tmp_path
+    )
     kept = json.loads((tmp_path / "torch_wtconv.json").read_text())
     assert {row["shape"] for row in kept["rows"]} == {"small"} and kept["left"] == ["other"]
 
@@ -121,9 +121,12 @@ def test_a_run_that_is_stopped_keeps_the_shapes_that_it_has_timed(monkeypatch, t
         (["--shape", "huge"], r"shape: ['huge'] is not one of ['other', 'small']"),
         (["--dtype", "int8"], "dtype: 'int8' is not one of ['float32', 'bfloat16', 'float16']"),
         (["--out", __file__], f"--out {__file__} is a file, expected a folder"),
+        (["--device", "gpu"], "device: 'gpu' is not one of ['cpu', 'cuda', 'mps']"),
+        (["--device", "cuda"], "device: PyTorch finds no cuda here, only ['cpu'"),
     ],
 )
 def test_wrong_arguments_are_one_line(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(monkeypatch, *arguments) == 1
     assert message in capsys.readouterr().err
 

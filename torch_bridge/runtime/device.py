@@ -31,6 +31,34 @@ def best_device() -> torch.device:
     return torch.device("mps") if torch.backends.mps.is_available() else default
 
 
+def named(name: str | None) -> torch.device:
+    """The device of a kind.
+
+    Args:
+        name: "cpu", "cuda" or "mps"; None is `best_device`.
+
+    Raises:
+        ValueError: Another name, or PyTorch has no such device here.
+
+    Example:
+        >>> named("cpu")
+        device(type='cpu')
+    """
+    if name is None:
+        return best_device()
+    here = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name not in here:
+        raise ValueError(f"device: {name!r} is not one of {list(here)}")
+    if not here[name]:
+        found = [kind for kind, there in here.items() if there]
+        raise ValueError(f"device: PyTorch finds no {name} here, only {found}")
+    return torch.device(name)
+
+
 def _of_rank() -> torch.device | None:
     """The GPU of this process of a group, as the group, `set_device` or the launcher tells it."""
     if not (distributed.is_available() and distributed.is_initialized()):
