@@ -729,7 +729,7 @@ def test_code_that_not_everybody_can_run_says_what_it_needs():
         needs.update(need for _, need in [*blocks(text), *commands(text)] if need)
     assert needs == {
         "files of yours": 29,
-        "a clone": 11,
+        "a clone": 13,
         "a GPU": 2,
         "several processes": 2,
         "several devices": 1,
