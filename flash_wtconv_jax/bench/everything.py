@@ -30,11 +30,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 _CLI = "from flash_wtconv_jax.cli import main; main()"
 _SEEN = "import sys; from flash_wtconv_jax.bench.devices import first; first(sys.argv[1])"
 """A program that fails where there is no device of a platform."""
-_TOGETHER = 3
-"""Shapes of a part of the wavelet convolution, which compile for half a minute each."""
+_TOGETHER = 2
+"""Shapes of a part, whose implementations compile and run for a minute or two each."""
 _PICTURES = "--size", "512", "--batch", "8"
 """Pictures of networks of style transfer, whose programs of one size compile for minutes."""
-_DEFAULTS, _STYLIZE = "--write-defaults", ("stylize", "--dtype")
+_DEFAULTS = "--write-defaults"
+_STYLIZE = "stylize", "--dtype"
 _NETWORKS = [
     *(("bfloat16", size, ("--size", size)) for size in ("256", "512", "1024")),
     *(("float16", size, ("--size", size)) for size in ("512", "1024")),
@@ -78,7 +79,7 @@ def parts(platform: str) -> list[Part]:
 
     Example:
         >>> [part.name for part in parts("gpu")][:3]
-        ['wtconvnext_inference', 'wtconvnext_training', 'wtconvnext_profile_inference']
+        ['wtconv_float32_0', 'wtconv_float32_1', 'wtconv_float32_2']
     """
     if platform != "gpu":
         raise ValueError(f"device: {platform!r} has no published figures, expected 'gpu'")
@@ -92,12 +93,6 @@ def parts(platform: str) -> list[Part]:
         return [word for name in names for word in ("--shape", name)]
 
     found = []
-    for suffix, more in (("", ()), ("_profile", ("--profile",))):
-        found += [
-            part(f"wtconvnext{suffix}_{work}", "wtconvnext", "--work", work, *more)
-            for work in NETWORKS.values()
-        ]
-    found.append(part("levels", "levels"))
     for dtype in DTYPES:
         found += [
             part(
@@ -108,10 +103,10 @@ def parts(platform: str) -> list[Part]:
             for i, names in enumerate(_groups(FOR_PLATFORM[platform], _TOGETHER))
         ]
     found += [
-        part(f"conv2d_{i}", "conv2d", *shapes(names), _DEFAULTS)
-        for i, names in enumerate(_groups(SHAPES, 2))
+        part(f"conv2d_{i}", "conv2d", "--dtype", "bfloat16", *shapes(names), _DEFAULTS)
+        for i, names in enumerate(_groups(SHAPES, _TOGETHER))
     ]
-    found += [part(name, name, _DEFAULTS) for name in ("mlp", "depthwise")]
+    found += [part(name, name, "--dtype", "bfloat16", _DEFAULTS) for name in ("mlp", "depthwise")]
     found += [part(f"haar_{dtype}", "haar", "--dtype", dtype) for dtype in DTYPES[:2]]
     found += [
         part(f"sparse_{dtype}_{i}", "sparse", "--dtype", dtype, *shapes(names), _DEFAULTS)
@@ -136,8 +131,16 @@ def parts(platform: str) -> list[Part]:
         part(f"compile_{i}", "compile", *(w for name in names for w in ("--program", name)))
         for i, names in enumerate((LAYERS, *((name,) for name in NETWORKS)))
     ]
+    found.append(part("levels", "levels", "--dtype", "float32"))
+    for suffix, more in (("", ()), ("_profile", ("--profile",))):
+        found += [
+            part(f"wtconvnext{suffix}_{work}", "wtconvnext", "--work", work, *more)
+            for work in NETWORKS.values()
+        ]
     registered = (entry.load() for entry in entry_points(group=GROUP))
-    return found + [Part(*one) for function in registered for one in function()]
+    found += [Part(*one) for function in registered for one in function()]
+    # The others go by the table of defaults that these write.
+    return sorted(found, key=lambda part: _DEFAULTS not in part.command)
 
 
 def _groups(names: Iterable[str], size: int) -> list[list[str]]:
@@ -172,11 +175,13 @@ def run(out: Path, minutes: float, platform: str, say: Callable[[str], None]) ->
         _, _, reason = seen.stderr.strip().rpartition("\n")
         raise ValueError(reason.removeprefix("ValueError: "))
     end = time.monotonic() + 60 * minutes
-    for part in every:
+    # Those that were begun before, and not made, come last: they may never end in time.
+    for part in sorted(every, key=lambda part: (out / part.name).exists()):
         left = end - time.monotonic()
         if is_made(out, part) or left <= 0:
             continue
         say(f"{part.name}: {' '.join(part.command[3:])}")
+        (out / part.name).mkdir(parents=True, exist_ok=True)
         try:
             done = subprocess.run(
                 [*part.command, "--out", str(out / part.name)], timeout=left, check=False

@@ -285,7 +285,7 @@ def stylize(
             _tell_of_no_choice(
                 benchmark.implementations(name, one)
                 for name in names
-                for one in dtype or ("bfloat16", "float32")
+                for one in dtype or ("bfloat16", "float16", "float32")
             )
         report = benchmark.run(progress, work, shape, size, batch, dtype, keeping(out))
         device_kind = kind()
@@ -407,7 +407,8 @@ def everything(
     left = benchmark.run(out, minutes, device, say)
     for name, (report, figures) in benchmark.merged(out).items():
         tell(report, wtconv_table(report), figures, out, name)
-    say(f"not made yet: {', '.join(left)}" if left else "everything is made")
+    made = "everything is made that the installed packages can make"
+    say(f"not made yet: {', '.join(left)}" if left else made)
 
 
 def _time(
@@ -466,7 +467,10 @@ def _progress(out: Path) -> Iterator[_Progress]:
 
 
 def _tell_of_no_choice(able: Iterable[Sequence[str]]) -> None:
-    """Says before minutes of timing that no shape has a choice; `run` tells of unknown shapes."""
+    """Says, before minutes of timing, where no shape has a choice of implementations.
+
+    `run` tells of unknown shapes.
+    """
     if max(map(len, able), default=2) < 2:
         say(
             "--write-defaults will write nothing: no shape has several implementations that can "

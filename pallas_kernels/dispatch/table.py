@@ -27,8 +27,8 @@ from pallas_kernels.dispatch.backend import Problem
 FOLDER = Path(__file__).parent / "defaults"
 """The folder of the tables; a device without one goes by the operators' rules."""
 ALIKE = dict.fromkeys(("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200"), "NVIDIA H200")
-"""Devices of one chip with another memory: the table that stands in where a kind has none, by the
-beginning of its name."""
+"""Devices of one chip with another memory: the table that stands in for what a kind's own has not,
+by the beginning of its name."""
 
 Entry = Json
 
@@ -84,13 +84,15 @@ def is_time(value: object) -> bool:
 
 
 def entries(device_kind: str) -> tuple[Entry, ...]:
-    """The entries measured on a kind of device, else on one of `ALIKE`, else none.
+    """The entries measured on a kind of device, and of what was not those of one of `ALIKE`.
 
     Args:
         device_kind: As JAX names it, e.g. "NVIDIA H200".
 
     Returns:
-        The entries of the table; none, after a warning, where an entry is not as it should be.
+        The entries of the table, then those of the other kind's for operators, directions and
+        dtypes that the table has none for; none, after a warning, of a table with an entry that is
+        not as it should be.
 
     Example:
         >>> entries("an abacus")
@@ -98,10 +100,16 @@ def entries(device_kind: str) -> tuple[Entry, ...]:
         >>> entries("NVIDIA H100 PCIe") == entries("NVIDIA H200")
         True
     """
-    if path(device_kind).exists():
-        return _own_entries(device_kind)
-    alike = (name for start, name in ALIKE.items() if device_kind.startswith(start))
-    return _own_entries(next(alike, device_kind))
+    own = _own_entries(device_kind)
+    measured = set(map(_measured, own))
+    alike = {name for start, name in ALIKE.items() if device_kind.startswith(start)}
+    others = (entry for name in alike - {device_kind} for entry in _own_entries(name))
+    return *own, *(entry for entry in others if _measured(entry) not in measured)
+
+
+def _measured(entry: Entry) -> tuple[str, str, str]:
+    """The operator, direction and dtype of an entry."""
+    return entry["operator"], entry["direction"], entry["problem"]["dtype"]
 
 
 def _own_entries(device_kind: str) -> tuple[Entry, ...]:

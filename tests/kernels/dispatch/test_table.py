@@ -229,14 +229,18 @@ def test_a_module_that_cannot_be_imported_is_refused_and_no_error(write, fake, m
     assert fake.pick("fwd", None, "cpu", IMAGE, ABACUS) == "fast"
 
 
-def test_a_device_of_the_same_chip_goes_by_its_table_until_it_has_one(write, monkeypatch):
-    write(entry("slow"))
+TOLD = "operator", "direction", "implementation"
+
+
+def test_a_device_of_the_same_chip_goes_by_its_table_where_its_own_has_nothing(write, monkeypatch):
+    write(entry("slow"), entry("slow", direction="bwd"), entry("slow", name="other"))
     monkeypatch.setattr(table, "ALIKE", {"Abacus 3": ABACUS})
     assert table.entries("Abacus 300") == table.entries(ABACUS) != ()
     assert table.entries("Abacus 2") == ()
     assert json.loads(table.merged("Abacus 300", []))["entries"] == []
     table.path("Abacus 300").write_text(table.merged("Abacus 300", [entry("neat")]))
-    assert [kept["implementation"] for kept in table.entries("Abacus 300")] == ["neat"]
+    kept = [tuple(map(one.get, TOLD)) for one in table.entries("Abacus 300")]
+    assert kept == [("fake", "fwd", "neat"), ("fake", "bwd", "slow"), ("other", "fwd", "slow")]
 
 
 def test_the_environment_goes_before_the_table(write, fake, monkeypatch):
