@@ -39,6 +39,11 @@ from _pytest.doctest import DoctestModule
 from hypothesis.internal.conjecture import providers
 from jax._src import compiler
 from jax._src.interpreters import mlir, partial_eval
+from jax._src.numpy.ufunc_api import ufunc
+from jax._src.numpy.util import check_arraylike
+
+# Little of what is imported, collected and traced is garbage, and it takes long to look through.
+gc.set_threshold(100_000, 20, 100)
 
 # So that failed assertions of helpers show their values.
 pytest.register_assert_rewrite("helpers")
@@ -89,6 +94,25 @@ def shared_ir_context():
 if jax.__version_info__ < (0, 12):
     mlir.make_ir_context = shared_ir_context
 
+ufunc_call = ufunc.__call__
+
+
+def traced_ufunc_call(self, *args, **keys):
+    """An operation of jax.numpy, whose primitives are traced where it is called.
+
+    The program is the same. JAX traces each operation as a program of its own, which it then puts
+    there: a quarter of what it takes to trace a convolution.
+    """
+    call = self._ufunc__static_props["call"]
+    traced = any(type(argument) is partial_eval.DynamicJaxprTracer for argument in args)
+    if keys or call is None or not traced:
+        return ufunc_call(self, *args, **keys)
+    check_arraylike(self.__name__, *args)
+    return call.__wrapped__(*args)
+
+
+ufunc.__call__ = traced_ufunc_call
+
 hypothesis.settings.register_profile(
     "fixed",
     derandomize=True,
@@ -128,7 +152,6 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Lets the collector pass over what thousands of tests and their programs leave in memory."""
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_sessionfinish():

@@ -221,6 +221,7 @@ class TestBuiltArchives:
         for name in (
             "flash_wtconv_jax/stylize/stained_glass.safetensors",
             "pallas_kernels/common/on_cpu/fibers.h",
+            "pallas_kernels/common/on_cpu/runtime.cpp",
             "pallas_kernels/common/tensor_cores.cuh",
             "pallas_kernels/dispatch/defaults/nvidia_h200.json",
             "pallas_kernels/wtconv/cuda_kernels.cu",

@@ -1,5 +1,7 @@
 // What the CUDA sources use of the language, for a C++ compiler: a block's threads are fibers.
 //
+// What no kernel changes is in runtime.cpp, as the compiler takes as long for it as for a kernel.
+//
 // Shared memory is of exactly the size of the launch and full of NaNs, so that AddressSanitizer
 // finds what lies beyond it, and tests what is not written.
 
@@ -9,9 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <utility>
-#include <vector>
 
 #include "fibers.h"
 #include "half.h"
@@ -85,7 +85,7 @@ struct Warp {
   unsigned a[2][32][4], b[2][32][2];
   const unsigned char* rows[2][32];
 };
-inline std::vector<Warp> warps;
+extern Warp* warps;
 
 // mma.sync m16n8k8, or with HALVES = 2 m16n8k16, by the maps of registers in PTX's manual.
 template <int HALVES>
@@ -127,33 +127,9 @@ inline void matrices(unsigned (&d)[COUNT], const void* row) {
 
 // Copies that a thread has started, in groups, the last of which is open. They arrive no earlier
 // than they are waited for.
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-  bool inside;
-};
-inline std::vector<std::vector<std::vector<Copy>>> copies;
-
-inline void copy(void* to, const void* from, int bytes, bool inside) {
-  copies[on_cpu::current->thread].back().push_back({to, from, bytes, inside});
-}
-
-inline void commit() { copies[on_cpu::current->thread].emplace_back(); }
-
-inline void wait(unsigned pending) {
-  auto& groups = copies[on_cpu::current->thread];
-  while (groups.size() - 1 > pending) {
-    for (const Copy& one : groups.front()) {
-      if (one.inside) {
-        std::memcpy(one.to, one.from, one.bytes);
-      } else {
-        std::memset(one.to, 0, one.bytes);
-      }
-    }
-    groups.erase(groups.begin());
-  }
-}
+void copy(void* to, const void* from, int bytes, bool inside);
+void commit();
+void wait(unsigned pending);
 
 // An array [images, rows, columns, channels], and the boxes that are copied of it.
 struct TensorMap {
@@ -167,123 +143,16 @@ struct Place {
   int channel, column, row, image;
 };
 
-// Calls a function of each element of a box: its address in shared memory, and that in the array, or
-// null outside of it. Shared memory is swizzled by 64 bytes, of elements of 16 bits.
-template <typename Function>
-inline void each_of_box(const TensorMap& map, const Place& place, unsigned char* at,
-                        Function function) {
-  const int first[4] = {place.channel, place.column, place.row, place.image};
-  const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(at);
-  std::uintptr_t offset = 0;
-  for (int n = 0; n < map.box[3]; n++)
-    for (int row = 0; row < map.box[2]; row++)
-      for (int column = 0; column < map.box[1]; column++)
-        for (int c = 0; c < map.box[0]; c++, offset += map.bytes) {
-          const int i[4] = {c + first[0], column + first[1], row + first[2], n + first[3]};
-          bool inside = true;
-          long long element = 0;
-          for (int axis = 3; axis >= 0; axis--) {
-            inside &= i[axis] >= 0 && i[axis] < map.sizes[axis];
-            element += map.strides[axis] * i[axis];
-          }
-          const std::uintptr_t here = start + offset;
-          const std::uintptr_t swizzle = map.bytes == 2 ? (here >> 7 & 3) << 4 : 0;
-          function(reinterpret_cast<unsigned char*>(here ^ swizzle),
-                   inside ? map.array + element * map.bytes : nullptr);
-        }
-}
-
 // Barriers in shared memory; copies of boxes that a barrier was told of arrive when it is waited for.
-struct Load {
-  unsigned char* to;
-  const TensorMap* map;
-  Place place;
-};
-struct Waiting {
-  unsigned needed, arrived = 0;
-  long bytes = 0;
-  unsigned phases = 0;
-  std::vector<Load> loads;
-};
-inline std::map<const void*, Waiting> barriers;
-inline Waiting& barrier_at(const void* place) {
-  const auto found = barriers.find(place);
-  if (found != barriers.end()) return found->second;
-  misused = true;
-  return barriers[place];
-}
-
-inline void make(const void* barrier, unsigned arrivals) { barriers[barrier] = {arrivals}; }
-
-inline void end_phase(Waiting& one) {
-  if (one.arrived != one.needed || one.bytes != 0) return;
-  one.arrived = 0;
-  one.phases++;
-  on_cpu::moved = true;
-}
-
-inline void arrive(const void* barrier) {
-  Waiting& one = barrier_at(barrier);
-  one.arrived++;
-  end_phase(one);
-}
-
-inline void expect(const void* barrier, unsigned bytes) {
-  Waiting& one = barrier_at(barrier);
-  one.arrived++;
-  one.bytes += bytes;
-  // Who starts copies alone lets others go on.
-  on_cpu::moved = true;
-}
-
-inline void load_box(void* to, const TensorMap& map, const void* barrier, const Place& place) {
-  // Swizzles repeat after so many bytes.
-  misused |= reinterpret_cast<std::uintptr_t>(to) % (map.bytes == 2 ? 1024 : 128) != 0;
-  barrier_at(barrier).loads.push_back({static_cast<unsigned char*>(to), &map, place});
-}
-
-inline void wait_for(const void* barrier, unsigned phase) {
-  Waiting& one = barrier_at(barrier);
-  while (one.phases % 2 == phase) {
-    for (const Load& load : std::exchange(one.loads, {})) {
-      const int bytes = load.map->bytes;
-      each_of_box(*load.map, load.place, load.to, [=](unsigned char* to, const unsigned char* from) {
-        if (from) {
-          std::memcpy(to, from, bytes);
-        } else {
-          std::memset(to, 0, bytes);
-        }
-      });
-      const int* box = load.map->box;
-      one.bytes -= long(bytes) * box[0] * box[1] * box[2] * box[3];
-    }
-    end_phase(one);
-    if (one.phases % 2 == phase) on_cpu::hand_over();
-  }
-}
+void make(const void* barrier, unsigned arrivals);
+void arrive(const void* barrier);
+void expect(const void* barrier, unsigned bytes);
+void load_box(void* to, const TensorMap& map, const void* barrier, const Place& place);
+void wait_for(const void* barrier, unsigned phase);
 
 // Copies of boxes to arrays: they read shared memory no earlier than is waited for.
-struct Store {
-  const TensorMap* map;
-  Place place;
-  unsigned char* from;
-};
-inline std::vector<std::vector<Store>> stores;
-
-inline void store_box(const TensorMap& map, const Place& place, const void* from) {
-  misused |= reinterpret_cast<std::uintptr_t>(from) % 1024 != 0;
-  auto* bytes = const_cast<unsigned char*>(static_cast<const unsigned char*>(from));
-  stores[on_cpu::current->thread].push_back({&map, place, bytes});
-}
-
-inline void stored(unsigned pending) {
-  auto& own = stores[on_cpu::current->thread];
-  for (; own.size() > pending; own.erase(own.begin()))
-    each_of_box(*own.front().map, own.front().place, own.front().from,
-                [&](const unsigned char* from, unsigned char* to) {
-                  if (to) std::memcpy(to, from, own.front().map->bytes);
-                });
-}
+void store_box(const TensorMap& map, const Place& place, const void* from);
+void stored(unsigned pending);
 
 // Calls a kernel with arguments of its own types, each behind a pointer.
 template <typename... Types, std::size_t... I>
@@ -302,29 +171,8 @@ constexpr unsigned parameters(void (*)(Types...)) {
 }
 
 // Runs a grid; returns 0, or 1 where not all threads of a block reached a barrier, or misused one.
-inline int launch(void (*function)(void**), void** values, unsigned blocks, unsigned threads,
-                  unsigned bytes, unsigned order) {
-  on_cpu::Threads block(function, values, threads, order);
-  bool together = true;
-  misused = false;
-  grid.x = blocks;
-  for (unsigned i = 0; i < blocks; i++) {
-    block_index.x = order == 1 ? blocks - 1 - i : i;
-    // As aligned as on a GPU, and of exactly the size.
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 1024, bytes + !bytes)) return 1;
-    shared = static_cast<float*>(memory);
-    std::fill_n(shared, bytes / sizeof(float), __uint_as_float(POISON));
-    warps.assign(threads / 32, {});
-    copies.assign(threads, std::vector<std::vector<Copy>>(1));
-    stores.assign(threads, {});
-    barriers.clear();
-    together &= block.run();
-    for (const auto& left : stores) misused |= !left.empty();
-    std::free(memory);
-  }
-  return !together || misused;
-}
+int launch(void (*function)(void**), void** values, unsigned blocks, unsigned threads,
+           unsigned bytes, unsigned order);
 
 }  // namespace cuda_on_cpu
 

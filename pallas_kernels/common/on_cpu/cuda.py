@@ -23,8 +23,8 @@ FOLDER = Path(__file__).parent
 _ONE = threading.Lock()
 """Held by a build and a launch, as JAX calls back from several threads: a library has one set of
 fibers, and one temporary file."""
-_HEADERS = ("cuda.h", "fibers.h", "half.h")
-_COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-O1", "-ffp-contract=off")
+_FILES = ("cuda.h", "fibers.h", "half.h", "runtime.cpp")
+_COMMAND = ("g++", "-std=c++17", "-fPIC", "-w", "-O1", "-ffp-contract=off")
 
 
 def unavailable() -> str | None:
@@ -128,7 +128,7 @@ class Launcher:
         )
         library = self._folder / f"{self._hashed(text)}.so"
         if not library.exists():
-            self._compile(text, library)
+            self._compile(text, library, "-shared", after=[self._runtime()])
         return ctypes.CDLL(str(library))
 
     def _header(self) -> Path:
@@ -141,16 +141,24 @@ class Launcher:
             self._compile(text, read, "-x", "c++-header")
         return header
 
+    def _runtime(self) -> Path:
+        """What kernels share of a launch, compiled."""
+        text = f'#include "{self._header()}"\n#include "{FOLDER / "runtime.cpp"}"\n'
+        compiled = self._folder / f"{self._hashed(text)}.o"
+        if not compiled.exists():
+            self._compile(text, compiled, "-c")
+        return compiled
+
     def _hashed(self, text: str) -> str:
-        headers = [(FOLDER / header).read_text() for header in _HEADERS]
-        whole = repr((text, headers, tuple(self._flags)))
+        files = [(FOLDER / file).read_text() for file in _FILES]
+        whole = repr((text, files, tuple(self._flags)))
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
-    def _compile(self, text: str, to: Path, *flags: str) -> None:
+    def _compile(self, text: str, to: Path, *flags: str, after: Sequence[Path] = ()) -> None:
         # Another process may do it too: what is there is whole.
         code, made = (to.with_name(f"{to.stem}-{os.getpid()}.{end}") for end in ("cpp", "made"))
         code.write_text(text)
-        command = [*_COMMAND, *self._flags, *flags, str(code), "-o", str(made)]
+        command = [*_COMMAND, *self._flags, *flags, *map(str, (code, *after)), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -15,6 +15,13 @@ SIZES = {
     3: [(1, 1, 1), (2, 3, 4), (5, 5, 5), (4, 4, 4)],
 }
 NDIM_SIZES = [(ndim, size) for ndim, sizes in SIZES.items() for size in sizes]
+KERNEL_SIZES = (1, 2, 3, 5, 7)
+# Any two of a size, a number of levels and a size of kernels.
+PAIRWISE = [
+    (ndim, size, levels, KERNEL_SIZES[(i + levels) % len(KERNEL_SIZES)])
+    for i, (ndim, size) in enumerate(NDIM_SIZES)
+    for levels in range(7)
+]
 
 
 def signal(*shape, seed=0):
@@ -111,7 +118,7 @@ def test_parseval_where_no_size_is_odd():
     np.testing.assert_allclose(energy, (x**2).sum())
 
 
-@pytest.mark.parametrize("kernel_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("kernel_size", KERNEL_SIZES)
 @pytest.mark.parametrize(("ndim", "size"), NDIM_SIZES)
 def test_depthwise_is_a_sum_over_neighbours(ndim, size, kernel_size):
     x, kernel = signal(*size, 2), signal(*(kernel_size,) * ndim, 2, seed=1)
@@ -149,9 +156,7 @@ def closed_form(x, params, ndim):
     return y
 
 
-@pytest.mark.parametrize("kernel_size", [1, 2, 3, 5, 7])
-@pytest.mark.parametrize("levels", range(7))
-@pytest.mark.parametrize(("ndim", "size"), NDIM_SIZES)
+@pytest.mark.parametrize(("ndim", "size", "levels", "kernel_size"), PAIRWISE)
 def test_wtconv_is_its_closed_form(ndim, size, levels, kernel_size):
     if ndim == 3 and kernel_size > 5:
         size = size[:1] + (2, 1)
