@@ -133,12 +133,12 @@ def norm_mlp(
     if few or params.response is not None:
         # Scopes are what profiles call the parts of a network.
         with jax.named_scope("norm"):
-            y, inside = sharding.by_pixel(partial(normalized, epsilon=epsilon), y), None
+            inside = None
             if few:
-                scale, shift = (
-                    jnp.expand_dims(one.astype(dtype), range(x.ndim - 1)) for one in params.norm
-                )
-                y = y * scale + shift
+                scale, shift = (one.astype(dtype) for one in params.norm)
+                y = layer_norm(y, scale, shift, epsilon)
+            else:
+                y = sharding.by_pixel(partial(normalized, epsilon=epsilon), y)
     with jax.named_scope("fold"):
         kernels, biases = _folded(params, dtype, norm=not few, scale=not scaled)
     if params.response is None:
@@ -152,6 +152,22 @@ def norm_mlp(
     if params.layer_scale is not None and scaled:
         y = y * jnp.expand_dims(params.layer_scale.astype(dtype), range(y.ndim - 1))
     return y if residual is None or last is not None else y + residual
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """LayerNorm of each pixel.
+
+    Args:
+        x: Images `[..., C]`.
+        scale: `[C]` of the dtype of x.
+        bias: `[C]` of the dtype of x.
+        epsilon: What is added to the variance.
+    """
+
+    def norm(rows: jax.Array) -> jax.Array:
+        return normalized(rows, epsilon=epsilon) * scale + bias
+
+    return sharding.by_pixel(norm, x)
 
 
 @partial(jax.jit, static_argnums=1, static_argnames=("norm", "scale"))

@@ -36,6 +36,8 @@ from pallas_kernels.common.arguments import (
     checked_array,
     checked_integer,
 )
+from pallas_kernels.common.border import border
+from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.integers import LARGEST
 from pallas_kernels.common.types import Keywords
 from pallas_kernels.conv2d.api import OPERATOR as CONV2D
@@ -458,8 +460,8 @@ class Stage(nnx.Module):
             # a model from outside a jax.jit or jax.grad can be called inside, as without remat.
             run = nnx.remat(run, graph_updates=False)
         for block in self.blocks:
-            x = run(block, x)
-        return x
+            x = run(block, border(x))
+        return border(x)
 
 
 class Block(nnx.Module):
@@ -702,6 +704,12 @@ def _of_rows(norm: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     if type(norm) is not nnx.LayerNorm or norm.reduction_axes != -1:
         # Somebody's own may look at more than one pixel.
         return norm(x)
+    if norm.scale is not None and norm.bias is not None and norm.feature_axes == -1:
+        scale, bias = norm.scale[...], norm.bias[...]
+        dtypes = x.dtype, scale.dtype, bias.dtype, norm.dtype or x.dtype
+        # As in the blocks, so that a CPU compiles both once. In 16 bits Flax rounds once less.
+        if all(jnp.dtype(one) == accumulation_dtype(x.dtype) for one in dtypes):
+            return functional.layer_norm(x, scale, bias, norm.epsilon)
     return sharding.by_pixel(norm, x)
 
 

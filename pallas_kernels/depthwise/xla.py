@@ -66,13 +66,12 @@ def forward(
             *(x, (kernel,), bias), wavelet="haar", transpose=False, precision=precision
         )
     acc = accumulation_dtype(x.dtype)
+    kernel = kernel.astype(acc)
     parts = (
-        shifted_products(
-            *(phase.samples(x)[..., None, :], phase.taps(kernel.astype(acc)), phase.steps)
-        )
+        shifted_products(phase.samples(x), phase.taps(kernel)[..., 0, :], 2, phase.steps)
         for phase in _phases(x.shape[1:3], taps, window)
     )
-    y = cast(jax.Array, sum(parts))[..., 0, :]
+    y = cast(jax.Array, sum(parts))
     return (y if bias is None else y + bias.astype(acc)).astype(x.dtype)
 
 
@@ -103,10 +102,10 @@ def input_grad(
     wide, kernel = dy.astype(acc), kernel.astype(acc)
 
     def in_samples(phase: _Phase) -> jax.Array:
-        own = jnp.flip(phase.taps(kernel), (0, 1))
+        own = jnp.flip(phase.taps(kernel)[..., 0, :], (0, 1))
         around = [(reach, reach) for reach in phase.reaches]
-        ready = jnp.pad(wide, [(0, 0), *around, (0, 0)])[..., None, :]
-        part = shifted_products(ready, own, phase.steps)[..., 0, :]
+        ready = jnp.pad(wide, [(0, 0), *around, (0, 0)])
+        part = shifted_products(ready, own, 2, phase.steps)
         return dense.transposed(phase.samples, shape, part, kernel)
 
     parts = map(in_samples, _phases(size, taps, window))
@@ -136,8 +135,9 @@ def weight_grad(
 
     def in_taps(phase: _Phase) -> jax.Array:
         own = jax.eval_shape(phase.taps, kernel)
-        part = shifted_sums(phase.samples(x)[..., None, :], dy[..., None, :], own, phase.steps)
-        return dense.transposed(phase.taps, shape, part, x)
+        taps = jax.ShapeDtypeStruct((*own.shape[:2], own.shape[-1]), acc)
+        part = shifted_sums(phase.samples(x), dy, taps, ((0, 0), (0, 0)), phase.steps)
+        return dense.transposed(phase.taps, shape, part.reshape(own.shape), x)
 
     parts = map(in_taps, _phases(x.shape[1:3], kernel_size, window))
     return cast(jax.Array, sum(parts))

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.common._compat import unfused
+from pallas_kernels.common.device import on_cpu
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.types import Bands
 from pallas_kernels.haar.filters import IS_HAAR, filter_bank
@@ -70,7 +71,7 @@ def analysis(x: jax.Array, ndim: int, wavelet: str = "haar", transpose: bool = F
     # Of symbolic sizes JAX knows that no such pad is negative, and that it fills whole pairs.
     x = jnp.pad(x, [(0, 0), *((0, -(-n // 2) * 2 - n) for n in sizes), (0, 0)])
     if wavelet in IS_HAAR:
-        return _haar_analysis(x, ndim)
+        return (_signed_analysis if on_cpu() else _haar_analysis)(x, ndim)
     filters = filter_bank(wavelet)[transpose]
     bands = [x]
     # The last axis splits first, so that axis 0 ends as the lowest bit of the subband.
@@ -134,6 +135,20 @@ def _haar_analysis(x: jax.Array, ndim: int) -> jax.Array:
         halves = [[lax.index_in_dim(b, p, 2 * axis, keepdims=False) for p in (0, 1)] for b in bands]
         bands = [band for even, odd in halves for band in (even + odd, even - odd)]
     return jnp.stack(bands, axis=-2) * np.asarray(2 ** (-ndim / 2), x.dtype)
+
+
+def _signed_analysis(x: jax.Array, ndim: int) -> jax.Array:
+    """The same numbers as those of `_haar_analysis`, by one sum for all bands.
+
+    It takes a CPU's compiler half the time; the loop is as fast.
+    """
+    n, *sizes, c = x.shape
+    bands = x.reshape(n, *(k for size in sizes for k in (size // 2, 2)), 1, c)
+    for axis in range(ndim, 0, -1):
+        even, odd = (lax.index_in_dim(bands, parity, 2 * axis, keepdims=False) for parity in (0, 1))
+        high = np.arange(2**ndim) >> (axis - 1) & 1
+        bands = even + odd * np.where(high, -1, 1)[:, None].astype(x.dtype)
+    return bands * np.asarray(2 ** (-ndim / 2), x.dtype)
 
 
 def _haar_synthesis(coefficients: jax.Array, ndim: int) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.common.border import border
 from pallas_kernels.common.dtypes import accumulation_dtype
 
 
@@ -27,10 +28,10 @@ def normalized(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
         >>> normalized(jnp.array([[1.0, 3.0]]), epsilon=0.0).tolist()
         [[-1.0, 1.0]]
     """
-    run = partial(_normalized, epsilon)
+    run, x = partial(_normalized, epsilon), border(x)
     # The backward pass reads x anyhow, so mean and variance cost it next to nothing; kept, XLA
     # computes them in a pass of their own. In 16 bits that counts.
-    return (jax.checkpoint(run) if x.dtype.itemsize == 2 else run)(x)
+    return border((jax.checkpoint(run) if x.dtype.itemsize == 2 else run)(x))
 
 
 def _normalized(epsilon: float, x: jax.Array) -> jax.Array:

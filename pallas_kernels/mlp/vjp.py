@@ -31,6 +31,7 @@ from jax import lax
 
 from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
+from pallas_kernels.common.border import border
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.measurement import JaxMeasurement, moved_here
 from pallas_kernels.common.multilinear import multilinear
@@ -121,8 +122,8 @@ def mlp(
         plan = plan._replace(epsilon=None)
 
     def rows(x: jax.Array, *residual: jax.Array) -> jax.Array:
-        arrays = (x, *residual), kernels, biases
-        return _apply(plan, *vary_like(arrays, arrays))
+        arrays = (border(x), *residual), kernels, biases
+        return border(_apply(plan, *vary_like(arrays, arrays)))
 
     if residual is None:
         return sharding.on_rows(rows, x)

@@ -27,7 +27,16 @@ from pallas_kernels.common.types import Taps
 from pallas_kernels.haar.filters import IS_HAAR
 from pallas_kernels.wtconv import xla_strips
 from pallas_kernels.wtconv.problem import Problem
-from pallas_kernels.wtconv.xla_levels import cascade, convolve, correlate, reaches_of
+from pallas_kernels.wtconv.xla_levels import (
+    Reach,
+    cascade,
+    convolve,
+    correlate,
+    levels_of_pixels,
+    merged,
+    reaches_of,
+    unmerged,
+)
 
 DIFFERENTIABLE = True
 BIAS_GRADIENT = False
@@ -60,7 +69,6 @@ def search_space(direction: str, problem: Problem) -> list[dict[str, bool]]:
     return forms if whole else [{**form, "chunked": cut} for form in forms for cut in (True, False)]
 
 
-@partial(unfused, static_argnames=("wavelet", "transpose", "precision", "shifted", "chunked"))
 def forward(
     x: jax.Array,
     taps: Taps,
@@ -85,14 +93,40 @@ def forward(
             convolution; None picks the form that suits the platform.
         chunked: Whether a CPU may work on a part of the images at a time.
     """
-    shifted = on_cpu() if shifted is None else shifted
-    acc = accumulation_dtype(x.dtype)
+    base, *others = taps
+    return _forward(
+        *(x, (base[..., 0, :], *others), bias),
+        wavelet=wavelet,
+        transpose=transpose,
+        precision=precision,
+        shifted=on_cpu() if shifted is None else shifted,
+        cut=_cut(x.shape, x.dtype, wavelet) if chunked else Cut(),
+    )
+
+
+@partial(unfused, static_argnames=("wavelet", "transpose", "precision", "shifted", "cut"))
+def _forward(
+    x: jax.Array,
+    taps: Taps,
+    bias: jax.Array | None,
+    *,
+    wavelet: str,
+    transpose: bool,
+    precision: lax.Precision | None,
+    shifted: bool,
+    cut: "Cut",
+) -> jax.Array:
+    """The operator by kernels of which the base's, `[*kernel, C]`, has no axis of bands."""
+    acc, size = accumulation_dtype(x.dtype), x.shape[1:-1]
+    reaches = reaches_of(size, taps[0].shape[0], len(taps) - 1)
     taps = tuple(tap.astype(acc) for tap in taps)
+    taps, reaches = merged(taps, reaches, levels_of_pixels(size, len(taps) - 1, wavelet))
     if transpose:
-        taps = tuple(jnp.flip(tap, range(x.ndim - 2)) for tap in taps)
-    cut = _cut(x.shape, x.dtype, wavelet) if chunked else Cut()
+        reaches = [reach.flipped(len(tap)) for reach, tap in zip(reaches, taps, strict=True)]
+        taps = tuple(jnp.flip(tap, range(len(size))) for tap in taps)
     run = partial(
-        _forward,
+        _part,
+        reaches=reaches,
         wavelet=wavelet,
         transpose=transpose,
         precision=precision,
@@ -110,10 +144,11 @@ def forward(
     return lax.fori_loop(0, cut.parts, add, vary_like((x, taps, bias), jnp.zeros_like(x)))
 
 
-def _forward(
+def _part(
     x: jax.Array,
     taps: Taps,
     bias: jax.Array | None,
+    reaches: Sequence[Reach],
     wavelet: str,
     transpose: bool,
     precision: lax.Precision | None,
@@ -121,12 +156,14 @@ def _forward(
     strips: bool,
 ) -> jax.Array:
     """The operator on one part of x, in one form."""
-    reaches = reaches_of(x.shape[1:-1], taps[0].shape[0], len(taps) - 1, transpose)
-    pads = [reach.pads for reach in reaches]
-    taps = tuple(tap[reach.taps] for tap, reach in zip(taps, reaches, strict=True))
     if strips:
-        return xla_strips.forward(x, taps, bias, pads)
-    coefficients = cascade(x, pads, shifted, wavelet, transpose)
+        return xla_strips.forward(x, taps, bias, reaches)
+    pads = [reach.pads for reach in reaches]
+    image, *coefficients = cascade(x, pads, shifted, wavelet, transpose)
+    base, *others = taps
+    if bias is None and on_cpu():
+        # So the transpose shares what is compiled, unless XLA knows that it adds zeros.
+        bias = lax.optimization_barrier(jnp.zeros(x.shape[-1:], base.dtype))
     merge = partial(
         convolve,
         wavelet=wavelet,
@@ -135,14 +172,11 @@ def _forward(
         shifted=shifted,
     )
     filtered = None
-    for level in range(len(taps) - 1, 0, -1):
-        stored = coefficients[level]
-        filtered = merge(stored, taps[level], filtered, None, pads=pads[level], dtype=taps[0].dtype)
-    y = merge(coefficients[0], taps[0], filtered, bias, pads=pads[0], dtype=x.dtype)
-    return y[..., 0, :]
+    for stored, kernel, reach in zip(coefficients[::-1], others[::-1], reaches[:0:-1], strict=True):
+        filtered = merge(stored, kernel, filtered, None, reach=reach, dtype=base.dtype)
+    return merge(image, base, filtered, bias, reach=reaches[0], dtype=x.dtype)
 
 
-@partial(unfused, static_argnames=("kernel_shapes", "wavelet", "precision", "shifted", "chunked"))
 def weight_grad(
     x: jax.Array,
     dy: jax.Array,
@@ -158,17 +192,44 @@ def weight_grad(
     `shifted` and `chunked` are as in `forward`, but what XLA splits is shifted everywhere: it gets
     the other form's wrong.
     """
-    form = on_cpu() or left_to_xla(x) if shifted is None else shifted
-    cut = _cut(x.shape, x.dtype, wavelet) if chunked else Cut()
+    (*kernel, _, channels), *others = kernel_shapes
+    base, *rest = _weight_grad(
+        *(x, dy),
+        kernel_shapes=((*kernel, channels), *others),
+        wavelet=wavelet,
+        precision=precision,
+        shifted=on_cpu() or left_to_xla(x) if shifted is None else shifted,
+        cut=_cut(x.shape, x.dtype, wavelet) if chunked else Cut(),
+    )
+    return base[..., None, :], *rest
+
+
+@partial(unfused, static_argnames=("kernel_shapes", "wavelet", "precision", "shifted", "cut"))
+def _weight_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    kernel_shapes: tuple[tuple[int, ...], ...],
+    wavelet: str,
+    precision: lax.Precision | None,
+    shifted: bool,
+    cut: "Cut",
+) -> Taps:
+    """The gradients of the taps, of which the base's, `[*kernel, C]`, have no axis of bands."""
+    run = partial(
+        _part_of_weight_grad,
+        wavelet=wavelet,
+        precision=precision,
+        shifted=shifted,
+        strips=cut.strips and shifted,
+    )
     if cut.parts == 1:
         # Not as a loop of one step, which XLA unrolls, but only after a while.
-        return _weight_grad(x, dy, kernel_shapes, wavelet, precision, form, cut.strips and form)
+        return run(x, dy, kernel_shapes)
 
     def add(totals: Taps, i: jax.Array) -> tuple[Taps, None]:
         olds = [cut.read(total, i, batch=False) for total in totals]
-        shapes = tuple(old.shape for old in olds)
-        pair = cut.read(x, i), cut.read(dy, i)
-        found = _weight_grad(*pair, shapes, wavelet, precision, form, cut.strips and form)
+        found = run(cut.read(x, i), cut.read(dy, i), tuple(old.shape for old in olds))
         return tuple(
             cut.write(total, old + part, i, batch=False)
             for total, old, part in zip(totals, olds, found, strict=True)
@@ -178,7 +239,7 @@ def weight_grad(
     return lax.scan(add, vary_like((x, dy), zeros), jnp.arange(cut.parts))[0]
 
 
-def _weight_grad(
+def _part_of_weight_grad(
     x: jax.Array,
     dy: jax.Array,
     kernel_shapes: tuple[tuple[int, ...], ...],
@@ -188,16 +249,22 @@ def _weight_grad(
     strips: bool,
 ) -> Taps:
     """The gradients of the taps from one part of x, in one form."""
-    reaches = reaches_of(x.shape[1:-1], kernel_shapes[0][0], len(kernel_shapes) - 1, False)
+    size, levels = x.shape[1:-1], len(kernel_shapes) - 1
+    reaches = reaches_of(size, kernel_shapes[0][0], levels)
     if strips:
         return xla_strips.weight_grad(x, dy, kernel_shapes, reaches)
-    pads = [reach.pads for reach in reaches]
+    pads = [reach.pads for reach in reaches[: levels_of_pixels(size, levels, wavelet) + 1]]
     of_x = cascade(x, pads, shifted, wavelet, False)
-    of_dy = cascade(dy, pads, False, wavelet, True)
-    return tuple(
-        correlate(stored, grad, shape, reach, precision, shifted)
-        for stored, grad, shape, reach in zip(of_x, of_dy, kernel_shapes, reaches, strict=True)
-    )
+    # Padded as the transpose pads it, so that both share what is compiled.
+    around = [reach.flipped(kernel_shapes[0][0]).pads for reach in reaches[: len(pads)]]
+    of_dy = cascade(dy, around, shifted, wavelet, True)
+    found = [
+        correlate(stored, grad, pad, shape, reach, precision, shifted)
+        for stored, grad, pad, shape, reach in zip(
+            of_x, of_dy, around, kernel_shapes, reaches, strict=False
+        )
+    ]
+    return unmerged(found, kernel_shapes, reaches)
 
 
 class Cut(NamedTuple):

@@ -33,14 +33,16 @@ _STRIP_BYTES = 1 << 20
 """The bytes of an image in a strip; with its bands and their sums they fill a core's caches."""
 
 
-def forward(x: jax.Array, taps: Taps, bias: jax.Array | None, pads: Sequence[Pads]) -> jax.Array:
+def forward(
+    x: jax.Array, taps: Taps, bias: jax.Array | None, reaches: Sequence[Reach]
+) -> jax.Array:
     """The operator with Haar's wavelet, or its transpose.
 
     Args:
         x: `[N, *spatial, C]`.
-        taps: The taps of each level that reach the image, the base's first.
+        taps: The kernels, the base's first.
         bias: `[C]` or None.
-        pads: The zeros around the coefficients of each level.
+        reaches: The reach of each level's kernel, the base's first.
     """
     levels = len(taps) - 1
     images = _images(x, levels)
@@ -51,21 +53,21 @@ def forward(x: jax.Array, taps: Taps, bias: jax.Array | None, pads: Sequence[Pad
         for level in range(levels, 0, -1):
             size = rows >> level, *images[level].shape[2:-1]
             low = None if bands is None else _synthesis(bands, size)
-            stored = _bands(images[level - 1], first >> level, size[0], pads[level])
-            bands = convolve_and_add(stored, taps[level], low)
-        y = convolve(
-            _pixels(x, first, rows, pads[0]),
+            reach = reaches[level]
+            stored = _bands(images[level - 1], first >> level, size[0], reach.pads)
+            bands = convolve_and_add(stored, reach.of(taps[level]), low)
+        return convolve(
+            _pixels(x, first, rows, reaches[0].pads),
             taps[0],
             bands,
             bias,
-            pads=pads[0],
+            reach=reaches[0],
             wavelet="haar",
             transpose=False,
             precision=None,
             shifted=True,
             dtype=x.dtype,
         )
-        return y[..., 0, :]
 
     def add(i: jax.Array, y: jax.Array) -> jax.Array:
         # The last strip computes rows of the one before it again.
@@ -98,7 +100,8 @@ def weight_grad(
             read, above = (_bands, level - 1) if level else (_pixels, 0)
             part = first >> level, rows >> level
             stored = read(images[above], *part, reach.pads)
-            yield correlate(stored, read(dimages[above], *part, none), shape, reach, None, True)
+            grad = read(dimages[above], *part, none)
+            yield correlate(stored, grad, none, shape, reach, None, True)
 
     def add(totals: Taps, first: jax.Array) -> tuple[Taps, None]:
         return tuple(map(jnp.add, totals, strip(first))), None
@@ -124,19 +127,17 @@ def _division(x: jax.Array, levels: int) -> tuple[int, int]:
 
 
 def _pixels(image: jax.Array, first: jax.Array, count: int, pads: Pads) -> jax.Array:
-    """Rows of an image `[N, count, *others, 1, C]` and as many around them as `pads` says."""
+    """Rows of an image `[N, count, *others, C]` and as many around them as `pads` says."""
     (before, after), *others = pads
     rows = _rows(image, first - before, count + before + after)
-    return surrounded(rows[..., None, :], pads=((0, 0), *others))
+    return surrounded(rows, pads=((0, 0), *others))
 
 
 def _bands(image: jax.Array, first: jax.Array, count: int, pads: Pads) -> jax.Array:
     """Rows of an image's bands `[N, count, *others, bands, C]` and as many around them."""
     (before, after), *others = pads
     rows = _rows(image, 2 * (first - before), 2 * (count + before + after))
-    none = ((0, 0),) * len(pads)
-    pads = ((0, 0), *others)
-    return analyse(rows[..., None, :], inner=none, pads=pads, wavelet="haar", transpose=False)
+    return analyse(rows, inner=None, pads=((0, 0), *others), wavelet="haar", transpose=False)
 
 
 def _synthesis(bands: jax.Array, size: tuple[int, ...]) -> jax.Array:

@@ -5,13 +5,15 @@ from step to step takes Python and XLA milliseconds, and a GPU updates them by a
 Vectors take next to nothing of either; they are cut where the network needs its parameters.
 
 On a CPU they save the compiler operations: AdamW of each parameter is three loops. There large
-parameters stay by themselves, since their bytes are copied when they are joined and cut, and cuts
-are kept apart from what reads them: together they would be compiled once for each parameter, where
-parameters of a shape share what is compiled.
+parameters stay by themselves, since their bytes are copied when they are joined and cut, but they
+are vectors too: those of as many numbers share the loops. Cuts are kept apart from what reads them:
+together they would be compiled once for each parameter, where those of a size share what is
+compiled.
 """
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +25,7 @@ from flax import nnx
 from jax import lax
 
 from pallas_kernels.common._compat import unfused
+from pallas_kernels.common.border import border
 from pallas_kernels.common.device import on_cpu
 
 _Tree = TypeVar("_Tree")
@@ -35,7 +38,7 @@ class Vectors:
     """Joins the parameters of each kind, and what an optimizer keeps of them.
 
     A kind's vector bears the name of its first parameter. A parameter that is alone in its kind
-    keeps its shape, and so does a large one on a CPU.
+    keeps its shape; a large one is a vector of its own on a CPU.
 
     Args:
         params: The parameters; shapes are enough.
@@ -60,6 +63,8 @@ class Vectors:
             groups.setdefault((kind, jnp.dtype(leaf.dtype), alone), []).append(index)
         self._groups = list(groups.values())
         self._shapes = [leaf.shape for leaf in leaves]
+        counts = Counter(kinds)
+        self._joins = [counts[kinds[group[0]]] > 1 for group in self._groups]
         named = list(nnx.to_flat_state(params))
         firsts = nnx.from_flat_state([named[group[0]] for group in self._groups])
         self._structure_of_vectors = jax.tree.structure(firsts)
@@ -68,7 +73,10 @@ class Vectors:
         """The same tree with the vectors of each `nnx.State` in it in place of its parameters."""
 
         def join(leaves: list[Any]) -> list[Any]:
-            return [_vector([leaves[index] for index in group]) for group in self._groups]
+            return [
+                _vector([leaves[index] for index in group]) if joins else leaves[group[0]]
+                for group, joins in zip(self._groups, self._joins, strict=True)
+            ]
 
         return _mapped(tree, join, self._structure_of_vectors)
 
@@ -77,8 +85,9 @@ class Vectors:
 
         def cut(vectors: list[Any]) -> list[Any]:
             leaves: dict[int, Any] = {}
-            for group, vector in zip(self._groups, vectors, strict=True):
-                pieces = _pieces(vector, [self._shapes[index] for index in group])
+            for group, joins, vector in zip(self._groups, self._joins, vectors, strict=True):
+                shapes = [self._shapes[index] for index in group]
+                pieces = _pieces(vector, shapes) if joins else [vector]
                 leaves.update(zip(group, pieces, strict=True))
             return [leaves[index] for index in range(len(leaves))]
 
@@ -102,44 +111,43 @@ def _parameters_forward(of: Vectors, vectors: nnx.State) -> tuple[nnx.State, Non
 
 
 def _parameters_backward(of: Vectors, _: None, gradients: nnx.State) -> tuple[nnx.State]:
-    return (of.joined(gradients),)
+    # Kept apart from the gradients' shapes, which the optimizer's loops would have otherwise.
+    return (jax.tree.map(border, of.joined(gradients)),)
 
 
 _parameters.defvjp(_parameters_forward, _parameters_backward)
 
 
 def _vector(leaves: list[Any]) -> Any:
-    if len(leaves) == 1 or _is_nothing(leaves[0]):
+    if _is_nothing(leaves[0]):
         return leaves[0]
     return jnp.concatenate([leaf.ravel() for leaf in leaves])
 
 
 def _pieces(vector: Any, shapes: list[tuple[int, ...]]) -> list[Any]:
     """The leaves of which `_vector` makes this."""
-    if len(shapes) == 1 or _is_nothing(vector):
+    if _is_nothing(vector):
         return [vector] * len(shapes)
-    ends = [*itertools.accumulate(map(math.prod, shapes))]
+    sizes = tuple(map(math.prod, shapes))
+    ends = [*itertools.accumulate(sizes)]
     begins = [0, *ends[:-1]]
-    if not on_cpu():
-        return [
-            vector[begin:end].reshape(shape)
-            for begin, end, shape in zip(begins, ends, shapes, strict=True)
-        ]
-    # Barred, since XLA moves constants into calls, and pieces of a shape would differ again.
-    return _cut(vector, lax.optimization_barrier([*map(jnp.int32, begins)]), shapes=tuple(shapes))
+    if len(shapes) == 1:
+        pieces = [vector]
+    elif on_cpu():
+        # Barred, since XLA moves constants into calls, and pieces of a size would differ again.
+        pieces = _cut(vector, lax.optimization_barrier([*map(jnp.int32, begins)]), sizes=sizes)
+    else:
+        pieces = [vector[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-@partial(unfused, static_argnames=("shapes",))
-def _cut(
-    vector: jax.Array, begins: list[jax.Array], *, shapes: tuple[tuple[int, ...], ...]
-) -> list[jax.Array]:
-    """The parameters that begin at some numbers of a vector."""
-
-    def piece(begin: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        size = [math.prod(shape)]
-        return lax.dynamic_slice(vector, [begin], size, allow_negative_indices=False).reshape(shape)
-
-    return [piece(begin, shape) for begin, shape in zip(begins, shapes, strict=True)]
+@partial(unfused, static_argnames=("sizes",))
+def _cut(vector: jax.Array, begins: list[jax.Array], *, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """The pieces of a vector that begin at some of its numbers."""
+    return [
+        lax.dynamic_slice(vector, [begin], [size], allow_negative_indices=False)
+        for begin, size in zip(begins, sizes, strict=True)
+    ]
 
 
 def _mapped(
