@@ -610,13 +610,18 @@ def test_the_fastest_of_each_direction():
 
 @pytest.mark.parametrize(
     ("module", "shape"),
-    [(wtconv, "pixel"), (conv2d, "sd_unet_64_1x1"), (sparse, "room_10000_32_32_s1")],
-    ids=["wtconv", "conv2d", "sparse"],
+    [
+        (wtconv, "pixel"),
+        (conv2d, "sd_unet_64_1x1"),
+        (sparse, "room_10000_32_32_s1"),
+        (stylize, "style_512_trunk"),
+    ],
+    ids=["wtconv", "conv2d", "sparse", "stylize"],
 )
 def test_defaults_without_a_choice_are_none(module, shape, monkeypatch, tmp_path):
     """That is said before anything is timed, and no table is written."""
     monkeypatch.setattr(table, "FOLDER", tmp_path / "defaults")
-    for name in ("tell", "wtconv_table", "_conv2d_table", "_sparse_table"):
+    for name in ("tell", "wtconv_table", "_conv2d_table", "_sparse_table", "_stylize_table"):
         monkeypatch.setattr(sys.modules[tell.__module__], name, lambda *_: None)
     report = {"rows": [], "left": [], "date": "2026-11-30", "versions": {}}
     monkeypatch.setattr(module, "run", lambda *_: report)
@@ -768,7 +773,6 @@ def test_the_fastest_layers_are_kept_and_their_parts_too():
         (("--dtype", "int8"), "dtype: 'int8' is not one of"),
         (("--size", 4), "size must be at least 8, got 4"),
         (("--batch", 0), "batch must be at least 1, got 0"),
-        (("--write-defaults",), "several implementations can compute here"),
     ],
 )
 def test_style_transfer_that_is_none(tmp_path, arguments, message):
@@ -919,7 +923,6 @@ def test_everything_is_made_in_parts(monkeypatch, tmp_path, undrawn):
             raise subprocess.TimeoutExpired(command, 0)
         made.append(name)
         if name != "compile_0":
-            (tmp_path / name).mkdir()
             (part,) = (part for part in everything.parts("gpu") if part.name == name)
             (tmp_path / name / part.report).write_text(json.dumps(report))
         return SimpleNamespace(returncode=int(name == "compile_0"))
@@ -929,13 +932,15 @@ def test_everything_is_made_in_parts(monkeypatch, tmp_path, undrawn):
     first = bench("--out", tmp_path, benchmark="all")
     assert first.exit_code == 0, first.output
     assert "depthwise was stopped after 9.0 minutes" in first.output
-    assert "not made yet: depthwise, haar_float32, haar_bfloat16" in first.output
+    assert "not made yet: depthwise, sparse_bfloat16_0, sparse_bfloat16_1" in first.output
     joined = json.loads((tmp_path / "wtconv_float32.json").read_text())
-    assert joined["benchmark"] == "wtconv" and len(joined["rows"]) == 3
+    assert joined["benchmark"] == "wtconv" and len(joined["rows"]) == 4
     assert (tmp_path / "wtconv_bfloat16_roofline.png").exists()
     before = list(made)
     made.append("sparse")
     last = bench("--out", tmp_path, benchmark="all")
+    # It had been begun before.
+    assert made[-1] == "depthwise"
     assert "compile_0 failed, exit code 1" in last.output
     assert "not made yet: compile_0" in last.output and not set(before) & set(
         made[len(before) + 1 :]
