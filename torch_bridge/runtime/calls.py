@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import index
 from typing import Any, TypeVar
 
 import torch
@@ -254,7 +255,8 @@ def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """Sizes and strides as numbers: of a traced program, those that it is traced with.
 
     Asking for them leaves no guard: the program takes other sizes as before. Older versions of
-    PyTorch (2.9) cannot be asked; then there is one sample of each channel, and no strides.
+    PyTorch (2.11) cannot be asked; then there is one sample of each channel, whose number the
+    program is bound to, and no strides.
 
     Example:
         >>> known(torch.zeros(2, 3, 4))
@@ -263,7 +265,7 @@ def known(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     if not torch.compiler.is_compiling():
         return tuple(x.shape), x.stride()
     if not tells_sizes():
-        return (1, x.shape[1], *(1,) * (x.ndim - 2)), None
+        return (1, index(x.shape[1]), *(1,) * (x.ndim - 2)), None
     return tuple(map(number, x.shape)), tuple(map(number, x.stride()))
 
 
@@ -289,7 +291,7 @@ def number(size: int) -> int:
     if not torch.compiler.is_compiling():
         return size
     if not tells_sizes():
-        return int(size)
+        return index(size)
     # A size that depends on data counts as 1.
     from torch.fx.experimental.symbolic_shapes import optimization_hint as hint
 

@@ -201,6 +201,16 @@ def test_compiles_without_a_graph_break(implementation):
         torch.testing.assert_close(got, x.grad)
 
 
+def test_compiles_for_any_size_where_sizes_are_not_told(monkeypatch):
+    """As PyTorch 2.11 has it; channels are those of the parameters."""
+    monkeypatch.setattr(calls, "tells_sizes", lambda: False)
+    layer = torch_bridge.WTConv2d(3, 3, 3, device="cpu", implementation="eager")
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    for size in ((2, 3, 4, 5), (4, 3, 7, 2)):
+        x = make_input(*size)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 tells_sizes = pytest.mark.skipif(
     not calls.tells_sizes(),
     reason="PyTorch older than 2.12 does not tell the sizes of a traced program",
