@@ -69,7 +69,7 @@ class DepthwiseConv2d(nn.Conv2d):
             self.weight,
             self.bias,
             cast(Pair, self.stride),
-            cast(str | Pair, self.padding),
+            cast("str | Pair", self.padding),
             cast(Pair, self.dilation),
             implementation=self.implementation,
         )

@@ -19,6 +19,7 @@ from torch_bridge.depthwise import (  # noqa: E402
     depthwise_conv2d,
     ops,
 )
+from torch_bridge.runtime import calls  # noqa: E402
 from torch_bridge.wtconv.on_cpu.cuda import emulated, unavailable  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -87,6 +88,18 @@ WRONG = {
         {"implementation": "cudnn"},
     ),
 }
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["sizes told", "sizes not told"])
+def test_the_layer_compiles_without_a_graph_break(told, monkeypatch):
+    if not told:
+        # As in PyTorch 2.11.
+        monkeypatch.setattr(calls, "tells_sizes", lambda: False)
+    layer = DepthwiseConv2d(3, 3, stride=2, padding=1, device="cpu")
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    for size in ((2, 3, 6, 5), (4, 3, 9, 7)):
+        x = torch.randn(size)
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("message", WRONG)
