@@ -165,7 +165,8 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     """
 
     def norm(rows: jax.Array) -> jax.Array:
-        return normalized(rows, epsilon=epsilon) * scale + bias
+        factors, offsets = (jnp.expand_dims(one, range(rows.ndim - 1)) for one in (scale, bias))
+        return normalized(rows, epsilon=epsilon) * factors + offsets
 
     return sharding.by_pixel(norm, x)
 

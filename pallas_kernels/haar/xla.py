@@ -147,7 +147,8 @@ def _signed_analysis(x: jax.Array, ndim: int) -> jax.Array:
     for axis in range(ndim, 0, -1):
         even, odd = (lax.index_in_dim(bands, parity, 2 * axis, keepdims=False) for parity in (0, 1))
         high = np.arange(2**ndim) >> (axis - 1) & 1
-        bands = even + odd * np.where(high, -1, 1)[:, None].astype(x.dtype)
+        signs = np.where(high, -1, 1).astype(x.dtype)
+        bands = even + odd * signs.reshape(*(1,) * (odd.ndim - 2), -1, 1)
     return bands * np.asarray(2 ** (-ndim / 2), x.dtype)
 
 
