@@ -162,6 +162,10 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
         scale: `[C]` of the dtype of x.
         bias: `[C]` of the dtype of x.
         epsilon: What is added to the variance.
+
+    Example:
+        >>> layer_norm(jnp.array([[1.0, 3.0]]), jnp.ones(2), jnp.zeros(2), 0.0).tolist()
+        [[-1.0, 1.0]]
     """
 
     def norm(rows: jax.Array) -> jax.Array:
