@@ -142,7 +142,7 @@ class Launcher:
         return header
 
     def _runtime(self) -> Path:
-        """What kernels share of a launch, compiled."""
+        """The object file of the part of a launch that all kernels share."""
         text = f'#include "{self._header()}"\n#include "{FOLDER / "runtime.cpp"}"\n'
         compiled = self._folder / f"{self._hashed(text)}.o"
         if not compiled.exists():

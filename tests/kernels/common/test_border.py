@@ -29,7 +29,7 @@ def test_a_border_is_the_identity(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["value", "reverse"])
 def test_a_cpu_keeps_loops_apart(mode: str) -> None:
-    """Of what stands before and after a border a CPU's compiler makes two loops."""
+    """A CPU's compiler makes two loops of the operations before and after a border."""
 
     def twice(between: object, x: jax.Array) -> jax.Array:
         return jnp.exp(between(jnp.exp(x)))
