@@ -84,10 +84,9 @@ def parts(platform: str) -> list[Part]:
     if platform != "gpu":
         raise ValueError(f"device: {platform!r} has no published figures, expected 'gpu'")
 
-    def part(name: str, *arguments: str, report: str = "", group: str = "") -> Part:
+    def part(name: str, *arguments: str, group: str = "") -> Part:
         command = (sys.executable, "-c", _CLI, "bench", *arguments)
-        file = f"{report or arguments[0]}.json"
-        return Part(name, (*command, "--device", platform), file, group)
+        return Part(name, (*command, "--device", platform), f"{arguments[0]}.json", group)
 
     def shapes(names: Iterable[str]) -> list[str]:
         return [word for name in names for word in ("--shape", name)]

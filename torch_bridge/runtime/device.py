@@ -32,7 +32,7 @@ def best_device() -> torch.device:
 
 
 def named(name: str | None) -> torch.device:
-    """The device of a kind.
+    """The device of a name.
 
     Args:
         name: "cpu", "cuda" or "mps"; None is `best_device`.
