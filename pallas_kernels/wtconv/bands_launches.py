@@ -1,4 +1,4 @@
-"""The launches of `bands_forward.cu` and `bands_weights.cu`, for any framework: float32.
+"""The launches of the `bands_*.cu`, for any framework: float32.
 
 Forward the second level comes first, straight from x, which also leaves the means of squares that
 deeper levels are made of; then each level from the deepest one on, which adds what the level below
@@ -17,7 +17,7 @@ from pallas_kernels.common.cuda import Box, Device, Kernel, Launch
 from pallas_kernels.common.triton import AnyArray, cdiv
 from pallas_kernels.common.types import Output
 from pallas_kernels.wtconv.folded_launches import means_shape
-from pallas_kernels.wtconv.gradients_launches import gradients, numbers
+from pallas_kernels.wtconv.gradients_launches import Parameters, gradients, numbers
 
 _FOLDER = Path(__file__).parent
 
@@ -25,6 +25,8 @@ KERNEL_SIZES = 3, 5
 """The kernel sizes whose taps and sums fit into a thread's registers."""
 _CHUNK = 32
 """Channels of a warp."""
+_THREADS = 256
+"""Threads of a block that scales taps."""
 _STRIP = 4
 """Columns of a thread."""
 _WARPS = 8
@@ -353,6 +355,32 @@ def forward(
     return level(0, (shape,), x, *below)[0]
 
 
+def scaled(
+    parameters: Parameters[AnyArray], channels: int, kernel_size: int, launch: Launch[AnyArray]
+) -> tuple[list[AnyArray], AnyArray | None]:
+    """The taps and the bias as `forward` takes them, by one launch.
+
+    Args:
+        parameters: Weights, scales and bias, in float32.
+        channels: C.
+        kernel_size: k, one of `KERNEL_SIZES`.
+        launch: The framework's launch function.
+    """
+    weights, scales, bias, _ = parameters
+    levels = len(weights) - 1
+    macros = ("KERNEL_SIZE", kernel_size), ("LEVELS", levels)
+    kernel = Kernel(_FOLDER / "bands_taps.cu", "bands_taps", macros, _THREADS, 0)
+    factors: Sequence[AnyArray | None] = scales or [None] * len(weights)
+    pairs = zip(weights, factors, strict=True)
+    side = kernel_size, kernel_size
+    of_base, *of_levels = (((*side, bands, channels), "float32") for bands in (1, *[4] * levels))
+    outputs: list[Output] = [of_base, ((channels,), "float32"), *of_levels]
+    arguments = [*(each for pair in pairs for each in pair), bias, channels]
+    blocks = cdiv((1 + 4 * levels) * kernel_size**2 * channels, _THREADS)
+    base, offset, *bands = launch(kernel, arguments, outputs, blocks)
+    return [base, *bands], None if bias is None else offset
+
+
 def weight_grad(
     x: AnyArray,
     dy: AnyArray,
@@ -362,6 +390,7 @@ def weight_grad(
     device: Device,
     launch: Launch[AnyArray],
     channels_last: bool,
+    parameters: Parameters[AnyArray] | None = None,
 ) -> list[AnyArray]:
     """The gradients of the taps; every sum has a fixed order, so they are bitwise reproducible.
 
@@ -375,9 +404,10 @@ def weight_grad(
         launch: The framework's launch function.
         channels_last: Whether they are `[k, k, 1, C]` and `[k, k, 4, C]`, else `[C, 1, k, k]` and
             `[C, 4, k, k]`.
+        parameters: See `gradients_launches.gradients`, which ends them.
 
     Returns:
-        float32 gradients of the base's taps, of each level's, and of the bias.
+        float32 gradients of the base's taps, of each level's, and of the bias; or of parameters.
     """
     sizes = [means_shape(shape, level) for level in range(levels + 1)]
     channels = shape[-1]
@@ -397,4 +427,4 @@ def weight_grad(
         sums, *means = launch(variant.compiled(), arguments, outputs, programs * chunks)
         found.append((sums, 0, programs))
         x, dy = means or (x, dy)
-    return gradients(found, channels, kernel_size, launch, channels_last)
+    return gradients(found, channels, kernel_size, launch, channels_last, parameters)

@@ -72,7 +72,7 @@ def multiplies(
     kernel_size: int,
     device: torch.device,
 ) -> bool:
-    """Whether these kernels multiply by the scales themselves: on tensor cores.
+    """Whether these kernels multiply by the scales themselves: all but that of all levels.
 
     Args:
         shape: Of x, `[N, C, H, W]` or `[N, C, L]`.
@@ -84,9 +84,10 @@ def multiplies(
     if len(shape) == _LINE:
         return False
     n, c, h, w = shape
-    # `_folds` of what has no data, as in a traced program.
-    able = folded_launches.takes((n, h, w, c), dtype_name(dtype), kernel_size, device_of(device))
-    return able and _are_dense(shape, strides, _LAST) and not _are_dense(shape, strides, _FIRST)
+    # `_images` of what has no data, as in a traced program.
+    last = _are_dense(shape, strides, _LAST) and not _are_dense(shape, strides, _FIRST)
+    asked = Images((n, h, w, c), dtype_name(dtype), last), kernel_size, device_of(device)
+    return _folds(*asked) or _streams(*asked)
 
 
 def forward(
@@ -110,12 +111,12 @@ def forward(
     if _folds(images, kernel_size, device):
         parameters = _parameters(taps, bias, scales, x.dtype)
         y = _folded_forward(x, parameters, images, kernel_size, device, transpose)
-        return y.permute(0, 3, 1, 2)
-    taps = [tap.contiguous() for tap in taps]
-    bias = None if bias is None else bias.contiguous()
-    if _streams(images, kernel_size, device):
-        y = _streamed_forward(x, taps, bias, images, device, transpose)
+    elif _streams(images, kernel_size, device):
+        parameters = _parameters(taps, bias, scales, x.dtype)
+        y = _streamed_forward(x, parameters, images, kernel_size, device, transpose)
     else:
+        taps = [tap.contiguous() for tap in taps]
+        bias = None if bias is None else bias.contiguous()
         where = images, device, launch
         y = cuda_launches.forward(x, taps, bias, *where, transpose, resident=resident)
     return y.permute(0, 3, 1, 2)
@@ -144,7 +145,8 @@ def weight_grad(
         found = _folded_weight_grad(x, dy, images, kernel_size, levels, device)
         return _with_bias(found, kernel_size)
     if _streams(images, kernel_size, device):
-        return _streamed_weight_grad(x, dy, images, kernel_size, levels, device)
+        found = _streamed_weight_grad(x, dy, images, kernel_size, levels, device)
+        return _with_bias(found, kernel_size)
     images = images._replace(aligned=min(images.aligned, _images(dy).aligned))
     sizes = images, kernel_size, levels, device, launch
     first, *rest = cuda_launches.weight_grad(x, dy, *sizes, resident=resident)
@@ -174,7 +176,9 @@ def gradients(
     images, parameters = _images(x), _parameters(taps, bias, scales, x.dtype)
     dy = dy.contiguous(memory_format=torch.channels_last)
     sizes = taps[0].shape[-1], len(taps) - 1, device_of(x.device)
-    found = _folded_weight_grad(x, dy, images, *sizes, parameters)
+    folds = _folds(images, taps[0].shape[-1], device_of(x.device))
+    weight_grads = _folded_weight_grad if folds else _streamed_weight_grad
+    found = weight_grads(x, dy, images, *sizes, parameters)
     like = [*taps, *scales, *([] if bias is None else [bias])]
     # Without a bias the last is nobody's.
     pairs = zip(found, like, strict=False)
@@ -250,28 +254,31 @@ def _streams(images: Images, kernel_size: int, device: Device) -> bool:
 
 def _streamed_forward(
     x: Tensor,
-    taps: Sequence[Tensor],
-    bias: Tensor | None,
+    parameters: Parameters[Tensor],
     images: Images,
+    kernel_size: int,
     device: Device,
     transpose: bool,
 ) -> Tensor:
     """The operator in float32, or its transpose, level by level: `[N, H, W, C]`."""
-    kernel_size, channels = taps[0].shape[-1], x.shape[1]
-    sizes = channels, -1, kernel_size, kernel_size
-    numbers = [tap.reshape(sizes).permute(2, 3, 1, 0).contiguous() for tap in taps]
-    return bands_launches.forward(
-        _pixels(x), numbers, bias, images.shape, device, launch, transpose
-    )
+    taps, offset = bands_launches.scaled(parameters, x.shape[1], kernel_size, launch)
+    return bands_launches.forward(_pixels(x), taps, offset, images.shape, device, launch, transpose)
 
 
 def _streamed_weight_grad(
-    x: Tensor, dy: Tensor, images: Images, kernel_size: int, levels: int, device: Device
+    x: Tensor,
+    dy: Tensor,
+    images: Images,
+    kernel_size: int,
+    levels: int,
+    device: Device,
+    parameters: Parameters[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The gradients of the taps and the bias in float32, level by level."""
+    """The gradients of the taps and the bias in float32, or those of the parameters."""
     about = images.shape, kernel_size, levels, device, launch
-    found = bands_launches.weight_grad(_pixels(x), _pixels(dy), *about, channels_last=False)
-    return _with_bias(found, kernel_size)
+    return bands_launches.weight_grad(
+        _pixels(x), _pixels(dy), *about, channels_last=False, parameters=parameters
+    )
 
 
 def _with_bias(found: list[Tensor], kernel_size: int) -> list[Tensor]:

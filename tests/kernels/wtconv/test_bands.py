@@ -2,15 +2,17 @@
 
 from itertools import product, starmap
 
+import numpy as np
 import pytest
-from helpers.cuda import EMULATED, emulate, plant
+from helpers.cuda import EMULATED, emulate, folder, plant
 from helpers.wtconv import assert_oracle, assert_reproducible, misses_oracle
 
 from pallas_kernels.common.cuda import Device
-from pallas_kernels.common.on_cpu.cuda import HOPPER
+from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher
 from pallas_kernels.wtconv import bands_launches as launches
 from pallas_kernels.wtconv import cuda as cuda_jax
 from pallas_kernels.wtconv.cases import Case
+from pallas_kernels.wtconv.gradients_launches import Parameters
 from pallas_kernels.wtconv.problem import Problem
 
 DEVICES = {
@@ -43,6 +45,26 @@ def described(case):
 def test_float32_is_the_oracles_on_the_cpu(monkeypatch):
     emulate(monkeypatch, cuda_jax)
     assert_oracle(ALWAYS, "cuda")
+
+
+@EMULATED
+@pytest.mark.parametrize("scaled", [True, False])
+def test_taps_are_scaled_in_one_launch(scaled):
+    """Those of 260 channels, more than a block has threads, and the bias."""
+    generator = np.random.default_rng(0)
+    channels, bands = 260, (1, 4, 4)
+    weights = [generator.standard_normal((channels, n, 3, 3), "float32") for n in bands]
+    scales = [generator.standard_normal((channels, n), "float32") for n in bands]
+    bias = generator.standard_normal(channels, "float32") if scaled else None
+    given = Parameters(weights, scales if scaled else [], bias, "float32")
+    got, offset = launches.scaled(given, channels, 3, Launcher(folder()).launch)
+    for tap, weight, scale in zip(got, weights, scales, strict=True):
+        want = weight * scale[..., None, None] if scaled else weight
+        np.testing.assert_array_equal(tap, want.transpose(2, 3, 1, 0))
+    if bias is None:
+        assert offset is None
+    else:
+        np.testing.assert_array_equal(offset, bias * scales[0][:, 0])
 
 
 @EMULATED

@@ -182,6 +182,7 @@ def test_what_reads_and_ends_parameters_compiles_for_every_gpu(arch):
     for dtype in ("float16", "float32"):
         parameters = Parameters([None] * 6, [None] * 6, None, dtype)
         folded_launches.folded(parameters, 96, "float16", 7, launch, False)
+        bands_launches.scaled(parameters, 96, 5, launch)
         gradients(found, 96, 7, launch, False, parameters)
     gradients(found, 96, 7, launch, True)
     for kernel in kernels:

@@ -378,19 +378,23 @@ def test_the_biass_gradient_comes_with_those_of_the_taps(monkeypatch):
         gradient("cuda")
 
 
-def test_scales_are_left_to_the_kernels_of_what_they_fold():
-    """For every kind of strides, by what is known without data."""
+def test_scales_are_left_to_the_kernels_of_what_goes_level_by_level(monkeypatch):
+    """For every kind of strides, by what is known without data; of large images in float32 too."""
     image = torch.zeros(2, 4, 6, 5, dtype=torch.float16)
     last = image.contiguous(memory_format=torch.channels_last)
     expanded = last[:1].expand(3, -1, -1, -1)
     found = []
-    for x in (last, image, last[..., 1:], expanded, last[:, :1], last[:, :, :1, :1], last.float()):
+    wide = torch.zeros(1, 32, 2, 2).contiguous(memory_format=torch.channels_last)
+    halves = (last, image, last[..., 1:], expanded, last[:, :1], last[:, :, :1, :1])
+    for least, x in (*((1, x) for x in (*halves, last.float(), wide)), (1 << 22, wide)):
+        monkeypatch.setattr(cuda_launch, "_WORTH_LAUNCHES", least)
         with cuda.emulated():
             images = cuda_launch._images(cuda_launch._dense(x))
-            found.append(cuda_launch._folds(images, 3, HOPPER))
-            asked = tuple(x.shape), x.stride(), x.dtype, 3, x.device
-            assert cuda_launch.multiplies(*asked) == found[-1]
-    assert found == [True, *[False] * 6]
+            asked = images, 3, HOPPER
+            found.append(cuda_launch._folds(*asked) or cuda_launch._streams(*asked))
+            told = tuple(x.shape), x.stride(), x.dtype, 3, x.device
+            assert cuda_launch.multiplies(*told) == found[-1]
+    assert found == [True, *[False] * 6, True, False]
 
 
 LAYERS = {
