@@ -1,4 +1,4 @@
-"""The launches of the `bands_*.cu`, for any framework: float32.
+"""The launches of `bands_forward.cu` and `bands_weights.cu`, for any framework: float32.
 
 Forward the second level comes first, straight from x, which also leaves the means of squares that
 deeper levels are made of; then each level from the deepest one on, which adds what the level below
@@ -25,8 +25,6 @@ KERNEL_SIZES = 3, 5
 """The kernel sizes whose taps and sums fit into a thread's registers."""
 _CHUNK = 32
 """Channels of a warp."""
-_THREADS = 256
-"""Threads of a block that scales taps."""
 _STRIP = 4
 """Columns of a thread."""
 _WARPS = 8
@@ -353,32 +351,6 @@ def forward(
             deeper = level(number, shapes, lows[min(number - 2, 1)], *deeper)
         below = [second, *deeper]
     return level(0, (shape,), x, *below)[0]
-
-
-def scaled(
-    parameters: Parameters[AnyArray], channels: int, kernel_size: int, launch: Launch[AnyArray]
-) -> tuple[list[AnyArray], AnyArray | None]:
-    """The taps and the bias as `forward` takes them, by one launch.
-
-    Args:
-        parameters: Weights, scales and bias, in float32.
-        channels: C.
-        kernel_size: k, one of `KERNEL_SIZES`.
-        launch: The framework's launch function.
-    """
-    weights, scales, bias, _ = parameters
-    levels = len(weights) - 1
-    macros = ("KERNEL_SIZE", kernel_size), ("LEVELS", levels)
-    kernel = Kernel(_FOLDER / "bands_taps.cu", "bands_taps", macros, _THREADS, 0)
-    factors: Sequence[AnyArray | None] = scales or [None] * len(weights)
-    pairs = zip(weights, factors, strict=True)
-    side = kernel_size, kernel_size
-    of_base, *of_levels = (((*side, bands, channels), "float32") for bands in (1, *[4] * levels))
-    outputs: list[Output] = [of_base, ((channels,), "float32"), *of_levels]
-    arguments = [*(each for pair in pairs for each in pair), bias, channels]
-    blocks = cdiv((1 + 4 * levels) * kernel_size**2 * channels, _THREADS)
-    base, offset, *bands = launch(kernel, arguments, outputs, blocks)
-    return [base, *bands], None if bias is None else offset
 
 
 def weight_grad(

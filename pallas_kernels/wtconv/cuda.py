@@ -16,18 +16,23 @@ from jax import lax
 
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.biased import summed
+from pallas_kernels.common.cuda import DTYPES
 from pallas_kernels.common.cuda_call import device_properties, launch, unavailable
-from pallas_kernels.common.types import Dtype, Taps
+from pallas_kernels.common.types import Dtype, Taps, Tree
 from pallas_kernels.wtconv import (
     bands_launches,
     cuda_launches,
     folded_launches,
     folding,
     line_launches,
+    scaled_launches,
+    scaling,
 )
 from pallas_kernels.wtconv.cuda_launches import Images
+from pallas_kernels.wtconv.gradients_launches import Parameters
 from pallas_kernels.wtconv.line_launches import Signals
 from pallas_kernels.wtconv.problem import Problem
+from pallas_kernels.wtconv.scaling import Scales, Weights
 
 __all__ = [
     "BIAS_GRADIENT",
@@ -35,6 +40,9 @@ __all__ = [
     "as_measured",
     "check",
     "forward",
+    "products",
+    "scale_launches",
+    "scale_sums",
     "search_space",
     "unavailable",
     "weight_grad",
@@ -159,6 +167,58 @@ def weight_grad(
         for start, stop, shape in zip(starts[:-1], starts[1:], shapes, strict=True)
     )
     return vary_like((x, dy), (*sums, summed(dy)) if biased else sums)
+
+
+def scale_launches(problem: Problem) -> frozenset[str]:
+    """The directions in which `products` and `scale_sums` spare launches of XLA's.
+
+    Not forward in 16 bits, where XLA multiplies in the launch that folds taps; nor where gradients
+    come in one array, whose parts XLA would copy for a launch.
+
+    Args:
+        problem: The call.
+    """
+    if len(problem.shape) == _LINE or problem.levels == 0:
+        return frozenset()
+    about = problem.shape, problem.dtype, problem.kernel_size
+    if _folds(*about):
+        return frozenset({"bwd"})
+    return frozenset({"fwd", "bwd"} if _streams(*about) else ())
+
+
+def products(weights: Weights, scales: Scales, dtypes: Tree) -> Weights:
+    """Kernels and bias times their scales; see `scaling.products`."""
+    given, own, made = map(_dtype, (weights, scales, dtypes))
+    backward = given == "float32" and own == made
+    if own is None or not (backward or (given == own and made == "float32")):
+        return scaling.products(weights, scales, dtypes)
+    taps, bias = weights
+    parameters = Parameters(taps, scales, bias, own)
+    about = taps[0].shape[-1], taps[0].shape[0], launch
+    # In float32 both directions share a kernel.
+    backward = backward and own != "float32"
+    found, offset = scaled_launches.scaled(
+        parameters, *about, channels_last=True, backward=backward
+    )
+    return vary_like((weights, scales), (tuple(found), offset))
+
+
+def scale_sums(gradients: Weights, weights: Weights, dtypes: Tree) -> Scales:
+    """The gradients of the scales; see `scaling.scale_sums`."""
+    given, own, made = map(_dtype, (gradients, weights, dtypes))
+    if own is None or given != "float32" or own != made:
+        return scaling.scale_sums(gradients, weights, dtypes)
+    (dtaps, dbias), (taps, bias) = gradients, weights
+    parameters = Parameters(taps, (), bias, own)
+    about = taps[0].shape[-1], taps[0].shape[0], launch
+    sums = scaled_launches.scale_sums(dtaps, dbias, parameters, *about)
+    return vary_like((gradients, weights), tuple(sums))
+
+
+def _dtype(arrays: Tree) -> str | None:
+    """The name of the dtype that all arrays, or dtypes, are of; None where they differ."""
+    found = {str(getattr(each, "dtype", each)) for each in jax.tree.leaves(arrays)}
+    return found.pop() if len(found) == 1 and found <= {*DTYPES} else None
 
 
 def _line_forward(

@@ -19,7 +19,8 @@ for x `[N, *spatial, C]`, `taps = (base [*k, 1, C], level_0 [*k, 2**ndim, C], ..
 scales folded in, and `bias [C]` or None. Modules that JAX can look into, and so map with `vmap`,
 say so with `DIFFERENTIABLE = True`. Of modules that say `BIAS_GRADIENT = True` the gradient of the
 bias is asked too: `kernel_shapes` ends with the bias's, and the gradients with its own. Both
-functions take the parameters that `search_space` offers.
+functions take the parameters that `search_space` offers. `scaling` says what a module may have for
+the products with scales.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +28,6 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.common import sharding
 from pallas_kernels.common._compat import vary_like
@@ -41,12 +41,10 @@ from pallas_kernels.common.vmap import vmap_folding, vmap_sequential
 from pallas_kernels.dispatch import Operator, Request
 from pallas_kernels.dispatch.backend import Implementation
 from pallas_kernels.dispatch.tuner import TuningParams
-from pallas_kernels.wtconv import shards
+from pallas_kernels.wtconv import scaling, shards
 from pallas_kernels.wtconv.problem import Problem
+from pallas_kernels.wtconv.scaling import Weights
 from pallas_kernels.wtconv.shards import Shapes
-
-Weights = tuple[Taps, jax.Array | None]
-"""The taps and the bias."""
 
 
 class Kernels(Protocol):
@@ -165,24 +163,18 @@ def wtconv(plan: Plan, stride: int, x: jax.Array, params: Mapping[str, jax.Array
     Returns:
         `[*batch, *strided, C]`.
     """
-    taps = [_folded(params["base_kernel"], params["base_scale"])]
-    while f"wavelet_kernel_{len(taps) - 1}" in params:
-        i = len(taps) - 1
-        taps.append(_folded(params[f"wavelet_kernel_{i}"], params[f"wavelet_scale_{i}"]))
-    bias = None
-    if "base_bias" in params:
-        bias = _folded(params["base_bias"], params["base_scale"])
+    levels = range(sum(name.startswith("wavelet_kernel_") for name in params))
+    taps, scales = (
+        (params[f"base_{kind}"], *(params[f"wavelet_{kind}_{i}"] for i in levels))
+        for kind in ("kernel", "scale")
+    )
     # Here, since an eager reshape takes the host longer than all checks of the arguments.
-    batch = x.shape[: 1 - params["base_kernel"].ndim]
-    arrays = sharding.flat(x, len(batch)), tuple(taps), bias
+    batch = x.shape[: 1 - taps[0].ndim]
+    x = sharding.flat(x, len(batch))
+    problem = plan.problem(x, tuple(tap.shape for tap in taps))
+    arrays = x, *scaling.scaled(plan, problem, (taps, params.get("base_bias")), scales)
     y = _strided(_apply(plan, False, *vary_like(arrays, arrays)), stride)
     return sharding.unflat(y, batch)
-
-
-def _folded(kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    dtype = accumulation_dtype(kernel.dtype, scale.dtype)
-    scale = jnp.expand_dims(scale.astype(dtype), range(kernel.ndim - scale.ndim))
-    return kernel.astype(dtype) * scale
 
 
 def _strided(y: jax.Array, stride: int) -> jax.Array:

@@ -19,6 +19,7 @@ from pallas_kernels.wtconv import (
     folded_launches,
     folding,
     line_launches,
+    scaled_launches,
 )
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.gradients_launches import Parameters
@@ -261,7 +262,8 @@ def _streamed_forward(
     transpose: bool,
 ) -> Tensor:
     """The operator in float32, or its transpose, level by level: `[N, H, W, C]`."""
-    taps, offset = bands_launches.scaled(parameters, x.shape[1], kernel_size, launch)
+    about = x.shape[1], kernel_size, launch
+    taps, offset = scaled_launches.scaled(parameters, *about, channels_last=False)
     return bands_launches.forward(_pixels(x), taps, offset, images.shape, device, launch, transpose)
 
 

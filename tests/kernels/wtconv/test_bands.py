@@ -11,6 +11,7 @@ from pallas_kernels.common.cuda import Device
 from pallas_kernels.common.on_cpu.cuda import HOPPER, Launcher
 from pallas_kernels.wtconv import bands_launches as launches
 from pallas_kernels.wtconv import cuda as cuda_jax
+from pallas_kernels.wtconv import scaled_launches
 from pallas_kernels.wtconv.cases import Case
 from pallas_kernels.wtconv.gradients_launches import Parameters
 from pallas_kernels.wtconv.problem import Problem
@@ -57,7 +58,9 @@ def test_taps_are_scaled_in_one_launch(scaled):
     scales = [generator.standard_normal((channels, n), "float32") for n in bands]
     bias = generator.standard_normal(channels, "float32") if scaled else None
     given = Parameters(weights, scales if scaled else [], bias, "float32")
-    got, offset = launches.scaled(given, channels, 3, Launcher(folder()).launch)
+    got, offset = scaled_launches.scaled(
+        given, channels, 3, Launcher(folder()).launch, channels_last=False
+    )
     for tap, weight, scale in zip(got, weights, scales, strict=True):
         want = weight * scale[..., None, None] if scaled else weight
         np.testing.assert_array_equal(tap, want.transpose(2, 3, 1, 0))
