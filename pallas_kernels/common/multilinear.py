@@ -6,12 +6,15 @@ operation of JAX's own kind: its derivative is the sum of itself with one argume
 replaced by its tangent, and its transposes are the given ones. Reverse mode then keeps the
 arguments and nothing else, and every order and mixture of the modes works.
 
+The transposes of one value wait for each other where that is asked for, since XLA orders what does
+not depend on each other by estimates, and often keeps the memory of both.
+
 A function may also depend on what it is not linear in, such as the statistics that a derivative was
 taken at. Its derivative by these is that of the same function in plain JAX.
 """
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 from itertools import chain, islice
 from typing import Any
 
@@ -32,6 +35,7 @@ def multilinear(
     *arguments: Tree,
     known: Sequence[Tree] = (),
     plain: Function | None = None,
+    in_turns: bool = False,
 ) -> Tree:
     """The value of a function that is linear in each of its arguments.
 
@@ -44,6 +48,8 @@ def multilinear(
         *arguments: The arguments.
         known: Trees of arrays that the function is not linear in.
         plain: The same function, which JAX differentiates by what is known.
+        in_turns: Whether the transposes are computed one after the other, the last argument's
+            first, so that what one needs for a while is free for the next.
 
     Returns:
         `function(*known, *arguments)`.
@@ -64,6 +70,7 @@ def multilinear(
         transposes=tuple(transposes),
         known=len(known),
         plain=plain,
+        in_turns=in_turns,
         trees=tuple(map(jax.tree.structure, every)),
         out_tree=jax.tree.structure(shapes),
         jaxpr=jaxpr,
@@ -118,14 +125,115 @@ def _differentiate(
 
         primal, tangent = ([values[i] for i in moved] for values in (primals, tangents))
         terms.append(jax.jvp(in_known, primal, tangent)[1])
-    for tree in trees[known:]:
-        stop = start + tree.num_leaves
-        moving = tangents[start:stop]
-        if not all(isinstance(tangent, ad.Zero) for tangent in moving):
-            whole = map(ad.instantiate_zeros, moving)
-            terms.append(run(*primals[:start], *whole, *primals[stop:]))
-        start = stop
+    parts = _parted(tangents, trees)
+    moving = [
+        i
+        for i in range(known, len(trees))
+        if not all(isinstance(tangent, ad.Zero) for tangent in parts[i])
+    ]
+    whole = [list(map(ad.instantiate_zeros, parts[i])) for i in moving]
+    about = {"trees": trees, "known": known, "plain": plain, **rest}
+    if rest["in_turns"] and len(moving) > 1:
+        terms.append(_in_turns.bind(*primals, *chain(*whole), moving=tuple(moving), **about))
+    else:
+        terms += _terms(primals, zip(moving, whole, strict=True), **about)
     return run(*primals), [reduce(ad.add_tangents, parts) for parts in zip(*terms, strict=True)]
+
+
+def _terms(
+    primals: Sequence[Any],
+    tangents: Iterable[tuple[int, Sequence[Any]]],
+    *,
+    trees: Sequence[Any],
+    **rest: Any,
+) -> list[list[jax.Array]]:
+    """For each argument that moves the value with its tangent in its place."""
+    parts = _parted(primals, trees)
+    return [
+        _multilinear.bind(*chain(*parts[:i], whole, *parts[i + 1 :]), trees=trees, **rest)
+        for i, whole in tangents
+    ]
+
+
+_in_turns = Primitive("multilinear_in_turns")
+"""The sum of such terms as one operation, whose transpose is told of all of them."""
+_in_turns.multiple_results = True
+
+
+@_in_turns.def_impl
+def _sum(
+    *leaves: Any, moving: tuple[int, ...], trees: Sequence[Any], **rest: Any
+) -> list[jax.Array]:
+    every = [*trees, *(trees[i] for i in moving)]
+    parts = _parted(leaves, every)
+    primals = list(chain(*parts[: len(trees)]))
+    tangents = zip(moving, parts[len(trees) :], strict=True)
+    terms = _terms(primals, tangents, trees=trees, **rest)
+    return [reduce(jnp.add, summands) for summands in zip(*terms, strict=True)]
+
+
+_in_turns.def_effectful_abstract_eval(_typed)
+mlir.register_lowering(_in_turns, mlir.lower_fun(_sum, multiple_results=True))
+
+
+def _differentiate_sum(
+    primals: Sequence[Any], tangents: Sequence[Any], **about: Any
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The rule of forward mode: that of the terms."""
+    moved = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+
+    def run(*values: jax.Array) -> list[jax.Array]:
+        leaves = list(primals)
+        for i, value in zip(moved, values, strict=True):
+            leaves[i] = value
+        return _sum(*leaves, **about)
+
+    primal, tangent = ([values[i] for i in moved] for values in (primals, tangents))
+    return jax.jvp(run, primal, tangent)
+
+
+def _batch_sum(
+    leaves: Sequence[jax.Array], axes: Sequence[int | None], **about: Any
+) -> tuple[list[jax.Array], list[int]]:
+    """The rule of `jax.vmap`: that of the terms, which wait for nothing."""
+    out = jax.vmap(partial(_sum, **about), tuple(axes))(*leaves)
+    return out, [0] * len(out)
+
+
+def _transpose_in_turns(
+    cotangents: Sequence[Any],
+    *leaves: Any,
+    moving: tuple[int, ...],
+    transposes: Sequence[Function],
+    trees: Sequence[Any],
+    out_tree: Any,
+    known: int,
+    **_: object,
+) -> list[Any]:
+    """The rule of reverse mode, of the tangents that follow the primals."""
+    parts = _parted(leaves, [*trees, *(trees[i] for i in moving)])
+    arguments = [tree.unflatten(part) for tree, part in zip(trees, parts, strict=False)]
+    cotangent = out_tree.unflatten(map(ad.instantiate_zeros, cotangents))
+    found: dict[int, Tree] = {}
+    for number, i in reversed(list(enumerate(moving))):
+        part = parts[len(trees) + number]
+        if not any(map(ad.is_undefined_primal, part)):
+            found[number] = [None] * len(part)
+            continue
+        if found:
+            cotangent, found = jax.lax.optimization_barrier((cotangent, found))
+        values = transposes[i - known](cotangent, *arguments[:i], *arguments[i + 1 :])
+        found[number] = [
+            placed_like(value, leaf.aval) if ad.is_undefined_primal(leaf) else None
+            for leaf, value in zip(part, jax.tree.leaves(values), strict=True)
+        ]
+    nothing = [None] * sum(map(len, parts[: len(trees)]))
+    return [*nothing, *chain(*(found[number] for number in range(len(moving))))]
+
+
+ad.primitive_jvps[_in_turns] = _differentiate_sum
+ad.primitive_transposes[_in_turns] = _transpose_in_turns
+batching.primitive_batchers[_in_turns] = _batch_sum
 
 
 def _transpose(
@@ -161,6 +269,7 @@ def _batch(
     trees: Sequence[Any],
     known: int,
     plain: Function | None,
+    in_turns: bool,
     **_: object,
 ) -> tuple[list[jax.Array], list[int]]:
     """The rule of `jax.vmap`: the functions are mapped."""
@@ -190,6 +299,7 @@ def _batch(
         *arguments[known:],
         known=arguments[:known],
         plain=plain and jax.vmap(plain, tuple(places)),
+        in_turns=in_turns,
     )
     out = jax.tree.leaves(mine)
     return out, [0] * len(out)

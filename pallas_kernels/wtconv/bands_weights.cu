@@ -175,19 +175,21 @@ struct Gradients {
 };
 
 // Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
-// with the other `programs`, each of which leaves gradients `found [programs, SUMS, C]`. `x_lows` and
-// `dy_lows` are the means of squares.
+// with the other `programs`, each of which leaves gradients `found [programs, SUMS, C]`. `lows` are
+// the means of squares, of x and then of dy in each pixel: one array, for which XLA finds room in that
+// of dx, where it would not for two. Levels below the first read it as both x and dy.
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, 1)
 bands_weights(INPUT x, INPUT dy, int count, int channels, int height, int width, int programs,
               float* __restrict__ found
 #if LOWS
               ,
-              float* __restrict__ x_lows, float* __restrict__ dy_lows
+              float* __restrict__ lows
 #endif
 ) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
-  const Images images = {count, height, width, channels};
+  const int first_of_dy = BASE ? 0 : channels;
+  const Images images = {count, height, width, channels + first_of_dy};
   const int chunks = (channels + CHUNK - 1) / CHUNK;
   const int pairs = (height + 1) / 2, squares = (width + 1) / 2;
   const int chunk = int(blockIdx.x) % chunks * CHUNK, number = int(blockIdx.x) / chunks;
@@ -221,7 +223,8 @@ bands_weights(INPUT x, INPUT dy, int count, int channels, int height, int width,
         if (inside)
           load_box(stage, x, full + slot, chunk, walk.left - HALO, 2 * (walk.pair - R), walk.image);
         if (ahead)
-          load_box(stage + BYTES, dy, full + slot, chunk, walk.left, 2 * walk.pair, walk.image);
+          load_box(stage + BYTES, dy, full + slot, first_of_dy + chunk, walk.left, 2 * walk.pair,
+                   walk.image);
         if (++slot == STAGES) {
           slot = 0;
           phase ^= 1;
@@ -248,8 +251,8 @@ bands_weights(INPUT x, INPUT dy, int count, int channels, int height, int width,
         copies.start<2, LOADED>(x, images, loading.image, 2 * (loading.pair - R), loading.left - HALO,
                                 stage);
       if (loading.pair < loading.bottom)
-        copies.start<2, WIDTH>(dy, images, loading.image, 2 * loading.pair, loading.left,
-                               stage + BYTES);
+        copies.start<2, WIDTH>(dy + first_of_dy, images, loading.image, 2 * loading.pair,
+                               loading.left, stage + BYTES);
       loading.advance(images);
     }
     commit();
@@ -272,14 +275,14 @@ bands_weights(INPUT x, INPUT dy, int count, int channels, int height, int width,
     const int image = walk.image + of_image, column = walk.left + strip;
     const int there = image < count && channel < channels ? width - column : 0;
     const Offset first = Offset(image) * pairs + walk.top;
-    const Offset at = (first * squares + column / 2) * channels + channel;
-    float *x_low = x_lows + at, *dy_low = dy_lows + at;
+    float* x_low = lows + (first * squares + column / 2) * 2 * channels + channel;
+    float* dy_low = x_low + channels;
     auto leave_low = [&](float*& low, const float (&squares_of)[SQUARES]) {
 #pragma unroll
       for (int s = 0; s < SQUARES; s++) {
-        if (2 * s < there) low[s * channels] = 0.25f * squares_of[s];
+        if (2 * s < there) low[s * 2 * channels] = 0.25f * squares_of[s];
       }
-      low += squares * channels;
+      low += squares * 2 * channels;
     };
 #endif
 #pragma unroll 1

@@ -40,6 +40,7 @@ __all__ = [
     "as_measured",
     "check",
     "forward",
+    "in_turns",
     "products",
     "scale_launches",
     "scale_sums",
@@ -184,6 +185,18 @@ def scale_launches(problem: Problem) -> frozenset[str]:
     if _folds(*about):
         return frozenset({"bwd"})
     return frozenset({"fwd", "bwd"} if _streams(*about) else ())
+
+
+def in_turns(problem: Problem) -> bool:
+    """Whether the gradients of taps come before dx.
+
+    Not in 16 bits, where both read the same means of dy, which are made once.
+
+    Args:
+        problem: The call.
+    """
+    about = problem.shape, problem.dtype, problem.kernel_size
+    return len(problem.shape) > _LINE and _streams(*about)
 
 
 def products(weights: Weights, scales: Scales, dtypes: Tree) -> Weights:

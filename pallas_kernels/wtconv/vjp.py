@@ -19,8 +19,9 @@ for x `[N, *spatial, C]`, `taps = (base [*k, 1, C], level_0 [*k, 2**ndim, C], ..
 scales folded in, and `bias [C]` or None. Modules that JAX can look into, and so map with `vmap`,
 say so with `DIFFERENTIABLE = True`. Of modules that say `BIAS_GRADIENT = True` the gradient of the
 bias is asked too: `kernel_shapes` ends with the bias's, and the gradients with its own. Both
-functions take the parameters that `search_space` offers. `scaling` says what a module may have for
-the products with scales.
+functions take the parameters that `search_space` offers. Where `in_turns(problem)` of a module is
+True dx is computed after the gradients of taps, whose memory XLA then finds in that of dx.
+`scaling` says what a module may have for the products with scales.
 """
 
 from collections.abc import Callable, Mapping
@@ -218,7 +219,9 @@ def _apply(
         dtaps, dbias = jax.tree.map(lambda gradient, dtype: gradient.astype(dtype), found, dtypes)
         return dtaps, scaled(dbias, one)
 
-    return multilinear(run, (in_source, in_weights), with_one(x), (taps, bias))
+    in_turns = getattr(plan.module, "in_turns", None)
+    turns = in_turns is not None and in_turns(plan.problem(x, shapes))
+    return multilinear(run, (in_source, in_weights), with_one(x), (taps, bias), in_turns=turns)
 
 
 def _weight_grad(plan: Plan, shapes: Shapes, biased: bool, x: jax.Array, dy: jax.Array) -> Weights:

@@ -1,5 +1,7 @@
 """`multilinear` against what JAX derives of the same function."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,18 @@ from pallas_kernels.common.multilinear import multilinear
 pytestmark = pytest.mark.core
 
 
-def product(pair, w):
+def product(pair, w, in_turns=False):
     """`x w + v w` for `pair = (x, v)`: a tree, of which a part may be constant."""
 
     def in_pair(dy, w):
         return (rest := jnp.outer(dy, w)), rest.sum(0)
 
     return multilinear(
-        plain, (in_pair, lambda dy, pair: dy @ pair[0] + dy.sum() * pair[1]), pair, w
+        plain,
+        (in_pair, lambda dy, pair: dy @ pair[0] + dy.sum() * pair[1]),
+        pair,
+        w,
+        in_turns=in_turns,
     )
 
 
@@ -48,9 +54,21 @@ XS = jnp.stack([X, 2 * X], 2)
 def test_transformations(name):
     @jax.jit
     def both():
-        return tuple(TRANSFORMS[name](curved(function)) for function in (product, plain))
+        functions = product, partial(product, in_turns=True), plain
+        return tuple(TRANSFORMS[name](curved(function)) for function in functions)
 
     chex.assert_trees_all_close(*both(), rtol=1e-5, atol=1e-5)
+
+
+def test_transposes_in_turns():
+    """The first argument's waits for the last's; one alone waits for nothing."""
+
+    def gradients(*arguments):
+        run = curved(partial(product, in_turns=True))
+        return jax.make_jaxpr(jax.grad(run, arguments))(X, V, W)
+
+    barriers = [eqn for eqn in gradients(0, 1, 2).eqns if "optimization_barrier" in str(eqn)]
+    assert len(barriers) == 1 and "optimization_barrier" not in str(gradients(0))
 
 
 def scaled(x, w):

@@ -94,7 +94,9 @@ FAULTS = {
     "a barrier": ("      __syncthreads();\n      load", "      load"),
     "sums of the tile before": ("    sums.clear(offset);\n", ""),
     "the first pair of a tile": ("pair = max(top - R, 0)", "pair = max(top - R + 1, 0)"),
-    "pieces of another pair": ("loading.pair - R, loading.left", "loading.pair, loading.left"),
+    "pieces of another pair": ("loading.image, loading.pair - R,", "loading.image, loading.pair,"),
+    "pieces that lie together": ("WIDTH / 2, 1 + SPREAD>", "WIDTH / 2, 1>"),
+    "what the second level makes": ("to[APART * (r * y_width + o)", "to[(r * y_width + o)"),
     "a box of another pair": ("walk.left / 2, over, walk", "walk.left / 2, over + 1, walk"),
     "a level far below": ("walk.left / 4, over / 2, walk", "walk.left / 4, (over + 1) / 2, walk"),
     "means of another pair": ("      low += squares * channels;\n", ""),
@@ -111,6 +113,7 @@ FAULTS = {
     "gradients: another row of the base": ("base[r + 2 * R - t]", "base[r + t]"),
     "gradients: means that are sums": ("0.25f * squares_of[s]", "squares_of[s]"),
     "gradients: a warp": ("w < WARPS", "w < WARPS - 1"),
+    "gradients: dy's half of the means": ("first_of_dy + chunk", "chunk"),
     "gradients: the factor of a level": ("float(1 << 2 * level)", "float(1 << level)"),
 }  # fmt: skip
 
