@@ -45,9 +45,8 @@ static_assert(THREADS % PIECES == 0, "");
 struct Copies {
   int channel, left;  // The thread's first channel, and how many there are from it on.
 
-  // Starts the copies of ROWS rows of COLUMNS columns of all images of a tile, of those that are each
-  // APART-th of the array; sizes are the array's.
-  template <int ROWS, int COLUMNS, int APART = 1>
+  // Starts the copies of ROWS rows of COLUMNS columns of all images of a tile; sizes are the array's.
+  template <int ROWS, int COLUMNS>
   DEVICE void start(const float* from, const Images& sizes, int first_image, int first_row,
                     int first_column, unsigned char* to) const {
     constexpr int PIXELS = IMAGES * ROWS * COLUMNS;
@@ -57,9 +56,9 @@ struct Copies {
       if (PIXELS % STEP && pixel >= PIXELS) break;
       const int image = first_image + line / ROWS, row = first_row + line % ROWS;
       const int column = first_column + pixel % COLUMNS;
-      const bool inside = left > 0 && image < sizes.count && APART * row < sizes.height &&
-                          column >= 0 && APART * column < sizes.width;
-      const Offset at = (Offset(image) * sizes.height + APART * row) * sizes.width + APART * column;
+      const bool inside = left > 0 && image < sizes.count && row < sizes.height && column >= 0 &&
+                          column < sizes.width;
+      const Offset at = (Offset(image) * sizes.height + row) * sizes.width + column;
       copy<4 * VECTOR>(reinterpret_cast<float*>(to) + pixel * CHUNK + int(threadIdx.x) % PIECES * VECTOR,
                        inside ? from + at * sizes.channels + channel : from, inside);
     }

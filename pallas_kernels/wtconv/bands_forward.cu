@@ -18,8 +18,6 @@
 //   BASE             whether there is a base convolution, and a bias
 //   BELOW            1 if something is added to squares, 2 if to squares of squares too
 //   HALVED           whether x is the image whose means of squares are treated
-//   SPREAD           whether what the second level makes lies in each other row and column of y, where
-//                    the first adds to it in place: what is written, or with BASE what is below
 //   LOWS             1 if the means of the squares of what is treated are made too, 2 if those of their
 //                    squares are as well
 //   VECTOR           channels that one copy to shared memory takes, a divisor of C
@@ -39,7 +37,6 @@ constexpr int FAR_OVER = BELOW == 2 ? 4 * IMAGES * ACROSS * CHUNK : 0;
 // what made x, and level 1 of a call before, left the end of it in L2, and level 1 begins with the
 // first.
 constexpr bool BACKWARDS = HALVED;
-constexpr int APART = 1 + (SPREAD && !BASE);       // Rows and columns of y of a pixel.
 constexpr float FACTOR = 0.25f / (SCALE * SCALE);  // Of a coefficient.
 constexpr int STAGE = (BYTES + OVER + FAR_OVER + 1023) / 1024 * 1024;
 
@@ -222,7 +219,7 @@ struct Sums {
 // Thread blocks of a number are those of all chunks of 32 channels, and share the pairs of all tiles
 // with the other `programs`. `bases [k, k, 1, C]` and `bands [k, k, 4, C]` are taps; `below` and
 // `deeper` are what is added to squares and to squares of squares; `bias [C]` may be null. Sizes are
-// x's, and those of y where it is spread; `lows` and `far_lows` are the means of squares, and of squares of squares, of what is treated.
+// x's; `lows` and `far_lows` are the means of squares, and of squares of squares, of what is treated.
 extern "C" __global__ void __launch_bounds__(THREADS + COPIERS, 1)
 bands_forward(INPUT x,
 #if BASE
@@ -306,9 +303,6 @@ bands_forward(INPUT x,
   const int mine = chunk + int(threadIdx.x) % PIECES * VECTOR;
   const Copies copies = {mine, channels - mine};
   Walk loading = walk;
-#if BELOW
-  const Images under_images = {count, SPREAD ? height : pairs, SPREAD ? width : squares, channels};
-#endif
   auto load = [&](int slot) {
     if (loading.more()) {
       unsigned char* stage = shared + slot * STAGE;
@@ -317,8 +311,8 @@ bands_forward(INPUT x,
                                     LINES * loading.pair, SCALE * (loading.left - HALO), stage);
 #if BELOW
       if (loading.covered())
-        copies.start<1, WIDTH / 2, 1 + SPREAD>(below, under_images, loading.image, loading.pair - R,
-                                               loading.left / 2, stage + BYTES);
+        copies.start<1, WIDTH / 2>(below, {count, pairs, squares, channels}, loading.image,
+                                   loading.pair - R, loading.left / 2, stage + BYTES);
 #endif
 #if BELOW == 2
       if (loading.covered())
@@ -349,9 +343,8 @@ bands_forward(INPUT x,
     sums.clear(offset);
     const int image = walk.image + of_image, column = walk.left + strip, last = walk.last();
     const int there = image < count && channel < channels ? width - column : 0;
-    const int y_height = APART == 1 ? height : high, y_width = APART == 1 ? width : wide;
-    const Offset line = Offset(image) * y_height + APART * 2 * walk.top;
-    float* to = y + (line * y_width + APART * column) * channels + channel;
+    const Offset line = Offset(image) * height + 2 * walk.top;
+    float* to = y + (line * width + column) * channels + channel;
 #if LOWS
     const Offset own = Offset(image) * pairs + walk.pair;
     float* low = lows + (own * squares + column / 2) * channels + channel;
@@ -398,10 +391,9 @@ bands_forward(INPUT x,
       for (int r = 0; r < 2; r++) {
 #pragma unroll
         for (int o = 0; o < COLUMNS; o++)
-          if (o < there && 2 * done + r < height)
-            to[APART * (r * y_width + o) * channels] = pixels[r][o];
+          if (o < there && 2 * done + r < height) to[(r * width + o) * channels] = pixels[r][o];
       }
-      to += APART * 2 * y_width * channels;
+      to += 2 * width * channels;
     };
     const int inside = min(last, pairs);
 #pragma unroll 1

@@ -2,10 +2,9 @@
 
 Forward the second level comes first, straight from x, which also leaves the means of squares that
 deeper levels are made of; then each level from the deepest one on, which adds what the level below
-has made. What the second level makes lies in every other row and column of y itself, where the
-first adds to it in place. Gradients of taps begin with the first level, which leaves the means of
-squares of x and dy for the next one. A level streams through shared memory once, by multiply-adds,
-and no band is written to memory.
+has made. Gradients of taps begin with the first level, which leaves the means of squares of x and
+dy for the next one. A level streams through shared memory once, by multiply-adds, and no band is
+written to memory.
 """
 
 import math
@@ -62,7 +61,6 @@ class Variant(NamedTuple):
     base: bool
     below: int
     halved: bool
-    spread: bool
     lows: int
     vector: int
     boxed: bool
@@ -75,16 +73,13 @@ class Variant(NamedTuple):
         # Of x, and of what is added, which follows the taps.
         sizes = (rows, columns), (1, 2 * self.across), (1, self.across)
         parameters = 0, 2 + self.base, 3 + self.base
-        spread = self.spread and self.base
         boxes = tuple(
-            Box(number, (self.images, *size, _CHUNK), step)
-            for number, size, step in zip(
-                parameters[: 1 + self.below], sizes, (1, 1 + spread, 1), strict=False
-            )
+            Box(number, (self.images, *size, _CHUNK))
+            for number, size in zip(parameters[: 1 + self.below], sizes, strict=False)
         )
         return Kernel(
             *(_FOLDER / "bands_forward.cu", "bands_forward", macros, 32 * warps, self.shared()),
-            *(boxes if self.boxed else (), self.boxed, parameters[1] if spread else None),
+            *(boxes if self.boxed else (), self.boxed),
         )
 
     @property
@@ -213,8 +208,8 @@ def _steps(across: int, images: int, rest: int, shape: tuple[int, ...], device: 
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
     """Whether these kernels take images `[N, H, W, C]` on a GPU, faster than `cuda_launches`."""
     n, h, w, c = shape
-    # Pairs of tiles, and elements from a pair of rows to the next but one, are counted in 32 bits.
-    countable = n * h * cdiv(w, _STRIP) < 2**31 and w * c < 2**29
+    # Pairs of tiles, and elements from a pair of rows to the next, are counted in 32 bits.
+    countable = n * h * cdiv(w, _STRIP) < 2**31 and w * c < 2**30
     # Half of the lanes have a channel at least.
     full = 2 * c >= cdiv(c, _CHUNK) * _CHUNK
     able = device.capability >= _AMPERE and dtype == "float32" and kernel_size in KERNEL_SIZES
@@ -230,7 +225,6 @@ def planned(
     base: bool = False,
     below: int = 0,
     halved: bool = False,
-    spread: bool = False,
     lows: int = 0,
 ) -> Variant:
     """The variant for images of some levels, which is compiled once.
@@ -242,12 +236,11 @@ def planned(
         base: Whether there is a base convolution.
         below: How many are added to squares, and to squares of squares.
         halved: Whether the images are means of squares, which the kernel makes itself.
-        spread: Whether what the second level makes lies in each other row and column of y.
         lows: How many are made of their means of squares, and of the squares of these.
     """
     vector, boxed = math.gcd(4, shapes[0][-1]), _boxed(shapes, device)
     variants = [
-        Variant(kernel_size, *tile, 2, base, below, halved, spread, lows, vector, boxed)
+        Variant(kernel_size, *tile, 2, base, below, halved, lows, vector, boxed)
         for tile in _tiles(shapes[0])
     ]
     return _best(variants, shapes, device)
@@ -338,15 +331,14 @@ def forward(
         lows = sizes[2:4] if second else []
         # There are no means of the squares of these: the kernel makes them of the level above.
         halved = second or number == _FARTHEST
-        spread = second or (first and len(below) > 0)
         about = {"base": first, "below": len(below), "halved": halved, "lows": len(lows)}
-        variant = planned(shapes, kernel_size, device, **about, spread=spread)
+        variant = planned(shapes, kernel_size, device, **about)
         n, h, w, c = sizes[number - halved]
         programs = variant.programs(sizes[number], device)
         arguments: list[AnyArray | int | None] = [image, *[base] * first, bands[number], *below]
         arguments += [bias] * first
         arguments += [n, c, h, w, programs, int(transpose)]
-        outputs = [(each, "float32") for each in (shape if spread else sizes[number], *lows)]
+        outputs = [(each, "float32") for each in (sizes[number], *lows)]
         return launch(variant.compiled(), arguments, outputs, programs * cdiv(c, _CHUNK))
 
     below: list[AnyArray] = []
