@@ -274,15 +274,14 @@ bands_weights(INPUT x, INPUT dy, int count, int channels, int height, int width,
 #if LOWS
     const int image = walk.image + of_image, column = walk.left + strip;
     const int there = image < count && channel < channels ? width - column : 0;
-    const Offset first = Offset(image) * pairs + walk.top;
-    float* x_low = lows + (first * squares + column / 2) * 2 * channels + channel;
-    float* dy_low = x_low + channels;
-    auto leave_low = [&](float*& low, const float (&squares_of)[SQUARES]) {
+    const Offset at = (Offset(image) * pairs + walk.pair) * squares + column / 2;
+    float* low = lows + at * 2 * channels + channel;  // Of x, in the pair of dy.
+    const int row = squares * 2 * channels;
+    auto leave_low = [&](float* to, const float (&squares_of)[SQUARES]) {
 #pragma unroll
       for (int s = 0; s < SQUARES; s++) {
-        if (2 * s < there) low[s * 2 * channels] = 0.25f * squares_of[s];
+        if (2 * s < there) to[s * 2 * channels] = 0.25f * squares_of[s];
       }
-      low += squares * 2 * channels;
     };
 #endif
 #pragma unroll 1
@@ -300,17 +299,20 @@ bands_weights(INPUT x, INPUT dy, int count, int channels, int height, int width,
       float squares_of[SQUARES];
       gradients.push(walk.pair < walk.bottom ? stage + from_dy : nullptr, squares_of);
 #if LOWS
-      if (walk.pair < walk.bottom) leave_low(dy_low, squares_of);
+      if (walk.pair < walk.bottom) leave_low(low + channels, squares_of);
 #endif
       if (above >= 0) {
         gradients.multiply(stage + from, squares_of);
 #if LOWS
-        if (above >= walk.top && above < walk.bottom) leave_low(x_low, squares_of);
+        if (above >= walk.top && above < walk.bottom) leave_low(low - Offset(R) * row, squares_of);
 #endif
       }
 #if BOXED
       __syncwarp();
       if (lane == 0) arrive(empty + slot);
+#endif
+#if LOWS
+      low += row;
 #endif
       if (++slot == STAGES) {
         slot = 0;

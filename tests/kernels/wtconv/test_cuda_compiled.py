@@ -9,7 +9,13 @@ from helpers.cuda import gpu_of
 
 from pallas_kernels.common import cuda_call, nvrtc
 from pallas_kernels.common.cuda import source_text
-from pallas_kernels.wtconv import bands_launches, cuda_launches, folded_launches, line_launches
+from pallas_kernels.wtconv import (
+    bands_launches,
+    cuda_launches,
+    folded_launches,
+    line_launches,
+    scaled_launches,
+)
 from pallas_kernels.wtconv.cuda_launches import Images
 from pallas_kernels.wtconv.gradients_launches import Parameters, gradients
 from pallas_kernels.wtconv.line_launches import Signals
@@ -38,14 +44,15 @@ FOLDED = {
 }
 """The registers on tensor cores, kernels of 5: forward, weights, levels in one launch."""
 BANDS = {
-    "sm_80": (254, 235, 196, 255, 202),
-    "sm_86": (255, 235, 195, 255, 205),
-    "sm_89": (255, 235, 195, 255, 205),
-    "sm_90a": (168, 230, 194, 168, 198),
-    "sm_100a": (244, 230, 208, 255, 205),
-    "sm_120": (246, 230, 211, 255, 201),
+    "sm_80": (254, 235, 196, 255, 202, 235),
+    "sm_86": (255, 235, 195, 255, 205, 236),
+    "sm_89": (255, 235, 195, 255, 205, 236),
+    "sm_90a": (168, 230, 194, 168, 198, 239),
+    "sm_100a": (244, 230, 208, 255, 205, 238),
+    "sm_120": (246, 230, 211, 255, 201, 241),
 }
-"""The registers in float32, kernels of 5: levels 1, 2, deeper; gradients of level 1, of deeper."""
+"""The registers in float32, kernels of 5: levels 1, 2, deeper; gradients of level 1, of deeper; and
+several deeper levels in one launch."""
 LINE = {
     "sm_75": ((229, 0), (202, 0)),
     "sm_80": ((168, 16), (168, 16)),
@@ -139,6 +146,7 @@ def test_taps_and_sums_of_a_level_are_registers(arch, monkeypatch):
         bands_launches.planned_gradients((shape,), 5, device, base=base, lows=True)
         for shape, base in zip(shapes, (True, False), strict=False)
     ]
+    planned.append(bands_launches.planned_deeper((128, 14, 14, 96), 5, 3, device))
     for variant, most in zip(planned, BANDS[arch], strict=True):
         kernel = variant.compiled()
         code = nvrtc.compile_source(kernel.text(), dict(kernel.macros), arch)
@@ -182,7 +190,7 @@ def test_what_reads_and_ends_parameters_compiles_for_every_gpu(arch):
     for dtype in ("float16", "float32"):
         parameters = Parameters([None] * 6, [None] * 6, None, dtype)
         folded_launches.folded(parameters, 96, "float16", 7, launch, False)
-        bands_launches.scaled(parameters, 96, 5, launch)
+        scaled_launches.scaled(parameters, 96, 5, launch, channels_last=False)
         gradients(found, 96, 7, launch, False, parameters)
     gradients(found, 96, 7, launch, True)
     for kernel in kernels:
