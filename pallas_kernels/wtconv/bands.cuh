@@ -1,8 +1,6 @@
 // What the kernels of levels in float32 share: tiles, the coefficients of a square, and copies.
 //
 // Of the macros that the host defines these are used here: KERNEL_SIZE, ACROSS, IMAGES, VECTOR, BOXED.
-// Where several levels share a launch there is one more:
-//   BLOCK_WARPS      warps of a block; without boxes, and no fewer than those that add
 
 #include "../common/boxes.cuh"
 
@@ -10,12 +8,7 @@ constexpr int K = KERNEL_SIZE, R = K / 2;
 constexpr int COLUMNS = 4, SQUARES = COLUMNS / 2;  // Of a strip.
 constexpr int HALO = 2 * R;                        // Columns that a strip reads to each side.
 constexpr int WARPS = ACROSS * IMAGES;
-#ifdef BLOCK_WARPS
-constexpr int THREADS = 32 * BLOCK_WARPS;
-#else
 constexpr int THREADS = BOXED ? (WARPS + 3) / 4 * 128 : 32 * WARPS;
-#endif
-constexpr bool IDLE = !BOXED && THREADS > 32 * WARPS;  // Whether some warps only copy.
 constexpr int COPIERS = BOXED ? 128 : 0;
 constexpr bool SHARED_OUT = THREADS > 128;         // Whether there are too few registers for all.
 constexpr int CHUNK = 32;                          // Channels of a warp.
@@ -23,10 +16,8 @@ constexpr int WIDTH = COLUMNS * ACROSS;            // Columns of a tile.
 
 #if BOXED
 #define INPUT BOXES
-#define TREATED const TensorMap&
 #else
 #define INPUT const float* __restrict__
-#define TREATED INPUT
 #endif
 
 // The sizes of what is treated.

@@ -1,10 +1,10 @@
-"""The launches of the `bands_*.cu`, for any framework: float32.
+"""The launches of `bands_forward.cu` and `bands_weights.cu`, for any framework: float32.
 
 Forward the second level comes first, straight from x, which also leaves the means of squares that
 deeper levels are made of; then each level from the deepest one on, which adds what the level below
-has made. Where images are small those from the third on share a launch. Gradients of taps begin
-with the first level, which leaves the means of squares of x and dy for the next one. A level
-streams through shared memory once, by multiply-adds, and no band is written to memory.
+has made. Gradients of taps begin with the first level, which leaves the means of squares of x and
+dy for the next one. A level streams through shared memory once, by multiply-adds, and no band is
+written to memory.
 """
 
 import math
@@ -35,8 +35,6 @@ _HOPPER = 90
 """The compute capability times ten of GPUs whose warps give each other registers."""
 _STAGES = 8
 """Pairs of rows in shared memory at most."""
-_SMALL = 256
-"""Pixels of an image of which blocks have whole ones."""
 _FARTHEST = 4
 """The last level that there may be."""
 _AMPERE = 80
@@ -178,26 +176,6 @@ class Gradients(NamedTuple):
         return _steps(self.across, self.images, rest, shape, device) * max(issue, copies)
 
 
-class Deeper(NamedTuple):
-    """The constants of `bands_deeper.cu`: the third level's and those of deeper ones."""
-
-    levels: tuple[Variant, ...]
-
-    def compiled(self) -> Kernel:
-        """The kernel to launch."""
-        first = self.levels[0]
-        macros: tuple[tuple[str, object], ...] = (
-            ("KERNEL_SIZE", first.kernel_size),
-            ("LEVELS", len(self.levels)),
-            ("VECTOR", first.vector),
-        )
-        for number, level in enumerate(self.levels):
-            macros += (f"ACROSS{number}", level.across), (f"IMAGES{number}", level.images)
-            macros += ((f"STAGES{number}", level.stages),)
-        shared = max(level.shared() for level in self.levels)
-        return Kernel(_FOLDER / "bands_deeper.cu", "bands_deeper", macros, 32 * _WARPS, shared)
-
-
 AnyVariant = TypeVar("AnyVariant", Variant, Gradients)
 
 
@@ -266,44 +244,6 @@ def planned(
         for tile in _tiles(shapes[0])
     ]
     return _best(variants, shapes, device)
-
-
-@cache
-def planned_deeper(
-    shape: tuple[int, ...], kernel_size: int, levels: int, device: Device
-) -> Deeper | None:
-    """The variant of the third and deeper levels in one launch, None where each has its own.
-
-    Blocks have whole images, of which small ones are as many as blocks.
-
-    Args:
-        shape: That of the images that the third level treats, `[N, H, W, C]`.
-        kernel_size: One of `KERNEL_SIZES`.
-        levels: The number of these levels.
-        device: The GPU.
-    """
-    n, h, w, c = shape
-    if levels < 2 or h * w > _SMALL:
-        return None
-    own = cdiv(n, deeper_programs(shape, device))
-    found = []
-    for number in range(levels):
-        # The fifth level treats the means of squares of what the fourth does.
-        halved = number == _FARTHEST - 2
-        across = min(_WARPS, cdiv(cdiv(w, 2**number), _STRIP))
-        about = (2, False, int(number < levels - 1), halved, 0, math.gcd(4, c), False)
-        tiles = (
-            Variant(kernel_size, across, images, *about)
-            for images in range(min(_WARPS // across, own), 0, -1)
-        )
-        one = next(tile for tile in tiles if tile.shared() <= device.shared)
-        found.append(one._replace(stages=min(_STAGES, 2 * device.shared // one.shared())))
-    return Deeper(tuple(found))
-
-
-def deeper_programs(shape: tuple[int, ...], device: Device) -> int:
-    """Blocks that share the images of a channel in that launch; see `planned_deeper`."""
-    return max(1, min(shape[0], device.multiprocessors // cdiv(shape[-1], _CHUNK)))
 
 
 @cache
@@ -405,16 +345,7 @@ def forward(
     if len(sizes) > 1:
         second, *lows = level(1, (sizes[1],), x)
         deeper: list[AnyArray] = []
-        levels = sizes[2:]
-        whole = planned_deeper(levels[0], kernel_size, len(levels), device) if levels else None
-        if whole is not None:
-            n, h, w, c = levels[0]
-            programs = deeper_programs(levels[0], device)
-            arguments = [*lows, *bands[2:], n, c, h, w, programs, int(transpose)]
-            outputs = [(each, "float32") for each in levels]
-            blocks = programs * cdiv(c, _CHUNK)
-            deeper = launch(whole.compiled(), arguments, outputs, blocks)[:1]
-        for number in reversed(range(2, len(sizes)) if whole is None else ()):
+        for number in reversed(range(2, len(sizes))):
             # All that have a level below are compiled once.
             shapes = tuple(sizes[2:-1]) if deeper else (sizes[number],)
             deeper = level(number, shapes, lows[min(number - 2, 1)], *deeper)

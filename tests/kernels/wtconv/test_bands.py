@@ -32,8 +32,6 @@ CASES = [
     # Smaller than the kernel.
     Case((2, 3), 5, 5, channels=16),
     Case((5, 18), 4, 3, batch=(2, 3), channels=24),
-    # Too large for one launch of all levels from the third on.
-    Case((57, 69), 4, 3, batch=(1,), channels=16),
 ]
 
 WIDE = ((CASES[1], "pieces"),)
@@ -118,25 +116,15 @@ FAULTS = {
 }  # fmt: skip
 
 
-DEEPER_FAULTS = {
-    "deeper: another image": ("y += pixels, halves", "halves"),
-    "deeper: another image below": ("y1 += half_pixels;", ";"),
-    "deeper: an image less": ("/ programs) - first;", "/ programs) - first - 1;"),
-    "deeper: a warp that only copies": ("adds && image", "image"),
-}
-"""Those of the launch of several levels."""
-
-
 @EMULATED
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [*FAULTS, *DEEPER_FAULTS])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(fault, monkeypatch):
-    found = plant(monkeypatch, *(FAULTS | DEEPER_FAULTS)[fault])
-    case = CASES[0] if fault in FAULTS else CASES[5]
+    found = plant(monkeypatch, *FAULTS[fault])
 
     def caught(way, order):
         emulate(monkeypatch, cuda_jax, DEVICES[way]).order = order
-        return misses_oracle(case, "cuda")
+        return misses_oracle(CASES[0], "cuda")
 
     assert any(starmap(caught, product(DEVICES, (0, 2)))) and any(found)
 
@@ -152,21 +140,6 @@ def test_tiles_are_shared_evenly_and_waste_no_columns():
     second = launches.planned((halves,), 5, h200, halved=True, lows=2)
     assert (second.across, second.images) == (7, 1) and second.shared() <= h200.shared
     assert launches.planned((shape,), 5, h200._replace(capability=80)).boxed is False
-
-
-def test_small_levels_share_a_launch():
-    h200 = Device(shared=232448, multiprocessors=132, boxes=True)
-    found = launches.planned_deeper((128, 14, 14, 96), 5, 3, h200)
-    # 43 blocks have three images of 32 channels, one has but two.
-    assert launches.deeper_programs((128, 14, 14, 96), h200) == 44
-    assert [(one.across, one.images) for one in found.levels] == [(4, 2), (2, 3), (1, 3)]
-    assert [one.halved for one in found.levels] == [False, False, True]
-    # Less shared memory: fewer images of the level that reads the most.
-    small = launches.planned_deeper((128, 14, 14, 96), 5, 3, Device(101376, 84, 86))
-    assert small.levels[2].images == 4 and small.compiled().shared <= 101376
-    # One level, and images that more blocks should share.
-    assert launches.planned_deeper((128, 14, 14, 96), 5, 1, h200) is None
-    assert launches.planned_deeper((16, 28, 28, 64), 5, 2, h200) is None
 
 
 def test_tiles_of_gradients_are_those_that_a_gpu_is_fastest_with():
