@@ -32,8 +32,8 @@ from pallas_kernels.sparse import (
 )
 from pallas_kernels.sparse.voxels import is_missing, unpack
 from pallas_kernels.stylize import conv2d_instance_norm, instance_norm
+from pallas_kernels.wtconv import scaling, wtconv1d, wtconv2d, wtconv3d
 from pallas_kernels.wtconv import vjp as calls
-from pallas_kernels.wtconv import wtconv1d, wtconv2d, wtconv3d
 from pallas_kernels.wtconv import xla as plain
 from pallas_kernels.wtconv.api import OPERATOR
 
@@ -332,6 +332,30 @@ def weights_over_the_batch(name, kind):
     found = collectives(both.as_text())
     # Once forward and once backward at the most.
     assert found["all-gather"][1] <= 2 * elements, (found, elements)
+
+
+def products_with_scales(sizes, kind):
+    """An implementation's own products and sums are computed of each shard's channels."""
+    function, (x, params), axes, _ = _case("wtconv2d", "triton")
+    module = OPERATOR.module("triton")
+    shards = []
+
+    def told(function):
+        def run(*arguments):
+            shards.append(jax.tree.leaves(arguments[0])[0].shape[-1])
+            return function(*arguments)
+
+        return run
+
+    want = jax.jit(partial(_both, function))(x, params)
+    own = {name: told(getattr(scaling, name)) for name in ("products", "scale_sums")}
+    own |= {"scale_launches": lambda problem: {"fwd", "bwd"}, "in_turns": lambda problem: True}
+    with mock.patch.multiple(module, create=True, **own):
+        placed = _placed((x, params), axes, sizes, _mesh(sizes, (AxisType[kind],) * len(sizes)))
+        both = jax.jit(partial(_both, function)).lower(*placed).compile()
+        _assert_alike(both(*placed), want, bitwise=False)
+    assert x.shape[-1] // sizes.get("c", 1) in shards
+    assert not {"all-gather", "all-to-all"} & collectives(both.as_text()).keys()
 
 
 def as_on(platform, name):

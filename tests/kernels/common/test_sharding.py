@@ -175,6 +175,19 @@ def test_a_kernel_that_raises_on_a_shard_is_left_out(devices):
     devices("broken_kernel")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "kind"),
+    [
+        ({"n": 2, "c": 2}, "Auto"),
+        pytest.param({"n": 2, "c": 2}, "Explicit", marks=pytest.mark.wide),
+        pytest.param({"n": 4}, "Auto", marks=pytest.mark.slow),
+        pytest.param({"n": 4}, "Explicit", marks=pytest.mark.slow),
+    ],
+)
+def test_products_with_scales(devices, sizes, kind):
+    devices("products_with_scales", sizes, kind)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", ["wtconv2d", "conv2d"])
