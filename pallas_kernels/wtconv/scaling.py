@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import sharding
+from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.types import Taps, Tree
@@ -76,7 +77,8 @@ def scaled(plan: "Plan", problem: Problem, weights: Weights, scales: Scales) -> 
     directions = launches(problem) if launches else ()
     if not directions:
         return products(weights, scales, dtypes)
-    return _scaled(plan, problem, "fwd" in directions, dtypes, weights, scales)
+    given = weights, scales
+    return _scaled(plan, problem, "fwd" in directions, dtypes, *vary_like(given, given))
 
 
 def _scaled(

@@ -128,6 +128,23 @@ def test_what_is_mixed_is_left_to_xla(monkeypatch):
     assert_close(got, gradient(by_xla))
 
 
+def test_weights_alone_vary_over_a_mesh(monkeypatch):
+    """In a `shard_map` gradients of what all devices share are sums over it."""
+    recorded(monkeypatch, cuda_jax)
+    monkeypatch.setattr(cuda_jax, "device_properties", lambda: HOPPER)
+    weights, scales = parameters("float32")
+
+    def run(weights, scales):
+        weights = jax.tree.map(lambda w: jax.lax.pcast(w, "d", to="varying"), weights)
+        return jax.lax.psum(loss(partial(scaling.scaled, PLAN, PROBLEM), weights, scales), "d")
+
+    spread = jax.shard_map(
+        run, mesh=jax.make_mesh((1,), ("d",)), in_specs=jax.P(), out_specs=jax.P()
+    )
+    found = jax.eval_shape(jax.grad(spread, (0, 1)), weights, scales)
+    chex.assert_trees_all_equal_shapes(found, (weights, scales))
+
+
 @pytest.mark.parametrize(
     ("dtype", "launches"), [("float32", (2, 1)), ("bfloat16", (1, 1)), ("resident", (0, 0))]
 )
