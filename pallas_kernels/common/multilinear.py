@@ -147,7 +147,7 @@ def _terms(
     trees: Sequence[Any],
     **rest: Any,
 ) -> list[list[jax.Array]]:
-    """For each argument that moves the value with its tangent in its place."""
+    """The values with a tangent in place of each argument that has one."""
     parts = _parted(primals, trees)
     return [
         _multilinear.bind(*chain(*parts[:i], whole, *parts[i + 1 :]), trees=trees, **rest)

@@ -14,7 +14,9 @@ _WIDTH = 8
 
 
 class Parameters(NamedTuple, Generic[AnyArray]):
-    """The parameters of a layer, all of one dtype and contiguous, as launches take them.
+    """The parameters of a layer, contiguous, as launches take them.
+
+    They are of one dtype, and their channels come first, where a launch says nothing else.
 
     Attributes:
         weights: `[C, 1, k, k]` of the base, then `[C, 4, k, k]` of each level.

@@ -26,7 +26,7 @@ def scaled(
     """Kernels and bias times their scales, by one launch.
 
     Args:
-        parameters: Weights, of one level at least, scales and bias. Where they are `channels_last`,
+        parameters: Weights of one level at least, scales and bias. Where they are `channels_last`,
             `[k, k, 1, C]` and `[k, k, 4, C]`, `[C]` and `[4, C]`.
         channels: C.
         kernel_size: k, 3, 5 or 7.
@@ -36,7 +36,8 @@ def scaled(
             is those of weights and bias, in the parameters' dtype.
 
     Returns:
-        `[k, k, 1, C]`, `[k, k, 4, C]` of each level, and `[C]`, in float32.
+        `[k, k, 1, C]` and `[k, k, 4, C]` of each level, in float32, or `backward` in the parameters'
+        dtype; and `[C]` likewise, None without a bias.
     """
     weights, scales, bias, dtype = parameters
     levels = len(weights) - 1
@@ -66,7 +67,7 @@ def scale_sums(
     Args:
         gradients: In float32, of the products `[k, k, 1, C]` and `[k, k, 4, C]` of each level.
         of_bias: That of the bias times the scales of the base, `[C]`, or None.
-        parameters: Weights like the gradients, of one level at least, and the bias.
+        parameters: Weights like the gradients, of one level at least, and the bias; no scales.
         channels: C.
         kernel_size: k, 3, 5 or 7.
         launch: The framework's launch function.

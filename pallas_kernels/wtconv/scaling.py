@@ -1,9 +1,10 @@
 """The kernels of a layer times their scales, by one launch of ours or by XLA's own.
 
 XLA makes a launch of each product, and on the way back one more of each sum. An implementation that
-reads the products from memory can bring a launch of all of them along:
+reads the products from memory can bring a launch of all of them along; the one that computes the
+forward pass is asked:
 
-    scale_launches(problem) -> the directions in which there is one, of "fwd" and "bwd"
+    scale_launches(problem) -> the directions of their use: none, "bwd", or "fwd" and "bwd"
     products(weights, scales, dtypes) -> weights
     scale_sums(gradients, weights, dtypes) -> scales
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import sharding
+from pallas_kernels.common import device, sharding
 from pallas_kernels.common._compat import vary_like
 from pallas_kernels.common.dtypes import accumulation_dtype
 from pallas_kernels.common.multilinear import multilinear
@@ -123,8 +124,13 @@ _BY_XLA: dict[str, Callable[..., Tree]] = {"products": products, "scale_sums": s
 
 
 def _split(plan: "Plan", problem: Problem, name: str, dtypes: Tree, *args: Tree) -> Tree:
-    """What a function of the implementation returns, of each shard: channels do not mix."""
+    """The result of a function of the implementation, of each shard: channels do not mix.
+
+    Where the implementation cannot run, as in a pullback that is called on a CPU, XLA computes it.
+    """
     by_xla = _BY_XLA[name]
+    if plan.module.unavailable(device.platform()) is not None:
+        return by_xla(*args, dtypes)
 
     def shard(plan: "Plan", place: sharding.Shard, *args: Tree) -> Tree:
         return getattr(plan.module, name, by_xla)(*args, dtypes)

@@ -19,8 +19,9 @@ for x `[N, *spatial, C]`, `taps = (base [*k, 1, C], level_0 [*k, 2**ndim, C], ..
 scales folded in, and `bias [C]` or None. Modules that JAX can look into, and so map with `vmap`,
 say so with `DIFFERENTIABLE = True`. Of modules that say `BIAS_GRADIENT = True` the gradient of the
 bias is asked too: `kernel_shapes` ends with the bias's, and the gradients with its own. Both
-functions take the parameters that `search_space` offers. Where `in_turns(problem)` of a module is
-True dx is computed after the gradients of taps, whose memory XLA then finds in that of dx.
+functions take the parameters that `search_space` offers. Where `in_turns(problem)` of the module
+that computes y is True dx comes after the gradients of taps, for whose memory XLA then finds room
+in that of dx.
 `scaling` says what a module may have for the products with scales.
 """
 

@@ -45,7 +45,7 @@ _LINE = 3
 _FIRST, _LAST = (3, 2, 1, 0), (1, 3, 2, 0)
 """Axes of images `[N, C, H, W]` of both memory formats, the nearest in memory first."""
 _WORTH_LAUNCHES = 1 << 22
-"""Elements of images for which a launch a level, and a copy of its taps, take less than one."""
+"""Elements of images from which on a launch a level took less than one of all levels."""
 
 
 def check(direction: str, problem: Problem) -> None:
@@ -73,7 +73,7 @@ def multiplies(
     kernel_size: int,
     device: torch.device,
 ) -> bool:
-    """Whether these kernels multiply by the scales themselves: all but that of all levels.
+    """Whether these kernels multiply by the scales themselves: those of images, level by level.
 
     Args:
         shape: Of x, `[N, C, H, W]` or `[N, C, L]`.

@@ -189,6 +189,10 @@ def test_what_reads_and_ends_parameters_compiles_for_every_gpu(arch):
         parameters = Parameters([None] * 6, [None] * 6, None, dtype)
         folded_launches.folded(parameters, 96, "float16", 7, launch, False)
         scaled_launches.scaled(parameters, 96, 5, launch, channels_last=False)
+        for backward in (False, True):
+            ways = {"channels_last": True, "backward": backward}
+            scaled_launches.scaled(parameters, 96, 5, launch, **ways)
+        scaled_launches.scale_sums([None] * 6, None, parameters, 96, 5, launch)
         gradients(found, 96, 7, launch, False, parameters)
     gradients(found, 96, 7, launch, True)
     for kernel in kernels:

@@ -103,7 +103,7 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
 
 @EMULATED
 def test_vmap_and_forward_mode(monkeypatch):
-    """Of weights that each example has its own of, and scales that all share."""
+    """Each example has weights of its own, and all share the scales."""
     emulate(monkeypatch, cuda_jax)
     weights, scales = parameters("float32", channels=5)
     many = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), weights)
@@ -114,6 +114,19 @@ def test_vmap_and_forward_mode(monkeypatch):
         return mapped, moved((weights, scales))
 
     assert_close(run(partial(scaling.scaled, PLAN, PROBLEM)), run(by_xla))
+
+
+def test_a_pullback_on_a_cpu_launches_nothing(monkeypatch):
+    """The program that the GPU's forward pass was traced in may be differentiated elsewhere."""
+    given = parameters("float32")
+    launches = recorded(monkeypatch, cuda_jax)
+    monkeypatch.setattr(cuda_jax, "device_properties", lambda: HOPPER)
+    _, pullback = jax.vjp(partial(scaling.scaled, PLAN, PROBLEM), *given)
+    before = len(launches)
+    monkeypatch.setattr(cuda_jax, "unavailable", lambda platform: "needs a GPU, this is a cpu")
+    found, want = by_xla(*given), jax.vjp(by_xla, *given)[1]
+    assert_close(pullback((tuple(found[0]), found[1])), want(found))
+    assert before == len(launches) == 1
 
 
 def test_what_is_mixed_is_left_to_xla(monkeypatch):
