@@ -36,8 +36,8 @@ def scaled(
             is those of weights and bias, in the parameters' dtype.
 
     Returns:
-        `[k, k, 1, C]` and `[k, k, 4, C]` of each level, in float32, or `backward` in the parameters'
-        dtype; and `[C]` likewise, None without a bias.
+        `[k, k, 1, C]` and `[k, k, 4, C]` of each level, and `[C]`, None without a bias: in float32,
+        `backward` in the parameters' dtype.
     """
     weights, scales, bias, dtype = parameters
     levels = len(weights) - 1
