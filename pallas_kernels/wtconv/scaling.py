@@ -10,7 +10,6 @@ forward pass is asked:
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,6 @@ from pallas_kernels.common.multilinear import multilinear
 from pallas_kernels.common.types import Taps, Tree
 from pallas_kernels.common.vmap import vmap_sequential
 from pallas_kernels.wtconv.problem import Problem
-
-if TYPE_CHECKING:
-    from pallas_kernels.wtconv.vjp import Plan
 
 Weights = tuple[Taps, jax.Array | None]
 """The taps and the bias, which is multiplied by the scales of the base."""
@@ -62,7 +58,7 @@ def scale_sums(gradients: Weights, weights: Weights, dtypes: Tree) -> Scales:
     return tuple(sums.astype(dtype) for sums, dtype in zip((of_base, *levels), dtypes, strict=True))
 
 
-def scaled(plan: "Plan", problem: Problem, weights: Weights, scales: Scales) -> Weights:
+def scaled(plan: sharding.Plan, problem: Problem, weights: Weights, scales: Scales) -> Weights:
     """Kernels and bias times their scales, in float32 or better.
 
     Args:
@@ -83,7 +79,12 @@ def scaled(plan: "Plan", problem: Problem, weights: Weights, scales: Scales) -> 
 
 
 def _scaled(
-    plan: "Plan", problem: Problem, launched: bool, dtypes: Tree, weights: Weights, scales: Scales
+    plan: sharding.Plan,
+    problem: Problem,
+    launched: bool,
+    dtypes: Tree,
+    weights: Weights,
+    scales: Scales,
 ) -> Weights:
     """The products, linear in weights and scales, whose derivatives are launches."""
     own, theirs = (jax.tree.map(lambda array: array.dtype, each) for each in (weights, scales))
@@ -103,7 +104,7 @@ def _scaled(
 
 
 def _summed(
-    plan: "Plan", problem: Problem, dtypes: Tree, gradients: Weights, weights: Weights
+    plan: sharding.Plan, problem: Problem, dtypes: Tree, gradients: Weights, weights: Weights
 ) -> Scales:
     """The gradients of scales, linear in those of products and in weights."""
     theirs, own = (jax.tree.map(lambda array: array.dtype, each) for each in (gradients, weights))
@@ -123,7 +124,7 @@ def _summed(
 _BY_XLA: dict[str, Callable[..., Tree]] = {"products": products, "scale_sums": scale_sums}
 
 
-def _split(plan: "Plan", problem: Problem, name: str, dtypes: Tree, *args: Tree) -> Tree:
+def _split(plan: sharding.Plan, problem: Problem, name: str, dtypes: Tree, *args: Tree) -> Tree:
     """The result of a function of the implementation, of each shard: channels do not mix.
 
     Where the implementation cannot run, as in a pullback that is called on a CPU, XLA computes it.
@@ -132,7 +133,7 @@ def _split(plan: "Plan", problem: Problem, name: str, dtypes: Tree, *args: Tree)
     if plan.module.unavailable(device.platform()) is not None:
         return by_xla(*args, dtypes)
 
-    def shard(plan: "Plan", place: sharding.Shard, *args: Tree) -> Tree:
+    def shard(plan: sharding.Plan, place: sharding.Shard, *args: Tree) -> Tree:
         return getattr(plan.module, name, by_xla)(*args, dtypes)
 
     found = jax.eval_shape(lambda *args: by_xla(*args, dtypes), *args)
