@@ -106,25 +106,16 @@ def _differentiate(
     **rest: Any,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """The rule of forward mode, from which JAX makes that of reverse mode by `_transpose`."""
-
-    def run(*leaves: Any) -> list[jax.Array]:
-        return _multilinear.bind(*leaves, trees=trees, known=known, plain=plain, **rest)
-
     start = sum(tree.num_leaves for tree in trees[:known])
     terms = []
-    moved = [i for i in range(start) if not isinstance(tangents[i], ad.Zero)]
-    if moved:
+    if not all(isinstance(tangent, ad.Zero) for tangent in tangents[:start]):
 
-        def in_known(*values: jax.Array) -> list[jax.Array]:
-            leaves = list(primals)
-            for i, value in zip(moved, values, strict=True):
-                leaves[i] = value
+        def in_known(*leaves: jax.Array) -> list[jax.Array]:
             parts = zip(trees, _parted(leaves, trees), strict=True)
             assert plain is not None
             return jax.tree.leaves(plain(*(tree.unflatten(part) for tree, part in parts)))
 
-        primal, tangent = ([values[i] for i in moved] for values in (primals, tangents))
-        terms.append(jax.jvp(in_known, primal, tangent)[1])
+        terms.append(_moved(in_known, primals, tangents[:start])[1])
     parts = _parted(tangents, trees)
     moving = [
         i
@@ -137,7 +128,30 @@ def _differentiate(
         terms.append(_in_turns.bind(*primals, *chain(*whole), moving=tuple(moving), **about))
     else:
         terms += _terms(primals, zip(moving, whole, strict=True), **about)
-    return run(*primals), [reduce(ad.add_tangents, parts) for parts in zip(*terms, strict=True)]
+    value = _multilinear.bind(*primals, **about)
+    return value, [reduce(ad.add_tangents, parts) for parts in zip(*terms, strict=True)]
+
+
+def _moved(
+    function: Callable[..., list[jax.Array]], primals: Sequence[Any], tangents: Sequence[Any]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The value of a function and its derivative, by JAX, along the tangents that are not zero.
+
+    Args:
+        function: The function, of all primals.
+        primals: Its arguments.
+        tangents: The tangents of the first of them; the others do not move.
+    """
+    moved = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+
+    def run(*values: jax.Array) -> list[jax.Array]:
+        leaves = list(primals)
+        for i, value in zip(moved, values, strict=True):
+            leaves[i] = value
+        return function(*leaves)
+
+    primal, tangent = ([values[i] for i in moved] for values in (primals, tangents))
+    return jax.jvp(run, primal, tangent)
 
 
 def _terms(
@@ -180,16 +194,7 @@ def _differentiate_sum(
     primals: Sequence[Any], tangents: Sequence[Any], **about: Any
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """The rule of forward mode: that of the terms."""
-    moved = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
-
-    def run(*values: jax.Array) -> list[jax.Array]:
-        leaves = list(primals)
-        for i, value in zip(moved, values, strict=True):
-            leaves[i] = value
-        return _sum(*leaves, **about)
-
-    primal, tangent = ([values[i] for i in moved] for values in (primals, tangents))
-    return jax.jvp(run, primal, tangent)
+    return _moved(partial(_sum, **about), primals, tangents)
 
 
 def _batch_sum(
@@ -223,10 +228,7 @@ def _transpose_in_turns(
         if found:
             cotangent, found = jax.lax.optimization_barrier((cotangent, found))
         values = transposes[i - known](cotangent, *arguments[:i], *arguments[i + 1 :])
-        found[number] = [
-            placed_like(value, leaf.aval) if ad.is_undefined_primal(leaf) else None
-            for leaf, value in zip(part, jax.tree.leaves(values), strict=True)
-        ]
+        found[number] = _wanted(part, values)
     nothing = [None] * sum(map(len, parts[: len(trees)]))
     return [*nothing, *chain(*(found[number] for number in range(len(moving))))]
 
@@ -251,13 +253,19 @@ def _transpose(
     arguments = [tree.unflatten(part) for tree, part in zip(trees, parts, strict=True)]
     cotangent = out_tree.unflatten(map(ad.instantiate_zeros, cotangents))
     found = transposes[i - known](cotangent, *arguments[:i], *arguments[i + 1 :])
-    # A part of the argument may be known after all: the zeros of what is not differentiated.
-    wanted = (
-        placed_like(value, leaf.aval) if ad.is_undefined_primal(leaf) else None
-        for leaf, value in zip(parts[i], jax.tree.leaves(found), strict=True)
-    )
     nothing = [[None] * len(part) for part in parts]
-    return [*chain(*nothing[:i], wanted, *nothing[i + 1 :])]
+    return [*chain(*nothing[:i], _wanted(parts[i], found), *nothing[i + 1 :])]
+
+
+def _wanted(part: Sequence[Any], found: Tree) -> list[Any]:
+    """The cotangents of an argument, of which a part may be known after all.
+
+    These are the zeros of what is not differentiated.
+    """
+    return [
+        placed_like(value, leaf.aval) if ad.is_undefined_primal(leaf) else None
+        for leaf, value in zip(part, jax.tree.leaves(found), strict=True)
+    ]
 
 
 def _batch(

@@ -21,8 +21,7 @@ say so with `DIFFERENTIABLE = True`. Of modules that say `BIAS_GRADIENT = True` 
 bias is asked too: `kernel_shapes` ends with the bias's, and the gradients with its own. Both
 functions take the parameters that `search_space` offers. Where `in_turns(problem)` of the module
 that computes y is True dx comes after the gradients of taps, for whose memory XLA then finds room
-in that of dx.
-`scaling` says what a module may have for the products with scales.
+in that of dx. `scaling` says what a module may have for the products with scales.
 """
 
 from collections.abc import Callable, Mapping

@@ -6,8 +6,9 @@ have a kernel of their own, in all dtypes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def multiplies(
     # `_images` of what has no data, as in a traced program.
     last = _are_dense(shape, strides, _LAST) and not _are_dense(shape, strides, _FIRST)
     asked = Images((n, h, w, c), dtype_name(dtype), last), kernel_size, device_of(device)
-    return _folds(*asked) or _streams(*asked)
+    return _by_levels(*asked) is not None
 
 
 def forward(
@@ -109,12 +110,10 @@ def forward(
         return _line_forward(x, taps, bias, transpose, resident)
     x, kernel_size = _dense(x), taps[0].shape[-1]
     images, device = _images(x), device_of(x.device)
-    if _folds(images, kernel_size, device):
+    by_levels = _by_levels(images, kernel_size, device)
+    if by_levels is not None:
         parameters = _parameters(taps, bias, scales, x.dtype)
-        y = _folded_forward(x, parameters, images, kernel_size, device, transpose)
-    elif _streams(images, kernel_size, device):
-        parameters = _parameters(taps, bias, scales, x.dtype)
-        y = _streamed_forward(x, parameters, images, kernel_size, device, transpose)
+        y = by_levels.forward(x, parameters, images, kernel_size, device, transpose)
     else:
         taps = [tap.contiguous() for tap in taps]
         bias = None if bias is None else bias.contiguous()
@@ -142,11 +141,9 @@ def weight_grad(
     memory_format = torch.channels_last if _channels_last(x) else torch.contiguous_format
     dy = dy.contiguous(memory_format=memory_format)
     images, device = _images(x), device_of(x.device)
-    if _folds(images, kernel_size, device):
-        found = _folded_weight_grad(x, dy, images, kernel_size, levels, device)
-        return _with_bias(found, kernel_size)
-    if _streams(images, kernel_size, device):
-        found = _streamed_weight_grad(x, dy, images, kernel_size, levels, device)
+    by_levels = _by_levels(images, kernel_size, device)
+    if by_levels is not None:
+        found = by_levels.weight_grad(x, dy, images, kernel_size, levels, device)
         return _with_bias(found, kernel_size)
     images = images._replace(aligned=min(images.aligned, _images(dy).aligned))
     sizes = images, kernel_size, levels, device, launch
@@ -177,9 +174,9 @@ def gradients(
     images, parameters = _images(x), _parameters(taps, bias, scales, x.dtype)
     dy = dy.contiguous(memory_format=torch.channels_last)
     sizes = taps[0].shape[-1], len(taps) - 1, device_of(x.device)
-    folds = _folds(images, taps[0].shape[-1], device_of(x.device))
-    weight_grads = _folded_weight_grad if folds else _streamed_weight_grad
-    found = weight_grads(x, dy, images, *sizes, parameters)
+    by_levels = _by_levels(images, taps[0].shape[-1], device_of(x.device))
+    assert by_levels is not None
+    found = by_levels.weight_grad(x, dy, images, *sizes, parameters)
     like = [*taps, *scales, *([] if bias is None else [bias])]
     # Without a bias the last is nobody's.
     pairs = zip(found, like, strict=False)
@@ -251,6 +248,22 @@ def _streams(images: Images, kernel_size: int, device: Device) -> bool:
     shape, dtype, channels_last, _ = images
     large = channels_last and math.prod(shape) >= _WORTH_LAUNCHES
     return large and bands_launches.takes(shape, dtype, kernel_size, device)
+
+
+class _ByLevels(NamedTuple):
+    """The functions of kernels that go level by level, which multiply by the scales themselves."""
+
+    forward: Callable[..., Tensor]
+    weight_grad: Callable[..., list[Tensor]]
+
+
+def _by_levels(images: Images, kernel_size: int, device: Device) -> _ByLevels | None:
+    """The functions that a call runs level by level with; None of what goes in one launch."""
+    if _folds(images, kernel_size, device):
+        return _ByLevels(_folded_forward, _folded_weight_grad)
+    if _streams(images, kernel_size, device):
+        return _ByLevels(_streamed_forward, _streamed_weight_grad)
+    return None
 
 
 def _streamed_forward(

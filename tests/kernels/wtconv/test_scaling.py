@@ -24,7 +24,10 @@ HALF = PROBLEM._replace(dtype=jnp.dtype("float16"))
 def parameters(dtype, channels=70, bias=True):
     """Weights and scales of two levels, whose channels are not those of whole blocks."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape, scale=0.25), dtype)  # noqa: E731
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape, scale=0.25), dtype)
+
     taps = draw(3, 3, 1, channels), *(draw(3, 3, 4, channels) for _ in range(2))
     scales = draw(channels), *(draw(4, channels) for _ in range(2))
     return (taps, draw(channels) if bias else None), scales
@@ -135,7 +138,10 @@ def test_what_is_mixed_is_left_to_xla(monkeypatch):
     monkeypatch.setattr(cuda_jax, "device_properties", lambda: HOPPER)
     weights, (first, *others) = parameters("bfloat16")
     given = weights, (first.astype("float32"), *others)
-    gradient = lambda scaled: jax.jit(jax.grad(partial(loss, scaled), (0, 1)))(*given)  # noqa: E731
+
+    def gradient(scaled):
+        return jax.jit(jax.grad(partial(loss, scaled), (0, 1)))(*given)
+
     got = gradient(partial(scaling.scaled, PLAN, PROBLEM))
     assert not launches
     assert_close(got, gradient(by_xla))
