@@ -262,11 +262,10 @@ def _contenders(
         own[f"{OURS} {name}"] = partial(layer, implementation=name), params
     if not on_cpu():
         others[_rival(shape)] = _depthwise, rival
-    with ThreadPoolExecutor() as pool:
-        # XLA times convolutions while it compiles them, which must not meet each other.
-        compiling = {name: pool.submit(compiled_calls, *one, copies) for name, one in ours.items()}
-        compiled = {name: compiled_calls(*one, copies) for name, one in others.items()}
-        compiled = {name: one.result() for name, one in compiling.items()} | compiled
+    # XLA times convolutions while it compiles them: first, while no thread compiles or tunes.
+    compiled = {name: compiled_calls(*one, copies) for name, one in others.items()}
+    jobs = {name: partial(compiled_calls, *one, copies) for name, one in ours.items()}
+    compiled = beside_each_other(jobs) | compiled
     contenders: dict[str, dict[str, Contender]] = {
         direction: {name: one[direction] for name, one in compiled.items()} for direction in PASSES
     }

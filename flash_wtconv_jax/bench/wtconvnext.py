@@ -17,7 +17,6 @@ from flash_wtconv_jax.bench.reports import Keep, head, unkept
 from flash_wtconv_jax.bench.timing import Spread, comparison
 from flash_wtconv_jax.bench.wtconv import (
     Contender,
-    beside_each_other,
     by_both_clocks,
     check_dtype,
 )
@@ -116,9 +115,8 @@ def run(
         "left": works,
     }
     for one in [*works]:
-        programs = beside_each_other(
-            {name: partial(network.program, one) for name, network in networks.items()}
-        )
+        # One by one: XLA times convolutions and products while it compiles them.
+        programs = {name: network.program(one) for name, network in networks.items()}
         calls = {name: Contender(program.call, program.call) for name, program in programs.items()}
         times, theirs = by_both_clocks(clock, users, calls, partial(progress, one))
         report["rows"] += [

@@ -190,13 +190,18 @@ def scale_launches(problem: Problem) -> frozenset[str]:
 def in_turns(problem: Problem) -> bool:
     """Whether the gradients of taps come before dx.
 
-    Not in 16 bits, where both read the same means of dy, which are made once.
+    Not where both read the same means of dy, which are made once.
 
     Args:
         problem: The call.
     """
-    about = problem.shape, problem.dtype, problem.kernel_size
-    return len(problem.shape) > _LINE and _streams(*about)
+    shape, dtype, k = about = problem.shape, problem.dtype, problem.kernel_size
+    if len(shape) == _LINE:
+        return False
+    if not _folds(*about):
+        return _streams(*about)
+    levels, gpu = problem.levels, device_properties()
+    return not folded_launches.reads_means(shape, str(dtype), k, levels, gpu)
 
 
 def products(weights: Weights, scales: Scales, dtypes: Tree) -> Weights:

@@ -6,7 +6,6 @@ from the deepest one on, which adds what the level below has made.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
@@ -43,6 +42,9 @@ _TOGETHER = 13
 """The longest side of images that one launch does all levels of, where it has a multiprocessor for
 each block. A launch a level streams through images of 14 pixels a side and more in less time, and
 so where blocks share multiprocessors; see docs/performance.md."""
+_NARROW = 4
+"""The longest side of images that one launch does all levels of, though blocks share
+multiprocessors: a step has all rows of eight images or more."""
 _WORTH_TIMING = range(3, 33)
 """Such sides that are worth timing."""
 _BELOW, _PARAMETERS = 2, 8
@@ -84,6 +86,7 @@ class Variant(NamedTuple):
     stages: int = 2
     apart: bool = False
     ahead: bool = False
+    joined: bool = False
 
     def compiled(self, level: int = 0) -> Kernel:
         """The kernel to launch for the images of a level."""
@@ -176,13 +179,10 @@ class Whole(NamedTuple):
     y_rows: int = 0
     y_columns: int = 0
 
-    def compiled(self, bands: bool = False) -> Kernel:
-        """The kernel to launch, or that of the means of all levels alone."""
-        name, macros = (
-            "folded_bands" if bands else "folded_levels",
-            (*_macros(self), ("BANDS", int(bands))),
-        )
-        return Kernel(_source("folded_levels"), name, macros, 32 * self.groups, self.shared())
+    def compiled(self) -> Kernel:
+        """The kernel to launch."""
+        name, threads = "folded_levels", 32 * self.groups
+        return Kernel(_source(name), name, _macros(self), threads, self.shared())
 
     def shared(self) -> int:
         """Bytes of shared memory of a block."""
@@ -264,10 +264,13 @@ def search_space(
 def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) -> bool:
     """Whether these kernels take images `[N, H, W, C]` on a GPU."""
     n, h, w, c = shape
-    tile = (min(n, _BLOCKS) + 1) * h * (w + 4 * _BLOCKS) * c
+    high, wide = cdiv(h, 2), cdiv(w, 2)
+    # Pixels of deeper levels may have twice the channels.
+    lines = max(h * (w + 4 * _BLOCKS), 2 * high * (wide + 4 * _BLOCKS))
+    tile = (min(n, _BLOCKS) + 1) * lines * c
     able = device.capability >= _BFLOAT16 if dtype == "bfloat16" else dtype == "float16"
     # The kernel of means counts in 32 bits.
-    means = n * cdiv(h, 2) * cdiv(w, 2) * c < 2**32
+    means = n * high * wide * c < 2**32
     return able and kernel_size in KERNEL_SIZES and tile < _OFFSETS and means
 
 
@@ -345,7 +348,7 @@ def whole(
         device: The GPU.
         above: The shape of the images whose means of squares these are, if they are.
         together: The longest side of images that are taken; None for `_TOGETHER`, and only where
-            each block has a multiprocessor of its own.
+            each block has a multiprocessor of its own or they are not longer than `_NARROW`.
     """
     n, h, w, c = shape
     across = cdiv(w, 4)
@@ -364,8 +367,9 @@ def whole(
     ]
     fitting = [each for each in variants if each.shared() <= device.share(each.resident)]
     best = min(fitting, key=lambda each: each.time(shape, device), default=None)
-    alone = best is not None and best.blocks(shape) <= device.multiprocessors
-    return best if together or alone else None
+    if together or best is None or max(h, w) <= _NARROW:
+        return best
+    return best if best.blocks(shape) <= device.multiprocessors else None
 
 
 def _wholes(
@@ -380,6 +384,27 @@ def _wholes(
         whole(size, dtype, kernel_size, len(sizes) - level, device, above, together)
         for level, (size, above) in enumerate(zip(sizes, [None, *sizes], strict=False))
     ]
+
+
+def _first(wholes: Sequence[Whole | None]) -> int:
+    """The first level that one launch does with all below it; the number of levels if none is."""
+    return next((level for level, one in enumerate(wholes) if one), len(wholes))
+
+
+def reads_means(
+    shape: tuple[int, ...], dtype: str, kernel_size: int, levels: int, device: Device
+) -> bool:
+    """Whether `forward` reads means of squares, which `weight_grad` then reads too.
+
+    Args:
+        shape: The images', `[N, H, W, C]`.
+        dtype: "bfloat16" or "float16".
+        kernel_size: One of `KERNEL_SIZES`.
+        levels: The number of levels.
+        device: The GPU.
+    """
+    sizes = [means_shape(shape, level) for level in range(levels)]
+    return _first(_wholes(sizes, dtype, kernel_size, device, None)) > 1
 
 
 def forward(
@@ -417,9 +442,8 @@ def forward(
     sizes = [means_shape(shape, level) for level in range(levels)]
     about = dtype, kernel_size, device
     fitting = _wholes(sizes, *about, together)
-    # The first level that is done with all below it, if one is.
-    first = next((level for level, one in enumerate(fitting) if one), levels)
-    images = [x, *means(x, sizes[: max(first, 1)], *about, launch, together)]
+    first = _first(fitting)
+    images = [x, *means([x], sizes[: max(first, 1)], dtype, launch)]
     _, high, broad, _ = shape
     # Each level writes the first pixel of the squares that it is added to.
     y, output = None, [(shape, dtype)]
@@ -479,52 +503,45 @@ def folded(
 
 
 def means(
-    x: AnyArray,
+    arrays: Sequence[AnyArray],
     sizes: Sequence[tuple[int, ...]],
     dtype: str,
-    kernel_size: int,
-    device: Device,
     launch: Launch[AnyArray],
-    together: int | None = None,
 ) -> list[AnyArray]:
     """The means of the squares of two rows and columns, of their squares, and so on.
 
     Args:
-        x: Contiguous images `[N, H, W, C]`.
-        sizes: The shapes of x and of the means of each level.
-        dtype: x's, "bfloat16" or "float16".
-        kernel_size: That of the convolution that they are for.
-        device: The GPU.
+        arrays: Contiguous images `[N, H, W, C]`, or two arrays of them.
+        sizes: The shapes of the images and of the means of each level.
+        dtype: "bfloat16" or "float16".
         launch: The framework's launch function.
-        together: The longest side of images that one launch makes the means of all levels of, see
-            `whole`.
 
     Returns:
-        An array a level, in x's dtype.
+        An array a level, in that dtype; of two arrays with twice the channels, those of the first
+        before those of the second.
     """
     found: list[AnyArray] = []
-    (n, _, _, c), image = sizes[0], x
-    wholes = _wholes(sizes, dtype, kernel_size, device, together)
+    count, (n, _, _, c) = len(arrays), sizes[0]
     while (level := len(found) + 1) < len(sizes):
-        if one := wholes[level]:
-            outputs = [(size, dtype) for size in sizes[level:]]
-            blocks = one.blocks(sizes[level])
-            return found + launch(one.compiled(True), [image, n, c], outputs, blocks)
-        twice = level + 1 < len(sizes) and not wholes[level + 1]
+        twice = level + 1 < len(sizes)
         vector = math.gcd(_MEANS_VECTOR[twice], c)
-        outputs = [(size, dtype) for size in sizes[level : level + 1 + twice]]
-        kept = 2 * sum(math.prod(size) for size, _ in outputs) <= _KEPT
-        # The means of means are read again before long.
-        passing = level == 1 and kept and vector >= _PASSING
+        some = sizes[level : level + 1 + twice]
+        kept = 2 * sum(map(math.prod, some)) <= _KEPT
+        joined = len(arrays) > 1
+        # The means of means are read again before long, and so is what two arrays are made of.
+        passing = level == 1 and not joined and kept and vector >= _PASSING
         macros = (
-            *(("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector)),
-            *(("TWICE", int(twice)), ("PASSING", int(passing))),
+            *(("BFLOAT16", int(dtype == "bfloat16")), ("VECTOR", vector), ("TWICE", int(twice))),
+            *(("PASSING", int(passing)), ("JOINED", int(joined))),
         )
         kernel = Kernel(_source("folded_means"), "folded_means", macros, _THREADS, 0)
         _, h, w, _ = sizes[level - 1]
-        threads = n * cdiv(h, 4) * cdiv(w, 2 + 2 * twice) * (c // vector)
-        found += launch(kernel, [image, n, c, h, w], outputs, cdiv(threads, _THREADS))
-        image = found[-1]
+        channels = count * c // len(arrays)
+        threads = len(arrays) * n * cdiv(h, 4) * cdiv(w, 2 + 2 * twice) * (channels // vector)
+        outputs = [((*size[:-1], count * c), dtype) for size in some]
+        blocks = cdiv(threads, _THREADS)
+        found += launch(kernel, [*arrays, n, channels, h, w], outputs, blocks)
+        arrays = found[-1:]
     return found
 
 
@@ -560,7 +577,7 @@ def weight_grad(
         channels_last: Whether the taps' gradients are `[k, k, bands, C]`, else `[C, bands, k, k]`.
         parameters: See `gradients_launches.gradients`, which ends them.
         resident: See `planned`.
-        together: See `means`.
+        together: See `forward`.
         apart: See `planned`.
 
     Returns:
@@ -569,25 +586,33 @@ def weight_grad(
     """
     sizes = [means_shape(shape, level) for level in range(levels)]
     about = dtype, kernel_size, device
-    of_x, of_dy = ([a, *means(a, sizes, *about, launch, together)] for a in (x, dy))
+    # The first level whose means `forward` does not read.
+    first = max(1, _first(_wholes(sizes, *about, together)))
+    pairs = [*zip(*([a, *means([a], sizes[:first], dtype, launch)] for a in (x, dy)), strict=True)]
+    # Those of x and of dy are in one array.
+    pairs += [(both, both) for both in means(pairs[-1], sizes[first - 1 :], dtype, launch)]
     variants = [planned("weights", size, *about, resident, apart=apart) for size in sizes]
     programs = [one.programs(size, device) for one, size in zip(variants, sizes, strict=True)]
     counts = [numbers(kernel_size, base=level == 0) for level in range(levels)]
-    rows = [0, *accumulate(map(operator.mul, programs, counts))]
-    output: Output = ((rows.pop(), shape[-1]), "float32")
+    found: list[tuple[AnyArray, int, int]] = []
     sums: AnyArray | None = None
-    # The deepest level first, all in one array: so XLA knows that its means are needed no more when
-    # others begin.
-    for level in reversed(range(levels)):
-        n, h, w, c = sizes[level]
-        variant = variants[level]
-        kernel = variant.compiled()._replace(in_place=None if sums is None else _SUMS)
-        arrays = [of_x[level], of_dy[level], table, sums]
-        integers = [n, c, h, w, programs[level], counts[level], rows[level]]
-        blocks = programs[level] * variant.chunks(sizes[level])
-        (sums,) = launch(kernel, [*arrays, *integers], [output], blocks)
-    assert sums is not None
-    found = [(sums, row, many) for row, many in zip(rows, programs, strict=True)]
+    # The deepest level first, and levels whose means are made alike in one array: so XLA knows that
+    # their means are needed no more when others begin.
+    for some in (range(first, levels), range(first)):
+        rows = [0, *accumulate(programs[level] * counts[level] for level in some)]
+        output: Output = ((rows.pop(), shape[-1]), "float32")
+        for level in reversed(some):
+            n, h, w, c = sizes[level]
+            variant, many, row = variants[level], programs[level], rows[level - some.start]
+            kernel = variant._replace(joined=level >= first).compiled()
+            kernel = kernel._replace(in_place=_SUMS if level + 1 in some else None)
+            arrays = [*pairs[level], table, sums]
+            integers = [n, c, h, w, many, counts[level], row]
+            blocks = many * variant.chunks(sizes[level])
+            (sums,) = launch(kernel, [*arrays, *integers], [output], blocks)
+        if sums is not None:
+            each = zip(rows, some, strict=True)
+            found = [(sums, row, programs[level]) for row, level in each] + found
     return gradients(found, shape[-1], kernel_size, launch, channels_last, parameters)
 
 

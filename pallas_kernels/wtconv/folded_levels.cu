@@ -17,7 +17,6 @@
 //   Y_ROWS, Y_COLUMNS  of y, of which images are each `1 << FIRST`-th row and column; as parameters
 //                    of the kernel they, and FIRST, would be registers that it has not
 //   IMAGES           images of a thread block
-//   BANDS            1 for the kernel that stores the means of all levels, and does no more
 
 #include "folded.cuh"
 #include "folded_means.cuh"
@@ -125,13 +124,12 @@ DEVICE void load(const Scalar* __restrict__ x, const Share& share, int count, in
   }
 }
 
-// The same the other way, of any level, to each `step`-th row and column of images of so many.
-template <int LEVEL>
+// The same the other way, to each STEP-th row and column of y.
 DEVICE void store(unsigned char* shared, const Share& share, int count, int channels,
-                  Scalar* __restrict__ y, int high, int broad, int step) {
-  typedef Level<LEVEL> Here;
+                  Scalar* __restrict__ y) {
+  typedef Level<0> Here;
   constexpr int PIECES = TOGETHER / VECTOR, COLUMNS = PIECES * Here::COLUMNS;
-  constexpr int ITEMS = IMAGES * Here::PAIRS * COLUMNS;
+  constexpr int ITEMS = IMAGES * Here::PAIRS * COLUMNS, STEP = 1 << FIRST;
 #pragma unroll 2
   for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
     const int piece = item % PIECES * VECTOR, column = item % COLUMNS / PIECES;
@@ -150,7 +148,7 @@ DEVICE void store(unsigned char* shared, const Share& share, int count, int chan
       const int row = 2 * pair + r;
       if (row >= Here::ROWS) continue;
       const Offset pixel =
-          (Offset(share.image + which) * high + row * step) * broad + column * step;
+          (Offset(share.image + which) * Y_ROWS + row * STEP) * Y_COLUMNS + column * STEP;
       *reinterpret_cast<Piece*>(to + pixel * channels) = rows[r];
     }
   }
@@ -294,47 +292,6 @@ DEVICE void begin(const Scalar* __restrict__ x, const Share& share, int count, i
   if constexpr (LEVELS > 1) make_means<1>(shared);
 }
 
-#if BANDS
-
-template <int LEVEL>
-DEVICE void store_means(unsigned char* shared, const Share& share, int count, int channels,
-                        Scalar* __restrict__ y) {
-  typedef Level<LEVEL> Here;
-  store<LEVEL>(shared, share, count, channels, y, Here::ROWS, Here::COLUMNS, 1);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-folded_bands(const Scalar* __restrict__ x, int count, int channels,
-#if LEVELS > 1
-             Scalar* __restrict__ y0,
-#endif
-#if LEVELS > 2
-             Scalar* __restrict__ y1,
-#endif
-#if LEVELS > 3
-             Scalar* __restrict__ y2,
-#endif
-             Scalar* __restrict__ last) {
-  static_assert(LEVELS <= 4, "");
-  SHARED(shared_memory);
-  unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
-  const Share share = Share::mine(channels);
-  begin(x, share, count, channels, shared);
-  __syncthreads();
-#if LEVELS > 1
-  store_means<0>(shared, share, count, channels, y0);
-#endif
-#if LEVELS > 2
-  store_means<1>(shared, share, count, channels, y1);
-#endif
-#if LEVELS > 3
-  store_means<2>(shared, share, count, channels, y2);
-#endif
-  store_means<LEVELS - 1>(shared, share, count, channels, last);
-}
-
-#else
-
 // All levels from the first on of IMAGES images and TOGETHER channels in each block. Taps are those of
 // all levels.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -347,7 +304,5 @@ folded_levels(const Scalar* __restrict__ x, const unsigned* __restrict__ taps,
   const int own = share.first + GROUP * (int(threadIdx.x) / 32);
   make_level<0>(taps, own, channels, shared);
   __syncthreads();
-  store<0>(shared, share, count, channels, y, Y_ROWS, Y_COLUMNS, 1 << FIRST);
+  store(shared, share, count, channels, y);
 }
-
-#endif

@@ -1,6 +1,7 @@
 // Weight gradients of a level of the folded wavelet convolution on tensor cores, for NVRTC.
 //
-// The host defines the macros of `folded_streams.cuh`.
+// The host defines the macros of `folded_streams.cuh`, and
+//   JOINED           whether x and dy are one array, in which dy's channels follow x's in each pixel
 
 #include "folded_streams.cuh"
 
@@ -196,7 +197,8 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
                int width, int programs, int numbers, int row, float* __restrict__ found) {
   SHARED(shared_memory);
   unsigned char* const shared = reinterpret_cast<unsigned char*>(shared_memory);
-  const Images images = {count, height, width, channels};
+  const int first_of_dy = JOINED ? channels : 0;
+  const Images images = {count, height, width, channels + first_of_dy};
   const int chunks = (channels + TOGETHER - 1) / TOGETHER, tiles = Walk::tiles(images);
   const int chunk = int(blockIdx.x) % chunks * TOGETHER, first = int(blockIdx.x) / chunks;
   const int pairs = (height + 1) / 2;
@@ -248,7 +250,8 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
     if (other >= 0)
       load_box(stage, x, full + slot, chunk, loading.left - HALO, 2 * other, loading.image);
     if (inside)
-      load_box(stage + ROWS, dy, full + slot, chunk, loading.left, 2 * loading.pair, loading.image);
+      load_box(stage + ROWS, dy, full + slot, first_of_dy + chunk, loading.left, 2 * loading.pair,
+               loading.image);
     advance(loading);
   };
   constexpr int COPIER = APART ? THREADS : 0;
@@ -298,7 +301,7 @@ folded_weights(const Scalar* __restrict__ x, const Scalar* __restrict__ dy,
         inputs.load(x, x + loading.pixel(images, other, 1) + mine, inputs.inside(images, other), left,
                     stage);
       if (loading.pair < loading.bottom(images))
-        outputs.load(dy, dy + loading.pixel(images, loading.pair, 1) + mine,
+        outputs.load(dy, dy + loading.pixel(images, loading.pair, 1) + first_of_dy + mine,
                      outputs.inside(images, loading.pair), left, stage + ROWS);
       advance(loading);
     }

@@ -185,7 +185,7 @@ def test_means_of_two_levels_are_one_launch(shape):
         launched.append(len(outputs))
         return Launcher(folder()).launch(kernel, arguments, outputs, blocks)
 
-    means = launches.means(x, sizes, "float16", 3, SMALL, launch, together=1)
+    means = launches.means([x], sizes, "float16", launch)
     assert launched == [2, 1]
     for got in means:
         x = np.pad(x, [(0, 0), *((0, side % 2) for side in x.shape[1:3]), (0, 0)])
@@ -276,7 +276,7 @@ FAULTS = {
         "whole.pixel(image, 0, 2 * column + 1, stride)",
     ),
     "a level's pixels beside each other": ("stride = 1 << level", "stride = 1"),
-    "whole images beside each other": ("Y_COLUMNS, 1 << FIRST", "Y_COLUMNS, 1"),
+    "whole images beside each other": ("STEP = 1 << FIRST", "STEP = 1"),
     "sums over another level's": ("numbers + row) * channels", "numbers) * channels"),
     "pairs of dy": ("ring[c][i][f] = ring[c][i - 1][f];", "ring[c][i][f] = ring[c][0][f];"),
     "the last pair of x": ("bottom(images) + R, pairs + MIXED)", "bottom(images) + R, pairs)"),
