@@ -1,5 +1,7 @@
 """Clocks of benchmarks, on traces made up here; a test on a GPU reads a real one."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -149,3 +151,25 @@ def test_a_gpu_shows_its_events():
         assert 0.0 < spread.least <= spread.median <= spread.greatest < 1e3
     measured = roofline.measure(clock)
     assert all(1e10 < rate < 1e15 for rate in measured.values())
+
+
+def test_what_xla_chooses_by_time_is_compiled_first_and_by_no_thread():
+    order = []
+
+    class Program:
+        def __init__(self, text):
+            self.text = text
+
+        def as_text(self):
+            return self.text
+
+        def compile(self):
+            order.append((self.text, threading.current_thread() is threading.main_thread()))
+            return self.text
+
+    texts = ["stablehlo.add", "stablehlo.convolution", "stablehlo.sine", "stablehlo.dot_general"]
+    assert clocks.compiled({text: Program(text) for text in texts}) == {
+        text: text for text in texts
+    }
+    assert order[:2] == [(texts[1], True), (texts[3], True)]
+    assert sorted(order[2:]) == [(texts[0], False), (texts[2], False)]

@@ -194,6 +194,18 @@ def test_means_of_two_levels_are_one_launch(shape):
 
 
 @EMULATED
+def test_means_of_two_arrays_are_one_array():
+    """Those of the second array behind those of the first in each pixel, at every level."""
+    sizes = [(3, 13, 9, 6), (3, 7, 5, 6), (3, 4, 3, 6), (3, 2, 2, 6)]
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(-64, 64, sizes[0]).astype("float16") for _ in range(2)]
+    launch = Launcher(folder()).launch
+    each = [launches.means([one], sizes, "float16", launch) for one in arrays]
+    for got, *want in zip(launches.means(arrays, sizes, "float16", launch), *each, strict=True):
+        np.testing.assert_array_equal(got, np.concatenate(want, -1))
+
+
+@EMULATED
 def test_16_bits_are_the_oracles_on_the_cpu(monkeypatch):
     emulate(monkeypatch, cuda_jax)
     assert_oracle(ALWAYS, "cuda")
@@ -223,6 +235,32 @@ def test_levels_write_in_the_memory_of_deeper_ones(boxes):
     launches.weight_grad("x", "dy", "table", *about, channels_last=True)
     assert [place for name, place in launched if name == "folded_forward"] == [None, 2, 2]
     assert [place for name, place in launched if name == "folded_weights"] == [None, 3, 3]
+
+
+def test_levels_whose_means_are_one_array_have_sums_of_their_own():
+    """The third level's means are dead when the sums of those above begin."""
+    launched = []
+
+    def launch(kernel, arguments, outputs, blocks):
+        launched.append((kernel.name, arguments, kernel.in_place))
+        return [object() for _ in outputs]
+
+    about = (1, 29, 69, 40), "bfloat16", 5, 3, SMALL, launch
+    launches.weight_grad("x", "dy", "table", *about, channels_last=True, together=18)
+    *_, joined = [arguments for name, arguments, _ in launched if name == "folded_means"]
+    deepest, second, first = [each for each in launched if each[0] == "folded_weights"]
+    assert joined[:2] == second[1][:2]
+    assert deepest[1][0] is deepest[1][1]
+    assert first[1][:2] == ["x", "dy"]
+    assert [place for _, _, place in (deepest, second, first)] == [None, None, 3]
+
+
+def test_dx_waits_for_gradients_where_they_share_no_means():
+    h200 = Device(shared=232448, multiprocessors=132)
+    shapes = ((128, 56, 56, 96), 5), ((128, 14, 14, 384), 3), ((128, 7, 7, 768), 2)
+    shapes += ((1, 64, 64, 8), 1), ((1, 9, 10, 8), 2)
+    found = [launches.reads_means(shape, "bfloat16", 5, n, h200) for shape, n in shapes]
+    assert found == [True, True, False, False, False]
 
 
 @EMULATED
@@ -277,6 +315,8 @@ FAULTS = {
     ),
     "a level's pixels beside each other": ("stride = 1 << level", "stride = 1"),
     "whole images beside each other": ("STEP = 1 << FIRST", "STEP = 1"),
+    "means of dy over those of x": (" * stride + first + channel", " * stride + channel"),
+    "means of x in place of dy's": ("JOINED ? channels : 0", "0"),
     "sums over another level's": ("numbers + row) * channels", "numbers) * channels"),
     "pairs of dy": ("ring[c][i][f] = ring[c][i - 1][f];", "ring[c][i][f] = ring[c][0][f];"),
     "the last pair of x": ("bottom(images) + R, pairs + MIXED)", "bottom(images) + R, pairs)"),
