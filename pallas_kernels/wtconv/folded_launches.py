@@ -269,8 +269,8 @@ def takes(shape: tuple[int, ...], dtype: str, kernel_size: int, device: Device) 
     lines = max(h * (w + 4 * _BLOCKS), 2 * high * (wide + 4 * _BLOCKS))
     tile = (min(n, _BLOCKS) + 1) * lines * c
     able = device.capability >= _BFLOAT16 if dtype == "bfloat16" else dtype == "float16"
-    # The kernel of means counts in 32 bits.
-    means = n * high * wide * c < 2**32
+    # The kernel of means, of one array or two, counts in 32 bits.
+    means = 2 * n * high * wide * c < 2**32
     return able and kernel_size in KERNEL_SIZES and tile < _OFFSETS and means
 
 
