@@ -243,12 +243,10 @@ class Network:
         Args:
             work: Which.
         """
-        (chosen,) = self.images.devices()
-        with jax.default_device(chosen):  # A thread has a default of its own.
-            function, arguments = self.function(work)
-            donated = () if work == "inference" else (0,)
-            lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
-            compiled = lowered.compile(self.options)
+        function, arguments = self.function(work)
+        donated = () if work == "inference" else (0,)
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        compiled = lowered.compile(self.options)
         if work == "inference":
             return Program(compiled.as_text() or "", partial(compiled, *arguments))
         state, *others = arguments

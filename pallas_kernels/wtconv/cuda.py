@@ -190,7 +190,7 @@ def scale_launches(problem: Problem) -> frozenset[str]:
 def in_turns(problem: Problem) -> bool:
     """Whether the gradients of taps come before dx.
 
-    Not where both read the same means of dy, which are made once.
+    Not where both, by their default parameters, read the same means of dy, which are made once.
 
     Args:
         problem: The call.

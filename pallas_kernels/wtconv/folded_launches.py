@@ -2,7 +2,8 @@
 
 Where images of a level fit into a block's shared memory, one launch does it and all below, from the
 pixels of the level above. Above are means of squares first, a launch two levels; then each level
-from the deepest one on, which adds what the level below has made.
+from the deepest one on, which adds what the level below has made. Gradients of taps are a launch a
+level; means that only they read are one array, of x and of dy.
 """
 
 import math
@@ -394,7 +395,7 @@ def _first(wholes: Sequence[Whole | None]) -> int:
 def reads_means(
     shape: tuple[int, ...], dtype: str, kernel_size: int, levels: int, device: Device
 ) -> bool:
-    """Whether `forward` reads means of squares, which `weight_grad` then reads too.
+    """Whether `forward` reads means of squares, which `weight_grad` then reads too, by default.
 
     Args:
         shape: The images', `[N, H, W, C]`.
@@ -596,8 +597,8 @@ def weight_grad(
     counts = [numbers(kernel_size, base=level == 0) for level in range(levels)]
     found: list[tuple[AnyArray, int, int]] = []
     sums: AnyArray | None = None
-    # The deepest level first, and levels whose means are made alike in one array: so XLA knows that
-    # their means are needed no more when others begin.
+    # The deepest level first, each after the one below, and levels whose means are made alike in
+    # one array: so XLA knows that their means are needed no more when others begin.
     for some in (range(first, levels), range(first)):
         rows = [0, *accumulate(programs[level] * counts[level] for level in some)]
         output: Output = ((rows.pop(), shape[-1]), "float32")

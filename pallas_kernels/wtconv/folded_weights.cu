@@ -185,8 +185,8 @@ DEVICE void store_group(float* to, int left, const float (&numbers)[GROUP]) {
 // Weight gradients of a level, `[programs, numbers, C]` from a row of `found [rows, C]` on, which
 // other levels share: of bands as their tap and band have it, and where there are more numbers than
 // these of the base, and of the bias. Those of bands are four times as large, where x and dy are means
-// by what these stand for. The parameter without a name is `found` itself, where deeper levels were
-// first; it is not read.
+// by what these stand for. The parameter without a name is what deeper levels have left, which were
+// first, `found` itself or another array; it is not read.
 extern "C" __global__ void __launch_bounds__(THREADS + 128 * APART, RESIDENT)
 #if BOXED
 folded_weights(BOXES x, BOXES dy,

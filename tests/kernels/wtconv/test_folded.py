@@ -255,12 +255,30 @@ def test_levels_whose_means_are_one_array_have_sums_of_their_own():
     assert [place for _, _, place in (deepest, second, first)] == [None, None, 3]
 
 
-def test_dx_waits_for_gradients_where_they_share_no_means():
-    h200 = Device(shared=232448, multiprocessors=132)
-    shapes = ((128, 56, 56, 96), 5), ((128, 14, 14, 384), 3), ((128, 7, 7, 768), 2)
-    shapes += ((1, 64, 64, 8), 1), ((1, 9, 10, 8), 2)
-    found = [launches.reads_means(shape, "bfloat16", 5, n, h200) for shape, n in shapes]
-    assert found == [True, True, False, False, False]
+@pytest.mark.parametrize(
+    ("shape", "levels", "reads"),
+    [
+        ((128, 56, 56, 96), 5, True),
+        ((128, 14, 14, 384), 3, True),
+        ((128, 7, 7, 768), 2, False),
+        ((1, 64, 64, 8), 1, False),
+        ((1, 9, 10, 8), 2, False),
+    ],
+)
+def test_which_means_both_directions_read(shape, levels, reads):
+    launched = []
+
+    def launch(kernel, arguments, outputs, blocks):
+        launched.append((kernel.name, dict(kernel.macros).get("JOINED")))
+        return [object() for _ in outputs]
+
+    about = shape, "bfloat16", 5, levels, Device(shared=232448, multiprocessors=132)
+    assert launches.reads_means(*about) is reads
+    launches.forward("x", "taps", *about, launch)
+    assert (("folded_means", 0) in launched) is reads
+    launched.clear()
+    launches.weight_grad("x", "dy", "table", *about, launch, channels_last=True)
+    assert (("folded_means", 0) in launched) is reads
 
 
 @EMULATED
