@@ -52,6 +52,7 @@ class Worker:
 def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import helpers.quick  # noqa: F401
     from helpers import mesh_jobs
 
     for line in sys.stdin:

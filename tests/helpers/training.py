@@ -130,8 +130,10 @@ def seeing(devices: int) -> dict[str, str]:
 _AS_THE_SUITE = """
 import gc, json, os, sys
 sys.path.insert(0, sys.argv[1])
-import conftest
+import helpers.quick
 from pathlib import Path
+# TensorBoard's writer would import it where it is, and nothing here needs it.
+sys.modules["torch"] = None
 import matplotlib.pyplot, tensorboardX
 from flash_wtconv_jax.train.images import settings, trainer
 from helpers.training import train_until
@@ -173,6 +175,9 @@ def in_processes(
 # They are forked before JAX starts in them, too.
 _TOGETHER = """
 import gc, json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import helpers.quick
+sys.modules["torch"] = None
 import matplotlib.pyplot, tensorboardX
 import flash_wtconv_jax.train.images.trainer
 from flash_wtconv_jax.cli import main
@@ -192,7 +197,8 @@ def in_two_processes(said: settings.Settings, out: Path) -> list[int]:
     """Trains by the command in two processes, as `mpirun` starts them; returns their statuses."""
     file = out.with_suffix(".toml")
     file.write_text(settings.as_toml(said))
-    command = [sys.executable, "-c", _TOGETHER, "train", str(file), "--distributed"]
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", _TOGETHER, tests, "train", str(file), "--distributed"]
     environment = seeing(2) | {
         # The number of the job tells the port.
         "OMPI_MCA_orte_hnp_uri": f"{os.getpid() * 4096}.0;tcp://127.0.0.1:40000",

@@ -367,6 +367,7 @@ def test_two_processes():
 
 GPUS = """
 import sys
+import helpers.quick
 from functools import partial
 from pathlib import Path
 import jax, jax.numpy as jnp

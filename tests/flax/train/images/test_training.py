@@ -116,12 +116,19 @@ def test_devices_wait_from_the_end_of_a_step_until_the_next_is_sent(monkeypatch)
     assert clock.waiting() == pytest.approx(1 / 8)
 
 
-def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, small):
+def test_a_run_is_not_gone_on_with_by_accident_or_otherwise(data, tmp_path, monkeypatch):
+    def interrupted(steps, asked_to_stop):
+        raise KeyboardInterrupt
+
+    # A run is one from before its first step, which takes longest.
+    monkeypatch.setattr(trainer._Steps, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resolved(data, SMALL), tmp_path)
     with pytest.raises(FileExistsError, match="holds a run; resume it"):
-        trainer.train(resolved(data, SMALL), small)
+        trainer.train(resolved(data, SMALL), tmp_path)
     other = resolved(data, SMALL, {"optimizer": {"rate": 0.5}})
     with pytest.raises(ValueError, match=r"other settings: optimizer\.rate is 0\.5, was 0\.02"):
-        trainer.train(other, small, resume=True)
+        trainer.train(other, tmp_path, resume=True)
 
 
 @pytest.mark.wide
