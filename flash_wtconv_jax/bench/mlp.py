@@ -75,9 +75,10 @@ def run(
             for contender, function in contenders.items()
         }
         # XLA times products while it compiles them: first, while no thread compiles or tunes.
-        alone = {_PLAIN, f"{OURS} xla"} & jobs.keys()
-        programs = {contender: jobs.pop(contender)() for contender in sorted(alone)}
-        programs |= beside_each_other(jobs)
+        alone = [name for name in (_PLAIN, f"{OURS} xla") if name in jobs]
+        found = {contender: jobs.pop(contender)() for contender in alone}
+        found |= beside_each_other(jobs)
+        programs = {contender: found[contender] for contender in contenders}
         for direction in PASSES:
             calls = {contender: each[direction].call for contender, each in programs.items()}
             step = progress(f"{name} {direction}", clock.turns(len(calls)))

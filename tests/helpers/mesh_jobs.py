@@ -295,7 +295,9 @@ def splits(name, sizes, implementation, kind):
     both = jax.jit(partial(_both, function)).lower(*placed).compile()
     got, (y, gradients) = forward(*placed), both(*placed)
     summed = "c" in sizes and "f" in out
-    rounded = summed or name in ("wtconv2d_deep", "wtconv2d_deeper")
+    # The order in which some CPUs add up products of matrices goes by the sizes of these.
+    products = name in ("mlp", "sparse") or name.startswith("conv2d")
+    rounded = summed or products or name in ("wtconv2d_deep", "wtconv2d_deeper")
     _assert_alike((got, y), (want[0], want[0]), bitwise=not rounded)
     _assert_alike(gradients, want[1], bitwise=False)
     for leaf in jax.tree.leaves(y):
