@@ -124,11 +124,9 @@ def _contenders(layer: Shape, dtype: str) -> dict[str, dict[str, Contender]]:
     """Every contender of a shape, by direction."""
     copies = [x for x, _ in drawn_copies(layer.x, layer.x, dtype)]
     plain, ours = _cascades(layer, dtype)
-    programs = beside_each_other(
-        {name: partial(_compiled, cascade, copies) for name, cascade in ours.items()}
-    )
-    # XLA times convolutions while it compiles them, which must not meet the compiling of ours.
-    programs = {PLAIN: _compiled(plain, copies), **programs}
+    cascades = {PLAIN: plain, **ours}
+    jobs = {name: partial(_compiled, cascade, copies) for name, cascade in cascades.items()}
+    programs = beside_each_other(jobs, [PLAIN])
     copy = copies_of_x.copy(copies[0])
     return {
         direction: {COPY: copy} | {name: one[direction] for name, one in programs.items()}

@@ -57,7 +57,8 @@ def run(
     params = {name: drawn_params(layer, dtype) for name, layer in layers.items()}
     jobs = {_RIVAL: partial(compiled_calls, depthwise_conv2d, kernel, copies)}
     jobs |= {name: partial(compiled_calls, wtconv2d, params[name], copies) for name in layers}
-    programs = beside_each_other(jobs)
+    # XLA computes the layer without levels, too.
+    programs = beside_each_other(jobs, (_RIVAL, "0 levels"))
     counts = {name: sum(one.size for one in jax.tree.leaves(params[name])) for name in layers}
     rows = []
     for direction in PASSES:

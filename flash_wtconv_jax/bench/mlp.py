@@ -74,11 +74,7 @@ def run(
             contender: partial(compiled_calls, function, params, copies)
             for contender, function in contenders.items()
         }
-        # XLA times products while it compiles them: first, while no thread compiles or tunes.
-        alone = [name for name in (_PLAIN, f"{OURS} xla") if name in jobs]
-        found = {contender: jobs.pop(contender)() for contender in alone}
-        found |= beside_each_other(jobs)
-        programs = {contender: found[contender] for contender in contenders}
+        programs = beside_each_other(jobs, (_PLAIN, f"{OURS} xla"))
         for direction in PASSES:
             calls = {contender: each[direction].call for contender, each in programs.items()}
             step = progress(f"{name} {direction}", clock.turns(len(calls)))

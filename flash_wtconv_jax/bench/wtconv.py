@@ -1,7 +1,7 @@
 """`flash-wtconv bench wtconv`: our layer beside plain JAX and PyTorch eager, in one run."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import entry_points
@@ -262,10 +262,8 @@ def _contenders(
         own[f"{OURS} {name}"] = partial(layer, implementation=name), params
     if not on_cpu():
         others[_rival(shape)] = _depthwise, rival
-    # XLA times convolutions while it compiles them: first, while no thread compiles or tunes.
-    compiled = {name: compiled_calls(*one, copies) for name, one in others.items()}
-    jobs = {name: partial(compiled_calls, *one, copies) for name, one in ours.items()}
-    compiled = beside_each_other(jobs) | compiled
+    jobs = {name: partial(compiled_calls, *one, copies) for name, one in (ours | others).items()}
+    compiled = beside_each_other(jobs, others)
     contenders: dict[str, dict[str, Contender]] = {
         direction: {name: one[direction] for name, one in compiled.items()} for direction in PASSES
     }
@@ -380,16 +378,25 @@ def compiled_call(
     )
 
 
-def beside_each_other(jobs: Mapping[str, Callable[[], Result]]) -> dict[str, Result]:
+def beside_each_other(
+    jobs: Mapping[str, Callable[[], Result]], alone: Iterable[str] = ()
+) -> dict[str, Result]:
     """The results of jobs that compile, each in a thread: a GPU's kernels take long.
 
+    Args:
+        jobs: The jobs by name.
+        alone: The names of those that are done first, one by one, if they are there: XLA times its
+            convolutions and products while it compiles them, and no thread may compile or tune.
+
     Example:
-        >>> beside_each_other({"one": lambda: 1, "two": lambda: 2})
+        >>> beside_each_other({"one": lambda: 1, "two": lambda: 2}, ["two"])
         {'one': 1, 'two': 2}
     """
+    found = {name: jobs[name]() for name in alone if name in jobs}
     with ThreadPoolExecutor() as pool:
-        begun = {name: pool.submit(job) for name, job in jobs.items()}
-        return {name: job.result() for name, job in begun.items()}
+        begun = {name: pool.submit(job) for name, job in jobs.items() if name not in found}
+        found |= {name: job.result() for name, job in begun.items()}
+    return {name: found[name] for name in jobs}
 
 
 def _next(compiled: Callable, arguments: Iterator[tuple[Tree, ...]]) -> Tree:
